@@ -20,6 +20,7 @@ from dora_diffusion.adapters.inject import layer_adapters, require_adapters, set
 from dora_diffusion.adapters.scope import norm_scope, row_scope
 from dora_diffusion.adapters.state import attach_file
 from dora_diffusion.config.fields import require
+from dora_diffusion.config.prompts import PIXELS
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.crops import cut, plan_crop
@@ -91,6 +92,11 @@ class SamplingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+            if value is not None and name != "steps" and value % PIXELS:
+                more = (value // PIXELS + 1) * PIXELS
+                raise ValueError(
+                    f"{name} is {value}; it must be a multiple of {PIXELS}, such as {more}"
+                )
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be 0 or more")
         if not 0 <= self.guidance_rescale <= 1:

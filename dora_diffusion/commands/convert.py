@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
 
 from dora_diffusion.commands.options import (
-    LIMITS,
     add_alpha,
     add_base,
     add_dtype,
@@ -23,7 +21,7 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.console.progress import tell
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.files.atomic import atomic_file
-from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK
+from dora_diffusion.formats.layouts import LORA_RANK, PROGRAMS, TARGETS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,11 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=tuple(CONVERSIONS),
-        help="Target format. diffusers, peft; kohya: for LyCORIS, and for web UIs where trained on "
-        "the input axis; for one --base: comfyui (and Forge), dense (A1111 too; large), and lora, "
-        "lora-diffusers, which approximate it without magnitudes; dora: a smaller rank, nearest "
-        "with --base.",
+        type=_target,
+        choices=TARGETS,
+        help=f"Program that gets the format it needs of this adapter: {', '.join(PROGRAMS)}. Or a "
+        "format: diffusers, peft; kohya, for LyCORIS; for one --base: comfyui, dense (large), and "
+        "lora, lora-diffusers, which approximate it without magnitudes; dora: a smaller rank, "
+        "nearest with --base.",
     )
     add_base(parser, required=False)
     parser.add_argument(
@@ -59,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
     from dora_diffusion.export import convert_adapter
     from dora_diffusion.models.precision import dtype_of
 
-    _warn_without_effect(args)
     output, options = Path(args.output), base_options(args)
     is_packed = args.to == "peft" and output.suffix == ".zip"
     if is_packed and output.exists() and not args.overwrite:
@@ -90,14 +88,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _warn_without_effect(args: argparse.Namespace) -> None:
-    """Say which of the flags on ranks do nothing, and why."""
-    kind, reasons = CONVERSIONS[args.to], {}
-    if not kind.takes_rank:
-        names = [name for name in LIMITS if getattr(args, name) is not None]
-        reason = f"{args.to} files keep the adapter's; --to dora and --to lora take one"
-        reasons = dict.fromkeys(names, reason)
-    elif kind.plain_lora_in and args.conv_rank is not None:
-        reasons = {"conv_rank": f"{args.to} files have one rank"}
-    for name, reason in reasons.items():
-        warnings.warn(f"{name} has no effect because {reason}", stacklevel=2)
+def _target(word: str) -> str:
+    """A program or a format, as people write it: ``"SD_Scripts"`` is ``"sd-scripts"``."""
+    return word.lower().replace("_", "-")

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         required=True,
-        help="X.safetensors for one file that user interfaces read; else a Diffusers folder.",
+        help="X.safetensors for one file that web UIs read; else a Diffusers folder.",
     )
     add_dtype(parser, "Precision of the result. auto: the base's own, whatever machine merges it.")
     parser.add_argument(
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write a base, with adapters merged in, check what was written, and say where it is."""
-    from dora_diffusion.export import export_checkpoint
+    """Write a base, with adapters merged in, check it, and say which programs read it rightly."""
+    from dora_diffusion.export import export_checkpoint, inspect_model
     from dora_diffusion.models.precision import dtype_of
 
     warn_without_effect(args)
@@ -51,4 +51,11 @@ def run(args: argparse.Namespace) -> int:
             **merge_options(args),
         )
     print(f"{path} (reopened and checked)")
+    report, programs = inspect_model(path), dict[str, list[str]]()
+    for program, verdict in report.tools.items():
+        programs.setdefault("not known" if verdict == "-" else verdict, []).append(program)
+    for verdict, names in programs.items():
+        print(f"{', '.join(names)}: {verdict}")
+    for note in report.notes:
+        print(f"note: {note}")
     return 0

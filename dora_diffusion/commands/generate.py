@@ -228,16 +228,17 @@ def _rows(args: argparse.Namespace) -> list[_Row]:
     first = secrets.randbelow(2**32) if args.seed is None else args.seed
     if not 0 <= first <= 2**63 - len(entries):
         raise ConfigError(f"seed is {first}; it must be between 0 and 2**63 - num_images")
+    from dora_diffusion.numerics.weights import require_strength
+
     rows, drawn = [], _drawn(args)
     for number, entry in enumerate(entries):
         prompt, seed = entry.get("prompt", args.prompt), entry.get("seed", first + number)
-        lacking = (
-            f"entry {number + 1} of {args.adapters_file}" if args.adapters_file else "generate"
-        )
-        require(prompt is not None, f"{lacking} has no prompt; say with --prompt what to show")
+        place = f"entry {number + 1} of {args.adapters_file}" if args.adapters_file else "generate"
+        require(prompt is not None, f"{place} has no prompt; say with --prompt what to show")
         suffix = f"-{number + 1}" if args.adapters_file else f"-{seed}" if len(entries) > 1 else ""
         adapter = entry.get("adapter", args.adapter)
         strength = entry.get("strength", 1.0 if args.adapters_file else args.strength)
+        require_strength(f"strength of {place}" if args.adapters_file else "strength", strength)
         path = output.with_stem(output.stem + suffix)
         rows.append(_Row(drawn(prompt, seed), seed, adapter, strength, path))
     existing = next((row.path for row in rows if row.path.exists()), None)

@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dora_diffusion.commands.options import add_base, base_options
+from dora_diffusion.commands.options import add_base, base_options, warn_of
 from dora_diffusion.console.tables import print_json, print_rows
 from dora_diffusion.families import FAMILIES, USUAL
 from dora_diffusion.formats.adapter.metadata import READING, reading_in_words, stated_reading
 from dora_diffusion.wording import counted, pixels
 
 if TYPE_CHECKING:
-    from dora_diffusion.export import AdapterReport
+    from dora_diffusion.export import AdapterReport, ModelReport
 
 # Facts of the metadata that have rows of their own, or are about the file's layers.
 _SHOWN = (
@@ -27,21 +27,45 @@ _UNKNOWN = "unknown; convert with --family"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
-    parser.add_argument("file", help="An adapter file or folder.")
+    parser.add_argument("file", help="An adapter, or a whole model: a file or folder.")
     add_base(parser, required=False)
     parser.add_argument("--json", action="store_true", help="Print JSON.")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Say what an adapter file is."""
-    from dora_diffusion.export import inspect_adapter
+    """Say what an adapter file or a model is."""
+    from dora_diffusion.export import inspect_adapter, inspect_model
+    from dora_diffusion.export.programs import is_model
 
-    report = inspect_adapter(args.file, args.base, **base_options(args))
+    report: AdapterReport | ModelReport
+    if is_model(args.file):
+        names = [name for name in ("base", "variant", "revision") if getattr(args, name)]
+        warn_of(dict.fromkeys(names, f"{args.file} is a model; verify compares it with its base"))
+        report = inspect_model(args.file)
+        facts = _facts_of_model(report)
+    else:
+        report = inspect_adapter(args.file, args.base, **base_options(args))
+        facts = _facts(report)
     if args.json:
         print_json(report.to_dict())
     else:
-        print_rows([*_facts(report), *_verdicts(report)])
+        print_rows([*facts, *_verdicts(report)])
     return 0
+
+
+def _facts_of_model(report: ModelReport) -> list[tuple[str, str]]:
+    kind = "one file" if report.is_single_file else "Diffusers folder"
+    merged = ", ".join(f"{name} at {strength:g}" for name, strength in report.adapters)
+    rows = [
+        ("model", f"{report.path.name}, {kind}, {report.nbytes / 1e6:.2f} MB"),
+        ("family", f"{report.family.title} ({report.family.name})"),
+        ("predicts", report.schedule or "not said"),
+        ("precision", ", ".join(report.dtypes)),
+        ("trigger", report.trigger),
+        ("base model", report.base),
+        ("merged in", merged),
+    ]
+    return [(name, value) for name, value in rows if value]
 
 
 def _facts(report: AdapterReport) -> list[tuple[str, str]]:
@@ -73,15 +97,15 @@ def _facts(report: AdapterReport) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
-def _verdicts(report: AdapterReport) -> list[tuple[str, str]]:
+def _verdicts(report: AdapterReport | ModelReport) -> list[tuple[str, str]]:
     """Which programs compute it as it was trained, whether it fits, and what to know."""
     heading = ("PROGRAM", "COMPUTES IT AS IT WAS TRAINED?")
     programs = [
         (name, "not known" if verdict == "-" else verdict) for name, verdict in report.tools.items()
     ]
     rows = [("", ""), heading, *programs, ("", "")]
-    if report.fits:
-        rows.append(("fits", report.fits))
+    if fits := getattr(report, "fits", ""):
+        rows.append(("fits", fits))
     return rows + [("note", note) for note in report.notes]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import re
 import sys
 import warnings
@@ -20,7 +19,7 @@ from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.console.progress import say
 from dora_diffusion.console.tables import print_json
 from dora_diffusion.families import PREDICTION_TYPES
-from dora_diffusion.formats.layouts import CONVERSIONS
+from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.wording import counted
 
@@ -206,14 +205,14 @@ def load_adapted_model(args: argparse.Namespace) -> tuple[Components, AdapterMet
     """The base model with the adapter on it, ready to sample from.
 
     Raises:
-        ConfigError: If a strength is no finite number, before anything is loaded.
+        ValueError: If a strength is out of its limits, before anything is loaded.
 
     Warns:
         UserWarning: Of flags without effect.
     """
-    for name in _STRENGTHS:
-        value = getattr(args, name)
-        require(math.isfinite(value), f"{name} is {value}; it must be a finite number", name)
+    from dora_diffusion.numerics.weights import Strengths
+
+    Strengths(*(getattr(args, name) for name in _STRENGTHS))
     options = model_options(args)
     warn_without_effect(args)
     from dora_diffusion.generate import load_adapted
@@ -303,9 +302,6 @@ def _add_strengths(parser: argparse.ArgumentParser, texts: dict[str, str]) -> No
 if TYPE_CHECKING:
     from dora_diffusion.export import ConversionReport
 
-# Flags that limit ranks.
-LIMITS = ("rank", "conv_rank", "energy")
-
 
 def add_limits(parser: argparse.ArgumentParser, text: str, *, required: bool = False) -> None:
     """Add what limits the rank of each layer; ``text`` says what ``--rank`` is."""
@@ -350,7 +346,10 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def print_written(
     report: ConversionReport, output: str | Path | None = None, *, as_json: bool
 ) -> None:
-    """Say what was written, how near it is, and which programs read it exactly."""
+    """Say what was written, how near it is, and which programs read it exactly.
+
+    Of a file for one program: what it costs there.
+    """
     from dora_diffusion.export import inspect_adapter
 
     if as_json:
@@ -366,11 +365,26 @@ def print_written(
         )
     for note in report.notes:
         print(f"note: {note}")
-    exact, wrong = where_it_works(inspect_adapter(report.path).tools)
+    tools = inspect_adapter(report.path).tools
+    if report.program:
+        print(_cost(report, tools))
+        return
+    exact, wrong = where_it_works(tools)
     for line in exact:
         print(line)
     if wrong:
         print(f"wrong: {wrong}; convert it for these, or export a merged model")
+
+
+def _cost(report: ConversionReport, tools: Mapping[str, str]) -> str:
+    """One line: whether a program computes the file that was made for it exactly, and its size."""
+    program = PROGRAMS[report.program]
+    line = f"for {program.title} ({program.place}): {tools.get(program.columns[0], 'not known')}"
+    if report.growth >= 2:
+        line += f"; {report.growth:.0f} times as large as the adapter"
+    if "which is off" in line:
+        line += "; a merged model is exact (dora-diffusion export)"
+    return line
 
 
 def fit_options(args: argparse.Namespace) -> dict[str, Any]:

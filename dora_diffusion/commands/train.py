@@ -151,6 +151,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"done: {written}")
         print(trigger_line(progress.trigger, example_prompt(config)))
         print("\n".join(next_steps(config, written)))
+        if result.kept is not None:
+            print(f"the file keeps {result.kept:.1%} of what training changed")
         if config.push_to_hub:
             from dora_diffusion.hub import push
 

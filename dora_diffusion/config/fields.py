@@ -17,7 +17,7 @@ from typing import Any, Literal
 from dora_diffusion.wording import did_you_mean
 
 AUTO = "auto"
-_LONG = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_LONG = {"float": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _SHORT = {dtype: short for short, dtype in _LONG.items()}
 
 DTYPES = tuple(_SHORT)
@@ -264,8 +264,8 @@ class Setting:
         choices, word = self.choices or (), str(value).lower()
         if word == "none" and self.default is None:
             return None
-        word = word if word in choices else precision_name(word)
-        return word if word in choices else value
+        names = (word, precision_name(word), dtype_name(word))
+        return next((name for name in names if name in choices), value)
 
 
 def flag(default: Any, text: str, **metadata: Any) -> Any:

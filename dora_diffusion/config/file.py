@@ -67,7 +67,7 @@ def _read_text(path: str | Path) -> str:
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"the config file {path} is not UTF-8 text; save it again") from error
+        raise ConfigError(f"the config file {path} is not UTF-8 text; save it as UTF-8") from error
 
 
 def _lines(path: str | Path, root: Any) -> dict[str, int]:

@@ -111,7 +111,7 @@ def read_prompts(file: str | Path) -> list[str]:
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text; save it as UTF-8"
         raise ConfigError(
             f"cannot read sample_prompts {file}: {reason}", "sample_prompts"
         ) from error

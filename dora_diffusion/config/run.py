@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dora_diffusion.config.fields import PRECISIONS, AnyOf, Need, flag
+from dora_diffusion.config.fields import DTYPES, PRECISIONS, AnyOf, Need, flag
 
 OFFLOADS = ("auto", "none", "model")
 SHARDINGS = ("auto", "none", "fsdp")
@@ -228,7 +228,16 @@ class OutputSettings:
     single_file: bool = flag(
         False,
         "Write the model of full fine-tuning as one .safetensors too, in the original layout that "
-        "user interfaces read.",
+        "web UIs read.",
+        resume="ignored",
+        needs=(Need("method", ("full",)),),
+    )
+    save_precision: str | None = flag(
+        None,
+        "Precision of the model that full fine-tuning writes. float32 keeps all that was learned, "
+        "at twice the size of half precision.",
+        derived="the base's",
+        choices=DTYPES,
         resume="ignored",
         needs=(Need("method", ("full",)),),
     )

@@ -37,7 +37,7 @@ def read_caption(photo: str | Path, default: str, *, per_line: bool = False) -> 
             ) from error
         return default
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name}: the caption is not UTF-8 text; save it again") from error
+        raise ValueError(f"{path.name}: the caption is not UTF-8 text; save it as UTF-8") from error
     lines = (" ".join(line.split()) for line in text.splitlines())
     return ("\n" if per_line else " ").join(line for line in lines if line) or default
 

@@ -159,4 +159,6 @@ class Wildcards:
         try:
             return path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: the wildcards are not UTF-8 text; save it again") from error
+            raise ConfigError(
+                f"{path}: the wildcards are not UTF-8 text; save it as UTF-8"
+            ) from error

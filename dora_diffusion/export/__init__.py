@@ -7,6 +7,7 @@ from dora_diffusion.export.combine import combine_adapters
 from dora_diffusion.export.convert import ConversionReport, convert_adapter
 from dora_diffusion.export.extract import extract_adapter
 from dora_diffusion.export.files import ExportError, inspect_adapter
+from dora_diffusion.export.programs import ModelReport, inspect_model
 from dora_diffusion.export.verify import VerifyReport, verify_checkpoint
 from dora_diffusion.formats.adapter.inspect import AdapterReport
 
@@ -14,11 +15,13 @@ __all__ = [
     "AdapterReport",
     "ConversionReport",
     "ExportError",
+    "ModelReport",
     "VerifyReport",
     "combine_adapters",
     "convert_adapter",
     "export_checkpoint",
     "extract_adapter",
     "inspect_adapter",
+    "inspect_model",
     "verify_checkpoint",
 ]

@@ -35,6 +35,7 @@ from dora_diffusion.export.merged import (
     with_vae,
 )
 from dora_diffusion.export.metadata import ModelMetadata, merged_metadata, trained_metadata
+from dora_diffusion.export.programs import check_a1111_config, write_a1111_config
 from dora_diffusion.formats.adapter.embeddings import (
     is_written,
     said_of_embeddings,
@@ -86,8 +87,9 @@ def export_checkpoint(
         adapters: An adapter file or output folder, or several as ``[(adapter, strength), ...]``,
             whose strengths are multiplied with ``strength``. Their order does not matter. Of none
             (``()``) the output is the base itself, in this layout and dtype.
-        output: A name ending in ``.safetensors`` gives one file in the original layout, which
-            every user interface reads; any other name gives a diffusers folder.
+        output: A name ending in ``.safetensors`` gives one file in the original layout, with a
+            YAML beside it where A1111 needs one (`inspect_model` says what each program takes it
+            for); any other name gives a diffusers folder.
         strength: 0 is the base, 1 the adapter as trained.
         unet_strength: Multiplies it for the UNet.
         text_encoder_strength: Multiplies it for the text encoders.
@@ -160,39 +162,40 @@ def export_trained(
     vae: str | Path | None = None,
     variant: str | None = None,
     config: str | Path | None = None,
-    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write a model that was trained from a base, streamed one tensor at a time, atomically.
+
+    One that is there is replaced.
 
     Args:
         base: What it was trained from: a Diffusers folder, a hub id, ``embedded:NAME`` or a single
             ``.safetensors`` file. What was not trained is its own, to the last bit.
-        tensors: Canonical name -> what gives the trained tensor. It is cast to the dtype that the
-            base stores.
+        tensors: Canonical name -> what gives the trained tensor.
         output: A name ending in ``.safetensors`` gives one file in the original layout, any other
             a Diffusers folder.
         metadata: What is known of the training: trigger words, steps.
         vae: Another autoencoder, which takes the place of the base's.
         variant: Weight variant of the base, such as ``"fp16"``.
         config: For a folder made from a single file: a Diffusers folder with its configuration.
-        overwrite: Replace an output that exists.
+        dtype: Of the UNet and the text encoders; None keeps that of the base.
 
     Returns:
         The output path.
 
     Raises:
-        ExportError: If the output exists, or the base has no such tensor.
+        ExportError: If the output is no model, or the base has no such tensor.
         DiskFullError: If there is not enough space; nothing is changed then.
     """
     output = Path(output).expanduser()
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(open_model(base, variant))
-        check_output(output, model.path, (), overwrite)
+        check_output(output, model.path, (), True)
         new_vae = None if vae is None else stack.enter_context(open_vae(vae))
         weights: ModelWeights = with_vae(model, new_vae) if new_vae else model
         if unknown := tensors.keys() - weights.specs.keys():
             raise ExportError(f"the base has no {listing(sorted(unknown), 3)}")
-        trained = MergedModel(Overlay(weights, tensors), ())
+        trained = MergedModel(Overlay(weights, tensors), (), dtype)
         facts = replace(metadata, base_model=without_path(str(base)))
         restate_schedule(model, base, AskedSchedule(adapters=[facts]))
         described = trained_metadata(model, metadata, output)
@@ -211,7 +214,9 @@ def _write(
     on_progress: OnProgress | None,
 ) -> None:
     if output.suffix == ".safetensors":
+        check_a1111_config(output, model)
         _write_single_file(merged, model.single_file(), output, metadata, on_progress)
+        write_a1111_config(output, model)
         return
     plan = plan_folder(model, config)
     if vae is not None:

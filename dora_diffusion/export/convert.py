@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,10 +35,18 @@ from dora_diffusion.formats.adapter.metadata import (
     TRAINED_ALPHA,
     AdapterMetadata,
 )
-from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
+from dora_diffusion.formats.adapter.stored import StoredAdapter
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, StoredModel, module_weight
 from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.formats.files.header import PICKLED
-from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK, layout_named
+from dora_diffusion.formats.layouts import (
+    CONVERSIONS,
+    LORA_RANK,
+    PROGRAMS,
+    TARGETS,
+    Program,
+    layout_named,
+)
 from dora_diffusion.formats.layouts.base_specific import needs_compensation
 from dora_diffusion.formats.layouts.compatibility import stated_approximation
 from dora_diffusion.images import thumbnail as make_thumbnail
@@ -63,13 +72,15 @@ class ConversionReport:
 
     Attributes:
         path: The file or folder.
-        target: The format, a key of ``CONVERSIONS``: ``"kohya"`` for a ``comfyui`` file without
-            output-axis magnitudes, which is one.
+        target: The format, a key of ``CONVERSIONS``: of a program the one that it needs.
+            ``"kohya"`` for a ``comfyui`` file without output-axis magnitudes, which is one.
         layers: Number of layers.
         errors: Per layer, the relative error of what was fitted; empty where nothing is.
         total_error: The relative error of all layers together, 0 if the file is exact.
         notes: What was broken in the source and how it was repaired, one line each.
         embeddings: The files that trained tokens went to, by token.
+        program: The key of ``PROGRAMS`` that it was made for; empty where a format was asked for.
+        growth: Size of the file, relative to what it was made from.
     """
 
     path: Path
@@ -79,6 +90,8 @@ class ConversionReport:
     total_error: float = 0.0
     notes: tuple[str, ...] = ()
     embeddings: Mapping[str, Path] = field(default_factory=dict)
+    program: str = ""
+    growth: float = 1.0
 
     @property
     def worst(self) -> tuple[str, float] | None:
@@ -114,7 +127,7 @@ def convert_adapter(
     Args:
         source: Adapter file or folder.
         output: File (``.safetensors``) or folder to write.
-        target: A key of ``CONVERSIONS``.
+        target: A key of ``PROGRAMS``, which gets the format that it needs, or of ``CONVERSIONS``.
         base: Of ``dense``, ``lora``, ``comfyui`` on the output axis; ``dora`` is nearer with it.
         variant: Weight variant of the base, such as ``"fp16"``.
         revision: Branch, tag or commit of a base on the hub.
@@ -132,35 +145,68 @@ def convert_adapter(
         ExportError: If the output exists or is read, or the target lacks a base or a rank.
         AdapterFormatError: If the source cannot be read, or the target cannot hold it.
     """
-    settings = _check_request(target, base, FitSettings(rank, conv_rank, energy, dtype=dtype))
     output, inputs = Path(output).expanduser(), [find_adapter(source)]
     inputs += [Path(base).expanduser()] if base is not None else []
     with contextlib.ExitStack() as stack:
         model = None if base is None else stack.enter_context(open_model(base, variant, revision))
-        sums = model is not None and target in ("dense", "dora")
-        adapter = read_adapter(source, model, alpha=alpha, sums=sums)
+        adapter = _read(source, target, model, alpha)
+        program, target = target if target in PROGRAMS else "", _conversion(target, adapter)
+        settings = FitSettings(rank, conv_rank, energy, dtype=dtype)
+        settings = _check_request(target, base, settings, PROGRAMS.get(program))
         settings = dataclasses.replace(settings, norm_axis=axis_of(adapter.layers.values()))
         kind = _key_format(target, adapter, settings, model)
         check_free(output, layout_named(kind).file_name, inputs, overwrite)
         embeddings = check_overwrite(output, adapter, overwrite)
-        family = family or (model.family.name if model else "")
-        metadata = _with_additions(adapter.metadata, family, tags, thumbnail)
-        adapter = dataclasses.replace(adapter, metadata=metadata)
+        adapter = _with_additions(adapter, family or _family(model), tags, thumbnail)
         adapter, errors, total = _of_smaller_rank(adapter, target, settings, model)
         path = write_adapter(output, adapter, kind, dtype=dtype, base=model)
-    target = _written_as(target, adapter)
+    count, written = len(adapter.layers), _written_as(target, adapter)
     notes = (*adapter.notes, *said_of_embeddings(embeddings))
-    return ConversionReport(path, target, len(adapter.layers), errors, total, notes, embeddings)
+    growth = StoredAdapter.open(path).nbytes / StoredAdapter.open(source).nbytes
+    return ConversionReport(path, written, count, errors, total, notes, embeddings, program, growth)
 
 
-def _check_request(target: str, base: str | Path | None, settings: FitSettings) -> FitSettings:
-    """Refuse what cannot be done; the settings with the rank that a target has by default."""
-    if target not in CONVERSIONS:
-        raise ExportError(f"unknown target {target!r}; there is {', '.join(CONVERSIONS)}")
-    if base is None and target in _APPROXIMATE:
-        raise ExportError(
-            f"{target} files are made for one base model; give that model with --base"
-        )
+def _read(
+    source: str | Path, target: str, model: ModelWeights | None, alpha: float | None
+) -> AdapterFile:
+    """An adapter for a target; with a LoRA beside its DoRA where that can hold it."""
+    if target not in TARGETS:
+        raise ExportError(f"unknown target {target!r}; there is {', '.join(TARGETS)}")
+    program = PROGRAMS.get(target)
+    sums = target in ("dense", "dora") or (program is not None and program.takes_dense)
+    return read_adapter(source, model, alpha=alpha, sums=sums and model is not None)
+
+
+def _conversion(target: str, adapter: AdapterFile) -> str:
+    """The conversion that a program needs of an adapter; any other target stays."""
+    if target not in PROGRAMS:
+        return target
+    axes = {w.norm_axis for w in adapter.layers.values() if w.magnitude is not None}
+    return PROGRAMS[target].conversion(axes, is_sum=bool(adapter.beside))
+
+
+def _check_request(
+    target: str, base: str | Path | None, settings: FitSettings, program: Program | None
+) -> FitSettings:
+    """Refuse what cannot be done; the settings with the rank that a target has by default.
+
+    Warns:
+        UserWarning: Of limits on ranks without effect.
+    """
+    is_needed = target in _APPROXIMATE or (program and CONVERSIONS[target].for_one_base)
+    if base is None and is_needed:
+        files = f"{target} files are"
+        if program is not None:
+            files = f"{program.title} needs this adapter as a {target} file, which is"
+        raise ExportError(f"{files} made for one base model; give that model with --base")
+    limits = {name: getattr(settings, name) for name in ("rank", "conv_rank", "energy")}
+    given, reason = [name for name, value in limits.items() if value is not None], ""
+    if not CONVERSIONS[target].takes_rank:
+        reason = f"{target} files keep the adapter's; --to dora and --to lora take one"
+    elif target in _APPROXIMATE:
+        given, reason = [n for n in given if n == "conv_rank"], f"{target} files have one rank"
+    for name in given if reason else ():
+        warnings.warn(f"{name} has no effect because {reason}", stacklevel=3)
     if target in _APPROXIMATE and settings.rank is None:
         return dataclasses.replace(settings, rank=LORA_RANK)
     if CONVERSIONS[target].needs_rank and not settings.limits:
@@ -232,18 +278,24 @@ def _approximation_of(
     return dataclasses.replace(adapter.metadata, extra=extra)
 
 
+def _family(model: StoredModel | None) -> str:
+    return "" if model is None else model.family.name
+
+
 def _with_additions(
-    old: AdapterMetadata, family: str, tags: Sequence[str], thumbnail: str | Path | None
-) -> AdapterMetadata:
-    """The metadata with what the user adds; the adapter's own family stays."""
+    adapter: AdapterFile, family: str, tags: Sequence[str], thumbnail: str | Path | None
+) -> AdapterFile:
+    """The adapter with what the user adds to its metadata; its own family stays."""
+    old = adapter.metadata
     counts = dict(old.tag_frequency)
-    return dataclasses.replace(
+    metadata = dataclasses.replace(
         old,
         family=old.family or family,
         tags=tuple(dict.fromkeys((*old.tags, *tags))),
         thumbnail=make_thumbnail(thumbnail) if thumbnail else old.thumbnail,
         tag_frequency=dict.fromkeys(tags, 1) | counts if counts else counts,
     )
+    return dataclasses.replace(adapter, metadata=metadata)
 
 
 def check_free(

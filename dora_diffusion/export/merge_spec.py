@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import warnings
 from collections import Counter
@@ -20,7 +19,7 @@ from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.formats.layouts.peft import PEFT_FILE
 from dora_diffusion.merge import WeightedAdapter
-from dora_diffusion.numerics.weights import LayerWeights, Strengths
+from dora_diffusion.numerics.weights import LayerWeights, Strengths, require_strength
 
 Adapters = str | Path | Sequence[tuple[str | Path, float]]
 _CHUNK = 2**18  # stays in the processor's cache between reading and hashing
@@ -40,7 +39,7 @@ class MergeSpec:
         magnitude_strength: Moves the magnitude by a share of its change.
 
     Raises:
-        ExportError: If a strength is not a number.
+        ValueError: If a strength is out of its limits.
     """
 
     adapters: Adapters
@@ -51,10 +50,9 @@ class MergeSpec:
     magnitude_strength: float = 1.0
 
     def __post_init__(self) -> None:
-        values = {str(path): strength for path, strength in self.pairs()}
-        values |= {"strength": self.strength, **self.knobs()}
-        if wrong := [f"{name} {v}" for name, v in values.items() if not math.isfinite(v)]:
-            raise ExportError(f"strengths must be finite numbers, got {', '.join(wrong)}")
+        values = {f"the strength of {path}": strength for path, strength in self.pairs()}
+        for name, value in (values | {"strength": self.strength, **self.knobs()}).items():
+            require_strength(name, value)
 
     def require_adapter(self) -> None:
         """Refuse to do without any.

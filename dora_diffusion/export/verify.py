@@ -15,7 +15,7 @@ from dora_diffusion.export.folder import UNUSED, WEIGHT_PREFIXES
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec, adapter_hash, recorded
 from dora_diffusion.export.merged import MergedModel, open_vae, with_vae
 from dora_diffusion.export.metadata import MERGED
-from dora_diffusion.formats.checkpoint.schedule import MARKERS, UNASKED, AskedSchedule
+from dora_diffusion.formats.checkpoint.schedule import MARKERS, STEP, UNASKED, AskedSchedule
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, StoredModel, restate_schedule
 from dora_diffusion.formats.names.checkpoint import standard_key
 from dora_diffusion.formats.names.modules import BUFFERS, split_component
@@ -241,7 +241,8 @@ def _unexpected_keys(merged: StoredModel, base: StoredModel) -> list[str]:
 
     The noise schedule, for one, is a config in folders, and is often left in single files.
     """
-    keys = [k for k in merged.other_specs if k not in MARKERS and not k.endswith(BUFFERS)]
+    stated = {*MARKERS, STEP}
+    keys = [k for k in merged.other_specs if k not in stated and not k.endswith(BUFFERS)]
     if base.is_single_file:
         known = {standard_key(key) for key in base.other_specs}
         return [key for key in keys if standard_key(key) not in known]

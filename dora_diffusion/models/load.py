@@ -12,10 +12,15 @@ from typing import Any
 
 import torch
 
+from dora_diffusion import toy
 from dora_diffusion.families import USUAL, Family, UnsupportedModelError, detect_folder_family
 from dora_diffusion.formats.adapter.embeddings import read_tokens
 from dora_diffusion.formats.adapter.metadata import OWN, stated_reading
-from dora_diffusion.formats.checkpoint.file import CheckpointFile, detect_checkpoint_family
+from dora_diffusion.formats.checkpoint.file import (
+    CheckpointFile,
+    base_name,
+    detect_checkpoint_family,
+)
 from dora_diffusion.formats.checkpoint.folder import by_scheduler, read_json
 from dora_diffusion.formats.checkpoint.schedule import (
     EPSILON,
@@ -31,10 +36,12 @@ from dora_diffusion.formats.names.modules import BUFFERS, canonical
 from dora_diffusion.models.components import Components, cast_to_weight, fingerprint
 from dora_diffusion.models.configuration import (
     empty_module,
+    is_released,
     released_folder,
     require_prediction,
 )
 from dora_diffusion.models.locate import (
+    EMBEDDED_PREFIX,
     ModelNotFoundError,
     fetch_snapshot,
     looks_local,
@@ -257,16 +264,15 @@ def _module_of_file(file: CheckpointFile, folder: Path, part: str, dtype: torch.
         module = empty_module(folder, part)
     wanted = {key: canonical(part, key) for key in module.state_dict() if not key.endswith(BUFFERS)}
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    wrong = [
-        name
-        for key, name in wanted.items()
-        if name not in file.specs or file.specs[name].shape != shapes[key]
-    ]
-    if wrong:
+    lacking = [name for name in wanted.values() if name not in file.specs]
+    has = {name: shapes[key] for key, name in wanted.items() if name in file.specs}
+    other = [name for name, shape in has.items() if file.specs[name].shape != shape]
+    if lacking or other:
+        lacks = f"it lacks {listing(lacking, 3)}" if lacking else f"{listing(other, 3)} differ"
+        whose = f"a released {file.family.title}" if is_released(folder) else folder.name
         raise ValueError(
-            f"{file.path} could not be loaded: it is damaged, or not shaped as its configuration "
-            f"says ({listing(wrong, 3)}); give a Diffusers folder of its shape as --config (of "
-            "train: --model_config)"
+            f"{file.path} is not shaped as {whose}: {lacks}; give a Diffusers folder of its shape "
+            f"as --config (of train: --model_config){_base_of(file)}"
         )
     with plain_errors(str(file.path)):
         # A tensor that is its own memory: the file is closed, and parts of one are not kept whole.
@@ -276,6 +282,14 @@ def _module_of_file(file: CheckpointFile, folder: Path, part: str, dtype: torch.
         }
     module.load_state_dict(state, strict=False, assign=True)
     return module
+
+
+def _base_of(file: CheckpointFile) -> str:
+    """A hint at the model that a file was made from, which has its shape."""
+    name = base_name(file.metadata)
+    if name in toy.MODELS:
+        name = f"{EMBEDDED_PREFIX}{name}"
+    return f", such as its base model's: {name}" if name else ""
 
 
 def reschedule(components: Components, asked: AskedSchedule) -> Components:

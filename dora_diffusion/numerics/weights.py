@@ -129,6 +129,10 @@ def oriented(weight: Tensor, kind: LayerKind) -> Tensor:
     return weight if kind == "plain" else weight.t()
 
 
+STRENGTH_LIMIT = 10
+"""Far beyond what any image survives."""
+
+
 @dataclass(frozen=True)
 class Strengths:
     """How strongly one adapter acts.
@@ -137,8 +141,28 @@ class Strengths:
         strength: ``W + strength * (W' - W)``: 0 is the base, 1 the adapter as trained.
         direction_strength: Scales the low-rank difference inside the norm.
         magnitude_strength: Moves the magnitude by a share of its change from the base's norm.
+
+    Raises:
+        ValueError: If one is no number of at most `STRENGTH_LIMIT`.
     """
 
     strength: float = 1.0
     direction_strength: float = 1.0
     magnitude_strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            require_strength(field.name, getattr(self, field.name))
+
+
+def require_strength(name: str, value: float) -> None:
+    """Refuse a strength that is no share of what was trained: 70 for 0.7, or NaN.
+
+    Raises:
+        ValueError: If so.
+    """
+    if not abs(value) <= STRENGTH_LIMIT:
+        raise ValueError(
+            f"{name} is {value:g}; it must be between -{STRENGTH_LIMIT} and {STRENGTH_LIMIT}, "
+            "where 1 is the adapter as trained"
+        )

@@ -18,7 +18,8 @@ RESCAN = 5.0
 class Catalogue:
     """Adapter files and runs' folders, by name; only these are ever opened.
 
-    A file is called by its name without ``.safetensors``, a folder with an adapter by its own. What
+    A folder with an adapter is called by its name, a file by its own without ``.safetensors``: with
+    it where a folder beside it has that name, as what was converted for another program may. What
     is asked for is looked up among these names, and never made a path of.
 
     Args:
@@ -46,8 +47,10 @@ class Catalogue:
             ConfigError: If there are two, and the look is ``strict``.
         """
         files: dict[str, Path] = {}
-        for file in (file for folder in self._folders for file in _adapters_in(folder)):
-            name = file.stem if file.suffix == ".safetensors" else file.name
+        found = dict.fromkeys(f for folder in self._folders for f in _adapters_in(folder))
+        for file in found:
+            is_file = file.suffix == ".safetensors"
+            name = file.stem if is_file and file.with_suffix("") not in found else file.name
             require(
                 name not in files or not strict,
                 f"{file} and {files.get(name)} have one name; rename one of them",

@@ -177,14 +177,18 @@ class TrainedAdapters:
             return write_vera(folder, vectors, replace(metadata, extra=extra))
         return folder
 
-    def reload(self, written: Path) -> None:
-        """Replace the live adapter by what the file holds: what is sampled then shows the file."""
+    def reload(self, written: Path) -> float | None:
+        """Replace the live adapter by what the file holds: what is sampled then shows the file.
+
+        Returns None: unlike a model's, its numbers are float32 in the file, too.
+        """
         components = self.components.adaptable()
         for model in self.modules.values():
             remove_adapters(model)
         adapter = read_adapter(written, LiveWeights(components))
         load_adapter_state(components, adapter.layers)
         self.words.load(adapter.tokens)
+        return None
 
 
 @dataclass(frozen=True)

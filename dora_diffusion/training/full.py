@@ -18,12 +18,14 @@ from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.export.checkpoint import export_trained
 from dora_diffusion.export.files import open_model
+from dora_diffusion.export.merged import MergedModel
 from dora_diffusion.formats.adapter.embeddings import field_of, read_tokens
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.files.names import PIPELINE_NAME
 from dora_diffusion.formats.names.modules import canonical
 from dora_diffusion.merge import is_finite
 from dora_diffusion.models.components import Components
+from dora_diffusion.models.precision import dtype_of
 from dora_diffusion.numerics.operation import convolve
 from dora_diffusion.training.adapters import (
     TrainedAdapters,
@@ -32,12 +34,15 @@ from dora_diffusion.training.adapters import (
     enter_training,
 )
 from dora_diffusion.training.optimizer import weight_groups
-from dora_diffusion.training.sharding import exchange, gather, is_sharded, local, own_part
+from dora_diffusion.training.sharding import add_up, exchange, gather, is_sharded, local, own_part
 from dora_diffusion.training.words import TrainedWords
 from dora_diffusion.wording import listing
 
 # Bytes of float32 per parameter that an optimizer keeps; adamw8bit quantises its two moments.
 _MOMENTS = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0}
+
+MUCH = 0.9
+"""Share of what was learned that a file should keep."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ class FullWeights:
             torch.set_autocast_cache_enabled(caches)
 
     def writer(self) -> Writer:
-        """Writes the whole model as a Diffusers folder, in the dtype of the base.
+        """Writes the whole model as a Diffusers folder, in the dtype of the base or another.
 
         All processes call it where the model is sharded; the first one's writes.
         """
@@ -161,13 +166,39 @@ class FullWeights:
         if self.config.single_file:
             write(folder / f"{PIPELINE_NAME}.safetensors", metadata)
 
-    def reload(self, written: Path) -> None:
-        """Take on the written values, which were rounded to the base's dtype."""
-        values = self._read(str(written), None)
-        with torch.no_grad():
+    def reload(self, written: Path) -> float:
+        """Take on the written values, which may be rounded.
+
+        Returns:
+            The share of what was learned that they keep, over all trained weights:
+            ``1 - |written - trained| / |trained - base|``, and at least 0.
+
+        Warns:
+            UserWarning: If that is less than `MUCH`.
+        """
+        lost, moved = [0.0, 0.0], [0.0, 0.0]  # of weights that are sharded, and others
+        source, variant = self.components.source, self.config.variant
+        with open_model(str(written)) as file, open_model(source, variant) as base, torch.no_grad():
             for name, parameter in self.trained.items():
-                local(parameter).copy_(values[name])
+                own, other = local(parameter), not is_sharded(parameter)
+                new, old = (own_part(parameter, model[name]).to(own) for model in (file, base))
+                lost[other] += (new - own).square().sum().item()
+                moved[other] += (own - old).square().sum().item()
+                own.copy_(new)
+            dtypes = {file.specs[name].dtype for name in self.trained}
         self.words.load(read_tokens(written))
+        if any(map(is_sharded, self.trained.values())):
+            sums = torch.tensor([lost[0], moved[0]], device=self.components.device)
+            lost[0], moved[0] = add_up(sums).tolist()
+        kept = max(0.0, 1 - (sum(lost) / sum(moved)) ** 0.5) if sum(moved) else 1.0
+        if kept < MUCH:
+            names = listing(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            warnings.warn(
+                f"the model is saved in {names}, which keeps {kept:.0%} of what training changed: "
+                "--save_precision float32 keeps all of it (a resumed run writes it again)",
+                stacklevel=4,
+            )
+        return kept
 
     def _export(
         self, output: Path, metadata: AdapterMetadata, values: Mapping[str, Tensor]
@@ -183,7 +214,7 @@ class FullWeights:
             vae=config.pretrained_vae_model_name_or_path,
             variant=config.variant,
             config=config.model_config,
-            overwrite=True,
+            dtype=_dtype(config),
         )
         self.words.write(folder)
         return written
@@ -261,9 +292,14 @@ def _report(
 ) -> FullReport:
     count = sum(parameter.numel() for parameter in trained.values())
     with open_model(components.source, config.variant) as model:
-        size = sum(spec.nbytes for spec in model.specs.values())
+        written = MergedModel(model, (), _dtype(config))
+        size = sum(spec.nbytes for spec in written.specs.values())
     checkpoint = size + count * (4 + _MOMENTS[config.optimizer_name])
     return FullReport(len(trained), count, size, checkpoint)
+
+
+def _dtype(config: TrainConfig) -> torch.dtype | None:
+    return None if config.save_precision is None else dtype_of(config.save_precision)
 
 
 def _check_disk(config: TrainConfig, report: FullReport) -> None:

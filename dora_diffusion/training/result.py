@@ -71,8 +71,12 @@ def take_best(session: Session, steps: int, checkpoints: Mapping[int, Path]) -> 
     return best
 
 
-def write_result(session: Session, folder: Path, steps: int, samples: SampleWriter) -> Path:
-    """Write what was learned, then its card and samples, which show the written file. Returns it.
+def write_result(
+    session: Session, folder: Path, steps: int, samples: SampleWriter
+) -> tuple[Path, float | None]:
+    """Write what was learned, then its card and samples, which show the written file.
+
+    Returns the file, and of full fine-tuning the share of what was learned that it keeps.
 
     A result of before is replaced when the new one was read back, and its numbers are finite. Where
     the model is sharded all processes call it, and the first one writes.
@@ -90,7 +94,7 @@ def write_result(session: Session, folder: Path, steps: int, samples: SampleWrit
         written = _write_weights(session, folder, steps, write, metadata)
     if shards_model(accelerator):
         accelerator.wait_for_everyone()
-    weights.reload(written)
+    kept = weights.reload(written)
 
     def show(grid: Image.Image) -> None:
         if not session.config.is_full and accelerator.is_main_process:
@@ -102,7 +106,7 @@ def write_result(session: Session, folder: Path, steps: int, samples: SampleWrit
             samples.of_result(steps, show)
         if accelerator.is_main_process:
             _write_card(session, folder, written, steps, samples.files)
-    return written
+    return written, kept
 
 
 def _write_weights(

@@ -54,6 +54,7 @@ class TrainResult:
         result_step: The step that the result is of, which with ``keep_best`` may be an earlier one;
             None if none was written.
         stopped_early: Whether ``early_stopping_patience`` ended it.
+        kept: The share of what full fine-tuning changed that the model's file keeps, or None.
     """
 
     output_dir: Path
@@ -66,6 +67,7 @@ class TrainResult:
     model: Path | None = None
     result_step: int | None = None
     stopped_early: bool = False
+    kept: float | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -190,11 +192,12 @@ class Run:
         """Write what was learned, sample from the written file, and write the card."""
         self.session.activate()
         total_steps, written, result_step = self.session.total_steps, None, None
+        kept: float | None = None
         is_complete = self._is_complete(steps)
         if is_complete and (self.is_main or self.shards):
             self.stop.answer_with(_FINISHING)
             result_step = self._best_step(steps)
-            path = write_result(self.session, self.output_dir, result_step, self.samples)
+            path, kept = write_result(self.session, self.output_dir, result_step, self.samples)
             written = path if self.is_main else None  # Others have given their parts.
         self.session.accelerator.wait_for_everyone()
         signal_number = None if is_complete else self.stop.signal_number
@@ -212,6 +215,7 @@ class Run:
             written if is_full else None,
             result_step,
             stopped_early,
+            kept,
         )
 
     def _best_step(self, steps: int) -> int:

@@ -212,10 +212,11 @@ def _row_shard(tensor: Tensor) -> RowShard:
     """Which rows of a sharded tensor this process has; torch gives the first ones one more."""
     rows, length = tensor.shape[0], len(local(tensor))
     each = -(-rows // dist.get_world_size())
-    return RowShard(min(dist.get_rank() * each, rows), length, rows, _add_up)
+    return RowShard(min(dist.get_rank() * each, rows), length, rows, add_up)
 
 
-def _add_up(tensor: Tensor) -> Tensor:
+def add_up(tensor: Tensor) -> Tensor:
+    """The sum over all processes."""
     tensor = tensor.contiguous()
     dist.all_reduce(tensor)
     return tensor
@@ -261,7 +262,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """The mean over all processes of the gradients of parameters that each has whole."""
     found = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if found:
-        mean = _add_up(join(found)).div_(dist.get_world_size())
+        mean = add_up(join(found)).div_(dist.get_world_size())
         torch._foreach_copy_(found, list(split_like(mean, found)))
 
 
@@ -299,7 +300,7 @@ class LocalParameters(SteppedParameters):
         own = [part.grad for _, part in self._pairs if part.grad is not None]
         whole = [parameter.grad for parameter in self.whole if parameter.grad is not None]
         squares = [torch.nn.utils.get_total_norm(part).square() for part in (own, whole)]
-        norm = (_add_up(squares[0]) + squares[1]).sqrt()
+        norm = (add_up(squares[0]) + squares[1]).sqrt()
         if limit:
             torch._foreach_mul_([*own, *whole], (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm

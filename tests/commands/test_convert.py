@@ -10,12 +10,31 @@ import pytest
 
 from dora_diffusion import cli
 from dora_diffusion.cli import main
-from dora_diffusion.formats.layouts import CONVERSIONS
+from dora_diffusion.formats.layouts import PROGRAMS, TARGETS
 
 
 def test_every_conversion_can_be_asked_for() -> None:
-    for name in CONVERSIONS:
-        assert cli.build_parser().parse_args(["convert", "a", "b", "--to", name]).to == name
+    for name in TARGETS:
+        for word in (name, name.upper(), name.title(), name.replace("-", "_")):
+            assert cli.build_parser().parse_args(["convert", "a", "b", "--to", word]).to == name
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_file_for_a_program_says_in_one_line_what_it_costs(
+    name: str, trained: Path, sd1_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", str(trained), str(tmp_path / "a.safetensors"), "--to", name]
+    rank = ["--rank", "1"] if PROGRAMS[name].output_axis == "lora" else []
+    assert main([*command, "--base", str(sd1_folder), *rank]) == 0
+    start, cost = capsys.readouterr().out.splitlines()[-1].split(": exact", 1)
+    assert start == f"for {PROGRAMS[name].title} ({PROGRAMS[name].place})"
+    costs = {
+        "comfyui": "for its base: wrong with any other", "forge": "bypass mode",
+        "a1111": "times as large as the adapter", "invokeai": "wrong with any other",
+        "diffusers": "", "sd-scripts": "which is off the DoRA by",
+        "civitai": "; a merged model is exact",
+    }  # fmt: skip
+    assert costs[name] in cost
 
 
 def test_it_says_where_the_file_is_exact(trained, sd1_folder, tmp_path, capsys, last_line):

@@ -49,8 +49,9 @@ def generate(sd1_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("strength", "nan", "strength is nan; it must be a finite number"),
-        ("strength", "-inf", "strength is -inf; it must be a finite number"),
+        ("strength", "nan", "strength is nan; it must be between -10 and 10, where 1 is the"),
+        ("strength", "-inf", "strength is -inf; it must be between -10 and 10"),
+        ("strength", "70", "strength is 70; it must be between -10 and 10"),
         ("direction_strength", "inf", "direction_strength is inf"),
         ("magnitude_strength", "nan", "magnitude_strength is nan"),
         ("guidance_scale", "nan", "guidance_scale is nan"),
@@ -59,6 +60,8 @@ def generate(sd1_folder, tmp_path, capsys):
         ("steps", "0", "steps is 0; it must be at least 1"),
         ("width", "0", "width is 0"),
         ("height", "-8", "height is -8"),
+        ("width", "500", "width is 500; it must be a multiple of 8, such as 504"),
+        ("height", "3", "height is 3; it must be a multiple of 8, such as 8"),
         ("num_images", "0", "num_images is 0"),
         ("batch_size", "-1", "batch_size is -1"),
         ("seed", "-1", "seed is -1; it must be between 0 and"),
@@ -98,7 +101,7 @@ def test_of_several_images_none_is_replaced(generate, tmp_path):
     assert not (tmp_path / "image-3.png").exists()
 
 
-def test_a_strength_that_breaks_the_numbers_is_an_error_and_no_black_image(
+def test_an_adapter_that_breaks_the_numbers_is_an_error_and_no_black_image(
     generate, sd1_folder, tmp_path
 ):
     from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
@@ -108,9 +111,9 @@ def test_a_strength_that_breaks_the_numbers_is_an_error_and_no_black_image(
     inject_adapters(components.unet, AdapterConfig(targets=("attention",), rank=2))
     with torch.no_grad():
         for parameter in adapter_parameters(components.unet):
-            parameter.add_(0.1)
+            parameter.add_(1e30)
     adapter = save_adapter({"unet": components.unet}, tmp_path / "adapter")
-    code, error = generate(adapter=adapter, strength="1e38")
+    code, error = generate(adapter=adapter)
     assert code == 1
     assert "the image of seed 3 is not finite" in error
     assert not (tmp_path / "image.png").exists()
@@ -276,6 +279,8 @@ def test_images_of_one_batch_have_each_their_adapter(sd1_folder, random_adapter,
         ([], [], "must be a list with an entry for each image"),
         ([{"adaptr": "x"}], [], "entry 1 of .*: unknown key 'adaptr'; there are adapter, prompt"),
         ([None, {"seed": "x"}], [], "entry 2 of .*: seed is 'x', which it cannot be"),
+        ([{"adapter": "x", "strength": 70}], [], "strength of entry 1 of .* is 70; it must be"),
+        ([None, {"strength": float("nan")}], [], "strength of entry 2 of .* is nan; it must be"),
         ([[]], [], "entry 1 of .* must be 'adapter: FILE'"),
         ([None], ["--adapter", "x"], "adapter and adapters_file are both given"),
         ([None], ["--num_images", "2"], "num_images is 2, and .* has an entry for each image"),

@@ -47,11 +47,16 @@ def test_a_flag_without_effect_is_said(line, expected):
     assert said(line) == expected
 
 
+_LIMITS = "it must be between -10 and 10, where 1 is the adapter as trained"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--strength nan", "strength is nan; it must be a finite number"),
-        ("--magnitude_strength inf", "magnitude_strength is inf; it must be a finite number"),
+        ("--strength nan", f"strength is nan; {_LIMITS}"),
+        ("--magnitude_strength inf", f"magnitude_strength is inf; {_LIMITS}"),
+        ("--strength 70", f"strength is 70; {_LIMITS}"),
+        ("--direction_strength -11", f"direction_strength is -11; {_LIMITS}"),
         ("--guidance_scale nan", "guidance_scale is nan; it must be 0 or more"),
         ("--steps 0", "steps is 0; it must be at least 1"),
     ],

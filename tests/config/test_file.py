@@ -46,5 +46,5 @@ def test_a_file_that_is_wrong_is_named_with_its_line(
 
 def test_a_file_that_is_not_text_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+    with pytest.raises(ConfigError, match="is not UTF-8 text; save it as UTF-8"):
         read_config_file(tmp_path / "run.yaml")

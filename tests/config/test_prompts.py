@@ -55,7 +55,10 @@ def test_a_file_holds_a_prompt_a_line(tmp_path: Path) -> None:
     ("text", "message"),
     [
         (None, "cannot read sample_prompts .*prompts.txt: No such file"),
-        (b"\xff\xfe\xff", "cannot read sample_prompts .*: it is not UTF-8 text"),
+        (
+            b"\xff\xfe\xff",
+            "cannot read sample_prompts .*: it is not UTF-8 text; save it as UTF-8",
+        ),
         (b"# nothing\n\n", "sample_prompts .*prompts.txt has no prompt"),
         (b"a dog\n\na cat --w x\n", r"prompts.txt, line 3: the sample prompt 'a cat --w x'"),
         (b"--n blurry\n", "line 1: the sample prompt '--n blurry' has no text before its options"),

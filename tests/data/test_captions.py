@@ -36,7 +36,7 @@ def test_a_caption_file_wins_over_the_prompt(tmp_path: Path) -> None:
     (tmp_path / "photo.v2.txt").write_text(" \n", encoding="utf-8")
     assert read_caption(photo, "default") == "default"
     (tmp_path / "photo.v2.txt").write_bytes(b"\xff\xfe\x00s")
-    with pytest.raises(ValueError, match=r"photo\.v2\.txt: .*UTF-8"):
+    with pytest.raises(ValueError, match=r"photo\.v2\.txt: .*; save it as UTF-8"):
         read_caption(photo, "default")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dora_diffusion.cli import main
 from dora_diffusion.export import (
@@ -25,7 +27,8 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.formats.layouts import CONVERSIONS
+from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS
+from dora_diffusion.formats.layouts.compatibility import COLUMNS
 from dora_diffusion.numerics.low_rank import weight_change
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.export.helpers import MakeAdapter
@@ -35,6 +38,7 @@ from tests.formats.layouts.helpers import (
     load_pipeline,
     module_at,
 )
+from tests.formats.layouts.test_compatibility import a1111, comfyui, meant, plain_lora
 from tests.formats.layouts.test_kohya import load_metadata
 
 
@@ -78,7 +82,7 @@ def test_refusals_say_what_to_do(
 ) -> None:
     layers = random_adapter(sd1_folder, every=9)
     source = write_adapter(tmp_path / "a", AdapterFile(layers))
-    with pytest.raises(ExportError, match="unknown target 'x'; there is diffusers, peft"):
+    with pytest.raises(ExportError, match="unknown target 'x'; there is comfyui, forge, a1111"):
         convert_adapter(source, tmp_path / "b", "x")
     for target in ("comfyui", "dense", "lora", "lora-diffusers"):
         with pytest.raises(ValueError, match="made for one base model"):
@@ -238,3 +242,88 @@ def test_what_is_read_is_not_replaced(
         convert_adapter(peft / "unet", peft, "peft", overwrite=True)
     assert (peft / "text_encoder").is_dir()
     convert_adapter(dora, dora.parent, "kohya")  # another file of the same folder
+
+
+# What each program makes of a file in kohya's names: formulas of their sources, written apart.
+COMPUTED_BY = {
+    "comfyui": [comfyui], "forge": [comfyui], "a1111": [a1111], "invokeai": [a1111],
+    "sd-scripts": [plain_lora], "civitai": [comfyui, a1111],
+}  # fmt: skip
+AXES = {
+    "LoRA": (None,), "output": ("output",), "input": ("input",), "mixed": ("output", "input", None),
+}  # fmt: skip
+
+
+@pytest.fixture(params=AXES)
+def of_axes(
+    request: pytest.FixtureRequest, tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> tuple[Path, dict[str, LayerWeights]]:
+    """A kohya file whose layers have magnitudes on these axes in turn."""
+    axes = AXES[request.param]
+    kinds = [random_adapter(sd1_folder, axis=axis or "output", every=7) for axis in axes]
+    layers = {}
+    for number, name in enumerate(kinds[0]):
+        layer, axis = kinds[number % len(axes)][name], axes[number % len(axes)]
+        layers[name] = layer if axis else dataclasses.replace(layer, magnitude=None)
+    path = tmp_path / "source.safetensors"
+    return write_adapter(path, AdapterFile(layers, AdapterMetadata("sd1")), "kohya"), layers
+
+
+def parts_by_layer(file: Path, layers: dict[str, LayerWeights]) -> dict[str, dict[str, Tensor]]:
+    tensors, found = load_file(file), {}
+    for name in layers:
+        component, _, path = name.partition(".")
+        prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[component]
+        start = prefix + path.replace(".", "_") + "."
+        found[name] = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+    return found
+
+
+@pytest.mark.parametrize("program", COMPUTED_BY)
+def test_each_program_computes_the_file_that_is_made_for_it(
+    program: str, of_axes: tuple[Path, dict[str, LayerWeights]], sd1_folder: Path, tmp_path: Path
+) -> None:
+    source, layers = of_axes
+    target = PROGRAMS[program].conversion({w.norm_axis for w in layers.values() if w.magnitude
+                                           is not None})  # fmt: skip
+    rank = 10_000 if target == "lora" else None  # of a layer's own size it approximates nothing
+    output = tmp_path / "file.safetensors"
+    report = convert_adapter(source, output, program, base=sd1_folder, rank=rank)
+    assert (report.program, CONVERSIONS[report.target].takes_rank) == (program, target == "lora")
+    with PipelineFolder.open(sd1_folder) as pipeline:
+        for formula in COMPUTED_BY[program]:
+            for name, file in parts_by_layer(output, layers).items():
+                weight = pipeline[f"{name}.weight"].double()
+                wanted = meant(weight, layers[name])
+                error = (formula(weight, file) - wanted).norm() / (wanted - weight).norm()
+                assert error < 1e-4, (formula, name)
+
+
+def test_each_program_is_told_that_its_file_is_exact(
+    of_axes: tuple[Path, dict[str, LayerWeights]], sd1_folder: Path, tmp_path: Path
+) -> None:
+    """Diffusers, too, which reads no names of kohya's; `inspect` says it of the column."""
+    source, layers = of_axes
+    is_mixed = len({(w.norm_axis, w.magnitude is None) for w in layers.values()}) > 1
+    for name, program in PROGRAMS.items():
+        assert set(program.columns) < set(COLUMNS)
+        assert {program.output_axis, program.input_axis, program.lora} < {*CONVERSIONS, ""}
+        if is_mixed and name == "diffusers":
+            with pytest.raises(AdapterFormatError, match="its magnitude runs along the input axis"):
+                convert_adapter(source, tmp_path / name, name, base=sd1_folder)
+            continue
+        report = convert_adapter(source, tmp_path / name, name, base=sd1_folder)
+        tools = inspect_adapter(report.path).tools
+        if not is_mixed or report.target not in ("comfyui", "kohya"):
+            assert all(tools[column].startswith("exact") for column in program.columns), name
+
+
+def test_a_program_without_the_base_that_it_needs(dora: Path, tmp_path: Path) -> None:
+    for name, program in PROGRAMS.items():
+        if not CONVERSIONS[program.output_axis].for_one_base:
+            convert_adapter(dora, tmp_path / name, name)
+            continue
+        needs = f"{program.title} needs this adapter as a {program.output_axis} file, which is made"
+        with pytest.raises(ExportError, match=needs):
+            convert_adapter(dora, tmp_path / name, name)
+        assert not (tmp_path / name).exists()

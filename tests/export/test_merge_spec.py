@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dora_diffusion.cli import main
-from dora_diffusion.export import ExportError, export_checkpoint, verify_checkpoint
-from dora_diffusion.export.merge_spec import file_hash
+from dora_diffusion.export import export_checkpoint, verify_checkpoint
+from dora_diffusion.export.merge_spec import MergeSpec, file_hash
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
@@ -48,8 +50,20 @@ def test_strength_per_component_and_several_adapters(
         else:
             assert torch.equal(merged[name], weight), name
     assert verify_checkpoint(output, sdxl_folder, adapters, **options).ok
-    with pytest.raises(ExportError, match="finite numbers, got unet_strength nan"):
-        export_checkpoint(sdxl_folder, paths[0], tmp_path / "x", unet_strength=float("nan"))
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(MergeSpec)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 70, -10.5])
+def test_no_strength_is_out_of_its_limits(name: str, value: float) -> None:
+
+    def given(strength: float) -> dict[str, Any]:
+        own = [("dog", strength)] if name == "adapters" else strength
+        return {"adapters": "dog", name: own}
+
+    what = "the strength of dog" if name == "adapters" else name
+    with pytest.raises(ValueError, match=f"^{what} is {value:g}; it must be between -10 and 10"):
+        MergeSpec(**given(value))
+    assert MergeSpec(**given(10)).pairs()
 
 
 def test_the_hubs_name_of_a_file_is_its_hash(tmp_path: Path) -> None:

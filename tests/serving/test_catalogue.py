@@ -69,12 +69,24 @@ def test_a_file_that_was_written_since_is_read_again(folder):
         catalogue.metadata("dog")
 
 
+def test_a_file_beside_a_folder_of_its_name_has_its_suffix(folder):
+    """As `convert my-mug my-mug.safetensors` writes one; each can be asked for."""
+    catalogue = Catalogue([folder])
+    shutil.copy(folder / "dog.safetensors", folder / "cat run.safetensors")
+    assert catalogue.scan() == Catalogue([folder]).scan() == {
+        "cat run": folder / "cat run", "cat run.safetensors": folder / "cat run.safetensors",
+        "dog": folder / "dog.safetensors",
+    }  # fmt: skip
+    assert catalogue.metadata("cat run.safetensors").trigger == "sks dog"
+    assert catalogue.metadata("cat run").trigger == "sks cat"
+
+
 def test_two_of_one_name_are_refused_at_first_and_the_first_one_stays(folder):
-    catalogue, other = Catalogue([folder]), folder / "dog"
+    catalogue, other = Catalogue([folder]), folder / "other"
     other.mkdir()
-    shutil.copy(folder / "dog.safetensors", other / "pytorch_lora_weights.safetensors")
+    shutil.copy(folder / "dog.safetensors", other / "dog.safetensors")
     with pytest.raises(ConfigError, match="have one name; rename one of them"):
-        Catalogue([folder])
+        Catalogue([folder, other])
     assert catalogue.scan()["dog"] == folder / "dog.safetensors"
     with pytest.raises(ConfigError, match="does not exist; give a folder of adapters"):
         Catalogue([folder / "nowhere"])

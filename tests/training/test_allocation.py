@@ -13,7 +13,7 @@ from dora_diffusion.adapters.inject import inject_adapters, layer_adapters, merg
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.formats.adapter.file import read_adapter, write_adapter
+from dora_diffusion.formats.adapter.file import AdapterMetadata, read_adapter, write_adapter
 from dora_diffusion.numerics.allocation import BudgetSchedule
 from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.allocation import RankAllocation
@@ -107,6 +107,33 @@ def test_switched_off_rows_are_not_in_the_file_and_the_scale_stays(sd1_folder, p
         assert made.rank == 1
         assert made.scale == expected.scale == 1.5
         torch.testing.assert_close(made.up @ made.down, full.up @ full.down, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("alpha", "is_exact"), [(4.0, True), (1.0, True), (3.0, False)])
+@pytest.mark.parametrize("parametrization", ["adalora", "low-rank"])
+def test_a_file_holds_the_factors_to_the_bit_where_their_scale_is_a_power_of_two(
+    sd1_folder, photos, tmp_path, alpha, is_exact, parametrization
+):
+    """Those of the triplets that are on, without the others; else ``B`` is rounded once."""
+    session = open_run(sd1_folder, photos, tmp_path, targets=["attention"], rank=4,
+                       parametrization=parametrization, lora_alpha=alpha)  # fmt: skip
+    session.train_step(1)
+    live = {}
+    for number, (path, layer) in enumerate(adapted_layers(session.components.unet)):
+        adapter = layer.adapters["default"]
+        on = torch.ones(4, dtype=torch.bool)
+        if parametrization == "adalora":
+            on[: 1 + number % 2] = False
+            adapter.parametrization.diagonal.data[~on] = 0
+        full = adapter.weights()
+        live[f"unet.{path}"] = (full.down[on], full.scale * full.up[:, on].double())
+    written = session.weights.writer()(tmp_path / "file", AdapterMetadata("sd1"))
+    for name, layer in read_adapter(written).layers.items():
+        down, up = live[name]
+        assert torch.equal(layer.down, down)
+        assert layer.scale == 1
+        torch.testing.assert_close(layer.up.double(), up, rtol=1.2e-7, atol=0)
+        assert torch.equal(layer.up.double(), up) == (is_exact or not up.any())
 
 
 def test_it_weighs_the_gradients_that_the_optimizer_gets(sd1_folder, photos, tmp_path, monkeypatch):

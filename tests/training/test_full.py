@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from dora_diffusion import cli
 from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.analysis import analyze_weights
-from dora_diffusion.config import without_effect
+from dora_diffusion.config import TrainConfig, without_effect
 from dora_diffusion.evaluation.sampling import base_and_adapted
 from dora_diffusion.export.files import open_model
 from dora_diffusion.models.load import load_components
@@ -342,3 +344,86 @@ def test_taps_that_meet_padding_alone_get_no_gradient_in_bf16():
     torch.testing.assert_close(gradient[:, :, 1, 1], expected, rtol=1e-6, atol=1e-6)
     gradient[:, :, 1, 1] = 0
     assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.fixture
+def half_base(sd1_folder, tmp_path):
+    base = tmp_path / "half"
+    load_components(sd1_folder, dtype=torch.float16).pipeline().save_pretrained(base)
+    return base
+
+
+def test_the_share_of_what_was_learned_that_a_file_keeps(full_config, half_base, tmp_path):
+    """Against the float32 values of the same steps; the resumed run writes them, too."""
+    config = replace(
+        full_config, pretrained_model_name_or_path=str(half_base), learning_rate=1e-5,
+        checkpointing_steps=STEPS, train_text_encoder=True, text_encoder_lr=3e-4,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"saved in float16, which keeps \d+% of what training"):
+        rounded = train(config)
+    whole = train(replace(config, save_precision="float32", output_dir=str(tmp_path / "whole")))
+    before, after, learned = (stored(m) for m in (half_base, rounded.model, whole.model))
+    trained = [name for name in before if name.startswith(("unet.", "text_encoder."))]
+
+    def distance(one, other):
+        return sum((one[n].double() - other[n].double()).square().sum() for n in trained) ** 0.5
+
+    expected = 1 - distance(after, learned) / distance(learned, before)
+    assert 0.02 < expected < 0.9
+    assert rounded.kept == pytest.approx(expected.item(), abs=1e-4)
+    assert whole.kept == 1.0
+    assert {learned[name].dtype for name in trained} == {torch.float32}
+    assert {learned[n].dtype for n in before if n.startswith("vae.")} == {torch.float16}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        again = train(replace(config, save_precision="float32", resume_from_checkpoint="latest"))
+    assert not any("saved in" in str(warning.message) for warning in said)
+    assert again.kept == 1.0
+    assert changed(stored(again.model), learned) == set()
+
+
+@pytest.mark.parametrize("word", ["float32", "bfloat16", "float16"])
+def test_the_precision_of_a_model_is_that_which_is_asked_for(full_config, word, tmp_path):
+    config = replace(full_config, save_precision=word, single_file=True, checkpointing_steps=STEPS)
+    result = train(config)
+    dtype = getattr(torch, word)
+    (checkpoint,) = checkpoints_in(result.output_dir)
+    for written in (result.model, result.output_dir / "model.safetensors", checkpoint):
+        found = {name: t.dtype for name, t in stored(written).items()}
+        assert {kind for n, kind in found.items() if n.startswith("unet.")} == {dtype}
+        assert {kind for n, kind in found.items() if n.startswith("vae.")} == {torch.float32}
+    size = sum(file.stat().st_size for file in result.model.rglob("*.safetensors"))
+    assert session_of(config).weights.report.model_bytes == pytest.approx(size, rel=0.1)
+    assert (result.kept == 1.0) == (word == "float32")
+
+
+def test_words_for_a_precision(full_config):
+    words = {
+        "float32": ("float", "fp32", "FLOAT32"), "float16": ("fp16", "FP16"), "bfloat16": ("bf16",),
+    }  # fmt: skip
+    for name, spellings in words.items():
+        for word in (name, *spellings):
+            config = TrainConfig.from_dict({"method": "full", "save_precision": word})
+            assert config.save_precision == name
+    said = without_effect(replace(full_config, method="dora", save_precision="bfloat16"))
+    assert said["save_precision"] == "save_precision has no effect because method is dora"
+
+
+def test_the_last_line_says_what_the_file_keeps(full_config, half_base, tmp_path, capsys):
+    flags = [
+        "train", "--method", "full", "--pretrained_model_name_or_path", str(half_base),
+        "--instance_data_dir", str(full_config.instance_data_dir), "--instance_prompt", "a sks mug",
+        "--resolution", "32", "--max_train_steps", "1", "--num_validation_images", "0",
+        "--checkpointing_steps", "0", "--output_dir",
+    ]  # fmt: skip
+    assert cli.main([*flags, str(tmp_path / "a")]) == 0
+    printed = capsys.readouterr()
+    share = float(re.fullmatch(
+        r"the file keeps (.*)% of what training changed", printed.out.splitlines()[-1]
+    )[1])  # fmt: skip
+    assert 0 <= share < 90
+    assert printed.err.count("--save_precision float32 keeps all of it") == 1
+    assert cli.main([*flags, str(tmp_path / "b"), "--save_precision", "fp32"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == "the file keeps 100.0% of what training changed"
+    assert "save_precision" not in printed.err

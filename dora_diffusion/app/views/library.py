@@ -75,7 +75,7 @@ class LibraryTab:
         )
         self.convert = gr.Button("Prepare the download", variant="primary", elem_id="convert")
         self.files = html_block(elem_id="files")
-        text = "Or a merged checkpoint: one file that every user interface reads."
+        text = "Or a merged checkpoint: one file without an adapter, for web UIs."
         html_block(html.quiet(text))
         self.strength = gr.Slider(0, 2, 1, step=0.05, label="Merge strength")
         self.merge = gr.Button("Merge", size="md", elem_id="merge")

@@ -38,11 +38,10 @@ def _result(job: Job, output: Path) -> str:
     if job.kind == "prepare":
         sheet = html.image(output, "Contact sheet")
         return f"{html.log_view(chr(10).join(printed(job.folder)))}<div>{sheet}</div>"
-    link = html.download(output, f"Download {output.name}")
-    if job.kind == "export":
-        return link
+    files = [output, *(f for f in [output.with_suffix(".yaml")] if f.is_file())]
+    link = "".join(html.download(file, f"Download {file.name}") for file in files)
     lines = [line.replace(str(output), output.name) for line in printed(job.folder)]
-    kinds = ["warn" if line.startswith("wrong: ") else "info" for line in lines]
+    kinds = ["warn" if "wrong: " in line else "info" for line in lines]
     return link + "".join(map(html.note, lines, kinds))
 
 

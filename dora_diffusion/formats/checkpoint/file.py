@@ -7,6 +7,7 @@ convolutions become Linear weights.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -23,14 +24,16 @@ from dora_diffusion.families import (
     UnsupportedModelError,
     choose_by_channels,
 )
+from dora_diffusion.formats.adapter.metadata import OWN
 from dora_diffusion.formats.checkpoint.entries import POSITIONS, Entry, entries_of_file
 from dora_diffusion.formats.checkpoint.schedule import (
     MARKERS,
+    STEP,
     Statement,
     markers_for,
     stated_by_file,
 )
-from dora_diffusion.formats.checkpoint.weights import SingleFile
+from dora_diffusion.formats.checkpoint.weights import SingleFile, schedule_tensors
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.formats.files.stream import TensorReader
 from dora_diffusion.formats.names.checkpoint import UNET_PREFIX, standard_key
@@ -133,25 +136,34 @@ class CheckpointFile:
     def single_file(self) -> SingleFile:
         """The same layout under standard names; tensors of no component are copied.
 
-        Marker tensors are those of `markers`.
+        Tensors that say what the model predicts are those of `schedule_tensors`.
 
         The numbers of a text encoder's positions are written as integers.
         """
         entries = [replace(entry, key=standard_key(entry.key)) for entry in self.entries]
-        key_of = {standard_key(key): key for key in self.other_specs if key not in MARKERS}
+        stated = schedule_tensors(self)
+        replaced = {*MARKERS, STEP} if self.family.has_two_predictions else {*MARKERS}
+        key_of = {standard_key(key): key for key in self.other_specs if key not in replaced}
         specs = {
             key: TensorSpec(torch.int64, self.other_specs[old].shape)
             if key.endswith(POSITIONS)
             else self.other_specs[old]
             for key, old in key_of.items()
         }
-        empty = torch.empty(0)
-        specs |= dict.fromkeys(self.markers(), TensorSpec.of(empty))
+        specs |= {key: TensorSpec.of(tensor) for key, tensor in stated.items()}
 
         def load(key: str) -> Tensor:
-            return self.reader[key_of[key]].to(specs[key].dtype) if key in key_of else empty
+            return stated[key] if key in stated else self.reader[key_of[key]].to(specs[key].dtype)
 
         return SingleFile(entries, specs, load)
+
+
+def base_name(metadata: Mapping[str, str]) -> str:
+    """The model that a model of ours was made from, by its metadata; empty where it has none."""
+    try:
+        return str(json.loads(metadata[OWN + "base"])["name"])
+    except (ValueError, TypeError, KeyError):
+        return ""
 
 
 def detect_checkpoint_family(

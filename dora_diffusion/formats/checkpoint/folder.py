@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dora_diffusion.families import WEIGHT_COMPONENTS, detect_folder_family
@@ -21,7 +20,7 @@ from dora_diffusion.formats.checkpoint.schedule import (
     Statement,
     markers_for,
 )
-from dora_diffusion.formats.checkpoint.weights import SingleFile
+from dora_diffusion.formats.checkpoint.weights import SingleFile, schedule_tensors
 from dora_diffusion.formats.files.header import TensorFileError, TensorSpec
 from dora_diffusion.formats.files.stream import TensorReader
 from dora_diffusion.formats.names.modules import canonical
@@ -139,12 +138,12 @@ class PipelineFolder:
         return []
 
     def single_file(self) -> SingleFile:
-        """All tensors in the original layout, and the markers of a model that predicts v."""
+        """All tensors in the original layout, and those that say what the model predicts."""
         configs = {name: self.config(name) for name in (*WEIGHT_COMPONENTS, "scheduler")}
         names = names_of_configs(self.family, {n: c for n, c in configs.items() if c})
-        entries, empty = plan_checkpoint(self.family, names, self.specs), torch.empty(0)
-        markers = dict.fromkeys(self.markers(), TensorSpec.of(empty))
-        return SingleFile(entries, markers, lambda key: empty)
+        entries, others = plan_checkpoint(self.family, names, self.specs), schedule_tensors(self)
+        specs = {key: TensorSpec.of(tensor) for key, tensor in others.items()}
+        return SingleFile(entries, specs, others.__getitem__)
 
 
 def by_scheduler(config: Mapping[str, Any]) -> Statement:

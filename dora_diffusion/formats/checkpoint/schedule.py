@@ -23,6 +23,9 @@ CONFIGURED = "its scheduler's configuration"
 _FLAGS = "the flags given"
 # Empty tensors by which a file says how its noise schedule is meant.
 MARKERS: Mapping[str, Mapping[str, Any]] = {"v_pred": {PREDICTION: V}, "ztsnr": {ZERO_SNR: True}}
+# InvokeAI takes a file of Stable Diffusion 2 for one that predicts v, unless its training ended at
+# this step: that of the released model which predicts the noise.
+STEP, EPSILON_STEP = "global_step", 220000
 # What `modelspec.prediction_type` says, and the ends of Stable Diffusion 2's architectures.
 _PREDICTIONS = {"v": V, "epsilon": EPSILON}
 _ARCHITECTURES = {"-768-v": V, "-512": EPSILON}

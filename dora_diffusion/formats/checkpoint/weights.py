@@ -13,6 +13,10 @@ from torch import Tensor
 from dora_diffusion.families import COMPONENTS, Family
 from dora_diffusion.formats.checkpoint.entries import Entry
 from dora_diffusion.formats.checkpoint.schedule import (
+    EPSILON,
+    EPSILON_STEP,
+    PREDICTION,
+    STEP,
     AskedSchedule,
     Statement,
     choose_schedule,
@@ -124,6 +128,14 @@ def restate_schedule(
     schedule = choose_schedule(model.path.name, [*said, *usual_of(model.family)])
     if not schedule.is_own:
         model.restated = schedule.settings
+
+
+def schedule_tensors(model: StoredModel) -> dict[str, Tensor]:
+    """The tensors of no component by which a single file says how its noise schedule is meant."""
+    tensors = {name: torch.empty(0) for name in model.markers()}
+    if model.family.has_two_predictions and model.schedule().get(PREDICTION) == EPSILON:
+        tensors[STEP] = torch.tensor(EPSILON_STEP)
+    return tensors
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Nothing heavy is imported before a layout is asked for: commands show this list 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -80,6 +80,58 @@ CONVERSIONS: Mapping[str, Conversion] = {
         "the same method with a smaller rank, nearest to the adapter with the base model at hand",
         "with a smaller rank", needs_rank=True),
 }  # fmt: skip
+
+
+class Program(NamedTuple):
+    """A program, or a site, that people use adapters in.
+
+    Attributes:
+        title: What it is called.
+        place: Where it looks for adapters.
+        columns: Its columns in `compatibility.COLUMNS`.
+        output_axis: The conversion that it needs of magnitudes on the output axis.
+        input_axis: Of magnitudes on the input axis.
+        lora: Of an adapter without magnitudes.
+    """
+
+    title: str
+    place: str
+    columns: tuple[str, ...]
+    output_axis: str
+    input_axis: str = "kohya"
+    lora: str = "kohya"
+
+    @property
+    def takes_dense(self) -> bool:
+        """Whether it adds full differences to the base's weights."""
+        return self.output_axis in ("comfyui", "dense")
+
+    def conversion(self, axes: Set[str], *, is_sum: bool = False) -> str:
+        """The conversion that it needs of an adapter.
+
+        Args:
+            axes: Those that its magnitudes run along.
+            is_sum: A plain LoRA is added to its change, which full differences alone can hold.
+        """
+        if is_sum and self.takes_dense:
+            return "dense"
+        return self.output_axis if "output" in axes else self.input_axis if axes else self.lora
+
+
+_WEB_UIS = ("ComfyUI and Forge", "A1111", "InvokeAI")
+PROGRAMS: Mapping[str, Program] = {
+    "comfyui": Program("ComfyUI", "models/loras", _WEB_UIS[:1], "comfyui"),
+    "forge": Program("Forge", "models/Lora", _WEB_UIS[:1], "comfyui"),
+    "a1111": Program("A1111", "models/Lora", _WEB_UIS[1:2], "dense"),
+    "invokeai": Program("InvokeAI", "Add Model in its model manager", _WEB_UIS[2:], "dense"),
+    "diffusers": Program(
+        "Diffusers", "any folder: load_lora_weights", ("diffusers",), "diffusers", "lora-diffusers",
+        "diffusers"),
+    "sd-scripts": Program("sd-scripts", "any folder", ("sd-scripts",), "lora", "lora"),
+    "civitai": Program("Civitai", "an upload, for all web UIs", _WEB_UIS, "lora"),
+}  # fmt: skip
+TARGETS = tuple(dict.fromkeys((*PROGRAMS, *CONVERSIONS)))
+"""What an adapter can be converted for, or to: names of programs, then of formats."""
 
 
 def layout_named(name: str) -> AdapterLayout:

@@ -82,7 +82,7 @@ class ComfyUI(BaseSpecific):
     file_name = "adapter_comfyui.safetensors"
     note = (
         "its magnitudes are changed to be exact in ComfyUI 0.3.64 and Forge: wrong elsewhere, "
-        f"and there too if their formula changes; a merged checkpoint never breaks. {BYPASS}: "
+        f"and there too if their formula changes; a merged checkpoint has none. {BYPASS}: "
         "use its usual loader"
     )
     verdicts = table(

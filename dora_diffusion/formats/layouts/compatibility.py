@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from dora_diffusion.formats.adapter.metadata import APPROXIMATES, APPROXIMATION_ERROR
 from dora_diffusion.wording import counted, listing
 
-PROGRAMS = (
+COLUMNS = (
     "diffusers",
     "PEFT",
     "LyCORIS",
@@ -38,10 +38,10 @@ def table(kinds: Mapping[str, Sequence[str]]) -> Mapping[str, Mapping[str, str]]
     """What a file holds -> program -> verdict.
 
     Args:
-        kinds: Of each, the verdicts in the order of `PROGRAMS`; the last one is that of the rest.
+        kinds: Of each, the verdicts in the order of `COLUMNS`; the last one is that of the rest.
     """
     return {
-        kind: {name: row[min(i, len(row) - 1)] for i, name in enumerate(PROGRAMS)}
+        kind: {name: row[min(i, len(row) - 1)] for i, name in enumerate(COLUMNS)}
         for kind, row in kinds.items()
     }
 

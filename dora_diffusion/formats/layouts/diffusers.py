@@ -105,7 +105,7 @@ class Dotted(AdapterLayout):
                 raise AdapterFormatError(
                     f"the {self.name} format cannot hold {name}: its magnitude runs along the "
                     "input axis, and PEFT and diffusers only know one magnitude per output. Write "
-                    "the kohya format, export a merged checkpoint (exact everywhere), or convert "
+                    "the kohya format, export a merged checkpoint (no adapter in it), or convert "
                     "to a plain LoRA (lora-diffusers, an approximation)"
                 )
             if layer.groups > 1:
@@ -124,7 +124,7 @@ class Dotted(AdapterLayout):
     def advice(self, norm_axis: str, keys: Collection[str]) -> list[str]:
         if not norm_axis:
             return ["a plain LoRA: it has no magnitudes, which programs compute in several ways"]
-        return ["for web UIs export a merged checkpoint, which never breaks, or convert it"]
+        return ["for web UIs export a merged checkpoint, or convert it to the one that you use"]
 
 
 def _modern_path(path: str, component: str) -> str:

@@ -164,8 +164,8 @@ class Kohya(AdapterLayout):
         notes = []
         if norm_axis == "output":
             notes.append(
-                "for web UIs export a merged checkpoint, which never breaks, or convert it to "
-                "dense, lora or comfyui; for diffusers convert it to diffusers"
+                "for web UIs export a merged checkpoint, or convert it to the one that you use "
+                "(a1111, comfyui ...); for diffusers convert it to diffusers"
             )
         return [
             *notes,

@@ -18,7 +18,7 @@ from torch import Tensor
 from dora_diffusion.formats.adapter.metadata import DIFFUSERS_METADATA, AdapterMetadata
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.formats.files.header import TensorSpec
-from dora_diffusion.formats.layouts.compatibility import PROGRAMS, UNKNOWN
+from dora_diffusion.formats.layouts.compatibility import COLUMNS, UNKNOWN
 from dora_diffusion.formats.names.kohya import Resolve
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights
@@ -217,7 +217,7 @@ class AdapterLayout:
         """
         # PEFT and diffusers know no magnitudes on the input axis.
         kind = f"{self.name} {'DoRA' if norm_axis else 'LoRA'}" if norm_axis != "input" else ""
-        return dict(self.verdicts.get(kind) or dict.fromkeys(PROGRAMS, UNKNOWN))
+        return dict(self.verdicts.get(kind) or dict.fromkeys(COLUMNS, UNKNOWN))
 
     def advice(self, norm_axis: str, keys: Collection[str]) -> list[str]:
         """What to know before using such a file."""

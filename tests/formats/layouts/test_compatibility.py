@@ -21,8 +21,8 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.files.header import TensorSpec
-from dora_diffusion.formats.layouts import CONVERSIONS, all_layouts, layout_named
-from dora_diffusion.formats.layouts.compatibility import PROGRAMS, some_layers
+from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS, all_layouts, layout_named
+from dora_diffusion.formats.layouts.compatibility import COLUMNS, some_layers
 from dora_diffusion.formats.layouts.other import OTHER
 from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.numerics.weights import LayerWeights
@@ -284,12 +284,35 @@ def test_the_tables_in_the_docs_are_those_in_the_code() -> None:
         assert f"`{target}`" in formats, target
 
 
+def test_the_tables_of_programs_in_the_docs_are_those_in_the_code() -> None:
+    """In the README its place; in the guide also the format that each adapter becomes."""
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    guide = (DOCS / "howto" / "export.md").read_text(encoding="utf-8")
+    tables = []
+    for text in (readme, guide):
+        (table,) = re.findall(r"^\| `--to` \|.*\n(?:\|.*\n)+", text, re.MULTILINE)
+        rows = [line.strip("|").split("|") for line in table.split("\n")[2:-1]]
+        tables.append({r[0].strip(" `"): [cell.strip(" `") for cell in r[1:]] for r in rows})
+    place, formats = tables
+    plain = {name: program.place.replace("`", "") for name, program in PROGRAMS.items()}
+    assert {name: cells[0].replace("`", "") for name, cells in place.items()} == plain
+    assert {name: [cells[0].replace("`", ""), *cells[1:]] for name, cells in formats.items()} == {
+        name: [plain[name], program.output_axis, program.input_axis, program.lora]
+        for name, program in PROGRAMS.items()
+    }
+    for name, program in PROGRAMS.items():
+        costs = place[name][1]
+        assert ("for one base model" in costs) == (program.output_axis in ("comfyui", "dense"))
+        assert ("large" in costs) == (program.output_axis == "dense")
+        assert ("approximation" in costs) == (program.output_axis == "lora")
+
+
 def judged(name: str, axis: str) -> dict[str, str]:
     return layout_named(name).judge({}, axis, ())
 
 
 def test_kinds_of_files() -> None:
-    assert all(tuple(row) == PROGRAMS for row in VERDICTS.values())
+    assert all(tuple(row) == COLUMNS for row in VERDICTS.values())
     assert judged("kohya", "output") == VERDICTS["kohya DoRA, output axis"]
     assert judged("comfyui", "output") == VERDICTS["comfyui"]
     assert judged("peft", "") == VERDICTS["peft LoRA"]

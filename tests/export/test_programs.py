@@ -1,0 +1,189 @@
+"""Single files that say to other programs what the model predicts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from dora_diffusion.cli import main
+from dora_diffusion.export import (
+    ExportError,
+    export_checkpoint,
+    inspect_model,
+    verify_checkpoint,
+)
+from dora_diffusion.formats.checkpoint import programs
+from dora_diffusion.formats.checkpoint.programs import PROGRAMS
+from dora_diffusion.models.load import load_components
+
+FAMILIES = ("sd1", "sd2", "sdxl")
+
+
+@pytest.fixture
+def predicting(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """Tiny models of a family with another prediction type, which are taken for released ones."""
+    monkeypatch.setattr(programs, "WIDTH", 32)
+
+    def make(family: str, prediction: str, **more: Any) -> Path:
+        base = tmp_path / f"{family}-{prediction}"
+        shutil.copytree(request.getfixturevalue(f"{family}_folder"), base)
+        file = base / "scheduler" / "scheduler_config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        text = json.dumps({**config, "prediction_type": prediction, **more})
+        file.write_text(text, encoding="utf-8")
+        return base
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_each_file_says_what_it_predicts_to_each_program(
+    family: str, prediction: str, predicting: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "model.safetensors"
+    base = predicting(family, prediction)
+    export_checkpoint(base, (), file)
+    keys, is_v = load_file(file), prediction == "v_prediction"
+    place = file.with_suffix(".yaml")
+    assert place.is_file() == (is_v or family == "sd2")
+    # A1111 builds the model that the YAML names; without one, noise models of SD1 and SDXL.
+    params = yaml.safe_load(place.read_text("utf-8"))["model"]["params"] if place.is_file() else {}
+    scaling = params.get("denoiser_config", {}).get("params", {}).get("scaling_config", {})
+    assert is_v == ("VScaling" in str(scaling) or params.get("parameterization") == "v")
+    if family == "sd2":  # InvokeAI's rule
+        step = keys.get("global_step")
+        assert (step is None or bool(step != 220000)) == is_v
+    if family == "sdxl":  # ComfyUI's
+        assert ("v_pred" in keys) == is_v
+    report = inspect_model(file)
+    assert tuple(report.tools) == PROGRAMS
+    assert report.notes == []
+    assert ("v-prediction" if is_v else "epsilon prediction") in report.schedule
+    # And to this program, whose bits are the base's.
+    again = export_checkpoint(file, (), tmp_path / "again.safetensors")
+    assert load_file(again).keys() == keys.keys()
+    assert again.with_suffix(".yaml").is_file() == place.is_file()
+    place.unlink(missing_ok=True)
+    missing = [f"{place.name} is not beside it: export it again for A1111"]
+    assert inspect_model(file).notes == (missing if params else [])
+
+
+def test_the_step_of_a_base_is_its_own_where_no_program_asks_for_it(
+    predicting: Callable[..., Path], tmp_path: Path
+) -> None:
+    for family, prediction, kept in (
+        ("sd1", "epsilon", 5), ("sd2", "epsilon", 220000), ("sd2", "v_prediction", None),
+    ):  # fmt: skip
+        one = export_checkpoint(predicting(family, prediction), (), tmp_path / "one.safetensors",
+                                overwrite=True)  # fmt: skip
+        metadata = {"modelspec.prediction_type": "v" if prediction[0] == "v" else "epsilon"}
+        step = 220000 if kept is None else 5
+        save_file({**load_file(one), "global_step": torch.tensor(step)}, one, metadata)
+        written = load_file(export_checkpoint(one, (), tmp_path / f"{kept}.safetensors"))
+        assert written.get("global_step", torch.tensor(-1)).item() == (-1 if kept is None else kept)
+
+
+def test_a_file_with_the_step_is_proven(
+    predicting: Callable[..., Path], tmp_path: Path, random_adapter: Any
+) -> None:
+    from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
+
+    base = predicting("sd2", "epsilon")
+    adapter = write_adapter(tmp_path / "a", AdapterFile(random_adapter(base, every=20)))
+    merged = export_checkpoint(base, adapter, tmp_path / "m.safetensors")
+    assert verify_checkpoint(merged, base, adapter).problems == []
+    assert inspect_model(merged).adapters == [(adapter.name, 1.0)]
+
+
+def test_the_yaml_of_a_model_goes_with_it_and_no_other_is_touched(
+    predicting: Callable[..., Path], tmp_path: Path
+) -> None:
+    v, noise = predicting("sdxl", "v_prediction"), predicting("sdxl", "epsilon")
+    file = tmp_path / "mug.safetensors"
+    place = file.with_suffix(".yaml")
+    place.write_text("learning_rate: 1\n", encoding="utf-8")
+    for overwrite in (False, True):
+        with pytest.raises(ExportError, match=r"mug\.yaml exists and is not of a model"):
+            export_checkpoint(v, (), file, overwrite=overwrite)
+        assert not file.exists()
+    export_checkpoint(noise, (), file)
+    assert place.read_text("utf-8") == "learning_rate: 1\n"
+    place.unlink()
+    export_checkpoint(v, (), file, overwrite=True)
+    assert "VScaling" in place.read_text("utf-8")
+    export_checkpoint(v, (), file, overwrite=True)
+    export_checkpoint(noise, (), file, overwrite=True)
+    assert not place.exists()
+
+
+def test_export_and_inspect_end_with_what_each_program_makes_of_it(
+    predicting: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = predicting("sdxl", "v_prediction", rescale_betas_zero_snr=True)
+    file = tmp_path / "mug.safetensors"
+    assert main(["export", "--base", str(base), "--output", str(file)]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"{file} (reopened and checked)"
+    assert lines[1:4] == [
+        "ComfyUI, Forge: exact",
+        "A1111: exact with its YAML: keep the file of the same name beside the model",
+        "InvokeAI: wrong: it takes one file for a noise model; give it the exported folder",
+    ]
+    assert lines[4].startswith("note: zero terminal SNR: in A1111 choose it")
+    assert main(["inspect", str(file), "--base", str(base)]) == 0
+    out, err = capsys.readouterr()
+    assert "base has no effect because" in err
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert "family Stable Diffusion XL (sdxl)" in rows
+    assert "ComfyUI exact" in rows
+    assert main(["inspect", str(file), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["family"], facts["is_single_file"], facts["tools"]["ComfyUI"]) == (
+        "sdxl", True, "exact",
+    )  # fmt: skip
+    assert main(["inspect", str(base)]) == 0
+    assert "Diffusers folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[1]", '{"name": 1}', '[{"adapter": 1}]'])
+def test_damaged_metadata_is_not_believed(text: str, sd1_folder: Path, tmp_path: Path) -> None:
+    file = export_checkpoint(sd1_folder, (), tmp_path / "m.safetensors")
+    fields = {f"dora_diffusion.{name}": text for name in ("base", "merged")}
+    save_file(load_file(file), file, fields)
+    report = inspect_model(file)
+    assert (report.base, report.adapters) == ("1" if "name" in text else "", [])
+    with pytest.raises(ValueError, match="is not shaped as"):
+        load_components(file)
+
+
+def test_a_model_that_no_program_knows_says_so(
+    sd1_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tiny.safetensors"
+    assert main(["export", "--base", str(sd1_folder), "--output", str(file)]) == 0
+    assert "ComfyUI, Forge, A1111, InvokeAI: no: it loads models of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tiny-sd", "tiny-sdxl"])
+def test_a_merged_embedded_model_is_not_called_damaged(name: str, tmp_path: Path) -> None:
+    """The message names the flag that loads it, which does."""
+    base = f"embedded:{name}"
+    file = export_checkpoint(base, (), tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="is not shaped as a released Stable Diffusion") as raised:
+        load_components(file)
+    assert "damaged" not in str(raised.value)
+    assert str(raised.value).endswith(
+        f"(of train: --model_config), such as its base model's: {base}"
+    )
+    assert load_components(file, config=base).family == load_components(base).family

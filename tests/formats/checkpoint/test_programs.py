@@ -1,0 +1,148 @@
+"""What other programs take whole models for, and the YAML by which A1111 builds one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from dora_diffusion.families import FAMILIES
+from dora_diffusion.formats.checkpoint import programs
+from dora_diffusion.formats.checkpoint.programs import (
+    PROGRAMS,
+    VERDICTS,
+    a1111_config,
+    kind_of,
+    schedule_notes,
+)
+from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.models.configuration import released_config
+
+V, EPSILON = "v_prediction", "epsilon"
+TOLD = {*((family, V) for family in FAMILIES), ("sd2", EPSILON)}
+DOCS = Path(__file__).resolve().parents[3] / "docs"
+
+
+def model(
+    family: str, prediction: str, *, zero: bool = False, one: bool = True, width: int = 320
+) -> Any:
+    """What the functions ask of a stored model."""
+    settings = {"prediction_type": prediction, "rescale_betas_zero_snr": zero}
+    spec = TensorSpec(torch.float16, (width, 4, 3, 3))
+    return SimpleNamespace(
+        family=FAMILIES[family], is_single_file=one, specs={"unet.conv_in.weight": spec},
+        schedule=lambda: {name: value for name, value in settings.items() if value},
+    )  # fmt: skip
+
+
+def parsed(family: str, prediction: str) -> Any:
+    return yaml.safe_load(a1111_config(model(family, prediction)))["model"]["params"]
+
+
+def test_a_yaml_is_written_where_a1111_does_not_know_by_itself() -> None:
+    told = {
+        (family, prediction)
+        for family in FAMILIES for prediction in (V, EPSILON, "")
+        if a1111_config(model(family, prediction))
+    }  # fmt: skip
+    assert told == TOLD
+    assert not any(a1111_config(model(family, V, width=32)) for family in FAMILIES)
+
+
+@pytest.mark.parametrize(("family", "prediction"), sorted(TOLD))
+def test_the_yaml_is_of_the_released_shape(family: str, prediction: str) -> None:
+    """Against Diffusers' configurations of the released models, which say it in other words."""
+    params, config = parsed(family, prediction), released_config(FAMILIES[family], prediction)
+    unet, wanted = params.get("unet_config") or params["network_config"], config["unet"]
+    unet = unet["params"]
+    widths = [unet["model_channels"] * factor for factor in unet["channel_mult"]]
+    assert widths == list(wanted["block_out_channels"])
+    assert unet["context_dim"] == wanted["cross_attention_dim"]
+    assert (unet["in_channels"], unet["out_channels"]) == (
+        wanted["in_channels"], wanted["out_channels"],
+    )  # fmt: skip
+    assert unet["num_res_blocks"] == wanted["layers_per_block"]
+    assert unet.get("use_linear_in_transformer", False) == wanted.get(
+        "use_linear_projection", False
+    )
+    # Diffusers' attention_head_dim is a number of heads.
+    heads = wanted["attention_head_dim"]
+    heads = heads if isinstance(heads, list) else [heads] * len(widths)
+    sizes = [width // count for width, count in zip(widths, heads, strict=True)]
+    assert set(sizes) == {unet["num_head_channels"]} if "num_head_channels" in unet else (
+        set(heads) == {unet["num_heads"]}
+    )  # fmt: skip
+    levels = [2**i for i, kind in enumerate(wanted["down_block_types"]) if "Attn" in kind]
+    assert sorted(unet["attention_resolutions"]) == levels
+    depths = wanted.get("transformer_layers_per_block", 1)
+    assert unet["transformer_depth"] == depths
+    assert params["scale_factor"] == config["vae"]["scaling_factor"]
+    vae = params["first_stage_config"]["params"]["ddconfig"]
+    assert [vae["ch"] * m for m in vae["ch_mult"]] == list(config["vae"]["block_out_channels"])
+    if "linear_start" in params:
+        betas = (params["linear_start"], params["linear_end"])
+        assert betas == (config["scheduler"]["beta_start"], config["scheduler"]["beta_end"])
+    else:
+        ids = [e for e in params["conditioner_config"]["params"]["emb_models"]
+               if "ConcatTimestep" in e["target"]]  # fmt: skip
+        assert [e["params"]["outdim"] for e in ids] == [wanted["addition_time_embed_dim"]] * 3
+        assert unet["adm_in_channels"] == wanted["projection_class_embeddings_input_dim"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_yaml_says_what_the_model_predicts(family: str) -> None:
+    """By the rules of A1111 and Forge: an attribute of the class, or the name of a scaling."""
+    for prediction in (V, EPSILON) if family == "sd2" else (V,):
+        params = parsed(family, prediction)
+        scaling = params.get("denoiser_config", {}).get("params", {}).get("scaling_config", {})
+        is_v = params.get("parameterization") == "v" or scaling.get("target", "").endswith(
+            ".VScaling"
+        )
+        assert is_v == (prediction == V)
+    assert "&id" not in a1111_config(model(family, V))
+
+
+def test_kinds_of_models() -> None:
+    kinds = {
+        (family, prediction): kind_of(model(family, prediction))
+        for family in FAMILIES for prediction in (V, EPSILON, "")
+    }  # fmt: skip
+    for (family, prediction), kind in kinds.items():
+        name = "SD2" if family == "sd2" else "SDXL" if "xl" in family else "SD1"
+        if prediction == V:
+            assert kind == f"{name} file, v-prediction"
+        elif name == "SD2":
+            assert kind == ("SD2 file, epsilon" if prediction else "")
+        else:
+            assert kind == "SD1 or SDXL file, epsilon"
+    assert kind_of(model("sdxl", V, one=False)) == "folder"
+    assert kind_of(model("sdxl", V, width=32)) == "file of another shape"
+    assert kind_of(model("sd1", V, one=False, width=32)) == "folder of another shape"
+    assert {*filter(None, kinds.values())} < VERDICTS.keys()
+
+
+def test_zero_terminal_snr_is_told_where_it_must_be() -> None:
+    assert schedule_notes(model("sdxl", V)) == schedule_notes(model("sdxl", V, one=False)) == []
+    (xl,), (sd1,) = (schedule_notes(model(f, V, zero=True)) for f in ("sdxl", "sd1"))
+    assert "Noise schedule for sampling" in xl
+    assert "zsnr" not in xl
+    assert "in ComfyUI switch on zsnr" in sd1
+
+
+def test_the_table_in_the_docs_is_that_in_the_code() -> None:
+    text = (DOCS / "howto" / "v-prediction.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| model \|.*\n(?:\|.*\n)+", text, re.MULTILINE)
+    heads, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n")[:-1]
+    )
+    assert heads[1:] == list(PROGRAMS)
+    found = {kind.strip("`"): dict(zip(heads[1:], cells, strict=True)) for kind, *cells in rows}
+    assert found == {
+        kind: {program: verdict.partition(":")[0] for program, verdict in row.items()}
+        for kind, row in programs.VERDICTS.items()
+    }
