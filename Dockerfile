@@ -10,6 +10,10 @@
 # A command, with this folder's photos and a GPU:
 #
 #   docker run --rm --gpus all --no-healthcheck -v "$PWD:/work" dora-diffusion:cuda train --config settings.yaml
+#
+# A server, with the extra that it needs (docs/howto/serve.md has a compose file):
+#
+#   docker build --tag dora-diffusion:serve --build-arg TORCH=cu128 --build-arg EXTRAS=ray .
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim
 
@@ -21,12 +25,16 @@ WORKDIR /source
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY samples samples
 COPY dora_diffusion dora_diffusion
-RUN pip install --no-cache-dir . \
-    && useradd --create-home --uid 1000 dora \
-    && install --directory --owner=dora /work /work/runs /home/dora/.cache/huggingface
+# Which extras of the package, such as ray,heic.
+ARG EXTRAS=""
+# Whatever user id runs it may write there, and torch asks for a name.
+RUN pip install --no-cache-dir ".${EXTRAS:+[$EXTRAS]}" \
+    && useradd --no-create-home --uid 1000 dora \
+    && install --directory --owner=dora --mode=1777 \
+        /home/dora /home/dora/.cache /home/dora/.cache/huggingface /work /work/runs
 
 USER 1000
-ENV HF_HOME=/home/dora/.cache/huggingface
+ENV HOME=/home/dora USER=dora HF_HOME=/home/dora/.cache/huggingface
 WORKDIR /work
 VOLUME ["/work/runs", "/home/dora/.cache/huggingface"]
 EXPOSE 7860

@@ -147,7 +147,7 @@ def differences(answers: list[httpx.Response], expected: list[Image.Image]) -> t
 
 def replicas() -> list[psutil.Process]:
     """The processes with a model."""
-    return [p for p in psutil.process_iter() if "ServeReplica:dora-diffusion:replica" in _title(p)]
+    return [p for p in psutil.process_iter() if "ServeReplica:dora-diffusion" in _title(p)]
 
 
 def _title(process: psutil.Process) -> str:
@@ -216,7 +216,7 @@ def main() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as server:
         assert server.stdout is not None
         for line in server.stdout:
-            if "/docs" in line:
+            if "is ready" in line:
                 break
         try:
             asyncio.run(load(args, requests, ways[ALONE][0]))

@@ -29,7 +29,17 @@ from dora_diffusion.numerics.weights import Strengths
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Wanted = str | Path | tuple[str | Path, float | Strengths] | None
+
+class PinnedAdapter(NamedTuple):
+    """An adapter as its file was when `AdapterPool.pin` read it."""
+
+    key: tuple[object, ...]
+    path: str | Path
+    strengths: Strengths
+    metadata: AdapterMetadata
+
+
+Wanted = str | Path | tuple[str | Path, float | Strengths] | PinnedAdapter | None
 """An adapter file or a run's folder, or that with its strength or strengths; None is the base."""
 
 
@@ -47,6 +57,7 @@ class _Loaded:
 
     name: str
     size: int
+    metadata: AdapterMetadata
 
 
 class AdapterPool:
@@ -159,10 +170,24 @@ class AdapterPool:
         wanted = {key: adapter for key, adapter in zip(keys, adapters, strict=True) if key}
         for key, adapter in wanted.items():
             if key not in self._loaded:
+                if isinstance(adapter, PinnedAdapter) and _key(adapter[1:3]) != key:
+                    raise ValueError(f"{adapter.path} was replaced while it was used; ask again")
                 self._loaded[key] = self._load(adapter)
             self._loaded.move_to_end(key)
             self._make_room(wanted)
         return [None if key is None else self._loaded[key].name for key in keys]
+
+    def pin(self, adapter: Wanted) -> PinnedAdapter | None:
+        """Load an adapter; what becomes of its file does not matter while the pool has room for it.
+
+        Raises:
+            AdapterFormatError, ValueError: As `names` does.
+        """
+        if adapter is None:
+            return None
+        self.names([adapter])
+        key = next(reversed(self._loaded))
+        return PinnedAdapter(key, *_parts(adapter), self._loaded[key].metadata)
 
     def metadata(self, adapter: Wanted) -> AdapterMetadata:
         """What the file of an adapter says of it, such as its trigger words; nothing is loaded.
@@ -172,6 +197,8 @@ class AdapterPool:
         """
         if adapter is None:
             return AdapterMetadata()
+        if isinstance(adapter, PinnedAdapter):
+            return adapter.metadata
         return read_metadata(_parts(adapter)[0])
 
     def components_for(self, adapter: Wanted) -> Components:
@@ -227,7 +254,7 @@ class AdapterPool:
                     magnitude=strengths.magnitude_strength,
                     name=name,
                 )
-        return _Loaded(name, sum(map(self._bytes, parts)))
+        return _Loaded(name, sum(map(self._bytes, parts)), read.metadata)
 
     def _bytes(self, part: LayerAdapter) -> int:
         """What an adapter takes on a layer: its parameters and, of a DoRA, its norms' factors."""
@@ -268,6 +295,8 @@ def reading_of(components: Components) -> tuple[object, ...]:
 def _parts(adapter: Wanted) -> tuple[str | Path, Strengths]:
     """Path and strengths."""
     assert adapter is not None
+    if isinstance(adapter, PinnedAdapter):
+        return adapter.path, adapter.strengths
     if not isinstance(adapter, tuple):
         return adapter, Strengths()
     path, strengths = adapter
@@ -276,6 +305,8 @@ def _parts(adapter: Wanted) -> tuple[str | Path, Strengths]:
 
 def _key(adapter: Wanted) -> tuple[object, ...]:
     """What an adapter is known by: its file as it is now, and its strengths."""
+    if isinstance(adapter, PinnedAdapter):
+        return adapter.key
     path, strengths = _parts(adapter)
     file = find_adapter(path)
     status = file.stat()

@@ -11,7 +11,6 @@ import ipaddress
 import os
 import re
 import signal
-import stat
 import subprocess
 import tempfile
 import threading
@@ -32,6 +31,7 @@ STOP_SIGNALS = tuple(n for n in (*INTERRUPTS, signal.SIGTERM, HANGUP) if n is no
 
 # What Windows says of a file that another program has open: access denied, a sharing violation.
 _IN_USE = (5, 32)
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(\d{1,5}))?")
 _PAUSES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
@@ -79,11 +79,7 @@ def private_folder(name: str) -> Path:
     user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
     path = Path(tempfile.gettempdir(), f"dora-diffusion-{user}-{name}")
     path.mkdir(mode=0o700, exist_ok=True)
-    found = path.lstat()
-    is_private = stat.S_ISDIR(found.st_mode)
-    if hasattr(os, "getuid"):  # Windows has a folder for temporary files for each user.
-        is_private &= found.st_uid == os.getuid() and not found.st_mode & 0o077
-    if not is_private:
+    if path.is_symlink() or not path.is_dir() or not is_private(path):
         what = "is a link, another user's or open to others; remove it, or set TMPDIR elsewhere"
         raise PermissionError(errno.EACCES, what, str(path))
     return path
@@ -124,6 +120,14 @@ def replace(source: Path, target: Path) -> None:
     patiently(lambda: os.replace(source, target))
 
 
+def is_private(path: Path) -> bool:
+    """Whether a file or folder is this user's, and nobody else may read or change it."""
+    if not hasattr(os, "getuid"):  # Windows has folders for each user.
+        return True
+    status = path.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & 0o077
+
+
 def is_number(host: str) -> bool:
     """Whether a host is an IP address."""
     try:
@@ -137,6 +141,17 @@ def is_address(host: str) -> bool:
     labels = host.removesuffix(".").split(".")
     is_name = all(re.fullmatch(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)", label) for label in labels)
     return is_number(host) or (is_name and not labels[-1].isdigit())
+
+
+def split_host(value: str) -> tuple[str, str]:
+    """Name and port of ``name:port``, as a ``Host`` header has it; both empty where it is none."""
+    match = _HOST.fullmatch(value.lower())
+    return (plain_host(match[1]), match[2] or "") if match else ("", "")
+
+
+def plain_host(host: str) -> str:
+    """A name in small letters, without an address' brackets and a last dot."""
+    return host.lower().strip("[]").removesuffix(".")
 
 
 def is_loopback(host: str) -> bool:

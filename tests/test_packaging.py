@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +127,23 @@ def test_the_container_runs_the_app_where_its_health_is_asked() -> None:
     compile(json.loads(health[health.index("[") :])[-1], "HEALTHCHECK", "exec")
     assert words["USER"] == ["1000"]
     assert args.runs_dir == Path("/work/runs")
+
+
+def test_the_container_has_the_extras_that_are_asked_for_and_lets_any_user_write() -> None:
+    words: dict[str, list[str]] = {}
+    for word, rest in dockerfile():
+        words.setdefault(word, []).append(rest)
+    assert 'EXTRAS=""' in words["ARG"]
+    install = next(rest for rest in words["RUN"] if "EXTRAS" in rest)
+    what = re.search(r'pip install --no-cache-dir (".*?")', install)[1]
+    for extras, expected in (("", "."), ("ray,heic", ".[ray,heic]")):
+        command = ["sh", "-c", f"EXTRAS='{extras}'; printf %s {what}"]
+        if shutil.which("sh"):
+            assert subprocess.check_output(command, text=True) == expected
+    folders = install.partition("--mode=1777")[2].split()
+    assert {*json.loads(words["VOLUME"][0]), *words["WORKDIR"][-1:]} <= {*folders}
+    [environment] = words["ENV"]
+    values = dict(pair.split("=") for pair in environment.split())
+    # Without a name of its own, a user id has no home, and `getpass.getuser` fails.
+    assert {values["HOME"], values["HF_HOME"]} <= {*folders}
+    assert values["USER"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +9,11 @@ from pathlib import Path
 
 from dora_diffusion.config import ConfigError
 from dora_diffusion.jobs.workspace import Workspace
-from dora_diffusion.system import is_address, is_loopback, is_number
+from dora_diffusion.system import is_address, is_loopback, is_number, plain_host, split_host
 from dora_diffusion.toy import samples_folder
 
 AUTH_VARIABLE = "DORA_DIFFUSION_AUTH"
 SHARED = "Everybody who has it sees, changes and deletes the same photos and runs."
-_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(\d{1,5}))?")
 _PORTS = {"http": "80", "https": "443"}
 
 
@@ -86,8 +84,8 @@ class Launch:
             headers: The request's, by their names in small letters.
             shared: Names of the share link.
         """
-        named = {*map(_plain_name, self.allowed_hosts), *map(_plain_name, shared)}
-        hosts = [_split_host(value) for value in headers.get("host", ())]
+        named = {*map(plain_host, self.allowed_hosts), *map(plain_host, shared)}
+        hosts = [split_host(value) for value in headers.get("host", ())]
         if not hosts or not all(self._answers_to(name, named) for name, _ in hosts):
             return (
                 "This is not an address of the app. Open the one that it printed when it was "
@@ -109,24 +107,18 @@ class Launch:
 
     def _answers_to(self, name: str, named: Collection[str]) -> bool:
         """Whether a name is one of the app's; in numbers, any address of this machine is."""
-        if is_loopback(name) or name in named or name == _plain_name(self.host):
+        if is_loopback(name) or name in named or name == plain_host(self.host):
             return True
         if is_loopback(self.host):
             return False
-        own = _plain_name(socket.gethostname())
+        own = plain_host(socket.gethostname())
         return name in (own, f"{own}.local") or is_number(name)
-
-
-def _split_host(value: str) -> tuple[str, str]:
-    """Name and port of ``name:port``; both empty where it is none."""
-    match = _HOST.fullmatch(value.lower())
-    return (_plain_name(match[1]), match[2] or "") if match else ("", "")
 
 
 def _split_origin(origin: str) -> tuple[str, str]:
     """Name and port of ``https://name:port``, the port always."""
     scheme, _, host = origin.partition("://")
-    name, port = _split_host(host)
+    name, port = split_host(host)
     return name, port or _PORTS.get(scheme, "")
 
 
@@ -134,7 +126,3 @@ def _is_same(origin: str, host: tuple[str, str]) -> bool:
     """Whether a page's origin is where it asks."""
     name, port = host
     return _split_origin(origin) == (name, port or _PORTS.get(origin.partition("://")[0], "-"))
-
-
-def _plain_name(host: str) -> str:
-    return host.lower().strip("[]").removesuffix(".")

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
     from dora_diffusion.generate import SamplingSettings
 
+_MOST_STRENGTH = 10
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
@@ -269,7 +271,7 @@ def _entries(args: argparse.Namespace) -> list[dict[str, Any]]:
         f"{name} must be a list with an entry for each image, such as '- adapter: runs/dog'",
     )
     known = {"adapter": str | None, "prompt": str, "seed": int, "strength": int | float}
-    rows = [{"adapter": e} if isinstance(e, str | None) else e for e in entries]
+    rows: list[Any] = [{"adapter": e} if isinstance(e, str | None) else e for e in entries]
     for number, entry in enumerate(rows, start=1):
         where = f"entry {number} of {name}"
         require(isinstance(entry, dict), f"{where} must be 'adapter: FILE' and what belongs to it")
@@ -279,4 +281,12 @@ def _entries(args: argparse.Namespace) -> list[dict[str, Any]]:
                 isinstance(value, known[key]) and not isinstance(value, bool),
                 f"{where}: {key} is {value!r}, which it cannot be",
             )
+        strength, seed = float(entry.get("strength", 1)), int(entry.get("seed", 0))
+        # An image that is not finite would end its batch.
+        require(
+            abs(strength) <= _MOST_STRENGTH,
+            f"{where}: strength is {strength:g}; it must be between -{_MOST_STRENGTH} and "
+            f"{_MOST_STRENGTH} (1 is the adapter as it was trained)",
+        )
+        require(0 <= seed < 2**63, f"{where}: seed is {seed}; it must be between 0 and 2**63 - 1")
     return rows

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import threading
+import math
 from dataclasses import fields
 from pathlib import Path
 
@@ -71,27 +70,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until it is interrupted."""
+    from dora_diffusion.config.fields import require
+    from dora_diffusion.serving import deploy
     from dora_diffusion.serving.catalogue import Catalogue
-    from dora_diffusion.serving.deploy import Deployment, deployed, read_token
 
-    names = {field.name for field in fields(Deployment)}
+    names = {field.name for field in fields(deploy.Deployment)}
     values = {name: value for name, value in vars(args).items() if name in names}
     values |= {"adapters": tuple(folder.resolve() for folder in args.adapters)}
-    values |= {"adapter_memory": int(args.adapter_memory * 1e6)}
-    values |= {"token": read_token(args.token_file)}
-    Deployment(**values)
+    memory = args.adapter_memory
+    require(0 < memory < math.inf, f"adapter_memory is {memory:g}; it must be more than 0 MB")
+    values |= {"adapter_memory": math.ceil(memory * 1e6)}
+    values |= {"token": deploy.read_token(args.token_file)}
+    deploy.Deployment(**values)
     values["base"] = _base(args)
-    found = Catalogue(args.adapters).scan()
-    deployment = Deployment(**values, options=model_options(args))
-    print(f"loading {args.base} ...", flush=True)
-    with deployed(deployment):
-        print(f"{deployment.url}/docs: {len(found)} adapters; Ctrl-C ends it", flush=True)
-        # Ray has set a handler of its own.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            print("stopping", flush=True)
+    catalogue = Catalogue(args.adapters)
+    deployment = deploy.Deployment(**values, options=model_options(args))
+    deploy.serve(deployment, catalogue)
     return 0
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import shutil
 import socket
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import ConfigError
+from dora_diffusion.system import is_private, is_windows
 
 _CONNECT_SECONDS = 10.0
 
@@ -43,31 +48,85 @@ def connect(address: str, object_store: int = 100 * 2**20) -> Callable[[], None]
         What ends the connection; a connection that was there before stays.
 
     Raises:
-        ConfigError: If Ray is not installed, or nothing answers.
+        ConfigError: If Ray is not installed, nothing answers, or others can read Ray's token.
     """
     ray = ray_library()
     if ray.is_initialized():
         return lambda: None
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address == "local":
-        options |= {"include_dashboard": False, "object_store_memory": object_store}
-    elif address != "auto":
-        _require_answer(address)
-    _keep_quiet()
+    with contextlib.ExitStack() as stack:
+        if address == "local":
+            options |= {"include_dashboard": False, "object_store_memory": object_store}
+            options |= {"_temp_dir": stack.enter_context(_private_folder())}
+            stack.enter_context(_for_this_user())
+        elif address != "auto":
+            _require_answer(address)
+        _require_private_token()
+        _keep_quiet()
+        try:
+            ray.init(address=address, **options)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise ConfigError(_refusal(address, error)) from error
+        stack.callback(ray.shutdown)
+        return stack.pop_all().close
+
+
+def _refusal(address: str, error: Exception) -> str:
+    """Why there is no connection, and what to do."""
+    reason = " ".join(str(error).split())[:200]
+    hint = ""
+    # Ray shows its token to a cluster that is named by its address only if it is told to.
+    if address not in ("local", "auto") and "RAY_AUTH_MODE" not in os.environ:
+        hint = "; if the cluster was started where there is a token, set RAY_AUTH_MODE=token"
+    return (
+        f"cannot connect to Ray at address {address} ({reason}); start a cluster with `ray "
+        f"start --head`, or give --address local{hint}"
+    )
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[str]:
+    """A folder for a cluster's sockets and logs. Ray's own has a name that others can take."""
+    # Names of sockets may have about a hundred characters.
+    folder = tempfile.mkdtemp(prefix="dora-", dir=None if is_windows() else "/tmp")
     try:
-        ray.init(address=address, **options)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        reason = " ".join(str(error).split())[:200]
-        hint = ""
-        # Ray shows its token to a cluster that is named by its address only if it is told to.
-        if address not in ("local", "auto") and "RAY_AUTH_MODE" not in os.environ:
-            hint = "; if the cluster was started where there is a token, set RAY_AUTH_MODE=token"
+        yield os.path.join(folder, "ray")  # Ray opens this one to all.
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _for_this_user() -> Iterator[None]:
+    """Have a cluster that starts listen on loopback, with a token that is in no file.
+
+    Whoever reaches its ports with its token runs code as this user. Ray would listen on all
+    addresses, and write the token into a file that all can read.
+    """
+    from ray._private import ray_constants
+
+    # The same for all clusters of this process, which reads it once.
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    usual = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False  # It has one machine, as on macOS and Windows.
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = usual
+
+
+def _require_private_token() -> None:
+    """See that the file of Ray's token is this user's alone.
+
+    Raises:
+        ConfigError: If others can read or replace it.
+    """
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if "RAY_AUTH_TOKEN" not in os.environ and path.is_file() and not is_private(path):
         raise ConfigError(
-            f"cannot connect to Ray at address {address} ({reason}); start a cluster with `ray "
-            f"start --head`, or give --address local{hint}"
-        ) from error
-    done: Callable[[], None] = ray.shutdown
-    return done
+            f"others of this machine can read Ray's token in {path}, and run code as you with it; "
+            f"run 'chmod 600 {path}' as its owner, and make a new token if others had an account"
+        )
 
 
 def _require_answer(address: str) -> None:

@@ -4,5 +4,6 @@
 * `catalogue`: the adapters that may be asked for, by name;
 * `engine`: one base model in memory, which answers a batch;
 * `api`: the HTTP API over these;
-* `deploy`: all of it on Ray Serve. Nothing else needs Ray.
+* `server`: the port, its limits, and how it ends;
+* `deploy`: the replicas on Ray Serve. Nothing else needs Ray.
 """

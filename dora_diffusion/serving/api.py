@@ -5,31 +5,41 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dora_diffusion.formats.adapter.metadata import READING, ZERO_TERMINAL_SNR
 from dora_diffusion.formats.checkpoint.schedule import EPSILON, PREDICTION
 from dora_diffusion.serving.batcher import Batcher, QueueFullError, WorkerLostError
 from dora_diffusion.serving.catalogue import Catalogue
 from dora_diffusion.serving.engine import BatchItem, Reply
-from dora_diffusion.serving.request import ApiAnswer, ApiRequest, Refusal
+from dora_diffusion.serving.request import ApiAnswer, ApiRequest, Refusal, refusal_of
+from dora_diffusion.system import is_loopback, split_host
 
 # What anybody may see: whether it runs, and how it is asked.
-_OPEN = ("/health", "/ready", "/docs", "/openapi.json")
+_OPEN = ("/health", "/ready", "/openapi.json")
+# Asked every few seconds by programs, and not logged while all is well.
+_PROBES = ("/health", "/ready", "/metrics")
 # What a file says of noise schedule and prompts, which a batch shares, and the ordinary words.
 _READ = (PREDICTION, ZERO_TERMINAL_SNR, *READING)
 _USUAL = ("", EPSILON, "False", "0")
 _MOST_BYTES = 64 * 1024
-_LOCAL_NAMES = ["localhost", "127.0.0.1"]
+# Of a header, which clients and proxies refuse beyond 8 KB or less.
+_MOST_NOTES = 2048
+# As nginx logs a client that has gone before it was answered.
+_GONE = 499
+_CLOSE = {"Connection": "close"}
+_LOG = logging.getLogger("dora_diffusion.serving")
 Run = Callable[[Sequence[BatchItem]], Awaitable[Reply]]
 
 
@@ -56,7 +66,7 @@ class Metrics:
         self.lost = add(Counter, "workers_lost", "Batches whose replica died.")
         self.loads = add(Counter, "adapter_loads", "Adapters that were read into a replica.")
         self.waiting = add(Gauge, "queue_length", "Requests that wait for a batch.")
-        self.ready = add(Gauge, "ready", "Whether a replica answers.")
+        self.ready = add(Gauge, "ready", "Whether images can be had.")
 
     def text(self) -> bytes:
         from prometheus_client import generate_latest
@@ -70,20 +80,33 @@ class Service:
     Args:
         catalogue: The adapters.
         run: Has a batch answered by a worker that is free.
+        count_workers: How many workers are healthy.
         timeout: Seconds after which a request is given up.
         queue: ``batch_size``, ``window``, ``capacity`` and ``workers`` of the `Batcher`.
+
+    Attributes:
+        is_ending: Whether new requests are refused.
+        capacity: Most requests that wait or are answered.
     """
 
-    def __init__(self, catalogue: Catalogue, run: Run, timeout: float, **queue: Any) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        run: Run,
+        count_workers: Callable[[], Awaitable[int]],
+        timeout: float,
+        **queue: Any,
+    ) -> None:
         self.catalogue, self.timeout, self.metrics = catalogue, timeout, Metrics()
-        self._run_batch = run
+        self.is_ending = False
+        self._run_batch, self._count_workers = run, count_workers
+        self._asked: set[asyncio.Task[ApiAnswer]] = set()
         self._batcher: Batcher[BatchItem, ApiAnswer] = Batcher(
             self._run, on_batch=self._count_batch, **queue
         )
-        self._is_alive = False
-        self._probe: asyncio.Future[Any] | None = None
+        queued = self._batcher
+        self.capacity = queued.capacity + queued.workers * queued.batch_size
         self.metrics.waiting.set_function(lambda: len(self._batcher))
-        self.metrics.ready.set_function(lambda: self.is_ready)
 
     async def image(self, request: ApiRequest) -> ApiAnswer:
         """An image.
@@ -91,18 +114,16 @@ class Service:
         Raises:
             Refusal: If there will be none.
         """
-        begun, file, reading = time.monotonic(), None, ("",) * len(_READ)
-        if request.adapter is not None:
-            file = self.catalogue.find(request.adapter)
-            if file is None:
-                raise Refusal(404, f"there is no adapter {request.adapter!r}; see /v1/adapters")
-            try:
-                extra = self.catalogue.metadata(request.adapter).extra
-            except (ValueError, OSError) as error:
-                raise Refusal(422, str(error)) from None
-            reading = tuple("" if extra.get(n) in _USUAL else extra.get(n, "") for n in _READ)
+        if self.is_ending:
+            raise Refusal(503, "this server is ending; ask another", {"Retry-After": "5"} | _CLOSE)
+        begun = time.monotonic()
+        file, reading = self._find(request.adapter)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        asked = self._batcher.submit(BatchItem(request, seed, file), (request.shared(), reading))
+        asked = asyncio.ensure_future(
+            self._batcher.submit(BatchItem(request, seed, file), (request.shared(), reading))
+        )
+        self._asked.add(asked)
+        asked.add_done_callback(self._asked.discard)
         try:
             answer = await asyncio.wait_for(asked, self.timeout)
         except QueueFullError as error:
@@ -116,22 +137,65 @@ class Service:
         self.metrics.latency.observe(time.monotonic() - begun)
         return answer
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether a worker has answered since one was lost; asks, without waiting for it."""
-        if not self._is_alive and (self._probe is None or self._probe.done()):
-            self._probe = asyncio.gather(self._run([]), return_exceptions=True)
-        return self._is_alive
+    def _find(self, name: str | None) -> tuple[Path | None, tuple[str, ...]]:
+        """The file of an adapter, and what it says that a batch shares.
+
+        Raises:
+            Refusal: If there is none, or it cannot be read.
+        """
+        file = None if name is None else self.catalogue.find(name)
+        try:
+            extra = {} if file is None else self.catalogue.metadata(file).extra
+        except FileNotFoundError:
+            file = None
+        except Exception as error:
+            raise refusal_of(error, file) from None
+        if file is None and name is not None:
+            raise Refusal(404, f"there is no adapter {name!r}; see /v1/adapters")
+        return file, tuple("" if extra.get(n) in _USUAL else extra.get(n, "") for n in _READ)
+
+    def adapters(self) -> list[dict[str, str | None]]:
+        """The adapters that are there now; one that cannot be read says why."""
+        listed: list[dict[str, str | None]] = []
+        for name, file in self.catalogue.scan().items():
+            row: dict[str, str | None] = dict.fromkeys(("name", "trigger", "family", "problem"))
+            try:
+                metadata = self.catalogue.metadata(file)
+            except FileNotFoundError:
+                continue  # It has gone since.
+            except Exception as error:
+                row["problem"] = refusal_of(error, file).line
+            else:
+                row |= {"trigger": metadata.trigger, "family": metadata.family}
+            listed.append(row | {"name": name})
+        return listed
+
+    async def start(self) -> None:
+        """Wait until a worker answers."""
+        await self._run([])
+
+    async def end(self) -> None:
+        """Refuse new requests, and wait until those that were accepted are answered."""
+        self.is_ending = True
+        while self._asked:
+            await asyncio.wait(self._asked)
+
+    async def is_ready(self) -> bool:
+        """Whether images can be had."""
+        is_ready = not self.is_ending and await self._count_workers() > 0
+        self.metrics.ready.set(is_ready)
+        return is_ready
 
     async def _run(self, batch: Sequence[BatchItem]) -> Sequence[ApiAnswer | Exception]:
         try:
             reply = await self._run_batch(batch)
         except WorkerLostError:
             self.metrics.lost.inc()
-            self._is_alive = False
             raise
-        self._is_alive = True
         self.metrics.loads.inc(reply.loads)
+        for answer in reply.answers:
+            if isinstance(answer, Refusal) and answer.defect:
+                _LOG.error("a request failed: %s", answer.defect)
         return reply.answers
 
     def _count_batch(self, size: int, seconds: float) -> None:
@@ -151,11 +215,11 @@ def make_app(service: Service, token: str | None) -> FastAPI:
         title="dora-diffusion",
         description="Images of many adapters over one base model.",
         dependencies=[Depends(HTTPBearer(auto_error=False))] if token else [],
+        # Its pages load scripts from elsewhere, beside a field for the token.
+        docs_url=None,
+        redoc_url=None,
     )
-    app.add_middleware(_Gate, token=token, count=service.metrics.requests)
-    if token is None:
-        # A web page can make its own name mean this machine.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=_LOCAL_NAMES)
+    app.add_middleware(_Gate, token=token, service=service)
 
     @app.exception_handler(Refusal)
     async def refuse(_: Any, refusal: Refusal) -> JSONResponse:
@@ -176,17 +240,27 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     }
 
     @app.post("/v1/images", response_class=Response, responses=png)
-    async def generate(request: ApiRequest) -> Response:
+    async def generate(request: ApiRequest, http: Request) -> Response:
         """Generate an image; its seed is in `X-Seed`, what had no effect in `X-Notes` (JSON)."""
-        answer = await service.image(request)
-        notes = {"X-Notes": json.dumps(answer.notes)} if answer.notes else {}
+        http.scope["adapter"] = request.adapter
+        asked = asyncio.ensure_future(service.image(request))
+        gone = asyncio.ensure_future(http.receive())
+        try:
+            await asyncio.wait((asked, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not asked.done():
+                return Response(status_code=_GONE)
+            answer = asked.result()
+        finally:
+            asked.cancel()
+            gone.cancel()
+        notes = {"X-Notes": _notes_header(answer.notes)} if answer.notes else {}
         headers = {"X-Seed": str(answer.seed)} | notes
         return Response(answer.png, media_type="image/png", headers=headers)
 
     @app.get("/v1/adapters")
     def list_adapters() -> list[dict[str, str | None]]:
         """List the adapters that are there now; one that cannot be read says why."""
-        return [_described(service.catalogue, name) for name in service.catalogue.scan()]
+        return service.adapters()
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -195,53 +269,90 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/ready")
     async def ready() -> dict[str, str]:
-        """Answer 200 if images can be had, 503 until a replica has loaded the model."""
-        if not service.is_ready:
-            raise Refusal(503, "no replica answers yet", {"Retry-After": "5"})
+        """Answer 200 if images can be had, else 503."""
+        if not await service.is_ready():
+            line = "this server is ending" if service.is_ending else "no replica is healthy"
+            raise Refusal(503, line, {"Retry-After": "5"})
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Metrics for Prometheus."""
+        await service.is_ready()
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-def _described(catalogue: Catalogue, name: str) -> dict[str, str | None]:
-    try:
-        metadata = catalogue.metadata(name)
-    except (ValueError, OSError) as error:
-        return {"name": name, "trigger": None, "family": None, "problem": str(error)}
-    return {"name": name, "trigger": metadata.trigger, "family": metadata.family, "problem": None}
+def _notes_header(notes: Sequence[str]) -> str:
+    """Notes as JSON, the longest cut until all fit into a header."""
+    longest = max(map(len, notes))
+    while len(text := json.dumps([_cut(note, longest) for note in notes])) > _MOST_NOTES:
+        longest = longest * 9 // 10
+    return text
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]} ..."
 
 
 class _Gate:
-    """Refuses whoever lacks the token, and bodies that are too large, before anything is read."""
+    """Logs and counts every request, and refuses some before their body is read.
 
-    def __init__(self, app: Any, token: str | None, count: Any) -> None:
-        self.app, self.token, self.count = app, token, count
+    These are requests without the token, those that a web page sends under a name of its own, and
+    bodies that are too large.
+    """
+
+    def __init__(self, app: Any, token: str | None, service: Service) -> None:
+        self.app, self.token, self.service = app, token, service
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        status, begun = _GONE, time.monotonic()
 
-        async def counting(message: Any) -> None:
+        async def noting(message: Any) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                self.count.labels(str(message["status"])).inc()
+                status = message["status"]
+                if self.service.is_ending:  # What a client keeps open would be cut.
+                    headers = [h for h in message["headers"] if h[0] != b"connection"]
+                    message["headers"] = [*headers, (b"connection", b"close")]
             await send(message)
 
         refusal = self._refusal(scope["path"], dict(scope["headers"]))
-        await (refusal or self.app)(scope, receive, counting)
+        try:
+            await (refusal or self.app)(scope, receive, noting)
+        finally:
+            self.service.metrics.requests.labels(str(status)).inc()
+            if status != 200 or scope["path"] not in _PROBES:
+                _LOG.info(_log_line(scope, status, time.monotonic() - begun))
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> JSONResponse | None:
+        host = split_host(headers.get(b"host", b"").decode("latin-1"))[0]
+        if self.token is None and not is_loopback(host):
+            line = "without a token this server answers to localhost alone, and not by other names"
+            return JSONResponse({"detail": line}, 400, _CLOSE)
         if self.token is not None and path not in _OPEN:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
                 line = "give the server's token: 'Authorization: Bearer TOKEN'"
-                return JSONResponse({"detail": line}, 401, {"WWW-Authenticate": "Bearer"})
+                challenge = {"WWW-Authenticate": "Bearer"} | _CLOSE
+                return JSONResponse({"detail": line}, 401, challenge)
         length = headers.get(b"content-length", b"0")
         is_unknown = b"transfer-encoding" in headers or not length.isdigit()
         if is_unknown or int(length) > _MOST_BYTES:
             line = f"a request has a Content-Length, of at most {_MOST_BYTES} bytes"
-            return JSONResponse({"detail": line}, 413)
+            return JSONResponse({"detail": line}, 413, _CLOSE)
         return None
+
+
+def _log_line(scope: Any, status: int, seconds: float) -> str:
+    """A request as a line of JSON, without what it has of prompts and tokens."""
+    facts = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "client": (scope.get("client") or ("",))[0],
+        "request": _cut(f"{scope['method']} {scope['path']}", 200),
+        "status": status,
+        "seconds": round(seconds, 3),
+    }
+    return json.dumps(facts | {n: scope[n] for n in ("adapter",) if scope.get(n) is not None})

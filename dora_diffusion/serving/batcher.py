@@ -38,6 +38,7 @@ class _Waiting(Generic[Request, Answer]):
     since: float
     answer: asyncio.Future[Answer]
     attempts: int = 0
+    batch: asyncio.Task[None] | None = None
 
 
 @dataclass
@@ -46,11 +47,13 @@ class Batcher(Generic[Request, Answer]):
 
     A batch is of requests with one key. It starts when it is full, or when its first request has
     waited for the window, and a worker is free; while all are busy, batches grow. The oldest
-    request's batch comes first. For one event loop; no lock is needed.
+    request's batch comes first. A batch that nobody waits for any longer is cancelled, and its
+    worker's place is free again. For one event loop; no lock is needed.
 
     Attributes:
         run: Answers a batch, an exception standing for the answer of a request that failed. It
-            raises `WorkerLostError` where its worker died: the requests are tried again.
+            raises `WorkerLostError` where its worker died: the requests are tried again, the last
+            time each by itself, since one of them may be what its worker died of.
         batch_size: Most requests of a batch.
         window: Seconds that a request waits for others.
         capacity: Most requests that wait.
@@ -65,7 +68,9 @@ class Batcher(Generic[Request, Answer]):
     workers: int = 1
     on_batch: Callable[[int, float], None] = lambda size, seconds: None
     _queue: list[_Waiting[Request, Answer]] = field(default_factory=list)
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _running: dict[asyncio.Task[None], list[_Waiting[Request, Answer]]] = field(
+        default_factory=dict
+    )
     _timer: asyncio.TimerHandle | None = None
     _seconds: float = 1.0
 
@@ -96,6 +101,10 @@ class Batcher(Generic[Request, Answer]):
         finally:
             if waiting in self._queue:
                 self._queue.remove(waiting)
+            if (batch := waiting.batch) is not None and all(
+                mate.answer.done() for mate in self._running.get(batch, ())
+            ):
+                batch.cancel()
 
     @property
     def retry_after(self) -> int:
@@ -108,7 +117,7 @@ class Batcher(Generic[Request, Answer]):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        while self._queue and len(self._tasks) < self.workers:
+        while self._queue and len(self._running) < self.workers:
             groups: dict[Hashable, list[_Waiting[Request, Answer]]] = {}
             for waiting in self._queue:
                 groups.setdefault(waiting.key, []).append(waiting)
@@ -121,7 +130,9 @@ class Batcher(Generic[Request, Answer]):
             batch = groups[due][: self.batch_size]
             self._queue = [waiting for waiting in self._queue if waiting not in batch]
             task = asyncio.get_running_loop().create_task(self._answer(batch))
-            self._tasks.add(task)
+            self._running[task] = batch
+            for waiting in batch:
+                waiting.batch = task
             task.add_done_callback(self._finished)
 
     def _left(self, group: Sequence[_Waiting[Request, Answer]]) -> float:
@@ -131,7 +142,7 @@ class Batcher(Generic[Request, Answer]):
         return group[0].since + self.window - asyncio.get_running_loop().time()
 
     def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        del self._running[task]
         self._dispatch()
 
     async def _answer(self, batch: Sequence[_Waiting[Request, Answer]]) -> None:
@@ -141,7 +152,9 @@ class Batcher(Generic[Request, Answer]):
         except WorkerLostError as error:
             again = [w for w in batch if not w.answer.done() and w.attempts + 1 < MOST_ATTEMPTS]
             for waiting in again:
-                waiting.attempts += 1
+                waiting.attempts, waiting.batch = waiting.attempts + 1, None
+                if waiting.attempts + 1 == MOST_ATTEMPTS:
+                    waiting.key = waiting
             self._queue = [*again, *self._queue]
             lost = [waiting for waiting in batch if waiting not in again]
             _settle(lost, [error] * len(lost))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +22,8 @@ class Catalogue:
 
     A folder with an adapter is called by its name, a file by its own without ``.safetensors``: with
     it where a folder beside it has that name, as what was converted for another program may. What
-    is asked for is looked up among these names, and never made a path of.
+    is asked for is looked up among these names, and never made a path of. Folders may change at any
+    moment, and a folder that cannot be read has a name too: whoever opens it learns why.
 
     Args:
         folders: Adapter files, runs' folders, or folders of these.
@@ -28,6 +31,7 @@ class Catalogue:
 
     Raises:
         ConfigError: If a folder is not there, or two adapters have one name.
+        PermissionError: If a folder cannot be read.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class Catalogue:
         self._folders, self._clock = [Path(folder).expanduser() for folder in folders], clock
         for folder in self._folders:
             require(folder.exists(), f"{folder} does not exist; give a folder of adapters")
+            _require_readable(folder)
         self._files: dict[str, Path] = {}
         self._scanned = -RESCAN
         self.scan(strict=True)
@@ -62,32 +67,56 @@ class Catalogue:
 
     def find(self, name: str) -> Path | None:
         """The adapter of a name; None if there is none."""
-        is_known = name in self._files and self._files[name].exists()
-        if not is_known and self._clock() - self._scanned >= RESCAN:
-            self.scan()
         file = self._files.get(name)
-        return file if file is not None and file.exists() else None
+        if (file is None or not os.path.lexists(file)) and self._clock() - self._scanned >= RESCAN:
+            file = self.scan().get(name)
+        return file if file is not None and os.path.lexists(file) else None
 
-    def metadata(self, name: str) -> AdapterMetadata:
+    @staticmethod
+    def metadata(file: Path) -> AdapterMetadata:
         """What the file of an adapter that was found says of it.
 
         Raises:
-            AdapterFormatError: If it cannot be read.
+            AdapterFormatError, OSError: If it cannot be read.
+            FileNotFoundError: If it has gone since.
         """
-        return read_metadata(self._files[name])
+        _require_readable(file)
+        return read_metadata(file)
+
+
+def _require_readable(path: Path) -> None:
+    """See that a file or folder can be opened, of which `Path.glob` says nothing.
+
+    Raises:
+        PermissionError: If it cannot.
+    """
+    mode = os.R_OK | (os.X_OK if path.is_dir() else 0)
+    if os.path.lexists(path) and not os.access(path, mode):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def _adapters_in(folder: Path) -> Iterator[Path]:
-    """Adapter files and folders with one, of a folder, or the folder itself."""
-    if folder.is_file() or (folder / DIFFUSERS.file_name).is_file():
+    """Adapter files and folders with one, of a folder, or the folder itself.
+
+    What cannot be read is among them.
+    """
+    try:
+        _require_readable(folder)
+        is_adapter = folder.is_file() or (folder / DIFFUSERS.file_name).is_file()
+        entries = [] if is_adapter else sorted(folder.iterdir())
+    except OSError:
+        is_adapter, entries = True, []
+    if is_adapter:
         yield folder
-        return
-    for entry in sorted(folder.iterdir()):
-        if entry.suffix == ".safetensors" and entry.is_file():
-            yield entry
-        elif entry.is_dir():
-            try:
+    for entry in entries:
+        try:
+            if entry.is_dir():
+                _require_readable(entry)
                 find_adapter(entry)
-            except ValueError:
-                continue  # Photos, a model, or a run that has not written its adapter.
-            yield entry
+            elif entry.suffix != ".safetensors" or not entry.is_file():
+                continue
+        except (ValueError, FileNotFoundError, NotADirectoryError):
+            continue  # Photos, a model, a run that has not written its adapter; or it has gone.
+        except OSError:
+            pass
+        yield entry

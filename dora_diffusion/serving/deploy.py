@@ -1,4 +1,4 @@
-"""The service on Ray Serve: an ingress that queues and batches, and replicas of the model."""
+"""Replicas of the model on Ray Serve, which starts them again where they die or hang."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import asyncio
 import contextlib
 import logging
 import os
+import platform
+import sys
+import threading
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,19 +18,22 @@ from typing import Any
 
 from dora_diffusion.config.fields import ConfigError, require
 from dora_diffusion.fleet.connection import connect
+from dora_diffusion.serving.batcher import WorkerLostError
+from dora_diffusion.serving.catalogue import Catalogue
 from dora_diffusion.serving.engine import BatchItem, Engine, Reply
-from dora_diffusion.system import is_address, is_loopback
+from dora_diffusion.system import is_address, is_loopback, is_private
+from dora_diffusion.wording import counted
 
 TOKEN_VARIABLE = "DORA_DIFFUSION_TOKEN"
-SHORTEST_TOKEN = 16
-_NAME, _REPLICA = "dora-diffusion", "replica"
-# A proxy of Ray Serve needs longer than its 5 s on a machine that is busy, and would be killed
-# again and again. Nothing is sent to Ray's makers.
-_ENVIRONMENT = {
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
-    "RAY_USAGE_STATS_ENABLED": "0",
+SHORTEST_TOKEN, LONGEST = 16, 86400
+_REPLICA = "replica"
+# A replica that has not answered three checks in a row is killed, with what it is at.
+_CHECKS: dict[str, Any] = {
+    "health_check_period_s": 5,
+    "health_check_timeout_s": 10,
+    "graceful_shutdown_timeout_s": 5,
 }
+_ENVIRONMENT = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 _OBJECT_STORE = 256 * 1024**2
 
 
@@ -73,7 +81,19 @@ class Deployment:
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}; it must be at least 1", name)
         require(0 <= self.window <= 10, f"window is {self.window}; it must be 0 to 10 seconds")
-        require(self.timeout > 0, f"timeout is {self.timeout}; it must be more than 0 seconds")
+        require(
+            0 < self.timeout <= LONGEST,
+            f"timeout is {self.timeout:g}; it must be more than 0, and at most {LONGEST} seconds",
+        )
+        gpus = self.replica_gpus
+        require(
+            gpus is None or 0 <= gpus <= 1 or (gpus > 1 and gpus.is_integer()),
+            f"replica_gpus is {gpus}; it must be a share of one, such as 0.5, or a whole number",
+        )
+        require(
+            "://" not in self.address,
+            f"address is {self.address}; run serve on a node of the cluster, with --address auto",
+        )
         require(
             self.token is not None or is_loopback(self.host),
             f"host {self.host} lets others ask this server; give --token_file, or set "
@@ -82,7 +102,13 @@ class Deployment:
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    @property
+    def name(self) -> str:
+        """Of the application on a cluster, which may have several: a port is one server's alone."""
+        return f"dora-diffusion-{platform.node()}-{self.port}"
 
 
 def read_token(file: Path | None) -> str | None:
@@ -93,6 +119,8 @@ def read_token(file: Path | None) -> str | None:
     """
     text = file.read_text(encoding="utf-8") if file else os.environ.get(TOKEN_VARIABLE, "")
     token, where = text.strip(), file or TOKEN_VARIABLE
+    if file and not is_private(file):
+        warnings.warn(f"others can read {file}; run 'chmod 600 {file}'", stacklevel=2)
     require(not file or bool(token), f"{file} is empty; write a token into it")
     require(
         not token or (len(token) >= SHORTEST_TOKEN and token.isascii() and token.isprintable()),
@@ -105,52 +133,79 @@ class Replica:
     """A process with one base model."""
 
     def __init__(self, deployment: Deployment) -> None:
+        _close_door()
         self._engine = Engine.load(
             deployment.base, deployment.adapter_memory, dict(deployment.options)
         )
+        self._timeout = deployment.timeout
 
     async def answer(self, asked: Sequence[BatchItem]) -> Reply:
-        # In a thread, so that Ray is told meanwhile that the replica lives.
-        return await asyncio.to_thread(self._engine.answer, asked)
+        given_up = threading.Event()
+        try:
+            # In a thread, so that Ray is told meanwhile that the replica lives.
+            return await asyncio.to_thread(self._engine.answer, asked, given_up.is_set)
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
+
+    def check_health(self) -> None:
+        """Raise if a batch takes longer than anybody waits for it; Ray Serve calls it."""
+        since = self._engine.busy_since
+        if since is not None and time.monotonic() - since > self._timeout:
+            raise RuntimeError("a batch does not end")
 
 
-def _ingress(deployment: Deployment) -> Any:
-    """What builds the API in its process."""
+def _close_door() -> None:
+    """Keep a replica from the port that Ray Serve would open after this.
 
-    def build() -> Any:
-        from ray import serve
+    It listens on all addresses, asks for no token, and unpickles what anybody sends: whoever
+    reaches it runs code as this user. Calls between Ray's processes do not need it.
+    """
+    with contextlib.suppress(ImportError):
+        from grpc.aio import _server
+
+        _server.Server.add_insecure_port = lambda self, address: 0
+
+
+class Replicas:
+    """The replicas of an application."""
+
+    def __init__(self, handle: Any, application: str) -> None:
+        self._handle, self._application = handle, application
+
+    async def answer(self, batch: Sequence[BatchItem]) -> Reply:
+        """Have a replica that is free answer a batch.
+
+        Raises:
+            WorkerLostError: If it died, or was killed since it hung.
+        """
         from ray.exceptions import RayActorError
 
-        from dora_diffusion.serving.api import Service, make_app
-        from dora_diffusion.serving.batcher import WorkerLostError
-        from dora_diffusion.serving.catalogue import Catalogue
+        response = self._handle.answer.remote(batch)
+        try:
+            reply: Reply = await response
+        except RayActorError as error:
+            raise WorkerLostError("a replica died") from error
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        return reply
 
-        handle = serve.get_deployment_handle(_REPLICA, app_name=_NAME)
+    async def count(self) -> int:
+        """How many are healthy."""
+        from ray import serve
+        from ray.serve.schema import ReplicaState
 
-        async def run(batch: Sequence[BatchItem]) -> Reply:
-            try:
-                reply: Reply = await handle.answer.remote(batch)
-            except RayActorError as error:
-                raise WorkerLostError("a replica died") from error
-            return reply
-
-        service = Service(
-            Catalogue(deployment.adapters),
-            run,
-            deployment.timeout,
-            batch_size=deployment.batch_size,
-            window=deployment.window,
-            capacity=deployment.capacity,
-            workers=deployment.replicas,
-        )
-        return make_app(service, deployment.token)
-
-    return build
+        applications = (await asyncio.to_thread(serve.status)).applications
+        if self._application not in applications:
+            return 0
+        states = applications[self._application].deployments[_REPLICA].replica_states
+        return states.get(ReplicaState.RUNNING, 0)
 
 
 @contextlib.contextmanager
-def deployed(deployment: Deployment) -> Iterator[None]:
-    """Serve inside the block, in which every replica has loaded its model.
+def deployed(deployment: Deployment) -> Iterator[Replicas]:
+    """Replicas that have loaded their model, inside the block.
 
     Raises:
         ConfigError: If Ray is not installed, there is no cluster, or the model cannot be loaded.
@@ -166,28 +221,30 @@ def deployed(deployment: Deployment) -> Iterator[None]:
     )
     os.environ.update({k: v for k, v in _ENVIRONMENT.items() if k not in os.environ})
     try:
-        from ray import serve
+        from ray import serve as ray_serve
     except ImportError:
         raise ConfigError(
             "serving needs Ray Serve, which is not installed; run 'pip install dora-diffusion[ray]'"
         ) from None
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    name = deployment.name
     leave = connect(deployment.address, _OBJECT_STORE)
     try:
         try:
-            serve.start(http_options={"host": deployment.host, "port": deployment.port})
-            serve.run(_application(deployment), name=_NAME, route_prefix="/")
+            ray_serve.start(proxy_location="Disabled")
+            handle = ray_serve.run(_application(deployment), name=name, route_prefix=None)
         except RuntimeError as error:
             raise ConfigError(f"the service could not be started: {_last_line(error)}") from error
-        yield
+        yield Replicas(handle, name)
     finally:
-        with contextlib.suppress(Exception):
-            serve.shutdown() if deployment.address == "local" else serve.delete(_NAME)
+        if deployment.address != "local":  # Else all of it ends.
+            with contextlib.suppress(Exception):
+                ray_serve.delete(name)
         leave()
 
 
 def _application(deployment: Deployment) -> Any:
-    """The ingress, and the replicas that it asks."""
+    """The replicas, with what each takes of its node."""
     import ray
     from ray import serve
 
@@ -202,20 +259,47 @@ def _application(deployment: Deployment) -> Any:
         Replica,
         name=_REPLICA,
         num_replicas=count,
-        # The ingress batches: a replica has one batch at a time.
+        # The server batches: a replica has one batch at a time.
         max_ongoing_requests=1,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
-        health_check_timeout_s=120,
+        **_CHECKS,
     )
-    ingress: Any = serve.deployment(
-        serve.ingress(_ingress(deployment))(),
-        name="ingress",
-        # More than it accepts: what is beyond is for it to refuse.
-        max_ongoing_requests=1000 + deployment.capacity,
-        ray_actor_options={"num_cpus": 0},
-        health_check_timeout_s=120,
-    )
-    return ingress.bind(replica.bind(deployment))
+    return replica.bind(deployment)
+
+
+def serve(deployment: Deployment, catalogue: Catalogue) -> None:
+    """Serve until a signal, with a line on stdout for each request.
+
+    Raises:
+        ConfigError: As `deployed` does, and if another program has the port.
+    """
+    from dora_diffusion.serving.api import Service, make_app
+    from dora_diffusion.serving.server import listen, run
+
+    logger, handler = logging.getLogger("dora_diffusion.serving"), logging.StreamHandler(sys.stdout)
+    logger.setLevel(logging.INFO)
+
+    def announce() -> None:
+        count = counted(len(catalogue.scan()), "adapter")
+        print(f"{deployment.url} is ready: {count}; Ctrl-C ends it", flush=True)
+
+    with listen(deployment.host, deployment.port) as listening:
+        print(f"loading {deployment.base} ...", flush=True)
+        with deployed(deployment) as replicas:
+            logger.addHandler(handler)
+            service = Service(
+                catalogue,
+                replicas.answer,
+                replicas.count,
+                deployment.timeout,
+                batch_size=deployment.batch_size,
+                window=deployment.window,
+                capacity=deployment.capacity,
+                workers=deployment.replicas,
+            )
+            asyncio.run(run(make_app(service, deployment.token), service, listening, announce))
+            logger.removeHandler(handler)
+            print("ended", flush=True)
 
 
 def _last_line(error: Exception) -> str:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dora_diffusion.console.errors import explain, explain_to_all, is_out_of_memory
-from dora_diffusion.serving.request import ApiAnswer, Refusal
+from dora_diffusion.serving.request import ApiAnswer, refusal_of
 
 if TYPE_CHECKING:
     from dora_diffusion.pool import AdapterPool, ImageRow
     from dora_diffusion.serving.request import ApiRequest
-
-_LOG = logging.getLogger("dora_diffusion.serving")
 
 
 class BatchItem(NamedTuple):
@@ -40,10 +36,14 @@ class Engine:
     Args:
         pool: The model, and the adapters that are on it.
         name: What images say that the model is.
+
+    Attributes:
+        busy_since: When the batch began that is sampled now, by the monotonic clock.
     """
 
     def __init__(self, pool: AdapterPool, name: str) -> None:
         self.pool, self.name = pool, name
+        self.busy_since: float | None = None
         # A batch that nobody waits for any longer is still sampled to its end.
         self._lock = threading.Lock()
 
@@ -61,47 +61,74 @@ class Engine:
         reading = {name: options[name] for name in ("schedule", "clip_skip", "max_token_length")}
         return cls(AdapterPool(components, budget, **reading), base)
 
-    def answer(self, asked: Sequence[BatchItem]) -> Reply:
+    def answer(
+        self, asked: Sequence[BatchItem], is_given_up: Callable[[], bool] = lambda: False
+    ) -> Reply:
         """Images for requests whose settings are the same.
 
-        What is wrong with one of them is its answer alone, and the others do not depend on it.
+        What is wrong with one of them is its answer alone, and the others do not depend on it: each
+        adapter's file is read once, and what becomes of it then does not matter.
+
+        Args:
+            asked: The requests.
+            is_given_up: Whether nobody waits for the answers any longer; sampling then ends.
         """
+        with self._lock:
+            before, self.busy_since = self.pool.loads, time.monotonic()
+            try:
+                answers = self._answers(asked, is_given_up)
+            finally:
+                self.busy_since = None
+            return Reply([answers[n] for n in range(len(asked))], self.pool.loads - before)
+
+    def _answers(
+        self, asked: Sequence[BatchItem], is_given_up: Callable[[], bool]
+    ) -> dict[int, ApiAnswer | Exception]:
         from dora_diffusion.pool import ImageRow
 
         answers: dict[int, ApiAnswer | Exception] = {}
-        with self._lock:
-            before, rows = self.pool.loads, {}
-            for number, (request, seed, file) in enumerate(asked):
-                row = ImageRow(request.prompt, seed, file and (file, request.strength))
-                try:
-                    self.pool.names([row.adapter])
-                    rows[number] = row
-                except Exception as error:
-                    answers[number] = _refusal(error, file)
-            answers |= self._sample(asked, rows)
-        ordered = [answers[number] for number in range(len(asked))]
-        return Reply(ordered, self.pool.loads - before)
+        rows = {}
+        for number, (request, seed, file) in enumerate(asked):
+            try:
+                adapter = self.pool.pin(file and (file, request.strength))
+                rows[number] = ImageRow(request.prompt, seed, adapter)
+            except Exception as error:
+                answers[number] = refusal_of(error, file)
+        return answers | self._sample(asked, rows, is_given_up)
 
     def _sample(
-        self, asked: Sequence[BatchItem], rows: dict[int, ImageRow]
+        self,
+        asked: Sequence[BatchItem],
+        rows: dict[int, ImageRow],
+        is_given_up: Callable[[], bool],
     ) -> dict[int, ApiAnswer | Exception]:
         """Together; where that fails, each by itself."""
         if not rows:
             return {}
-        request = asked[next(iter(rows))].request
+
+        def show(done: int, steps: int) -> None:
+            if is_given_up():
+                raise TimeoutError("nobody waits for this image any longer")
+
         try:
+            show(0, 0)
             images = self.pool.generate(
-                list(rows.values()), request.settings(), batch_size=len(rows), require_finite=True
+                list(rows.values()),
+                asked[next(iter(rows))].request.settings(),
+                batch_size=len(rows),
+                on_step=show,
+                require_finite=True,
             )
+            # One that fails here is sampled again by itself.
+            return {
+                number: self._answer(asked[number], rows[number], image)
+                for number, image in zip(rows, images, strict=True)
+            }
         except Exception as error:
             if len(rows) == 1:
-                return {number: _refusal(error, asked[number].file) for number in rows}
-            alone = [self._sample(asked, {number: row}) for number, row in rows.items()]
+                return {number: refusal_of(error, asked[number].file) for number in rows}
+            alone = [self._sample(asked, {n: row}, is_given_up) for n, row in rows.items()]
             return {number: answer for part in alone for number, answer in part.items()}
-        return {
-            number: self._answer(asked[number], rows[number], image)
-            for number, image in zip(rows, images, strict=True)
-        }
 
     def _answer(self, asked: BatchItem, row: ImageRow, image: Any) -> ApiAnswer:
         from dora_diffusion.generate import lacks_trigger
@@ -123,15 +150,3 @@ class Engine:
                 limit = token_limit(components)
                 notes.append(f"the {what} is longer than {limit}; its end was not read: {end}")
         return ApiAnswer(png_bytes(image, text), row.seed, tuple(notes))
-
-
-def _refusal(error: Exception, file: Path | None) -> Refusal:
-    """One line for whoever asked, without the server's folders; 422 where the request is at fault.
-
-    Defects, and memory that ran out, are 500.
-    """
-    line = explain(error)[1]
-    if line is None or is_out_of_memory(error):
-        _LOG.error("a request failed", exc_info=error)
-        return Refusal(500, explain_to_all(error))
-    return Refusal(422, line.replace(f"{file.parent}{os.sep}", "") if file else line)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Hashable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dora_diffusion.config.run import SampleSettings
+from dora_diffusion.console.errors import explain, explain_to_all, is_out_of_memory
 from dora_diffusion.models.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
@@ -25,11 +29,33 @@ class ApiAnswer(NamedTuple):
 
 
 class Refusal(Exception):
-    """A request that is not answered with an image: the HTTP status, and one line that says why."""
+    """A request that is not answered with an image.
 
-    def __init__(self, status: int, line: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(status, line, headers)
-        self.status, self.line, self.headers = status, line, headers
+    Args:
+        status: The HTTP status.
+        line: Why, in one line.
+        headers: Of the answer.
+        defect: A traceback for the server's log.
+    """
+
+    def __init__(
+        self, status: int, line: str, headers: dict[str, str] | None = None, defect: str = ""
+    ) -> None:
+        super().__init__(status, line, headers, defect)
+        self.status, self.line, self.headers, self.defect = status, line, headers, defect
+
+
+def refusal_of(error: Exception, file: Path | None) -> Refusal:
+    """One line for whoever asked, without the server's folders; 422 where the request is at fault.
+
+    Defects, and memory that ran out, are 500.
+    """
+    line = explain(error)[1]
+    if line is None or is_out_of_memory(error):
+        return Refusal(
+            500, explain_to_all(error), defect="".join(traceback.format_exception(error))
+        )
+    return Refusal(422, line.replace(f"{file.parent}{os.sep}", "") if file else line)
 
 
 class ApiRequest(BaseModel):

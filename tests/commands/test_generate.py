@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -282,6 +283,20 @@ def test_images_of_one_batch_have_each_their_adapter(sd1_folder, random_adapter,
         ([{"adapter": "x", "strength": 70}], [], "strength of entry 1 of .* is 70; it must be"),
         ([None, {"strength": float("nan")}], [], "strength of entry 2 of .* is nan; it must be"),
         ([[]], [], "entry 1 of .* must be 'adapter: FILE'"),
+        *(
+            ([None, {"strength": value}], [], f"entry 2 of .*: strength is {text}; it must be betw")
+            for value, text in (
+                (math.nan, "nan"),
+                (math.inf, "inf"),
+                (-math.inf, "-inf"),
+                (1e30, r"1e\+30"),
+                (-10.1, "-10.1"),
+                (10**400 // 10**390, r"1e\+10"),
+            )
+        ),
+        ([{"seed": -1}], [], "entry 1 of .*: seed is -1; it must be between 0"),
+        ([{"seed": 2**63}], [], f"entry 1 of .*: seed is {2**63}; it must be between 0"),
+        ([{"seed": math.nan}], [], "entry 1 of .*: seed is nan, which it cannot be"),
         ([None], ["--adapter", "x"], "adapter and adapters_file are both given"),
         ([None], ["--num_images", "2"], "num_images is 2, and .* has an entry for each image"),
     ],

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import threading
+import signal
 
 import pytest
 
 from dora_diffusion.cli import main
 from dora_diffusion.serving import deploy
 from dora_diffusion.serving.deploy import TOKEN_VARIABLE
+from dora_diffusion.serving.engine import Reply
+
+pytest.importorskip("prometheus_client", reason="it comes with the extra ray")
 
 
 @pytest.mark.parametrize(
@@ -21,6 +24,10 @@ from dora_diffusion.serving.deploy import TOKEN_VARIABLE
         (["--replicas", "0"], "replicas is 0; it must be at least 1"),
         (["--clip_skip", "-1"], "clip_skip is -1; it must not be negative"),
         (["--token_file", "nowhere"], "nowhere does not exist"),
+        (["--adapter_memory", "nan"], "adapter_memory is nan; it must be more than 0 MB"),
+        (["--adapter_memory", "inf"], "adapter_memory is inf; it must be more than 0 MB"),
+        (["--adapter_memory", "0"], "adapter_memory is 0; it must be more than 0 MB"),
+        (["--timeout", "nan"], "timeout is nan; it must be more than 0"),
     ],
     ids=str,
 )
@@ -32,22 +39,43 @@ def test_what_cannot_be_served_is_one_line(flags, line, monkeypatch, last_line):
 
 
 def test_it_serves_until_it_is_interrupted(tmp_path, monkeypatch, capsys):
+    from dora_diffusion.serving import server
+
     served = []
+
+    class Replicas:
+        async def answer(self, batch):
+            return Reply([], 0)
+
+        async def count(self):
+            return 1
 
     @contextlib.contextmanager
     def deployed(deployment):
         served.append(deployment)
-        yield
+        yield Replicas()
 
-    def interrupted(self, timeout=None):
-        raise KeyboardInterrupt
+    start, run = [], server.run
 
+    async def interrupted(app, service, listening, on_start):
+        def end():
+            start.append(listening.getsockname()[:2])
+            on_start()
+            signal.raise_signal(signal.SIGTERM)
+
+        await run(app, service, listening, end)
+
+    with server.listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
     monkeypatch.setattr(deploy, "deployed", deployed)
-    monkeypatch.setattr(threading.Event, "wait", interrupted)
+    monkeypatch.setattr(server, "run", interrupted)
     monkeypatch.setenv(TOKEN_VARIABLE, "t" * 20)
     command = ["serve", "--base", "embedded:tiny-sd", "--adapters", str(tmp_path), "--queue", "9"]
-    assert main([*command, "--host", "0.0.0.0", "--adapter_memory", "1.5", "--clip_skip", "1"]) == 0
+    command += ["--adapter_memory", "1.5", "--clip_skip", "1"]
+    assert main([*command, "--host", "::1", "--port", str(port)]) == 0
     (deployment,) = served
     assert (deployment.capacity, deployment.adapter_memory) == (9, 1_500_000)
     assert (deployment.token, deployment.options["clip_skip"]) == ("t" * 20, 1)
-    assert "http://0.0.0.0:8000/docs: 0 adapters" in capsys.readouterr().out
+    assert start == [("::1", port)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == [f"http://[::1]:{port} is ready: 0 adapters; Ctrl-C ends it", "ended"]

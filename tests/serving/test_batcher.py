@@ -101,9 +101,9 @@ def test_who_leaves_is_not_answered_for():
         late = asyncio.wait_for(batcher.submit(4, 0), 0.5)
         await asyncio.sleep(0.1)
         waiting[1].cancel()
-        running.cancel()
         with pytest.raises(asyncio.TimeoutError):
             await late
+        running.cancel()
         return await asyncio.gather(*waiting, return_exceptions=True)
 
     first, cancelled, last = run(ask())
@@ -170,3 +170,53 @@ def test_requests_of_a_dead_worker_are_tried_again_first_and_not_forever():
     lost = [n for n, answer in enumerate(answers) if answer != n]
     assert all(sum(n in batch for batch in seen) == 3 for n in lost)
     assert len(lost) <= 4
+
+
+def test_what_kills_its_workers_takes_no_mates_along():
+    seen = []
+
+    async def worker(batch):
+        seen.append(list(batch))
+        await asyncio.sleep(1)
+        if "killer" in batch:
+            raise WorkerLostError("gone")
+        return list(batch)
+
+    async def ask():
+        batcher = Batcher(worker, window=1.0, batch_size=4)
+        asked = [batcher.submit(each, 0) for each in (0, 1, "killer", 3)]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    first, second, killed, last = run(ask())
+    assert (first, second, last) == (0, 1, 3)
+    assert isinstance(killed, WorkerLostError)
+    together = [0, 1, "killer", 3]
+    assert seen == [together, together, [0], [1], ["killer"], [3]]
+
+
+def test_a_batch_that_nobody_waits_for_gives_its_place_back():
+    begun, ended = [], []
+
+    async def worker(batch):
+        begun.append(list(batch))
+        try:
+            await asyncio.sleep(1000 if "hung" in batch else 1)
+        except asyncio.CancelledError:
+            ended.append(asyncio.get_running_loop().time())
+            raise
+        return list(batch)
+
+    async def ask():
+        batcher = Batcher(worker, window=1.0)
+        asked = [batcher.submit("hung", 0), batcher.submit("mate", 0)]
+        limits = [asyncio.wait_for(each, limit) for each, limit in zip(asked, (5, 9), strict=True)]
+        gone = asyncio.gather(*limits, return_exceptions=True)
+        await asyncio.sleep(2)
+        assert await batcher.submit("next", 0) == "next"
+        return await gone, asyncio.get_running_loop().time()
+
+    gone, now = run(ask())
+    assert [type(each) for each in gone] == [asyncio.TimeoutError] * 2
+    assert begun == [["hung", "mate"], ["next"]]
+    # Not before the last of them has gone; then at once.
+    assert (ended, now) == (pytest.approx([9]), pytest.approx(10))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -33,7 +35,7 @@ def test_files_and_runs_are_found_by_name(folder):
     assert sorted(catalogue.scan()) == ["cat run", "dog"]
     assert catalogue.find("dog") == folder / "dog.safetensors"
     assert catalogue.find("cat run") == folder / "cat run"
-    assert [catalogue.metadata(name).trigger for name in ("dog", "cat run")] == [
+    assert [catalogue.metadata(catalogue.find(name)).trigger for name in ("dog", "cat run")] == [
         "sks dog", "sks cat",
     ]  # fmt: skip
     assert list(Catalogue([folder / "cat run"]).scan()) == ["cat run"]
@@ -63,10 +65,10 @@ def test_a_folder_is_looked_through_again_but_not_for_every_wrong_name(folder):
 
 def test_a_file_that_was_written_since_is_read_again(folder):
     catalogue = Catalogue([folder])
-    assert catalogue.metadata("dog").trigger == "sks dog"
+    assert catalogue.metadata(catalogue.find("dog")).trigger == "sks dog"
     (folder / "dog.safetensors").write_bytes(b"no tensors")
     with pytest.raises(AdapterFormatError):
-        catalogue.metadata("dog")
+        catalogue.metadata(catalogue.find("dog"))
 
 
 def test_a_file_beside_a_folder_of_its_name_has_its_suffix(folder):
@@ -77,8 +79,8 @@ def test_a_file_beside_a_folder_of_its_name_has_its_suffix(folder):
         "cat run": folder / "cat run", "cat run.safetensors": folder / "cat run.safetensors",
         "dog": folder / "dog.safetensors",
     }  # fmt: skip
-    assert catalogue.metadata("cat run.safetensors").trigger == "sks dog"
-    assert catalogue.metadata("cat run").trigger == "sks cat"
+    assert catalogue.metadata(catalogue.find("cat run.safetensors")).trigger == "sks dog"
+    assert catalogue.metadata(catalogue.find("cat run")).trigger == "sks cat"
 
 
 def test_two_of_one_name_are_refused_at_first_and_the_first_one_stays(folder):
@@ -90,3 +92,27 @@ def test_two_of_one_name_are_refused_at_first_and_the_first_one_stays(folder):
     assert catalogue.scan()["dog"] == folder / "dog.safetensors"
     with pytest.raises(ConfigError, match="does not exist; give a folder of adapters"):
         Catalogue([folder / "nowhere"])
+
+
+@pytest.mark.parametrize("locked", ["cat run", "photos", "dog.safetensors"])
+def test_what_cannot_be_read_is_named_and_hides_nothing(folder, locked, monkeypatch):
+    """As root everything can be read: the system's answer is put in its place."""
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda p, m: access(p, m) and Path(p).name != locked)
+    catalogue = Catalogue([folder])
+    assert {"cat run", "dog"} <= set(catalogue.scan())
+    file = catalogue.find(Path(locked).stem)
+    with pytest.raises(PermissionError, match=f"Permission denied: .*{locked}"):
+        catalogue.metadata(file)
+    other = "dog" if locked != "dog.safetensors" else "cat run"
+    assert catalogue.metadata(catalogue.find(other)).trigger == f"sks {other[:3]}"
+    with pytest.raises(PermissionError, match=f"Permission denied: .*{locked}"):
+        Catalogue([folder / locked])
+
+
+def test_a_folder_that_goes_away_takes_only_its_own_along(folder, tmp_path):
+    catalogue = Catalogue([folder, tmp_path / "secret.safetensors"])
+    shutil.rmtree(folder)
+    catalogue.scan()
+    assert catalogue.find("secret") == tmp_path / "secret.safetensors"
+    assert catalogue.find("dog") is None

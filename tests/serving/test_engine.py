@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,3 +115,86 @@ def test_the_settings_of_a_request_are_those_of_sampling(sd1_folder):
     })  # fmt: skip
     assert other.shared() == request.shared()
     assert other.model_copy(update={"steps": 3}).shared() != request.shared()
+
+
+@pytest.mark.parametrize("trouble", ["deleted", "cut", "replaced", "locked"])
+def test_a_file_that_goes_while_its_batch_is_sampled_matters_to_nobody(
+    trouble, files, sd1_folder, tmp_path, monkeypatch
+):
+    """It is loaded before; the images are those of an undisturbed batch, to the bit."""
+    from dora_diffusion import pool as module
+
+    copies = {name: shutil.copy(files[name], tmp_path / f"{name}.safetensors") for name in files}
+    copies = {name: Path(file) for name, file in copies.items()}
+    engine = Engine(AdapterPool(load_components(sd1_folder)), "base")
+    asked = [ask(copies, name, seed, "a") for seed, name in enumerate(("dog", "cat", None, "cat"))]
+    expected = engine.answer(asked).answers
+    engine = Engine(AdapterPool(load_components(sd1_folder)), "base")
+    generate, opened, calls = module.generate_images, [], []
+
+    def disturbed(*args, **options):
+        calls.append(len(args[1]))
+        if trouble == "deleted":
+            copies["cat"].unlink(missing_ok=True)
+        elif trouble == "cut":
+            copies["cat"].write_bytes(copies["cat"].read_bytes()[:50])
+        elif trouble == "replaced":
+            shutil.copy(files["large"], copies["cat"])
+        else:
+            monkeypatch.setattr(module, "read_metadata", opened.append)
+        return generate(*args, **options)
+
+    monkeypatch.setattr(module, "generate_images", disturbed)
+    answers = engine.answer(asked).answers
+    assert calls == [4]
+    assert not opened
+    assert [answer.png for answer in answers] == [answer.png for answer in expected]
+    assert answers[1].notes == ("the prompt lacks the adapter's trigger word, 'sks cat'",)
+
+
+def test_an_answer_that_cannot_be_made_is_one_request_s(files, sd1_folder, monkeypatch):
+    engine, answer = Engine(AdapterPool(load_components(sd1_folder)), "base"), Engine._answer
+
+    def failing(self, asked, row, image):
+        if asked.request.adapter == "cat":
+            raise OSError(5, "Input/output error", str(asked.file))
+        return answer(self, asked, row, image)
+
+    monkeypatch.setattr(Engine, "_answer", failing)
+    first, failed, last = engine.answer(
+        [ask(files, "dog", 1), ask(files, "cat", 2), ask(files, None, 3)]
+    ).answers
+    assert (failed.status, failed.line) == (422, "cat.safetensors: Input/output error")
+    assert image(first).shape == image(last).shape == (64, 64, 3)
+
+
+def test_a_pinned_adapter_that_was_dropped_is_not_another_file_s(files, sd1_folder, tmp_path):
+    file = Path(shutil.copy(files["dog"], tmp_path / "a.safetensors"))
+    pool = AdapterPool(load_components(sd1_folder))
+    pinned = pool.pin(file)
+    assert pool.pin(None) is None
+    assert pool.metadata(pinned).trigger == pool.metadata(file).trigger == "sks dog"
+    assert pool.components_for(pinned) == pool.components_for(file)
+    assert pool.names([pinned, file]) == [*{*pool.names([file])}] * 2
+    pool.clear()
+    assert pool.names([pinned]) == pool.names([file])
+    pool.clear()
+    shutil.copy(files["cat"], file)
+    with pytest.raises(ValueError, match=r"a\.safetensors was replaced while it was used"):
+        pool.names([pinned])
+
+
+def test_sampling_ends_at_the_step_at_which_nobody_waits_any_longer(files, sd1_folder):
+    engine, steps = Engine(AdapterPool(load_components(sd1_folder)), "base"), []
+
+    def is_given_up():
+        steps.append(engine.busy_since is not None)
+        return len(steps) > 1
+
+    asked = [ask(files, "dog", 1), ask(files, None, 2)]
+    answers = engine.answer(asked, is_given_up).answers
+    assert all(isinstance(answer, Refusal) for answer in answers)
+    # Of two steps one, and none for each by itself.
+    assert steps == [True] * 4
+    assert engine.busy_since is None
+    assert all(isinstance(answer, ApiAnswer) for answer in engine.answer(asked).answers)
