@@ -85,6 +85,14 @@ def private_folder(name: str) -> Path:
     return path
 
 
+def short_folder() -> str:
+    """Make a folder of this user's alone with a drawn name, which sockets may have below it.
+
+    Their names have a hundred characters at most, and TMPDIR may take most of them, as on macOS.
+    """
+    return tempfile.mkdtemp(prefix="dora-", dir=None if is_windows() else "/tmp")
+
+
 def drop_from_cache(handle: int) -> None:
     """Let the system's cache forget a file that is on the disk, where it can be told to."""
     if hasattr(os, "posix_fadvise"):  # not on macOS and Windows

@@ -7,13 +7,12 @@ import os
 import secrets
 import shutil
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import ConfigError
-from dora_diffusion.system import is_private, is_windows
+from dora_diffusion.system import is_private, short_folder
 
 _CONNECT_SECONDS = 10.0
 
@@ -87,8 +86,7 @@ def _refusal(address: str, error: Exception) -> str:
 @contextlib.contextmanager
 def _private_folder() -> Iterator[str]:
     """A folder for a cluster's sockets and logs. Ray's own has a name that others can take."""
-    # Names of sockets may have about a hundred characters.
-    folder = tempfile.mkdtemp(prefix="dora-", dir=None if is_windows() else "/tmp")
+    folder = short_folder()
     try:
         yield os.path.join(folder, "ray")  # Ray opens this one to all.
     finally:
