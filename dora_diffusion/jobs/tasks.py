@@ -147,7 +147,11 @@ def rename_run(workspace: Workspace, job_id: object, name: object) -> None:
     for job in workspace.job_folders:
         record = read_record(job)
         if folder.name in (job.name, record.run):
-            called = title if job == folder else record.title.replace(run.title, title)
+            # "Convert NAME to kohya": a verb, and the run's name.
+            verb, _, about = record.title.partition(" ")
+            called = title if job == folder else record.title
+            if job != folder and about.startswith(run.title):
+                called = f"{verb} {title}{about.removeprefix(run.title)}"
             write_record(job, dataclasses.replace(record, title=called))
 
 

@@ -55,13 +55,27 @@ def test_a_run_is_named_by_hand_or_by_its_subject_and_the_time(
     folder = workspace.root / tasks.start_training(workspace, config, [stored], " my  best dog ")
     named = seen(folder)
     assert named.label == f"my best dog · {named.made[5:]}"
-    merge = about(folder, title="Merge my best dog")
+    made = [about(folder, title=title) for title in ("Merge my best dog", "Rank a run")]
     tasks.rename_run(workspace, named.id, "Rex")
-    assert [seen(job).title for job in (folder, merge)] == ["Rex", "Merge Rex"]
+    assert [seen(job).title for job in (folder, *made)] == ["Rex", "Merge Rex", "Rank a run"]
     assert seen(first.folder).title == first.title
     for name in ("", "x" * 61):
         with pytest.raises(UserError, match="name"):
             tasks.rename_run(workspace, named.id, name)
+
+
+@pytest.mark.parametrize("name", ["e", "Convert", "to", "Convert e to diffusers", " e e "])
+def test_only_the_run_s_own_place_in_a_title_is_renamed(
+    workspace: Workspace, subject: str, name: str
+) -> None:
+    stored = read_subject(workspace, subject)
+    run = workspace.root / tasks.start_training(workspace, CONFIG, [stored], name)
+    title = seen(run).title
+    made = about(run, title=f"Convert {title} to diffusers")
+    tasks.rename_run(workspace, run.name, "Rex")
+    assert seen(made).title == "Convert Rex to diffusers"
+    tasks.rename_run(workspace, run.name, name)
+    assert seen(made).title == f"Convert {title} to diffusers"
 
 
 def test_a_finished_run_is_queued_again_with_more_steps(

@@ -37,7 +37,11 @@ def test_photos_are_looked_at_by_a_job_whose_table_and_sheet_are_shown(
     records.write_result(folder, records.JobResult(0))
     shown = tab.refresh(context, context.jobs(fresh=True), subject)["looked"]
     assert "--resolution 64 --token sks --class_word mug" in shown.replace("\\\n", "")
-    assert "80 x 64" in shown
+    assert "<td>80 x 64</td>" in shown
+    assert "<th>photo</th>" in shown
+    assert "|" not in shown
+    assert "caution:" not in shown
+    assert "dd-warn'>001.jpg: " in shown
     assert Path(record.output).is_file()
     assert f"{job_id}/{Path(record.output).name}" in shown
     assert sorted(stored.folder.iterdir()) == before
