@@ -113,7 +113,7 @@ def new_subject(
     return subject_id
 
 
-def keep_words(workspace: Workspace, subject_id: str, class_word: str, token: str) -> None:
+def keep_words(workspace: Workspace, subject_id: object, class_word: object, token: object) -> None:
     """Keep with a subject what it is called, for later runs; a style has neither word.
 
     Raises:

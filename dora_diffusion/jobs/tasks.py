@@ -105,13 +105,16 @@ def looks_at(jobs: Sequence[Job], subject: StoredSubject) -> list[Job]:
     ]  # fmt: skip
 
 
-def start_look(workspace: Workspace, subject: StoredSubject, resolution: int) -> str:
+def start_look(
+    workspace: Workspace, subject: StoredSubject, resolution: int, caption_model: str = ""
+) -> str:
     """Queue a job that looks at a subject's photos in the place of earlier ones. Returns its id.
 
     Args:
         workspace: The runs folder.
-        subject: Whose photos; nothing is written beside them.
+        subject: Whose photos; nothing is written beside them but captions.
         resolution: What they will be trained at; the next lower multiple of 64 is taken.
+        caption_model: Writes the missing captions: folder or hub id.
 
     Raises:
         UserError: If there are no photos, or another look is not over.
@@ -128,10 +131,12 @@ def start_look(workspace: Workspace, subject: StoredSubject, resolution: int) ->
     words = [
         "prepare", str(subject.folder), "--sheets", str(sheets),
         "--resolution", str(max(64, resolution // 64 * 64)),
-        *flags(token=subject.token, class_word=subject.class_word),
+        *flags(token=subject.token, class_word=subject.class_word, caption_model=caption_model),
+        *(["--in_place"] if caption_model else []),
     ]  # fmt: skip
     output = str(sheets / f"{subject.folder.name}-sheet.jpg")
-    return create_job(folder, JobRecord(words, f"Look at {subject.title}", output=output))
+    title = f"{'Caption' if caption_model else 'Check'} {subject.title}"
+    return create_job(folder, JobRecord(words, title, output=output))
 
 
 def rename_run(workspace: Workspace, job_id: object, name: object) -> None:

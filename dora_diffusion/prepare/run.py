@@ -1,4 +1,4 @@
-"""Photos read, captioned, masked, put on plain backgrounds; of files, captions alone are changed."""
+"""Photos read, captioned, masked, put on plain backgrounds; nothing but captions is changed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +59,7 @@ class Preparation:
     target: Path | None = None
     resolution: int = 512
     caption: Captioner | None = None
-    edit: CaptionEdit = CaptionEdit()
+    edit: CaptionEdit = field(default_factory=CaptionEdit)
     mask: Masker | None = None
     token: str = ""
     class_word: str = ""

@@ -89,7 +89,7 @@ def test_uploads_are_checked_file_by_file(
 
 def open_photo(page: Visit, place: int = 0) -> None:
     page.click("#crops button.thumbnail-item", place)
-    page.wait_for("#caption textarea")
+    page.wait_for("#edit")
 
 
 def test_a_photo_gets_a_caption_a_crop_and_a_mask(visit: Callable[..., Visit], app: App) -> None:
@@ -97,9 +97,9 @@ def test_a_photo_gets_a_caption_a_crop_and_a_mask(visit: Callable[..., Visit], a
     whole = (stored / "001.jpg").read_bytes()
     page = visit()
     open_photo(page)
-    page.fill("#caption textarea", "a photo of a sks dog <b>on grass</b>")
-    page.press("button", "Save caption")
-    page.wait_text("#report", "Caption of 001.jpg saved")
+    page.fill("#caption-rows textarea", "a photo of a sks dog <b>on grass</b>")
+    page.page.keyboard.press("Enter")
+    page.wait_text("#captions-said", "Saved")
     assert (stored / "001.txt").read_text(
         encoding="utf-8"
     ) == "a photo of a sks dog <b>on grass</b>\n"

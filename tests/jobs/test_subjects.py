@@ -24,9 +24,9 @@ from dora_diffusion.jobs.subjects import (
     save_caption,
     subjects_in,
     take_sample,
+    training_crop,
     undo_captions,
     write_captions,
-    training_crop,
 )
 from dora_diffusion.jobs.workspace import UserError, Workspace
 from tests.jobs.helpers import photo

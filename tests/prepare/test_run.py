@@ -262,7 +262,7 @@ def test_captions_are_changed_where_the_photos_are_written(photos, toy, tmp_path
 
     def written(index: int) -> str:
         if place == "copies":
-            files = [path for path in run.target.glob(f"{index}-plain-*.txt")]
+            files = run.target.glob(f"{index}-plain-*.txt")
             text = "\n".join(path.read_text(encoding="utf-8") for path in files)
             return re.sub(", on a plain .* background", "", text).strip()
         path = run.target / f"{index}.txt"
