@@ -39,6 +39,9 @@ from dora_diffusion.training.samples import check_prompts
 from dora_diffusion.training.subject import outside_toy_world, subjects_of
 
 _CHOOSE_ANOTHER = "Choose Stable Diffusion 1.5, SDXL or a model of yours under Base model."
+# Whose they are is told by the subject that is chosen: its own are filled in when it is.
+_KEEP_WORDS = """(kept, subject, class_word, token) =>
+  window.ddRestored ? {subject: subject ?? '', class_word, token} : kept"""
 # Until the fields that change together have all changed.
 _SETTLE = "() => new Promise((done) => setTimeout(done, 50))"
 _NEW_ADAPTER = ("none: a new adapter", "")
@@ -134,10 +137,6 @@ class TrainTab:
             allow_custom_value=not context.launch.is_open,
             elem_id="base-model",
         )
-        self.settled = storage("settled", "")
-        texts = {n: setting_text(v) for n, v in preset_values("balanced", EMBEDDED).items()}
-        self.filled = storage("filled", texts)
-        self.words = storage("words", {})
         self.advanced: dict[str, Any] = {
             "init_adapter": gr.Dropdown(
                 [_NEW_ADAPTER],
@@ -149,6 +148,13 @@ class TrainTab:
                 elem_id="init-adapter",
             )
         }
+
+    def add_storage(self) -> None:
+        """Add what the browser keeps; outside of the tabs, since none is there until it is opened."""
+        self.settled = storage("settled", "")
+        texts = {n: setting_text(v) for n, v in preset_values("balanced", EMBEDDED).items()}
+        self.filled = storage("filled", texts)
+        self.words = storage("words", {})
 
     def _add_advanced(self) -> None:
         self.prompts = gr.Textbox(
@@ -182,6 +188,7 @@ def connect(
         opened: The event of the tab being opened.
         restored: The event of the page being loaded, after what was chosen before.
     """
+    tab.add_storage()
     fields = [tab.advanced[name] for name in ADVANCED]
     asked = [subjects.pick, tab.model, tab.token, tab.class_word, tab.prompts, *fields, tab.others]
 
@@ -379,8 +386,8 @@ def _connect_words(context: Context, tab: TrainTab, subjects: SubjectTab, restor
 
     words = [tab.class_word, tab.token]
     gr.on(
-        [word.input for word in words], None, [tab.words, subjects.pick, *words], [tab.words],
-        js="(_, subject, class_word, token) => ({subject: subject ?? '', class_word, token})",
+        [word.change for word in words], None, [tab.words, subjects.pick, *words], [tab.words],
+        js=_KEEP_WORDS,
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
     gr.on([word.blur for word in words], keep, [tab.words], None, **QUIET)
