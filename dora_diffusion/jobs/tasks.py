@@ -14,7 +14,7 @@ from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.data.captions import whole_word
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.names import file_stem
-from dora_diffusion.formats.layouts import CONVERSIONS
+from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS
 from dora_diffusion.jobs.base_model import ModelFiles
 from dora_diffusion.jobs.checkpoints import card_of, chosen_adapter
 from dora_diffusion.jobs.queue import create_job, delete_job, requeue_job
@@ -257,38 +257,42 @@ def start_push(workspace: Workspace, run: Job, repository: object, private: bool
     return create_job(workspace.new_job(), record)
 
 
-def formats() -> dict[str, str]:
-    """Adapter format -> where it is exact; those alone for which nothing else is asked."""
-    return {name: kind.summary for name, kind in CONVERSIONS.items() if not kind.needs_rank}
+def targets() -> dict[str, str]:
+    """What an adapter can be converted for: as `convert --to` has it -> as the page calls it."""
+    named = {name: f"{program.title} ({program.place})" for name, program in PROGRAMS.items()}
+    return {**named, "kohya": "LyCORIS", "peft": "PEFT (a folder for each component)"}
 
 
 def start_conversion(workspace: Workspace, run: Job, target: str) -> str:
-    """Queue a job that writes a run's adapter in a format. Returns its id.
+    """Queue a job that writes a run's adapter as a program needs it. Returns its id.
 
     The base model is never downloaded for it.
 
     Raises:
-        UserError: If there is no adapter, or no such format, or it needs a base model that is
-            not on this machine.
+        UserError: If there is no adapter, or no such program, or its file needs a base model that
+            is not on this machine.
     """
-    if target not in formats():
-        raise UserError("there is no such format; choose one of the list")
+    from dora_diffusion.export.convert import conversion_of
+    from dora_diffusion.formats.adapter.file import read_adapter
+
+    if target not in targets():
+        raise UserError("there is no such program; choose one of the list")
     adapter = str(chosen_adapter(run))
-    # PEFT writes a folder per component; the other formats are one file each.
+    # PEFT writes a folder per component; the others are one file each.
     name = f"{file_name(run, target)}.{'zip' if target == 'peft' else 'safetensors'}"
     output = str(workspace.exports / run.id / target / name)
     words = ["convert", adapter, output, "--to", target]
     files = ModelFiles.of(run.settings)
     base = files.here(run.base) if run.base else None
-    if base is None and CONVERSIONS[target].for_one_base:
+    if base is None and CONVERSIONS[conversion_of(target, read_adapter(adapter))].for_one_base:
         words += flags(base=run.base, variant=files.variant, revision=files.revision)
         raise UserError(
-            f"{target} files are made for one base model, and {run.base or 'this one'} is not on "
-            "this machine as the run loaded it. This downloads it, and converts the adapter: "
+            f"a file for {target} is made for one base model, and {run.base or 'this one'} is not "
+            "on this machine as the run loaded it. This downloads it, and converts the adapter: "
             f"{JobRecord(words).command}"
         )
     words += [*flags(base=base, variant=base and files.variant), "--overwrite"]
-    record = JobRecord(words, f"Convert {run.title} to {target}", run.id, run.base, output)
+    record = JobRecord(words, f"Convert {run.title} for {target}", run.id, run.base, output)
     return create_job(workspace.new_job(), record)
 
 

@@ -396,7 +396,7 @@ def test_the_library_gives_files_merges_and_remembers(
     page.wait_for("#files a.dd-download")  # the model card
     page.wait_for("#tasks a.dd-download")
     download = page.download("#tasks a.dd-download")
-    assert download.suggested_filename == f"sks-mug-{second[:15]}-step-8-diffusers.safetensors"
+    assert download.suggested_filename == f"sks-mug-{second[:15]}-step-8-comfyui.safetensors"
     assert len(read_header(Path(download.path())).specs) > 10
     page.click("#merge")
     page.wait_text("#tasks", "Download sks-mug-2[^ ]*merged")

@@ -55,7 +55,8 @@ CHOOSE = """async ([selector, kind, other]) => {
     number.dispatchEvent(new Event('input', {bubbles: true}));
   } else if (kind === 'dropdown') {
     field.focus();
-    const option = () => [...place.querySelectorAll('[role=option]:not([aria-selected=true])')].at(-1);
+    const others = '[role=option]:not([aria-selected=true])';
+    const option = () => [...place.querySelectorAll(others)].at(-1);
     for (let i = 0; !option() && i < 600; i++) await new Promise(requestAnimationFrame);
     option().dispatchEvent(new MouseEvent('mousedown', {bubbles: true, cancelable: true}));
     await new Promise(requestAnimationFrame);

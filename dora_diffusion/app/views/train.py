@@ -150,7 +150,7 @@ class TrainTab:
         }
 
     def add_storage(self) -> None:
-        """Add what the browser keeps; outside of the tabs, since none is there until it is opened."""
+        """Add what the browser keeps: outside of the tabs, which are not there until opened."""
         self.settled = storage("settled", "")
         texts = {n: setting_text(v) for n, v in preset_values("balanced", EMBEDDED).items()}
         self.filled = storage("filled", texts)
