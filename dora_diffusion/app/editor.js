@@ -1,10 +1,39 @@
 // Crop and mask of one photo, drawn on a canvas. Runs when its gr.HTML is first shown:
 // `element`, `trigger` and `watch` are Gradio's. What is sent is a crop in fractions of the
-// photo, and the mask as a small PNG.
+// photo, and the mask as a small PNG. Both are kept in the browser until they are used.
 const state = { tool: 'crop', box: null, painted: false, from: null, image: null, mask: null };
 const paper = () => element.querySelector('canvas');
 // x, y, width and height in percent of the photo.
 const fields = () => [...element.querySelectorAll('[data-side]')];
+
+const KEPT = 'dora-studio-drawn', MOST = 5;
+const drawn = () => JSON.parse(localStorage.getItem(KEPT) ?? '[]')
+  .filter(({ version }) => version !== paper().dataset.version);
+
+function keep() {
+  const { version } = paper().dataset;
+  const mask = state.painted ? state.mask.toDataURL('image/png') : '';
+  const others = drawn().slice(1 - MOST);
+  localStorage.setItem(KEPT, JSON.stringify([...others, { version, box: state.box, mask }]));
+}
+
+function forget() {
+  localStorage.setItem(KEPT, JSON.stringify(drawn()));
+}
+
+function takeUp() {
+  const kept = JSON.parse(localStorage.getItem(KEPT) ?? '[]')
+    .find(({ version }) => version === paper().dataset.version);
+  if (!kept) return;
+  state.box = kept.box;
+  const mask = new Image();
+  mask.onload = () => {
+    state.mask.getContext('2d').drawImage(mask, 0, 0);
+    state.painted = true;
+    draw();
+  };
+  if (kept.mask) mask.src = kept.mask;
+}
 
 function begin() {
   const canvas = paper();
@@ -17,6 +46,7 @@ function begin() {
     mask.width = image.width;
     mask.height = image.height;
     Object.assign(state, { image, mask, box: null, painted: false, from: null });
+    takeUp();
     choose('crop');
   };
   image.src = canvas.dataset.photo;
@@ -36,6 +66,7 @@ function type(typed) {
   const corners = [end(x, 0), end(y, 0), end(x, width), end(y, height)];
   state.box = corners.map((part, side) => part * (side % 2 ? canvas.height : canvas.width));
   if (corners.join() === '0,0,1,1' || !(width > 0) || !(height > 0)) state.box = null;
+  keep();
   draw(typed);
 }
 
@@ -113,12 +144,14 @@ element.addEventListener('pointerup', () => {
     if (right - left < 8 || bottom - top < 8) state.box = null;
     draw();
   }
+  if (state.from) keep();
   state.from = null;
 });
 element.addEventListener('click', (event) => {
   const button = event.target.closest('[data-tool], [data-do]');
   if (!button) return;
   if (button.dataset.tool) return choose(button.dataset.tool);
+  if (button.dataset.do !== 'apply') forget();
   if (button.dataset.do === 'clear') return begin();
   if (button.dataset.do === 'restore') return trigger('click', { what: 'restore' });
   const { width, height } = paper();

@@ -118,9 +118,9 @@ def status_card(job: Job, *, stop: bool = False) -> str:
     lines = [_done(job)] * (job.kind == "train" or bool(job.progress.unit)) + _live_facts(job)
     cause = note(job.cause, "bad") + notes(job.damage, "bad")
     cause += notes(log_warnings(job.folder), "warn")
-    if job.state == "done" and job.best_step:
+    if job.state == "done" and job.settings.get("keep_best"):
         cause += note(
-            f"The result is that of step {job.best_step}, where the validation loss was lowest."
+            f"The result is that of step {job.result_step}, where the validation loss was lowest."
         )
     if job.state == "done" and job.trigger:
         triggers = [f"“{trigger}”" for trigger in split_triggers(job.trigger)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from dora_diffusion.app import html
+from dora_diffusion.app import draft, html
 from dora_diffusion.app.context import Context, Handler, plain
 from dora_diffusion.app.views import compare, generate, library, run, subject, train
 from dora_diffusion.app.views.fields import BUSY, QUIET, filled, html_block
@@ -45,8 +45,9 @@ def build_page(context: Context) -> gr.Blocks:
                 comparing = compare.CompareTab(context)
         add_report(context)
         size = [training.model, training.advanced["resolution"]]
-        subject.connect(context, subjects, blocks, size)
-        train.connect(context, training, subjects, train_tab.select, blocks)
+        restored = draft.connect(blocks, {"class": training.class_word, "token": training.token})
+        subject.connect(context, subjects, restored, size)
+        train.connect(context, training, subjects, train_tab.select, restored)
         generate.connect(context, generating)
         library.connect(context, stored)
         compare.connect(context, comparing)
@@ -58,7 +59,7 @@ def build_page(context: Context) -> gr.Blocks:
         ):
             # With the run that is shown, whatever was chosen there.
             button.click(_open_with_run(tab), [shown.run], [tabs, field], **QUIET)
-        _connect_clock(context, blocks, header, subjects, training, generating, stored, comparing)
+        _connect_clock(context, restored, header, subjects, training, generating, stored, comparing)
     return blocks
 
 
@@ -67,7 +68,7 @@ def _open_with_run(tab: str) -> Callable[[str | None], list[Any]]:
 
 
 def _connect_clock(
-    context: Context, blocks: gr.Blocks, header: Any, subjects: Any, training: Any,
+    context: Context, restored: Any, header: Any, subjects: Any, training: Any,
     generating: Any, stored: Any, comparing: Any,
 ) -> None:  # fmt: skip
     """One timer, outside of the tabs, and the page's load refresh everything that can change.
@@ -109,7 +110,7 @@ def _connect_clock(
     outputs = [mark, seen_texts, *texts.values()]
     clock = gr.Timer(TICK_SECONDS)
     clock.tick(tick, [seen_texts, *inputs], outputs, trigger_mode="once", **QUIET)
-    blocks.load(tick, [seen_texts, *inputs], outputs, **QUIET)
+    restored.then(tick, [seen_texts, *inputs], outputs, **QUIET)
     mark.change(
         fill, [seen_others, *inputs], [seen_others, *others.values()],
         trigger_mode="always_last", **QUIET,

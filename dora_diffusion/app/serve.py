@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import webbrowser
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.launch import SHARED, Launch
+from dora_diffusion.jobs.records import LOG
+from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.uploads import MAX_BYTES
 from dora_diffusion.system import INTERRUPTS
 
@@ -41,6 +43,20 @@ def serve(launch: Launch) -> None:
     finally:
         context.queue.close()
         blocks.close(verbose=False)
+        print("\n".join(["The app has ended.", *_left(context.jobs(fresh=True))]), flush=True)
+
+
+def _left(jobs: Sequence[Job]) -> list[str]:
+    """What of the jobs continues without the app, and what waits for it."""
+    lines = [
+        f"{job.title} continues without it: start the app again to follow or stop it, or read "
+        f"{job.folder / LOG}"
+        for job in jobs
+        if job.is_active
+    ]
+    waiting = [job.title for job in reversed(jobs) if job.state == "waiting"]
+    when = "Until the app is started again, these wait"
+    return lines + ([f"{when}: {', '.join(waiting)}"] if waiting else [])
 
 
 class Guard:

@@ -6,17 +6,17 @@ import argparse
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.config import ConfigError
-from dora_diffusion.console.progress import ProgressBar
+from dora_diffusion.console.progress import progress
 from dora_diffusion.console.tables import print_json
 from dora_diffusion.formats.files.atomic import atomic_file, require_writable
 
 if TYPE_CHECKING:
+    from dora_diffusion.prepare.captions import CaptionEdit
     from dora_diffusion.prepare.run import Preparation
 
 _TEXTS = {
@@ -24,17 +24,22 @@ _TEXTS = {
     "sub-folder each. Default: none, the photos are looked at only.",
     "similarity_model": "Duplicates also by efficientnet-lite0, or a CLIP or DINO (folder, id).",
     "caption_model": "Write missing captions: image-to-text model or WD tagger, folder or hub id.",
+    "caption": "Caption of every photo, in the place of its own.",
+    "find": "Text to replace in every caption, letter by letter.",
+    "replace": "What takes its place. Default: nothing.",
+    "caption_prefix": "Text in front of every caption that does not begin with it.",
     "caption_prompt": "What a chat model is asked. Default: to describe the image in one sentence.",
     "masks": "Make missing masks: rembg, rembg:MODEL, or a segmentation model (folder, id).",
     "mask_label": "The subject's label of a segmentation model. Default: --class_word.",
 }
 _SWITCHES = {
-    "in_place": "Write missing captions and masks next to the photos, and no output folder.",
+    "in_place": "Write missing captions and masks next to the photos, change captions there, and "
+    "no output folder.",
     "only_copies": "Leave the photos themselves out of the output.",
     "json": "Print JSON instead of a table.",
 }
 # A flag, and the one without which it does nothing.
-_NEEDS = {"caption_prompt": "caption_model", "mask_label": "masks"}
+_NEEDS = {"replace": "find", "caption_prompt": "caption_model", "mask_label": "masks"}
 _NEEDS |= {"seed": "background", "only_copies": "background"}
 
 
@@ -76,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     }
     reports = {}
     for name, plan in plans.items():
-        with closing(ProgressBar("photo", leave=False, desc=name)) as show:
+        with progress(name, "photo") as show:
             report = reports[name] = replace(plan, **models).run(subjects[name], show)
         with atomic_file(sheet := Path(args.sheets, f"{name}-sheet.jpg")) as temporary:
             report.contact_sheet().save(temporary, format="JPEG", quality=85)
@@ -92,12 +97,22 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what does not go together, and say what has no effect."""
-    makes = args.caption_model or args.masks or args.background
+    makes = args.caption_model or args.masks or args.background or _edit(args)
+    if args.caption is not None and args.caption_model:
+        raise ConfigError("caption and caption_model both write captions; give one of them")
     if (makes and not args.output and not args.in_place) or (args.output and args.in_place):
         raise ConfigError("captions, masks and copies need either --output FOLDER or --in_place")
     for name, needed in _NEEDS.items():
         if getattr(args, name) and not getattr(args, needed):
             warnings.warn(f"{name} has no effect without {needed}", stacklevel=2)
+
+
+def _edit(args: argparse.Namespace) -> CaptionEdit:
+    """How captions are changed; a replacement of nothing is warned of."""
+    from dora_diffusion.prepare.captions import CaptionEdit
+
+    find, prefix = args.find or "", args.caption_prefix or ""
+    return CaptionEdit(args.caption, find, (args.replace or "") if find else "", prefix)
 
 
 def _plan(args: argparse.Namespace, name: str, paths: Sequence[Path]) -> Preparation:
@@ -111,7 +126,7 @@ def _plan(args: argparse.Namespace, name: str, paths: Sequence[Path]) -> Prepara
     settings: dict[str, Any] = {name: getattr(args, name) for name in same}
     settings["plain_copies"] = args.background is not None
     settings["originals"] = not (args.background and args.only_copies)
-    plan = Preparation(target, **settings)
+    plan = Preparation(target, edit=_edit(args), **settings)
     plan.check_target(paths)
     if Path(args.sheets).resolve() in (paths[0].parent.resolve(), target and target.resolve()):
         raise ConfigError("a contact sheet among photos would be trained on; give another --sheets")

@@ -109,6 +109,7 @@ class TrainProgress:
         say(f"step {step}: validation loss {loss:.4f}{what}{lowest}")
 
     def _say_end(self, event: TrainingEnded) -> None:
+        tell(result_step=event.result_step or 0)
         if event.stopped_early:
             say(
                 f"stopped early after step {event.step}: the validation loss has not fallen any "

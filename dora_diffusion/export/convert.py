@@ -150,7 +150,7 @@ def convert_adapter(
     with contextlib.ExitStack() as stack:
         model = None if base is None else stack.enter_context(open_model(base, variant, revision))
         adapter = _read(source, target, model, alpha)
-        program, target = target if target in PROGRAMS else "", _conversion(target, adapter)
+        program, target = target if target in PROGRAMS else "", conversion_of(target, adapter)
         settings = FitSettings(rank, conv_rank, energy, dtype=dtype)
         settings = _check_request(target, base, settings, PROGRAMS.get(program))
         settings = dataclasses.replace(settings, norm_axis=axis_of(adapter.layers.values()))
@@ -177,7 +177,7 @@ def _read(
     return read_adapter(source, model, alpha=alpha, sums=sums and model is not None)
 
 
-def _conversion(target: str, adapter: AdapterFile) -> str:
+def conversion_of(target: str, adapter: AdapterFile) -> str:
     """The conversion that a program needs of an adapter; any other target stays."""
     if target not in PROGRAMS:
         return target

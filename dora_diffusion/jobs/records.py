@@ -99,7 +99,8 @@ def flags(**values: str | None) -> list[str]:
 class JobProgress:
     """What the work is doing: in training, from the step after ``first_step`` on.
 
-    Other work counts what is ``done`` in its ``unit``. ``address`` is where it was published.
+    Its result is that of ``result_step``. Other work counts what is ``done`` in its ``unit``.
+    ``address`` is where it was published.
     """
 
     phase: str = ""
@@ -107,6 +108,7 @@ class JobProgress:
     first_step: int | None = None
     total_steps: int = 0
     trigger: str = ""
+    result_step: int = 0
     unit: str = ""
     done: int = 0
     total: int = 0

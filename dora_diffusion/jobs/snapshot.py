@@ -22,7 +22,7 @@ from dora_diffusion.jobs.checkpoints import (
     chosen_in,
     result_adapter,
 )
-from dora_diffusion.jobs.logs import check_metrics, last_error, read_metrics, read_validation
+from dora_diffusion.jobs.logs import check_metrics, last_error, read_metrics
 from dora_diffusion.jobs.workspace import DamagedFile, UserError, Workspace
 
 Part = TypeVar("Part")
@@ -55,8 +55,6 @@ class Job:
         checkpoints: Names of its complete checkpoints, oldest first.
         samples: Sample images: the final ones, then from the newest.
         chosen: What was selected for it: a checkpoint, ``"result"``, or ``""``.
-        best_step: The step of the lowest validation loss, which ``keep_best`` made the result;
-            0 without either.
     """
 
     folder: Path
@@ -75,7 +73,6 @@ class Job:
     checkpoints: tuple[str, ...] = ()
     samples: tuple[Path, ...] = ()
     chosen: str = ""
-    best_step: int = 0
 
     @property
     def id(self) -> str:
@@ -153,8 +150,8 @@ class Job:
 
     @property
     def result_step(self) -> int:
-        """The steps that its result was trained for."""
-        return self.best_step or self.step
+        """The steps that its result was trained for, fewer than its own where it kept the best."""
+        return self.progress.result_step or self.step
 
     @property
     def can_generate(self) -> bool:
@@ -231,14 +228,8 @@ def _read_job(folder: Path, now: float, position: int) -> Job:
         position=position,
         checkpoints=checkpoints,
         samples=_samples(folder),
-        best_step=_best_step(folder) if settings.get("keep_best") else 0,
         chosen=chosen_in(folder, (*checkpoints, *([RESULT_NAME] if state == "done" else []))),
     )
-
-
-def _best_step(folder: Path) -> int:
-    losses = read_validation(folder)
-    return min((step for step in losses if step), key=lambda step: losses[step], default=0)
 
 
 def read_run(workspace: Workspace, job_id: object) -> Job:

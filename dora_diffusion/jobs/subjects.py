@@ -3,7 +3,8 @@
 ::
 
     subjects/<id>/
-      subject.json    title, class word, token, and which sample it is
+      subject.json    title, class word, token, which sample it is, what the photos were called,
+                      and the captions before the last change of all
       photos/         what is trained on: 001.jpg, 001.txt, 001.mask.png
       originals/      photos before a manual crop
 """
@@ -11,10 +12,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +24,13 @@ from PIL import Image
 
 from dora_diffusion.config import read_config_file
 from dora_diffusion.console.errors import explain
+from dora_diffusion.data.captions import read_caption
 from dora_diffusion.data.checks import PhotoWarning, check_photos
 from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import is_photo, mask_path, read_photos
-from dora_diffusion.jobs.uploads import Upload, original_of, store_photos
+from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.jobs.uploads import Upload, original_of, shown, store_photos
 from dora_diffusion.jobs.workspace import (
     DamagedFile,
     UserError,
@@ -86,7 +90,7 @@ def read_subject(workspace: Workspace, subject_id: object) -> StoredSubject:
         id=folder.name,
         title=str(values.get("title") or "Subject"),
         class_word=str(values.get("class_word") or ""),
-        token=str(values.get("token") or "sks"),
+        token=str(values.get("token", "sks")),
         photos=photos,
         sample=str(values.get("sample") or ""),
     )
@@ -109,8 +113,8 @@ def new_subject(
     return subject_id
 
 
-def keep_words(workspace: Workspace, subject_id: str, class_word: str, token: str) -> None:
-    """Keep with a subject what it is called, for later runs; an empty word changes nothing.
+def keep_words(workspace: Workspace, subject_id: object, class_word: object, token: object) -> None:
+    """Keep with a subject what it is called, for later runs; a style has neither word.
 
     Raises:
         UserError: If the subject is unknown, or a word too long.
@@ -120,21 +124,56 @@ def keep_words(workspace: Workspace, subject_id: str, class_word: str, token: st
         "class_word": clean_text(class_word, 100, "class"),
         "token": clean_text(token, 50, "token"),
     }
-    kept = {name: word for name, word in words.items() if word}
-    write_json(folder / _SUBJECT, read_json(folder / _SUBJECT) | kept)
+    write_json(folder / _SUBJECT, read_json(folder / _SUBJECT) | words)
 
 
 def add_photos(workspace: Workspace, subject_id: str, files: Sequence[str | Path]) -> Upload:
-    """Check uploaded files and add them to a subject.
+    """Check uploaded photos and add them to a subject, with the captions that lie beside them.
+
+    A text file is the caption of the photos of its name: of this upload, or of an earlier one.
 
     Raises:
         UserError: If the subject is unknown, or would have too many photos.
     """
-    folder = workspace.subject(subject_id)
-    upload = store_photos(files, folder / "photos")
+    folder, paths = workspace.subject(subject_id), [Path(file) for file in files]
+    texts = [path for path in paths if path.suffix == ".txt"]
+    upload = store_photos([path for path in paths if path.suffix != ".txt"], folder / "photos")
+    values = read_json(folder / _SUBJECT)
+    earlier = values.get("names") or {}
+    values["names"] = earlier | dict(upload.names)
     if upload.accepted:  # With other photos it is no longer what the sample shows.
-        write_json(folder / _SUBJECT, read_json(folder / _SUBJECT) | {"sample": ""})
-    return upload
+        values["sample"] = ""
+    write_json(folder / _SUBJECT, values)
+    stored = {path.name: path.stem for path in photos_in(folder / "photos")}
+    captions, refused = _captions_beside(texts, [upload.names, earlier, stored])
+    write_captions(workspace, subject_id, captions)
+    return dataclasses.replace(
+        upload, refused=(*upload.refused, *refused), captions=tuple(captions)
+    )
+
+
+def _captions_beside(
+    texts: Sequence[Path], known: Sequence[Mapping[str, str]]
+) -> tuple[dict[str, str], list[str]]:
+    """The captions of photos by their names, and a line for each text file that is none's.
+
+    Args:
+        texts: The text files.
+        known: What photos are called, by their names; the first that holds a text's name counts.
+    """
+    captions, refused = dict[str, str](), []
+    for text in texts:
+        called = text.stem.casefold()
+        matches = ([n for n, stem in names.items() if stem.casefold() == called] for names in known)
+        try:
+            own = next(filter(None, matches), [])
+            if not own:
+                raise UserError(f"{text.name}: no photo is called {text.stem}; add its photo too")
+            caption = _clean_caption(read_caption(text, "", per_line=True))
+            captions |= dict.fromkeys(own, caption)
+        except (ValueError, OSError) as error:
+            refused.append(shown(str(error)))
+    return captions, refused
 
 
 def take_sample(workspace: Workspace, samples: Path, name: str) -> str:
@@ -154,8 +193,7 @@ def take_sample(workspace: Workspace, samples: Path, name: str) -> str:
     subject_id = new_subject(workspace, title, word, sample=name)
     folder = workspace.subjects / subject_id / "photos"
     photos = photos_in(samples / name)
-    upload = store_photos(photos, folder)
-    for photo, copy in zip(photos, upload.accepted, strict=True):
+    for photo, copy in zip(photos, store_photos(photos, folder).accepted, strict=True):
         caption = photo.with_suffix(".txt")
         if caption.is_file():
             shutil.copyfile(caption, copy.with_suffix(".txt"))
@@ -170,13 +208,56 @@ def sample_names(samples: Path) -> list[str]:
 def save_caption(workspace: Workspace, subject_id: object, photo: object, text: object) -> str:
     """Write a photo's caption; an empty one lets the instance prompt stand in. Returns it."""
     path = photo_path(workspace, subject_id, photo)
-    lines = (clean_text(line, CAPTION_LIMIT, "caption") for line in str(text or "").splitlines())
-    caption = "\n".join(filter(None, lines))
+    caption = _clean_caption(text)
     if caption:
-        path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+        save_text(path.with_suffix(".txt"), caption + "\n")
     else:
         path.with_suffix(".txt").unlink(missing_ok=True)
     return caption
+
+
+def _clean_caption(text: object) -> str:
+    lines = (clean_text(line, CAPTION_LIMIT, "caption") for line in str(text or "").splitlines())
+    return "\n".join(filter(None, lines))
+
+
+def captions_of(subject: StoredSubject) -> dict[str, str]:
+    """Each photo's caption by its name, lines apart; empty where it has none or a damaged one."""
+    captions = {}
+    for photo in subject.photos:
+        captions[photo.name] = ""
+        with contextlib.suppress(ValueError, OSError):
+            captions[photo.name] = read_caption(photo, "", per_line=True)
+    return captions
+
+
+def write_captions(workspace: Workspace, subject_id: object, captions: Mapping[str, str]) -> int:
+    """Write captions of many photos, and keep those of before. Returns how many are others.
+
+    Raises:
+        UserError: If one is too long; then none is written.
+    """
+    before = captions_of(read_subject(workspace, subject_id))
+    new = {name: _clean_caption(text) for name, text in captions.items()}
+    changed = [name for name, text in new.items() if name in before and text != before[name]]
+    if changed:
+        path = workspace.subject(subject_id) / _SUBJECT
+        write_json(path, read_json(path) | {"captions": {name: before[name] for name in changed}})
+    for name in changed:
+        save_caption(workspace, subject_id, name, new[name])
+    return len(changed)
+
+
+def undo_captions(workspace: Workspace, subject_id: object) -> int:
+    """Take back the last change of many captions; a second time, take that back.
+
+    Raises:
+        UserError: If there was none.
+    """
+    kept = read_json(workspace.subject(subject_id) / _SUBJECT).get("captions")
+    if not kept:
+        raise UserError("the captions of this subject were not changed together; nothing to undo")
+    return write_captions(workspace, subject_id, kept)
 
 
 def photo_path(workspace: Workspace, subject_id: object, photo: object) -> Path:

@@ -14,7 +14,7 @@ from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.data.captions import whole_word
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.names import file_stem
-from dora_diffusion.formats.layouts import CONVERSIONS
+from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS
 from dora_diffusion.jobs.base_model import ModelFiles
 from dora_diffusion.jobs.checkpoints import card_of, chosen_adapter
 from dora_diffusion.jobs.queue import create_job, delete_job, requeue_job
@@ -105,13 +105,16 @@ def looks_at(jobs: Sequence[Job], subject: StoredSubject) -> list[Job]:
     ]  # fmt: skip
 
 
-def start_look(workspace: Workspace, subject: StoredSubject, resolution: int) -> str:
+def start_look(
+    workspace: Workspace, subject: StoredSubject, resolution: int, caption_model: str = ""
+) -> str:
     """Queue a job that looks at a subject's photos in the place of earlier ones. Returns its id.
 
     Args:
         workspace: The runs folder.
-        subject: Whose photos; nothing is written beside them.
+        subject: Whose photos; nothing is written beside them but captions.
         resolution: What they will be trained at; the next lower multiple of 64 is taken.
+        caption_model: Writes the missing captions: folder or hub id.
 
     Raises:
         UserError: If there are no photos, or another look is not over.
@@ -128,10 +131,12 @@ def start_look(workspace: Workspace, subject: StoredSubject, resolution: int) ->
     words = [
         "prepare", str(subject.folder), "--sheets", str(sheets),
         "--resolution", str(max(64, resolution // 64 * 64)),
-        *flags(token=subject.token, class_word=subject.class_word),
+        *flags(token=subject.token, class_word=subject.class_word, caption_model=caption_model),
+        *(["--in_place"] if caption_model else []),
     ]  # fmt: skip
     output = str(sheets / f"{subject.folder.name}-sheet.jpg")
-    return create_job(folder, JobRecord(words, f"Look at {subject.title}", output=output))
+    title = f"{'Caption' if caption_model else 'Check'} {subject.title}"
+    return create_job(folder, JobRecord(words, title, output=output))
 
 
 def rename_run(workspace: Workspace, job_id: object, name: object) -> None:
@@ -147,7 +152,11 @@ def rename_run(workspace: Workspace, job_id: object, name: object) -> None:
     for job in workspace.job_folders:
         record = read_record(job)
         if folder.name in (job.name, record.run):
-            called = title if job == folder else record.title.replace(run.title, title)
+            # "Convert NAME to kohya": a verb, and the run's name.
+            verb, _, about = record.title.partition(" ")
+            called = title if job == folder else record.title
+            if job != folder and about.startswith(run.title):
+                called = f"{verb} {title}{about.removeprefix(run.title)}"
             write_record(job, dataclasses.replace(record, title=called))
 
 
@@ -248,38 +257,42 @@ def start_push(workspace: Workspace, run: Job, repository: object, private: bool
     return create_job(workspace.new_job(), record)
 
 
-def formats() -> dict[str, str]:
-    """Adapter format -> where it is exact; those alone for which nothing else is asked."""
-    return {name: kind.summary for name, kind in CONVERSIONS.items() if not kind.needs_rank}
+def targets() -> dict[str, str]:
+    """What an adapter can be converted for: as `convert --to` has it -> as the page calls it."""
+    named = {name: f"{program.title} ({program.place})" for name, program in PROGRAMS.items()}
+    return {**named, "kohya": "LyCORIS", "peft": "PEFT (a folder for each component)"}
 
 
 def start_conversion(workspace: Workspace, run: Job, target: str) -> str:
-    """Queue a job that writes a run's adapter in a format. Returns its id.
+    """Queue a job that writes a run's adapter as a program needs it. Returns its id.
 
     The base model is never downloaded for it.
 
     Raises:
-        UserError: If there is no adapter, or no such format, or it needs a base model that is
-            not on this machine.
+        UserError: If there is no adapter, or no such program, or its file needs a base model that
+            is not on this machine.
     """
-    if target not in formats():
-        raise UserError("there is no such format; choose one of the list")
+    from dora_diffusion.export.convert import conversion_of
+    from dora_diffusion.formats.adapter.file import read_adapter
+
+    if target not in targets():
+        raise UserError("there is no such program; choose one of the list")
     adapter = str(chosen_adapter(run))
-    # PEFT writes a folder per component; the other formats are one file each.
+    # PEFT writes a folder per component; the others are one file each.
     name = f"{file_name(run, target)}.{'zip' if target == 'peft' else 'safetensors'}"
     output = str(workspace.exports / run.id / target / name)
     words = ["convert", adapter, output, "--to", target]
     files = ModelFiles.of(run.settings)
     base = files.here(run.base) if run.base else None
-    if base is None and CONVERSIONS[target].for_one_base:
+    if base is None and CONVERSIONS[conversion_of(target, read_adapter(adapter))].for_one_base:
         words += flags(base=run.base, variant=files.variant, revision=files.revision)
         raise UserError(
-            f"{target} files are made for one base model, and {run.base or 'this one'} is not on "
-            "this machine as the run loaded it. This downloads it, and converts the adapter: "
+            f"a file for {target} is made for one base model, and {run.base or 'this one'} is not "
+            "on this machine as the run loaded it. This downloads it, and converts the adapter: "
             f"{JobRecord(words).command}"
         )
     words += [*flags(base=base, variant=base and files.variant), "--overwrite"]
-    record = JobRecord(words, f"Convert {run.title} to {target}", run.id, run.base, output)
+    record = JobRecord(words, f"Convert {run.title} for {target}", run.id, run.base, output)
     return create_job(workspace.new_job(), record)
 
 

@@ -6,8 +6,8 @@ import base64
 import binascii
 import io
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,14 @@ class Upload:
     Attributes:
         accepted: The photos that were made of them, in order.
         refused: One plain line per file that was not taken.
+        names: Each photo's name -> that of its file, without its suffix.
+        captions: Names of the photos whose captions lay beside them.
     """
 
     accepted: tuple[Path, ...]
     refused: tuple[str, ...]
+    names: Mapping[str, str] = field(default_factory=dict)
+    captions: tuple[str, ...] = ()
 
 
 def store_photos(files: Sequence[str | Path], folder: Path) -> Upload:
@@ -74,14 +78,15 @@ def _store_all(files: Sequence[Path], folder: Path) -> Upload:
             f"{len(files)} files were chosen and {present} photos are there; "
             f"a subject can have at most {MAX_PHOTOS}"
         )
-    accepted: list[Path] = []
+    accepted: dict[Path, str] = {}
     refused: list[str] = []
     for file in files:
         try:
-            accepted.append(_store(file, folder))
+            accepted[_store(file, folder)] = file.stem
         except (UserError, PhotoError) as error:
             refused.append(shown(str(error)))
-    return Upload(tuple(accepted), tuple(refused))
+    names = {path.name: stem for path, stem in accepted.items()}
+    return Upload(tuple(accepted), tuple(refused), names)
 
 
 def shown(text: str, limit: int = 300) -> str:

@@ -1,4 +1,4 @@
-"""Photos read, captioned, masked, put on plain backgrounds. No file that is there is touched."""
+"""Photos read, captioned, masked, put on plain backgrounds; nothing but captions is changed."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
-from dora_diffusion.data.captions import contains_token, whole_word
 from dora_diffusion.data.crops import Buckets, CropRecord, apply_crop_to_mask, plan_crop
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo, mask_path, open_mask, read_photo
 from dora_diffusion.formats.files.atomic import atomic_file
+from dora_diffusion.prepare.captions import CaptionEdit, with_trigger
 from dora_diffusion.prepare.masks import measure_mask
 from dora_diffusion.prepare.models import PrepareError
 from dora_diffusion.prepare.report import Report, add_cautions, look_at, small_image
@@ -38,14 +38,15 @@ COLOURS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink",
 class Preparation:
     """Looks at photos and, given a target, makes them ready to be trained on.
 
-    Files are only added, each whole or not at all. What an earlier run has written is kept, so that
-    one that was interrupted continues.
+    Files are only added, each whole or not at all; captions alone are changed, where ``edit`` asks
+    for it. What an earlier run has written is kept, so that one that was interrupted continues.
 
     Attributes:
         target: Folder for copies of the photos with their captions and masks, or the photos' own
             for captions and masks alone; None writes nothing.
         resolution: Side that they will be trained at, a multiple of 64.
         caption: Writes captions (`open_captioner`); without it the trigger words make them.
+        edit: Changes captions: the photos' own, and those that are written.
         mask: Makes masks (`open_masker`).
         token: The trigger word.
         class_word: Class of the subject.
@@ -58,6 +59,7 @@ class Preparation:
     target: Path | None = None
     resolution: int = 512
     caption: Captioner | None = None
+    edit: CaptionEdit = field(default_factory=CaptionEdit)
     mask: Masker | None = None
     token: str = ""
     class_word: str = ""
@@ -137,10 +139,11 @@ class Preparation:
     def _prepare(self, photo: Photo, report: Report) -> Photo:
         """Write what is asked for of one photo, and report it; the photo as it is then."""
         target, written = self.target, report.written
+        in_place = target is not None and target.resolve() == photo.path.parent.resolve()
         if target is not None and self.originals:
             photo = self._copy(photo, target, written)
         image, mask, mirrored = open_photo(photo.path), open_mask(photo), None
-        images, caption = {"photo": small_image(image)}, photo.caption
+        images = {"photo": small_image(image)}
         if target is not None and mask is None and self.mask is not None:
             mask = self.mask(image)
             # What the trainer would refuse is not written.
@@ -149,10 +152,10 @@ class Preparation:
                 written["masks"] += self.originals and _add_image(mask_path(photo.path), mask)
             else:
                 mask = None
-        if target is not None and not caption:
-            caption = self.caption(image) if self.caption is not None else ""
-            caption = with_trigger(caption, self.token, self.class_word)
-            if caption and self.originals and _add_text(photo.path.with_suffix(".txt"), caption):
+        caption = photo.caption
+        if target is not None:
+            caption = self._caption(photo, image, in_place=in_place)
+            if self.originals and self._write_caption(photo, caption, in_place=in_place):
                 written["captions"] += 1
                 photo = replace(photo, caption=caption)
         if mask is not None:
@@ -164,7 +167,7 @@ class Preparation:
             plain = Image.composite(image, Image.new("RGB", image.size, colour), mask)
             path = target / f"{photo.path.stem}-plain-{colour}.png"
             lines = (f"{line}, on a plain {colour} background" for line in caption.split("\n"))
-            _add_text(path.with_suffix(".txt"), "\n".join(lines))
+            _add(path.with_suffix(".txt"), partial(_write_text, text="\n".join(lines)))
             _add_image(mask_path(path), mask)
             written["copies"] += _add_image(path, plain)
             images["plain"] = small_image(plain)
@@ -173,39 +176,40 @@ class Preparation:
         report.images.append(images)
         return photo
 
+    def _caption(self, photo: Photo, image: PILImage, *, in_place: bool) -> str:
+        """A photo's caption, changed where it is its own, else a new one."""
+        if photo.caption and self.originals and not in_place:
+            return photo.caption  # A copy's was changed when it was made.
+        if photo.caption or self.edit.text is not None:
+            return self.edit(photo.caption)
+        caption = self.caption(image) if self.caption is not None else ""
+        return self.edit(with_trigger(caption, self.token, self.class_word))
+
+    def _write_caption(self, photo: Photo, caption: str, *, in_place: bool) -> bool:
+        """Write a new caption, or with ``edit`` another; whether it was written."""
+        path, write = photo.path.with_suffix(".txt"), partial(_write_text, text=caption)
+        if caption == photo.caption:
+            return False
+        if not (in_place and self.edit):
+            return _add(path, write)
+        with atomic_file(path) as temporary:
+            write(temporary)
+        return True
+
     def _copy(self, photo: Photo, target: Path, written: Counter[str]) -> Photo:
         """A photo in the target, which may be its own folder, with its caption and its mask."""
         path = photo.path
         for source in (path.with_suffix(".txt"), mask_path(path), path):
             if source.is_file():
-                is_new = _add(target / source.name, partial(shutil.copyfile, source))
+                write = partial(shutil.copyfile, source)
+                if self.edit and source.suffix == ".txt":
+                    write = partial(_write_text, text=self.edit(photo.caption))
+                is_new = _add(target / source.name, write)
                 written["photos"] += is_new and source == path
         copied = self._read(target / path.name)
         if copied.digest != photo.digest:
             raise PrepareError(f"{copied.path} is not {path}; give a new output folder")
         return copied
-
-
-def with_trigger(caption: str, token: str, class_word: str) -> str:
-    """Put the token before the class word in a caption, or both in front where that is not in it.
-
-    A tag that is the class word moves to the front. `class_caption` takes the token out again::
-
-        a brown dog on grass -> a brown sks dog on grass
-        an animal on grass   -> sks dog, an animal on grass
-        grass, dog, outdoors -> sks dog, grass, outdoors
-        (nothing)            -> a photo of sks dog
-    """
-    trigger = f"{token} {class_word}".strip()
-    if not caption and trigger:
-        return f"a photo of {trigger}"
-    if not token or contains_token(caption, token):
-        return caption
-    tags = [tag.strip() for tag in caption.split(",")]
-    others = [tag for tag in tags if tag.lower() != class_word.lower()]
-    if class_word and others == tags and contains_token(caption, class_word):
-        return whole_word(class_word).sub(lambda found: f"{token} {found[0]}", caption, count=1)
-    return ", ".join([trigger, *others])
 
 
 def _add(path: Path, write: Callable[[Path], object]) -> bool:
@@ -217,8 +221,8 @@ def _add(path: Path, write: Callable[[Path], object]) -> bool:
     return True
 
 
-def _add_text(path: Path, text: str) -> bool:
-    return _add(path, partial(Path.write_text, data=f"{text}\n", encoding="utf-8"))
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(f"{text}\n" if text else "", encoding="utf-8")
 
 
 def _add_image(path: Path, image: PILImage) -> bool:

@@ -1,65 +1,81 @@
-"""What the browser keeps of the Train form, and what of it is believed."""
+"""What the browser keeps of the page, and what of it is believed."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dora_diffusion.app.settings import (
-    ADVANCED,
-    EMBEDDED,
-    FORM,
-    SAVE_SCRIPT,
-    advanced_values,
-    form_values,
-    preset_values,
-    setting_text,
-    subject_of_draft,
-)
+pytest.importorskip("gradio", reason="gradio is not installed")
+import gradio as gr
 
-FIELDS = {name: setting_text(value) for name, value in preset_values("fast", EMBEDDED).items()}
-VALUES = ("quality", "org/model", "zwx", "cup", "a {subject}\nmore")
+from dora_diffusion.app.context import Context
+from dora_diffusion.app.draft import LIMIT, can_hold, kept_fields
+from dora_diffusion.app.launch import Launch
+from dora_diffusion.app.page import build_page
+from dora_diffusion.app.settings import ADVANCED
 
 
-def make_draft(subject: str, form: Any, advanced: dict[str, Any]) -> dict[str, Any]:
-    return {"subject": subject, "form": dict(zip(FORM, form, strict=True)), "advanced": advanced}
+@pytest.fixture
+def blocks(tmp_path: Path) -> gr.Blocks:
+    return build_page(Context(Launch(runs_dir=tmp_path / "runs")))
 
 
-def test_a_form_comes_back_as_it_was() -> None:
-    draft = make_draft("20261126-030405-abcdef", VALUES, dict(FIELDS))
-    assert subject_of_draft(draft) == "20261126-030405-abcdef"
-    assert form_values(draft) == dict(zip(FORM, VALUES, strict=True))
-    assert advanced_values(draft) == FIELDS
-
-
-@pytest.mark.parametrize("draft", [None, {}, [], "x", {"form": 3, "advanced": ["a"]}])
-def test_what_is_no_form_is_none(draft: Any) -> None:
-    assert (subject_of_draft(draft), form_values(draft), advanced_values(draft)) == ("", {}, {})
-
-
-def test_only_values_that_a_field_can_have_are_believed() -> None:
-    draft = make_draft("", VALUES, dict(FIELDS))
-    draft["form"] |= {"preset": "best", "token": 7, "unknown": "x"}
-    draft["advanced"] |= {
-        "use_dora": "yes", "optimizer": "sgd", "rank": 8, "class_prompt": "x" * 5000, "evil": "y",
+def test_every_field_of_the_page_is_kept_under_a_name_of_its_own(blocks: gr.Blocks) -> None:
+    kept = kept_fields(blocks)
+    inputs = {
+        one["id"] for one in blocks.config["components"]
+        if one["type"] in {"textbox", "number", "slider", "checkbox", "checkboxgroup", "radio",
+                           "dropdown"}
+        and one["props"].get("interactive") is not False
     }  # fmt: skip
-    assert set(form_values(draft)) == {"model", "class_word", "prompts"}
-    left_out = {"use_dora", "optimizer", "rank", "class_prompt"}
-    assert set(advanced_values(draft)) == set(ADVANCED) - left_out
+    assert {field._id for field in kept.values()} == inputs
+    assert {f"train/{name}" for name in ADVANCED} < set(kept)
+    assert {name.partition("/")[0] for name in kept} == {
+        "subject", "train", "generate", "library", "compare"
+    }  # fmt: skip
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="there is no node")
-def test_what_the_browser_keeps_is_what_is_read() -> None:
-    def kept(window: str) -> object:
-        values = json.dumps(["before", "id", *VALUES, *FIELDS.values()])
-        script = f"window = {window}; console.log(JSON.stringify(({SAVE_SCRIPT})(...{values})))"
-        done = subprocess.run(["node", "-e", script], capture_output=True, check=True)
-        return json.loads(done.stdout)
+FIELDS: dict[str, tuple[Any, list[Any], list[Any]]] = {
+    "text": (gr.Textbox(max_length=5), ["", "abcde"], ["abcdef", 3, None, ["a"]]),
+    "long text": (gr.Textbox(), ["x" * LIMIT], ["x" * (LIMIT + 1)]),
+    "number": (gr.Number(minimum=1), [1, 2.5], [0, "1", True, None]),
+    "slider": (gr.Slider(0, 2), [0, 2], [-0.1, 2.1, "1", False, None]),
+    "box": (gr.Checkbox(), [True, False], ["yes", 1, None]),
+    "boxes": (gr.CheckboxGroup(["a", "b"]), [[], ["a", "b"]], [["c"], "a", [1], None]),
+    "radio": (gr.Radio(["a", "b"]), ["a"], ["c", "", None, ["a"]]),
+    "choice": (gr.Dropdown([("A", "a"), ("none", "")]), ["a", ""], ["A", "b", 1, ["a"], None]),
+    "own choice": (gr.Dropdown(["a"], allow_custom_value=True), ["a", "x/y"], [1, None]),
+    "ids": (gr.Dropdown([]), ["20261126-030405-abcdef"], [["a"], 3, None]),
+    "several": (gr.Dropdown(["a", "b"], multiselect=True), [[], ["b"]], ["a", ["c"], None]),
+}
 
-    assert kept("{ddRestored: true}") == make_draft("id", VALUES, dict(FIELDS))
-    # Until the page has got back what was kept, that stays.
-    assert kept("{}") == "before"
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_only_values_that_a_field_can_have_are_believed(name: str) -> None:
+    field, good, bad = FIELDS[name]
+    assert [value for value in good + bad if can_hold(field, value)] == good
+
+
+def restoring(blocks: gr.Blocks) -> Any:
+    """What fills the fields when the page is loaded."""
+    [one] = [one for one in blocks.fns.values() if getattr(one.fn, "__name__", "") == "restore"]
+    return one
+
+
+@pytest.mark.parametrize("kept", [None, [], "x", {}, {"train/rank": ["evil"], "unknown": "x"}])
+def test_what_is_no_draft_changes_nothing(blocks: gr.Blocks, kept: Any) -> None:
+    assert all(update == gr.skip() for update in restoring(blocks).fn(kept))
+
+
+def test_what_was_kept_is_filled_in_again(blocks: gr.Blocks) -> None:
+    dependency = restoring(blocks)
+    there = next(field.value for field in dependency.outputs if field.label == "Steps")
+    updates = dependency.fn({"train/rank": "17", "generate/Seed": 5, "generate/Steps": there})
+    values = {
+        field.label: update["value"]
+        for field, update in zip(dependency.outputs, updates, strict=True)
+        if "value" in update
+    }
+    assert values == {"rank": "17", "Seed": 5}

@@ -168,13 +168,13 @@ def test_of_a_subject_with_a_broken_photo_the_others_are_shown(
     damage(workspace.subjects / other / "subject.json", b"[")
     shutil.rmtree(workspace.subjects / other / "photos")
     load = handler("subject.connect.<locals>.load")
-    choices, gallery, *_ = load(subject, "embedded:tiny-sd", "")
+    choices, _, gallery, *_, captions = load(subject, "embedded:tiny-sd", "")
     labels = [label for _, label in gallery["value"]]
     assert labels[0].endswith("001.jpg")
     assert "002.jpg" in labels[1]
     assert "damaged" in labels[1]
     assert "003.jpg: the file is empty" in labels[2]
-    assert "004.txt: the caption is not UTF-8 text" in labels[3]
+    assert "004.txt: the caption is not UTF-8 text" in captions
     assert "005.mask.png" in labels[4]
     assert sorted(name for name, _ in choices["choices"]) == [
         "Damaged subject: subject.json is damaged (it is not JSON); mend or delete it (0 photos)",

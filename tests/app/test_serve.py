@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from dora_diffusion.app.launch import Launch
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.subjects import new_subject
 from dora_diffusion.jobs.workspace import UserError, Workspace
-from tests.jobs.helpers import make
+from tests.jobs.helpers import make, pretend_running
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 
@@ -360,7 +362,29 @@ def test_the_browser_opens_the_page_s_address(
     monkeypatch.setattr(serve.webbrowser, "open", opened.append)
     serve.serve(Launch(browser=browser))
     assert opened == ["http://127.0.0.1:7861/"] * browser
-    assert capsys.readouterr().out == "open http://127.0.0.1:7861/\n"
+    assert capsys.readouterr().out == "open http://127.0.0.1:7861/\nThe app has ended.\n"
+
+
+def test_who_closes_the_app_is_told_what_continues_and_what_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dora_diffusion.app import serve
+
+    context = Context(Launch(runs_dir=tmp_path / "runs"))
+    running, *_ = [make(context.workspace, title) for title in ("sks mug", "zwx dog", "qwe cat")]
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        pretend_running(running, child)
+        monkeypatch.setattr(serve, "start", lambda _: (context, MagicMock(), "http://127.0.0.1/"))
+        monkeypatch.setattr(serve.signal, "signal", MagicMock())
+        monkeypatch.setattr(serve.threading, "Event", MagicMock)
+        serve.serve(Launch())
+        child.kill()
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "The app has ended.",
+        "sks mug continues without it: start the app again to follow or stop it, or read "
+        f"{running / records.LOG}",
+        "Until the app is started again, these wait: zwx dog, qwe cat",
+    ]
 
 
 def test_who_starts_it_with_a_password_is_told_what_it_shares(
@@ -372,7 +396,7 @@ def test_who_starts_it_with_a_password_is_told_what_it_shares(
     monkeypatch.setattr(serve.signal, "signal", MagicMock())
     monkeypatch.setattr(serve.threading, "Event", MagicMock)
     serve.serve(Launch(auth=("ann", "correct horse")))
-    address, told = capsys.readouterr().out.splitlines()
+    address, told, _ = capsys.readouterr().out.splitlines()
     assert address == "open http://127.0.0.1/"
     assert "Everybody who has it sees, changes and deletes the same photos and runs." in told
 

@@ -16,7 +16,6 @@ from dora_diffusion.app.settings import (
     GROUPS,
     PRESET_NAMES,
     SETTINGS,
-    advanced_values,
     command_line,
     make_config,
     preset_values,
@@ -141,8 +140,6 @@ def test_a_switch_that_follows_from_the_model_has_three_states(tmp_path: Path) -
             prompts=[], advanced={name: shown},
         )  # fmt: skip
         assert getattr(config, name) is expected
-    assert advanced_values({"advanced": {name: "on"}}) == {name: "on"}
-    assert advanced_values({"advanced": {name: True}}) == {}
 
 
 def test_presets_follow_the_device_but_for_the_toy_models() -> None:

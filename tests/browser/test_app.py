@@ -89,7 +89,7 @@ def test_uploads_are_checked_file_by_file(
 
 def open_photo(page: Visit, place: int = 0) -> None:
     page.click("#crops button.thumbnail-item", place)
-    page.wait_for("#caption textarea")
+    page.wait_for("#edit")
 
 
 def test_a_photo_gets_a_caption_a_crop_and_a_mask(visit: Callable[..., Visit], app: App) -> None:
@@ -97,9 +97,9 @@ def test_a_photo_gets_a_caption_a_crop_and_a_mask(visit: Callable[..., Visit], a
     whole = (stored / "001.jpg").read_bytes()
     page = visit()
     open_photo(page)
-    page.fill("#caption textarea", "a photo of a sks dog <b>on grass</b>")
-    page.press("button", "Save caption")
-    page.wait_text("#report", "Caption of 001.jpg saved")
+    page.fill("#caption-rows textarea", "a photo of a sks dog <b>on grass</b>")
+    page.page.keyboard.press("Enter")
+    page.wait_text("#captions-said", "Saved")
     assert (stored / "001.txt").read_text(
         encoding="utf-8"
     ) == "a photo of a sks dog <b>on grass</b>\n"
@@ -396,7 +396,7 @@ def test_the_library_gives_files_merges_and_remembers(
     page.wait_for("#files a.dd-download")  # the model card
     page.wait_for("#tasks a.dd-download")
     download = page.download("#tasks a.dd-download")
-    assert download.suggested_filename == f"sks-mug-{second[:15]}-step-8-diffusers.safetensors"
+    assert download.suggested_filename == f"sks-mug-{second[:15]}-step-8-comfyui.safetensors"
     assert len(read_header(Path(download.path())).specs) > 10
     page.click("#merge")
     page.wait_text("#tasks", "Download sks-mug-2[^ ]*merged")

@@ -100,12 +100,47 @@ def test_several_subjects_have_a_folder_each_and_their_imbalance_is_said(folder,
 
 
 @pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--caption", "a sks mug"], ["a sks mug"] * 3),
+        (["--find", "mug", "--replace", "cup"], ["a cup on grass", "red cup", ""]),
+        (["--find", "mug"], ["a on grass", "red", ""]),
+        (["--caption_prefix", "sks,"], ["sks, a mug on grass", "sks, red mug", ""]),
+        (
+            ["--find", "a mug", "--replace", "mug", "--caption_prefix", "a sks"],
+            ["a sks mug on grass", "a sks red mug", ""],
+        ),
+    ],
+)
+@pytest.mark.parametrize("where", ["--in_place", "--output"])
+def test_captions_of_all_photos_are_changed(flags, expected, where, folder, capsys):
+    own = ["a mug on grass", "red mug"]
+    for number, caption in enumerate(own, start=1):
+        (folder / f"0{number}.txt").write_text(caption, encoding="utf-8")
+    assert prepare("mug", where, *([] if where == "--in_place" else ["set"]), *flags) == 0
+    target = folder if where == "--in_place" else folder.parent / "set"
+    files = [target / f"0{number}.txt" for number in (1, 2, 3)]
+    assert [f.read_text("utf-8").strip() if f.exists() else "" for f in files] == expected
+    if where == "--output":
+        assert [(folder / f"0{n}.txt").read_text("utf-8") for n in (1, 2)] == own
+
+
+def test_a_replacement_without_a_text_to_find_is_said(folder, capsys):
+    assert prepare("mug", "--replace", "cup") == 0
+    assert "warning: replace has no effect without find" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("flags", "line"),
     [
         (["--masks", "rembg"], "captions, masks and copies need either --output FOLDER or"),
         (["--output", "x", "--in_place"], "captions, masks and copies need either --output"),
         (["--in_place", "--background", "random"], "copies need an output folder other than the"),
         (["--output", "mug", "--background", "random"], "copies need an output folder other than"),
+        (["--caption", "a mug"], "captions, masks and copies need either --output FOLDER or"),
+        (["--find", "mug"], "captions, masks and copies need either --output FOLDER or"),
+        (["--caption_prefix", "sks"], "captions, masks and copies need either --output FOLDER or"),
+        (["--in_place", "--caption", "", "--caption_model", "x"], "both write captions; give one"),
         (["--sheets", "mug"], "a contact sheet among photos would be trained on; give another"),
         (["--output", "x", "--caption_model", "./gone"], "./gone does not exist; give a model's"),
         (["--similarity_model", "./gone"], "./gone does not exist; give a folder of a CLIP"),

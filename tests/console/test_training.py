@@ -179,13 +179,16 @@ def test_the_validation_loss_is_said_and_what_follows_from_it(show) -> None:
     def taken(step: int, loss: float, best: int | None) -> Validated:
         return Validated(step, loss, best, {"step": step, "validation_loss": loss})
 
-    lines, bar = show(
-        started(held_out=("b.jpg", "a.jpg")),
-        taken(0, 0.3, None), taken(2, 0.2, 2), taken(4, 0.25, 2),
-        Validated(4, None, 2, {"validation_similarity": 0.7}),
-        StepDone(5, 9, 0.5, {}),
-        TrainingEnded(5, False, 2, stopped_early=True),
-    )  # fmt: skip
+    told: dict[str, Any] = {}
+    with telling(told.update):
+        lines, bar = show(
+            started(held_out=("b.jpg", "a.jpg")),
+            taken(0, 0.3, None), taken(2, 0.2, 2), taken(4, 0.25, 2),
+            Validated(4, None, 2, {"validation_similarity": 0.7}),
+            StepDone(5, 9, 0.5, {}),
+            TrainingEnded(5, False, 2, stopped_early=True),
+        )  # fmt: skip
+    assert told["result_step"] == 2
     assert lines[1:] == [
         "held out: 2 photos (a.jpg, b.jpg)",
         "step 0: validation loss 0.3000, of the base model",

@@ -41,8 +41,10 @@ def test_what_was_held_out_is_read_apart_and_says_which_step_the_result_is_of(
     check_metrics(folder)
     assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3]
     assert read_validation(folder) == {0: 0.3, 1: 0.2, 2: 0.25}
-    job = seen(folder)
-    assert (job.step, job.best_step, job.step_of("result")) == (3, 1, 1)
+    assert (seen(folder).step, seen(folder).step_of("result")) == (3, 3)
+    # Of these losses, the run alone knows whose weights it still had.
+    records.ProgressFile(folder)(result_step=2)
+    assert (seen(folder).step, seen(folder).step_of("result")) == (3, 2)
 
 
 def test_metrics_are_read_again_when_they_grow(workspace: Workspace) -> None:

@@ -12,6 +12,7 @@ from dora_diffusion.data.captions import read_caption
 from dora_diffusion.data.photos import mask_path
 from dora_diffusion.jobs.subjects import (
     add_photos,
+    captions_of,
     delete_subject,
     mask_labels,
     new_subject,
@@ -24,6 +25,8 @@ from dora_diffusion.jobs.subjects import (
     subjects_in,
     take_sample,
     training_crop,
+    undo_captions,
+    write_captions,
 )
 from dora_diffusion.jobs.workspace import UserError, Workspace
 from tests.jobs.helpers import photo
@@ -132,3 +135,59 @@ def test_subjects_are_listed_newest_first_and_deleted(workspace: Workspace, subj
     delete_subject(workspace, subject)
     assert subjects_in(workspace) == []
     assert photos_in(workspace.subjects / subject) == []
+
+
+def texts(folder: Path, **captions: str) -> list[Path]:
+    """Caption files by their names."""
+    paths = [folder / f"{name}.txt" for name in captions]
+    for path, text in zip(paths, captions.values(), strict=True):
+        path.write_text(text, encoding="utf-8")
+    return paths
+
+
+def test_text_files_are_the_captions_of_the_photos_beside_them(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    subject = new_subject(workspace, "x")
+
+    def add(photos: list[str], **captions: str) -> tuple[tuple[str, ...], dict[str, str]]:
+        files = [photo(tmp_path / f"{name}.jpg") for name in photos]
+        upload = add_photos(workspace, subject, [*texts(tmp_path, **captions), *files])
+        return upload.refused, captions_of(read_subject(workspace, subject))
+
+    assert add(["a", "002"], a="a sks dog\n on  grass", b="x") == (
+        ("b.txt: no photo is called b; add its photo too",),
+        {"001.jpg": "a sks dog\non grass", "002.jpg": ""},
+    )
+    # Of this upload, then of an earlier one, then as the page shows it.
+    assert add(["b"], A="on sand")[1] == {"001.jpg": "on sand", "002.jpg": "", "003.jpg": ""}
+    captions = add(["003"], **{"003": "new", "002": "own"})[1]
+    assert captions == {"001.jpg": "on sand", "002.jpg": "own", "003.jpg": "", "004.jpg": "new"}
+    assert add([], **{"001": "by number"})[1]["001.jpg"] == "by number"
+    (refused,), after = add([], a="x" * 1001)
+    assert "at most 1000" in refused
+    assert after["001.jpg"] == "by number"
+
+
+def test_captions_that_are_changed_together_can_be_taken_back(
+    workspace: Workspace, subject: str
+) -> None:
+    save_caption(workspace, subject, "001.jpg", "by hand\nand more")
+
+    def now() -> dict[str, str]:
+        return captions_of(read_subject(workspace, subject))
+
+    before = now()
+    with pytest.raises(UserError, match="nothing to undo"):
+        undo_captions(workspace, subject)
+    assert write_captions(workspace, subject, dict.fromkeys(before, "all the same")) == 2
+    assert set(now().values()) == {"all the same"}
+    assert write_captions(workspace, subject, dict.fromkeys(before, "all the same")) == 0
+    assert undo_captions(workspace, subject) == 2
+    assert now() == before
+    undo_captions(workspace, subject)
+    assert set(now().values()) == {"all the same"}
+    # Of captions one of which is too long, none is written.
+    with pytest.raises(UserError, match="at most 1000"):
+        write_captions(workspace, subject, {"001.jpg": "new", "002.jpg": "x" * 1001})
+    assert set(now().values()) == {"all the same"}

@@ -14,7 +14,7 @@ import pytest
 from dora_diffusion import hub
 from dora_diffusion.cli import build_parser
 from dora_diffusion.config import TrainConfig, read_config_file
-from dora_diffusion.formats.layouts import CONVERSIONS
+from dora_diffusion.formats.layouts import PROGRAMS
 from dora_diffusion.jobs import records, tasks
 from dora_diffusion.jobs.checkpoints import chosen_adapter
 from dora_diffusion.jobs.queue import delete_job, stop_job
@@ -23,6 +23,7 @@ from dora_diffusion.jobs.subjects import read_subject, save_caption
 from dora_diffusion.jobs.workspace import UserError, Workspace, ids_in
 from tests.jobs.helpers import about, ended_run, job_of, make, seen
 
+GOLDEN = Path(__file__).parents[1] / "formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
 CONFIG = TrainConfig(instance_prompt="a photo of a sks dog", class_word="dog", rank=3)
 
 
@@ -55,13 +56,27 @@ def test_a_run_is_named_by_hand_or_by_its_subject_and_the_time(
     folder = workspace.root / tasks.start_training(workspace, config, [stored], " my  best dog ")
     named = seen(folder)
     assert named.label == f"my best dog · {named.made[5:]}"
-    merge = about(folder, title="Merge my best dog")
+    made = [about(folder, title=title) for title in ("Merge my best dog", "Rank a run")]
     tasks.rename_run(workspace, named.id, "Rex")
-    assert [seen(job).title for job in (folder, merge)] == ["Rex", "Merge Rex"]
+    assert [seen(job).title for job in (folder, *made)] == ["Rex", "Merge Rex", "Rank a run"]
     assert seen(first.folder).title == first.title
     for name in ("", "x" * 61):
         with pytest.raises(UserError, match="name"):
             tasks.rename_run(workspace, named.id, name)
+
+
+@pytest.mark.parametrize("name", ["e", "Convert", "to", "Convert e to diffusers", " e e "])
+def test_only_the_run_s_own_place_in_a_title_is_renamed(
+    workspace: Workspace, subject: str, name: str
+) -> None:
+    stored = read_subject(workspace, subject)
+    run = workspace.root / tasks.start_training(workspace, CONFIG, [stored], name)
+    title = seen(run).title
+    made = about(run, title=f"Convert {title} to diffusers")
+    tasks.rename_run(workspace, run.name, "Rex")
+    assert seen(made).title == "Convert Rex to diffusers"
+    tasks.rename_run(workspace, run.name, name)
+    assert seen(made).title == f"Convert {title} to diffusers"
 
 
 def test_a_finished_run_is_queued_again_with_more_steps(
@@ -211,7 +226,7 @@ def test_what_stands_for_a_run_is_published(
     assert args.adapter == chosen_adapter(run)
 
 
-@pytest.mark.parametrize("target", ["diffusers", "kohya", "lora", "peft"])
+@pytest.mark.parametrize("target", [*PROGRAMS, "kohya", "peft"])
 def test_a_download_is_named_and_lies_in_the_exports(
     finished: tuple[Workspace, str], target: str
 ) -> None:
@@ -224,7 +239,7 @@ def test_a_download_is_named_and_lies_in_the_exports(
     assert Path(args.output) == workspace.exports / run.id / target / name
     assert (args.input, args.to) == (str(chosen_adapter(run)), target)
     assert (args.base, args.overwrite) == (run.base, True)
-    with pytest.raises(UserError, match="there is no such format"):
+    with pytest.raises(UserError, match="there is no such program"):
         tasks.start_conversion(workspace, run, "../../etc")
 
 
@@ -243,12 +258,13 @@ def test_no_conversion_downloads_a_base(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     run = run_of(workspace, **{**OWN, "variant": None})
+    shutil.copyfile(GOLDEN, chosen_adapter(run))
     configs = shutil.copytree(
         sd1_folder, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors")
     )
     for there in ([], [configs]):
         cached[:] = there
-        for target in ("dense", "lora"):
+        for target in ("a1111", "comfyui", "civitai"):
             with pytest.raises(UserError, match="is not on this machine") as raised:
                 tasks.start_conversion(workspace, run, target)
             command = str(raised.value).partition("python -m dora_diffusion ")[2]
@@ -258,13 +274,17 @@ def test_no_conversion_downloads_a_base(
         args = parsed(tasks.start_conversion(workspace, run, "kohya"), workspace)
         assert (args.base, args.revision) == (None, None)
     cached[:] = [sd1_folder]
-    args = parsed(tasks.start_conversion(workspace, run, "dense"), workspace)
+    args = parsed(tasks.start_conversion(workspace, run, "a1111"), workspace)
     assert (args.base, args.revision) == (str(sd1_folder), None)  # what the revision stood for
 
 
-def test_what_needs_a_rank_is_not_offered() -> None:
-    """There is no field to say it in; `convert` is for that."""
-    assert set(CONVERSIONS) - set(tasks.formats()) == {"dora"}
+def test_programs_are_offered_by_their_names() -> None:
+    """Each program of `convert --to`; of the formats, those that a program of its own reads."""
+    offered = tasks.targets()
+    assert set(offered) == {*PROGRAMS, "kohya", "peft"}
+    for name, program in PROGRAMS.items():
+        assert offered[name] == f"{program.title} ({program.place})"
+    assert not [text for text in offered.values() if re.search("kohya|dense|axis|lora-", text)]
 
 
 def test_the_model_card_can_be_downloaded(finished: tuple[Workspace, str]) -> None:

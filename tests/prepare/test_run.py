@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,9 @@ from PIL import Image, ImageColor
 
 from dora_diffusion.data.captions import class_caption
 from dora_diffusion.data.photos import PhotoError, list_photos, mask_path
+from dora_diffusion.prepare.captions import CaptionEdit, with_trigger
 from dora_diffusion.prepare.models import PrepareError
-from dora_diffusion.prepare.run import COLOURS, Preparation, with_trigger
+from dora_diffusion.prepare.run import COLOURS, Preparation
 
 
 def digests(folder):
@@ -229,6 +231,68 @@ def test_the_trigger_goes_in_and_the_class_caption_takes_it_out(caption, expecte
 
 def test_a_token_without_a_class_word_goes_in_front():
     assert with_trigger("a mug on grass", "sks", "") == "sks, a mug on grass"
+
+
+EDITS = {
+    "text": (CaptionEdit(text="a photo of a sks mug"), ["a photo of a sks mug"] * 3),
+    "no text": (CaptionEdit(text=""), ["", "", ""]),
+    "replace": (CaptionEdit(find="mug", replace="cup"), ["a cup, cups", "red\na cup", ""]),
+    "remove": (CaptionEdit(find="a mug"), [", mugs", "red", ""]),
+    "prefix": (CaptionEdit(prefix="red,"), ["red, a mug, mugs", "red, red\nred, a mug", ""]),
+    "all": (
+        CaptionEdit(text="a mug", find="a ", replace="one ", prefix="sks,"), ["sks, one mug"] * 3
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["in place", "output", "copies"])
+@pytest.mark.parametrize("name", EDITS)
+def test_captions_are_changed_where_the_photos_are_written(photos, toy, tmp_path, name, place):
+    for index in (3, 4):
+        (photos / f"{index}.png").unlink()
+    own = ["a mug, mugs", "red\na mug", ""]
+    for index, caption in enumerate(own[:2]):
+        (photos / f"{index}.txt").write_text(f"{caption}\n", encoding="utf-8")
+    edit, expected = EDITS[name]
+    before = digests(photos)
+    run = Preparation(photos if place == "in place" else tmp_path / "out", 128, edit=edit)
+    if place == "copies":
+        run = replace(run, mask=toy.masker, plain_copies=True, originals=False)
+    run.run(list_photos(photos))
+
+    def written(index: int) -> str:
+        if place == "copies":
+            files = run.target.glob(f"{index}-plain-*.txt")
+            text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+            return re.sub(", on a plain .* background", "", text).strip()
+        path = run.target / f"{index}.txt"
+        return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+
+    assert [written(index) for index in range(3)] == expected
+    if place != "in place":
+        assert digests(photos) == before
+    # What was written by hand since then is kept by a second run into the same output.
+    if place == "output" and name != "no text":
+        (run.target / "0.txt").write_text("my own words", encoding="utf-8")
+        run.run(list_photos(photos))
+        assert written(0) == "my own words"
+        assert [written(index) for index in (1, 2)] == expected[1:]
+
+
+def test_a_caption_of_a_model_is_changed_too(photos, tmp_path):
+    run = Preparation(
+        tmp_path / "out", 128, caption=lambda image: "a mug on grass", token="sks",
+        class_word="mug", edit=CaptionEdit(find="grass", replace="the lawn", prefix="photo,"),
+    )  # fmt: skip
+    for _ in range(2):
+        run.run(list_photos(photos))
+        text = (run.target / "0.txt").read_text(encoding="utf-8")
+        assert text == "photo, a sks mug on the lawn\n"
+
+
+def test_a_replacement_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="nothing to find"):
+        CaptionEdit(replace="x")
 
 
 def test_an_output_with_something_else_in_it_is_refused(preparation, photos):

@@ -31,11 +31,11 @@ from dora_diffusion.jobs.queue import delete_job, stop_job
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.subjects import photos_in
 from dora_diffusion.jobs.tasks import (
-    formats,
     start_analysis,
     start_conversion,
     start_merge,
     start_push,
+    targets,
     write_card,
 )
 from dora_diffusion.jobs.workspace import REMAINS, UserError
@@ -68,9 +68,10 @@ class LibraryTab:
     def _add_export(self) -> None:
         html_block(html.heading("", "Export", "An adapter for your program, or one model."))
         self.target = gr.Dropdown(
-            [(f"{name}: {text}", name) for name, text in formats().items()],
-            value="diffusers",
-            label="Adapter format",
+            [(title, name) for name, title in targets().items()],
+            value=next(iter(targets())),
+            label="Program",
+            info="It gets the file that it needs of this adapter, with a line on what that costs.",
             elem_id="format",
         )
         self.convert = gr.Button("Prepare the download", variant="primary", elem_id="convert")

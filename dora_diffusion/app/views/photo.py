@@ -1,4 +1,4 @@
-"""A photo of the subject: its caption, its crop and its mask; and the view of all of them."""
+"""A photo of the subject: its crop and its mask; and the view of all of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import gradio as gr
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.settings import EMBEDDED
+from dora_diffusion.app.views.captions import caption_rows
 from dora_diffusion.app.views.fields import BUSY, QUIET, clicked, html_block, image_or_blank
-from dora_diffusion.data.captions import read_caption
+from dora_diffusion.data.photos import mask_path
 from dora_diffusion.jobs.base_model import model_info
 from dora_diffusion.jobs.subjects import (
     StoredSubject,
@@ -22,7 +23,6 @@ from dora_diffusion.jobs.subjects import (
     photo_warnings,
     read_subject,
     remove_photo,
-    save_caption,
     training_crop,
 )
 from dora_diffusion.jobs.uploads import (
@@ -44,18 +44,9 @@ class PhotoView:
         self.chosen = gr.State("")
         with gr.Group(visible=False) as self.box:
             self.title = html_block()
-            self.caption = gr.Textbox(
-                label="Caption",
-                info="Say what is around the subject, with the token: a photo of a sks mug on "
-                "the grass. Empty: the instance prompt is used.",
-                lines=2,
-                max_length=1000,
-                elem_id="caption",
-            )
             with gr.Row():
-                self.save = gr.Button("Save caption", variant="primary", size="md")
+                self.edit = gr.Button("Crop or mask it", size="md", elem_id="edit")
                 self.drop = gr.Button("Remove photo", size="md")
-            self.edit = gr.Button("Crop or mask it", size="md", elem_id="edit")
             self.editor = html_block(elem_id="editor", js_on_load=_SCRIPT)
 
 
@@ -70,7 +61,7 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
     """
     workspace = context.workspace
     subject, *size = about
-    gallery, _, names, report, *_ = view
+    gallery, _, names, *_ = view
 
     def show(subject_id: str, chosen: Sequence[Any], message: str, kind: str) -> list[Any]:
         now = read_subject(workspace, subject_id)
@@ -82,13 +73,7 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
             raise UserError("this photo no longer exists; choose another one")
         path = photo_path(workspace, subject_id, listed[event.index])
         title = f"<div class='dd-heading dd-photo'><h2>{html.esc(path.name)}</h2></div>"
-        return [path.name, gr.update(visible=True), title, _caption(path, "", per_line=True)[0], ""]
-
-    @plain
-    def save(subject_id: str, photo: str, text: str, *chosen: Any) -> list[Any]:
-        caption = save_caption(workspace, subject_id, photo, text)
-        shown, _, listed, told, *_ = show(subject_id, chosen, f"Caption of {photo} saved", "good")
-        return [caption, shown, listed, told]
+        return [path.name, gr.update(visible=True), title, ""]
 
     @plain
     def drop(subject_id: str, photo: str, *chosen: Any) -> list[Any]:
@@ -97,7 +82,7 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
 
     @plain
     def edit(subject_id: str, photo: str) -> str:
-        return _editor(photo_path(workspace, subject_id, photo))
+        return _editor(photo_path(workspace, subject_id, photo), str(subject_id))
 
     @plain
     def change(subject_id: str, photo: str, event: gr.EventData, *chosen: Any) -> list[Any]:
@@ -110,21 +95,23 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
         edit_photo(path, crop if isinstance(crop, list) else None, mask)
         return show(subject_id, chosen, f"Crop and mask of {photo} saved", "good")
 
-    photo_fields = [tab.chosen, tab.box, tab.title, tab.caption, tab.editor]
-    about_photo, saved = [subject, tab.chosen], [tab.caption, gallery, names, report]
+    about_photo, photo_fields = [subject, tab.chosen], [tab.chosen, tab.box, tab.title, tab.editor]
     gallery.select(choose, [subject, names], photo_fields, **QUIET)
-    tab.save.click(save, [*about_photo, tab.caption, *size], saved, **QUIET)
     tab.drop.click(drop, [*about_photo, *size], view, **QUIET)
     tab.edit.click(edit, about_photo, [tab.editor], **QUIET)
     tab.editor.click(change, [*about_photo, *size], view, **BUSY)
 
 
-def _editor(photo: Path) -> str:
+def _editor(photo: Path, subject_id: str) -> str:
     """The photo to draw on, and the tools; editor.js does the drawing."""
     tools = "".join(
         f"<button class='dd-tool' data-tool='{name}'>{label}</button>"
         for name, label in (("crop", "Crop"), ("paint", "Paint the subject"), ("erase", "Erase"))
     )
+    mask = mask_path(photo)
+    times = [file.stat().st_mtime_ns for file in (photo, mask) if file.exists()]
+    # What is drawn is kept in the browser for this photo, as it is now.
+    version = html.esc("/".join(map(str, (subject_id, photo.name, *times))))
     names = ("Left", "Top", "Width", "Height")
     number = "<input type='number' min='0' max='100' step='any' data-side='{}'>"
     sides = "".join(f"<label>{name} {number.format(name.lower())}</label>" for name in names)
@@ -133,7 +120,7 @@ def _editor(photo: Path) -> str:
         "percent of the photo. Or paint over the "
         "subject: then only what is painted is learned (masked_loss).</p>"
         f"<div class='dd-tools'>{tools}<button class='dd-tool' data-do='clear'>Start over</button>"
-        f"</div><canvas data-photo='{editor_image(photo)}'></canvas>"
+        f"</div><canvas data-photo='{editor_image(photo)}' data-version='{version}'></canvas>"
         f"<div class='dd-tools'>{sides}</div><div class='dd-tools'>"
         "<button class='dd-button' data-do='apply'>Use this crop and mask</button>"
         "<button class='dd-tool' data-do='restore'>Back to the original</button></div></div>"
@@ -152,7 +139,7 @@ def side(context: Context, model: object, resolution: object) -> int:
 
 
 def subject_view(subject: StoredSubject | None, side: int, message: str = "") -> list[Any]:
-    """Gallery, empty state, names, report, the way on, and no photo chosen.
+    """Gallery, empty state, names, report, the way on, no photo chosen, and the captions.
 
     Args:
         subject: Whose photos.
@@ -176,20 +163,13 @@ def subject_view(subject: StoredSubject | None, side: int, message: str = "") ->
         gr.update(visible=bool(crops)),
         gr.update(visible=False),
         "",
+        gr.update(visible=bool(crops)),
+        caption_rows(subject),
     ]
 
 
 def _label(photo: Path, warnings: dict[str, list[str]], masked: dict[str, str]) -> str:
-    """A photo's caption in the gallery, with a mark where something is wrong with it."""
+    """A photo's name in the gallery, with a mark where something is wrong with it."""
     mark = "⚠ " if photo.name in warnings else ""
     mask = f" ({masked[photo.name]})" if photo.name in masked else ""
-    caption, damage = _caption(photo, photo.name)
-    return f"{mark}{caption}{damage}{mask}"
-
-
-def _caption(photo: Path, default: str, *, per_line: bool = False) -> tuple[str, str]:
-    """A photo's caption, and what is wrong with its file: a new one can be written all the same."""
-    try:
-        return read_caption(photo, default, per_line=per_line), ""
-    except (ValueError, OSError) as error:
-        return default, f" ({error})"
+    return f"{mark}{photo.name}{mask}"

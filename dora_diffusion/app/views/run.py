@@ -104,14 +104,20 @@ def connect(context: Context, view: RunView) -> None:
 
     @plain
     def rename(job_id: str | None, name: str) -> list[Any]:
-        return act(lambda folder: rename_run(workspace, folder.name, name))(job_id)
+        shown = act(lambda folder: rename_run(workspace, folder.name, name))(job_id)
+        return [*shown, gr.update(value="", placeholder=name)]
 
     @plain
     def command(job_id: str | None) -> list[str]:
         if not job_id:
-            return [html.empty("No run yet", "Its command line appears here."), gr.skip(), ""]
+            return [
+                html.empty("No run yet", "Its command line appears here."),
+                gr.skip(),
+                gr.skip(),
+            ]
         job = context.job(job_id)
-        return [html.command(job.record.command, "What runs"), "", job.title]
+        called = gr.update(placeholder=job.title)
+        return [html.command(job.record.command, "What runs"), "", called]
 
     outputs = [view.message, *(getattr(view, name) for name in _CONTROLS)]
     # Of stopping and resuming the card tells, as long as it is true.
@@ -126,7 +132,10 @@ def connect(context: Context, view: RunView) -> None:
         **QUIET,
     )
     view.extend_by.click(extend, [view.run, view.more], outputs, **QUIET)
-    view.rename.click(rename, [view.run, view.name], outputs, **QUIET)
+    gr.on(
+        [view.rename.click, view.name.submit], rename, [view.run, view.name],
+        [*outputs, view.name], **QUIET,
+    )  # fmt: skip
     view.run.change(command, [view.run], [view.command, view.message, view.name], **QUIET)
     chooser.connect(context, view.chooser, view.run)
 

@@ -36,13 +36,24 @@ def _result(job: Job, output: Path) -> str:
     if job.kind == "compare":
         return html.download(output / "report.html", "The report as one file")
     if job.kind == "prepare":
-        sheet = html.image(output, "Contact sheet")
-        return f"{html.log_view(chr(10).join(printed(job.folder)))}<div>{sheet}</div>"
+        return f"{_look(printed(job.folder))}<div>{html.image(output, 'Contact sheet')}</div>"
     files = [output, *(f for f in [output.with_suffix(".yaml")] if f.is_file())]
     link = "".join(html.download(file, f"Download {file.name}") for file in files)
     lines = [line.replace(str(output), output.name) for line in printed(job.folder)]
     kinds = ["warn" if "wrong: " in line else "info" for line in lines]
     return link + "".join(map(html.note, lines, kinds))
+
+
+def _look(lines: Sequence[str]) -> str:
+    """What a command says of photos: its Markdown table as one of the page, and its cautions."""
+    rows = [line.strip("| ").split("|") for line in lines if line.startswith("| ")]
+    table = "".join(
+        f"<tr>{''.join(f'<{cell}>{html.esc(text.strip())}</{cell}>' for text in row)}</tr>"
+        for row, cell in zip(rows, ["th", *["td"] * len(rows)], strict=False)
+    )
+    cautions = [line for line in lines if line.startswith(("caution: ", "skipped: "))]
+    notes = html.notes((line.partition(": ")[2] for line in cautions), "warn")
+    return f"<div class='dd-table'><table>{table}</table></div>{notes}"
 
 
 def _analysis(folder: Path) -> str:

@@ -10,28 +10,22 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
+from dora_diffusion.app.draft import LIMIT, storage
 from dora_diffusion.app.settings import (
     ADVANCED,
     EMBEDDED,
-    FORM,
     GROUPS,
     PRESET_NAMES,
-    RESTORED_SCRIPT,
-    SAVE_SCRIPT,
-    SETTLE_SCRIPT,
-    advanced_values,
     command_line,
-    form_values,
     idle_settings,
     make_config,
     preset_values,
     sentence,
     setting_text,
-    subject_of_draft,
 )
 from dora_diffusion.app.views import run
 from dora_diffusion.app.views.fields import QUIET, changing, html_block, setting_field
-from dora_diffusion.app.views.subject import SubjectTab, current_subject
+from dora_diffusion.app.views.subject import SubjectTab
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.photos import mask_path
@@ -45,6 +39,11 @@ from dora_diffusion.training.samples import check_prompts
 from dora_diffusion.training.subject import outside_toy_world, subjects_of
 
 _CHOOSE_ANOTHER = "Choose Stable Diffusion 1.5, SDXL or a model of yours under Base model."
+# Whose they are is told by the subject that is chosen: its own are filled in when it is.
+_KEEP_WORDS = """(kept, subject, class_word, token) =>
+  window.ddRestored ? {subject: subject ?? '', class_word, token} : kept"""
+# Until the fields that change together have all changed.
+_SETTLE = "() => new Promise((done) => setTimeout(done, 50))"
 _NEW_ADAPTER = ("none: a new adapter", "")
 # What an adapter of the library tells of the run that starts from it.
 _OF_ADAPTER = (
@@ -57,7 +56,10 @@ _PROMPTS = "a photo of a {subject} on the snow\na photo of a {subject} at night"
 class TrainTab:
     """The tab's fields.
 
-    ``settled`` is the class that the base model was last chosen for: no choice is changed twice.
+    Attributes:
+        settled: The class that the base model was last chosen for: no choice is changed twice.
+        filled: What the preset has filled in last, by setting: what differs now was typed.
+        words: The class and token that were typed last, and of which subject.
     """
 
     def __init__(self, context: Context) -> None:
@@ -135,7 +137,6 @@ class TrainTab:
             allow_custom_value=not context.launch.is_open,
             elem_id="base-model",
         )
-        self.settled = gr.State("")
         self.advanced: dict[str, Any] = {
             "init_adapter": gr.Dropdown(
                 [_NEW_ADAPTER],
@@ -147,6 +148,13 @@ class TrainTab:
                 elem_id="init-adapter",
             )
         }
+
+    def add_storage(self) -> None:
+        """Add what the browser keeps: outside of the tabs, which are not there until opened."""
+        self.settled = storage("settled", "")
+        texts = {n: setting_text(v) for n, v in preset_values("balanced", EMBEDDED).items()}
+        self.filled = storage("filled", texts)
+        self.words = storage("words", {})
 
     def _add_advanced(self) -> None:
         self.prompts = gr.Textbox(
@@ -169,9 +177,18 @@ class TrainTab:
 
 
 def connect(
-    context: Context, tab: TrainTab, subjects: SubjectTab, opened: Any, blocks: gr.Blocks
+    context: Context, tab: TrainTab, subjects: SubjectTab, opened: Any, restored: Any
 ) -> None:
-    """Say what the fields do; ``opened`` is the event of the tab being opened."""
+    """Say what the fields do.
+
+    Args:
+        context: The app.
+        tab: The fields.
+        subjects: The Subject tab.
+        opened: The event of the tab being opened.
+        restored: The event of the page being loaded, after what was chosen before.
+    """
+    tab.add_storage()
     fields = [tab.advanced[name] for name in ADVANCED]
     asked = [subjects.pick, tab.model, tab.token, tab.class_word, tab.prompts, *fields, tab.others]
 
@@ -203,7 +220,7 @@ def connect(
     # once overtake each other. So each waits until all fields have changed, and one asks for all.
     changed = gr.on(
         [*(field.change for field in (*asked, subjects.names)), opened],
-        None, None, None, js=SETTLE_SCRIPT, **QUIET,
+        None, None, None, js=_SETTLE, **QUIET,
     )  # fmt: skip
     changed.then(plan, asked, [tab.cost, tab.plan], trigger_mode="always_last", **QUIET)
     tab.start.click(
@@ -214,15 +231,16 @@ def connect(
         show_progress="minimal",
     )
 
-    def offer(subject_id: str | None) -> Any:
+    def offer(subject_id: str | None, chosen: Any) -> Any:
         ids = {each.id: each.title for each in subjects_in(context.workspace) if each.photos}
         choices = [(title, each) for each, title in ids.items() if each != subject_id]
-        return gr.update(choices=choices, value=[], visible=bool(choices))
+        value = [each for each in chosen or () if each in ids and each != subject_id]
+        return gr.update(choices=choices, value=value, visible=bool(choices))
 
-    gr.on([subjects.pick.change, opened], offer, [subjects.pick], [tab.others], **QUIET)
+    gr.on([subjects.pick.change, opened], offer, [subjects.pick, tab.others], [tab.others], **QUIET)
     _connect_presets(context, tab)
     _connect_start(context, tab)
-    _connect_draft(context, tab, subjects, blocks)
+    _connect_words(context, tab, subjects, restored)
     run.connect(context, tab.shown)
 
 
@@ -231,33 +249,41 @@ def _connect_presets(context: Context, tab: TrainTab) -> None:
     fields = [tab.advanced[name] for name in ADVANCED]
 
     @plain
-    def use_preset(preset: str, model: str) -> list[Any]:
+    def use_preset(preset: str, model: str, filled: Any, *shown: Any) -> list[Any]:
+        """The preset's values, but for those that were typed: they are a person's."""
         values = preset_values(preset, context.allowed_model(model), context.device())
-        return [
-            gr.skip() if name == "init_adapter" else gr.update(value=setting_text(value))
-            for name, value in values.items()
+        texts = {name: setting_text(value) for name, value in values.items()}
+        before = filled if isinstance(filled, dict) else {}
+        updates = [
+            gr.skip()
+            if name == "init_adapter" or ("" if now is None else now) != before.get(name, now)
+            else gr.update(value=text)
+            for (name, text), now in zip(texts.items(), shown, strict=True)
         ]
+        return [texts, *updates]
 
     @plain
-    def suggest(word: str | None, settled: str, preset: str, model: str) -> list[Any]:
+    def suggest(word: str | None, settled: str, preset: str, model: str, *filled: Any) -> list[Any]:
         word = word or ""  # a page sends text; anybody can send anything
         suggested = context.suggested_base(model, word) if word != settled else ""
         if not suggested:
-            return [word, *[gr.skip()] * (2 + len(fields))]
+            return [word, *[gr.skip()] * (3 + len(fields))]
         text = (
             f"Base model set to {suggested}, which is on this machine: the embedded models are "
             f"toys that know no {word.strip()}."
         )
-        return [word, suggested, html.note(text, "info"), *use_preset(preset, suggested)]
+        filled_in = use_preset(preset, suggested, *filled)
+        return [word, suggested, html.note(text, "info"), *filled_in]
 
+    filled = [tab.filled, *fields]
     tab.class_word.blur(
-        suggest, [tab.class_word, tab.settled, tab.preset, tab.model],
-        [tab.settled, tab.model, tab.message, *fields], **QUIET,
+        suggest, [tab.class_word, tab.settled, tab.preset, tab.model, *filled],
+        [tab.settled, tab.model, tab.message, *filled], **QUIET,
     )  # fmt: skip
     tab.model.input(lambda word: word, [tab.class_word], [tab.settled], **QUIET)
     # The last choice counts, also while an earlier one is still being filled in.
     gr.on(
-        [tab.preset.input, tab.model.input], use_preset, [tab.preset, tab.model], fields,
+        [tab.preset.input, tab.model.input], use_preset, [tab.preset, tab.model, *filled], filled,
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
 
@@ -333,52 +359,41 @@ def read_form(
     return config, learned
 
 
-def _connect_draft(
-    context: Context, tab: TrainTab, subjects: SubjectTab, blocks: gr.Blocks
-) -> None:
-    """Keep what was typed when the page is loaded again: in the browser, since it is a person's."""
-    fields = [tab.advanced[name] for name in ADVANCED]
-    form = [tab.preset, tab.model, tab.token, tab.class_word, tab.prompts]
-    draft = gr.BrowserState({}, storage_key="dora-studio-train", secret="kept in this browser")
-
-    def restore(kept: Any) -> list[Any]:
-        typed, advanced = form_values(kept), advanced_values(kept)
-        if not context.launch.allows_model(typed.get("model", EMBEDDED)):
-            return [gr.skip()] * (1 + len(form) + len(fields))
-        if subject_of_draft(kept) != current_subject(context, None):
-            # The page shows the newest subject, with its own token and class.
-            typed |= {"token": "", "class_word": ""}
-        values = [typed.get(name) or None for name in ("class_word", *FORM)]
-        values += [advanced.get(name) for name in ADVANCED]
-        return [gr.skip() if value is None else value for value in values]
-
-    def fill(subject_id: str | None, kept: Any) -> list[Any]:
-        """A subject's class and token, or what was typed for it."""
-        try:
-            subject = read_subject(context.workspace, subject_id)
-        except UserError:
-            return [gr.skip(), gr.skip()]
-        typed = form_values(kept) if subject_of_draft(kept) == subject.id else {}
-        word = typed.get("class_word") or subject.class_word
-        return [word or gr.skip(), typed.get("token") or subject.token]
+def _connect_words(context: Context, tab: TrainTab, subjects: SubjectTab, restored: Any) -> None:
+    """Keep class and token with their subject, from the first letter on."""
 
     @plain
-    def keep(subject_id: str | None, class_word: str, token: str) -> None:
-        if subject_id:
-            keep_words(context.workspace, subject_id, class_word, token)
+    def fill(subject_id: str | None, typed: Any) -> list[Any]:
+        """A subject's class and token, or what was typed for it, or before there was one."""
+        typed = typed if isinstance(typed, dict) else {}
+        words = [str(typed.get(name) or "")[:LIMIT] for name in ("class_word", "token")]
+        try:
+            stored = read_subject(context.workspace, subject_id)
+        except UserError:
+            return [*(words if typed.get("subject") == "" else [gr.skip()] * 2), gr.skip()]
+        if typed.get("subject") == "" and not stored.class_word:
+            keep_words(context.workspace, stored.id, *words)
+        elif typed.get("subject") != stored.id:
+            return [stored.class_word, stored.token, gr.skip()]
+        return [*words, {**typed, "subject": stored.id}]
 
+    @plain
+    def keep(typed: Any) -> None:
+        if isinstance(typed, dict) and typed.get("subject"):
+            keep_words(
+                context.workspace, typed["subject"], typed.get("class_word"), typed.get("token")
+            )
+
+    words = [tab.class_word, tab.token]
     gr.on(
-        [tab.class_word.blur, tab.token.blur], keep,
-        [subjects.pick, tab.class_word, tab.token], None, **QUIET,
-    )  # fmt: skip
-    gr.on(
-        [field.change for field in (*form, *fields)],
-        None, [draft, subjects.pick, *form, *fields], [draft], js=SAVE_SCRIPT,
+        [word.change for word in words], None, [tab.words, subjects.pick, *words], [tab.words],
+        js=_KEEP_WORDS,
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
-    restored = blocks.load(restore, [draft], [tab.settled, *form, *fields], **QUIET)
-    restored.then(None, None, None, js=RESTORED_SCRIPT, **QUIET)
-    subjects.pick.change(fill, [subjects.pick, draft], [tab.class_word, tab.token], **QUIET)
+    gr.on([word.blur for word in words], keep, [tab.words], None, **QUIET)
+    asked, filled = [subjects.pick, tab.words], [*words, tab.words]
+    subjects.pick.change(fill, asked, filled, **QUIET)
+    restored.then(fill, asked, filled, **QUIET)
 
 
 def _plan(context: Context, config: TrainConfig) -> list[str]:

@@ -10,6 +10,7 @@ from PIL import Image
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.launch import Launch
 from dora_diffusion.jobs.subjects import add_photos, new_subject
+from tests.prepare.conftest import models  # noqa: F401 (a fixture)
 
 
 @pytest.fixture

@@ -38,6 +38,12 @@ from tests.app.views.helpers import handler
 
 GOLDEN = Path(__file__).parents[3] / "tests/formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
 
+# What the preset has filled in, and what the page shows.
+FILLED = [
+    {name: setting_text(value) for name, value in preset_values("balanced", EMBEDDED).items()},
+    *(setting_text(value) for value in preset_values("balanced", EMBEDDED).values()),
+]
+
 
 def fields(subject: str, prompts: str) -> list[Any]:
     """What the page sends: list settings as words."""
@@ -195,7 +201,7 @@ def test_a_real_subject_gets_a_model_of_this_machine_that_fits(
     ) -> Any:  # fmt: skip
         monkeypatch.setattr(context, "bases", lambda: found)
         monkeypatch.setattr(context, "device", lambda: Device(kind, "a card", free))
-        remembered, base, said, *values = suggest(word, settled, "balanced", model)
+        remembered, base, said, filled, *values = suggest(word, settled, "balanced", model, *FILLED)
         assert remembered == word
         assert len(values) == len(ADVANCED)
         if isinstance(base, str):
@@ -203,6 +209,7 @@ def test_a_real_subject_gets_a_model_of_this_machine_that_fits(
             assert "know no dog" in said
             steps = {one: "800", xl: "1000"}[base]
             assert values[ADVANCED.index("max_train_steps")]["value"] == steps
+            assert filled["max_train_steps"] == steps
             return base
         return None
 
@@ -217,18 +224,49 @@ def test_a_real_subject_gets_a_model_of_this_machine_that_fits(
     assert chosen(every, "dog", model="org/other") is None
 
 
+def typed(subject: str, class_word: str, token: str) -> dict[str, str]:
+    return {"subject": subject, "class_word": class_word, "token": token}
+
+
 def test_class_and_token_stay_with_the_subject(context: Context, subject: str) -> None:
-    keep, fill = handler(context, "keep"), handler(context, "fill")
-    keep(subject, " teacup ", "zwx")
-    keep(subject, "", "")
-    assert fill(subject, {}) == ["teacup", "zwx"]
-    typed = {"subject": subject, "form": {"class_word": "bowl", "token": "zwx"}}
-    assert fill(subject, typed) == ["bowl", "zwx"]
+    keep, fill = handler(context, "keep"), handler(context, "fill", nth=0)
+    other = new_subject(context.workspace, "Other", "cat")
+    keep(typed(subject, " teacup ", "zwx"))
+    assert fill(subject, {})[:2] == ["teacup", "zwx"]
+    # What was typed and not kept yet, for its own subject alone.
+    words = typed(subject, "bowl", "zwx")
+    assert fill(subject, words) == ["bowl", "zwx", words]
+    assert fill(other, words)[:2] == ["cat", "sks"]
+    keep(typed(subject, "", ""))  # a style
+    assert fill(subject, {})[:2] == ["", ""]
     assert read_subject(context.workspace, subject).title == "Mug"
-    keep(None, "dog", "sks")  # a page without a subject
-    for words in (("x" * 101, "sks"), ("dog", "x" * 51)):
+    keep(typed("", "dog", "sks"))
+    for words in (typed(subject, "x" * 101, "sks"), typed(subject, "dog", "x" * 51)):
         with pytest.raises(gradio.Error, match="at most"):
-            keep(subject, *words)
+            keep(words)
+
+
+def test_words_typed_before_there_is_a_subject_are_the_first_one_s(context: Context) -> None:
+    fill, words = handler(context, "fill", nth=0), typed("", "dog", "zwx")
+    assert fill(None, words)[:2] == ["dog", "zwx"]
+    sample = new_subject(context.workspace, "Bolt mug", "mug", sample="bolt_mug")
+    assert fill(sample, words)[:2] == ["mug", "sks"]
+    first, second = (new_subject(context.workspace, name) for name in ("First", "Second"))
+    *shown, now = fill(first, words)
+    assert shown == ["dog", "zwx"]
+    assert fill(first, {})[:2] == ["dog", "zwx"]
+    assert fill(second, now)[:2] == ["", "sks"]
+
+
+def test_a_setting_that_was_typed_survives_preset_base_and_suggestion(context: Context) -> None:
+    use_preset = handler(context, "use_preset")
+    for place, name in enumerate(ADVANCED):
+        filled = list(FILLED)
+        value = filled[1 + place]
+        filled[1 + place] = not value if isinstance(value, bool) else "typed"
+        _, *updates = use_preset("quality", EMBEDDED, *filled)
+        changed = {ADVANCED[i] for i, update in enumerate(updates) if update != gradio.skip()}
+        assert changed == {*ADVANCED} - {name, "init_adapter"}, name
 
 
 def test_a_message_keeps_the_letters_of_a_model_s_name(
@@ -283,7 +321,7 @@ def test_a_shared_app_looks_at_no_other_model(
     assert photo.side(context, sdxl, "") == 64
     assert photo.side(context, sdxl, "300") == 300
     with pytest.raises(gradio.Error, match="offers only"):
-        handler(context, "use_preset")("fast", sdxl)
+        handler(context, "use_preset")("fast", sdxl, *FILLED)
 
 
 def test_several_subjects_are_one_run_each_with_its_own_words(

@@ -1,0 +1,316 @@
+"""Nothing that is typed or chosen is lost: every field of the page, found from the page itself.
+
+No run begins: another app leads the queue of these folders.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dora_diffusion.jobs import records
+from dora_diffusion.jobs.processes import Lock
+from dora_diffusion.jobs.subjects import (
+    captions_of,
+    read_subject,
+    subjects_in,
+    take_sample,
+)
+from dora_diffusion.jobs.workspace import Workspace, write_json
+from tests.jobs.helpers import METRICS, make, photo
+
+ROOT = Path(__file__).resolve().parents[2]
+ADAPTER = ROOT / "tests/formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
+Visit = App = Any
+# What a person fills; everything else of the page shows or does something.
+KINDS = ("textbox", "number", "slider", "checkbox", "checkboxgroup", "radio", "dropdown")
+# Of each field the element that holds its value, whatever kind it is.
+SHOWN = """([fields]) => fields.map(({selector, kind}) => {
+  const place = document.querySelector(selector);
+  const of = (query, read) => [...place.querySelectorAll(query)].map(read).join('|');
+  if (!place) return null;
+  if (kind === 'checkbox' || kind === 'checkboxgroup' || kind === 'radio')
+    return of('input', (input) => `${input.checked}`);
+  if (kind === 'slider') return place.querySelector('input[type=number]').value;
+  const field = place.querySelector('input, textarea');
+  return of('.token', (token) => token.innerText.trim()) + field.value;
+})"""
+
+
+TYPE = """(pairs) => pairs.forEach(([selector, text]) => {
+  const field = document.querySelector(selector).querySelector('input, textarea');
+  field.value = text;
+  field.dispatchEvent(new Event('input', {bubbles: true}));
+})"""
+CHOOSE = """async ([selector, kind, other]) => {
+  const place = document.querySelector(selector), field = place.querySelector('input');
+  if (kind === 'slider') {
+    const number = place.querySelector('input[type=number]');
+    number.value = other;
+    number.dispatchEvent(new Event('input', {bubbles: true}));
+  } else if (kind === 'dropdown') {
+    field.focus();
+    const others = '[role=option]:not([aria-selected=true])';
+    const option = () => [...place.querySelectorAll(others)].at(-1);
+    for (let i = 0; !option() && i < 600; i++) await new Promise(requestAnimationFrame);
+    option().dispatchEvent(new MouseEvent('mousedown', {bubbles: true, cancelable: true}));
+    await new Promise(requestAnimationFrame);
+    field.blur();
+  } else {
+    (place.querySelector('input:not(:checked)') ?? field).click();
+  }
+}"""
+# Opens one more level of what is folded, until everything is there.
+UNFOLD = """(own) => {
+  const folded = [...document.querySelectorAll('.label-wrap:not(.open)')];
+  const closed = folded.filter((title) => title.offsetParent);
+  closed.forEach((title) => title.click());
+  return !closed.length && own.every((selector) => document.querySelector(selector));
+}"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Subjects, finished runs and comparisons: every field of every tab is to be seen."""
+    workspace = Workspace(tmp_path_factory.mktemp("typed") / "runs").make()
+    lock = Lock(workspace.queue_lock)
+    assert lock.take()
+    for name in ("heart_teapot", "ring_robot", "bolt_mug"):
+        take_sample(workspace, ROOT / "samples", name)
+    for title in ("first", "second"):
+        folder = make(workspace, title, max_train_steps=3, token="sks", class_word="mug")
+        (folder / "metrics.jsonl").write_text(METRICS.format(step=3), encoding="utf-8")
+        for place in (folder, folder / "checkpoint-3"):
+            place.mkdir(exist_ok=True)
+            shutil.copyfile(ADAPTER, place / "pytorch_lora_weights.safetensors")
+        write_json(folder / records.RESULT, {"code": 0})
+        study = workspace.new_job()
+        study.mkdir()
+        records.write_record(study, records.JobRecord(["compare", "study.yaml"], f"{title} study"))
+        write_json(study / records.RESULT, {"code": 143})
+    yield workspace.root
+    lock.free()
+
+
+class Form:
+    """The fields of a page, by tab and label."""
+
+    def __init__(self, page: Visit) -> None:
+        self.page = page
+        config = page.page.evaluate("JSON.stringify(window.gradio_config)")
+        self.config = json.loads(config)
+        parts = {one["id"]: one for one in self.config["components"]}
+        self.fields: dict[str, dict[str, Any]] = {}
+
+        def walk(node: Mapping[str, Any], tab: str) -> None:
+            part = parts.get(node["id"], {"type": ""})
+            tab = part["props"]["label"] if part["type"] == "tabitem" else tab
+            if part["type"] in KINDS and part["props"].get("interactive") is not False:
+                key = f"{tab}: {part['props']['label']}"
+                assert key not in self.fields
+                about = {"id": node["id"], "tab": tab, "kind": part["type"]}
+                selector = f"#{part['props']['elem_id']}"
+                self.fields[key] = {**part["props"], **about, "selector": selector}
+            for child in node.get("children") or ():
+                walk(child, tab)
+
+        walk(self.config["layout"], "")
+        self.tabs = list(dict.fromkeys(field["tab"] for field in self.fields.values()))
+
+    def unfold(self, tab: str) -> None:
+        """Open a tab with all that is folded on it."""
+        self.page.tab(tab)
+        own = [field["selector"] for field in self.fields.values() if field["tab"] == tab]
+        self.page.app.until(lambda: self.page.page.evaluate(UNFOLD, own))
+
+    def shown(self) -> dict[str, str | None]:
+        names = ("selector", "kind")
+        fields = [{name: field[name] for name in names} for field in self.fields.values()]
+        return dict(zip(self.fields, self.page.page.evaluate(SHOWN, [fields]), strict=True))
+
+    def settled(self) -> dict[str, str | None]:
+        """What is shown once no answer changes it any more."""
+        seen: list[Any] = []
+
+        def look() -> bool:
+            seen.append(self.shown())
+            return len(seen) > 12 and all(one == seen[-1] for one in seen[-12:])
+
+        self.page.app.until(look)
+        return dict(seen[-1])
+
+    def type_all(self) -> dict[str, str]:
+        """Type a number of its own into every field that is typed in; the numbers."""
+        keys = [key for key, field in self.fields.items() if field["kind"] in ("textbox", "number")]
+        typed = {key: str(number) for number, key in enumerate(keys, start=11)}
+        pairs = [[self.fields[key]["selector"], text] for key, text in typed.items()]
+        self.page.page.evaluate(TYPE, pairs)
+        return typed
+
+    def choose(self, key: str) -> None:
+        """Give a field that is chosen from another value than it has."""
+        field = self.fields[key]
+        other = ""
+        if field["kind"] == "slider":
+            least, step = field["minimum"], field["step"]
+            other = least + step if field["value"] != least + step else least + 2 * step
+        self.page.page.evaluate(CHOOSE, [field["selector"], field["kind"], str(other)])
+
+
+def test_every_field_keeps_what_is_typed_and_chosen(visit: Callable[..., Visit], app: App) -> None:
+    page = visit()
+    form = Form(page)
+    for tab in form.tabs:
+        form.unfold(tab)
+    before = form.settled()
+    assert [key for key, value in before.items() if value is None] == []
+    ids = {field["id"] for field in form.fields.values()}
+    fills = [one for one in form.config["dependencies"] if {*one["outputs"]} & ids]
+    fill = {target[0] for one in fills for target in one["targets"]} & ids
+    filled = {
+        field for one in fills if fill & {t[0] for t in one["targets"]} for field in one["outputs"]
+    }
+    for tab in form.tabs:
+        page.tab(tab)
+        for key, field in form.fields.items():
+            if field["tab"] == tab and field["kind"] not in ("textbox", "number"):
+                form.choose(key)
+                if field["id"] in fill:  # in other fields, which are typed in afterwards
+                    form.settled()
+    typed = form.type_all()
+    kept = form.settled()
+    assert {key: kept[key] for key in typed} == typed
+    same = [key for key, value in kept.items() if value == before[key]]
+    assert [key for key in same if form.fields[key]["id"] not in filled] == []
+    # Other tabs, and an error, which leaves no mark on a field.
+    for tab in form.tabs:
+        page.tab(tab)
+    page.tab("Train")
+    page.click("#start")
+    page.toast()
+    assert form.settled() == kept
+    assert page.page.locator(".error:visible").count() == 0
+    page.reload()
+    for tab in form.tabs:
+        form.unfold(tab)
+    after = form.settled()
+    assert {key: value for key, value in after.items() if value != kept[key]} == {}
+
+
+def test_a_caption_is_kept_by_every_way_out_of_it(visit: Callable[..., Visit], app: App) -> None:
+    page = visit()
+    workspace = Workspace(app.runs)
+    page.wait_for("#caption-rows textarea")
+    stored = subjects_in(workspace)[0]
+    count = len(stored.photos)
+
+    def row(place: int) -> Any:
+        return page.page.locator("#caption-rows textarea").nth(place)
+
+    def written(place: int, text: str) -> None:
+        app.until(lambda: list(captions_of(stored).values())[place] == text)
+
+    def by_photo() -> None:
+        page.click("#crops button.thumbnail-item", 1)
+
+    def by_crop() -> None:
+        page.click("#edit")
+        page.wait_for("#editor .dd-on")
+        row(0).fill("a sks thing, cropped")
+        page.click("#editor [data-do=apply]")
+        page.wait_text("#report", "Crop and mask of 002.jpg saved")
+
+    ways: dict[str, Callable[[], Any]] = {
+        "the next photo": by_photo, "crop and mask": by_crop,
+        "Enter": lambda: row(0).press("Enter"), "another tab": lambda: page.tab("Train"),
+        "reload": page.reload,
+    }  # fmt: skip
+    for way, leave in ways.items():
+        page.tab("Subject")
+        text = "a sks thing, cropped" if leave is by_crop else f"a sks thing by {way}"
+        if leave is not by_crop:
+            row(0).fill(text)
+        leave()
+        written(0, text)
+    assert row(0).input_value() == "a sks thing by reload"
+    # While the server is away, and after that.
+    app.kill()
+    row(1).fill("typed while it was away")
+    row(1).press("Enter")
+    app.start()
+    page.wrong.clear()
+    page.page.goto(app.url)
+    page._wait_for_load()
+    written(1, "typed while it was away")
+    assert count == len(captions_of(stored))
+    page.wrong.clear()
+
+
+def test_what_is_drawn_waits_until_it_is_used(visit: Callable[..., Visit], app: App) -> None:
+    page = visit()
+
+    def open_editor() -> list[str]:
+        page.click("#crops button.thumbnail-item", 2)
+        page.wait_text(".dd-photo", "003.jpg")
+        page.click("#edit")
+        page.wait_for("#editor .dd-on")
+        return [field.input_value() for field in page.page.locator("#editor [data-side]").all()]
+
+    assert open_editor() == ["0", "0", "100", "100"]
+    for side, value in (("left", "10"), ("top", "20"), ("width", "50"), ("height", "60")):
+        page.fill(f"#editor [data-side={side}]", value)
+    drawn = ["10", "20", "50", "60"]
+    page.click("#crops button.thumbnail-item", 1)
+    page.wait_text(".dd-photo", "002.jpg")
+    page.wait("!document.querySelector('#editor canvas')")
+    assert open_editor() == drawn
+    page.reload()
+    assert open_editor() == drawn
+    page.click("#editor [data-do=clear]")
+    page.reload()
+    assert open_editor() == ["0", "0", "100", "100"]
+
+
+def test_captions_of_all_photos_are_changed_on_the_page(
+    visit: Callable[..., Visit], app: App
+) -> None:
+    page = visit()
+    page.unfold("Captions of all photos at once")
+    rows = page.page.locator("#caption-rows textarea")
+    rows.first.fill("by hand")
+    rows.first.press("Enter")
+    page.wait_text("#captions-said", "Saved")
+    before = [row.input_value() for row in rows.all()]
+    page.fill("#caption-prefix input, #caption-prefix textarea", "at night,")
+    page.press("button", "Put it in front of all captions")
+    page.wait_text("#captions-said", f"{len(before)} captions changed")
+    assert [row.input_value() for row in rows.all()] == [f"at night, {text}" for text in before]
+    page.click("#caption-undo")
+    page.wait("([text]) => document.querySelector('#caption-rows textarea').value === text", before)
+    assert [row.input_value() for row in rows.all()] == before
+
+
+def test_photos_that_are_added_beside_a_sample_are_a_subject_of_their_own(
+    visit: Callable[..., Visit], app: App, tmp_path: Path
+) -> None:
+    workspace = Workspace(app.runs)
+    page = visit()
+    page.click("[data-value=heart_teapot]")
+    page.wait_text("#upload-to", "Heart teapot is a sample")
+    sample = subjects_in(workspace)[0]
+    files = [photo(tmp_path / "a.jpg"), tmp_path / "a.txt"]
+    files[1].write_text("a sks dog at night", encoding="utf-8")
+    page.page.evaluate("window.confirm = (text) => { window.asked = text; return false; }")
+    page.page.set_input_files("#upload input[type=file]", files)
+    page.wait_text("#report", "1 photo and 1 caption added to the new subject My subject")
+    assert "to the sample Heart teapot?" in page.page.evaluate("window.asked")
+    assert len(read_subject(workspace, sample.id).photos) == 5
+    page.wait("document.querySelector('#caption-rows textarea').value === 'a sks dog at night'")
+    # The class of the sample is not that of the new subject.
+    page.tab("Train")
+    page.wait("document.querySelector('#class-word input, #class-word textarea')?.value === ''")
