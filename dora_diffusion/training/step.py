@@ -89,6 +89,10 @@ class TrainingStep:
                 last = i == accumulation - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.objective):
                     losses.append(self._backward(1 / accumulation))
+        if step > self.config.word_steps:
+            # A gradient of 0 is a step by the momentum to some optimizers, as Prodigy; None to none.
+            for rows in self.words.parameters().values():
+                rows.grad = None
         if self.allocation is not None and "d" not in self.optimizer.param_groups[0]:
             self.allocation.add_orthogonality(self._loss_scale())
         self.parameters.take_gradients()

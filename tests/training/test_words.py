@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.adapters.state import load_adapter
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
+from dora_diffusion.config.learning import OPTIMIZERS
 from dora_diffusion.export import convert_adapter, export_checkpoint, inspect_adapter
 from dora_diffusion.export.combine import combine_adapters
 from dora_diffusion.formats.adapter.embeddings import are_equal
@@ -203,6 +205,43 @@ def test_other_optimizers_and_precisions_train_it(
     assert 0 < (rows_of(mixed_precision="bf16") - plain).abs().max() < 0.05
     rows_of(optimizer="adafactor", norm_axis="input", method="lora")
     rows_of(parametrization="vera")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_no_optimizer_moves_a_word_after_its_last_step(
+    sd1_folder: Path, named: Path, tmp_path: Path, optimizer: str
+) -> None:
+    """Whatever momentum is left, in one go and resumed on either side of that step."""
+    library = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}.get(optimizer, "torch")
+    pytest.importorskip(library)
+    rate = 1.0 if optimizer == "prodigy" else 1e-3
+    config = make_config(
+        sd1_folder, named, tmp_path / "whole", **WORDS, optimizer=optimizer, learning_rate=rate,
+        max_train_steps=5, checkpointing_steps=1, train_text_encoder_ti_frac=0.5,
+        train_text_encoder=True, adam_weight_decay=0.1,
+    )  # fmt: skip
+    train(config)
+
+    def states(folder: Path, first: int) -> list[dict[str, torch.Tensor]]:
+        return [
+            torch.load(folder / f"checkpoint-{step}" / STATE_FILE, weights_only=True)["parameters"]
+            for step in range(first, 6)
+        ]
+
+    whole, word = states(tmp_path / "whole", 1), "text_encoder.words"
+    assert [not torch.equal(one[word], two[word]) for one, two in pairwise(whole)] == [
+        True, True, False, False,
+    ]  # fmt: skip
+    for one, two in pairwise(whole):
+        assert not all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    for start in (2, 4):
+        output = tmp_path / f"from-{start}"
+        shutil.copytree(
+            tmp_path / "whole" / f"checkpoint-{start}", output / f"checkpoint-{start}"
+        )
+        train(replace(config, output_dir=str(output), resume_from_checkpoint=f"checkpoint-{start}"))
+        for ours, theirs in zip(states(output, start + 1), whole[start:], strict=True):
+            assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
 
 
 def test_where_words_start(sdxl_folder: Path, named: Path, tmp_path: Path) -> None:
