@@ -270,7 +270,8 @@ def generate_images(
     prompt = _per_seed(prompt, seeds, adapters)
     settings = settings or SamplingSettings()
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    warn_of_truncation(components, [*prompts, settings.negative_prompt])
+    readers = [*(adapters or [None] * len(prompts)), None]
+    warn_of_truncation(components, [*prompts, settings.negative_prompt], readers)
     images: list[Image.Image] = []
     batches = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
     with (

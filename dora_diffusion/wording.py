@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 QUOTE_LIMIT = 80
@@ -109,3 +110,8 @@ def did_you_mean(word: object, words: Iterable[str]) -> str:
     """``" (did you mean X?)"``, or nothing where no known word is close."""
     name = closest(word, words)
     return f" (did you mean {name}?)" if name else ""
+
+
+def whole_word(token: str) -> re.Pattern[str]:
+    """Match a word, ignoring case, where no letter, digit or underscore touches it."""
+    return re.compile(rf"(?<!\w){re.escape(token)}(?!\w)", re.IGNORECASE)

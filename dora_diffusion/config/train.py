@@ -26,7 +26,7 @@ from dora_diffusion.config.fields import (
     with_present_names,
 )
 from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
-from dora_diffusion.wording import did_you_mean, framed
+from dora_diffusion.wording import did_you_mean, framed, whole_word
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             "initializer_concept",
         )
         require(
-            not any(word in concept for word in words for concept in concepts),
+            not any(whole_word(word).search(concept) for word in words for concept in concepts),
             "initializer_concept holds a new word, which has no vectors to start from; give a "
             "word that the model has",
             "initializer_concept",

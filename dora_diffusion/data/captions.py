@@ -16,7 +16,7 @@ import torch
 
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.data.wildcards import Wildcards, at_random, preferring, render, variants
-from dora_diffusion.wording import framed, quoted
+from dora_diffusion.wording import framed, quoted, whole_word
 
 
 def read_caption(photo: str | Path, default: str, *, per_line: bool = False) -> str:
@@ -296,8 +296,3 @@ def require_token(captions: Sequence[str], token: str) -> None:
             f"captions: {first}",
             stacklevel=2,
         )
-
-
-def whole_word(token: str) -> re.Pattern[str]:
-    """Match a word, ignoring case, where no letter, digit or underscore touches it."""
-    return re.compile(rf"(?<!\w){re.escape(token)}(?!\w)", re.IGNORECASE)

@@ -11,7 +11,6 @@ from typing import Any
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import as_yaml
-from dora_diffusion.data.captions import whole_word
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.names import file_stem
 from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS
@@ -30,6 +29,7 @@ from dora_diffusion.jobs.snapshot import Job, read_job, snapshot
 from dora_diffusion.jobs.subjects import StoredSubject
 from dora_diffusion.jobs.workspace import UserError, Workspace, clean_text
 from dora_diffusion.models.locate import is_embedded
+from dora_diffusion.wording import whole_word
 
 NAME_LIMIT = 60
 MOST_STEPS = 1_000_000

@@ -19,6 +19,7 @@ from dora_diffusion.families import TITLES, Family
 from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule, Statement
 from dora_diffusion.models.latents import vae_factor
 from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler, to_zero_snr
+from dora_diffusion.models.words import write_out_words
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,8 @@ class Components:
             **self.family.pipeline_options(self.zeros_for_empty_prompt),
         )
         pipeline.set_progress_bar_config(disable=True)
+        # Diffusers' own finds words of several vectors in lower case only.
+        pipeline.maybe_convert_prompt = _write_out
         return pipeline
 
     def sampling_scheduler(self, name: str | None = None) -> Any:
@@ -277,6 +280,12 @@ class Components:
         modules = self.modules()
         parts = [fingerprint(modules[name]) for name in components or sorted(modules)]
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
+
+
+def _write_out(prompt: str | list[str], tokenizer: Any) -> str | list[str]:
+    if isinstance(prompt, str):
+        return write_out_words(tokenizer, prompt)
+    return [write_out_words(tokenizer, text) for text in prompt]
 
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:

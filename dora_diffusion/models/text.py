@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.models.offload import computing_device, send
-from dora_diffusion.models.words import expand_multi_vector_tokens, own_words
+from dora_diffusion.models.words import own_words, write_out_words
 from dora_diffusion.wording import quoted
 
 if TYPE_CHECKING:
@@ -120,15 +120,19 @@ def encode_prompts(
     """
     if isinstance(prompts, str):
         raise TypeError("encode_prompts takes a list of prompts, got a single string")
-    warn_of_truncation(components, prompts)
+    adapters = adapters or [None] * len(prompts)
+    warn_of_truncation(components, prompts, adapters)
     skip = components.clip_skip if clip_skip is None else clip_skip
-    counts, adapters = [1] * len(prompts), adapters or [None] * len(prompts)
+    counts = [1] * len(prompts)
     if components.most_chunks != 1:
         counts = [chunk_count(components, *row) for row in zip(prompts, adapters, strict=True)]
     is_long = any(count > 1 for count in counts)
     tokens = []
     for encoder, tokenizer in zip(components.text_encoders, components.tokenizers, strict=True):
-        texts = [own_words(encoder, *row) for row in zip(prompts, adapters, strict=True)]
+        texts = [
+            write_out_words(tokenizer, prompt, own_words(encoder, adapter))
+            for prompt, adapter in zip(prompts, adapters, strict=True)
+        ]
         chunks = _tokenize_chunks(tokenizer, texts, counts) if is_long else None
         tokens.append(tokenize(tokenizer, texts) if chunks is None else chunks)
     ids, masks = [t.input_ids for t in tokens], [t.attention_mask for t in tokens]
@@ -152,7 +156,8 @@ def chunk_count(components: Components, prompt: str, adapter: str | None = None)
     """The chunks that an adapter's prompt is read in, of the tokenizer that makes most of it."""
     encoders = zip(components.text_encoders, components.tokenizers, strict=True)
     contents = (
-        _content(tokenizer, own_words(encoder, prompt, adapter)) for encoder, tokenizer in encoders
+        _content(tokenizer, write_out_words(tokenizer, prompt, own_words(encoder, adapter)))
+        for encoder, tokenizer in encoders
     )
     sizes = map(_chunk_size, components.tokenizers)
     counts = [
@@ -165,9 +170,8 @@ def _chunk_size(tokenizer: Any) -> int:
     return int(tokenizer.model_max_length) - 2
 
 
-def _content(tokenizer: Any, prompt: str) -> tuple[int, list[int], int]:
-    """The start token, those of a prompt, and the end token."""
-    text = expand_multi_vector_tokens(tokenizer.added_tokens_encoder, prompt)
+def _content(tokenizer: Any, text: str) -> tuple[int, list[int], int]:
+    """The start token, those of a text, and the end token."""
     start, *ids, end = tokenizer(text, truncation=False, verbose=False).input_ids
     return start, ids, end
 
@@ -187,10 +191,10 @@ def _tokenize_chunks(tokenizer: Any, prompts: Sequence[str], counts: Sequence[in
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Any:
     """The prompts' ``input_ids`` and ``attention_mask``, each ``(B, tokens)``.
 
-    Padded and cut to the tokenizer's limit; embeddings of several vectors are written out.
+    Padded and cut to the tokenizer's limit.
     """
     return tokenizer(
-        [expand_multi_vector_tokens(tokenizer.added_tokens_encoder, text) for text in prompts],
+        list(prompts),
         padding="max_length",
         max_length=tokenizer.model_max_length,
         truncation=True,
@@ -236,12 +240,27 @@ def encode_negative(
     return encode_prompts(components, prompts, clip_skip=0, adapters=adapters)
 
 
-def truncated_text(tokenizer: Any, prompt: str, most_chunks: int | None = 1) -> str:
-    """The end of the prompt that does not fit the token limit, or an empty string."""
+def truncated_text(
+    tokenizer: Any,
+    prompt: str,
+    most_chunks: int | None = 1,
+    own: Mapping[str, str] | None = None,
+) -> str:
+    """The end of the prompt that does not fit the token limit, or an empty string.
+
+    Args:
+        tokenizer: A tokenizer.
+        prompt: The prompt.
+        most_chunks: The chunks that are read; None: all.
+        own: An adapter's own tokens (`own_words`).
+    """
     if most_chunks is None:
         return ""
-    ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
-    return str(tokenizer.decode(ids[_chunk_size(tokenizer) * most_chunks + 1 : -1])).strip()
+    _, ids, _ = _content(tokenizer, write_out_words(tokenizer, prompt, own))
+    cut = str(tokenizer.decode(ids[_chunk_size(tokenizer) * most_chunks :])).strip()
+    for word, name in (own or {}).items():
+        cut = cut.replace(name, word)
+    return cut
 
 
 def token_limit(components: Components) -> str:
@@ -258,13 +277,16 @@ _WARNED: WeakKeyDictionary[Any, set[tuple[str, int | None]]] = WeakKeyDictionary
 _MOST_WARNED = 10_000
 
 
-def warn_of_truncation(components: Components, prompts: Sequence[str]) -> None:
+def warn_of_truncation(
+    components: Components, prompts: Sequence[str], adapters: Sequence[str | None]
+) -> None:
     """Warn once of each distinct prompt that is too long, naming what the model will not see."""
-    tokenizer, chunks = components.tokenizers[0], components.most_chunks
-    warned = _WARNED.setdefault(tokenizer, set())
-    for prompt in dict.fromkeys(prompts):
+    encoder, tokenizer = components.text_encoders[0], components.tokenizers[0]
+    warned, chunks = _WARNED.setdefault(tokenizer, set()), components.most_chunks
+    for prompt, adapter in dict.fromkeys(zip(prompts, adapters, strict=True)):
+        own = own_words(encoder, adapter)
         known = (prompt, chunks) in warned
-        if not known and (cut := truncated_text(tokenizer, prompt, chunks)):
+        if not known and (cut := truncated_text(tokenizer, prompt, chunks, own)):
             if len(warned) == _MOST_WARNED:  # A server sees prompts without end.
                 warned.clear()
             warned.add((prompt, chunks))

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.formats.adapter.embeddings import Vectors
-from dora_diffusion.wording import quoted
+from dora_diffusion.wording import quoted, whole_word
 
 if TYPE_CHECKING:
     from dora_diffusion.models.components import Components
@@ -121,16 +122,10 @@ def remove_own_tokens(components: Components, adapter: str) -> None:
             table.free += table.own.pop(adapter, {}).values()
 
 
-def own_words(encoder: Any, prompt: str, adapter: str | None) -> str:
-    """A prompt with an adapter's own tokens as the encoder's tokenizer knows them."""
-    words = getattr(encoder.get_input_embeddings(), "own", {}).get(adapter, {})
-    if not words:
-        return prompt
-    # As a tokenizer finds its added tokens: the longest, whatever their case.
-    parts = "|".join(re.escape(part) for part in sorted(words, key=len, reverse=True))
-    by_name = {part.lower(): word for part, word in words.items()}
-    expanded = expand_multi_vector_tokens(words, prompt)
-    return re.sub(parts, lambda match: by_name[match[0].lower()], expanded, flags=re.IGNORECASE)
+def own_words(encoder: Any, adapter: str | None) -> Mapping[str, str]:
+    """An adapter's own tokens: what the encoder's tokenizer calls the parts of each."""
+    words: Mapping[str, str] = getattr(encoder.get_input_embeddings(), "own", {}).get(adapter, {})
+    return words
 
 
 def have_own_words(components: Components, adapters: Collection[str | None]) -> bool:
@@ -176,7 +171,7 @@ def _add(encoder: Any, tokenizer: Any, token: str, rows: Tensor) -> WordEmbeddin
         return table
     _require_new(tokenizer.get_vocab().keys() & {*parts, f"{token}_{len(rows)}"})
     first = len(tokenizer)
-    tokenizer.add_tokens(parts)
+    tokenizer.add_tokens([AddedToken(part, single_word=True, normalized=True) for part in parts])
     if isinstance(table, WordEmbedding):
         first, rows = table.first, torch.cat([table.rows, rows.to(table.rows)])
     grown = WordEmbedding(table, first, rows)
@@ -189,23 +184,36 @@ def token_parts(token: str, count: int) -> list[str]:
     return [token, *(f"{token}_{number}" for number in range(1, count))]
 
 
-def expand_multi_vector_tokens(added: Collection[str], prompt: str) -> str:
-    """Expand trained tokens of several vectors: ``<x>`` becomes ``<x> <x>_1 <x>_2``.
+def write_out_words(tokenizer: Any, prompt: str, own: Mapping[str, str] | None = None) -> str:
+    """A prompt with all vectors of its trained words: ``A <X> dog`` becomes ``a <x> <x>_1 dog``.
 
-    This is the diffusers convention for embeddings that were learned with more than one vector.
+    Words are read as `whole_word` reads them, everywhere: whatever their case, beside any
+    punctuation, and not inside other words. A word whose next vector is written behind it stays as
+    it is. A prompt without words is returned as it is, any other as the tokenizer normalizes it.
 
     Args:
-        added: Tokens that were added to a tokenizer.
+        tokenizer: A tokenizer.
         prompt: The prompt.
+        own: An adapter's own tokens (`own_words`).
     """
-    for token in added:
-        if f"{token}_1" in added and token in prompt and f"{token}_1" not in prompt:
-            vectors, index = [token], 1
-            while f"{token}_{index}" in added:
-                vectors.append(f"{token}_{index}")
-                index += 1
-            prompt = prompt.replace(token, " ".join(vectors))
-    return prompt
+    normalize = tokenizer.backend_tokenizer.normalizer.normalize_str
+    text, own = normalize(prompt), {normalize(word): name for word, name in (own or {}).items()}
+    added = ((normalize(word), word) for word in tokenizer.added_tokens_encoder)
+    names = {word: name for word, name in added if word.rpartition("_")[0] not in own} | own
+    found = [word for word in names if word in text]
+    if not found:
+        return prompt
+
+    def write_out(match: re.Match[str]) -> str:
+        word, parts = match[0], [names[match[0]]]
+        if not re.match(rf" {re.escape(word)}_1(?!\w)", text[match.end() :]):
+            while (part := f"{word}_{len(parts)}") in names:
+                parts.append(names[part])
+        return " ".join(parts)
+
+    # The longest first, as a tokenizer finds them.
+    patterns = [whole_word(word).pattern for word in sorted(found, key=len, reverse=True)]
+    return re.sub("|".join(patterns), write_out, text)
 
 
 def has_words(components: Components, prompt: str) -> bool:
@@ -213,7 +221,8 @@ def has_words(components: Components, prompt: str) -> bool:
     for encoder, tokenizer in zip(components.text_encoders, components.tokenizers, strict=True):
         table = encoder.get_input_embeddings()
         if isinstance(table, WordEmbedding):
-            ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+            text = write_out_words(tokenizer, prompt)
+            ids = tokenizer(text, truncation=False, verbose=False).input_ids
             if max(ids) >= table.first:
                 return True
     return False

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dora_diffusion.data.captions import contains_token, whole_word
-from dora_diffusion.wording import framed
+from dora_diffusion.data.captions import contains_token
+from dora_diffusion.wording import framed, whole_word
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from dora_diffusion import system
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.derived import class_word_in
 from dora_diffusion.config.fields import require
-from dora_diffusion.data.captions import whole_word
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import list_photos
 from dora_diffusion.evaluation.denoising import held_out_losses
@@ -33,6 +32,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.study.config import Asked
 from dora_diffusion.toy.benchmark_subjects import SUBJECTS, TRIGGER, BenchmarkSubject, write_photos
+from dora_diffusion.wording import whole_word
 
 if TYPE_CHECKING:
     from PIL.Image import Image

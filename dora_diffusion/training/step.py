@@ -90,7 +90,7 @@ class TrainingStep:
                 with nullcontext() if last else self.accelerator.no_sync(self.objective):
                     losses.append(self._backward(1 / accumulation))
         if step > self.config.word_steps:
-            # A gradient of 0 is a step by the momentum to some optimizers, as Prodigy; None to none.
+            # A gradient of 0 is a step by the momentum to some, as Prodigy; none is none to all.
             for rows in self.words.parameters().values():
                 rows.grad = None
         if self.allocation is not None and "d" not in self.optimizer.param_groups[0]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from dora_diffusion import AdapterConfig, inject_adapters
+from dora_diffusion.data.captions import contains_token
 from dora_diffusion.generate import generate_images
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
-from dora_diffusion.models.text import encode_prompts
-from dora_diffusion.models.words import add_tokens, has_words
+from dora_diffusion.models.text import encode_prompts, truncated_text
+from dora_diffusion.models.words import add_own_tokens, add_tokens, has_words, own_words
 
 PROMPTS = ["a photo of a <x> dog", "a dog", "<x>, <y>"]
 
@@ -55,6 +59,120 @@ def test_prompts_are_encoded_as_with_textual_inversion(pair: tuple[Components, C
         torch.testing.assert_close(tensor, theirs.tensors()[name], rtol=0, atol=1e-6)
     assert [has_words(pair[0], prompt) for prompt in PROMPTS] == [True, False, True]
     assert len(generate_images(pair[0], PROMPTS[0], [0], None, require_finite=False)) == 1
+
+
+# Prompts, and the ids that they are read as: letters are words of two and of one vector.
+READINGS = {
+    "a zwq dog": "a zwq zwq_1 dog",
+    "A Zwq dog": "a zwq zwq_1 dog",
+    "ZWQ": "zwq zwq_1",
+    "(A Zwq dog:1.2)": "( a zwq zwq_1 dog :1 . 2 )",
+    "((Zwq)), [ZWQ], {zwq}": "(( zwq zwq_1 )), [ zwq zwq_1 ], { zwq zwq_1 }",
+    'Zwq\'s dog; zwq-dog. "zwq"': 'zwq zwq_1 \'s dog ; zwq zwq_1 - dog . " zwq zwq_1 "',
+    "a <Bolt>, on <bolt>.": "a <bolt> <bolt>_1 , on <bolt> <bolt>_1 .",
+    "(<Bolt>:1.2) [<BOLT>]": "( <bolt> <bolt>_1 :1 . 2 ) [ <bolt> <bolt>_1 ]",
+    "Zwq and Café, CAFE\u0301": "zwq zwq_1 and caf\xe9 caf\xe9_1 , caf\xe9 caf\xe9_1",
+    "Zwq zwq_1 and zwq": "zwq zwq_1 and zwq zwq_1",
+    "a Zwq_1 dog": "a zwq_1 dog",
+    "zwq\n  ONE": "zwq zwq_1 one",
+}
+# Of letters that are no word: inside others, which `contains_token` does not find either.
+NOT_READ = ["zwqs", "azwq", "my_zwq", "zwq2", "zwqzwq", "x<bolt>", "<bolt>s", "a dog"]
+NEW = {"zwq": 2, "<bolt>": 2, "caf\xe9": 2, "one": 1}
+
+
+def ids_of_parts(tokenizer: Any, text: str) -> list[int]:
+    """Ids of what is between spaces, each by itself: no part meets a neighbour."""
+    return [
+        number
+        for part in text.split()
+        for number in tokenizer(part, add_special_tokens=False).input_ids
+    ]
+
+
+def ids_read(components: Components, prompt: str, read: Callable[[], object]) -> list[list[int]]:
+    """What each text encoder is given of the first prompt, without start, end and padding."""
+    seen: list[Tensor] = []
+    hooks = [
+        encoder.get_input_embeddings().register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0])
+        )
+        for encoder in components.text_encoders
+    ]
+    read()
+    for hook in hooks:
+        hook.remove()
+    ends = [tokenizer.eos_token_id for tokenizer in components.tokenizers]
+    rows = (ids[0].tolist()[1:] for ids in seen[: len(ends)])
+    return [row[: row.index(end)] for row, end in zip(rows, ends, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def with_words(sdxl_folder: Path) -> Components:
+    components = load_components(sdxl_folder)
+    add_tokens(components, {word: vectors(components, n, n) for word, n in NEW.items()})
+    return components
+
+
+@pytest.fixture(scope="module")
+def plain(sdxl_folder: Path) -> Any:
+    """A tokenizer without words."""
+    return load_components(sdxl_folder).tokenizers[0]
+
+
+@pytest.fixture(scope="module")
+def pooled(sdxl_folder: Path) -> Components:
+    """The words are those of an adapter, and the base has another one of the first's name."""
+    components = load_components(sdxl_folder)
+    add_tokens(components, {"zwq": vectors(components, 3, 7)})
+    words = {word: vectors(components, n, n) for word, n in NEW.items()}
+    add_own_tokens(components, "mine", words)
+    return components
+
+
+@pytest.mark.parametrize("prompt", [*READINGS, *NOT_READ])
+def test_every_reader_finds_all_vectors_of_a_word(
+    with_words: Components, plain: Any, prompt: str
+) -> None:
+    """In training, in a pipeline, in chunks and in a warning, however the word is written."""
+    expected = [
+        ids_of_parts(tokenizer, READINGS[prompt])
+        if prompt in READINGS
+        else plain(prompt, add_special_tokens=False).input_ids
+        for tokenizer in with_words.tokenizers
+    ]
+    pipeline = with_words.pipeline()
+    for read in (
+        lambda: encode_prompts(with_words, [prompt]),
+        lambda: encode_prompts(with_words.reading(None, 0), [prompt, prompt + " dog" * 80]),
+        lambda: pipeline.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False),
+        lambda: pipeline.encode_prompt([prompt], device="cpu", do_classifier_free_guidance=False),
+    ):
+        assert ids_read(with_words, prompt, read) == expected
+    assert has_words(with_words, prompt) == (prompt in READINGS)
+    is_named = any(contains_token(unicodedata.normalize("NFC", prompt), word) for word in NEW)
+    assert is_named == (prompt in READINGS) or prompt == "a Zwq_1 dog"
+    room = 75 - len(expected[0])
+    full = prompt + " dog" * room
+    assert truncated_text(with_words.tokenizers[0], full) == ""
+    assert truncated_text(with_words.tokenizers[0], full + " cat") == "cat"
+
+
+@pytest.mark.parametrize("prompt", [*READINGS, *NOT_READ])
+def test_an_adapters_own_words_are_read_alike(
+    with_words: Components, pooled: Components, prompt: str
+) -> None:
+    """A prompt of the adapter is encoded as by a model that has its words."""
+    prompts = [prompt, prompt + " dog" * 80]
+    for length in (75, 0):
+        alone = encode_prompts(with_words.reading(None, length), prompts)
+        ours = encode_prompts(pooled.reading(None, length), prompts, adapters=["mine", "mine"])
+        for name, tensor in alone.tensors().items():
+            torch.testing.assert_close(ours.tensors()[name], tensor, rtol=0, atol=1e-6)
+    long = prompts[1]
+    own = own_words(pooled.text_encoders[0], "mine")
+    cut = truncated_text(with_words.tokenizers[0], long)
+    assert truncated_text(pooled.tokenizers[0], long, own=own) == cut
 
 
 def test_gradients_are_those_of_a_table_that_grew(pair: tuple[Components, Components]) -> None:

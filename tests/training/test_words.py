@@ -236,9 +236,7 @@ def test_no_optimizer_moves_a_word_after_its_last_step(
         assert not all(torch.equal(tensor, two[name]) for name, tensor in one.items())
     for start in (2, 4):
         output = tmp_path / f"from-{start}"
-        shutil.copytree(
-            tmp_path / "whole" / f"checkpoint-{start}", output / f"checkpoint-{start}"
-        )
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{start}", output / f"checkpoint-{start}")
         train(replace(config, output_dir=str(output), resume_from_checkpoint=f"checkpoint-{start}"))
         for ours, theirs in zip(states(output, start + 1), whole[start:], strict=True):
             assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
