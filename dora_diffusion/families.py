@@ -35,12 +35,14 @@ class TextEncoder:
         kohya_prefix: What its modules start with in a kohya file.
         checkpoint_prefix: What its tensors start with in a single-file checkpoint.
         is_open_clip: There it has open_clip's layout instead of CLIP's: q, k, v in one matrix.
+        embedding_key: What files of trained tokens call it.
     """
 
     component: str
     kohya_prefix: str
     checkpoint_prefix: str
     is_open_clip: bool = False
+    embedding_key: str = "clip_l"
 
 
 @dataclass(frozen=True)
@@ -321,7 +323,7 @@ _TEXT_TO_IMAGE = {
             title="Stable Diffusion 2",
             pipeline_class="StableDiffusionPipeline",
             text_encoders=(
-                TextEncoder("text_encoder", "lora_te_", "cond_stage_model.model.", True),
+                TextEncoder("text_encoder", "lora_te_", "cond_stage_model.model.", True, "clip_h"),
             ),
             # The diffusers release already drops the last encoder layer (23 of 24), so its "last"
             # state is the penultimate one of the original model.
@@ -352,7 +354,9 @@ _TEXT_TO_IMAGE = {
             pipeline_class="StableDiffusionXLPipeline",
             text_encoders=(
                 TextEncoder("text_encoder", "lora_te1_", "conditioner.embedders.0.transformer."),
-                TextEncoder("text_encoder_2", "lora_te2_", "conditioner.embedders.1.model.", True),
+                TextEncoder(
+                    "text_encoder_2", "lora_te2_", "conditioner.embedders.1.model.", True, "clip_g"
+                ),
             ),
             hidden_state="penultimate",
             has_pooled=True,

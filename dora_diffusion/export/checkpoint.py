@@ -37,8 +37,8 @@ from dora_diffusion.export.merged import (
 from dora_diffusion.export.metadata import ModelMetadata, merged_metadata, trained_metadata
 from dora_diffusion.export.programs import check_a1111_config, write_a1111_config
 from dora_diffusion.formats.adapter.embeddings import (
+    embedding_notes,
     is_written,
-    said_of_embeddings,
     write_embeddings,
 )
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, without_path
@@ -136,20 +136,18 @@ def export_checkpoint(
         for assumption in spec.assumptions(read):
             warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=2)
         restate_schedule(model, base, schedule, read)
-        embeddings = spec.embeddings(read, model.path, output)
-        places = [
-            (f, token, tokens[token]) for named, tokens in embeddings for token, f in named.items()
-        ]
-        refuse_existing((place[0] for place in places if not is_written(*place)), overwrite)
+        words = spec.embeddings(read, model.path, output)
+        refuse_existing((word[0] for word in words if not is_written(*word)), overwrite)
         merged = MergedModel(weights, spec.weighted(read), dtype)
         options = {"variant": variant, "revision": revision}
-        metadata = merged_metadata(model, spec, read, output, [p[0] for p in places], options)
+        files = [(token, file) for file, token, _ in words]
+        metadata = merged_metadata(model, spec, read, output, files, options)
         stack.callback(metadata.close)
         _write(merged, model, output, metadata, config, new_vae, on_progress)
-        for named, tokens in embeddings:
-            write_embeddings(named, tokens)
-    for said in (said for named, _ in embeddings for said in said_of_embeddings(named)):
-        warnings.warn(f"{output.name}: {said}", stacklevel=2)
+        for file, token, vectors in words:
+            write_embeddings({token: file}, {token: vectors})
+    for note in embedding_notes(output, dict(files)):
+        warnings.warn(f"{output.name}: {note}", stacklevel=2)
     return output
 
 
@@ -159,6 +157,7 @@ def export_trained(
     output: str | Path,
     metadata: AdapterMetadata,
     *,
+    words: Mapping[str, Path] | None = None,
     vae: str | Path | None = None,
     variant: str | None = None,
     config: str | Path | None = None,
@@ -175,6 +174,7 @@ def export_trained(
         output: A name ending in ``.safetensors`` gives one file in the original layout, any other
             a Diffusers folder.
         metadata: What is known of the training: trigger words, steps.
+        words: The files of its trained words, which its file and card name.
         vae: Another autoencoder, which takes the place of the base's.
         variant: Weight variant of the base, such as ``"fp16"``.
         config: For a folder made from a single file: a Diffusers folder with its configuration.
@@ -198,7 +198,7 @@ def export_trained(
         trained = MergedModel(Overlay(weights, tensors), (), dtype)
         facts = replace(metadata, base_model=without_path(str(base)))
         restate_schedule(model, base, AskedSchedule(adapters=[facts]))
-        described = trained_metadata(model, metadata, output)
+        described = trained_metadata(model, metadata, output, words or {})
         stack.callback(described.close)
         _write(trained, model, output, described, config, new_vae, None)
     return output

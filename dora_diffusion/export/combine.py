@@ -25,7 +25,7 @@ from dora_diffusion.formats.adapter.embeddings import (
     EMBEDDINGS,
     Vectors,
     are_equal,
-    said_of_embeddings,
+    embedding_notes,
 )
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -118,7 +118,7 @@ def _report(
     if fitted.unchanged:
         layers = counted(fitted.unchanged, "layer")
         notes.append(f"nothing is left of {layers} at these strengths: the result lacks them")
-    notes += said_of_embeddings(embeddings)
+    notes += embedding_notes(path, embeddings)
     errors, total = fitted.errors, fitted.total_error
     return ConversionReport(path, kind, len(errors), errors, total, tuple(notes), embeddings)
 

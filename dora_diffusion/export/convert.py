@@ -22,7 +22,7 @@ from dora_diffusion.export.fit import (
     key_format_for,
     truncate_layers,
 )
-from dora_diffusion.formats.adapter.embeddings import said_of_embeddings
+from dora_diffusion.formats.adapter.embeddings import embedding_notes
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     find_adapter,
@@ -161,7 +161,7 @@ def convert_adapter(
         adapter, errors, total = _of_smaller_rank(adapter, target, settings, model)
         path = write_adapter(output, adapter, kind, dtype=dtype, base=model)
     count, written = len(adapter.layers), _written_as(target, adapter)
-    notes = (*adapter.notes, *said_of_embeddings(embeddings))
+    notes = (*adapter.notes, *embedding_notes(path, embeddings))
     growth = StoredAdapter.open(path).nbytes / StoredAdapter.open(source).nbytes
     return ConversionReport(path, written, count, errors, total, notes, embeddings, program, growth)
 

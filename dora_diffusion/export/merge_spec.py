@@ -7,13 +7,18 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 from dora_diffusion.export.files import ExportError
-from dora_diffusion.formats.adapter.embeddings import Vectors, embedding_files, read_tokens
+from dora_diffusion.formats.adapter.embeddings import (
+    Vectors,
+    are_equal,
+    embedding_files,
+    read_tokens,
+)
 from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_adapter
 from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
@@ -141,20 +146,34 @@ class MergeSpec:
 
     def embeddings(
         self, adapters: Sequence[AdapterFile], model: Path, output: Path
-    ) -> list[tuple[dict[str, Path], Mapping[str, Vectors]]]:
-        """Files by token, and vectors: of the base's own, and of each adapter that `read` gave."""
+    ) -> list[tuple[Path, str, Vectors]]:
+        """File, token and vectors of the base's own, and of each adapter that `read` gave.
+
+        Warns:
+            UserWarning: Of a token that several have with vectors of their own.
+        """
         folder = output.parent if output.suffix == ".safetensors" else output
         named = [
             (find_adapter(path).stem, adapter.tokens)
             for adapter, (path, _) in zip(adapters, self.pairs(), strict=True)
         ]
         stems: Counter[str] = Counter()
-        files: list[tuple[dict[str, Path], Mapping[str, Vectors]]] = []
+        found: list[tuple[Path, str, Vectors]] = []
         for stem, tokens in [(model.stem, read_tokens(model)), *named]:
             stems[stem] += 1
             number = f"_{stems[stem]}" if stems[stem] > 1 else ""
-            files.append((embedding_files(folder, stem + number, tokens), tokens))
-        return files
+            files = embedding_files(folder, stem + number, tokens)
+            found += [(file, token, tokens[token]) for token, file in files.items()]
+        found.sort(key=lambda each: each[0].name)  # The last is what `read_tokens` ends with.
+        last = {token: (file, vectors) for file, token, vectors in found}
+        for file, token, vectors in found:
+            if not are_equal(vectors, last[token][1]):
+                warnings.warn(
+                    f"{token} has vectors of its own in {file.name} and {last[token][0].name}: "
+                    "here it means the latter; other programs call each by its file's name",
+                    stacklevel=3,
+                )
+        return found
 
     def weighted(self, adapters: Sequence[AdapterFile]) -> list[WeightedAdapter]:
         """The adapters that `read` gave, with the strengths of each component."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from dora_diffusion.formats.adapter.metadata import (
     stated_reading,
 )
 from dora_diffusion.formats.checkpoint.weights import StoredModel
+from dora_diffusion.wording import listing
 
 MERGED, BASE, TRAINED = OWN + "merged", OWN + "base", OWN + "trained"
+TRIGGER = OWN + "trigger"
 _UNKNOWN_HASH = "0" * 64
 # What a base says of its own bytes is not true of a changed file.
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
@@ -45,6 +47,31 @@ its training holds for the base; its figures are not those of this model.
 {rows}
 
 `dora-diffusion verify FOLDER --base BASE{options} --adapter FILE` recomputes every merged tensor.
+"""
+_WORDS_TEXT = """
+The model's own vocabulary does not have {words}: each is a file in `{folder}`.
+
+- A1111, Forge: copy the files to `embeddings`, and write a file's name ({names}).
+- ComfyUI: copy them to `models/embeddings`, and write {comfyui}.
+- InvokeAI: import them, and write {invokeai}.
+- Diffusers: load them into the pipeline before its first prompt, and write words in lower case:
+
+```python
+from safetensors.torch import load_file
+
+def load_word(token, file):
+    encoders = {{"clip_l": "", "clip_g": "_2"}}
+    for key, vectors in load_file(file).items():
+        part = encoders.get(key, "")
+        pipeline.load_textual_inversion(
+            {{token: vectors}},
+            token=token,
+            text_encoder=getattr(pipeline, f"text_encoder{{part}}"),
+            tokenizer=getattr(pipeline, f"tokenizer{{part}}"),
+        )
+
+{loads}
+```
 """
 _TRAINED_TEXT = """\
 {linked}, fine-tuned by dora_diffusion. What the card of the base says of its training holds for the
@@ -67,6 +94,7 @@ class ModelMetadata:
         record: What was merged, as `MergeSpec.record` gives it.
         hashed: Files of the base, by the name that their hash gets.
         options: Flags that the base is opened with, for the card's command.
+        words: Trained words and their files, for the card.
     """
 
     def __init__(
@@ -80,12 +108,13 @@ class ModelMetadata:
         record: Sequence[Mapping[str, Any]] = (),
         hashed: Mapping[str, Sequence[Path]] | None = None,
         options: str = "",
+        words: Sequence[tuple[str, Path]] = (),
     ) -> None:
         self._name, self._title = model_name(model.path), output.resolve().name
         self._family = model.family
         self._fields = {"format": "pt", **fields}
         self._triggers, self._text, self._record = triggers, text, record
-        self._options = options
+        self._options, self._words = options, word_section(words, output)
         self._pool = ThreadPoolExecutor(1)
         self._hashes: dict[str, Future[str]] = {
             name: self._pool.submit(file_hash, files) for name, files in (hashed or {}).items()
@@ -93,13 +122,14 @@ class ModelMetadata:
 
     def card(self, old: str) -> str:
         """The model card of a folder; ``old`` is that of the base, which stays if it is all."""
-        if not self._text and old:
+        if not (self._text or self._words) and old:
             return old
         head, linked = _head(self._name, old)
         words = " and ".join(f"**`{trigger}`**" for trigger in self._triggers)
         ask = f"\nWrite {words} in a prompt to get the subject.\n" if words else ""
         if reading := reading_in_words(stated_reading(self._fields, OWN), self._family):
             ask += f"\nIt reads prompts {reading}; `dora-diffusion generate` does so by itself.\n"
+        ask += self._words
         rows = "\n".join(
             f"| `{row['adapter']}` | {row['strength']:g} | `{row['sha256'][:16]}` |{_knobs(row)}"
             for row in self._record
@@ -125,12 +155,35 @@ class ModelMetadata:
         return {**self._fields, BASE: json.dumps(base)}
 
 
+def word_section(words: Sequence[tuple[str, Path]], folder: Path) -> str:
+    """How programs get trained words, for a card; empty where there are none.
+
+    Args:
+        words: The words and their files.
+        folder: A folder that the files are in, whose name their paths begin with.
+    """
+    if not words:
+        return ""
+    around = folder.resolve().parent
+    paths = [(word, file.resolve().relative_to(around).as_posix()) for word, file in words]
+    loads = [f"load_word({json.dumps(w, ensure_ascii=False)}, {json.dumps(p)})" for w, p in paths]
+    stems = [file.stem for _, file in words]
+    return _WORDS_TEXT.format(
+        words=listing(dict.fromkeys(f"`{word}`" for word, _ in words)),
+        folder=EMBEDDINGS,
+        names=", ".join(f"`{file.stem}` for `{word}`" for word, file in words),
+        comfyui=listing(f"`embedding:{stem}`" for stem in stems),
+        invokeai=listing(f"`<{stem}>`" for stem in stems),
+        loads="\n".join(loads),
+    )
+
+
 def merged_metadata(
     model: StoredModel,
     spec: MergeSpec,
     adapters: Sequence[AdapterFile],
     output: Path,
-    embeddings: Iterable[Path],
+    words: Sequence[tuple[str, Path]],
     options: Mapping[str, str | None],
 ) -> ModelMetadata:
     """Those of a model with adapters merged in.
@@ -140,12 +193,12 @@ def merged_metadata(
         spec: What is merged.
         adapters: What it has read.
         output: What is written.
-        embeddings: The files of trained tokens that go with it.
+        words: The trained words that go with it, and their files.
         options: What the base was opened with.
     """
     fields = {name: text for name, text in model.metadata.items() if name not in _HASHES}
     if not model.is_single_file:
-        kept = (TRAINED, *(OWN + name for name in READING))
+        kept = (TRAINED, TRIGGER, *(OWN + name for name in READING))
         fields = {name: fields[name] for name in kept if name in fields}
     for name in (MERGED, OWN + EMBEDDINGS):
         fields.pop(name, None)
@@ -153,10 +206,13 @@ def merged_metadata(
     fields |= {OWN + name: text for name, text in reading.items()}
     record = spec.record()
     fields |= {MERGED: json.dumps(record)} if record else {}
-    words = [trained_trigger(model.metadata), *(a.metadata.trigger for a in adapters)]
-    triggers = split_triggers(join_triggers(words))
+    trigger = join_triggers(
+        [trained_trigger(model.metadata), *(a.metadata.trigger for a in adapters)]
+    )
+    triggers = list(dict.fromkeys(split_triggers(trigger)))
+    fields |= {TRIGGER: join_triggers(triggers)} if triggers else {}
     if output.suffix == ".safetensors":
-        fields |= {OWN + name: text for name, text in field_of(embeddings).items()}
+        fields |= {OWN + name: text for name, text in field_of(file for _, file in words).items()}
         # Where there are releases of both kinds, silence tells nothing.
         usual = "" if model.family.has_two_predictions else "epsilon"
         prediction_type = model.schedule().get("prediction_type", usual)
@@ -167,22 +223,26 @@ def merged_metadata(
     flags = "".join(f" --{name} {value}" for name, value in options.items() if value)
     text = _MERGED_TEXT if record else ""
     return ModelMetadata(
-        model, output, fields, triggers, text, record=record, hashed=model.files, options=flags
-    )
+        model, output, fields, triggers, text, record=record, hashed=model.files, options=flags,
+        words=words,
+    )  # fmt: skip
 
 
-def trained_metadata(model: StoredModel, metadata: AdapterMetadata, output: Path) -> ModelMetadata:
-    """Those of a model that was trained whole."""
+def trained_metadata(
+    model: StoredModel, metadata: AdapterMetadata, output: Path, words: Mapping[str, Path]
+) -> ModelMetadata:
+    """Those of a model that was trained whole, with the files of its trained words."""
     steps, trigger = metadata.extra.get("training_steps", ""), metadata.trigger
-    fields = {TRAINED: json.dumps({"training_steps": steps, "trigger": trigger})}
-    names = (*READING, CAPTIONS, *([EMBEDDINGS] if output.suffix == ".safetensors" else []))
-    kept = {name: metadata.extra.get(name, "") for name in names}
+    fields = {TRAINED: json.dumps({"training_steps": steps})}
+    fields |= {TRIGGER: trigger} if trigger else {}
+    kept = {name: metadata.extra.get(name, "") for name in (*READING, CAPTIONS)}
+    kept |= field_of(words.values()) if output.suffix == ".safetensors" else {}
     fields |= {OWN + name: text for name, text in kept.items() if text}
     if output.suffix == ".safetensors":
         prediction_type = metadata.extra.get("prediction_type", "")
         fields |= modelspec_fields(model.family, output.stem, trigger, prediction_type)
     triggers = split_triggers(trigger)
-    return ModelMetadata(model, output, fields, triggers, _TRAINED_TEXT)
+    return ModelMetadata(model, output, fields, triggers, _TRAINED_TEXT, words=list(words.items()))
 
 
 def trained_steps(metadata: Mapping[str, str]) -> int | None:
@@ -193,7 +253,7 @@ def trained_steps(metadata: Mapping[str, str]) -> int | None:
 
 def trained_trigger(metadata: Mapping[str, str]) -> str:
     """The trigger words that they tell of; empty where they tell of none."""
-    return str(json.loads(metadata.get(TRAINED, "{}")).get("trigger", ""))
+    return metadata.get(TRIGGER, "")
 
 
 def _head(base: str, old: str) -> tuple[str, str]:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from dora_diffusion import __version__
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.export.metadata import word_section
 from dora_diffusion.families import FAMILIES, Family
-from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, embedding_files
+from dora_diffusion.formats.adapter.embeddings import embedding_files
 from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.formats.adapter.metadata import (
     reading_in_words,
@@ -160,38 +161,10 @@ image = pipeline({_literal(prompt)}{called}).images[0]
 
 
 def _words(config: TrainConfig, written: Path) -> str:
-    """How other programs get the new words."""
-    if not config.words:
-        return ""
+    """How programs get the new words."""
     folder = written if config.is_full else written.parent
     files = embedding_files(folder, "", config.words)
-    names = ", ".join(f"`{file.stem}` for `{word}`" for word, file in files.items())
-    loads = "\n".join(
-        f"load_word({_literal(word)}, {_literal('/'.join(file.parts[-3:]))})"
-        for word, file in files.items()
-    )
-    return f"""
-The new words are files in `{EMBEDDINGS}`. In A1111, Forge and ComfyUI, copy these to the program's
-own such folder and write the file's name ({names}; in ComfyUI behind `embedding:`).
-In Diffusers, load them into the pipeline:
-
-```python
-from safetensors.torch import load_file
-
-def load_word(token, file):
-    encoders = {{"clip_l": "", "clip_g": "_2"}}
-    for key, vectors in load_file(file).items():
-        part = encoders.get(key, "")
-        pipeline.load_textual_inversion(
-            {{token: vectors}},
-            token=token,
-            text_encoder=getattr(pipeline, f"text_encoder{{part}}"),
-            tokenizer=getattr(pipeline, f"tokenizer{{part}}"),
-        )
-
-{loads}
-```
-"""
+    return word_section(list(files.items()), written.parent)
 
 
 def _image_flags(family: Family) -> str:

@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.export.checkpoint import export_trained
 from dora_diffusion.export.files import open_model
 from dora_diffusion.export.merged import MergedModel
-from dora_diffusion.formats.adapter.embeddings import field_of, read_tokens
+from dora_diffusion.formats.adapter.embeddings import read_tokens
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.files.names import PIPELINE_NAME
 from dora_diffusion.formats.names.modules import canonical
@@ -205,12 +205,12 @@ class FullWeights:
     ) -> Path:
         config = self.config
         folder = output.parent if output.suffix == ".safetensors" else output
-        named = field_of(self.words.files(folder).values())
         written = export_trained(
             self.components.source,
             {name: values[name].cpu for name in self.trained},
             output,
-            replace(metadata, extra={**metadata.extra, **named}),
+            metadata,
+            words=self.words.files(folder),
             vae=config.pretrained_vae_model_name_or_path,
             variant=config.variant,
             config=config.model_config,

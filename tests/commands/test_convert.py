@@ -42,7 +42,10 @@ def test_it_says_where_the_file_is_exact(trained, sd1_folder, tmp_path, capsys, 
     assert main(["convert", str(trained), str(file), "--to", "kohya"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{file}: ")
-    assert "exact: LyCORIS" in lines
+    assert (
+        'exact: LyCORIS (with LycorisNetwork.LORA_PREFIX = "lora_unet", without which it finds no '
+        "layer)"
+    ) in lines
     (wrong,) = (line for line in lines if line.startswith("wrong: "))
     for program in ("diffusers", "ComfyUI and Forge", "A1111", "InvokeAI", "sd-scripts"):
         assert program in wrong

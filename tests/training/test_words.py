@@ -18,8 +18,14 @@ from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.config.learning import OPTIMIZERS
 from dora_diffusion.export import convert_adapter, export_checkpoint, inspect_adapter
 from dora_diffusion.export.combine import combine_adapters
-from dora_diffusion.formats.adapter.embeddings import are_equal
-from dora_diffusion.formats.adapter.file import AdapterFormatError, read_adapter
+from dora_diffusion.export.files import open_model
+from dora_diffusion.export.metadata import trained_trigger
+from dora_diffusion.formats.adapter.embeddings import are_equal, read_tokens
+from dora_diffusion.formats.adapter.file import (
+    AdapterFormatError,
+    read_adapter,
+    write_adapter,
+)
 from dora_diffusion.generate import load_adapted
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
@@ -88,19 +94,72 @@ def test_diffusers_makes_our_image(runs: Callable[[str], tuple[Path, Path]], fam
     theirs = load_pipeline(base)
     theirs.set_progress_bar_config(disable=True)
     theirs.load_lora_weights(run)
-    # As the card says it.
-    code = (run / "README.md").read_text(encoding="utf-8").split("```python\n")[2].split("```")[0]
-    exec(code.replace(f'"{family}/', f'"{run}/'), {"pipeline": theirs})
-
-    def image(pipeline: object, prompt: str) -> np.ndarray:
-        generator = torch.Generator().manual_seed(0)
-        return pipeline(
-            prompt, num_inference_steps=2, width=32, height=32, generator=generator,
-            output_type="np",
-        ).images  # fmt: skip
-
+    follow_card(run / "README.md", theirs)
     np.testing.assert_allclose(image(ours, PROMPT), image(theirs, PROMPT), rtol=0, atol=1e-5)
     assert np.abs(image(ours, PROMPT) - image(ours, "a photo of a mug")).max() > 0.01
+
+
+def follow_card(card: Path, pipeline: object) -> None:
+    """Load words into a pipeline by the last lines of Python in a card."""
+    code = card.read_text(encoding="utf-8").split("```python\n")[-1].split("```")[0]
+    here = card.parent.as_posix()
+    exec(code.replace(f', "{card.parent.name}/', f', "{here}/'), {"pipeline": pipeline})
+
+
+def image(pipeline: object, prompt: str) -> np.ndarray:
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(
+        prompt, num_inference_steps=2, width=32, height=32, generator=generator, output_type="np"
+    ).images  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.filterwarnings("ignore:merged")
+def test_the_card_of_a_merged_folder_has_its_words(
+    runs: Callable[[str], tuple[Path, Path]], tmp_path: Path, family: str
+) -> None:
+    """And that of one that is merged or copied from it, with all that was trained before."""
+    base, run = runs(family)
+    merged = export_checkpoint(base, run, tmp_path / "merged")
+    second = tmp_path / "second"
+    adapter = read_adapter(run)
+    vectors = {name: rows + 1 for name, rows in adapter.tokens["<s1>"].items()}
+    metadata = replace(adapter.metadata, trigger="<s2> cup")
+    write_adapter(second, replace(adapter, metadata=metadata, tokens={"<s2>": vectors}))
+    again = export_checkpoint(merged, second, tmp_path / "again")
+    one = export_checkpoint(merged, second, tmp_path / "one" / "file.safetensors")
+    parts = export_checkpoint(one, (), tmp_path / "parts", config=base)
+    both = "a <s2> cup and a <s1> mug"
+    for folder, prompt in ((merged, PROMPT), (again, both), (parts, both)):
+        theirs = load_pipeline(folder)
+        theirs.set_progress_bar_config(disable=True)
+        follow_card(folder / "README.md", theirs)
+        ours = load_components(folder).pipeline()
+        np.testing.assert_allclose(image(ours, prompt), image(theirs, prompt), rtol=0, atol=1e-5)
+    for model in (again, one, parts):
+        with open_model(model) as stored:
+            assert trained_trigger(stored.metadata) == "<s1> mug, <s2> cup"
+    with open_model(one) as stored:
+        assert stored.metadata["modelspec.trigger_phrase"] == "<s1> mug, <s2> cup"
+    card = (again / "README.md").read_text(encoding="utf-8")
+    assert "Write **`<s1> mug`** and **`<s2> cup`** in a prompt" in card
+    for name in ("merged_s1", "s2"):
+        assert f"`embedding:{name}`" in card
+        assert f"`<{name}>`" in card
+        assert (again / "embeddings" / f"{name}.safetensors").is_file()
+
+
+def test_a_word_of_two_meanings_is_said(
+    runs: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    base, run = runs("sd1")
+    adapter = read_adapter(run)
+    other = {name: rows + 1 for name, rows in adapter.tokens["<s1>"].items()}
+    file = write_adapter(tmp_path / "other.safetensors", replace(adapter, tokens={"<s1>": other}))
+    for name in ("merged", "merged.safetensors"):
+        with pytest.warns(UserWarning, match=r"<s1> has vectors of its own in other_s1\.safetens"):
+            merged = export_checkpoint(base, [(run, 0.5), (file, 0.5)], tmp_path / name)
+        assert are_equal(read_tokens(merged)["<s1>"], adapter.tokens["<s1>"])
 
 
 def test_only_the_vectors_of_the_word_move(sdxl_folder: Path, named: Path, tmp_path: Path) -> None:
@@ -173,6 +232,10 @@ def test_full_fine_tuning_writes_a_model_that_knows_the_word(
     model = load_components(written)
     again = encode_prompts(model, [PROMPT])
     assert torch.equal(again.encoder_hidden_states, trained.encoder_hidden_states)
+    follow_card(written / "README.md", theirs := load_pipeline(written))
+    assert torch.equal(
+        theirs.encode_prompt(PROMPT, "cpu", 1, False)[0], trained.encoder_hidden_states
+    )
     one = session.weights.writer()(
         tmp_path / "one" / "model.safetensors", result_metadata(session, 1)
     )

@@ -1,9 +1,11 @@
 """Tokens that were trained with an adapter: textual-inversion files beside it, or bundled in it.
 
-A file holds one token. For one text encoder it is a tensor named by the token, as Diffusers'
-`load_textual_inversion` reads it; for SDXL's two it is ``clip_l`` and ``clip_g``. A1111 and ComfyUI
-call the token by the name of the file. Bundled, a kohya file holds ``bundle_emb.TOKEN.clip_l`` and
-``bundle_emb.TOKEN.clip_g``, as OneTrainer writes them and A1111, ComfyUI and OneTrainer read them.
+A file holds one token. For one text encoder it is a tensor ``emb_params``, without which InvokeAI
+takes a token of several vectors for no embedding; for SDXL's two it is ``clip_l`` and ``clip_g``.
+A1111, ComfyUI and InvokeAI call the token by the name of the file. Bundled, a kohya file holds
+``bundle_emb.TOKEN.clip_l`` and ``bundle_emb.TOKEN.clip_g``, as OneTrainer writes them and A1111 and
+OneTrainer read them, and of Stable Diffusion 2 ``bundle_emb.TOKEN.clip_h``, the key that ComfyUI
+asks for where it is given such a file as an embedding.
 """
 
 from __future__ import annotations
@@ -18,19 +20,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_diffusion.families import Family
 from dora_diffusion.formats.adapter.metadata import OWN
 from dora_diffusion.formats.adapter.stored import StoredFile
 from dora_diffusion.formats.files.header import read_header
 from dora_diffusion.formats.files.stream import save_tensors
 from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, AdapterFormatError, Note
-from dora_diffusion.wording import counted, listing
+from dora_diffusion.wording import listing
 
 # What A1111 and ComfyUI call their folders of such files, and our field that names the files.
 EMBEDDINGS = "embeddings"
 # The width of a token's vector is that of the text encoder.
 _READS_TOKENS = "{}.text_model.encoder.layers.0.self_attn.q_proj"
 _KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-_COMPONENTS = {key: component for component, key in _KEYS.items()}
+_ALONE = "emb_params"
+_COMPONENTS = {key: component for component, key in _KEYS.items()} | {
+    "clip_h": "text_encoder", _ALONE: "text_encoder"
+}  # fmt: skip
 # Files that are named by their format alone: those of a run, which name no adapter.
 _DEFAULT_STEMS = ("pytorch_lora_weights", "adapter_kohya", "dora_kohya")
 
@@ -64,11 +70,14 @@ def embedding_files(folder: Path, stem: str, tokens: Collection[str]) -> dict[st
 def write_embeddings(files: Mapping[str, Path], tokens: Mapping[str, Vectors]) -> None:
     """Write each token's vectors to its file, in the file's own precision."""
     for token, file in files.items():
-        vectors = tokens[token]
-        named = {_KEYS[component]: tensor for component, tensor in vectors.items()}
-        if list(vectors) == ["text_encoder"]:
-            named = {token: vectors["text_encoder"]}
+        named = {_KEYS[name]: _rows(vectors) for name, vectors in tokens[token].items()}
+        if list(tokens[token]) == ["text_encoder"]:
+            named = {_ALONE: named["clip_l"]}
         save_tensors(file, named, {"format": "pt", OWN + "token": token})
+
+
+def _rows(vectors: Tensor) -> Tensor:
+    return vectors.view(-1, vectors.shape[-1])
 
 
 def read_embedding(file: Path) -> dict[str, dict[str, Tensor]]:
@@ -114,10 +123,13 @@ def is_written(file: Path, token: str, vectors: Vectors) -> bool:
     return False
 
 
-def bundled(tokens: Mapping[str, Vectors]) -> dict[str, Tensor]:
-    """Tokens as a kohya file holds them."""
+def bundled(tokens: Mapping[str, Vectors], family: Family | None) -> dict[str, Tensor]:
+    """Tokens as a kohya file of a family holds them."""
+    keys = dict(_KEYS)
+    if family is not None:
+        keys |= {encoder.component: encoder.embedding_key for encoder in family.text_encoders}
     return {
-        f"bundle_emb.{token}.{_KEYS[component]}": tensor.view(-1, tensor.shape[-1])
+        f"bundle_emb.{token}.{keys[component]}": _rows(tensor)
         for token, vectors in tokens.items()
         for component, tensor in vectors.items()
     }
@@ -134,7 +146,9 @@ def take_bundled(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def are_equal(a: Vectors, b: Vectors) -> bool:
     """Whether two tokens have the same vectors."""
-    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+    return a.keys() == b.keys() and all(
+        torch.equal(_rows(tensor), _rows(b[name])) for name, tensor in a.items()
+    )
 
 
 def field_of(files: Iterable[Path]) -> dict[str, str]:
@@ -216,14 +230,37 @@ def check_tokens(
             )
 
 
-def said_of_embeddings(files: Mapping[str, Path]) -> list[str]:
-    """What to say of trained tokens that were written to files; nothing if there are none."""
+def embedding_notes(written: Path, files: Mapping[str, Path]) -> list[str]:
+    """How programs get the trained tokens of what was written; nothing if there are none.
+
+    Args:
+        written: The adapter or model.
+        files: The files of its tokens, by token.
+    """
     if not files:
         return []
-    names = [f"{token} in {file.name}" for token, file in files.items()]
+    keys = read_header(written).specs if written.is_file() else ()
+    is_bundled = any(map(BUNDLED_TOKEN.fullmatch, keys))
+    names = [f"{token} in {EMBEDDINGS}/{file.name}" for token, file in files.items()]
+    notes = [
+        f"it does not have its trained words itself: {listing(names, 8)}",
+        f"to use a word, in A1111 and Forge copy its file to {EMBEDDINGS} and write the file's "
+        f"name, in ComfyUI to models/{EMBEDDINGS} and write embedding:NAME; in InvokeAI import it "
+        "and write <NAME>; in Diffusers load_textual_inversion(FILE, token=WORD), and of SDXL its "
+        "clip_l and its clip_g, each with its text encoder and tokenizer",
+    ]
+    if is_bundled:
+        notes[0] = f"it has its trained words itself, which A1111 reads, and: {listing(names, 8)}"
+        notes += bundled_notes(files)
+    return notes
+
+
+def bundled_notes(tokens: Iterable[str]) -> list[str]:
+    """What to know of tokens in a file itself; nothing where every program finds them."""
+    # CLIP's tokenizer makes one token of punctuation that stands together.
     return [
-        f"{counted(len(files), 'trained token')} had no place in it and went to the folder "
-        f"{EMBEDDINGS} next to it: {listing(names, 8)}. Put them into the {EMBEDDINGS} folder of "
-        "your program and write a file's name for its token; in diffusers, load each with "
-        "load_textual_inversion"
+        f"A1111 finds {token} of the file itself only where no other punctuation "
+        f"touches it: write '{token} ,' for '{token},'"
+        for token in tokens
+        if re.search(r"^\W|\W$", token)
     ]

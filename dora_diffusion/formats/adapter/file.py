@@ -143,7 +143,7 @@ def write_adapter(
     if base is not None:
         unet_layout = unet_layout or known_layout(module_shapes(base))
     layout.check(adapter.layers)
-    tokens = bundled(adapter.tokens)
+    tokens = bundled(adapter.tokens, FAMILIES.get(adapter.family))
     options = WriteOptions(dtype, path.stem, unet_layout, base, adapter.beside, tokens)
     extra = {name: text for name, text in adapter.metadata.extra.items() if name != EMBEDDINGS}
     metadata = dataclasses.replace(adapter.metadata, extra=extra | field_of(embeddings.values()))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS
+from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, bundled_notes
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterFormatError, decode_adapter
 from dora_diffusion.formats.adapter.metadata import (
     OWN,
@@ -114,7 +114,8 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
     tools = readable.judge(layers, axis, specs)
     if approximation := stated_approximation(metadata.extra):
         tools = approximation.qualify(tools, "DoRA" if axis else "LoRA")
-    if any(BUNDLED_TOKEN.fullmatch(key) for file in stored.files for key in file.specs):
+    is_bundled = any(map(BUNDLED_TOKEN.fullmatch, stored.files[0].specs))
+    if is_bundled:
         tools["diffusers"] = "convert: it refuses tokens in the file; convert it to diffusers"
     return AdapterReport(
         path=stored.path,
@@ -128,7 +129,8 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
         alpha=metadata.extra.get(TRAINED_ALPHA, alpha),
         parameters=_parameters(stored, adapter),
         nbytes=stored.nbytes,
-        notes=(*adapter.notes, *_token_notes(adapter), *_rounding_notes(stored),
+        notes=(*adapter.notes, *_token_notes(adapter),
+               *(bundled_notes(adapter.tokens) if is_bundled else ()), *_rounding_notes(stored),
                *readable.advice(axis, specs), *_origin_notes(stored)),
         tools=tools,
         fits=fits,

@@ -19,6 +19,7 @@ from dora_diffusion.formats.layouts.compatibility import (
     NOT_FOR_IT,
     OTHER_BASES,
     PLAIN,
+    PREFIX,
     table,
 )
 from dora_diffusion.formats.layouts.kohya import (
@@ -130,7 +131,13 @@ class Dense(BaseSpecific):
     note = "full differences: add them to the base's weights"
     verdicts = table(
         {
-            "dense": (NOT_CHECKED, NOT_CHECKED, *[OTHER_BASES] * 4, NOT_CHECKED),
+            "dense": (
+                NOT_CHECKED,
+                NOT_CHECKED,
+                f"{OTHER_BASES}; with {PREFIX}",
+                *[OTHER_BASES] * 3,
+                NOT_CHECKED,
+            ),
         }
     )
 

@@ -29,6 +29,7 @@ INPUT_NORMS = "wrong: it computes the norms per input"
 NOT_FOR_IT = "convert: the file is not made for it"
 OTHER_BASES = "exact for its base: wrong with any other"
 UNKNOWN = "convert: its key format is not one that we have checked"
+PREFIX = 'LycorisNetwork.LORA_PREFIX = "lora_unet", without which it finds no layer'
 BYPASS = "ComfyUI's bypass mode, which patches no weights, ignores the magnitudes"
 # The error of an approximation that is none, but for the rounding of its numbers.
 _ROUNDING = 1e-5

@@ -26,6 +26,7 @@ from dora_diffusion.formats.layouts.compatibility import (
     INPUT_NORMS,
     NOT_FOR_IT,
     PLAIN,
+    PREFIX,
     some_layers,
     table,
 )
@@ -75,7 +76,7 @@ class Kohya(AdapterLayout):
             "kohya DoRA, output axis": (
                 PLAIN,
                 NOT_FOR_IT,
-                EXACT,
+                f"{EXACT}: with {PREFIX}",
                 "wrong: it divides by the norm of W where W + delta is meant",
                 INPUT_NORMS,
                 INPUT_NORMS,
@@ -84,13 +85,13 @@ class Kohya(AdapterLayout):
             "kohya DoRA, input axis": (
                 PLAIN,
                 NOT_FOR_IT,
-                "exact if told so: with wd_on_output=False, and an error without",
+                f"exact if told so: with wd_on_output=False (else an error) and {PREFIX}",
                 f"exact: but {BYPASS}",
                 EXACT,
                 EXACT,
                 PLAIN,
             ),
-            "kohya LoRA": (EXACT, NOT_FOR_IT, EXACT),
+            "kohya LoRA": (EXACT, NOT_FOR_IT, f"{EXACT}: with {PREFIX}", EXACT),
         }
     )
 

@@ -28,7 +28,7 @@ from dora_diffusion.numerics.weights import LayerWeights
 Part = Literal["down", "up", "mid", "alpha", "magnitude", "dora_scale"]
 Layers = Mapping[str, LayerWeights]
 Shapes = Mapping[str, tuple[int, ...]]
-BUNDLED_TOKEN = re.compile(r"bundle_emb\.(?P<token>.+)\.(?P<key>clip_l|clip_g)")
+BUNDLED_TOKEN = re.compile(r"bundle_emb\.(?P<token>.+)\.(?P<key>clip_[lhg])")
 """Key of a trained token's vectors in a file of layers."""
 # Attention projections trained as one matrix, which only some programs split.
 _JOINED = ("to_qkv.", "to_kv.", "in_proj.", "qkv_proj.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.adapter.inspect import report_on
+from dora_diffusion.formats.layouts.kohya import KOHYA
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
@@ -79,11 +81,38 @@ def test_lycoris_merges_the_kohya_file_exactly(
             with lycoris_axis(axis or "output"):
                 model = getattr(pipeline, component)
                 network, _ = create_lycoris_from_weights(1.0, str(file), model)
+            assert len(network.loras) == sum(name.startswith(f"{component}.") for name in layers)
             network.merge_to(1.0)
         finally:
             LycorisNetwork.LORA_PREFIX = "lycoris"
     for name in layers:
         assert_close_to_merge(module_at(pipeline, name).weight, sd1_folder, layers, name)
+
+
+@pytest.mark.parametrize("kind", KOHYA.verdicts)
+def test_lycoris_finds_no_layer_without_the_prefix(
+    tmp_path: Path, sd1_folder: Path, kind: str, random_adapter: MakeAdapter
+) -> None:
+    """And finds all with it: so says every verdict."""
+    from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
+
+    axis = "output" if "output" in kind else "input" if "input" in kind else None
+    layers = random_adapter(sd1_folder, axis=axis, every=9, components=["unet"])
+    adapter = AdapterFile(layers, AdapterMetadata(family="sd1"))
+    file = write_adapter(tmp_path / "a.safetensors", adapter, "kohya")
+    prefix = re.search(r'LORA_PREFIX = "(\w+)"', report_on(file).tools["LyCORIS"])
+    assert LycorisNetwork.LORA_PREFIX == "lycoris"
+    found = []
+    for name in ("lycoris", prefix[1]):
+        LycorisNetwork.LORA_PREFIX = name
+        try:
+            with lycoris_axis(axis or "output"):
+                unet = load_pipeline(sd1_folder).unet
+                network, _ = create_lycoris_from_weights(1.0, str(file), unet)
+        finally:
+            LycorisNetwork.LORA_PREFIX = "lycoris"
+        found.append(len(network.loras))
+    assert found == [0, len(layers)]
 
 
 def test_lycoris_untold_of_the_input_axis(

@@ -1,0 +1,122 @@
+"""Files of trained words, read by the published rules of other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dora_diffusion.export import inspect_adapter
+from dora_diffusion.families import FAMILIES, Family
+from dora_diffusion.formats.adapter.embeddings import (
+    are_equal,
+    bundled,
+    embedding_files,
+    read_embedding,
+    write_embeddings,
+)
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.numerics.weights import LayerWeights
+
+WIDTHS = {"sd1": [768], "sd2": [1024], "sdxl": [768, 1280]}
+# What ComfyUI's text encoders ask a file for, in their order.
+COMFYUI_KEYS = {"sd1": ["clip_l"], "sd2": ["clip_h"], "sdxl": ["clip_l", "clip_g"]}
+FAMILY_NAMES = sorted(FAMILIES)
+
+
+def kind_of(family: Family) -> str:
+    return next(kind for kind in ("sdxl", "sd2", "sd1") if family.name.startswith(kind))
+
+
+def vectors_for(family: Family, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    return {
+        name: torch.randn(*shape, width)
+        for name, width in zip(family.text_encoder_names, WIDTHS[kind_of(family)], strict=True)
+    }
+
+
+def in_comfyui(tensors: Mapping[str, Tensor], key: str) -> Tensor:
+    """The key, that of a bundle, or else the first tensor."""
+    if key in tensors:
+        return tensors[key]
+    found = [t for k, t in tensors.items() if k.startswith("bundle_emb.") and k.endswith(f".{key}")]
+    return torch.cat(found) if found else next(iter(tensors.values()))
+
+
+def in_invokeai(tensors: Mapping[str, Tensor]) -> tuple[str, list[Tensor]]:
+    """The base that it finds, and the vectors, of which the second encoder's are first."""
+    names = {768: "sd1", 1024: "sd2", 1280: "sdxl"}
+    if "emb_params" in tensors:
+        return names[tensors["emb_params"].shape[-1]], [tensors["emb_params"]]
+    if "clip_g" in tensors:
+        pair = [tensors["clip_l"], tensors["clip_g"]]
+        return names[tensors["clip_g"].shape[-1]], pair
+    (tensor,) = tensors.values()
+    return names[tensor.shape[0]], [tensor]
+
+
+def in_a1111(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    if {"clip_l", "clip_g"} <= tensors.keys():
+        return [tensors["clip_l"], tensors["clip_g"]]
+    (tensor,) = tensors.values()
+    return [tensor if tensor.ndim == 2 else tensor[None]]
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (4,)])
+def test_a_words_file_is_read_by_every_program(
+    tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    family = FAMILIES[name]
+    vectors = vectors_for(family, shape)
+    wanted = [tensor.view(-1, tensor.shape[-1]) for tensor in vectors.values()]
+    files = embedding_files(tmp_path, "", ["<bolt>"])
+    write_embeddings(files, {"<bolt>": vectors})
+    tensors = load_file(files["<bolt>"])
+    base, in_invoke = in_invokeai(tensors)
+    assert base == kind_of(family)
+    keys = COMFYUI_KEYS[kind_of(family)]
+    for read in (in_invoke, in_a1111(tensors), [in_comfyui(tensors, key) for key in keys]):
+        assert all(torch.equal(a, b) for a, b in zip(read, wanted, strict=True))
+    (token, again), = read_embedding(files["<bolt>"]).items()  # fmt: skip
+    assert token == "<bolt>"
+    assert again.keys() == vectors.keys()
+    assert are_equal(again, vectors)
+    assert all(torch.equal(again[n], rows) for n, rows in zip(vectors, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_a_bundled_word_is_read_by_every_program(tmp_path: Path, name: str) -> None:
+    family = FAMILIES[name]
+    vectors = vectors_for(family, (2,))
+    layer = LayerWeights(torch.randn(2, 320), torch.randn(320, 2))
+    path = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    adapter = AdapterFile(
+        {path: layer}, AdapterMetadata(family=name), tokens={"<bolt>": vectors, "zwq": vectors}
+    )
+    tensors = load_file(write_adapter(tmp_path / "a.safetensors", adapter, "kohya"))
+    for key, wanted in zip(COMFYUI_KEYS[kind_of(family)], vectors.values(), strict=True):
+        assert torch.equal(in_comfyui(tensors, key), torch.cat([wanted, wanted]))
+    for token in ("<bolt>", "zwq"):
+        start = f"bundle_emb.{token}."
+        own = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+        assert all(torch.equal(a, b) for a, b in zip(in_a1111(own), vectors.values(), strict=True))
+    report = inspect_adapter(tmp_path / "a.safetensors")
+    assert report.tokens == {"<bolt>": 2, "zwq": 2}
+    # CLIP's tokenizer keeps ">," together, and letters apart from ",".
+    (note,) = (note for note in report.notes if note.startswith("A1111 finds"))
+    assert "write '<bolt> ,' for '<bolt>,'" in note
+
+
+def test_a_family_that_is_not_known_gets_the_usual_keys() -> None:
+    tokens = {"x": {"text_encoder": torch.ones(4), "text_encoder_2": torch.ones(6)}}
+    assert list(bundled(tokens, None)) == ["bundle_emb.x.clip_l", "bundle_emb.x.clip_g"]
+
+
+def test_a_file_of_another_trainer_is_called_by_its_name(tmp_path: Path) -> None:
+    save_file({"emb_params": torch.ones(2, 8)}, tmp_path / "mine.safetensors")
+    assert list(read_embedding(tmp_path / "mine.safetensors")) == ["mine"]
