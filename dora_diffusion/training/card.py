@@ -11,7 +11,7 @@ from dora_diffusion import __version__
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.export.metadata import word_section
 from dora_diffusion.families import FAMILIES, Family
-from dora_diffusion.formats.adapter.embeddings import embedding_files
+from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, embedding_files
 from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.formats.adapter.metadata import (
     reading_in_words,
@@ -164,7 +164,12 @@ def _words(config: TrainConfig, written: Path) -> str:
     """How programs get the new words."""
     folder = written if config.is_full else written.parent
     files = embedding_files(folder, "", config.words)
-    return word_section(list(files.items()), written.parent)
+    section = word_section(list(files.items()), written.parent)
+    if section and config.is_full and config.single_file:
+        section += (
+            f"\n`{written.name}.safetensors` has the same files in `{EMBEDDINGS}` next to it.\n"
+        )
+    return section
 
 
 def _image_flags(family: Family) -> str:

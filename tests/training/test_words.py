@@ -30,6 +30,7 @@ from dora_diffusion.generate import load_adapted
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.training.accelerator import make_accelerator
+from dora_diffusion.training.card import _words
 from dora_diffusion.training.checkpoint import STATE_FILE
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.result import result_metadata
@@ -232,6 +233,9 @@ def test_full_fine_tuning_writes_a_model_that_knows_the_word(
     model = load_components(written)
     again = encode_prompts(model, [PROMPT])
     assert torch.equal(again.encoder_hidden_states, trained.encoder_hidden_states)
+    card = _words(replace(config, single_file=True), written)
+    assert '"model/embeddings/s1.safetensors"' in card
+    assert "`model.safetensors` has the same files in `embeddings` next to it" in card
     follow_card(written / "README.md", theirs := load_pipeline(written))
     assert torch.equal(
         theirs.encode_prompt(PROMPT, "cpu", 1, False)[0], trained.encoder_hidden_states
