@@ -270,8 +270,7 @@ def generate_images(
     prompt = _per_seed(prompt, seeds, adapters)
     settings = settings or SamplingSettings()
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    readers = [*(adapters or [None] * len(prompts)), None]
-    warn_of_truncation(components, [*prompts, settings.negative_prompt], readers)
+    warn_of_truncation(components, [*prompts, settings.negative_prompt], adapters or ())
     images: list[Image.Image] = []
     batches = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
     with (

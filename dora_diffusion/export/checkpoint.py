@@ -172,7 +172,7 @@ def export_trained(
             ``.safetensors`` file. What was not trained is its own, to the last bit.
         tensors: Canonical name -> what gives the trained tensor.
         output: A name ending in ``.safetensors`` gives one file in the original layout, any other
-            a Diffusers folder.
+            a Diffusers folder. What is there is replaced.
         metadata: What is known of the training: trigger words, steps.
         words: The files of its trained words, which its file and card name.
         vae: Another autoencoder, which takes the place of the base's.

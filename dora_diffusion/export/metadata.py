@@ -93,7 +93,6 @@ class ModelMetadata:
         text: The card's text.
         record: What was merged, as `MergeSpec.record` gives it.
         hashed: Files of the base, by the name that their hash gets.
-        options: Flags that the base is opened with, for the card's command.
         words: Trained words and their files, for the card.
     """
 
@@ -107,14 +106,13 @@ class ModelMetadata:
         *,
         record: Sequence[Mapping[str, Any]] = (),
         hashed: Mapping[str, Sequence[Path]] | None = None,
-        options: str = "",
         words: Sequence[tuple[str, Path]] = (),
     ) -> None:
         self._name, self._title = model_name(model.path), output.resolve().name
         self._family = model.family
         self._fields = {"format": "pt", **fields}
         self._triggers, self._text, self._record = triggers, text, record
-        self._options, self._words = options, word_section(words, output)
+        self._words = word_section(words, output)
         self._pool = ThreadPoolExecutor(1)
         self._hashes: dict[str, Future[str]] = {
             name: self._pool.submit(file_hash, files) for name, files in (hashed or {}).items()
@@ -135,7 +133,7 @@ class ModelMetadata:
             for row in self._record
         )
         text = self._text or "{linked}, as it is.\n{ask}"
-        text = text.format(linked=linked, ask=ask, rows=rows, options=self._options)
+        text = text.format(linked=linked, ask=ask, rows=rows)
         return f"---\n{head}---\n\n# {self._title}\n\n{text}"
 
     def draft(self) -> dict[str, str]:
@@ -221,11 +219,10 @@ def merged_metadata(
             del spoken["modelspec.architecture"]
         fields |= spoken
     flags = "".join(f" --{name} {value}" for name, value in options.items() if value)
-    text = _MERGED_TEXT if record else ""
+    text = _MERGED_TEXT.replace("{options}", flags) if record else ""
     return ModelMetadata(
-        model, output, fields, triggers, text, record=record, hashed=model.files, options=flags,
-        words=words,
-    )  # fmt: skip
+        model, output, fields, triggers, text, record=record, hashed=model.files, words=words
+    )
 
 
 def trained_metadata(

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -280,10 +281,13 @@ _MOST_WARNED = 10_000
 def warn_of_truncation(
     components: Components, prompts: Sequence[str], adapters: Sequence[str | None]
 ) -> None:
-    """Warn once of each distinct prompt that is too long, naming what the model will not see."""
+    """Warn once of each distinct prompt that is too long, naming what the model will not see.
+
+    Prompts behind those of the adapters are the base's.
+    """
     encoder, tokenizer = components.text_encoders[0], components.tokenizers[0]
     warned, chunks = _WARNED.setdefault(tokenizer, set()), components.most_chunks
-    for prompt, adapter in dict.fromkeys(zip(prompts, adapters, strict=True)):
+    for prompt, adapter in dict.fromkeys(zip_longest(prompts, adapters)):
         own = own_words(encoder, adapter)
         known = (prompt, chunks) in warned
         if not known and (cut := truncated_text(tokenizer, prompt, chunks, own)):

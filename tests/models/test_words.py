@@ -71,14 +71,14 @@ READINGS = {
     'Zwq\'s dog; zwq-dog. "zwq"': 'zwq zwq_1 \'s dog ; zwq zwq_1 - dog . " zwq zwq_1 "',
     "a <Bolt>, on <bolt>.": "a <bolt> <bolt>_1 , on <bolt> <bolt>_1 .",
     "(<Bolt>:1.2) [<BOLT>]": "( <bolt> <bolt>_1 :1 . 2 ) [ <bolt> <bolt>_1 ]",
-    "Zwq and Café, CAFE\u0301": "zwq zwq_1 and caf\xe9 caf\xe9_1 , caf\xe9 caf\xe9_1",
+    "Zwq and Éclair, E\u0301CLAIR": "zwq zwq_1 and \xe9clair \xe9clair_1 , \xe9clair \xe9clair_1",
     "Zwq zwq_1 and zwq": "zwq zwq_1 and zwq zwq_1",
     "a Zwq_1 dog": "a zwq_1 dog",
     "zwq\n  ONE": "zwq zwq_1 one",
 }
 # Of letters that are no word: inside others, which `contains_token` does not find either.
 NOT_READ = ["zwqs", "azwq", "my_zwq", "zwq2", "zwqzwq", "x<bolt>", "<bolt>s", "a dog"]
-NEW = {"zwq": 2, "<bolt>": 2, "caf\xe9": 2, "one": 1}
+NEW = {"zwq": 2, "<bolt>": 2, "\xe9clair": 2, "one": 1}
 
 
 def ids_of_parts(tokenizer: Any, text: str) -> list[int]:
