@@ -234,7 +234,7 @@ def test_full_fine_tuning_writes_a_model_that_knows_the_word(
     again = encode_prompts(model, [PROMPT])
     assert torch.equal(again.encoder_hidden_states, trained.encoder_hidden_states)
     card = _words(replace(config, single_file=True), written)
-    assert '"model/embeddings/s1.safetensors"' in card
+    assert f'"{tmp_path.name}/model/embeddings/s1.safetensors"' in card
     assert "`model.safetensors` has the same files in `embeddings` next to it" in card
     follow_card(written / "README.md", theirs := load_pipeline(written))
     assert torch.equal(
