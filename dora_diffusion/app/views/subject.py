@@ -157,6 +157,7 @@ def connect(context: Context, tab: SubjectTab, restored: Any, size: list[Any]) -
         **QUIET,
     )
     restored.then(load, [tab.pick, *size], outputs, **QUIET)
+    _connect_upload(context, tab, size)
     _connect_new(context, tab, size)
     _connect_look(context, tab, size)
     captions.connect(context, tab.captions, tab.pick)
@@ -164,8 +165,34 @@ def connect(context: Context, tab: SubjectTab, restored: Any, size: list[Any]) -
 
 
 def _connect_new(context: Context, tab: SubjectTab, size: list[Any]) -> None:
-    """New subjects, and new photos of one."""
+    """New subjects: named ones, and samples."""
     workspace = context.workspace
+
+    @plain
+    def create(title: str, *chosen: Any) -> list[Any]:
+        title = clean_text(title, 60, "name")
+        if not title:
+            raise UserError("give the new subject a name first")
+        subject_id = new_subject(workspace, title)
+        return ["", *_choices(context, subject_id), *_show(context, subject_id, chosen)]
+
+    @plain
+    def take(event: gr.EventData, *chosen: Any) -> list[Any]:
+        subject_id = take_sample(workspace, context.launch.samples, clicked(event)[1])
+        message = html.note("A sample subject, ready to train.", "good")
+        return [*_choices(context, subject_id), *_show(context, subject_id, chosen, message)]
+
+    outputs = [*tab.choice, *tab.view]
+    gr.on(
+        [tab.create.click, tab.name.submit], create, [tab.name, *size], [tab.name, *outputs],
+        **QUIET,
+    )  # fmt: skip
+    tab.samples.click(take, size, outputs, **BUSY)
+
+
+def _connect_upload(context: Context, tab: SubjectTab, size: list[Any]) -> None:
+    """Photos of the subject that is chosen, or of a new one."""
+    workspace, outputs = context.workspace, [*tab.choice, *tab.view]
 
     @plain
     def upload(
@@ -202,30 +229,10 @@ def _connect_new(context: Context, tab: SubjectTab, size: list[Any]) -> None:
             *_show(context, subject_id, chosen, message),
         ]
 
-    @plain
-    def create(title: str, *chosen: Any) -> list[Any]:
-        title = clean_text(title, 60, "name")
-        if not title:
-            raise UserError("give the new subject a name first")
-        subject_id = new_subject(workspace, title)
-        return ["", *_choices(context, subject_id), *_show(context, subject_id, chosen)]
-
-    @plain
-    def take(event: gr.EventData, *chosen: Any) -> list[Any]:
-        subject_id = take_sample(workspace, context.launch.samples, clicked(event)[1])
-        message = html.note("A sample subject, ready to train.", "good")
-        return [*_choices(context, subject_id), *_show(context, subject_id, chosen, message)]
-
-    outputs = [*tab.choice, *tab.view]
     tab.upload.upload(
         upload, [tab.upload, tab.pick, tab.name, *size], [tab.upload, tab.name, *outputs],
         js=_ASK, **BUSY,
     )  # fmt: skip
-    gr.on(
-        [tab.create.click, tab.name.submit], create, [tab.name, *size], [tab.name, *outputs],
-        **QUIET,
-    )  # fmt: skip
-    tab.samples.click(take, size, outputs, **BUSY)
 
 
 def _connect_look(context: Context, tab: SubjectTab, size: list[Any]) -> None:

@@ -230,6 +230,15 @@ def connect(
         api_visibility="private",
         show_progress="minimal",
     )
+    _connect_others(context, tab, subjects.pick, opened)
+    _connect_presets(context, tab)
+    _connect_start(context, tab)
+    _connect_words(context, tab, subjects, restored)
+    run.connect(context, tab.shown)
+
+
+def _connect_others(context: Context, tab: TrainTab, pick: Any, opened: Any) -> None:
+    """Offer the other subjects; those that were chosen stay, as long as they are there."""
 
     def offer(subject_id: str | None, chosen: Any) -> Any:
         ids = {each.id: each.title for each in subjects_in(context.workspace) if each.photos}
@@ -237,11 +246,7 @@ def connect(
         value = [each for each in chosen or () if each in ids and each != subject_id]
         return gr.update(choices=choices, value=value, visible=bool(choices))
 
-    gr.on([subjects.pick.change, opened], offer, [subjects.pick, tab.others], [tab.others], **QUIET)
-    _connect_presets(context, tab)
-    _connect_start(context, tab)
-    _connect_words(context, tab, subjects, restored)
-    run.connect(context, tab.shown)
+    gr.on([pick.change, opened], offer, [pick, tab.others], [tab.others], **QUIET)
 
 
 def _connect_presets(context: Context, tab: TrainTab) -> None:
