@@ -67,7 +67,7 @@ INCLUDED = {
 
 
 def complete(app: Sphinx, document: str, source: list[str]) -> None:
-    """Put generated texts in; lead links to documents at the top to the pages that include them."""
+    """Put the Python interface in; lead links to documents at the top to the pages that include them."""
     folder = Path(document).parent
 
     def page(link: re.Match[str]) -> str:
