@@ -69,13 +69,13 @@ def commands() -> str:
 
 
 def _command(name: str, parser: argparse.ArgumentParser) -> str:
-    known = {setting.name for setting in settings()} if name == "train" else set()
+    known = {setting.name for setting in settings()} if name in ("train", "fleet") else set()
     shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
     own = [action for action in shown if action.dest not in {*known, "help", "help_all", "debug"}]
     required = [a for a in own if a.required and a.option_strings]
     words = [a.metavar or a.dest.upper() for a in own if not a.option_strings]
     usage = " ".join([parser.prog, *map(str, words), *(_invocation(a) for a in required)])
-    parts = [f"## {name}", plain(parser.description or ""), f"```console\n{usage}\n```"]
+    parts = [f"## {name}", plain(parser.description or ""), f"```text\n{usage}\n```"]
     if known:
         parts.append("And a flag for each setting: [Settings](settings.md).")
     return "\n\n".join([*parts, "\n".join(_argument(parser, action) for action in own)]).rstrip()
@@ -88,7 +88,7 @@ def _invocation(action: argparse.Action) -> str:
 
 def _argument(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     text = parser._get_formatter()._expand_help(action)
-    if action.choices is not None and action.metavar:
+    if action.choices is not None and not str(action.metavar or "{").startswith("{"):
         text += f" One of: {', '.join(map(str, action.choices))}."
     return f"- {_names(parser, action)}: {plain(text)}"
 
@@ -145,7 +145,8 @@ def _need(need: Condition) -> str:
     if isinstance(need, AnyOf):
         return " or ".join(filter(None, map(_need, need.needs)))
     if not isinstance(need, Need):
-        return (inspect.getdoc(need) or "").partition("\n")[0].rstrip(".")
+        text = (inspect.getdoc(need) or "").partition("\n")[0].rstrip(".")
+        return text[:1].lower() + text[1:]
     if need.values in ((None,), (False,)):
         return f"`--no-{need.setting}`" if need.values[0] is False else f"no `--{need.setting}`"
     words = " or ".join(map(str, need.values))

@@ -99,7 +99,7 @@ def _facts(report: AdapterReport) -> list[tuple[str, str]]:
 
 def _verdicts(report: AdapterReport | ModelReport) -> list[tuple[str, str]]:
     """Which programs compute it as it was trained, whether it fits, and what to know."""
-    heading = ("PROGRAM", "COMPUTES IT AS IT WAS TRAINED?")
+    heading = ("PROGRAM", "EXACT IN THIS PROGRAM?")
     programs = [
         (name, "not known" if verdict == "-" else verdict) for name, verdict in report.tools.items()
     ]
