@@ -67,7 +67,7 @@ INCLUDED = {
 
 
 def complete(app: Sphinx, document: str, source: list[str]) -> None:
-    """Put the Python interface in; lead links to documents at the top to the pages that include them."""
+    """Put the Python interface in; link the pages that include documents at the top."""
     folder = Path(document).parent
 
     def page(link: re.Match[str]) -> str:

@@ -89,8 +89,8 @@ def add_arguments(parser: Parser) -> None:
         type=int,
         default=1,
         metavar="K",
-        help="Subjects that each worker trains at once, where their settings allow it: as many "
-        "operations as one, for GPUs that wait for these.",
+        help="Subjects that each worker trains at once, where their settings allow it, in about "
+        "as many operations as one.",
     )
     parser.add_argument(
         "--output",

@@ -110,7 +110,7 @@ def _verdicts(report: AdapterReport | ModelReport) -> list[tuple[str, str]]:
 
 
 def _key_format(name: str) -> str:
-    return "a key format of no program here" if name == "other" else f"{name} key format"
+    return "an unknown key format" if name == "other" else f"{name} key format"
 
 
 def _listed(counts: Mapping[str, int]) -> str:

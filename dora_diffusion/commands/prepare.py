@@ -29,7 +29,7 @@ _TEXTS = {
     "find": "Text to replace in every caption, letter by letter.",
     "replace": "Replacement of the text found. Default: nothing.",
     "caption_prefix": "Text in front of every caption that does not begin with it.",
-    "caption_prompt": "What a chat model is asked. Default: to describe the image in one sentence.",
+    "caption_prompt": "Question to a chat model. Default: to describe the image in one sentence.",
     "masks": "Make missing masks: rembg, rembg:MODEL, or a segmentation model (folder or hub id).",
     "mask_label": "The subject's label of a segmentation model. Default: --class_word.",
 }
