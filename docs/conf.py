@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.search import IndexBuilder
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -33,6 +35,7 @@ html_theme = "furo"
 html_title = "DoRA Diffusion"
 html_copy_source = False
 html_show_sphinx = False
+html_search_scorer = "search.js"
 smartquotes = False  # It would make dashes of the flags in headings.
 
 # Docstrings have single backticks around names, as Markdown has.
@@ -64,7 +67,7 @@ INCLUDED = {
 
 
 def complete(app: Sphinx, document: str, source: list[str]) -> None:
-    """Put generated texts in; lead links to documents at the top to the pages that include them."""
+    """Put the Python interface in; link the pages that include documents at the top."""
     folder = Path(document).parent
 
     def page(link: re.Match[str]) -> str:
@@ -98,6 +101,20 @@ def _as_lines(signature: re.Match[str]) -> str:
     return text.replace("\n<div>", '\n<div style="margin-left: 2rem">')
 
 
+def feed(index: IndexBuilder, page: str, file: str, title: str, tree: nodes.document) -> None:
+    """Index the words of a page's first paragraph as those of its title, for `search.js`."""
+    _feed(index, page, file, title, tree)
+    paragraph = next(iter(tree.findall(nodes.paragraph)), None)
+    for word in index.lang.split(paragraph.astext() if paragraph else ""):
+        stem = index.lang.stem(word).lower()
+        if index.lang.word_filter(stem):
+            index._title_mapping.setdefault(stem, set()).add(page)
+
+
+_feed = IndexBuilder.feed
+
+
 def setup(app: Sphinx) -> None:
+    IndexBuilder.feed = feed
     app.connect("html-page-context", open_to_all, priority=900)  # after the theme
     app.connect("source-read", complete)

@@ -1,7 +1,8 @@
-"""What pages of the site are made of: the parser's, the settings' and the package's own texts.
+"""Parts of pages that come from the code: flags, settings, figures.
 
-A page asks for a text with a block of one line, ``{generated}`` and its name (`TEXTS`);
-``docs/conf.py`` puts it there when the site is built, so that no page repeats what the code says.
+``python -m tools.site`` writes the texts of `TEXTS` into the pages, between two comments, where
+GitHub and the site show them. The Python interface is put in as the site is built, by a block
+``{generated} python``, since only Sphinx can read docstrings.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from dora_diffusion.config import Setting, settings
 from dora_diffusion.config.fields import AnyOf, Condition, Need
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 
-_GENERATED = re.compile(r"^```\{generated\} ([a-z-]+)\n```$", re.MULTILINE)
+DOCS = Path(__file__).parents[1] / "docs"
+_PART = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(?:.*\n)*?(?=<!-- end -->)")
 _PACKAGES = ("config", "export", "analysis")
 """Of the package, those that say themselves which of their names are public."""
 _RESUME = {
@@ -32,8 +34,14 @@ _RESUME = {
 
 
 def expanded(source: str) -> str:
-    """A page with the texts that it asks for."""
-    return _GENERATED.sub(lambda block: TEXTS[block[1]](), source)
+    """A page with the Python interface, where it asks for it."""
+    block = "```{generated} python\n```"
+    return source.replace(block, python_api()) if block in source else source
+
+
+def current(source: str) -> str:
+    """A page whose generated parts are what the code says now."""
+    return _PART.sub(lambda part: f"{part[1]}\n{TEXTS[part[2]]().rstrip()}\n\n", source)
 
 
 def plain(text: str) -> str:
@@ -61,17 +69,16 @@ def commands() -> str:
 
 
 def _command(name: str, parser: argparse.ArgumentParser) -> str:
-    known = {setting.name for setting in settings()} if name == "train" else set()
+    known = {setting.name for setting in settings()} if name in ("train", "fleet") else set()
     shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
     own = [action for action in shown if action.dest not in {*known, "help", "help_all", "debug"}]
     required = [a for a in own if a.required and a.option_strings]
     words = [a.metavar or a.dest.upper() for a in own if not a.option_strings]
     usage = " ".join([parser.prog, *map(str, words), *(_invocation(a) for a in required)])
-    parts = [f"## {name}", plain(parser.description or ""), f"```console\n{usage}\n```"]
+    parts = [f"## {name}", plain(parser.description or ""), f"```text\n{usage}\n```"]
     if known:
         parts.append("And a flag for each setting: [Settings](settings.md).")
-    parts.append(f"```{{program}} {parser.prog}\n```")
-    return "\n\n".join([*parts, *(_argument(parser, action) for action in own)])
+    return "\n\n".join([*parts, "\n".join(_argument(parser, action) for action in own)]).rstrip()
 
 
 def _invocation(action: argparse.Action) -> str:
@@ -80,36 +87,40 @@ def _invocation(action: argparse.Action) -> str:
 
 
 def _argument(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
-    formatter = parser._get_formatter()
-    names = formatter._format_action_invocation(action).replace(", ", ",, ").split(",, ")
-    text = formatter._expand_help(action)
-    if action.choices is not None and action.metavar:
+    text = parser._get_formatter()._expand_help(action)
+    if action.choices is not None and not str(action.metavar or "{").startswith("{"):
         text += f" One of: {', '.join(map(str, action.choices))}."
-    return _option(names, plain(text))
+    return f"- {_names(parser, action)}: {plain(text)}"
 
 
-def _option(names: list[str], text: str) -> str:
-    return f"````{{option}} {', '.join(names)}\n\n{text}\n````"
+def _names(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
+    """An argument's flags, and what it takes, in bold."""
+    formatter = parser._get_formatter()
+    takes = str(action.metavar or action.dest.upper())
+    if not action.option_strings:
+        return f"**`{takes}`**"
+    values = "" if action.nargs in (0, "?") else f" {formatter._format_args(action, takes)}"
+    *others, last = action.option_strings
+    return ", ".join(f"**`{name}`**" for name in [*others, last + values])
 
 
 def setting_groups() -> str:
     """Every setting of training, under the heading of its group."""
-    parts = ["```{program} dora-diffusion train\n```"]
+    parts = []
     for group, members in itertools.groupby(settings(), lambda setting: setting.group):
-        parts += [f"## {group}", *(_setting(setting) for setting in members)]
+        parts += [f"## {group}", "\n".join(map(_setting, members))]
     return "\n\n".join(parts)
 
 
 def _setting(setting: Setting) -> str:
     parser = parsers()["train"]
     [action] = (a for a in parser._actions if f"--{setting.name}" in a.option_strings)
-    names = parser._get_formatter()._format_action_invocation(action)
     facts = [f"Default: {setting.default_text}.", *_range(setting)]
     needs = [text for need in setting.needs if (text := _need(need))]
     if needs:
         facts.append(f"Has an effect only with {' and '.join(dict.fromkeys(needs))}.")
     facts.append(_RESUME[setting.resume])
-    return _option(names.split(", "), f"{plain(setting.help)}\n\n{plain(' '.join(facts))}")
+    return f"- {_names(parser, action)}: {plain(f'{setting.help} {chr(32).join(facts)}')}"
 
 
 def _range(setting: Setting) -> Iterator[str]:
@@ -134,7 +145,8 @@ def _need(need: Condition) -> str:
     if isinstance(need, AnyOf):
         return " or ".join(filter(None, map(_need, need.needs)))
     if not isinstance(need, Need):
-        return (inspect.getdoc(need) or "").partition("\n")[0].rstrip(".")
+        text = (inspect.getdoc(need) or "").partition("\n")[0].rstrip(".")
+        return text[:1].lower() + text[1:]
     if need.values in ((None,), (False,)):
         return f"`--no-{need.setting}`" if need.values[0] is False else f"no `--{need.setting}`"
     words = " or ".join(map(str, need.values))
@@ -247,5 +259,11 @@ TEXTS: dict[str, Callable[[], str]] = {
     "diffusers-flags": diffusers_flags,
     "measures": measures,
     "settings": setting_groups,
-    "python": python_api,
 }
+
+if __name__ == "__main__":
+    for path in sorted(DOCS.rglob("*.md")):
+        source = path.read_text(encoding="utf-8")
+        if (text := current(source)) != source:
+            path.write_text(text, encoding="utf-8")
+            print(f"written: {path}")

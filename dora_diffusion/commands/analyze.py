@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--norm_axis",
         choices=("output", "input"),
         default="output",
-        help="What a channel of a weight is, whatever an adapter's own axis is.",
+        help="Axis of a weight's channels, whatever an adapter's own axis is.",
     )
     parser.add_argument(
         "--layers",
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Layers by patterns of their names, such as '*.to_q'; * spans dots. Default: all.",
     )
     parser.add_argument(
-        "--title", nargs="+", default=[], help="What to call the sources. Default: their names."
+        "--title", nargs="+", default=[], help="Titles of the sources. Default: their names."
     )
     parser.add_argument("--output", default="analysis", help="Folder of the results.")
     parser.add_argument("--overwrite", action="store_true", help="Replace results that exist.")

@@ -53,14 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         default="comparison",
-        help="Folder of records and the report, which all workers see. Trials that have a record "
+        help="Folder of records and the report, shared by all workers. Trials that have a record "
         "there are not repeated.",
     )
     add_workers(parser, "trials")
     parser.add_argument(
         "--report_only",
         action="store_true",
-        help="Train nothing: report the records that there are.",
+        help="Only report existing records; train nothing.",
     )
     parser.add_argument("--json", action="store_true", help="Print the records as JSON.")
 

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tuned",
         required=True,
-        help="The model to come near: of the same architecture, trained in any way; a Diffusers "
+        help="The fine-tuned model, of the same architecture: a Diffusers "
         "folder, hub id or single .safetensors file.",
     )
     parser.add_argument("--tuned_variant", help="Weight variant of --tuned, such as fp16.")

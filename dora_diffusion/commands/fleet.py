@@ -73,7 +73,7 @@ def add_arguments(parser: Parser) -> None:
     """Add the command's flags, and those of the training that each subject gets."""
     parser.add_argument(
         "subjects",
-        help="Dataset file (YAML list of subjects, each with what is its own of the settings), or "
+        help="Dataset file (YAML list of subjects, each with settings of its own), or "
         "a folder with a folder of photos for each subject.",
     )
     add_workers(parser, "subjects")
@@ -89,14 +89,15 @@ def add_arguments(parser: Parser) -> None:
         type=int,
         default=1,
         metavar="K",
-        help="Subjects that each worker trains at once, where their settings allow it: as many "
-        "operations as one, for GPUs that wait for these.",
+        help="Subjects that each worker trains at once, where their settings allow it, in about "
+        "as many operations as one.",
     )
     parser.add_argument(
         "--output",
         dest="output_dir",
         default=argparse.SUPPRESS,
-        help="Folder that all workers see, or fsspec URL such as s3://bucket/shop: results of each "
+        help="Folder shared by all workers, or fsspec URL such as s3://bucket/shop: results of "
+        "each "
         "subject in OUTPUT/NAME. Default: as --output_dir.",
     )
     parser.add_argument("--json", action="store_true", help="Print the records as JSON.")

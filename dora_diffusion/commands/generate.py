@@ -279,7 +279,7 @@ def _entries(args: argparse.Namespace) -> list[dict[str, Any]]:
             require(key in known, f"{where}: unknown key {key!r}; there are {', '.join(known)}")
             require(
                 isinstance(value, known[key]) and not isinstance(value, bool),
-                f"{where}: {key} is {value!r}, which it cannot be",
+                f"{where}: {key} is {value!r}, which is not allowed",
             )
         strength, seed = float(entry.get("strength", 1)), int(entry.get("seed", 0))
         # An image that is not finite would end its batch.

@@ -99,7 +99,7 @@ def _facts(report: AdapterReport) -> list[tuple[str, str]]:
 
 def _verdicts(report: AdapterReport | ModelReport) -> list[tuple[str, str]]:
     """Which programs compute it as it was trained, whether it fits, and what to know."""
-    heading = ("PROGRAM", "COMPUTES IT AS IT WAS TRAINED?")
+    heading = ("PROGRAM", "EXACT IN THIS PROGRAM?")
     programs = [
         (name, "not known" if verdict == "-" else verdict) for name, verdict in report.tools.items()
     ]
@@ -110,7 +110,7 @@ def _verdicts(report: AdapterReport | ModelReport) -> list[tuple[str, str]]:
 
 
 def _key_format(name: str) -> str:
-    return "a key format of no program here" if name == "other" else f"{name} key format"
+    return "an unknown key format" if name == "other" else f"{name} key format"
 
 
 def _listed(counts: Mapping[str, int]) -> str:

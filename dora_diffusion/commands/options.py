@@ -77,7 +77,7 @@ def add_alpha(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--alpha",
         type=float,
-        help="Alpha that an adapter was trained with whose file does not say it. Default: its "
+        help="Alpha that the adapter was trained with, if its file does not say it. Default: its "
         "rank, with a warning.",
     )
 
@@ -114,7 +114,8 @@ def add_noise_schedule(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--zero_terminal_snr",
         action=SwitchAction,
-        help="Whether the base's noise schedule ends in pure noise (arXiv:2305.08891). Default: "
+        help="Zero terminal SNR: the base's noise schedule ends in pure noise "
+        "(arXiv:2305.08891). Default: "
         "what it says, else what the adapter says, else not.",
     )
 
@@ -312,7 +313,7 @@ def add_limits(parser: argparse.ArgumentParser, text: str, *, required: bool = F
     parser.add_argument(
         "--energy",
         type=float,
-        help="Take each layer's smallest rank that holds this share of the squared singular "
+        help="Use each layer's smallest rank that keeps this share of the squared singular "
         "values, such as 0.95. Default: the largest rank.",
     )
 
@@ -325,7 +326,7 @@ def add_fit(parser: argparse.ArgumentParser, axis: str) -> None:
     parser.add_argument(
         "--norm_axis",
         choices=NORM_AXES,
-        help=f"What the magnitudes run along. Default: {axis}.",
+        help=f"Axis of the magnitudes. Default: {axis}.",
     )
     parser.add_argument(
         "--format",

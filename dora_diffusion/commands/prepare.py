@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 
 _TEXTS = {
     "output": "Folder of the photos with captions and masks, to train on; of several subjects a "
-    "sub-folder each. Default: none, the photos are looked at only.",
-    "similarity_model": "Duplicates also by efficientnet-lite0, or a CLIP or DINO (folder, id).",
+    "sub-folder each. Default: none, photos are only checked.",
+    "similarity_model": "Image-similarity model that finds more duplicates: efficientnet-lite0, "
+    "CLIP or DINO.",
     "caption_model": "Write missing captions: image-to-text model or WD tagger, folder or hub id.",
-    "caption": "Caption of every photo, in the place of its own.",
+    "caption": "Caption of every photo, instead of its own.",
     "find": "Text to replace in every caption, letter by letter.",
-    "replace": "What takes its place. Default: nothing.",
+    "replace": "Replacement of the text found. Default: nothing.",
     "caption_prefix": "Text in front of every caption that does not begin with it.",
-    "caption_prompt": "What a chat model is asked. Default: to describe the image in one sentence.",
-    "masks": "Make missing masks: rembg, rembg:MODEL, or a segmentation model (folder, id).",
+    "caption_prompt": "Question to a chat model. Default: to describe the image in one sentence.",
+    "masks": "Make missing masks: rembg, rembg:MODEL, or a segmentation model (folder or hub id).",
     "mask_label": "The subject's label of a segmentation model. Default: --class_word.",
 }
 _SWITCHES = {
@@ -51,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", help=text)
     add("--token", default="", help="Trigger word, put into new captions.")
     add("--class_word", default="", help="Class of the subject, before which the token is put.")
-    text = "random: add a copy of each photo on a plain random colour, captioned so, against "
-    text += "backgrounds that are learned with the subject."
+    text = "random: add a copy of each photo on a plain random colour, which its caption names, so "
+    text += "that backgrounds are not learned with the subject."
     add("--background", choices=("random",), help=text)
     add("--seed", type=int, default=0, help="Random seed of the colours.")
     add("--resolution", type=int, default=512, help="Training resolution, a multiple of 64.")

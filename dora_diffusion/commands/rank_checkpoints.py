@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoints",
         nargs="+",
         metavar="NAME",
-        help=f"Such as checkpoint-100, or {RESULT_NAME}. Default: up to eight, spread over the "
+        help=f"Checkpoints to rank, such as checkpoint-100, or {RESULT_NAME}. Default: up to "
+        "eight, spread over the "
         "run, and its result.",
     )
     parser.add_argument(

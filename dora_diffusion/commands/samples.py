@@ -12,7 +12,7 @@ from dora_diffusion.toy import samples_folder
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument(
-        "folder", nargs="?", default="samples", help="Where to. Default: %(default)s."
+        "folder", nargs="?", default="samples", help="Folder to copy to. Default: %(default)s."
     )
 
 

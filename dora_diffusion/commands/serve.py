@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=[],
         metavar="FOLDER",
-        help="Folders of adapter files and runs, which are looked through again as it serves. "
+        help="Folders of adapter files and runs, rescanned while it serves. "
         "Default: none, the base alone.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on.")
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replica_gpus",
         type=float,
-        help="GPUs of a replica, or the share of one. Default: those that there are, shared out, "
-        "one at most.",
+        help="GPUs of a replica, or the share of one. Default: the GPUs divided by the replicas, "
+        "at most one.",
     )
     parser.add_argument("--batch_size", type=int, default=8, help="Most images at once.")
     parser.add_argument(
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="capacity",
         type=int,
         default=64,
-        help="Most requests that wait; those beyond get 429.",
+        help="Most requests that wait; further ones get 429.",
     )
     parser.add_argument(
         "--timeout", type=float, default=120.0, help="Seconds until a request gets 504."
@@ -63,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter_memory",
         type=float,
         default=2000.0,
-        help="MB of a replica's memory that loaded adapters may take; the longest unused leave.",
+        help="Most MB that loaded adapters take in each replica; the least recently used are "
+        "dropped.",
     )
     add_model(parser)
 

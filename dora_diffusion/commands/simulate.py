@@ -26,9 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     _add_demand(parser)
     _add_workers(parser)
-    parser.add_argument("--price", type=float, help="Of a GPU for an hour, in any currency.")
-    parser.add_argument("--gpus_per_worker", type=float, default=1.0, help="Such as 0.25.")
-    parser.add_argument("--seed", type=int, default=0, help="Of all draws.")
+    parser.add_argument("--price", type=float, help="Price of a GPU-hour, in any currency.")
+    parser.add_argument(
+        "--gpus_per_worker", type=float, default=1.0, help="GPUs of a worker, such as 0.25."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Random seed of all draws.")
     parser.add_argument("--output", type=Path, default="simulation", help="Folder of the results.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     add_overwrite(parser)
@@ -50,7 +52,7 @@ def _add_demand(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--subjects",
         type=int,
-        help=f"How many arrive. Default: {SUBJECTS:,}; with --rate {SUBJECTS_AT_A_RATE:,}.",
+        help=f"Number of arrivals. Default: {SUBJECTS:,}; with --rate {SUBJECTS_AT_A_RATE:,}.",
     )
     group.add_argument(
         "--records",
@@ -73,11 +75,15 @@ def _add_demand(parser: argparse.ArgumentParser) -> None:
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Workers")
     group.add_argument(
-        "--workers", type=int, nargs="+", default=[1], help="How many; several are compared."
+        "--workers",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="Number of workers; several are compared.",
     )
     seconds = {
-        "cold_start": f"To the first step, in a new process. Default: {_FILE}.",
-        "warm_start": f"To the first step, where the base is in memory. Default: {_FILE}.",
+        "cold_start": f"Seconds to the first step in a new process. Default: {_FILE}.",
+        "warm_start": f"Seconds to the first step where the base is in memory. Default: {_FILE}.",
         "keep_warm": "Idle time after which a worker is given back. Default: never.",
     }
     for name, text in seconds.items():
@@ -94,20 +100,21 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--failures",
         type=float,
-        help="Of a worker per hour, without notice; training resumes from the last checkpoint. "
+        help="Failures of a worker per hour, without notice; training resumes from the last "
+        "checkpoint. "
         f"Default: {_FILE}.",
     )
     group.add_argument(
         "--preemptions",
         type=float,
         default=0.0,
-        help="Of a worker per hour, with notice: a checkpoint is saved.",
+        help="Preemptions of a worker per hour, with notice: a checkpoint is saved.",
     )
     waits = {
         "window": "How long a subject waits for its pack to fill.",
         "checkpoint_seconds": "Training time between checkpoints; 0: a failure loses all.",
-        "recovery": "From a failure to the new process.",
-        "preempted_for": "From a preemption to the next worker.",
+        "recovery": "Seconds from a failure to the new process.",
+        "preempted_for": "Seconds from a preemption to the next worker.",
     }
     for name, text in waits.items():
         group.add_argument(f"--{name}", type=float, default=0.0, metavar="SECONDS", help=text)

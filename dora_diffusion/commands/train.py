@@ -51,8 +51,8 @@ def add_arguments(parser: Parser) -> None:
         metavar="PATH",
         help="Several subjects at once, each an adapter of its own in OUTPUT_DIR/NAME: a dataset "
         "file (see dataset_config) whose entries may have most settings of a run and a name, or a "
-        "folder whose sub-folders hold the photos of a subject each. What is given here is theirs "
-        "in common.",
+        "folder whose sub-folders hold the photos of a subject each. Other flags apply to all of "
+        "them.",
     )
     add_settings(parser)
 

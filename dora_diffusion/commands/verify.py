@@ -40,8 +40,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"{report.unchanged} other tensors equal the base's, bit for bit")
     for problem in _shortened(report.problems):
         print(f"wrong: {problem}")
-    print("proven" if report.ok else "NOT what this base and these adapters give", end="")
-    print(f", as far as this is right: {'; '.join(report.assumptions)}" * bool(report.assumptions))
+    print("verified" if report.ok else "NOT what this base and these adapters give", end="")
+    print(
+        f", assuming that this is right: {'; '.join(report.assumptions)}" * bool(report.assumptions)
+    )
     return 0 if report.ok else 1
 
 

@@ -198,7 +198,7 @@ class Setting:
     def default_text(self) -> str:
         if self.derived:
             return self.derived
-        return "none" if self.default is None else shown(self.default)
+        return "none" if self.default in (None, "") else shown(self.default)
 
     def inactive_reason(self, config: Any) -> str | None:
         """Why the setting has no effect in this config; None where it has one."""

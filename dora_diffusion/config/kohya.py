@@ -122,8 +122,7 @@ def folder_entries(folder: Path) -> list[Entry]:
     )
     if others := [path.name for path in inner if path not in named]:
         warnings.warn(
-            f"{folder}: left out {listing(others, 5)}; a folder of a subject is called as '10_sks "
-            "dog' is",
+            f"{folder}: left out {listing(others, 5)}; name a subject's folder like '10_sks dog'",
             stacklevel=2,
         )
     return [

@@ -53,7 +53,7 @@ class AdapterSettings:
 
     method: str = flag(
         "dora",
-        "What is trained. dora: low-rank matrices and magnitudes; weights are frozen. lora: the "
+        "What to train. dora: low-rank matrices and magnitudes; weights are frozen. lora: the "
         "matrices alone. full: full fine-tuning of the weights themselves, whose result is a whole "
         "model.",
         choices=METHODS,
@@ -102,10 +102,10 @@ class AdapterSettings:
     rslora: bool = flag(False, "rsLoRA: scale by alpha / sqrt(rank).", needs=(_ADAPTER, _RANKED))
     parametrization: str = flag(
         "low-rank",
-        "What the update is made of. low-rank: A and B, which train. vera: frozen random A and B "
+        "Form of the update. low-rank: A and B, which train. vera: frozen random A and B "
         "that all layers share, and two vectors a layer that train (VeRA, arXiv:2310.11454; with "
-        "magnitudes DVoRA), at 10 to 100 times the learning rate. adalora: A and B of a rank that "
-        "is moved to the layers that need it (AdaLoRA, arXiv:2303.10512).",
+        "magnitudes DVoRA), at 10 to 100 times the learning rate. adalora: A and B, whose ranks "
+        "move to the layers that need them (AdaLoRA, arXiv:2303.10512).",
         choices=PARAMETRIZATIONS,
         needs=(_ADAPTER,),
     )
@@ -149,8 +149,8 @@ class AdapterSettings:
     )
     lora_dropout: float = flag(
         0.0,
-        "Dropout on the low-rank path. Above 0, a step also keeps what dropout left of each "
-        "layer's input; gradient_checkpointing saves that where memory is short.",
+        "Dropout on the low-rank path. Above 0, a step keeps more activations; "
+        "gradient_checkpointing avoids that.",
         needs=(_ADAPTER,),
         least=0,
         below=1,
@@ -162,9 +162,9 @@ class AdapterSettings:
     )
     norm_axis: str = flag(
         "output",
-        "output: one magnitude per output channel, as PEFT and Diffusers have it. input: one per "
-        "input channel, whose file Diffusers cannot load, and ComfyUI, Forge and A1111 of today "
-        "compute as it was trained (export is exact in every program).",
+        "output: one magnitude per output channel, as in PEFT and Diffusers. input: one per "
+        "input channel: exact in ComfyUI, Forge and A1111 without conversion, but Diffusers "
+        "cannot load the file.",
         choices=NORM_AXES,
         needs=_MAGNITUDES,
     )

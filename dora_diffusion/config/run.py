@@ -15,22 +15,22 @@ _PRIOR = Need("with_prior_preservation")
 
 
 def _held_out(config: Any) -> str | None:
-    """Photos are held out where a folder or a share of them is given."""
+    """Held-out photos (`--validation_data_dir` or `--validation_split`)."""
     return None if config.holds_out else "no photos are held out (validation_split is 0)"
 
 
 def _validated(config: Any) -> str | None:
-    """An interval is of samples, and of the loss on held-out photos."""
+    """Samples or held-out photos."""
     return None if config.holds_out else _SAMPLES(config)
 
 
 def _between(config: Any) -> str | None:
-    """Samples at the end alone are those of the result, which `evaluate` measures."""
+    """Samples during training (`--validation_steps` above 0)."""
     return "validation_steps is 0" if config.validation_steps == 0 else None
 
 
 def _checkpoints(config: Any) -> str | None:
-    """What is saved between checkpoints needs some."""
+    """Checkpoints (`--checkpointing_steps` above 0)."""
     return "checkpointing_steps is 0" if config.checkpointing_steps == 0 else None
 
 
@@ -58,9 +58,9 @@ class DeviceSettings:
     )
     offload: str = flag(
         "auto",
-        "Offloading to the machine's memory. model: VAE and untrained text encoders leave the GPU "
-        "when all that they would compute is cached, and for samples each part is there in its "
-        "turn. none: everything stays. auto: model on a GPU with memory of its own.",
+        "Offloading to the machine's memory. model: VAE and untrained text encoders leave the "
+        "GPU once their outputs are cached; for samples, each part is on the GPU only while it "
+        "computes. none: everything stays. auto: model on a GPU with memory of its own.",
         choices=OFFLOADS,
         resume="ignored",
     )
@@ -144,8 +144,8 @@ class ValidationSettings:
 
     validation_data_dir: str | None = flag(
         None,
-        "Folder of held-out photos of the subject, with optional .txt captions: the validation "
-        "loss is taken on them.",
+        "Folder of held-out photos of the subject, with optional .txt captions, to compute the "
+        "validation loss on.",
         resume="ignored",  # its photos are compared by content
         is_path=True,
     )
@@ -157,7 +157,7 @@ class ValidationSettings:
     )
     validation_loss_steps: int | None = flag(
         None,
-        "Take the validation loss every N steps; and at step 0 and at the end.",
+        "Compute the validation loss every N steps, at step 0 and at the end.",
         derived="validation_steps, 200 where that is 0",
         resume="free",
         needs=(_held_out,),
@@ -174,14 +174,14 @@ class ValidationSettings:
     )
     keep_best: bool = flag(
         False,
-        "Keep the checkpoint of the lowest validation loss, besides checkpoints_total_limit, and "
-        "write it as the result.",
+        "Keep the checkpoint of the lowest validation loss, whatever checkpoints_total_limit is, "
+        "and write it as the result.",
         resume="free",
         needs=(_held_out,),
     )
     early_stopping_patience: int | None = flag(
         None,
-        "Stop when the validation loss was taken N times without a new lowest.",
+        "Stop after N validation losses without a new lowest.",
         derived="all steps are trained",
         resume="free",
         needs=(_held_out,),
@@ -211,7 +211,7 @@ class OutputSettings:
     )
     checkpointing_minutes: float = flag(
         5.0,
-        "Save a checkpoint in between, too, every X minutes; 0 saves none.",
+        "Also save a checkpoint every X minutes; 0 saves none in between.",
         needs=(_checkpoints,),
         resume="ignored",
         least=0,

@@ -19,7 +19,7 @@ Entry = dict[str, Any]
 
 
 def _class_images(config: Any) -> str | None:
-    """Class images are made or read only where the prior is held by them."""
+    """Class images (`--prior_preservation_mode images`)."""
     is_image_free = config.prior_mode == "image-free"
     return "prior_preservation_mode is image-free" if is_image_free else None
 
@@ -96,8 +96,8 @@ class SubjectSettings:
     dataset_config: list[Entry] = flag(
         [],
         "Several subjects in one run: a YAML file with a list of subjects, each with its folder, "
-        "token, class word and what else is its own of these settings and those of images, "
-        "captions and prior; the others are the run's. sd-scripts' dataset file and a folder of "
+        "token, class word and any other setting of images, captions and prior. sd-scripts' "
+        "dataset file and a folder of "
         "kohya's '10_sks dog' folders are read as such a list.",
         derived="one subject, of these settings",
         resume="ignored",  # its entries are compared
@@ -140,7 +140,7 @@ _WORDS = Need("train_text_encoder_ti")
 
 
 def _embedding_rate(config: Any) -> str | None:
-    """A rate of 0 trains nothing, and Prodigy has one for everything."""
+    """A rate above 0, and another optimizer than Prodigy."""
     if config.optimizer_name == "prodigy":
         return "optimizer is prodigy"
     return "it is 0: no new word is trained" if config.embedding_lr == 0 else None
@@ -242,7 +242,7 @@ class ImageSettings:
         "them to one caption.",
     )
     caption_prefix: str = flag(
-        "", 'In front of every caption, such as "sks dog,": neither shuffled nor left out.'
+        "", 'In front of every caption, such as "sks dog,": neither shuffled nor dropped.'
     )
     caption_suffix: str = flag("", "After every caption: neither shuffled nor dropped.")
     wildcards: bool = flag(
@@ -278,8 +278,8 @@ class ImageSettings:
     )
     max_token_length: int = flag(
         TOKENS_PER_CHUNK,
-        "Tokens of a caption that are read: 75, or 150, 225 and so on in chunks of 75, as web UIs "
-        "read prompts; 0 reads all. Samples and generate read as many.",
+        "Tokens to read of a caption: 75, or 150, 225 and so on in chunks of 75, as web UIs "
+        "read prompts; 0 reads all. Samples and generate do the same.",
     )
     clip_skip: int = flag(
         0,

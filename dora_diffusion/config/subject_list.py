@@ -205,7 +205,7 @@ def _with_own(config: TrainConfig, name: str, own: Entry) -> TrainConfig:
     if unknown := [f"{key}{did_you_mean(key, known)}" for key in own if key not in known]:
         raise ConfigError(f"there is no setting {listing(unknown)}")
     if shared := [key for key in own if key in SHARED]:
-        raise ConfigError(f"{listing(shared)}: this all subjects have in common; give it beside")
+        raise ConfigError(f"all subjects share {listing(shared)}; set it for the whole run")
     folders = by_folder(own)
     values: dict[str, Any] = dict(own)
     if len(folders) > 1:

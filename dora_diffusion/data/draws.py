@@ -28,7 +28,7 @@ class SampleTransform:
 
     Attributes:
         resolution: Side of the square crops.
-        seed: Of all draws.
+        seed: Random seed of all draws.
         multiple: The model's pixels per latent; sides must be multiples of it.
         buckets: Photo size to crop size, for aspect-ratio buckets; overrides ``resolution``.
         center_crop: Take the middle of the photo instead of drawing a place.

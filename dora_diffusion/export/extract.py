@@ -69,7 +69,7 @@ def extract_adapter(
         conv_rank: Largest rank of Conv2d layers; None: ``rank``.
         method: ``"dora"``, or ``"lora"``: without magnitudes.
         energy: Take each layer's smallest rank with this share of the squared singular values.
-        norm_axis: What the magnitudes run along.
+        norm_axis: Axis of the magnitudes.
         key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the one that can hold it.
         dtype: Of the low-rank factors; None: float32.
         variant: Weight variant of the base, such as ``"fp16"``; ``tuned_variant`` of the other.

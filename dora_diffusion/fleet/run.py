@@ -170,7 +170,7 @@ class _Book:
 def _refuse_own(config: TrainConfig) -> None:
     for name in _ITS_OWN:
         if getattr(config, name):
-            raise ConfigError(f"{name} is the fleet's own business; leave it out", name)
+            raise ConfigError(f"{name} is set by the fleet; leave it out", name)
 
 
 def _records_of(ended: Ended) -> list[SubjectRecord]:

@@ -252,7 +252,7 @@ class ImageGenerator:
             with holding(self.workspace.device_lock, or_wait=self._waits_on) as held:
                 self.is_waiting = False
                 if not held:
-                    raise UserError("the images were withdrawn before their turn came")
+                    raise UserError("the images were cancelled while they waited")
                 # Not before: while it waits, a run that starts has its model's memory.
                 with self._mine, one_thread() if is_embedded(base) else nullcontext():
                     try:

@@ -123,7 +123,7 @@ def start_look(
         raise UserError("the subject has no photos yet; add some first")
     earlier = looks_at(snapshot(workspace.root), subject)
     if any(not job.has_ended for job in earlier):
-        raise UserError("its photos are being looked at already; wait until that is done")
+        raise UserError("its photos are already being checked; wait until that is done")
     for job in earlier:
         delete_job(workspace, job.id)
     folder = workspace.new_job()

@@ -46,7 +46,7 @@ def open_captioner(name: str, prompt: str = INSTRUCTION) -> Captioner:
     Args:
         name: A folder or hub id: of an image-to-text model in the layout of transformers (BLIP,
             GIT, LLaVA ...), or of a tagger, with ``selected_tags.csv`` and ``model.onnx``.
-        prompt: What a chat model is asked.
+        prompt: Question to a chat model.
 
     Raises:
         PrepareError: It is of no such kind, or a library is missing.

@@ -39,7 +39,7 @@ class Demand:
         subjects: How many arrive.
         rate: Of a Poisson process, in subjects per hour; None: ``arrivals``.
         arrivals: Their times in seconds; empty: all at once.
-        seed: Of all draws.
+        seed: Random seed of all draws.
     """
 
     times: TrainingTimes

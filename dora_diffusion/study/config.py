@@ -282,7 +282,7 @@ def _check_settings(place: str, values: Mapping[str, Any]) -> None:
         require(name in known, f"{place}: there is no setting {name}{did_you_mean(name, known)}")
         own = name in _ITS_OWN or known[name].resume == "ignored"
         own = own or name in _HELD_OUT  # It has photos of its own.
-        require(not own, f"{place}: {name} is the study's own business; leave it out", name)
+        require(not own, f"{place}: {name} is set by the study; leave it out", name)
 
 
 def _check_keys(place: str, values: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -71,7 +71,7 @@ def locked(folder: Path, shown: str) -> Iterator[None]:
         raise ConfigError(f"cannot write to {shown}: {error.strerror}") from error
     except (OSError, NotImplementedError):
         warnings.warn(
-            f"the disk of {shown} has no locks: see to it that no other run writes there",
+            f"the disk of {shown} has no locks: make sure that no other run writes there",
             stacklevel=3,
         )
     try:

@@ -116,7 +116,7 @@ def check_pack(configs: Mapping[str, TrainConfig]) -> None:
             values = [getattr(configs[each], setting) for each in (first, name)]
             require(
                 values[0] == values[1],
-                f"{setting} must be alike in a pack; {first} has {shown(values[0])}, {name} "
+                f"{setting} must be the same in a pack; {first} has {shown(values[0])}, {name} "
                 f"{shown(values[1])}",
                 setting,
             )

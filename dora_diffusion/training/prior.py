@@ -289,8 +289,8 @@ def own_class_images(folder: Path) -> list[tuple[Path, str]]:
     others = [path for path in inner if path not in named and not path.name.startswith(_GENERATED)]
     if left_out := nested_photos(others):
         warnings.warn(
-            f"{folder}: left out {left_out}; class images are in the folder itself, or in folders "
-            "named as '1_dog' is",
+            f"{folder}: left out {left_out}; put class images into the folder itself, or into "
+            "folders named like '1_dog'",
             stacklevel=3,
         )
     return images

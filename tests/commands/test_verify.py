@@ -24,7 +24,7 @@ def test_the_model_may_stand_behind_the_adapters(behind, merged, sd1_folder, tra
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["adapted", "tensors", "number", "largest", "rounding"]
     assert lines[1].startswith("unet ")
-    assert lines[-1].startswith("proven")
+    assert lines[-1].startswith("verified")
 
 
 def test_another_strength_is_not_proven(merged, sd1_folder, trained, capsys):

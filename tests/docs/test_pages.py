@@ -160,8 +160,8 @@ def test_every_page_is_linked() -> None:
     for page in PAGES:
         for block in page.blocks:
             if block.language == "{toctree}":
-                names = [line for line in block.text.split("\n") if re.match(r"[\w/-]+$", line)]
-                linked |= {(page.path.parent / f"{name}.md").resolve() for name in names}
+                names = re.findall(r"^(?:.*<)?([\w/*-]+)>?$", block.text, re.MULTILINE)
+                linked |= {path for name in names for path in page.path.parent.glob(f"{name}.md")}
     pages = {page.path for page in PAGES if page.path.is_relative_to(DOCS)}
     assert sorted(pages - linked - {DOCS / "index.md"}) == []
 
@@ -192,13 +192,20 @@ def test_public_names_are_documented() -> None:
 
 
 def test_every_flag_and_setting_has_a_text() -> None:
-    page = site.commands() + site.setting_groups()
+    page = f"{site.commands()}\n{site.setting_groups()}"
     for name, parser in site.parsers().items():
         for action in parser._actions:
             assert action.help, (name, action.dest)
-    assert page.count("{option} ") > len(settings()) + 100
+    assert page.count("\n- **`") > len(settings()) + 100
     for setting in settings():
-        assert re.search(rf"^````{{option}} --{setting.name}\b", page, re.MULTILINE)
+        assert re.search(rf"^- \*\*`--{setting.name}\b", page, re.MULTILINE)
+
+
+def test_generated_lists_are_current() -> None:
+    """So that GitHub shows them; ``python -m tools.site`` writes them."""
+    generated = [page for page in PAGES if "<!-- generated: " in page.source]
+    assert [page.name for page in generated if site.current(page.source) != page.source] == []
+    assert "".join(page.source for page in generated).count("<!-- generated: ") == len(site.TEXTS)
 
 
 @each_page

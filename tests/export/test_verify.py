@@ -40,7 +40,7 @@ def test_verify_finds_the_merged_model_behind_the_adapters(
         ["--adapter", *adapters, *base, merged],
     ):
         assert main(["verify", *command]) == 0, command
-        assert capsys.readouterr().out.splitlines()[-1] == "proven"
+        assert capsys.readouterr().out.splitlines()[-1] == "verified"
     assert main(["verify", *base, "--adapter", adapters[0]]) == 1
     assert "the merged model is missing: dora-diffusion verify MERGED" in capsys.readouterr().err
     assert main(["verify", *base, "--adapter", *adapters]) == 1
@@ -115,7 +115,7 @@ def test_one_wrong_number_is_found(
     output = export_checkpoint(sd1_folder, path, tmp_path / "merged")
     command = ["verify", str(output), "--base", str(sd1_folder), "--adapter", str(path)]
     assert main(command) == 0
-    assert "proven" in capsys.readouterr().out
+    assert "verified" in capsys.readouterr().out
     file = output / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     adapted = [name.removeprefix("unet.") for name in layers if name.startswith("unet.")]

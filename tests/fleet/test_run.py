@@ -323,7 +323,7 @@ def test_settings_that_are_the_fleet_s_own_are_refused(subjects, tmp_path, name)
     values = {"push_to_hub": True, "hub_model_id": "me/x"} if name == "push_to_hub" else {}
     config = replace(subjects[NAMES[0]], **(values or {name: "latest"}))
     (failed,) = run_fleet({"one": config}, tmp_path).failed
-    assert f"{name} is the fleet's own business" in failed.cause
+    assert f"{name} is set by the fleet" in failed.cause
 
 
 def test_an_entry_that_is_wrong_fails_alone(subjects, tmp_path):

@@ -75,7 +75,7 @@ def test_what_a_run_was_told_reaches_images_and_files(
     merged, folder = tmp_path / "merged.safetensors", tmp_path / "merged"
     run("export", "--base", base, "--adapter", adapter, "--output", merged)
     assert keys_of(merged) == keys_of(base) | {"v_pred", "ztsnr"}
-    assert "proven" in run("verify", merged, "--base", base, "--adapter", adapter)
+    assert "verified" in run("verify", merged, "--base", base, "--adapter", adapter)
     from_file, said = image("merged", "--base", merged)
     assert "by the file's v_pred and ztsnr" in said
     assert abs(from_file - plain).max() <= 2

@@ -214,7 +214,7 @@ def test_pictures_wait_their_turn_while_a_run_has_the_device_and_can_be_withdraw
         studio.release()  # as before a run starts
         assert studio._loaded is None
         studio.withdraw()
-        with pytest.raises(UserError, match="withdrawn before their turn came"):
+        with pytest.raises(UserError, match="cancelled while they waited"):
             images.result()
         assert not studio.is_waiting
         images = threads.submit(studio.make, ask(finished))

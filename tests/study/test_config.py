@@ -28,9 +28,9 @@ def test_a_method_is_the_common_settings_with_its_own_over_them(tmp_path):
     [
         ({"subject": ["x"]}, "has no subject.*did you mean subjects"),
         ({"methods": {"a": {"rnak": 4}}}, "there is no setting rnak.*did you mean rank"),
-        ({"methods": {"a": {"seed": 4}}}, "seed is the study's own business"),
-        ({"methods": {"a": {"keep_best": True}}}, "keep_best is the study's own business"),
-        ({"methods": {"a": {"output_dir": "x"}}}, "output_dir is the study's own business"),
+        ({"methods": {"a": {"seed": 4}}}, "seed is set by the study"),
+        ({"methods": {"a": {"keep_best": True}}}, "keep_best is set by the study"),
+        ({"methods": {"a": {"output_dir": "x"}}}, "output_dir is set by the study"),
         ({"methods": {"a": {"rank": -1}}}, "methods.a: rank is -1"),
         ({"methods": {"base": {}}}, "a method is called base"),
         ({"methods": {"a": {"learning_rate": 0}}}, "greater than 0"),

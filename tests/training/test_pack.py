@@ -211,8 +211,8 @@ def test_who_is_killed_and_resumed_or_fails_changes_nobody(
         ({"lora_dropout": 0.1}, {}, "lora_dropout 0.1"),
         ({"optimizer": "adafactor"}, {}, "optimizer adafactor"),
         ({"compile": True}, {}, "compile on"),
-        ({}, {"targets": ["attention"]}, "targets must be alike in a pack; mug has"),
-        ({}, {"norm_axis": "input"}, "norm_axis must be alike"),
+        ({}, {"targets": ["attention"]}, "targets must be the same in a pack; mug has"),
+        ({}, {"norm_axis": "input"}, "norm_axis must be the same"),
     ],
 )
 def test_what_a_pack_cannot_do_is_refused_by_name(

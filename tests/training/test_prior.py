@@ -188,8 +188,8 @@ def test_class_images_that_are_left_out_are_said(reg):
         assert len(own_class_images(reg)) == 4
     assert [str(w.message).removeprefix(str(reg)) for w in told] == [
         "/4_jug: its 4 repeats have no effect; class images take turns",
-        ": left out 1 photo in old; class images are in the folder itself, or in folders named as "
-        "'1_dog' is",
+        ": left out 1 photo in old; put class images into the folder itself, or into folders "
+        "named like '1_dog'",
     ]
     with pytest.warns(UserWarning, match="has 4 class images, of which num_class_images 2 are"):
         make(reg, 2, [])

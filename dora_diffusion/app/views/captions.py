@@ -104,7 +104,7 @@ def connect(context: Context, tab: CaptionsView, pick: Any) -> None:
         def run(subject_id: str | None, *values: str) -> list[Any]:
             subject, edit = read_subject(workspace, subject_id), make(*values)
             if not edit:
-                raise UserError("write first what is to be changed")
+                raise UserError("write what to change first")
             new = {name: edit(caption) for name, caption in captions_of(subject).items()}
             return done(subject, write_captions(workspace, subject.id, new))
 
@@ -116,7 +116,7 @@ def connect(context: Context, tab: CaptionsView, pick: Any) -> None:
         return done(subject, undo_captions(workspace, subject.id))
 
     def done(subject: StoredSubject, count: int) -> list[Any]:
-        text = f"{counted(count, 'caption')} changed" if count else "No caption is another now"
+        text = f"{counted(count, 'caption')} changed" if count else "No caption changed"
         return [caption_rows(subject), html.note(text, "good" if count else "info")]
 
     # One after the other, and each: what was typed last is written last.

@@ -36,7 +36,7 @@ from dora_diffusion.models.schedulers import SCHEDULERS
 
 _TEMPLATES = (
     "a photo of a {subject}",
-    "a photo of a {subject} on the snow",
+    "a photo of a {subject} in the snow",
     "a photo of a {subject} on the beach",
     "a photo of a {subject} at night",
     "a photo of two {subject}s",
@@ -71,7 +71,7 @@ class GenerateTab:
             list(_TEMPLATES), value=None, label="Prompt template", elem_id="template"
         )
         self.form["prompt"] = gr.Textbox(
-            "a photo of a {subject} on the snow",
+            "a photo of a {subject} in the snow",
             label="Prompt",
             info="{subject} becomes the run's trigger words, of the first of several subjects.",
             lines=2,

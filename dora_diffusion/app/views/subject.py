@@ -347,5 +347,5 @@ def _sample_cards(samples: Path) -> str:
     )
     if not cards:
         return ""
-    offer = "No photos at hand? Take a sample: the embedded model learns it in a minute or two."
+    offer = "No photos at hand? Take a sample: the embedded model learns it in some minutes."
     return f"{html.quiet(offer)}<div class='dd-samples'>{cards}</div>"

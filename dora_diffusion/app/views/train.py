@@ -50,7 +50,7 @@ _OF_ADAPTER = (
     "method", "use_dora", "norm_axis", "rank", "conv_rank", "targets", "train_text_encoder",
     "text_encoder_targets",
 )  # fmt: skip
-_PROMPTS = "a photo of a {subject} on the snow\na photo of a {subject} at night"
+_PROMPTS = "a photo of a {subject} in the snow\na photo of a {subject} at night"
 
 
 class TrainTab:

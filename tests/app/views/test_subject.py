@@ -45,7 +45,7 @@ def test_photos_are_looked_at_by_a_job_whose_table_and_sheet_are_shown(
     stored, look = read_subject(context.workspace, subject), handler(context, "look", "subject")
     before = sorted(stored.folder.iterdir())
     assert "waiting" in look(subject, EMBEDDED, "100").lower()
-    with pytest.raises(gradio.Error, match="are being looked at already"):
+    with pytest.raises(gradio.Error, match="are already being checked"):
         look(subject, EMBEDDED, "")
     (job_id,) = ids_in(context.workspace.root)
     folder = context.workspace.root / job_id
@@ -188,7 +188,7 @@ def test_captions_of_all_photos_are_changed_by_buttons(
     assert now() == ["", "night, a <mug> on grass", ""]
     assert "night, a &lt;mug&gt; on grass</textarea>" in rows
     assert "1 caption changed" in message
-    assert "No caption is another now" in substitute(subject, "dog", "cat")[1]
+    assert "No caption changed" in substitute(subject, "dog", "cat")[1]
     substitute(subject, "grass", "sand")
     assert now() == ["", "night, a <mug> on sand", ""]
     write(subject, "a sks mug")

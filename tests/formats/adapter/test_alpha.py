@@ -130,7 +130,7 @@ def test_an_alpha_that_is_assumed_is_said(
     assert f"warning: broken.safetensors: {said}" in capsys.readouterr().err
     assert main(["verify", str(merged), *common]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
-        f"proven, as far as this is right: broken.safetensors: {said}"
+        f"verified, assuming that this is right: broken.safetensors: {said}"
     )
     picture = ["--prompt", "x", "--output", str(tmp_path / "x.png"), "--steps", "1"]
     size = ["--width", "64", "--height", "64"]
@@ -147,7 +147,7 @@ def test_an_alpha_that_is_assumed_is_said(
     assert main(["export", *common, "--output", str(given), "--alpha", "3"]) == 0
     assert "alpha" not in capsys.readouterr().err
     assert main(["verify", str(given), *common, "--alpha", "3"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "proven"
+    assert capsys.readouterr().out.splitlines()[-1] == "verified"
     assert main(["verify", str(merged), *common, "--alpha", "3"]) == 1
     with PipelineFolder.open(sd1_folder) as pipeline:
         name = next(iter(unet))
