@@ -20,6 +20,7 @@ from dora_diffusion.formats.checkpoint.schedule import UNASKED
 from dora_diffusion.generate import load_adapted
 from dora_diffusion.serving import deploy
 from dora_diffusion.serving.deploy import TOKEN_VARIABLE, Deployment, deployed, read_token
+from tests.waiting import WAIT_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_on_ray_no_request_is_lost_with_a_replica(sd1_folder, random_adapter, tm
     def ask(number):
         name = files[number % 4] and files[number % 4].stem
         request = {"prompt": "a dog", "adapter": name, "seed": number, "steps": 2}
-        with httpx.Client(base_url=deployment.url, headers=headers, timeout=300) as client:
+        with httpx.Client(base_url=deployment.url, headers=headers, timeout=WAIT_SECONDS) as client:
             return client.post("/v1/images", json={**request, "width": 64, "height": 64})
 
     with deployed(deployment), ThreadPoolExecutor(12) as threads:
