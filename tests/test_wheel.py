@@ -94,8 +94,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     for name in (".dockerignore", ".gitattributes", ".gitignore", ".pre-commit-config.yaml"):
         shutil.copy(ROOT / name, folder / "source")
     sdist = build("sdist", folder / "source", folder / "dist")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
+    shutil.unpack_archive(sdist, folder / "unpacked")
     (unpacked,) = (folder / "unpacked").iterdir()
     wheel = build("wheel", unpacked, folder / "dist")
     home = folder / "venv"

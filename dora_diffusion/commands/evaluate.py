@@ -119,10 +119,7 @@ def _load(args: argparse.Namespace) -> tuple[Components, str, str, Components | 
         **{**vars(base), "base": args.adapter, "variant": None, "revision": None}
     )
     components, _ = load_adapted_model(tuned)
-    # Of both, strengths are said to have no effect once.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*has no effect because no adapter is given")
-        base_model, _ = load_adapted_model(base)
+    base_model, _ = load_adapted_model(base)
     return components, trigger, captions, base_model
 
 
