@@ -201,8 +201,9 @@ def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
         is_below = Path(os.path.normpath(place)).is_relative_to(folder)
         if not is_below or (content is None and not member.isdir()):
             raise ConfigError(
-                f"{_STATE_FILE} of the fleet's output holds {member.name!r}, which no fleet writes; "
-                "who else writes there? Remove the subject's folder there to train it again"
+                f"{_STATE_FILE} of the fleet's output holds {member.name!r}, which no fleet "
+                "writes; find out who else writes there, and remove the subject's folder there to "
+                "train it again"
             )
         if content is None:
             place.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.fields import ConfigError, require
-from dora_diffusion.fleet.connection import connect
+from dora_diffusion.fleet.connection import INSTALL_RAY, connect
 from dora_diffusion.serving.engine import BatchItem, Engine, Reply
 from dora_diffusion.system import is_address, is_loopback
 
@@ -169,7 +169,7 @@ def deployed(deployment: Deployment) -> Iterator[None]:
         from ray import serve
     except ImportError:
         raise ConfigError(
-            "serving needs Ray Serve, which is not installed; run 'pip install dora-diffusion[ray]'"
+            f"serving needs Ray Serve, which is not installed; run {INSTALL_RAY}"
         ) from None
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     leave = connect(deployment.address, _OBJECT_STORE)

@@ -64,7 +64,7 @@ def test_a_token_is_read_from_a_file_or_the_environment(tmp_path, monkeypatch):
 def test_without_ray_a_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
-        pytest.raises(ConfigError, match=r"run 'pip install dora-diffusion\[ray\]'"),
+        pytest.raises(ConfigError, match=r'run pip install "ray\[serve\]"$'),
         deployed(Deployment("base", ())),
     ):
         pass
