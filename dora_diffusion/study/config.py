@@ -171,6 +171,8 @@ class Study:
                 "method, or a tune section",
             )
             return
+        for name in self.tune.method_rates:
+            _check_name("tune.method_rates", name, [one.name for one in self.methods], "method")
         require(bool(tuned), "tune has no effect: every method has its learning rate")
         counts = {name: len(self.tune.rates(name)) for name in tuned}
         require(
@@ -179,10 +181,6 @@ class Study:
         )
         shared = [s for s in self.tune.subjects if s in self.subjects]
         require(not shared, f"tune on other subjects than are reported, not on {shared}")
-        for name in self.tune.method_rates:
-            _check_name(
-                "tune.method_rates", name, [method.name for method in self.methods], "method"
-            )
         for name in (self.tune.best, *self.tune.keep):
             place = "tune.best" if name == self.tune.best else "tune.keep"
             _check_name(place, name.partition("@")[0], MEASURES, "measure")

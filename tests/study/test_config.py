@@ -97,7 +97,7 @@ def test_the_reference_is_a_row_of_the_report(methods, reference, expected):
         "reference": reference, "tune": None,
     }  # fmt: skip
     if expected is None:
-        with pytest.raises(ConfigError, match=r"reference: there is no row .*did you mean lora"):
+        with pytest.raises(ConfigError, match=r"reference: there is no row .*; there are base, "):
             study(**changes)
         return
     made = study(**changes)
