@@ -61,7 +61,7 @@ def test_every_reason_has_a_place_where_its_tests_run() -> None:
     ("reason", "place"),
     [
         ("could not import 'ray': No module named 'ray'", "`make test`: `make test-bare`"),
-        ("could not import 'pty': No module named 'pty'", "`make test`, without the emulated"),
+        ("could not import 'pty': No module named 'pty'", "`make test`, except on Windows"),
         ("bitsandbytes is not installed", "`make test-newest UV_ARGS=bitsandbytes`"),
         ("prodigyopt is not installed", "`make test`: `make test-bare`"),
         ("a reason of nobody", "?"),

@@ -63,7 +63,7 @@ def test_what_no_fleet_writes_is_refused(results, tmp_path, name, kind):
     member.type, member.linkname = kind, str(tmp_path / "secret")
     (tmp_path / "secret").write_text("a token", encoding="utf-8")
     packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as tar:
+    with tarfile.TarFile(fileobj=packed, mode="w") as tar:
         tar.addfile(member, io.BytesIO())
     fsspec.filesystem("memory").pipe("/fetched/mug/state.tar", packed.getvalue())
     with pytest.raises(ConfigError, match="which no fleet writes"):
