@@ -31,6 +31,7 @@ from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import module_shapes
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+from tests.skips import summary
 
 if TYPE_CHECKING:
     from tests.apple import AppleGPU
@@ -99,6 +100,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return min(places, default=len(LONGEST))
 
     items.sort(key=place)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What was skipped, by reason, each with the place where it runs."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = [str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped]
+    for line in summary(reasons):
+        terminalreporter.write_line(line)
 
 
 TOKEN_LIMIT = 77

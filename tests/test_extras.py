@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from dora_diffusion.cli import main
 
@@ -29,6 +31,12 @@ def stated(field: str) -> list[str]:
     """A list of requirements in pyproject.toml."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     return ast.literal_eval(re.search(rf"^{field} = (\[.*?\])$", text, re.MULTILINE | re.DOTALL)[1])
+
+
+def all_extras() -> list[str]:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    return re.findall(r"^([\w-]+) = \[", section, re.MULTILINE)
 
 
 REQUIRED = import_names(stated("dependencies"))
@@ -60,9 +68,57 @@ def test_what_the_package_imports_is_installed_with_it_or_an_extra() -> None:
             assert not imported(node) & (OPTIONAL - REQUIRED), path
 
 
+# What a message or page may name that is no requirement of ours: trackers, file systems, compilers.
+OTHERS = {*BY_HAND, "s3fs", "triton", "triton-windows", "pytorch-triton-xpu"}
+INSTALL = re.compile(
+    r"""pip install ((?:-\S+ )*)((?:"[^"]+"|'[^']+'|[\w{][\w.{}\[\]-]*)(?: [\w.-]+)*)"""
+)
+
+
+def printed_texts() -> Iterator[str]:
+    """Every text of the package; what is filled in is left as ``{}``."""
+    for path in sorted((ROOT / "dora_diffusion").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            elif isinstance(node, ast.JoinedStr):
+                parts = [getattr(part, "value", "") for part in node.values]
+                yield "".join(part if isinstance(part, str) else "{}" for part in parts)
+
+
+def test_every_command_that_is_printed_installs_packages_that_there_are() -> None:
+    """Of the registry, where this package need not be: an extra is named by what is in it."""
+    lines = [line for field in ("dependencies", *all_extras()) for line in stated(field)]
+    known = {Requirement(line).name for line in lines} - {"dora-diffusion"}
+    commands = {found[2] for text in printed_texts() for found in INSTALL.finditer(text)}
+    assert len(commands) > 8
+    for command in commands:
+        words = (
+            command.partition(" and ")[0].partition(" on ")[0].translate({34: "", 39: ""}).split()
+        )
+        names = {Requirement(word).name for word in words if "{" not in word}
+        assert names <= known | OTHERS, command
+
+
+def test_extras_stand_in_one_table() -> None:
+    """All of them, and every other page leads there; commands of pages work in a clone."""
+    ours = {"bare-test", "benchmarks", "docs", "lint", "test"}
+    page = (ROOT / "docs" / "start" / "install.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)) == set(EXTRAS)
+    assert set(EXTRAS) == set(all_extras()) - ours
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("notebooks/*")]:
+        text = path.read_text(encoding="utf-8")
+        found = re.findall(r"pip install[^`\n]*?\[([\w,-]+)\]", text)
+        names = {name for words in found for name in words.split(",")}
+        assert names <= (set(EXTRAS) if path.name == "install.md" else ours), path
+        assert not re.search(r"pip install .*dora-diffusion", path.read_text(encoding="utf-8")), (
+            path
+        )
+
+
 def test_plots_come_with_the_ordinary_install() -> None:
     assert "matplotlib" in REQUIRED
-    assert stated("plots") == []  # an extra of earlier versions, which commands may still name
 
 
 @pytest.fixture

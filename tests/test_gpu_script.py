@@ -17,6 +17,8 @@ import psutil
 import pytest
 import torch
 
+from tests.waiting import STAY, WAIT_SECONDS, wait_until
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -45,23 +47,35 @@ def test_a_row_that_fails_says_why_and_the_next_one_is_measured(gpu):
 
 
 def test_a_part_that_takes_too_long_is_stopped_and_keeps_its_rows(gpu, tmp_path, monkeypatch):
+    class Late(subprocess.Popen):
+        """Runs into its limit when it has written a row."""
+
+        def wait(self, timeout=None):
+            if timeout != 3:
+                return super().wait(timeout)
+            wait_until(lambda: gpu.read(tmp_path / "tests.json"))
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
     slow = tmp_path / "slow.py"
     slow.write_text(
-        "import json, pathlib, subprocess, sys, time\n"
-        "path = pathlib.Path(sys.argv[2], sys.argv[4] + '.json')\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "import json, os, pathlib, subprocess, sys\n"
+        "path = pathlib.Path(sys.argv[2], 'row.json')\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {STAY!r}])\n"
         "path.write_text(json.dumps({'rows': [{'ms': child.pid}]}), encoding='utf-8')\n"
-        "time.sleep(60)\n",
+        "os.replace(path, path.with_name(sys.argv[4] + '.json'))\n"
+        f"{STAY}\n",
         encoding="utf-8",
     )
     monkeypatch.setattr(gpu, "__file__", str(slow))
+    monkeypatch.setattr(gpu.subprocess, "Popen", Late)
     gpu.start_part("tests", tmp_path, 3)
     written = gpu.read(tmp_path / "tests.json")
     assert written["problem"] == "stopped after 3 s"
     assert "Not complete: stopped after 3 s." in gpu.report(tmp_path)
     # What it has started would keep the device from the next part.
     _, alive = psutil.wait_procs(
-        [p for p in psutil.process_iter() if p.pid == written["rows"][0]["ms"]], timeout=10
+        [p for p in psutil.process_iter() if p.pid == written["rows"][0]["ms"]],
+        timeout=WAIT_SECONDS,
     )
     assert all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
 

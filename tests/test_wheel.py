@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import WAIT_SECONDS
+
 ROOT = Path(__file__).parents[1]
 NOT_SOURCE = shutil.ignore_patterns(
     ".*", "*.egg-info", "build", "dist", "runs", "demo-output", "dreambooth-output"
@@ -92,8 +94,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     for name in (".dockerignore", ".gitattributes", ".gitignore", ".pre-commit-config.yaml"):
         shutil.copy(ROOT / name, folder / "source")
     sdist = build("sdist", folder / "source", folder / "dist")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
+    shutil.unpack_archive(sdist, folder / "unpacked")
     (unpacked,) = (folder / "unpacked").iterdir()
     wheel = build("wheel", unpacked, folder / "dist")
     home = folder / "venv"
@@ -239,7 +240,7 @@ def test_the_app_opens_from_an_empty_folder_with_the_samples(installed, app):
     answer = urllib.request.urlopen(address + photo)
     assert answer.read() == (ROOT / "samples" / "bolt_mug" / "01.jpg").read_bytes()
     app.send_signal(signal.SIGTERM)
-    assert app.wait(60) == 0
+    assert app.wait(WAIT_SECONDS) == 0
 
 
 def test_a_user_s_program_passes_mypy_strictly(installed):

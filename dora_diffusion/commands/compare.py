@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     from dora_diffusion.study.page import write_report
     from dora_diffusion.study.run import run_study
-    from dora_diffusion.study.tables import figures_table
+    from dora_diffusion.study.tables import caution, figures_table
 
     for reason in study.reasons():
         warnings.warn(reason, stacklevel=1)
@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     if not results.records:
         raise ConfigError(f"{output} contains no record of this study; leave out --report_only")
     files = write_report(results, output)
+    if doubt := caution(results.records):
+        warnings.warn(doubt, stacklevel=1)
     if args.json:
         print_json([*results.tuning, *results.records])
         return 0

@@ -21,6 +21,7 @@ from dora_diffusion.console.progress import progress
 from dora_diffusion.console.tables import print_json
 from dora_diffusion.formats.adapter.metadata import CAPTIONS, OWN
 from dora_diffusion.formats.files.atomic import require_writable
+from dora_diffusion.wording import counted
 
 if TYPE_CHECKING:
     from dora_diffusion.evaluation.report import Evaluation
@@ -38,8 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--subject",
         required=True,
+        nargs="+",
         help="Folder of held-out photos; or, for an embedded model, a subject of the toy "
-        "world such as bolt_mug.",
+        "world such as bolt_mug. If the adapter has several subjects: one for each, in the order "
+        "of its trigger words; the results of each get a folder in the output.",
     )
     parser.add_argument("--output", default="evaluation", help="Folder of the results.")
     parser.add_argument("--overwrite", action="store_true", help="Replace results that exist.")
@@ -76,25 +79,83 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure an adapter; print the table or JSON, and write both with a sheet of images."""
-    _check(args)
+    each = [
+        argparse.Namespace(**{**vars(args), "subject": subject, "output": str(output)})
+        for subject, output in zip(args.subject, _outputs(args), strict=True)
+    ]
+    for one in each:
+        _check(one)
+    components, triggers, captions, base_model = _load(args)
+    reports = []
+    for one, trigger in zip(each, _one_for_each(triggers, args), strict=True):
+        evaluation = _evaluate(one, components, trigger, captions, base_model)
+        files = evaluation.write(Path(one.output))
+        reports.append(evaluation.to_dict())
+        if not args.json:
+            print(f"{trigger}:\n" if len(each) > 1 else "", end="")
+            # Its cautions were warned of before it began.
+            print(dataclasses.replace(evaluation, cautions=()).table())
+            print("\n" + "\n".join(f"{name}: {path}" for name, path in files.items()))
+    if args.json:
+        print_json(reports if len(each) > 1 else reports[0])
+    return 0
+
+
+def _outputs(args: argparse.Namespace) -> list[Path]:
+    """Where the results of each subject go.
+
+    Raises:
+        ConfigError: If two subjects have one name.
+    """
+    output = Path(args.output)
+    if len(args.subject) == 1:
+        return [output]
+    names = [Path(subject).resolve().name for subject in args.subject]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"two of the subjects {', '.join(args.subject)} have one name, which is that of their "
+            "results; rename a folder"
+        )
+    return [output / name for name in names]
+
+
+def _one_for_each(triggers: str, args: argparse.Namespace) -> list[str]:
+    """The trigger words of each subject.
+
+    Raises:
+        ConfigError: If there are as many subjects of neither kind.
+    """
+    from dora_diffusion.formats.adapter.metadata import split_triggers
+
+    found, count = split_triggers(triggers) or [""], len(args.subject)
+    if len(found) != count:
+        raise ConfigError(
+            f"the adapter has {counted(len(found), 'subject')}, {triggers or 'without a trigger'}, "
+            f"and --subject names {count}; name one for each, in this order, or choose with "
+            "--trigger"
+        )
+    if count > 1 and args.class_word:
+        raise ConfigError("--class_word is for one subject; choose it with --trigger")
+    return found
+
+
+def _evaluate(
+    args: argparse.Namespace,
+    components: Components,
+    trigger: str,
+    captions: str,
+    base_model: Components | None,
+) -> Evaluation:
+    """Measure one subject."""
     from dora_diffusion.evaluation.toy.evaluate import SAMPLING
     from dora_diffusion.generate import SamplingSettings
 
     default = SAMPLING if _is_toy(args) else SamplingSettings()
     guidance = default.guidance_scale if args.guidance_scale is None else args.guidance_scale
     settings = SamplingSettings(args.steps, guidance, args.scheduler)
-    components, trigger, captions, base_model = _load(args)
     evaluate = _evaluate_toy if _is_toy(args) else partial(_evaluate_photos, captions=captions)
     evaluation = evaluate(args, components, trigger, settings, base_model)
-    evaluation = dataclasses.replace(evaluation, details=_details(args, trigger, settings))
-    files = evaluation.write(Path(args.output))
-    if args.json:
-        print_json(evaluation.to_dict())
-    else:
-        # Its cautions were warned of before it began.
-        print(dataclasses.replace(evaluation, cautions=()).table())
-        print("\n" + "\n".join(f"{name}: {path}" for name, path in files.items()))
-    return 0
+    return dataclasses.replace(evaluation, details=_details(args, trigger, settings))
 
 
 def _load(args: argparse.Namespace) -> tuple[Components, str, str, Components | None]:
@@ -119,10 +180,7 @@ def _load(args: argparse.Namespace) -> tuple[Components, str, str, Components | 
         **{**vars(base), "base": args.adapter, "variant": None, "revision": None}
     )
     components, _ = load_adapted_model(tuned)
-    # Of both, strengths are said to have no effect once.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*has no effect because no adapter is given")
-        base_model, _ = load_adapted_model(base)
+    base_model, _ = load_adapted_model(base)
     return components, trigger, captions, base_model
 
 
@@ -203,12 +261,9 @@ def _evaluate_photos(
     from dora_diffusion.data.photo_record import read_photo_record
     from dora_diffusion.evaluation.metric_models import LITE, lite_is_installed, open_metric_model
     from dora_diffusion.evaluation.photos import PROMPTS, evaluate_photos, read_subject
-    from dora_diffusion.formats.adapter.metadata import split_triggers
 
     if not trigger:
         raise ConfigError("the adapter does not say its trigger; give it with --trigger 'sks dog'")
-    if len(split_triggers(trigger)) > 1:
-        raise ConfigError(f"the adapter has several subjects, {trigger}; choose one with --trigger")
     names = args.metric_model or ([LITE] if lite_is_installed() else [])
     models = [open_metric_model(name) for name in names]
     lines = Path(args.prompts).read_text(encoding="utf-8").splitlines() if args.prompts else []

@@ -26,7 +26,9 @@ from dora_diffusion.jobs.checkpoints import (
 )
 
 if TYPE_CHECKING:
+    from dora_diffusion.evaluation.photos import PhotoSubject
     from dora_diffusion.evaluation.ranking import EvaluationPrompts
+    from dora_diffusion.training.subject import Subject
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,8 +84,9 @@ def run(args: argparse.Namespace) -> int:
         )
         for row in measured
     ]  # fmt: skip
-    write_ranking(args.output, rows, notes, questions.similar_to)
-    _print(Ranking(tuple(rows), (), tuple(notes), questions.similar_to))
+    ranking = Ranking(tuple(rows), (), tuple(notes), questions.similar_to, questions.triggers)
+    write_ranking(args.output, ranking)
+    _print(ranking)
     print(args.output)
     return 0
 
@@ -115,17 +118,15 @@ def _steps(name: str, adapter: Path) -> int:
 
 
 def _questions(config: TrainConfig, args: argparse.Namespace) -> EvaluationPrompts:
-    """What to ask about a run's subject, sampled as the run's own samples are.
+    """What to ask about a run's subjects, sampled as the run's own samples are.
 
     The truth of a subject of the toy world is known; others have photos.
     """
-    from dora_diffusion.data.photos import list_photos
     from dora_diffusion.evaluation.ranking import ask_photos, ask_toy
     from dora_diffusion.generate import SamplingSettings
     from dora_diffusion.models.locate import is_embedded
     from dora_diffusion.toy.benchmark_subjects import SUBJECTS as TOY
     from dora_diffusion.training.subject import subjects_of, triggers_of
-    from dora_diffusion.training.validation import divide, read_held_out
 
     settings = SamplingSettings(
         steps=config.validation_inference_steps,
@@ -134,29 +135,58 @@ def _questions(config: TrainConfig, args: argparse.Namespace) -> EvaluationPromp
         height=config.resolution,
     )
     subjects = subjects_of(config)
-    subject = subjects[0]
-    if (triggers := triggers_of(subjects)) != subject.trigger:
+    if args.subject and len({one.trigger for one in subjects} - {""}) > 1:
         raise ConfigError(
-            f"the run has several subjects, {triggers}, and checkpoints are ranked by one; measure "
-            "each with 'dora-diffusion evaluate CHECKPOINT --trigger TRIGGER'"
+            f"the run has several subjects, {triggers_of(subjects)}, and --subject is of one; "
+            "leave it out to rank by the photos of each"
         )
     if args.subject in TOY:
         if not is_embedded(args.base):
             raise ConfigError(
                 f"{args.subject} is of the toy world, which {args.base} does not know"
             )
-        return ask_toy(args.subject, subject.trigger, settings)
-    own = Path(subject.settings.instance_data_dir or "")
-    is_own = args.subject is None or Path(args.subject).resolve() == own.resolve()
-    trained_on, held_out = divide(subject.settings) if is_own else ([], list_photos(args.subject))
-    paths = held_out if args.subject is None and held_out else trained_on or held_out
-    return ask_photos(
-        read_held_out(subject, paths),
-        subject.trigger,
-        subject.class_word,
-        settings,
-        trained_on=paths is trained_on,
-    )
+        return ask_toy(args.subject, subjects[0].trigger, settings)
+    asked, known = _known_photos(subjects, args.subject)
+    return ask_photos(asked, settings, known)
+
+
+def _known_photos(
+    subjects: Sequence[Subject], folder: str | None
+) -> tuple[list[PhotoSubject], list[str]]:
+    """What each subject is compared with: its held-out photos, else those it was trained on.
+
+    Args:
+        subjects: Of the run. Those with the same trigger words are one.
+        folder: Photos to take instead.
+
+    Returns:
+        The subjects, and trigger words of those whose photos were trained on.
+    """
+    from dora_diffusion.data.photos import list_photos
+    from dora_diffusion.evaluation.photos import PhotoSubject
+    from dora_diffusion.training.validation import divide_all, read_held_out
+
+    none: list[list[Path]] = [[] for _ in subjects]
+    own = [Path(one.settings.instance_data_dir or "") for one in subjects]
+    if folder and Path(folder).resolve() not in [path.resolve() for path in own]:
+        trained_on, held_out = none, [list_photos(folder), *none[1:]]
+    else:
+        trained_on, held_out = divide_all(subjects, [list_photos(path) for path in own])
+        held_out = none if folder else held_out
+    known, found = list[str](), dict[str, PhotoSubject]()
+    # A style beside subjects has none, and is in all of their images.
+    triggers = dict.fromkeys(subject.trigger for subject in subjects)
+    for trigger in [trigger for trigger in triggers if trigger] or triggers:
+        places = [at for at, subject in enumerate(subjects) if subject.trigger == trigger]
+        is_new = any(held_out[at] for at in places)
+        known += [] if is_new else [trigger]
+        paths = held_out if is_new else trained_on
+        photos = [
+            one for at in places if paths[at] for one in read_held_out(subjects[at], paths[at])
+        ]
+        name = photos[0].path.parent.name
+        found[trigger] = PhotoSubject(name, trigger, subjects[places[0]].class_word, photos)
+    return list(found.values()), known
 
 
 def _print(ranking: Ranking) -> None:
@@ -166,11 +196,14 @@ def _print(ranking: Ranking) -> None:
     def shown(value: float | None, digits: int = 3) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
-    table = [["checkpoint", f"similarity to {ranking.similar_to}", "drift", "denoising loss"]]
+    subjects = ranking.triggers if len(ranking.triggers) > 1 else ()
+    table = [["checkpoint", *subjects, f"similarity to {ranking.similar_to}", "drift",
+              "denoising loss"]]  # fmt: skip
     table += [
-        [row.name, *map(shown, (row.similarity, row.drift)), shown(row.loss, 4)]
+        [row.name, *(shown(value) for value in row.by_subject(len(subjects))),
+         *map(shown, (row.similarity, row.drift)), shown(row.loss, 4)]
         for row in ranking.rows
-    ]
+    ]  # fmt: skip
     if all(row.loss is None for row in ranking.rows):
         table = [row[:-1] for row in table]
     print(aligned(table))

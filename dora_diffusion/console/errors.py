@@ -133,13 +133,18 @@ def _one_line(text: str) -> str:
 
 
 def _show_plain_warnings() -> None:
-    """Show this package's warnings as lines; leave the libraries' to themselves."""
+    """Show each of this package's warnings as a line, once; leave the libraries' to themselves."""
     warnings.simplefilter("ignore")
     if os.environ.get("RANK", "0") != "0":
         return  # Of several processes, the first one speaks.
     warnings.filterwarnings("always", category=UserWarning, module=r"dora_diffusion\.")
 
+    shown = set[str]()
+
     def show(message: Any, *_: Any, **__: Any) -> None:
-        say(f"warning: {_one_line(str(message))}", sys.stderr)
+        line = f"warning: {_one_line(str(message))}"
+        if line not in shown:
+            shown.add(line)
+            say(line, sys.stderr)
 
     warnings.showwarning = show

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,12 @@ from dora_diffusion.data.photos import Photo
 from dora_diffusion.evaluation.denoising import NUM_SEEDS, HeldOutImages
 from dora_diffusion.evaluation.measures import ImageRequest, Values, seed_means
 from dora_diffusion.evaluation.metric_models import LITE, open_metric_model
-from dora_diffusion.evaluation.photos import PROMPTS, measure_photos, photo_requests
+from dora_diffusion.evaluation.photos import (
+    PROMPTS,
+    PhotoSubject,
+    measure_photos,
+    photo_requests,
+)
 from dora_diffusion.evaluation.toy.evaluate import Answers, measure
 from dora_diffusion.evaluation.toy.requests import toy_requests
 from dora_diffusion.generate import (
@@ -71,12 +77,13 @@ class EvaluationPrompts:
     """What to ask for, and how to judge the answers.
 
     Attributes:
-        requests: `SUBJECTS` of the subject, then `OTHERS` of other things, or fewer.
+        requests: `SUBJECTS` of each subject, then `OTHERS` of other things, or fewer.
         settings: How to sample.
         judge: (images, the base's images) -> figures, as `measure_photos` names them.
         notes: What the figures are.
         similar_to: What similarity is to, in few words.
         held_out: Photos whose denoising loss is taken too.
+        triggers: Trigger words of each subject, of which as many images are asked for.
     """
 
     requests: Sequence[ImageRequest]
@@ -85,6 +92,7 @@ class EvaluationPrompts:
     notes: tuple[str, ...]
     similar_to: str
     held_out: Sequence[Photo] = ()
+    triggers: tuple[str, ...] = ()
 
 
 def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> EvaluationPrompts:
@@ -97,31 +105,53 @@ def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> Evaluation
         return measure(subject, requests, answers, base=before)
 
     note = "Similarity is to true images of the subject on held-out backgrounds."
-    return EvaluationPrompts(requests, settings, judge, (note,), "the true subject")
+    return EvaluationPrompts(requests, settings, judge, (note,), "the true subject", (), (trigger,))
 
 
 def ask_photos(
-    photos: Sequence[Photo],
-    trigger: str,
-    class_word: str,
-    settings: SamplingSettings,
-    *,
-    trained_on: bool = True,
+    subjects: Sequence[PhotoSubject], settings: SamplingSettings, trained_on: Collection[str] = ()
 ) -> EvaluationPrompts:
-    """A subject that is known from photos alone, those that were trained on or held-out ones."""
-    requests = _few(photo_requests(trigger, class_word, [SEED], PROMPTS[:SUBJECTS]))
+    """Subjects that are known from photos alone, those that were trained on or held-out ones.
+
+    Args:
+        subjects: Each with its photos.
+        settings: How to sample.
+        trained_on: Trigger words of those whose photos were trained on.
+    """
+    every = [
+        photo_requests(one.trigger, one.class_word, [SEED], PROMPTS[:SUBJECTS]) for one in subjects
+    ]
+    # Things that are of no subject's class.
+    shared = set.intersection(*({request.prompt for request in of_one} for of_one in every))
+    rounds = [
+        _few([r for r in of_one if r.group == "subject" or r.prompt in shared]) for of_one in every
+    ]
+    asked = [[r for r in of_one if r.group == "subject"] for of_one in rounds]
+    others = rounds[0][len(asked[0]) :]
     model = open_metric_model(LITE)
-    references = [open_photo(photo.path) for photo in photos]
+    references = [[open_photo(photo.path) for photo in one.photos] for one in subjects]
 
-    def judge(images: Images, base: Images) -> dict[str, Values]:
-        return measure_photos(requests, images, (), references, [model], base)
+    def judge(images: Images, base: Images) -> Mapping[str, Values]:
+        found: dict[str, Values] = {}
+        start, rest = 0, sum(map(len, asked))
+        for of_one, photos in zip(asked, references, strict=True):
+            end = start + len(of_one)
+            mine, before = ([*of[start:end], *of[rest:]] for of in (images, base))
+            start = end
+            values = measure_photos([*of_one, *others], mine, (), photos, [model], before)
+            for name, (value,) in values.items():
+                kept = found.get(name, ((),))[0] if name.startswith("subject_") else ()
+                found[name] = ((*kept, *value),)
+        return found
 
-    notes = (*[_COPYING] * trained_on, f"Both are measured by {model.name}.")
-    where = photos[0].path.parent.name
-    similar_to = "training photos" if trained_on else f"held-out photos in {where}"
+    notes = (*[_COPYING] * bool(trained_on), f"Both are measured by {model.name}.")
+    new = [one for one in subjects if one.trigger not in trained_on]
+    names = [f"held-out photos in {', '.join(dict.fromkeys(one.name for one in new))}"] * bool(new)
+    names += ["training photos"] * bool(trained_on)
     return EvaluationPrompts(
-        requests, settings, judge, notes, similar_to, () if trained_on else photos
-    )
+        [*itertools.chain(*asked), *others], settings, judge, notes, " and ".join(names),
+        [photo for one in new for photo in one.photos], tuple(one.trigger for one in subjects),
+    )  # fmt: skip
 
 
 def _few(requests: Sequence[R]) -> list[R]:
@@ -222,7 +252,9 @@ def _write_strips(
         thumbnails = [
             ImageOps.contain(image, (_SIDE, _SIDE), Image.Resampling.LANCZOS) for image in shown
         ]
-        return save_png(image_grid(thumbnails, columns=len(shown), gap=4), folder / file)
+        return save_png(
+            image_grid(thumbnails, columns=min(len(shown), SUBJECTS), gap=4), folder / file
+        )
 
     subjects = sum(request.group == "subject" for request in requests)
     others = images[subjects : subjects + _SHOWN_OTHERS]

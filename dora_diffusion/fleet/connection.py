@@ -14,6 +14,7 @@ from typing import Any
 from dora_diffusion.config import ConfigError
 from dora_diffusion.system import is_private, short_folder
 
+INSTALL_RAY = 'pip install "ray[serve]"'
 _CONNECT_SECONDS = 10.0
 
 
@@ -29,8 +30,8 @@ def ray_library() -> Any:
         import ray
     except ImportError as error:
         raise ConfigError(
-            "Ray is not installed; run pip install 'dora-diffusion[ray]', or leave out --address "
-            "to train one subject after another in this process"
+            f"Ray is not installed; run {INSTALL_RAY}, or leave out --address to train one subject "
+            "after another in this process"
         ) from error
     return ray
 

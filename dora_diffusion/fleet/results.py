@@ -7,6 +7,7 @@ its name when all of it is there, and a subject's record last of all.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tarfile
 import tempfile
@@ -113,7 +114,7 @@ class FleetResults:
             return
         state = self._files.open(f"{there}/{_STATE_FILE}", "rb")
         with state as file, tarfile.open(fileobj=file) as tar:
-            tar.extractall(folder, filter="data")
+            _unpack(tar, folder)
         listed = folder / _CHECKPOINTS
         self._kept = set(listed.read_text(encoding="utf-8").split())
         listed.unlink()
@@ -185,3 +186,28 @@ class FleetResults:
         self._files.put_file(str(file), part)
         self._files.mv(part, final)
         self.copied_bytes += file.stat().st_size
+
+
+def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
+    """Write a tar's files and folders.
+
+    `tarfile` has a filter for this from Python 3.10.12 and 3.11.4 on only.
+
+    Raises:
+        ConfigError: If one is anything else, or would be outside of the folder.
+    """
+    for member in tar:
+        place, content = folder / member.name, tar.extractfile(member) if member.isfile() else None
+        is_below = Path(os.path.normpath(place)).is_relative_to(folder)
+        if not is_below or (content is None and not member.isdir()):
+            raise ConfigError(
+                f"{_STATE_FILE} of the fleet's output holds {member.name!r}, which no fleet "
+                "writes; find out who else writes there, and remove the subject's folder there to "
+                "train it again"
+            )
+        if content is None:
+            place.mkdir(parents=True, exist_ok=True)
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with content, place.open("wb") as file:
+            shutil.copyfileobj(content, file)

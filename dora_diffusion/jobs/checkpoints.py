@@ -159,7 +159,7 @@ class RankedCheckpoint:
         similarity: How like the subject its images are; None if that could not be measured.
         drift: How far other things have moved from the base's images of the same seeds.
         images: The subject, and other things.
-        similarities: Of each image of the subject, in the same order for every row.
+        similarities: Of each image of the subjects, in the same order for every row.
         step: Optimizer steps; 0 is the base. It is the run that tells it, not the file.
         loss: Denoising loss on held-out photos; None without any.
     """
@@ -172,6 +172,12 @@ class RankedCheckpoint:
     step: int = 0
     loss: float | None = None
 
+    def by_subject(self, count: int) -> list[float | None]:
+        """Similarity of each of ``count`` subjects, which have as many images."""
+        each = len(self.similarities) // count if count else 0
+        parts = [self.similarities[at * each : (at + 1) * each] for at in range(count)]
+        return [sum(part) / each if part else None for part in parts]
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -182,12 +188,14 @@ class Ranking:
         missing: Checkpoints that it does not cover, since they are newer.
         notes: What the figures are, and what could not be measured.
         similar_to: What similarity is to, in few words.
+        triggers: Trigger words of each subject; the figures are means over them.
     """
 
     rows: tuple[RankedCheckpoint, ...]
     missing: tuple[str, ...]
     notes: tuple[str, ...]
     similar_to: str = ""
+    triggers: tuple[str, ...] = ()
 
     def gain(self, row: RankedCheckpoint) -> Interval | None:
         """How much more like the subject than the base's its images are, paired by seed.
@@ -238,9 +246,7 @@ class Ranking:
         )
 
 
-def write_ranking(
-    folder: Path, rows: Sequence[RankedCheckpoint], notes: Sequence[str], similar_to: str
-) -> None:
+def write_ranking(folder: Path, ranking: Ranking) -> None:
     """Write comparison.json."""
     values = [
         {
@@ -251,9 +257,10 @@ def write_ranking(
             "loss": row.loss,
             "images": [path.name for path in row.images],
         }
-        for row in rows
+        for row in ranking.rows
     ]
-    write_json(folder / COMPARISON, {"rows": values, "notes": notes, "similar_to": similar_to})
+    told = {name: getattr(ranking, name) for name in ("notes", "similar_to", "triggers")}
+    write_json(folder / COMPARISON, {"rows": values, **told})
 
 
 def read_ranking(workspace: Workspace, job: Job) -> Ranking | None:
@@ -274,7 +281,8 @@ def read_ranking(workspace: Workspace, job: Job) -> Ranking | None:
         raise DamagedFile(path, "its rows are none") from error
     measured = {row.name for row in rows}
     missing = tuple(name for name in job.candidates if name not in measured)
-    return Ranking(rows, missing, notes, str(values.get("similar_to", "")))
+    triggers = tuple(map(str, values.get("triggers") or ()))
+    return Ranking(rows, missing, notes, str(values.get("similar_to", "")), triggers)
 
 
 def _row(job: Job, values: Mapping[str, Any], folder: Path) -> RankedCheckpoint:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.fields import ConfigError, require
-from dora_diffusion.fleet.connection import connect
+from dora_diffusion.fleet.connection import INSTALL_RAY, connect
 from dora_diffusion.serving.batcher import WorkerLostError
 from dora_diffusion.serving.catalogue import Catalogue
 from dora_diffusion.serving.engine import BatchItem, Engine, Reply
@@ -224,7 +224,7 @@ def deployed(deployment: Deployment) -> Iterator[Replicas]:
         from ray import serve as ray_serve
     except ImportError:
         raise ConfigError(
-            "serving needs Ray Serve, which is not installed; run 'pip install dora-diffusion[ray]'"
+            f"serving needs Ray Serve, which is not installed; run {INSTALL_RAY}"
         ) from None
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     name = deployment.name

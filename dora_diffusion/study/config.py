@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dora_diffusion.config import (
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.file import read_config_file
 from dora_diffusion.config.run import ValidationSettings
+from dora_diffusion.evaluation.measures import MEASURES
 from dora_diffusion.wording import did_you_mean
 
 BASE = "base"
@@ -112,7 +113,7 @@ class Study:
         seeds_per_subject: How many of them each subject gets, in turn; None: all. With 1, and as
             many seeds as subjects, every subject has a seed of its own.
         common: Settings of training that all methods have.
-        reference: The method that differences are to.
+        reference: The row that differences are to: a method, with its rate where it has several.
         tune: How rates are chosen; None where every method has its own.
         asked: How trained models are asked for images.
 
@@ -140,17 +141,17 @@ class Study:
             f"seeds_per_subject is {self.seeds_per_subject}; there are {len(self.seeds)} seeds",
         )
         require(BASE not in names, f"a method is called {BASE}, which is the untrained model")
-        if not self.reference:
-            object.__setattr__(self, "reference", "lora" if "lora" in names else names[0])
         for method in self.methods:
             self._check_method(method, names)
         self._check_tuning()
+        rows = [row for method in self.methods for row in self.rows(method)]
+        if not self.reference:
+            object.__setattr__(self, "reference", "lora" if "lora" in rows else rows[0])
+        _check_name("reference", self.reference, [BASE, *rows], "row")
 
     def _check_method(self, method: Method, names: Sequence[str]) -> None:
-        require(
-            not method.rate_of or method.rate_of in names,
-            f"methods.{method.name}: rate_of names {method.rate_of!r}, which is no method",
-        )
+        if method.rate_of:
+            _check_name(f"methods.{method.name}.rate_of", method.rate_of, names, "method")
         other = next((m for m in self.methods if m.name == method.rate_of), None)
         require(
             other is None or (other.is_tuned or len(other.learning_rates) == 1),
@@ -170,6 +171,8 @@ class Study:
                 "method, or a tune section",
             )
             return
+        for name in self.tune.method_rates:
+            _check_name("tune.method_rates", name, [one.name for one in self.methods], "method")
         require(bool(tuned), "tune has no effect: every method has its learning rate")
         counts = {name: len(self.tune.rates(name)) for name in tuned}
         require(
@@ -178,8 +181,20 @@ class Study:
         )
         shared = [s for s in self.tune.subjects if s in self.subjects]
         require(not shared, f"tune on other subjects than are reported, not on {shared}")
-        unknown = set(self.tune.method_rates) - {method.name for method in self.methods}
-        require(not unknown, f"tune.method_rates: {', '.join(unknown)} is no method")
+        for name in (self.tune.best, *self.tune.keep):
+            place = "tune.best" if name == self.tune.best else "tune.keep"
+            _check_name(place, name.partition("@")[0], MEASURES, "measure")
+
+    def rows(self, method: Method, rates: Sequence[float] | None = None) -> list[str]:
+        """A method's rows of the report: one for each learning rate.
+
+        Args:
+            method: One of the study's.
+            rates: Its learning rates, where they are known; a tuned method has one.
+        """
+        if rates is None:
+            rates = method.learning_rates
+        return [f"{method.name} {r:g}" for r in rates] if len(rates) > 1 else [method.name]
 
     def training(self, method: Method) -> TrainConfig:
         """A method's settings of training, without those of a trial."""
@@ -283,6 +298,11 @@ def _check_settings(place: str, values: Mapping[str, Any]) -> None:
         own = name in _ITS_OWN or known[name].resume == "ignored"
         own = own or name in _HELD_OUT  # It has photos of its own.
         require(not own, f"{place}: {name} is set by the study; leave it out", name)
+
+
+def _check_name(place: str, name: str, known: Collection[str], kind: str) -> None:
+    said = f"{place}: there is no {kind} {name!r}{did_you_mean(name, known)}"
+    require(name in known, f"{said}; there are {', '.join(known)}")
 
 
 def _check_keys(place: str, values: Mapping[str, Any], known: Sequence[str]) -> None:

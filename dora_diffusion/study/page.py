@@ -15,6 +15,7 @@ from dora_diffusion.study.plots import write_plots
 from dora_diffusion.study.run import Results
 from dora_diffusion.study.tables import (
     METHOD,
+    caution,
     differences_table,
     figures_table,
     rows_in,
@@ -70,6 +71,8 @@ def _intro(results: Results) -> str:
     if diverged:
         rows = ", ".join(sorted(set(diverged)))
         missing += f" {len(diverged)} diverged and have no figures ({rows})."
+    if doubt := caution(records):
+        missing += f" Caution: {doubt}."
     return (
         f"Subjects: {subjects}; {counted(each, 'seed')} each, "
         f"{counted(len({seed for _, seed in pairs}), 'seed')} in all; {len(records)} trials on "

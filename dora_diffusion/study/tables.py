@@ -16,6 +16,9 @@ METHOD = (
     "Intervals are at 95%, over subjects and seeds (two-level bootstrap); differences are paired "
     "by subject and seed"
 )
+# From so many on, the ends that a bootstrap can reach, the least and the most value, have a true
+# middle between them in 95% of cases: 1 - 2 / 2**n.
+_ENOUGH = 6
 Value = Callable[[Record], "float | None"]
 
 
@@ -53,6 +56,22 @@ def paired_difference(
         if name == row and other is not None:
             by_subject.setdefault(subject, []).append(figure - other)
     return cluster_interval(by_subject) if by_subject else None
+
+
+def caution(records: Iterable[Record]) -> str:
+    """Why the intervals of records are not to be believed; empty where there are enough of them."""
+    pairs = {(record["subject"], record["seed"]) for record in records}
+    subjects = len({subject for subject, _ in pairs})
+    if len(pairs) < 2 or subjects >= _ENOUGH:
+        return ""
+    count, units = (len(pairs), "seed") if subjects == 1 else (subjects, "subject")
+    text = f"intervals of {counted(len(pairs), 'run')} on {counted(subjects, 'subject')}"
+    if subjects == 1:
+        text += " say nothing of other subjects"
+    if count < _ENOUGH:
+        text += f"{', and' if subjects == 1 else ''} are too narrow: with {count} {units}s, "
+        text += f"95% intervals contain the truth at most {1 - 2 / 2**count:.0%} of the time"
+    return f"{text}; {_ENOUGH} subjects or more are enough"
 
 
 def rows_in(records: Sequence[Record]) -> list[str]:

@@ -193,10 +193,5 @@ def trials_of(
 def rows_of(study: Study, method: Method, rates: Sequence[float]) -> list[tuple[str, TrainConfig]]:
     """The rows of a method, one for each rate, with their settings."""
     plain = study.training(method)
-    return [
-        (
-            method.name if len(rates) == 1 else f"{method.name} {rate:g}",
-            dataclasses.replace(plain, learning_rate=rate),
-        )
-        for rate in rates
-    ]
+    configs = [dataclasses.replace(plain, learning_rate=rate) for rate in rates]
+    return list(zip(study.rows(method, rates), configs, strict=False))

@@ -32,7 +32,7 @@ def train(
     """Teach a model a subject from photos, and write the result to ``config.output_dir``.
 
     SIGINT, SIGTERM and SIGHUP stop the run: before its first step at once, later with a checkpoint
-    after the step. A second SIGINT or SIGTERM ends the process.
+    after the step. A second SIGINT or SIGTERM loses nothing; a third one ends the process.
 
     Args:
         config: All settings.

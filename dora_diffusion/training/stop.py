@@ -1,4 +1,4 @@
-"""Signals: the first one asks a run to save and leave, the second one ends it at once."""
+"""Signals: the first one asks a run to save and leave, the third one ends it at once."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ class StopRequest:
     """Inside the block, signals set `requested` instead of ending the process.
 
     The first one is answered by what `answer_with` last said: a line, or `Stopped` at once where
-    there is nothing to save. After SIGINT (Ctrl-C), Windows' SIGBREAK (Ctrl-Break) or SIGTERM, the
-    next one ends the process. Further SIGHUPs (a closed terminal) are ignored, since a closing
-    shell sends its own after the terminal's; one that was ignored when the process began
-    (``nohup``) stays ignored.
+    there is nothing to save. A second SIGINT (Ctrl-C), Windows' SIGBREAK (Ctrl-Break) or SIGTERM
+    changes nothing: keys are pressed twice, and two programs may end the same process. It is
+    answered by what the next one would lose, and the next one ends the process. Further SIGHUPs (a
+    closed terminal) are ignored, since a closing shell sends its own after the terminal's; one that
+    was ignored when the process began (``nohup``) stays ignored.
 
     Signal handlers can be set in the main thread only; elsewhere the block changes nothing.
     """
@@ -32,6 +33,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number: int | None = None
         self._answer: str | None = None
+        self._interrupts = 0
         self._previous: dict[int, Any] = {}
         self._process = os.getpid()
         self._terminals = [fd for fd in (1, 2) if _is_terminal(fd)]
@@ -60,13 +62,17 @@ class StopRequest:
             self._leave_closed_terminal()
             signal.signal(number, signal.SIG_IGN)
         else:
-            self._let_the_next_end()
+            self._interrupts += 1
         if self.signal_number is None:
             self.signal_number = number
         if self._answer is None:
             _say("stopping: nothing has been trained yet")
             raise Stopped
-        _say(f"{self._answer}; press Ctrl-C again to leave now")
+        if self._interrupts < 2:
+            _say(self._answer)
+            return
+        self._let_the_next_end()
+        _say(f"still {self._answer}; press Ctrl-C once more to leave without that")
 
     def _leave_closed_terminal(self) -> None:
         """Send output for a terminal that is gone to nowhere: a write to it would be an error."""

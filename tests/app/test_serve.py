@@ -23,6 +23,7 @@ from dora_diffusion.jobs import records
 from dora_diffusion.jobs.subjects import new_subject
 from dora_diffusion.jobs.workspace import UserError, Workspace
 from tests.jobs.helpers import make, pretend_running
+from tests.waiting import WAIT_SECONDS
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 
@@ -37,7 +38,7 @@ class Served:
         self.context, self.blocks, self.url = start(launch)
         # Nothing here may start a worker.
         self.context.queue.close()
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.client = httpx.Client(base_url=self.url, timeout=WAIT_SECONDS)
 
     def call(self, name: str, data: list[Any]) -> str:
         """Call a handler by its name, private or not, and return the server's last word."""

@@ -1,8 +1,7 @@
 """The app as a process of its own, and tabs of headless Chromium that wait for what happens.
 
 Nothing here waits by the clock. A wait ends when what it waits for is there. It fails when a run
-that it depends on has failed, when the app has ended, or when nothing moves any more: no job
-changes, no process of the app works, and the page has been asked again and again meanwhile.
+that it depends on has failed, when the app has ended, or when no job has moved for `WAIT_SECONDS`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.waiting import WAIT_SECONDS, wait_until
+
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 # Nothing that Chromium does by itself may look for a network.
@@ -27,10 +27,22 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-# Looks at a page in one go, and how many in a row may find that nothing has moved. Each look needs
-# an answer of the page and one of the server: where all is slow, so are they.
-LOOK_MILLISECONDS, PAUSE_SECONDS = 1000, 0.1
-PATIENCE = 120
+# How long the page is asked in one go, at first: each time that was too short, it is asked longer.
+LOOK_MILLISECONDS = 1000
+# The page has nothing more to draw: twenty frames with no change, however long they take.
+SETTLED = """() => new Promise(done => {
+    let quiet = 0
+    const watch = new MutationObserver(() => { quiet = 0 })
+    watch.observe(document, {
+        subtree: true, childList: true, attributes: true, characterData: true,
+    })
+    const frame = () => {
+        if (++quiet <= 20) return requestAnimationFrame(frame)
+        watch.disconnect()
+        done(true)
+    }
+    frame()
+})"""
 BAD_STATES = ("failed", "crashed")
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -106,17 +118,7 @@ class App:
 
     def until(self, look: Callable[[], Any]) -> Any:
         """Look until there is something to see, and return it."""
-        seen: object = None
-        unmoved = 0
-        while unmoved < PATIENCE:
-            if found := look():
-                return found
-            self._check()
-            now = self._moved()
-            unmoved = unmoved + 1 if now == seen else 0
-            seen = now
-            time.sleep(PAUSE_SECONDS)
-        raise AssertionError(f"nothing moves any more: {seen}")
+        return wait_until(look, self._check, self._moved)
 
     def _check(self) -> None:
         assert self._process is not None
@@ -128,32 +130,8 @@ class App:
                 assert job.state not in BAD_STATES, f"{job.title} has {job.state}: {job.cause}"
 
     def _moved(self) -> object:
-        """What changes while anything goes on: jobs, and the processor time of who does them."""
-        assert self._process is not None
-        jobs = [(job.id, job.state, job.step, job.progress.phase) for job in self.jobs()]
-        at_work = self.workers()
-        if self._device_is_taken():
-            at_work.append(self._process.pid)
-        return jobs, [_processor_time(pid) for pid in at_work]
-
-    def _device_is_taken(self) -> bool:
-        """Whether somebody makes images. The lock is not tried: that would be in their way."""
-        from dora_diffusion.jobs.workspace import Workspace
-
-        try:
-            inode = Workspace(self.runs).device_lock.stat().st_ino
-            return f":{inode} " in Path("/proc/locks").read_text(encoding="utf-8")
-        except OSError:
-            return False
-
-
-def _processor_time(pid: int) -> float:
-    """Seconds that a process has worked; 0 where it is gone."""
-    try:
-        times = psutil.Process(pid).cpu_times()
-    except psutil.Error:
-        return 0
-    return times.user + times.system
+        """What changes while a job goes on."""
+        return [(job.id, job.state, job.step, job.progress.phase) for job in self.jobs()]
 
 
 class Visit:
@@ -162,8 +140,7 @@ class Visit:
     def __init__(self, browser: Any, app: App, width: int = 1280) -> None:
         self.app = app
         self.page = browser.new_page(viewport={"width": width, "height": 900})
-        # Steps of the page itself have no limit: `wait` is what waits for others.
-        self.page.set_default_timeout(0)
+        self.page.set_default_timeout(WAIT_SECONDS * 1000)
         self.wrong: list[str] = []
         self.page.on("console", self._console)
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
@@ -189,30 +166,34 @@ class Visit:
     def wait(self, script: str, arg: Any = None) -> None:
         """Wait until a script holds in the page: an expression, or a function of ``arg``."""
 
-        def look() -> bool:
-            try:
-                self.page.wait_for_function(script, arg=arg, timeout=LOOK_MILLISECONDS)
-            except playwright.TimeoutError:
-                return False
-            return True
+        def look(limit: float) -> None:
+            self.page.wait_for_function(script, arg=arg, timeout=limit)
 
         try:
-            self.app.until(look)
+            self.act(look)
         except AssertionError as error:
             shown = self.page.evaluate("document.body.innerText")
             raise AssertionError(f"{error}\nwaited for {script} {arg}\n{shown[-3000:]}") from error
 
     def act(self, action: Callable[[float], Any]) -> None:
         """Do something as soon as the page lets it be done; it may be done twice."""
+        limit = LOOK_MILLISECONDS / 2
 
         def look() -> bool:
+            nonlocal limit
+            # A limit that stays would be one on the machine's speed.
+            limit = min(2 * limit, 60 * LOOK_MILLISECONDS)
             try:
-                action(LOOK_MILLISECONDS)
+                action(limit)
             except playwright.TimeoutError:
                 return False
             return True
 
         self.app.until(look)
+
+    def settle(self) -> None:
+        """Wait until the page has drawn what it has."""
+        self.wait(SETTLED)
 
     def wait_for(self, selector: str) -> None:
         """Wait until an element is to be seen."""
@@ -250,7 +231,7 @@ class Visit:
     def download(self, selector: str) -> Any:
         """Click a link and take what it gives."""
         self.wait_for(selector)
-        with self.page.expect_download(timeout=0) as download:
+        with self.page.expect_download() as download:
             self.click(selector)
         return download.value
 
@@ -344,7 +325,9 @@ def app(runs: Path, app_environment: dict[str, str]) -> Iterator[App]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        one = driver.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        one = driver.chromium.launch(
+            executable_path=CHROMIUM, args=list(FLAGS), timeout=WAIT_SECONDS * 1000
+        )
         yield one
         one.close()
 

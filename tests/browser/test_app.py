@@ -171,8 +171,7 @@ def set_up_run(page: Visit, steps: int) -> None:
         ("num_validation_images", 1),
         ("validation_inference_steps", 2),
     ):
-        page.set_text(name, str(value))
-    page.wait_text("#plan", f"--max_train_steps {steps} [^]*--validation_inference_steps 2")
+        page.set_setting(name, str(value))
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +321,7 @@ def set_slider(page: Visit, name: str, value: str) -> None:
 def _filled(page: Visit, field: Any, value: str) -> bool:
     field.fill(value)
     field.press("Tab")
-    page.page.wait_for_timeout(500)
+    page.settle()
     return bool(field.input_value() == value)
 
 
@@ -335,7 +334,7 @@ def press(page: Visit, app: App, selector: str, count: int = 1) -> list[Path]:
     page.wait_for(f"img[src*='{new[-1].name}']")
     # The button does nothing before the page has heard that its event has ended.
     page.wait_for("#make:not([disabled])")
-    page.page.wait_for_timeout(500)
+    page.settle()
     return new
 
 

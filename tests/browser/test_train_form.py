@@ -265,7 +265,7 @@ def test_nothing_scrolls_sideways(visit: Callable[..., Visit], app: App) -> None
 
     def scrolling(width: int) -> Any:
         page.page.set_viewport_size({"width": width, "height": 900})
-        page.wait("() => new Promise(done => requestAnimationFrame(() => done(true)))")
+        page.settle()
         page.wait("!document.getAnimations().some(one => one.playState === 'running')")
         return page.page.evaluate(
             "[...document.querySelectorAll('*')].filter(e => e.clientWidth"

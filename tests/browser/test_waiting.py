@@ -1,4 +1,4 @@
-"""How the browser tests wait: by what moves, never by the clock."""
+"""What ends a wait for the app: a run that has failed, an app that has ended; no run that moves."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from dora_diffusion.jobs.records import JobProgress
+from tests import waiting
 
 
 @pytest.fixture
 def watched(
     app_class: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[Any, list[int]]]:
-    """An app whose one job is as a test says, look by look, without a server or pauses."""
+    """An app whose one job is as a test says, look by look; each pause is a minute."""
 
     def make(state: Callable[[int], str], step: Callable[[int], int]) -> tuple[Any, list[int]]:
         app, looks = app_class(tmp_path / "runs"), [0]
@@ -38,7 +39,8 @@ def watched(
 
         monkeypatch.setattr(app, "jobs", jobs)
         monkeypatch.setattr(urllib.request, "urlopen", lambda *_: io.BytesIO())
-        monkeypatch.setattr("time.sleep", lambda _: None)
+        monkeypatch.setattr(waiting.time, "sleep", lambda _: None)
+        monkeypatch.setattr(waiting.time, "monotonic", lambda: 60 * looks[0])
         return app, looks
 
     return make
@@ -53,7 +55,7 @@ def look_until(looks: list[int], at: int) -> Callable[[], bool]:
 
 
 def test_a_run_that_goes_on_is_waited_for_however_long(watched: Any) -> None:
-    app, looks = watched(lambda at: "running", lambda at: at // 50)
+    app, looks = watched(lambda at: "running", lambda at: at // 10)
     assert app.until(look_until(looks, 5000)) is True
 
 
@@ -74,7 +76,7 @@ def test_where_nothing_moves_a_wait_ends(watched: Any) -> None:
     app, looks = watched(lambda at: "running", lambda at: min(at, 7))
     with pytest.raises(AssertionError, match="nothing moves any more"):
         app.until(look_until(looks, 5000))
-    assert 100 < looks[0] < 200
+    assert looks[0] == pytest.approx(7 + waiting.WAIT_SECONDS / 60, abs=2)
 
 
 def test_an_app_that_has_ended_is_not_waited_for(watched: Any) -> None:

@@ -75,6 +75,48 @@ def test_photos_with_metric_models_as_json(
     assert report["notes"] == []
 
 
+def test_each_of_several_subjects_is_measured_as_if_alone(
+    adapter, tmp_path, capsys, held_out_photos
+) -> None:
+    """Drawn ones and photographed ones, each with its own trigger words."""
+    flags = ["--base", BASE, "--num_seeds", "1", *FAST]
+    both = ["--subject", "bolt_mug", str(held_out_photos), "--trigger", "sks mug, zwx cup"]
+    command = ["evaluate", str(adapter), *both, *flags, "--output", str(tmp_path / "both")]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("sks mug:\n") < printed.index("zwx cup:\n")
+    for subject, trigger in (("bolt_mug", "sks mug"), (str(held_out_photos), "zwx cup")):
+        own = ["--subject", subject, "--trigger", trigger, "--output", str(tmp_path / trigger)]
+        assert main(["evaluate", str(adapter), *own, *flags]) == 0
+        alone = json.loads((tmp_path / trigger / "scores.json").read_text(encoding="utf-8"))
+        folder = tmp_path / "both" / Path(subject).name
+        assert json.loads((folder / "scores.json").read_text(encoding="utf-8")) == alone
+        assert alone["trigger"] == trigger
+    assert main(command) == 1
+    assert "contains an evaluation already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--subject", "bolt_mug", "--trigger", "sks mug, zwx cup"],
+         "the adapter has 2 subjects, sks mug, zwx cup, and --subject names 1; name one for each"),
+        (["--subject", "bolt_mug", "heart_teapot"], "1 subject, sks mug, and --subject names 2"),
+        (["--subject", "bolt_mug", "heart_teapot", "--trigger", "sks mug, zwx cup",
+          "--class_word", "cup"], "--class_word is for one subject"),
+        (["--subject", "bolt_mug", "./bolt_mug"], "have one name"),
+        (["--subject", "bolt_mug", "nowhere"], "subject nowhere is neither a folder"),
+    ],
+)  # fmt: skip
+def test_several_subjects_have_photos_and_trigger_words_each(
+    adapter, tmp_path, capsys, flags, text
+) -> None:
+    command = ["evaluate", str(adapter), "--base", BASE, "--output", str(tmp_path / "out")]
+    assert main([*command, *flags, *FAST]) == 1
+    assert text in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_photos_that_were_trained_on_are_told(adapter, tmp_path, capsys, held_out_photos) -> None:
     """By the digests in the run's folder, whatever the photos are called; and in the results."""
     trained = sorted((ROOT / "samples" / "bolt_mug").glob("*.jpg"))

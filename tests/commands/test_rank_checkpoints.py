@@ -58,6 +58,45 @@ def test_a_run_is_ranked_by_its_own_settings(
     assert "config.yaml" in last_line()
 
 
+def test_a_run_of_several_subjects_is_ranked_by_all_of_them(
+    run: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    last_line: Callable[[], str],
+) -> None:
+    """Entries of one subject count as one, and a style is none."""
+    entries = []
+    for trigger, count in (("sks mug", 2), ("zwx cup", 3), ("sks mug", 1), ("", 2)):
+        folder = Path(tmp_path, f"photos-{len(entries)}")
+        folder.mkdir()
+        for photo in sorted(photos.glob("*.jpg"))[:count]:
+            shutil.copy(photo, folder)
+        token, _, word = trigger.partition(" ")
+        entries.append({"instance_data_dir": str(folder), "token": token, "class_word": word,
+                        "instance_prompt": f"a photo of a {trigger}"})  # fmt: skip
+    values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    for name in ("instance_data_dir", "instance_prompt", "class_word", "token"):
+        values.pop(name, None)
+    text = yaml.safe_dump(values | {"dataset_config": entries})
+    (run / "config.yaml").write_text(text, encoding="utf-8")
+    words = ["rank-checkpoints", str(run), "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    found = read_json(tmp_path / "out" / COMPARISON)
+    assert found["triggers"] == ["sks mug", "zwx cup"]
+    printed = capsys.readouterr().out
+    assert re.search(r"\| checkpoint +\| sks mug +\| zwx cup +\| similarity to training", printed)
+    for row in found["rows"]:
+        figures = row["similarities"]
+        assert len(figures) == 10
+        mug, cup = sum(figures[:5]) / 5, sum(figures[5:]) / 5
+        assert row["similarity"] == pytest.approx((mug + cup) / 2)
+        assert re.search(rf"\| {row['name']} +\| {mug:.3f} +\| {cup:.3f} +\| {(mug + cup) / 2:.3f}",
+                         printed)  # fmt: skip
+    assert main([*words, "--overwrite", "--subject", str(photos)]) == 1
+    assert "the run has several subjects, sks mug, zwx cup, and --subject is of one" in last_line()
+
+
 def test_a_run_is_ranked_by_the_photos_that_it_held_out(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -101,6 +103,22 @@ def test_debug_shows_every_traceback(monkeypatch):
     monkeypatch.setenv("DORA_DIFFUSION_DEBUG", "1")
     with pytest.raises(ConfigError):
         ending(ConfigError("rank is 0"))
+
+
+def test_a_warning_is_printed_once_wherever_it_is_raised(capsys):
+    """Also by modules that know nothing of each other, and again in the next command."""
+
+    def warn(text, module):
+        warnings.warn_explicit(text, UserWarning, f"{module}.py", 1, f"dora_diffusion.{module}")
+
+    for _ in range(2):
+        with errors.reporting_errors(debug=False):
+            for module in ("training", "prepare"):
+                warn("keep_tags has no effect", module)
+                warn(f"a warning of {module}", module)
+    lines = ["warning: keep_tags has no effect", "warning: a warning of training",
+             "warning: a warning of prepare"]  # fmt: skip
+    assert capsys.readouterr().err.splitlines() == 2 * lines
 
 
 def test_an_interrupt_is_130(capsys):

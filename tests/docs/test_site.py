@@ -16,6 +16,7 @@ import pytest
 
 from tests.browser.conftest import CHROMIUM, FLAGS
 from tests.docs.markdown import DOCS, ROOT
+from tests.waiting import WAIT_SECONDS
 
 for needed in ("sphinx", "furo", "myst_parser", "sphinx_copybutton"):
     pytest.importorskip(needed)
@@ -69,7 +70,9 @@ def address(built: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as api:
-        browser = api.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        browser = api.chromium.launch(
+            executable_path=CHROMIUM, args=list(FLAGS), timeout=WAIT_SECONDS * 1000
+        )
         yield browser
         browser.close()
 
@@ -77,9 +80,10 @@ def browser() -> Iterator[Any]:
 def test_the_search_answers_newcomers_first(browser: Any, address: str) -> None:
     """The first hit of the site's own search is the page that answers."""
     page, first = browser.new_page(), {}
+    page.set_default_timeout(WAIT_SECONDS * 1000)
     for question in QUESTIONS:
         page.goto(f"{address}/search.html?q={question.replace(' ', '+')}")
-        page.wait_for_selector("#search-results ul.search li a", timeout=120_000)
+        page.wait_for_selector("#search-results ul.search li a")
         link = page.locator("#search-results ul.search li a").first.get_attribute("href")
         first[question] = link.partition(".html")[0]
     assert first == QUESTIONS
@@ -92,6 +96,7 @@ def test_pages_can_be_read_by_everybody(look: str, browser: Any, address: str, b
     scheme = "dark" if look == "dark" else "light"
     viewport = PHONE if look == "phone" else LAPTOP
     context = browser.new_context(color_scheme=scheme, viewport=viewport)
+    context.set_default_timeout(WAIT_SECONDS * 1000)
     page, asked, problems = context.new_page(), [], {}
     page.on("request", lambda request: asked.append(request.url))
     pages = [path.relative_to(built) for path in sorted(built.rglob("*.html"))]

@@ -16,6 +16,7 @@ from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo, list_photos, read_photos
 from dora_diffusion.evaluation import photos, ranking
 from dora_diffusion.evaluation.denoising import NUM_SEEDS, held_out_losses
+from dora_diffusion.evaluation.photos import PhotoSubject
 from dora_diffusion.evaluation.ranking import (
     EvaluationPrompts,
     Measured,
@@ -63,6 +64,10 @@ def refs(tmp_path: Path) -> list[Photo]:
     return read_photos(list_photos(tmp_path / "refs"), "a photo of a sks dog")
 
 
+def dog(photos: list[Photo]) -> PhotoSubject:
+    return PhotoSubject("refs", "sks dog", "dog", photos)
+
+
 def ranked(
     base: Path, adapters: dict[str, Path], questions: EvaluationPrompts, folder: Path, show: Any
 ) -> tuple[list[Measured], list[str]]:
@@ -72,7 +77,7 @@ def ranked(
 def test_images_are_counted_and_shown_in_strips(
     sd1_folder: Path, adapters: dict[str, Path], refs: list[Photo], tmp_path: Path
 ) -> None:
-    questions = ask_photos(refs, "sks dog", "dog", SETTINGS)
+    questions = ask_photos([dog(refs)], SETTINGS, ["sks dog"])
     done: list[tuple[int, int]] = []
     rows, _ = ranked(sd1_folder, adapters, questions, tmp_path / "c", lambda *at: done.append(at))
     assert [row.name for row in rows] == ["base", "checkpoint-1", "checkpoint-2"]
@@ -94,7 +99,7 @@ def test_a_checkpoint_that_gives_nan_is_left_out_with_the_reason(
         tensors = {name: torch.full_like(file.get_tensor(name), 3e38) for name in file.keys()}  # noqa: SIM118
         save_file(tensors, tmp_path / "b.safetensors", file.metadata())
     found = {"checkpoint-1": adapters["checkpoint-1"], "checkpoint-2": tmp_path / "b.safetensors"}
-    questions = ask_photos(refs, "sks dog", "dog", SETTINGS)
+    questions = ask_photos([dog(refs)], SETTINGS, ["sks dog"])
     rows, notes = ranked(sd1_folder, found, questions, tmp_path / "c", lambda *_: None)
     assert [row.name for row in rows] == ["base", "checkpoint-1"]
     (note,) = notes[len(questions.notes) :]
@@ -107,7 +112,7 @@ def test_a_metric_model_measures_likeness_and_drift(
     refs: list[Photo],
     tmp_path: Path,
 ) -> None:
-    questions = ask_photos(refs, "sks dog", "dog", SETTINGS)
+    questions = ask_photos([dog(refs)], SETTINGS, ["sks dog"])
     assert "brightness" in questions.notes[1]
     assert "trained on" in questions.notes[0]
     assert questions.similar_to == "training photos"
@@ -131,6 +136,44 @@ def test_a_metric_model_measures_likeness_and_drift(
     assert first.similarities == pytest.approx(base.similarities, abs=1e-3)
     assert (base.drift, first.drift) == (pytest.approx(0, abs=1e-5),) * 2
     assert second.drift > first.drift
+
+
+def test_each_of_several_subjects_is_asked_for_and_compared_with_its_own_photos(
+    tmp_path: Path,
+) -> None:
+    subjects = []
+    for color, trigger in (("red", "sks dog"), ("blue", "zwx cat"), ("lime", "mvt car")):
+        (tmp_path / color).mkdir()
+        Image.new("RGB", (64, 64), color).save(tmp_path / color / "1.png")
+        photos_of = read_photos(list_photos(tmp_path / color), f"a photo of a {trigger}")
+        subjects.append(PhotoSubject(color, trigger, trigger.split()[1], photos_of))
+    questions = ask_photos(subjects, SETTINGS, ["zwx cat"])
+    assert questions.triggers == ("sks dog", "zwx cat", "mvt car")
+    assert questions.similar_to == "held-out photos in red, lime and training photos"
+    assert [photo.path.parent.name for photo in questions.held_out] == ["red", "lime"]
+    prompts = [request.prompt for request in questions.requests]
+    for place, subject in enumerate(subjects):
+        own = prompts[5 * place : 5 * place + 5]
+        assert all(subject.trigger in prompt for prompt in own)
+    groups = [request.group for request in questions.requests]
+    assert groups == ["subject"] * 15 + ["others"] * 6
+    # Of the things that should stay, none is of a subject's class.
+    assert not [p for p in prompts[15:] for word in ("dog", "cat", "car") if word in p.split()]
+
+    def images(*colors: str) -> list[Image.Image]:
+        return [Image.new("RGB", (8, 8), color) for color in colors]
+
+    base = images(*["gray"] * 15, *["white"] * 6)
+    shown = images(*["red"] * 5, *["blue"] * 4, "red", *["blue"] * 5, *["white"] * 6)
+    values = questions.judge(shown, base)
+    (similarities,) = values["subject_similarity@brightness"]
+    alike = Brightness().image_features(images("red", "blue", "lime"))
+    wrong = [float(alike[1] @ alike[0]), float(alike[1] @ alike[2])]
+    expected = [1.0] * 5 + [1.0] * 4 + [wrong[0]] + [wrong[1]] * 5
+    assert similarities == pytest.approx(expected, abs=1e-3)
+    assert values["others_change@brightness"][0] == pytest.approx([0] * 6, abs=1e-6)
+    changed = questions.judge(images(*["gray"] * 15, *["red"] * 6), base)
+    assert min(changed["others_change@brightness"][0]) > 0.1
 
 
 def test_a_sample_is_judged_against_its_truth() -> None:
@@ -160,7 +203,7 @@ def test_a_sample_is_judged_against_its_truth() -> None:
 def test_photos_that_were_kept_out_are_denoised_too_and_not_said_to_be_trained_on(
     sd1_folder: Path, adapters: dict[str, Path], refs: list[Photo], tmp_path: Path
 ) -> None:
-    questions = ask_photos(refs, "sks dog", "dog", SETTINGS, trained_on=False)
+    questions = ask_photos([dog(refs)], SETTINGS)
     assert not [note for note in questions.notes if "trained on" in note]
     assert questions.similar_to == "held-out photos in refs"
     two = {"checkpoint-2": adapters["checkpoint-2"]}

@@ -408,7 +408,7 @@ def test_an_unknown_file_system_is_said(subjects):
 
 def test_ray_that_is_not_installed_is_said(subjects, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"pip install 'dora-diffusion\[ray\]', or leave out"):
+    with pytest.raises(ConfigError, match=r'run pip install "ray\[serve\]", or leave out'):
         run_fleet(subjects, tmp_path, "local")
 
 

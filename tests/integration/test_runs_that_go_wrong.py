@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.system import HANGUP
 from dora_diffusion.training.checkpoint import checkpoints_in
 from dora_diffusion.training.step import TrainingStep
+from tests.waiting import WAIT_SECONDS, wait_until
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -182,6 +182,11 @@ def test_running_out_of_memory_keeps_the_checkpoints(flags, tmp_path, capfd, mon
     assert (tmp_path / "output" / ADAPTER).is_file()
 
 
+def steps_of(output):
+    log = output / "metrics.jsonl"
+    return log.read_text(encoding="utf-8").count("\n") if log.is_file() else 0
+
+
 @pytest.mark.skipif(HANGUP is None, reason="signals between processes are POSIX's")
 def test_a_terminated_run_saves_and_goes_on(flags, tmp_path, capfd):
     output = tmp_path / "output"
@@ -193,19 +198,18 @@ def test_a_terminated_run_saves_and_goes_on(flags, tmp_path, capfd):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         encoding="utf-8",
     )
+
+    def check() -> None:
+        assert process.poll() is None, process.communicate()[0]
+
     try:
-        deadline = time.monotonic() + 200
-        log = output / "metrics.jsonl"
-        while not (log.is_file() and log.read_text(encoding="utf-8").count("\n") > 1):
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline, "the run did not start"
-            time.sleep(0.05)
+        wait_until(lambda: steps_of(output) > 1, check)
         process.send_signal(signal.SIGTERM)
-        text, _ = process.communicate(timeout=200)
+        text, _ = process.communicate(timeout=WAIT_SECONDS)
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM, text
-    assert "stopping after this step, and saving a checkpoint; press Ctrl-C again" in text
+    assert "stopping after this step, and saving a checkpoint" in text
     assert "checkpoint saved; resume with --resume_from_checkpoint latest" in text
     (checkpoint,) = checkpoints_in(output)
     step = int(checkpoint.name.partition("-")[2])

@@ -19,6 +19,7 @@ from dora_diffusion.jobs.subjects import (
 )
 from dora_diffusion.jobs.workspace import Workspace
 from tests.jobs.helpers import add_run, done, photo, wait
+from tests.waiting import STAY
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def workspace(tmp_path: Path) -> Workspace:
 @pytest.fixture
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     """A process that stands for a worker."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    child = subprocess.Popen([sys.executable, "-c", STAY], stdout=subprocess.DEVNULL)
     yield child
     child.kill()
     child.wait()

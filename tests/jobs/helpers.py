@@ -6,10 +6,9 @@ import io
 import json
 import os
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ from dora_diffusion.jobs.processes import start_time
 from dora_diffusion.jobs.records import SETTINGS, JobRecord, train_arguments
 from dora_diffusion.jobs.snapshot import Job, read_job
 from dora_diffusion.jobs.workspace import Workspace, write_json
+from tests.waiting import wait_until
 
 
 def make(workspace: Workspace, title: str = "sks mug", **settings: Any) -> Path:
@@ -74,18 +74,22 @@ def add_run(workspace: Workspace, base: Path, photos: Path, **changes: Any) -> s
 def wait(
     workspace: Workspace, queue: jobs.JobQueue, job_id: str, until: Callable[[Job], bool]
 ) -> Job:
-    """Tick as the app does until the job is as wanted; the limit is for a machine that hangs."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
+    """Tick as the app does until the job is as wanted."""
+
+    def look() -> Job | None:
         queue.tick()
-        job = read_job(workspace.root / job_id)
-        assert job is not None
+        job = seen(workspace.root / job_id)
         if until(job):
             return job
-        if job.has_ended:
-            break
-        time.sleep(0.1)
-    pytest.fail(f"{job.state}: {(job.folder / records.LOG).read_text(encoding='utf-8')[-2000:]}")
+        log = job.folder / records.LOG
+        assert not job.has_ended, f"{job.state}: {log.read_text(encoding='utf-8')[-2000:]}"
+        return None
+
+    def moved() -> tuple[object, ...]:
+        job = seen(workspace.root / job_id)
+        return job.state, job.step, job.progress.phase
+
+    return cast("Job", wait_until(look, moved=moved))
 
 
 def done(job: Job) -> bool:

@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 
 from dora_diffusion.jobs.processes import Lock, end_tree, find_process, holding, start_time
+from tests.waiting import STAY, WAIT_SECONDS
 
 
 def nobody(words: list[str]) -> bool:
@@ -45,12 +46,11 @@ def test_a_zombie_is_dead() -> None:
     child.wait()
 
 
-FAMILY = """
-import subprocess, sys, time
-child = "import time; print(flush=True); time.sleep(600)"
-parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-subprocess.Popen([sys.executable, "-c", parent])
-time.sleep(600)
+FAMILY = f"""
+import subprocess, sys
+parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+child = {STAY!r}
+subprocess.run([sys.executable, "-c", parent, child])
 """
 
 
@@ -63,15 +63,15 @@ def test_a_process_ends_with_all_that_it_has_started() -> None:
     assert len(family) == 3
     end_tree(process)
     first.communicate()
-    gone, alive = psutil.wait_procs(family[1:], timeout=60)
+    gone, alive = psutil.wait_procs(family[1:], timeout=WAIT_SECONDS)
     assert (len(gone), alive) == (2, [])
     end_tree(process)  # no error: it is gone
 
 
 HOLDER = (
-    "import sys, time; from pathlib import Path;"
+    "import sys; from pathlib import Path;"
     "from dora_diffusion.jobs.processes import Lock;"
-    "lock = Lock(Path(sys.argv[1])); print(lock.take(), flush=True); time.sleep(60)"
+    f"lock = Lock(Path(sys.argv[1])); print(lock.take(), flush=True); {STAY}"
 )
 
 

@@ -24,6 +24,7 @@ from tests.jobs.helpers import (
     pretend_running,
     seen,
 )
+from tests.waiting import WAIT_SECONDS
 
 
 def test_a_new_job_waits_and_the_oldest_is_first(workspace: Workspace) -> None:
@@ -92,7 +93,7 @@ def test_kill_is_refused_until_stop_had_its_time(
     os.utime(folder / records.STOP, (long_ago, long_ago))
     assert seen(folder).may_kill
     jobs.kill_job(folder)
-    assert sleeper.wait(10) != 0
+    assert sleeper.wait(WAIT_SECONDS) != 0
     assert seen(folder).state == "crashed"
 
 
@@ -289,6 +290,6 @@ def test_the_queue_s_thread_survives_whatever_a_tick_raises(
     monkeypatch.setattr(jobs, "waiting_jobs", waiting)
     make(workspace, "good")
     queue = jobs.JobQueue(workspace).start(0.001)
-    assert ended.wait(60)
+    assert ended.wait(WAIT_SECONDS)
     assert started == ["good"]
     queue.close()

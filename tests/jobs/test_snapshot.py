@@ -30,6 +30,7 @@ from tests.jobs.helpers import (
     seen,
     started_run,
 )
+from tests.waiting import STAY
 
 
 def test_a_dead_process_is_a_crash_with_its_cause(
@@ -71,8 +72,7 @@ def test_a_worker_is_known_whatever_its_start_was_noted_as(
 ) -> None:
     """By an earlier version, in clock ticks or by ps; or before the clock was set."""
     folder, other = make(workspace), make(workspace)
-    code = "import time; print(flush=True); time.sleep(60)"
-    words = [sys.executable, "-c", code, f"dora_diffusion.{module}", f"elsewhere/{folder.name}"]
+    words = [sys.executable, "-c", STAY, f"dora_diffusion.{module}", f"elsewhere/{folder.name}"]
     child = subprocess.Popen(words, stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None

@@ -6,12 +6,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.adapter.stored import StoredAdapter
+from dora_diffusion.training.events import StepDone, TrainingStarted
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "first_subject.ipynb"
@@ -30,6 +32,60 @@ def test_it_is_kept_without_results_and_one_line_chooses_the_model() -> None:
     rest = "\n".join(text for name, text in code().items() if name != "model")
     # Everything else follows the one line, by whether the model is an embedded one.
     assert rest.count("embedded:") == rest.count('MODEL.startswith("embedded:")') == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "source"),
+    [
+        ((), ".."),
+        (("dora_diffusion-0.1.0.whl",), "dora_diffusion-0.1.0.whl"),
+    ],
+)
+def test_its_first_cell_installs_the_wheel_beside_it_or_the_clone_around_it(
+    files: tuple[str, ...], source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transform: Any = pytest.importorskip("IPython.core.inputtransformer2")
+    for name in files:
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "dora_diffusion", None)
+    program = transform.TransformerManager().transform_cell(code()["install"])
+    calls: list[str] = []
+    names: dict[str, Any] = {}
+
+    def magic(name: str, line: str) -> None:
+        calls.append(f"{name} {line.format(**names)}")
+
+    names["get_ipython"] = lambda: SimpleNamespace(run_line_magic=magic)
+    exec(program, names)
+    assert calls == [f"pip install --quiet {source}"]
+    assert (ROOT / "notebooks" / ".." / "pyproject.toml").is_file()
+
+
+def test_its_training_shows_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import dora_diffusion
+
+    def train(config: Any, on_event: Any) -> Any:
+        on_event(
+            TrainingStarted(
+                family="Stable Diffusion 1", device="cpu", photos=5, resolution=64, step=0,
+                total_steps=config.max_train_steps, adapter="a DoRA", schedule="epsilon",
+                trigger="sks mug", resumed_from=None, steps_dropped=0, changed={}, unused={},
+            )
+        )  # fmt: skip
+        for step in range(config.max_train_steps):
+            on_event(StepDone(step + 1, config.max_train_steps, 0.5, {}))
+        return SimpleNamespace(steps=config.max_train_steps, adapter="subject")
+
+    monkeypatch.setattr(dora_diffusion, "train", train)
+    given = {"MODEL": "embedded:tiny-sd", "PHOTOS": Path("mug"), "TOKEN": "sks", "CLASS": "mug"}
+    exec(code()["train"], given)
+    shown = capsys.readouterr()
+    assert "5 photos at 64 px" in shown.out
+    assert "300/300" in shown.err
+    assert "loss=0.5000" in shown.err
 
 
 @pytest.mark.slow
@@ -51,6 +107,9 @@ def test_it_makes_a_file_for_comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyP
         notebook, km=kernels, timeout=None, resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute(env=dict(os.environ))
+    shown = "".join(output.get("text", "") for output in train.outputs)
+    assert "2/2" in shown
+    assert "loss=" in shown
     made = StoredAdapter.open(tmp_path / "subject.safetensors")
     assert made.layout.name == "comfyui"
     magnitudes = [key for file in made.files for key in file.specs if key.endswith(".dora_scale")]

@@ -17,6 +17,7 @@ import pytest
 from filelock import FileLock
 
 from tests.portable import windows
+from tests.waiting import STAY
 
 pytestmark = pytest.mark.skipif(
     not windows.is_installed(), reason="Windows is not emulated: make test-portable"
@@ -76,12 +77,7 @@ def test_processes_are_started_by_spawn_and_in_no_session_of_their_own() -> None
         subprocess.run([sys.executable, "-c", ""], preexec_fn=print, check=True)
 
 
-SLEEP = """
-import signal, sys, time
-signal.signal(signal.SIGTERM, print)
-print(1, flush=True)
-time.sleep(60)
-"""
+SLEEP = f"import signal; signal.signal(signal.SIGTERM, print); {STAY}"
 
 
 @pytest.mark.parametrize("way", ["kill", "send_signal"])

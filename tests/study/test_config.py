@@ -8,7 +8,10 @@ import yaml
 from dora_diffusion.commands.compare import QUICK
 from dora_diffusion.config import ConfigError
 from dora_diffusion.study.config import Study, read_study
-from tests.study.helpers import STUDY, study
+from dora_diffusion.study.subjects import find_subject
+from dora_diffusion.study.tables import differences_table
+from dora_diffusion.study.trials import trials_of
+from tests.study.helpers import STUDY, record, study
 
 
 def test_a_method_is_the_common_settings_with_its_own_over_them(tmp_path):
@@ -34,7 +37,31 @@ def test_a_method_is_the_common_settings_with_its_own_over_them(tmp_path):
         ({"methods": {"a": {"rank": -1}}}, "methods.a: rank is -1"),
         ({"methods": {"base": {}}}, "a method is called base"),
         ({"methods": {"a": {"learning_rate": 0}}}, "greater than 0"),
-        ({"methods": {"a": {"rate_of": "b"}}}, "rate_of names 'b', which is no method"),
+        ({"methods": {"a": {"rate_of": "b"}}}, "there is no method 'b'"),
+        ({"methods": {"adapted": {"rate_of": "adaptd"}}}, "did you mean adapted"),
+        (
+            {"reference": "loraa"},
+            r"reference: there is no row 'loraa' \(did you mean lora\?\); "
+            "there are base, dora, lora, half$",
+        ),
+        (
+            {"tune": {"subjects": ["bolt_fish"], "method_rates": {"lroa": [1e-3]}}},
+            "tune.method_rates: there is no method 'lroa'.*did you mean lora",
+        ),
+        (
+            {"tune": {"subjects": ["bolt_fish"], "learning_rates": [1e-3], "best": "subjet_kind"}},
+            "tune.best: there is no measure 'subjet_kind'.*did you mean subject_kind",
+        ),
+        (
+            {
+                "tune": {
+                    "subjects": ["bolt_fish"],
+                    "learning_rates": [1e-3],
+                    "keep": {"other_kind": 0.1},
+                }
+            },
+            "tune.keep: there is no measure 'other_kind'.*did you mean others_kind",
+        ),
         ({"methods": {}}, "methods is empty"),
         ({"tune": None}, "dora, lora: no learning rate"),
         ({"tune": {"subjects": ["star_teapot"], "learning_rates": [1e-3]}}, "on other subjects"),
@@ -49,6 +76,40 @@ def test_a_method_is_the_common_settings_with_its_own_over_them(tmp_path):
 def test_what_cannot_work_is_said_before_a_trial(changes, message):
     with pytest.raises(ConfigError, match=message):
         study(**changes)
+
+
+@pytest.mark.parametrize(
+    ("methods", "reference", "expected"),
+    [
+        ({"dora": 1e-3, "lora": 1e-3}, None, "lora"),
+        ({"dora": 1e-3, "half": 1e-3}, None, "dora"),
+        ({"dora": [1e-3, 2e-3], "lora": [1e-3, 2e-3]}, None, "dora 0.001"),
+        ({"dora": [1e-3, 2e-3], "lora": [1e-3, 2e-3]}, "lora 0.002", "lora 0.002"),
+        ({"dora": [1e-3, 2e-3], "lora": [1e-3, 2e-3]}, "lora", None),
+        ({"dora": 1e-3, "lora": 1e-3}, "base", "base"),
+        ({"dora": 1e-3, "lora": 1e-3}, "Lora", None),
+    ],
+)  # fmt: skip
+def test_the_reference_is_a_row_of_the_report(methods, reference, expected):
+    """Or the differences to it would be a table of dashes."""
+    changes = {
+        "methods": {name: {"learning_rate": rate} for name, rate in methods.items()},
+        "reference": reference, "tune": None,
+    }  # fmt: skip
+    if expected is None:
+        with pytest.raises(ConfigError, match=r"reference: there is no row .*; there are base, "):
+            study(**changes)
+        return
+    made = study(**changes)
+    assert made.reference == expected
+    rows = [row for method in made.methods for row in made.rows(method)]
+    taken = {m.name: m.learning_rates for m in made.methods}
+    trials = trials_of(made, "digest", taken, [(find_subject("star_teapot", made.base, []), 0)])
+    assert [trial.row for trial in trials] == ["base", *rows]
+    figures = [record(row, "star_teapot", 0, subject_kind=1.0) for row in ("base", *rows)]
+    table = differences_table(figures, made.reference)
+    assert len(table[0]) > 1
+    assert "-" not in table[1][1:]
 
 
 def test_every_method_is_tuned_equally_often():

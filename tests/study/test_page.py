@@ -80,3 +80,8 @@ def test_a_page_says_what_is_missing(results, tmp_path):
     fewer = Results(results.study, results.records[:3], (), {}, results.subjects)
     text = write_report(fewer, tmp_path)["markdown"].read_text(encoding="utf-8")
     assert "7 trials have no record yet" in text
+
+
+def test_a_page_says_how_much_its_intervals_are_worth(results, tmp_path):
+    text = write_report(results, tmp_path)["markdown"].read_text(encoding="utf-8")
+    assert "Caution: intervals of 2 runs on 2 subjects are too narrow" in text

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
+from dora_diffusion.evaluation.statistics import cluster_interval
 from dora_diffusion.study.tables import (
     analysis_of,
+    caution,
     differences_table,
     figure_of,
     figures_table,
@@ -55,6 +59,37 @@ def test_differences_are_paired_by_subject_and_seed():
     assert found.n == 6
     assert found.mean == pytest.approx(mean, abs=1e-12)
     assert (found.low, found.high) == pytest.approx((low, high), abs=2e-3)  # of random draws
+
+
+@pytest.mark.parametrize(
+    ("subjects", "seeds", "said"),
+    [
+        (1, 2, "2 runs on 1 subject say nothing of other subjects, and are too narrow: with 2 "
+         "seeds, 95% intervals contain the truth at most 50% of the time"),
+        (1, 8, "8 runs on 1 subject say nothing of other subjects;"),
+        (2, 8, "16 runs on 2 subjects are too narrow: with 2 subjects, .* at most 50%"),
+        (5, 1, "5 runs on 5 subjects are too narrow: with 5 subjects, .* at most 94%"),
+        (6, 1, "^$"), (6, 4, "^$"), (1, 1, "^$"),  # one run alone has no interval
+    ],
+)  # fmt: skip
+def test_intervals_of_few_runs_stand_with_a_caution(subjects, seeds, said):
+    rows = [
+        record(row, f"subject {place}", seed, subject_similarity=0.5)
+        for place in range(subjects) for seed in range(seeds) for row in ("base", "lora")
+    ]  # fmt: skip
+    assert re.search(said, caution(rows))
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 6])
+def test_so_often_an_interval_of_few_subjects_contains_the_truth(count):
+    """Drawn: what the caution says is the most that there can be."""
+    generator = np.random.default_rng(5)
+    hits = []
+    for draw in range(400):
+        values = {str(place): [value] for place, value in enumerate(generator.normal(size=count))}
+        found = cluster_interval(values, draws=500, seed=draw)
+        hits.append(found.low <= 0 <= found.high)
+    assert np.mean(hits) < 1 - 2 / 2**count + 0.05
 
 
 def test_means_are_over_subjects_of_their_seeds():

@@ -23,6 +23,7 @@ from dora_diffusion.training.loop import train
 from dora_diffusion.training.run import Run
 from tests.nvidia import nvidia_gpu
 from tests.training.helpers import SAMPLES, accelerator_of_fp16, losses, make_config, names
+from tests.waiting import WAIT_SECONDS
 
 _RUN = """
 import sys
@@ -74,7 +75,7 @@ def launch(config: dict, tmp_path: Path, processes: int, before: str = "", fails
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        timeout=300,
+        timeout=WAIT_SECONDS,
         encoding="utf-8",
     )
     assert (done.returncode != 0) == bool(fails), done.stderr[-3000:]

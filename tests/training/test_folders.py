@@ -16,14 +16,14 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.folders import check_folders, output_folder
 from dora_diffusion.training.loop import train
 from tests.training.helpers import make_config
+from tests.waiting import STAY
 
 _HOLD = """
-import sys, time
+import sys
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.training.folders import output_folder
 with output_folder(TrainConfig(output_dir=sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
+    exec(sys.argv[2])
 """
 
 
@@ -31,12 +31,12 @@ with output_folder(TrainConfig(output_dir=sys.argv[1])):
 def other_run(tmp_path: Path):
     """Another process that holds the folder ``out``."""
     process = subprocess.Popen(
-        [sys.executable, "-c", _HOLD, str(tmp_path / "out")],
+        [sys.executable, "-c", _HOLD, str(tmp_path / "out"), STAY],
         stdout=subprocess.PIPE,
         text=True,
         encoding="utf-8",
     )
-    assert process.stdout.readline() == "held\n"
+    assert process.stdout.readline() == "ready\n"
     yield process
     process.kill()
     process.wait()

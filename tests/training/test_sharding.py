@@ -21,6 +21,7 @@ from dora_diffusion.training.accelerator import make_accelerator, shards_model
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.sharding import wants_sharding
 from tests.training.helpers import SAMPLES, losses, make_config
+from tests.waiting import WAIT_SECONDS
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork")
 EVERYTHING = {
@@ -69,7 +70,7 @@ def train_by_two(configs: list[TrainConfig], folder: Path) -> list[dict[str, Any
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.two_processes", folder / "configs.json",
          folder / "told"],
-        capture_output=True, text=True, encoding="utf-8", timeout=450, check=False,
+        capture_output=True, text=True, encoding="utf-8", timeout=WAIT_SECONDS, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]

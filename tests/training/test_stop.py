@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from dora_diffusion.system import BREAK, HANGUP, STOP_SIGNALS, let_break_interrupt
-from dora_diffusion.training.events import SampleSaved, SamplingProgress
+from dora_diffusion.training.checkpoint import CheckpointSaver
+from dora_diffusion.training.events import SampleSaved, SamplingProgress, StepDone
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.stop import Stopped, StopRequest
 
@@ -36,32 +37,37 @@ def test_the_first_signal_is_answered_and_kept(number, quiet_hangup, capsys):
         assert not stop.requested
         signal.raise_signal(number)
         assert stop.signal_number == number
-    assert capsys.readouterr().err == "\nsaving; press Ctrl-C again to leave now\n"
+    assert capsys.readouterr().err == "\nsaving\n"
 
 
 @pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
-def test_a_second_interrupt_leaves_at_once(before):
+def test_the_third_interrupt_leaves_at_once_as_the_second_one_says(before, capsys):
     """In a shell's background job, too, where SIGINT was ignored."""
     outer = signal.signal(signal.SIGINT, before)
     try:
         with StopRequest() as stop:
             stop.answer_with("saving")
             signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) == before
+        assert capsys.readouterr().err.splitlines() == [
+            "", "saving", "", "still saving; press Ctrl-C once more to leave without that",
+        ]  # fmt: skip
     finally:
         signal.signal(signal.SIGINT, outer)
 
 
 @pytest.mark.skipif(BREAK is None, reason="there is no Ctrl-Break")
 def test_ctrl_break_is_an_interrupt():
-    """It saves and leaves; the second one, and one outside of training, is a KeyboardInterrupt."""
+    """It saves and leaves; the third one, and one outside of training, is a KeyboardInterrupt."""
     before = signal.getsignal(BREAK)
     try:
         let_break_interrupt()
         with StopRequest() as stop:
             stop.answer_with("saving")
+            signal.raise_signal(BREAK)
             signal.raise_signal(BREAK)
             assert stop.signal_number == BREAK
             with pytest.raises(KeyboardInterrupt):
@@ -81,6 +87,7 @@ def test_a_second_hangup_does_not_lose_the_checkpoint(quiet_hangup):
         signal.raise_signal(HANGUP)
         assert stop.signal_number == HANGUP
         signal.raise_signal(signal.SIGINT)  # still a first one
+        signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
@@ -143,6 +150,33 @@ def test_a_signal_ends_sampling_and_the_run_is_saved(tiny_run, tmp_path):
     assert not [event for event in events if isinstance(event, SampleSaved)]
     assert (result.steps, result.signal_number) == (2, signal.SIGTERM)
     assert result.checkpoint == tmp_path / "out" / "checkpoint-2"
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM,) * 2,
+                                     (signal.SIGTERM, signal.SIGINT)])  # fmt: skip
+@pytest.mark.parametrize("second", ["in the step", "in the checkpoint"])
+def test_two_signals_lose_no_step(second, numbers, tiny_run, tmp_path, monkeypatch):
+    """Whether the second one comes before saving or within it."""
+    save = CheckpointSaver.save
+
+    def interrupted_save(*args, **kwargs):
+        if second == "in the checkpoint":
+            signal.raise_signal(numbers[1])
+        return save(*args, **kwargs)
+
+    def interrupt(event):
+        if isinstance(event, StepDone) and event.step == 2:
+            for number in numbers[: 2 if second == "in the step" else 1]:
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(CheckpointSaver, "save", interrupted_save)
+    result = train(tiny_run(max_train_steps=9), interrupt)
+    assert result.signal_number == numbers[0]
+    assert 2 <= result.steps < 9
+    assert result.checkpoint == tmp_path / "out" / f"checkpoint-{result.steps}"
+    assert (result.checkpoint / "training_state.pt").is_file()
+    log = (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert log.count("\n") == result.steps
 
 
 def test_a_signal_at_the_end_leaves_the_samples_out_and_the_result_whole(tiny_run, tmp_path):

@@ -13,6 +13,7 @@ from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.prepare.factors import PlanInputs, RowShard, WeightStatistics
 from dora_diffusion.numerics.prepare.plan import Plan, make_scales
 from dora_diffusion.numerics.weights import LayerWeights
+from tests.waiting import WAIT_SECONDS
 
 AXES = ("output", "input")
 
@@ -68,7 +69,7 @@ class Processes:
     def __init__(self, count: int) -> None:
         self.count = count
         self._parts: list[torch.Tensor] = [torch.empty(0)] * count
-        self._barrier = threading.Barrier(count, timeout=60)
+        self._barrier = threading.Barrier(count, timeout=WAIT_SECONDS)
 
     def shard(self, rank: int, rows: int) -> RowShard:
         each = -(-rows // self.count)

@@ -1,0 +1,46 @@
+"""Waiting for what happens, on a machine as slow as it may be.
+
+A test waits for an event, never for a time in which a machine should be ready. What may hang (a
+process, a page, a lock) is waited for until `WAIT_SECONDS`, which tells a hang from a machine that
+does ten other things. `tests/test_waiting.py` finds every other limit.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+WAIT_SECONDS = float(os.environ.get("WAIT", 900))
+"""When something that does not move is given up; WAIT=60 for who looks at a test that hangs."""
+PAUSE_SECONDS = 0.1
+
+
+STAY = f"import time; print('ready', flush=True); time.sleep({WAIT_SECONDS})"
+"""What a process does that must be there until a test ends it."""
+
+
+def wait_until(
+    look: Callable[[], Any],
+    check: Callable[[], object] = lambda: None,
+    moved: Callable[[], object] = lambda: None,
+) -> Any:
+    """Look until there is something to see, and return it.
+
+    Args:
+        look: Returns something true when what is waited for is there.
+        check: Raises AssertionError when it can no longer come.
+        moved: Returns something else when anything has moved: the wait starts again then.
+
+    Raises:
+        AssertionError: If nothing has moved for `WAIT_SECONDS`.
+    """
+    before, since = moved(), time.monotonic()
+    while not (found := look()):
+        check()
+        if (now := moved()) != before:
+            before, since = now, time.monotonic()
+        assert time.monotonic() - since < WAIT_SECONDS, f"nothing moves any more: {now}"
+        time.sleep(PAUSE_SECONDS)
+    return found
