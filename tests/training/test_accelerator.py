@@ -15,6 +15,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.offload import send
 from dora_diffusion.training.accelerator import SharedFlags, make_accelerator
@@ -59,17 +60,16 @@ InputSource.__call__ = inputs
 """
 
 
-def launch(config: dict, tmp_path: Path, processes: int, before: str = "", fails: str = "") -> Path:
-    """Run a configuration, which ends well, or with a line of its errors."""
-    script, settings = tmp_path / "run.py", tmp_path / f"{processes}.yaml"
+def launch(config: dict, tmp_path: Path, before: str = "", fails: str = "") -> Path:
+    """Run a configuration in two processes, which ends well, or with a line of its errors."""
+    script, settings = tmp_path / "run.py", tmp_path / "settings.yaml"
     script.write_text(before + _RUN, encoding="utf-8")
-    output = tmp_path / f"out-{processes}"
+    output = tmp_path / "out-2"
     settings.write_text(yaml.safe_dump(config | {"output_dir": str(output)}), encoding="utf-8")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     # With ACCELERATE_USE_CPU, the launcher for several GPUs starts CPU processes.
-    several = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
-    command += several if processes > 1 else ["--cpu", "--num_processes", "1"]
+    command += ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     done = subprocess.run(
         [*command, str(script), str(settings)],
         capture_output=True,
@@ -126,8 +126,9 @@ def test_two_processes_agree_with_one(sd1_folder, tmp_path, variant):
     }
     for text in photos.glob("*.txt") if "token" in variant else ():
         text.write_text(text.read_text("utf-8").replace("sks", variant["token"]), encoding="utf-8")
-    one = launch(config | {"train_batch_size": 4}, tmp_path, 1)
-    two = launch(config | {"train_batch_size": 2}, tmp_path, 2)
+    one = tmp_path / "out-1"
+    train(TrainConfig.from_dict(config | {"train_batch_size": 4, "output_dir": str(one)}))
+    two = launch(config | {"train_batch_size": 2}, tmp_path)
     first, second = read_adapter(one).layers, read_adapter(two).layers
     assert set(first) == set(second)
     for name, layer in first.items():
@@ -157,7 +158,7 @@ def test_what_goes_wrong_in_one_process_ends_both_with_what_there_is(
     before, fails, every, tiny_run, tmp_path
 ):
     config = tiny_run(max_train_steps=9, checkpointing_steps=every, checkpoints_total_limit=1)
-    output = launch(config.to_dict(), tmp_path, 2, before, fails)
+    output = launch(config.to_dict(), tmp_path, before, fails)
     assert names(output) == ["checkpoint-2"]
     state = torch.load(output / "checkpoint-2" / "training_state.pt", weights_only=True)
     assert (state["step"], state["sampler"]["position"]) == (2, 4)
