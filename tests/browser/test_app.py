@@ -61,7 +61,7 @@ def test_uploads_are_checked_file_by_file(
     )
     fake.write_bytes(b"this is text")
     vector.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>", encoding="utf-8")
-    Image.new("1", (7000, 7000)).save(huge)
+    Image.new("1", (15_000, 14_000)).save(huge)
     with Image.open(good[0]) as image:
         image.resize((620, 580)).save(twin)
     smooth = Image.linear_gradient("L").resize((600, 600)).convert("RGB")
