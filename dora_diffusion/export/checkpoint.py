@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,33 +152,40 @@ def export_checkpoint(
     return output
 
 
+class BaseFiles(NamedTuple):
+    """What a model was trained from.
+
+    Attributes:
+        source: A Diffusers folder, a hub id, ``embedded:NAME`` or a single ``.safetensors`` file.
+        variant: Weight variant, such as ``"fp16"``.
+        vae: Another autoencoder, which takes the place of its own.
+        config: For a folder made from a single file: a Diffusers folder with its configuration.
+    """
+
+    source: str | Path
+    variant: str | None = None
+    vae: str | Path | None = None
+    config: str | Path | None = None
+
+
 def export_trained(
-    base: str | Path,
+    base: BaseFiles,
     tensors: Mapping[str, Callable[[], Tensor]],
     output: str | Path,
     metadata: AdapterMetadata,
     *,
     words: Mapping[str, Path] | None = None,
-    vae: str | Path | None = None,
-    variant: str | None = None,
-    config: str | Path | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write a model that was trained from a base, streamed one tensor at a time, atomically.
 
-    One that is there is replaced.
-
     Args:
-        base: What it was trained from: a Diffusers folder, a hub id, ``embedded:NAME`` or a single
-            ``.safetensors`` file. What was not trained is its own, to the last bit.
+        base: What it was trained from. What was not trained is its own, to the last bit.
         tensors: Canonical name -> what gives the trained tensor.
         output: A name ending in ``.safetensors`` gives one file in the original layout, any other
             a Diffusers folder. What is there is replaced.
         metadata: What is known of the training: trigger words, steps.
         words: The files of its trained words, which its file and card name.
-        vae: Another autoencoder, which takes the place of the base's.
-        variant: Weight variant of the base, such as ``"fp16"``.
-        config: For a folder made from a single file: a Diffusers folder with its configuration.
         dtype: Of the UNet and the text encoders; None keeps that of the base.
 
     Returns:
@@ -189,18 +197,18 @@ def export_trained(
     """
     output = Path(output).expanduser()
     with contextlib.ExitStack() as stack:
-        model = stack.enter_context(open_model(base, variant))
+        model = stack.enter_context(open_model(base.source, base.variant))
         check_output(output, model.path, (), True)
-        new_vae = None if vae is None else stack.enter_context(open_vae(vae))
+        new_vae = stack.enter_context(open_vae(base.vae)) if base.vae else None
         weights: ModelWeights = with_vae(model, new_vae) if new_vae else model
         if unknown := tensors.keys() - weights.specs.keys():
             raise ExportError(f"the base has no {listing(sorted(unknown), 3)}")
         trained = MergedModel(Overlay(weights, tensors), (), dtype)
-        facts = replace(metadata, base_model=without_path(str(base)))
-        restate_schedule(model, base, AskedSchedule(adapters=[facts]))
+        facts = replace(metadata, base_model=without_path(str(base.source)))
+        restate_schedule(model, base.source, AskedSchedule(adapters=[facts]))
         described = trained_metadata(model, metadata, output, words or {})
         stack.callback(described.close)
-        _write(trained, model, output, described, config, new_vae, None)
+        _write(trained, model, output, described, base.config, new_vae, None)
     return output
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.export.checkpoint import export_trained
+from dora_diffusion.export.checkpoint import BaseFiles, export_trained
 from dora_diffusion.export.files import open_model
 from dora_diffusion.export.merged import MergedModel
 from dora_diffusion.formats.adapter.embeddings import read_tokens
@@ -205,15 +205,18 @@ class FullWeights:
     ) -> Path:
         config = self.config
         folder = output.parent if output.suffix == ".safetensors" else output
-        written = export_trained(
+        base = BaseFiles(
             self.components.source,
+            config.variant,
+            config.pretrained_vae_model_name_or_path,
+            config.model_config,
+        )
+        written = export_trained(
+            base,
             {name: values[name].cpu for name in self.trained},
             output,
             metadata,
             words=self.words.files(folder),
-            vae=config.pretrained_vae_model_name_or_path,
-            variant=config.variant,
-            config=config.model_config,
             dtype=_dtype(config),
         )
         self.words.write(folder)

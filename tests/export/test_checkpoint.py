@@ -25,7 +25,7 @@ from dora_diffusion.export import (
     files,
     verify_checkpoint,
 )
-from dora_diffusion.export.checkpoint import export_trained
+from dora_diffusion.export.checkpoint import BaseFiles, export_trained
 from dora_diffusion.export.files import open_model
 from dora_diffusion.export.metadata import trained_steps, trained_trigger
 from dora_diffusion.formats.adapter.file import (
@@ -71,7 +71,7 @@ def test_without_an_adapter_a_model_changes_its_layout_alone(
     """What a whole training left: folder, file and folder again, with what it says of itself."""
     facts = AdapterMetadata("sd1", trigger="sks dog", extra={"training_steps": "7"})
     trained = {"unet.conv_in.bias": lambda: torch.ones(32)}
-    folder = export_trained(sd1_folder, trained, tmp_path / "run" / "model", facts)
+    folder = export_trained(BaseFiles(sd1_folder), trained, tmp_path / "run" / "model", facts)
     file = export_checkpoint(tmp_path / "run", (), tmp_path / "one.safetensors")
     again = export_checkpoint(file, (), tmp_path / "again", config=sd1_folder)
     assert_equal(tensors_of(again), tensors_of(folder))

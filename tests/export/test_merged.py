@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import shutil
@@ -224,11 +225,14 @@ def test_quantised_bases_are_refused(
 def test_a_merge_beyond_the_dtype_says_where(
     tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
 ) -> None:
-    path = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=9)))
+    layers = {
+        name: dataclasses.replace(layer, magnitude=layer.magnitude * 1e6)
+        for name, layer in random_adapter(sd1_folder, every=9).items()
+        if layer.magnitude is not None
+    }
+    path = write_adapter(tmp_path / "a", AdapterFile(layers))
     with pytest.raises(MergeError, match=r"\.weight: .* not finite in float16; lower the strength"):
-        export_checkpoint(
-            sd1_folder, path, tmp_path / "m.safetensors", strength=1e6, dtype=torch.float16
-        )
+        export_checkpoint(sd1_folder, path, tmp_path / "m.safetensors", dtype=torch.float16)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
