@@ -35,7 +35,7 @@ html_theme = "furo"
 html_title = "DoRA Diffusion"
 html_copy_source = False
 html_show_sphinx = False
-html_search_scorer = "search.js"
+html_search_scorer = str(Path(__file__).with_name("search.js"))
 smartquotes = False  # It would make dashes of the flags in headings.
 
 # Docstrings have single backticks around names, as Markdown has.

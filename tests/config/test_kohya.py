@@ -414,7 +414,7 @@ def test_captions_that_never_name_the_first_word_have_no_token(
 
 def test_kohya_folders_are_the_same_images_as_often(folders: Path) -> None:
     (folders / "notes").mkdir()
-    with pytest.warns(UserWarning, match="left out notes; a folder of a subject is called as"):
+    with pytest.warns(UserWarning, match="left out notes; name a subject's folder like"):
         entries = TrainConfig(dataset_config=str(folders)).dataset_config
     assert entries == [
         {

@@ -45,7 +45,7 @@ def test_a_subject_with_two_folders_has_one_adapter() -> None:
             [{"instance_data_dir": "a/x"}, {"name": "X"}],
             "entry 2.*'X' is that of .*entry 1",
         ),
-        ([{"name": "a", "mixed_precision": "bf16"}], "entry 1: mixed_precision: this all subjects"),
+        ([{"name": "a", "mixed_precision": "bf16"}], "entry 1: all subjects share mixed_precision"),
         ([{"name": "a", "rnak": 2}], "entry 1: there is no setting rnak.*rank"),
         ([{"name": "../a"}], "cannot be that of a folder"),
         ([{"name": "a\nb"}], "cannot be that of a folder"),

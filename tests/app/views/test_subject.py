@@ -196,7 +196,7 @@ def test_captions_of_all_photos_are_changed_by_buttons(
     handler(context, "undo", "captions")(subject)
     assert now() == ["", "night, a <mug> on sand", ""]
     for change, values in ((substitute, ("", "")), (add_prefix, ("",)), (substitute, ("", "x"))):
-        with pytest.raises(gradio.Error, match=r"Write first|nothing to find"):
+        with pytest.raises(gradio.Error, match=r"Write what to change first|nothing to find"):
             change(subject, *values)
     with pytest.raises(gradio.Error, match="at most 1000"):
         write(subject, "x" * 1001)
