@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import inject_adapters
 from dora_diffusion.adapters.layers import adapted_layers
-from dora_diffusion.adapters.scope import NormCache, norm_scope, stack_of, stack_scope
+from dora_diffusion.adapters.stack import AdapterStack
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.training.parameters import FlatParameters
 
-PEERS = (FROZEN, LORA, PEFT_DORA, OURS)
+OWN_LORA = "this LoRA"
+PEERS = (FROZEN, LORA, PEFT_DORA, OURS, OWN_LORA)
 PACK = "a pack of "
 PHASES = ("norms", "forward", "backward", "clip", "optimizer")
 LATENTS = {"sd1": 64, "sdxl": 128}
@@ -81,7 +82,9 @@ def make(name: str, family: str, dtype: torch.dtype, targets: str, text: bool) -
         config = CLIPTextConfig(vocab_size=49408, **CLIP_BIG_G)
         encoders.append(CLIPTextModelWithProjection(config))
     models = Models(
-        unet, [e.to(DEVICE, dtype) for e in encoders], ours=name == OURS or name.startswith(PACK)
+        unet,
+        [e.to(DEVICE, dtype) for e in encoders],
+        ours=name in (OURS, OWN_LORA) or name.startswith(PACK),
     )
     for model in models.all():
         layers = targets if model is unet else "text-encoder-attention"
@@ -96,8 +99,10 @@ def adapt(name: str, model: nn.Module, targets: str) -> int:
         config = AdapterConfig(targets=(targets,), rank=8, conv_rank=8)
         for number in range(subjects_of(name)):
             inject_adapters(model, config, name=str(number))
-    elif name == OURS:
-        inject_adapters(model, AdapterConfig(targets=(targets,), rank=8, conv_rank=8))
+    elif name in (OURS, OWN_LORA):
+        dora = name == OURS
+        config = AdapterConfig(targets=(targets,), rank=8, conv_rank=8, use_dora=dora)
+        inject_adapters(model, config)
     elif name != FROZEN:
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -147,78 +152,54 @@ def phase(models: Models, name: str) -> Iterator[None]:
 
 
 def count_step(
-    models: Models, family: str, dtype: torch.dtype, latent: int, steps: int = 2
+    models: Models, family: str, dtype: torch.dtype, latent: int, subjects: int = 1, steps: int = 2
 ) -> None:
-    """Count the second of two steps: the first makes the optimizer's state and statistics."""
-    groups: list[dict[str, Any]] = [{"params": models.parameters()}]
-    flat = FlatParameters(groups) if models.ours else None
-    parameters = (flat.groups if flat else groups)[0]["params"]
-    optimizer = torch.optim.AdamW(parameters, fused=True) if parameters else None
-    cast, cache = dtype != torch.float32 and not models.ours, NormCache()
+    """Count the second of two steps: the first makes the optimizer's state and statistics.
+
+    Ours has an adapter, a row and an optimizer for each of so many subjects.
+    """
+    groups = [models.parameters()]
+    stack, flats = None, []
+    if models.ours:
+        layers = [layer for model in models.all() for _, layer in adapted_layers(model)]
+        adapters = [[*layer.adapters.values()] for layer in layers]
+        stack = AdapterStack(layers, adapters)
+        groups = [[p for a in own for p in a.parameters()] for own in zip(*adapters, strict=True)]
+        flats = [FlatParameters([{"params": own}]) for own in groups]
+        groups = [flat.groups[0]["params"] for flat in flats]
+    optimizers = [torch.optim.AdamW(own, fused=True) for own in groups if own]
+    cast, rows = dtype != torch.float32 and not models.ours, list(range(subjects))
     for _ in range(steps):
-        scope = norm_scope(*models.all(), cache=cache) if models.ours else nullcontext()
+        opened = ExitStack()
         with phase(models, "norms"):
-            scope.__enter__()
+            opened.enter_context(stack.scope() if stack else nullcontext())
+        opened.enter_context(stack.of(rows) if stack else nullcontext())
         with phase(models, "forward"), torch.autocast(DEVICE, dtype, enabled=cast):
-            prediction = predict(models, family, dtype, latent)
+            prediction = predict(models, family, dtype, latent, subjects)
         upstream = torch.empty_like(prediction)
         with phase(models, "backward"):
             prediction.backward(upstream)
-        scope.__exit__(None, None, None)
+            opened.close()
         with phase(models, "clip"):
-            if flat is not None:
+            for flat in flats:
                 flat.take_gradients()
-            if parameters:
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for own in groups:
+                torch.nn.utils.clip_grad_norm_(own, 1.0)
         with phase(models, "optimizer"):
-            if optimizer is not None:
+            for optimizer in optimizers:
                 optimizer.step()
-            if flat is not None:
+            for flat in flats:
                 flat.finish()
-        for parameter in parameters:
+        for parameter in (parameter for own in groups for parameter in own):
             parameter.grad = None
-    own = (tensor for m in models.all() for tensor in (*m.parameters(), *m.buffers()))
-    with Count(), norm_scope(*models.all(), cache=cache), kept_storages(own) as kept:
-        with torch.autocast(DEVICE, dtype, enabled=cast):
-            prediction = predict(models, family, dtype, latent)
-        models.kept = sum(kept.values())
-
-
-def count_pack(
-    models: Models, family: str, dtype: torch.dtype, latent: int, count: int, steps: int = 2
-) -> None:
-    """`count_step` for so many subjects at once, a row each."""
-    layers = [layer for model in models.all() for _, layer in adapted_layers(model)]
-    adapters = [[layer.adapters[str(k)] for k in range(count)] for layer in layers]
-    own = [[p for a in part for p in a.parameters()] for part in zip(*adapters, strict=True)]
-    flats = [FlatParameters([{"params": parameters}]) for parameters in own]
-    stack = stack_of(layers, adapters, [flat.vector() for flat in flats])
-    optimizers = [torch.optim.AdamW(flat.groups[0]["params"], fused=True) for flat in flats]
-    for _ in range(steps):
-        scope = stack_scope(layers, stack)
-        with phase(models, "norms"):
-            rows = scope.__enter__()
-        with rows.of(range(count)):
-            with phase(models, "forward"):
-                prediction = predict(models, family, dtype, latent, count)
-            upstream = torch.empty_like(prediction)
-            with phase(models, "backward"):
-                prediction.backward(upstream)
-        scope.__exit__(None, None, None)
-        with phase(models, "clip"):
-            gradients = stack.gradients()
-            for k, flat in enumerate(flats):
-                flat.give_gradients(gradients[k], stack.unused(k))
-                torch.nn.utils.clip_grad_norm_(flat.groups[0]["params"], 1.0)
-        with phase(models, "optimizer"):
-            for optimizer, flat in zip(optimizers, flats, strict=True):
-                optimizer.step()
-                flat.finish()
-                optimizer.zero_grad()
     frozen = (tensor for m in models.all() for tensor in (*m.parameters(), *m.buffers()))
-    with Count(), stack_scope(layers, stack) as rows, kept_storages(frozen) as kept:
-        with rows.of(range(count)):
-            predict(models, family, dtype, latent, count)
+    with ExitStack() as opened:
+        opened.enter_context(Count())
+        opened.enter_context(stack.scope() if stack else nullcontext())
+        opened.enter_context(stack.of(rows) if stack else nullcontext())
+        kept = opened.enter_context(kept_storages(frozen))
+        with torch.autocast(DEVICE, dtype, enabled=cast):
+            prediction = predict(models, family, dtype, latent, subjects)
         models.kept = sum(kept.values())
 
 
@@ -266,10 +247,7 @@ def main() -> None:
                 with fake_gpu():
                     dtype = DTYPES[precision]
                     models = make(name, family, dtype, args.targets, args.text_encoders)
-                    if name.startswith(PACK):
-                        count_pack(models, family, dtype, LATENTS[family], subjects_of(name))
-                    else:
-                        count_step(models, family, dtype, LATENTS[family])
+                    count_step(models, family, dtype, LATENTS[family], subjects_of(name))
                 rows.append(row(name, models))
                 for key, count in models.counts.items():
                     details.append((name, key, count.operations.most_common(args.operations)))

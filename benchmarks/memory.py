@@ -54,8 +54,9 @@ from dora_diffusion.models.latents import predict
 from dora_diffusion.models.text import Conditioning, encode_tokens
 from dora_diffusion.training import optimizer as optimizers
 from dora_diffusion.training.adapters import inject_trained
+from dora_diffusion.training.engine import Engine
 from dora_diffusion.training.inputs import StepInputs
-from dora_diffusion.training.step import TrainingStep, build_step
+from dora_diffusion.training.step import Learner, build_learner
 
 # A card has to hold a tenth more than what is counted with the GPU's context, and half a gigabyte
 # for the screen.
@@ -129,7 +130,6 @@ def accelerator() -> Any:
         scaler=None,
         autocast=nullcontext,
         backward=lambda loss: loss.backward(),
-        no_sync=lambda module: nullcontext(),
         clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
         reduce=lambda tensor, reduction: tensor,
         prepare_optimizer=lambda optimizer: SimpleNamespace(
@@ -212,19 +212,37 @@ def count_step(
         stack.enter_context(count)
         weights = inject_trained(components, config)
         inputs = inputs_of(components, resolution // components.vae_factor, config)
-        step = build_step(config, accelerator(), components, weights, lambda number: inputs)
-        condition = encoded if text_encoders else cached
-        step.objective.condition = lambda captions: condition(components, len(captions))
-        make_states(step)
+        learner = build_learner(config, accelerator(), components, weights, lambda number: inputs)
+        condition: Any = Encoded(components, encoded if text_encoders else cached, text_encoders)
+        learner.objective = replace(learner.objective, condition=condition)
+        make_states(learner)
         count.label = "step"
         count.reset_peak()
-        step(1)
+        take_steps(Engine([learner]))
     return count
 
 
-def make_states(step: TrainingStep) -> None:
+class Encoded:
+    """A run's conditioner, to which all captions are alike."""
+
+    def __init__(self, components: Components, encode: Any, trains: bool = False) -> None:
+        self.components, self.encode, self.trains = components, encode, trains
+
+    def __call__(self, captions: Any) -> Any:
+        """Conditioning of as many."""
+        return self.encode(self.components, len(captions))
+
+
+def take_steps(engine: Engine) -> None:
+    """The first step of each run."""
+    for outcome in engine([1] * len(engine.learners)):
+        if isinstance(outcome, Exception):
+            raise outcome
+
+
+def make_states(step: Learner) -> None:
     """Have the optimizer make its states, which exist from the second step on."""
-    for parameter in step.objective.parameters():
+    for parameter in (p for model in step.modules.values() for p in model.parameters()):
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     step.parameters.take_gradients()

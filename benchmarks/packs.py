@@ -23,25 +23,33 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from common import markdown
 from fake_gpu import DEVICE, Answers, fake_gpu
 from live_bytes import GIB, LiveBytes
-from memory import accelerator, cached, inputs_of, label_weights, make_components, make_states
+from memory import (
+    Encoded,
+    accelerator,
+    cached,
+    inputs_of,
+    label_weights,
+    make_components,
+    make_states,
+    take_steps,
+)
 
 from dora_diffusion.adapters.inject import DetachedAdapters, detach_adapters
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.memory import PROCESS_GIB
 from dora_diffusion.training.adapters import inject_trained
+from dora_diffusion.training.engine import Engine
 from dora_diffusion.training.events import StepDone
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.pack import train_pack
-from dora_diffusion.training.packed_step import PackedStep
-from dora_diffusion.training.step import build_step
+from dora_diffusion.training.step import build_learner
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
 CARDS = (12, 16, 24, 80)
@@ -135,37 +143,23 @@ def count_pack(family: str, resolution: int, config: TrainConfig, count: int) ->
         stack.enter_context(Answers())
         stack.enter_context(live)
         inputs = inputs_of(components, resolution // components.vae_factor, config)
-        sessions, adapters = [], []
+        learners, adapters = [], []
         for _ in range(count):
             detach_adapters(components.unet)
             weights, one = inject_trained(components, config), accelerator()
             give: Callable[[int], Any] = lambda number: inputs  # noqa: E731
-            step = build_step(config, one, components, weights, give)  # type: ignore[arg-type]
-            step.objective.condition = Encoded(components)
-            make_states(step)
+            learner = build_learner(config, one, components, weights, give)  # type: ignore[arg-type]
+            condition: Any = Encoded(components, cached)
+            learner.objective = replace(learner.objective, condition=condition)
+            make_states(learner)
             adapters.append(DetachedAdapters.of(components.unet))
-            sessions.append(SimpleNamespace(config=config, accelerator=one, train_step=step))
+            learners.append(learner)
         adapters[0].attach()
-        packed = PackedStep(sessions, adapters)  # type: ignore[arg-type]
+        engine = Engine(learners, adapters)
         live.label = "step"
         live.reset_peak()
-        for outcome in packed([1] * count):
-            if isinstance(outcome, Exception):
-                raise outcome
+        take_steps(engine)
     return live
-
-
-class Encoded:
-    """Captions that were encoded before."""
-
-    trains = False
-
-    def __init__(self, components: Any) -> None:
-        self.components = components
-
-    def __call__(self, captions: Any) -> Any:
-        """Conditioning of as many."""
-        return cached(self.components, len(captions))
 
 
 def print_memory(args: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ def losses(output: Path, steps: int, **chosen: object) -> torch.Tensor:
     config = settings(str(output), learning_rate=1e-3, **chosen)
     make = fp16_accelerator if config.mixed_precision == "fp16" else make_accelerator
     run = open_session(config, subjects_of(config), make(config))
-    return torch.stack([run.train_step(step + 1)["loss"].float() for step in range(steps)])
+    return torch.stack([run.step(step + 1)["loss"].float() for step in range(steps)])
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """What a real training step does beside the UNet, and how long the first one takes to come.
 
     python benchmarks/train_step.py
+    python benchmarks/train_step.py --calls
 
 On the embedded models: a step of `train` against the same UNet, adapters and latents without the
 trainer; a step with DoRA against one with LoRA, where issuing operations takes the time; AdamW's
@@ -16,20 +17,25 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import FrameType
 
 import torch
 from common import interleaved, machine, markdown, ratio
 from torch import Tensor
 
+import dora_diffusion
+from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.session import Session, open_session
 from dora_diffusion.training.subject import subjects_of
 
+PACKAGE = str(Path(dora_diffusion.__file__).parent)
 ALONE, STEP = "UNet alone", "training step"
 LORA_HERE = "the same with LoRA"
 SETTINGS = {
@@ -62,13 +68,13 @@ def bare_step(run: Session) -> None:
     states = torch.randn(batch, 77, unet.config.cross_attention_dim)
     with norm_scope(unet):
         unet(latents, torch.full((batch,), 500), states).sample.square().mean().backward()
-    run.train_step.optimizer.zero_grad(set_to_none=True)
+    run.learner.optimizer.zero_grad(set_to_none=True)
 
 
 def step_beside_unet(output: str, rounds: int) -> None:
     run = session(output)
     number = iter(range(1, 10**9))
-    steps = {ALONE: lambda: bare_step(run), STEP: lambda: run.train_step(next(number))}
+    steps = {ALONE: lambda: bare_step(run), STEP: lambda: run.step(next(number))}
     samples = interleaved(steps, rounds, at_least=0.5)
     rows = [[n, f"{1e3 * median(samples[n]):.0f}", ratio(samples, n, ALONE)] for n in steps]
     print(markdown(["embedded:tiny-sd", "ms", f"to {ALONE}"], rows), "\n")
@@ -82,7 +88,7 @@ def against_lora(output: str, rounds: int) -> None:
     }  # fmt: skip
     runs = {n: session(output, **chosen, use_dora=n == "DoRA") for n in (LORA_HERE, "DoRA")}
     number = iter(range(1, 10**9))
-    steps = {n: partial(lambda run: run.train_step(next(number)), run) for n, run in runs.items()}
+    steps = {n: partial(lambda run: run.step(next(number)), run) for n, run in runs.items()}
     interleaved(steps, 5)
     samples = interleaved(steps, 12 * rounds)
     rows = [[n, f"{1e3 * median(samples[n]):.0f}", ratio(samples, n, LORA_HERE)] for n in steps]
@@ -90,7 +96,7 @@ def against_lora(output: str, rounds: int) -> None:
 
 
 def optimizers(output: str, rounds: int) -> None:
-    trained = session(output).train_step.parameters
+    trained = session(output).learner.parameters
     kinds = {"plain": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
     steps = {}
     for name, kind in kinds.items():
@@ -101,6 +107,26 @@ def optimizers(output: str, rounds: int) -> None:
     samples = interleaved(steps, rounds, at_least=0.2)
     rows = [[n, f"{1e3 * median(samples[n]):.1f}", ratio(samples, n, "plain")] for n in steps]
     print(markdown([f"AdamW, {len(trained)} tensors", "ms", "to plain"], rows), "\n")
+
+
+def calls(output: str) -> None:
+    """The project's functions that the last 3 of 14 steps enter, without comprehensions."""
+    run, entered = session(output, max_train_steps=14), Counter[tuple[str, str]]()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(PACKAGE) and "<" not in code.co_name:
+            entered[code.co_filename.removeprefix(PACKAGE), code.co_qualname] += 1
+
+    for number in range(1, 15):
+        sys.setprofile(note if number > 11 else None)
+        run.step(number)
+        sys.setprofile(None)
+    layers = sum(1 for _ in adapted_layers(run.components.unet))
+    row = [layers, len({file for file, _ in entered}), len(entered), sum(entered.values()) // 3]
+    print(markdown(["adapted layers", "modules", "functions", "calls of a step"], [row]), "\n")
+    most = [[f"{file[1:]} {name}", count // 3] for (file, name), count in entered.most_common(12)]
+    print(markdown(["entered most", "times"], most))
 
 
 def children_seconds(command: list[str]) -> float:
@@ -166,10 +192,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--demo_steps", type=int, default=100, help="of the demo's training")
+    parser.add_argument("--calls", action="store_true", help="count what a step enters, and end")
     args = parser.parse_args()
     print(machine(), "\n")
     with tempfile.TemporaryDirectory() as folder:
         output = str(Path(folder) / "run")
+        if args.calls:
+            calls(output)
+            return
         step_beside_unet(output, args.rounds)
         against_lora(output, args.rounds)
         optimizers(output, args.rounds)

@@ -124,16 +124,18 @@ def _run(
     Not before the whole model runs: the scope of an offloaded model opens as that is called.
     """
     adapted = [layer for layer in layers if isinstance(layer, AdaptedLayer)]
-    if any(layer._rows is not None for layer in adapted):
+    if any(
+        layer._rows is not None or (layer._place and layer._place.is_mixed) for layer in adapted
+    ):
         # Each mixture of adapters would be compiled for itself.
         return block._call_impl(*args, **kwargs)
     for layer in adapted:
-        if layer._scales_cache:
+        if layer._place is not None:
+            layer._place.factors(product_dtype(layer.weight))
+        elif layer._scales_cache:
             for name, adapter in layer.active():
-                if name in layer._scales_cache:
-                    layer.require_unchanged(name, adapter)
-            for scales in layer._scales_cache.values():
-                scales.factors(product_dtype(layer.weight))
+                if (scales := layer.scales(name, adapter)) is not None:
+                    scales.factors(product_dtype(layer.weight))
     return compiled(block, *args, **kwargs)
 
 

@@ -39,24 +39,21 @@ class _AdaptedConv(AdaptedLayer):
     padding_mode: str
     _reversed_padding_repeated_twice: list[int]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See `AdaptedLayer.forward`; like PyTorch's, it takes one input without a batch."""
-        is_single = x.ndim == len(self.kernel_size) + 1
-        return super().forward(x[None])[0] if is_single else super().forward(x)
-
     @property
-    def _pads_itself(self) -> bool:
+    def is_prepared(self) -> bool:
+        """Whether the convolution pads itself."""
         return self.padding_mode == "zeros" and not isinstance(self.padding, str)
 
-    def operation(self) -> Operation:
+    def operation(self, *, leaves_garbage: bool = True) -> Operation:
         """A convolution with this layer's stride, padding, dilation and groups."""
-        padding = self.padding if self._pads_itself else (0,) * len(self.kernel_size)
+        padding = self.padding if self.is_prepared else (0,) * len(self.kernel_size)
         zeros = cast("tuple[int, ...]", padding)
-        return ConvOperation(self.stride, zeros, self.dilation, self.groups)
+        settings = self.stride, zeros, self.dilation, self.groups
+        return ConvOperation(*settings, leaves_garbage=leaves_garbage)
 
     def prepare(self, x: Tensor) -> Tensor:
         """Pad for ``padding_mode`` other than zeros, and for ``padding="same"``."""
-        if self._pads_itself:
+        if self.is_prepared:
             return x
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         return F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
@@ -88,7 +85,7 @@ class DoRAEmbedding(AdaptedLayer, nn.Embedding):
             return y
         return torch.where((x == self.padding_idx)[..., None], y.detach(), y)
 
-    def operation(self) -> Operation:
+    def operation(self, *, leaves_garbage: bool = True) -> Operation:
         """Looking up."""
         return _EMBEDDING
 
@@ -187,8 +184,9 @@ def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
     module.__class__ = cast(Any, _adapted_class(type(module)))
     layer = cast(AdaptedLayer, module)
     layer.adapters = nn.ModuleDict()
-    layer._scales_cache = layer._statistics = layer._unmerged = layer._rows = None
-    layer._scales_versions, layer._row_factors = {}, {}
+    layer._scales_cache = layer._statistics = layer._unmerged = None
+    layer._rows = layer._place = None
+    layer._scales_versions, layer._row_factors, layer._ready = {}, {}, {}
     layer.keep_output = keep_output
     AdaptedLayer.changes += 1
     return layer
@@ -198,7 +196,7 @@ def restore_base_class(layer: AdaptedLayer) -> None:
     """Make an adapted layer the module that it was, with its present weight."""
     for name in (
         "adapters", "_scales_cache", "_scales_versions", "_statistics", "_unmerged", "_rows",
-        "_row_factors", "keep_output",
+        "_row_factors", "_place", "_ready", "keep_output",
     ):  # fmt: skip
         delattr(layer, name)
     AdaptedLayer.changes += 1

@@ -8,15 +8,15 @@ were. Adapters live in the child module ``adapters``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.parametrizations import Parametrization
-from dora_diffusion.adapters.rows import Rows, StackedRows, forward_rows
+from dora_diffusion.adapters.rows import Rows, forward_rows
 from dora_diffusion.numerics.dora import dora_forward, interpolated_magnitude, sum_of_adapters
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.operation import OneHot, Operation, dropout
@@ -24,8 +24,8 @@ from dora_diffusion.numerics.precision import product_dtype, upcast, upcast_dtyp
 from dora_diffusion.numerics.prepare.factors import (
     Factors,
     LayerScales,
-    PlanInputs,
     RowShard,
+    Site,
     WeightStatistics,
     direction_of,
     factors_of,
@@ -33,6 +33,11 @@ from dora_diffusion.numerics.prepare.factors import (
 from dora_diffusion.numerics.prepare.plan import FixedScales, make_scales
 from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis, Strengths, oriented
 
+if TYPE_CHECKING:
+    from dora_diffusion.adapters.stack import Place
+
+Ready = tuple[Operation, Tensor, Tensor | None, Factors]
+"""All that `dora_forward` takes beside the input."""
 _LINEAR, _VERSION = Operation(), attrgetter("_version")
 
 
@@ -146,8 +151,11 @@ class AdaptedLayer(nn.Module):
     _statistics: tuple[tuple[Any, ...], WeightStatistics] | None
     _unmerged: Tensor | None
     # What adapters the rows of a batch have, where a row scope is open, and their factors.
-    _rows: Rows | StackedRows | None
+    _rows: Rows | None
     _row_factors: dict[tuple[Any, ...], Factors | None]
+    # Its place in a stack whose scope is open, and what it computes with there by input dtype.
+    _place: Place | None
+    _ready: Mapping[torch.dtype, Ready]
 
     @property
     def is_merged(self) -> bool:
@@ -168,9 +176,14 @@ class AdaptedLayer(nn.Module):
         to_local = getattr(self.weight, "to_local", None)
         return cast(Tensor, to_local()) if to_local else self.shard.own(self.weight)
 
-    def operation(self) -> Operation:
-        """What the weight does to an input."""
+    def operation(self, *, leaves_garbage: bool = True) -> Operation:
+        """What the weight does to an input; see `ConvOperation`."""
         return _LINEAR
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the operation takes an input as it is, without `prepare`."""
+        return self.kind != "embedding"
 
     def prepare(self, x: Tensor) -> Tensor | OneHot:
         """What the operation takes: padded, where it does not pad itself, or one-hot."""
@@ -184,7 +197,7 @@ class AdaptedLayer(nn.Module):
             for name, adapter in adapters.items()
             if adapter.enabled
             and adapter.strengths.strength != 0
-            and (not isinstance(rows, Rows) or name in rows.distinct)
+            and (rows is None or name in rows.distinct)
         ]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -196,9 +209,16 @@ class AdaptedLayer(nn.Module):
         Raises:
             RuntimeError: If the base weight or bias requires a gradient.
         """
+        ready = None if torch.compiler.is_compiling() else self._ready.get(x.dtype)
+        if ready is not None and not torch.is_autocast_enabled(x.device.type):
+            return dora_forward(ready[0], x, *ready[1:])
+        return self._forward_in_general(x)
+
+    def _forward_in_general(self, x: Tensor) -> Tensor:
+        """`forward` of several adapters, of strengths, dropout, casts and the like."""
+        if self._place is not None and not torch.compiler.is_compiling():
+            return self._place.forward(x)
         rows = self._rows
-        if isinstance(rows, StackedRows):
-            return rows.forward(self, x)
         active = self.active() if self._unmerged is None else []
         if not active:
             base: Tensor = super().forward(x)
@@ -237,28 +257,36 @@ class AdaptedLayer(nn.Module):
 
     def factors(self, name: str, adapter: LayerAdapter, dtype: torch.dtype) -> Factors:
         """What one adapter computes with in a dtype, by a plan or, where there is none, alone."""
-        if adapter.magnitude is not None:
-            if not torch.compiler.is_compiling():
-                factors = self.scales(name, adapter).factors(dtype)
-                if self.shard is None or not factors.is_direct or factors.axis == "input":
-                    return factors
-                # No plan has the whole weight, which is here now.
-                made = direction_of(self.matrix, adapter.scaled_weights(), dtype)
-                return factors._replace(direction=made)
-            # No plan can be made while torch compiles: a norm scope has one, or the page serves.
-            kept = (self._scales_cache or {}).get(name)
-            if kept is not None and dtype in kept.factors_by_dtype:
-                return kept.factors_by_dtype[dtype]
+        if not torch.compiler.is_compiling():
+            scales = self.scales(name, adapter)
+            if scales is not None:
+                return self.with_direction(scales.factors(dtype), adapter)
+        # No plan can be made while torch compiles: a scope has one, or the page serves.
+        elif (kept := (self._scales_cache or {}).get(name)) and dtype in kept.factors_by_dtype:
+            return kept.factors_by_dtype[dtype]
         strength = adapter.strengths.magnitude_strength
         return factors_of(self.matrix, self.bias, adapter.scaled_weights(), dtype, strength)
 
-    def scales(self, name: str, adapter: LayerAdapter) -> LayerScales | FixedScales:
-        """Norm and gain of one adapter: from the scope's cache where one is open, else computed."""
+    def with_direction(self, factors: Factors, adapter: LayerAdapter) -> Factors:
+        """Factors with what no plan of a sharded weight has made: the weight is whole now."""
+        if self.shard is None or not factors.is_direct or factors.axis == "input":
+            return factors
+        made = direction_of(self.matrix, adapter.scaled_weights(), factors.down.dtype)
+        return factors._replace(direction=made)
+
+    def scales(self, name: str, adapter: LayerAdapter) -> LayerScales | FixedScales | None:
+        """Norm and gain of one adapter: from the scope's cache where one is open, else computed.
+
+        None of a LoRA that has changed in its scope, or is in none.
+        """
         cache = self._scales_cache
         if cache is not None and name in cache:
-            self.require_unchanged(name, adapter)
-            return cache[name]
-        scales = make_scales([self._plan_inputs(adapter)])[0]
+            if self.require_unchanged(name, adapter):
+                return cache[name]
+            del cache[name]
+        if adapter.magnitude is None:
+            return None
+        scales = make_scales([self.site([adapter])])[0]
         if cache is not None:
             self.keep_scales(name, scales)
         return scales
@@ -270,28 +298,35 @@ class AdaptedLayer(nn.Module):
         adapter = cast("LayerAdapter", self.adapters._modules[name])
         self._scales_versions[name] = adapter.versions()
 
-    def require_unchanged(self, name: str, adapter: LayerAdapter) -> None:
-        """Check that an adapter is the one whose scales are in the cache.
+    def require_unchanged(self, name: str, adapter: LayerAdapter) -> bool:
+        """Whether an adapter is the one whose scales are in the cache; a DoRA must be.
 
         Raises:
-            RuntimeError: If a parameter was written or replaced since.
+            RuntimeError: If a parameter of a DoRA was written or replaced since.
         """
-        if adapter.versions() != self._scales_versions[name]:
+        is_unchanged = adapter.versions() == self._scales_versions[name]
+        if not is_unchanged and adapter.magnitude is not None:
             raise RuntimeError(
                 "an adapter's parameters changed inside norm_scope, which keeps the norms of what "
                 "they were: open one norm_scope for each optimizer step, around its forward and "
                 "backward passes; whatever changes parameters, such as optimizer.step(), call it "
                 "after it"
             )
+        return is_unchanged
 
     @torch.no_grad()
-    def _plan_inputs(self, adapter: LayerAdapter) -> PlanInputs:
-        layer = adapter.scaled_weights()
-        matrix = self.own_rows
-        magnitude = interpolated_magnitude(matrix, layer, adapter.strengths.magnitude_strength)
-        statistics = self._weight_statistics(adapter.norm_axis)
-        inputs = layer, magnitude, matrix, self.bias, statistics, self.keep_output
-        return PlanInputs(*inputs, self.shard)
+    def site(self, adapters: Sequence[LayerAdapter]) -> Site:
+        """What a plan takes of this layer, with adapters that need not be on it."""
+        matrix, made = self.own_rows, []
+        for adapter in adapters:
+            weights = adapter.scaled_weights()
+            if weights.magnitude is not None:
+                strength = adapter.strengths.magnitude_strength
+                magnitude = interpolated_magnitude(matrix, weights, strength)
+                weights = dataclasses.replace(weights, magnitude=magnitude)
+            made.append(weights)
+        statistics = self.statistics(adapters[0])
+        return Site(matrix, self.bias, made, statistics, self.keep_output, self.shard)
 
     def forget(self, name: str) -> None:
         """Drop the scales of an adapter that is not what it was."""
@@ -300,13 +335,20 @@ class AdaptedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: not the scales, which nobody would close for it."""
-        return {**self.__dict__, "_scales_cache": None, "_rows": None, "_row_factors": {}}
+        scopes = {"_scales_cache": None, "_rows": None, "_row_factors": {}}
+        return {**self.__dict__, **scopes, "_place": None, "_ready": {}}
 
-    def _weight_statistics(self, axis: NormAxis) -> WeightStatistics:
-        """Statistics of the base weight, for as long as it is what it was."""
+    def identity(self) -> tuple[Any, ...]:
+        """What tells the base weight from others, and from what it was before it was written."""
         weight = self.weight if self.shard is None else self.own_rows
         version = None if weight.is_inference() else weight._version
-        identity = (axis, weight.data_ptr(), version, weight.dtype, weight.device)
+        return weight.data_ptr(), version, weight.dtype, weight.device
+
+    def statistics(self, adapter: LayerAdapter) -> WeightStatistics | None:
+        """Statistics of the base weight for an adapter, as long as it is what it was."""
+        if adapter.magnitude is None:
+            return None
+        axis, identity = adapter.norm_axis, (adapter.norm_axis, *self.identity())
         if self._statistics is None or self._statistics[0] != identity:
             made = WeightStatistics(self.own_rows.detach(), axis, self.shard)
             self._statistics = (identity, made)

@@ -6,11 +6,10 @@ and a shift: what differs between adapters is thin, and is batched beside the on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,6 @@ from torch import Tensor
 from dora_diffusion.numerics.dora import dora_forward
 from dora_diffusion.numerics.operation import ConvOperation, Operation, RowOperation
 from dora_diffusion.numerics.prepare.factors import Factors
-from dora_diffusion.numerics.prepare.stack import Stack
 
 if TYPE_CHECKING:
     from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter
@@ -57,77 +55,10 @@ class Rows:
         return self.names * repeats
 
 
-class StackedRows:
-    """Rows whose adapters are those of a `Stack`, which are on no layer themselves.
-
-    Args:
-        stack: Parameters of all of them, refreshed.
-        numbers: Each layer's place in it.
-    """
-
-    def __init__(self, stack: Stack, numbers: Mapping[AdaptedLayer, int]) -> None:
-        self.stack, self._numbers = stack, numbers
-        self._rows: tuple[int, ...] = ()
-
-    @contextmanager
-    def of(self, adapters: Sequence[int]) -> Iterator[None]:
-        """Inside, a batch has so many rows, each with one of the K adapters; none is the base.
-
-        Backward passes belong inside, where blocks are recomputed in them.
-        """
-        before = self._rows
-        try:
-            self._rows = tuple(self.stack.layout.order.index(k) for k in adapters)
-            yield
-        finally:
-            self._rows = before
-
-    def forward(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
-        """The output of one of the layers.
-
-        Raises:
-            ValueError: If the batch has another number of rows.
-        """
-        from dora_diffusion.adapters.layers import AdaptedLayer
-
-        rows = self._rows
-        if not rows:
-            return cast(Tensor, super(AdaptedLayer, layer).forward(x))
-        if len(x) != len(rows):
-            raise ValueError(f"a layer is called with a batch of {len(x)} and not {len(rows)} rows")
-        inputs, matrix, bias = layer.operands(x)
-        assert isinstance(inputs, Tensor)
-        number, op = self._numbers[layer], layer.operation()
-        factors = self.stack.factors(inputs.dtype, rows)[number]
-        if number in self.stack.direct:
-            return self._direct(number, op, inputs, matrix, bias, factors)
-        return dora_forward(RowOperation(op, inputs.ndim), inputs, matrix, bias, factors)
-
-    def _direct(
-        self, number: int, op: Operation, x: Tensor, matrix: Tensor, bias: Tensor | None, f: Factors
-    ) -> Tensor:
-        """Rows of one adapter after those of another, with the gain in the graph."""
-        assert f.gain is not None
-        made: list[Tensor] = []
-        ones = [1] * (f.down.ndim - 3)
-        for row, k in enumerate(self._rows):
-            own = Factors(
-                f.down[row],
-                f.up[row].view(*f.up.shape[1:], *ones),
-                f.gain[row],
-                None if f.shift is None else f.shift[row],
-                None,
-                f.axis,
-                True,
-                self.stack.direction(number, k, x.dtype),
-            )
-            made.append(dora_forward(op, x[row, None], matrix, bias, own))
-        return torch.cat(made)
-
-
 def forward_rows(layer: AdaptedLayer, rows: Rows, x: Tensor, active: Active) -> Tensor:
     """The output of a layer whose rows have different ones of its active adapters."""
-    names = rows.of(len(x))
+    is_batch = layer.kind == "embedding" or x.ndim >= layer.weight.ndim
+    names = rows.of(len(x) if is_batch else 1)
     op = layer.operation()
     if not _are_batched(layer, op, active):
         return _each_by_itself(layer, x, names)
@@ -136,7 +67,7 @@ def forward_rows(layer: AdaptedLayer, rows: Rows, x: Tensor, active: Active) -> 
     factors = _factors_of_rows(layer, active, names, inputs.dtype)
     if factors is None:
         return _each_by_itself(layer, x, names)
-    return dora_forward(RowOperation(op, inputs.ndim), inputs, matrix, bias, factors)
+    return dora_forward(RowOperation(op, inputs.ndim, len(names)), inputs, matrix, bias, factors)
 
 
 def _are_batched(layer: AdaptedLayer, op: Operation, active: Active) -> bool:
@@ -161,8 +92,8 @@ def _factors_of_rows(
     """The factors of each row, stacked; None where the gradient of m needs a path of its own."""
     key = (dtype, len(names), torch.is_grad_enabled())
     for name, adapter in active:
-        if name in (layer._scales_cache or {}):
-            layer.require_unchanged(name, adapter)
+        if name in (layer._scales_cache or {}) and not layer.require_unchanged(name, adapter):
+            layer._row_factors.clear()
     if key not in layer._row_factors:
         own = {
             name: _folded(layer.factors(name, adapter, dtype), adapter.strengths.strength)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,14 +14,11 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_diffusion.adapters.inject import require_adapters
-from dora_diffusion.adapters.kinds import layer_groups
 from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, adapted_layers
-from dora_diffusion.adapters.rows import Rows, StackedRows
-from dora_diffusion.numerics.prepare.factors import LayerScales, PlanInputs
+from dora_diffusion.adapters.rows import Rows
+from dora_diffusion.numerics.prepare.factors import LayerScales, Site
 from dora_diffusion.numerics.prepare.layout import DeferredFlags, Layout, layouts_of
 from dora_diffusion.numerics.prepare.plan import FixedScales, make_scales, scales_of
-from dora_diffusion.numerics.prepare.stack import Stack
-from dora_diffusion.numerics.prepare.stack_layout import StackedLayer, Vector
 from dora_diffusion.numerics.weights import Strengths
 
 
@@ -47,11 +45,11 @@ class NormCache:
     """
 
     def __init__(self) -> None:
-        self.flags = DeferredFlags()
+        self.flags: defaultdict[Any, DeferredFlags] = defaultdict(DeferredFlags)
         self._models: tuple[nn.Module, ...] = ()
         self._layers: list[AdaptedLayer] = []
         self._changes = -1
-        self._kept: tuple[list[_Entry], list[Layout]] = [], []
+        self._kept: tuple[list[_Entry], dict[Any, Layout]] = [], {}
 
     def layers(self, models: tuple[nn.Module, ...]) -> list[AdaptedLayer]:
         """The adapted layers of some models, looked for where they may not be those of before."""
@@ -68,9 +66,9 @@ class NormCache:
         entries, layouts = self._kept
         if not _are_current(entries, layers):
             entries = _entries_of(layers)
-            layouts = layouts_of([entry.inputs for entry in entries])
+            layouts = layouts_of([entry.site for entry in entries])
             # What a direction or a strength made of parameters is of this step alone.
-            self._kept = (entries, layouts) if _are_current(entries, layers) else ([], [])
+            self._kept = (entries, layouts) if _are_current(entries, layers) else ([], {})
         return entries, scales_of(layouts, self.flags)
 
 
@@ -91,27 +89,24 @@ class FixedNorms(NormCache):
         self, layers: Sequence[AdaptedLayer]
     ) -> tuple[Sequence[_Entry], Sequence[LayerScales | FixedScales]]:
         """The layers' active adapters, and the scales of each."""
-        active = [(*each, _state(each[0], each[2])) for each in _active(layers)]
+        active = [(*e, _state(e[0], e[2])) for e in _active(layers) if e[2].magnitude is not None]
         missing: dict[str, list[tuple[AdaptedLayer, LayerAdapter, object]]] = {}
         for layer, name, adapter, state in active:
             if adapter not in self._fixed or self._fixed[adapter][0] != state:
                 missing.setdefault(name, []).append((layer, adapter, state))
         # Each adapter by itself: what it is made of leaves with it.
         for name, parts in missing.items():
-            entries = [
-                _Entry(layer, name, adapter.strengths, layer._plan_inputs(adapter))
-                for layer, adapter, _ in parts
-            ]
-            scales = make_scales([entry.inputs for entry in entries])
+            entries = [_Entry.of(layer, name, adapter) for layer, adapter, _ in parts]
+            scales = make_scales([entry.site for entry in entries])
             for (_, adapter, state), entry, own in zip(parts, entries, scales, strict=True):
-                self._fixed[adapter] = state, entry, FixedScales(entry.inputs, own)
+                self._fixed[adapter] = state, entry, FixedScales(entry.site, own)
         fixed = [self._fixed[adapter] for _, _, adapter, _ in active]
         return [entry for _, entry, _ in fixed], [scales for _, _, scales in fixed]
 
 
 def _state(layer: AdaptedLayer, adapter: LayerAdapter) -> object:
     """What an adapter's norm on a layer follows from."""
-    statistics = layer._weight_statistics(adapter.norm_axis)
+    statistics = layer.statistics(adapter)
     settings = adapter.strengths, adapter.alpha, layer.keep_output
     return adapter.versions(), settings, id(layer._parameters.get("bias")), statistics
 
@@ -210,64 +205,6 @@ def row_scope(
                 vars(layer).update(_rows=None, _row_factors={})
 
 
-def stack_of(
-    layers: Sequence[AdaptedLayer],
-    adapters: Sequence[Sequence[LayerAdapter]],
-    vectors: Sequence[Vector],
-) -> Stack:
-    """K adapters, which need not be on the layers, as one stack.
-
-    Args:
-        layers: The layers.
-        adapters: Of each layer the K adapters, in the same order.
-        vectors: The parameters of each of the K.
-
-    Raises:
-        ValueError: If a layer is an Embedding or a grouped convolution, or adapters have other
-            magnitudes than each other, another parametrization than A and B, or dropout.
-    """
-    for layer, own in zip(layers, adapters, strict=True):
-        is_plain = layer.kind != "embedding" and layer_groups(layer) == 1
-        alike = {(a.magnitude is None, a.norm_axis) for a in own}
-        if not is_plain or len(alike) > 1 or any(a.parametrization or a.dropout for a in own):
-            raise ValueError(
-                "adapters can be trained together on Linear layers and convolutions without "
-                "groups, all DoRA on one norm axis or all LoRA, without dropout"
-            )
-    stacked = [
-        StackedLayer(
-            layer.matrix,
-            layer.bias,
-            layer._weight_statistics(own[0].norm_axis),
-            [adapter.weights() for adapter in own],
-            layer.keep_output,
-        )
-        for layer, own in zip(layers, adapters, strict=True)
-    ]
-    return Stack(stacked, vectors)
-
-
-@contextmanager
-def stack_scope(layers: Sequence[AdaptedLayer], stack: Stack) -> Iterator[StackedRows]:
-    """Inside, the layers have the adapters of a stack as they are now, in rows that it chooses.
-
-    No parameter may change inside. Gradients are left in the stack.
-
-    Args:
-        layers: Those that the stack was made of.
-        stack: The adapters.
-    """
-    stack.refresh()
-    rows = StackedRows(stack, {layer: number for number, layer in enumerate(layers)})
-    for layer in layers:
-        vars(layer)["_rows"] = rows
-    try:
-        yield rows
-    finally:
-        for layer in layers:
-            vars(layer)["_rows"] = None
-
-
 def _count_written(optimizer: torch.optim.Optimizer, *args: Any) -> None:
     """Count what an optimizer wrote: fused ones, and those that write to ``.data``, do not."""
     for group in optimizer.param_groups:
@@ -282,40 +219,36 @@ class _Entry(NamedTuple):
     layer: AdaptedLayer
     name: str
     strengths: Strengths
-    inputs: PlanInputs
+    site: Site
+    identity: object
+
+    @classmethod
+    def of(cls, layer: AdaptedLayer, name: str, adapter: LayerAdapter) -> _Entry:
+        site = layer.site([adapter])
+        return cls(layer, name, adapter.strengths, site, layer.identity())
 
     def is_current(self, adapter: LayerAdapter) -> bool:
-        """Whether the inputs are what they would be if they were made now."""
-        weights, own, layer = self.inputs.weights, adapter._parameters, self.layer
+        """Whether the site is what it would be if it was made now."""
+        (weights,), own, layer = self.site.adapters, adapter._parameters, self.layer
         return (
             own["down"] is weights.down
             and own["up"] is weights.up
             # And not what a strength makes of it, which is a tensor of its own.
-            and own["magnitude"] is self.inputs.magnitude
+            and own.get("magnitude") is weights.magnitude
             and adapter.strengths is self.strengths
             and adapter.alpha == weights.alpha
-            and layer._parameters.get("bias") is self.inputs.bias
-            and layer.keep_output == self.inputs.keep_output
-            # Of another weight there are other statistics.
-            and layer._weight_statistics(weights.norm_axis) is self.inputs.statistics
+            and layer._parameters.get("bias") is self.site.bias
+            and layer.keep_output == self.site.keep_output
+            and layer.identity() == self.identity
         )
 
 
 def _active(layers: Sequence[AdaptedLayer]) -> list[tuple[AdaptedLayer, str, LayerAdapter]]:
-    """The active adapters with a magnitude."""
-    return [
-        (layer, name, adapter)
-        for layer in layers
-        for name, adapter in layer.active()
-        if adapter._parameters.get("magnitude") is not None
-    ]
+    return [(layer, name, adapter) for layer in layers for name, adapter in layer.active()]
 
 
 def _entries_of(layers: Sequence[AdaptedLayer]) -> list[_Entry]:
-    return [
-        _Entry(layer, name, adapter.strengths, layer._plan_inputs(adapter))
-        for layer, name, adapter in _active(layers)
-    ]
+    return [_Entry.of(*each) for each in _active(layers)]
 
 
 def _are_current(entries: Sequence[_Entry], layers: Sequence[AdaptedLayer]) -> bool:
@@ -329,7 +262,7 @@ def _open_caches(layers: Sequence[AdaptedLayer], cache: NormCache | None) -> Non
     """Compute every active adapter's scales now, all together, until they are forgotten."""
     if cache is None:
         entries: Sequence[_Entry] = _entries_of(layers)
-        scales: Sequence[LayerScales | FixedScales] = make_scales([e.inputs for e in entries])
+        scales: Sequence[LayerScales | FixedScales] = make_scales([e.site for e in entries])
     else:
         entries, scales = cache.scales(layers)
     for layer in layers:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.fields import ConfigError, Setting, shown, with_present_names
+from dora_diffusion.config.learning import WEIGHTINGS
 from dora_diffusion.config.subject import ENTRY_SETTINGS
 from dora_diffusion.config.train import TrainConfig, framed_prompt, settings
 
@@ -98,7 +99,7 @@ def usual_snr_gamma(config: TrainConfig, prediction_type: str) -> float:
     Its weight of v goes to 0 with the SNR, where shape is decided:
     docs/measurements/min-snr.md has what that costs.
     """
-    return 5.0 if prediction_type == "epsilon" and not config.debiased_estimation_loss else 0.0
+    return 5.0 if prediction_type == "epsilon" and not config.weightings else 0.0
 
 
 def resolve(
@@ -159,7 +160,7 @@ def overridden(values: Mapping[str, Any], given: Collection[str]) -> dict[str, A
         left.pop("max_train_steps", None)
     if "validation_epochs" in given and "validation_steps" not in given:
         left.pop("validation_steps", None)
-    if {"pretrained_model_name_or_path", "prediction_type", "debiased_estimation_loss"} & {*given}:
+    if {"pretrained_model_name_or_path", "prediction_type", *WEIGHTINGS} & {*given}:
         left.pop("snr_gamma", None)
     try:
         config = TrainConfig.from_dict(values)

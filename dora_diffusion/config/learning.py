@@ -294,6 +294,10 @@ class OptimizerSettings:
     )
 
 
+WEIGHTINGS = ("snr_gamma", "debiased_estimation_loss")
+"""Settings that weight losses by timestep, of which a run has one (`numerics.loss.WEIGHTINGS`)."""
+
+
 @dataclass(frozen=True)
 class LossSettings:
     """What the loss weighs."""

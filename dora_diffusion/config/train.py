@@ -75,9 +75,9 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         )
         self._check_data()
         require(
-            not (self.debiased_estimation_loss and self.snr_gamma),
-            "debiased_estimation_loss weighs timesteps, as snr_gamma does; leave one of them out",
-            "debiased_estimation_loss",
+            len(self.weightings) < 2,
+            f"{' and '.join(self.weightings)} both weight the loss by timestep; leave one out",
+            next(reversed(self.weightings), ""),
         )
         if self.optimizer_name == "prodigy":
             self._check_prodigy()
@@ -243,6 +243,12 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
     def method_name(self) -> str:
         """The method, with ``use_dora`` taken into account."""
         return "lora" if self.method == "dora" and not self.use_dora else self.method
+
+    @property
+    def weightings(self) -> dict[str, float]:
+        """What weights losses by timestep, by its setting."""
+        values = {name: getattr(self, name) for name in learning.WEIGHTINGS}
+        return {name: float(value) for name, value in values.items() if value}
 
     @property
     def is_full(self) -> bool:

@@ -18,13 +18,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.numerics.operation import Operation
-from dora_diffusion.numerics.precision import (
-    full_precision,
-    multiply_add,
-    product,
-    upcast,
-    upcast_dtype,
-)
+from dora_diffusion.numerics.precision import full_precision, upcast, upcast_dtype
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 if TYPE_CHECKING:
@@ -138,7 +132,7 @@ def dora_forward(
     if f.gain is not None and f.axis == "input":
         gx = op.scale_input(x, f.gain) if f.is_direct else _Scale.apply(op, None, x, f.gain, None)
         x, base = gx.to(x.dtype), None
-    base = op(x, weight, bias) if base is None else base
+    base = op.apply(x, weight, bias) if base is None else base
     low_rank = op.up_project(op.down_project(x, f.down), f.up, f.shift)
     if f.gain is None or f.axis == "input":
         return base + low_rank
@@ -147,8 +141,8 @@ def dora_forward(
     if f.direction is None:
         return y
     with torch.no_grad():
-        unscaled = op(x, f.direction)
-    return y + (op.broadcast(f.gain - gain) * unscaled).to(y.dtype)  # 0, with the gradient of m
+        unscaled = op.apply(x, f.direction)
+    return y + ((f.gain - gain).view(op.shape) * unscaled).to(y.dtype)  # 0, with the gradient of m
 
 
 def sum_of_adapters(
@@ -159,12 +153,12 @@ def sum_of_adapters(
 
     Of each factors, strength and input: ``x``, or what dropout left of it (as in PEFT).
     """
-    total = base = op(x, weight, bias)
+    total = base = op.apply(x, weight, bias)
     for factors, strength, own in adapters:
         if factors.gain is None:
             difference = op.up_project(op.down_project(own, factors.down), factors.up)
         else:
-            unadapted = base if own is x else op(own, weight, bias)
+            unadapted = base if own is x else op.apply(own, weight, bias)
             difference = dora_forward(op, own, weight, bias, factors, unadapted) - unadapted
         total = total + strength * difference
     return total
@@ -180,19 +174,35 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Any, total: Any, value: Tensor, gain: Tensor, _: Any) -> Tensor:
-        ctx.op, ctx.gain = op, op.broadcast(gain)
-        y = multiply_add(value, ctx.gain, total)
+        ctx.op, ctx.gain = op, gain.view(op.shape)
+        if torch.compiler.is_compiling():
+            scaled = ctx.gain * value
+            y = (scaled if total is None else scaled + total).to(value.dtype)
+        # Upcast as it is read, and rounded once; given where to write, autocast lets it be.
+        elif total is None:
+            y = torch.mul(value, ctx.gain, out=torch.empty_like(value))
+        else:
+            y = torch.addcmul(total, value, ctx.gain, out=torch.empty_like(value))
         ctx.save_for_backward(y if ctx.needs_input_grad[3] else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (y,), gain = ctx.saved_tensors, ctx.gain
+        (y,), gain, dims = ctx.saved_tensors, ctx.gain, ctx.op.dims[grad.ndim]
         _, to_total, to_value, to_gain, to_shift = ctx.needs_input_grad
-        return (
-            None,
-            grad if to_total else None,
-            multiply_add(grad, gain) if to_value else None,
-            ctx.op.channel_sum(product(grad, y), gain.dtype) if to_gain else None,
-            ctx.op.channel_sum(grad, gain.dtype) if to_shift else None,
-        )
+        of_value = of_gain = of_shift = None
+        if to_value and torch.compiler.is_compiling():
+            of_value = (gain * grad).to(grad.dtype)
+        elif to_value:
+            of_value = torch.mul(grad, gain, out=torch.empty_like(grad))
+        if to_gain:
+            # Under a loss scale it would overflow; one operation, which upcasts what it reads.
+            of_gain = (
+                grad * y
+                if grad.dtype != torch.float16
+                else torch.addcmul(grad.new_zeros(1, dtype=torch.float32), grad, y)
+            )
+            of_gain = torch.sum(of_gain, dims, dtype=gain.dtype) if dims else of_gain.to(gain.dtype)
+        if to_shift:
+            of_shift = torch.sum(grad, dims, dtype=gain.dtype) if dims else grad.to(gain.dtype)
+        return None, grad if to_total else None, of_value, of_gain, of_shift

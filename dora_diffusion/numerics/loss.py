@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -75,35 +78,49 @@ def training_target(
     )
 
 
-def loss_weight(
-    alpha_bar: Tensor, snr_gamma: float, prediction_type: str, *, debiased: bool = False
-) -> Tensor | None:
-    """Loss weight per sample of min-SNR-gamma (Hang et al., arXiv:2303.09556, section 3.4).
+def min_snr(snr: Tensor, prediction_type: str, gamma: float) -> Tensor:
+    """Min-SNR-gamma (Hang et al., arXiv:2303.09556, section 3.4); the paper's gamma is 5.
 
     ``min(SNR, gamma) / SNR`` for noise prediction and ``min(SNR, gamma) / (SNR + 1)`` for
-    v-prediction, with ``SNR = a / (1 - a)``; both are written so that SNR 0 gives no 0 / 0.
+    v-prediction; both are written so that SNR 0 gives no 0 / 0.
+    """
+    if prediction_type == "epsilon":
+        weight = gamma / snr.clamp_min(gamma)
+        return torch.where(snr > gamma, weight, torch.ones_like(snr))
+    return snr.clamp_max(gamma) / (snr + 1)
 
-    Debiased estimation (Yu et al., arXiv:2310.08442, section 3.3) weighs the noise's error by
-    ``1 / sqrt(SNR)``, and v's, which is ``1 / a`` of it, by ``sqrt(SNR) / (SNR + 1)``. At SNR 0
-    the noise is the input itself: nothing is to be learned there.
+
+def debiased_estimation(snr: Tensor, prediction_type: str, _: float) -> Tensor:
+    """Debiased estimation (Yu et al., arXiv:2310.08442, section 3.3).
+
+    The noise's error is weighted by ``1 / sqrt(SNR)``, and v's, which is ``1 / a`` of it, by
+    ``sqrt(SNR) / (SNR + 1)``. At SNR 0 the noise is the input itself: nothing is to be learned
+    there.
+    """
+    if prediction_type == "epsilon":
+        return torch.where(snr > 0, snr.rsqrt(), torch.zeros_like(snr))
+    return snr.sqrt() / (snr + 1)
+
+
+WEIGHTINGS = {"snr_gamma": min_snr, "debiased_estimation_loss": debiased_estimation}
+"""By its setting, what weights a sample's loss: of its SNR, of what is predicted, of the value."""
+
+
+def loss_weight(
+    alpha_bar: Tensor, prediction_type: str, weightings: Mapping[str, float]
+) -> Tensor | None:
+    """Loss weight of each sample, ``(B,)``, the product of `WEIGHTINGS`; None if all are 1.
 
     Args:
-        alpha_bar: ``(B,)``.
-        snr_gamma: 5 in the paper; 0 weights all timesteps alike, and returns None.
+        alpha_bar: ``(B,)``; ``SNR = alpha_bar / (1 - alpha_bar)``.
         prediction_type: ``"epsilon"`` or ``"v_prediction"``.
-        debiased: Debiased estimation, whatever the gamma.
+        weightings: Values of the settings that are set.
     """
-    if not snr_gamma and not debiased:
+    if not weightings:
         return None
     snr = alpha_bar / (1 - alpha_bar)
-    if debiased:
-        if prediction_type == "epsilon":
-            return torch.where(snr > 0, snr.rsqrt(), torch.zeros_like(snr))
-        return snr.sqrt() / (snr + 1)
-    if prediction_type == "epsilon":
-        weight = snr_gamma / snr.clamp_min(snr_gamma)
-        return torch.where(snr > snr_gamma, weight, torch.ones_like(snr))
-    return snr.clamp_max(snr_gamma) / (snr + 1)
+    made = [WEIGHTINGS[name](snr, prediction_type, value) for name, value in weightings.items()]
+    return prod(made[1:], start=made[0])
 
 
 def denoising_loss(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,83 +13,80 @@ from torch import Tensor
 
 from dora_diffusion.numerics.precision import product_dtype
 
+# Dimensions of a sum over all but the last, by how many there are; torch has no more than 64.
+_LEADING = tuple(tuple(range(max(0, ndim - 1))) for ndim in range(65))
 
-@dataclass(frozen=True)
+
 class Operation:
     """A linear map with a weight ``(out, in, *k)``; this one is a Linear's.
 
+    What it does to an activation are torch's own functions, with the layer's settings bound to
+    them: nothing else is called on the way.
+
     Attributes:
-        channel_dim: Which dimension of an activation holds its channels.
+        apply: ``x``, an activation, or ids as a `OneHot`, the weight, and perhaps a bias ``(out,)``
+            to the output.
+        down_project: ``x`` and ``down``, ``(r, in, *k)``, to what B is applied to.
+        up_project: That, ``up``, ``(out, r)`` or ``(out, r, *1)``, and perhaps a bias.
+        shape: What a vector over outputs is viewed as to multiply an activation.
+        dims: Over which dimensions of an activation its channels are summed, by how many it has;
+            none: it is the sum.
     """
 
-    channel_dim: ClassVar[int] = -1
-
-    def __call__(self, x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Apply the weight to ``x``, an activation; of an Embedding, ids as a `OneHot`."""
-        return F.linear(x, weight, bias)
-
-    def down_project(self, x: Any, down: Tensor) -> Tensor:
-        """Apply ``down``, ``(r, in, *k)``."""
-        return self(x, down)
-
-    def up_project(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Apply ``up``, ``(out, r)`` or ``(out, r, *1)``, to what ``down`` made."""
-        return F.linear(x, up, bias)
-
-    def broadcast(self, vector: Tensor) -> Tensor:
-        """Shape ``(channels,)`` to multiply an activation: its outputs."""
-        return vector
+    apply: Callable[..., Tensor] = staticmethod(F.linear)
+    down_project: Callable[..., Tensor] = staticmethod(F.linear)
+    up_project: Callable[..., Tensor] = staticmethod(F.linear)
+    shape: tuple[int, ...] = (-1,)
+    dims: Mapping[int, tuple[int, ...]] | Sequence[tuple[int, ...]] = _LEADING
 
     def scale_input(self, x: Any, vector: Tensor) -> Any:
         """``x`` times ``vector``, ``(in,)``: a value for each slice ``weight[:, i]``."""
-        return x * vector
-
-    def channel_sum(self, activation: Tensor, dtype: torch.dtype) -> Tensor:
-        """Sum an activation over all but its channels: ``(channels,)``."""
-        activation = activation[None] if activation.ndim == 1 else activation
-        dims = [d for d in range(activation.ndim) if d != self.channel_dim % activation.ndim]
-        return torch.sum(activation, dims, dtype=dtype)
+        return x * vector.view(self.shape)
 
 
-@dataclass(frozen=True)
 class ConvOperation(Operation):
-    """``x (N, in, *size)`` -> ``(N, out, *size')``, in one or two dimensions, zero padding.
+    """``x (N, in, *size)``, or without N, -> ``(N, out, *size')``, zero padding, in one or two
+    dimensions.
 
     With ``groups``, output channels are in as many blocks that see one block of the inputs each.
     The weight is ``(out, in / groups, *k)``, and so is ``B A``: A is applied to each block, and B
     has a row for each output. LyCORIS has it so; in PEFT, A sees all inputs at once, which is an
-    update that no grouped weight can hold.
+    update that no grouped weight can hold. B is a convolution of size 1 on what A made: stride,
+    padding and dilation were applied by A; applied twice, the sizes would not fit.
+
+    Args:
+        stride, padding, dilation, groups: The layer's.
+        leaves_garbage: Whether `convolve` must look after the gradient of A.
     """
 
-    channel_dim: ClassVar[int] = 1
-    stride: tuple[int, ...] = (1, 1)
-    padding: tuple[int, ...] = (0, 0)
-    dilation: tuple[int, ...] = (1, 1)
-    groups: int = 1
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def down_project(self, x: Tensor, down: Tensor) -> Tensor:
-        """Convolve with ``down``, every group alike: ``(N, groups * r, *size')``."""
-        if self.groups == 1:
-            return self(x, down)
-        return self(x, down.repeat(self.groups, *[1] * (down.ndim - 1)))
-
-    def up_project(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``up`` is a convolution of size 1 on what ``down`` made, whatever the stride was."""
-        # Stride, padding and dilation were applied by A; applied twice, the sizes would not fit.
-        plain = F.conv2d if len(self.stride) == 2 else F.conv1d
-        return plain(x, up, bias, 1, 0, 1, self.groups)
-
-    def broadcast(self, vector: Tensor) -> Tensor:
-        """``(channels,)`` -> ``(channels, *1)``."""
-        # Without a batch dimension: the same view fits images and batches.
-        return vector.view(-1, *[1] * len(self.stride))
+    def __init__(
+        self,
+        stride: tuple[int, ...] = (1, 1),
+        padding: tuple[int, ...] = (0, 0),
+        dilation: tuple[int, ...] = (1, 1),
+        groups: int = 1,
+        *,
+        leaves_garbage: bool = True,
+    ) -> None:
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        size = len(stride)
+        run: Any = F.conv2d if size == 2 else F.conv1d
+        settings = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        self.apply = partial(run, **settings)
+        own = partial(convolve, bias=None, **settings) if leaves_garbage else self.apply
+        self.down_project = partial(_down_groups, own, groups) if groups > 1 else own
+        self.up_project = partial(run, groups=groups)
+        self.shape = (-1, *[1] * size)
+        self.dims = {size + 1: tuple(range(1, size + 1)), size + 2: (0, *range(2, size + 2))}
 
     def scale_input(self, x: Tensor, vector: Tensor) -> Tensor:
         """``vector`` is ``(in / groups,)``: channel i of every group is multiplied by value i."""
-        return x * self.broadcast(vector if self.groups == 1 else vector.repeat(self.groups))
+        return x * vector.repeat(self.groups).view(self.shape)
+
+
+def _down_groups(own: Callable[..., Tensor], groups: int, x: Tensor, down: Tensor) -> Tensor:
+    """Convolve with ``down``, every group alike: ``(N, groups * r, *size')``."""
+    return own(x, down.repeat(groups, *[1] * (down.ndim - 1)))
 
 
 def convolve(
@@ -167,10 +165,12 @@ class EmbeddingOperation(Operation):
     for each dimension, on the input axis one for each row.
     """
 
-    def __call__(self, x: OneHot, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, x: OneHot, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Look up columns of ``weight``; an Embedding has no bias."""
         assert bias is None
         return x.look_up(weight.t()) * x.values[..., None]
+
+    down_project = apply
 
     def scale_input(self, x: OneHot, vector: Tensor) -> OneHot:
         """Values times those of ``vector``, ``(num,)``, at the ids."""
@@ -190,22 +190,25 @@ def dropout(x: Tensor | OneHot, p: float, training: bool) -> Tensor | OneHot:
 _LARGE_MAP = 256
 
 
-@dataclass(frozen=True)
 class RowOperation(Operation):
     """Of a Linear or a Conv2d, on a batch whose rows have factors of their own.
 
     ``down`` is ``(N, r, in, *k)``, ``up`` ``(N, out, r)``; gains and biases are ``(N, channels)``.
 
-    Attributes:
+    Args:
         op: What the weight, which all rows share, does.
         ndim: Dimensions of an activation, the first of which is the rows.
+        rows: N.
     """
 
-    op: Operation
-    ndim: int
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.op(x, weight, bias)
+    def __init__(self, op: Operation, ndim: int, rows: int) -> None:
+        self.op, self.apply = op, op.apply
+        self._conv = op if isinstance(op, ConvOperation) else None
+        channels = 1 if self._conv else ndim - 1
+        shape = [rows, *[1] * (ndim - 1)]
+        shape[channels] = -1
+        self.shape = tuple(shape)
+        self.dims = {ndim: tuple(d for d in range(1, ndim) if d != channels)}
 
     def down_project(self, x: Tensor, down: Tensor) -> Tensor:
         """Each row by its own: a batched product, or a convolution with a group per row.
@@ -213,17 +216,17 @@ class RowOperation(Operation):
         oneDNN has no good kernels for so many groups: on a CPU, a kernel of one pixel is a product
         too, and large maps are convolved row after row, in down to half the time.
         """
-        if not isinstance(self.op, ConvOperation):
+        op = self._conv
+        if op is None:
             flat = x.reshape(x.shape[0], -1, x.shape[-1])
             return torch.bmm(flat, down.mT).view(*x.shape[:-1], -1)
-        op, rows = self.op, x.shape[0]
         is_cpu, is_pixel = x.device.type == "cpu", down.shape[3:].numel() == 1
         if is_cpu and is_pixel and set(op.stride) == {1} and not any(op.padding):
             return self.up_project(x, down.flatten(2))
         if is_cpu and x.shape[2:].numel() >= _LARGE_MAP:
             each = zip(x[:, None].unbind(), down.unbind(), strict=True)
-            return torch.cat([op(row, own) for row, own in each])
-        side_by_side = x.reshape(1, -1, *x.shape[2:])
+            return torch.cat([op.down_project(row, own) for row, own in each])
+        side_by_side, rows = x.reshape(1, -1, *x.shape[2:]), x.shape[0]
         made = convolve(
             side_by_side, down.flatten(0, 1), None, op.stride, op.padding, op.dilation, rows
         )
@@ -231,27 +234,10 @@ class RowOperation(Operation):
 
     def up_project(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
         """A batched product on what ``down`` made."""
-        if isinstance(self.op, ConvOperation):
+        if self._conv:
             flat = x.flatten(2)
             made = torch.bmm(up, flat) if bias is None else torch.baddbmm(bias[..., None], up, flat)
             return made.view(x.shape[0], -1, *x.shape[2:])
         flat = x.reshape(x.shape[0], -1, x.shape[-1])
         made = torch.bmm(flat, up.mT) if bias is None else torch.baddbmm(bias[:, None], flat, up.mT)
         return made.view(*x.shape[:-1], -1)
-
-    def broadcast(self, vector: Tensor) -> Tensor:
-        """``(N, channels)`` to multiply an activation."""
-        shape = [vector.shape[0], *[1] * (self.ndim - 1)]
-        shape[self.op.channel_dim] = -1
-        return vector.view(shape)
-
-    def scale_input(self, x: Tensor, vector: Tensor) -> Tensor:
-        """``vector`` is ``(N, in)``."""
-        return x * self.broadcast(vector)
-
-    def channel_sum(self, activation: Tensor, dtype: torch.dtype) -> Tensor:
-        """Sum each row over all but its channels: ``(N, channels)``."""
-        kept = (0, self.op.channel_dim % self.ndim)
-        dims = [d for d in range(self.ndim) if d not in kept]
-        # An empty list would mean all of them.
-        return torch.sum(activation, dims, dtype=dtype) if dims else activation.to(dtype)

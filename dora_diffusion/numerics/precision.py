@@ -120,23 +120,3 @@ def _restore(setting: Any, before: str) -> None:
     setting.fp32_precision = "none"
     if setting.fp32_precision != before:
         setting.fp32_precision = before
-
-
-def multiply_add(tensor: Tensor, gain: Tensor, total: Tensor | None = None) -> Tensor:
-    """``gain * tensor + total`` in the tensor's dtype: upcast as it is read, and rounded once."""
-    if torch.compiler.is_compiling():
-        scaled = gain * tensor
-        return (scaled if total is None else scaled + total).to(tensor.dtype)
-    # Given where to write, autocast lets the operands be, which it would copy.
-    out = torch.empty_like(tensor)
-    if total is None:
-        return torch.mul(tensor, gain, out=out)
-    return torch.addcmul(total, tensor, gain, out=out)
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left * right``, in float32 where they are float16: under a loss scale it would overflow."""
-    if left.dtype != torch.float16:
-        return left * right
-    # One operation, which upcasts what it reads, without copies on CUDA.
-    return torch.addcmul(left.new_zeros(1, dtype=torch.float32), left, right)

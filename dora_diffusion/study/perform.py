@@ -110,10 +110,10 @@ def _train(session: Session, folder: Path, trial: Trial) -> Record:
         begun, used = time.perf_counter(), time.process_time()
         if step == 1:
             with _KeptBytes() as kept:
-                record = session.train_step(step)
+                record = session.step(step)
             live = _live_bytes(session, kept.bytes)
         else:
-            record = session.train_step(step)
+            record = session.step(step)
         losses.append(float(record["loss"]))
         # The first step is the one that is looked at.
         seconds += (time.perf_counter() - begun) * (step > 1)
@@ -206,7 +206,7 @@ def _live_bytes(session: Session, kept: int) -> int:
     gradients = sum(p.nbytes for p in session.weights.parameters().values())
     tensors += [
         value
-        for state in session.train_step.optimizer.state.values()
+        for state in session.learner.optimizer.state.values()
         for value in state.values()
         if torch.is_tensor(value)
     ]

@@ -28,12 +28,7 @@ def make_accelerator(config: TrainConfig) -> Any:
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import (
-        AutocastKwargs,
-        DistributedDataParallelKwargs,
-        InitProcessGroupKwargs,
-        patch_environment,
-    )
+    from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, patch_environment
 
     precision = precision_of(config.mixed_precision)
     require_trains(default_device(), precision)
@@ -47,10 +42,6 @@ def make_accelerator(config: TrainConfig) -> Any:
     AcceleratorState._reset_state(reset_partial_state=False)
     if config.allow_tf32:
         allow_tf32()
-    # SDXL never uses the last layer of its first text encoder.
-    handler = DistributedDataParallelKwargs(
-        find_unused_parameters=config.train_text_encoder, broadcast_buffers=False
-    )
     # Adapters do without: their frozen model is in the precision already, where autocast would
     # widen what norms make and cast it back, and an adapted layer casts its own parameters.
     autocast = AutocastKwargs(enabled=config.is_full)
@@ -61,9 +52,7 @@ def make_accelerator(config: TrainConfig) -> Any:
             log_with=config.report_to,
             project_dir=str(Path(config.output_dir, config.logging_dir)),
             # The other processes wait while the first one makes class images.
-            kwargs_handlers=[
-                handler, autocast, InitProcessGroupKwargs(timeout=timedelta(hours=12)),
-            ],
+            kwargs_handlers=[autocast, InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         )  # fmt: skip
     accelerator.shards = shards
     return accelerator

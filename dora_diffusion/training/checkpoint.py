@@ -88,7 +88,7 @@ def state_of(session: Session, segments: object, step: int) -> dict[str, Any]:
         segments: The settings that were used, by the step from which on they were.
         step: Optimizer steps done.
     """
-    scaler, allocation = session.accelerator.scaler, session.train_step.allocation
+    scaler, allocation = session.accelerator.scaler, session.learner.allocation
     tensors = session.weights.tensors()
     return {
         "step": step,
@@ -96,8 +96,8 @@ def state_of(session: Session, segments: object, step: int) -> dict[str, Any]:
         "contents": session.dataset.contents(),
         "segments": segments,
         "parameters": {name: gather(tensor) for name, tensor in tensors.items()},
-        "optimizer": session.train_step.optimizer_state(),
-        "lr_schedule": session.train_step.lr_schedule.state_dict(),
+        "optimizer": session.learner.optimizer_state(),
+        "lr_schedule": session.learner.lr_schedule.state_dict(),
         **session.place(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "projections": session.weights.projections(),
@@ -131,7 +131,7 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
         UserWarning: If its validation losses are of other photos, and are dropped.
     """
     restore_weights(session, state)
-    step = session.train_step
+    step = session.learner
     if step.allocation is not None:
         step.allocation.load_state_dict(state["allocation"])
     step.restore_optimizer(state)

@@ -80,6 +80,8 @@ class StepInputs:
     @classmethod
     def cat(cls, parts: Sequence[StepInputs]) -> StepInputs:
         """The rows of several inputs of one size, for one prediction of all; no loss is in them."""
+        if len(parts) == 1:
+            return parts[0]
 
         def joined(name: str) -> Tensor:
             return torch.cat([getattr(part, name) for part in parts])

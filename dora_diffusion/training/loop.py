@@ -1,20 +1,26 @@
-"""The training run, from settings to a finished folder."""
+"""Training, from settings to finished folders: runs that share a model take their steps together.
+
+A run by itself is a pack of one.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dora_diffusion.adapters.inject import DetachedAdapters
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
 from dora_diffusion.training.accelerator import make_accelerator
+from dora_diffusion.training.engine import Engine
 from dora_diffusion.training.folders import output_folder
 from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.resume import start_run
-from dora_diffusion.training.run import Run, TrainResult
+from dora_diffusion.training.run import SAVING, Run, TrainResult
 from dora_diffusion.training.samples import check_prompts
 from dora_diffusion.training.session import LoadBase, open_session
 from dora_diffusion.training.stop import Stopped, StopRequest
@@ -68,12 +74,108 @@ def train(
                 model, device = config.pretrained_model_name_or_path, str(accelerator.device)
                 show(events.ModelLoading(model, device, config.mixed_precision))
                 session = open_session(config, subjects, accelerator, show, load=load)
-                run = Run(*start_run(session, output_dir), output_dir, show, stop)
-                result = run.finish(run.train())
+                loop = Loop(stop)
+                with loop.leaving(""):
+                    loop.begin("", Run(*start_run(session, output_dir), output_dir, show, stop))
+                loop.train()
                 accelerator.end_training()
-                return result
+                return loop.results[""]
         except Stopped:
             return TrainResult(output_dir, None, 0, 0, stop.signal_number, {})
+
+
+@dataclass
+class _Member:
+    """A run, and its adapters."""
+
+    run: Run
+    adapters: DetachedAdapters
+
+
+class Loop:
+    """Runs that train together on one model until each has its result.
+
+    Attributes:
+        results: Of each that ended, or was interrupted, by its name.
+        stop: Whoever asks all to stop.
+    """
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.results: dict[str, TrainResult] = {}
+        self.stop = stop
+        self._members: dict[str, _Member] = {}
+        self._attached: DetachedAdapters | None = None
+
+    def begin(self, name: str, run: Run) -> None:
+        """Add a run, whose adapters are on the model, and do what comes before its first step."""
+        self._attached = DetachedAdapters.of(*run.session.weights.modules.values())
+        self._members[name] = _Member(run, self._attached)
+        run.begin()
+        run.validate_start()
+
+    def activate(self, name: str) -> None:
+        """Have a run's adapters on the model."""
+        adapters = self._members[name].adapters
+        if self._attached is not adapters:
+            adapters.attach()
+            self._attached = adapters
+
+    def train(self) -> None:
+        """Do the steps of all runs, until none is left."""
+        engine: Engine | None = None
+        while self._members:
+            before = list(self._members)
+            for name in before:
+                with self.leaving(name):
+                    if self._members[name].run.is_over():
+                        self._end(name)
+            if not self._members:
+                return
+            members = dict(self._members)
+            if engine is None or list(members) != before:
+                self.activate(next(iter(members)))
+                learners = [member.run.session.learner for member in members.values()]
+                engine = Engine(learners, [member.adapters for member in members.values()])
+            try:
+                outcomes = engine([member.run.step + 1 for member in members.values()])
+            except Exception as error:
+                outcomes = [error] * len(members)
+            for (name, member), outcome in zip(members.items(), outcomes, strict=True):
+                with self.leaving(name):
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    member.run.take(outcome)
+            if len(self._members) < len(members):
+                engine = None
+
+    def _end(self, name: str) -> None:
+        """Write a run's result; it leaves."""
+        run = self._members[name].run
+        run.end()
+        run.log.close()
+        self.results[name] = run.finish(run.step)
+        self.stop.answer_with(SAVING)
+        # What it was written from is not what is on the model any more.
+        del self._members[name]
+        self._attached = None
+
+    @contextlib.contextmanager
+    def leaving(self, name: str) -> Iterator[None]:
+        """An error inside is that of one run, which leaves after it has saved what it can."""
+        try:
+            yield
+        except Exception as error:
+            if (member := self._members.get(name)) is not None:
+                if member.run.is_begun:
+                    member.run.fail(error)
+                    member.run.log.close()
+                del self._members[name]
+                self._attached = None
+            self.left(name, error)
+
+    def left(self, name: str, error: Exception) -> None:
+        """See to what a run's error means for the loop: it ends it."""
+        raise error
 
 
 def checked(config: TrainConfig) -> tuple[TrainConfig, list[Subject]]:

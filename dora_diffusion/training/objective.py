@@ -1,16 +1,15 @@
-"""The training loss as one module."""
+"""The training loss, of the batches of one run or of several in one pass of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dora_diffusion.adapters.inject import disabled
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import predict
 from dora_diffusion.models.text import Conditioning
@@ -22,6 +21,8 @@ from dora_diffusion.numerics.loss import (
     split_prior,
 )
 from dora_diffusion.training.inputs import Conditioner, StepInputs
+
+Base = Callable[[], AbstractContextManager[object]]
 
 
 class HeldPrior(NamedTuple):
@@ -38,62 +39,45 @@ class HeldPrior(NamedTuple):
     target: Tensor
 
 
-class Objective(nn.Module):
-    """The loss as one module, so that data-parallel wrappers see every parameter that trains.
+@dataclass(frozen=True)
+class Objective:
+    """What a run's loss is made of.
 
-    Args:
+    Attributes:
         components: The model.
-        train_text_encoder: Whether the text encoders train.
-        snr_gamma: Of min-SNR weighting; 0 turns it off.
-        debiased: Weigh by debiased estimation instead.
-        base_weights: The model is its base inside of this. None switches adapters off.
+        condition: Encodes captions.
+        alphas_cumprod: Of the noise schedule, on the model's device.
+        base_weights: The model is its base inside of this.
+        weightings: Of the loss by timestep, as in `loss_weight`.
         words: Vectors of new words that train, in the text encoders.
     """
 
-    def __init__(
-        self,
+    components: Components
+    condition: Conditioner
+    alphas_cumprod: Tensor
+    base_weights: Base
+    weightings: Mapping[str, float]
+    words: Sequence[Tensor] = ()
+
+    @classmethod
+    def of(
+        cls,
         components: Components,
+        base_weights: Base,
         *,
         train_text_encoder: bool,
-        snr_gamma: float,
-        debiased: bool = False,
-        base_weights: Callable[[], AbstractContextManager[None]] | None = None,
-        words: Sequence[nn.Parameter] = (),
-    ) -> None:
-        super().__init__()
-        self.unet = components.unet
-        encodes = train_text_encoder or words
-        self.text_encoders = nn.ModuleList(components.text_encoders if encodes else [])
-        self.words = words
-        self.condition = Conditioner(components, train_text_encoder)
-        self.prediction_type = components.prediction_type
-        self.loss_weight = partial(
-            loss_weight,
-            snr_gamma=snr_gamma,
-            prediction_type=components.prediction_type,
-            debiased=debiased,
-        )
-        self.base_weights = base_weights or partial(disabled, *components.adaptable().values())
-        self.alphas_cumprod: Tensor
-        self.register_buffer("alphas_cumprod", components.scheduler.alphas_cumprod)
-
-    def forward(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
-        """Loss of the subject and of the prior, both scalar."""
-        alpha_bar = self.alphas_cumprod[inputs.timesteps]
-        noisy_latents = add_noise(inputs.latents, inputs.noise, alpha_bar)
-        model_pred, held = self._predict(noisy_latents, inputs), None
-        if (of_class := inputs.of_class()) is not None:
-            class_inputs, rows = of_class
-            noisy_rows = noisy_latents[rows]
-            with torch.no_grad(), self.base_weights():
-                target = self._predict(noisy_rows, class_inputs)
-            held = HeldPrior(rows, self._predict(noisy_rows, class_inputs), target)
-        return self.losses(inputs, alpha_bar, model_pred, held)
+        weightings: Mapping[str, float],
+        words: Sequence[Tensor] = (),
+    ) -> Objective:
+        """That of a model; of the text encoders it is said whether they train."""
+        alphas_cumprod = components.scheduler.alphas_cumprod.to(components.device)
+        condition = Conditioner(components, train_text_encoder)
+        return cls(components, condition, alphas_cumprod, base_weights, weightings, words)
 
     def losses(
         self, inputs: StepInputs, alpha_bar: Tensor, model_pred: Tensor, held: HeldPrior | None
     ) -> tuple[Tensor, Tensor]:
-        """Loss of the subject and of the prior from predictions.
+        """Loss of the subject and of the prior, both scalar, from predictions.
 
         Args:
             inputs: What they are of.
@@ -101,13 +85,14 @@ class Objective(nn.Module):
             model_pred: ``(B, C, h, w)``.
             held: Predictions for class captions, where an image-free prior is held.
         """
-        weight = self.loss_weight(alpha_bar)
+        kind = self.components.prediction_type
+        weight = loss_weight(alpha_bar, kind, self.weightings)
         per_sample = prediction_loss(
             model_pred,
             inputs.latents,
             inputs.noise,
             alpha_bar,
-            prediction_type=self.prediction_type,
+            prediction_type=kind,
             weight=weight,
             mask=inputs.mask,
         )
@@ -120,18 +105,89 @@ class Objective(nn.Module):
             subject = subject + 0 * vectors.sum()
         return subject, prior
 
-    def _predict(self, noisy_latents: Tensor, inputs: StepInputs) -> Tensor:
-        return self.predict(noisy_latents, inputs, self.condition(inputs.captions))
 
-    def predict(
-        self, noisy_latents: Tensor, inputs: StepInputs, conditioning: Conditioning
-    ) -> Tensor:
-        """The UNet's prediction ``(B, C, h, w)`` for inputs whose captions are encoded."""
-        return predict(
-            self.unet,
-            noisy_latents,
-            inputs.timesteps,
-            conditioning,
-            inputs.time_ids,
-            inputs.condition,
-        )
+class NoisyBatch(NamedTuple):
+    """A batch of one run whose latents are noisy already.
+
+    Attributes:
+        objective: The run's.
+        inputs: What it is of.
+        alpha_bar: ``(B,)``, at its timesteps.
+        latents: ``(B, C, h, w)``, noisy.
+        rows: Those of a batch whose image-free prior is held; of the batch itself all.
+    """
+
+    objective: Objective
+    inputs: StepInputs
+    alpha_bar: Tensor
+    latents: Tensor
+    rows: slice | Tensor = slice(None)
+
+    def of_class(self) -> NoisyBatch | None:
+        """The rows whose image-free prior is held, with class captions."""
+        if (found := self.inputs.of_class()) is None:
+            return None
+        inputs, rows = found
+        return self._replace(inputs=inputs, latents=self.latents[rows], rows=rows)
+
+
+def noisy_batches(
+    objectives: Sequence[Objective], given: Sequence[StepInputs]
+) -> tuple[list[NoisyBatch], list[NoisyBatch | None]]:
+    """Batches of one size, one of each run, and of each the part whose image-free prior is held."""
+    merged = StepInputs.cat(given)
+    counts = [len(inputs.captions) for inputs in given]
+    alpha_bar = objectives[0].alphas_cumprod[merged.timesteps]
+    noisy = add_noise(merged.latents, merged.noise, alpha_bar).split(counts)
+    each = zip(objectives, given, alpha_bar.split(counts), noisy, strict=True)
+    own = [NoisyBatch(*parts) for parts in each]
+    return own, [batch.of_class() for batch in own]
+
+
+def losses_of(
+    own: Sequence[NoisyBatch], held: Sequence[NoisyBatch | None], base: Base
+) -> list[tuple[Tensor, Tensor]]:
+    """Losses of each run's subject and prior: one pass of the model, and one of its base.
+
+    Its rows are those of the batches, then those of the held ones.
+
+    Args:
+        own: A batch of each run.
+        held: Of each the part whose image-free prior is held.
+        base: The model has no adapter of any row inside of this.
+    """
+    of_class = [batch for batch in held if batch is not None]
+    targets: Sequence[Tensor] = ()
+    if of_class:
+        with torch.no_grad(), base(), ExitStack() as stack:
+            for batch in of_class:
+                stack.enter_context(batch.objective.base_weights())
+            targets = predictions_of(of_class)
+    predictions = predictions_of([*own, *of_class])
+    priors = iter(zip(predictions[len(own) :], targets, strict=True))
+    losses = []
+    for batch, part, made in zip(own, held, predictions, strict=False):
+        prior = None if part is None else HeldPrior(part.rows, *next(priors))
+        losses.append(batch.objective.losses(batch.inputs, batch.alpha_bar, made, prior))
+    return losses
+
+
+def predictions_of(batches: Sequence[NoisyBatch]) -> Sequence[Tensor]:
+    """The UNet's predictions ``(B, C, h, w)`` of each batch, from one pass of all."""
+    first, every = batches[0].objective, [batch.inputs for batch in batches]
+    if first.condition.trains:
+        conditioning = first.condition([c for inputs in every for c in inputs.captions])
+    else:
+        # What each has cached.
+        each = [batch.objective.condition(batch.inputs.captions) for batch in batches]
+        conditioning = Conditioning.cat(each)
+    merged = StepInputs.cat(every)
+    made = predict(
+        first.components.unet,
+        torch.cat([batch.latents for batch in batches]),
+        merged.timesteps,
+        conditioning,
+        merged.time_ids,
+        merged.condition,
+    )
+    return made.split([len(inputs.captions) for inputs in every])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.adapters.inject import DetachedAdapters, detach_adapters
+from dora_diffusion.adapters.inject import detach_adapters
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.fields import require, shown
 from dora_diffusion.config.subject_list import SHARED
@@ -20,10 +20,9 @@ from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.checkpoint import checkpoints_in
 from dora_diffusion.training.dataset import list_subjects
 from dora_diffusion.training.folders import output_folder
-from dora_diffusion.training.loop import checked
-from dora_diffusion.training.packed_step import PackedStep
+from dora_diffusion.training.loop import Loop, checked
 from dora_diffusion.training.resume import start_run
-from dora_diffusion.training.run import SAVING, Run, TrainResult
+from dora_diffusion.training.run import Run, TrainResult
 from dora_diffusion.training.session import LoadBase, load_base, open_session
 from dora_diffusion.training.stop import Stopped, StopRequest
 from dora_diffusion.training.subject import Subject
@@ -152,24 +151,14 @@ def _unsupported(config: TrainConfig) -> dict[str, bool]:
     }
 
 
-@dataclass
-class _Member:
-    """A subject that trains."""
-
-    run: Run
-    adapters: DetachedAdapters
-
-
-class _Pack:
-    """The subjects of a pack, and what they have in common."""
+class _Pack(Loop):
+    """The subjects of a pack: one that fails leaves it, and the others continue."""
 
     def __init__(self, on_event: OnPackEvent) -> None:
-        self.results: dict[str, TrainResult] = {}
+        super().__init__(StopRequest())
         self.failures: dict[str, Exception] = {}
-        self.stop, self.stack = StopRequest(), contextlib.ExitStack()
+        self.stack = contextlib.ExitStack()
         self._show = on_event
-        self._members: dict[str, _Member] = {}
-        self._attached: DetachedAdapters | None = None
 
     def open(self, configs: Mapping[str, TrainConfig], load: LoadBase | None = None) -> None:
         """Load the base, and make every subject ready for its next step."""
@@ -220,79 +209,11 @@ class _Pack:
         """Open a subject's run, whose adapters are on the base afterwards."""
         show = partial(self._show, name)
         session = open_session(config, subjects, accelerator, show, base)
-        session = replace(session, activate=partial(self._activate, name))
+        session = replace(session, activate=partial(self.activate, name))
         folder = Path(config.output_dir)
-        run = Run(*start_run(session, folder), folder, show, self.stop)
-        self._attached = DetachedAdapters.of(*session.weights.modules.values())
-        self._members[name] = _Member(run, self._attached)
-        run.begin()
-        run.validate_start()
+        self.begin(name, Run(*start_run(session, folder), folder, show, self.stop))
 
-    def _activate(self, name: str) -> None:
-        """Have a subject's adapters on the base."""
-        adapters = self._members[name].adapters
-        if self._attached is not adapters:
-            adapters.attach()
-            self._attached = adapters
-
-    def train(self) -> None:
-        """Do the steps of all subjects, until none is left."""
-        step: PackedStep | None = None
-        while self._members:
-            before = list(self._members)
-            for name in before:
-                with self.leaving(name):
-                    if self._members[name].run.is_over():
-                        self._end(name)
-            if not self._members:
-                return
-            members = dict(self._members)
-            if step is None or list(members) != before:
-                step = self._packed(members)
-            try:
-                outcomes = step([member.run.step + 1 for member in members.values()])
-            except Exception as error:
-                for name in members:
-                    with self.leaving(name):
-                        raise error
-                return
-            for (name, member), outcome in zip(members.items(), outcomes, strict=True):
-                with self.leaving(name):
-                    if isinstance(outcome, Exception):
-                        raise outcome
-                    member.run.take(outcome)
-            if len(self._members) < len(members):
-                step = None
-
-    def _packed(self, members: Mapping[str, _Member]) -> PackedStep:
-        """A step of the present subjects."""
-        self._activate(next(iter(members)))
-        sessions = [member.run.session for member in members.values()]
-        return PackedStep(sessions, [member.adapters for member in members.values()])
-
-    def _end(self, name: str) -> None:
-        """Write a subject's result; it leaves the pack."""
-        run = self._members[name].run
-        run.end()
-        run.log.close()
-        self.results[name] = run.finish(run.step)
-        self.stop.answer_with(SAVING)
-        # What it was written from is not what is on the base any more.
-        del self._members[name]
-        self._attached = None
-
-    @contextlib.contextmanager
-    def leaving(self, name: str) -> Iterator[None]:
-        """An error inside is that of one subject, which leaves the pack."""
-        try:
-            yield
-        except Exception as error:
-            member = self._members.get(name)
-            if member is not None:
-                if member.run.is_begun:
-                    member.run.fail(error)
-                    member.run.log.close()
-                del self._members[name]
-                self._attached = None
-            self.failures[name] = error
-            self._show(name, events.SubjectLeft(str(error)))
+    def left(self, name: str, error: Exception) -> None:
+        """Tell of it."""
+        self.failures[name] = error
+        self._show(name, events.SubjectLeft(str(error)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from dora_diffusion.numerics.prepare.layout import join, split_like
-from dora_diffusion.numerics.prepare.stack_layout import Vector
 
 Groups = list[dict[str, Any]]
 
@@ -77,34 +76,6 @@ class FlatParameters(SteppedParameters):
         for flat, members in zip(self._flat, self._members, strict=True):
             for member, view in zip(members, split_like(flat, members), strict=True):
                 member.data = view
-
-    def vector(self) -> Vector:
-        """All parameters, flat ones in their order."""
-        offsets, start = {}, 0
-        for members in self._members:
-            for member in members:
-                offsets[id(member)] = start
-                start += member.numel()
-        return Vector([flat.detach() for flat in self._flat], offsets)
-
-    def give_gradients(self, gradient: Tensor, unused: Collection[Tensor] = ()) -> None:
-        """Give the flat parameters their parts of a gradient of `vector`.
-
-        Args:
-            gradient: Of all parameters.
-            unused: Parameters that have none, and stay as they are.
-
-        Raises:
-            RuntimeError: As `take_gradients` does.
-        """
-        without, self._unused = {id(parameter) for parameter in unused}, []
-        parts = gradient.split([flat.numel() for flat in self._flat])
-        for flat, part, members in zip(self._flat, parts, self._members, strict=True):
-            _check_memory(flat, members)
-            left = [member for member in members if id(member) in without]
-            flat.grad = part if len(left) < len(members) else None
-            if flat.grad is not None:
-                self._unused += [(member, member.detach().clone()) for member in left]
 
     def take_gradients(self) -> None:
         """Give the flat parameters the gradients of their members.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,16 +110,6 @@ class Run:
             best = session.validation.best() if session.validation else None
             self.saver.resume_from(start.checkpoint, interim=start.is_interim, best=best)
 
-    def train(self) -> int:
-        """Run all steps, or those until a signal. Returns the number of steps done."""
-        self.begin()
-        with self.guarded():
-            self.validate_start()
-            while not self.is_over():
-                self.take(self.session.train_step(self.step + 1))
-            self.end()
-        return self.step
-
     def begin(self) -> None:
         """Before the first step: cache, open the log, and sample where that is asked for."""
         session = self.session
@@ -168,17 +158,6 @@ class Run:
         if self.step > self.start.step and (self.saver.every_steps or not is_complete):
             self._checkpoint(self.step)
         self._tell_of_rise()
-
-    @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Close the log after the block, and before an error ends the run save its steps."""
-        try:
-            yield
-        except Exception as error:
-            self.fail(error)
-            raise
-        finally:
-            self.log.close()
 
     def fail(self, error: Exception) -> None:
         """Save what can be saved before an error ends the run."""
@@ -334,7 +313,7 @@ class Run:
         if self.shards and self.session.config.is_full:
             warnings.warn(f"{failed}, since parts are in the other processes", stacklevel=3)
             return
-        if not self.session.train_step.is_whole:
+        if not self.session.learner.is_whole:
             warnings.warn(f"{failed}, which came while the weights were changed", stacklevel=3)
             return
         try:

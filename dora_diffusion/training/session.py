@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.training.accelerator import shards_model
 from dora_diffusion.training.adapters import StartingAdapter, enter_training, inject_trained
 from dora_diffusion.training.dataset import check_wildcards, list_subjects, open_dataset
+from dora_diffusion.training.engine import Engine
 from dora_diffusion.training.events import CachingProgress, OnEvent, ignore
 from dora_diffusion.training.full import TrainedWeights, select_weights
 from dora_diffusion.training.inputs import InputSource
 from dora_diffusion.training.optimizer import optimizer_library
-from dora_diffusion.training.step import TrainingStep, build_step
+from dora_diffusion.training.step import Learner, build_learner
 from dora_diffusion.training.subject import Subject, triggers_of
 from dora_diffusion.training.validation import Validation, check_held_out, divide_all
 from dora_diffusion.training.words import add_words, require_new
@@ -50,7 +52,7 @@ class Session:
         weights: What trains.
         dataset: Photos and class images.
         sampler: The order of this process's batches.
-        train_step: Does the optimizer step of a number, counted from 1.
+        learner: What trains, step by step.
         validation: Takes the loss on held-out photos; None without any.
         activate: Puts its adapters on the model, where several sessions take turns on it.
     """
@@ -62,7 +64,7 @@ class Session:
     weights: TrainedWeights
     dataset: DreamBoothDataset
     sampler: EpochSampler
-    train_step: TrainingStep
+    learner: Learner
     validation: Validation | None = None
     activate: Callable[[], None] = lambda: None
 
@@ -89,9 +91,27 @@ class Session:
         assert self.config.max_train_steps is not None
         return self.config.max_train_steps
 
+    @cached_property
+    def _engine(self) -> Engine:
+        return Engine([self.learner])
+
+    def step(self, number: int) -> dict[str, Any]:
+        """Do an optimizer step of this run alone; returns its numbers, still on the device.
+
+        Args:
+            number: The step's, from 1.
+
+        Raises:
+            TrainingError: See `Learner.update`.
+        """
+        (outcome,) = self._engine([number])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
     def place(self) -> dict[str, Any]:
         """Where the run stands in its data."""
-        return {"sampler": self.sampler.state_dict(), "batches": self.train_step.batches}
+        return {"sampler": self.sampler.state_dict(), "batches": self.learner.batches}
 
     def cache_ahead(self, steps: int, on_event: OnEvent) -> None:
         """Encode crops and captions of the steps that come, by modules that then stay offloaded.
@@ -120,7 +140,7 @@ class Session:
 
     def _cache_captions(self, captions: set[str]) -> None:
         components, device = self.components, self.components.device
-        condition = self.accelerator.unwrap_model(self.train_step.objective).condition
+        condition = self.learner.objective.condition
         # Steps encode inside of autocast, which computes some operations in float32.
         with self.accelerator.autocast(), on_device(device, *components.text_encoders):
             kept = condition.keep(sorted(captions))
@@ -190,9 +210,9 @@ def open_session(
     workers = 0 if dataset.caches_moments else config.dataloader_num_workers
     batches = iterate_batches(dataset, sampler, num_workers=workers)
     inputs = InputSource(config, components, batches, accelerator.process_index)
-    train_step = build_step(config, accelerator, components, weights, inputs)
+    learner = build_learner(config, accelerator, components, weights, inputs)
     return Session(
-        config, subjects, accelerator, components, weights, dataset, sampler, train_step, validation
+        config, subjects, accelerator, components, weights, dataset, sampler, learner, validation
     )
 
 

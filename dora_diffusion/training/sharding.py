@@ -2,8 +2,8 @@
 
 Matrices and kernels of the UNet, and of text encoders that train, are sharded by rows: each process
 has a part of every weight, and a block's weights are whole only while that block computes. Vectors,
-adapters and new words are whole in every process, and their gradients are averaged as
-DistributedDataParallel does it. All processes must therefore call a sharded model equally often.
+adapters and new words are whole in every process, and their gradients are averaged once for each
+step. All processes must therefore call a sharded model equally often.
 
 Accelerate launches the processes, and its launcher may ask for this too. Its own preparation of
 FSDP2 takes model and optimizer together, shards adapters, and knows no CPU processes.
@@ -56,6 +56,10 @@ _LAUNCHED = {
         "true", "in place of --fsdp_activation_checkpointing, use --gradient_checkpointing"
     ),
 }  # fmt: skip
+
+
+# Numbers of a gradient from which on it is averaged by itself.
+_LARGE = 2**20
 
 
 def wants_sharding(config: TrainConfig) -> bool:
@@ -261,9 +265,12 @@ def gather(tensor: Tensor, like: Tensor | None = None) -> Tensor:
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """The mean over all processes of the gradients of parameters that each has whole."""
     found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if found:
-        mean = add_up(join(found)).div_(dist.get_world_size())
-        torch._foreach_copy_(found, list(split_like(mean, found)))
+    # Large ones one by one: joined, there would be a second copy of them.
+    for gradient in (grad for grad in found if grad.numel() > _LARGE):
+        gradient.copy_(add_up(gradient).div_(dist.get_world_size()))
+    if small := [grad for grad in found if grad.numel() <= _LARGE]:
+        mean = add_up(join(small)).div_(dist.get_world_size())
+        torch._foreach_copy_(small, list(split_like(mean, small)))
 
 
 class LocalParameters(SteppedParameters):

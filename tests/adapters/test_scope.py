@@ -174,7 +174,7 @@ def test_what_a_direction_made_is_not_kept_beyond_its_step(net, x, settings):
     with norm_scope(net, cache=cache):
         net(x)
         scales = net.square.scales("default", net.square.adapters["default"])
-        made = weakref.ref(scales.plan.layers[scales.number].weights.down)
+        made = weakref.ref(scales.plan.layout.sites[scales.place].adapters[0].down)
     del scales
     gc.collect()
     assert (made() is None) == ("parametrization" in settings)

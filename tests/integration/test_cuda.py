@@ -151,11 +151,11 @@ def test_steps_and_their_records_wait_for_nothing(
     with cuda():
         session = open_on(run(folder, "out", **settings))
         seen: list[dict[str, float]] = []
-        log, records = MetricsLog(tmp_path / "metrics", 0, seen.append), [session.train_step(1)]
+        log, records = MetricsLog(tmp_path / "metrics", 0, seen.append), [session.step(1)]
         log.add(records[0])
         torch.cuda.set_sync_debug_mode("error")
         try:
-            records.append(session.train_step(2))
+            records.append(session.step(2))
             log.add(records[1])
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -170,7 +170,7 @@ def test_an_fp16_step_that_overflows_changes_nothing_but_the_scale(run, sd1_fold
     settings = SMALL | {"mixed_precision": "fp16", "max_train_steps": 6, "lr_warmup_steps": 4}
     with cuda():
         session = open_on(run(sd1_folder, "out", **settings))
-        scaler, step = session.accelerator.scaler, session.train_step
+        scaler, step = session.accelerator.scaler, session.learner
         step(1)
         parameters = session.weights.parameters()
         before = {name: p.detach().clone() for name, p in parameters.items()}
@@ -210,7 +210,7 @@ def test_gradients_that_are_not_finite_move_nothing_and_are_told_a_step_later(
     }  # fmt: skip
     with cuda():
         session = open_on(run(sd1_folder, "out", **settings))
-        log, step = MetricsLog(None, 0, lambda record: None), session.train_step
+        log, step = MetricsLog(None, 0, lambda record: None), session.learner
         log.add(step(1))
         parameters = session.weights.parameters()
         before = {name: p.detach().clone() for name, p in parameters.items()}

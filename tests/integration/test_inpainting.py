@@ -29,8 +29,16 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_inputs
 from dora_diffusion.models.offload import place
 from dora_diffusion.training.inputs import draw_inputs
-from dora_diffusion.training.objective import Objective
-from tests.training.helpers import losses, make_config, noise, open_run, same, warnings_of
+from tests.training.helpers import (
+    losses,
+    losses_by,
+    make_config,
+    noise,
+    objective_of,
+    open_run,
+    same,
+    warnings_of,
+)
 
 KINDS = ("sd1", "sdxl")
 PIPELINES = {
@@ -227,9 +235,9 @@ def test_a_step_is_the_documented_concatenation(
     crop = CropRecord((80, 96), (3, 5), (64, 48))
     batch = Batch(["photo"], [PROMPT], [crop], torch.tensor([False]), **content)
     inputs = draw_inputs(components, batch, seed=5, micro_step=2, first_row=0, noise_offset=0.0)
-    objective = Objective(components, train_text_encoder=False, snr_gamma=0.0)
+    objective = objective_of(components)
     with torch.no_grad():
-        loss, _ = objective(inputs)
+        loss, _ = losses_by(objective, inputs)
     expected = by_hand(PIPELINES[family].from_pretrained(folder), family, pixels, hole, PROMPT)
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)
     assert inputs.condition is not None

@@ -21,7 +21,7 @@ from dora_diffusion.numerics.dora import (
     weight_norm,
 )
 from dora_diffusion.numerics.operation import ConvOperation, Operation
-from dora_diffusion.numerics.prepare.factors import PlanInputs, WeightStatistics, factors_of
+from dora_diffusion.numerics.prepare.factors import Site, WeightStatistics, factors_of
 from dora_diffusion.numerics.prepare.plan import make_scales
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -34,8 +34,8 @@ def alone(op, x, weight, bias, layer):
 
 def planned(op, x, weight, bias, layer, **options):
     statistics = WeightStatistics(weight, layer.norm_axis)
-    inputs = PlanInputs(layer, layer.magnitude, weight, bias, statistics, **options)
-    return dora_forward(op, x, weight, bias, make_scales([inputs])[0].factors(x.dtype))
+    site = Site(weight, bias, [layer], statistics, **options)
+    return dora_forward(op, x, weight, bias, make_scales([site])[0].factors(x.dtype))
 
 
 def direct(*args):
@@ -163,7 +163,7 @@ def test_output_and_gradients_are_the_definitions(case, axis, bias, dtype, way):
 @pytest.mark.parametrize("case", CASES)
 def test_a_layer_with_the_adapted_weight_is_the_same_with_the_same_gradients(case, axis):
     def merged(op, x, weight, bias, layer):
-        return op(x, adapted_weight(weight, layer), bias)
+        return op.apply(x, adapted_weight(weight, layer), bias)
 
     compare(case, axis, merged, dense(axis))
 

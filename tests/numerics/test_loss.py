@@ -14,6 +14,8 @@ from dora_diffusion.numerics.loss import (
     training_target,
 )
 
+GAMMA, DEBIASED = {"snr_gamma": 5.0}, {"debiased_estimation_loss": 1.0}
+
 
 @pytest.fixture
 def scheduler():
@@ -40,23 +42,21 @@ def test_min_snr_weights_are_the_papers(scheduler):
     alpha_bar = scheduler.alphas_cumprod[timesteps].double()
     snr = alpha_bar / (1 - alpha_bar)
     clipped = torch.minimum(snr, torch.full_like(snr, 5.0))
-    torch.testing.assert_close(loss_weight(alpha_bar, 5.0, "epsilon"), clipped / snr)
-    torch.testing.assert_close(loss_weight(alpha_bar, 5.0, "v_prediction"), clipped / (snr + 1))
+    torch.testing.assert_close(loss_weight(alpha_bar, "epsilon", GAMMA), clipped / snr)
+    torch.testing.assert_close(loss_weight(alpha_bar, "v_prediction", GAMMA), clipped / (snr + 1))
     # min(SNR, 5) / SNR, and min(SNR, 5) / (SNR + 1), at an SNR of 0.
     for prediction_type, expected in (("epsilon", 1.0), ("v_prediction", 0.0)):
-        assert loss_weight(torch.zeros(1), 5.0, prediction_type) == expected
+        assert loss_weight(torch.zeros(1), prediction_type, GAMMA) == expected
 
 
 def test_debiased_weights_are_the_papers(scheduler):
     alpha_bar = scheduler.alphas_cumprod[torch.arange(0, 1000, 37)].double()
-    noise, v = (
-        loss_weight(alpha_bar, 0.0, kind, debiased=True) for kind in ("epsilon", "v_prediction")
-    )
+    noise, v = (loss_weight(alpha_bar, kind, DEBIASED) for kind in ("epsilon", "v_prediction"))
     torch.testing.assert_close(noise, ((1 - alpha_bar) / alpha_bar).sqrt())
     # The same error: the noise's square is alpha_bar times that of v.
     torch.testing.assert_close(v, noise * alpha_bar)
     for prediction_type in ("epsilon", "v_prediction"):
-        assert loss_weight(torch.zeros(1), 0.0, prediction_type, debiased=True) == 0
+        assert loss_weight(torch.zeros(1), prediction_type, DEBIASED) == 0
 
 
 def test_prior_loss_is_the_mean_over_its_own_samples():

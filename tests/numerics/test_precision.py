@@ -19,7 +19,7 @@ from dora_diffusion.numerics.precision import (
     full_precision,
     rounds_float32,
 )
-from dora_diffusion.numerics.prepare.factors import PlanInputs, WeightStatistics
+from dora_diffusion.numerics.prepare.factors import Site, WeightStatistics
 from dora_diffusion.numerics.prepare.plan import make_scales
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.numerics.test_threads import Visitor
@@ -213,8 +213,10 @@ def tensor_float(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor that multiplies as CUDA does, and says so."""
     monkeypatch.setattr(precision, "rounds_float32", lambda *_: True)
     conv2d, linear = F.conv2d, F.linear
-    monkeypatch.setattr(F, "conv2d", lambda x, w, *rest: conv2d(tf32(x), tf32(w), *rest))
+    monkeypatch.setattr(F, "conv2d", lambda x, w, *a, **k: conv2d(tf32(x), tf32(w), *a, **k))
     monkeypatch.setattr(F, "linear", lambda x, w, b=None: linear(tf32(x), tf32(w), b))
+    for call in ("apply", "down_project", "up_project"):
+        monkeypatch.setattr(Operation, call, staticmethod(F.linear))
 
 
 def share(found: Tensor, wanted: Tensor) -> float:
@@ -246,7 +248,7 @@ def test_tensor_float_32_does_not_lose_a_small_update(
     magnitude = torch.ones(len(statistics.squared_norm))
     for _ in range(2):  # The second time, the magnitude is the norm: the gain is 1.
         layer = LayerWeights(down, up, magnitude, 4.0, axis)
-        (scales,) = make_scales([PlanInputs(layer, magnitude, weight, None, statistics)])
+        (scales,) = make_scales([Site(weight, None, [layer], statistics)])
         magnitude = scales.norm
     assert torch.equal(scales.gain, torch.ones_like(magnitude))
 

@@ -6,7 +6,9 @@ import json
 import shutil
 import warnings
 from collections import namedtuple
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dora_diffusion.adapters.inject import disabled
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.models.components import Components
 from dora_diffusion.training.accelerator import make_accelerator
+from dora_diffusion.training.inputs import StepInputs
 from dora_diffusion.training.loop import train
+from dora_diffusion.training.objective import Objective, losses_of, noisy_batches
 from dora_diffusion.training.session import Session, open_session
 from dora_diffusion.training.subject import subjects_of
 
@@ -62,6 +68,23 @@ def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Ses
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(parameter * (1 + 0.1 * noise) + 0.05 * noise)
     return session
+
+
+def objective_of(
+    components: Components, *, train_text_encoder: bool = False, snr_gamma: float = 0.0
+) -> Objective:
+    return Objective.of(
+        components,
+        partial(disabled, *components.adaptable().values()),
+        train_text_encoder=train_text_encoder,
+        weightings={"snr_gamma": snr_gamma} if snr_gamma else {},
+    )
+
+
+def losses_by(objective: Objective, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of subject and prior of one run's batch."""
+    own, held = noisy_batches([objective], [inputs])
+    return losses_of(own, held, nullcontext)[0]
 
 
 def accelerator_of_fp16(config: TrainConfig, scale: float = 2.0**10) -> Any:

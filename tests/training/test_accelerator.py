@@ -39,14 +39,14 @@ _GRADIENT = """
 import os
 import torch
 from dora_diffusion.training.objective import Objective
-real, calls = Objective.forward, []
-def forward(self, inputs):
+real, calls = Objective.losses, []
+def wrong_losses(self, *given):
     calls.append(1)
-    losses = real(self, inputs)
+    losses = real(self, *given)
     wrong = os.environ["RANK"] == "1" and len(calls) == 3
     # The slope of a root at 0: the loss is what it was, its gradient is NaN.
     return [loss + (loss - loss.detach()).sqrt() if wrong else loss for loss in losses]
-Objective.forward = forward
+Objective.losses = wrong_losses
 """
 _PHOTO = """
 import os

@@ -117,7 +117,7 @@ def test_a_file_holds_the_factors_to_the_bit_where_their_scale_is_a_power_of_two
     """Those of the triplets that are on, without the others; else ``B`` is rounded once."""
     session = open_run(sd1_folder, photos, tmp_path, targets=["attention"], rank=4,
                        parametrization=parametrization, lora_alpha=alpha)  # fmt: skip
-    session.train_step(1)
+    session.step(1)
     live = {}
     for number, (path, layer) in enumerate(adapted_layers(session.components.unet)):
         adapter = layer.adapters["default"]
@@ -140,14 +140,14 @@ def test_it_weighs_the_gradients_that_the_optimizer_gets(sd1_folder, photos, tmp
     """Clipped ones, also where the optimizer sees all parameters as a few flat ones."""
     session = open_run(sd1_folder, photos, tmp_path, targets=["attention"],
                        parametrization="adalora", max_grad_norm=1e-3)  # fmt: skip
-    allocation, norms = session.train_step.allocation, []
-    assert isinstance(session.train_step.parameters, FlatParameters)
+    allocation, norms = session.learner.allocation, []
+    assert isinstance(session.learner.parameters, FlatParameters)
 
     def note(step: int) -> None:
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in allocation._parameters]))
 
     monkeypatch.setattr(allocation, "after_step", note)
-    session.train_step(1)
+    session.step(1)
     assert 1e-4 < norms[0] <= 1.001e-3
 
 
@@ -158,16 +158,16 @@ def test_a_step_that_fp16_skips_tells_it_nothing(tiny_run):
         allocation_interval=1, allocation_warmup=1, allocation_final=2,
     )  # fmt: skip
     accelerator = accelerator_of_fp16(config, scale=2.0**60)
-    step = open_session(config, subjects_of(config), accelerator).train_step
-    allocation = step.allocation
+    session = open_session(config, subjects_of(config), accelerator)
+    allocation = session.learner.allocation
     before = [p.detach().clone() for p in allocation._parameters]
-    step(1)
-    step(2)  # where triplets would be chosen
+    session.step(1)
+    session.step(2)  # where triplets would be chosen
     seen = [*allocation._sensitivity.mean, *allocation._sensitivity.uncertainty]
     assert not any(tensor.any() for tensor in seen)
     assert all(map(torch.equal, before, allocation._parameters))
     accelerator.scaler.update(2.0**10)
-    step(3)
+    session.step(3)
     assert any(tensor.any() for tensor in seen)
     assert all(tensor.isfinite().all() for tensor in seen)
     assert any((diagonal == 0).any() for diagonal in allocation._diagonals)
@@ -197,11 +197,11 @@ def test_prodigy_does_not_see_the_term(tiny_run):
     for weight in (0.0, 0.3):
         config = tiny_run(parametrization="adalora", rank=4, optimizer="prodigy", learning_rate=1.0,
                           orthogonality_weight=weight, max_train_steps=20)  # fmt: skip
-        step = open_session(config, subjects_of(config), make_accelerator(config)).train_step
-        for group in step.optimizer.param_groups:
+        session = open_session(config, subjects_of(config), make_accelerator(config))
+        for group in session.learner.optimizer.param_groups:
             group |= {"d": rate, "d0": rate, "d_max": rate}
-        step(1)
-        steps.append(step)
+        session.step(1)
+        steps.append(session.learner)
     without, beside = (list(step.allocation._adapters) for step in steps)
     for plain, other in zip(without, beside, strict=True):
         for name, is_up in (("down", False), ("up", True)):

@@ -25,7 +25,7 @@ from dora_diffusion.training.checkpoint import (
 )
 from dora_diffusion.training.events import StepDone
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.step import TrainingStep
+from dora_diffusion.training.step import Learner
 from tests.training.helpers import (
     assert_same_adapter,
     losses,
@@ -145,22 +145,22 @@ def test_a_run_that_crashes_has_lost_minutes(tiny_run, tmp_path, monkeypatch):
     clock = Clock()
     monkeypatch.setattr(CheckpointSaver.__init__, "__kwdefaults__", {"clock": clock})
 
-    real = TrainingStep.__call__
+    real = Learner.begin
 
     def two_minutes(self, step):
         clock.now += 120
         if step == 8 and self.config.output_dir.endswith("c"):
             raise PowerCut
-        return real(self, step)
+        real(self, step)
 
-    monkeypatch.setattr(TrainingStep, "__call__", two_minutes)
+    monkeypatch.setattr(Learner, "begin", two_minutes)
     whole = tiny_run(max_train_steps=9, checkpointing_steps=1000, output_dir=str(tmp_path / "w"))
     train(whole)
     crashed = replace(whole, output_dir=str(tmp_path / "c"))
     with pytest.raises(PowerCut):
         train(crashed)
     assert names(tmp_path / "c") == ["checkpoint-6"], "after 6 minutes, and again after 12"
-    monkeypatch.setattr(TrainingStep, "__call__", real)
+    monkeypatch.setattr(Learner, "begin", real)
     train(replace(crashed, resume_from_checkpoint="latest"))
     assert same(tmp_path / "w", tmp_path / "c")
     assert names(tmp_path / "c") == ["checkpoint-9"]

@@ -87,7 +87,7 @@ def test_workers_leave_the_latent_cache_on(config):
 def test_without_the_cache_workers_load_pixels(config):
     bare = replace(config, cache_latents=False, dataloader_num_workers=1)
     session = open_session(bare, subjects_of(bare), make_accelerator(bare))
-    batch = next(session.train_step.inputs.batches)
+    batch = next(session.learner.inputs.batches)
     assert batch.moments is None
     assert batch.pixels.shape == (1, 3, 32, 32)
 
@@ -158,7 +158,7 @@ def test_every_cached_latent_is_that_of_its_own_image(sd1_folder, tmp_path):
     )  # fmt: skip
     seen = []
     for _ in range(5):
-        batch = next(session.train_step.inputs.batches)
+        batch = next(session.learner.inputs.batches)
         for caption, moments in zip(batch.captions, batch.moments, strict=True):
             pixels = torch.from_numpy(np.array(Image.open(files[caption]))).permute(2, 0, 1)
             with torch.no_grad():
@@ -173,7 +173,7 @@ def test_dropped_captions_are_dropped(dropout, sd1_folder, shaped_photos, tmp_pa
     session = open_run(
         sd1_folder, shaped_photos, tmp_path / "out", train_batch_size=5, caption_dropout=dropout
     )
-    captions = next(session.train_step.inputs.batches).captions
+    captions = next(session.learner.inputs.batches).captions
     assert len(captions) == 5
     assert all((caption == "") == (dropout == 1.0) for caption in captions)
 

@@ -68,7 +68,7 @@ def changed(before, after):
 
 def test_three_steps_are_those_of_a_plain_loop(full_config, sd1_folder, tmp_path):
     config = replace(full_config, train_text_encoder=True, snr_gamma=0, train_batch_size=2)
-    draws = session_of(replace(config, output_dir=str(tmp_path / "draws"))).train_step.inputs
+    draws = session_of(replace(config, output_dir=str(tmp_path / "draws"))).learner.inputs
     unet = diffusers.UNet2DConditionModel.from_pretrained(sd1_folder / "unet").train()
     text = transformers.CLIPTextModel.from_pretrained(sd1_folder / "text_encoder").train()
     tokenizer = transformers.CLIPTokenizer.from_pretrained(sd1_folder / "tokenizer")
@@ -127,7 +127,7 @@ def test_weights_train_in_float32_whatever_is_computed_in(full_config, sd1_folde
     session = session_of(replace(full_config, mixed_precision="bf16"))
     seen = set()
     session.components.unet.conv_out.register_forward_hook(lambda *a: seen.add(a[2].dtype))
-    session.train_step(1)
+    session.step(1)
     assert seen == {torch.bfloat16}
     parameters = session.weights.parameters()
     assert {p.dtype for p in parameters.values()} == {torch.float32}
@@ -178,8 +178,9 @@ def test_the_image_free_prior_is_held_at_the_base(full_config, sd1_folder):
     )  # fmt: skip
     session = session_of(config)
     base_weights = {n: p.detach().clone() for n, p in session.weights.parameters().items()}
-    assert float(session.train_step(1)["prior_loss"]) == 0  # nothing has been learned yet
-    assert float(session.train_step(2)["prior_loss"]) > 0
+    # Nothing has been learned yet: what is left is rounding, of rows in batches of other sizes.
+    assert float(session.step(1)["prior_loss"]) < 1e-11
+    assert float(session.step(2)["prior_loss"]) > 1e-10
     trained = {n: p.detach().clone() for n, p in session.weights.parameters().items()}
     with session.weights.base_weights():
         assert changed(base_weights, session.weights.parameters()) == set()
@@ -215,8 +216,8 @@ def test_in_half_precision_the_image_free_prior_is_that_of_float32(
             for parameter in parameters:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(parameter * (1 + 0.3 * noise))
-        session.train_step.optimizer.zero_grad = lambda set_to_none: None
-        prior_losses.append(float(session.train_step(1)["prior_loss"]))
+        session.learner.optimizer.zero_grad = lambda set_to_none: None
+        prior_losses.append(float(session.step(1)["prior_loss"]))
         gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
     assert prior_losses[0] > 0.01
     assert prior_losses[1] == pytest.approx(prior_losses[0], rel=0.05)
@@ -286,7 +287,7 @@ def test_settings_of_adapters_have_no_effect_and_that_is_said(full_config):
     assert {"parametrization", "target_rank", "vera_rank"} <= set(said)
     assert set(without_effect(replace(config, init="pissa"))) >= {"init"}
     session = session_of(replace(config, parametrization="adalora"))
-    assert session.train_step.allocation is None
+    assert session.learner.allocation is None
     said = without_effect(replace(full_config, method="lora", full_weights="targets"))
     assert said["full_weights"] == "full_weights has no effect because method is lora"
 

@@ -55,8 +55,8 @@ def test_two_processes_draw_the_rows_of_one(tiny_run) -> None:
         )  # fmt: skip
         accelerator = OneOf(make_accelerator(config), process_index, num_processes)
         session = open_session(config, subjects_of(config), accelerator)
-        session.train_step.inputs(0)
-        return session.train_step.inputs(1)
+        session.learner.inputs(0)
+        return session.learner.inputs(1)
 
     whole = inputs(4, 0, 1)
     parts = [inputs(2, index, 2) for index in range(2)]
@@ -82,7 +82,7 @@ def test_every_row_is_one_photo_with_its_own_caption_crop_and_mask(
     }
     shapes, vae = set(), session.components.vae
     for _ in range(4):
-        batch = next(session.train_step.inputs.batches)
+        batch = next(session.learner.inputs.batches)
         inputs = draw_inputs(
             session.components, batch, seed=0, micro_step=0, first_row=0, noise_offset=0.0
         )
@@ -259,15 +259,15 @@ def test_what_is_drawn_anew_is_encoded_anew(tiny_run, photos, monkeypatch):
 
     def losses_of(name):
         session = open_session(config, subjects_of(config), make_accelerator(config))
-        draw = session.train_step.inputs
+        draw = session.learner.inputs
 
         def inputs(step):
             drawn = draw(step)
             seen.append((name, drawn.captions, drawn.class_captions))
             return drawn
 
-        monkeypatch.setattr(session.train_step, "inputs", inputs)
-        return [session.train_step(step)["loss"] for step in (1, 2, 3)]
+        monkeypatch.setattr(session.learner, "inputs", inputs)
+        return [session.step(step)["loss"] for step in (1, 2, 3)]
 
     cached = losses_of("cached")
 

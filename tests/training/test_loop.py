@@ -102,6 +102,6 @@ def test_plain_lora_and_image_free_prior_train(sd1_folder, photos, tmp_path):
         json.loads(x)
         for x in (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    assert lines[0]["prior_loss"] == 0, "a fresh adapter answers as the base does"
+    assert lines[0]["prior_loss"] < 1e-11, "a fresh adapter answers as the base does"
     assert lines[-1]["prior_loss"] > 0
     assert not (tmp_path / "out" / "class_images").exists()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
 from dora_diffusion.adapters.layers import adapted_layers
@@ -27,7 +27,7 @@ from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training.inputs import StepInputs, draw_inputs
-from dora_diffusion.training.objective import Objective
+from tests.training.helpers import losses_by, objective_of
 
 # A seed whose timesteps are some early, with an SNR above min-SNR's gamma, and some late.
 SEED, MICRO_STEP, FIRST_ROW = 26, 5, 3
@@ -134,11 +134,11 @@ def ours(components: Components, case: Case, batch: Batch) -> tuple[StepInputs, 
         first_row=FIRST_ROW,
         noise_offset=case.noise_offset,
     )
-    objective = Objective(
+    objective = objective_of(
         components, train_text_encoder=case.text_encoders, snr_gamma=case.snr_gamma
     )
     with norm_scope(*components.adaptable().values()):
-        subject, prior = objective(inputs)
+        subject, prior = losses_by(objective, inputs)
         (subject + 0.7 * prior).backward()
     return inputs, subject.detach(), prior.detach()
 
@@ -335,16 +335,6 @@ def test_a_batch_is_its_parts(sd1_folder) -> None:
     torch.testing.assert_close(last.latents, whole.latents[2:], rtol=1e-6, atol=1e-6)
 
 
-def test_only_what_trains_is_seen_by_a_parallel_wrapper(sd1_folder) -> None:
-    components = load_components(sd1_folder)
-    frozen = Objective(components, train_text_encoder=False, snr_gamma=5.0)
-    assert {name.split(".")[0] for name, _ in frozen.named_parameters()} == {"unet"}
-    trained = Objective(components, train_text_encoder=True, snr_gamma=5.0)
-    kinds = {name.split(".")[0] for name, _ in trained.named_parameters()}
-    assert kinds == {"unet", "text_encoders"}
-    assert isinstance(trained.text_encoders, nn.ModuleList)
-
-
 def test_a_batch_of_subjects_is_the_mean_of_its_rows(sdxl_folder) -> None:
     """One row holds its prior by a class image, one without, one not at all, each of its weight."""
     case = Case("sdxl", prior="images")
@@ -367,14 +357,14 @@ def test_a_batch_of_subjects_is_the_mean_of_its_rows(sdxl_folder) -> None:
         for place in range(3)
     ]  # fmt: skip
     losses = []
-    objective = Objective(components, train_text_encoder=False, snr_gamma=case.snr_gamma)
+    objective = objective_of(components, snr_gamma=case.snr_gamma)
     for place, single in enumerate(alone):
         inputs = draw_inputs(
             components, single, seed=SEED, micro_step=MICRO_STEP, first_row=FIRST_ROW + place,
             noise_offset=0.0,
         )  # fmt: skip
         with torch.no_grad(), norm_scope(*components.adaptable().values()):
-            losses.append([float(loss) for loss in objective(inputs)])
+            losses.append([float(loss) for loss in losses_by(objective, inputs)])
     assert losses[0][1] == 0 < losses[1][1]
     expected = sum(w * loss for w, (loss, _) in zip(weights, losses, strict=True)) / 3
     assert float(subject) == pytest.approx(expected, rel=1e-5)

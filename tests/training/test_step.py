@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from dora_diffusion.adapters.scope import norm_scope
+from dora_diffusion.config.learning import WEIGHTINGS
 from dora_diffusion.data.captions import class_caption
+from dora_diffusion.numerics import loss
+from dora_diffusion.numerics.loss import loss_weight
 from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.inputs import draw_inputs
-from dora_diffusion.training.objective import Objective
 from dora_diffusion.training.session import Session, open_session
 from dora_diffusion.training.subject import subjects_of
-from tests.training.helpers import accelerator_of_fp16, open_run
+from tests.training.helpers import accelerator_of_fp16, losses_by, objective_of, open_run
 
 PRIOR_WEIGHT = 0.7
 
@@ -49,7 +51,7 @@ def test_one_step_is_the_mean_of_its_losses_clipped_and_taken_by_adamw(
     expected = open_run(sd1_folder, shaped_photos, tmp_path / "b", **settings)
     parameters = expected.weights.parameters()
     start = {name: p.detach().clone() for name, p in parameters.items()}
-    record = session.train_step(1)
+    record = session.step(1)
 
     losses = by_hand(expected, image_free=prior == "image-free")
     loss, prior_loss = torch.stack(losses).mean(dim=0)
@@ -82,10 +84,10 @@ def test_one_step_is_the_mean_of_its_losses_clipped_and_taken_by_adamw(
 
 def by_hand(session: Session, image_free: bool) -> list[torch.Tensor]:
     """Losses ``(total, prior)`` of the step's two batches; the mean of their gradients is left."""
-    objective = Objective(session.components, train_text_encoder=True, snr_gamma=5.0)
+    objective = objective_of(session.components, train_text_encoder=True, snr_gamma=5.0)
     losses = []
     for micro_step in range(2):
-        batch = next(session.train_step.inputs.batches)
+        batch = next(session.learner.inputs.batches)
         held = [class_caption(c, "sks", "mug") for c in batch.captions] if image_free else ()
         batch = replace(batch, class_captions=held)
         inputs = draw_inputs(
@@ -93,7 +95,7 @@ def by_hand(session: Session, image_free: bool) -> list[torch.Tensor]:
             noise_offset=0.1,
         )  # fmt: skip
         with norm_scope(*session.weights.modules.values()):
-            subject, prior = objective(inputs)
+            subject, prior = losses_by(objective, inputs)
             total = subject + PRIOR_WEIGHT * prior
             (total / 2).backward()
         losses.append(torch.stack([total.detach(), prior.detach()]))
@@ -103,7 +105,7 @@ def by_hand(session: Session, image_free: bool) -> list[torch.Tensor]:
 def test_steps_differ_and_a_seed_repeats_them(sd1_folder, shaped_photos, tmp_path) -> None:
     def two_losses(name: str, seed: int) -> list[float]:
         session = open_run(sd1_folder, shaped_photos, tmp_path / name, seed=seed)
-        return [float(session.train_step(step)["loss"]) for step in (1, 2)]
+        return [float(session.step(step)["loss"]) for step in (1, 2)]
 
     first = two_losses("a", 3)
     assert first == two_losses("b", 3)
@@ -116,10 +118,33 @@ def test_in_fp16_gradients_are_unscaled_before_their_norm_is_measured_and_limite
     for precision, max_grad_norm in [("no", 0.0), ("fp16", 0.0), ("fp16", limit)]:
         config = tiny_run(mixed_precision=precision, max_grad_norm=max_grad_norm)
         made = (accelerator_of_fp16 if precision == "fp16" else make_accelerator)(config)
-        step = open_session(config, subjects_of(config), made).train_step
-        step.optimizer.zero_grad = lambda set_to_none: None
-        norms.append(float(step(1)["grad_norm"]))
-        left = float(torch.nn.utils.get_total_norm([p.grad for p in step.parameters]))
+        session = open_session(config, subjects_of(config), made)
+        session.learner.optimizer.zero_grad = lambda set_to_none: None
+        norms.append(float(session.step(1)["grad_norm"]))
+        left = float(torch.nn.utils.get_total_norm([p.grad for p in session.learner.parameters]))
         assert left == pytest.approx(max_grad_norm or norms[0], rel=0.05)
     assert norms == pytest.approx([norms[0]] * 3, rel=0.05)
     assert norms[0] > 2 * limit
+
+
+@pytest.mark.parametrize("setting", WEIGHTINGS)
+def test_each_weighting_reaches_the_loss(setting: str, tiny_run) -> None:
+    """By its setting alone: the loss is that of the samples times their weights."""
+    value = {"snr_gamma": 1e-3}.get(setting, 1.0)
+    settings = {**dict.fromkeys(WEIGHTINGS, 0), setting: value}
+    session, plain = (
+        open_session(config, subjects_of(config), make_accelerator(config))
+        for config in (tiny_run(**settings), tiny_run(**dict.fromkeys(WEIGHTINGS, 0)))
+    )
+    assert session.config.weightings == {setting: value}
+    timestep = plain.learner.inputs(0).timesteps
+    alpha_bar = plain.learner.objective.alphas_cumprod[timestep]
+    expected = loss_weight(alpha_bar, "epsilon", {setting: value})
+    again = open_session(plain.config, subjects_of(plain.config), plain.accelerator)
+    ratio = float(session.step(1)["loss"]) / float(again.step(1)["loss"])
+    assert ratio == pytest.approx(float(expected), rel=1e-5)
+    assert ratio != pytest.approx(1, rel=1e-3)
+
+
+def test_the_settings_that_weight_losses_are_those_of_the_loss() -> None:
+    assert set(WEIGHTINGS) == set(loss.WEIGHTINGS)

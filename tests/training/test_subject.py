@@ -138,7 +138,7 @@ def test_a_batch_is_of_one_size_and_every_row_has_its_own_prior(two):
     config = two(train_batch_size=3)
     session = open_session(config, subjects_of(config), make_accelerator(config))
     seen = set()
-    for _, batch in zip(range(7), session.train_step.inputs.batches, strict=False):
+    for _, batch in zip(range(7), session.learner.inputs.batches, strict=False):
         (size,) = {crop.target_size for crop in batch.crops}
         seen.add(size)
         if size == (32, 32):

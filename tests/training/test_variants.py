@@ -86,7 +86,7 @@ def test_a_checkpoint_holds_all_that_its_adapter_is_made_of(
     """A start that is computed anew, elsewhere, may differ in its last bits, or in its signs."""
     settings = {"targets": ["cross-attention"], **VARIANTS[variant]}
     session = open_run(sd1_folder, photos, tmp_path / "a", **settings)
-    session.train_step(1)
+    session.step(1)
     state, expected = state_of(session, 0, 0), adapter_state(session.weights.modules)
     other = open_run(sd1_folder, photos, tmp_path / "b", **settings)
     with torch.no_grad():

@@ -12,12 +12,12 @@ from diffusers.models import modeling_utils
 
 import dora_diffusion
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.training.engine import Engine, Outcome
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.step import TrainingStep
 
 PACKAGE = str(Path(dora_diffusion.__file__).parent)
 # Modules and functions of a run of three steps, and of its last step.
-RUN, STEP = (98, 1000), (34, 255)
+RUN, STEP = (100, 1010), (31, 230)
 
 
 def walked(seen: set[CodeType]) -> tuple[int, int]:
@@ -33,23 +33,23 @@ def test_a_run_enters_few_modules_and_functions(
     run: set[CodeType] = set()
     last: set[CodeType] = set()
     seen = run
-    real = TrainingStep.__call__
+    real = Engine.__call__
 
     def note(frame: FrameType, event: str, argument: object) -> None:
         if event == "call":
             seen.add(frame.f_code)
 
-    def step(self: TrainingStep, number: int) -> dict[str, object]:
+    def step(self: Engine, numbers: list[int]) -> list[Outcome]:
         nonlocal seen
-        if number < 3:
-            return real(self, number)
+        if numbers[0] < 3:
+            return real(self, numbers)
         seen = last
-        record = real(self, number)
+        records = real(self, numbers)
         seen = run
         run.update(last)
-        return record
+        return records
 
-    monkeypatch.setattr(TrainingStep, "__call__", step)
+    monkeypatch.setattr(Engine, "__call__", step)
     config = tiny_run(max_train_steps=3, targets=["attention+conv"])
     sys.setprofile(note)
     try:
@@ -65,20 +65,20 @@ def test_no_step_looks_at_every_module_for_the_unets_dtype(
     tiny_run: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    real, step = modeling_utils.get_parameter_dtype, TrainingStep.__call__
+    real, step = modeling_utils.get_parameter_dtype, Engine.__call__
     is_inside = [False]
 
     def note(module: object) -> object:
         asked.append(is_inside[0])
         return real(module)
 
-    def noted_step(self: TrainingStep, number: int) -> dict[str, object]:
+    def noted_step(self: Engine, numbers: list[int]) -> list[Outcome]:
         is_inside[0] = True
-        record = step(self, number)
+        records = step(self, numbers)
         is_inside[0] = False
-        return record
+        return records
 
     monkeypatch.setattr(modeling_utils, "get_parameter_dtype", note)
-    monkeypatch.setattr(TrainingStep, "__call__", noted_step)
+    monkeypatch.setattr(Engine, "__call__", noted_step)
     train(tiny_run(max_train_steps=2))
     assert not any(asked)

@@ -173,11 +173,11 @@ def test_only_the_vectors_of_the_word_move(sdxl_folder: Path, named: Path, tmp_p
     words = session.weights.words
     seen = [{name: rows.clone() for name, rows in words.parameters().items()}]
     encoded = []
-    condition = session.train_step.objective.condition
+    condition = session.learner.objective.condition
     encode = condition._encode
     condition._encode = lambda captions: encoded.append(list(captions)) or encode(captions)
     for step in (1, 2, 3):
-        record = session.train_step(step)
+        record = session.step(step)
         seen.append({name: rows.clone() for name, rows in words.parameters().items()})
     for name in words.parameters():
         first, one, two, three = (rows[name] for rows in seen)
@@ -190,7 +190,7 @@ def test_only_the_vectors_of_the_word_move(sdxl_folder: Path, named: Path, tmp_p
         assert all(torch.equal(tensor, now[name]) for name, tensor in old.state_dict().items())
         assert not any(p.requires_grad for n, p in new.named_parameters() if "rows" not in n)
     sizes = {group["name"]: sum(p.numel() for p in group["params"])
-             for group in session.train_step.optimizer.param_groups}  # fmt: skip
+             for group in session.learner.optimizer.param_groups}  # fmt: skip
     assert (sizes["text_encoder/words"], sizes["text_encoder_2/words"]) == (64, 128)
     # The class caption is encoded once, and captions with the word in every step.
     assert encoded.count(["a photo of a mug"]) == 1
@@ -222,7 +222,7 @@ def test_full_fine_tuning_writes_a_model_that_knows_the_word(
     )  # fmt: skip
     session = open_session(config, subjects_of(config), make_accelerator(config))
     live, start = session.components, encode_prompts(session.components, [PROMPT])
-    session.train_step(1)
+    session.step(1)
     trained = encode_prompts(live, [PROMPT])
     with session.weights.base_weights():
         before = encode_prompts(live, [PROMPT])
@@ -261,7 +261,7 @@ def test_other_optimizers_and_precisions_train_it(
         config = make_config(sd1_folder, named, tmp_path, **WORDS, **settings)
         session = open_session(config, subjects_of(config), make_accelerator(config))
         for step in (1, 2):
-            session.train_step(step)
+            session.step(step)
         (rows,) = session.weights.words.parameters().values()
         start = session.weights.words.start["text_encoder"]
         assert (rows - start).abs().min() > 0

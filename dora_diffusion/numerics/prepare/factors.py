@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from dora_diffusion.numerics.prepare.plan import Plan
 
 
+Rows = int | tuple[int, ...]
+"""The adapter of each row of a batch, of K: a number where all rows have one."""
+
+
 class RowShard(NamedTuple):
     """Which rows (outputs) of a sharded weight this process has.
 
@@ -84,34 +88,52 @@ class WeightStatistics:
             self.squared_norm, self.checksum = both
 
 
-class PlanInputs(NamedTuple):
-    """One adapter on one layer.
+class Site(NamedTuple):
+    """A layer and its K adapters: all DoRA on one norm axis, or all LoRA.
 
     Attributes:
-        weights: Its parameters, with the strength of its direction in their scale.
-        magnitude: What acts as its magnitude, ``(n,)``: the parameter, unless a strength moves it.
         weight: Base weight ``(out, in, *k)``; of a sharded one, the rows of this process.
         bias: ``(out,)``, or None.
-        statistics: Of the weight.
+        adapters: Their parameters, with what acts as direction and magnitude where strengths move
+            these.
+        statistics: Of the weight; None of a LoRA.
         keep_output: Whether nothing overwrites the layer's output in place.
         shard: Which rows of the weight there are; None: all.
     """
 
-    weights: LayerWeights
-    magnitude: Tensor
     weight: Tensor
     bias: Tensor | None
-    statistics: WeightStatistics
+    adapters: Sequence[LayerWeights]
+    statistics: WeightStatistics | None = None
     keep_output: bool = True
     shard: RowShard | None = None
 
     @property
+    def rank(self) -> int:
+        """The greatest of its adapters, which others are filled up to with zeros."""
+        return max(adapter.rank for adapter in self.adapters)
+
+    @property
+    def out(self) -> int:
+        """Rows of the whole weight."""
+        return len(self.weight) if self.shard is None else self.shard.out
+
+    @property
+    def width(self) -> int:
+        """How many magnitudes an adapter has."""
+        first = self.adapters[0]
+        return 0 if first.magnitude is None else len(first.magnitude)
+
+    @property
     def is_direct(self) -> bool:
         """Whether the gradient of m cannot come from what the layer keeps, see `Factors`."""
-        if self.weights.norm_axis == "output":
+        first = self.adapters[0]
+        if first.magnitude is None:
+            return False
+        if first.norm_axis == "output":
             return not self.keep_output
         # Ids have no activation, and a magnitude of a grouped convolution scales several channels.
-        return self.weights.kind == "embedding" or self.weights.groups > 1
+        return first.kind == "embedding" or first.groups > 1
 
 
 class Factors(NamedTuple):
@@ -185,37 +207,35 @@ class LayerScales(NamedTuple):
     """One adapter's part of a plan.
 
     Attributes:
-        norm: ``norm(W + sBA)``, ``(n,)``, float32.
-        gain: ``g = m / norm``, ``(n,)``, float32.
+        norm: ``norm(W + sBA)``, ``(n,)``, float32; None of a LoRA.
+        gain: ``g = m / norm``, ``(n,)``, float32; None of a LoRA.
         plan: What makes the factors of all layers at once.
-        number: The layer's place there.
+        place: The layer's place there.
         factors_by_dtype: The layer's factors, as far as they were made.
         factors_of_all: Those of each layer of the plan.
     """
 
-    norm: Tensor
-    gain: Tensor
+    norm: Tensor | None
+    gain: Tensor | None
     plan: Plan
-    number: int
+    place: int
     factors_by_dtype: dict[torch.dtype, Factors]
     factors_of_all: Sequence[dict[torch.dtype, Factors]]
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """What the layer computes with; made for all layers of the plan at the first call."""
         if dtype not in self.factors_by_dtype:
-            for factors_by_dtype, factors in zip(
-                self.factors_of_all, self.plan.factors(dtype), strict=True
-            ):
+            made = self.plan.factors(dtype)
+            for factors_by_dtype, factors in zip(self.factors_of_all, made, strict=True):
                 factors_by_dtype[dtype] = factors
         if not torch.is_grad_enabled():
-            self.plan.ran_without_gradients.add(self.number)
-        elif self.number in self.plan.ran_without_gradients and _in_backward():
+            self.plan.ran_without_gradients.add(self.place)
+        elif self.place in self.plan.ran_without_gradients and _in_backward():
             # Reentrant checkpointing, which goes back from each block on its own. Through the plan
             # it would reach the parameters of all blocks each time, and so tell
             # DistributedDataParallel that gradients are complete which are not.
-            layer = self.plan.layers[self.number]
-            weights = dataclasses.replace(layer.weights, magnitude=layer.magnitude)
-            return factors_of(layer.weight, layer.bias, weights, dtype, norm=self.norm)
+            site = self.plan.layout.sites[self.place]
+            return factors_of(site.weight, site.bias, site.adapters[0], dtype, norm=self.norm)
         return self.factors_by_dtype[dtype]
 
 

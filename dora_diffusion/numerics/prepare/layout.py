@@ -1,26 +1,32 @@
 """Where the parameters of many layers lie, so that an operation serves all of them, and flags.
 
 Everything of one kind lies in one buffer: all A one after the other, all B of one rank as rows, and
-all vectors. Layers of one shape are neighbours there. It follows from shapes and settings alone, so
-that a loop makes it once.
+all vectors. Layers of one shape are neighbours there, and so are the K adapters of a layer in it:
+an operation that is not a product with W does not depend on K. The order follows from shapes and
+settings alone, so that a loop makes it once.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import accumulate, groupby
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from dora_diffusion.numerics.prepare.factors import PlanInputs
+from dora_diffusion.numerics.precision import upcast_dtype
+from dora_diffusion.numerics.prepare.factors import Rows, Site
+from dora_diffusion.numerics.prepare.norms import widens
 
 # Devices whose flags are read a step late.
 _DEFERRED = {"cuda"}
+# Of how many ways to lay out the rows of a batch the indices are kept.
+_KEPT = 8
 
 
 @torch.no_grad()
@@ -39,116 +45,289 @@ def split_like(joined: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 class Layout:
-    """Layers of one device and precision, in an order in which those of one shape are neighbours.
+    """The order of K adapters of layers that are of one `_division`.
 
-    All of their weights are sharded, or none.
+    Buffers are all A, one after the other, and of each rank all B as rows ``(rows, r)``. Vectors
+    over channels have those of all K adapters of a layer before those of the next.
 
     Attributes:
-        layers: In that order.
+        sites: Layers with their adapters, in the order in which those of one shape are neighbours.
         numbers: The place of each among those that were given.
-        dtype: The dtype of norms, gains and buffers.
-        sizes: How many magnitudes each has.
-        biases: What its gain has to spare: its bias, on the output axis, where there is one.
-        groups: Neighbours of one rank and axis, whose B are rows of one matrix.
-        shapes: Neighbours of one shape, rank, axis, scale and dtype.
+        count: K.
+        axis: The norm's.
+        has_gain: Whether they are DoRA, and not LoRA.
+        shapes: Neighbours of one rank, shape, scales and dtype.
+        sides: What those of each have in common.
+        widens: Whether products with their weights can be float32 (`norms.widens`).
+        scales: ``s`` of each rank's rows of B: a number, or, where adapters differ, ``(rows, 1)``.
+        widths: How many magnitudes an adapter of each layer has; 0 of a LoRA.
+        sizes: The same for each adapter of each layer.
+        has_bias: Whether the gain of a layer must spare a bias.
+        direct: Places of layers that multiply by their gain in the graph (`Factors.is_direct`).
+        parameters: All A, all B and all m, each layer by layer and adapter by adapter.
     """
 
-    def __init__(self, layers: Sequence[PlanInputs], numbers: Sequence[int]) -> None:
-        self.numbers = sorted(numbers, key=lambda number: _kind(layers[number]))
-        self.layers = layers = [layers[number] for number in self.numbers]
-        self.dtype = layers[0].statistics.squared_norm.dtype
-        self.sizes = [layer.magnitude.shape[0] for layer in layers]
-        self.biases = [
-            layer.bias if layer.weights.norm_axis == "output" else None for layer in layers
-        ]
-        self.groups = [list(group) for _, group in groupby(layers, key=_rank_and_axis)]
-        self.shapes = [list(group) for _, group in groupby(layers, key=_kind)]
-        self._downs = [layer.weights.down for layer in layers]
-        self._ups = [[layer.weights.up for layer in group] for group in self.groups]
-        self._scales = [_scales(group) for group in self.groups]
+    def __init__(self, sites: Sequence[Site], numbers: Sequence[int]) -> None:
+        self.numbers = sorted(numbers, key=lambda number: _kind(sites[number]))
+        self.sites = sites = [sites[number] for number in self.numbers]
+        first = sites[0].adapters[0]
+        self.count = len(sites[0].adapters)
+        self.axis, self.has_gain = first.norm_axis, first.magnitude is not None
+        self.dtype, self.device = upcast_dtype(sites[0].weight), sites[0].weight.device
+        self.shapes = [list(group) for _, group in groupby(sites, key=_kind)]
+        self.sides = [_Sides.of(group) for group in self.shapes]
+        self.widens = [widens(group[0].weight) for group in self.shapes]
+        # Neighbours of one rank, whose B are rows of one matrix.
+        pairs = zip(self.shapes, self.sides, strict=True)
+        groups = [list(group) for _, group in groupby(pairs, key=lambda pair: pair[1].rank)]
+        self._ranks = [(group[0][1].rank, [side for _, side in group]) for group in groups]
+        self._rows = [sum(side.count * side.out for side in sides) for _, sides in self._ranks]
+        by_rank = [[site for own, _ in group for site in own] for group in groups]
+        self.widths = [site.width for site in sites]
+        self.sizes = [width for width in self.widths for _ in range(self.count)]
+        on_output = self.has_gain and self.axis == "output"
+        self.has_bias = [on_output and site.bias is not None for site in sites]
+        self.direct = {place for place, site in enumerate(sites) if site.is_direct}
+        adapters = [adapter for site in sites for adapter in site.adapters]
+        self.parameters = [a.down for a in adapters] + [a.up for a in adapters]
+        self.parameters += [a.magnitude for a in adapters if a.magnitude is not None]
+        self._downs, self._ups = self._joined_parameters(by_rank)
+        self.scales = [self._scales_of(own) for own in by_rank]
+        self._written: list[int | None] | None = None
+        self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._templates: dict[int | None, list[list[Tensor]]] = {}
+        self.recall()
+
+    @torch.no_grad()
+    def recall(self) -> None:
+        """Take the statistics of the weights as they are now."""
+        if self.has_gain:
+            each = [site.statistics for site in self.sites if site.statistics is not None]
+            self.base = torch.cat([own.squared_norm.repeat(self.count) for own in each])
+            self.recorded = torch.cat([own.checksum for own in each])
+            self.recorded_base = torch.cat([own.squared_norm for own in each])
+
+    def look_at_bias(self) -> None:
+        """Take the biases as they are now: of each channel, and zeros where there is none."""
+        each = list(zip(self.sites, self.has_bias, strict=True))
+        own = [site.bias for site, has in each if has and site.bias is not None]
+        written = [None if bias.is_inference() else bias._version for bias in own]
+        if own and written != self._written:
+            zeros = torch.zeros(max(self.widths), dtype=self.dtype, device=self.device)
+            vectors = [s.bias.detach().to(zeros) if has else zeros[: s.width] for s, has in each]  # type: ignore[union-attr]
+            self.bias = torch.cat([vector.repeat(self.count) for vector in vectors])
+            self._written = written
+
+    def _joined_parameters(
+        self, by_rank: Sequence[Sequence[Site]]
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """All A with the zeros that fill them up to their layer's rank, and the B of each rank."""
+        downs: list[Tensor] = []
+        ups: list[list[Tensor]] = []
+        for (rank, _), sites in zip(self._ranks, by_rank, strict=True):
+            adapters = [adapter for site in sites for adapter in site.adapters]
+            ups.append([adapter.up for adapter in adapters])
+            for down in (adapter.down for adapter in adapters):
+                missing = rank - len(down)
+                zeros = [down.new_zeros(missing, down[0].numel())] if missing else []
+                downs += [down, *zeros]
+        return downs, ups
+
+    def _scales_of(self, sites: Sequence[Site]) -> Tensor | float:
+        """``s`` of rows of B: a number, or, where adapters differ, ``(rows, 1)``."""
+        adapters = [adapter for site in sites for adapter in site.adapters]
+        scales = [adapter.scale for adapter in adapters]
+        if len(set(scales)) == 1:
+            return scales[0]
+        rows = torch.tensor([len(adapter.up) for adapter in adapters])
+        each = torch.tensor(scales, dtype=torch.float64).repeat_interleave(rows)[:, None]
+        return each.to(self.dtype).to(self.device)
+
+    @cached_property
+    def anchor(self) -> Tensor:
+        """What a graph starts from that has no edges to the parameters."""
+        return torch.zeros((), requires_grad=True)
+
+    # Parameters to buffers
 
     def down(self) -> Tensor:
         """All A."""
         return join(self._downs).to(self.dtype)
 
+    @torch.no_grad()
     def up(self) -> list[Tensor]:
-        """All B, ``(rows, r)`` of each group."""
-        return [join(ups).to(self.dtype).view(-1, ups[0].shape[1]) for ups in self._ups]
-
-    def downs(self, joined: Tensor) -> Sequence[Tensor]:
-        """Each layer's part of what is laid out as A."""
-        return split_like(joined, self._downs)
-
-    def ups(self, joined: Sequence[Tensor]) -> list[Tensor]:
-        """Each layer's part of what is laid out as B."""
-        parts: list[Tensor] = []
-        for rows, ups in zip(joined, self._ups, strict=True):
-            parts += split_like(rows.view(-1), ups)
-        return parts
-
-    def stacked_downs(self, joined: Tensor) -> list[Tensor]:
-        """The A of each of `shapes`, ``(n, r, in * k)``."""
-        stacks = [(len(layers), *layers[0].weights.down.flatten(1).shape) for layers in self.shapes]
-        parts = torch.split(joined, [prod(stack) for stack in stacks])
-        return [part.view(stack) for part, stack in zip(parts, stacks, strict=True)]
-
-    def stacked_ups(self, joined: Sequence[Tensor]) -> list[Tensor]:
-        """The B of each of `shapes`, ``(n, out, r)``."""
-        made: list[Tensor] = []
-        for rows, (_, group) in zip(joined, groupby(self.shapes, key=_group), strict=True):
-            stacks = [(len(layers), len(layers[0].weights.up)) for layers in group]
-            parts = torch.split(rows, [prod(stack) for stack in stacks])
-            made += [part.view(*stack, -1) for part, stack in zip(parts, stacks, strict=True)]
+        """All B, ``(rows, r)`` of each rank; smaller ones are filled up with zeros."""
+        made = []
+        for (rank, _), ups in zip(self._ranks, self._ups, strict=True):
+            if all(up.shape[1] == rank for up in ups):
+                made.append(join(ups).to(self.dtype).view(-1, rank))
+                continue
+            sizes = [len(up) for up in ups]
+            rows = torch.zeros(sum(sizes), rank, dtype=self.dtype, device=self.device)
+            pairs = zip(rows.split(sizes), ups, strict=True)
+            parts = [part[:, : up.shape[1]] for part, up in pairs]
+            torch._foreach_copy_(parts, [up.flatten(1) for up in ups])
+            made.append(rows)
         return made
 
-    def vectors(self, joined: Tensor) -> Sequence[Tensor]:
-        """Each layer's part of a vector over all channels."""
-        return torch.split(joined, self.sizes)
+    def magnitude(self) -> Tensor:
+        """All m."""
+        return join(self.parameters[2 * len(self.sites) * self.count :]).to(self.dtype)
 
-    def up_scales(self, gain: Tensor) -> list[Tensor]:
-        """The factor of each row of B, ``(rows, 1)`` of each group: ``g s``, or ``s``."""
-        made, start = [], 0
-        for group, scale in zip(self.groups, self._scales, strict=True):
-            end = start + sum(layer.magnitude.shape[0] for layer in group)
-            on_output = group[0].weights.norm_axis == "output"
-            factor = gain[start:end, None] if on_output else gain.new_ones(1, 1)
-            made.append(factor * (scale if isinstance(scale, float) else scale.to(gain)))
-            start = end
+    def row_scales(self, gain: Tensor | None) -> list[Any]:
+        """By what each rank's rows of B are multiplied: ``g s`` on the output axis, else ``s``."""
+        if gain is None or self.axis == "input":
+            return self.scales
+        gains = torch.split(gain[:, None], [self.count * rows for rows in self._rows])
+        pairs = zip(gains, self.scales, strict=True)
+        return [g if isinstance(s, float) and s == 1 else g * s for g, s in pairs]
+
+    # Buffers to layers
+
+    def downs_by_shape(self, joined: Tensor, count: int | None = None) -> list[Tensor]:
+        """The A of each of `shapes`, ``(n, count, r, in * k)``; K are there if not said."""
+        count = count or self.count
+        shapes = [(side.count, count, side.rank, side.fan_in) for side in self.sides]
+        parts = torch.split(joined, [prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def ups_by_shape(self, joined: Sequence[Tensor], count: int | None = None) -> list[Tensor]:
+        """The B of each of `shapes`, ``(n, count, out, r)``."""
+        count, made = count or self.count, []
+        for rows, (rank, sides) in zip(joined, self._ranks, strict=True):
+            shapes = [(side.count, count, side.out) for side in sides]
+            parts = torch.split(rows, [prod(shape) for shape in shapes])
+            made += [p.view(*shape, rank) for p, shape in zip(parts, shapes, strict=True)]
         return made
 
+    def vectors_by_shape(self, joined: Tensor, count: int | None = None) -> list[Tensor]:
+        """Of a vector over all channels that of each of `shapes`, ``(n, count, width)``."""
+        count = count or self.count
+        shapes = [(side.count, count, side.width) for side in self.sides]
+        parts = torch.split(joined, [prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-def layouts_of(layers: Sequence[PlanInputs]) -> list[Layout]:
-    """One for each device and precision; sharded weights apart."""
-    kinds: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
-    for number, layer in enumerate(layers):
-        is_whole = layer.shard is None
-        kind = (layer.weight.device, layer.statistics.squared_norm.dtype, is_whole)
-        kinds.setdefault(kind, []).append(number)
-    return [Layout(layers, numbers) for numbers in kinds.values()]
+    def is_whole(self, rows: Rows) -> bool:
+        """Whether such rows are the K adapters in their order."""
+        return rows == (0 if self.count == 1 else tuple(range(self.count)))
+
+    def index(self, rows: Rows) -> Tensor:
+        """Rows of adapters, on the device."""
+        key = (rows,) if isinstance(rows, int) else rows
+        if key not in self._indices:
+            if len(self._indices) == _KEPT:
+                self._indices.clear()
+            self._indices[key] = torch.tensor(key).to(self.device)
+        return self._indices[key]
+
+    def cut(self, rows: Rows, down: Tensor, ups: Sequence[Tensor]) -> list[Tensor]:
+        """Each layer's part of A and B in buffers that are laid out for such rows.
+
+        Of a number the layer's own shapes, ``(r, in, *k)`` and ``(out, r, *1)``; of rows with ``N``
+        in front, and B without ones.
+        """
+        downs, *groups = self._shaped(None if isinstance(rows, int) else len(rows))
+        made = [*split_like(down, downs)]
+        for own, like in zip(ups, groups, strict=True):
+            made += split_like(own.view(-1), like)
+        return made
+
+    def split(self, rows: Rows, joined: Tensor) -> Sequence[Tensor]:
+        """Each layer's part of a vector over the channels of such rows."""
+        if isinstance(rows, int):
+            return torch.split(joined, self.widths)
+        parts = torch.split(joined, [len(rows) * width for width in self.widths])
+        return [part.view(len(rows), -1) for part in parts]
+
+    def joined(self, rows: Rows, vectors: Iterable[Tensor | None]) -> Tensor:
+        """The other way round, with zeros where there is none."""
+        count = 1 if isinstance(rows, int) else len(rows)
+        zeros = self.base.new_zeros(count * max(self.widths))
+        each = zip(vectors, self.widths, strict=True)
+        return join([zeros[: count * width] if v is None else v for v, width in each])
+
+    def empty(self, rows: Rows, *, fill: bool) -> list[Tensor]:
+        """Buffers of A and B for such rows, with zeros where they are not filled afterwards."""
+        count, new = 1 if isinstance(rows, int) else len(rows), torch.zeros if fill else torch.empty
+        options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        down = sum(side.count * side.rank * side.fan_in for side in self.sides)
+        ranks = zip(self._rows, self._ranks, strict=True)
+        return [
+            new(count * down, **options),
+            *(new(count * own, rank, **options) for own, (rank, _) in ranks),
+        ]
+
+    def shapes_of(self, rows: Rows) -> list[Tensor]:
+        """Shapes of what `cut` gives, as tensors without memory."""
+        parts = self._shaped(None if isinstance(rows, int) else len(rows))
+        return [like for part in parts for like in part]
+
+    def _shaped(self, rows: int | None) -> list[list[Tensor]]:
+        """Shapes that buffers are cut into, as tensors without memory: of A, and of each rank's B.
+
+        Of so many rows; None: as the layer has them.
+        """
+        if rows not in self._templates:
+            front = [] if rows is None else [rows]
+
+            def ones(site: Site) -> list[int]:
+                return [1] * (site.weight.ndim - 2 if rows is None else 0)
+
+            shapes = [[(*front, s.rank, *s.weight.shape[1:]) for s in self.sites]]
+            for _, group in groupby(self.sites, key=lambda site: site.rank):
+                shapes.append([(*front, s.out, s.rank, *ones(s)) for s in group])
+            self._templates[rows] = [
+                [torch.empty(shape, device="meta") for shape in part] for part in shapes
+            ]
+        return self._templates[rows]
 
 
-def _scales(group: Sequence[PlanInputs]) -> Tensor | float:
-    """``s`` of each row of a group's B: a number, or, where layers differ, ``(rows, 1)``."""
-    scales = [layer.weights.scale for layer in group]
-    if len(set(scales)) == 1:
-        return scales[0]
-    rows = torch.tensor([len(layer.weights.up) for layer in group])
-    return torch.tensor(scales, dtype=torch.float64).repeat_interleave(rows)[:, None]
+class _Sides(NamedTuple):
+    """What layers of one shape have in common.
+
+    Attributes:
+        count: How many they are.
+        rank, out, width: As `Site` has them.
+        fan_in: Numbers of a row of the weight.
+        scale: ``s``; None where the K adapters of a layer differ in it.
+    """
+
+    count: int
+    rank: int
+    out: int
+    width: int
+    fan_in: int
+    scale: float | None
+
+    @classmethod
+    def of(cls, sites: Sequence[Site]) -> _Sides:
+        first, scales = sites[0], {adapter.scale for adapter in sites[0].adapters}
+        scale = scales.pop() if len(scales) == 1 else None
+        fan_in = first.weight.shape[1:].numel()
+        return cls(len(sites), first.rank, first.out, first.width, fan_in, scale)
 
 
-def _rank_and_axis(layer: PlanInputs) -> tuple[int, str]:
-    return layer.weights.rank, layer.weights.norm_axis
+def layouts_of(sites: Sequence[Site]) -> dict[tuple[Any, ...], Layout]:
+    """One for each device, precision, norm axis and the like, by what tells them apart."""
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for number, site in enumerate(sites):
+        kinds.setdefault(_division(site), []).append(number)
+    return {kind: Layout(sites, numbers) for kind, numbers in kinds.items()}
 
 
-def _group(layers: Sequence[PlanInputs]) -> tuple[int, str]:
-    return _rank_and_axis(layers[0])
+def _division(site: Site) -> tuple[Any, ...]:
+    """What all layers of one layout have in common."""
+    first = site.adapters[0]
+    axis = None if first.magnitude is None else first.norm_axis
+    return site.weight.device, upcast_dtype(site.weight), site.shard is None, axis
 
 
-def _kind(layer: PlanInputs) -> tuple[Any, ...]:
+def _kind(site: Site) -> tuple[Any, ...]:
     """What layers have in common whose norms are computed together; layers are sorted by it."""
-    weights, dtype = layer.weights, str(layer.weight.dtype)
     # The shape of the whole weight: processes that share it must agree on the order.
-    return *_rank_and_axis(layer), weights.weight_shape, weights.scale, dtype
+    shape = site.out, *site.weight.shape[1:]
+    scales = tuple(adapter.scale for adapter in site.adapters)
+    return site.rank, shape, scales, str(site.weight.dtype)
 
 
 class DeferredFlags:

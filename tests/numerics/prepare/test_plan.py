@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_diffusion.numerics.dora import weight_norm
-from dora_diffusion.numerics.prepare.factors import PlanInputs, RowShard, WeightStatistics
+from dora_diffusion.numerics.prepare.factors import RowShard, Site, WeightStatistics
 from dora_diffusion.numerics.prepare.plan import Plan, make_scales
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.waiting import WAIT_SECONDS
@@ -29,7 +29,7 @@ def inputs_of(weight, down, up, scale, axis, magnitude=None, statistics=None):
     statistics = statistics or WeightStatistics(weight, axis)
     magnitude = torch.ones(len(statistics.squared_norm)) if magnitude is None else magnitude
     layer = LayerWeights(down, up, magnitude, scale * len(down), axis)
-    return PlanInputs(layer, magnitude, weight, None, statistics)
+    return Site(weight, None, [layer], statistics)
 
 
 @st.composite

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import inject_adapters, layer_adapters
 from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers
-from dora_diffusion.adapters.scope import norm_scope, stack_of, stack_scope
+from dora_diffusion.adapters.scope import norm_scope
+from dora_diffusion.adapters.stack import AdapterStack
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.training.parameters import FlatParameters
 
 
 def make(ranks: list[int], **settings: object) -> tuple[nn.Module, list[list[LayerAdapter]]]:
@@ -56,39 +56,44 @@ def one_by_one(
 
 @pytest.mark.parametrize("settings", [{}, {"norm_axis": "input"}, {"use_dora": False}], ids=str)
 @pytest.mark.parametrize(
-    ("rows", "ranks"), [([0, 1, 2], [3, 3, 3]), ([2, 0, 0, 1, 2, 1], [3, 2, 4])]
+    ("rows", "ranks"),
+    [
+        ([0, 1, 2], [3, 3, 3]),
+        ([2, 0, 0, 1, 2, 1], [3, 2, 4]),
+        ([1, 1, 1], [3, 2, 4]),  # All rows have one.
+        ([0, 0, 0], [3]),
+    ],
 )
 @pytest.mark.parametrize("tiny_gain", [False, True])
 def test_rows_and_gradients_are_those_of_each_adapter_by_itself(
     settings: dict[str, object], rows: list[int], ranks: list[int], tiny_gain: bool
 ) -> None:
     model, adapters = make(ranks, **settings)
-    if tiny_gain and adapters[1][0].magnitude is not None:
+    if tiny_gain and (own := adapters[rows[1]])[0].magnitude is not None:
         with torch.no_grad():  # Dividing by it would lose the gradient of m.
-            adapters[1][0].magnitude[0] = 0
-            adapters[1][2].magnitude[1] = 1e-9
+            own[0].magnitude[0] = 0
+            own[2].magnitude[1] = 1e-9
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(len(rows), 3, 8, 8, generator=generator, dtype=torch.float64)
     up = torch.randn(len(rows), 6, generator=generator, dtype=torch.float64)
     outputs, gradients = one_by_one(model, adapters, rows, x, up)
-    flats = [FlatParameters([{"params": parameters(own)[::-1]}]) for own in adapters]
     layers = [layer for _, layer in adapted_layers(model)]
-    stack = stack_of(layers, list(zip(*adapters, strict=True)), [f.vector() for f in flats])
+    stack = AdapterStack(layers, list(zip(*adapters, strict=True)))
     for _ in range(2):  # Gradients start anew, and add up over batches of one step.
-        with stack_scope(layers, stack) as scope, scope.of(rows):
+        with stack.scope(), stack.of(rows):
             made = model(x)
             (made * up).sum().backward()
             (model(x) * up).sum().backward()
+            assert all(parameter.grad is None for own in adapters for parameter in parameters(own))
+        found = [[parameter.grad for parameter in parameters(own)] for own in adapters]
+        for own in adapters:
+            for parameter in parameters(own):
+                parameter.grad = None
     torch.testing.assert_close(made, outputs, rtol=0, atol=1e-12)
-    for own, flat, vector, wanted in zip(
-        adapters, flats, stack.gradients(), gradients, strict=True
-    ):
-        offsets = flat.vector().offsets
-        for parameter, gradient in zip(parameters(own), wanted, strict=True):
-            start = offsets[id(parameter)]
-            found = vector[start : start + parameter.numel()].view(parameter.shape)
-            torch.testing.assert_close(found, 2 * gradient, rtol=1e-9, atol=1e-9)
-    with stack_scope(layers, stack) as scope, scope.of(()):
+    for ours, wanted in zip(found, gradients, strict=True):
+        doubled = [2 * gradient for gradient in wanted]
+        torch.testing.assert_close(ours, doubled, rtol=1e-9, atol=1e-9)
+    with stack.scope():
         base = model(x)
     for adapter in (a for own in adapters for a in own):
         adapter.enabled = False
@@ -101,4 +106,4 @@ def test_what_cannot_be_stacked_is_refused() -> None:
     layers = [layer for _, layer in adapted_layers(model)]
     pairs = list(zip(adapters[0], layer_adapters(model, "lora"), strict=True))
     with pytest.raises(ValueError, match="all DoRA on one norm axis or all LoRA"):
-        stack_of(layers, pairs, [])
+        AdapterStack(layers, pairs)

@@ -1,0 +1,271 @@
+"""K adapters of the same layers, made ready together for each step of a loop that trains them.
+
+A run has one, a pack several, which need not be on the layers: the rows of a batch choose among
+them by number. Gradients are left in buffers, and become the parameters' at the end of the step.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.adapters.kinds import layer_groups
+from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, Ready
+from dora_diffusion.numerics.dora import dora_forward, sum_of_adapters
+from dora_diffusion.numerics.operation import Operation, RowOperation, dropout
+from dora_diffusion.numerics.prepare.factors import Factors, Rows, direction_of
+from dora_diffusion.numerics.prepare.layout import DeferredFlags, Layout, layouts_of
+from dora_diffusion.numerics.prepare.plan import Plan
+
+BASE: Rows = ()
+"""Rows of a batch that have no adapter, however many they are."""
+
+
+class AdapterStack:
+    """K adapters of the same layers.
+
+    Args:
+        layers: The layers.
+        adapters: Of each layer the K adapters, in the same order.
+
+    Raises:
+        ValueError: If K is more than 1, and a layer is an Embedding or a grouped convolution, or
+            adapters have other magnitudes than each other, another parametrization than A and B, or
+            dropout.
+    """
+
+    def __init__(
+        self, layers: Sequence[AdaptedLayer], adapters: Sequence[Sequence[LayerAdapter]]
+    ) -> None:
+        for layer, own in zip(layers, adapters, strict=True):
+            is_plain = layer.kind != "embedding" and layer_groups(layer) == 1
+            alike = {(a.magnitude is None, a.norm_axis) for a in own}
+            if len(own) > 1 and not (
+                is_plain
+                and len(alike) == 1
+                and not any(a.parametrization or a.dropout for a in own)
+            ):
+                raise ValueError(
+                    "adapters can be trained together on Linear layers and convolutions without "
+                    "groups, all DoRA on one norm axis or all LoRA, without dropout"
+                )
+        self.layers, self.adapters = layers, adapters
+        self.rows: Rows = BASE
+        each = zip(layers, adapters, strict=True)
+        self._places = [Place(self, *parts) for parts in each]
+        self._flags: defaultdict[Any, DeferredFlags] = defaultdict(DeferredFlags)
+        self._layouts: dict[Any, Layout] = {}
+        self._settled: object = None
+        self._dtype: torch.dtype | None = None
+        # What a parametrization makes is of one step alone.
+        self._is_made = any(own.parametrization for each in adapters for own in each)
+        self._plans: list[Plan] = []
+        self._made: dict[Rows, list[Made]] = {}
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Inside, the layers have the adapters as they are now; rows have none until they are said.
+
+        In the end the parameters get their gradients.
+
+        Raises:
+            RuntimeError: In the end, if one has changed inside.
+        """
+        self._settle()
+        self._plans = [
+            Plan(layout, self._flags[kind], has_edges=False)
+            for kind, layout in self._layouts.items()
+        ]
+        self._made, before = {}, self._versions()
+        for layer, place in zip(self.layers, self._places, strict=True):
+            # Past `nn.Module.__setattr__`, which takes longer than all else here.
+            vars(layer).update(_place=place, _scales_cache=dict(place.by_name))
+        self._choose(BASE)
+        try:
+            yield
+            if before != self._versions():
+                raise RuntimeError("an adapter's parameters changed inside of its step")
+            for plan in self._plans:
+                plan.give_gradients()
+        finally:
+            for layer in self.layers:
+                vars(layer).update(_place=None, _ready={}, _scales_cache=None)
+            self._plans = []
+            if self._is_made:
+                self._layouts = {}
+
+    @contextmanager
+    def of(self, rows: int | Sequence[int]) -> Iterator[None]:
+        """Inside, rows of a batch have such adapters; backward passes belong inside too.
+
+        Args:
+            rows: The adapter of each row; a number where all have it, however many they are; `BASE`
+                for none.
+        """
+        before = self.rows
+        if not isinstance(rows, int):
+            rows = rows[0] if len(set(rows)) == 1 else tuple(rows)
+        try:
+            self._choose(rows)
+            # Before a layer asks, which could then not have all of it ready.
+            if isinstance(rows, int) and self._dtype is not None and not any(self._made[rows][0]):
+                self.make(self._dtype)
+            yield
+        finally:
+            self._choose(before)
+
+    def _choose(self, rows: Rows) -> None:
+        self.rows = rows
+        if rows not in self._made:
+            self._made[rows] = [Made({}, {}) for _ in self.layers]
+        for layer, place, made in zip(self.layers, self._places, self._made[rows], strict=True):
+            place.factors_by_dtype, vars(layer)["_ready"] = made
+
+    def make(self, dtype: torch.dtype) -> None:
+        """Make the factors of all layers in a dtype, for the rows of now."""
+        made, has_one = self._made[self.rows], isinstance(self.rows, int)
+        for plan in self._plans:
+            factors = plan.factors(dtype, self.rows)
+            for number, own in zip(plan.layout.numbers, factors, strict=True):
+                made[number].factors_by_dtype[dtype] = own
+                place = self._places[number]
+                if has_one and place.plain_dtype == dtype:
+                    made[number].ready[dtype] = place.op, place.matrix, place.layer.bias, own
+
+    def _settle(self) -> None:
+        """Look whether all but the values of parameters is as it was; else begin anew."""
+        each = list(zip(self.layers, self.adapters, strict=True))
+        weights = [
+            w if layer.shard is None else layer.own_rows
+            for layer in self.layers
+            if (w := layer._parameters["weight"]) is not None
+        ]
+        present = (
+            [(w.data_ptr(), w._version, w.dtype, w.device) for w in weights],
+            [(layer.keep_output, id(layer._parameters.get("bias"))) for layer in self.layers],
+            [(*map(id, a._parameters.values()), a.alpha) for own in self.adapters for a in own],
+        )
+        if self._is_made or present != self._settled:
+            self._layouts = layouts_of([layer.site(own) for layer, own in each])
+            for place in self._places:
+                place.settle()
+            self._settled = present
+            self._dtype = next((p.plain_dtype for p in self._places if p.plain_dtype), None)
+            self._parameters = [p for _, own in each for a in own for p in a.parameters()]
+
+    def _versions(self) -> list[int]:
+        """How often each parameter was written in place."""
+        return [parameter._version for parameter in self._parameters]
+
+
+class Made(NamedTuple):
+    """What a layer computes with, by dtype.
+
+    Attributes:
+        factors_by_dtype: Factors.
+        ready: All that `dora_forward` takes, where nothing is to be done to the layer's input.
+    """
+
+    factors_by_dtype: dict[torch.dtype, Factors]
+    ready: dict[torch.dtype, Ready]
+
+
+class Place:
+    """A layer in a stack.
+
+    Args:
+        stack: The stack.
+        layer: The layer.
+        adapters: Its adapters.
+
+    Attributes:
+        factors_by_dtype: Its factors for the rows of now, as far as they were made.
+        by_name: Itself by the name of a single adapter that is on the layer, which is what compiled
+            blocks know.
+        op: What the weight does to an input.
+        matrix: The weight ``(out, in, *k)``.
+        plain_dtype: The only dtype in which nothing is to be done to an input, or to the weight;
+            None: something always is.
+    """
+
+    def __init__(
+        self, stack: AdapterStack, layer: AdaptedLayer, adapters: Sequence[LayerAdapter]
+    ) -> None:
+        self.stack, self.layer, self.adapters = stack, layer, adapters
+        self.factors_by_dtype: dict[torch.dtype, Factors] = {}
+
+    def settle(self) -> None:
+        """Find out what no step changes."""
+        layer, bias = self.layer, self.layer.bias
+        is_low = layer.weight.dtype == torch.bfloat16 and layer.weight.device.type == "cpu"
+        self.op, self.matrix = layer.operation(leaves_garbage=is_low), layer.matrix
+        is_plain = (
+            layer.shard is None
+            and layer.is_prepared
+            and (bias is None or bias.dtype == layer.weight.dtype)
+            and not any(own.dropout for own in self.adapters)
+        )
+        self.plain_dtype = layer.weight.dtype if is_plain else None
+        known = layer.adapters.items() if len(self.adapters) == 1 else ()
+        self.by_name = {name: self for name, own in known if own is self.adapters[0]}
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether rows of a batch have several adapters."""
+        return len(self.adapters) > 1
+
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """Its factors in a dtype; made for all layers at the first call."""
+        if dtype not in self.factors_by_dtype:
+            self.stack.make(dtype)
+        return self.factors_by_dtype[dtype]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of the layer, whatever is to be done to its input.
+
+        Raises:
+            ValueError: If the batch has another number of rows.
+        """
+        rows, layer = self.stack.rows, self.layer
+        if rows == BASE:
+            return cast(Tensor, super(AdaptedLayer, layer).forward(x))
+        inputs, matrix, bias = layer.operands(x)
+        op, factors = layer.operation(), self.factors(inputs.dtype)
+        if isinstance(rows, int):
+            own = self.adapters[rows]
+            factors = layer.with_direction(factors, own)
+            if not (layer.training and own.dropout):
+                return dora_forward(op, inputs, matrix, bias, factors)
+            dropped = dropout(inputs, own.dropout, training=True)
+            return sum_of_adapters(op, inputs, matrix, bias, [(factors, 1.0, dropped)])
+        if len(x) != len(rows):
+            raise ValueError(f"a layer is called with a batch of {len(x)} and not {len(rows)} rows")
+        assert isinstance(inputs, Tensor)
+        if factors.is_direct:
+            return self._direct_rows(rows, op, inputs, matrix, bias, factors)
+        return dora_forward(RowOperation(op, inputs.ndim, len(rows)), inputs, matrix, bias, factors)
+
+    def _direct_rows(
+        self, rows: tuple[int, ...], op: Operation, x: Tensor, matrix: Tensor, bias: Tensor | None,
+        factors: Factors,
+    ) -> Tensor:  # fmt: skip
+        """Rows of one adapter after those of another, with the gain in the graph."""
+        made, site = [], self.layer.site(self.adapters)
+        assert factors.gain is not None
+        for row, k in enumerate(rows):
+            up = factors.up[row]
+            own = factors._replace(
+                down=factors.down[row],
+                up=up.view(*up.shape, *[1] * (factors.down.ndim - 3)),
+                gain=factors.gain[row],
+                shift=None if factors.shift is None else factors.shift[row],
+                shift_numerator=None,
+                direction=direction_of(site.weight, site.adapters[k], x.dtype),
+            )
+            made.append(dora_forward(op, x[row, None], matrix, bias, own))
+        return torch.cat(made)
