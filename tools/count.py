@@ -3,7 +3,7 @@
     python -m tools.count [--modules] [FOLDER]
 
 A line of code holds more than a comment or a docstring. A circle is a set of modules each of which
-reaches the others by imports, those inside of functions included, those for type checkers not.
+reaches the others by imports, those inside of functions and those for type checkers included.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import io
 import statistics
 import tokenize
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,9 +69,8 @@ def code_lines(text: str, tree: ast.Module) -> set[int]:
         if token.type not in _LAYOUT:
             lines |= set(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            if isinstance(node.value.value, str):
-                lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
+            lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return lines
 
 
@@ -93,22 +92,14 @@ def imports(package: Path) -> dict[str, set[str]]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         graph[name] = {
             target
-            for node in _without_type_checking(tree)
+            for node in ast.walk(tree)
             for target in _targets(node, package.name, names)
             if target != name
         }
     return graph
 
 
-def _without_type_checking(node: ast.AST) -> Iterator[ast.AST]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
-            continue
-        yield child
-        yield from _without_type_checking(child)
-
-
-def _targets(node: ast.AST, package: str, names: Iterable[str]) -> Iterator[str]:
+def _targets(node: ast.AST, package: str, names: Container[str]) -> Iterator[str]:
     prefix = f"{package}."
     if isinstance(node, ast.Import):
         wanted = [alias.name for alias in node.names]
@@ -158,10 +149,15 @@ def table(found: list[Module]) -> str:
         rooms[module.room].append(module)
     core = [module for module in found if module.room not in EXTRAS]
     rows = [*sorted(rooms.items()), ("**core**", core), ("**all**", found)]
-    lines = [
-        "| room | lines of code | modules | functions, median | of at most 3 lines | over 40 / 60 |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = (
+        "room",
+        "lines of code",
+        "modules",
+        "functions, median",
+        "up to 3 lines",
+        "over 40 / 60",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, members in rows:
         lengths = [length for module in members for length in module.functions]
         median = statistics.median(lengths) if lengths else 0
