@@ -51,7 +51,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "dropout": {"lora_dropout": 0.2},
     "text-encoder": {"train_text_encoder": True, "text_encoder_lr": 1e-3},
     "words": {
-        "instance_data_dir": "photos",
+        "instance_data_dir": MUG.name,
         "instance_prompt": "a photo of a <bolt> mug",
         "token": "<bolt>",
         "train_text_encoder_ti": True,
@@ -93,9 +93,10 @@ def commands(work: Path) -> Iterator[tuple[str, list[str]]]:
     """Each output's name, with the arguments of the command that writes it into that folder."""
     base = ["--base", "embedded:tiny-sd"]
     # Without their captions.
-    for photo in MUG.glob("*.jpg"):
-        (work / "photos").mkdir(exist_ok=True)
-        shutil.copy(photo, work / "photos")
+    for folder in (MUG, TEAPOT):
+        (work / folder.name).mkdir(exist_ok=True)
+        for photo in folder.glob("*.jpg"):
+            shutil.copy(photo, work / folder.name)
     for name, settings in SETTINGS.items():
         yield name, ["train", *_config(work, name, settings)]
     yield "resumed", ["train", *_config(work, "resumed", SETTINGS["dora"])]
@@ -105,12 +106,14 @@ def commands(work: Path) -> Iterator[tuple[str, list[str]]]:
             *("train", *_config(work, "init", {"init_adapter": str(work / "dora"), "rank": 16})),
         ],
     )
-    entries = work / "subjects.yaml"
     subjects = [
         {"instance_data_dir": str(MUG), "instance_prompt": "a photo of a sks mug"},
-        {"instance_data_dir": str(TEAPOT), "instance_prompt": "a photo of a zwq teapot"},
+        {
+            "instance_data_dir": str(work / TEAPOT.name),
+            "instance_prompt": "a photo of a zwq teapot",
+            "token": "zwq",
+        },
     ]
-    entries.write_text(yaml.safe_dump([{**s, "rank": 4 + i} for i, s in enumerate(subjects)]))
     several = {"instance_data_dir": None, "instance_prompt": None}
     named = work / "named.yaml"
     named.write_text(
@@ -127,7 +130,7 @@ def commands(work: Path) -> Iterator[tuple[str, list[str]]]:
     yield "pack", ["train", *_config(work, "pack", several), "--pack", str(named)]
     yield "fleet", ["fleet", str(named), *_config(work, "fleet", several)]
     for target in CONVERSIONS:
-        extra = [] if target in ("diffusers", "peft", "kohya") else base
+        extra = [] if target in ("diffusers", "peft", "kohya") else [*base]
         extra += ["--rank", "4"] if target in ("lora", "lora-diffusers", "dora") else []
         file = work / f"to-{target}" / ("folder" if target == "peft" else "x.safetensors")
         yield f"to-{target}", ["convert", str(work / "dora"), str(file), "--to", target, *extra]
@@ -192,8 +195,8 @@ def _config(work: Path, name: str, settings: dict[str, object]) -> list[str]:
     """Write a training's settings, and return the flags that read them."""
     file = work / f"{name}.yaml"
     values = {**TRAIN, **settings, "output_dir": str(work / name)}
-    if values["instance_data_dir"] == "photos":
-        values["instance_data_dir"] = str(work / "photos")
+    if values["instance_data_dir"] == MUG.name:
+        values["instance_data_dir"] = str(work / MUG.name)
     file.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
     return ["--config", str(file)]
 
