@@ -1,0 +1,289 @@
+"""Digests of what the commands write, to show that a change of the code changes no number.
+
+    python -m tools.digests run OUTPUT.json [--work FOLDER] [--only WORD]
+    python -m tools.digests compare BEFORE.json AFTER.json
+
+`run` performs short trainings of the embedded models in many settings, a resumed run, a pack, a
+fleet, conversions, merges and images, each in a process of its own, and writes the SHA-256 of each
+file's tensors or pixels. What is there already is not performed again, so that a run can be
+stopped. `compare` names every output that differs; it exits with 1 where there is one. Digests of
+two machines, or of two versions of torch, may differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+
+ROOT = Path(__file__).parents[1]
+MUG, TEAPOT = ROOT / "samples" / "bolt_mug", ROOT / "samples" / "heart_teapot"
+TRAIN = {
+    "pretrained_model_name_or_path": "embedded:tiny-sd",
+    "instance_data_dir": str(MUG),
+    "instance_prompt": "a photo of a sks mug",
+    "learning_rate": 2e-3,
+    "max_train_steps": 4,
+    "train_batch_size": 2,
+    "checkpointing_steps": 0,
+    "mixed_precision": "no",
+}
+SETTINGS: dict[str, dict[str, object]] = {
+    "dora": {"checkpointing_steps": 2},
+    "lora": {"use_dora": False},
+    "full": {"method": "full", "learning_rate": 1e-5},
+    "adalora": {"parametrization": "adalora", "allocation_warmup": 1, "allocation_interval": 1},
+    "vera": {"parametrization": "vera"},
+    "pissa": {"init": "pissa"},
+    "rslora-alpha": {"rslora": True, "lora_alpha": 4, "conv_rank": 2, "loraplus_ratio": 4},
+    "input-axis": {"norm_axis": "input"},
+    "dropout": {"lora_dropout": 0.2},
+    "text-encoder": {"train_text_encoder": True, "text_encoder_lr": 1e-3},
+    "words": {
+        "instance_data_dir": MUG.name,
+        "instance_prompt": "a photo of a <bolt> mug",
+        "token": "<bolt>",
+        "train_text_encoder_ti": True,
+        "train_text_encoder_ti_frac": 0.5,
+    },
+    "prior": {"with_prior_preservation": True},
+    "class-images": {
+        "with_prior_preservation": True,
+        "prior_preservation_mode": "images",
+        "num_class_images": 2,
+    },
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
+    "adafactor": {"optimizer": "adafactor", "max_grad_norm": 0.1},
+    "bf16": {"mixed_precision": "bf16"},
+    "checkpointing": {"gradient_checkpointing": True, "train_text_encoder": True},
+    "loss": {"snr_gamma": 5, "noise_offset": 0.1, "lr_scheduler": "cosine", "lr_warmup_steps": 1},
+    "debiased": {"debiased_estimation_loss": True, "random_flip": True, "caption_dropout": 0.3},
+    "crops": {"aspect_ratio_buckets": True, "cache_latents": False, "num_train_epochs": 1},
+    "held-out": {"validation_split": 0.4, "validation_loss_steps": 2, "keep_best": True},
+    "sdxl": {"pretrained_model_name_or_path": "embedded:tiny-sdxl", "max_train_steps": 3},
+    "sdxl-text": {
+        "pretrained_model_name_or_path": "embedded:tiny-sdxl",
+        "max_train_steps": 2,
+        "train_text_encoder": True,
+        "with_prior_preservation": True,
+    },
+    "samples": {
+        "validation_prompt": ["a photo of a sks mug"],
+        "validation_inference_steps": 4,
+        "num_validation_images": 2,
+    },
+    "compile-targets": {"targets": "attention", "adam_weight_decay": 0.1, "magnitude_lr": 1e-4},
+}
+CONVERSIONS = ("diffusers", "peft", "kohya", "comfyui", "dense", "lora", "lora-diffusers", "dora")
+
+
+def commands(work: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each output's name, with the arguments of the command that writes it into that folder."""
+    base = ["--base", "embedded:tiny-sd"]
+    # Without their captions.
+    for folder in (MUG, TEAPOT):
+        (work / folder.name).mkdir(exist_ok=True)
+        for photo in folder.glob("*.jpg"):
+            shutil.copy(photo, work / folder.name)
+    for name, settings in SETTINGS.items():
+        yield name, ["train", *_config(work, name, settings)]
+    yield "resumed", ["train", *_config(work, "resumed", SETTINGS["dora"])]
+    yield (
+        "init",
+        [
+            *("train", *_config(work, "init", {"init_adapter": str(work / "dora"), "rank": 16})),
+        ],
+    )
+    subjects = [
+        {"instance_data_dir": str(MUG), "instance_prompt": "a photo of a sks mug"},
+        {
+            "instance_data_dir": str(work / TEAPOT.name),
+            "instance_prompt": "a photo of a zwq teapot",
+            "token": "zwq",
+        },
+    ]
+    several = {"instance_data_dir": None, "instance_prompt": None}
+    named = work / "named.yaml"
+    named.write_text(
+        yaml.safe_dump([{"name": n, **s} for n, s in zip(("mug", "pot"), subjects, strict=True)])
+    )
+    one = work / "one.yaml"
+    one.write_text(yaml.safe_dump(subjects))
+    yield (
+        "subjects",
+        [
+            *("train", *_config(work, "subjects", several | {"dataset_config": str(one)})),
+        ],
+    )
+    yield "pack", ["train", *_config(work, "pack", several), "--pack", str(named)]
+    yield "fleet", ["fleet", str(named), *_config(work, "fleet", several)]
+    for target in CONVERSIONS:
+        extra = [] if target in ("diffusers", "peft", "kohya") else [*base]
+        extra += ["--rank", "4"] if target in ("lora", "lora-diffusers", "dora") else []
+        file = work / f"to-{target}" / ("folder" if target == "peft" else "x.safetensors")
+        yield f"to-{target}", ["convert", str(work / "dora"), str(file), "--to", target, *extra]
+    for name, adapter in (("dora", "dora"), ("words", "words"), ("input", "input-axis")):
+        merge = ["export", *base, "--adapter", f"{work / adapter}:0.7", "--output"]
+        yield f"merged-{name}", [*merge, str(work / f"merged-{name}" / "x.safetensors")]
+    yield (
+        "merged-folder",
+        [
+            *("export", *base, "--adapter", str(work / "text-encoder"), "--output"),
+            *(str(work / "merged-folder" / "model"), "--dtype", "bfloat16"),
+        ],
+    )
+    pair = [str(work / "dora"), f"{work / 'lora'}:0.5"]
+    yield (
+        "combined",
+        [
+            *("combine", *pair, *base, "--rank", "4", "--output"),
+            str(work / "combined" / "x.safetensors"),
+        ],
+    )
+    yield (
+        "extracted",
+        [
+            *(
+                "extract",
+                *base,
+                "--tuned",
+                str(work / "merged-dora" / "x.safetensors"),
+                "--rank",
+                "4",
+            ),
+            *("--output", str(work / "extracted" / "x.safetensors")),
+        ],
+    )
+    for adapter in ("dora", "words", "sdxl", "vera"):
+        model = "embedded:tiny-sdxl" if adapter == "sdxl" else "embedded:tiny-sd"
+        yield (
+            f"image-{adapter}",
+            [
+                *("generate", "--base", model, "--adapter", str(work / adapter), "--seed", "3"),
+                *("--prompt", "a photo of a sks mug", "--num_images", "2", "--steps", "4"),
+                *("--output", str(work / f"image-{adapter}" / "x.png")),
+            ],
+        )
+    many = work / "many.yaml"
+    many.write_text(
+        yaml.safe_dump(
+            [{"adapter": str(work / name), "seed": 5} for name in ("dora", "lora", "input-axis")]
+        )
+    )
+    yield (
+        "image-rows",
+        [
+            *("generate", *base, "--adapters_file", str(many), "--prompt", "a photo of a sks mug"),
+            *("--steps", "4", "--output", str(work / "image-rows" / "x.png")),
+        ],
+    )
+
+
+def _config(work: Path, name: str, settings: dict[str, object]) -> list[str]:
+    """Write a training's settings, and return the flags that read them."""
+    file = work / f"{name}.yaml"
+    values = {**TRAIN, **settings, "output_dir": str(work / name)}
+    if values["instance_data_dir"] == MUG.name:
+        values["instance_data_dir"] = str(work / MUG.name)
+    file.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
+    return ["--config", str(file)]
+
+
+def perform(work: Path, only: str) -> dict[str, str]:
+    """Run the commands whose results are not there, and digest all files."""
+    work.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    digests: dict[str, str] = {}
+    for name, words in commands(work):
+        if only not in name:
+            continue
+        folder = work / name
+        done = folder / ".done"
+        if not done.exists():
+            folder.mkdir(exist_ok=True)
+            if name == "resumed":
+                # From half of the same run.
+                words = [*words, "--resume_from_checkpoint", str(work / "dora" / "checkpoint-2")]
+            run = subprocess.run(
+                [sys.executable, "-m", "dora_diffusion", *words],
+                env=environment,
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+                cwd=ROOT,
+            )
+            if run.returncode:
+                print(f"{name}: {run.stderr.strip().splitlines()[-1]}", flush=True)
+                continue
+            done.touch()
+            print(name, flush=True)
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".safetensors", ".png"):
+                digests[f"{name}/{path.relative_to(folder).as_posix()}"] = digest(path)
+    return digests
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of an image's pixels, or of a file's tensors with their names, dtypes and shapes."""
+    told = hashlib.sha256()
+    if path.suffix == ".png":
+        with Image.open(path) as image:
+            told.update(f"{image.size} {image.mode}".encode() + image.tobytes())
+        return told.hexdigest()
+    with safe_open(path, framework="pt") as file:
+        for key in sorted(file.keys()):
+            tensor = file.get_tensor(key)
+            told.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            told.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return told.hexdigest()
+
+
+def compare(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """A line for each output that differs, is missing, or is new."""
+    lines = []
+    for name in sorted(before.keys() | after.keys()):
+        if name not in after:
+            lines.append(f"missing: {name}")
+        elif name not in before:
+            lines.append(f"new: {name}")
+        elif before[name] != after[name]:
+            lines.append(f"differs: {name}")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Digest what the commands write.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    run = actions.add_parser("run", help="perform the commands and write digests")
+    run.add_argument("output", type=Path)
+    run.add_argument("--work", type=Path, default=Path("build/digests"), help="Folder of results.")
+    run.add_argument("--only", default="", help="Outputs whose names hold this word.")
+    against = actions.add_parser("compare", help="name what differs")
+    against.add_argument("before", type=Path)
+    against.add_argument("after", type=Path)
+    args = parser.parse_args()
+    if args.action == "run":
+        digests = perform(args.work.resolve(), args.only)
+        args.output.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+        print(f"{args.output}: {len(digests)} digests")
+        return 0
+    pair = [json.loads(path.read_text(encoding="utf-8")) for path in (args.before, args.after)]
+    lines = compare(*pair)
+    print("\n".join(lines or [f"{len(pair[0])} digests, all equal"]))
+    return int(bool(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
