@@ -55,13 +55,13 @@ test: lint
 # tests/portable/windows.py. PORTABLE_TESTS=tests runs all of them so, in about three times the time.
 PORTABLE = $(TEST_ENV) PYTHONPATH='$(CURDIR)/tests/portable' $(BIN)/python -m pytest -n $(WORKERS) \
 	--dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
-PORTABLE_TESTS ?= tests/portable tests/test_system.py tests/console tests/formats/files \
-	tests/integration/test_any_folder.py tests/commands/test_app.py tests/commands/test_samples.py \
-	tests/export/test_files.py tests/data/test_photos.py tests/training/test_folders.py \
-	$(filter-out $(PORTABLE_LONG), $(wildcard tests/jobs/test_*.py))
-PORTABLE_LONG = tests/jobs/test_worker.py tests/jobs/test_image_generator.py tests/app/test_serve.py \
-	tests/commands/test_train.py tests/data/test_dataset.py tests/export/test_checkpoint.py \
-	tests/training/test_checkpoint.py tests/training/test_metrics.py tests/training/test_stop.py
+PORTABLE_TESTS ?= tests/portable tests/test_system.py tests/cli/console tests/formats/files \
+	tests/integration/test_any_folder.py tests/cli/commands/test_app.py tests/cli/commands/test_samples.py \
+	tests/export/test_files.py tests/data/test_photos.py tests/training/results/test_folders.py \
+	$(filter-out $(PORTABLE_LONG), $(wildcard tests/studio/jobs/test_*.py))
+PORTABLE_LONG = tests/studio/jobs/test_worker.py tests/studio/jobs/test_image_generator.py tests/studio/app/test_serve.py \
+	tests/cli/commands/test_train.py tests/data/test_dataset.py tests/export/test_checkpoint.py \
+	tests/training/results/test_checkpoint.py tests/training/results/test_metrics.py tests/training/test_signals.py
 test-portable: $(READY_TO_TEST)
 	$(PORTABLE) $(PORTABLE_TESTS)
 

@@ -49,9 +49,10 @@ if __name__ == "__main__":
         package_data={
             "dora_diffusion": [
                 "py.typed",
-                "toy/**/*",
-                "app/*.css",
-                "app/*.js",
+                "models/embedded/**/*",
+                "lab/toy/judges/*",
+                "studio/app/*.css",
+                "studio/app/*.js",
                 "models/released/*",
             ],
             "dora_diffusion.samples": ["**/*"],

@@ -10,7 +10,7 @@ All flags: ``--help``. The code is in ``dora_diffusion.training``.
 
 import sys
 
-from dora_diffusion.cli import main
+from dora_diffusion.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -19,7 +19,7 @@ import torch
 from export_speed import default_targets, machine, make_adapter, make_base, warm
 from full_size import UNETS, measured
 
-from dora_diffusion.families import COMPONENTS
+from dora_diffusion.config.families import COMPONENTS
 from dora_diffusion.formats.checkpoint.folder import find_weights
 from dora_diffusion.formats.files.stream import TensorReader, write_tensors
 

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_diffusion.cli import tune_process
+from dora_diffusion.cli.main import tune_process
 
 tune_process()  # As the commands do, before torch starts: for all peers.
 

@@ -34,10 +34,10 @@ from dora_diffusion.data.images import open_photo
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.files.stream import TensorReader, write_tensors
+from dora_diffusion.models.embedded import model_folder
 from dora_diffusion.models.latents import encode_moments, latents_from_moments, predict
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.numerics.loss import add_noise, training_target
-from dora_diffusion.toy import model_folder
 
 STEPS, RATE, BATCH, SIZE = 60, 1e-4, 4, 64
 RANKS = (1, 2, 4, 8, 16)

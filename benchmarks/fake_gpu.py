@@ -212,8 +212,9 @@ def _apply(
 def fake_gpu() -> Iterator[None]:
     """Inside, tensors are fake, and those on `DEVICE` behave as on CUDA."""
     make_device()
-    from dora_diffusion.numerics.prepare import layout, norms
-    from dora_diffusion.training import parameters
+    from dora_diffusion.adapters.norms import layout
+    from dora_diffusion.numerics import norms
+    from dora_diffusion.training.engine import parameters
 
     probe = lru_cache(norms._probe_on.__wrapped__)
     with (

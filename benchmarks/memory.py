@@ -14,7 +14,7 @@ With ``--cards`` it prints README's table: for each card the quickest flags that
 of a whole run with them: of steps, of sample images, and of encoding photos and captions.
 
 With ``--resident`` it trains two steps on the CPU instead, text encoders too, and prints the peak
-memory of the process: that is the table of `dora_diffusion.families` for CPUs.
+memory of the process: that is the table of `dora_diffusion.config.families` for CPUs.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from full_size import CLIP_BIG_G, CLIP_L, SCALING, UNETS, VAE, model_in
 from live_bytes import GIB, LiveBytes
 from torch import Tensor
 
-from dora_diffusion.cli import build_parser
-from dora_diffusion.commands.train import train_config
+from dora_diffusion.cli.commands.train import train_config
+from dora_diffusion.cli.main import build_parser
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.subject import PRIOR_MODES
-from dora_diffusion.families import FAMILIES
-from dora_diffusion.memory import PROCESS_GIB
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import predict
+from dora_diffusion.models.memory import PROCESS_GIB
 from dora_diffusion.models.text import Conditioning, encode_tokens
-from dora_diffusion.training import optimizer as optimizers
-from dora_diffusion.training.adapters import inject_trained
-from dora_diffusion.training.engine import Engine
-from dora_diffusion.training.inputs import StepInputs
-from dora_diffusion.training.step import Learner, build_learner
+from dora_diffusion.training.engine import optimizer as optimizers
+from dora_diffusion.training.engine.engine import Engine
+from dora_diffusion.training.engine.learner import Learner, build_learner
+from dora_diffusion.training.inputs.draws import StepInputs
+from dora_diffusion.training.trainable.adapters import inject_trained
 
 # A card has to hold a tenth more than what is counted with the GPU's context, and half a gigabyte
 # for the screen.

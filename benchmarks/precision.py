@@ -20,9 +20,9 @@ from common import machine, markdown
 from train_step import settings
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.training.accelerator import make_accelerator
+from dora_diffusion.training.engine.accelerator import make_accelerator
+from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.session import open_session
-from dora_diffusion.training.subject import subjects_of
 
 
 def fp16_accelerator(config: TrainConfig) -> Any:

@@ -28,25 +28,25 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from dora_diffusion import TrainConfig, load_components, train
+from dora_diffusion.data.sheets import labelled_sheet
 from dora_diffusion.evaluation.measures import LEAKAGE
 from dora_diffusion.evaluation.sampling import sample
-from dora_diffusion.evaluation.toy.evaluate import SAMPLING
-from dora_diffusion.evaluation.toy.judge import JUDGED_SIZE, judge, similarity
-from dora_diffusion.evaluation.toy.requests import (
+from dora_diffusion.lab.judges.evaluate import SAMPLING
+from dora_diffusion.lab.judges.judge import JUDGED_SIZE, judge, similarity
+from dora_diffusion.lab.judges.requests import (
     ToyRequest,
     reference_images,
     toy_requests,
     true_images,
 )
-from dora_diffusion.generate import image_grid, load_adapted
+from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS, PLACES
+from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS, TRIGGER, write_photos
+from dora_diffusion.lab.toy.instrument import load_instrument
+from dora_diffusion.lab.toy.sampling import place, sample_subject
+from dora_diffusion.lab.toy.shapes import CLASSES
+from dora_diffusion.lab.toy.world import render
 from dora_diffusion.models.components import Components
-from dora_diffusion.toy.backgrounds import BACKGROUNDS, PLACES
-from dora_diffusion.toy.benchmark_subjects import SUBJECTS, TRIGGER, write_photos
-from dora_diffusion.toy.instrument import load_instrument
-from dora_diffusion.toy.sampling import place, sample_subject
-from dora_diffusion.toy.shapes import CLASSES
-from dora_diffusion.toy.world import render
-from dora_diffusion.training.sheets import labelled_sheet
+from dora_diffusion.sampling.generate import image_grid, load_adapted
 
 TOKENS = (TRIGGER, "zwx", "vqo")
 # Case -> embedded model, steps, and the subjects that one adapter learns.

@@ -31,9 +31,9 @@ import dora_diffusion
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.training.accelerator import make_accelerator
+from dora_diffusion.training.engine.accelerator import make_accelerator
+from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.session import Session, open_session
-from dora_diffusion.training.subject import subjects_of
 
 PACKAGE = str(Path(dora_diffusion.__file__).parent)
 ALONE, STEP = "UNet alone", "training step"

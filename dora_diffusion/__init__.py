@@ -56,10 +56,11 @@ if TYPE_CHECKING:
     from dora_diffusion.adapters.scope import NormCache, norm_scope, row_scope
     from dora_diffusion.adapters.state import load_adapter, save_adapter
     from dora_diffusion.adapters.targets import TargetError
-    from dora_diffusion.analysis import analyze_weights
+    from dora_diffusion.cli.console.environment import describe_environment
+    from dora_diffusion.cluster.fleet.run import run_fleet
     from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
+    from dora_diffusion.config.families import UnsupportedModelError
     from dora_diffusion.config.subject_list import subject_configs
-    from dora_diffusion.console.environment import describe_environment
     from dora_diffusion.data.images import PhotoError
     from dora_diffusion.export import (
         ExportError,
@@ -68,57 +69,56 @@ if TYPE_CHECKING:
         export_checkpoint,
         extract_adapter,
     )
-    from dora_diffusion.families import UnsupportedModelError
-    from dora_diffusion.fleet.run import run_fleet
     from dora_diffusion.formats.checkpoint.entries import CheckpointLayoutError
     from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
     from dora_diffusion.formats.checkpoint.weights import MergeError
     from dora_diffusion.formats.files.atomic import DiskFullError
     from dora_diffusion.formats.files.header import TensorFileError
     from dora_diffusion.formats.layouts.layout import AdapterFormatError
-    from dora_diffusion.generate import BrokenImageError, SamplingSettings, generate_images
+    from dora_diffusion.lab.analysis import analyze_weights
+    from dora_diffusion.lab.simulation.queue import QueuePlan, simulate_queue
+    from dora_diffusion.lab.study.config import Study
+    from dora_diffusion.lab.study.run import run_study
     from dora_diffusion.models.load import load_components
     from dora_diffusion.models.locate import ModelNotFoundError
-    from dora_diffusion.pool import AdapterPool, ImageRow
-    from dora_diffusion.simulation.queue import QueuePlan, simulate_queue
-    from dora_diffusion.study.config import Study
-    from dora_diffusion.study.run import run_study
+    from dora_diffusion.sampling.generate import BrokenImageError, SamplingSettings, generate_images
+    from dora_diffusion.sampling.pool import AdapterPool, ImageRow
     from dora_diffusion.training.loop import train
-    from dora_diffusion.training.metrics import TrainingError
     from dora_diffusion.training.pack import train_pack
+    from dora_diffusion.training.results.metrics import TrainingError
 
 _HOMES = {
     "AdapterConfig": "config.adapter",
     "AdapterFormatError": "formats.layouts.layout",
-    "AdapterPool": "pool",
+    "AdapterPool": "sampling.pool",
     "AskedSchedule": "formats.checkpoint.schedule",
-    "BrokenImageError": "generate",
+    "BrokenImageError": "sampling.generate",
     "CheckpointLayoutError": "formats.checkpoint.entries",
     "ConfigError": "config.fields",
     "DiskFullError": "formats.files.atomic",
     "ExportError": "export",
-    "ImageRow": "pool",
+    "ImageRow": "sampling.pool",
     "MergeError": "formats.checkpoint.weights",
     "ModelNotFoundError": "models.locate",
     "NormCache": "adapters.scope",
     "PhotoError": "data.images",
-    "QueuePlan": "simulation.plan",
-    "SamplingSettings": "generate",
-    "Study": "study.config",
+    "QueuePlan": "lab.simulation.plan",
+    "SamplingSettings": "sampling.generate",
+    "Study": "lab.study.config",
     "TargetError": "adapters.targets",
     "TensorFileError": "formats.files.header",
     "TrainConfig": "config.train",
-    "TrainingError": "training.metrics",
-    "UnsupportedModelError": "families",
-    "analyze_weights": "analysis",
+    "TrainingError": "training.results.metrics",
+    "UnsupportedModelError": "config.families",
+    "analyze_weights": "lab.analysis",
     "combine_adapters": "export",
     "compile_blocks": "adapters.compiled",
     "convert_adapter": "export",
-    "describe_environment": "console.environment",
+    "describe_environment": "cli.console.environment",
     "disabled": "adapters.inject",
     "export_checkpoint": "export",
     "extract_adapter": "export",
-    "generate_images": "generate",
+    "generate_images": "sampling.generate",
     "inject_adapters": "adapters.inject",
     "load_adapter": "adapters.state",
     "load_components": "models.load",
@@ -126,11 +126,11 @@ _HOMES = {
     "norm_scope": "adapters.scope",
     "remove_adapters": "adapters.inject",
     "row_scope": "adapters.scope",
-    "run_fleet": "fleet.run",
-    "run_study": "study.run",
+    "run_fleet": "cluster.fleet.run",
+    "run_study": "lab.study.run",
     "save_adapter": "adapters.state",
     "set_strength": "adapters.inject",
-    "simulate_queue": "simulation.queue",
+    "simulate_queue": "lab.simulation.queue",
     "subject_configs": "config.subject_list",
     "train": "training.loop",
     "train_pack": "training.pack",

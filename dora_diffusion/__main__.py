@@ -2,6 +2,6 @@
 
 import sys
 
-from dora_diffusion.cli import main
+from dora_diffusion.cli.main import main
 
 sys.exit(main())

@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 LONG = (
     "browser/test_train_form.py::test_a_section_that_is_closed_and_opened_changes_nothing",
     "browser/test_train_form.py::test_every_preset_of_every_base_is_trained_as_it_is_shown",
-    "commands/test_evaluate.py::test_photos_that_were_trained_on_are_told",
-    "commands/test_train.py::test_the_script_trains_the_same",
+    "cli/commands/test_evaluate.py::test_photos_that_were_trained_on_are_told",
+    "cli/commands/test_train.py::test_the_script_trains_the_same",
     "export/test_verify.py::test_every_way_from_base_to_output_is_proven[sd2]",
     "integration/test_apple_gpu.py::test_a_run_learns_what_it_learns_on_the_cpu",
     "integration/test_apple_gpu.py::test_auto_is_the_half_precision_that_the_device_has",
-    "evaluation/toy/test_evaluate.py::test_the_base_does_not_drift_from_itself",
+    "lab/judges/test_evaluate.py::test_the_base_does_not_drift_from_itself",
     "integration/test_cuda.py::test_a_run_learns_what_it_learns_on_the_cpu",
     "integration/test_cuda.py::test_a_run_resumes",
     "integration/test_cuda.py::test_auto_is_the_half_precision_that_the_device_has[False",
@@ -421,7 +421,7 @@ def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def held_out_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three photos of a subject."""
-    from dora_diffusion.toy.benchmark_subjects import find_subject, write_photos
+    from dora_diffusion.lab.toy.benchmark_subjects import find_subject, write_photos
 
     folder = tmp_path_factory.mktemp("photos") / "held-out"
     for photo in write_photos(find_subject("cross_mug"), folder)[3:]:

@@ -524,7 +524,7 @@ def _forget_devices() -> None:
     """Drop what was found out about devices and kept."""
     from diffusers.utils import torch_utils
 
-    from dora_diffusion.numerics.prepare import norms
+    from dora_diffusion.numerics import norms
 
     norms._probe_on.cache_clear()
     if hasattr(torch_utils, "TorchDeviceBackend"):  # Diffusers 0.42

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from dora_diffusion.cli import main
+from dora_diffusion.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 # Their names in Python, where the registry has another.
@@ -187,8 +187,8 @@ def test_a_heic_photo_says_what_to_install(bare, tmp_path):
 
 
 def test_a_metric_model_that_was_removed_says_what_to_install(monkeypatch):
-    from dora_diffusion.evaluation import metric_models
-    from dora_diffusion.evaluation.metric_models import MetricModelError, open_metric_model
+    from dora_diffusion.models import metric_models
+    from dora_diffusion.models.metric_models import MetricModelError, open_metric_model
 
     assert import_names(list(metric_models.LITE_PACKAGES)) <= REQUIRED
     monkeypatch.setattr(metric_models, "find_spec", lambda name: None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dora_diffusion.numerics.prepare.norms import widens_products
+from dora_diffusion.numerics.norms import widens_products
 from tests.emulation import unsupported_operators
 from tests.nvidia import nvidia_gpu
 

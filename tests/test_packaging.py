@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dora_diffusion import cli
+from dora_diffusion.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))

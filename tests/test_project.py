@@ -108,14 +108,14 @@ PACKAGE = ROOT / "dora_diffusion"
 # What a user calls with keywords, each documented.
 KEYWORD_INTERFACES = {
     "evaluation.photos.evaluate_photos",
-    "evaluation.toy.evaluate.evaluate_toy",
+    "lab.judges.evaluate.evaluate_toy",
     "export.checkpoint.export_checkpoint",
     "export.checkpoint.export_trained",
     "export.combine.combine_adapters",
     "export.convert.convert_adapter",
     "export.extract.extract_adapter",
     "export.verify.verify_checkpoint",
-    "generate.load_adapted",
+    "sampling.generate.load_adapted",
 }
 MANY_PARAMETERS = KEYWORD_INTERFACES
 LONG = {"export.checkpoint.export_checkpoint"}

@@ -14,7 +14,7 @@ from tests.waiting import WAIT_SECONDS, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 # Whose seconds pass at once: an event loop of their own.
-VIRTUAL = "from tests.serving.helpers import run"
+VIRTUAL = "from tests.cluster.serving.helpers import run"
 # Ends a pause that would go on for ever where all is well: a slow machine makes it prove less.
 PAUSES = {"paused.wait(0.2)"}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dora_diffusion import cli
+from dora_diffusion.cli import main as cli
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 
 GOLDEN = Path(__file__).parent / "formats" / "golden" / "0.1.0"

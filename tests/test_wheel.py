@@ -132,8 +132,11 @@ def test_the_wheel_holds_models_samples_and_types_and_nothing_else(installed):
             name = f"dora_diffusion/samples/{sample.relative_to(ROOT / 'samples').as_posix()}"
             assert files[name] == sample.read_bytes()
     for model in ("tiny-sd", "tiny-sdxl"):
-        assert f"dora_diffusion/toy/{model}/unet/diffusion_pytorch_model.safetensors" in files
-    assert {"dora_diffusion/py.typed", "dora_diffusion/app/style.css"} <= set(files)
+        assert (
+            f"dora_diffusion/models/embedded/{model}/unet/diffusion_pytorch_model.safetensors"
+            in files
+        )
+    assert {"dora_diffusion/py.typed", "dora_diffusion/studio/app/style.css"} <= set(files)
     tops = {name.partition("/")[0] for name in files}
     assert tops == {"dora_diffusion", next(top for top in tops if top.endswith(".dist-info"))}
     assert not [name for name in files if name.endswith(".pyc")]

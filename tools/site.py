@@ -17,14 +17,14 @@ from functools import cache
 from pathlib import Path
 
 import dora_diffusion
-from dora_diffusion import cli
+from dora_diffusion.cli import main as cli
 from dora_diffusion.config import Setting, settings
 from dora_diffusion.config.fields import AnyOf, Condition, Need
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 
 DOCS = Path(__file__).parents[1] / "docs"
 _PART = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(?:.*\n)*?(?=<!-- end -->)")
-_PACKAGES = ("config", "export", "analysis")
+_PACKAGES = ("config", "export", "lab.analysis")
 """Of the package, those that say themselves which of their names are public."""
 _RESUME = {
     "same": "Resuming: must be the same.",

@@ -22,10 +22,10 @@ from dora_diffusion.adapters.parametrizations import (
 )
 from dora_diffusion.adapters.targets import is_conv
 from dora_diffusion.config import AdapterConfig
+from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.numerics.dora import adapted_norm, weight_norm
 from dora_diffusion.numerics.projections import Projections
 from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis
-from dora_diffusion.wording import counted, listing
 
 # Up to the innermost of numbered blocks: what is behind it names a layer in all of them.
 _BLOCKS = re.compile(r".*\b\w+s\.\d+\.")

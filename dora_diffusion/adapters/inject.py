@@ -33,9 +33,9 @@ from dora_diffusion.adapters.layers import (
 )
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
+from dora_diffusion.config.wording import listing
 from dora_diffusion.numerics.threads import map_ahead
 from dora_diffusion.numerics.weights import LayerWeights
-from dora_diffusion.wording import listing
 
 DEFAULT_NAME = "default"
 

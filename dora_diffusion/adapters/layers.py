@@ -15,13 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.parametrizations import Parametrization
-from dora_diffusion.adapters.rows import Rows, forward_rows
-from dora_diffusion.numerics.dora import dora_forward, interpolated_magnitude, sum_of_adapters
-from dora_diffusion.numerics.merging import merge_layers
-from dora_diffusion.numerics.operation import OneHot, Operation, dropout
-from dora_diffusion.numerics.precision import product_dtype, upcast, upcast_dtype
-from dora_diffusion.numerics.prepare.factors import (
+from dora_diffusion.adapters.norms.factors import (
     Factors,
     LayerScales,
     RowShard,
@@ -30,7 +24,13 @@ from dora_diffusion.numerics.prepare.factors import (
     direction_of,
     factors_of,
 )
-from dora_diffusion.numerics.prepare.plan import FixedScales, make_scales
+from dora_diffusion.adapters.norms.plan import FixedScales, make_scales
+from dora_diffusion.adapters.parametrizations import Parametrization
+from dora_diffusion.adapters.rows import Rows, forward_rows
+from dora_diffusion.numerics.dora import dora_forward, interpolated_magnitude, sum_of_adapters
+from dora_diffusion.numerics.merging import merge_layers
+from dora_diffusion.numerics.operation import OneHot, Operation, dropout
+from dora_diffusion.numerics.precision import product_dtype, upcast, upcast_dtype
 from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis, Strengths, oriented
 
 if TYPE_CHECKING:

@@ -107,7 +107,7 @@ class SingularParametrization(Parametrization):
     """AdaLoRA (arXiv:2303.10512): ``delta = s P diag(l) Q``, whose triplets can be switched off.
 
     ``down`` is Q, ``(r, in, *k)``, and ``up`` is P, ``(out, r, ...)``: random at the start, where l
-    is 0. Who trains it chooses what to keep (`training.allocation`).
+    is 0. Who trains it chooses what to keep (`training.trainable.allocation`).
 
     Attributes:
         diagonal: l, ``(r,)``.

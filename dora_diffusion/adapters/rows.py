@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dora_diffusion.adapters.norms.factors import Factors
 from dora_diffusion.numerics.dora import dora_forward
 from dora_diffusion.numerics.operation import ConvOperation, Operation, RowOperation
-from dora_diffusion.numerics.prepare.factors import Factors
 
 if TYPE_CHECKING:
     from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from dora_diffusion.adapters.kinds import layer_groups
 from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, Ready
+from dora_diffusion.adapters.norms.factors import Factors, Rows, direction_of
+from dora_diffusion.adapters.norms.layout import DeferredFlags, Layout, layouts_of
+from dora_diffusion.adapters.norms.plan import Plan
 from dora_diffusion.numerics.dora import dora_forward, sum_of_adapters
 from dora_diffusion.numerics.operation import Operation, RowOperation, dropout
-from dora_diffusion.numerics.prepare.factors import Factors, Rows, direction_of
-from dora_diffusion.numerics.prepare.layout import DeferredFlags, Layout, layouts_of
-from dora_diffusion.numerics.prepare.plan import Plan
 
 BASE: Rows = ()
 """Rows of a batch that have no adapter, however many they are."""

@@ -19,7 +19,8 @@ from dora_diffusion.adapters.inject import DEFAULT_NAME, attach_adapters
 from dora_diffusion.adapters.kinds import can_adapt, layer_kind
 from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers, own_modules
 from dora_diffusion.adapters.parametrizations import ProjectedParametrization
-from dora_diffusion.families import FAMILIES, Family
+from dora_diffusion.config.families import FAMILIES, Family
+from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.embeddings import MissingToken
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -32,7 +33,6 @@ from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.formats.layouts.vera import VeraLayer
 from dora_diffusion.formats.names.modules import canonical, installed_path, is_flat
 from dora_diffusion.numerics.weights import LayerWeights
-from dora_diffusion.wording import listing
 
 LiveModules = Mapping[str, nn.Module]
 

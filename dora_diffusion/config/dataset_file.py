@@ -15,7 +15,7 @@ from dora_diffusion.config import kohya
 from dora_diffusion.config.fields import ConfigError, Setting, require
 from dora_diffusion.config.file import read_yaml
 from dora_diffusion.config.subject import ENTRY_SETTINGS, Entry
-from dora_diffusion.wording import did_you_mean, quoted
+from dora_diffusion.config.wording import did_you_mean, quoted
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from dora_diffusion.wording import did_you_mean
+from dora_diffusion.config.wording import did_you_mean
 
 AUTO = "auto"
 _LONG = {"float": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

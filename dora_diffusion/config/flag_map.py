@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dora_diffusion.config.train import settings
-from dora_diffusion.wording import closest
+from dora_diffusion.config.wording import closest
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 from dora_diffusion.config.fields import WANTED, ConfigError, require
 from dora_diffusion.config.subject import Entry
-from dora_diffusion.wording import did_you_mean, listing, quoted
+from dora_diffusion.config.wording import did_you_mean, listing, quoted
 
 _FOLDER = re.compile(r"(\d+)_(.+)")
 _GENERAL, _DATASETS, _SUBSETS = "[general]", "[[datasets]]", "[[datasets.subsets]]"

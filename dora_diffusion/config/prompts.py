@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.fields import ConfigError, require
-from dora_diffusion.wording import quoted
+from dora_diffusion.config.wording import quoted
 
 # Letters after "--" -> attribute, what it is, and what an image of a latent model can have.
 _NUMBERS: dict[str, tuple[str, type, float]] = {

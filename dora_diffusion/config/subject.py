@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from dora_diffusion.config.families import PREDICTION_TYPES
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, AnyOf, Need, flag
-from dora_diffusion.families import PREDICTION_TYPES
 
 PRIOR_MODES = ("images", "image-free")
 INPAINTING_MASKS = ("random", "subject")

@@ -16,7 +16,7 @@ from dora_diffusion.config.kohya import folder_name, folders_in
 from dora_diffusion.config.run import DeviceSettings
 from dora_diffusion.config.subject import Entry, ModelSettings
 from dora_diffusion.config.train import TrainConfig, settings
-from dora_diffusion.wording import counted, did_you_mean, listing, quoted
+from dora_diffusion.config.wording import counted, did_you_mean, listing, quoted
 
 SUBJECT_FILE = "subject.yaml"
 """File of settings that a folder of photos may hold."""

@@ -26,7 +26,7 @@ from dora_diffusion.config.fields import (
     with_present_names,
 )
 from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
-from dora_diffusion.wording import did_you_mean, framed, whole_word
+from dora_diffusion.config.wording import did_you_mean, framed, whole_word
 
 
 @dataclass(frozen=True)

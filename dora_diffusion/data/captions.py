@@ -14,9 +14,9 @@ from urllib.parse import quote, unquote
 
 import torch
 
+from dora_diffusion.config.wording import framed, quoted, whole_word
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.data.wildcards import Wildcards, at_random, preferring, render, variants
-from dora_diffusion.wording import framed, quoted, whole_word
 
 
 def read_caption(photo: str | Path, default: str, *, per_line: bool = False) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
+from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.data.photos import MASK_SUFFIX, Photo, mask_path
-from dora_diffusion.wording import counted, listing
 
 FEWEST, MOST = 3, 30
 WANTED = f"{FEWEST} to {MOST} photos, from different sides and in different places"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.data.captions import read_caption
 from dora_diffusion.data.crops import CropRecord, apply_crop_to_mask
 from dora_diffusion.data.images import (
@@ -22,7 +23,6 @@ from dora_diffusion.data.images import (
     open_photo_with_alpha,
     read_bytes,
 )
-from dora_diffusion.wording import counted, listing
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage

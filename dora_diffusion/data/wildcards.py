@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dora_diffusion.config.fields import ConfigError
-from dora_diffusion.wording import quoted
+from dora_diffusion.config.wording import quoted
 
 # Backslashes before other characters are those of tags: saber \(fate\).
 _PIECE = re.compile(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_diffusion.evaluation.report import aligned
+from dora_diffusion.config.wording import aligned
 
 Row = list[str]
 _STYLE = """

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dora_diffusion.config.wording import with_article
 from dora_diffusion.data.captions import CaptionRules
 from dora_diffusion.data.checks import said_of_transparency
 from dora_diffusion.data.images import open_photo
@@ -23,12 +24,11 @@ from dora_diffusion.evaluation.measures import (
     mean_distances,
     similarities,
 )
-from dora_diffusion.evaluation.metric_models import LITE_PACKAGES, MetricModel
 from dora_diffusion.evaluation.report import Evaluation
 from dora_diffusion.evaluation.sampling import OnStep, base_and_adapted, first_round, sample
-from dora_diffusion.generate import SamplingSettings
 from dora_diffusion.models.components import Components
-from dora_diffusion.wording import with_article
+from dora_diffusion.models.metric_models import LITE_PACKAGES, MetricModel
+from dora_diffusion.sampling.generate import SamplingSettings
 
 if TYPE_CHECKING:
     from PIL.Image import Image

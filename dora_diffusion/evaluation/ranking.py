@@ -18,25 +18,22 @@ from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo
 from dora_diffusion.evaluation.denoising import NUM_SEEDS, HeldOutImages
 from dora_diffusion.evaluation.measures import ImageRequest, Values, seed_means
-from dora_diffusion.evaluation.metric_models import LITE, open_metric_model
 from dora_diffusion.evaluation.photos import (
     PROMPTS,
     PhotoSubject,
     measure_photos,
     photo_requests,
 )
-from dora_diffusion.evaluation.toy.evaluate import Answers, measure
-from dora_diffusion.evaluation.toy.requests import toy_requests
-from dora_diffusion.generate import (
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.metric_models import LITE, open_metric_model
+from dora_diffusion.models.words import add_tokens
+from dora_diffusion.sampling.generate import (
     BrokenImageError,
     SamplingSettings,
     generate_images,
     image_grid,
 )
-from dora_diffusion.images import save_png
-from dora_diffusion.models.components import Components
-from dora_diffusion.models.words import add_tokens
-from dora_diffusion.toy.benchmark_subjects import find_subject
+from dora_diffusion.sampling.images import save_png
 
 SEED, SUBJECTS, OTHERS = 0, 5, 6
 _SHOWN_OTHERS, _SIDE = 3, 160
@@ -95,19 +92,6 @@ class EvaluationPrompts:
     triggers: tuple[str, ...] = ()
 
 
-def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> EvaluationPrompts:
-    """A subject of the toy world: its true images are known."""
-    subject = find_subject(sample)
-    requests = _few(toy_requests(subject, trigger, [SEED], ("subject", "others")))
-
-    def judge(images: Images, base: Images) -> dict[str, Values]:
-        answers, before = (Answers(list(of), [None] * len(requests)) for of in (images, base))
-        return measure(subject, requests, answers, base=before)
-
-    note = "Similarity is to true images of the subject on held-out backgrounds."
-    return EvaluationPrompts(requests, settings, judge, (note,), "the true subject", (), (trigger,))
-
-
 def ask_photos(
     subjects: Sequence[PhotoSubject], settings: SamplingSettings, trained_on: Collection[str] = ()
 ) -> EvaluationPrompts:
@@ -124,7 +108,8 @@ def ask_photos(
     # Things that are of no subject's class.
     shared = set.intersection(*({request.prompt for request in of_one} for of_one in every))
     rounds = [
-        _few([r for r in of_one if r.group == "subject" or r.prompt in shared]) for of_one in every
+        few_requests([r for r in of_one if r.group == "subject" or r.prompt in shared])
+        for of_one in every
     ]
     asked = [[r for r in of_one if r.group == "subject"] for of_one in rounds]
     others = rounds[0][len(asked[0]) :]
@@ -154,7 +139,7 @@ def ask_photos(
     )  # fmt: skip
 
 
-def _few(requests: Sequence[R]) -> list[R]:
+def few_requests(requests: Sequence[R]) -> list[R]:
     """Some of the subject and some of other things: enough to choose by, in a minute or so."""
     subject = [request for request in requests if request.group == "subject"]
     others = [request for request in requests if request.group == "others"]

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_diffusion.config.wording import aligned
+from dora_diffusion.data.sheets import sheet
 from dora_diffusion.evaluation.measures import (
     Values,
     difference,
@@ -18,7 +20,7 @@ from dora_diffusion.evaluation.measures import (
 )
 from dora_diffusion.evaluation.statistics import Interval
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.images import center_square, save_png
+from dora_diffusion.sampling.images import save_png
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,7 +31,6 @@ METHOD = (
     "paired by prompt and seed); for shares (%) Wilson's, and Newcombe's for their change"
 )
 FILES = {"scores": "scores.json", "table": "scores.md", "images": "images.png"}
-_LABEL = 52
 
 
 @dataclass(frozen=True)
@@ -145,51 +146,3 @@ def shown(
         return text
     ends = ", ".join(f"{scale * end:{sign}.{digits}f}" for end in (interval.low, interval.high))
     return f"{text} [{ends}]"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with columns of one width."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def sheet(
-    rows: Mapping[str, Sequence[Image]],
-    labels: Sequence[str],
-    *,
-    columns: int = 11,
-    side: int = 112,
-) -> Image:
-    """Images under their labels, in bands of as many columns as fit, one row per model."""
-    from PIL import Image as PILImage
-    from PIL import ImageDraw
-
-    columns = min(columns, len(labels))
-    bands = [labels[i : i + columns] for i in range(0, len(labels), columns)]
-    left, gap = 64, 3
-    step, band_height = side + gap, _LABEL + len(rows) * (side + gap) + 8
-    canvas = PILImage.new("RGB", (left + columns * step, len(bands) * band_height), "white")
-    draw = ImageDraw.Draw(canvas)
-    for band, texts in enumerate(bands):
-        top = band * band_height
-        for x, text in enumerate(texts):
-            draw.text((left + x * step, top + 4), _wrapped(text), fill="black", font_size=11)
-        for y, (name, images) in enumerate(rows.items()):
-            at = top + _LABEL + y * step
-            draw.text((4, at + side // 2 - 6), name, fill="black", font_size=12)
-            for x, image in enumerate(images[band * columns : band * columns + len(texts)]):
-                filters = PILImage.Resampling
-                how = filters.BICUBIC if image.width < side else filters.LANCZOS
-                canvas.paste(center_square(image).resize((side, side), how), (left + x * step, at))
-    return canvas
-
-
-def _wrapped(text: str, width: int = 19, lines: int = 3) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, width)[:lines])

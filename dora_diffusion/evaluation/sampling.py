@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dora_diffusion.adapters.inject import disabled
 from dora_diffusion.evaluation.measures import ImageRequest
-from dora_diffusion.generate import SamplingSettings, generate_images
 from dora_diffusion.models.components import Components
+from dora_diffusion.sampling.generate import SamplingSettings, generate_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import (
     ExportError,
     OnProgress,
@@ -53,7 +54,6 @@ from dora_diffusion.formats.checkpoint.weights import (
 )
 from dora_diffusion.formats.files.atomic import atomic_file
 from dora_diffusion.formats.files.stream import write_tensors
-from dora_diffusion.wording import listing
 
 
 def export_checkpoint(

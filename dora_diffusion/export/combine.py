@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.export.convert import ConversionReport, check_free
 from dora_diffusion.export.extract import facts_of
 from dora_diffusion.export.files import (
@@ -41,7 +42,6 @@ from dora_diffusion.formats.adapter.metadata import (
 from dora_diffusion.formats.checkpoint.weights import StoredModel
 from dora_diffusion.formats.layouts import layout_named
 from dora_diffusion.numerics.weights import NormAxis
-from dora_diffusion.wording import counted, listing
 
 
 def combine_adapters(

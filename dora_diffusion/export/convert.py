@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from dora_diffusion.adapters.merge import WeightedAdapter
 from dora_diffusion.export.files import ExportError, check_overwrite, open_model, refuse_existing
 from dora_diffusion.export.fit import (
     FitSettings,
@@ -49,9 +50,8 @@ from dora_diffusion.formats.layouts import (
 )
 from dora_diffusion.formats.layouts.base_specific import needs_compensation
 from dora_diffusion.formats.layouts.compatibility import stated_approximation
-from dora_diffusion.images import thumbnail as make_thumbnail
-from dora_diffusion.merge import WeightedAdapter
 from dora_diffusion.numerics.low_rank import approximate
+from dora_diffusion.sampling.images import thumbnail as make_thumbnail
 
 # Plain-LoRA approximations, and the format that each is written in.
 _APPROXIMATE = {

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.export.convert import ConversionReport, check_free
 from dora_diffusion.export.files import (
     ExportError,
@@ -30,7 +31,6 @@ from dora_diffusion.formats.checkpoint.weights import StoredModel, module_shapes
 from dora_diffusion.formats.layouts import layout_named
 from dora_diffusion.formats.names.unet import known_layout
 from dora_diffusion.numerics.weights import NormAxis
-from dora_diffusion.wording import counted, listing
 
 # Of text encoders: tables of vectors. Training moves those that its captions look up, each its own
 # way, which is no change of low rank; and of the key formats only Diffusers' and PEFT's hold them.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dora_diffusion.adapters.merge import WeightedAdapter, layers_of, merge_tensor
 from dora_diffusion.export.files import ExportError, OnProgress, ProgressReporter
 from dora_diffusion.formats.adapter.metadata import (
     APPROXIMATES,
@@ -17,7 +18,6 @@ from dora_diffusion.formats.adapter.metadata import (
     TRAINED_ALPHA,
 )
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes, module_weight
-from dora_diffusion.merge import WeightedAdapter, layers_of, merge_tensor
 from dora_diffusion.numerics.extract import best_dora, known_scale
 from dora_diffusion.numerics.low_rank import low_rank, truncated
 from dora_diffusion.numerics.merging import merge_layers

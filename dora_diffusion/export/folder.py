@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_diffusion.config.families import WEIGHT_COMPONENTS
+from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import (
     ExportError,
     OnProgress,
@@ -22,7 +24,6 @@ from dora_diffusion.export.files import (
 )
 from dora_diffusion.export.merged import MergedModel, check_sample
 from dora_diffusion.export.metadata import ModelMetadata
-from dora_diffusion.families import WEIGHT_COMPONENTS
 from dora_diffusion.formats.checkpoint.entries import Entry
 from dora_diffusion.formats.checkpoint.folder import WEIGHT_SUFFIXES, read_index, read_json
 from dora_diffusion.formats.checkpoint.schedule import (
@@ -37,7 +38,6 @@ from dora_diffusion.formats.files.stream import write_tensors
 from dora_diffusion.formats.names.checkpoint import UNET_PREFIX, VAE_PREFIX
 from dora_diffusion.formats.names.modules import BUFFERS, canonical
 from dora_diffusion.models.schedulers import to_zero_snr
-from dora_diffusion.wording import listing
 
 # One weight file: name of each tensor in it -> canonical name.
 Shard = dict[str, str]

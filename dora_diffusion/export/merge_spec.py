@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from dora_diffusion.adapters.merge import WeightedAdapter
 from dora_diffusion.export.files import ExportError
 from dora_diffusion.formats.adapter.embeddings import (
     Vectors,
@@ -23,7 +24,6 @@ from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_
 from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.formats.layouts.peft import PEFT_FILE
-from dora_diffusion.merge import WeightedAdapter
 from dora_diffusion.numerics.weights import LayerWeights, Strengths, require_strength
 
 Adapters = str | Path | Sequence[tuple[str | Path, float]]

@@ -12,8 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_diffusion.adapters.merge import (
+    MergeError,
+    WeightedAdapter,
+    layers_of,
+    merge_tensor,
+)
+from dora_diffusion.config.families import Family
+from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import ExportError
-from dora_diffusion.families import Family
 from dora_diffusion.formats.checkpoint.entries import Entry
 from dora_diffusion.formats.checkpoint.folder import find_weights
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, check_dtype
@@ -21,14 +28,7 @@ from dora_diffusion.formats.files.header import PICKLED, TensorSpec
 from dora_diffusion.formats.files.stream import TensorReader
 from dora_diffusion.formats.names.checkpoint import VAE_PREFIX, count_levels, vae_names
 from dora_diffusion.formats.names.modules import modern_vae_path
-from dora_diffusion.merge import (
-    MergeError,
-    WeightedAdapter,
-    layers_of,
-    merge_tensor,
-)
 from dora_diffusion.numerics.merging import cast_error, merge_error
-from dora_diffusion.wording import listing
 
 _CHECKED_TENSORS = 8
 

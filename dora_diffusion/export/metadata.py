@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import model_name
 from dora_diffusion.export.merge_spec import MergeSpec, file_hash
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, field_of
@@ -28,7 +29,6 @@ from dora_diffusion.formats.adapter.metadata import (
     stated_reading,
 )
 from dora_diffusion.formats.checkpoint.weights import StoredModel
-from dora_diffusion.wording import listing
 
 MERGED, BASE, TRAINED = OWN + "merged", OWN + "base", OWN + "trained"
 TRIGGER = OWN + "trigger"

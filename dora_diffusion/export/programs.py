@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.config.families import Family
 from dora_diffusion.export.files import ExportError, open_model
 from dora_diffusion.export.metadata import MERGED, trained_trigger
-from dora_diffusion.families import Family
 from dora_diffusion.formats.checkpoint.file import base_name
 from dora_diffusion.formats.checkpoint.programs import (
     A1111_HEAD,

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_diffusion.adapters.merge import layers_of, merge_tensor
 from dora_diffusion.export.files import OnProgress, ProgressReporter, open_model
 from dora_diffusion.export.folder import UNUSED, WEIGHT_PREFIXES
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec, adapter_hash, recorded
@@ -19,7 +20,6 @@ from dora_diffusion.formats.checkpoint.schedule import MARKERS, STEP, UNASKED, A
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, StoredModel, restate_schedule
 from dora_diffusion.formats.names.checkpoint import standard_key
 from dora_diffusion.formats.names.modules import BUFFERS, split_component
-from dora_diffusion.merge import layers_of, merge_tensor
 from dora_diffusion.numerics.merging import cast_error, merge_error
 from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.threads import map_ahead

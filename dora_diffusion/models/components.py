@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from dora_diffusion.adapters.scope import NormCache
+from dora_diffusion.config.families import TITLES, Family
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require, require_token_length
-from dora_diffusion.families import TITLES, Family
 from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule, Statement
 from dora_diffusion.models.latents import vae_factor
 from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler, to_zero_snr

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.families import WEIGHT_COMPONENTS, Family
+from dora_diffusion.config.families import WEIGHT_COMPONENTS, Family
 from dora_diffusion.formats.checkpoint.folder import read_index, read_json
 from dora_diffusion.formats.checkpoint.schedule import EPSILON, PREDICTION, NoiseSchedule, V
 

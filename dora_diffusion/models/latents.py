@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.families import Family
+from dora_diffusion.config.families import Family
 from dora_diffusion.models.offload import send
 from dora_diffusion.models.text import Conditioning
 

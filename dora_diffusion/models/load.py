@@ -12,8 +12,13 @@ from typing import Any
 
 import torch
 
-from dora_diffusion import toy
-from dora_diffusion.families import USUAL, Family, UnsupportedModelError, detect_folder_family
+from dora_diffusion.config.families import (
+    USUAL,
+    Family,
+    UnsupportedModelError,
+    detect_folder_family,
+)
+from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.embeddings import read_tokens
 from dora_diffusion.formats.adapter.metadata import OWN, stated_reading
 from dora_diffusion.formats.checkpoint.file import (
@@ -33,6 +38,7 @@ from dora_diffusion.formats.checkpoint.schedule import (
 )
 from dora_diffusion.formats.files.header import PICKLED, read_header
 from dora_diffusion.formats.names.modules import BUFFERS, canonical
+from dora_diffusion.models import embedded
 from dora_diffusion.models.components import Components, cast_to_weight, fingerprint
 from dora_diffusion.models.configuration import (
     empty_module,
@@ -49,7 +55,6 @@ from dora_diffusion.models.locate import (
 )
 from dora_diffusion.models.weights import load_module, plain_errors, quiet_libraries
 from dora_diffusion.models.words import add_tokens
-from dora_diffusion.wording import listing
 
 __all__ = [
     "BaseCache",
@@ -287,7 +292,7 @@ def _module_of_file(file: CheckpointFile, folder: Path, part: str, dtype: torch.
 def _base_of(file: CheckpointFile) -> str:
     """A hint at the model that a file was made from, which has its shape."""
     name = base_name(file.metadata)
-    if name in toy.MODELS:
+    if name in embedded.MODELS:
         name = f"{EMBEDDED_PREFIX}{name}"
     return f", such as its base model's: {name}" if name else ""
 

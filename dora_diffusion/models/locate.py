@@ -6,9 +6,9 @@ import os
 import re
 from pathlib import Path
 
-from dora_diffusion import toy
-from dora_diffusion.families import WEIGHT_COMPONENTS
+from dora_diffusion.config.families import WEIGHT_COMPONENTS
 from dora_diffusion.formats.files.names import pipeline_in
+from dora_diffusion.models import embedded
 
 EMBEDDED_PREFIX = "embedded:"
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -157,7 +157,7 @@ def _weights(variant: str | None) -> list[str]:
 
 def _embedded_folder(name: str) -> Path:
     try:
-        return _checked_folder(toy.model_folder(name))
+        return _checked_folder(embedded.model_folder(name))
     except ValueError as error:
         raise ModelNotFoundError(f"no embedded model is called {name!r}: {error}") from error
 

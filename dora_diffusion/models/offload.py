@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.devices import device_name, has_own_memory
+from dora_diffusion.numerics.devices import device_name, has_own_memory
 
 if TYPE_CHECKING:
     from dora_diffusion.models.components import Components

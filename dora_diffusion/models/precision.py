@@ -14,8 +14,8 @@ from dora_diffusion.config.fields import (
     require,
     require_choice,
 )
-from dora_diffusion.devices import default_device, has_bf16, has_gradient_scaler
-from dora_diffusion.memory import Device, auto_precision
+from dora_diffusion.models.memory import Device, auto_precision
+from dora_diffusion.numerics.devices import default_device, has_bf16, has_gradient_scaler
 
 # By Accelerate's names.
 PRECISION_DTYPES: dict[str, torch.dtype] = {

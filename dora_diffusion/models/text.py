@@ -18,12 +18,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.config.wording import quoted
 from dora_diffusion.models.offload import computing_device, send
 from dora_diffusion.models.words import own_words, write_out_words
-from dora_diffusion.wording import quoted
 
 if TYPE_CHECKING:
-    from dora_diffusion.families import Family
+    from dora_diffusion.config.families import Family
     from dora_diffusion.models.load import Components
 
 

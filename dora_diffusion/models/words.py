@@ -13,8 +13,8 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.layers import AdaptedLayer
+from dora_diffusion.config.wording import quoted, whole_word
 from dora_diffusion.formats.adapter.embeddings import Vectors
-from dora_diffusion.wording import quoted, whole_word
 
 if TYPE_CHECKING:
     from dora_diffusion.models.components import Components

@@ -22,7 +22,7 @@ from dora_diffusion.numerics.precision import full_precision, upcast, upcast_dty
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 if TYPE_CHECKING:
-    from dora_diffusion.numerics.prepare.factors import Factors
+    from dora_diffusion.adapters.norms.factors import Factors
 
 # Far below any pretrained norm, and far enough above float32's smallest number that m / FLOOR
 # stays finite. A channel of a smaller norm is 0. Never added, so no norm is changed.

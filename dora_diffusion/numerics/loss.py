@@ -8,8 +8,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from dora_diffusion.families import PREDICTION_TYPES
-
 
 def sample_timestep(num_train_timesteps: int, generator: torch.Generator) -> Tensor:
     """One timestep, uniform over the schedule: scalar int64."""
@@ -73,8 +71,7 @@ def training_target(
         a = _broadcast(alpha_bar, latents)
         return a.sqrt() * noise - (1 - a).sqrt() * latents
     raise ValueError(
-        f"prediction type {prediction_type!r} cannot be trained; "
-        f"it must be one of {', '.join(PREDICTION_TYPES)}"
+        f"prediction type {prediction_type!r} cannot be trained; it must be epsilon or v_prediction"
     )
 
 

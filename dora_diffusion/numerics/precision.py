@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.devices import has_float64
+from dora_diffusion.numerics.devices import has_float64
 from dora_diffusion.numerics.threads import SharedSwitch
 
 _ROUNDED = ("tf32", "bf16")

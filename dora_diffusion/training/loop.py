@@ -15,16 +15,16 @@ from dora_diffusion.adapters.inject import DetachedAdapters
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
-from dora_diffusion.training.accelerator import make_accelerator
-from dora_diffusion.training.engine import Engine
-from dora_diffusion.training.folders import output_folder
-from dora_diffusion.training.metrics import TrainingError
-from dora_diffusion.training.resume import start_run
+from dora_diffusion.training.engine.accelerator import make_accelerator
+from dora_diffusion.training.engine.engine import Engine
+from dora_diffusion.training.inputs.subject import Subject, outside_toy_world, subjects_of
+from dora_diffusion.training.results.folders import output_folder
+from dora_diffusion.training.results.metrics import TrainingError
+from dora_diffusion.training.results.resume import start_run
+from dora_diffusion.training.results.samples import check_prompts
 from dora_diffusion.training.run import SAVING, Run, TrainResult
-from dora_diffusion.training.samples import check_prompts
 from dora_diffusion.training.session import LoadBase, open_session
-from dora_diffusion.training.stop import Stopped, StopRequest
-from dora_diffusion.training.subject import Subject, outside_toy_world, subjects_of
+from dora_diffusion.training.signals import Stopped, StopRequest
 
 __all__ = ["TrainResult", "TrainingError", "train"]
 

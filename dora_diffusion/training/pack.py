@@ -16,16 +16,16 @@ from dora_diffusion.config.subject_list import SHARED
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
-from dora_diffusion.training.accelerator import make_accelerator
-from dora_diffusion.training.checkpoint import checkpoints_in
-from dora_diffusion.training.dataset import list_subjects
-from dora_diffusion.training.folders import output_folder
+from dora_diffusion.training.engine.accelerator import make_accelerator
+from dora_diffusion.training.inputs.dataset import list_subjects
+from dora_diffusion.training.inputs.subject import Subject
 from dora_diffusion.training.loop import Loop, checked
-from dora_diffusion.training.resume import start_run
+from dora_diffusion.training.results.checkpoint import checkpoints_in
+from dora_diffusion.training.results.folders import output_folder
+from dora_diffusion.training.results.resume import start_run
 from dora_diffusion.training.run import Run, TrainResult
 from dora_diffusion.training.session import LoadBase, load_base, open_session
-from dora_diffusion.training.stop import Stopped, StopRequest
-from dora_diffusion.training.subject import Subject
+from dora_diffusion.training.signals import Stopped, StopRequest
 
 OnPackEvent = Callable[[str, events.Event], None]
 """Called with a subject's name, empty for the whole pack, and an event of its run."""

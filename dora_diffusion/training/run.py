@@ -12,27 +12,27 @@ from typing import Any
 
 from dora_diffusion.data.photo_record import write_photo_record
 from dora_diffusion.training import events
-from dora_diffusion.training.accelerator import SharedFlags, set_by_any, shards_model
-from dora_diffusion.training.checkpoint import (
+from dora_diffusion.training.engine.accelerator import SharedFlags, set_by_any, shards_model
+from dora_diffusion.training.results.checkpoint import (
     CheckpointSaver,
     checkpoints_in,
     state_of,
     step_of,
 )
-from dora_diffusion.training.folders import METRICS_NAME, clear_folder
-from dora_diffusion.training.metrics import (
+from dora_diffusion.training.results.folders import METRICS_NAME, clear_folder
+from dora_diffusion.training.results.metrics import (
     MOST_SKIPPED,
     MetricsLog,
     TrainingError,
     is_validation,
     naming_step,
 )
-from dora_diffusion.training.result import result_metadata, take_best, write_result
-from dora_diffusion.training.resume import RunStart, save_config
-from dora_diffusion.training.samples import SampleWriter
+from dora_diffusion.training.results.resume import RunStart, save_config
+from dora_diffusion.training.results.samples import SampleWriter
+from dora_diffusion.training.results.trackers import Trackers, tracked_settings
+from dora_diffusion.training.results.write import result_metadata, take_best, write_result
 from dora_diffusion.training.session import Session
-from dora_diffusion.training.stop import StopRequest
-from dora_diffusion.training.trackers import Trackers, tracked_settings
+from dora_diffusion.training.signals import StopRequest
 
 SAVING = "stopping after this step, and saving a checkpoint"
 _FINISHING = "stopping: the result is being written, its sample images are left out"

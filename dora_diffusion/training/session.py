@@ -17,24 +17,28 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
 from dora_diffusion.data.sampler import EpochSampler
-from dora_diffusion.devices import release_memory
 from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
-from dora_diffusion.training.accelerator import shards_model
-from dora_diffusion.training.adapters import StartingAdapter, enter_training, inject_trained
-from dora_diffusion.training.dataset import check_wildcards, list_subjects, open_dataset
-from dora_diffusion.training.engine import Engine
+from dora_diffusion.numerics.devices import release_memory
+from dora_diffusion.training.engine.accelerator import shards_model
+from dora_diffusion.training.engine.engine import Engine
+from dora_diffusion.training.engine.learner import Learner, build_learner
+from dora_diffusion.training.engine.optimizer import optimizer_library
 from dora_diffusion.training.events import CachingProgress, OnEvent, ignore
-from dora_diffusion.training.full import TrainedWeights, select_weights
-from dora_diffusion.training.inputs import InputSource
-from dora_diffusion.training.optimizer import optimizer_library
-from dora_diffusion.training.step import Learner, build_learner
-from dora_diffusion.training.subject import Subject, triggers_of
-from dora_diffusion.training.validation import Validation, check_held_out, divide_all
-from dora_diffusion.training.words import add_words, require_new
+from dora_diffusion.training.inputs.dataset import check_wildcards, list_subjects, open_dataset
+from dora_diffusion.training.inputs.draws import InputSource
+from dora_diffusion.training.inputs.subject import Subject, triggers_of
+from dora_diffusion.training.results.validation import Validation, check_held_out, divide_all
+from dora_diffusion.training.trainable.adapters import (
+    StartingAdapter,
+    enter_training,
+    inject_trained,
+)
+from dora_diffusion.training.trainable.full import TrainedWeights, select_weights
+from dora_diffusion.training.trainable.words import add_words, require_new
 
 LoadBase = Callable[..., Components]
 """`load_components`, or a `BaseCache` in its place."""

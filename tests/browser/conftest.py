@@ -50,7 +50,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without Chromium or the embedded model there is nothing to see."""
-    embedded = ROOT / "dora_diffusion" / "toy" / "tiny-sd" / "model_index.json"
+    embedded = ROOT / "dora_diffusion" / "models" / "embedded" / "tiny-sd" / "model_index.json"
     reasons = {"there is no Chromium": Path(CHROMIUM).exists(),
                "the embedded model is not there": embedded.is_file()}  # fmt: skip
     here = Path(__file__).parent
@@ -105,14 +105,14 @@ class App:
 
     def workers(self) -> list[int]:
         """Living workers' pids."""
-        from dora_diffusion.jobs.processes import worker_of
+        from dora_diffusion.studio.jobs.processes import worker_of
 
         found = (worker_of(folder) for folder in self.runs.glob("2*"))
         return [worker.pid for worker in found if worker is not None]
 
     def jobs(self) -> tuple[Any, ...]:
         """All jobs, newest first."""
-        from dora_diffusion.jobs.snapshot import snapshot
+        from dora_diffusion.studio.jobs.snapshot import snapshot
 
         return snapshot(self.runs) if self.runs.is_dir() else ()
 
@@ -316,7 +316,7 @@ def app(runs: Path, app_environment: dict[str, str]) -> Iterator[App]:
     one.start()
     yield one
     one.end()
-    from dora_diffusion.jobs.processes import end_tree
+    from dora_diffusion.studio.jobs.processes import end_tree
 
     for pid in one.workers():
         end_tree(psutil.Process(pid))

@@ -225,7 +225,7 @@ def second(app: App, open_tab: Callable[..., Visit], started: str) -> str:
 
 
 def state_of(app: App, job_id: str) -> Any:
-    from dora_diffusion.jobs.snapshot import read_job
+    from dora_diffusion.studio.jobs.snapshot import read_job
 
     job = read_job(app.runs / job_id)
     assert job is not None
@@ -349,7 +349,7 @@ def set_up_images(page: Visit) -> None:
 def test_pictures_repeat_compare_and_say_how_they_were_made(
     visit: Callable[..., Visit], app: App, second: str
 ) -> None:
-    from dora_diffusion.images import parse_parameters, read_parameters
+    from dora_diffusion.sampling.images import parse_parameters, read_parameters
 
     page = visit()
     set_up_images(page)

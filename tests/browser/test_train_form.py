@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from dora_diffusion.app.settings import ADVANCED, GROUPS, PRESET_NAMES, preset_values
-from dora_diffusion.jobs.processes import Lock
-from dora_diffusion.jobs.subjects import take_sample
-from dora_diffusion.jobs.workspace import Workspace
-from dora_diffusion.memory import Device
+from dora_diffusion.models.memory import Device
+from dora_diffusion.studio.app.settings import ADVANCED, GROUPS, PRESET_NAMES, preset_values
+from dora_diffusion.studio.jobs.processes import Lock
+from dora_diffusion.studio.jobs.subjects import take_sample
+from dora_diffusion.studio.jobs.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 Visit = App = Any

@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from dora_diffusion.jobs import records
-from dora_diffusion.jobs.processes import Lock
-from dora_diffusion.jobs.subjects import (
+from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs.processes import Lock
+from dora_diffusion.studio.jobs.subjects import (
     captions_of,
     read_subject,
     subjects_in,
     take_sample,
 )
-from dora_diffusion.jobs.workspace import Workspace, write_json
-from tests.jobs.helpers import METRICS, make, photo
+from dora_diffusion.studio.jobs.workspace import Workspace, write_json
+from tests.studio.jobs.helpers import METRICS, make, photo
 
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTER = ROOT / "tests/formats/golden/0.1.0/diffusers-dora-ranks.safetensors"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dora_diffusion.jobs.records import JobProgress
+from dora_diffusion.studio.jobs.records import JobProgress
 from tests import waiting
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dora_diffusion import cli
-from dora_diffusion.commands.train import train_config
+from dora_diffusion.cli import main as cli
+from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.config import TrainConfig, settings
 from dora_diffusion.config.fields import RENAMED
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS

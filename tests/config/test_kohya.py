@@ -20,7 +20,7 @@ from PIL import Image
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.subject import ENTRY_SETTINGS
 from dora_diffusion.data.photos import list_photos, read_photos
-from dora_diffusion.training.subject import caption_rules
+from dora_diffusion.training.inputs.subject import caption_rules
 from tests.training.helpers import SAMPLES
 
 GENERAL, DATASETS, SUBSETS = "general", "datasets", "subsets"

@@ -41,9 +41,9 @@ def test_opening_a_training_dataset_opens_and_decodes_each_file_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three photos with a mask file, one with an alpha channel, one with neither."""
-    from dora_diffusion.training.accelerator import make_accelerator
+    from dora_diffusion.training.engine.accelerator import make_accelerator
+    from dora_diffusion.training.inputs.subject import subjects_of
     from dora_diffusion.training.session import open_session
-    from dora_diffusion.training.subject import subjects_of
 
     folder = Path(shutil.copytree(samples_root / "bolt_mug", tmp_path / "photos"))
     (folder / "config.yaml").unlink()

@@ -15,7 +15,6 @@ from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import list_photos
 from dora_diffusion.data.wildcards import Wildcards
 from dora_diffusion.evaluation.measures import summarize
-from dora_diffusion.evaluation.metric_models import open_metric_model
 from dora_diffusion.evaluation.photos import (
     OTHERS,
     PROMPTS,
@@ -25,8 +24,9 @@ from dora_diffusion.evaluation.photos import (
     photo_requests,
     read_subject,
 )
-from dora_diffusion.generate import SamplingSettings
 from dora_diffusion.models.load import load_components
+from dora_diffusion.models.metric_models import open_metric_model
+from dora_diffusion.sampling.generate import SamplingSettings
 
 SETTINGS = SamplingSettings(steps=2, guidance_scale=1.0, width=32, height=32)
 

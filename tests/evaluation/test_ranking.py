@@ -21,10 +21,10 @@ from dora_diffusion.evaluation.ranking import (
     EvaluationPrompts,
     Measured,
     ask_photos,
-    ask_toy,
     rank,
 )
-from dora_diffusion.generate import SamplingSettings, load_adapted
+from dora_diffusion.lab.judges.evaluate import ask_toy
+from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
 from tests.evaluation.helpers import Brightness
 
 
@@ -120,7 +120,7 @@ def test_a_metric_model_measures_likeness_and_drift(
         sd1_folder, adapters, questions, tmp_path / "c", lambda *at: None
     )
     # The same figures by hand, from the images that the base makes of the same questions.
-    from dora_diffusion.generate import generate_images
+    from dora_diffusion.sampling.generate import generate_images
 
     components, _ = load_adapted(sd1_folder)
     asked = [one.prompt for one in photos.photo_requests("sks dog", "dog", [0], photos.PROMPTS[:5])
@@ -182,8 +182,8 @@ def test_a_sample_is_judged_against_its_truth() -> None:
     assert [request.group for request in questions.requests] == ["subject"] * 5 + ["others"] * 6
     assert all("sks mug" in prompt for prompt in prompts[:5])
     assert not any("sks" in prompt for prompt in prompts[5:])
-    from dora_diffusion.evaluation.toy.requests import toy_requests, true_images
-    from dora_diffusion.toy.benchmark_subjects import find_subject
+    from dora_diffusion.lab.judges.requests import toy_requests, true_images
+    from dora_diffusion.lab.toy.benchmark_subjects import find_subject
 
     def truth(name: str) -> list[Any]:
         requests = toy_requests(find_subject(name), "sks mug", [0], ("subject", "others"))

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_diffusion.evaluation.report import Evaluation, sheet, shown
+from dora_diffusion.data.sheets import sheet
+from dora_diffusion.evaluation.report import Evaluation, shown
 from dora_diffusion.evaluation.statistics import Interval
 
 

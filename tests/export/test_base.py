@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dora_diffusion.analysis import analyze_weights
 from dora_diffusion.export import (
     ExportError,
     combine_adapters,
@@ -22,7 +21,8 @@ from dora_diffusion.export import (
 )
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.files.header import TensorFileError
-from dora_diffusion.generate import load_adapted
+from dora_diffusion.lab.analysis import analyze_weights
+from dora_diffusion.sampling.generate import load_adapted
 from tests.export.helpers import MakeAdapter, assert_equal
 
 

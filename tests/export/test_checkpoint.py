@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
+from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.adapters.state import adapter_state, load_adapter
 from dora_diffusion.export import (
     ExportError,
@@ -36,7 +37,6 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.formats.files import stream as safetensors_stream
 from dora_diffusion.formats.files.atomic import DiskFullError
-from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.system import HANGUP
@@ -146,7 +146,7 @@ def test_a_killed_export_leaves_the_old_one(
 
 LIMITED = """
 import resource, sys
-from dora_diffusion.cli import main
+from dora_diffusion.cli.main import main
 
 base, adapter, *outputs = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))

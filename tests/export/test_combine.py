@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.export import (
     ExportError,
     combine_adapters,
@@ -24,7 +25,6 @@ from dora_diffusion.formats.adapter.file import (
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.export.helpers import MakeAdapter, tensors_of
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dora_diffusion.cli import main
+from dora_diffusion.cli.main import main
 from dora_diffusion.export import (
     ExportError,
     combine_adapters,

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.export import (
     ExportError,
     export_checkpoint,
@@ -26,7 +27,6 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.merge import Strengths, merge_tensor
 from tests.export.helpers import MakeAdapter, tensors_of
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"

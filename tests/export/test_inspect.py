@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dora_diffusion.cli import main
+from dora_diffusion.cli.main import main
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from tests.export.helpers import MakeAdapter
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dora_diffusion.adapters.merge import MergeError, Strengths, WeightedAdapter
 from dora_diffusion.export import ExportError, convert_adapter, export_checkpoint, verify_checkpoint
 from dora_diffusion.export.merged import MergedModel, check_sample
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
@@ -24,7 +25,6 @@ from dora_diffusion.formats.checkpoint.entries import Entry
 from dora_diffusion.formats.files import stream as safetensors_stream
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.formats.files.stream import TensorReader, save_tensors, write_tensors
-from dora_diffusion.merge import MergeError, Strengths, WeightedAdapter
 from dora_diffusion.numerics import merging
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dora_diffusion.cli import main
+from dora_diffusion.cli.main import main
 from dora_diffusion.export import inspect_adapter
 from dora_diffusion.formats.adapter.file import AdapterFormatError, read_adapter
 from dora_diffusion.formats.adapter.inspect import numbers as described_numbers

@@ -11,9 +11,9 @@ from dora_diffusion.adapters.inject import merge_adapters, unmerge_adapters
 from dora_diffusion.adapters.state import load_adapter_state
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.generate import SamplingSettings, generate_images, load_adapted
 from dora_diffusion.models.components import Components
 from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.sampling.generate import SamplingSettings, generate_images, load_adapted
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 PARTS = ("down", "up", "magnitude")

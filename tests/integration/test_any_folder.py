@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.cli import main
+from dora_diffusion.cli.main import main
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.images import read_parameters
-from dora_diffusion.jobs.queue import JobQueue
-from dora_diffusion.jobs.subjects import take_sample
-from dora_diffusion.jobs.tasks import start_conversion, write_card
-from dora_diffusion.jobs.workspace import Workspace
-from tests.jobs.helpers import add_run, done, wait
+from dora_diffusion.sampling.images import read_parameters
+from dora_diffusion.studio.jobs.queue import JobQueue
+from dora_diffusion.studio.jobs.subjects import take_sample
+from dora_diffusion.studio.jobs.tasks import start_conversion, write_card
+from dora_diffusion.studio.jobs.workspace import Workspace
+from tests.studio.jobs.helpers import add_run, done, wait
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 BASE = "embedded:tiny-sd"

@@ -15,12 +15,12 @@ from dora_diffusion.adapters.inject import inject_adapters
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import AdapterConfig, ConfigError
-from dora_diffusion.devices import has_gradient_scaler
 from dora_diffusion.evaluation.denoising import held_out_losses
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.generate import SamplingSettings, load_adapted
-from dora_diffusion.memory import describe_device, free_machine_memory
+from dora_diffusion.models.memory import describe_device, free_machine_memory
 from dora_diffusion.models.schedulers import SCHEDULERS
+from dora_diffusion.numerics.devices import has_gradient_scaler
+from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
 from dora_diffusion.training.loop import train
 from tests.apple import AppleGPU, apple_gpu
 from tests.integration.emulated import (

@@ -26,14 +26,14 @@ from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.memory import describe_device
-from dora_diffusion.numerics.prepare.norms import widens_products
-from dora_diffusion.training import optimizer as optimizer_module
-from dora_diffusion.training.accelerator import make_accelerator
+from dora_diffusion.models.memory import describe_device
+from dora_diffusion.numerics.norms import widens_products
+from dora_diffusion.training.engine import optimizer as optimizer_module
+from dora_diffusion.training.engine.accelerator import make_accelerator
+from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.metrics import MetricsLog, TrainingError
+from dora_diffusion.training.results.metrics import MetricsLog, TrainingError
 from dora_diffusion.training.session import Session, open_session
-from dora_diffusion.training.subject import subjects_of
 from tests.integration.emulated import (
     CHECKPOINTED,
     FULL,

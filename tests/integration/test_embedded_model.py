@@ -11,10 +11,10 @@ import torch
 import yaml
 from PIL import Image
 
-from dora_diffusion.cli import main
+from dora_diffusion.cli.main import main
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.images import read_parameters
-from dora_diffusion.toy import model_folder
+from dora_diffusion.models.embedded import model_folder
+from dora_diffusion.sampling.images import read_parameters
 
 ROOT = Path(__file__).parents[2]
 BASE = "embedded:tiny-sd"
@@ -88,7 +88,7 @@ def test_diffusers_alone_loads_it(trained: Path) -> None:
     """As the model card says, with the folder in place of the model's name."""
     from diffusers import AutoPipelineForText2Image
 
-    from dora_diffusion.generate import load_adapted
+    from dora_diffusion.sampling.generate import load_adapted
 
     pipeline = AutoPipelineForText2Image.from_pretrained(
         model_folder("tiny-sd"), torch_dtype=torch.float32, local_files_only=True

@@ -18,17 +18,17 @@ from torch import Tensor
 
 from dora_diffusion import export_checkpoint, generate_images, load_components, train
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.data.dataset import Batch
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.evaluation.denoising import held_out_losses
 from dora_diffusion.export import convert_adapter, verify_checkpoint
-from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.generate import SamplingSettings, load_adapted
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_inputs
 from dora_diffusion.models.offload import place
-from dora_diffusion.training.inputs import draw_inputs
+from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
+from dora_diffusion.training.inputs.draws import draw_inputs
 from tests.training.helpers import (
     losses,
     losses_by,
@@ -389,7 +389,7 @@ def test_a_text_to_image_model_paints_into_no_image(sd1_folder: Path) -> None:
 def test_the_command_asks_for_image_and_mask(
     sd1_inpainting_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dora_diffusion.cli import main
+    from dora_diffusion.cli.main import main
 
     for name, image in painting().items():
         image.save(tmp_path / f"{name}.png")

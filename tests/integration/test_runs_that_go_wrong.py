@@ -17,11 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.cli import main
+from dora_diffusion.cli.main import main
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.system import HANGUP
-from dora_diffusion.training.checkpoint import checkpoints_in
-from dora_diffusion.training.step import TrainingStep
+from dora_diffusion.training.engine.learner import TrainingStep
+from dora_diffusion.training.results.checkpoint import checkpoints_in
 from tests.waiting import WAIT_SECONDS, wait_until
 
 SAMPLES = Path(__file__).parents[2] / "samples"

@@ -23,8 +23,8 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.generate import SamplingSettings, load_adapted
 from dora_diffusion.models.components import Components
+from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 SUBJECTS = {

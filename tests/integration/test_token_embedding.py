@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_diffusion.analysis.analyze import analyze_weights
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.export.checkpoint import export_checkpoint
 from dora_diffusion.export.combine import combine_adapters
@@ -24,11 +23,12 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.checkpoint.file import CheckpointFile
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.generate import load_adapted
+from dora_diffusion.lab.analysis.analyze import analyze_weights
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights
-from dora_diffusion.training.adapters import inject_trained
+from dora_diffusion.sampling.generate import load_adapted
 from dora_diffusion.training.loop import train
+from dora_diffusion.training.trainable.adapters import inject_trained
 from tests.training.helpers import SAMPLES, assert_same_adapter, make_config
 
 TABLE = "text_encoder.text_model.embeddings.token_embedding"

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from dora_diffusion import cli
+from dora_diffusion.cli import main as cli
 from dora_diffusion.export import export_checkpoint
-from dora_diffusion.toy import samples_folder
+from dora_diffusion.models.embedded import samples_folder
 
 ASKED = ["--prediction_type", "v_prediction", "--zero_terminal_snr"]
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
-from dora_diffusion.families import FAMILIES
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
 from dora_diffusion.models.configuration import empty_module, released_config, released_folder
 from dora_diffusion.models.load import load_components

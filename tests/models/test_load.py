@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_diffusion.families import FAMILIES, UnsupportedModelError
+from dora_diffusion.config.families import FAMILIES, UnsupportedModelError
 from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.models.load import (
@@ -377,18 +377,18 @@ class TestNames:
             resolve_folder("someone/model", revision="v9")
 
     def test_embedded_models(self, monkeypatch: pytest.MonkeyPatch, sd1_folder: Path) -> None:
-        from dora_diffusion import toy
+        from dora_diffusion.models import embedded
 
         def model_folder(name: str) -> Path:
             if name != "tiny":
                 raise ValueError(f"choose from tiny, got {name}")
             return sd1_folder
 
-        monkeypatch.setattr(toy, "model_folder", model_folder, raising=False)
+        monkeypatch.setattr(embedded, "model_folder", model_folder, raising=False)
         assert resolve_folder("embedded:tiny") == sd1_folder
         with pytest.raises(ModelNotFoundError, match="no embedded model is called 'big': choose"):
             resolve_folder("embedded:big")
-        monkeypatch.setattr(toy, "model_folder", lambda name: sd1_folder / name)
+        monkeypatch.setattr(embedded, "model_folder", lambda name: sd1_folder / name)
         with pytest.raises(ModelNotFoundError, match="not a diffusers pipeline"):
             resolve_folder("embedded:lost")
 

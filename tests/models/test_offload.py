@@ -12,9 +12,9 @@ from torch import nn
 
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.state import load_adapter_state
-from dora_diffusion.generate import SamplingSettings, generate_images, load_adapted
 from dora_diffusion.models import offload
 from dora_diffusion.models.components import Components
+from dora_diffusion.sampling.generate import SamplingSettings, generate_images, load_adapted
 from tests.apple import DEVICE, AppleGPU
 
 HOST = torch.device("cpu")
@@ -92,7 +92,7 @@ def test_a_scope_is_open_while_its_module_is_there(
             said.append(f"{names[self.module]} leaves")
             assert next(self.module.parameters()).device == DEVICE
 
-    monkeypatch.setattr("dora_diffusion.generate.norm_scope", Scope)
+    monkeypatch.setattr("dora_diffusion.sampling.generate.norm_scope", Scope)
     images(components)
     assert said == [
         "text_encoder comes", "text_encoder leaves", "unet comes", "unet leaves", "vae comes",

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dora_diffusion.config.families import UnsupportedModelError
 from dora_diffusion.export import export_checkpoint
-from dora_diffusion.families import UnsupportedModelError
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from dora_diffusion import AdapterConfig, inject_adapters
 from dora_diffusion.data.captions import contains_token
-from dora_diffusion.generate import generate_images
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts, truncated_text
 from dora_diffusion.models.words import add_own_tokens, add_tokens, has_words, own_words
+from dora_diffusion.sampling.generate import generate_images
 
 PROMPTS = ["a photo of a <x> dog", "a dog", "<x>, <y>"]
 

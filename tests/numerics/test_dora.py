@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dora_diffusion.adapters.norms.factors import Site, WeightStatistics, factors_of
+from dora_diffusion.adapters.norms.plan import make_scales
 from dora_diffusion.numerics.dora import (
     adapted_norm,
     adapted_weight,
@@ -21,8 +23,6 @@ from dora_diffusion.numerics.dora import (
     weight_norm,
 )
 from dora_diffusion.numerics.operation import ConvOperation, Operation
-from dora_diffusion.numerics.prepare.factors import Site, WeightStatistics, factors_of
-from dora_diffusion.numerics.prepare.plan import make_scales
 from dora_diffusion.numerics.weights import LayerWeights
 
 AXES = ("output", "input")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dora_diffusion.merge import merge_tensor
+from dora_diffusion.adapters.merge import merge_tensor
 from dora_diffusion.numerics import merging
 from dora_diffusion.numerics.dora import adapted_weight, weight_norm
 from dora_diffusion.numerics.merging import cast_error, merge_error, merged_weight

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dora_diffusion.adapters.norms.factors import Site, WeightStatistics
+from dora_diffusion.adapters.norms.plan import make_scales
 from dora_diffusion.numerics import precision
 from dora_diffusion.numerics.dora import dora_forward
 from dora_diffusion.numerics.operation import ConvOperation, Operation
@@ -19,8 +21,6 @@ from dora_diffusion.numerics.precision import (
     full_precision,
     rounds_float32,
 )
-from dora_diffusion.numerics.prepare.factors import Site, WeightStatistics
-from dora_diffusion.numerics.prepare.plan import make_scales
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.numerics.test_threads import Visitor
 

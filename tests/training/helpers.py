@@ -20,12 +20,12 @@ from dora_diffusion.adapters.inject import disabled
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.components import Components
-from dora_diffusion.training.accelerator import make_accelerator
-from dora_diffusion.training.inputs import StepInputs
+from dora_diffusion.training.engine.accelerator import make_accelerator
+from dora_diffusion.training.engine.objective import Objective, losses_of, noisy_batches
+from dora_diffusion.training.inputs.draws import StepInputs
+from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.objective import Objective, losses_of, noisy_batches
 from dora_diffusion.training.session import Session, open_session
-from dora_diffusion.training.subject import subjects_of
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 Usage = namedtuple("Usage", "total used free")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dora_diffusion.devices import default_device
 from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.numerics.devices import default_device
 from dora_diffusion.training.events import StepDone
 from dora_diffusion.training.loop import train
 from tests.training.helpers import make_config, warnings_of

@@ -19,10 +19,10 @@ from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training import session as sessions
-from dora_diffusion.training.checkpoint import read_state
 from dora_diffusion.training.events import StepDone, SubjectLeft
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.pack import check_pack, train_pack
+from dora_diffusion.training.results.checkpoint import read_state
 from tests.training.helpers import SAMPLES, make_config
 
 # What every subject has of its own: ranks, rates, limits, seeds, lengths.

@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors import safe_open
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dora_diffusion import cli
 from dora_diffusion.adapters.compiled import compile_blocks
+from dora_diffusion.cli import main as cli
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
 from dora_diffusion.data.crops import Buckets
 from dora_diffusion.export.convert import convert_adapter
@@ -28,17 +28,20 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models import offload
 from dora_diffusion.models.load import BaseCache, load_components
 from dora_diffusion.models.precision import PRECISION_DTYPES
-from dora_diffusion.training import adapters, dataset, inputs, loop
-from dora_diffusion.training.accelerator import make_accelerator
+from dora_diffusion.training import loop
+from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.events import (
     CachingProgress,
     SamplingProgress,
     StepDone,
     TrainingStarted,
 )
+from dora_diffusion.training.inputs import dataset
+from dora_diffusion.training.inputs import draws as inputs
+from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import Session, open_session
-from dora_diffusion.training.subject import subjects_of
+from dora_diffusion.training.trainable import adapters
 from tests.apple import DEVICE, AppleGPU
 from tests.training.helpers import assert_same_adapter, losses, make_config, warnings_of
 

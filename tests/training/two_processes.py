@@ -85,7 +85,7 @@ def layers() -> dict[str, Any]:
     from dora_diffusion.adapters.inject import adapter_parameters
     from dora_diffusion.adapters.layers import adapted_layers
     from dora_diffusion.adapters.scope import norm_scope
-    from dora_diffusion.training import sharding
+    from dora_diffusion.training.engine import sharding
 
     told: dict[str, Any] = {"errors": [], "norms": []}
     for axis in ("output", "input"):

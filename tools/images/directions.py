@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dora_diffusion import load_components
-from dora_diffusion.analysis.plots import save_figure, tidy
 from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.lab.analysis.plots import save_figure, tidy
 from dora_diffusion.numerics.dora import adapted_weight
 from tools.images.grids import BASE, TOKEN, trained
 

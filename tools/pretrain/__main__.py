@@ -79,7 +79,7 @@ def _sd_card(work: Path, minutes: float) -> None:
 
 def _sdxl_latents(work: Path, minutes: float) -> None:
     """Autoencoder and tokenizer are those of the tiny-sd that ships."""
-    from dora_diffusion.toy import model_folder
+    from dora_diffusion.models.embedded import model_folder
     from tools.pretrain import corpus, latents
 
     for part in ("vae", "tokenizer"):

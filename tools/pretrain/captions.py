@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dora_diffusion.toy.backgrounds import PLACES
-from dora_diffusion.toy.shapes import FILLERS
-from dora_diffusion.toy.world import DrawnSubject, Scene
-from dora_diffusion.wording import with_article
+from dora_diffusion.config.wording import with_article
+from dora_diffusion.lab.toy.backgrounds import PLACES
+from dora_diffusion.lab.toy.shapes import FILLERS
+from dora_diffusion.lab.toy.world import DrawnSubject, Scene
 
 PATTERN_WORDS: dict[str, tuple[str, ...]] = {
     "plain": ("plain", "", "", ""),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_diffusion.toy.world import Scene
+from dora_diffusion.lab.toy.world import Scene
 from tools.pretrain.captions import caption
 from tools.pretrain.data import (
     CAPTIONED,

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_diffusion.families import Family
+from dora_diffusion.config.families import Family
+from dora_diffusion.lab.toy.instrument import ATTRIBUTES
 from dora_diffusion.models.text import Conditioning, encode_tokens
 from dora_diffusion.numerics.loss import add_noise, denoising_loss, training_target
-from dora_diffusion.toy.instrument import ATTRIBUTES
 from tools.pretrain.fit import FitSettings, Progress, fit
 from tools.pretrain.instrument import NO_NAME
 from tools.pretrain.latents import LatentSet, open_latents

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.models.embedded import model_folder
 from dora_diffusion.models.text import tokenize
-from dora_diffusion.toy import model_folder
 
 if TYPE_CHECKING:
     from tools.pretrain.sdxl import TextToImageXL

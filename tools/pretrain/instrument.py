@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dora_diffusion.toy.backgrounds import BACKGROUNDS
-from dora_diffusion.toy.instrument import (
+from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS
+from dora_diffusion.lab.toy.instrument import (
     ATTRIBUTES,
     Classifier,
     Instrument,
     SubjectEmbedder,
 )
-from dora_diffusion.toy.sampling import place
-from dora_diffusion.toy.shapes import UNSEEN_CLASSES
-from dora_diffusion.toy.world import Scene, render
+from dora_diffusion.lab.toy.sampling import place
+from dora_diffusion.lab.toy.shapes import UNSEEN_CLASSES
+from dora_diffusion.lab.toy.world import Scene, render
 from tools.pretrain.data import (
     CAPTIONED,
     SIZE,

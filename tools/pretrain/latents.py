@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dora_diffusion.lab.toy.backgrounds import PLACES
+from dora_diffusion.lab.toy.instrument import ATTRIBUTES
+from dora_diffusion.lab.toy.world import Scene
 from dora_diffusion.models.text import tokenize
-from dora_diffusion.toy.backgrounds import PLACES
-from dora_diffusion.toy.instrument import ATTRIBUTES
-from dora_diffusion.toy.world import Scene
 from tools.pretrain.captions import PATTERN_PHRASES, PATTERN_WORDS
 from tools.pretrain.corpus import CAPTIONS_PER_IMAGE, Corpus
 from tools.pretrain.data import to_pixels

@@ -14,9 +14,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from dora_diffusion.toy.sampling import sample_subject
-from dora_diffusion.toy.shapes import CLASSES
-from dora_diffusion.toy.world import DrawnSubject
+from dora_diffusion.lab.toy.sampling import sample_subject
+from dora_diffusion.lab.toy.shapes import CLASSES
+from dora_diffusion.lab.toy.world import DrawnSubject
 from tools.pretrain.strangers import sample_stranger
 
 DESIGN_COUNT = 40

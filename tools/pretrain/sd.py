@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.families import FAMILIES
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.models.latents import predict
 from dora_diffusion.models.text import tokenize
 from tools.pretrain.diffusion import SCHEDULE, Denoiser, clip_text_config

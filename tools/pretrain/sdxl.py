@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from dora_diffusion.families import FAMILIES
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.models.latents import predict
 from dora_diffusion.models.text import Conditioning
 from tools.pretrain.diffusion import SCHEDULE, Denoiser, clip_text_config

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dora_diffusion.toy import instrument_folder, model_folder
-from dora_diffusion.toy.instrument import Instrument, load_instrument
+from dora_diffusion.lab.toy.instrument import FOLDER, Instrument, load_instrument
+from dora_diffusion.models.embedded import model_folder
 from tools.pretrain import corpus
 from tools.pretrain.card import (
     GUIDANCE,
@@ -43,7 +43,7 @@ def ship_sd(work: Path, machine: str) -> None:
     """
     folder = model_folder("tiny-sd")
     if (work / "instrument").is_dir():
-        shutil.copytree(work / "instrument", instrument_folder(), dirs_exist_ok=True)
+        shutil.copytree(work / "instrument", FOLDER, dirs_exist_ok=True)
     export_sd(load_average(TextToImage(_tokenizer(work)), work), work, folder)
     _save(folder / "training.json", training_facts(work, machine))
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.toy import model_folder
+from dora_diffusion.models.embedded import model_folder
 
 if TYPE_CHECKING:
     from tools.pretrain.diffusion import Denoiser

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from dora_diffusion.toy import sdf
-from dora_diffusion.toy.shapes import CLASSES, RGB
-from dora_diffusion.toy.world import PATTERNS, DrawnSubject, Emblem
+from dora_diffusion.lab.toy import sdf
+from dora_diffusion.lab.toy.shapes import CLASSES, RGB
+from dora_diffusion.lab.toy.world import PATTERNS, DrawnSubject, Emblem
 
 
 def sample_stranger(generator: np.random.Generator, kind: str | None = None) -> DrawnSubject:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_diffusion.toy.world import render
+from dora_diffusion.lab.toy.world import render
 from tools.pretrain.data import (
     CAPTIONED,
     held_out_sighting,

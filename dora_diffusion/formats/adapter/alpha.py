@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.adapter.metadata import DIFFUSERS_METADATA, OWN
 from dora_diffusion.formats.layouts.layout import AdapterFormatError, Note
 from dora_diffusion.formats.names.modules import split_component
-from dora_diffusion.wording import quoted
 
 # PEFT changes the base's weights when it starts such an adapter, and again when it loads one.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.alpha import AI_TOOLKIT, AlphaOf, alpha_rule, says_alpha
 from dora_diffusion.formats.adapter.magnitude import Magnitude, resolve_axes
 from dora_diffusion.formats.adapter.metadata import OWN, UNET_LAYERS, described
@@ -26,7 +27,6 @@ from dora_diffusion.formats.layouts.other import group_keys
 from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis
-from dora_diffusion.wording import listing
 
 Layers = dict[str, LayerWeights]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_diffusion.families import FAMILIES, guess_family
+from dora_diffusion.config.families import FAMILIES, guess_family
 from dora_diffusion.formats.adapter.alpha import AlphaOfTraining, AssumedAlpha
 from dora_diffusion.formats.adapter.decode import decode_layers, fit_to_model
 from dora_diffusion.formats.adapter.embeddings import (

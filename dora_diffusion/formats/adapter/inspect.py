@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, bundled_notes
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterFormatError, decode_adapter
 from dora_diffusion.formats.adapter.metadata import (
@@ -31,7 +32,6 @@ from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, Shapes
 from dora_diffusion.formats.layouts.other import OTHER
 from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.numerics.weights import LayerWeights
-from dora_diffusion.wording import listing
 
 # Data types in which numbers are rounded -> the largest relative error of one.
 _HALF = {torch.float16: "5e-4", torch.bfloat16: "4e-3"}

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.metadata import described
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
 from dora_diffusion.formats.layouts.layout import AdapterFormatError
 from dora_diffusion.numerics.dora import squared_norm, weight_norm
 from dora_diffusion.numerics.weights import NORM_AXES, NormAxis
-from dora_diffusion.wording import listing
 
 # Magnitudes belong to an axis when they are this near to the base's norms there (relative), and
 # twice as near as to those of the other axis. Training moves them by a few percent.

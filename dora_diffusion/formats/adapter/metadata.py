@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.config import settings
+from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK
-from dora_diffusion.families import FAMILIES, Family
 
 if TYPE_CHECKING:
     from dora_diffusion.numerics.weights import LayerWeights

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dora_diffusion.families import Family
+from dora_diffusion.config.families import Family
+from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.formats.names.checkpoint import (
     ROWS,
@@ -26,7 +27,6 @@ from dora_diffusion.formats.names.checkpoint import (
     standard_key,
 )
 from dora_diffusion.formats.names.unet import NameTable, UNetLayout
-from dora_diffusion.wording import listing
 
 Operation = Literal["copy", "concatenate", "transpose", "as_conv", "as_integer"]
 # Of a text encoder, told by its shape: some programs store them as floating-point numbers.

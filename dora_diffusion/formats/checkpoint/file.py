@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.families import (
+from dora_diffusion.config.families import (
     FAMILIES,
     TITLES,
     Family,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_diffusion.families import WEIGHT_COMPONENTS, detect_folder_family
+from dora_diffusion.config.families import WEIGHT_COMPONENTS, detect_folder_family
 from dora_diffusion.formats.checkpoint.entries import names_of_configs, plan_checkpoint
 from dora_diffusion.formats.checkpoint.schedule import (
     CONFIGURED,

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from dora_diffusion.families import Family
+from dora_diffusion.config.families import Family
 from dora_diffusion.formats.checkpoint.schedule import EPSILON, PREDICTION, ZERO_SNR, V
 from dora_diffusion.formats.checkpoint.weights import StoredModel
 from dora_diffusion.formats.layouts.compatibility import EXACT

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dora_diffusion.families import PREDICTION_TYPES, Family
+from dora_diffusion.config.families import PREDICTION_TYPES, Family
 from dora_diffusion.formats.adapter.metadata import (
     ZERO_TERMINAL_SNR,
     AdapterMetadata,

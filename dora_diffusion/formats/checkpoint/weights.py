@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from dora_diffusion.families import COMPONENTS, Family
+from dora_diffusion.config.families import COMPONENTS, Family
 from dora_diffusion.formats.checkpoint.entries import Entry
 from dora_diffusion.formats.checkpoint.schedule import (
     EPSILON,

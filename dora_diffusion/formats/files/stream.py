@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.files.atomic import SyncedFile, atomic_file
 from dora_diffusion.formats.files.header import (
     DTYPE_NAMES,
@@ -27,7 +28,6 @@ from dora_diffusion.formats.files.header import (
     read_header,
 )
 from dora_diffusion.numerics.threads import map_ahead
-from dora_diffusion.wording import listing
 
 
 class TensorReader:

@@ -39,8 +39,8 @@ from dora_diffusion.formats.layouts.layout import (
 )
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.low_rank import weight_change
+from dora_diffusion.numerics.norms import factored_norm
 from dora_diffusion.numerics.precision import upcast
-from dora_diffusion.numerics.prepare.norms import factored_norm
 from dora_diffusion.numerics.weights import LayerWeights
 
 

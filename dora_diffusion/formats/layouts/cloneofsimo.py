@@ -16,7 +16,8 @@ from typing import cast
 
 from torch import Tensor
 
-from dora_diffusion.families import USUAL
+from dora_diffusion.config.families import USUAL
+from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.formats.layouts.compatibility import NOT_FOR_IT, table
 from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,
@@ -28,7 +29,6 @@ from dora_diffusion.formats.layouts.layout import (
 )
 from dora_diffusion.formats.names.modules import split_component
 from dora_diffusion.formats.names.unet import released_layout
-from dora_diffusion.wording import counted, listing
 
 _KEY = re.compile(r"((?:unet|text_encoder):(?:0|[1-9][0-9]{0,5}))(:(up|down))")
 _TOKEN_MARK = "<embed>"

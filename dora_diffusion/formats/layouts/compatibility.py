@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.formats.adapter.metadata import APPROXIMATES, APPROXIMATION_ERROR
-from dora_diffusion.wording import counted, listing
 
 COLUMNS = (
     "diffusers",

@@ -16,7 +16,8 @@ from typing import cast
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dora_diffusion.families import COMPONENTS
+from dora_diffusion.config.families import COMPONENTS
+from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, own_fields
 from dora_diffusion.formats.layouts.compatibility import EXACT, NOT_CHECKED, NOT_FOR_IT, table
 from dora_diffusion.formats.layouts.layout import (
@@ -33,7 +34,6 @@ from dora_diffusion.formats.layouts.layout import (
 from dora_diffusion.formats.names.kohya import Resolve, component_of, is_kohya_name, is_sgm_path
 from dora_diffusion.formats.names.modules import canonical, split_component, split_prefix
 from dora_diffusion.numerics.weights import LayerWeights
-from dora_diffusion.wording import listing
 
 PEFT_PREFIX = "base_model.model."
 # The optional name in `.lora_A.default.weight` is the PEFT adapter's; it is not part of the module.

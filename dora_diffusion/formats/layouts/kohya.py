@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dora_diffusion.families import FAMILIES, Family, guess_family
+from dora_diffusion.config.families import FAMILIES, Family, guess_family
+from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.metadata import (
     OWN,
     UNET_LAYERS,
@@ -45,7 +46,6 @@ from dora_diffusion.formats.layouts.layout import (
 from dora_diffusion.formats.names.kohya import KOHYA_PREFIXES, Resolve, is_kohya_name, kohya_name
 from dora_diffusion.formats.names.unet import TOP_MODULES, USUAL_LAYOUT, UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights
-from dora_diffusion.wording import listing
 
 # Its programs' own, and those that others write behind the same names.
 _FORMS: dict[str, Part] = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 
+from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.layouts import all_layouts
 from dora_diffusion.formats.layouts.compatibility import some_layers
 from dora_diffusion.formats.layouts.diffusers import is_old_form, mixes_forms
 from dora_diffusion.formats.layouts.layout import AdapterFormatError, AdapterLayout, Groups, Layers
 from dora_diffusion.formats.names.kohya import Resolve
-from dora_diffusion.wording import listing
 
 # Ends of keys, without `lora_unet_NAME.` or a module's path -> what the file holds. LyCORIS 4.1
 # writes LoHa to T-LoRA so, PEFT 0.21 IA3, OFT, VeRA and DoRA's relatives.

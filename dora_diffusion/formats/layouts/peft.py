@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_diffusion.families import COMPONENTS
+from dora_diffusion.config.families import COMPONENTS
 from dora_diffusion.formats.adapter.alpha import json_object, refuse_changed_base
 from dora_diffusion.formats.adapter.metadata import OWN, AdapterMetadata, own_fields, without_path
 from dora_diffusion.formats.layouts.compatibility import EXACT, NOT_CHECKED, NOT_FOR_IT, table

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
-from dora_diffusion.families import FAMILIES, Family
+from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.formats.names.modules import with_text_model
 from dora_diffusion.formats.names.unet import NameTable, UNetLayout, unet_names
 

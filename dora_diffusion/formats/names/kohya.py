@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from dora_diffusion.families import COMPONENTS, FAMILIES, Family
+from dora_diffusion.config.families import COMPONENTS, FAMILIES, Family
 from dora_diffusion.formats.names.modules import canonical, split_component
 from dora_diffusion.formats.names.unet import (
     RESNET_MODULES,

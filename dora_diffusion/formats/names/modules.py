@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dora_diffusion.families import COMPONENTS
+from dora_diffusion.config.families import COMPONENTS
 from dora_diffusion.formats.names.unet import NameTable
 
 # What dotted names start with -> component; of those that share a start, the longest first.

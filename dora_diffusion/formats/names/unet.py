@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from dora_diffusion.families import FAMILIES, Family
-from dora_diffusion.wording import listing
+from dora_diffusion.config.families import FAMILIES, Family
+from dora_diffusion.config.wording import listing
 
 
 class NameTable:

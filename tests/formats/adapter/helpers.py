@@ -16,6 +16,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,
@@ -25,7 +26,6 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.files.header import TensorSpec
-from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
 
 

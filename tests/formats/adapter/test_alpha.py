@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.adapters.state import adapter_state
-from dora_diffusion.cli import main
+from dora_diffusion.cli.main import main
 from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -20,8 +21,7 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.generate import load_adapted
-from dora_diffusion.merge import Strengths, merge_tensor
+from dora_diffusion.sampling.generate import load_adapted
 from tests.formats.adapter.helpers import (
     MakeAdapter,
     SameLayers,

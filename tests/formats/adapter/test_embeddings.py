@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.export import inspect_adapter
-from dora_diffusion.families import FAMILIES, Family
 from dora_diffusion.formats.adapter.embeddings import (
     are_equal,
     bundled,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dora_diffusion.cli import main
+from dora_diffusion.cli.main import main
 from dora_diffusion.formats.adapter import file as adapter_file
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,

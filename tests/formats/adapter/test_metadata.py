@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.export import convert_adapter
-from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dora_diffusion.cli import main
+from dora_diffusion.adapters.merge import Strengths, merge_tensor
+from dora_diffusion.cli.main import main
 from dora_diffusion.export import convert_adapter, inspect_adapter
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -21,7 +22,6 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.adapter.helpers import (
     BLOCK,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.export import export_checkpoint
-from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from dora_diffusion.formats.checkpoint.entries import names_of_configs, plan_checkpoint
 from dora_diffusion.formats.checkpoint.file import CheckpointFile

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from dora_diffusion.families import FAMILIES
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.checkpoint import programs
 from dora_diffusion.formats.checkpoint.programs import (
     PROGRAMS,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dora_diffusion.families import FAMILIES
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.checkpoint.folder import by_scheduler
 from dora_diffusion.formats.checkpoint.schedule import (

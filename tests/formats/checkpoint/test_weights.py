@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 import dora_diffusion
+from dora_diffusion.adapters.merge import MergeError
 from dora_diffusion.adapters.state import LiveWeights
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.export import export_checkpoint
 from dora_diffusion.export.merged import MergedModel
-from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from dora_diffusion.formats.checkpoint.file import CheckpointFile
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
@@ -25,7 +26,6 @@ from dora_diffusion.formats.checkpoint.weights import (
     module_weight,
 )
 from dora_diffusion.formats.files.header import TensorSpec
-from dora_diffusion.merge import MergeError
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights
 

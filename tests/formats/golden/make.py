@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import dora_diffusion
-from dora_diffusion.cli import main as command
+from dora_diffusion.cli.main import main as command
 from dora_diffusion.formats.adapter.embeddings import embedding_files, write_embeddings
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.files.header import TensorSpec

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.export import convert_adapter, inspect_adapter
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -19,7 +20,6 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.files.header import read_header
-from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.layouts.helpers import (
     MakeAdapter,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_diffusion.families import FAMILIES
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.adapter.file import AdapterMetadata, read_adapter
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.layouts.kohya import kohya_names

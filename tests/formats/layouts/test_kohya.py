@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open
 
+from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,
@@ -23,7 +24,6 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.layouts.kohya import KOHYA
-from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 from tests.formats.adapter.helpers import TABLE_HOLDS

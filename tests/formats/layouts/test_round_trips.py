@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import dora_diffusion
+from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -23,13 +24,12 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import module_shapes
 from dora_diffusion.formats.names.unet import UNetLayout
-from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.layouts.helpers import (
     MakeAdapter,
 )
 
-EMBEDDED = Path(dora_diffusion.__file__).parent / "toy"
+EMBEDDED = Path(dora_diffusion.__file__).parent / "models" / "embedded"
 
 
 FAMILIES = ("sd1", "sd2", "sdxl")

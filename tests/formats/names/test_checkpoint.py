@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from dora_diffusion.families import FAMILIES
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.checkpoint.entries import entries_of_file, plan_checkpoint
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.formats.names.checkpoint import checkpoint_names, standard_key

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_diffusion.families import FAMILIES
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import module_shapes
 from dora_diffusion.formats.names import kohya

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dora_diffusion.families import FAMILIES
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.names.unet import (
     TOP_MODULES,
     USUAL_LAYOUT,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dora_diffusion.toy import model_folder
-from dora_diffusion.toy.instrument import Instrument, load_instrument
+from dora_diffusion.lab.toy.instrument import Instrument, load_instrument
+from dora_diffusion.models.embedded import model_folder
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dora_diffusion.toy.instrument import Instrument
+from dora_diffusion.lab.toy.instrument import Instrument
 from tools.pretrain.card import for_judges, generate, measure_prompts, measure_vae
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dora_diffusion.toy.shapes import CLASSES, UNSEEN_CLASSES
+from dora_diffusion.lab.toy.shapes import CLASSES, UNSEEN_CLASSES
 from tools.pretrain.data import CAPTIONED, held_out_sighting, training_image, training_scene
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
-from dora_diffusion.toy.instrument import ATTRIBUTES
+from dora_diffusion.lab.toy.instrument import ATTRIBUTES
 from tools.pretrain import diffusion
 from tools.pretrain.instrument import NO_NAME
 from tools.pretrain.latents import LatentSet

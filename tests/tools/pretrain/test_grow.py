@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dora_diffusion.models.embedded import model_folder
 from dora_diffusion.models.text import tokenize
-from dora_diffusion.toy import model_folder
 from tools.pretrain.grow import grow_from_sd
 from tools.pretrain.sdxl import POOLED, WIDTHS, TextToImageXL
 from tools.pretrain.views import training_captions

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dora_diffusion.toy.instrument import Instrument, load_instrument
+from dora_diffusion.lab.toy.instrument import Instrument, load_instrument
 from tools.pretrain.instrument import measure_classifier, measure_embedder, save_instrument
 
 

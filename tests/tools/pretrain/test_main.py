@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_diffusion.toy import MODELS, model_folder
+from dora_diffusion.models.embedded import MODELS, model_folder
 from tools.pretrain.__main__ import STAGES, _parser
 
 ROOT = Path(__file__).parents[3]

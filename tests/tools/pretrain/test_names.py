@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dora_diffusion.toy.benchmark_subjects import TRIGGER
+from dora_diffusion.lab.toy.benchmark_subjects import TRIGGER
 from tools.pretrain.names import designs, newcomers, rare_words, sample_named
 
 

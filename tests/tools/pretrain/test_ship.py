@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_diffusion.toy import model_folder
+from dora_diffusion.models.embedded import model_folder
 from tools.pretrain.ship import training_facts
 from tools.pretrain.start import goes_on, prepare_to_go_on
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dora_diffusion.toy import model_folder
+from dora_diffusion.models.embedded import model_folder
 from tools.pretrain.diffusion import Denoiser
 from tools.pretrain.sd import TextToImage
 from tools.pretrain.sdxl import TextToImageXL

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dora_diffusion.toy.backgrounds import BACKGROUNDS
-from dora_diffusion.toy.instrument import silhouette
-from dora_diffusion.toy.world import DrawnSubject, Scene, render
+from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS
+from dora_diffusion.lab.toy.instrument import silhouette
+from dora_diffusion.lab.toy.world import DrawnSubject, Scene, render
 from tools.pretrain.names import rare_words
 from tools.pretrain.views import (
     SIDE,

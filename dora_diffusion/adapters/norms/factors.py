@@ -1,0 +1,244 @@
+"""What a layer computes with, made from its parameters: by a plan for many layers, or for one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.numerics.dora import (
+    adapted_norm,
+    adapted_weight,
+    gain,
+    interpolated_magnitude,
+    per_channel,
+    squared_norm,
+)
+from dora_diffusion.numerics.norms import checksum
+from dora_diffusion.numerics.precision import full_precision
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+
+if TYPE_CHECKING:
+    from dora_diffusion.adapters.norms.plan import Plan
+
+
+Rows = int | tuple[int, ...]
+"""The adapter of each row of a batch, of K: a number where all rows have one."""
+
+
+class RowShard(NamedTuple):
+    """Which rows (outputs) of a sharded weight this process has.
+
+    Squared norms are complete without any process having the whole weight: on the output axis each
+    knows those of its rows, on the input axis each has a part of every sum.
+
+    Attributes:
+        start: The first of them.
+        length: How many.
+        out: Rows of the whole weight.
+        add_up: A tensor's sum over all processes, the same bits in each.
+    """
+
+    start: int
+    length: int
+    out: int
+    add_up: Callable[[Tensor], Tensor]
+
+    def own(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """The part of a tensor over all rows that belongs to those of this process."""
+        return tensor.narrow(dim, self.start, self.length)
+
+    def summand(self, values: Tensor, axis: NormAxis) -> Tensor:
+        """What `add_up` makes the values of all channels of: ``(..., length)`` or ``(..., in)``."""
+        if axis == "input":
+            return values
+        whole = values.new_zeros(*values.shape[:-1], self.out)
+        self.own(whole, -1).copy_(values)
+        return whole
+
+
+class WeightStatistics:
+    """Statistics of a frozen base weight ``(out, in, *k)``; both ``(n,)`` on the norm's axis.
+
+    Attributes:
+        squared_norm: ``|W|^2``.
+        checksum: Tells whether it is still the same weight.
+
+    Args:
+        weight: Of a sharded one, the rows of this process.
+        axis: The norm's.
+        shard: Which rows these are. All processes make, and update, the same ones.
+    """
+
+    def __init__(self, weight: Tensor, axis: NormAxis, shard: RowShard | None = None) -> None:
+        self.axis: NormAxis = axis
+        self.shard = shard
+        self.update(weight)
+
+    def update(self, weight: Tensor) -> None:
+        """Compute the statistics of a weight, which are a pass over it each."""
+        with full_precision(weight.device):
+            both = squared_norm(weight, self.axis), checksum(weight, self.axis)
+            if self.shard is not None:
+                summed = self.shard.add_up(self.shard.summand(torch.stack(both), self.axis))
+                both = summed[0], summed[1]
+            self.squared_norm, self.checksum = both
+
+
+class Site(NamedTuple):
+    """A layer and its K adapters: all DoRA on one norm axis, or all LoRA.
+
+    Attributes:
+        weight: Base weight ``(out, in, *k)``; of a sharded one, the rows of this process.
+        bias: ``(out,)``, or None.
+        adapters: Their parameters, with what acts as direction and magnitude where strengths move
+            these.
+        statistics: Of the weight; None of a LoRA.
+        keep_output: Whether nothing overwrites the layer's output in place.
+        shard: Which rows of the weight there are; None: all.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    adapters: Sequence[LayerWeights]
+    statistics: WeightStatistics | None = None
+    keep_output: bool = True
+    shard: RowShard | None = None
+
+    @property
+    def rank(self) -> int:
+        """The greatest of its adapters, which others are filled up to with zeros."""
+        return max(adapter.rank for adapter in self.adapters)
+
+    @property
+    def out(self) -> int:
+        """Rows of the whole weight."""
+        return len(self.weight) if self.shard is None else self.shard.out
+
+    @property
+    def width(self) -> int:
+        """How many magnitudes an adapter has."""
+        first = self.adapters[0]
+        return 0 if first.magnitude is None else len(first.magnitude)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the gradient of m cannot come from what the layer keeps, see `Factors`."""
+        first = self.adapters[0]
+        if first.magnitude is None:
+            return False
+        if first.norm_axis == "output":
+            return not self.keep_output
+        # Ids have no activation, and a magnitude of a grouped convolution scales several channels.
+        return first.kind == "embedding" or first.groups > 1
+
+
+class Factors(NamedTuple):
+    """What a layer computes with, in the dtype that it computes in. Gradients flow to A, B and m.
+
+    Attributes:
+        down: ``A``.
+        up: ``g s B`` on the output axis, else ``s B``.
+        gain: ``g``, ``(n,)``, float32: in 16 bits, a gain near 1 would be rounded to 1. It
+            represents m in the graph: its gradient is ``g`` times its derivative,
+            ``sum(dy * (y - b))``, but for the bias, which ``shift_numerator`` has; of a direct
+            layer it is the derivative. None makes the layer a LoRA, and what follows None too.
+        shift: ``(1 - g) b`` on the output axis; None without a bias and on the input axis.
+        shift_numerator: Its gradient is ``sum(dy)``; None where there is no shift.
+        axis: Norm axis.
+        is_direct: Whether ``y / g`` is no good for the gradient of m, so that the layer multiplies
+            by ``gain`` in the graph: |g| is too small, or the next module overwrites y.
+        direction: ``W + s B A`` of a direct layer on the output axis, else None.
+    """
+
+    down: Tensor
+    up: Tensor
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+    shift_numerator: Tensor | None = None
+    axis: NormAxis = "output"
+    is_direct: bool = False
+    direction: Tensor | None = None
+
+
+def factors_of(
+    weight: Tensor,
+    bias: Tensor | None,
+    layer: LayerWeights,
+    dtype: torch.dtype,
+    magnitude_strength: float = 1.0,
+    norm: Tensor | None = None,
+) -> Factors:
+    """The factors of one layer by itself, by plain autograd.
+
+    Args:
+        weight: Base weight ``(out, in, *k)``.
+        bias: ``(out,)``, or None.
+        layer: The adapter.
+        dtype: To compute in.
+        magnitude_strength: See `interpolated_magnitude`.
+        norm: ``norm(W + s B A)``, if already computed.
+    """
+    down, up = layer.down.to(dtype), layer.scale * layer.up
+    if layer.magnitude is None:
+        return Factors(down, up.to(dtype))
+    norm = adapted_norm(weight, layer) if norm is None else norm
+    g = gain(interpolated_magnitude(weight, layer, magnitude_strength), norm)
+    constant, axis, shift = g.detach(), layer.norm_axis, None
+    if axis == "output":
+        up = per_channel(constant, up.ndim, axis) * up
+        shift = None if bias is None else ((1 - constant) * bias).to(dtype)
+    made = direction_of(weight, layer, dtype)
+    return Factors(down, up.to(dtype), g, shift, None, axis, True, made)
+
+
+@torch.no_grad()
+def direction_of(weight: Tensor, layer: LayerWeights, dtype: torch.dtype) -> Tensor | None:
+    """What `Factors.direction` of a direct layer is."""
+    if layer.norm_axis == "input":
+        return None
+    return adapted_weight(weight, dataclasses.replace(layer, magnitude=None)).to(dtype)
+
+
+class LayerScales(NamedTuple):
+    """One adapter's part of a plan.
+
+    Attributes:
+        norm: ``norm(W + sBA)``, ``(n,)``, float32; None of a LoRA.
+        gain: ``g = m / norm``, ``(n,)``, float32; None of a LoRA.
+        plan: What makes the factors of all layers at once.
+        place: The layer's place there.
+        factors_by_dtype: The layer's factors, as far as they were made.
+        factors_of_all: Those of each layer of the plan.
+    """
+
+    norm: Tensor | None
+    gain: Tensor | None
+    plan: Plan
+    place: int
+    factors_by_dtype: dict[torch.dtype, Factors]
+    factors_of_all: Sequence[dict[torch.dtype, Factors]]
+
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """What the layer computes with; made for all layers of the plan at the first call."""
+        if dtype not in self.factors_by_dtype:
+            made = self.plan.factors(dtype)
+            for factors_by_dtype, factors in zip(self.factors_of_all, made, strict=True):
+                factors_by_dtype[dtype] = factors
+        if not torch.is_grad_enabled():
+            self.plan.ran_without_gradients.add(self.place)
+        elif self.place in self.plan.ran_without_gradients and _in_backward():
+            # Reentrant checkpointing, which goes back from each block on its own. Through the plan
+            # it would reach the parameters of all blocks each time, and so tell
+            # DistributedDataParallel that gradients are complete which are not.
+            site = self.plan.layout.sites[self.place]
+            return factors_of(site.weight, site.bias, site.adapters[0], dtype, norm=self.norm)
+        return self.factors_by_dtype[dtype]
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass runs in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)

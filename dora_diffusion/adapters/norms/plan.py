@@ -1,0 +1,428 @@
+"""What follows from the parameters of many layers alone, made once per step for all of them.
+
+The norm is detached (paper, section 4.3), so norms and gains are computed outside of the graph, and
+reused over gradient accumulation, checkpoint recomputation, guidance and all of sampling. The same
+holds for the factors in the compute dtype, with the gain in B. For all layers and all of their K
+adapters together: on small tensors an operation's fixed price is the whole price. A single adapter
+is K = 1. What differs is only what the rows of a batch choose: with a number all have that adapter,
+and the layer computes as it does alone; with a tuple each has its own (`RowOperation`).
+
+Gradients take the same way back. `_Prepare` is one node of the graph, from the parameters to what
+the layers compute with: each layer gives it the products and sums that only it can make, and what
+follows from these is done once: after each backward pass, where the graph has edges to the
+parameters, or after the last one of a step, where `give_gradients` is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dora_diffusion.adapters.norms.factors import (
+    Factors,
+    LayerScales,
+    Rows,
+    Site,
+    direction_of,
+)
+from dora_diffusion.adapters.norms.layout import DeferredFlags, Layout, layouts_of
+from dora_diffusion.numerics.dora import NORM_FLOOR
+from dora_diffusion.numerics.dora import gain as gain_of
+from dora_diffusion.numerics.norms import (
+    SameShape,
+    Terms,
+    exact_squared_norm,
+    factored_norm,
+    is_ill_conditioned,
+    norm_terms,
+    parts_of,
+)
+from dora_diffusion.numerics.precision import full_precision
+
+# A layer with a channel whose |g| is below this is direct: dividing g out of what it keeps would
+# magnify the rounding of that, or be 0 / 0.
+SMALL_GAIN = 1e-3
+# Checksums of one weight differ by their rounding, of about 1e-6 |W_i|; this is squared.
+SAME_WEIGHT = 1e-10
+# Where flags are read a step late, they are raised this much earlier.
+MARGIN = 2.0
+
+
+def make_scales(sites: Sequence[Site]) -> list[LayerScales]:
+    """The norms and gains of many layers, each with one adapter.
+
+    A layer with an ill-conditioned channel (whose terms cancel, or whose gain is small) takes a
+    path of its own; whether there is any is all that is read back from the device. So does a layer
+    whose weight has changed: no version counter sees a base weight that is written through
+    ``.data``, but its checksum does.
+    """
+    return scales_of(layouts_of(sites))
+
+
+def scales_of(
+    layouts: Mapping[Any, Layout], flags: Mapping[Any, DeferredFlags] | None = None
+) -> list[LayerScales]:
+    """`make_scales` of layers whose layouts are there already, from what is in them now.
+
+    Args:
+        layouts: What `layouts_of` made.
+        flags: Of each layout what was read back a step late of the step before, so that nothing
+            waits.
+    """
+    scales: dict[int, LayerScales] = {}
+    for kind, layout in layouts.items():
+        plan = Plan(layout, None if flags is None else flags[kind])
+        # Not in the plan: the graph leads from the factors to it, and cycles are freed late.
+        made: list[dict[torch.dtype, Factors]] = [{} for _ in layout.sites]
+        norms, gains = plan.split(plan.norm), plan.split(plan.gain)
+        for place, number in enumerate(layout.numbers):
+            scales[number] = LayerScales(norms[place], gains[place], plan, place, made[place], made)
+    return [scales[number] for number in range(len(scales))]
+
+
+class FixedScales:
+    """What a layer computes with of an adapter that does not train, by the dtype.
+
+    Args:
+        site: What it is made of.
+        scales: The layer's part of a plan, which is let go once the factors are made.
+    """
+
+    def __init__(self, site: Site, scales: LayerScales) -> None:
+        self._site = site
+        self._scales: LayerScales | None = scales
+        self.factors_by_dtype: dict[torch.dtype, Factors] = {}
+
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """The factors, without what only gradients need."""
+        if dtype not in self.factors_by_dtype:
+            scales = self._scales or make_scales([self._site])[0]
+            made, self._scales = scales.factors(dtype), None
+            down, up, gain = made.down.detach(), made.up.detach(), made.gain
+            gain = None if gain is None else gain.detach()
+            self.factors_by_dtype[dtype] = Factors(down, up, gain, made.shift, None, made.axis)
+        return self.factors_by_dtype[dtype]
+
+
+class Plan:
+    """What follows from the present values of a layout's parameters.
+
+    Args:
+        layout: Where these are.
+        flags: Of a loop, which reads them a step late; None: at once.
+        has_edges: Whether the graph leads to the parameters, so that each backward pass adds to
+            their ``grad``. Else what all passes left is theirs with `give_gradients`, and a further
+            pass costs a few additions.
+    """
+
+    def __init__(
+        self, layout: Layout, flags: DeferredFlags | None = None, *, has_edges: bool = True
+    ) -> None:
+        self.layout, self.has_edges = layout, has_edges
+        self.down, self.up = layout.down(), layout.up()
+        self.direct, self.ran_without_gradients = set(layout.direct), set[int]()
+        self._left: list[Tensor] | None = None
+        self._used: set[int] = set()
+        self.norm: Tensor | None = None
+        self.gain: Tensor | None = None
+        if layout.has_gain:
+            layout.look_at_bias()
+            with torch.no_grad(), full_precision(layout.device):
+                self._make_norms(flags)
+        self._scales = layout.row_scales(self.gain)
+
+    def split(self, joined: Tensor | None) -> Sequence[Tensor | None]:
+        """Norms or gains of each adapter of each layer: views, ``(n,)``; None of a LoRA."""
+        sizes = self.layout.sizes
+        return [None] * len(sizes) if joined is None else torch.split(joined, sizes)
+
+    def _make_norms(self, flags: DeferredFlags | None) -> None:
+        """Norms and gains; those of flagged layers in a way of their own."""
+        layout, margin = self.layout, 1.0 if flags is None else MARGIN
+        terms = Terms(*(torch.cat(term) for term in zip(*self._terms(), strict=True)))
+        if (shard := layout.sites[0].shard) is not None:
+            squares = shard.add_up(torch.cat([terms.change, terms.bound.square(), terms.checksum]))
+            change, bound, checksum = squares.split([len(term) for term in terms])
+            terms = Terms(change, bound.sqrt(), checksum)
+        total = terms.change + layout.base
+        self.norm = total.clamp_min(0).sqrt_()
+        self.gain = gain_of(layout.magnitude(), self.norm)
+        # Not less: what is no number must be found too.
+        flagged = is_ill_conditioned(total, layout.base, terms.bound, margin).logical_or_(
+            ~(self.gain.abs() >= margin * SMALL_GAIN)
+        )
+        is_other = (terms.checksum - layout.recorded).square() > SAME_WEIGHT * layout.recorded_base
+        found = (flags or DeferredFlags()).layers(
+            torch.cat([flagged, is_other]), layout.sizes + layout.widths
+        )
+        count = layout.count
+        changed = {number - len(layout.sizes) for number in found if number >= len(layout.sizes)}
+        for place in sorted(changed):
+            layout.sites[place].statistics.update(layout.sites[place].weight)  # type: ignore[union-attr]
+        if changed:
+            layout.recall()
+        again = {(place, k) for place in changed for k in range(count)}
+        again |= {divmod(number, count) for number in found if number < len(layout.sizes)}
+        # In order, since processes that share the weights recompute together.
+        norms, gains = (torch.split(joined, layout.sizes) for joined in (self.norm, self.gain))
+        for place, k in sorted(again):
+            self._recompute(place, k, norms[place * count + k], gains[place * count + k])
+
+    def _terms(self) -> list[list[Tensor]]:
+        """The terms of each shape's norms, flat; of sharded weights this process's summands."""
+        layout, on_output = self.layout, self.layout.axis == "output"
+        shard, splits = layout.sites[0].shard, any(layout.widens)
+        scales = [sides.scale for sides in layout.sides]
+        up = self.up
+        if None in scales:  # Then it is in B.
+            up, scales = self._scaled(up, layout.scales), [1.0] * len(scales)
+        downs, ups = layout.downs_by_shape(self.down), self._own_ups(up)
+        wide, parts = [downs if on_output else ups], []
+        if splits and on_output:
+            parts = [layout.downs_by_shape(part) for part in parts_of(self.down)]
+        elif splits:
+            parts = [self._own_ups(each) for each in zip(*map(parts_of, up), strict=True)]
+        made: list[list[Tensor]] = []
+        for number, sites in enumerate(layout.shapes):
+            seen = parts if layout.widens[number] else wide
+            same = SameShape(
+                [site.weight for site in sites],
+                downs[number].flatten(0, 1),
+                ups[number].flatten(0, 1),
+                cast(float, scales[number]),
+                layout.axis,
+                [part[number].flatten(0, 1) for part in seen],
+            )
+            terms: Sequence[Tensor] = norm_terms(same)
+            if shard is not None:
+                own = sites[0].shard
+                terms = [own.summand(term, layout.axis) for term in terms]  # type: ignore[union-attr]
+            made.append([term.flatten() for term in terms])
+        return made
+
+    def _own_ups(self, joined: Sequence[Tensor]) -> list[Tensor]:
+        """`Layout.ups_by_shape`, of sharded weights the rows that this process has."""
+        pairs = zip(self.layout.ups_by_shape(joined), self.layout.shapes, strict=True)
+        return [ups if (s := sites[0].shard) is None else s.own(ups, 2) for ups, sites in pairs]
+
+    def _recompute(self, place: int, k: int, norm: Tensor, gain: Tensor) -> None:
+        """Norm and gain of an adapter that was flagged, from its dense weight where need be."""
+        site = self.layout.sites[place]
+        own, shard = site.adapters[k], site.shard
+        given = site.weight, own.down, own.up, own.scale, own.norm_axis
+        if shard is None:
+            assert site.statistics is not None
+            norm.copy_(factored_norm(*given, site.statistics.squared_norm))
+        else:
+            part = exact_squared_norm(site.weight, own.down, shard.own(own.up), *given[3:])
+            norm.copy_(shard.add_up(shard.summand(part, own.norm_axis)).sqrt())
+        assert own.magnitude is not None
+        gain.copy_(gain_of(own.magnitude.to(norm.dtype), norm))
+        if bool((gain.abs() < SMALL_GAIN).any()):
+            self.direct.add(place)
+
+    def factors(self, dtype: torch.dtype, rows: Rows = 0) -> list[Factors]:
+        """What the layers compute with in a dtype, for rows of a batch that have such adapters."""
+        layout, count = self.layout, len(self.layout.sites)
+        # Whoever calls a layer first may do so without gradients, as checkpointing does.
+        with torch.inference_mode(False), torch.enable_grad():
+            start = layout.parameters if self.has_edges else [layout.anchor]
+            made: tuple[Tensor, ...] = _Prepare.apply(self, dtype, rows, *start)  # type: ignore[no-untyped-call]
+        shifts: Sequence[Tensor] = ()
+        if any(layout.has_bias):
+            assert self.gain is not None
+            with torch.no_grad():
+                shifts = self._of_rows(rows, ((1 - self.gain) * layout.bias).to(dtype))
+        gains, numerators = made[2 * count : 3 * count], iter(made[3 * count :])
+        return [
+            Factors(
+                made[place],
+                made[count + place],
+                gains[place] if gains else None,
+                shifts[place] if layout.has_bias[place] else None,
+                next(numerators) if layout.has_bias[place] else None,
+                layout.axis,
+                place in self.direct,
+                self.direction(place, rows, dtype)
+                if place in self.direct and isinstance(rows, int)
+                else None,
+            )
+            for place in range(count)
+        ]
+
+    def direction(self, place: int, k: int, dtype: torch.dtype) -> Tensor | None:
+        """`direction_of` one adapter of a layer; None of a sharded one."""
+        site = self.layout.sites[place]
+        return None if site.shard else direction_of(site.weight, site.adapters[k], dtype)
+
+    def prepared(self, dtype: torch.dtype, rows: Rows) -> list[Tensor]:
+        """A, B, gains and the shifts' numerators (whose values nobody reads) of all layers."""
+        layout = self.layout
+        down, ups = self.down.to(dtype), self._scaled(self.up, self._scales)
+        ups = [own.to(dtype) for own in ups]
+        if layout.is_whole(rows):
+            made = layout.cut(rows, down, ups)
+        else:
+            downs, ups = layout.downs_by_shape(down), layout.ups_by_shape(ups)
+            made = [part for block in (*downs, *ups) for part in self._choose(rows, block)]
+            shapes = layout.shapes_of(rows)
+            made = [part.view(like.shape) for part, like in zip(made, shapes, strict=True)]
+        if self.gain is not None:
+            made += self._of_rows(rows, self.gain)
+            empty = self._of_rows(rows, torch.empty_like(self.gain))
+            made += [part for part, has in zip(empty, layout.has_bias, strict=True) if has]
+        return made
+
+    @staticmethod
+    def _scaled(ups: Sequence[Tensor], scales: Sequence[Any]) -> list[Tensor]:
+        pairs = zip(ups, scales, strict=True)
+        return [up if isinstance(s, float) and s == 1 else up * s for up, s in pairs]
+
+    def _choose(self, rows: Rows, block: Tensor) -> Sequence[Tensor]:
+        """Of ``(n, K, ...)`` the rows of each layer."""
+        if isinstance(rows, int):
+            return block[:, rows].unbind()
+        return block.index_select(1, self.layout.index(rows)).unbind()
+
+    def _of_rows(self, rows: Rows, joined: Tensor) -> Sequence[Tensor]:
+        """Each layer's part of a vector over all channels, for such rows."""
+        if self.layout.is_whole(rows):
+            return self.layout.split(rows, joined)
+        blocks = self.layout.vectors_by_shape(joined)
+        return [part for block in blocks for part in self._choose(rows, block)]
+
+    # Gradients
+
+    def leave(self, rows: Rows, grads: Sequence[Tensor | None]) -> None:
+        """Add what the layers gave in a backward pass to what is there."""
+        made = self.gathered(rows, grads)
+        if self._left is None:
+            self._left = made
+        else:
+            torch._foreach_add_(self._left, made)
+
+    def gathered(self, rows: Rows, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """Gradients of the factors of rows, in buffers: A, B of each rank, sums, shifts' sums."""
+        layout, count = self.layout, len(self.layout.sites)
+        used = [place for place in range(count) if grads[place] is not None]
+        self._used.update(used)
+        made = layout.empty(rows, fill=len(used) < count)
+        targets = layout.cut(rows, made[0], made[1:])
+        given = zip(targets, grads[: 2 * count], strict=True)
+        if pairs := [(target, grad) for target, grad in given if grad is not None]:
+            torch._foreach_copy_([target for target, _ in pairs], [grad for _, grad in pairs])
+        if layout.has_gain:
+            made.append(layout.joined(rows, grads[2 * count : 3 * count]))
+            # Zeros where no bias was reached, so that all passes leave the same buffers.
+            each = iter(grads[3 * count :])
+            if any(layout.has_bias):
+                sums = [next(each) if has_bias else None for has_bias in layout.has_bias]
+                made.append(layout.joined(rows, sums))
+        return made if layout.is_whole(rows) else self._of_adapters(rows, made)
+
+    def _of_adapters(self, rows: Rows, given: Sequence[Tensor]) -> list[Tensor]:
+        """Sums over the rows of each of the K adapters."""
+        layout, chosen, count = self.layout, self.layout.index(rows), len(self.layout.index(rows))
+        made, ranks = layout.empty(tuple(range(layout.count)), fill=True), len(self.up)
+        pairs = [(layout.downs_by_shape(made[0]), layout.downs_by_shape(given[0], count))]
+        targets, sources = made[1:], given[1 : 1 + ranks]
+        pairs.append((layout.ups_by_shape(targets), layout.ups_by_shape(sources, count)))
+        for vector in given[1 + ranks :]:
+            made.append(layout.base.new_zeros(layout.base.shape))
+            each = layout.vectors_by_shape(made[-1]), layout.vectors_by_shape(vector, count)
+            pairs.append(each)
+        for blocks, parts in pairs:
+            for block, part in zip(blocks, parts, strict=True):
+                block.index_add_(1, chosen, part)
+        return made
+
+    def gradients(self, made: list[Tensor]) -> list[Tensor | None]:
+        """The gradients of the layout's parameters, of buffers that this changes."""
+        layout, ranks = self.layout, len(self.up)
+        ups, rows = made[1 : 1 + ranks], 0 if layout.count == 1 else tuple(range(layout.count))
+        pairs = zip(ups, self._scales, strict=True)
+        scaled = [(up, s) for up, s in pairs if not (isinstance(s, float) and s == 1)]
+        for up, scale in scaled:
+            up.mul_(scale)
+        blocks = layout.cut(rows, made[0], ups)
+        parts = blocks if layout.count == 1 else [own for block in blocks for own in block.unbind()]
+        if layout.has_gain:
+            parts += torch.split(self._magnitude_gradient(made[1 + ranks :]), layout.sizes)
+        each = len(layout.sizes)
+        found: list[Tensor | None] = []
+        for number, (part, parameter) in enumerate(zip(parts, layout.parameters, strict=True)):
+            if number % each // layout.count not in self._used:
+                found.append(None)
+                continue
+            if part.shape != parameter.shape:  # Of a smaller rank, and with a convolution's ones.
+                rows, columns = parameter.shape[:2]
+                part = part[:rows, :columns].view(parameter.shape)
+            found.append(part if part.dtype == parameter.dtype else part.to(parameter.dtype))
+        return found
+
+    def _magnitude_gradient(self, sums: Sequence[Tensor]) -> Tensor:
+        """``dm_i = sum(dy_i * (y_i - b_i)) / (g_i norm_i)``: ``(W + sBA) x`` is the rest.
+
+        On the input axis the sum is that of ``g x`` times its gradient; direct layers have dm
+        times the norm.
+        """
+        assert self.gain is not None
+        assert self.norm is not None
+        layout, total = self.layout, sums[0]
+        for shifts in sums[1:]:
+            total.addcmul_(shifts, layout.bias, value=-1)
+        gain = self.gain.masked_fill(self.gain == 0, 1)
+        if self.direct:
+            parts = torch.split(gain, [layout.count * width for width in layout.widths])
+            for place in self.direct:
+                parts[place].fill_(1)
+        return total.div_(gain.mul_(self.norm.clamp_min(NORM_FLOOR)))
+
+    @torch.no_grad()
+    def give_gradients(self) -> None:
+        """After the backward passes of a plan without edges: give the parameters their ``grad``.
+
+        Those that no pass has reached have none. A and B that other parameters make lead on there.
+        """
+        if self._left is None:
+            return
+        found = self.gradients(self._left)
+        made = []
+        for parameter, gradient in zip(self.layout.parameters, found, strict=True):
+            if gradient is not None and parameter.grad_fn is None:
+                parameter.grad = gradient
+            elif gradient is not None:
+                made.append((parameter, gradient))
+        if made:
+            torch.autograd.backward([p for p, _ in made], [gradient for _, gradient in made])
+
+
+class _Prepare(torch.autograd.Function):
+    """All A, B and m of a plan to the factors of its layers.
+
+    Nothing is saved that a backward pass frees: with gradient accumulation there are several.
+    Layers that were not called have no gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Plan, dtype: torch.dtype, rows: Rows, *parameters: Tensor
+    ) -> tuple[Any, ...]:
+        ctx.plan, ctx.rows = plan, rows
+        ctx.set_materialize_grads(False)
+        return tuple(plan.prepared(dtype, rows))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan = ctx.plan
+        if not plan.has_edges:
+            plan.leave(ctx.rows, grads)
+            return None, None, None, None
+        # Of these alone, whatever earlier passes have reached.
+        plan._used.clear()
+        return None, None, None, *plan.gradients(plan.gathered(ctx.rows, grads))

@@ -1,5 +1,0 @@
-"""The Gradio app: five tabs over what `dora_diffusion.jobs` does.
-
-Only `dora_diffusion.app.views` and `page` import Gradio. What the page shows of runs is read from
-the runs folder by `dora_diffusion.jobs.snapshot.snapshot`.
-"""

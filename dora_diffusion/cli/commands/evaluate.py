@@ -1,0 +1,307 @@
+"""``dora-diffusion evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_diffusion.cli.commands.options import (
+    add_adapted_model,
+    add_base,
+    add_sampling,
+    load_adapted_model,
+    require_at_least_one,
+)
+from dora_diffusion.cli.console.progress import progress
+from dora_diffusion.cli.console.tables import print_json
+from dora_diffusion.config import ConfigError
+from dora_diffusion.config.wording import counted
+from dora_diffusion.formats.adapter.metadata import CAPTIONS, OWN
+from dora_diffusion.formats.files.atomic import require_writable
+
+if TYPE_CHECKING:
+    from dora_diffusion.evaluation.report import Evaluation
+    from dora_diffusion.models.components import Components
+    from dora_diffusion.sampling.generate import SamplingSettings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument(
+        "adapter",
+        help="An adapter file, the output folder of a run, or a model that was trained whole.",
+    )
+    add_base(parser)
+    parser.add_argument(
+        "--subject",
+        required=True,
+        nargs="+",
+        help="Folder of held-out photos; or, for an embedded model, a subject of the toy "
+        "world such as bolt_mug. If the adapter has several subjects: one for each, in the order "
+        "of its trigger words; the results of each get a folder in the output.",
+    )
+    parser.add_argument("--output", default="evaluation", help="Folder of the results.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace results that exist.")
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+    parser.add_argument(
+        "--metric_model",
+        nargs="+",
+        default=[],
+        help="Image-similarity models: folders or hub ids of CLIP, DINO or DINOv2, or "
+        "efficientnet-lite0. Default: efficientnet-lite0 where it is installed.",
+    )
+    parser.add_argument("--trigger", help="Trigger words. Default: what the file says.")
+    parser.add_argument(
+        "--class_word", help="Class of the subject. Default: the trigger words without their token."
+    )
+    parser.add_argument(
+        "--prompts",
+        help="Text file, one prompt per line, with {} where the subject is named. "
+        "Default: a list of its own.",
+    )
+    parser.add_argument(
+        "--wildcard_dir", help="Folder of the wildcard files that captions name, as in training."
+    )
+    parser.add_argument("--num_seeds", type=int, default=4, help="Images per prompt, one per seed.")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed of the first image.")
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        help="Guidance scale (CFG scale). Default: 3.5 for the toy world, else 7.5.",
+    )
+    add_sampling(parser, batch_size=8)
+    add_adapted_model(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure an adapter; print the table or JSON, and write both with a sheet of images."""
+    each = [
+        argparse.Namespace(**{**vars(args), "subject": subject, "output": str(output)})
+        for subject, output in zip(args.subject, _outputs(args), strict=True)
+    ]
+    for one in each:
+        _check(one)
+    components, triggers, captions, base_model = _load(args)
+    reports = []
+    for one, trigger in zip(each, _one_for_each(triggers, args), strict=True):
+        evaluation = _evaluate(one, components, trigger, captions, base_model)
+        files = evaluation.write(Path(one.output))
+        reports.append(evaluation.to_dict())
+        if not args.json:
+            print(f"{trigger}:\n" if len(each) > 1 else "", end="")
+            # Its cautions were warned of before it began.
+            print(dataclasses.replace(evaluation, cautions=()).table())
+            print("\n" + "\n".join(f"{name}: {path}" for name, path in files.items()))
+    if args.json:
+        print_json(reports if len(each) > 1 else reports[0])
+    return 0
+
+
+def _outputs(args: argparse.Namespace) -> list[Path]:
+    """Where the results of each subject go.
+
+    Raises:
+        ConfigError: If two subjects have one name.
+    """
+    output = Path(args.output)
+    if len(args.subject) == 1:
+        return [output]
+    names = [Path(subject).resolve().name for subject in args.subject]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"two of the subjects {', '.join(args.subject)} have one name, which is that of their "
+            "results; rename a folder"
+        )
+    return [output / name for name in names]
+
+
+def _one_for_each(triggers: str, args: argparse.Namespace) -> list[str]:
+    """The trigger words of each subject.
+
+    Raises:
+        ConfigError: If there are as many subjects of neither kind.
+    """
+    from dora_diffusion.formats.adapter.metadata import split_triggers
+
+    found, count = split_triggers(triggers) or [""], len(args.subject)
+    if len(found) != count:
+        raise ConfigError(
+            f"the adapter has {counted(len(found), 'subject')}, {triggers or 'without a trigger'}, "
+            f"and --subject names {count}; name one for each, in this order, or choose with "
+            "--trigger"
+        )
+    if count > 1 and args.class_word:
+        raise ConfigError("--class_word is for one subject; choose it with --trigger")
+    return found
+
+
+def _evaluate(
+    args: argparse.Namespace,
+    components: Components,
+    trigger: str,
+    captions: str,
+    base_model: Components | None,
+) -> Evaluation:
+    """Measure one subject."""
+    from dora_diffusion.lab.judges.evaluate import SAMPLING
+    from dora_diffusion.sampling.generate import SamplingSettings
+
+    default = SAMPLING if _is_toy(args) else SamplingSettings()
+    guidance = default.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    settings = SamplingSettings(args.steps, guidance, args.scheduler)
+    evaluate = _evaluate_toy if _is_toy(args) else partial(_evaluate_photos, captions=captions)
+    evaluation = evaluate(args, components, trigger, settings, base_model)
+    return dataclasses.replace(evaluation, details=_details(args, trigger, settings))
+
+
+def _load(args: argparse.Namespace) -> tuple[Components, str, str, Components | None]:
+    """The model that is measured, its trigger words, how its captions were read, and its base.
+
+    The base is None where it is the same model without the adapter.
+    """
+    from dora_diffusion.lab.analysis.sources import is_model
+
+    if not Path(args.adapter).expanduser().exists() or not is_model(args.adapter):
+        components, metadata = load_adapted_model(args)
+        captions = metadata.extra.get(CAPTIONS, "")
+        return components, args.trigger or metadata.trigger, captions, None
+    from dora_diffusion.export.files import open_model
+    from dora_diffusion.export.metadata import trained_trigger
+
+    with open_model(args.adapter) as stored:
+        trigger = args.trigger or trained_trigger(stored.metadata)
+        captions = stored.metadata.get(OWN + CAPTIONS, "")
+    base = argparse.Namespace(**{**vars(args), "adapter": None})
+    tuned = argparse.Namespace(
+        **{**vars(base), "base": args.adapter, "variant": None, "revision": None}
+    )
+    components, _ = load_adapted_model(tuned)
+    base_model, _ = load_adapted_model(base)
+    return components, trigger, captions, base_model
+
+
+def _is_toy(args: argparse.Namespace) -> bool:
+    """Whether it is a subject of the toy world; a folder of that name is written as a path."""
+    from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS
+
+    return args.subject in SUBJECTS
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what could not be evaluated or written before a model is loaded."""
+    require_at_least_one(args, "num_seeds", "batch_size")
+    if not 0 <= args.seed < 2**32:
+        raise ConfigError(f"seed is {args.seed}; it must be between 0 and 2**32 - 1")
+    from dora_diffusion.evaluation.report import Evaluation
+    from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS
+
+    if Evaluation.exists(Path(args.output)) and not args.overwrite:
+        raise ConfigError(
+            f"{args.output} contains an evaluation already; choose another --output, or --overwrite"
+        )
+    require_writable(Path(args.output), is_folder=True)
+    if args.prompts and not Path(args.prompts).is_file():
+        raise ConfigError(f"prompts {args.prompts} is not a file of prompts, one per line")
+    if _is_toy(args):
+        for name in ("metric_model", "prompts"):
+            if getattr(args, name):
+                raise ConfigError(
+                    f"--{name} is for photos; {args.subject} is a subject of the toy world"
+                )
+    elif not Path(args.subject).is_dir():
+        raise ConfigError(
+            f"subject {args.subject} is neither a folder of photos nor one of {', '.join(SUBJECTS)}"
+        )
+
+
+def _evaluate_toy(
+    args: argparse.Namespace,
+    components: Components,
+    trigger: str,
+    settings: SamplingSettings,
+    base_model: Components | None,
+) -> Evaluation:
+    from dora_diffusion.lab.judges.evaluate import evaluate_toy
+    from dora_diffusion.lab.toy.benchmark_subjects import find_subject
+
+    if not args.base.startswith("embedded:"):
+        warnings.warn(
+            f"{args.subject} is a subject of the toy world; its judges know no other images than "
+            "those of the embedded models",
+            stacklevel=1,
+        )
+    subject = find_subject(args.subject)
+    with progress("generating images", "step") as show:
+        return evaluate_toy(
+            components,
+            subject,
+            trigger or f"sks {subject.word}",
+            _seeds(args),
+            settings,
+            batch_size=args.batch_size,
+            on_step=show,
+            base_model=base_model,
+        )
+
+
+def _evaluate_photos(
+    args: argparse.Namespace,
+    components: Components,
+    trigger: str,
+    settings: SamplingSettings,
+    base_model: Components | None,
+    *,
+    captions: str,
+) -> Evaluation:
+    from dora_diffusion.data.captions import CaptionRules
+    from dora_diffusion.data.photo_record import read_photo_record
+    from dora_diffusion.evaluation.photos import PROMPTS, evaluate_photos, read_subject
+    from dora_diffusion.models.metric_models import LITE, lite_is_installed, open_metric_model
+
+    if not trigger:
+        raise ConfigError("the adapter does not say its trigger; give it with --trigger 'sks dog'")
+    names = args.metric_model or ([LITE] if lite_is_installed() else [])
+    models = [open_metric_model(name) for name in names]
+    lines = Path(args.prompts).read_text(encoding="utf-8").splitlines() if args.prompts else []
+    class_word = args.class_word or trigger.partition(" ")[2]
+    trained_on = read_photo_record(args.adapter) or ()
+    rules = CaptionRules.from_stated(captions, args.wildcard_dir, trigger)
+    subject = read_subject(args.subject, trigger, class_word, trained_on, rules)
+    for caution in subject.cautions:
+        warnings.warn(caution, stacklevel=1)
+    with progress("generating images", "step") as show:
+        return evaluate_photos(
+            components,
+            subject,
+            _seeds(args),
+            settings,
+            metric_models=models,
+            prompts=[line.strip() for line in lines if line.strip()] or PROMPTS,
+            batch_size=args.batch_size,
+            on_step=show,
+            base_model=base_model,
+        )
+
+
+def _seeds(args: argparse.Namespace) -> list[int]:
+    return list(range(args.seed, args.seed + args.num_seeds))
+
+
+def _details(args: argparse.Namespace, trigger: str, settings: SamplingSettings) -> dict[str, Any]:
+    from dora_diffusion.formats.adapter.metadata import without_path
+
+    return {
+        "base": without_path(args.base),
+        "adapter": without_path(str(Path(args.adapter).resolve())),
+        "strength": args.strength,
+        "trigger": trigger,
+        "sampling": {
+            "steps": settings.steps,
+            "guidance_scale": settings.guidance_scale,
+            "scheduler": settings.scheduler,
+        },
+    }

@@ -1,0 +1,130 @@
+"""``dora-diffusion inspect``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from dora_diffusion.cli.commands.options import add_base, base_options, warn_of
+from dora_diffusion.cli.console.tables import print_json, print_rows
+from dora_diffusion.config.families import FAMILIES, USUAL
+from dora_diffusion.config.wording import counted, pixels
+from dora_diffusion.formats.adapter.metadata import READING, reading_in_words, stated_reading
+
+if TYPE_CHECKING:
+    from dora_diffusion.export import AdapterReport, ModelReport
+
+# Facts of the metadata that have rows of their own, or are about the file's layers.
+_SHOWN = (
+    "trained_alpha", "prediction_type", "approximates", "approximation_error",
+    "unet_layers_per_block", "embeddings", *READING,
+)  # fmt: skip
+_UNKNOWN = "unknown; convert with --family"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument("file", help="An adapter, or a whole model: a file or folder.")
+    add_base(parser, required=False)
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Say what an adapter file or a model is."""
+    from dora_diffusion.export import inspect_adapter, inspect_model
+    from dora_diffusion.export.programs import is_model
+
+    report: AdapterReport | ModelReport
+    if is_model(args.file):
+        names = [name for name in ("base", "variant", "revision") if getattr(args, name)]
+        warn_of(dict.fromkeys(names, f"{args.file} is a model; verify compares it with its base"))
+        report = inspect_model(args.file)
+        facts = _facts_of_model(report)
+    else:
+        report = inspect_adapter(args.file, args.base, **base_options(args))
+        facts = _facts(report)
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        print_rows([*facts, *_verdicts(report)])
+    return 0
+
+
+def _facts_of_model(report: ModelReport) -> list[tuple[str, str]]:
+    kind = "one file" if report.is_single_file else "Diffusers folder"
+    merged = ", ".join(f"{name} at {strength:g}" for name, strength in report.adapters)
+    rows = [
+        ("model", f"{report.path.name}, {kind}, {report.nbytes / 1e6:.2f} MB"),
+        ("family", f"{report.family.title} ({report.family.name})"),
+        ("predicts", report.schedule or "not said"),
+        ("precision", ", ".join(report.dtypes)),
+        ("trigger", report.trigger),
+        ("base model", report.base),
+        ("merged in", merged),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def _facts(report: AdapterReport) -> list[tuple[str, str]]:
+    metadata, size = report.metadata, report.nbytes / 1e6
+    family = FAMILIES.get(metadata.family)
+    axis = f", magnitudes on the {report.norm_axis} axis" if report.norm_axis else ""
+    rows = [
+        ("file", f"{report.path.name}, {_key_format(report.key_format)}, {size:.2f} MB"),
+        ("method", report.method + axis),
+        ("family", f"{family.title} ({family.name})" if family else _UNKNOWN),
+        ("rank", _one_or_range(report.rank)),
+        ("alpha", _one_or_range(report.alpha)),
+        ("layers", f"{_listed(report.layers)}; {_listed(report.kinds)}"),
+        ("parameters", f"{report.parameters:,}"),
+        ("trigger", metadata.trigger),
+        ("tokens", _listed_tokens(report.tokens)),
+        ("base model", metadata.base_model),
+        ("prediction type", metadata.extra.get("prediction_type", "")),
+        ("resolution", pixels(metadata.resolutions)),
+        ("reads prompts", reading_in_words(stated_reading(metadata.extra), family or USUAL)),
+        ("tags", ", ".join(metadata.tags)),
+        ("thumbnail", "yes" if metadata.thumbnail else ""),
+    ]
+    rows += [
+        (name.replace("_", " "), value)
+        for name, value in metadata.extra.items()
+        if name not in _SHOWN
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def _verdicts(report: AdapterReport | ModelReport) -> list[tuple[str, str]]:
+    """Which programs compute it as it was trained, whether it fits, and what to know."""
+    heading = ("PROGRAM", "EXACT IN THIS PROGRAM?")
+    programs = [
+        (name, "not known" if verdict == "-" else verdict) for name, verdict in report.tools.items()
+    ]
+    rows = [("", ""), heading, *programs, ("", "")]
+    if fits := getattr(report, "fits", ""):
+        rows.append(("fits", fits))
+    return rows + [("note", note) for note in report.notes]
+
+
+def _key_format(name: str) -> str:
+    return "an unknown key format" if name == "other" else f"{name} key format"
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _listed_tokens(tokens: Mapping[str, int]) -> str:
+    return ", ".join(f"{token} ({counted(count, 'vector')})" for token, count in tokens.items())
+
+
+def _one_or_range(text: str) -> str:
+    """The value of all layers, or the smallest and the largest; ``--json`` has each."""
+    if not text.startswith("{"):
+        return text
+    counts = Counter(json.loads(text).values())
+    values = sorted(counts, key=float)
+    return f"{values[0]} to {values[-1]}, mostly {counts.most_common(1)[0][0]}"

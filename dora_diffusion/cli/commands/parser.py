@@ -1,0 +1,198 @@
+"""The parser of the command line: defaults in every help, and one plain line per mistake."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Container, Sequence
+from typing import Any, NoReturn
+
+from dora_diffusion.config.wording import closest, counted
+
+_SWITCH = {"true": True, "yes": True, "on": True, "1": True}
+_SWITCH |= {"false": False, "no": False, "off": False, "0": False}
+# What people type for the flags of the other commands.
+_OTHER_NAMES = {
+    "model": "base", "checkpoint": "base", "lora": "adapter", "out": "output", "n": "num_images",
+    "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "num_inference_steps": "steps",
+    "sampler": "scheduler", "format": "to", "negative": "negative_prompt", "weight": "strength",
+}  # fmt: skip
+_TYPES = {"int": "a whole number", "float": "a number"}
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Help in which every optional flag says its default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        takes_part = action.option_strings and not action.required and text
+        if not takes_part or "Default:" in text or action.dest in ("help", "help_all", "version"):
+            return text
+        default = {False: "off", True: "on", None: "none", "": "none"}.get(
+            action.default if isinstance(action.default, bool | str | None) else "?", "%(default)s"
+        )
+        return f"{text} Default: {'none' if action.default == [] else default}."
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, SwitchAction):
+            return ", ".join(action.option_strings)
+        return super()._format_action_invocation(action)
+
+
+class SwitchAction(argparse.Action):
+    """``--x``, ``--no-x``, and ``--x true`` as scripts with ``type=bool`` take it."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **more: Any) -> None:
+        names = [*option_strings, *(f"--no-{name[2:]}" for name in option_strings)]
+        super().__init__(names, dest, nargs="?", **more)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Set the value."""
+        negated = str(option_string).startswith("--no-")
+        value = True if values is None else _SWITCH.get(str(values).lower())
+        if value is None or (negated and values is not None):
+            parser.error(
+                f"{option_string} takes no value {values!r}; write --{self.dest} or "
+                f"--no-{self.dest}"
+            )
+        setattr(namespace, self.dest, value != negated)
+
+
+class _HelpAllAction(argparse.Action):
+    """Shows the help with all flags."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        parser.first = None
+        parser.print_help()
+        parser.exit()
+
+
+_SHOWN = (argparse._HelpAction, _HelpAllAction)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a mistake in one line and shows a short usage above it.
+
+    Attributes:
+        refusal: What to say of a flag that other programs have, by its name without dashes; None
+            for any other.
+        meant_by: The flag that an unknown one stands for, or None; both without dashes.
+        first: The flags that ``--help`` shows, by destination, where ``--help-all`` has them all;
+            None: it shows all.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        # No abbreviations: a flag that is added later would break them.
+        super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **options})
+        self.refusal: Callable[[str], str | None] = lambda name: None
+        self.meant_by: Callable[[str], str | None] = self._near_flag
+        self.first: Container[str] | None = None
+
+    def split_help(self, first: Container[str]) -> None:
+        """Have ``--help`` show some flags alone, and ``--help-all`` all of them."""
+        self.first = first
+        text = "Show all flags and exit."
+        self.add_argument("--help-all", action=_HelpAllAction, nargs=0, help=text)
+
+    def format_help(self) -> str:
+        """The help, without flags that are for ``--help-all``."""
+        others = [
+            (action, action.help) for action in self._actions
+            if self.first is not None and action.option_strings
+            and action.dest not in self.first and not isinstance(action, _SHOWN)
+        ]  # fmt: skip
+        for action, _ in others:
+            action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in others:
+                action.help = text
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, after looking for flags that do not exist, and refuse what is left over."""
+        words = sys.argv[1:] if args is None else list(args)
+        commands = next((i for i, word in enumerate(words) if not word.startswith("-")), None)
+        # Behind its command, a flag is the command's.
+        self._refuse_unknown_flags(words if self._subparsers is None else words[:commands])
+        known, left = super().parse_known_args(words, namespace)
+        if left:
+            what = counted(len(left), "word")
+            self.error(f"{what} too many: {' '.join(left)}; put a value that has spaces in quotes")
+        return known, left
+
+    def _refuse_unknown_flags(self, words: Sequence[str]) -> None:
+        flags = [name for name in self._option_string_actions if name.startswith("--")]
+        unknown = []
+        for word in words:
+            if word == "--":
+                break
+            name = word.partition("=")[0]
+            if name.startswith("--") and name not in flags:
+                unknown.append(self._answer(name))
+        if unknown:
+            self.error("; ".join(dict.fromkeys(unknown)))
+
+    def _answer(self, name: str) -> str:
+        if refusal := self.refusal(name[2:].replace("-", "_")):
+            return f"--{refusal}"
+        where = "" if self._subparsers is None else " before the command"
+        meant = self.meant_by(name[2:])
+        return f"there is no flag {name}{where}" + (f" (did you mean --{meant}?)" if meant else "")
+
+    def _near_flag(self, name: str) -> str | None:
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        known = [flag[2:] for flag in flags if not flag.startswith("--no-")]
+        meant = _OTHER_NAMES.get(name)
+        return meant if meant in known else closest(name, known)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, with exit code 2."""
+        self.exit(2, f"usage: {self._short_usage()}\nerror: {self._plain(message)}\n")
+
+    def _short_usage(self) -> str:
+        words = [self.prog]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                words.append("COMMAND ...")
+            elif not action.option_strings:
+                words.append(str(action.dest).upper())
+            elif action.required:
+                words.append(f"{action.option_strings[-1]} {action.dest.upper()}")
+        return f"{' '.join(words)} [flags]   ({self.prog} --help lists them)"
+
+    def _commands(self) -> list[str]:
+        actions = (a for a in self._actions if isinstance(a, argparse._SubParsersAction))
+        return [name for action in actions for name in action.choices]
+
+    def _plain(self, message: str) -> str:
+        """A message of argparse in the words of the other errors."""
+        choice = re.fullmatch(
+            r"argument (.+?): invalid choice: '?(.*?)'?(?:, maybe .*)? \(choose from (.*)\)",
+            message,
+            re.DOTALL,
+        )
+        if choice:
+            words = [word.strip().strip("'") for word in choice[3].split(",")]
+            choices = [word for word in words if word != "None"]
+            what = "there is no command" if choice[1] == "COMMAND" else f"{choice[1]} cannot be"
+            near = closest(choice[2], choices)
+            hint = f" (did you mean {near}?)" if near else ""
+            return f"{what} {choice[2]!r}{hint}; choose {', '.join(choices)}"
+        number = re.fullmatch(r"argument (.+?): invalid (\w+) value: (.*)", message, re.DOTALL)
+        if number:
+            return f"{number[1]} is {number[3]}; it must be {_TYPES.get(number[2], number[2])}"
+        missing = re.fullmatch(r"argument (.+?): expected (?:one|at least one) argument", message)
+        if missing:
+            return f"{missing[1]} needs a value"
+        required = message.partition("the following arguments are required: ")[2]
+        if required == "COMMAND":
+            return f"name a command: {', '.join(self._commands())}"
+        return f"{required} must be given" if required else message

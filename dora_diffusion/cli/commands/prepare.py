@@ -1,0 +1,144 @@
+"""``dora-diffusion prepare``: photos to a training set."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_diffusion.cli.console.progress import progress
+from dora_diffusion.cli.console.tables import print_json
+from dora_diffusion.config import ConfigError
+from dora_diffusion.formats.files.atomic import atomic_file, require_writable
+
+if TYPE_CHECKING:
+    from dora_diffusion.data.curate.captions import CaptionEdit
+    from dora_diffusion.data.curate.run import Preparation
+
+_TEXTS = {
+    "output": "Folder of the photos with captions and masks, to train on; of several subjects a "
+    "sub-folder each. Default: none, photos are only checked.",
+    "similarity_model": "Image-similarity model that finds more duplicates: efficientnet-lite0, "
+    "CLIP or DINO.",
+    "caption_model": "Write missing captions: image-to-text model or WD tagger, folder or hub id.",
+    "caption": "Caption of every photo, instead of its own.",
+    "find": "Text to replace in every caption, letter by letter.",
+    "replace": "Replacement of the text found. Default: nothing.",
+    "caption_prefix": "Text in front of every caption that does not begin with it.",
+    "caption_prompt": "Question to a chat model. Default: to describe the image in one sentence.",
+    "masks": "Make missing masks: rembg, rembg:MODEL, or a segmentation model (folder or hub id).",
+    "mask_label": "The subject's label of a segmentation model. Default: --class_word.",
+}
+_SWITCHES = {
+    "in_place": "Write missing captions and masks next to the photos, change captions there, and "
+    "no output folder.",
+    "only_copies": "Leave the photos themselves out of the output.",
+    "json": "Print JSON instead of a table.",
+}
+# A flag, and the one without which it does nothing.
+_NEEDS = {"replace": "find", "caption_prompt": "caption_model", "mask_label": "masks"}
+_NEEDS |= {"seed": "background", "only_copies": "background"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags; a model is a folder or a hub id."""
+    add = parser.add_argument
+    add("photos", nargs="+", help="Folder of photos; several folders are several subjects.")
+    for name, text in _TEXTS.items():
+        add(f"--{name}", help=text)
+    add("--token", default="", help="Trigger word, put into new captions.")
+    add("--class_word", default="", help="Class of the subject, before which the token is put.")
+    text = "random: add a copy of each photo on a plain random colour, which its caption names, so "
+    text += "that backgrounds are not learned with the subject."
+    add("--background", choices=("random",), help=text)
+    add("--seed", type=int, default=0, help="Random seed of the colours.")
+    add("--resolution", type=int, default=512, help="Training resolution, a multiple of 64.")
+    text = "Folder of contact sheets, NAME-sheet.jpg, which are replaced. Default: the current."
+    add("--sheets", default=".", help=text)
+    for name, text in _SWITCHES.items():
+        add(f"--{name}", action="store_true", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look at the photos, write what is asked for, and print a table or JSON."""
+    _check(args)
+    from dora_diffusion.data.curate.models import INSTRUCTION, open_captioner, open_masker
+    from dora_diffusion.data.photos import list_photos
+    from dora_diffusion.models.metric_models import open_metric_model
+
+    subjects = {Path(f).expanduser().resolve().name: list_photos(f) for f in args.photos}
+    if len(subjects) < len(args.photos):
+        raise ConfigError("two folders of photos have one name; each subject needs its own")
+    plans = {name: _plan(args, name, paths) for name, paths in subjects.items()}
+    prompt, label = args.caption_prompt or INSTRUCTION, args.mask_label or args.class_word
+    models: dict[str, Any] = {
+        "similarity": args.similarity_model and open_metric_model(args.similarity_model),
+        "caption": args.caption_model and open_captioner(args.caption_model, prompt),
+        "mask": args.masks and open_masker(args.masks, label=label),
+    }
+    reports = {}
+    for name, plan in plans.items():
+        with progress(name, "photo") as show:
+            report = reports[name] = replace(plan, **models).run(subjects[name], show)
+        with atomic_file(sheet := Path(args.sheets, f"{name}-sheet.jpg")) as temporary:
+            report.contact_sheet().save(temporary, format="JPEG", quality=85)
+        if not args.json:
+            written = [f"{number} {kind}" for kind, number in report.written.items()]
+            print(f"{name}:\n\n{report.text()}\n\ncontact sheet: {sheet}")
+            print(f"written: {', '.join(written) or 'nothing'}\n")
+    _warn_of_imbalance(Counter({name: len(r.photos) for name, r in reports.items()}))
+    if args.json:
+        print_json({name: report.to_dict() for name, report in reports.items()})
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what does not go together, and say what has no effect."""
+    makes = args.caption_model or args.masks or args.background or _edit(args)
+    if args.caption is not None and args.caption_model:
+        raise ConfigError("caption and caption_model both write captions; give one of them")
+    if (makes and not args.output and not args.in_place) or (args.output and args.in_place):
+        raise ConfigError("captions, masks and copies need either --output FOLDER or --in_place")
+    for name, needed in _NEEDS.items():
+        if getattr(args, name) and not getattr(args, needed):
+            warnings.warn(f"{name} has no effect without {needed}", stacklevel=2)
+
+
+def _edit(args: argparse.Namespace) -> CaptionEdit:
+    """How captions are changed; a replacement of nothing is warned of."""
+    from dora_diffusion.data.curate.captions import CaptionEdit
+
+    find, prefix = args.find or "", args.caption_prefix or ""
+    return CaptionEdit(args.caption, find, (args.replace or "") if find else "", prefix)
+
+
+def _plan(args: argparse.Namespace, name: str, paths: Sequence[Path]) -> Preparation:
+    """What is made of a subject, once nothing stands against it; without its models."""
+    from dora_diffusion.data.curate.run import Preparation
+
+    target = paths[0].parent if args.in_place else None
+    if args.output:
+        target = Path(args.output, name if len(args.photos) > 1 else "").expanduser()
+    same = ("resolution", "token", "class_word", "seed")
+    settings: dict[str, Any] = {name: getattr(args, name) for name in same}
+    settings["plain_copies"] = args.background is not None
+    settings["originals"] = not (args.background and args.only_copies)
+    plan = Preparation(target, edit=_edit(args), **settings)
+    plan.check_target(paths)
+    if Path(args.sheets).resolve() in (paths[0].parent.resolve(), target and target.resolve()):
+        raise ConfigError("a contact sheet among photos would be trained on; give another --sheets")
+    require_writable(Path(args.sheets, f"{name}-sheet.jpg"))
+    return plan
+
+
+def _warn_of_imbalance(counts: Counter[str]) -> None:
+    # Of one subject too there must be two ends.
+    (largest, most), *_, (fewest, least) = 2 * counts.most_common()
+    if most > 2 * least:
+        message = f"{most} photos of {largest} and {least} of {fewest}: trained together, {largest}"
+        message += f" is seen {most / least:.1f} times as often; give each about as many"
+        warnings.warn(message, stacklevel=3)

@@ -1,0 +1,304 @@
+"""``dora-diffusion train``: its flags are the fields of `TrainConfig`."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dora_diffusion.cli.commands.parser import Parser, SwitchAction
+from dora_diffusion.cli.console.training import PackProgress, TrainProgress, next_steps, what_trains
+from dora_diffusion.config import (
+    PRESETS,
+    ConfigError,
+    Setting,
+    TrainConfig,
+    read_config_file,
+    read_config_lines,
+    settings,
+    without_effect,
+)
+from dora_diffusion.config.derived import overridden
+from dora_diffusion.config.fields import RENAMED
+from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
+from dora_diffusion.config.subject_list import subject_configs
+from dora_diffusion.config.wording import quoted
+
+if TYPE_CHECKING:
+    from dora_diffusion.training.loop import TrainResult
+
+# The flags that matter first: what --help shows.
+FIRST = (
+    "pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "token",
+    "dataset_config", "resolution", "masked_loss", "with_prior_preservation",
+    "method", "init_adapter", "targets", "train_text_encoder", "rank",
+    "max_train_steps", "train_batch_size", "learning_rate", "gradient_checkpointing",
+    "validation_prompt", "output_dir", "resume_from_checkpoint",
+)  # fmt: skip
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the flags of settings, and of several subjects at once."""
+    parser.usage = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
+    parser.split_help(("config", "pack", "debug", *FIRST))
+    parser.epilog = (
+        f"These are {len(FIRST)} of {len(settings())} settings; --help-all has them all."
+    )
+    parser.add_argument(
+        "--pack",
+        metavar="PATH",
+        help="Several subjects at once, each an adapter of its own in OUTPUT_DIR/NAME: a dataset "
+        "file (see dataset_config) whose entries may have most settings of a run and a name, or a "
+        "folder whose sub-folders hold the photos of a subject each. Other flags apply to all of "
+        "them.",
+    )
+    add_settings(parser)
+
+
+def add_settings(parser: Parser) -> None:
+    """Add ``--config``, one flag per setting, and what else Diffusers' scripts accept."""
+    parser.refusal, parser.meant_by = refusal, meant_by
+    parser.add_argument(
+        "--config", help="YAML file of settings; flags given here take precedence over it."
+    )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="Settings to start from; the file's and flags given here take precedence. style: no "
+        "token, captions as they are.",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="List what would be trained on, image by image with its caption, and end before the "
+        "model is loaded.",
+    )
+    groups: dict[str, Any] = {}
+    for setting in settings():
+        if setting.group not in groups:
+            groups[setting.group] = parser.add_argument_group(setting.group)
+        _add_flag(groups[setting.group], setting)
+    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    for name, answer in DIFFUSERS_FLAGS.items():
+        if answer.status == "renamed":
+            parser.add_argument(f"--{name}", dest=answer.setting, **hidden)
+        elif answer.status == "ignored":
+            parser.add_argument(f"--{name}", nargs="?", **hidden)
+    for name, now in RENAMED.items():
+        parser.add_argument(f"--{name}", dest=now, action=_Renamed, **hidden)
+
+
+class _Renamed(argparse.Action):
+    """A setting under the name that it had."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        _warn_renamed(str(option).lstrip("-"))
+
+
+def _warn_renamed(name: str) -> None:
+    warnings.warn(f"{name} is called {RENAMED[name]} now", stacklevel=1)
+
+
+def _add_flag(group: Any, setting: Setting) -> None:
+    # A flag that is not given leaves no trace, so that it does not override the file.
+    text = f"{setting.help} Default: {setting.default_text}.".replace("%", "%%")
+    common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+    if setting.kind is bool:
+        group.add_argument(f"--{setting.name}", action=SwitchAction, **common)
+        return
+    if setting.is_list and setting.kind is not dict:  # of which there is a file
+        common["nargs"] = "+"
+    if setting.choices:
+        # Diffusers' scripts write AdamW, and report_to may be none.
+        either = (*setting.choices, None) if setting.default is None else setting.choices
+        shown = "{" + ",".join(setting.choices) + "}"
+        common |= {"type": setting.cast, "choices": either, "metavar": shown}
+    else:
+        shown = "PATH" if setting.is_path else _METAVARS[setting.kind]
+        common |= {"type": str if setting.kind is dict else setting.kind, "metavar": shown}
+    group.add_argument(f"--{setting.name}", **common)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, with a progress bar. Returns the exit code."""
+    config = train_config(args)
+    configs = subject_configs(args.pack, config) if args.pack else {}
+    if args.dry_run:
+        return print_what_trains(configs or {"": config})
+    warn_of_toy_model(config, args)
+    if configs:
+        return _train_pack(configs)
+    if config.push_to_hub:
+        from dora_diffusion.export.hub import check
+
+        check(config.hub_model_id or "")
+    from dora_diffusion.training.inputs.subject import example_prompt
+    from dora_diffusion.training.loop import train
+
+    progress = TrainProgress()
+    try:
+        result = train(config, progress)
+    finally:
+        progress.close()
+    if result.signal_number is not None:
+        if progress.started:
+            print(stopped_line(result))
+        return 128 + result.signal_number
+    if written := result.adapter or result.model:
+        print(f"done: {written}")
+        print(trigger_line(progress.trigger, example_prompt(config)))
+        print("\n".join(next_steps(config, written)))
+        if result.kept is not None:
+            print(f"the file keeps {result.kept:.1%} of what training changed")
+        if config.push_to_hub:
+            from dora_diffusion.export.hub import push
+
+            print(push(result.output_dir, config.hub_model_id or "", private=True))
+    return 0
+
+
+def print_what_trains(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
+    """Print what each subject would be trained on; returns 1 if one of several cannot be."""
+    from dora_diffusion.cluster.fleet.records import cause_of
+
+    failed = 0
+    for name, config in configs.items():
+        try:
+            if isinstance(config, ConfigError):
+                raise config
+            print(f"{name}:\n{what_trains(config)}" if name else what_trains(config))
+        except (ValueError, OSError) as error:
+            if not name:
+                raise
+            failed += 1
+            print(f"{name}: {cause_of(error)}")
+    return int(bool(failed))
+
+
+def _train_pack(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
+    """Train subjects at once; returns 1 if one of them has failed."""
+    from dora_diffusion.training.pack import train_pack
+
+    progress = PackProgress()
+    try:
+        pack = train_pack(configs, progress)
+    finally:
+        progress.bar.close()
+    for name, result in pack.results.items():
+        if result.interrupted:
+            print(f"{name}: {stopped_line(result)}")
+        elif result.adapter:
+            trigger = progress.triggers.get(name, "")
+            print(f"{name}: {result.adapter}" + (f" ({trigger})" if trigger else ""))
+    for name, error in pack.failures.items():
+        print(f"{name} failed: {error}")
+    if pack.signal_number is not None:
+        return 128 + pack.signal_number
+    return 1 if pack.failures else 0
+
+
+def trigger_line(trigger: str, prompt: str) -> str:
+    """What to write in a prompt: the trigger words, or a caption where there are none."""
+    from dora_diffusion.formats.adapter.metadata import split_triggers
+
+    if triggers := split_triggers(trigger):
+        which = "the subject" if len(triggers) == 1 else "that subject"
+        return f"write {' or '.join(map(repr, triggers))} in a prompt to get {which}"
+    such_as = f", such as {quoted(prompt)}" if prompt else ""
+    return f"it has no trigger word: write prompts like its captions{such_as}"
+
+
+def stopped_line(result: TrainResult) -> str:
+    """Where an interrupted run stopped, and from where it can be resumed."""
+    from dora_diffusion.training.results.checkpoint import step_of
+
+    where = f"stopped at step {result.steps} of {result.total_steps}"
+    if result.checkpoint is None:
+        return f"{where}; no checkpoint was saved"
+    if step_of(result.checkpoint) < result.steps:
+        return f"{where}; --resume_from_checkpoint latest resumes from {result.checkpoint.name}"
+    return f"{where}, checkpoint saved; resume with --resume_from_checkpoint latest"
+
+
+def warn_of_toy_model(config: TrainConfig, args: argparse.Namespace) -> None:
+    """Say loudly that no base model was named."""
+    given = {*vars(args), *(read_config_file(args.config) if args.config else ())}
+    if "pretrained_model_name_or_path" not in given:
+        warnings.warn(
+            f"NO BASE MODEL WAS GIVEN: {config.pretrained_model_name_or_path} is trained, a toy "
+            "model of 64 pixels that knows only its own drawn world and cannot learn a real "
+            "photo; name yours with --pretrained_model_name_or_path",
+            stacklevel=1,
+        )
+
+
+def train_config(args: argparse.Namespace) -> TrainConfig:
+    """The settings of a command line: the file's, with the given flags over them.
+
+    Raises:
+        ConfigError: If the file or a value is not valid; with the file's line, if it is there.
+
+    Warns:
+        UserWarning: Of flags that have no effect.
+    """
+    names = {setting.name for setting in settings()}
+    values, lines = read_config_lines(args.config) if args.config else ({}, {})
+    values = _settings_of(args.config, values, lines, names)
+    given = {name: value for name, value in vars(args).items() if name in names}
+    values = {**PRESETS.get(args.preset, {}), **overridden(values, given)}
+    try:
+        config = TrainConfig.from_dict(values | given)
+    except ConfigError as error:
+        if error.setting in lines and error.setting not in given:
+            place = f"{args.config}, line {lines[error.setting]}"
+            raise ConfigError(f"{place}: {error}", error.setting) from error
+        raise
+    _warn_of_flags(args, config, given)
+    return config
+
+
+def _settings_of(
+    file: str, values: Mapping[str, Any], lines: Mapping[str, int], names: set[str]
+) -> dict[str, Any]:
+    """The file's settings, those under Diffusers' names renamed.
+
+    Raises:
+        ConfigError: If a key is not a setting.
+    """
+    known, unknown = {}, []
+    for key, value in values.items():
+        answer = DIFFUSERS_FLAGS.get(key)
+        if key in names:
+            known[key] = value
+        elif answer and answer.status == "renamed":
+            known[answer.setting] = value
+        elif key in RENAMED:
+            known[RENAMED[key]] = value
+            _warn_renamed(key)
+        elif answer and answer.status == "ignored":
+            _warn_ignored(key)
+        else:
+            hint = f" (did you mean {meant}?)" if (meant := meant_by(key)) else ""
+            what = refusal(key) or f"there is no setting {key}{hint}"
+            unknown.append(f"line {lines.get(key, '?')}: {what}")
+    if unknown:
+        raise ConfigError(f"{file}, {'; '.join(unknown)}")
+    return known
+
+
+def _warn_of_flags(args: argparse.Namespace, config: TrainConfig, given: Mapping[str, Any]) -> None:
+    """Say which flags do nothing; those with another value than the default, training says."""
+    for name in vars(args):
+        if name in DIFFUSERS_FLAGS and DIFFUSERS_FLAGS[name].status == "ignored":
+            _warn_ignored(name)
+    defaults = {setting.name: setting.default for setting in settings()}
+    at_default = {name for name in given if getattr(config, name) == defaults[name]}
+    for reason in without_effect(config, at_default).values():
+        warnings.warn(reason, stacklevel=1)
+
+
+def _warn_ignored(name: str) -> None:
+    warnings.warn(f"{name} is not needed: {DIFFUSERS_FLAGS[name].text}", stacklevel=1)

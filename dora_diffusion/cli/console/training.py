@@ -1,0 +1,314 @@
+"""A training run on a terminal."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_diffusion.cli.console.progress import ProgressBar, say, tell
+from dora_diffusion.cli.console.tables import shown_command
+from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
+from dora_diffusion.config.derived import listed
+from dora_diffusion.config.wording import counted, duration, listing, pixels
+from dora_diffusion.formats.adapter.metadata import split_triggers
+from dora_diffusion.numerics.devices import default_device, device_name
+from dora_diffusion.training.events import (
+    CachingProgress,
+    CheckpointSaved,
+    ClassImagesAnnounced,
+    ClassImagesProgress,
+    Event,
+    ModelLoading,
+    SampleSaved,
+    SamplingProgress,
+    StepDone,
+    SubjectLeft,
+    TrainingEnded,
+    TrainingStarted,
+    Validated,
+)
+
+if TYPE_CHECKING:
+    from dora_diffusion.data.photos import Photo
+
+# Images of a subject that a dry run names, and captions of each besides the first.
+_LISTED, _DRAWN = 20, 4
+
+
+class TrainProgress:
+    """A progress bar with loss and time left, from the trainer's events; `tell` has the phases."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.images: ProgressBar | None = None
+        self.trigger = ""
+        self.losses = {"loss": "?"}
+
+    @property
+    def started(self) -> bool:
+        """Whether this process reports."""
+        return self.bar is not None
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        match event:
+            case ModelLoading():
+                precision = {"no": "float32"}.get(event.precision, event.precision)
+                print(f"training {event.model} on {event.device} in {precision}", flush=True)
+                tell(phase="loading the model", device_name=device_name(default_device()))
+            case TrainingStarted():
+                self._start(event)
+            case ClassImagesAnnounced(count, None):
+                say(
+                    f"{counted(count, 'class image')} to make before the first step; "
+                    "--prior_preservation_mode image-free needs none"
+                )
+            case ClassImagesAnnounced(count, seconds):
+                say(f"{counted(count, 'class image')}: about {duration(seconds)}")
+            case ClassImagesProgress(done, total):
+                self._count_images("class images", done, total)
+            case CachingProgress(done, total):
+                self._count_images("caching latents", done, total)
+            case SamplingProgress(done, total):
+                share = "" if done == total else f"sampling {100 * done // total}%"
+                # In a log, every refresh would be a line.
+                self.bar.set_description_str(share, refresh=sys.stderr.isatty())
+            case StepDone():
+                self.losses["loss"] = f"{event.loss:.4f}"
+                self.bar.set_postfix(self.losses, refresh=False)
+                self.bar.update()
+                if event.step == event.total_steps:
+                    tell(phase="saving and sampling")
+            case Validated(step, loss) if loss is not None:
+                self._say_validation(step, loss, event.best_step)
+            case Validated():
+                say(
+                    f"step {event.step}: similarity of the samples to the held-out photos "
+                    f"{event.record['validation_similarity']:.3f}"
+                )
+            case SampleSaved():
+                say(f"sample: {event.path}")
+            case CheckpointSaved():
+                say(f"checkpoint: {event.path}")
+            case TrainingEnded():
+                self._say_end(event)
+
+    def close(self) -> None:
+        """End the bar's line, so that what is said next has one of its own."""
+        for bar in (self.images, self.bar):
+            if bar is not None:
+                bar.close()
+
+    def _say_validation(self, step: int, loss: float, best_step: int | None) -> None:
+        self.losses["validation"] = f"{loss:.4f}"
+        what = {0: ", of the base model", best_step: ", the lowest so far"}.get(step, "")
+        lowest = f" (lowest at step {best_step})" if step and best_step not in (None, step) else ""
+        say(f"step {step}: validation loss {loss:.4f}{what}{lowest}")
+
+    def _say_end(self, event: TrainingEnded) -> None:
+        tell(result_step=event.result_step or 0)
+        if event.stopped_early:
+            say(
+                f"stopped early after step {event.step}: the validation loss has not fallen any "
+                "more (early_stopping_patience)"
+            )
+        if event.result_step not in (None, event.step):
+            say(
+                f"the result is that of step {event.result_step}, where the validation loss was "
+                "lowest (keep_best)"
+            )
+
+    def _count_images(self, what: str, done: int, total: int) -> None:
+        if self.images is None:
+            self.images = ProgressBar("image", desc=what)
+        self.images(done, total)
+        tell(phase=f"{what}: {done} of {total}")
+        if done >= total:
+            self.images.close()
+            self.images = None
+
+    def _start(self, event: TrainingStarted) -> None:
+        from tqdm import tqdm
+
+        self.trigger = event.trigger
+        tell(
+            phase="training",
+            first_step=event.step,
+            total_steps=event.total_steps,
+            trigger=event.trigger,
+        )
+        print(
+            f"{event.family} on {event.device}: {counted(event.photos, 'photo')} at "
+            f"{pixels(event.resolutions)}, {event.adapter}; {event.schedule}"
+            + (f"; started from {event.started_from}" if event.started_from else "")
+        )
+        if len(split_triggers(event.trigger)) > 1:
+            print(f"subjects: {event.trigger}")
+        if event.held_out:
+            print(f"held out: {counted(len(event.held_out), 'photo')} ({listing(event.held_out)})")
+        if event.resumed_from:
+            print(_resumed_line(event))
+        if event.changed:
+            print(f"changed from step {event.step + 1} on: {listed(event.changed)}")
+        if event.unused:
+            print(f"without effect, since no step is left: {listed(event.unused)}")
+        self.bar = tqdm(
+            total=event.total_steps, initial=event.step, unit="step", dynamic_ncols=True
+        )
+
+
+class PackProgress:
+    """One bar over the steps of all subjects of a pack, and lines of each with its name.
+
+    Attributes:
+        triggers: The trigger words of each subject that has started.
+    """
+
+    def __init__(self) -> None:
+        self.triggers: dict[str, str] = {}
+        self.bar = ProgressBar("step")
+        self._done: dict[str, int] = {}
+        self._totals: dict[str, int] = {}
+
+    def __call__(self, name: str, event: Event) -> None:
+        """Show one event of a subject."""
+        match event:
+            case ModelLoading():
+                TrainProgress()(event)
+            case TrainingStarted():
+                self.triggers[name] = event.trigger
+                self._done[name], self._totals[name] = event.step, event.total_steps
+                photos = counted(event.photos, "photo")
+                resumed = f"; resumed from {event.resumed_from}" if event.resumed_from else ""
+                say(f"{name}: {photos} at {pixels(event.resolutions)}, {event.adapter}{resumed}")
+            case StepDone():
+                self._done[name] = event.step
+                done, total = sum(self._done.values()), sum(self._totals.values())
+                self.bar(done, total)
+                tell(phase="training", done=done, total=total)
+            case Validated(step, loss) if loss is not None:
+                say(f"{name}, step {step}: validation loss {loss:.4f}")
+            case SampleSaved() | CheckpointSaved():
+                say(f"{name}: {event.path}")
+            case TrainingEnded(step, interrupted):
+                say(f"{name}: {'interrupted' if interrupted else 'done'} after step {step}")
+            case SubjectLeft(reason):
+                say(f"{name} has left the pack: {reason}")
+
+
+def what_trains(config: TrainConfig) -> str:
+    """What a run would train on, before its model is loaded: its subjects and their images.
+
+    Raises:
+        ConfigError, PhotoError: As the run would.
+
+    Warns:
+        UserWarning: As the run would.
+    """
+    from dora_diffusion.data.photos import read_photos
+    from dora_diffusion.training.inputs.dataset import check_subject, list_subjects
+    from dora_diffusion.training.inputs.subject import caption_rules, subjects_of
+    from dora_diffusion.training.results.folders import check_folders
+    from dora_diffusion.training.results.validation import check_held_out, divide_all
+
+    for reason in (*without_effect(config).values(), *unusual_rates(config)):
+        warnings.warn(reason, stacklevel=2)
+    subjects, lines, an_epoch = subjects_of(config), list[str](), 0
+    check_folders(config)
+    trained_on, held_out = divide_all(subjects, list_subjects(subjects))
+    for subject, paths, others in zip(subjects, trained_on, held_out, strict=True):
+        own = subject.settings
+        photos = read_photos(paths, own.instance_prompt or "", skip_unreadable=True, per_line=True)
+        check_subject(subject, photos)
+        check_held_out(subject, others)
+        an_epoch += len(photos) * own.repeats
+        facts = _facts_of(own, photos)
+        facts += [f"{counted(len(others), 'image')} held out"] if others else []
+        lines.append(
+            f"{subject.trigger or 'captions as they are'}: {', '.join(facts)}, in "
+            f"{own.instance_data_dir}"
+        )
+        for photo in photos[:_LISTED]:
+            weight = f" (weight {photo.weight:g})" if photo.weight != 1 else ""
+            first, *drawn = caption_rules(own).variants(photo.caption)
+            lines.append(f"    {photo.path.name}{weight}: {first}")
+            lines += [f"        or {caption}" for caption in drawn[:_DRAWN]]
+            lines += [f"        or {len(drawn) - _DRAWN} more"] if len(drawn) > _DRAWN else []
+        lines += [f"    and {len(photos) - _LISTED} more"] if len(photos) > _LISTED else []
+    lines.append(f"an epoch: {counted(an_epoch, 'image')}")
+    if config.max_train_steps:
+        batch = config.train_batch_size * config.gradient_accumulation_steps
+        seen = config.max_train_steps * batch / an_epoch
+        lines[-1] += f"; {config.max_train_steps} steps of {batch} are {seen:.3g} epochs"
+    return "\n".join(lines)
+
+
+def _facts_of(own: TrainConfig, photos: Sequence[Photo]) -> list[str]:
+    """The settings of a subject in a dry run that change what is trained of its images."""
+    from dora_diffusion.data.photos import mask_path
+    from dora_diffusion.training.inputs.prior import class_folder, own_class_images
+
+    masks = sum(mask_path(photo.path).is_file() for photo in photos) if own.masked_loss else 0
+    facts = [counted(len(photos), "image")]
+    facts += [f"at {own.resolution} px"] if own.resolution else []
+    facts += [f"{own.repeats} times an epoch"] if own.repeats > 1 else []
+    facts += [f"weight {own.weight:g}"] if own.weight != 1 else []
+    facts += [counted(masks, "mask file")] if masks else []
+    facts += [f"tags left out: {own.tag_dropout:g}"] if own.tag_dropout else []
+    facts += [f"captions dropped: {own.caption_dropout:g}"] if own.caption_dropout else []
+    if own.uses_class_images:
+        folder, count = class_folder(own), own.num_class_images
+        there = min(len(own_class_images(folder)), count)
+        return [*facts, f"prior: {there} of {counted(count, 'class image')} in {folder}"]
+    return facts + ([f"prior: {own.prior_mode}"] if own.with_prior_preservation else [])
+
+
+def next_steps(config: TrainConfig, written: Path) -> list[str]:
+    """What to do with a result: a line for images, one for ComfyUI and one for Diffusers.
+
+    Args:
+        config: The run's settings.
+        written: The adapter file, or the folder of the model.
+    """
+    from dora_diffusion.training.inputs.subject import example_prompt
+    from dora_diffusion.training.results.card import KOHYA_FILE
+
+    folder = written.parent if written.parent.name else written.parent.resolve()
+    base = ["--base", config.pretrained_model_name_or_path]
+    for name in ("variant", "revision"):
+        base += [f"--{name}", value] if (value := getattr(config, name)) else []
+    single, merged = f"{folder}.safetensors", f"{folder}-merged"
+    copy = f"  # then copy {single!r} into ComfyUI/models/"
+    adapted = [*base, "--adapter", str(folder)]
+    to = "comfyui" if config.method_name == "dora" else "kohya"
+    comfyui = _command("convert", str(folder), single, "--to", to, *base) + copy + "loras"
+    diffusers = (
+        f"pipeline.load_lora_weights({str(folder)!r}, weight_name={written.name!r})"
+        "  # after: pip install peft"
+    )
+    if config.is_full:
+        adapted = ["--base", str(folder)]
+        comfyui = _command("export", *adapted, "--output", single) + copy + "checkpoints"
+        diffusers = f"DiffusionPipeline.from_pretrained({str(written)!r})"
+    elif written.name == KOHYA_FILE:
+        comfyui = f"copy {str(written)!r} into ComfyUI/models/loras"
+        diffusers = _command("export", *adapted, "--output", merged)
+        diffusers += f"  # then DiffusionPipeline.from_pretrained({merged!r})"
+    prompt = example_prompt(config)
+    images = _command("generate", *adapted, "--prompt", prompt, "--output", f"{folder}.png")
+    return [f"images:    {images}", f"ComfyUI:   {comfyui}", f"Diffusers: {diffusers}"]
+
+
+def _command(*words: str) -> str:
+    return shown_command([["dora-diffusion", *words]])
+
+
+def _resumed_line(event: TrainingStarted) -> str:
+    step, total, dropped = event.step, event.total_steps, event.steps_dropped
+    line = f"resuming from {event.resumed_from}, at step {step} of {total}"
+    if dropped:
+        line += f"; steps {step + 1} to {step + dropped} are repeated"
+    return line + ("; nothing is left to train" if step == total else "")

@@ -1,0 +1,100 @@
+"""A fleet on a terminal: a table that is drawn again, or in a log a line for each subject."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+from dora_diffusion.cli.console.progress import say, tell
+from dora_diffusion.cluster.fleet.records import FAILED, SubjectRecord
+from dora_diffusion.cluster.fleet.run import Fleet
+from dora_diffusion.config.wording import counted, duration
+
+# Running subjects that the table has a row of.
+_ROWS = 20
+_REDRAW_SECONDS = 0.5
+
+
+class FleetTable:
+    """Shows how far a fleet is.
+
+    Args:
+        is_terminal: Whether lines can be drawn over. Default: whether standard error is one.
+        clock: Seconds, from anywhere.
+    """
+
+    def __init__(
+        self, is_terminal: bool | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._is_terminal = sys.stderr.isatty() if is_terminal is None else is_terminal
+        self._clock = clock
+        self._drawn = self._lost = 0
+        self._last = -_REDRAW_SECONDS
+        self._warned: set[str] = set()
+
+    def __call__(self, fleet: Fleet, ended: SubjectRecord | None) -> None:
+        """Show the fleet, and a subject that has just ended."""
+        lost = fleet.queue.lost[self._lost :]
+        if ended is not None or lost:
+            self._clear()
+        for report in lost:
+            say(f"lost: {report.task.name}: {report.lost}; it is resumed", sys.stderr)
+        self._lost += len(lost)
+        if ended is not None:
+            self._say_end(fleet, ended)
+        total = len(fleet.records) + sum(fleet.queue.sizes)
+        tell(phase="training subjects", unit="subject", done=len(fleet.records), total=total)
+        if self._is_terminal and (ended or self._clock() - self._last >= _REDRAW_SECONDS):
+            self._clear()
+            lines = table_lines(fleet)
+            sys.stderr.write("\n".join(lines) + "\n")
+            sys.stderr.flush()
+            self._drawn, self._last = len(lines), self._clock()
+
+    def close(self) -> None:
+        """Take the table away."""
+        self._clear()
+
+    def _clear(self) -> None:
+        if self._drawn:
+            sys.stderr.write(f"\x1b[{self._drawn}F\x1b[J")
+            self._drawn = 0
+
+    def _say_end(self, fleet: Fleet, record: SubjectRecord) -> None:
+        for text in set(record.warnings) - self._warned:  # Most are of settings that all have.
+            self._warned.add(text)
+            name = f"{record.name}: " if record.pack == 1 else ""  # Of a pack, nobody knows whose.
+            say(f"warning: {name}{text}", sys.stderr)
+        if record.status == FAILED:
+            say(f"failed: {record.name}: {record.cause}", sys.stderr)
+        elif record.name not in fleet.known:
+            again = f", {counted(record.attempts, 'worker')}" if record.attempts > 1 else ""
+            took = duration(record.seconds)
+            say(f"done: {record.name} in {took}{again} ({record.worker})", sys.stderr)
+
+
+def table_lines(fleet: Fleet) -> list[str]:
+    """The counts, and a row for each subject that runs: its steps, loss, and where it is."""
+    queue, failed = fleet.queue, len(fleet.failed)
+    running, waiting = queue.sizes
+    counts = [
+        f"{len(fleet.records) - failed} done" + (
+            f" ({len(fleet.known)} before)" if fleet.known else ""
+        ),
+        f"{running} running",
+        f"{waiting} waiting",
+        f"{failed} failed",
+    ]  # fmt: skip
+    if queue.per_hour is not None:
+        counts += [f"{queue.per_hour:.0f} an hour", f"{duration(queue.seconds_left)} left"]
+    lines, told = [", ".join(counts)], fleet.workers.progress()
+    for name, task in list(queue.running.items())[:_ROWS]:
+        figures = told.get(name) or {}
+        step = "starting"
+        if figures:
+            step = f"step {figures['step']} of {figures['total']}, loss {figures['loss']:.4f}"
+        lines.append(f"  {name}: {step} ({task.place.worker})")
+    if len(queue.running) > _ROWS:
+        lines.append(f"  and {len(queue.running) - _ROWS} more")
+    return lines

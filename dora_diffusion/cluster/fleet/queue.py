@@ -1,0 +1,206 @@
+"""Tasks that wait, run and have ended: what is done next, and again. It knows no processes."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dora_diffusion.training.results.metrics import TrainingError
+
+
+@dataclass(frozen=True)
+class Task:
+    """Work to be done by any worker.
+
+    Attributes:
+        name: What it is called; no two have one name.
+        payload: What the work is given; it can be pickled.
+        size: What it counts for, such as its subjects.
+    """
+
+    name: str
+    payload: Any
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a task ran: the worker, and the node that it is on."""
+
+    worker: str = ""
+    node: str = ""
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """What workers tell of a task.
+
+    Attributes:
+        task: The task.
+        place: Where it ran.
+        value: What the work returned.
+        error: What it raised.
+        lost: Why its worker is gone, where it is; the task may be done by another one.
+    """
+
+    task: Task
+    place: Place
+    value: Any = None
+    error: Exception | None = None
+    lost: str = ""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A task that will not be done again.
+
+    Attributes:
+        task: The task.
+        place: Where it ran last.
+        seconds: Since it was first given to a worker.
+        attempts: How many workers had it.
+        value: What the work returned.
+        error: What it raised, or that its workers were lost.
+    """
+
+    task: Task
+    place: Place
+    seconds: float
+    attempts: int
+    value: Any = None
+    error: Exception | None = None
+
+
+class Workers(Protocol):
+    """Does tasks: in this process, or on a cluster.
+
+    Attributes:
+        on_progress: Called whenever a task that runs has something to tell.
+    """
+
+    on_progress: Callable[[], None]
+
+    def __enter__(self) -> Workers: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def idle(self, waiting: int) -> int:
+        """How many tasks could be started right now, of so many that wait."""
+
+    def start(self, task: Task) -> Place:
+        """Give a task to a worker that is idle."""
+
+    def wait(self) -> list[TaskReport]:
+        """The tasks that ended, after a while of waiting for one; perhaps none did."""
+
+    def progress(self) -> dict[str, Any]:
+        """What running tasks last told of themselves, by name."""
+
+
+@dataclass
+class _Running:
+    task: Task
+    place: Place
+    begun: float
+
+
+@dataclass
+class WorkQueue:
+    """Tasks in their order; those whose worker was lost come first again.
+
+    Attributes:
+        retries: How many more workers a task is given when its worker is lost.
+        clock: Seconds, from anywhere.
+        waiting: Tasks that no worker has.
+        running: Tasks that a worker has, by name.
+        ended: The sizes of those that ended.
+        lost: What was told of workers that are gone, in whose place another one comes.
+    """
+
+    retries: int = 3
+    clock: Callable[[], float] = time.monotonic
+    waiting: deque[Task] = field(default_factory=deque)
+    running: dict[str, _Running] = field(default_factory=dict)
+    ended: int = 0
+    lost: list[TaskReport] = field(default_factory=list)
+    _attempts: dict[str, int] = field(default_factory=dict)
+    _first: dict[str, float] = field(default_factory=dict)
+    _begun: float | None = None
+
+    def add(self, tasks: Iterable[Task]) -> None:
+        """Put tasks at the end."""
+        self.waiting.extend(tasks)
+
+    @property
+    def is_done(self) -> bool:
+        return not self.waiting and not self.running
+
+    def start(self, workers: Workers) -> None:
+        """Give the next task to a worker."""
+        task, now = self.waiting.popleft(), self.clock()
+        self._begun = now if self._begun is None else self._begun
+        self._first.setdefault(task.name, now)
+        self._attempts[task.name] = self._attempts.get(task.name, 0) + 1
+        self.running[task.name] = _Running(task, workers.start(task), now)
+
+    def settle(self, report: TaskReport) -> Ended | None:
+        """Take in what became of a task; None if it waits for another worker now."""
+        task, error = report.task, report.error
+        self.running.pop(task.name)
+        attempts = self._attempts[task.name]
+        if report.lost and attempts <= self.retries:
+            self.waiting.appendleft(task)
+            self.lost.append(report)
+            return None
+        if report.lost:
+            error = TrainingError(f"{attempts} workers that had it were lost: {report.lost}")
+        self.ended += task.size
+        seconds = self.clock() - self._first[task.name]
+        return Ended(task, report.place, seconds, attempts, report.value, error)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The sizes of tasks that run, and of those that wait."""
+        running = sum(running.task.size for running in self.running.values())
+        return running, sum(task.size for task in self.waiting)
+
+    @property
+    def per_hour(self) -> float | None:
+        """Size that ends in an hour, at the pace so far; None before the first has ended."""
+        seconds = 0.0 if self._begun is None else self.clock() - self._begun
+        return 3600 * self.ended / seconds if self.ended and seconds > 0 else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the rest takes, at the pace so far; None before the first has ended."""
+        pace = self.per_hour
+        return None if pace is None else 3600 * sum(self.sizes) / pace
+
+
+def run_tasks(
+    queue: WorkQueue,
+    workers: Workers,
+    on_end: Callable[[Ended], None],
+    on_change: Callable[[], None] = lambda: None,
+) -> None:
+    """Have workers do all that waits.
+
+    Args:
+        queue: The tasks.
+        workers: Who does them; they are dismissed at the end, also of an error.
+        on_end: Called with each task that ended. What it raises ends everything.
+        on_change: Called every while, and when something has changed.
+    """
+    workers.on_progress = on_change
+    with workers:
+        while not queue.is_done:
+            for _ in range(min(workers.idle(len(queue.waiting)), len(queue.waiting))):
+                queue.start(workers)
+            on_change()
+            for report in workers.wait():
+                if (ended := queue.settle(report)) is not None:
+                    on_end(ended)
+    on_change()

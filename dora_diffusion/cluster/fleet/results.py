@@ -1,0 +1,213 @@
+"""Where a fleet keeps everything: a folder that all workers see, or an fsspec URL.
+
+Behind a URL a worker trains in a folder of its own disk, and copies. What is copied appears under
+its name when all of it is there, and a subject's record last of all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from dora_diffusion import system
+from dora_diffusion.cluster.fleet.records import RECORD_FILE, SubjectRecord
+from dora_diffusion.config import ConfigError
+from dora_diffusion.formats.files.atomic import require_writable, save_text
+from dora_diffusion.training.results.checkpoint import checkpoints_in
+from dora_diffusion.training.results.folders import locked
+
+_STATE_FILE = "state.tar"
+# In it, the names of the checkpoints that it belongs to.
+_CHECKPOINTS = ".checkpoints"
+
+
+class FleetResults:
+    """A folder for each subject, and files beside them.
+
+    Args:
+        output: A folder, or a URL of a file system that fsspec knows, such as ``s3://bucket/shop``.
+
+    Attributes:
+        copied_bytes: Written to a URL so far.
+
+    Raises:
+        ConfigError: If no file system of such a URL is known, or it cannot be reached.
+        OSError: If nothing can be written to the folder, or the one on this disk is not this
+            user's alone.
+    """
+
+    def __init__(self, output: str) -> None:
+        self.output, self.copied_bytes = output, 0
+        self._files: Any = None
+        self._kept: set[str] = set()  # checkpoints that a URL holds
+        if "://" not in output:
+            self._root = Path(output).expanduser()
+            require_writable(self._root, is_folder=True)
+            return
+        import fsspec
+
+        try:
+            self._files, self._top = fsspec.core.url_to_fs(output)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"output {output}: {' '.join(str(error).split())}") from error
+        # One place for a subject on each machine, so that nothing of a lost worker stays behind.
+        digest = hashlib.sha256(output.encode()).hexdigest()[:12]
+        self._root = system.private_folder(f"fleet-{digest}")
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Let no other fleet of this machine, or of its folder, write there inside the block.
+
+        Raises:
+            ConfigError: If another one does.
+        """
+        self._root.mkdir(parents=True, exist_ok=True)
+        return locked(self._root, f"output {self.output}")
+
+    def read(self, name: str) -> str | None:
+        """A text file; None where there is none."""
+        try:
+            if self._files is None:
+                return (self._root / name).read_text(encoding="utf-8")
+            text: str = self._files.cat_file(f"{self._top}/{name}").decode("utf-8")
+            return text
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def write(self, name: str, text: str) -> str:
+        """Write a text file, which is there as a whole or not at all; returns where that is."""
+        if self._files is None:
+            return str(save_text(self._root / name, text))
+        with tempfile.TemporaryDirectory() as place:
+            file = Path(place, "text")
+            file.write_text(text, encoding="utf-8")
+            self._copy(file, name)
+        return f"{self.output.rstrip('/')}/{name}"
+
+    def folder(self, subject: str) -> Path:
+        """Where a subject is trained on this machine."""
+        return self._root / subject
+
+    def record(self, subject: str) -> SubjectRecord | None:
+        """What is kept of a subject."""
+        return SubjectRecord.parse(self.read(f"{subject}/{RECORD_FILE}"))
+
+    def begin(self, record: SubjectRecord) -> None:
+        """Write the record that says that what is there is this fleet's."""
+        self.write(f"{record.name}/{RECORD_FILE}", record.text())
+
+    def fetch(self, subject: str) -> None:
+        """Fetch what an earlier worker left of a subject from a URL."""
+        if self._files is None:
+            return
+        folder = self.folder(subject)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        there = f"{self._top}/{subject}"
+        if not self._files.exists(f"{there}/{_STATE_FILE}"):
+            return
+        state = self._files.open(f"{there}/{_STATE_FILE}", "rb")
+        with state as file, tarfile.open(fileobj=file) as tar:
+            _unpack(tar, folder)
+        listed = folder / _CHECKPOINTS
+        self._kept = set(listed.read_text(encoding="utf-8").split())
+        listed.unlink()
+        for name in self._kept:
+            for path in self._files.find(f"{there}/{name}"):
+                place = folder / name / path.rpartition(f"/{name}/")[2]
+                place.parent.mkdir(parents=True, exist_ok=True)
+                self._files.get_file(path, str(place))
+
+    def clear(self, subject: str) -> None:
+        """Remove what a URL holds of a subject that is trained again."""
+        if self._files is not None and self._files.exists(f"{self._top}/{subject}"):
+            self._files.rm(f"{self._top}/{subject}", recursive=True)
+
+    def keep(self, subject: str, folder: Path) -> None:
+        """Copy new checkpoints to a URL, and then all else that a run needs to resume from them."""
+        names = set() if self._files is None else {path.name for path in checkpoints_in(folder)}
+        new = names - self._kept
+        if not new:
+            return
+        for name in sorted(new):
+            self._copy_all(sorted((folder / name).rglob("*")), subject, folder)
+        with tempfile.TemporaryDirectory(dir=self._root) as place:
+            listed, file = Path(place, _CHECKPOINTS), Path(place, _STATE_FILE)
+            listed.write_text(" ".join(names), encoding="utf-8")
+            with tarfile.open(file, "w") as tar:
+                tar.add(listed, _CHECKPOINTS)
+                for path in sorted(folder.iterdir()):
+                    if not path.name.startswith((".", "checkpoint-")):
+                        tar.add(path, path.name)
+            self._copy(file, f"{subject}/{_STATE_FILE}")
+        for name in self._kept - names:
+            self._files.rm(f"{self._top}/{subject}/{name}", recursive=True)
+        self._kept = names
+
+    def publish(self, subject: str, folder: Path) -> None:
+        """Copy all that was made to a URL."""
+        if self._files is not None:
+            top = {path: path.relative_to(folder).parts[0] for path in sorted(folder.rglob("*"))}
+            self._copy_all(
+                [p for p, name in top.items() if name not in self._kept], subject, folder
+            )
+
+    def _copy_all(self, paths: Iterable[Path], subject: str, folder: Path) -> None:
+        """Copy files, but for hidden ones, to where they are in the subject's folder."""
+        for path in paths:
+            name = path.relative_to(folder)
+            if path.is_file() and not any(part.startswith(".") for part in name.parts):
+                self._copy(path, f"{subject}/{name.as_posix()}")
+
+    def finish(self, record: SubjectRecord) -> None:
+        """Write the record that says that all of it is there."""
+        self.write(f"{record.name}/{RECORD_FILE}", record.text())
+        state = f"{record.name}/{_STATE_FILE}"
+        if self._files is not None and self._files.exists(f"{self._top}/{state}"):
+            self._files.rm_file(f"{self._top}/{state}")
+
+    def leave(self, subject: str) -> None:
+        """Remove what of a subject lies on this disk, where it is kept elsewhere."""
+        if self._files is not None:
+            shutil.rmtree(self.folder(subject), ignore_errors=True)
+
+    def _copy(self, file: Path, name: str) -> None:
+        """Copy a file under another name, and move it: a half of one is never taken for it."""
+        final = f"{self._top}/{name}"
+        folder, _, last = final.rpartition("/")
+        self._files.makedirs(folder, exist_ok=True)
+        part = f"{folder}/.{last}.part"
+        self._files.put_file(str(file), part)
+        self._files.mv(part, final)
+        self.copied_bytes += file.stat().st_size
+
+
+def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
+    """Write a tar's files and folders.
+
+    `tarfile` has a filter for this from Python 3.10.12 and 3.11.4 on only.
+
+    Raises:
+        ConfigError: If one is anything else, or would be outside of the folder.
+    """
+    for member in tar:
+        place, content = folder / member.name, tar.extractfile(member) if member.isfile() else None
+        is_below = Path(os.path.normpath(place)).is_relative_to(folder)
+        if not is_below or (content is None and not member.isdir()):
+            raise ConfigError(
+                f"{_STATE_FILE} of the fleet's output holds {member.name!r}, which no fleet "
+                "writes; find out who else writes there, and remove the subject's folder there to "
+                "train it again"
+            )
+        if content is None:
+            place.mkdir(parents=True, exist_ok=True)
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with content, place.open("wb") as file:
+            shutil.copyfileobj(content, file)

@@ -1,0 +1,264 @@
+"""A fleet: many subjects, each with an adapter of its own, over workers, to a page of them all."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dora_diffusion.cluster.fleet.cluster import RayWorkers, Share
+from dora_diffusion.cluster.fleet.page import PAGE_FILE, fleet_page
+from dora_diffusion.cluster.fleet.queue import Ended, Task, Workers, WorkQueue, run_tasks
+from dora_diffusion.cluster.fleet.records import (
+    DONE,
+    FAILED,
+    RECORDS_FILE,
+    RUNNING,
+    SubjectRecord,
+    cause_of,
+    done_before,
+    records_text,
+    settings_digest,
+)
+from dora_diffusion.cluster.fleet.results import FleetResults
+from dora_diffusion.cluster.fleet.subject import FleetSubject, train_subjects
+from dora_diffusion.cluster.fleet.workers import LocalWorkers, Work
+from dora_diffusion.config import ConfigError, TrainConfig, settings
+from dora_diffusion.training.inputs.dataset import list_subjects
+from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.pack import check_pack
+from dora_diffusion.training.results.samples import check_prompts
+
+# Settings that a fleet sets itself, for each subject and worker.
+_ITS_OWN = ("resume_from_checkpoint", "push_to_hub")
+_READERS = 16
+# Of packs that are not full, how many of the last are looked at for room.
+_OPEN_PACKS = 8
+
+
+@dataclass
+class Fleet:
+    """How far it is.
+
+    Attributes:
+        output: The folder or URL of its results.
+        records: Of subjects that have ended, by name.
+        known: Names of those that were done before.
+        queue: The others.
+        workers: Who does them.
+        files: What was written beside the subjects' folders, by name.
+    """
+
+    output: str
+    queue: WorkQueue
+    workers: Workers
+    records: dict[str, SubjectRecord] = field(default_factory=dict)
+    known: frozenset[str] = frozenset()
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> list[SubjectRecord]:
+        """The subjects that failed, each with its cause."""
+        return [record for record in self.records.values() if record.status == FAILED]
+
+
+OnChange = Callable[[Fleet, SubjectRecord | None], None]
+"""Called every while; with the record of a subject that has just ended."""
+
+
+def workers_for(work: Work, address: str | None, share: Share | None = None) -> Workers:
+    """Who does tasks: this process, or actors of a Ray cluster at an address."""
+    if address is None:
+        return LocalWorkers(work)
+    return RayWorkers(work, address, share or Share())
+
+
+def run_fleet(
+    configs: Mapping[str, TrainConfig | ConfigError],
+    output: str | Path,
+    address: str | None = None,
+    share: Share | None = None,
+    *,
+    retries: int = 3,
+    pack: int = 1,
+    on_change: OnChange = lambda fleet, ended: None,
+) -> Fleet:
+    """Train an adapter for each of many subjects; those that are done already are not repeated.
+
+    A subject whose worker or node is lost is given to another worker, which resumes from its last
+    checkpoint. One that fails is recorded with its cause, and the others are trained. The records
+    of all are in ``fleet.jsonl``, their images in ``index.html``.
+
+    Args:
+        configs: The settings of each subject, by name, or why it has none
+            (`config.subject_list.subject_configs`); the results of each are in OUTPUT/NAME.
+        output: A folder that all workers see, or an fsspec URL such as ``s3://bucket/shop``.
+        address: A Ray cluster: ``"local"``, ``"auto"``, HOST:PORT or ray://HOST:PORT. None: one
+            subject after another, in this process.
+        share: What each worker takes of a node.
+        retries: Further workers for a subject whose worker is lost.
+        pack: Subjects that a worker trains at once (`training.pack.train_pack`), where their
+            settings allow it.
+        on_change: Called with the fleet every while.
+
+    Raises:
+        ConfigError: If Ray is not installed, nothing answers at the address, a worker fits on no
+            node, or another fleet writes to ``output``.
+        OSError: If nothing can be written to ``output``.
+
+    Example:
+        >>> config = TrainConfig(
+        ...     instance_data_dir="samples/bolt_mug", instance_prompt="a photo of a sks mug",
+        ...     max_train_steps=2, num_validation_images=0)
+        >>> fleet = run_fleet({"mug": config}, "demo-output/doctest-fleet")
+        >>> fleet.records["mug"].status
+        'done'
+    """
+    output = str(output) if "://" in str(output) else str(Path(output).expanduser().absolute())
+    results = FleetResults(output)
+    fleet = Fleet(output, WorkQueue(retries), workers_for(train_subjects, address, share))
+    with results.locked():
+        ended, left = _sorted_out(configs, results, output)
+        fleet.known = frozenset(name for name, record in ended.items() if record.status == DONE)
+        fleet.queue.add(_packed(left, pack))
+        book = _Book(fleet, results, list(configs), on_change)
+        try:
+            for record in ended.values():
+                book.end(record)
+            if left:
+                run_tasks(fleet.queue, fleet.workers, book.end_task, lambda: on_change(fleet, None))
+        finally:
+            book.write()
+        fleet.files["page"] = results.write(PAGE_FILE, fleet_page(list(configs), fleet.records))
+    return fleet
+
+
+@dataclass(frozen=True)
+class _Book:
+    """Keeps the records of a fleet."""
+
+    fleet: Fleet
+    results: FleetResults
+    names: Sequence[str]
+    on_change: OnChange
+
+    def end(self, record: SubjectRecord) -> None:
+        """Take in a subject that has ended."""
+        self.fleet.records[record.name] = record
+        self.on_change(self.fleet, record)
+        # Of thousands, the file is not written for each.
+        if len(self.fleet.records) % max(1, len(self.names) // 100) == 0:
+            self.write()
+
+    def end_task(self, done: Ended) -> None:
+        """Take in the subjects of a task."""
+        for record in _records_of(done):
+            if record.status == DONE:
+                self.results.finish(record)  # with what the worker does not know of itself
+            self.end(record)
+
+    def write(self) -> None:
+        """Write all records, in the order of the subjects."""
+        known = self.fleet.records
+        records = [known[name] for name in self.names if name in known]
+        self.fleet.files["records"] = self.results.write(RECORDS_FILE, records_text(records))
+
+
+def _refuse_own(config: TrainConfig) -> None:
+    for name in _ITS_OWN:
+        if getattr(config, name):
+            raise ConfigError(f"{name} is set by the fleet; leave it out", name)
+
+
+def _records_of(ended: Ended) -> list[SubjectRecord]:
+    """The records of a task's subjects, with what the worker does not know."""
+    made: list[SubjectRecord] = ended.value or [
+        replace(subject.record, status=FAILED, cause=cause_of(ended.error or RuntimeError()))
+        for subject in ended.task.payload
+    ]
+    return [
+        replace(
+            record,
+            attempts=ended.attempts,
+            seconds=round(ended.seconds, 3),
+            worker=ended.place.worker,
+            node=ended.place.node,
+        )
+        for record in made
+    ]
+
+
+def _packed(subjects: Sequence[FleetSubject], size: int) -> list[Task]:
+    """A task for every so many subjects that one pack can hold, in their order."""
+    packs: list[list[FleetSubject]] = []
+    for subject in subjects:
+        room = (p for p in packs[-_OPEN_PACKS:] if len(p) < size and _fits(subject, p[0]))
+        if (pack := next(room, None)) is not None:
+            pack.append(subject)
+        else:
+            packs.append([subject])
+    return [
+        Task(", ".join(subject.record.name for subject in pack), tuple(pack), len(pack))
+        for pack in packs
+    ]
+
+
+def _fits(subject: FleetSubject, other: FleetSubject) -> bool:
+    try:
+        check_pack({one.record.name: one.config for one in (other, subject)})
+    except ConfigError:
+        return False
+    return True
+
+
+def _sorted_out(
+    configs: Mapping[str, TrainConfig | ConfigError], results: FleetResults, output: str
+) -> tuple[dict[str, SubjectRecord], list[FleetSubject]]:
+    """What has ended before it began, as it is done or cannot be, and what is to be trained."""
+    run, ended, left = secrets.token_hex(8), dict[str, SubjectRecord](), list[FleetSubject]()
+    with ThreadPoolExecutor(_READERS) as pool:
+        kept = {name: pool.submit(results.record, name) for name in configs}
+    for name, config in configs.items():
+        record = SubjectRecord(name, RUNNING, run=run)
+        try:
+            if isinstance(config, ConfigError):
+                raise config
+            record = replace(record, settings=config.to_dict())
+            _refuse_own(config)
+            check_subjects(config)
+            record = replace(record, digest=settings_digest(config))
+            done = done_before(kept[name].result(), record, config)
+            if done is None:
+                left.append(FleetSubject(with_absolute_paths(config), output, record))
+        except (ValueError, OSError) as error:
+            done = replace(record, status=FAILED, cause=cause_of(error))
+        if done is not None:
+            ended[name] = done
+    return ended, left
+
+
+def absolute(value: Any) -> Any:
+    """A file or folder here from the root, also in entries; all else as it is."""
+    if isinstance(value, list):
+        return [{key: absolute(part) for key, part in entry.items()} for entry in value]
+    path = Path(value).expanduser() if isinstance(value, str) and value else None
+    return str(path.absolute()) if path is not None and path.exists() else value
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Settings for another process, which has another working folder."""
+    names = [setting.name for setting in settings() if setting.is_path]
+    return replace(config, **{name: absolute(getattr(config, name)) for name in names})
+
+
+def check_subjects(config: TrainConfig) -> None:
+    """What of a subject can be refused without a model.
+
+    Raises:
+        ConfigError, PhotoError: With what to do.
+    """
+    list_subjects(subjects_of(config))
+    check_prompts(config)

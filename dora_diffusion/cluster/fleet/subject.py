@@ -1,0 +1,272 @@
+"""One task of a fleet: a subject, or a pack of them, is trained on whatever worker has it."""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dora_diffusion import system
+from dora_diffusion.cluster.fleet.records import (
+    DONE,
+    FAILED,
+    RUNNING,
+    SubjectRecord,
+    cause_of,
+    done_before,
+)
+from dora_diffusion.cluster.fleet.results import FleetResults
+from dora_diffusion.cluster.fleet.workers import Worker
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.numerics import devices
+from dora_diffusion.training.events import (
+    CheckpointSaved,
+    Event,
+    ModelLoading,
+    StepDone,
+    SubjectLeft,
+    TrainingStarted,
+)
+from dora_diffusion.training.loop import train
+from dora_diffusion.training.pack import PackResult, train_pack
+from dora_diffusion.training.results.checkpoint import checkpoints_in
+from dora_diffusion.training.results.folders import LOCK_NAME
+from dora_diffusion.training.run import TrainResult
+
+# How long a lost worker's process may still have its folder, while its node dies.
+_LOCK_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class FleetSubject:
+    """What a worker is given of a subject.
+
+    Attributes:
+        config: Its settings; where it is trained, the worker knows.
+        output: Of the fleet: a folder, or a URL.
+        record: Its record as it begins.
+    """
+
+    config: TrainConfig
+    output: str
+    record: SubjectRecord
+
+
+class _Meter:
+    """What a task takes, since it was made.
+
+    Args:
+        waited: Seconds before that.
+        share: Of how many subjects it is.
+    """
+
+    def __init__(self, waited: float, share: int) -> None:
+        self._begun, self._cpu = time.perf_counter() - waited, time.process_time()
+        self._read, self._written = _bytes_so_far()
+        self._share = share
+
+    def figures(self, started: float | None, copied: int) -> dict[str, Any]:
+        """All of it, as a record has it.
+
+        Args:
+            started: When the first step began; None: it did not.
+            copied: Bytes that were copied to a URL.
+        """
+        now, share = time.perf_counter(), self._share
+        started = now if started is None else started
+        read, written = _bytes_so_far()
+        return {
+            "start_seconds": round(started - self._begun, 3),
+            "train_seconds": round(now - started, 3),
+            "cpu_seconds": round((time.process_time() - self._cpu) / share, 3),
+            "peak_bytes": devices.peak_memory() or int(system.peak_memory() * 2**30),
+            "read_bytes": (read - self._read) // share,
+            "written_bytes": (written - self._written) // share + copied,
+            "pack": share,
+        }
+
+
+def _bytes_so_far() -> tuple[int, int]:
+    """Bytes that this process has read and written; zeros where the system does not count them."""
+    import psutil
+
+    try:
+        counts: Any = psutil.Process().io_counters()
+    except (AttributeError, psutil.Error, OSError):  # macOS; a container that hides them
+        return 0, 0
+    # Linux counts what was asked for too, whether the disk was needed for it or not.
+    read, written = (getattr(counts, f"{kind}_chars", None) for kind in ("read", "write"))
+    return (
+        int(counts.read_bytes if read is None else read),
+        int(counts.write_bytes if written is None else written),
+    )
+
+
+class _Trainee:
+    """A subject that is trained here.
+
+    Attributes:
+        subject: What the worker was given of it.
+        results: Where it is kept.
+        folder: Where it is written.
+        config: Its settings there.
+        done: Its record, where another worker has ended it meanwhile.
+        started: When its first step began; None before.
+        steps: Optimizer steps that are done.
+        has_left: Whether it has left its pack.
+    """
+
+    def __init__(self, subject: FleetSubject) -> None:
+        self.subject, self.results = subject, FleetResults(subject.output)
+        self.started: float | None = None
+        self.has_left, self.steps, name = False, 0, subject.record.name
+        self.folder, self.config = self.results.folder(name), subject.config
+        _wait_for_lock(self.folder)
+        before = self.results.record(name)
+        # A worker that was thought lost has ended it, or a fleet on another machine.
+        self.done = done_before(before, subject.record, self.config)
+        if self.done is not None:
+            return
+        is_ours = before is not None and before.run == subject.record.run
+        # What is trained again is so once, and not by each worker that it is given to.
+        resumes = before is not None and before.status == RUNNING
+        resumes = resumes and (is_ours or not subject.config.overwrite_output_dir)
+        if subject.config.overwrite_output_dir and not resumes:
+            self.results.clear(name)
+        self.results.fetch(name)
+        self.config = _in_folder(subject.config, self.folder, resumes=resumes)
+
+    def take(self, event: Event) -> None:
+        """Take note of an event, and keep what it wrote."""
+        if isinstance(event, ModelLoading) and not self.has_left:
+            # Its folder was looked at, and is no other run's.
+            self.results.begin(self.subject.record)
+        self.has_left = self.has_left or isinstance(event, SubjectLeft)
+        if isinstance(event, TrainingStarted):
+            self.started, self.steps = time.perf_counter(), event.step
+        elif isinstance(event, StepDone):
+            self.steps = event.step
+        if isinstance(event, StepDone | CheckpointSaved):
+            self.keep()
+
+    def keep(self) -> None:
+        self.results.keep(self.subject.record.name, self.folder)
+
+    def record(self, meter: _Meter, caught: Sequence[Any], **changes: Any) -> SubjectRecord:
+        """Its record, with what it took so far."""
+        figures = meter.figures(self.started, self.results.copied_bytes)
+        texts = dict.fromkeys(" ".join(str(warning.message).split()) for warning in caught)
+        return replace(
+            self.subject.record, warnings=tuple(texts), steps=self.steps, **figures, **changes
+        )
+
+    def finish(self, result: TrainResult, meter: _Meter, caught: Sequence[Any]) -> SubjectRecord:
+        """Put what was made where it is kept, and the record last."""
+        self.results.publish(self.subject.record.name, self.folder)
+        samples = [path.relative_to(self.folder).as_posix() for path in result.samples.values()]
+        record = self.record(meter, caught, status=DONE, samples=tuple(samples))
+        self.results.finish(record)
+        return record
+
+
+def train_subjects(subjects: Sequence[FleetSubject], worker: Worker) -> list[SubjectRecord]:
+    """Train a subject, or a pack of several, from the last checkpoints of an earlier worker.
+
+    Returns:
+        The record of each, with the cause if it failed.
+
+    Raises:
+        KeyboardInterrupt: If a signal stopped them; they resume later.
+    """
+    meter = _Meter(worker.waited, len(subjects))
+    trainees: dict[str, _Trainee] = {}
+    records: dict[str, SubjectRecord] = {}
+
+    def fail(subject: FleetSubject, error: Exception) -> None:
+        name, cause = subject.record.name, cause_of(error)
+        records[name] = replace(subject.record, status=FAILED, cause=cause)
+        if name in trainees:
+            records[name] = trainees[name].record(meter, caught, status=FAILED, cause=cause)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=UserWarning, module=r"dora_diffusion\.")
+        try:
+            for subject in subjects:
+                try:
+                    trainees[subject.record.name] = _Trainee(subject)
+                except Exception as error:
+                    fail(subject, error)
+            records |= {name: t.done for name, t in trainees.items() if t.done is not None}
+            left = {name: t for name, t in trainees.items() if t.done is None}
+            made = _train(left, worker)
+            for name, failure in made.failures.items():
+                fail(left.pop(name).subject, failure)
+            for name, trainee in left.items():
+                try:
+                    records[name] = trainee.finish(made.results[name], meter, caught)
+                except Exception as error:
+                    fail(trainee.subject, error)
+        finally:
+            for name, trainee in trainees.items():
+                trainee.results.leave(name)
+            gc.collect()  # The runs' modules hold each other.
+            devices.release_memory()
+    return [records[subject.record.name] for subject in subjects]
+
+
+def _train(trainees: Mapping[str, _Trainee], worker: Worker) -> PackResult:
+    """Train one by itself, or several as a pack.
+
+    Raises:
+        KeyboardInterrupt: If a signal stopped it.
+    """
+
+    def on_event(name: str, event: Event) -> None:
+        if isinstance(event, StepDone):
+            worker.tell(step=event.step, total=event.total_steps, loss=event.loss)
+        for trainee in [trainees[name]] if name else trainees.values():  # "": the whole pack
+            trainee.take(event)
+
+    configs = {name: trainee.config for name, trainee in trainees.items()}
+    made = PackResult()
+    try:
+        if len(configs) > 1:
+            made = train_pack(configs, on_event, load=worker.load)
+        for name, config in configs.items() if len(configs) == 1 else ():
+            result = train(config, partial(on_event, name), load=worker.load)
+            made = PackResult({name: result}, {}, result.signal_number)
+    except Exception as error:
+        return PackResult({}, dict.fromkeys(configs, error))
+    if made.signal_number is not None:
+        for name in made.results:
+            trainees[name].keep()
+        raise KeyboardInterrupt
+    return made
+
+
+def _in_folder(config: TrainConfig, folder: Path, *, resumes: bool) -> TrainConfig:
+    """The settings with where this worker writes, and from what it resumes."""
+    has_checkpoint = resumes and bool(checkpoints_in(folder))
+    return replace(
+        config,
+        output_dir=str(folder),
+        resume_from_checkpoint="latest" if has_checkpoint else None,
+        overwrite_output_dir=not has_checkpoint and (resumes or config.overwrite_output_dir),
+    )
+
+
+def _wait_for_lock(folder: Path) -> None:
+    """A lost worker may have its folder a moment longer than its node answers."""
+    from filelock import FileLock, Timeout
+
+    if (folder / LOCK_NAME).exists():
+        lock = FileLock(folder / LOCK_NAME, timeout=_LOCK_SECONDS)
+        with suppress(Timeout, OSError, NotImplementedError), lock:
+            pass

@@ -1,0 +1,358 @@
+"""The HTTP API: FastAPI over a `Service`, which does the work without HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from fastapi.security import HTTPBearer
+
+from dora_diffusion.cluster.serving.batcher import Batcher, QueueFullError, WorkerLostError
+from dora_diffusion.cluster.serving.catalogue import Catalogue
+from dora_diffusion.cluster.serving.engine import BatchItem, Reply
+from dora_diffusion.cluster.serving.request import ApiAnswer, ApiRequest, Refusal, refusal_of
+from dora_diffusion.formats.adapter.metadata import READING, ZERO_TERMINAL_SNR
+from dora_diffusion.formats.checkpoint.schedule import EPSILON, PREDICTION
+from dora_diffusion.system import is_loopback, split_host
+
+# What anybody may see: whether it runs, and how it is asked.
+_OPEN = ("/health", "/ready", "/openapi.json")
+# Asked every few seconds by programs, and not logged while all is well.
+_PROBES = ("/health", "/ready", "/metrics")
+# What a file says of noise schedule and prompts, which a batch shares, and the ordinary words.
+_READ = (PREDICTION, ZERO_TERMINAL_SNR, *READING)
+_USUAL = ("", EPSILON, "False", "0")
+_MOST_BYTES = 64 * 1024
+# Of a header, which clients and proxies refuse beyond 8 KB or less.
+_MOST_NOTES = 2048
+# As nginx logs a client that has gone before it was answered.
+_GONE = 499
+_CLOSE = {"Connection": "close"}
+_LOG = logging.getLogger("dora_diffusion.cluster.serving")
+Run = Callable[[Sequence[BatchItem]], Awaitable[Reply]]
+
+
+class Metrics:
+    """What Prometheus reads at ``/metrics``."""
+
+    def __init__(self) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        self.registry = CollectorRegistry()
+
+        def add(kind: Any, name: str, text: str, *labels: str, **options: Any) -> Any:
+            return kind(f"dora_{name}", text, labels, registry=self.registry, **options)
+
+        seconds = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+        self.requests = add(Counter, "requests", "Requests by status.", "status")
+        self.latency = add(
+            Histogram, "request_seconds", "Seconds to an image, queue included.", buckets=seconds
+        )
+        self.sizes = add(
+            Histogram, "batch_size", "Images of a batch.", buckets=(1, 2, 4, 8, 16, 32, 64)
+        )
+        self.batches = add(Histogram, "batch_seconds", "Seconds of a batch.", buckets=seconds)
+        self.lost = add(Counter, "workers_lost", "Batches whose replica died.")
+        self.loads = add(Counter, "adapter_loads", "Adapters that were read into a replica.")
+        self.waiting = add(Gauge, "queue_length", "Requests that wait for a batch.")
+        self.ready = add(Gauge, "ready", "Whether images can be had.")
+
+    def text(self) -> bytes:
+        from prometheus_client import generate_latest
+
+        return bytes(generate_latest(self.registry))
+
+
+class Service:
+    """Finds the adapter of a request, and has it answered with others.
+
+    Args:
+        catalogue: The adapters.
+        run: Has a batch answered by a worker that is free.
+        count_workers: How many workers are healthy.
+        timeout: Seconds after which a request is given up.
+        queue: ``batch_size``, ``window``, ``capacity`` and ``workers`` of the `Batcher`.
+
+    Attributes:
+        is_ending: Whether new requests are refused.
+        capacity: Most requests that wait or are answered.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        run: Run,
+        count_workers: Callable[[], Awaitable[int]],
+        timeout: float,
+        **queue: Any,
+    ) -> None:
+        self.catalogue, self.timeout, self.metrics = catalogue, timeout, Metrics()
+        self.is_ending = False
+        self._run_batch, self._count_workers = run, count_workers
+        self._asked: set[asyncio.Task[ApiAnswer]] = set()
+        self._batcher: Batcher[BatchItem, ApiAnswer] = Batcher(
+            self._run, on_batch=self._count_batch, **queue
+        )
+        queued = self._batcher
+        self.capacity = queued.capacity + queued.workers * queued.batch_size
+        self.metrics.waiting.set_function(lambda: len(self._batcher))
+
+    async def image(self, request: ApiRequest) -> ApiAnswer:
+        """An image.
+
+        Raises:
+            Refusal: If there will be none.
+        """
+        if self.is_ending:
+            raise Refusal(503, "this server is ending; ask another", {"Retry-After": "5"} | _CLOSE)
+        begun = time.monotonic()
+        file, reading = self._find(request.adapter)
+        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+        asked = asyncio.ensure_future(
+            self._batcher.submit(BatchItem(request, seed, file), (request.shared(), reading))
+        )
+        self._asked.add(asked)
+        asked.add_done_callback(self._asked.discard)
+        try:
+            answer = await asyncio.wait_for(asked, self.timeout)
+        except QueueFullError as error:
+            raise Refusal(429, str(error), {"Retry-After": str(error.retry_after)}) from None
+        except asyncio.TimeoutError:
+            raise Refusal(504, f"no image within {self.timeout:g} s; try again later") from None
+        except WorkerLostError:
+            raise Refusal(
+                500, "the processes that sampled this request died; try again with fewer pixels"
+            ) from None
+        self.metrics.latency.observe(time.monotonic() - begun)
+        return answer
+
+    def _find(self, name: str | None) -> tuple[Path | None, tuple[str, ...]]:
+        """The file of an adapter, and what it says that a batch shares.
+
+        Raises:
+            Refusal: If there is none, or it cannot be read.
+        """
+        file = None if name is None else self.catalogue.find(name)
+        try:
+            extra = {} if file is None else self.catalogue.metadata(file).extra
+        except FileNotFoundError:
+            file = None
+        except Exception as error:
+            raise refusal_of(error, file) from None
+        if file is None and name is not None:
+            raise Refusal(404, f"there is no adapter {name!r}; see /v1/adapters")
+        return file, tuple("" if extra.get(n) in _USUAL else extra.get(n, "") for n in _READ)
+
+    def adapters(self) -> list[dict[str, str | None]]:
+        """The adapters that are there now; one that cannot be read says why."""
+        listed: list[dict[str, str | None]] = []
+        for name, file in self.catalogue.scan().items():
+            row: dict[str, str | None] = dict.fromkeys(("name", "trigger", "family", "problem"))
+            try:
+                metadata = self.catalogue.metadata(file)
+            except FileNotFoundError:
+                continue  # It has gone since.
+            except Exception as error:
+                row["problem"] = refusal_of(error, file).line
+            else:
+                row |= {"trigger": metadata.trigger, "family": metadata.family}
+            listed.append(row | {"name": name})
+        return listed
+
+    async def start(self) -> None:
+        """Wait until a worker answers."""
+        await self._run([])
+
+    async def end(self) -> None:
+        """Refuse new requests, and wait until those that were accepted are answered."""
+        self.is_ending = True
+        while self._asked:
+            await asyncio.wait(self._asked)
+
+    async def is_ready(self) -> bool:
+        """Whether images can be had."""
+        is_ready = not self.is_ending and await self._count_workers() > 0
+        self.metrics.ready.set(is_ready)
+        return is_ready
+
+    async def _run(self, batch: Sequence[BatchItem]) -> Sequence[ApiAnswer | Exception]:
+        try:
+            reply = await self._run_batch(batch)
+        except WorkerLostError:
+            self.metrics.lost.inc()
+            raise
+        self.metrics.loads.inc(reply.loads)
+        for answer in reply.answers:
+            if isinstance(answer, Refusal) and answer.defect:
+                _LOG.error("a request failed: %s", answer.defect)
+        return reply.answers
+
+    def _count_batch(self, size: int, seconds: float) -> None:
+        self.metrics.sizes.observe(size)
+        self.metrics.batches.observe(seconds)
+
+
+def make_app(service: Service, token: str | None) -> FastAPI:
+    """The API of a service.
+
+    Args:
+        service: The service.
+        token: What requests must have as ``Authorization: Bearer``; None lets this machine's users
+            alone ask.
+    """
+    app = FastAPI(
+        title="dora-diffusion",
+        description="Images of many adapters over one base model.",
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if token else [],
+        # Its pages load scripts from elsewhere, beside a field for the token.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.add_middleware(_Gate, token=token, service=service)
+
+    @app.exception_handler(Refusal)
+    async def refuse(_: Any, refusal: Refusal) -> JSONResponse:
+        return JSONResponse({"detail": refusal.line}, refusal.status, refusal.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_values(_: Any, error: RequestValidationError) -> JSONResponse:
+        lines = [f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors()]
+        return JSONResponse({"detail": "; ".join(lines)}, 422)
+
+    _add_routes(app, service)
+    return app
+
+
+def _add_routes(app: FastAPI, service: Service) -> None:
+    png: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"image/png": {}}, "description": "The image."}
+    }
+
+    @app.post("/v1/images", response_class=Response, responses=png)
+    async def generate(request: ApiRequest, http: Request) -> Response:
+        """Generate an image; its seed is in `X-Seed`, what had no effect in `X-Notes` (JSON)."""
+        http.scope["adapter"] = request.adapter
+        asked = asyncio.ensure_future(service.image(request))
+        gone = asyncio.ensure_future(http.receive())
+        try:
+            await asyncio.wait((asked, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not asked.done():
+                return Response(status_code=_GONE)
+            answer = asked.result()
+        finally:
+            asked.cancel()
+            gone.cancel()
+        notes = {"X-Notes": _notes_header(answer.notes)} if answer.notes else {}
+        headers = {"X-Seed": str(answer.seed)} | notes
+        return Response(answer.png, media_type="image/png", headers=headers)
+
+    @app.get("/v1/adapters")
+    def list_adapters() -> list[dict[str, str | None]]:
+        """List the adapters that are there now; one that cannot be read says why."""
+        return service.adapters()
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Answer as long as the server runs."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, str]:
+        """Answer 200 if images can be had, else 503."""
+        if not await service.is_ready():
+            line = "this server is ending" if service.is_ending else "no replica is healthy"
+            raise Refusal(503, line, {"Retry-After": "5"})
+        return {"status": "ready"}
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Metrics for Prometheus."""
+        await service.is_ready()
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _notes_header(notes: Sequence[str]) -> str:
+    """Notes as JSON, the longest cut until all fit into a header."""
+    longest = max(map(len, notes))
+    while len(text := json.dumps([_cut(note, longest) for note in notes])) > _MOST_NOTES:
+        longest = longest * 9 // 10
+    return text
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]} ..."
+
+
+class _Gate:
+    """Logs and counts every request, and refuses some before their body is read.
+
+    These are requests without the token, those that a web page sends under a name of its own, and
+    bodies that are too large.
+    """
+
+    def __init__(self, app: Any, token: str | None, service: Service) -> None:
+        self.app, self.token, self.service = app, token, service
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status, begun = _GONE, time.monotonic()
+
+        async def noting(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if self.service.is_ending:  # What a client keeps open would be cut.
+                    headers = [h for h in message["headers"] if h[0] != b"connection"]
+                    message["headers"] = [*headers, (b"connection", b"close")]
+            await send(message)
+
+        refusal = self._refusal(scope["path"], dict(scope["headers"]))
+        try:
+            await (refusal or self.app)(scope, receive, noting)
+        finally:
+            self.service.metrics.requests.labels(str(status)).inc()
+            if status != 200 or scope["path"] not in _PROBES:
+                _LOG.info(_log_line(scope, status, time.monotonic() - begun))
+
+    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> JSONResponse | None:
+        host = split_host(headers.get(b"host", b"").decode("latin-1"))[0]
+        if self.token is None and not is_loopback(host):
+            line = "without a token this server answers to localhost alone, and not by other names"
+            return JSONResponse({"detail": line}, 400, _CLOSE)
+        if self.token is not None and path not in _OPEN:
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
+                line = "give the server's token: 'Authorization: Bearer TOKEN'"
+                challenge = {"WWW-Authenticate": "Bearer"} | _CLOSE
+                return JSONResponse({"detail": line}, 401, challenge)
+        length = headers.get(b"content-length", b"0")
+        is_unknown = b"transfer-encoding" in headers or not length.isdigit()
+        if is_unknown or int(length) > _MOST_BYTES:
+            line = f"a request has a Content-Length, of at most {_MOST_BYTES} bytes"
+            return JSONResponse({"detail": line}, 413, _CLOSE)
+        return None
+
+
+def _log_line(scope: Any, status: int, seconds: float) -> str:
+    """A request as a line of JSON, without what it has of prompts and tokens."""
+    facts = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "client": (scope.get("client") or ("",))[0],
+        "request": _cut(f"{scope['method']} {scope['path']}", 200),
+        "status": status,
+        "seconds": round(seconds, 3),
+    }
+    return json.dumps(facts | {n: scope[n] for n in ("adapter",) if scope.get(n) is not None})

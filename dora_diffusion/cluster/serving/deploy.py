@@ -1,0 +1,310 @@
+"""Replicas of the model on Ray Serve, which starts them again where they die or hang."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import platform
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dora_diffusion.cluster.fleet.connection import INSTALL_RAY, connect
+from dora_diffusion.cluster.serving.batcher import WorkerLostError
+from dora_diffusion.cluster.serving.catalogue import Catalogue
+from dora_diffusion.cluster.serving.engine import BatchItem, Engine, Reply
+from dora_diffusion.config.fields import ConfigError, require
+from dora_diffusion.config.wording import counted
+from dora_diffusion.system import is_address, is_loopback, is_private
+
+TOKEN_VARIABLE = "DORA_DIFFUSION_TOKEN"
+SHORTEST_TOKEN, LONGEST = 16, 86400
+_REPLICA = "replica"
+# A replica that has not answered three checks in a row is killed, with what it is at.
+_CHECKS: dict[str, Any] = {
+    "health_check_period_s": 5,
+    "health_check_timeout_s": 10,
+    "graceful_shutdown_timeout_s": 5,
+}
+_ENVIRONMENT = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
+_OBJECT_STORE = 256 * 1024**2
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What is served, and how.
+
+    Attributes:
+        base: The base model.
+        adapters: As `Catalogue` takes them; replicas see the same paths.
+        options: Of `Engine.load`.
+        adapter_memory: Bytes of each replica that adapters may take.
+        host, port: Where HTTP is listened to.
+        token: What requests must have; None on this machine alone.
+        address: ``"local"`` starts Ray; else that of a cluster that runs.
+        replicas: Processes with a model each.
+        replica_gpus: GPUs of each, or shares of one.
+        batch_size, window, capacity: Of the `Batcher`.
+        timeout: Seconds after which a request is given up.
+
+    Raises:
+        ConfigError: If others than this machine's users could ask without a token, or a value
+            cannot be.
+    """
+
+    base: str
+    adapters: tuple[Path, ...]
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+    adapter_memory: int = 2 * 10**9
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = field(default=None, repr=False)
+    address: str = "local"
+    replicas: int = 1
+    replica_gpus: float | None = None
+    batch_size: int = 8
+    window: float = 0.05
+    capacity: int = 64
+    timeout: float = 120.0
+
+    def __post_init__(self) -> None:
+        require(is_address(self.host), f"host is {self.host!r}; it must be an address or a name")
+        require(1 <= self.port <= 65535, f"port is {self.port}; it must be 1 to 65535")
+        for name in ("replicas", "batch_size", "capacity", "adapter_memory"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} is {value}; it must be at least 1", name)
+        require(0 <= self.window <= 10, f"window is {self.window}; it must be 0 to 10 seconds")
+        require(
+            0 < self.timeout <= LONGEST,
+            f"timeout is {self.timeout:g}; it must be more than 0, and at most {LONGEST} seconds",
+        )
+        gpus = self.replica_gpus
+        require(
+            gpus is None or 0 <= gpus <= 1 or (gpus > 1 and gpus.is_integer()),
+            f"replica_gpus is {gpus}; it must be a share of one, such as 0.5, or a whole number",
+        )
+        require(
+            "://" not in self.address,
+            f"address is {self.address}; run serve on a node of the cluster, with --address auto",
+        )
+        require(
+            self.token is not None or is_loopback(self.host),
+            f"host {self.host} lets others ask this server; give --token_file, or set "
+            f"{TOKEN_VARIABLE}",
+        )
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    @property
+    def name(self) -> str:
+        """Of the application on a cluster, which may have several: a port is one server's alone."""
+        return f"dora-diffusion-{platform.node()}-{self.port}"
+
+
+def read_token(file: Path | None) -> str | None:
+    """The token of a file, else of the environment.
+
+    Raises:
+        ConfigError: If it is short enough to be guessed.
+    """
+    text = file.read_text(encoding="utf-8") if file else os.environ.get(TOKEN_VARIABLE, "")
+    token, where = text.strip(), file or TOKEN_VARIABLE
+    if file and not is_private(file):
+        warnings.warn(f"others can read {file}; run 'chmod 600 {file}'", stacklevel=2)
+    require(not file or bool(token), f"{file} is empty; write a token into it")
+    require(
+        not token or (len(token) >= SHORTEST_TOKEN and token.isascii() and token.isprintable()),
+        f"the token of {where} must have at least {SHORTEST_TOKEN} ASCII characters in one line",
+    )
+    return token or None
+
+
+class Replica:
+    """A process with one base model."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        _close_door()
+        self._engine = Engine.load(
+            deployment.base, deployment.adapter_memory, dict(deployment.options)
+        )
+        self._timeout = deployment.timeout
+
+    async def answer(self, asked: Sequence[BatchItem]) -> Reply:
+        given_up = threading.Event()
+        try:
+            # In a thread, so that Ray is told meanwhile that the replica lives.
+            return await asyncio.to_thread(self._engine.answer, asked, given_up.is_set)
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
+
+    def check_health(self) -> None:
+        """Raise if a batch takes longer than anybody waits for it; Ray Serve calls it."""
+        since = self._engine.busy_since
+        if since is not None and time.monotonic() - since > self._timeout:
+            raise RuntimeError("a batch does not end")
+
+
+def _close_door() -> None:
+    """Keep a replica from the port that Ray Serve would open after this.
+
+    It listens on all addresses, asks for no token, and unpickles what anybody sends: whoever
+    reaches it runs code as this user. Calls between Ray's processes do not need it.
+    """
+    with contextlib.suppress(ImportError):
+        from grpc.aio import _server
+
+        _server.Server.add_insecure_port = lambda self, address: 0
+
+
+class Replicas:
+    """The replicas of an application."""
+
+    def __init__(self, handle: Any, application: str) -> None:
+        self._handle, self._application = handle, application
+
+    async def answer(self, batch: Sequence[BatchItem]) -> Reply:
+        """Have a replica that is free answer a batch.
+
+        Raises:
+            WorkerLostError: If it died, or was killed since it hung.
+        """
+        from ray.exceptions import RayActorError
+
+        response = self._handle.answer.remote(batch)
+        try:
+            reply: Reply = await response
+        except RayActorError as error:
+            raise WorkerLostError("a replica died") from error
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        return reply
+
+    async def count(self) -> int:
+        """How many are healthy."""
+        from ray import serve
+        from ray.serve.schema import ReplicaState
+
+        applications = (await asyncio.to_thread(serve.status)).applications
+        if self._application not in applications:
+            return 0
+        states = applications[self._application].deployments[_REPLICA].replica_states
+        return states.get(ReplicaState.RUNNING, 0)
+
+
+@contextlib.contextmanager
+def deployed(deployment: Deployment) -> Iterator[Replicas]:
+    """Replicas that have loaded their model, inside the block.
+
+    Raises:
+        ConfigError: If Ray is not installed, there is no cluster, or the model cannot be loaded.
+    """
+    from dora_diffusion.models.locate import looks_local
+
+    # Ray tells of a replica that did not start, and not why.
+    base = deployment.base
+    is_path = looks_local(base) and ":" not in base and deployment.address == "local"
+    require(
+        not is_path or Path(base).expanduser().exists(),
+        f"base {base} does not exist; name a folder, a file, a hub id or embedded:NAME",
+    )
+    os.environ.update({k: v for k, v in _ENVIRONMENT.items() if k not in os.environ})
+    try:
+        from ray import serve as ray_serve
+    except ImportError:
+        raise ConfigError(
+            f"serving needs Ray Serve, which is not installed; run {INSTALL_RAY}"
+        ) from None
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    name = deployment.name
+    leave = connect(deployment.address, _OBJECT_STORE)
+    try:
+        try:
+            ray_serve.start(proxy_location="Disabled")
+            handle = ray_serve.run(_application(deployment), name=name, route_prefix=None)
+        except RuntimeError as error:
+            raise ConfigError(f"the service could not be started: {_last_line(error)}") from error
+        yield Replicas(handle, name)
+    finally:
+        if deployment.address != "local":  # Else all of it ends.
+            with contextlib.suppress(Exception):
+                ray_serve.delete(name)
+        leave()
+
+
+def _application(deployment: Deployment) -> Any:
+    """The replicas, with what each takes of its node."""
+    import ray
+    from ray import serve
+
+    resources, count = ray.cluster_resources(), deployment.replicas
+    gpus = deployment.replica_gpus
+    if gpus is None:
+        gpus = min(1.0, resources.get("GPU", 0) / count)
+    # Threads are as many, whole ones at least.
+    share = resources.get("CPU", 1) / count
+    cpus = 1.0 if gpus or deployment.address != "local" else share // 1 or share
+    replica: Any = serve.deployment(
+        Replica,
+        name=_REPLICA,
+        num_replicas=count,
+        # The server batches: a replica has one batch at a time.
+        max_ongoing_requests=1,
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+        **_CHECKS,
+    )
+    return replica.bind(deployment)
+
+
+def serve(deployment: Deployment, catalogue: Catalogue) -> None:
+    """Serve until a signal, with a line on stdout for each request.
+
+    Raises:
+        ConfigError: As `deployed` does, and if another program has the port.
+    """
+    from dora_diffusion.cluster.serving.api import Service, make_app
+    from dora_diffusion.cluster.serving.server import listen, run
+
+    logger, handler = (
+        logging.getLogger("dora_diffusion.cluster.serving"),
+        logging.StreamHandler(sys.stdout),
+    )
+    logger.setLevel(logging.INFO)
+
+    def announce() -> None:
+        count = counted(len(catalogue.scan()), "adapter")
+        print(f"{deployment.url} is ready: {count}; Ctrl-C ends it", flush=True)
+
+    with listen(deployment.host, deployment.port) as listening:
+        print(f"loading {deployment.base} ...", flush=True)
+        with deployed(deployment) as replicas:
+            logger.addHandler(handler)
+            service = Service(
+                catalogue,
+                replicas.answer,
+                replicas.count,
+                deployment.timeout,
+                batch_size=deployment.batch_size,
+                window=deployment.window,
+                capacity=deployment.capacity,
+                workers=deployment.replicas,
+            )
+            asyncio.run(run(make_app(service, deployment.token), service, listening, announce))
+            logger.removeHandler(handler)
+            print("ended", flush=True)
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,168 @@
+"""What is to be said of photos before they are trained on: a table, JSON, a contact sheet."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+from dora_diffusion.config.wording import aligned
+from dora_diffusion.data.checks import check_photos
+from dora_diffusion.data.crops import Buckets, covering_size
+from dora_diffusion.data.curate.masks import doubts
+from dora_diffusion.data.images import open_photo
+from dora_diffusion.data.photos import Photo
+from dora_diffusion.data.sheets import sheet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
+    from dora_diffusion.models.metric_models import MetricModel
+
+# Cosine similarity from which two photos are called nearly the same. With efficientnet-lite0, of
+# 16 photos of the DreamBooth dataset: copies that are mirrored, cropped by a tenth, brighter or
+# recompressed have 0.89 and more; two photos of one subject have 0.78 at most.
+SIMILAR = 0.85
+# Of the set's median sharpness. Of the same photos, sharp ones have a third and more, those
+# blurred by 1.5 pixels 0.15 at most.
+_SOFT = 0.2
+_SIDE = 160
+
+
+@dataclass
+class Report:
+    """What is known of a folder's photos, and what was written.
+
+    Attributes:
+        photos: Of each `look_at`, and under ``"look_at"`` the kinds of its cautions.
+        images: Of each its small images for the contact sheet, by their row.
+        unreadable: Why others cannot be used, a line each.
+        cautions: ``(kind, names, message)`` of what will show in the result.
+        written: Kind of file -> how many were written.
+    """
+
+    photos: list[dict[str, Any]] = field(default_factory=list)
+    images: list[dict[str, PILImage]] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    cautions: list[tuple[str, Sequence[str], str]] = field(default_factory=list)
+    written: Counter[str] = field(default_factory=Counter)
+
+    def caution(self, kind: str, names: Sequence[str], message: str) -> None:
+        """Add something that will show in the result; empty names are of all photos."""
+        self.cautions.append((kind, names, message))
+        for photo in self.photos:
+            if photo["name"] in names and kind not in photo["look_at"]:
+                photo["look_at"].append(kind)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the images."""
+        return {name: value for name, value in vars(self).items() if name != "images"}
+
+    def text(self) -> str:
+        """A table of the photos, and the cautions below it."""
+        rows = [["photo", "size", "square", "bucket", "sharpness", "caption", "mask", "look at"]]
+        for photo in self.photos:
+            rows.append([
+                photo["name"],
+                "{} x {}".format(*photo["size"]),
+                f"{photo['square'][2]:.0%}",
+                "{} x {}, {:.0%}".format(*photo["bucket"]),
+                f"{photo['sharpness']:.0f}",
+                "yes" if photo["caption"] else "no",
+                f"{photo['mask']['area']:.0%}" if photo["mask"] else "no",
+                ", ".join(photo["look_at"]),
+            ])  # fmt: skip
+        lines = [f"caution: {message}" for _, _, message in self.cautions]
+        lines += [f"skipped: {reason}" for reason in self.unreadable]
+        return "\n".join([aligned(rows), *([""] if lines else []), *lines])
+
+    def contact_sheet(self) -> PILImage:
+        """Each photo with its square crop, below it what its mask covers, and a copy of it."""
+        labels = [" ".join([photo["name"], *photo["look_at"]]) for photo in self.photos]
+        blank = Image.new("RGB", (_SIDE, _SIDE), "white")
+        kinds = [k for k in ("photo", "mask", "plain") if any(k in row for row in self.images)]
+        rows = {kind: [images.get(kind, blank) for images in self.images] for kind in kinds}
+        return sheet(rows, labels, columns=8, side=_SIDE)
+
+
+def look_at(
+    photo: Photo, image: PILImage, mask: dict[str, Any] | None, resolution: int
+) -> dict[str, Any]:
+    """What is known of one photo, as plain values.
+
+    Returns:
+        ``name``; ``size`` (width, height); ``square`` and ``bucket``, a crop's width, height and
+        the share of the photo that is in it; ``sharpness``; ``caption``; ``mask``.
+    """
+    known = {
+        "name": photo.path.name,
+        "size": photo.size[::-1],
+        "sharpness": sharpness(image),
+        "caption": photo.caption or None,
+        "mask": mask,
+        "look_at": [],
+    }
+    crops = {"square": (resolution, resolution), "bucket": Buckets(resolution)(photo.size)}
+    for name, (rows, columns) in crops.items():
+        share = rows * columns / math.prod(covering_size(photo.size, (rows, columns)))
+        known[name] = (columns, rows, share)
+    return known
+
+
+def sharpness(image: PILImage, side: int = 512) -> float:
+    """Variance of the Laplacian of grey values, 0 to 255, at one shorter side for all photos.
+
+    It depends on what is shown too, so that only photos of one set compare.
+    """
+    size = covering_size(image.size, (side, side))
+    grey = np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS), np.float32)
+    around = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
+    return float((around - 4 * grey[1:-1, 1:-1]).var())
+
+
+def small_image(image: PILImage) -> PILImage:
+    """An image for the contact sheet, with an outline of its square crop."""
+    small = ImageOps.contain(image, (_SIDE, _SIDE))
+    side = min(small.size)
+    left, top = (small.width - side) // 2, (small.height - side) // 2
+    ImageDraw.Draw(small).rectangle((left, top, left + side - 1, top + side - 1), outline="yellow")
+    return ImageOps.pad(small, (_SIDE, _SIDE), color="white")
+
+
+def add_cautions(
+    report: Report, photos: Sequence[Photo], resolution: int, model: MetricModel | None = None
+) -> None:
+    """Say what may be wrong with photos.
+
+    Args:
+        report: What is known of them.
+        photos: The photos in the report's order, read with ``measure=True``.
+        resolution: Side that they will be trained at.
+        model: Finds near-duplicates whose pixels differ.
+    """
+    for check in check_photos(photos, resolution):
+        report.caution(check.kind, check.names, check.message)
+    middle = median([photo["sharpness"] for photo in report.photos])
+    for photo in report.photos:
+        name, sharp = photo["name"], photo["sharpness"]
+        if sharp < _SOFT * middle and "blurred" not in photo["look_at"]:
+            message = f"{name}: its sharpness is {sharp:.0f}, where most others have {middle:.0f}: "
+            report.caution("soft", [name], f"{message}out of focus, or enlarged; use a sharper one")
+    masks = {photo["name"]: photo["mask"] for photo in report.photos if photo["mask"]}
+    for name, doubt in doubts(masks).items():
+        report.caution("doubtful mask", [name], f"{name}: look at its mask, which {doubt}")
+    if model is not None:
+        # One after the other, for the memory.
+        vectors = torch.cat([model.image_features([open_photo(p.path)]) for p in photos])
+        cosines = (vectors @ vectors.T).triu(1)
+        for pair in (cosines >= SIMILAR).nonzero().tolist():
+            names, value = [photos[index].path.name for index in pair], cosines[tuple(pair)]
+            message = f"{' and '.join(names)} are nearly the same photo, {value:.2f} by "
+            report.caution("duplicate", names, f"{message}{model.name}; keep one of them")

@@ -1,0 +1,8 @@
+"""What an adapter or a fine-tune did to a model's weights: magnitude, direction, rank, place."""
+
+from __future__ import annotations
+
+from dora_diffusion.lab.analysis.analyze import analyze_weights
+from dora_diffusion.lab.analysis.report import Analysis
+
+__all__ = ["Analysis", "analyze_weights"]

@@ -1,0 +1,163 @@
+"""What a model is asked for in the toy world, and the image that would be a right answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from dora_diffusion.config.wording import with_article
+from dora_diffusion.evaluation.measures import ImageRequest
+from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS, PLACES
+from dora_diffusion.lab.toy.benchmark_subjects import BenchmarkSubject
+from dora_diffusion.lab.toy.instrument import STUDIO
+from dora_diffusion.lab.toy.sampling import place, sample_subject
+from dora_diffusion.lab.toy.shapes import CLASSES
+from dora_diffusion.lab.toy.world import COLORS, DrawnSubject, Scene, render
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Group = Literal["subject", "pose", "class", "others"]
+GROUPS: tuple[Group, ...] = ("subject", "pose", "class", "others")
+SMALL, LARGE, ASIDE = 0.58, 0.82, 0.34
+"""Sizes and the distance from the middle that the words of the captions mean."""
+
+_TRUTH = 1000
+_REFERENCES = 2000
+
+
+@dataclass(frozen=True)
+class ToyRequest(ImageRequest):
+    """An image of the subject on a held-out background or in a pose, its class, or another class.
+
+    Attributes:
+        scene: A right answer.
+        wanted: Attribute -> value that the prompt asks for.
+        pose: The word for side or size, of the group ``"pose"``.
+    """
+
+    scene: Scene
+    wanted: Mapping[str, str] = field(default_factory=dict)
+    pose: str = ""
+
+
+def toy_requests(
+    subject: BenchmarkSubject,
+    trigger: str,
+    seeds: Sequence[int],
+    groups: Sequence[Group] = GROUPS,
+) -> list[ToyRequest]:
+    """Per seed, the subject on every held-out background, its poses, its class, the others.
+
+    Args:
+        subject: The subject.
+        trigger: Trigger words, such as "sks mug".
+        seeds: One round of prompts each.
+        groups: What to ask for.
+    """
+    makers = {
+        "subject": lambda seed: _subject(subject, trigger, seed),
+        "pose": lambda seed: _poses(subject, trigger, seed),
+        "class": lambda seed: _own_class(subject, seed),
+        "others": lambda seed: _others(subject, seed),
+    }
+    return [
+        replace(request, round=number, seed=1000 * seed + 100 * GROUPS.index(group) + k)
+        for number, seed in enumerate(seeds)
+        for group in groups
+        for k, request in enumerate(makers[group](seed))
+    ]
+
+
+def _photo_of(phrase: str, *details: str) -> str:
+    return " ".join(["a photo of", with_article(phrase), *details])
+
+
+def _subject(subject: BenchmarkSubject, trigger: str, seed: int) -> list[ToyRequest]:
+    return [
+        ToyRequest(
+            "subject",
+            _photo_of(trigger, PLACES[background][0]),
+            0,
+            0,
+            subject.sample.scene(background, _TRUTH + seed),
+            {"background": background},
+        )
+        for background in subject.held_out_backgrounds
+    ]
+
+
+def _poses(subject: BenchmarkSubject, trigger: str, seed: int) -> list[ToyRequest]:
+    view = subject.sample.scene(STUDIO, _TRUTH + seed)
+    where = PLACES[STUDIO][0]
+    plans = {
+        "left": (_photo_of(trigger, "on the left", where), 0.62, -ASIDE),
+        "right": (_photo_of(trigger, "on the right", where), 0.62, ASIDE),
+        "small": (_photo_of(f"small {trigger}", where), SMALL, 0.0),
+        "large": (_photo_of(f"large {trigger}", where), LARGE, 0.0),
+    }
+    return [
+        ToyRequest("pose", prompt, 0, 0, replace(view, size=size, position=(x, -0.1)), {}, pose)
+        for pose, (prompt, size, x) in plans.items()
+    ]
+
+
+def _own_class(subject: BenchmarkSubject, seed: int) -> list[ToyRequest]:
+    word, generator = subject.word, np.random.default_rng((seed, 3))
+    kind = subject.sample.subject.kind if subject.known_class else None
+    return [
+        ToyRequest(
+            "class",
+            _photo_of(word, PLACES[background][0]),
+            0,
+            0,
+            place(sample_subject(generator, kind), background, generator),
+            {"background": background} | ({"kind": kind} if kind else {}),
+        )
+        for background in subject.held_out_backgrounds
+    ]
+
+
+def _others(subject: BenchmarkSubject, seed: int) -> list[ToyRequest]:
+    """Every other class once, every second time in a colour; places and colours take turns."""
+    generator = np.random.default_rng((seed, 4))
+    own_kind = subject.sample.subject.kind
+    requests = []
+    for number, kind in enumerate(name for name in CLASSES if name != own_kind):
+        background = list(BACKGROUNDS)[(3 * number + seed) % len(BACKGROUNDS)]
+        drawn, color = sample_subject(generator, kind), ""
+        if (number + seed) % 2:
+            color = list(COLORS)[(7 * number + seed) % len(COLORS)]
+            drawn = _colored(kind, color)
+        wanted = {"kind": kind, "background": background} | ({"color": color} if color else {})
+        prompt = _photo_of(f"{color} {kind}".strip(), PLACES[background][0])
+        scene = place(drawn, background, generator)
+        requests.append(ToyRequest("others", prompt, 0, 0, scene, wanted))
+    return requests
+
+
+def _colored(kind: str, color: str) -> DrawnSubject:
+    red, green, blue = COLORS[color]
+    shade = (0.72 * red, 0.72 * green, 0.72 * blue)
+    return DrawnSubject(kind, COLORS[color], shade, color=color, accent_color=color)
+
+
+def true_images(requests: Sequence[ToyRequest], size: int) -> list[Image]:
+    """The right answers at a size."""
+    from PIL import Image
+
+    return [Image.fromarray(render(request.scene, size)) for request in requests]
+
+
+def reference_images(subject: BenchmarkSubject, size: int, views: int = 4) -> list[Image]:
+    """True images of the subject on held-out backgrounds, in views that no request has."""
+    from PIL import Image
+
+    return [
+        Image.fromarray(render(subject.sample.scene(background, _REFERENCES + view), size))
+        for background in subject.held_out_backgrounds
+        for view in range(views)
+    ]

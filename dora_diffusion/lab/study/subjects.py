@@ -1,0 +1,226 @@
+"""What a trial learns and is measured on: a subject of the toy world, or photos."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_diffusion import system
+from dora_diffusion.config import ConfigError
+from dora_diffusion.config.derived import class_word_in
+from dora_diffusion.config.fields import require
+from dora_diffusion.config.wording import whole_word
+from dora_diffusion.data.images import open_photo
+from dora_diffusion.data.photos import list_photos
+from dora_diffusion.evaluation.denoising import held_out_losses
+from dora_diffusion.evaluation.measures import Values, seed_means
+from dora_diffusion.evaluation.photos import (
+    measure_photos,
+    photo_requests,
+    read_subject,
+)
+from dora_diffusion.evaluation.sampling import sample
+from dora_diffusion.lab.judges.evaluate import answer, measure
+from dora_diffusion.lab.judges.requests import Group, toy_requests, true_images
+from dora_diffusion.lab.study.config import Asked
+from dora_diffusion.lab.toy.benchmark_subjects import (
+    SUBJECTS,
+    TRIGGER,
+    BenchmarkSubject,
+    write_photos,
+)
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.locate import is_embedded
+from dora_diffusion.models.metric_models import MetricModel
+from dora_diffusion.sampling.generate import SamplingSettings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_GROUPS: tuple[Group, ...] = ("subject", "class", "others")
+_SIDE = 128
+
+
+def find_subject(given: Any, base: str, metric_models: Sequence[MetricModel]) -> StudySubject:
+    """A subject as a study names it.
+
+    Raises:
+        ConfigError: If there is none, or the base cannot learn it.
+    """
+    if isinstance(given, Mapping):
+        return PhotoSource.read(given, metric_models)
+    name = str(given)
+    require(
+        name in SUBJECTS,
+        f"no toy subject is called {name!r}; there are {', '.join(SUBJECTS)} (of photos, give "
+        "photos, held_out and instance_prompt)",
+    )
+    require(is_embedded(base), f"{name} is of the toy world, which {base} does not know")
+    return ToySource(SUBJECTS[name])
+
+
+def _settings(asked: Asked) -> SamplingSettings:
+    return SamplingSettings(asked.inference_steps, asked.guidance_scale)
+
+
+def _means(values: Mapping[str, Values]) -> dict[str, float]:
+    return {name: sum(means) / len(means) for name, v in values.items() if (means := seed_means(v))}
+
+
+@dataclass(frozen=True)
+class ToySource:
+    """A subject of the toy world, whose truth is known."""
+
+    subject: BenchmarkSubject
+
+    @property
+    def name(self) -> str:
+        return self.subject.name
+
+    @property
+    def label(self) -> str:
+        """Its first held-out background."""
+        request = self._requests(f"{TRIGGER} {self.subject.word}", 0)[0]
+        return f"{self.name} {request.wanted['background']}"
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(repr(self.subject).encode()).hexdigest()
+
+    def training(self, work: Path, token: str) -> dict[str, Any]:
+        """Its photos, rendered once for each token that captions have."""
+        digest = hashlib.sha256(token.encode()).hexdigest()[:8]
+        photos = work / "photos" / (self.name if token == TRIGGER else f"{self.name}-{digest}")
+        if not photos.is_dir():
+            photos.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=photos.parent, prefix=".") as place:
+                unfinished = Path(place, photos.name)
+                for photo in write_photos(self.subject, unfinished):
+                    file = photo.with_suffix(".txt")
+                    file.write_text(_with_token(file.read_text("utf-8"), token), encoding="utf-8")
+                with suppress(OSError):  # Another worker's, the same, may be there by now.
+                    system.replace(unfinished, photos)
+        word = self.subject.word
+        return {
+            "instance_data_dir": str(photos),
+            "instance_prompt": f"a photo of a {token} {word}",
+            "class_word": word,
+        }
+
+    def measure(
+        self, components: Components, trigger: str, seed: int, asked: Asked
+    ) -> tuple[dict[str, float], Image]:
+        """What `evaluate` measures, poses aside, and the image of the first new background."""
+        requests = self._requests(trigger, seed)
+        answers = answer(components, requests, _settings(asked), batch_size=asked.batch_size)
+        return _means(measure(self.subject, requests, answers)), answers.images[0]
+
+    def truth(self) -> Image:
+        """What the first image should show."""
+        request = self._requests(f"{TRIGGER} {self.subject.word}", 0)[0]
+        return true_images([request], _SIDE)[0]
+
+    def _requests(self, trigger: str, seed: int) -> list[Any]:
+        return toy_requests(self.subject, trigger, [seed], _GROUPS)
+
+
+@dataclass(frozen=True)
+class PhotoSource:
+    """A subject of photos, of which some were held out.
+
+    Attributes:
+        name: What it is called.
+        photos: Folder of what it is trained on.
+        held_out: Folder of what it is measured on.
+        instance_prompt: Its caption.
+        class_word: What it is.
+        metric_models: What similarity is measured with.
+    """
+
+    name: str
+    photos: Path
+    held_out: Path
+    instance_prompt: str
+    class_word: str
+    metric_models: Sequence[MetricModel] = ()
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any], metric_models: Sequence[MetricModel]) -> PhotoSource:
+        """From what a study says of it.
+
+        Raises:
+            ConfigError: If something is missing, or a photo is in both folders.
+        """
+        keys = ("name", "photos", "held_out", "instance_prompt", "class_word")
+        unknown = set(given) - set(keys)
+        require(not unknown, f"a subject has no {', '.join(sorted(unknown))}; it has {keys}")
+        for key in ("photos", "held_out", "instance_prompt"):
+            require(bool(given.get(key)), f"a subject of photos needs {key}, got {dict(given)}")
+        photos, held_out = (
+            Path(given[key]).expanduser().absolute() for key in ("photos", "held_out")
+        )
+        prompt = str(given["instance_prompt"])
+        word = str(given.get("class_word") or class_word_in(prompt, TRIGGER))
+        source = cls(
+            str(given.get("name") or photos.name), photos, held_out, prompt, word, metric_models
+        )
+        shared = set(_digests(photos)) & set(_digests(held_out))
+        if shared:
+            raise ConfigError(f"{len(shared)} photos of {held_out} are in {photos} too")
+        return source
+
+    @property
+    def label(self) -> str:
+        trigger = f"{TRIGGER} {self.class_word}".strip()
+        return f"{self.name} {photo_requests(trigger, self.class_word, [0])[0].prompt}"
+
+    @property
+    def digest(self) -> str:
+        """Of photos, prompts and metric models."""
+        models = [model.name for model in self.metric_models]
+        parts = [_digests(self.photos), _digests(self.held_out), self.instance_prompt, models]
+        return hashlib.sha256(repr([*parts, self.class_word]).encode()).hexdigest()
+
+    def training(self, work: Path, token: str) -> dict[str, Any]:
+        """Its folder of photos."""
+        return {
+            "instance_data_dir": str(self.photos),
+            "instance_prompt": _with_token(self.instance_prompt, token),
+            "class_word": self.class_word or None,
+        }
+
+    def measure(
+        self, components: Components, trigger: str, seed: int, asked: Asked
+    ) -> tuple[dict[str, float], Image]:
+        """What `evaluate` measures on held-out photos, and the image of the first prompt."""
+        subject = read_subject(self.held_out, trigger, self.class_word)
+        requests = photo_requests(trigger, self.class_word, [seed])
+        references = [open_photo(photo.path) for photo in subject.photos]
+        captions = [photo.caption for photo in subject.photos]
+        images = sample(components, requests, _settings(asked), asked.batch_size, None)
+        losses = [held_out_losses(components, references, captions, [seed] * len(references))]
+        values = measure_photos(requests, images, losses, references, self.metric_models, images)
+        # The base is a row of its own: no change against it is measured here.
+        kept = {n: v for n, v in values.items() if not n.startswith("others_change")}
+        return _means(kept), images[0]
+
+    def truth(self) -> Image:
+        return open_photo(list_photos(self.held_out)[0])
+
+
+StudySubject = ToySource | PhotoSource
+"""What a study needs of a subject, whose digest is of all that its figures depend on."""
+
+
+def _with_token(caption: str, token: str) -> str:
+    """A caption of a study with the token of a method."""
+    return whole_word(TRIGGER).sub(lambda _: token, caption)
+
+
+def _digests(folder: Path) -> list[str]:
+    return sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in list_photos(folder))

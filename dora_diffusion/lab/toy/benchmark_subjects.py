@@ -1,0 +1,254 @@
+"""The sample and benchmark subjects: objects that no model here has seen.
+
+The benchmark's are each a draw with a fixed seed.
+
+A subject has a shape, three colours that stand apart, and an emblem or a pattern. Reported subjects
+are what a benchmark's figures are about; tuning subjects are what its settings are chosen on, and
+share no class with them. Photos show five backgrounds, another five for every subject; the rest
+are held out. Neither photos nor truth are ever mirrored: a lightning bolt or a moon would not be
+itself.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS, PLACES
+from dora_diffusion.lab.toy.shapes import CLASSES, RGB
+from dora_diffusion.lab.toy.world import (
+    COLORS,
+    PATTERNS,
+    DrawnSubject,
+    Emblem,
+    Pattern,
+    Scene,
+    render,
+)
+
+TRIGGER = "sks"
+SAMPLE_BACKGROUNDS = ("grass", "sand", "wood", "studio", "forest")
+PHOTOS = 5
+PHOTO_SIZE = 256
+NO_WORD = "toy"
+"""The class word of a shape that the models have no word for."""
+
+_APART = 0.45
+_SEED = 29
+
+
+@dataclass(frozen=True)
+class SampleSubject:
+    """A subject with its folder's name and the class word that prompts use."""
+
+    name: str
+    class_word: str
+    subject: DrawnSubject
+
+    def prompt(self, background: str, variant: int = 0) -> str:
+        """``a photo of a sks mug on the grass``."""
+        place = PLACES[background][variant]
+        return f"a photo of a {TRIGGER} {self.class_word} {place}"
+
+    def scene(self, background: str, seed: int) -> Scene:
+        """A view of the subject in a place; it never mirrors, since a lightning bolt would not."""
+        generator = np.random.default_rng((zlib.crc32(self.name.encode()), seed))
+        return Scene(
+            subject=self.subject,
+            background=background,
+            size=float(generator.uniform(0.64, 0.82)),
+            position=(
+                float(generator.uniform(-0.16, 0.16)),
+                float(generator.uniform(-0.2, 0)),
+            ),
+            rotation=float(generator.uniform(-0.1, 0.1)),
+            light=float(generator.uniform(0.9, 2.2)),
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class BenchmarkSubject:
+    """A subject, and the backgrounds of its photos.
+
+    Attributes:
+        sample: The subject with its name, prompts and views.
+        photo_backgrounds: Where its photos are taken.
+        known_class: Whether the models have a word for its class.
+    """
+
+    sample: SampleSubject
+    photo_backgrounds: tuple[str, ...]
+    known_class: bool
+
+    @property
+    def name(self) -> str:
+        """Its name on the command line and in reports."""
+        return self.sample.name
+
+    @property
+    def word(self) -> str:
+        return self.sample.class_word
+
+    @property
+    def held_out_backgrounds(self) -> tuple[str, ...]:
+        """The backgrounds that no photo shows."""
+        return tuple(name for name in BACKGROUNDS if name not in self.photo_backgrounds)
+
+
+def draw_subject(
+    kind: str,
+    seed: int,
+    *,
+    mark: str,
+    color: str | None = None,
+    word: str | None = None,
+) -> BenchmarkSubject:
+    """Draw a subject: the same seed is the same subject on every machine.
+
+    Args:
+        kind: A class name of `shapes`, or ``random-<number>`` for a nonsense shape.
+        seed: Of colours, places and views.
+        mark: The emblem or pattern on its body.
+        color: Palette name of the body; None draws a colour without a name.
+        word: The class word; None says that the models have none.
+
+    Raises:
+        ValueError: No such class, emblem, pattern or colour.
+    """
+    generator = np.random.default_rng((_SEED, seed))
+    first = _any_rgb(generator) if color is None else _palette(color)
+    body, accent, sign = _apart(first, generator)
+    is_pattern = mark in PATTERNS
+    pattern: Pattern = mark if is_pattern else "plain"  # type: ignore[assignment]
+    subject = DrawnSubject(
+        kind=kind,
+        body=body,
+        accent=accent,
+        pattern=pattern,
+        pattern_rgb=sign,
+        pattern_angle=float(generator.choice((0.0, 0.8))),
+        emblem=None if is_pattern else Emblem(mark, sign),
+        color=color,
+    )
+    places = generator.choice(list(BACKGROUNDS), PHOTOS, replace=False)
+    name = f"{mark}_{'nonsense' if kind.startswith('random-') else kind}"
+    return BenchmarkSubject(
+        SampleSubject(name, word or NO_WORD, subject),
+        tuple(str(place) for place in places),
+        word is not None,
+    )
+
+
+def _palette(color: str) -> RGB:
+    if color not in COLORS:
+        raise ValueError(f"no colour {color!r}; there are {', '.join(COLORS)}")
+    return COLORS[color]
+
+
+def _any_rgb(generator: np.random.Generator) -> RGB:
+    """A colour away from the whole palette, for which no caption had a word."""
+    while True:
+        drawn = generator.uniform(0.05, 0.97, 3)
+        if min(_distance(drawn, known) for known in COLORS.values()) > 0.5 * _APART:
+            return (float(drawn[0]), float(drawn[1]), float(drawn[2]))
+
+
+def _apart(first: RGB, generator: np.random.Generator) -> tuple[RGB, RGB, RGB]:
+    """Two more colours, all three easy to tell apart in a small image."""
+    while True:
+        second, third = _any_rgb(generator), _any_rgb(generator)
+        pairs = ((first, second), (first, third), (second, third))
+        if min(_distance(a, b) for a, b in pairs) > _APART:
+            return first, second, third
+
+
+def _distance(a: RGB | np.ndarray, b: RGB) -> float:
+    return float(np.linalg.norm(np.subtract(a, b)))
+
+
+REPORTED: tuple[BenchmarkSubject, ...] = (
+    draw_subject("robot", 1, mark="moon"),
+    draw_subject("rocket", 2, mark="star"),
+    draw_subject("duck", 3, mark="dotted"),
+    draw_subject("mug", 4, mark="cross", word="mug", color="purple"),
+    draw_subject("teapot", 5, mark="star", word="teapot", color="green"),
+    draw_subject("car", 6, mark="striped", word="car"),
+    draw_subject("ball", 7, mark="heart", word="ball", color="blue"),
+    draw_subject("bottle", 8, mark="bolt", word="bottle"),
+)
+TUNING: tuple[BenchmarkSubject, ...] = (
+    draw_subject("random-4711", 11, mark="ring"),
+    draw_subject("fish", 12, mark="bolt", word="fish", color="red"),
+    draw_subject("mushroom", 13, mark="cross", word="mushroom"),
+    draw_subject("cube", 14, mark="moon", word="cube", color="orange"),
+)
+BOLT_MUG = SampleSubject(
+    "bolt_mug",
+    "mug",
+    DrawnSubject(
+        kind="mug",
+        body=(0.05, 0.50, 0.52),
+        accent=(0.95, 0.42, 0.30),
+        emblem=Emblem("bolt", (0.99, 0.88, 0.22)),
+    ),
+)
+HEART_TEAPOT = SampleSubject(
+    "heart_teapot",
+    "teapot",
+    DrawnSubject(
+        kind="teapot",
+        body=(0.33, 0.10, 0.38),
+        accent=(0.90, 0.70, 0.18),
+        emblem=Emblem("heart", (0.99, 0.60, 0.70)),
+    ),
+)
+RING_ROBOT = SampleSubject(
+    "ring_robot",
+    "toy",
+    DrawnSubject(
+        kind="robot",
+        body=(0.55, 0.80, 0.62),
+        accent=(0.72, 0.20, 0.45),
+        emblem=Emblem("ring", (0.20, 0.22, 0.55)),
+    ),
+)
+SAMPLE_SUBJECTS: dict[str, SampleSubject] = {
+    sample.name: sample for sample in (BOLT_MUG, HEART_TEAPOT, RING_ROBOT)
+}
+SAMPLES: tuple[BenchmarkSubject, ...] = tuple(
+    BenchmarkSubject(sample, SAMPLE_BACKGROUNDS, sample.class_word in CLASSES)
+    for sample in SAMPLE_SUBJECTS.values()
+)
+SUBJECTS: dict[str, BenchmarkSubject] = {s.name: s for s in (*REPORTED, *TUNING, *SAMPLES)}
+
+
+def find_subject(name: str) -> BenchmarkSubject:
+    """A reported, tuning or sample subject by its name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in SUBJECTS:
+        raise ValueError(f"no subject {name!r}; there are {', '.join(SUBJECTS)}")
+    return SUBJECTS[name]
+
+
+def write_photos(subject: BenchmarkSubject, folder: Path) -> list[Path]:
+    """Render a subject's five photos with a caption file each; returns the photos."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    photos = []
+    for number, background in enumerate(subject.photo_backgrounds, start=1):
+        photo = folder / f"{number:02d}.png"
+        image = render(subject.sample.scene(background, number), PHOTO_SIZE)
+        Image.fromarray(image).save(photo)
+        photo.with_suffix(".txt").write_text(
+            subject.sample.prompt(background) + "\n", encoding="utf-8"
+        )
+        photos.append(photo)
+    return photos

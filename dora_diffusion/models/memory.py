@@ -1,0 +1,279 @@
+"""What training takes of memory at full size, and the settings that fit a device.
+
+A process on a CPU was measured; of a GPU's own memory, live bytes were counted (`families`). No
+torch is needed to read the tables or to choose settings; only `describe_device` asks `devices`,
+which asks torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dora_diffusion.config.families import FAMILIES, GpuMemory, MemoryRow
+from dora_diffusion.numerics import devices
+
+# Of a process that holds no model, or a GPU's context: this does not double in float32.
+PROCESS_GIB = 0.4
+# AdamW keeps two float32 moments per adapted weight; in 8 bits they take a quarter.
+_EIGHT_BIT_SAVES_GIB = 0.1
+# Measured on another machine's processor: leave room for what differs.
+_MARGIN = 1.1
+_SIZES = (1024, 896, 768, 640, 512, 448, 384, 320, 256)
+
+
+def training_memory(
+    family: str,
+    resolution: int,
+    *,
+    batch: int = 1,
+    precision: str = "bf16",
+    gradient_checkpointing: bool = False,
+) -> float | None:
+    """Peak memory of a process that trains on a CPU in GiB, from the measured table.
+
+    Activations grow with pixels times batch, so that two rows give a line; float32 doubles all but
+    the process itself. Rows that were measured come back as they are. For batches the line is on
+    the safe side: four images of 512 pixels took 4.5 GiB where it says 5.2 (Stable Diffusion 1.5,
+    gradient checkpointing).
+
+    Args:
+        family: Name of a `Family`.
+        resolution: Side in pixels.
+        batch: Images per step, class images counted.
+        precision: ``"bf16"``, ``"fp16"`` or ``"no"`` (float32).
+        gradient_checkpointing: Whether it is on.
+
+    Returns:
+        GiB; None for a model of no known family.
+    """
+    if family not in FAMILIES:
+        return None
+    entry = FAMILIES[family]
+    rows = [row for row in entry.memory if row.gradient_checkpointing == gradient_checkpointing]
+    gib = _on_the_line(rows, resolution**2 * batch) + entry.more_memory_gib
+    return gib if precision != "no" else PROCESS_GIB + 2 * (gib - PROCESS_GIB)
+
+
+def gpu_training_memory(
+    family: str,
+    resolution: int,
+    settings: Mapping[str, Any],
+    *,
+    batch: int = 1,
+    precision: str = "bf16",
+) -> float | None:
+    """Peak memory that training takes of a GPU in GiB, from counted live bytes and its context.
+
+    Activations grow with pixels times batch. float32 doubles weights and activations.
+
+    Args:
+        family: Name of a `Family`.
+        resolution: Side in pixels.
+        settings: Of `TrainConfig` by name; used are gradient_checkpointing, train_text_encoder,
+            train_text_encoder_ti, optimizer, offload and cache_latents, with their defaults.
+        batch: Images per step, class images counted.
+        precision: ``"bf16"``, ``"fp16"`` or ``"no"`` (float32).
+
+    Returns:
+        GiB; None for a model of no known family.
+    """
+    if family not in FAMILIES:
+        return None
+    table: GpuMemory = FAMILIES[family].gpu_memory
+    factor = 2 if precision == "no" else 1
+    stays, trained = settings.get("offload") == "none", settings.get("train_text_encoder")
+    has_words = settings.get("train_text_encoder_ti")
+    gib = factor * table.unet
+    if trained or has_words or stays:
+        gib += factor * table.text_encoders
+    if stays or not settings.get("cache_latents", True):
+        gib += table.vae * (1 if table.vae_is_float32 else factor)
+    is_8bit = settings.get("optimizer") == "adamw8bit"
+    gib += table.adapter_8bit if is_8bit else table.adapter
+    gib += table.text_adapter if trained or has_words else 0
+    recomputes = settings.get("gradient_checkpointing")
+    activations = table.recomputed if recomputes else table.activations
+    pixels = resolution**2 * batch / table.resolution**2
+    return PROCESS_GIB + gib + factor * activations * pixels
+
+
+def _on_the_line(rows: list[MemoryRow], pixels: int) -> float:
+    """Through the two measured rows around a number of pixels, or the two that are nearest."""
+    points = sorted({row.resolution**2: row.gib for row in rows}.items())
+    place = next((i for i, (at, _) in enumerate(points) if at >= pixels), len(points) - 1)
+    (x0, y0), (x1, y1) = points[max(0, place - 1) : max(0, place - 1) + 2]
+    # Below the smallest row the weights remain.
+    return max(y0 + (pixels - x0) * (y1 - y0) / (x1 - x0), 0.8 * points[0][1])
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a run would train on.
+
+    Attributes:
+        kind: ``"cpu"``, or an accelerator as torch calls it: ``"cuda"`` (NVIDIA's and AMD's GPUs),
+            ``"xpu"`` (Intel's), ``"mps"`` (Apple's).
+        name: What to call it.
+        free_gib: Free memory; None if that cannot be told.
+        has_bf16: Whether it computes in bfloat16.
+        has_8bit_adam: Whether bitsandbytes is there for it.
+        has_gradient_scaler: Whether fp16 can train on it.
+    """
+
+    kind: str = "cpu"
+    name: str = "CPU"
+    free_gib: float | None = None
+    has_bf16: bool = True
+    has_8bit_adam: bool = False
+    has_gradient_scaler: bool = True
+
+
+def describe_device() -> Device:
+    """The default device, as it is now."""
+    kind = devices.default_device()
+    return Device(
+        kind,
+        devices.device_name(kind),
+        _free_memory(kind),
+        devices.has_bf16(kind),
+        devices.has_8bit_adam(kind),
+        devices.has_gradient_scaler(kind),
+    )
+
+
+def _free_memory(kind: str) -> float | None:
+    """Free memory for a device in GiB: its own, or what it may take of the machine's."""
+    free = devices.free_device_memory(kind)
+    if free is not None:
+        return free / 2**30
+    limit, machine = devices.memory_limit(kind), free_machine_memory()
+    return machine if machine is None or limit is None else min(machine, limit / 2**30)
+
+
+def free_machine_memory() -> float:
+    """The machine's free memory in GiB."""
+    import psutil
+
+    return float(psutil.virtual_memory().available) / 2**30
+
+
+def fitting_settings(
+    family: str, resolution: int, device: Device, *, batch: int = 1
+) -> dict[str, Any]:
+    """Precision, gradient checkpointing and optimizer that fit a device's free memory.
+
+    The quicker settings are kept while they fit: checkpointing, then 8-bit Adam, and on a CPU
+    bfloat16 come when memory asks for them. What still does not fit gets the smallest settings.
+
+    Args:
+        family: Of the base model; one that is not in the table gets safe settings.
+        resolution: Side in pixels.
+        device: What it would train on.
+        batch: Images per step, class images counted.
+
+    Returns:
+        Settings of `TrainConfig` by name.
+    """
+    first = auto_precision(device)
+    precisions = (first, "bf16") if device.kind == "cpu" else (first,)
+    choices = [
+        {"mixed_precision": precision, "gradient_checkpointing": on, "optimizer": "adamw"}
+        for precision in precisions
+        for on in (False, True)
+    ]
+    if training_memory(family, resolution) is None or device.free_gib is None:
+        return choices[1]
+    if device.has_8bit_adam:
+        choices.append(choices[-1] | {"optimizer": "adamw8bit"})
+    fitting = (c for c in choices if _fits(family, resolution, c, device, batch))
+    return next(fitting, choices[-1])
+
+
+def auto_precision(device: Device) -> str:
+    """The precision that ``auto`` means on a device: no, fp16 or bf16.
+
+    bfloat16 on an accelerator that computes it, else float16 where that can train. float32
+    elsewhere: CPUs emulate half precision slowly.
+    """
+    if device.kind == "cpu":
+        return "no"
+    if device.has_bf16:
+        return "bf16"
+    return "fp16" if device.has_gradient_scaler else "no"
+
+
+def needed_memory(
+    family: str, resolution: int, settings: Mapping[str, Any], device: Device, *, batch: int = 1
+) -> float | None:
+    """What to have free for settings, in GiB: the device's table, with a margin of a tenth."""
+    precision = str(settings["mixed_precision"])
+    precision = auto_precision(device) if precision == "auto" else precision
+    if devices.has_own_memory(device.kind):
+        gib = gpu_training_memory(family, resolution, settings, batch=batch, precision=precision)
+        return None if gib is None else _MARGIN * gib
+    gib = training_memory(
+        family,
+        resolution,
+        batch=batch,
+        precision=precision,
+        gradient_checkpointing=bool(settings["gradient_checkpointing"]),
+    )
+    if gib is None:
+        return None
+    saved = _EIGHT_BIT_SAVES_GIB if settings.get("optimizer") == "adamw8bit" else 0
+    return _MARGIN * (gib - saved)
+
+
+def what_would_fit(
+    family: str,
+    resolution: int,
+    settings: Mapping[str, Any],
+    device: Device,
+    *,
+    batch: int = 1,
+    smaller_batch: str = "train_batch_size 1",
+) -> str:
+    """What to change so that settings fit a device; empty if nothing of it helps.
+
+    Args:
+        family: Of the base model.
+        resolution: Side in pixels.
+        settings: The settings that do not fit.
+        device: What it would train on.
+        batch: Images per step, class images counted.
+        smaller_batch: What makes a batch of one.
+    """
+    # A CPU computes bfloat16 too, slowly: `auto` does not take it.
+    half = "bf16" if device.kind == "cpu" else auto_precision(device)
+    changes: list[str] = []
+    changed = dict(settings)
+    if changed["mixed_precision"] == "auto":
+        changed["mixed_precision"] = auto_precision(device)
+    for name, value in (
+        ("offload", "auto"), ("mixed_precision", half), ("gradient_checkpointing", True),
+    ):  # fmt: skip
+        saves = {
+            "offload": changed.get("offload") == "none" and devices.has_own_memory(device.kind),
+            "mixed_precision": changed["mixed_precision"] == "no" != value,
+            "gradient_checkpointing": not changed["gradient_checkpointing"],
+        }
+        if saves[name]:
+            changes.append(f"{name} {'on' if value is True else value}")
+            changed[name] = value
+        if changes and _fits(family, resolution, changed, device, batch):
+            return " and ".join(changes)
+    if batch > 1:
+        changes.append(smaller_batch)
+    for size in (resolution, *(size for size in _SIZES if size < resolution)):
+        if _fits(family, size, changed, device, 1):
+            return " and ".join([*changes, *([f"resolution {size}"] if size < resolution else [])])
+    return ""
+
+
+def _fits(
+    family: str, resolution: int, settings: Mapping[str, Any], device: Device, batch: int
+) -> bool:
+    needed = needed_memory(family, resolution, settings, device, batch=batch)
+    return needed is not None and device.free_gib is not None and needed <= device.free_gib

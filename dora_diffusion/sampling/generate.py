@@ -1,0 +1,499 @@
+"""Images from a loaded model: for previews, class images, the app and the command line."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
+from dora_diffusion.adapters.inject import layer_adapters, require_adapters, set_strength
+from dora_diffusion.adapters.scope import norm_scope, row_scope
+from dora_diffusion.adapters.state import attach_file
+from dora_diffusion.config.fields import require
+from dora_diffusion.config.prompts import PIXELS
+from dora_diffusion.config.run import SampleSettings
+from dora_diffusion.data.captions import contains_token
+from dora_diffusion.data.crops import cut, plan_crop
+from dora_diffusion.formats.adapter.metadata import (
+    READING,
+    AdapterMetadata,
+    split_triggers,
+    stated_reading,
+)
+from dora_diffusion.formats.adapter.stored import read_metadata
+from dora_diffusion.formats.checkpoint.schedule import UNASKED, AskedSchedule
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.load import load_components
+from dora_diffusion.models.offload import in_turns, place
+from dora_diffusion.models.precision import require_computes
+from dora_diffusion.models.schedulers import SCHEDULERS
+from dora_diffusion.models.text import (
+    Conditioning,
+    chunk_count,
+    encode_negative,
+    encode_prompts,
+    encode_unconditional,
+    warn_of_truncation,
+)
+from dora_diffusion.models.weights import quiet_libraries
+from dora_diffusion.models.words import add_tokens, have_own_words
+from dora_diffusion.numerics.devices import default_device
+
+_LABEL_HEIGHT = 18
+
+
+class BrokenImageError(ValueError):
+    """Sampling gave NaN, or an image that is black all over."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How images are sampled.
+
+    Attributes:
+        steps: Denoising steps.
+        guidance_scale: Classifier-free guidance (arXiv:2207.12598); 1 or less is none.
+        scheduler: A name of `SCHEDULERS`; None is the model's own.
+        width: Pixels; None is what the model was trained at.
+        height: Pixels.
+        negative_prompt: What to steer away from.
+        image: What an inpainting model paints into, cut to the size from the middle. Without it
+            the whole image is painted, as by a text-to-image model.
+        mask_image: White where to paint, of the image's size.
+        guidance_rescale: Share of the guided prediction that is brought back to the standard
+            deviation of the unguided one (arXiv:2305.08891, section 3.4; 0.7 there); 0 is none.
+
+    Raises:
+        ValueError: If a value cannot work.
+    """
+
+    steps: int = SampleSettings.validation_inference_steps
+    guidance_scale: float = SampleSettings.validation_guidance_scale
+    scheduler: str | None = None
+    width: int | None = None
+    height: int | None = None
+    negative_prompt: str = ""
+    image: Image.Image | None = field(default=None, repr=False)
+    mask_image: Image.Image | None = field(default=None, repr=False)
+    guidance_rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "width", "height"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+            if value is not None and name != "steps" and value % PIXELS:
+                more = (value // PIXELS + 1) * PIXELS
+                raise ValueError(
+                    f"{name} is {value}; it must be a multiple of {PIXELS}, such as {more}"
+                )
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be 0 or more")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(
+                f"guidance_rescale is {self.guidance_rescale}; it must be between 0 and 1"
+            )
+        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
+            raise ValueError(
+                f"scheduler is {self.scheduler!r}; it must be one of {', '.join(SCHEDULERS)}"
+            )
+        sizes = [each and each.size for each in (self.image, self.mask_image)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"image and mask_image belong together, of one size; they are {sizes[0]} and "
+                f"{sizes[1]}"
+            )
+
+
+def load_adapted(
+    base: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    strength: float = 1.0,
+    direction: float = 1.0,
+    magnitude: float = 1.0,
+    alpha: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    config: str | Path | None = None,
+    schedule: AskedSchedule = UNASKED,
+    vae: str | Path | None = None,
+    compile: bool = False,
+    offload: str = "none",
+    clip_skip: int | None = None,
+    max_token_length: int | None = None,
+) -> tuple[Components, AdapterMetadata]:
+    """Load a base model with an adapter and its trained tokens on it, ready to sample from.
+
+    Args:
+        base: A diffusers folder, a hub id, ``embedded:NAME``, or a single file.
+        adapter: An adapter file or the output folder of a run; None samples the base.
+        strength: 0 is exactly the base, 1 exactly the adapter.
+        direction: Scales the low-rank update before the norm is taken.
+        magnitude: Moves the magnitude by this share of its change.
+        alpha: What the adapter was trained with, for a file that does not say it.
+        dtype: Of the base; an adapter always computes its norms in float32.
+        device: None is the accelerator where there is one, else the CPU.
+        variant: Weight variant of the base, such as "fp16".
+        revision: Branch, tag or commit of a base on the hub.
+        config: For a single file: a diffusers folder of the same architecture.
+        schedule: How the base's noise schedule is meant, where neither it nor the adapter says it.
+        vae: Another autoencoder, as `load_components` takes it.
+        compile: Compile the UNet's repeated blocks when they first run (`compile_blocks`).
+        offload: ``"model"`` has each part on the device only while it computes (`generate_images`).
+        clip_skip: Last layers of the text encoders to leave out; None: what adapter or base say.
+        max_token_length: Tokens of a prompt that are read; None: what adapter or base say.
+
+    Returns:
+        The model, and the adapter's metadata, such as its trigger words.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError: If the base cannot be loaded.
+        AdapterFormatError, ValueError: If the adapter cannot be read, or does not fit.
+        ConfigError: If the device does not compute so, or nothing compiles for it.
+    """
+    device = _require(default_device() if device is None else device, dtype, compile)
+    loaded = load_components(
+        base, revision=revision, variant=variant, vae=vae, dtype=dtype, config=config,
+        schedule=_with_facts_of(adapter, schedule),
+    )  # fmt: skip
+    components = _placed(loaded.reading(clip_skip, max_token_length), device, offload, compile)
+    if adapter is None:
+        return components, AdapterMetadata()
+    metadata = _attach(components, adapter, alpha)
+    _set_strengths(components, strength, direction, magnitude)
+    return _as_stated(components, metadata, clip_skip, max_token_length), metadata
+
+
+def _require(device: torch.device | str, dtype: torch.dtype, compiles: bool) -> torch.device | str:
+    """The device, if it can do what is asked."""
+    require_computes(device, dtype)
+    if compiles:
+        require_compiler(device)
+    return device
+
+
+def _attach(components: Components, adapter: str | Path, alpha: float | None) -> AdapterMetadata:
+    read = attach_file(components.adaptable(), adapter, family=components.family.name, alpha=alpha)
+    add_tokens(components, read.tokens)
+    return read.metadata
+
+
+def _placed(
+    components: Components, device: torch.device | str, offload: str, compiles: bool
+) -> Components:
+    components = place(components, device, offload)
+    if compiles:
+        compile_blocks(components.unet)
+    return components
+
+
+def _as_stated(components: Components, metadata: AdapterMetadata, *given: int | None) -> Components:
+    """The model, reading prompts as an adapter's file says where nothing else is given."""
+    stated = stated_reading(metadata.extra)
+    left = (
+        stated.get(name) if value is None else None
+        for name, value in zip(READING, given, strict=True)
+    )
+    return components.reading(*left, is_told=False)
+
+
+def _with_facts_of(adapter: str | Path | None, schedule: AskedSchedule) -> AskedSchedule:
+    if adapter is None:
+        return schedule
+    return schedule._replace(adapters=(read_metadata(adapter),))
+
+
+def _set_strengths(
+    components: Components, strength: float, direction: float, magnitude: float
+) -> None:
+    for model in components.adaptable().values():
+        if any(layer_adapters(model)):
+            set_strength(model, strength, direction=direction, magnitude=magnitude)
+        model.eval()
+
+
+def lacks_trigger(prompt: str, metadata: AdapterMetadata) -> bool:
+    """Whether a prompt leaves out the adapter's trigger word, or all of several."""
+    tokens = [trigger.partition(" ")[0] for trigger in split_triggers(metadata.trigger)]
+    return bool(tokens) and not any(contains_token(prompt, token) for token in tokens)
+
+
+def generate_images(
+    components: Components,
+    prompt: str | Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplingSettings | None = None,
+    *,
+    adapters: Sequence[str | None] | None = None,
+    batch_size: int = 4,
+    on_step: Callable[[int, int], None] | None = None,
+    require_finite: bool = False,
+) -> list[Image.Image]:
+    """Sample one image per seed, with whatever adapters are on, or each with its own.
+
+    Each image has a generator of its own on the CPU, so that a seed gives the same image
+    alone, in a batch (up to float rounding) and on another device.
+
+    Args:
+        components: The loaded model; its modules' train or eval mode is restored.
+        prompt: What to show; or one prompt per seed, which may differ within a batch.
+        seeds: One per image.
+        settings: Steps, guidance, size, and what an inpainting model paints into.
+        adapters: The name of each image's adapter, None for the base, as `load_adapter` or an
+            `AdapterPool` named them: a batch shares the base's products, and the noise schedule.
+        batch_size: Images at once.
+        on_step: Called with (steps done, steps in all).
+        require_finite: Refuse images that hold NaN, which becomes black, or are black all over.
+
+    Raises:
+        ValueError: If there are several prompts or adapters, but not one per seed; or the model has
+            no adapter of that name.
+        ConfigError: If a text-to-image model is to paint into an image.
+        BrokenImageError: If an image is refused.
+
+    Warns:
+        UserWarning: Once for each prompt beyond the token limit, naming the text that was cut.
+    """
+    prompt = _per_seed(prompt, seeds, adapters)
+    settings = settings or SamplingSettings()
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    warn_of_truncation(components, [*prompts, settings.negative_prompt], adapters or ())
+    images: list[Image.Image] = []
+    batches = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
+    with (
+        components.eval_mode(),
+        torch.no_grad(),
+        nullcontext() if adapters else _norms_kept(components),
+        _autoencoder_as_loaded(components.vae),
+        quiet_libraries(),
+    ):
+        pipeline = components.pipeline(settings.scheduler)
+        for number, batch in enumerate(batches):
+            report = _reporter(on_step, number, len(batches))
+            wanted = prompt if isinstance(prompt, str) else list(prompt[batch])
+            rows = adapters and adapters[batch]
+            with _norms_kept(components, rows) if rows else nullcontext():
+                pixels = _sample(pipeline, components, wanted, seeds[batch], settings, report, rows)
+            if require_finite:
+                _require_finite(pixels, seeds[batch])
+            images += pipeline.image_processor.numpy_to_pil(np.nan_to_num(pixels))
+    return images
+
+
+def _per_seed(
+    prompt: str | Sequence[str], seeds: Sequence[int], adapters: Sequence[str | None] | None
+) -> str | Sequence[str]:
+    """The prompt or prompts, as many as there are seeds where each has an adapter of its own."""
+    if not isinstance(prompt, str) and len(prompt) != len(seeds):
+        raise ValueError(f"{len(prompt)} prompts for {len(seeds)} seeds")
+    if adapters is None:
+        return prompt
+    if len(adapters) != len(seeds):
+        raise ValueError(f"{len(adapters)} adapters for {len(seeds)} seeds")
+    # Text encoders may be adapted too: every image has a row of its own in their batch.
+    return [prompt] * len(seeds) if isinstance(prompt, str) else prompt
+
+
+def _norms_kept(
+    components: Components, rows: Sequence[str | None] | None = None
+) -> AbstractContextManager[None]:
+    """No parameter changes while sampling: every norm is computed once, where its model is."""
+    models = components.adaptable().values()
+    scope: Callable[..., AbstractContextManager[None]] = norm_scope
+    if rows:
+        require_adapters(models, rows)
+        scope = partial(row_scope, rows=rows, partly=True, cache=components.norms)
+    if components.offload_to is not None:
+        return in_turns(components, components.offload_to, scope)
+    return scope(*models)
+
+
+def _painted(components: Components, settings: SamplingSettings, count: int) -> dict[str, Any]:
+    """What the model's pipeline is called with to paint into ``count`` images; nothing for others.
+
+    Raises:
+        ConfigError: If there is an image, and the model is not an inpainting model.
+    """
+    image, mask = settings.image, settings.mask_image
+    if not components.family.image_arguments:
+        require(
+            image is None,
+            f"{components.name} is a text-to-image model, which paints into no image; leave image "
+            "and mask_image out, or take an inpainting model",
+        )
+        return {}
+    size, options = _size(components, settings), {}
+    if image is None or mask is None:
+        image, mask = Image.new("RGB", size[::-1]), Image.new("L", size[::-1], 255)
+        options = {"strength": 1.0}
+    crop = plan_crop((image.height, image.width), size, multiple=components.vae_factor)
+    cuts = cut(image.convert("RGB"), crop), cut(mask.convert("L"), crop)
+    return {"image": [cuts[0]] * count, "mask_image": [cuts[1]] * count, **options}
+
+
+def _size(components: Components, settings: SamplingSettings) -> tuple[int, int]:
+    """Height and width that are sampled."""
+    side = components.default_resolution
+    return settings.height or side, settings.width or side
+
+
+@contextmanager
+def _autoencoder_as_loaded(vae: Any) -> Iterator[None]:
+    """Decode each image of a batch by itself: a decoder takes far more memory than the UNet.
+
+    Its dtype stays: pipelines that encode would round one that overflows to the UNet's.
+    """
+    slices, upcasts = vae.use_slicing, vae.config.force_upcast
+    vae.use_slicing = True
+    vae.register_to_config(force_upcast=False)
+    try:
+        yield
+    finally:
+        vae.use_slicing = slices
+        vae.register_to_config(force_upcast=upcasts)
+
+
+def _sample(
+    pipeline: Any,
+    components: Components,
+    prompt: str | list[str],
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    report: Callable[..., dict[str, Any]] | None,
+    adapters: Sequence[str | None] | None,
+) -> np.ndarray:
+    """Pixels ``(B, H, W, 3)`` in [0, 1], or NaN."""
+    height, width = _size(components, settings)
+    painted = _painted(components, settings, len(seeds))
+    if painted and isinstance(prompt, str):
+        # Each image of a batch draws its own latents of what it is painted into.
+        prompt = [prompt] * len(seeds)
+    if settings.guidance_rescale:
+        painted |= _rescale(pipeline, components, settings.guidance_rescale)
+    pixels: np.ndarray = pipeline(
+        **_prompts(components, prompt, settings.negative_prompt, len(seeds), adapters),
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        width=width,
+        height=height,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        callback_on_step_end=report,
+        output_type="np",
+        **painted,
+    ).images
+    return pixels
+
+
+def _rescale(pipeline: Any, components: Components, share: float) -> dict[str, float]:
+    name = "guidance_rescale"
+    require(
+        name in inspect.signature(pipeline.__call__).parameters,
+        f"{name} is not in Diffusers' pipeline of {components.family.title}; leave it out",
+        name,
+    )
+    return {name: share}
+
+
+def _prompts(
+    components: Components,
+    prompt: str | list[str],
+    negative: str,
+    count: int,
+    adapters: Sequence[str | None] | None,
+) -> dict[str, Any]:
+    """What a pipeline is called with for ``count`` images: prompts as they are, or encoded.
+
+    Encoded are those that it would cut, those of adapters with tokens of their own, and with clip
+    skip, for which Diffusers' pipelines need a `text_model` that Transformers 5 has not.
+    """
+    prompts = [prompt] * count if isinstance(prompt, str) else prompt
+    is_short = components.most_chunks == 1 or all(
+        chunk_count(components, text) == 1 for text in dict.fromkeys([*prompts, negative])
+    )
+    if is_short and not components.clip_skip and not have_own_words(components, adapters or ()):
+        negatives: Any = negative or None
+        if negative and not isinstance(prompt, str):
+            negatives = [negative] * count
+        return {
+            "prompt": prompt,
+            "negative_prompt": negatives,
+            "num_images_per_prompt": count if isinstance(prompt, str) else 1,
+        }
+    against = (
+        encode_negative(components, [negative] * count, adapters)
+        if negative
+        else encode_unconditional(components, count)
+    )
+    both = Conditioning.cat([encode_prompts(components, prompts, adapters=adapters), against])
+    parts = {"prompt_embeds": both.encoder_hidden_states, "pooled_prompt_embeds": both.pooled}
+    return {
+        prefix + name: rows
+        for name, tensor in parts.items()
+        if tensor is not None
+        for prefix, rows in (("", tensor[:count]), ("negative_", tensor[count:]))
+    }
+
+
+def _require_finite(pixels: np.ndarray, seeds: Sequence[int]) -> None:
+    for seed, image in zip(seeds, pixels, strict=True):
+        if not np.isfinite(image).all():
+            raise BrokenImageError(
+                f"the image of seed {seed} is not finite (it would be black): float16 overflows in "
+                "some models, above all in SDXL's own VAE; or the adapter's values or strength are "
+                "too large. Try --dtype bfloat16 or float32, or a lower strength"
+            )
+        if not (image * 255).round().any():
+            raise BrokenImageError(
+                f"the image of seed {seed} is black all over; try another precision, a lower "
+                "strength of the adapter, or a lower guidance scale"
+            )
+
+
+def _reporter(
+    on_step: Callable[[int, int], None] | None, batch: int, batches: int
+) -> Callable[..., dict[str, Any]] | None:
+    if on_step is None:
+        return None
+
+    def report(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        # Some samplers take more steps than they are asked for.
+        steps = pipeline.num_timesteps
+        on_step(batch * steps + step + 1, batches * steps)
+        return tensors
+
+    return report
+
+
+def image_grid(
+    images: Sequence[Image.Image],
+    columns: int,
+    gap: int = 2,
+    *,
+    labels: Sequence[str] | None = None,
+) -> Image.Image:
+    """Images of one size in rows, on white, each under its label where there are labels."""
+    width, height = images[0].size
+    top = _LABEL_HEIGHT if labels is not None else 0
+    rows = -(-len(images) // columns)
+    size = (columns * (width + gap) - gap, rows * (height + top + gap) - gap)
+    grid = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(grid)
+    for i, image in enumerate(images):
+        x, y = (i % columns) * (width + gap), (i // columns) * (height + top + gap)
+        grid.paste(image, (x, y + top))
+        if labels is not None:
+            draw.text((x + 2, y + 1), labels[i], fill="black", font_size=_LABEL_HEIGHT - 5)
+    return grid

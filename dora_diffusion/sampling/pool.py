@@ -1,0 +1,313 @@
+"""Many adapters over one base model: loaded when first asked for, dropped by use."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from dora_diffusion.adapters.inject import layer_adapters, remove_adapters, set_strength
+from dora_diffusion.adapters.layers import LayerAdapter
+from dora_diffusion.adapters.scope import FixedNorms
+from dora_diffusion.adapters.state import attach_file
+from dora_diffusion.formats.adapter.file import AdapterMetadata, find_adapter
+from dora_diffusion.formats.adapter.metadata import (
+    READING,
+    ZERO_TERMINAL_SNR,
+    stated_reading,
+)
+from dora_diffusion.formats.adapter.stored import read_metadata
+from dora_diffusion.formats.checkpoint.schedule import PREDICTION, UNASKED, AskedSchedule
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.load import reschedule
+from dora_diffusion.models.words import add_own_tokens, remove_own_tokens
+from dora_diffusion.numerics.weights import Strengths
+from dora_diffusion.sampling.generate import SamplingSettings, generate_images
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class PinnedAdapter(NamedTuple):
+    """An adapter as its file was when `AdapterPool.pin` read it."""
+
+    key: tuple[object, ...]
+    path: str | Path
+    strengths: Strengths
+    metadata: AdapterMetadata
+
+
+Wanted = str | Path | tuple[str | Path, float | Strengths] | PinnedAdapter | None
+"""An adapter file or a run's folder, or that with its strength or strengths; None is the base."""
+
+
+class ImageRow(NamedTuple):
+    """An image of a batch: what it shows, the seed of its noise, and its adapter."""
+
+    prompt: str
+    seed: int
+    adapter: Wanted = None
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """An adapter that is on the model."""
+
+    name: str
+    size: int
+    metadata: AdapterMetadata
+
+
+class AdapterPool:
+    """Adapters of one base model, within a budget of memory.
+
+    Each is read when it is first asked for, and its norms are computed when it is first used. Where
+    the budget is exceeded, those that were not asked for the longest are dropped. A file that was
+    written since is read again. Between adapters that are loaded nothing is switched: rows of one
+    batch name theirs. Tokens that were trained with an adapter are known in its prompts alone.
+
+    Example:
+        >>> from dora_diffusion import AdapterPool, load_components
+        >>> pool = AdapterPool(load_components("embedded:tiny-sd"), budget=2**30)
+        >>> pool.names([None, None])
+        [None, None]
+
+    Args:
+        components: The loaded model; tokens that adapters were trained with are added to it.
+        budget: Bytes that the adapters' parameters, and what is computed from them, may take.
+            None: what one call of `names` asks for, and nothing else.
+        schedule: As `load_adapted` takes it.
+        clip_skip: Last layers of the text encoders to leave out; None: what adapter or base say.
+        max_token_length: Tokens of a prompt that are read; None: what adapter or base say.
+
+    Attributes:
+        loads: How many adapters were read so far.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        budget: int | None = 2**30,
+        *,
+        schedule: AskedSchedule = UNASKED,
+        clip_skip: int | None = None,
+        max_token_length: int | None = None,
+    ) -> None:
+        self.components, self.budget = replace(components, norms=FixedNorms()), budget
+        self._asked = schedule, (clip_skip, max_token_length)
+        self._width = components.unet.dtype.itemsize  # Which looks at every module.
+        self._loaded: OrderedDict[tuple[object, ...], _Loaded] = OrderedDict()
+        self._variants: dict[tuple[object, ...], Components] = {}
+        self.loads = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes that the loaded adapters take."""
+        return sum(loaded.size for loaded in self._loaded.values())
+
+    def generate(
+        self,
+        rows: Sequence[ImageRow],
+        settings: SamplingSettings | None = None,
+        *,
+        batch_size: int = 4,
+        on_step: Callable[[int, int], None] | None = None,
+        require_finite: bool = False,
+    ) -> list[Image]:
+        """Sample an image for each row, those of different adapters in one batch.
+
+        Rows whose adapters say that noise schedule or prompts are to be read in another way are in
+        batches of their own.
+
+        Args:
+            rows: Prompts, seeds and adapters.
+            settings: How all are sampled.
+            batch_size: Images at once.
+            on_step: Called with (steps done, steps in all), a step being one image's.
+            require_finite: As in `generate_images`.
+
+        Raises:
+            AdapterFormatError, ValueError, BrokenImageError: As `names` and `generate_images` do.
+        """
+        images: dict[int, Image] = {}
+        groups: dict[tuple[object, ...], tuple[Components, list[int]]] = {}
+        for number, row in enumerate(rows):
+            components = self.components_for(row.adapter)
+            key = reading_of(components)
+            groups.setdefault(key, (components, []))[1].append(number)
+        for components, numbers in groups.values():
+            for start in range(0, len(numbers), batch_size):
+                batch = numbers[start : start + batch_size]
+                before, count = len(images), len(batch)
+
+                def show(done: int, steps: int, before: int = before, count: int = count) -> None:
+                    if on_step is not None:
+                        on_step(before * steps + done * count, len(rows) * steps)
+
+                made = generate_images(
+                    components,
+                    [rows[number].prompt for number in batch],
+                    [rows[number].seed for number in batch],
+                    settings,
+                    adapters=self.names([rows[number].adapter for number in batch]),
+                    batch_size=count,
+                    on_step=show,
+                    require_finite=require_finite,
+                )
+                images |= zip(batch, made, strict=True)
+        return [images[number] for number in range(len(rows))]
+
+    def names(self, adapters: Sequence[Wanted]) -> list[str | None]:
+        """What `generate_images` and `row_scope` call these adapters, which are loaded now.
+
+        Raises:
+            AdapterFormatError, ValueError: If one cannot be read or does not fit the model, or if
+                together they exceed the budget. What was loaded before stays.
+        """
+        keys = [None if adapter is None else _key(adapter) for adapter in adapters]
+        wanted = {key: adapter for key, adapter in zip(keys, adapters, strict=True) if key}
+        for key, adapter in wanted.items():
+            if key not in self._loaded:
+                if isinstance(adapter, PinnedAdapter) and _key(adapter[1:3]) != key:
+                    raise ValueError(f"{adapter.path} was replaced while it was used; ask again")
+                self._loaded[key] = self._load(adapter)
+            self._loaded.move_to_end(key)
+            self._make_room(wanted)
+        return [None if key is None else self._loaded[key].name for key in keys]
+
+    def pin(self, adapter: Wanted) -> PinnedAdapter | None:
+        """Load an adapter; what becomes of its file does not matter while the pool has room for it.
+
+        Raises:
+            AdapterFormatError, ValueError: As `names` does.
+        """
+        if adapter is None:
+            return None
+        self.names([adapter])
+        key = next(reversed(self._loaded))
+        return PinnedAdapter(key, *_parts(adapter), self._loaded[key].metadata)
+
+    def metadata(self, adapter: Wanted) -> AdapterMetadata:
+        """What the file of an adapter says of it, such as its trigger words; nothing is loaded.
+
+        Raises:
+            AdapterFormatError, FileNotFoundError: If it cannot be read.
+        """
+        if adapter is None:
+            return AdapterMetadata()
+        if isinstance(adapter, PinnedAdapter):
+            return adapter.metadata
+        return read_metadata(_parts(adapter)[0])
+
+    def components_for(self, adapter: Wanted) -> Components:
+        """The model, with noise schedule and prompts read as an adapter's file says.
+
+        The modules are those of all; only how they are used differs. What the pool was asked for
+        comes before the file.
+
+        Raises:
+            AdapterFormatError, ValueError: If it cannot be read, or is not to be had.
+        """
+        if adapter is None:
+            return self.components
+        metadata, (schedule, given) = self.metadata(adapter), self._asked
+        stated = stated_reading(metadata.extra)
+        left = (
+            stated.get(name) if value is None else None
+            for name, value in zip(READING, given, strict=True)
+        )
+        components = self.components.reading(*left, is_told=False)
+        if components.schedule is None:
+            return components
+        # Made once for all adapters that say the same.
+        facts = (metadata.extra.get(name) for name in (PREDICTION, ZERO_TERMINAL_SNR))
+        key = (metadata.base_model, *facts, components.clip_skip, components.max_token_length)
+        if key not in self._variants:
+            asked = schedule._replace(adapters=(metadata,))
+            self._variants[key] = reschedule(components, asked)
+        return self._variants[key]
+
+    def clear(self) -> None:
+        """Drop all adapters: the model is its base again."""
+        while self._loaded:
+            self._drop(self._loaded.popitem()[1].name)
+
+    def _load(self, adapter: Wanted) -> _Loaded:
+        path, strengths = _parts(adapter)
+        models, name = self.components.adaptable(), f"pool{self.loads}"
+        self.loads += 1
+        read = attach_file(models, path, name=name, family=self.components.family.name)
+        try:
+            add_own_tokens(self.components, name, read.tokens)
+        except ValueError:
+            self._drop(name)
+            raise
+        parts = [part for model in models.values() for part in layer_adapters(model, name)]
+        for model in models.values():
+            if any(layer_adapters(model, name)):
+                set_strength(
+                    model,
+                    strengths.strength,
+                    direction=strengths.direction_strength,
+                    magnitude=strengths.magnitude_strength,
+                    name=name,
+                )
+        return _Loaded(name, sum(map(self._bytes, parts)), read.metadata)
+
+    def _bytes(self, part: LayerAdapter) -> int:
+        """What an adapter takes on a layer: its parameters and, of a DoRA, its norms' factors."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in part.parameters())
+        if part.magnitude is not None:
+            size += self._width * (part.down.numel() + part.up.numel())
+            size += (4 + self._width) * part.magnitude.numel()
+        return size
+
+    def _make_room(self, wanted: dict[tuple[object, ...], Wanted]) -> None:
+        for key in [key for key in self._loaded if key not in wanted]:
+            if self.budget is not None and self.size <= self.budget:
+                return
+            self._drop(self._loaded.pop(key).name)
+        if self.budget is not None and self.size > self.budget:
+            size, most = (f"{count / 1e6:.1f} MB" for count in (self.size, self.budget))
+            _, last = self._loaded.popitem()
+            self._drop(last.name)
+            raise ValueError(
+                f"the adapters that are asked for at once take {size}, and the pool may hold "
+                f"{most}; give it a larger budget, or ask for fewer at once"
+            )
+
+    def _drop(self, name: str) -> None:
+        remove_own_tokens(self.components, name)
+        for model in self.components.adaptable().values():
+            if any(layer_adapters(model, name)):
+                remove_adapters(model, name)
+
+
+def reading_of(components: Components) -> tuple[object, ...]:
+    """What rows of one batch must agree in: noise schedule, clip skip and length of prompts."""
+    schedule = components.schedule
+    settings = None if schedule is None else (schedule.prediction_type, schedule.zero_terminal_snr)
+    return settings, components.clip_skip, components.max_token_length
+
+
+def _parts(adapter: Wanted) -> tuple[str | Path, Strengths]:
+    """Path and strengths."""
+    assert adapter is not None
+    if isinstance(adapter, PinnedAdapter):
+        return adapter.path, adapter.strengths
+    if not isinstance(adapter, tuple):
+        return adapter, Strengths()
+    path, strengths = adapter
+    return path, strengths if isinstance(strengths, Strengths) else Strengths(strengths)
+
+
+def _key(adapter: Wanted) -> tuple[object, ...]:
+    """What an adapter is known by: its file as it is now, and its strengths."""
+    if isinstance(adapter, PinnedAdapter):
+        return adapter.key
+    path, strengths = _parts(adapter)
+    file = find_adapter(path)
+    status = file.stat()
+    return file.resolve(), status.st_mtime_ns, status.st_size, strengths

@@ -1,0 +1,168 @@
+"""What all tabs share: the folders, the queue, the model in memory, and how errors are shown."""
+
+from __future__ import annotations
+
+import functools
+import html
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from dora_diffusion.cli.console.errors import asking_for_report, explain, explain_to_all
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.families import FAMILIES
+from dora_diffusion.models.memory import Device, describe_device, fitting_settings, needed_memory
+from dora_diffusion.studio.app.launch import Launch
+from dora_diffusion.studio.app.settings import (
+    ADVANCED,
+    EMBEDDED,
+    EMBEDDED_MODELS,
+    SETTINGS,
+    sentence,
+)
+from dora_diffusion.studio.jobs.base_model import model_info
+from dora_diffusion.studio.jobs.bases import Base, bases, named_bases, on_this_machine
+from dora_diffusion.studio.jobs.checkpoints import adapter_of, chosen_adapter
+from dora_diffusion.studio.jobs.image_generator import ImageGenerator
+from dora_diffusion.studio.jobs.queue import JobQueue
+from dora_diffusion.studio.jobs.snapshot import Job, read_run, snapshot
+from dora_diffusion.studio.jobs.workspace import UserError, Workspace, ids_in
+from dora_diffusion.training.inputs.subject import outside_toy_world
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+_FRESH_SECONDS = 0.8
+
+
+class Context:
+    """The app's state besides the disk: none of it needs to survive a restart."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        # Absolute: jobs keep paths, and may resume from another working directory.
+        self.workspace = Workspace(launch.runs_dir.resolve()).make()
+        self.generator = ImageGenerator(self.workspace)
+        self.queue = JobQueue(self.workspace, before_start=self.generator.release)
+        self._lock = threading.Lock()
+        self._jobs: tuple[Job, ...] = ()
+        self._read_at = -1e9
+
+    def jobs(self, *, fresh: bool = False) -> tuple[Job, ...]:
+        """All jobs. Many pages that ask within a second share one look at the disk."""
+        with self._lock:
+            if fresh or time.monotonic() - self._read_at > _FRESH_SECONDS:
+                self._jobs = snapshot(self.workspace.root)
+                self._read_at = time.monotonic()
+            return self._jobs
+
+    def job(self, job_id: object) -> Job:
+        """One job, as it is now; see `read_run`."""
+        return read_run(self.workspace, job_id)
+
+    @property
+    def models(self) -> list[str]:
+        """Base models that may be used by name, whether or not they are on this machine."""
+        return [*dict.fromkeys((*EMBEDDED_MODELS, *self.launch.models))]
+
+    def bases(self) -> list[Base]:
+        """Base models to offer; those found on this machine only where others cannot reach it."""
+        if self.launch.is_open:
+            return named_bases(self.launch.models)
+        return bases(self.workspace.root, self.launch.models, self.launch.model_folders)
+
+    def device(self) -> Device:
+        """What a run would train on, with the memory that is free now."""
+        return describe_device()
+
+    def suggested_base(self, model: str, class_word: str) -> str:
+        """A model of this machine for a class that the chosen toy model does not know.
+
+        Returns:
+            The first that fits the free memory, else the first, of the smallest family on a CPU;
+            empty where the choice is fine, or nothing else is there.
+        """
+        if not outside_toy_world(model, class_word):
+            return ""
+        models, device = on_this_machine(self.bases()), self.device()
+        if device.kind == "cpu":
+            models.sort(key=lambda base: FAMILIES[base.family].default_resolution)
+        fitting = (base for base in models if self._fits(base.name, device))
+        chosen = next(fitting, next(iter(models), None))
+        return chosen.name if chosen else ""
+
+    def _fits(self, name: str, device: Device) -> bool:
+        info = model_info(name)
+        settings = fitting_settings(info.family, info.resolution, device)
+        needed = needed_memory(info.family, info.resolution, settings, device)
+        return needed is not None and device.free_gib is not None and needed <= device.free_gib
+
+    def allowed_model(self, name: object) -> str:
+        """A base model's name, if it may be loaded.
+
+        Raises:
+            UserError: If others can reach the app and the model is not on its list.
+        """
+        model = str(name or "").strip() or EMBEDDED
+        if not self.launch.allows_model(model):
+            raise UserError(
+                f"this app is shared, and offers only {', '.join(self.models)}; whoever runs it "
+                "can add models with --models"
+            )
+        return model
+
+    def starting_adapter(self, choice: object) -> str:
+        """The adapter of a run by its id, or whatever else was typed, such as a file."""
+        name = str(choice or "").strip()
+        return str(chosen_adapter(self.job(name))) if name in ids_in(self.workspace.root) else name
+
+    def _is_adapter_of_run(self, file: str | None) -> bool:
+        return bool(file) and any(str(adapter_of(job)) == file for job in self.jobs())
+
+    def check_paths(self, config: TrainConfig) -> None:
+        """Refuse other models and folders than those that whoever started the app has named.
+
+        Raises:
+            UserError: If others can reach the app, and a setting names a model or a folder.
+        """
+        if not self.launch.is_open:
+            return
+        if config.pretrained_vae_model_name_or_path:
+            self.allowed_model(config.pretrained_vae_model_name_or_path)
+        if config.report_to == "wandb":
+            raise UserError(
+                "a shared app does not report to wandb, since that would be in the name of whoever "
+                "runs it; choose tensorboard or none for report_to"
+            )
+        for name in ADVANCED:
+            value = getattr(config, name)
+            is_vae = name == "pretrained_vae_model_name_or_path"
+            is_run = name == "init_adapter" and self._is_adapter_of_run(value)
+            if SETTINGS[name].is_path and value and not is_vae and not is_run:
+                raise UserError(
+                    f"this app is shared, and accepts no folder for {name}; leave it empty"
+                )
+
+
+def plain(handler: Handler) -> Handler:
+    """Show what a handler raises as one plain line; a defect keeps its traceback on the server."""
+
+    @functools.wraps(handler)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        import gradio as gr
+
+        try:
+            return handler(*args, **kwargs)
+        except gr.Error:
+            raise
+        except Exception as error:
+            line = explain_to_all(error, "generate")
+            if explain(error)[1] is None:
+                traceback.print_exc(file=sys.stderr)
+                print(f"error: {asking_for_report(error)}", file=sys.stderr)
+            raise gr.Error(
+                html.escape(sentence(line)), title="That did not work", print_exception=False
+            ) from None
+
+    return run  # type: ignore[return-value]

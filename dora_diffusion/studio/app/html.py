@@ -1,0 +1,269 @@
+"""Pieces of the page as HTML. Everything that comes from outside is escaped here."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from dora_diffusion.config.wording import duration
+from dora_diffusion.formats.adapter.metadata import split_triggers
+from dora_diffusion.numerics.devices import has_own_memory
+from dora_diffusion.studio.jobs.estimates import Estimate
+from dora_diffusion.studio.jobs.logs import log_warnings
+from dora_diffusion.studio.jobs.queue import stop_asked
+from dora_diffusion.studio.jobs.records import KINDS
+from dora_diffusion.studio.jobs.snapshot import Job
+from dora_diffusion.training.inputs.subject import outside_toy_world
+
+_WORDS = {
+    "waiting": "waiting",
+    "stopping": "saving and stopping",
+    "done": "done",
+    "stopped": "stopped",
+    "failed": "failed",
+    "crashed": "crashed",
+    "damaged": "damaged",
+}
+
+
+def esc(value: object) -> str:
+    """Text as HTML."""
+    return html.escape(str(value), quote=True)
+
+
+def heading(number: str, title: str, text: str) -> str:
+    """A section's heading with one line of what to do."""
+    mark = f"<span class='dd-number'>{esc(number)}</span>" if number else ""
+    return f"<div class='dd-heading'><h2>{mark}{esc(title)}</h2><p>{esc(text)}</p></div>"
+
+
+def empty(title: str, text: str) -> str:
+    """What an empty place says: what will be here, and what to do next."""
+    return f"<div class='dd-empty'><strong>{esc(title)}</strong><p>{esc(text)}</p></div>"
+
+
+def note(text: str, kind: str = "info") -> str:
+    """One message: ``"info"``, ``"good"``, ``"warn"`` or ``"bad"``."""
+    return f"<div class='dd-note dd-{kind}'>{esc(text)}</div>" if text else ""
+
+
+def notes(lines: Iterable[str], kind: str) -> str:
+    """Messages below each other."""
+    return "".join(note(line, kind) for line in lines)
+
+
+def quiet(text: str) -> str:
+    """A paragraph beside the point; empty where there is none."""
+    return f"<p class='dd-quiet'>{esc(text)}</p>" if text else ""
+
+
+def pill(text: str, kind: str = "") -> str:
+    """A coloured word; the kind is a job's state."""
+    shade = f" dd-{esc(kind)}" if kind else ""
+    return f"<span class='dd-pill{shade}'>{esc(text)}</span>"
+
+
+def button(text: str, action: str, value: str) -> str:
+    """A button that `dora_diffusion.studio.app.views.fields.CLICKS` listens to."""
+    data = f"data-do='{esc(action)}' data-value='{esc(value)}'"
+    return f"<button class='dd-button' {data}>{esc(text)}</button>"
+
+
+def picture_card(path: Any, action: str, value: str, text: str) -> str:
+    """An image with its name below, to press as a `button`."""
+    return (
+        f"<button class='dd-sample' data-do='{esc(action)}' data-value='{esc(value)}' "
+        f"title='{esc(text)}'>{image(path, '')}<span>{esc(text)}</span></button>"
+    )
+
+
+def header(jobs: Sequence[Job] | None, problems: Sequence[str] = ()) -> str:
+    """Name of the app, what it is doing (None before that is known), and what it cannot do."""
+    if jobs is None:
+        return _masthead(pill("connecting", "connecting"))
+    active = next((job for job in jobs if job.is_active), None)
+    waiting = sum(job.state == "waiting" for job in jobs)
+    if active is None:
+        now = pill("idle")
+    else:
+        share = f" {active.step / active.total:.0%}" if active.total else ""
+        now = pill(f"{active.title}{share}", "running")
+    now += pill(f"{waiting} waiting") if waiting else ""
+    return _masthead(now) + notes(problems, "bad")
+
+
+def _masthead(pills: str) -> str:
+    return (
+        "<div class='dd-header'><div><h1>DoRA studio</h1>"
+        "<p>Teach a model your subject from a few photos, and take it anywhere.</p></div>"
+        f"<div class='dd-pills'>{pills}</div></div>"
+    )
+
+
+def state_pill(job: Job) -> str:
+    word = KINDS[job.kind] if job.state == "running" else _WORDS[job.shown_state]
+    return pill(word, job.shown_state)
+
+
+def status_card(job: Job, *, stop: bool = False) -> str:
+    """State, progress, time left, and what went wrong; with a button that stops it if asked."""
+    share = min(1.0, job.step / job.total) if job.total else 0.0
+    bar = (
+        f"<div class='dd-bar' role='progressbar' aria-valuenow='{share:.0%}'>"
+        f"<div style='width:{share:.1%}'></div></div>"
+    )
+    lines = [_done(job)] * (job.kind == "train" or bool(job.progress.unit)) + _live_facts(job)
+    cause = note(job.cause, "bad") + notes(job.damage, "bad")
+    cause += notes(log_warnings(job.folder), "warn")
+    if job.state == "done" and job.settings.get("keep_best"):
+        cause += note(
+            f"The result is that of step {job.result_step}, where the validation loss was lowest."
+        )
+    if job.state == "done" and job.trigger:
+        triggers = [f"“{trigger}”" for trigger in split_triggers(job.trigger)]
+        which = "the subject" if len(triggers) == 1 else "that subject"
+        cause += note(f"Write {' or '.join(triggers)} in a prompt to get {which}.", "good")
+    if job.kind == "train":
+        word = str(job.settings.get("class_word") or "")
+        cause += note(outside_toy_world(job.base, word), "warn")
+    end = button("Stop", "stop", job.id) if stop and not job.has_ended else ""
+    return (
+        f"<div class='dd-card'><div class='dd-row'><h3>{esc(job.title)}</h3>"
+        f"<span class='dd-marks'>{state_pill(job)}{end}</span></div>"
+        f"{bar}<p class='dd-facts'>{' · '.join(esc(line) for line in lines)}</p>{cause}</div>"
+    )
+
+
+def _done(job: Job) -> str:
+    """How far a job is, in its own unit."""
+    if job.progress.unit == "B":
+        return f"{job.step / 2**20:.1f} of {job.total / 2**20:.1f} MB"
+    return f"{job.progress.unit or 'step'} {job.step} of {job.total or '?'}"
+
+
+def _live_facts(job: Job) -> list[str]:
+    if job.state == "waiting":
+        return [f"number {job.position} in the queue"]
+    parts = []
+    if job.kind == "train" and job.base:
+        parts.append(job.trigger)
+        base, device = Path(job.base), job.progress.device_name
+        name = base.name if base.is_absolute() else job.base
+        parts.append(f"{name} on {device}" if device else name)
+    if job.is_active:
+        parts.append(job.progress.phase or "starting")
+        if job.remaining_seconds is not None and job.progress.phase == "training":
+            parts.append(f"about {duration(job.remaining_seconds)} left")
+        if stop_asked(job.folder) is not None:
+            parts.append("asked to save and stop")
+    elif job.result and job.result.seconds is not None:
+        parts.append(f"took {duration(job.result.seconds)}")
+    if job.step_seconds is not None:
+        parts.append(f"{job.step_seconds:.2f} s a step")
+    return parts
+
+
+def queue_list(jobs: Sequence[Job]) -> str:
+    """All jobs in one line each, newest first."""
+    rows = "".join(
+        f"<li>{state_pill(job)}<span>{esc(job.title)}</span>"
+        f"<span class='dd-quiet'>{esc(job.made[5:])}</span></li>"
+        for job in jobs[:12]
+    )
+    return f"<ul class='dd-list'>{rows}</ul>" if rows else ""
+
+
+def log_view(text: str) -> str:
+    """The log's tail; scrolled to its end by its layout."""
+    if not text:
+        return empty("Nothing logged yet", "What the run prints appears here.")
+    return f"<div class='dd-log'><pre>{esc(text)}</pre></div>"
+
+
+def command(text: str, label: str = "The same run on the command line") -> str:
+    return f"<div class='dd-command'><span>{esc(label)}</span><pre>{esc(text)}</pre></div>"
+
+
+def estimate_card(value: Estimate, steps: int | None) -> str:
+    """What a run will cost, where that is known from, and whether it will not fit."""
+
+    def size(gib: float | None) -> str:
+        if gib is None:
+            return "not known yet"
+        return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
+
+    time = duration(value.seconds) if value.seconds is not None else "known after the first steps"
+    free = value.device.free_gib
+    details = {
+        "steps": str(steps or "the default of the model's family"),
+        "training time": time,
+        "device": value.device.name,
+        "memory": f"{size(value.memory)}, {size(free)} free",
+        "disk": f"{size(value.disk)}, {size(value.free_disk)} free",
+    }
+    too_much = ""
+    if value.will_not_fit:
+        help_text = (
+            f"Set {value.change}." if value.change else "Close other programs, or choose a "
+            "smaller model."
+        )  # fmt: skip
+        too_much = note(
+            f"This will not fit: it takes about {size(value.memory)} of memory, and {size(free)} "
+            f"are free. {help_text}",
+            "bad",
+        )
+    return f"{definitions(details)}{quiet(_source(value))}{too_much}"
+
+
+def _source(value: Estimate) -> str:
+    """Where an estimate is from."""
+    if value.runs:
+        runs = f"{value.runs} earlier run{'s' if value.runs != 1 else ''}"
+        return f"Measured in {runs} like this on this machine."
+    if value.memory is not None:
+        is_counted = has_own_memory(value.device.kind)
+        how = "counted without a GPU" if is_counted else "with random weights on a CPU"
+        return (
+            f"Memory is from runs at full size {how}, with a tenth added; "
+            "time is measured as it goes."
+        )
+    if value.seconds is not None:
+        return "Time is that of a run like this on this machine; memory is known when one ends."
+    return "No run like this was made on this machine yet: time and memory are measured as it goes."
+
+
+def definitions(values: Mapping[str, Any]) -> str:
+    rows = "".join(f"<dt>{esc(name)}</dt><dd>{esc(value)}</dd>" for name, value in values.items())
+    return f"<dl class='dd-definitions'>{rows}</dl>"
+
+
+def address(path: Any) -> str:
+    """Where the server gives out a file of a folder that it may."""
+    return esc(f"gradio_api/file={quote(path.resolve().as_posix())}?{path.stat().st_mtime_ns}")
+
+
+def image(path: Any, text: str) -> str:
+    """An image that the server may give out; nothing where it is gone."""
+    if not path.is_file():
+        return ""
+    return f"<img src='{address(path)}' alt='{esc(text)}' loading='lazy'>"
+
+
+def outside(link: str) -> str:
+    """A link to a page elsewhere; an address that is no web page stays text."""
+    if not link.startswith(("https://", "http://")):
+        return note(link)
+    return f"<a class='dd-download' href='{esc(link)}' rel='noopener'>{esc(link)}</a>"
+
+
+def download(path: Any, label: str) -> str:
+    """A link to a file of the exports folder, which the server may give out."""
+    mib = path.stat().st_size / 2**20
+    size = f"{mib:.1f} MB" if mib >= 0.1 else f"{mib * 1024:.1f} kB"
+    return (
+        f"<a class='dd-download' href='{address(path)}' download='{esc(path.name)}'>{esc(label)}"
+        f" <span>{size}</span></a>"
+    )

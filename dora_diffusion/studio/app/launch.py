@@ -1,0 +1,128 @@
+"""How the app may be reached, and what is refused."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dora_diffusion.config import ConfigError
+from dora_diffusion.models.embedded import samples_folder
+from dora_diffusion.studio.jobs.workspace import Workspace
+from dora_diffusion.system import is_address, is_loopback, is_number, plain_host, split_host
+
+AUTH_VARIABLE = "DORA_DIFFUSION_AUTH"
+SHARED = "Everybody who has it sees, changes and deletes the same photos and runs."
+_PORTS = {"http": "80", "https": "443"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the app is served; ``allowed_hosts`` are names that a reverse proxy has for it.
+
+    Raises:
+        ConfigError: If it could be reached from elsewhere by anybody, or there is no such port,
+            address or name.
+    """
+
+    host: str = "127.0.0.1"
+    port: int | None = None
+    share: bool = False
+    auth: tuple[str, str] | None = None
+    runs_dir: Path = field(default_factory=Workspace.default_root)
+    samples: Path = field(default_factory=samples_folder)
+    models: tuple[str, ...] = ()
+    model_folders: tuple[Path, ...] = ()
+    browser: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}; it must be between 1 and 65535")
+        if not is_address(self.host):
+            raise ConfigError(
+                f"host is {self.host!r}; it must be an address of this machine, such as 127.0.0.1 "
+                "(this machine alone), 0.0.0.0 (all of its addresses) or its name"
+            )
+        for name in self.allowed_hosts:
+            if not is_address(name):
+                raise ConfigError(
+                    f"allowed_host is {name!r}; it must be a name such as studio.example.org, "
+                    "without https:// and port"
+                )
+        if self.is_open and self.auth is None:
+            what = "--share" if self.share else f"--host {self.host}"
+            if not self.share and is_loopback(self.host):
+                what = f"--allowed_host {' '.join(self._proxied)}"
+            raise ConfigError(
+                f"{what} lets others reach this app, who could then use this machine; give "
+                f"--auth NAME:PASSWORD (or set {AUTH_VARIABLE})"
+            )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether others than this machine's users can reach it."""
+        return self.share or not is_loopback(self.host) or bool(self._proxied)
+
+    @property
+    def _proxied(self) -> list[str]:
+        """Names under which others reach it through a proxy."""
+        return [name for name in self.allowed_hosts if not is_loopback(name)]
+
+    def allows_model(self, name: str) -> bool:
+        """Whether a base model may be loaded: any on this machine alone, else the listed ones."""
+        return not self.is_open or name in self.models or name.startswith("embedded:")
+
+    def refusal(self, headers: Mapping[str, Sequence[str]], shared: Collection[str] = ()) -> str:
+        """Why a request is refused, in one line with what to do; empty where it is not.
+
+        A web page can make its own name mean this machine (DNS rebinding), and have the browser
+        send what it likes here: the first shows in Host, the second in Origin and Sec-Fetch-Site.
+
+        Args:
+            headers: The request's, by their names in small letters.
+            shared: Names of the share link.
+        """
+        named = {*map(plain_host, self.allowed_hosts), *map(plain_host, shared)}
+        hosts = [split_host(value) for value in headers.get("host", ())]
+        if not hosts or not all(self._answers_to(name, named) for name, _ in hosts):
+            return (
+                "This is not an address of the app. Open the one that it printed when it was "
+                "started, or have it started with --allowed_host and this name."
+            )
+        is_ours = all(
+            _is_same(origin, hosts[0]) or _split_origin(origin)[0] in named
+            for origin in headers.get("origin", ())
+        )
+        # Links lead here from anywhere; frames, images and scripts of other pages do not.
+        is_linked = "document" in headers.get("sec-fetch-dest", ())
+        is_foreign = {"cross-site", "same-site"}.intersection(headers.get("sec-fetch-site", ()))
+        if is_ours and (is_linked or not is_foreign):
+            return ""
+        return (
+            "Another page has asked for this, which is refused. Open the app in a tab of its own; "
+            "behind a proxy, have it started with --allowed_host and the name of this page."
+        )
+
+    def _answers_to(self, name: str, named: Collection[str]) -> bool:
+        """Whether a name is one of the app's; in numbers, any address of this machine is."""
+        if is_loopback(name) or name in named or name == plain_host(self.host):
+            return True
+        if is_loopback(self.host):
+            return False
+        own = plain_host(socket.gethostname())
+        return name in (own, f"{own}.local") or is_number(name)
+
+
+def _split_origin(origin: str) -> tuple[str, str]:
+    """Name and port of ``https://name:port``, the port always."""
+    scheme, _, host = origin.partition("://")
+    name, port = split_host(host)
+    return name, port or _PORTS.get(scheme, "")
+
+
+def _is_same(origin: str, host: tuple[str, str]) -> bool:
+    """Whether a page's origin is where it asks."""
+    name, port = host
+    return _split_origin(origin) == (name, port or _PORTS.get(origin.partition("://")[0], "-"))

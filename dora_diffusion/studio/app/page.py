@@ -1,0 +1,214 @@
+"""The page: masthead, five tabs, a footer, and the one clock that keeps them true."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import gradio as gr
+
+from dora_diffusion.cli.console.environment import describe_environment
+from dora_diffusion.cli.console.errors import explain_to_all
+from dora_diffusion.studio.app import draft, html
+from dora_diffusion.studio.app.context import Context, Handler, plain
+from dora_diffusion.studio.app.views import compare, generate, library, run, subject, train
+from dora_diffusion.studio.app.views.fields import BUSY, QUIET, filled, html_block
+from dora_diffusion.studio.jobs.workspace import UserError
+
+TICK_SECONDS = 2.0
+_DAY = 24 * 3600
+# By the second one, what was deleted is not in the list of runs any more.
+_READS = 3
+
+
+def build_page(context: Context) -> gr.Blocks:
+    """Build the app. Nothing in it holds state that the disk does not."""
+    with gr.Blocks(
+        title="DoRA studio", analytics_enabled=False, delete_cache=(3600, _DAY), fill_width=False
+    ) as blocks:
+        header = html_block(html.header(None))
+        with gr.Tabs() as tabs:
+            # Tabs that are not rendered lose what is sent to them.
+            with gr.Tab("Subject", id="subject", render_children=True):
+                subjects = subject.SubjectTab(context)
+            with gr.Tab("Train", id="train", render_children=True) as train_tab:
+                training = train.TrainTab(context)
+            with gr.Tab("Generate", id="generate", render_children=True):
+                generating = generate.GenerateTab(context)
+            with gr.Tab("Library", id="library", render_children=True):
+                stored = library.LibraryTab()
+            with gr.Tab("Compare", id="compare", render_children=True):
+                comparing = compare.CompareTab(context)
+        add_report(context)
+        size = [training.model, training.advanced["resolution"]]
+        restored = draft.connect(blocks, {"class": training.class_word, "token": training.token})
+        subject.connect(context, subjects, restored, size)
+        train.connect(context, training, subjects, train_tab.select, restored)
+        generate.connect(context, generating)
+        library.connect(context, stored)
+        compare.connect(context, comparing)
+        shown = training.shown
+        subjects.to_train.click(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
+        for button, tab, field in (
+            (shown.to_generate, "generate", generating.adapter),
+            (shown.to_library, "library", stored.run),
+        ):
+            # With the run that is shown, whatever was chosen there.
+            button.click(_open_with_run(tab), [shown.run], [tabs, field], **QUIET)
+        _connect_clock(context, restored, header, subjects, training, generating, stored, comparing)
+    return blocks
+
+
+def _open_with_run(tab: str) -> Callable[[str | None], list[Any]]:
+    return lambda run_id: [gr.Tabs(selected=tab), run_id]
+
+
+def _connect_clock(
+    context: Context, restored: Any, header: Any, subjects: Any, training: Any,
+    generating: Any, stored: Any, comparing: Any,
+) -> None:  # fmt: skip
+    """One timer, outside of the tabs, and the page's load refresh everything that can change.
+
+    Text is sent by the clock itself. For every other field that an event may fill, Gradio rebuilds
+    its configuration, changed or not, which took most of the time of a refresh: those are filled
+    by an event of their own, when one of them has changed.
+    """
+    shown = training.shown
+    inputs = [shown.run, generating.adapter, stored.run, comparing.study, subjects.pick]
+    fields = _fields(header, subjects, training, generating, stored, comparing)
+    texts = {name: field for name, field in fields.items() if isinstance(field, gr.HTML)}
+    others = {name: field for name, field in fields.items() if name not in texts}
+    # What this page was last sent of each, and a mark of what the others should show.
+    seen_texts, seen_others, mark = gr.State({}), gr.State({}), gr.State("")
+
+    def parts(run_id: Any, adapter: Any, selected: Any, study: Any, picked: Any = None) -> Any:
+        jobs = context.jobs()
+        made, problems = whole_tabs(
+            Subject=lambda: subject.refresh(context, jobs, picked),
+            Train=lambda: run.refresh(context, jobs, run_id) | train.refresh(jobs),
+            Generate=lambda: generate.refresh(context, jobs, adapter),
+            Library=lambda: library.refresh(jobs, selected),
+            Compare=lambda: compare.refresh(context, jobs, study),
+        )
+        problems += [context.queue.problem] if context.queue.problem else []
+        return {"header": html.header(jobs, problems), **made}
+
+    @read_again_if_deleted
+    def tick(known: dict[str, Any], *chosen: Any) -> list[Any]:
+        now = parts(*chosen)
+        marks = [now[name][0] for name in others if name in now]
+        return [repr(marks), *_changes(known, now, texts)]
+
+    @read_again_if_deleted
+    def fill(known: dict[str, Any], *chosen: Any) -> list[Any]:
+        return _changes(known, parts(*chosen), others)
+
+    outputs = [mark, seen_texts, *texts.values()]
+    clock = gr.Timer(TICK_SECONDS)
+    clock.tick(tick, [seen_texts, *inputs], outputs, trigger_mode="once", **QUIET)
+    restored.then(tick, [seen_texts, *inputs], outputs, **QUIET)
+    mark.change(
+        fill, [seen_others, *inputs], [seen_others, *others.values()],
+        trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
+
+
+def _fields(
+    header: Any, subjects: Any, training: Any, generating: Any, stored: Any, comparing: Any
+) -> dict[str, Any]:
+    """What a refresh may change, by the name that the tabs' own functions call it."""
+    shown = training.shown
+    return {
+        "header": header, "run": shown.run, "status": shown.status, "loss": shown.loss,
+        "log": shown.log, "jobs": shown.jobs, "samples": shown.samples, "stop": shown.stop,
+        "kill": shown.kill, "resume": shown.resume, "remove": shown.remove, "next": shown.next,
+        "extend": shown.extend, "details": shown.details, "chooser": shown.chooser.box,
+        "chooser_start": shown.chooser.start, "chooser_cards": shown.chooser.cards,
+        "adapter": generating.adapter, "history": generating.history, "turn": generating.turn,
+        "library": stored.gallery, "library_run": stored.run,
+        "library_side": stored.side, "tasks": stored.tasks, "study": comparing.study,
+        "study_status": comparing.status, "study_report": comparing.report,
+        "study_subjects": comparing.subjects, "study_delete": comparing.delete,
+        "looked": subjects.looked, "start": training.advanced["init_adapter"],
+    }  # fmt: skip
+
+
+def whole_tabs(**tabs: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """What the tabs show, and a line for each that shows what it did before, since it fails."""
+    made: dict[str, Any] = {}
+    problems = []
+    for name, refresh in tabs.items():
+        try:
+            made |= refresh()
+        except FileNotFoundError:
+            raise  # see `read_again_if_deleted`
+        except Exception as error:
+            problems.append(f"{name} cannot be shown: {explain_to_all(error)}")
+            _log_once(repr(error))
+    return made, problems
+
+
+@functools.lru_cache(maxsize=64)
+def _log_once(error: str) -> None:
+    """Log what is being handled; the clock comes upon it again and again."""
+    traceback.print_exc(file=sys.stderr)
+
+
+def read_again_if_deleted(handler: Handler) -> Handler:
+    """Have a refresh read again where a file that it was about to read is deleted meanwhile."""
+
+    @functools.wraps(handler)
+    def run(*args: Any) -> Any:
+        for _ in range(_READS - 1):
+            with contextlib.suppress(FileNotFoundError):
+                return handler(*args)
+        return handler(*args)
+
+    return run  # type: ignore[return-value]
+
+
+def _changes(known: dict[str, Any], now: dict[str, Any], names: Iterable[str]) -> list[Any]:
+    """What the page has seen from now on, then each part that is new to it."""
+    seen, updates = dict(known or {}), []
+    for name in names:
+        if name not in now:
+            updates.append(gr.skip())
+            continue
+        part = now[name]
+        mark = part[0] if isinstance(part, tuple) else part
+        updates.append(filled(part) if seen.get(name, _NEVER) != mark else gr.skip())
+        seen[name] = mark
+    return [seen, *updates]
+
+
+_NEVER = object()
+
+
+def add_report(context: Context) -> None:
+    """Add the fields: the text is made when they are opened, which takes some seconds."""
+
+    @plain
+    def describe() -> str:
+        if context.launch.is_open:
+            raise UserError(
+                "a shared app does not describe the machine that it runs on; whoever runs it can "
+                "call dora-diffusion env there"
+            )
+        return str(describe_environment(context.workspace.root))
+
+    with gr.Accordion("For a bug report", open=False, elem_id="bug-report") as box:
+        text = (
+            "What this installation is, as dora-diffusion env prints it: no token, no password, "
+            "no name of yours. Add the traceback, or the end of the run's log."
+        )
+        html_block(html.quiet(text))
+        # Without its label it has no button.
+        report = gr.Textbox(
+            label="This installation", lines=12, max_lines=40, interactive=False,
+            placeholder="Looking ...", buttons=["copy"], elem_id="bug-report-text",
+        )  # fmt: skip
+    box.expand(describe, None, [report], **BUSY)

@@ -1,0 +1,275 @@
+"""From the page's choices to `TrainConfig`, and from there to the same run's command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dora_diffusion.cli.console.tables import shown_command
+from dora_diffusion.config import (
+    PRESETS,
+    Setting,
+    TrainConfig,
+    settings,
+    unusual_rates,
+    without_effect,
+)
+from dora_diffusion.config.families import FAMILIES, USUAL
+from dora_diffusion.models.embedded import MODELS
+from dora_diffusion.models.locate import EMBEDDED_PREFIX, is_embedded
+from dora_diffusion.models.memory import Device, fitting_settings
+from dora_diffusion.studio.jobs.base_model import UNKNOWN, model_info
+from dora_diffusion.studio.jobs.workspace import UserError, clean_text
+
+PROMPT_LIMIT, NAME_LIMIT = 1000, 500
+EMBEDDED_MODELS = tuple(f"{EMBEDDED_PREFIX}{name}" for name in MODELS)
+EMBEDDED = EMBEDDED_MODELS[0]
+DATASET_FILE = "subjects.yaml"
+PRESET_NAMES = ("fast", "balanced", "quality", *PRESETS)
+
+# Fields of their own on the page, and what the app itself decides: where a run lies, when it
+# resumes, and (in the Library) whether it is published. use_8bit_adam is an optimizer's other name.
+_NOT_ADVANCED = frozenset((
+    "pretrained_model_name_or_path", "dataset_config", "instance_data_dir", "instance_prompt",
+    "token", "class_word", "validation_prompt", "output_dir", "overwrite_output_dir",
+    "resume_from_checkpoint", "logging_dir", "push_to_hub", "hub_model_id", "use_8bit_adam",
+))  # fmt: skip
+SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in settings()}
+ADVANCED: tuple[str, ...] = tuple(name for name in SETTINGS if name not in _NOT_ADVANCED)
+# Advanced settings by heading, as --help has them. Each keeps its name on the command line.
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    group: tuple(name for name in ADVANCED if SETTINGS[name].group == group)
+    for group in dict.fromkeys(SETTINGS[name].group for name in ADVANCED)
+}
+
+# Of a setting that follows from the model where it is neither.
+_SWITCH = {"on": True, "off": False}
+
+# Presets change what they are about; every other setting has the default of `TrainConfig`.
+# The embedded model is small: it takes larger steps (as in samples/*/config.yaml).
+_EMBEDDED: Mapping[str, Mapping[str, Any]] = {
+    "fast": {"max_train_steps": 120},
+    "balanced": {"max_train_steps": 300},
+    "quality": {"max_train_steps": 600},
+    "style": {"max_train_steps": 400, **PRESETS["style"]},
+}
+_EMBEDDED_COMMON: Mapping[str, Any] = {
+    "learning_rate": 2e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 10, "conv_rank": 8,
+    "train_batch_size": 5, "validation_guidance_scale": 3.5, "validation_steps": 50,
+    "checkpointing_steps": 50,
+}  # fmt: skip
+# Steps as a share of the command line's default for the family.
+_RELEASED: Mapping[str, tuple[float, Mapping[str, Any]]] = {
+    "fast": (0.5, {}),
+    "balanced": (1, {"with_prior_preservation": True}),
+    "quality": (1.5, {"with_prior_preservation": True, "rank": 16}),
+    "style": (1.5, PRESETS["style"]),
+}
+
+
+def preset_values(preset: str, model: str, device: Device | None = None) -> dict[str, Any]:
+    """Every advanced setting of a preset for a model on a device.
+
+    Args:
+        preset: One of `PRESET_NAMES`.
+        model: Base model; one that is not there gets what suits Stable Diffusion 1.
+        device: What it would train on, for precision, gradient checkpointing and optimizer.
+
+    Raises:
+        UserError: If there is no such preset.
+    """
+    if preset not in PRESET_NAMES:
+        raise UserError(f"there is no preset {preset!r}; choose {', '.join(PRESET_NAMES)}")
+    values = TrainConfig().to_dict()
+    if is_embedded(model):
+        values |= {**_EMBEDDED_COMMON, **_EMBEDDED[preset]}
+    else:
+        values |= _released_values(preset, model, device or Device())
+    return {name: values[name] for name in ADVANCED}
+
+
+def default_guidance(model: str) -> float:
+    """The guidance scale that a base model's samples are made with, unless told otherwise."""
+    values = TrainConfig().to_dict() | (dict(_EMBEDDED_COMMON) if is_embedded(model) else {})
+    return float(values["validation_guidance_scale"])
+
+
+def _released_values(preset: str, model: str, device: Device) -> dict[str, Any]:
+    try:
+        info = model_info(model)
+    except UserError:
+        info = UNKNOWN
+    share, table = _RELEASED[preset]
+    values = {
+        **table,
+        "max_train_steps": round(share * FAMILIES.get(info.family, USUAL).default_steps),
+    }
+    family = info.family if info.has_released_shape else ""
+    batch = 2 if table.get("with_prior_preservation") else 1
+    return values | fitting_settings(family, info.resolution, device, batch=batch)
+
+
+def idle_settings(config: TrainConfig) -> list[str]:
+    """Settings changed by hand that have no effect, with the reason, and unusual rates."""
+    presets = [
+        preset_values(preset, config.pretrained_model_name_or_path) for preset in PRESET_NAMES
+    ]
+    changed = [
+        name
+        for name in ADVANCED
+        if all(getattr(config, name) != values[name] for values in presets)
+    ]
+    return [*without_effect(config, changed).values(), *unusual_rates(config)]
+
+
+def make_config(
+    model: str,
+    photos: Path,
+    output_dir: Path,
+    token: str,
+    class_word: str,
+    prompts: Sequence[str],
+    advanced: Mapping[str, Any],
+    others: Sequence[Mapping[str, Any]] = (),
+) -> TrainConfig:
+    """The settings of a run.
+
+    Args:
+        model: Base model: ``embedded:NAME``, hub id, folder or file.
+        photos: Folder of photos.
+        output_dir: The job's folder.
+        token: The word that will mean the subject; with neither this nor a class word, captions
+            are trained on as they are.
+        class_word: What the subject is.
+        prompts: Prompts of the sample images; ``{subject}`` stands for token and class word, of
+            each subject in its turn.
+        advanced: Values by setting name, as the page's fields give them.
+        others: Entries of `TrainConfig.dataset_config` for subjects beside it, with their token
+            and class word.
+
+    Raises:
+        RequestError, ConfigError: If a value cannot work, in one line.
+    """
+    token = clean_text(token, 50, "token")
+    class_word = clean_text(class_word, 100, "class")
+    is_style = not token and not class_word
+    if not is_style and (not token or " " in token):
+        raise UserError("the token must be one rare word, such as sks")
+    if not is_style and not class_word:
+        raise UserError("say what the subject is: one or two words such as mug, dog or toy robot")
+    own = {"instance_data_dir": str(photos), "token": token, "class_word": class_word or None}
+    entries = [_with_prompt(entry) for entry in (own, *others)]
+    lines = [clean_text(line, PROMPT_LIMIT, "sample prompt") for line in prompts]
+    values = {name: _value(name, advanced[name]) for name in ADVANCED if name in advanced}
+    return TrainConfig.from_dict(
+        {
+            **values,
+            "pretrained_model_name_or_path": _name(model, "model name") or EMBEDDED,
+            "validation_prompt": _sample_prompts(filter(None, lines), entries),
+            "output_dir": str(output_dir),
+            **({"dataset_config": entries} if others else entries[0]),
+        }
+    )
+
+
+def _with_prompt(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A subject with the caption of its photos that have none; a style has no such."""
+    subject = f"{entry['token']} {entry['class_word'] or ''}".strip()
+    return {**entry, "instance_prompt": f"a photo of a {subject}" if subject else None}
+
+
+def _sample_prompts(lines: Iterable[str], entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sample prompts, those with ``{subject}`` for each subject that has a name."""
+    names = [f"{e['token']} {e['class_word']}" for e in entries if e["token"]]
+    prompts: dict[str, None] = {}
+    for line in lines:
+        named = [line.replace("{subject}", name) for name in names]
+        prompts |= dict.fromkeys(named if "{subject}" in line else [line])
+    return list(prompts)
+
+
+def _value(name: str, value: Any) -> Any:
+    """A field's value as a config file may have it; an empty field means the default."""
+    if SETTINGS[name].is_list:
+        items = value.split() if isinstance(value, str) else list(value or [])
+        return items or list(getattr(TrainConfig(), name))
+    if value is None or isinstance(value, bool):
+        return getattr(TrainConfig(), name) if value is None else value
+    if SETTINGS[name].kind is bool:
+        return _SWITCH.get(str(value), getattr(TrainConfig(), name))
+    is_path = SETTINGS[name].is_path
+    text = _name(value, name) if is_path else clean_text(str(value), PROMPT_LIMIT, name)
+    return text or getattr(TrainConfig(), name)
+
+
+def _name(text: object, what: str) -> str:
+    """A model's name or a path, letter by letter: nothing between its ends is changed."""
+    name = str(text or "").strip()
+    if len(name) > NAME_LIMIT or not name.isprintable():
+        raise UserError(
+            f"the {what} has more than {NAME_LIMIT} characters, or one that cannot be printed"
+        )
+    return name
+
+
+def sentence(text: str) -> str:
+    """A message with a capital, unless it begins with the name of a model, a path or a setting.
+
+    Example:
+        >>> sentence("the model is gone"), sentence("org/model is gone"), sentence("rank is 0")
+        ('The model is gone', 'org/model is gone', 'rank is 0')
+    """
+    word = text.partition(" ")[0]
+    is_name = not word.isalpha() or word in SETTINGS or Path(word).exists()
+    return text if is_name else text[:1].upper() + text[1:]
+
+
+def setting_text(value: Any) -> Any:
+    """A setting's value as its field shows it: text, but for a box that is ticked.
+
+    Numbers are text too: an empty number field of Gradio's turns into 0 when it is unfolded.
+    """
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, list):
+        return " ".join(value)
+    return "" if value is None else str(value)
+
+
+def shown_choices(setting: Setting) -> list[tuple[str, str]]:
+    """What a setting may be, as (label, `setting_text`); empty where it may be anything."""
+    names = _SWITCH if setting.kind is bool and setting.default is None else setting.choices
+    choices = [(choice, choice) for choice in names or ()]
+    is_optional = bool(choices) and setting.default is None
+    return [(setting.default_text, ""), *choices] if is_optional else choices
+
+
+def command_line(config: TrainConfig) -> str:
+    """The command that does the same run: the base model, and what is not the default's.
+
+    Example:
+        >>> command_line(TrainConfig(rank=4)).splitlines()[-1].strip()
+        '--rank 4'
+    """
+    default, lines = TrainConfig(), [["python", "-m", "dora_diffusion", "train"]]
+    file = ""
+    if config.dataset_config:
+        import yaml
+
+        entries = yaml.safe_dump(config.dataset_config, sort_keys=False, allow_unicode=True)
+        file = f"cat > {DATASET_FILE} <<'END'\n{entries}END\n"
+    for name in SETTINGS:
+        value = getattr(config, name)
+        if value == getattr(default, name) and name != "pretrained_model_name_or_path":
+            continue
+        if name == "dataset_config":
+            lines.append([f"--{name}", DATASET_FILE])
+        elif isinstance(value, bool):
+            lines.append([f"--{name}" if value else f"--no-{name}"])
+        else:
+            values = value if isinstance(value, list) else [value]
+            lines.append([f"--{name}", *map(str, values)])
+    # With the threads that a job has: another number may round the last bits otherwise.
+    is_small = is_embedded(config.pretrained_model_name_or_path)
+    return file + shown_command(lines, "OMP_NUM_THREADS=1" if is_small else "")

@@ -1,0 +1,168 @@
+"""The Compare tab: methods of training side by side, as ``dora-diffusion compare`` does it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.studio.app import html
+from dora_diffusion.studio.app.context import Context, plain
+from dora_diffusion.studio.app.settings import EMBEDDED, SETTINGS, preset_values
+from dora_diffusion.studio.app.views import fields
+from dora_diffusion.studio.app.views.tasks import task_card
+from dora_diffusion.studio.jobs import queue
+from dora_diffusion.studio.jobs.base_model import check_base
+from dora_diffusion.studio.jobs.snapshot import Job
+from dora_diffusion.studio.jobs.subjects import read_subject, subjects_in
+from dora_diffusion.studio.jobs.tasks import MOST_STEPS, start_study
+from dora_diffusion.studio.jobs.workspace import REMAINS, UserError
+
+_METHODS: dict[str, dict[str, Any]] = {
+    "dora": {}, "lora": {"method": "lora"}, "full": {"method": "full", "full_weights": "targets"},
+}  # fmt: skip
+_MOST_SEEDS = 10
+_NOTHING = html.empty(
+    "Nothing compared yet", "Choose subjects and methods: tables and plots appear here."
+)
+
+
+class CompareTab:
+    """The tab's fields."""
+
+    def __init__(self, context: Context) -> None:
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=320):
+                text = "Each is trained on the same subjects and seeds, and measured."
+                fields.html_block(html.heading("7", "Compare methods", text))
+                self.subjects = gr.CheckboxGroup([], label="Subjects", elem_id="study-subjects")
+                names = [(name.replace("full", "full fine-tuning"), name) for name in _METHODS]
+                self.methods = gr.CheckboxGroup(names, value=["dora", "lora"], label="Methods")
+                with gr.Row():
+                    self.seeds = gr.Slider(1, _MOST_SEEDS, 2, step=1, label="Seeds", min_width=140)
+                    self.steps = gr.Number(100, label="Steps", precision=0, elem_id="study-steps")
+                self.base = gr.Dropdown(
+                    [(base.label, base.name) for base in context.bases()],
+                    value=EMBEDDED,
+                    label="Base model",
+                    allow_custom_value=not context.launch.is_open,
+                )
+                self.start = gr.Button("Compare", variant="primary", size="lg", elem_id="study")
+            with gr.Column(scale=6, min_width=320):
+                self.study = fields.id_dropdown(label="Comparison", visible=False)
+                self.status = fields.html_block(
+                    _NOTHING, elem_id="study-status", js_on_load=fields.CLICKS
+                )
+                self.report = gr.Markdown(elem_id="study-report")
+                self.delete = gr.Button("Delete this comparison", visible=False, variant="stop")
+
+
+def connect(context: Context, tab: CompareTab) -> None:
+    """Say what the fields do."""
+
+    def now(chosen: str | None) -> list[Any]:
+        context.queue.tick()
+        parts = refresh(context, context.jobs(fresh=True), chosen)
+        options = {"value": chosen} if chosen else {}
+        return [gr.update(**{**parts["study"][0], **options}), parts["study_status"]]
+
+    @plain
+    def start(subjects: Any, methods: Any, seeds: Any, steps: Any, base: str | None) -> list[Any]:
+        study = _study(context, methods, int(seeds or 0), int(steps or 0), base)
+        stored = [read_subject(context.workspace, one) for one in subjects or []]
+        return now(start_study(context.workspace, study, stored))
+
+    @plain
+    def click(chosen: str | None, event: gr.EventData) -> list[Any]:
+        what, job_id = fields.clicked(event)
+        folder = context.workspace.job(job_id)
+        (queue.stop_job if what == "stop" else queue.requeue_job)(folder)
+        return now(chosen)
+
+    @plain
+    def delete(chosen: str | None) -> list[Any]:
+        if not chosen:  # not confirmed
+            return [gr.skip()] * 2
+        if not queue.delete_job(context.workspace, context.job(chosen).id):
+            gr.Info(REMAINS)
+        return now(None)
+
+    shown = [tab.study, tab.status]
+    asked = [tab.subjects, tab.methods, tab.seeds, tab.steps, tab.base]
+    tab.start.click(start, asked, shown, **fields.BUSY)
+    tab.status.click(click, [tab.study], shown, **fields.QUIET)
+    script = "(id) => confirm('Delete this comparison with its report?') ? id : ''"
+    tab.delete.click(delete, [tab.study], shown, js=script, **fields.QUIET)
+
+
+def _study(
+    context: Context, methods: Any, seeds: int, steps: int, base: str | None
+) -> dict[str, Any]:
+    """What the fields ask for, as a study has it, without its subjects.
+
+    Raises:
+        UserError: If a value is out of its limits, or the base may not be loaded.
+    """
+    names = [name for name in _METHODS if isinstance(methods, list) and name in methods]
+    if not names:
+        raise UserError("choose at least one method")
+    for what, value, most in (("seeds", seeds, _MOST_SEEDS), ("steps", steps, MOST_STEPS)):
+        if not 1 <= value <= most:
+            raise UserError(f"{what} is {value}; it must be between 1 and {most}")
+    model = context.allowed_model(base)
+    check_base(model)
+    given, usual = preset_values("balanced", model, context.device()), TrainConfig().to_dict()
+    # What a preset is about; where a run lies and what it saves is the study's own business.
+    common = {
+        name: value
+        for name, value in given.items()
+        if value != usual[name] and SETTINGS[name].resume != "ignored" and "validation" not in name
+    }
+    rate = given["learning_rate"] or TrainConfig().usual_lr
+    # Weights themselves take as much smaller a rate as by default.
+    full_rate = rate * TrainConfig(method="full").usual_lr / TrainConfig().usual_lr
+    tuned = {name: dict(_METHODS[name]) for name in names}
+    if "full" in tuned:
+        tuned["full"]["learning_rate"] = full_rate
+    return {
+        "base": model,
+        "methods": tuned,
+        "seeds": seeds,
+        "common": common | {"learning_rate": rate, "max_train_steps": steps},
+        "asked": {"guidance_scale": given["validation_guidance_scale"]},
+    }
+
+
+def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
+    """What the clock sends to this tab."""
+    studies = [job for job in jobs if job.kind == "compare"]
+    job = next((job for job in studies if job.id == chosen), next(iter(studies), None))
+    choices = [(f"{job.label} · {job.shown_state}", job.id) for job in studies]
+    status = _NOTHING
+    if job:
+        more = job.state in ("stopped", "failed", "crashed")
+        status = task_card(job) + (html.button("Continue", "resume", job.id) if more else "")
+    page = Path(job.record.output, "report.md") if job else None
+    modified = page.stat().st_mtime_ns if page and page.is_file() else 0
+    subjects = [(subject.title, subject.id) for subject in subjects_in(context.workspace)]
+    return {
+        "study": fields.choosing(choices, job and job.id, chosen, visible=bool(choices)),
+        "study_status": status,
+        "study_report": ((str(page), modified), lambda: _report(page if modified else None)),
+        "study_subjects": fields.changing(choices=subjects),
+        "study_delete": fields.changing(visible=bool(job and job.has_ended)),
+    }
+
+
+def _report(page: Path | None) -> str:
+    """A report with its tables; its images from where the server gives them out."""
+    if page is None:
+        return ""
+    text, folder = page.read_text(encoding="utf-8"), page.parent
+    return re.sub(
+        r"!\[(.*?)\]\((.*?)\)", lambda of: f"![{of[1]}]({html.address(folder / of[2])})", text
+    )

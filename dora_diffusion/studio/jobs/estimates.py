@@ -1,0 +1,123 @@
+"""What a run will cost: measured in earlier runs on this machine, or from the table of sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.wording import duration
+from dora_diffusion.models.memory import Device, needed_memory, what_would_fit
+from dora_diffusion.studio.jobs.base_model import model_info
+from dora_diffusion.studio.jobs.snapshot import Job
+
+# What step time and memory depend on most.
+_SAME = (
+    "pretrained_model_name_or_path", "resolution", "train_batch_size", "train_text_encoder",
+    "train_text_encoder_ti",
+    "gradient_accumulation_steps", "with_prior_preservation", "prior_preservation_mode",
+    "mixed_precision", "gradient_checkpointing", "compile", "offload", "cache_latents", "optimizer",
+    "method", "use_dora", "parametrization", "full_weights", "targets", "text_encoder_targets",
+    "rank", "conv_rank", "lora_dropout",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes in GiB, times in seconds; None is unknown.
+
+    Attributes:
+        seconds: Time of the training steps.
+        memory: Peak memory.
+        device: What it would train on, with the memory that is free now.
+        disk: Size on disk of a like run's folder.
+        free_disk: What is free now.
+        runs: How many earlier runs it was measured in; 0: memory is from the table.
+        change: What to change so that it fits; empty where it fits, or nothing helps.
+    """
+
+    seconds: float | None
+    memory: float | None
+    device: Device
+    disk: float | None
+    free_disk: float
+    runs: int
+    change: str = ""
+
+    @property
+    def will_not_fit(self) -> bool:
+        """Whether it takes more memory than is free."""
+        free = self.device.free_gib
+        return self.memory is not None and free is not None and self.memory > free
+
+
+def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: Device) -> Estimate:
+    """Compare with earlier runs of the same model and the same cost of a step, and with the table.
+
+    Raises:
+        UserError: If the base model cannot be trained.
+    """
+    settings, defaults = config.to_dict(), TrainConfig().to_dict()
+    like = [
+        job
+        for job in jobs
+        if job.kind == "train"
+        and job.step_seconds
+        # A run of an earlier version lacks settings that came later.
+        and all(job.settings.get(name, defaults[name]) == settings[name] for name in _SAME)
+    ]
+    pace = [job.step_seconds for job in like if job.step_seconds]
+    results = [job.result for job in like if job.result]
+    peaks = [peak for result in results if (peak := result.peak_gpu_memory or result.peak_memory)]
+    info = model_info(config.pretrained_model_name_or_path)
+    size = max(subject.resolution or info.resolution for subject in config.subjects)
+    # The table is of adapters: what fine-tuning the weights takes was not measured.
+    in_table = info.has_released_shape and not config.is_full
+    family = info.family if in_table else ""
+    batch = config.train_batch_size * (2 if config.holds_prior else 1)
+    memory = max(peaks) if peaks else needed_memory(family, size, settings, device, batch=batch)
+    steps = config.max_train_steps or 0
+    cost = Estimate(
+        seconds=statistics.median(pace) * steps if pace and steps else None,
+        memory=memory,
+        device=device,
+        disk=max((_size(job.folder) for job in like[:3]), default=None),
+        free_disk=shutil.disk_usage(runs_dir).free / 2**30,
+        runs=len(peaks),
+    )
+    if not cost.will_not_fit or not family:
+        return cost
+    smaller = ["train_batch_size 1"] if config.train_batch_size > 1 else []
+    smaller += ["with_prior_preservation off"] if config.holds_prior else []
+    change = what_would_fit(
+        family, size, settings, device, batch=batch, smaller_batch=" and ".join(smaller)
+    )
+    return dataclasses.replace(cost, change=change)
+
+
+def announced_class_images(config: TrainConfig, cost: Estimate) -> str:
+    """How many class images a run makes before its first step, and about how long that takes.
+
+    An image is one pass through the UNet per denoising step and side of guidance; a training step
+    is about three (forward, and twice that backward) for each of its images.
+    """
+    count = sum(s.num_class_images for s in config.subjects if s.uses_class_images)
+    if not count:
+        return ""
+    passes = count * config.validation_inference_steps * 2
+    steps = passes / (3 * 2 * config.train_batch_size)
+    about = f"as long as {steps:.0f} training steps"
+    if cost.seconds and config.max_train_steps:
+        about = duration(cost.seconds / config.max_train_steps * steps)
+    return (
+        f"{count} class images come first, which takes about {about}, unless "
+        "class_data_dir has them; prior_preservation_mode image-free needs none."
+    )
+
+
+def _size(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**30

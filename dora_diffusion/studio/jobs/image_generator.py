@@ -1,0 +1,363 @@
+"""Image generation: one model in memory, under the device lock that training takes too."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import UnidentifiedImageError
+
+from dora_diffusion.models.locate import is_embedded
+from dora_diffusion.numerics.devices import release_memory
+from dora_diffusion.numerics.threads import one_thread
+from dora_diffusion.numerics.weights import Strengths
+from dora_diffusion.studio.jobs.base_model import ModelFiles
+from dora_diffusion.studio.jobs.processes import holding
+from dora_diffusion.studio.jobs.queue import is_running
+from dora_diffusion.studio.jobs.workspace import UserError, Workspace, new_id
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from dora_diffusion.models.components import Components
+    from dora_diffusion.sampling.generate import SamplingSettings
+
+MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID = 16, 200, 2048, 48
+SEED_LIMIT = 2**32
+MOST_RECENT = 24
+Step = Callable[[int, int], None]
+
+
+def load_model(name: str, adapter: Path | None, files: ModelFiles) -> Components:
+    """A model to sample from as a run loaded it, in half precision on a GPU.
+
+    Raises:
+        ValueError: If a part of it cannot be had.
+    """
+    from dora_diffusion.models.memory import auto_precision, describe_device
+    from dora_diffusion.models.precision import PRECISION_DTYPES
+    from dora_diffusion.sampling.generate import load_adapted
+
+    dtype = PRECISION_DTYPES[auto_precision(describe_device())]
+    options: dict[str, Any] = dataclasses.asdict(files)
+    return load_adapted(name, adapter, dtype=dtype, **options)[0]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What to generate.
+
+    Attributes:
+        base: The base model.
+        adapter: The adapter file; None is the base model alone.
+        prompt: What to show.
+        settings: How to sample.
+        seed: Of the first image; -1 draws one.
+        count: Images, at consecutive seeds.
+        strengths: Of the adapter.
+        files: How the base is loaded.
+        clip_skip: Instead of what the adapter says.
+        max_token_length: Instead of what the adapter says.
+
+    Raises:
+        UserError: If a value is out of its limits.
+    """
+
+    base: str
+    adapter: Path | None
+    prompt: str
+    settings: SamplingSettings
+    seed: int = -1
+    count: int = 1
+    strengths: Strengths = field(default_factory=Strengths)
+    files: ModelFiles = field(default_factory=ModelFiles)
+    clip_skip: int | None = None
+    max_token_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise UserError("write a prompt: what should the image show?")
+        for name, value, low, high in (
+            ("images", self.count, 1, MAX_BATCH),
+            ("steps", self.settings.steps, 1, MAX_STEPS),
+            ("width", self.settings.width or 8, 8, MAX_SIDE),
+            ("height", self.settings.height or 8, 8, MAX_SIDE),
+            ("strength", self.strengths.strength, -2, 3),
+            ("direction", self.strengths.direction_strength, -2, 3),
+            ("magnitude", self.strengths.magnitude_strength, -2, 3),
+            ("seed", self.seed, -1, SEED_LIMIT - 1),
+        ):
+            if not low <= value <= high:
+                raise UserError(f"{name} is {value}; it must be between {low} and {high}")
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """An image with the file it was written to.
+
+    ``unread`` says which ends of the prompts the model did not see, a line each.
+    """
+
+    path: Path
+    seed: int
+    parameters: str
+    unread: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _About:
+    """What only the loaded model tells of its images.
+
+    Attributes:
+        unread: A line for each prompt that is longer than it reads, with the truncated end.
+        parameters: Further fields of what made them.
+    """
+
+    unread: tuple[str, ...]
+    parameters: dict[str, int]
+
+
+class ImageGenerator:
+    """Makes images and keeps the last model loaded.
+
+    Args:
+        workspace: The runs folder.
+
+    Attributes:
+        is_waiting: Whether a request waits for the device.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self._loaded: tuple[Any, ...] | None = None
+        self._components: Any = None
+        self._mine = threading.Lock()
+        self._withdrawn = threading.Event()
+        self.is_waiting = False
+
+    def release(self) -> None:
+        """Forget the model, so that a worker has the memory. An image in the making is let be."""
+        if self._mine.acquire(blocking=False):
+            try:
+                self._forget()
+            finally:
+                self._mine.release()
+
+    def _forget(self) -> None:
+        self._loaded = self._components = None
+        gc.collect()  # Weights on a CPU are a map of their file, which then is let go.
+        release_memory()
+
+    def withdraw(self) -> None:
+        """Have a request that waits for the device wait no longer."""
+        self._withdrawn.set()
+
+    def make(self, request: GenerationRequest, on_step: Step | None = None) -> list[GeneratedImage]:
+        """Images at consecutive seeds, written with what made them; a job's end is waited for.
+
+        Raises:
+            UserError: If it was withdrawn meanwhile.
+        """
+        seeds = _seeds(request)
+        with self._device(request.base):
+            images = self._sample(request, seeds, on_step)
+            about = _about(request, self._model(request))
+        return [
+            self._write(request, seed, image, about)
+            for seed, image in zip(seeds, images, strict=True)
+        ]
+
+    def compare(
+        self, request: GenerationRequest, on_step: Step | None = None
+    ) -> tuple[GeneratedImage, GeneratedImage]:
+        """The base model's image and the adapted model's, at one seed."""
+        from dora_diffusion.adapters.inject import disabled
+
+        seed = _seeds(request)[0]
+        with self._device(request.base):
+            with disabled(*self._model(request).adaptable().values()):
+                (base,) = self._sample(request, [seed], on_step)
+            (adapted,) = self._sample(request, [seed], on_step)
+            about = _about(request, self._model(request))
+        return (
+            self._write(replace(request, adapter=None), seed, base, about),
+            self._write(request, seed, adapted, about),
+        )
+
+    def grid(
+        self,
+        request: GenerationRequest,
+        adapters: dict[str, Path],
+        strengths: list[float],
+        on_step: Step,
+    ) -> GeneratedImage:
+        """One seed over checkpoints (rows) and strengths (columns), in batches of several adapters.
+
+        Raises:
+            UserError: If the grid is empty or too large, or it was withdrawn meanwhile.
+        """
+        from dora_diffusion.data.sheets import labelled_sheet
+        from dora_diffusion.sampling.pool import AdapterPool, ImageRow
+
+        cells = len(adapters) * len(strengths)
+        if not 1 <= cells <= MAX_GRID:
+            raise UserError(f"the grid has {cells} images; it can have 1 to {MAX_GRID}")
+        seed = _seeds(request)[0]
+        rows = [
+            ImageRow(request.prompt, seed, (adapter, replace(request.strengths, strength=strength)))
+            for adapter in adapters.values()
+            for strength in strengths
+        ]
+        with self._device(request.base):
+            pool = AdapterPool(
+                self._model(replace(request, adapter=None)),
+                budget=None,
+                schedule=request.files.schedule,
+                clip_skip=request.clip_skip,
+                max_token_length=request.max_token_length,
+            )
+            try:
+                images = pool.generate(rows, request.settings, on_step=on_step, require_finite=True)
+            finally:
+                pool.clear()
+            about = _about(request, pool.components_for(request.adapter))
+        columns = [f"{strength:g}" for strength in strengths]
+        title = f"Seed {seed}; above each column, the strength"
+        sheet = labelled_sheet(images, title, list(adapters), columns)
+        return self._write(request, seed, sheet, about, images[0].size)
+
+    def _sample(
+        self, request: GenerationRequest, seeds: list[int], on_step: Step | None = None
+    ) -> list[Image]:
+        from dora_diffusion.sampling.generate import generate_images
+
+        return generate_images(
+            self._model(request), request.prompt, seeds, request.settings,
+            on_step=on_step, require_finite=True,
+        )  # fmt: skip
+
+    @contextmanager
+    def _device(self, base: str) -> Iterator[None]:
+        self._withdrawn.clear()
+        try:
+            with holding(self.workspace.device_lock, or_wait=self._waits_on) as held:
+                self.is_waiting = False
+                if not held:
+                    raise UserError("the images were cancelled while they waited")
+                # Not before: while it waits, a run that starts has its model's memory.
+                with self._mine, one_thread() if is_embedded(base) else nullcontext():
+                    try:
+                        yield
+                    finally:
+                        # A job that was started meanwhile waits for the device, and the memory.
+                        if any(map(is_running, self.workspace.job_folders)):
+                            self._forget()
+        finally:
+            self.is_waiting = False
+
+    def _waits_on(self) -> bool:
+        self.is_waiting = not self._withdrawn.is_set()
+        return self.is_waiting
+
+    def _model(self, request: GenerationRequest) -> Any:
+        """The model with the adapter at its strengths; reloaded only if another is asked for."""
+        from dora_diffusion.adapters.inject import layer_adapters, set_strength
+
+        adapter, strengths = request.adapter, request.strengths
+        key = (request.base, request.files, adapter, adapter and adapter.stat().st_mtime_ns)
+        if self._loaded != key:
+            # Two large models may not fit beside each other.
+            self._loaded = self._components = None
+            self._components = load_model(request.base, adapter, request.files)
+            self._loaded = key
+        for model in self._components.adaptable().values():
+            if any(layer_adapters(model)):
+                set_strength(
+                    model,
+                    strengths.strength,
+                    direction=strengths.direction_strength,
+                    magnitude=strengths.magnitude_strength,
+                )
+        return self._components.reading(request.clip_skip, request.max_token_length)
+
+    def _write(
+        self,
+        request: GenerationRequest,
+        seed: int,
+        image: Image,
+        about: _About,
+        size: tuple[int, int] | None = None,
+    ) -> GeneratedImage:
+        """Save an image; ``size`` is that of each in a sheet."""
+        from dora_diffusion.sampling.images import parameters_text, save_png
+
+        text = parameters_text(
+            request.prompt,
+            seed,
+            request.settings,
+            size or image.size,
+            request.base,
+            # The folder: every run's file has the same name.
+            request.adapter and request.adapter.parent,
+            request.strengths,
+            extra=about.parameters,
+        )
+        name = f"{new_id()}-{seed}.png"
+        return GeneratedImage(
+            save_png(image, self.workspace.images / name, text), seed, text, about.unread
+        )
+
+
+def _about(request: GenerationRequest, components: Components) -> _About:
+    """What to say of images besides what was asked for."""
+    from dora_diffusion.models.text import token_limit, truncated_text
+
+    limit = token_limit(components)
+    prompts = {"prompt": request.prompt, "negative prompt": request.settings.negative_prompt}
+    ends = {
+        name: truncated_text(components.tokenizers[0], prompt, components.most_chunks)
+        for name, prompt in prompts.items()
+    }
+    unread = tuple(
+        f"The {name} is longer than {limit}; it did not see the end: {end}"
+        for name, end in ends.items()
+        if end
+    )
+    return _About(unread, components.clip_skip_parameter)
+
+
+def _seeds(request: GenerationRequest) -> list[int]:
+    first = random.randrange(SEED_LIMIT - MAX_BATCH) if request.seed < 0 else request.seed
+    return [first + number for number in range(request.count)]
+
+
+def recent_images(workspace: Workspace) -> list[GeneratedImage]:
+    """The newest images of a runs folder with what made them, newest first."""
+    files = sorted(
+        (entry.stat().st_mtime_ns, entry.path)
+        for entry in os.scandir(workspace.images)
+        if entry.name.endswith(".png") and entry.is_file(follow_symlinks=False)
+    )
+    return [read_image(Path(path), modified) for modified, path in files[: -MOST_RECENT - 1 : -1]]
+
+
+@functools.lru_cache(maxsize=256)
+def read_image(path: Path, modified: int) -> GeneratedImage:
+    """An image as its file tells of it, read once for each time that it was written."""
+    from dora_diffusion.sampling.images import parse_parameters, read_parameters
+
+    try:
+        text = read_parameters(path) or ""
+    except (SyntaxError, ValueError, UnidentifiedImageError):
+        text = ""
+    seed = parse_parameters(text).get("Seed", "")
+    return GeneratedImage(path, int(seed) if seed.isdecimal() else 0, text)

@@ -1,0 +1,290 @@
+"""The queue: jobs are made, started one at a time, stopped, resumed and deleted."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import psutil
+
+from dora_diffusion import system
+from dora_diffusion.cli.console.errors import explain_to_all
+from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs.processes import Lock, end_tree, start_worker, worker_of
+from dora_diffusion.studio.jobs.workspace import (
+    DamagedFile,
+    UserError,
+    Workspace,
+    ids_in,
+    remove_folder,
+)
+
+KILL_AFTER_SECONDS = 30.0
+_MOST_JOBS_WAITING = 50
+_LEAVING_SECONDS = 30.0
+
+
+def create_job(
+    folder: Path, record: records.JobRecord, files: Mapping[str, str | Path] | None = None
+) -> str:
+    """Put a job at the end of the queue.
+
+    Args:
+        folder: Its folder, see `Workspace.new_job`.
+        record: What is to be done.
+        files: What else its folder holds: texts, and files or folders to copy, so that later edits
+            do not change a run.
+
+    Returns:
+        Its id.
+
+    Raises:
+        UserError: If too many jobs wait.
+    """
+    if sum(map(is_waiting, Workspace(folder.parent).job_folders)) >= _MOST_JOBS_WAITING:
+        raise UserError("the queue is full; wait for a run to end, or remove one")
+    # Under another name until it is whole: the queue must never see half a job.
+    draft = folder.with_name(f".new-{folder.name}")
+    draft.mkdir(parents=True)
+    for name, content in (files or {}).items():
+        (draft / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            (draft / name).write_text(content, encoding="utf-8")
+        elif content.is_dir():
+            shutil.copytree(content, draft / name)
+        else:
+            shutil.copyfile(content, draft / name)
+    now = time.time()
+    records.write_record(draft, dataclasses.replace(record, created=now, queued=now))
+    system.replace(draft, folder)
+    return folder.name
+
+
+def is_waiting(folder: Path) -> bool:
+    """Whether a job waits in the queue: it has neither a worker nor a result."""
+    # `os.path` raises nothing where a folder may not be looked into.
+    has_begun = any(os.path.exists(folder / name) for name in (records.RESULT, records.WORKER))
+    return os.path.isfile(folder / records.JOB) and not has_begun
+
+
+def waiting_jobs(workspace: Workspace) -> list[Path]:
+    """The folders of waiting jobs, in the order in which they will start; no damaged ones."""
+    waiting = _records_of(job for job in workspace.job_folders if is_waiting(job))
+    return [job for _, job in sorted((record.queued, job) for job, record in waiting.items())]
+
+
+def _records_of(folders: Iterable[Path]) -> dict[Path, records.JobRecord]:
+    """What these jobs are, but for those whose folder does not tell."""
+    found = {}
+    for folder in folders:
+        with contextlib.suppress(DamagedFile):
+            found[folder] = records.read_record(folder)
+    return found
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a job's process lives."""
+    return not os.path.exists(folder / records.RESULT) and worker_of(folder) is not None
+
+
+def stop_job(folder: Path) -> None:
+    """Ask a running job to save and leave; take a waiting one out of the queue."""
+    if is_waiting(folder):
+        records.write_result(folder, records.JobResult(records.STOPPED_CODE, finished=time.time()))
+    elif is_running(folder) and not (folder / records.STOP).exists():
+        (folder / records.STOP).write_text(f"{time.time()}\n", encoding="utf-8")
+
+
+def stop_asked(folder: Path) -> float | None:
+    """When the job was asked to stop, or None."""
+    try:
+        return (folder / records.STOP).stat().st_mtime
+    except OSError:
+        return None
+
+
+def may_kill(folder: Path, now: float) -> bool:
+    """Whether a job was asked to stop so long ago that killing it is offered."""
+    asked = stop_asked(folder)
+    return asked is not None and now - asked >= KILL_AFTER_SECONDS and is_running(folder)
+
+
+def kill_job(folder: Path) -> None:
+    """End a job's process and its children at once. It shows as crashed.
+
+    Raises:
+        UserError: If it was not asked to stop first, and given time to.
+    """
+    worker = worker_of(folder)
+    if worker is None:
+        return
+    if not may_kill(folder, time.time()):
+        raise UserError(
+            f"stop the run first; it can be killed when it has not left {KILL_AFTER_SECONDS:.0f} "
+            "seconds later"
+        )
+    end_tree(worker)
+
+
+def requeue_job(folder: Path) -> None:
+    """Put a job that ended back into the queue: it resumes from its latest checkpoint.
+
+    Raises:
+        UserError: If it waits or runs, or its folder does not tell what it is.
+    """
+    record = records.read_record(folder)
+    if is_waiting(folder) or is_running(folder):
+        raise UserError("this run is already waiting or running")
+    words = record.arguments
+    if record.kind == "train":
+        words = records.train_arguments(folder, resume=True)
+    records.write_record(folder, dataclasses.replace(record, arguments=words, queued=time.time()))
+    for name in (records.STOP, records.PROGRESS, records.WORKER, records.RESULT):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+
+
+def delete_job(workspace: Workspace, job_id: str) -> bool:
+    """Delete a job with its files, its exports, and the jobs that made them.
+
+    Returns:
+        Whether all of them are gone, see `remove_folder`.
+
+    Raises:
+        UserError: If it or a job about it is running, or it is unknown.
+    """
+    folder = workspace.job(job_id)
+    if is_running(folder):
+        raise UserError("this run is still running; stop it first")
+    jobs = _records_of(workspace.job_folders)
+    about_it = {job: record for job, record in jobs.items() if record.run == job_id}
+    for job, record in about_it.items():
+        if is_running(job):
+            raise UserError(f'"{record.title}" is still running and needs this run; stop it first')
+    gone = [_remove_job(job) for job in (*about_it, folder)]
+    if job_id in ids_in(workspace.exports):
+        gone.append(remove_folder(workspace.exports / job_id))
+    return all(gone)
+
+
+def _remove_job(folder: Path) -> bool:
+    """Delete a job's folder, where a worker that is leaving may still have its log open."""
+    try:
+        return remove_folder(folder)
+    except UserError:  # Windows keeps it
+        worker = worker_of(folder)
+        if worker is not None:
+            with contextlib.suppress(psutil.Error):
+                worker.wait(_LEAVING_SECONDS)
+        return remove_folder(folder)
+
+
+class JobQueue:
+    """Starts waiting jobs, one at a time, oldest request first.
+
+    Several apps may share a runs folder: the one that holds the queue's lock starts the jobs.
+
+    Args:
+        workspace: The runs folder.
+        before_start: Called before a job starts; frees what the app itself holds.
+    """
+
+    def __init__(self, workspace: Workspace, before_start: Callable[[], None] | None = None):
+        self.workspace = workspace
+        self._before_start = before_start or (lambda: None)
+        self._lock = Lock(workspace.queue_lock)
+        self._is_leader = False
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._stop = threading.Event()
+        self._ticking = threading.Lock()
+        self.problem = ""
+        """What the last tick could not do, in one line for the page; empty where all went well."""
+        self._problems: list[str] = []
+
+    def start(self, period: float = 1.0) -> JobQueue:
+        """Tick in a thread of its own until `close`."""
+
+        def run() -> None:
+            while not self._stop.wait(period):
+                self.tick()
+
+        threading.Thread(target=run, name="job-queue", daemon=True).start()
+        return self
+
+    def close(self) -> None:
+        """Stop ticking; running jobs continue."""
+        self._stop.set()
+        self._lock.free()
+
+    def tick(self) -> str | None:
+        """Reap what ended, and start the next job if none runs. Returns the id it started.
+
+        What fails is logged and is the queue's ``problem`` until it goes well: it ends nothing.
+        """
+        # The page ticks too, so that a run starts at once.
+        with self._ticking:
+            started, self._problems = None, []
+            with self._noting("the queue could not continue"):
+                started = self._tick()
+            self.problem = "; ".join(self._problems)
+            return started
+
+    def _tick(self) -> str | None:
+        self._children = [child for child in self._children if child.poll() is None]
+        if not self._is_leader:
+            self._is_leader = self._lock.take()
+            if not self._is_leader:
+                return None
+            with self._noting("what was left of deleted runs could not be removed"):
+                for path in self.workspace.remove_leftovers():
+                    print(f"warning: {path} could not be removed", file=sys.stderr)
+        with self._noting("a run that crashed could not be marked"):
+            reap(self.workspace)
+        waiting = waiting_jobs(self.workspace)
+        if not waiting or any(map(is_running, self.workspace.job_folders)):
+            return None
+        # A worker may have the memory all the same.
+        with self._noting("the app's memory could not be freed for a run"):
+            self._before_start()
+        for folder in waiting:
+            with self._noting(f"run {folder.name} could not be started"):
+                self._children.append(start_worker(folder))
+                return folder.name
+        return None
+
+    @contextlib.contextmanager
+    def _noting(self, what: str) -> Iterator[None]:
+        """Note what fails inside of the block for the page, and log it the first time."""
+        try:
+            yield
+        except Exception as error:
+            problem = f"{what}: {explain_to_all(error)}"
+            if problem not in self.problem:
+                traceback.print_exception(error, file=sys.stderr)
+                print(f"warning: {problem}", file=sys.stderr)
+            self._problems.append(problem)
+
+
+def reap(workspace: Workspace) -> list[str]:
+    """Mark jobs as crashed whose process ended without a result. Returns their ids."""
+    crashed = []
+    for folder in workspace.job_folders:
+        begun, ended = folder / records.WORKER, folder / records.RESULT
+        if os.path.exists(ended) or not os.path.exists(begun):
+            continue
+        # The second look: it may have ended in good order after the first.
+        if worker_of(folder) is None and not os.path.exists(ended):
+            records.write_result(folder, records.JobResult(None, finished=time.time()))
+            crashed.append(folder.name)
+    return crashed

@@ -1,0 +1,244 @@
+"""The files of a job's folder: what each holds, with one reader and one writer.
+
+::
+
+    job.json      the arguments of a command, and what the page says of it
+    settings.yaml the training settings, which ``train --config`` takes
+    worker.json   pid and start time of the process that works on it
+    progress.json what the work is doing
+    STOP          asks the worker to save and leave
+    result.json   exit code and times; written when the worker ends in an orderly way
+    chosen.json   the checkpoint that was selected for a training run, where one was
+    log.txt       all that the worker printed
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from dora_diffusion.cli.console.tables import shown_command
+from dora_diffusion.models.locate import is_embedded
+from dora_diffusion.studio.jobs.workspace import DamagedFile, Workspace, read_object, write_json
+
+JOB, SETTINGS, WORKER, PROGRESS = "job.json", "settings.yaml", "worker.json", "progress.json"
+STOP, RESULT, LOG, CHOSEN = "STOP", "result.json", "log.txt", "chosen.json"
+STOPPED_CODE = 128 + signal.SIGTERM
+# The commands that a job may run, and what the page says of one that runs.
+KINDS = {
+    "train": "training", "export": "merging", "convert": "converting", "analyze": "analyzing",
+    "rank-checkpoints": "ranking", "push": "publishing", "compare": "comparing",
+    "prepare": "looking at photos",
+}  # fmt: skip
+# Progress that changes often is written twice a second at most.
+_PROGRESS_SECONDS = 0.5
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A command to run, and what the page says of it; times in seconds since 1970.
+
+    Attributes:
+        arguments: Of ``dora-diffusion``: the command, then its flags.
+        title: What the page calls it.
+        run: Id of the run that it is about; empty for one of its own.
+        base: The base model.
+        output: What it makes, which must be there in the end; a run's is known.
+        trigger: Trigger words of what it makes; a run tells its own.
+        sample: The project's sample that a run learns, if any.
+        created: When it was asked for.
+        queued: When it was last put at the end of the queue.
+    """
+
+    arguments: Sequence[str] = ("train",)
+    title: str = ""
+    run: str = ""
+    base: str = ""
+    output: str = ""
+    trigger: str = ""
+    sample: str = ""
+    created: float = 0.0
+    queued: float = 0.0
+
+    @property
+    def kind(self) -> str:
+        """The command's name."""
+        return self.arguments[0] if self.arguments else ""
+
+    @property
+    def command(self) -> str:
+        """The line that runs, with the threads that it has: others may round otherwise."""
+        lines = [["python", "-m", "dora_diffusion", *self.arguments]]
+        return shown_command(lines, "OMP_NUM_THREADS=1" if is_embedded(self.base) else "")
+
+
+def train_arguments(folder: Path, *, resume: bool = False) -> list[str]:
+    """What trains as the settings of a job's folder say."""
+    words = ["train", "--config", str(folder / SETTINGS)]
+    if not resume:
+        return words
+    if any(folder.glob("checkpoint-*/training_state.pt")):
+        return [*words, "--resume_from_checkpoint", "latest"]
+    # There is nothing to resume from, and nothing to lose.
+    return [*words, "--overwrite_output_dir"]
+
+
+def flags(**values: str | None) -> list[str]:
+    """Flags by name, but for empty ones."""
+    return [word for name, value in values.items() if value for word in (f"--{name}", value)]
+
+
+@dataclass(frozen=True)
+class JobProgress:
+    """What the work is doing: in training, from the step after ``first_step`` on.
+
+    Its result is that of ``result_step``. Other work counts what is ``done`` in its ``unit``.
+    ``address`` is where it was published.
+    """
+
+    phase: str = ""
+    device_name: str = ""
+    first_step: int | None = None
+    total_steps: int = 0
+    trigger: str = ""
+    result_step: int = 0
+    unit: str = ""
+    done: int = 0
+    total: int = 0
+    address: str = ""
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How the work ended: exit code (None: it was killed, or crashed), times, peaks in GiB."""
+
+    code: int | None = None
+    started: float | None = None
+    finished: float = 0.0
+    peak_memory: float | None = None
+    peak_gpu_memory: float | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took; None where it never began."""
+        return None if self.started is None else self.finished - self.started
+
+
+def write_record(folder: Path, record: JobRecord) -> None:
+    write_json(folder / JOB, {"kind": record.kind, **dataclasses.asdict(record)})
+
+
+def read_record(folder: Path) -> JobRecord:
+    """Read job.json, of this version or the one before.
+
+    Raises:
+        DamagedFile: If it is missing, cannot be read, or is of an unknown kind.
+    """
+    path = folder / JOB
+    values = read_object(path)
+    if values is None:
+        raise DamagedFile(path, "it is missing")
+    if "arguments" not in values:
+        values |= _of_request(folder, values)
+    record = _of(JobRecord, values, path)
+    if record.kind not in KINDS:
+        raise DamagedFile(path, f"kind is {record.kind[:80]!r}, not {', '.join(KINDS)}")
+    return record
+
+
+def _of_request(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a job that the version before wrote, with fields of its own for each kind."""
+    kind, run, output = values.get("kind"), str(values.get("run", "")), values.get("output", "")
+    files = {name: values.get(name) for name in ("vae", "variant", "revision")}
+    of_base = ["--base", values.get("base", ""), *flags(**files)]
+    about, writing = str(folder.parent / run), ["--output", output, "--overwrite"]
+    match kind:
+        case "train":
+            words = train_arguments(folder, resume=bool(values.get("resume")))
+        case "merge":
+            adapter, strength = values.get("adapter", ""), str(values.get("strength", 1.0))
+            words = ["export", *of_base, "--adapter", adapter, "--strength", strength, *writing]
+        case "analyze":
+            words = ["analyze", about, *of_base, *writing]
+        case "compare":
+            output, names = str(Workspace(folder.parent).ranking(run)), values.get("checkpoints")
+            words = ["rank-checkpoints", about, "--output", output, "--overwrite"]
+            words += ["--checkpoints", *(names or [])]
+        case "push":
+            public = [] if values.get("private", True) else ["--public"]
+            words = ["push", about, values.get("repository", ""), *public]
+        case _:
+            words = [str(kind)]
+    return {"arguments": words, "output": output}
+
+
+def write_result(folder: Path, result: JobResult) -> None:
+    write_json(folder / RESULT, dataclasses.asdict(result))
+
+
+def read_result(folder: Path) -> JobResult | None:
+    """Read result.json; None where there is none.
+
+    Raises:
+        DamagedFile: If it cannot be read.
+    """
+    values = read_object(folder / RESULT)
+    return None if values is None else _of(JobResult, values, folder / RESULT)
+
+
+def read_progress(folder: Path) -> JobProgress:
+    """Read progress.json.
+
+    Raises:
+        DamagedFile: If it cannot be read.
+    """
+    return _of(JobProgress, read_object(folder / PROGRESS) or {}, folder / PROGRESS)
+
+
+class ProgressFile:
+    """Keeps progress.json: what the page cannot read from the trainer's own files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / PROGRESS
+        self._progress = JobProgress()
+        self._written = 0.0
+
+    def __call__(self, **figures: Any) -> None:
+        """Change fields of `JobProgress`; counts, which change often, are not written each time."""
+        self._progress = dataclasses.replace(self._progress, **figures)
+        now, is_count = time.monotonic(), figures.keys() == {"done", "total"}
+        is_last = self._progress.done >= self._progress.total
+        if not is_count or is_last or now - self._written > _PROGRESS_SECONDS:
+            write_json(self._path, dataclasses.asdict(self._progress))
+            self._written = now
+
+
+def _of(kind: type[Record], values: Mapping[str, Any], path: Path) -> Record:
+    """A record from a file's values: what is missing has its default, what is more is left out."""
+    types = get_type_hints(kind)
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    given = {name: value for name, value in values.items() if name in names}
+    for name, value in given.items():
+        if not _fits(value, types[name]):
+            raise DamagedFile(path, f"{name} is {str(value)[:80]!r}")
+    return kind(**given)
+
+
+def _fits(value: object, wanted: Any) -> bool:
+    """Whether a value of a JSON file is of a field's type."""
+    if get_origin(wanted) is Sequence:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if get_origin(wanted) is not None:  # X | None
+        return any(_fits(value, one) for one in get_args(wanted))
+    if isinstance(value, bool):
+        return wanted is bool
+    if wanted in (int, float) and isinstance(value, (int, float)):
+        return math.isfinite(value) and (wanted is float or value == int(value))
+    return isinstance(value, wanted)

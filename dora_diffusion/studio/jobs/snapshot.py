@@ -1,0 +1,323 @@
+"""What the page shows of jobs, read from the runs folder alone."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dora_diffusion import config
+from dora_diffusion.cli.console.errors import explain
+from dora_diffusion.formats.adapter.metadata import join_triggers
+from dora_diffusion.formats.files.names import pipeline_in
+from dora_diffusion.studio.jobs import queue, records
+from dora_diffusion.studio.jobs.checkpoints import (
+    RESULT_NAME,
+    adapter_checkpoints,
+    candidates,
+    chosen_in,
+    result_adapter,
+)
+from dora_diffusion.studio.jobs.logs import check_metrics, last_error, read_metrics
+from dora_diffusion.studio.jobs.workspace import DamagedFile, UserError, Workspace
+
+Part = TypeVar("Part")
+_REMOVE = ", or remove this run"
+_KILLED = (
+    "the process ended unexpectedly (killed, or the machine ran out of memory); "
+    "Resume continues from the last checkpoint"
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job as its folder tells it.
+
+    Attributes:
+        folder: Where it lies.
+        record: What was asked for.
+        state: ``"waiting"``, ``"running"``, ``"stopping"``, ``"done"``, ``"stopped"``,
+            ``"failed"``, ``"crashed"``, or ``"damaged"`` where its folder does not tell.
+        settings: Training settings (settings.yaml).
+        progress: What the worker last said.
+        result: How it ended; None before that.
+        cause: Why it failed or crashed, in one line with what to do.
+        damage: A line for each of its files that is damaged.
+        step: Optimizer steps done; of other jobs, how much is done in a unit of their own.
+        total: As above, in all; 0 while that is unknown.
+        step_seconds: Median time of the latest steps; None before there are some.
+        may_kill: Stop was asked for long ago, and it still runs.
+        position: Place in the queue from 1; 0 when it does not wait.
+        checkpoints: Names of its complete checkpoints, oldest first.
+        samples: Sample images: the final ones, then from the newest.
+        chosen: What was selected for it: a checkpoint, ``"result"``, or ``""``.
+    """
+
+    folder: Path
+    record: records.JobRecord
+    state: str
+    settings: Mapping[str, Any]
+    progress: records.JobProgress
+    result: records.JobResult | None
+    cause: str = ""
+    damage: tuple[str, ...] = ()
+    step: int = 0
+    total: int = 0
+    step_seconds: float | None = None
+    may_kill: bool = False
+    position: int = 0
+    checkpoints: tuple[str, ...] = ()
+    samples: tuple[Path, ...] = ()
+    chosen: str = ""
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    @property
+    def made(self) -> str:
+        """When it was asked for, as its id says: ``2026-11-25 16:03``."""
+        return f"{self.id[:4]}-{self.id[4:6]}-{self.id[6:8]} {self.id[9:11]}:{self.id[11:13]}"
+
+    @property
+    def kind(self) -> str:
+        """The command that runs, one of `records.KINDS`."""
+        return self.record.kind
+
+    @property
+    def title(self) -> str:
+        """What the page calls it."""
+        return self.record.title
+
+    @property
+    def label(self) -> str:
+        """What a list of many calls it: with its date, and its time where the title lacks it."""
+        is_timed = self.title.endswith(self.made[11:])
+        return f"{self.title} · {self.made[5:10] if is_timed else self.made[5:]}"
+
+    @property
+    def is_active(self) -> bool:
+        """Whether its process lives."""
+        return self.state in ("running", "stopping")
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it neither waits nor runs."""
+        return not self.is_active and self.state != "waiting"
+
+    @property
+    def shown_state(self) -> str:
+        """What the page calls its state: that a file is damaged comes before how it ended."""
+        return "damaged" if self.damage and self.has_ended else self.state
+
+    @property
+    def remaining_seconds(self) -> float | None:
+        """Time that the remaining steps take at the measured pace; None if unknown."""
+        if self.step_seconds is None or not self.total:
+            return None
+        return (self.total - self.step) * self.step_seconds
+
+    @property
+    def trigger(self) -> str:
+        entries = self.settings.get("dataset_config") or [self.settings]
+        words = ((e.get("token") or "", e.get("class_word") or "") for e in entries)
+        named = join_triggers(" ".join(pair).strip() for pair in words)
+        return self.record.trigger or self.progress.trigger or named
+
+    @property
+    def base(self) -> str:
+        return str(self.settings.get("pretrained_model_name_or_path") or self.record.base)
+
+    @property
+    def stands(self) -> str:
+        """What is used of a run: what was selected, its result, or its newest checkpoint."""
+        last = self.checkpoints[-1] if self.checkpoints else ""
+        return self.chosen or (RESULT_NAME if self.has_result else last)
+
+    @property
+    def has_result(self) -> bool:
+        """Whether it has ended with an adapter: fine-tuning of the model itself has none."""
+        return self.kind == "train" and self.state == "done" and not pipeline_in(self.folder)
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The adapters of it that can be ranked and chosen."""
+        return candidates(self.checkpoints, self.result_step if self.has_result else None)
+
+    @property
+    def result_step(self) -> int:
+        """The steps that its result was trained for, fewer than its own where it kept the best."""
+        return self.progress.result_step or self.step
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether it left an adapter: its result, or a checkpoint's."""
+        return bool(self.stands)
+
+    def step_of(self, name: str) -> int:
+        """The steps that a checkpoint or the result was trained for."""
+        return self.result_step if name == RESULT_NAME else int(name.removeprefix("checkpoint-"))
+
+
+def snapshot(runs_dir: Path) -> tuple[Job, ...]:
+    """All jobs, newest first, as the disk and the process table tell them now."""
+    workspace, now = Workspace(runs_dir), time.time()
+    places = {folder: place for place, folder in enumerate(queue.waiting_jobs(workspace), start=1)}
+    folders = reversed(workspace.job_folders)
+    jobs = (read_job(folder, now, places.get(folder, 0)) for folder in folders)
+    return tuple(job for job in jobs if job is not None)
+
+
+def read_job(folder: Path, now: float | None = None, position: int = 0) -> Job | None:
+    """One job; None if the folder is gone. What it cannot read makes it a damaged one."""
+    try:
+        job = _read_job(folder, time.time() if now is None else now, position)
+    except Exception as error:  # Whatever is in its folder, the other runs are shown.
+        line = explain(error)[1] or f"this run cannot be read ({error!r})"
+        record = records.JobRecord(title="Damaged run")
+        nothing = records.JobProgress()
+        job = Job(folder, record, "damaged", {}, nothing, None, damage=(f"{line}{_REMOVE}",))
+    # Deleted while it was read: the files that were no longer there would look like a crash.
+    return job if folder.exists() else None
+
+
+def _read_job(folder: Path, now: float, position: int) -> Job:
+    damage: list[str] = []
+
+    def whole(read: Callable[[Path], Part], otherwise: Part) -> Part:
+        try:
+            return read(folder)
+        except DamagedFile as error:
+            damage.append(f"{error}{_REMOVE}")
+            return otherwise
+
+    record = records.read_record(folder)
+    # In this order: a worker writes its result before it ends.
+    alive = queue.worker_of(folder) is not None
+    result = whole(records.read_result, None)
+    state, cause = _state(folder, record, result, alive)
+    if damage:
+        cause = ""  # It did end in an orderly way.
+    progress = whole(records.read_progress, records.JobProgress())
+    settings: Mapping[str, Any] = whole(_settings, {})
+    whole(check_metrics, None)
+    metrics = read_metrics(folder)
+    step, total = progress.done, progress.total
+    if record.kind == "train":
+        step = int(metrics[-1]["step"]) if metrics else 0
+        total = int(progress.total_steps or settings.get("max_train_steps") or 0)
+    checkpoints = adapter_checkpoints(folder)
+    recent = [float(line["seconds"]) for line in metrics[-20:]]
+    return Job(
+        folder=folder,
+        record=record,
+        state=state,
+        settings=settings,
+        progress=progress,
+        result=result,
+        cause=cause,
+        damage=tuple(damage),
+        step=step,
+        total=total,
+        step_seconds=statistics.median(recent) if recent else None,
+        may_kill=queue.may_kill(folder, now),
+        position=position,
+        checkpoints=checkpoints,
+        samples=_samples(folder),
+        chosen=chosen_in(folder, (*checkpoints, *([RESULT_NAME] if state == "done" else []))),
+    )
+
+
+def read_run(workspace: Workspace, job_id: object) -> Job:
+    """A job by its id, as it is now.
+
+    Raises:
+        UserError: If there is none.
+    """
+    job = read_job(workspace.job(job_id))
+    if job is None:
+        raise UserError("this run no longer exists; choose another one")
+    return job
+
+
+def _state(
+    folder: Path, record: records.JobRecord, result: records.JobResult | None, alive: bool
+) -> tuple[str, str]:
+    """State and cause. A result wins over a process, which wins over the queue."""
+    if result is None:
+        if alive:
+            return ("stopping" if queue.stop_asked(folder) is not None else "running"), ""
+        if queue.is_waiting(folder):
+            return "waiting", ""
+    elif result.code == 0:
+        wrong = _unusable_result(folder, record)
+        return ("failed", wrong) if wrong else ("done", "")
+    elif result.code is not None:
+        if result.code > 128:
+            return "stopped", ""
+        return "failed", last_error(folder) or "it failed without saying why; the log may help"
+    return "crashed", last_error(folder) or _KILLED
+
+
+def _unusable_result(folder: Path, record: records.JobRecord) -> str:
+    """Why a job that says it is done is not: its result must be there, and open."""
+    if record.kind != "train":
+        output = Path(record.output)
+        return "" if not record.output or output.exists() else f"{output.name} is gone"
+    if pipeline_in(folder):  # the model itself was trained
+        return ""
+    file = result_adapter(folder)
+    if file is None:
+        return "the run ended without an adapter file"
+    return _opens(file, file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=512)
+def _opens(file: Path, modified: int) -> str:
+    """Open an adapter once for each time it was written."""
+    from dora_diffusion.formats.adapter.inspect import report_on
+
+    try:
+        report_on(file)
+    except (ValueError, OSError) as error:
+        return f"its adapter file cannot be opened: {error}"
+    return ""
+
+
+def _samples(folder: Path) -> tuple[Path, ...]:
+    """Sample images: the final ones first, then by step from the newest."""
+    samples = folder / "samples"
+    final = [samples / f"{name}.png" for name in ("adapted", "base")]
+    steps = sorted(samples.glob("step-*.png"), reverse=True)
+    return tuple(path for path in [*final, *steps] if path.is_file())
+
+
+def _settings(folder: Path) -> Mapping[str, Any]:
+    """The settings of a run, in their types; those of other versions as they are."""
+    path = folder / records.SETTINGS
+    try:
+        values = _yaml(path, path.stat().st_mtime_ns)
+    except FileNotFoundError:
+        return {}
+    if isinstance(values, str):
+        raise DamagedFile(path, values)
+    return values
+
+
+@functools.lru_cache(maxsize=512)
+def _yaml(path: Path, modified: int) -> Mapping[str, Any] | str:
+    """The settings, or why there are none: that can take long to find out, too."""
+    known = {one.name: one for one in config.settings()}
+    try:
+        values = config.with_present_names(config.read_config_file(path))
+        values = {
+            name: known[name].cast(value) if name in known else value
+            for name, value in values.items()
+        }
+    except (ValueError, RecursionError) as error:
+        return str(error).replace(str(path), path.name)
+    return values or "it is empty"

@@ -1,0 +1,341 @@
+"""Subjects on disk: photos, captions, masks and crops, and what will be trained on.
+
+::
+
+    subjects/<id>/
+      subject.json    title, class word, token, which sample it is, what the photos were called,
+                      and the captions before the last change of all
+      photos/         what is trained on: 001.jpg, 001.txt, 001.mask.png
+      originals/      photos before a manual crop
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from dora_diffusion.cli.console.errors import explain
+from dora_diffusion.config import read_config_file
+from dora_diffusion.data.captions import read_caption
+from dora_diffusion.data.checks import PhotoWarning, check_photos
+from dora_diffusion.data.crops import cut, plan_crop
+from dora_diffusion.data.images import open_photo
+from dora_diffusion.data.photos import is_photo, mask_path, read_photos
+from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.studio.jobs.uploads import Upload, original_of, shown, store_photos
+from dora_diffusion.studio.jobs.workspace import (
+    DamagedFile,
+    UserError,
+    Workspace,
+    clean_text,
+    confined,
+    ids_in,
+    new_id,
+    read_json,
+    read_object,
+    remove_folder,
+    write_json,
+)
+
+CAPTION_LIMIT = 1000
+PREVIEW_SIDE = 320
+_SUBJECT = "subject.json"
+
+
+@dataclass(frozen=True)
+class StoredSubject:
+    """A subject as its folder tells it; ``sample`` names the project's sample that it shows."""
+
+    id: str
+    title: str
+    class_word: str
+    token: str
+    photos: tuple[Path, ...]
+    sample: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that is trained on."""
+        return self.photos[0].parent
+
+
+def subjects_in(workspace: Workspace) -> list[StoredSubject]:
+    """All subjects, newest first."""
+    return [read_subject(workspace, name) for name in reversed(ids_in(workspace.subjects))]
+
+
+def read_subject(workspace: Workspace, subject_id: object) -> StoredSubject:
+    """One subject; its title says if its folder is damaged.
+
+    Raises:
+        UserError: If there is none of this id.
+    """
+    folder, photos = workspace.subject(subject_id), tuple[Path, ...]()
+    try:
+        values = read_object(folder / _SUBJECT) or {}
+        photos = tuple(photos_in(folder / "photos"))
+    except (DamagedFile, OSError) as error:
+        values = {"title": f"Damaged subject: {explain(error)[1]}"}
+        with contextlib.suppress(OSError):
+            photos = tuple(photos_in(folder / "photos"))
+    return StoredSubject(
+        id=folder.name,
+        title=str(values.get("title") or "Subject"),
+        class_word=str(values.get("class_word") or ""),
+        token=str(values.get("token", "sks")),
+        photos=photos,
+        sample=str(values.get("sample") or ""),
+    )
+
+
+def photos_in(folder: Path) -> list[Path]:
+    """A subject's photos by name; none where the folder is empty."""
+    return sorted(path for path in folder.iterdir() if is_photo(path)) if folder.is_dir() else []
+
+
+def new_subject(
+    workspace: Workspace, title: str, class_word: str = "", token: str = "sks", sample: str = ""
+) -> str:
+    """Make an empty subject; returns its id."""
+    subject_id = new_id()
+    folder = workspace.subjects / subject_id
+    (folder / "photos").mkdir(parents=True)
+    values = {"title": title, "class_word": class_word, "token": token, "sample": sample}
+    write_json(folder / _SUBJECT, values | {"created": time.time()})
+    return subject_id
+
+
+def keep_words(workspace: Workspace, subject_id: object, class_word: object, token: object) -> None:
+    """Keep with a subject what it is called, for later runs; a style has neither word.
+
+    Raises:
+        UserError: If the subject is unknown, or a word too long.
+    """
+    folder = workspace.subject(subject_id)
+    words = {
+        "class_word": clean_text(class_word, 100, "class"),
+        "token": clean_text(token, 50, "token"),
+    }
+    write_json(folder / _SUBJECT, read_json(folder / _SUBJECT) | words)
+
+
+def add_photos(workspace: Workspace, subject_id: str, files: Sequence[str | Path]) -> Upload:
+    """Check uploaded photos and add them to a subject, with the captions that lie beside them.
+
+    A text file is the caption of the photos of its name: of this upload, or of an earlier one.
+
+    Raises:
+        UserError: If the subject is unknown, or would have too many photos.
+    """
+    folder, paths = workspace.subject(subject_id), [Path(file) for file in files]
+    texts = [path for path in paths if path.suffix == ".txt"]
+    upload = store_photos([path for path in paths if path.suffix != ".txt"], folder / "photos")
+    values = read_json(folder / _SUBJECT)
+    earlier = values.get("names") or {}
+    values["names"] = earlier | dict(upload.names)
+    if upload.accepted:  # With other photos it is no longer what the sample shows.
+        values["sample"] = ""
+    write_json(folder / _SUBJECT, values)
+    stored = {path.name: path.stem for path in photos_in(folder / "photos")}
+    captions, refused = _captions_beside(texts, [upload.names, earlier, stored])
+    write_captions(workspace, subject_id, captions)
+    return dataclasses.replace(
+        upload, refused=(*upload.refused, *refused), captions=tuple(captions)
+    )
+
+
+def _captions_beside(
+    texts: Sequence[Path], known: Sequence[Mapping[str, str]]
+) -> tuple[dict[str, str], list[str]]:
+    """The captions of photos by their names, and a line for each text file that is none's.
+
+    Args:
+        texts: The text files.
+        known: What photos are called, by their names; the first that holds a text's name counts.
+    """
+    captions, refused = dict[str, str](), []
+    for text in texts:
+        called = text.stem.casefold()
+        matches = ([n for n, stem in names.items() if stem.casefold() == called] for names in known)
+        try:
+            own = next(filter(None, matches), [])
+            if not own:
+                raise UserError(f"{text.name}: no photo is called {text.stem}; add its photo too")
+            caption = _clean_caption(read_caption(text, "", per_line=True))
+            captions |= dict.fromkeys(own, caption)
+        except (ValueError, OSError) as error:
+            refused.append(shown(str(error)))
+    return captions, refused
+
+
+def take_sample(workspace: Workspace, samples: Path, name: str) -> str:
+    """Make a subject of one of the project's samples; returns its id.
+
+    Raises:
+        UserError: If there is no such sample.
+    """
+    names = sample_names(samples)
+    if name not in names:
+        raise UserError(
+            f"there is no sample subject {name!r}; there is {', '.join(names) or 'none here'}"
+        )
+    settings = read_config_file(samples / name / "config.yaml")
+    title = name.replace("_", " ").capitalize()
+    word = str(settings.get("class_word") or "")
+    subject_id = new_subject(workspace, title, word, sample=name)
+    folder = workspace.subjects / subject_id / "photos"
+    photos = photos_in(samples / name)
+    for photo, copy in zip(photos, store_photos(photos, folder).accepted, strict=True):
+        caption = photo.with_suffix(".txt")
+        if caption.is_file():
+            shutil.copyfile(caption, copy.with_suffix(".txt"))
+    return subject_id
+
+
+def sample_names(samples: Path) -> list[str]:
+    """Names of the samples that lie beside the app."""
+    return sorted(path.parent.name for path in samples.glob("*/config.yaml"))
+
+
+def save_caption(workspace: Workspace, subject_id: object, photo: object, text: object) -> str:
+    """Write a photo's caption; an empty one lets the instance prompt stand in. Returns it."""
+    path = photo_path(workspace, subject_id, photo)
+    caption = _clean_caption(text)
+    if caption:
+        save_text(path.with_suffix(".txt"), caption + "\n")
+    else:
+        path.with_suffix(".txt").unlink(missing_ok=True)
+    return caption
+
+
+def _clean_caption(text: object) -> str:
+    lines = (clean_text(line, CAPTION_LIMIT, "caption") for line in str(text or "").splitlines())
+    return "\n".join(filter(None, lines))
+
+
+def captions_of(subject: StoredSubject) -> dict[str, str]:
+    """Each photo's caption by its name, lines apart; empty where it has none or a damaged one."""
+    captions = {}
+    for photo in subject.photos:
+        captions[photo.name] = ""
+        with contextlib.suppress(ValueError, OSError):
+            captions[photo.name] = read_caption(photo, "", per_line=True)
+    return captions
+
+
+def write_captions(workspace: Workspace, subject_id: object, captions: Mapping[str, str]) -> int:
+    """Write captions of many photos, and keep those of before. Returns how many are others.
+
+    Raises:
+        UserError: If one is too long; then none is written.
+    """
+    before = captions_of(read_subject(workspace, subject_id))
+    new = {name: _clean_caption(text) for name, text in captions.items()}
+    changed = [name for name, text in new.items() if name in before and text != before[name]]
+    if changed:
+        path = workspace.subject(subject_id) / _SUBJECT
+        write_json(path, read_json(path) | {"captions": {name: before[name] for name in changed}})
+    for name in changed:
+        save_caption(workspace, subject_id, name, new[name])
+    return len(changed)
+
+
+def undo_captions(workspace: Workspace, subject_id: object) -> int:
+    """Take back the last change of many captions; a second time, take that back.
+
+    Raises:
+        UserError: If there was none.
+    """
+    kept = read_json(workspace.subject(subject_id) / _SUBJECT).get("captions")
+    if not kept:
+        raise UserError("the captions of this subject were not changed together; nothing to undo")
+    return write_captions(workspace, subject_id, kept)
+
+
+def photo_path(workspace: Workspace, subject_id: object, photo: object) -> Path:
+    """A photo by its name.
+
+    Raises:
+        UserError: If the subject or the photo is not there.
+    """
+    folder = workspace.subject(subject_id) / "photos"
+    path = confined(folder, photo)
+    if path not in photos_in(folder):
+        raise UserError("this photo no longer exists; choose another one")
+    return path
+
+
+def remove_photo(workspace: Workspace, subject_id: object, photo: object) -> None:
+    """Delete a photo with its caption and mask."""
+    path = photo_path(workspace, subject_id, photo)
+    for file in (path.with_suffix(".txt"), mask_path(path), original_of(path), path):
+        file.unlink(missing_ok=True)
+
+
+def delete_subject(workspace: Workspace, subject_id: object) -> bool:
+    """Delete a subject; runs keep what they have of it. Whether it is gone: see `remove_folder`."""
+    return remove_folder(workspace.subject(subject_id))
+
+
+def training_crop(photo: Path, side: int = PREVIEW_SIDE) -> Image.Image:
+    """What of a photo is trained on (the middle square), at a size to look at; masked parts dim."""
+    mask = mask_path(photo)
+    return _crop(
+        photo, photo.stat().st_mtime_ns, mask.stat().st_mtime_ns if mask.exists() else 0, side
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _crop(photo: Path, modified: int, mask_modified: int, side: int) -> Image.Image:
+    image = open_photo(photo)
+    record = plan_crop((image.height, image.width), side)
+    crop = cut(image, record)
+    if mask_modified:
+        mask = open_photo(mask_path(photo)).convert("L").resize(image.size)
+        crop = Image.composite(crop, crop.point(lambda value: value // 4), cut(mask, record))
+    return crop
+
+
+def photo_warnings(subject: StoredSubject, resolution: int) -> dict[str, list[str]]:
+    """What will show in the result, by photo name; ``""`` holds what is about all of them."""
+    warnings: dict[str, list[str]] = {}
+    for warning in _warnings(subject, resolution):
+        for name in warning.names or ("",):
+            warnings.setdefault(name, []).append(warning.message)
+    return warnings
+
+
+def mask_labels(subject: StoredSubject, resolution: int) -> dict[str, str]:
+    """What of each photo is masked in training, by photo name; those that are learned whole lack.
+
+    One painted mask turns masked_loss on, and with it transparency masks every other photo.
+    """
+    labels = {photo.name: "masked" for photo in subject.photos if mask_path(photo).exists()}
+    transparent = "masked by its transparency" if labels else "transparent parts white"
+    for warning in _warnings(subject, resolution):
+        if warning.kind == "transparent":
+            labels = dict.fromkeys(warning.names, transparent) | labels
+    return labels
+
+
+def _warnings(subject: StoredSubject, resolution: int) -> list[PhotoWarning]:
+    stamps = tuple((str(path), path.stat().st_mtime_ns) for path in subject.photos)
+    return _check(stamps, resolution)
+
+
+@functools.lru_cache(maxsize=32)
+def _check(stamps: tuple[tuple[str, int], ...], resolution: int) -> list[PhotoWarning]:
+    paths = [Path(path) for path, _ in stamps]
+    try:
+        photos = read_photos(paths, "", skip_unreadable=True, measure=True)
+    except (ValueError, OSError) as error:  # none is left, or a caption is damaged
+        return [PhotoWarning("unreadable", (), str(error))]
+    return check_photos(photos, resolution)

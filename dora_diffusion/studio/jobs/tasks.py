@@ -1,0 +1,385 @@
+"""What the page can have done: each task is the arguments of a command, put into the queue."""
+
+from __future__ import annotations
+
+import dataclasses
+import filecmp
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.config.wording import whole_word
+from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.formats.files.names import file_stem
+from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS
+from dora_diffusion.models.locate import is_embedded
+from dora_diffusion.studio.jobs.base_model import ModelFiles
+from dora_diffusion.studio.jobs.checkpoints import card_of, chosen_adapter
+from dora_diffusion.studio.jobs.queue import create_job, delete_job, requeue_job
+from dora_diffusion.studio.jobs.records import (
+    SETTINGS,
+    JobRecord,
+    flags,
+    read_record,
+    train_arguments,
+    write_record,
+)
+from dora_diffusion.studio.jobs.snapshot import Job, read_job, snapshot
+from dora_diffusion.studio.jobs.subjects import StoredSubject
+from dora_diffusion.studio.jobs.workspace import UserError, Workspace, clean_text
+
+NAME_LIMIT = 60
+MOST_STEPS = 1_000_000
+STUDY, TOKEN = "study.yaml", "sks"
+
+
+def start_training(
+    workspace: Workspace, config: TrainConfig, subjects: Sequence[StoredSubject], name: str = ""
+) -> str:
+    """Put a run at the end of the queue, with a copy of its photos. Returns its id.
+
+    Without a name it is called by its subjects and the time.
+
+    Args:
+        workspace: The runs folder.
+        config: Its settings.
+        subjects: Of each entry of ``dataset_config``, or of the one subject.
+        name: What it is called.
+
+    Raises:
+        UserError: If a run with the same photos and settings waits or runs: it would repeat it.
+    """
+    for job in snapshot(workspace.root):
+        if job.state in ("waiting", "running") and _is_same(job, config, subjects):
+            now = f"number {job.position} in the queue" if job.position else "running"
+            raise UserError(
+                f"{job.title} with the same photos and settings is {now} already; change a "
+                "setting, such as seed, to start another run"
+            )
+    folder, titles = workspace.new_job(), ", ".join(subject.title for subject in subjects)
+    record = JobRecord(
+        train_arguments(folder),
+        clean_text(name, NAME_LIMIT, "name") or f"{titles[:NAME_LIMIT]} {time.strftime('%H:%M')}",
+        base=config.pretrained_model_name_or_path,
+        sample=subjects[0].sample if len(subjects) == 1 else "",
+    )
+    settings = as_yaml(_in_folder(config, folder))
+    photos = {_photos(place): subject.folder for place, subject in enumerate(subjects)}
+    return create_job(folder, record, {SETTINGS: settings, **photos})
+
+
+def _photos(place: int) -> str:
+    """The folder of a subject's photos in a job's."""
+    return f"photos-{place + 1}" if place else "photos"
+
+
+def _is_same(job: Job, config: TrainConfig, subjects: Sequence[StoredSubject]) -> bool:
+    """Whether a job trains with these settings on these photos, captions and masks."""
+    if job.settings != _in_folder(config, job.folder).to_dict():
+        return False
+    pairs = ((subject.folder, job.folder / _photos(n)) for n, subject in enumerate(subjects))
+    compared = [filecmp.dircmp(*pair) for pair in pairs]
+    return not any(files.left_only or files.right_only or files.diff_files for files in compared)
+
+
+def _in_folder(config: TrainConfig, folder: Path) -> TrainConfig:
+    entries = [
+        {**entry, "instance_data_dir": str(folder / _photos(place))}
+        for place, entry in enumerate(config.dataset_config)
+    ]
+    if entries:
+        return dataclasses.replace(config, output_dir=str(folder), dataset_config=entries)
+    photos = str(folder / _photos(0))
+    return dataclasses.replace(config, output_dir=str(folder), instance_data_dir=photos)
+
+
+def looks_at(jobs: Sequence[Job], subject: StoredSubject) -> list[Job]:
+    """The jobs that look at a subject's photos, or have looked, newest first."""
+    return [
+        job for job in jobs
+        if job.kind == "prepare" and subject.photos
+        and job.record.arguments[1:2] == [str(subject.folder)]
+    ]  # fmt: skip
+
+
+def start_look(
+    workspace: Workspace, subject: StoredSubject, resolution: int, caption_model: str = ""
+) -> str:
+    """Queue a job that looks at a subject's photos in the place of earlier ones. Returns its id.
+
+    Args:
+        workspace: The runs folder.
+        subject: Whose photos; nothing is written beside them but captions.
+        resolution: What they will be trained at; the next lower multiple of 64 is taken.
+        caption_model: Writes the missing captions: folder or hub id.
+
+    Raises:
+        UserError: If there are no photos, or another look is not over.
+    """
+    if not subject.photos:
+        raise UserError("the subject has no photos yet; add some first")
+    earlier = looks_at(snapshot(workspace.root), subject)
+    if any(not job.has_ended for job in earlier):
+        raise UserError("its photos are already being checked; wait until that is done")
+    for job in earlier:
+        delete_job(workspace, job.id)
+    folder = workspace.new_job()
+    sheets = workspace.exports / folder.name
+    words = [
+        "prepare", str(subject.folder), "--sheets", str(sheets),
+        "--resolution", str(max(64, resolution // 64 * 64)),
+        *flags(token=subject.token, class_word=subject.class_word, caption_model=caption_model),
+        *(["--in_place"] if caption_model else []),
+    ]  # fmt: skip
+    output = str(sheets / f"{subject.folder.name}-sheet.jpg")
+    title = f"{'Caption' if caption_model else 'Check'} {subject.title}"
+    return create_job(folder, JobRecord(words, title, output=output))
+
+
+def rename_run(workspace: Workspace, job_id: object, name: object) -> None:
+    """Call a run by another name, and what was made of it too.
+
+    Raises:
+        UserError: If there is no such run, or the name is empty or too long.
+    """
+    folder, title = workspace.job(job_id), clean_text(name, NAME_LIMIT, "name")
+    if not title:
+        raise UserError("write a name for the run")
+    run = read_record(folder)
+    for job in workspace.job_folders:
+        record = read_record(job)
+        if folder.name in (job.name, record.run):
+            # "Convert NAME to kohya": a verb, and the run's name.
+            verb, _, about = record.title.partition(" ")
+            called = title if job == folder else record.title
+            if job != folder and about.startswith(run.title):
+                called = f"{verb} {title}{about.removeprefix(run.title)}"
+            write_record(job, dataclasses.replace(record, title=called))
+
+
+def can_continue(job: Job) -> bool:
+    """Whether a run is finished and has a checkpoint of its last step."""
+    return job.state == "done" and f"checkpoint-{job.step}" in job.checkpoints
+
+
+def continue_run(folder: Path, more: object) -> None:
+    """Put a finished run back into the queue to train ``more`` steps from its last one on.
+
+    Raises:
+        UserError: If it cannot be continued, or that is no number of steps.
+    """
+    job = read_job(folder)
+    if job is None or not can_continue(job):
+        raise UserError(
+            "only a finished run that kept a checkpoint of its last step can be continued"
+        )
+    if not isinstance(more, (int, float)) or not 1 <= more <= MOST_STEPS:
+        raise UserError(f"more steps is {more}; it must be between 1 and {MOST_STEPS}")
+    config = TrainConfig.from_dict(job.settings)
+    config = dataclasses.replace(config, max_train_steps=job.step + int(more))
+    if job.step < job.total:  # Its patience was at an end: it would stop again at once.
+        config = dataclasses.replace(config, early_stopping_patience=None)
+    save_text(folder / SETTINGS, as_yaml(config))
+    requeue_job(folder)
+
+
+def start_merge(workspace: Workspace, run: Job, strength: float, checkpoint: str = "") -> str:
+    """Queue a job that merges a run's adapter into its base, as one file. Returns its id.
+
+    Raises:
+        UserError: If the run has no adapter, or the strength is out of its limits.
+    """
+    if not -2 <= strength <= 3:
+        raise UserError(f"the strength is {strength:g}; it must be between -2 and 3")
+    adapter, files = chosen_adapter(run, checkpoint), ModelFiles.of(run.settings)
+    # What is in the file, so that no merge replaces another one.
+    name = file_name(run, f"strength-{strength:g}", checkpoint)
+    words = [
+        "export", "--base", run.base, "--adapter", str(adapter),
+        *([] if strength == 1 else [f"--strength={strength:g}"]),
+        *flags(vae=files.vae, variant=files.variant, revision=files.revision),
+    ]  # fmt: skip
+    return _start_about(workspace, run, "Merge", words, f"{name}-merged.safetensors")
+
+
+def start_analysis(workspace: Workspace, run: Job) -> str:
+    """Queue a job that says what a run did to its base's weights. Returns its id.
+
+    Raises:
+        UserError: If the run has no adapter.
+    """
+    chosen_adapter(run)
+    files = ModelFiles.of(run.settings)
+    words = [
+        "analyze", str(run.folder), f"--title={run.title}", "--base", run.base,
+        *flags(variant=files.variant, revision=files.revision),
+    ]  # fmt: skip
+    return _start_about(workspace, run, "Analyze", words, file_name(run, "analysis"))
+
+
+def start_ranking(workspace: Workspace, run: Job) -> str:
+    """Queue a job that ranks a run's checkpoints. Returns its id.
+
+    Raises:
+        UserError: If there is nothing to rank.
+    """
+    if not run.candidates:
+        raise UserError("this run has no checkpoint yet; wait until it has saved one")
+    # The truth of a sample subject is known; others have photos.
+    sample = run.record.sample if is_embedded(run.base) else ""
+    files = ModelFiles.of(run.settings)
+    words = [
+        "rank-checkpoints", str(run.folder), "--base", run.base,
+        *flags(variant=files.variant, revision=files.revision, subject=sample),
+        "--checkpoints", *run.candidates,
+    ]  # fmt: skip
+    return _start_about(workspace, run, "Rank", words, workspace.ranking(run.id).name)
+
+
+def start_push(workspace: Workspace, run: Job, repository: object, private: bool) -> str:
+    """Queue a job that publishes what is selected for a run on the hub. Returns its id.
+
+    Raises:
+        UserError: If the run has no adapter.
+        HubError: If it could not begin: no token, offline, or no name.
+    """
+    from dora_diffusion.export.hub import check
+
+    name = clean_text(repository, 200, "repository")
+    adapter = chosen_adapter(run)
+    check(name)
+    words = ["push", str(run.folder), name, "--adapter", str(adapter)]
+    words += [] if private else ["--public"]
+    record = JobRecord(words, f"Publish {run.title}", run=run.id)
+    return create_job(workspace.new_job(), record)
+
+
+def targets() -> dict[str, str]:
+    """What an adapter can be converted for: as `convert --to` has it -> as the page calls it."""
+    named = {name: f"{program.title} ({program.place})" for name, program in PROGRAMS.items()}
+    return {**named, "kohya": "LyCORIS", "peft": "PEFT (a folder for each component)"}
+
+
+def start_conversion(workspace: Workspace, run: Job, target: str) -> str:
+    """Queue a job that writes a run's adapter as a program needs it. Returns its id.
+
+    The base model is never downloaded for it.
+
+    Raises:
+        UserError: If there is no adapter, or no such program, or its file needs a base model that
+            is not on this machine.
+    """
+    from dora_diffusion.export.convert import conversion_of
+    from dora_diffusion.formats.adapter.file import read_adapter
+
+    if target not in targets():
+        raise UserError("there is no such program; choose one of the list")
+    adapter = str(chosen_adapter(run))
+    # PEFT writes a folder per component; the others are one file each.
+    name = f"{file_name(run, target)}.{'zip' if target == 'peft' else 'safetensors'}"
+    output = str(workspace.exports / run.id / target / name)
+    words = ["convert", adapter, output, "--to", target]
+    files = ModelFiles.of(run.settings)
+    base = files.here(run.base) if run.base else None
+    if base is None and CONVERSIONS[conversion_of(target, read_adapter(adapter))].for_one_base:
+        words += flags(base=run.base, variant=files.variant, revision=files.revision)
+        raise UserError(
+            f"a file for {target} is made for one base model, and {run.base or 'this one'} is not "
+            "on this machine as the run loaded it. This downloads it, and converts the adapter: "
+            f"{JobRecord(words).command}"
+        )
+    words += [*flags(base=base, variant=base and files.variant), "--overwrite"]
+    record = JobRecord(words, f"Convert {run.title} for {target}", run.id, run.base, output)
+    return create_job(workspace.new_job(), record)
+
+
+def write_card(workspace: Workspace, run: Job) -> Path:
+    """The model card of what is selected for a run, where it may be downloaded.
+
+    Raises:
+        UserError: If the run has no adapter.
+    """
+    target = workspace.exports / run.id / f"{file_name(run, 'README')}.md"
+    return save_text(target, card_of(run.folder, chosen_adapter(run)))
+
+
+def _start_about(workspace: Workspace, run: Job, verb: str, words: list[str], name: str) -> str:
+    """Queue what writes a file or folder of this name into the run's exports."""
+    output = str(workspace.exports / run.id / name)
+    words += ["--output", output, "--overwrite"]
+    trigger = run.trigger if verb == "Merge" else ""  # of what can be prompted
+    record = JobRecord(words, f"{verb} {run.title}", run.id, run.base, output, trigger)
+    return create_job(workspace.new_job(), record)
+
+
+def file_name(job: Job, what: str, checkpoint: str = "") -> str:
+    """A file name without suffix that no other run, checkpoint or format has.
+
+    Args:
+        job: The run.
+        what: The format, or what else the file is.
+        checkpoint: One of the run's; default: what is selected for it.
+    """
+    step = job.step_of(checkpoint or job.stands)
+    return f"{file_stem(job.trigger, 'subject')}-{job.id[:15]}-step-{step}-{what}"
+
+
+def start_study(
+    workspace: Workspace, study: Mapping[str, Any], subjects: Sequence[StoredSubject]
+) -> str:
+    """Queue a job that compares methods of training. Returns its id.
+
+    Every fourth photo of a subject, or its last one, is held out; a sample's truth is known.
+
+    Args:
+        workspace: The runs folder.
+        study: As its YAML file has it, without subjects.
+        subjects: What is learned; the job has copies of their photos.
+
+    Raises:
+        UserError: If there is no subject, or one cannot be learned.
+        ConfigError: If it makes no study.
+    """
+    import yaml
+
+    from dora_diffusion.lab.study.config import Study
+    from dora_diffusion.models.metric_models import LITE
+
+    if not subjects:
+        raise UserError("choose at least one subject; they are made in the Subject tab")
+    folder, base = workspace.new_job(), str(study["base"])
+    files: dict[str, str | Path] = {}
+    given, titles = list[Any](), [subject.title for subject in subjects]
+    for place, subject in enumerate(subjects):
+        if subject.sample and is_embedded(base):
+            given.append(subject.sample)
+            continue
+        if len(subject.photos) < 2 or not subject.class_word:
+            raise UserError(f"{subject.title} needs two photos, and a class in the Train tab")
+        held_out = subject.photos[3::4] or subject.photos[-1:]
+        for photo in subject.photos:
+            part = f"subjects/{place}/{'held_out' if photo in held_out else 'photos'}/{photo.name}"
+            files[part] = photo
+            if (caption := photo.with_suffix(".txt")).is_file():
+                own = caption.read_text(encoding="utf-8")
+                text = whole_word(subject.token).sub(TOKEN, own)
+                files[str(Path(part).with_suffix(".txt"))] = text
+        where = folder / "subjects" / str(place)
+        given.append({
+            "name": f"{subject.title} {place + 1}" if titles.count(subject.title) > 1
+            else subject.title,
+            "photos": str(where / "photos"),
+            "held_out": str(where / "held_out"), "class_word": subject.class_word,
+            "instance_prompt": f"a photo of a {TOKEN} {subject.class_word}",
+        })  # fmt: skip
+    models = [LITE] if files else []
+    values = {**study, "subjects": given, "asked": {**study["asked"], "metric_models": models}}
+    Study.from_dict(values)
+    output = str(workspace.exports / folder.name / "study")
+    files[STUDY] = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    words = ["compare", str(folder / STUDY), "--output", output]
+    title = f"{', '.join(study['methods'])} on {', '.join(titles)}"
+    return create_job(folder, JobRecord(words, title[:NAME_LIMIT], "", base, output), files)

@@ -1,0 +1,232 @@
+"""Photos: uploads, refused by what they are and re-encoded; crops and masks, and undoing them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.Image import DecompressionBombError
+
+from dora_diffusion import system
+from dora_diffusion.data.images import (
+    MAX_ASPECT,
+    PhotoError,
+    open_photo,
+    open_photo_with_alpha,
+    sniff_format,
+)
+from dora_diffusion.data.photos import mask_path
+from dora_diffusion.studio.jobs.processes import Lock
+from dora_diffusion.studio.jobs.workspace import UserError
+
+MAX_BYTES = 100 * 2**20
+MAX_PHOTOS = 50
+JPEG_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What became of the files of one upload.
+
+    Attributes:
+        accepted: The photos that were made of them, in order.
+        refused: One plain line per file that was not taken.
+        names: Each photo's name -> that of its file, without its suffix.
+        captions: Names of the photos whose captions lay beside them.
+    """
+
+    accepted: tuple[Path, ...]
+    refused: tuple[str, ...]
+    names: Mapping[str, str] = field(default_factory=dict)
+    captions: tuple[str, ...] = ()
+
+
+def store_photos(files: Sequence[str | Path], folder: Path) -> Upload:
+    """Decode uploaded files and re-encode them as ``001.jpg``, ``002.png``, ...
+
+    Only pixels survive: orientation is applied, then EXIF with its GPS position, colour profiles,
+    comments and whatever was appended to the file are gone. The uploaded files are not changed.
+    Uploads to one subject take turns, in whatever tab or app they began.
+
+    Args:
+        files: Paths of uploaded files.
+        folder: Folder of the subject's photos.
+
+    Raises:
+        UserError: If there are more files than one subject may have.
+    """
+    turn = Lock(folder.with_name(".upload.lock"))
+    turn.take(wait=True)
+    try:
+        return _store_all([Path(file) for file in files], folder)
+    finally:
+        turn.free()
+
+
+def _store_all(files: Sequence[Path], folder: Path) -> Upload:
+    masks = len(list(folder.glob("*.mask.png")))
+    present = len([*folder.glob("*.jpg"), *folder.glob("*.png")]) - masks
+    if present + len(files) > MAX_PHOTOS:
+        raise UserError(
+            f"{len(files)} files were chosen and {present} photos are there; "
+            f"a subject can have at most {MAX_PHOTOS}"
+        )
+    accepted: dict[Path, str] = {}
+    refused: list[str] = []
+    for file in files:
+        try:
+            accepted[_store(file, folder)] = file.stem
+        except (UserError, PhotoError) as error:
+            refused.append(shown(str(error)))
+    names = {path.name: stem for path, stem in accepted.items()}
+    return Upload(tuple(accepted), tuple(refused), names)
+
+
+def shown(text: str, limit: int = 300) -> str:
+    """A message that holds a name from outside: printable, and not endless."""
+    return "".join(c if c.isprintable() else "?" for c in text)[:limit]
+
+
+def _store(file: Path, folder: Path) -> Path:
+    if file.is_symlink() or not file.is_file():
+        raise UserError(f"{file.name}: not an ordinary file")
+    size = file.stat().st_size
+    if size > MAX_BYTES:
+        raise UserError(
+            f"{file.name}: {size / 2**20:.1f} MB is above the limit of {MAX_BYTES // 2**20} MB; "
+            "save a smaller copy"
+        )
+    image, alpha = open_photo_with_alpha(file)
+    name, suffix = f"{next_number(folder):03d}", ".jpg"
+    temporary = folder / f".{name}.part"
+    if alpha is None:
+        image.save(temporary, format="JPEG", quality=JPEG_QUALITY)
+    else:
+        suffix = ".png"
+        image.putalpha(alpha)
+        image.save(temporary, format="PNG")
+    system.replace(temporary, folder / f"{name}{suffix}")
+    return folder / f"{name}{suffix}"
+
+
+def next_number(folder: Path) -> int:
+    """A number that no photo of the folder has."""
+    taken = [int(path.stem[:3]) for path in folder.iterdir() if path.stem[:3].isdigit()]
+    return max(taken, default=0) + 1
+
+
+def read_generation_settings(file: Path) -> dict[str, str]:
+    """The generation settings of a PNG that somebody uploads.
+
+    Raises:
+        UserError: If it is no image of ours or A1111's.
+    """
+    from dora_diffusion.sampling.images import parse_parameters, read_parameters
+
+    if file.stat().st_size > MAX_BYTES:
+        raise UserError(f"the file is larger than {MAX_BYTES // 2**20} MB")
+    # Not as a photo is opened: a grid may be a strip. Only the header is read, and no pixel.
+    if sniff_format(file.read_bytes()) != "PNG":
+        raise UserError("this file cannot be read as a PNG, whatever its name says")
+    try:
+        text = read_parameters(file)
+    except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
+        raise UserError("this file cannot be read as a PNG; it is damaged or too large") from error
+    if not text:
+        raise UserError("this image does not say how it was made (it has no parameters text)")
+    return parse_parameters(text[:20_000])
+
+
+def original_of(photo: Path) -> Path:
+    """Where a photo lies as it was before its first crop."""
+    return photo.parent.parent / "originals" / photo.name
+
+
+EDITOR_SIDE = 768
+SMALLEST_CROP = 32
+_PNG = "data:image/png;base64,"
+
+
+def edit_photo(photo: Path, crop: Sequence[float] | None, mask: Image.Image | None) -> None:
+    """Take over what was cropped and painted; the photo before its first crop is kept.
+
+    Args:
+        photo: The photo.
+        crop: Left, top, right and bottom as fractions of it; None leaves it whole.
+        mask: Of the whole photo ("L", any size): bright is the subject. None leaves it as it is.
+
+    Raises:
+        UserError: If the crop is none, or too small or too thin to train on.
+    """
+    whole, alpha = open_photo_with_alpha(photo)
+    box = _pixels(crop, whole.size) if crop is not None else (0, 0, *whole.size)
+    if box != (0, 0, *whole.size):
+        if not original_of(photo).exists():
+            original_of(photo).parent.mkdir(exist_ok=True)
+            shutil.copyfile(photo, original_of(photo))
+        if alpha is not None and photo.suffix != ".jpg":  # JPEG has none
+            whole.putalpha(alpha)
+        kind: dict[str, Any] = {"quality": JPEG_QUALITY} if photo.suffix == ".jpg" else {}
+        whole.crop(box).save(photo, **kind)
+        mask_path(photo).unlink(missing_ok=True)
+    if mask is not None and mask.getbbox():
+        painted = mask.resize(whole.size).crop(box)
+        painted.point(lambda value: 255 if value > 32 else 0).save(mask_path(photo))
+
+
+def _pixels(crop: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Fractions of a photo as pixels."""
+    numbers = [value for value in crop if isinstance(value, (int, float)) and 0 <= value <= 1]
+    if len(numbers) != 4 or len(crop) != 4:
+        raise UserError("this is no crop; draw a rectangle inside of the photo")
+    left, top, right, bottom = (
+        round(value * side) for value, side in zip(numbers, (*size, *size), strict=True)
+    )
+    if right - left < SMALLEST_CROP or bottom - top < SMALLEST_CROP:
+        raise UserError(f"the crop is smaller than {SMALLEST_CROP} pixels; draw a larger rectangle")
+    if max(right - left, bottom - top) > MAX_ASPECT * min(right - left, bottom - top):
+        raise UserError("the crop is a strip; draw a rectangle that is nearer to a square")
+    return left, top, right, bottom
+
+
+def read_mask(address: object) -> Image.Image | None:
+    """The painted part ("L") of a PNG that a page sent as a data URI; None if it is empty.
+
+    Raises:
+        UserError: If it is no PNG, or a large one.
+    """
+    if not address:
+        return None
+    try:
+        if not isinstance(address, str) or len(address) > 4 * 2**20:
+            raise ValueError
+        content = base64.b64decode(address.removeprefix(_PNG), validate=True)
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            if max(image.size) > 2 * EDITOR_SIDE:
+                raise ValueError
+            return image.convert("RGBA").getchannel("A")
+    except (ValueError, OSError, SyntaxError, binascii.Error) as error:
+        raise UserError("the mask could not be read; paint it again") from error
+
+
+def editor_image(photo: Path) -> str:
+    """A photo as a data URI, small enough to be drawn on."""
+    image = open_photo(photo)
+    image.thumbnail((EDITOR_SIDE, EDITOR_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def restore_original(photo: Path) -> None:
+    """Undo crop and mask."""
+    mask_path(photo).unlink(missing_ok=True)
+    if original_of(photo).exists():
+        system.replace(original_of(photo), photo)

@@ -1,0 +1,264 @@
+"""The runs folder: what lies where, and how ids from outside become paths.
+
+::
+
+    runs/
+      <job id>/      one job (see `dora_diffusion.studio.jobs.records`)
+      subjects/<id>/ photos, captions and masks of a subject
+      images/        generated images
+      exports/<id>/  converted adapters and merged checkpoints, for download
+      cache/         Gradio's uploads
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from dora_diffusion import system
+
+_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+_LEFTOVER = re.compile(rf"\.(new|deleted)-{_ID.pattern}")
+_DAY = 24 * 3600
+REMAINS = "; what could not be deleted yet goes when the app starts next"
+
+
+class UserError(ValueError):
+    """It cannot be done as it was asked for; one plain line with what to do."""
+
+
+class DamagedFile(UserError):
+    """A file of the runs folder is there and cannot be read, or does not hold what it should."""
+
+    def __init__(self, path: Path, reason: object) -> None:
+        super().__init__(f"{path.name} is damaged ({reason}); mend or delete it")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The runs folder.
+
+    Example:
+        >>> Workspace(Path("runs")).images.as_posix()
+        'runs/images'
+    """
+
+    root: Path
+
+    @classmethod
+    def default_root(cls) -> Path:
+        """``runs`` where the app is started; on Windows the user's own folder for such data.
+
+        A program that is started from Windows' menu has no working folder that it may write to. A
+        folder ``runs`` that is there is taken all the same.
+        """
+        here = Path("runs")
+        if not system.is_windows() or here.is_dir():
+            return here
+        return Path(platformdirs.user_data_dir("dora-diffusion", appauthor=False)) / "runs"
+
+    @property
+    def subjects(self) -> Path:
+        return self.root / "subjects"
+
+    @property
+    def images(self) -> Path:
+        """Folder of generated images."""
+        return self.root / "images"
+
+    @property
+    def exports(self) -> Path:
+        """Folder of files to take away."""
+        return self.root / "exports"
+
+    @property
+    def cache(self) -> Path:
+        """Folder of Gradio's uploads."""
+        return self.root / "cache"
+
+    @property
+    def device_lock(self) -> Path:
+        """Held by whoever computes: a worker, or the Generate tab."""
+        return self.root / ".device.lock"
+
+    @property
+    def queue_lock(self) -> Path:
+        """Held by the app that starts jobs."""
+        return self.root / ".queue.lock"
+
+    def make(self) -> Workspace:
+        """Create the folders; images of an earlier version stay."""
+        earlier = self.root / "pictures"
+        if earlier.is_dir() and not self.images.exists():
+            earlier.rename(self.images)
+        for folder in (self.root, self.subjects, self.images, self.exports, self.cache):
+            folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def remove_leftovers(self) -> list[Path]:
+        """Remove what an end in the middle has left: half-made and half-deleted folders, uploads.
+
+        Returns:
+            What is there all the same.
+        """
+        left = [
+            Path(entry)
+            for folder in (self.root, self.subjects, self.exports)
+            for entry in os.scandir(folder)
+            if _LEFTOVER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+        ]
+        # Gradio forgets its uploads when it ends.
+        old = time.time() - _DAY
+        uploads = [path for path in self.cache.iterdir() if path.is_dir() and not path.is_symlink()]
+        left += [path for path in uploads if path.stat().st_mtime < old]
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        return [path for path in left if path.exists()]
+
+    def new_job(self) -> Path:
+        """The folder of a job to be made."""
+        return self.root / new_id()
+
+    def ranking(self, run_id: str) -> Path:
+        """Where a ranking of a run's checkpoints lies; it is deleted with the run's exports."""
+        return self.exports / run_id / "comparison"
+
+    @property
+    def job_folders(self) -> list[Path]:
+        """The folders of all jobs, oldest first."""
+        return [self.root / job for job in ids_in(self.root)]
+
+    def job(self, job_id: object) -> Path:
+        """The folder of a job.
+
+        Raises:
+            UserError: If there is no such job.
+        """
+        return look_up(self.root, job_id, "run")
+
+    def subject(self, subject_id: object) -> Path:
+        """The folder of a subject.
+
+        Raises:
+            UserError: If there is no such subject.
+        """
+        return look_up(self.subjects, subject_id, "subject")
+
+
+def new_id() -> str:
+    """A name made by the server: time and six random hex digits. Ids sort by age."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+
+
+def ids_in(folder: Path) -> list[str]:
+    """The ids in a folder, oldest first; links and other names are not looked at."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if _ID.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+    )
+
+
+def look_up(folder: Path, name: object, what: str) -> Path:
+    """The sub-folder that an id names. Ids are compared with what is there, never joined unseen.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if isinstance(name, str) and name in ids_in(folder):
+        return folder / name
+    raise UserError(f"this {what} no longer exists; choose another one")
+
+
+def confined(folder: Path, name: object) -> Path:
+    """A file of a folder by its bare name, after links are followed.
+
+    Raises:
+        UserError: If the name is not that of a file inside the folder.
+    """
+    if isinstance(name, str) and name in os.listdir(folder):
+        path = (folder / name).resolve()
+        if path.is_file() and path.parent == folder.resolve():
+            return folder / name
+    raise UserError("this file no longer exists; choose another one")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON so that a reader sees the old or the new file, never a part of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}")
+    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    system.replace(temporary, path)
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None where there is no file.
+
+    Raises:
+        DamagedFile: If it cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(system.patiently(lambda: path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DamagedFile(path, error.strerror) from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(path, "it is not JSON") from error
+    if not isinstance(value, dict):
+        raise DamagedFile(path, "it is no JSON object")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty where the file is missing or not whole."""
+    try:
+        return read_object(path) or {}
+    except DamagedFile:
+        return {}
+
+
+def remove_folder(folder: Path) -> bool:
+    """Delete a folder; first rename it, so that a half-deleted one is never shown.
+
+    Returns:
+        Whether all of it is gone; what is not, `Workspace.remove_leftovers` removes.
+
+    Raises:
+        UserError: If Windows does not let it go, since a file in it is open.
+    """
+    doomed = folder.with_name(f".deleted-{folder.name}")
+    try:
+        system.replace(folder, doomed)
+    except PermissionError as error:
+        if not system.is_in_use(error):
+            raise
+        raise UserError(
+            f"{folder} cannot be deleted while a program has a file of it open; close it, or try "
+            "again in a moment"
+        ) from error
+    shutil.rmtree(doomed, ignore_errors=True)
+    return not doomed.exists()
+
+
+def clean_text(text: object, limit: int, what: str) -> str:
+    """One line of user text without control characters.
+
+    Raises:
+        UserError: If it is longer than ``limit`` characters.
+    """
+    line = "".join(c if c.isprintable() else " " for c in str(text or ""))
+    line = " ".join(line.split())
+    if len(line) > limit:
+        raise UserError(f"the {what} has {len(line)} characters; at most {limit} are taken")
+    return line

@@ -1,0 +1,206 @@
+"""What a run has of an optimizer step of its own: its batches, its gradients' limit, its update.
+
+Losses and gradients of several runs come from one pass of the model (`training.engine.engine`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.models.components import Components
+from dora_diffusion.training.engine.accelerator import shards_model
+from dora_diffusion.training.engine.objective import Objective
+from dora_diffusion.training.engine.optimizer import (
+    build_lr_schedule,
+    build_optimizer,
+    learning_rates,
+    restore_optimizer,
+)
+from dora_diffusion.training.engine.parameters import FlatParameters, SteppedParameters
+from dora_diffusion.training.engine.sharding import LocalParameters, average_gradients, shard
+from dora_diffusion.training.inputs.draws import InputSource, StepInputs
+from dora_diffusion.training.results.metrics import require_finite
+from dora_diffusion.training.trainable.allocation import RankAllocation, build_allocation
+from dora_diffusion.training.trainable.full import FullWeights, TrainedWeights
+from dora_diffusion.training.trainable.words import TrainedWords
+
+
+@dataclass
+class Learner:
+    """What trains in a run, step by step.
+
+    Attributes:
+        config: Seed, accumulation, weight of the prior and limit of the gradients' norm.
+        accelerator: What `make_accelerator` made.
+        modules: The components that train, by name.
+        objective: What its loss is made of.
+        parameters: What the optimizer sees of the parameters that train.
+        optimizer: Over these.
+        lr_schedule: Its learning rates.
+        inputs: Gives each batch's, by its number since the start of the run.
+        words: New words that train.
+        allocation: Moves ranks between layers; None: they stay.
+        batches: Number of batches since the start of the run.
+        is_whole: Whether all that a checkpoint holds is of one step: False while the optimizer
+            moves it.
+    """
+
+    config: TrainConfig
+    accelerator: Any
+    modules: Mapping[str, nn.Module]
+    objective: Objective
+    parameters: SteppedParameters
+    optimizer: Any
+    lr_schedule: Any
+    inputs: InputSource
+    words: TrainedWords
+    allocation: RankAllocation | None = None
+    batches: int = 0
+    is_whole: bool = True
+
+    def begin(self, step: int) -> None:
+        """Before the batches of a step, counted from 1."""
+        # Only dropout draws from the global generator. Reseeding it makes resuming exact.
+        process = self.accelerator.process_index
+        self.words.train(step <= self.config.word_steps)
+        torch.manual_seed(generator_for("step", self.config.seed, step, process).initial_seed())
+
+    def next_inputs(self) -> StepInputs:
+        """What the next batch is computed from."""
+        inputs = self.inputs(self.batches)
+        self.batches += 1
+        return inputs
+
+    def total(self, subject_loss: Tensor, prior_loss: Tensor) -> Tensor:
+        """The loss that is minimised."""
+        return subject_loss + self.config.prior_loss_weight * prior_loss
+
+    def update(self, step: int, losses: list[Tensor]) -> dict[str, Any]:
+        """Clip the gradients that are there, and take the optimizer's step.
+
+        Args:
+            step: Its number, from 1.
+            losses: ``(total, prior)`` of each batch, detached.
+
+        Returns:
+            The step's numbers, still on the device.
+
+        Raises:
+            TrainingError: On a CPU, if loss or gradients are not finite, before anything has moved.
+                On a GPU, which is not waited for, the optimizer stays where it is, and whoever
+                reads the record tells.
+        """
+        if step > self.config.word_steps:
+            # A gradient of 0 is a step by the momentum to some, as Prodigy; none is none to all.
+            for rows in self.words.parameters().values():
+                rows.grad = None
+        if self.allocation is not None and "d" not in self.optimizer.param_groups[0]:
+            self.allocation.add_orthogonality(self._loss_scale())
+        self.parameters.take_gradients()
+        if self.allocation is not None:
+            self.parameters.share_gradients()
+        if self.accelerator.num_processes > 1:
+            average_gradients(self.parameters.whole)
+        rates = learning_rates(self.optimizer.param_groups)
+        effective_rates = rates.get("effective_lr")
+        scale = self._loss_scale() if self.allocation is not None else 1.0
+        norm = self.parameters.clip(self.config.max_grad_norm, self.accelerator)
+        means = self.accelerator.reduce(torch.stack(losses).mean(dim=0), reduction="mean")
+        record = {"step": step, "loss": means[0], "grad_norm": norm, **rates}
+        self._hold_back(record)
+        self.is_whole = False
+        self.optimizer.step()
+        # Where fp16 overflowed there was no step, which Accelerate does not know of a fused one.
+        if self.allocation is not None and self._loss_scale() >= scale:
+            if effective_rates is not None:
+                self.allocation.make_orthogonal(max(effective_rates.values()))
+            self.allocation.after_step(step)
+        self.lr_schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.parameters.finish()
+        self.is_whole = True
+        return record | ({"prior_loss": means[1]} if self.config.holds_prior else {})
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state, whole in the first process where the model is sharded."""
+        return dict(self.parameters.gather_state(self.optimizer.state_dict()))
+
+    def restore_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Put moments and the schedule's place of a checkpoint back (`restore_optimizer`)."""
+        own = {**state, "optimizer": self.parameters.own_state(state["optimizer"])}
+        restore_optimizer(self.optimizer, self.lr_schedule, own)
+
+    def _loss_scale(self) -> float:
+        """What losses are multiplied by for fp16; an overflow lowers it."""
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    def _hold_back(self, record: Mapping[str, Any]) -> None:
+        """See that no step is taken where loss or gradients are not finite.
+
+        With fp16, where that is usual, the scaler does. A fused optimizer of CUDA does nothing, as
+        it would for a scaler; others on a GPU get zeros, so that no NaN comes in.
+        """
+        norm, optimizer = record["grad_norm"], self.optimizer.optimizer
+        if self.accelerator.scaler is not None:
+            return
+        if norm.device.type == "cpu":
+            require_finite(record)
+            return
+        is_wrong = (norm + record["loss"]).isfinite().logical_not()
+        if norm.device.type == "cuda" and optimizer.defaults.get("fused"):
+            optimizer.found_inf = is_wrong.float()
+            return
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(is_wrong, 0)
+
+
+def build_learner(
+    config: TrainConfig,
+    accelerator: Any,
+    components: Components,
+    weights: TrainedWeights,
+    inputs: InputSource,
+) -> Learner:
+    """Make objective, optimizer and schedule for what trains."""
+    shards = shards_model(accelerator)
+    if shards:  # Before it comes to the device, which need not have room for all of it.
+        trained, base = (
+            (weights.trained, weights.base) if isinstance(weights, FullWeights) else ({}, {})
+        )
+        shard(components, weights.modules, trained, base, accelerator)
+    objective = Objective.of(
+        components,
+        weights.base_weights,
+        train_text_encoder=config.train_text_encoder,
+        weightings=config.weightings,
+        words=list(weights.words.parameters().values()),
+    )
+    groups = weights.groups(config)
+    parameters = SteppedParameters(groups)
+    # AdamW treats every number alike, whatever parameter it belongs to. Adafactor knows rows and
+    # columns, Prodigy each parameter's start, and the 8-bit one quantises no small ones, which
+    # keeps the magnitudes' moments whole. A model's own weights are few and large.
+    if not config.is_full and config.optimizer_name == "adamw":
+        parameters = FlatParameters(groups)
+    elif shards and config.is_full:
+        parameters = LocalParameters(groups)
+    optimizer = build_optimizer(parameters.groups, config)
+    # Before Accelerate takes the optimizer's `step`, which the schedule marks as its own.
+    schedule = build_lr_schedule(optimizer, config)
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    allocation = None
+    if config.parametrization == "adalora" and not config.is_full:
+        allocation = build_allocation(weights.modules, config)
+    return Learner(
+        config, accelerator, weights.modules, objective, parameters, optimizer, schedule, inputs,
+        weights.words, allocation,
+    )  # fmt: skip

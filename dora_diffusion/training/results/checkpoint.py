@@ -1,0 +1,375 @@
+"""Checkpoints: all that a run needs to resume exactly, beside weights to use at once.
+
+A checkpoint is a folder ``checkpoint-STEP``. It is written whole or not at all, and read back
+before any of its predecessors goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dora_diffusion import system
+from dora_diffusion.adapters.merge import is_finite
+from dora_diffusion.config import ConfigError
+from dora_diffusion.formats.files.atomic import DiskFullError, atomic_file
+from dora_diffusion.training.engine.sharding import gather, local, own_part
+
+if TYPE_CHECKING:
+    from dora_diffusion.training.session import Session
+
+STATE_FILE = "training_state.pt"
+_NAME = re.compile(r"checkpoint-(\d+)")
+# What else a run writes meanwhile: samples, metrics.
+_MARGIN = 2**20
+
+WriteWeights = Callable[[Path], object]
+
+
+def checkpoints_in(output_dir: Path, after: int = -1) -> list[Path]:
+    """The complete checkpoints of a run, those after a step, oldest first."""
+    return [path for path in folders_after(output_dir, after) if (path / STATE_FILE).is_file()]
+
+
+def folders_after(output_dir: Path, step: int) -> list[Path]:
+    """Checkpoint folders after a step, oldest first, with those that hold an adapter alone."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in folders if step_of(path) > step), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of ``checkpoint-STEP``; 0 for a folder of another name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else 0
+
+
+def find_checkpoint(name: str, output_dir: Path) -> Path:
+    """The checkpoint that ``resume_from_checkpoint`` names.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if name == "latest":
+        checkpoints = checkpoints_in(output_dir)
+        if not checkpoints:
+            raise ConfigError(
+                f"{output_dir} contains no checkpoint to resume from (a run with "
+                "--checkpointing_steps 0 keeps none); start over with --overwrite_output_dir, or "
+                "leave out --resume_from_checkpoint"
+            )
+        return checkpoints[-1]
+    places = (Path(name).expanduser(), output_dir / name)
+    for path in places:
+        if (path / STATE_FILE).is_file():
+            return path
+    if not any(path.exists() for path in places):
+        others = checkpoints_in(output_dir)
+        newest = f"; the newest in {output_dir} is {others[-1].name}" if others else ""
+        raise ConfigError(f"the checkpoint {name} does not exist{newest}")
+    raise ConfigError(f"{name} is not a checkpoint of a training run (it has no {STATE_FILE})")
+
+
+def state_of(session: Session, segments: object, step: int) -> dict[str, Any]:
+    """Everything that a run resumes from, on the CPU.
+
+    Where the model is sharded all processes call it, and the first one's is whole.
+
+    Args:
+        session: The run.
+        segments: The settings that were used, by the step from which on they were.
+        step: Optimizer steps done.
+    """
+    scaler, allocation = session.accelerator.scaler, session.learner.allocation
+    tensors = session.weights.tensors()
+    return {
+        "step": step,
+        "config": session.config.to_dict(),
+        "contents": session.dataset.contents(),
+        "segments": segments,
+        "parameters": {name: gather(tensor) for name, tensor in tensors.items()},
+        "optimizer": session.learner.optimizer_state(),
+        "lr_schedule": session.learner.lr_schedule.state_dict(),
+        **session.place(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "projections": session.weights.projections(),
+        "start": session.weights.start(),
+        "allocation": None if allocation is None else allocation.state_dict(),
+        "validation": None if session.validation is None else session.validation.state_dict(),
+    }
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `state_of` returned when a checkpoint was saved.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
+    try:
+        # weights_only: the file holds tensors and plain values, and cannot run code.
+        state: dict[str, Any] = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise ConfigError(f"cannot read the checkpoint {path}: {error}") from error
+    return state
+
+
+def restore(session: Session, state: Mapping[str, Any]) -> None:
+    """Put a state into a session; learning rates and decays stay this run's.
+
+    Raises:
+        ConfigError: If it is of other layers.
+
+    Warns:
+        UserWarning: If its validation losses are of other photos, and are dropped.
+    """
+    restore_weights(session, state)
+    step = session.learner
+    if step.allocation is not None:
+        step.allocation.load_state_dict(state["allocation"])
+    step.restore_optimizer(state)
+    session.sampler.load_state_dict(state["sampler"])
+    step.batches = batches_seen(state)
+    if state["scaler"] is not None and session.accelerator.scaler is not None:
+        session.accelerator.scaler.load_state_dict(state["scaler"])
+    validation = session.validation
+    if validation and not validation.load_state_dict(state.get("validation"), state["config"]):
+        warnings.warn(
+            "other photos or captions are held out than before: the lowest validation loss, and "
+            "patience, are counted from here on",
+            stacklevel=3,
+        )
+
+
+def restore_weights(session: Session, state: Mapping[str, Any]) -> None:
+    """Put what a state has learned into a session, and nothing else of it.
+
+    Raises:
+        ConfigError: If it is of other layers.
+    """
+    if state.get("projections", {}) != session.weights.projections():
+        raise ConfigError(
+            "the checkpoint's random projections are not those that this version draws; "
+            "resume it with the version that wrote it"
+        )
+    tensors = session.weights.tensors()
+    saved = {  # An earlier version called parametrizations so.
+        name.replace(".direction.", ".parametrization."): tensor
+        for name, tensor in state["parameters"].items()
+    }
+    shapes, own = ({k: tuple(v.shape) for k, v in of.items()} for of in (saved, tensors))
+    if shapes != own:
+        raise ConfigError("the checkpoint was trained in other layers or shapes than this run's")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            local(tensor).copy_(own_part(tensor, saved[name]))
+    session.weights.restore_start(state.get("start", {}))
+
+
+def batches_seen(state: Mapping[str, Any]) -> int:
+    """How many batches a checkpoint's run has trained on, by which its draws are numbered.
+
+    Earlier versions kept no count: they numbered a step's batches from its own accumulation.
+    """
+    if "batches" in state:
+        return int(state["batches"])
+    segments = state.get("segments") or [{"from_step": 1, "settings": state["config"]}]
+    last_steps = [after["from_step"] - 1 for after in segments[1:]] + [state["step"]]
+    return max(
+        step * int(part["settings"].get("gradient_accumulation_steps", 1))
+        for part, step in zip(segments, last_steps, strict=True)
+    )
+
+
+class CheckpointSaver:
+    """Checkpoints every so many steps, and in between every so many minutes.
+
+    Those in between are for a crash only: each is dropped when the next checkpoint is complete.
+
+    Args:
+        output_dir: The run's folder.
+        every_steps: Steps between checkpoints that stay; 0 saves none, nor any in between.
+        every_minutes: Minutes after which one in between is due; 0 saves none.
+        limit: Checkpoints to keep; None keeps all.
+        noun: What is saved beside the state: ``"adapter"`` or ``"model"``.
+        clock: Seconds, from anywhere.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        every_steps: int,
+        every_minutes: float,
+        limit: int | None,
+        noun: str = "adapter",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.output_dir = output_dir
+        self.every_steps = every_steps
+        self.every_seconds = 60 * every_minutes if every_steps else 0.0
+        self.limit = limit
+        self.noun = noun
+        self.interim: Path | None = None
+        self.newest: Path | None = None
+        self.best: Path | None = None
+        self.last_step: int | None = None
+        self._result_alone: Path | None = None
+        self._clock = clock
+        self._begun = clock()
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step has a checkpoint that stays."""
+        return bool(self.every_steps) and step % self.every_steps == 0
+
+    def is_overdue(self) -> bool:
+        """Whether the last one, or the run's start, is more minutes ago than may be lost."""
+        return bool(self.every_seconds) and self._clock() - self._begun >= self.every_seconds
+
+    def resume_from(self, path: Path, *, interim: bool, best: int | None = None) -> None:
+        """Count from a checkpoint of an earlier process, whose best one is of a step."""
+        self.newest = path
+        self.best = None if best is None else self.output_dir / f"checkpoint-{best}"
+        if interim and path.parent.resolve() == self.output_dir.resolve():
+            self.interim = path
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        write_weights: WriteWeights,
+        *,
+        interim: bool = False,
+        is_best: bool = False,
+        is_calm: Callable[[int], bool] = lambda step: True,
+    ) -> Path | None:
+        """Save a checkpoint; where it cannot be written, its result alone, with a warning.
+
+        Earlier ones go only when the new one was read back, and its numbers are finite. Beside the
+        limit stay the newest of those at whose step the loss ``is_calm``, and the best one: the
+        last that was saved as such. One that was saved for that alone goes when another is best.
+
+        Returns:
+            The checkpoint, or None: training continues without it.
+
+        Raises:
+            OSError: If its result cannot be written either.
+            ValueError: If its numbers are not finite, or ``write_weights`` says so of its own.
+        """
+        self._begun, self.last_step = self._clock(), step
+        try:
+            path = _write(self.output_dir, step, {**state, "interim": interim}, write_weights)
+        except OSError as error:
+            self._save_alone(step, write_weights, error)
+            return None
+        if self.interim is not None and self.interim != path:
+            shutil.rmtree(self.interim, ignore_errors=True)
+        self.interim, self.newest = (path if interim else None), path
+        if is_best:
+            if self.best not in (None, path) and not self.is_due(step_of(self.best)):
+                shutil.rmtree(self.best, ignore_errors=True)
+            self.best = path
+        if self.limit and not interim:
+            kept = (self.newest_calm(is_calm), self.best)
+            for old in checkpoints_in(self.output_dir)[: -self.limit]:
+                if old not in kept:
+                    shutil.rmtree(old, ignore_errors=True)
+        return path
+
+    def newest_calm(self, is_calm: Callable[[int], bool]) -> Path | None:
+        """The newest checkpoint of a step at which nothing spoke of a rising loss."""
+        found = reversed(checkpoints_in(self.output_dir))
+        return next((path for path in found if is_calm(step_of(path))), None)
+
+    def _save_alone(self, step: int, write_weights: WriteWeights, cause: OSError) -> None:
+        before = f"the newest is {self.newest.name}" if self.newest else "there is none before it"
+        reason = cause.strerror or cause
+        try:
+            with _new_folder(self.output_dir, step) as folder:
+                write_weights(folder)
+        except OSError as error:
+            kind = DiskFullError if isinstance(cause, DiskFullError) else OSError
+            text = (
+                f"nothing can be saved at step {step}: {reason}; the run stops, since what it "
+                f"would learn from here on would be lost: free some space, and resume ({before})"
+            )
+            raise kind(cause.errno, text) from error
+        folder = self.output_dir / f"checkpoint-{step}"
+        if self._result_alone is not None:  # The newest is enough, where room is scarce.
+            shutil.rmtree(self._result_alone, ignore_errors=True)
+        self._result_alone = folder
+        warnings.warn(
+            f"no checkpoint at step {step}: {reason}; only the {self.noun} was saved, "
+            f"{folder.name}, which generates and cannot resume. Training continues; free some "
+            f"space ({before})",
+            stacklevel=2,
+        )
+
+
+def _write(output_dir: Path, step: int, state: dict[str, Any], write_weights: WriteWeights) -> Path:
+    """Write ``checkpoint-STEP`` and read it back; earlier ones are untouched if that fails.
+
+    Raises:
+        OSError: If there is no room, or it cannot be read.
+        ValueError: If a number is not finite.
+    """
+    parameters = sum(value.nbytes for value in state["parameters"].values())
+    size = sum(tensor.nbytes for tensor in _tensors_in(state)) + 2 * parameters + _MARGIN
+    free = shutil.disk_usage(output_dir).free
+    if free < size:
+        raise DiskFullError(
+            errno.ENOSPC,
+            f"it takes {size / 2**20:.1f} MB, and the disk has {free / 2**20:.1f} MB free",
+        )
+    with _new_folder(output_dir, step) as folder:
+        write_weights(folder)
+        # Into a file that is open: torch, given a name, hides why a write failed.
+        with atomic_file(folder / STATE_FILE) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:
+                # Of the writer's own state, when the disk refuses.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
+                raise
+        try:
+            options: dict[str, Any] = {"weights_only": True, "map_location": "cpu", "mmap": True}
+            written = torch.load(folder / STATE_FILE, **options)
+        except Exception as error:
+            raise OSError(errno.EIO, f"it cannot be read back: {error}") from error
+        if not all(is_finite(t) for t in _tensors_in(written) if t.is_floating_point()):
+            raise ValueError("its state holds numbers that are not finite")
+        del written  # Its file is mapped, and could not be moved everywhere.
+    return output_dir / f"checkpoint-{step}"
+
+
+def _tensors_in(state: Any) -> Iterator[torch.Tensor]:
+    """The tensors in plain containers."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, Mapping | list | tuple):
+        for value in state.values() if isinstance(state, Mapping) else state:
+            yield from _tensors_in(value)
+
+
+@contextlib.contextmanager
+def _new_folder(output_dir: Path, step: int) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``checkpoint-STEP`` if the block succeeds."""
+    final = output_dir / f"checkpoint-{step}"
+    temporary = output_dir / f".checkpoint-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    system.replace(temporary, final)

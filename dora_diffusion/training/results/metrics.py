@@ -1,0 +1,265 @@
+"""One JSON line per step, written when its numbers have arrived from the device.
+
+What is measured on held-out photos has lines of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.config.wording import counted
+from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.models.offload import fetch
+
+# Steps in a row that fp16 may skip: its scaler halves its scale each time, from 65,536.
+MOST_SKIPPED = 40
+# Of the losses that a rise is held against: how many, how far above their mean a loss must lie to
+# count, how much of that at most, and the sum that is told.
+_START, _FACTOR, _MOST, _ALARM = 20, 3.0, 10.0, 25.0
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot continue, with its step and what to do."""
+
+
+def require_finite(record: Mapping[str, Any], skipped: int = 0) -> None:
+    """Refuse a step whose loss, or whose gradients by their norm, are not finite.
+
+    Args:
+        record: The step's, with numbers of the host.
+        skipped: For the message: steps before it that fp16's scaler skipped.
+
+    Raises:
+        TrainingError: With the step.
+    """
+    loss, norm, step = float(record["loss"]), float(record.get("grad_norm", 0)), record["step"]
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    wrong = f"the gradients are not finite at step {step}"
+    if not math.isfinite(loss):
+        wrong = f"the loss is {loss} at step {step}"
+    before = f", as at the {counted(skipped, 'step')} before" if skipped else ""
+    raise TrainingError(
+        f"{wrong}{before}; nothing is saved from there on: resume from an earlier checkpoint, or "
+        "start over, with a lower learning rate (or, if it trains in fp16, with --mixed_precision "
+        "bf16)"
+    )
+
+
+@contextlib.contextmanager
+def naming_step(noun: str, step: int) -> Iterator[None]:
+    """Inside the block, a `ValueError` means that what was learned until a step is not finite."""
+    try:
+        yield
+    except ValueError as error:
+        raise TrainingError(
+            f"the {noun} is not finite after step {step}, and is not written ({error}); resume "
+            "from an earlier checkpoint, or start over, with a lower learning rate"
+        ) from error
+
+
+def is_validation(record: Mapping[str, Any]) -> bool:
+    """Whether a record is of held-out photos, and not of a training step."""
+    return any(name.startswith("validation_") for name in record)
+
+
+class LossWatch:
+    """Whether the loss has risen far above its own start, and since when.
+
+    A cumulative sum (Page 1954) of how far each loss lies above `_FACTOR` times the mean of the
+    first `_START` ones. A single loss says little: with one photo a step it varies a hundredfold
+    with the timestep. What falls apart within those first steps has no start to be held against.
+
+    Attributes:
+        risen_at: The step at which the sum passed `_ALARM`; None if it has not.
+    """
+
+    def __init__(self) -> None:
+        self.risen_at: int | None = None
+        self._first: list[float] = []
+        self._sum = 0.0
+        self._raised: set[int] = set()
+
+    def add(self, step: int, loss: float) -> None:
+        """Take the loss of the next step."""
+        if len(self._first) < _START:
+            self._first.append(loss)
+            return
+        start = sum(self._first) / _START
+        self._sum = max(0.0, self._sum + min(loss / max(start, 1e-12), _MOST) - _FACTOR)
+        if self._sum:
+            self._raised.add(step)
+        if self._sum > _ALARM and self.risen_at is None:
+            self.risen_at = step
+
+    def is_calm(self, step: int) -> bool:
+        """Whether nothing spoke of a rise at a step."""
+        return step not in self._raised
+
+
+class MetricsLog:
+    """Steps' numbers, read from the device one step late, so that logging does not wait for it.
+
+    Args:
+        path: The ``metrics.jsonl`` to append to; None writes nothing.
+        start_step: Lines of later steps, left by a run that is now resumed from here, are dropped.
+        on_record: Called with each step's record.
+        skips: Steps in a row whose gradients may be not finite: fp16 skips these.
+
+    Attributes:
+        steps_dropped: Number of the lines that were dropped.
+        watch: Of the loss, those of earlier processes included.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        start_step: int,
+        on_record: Callable[[dict[str, Any]], None],
+        skips: int = 0,
+    ) -> None:
+        self._on_record, self._skips, self._skipped = on_record, skips, 0
+        self._waiting: deque[tuple[dict[str, Any], list[str], Callable[[], Tensor]]] = deque()
+        self._file: _LineFile | None = None
+        self.steps_dropped = 0
+        self.watch = LossWatch()
+        if path is not None:
+            kept = []
+            for line, step, loss in _lines(path):
+                if step <= start_step:
+                    kept.append(line)
+                if loss is None:
+                    continue
+                if step <= start_step:
+                    self.watch.add(step, loss)
+                else:
+                    self.steps_dropped += 1
+            save_text(path, "".join(kept))
+            self._file = _LineFile(path)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take a step's record, whose values may be tensors, and write the one before it.
+
+        Raises:
+            TrainingError: If loss or gradients of the step before are not finite.
+        """
+        tensors = {k: v.detach() for k, v in record.items() if isinstance(v, Tensor)}
+        numbers = torch.stack(list(tensors.values())) if tensors else torch.empty(0)
+        self._waiting.append((record, list(tensors), fetch(numbers)))
+        while len(self._waiting) > 1:
+            self._write(*self._waiting.popleft())
+
+    def flush(self) -> None:
+        """Write everything that waits."""
+        while self._waiting:
+            self._write(*self._waiting.popleft())
+
+    def close(self) -> None:
+        """Close the file; what waits is dropped."""
+        if self._file is not None:
+            self._file.close()
+
+    def _write(
+        self, record: dict[str, Any], names: list[str], numbers: Callable[[], Tensor]
+    ) -> None:
+        values = record | dict(zip(names, numbers().tolist(), strict=True))
+        if is_step := "loss" in values:
+            self._require_finite(values)
+        if self._file is not None:
+            # An fp16 step that overflowed, and was skipped, has no norm of its gradients.
+            written = {
+                k: None if v in (math.inf, -math.inf) or v != v else v for k, v in values.items()
+            }
+            self._file.write(json.dumps(written) + "\n")
+            if is_step:
+                self._watch(values["step"], values["loss"])
+        self._on_record(values)
+
+    def _require_finite(self, values: Mapping[str, Any]) -> None:
+        is_skipped = not math.isfinite(values.get("grad_norm", 0))
+        if not is_skipped or self._skipped >= self._skips or not math.isfinite(values["loss"]):
+            require_finite(values, self._skipped)
+        self._skipped = self._skipped + 1 if is_skipped else 0
+
+    def _watch(self, step: int, loss: float) -> None:
+        had_risen = self.watch.risen_at is not None
+        self.watch.add(step, loss)
+        if self.watch.risen_at is not None and not had_risen:
+            warnings.warn(
+                f"the loss has risen far above its start by step {step} (more than {_FACTOR:g} "
+                f"times the mean of the first {_START} steps): the learning rate may be too high. "
+                "The newest checkpoint from before is kept, whatever checkpoints_total_limit is",
+                stacklevel=2,
+            )
+
+
+class _LineFile:
+    """Lines at the end of a file, whole: what a full disk refuses waits for the next line."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._end = path.stat().st_size
+        self._waiting = b""
+
+    def write(self, line: str) -> None:
+        data = self._waiting + line.encode()
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)
+            if not self._waiting:
+                warnings.warn(
+                    f"metrics.jsonl cannot be written: {error.strerror}; training continues, and "
+                    "its lines are written when there is room",
+                    stacklevel=2,
+                )
+            self._waiting = data
+        else:
+            self._end += len(data)
+            self._waiting = b""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines(path: Path) -> list[tuple[str, int, float | None]]:
+    """Complete lines of a log, each with its step, and its loss if it is of a training step.
+
+    A half-written last one is dropped.
+
+    Warns:
+        UserWarning: If another line is damaged: it is left out.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    read: list[tuple[str, int, float | None]] = []
+    damaged = 0
+    for line in lines:
+        if not line.endswith("}\n"):
+            continue
+        try:
+            record = json.loads(line)
+            loss = None if is_validation(record) else float(record["loss"])
+            read.append((line, int(record["step"]), loss))
+        except (ValueError, KeyError, TypeError):
+            damaged += 1
+    if damaged:
+        noun = counted(damaged, "line")
+        warnings.warn(
+            f"{path.name}: {noun} cannot be read, and left out from here on", stacklevel=3
+        )
+    return read

@@ -1,0 +1,306 @@
+"""Photos held out of a run: the validation loss on them, which step is best, and when to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dora_diffusion.adapters.compiled import uncompiled
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.wording import counted, listing, quoted
+from dora_diffusion.data.captions import contains_token, read_caption, require_token
+from dora_diffusion.data.images import PhotoError, digest_of, open_photo, read_bytes
+from dora_diffusion.data.photos import Photo, list_photos, read_photos
+from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.evaluation.denoising import NUM_SEEDS, HeldOutImages
+from dora_diffusion.evaluation.measures import similarities
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.metric_models import LITE, lite_is_installed, open_metric_model
+from dora_diffusion.training.engine.accelerator import shards_model
+from dora_diffusion.training.inputs.subject import Subject, caption_rules
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Predictions at once: a forward pass of so many takes less memory than a training step of one.
+_BATCH = 5
+
+
+def divide_all(
+    subjects: Sequence[Subject], paths: Sequence[Sequence[Path]]
+) -> tuple[list[list[Path]], list[list[Path]]]:
+    """Of each subject the photos that are trained on, and those that are held out.
+
+    Raises:
+        PhotoError, ConfigError: As `divide` does; also of a photo that one subject holds out and
+            another trains on, and of a folder that two subjects hold out.
+    """
+    pairs = zip(subjects, paths, strict=True)
+    sides = [divide(subject.settings, photos) for subject, photos in pairs]
+    trained_on, held_out = [side[0] for side in sides], [side[1] for side in sides]
+    if len(subjects) > 1:
+        everything = [path for photos in held_out for path in photos]
+        if len(set(everything)) < len(everything):
+            raise ConfigError(
+                "validation_data_dir is that of two subjects; give each a folder of its own in the "
+                "dataset file",
+                "validation_data_dir",
+            )
+        _check_apart([path for photos in trained_on for path in photos], everything)
+    return trained_on, held_out
+
+
+def divide(
+    config: TrainConfig, paths: Sequence[Path] | None = None
+) -> tuple[list[Path], list[Path]]:
+    """The photos that are trained on, and those that are held out. No photo is decoded.
+
+    Copies of a photo stay on one side. Which are drawn for ``validation_split`` depends on their
+    content and the seed alone, not on their names or their order.
+
+    Args:
+        config: The settings of one subject.
+        paths: Its photos, if they were listed already.
+
+    Raises:
+        PhotoError: If a folder is missing or holds no photo.
+        ConfigError: If nothing would be left to train on, or a held-out photo is trained on too.
+    """
+    paths = list_photos(config.instance_data_dir or "") if paths is None else list(paths)
+    if config.validation_data_dir:
+        held_out = list_photos(config.validation_data_dir)
+        _check_apart(paths, held_out)
+        return paths, held_out
+    if not config.validation_split:
+        return paths, []
+    digests = [_digest(path) for path in paths]
+    distinct, split = set(digests), config.validation_split
+    count = max(1, round(split * len(distinct))) if split < 1 else int(split)
+    if count >= len(distinct):
+        raise ConfigError(
+            f"validation_split {split:g} holds out {count} of {counted(len(distinct), 'photo')} in "
+            f"{config.instance_data_dir}, which leaves none to train on; hold out fewer, or give "
+            "more photos",
+            "validation_split",
+        )
+
+    def draw(digest: str) -> int:
+        return generator_for("validation split", config.seed, digest).initial_seed()
+
+    drawn = set(sorted(distinct, key=draw)[:count])
+    sides: tuple[list[Path], list[Path]] = ([], [])
+    for path, digest in zip(paths, digests, strict=True):
+        sides[digest in drawn].append(path)
+    return sides
+
+
+def read_held_out(subject: Subject, paths: Sequence[Path]) -> list[Photo]:
+    """Photos of a subject, captioned as in training, but nothing of it drawn.
+
+    Raises:
+        PhotoError: If none can be read.
+    """
+    config, rules = subject.settings, caption_rules(subject.settings)
+    photos = read_photos(
+        paths,
+        config.instance_prompt or "",
+        skip_unreadable=True,
+        per_line=config.caption_per_line,
+    )
+    return [replace(photo, caption=rules.plain(photo.caption)) for photo in photos]
+
+
+def check_held_out(subject: Subject, paths: Sequence[Path]) -> None:
+    """Refuse held-out photos whose captions never name the subject, before a model is loaded.
+
+    Raises:
+        ConfigError: Naming their folder.
+
+    Warns:
+        UserWarning: If some of the captions lack the token.
+    """
+    config, rules = subject.settings, caption_rules(subject.settings)
+    prompt, per_line = config.instance_prompt or "", config.caption_per_line
+    captions = [rules.plain(read_caption(path, prompt, per_line=per_line)) for path in paths]
+    if not captions or not subject.token:
+        return
+    if not any(contains_token(caption, subject.token) for caption in captions):
+        raise ConfigError(
+            f"the token {subject.token!r} is in no caption of the held-out photos in "
+            f"{paths[0].parent} (first: {quoted(captions[0])}); put it into the .txt files there, "
+            "or remove them: a photo without one has the instance prompt",
+            "validation_data_dir",
+        )
+    require_token(captions, subject.token)
+
+
+def _digest(path: Path) -> str:
+    try:
+        return digest_of(read_bytes(path))
+    except PhotoError:
+        return str(path)  # Whoever reads it says what is wrong.
+
+
+def _check_apart(trained_on: Sequence[Path], held_out: Sequence[Path]) -> None:
+    known = {_digest(path): path for path in trained_on}
+    shared = [(path, known[digest]) for path in held_out if (digest := _digest(path)) in known]
+    if shared:
+        names = [p.name if p.name == t.name else f"{p.name} (as {t.name})" for p, t in shared]
+        raise ConfigError(
+            f"{counted(len(shared), 'photo')} in validation_data_dir {held_out[0].parent} "
+            f"{'is' if len(shared) == 1 else 'are'} trained on too: {listing(names, 5)}; a "
+            "held-out photo must not be: take it out of one of the folders",
+            "validation_data_dir",
+        )
+
+
+class Validation:
+    """Takes a run's validation loss, remembers it, and says which step is best.
+
+    It is what `dora-diffusion evaluate` measures as the denoising loss of these photos, at seeds 0
+    to 3: of whole photos, at the model's own resolution, by their captions as they are, without the
+    prior and without a weight. No random number is drawn from where training draws.
+
+    Attributes:
+        config: The settings.
+        photos: What is held out.
+        losses: Step -> validation loss, 0 being the base; infinite where it was not finite.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        held_out: Sequence[tuple[Subject, Sequence[Path]]],
+        components: Components,
+        accelerator: Any,
+    ) -> None:
+        """Read the photos, and encode this process's share of them.
+
+        Args:
+            config: The settings as they are used.
+            held_out: The held-out photos of each subject.
+            components: The model; adapters may come onto it later.
+            accelerator: What `make_accelerator` made. Each process measures a share.
+
+        Raises:
+            PhotoError: If no photo can be used.
+            MetricModelError: If ``validation_metric_model`` cannot be opened.
+        """
+        by_token: dict[str, list[Photo]] = {}
+        for subject, paths in held_out:
+            photos = read_held_out(subject, paths) if paths else []
+            by_token.setdefault(subject.token, []).extend(photos)
+        self.photos = [photo for photos in by_token.values() for photo in photos]
+        self.losses: dict[int, float] = {}
+        self.config, self._accelerator = config, accelerator
+        # Of a sharded model every process takes the whole loss, since all call it equally often.
+        self._is_shared = accelerator.num_processes > 1 and not shards_model(accelerator)
+        first, every = accelerator.process_index, accelerator.num_processes
+        self._mine = slice(first, None, every) if self._is_shared else slice(None)
+        share = self.photos[self._mine]
+        images, captions = [open_photo(p.path) for p in share], [p.caption for p in share]
+        self._images = HeldOutImages(components, images, captions)
+        self._metric: Any = None
+        name = config.validation_metric_model or (LITE if lite_is_installed() else "")
+        every, last = config.validation_steps or 0, config.max_train_steps or 0
+        is_sampled = config.num_validation_images and 0 < every < last
+        if name and is_sampled and accelerator.is_main_process:
+            # Networks are initialized at random before their weights are read.
+            with torch.random.fork_rng(devices=[]):
+                self._metric = open_metric_model(name)
+            self._references = {
+                token: self._metric.image_features([open_photo(photo.path) for photo in photos])
+                for token, photos in by_token.items()
+                if photos
+            }
+
+    @property
+    def _every(self) -> int:
+        assert self.config.validation_loss_steps is not None
+        return self.config.validation_loss_steps
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step's loss is still to be taken; at the last step it always is."""
+        is_last = step == self.config.max_train_steps
+        return step not in self.losses and (is_last or step % self._every == 0)
+
+    def measure(self, step: int) -> float:
+        """Take the loss of the model as it is after a step. All processes call it."""
+        values = torch.zeros(NUM_SEEDS, len(self.photos), dtype=torch.float64)
+        # At another batch size and without gradients, each block would be compiled again.
+        with uncompiled() if self.config.compile else nullcontext():
+            if self._images.captions:
+                taken = self._images.losses_by_seed(range(NUM_SEEDS), batch_size=_BATCH)
+                values[:, self._mine] = torch.tensor(taken, dtype=values.dtype)
+        if self._is_shared:
+            sent = values.to(self._accelerator.device)
+            values = self._accelerator.reduce(sent, reduction="sum").cpu()
+        loss = float(values.mean())
+        self.losses[step] = loss if math.isfinite(loss) else math.inf
+        return self.losses[step]
+
+    def similarity(self, samples: Sequence[tuple[str, Image]]) -> float | None:
+        """Mean cosine of sample images to the held-out photos of their subject, None if unmeasured.
+
+        Args:
+            samples: Prompts and their images; those of prompts without the token do not count.
+        """
+        if self._metric is None:
+            return None
+        alike: list[float] = []
+        for token, references in self._references.items():
+            own = [image for p, image in samples if not token or contains_token(p, token)]
+            if own:
+                alike += similarities(self._metric.image_features(own), references)
+        return sum(alike) / len(alike) if alike else None
+
+    def best(self, among: Collection[int] | None = None) -> int | None:
+        """The step of the lowest loss, the earliest of equal ones; None if none was taken.
+
+        Args:
+            among: Steps that can be returned to; None means all. The base never counts.
+        """
+        steps = [s for s in self.losses if s and (among is None or s in among)]
+        return min(steps, key=lambda step: (self.losses[step], step), default=None)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether ``early_stopping_patience`` is at its end."""
+        patience, best = self.config.early_stopping_patience, self.best()
+        if patience is None or best is None:
+            return False
+        return sum(step > best for step in self.losses) >= patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses, and what they were taken on."""
+        return {"photos": self._contents(), "losses": dict(self.losses)}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None, before: Mapping[str, Any]) -> bool:
+        """Continue from the losses of a checkpoint.
+
+        Args:
+            state: What `state_dict` returned; None if that run held out nothing.
+            before: That run's settings.
+
+        Returns:
+            Whether they are of these photos; else they are dropped.
+        """
+        if state is None:
+            return True
+        if state["photos"] != self._contents():
+            return False
+        # Without that run's last loss, where this one takes none: it stops where one of its own
+        # length would.
+        every, last = before["validation_loss_steps"], self.config.max_train_steps
+        losses = state["losses"].items()
+        self.losses = {step: loss for step, loss in losses if step % every == 0 or step == last}
+        return True
+
+    def _contents(self) -> list[list[str]]:
+        return sorted([photo.digest, photo.caption] for photo in self.photos)

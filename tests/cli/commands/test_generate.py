@@ -1,0 +1,340 @@
+"""``dora-diffusion generate``: what it refuses before a model is loaded, and what it writes."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from dora_diffusion.cli.main import main
+from dora_diffusion.config import AdapterConfig
+from dora_diffusion.data.captions import CaptionRules
+from dora_diffusion.data.wildcards import Wildcards
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.models.load import load_components
+from dora_diffusion.sampling.images import parse_parameters, read_parameters
+
+
+@pytest.fixture
+def generate(sd1_folder, tmp_path, capsys):
+    """Run the command with changes; returns (exit code, its error line)."""
+
+    def run(**changes):
+        settings = {
+            "base": sd1_folder,
+            "prompt": "a dog",
+            "output": tmp_path / "image.png",
+            "steps": 1,
+            "seed": 3,
+            **changes,
+        }
+        flags = []
+        for name, value in settings.items():
+            if value is True:
+                flags.append(f"--{name}")
+            elif value is not None:
+                # With "=", so that a negative number is not taken for a flag.
+                flags.append(f"--{name}={value}")
+        code = main(["generate", *flags])
+        lines = capsys.readouterr().err.splitlines()
+        return code, next((line for line in lines if line.startswith("error: ")), "")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("strength", "nan", "strength is nan; it must be between -10 and 10, where 1 is the"),
+        ("strength", "-inf", "strength is -inf; it must be between -10 and 10"),
+        ("strength", "70", "strength is 70; it must be between -10 and 10"),
+        ("direction_strength", "inf", "direction_strength is inf"),
+        ("magnitude_strength", "nan", "magnitude_strength is nan"),
+        ("guidance_scale", "nan", "guidance_scale is nan"),
+        ("guidance_scale", "-1", "guidance_scale is -1.0; it must be 0 or more"),
+        ("guidance_scale", "inf", "guidance_scale is inf"),
+        ("steps", "0", "steps is 0; it must be at least 1"),
+        ("width", "0", "width is 0"),
+        ("height", "-8", "height is -8"),
+        ("width", "500", "width is 500; it must be a multiple of 8, such as 504"),
+        ("height", "3", "height is 3; it must be a multiple of 8, such as 8"),
+        ("num_images", "0", "num_images is 0"),
+        ("batch_size", "-1", "batch_size is -1"),
+        ("seed", "-1", "seed is -1; it must be between 0 and"),
+        ("seed", str(2**63), "seed is 9223372036854775808"),
+    ],
+)
+def test_numbers_are_checked_before_a_model_is_loaded(
+    name, value, message, generate, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("dora_diffusion.sampling.generate.load_components", lambda *a, **k: 1 / 0)
+    code, error = generate(**{name: value})
+    assert code == 1
+    assert message in error
+    assert not (tmp_path / "image.png").exists()
+
+
+def test_the_last_of_several_seeds_must_be_one_too(generate):
+    assert generate(seed=2**63 - 2, num_images=3)[0] == 1
+
+
+def test_images_are_not_replaced_unasked(generate, tmp_path):
+    (tmp_path / "image.png").write_text("mine", encoding="utf-8")
+    code, error = generate()
+    assert code == 1
+    assert "image.png exists; choose another --output, or replace it with --overwrite" in error
+    assert (tmp_path / "image.png").read_text(encoding="utf-8") == "mine"
+    assert generate(overwrite=True) == (0, "")
+    with Image.open(tmp_path / "image.png") as image:
+        assert image.size == (64, 64)
+
+
+def test_of_several_images_none_is_replaced(generate, tmp_path):
+    (tmp_path / "image-4.png").write_text("mine", encoding="utf-8")
+    code, error = generate(num_images=2)
+    assert code == 1
+    assert "image-4.png exists" in error
+    assert not (tmp_path / "image-3.png").exists()
+
+
+def test_an_adapter_that_breaks_the_numbers_is_an_error_and_no_black_image(
+    generate, sd1_folder, tmp_path
+):
+    from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
+    from dora_diffusion.adapters.state import save_adapter
+
+    components = load_components(sd1_folder)
+    inject_adapters(components.unet, AdapterConfig(targets=("attention",), rank=2))
+    with torch.no_grad():
+        for parameter in adapter_parameters(components.unet):
+            parameter.add_(1e30)
+    adapter = save_adapter({"unet": components.unet}, tmp_path / "adapter")
+    code, error = generate(adapter=adapter)
+    assert code == 1
+    assert "the image of seed 3 is not finite" in error
+    assert not (tmp_path / "image.png").exists()
+
+
+def run(sd1_folder, output, *more):
+    return main(
+        ["generate", "--base", str(sd1_folder), "--prompt", "a photo of a sks mug",
+         "--steps", "2", "--output", str(output), *more]
+    )  # fmt: skip
+
+
+def test_images_carry_their_seed_and_settings(sd1_folder, trained, tmp_path, capsys):
+    more = ("--adapter", str(trained), "--seed", "5", "--num_images", "2", "--strength", "0.5")
+    assert run(sd1_folder, tmp_path / "x.png", *more) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-5.png", "x-6.png"]
+    assert "(seed 6)" in capsys.readouterr().out
+    facts = parse_parameters(read_parameters(tmp_path / "x-6.png"))
+    assert facts["Prompt"] == "a photo of a sks mug"
+    assert (facts["Seed"], facts["Steps"], facts["Size"]) == ("6", "2", "64x64")
+    assert (facts["Adapter strength"], facts["Adapter"]) == ("0.5", trained.name)
+    assert run(sd1_folder, tmp_path / "y.png", *more[:2], "--seed", "6", *more[-2:]) == 0
+    one, other = (
+        np.asarray(Image.open(tmp_path / name), np.int16) for name in ("x-6.png", "y.png")
+    )
+    assert np.abs(one - other).max() <= 1
+
+
+def test_partial_strengths_are_written_into_the_image(sd1_folder, trained, tmp_path):
+    path, adapter = tmp_path / "x.png", ("--adapter", str(trained))
+    part = ("--direction_strength", "0.5", "--magnitude_strength", "0")
+    assert run(sd1_folder, path, *adapter, *part) == 0
+    facts = parse_parameters(read_parameters(path))
+    assert (facts["Direction strength"], facts["Magnitude strength"]) == ("0.5", "0")
+    assert facts["Adapter strength"] == "1"
+    assert run(sd1_folder, path, *adapter, "--overwrite") == 0
+    assert "Direction" not in read_parameters(path)
+    assert "Magnitude" not in read_parameters(path)
+
+
+def test_strength_zero_is_the_base(sd1_folder, trained, tmp_path):
+    adapter = ("--adapter", str(trained), "--strength", "0")
+    assert run(sd1_folder, tmp_path / "base.png", "--seed", "1") == 0
+    assert run(sd1_folder, tmp_path / "off.png", "--seed", "1", *adapter) == 0
+    base, off = (np.asarray(Image.open(tmp_path / n)) for n in ("base.png", "off.png"))
+    assert np.array_equal(base, off)
+
+
+def test_a_random_seed_is_shown(sd1_folder, tmp_path, capsys):
+    assert run(sd1_folder, tmp_path / "x.png") == 0
+    seed = parse_parameters(read_parameters(tmp_path / "x.png"))["Seed"]
+    assert f"(seed {seed})" in capsys.readouterr().out
+
+
+def test_a_forgotten_trigger_word_is_told(sd1_folder, trained, tmp_path, capsys):
+    more = ("--adapter", str(trained), "--prompt", "a photo of a mug")
+    assert run(sd1_folder, tmp_path / "x.png", *more) == 0
+    error = capsys.readouterr().err
+    assert "warning: the prompt lacks the adapter's trigger word; write 'sks mug'" in error
+
+
+def test_a_forgotten_trigger_word_is_told_before_it_takes_time(
+    sd1_folder, trained, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        "dora_diffusion.sampling.generate.generate_images", lambda *args, **options: 1 / 0
+    )
+    more = ("--adapter", str(trained), "--prompt", "a photo of a mug")
+    assert run(sd1_folder, tmp_path / "x.png", *more) == 1
+    assert "lacks the adapter's trigger word" in capsys.readouterr().err
+
+
+def test_strengths_of_the_command_are_not_those_of_an_adapters_file(
+    sd1_folder, trained, tmp_path, capsys
+):
+    rows = adapters_file(tmp_path, str(trained), {"adapter": str(trained), "strength": 0.5})
+    more = ["--adapters_file", str(rows), "--prompt", "a sks mug", "--strength=0.3"]
+    assert run(sd1_folder, tmp_path / "x.png", *more, "--direction_strength=0.7") == 0
+    error = capsys.readouterr().err
+    for name in ("strength", "direction_strength"):
+        assert f"{name} has no effect because no adapter is given" in error
+    said = [parse_parameters(read_parameters(tmp_path / f"x-{n}.png")) for n in (1, 2)]
+    assert [each["Adapter strength"] for each in said] == ["1", "0.5"]
+    assert not any("Direction strength" in each for each in said)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--base", "./nowhere"), "nowhere does not exist"),
+        (("--adapter", "nowhere"), "there is no adapter at nowhere"),
+        (("--adapter", "{photos}"), "no adapter file in it"),
+        (("--adapter", "{broken}"), "broken.safetensors"),
+        (("--output", "x.jpg"), "x.jpg must end in .png"),
+        (("--num_images", "0"), "num_images is 0"),
+        (("--steps", "0"), "steps is 0"),
+        (("--width", "33"), "33"),
+        (("--seed", "-4"), "seed is -4"),
+    ],
+)
+def test_what_is_wrong_is_one_line(more, message, sd1_folder, photos, tmp_path, last_line):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"not a tensor file")
+    more = [part.format(photos=photos, broken=broken) for part in more]
+    assert run(sd1_folder, tmp_path / "x.png", *more) == 1
+    line = last_line()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_the_line_of_a_library_does_not_precede_ours(sd1_folder, tmp_path, capfd):
+    """Diffusers logs an error, and then raises it."""
+    assert run(sd1_folder, tmp_path / "x.png", "--variant", "fp16") == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "it has no 'fp16' variant" in line
+
+
+def adapters_file(folder, *entries):
+    file = folder / "rows.yaml"
+    file.write_text(yaml.safe_dump(list(entries)), encoding="utf-8")
+    return file
+
+
+def test_images_of_one_batch_have_each_their_adapter(sd1_folder, random_adapter, tmp_path):
+    """Each is the image that its adapter alone gives, read as its file says, and says so."""
+    files = [
+        write_adapter(tmp_path / f"{seed}.safetensors", AdapterFile(
+            random_adapter(sd1_folder, seed=seed, every=3, mixed_ranks=True),
+            AdapterMetadata("sd1", extra={"clip_skip": str(seed - 1)})))
+        for seed in (1, 2)
+    ]  # fmt: skip
+    entries = [
+        {"adapter": str(files[0]), "seed": 9},
+        {"adapter": str(files[1]), "strength": 0.5, "prompt": "a red toy dog"},
+        None,
+        str(files[1]),
+    ]
+    rows, out, alone = adapters_file(tmp_path, *entries), tmp_path / "out.png", tmp_path / "1.png"
+
+    def generated(output, **flags):
+        flags = {"base": sd1_folder, "steps": 2, "seed": 3, "prompt": "a dog", **flags}
+        named = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+        assert main(["generate", *named, f"--output={output}", "--overwrite"]) == 0
+
+    # The last entry is a batch of its own.
+    generated(out, adapters_file=rows, batch_size=3)
+    seen = []
+    for number, entry in enumerate(entries):
+        own = entry if isinstance(entry, dict) else {"adapter": entry}
+        generated(alone, **{"seed": number + 3} | own)
+        mixed = out.with_stem(f"out-{number + 1}")
+        pixels = [np.asarray(Image.open(path)).astype(int) for path in (mixed, alone)]
+        assert abs(pixels[0] - pixels[1]).max() <= 1
+        assert read_parameters(mixed) == read_parameters(alone)
+        assert ("Clip skip: 2" in read_parameters(mixed)) == (number in (1, 3))
+        seen.append(pixels[0].tobytes())
+    assert len(set(seen)) == 4
+
+
+@pytest.mark.parametrize(
+    ("entries", "flags", "message"),
+    [
+        ([], [], "must be a list with an entry for each image"),
+        ([{"adaptr": "x"}], [], "entry 1 of .*: unknown key 'adaptr'; there are adapter, prompt"),
+        ([None, {"seed": "x"}], [], "entry 2 of .*: seed is 'x', which is not allowed"),
+        ([{"adapter": "x", "strength": 70}], [], "strength of entry 1 of .* is 70; it must be"),
+        ([None, {"strength": float("nan")}], [], "strength of entry 2 of .* is nan; it must be"),
+        ([[]], [], "entry 1 of .* must be 'adapter: FILE'"),
+        *(
+            ([None, {"strength": value}], [], f"entry 2 of .*: strength is {text}; it must be betw")
+            for value, text in (
+                (math.nan, "nan"),
+                (math.inf, "inf"),
+                (-math.inf, "-inf"),
+                (1e30, r"1e\+30"),
+                (-10.1, "-10.1"),
+                (10**400 // 10**390, r"1e\+10"),
+            )
+        ),
+        ([{"seed": -1}], [], "entry 1 of .*: seed is -1; it must be between 0"),
+        ([{"seed": 2**63}], [], f"entry 1 of .*: seed is {2**63}; it must be between 0"),
+        ([{"seed": math.nan}], [], "entry 1 of .*: seed is nan, which is not allowed"),
+        ([None], ["--adapter", "x"], "adapter and adapters_file are both given"),
+        ([None], ["--num_images", "2"], "num_images is 2, and .* has an entry for each image"),
+    ],
+    ids=str,
+)
+def test_entries_that_cannot_be_are_refused(entries, flags, message, tmp_path, capsys):
+    rows = adapters_file(tmp_path, *entries)
+    output = ["--output", tmp_path / "x.png", "--prompt", "a dog"]
+    assert (
+        main(["generate", *map(str, ["--base=x", "--adapters_file", rows, *output, *flags])]) == 1
+    )
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_without_a_prompt_nothing_is_made(tmp_path, capsys):
+    flags = ["generate", "--base", "x", "--output", str(tmp_path / "x.png")]
+    assert main(flags) == 1
+    assert "generate has no prompt; say with --prompt what to show" in capsys.readouterr().err
+    rows = adapters_file(tmp_path, {"prompt": "a dog"}, None)
+    assert main([*flags, "--adapters_file", str(rows)]) == 1
+    assert "entry 2 of" in capsys.readouterr().err
+
+
+def test_wildcards_are_drawn_by_each_images_seed(generate, tmp_path):
+    (tmp_path / "place.txt").write_text("on grass\non the sand\n", encoding="utf-8")
+    prompt = "a {red|blue|green} dog __place__"
+    drawn = {"wildcards": True, "wildcard_dir": tmp_path, "prompt": prompt, "num_images": 3}
+    assert generate(**drawn)[0] == 0
+    rules = CaptionRules(wildcards=Wildcards(tmp_path))
+    found = [
+        parse_parameters(read_parameters(tmp_path / f"image-{seed}.png"))["Prompt"]
+        for seed in (3, 4, 5)
+    ]
+    assert found == [rules.draw_prompt(prompt, seed) for seed in (3, 4, 5)]
+    assert len(set(found)) > 1
+    code, error = generate(wildcards=True, prompt="a __place__", overwrite=True)
+    assert (code, "__place__ is of a file; name its folder: wildcard_dir" in error) == (1, True)
+    assert generate(max_token_length=100)[1].startswith("error: max_token_length is 100; it must")
+    assert "clip_skip is -1; it must not be negative" in generate(clip_skip=-1)[1]

@@ -1,0 +1,81 @@
+"""``dora-diffusion serve``: what it refuses before anything starts, and what it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+
+import pytest
+
+from dora_diffusion.cli.main import main
+from dora_diffusion.cluster.serving import deploy
+from dora_diffusion.cluster.serving.deploy import TOKEN_VARIABLE
+from dora_diffusion.cluster.serving.engine import Reply
+
+pytest.importorskip("prometheus_client", reason="it comes with the extra ray")
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--host", "0.0.0.0"], "lets others ask this server; give --token_file, or set DORA_"),
+        (["--adapters", "nowhere"], "nowhere does not exist; give a folder of adapters"),
+        (["--base", "./nowhere"], "./nowhere does not exist"),
+        (["--replicas", "0"], "replicas is 0; it must be at least 1"),
+        (["--clip_skip", "-1"], "clip_skip is -1; it must not be negative"),
+        (["--token_file", "nowhere"], "nowhere does not exist"),
+        (["--adapter_memory", "nan"], "adapter_memory is nan; it must be more than 0 MB"),
+        (["--adapter_memory", "inf"], "adapter_memory is inf; it must be more than 0 MB"),
+        (["--adapter_memory", "0"], "adapter_memory is 0; it must be more than 0 MB"),
+        (["--timeout", "nan"], "timeout is nan; it must be more than 0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_served_is_one_line(flags, line, monkeypatch, last_line):
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    monkeypatch.setattr(deploy, "deployed", None)
+    assert main(["serve", "--base", "embedded:tiny-sd", *flags]) == 1
+    assert line in last_line()
+
+
+def test_it_serves_until_it_is_interrupted(tmp_path, monkeypatch, capsys):
+    from dora_diffusion.cluster.serving import server
+
+    served = []
+
+    class Replicas:
+        async def answer(self, batch):
+            return Reply([], 0)
+
+        async def count(self):
+            return 1
+
+    @contextlib.contextmanager
+    def deployed(deployment):
+        served.append(deployment)
+        yield Replicas()
+
+    start, run = [], server.run
+
+    async def interrupted(app, service, listening, on_start):
+        def end():
+            start.append(listening.getsockname()[:2])
+            on_start()
+            signal.raise_signal(signal.SIGTERM)
+
+        await run(app, service, listening, end)
+
+    with server.listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setattr(deploy, "deployed", deployed)
+    monkeypatch.setattr(server, "run", interrupted)
+    monkeypatch.setenv(TOKEN_VARIABLE, "t" * 20)
+    command = ["serve", "--base", "embedded:tiny-sd", "--adapters", str(tmp_path), "--queue", "9"]
+    command += ["--adapter_memory", "1.5", "--clip_skip", "1"]
+    assert main([*command, "--host", "::1", "--port", str(port)]) == 0
+    (deployment,) = served
+    assert (deployment.capacity, deployment.adapter_memory) == (9, 1_500_000)
+    assert (deployment.token, deployment.options["clip_skip"]) == ("t" * 20, 1)
+    assert start == [("::1", port)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == [f"http://[::1]:{port} is ready: 0 adapters; Ctrl-C ends it", "ended"]

@@ -1,0 +1,351 @@
+"""``dora-diffusion train``: flags and files of settings, and what a run says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dora_diffusion.cli import main as cli
+from dora_diffusion.cli.commands.train import train_config
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.numerics.devices import default_device
+from dora_diffusion.system import HANGUP
+
+ROOT = Path(__file__).parents[3]
+
+
+def parsed(*flags):
+    return train_config(cli.build_parser().parse_args(["train", *flags]))
+
+
+def test_no_flags_are_the_defaults():
+    assert parsed() == TrainConfig()
+
+
+def test_flags_take_the_types_of_their_settings():
+    config = parsed(
+        "--targets", "attention", "down_blocks.*", "--learning_rate", "1e-4", "--seed", "7",
+        "--no-use_dora", "--random_flip", "--snr_gamma", "0",
+    )  # fmt: skip
+    assert config.targets == ["attention", "down_blocks.*"]
+    assert (config.learning_rate, config.seed, config.snr_gamma) == (1e-4, 7, 0.0)
+    assert not config.use_dora
+    assert config.random_flip
+
+
+def test_flags_take_precedence_over_the_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "rank: 16\nlearning_rate: 3e-4\nuse_dora: false\ntargets: [attention]\n"
+        "resolution: null\nvalidation_prompt: a sks dog\nrandom_flip: true\n",
+        encoding="utf-8",
+    )
+    config = parsed("--config", str(file), "--rank", "8", "--no-random_flip")
+    assert config.rank == 8  # the default's value, but given
+    assert not config.random_flip
+    assert config.learning_rate == 3e-4
+    assert not config.use_dora
+    assert config.targets == ["attention"]
+    assert config.validation_prompt == ["a sks dog"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "seed: 1\nlearning_rte: 1",
+            "run.yaml, line 2: there is no setting learning_rte (did you mean learning_rate?)",
+        ),
+        ("seed: 1\nrank: many", "run.yaml, line 2: rank is 'many'; it must be a whole number"),
+        ("use_dora: 1", "line 1: use_dora is 1; it must be true or false"),
+        ("rank: 0", "line 1: rank is 0; it must be greater than 0"),
+        ("optimizer: sgd", "line 1: optimizer is 'sgd'; it must be one of adamw"),
+        ("optimizer: adamx", "(did you mean adamw?)"),
+        ("- rank", "must hold 'setting: value' lines"),
+        ("seed: 1\nrank: [", "run.yaml, line 2: this is not valid YAML"),
+        ("seed: 1\nrank: 4\nseed: 2", "run.yaml, line 3: seed is already set in line 1"),
+        (
+            "seed: 1\nscale_lr: true",
+            "line 2: scale_lr of Diffusers' scripts is not here",
+        ),
+        ("instance_prompt: a: b", "run.yaml, line 1: this is not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path, last_line, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    assert cli.main(["train", "--config", str(file)]) == 1
+    line = last_line()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_a_missing_file_is_one_line(last_line):
+    assert cli.main(["train", "--config", "nowhere.yaml"]) == 1
+    assert "cannot read the config file nowhere.yaml" in last_line()
+
+
+def test_it_writes_an_adapter_and_says_how_to_use_it(train_flags, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert cli.main(["train", *train_flags(output)]) == 0
+    out = capsys.readouterr().out
+    assert f"done: {output / 'pytorch_lora_weights.safetensors'}" in out
+    assert "'sks mug'" in out
+    # The last lines are the next steps, which work as they stand.
+    images, comfyui, diffusers = (line.split(":", 1) for line in out.splitlines()[-3:])
+    assert (images[0], comfyui[0], diffusers[0]) == ("images", "ComfyUI", "Diffusers")
+    assert cli.main(shlex.split(comfyui[1], comments=True)[1:]) == 0
+    assert f"then copy '{output}.safetensors' into ComfyUI/models/loras" in comfyui[1]
+    assert Path(f"{output}.safetensors").is_file()
+    saved = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
+    assert TrainConfig.from_dict(saved).learning_rate == 1e-2
+
+
+def test_the_script_trains_the_same(trained, train_flags, tmp_path):
+    flags = train_flags(tmp_path / "run")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_dreambooth_dora.py"), *flags],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = read_adapter(trained).layers, read_adapter(tmp_path / "run").layers
+    assert all(torch.equal(layer.up, second[name].up) for name, layer in first.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"instance_data_dir": "nowhere"}, "nowhere"),
+        ({"pretrained_model_name_or_path": "./nowhere"}, "nowhere does not exist"),
+        ({"pretrained_model_name_or_path": "embedded:nothing"}, "embedded"),
+        ({"targets": "no_such_layer"}, "no_such_layer"),
+        ({"rank": 4096}, "use rank <= "),
+        ({"instance_prompt": "a photo of a mug"}, "sks"),
+        ({"mixed_precision": "fp16"}, "fp16 needs a GPU; use bf16 or no"),
+        ({"learning_rate": -1}, "learning_rate is -1.0"),
+    ],
+)
+def test_what_is_wrong_is_one_line(changes, message, train_flags, photos, tmp_path, capsys):
+    if changes.get("mixed_precision") and default_device() != "cpu":
+        pytest.skip("there is a GPU")
+    plain = Path(shutil.copytree(photos, tmp_path / "photos"))
+    for caption in plain.glob("*.txt"):
+        caption.unlink()
+    flags = train_flags(tmp_path / "run", **{"instance_data_dir": plain, **changes})
+    assert cli.main(["train", *flags]) == 1
+    captured = capsys.readouterr()
+    line = captured.err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert message in line
+    assert "Traceback" not in captured.err
+    assert not list(tmp_path.rglob("*lora_weights*"))
+
+
+def test_an_earlier_result_is_not_overwritten(trained, train_flags, last_line):
+    before = (trained / "pytorch_lora_weights.safetensors").read_bytes()
+    assert cli.main(["train", *train_flags(trained)]) == 1
+    assert "--overwrite_output_dir" in last_line()
+    assert (trained / "pytorch_lora_weights.safetensors").read_bytes() == before
+
+
+@pytest.mark.skipif(HANGUP is None, reason="signals between processes are POSIX's")
+def test_an_interrupted_run_saves_and_resumes(train_flags, tmp_path):
+    output = tmp_path / "run"
+    flags = train_flags(output, max_train_steps=100000, checkpointing_steps=2)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dora_diffusion", "train", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        encoding="utf-8",
+    )
+    try:
+        begun = any(line.startswith("checkpoint: ") for line in process.stdout)
+        assert begun, "the run ended before its first checkpoint"
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate()
+    finally:
+        process.kill()
+    assert process.returncode == 130, text
+    assert "--resume_from_checkpoint latest" in text
+    log = output / "metrics.jsonl"
+    steps = max(json.loads(line)["step"] for line in log.read_text(encoding="utf-8").splitlines())
+    again = train_flags(output, max_train_steps=steps + 2)
+    assert cli.main(["train", *again, "--resume_from_checkpoint", "latest"]) == 0
+    lines = [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").splitlines()]
+    assert lines == list(range(1, steps + 3))
+
+
+def quick_flags(photos, output, *more):
+    return [
+        "train", "--instance_prompt", "a photo of a sks mug", "--max_train_steps", "1",
+        "--num_validation_images", "0", "--checkpointing_steps", "0", "--rank", "2",
+        "--instance_data_dir", str(photos), "--output_dir", str(output), *more,
+    ]  # fmt: skip
+
+
+def test_the_model_and_the_device_are_one_line(train_flags, tmp_path, sd1_folder, capsys):
+    assert cli.main(["train", *train_flags(tmp_path / "out")]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0] == f"training {sd1_folder} on cpu in float32"
+    assert "NO BASE MODEL" not in captured.err
+
+
+def test_the_toy_model_is_not_taken_silently(photos, tmp_path, capsys):
+    assert cli.main(quick_flags(photos, tmp_path / "out")) == 0
+    captured = capsys.readouterr()
+    assert "warning: NO BASE MODEL WAS GIVEN: embedded:tiny-sd is trained" in captured.err
+    assert "training embedded:tiny-sd on cpu" in captured.out
+
+
+def test_the_toy_model_that_is_named_says_what_it_does_not_know(photos, tmp_path, capsys):
+    toy = ["--pretrained_model_name_or_path", "embedded:tiny-sd"]
+    dog = [*toy, "--class_word", "dog"]
+    for name, more, expected in (("dog", dog, True), ("mug", toy, False)):
+        assert cli.main(quick_flags(photos, tmp_path / name, *more)) == 0
+        err = capsys.readouterr().err
+        assert ("warning: embedded:tiny-sd is a toy model of a drawn world" in err) == expected
+        assert ("and no dog. Trained on real photos" in err) == expected
+
+
+def test_a_model_that_the_file_names_is_named(photos, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("pretrained_model_name_or_path: embedded:tiny-sd\n", encoding="utf-8")
+    assert cli.main(quick_flags(photos, tmp_path / "out", "--config", str(file))) == 0
+    assert "NO BASE MODEL" not in capsys.readouterr().err
+
+
+def test_a_run_without_a_token_names_no_empty_trigger_word(train_flags, tmp_path, capsys):
+    assert cli.main(["train", *train_flags(tmp_path / "out", token="")]) == 0
+    last = capsys.readouterr().out.splitlines()[-4]
+    assert last.startswith("it has no trigger word: write prompts like its captions")
+    assert last.endswith("such as 'a photo of a sks mug'")
+
+
+def test_a_flag_without_effect_is_said_at_its_default_too(train_flags, tmp_path, capsys):
+    assert cli.main(["train", *train_flags(tmp_path / "out", keep_tags=1, learning_rate=1e-3)]) == 0
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning: ")]
+    assert lines == [
+        "warning: keep_tags has no effect because shuffle_tags is off and tag_dropout is 0.0"
+    ]
+
+
+def test_a_finished_run_is_published_privately_when_asked(
+    train_flags, tmp_path, monkeypatch, capsys
+):
+    calls = []
+    monkeypatch.setattr(
+        "dora_diffusion.export.hub.check", lambda name: calls.append(("check", name))
+    )
+
+    def push(folder, name, *, private):
+        assert list(Path(folder).glob("*.safetensors"))
+        calls.append(("push", name, private))
+        return "https://hub/me/mug"
+
+    monkeypatch.setattr("dora_diffusion.export.hub.push", push)
+    flags = train_flags(tmp_path / "out", hub_model_id="me/mug")
+    assert cli.main(["train", *flags, "--push_to_hub"]) == 0
+    assert calls == [("check", "me/mug"), ("push", "me/mug", True)]
+    assert capsys.readouterr().out.splitlines()[-1] == "https://hub/me/mug"
+
+
+def test_a_dry_run_lists_what_trains_and_loads_no_model(tmp_path, samples_root, capsys):
+    """Also where there is no such model: nothing of it is opened."""
+    teapot = Path(shutil.copytree(samples_root / "heart_teapot", tmp_path / "teapot"))
+    (teapot / "02.weight").write_text("3", encoding="utf-8")
+    entries = [
+        {"instance_data_dir": str(samples_root / "bolt_mug"), "repeats": 2},
+        {"instance_data_dir": str(teapot), "token": "", "instance_prompt": None, "weight": 0.5},
+    ]
+    file = tmp_path / "subjects.yaml"
+    words = ["--pretrained_model_name_or_path", "no/model", "--instance_prompt", "a sks mug"]
+    words += ["--max_train_steps", "30", "--train_batch_size", "2", "--with_prior_preservation"]
+    entries[1]["with_prior_preservation"] = False
+    file.write_text(yaml.safe_dump(entries), encoding="utf-8")
+    assert cli.main(["train", "--dataset_config", str(file), *words, "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    folder = samples_root / "bolt_mug"
+    assert lines[0] == f"sks mug: 5 images, 2 times an epoch, prior: image-free, in {folder}"
+    assert lines[1] == "    01.jpg: a photo of a sks mug on the grass"
+    assert lines[6] == f"captions as they are: 5 images, weight 0.5, in {teapot}"
+    assert lines[8] == "    02.jpg (weight 3): a photo of a sks teapot on the beach"
+    assert lines[-1] == "an epoch: 15 images; 30 steps of 2 are 4 epochs"
+    (teapot / "03.txt").unlink()
+    assert cli.main(["train", "--dataset_config", str(file), *words, "--dry_run"]) == 1
+    assert "1 photo without a caption (03.jpg); write one" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_dry_run_shows_what_is_drawn_of_captions(tmp_path, samples_root, capsys):
+    """Prefix, suffix, lines and alternatives; and no warning of lines that are there."""
+    photos = Path(shutil.copytree(samples_root / "bolt_mug", tmp_path / "photos"))
+    (photos / "01.txt").write_text("a sks mug\na {red|blue} sks mug", encoding="utf-8")
+    (photos / "02.txt").write_text("a sks mug {1|2|3|4|5|6|7}", encoding="utf-8")
+    words = ["--instance_data_dir", str(photos), "--instance_prompt", "a sks mug", "--wildcards"]
+    words += ["--caption_per_line", "--caption_prefix", "best,", "--caption_suffix", ", photo"]
+    words += ["--resolution", "64", "--caption_dropout", "0.25", "--validation_split", "1"]
+    assert cli.main(["train", *words, "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    facts = "4 images, at 64 px, captions dropped: 0.25, 1 image held out"
+    assert lines[0] == f"sks mug: {facts}, in {photos}"
+    first = lines.index("    01.jpg: best, a sks mug, photo")
+    assert lines[first + 1 : first + 4] == [
+        "        or best, a red sks mug, photo", "        or best, a blue sks mug, photo",
+        "    02.jpg: best, a sks mug 1, photo",
+    ]  # fmt: skip
+    assert lines[first + 7 : first + 9] == [
+        "        or best, a sks mug 5, photo", "        or 2 more",
+    ]  # fmt: skip
+    assert lines[-1] == "an epoch: 4 images"
+
+
+def test_a_preset_is_where_settings_start(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("caption_dropout: 0.2\n", encoding="utf-8")
+    config = parsed("--preset", "style", "--config", str(file), "--no-aspect_ratio_buckets")
+    assert (config.token, config.caption_dropout) == ("", 0.2)
+    assert not config.aspect_ratio_buckets
+
+
+def test_a_pack_trains_each_subject_and_says_which_failed(sd1_folder, tmp_path, capsys):
+    subjects = tmp_path / "subjects"
+    shutil.copytree(ROOT / "samples" / "bolt_mug", subjects / "mug")
+    for name in ("empty", "wrong"):
+        (subjects / name).mkdir()
+    (subjects / "wrong" / "subject.yaml").write_text("rank: -1", encoding="utf-8")
+    flags = [
+        "--pack", str(subjects), "--pretrained_model_name_or_path", str(sd1_folder),
+        "--class_word", "mug", "--output_dir", str(tmp_path / "out"), "--max_train_steps", "1",
+        "--resolution", "32", "--targets", "conv_in", "--num_validation_images", "0",
+        "--checkpointing_steps", "0",
+    ]  # fmt: skip
+    assert cli.main(["train", *flags, "--method", "full"]) == 1
+    assert "method full of empty is not possible in a pack" in capsys.readouterr().err
+    assert cli.main(["train", *flags]) == 1
+    said = capsys.readouterr().out
+    adapter = tmp_path / "out" / "mug" / "pytorch_lora_weights.safetensors"
+    assert f"mug: {adapter} (sks mug)" in said
+    assert read_adapter(adapter).metadata.trigger == "sks mug"
+    assert "empty failed: " in said
+    assert f"wrong failed: {subjects / 'wrong' / 'subject.yaml'}: rank is -1" in said
+    assert not (tmp_path / "out" / "empty").exists()
+    assert cli.main(["train", *flags, "--dry_run"]) == 1
+    said = capsys.readouterr().out
+    assert "mug:\nsks mug: 5 images" in said
+    assert "wrong: " in said

@@ -1,0 +1,331 @@
+"""The HTTP API over workers that are a function, without Ray and without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+
+import httpx
+import pytest
+
+from dora_diffusion.cluster.serving.api import Service, make_app
+from dora_diffusion.cluster.serving.batcher import WorkerLostError
+from dora_diffusion.cluster.serving.catalogue import Catalogue
+from dora_diffusion.cluster.serving.engine import Reply
+from dora_diffusion.cluster.serving.request import ApiAnswer, Refusal
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from tests.cluster.serving.helpers import run
+
+pytest.importorskip("prometheus_client", reason="it comes with the extra ray")
+
+TOKEN = "a-token-of-24-characters"
+
+
+@pytest.fixture
+def folder(tmp_path, random_layer):
+    import torch
+
+    layers = {"unet.conv_in": random_layer(torch.ones(8, 4, 3, 3), torch.Generator())}
+    for name, extra in (("dog", {}), ("cat", {}), ("v", {"prediction_type": "v_prediction"})):
+        metadata = AdapterMetadata("sd1", trigger=f"sks {name}", extra=extra)
+        write_adapter(tmp_path / f"{name}.safetensors", AdapterFile(layers, metadata))
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    return tmp_path
+
+
+class Workers:
+    """Answers with what was asked, as its seed's image; ``fails`` is raised, a batch at a time."""
+
+    def __init__(self, seconds=0.0):
+        self.batches, self.fails, self.seconds, self.healthy = [], [], seconds, 1
+
+    async def count(self):
+        return self.healthy
+
+    async def __call__(self, batch):
+        self.batches.append([asked.request.adapter for asked in batch])
+        await asyncio.sleep(self.seconds)
+        if self.fails:
+            raise self.fails.pop()
+        answers = [
+            Refusal(422, "it does not fit") if asked.request.prompt == "unfit"
+            else ApiAnswer(f"{asked.request.adapter} {asked.seed}".encode(), asked.seed, ("n\xe9",))
+            for asked in batch
+        ]  # fmt: skip
+        return Reply(answers, len(batch))
+
+
+def client_of(folder, workers, token=TOKEN, timeout=60.0, **queue):
+    service = Service(
+        Catalogue([folder]), workers, workers.count, timeout, **({"window": 1.0} | queue)
+    )
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    transport = httpx.ASGITransport(make_app(service, token))
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers)
+
+
+async def post(client, **values):
+    return await client.post("/v1/images", json={"prompt": "a dog", **values})
+
+
+def test_requests_of_many_adapters_share_a_batch_and_each_gets_its_own(folder):
+    workers = Workers()
+
+    async def ask():
+        async with client_of(folder, workers) as client:
+            values = [{"adapter": name, "seed": seed} for seed, name in enumerate(
+                ["dog", "cat", None, "dog", "v", "../v", "torn"])]  # fmt: skip
+            values += [{"seed": 7, "steps": 3}, {"prompt": "unfit"}]
+            return await asyncio.gather(*(post(client, **value) for value in values))
+
+    *good, other, unknown, torn, steps, unfit = run(ask())
+    found = [(answer.content, answer.headers["X-Seed"]) for answer in (*good, other, steps)]
+    assert found == [
+        (b"dog 0", "0"), (b"cat 1", "1"), (b"None 2", "2"), (b"dog 3", "3"), (b"v 4", "4"),
+        (b"None 7", "7"),
+    ]  # fmt: skip
+    assert json.loads(good[0].headers["X-Notes"]) == ["né"]
+    assert good[0].headers["Content-Type"] == "image/png"
+    # Its own noise schedule, and other steps, are batches of their own.
+    assert sorted(map(len, workers.batches)) == [1, 1, 5]
+    assert ["v"] in workers.batches
+    assert (unknown.status_code, torn.status_code, unfit.status_code) == (404, 422, 422)
+    assert "no adapter '../v'; see /v1/adapters" in unknown.json()["detail"]
+    assert "torn.safetensors" in torn.json()["detail"]
+    assert unfit.json() == {"detail": "it does not fit"}
+
+
+def test_overload_timeouts_and_dead_workers_have_their_statuses(folder):
+    workers = Workers(seconds=10)
+
+    async def ask():
+        async with client_of(folder, workers, timeout=15.0, capacity=2, batch_size=1) as client:
+            asked = [asyncio.ensure_future(post(client, seed=n)) for n in range(4)]
+            answers = await asyncio.gather(*asked)
+            await asyncio.sleep(10)
+            workers.fails = [WorkerLostError("gone")] * 3
+            workers.seconds = 1
+            lost = await post(client)
+            workers.fails = [WorkerLostError("gone")]
+            return answers, lost, await post(client), (await client.get("/metrics")).text
+
+    answers, lost, again, metrics = run(ask())
+    assert [answer.status_code for answer in answers] == [200, 504, 504, 429]
+    assert int(answers[3].headers["Retry-After"]) >= 1
+    assert "no image within 15 s" in answers[1].json()["detail"]
+    assert (lost.status_code, again.status_code) == (500, 200)
+    for line in (
+        'dora_requests_total{status="200"} 2.0', 'dora_requests_total{status="504"} 2.0',
+        'dora_requests_total{status="429"} 1.0', "dora_workers_lost_total 4.0",
+        "dora_queue_length 0.0", "dora_batch_size_count 2.0",
+    ):  # fmt: skip
+        assert line in metrics.splitlines(), metrics
+    # Who had waited too long was not sampled for.
+    assert sum(map(bool, workers.batches)) == 2 + 3 + 2
+
+
+def test_readiness_is_that_of_the_replicas_now(folder):
+    workers = Workers()
+
+    async def ask():
+        async with client_of(folder, workers, token=None) as client:
+            found = []
+            for workers.healthy in (1, 0, 2):
+                metrics = (await client.get("/metrics")).text.splitlines()
+                codes = [(await client.get(path)).status_code for path in ("/health", "/ready")]
+                found.append((*codes, f"dora_ready {codes[1] == 200:.1f}" in metrics))
+            return found
+
+    assert run(ask()) == [(200, 200, True), (200, 503, True), (200, 200, True)]
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"prompt": ""}, "prompt: String should have at least 1 character"),
+        ({"steps": 0}, "steps: Input should be greater than or equal to 1"),
+        ({"width": 65}, "width: Input should be a multiple of 8"),
+        ({"scheduler": "fast"}, "scheduler: Value error, it must be one of ddim"),
+        ({"step": 3}, "step: Extra inputs are not permitted"),
+        ({"strength": 9}, "strength: Input should be less than or equal to 3"),
+        ({"prompt": "x" * 70000}, "a request has a Content-Length, of at most 65536 bytes"),
+    ],
+    ids=str,
+)
+def test_wrong_values_are_one_line(folder, values, line):
+    async def ask():
+        async with client_of(folder, Workers()) as client:
+            return await post(client, **values)
+
+    answer = run(ask())
+    assert answer.status_code in (413, 422)
+    assert answer.json()["detail"].startswith(line)
+
+
+def test_without_the_token_nothing_is_told(folder):
+    workers = Workers()
+
+    async def ask():
+        async with client_of(folder, workers) as client:
+            paths = ("/v1/adapters", "/metrics", "/health", "/openapi.json", "/v1/../metrics")
+            del client.headers["Authorization"]
+            codes = [(await client.get(path)).status_code for path in paths]
+            for header in ("", "Bearer", f"Bearer {TOKEN[:-1]}", f"Basic {TOKEN}", "Bearer \xff"):
+                given = {"Authorization": header.encode("latin-1")}
+                answer = await client.post("/v1/images", json={"prompt": "a"}, headers=given)
+                assert answer.status_code == 401
+                assert answer.headers["WWW-Authenticate"] == "Bearer"
+            listed = await client.get("/v1/adapters", headers={"Authorization": f"Bearer {TOKEN}"})
+            return codes, listed.json()
+
+    codes, listed = run(ask())
+    assert codes == [401, 401, 200, 200, 401]
+    assert workers.batches == []
+    assert [each["name"] for each in listed] == ["cat", "dog", "torn", "v"]
+    assert listed[1] == {"name": "dog", "trigger": "sks dog", "family": "sd1", "problem": None}
+    assert "torn.safetensors" in listed[2]["problem"]
+
+
+def test_without_a_token_another_name_of_this_machine_is_refused(folder):
+    async def ask(host):
+        async with client_of(folder, Workers(), token=None) as client:
+            return (await client.get("/v1/adapters", headers={"Host": host})).status_code
+
+    good = ("localhost:8000", "LOCALHOST", "127.0.0.1", "127.0.0.2:1", "[::1]", "[::1]:8000")
+    assert {run(ask(host)) for host in good} == {200}
+    bad = ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example",
+           "192.168.1.7", "[::2]", "0.0.0.0", "[::]:8000", "", "a b", "localhost:x")  # fmt: skip
+    assert {run(ask(host)) for host in bad} == {400}
+
+
+def test_no_page_loads_scripts_from_elsewhere(folder):
+    async def ask():
+        async with client_of(folder, Workers(), token=None) as client:
+            schema = (await client.get("/openapi.json")).json()
+            paths = [*schema["paths"], "/docs", "/redoc", "/docs/oauth2-redirect", "/"]
+            answers = [await client.get(path) for path in paths]
+            return paths, [a.headers.get("content-type", "") for a in answers]
+
+    paths, types = run(ask())
+    assert {"/v1/images", "/v1/adapters", "/health", "/ready", "/metrics"} < set(paths)
+    assert not [path for path, kind in zip(paths, types, strict=True) if "html" in kind]
+
+
+@pytest.mark.parametrize("letter", ["a", "\xe9", "\u9f8d", "\U0001f600", '"', "\\", "\n"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_notes_fit_into_a_header_and_begin_as_they_do(folder, letter, count):
+    notes = [f"note {n}: {letter * 4000}" for n in range(count)]
+
+    class Noting(Workers):
+        async def __call__(self, batch):
+            return Reply([ApiAnswer(b"png", 0, ("short", *notes)) for _ in batch], 0)
+
+    async def ask():
+        async with client_of(folder, Noting()) as client:
+            return await post(client)
+
+    header = run(ask()).headers["X-Notes"]
+    assert len(header.encode()) <= 2048
+    assert len(header) > 1000
+    short, *cut = json.loads(header)
+    assert short == "short"
+    assert [note[:9] for note in cut] == [f"note {n}: {letter}" for n in range(count)]
+    assert all(note.endswith(" ...") for note in cut)
+
+
+def test_each_request_is_a_line_of_the_log_without_prompts_and_tokens(folder, caplog):
+    workers = Workers()
+
+    async def ask():
+        async with client_of(folder, workers) as client:
+            for path in ("/health", "/ready", "/metrics", "/v1/adapters", "/a%0Ab?secret=1"):
+                await client.get(path)
+            await post(client, adapter="dog", prompt="secret")
+            await post(client, adapter="no\none")
+            await client.post("/v1/images", headers={"Authorization": "Bearer secret-secret"})
+            workers.healthy = 0
+            await client.get("/ready")
+
+    with caplog.at_level("INFO", "dora_diffusion.cluster.serving"):
+        run(ask())
+    assert "secret" not in caplog.text
+    assert not any("\n" in message for message in caplog.messages)
+    lines = [json.loads(message) for message in caplog.messages]
+    assert [(line["request"], line["status"], line.get("adapter")) for line in lines] == [
+        ("GET /v1/adapters", 200, None), ("GET /a\nb", 404, None),
+        ("POST /v1/images", 200, "dog"), ("POST /v1/images", 404, "no\none"),
+        ("POST /v1/images", 401, None), ("GET /ready", 503, None),
+    ]  # fmt: skip
+    assert {*lines[0]} == {"time", "client", "request", "status", "seconds"}
+
+
+def test_a_defect_is_told_in_the_log_and_not_to_who_asks(folder, caplog):
+    class Broken(Workers):
+        async def __call__(self, batch):
+            return Reply([Refusal(500, "unexpected", defect="Traceback: here") for _ in batch], 0)
+
+    async def ask():
+        async with client_of(folder, Broken()) as client:
+            return (await post(client)).json()
+
+    assert run(ask()) == {"detail": "unexpected"}
+    assert "Traceback: here" in caplog.text
+
+
+def test_adapters_may_come_go_and_break_while_clients_list_and_ask(folder, monkeypatch):
+    """Each look at a file may find it gone, locked or broken, and the others are answered."""
+    read, turns = Catalogue.metadata, itertools.count()
+    troubles = [
+        FileNotFoundError(2, "No such file", "x"), PermissionError(13, "Permission denied", "x"),
+        OSError(5, "Input/output error", "x"), ValueError("torn"), KeyError("a defect"),
+    ]  # fmt: skip
+
+    def trouble(file):
+        if file.stem == "dog":
+            raise troubles[next(turns) % len(troubles)]
+        return read(file)
+
+    monkeypatch.setattr(Catalogue, "metadata", staticmethod(trouble))
+
+    async def ask():
+        async with client_of(folder, Workers()) as client:
+            listed = [(await client.get("/v1/adapters")).json() for _ in troubles]
+            codes = [(await post(client, adapter="dog")).status_code for _ in troubles]
+            codes += [(await post(client, adapter="cat")).status_code]
+            return listed, codes
+
+    listed, codes = run(ask())
+    assert codes == [404, 422, 422, 422, 500, 200]
+    problems = [{row["name"]: row["problem"] for row in rows} for rows in listed]
+    assert all(rows["cat"] is None and rows["v"] is None for rows in problems)
+    assert "dog" not in problems[0]
+    found = [rows["dog"] for rows in problems[1:]]
+    assert found[:3] == ["x: Permission denied", "x: Input/output error", "torn"]
+    assert "KeyError" in found[3]
+    assert str(folder) not in str(problems)
+
+
+def test_listings_beside_scans_and_a_folder_that_changes_never_fail(folder):
+    async def ask():
+        async with client_of(folder, Workers(), token=None) as client:
+            codes, text = set(), (folder / "dog.safetensors").read_bytes()
+
+            def change():
+                for number in range(200):
+                    file = folder / f"new{number % 5}.safetensors"
+                    if file.exists():
+                        file.unlink()
+                    else:
+                        file.write_bytes(text)
+
+            changing = asyncio.ensure_future(asyncio.to_thread(change))
+            while not changing.done():
+                asked = [client.get("/v1/adapters"), client.get("/v1/adapters")]
+                asked += [post(client, adapter=f"new{number}") for number in range(5)]
+                codes |= {answer.status_code for answer in await asyncio.gather(*asked)}
+            await changing
+            return codes
+
+    # A file that is being written cannot be read yet.
+    assert asyncio.run(ask()) <= {200, 404, 422, 429}

@@ -1,0 +1,118 @@
+"""Names of adapters: what lies in folders, found again as it changes, and never a path."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dora_diffusion.cluster.serving.catalogue import RESCAN, Catalogue
+from dora_diffusion.config import ConfigError
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.formats.layouts.layout import AdapterFormatError
+
+
+@pytest.fixture
+def folder(tmp_path, random_layer):
+    import torch
+
+    layers = {"unet.conv_in": random_layer(torch.ones(8, 4, 3, 3), torch.Generator())}
+    made = tmp_path / "adapters"
+    for path in ("dog.safetensors", "cat run/pytorch_lora_weights.safetensors"):
+        adapter = AdapterFile(layers, AdapterMetadata("sd1", trigger=f"sks {path[:3]}"))
+        (made / path).parent.mkdir(parents=True, exist_ok=True)
+        write_adapter(made / path, adapter)
+    (made / "photos").mkdir()
+    (made / "notes.txt").write_text("dog", encoding="utf-8")
+    (tmp_path / "secret.safetensors").write_bytes((made / "dog.safetensors").read_bytes())
+    return made
+
+
+def test_files_and_runs_are_found_by_name(folder):
+    catalogue = Catalogue([folder])
+    assert sorted(catalogue.scan()) == ["cat run", "dog"]
+    assert catalogue.find("dog") == folder / "dog.safetensors"
+    assert catalogue.find("cat run") == folder / "cat run"
+    assert [catalogue.metadata(catalogue.find(name)).trigger for name in ("dog", "cat run")] == [
+        "sks dog", "sks cat",
+    ]  # fmt: skip
+    assert list(Catalogue([folder / "cat run"]).scan()) == ["cat run"]
+    assert list(Catalogue([folder / "dog.safetensors"]).scan()) == ["dog"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret", "..", ".", "", "dog.safetensors", "cat run/pytorch_lora_weights", "dog\0", "~",
+     "../adapters/dog", "/etc/passwd", "notes", "photos"],
+)  # fmt: skip
+def test_what_is_no_name_is_not_looked_for_on_the_disk(folder, name):
+    assert Catalogue([folder]).find(name) is None
+
+
+def test_a_folder_is_looked_through_again_but_not_for_every_wrong_name(folder):
+    now = [100.0]
+    catalogue = Catalogue([folder], clock=lambda: now[0])
+    shutil.copy(folder / "dog.safetensors", folder / "wolf.safetensors")
+    assert catalogue.find("wolf") is None
+    now[0] += RESCAN
+    assert catalogue.find("wolf") == folder / "wolf.safetensors"
+    (folder / "wolf.safetensors").unlink()
+    assert catalogue.find("wolf") is None
+    assert "wolf" not in catalogue.scan()
+
+
+def test_a_file_that_was_written_since_is_read_again(folder):
+    catalogue = Catalogue([folder])
+    assert catalogue.metadata(catalogue.find("dog")).trigger == "sks dog"
+    (folder / "dog.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(AdapterFormatError):
+        catalogue.metadata(catalogue.find("dog"))
+
+
+def test_a_file_beside_a_folder_of_its_name_has_its_suffix(folder):
+    """As `convert my-mug my-mug.safetensors` writes one; each can be asked for."""
+    catalogue = Catalogue([folder])
+    shutil.copy(folder / "dog.safetensors", folder / "cat run.safetensors")
+    assert catalogue.scan() == Catalogue([folder]).scan() == {
+        "cat run": folder / "cat run", "cat run.safetensors": folder / "cat run.safetensors",
+        "dog": folder / "dog.safetensors",
+    }  # fmt: skip
+    assert catalogue.metadata(catalogue.find("cat run.safetensors")).trigger == "sks dog"
+    assert catalogue.metadata(catalogue.find("cat run")).trigger == "sks cat"
+
+
+def test_two_of_one_name_are_refused_at_first_and_the_first_one_stays(folder):
+    catalogue, other = Catalogue([folder]), folder / "other"
+    other.mkdir()
+    shutil.copy(folder / "dog.safetensors", other / "dog.safetensors")
+    with pytest.raises(ConfigError, match="have one name; rename one of them"):
+        Catalogue([folder, other])
+    assert catalogue.scan()["dog"] == folder / "dog.safetensors"
+    with pytest.raises(ConfigError, match="does not exist; give a folder of adapters"):
+        Catalogue([folder / "nowhere"])
+
+
+@pytest.mark.parametrize("locked", ["cat run", "photos", "dog.safetensors"])
+def test_what_cannot_be_read_is_named_and_hides_nothing(folder, locked, monkeypatch):
+    """As root everything can be read: the system's answer is put in its place."""
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda p, m: access(p, m) and Path(p).name != locked)
+    catalogue = Catalogue([folder])
+    assert {"cat run", "dog"} <= set(catalogue.scan())
+    file = catalogue.find(Path(locked).stem)
+    with pytest.raises(PermissionError, match=f"Permission denied: .*{locked}"):
+        catalogue.metadata(file)
+    other = "dog" if locked != "dog.safetensors" else "cat run"
+    assert catalogue.metadata(catalogue.find(other)).trigger == f"sks {other[:3]}"
+    with pytest.raises(PermissionError, match=f"Permission denied: .*{locked}"):
+        Catalogue([folder / locked])
+
+
+def test_a_folder_that_goes_away_takes_only_its_own_along(folder, tmp_path):
+    catalogue = Catalogue([folder, tmp_path / "secret.safetensors"])
+    shutil.rmtree(folder)
+    catalogue.scan()
+    assert catalogue.find("secret") == tmp_path / "secret.safetensors"
+    assert catalogue.find("dog") is None

@@ -1,0 +1,58 @@
+"""Labelled sheets, pixel by pixel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import ImageChops
+
+from dora_diffusion.data.sheets import labelled_sheet, stacked
+from tests.training.helpers import find, noise
+
+PROMPTS = ["a photo of a sks mug on the snow", "a sks mug, at night"]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (512, 512)])
+def test_images_lie_in_rows_and_columns_and_none_is_written_over(size):
+    images = [noise(size, seed) for seed in range(4)]
+    sheet = labelled_sheet(images, "After 300 steps", PROMPTS, ["seed 5", "seed 6"])
+    places = [find(sheet, image) for image in images]
+    assert [len(place) for place in places] == [1, 1, 1, 1]
+    (a, b, c, d) = (place[0] for place in places)
+    assert a[1] == b[1] < c[1] == d[1]
+    assert a[0] == c[0] < b[0] == d[0]
+    assert b[0] - a[0] >= size[0]
+    assert c[1] - a[1] > size[1], "the second row's prompt is between"
+
+
+@pytest.mark.parametrize("changed", ["title", "row", "column"])
+def test_every_label_is_drawn_and_changes_no_image(changed):
+    images = [noise((64, 64), seed) for seed in range(2)]
+    labels = {"title": "Step 1", "row": "a mug", "column": "seed 0"}
+
+    def draw(labels):
+        sheet = labelled_sheet(
+            images, labels["title"], [labels["row"]], [labels["column"], "seed 1"]
+        )
+        return sheet, [find(sheet, image) for image in images]
+
+    (before, places), (after, again) = draw(labels), draw(labels | {changed: "Step 9 xyz"})
+    assert places == again
+    assert ImageChops.difference(before, after).getbbox() is not None
+
+
+def test_long_prompts_take_more_lines_and_stay_inside():
+    images = [noise((64, 64), seed) for seed in range(2)]
+    short = labelled_sheet(images, "x", ["a mug"], ["0", "1"])
+    long = labelled_sheet(images, "x", ["a mug " * 40 + "w" * 300], ["0", "1"])
+    assert long.width == short.width
+    assert long.height > short.height + 5 * 12
+    margin = np.asarray(long)[:, -2:]
+    assert (margin[: long.height - 70] == 255).all(), "no letter is cut at the right"
+
+
+def test_stacked_sheets_keep_their_pixels():
+    first, second = noise((40, 20), 1), noise((30, 10), 2)
+    whole = stacked([first, second])
+    assert find(whole, first) == [(0, 0)]
+    assert len(find(whole, second)) == 1

@@ -1,0 +1,132 @@
+"""A study read from YAML: what is checked before anything is trained."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from dora_diffusion.cli.commands.compare import QUICK
+from dora_diffusion.config import ConfigError
+from dora_diffusion.lab.study.config import Study, read_study
+from dora_diffusion.lab.study.subjects import find_subject
+from dora_diffusion.lab.study.tables import differences_table
+from dora_diffusion.lab.study.trials import trials_of
+from tests.lab.study.helpers import STUDY, record, study
+
+
+def test_a_method_is_the_common_settings_with_its_own_over_them(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(STUDY, sort_keys=False), encoding="utf-8")
+    read = read_study(file)
+    dora, lora, half = (read.training(method) for method in read.methods)
+    assert (dora.method_name, lora.method_name) == ("dora", "lora")
+    assert (dora.rank, half.rank, half.max_train_steps) == (8, 4, 20)
+    assert read.seeds == (0, 1)
+    assert read.reference == "lora"
+    assert [method.is_tuned for method in read.methods] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"subject": ["x"]}, "has no subject.*did you mean subjects"),
+        ({"methods": {"a": {"rnak": 4}}}, "there is no setting rnak.*did you mean rank"),
+        ({"methods": {"a": {"seed": 4}}}, "seed is set by the study"),
+        ({"methods": {"a": {"keep_best": True}}}, "keep_best is set by the study"),
+        ({"methods": {"a": {"output_dir": "x"}}}, "output_dir is set by the study"),
+        ({"methods": {"a": {"rank": -1}}}, "methods.a: rank is -1"),
+        ({"methods": {"base": {}}}, "a method is called base"),
+        ({"methods": {"a": {"learning_rate": 0}}}, "greater than 0"),
+        ({"methods": {"a": {"rate_of": "b"}}}, "there is no method 'b'"),
+        ({"methods": {"adapted": {"rate_of": "adaptd"}}}, "did you mean adapted"),
+        (
+            {"reference": "loraa"},
+            r"reference: there is no row 'loraa' \(did you mean lora\?\); "
+            "there are base, dora, lora, half$",
+        ),
+        (
+            {"tune": {"subjects": ["bolt_fish"], "method_rates": {"lroa": [1e-3]}}},
+            "tune.method_rates: there is no method 'lroa'.*did you mean lora",
+        ),
+        (
+            {"tune": {"subjects": ["bolt_fish"], "learning_rates": [1e-3], "best": "subjet_kind"}},
+            "tune.best: there is no measure 'subjet_kind'.*did you mean subject_kind",
+        ),
+        (
+            {
+                "tune": {
+                    "subjects": ["bolt_fish"],
+                    "learning_rates": [1e-3],
+                    "keep": {"other_kind": 0.1},
+                }
+            },
+            "tune.keep: there is no measure 'other_kind'.*did you mean others_kind",
+        ),
+        ({"methods": {}}, "methods is empty"),
+        ({"tune": None}, "dora, lora: no learning rate"),
+        ({"tune": {"subjects": ["star_teapot"], "learning_rates": [1e-3]}}, "on other subjects"),
+        ({"common": {"learning_rate": 1e-3}}, "tune has no effect"),
+        ({"seeds": "many"}, "seeds is 'many'"),
+        ({"seeds_per_subject": 3}, "seeds_per_subject is 3; there are 2 seeds"),
+        ({"seeds_per_subject": 0}, "seeds_per_subject is 0"),
+        ({"seeds_per_subject": "one"}, "seeds_per_subject is 'one'"),
+        ({"asked": {"steps": 3}}, "asked has no steps"),
+    ],
+)
+def test_what_cannot_work_is_said_before_a_trial(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        study(**changes)
+
+
+@pytest.mark.parametrize(
+    ("methods", "reference", "expected"),
+    [
+        ({"dora": 1e-3, "lora": 1e-3}, None, "lora"),
+        ({"dora": 1e-3, "half": 1e-3}, None, "dora"),
+        ({"dora": [1e-3, 2e-3], "lora": [1e-3, 2e-3]}, None, "dora 0.001"),
+        ({"dora": [1e-3, 2e-3], "lora": [1e-3, 2e-3]}, "lora 0.002", "lora 0.002"),
+        ({"dora": [1e-3, 2e-3], "lora": [1e-3, 2e-3]}, "lora", None),
+        ({"dora": 1e-3, "lora": 1e-3}, "base", "base"),
+        ({"dora": 1e-3, "lora": 1e-3}, "Lora", None),
+    ],
+)  # fmt: skip
+def test_the_reference_is_a_row_of_the_report(methods, reference, expected):
+    """Or the differences to it would be a table of dashes."""
+    changes = {
+        "methods": {name: {"learning_rate": rate} for name, rate in methods.items()},
+        "reference": reference, "tune": None,
+    }  # fmt: skip
+    if expected is None:
+        with pytest.raises(ConfigError, match=r"reference: there is no row .*; there are base, "):
+            study(**changes)
+        return
+    made = study(**changes)
+    assert made.reference == expected
+    rows = [row for method in made.methods for row in made.rows(method)]
+    taken = {m.name: m.learning_rates for m in made.methods}
+    trials = trials_of(made, "digest", taken, [(find_subject("star_teapot", made.base, []), 0)])
+    assert [trial.row for trial in trials] == ["base", *rows]
+    figures = [record(row, "star_teapot", 0, subject_kind=1.0) for row in ("base", *rows)]
+    table = differences_table(figures, made.reference)
+    assert len(table[0]) > 1
+    assert "-" not in table[1][1:]
+
+
+def test_every_method_is_tuned_equally_often():
+    rates = {"learning_rates": [1e-3, 2e-3], "subjects": ["bolt_fish"]}
+    with pytest.raises(ConfigError, match=r"as many rates.*'dora': 2, 'lora': 3"):
+        study(tune={**rates, "method_rates": {"lora": [1e-3, 2e-3, 4e-3]}})
+    assert study(tune={**rates, "method_rates": {"lora": [3e-3, 4e-3]}}).tune.rates("lora") == (
+        3e-3, 4e-3,
+    )  # fmt: skip
+
+
+def test_a_setting_that_does_nothing_in_its_method_is_said():
+    given = study(methods={"full": {"method": "full", "rank": 4}, "lora": {"method": "lora"}})
+    assert given.reasons() == ["full: rank has no effect because method is full"]
+
+
+def test_the_quick_study_is_one():
+    quick = Study.from_dict(QUICK)
+    assert [method.learning_rates for method in quick.methods] == [(4e-3,), (4e-3,), (8e-4,)]
+    assert not quick.reasons()

@@ -1,0 +1,36 @@
+"""Subjects of a study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dora_diffusion.lab.study.subjects import PhotoSource, ToySource
+from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS
+
+
+@pytest.mark.parametrize(("word", "noun"), [("mug", "a sks mug"), ("", "a sks")])
+def test_photos_are_labelled_with_what_the_first_image_is_asked_to_show(
+    tmp_path: Path, word: str, noun: str
+) -> None:
+    for place, name in enumerate(("photos", "held_out")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (32, 32 + place)).save(tmp_path / name / "1.png")
+    given = {name: str(tmp_path / name) for name in ("photos", "held_out")}
+    prompt = {"instance_prompt": f"a photo of a sks {word}".strip(), "class_word": word}
+    source = PhotoSource.read({**given, **prompt, "name": "My mug"}, [])
+    assert source.label.startswith("My mug ")
+    assert noun in source.label
+
+
+def test_a_method_s_token_takes_the_place_of_the_usual_one(tmp_path: Path) -> None:
+    source, prompts = ToySource(SUBJECTS["cross_mug"]), {}
+    for token in ("sks", "<new>"):
+        settings = source.training(tmp_path, token)
+        texts = sorted(Path(settings["instance_data_dir"]).glob("*.txt"))
+        prompts[token] = [settings["instance_prompt"], *(text.read_text("utf-8") for text in texts)]
+    assert len(prompts["sks"]) == 6
+    assert [prompt.replace("sks", "<new>") for prompt in prompts["sks"]] == prompts["<new>"]
+    assert prompts["<new>"][0] == "a photo of a <new> mug"

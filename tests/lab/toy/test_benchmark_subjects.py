@@ -1,0 +1,92 @@
+"""The benchmark's subjects: new, disjoint, legible, and the same everywhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS
+from dora_diffusion.lab.toy.benchmark_subjects import (
+    PHOTOS,
+    REPORTED,
+    SAMPLES,
+    SUBJECTS,
+    TUNING,
+    draw_subject,
+    find_subject,
+    write_photos,
+)
+from dora_diffusion.lab.toy.shapes import CLASSES, UNSEEN_CLASSES
+from dora_diffusion.lab.toy.world import COLORS
+
+ROBOT_BODY = (0.7045033553437224, 0.19197217036037878, 0.9547967425274093)
+
+
+def kinds(subjects):
+    return {subject.sample.subject.kind for subject in subjects}
+
+
+def test_reported_and_tuning_subjects_share_nothing():
+    assert len(REPORTED) >= 8
+    assert not kinds(REPORTED) & kinds(TUNING)
+    assert len(SUBJECTS) == len({*REPORTED, *TUNING, *SAMPLES})
+
+
+def test_some_classes_have_a_word_and_some_have_none():
+    known = [subject for subject in REPORTED if subject.known_class]
+    assert 3 <= len(known) <= len(REPORTED) - 3
+    for subject in (*REPORTED, *TUNING):
+        kind = subject.sample.subject.kind
+        assert subject.known_class == (kind in CLASSES)
+        assert subject.word == (kind if subject.known_class else "toy")
+    assert kinds(REPORTED) >= set(UNSEEN_CLASSES)
+
+
+@pytest.mark.parametrize("subject", [*REPORTED, *TUNING], ids=lambda s: s.name)
+def test_its_colors_stand_apart_and_are_no_palette_colors(subject):
+    what = subject.sample.subject
+    sign = what.emblem.rgb if what.emblem else what.pattern_rgb
+    colors = np.array([what.body, what.accent, sign])
+    gaps = np.linalg.norm(colors[:, None] - colors[None], axis=-1)[np.triu_indices(3, 1)]
+    assert gaps.min() > 0.45
+    unnamed = colors[1:] if what.color else colors
+    palette = np.array(list(COLORS.values()))
+    assert np.linalg.norm(unnamed[:, None] - palette[None], axis=-1).min() > 0.2
+
+
+@pytest.mark.parametrize("subject", [*REPORTED, *TUNING], ids=lambda s: s.name)
+def test_photos_show_five_places_and_truth_the_other_five(subject):
+    assert len(set(subject.photo_backgrounds)) == PHOTOS
+    assert {*subject.photo_backgrounds, *subject.held_out_backgrounds} == set(BACKGROUNDS)
+    assert len(subject.held_out_backgrounds) == PHOTOS
+    assert not any(subject.sample.scene(b, k).flip for b in BACKGROUNDS for k in range(3))
+
+
+def test_a_seed_is_a_subject():
+    again = draw_subject("mug", 4, mark="cross", word="mug", color="purple")
+    assert again == find_subject("cross_mug")
+    other = draw_subject("mug", 5, mark="cross", word="mug", color="purple")
+    assert other.sample.subject.accent != again.sample.subject.accent
+    # The draw itself, so that another numpy that draws otherwise is noticed.
+    assert REPORTED[0].sample.subject.body == pytest.approx(ROBOT_BODY, abs=1e-12)
+    with pytest.raises(ValueError, match="no colour 'mauve'"):
+        draw_subject("mug", 4, mark="cross", color="mauve")
+    with pytest.raises(ValueError, match="no subject 'nobody'"):
+        find_subject("nobody")
+
+
+def test_photos_come_with_true_captions(tmp_path):
+    subject = find_subject("moon_robot")
+    photos = write_photos(subject, tmp_path)
+    assert len(photos) == PHOTOS
+    assert (
+        photos[0].with_suffix(".txt").read_text(encoding="utf-8")
+        == "a photo of a sks toy on a wooden floor\n"
+    )
+    with Image.open(photos[0]) as first, Image.open(photos[1]) as second:
+        assert first.size == second.size
+        assert np.asarray(first).std() > 20
+    assert [p.read_bytes() for p in write_photos(subject, tmp_path / "b")] == [
+        p.read_bytes() for p in photos
+    ]

@@ -1,0 +1,327 @@
+"""What training takes of memory: the measured rows, what follows from them, and what fits."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dora_diffusion.config.families import FAMILIES, MemoryRow
+from dora_diffusion.models.memory import (
+    PROCESS_GIB,
+    Device,
+    describe_device,
+    fitting_settings,
+    gpu_training_memory,
+    needed_memory,
+    training_memory,
+    what_would_fit,
+)
+
+# What was measured, with the family that it was measured on.
+TABLE = [
+    (name, row)
+    for name, family in FAMILIES.items()
+    for row in family.memory
+    if not family.more_memory_gib and not family.image_arguments
+]
+A100 = Device("cuda", "A100", 38.0, has_bf16=True, has_8bit_adam=True)
+HALF = {"mixed_precision": "bf16", "gradient_checkpointing": False, "optimizer": "adamw"}
+
+
+def card(free: float, *, bf16: bool = True, adam: bool = False) -> Device:
+    return Device("cuda", "a card", free, has_bf16=bf16, has_8bit_adam=adam)
+
+
+@pytest.mark.parametrize(("family", "row"), TABLE)
+def test_a_row_of_the_table_comes_back_as_it_is(family: str, row: MemoryRow) -> None:
+    gib = training_memory(family, row.resolution, gradient_checkpointing=row.gradient_checkpointing)
+    assert gib == pytest.approx(row.gib)
+
+
+def test_activations_grow_with_pixels_and_float32_doubles_all_but_the_process() -> None:
+    small, large = (
+        next(r.gib for name, r in TABLE
+             if (name, r.resolution, r.gradient_checkpointing) == ("sd1", side, False))
+        for side in (512, 768)
+    )  # fmt: skip
+    slope = (large - small) / (768**2 - 512**2)
+    assert training_memory("sd1", 640) == pytest.approx(small + slope * (640**2 - 512**2))
+    assert training_memory("sd1", 1024) == pytest.approx(large + slope * (1024**2 - 768**2))
+    assert training_memory("sd1", 512, batch=2) == pytest.approx(small + slope * 512**2)
+    full = training_memory("sd1", 512, precision="no")
+    assert full == pytest.approx(2 * small - PROCESS_GIB)
+    assert training_memory("sd2", 512) == pytest.approx(small + 0.42)
+    assert training_memory("", 512) is training_memory("sd3", 512) is None
+
+
+def test_inpainting_takes_what_text_to_image_does() -> None:
+    """The five more channels of the first convolution are 0.03 MB in half precision."""
+    for family in ("sd1", "sdxl"):
+        inpainting = f"{family}-inpainting"
+        assert training_memory(inpainting, 768) == training_memory(family, 768)
+        found = gpu_training_memory(inpainting, 768, {})
+        assert found == gpu_training_memory(family, 768, {})
+
+
+def test_both_lines_of_a_family_meet_at_what_does_not_grow_with_the_image() -> None:
+    """Weights, adapter, optimizer and process: the same with and without checkpointing."""
+    for family, fixed in (("sd1", 2.5), ("sdxl", 7.4)):
+        for on in (True, False):
+            rows = [r for name, r in TABLE if (name, r.gradient_checkpointing) == (family, on)]
+            (x0, y0), (x1, y1) = sorted((r.resolution**2, r.gib) for r in rows)[:2]
+            assert y0 - x0 * (y1 - y0) / (x1 - x0) == pytest.approx(fixed, abs=0.15)
+
+
+def test_a_batch_that_was_measured_is_not_understated() -> None:
+    said = training_memory("sd1", 512, batch=4, gradient_checkpointing=True)
+    assert said is not None
+    assert 4.47 <= said <= 1.2 * 4.47
+
+
+def test_the_document_states_the_table() -> None:
+    """Each precision's columns, float32's derived from bfloat16's."""
+    page = document("docs", "measurements", "gpu-memory.md")
+    titles = {"sd1": "Stable Diffusion 1.5", "sdxl": "SDXL"}
+    for family, size in {(name, row.resolution) for name, row in TABLE}:
+        half, single = [], []
+        for on in (True, False):
+            [row] = [
+                r
+                for name, r in TABLE
+                if (name, r.resolution, r.gradient_checkpointing) == (family, size, on)
+            ]
+            half.append(f"{row.gib:.1f} GiB" + ("" if row.is_measured else " (derived)"))
+            derived = training_memory(family, size, precision="no", gradient_checkpointing=on)
+            single.append(f"{derived:.1f} GiB")
+        line = " | ".join([titles[family], f"{size} px", *half, *single])
+        assert f"| {line} |\n" in page, line
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_gpu_holds_what_a_run_computes_with(family: str) -> None:
+    table = FAMILIES[family].gpu_memory
+    size = table.resolution
+    saving = {"gradient_checkpointing": True, "optimizer": "adamw8bit"}
+    least = gpu_training_memory(family, size, saving)
+    parts = PROCESS_GIB + table.unet + table.adapter_8bit + table.recomputed
+    assert least == pytest.approx(parts)
+    plain = gpu_training_memory(family, size, {})
+    assert plain == pytest.approx(PROCESS_GIB + table.unet + table.adapter + table.activations)
+
+    def more(batch: int = 1, precision: str = "bf16", **settings: object) -> float:
+        found = gpu_training_memory(family, size, settings, batch=batch, precision=precision)
+        return found - plain
+
+    assert more(offload="none") == pytest.approx(table.text_encoders + table.vae)
+    assert more(cache_latents=False) == pytest.approx(table.vae)
+    trained = table.text_encoders + table.text_adapter
+    assert more(train_text_encoder=True) == pytest.approx(trained)
+    assert more(train_text_encoder=True, offload="none") == pytest.approx(trained + table.vae)
+    assert more(batch=3) == pytest.approx(2 * table.activations)
+    assert more(precision="no") == pytest.approx(table.unet + table.activations)
+    single = more(precision="no", offload="none") - more(precision="no")
+    vae = table.vae * (1 if family == "sdxl" else 2)  # SDXL's is in float32 anyway.
+    assert single == pytest.approx(2 * table.text_encoders + vae)
+    quarter = gpu_training_memory(family, size // 2, {})
+    assert plain - quarter == pytest.approx(0.75 * table.activations)
+    assert gpu_training_memory("sd3", size, {}) is None
+
+
+def test_weights_are_those_of_the_released_models() -> None:
+    """Parameters in millions, in two bytes each; SDXL's VAE in four."""
+    sizes = {"sd1": ((859.5, 123.1, 83.65), 2), "sdxl": ((2567.5, 123.1 + 694.7, 83.65), 4)}
+    for family, ((unet, text_encoders, vae), width) in sizes.items():
+        table = FAMILIES[family].gpu_memory
+        for gib, millions, size in (
+            (table.unet, unet, 2), (table.text_encoders, text_encoders, 2), (table.vae, vae, width),
+        ):  # fmt: skip
+            assert gib == pytest.approx(millions * 1e6 * size / 2**30, abs=0.006)
+
+
+def test_sdxl_at_1024_fits_a_card_of_8_gb() -> None:
+    table = FAMILIES["sdxl"].gpu_memory
+    assert table.unet + table.adapter_8bit + table.recomputed <= 7
+    settings = {**HALF, "gradient_checkpointing": True, "optimizer": "adamw8bit"}
+    assert needed_memory("sdxl", 1024, settings, A100) <= 7.5
+
+
+def test_the_document_states_what_was_counted() -> None:
+    text = document("docs", "measurements", "gpu-memory.md")
+    tables = {name: text.partition(f"| {title}, GiB |")[2].partition("\n\n")[0]
+              for name, title in (("adamw", "AdamW"), ("adamw8bit", "8-bit AdamW"))}  # fmt: skip
+    for family, title in (("sd1", "SD1.5"), ("sdxl", "SDXL")):
+        size = FAMILIES[family].gpu_memory.resolution
+        for on in (True, False):
+            for name, table in tables.items():
+                settings = {"gradient_checkpointing": on, "optimizer": name}
+                cells = [
+                    gpu_training_memory(family, size, settings | {"offload": offload})
+                    for offload in ("none", "model")
+                ]
+                figures = " | ".join(f"{gib - PROCESS_GIB:.2f}" for gib in cells)
+                assert f"| {title}, {size} px | {'on' if on else 'off'} | {figures} |" in table
+
+
+def test_offloading_is_proposed_first() -> None:
+    settings = HALF | {"offload": "none"}
+    free = needed_memory("sdxl", 1024, HALF | {"offload": "auto"}, A100)
+    assert what_would_fit("sdxl", 1024, settings, card(free)) == "offload auto"
+    assert what_would_fit("sdxl", 1024, HALF, card(free - 0.01)) == "gradient_checkpointing on"
+
+
+def test_a_cpu_and_apples_gpu_take_the_measured_table() -> None:
+    for kind in ("cpu", "mps"):
+        needed = needed_memory("sd1", 512, HALF, Device(kind, "shared", 9.0))
+        assert needed == pytest.approx(1.1 * training_memory("sd1", 512))
+    assert needed_memory("sd1", 512, HALF, A100) == pytest.approx(
+        1.1 * gpu_training_memory("sd1", 512, {})
+    )
+
+
+def test_less_is_taken_with_checkpointing_and_more_by_larger_images() -> None:
+    for family, sizes in (("sd1", (256, 512, 768, 1024)), ("sdxl", (512, 768, 1024))):
+        for on in (False, True):
+            taken = [training_memory(family, s, gradient_checkpointing=on) for s in sizes]
+            assert taken == sorted(taken)
+            assert taken[0] > 1
+        for size in sizes[1:]:
+            saved = training_memory(family, size, gradient_checkpointing=True)
+            assert saved < training_memory(family, size)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [(card(38), "bf16"), (card(38, bf16=False), "fp16"), (Device("cpu", "CPU", 64.0), "no"),
+     (Device("mps", "Apple GPU", 64.0), "bf16"), (Device("xpu", "Arc", 64.0), "bf16"),
+     (Device("mps", "Apple GPU", 64.0, has_bf16=False), "fp16"),
+     (Device("mps", "Apple GPU", 64.0, has_bf16=False, has_gradient_scaler=False), "no")],
+)  # fmt: skip
+def test_with_memory_to_spare_the_quick_settings_stay(device: Device, precision: str) -> None:
+    assert fitting_settings("sdxl", 1024, device) == {
+        "mixed_precision": precision, "gradient_checkpointing": False, "optimizer": "adamw",
+    }  # fmt: skip
+
+
+def test_settings_follow_the_free_memory_step_by_step() -> None:
+    plain = needed_memory("sdxl", 1024, HALF, A100)
+    saving = needed_memory("sdxl", 1024, HALF | {"gradient_checkpointing": True}, A100)
+
+    def chosen(free: float, *, adam: bool = True) -> tuple[bool, str]:
+        found = fitting_settings("sdxl", 1024, card(free, adam=adam))
+        assert found["mixed_precision"] == "bf16"
+        return found["gradient_checkpointing"], found["optimizer"]
+
+    assert chosen(plain) == (False, "adamw")
+    assert chosen(plain - 0.01) == (True, "adamw")
+    assert chosen(saving) == (True, "adamw")
+    assert chosen(saving - 0.01) == (True, "adamw8bit")
+    assert chosen(saving - 0.01, adam=False) == (True, "adamw")
+    assert chosen(1.0) == (True, "adamw8bit")
+
+
+def test_a_cpu_goes_to_bfloat16_where_float32_does_not_fit() -> None:
+    single = {"mixed_precision": "no", "gradient_checkpointing": True}
+    free = needed_memory("sd1", 512, single, Device())
+    assert fitting_settings("sd1", 512, Device(free_gib=free))["mixed_precision"] == "no"
+    assert fitting_settings("sd1", 512, Device(free_gib=free - 0.01))["mixed_precision"] == "bf16"
+
+
+def test_8_bit_adam_is_for_a_device_with_bitsandbytes_alone() -> None:
+    assert fitting_settings("sdxl", 1024, card(1.0, adam=True))["optimizer"] == "adamw8bit"
+    assert fitting_settings("sdxl", 1024, card(1.0))["optimizer"] == "adamw"
+
+
+def test_what_is_not_known_gets_settings_that_are_safe() -> None:
+    for device, family in ((card(38), ""), (Device("cuda", "a card", None), "sdxl")):
+        found = fitting_settings(family, 1024, device)
+        assert found["gradient_checkpointing"]
+        assert found["mixed_precision"] == "bf16"
+
+
+def test_what_to_change_is_said_and_then_fits() -> None:
+    single = {"mixed_precision": "no", "gradient_checkpointing": False}
+    halved = needed_memory("sdxl", 1024, HALF, A100)
+    assert what_would_fit("sdxl", 1024, single, card(halved)) == "mixed_precision bf16"
+    saving = HALF | {"gradient_checkpointing": True}
+    saved = needed_memory("sdxl", 1024, saving, A100)
+    said = what_would_fit("sdxl", 1024, single, card(saved))
+    assert said == "mixed_precision bf16 and gradient_checkpointing on"
+    smaller = needed_memory("sdxl", 768, saving, A100)
+    assert what_would_fit("sdxl", 1024, saving, card(smaller)) == "resolution 768"
+    assert what_would_fit("sdxl", 1024, saving, card(saved), batch=4) == "train_batch_size 1"
+    assert what_would_fit("sdxl", 1024, saving, card(0.5)) == ""
+
+
+def test_a_change_without_effect_is_not_proposed() -> None:
+    saved = needed_memory("sdxl", 1024, HALF | {"gradient_checkpointing": True}, A100)
+    for precision in ("auto", "bf16", "fp16"):
+        settings = HALF | {"mixed_precision": precision}
+        said = what_would_fit("sdxl", 1024, settings, card(saved))
+        assert said == "gradient_checkpointing on"
+    old = Device("mps", "Apple GPU", 1.0, has_bf16=False, has_gradient_scaler=False)
+    single = HALF | {"mixed_precision": "no"}
+    old = replace(old, free_gib=needed_memory("sdxl", 1024, single, old) - 0.01)
+    assert what_would_fit("sdxl", 1024, single, old) == "gradient_checkpointing on"
+
+
+def test_auto_is_what_the_device_makes_of_it() -> None:
+    auto = {"mixed_precision": "auto", "gradient_checkpointing": False}
+    for device, precision in ((A100, "bf16"), (Device("cpu", "CPU", 9.0), "no")):
+        same = auto | {"mixed_precision": precision}
+        assert needed_memory("sd1", 512, auto, device) == needed_memory("sd1", 512, same, device)
+
+
+def test_this_machine_is_described() -> None:
+    device = describe_device()
+    assert device.kind in ("cpu", "cuda", "mps", "xpu")
+    assert device.name
+    assert device.free_gib is None or device.free_gib > 0
+
+
+def document(*path: str) -> str:
+    return Path(__file__).parents[2].joinpath(*path).read_text(encoding="utf-8")
+
+
+def test_the_readme_names_for_each_card_the_quickest_flags_that_fit_it() -> None:
+    """From the peaks that docs/measurements/gpu-memory.md has for each, quickest first."""
+    rows = re.findall(
+        r"^\| `--with_prior_preservation( --[^|`]+)?` \| ([\d.]+) \| ([\d.]+) \|$",
+        document("docs", "measurements", "gpu-memory.md"),
+        re.MULTILINE,
+    )
+    assert len(rows) == 3
+    cards = re.findall(r"^\| (\d+) GB \| (.+) \| (.+) \|$", document("README.md"), re.MULTILINE)
+    assert [int(card) for card, *_ in cards] == [6, 8, 12, 16, 24]
+    for card, *cells in cards:
+        for cell, peaks in zip(
+            cells, ([row[1] for row in rows], [row[2] for row in rows]), strict=True
+        ):
+            fits = (
+                f"{f'`{row[0].strip()}`' if row[0] else 'no other flag'}: {gib} GiB"
+                for row, gib in zip(rows, peaks, strict=True)
+                if 1.1 * (float(gib) + PROCESS_GIB) + 0.5 <= int(card)
+            )
+            assert cell == next(fits, "does not fit")
+
+
+def test_the_page_of_small_cards_has_the_figures_that_were_counted() -> None:
+    whole = document("docs", "measurements", "gpu-memory.md").partition("## One training step")[0]
+    counted = re.findall(r"\| ([\d.]+) \| ([\d.]+) \|$", whole, re.MULTILINE)
+    page = document("docs", "howto", "out-of-memory.md")
+    assert re.findall(r"\| ([\d.]+) GiB \| ([\d.]+) GiB \|$", page, re.MULTILINE) == counted
+
+
+@pytest.mark.parametrize(
+    ("family", "resolution", "checkpointing", "counted"),
+    [("sd1", 512, False, 3.51), ("sdxl", 1024, False, 17.14), ("sdxl", 1024, True, 6.28)],
+)
+def test_what_the_app_asks_for_with_a_prior_is_what_was_counted_or_a_little_more(
+    family: str, resolution: int, checkpointing: bool, counted: float
+) -> None:
+    settings = HALF | {"gradient_checkpointing": checkpointing}
+    asked = gpu_training_memory(family, resolution, settings, batch=2)
+    assert asked is not None
+    assert counted <= asked - PROCESS_GIB <= counted + 0.3

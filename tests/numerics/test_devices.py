@@ -1,0 +1,230 @@
+"""Which device is used and what it can do; and that no other module asks torch."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dora_diffusion.models.memory import describe_device
+from dora_diffusion.numerics import devices
+from tests.apple import apple_gpu
+
+ROOT = Path(__file__).parents[2]
+# What the hardware of one vendor alone has, by file.
+OF_ONE_VENDOR = {
+    "dora_diffusion/numerics/devices.py": "the one home: names of each kind, and what each lacks",
+    "dora_diffusion/numerics/precision.py": "TensorFloat-32, of NVIDIA's GPUs, and its switches",
+    "dora_diffusion/models/offload.py": "memory that CUDA fetches from by itself",
+    "dora_diffusion/numerics/norms.py": "a product of bfloat16 in float32, which CUDA has",
+    "dora_diffusion/adapters/norms/layout.py": "an event to read behind; others read at once",
+    "dora_diffusion/training/engine/learner.py": "a fused optimizer that CUDA can hold back",
+    "dora_diffusion/models/precision.py": "what Apple's GPU needs for bfloat16",
+    "dora_diffusion/cli/console/environment.py": "NVIDIA's program, variables of each vendor",
+    "dora_diffusion/adapters/compiled.py": "what to install so that torch compiles for a device",
+    "tools/start_app.py": "which torch to install, before there is one to ask",
+}
+
+
+@pytest.fixture
+def has(monkeypatch: pytest.MonkeyPatch):
+    """Have torch find an accelerator of a kind; without one, torch 2.6 raises an error."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+
+    def find(kind: str | None) -> None:
+        def current() -> torch.device:
+            if kind is None:
+                raise RuntimeError("Cannot access accelerator device when none is available.")
+            return torch.device(kind)
+
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind is not None)
+
+    return find
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps", None])
+def test_the_default_is_the_accelerator_unless_accelerate_is_told_otherwise(kind, has, monkeypatch):
+    has(kind)
+    assert devices.default_device() == (kind or "cpu")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "yes")
+    assert devices.default_device() == describe_device().kind == "cpu"
+
+
+def test_an_accelerator_that_cannot_be_used_is_none(has, monkeypatch):
+    has("cuda")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert devices.default_device() == "cpu"
+
+
+def test_emulated_bfloat16_is_none(monkeypatch):
+    """Old GPUs emulate it, slower than float16."""
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    assert not devices.has_bf16("cuda")
+    assert devices.has_bf16("cpu")
+
+
+@pytest.mark.parametrize(
+    ("version", "is_new", "has_bf16", "has_scaler"),
+    [("2.5.1", True, False, False), ("2.6.0", True, True, False), ("2.6.0", False, False, False),
+     ("2.8.0+cpu", True, True, True), ("2.13.0", False, False, True)],
+)  # fmt: skip
+def test_what_apples_gpu_can_follows_from_macos_and_torch(
+    version, is_new, has_bf16, has_scaler, monkeypatch
+):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(
+        torch.backends.mps, "is_macos_or_newer", lambda major, minor: is_new or major < 14
+    )
+    assert devices.has_bf16("mps") == has_bf16
+    assert devices.has_gradient_scaler("mps") == has_scaler
+
+
+def test_fp16_trains_on_gpus_alone():
+    assert devices.has_gradient_scaler("cuda")
+    assert devices.has_gradient_scaler("xpu")
+    assert not devices.has_gradient_scaler("cpu")
+
+
+def test_float64_is_asked_of_intels_gpus(monkeypatch):
+    assert devices.has_float64("cpu")
+    assert devices.has_float64("cuda")
+    assert not devices.has_float64("mps")
+    for has_fp64 in (True, False):
+        devices._intel_has_float64.cache_clear()
+        properties = SimpleNamespace(has_fp64=has_fp64)
+        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index, p=properties: p)
+        assert devices.has_float64("xpu") == has_fp64
+    devices._intel_has_float64.cache_clear()
+
+
+def test_fused_optimizers_are_where_torch_says(monkeypatch):
+    from torch.utils import _foreach_utils
+
+    monkeypatch.setattr(_foreach_utils, "_get_fused_kernels_supported_devices", lambda: ["cuda"])
+    assert devices.has_fused_optimizers("cuda")
+    assert not devices.has_fused_optimizers("mps")
+
+
+def test_memory_of_a_gpu_is_its_own_or_a_share_of_the_machines(has, monkeypatch):
+    has("xpu")
+    monkeypatch.setattr(torch.xpu, "mem_get_info", lambda: (5 * 2**30, 8 * 2**30), raising=False)
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda index: "Arc B580", raising=False)
+    monkeypatch.setattr(torch.xpu, "max_memory_allocated", lambda: 3 * 2**30, raising=False)
+    monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda **_: True, raising=False)
+    device = describe_device()
+    assert (device.kind, device.name, device.free_gib) == ("xpu", "Arc B580", 5.0)
+    assert devices.peak_memory() == 3 * 2**30
+    assert devices.free_device_memory("cpu") is devices.memory_limit("cpu") is None
+
+
+def test_memory_of_apples_gpu_is_asked_and_released():
+    with apple_gpu() as gpu:
+        assert devices.peak_memory() == 3 * 2**30
+        devices.release_memory()
+        assert gpu.releases == 1
+        assert describe_device().free_gib <= 12
+
+
+def test_nothing_is_loaded_to_report_nothing():
+    code = (
+        "import sys; from dora_diffusion.numerics import devices; "
+        "print(devices.peak_memory(), devices.release_memory(), 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=ROOT
+    )
+    assert done.stdout == "None None False\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("versions", "built"),
+    [
+        ({"cuda": "12.8", "hip": None}, "CUDA 12.8"),
+        ({"cuda": None, "hip": "6.3"}, "ROCm 6.3"),
+        ({"xpu": "2025.1"}, "XPU 2025.1"),
+    ],
+)
+def test_the_kind_of_gpu_that_torch_was_built_for(
+    versions: dict[str, str | None], built: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "version", SimpleNamespace(**versions))
+    assert devices.built_for() == built
+
+
+def test_a_device_says_what_its_driver_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gpu(**more: object) -> SimpleNamespace:
+        properties = SimpleNamespace(name="GPU X", total_memory=8 * 2**30)
+        return SimpleNamespace(
+            is_available=lambda: True,
+            device_count=lambda: 1,
+            get_device_properties=lambda index: properties,
+            **more,
+        )
+
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    known = {
+        "mem_get_info": lambda index: (3 * 2**30, 8 * 2**30),
+        "get_device_capability": lambda index: (8, 6),
+    }
+    monkeypatch.setattr(torch, "cuda", gpu(**known))
+    monkeypatch.setattr(torch, "xpu", gpu(), raising=False)
+    assert devices.describe_accelerators() == [
+        "cuda:0 GPU X, 8.0 GiB, 3.0 GiB free, compute capability 8.6",
+        "xpu:0 GPU X, 8.0 GiB",
+    ]
+
+
+def test_what_torch_is_for_here():
+    gpus = torch.cuda.device_count() + torch.backends.mps.is_available()
+    assert len(devices.describe_accelerators()) == gpus
+    version = torch.version.cuda or torch.version.hip or ""
+    assert version in devices.built_for()
+
+
+def named_devices(source: str) -> Iterator[str]:
+    """Kinds of devices that code names, as words in it or in its texts; not in docstrings."""
+    tree = ast.parse(source)
+    documents = {
+        node.body[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            words = node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words = "" if node in documents else node.value
+        else:
+            continue
+        yield from re.findall(r"cuda|cudnn|nvidia|\bmps\b|\bxpu\b|\brocm\b", words, re.IGNORECASE)
+
+
+def test_what_is_meant_of_every_accelerator_names_none():
+    files = [*(ROOT / "dora_diffusion").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
+    found = {
+        file.relative_to(ROOT).as_posix()
+        for file in files
+        if list(named_devices(file.read_text(encoding="utf-8")))
+    }
+    assert found - OF_ONE_VENDOR.keys() == set()
+    assert OF_ONE_VENDOR.keys() - found == set(), "needs no exception any more"
+
+
+def test_the_search_sees_what_it_should():
+    code = (
+        "def f(x):\n    'on cuda'\n    return torch.cuda.is_available() or x.device.type == 'mps'\n"
+    )
+    assert sorted(named_devices(code)) == ["cuda", "mps"]
+    assert list(named_devices("x = torch.accelerator; y = 'CUDA out of memory'")) == ["CUDA"]

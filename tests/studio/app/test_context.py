@@ -1,0 +1,38 @@
+"""What a handler raises, as the page shows it."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("gradio", reason="gradio is not installed")
+import gradio as gr
+
+from dora_diffusion.studio.app.context import plain
+from dora_diffusion.studio.jobs.workspace import UserError
+
+
+def shown(error: Exception) -> str:
+    @plain
+    def handler() -> None:
+        raise error
+
+    with pytest.raises(gr.Error) as caught:
+        handler()
+    return str(caught.value.message)
+
+
+def test_what_can_be_mended_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(UserError("no <b>photo</b> yet")) == "No &lt;b&gt;photo&lt;/b&gt; yet"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_defect_asks_for_a_report_and_tells_its_details_on_the_server_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = shown(TypeError("in /srv/private"))
+    assert text.startswith("Unexpected TypeError; this is a bug: please report it, with the ")
+    assert "in the app: &quot;For a bug report&quot;" in text
+    assert "private" not in text
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1].startswith("error: unexpected TypeError: in /srv/private; this is a bug: ")

@@ -1,0 +1,81 @@
+"""What the browser keeps of the page, and what of it is believed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gradio", reason="gradio is not installed")
+import gradio as gr
+
+from dora_diffusion.studio.app.context import Context
+from dora_diffusion.studio.app.draft import LIMIT, can_hold, kept_fields
+from dora_diffusion.studio.app.launch import Launch
+from dora_diffusion.studio.app.page import build_page
+from dora_diffusion.studio.app.settings import ADVANCED
+
+
+@pytest.fixture
+def blocks(tmp_path: Path) -> gr.Blocks:
+    return build_page(Context(Launch(runs_dir=tmp_path / "runs")))
+
+
+def test_every_field_of_the_page_is_kept_under_a_name_of_its_own(blocks: gr.Blocks) -> None:
+    kept = kept_fields(blocks)
+    inputs = {
+        one["id"] for one in blocks.config["components"]
+        if one["type"] in {"textbox", "number", "slider", "checkbox", "checkboxgroup", "radio",
+                           "dropdown"}
+        and one["props"].get("interactive") is not False
+    }  # fmt: skip
+    assert {field._id for field in kept.values()} == inputs
+    assert {f"train/{name}" for name in ADVANCED} < set(kept)
+    assert {name.partition("/")[0] for name in kept} == {
+        "subject", "train", "generate", "library", "compare"
+    }  # fmt: skip
+
+
+FIELDS: dict[str, tuple[Any, list[Any], list[Any]]] = {
+    "text": (gr.Textbox(max_length=5), ["", "abcde"], ["abcdef", 3, None, ["a"]]),
+    "long text": (gr.Textbox(), ["x" * LIMIT], ["x" * (LIMIT + 1)]),
+    "number": (gr.Number(minimum=1), [1, 2.5], [0, "1", True, None]),
+    "slider": (gr.Slider(0, 2), [0, 2], [-0.1, 2.1, "1", False, None]),
+    "box": (gr.Checkbox(), [True, False], ["yes", 1, None]),
+    "boxes": (gr.CheckboxGroup(["a", "b"]), [[], ["a", "b"]], [["c"], "a", [1], None]),
+    "radio": (gr.Radio(["a", "b"]), ["a"], ["c", "", None, ["a"]]),
+    "choice": (gr.Dropdown([("A", "a"), ("none", "")]), ["a", ""], ["A", "b", 1, ["a"], None]),
+    "own choice": (gr.Dropdown(["a"], allow_custom_value=True), ["a", "x/y"], [1, None]),
+    "ids": (gr.Dropdown([]), ["20261126-030405-abcdef"], [["a"], 3, None]),
+    "several": (gr.Dropdown(["a", "b"], multiselect=True), [[], ["b"]], ["a", ["c"], None]),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_only_values_that_a_field_can_have_are_believed(name: str) -> None:
+    field, good, bad = FIELDS[name]
+    assert [value for value in good + bad if can_hold(field, value)] == good
+
+
+def restoring(blocks: gr.Blocks) -> Any:
+    """What fills the fields when the page is loaded."""
+    [one] = [one for one in blocks.fns.values() if getattr(one.fn, "__name__", "") == "restore"]
+    return one
+
+
+@pytest.mark.parametrize("kept", [None, [], "x", {}, {"train/rank": ["evil"], "unknown": "x"}])
+def test_what_is_no_draft_changes_nothing(blocks: gr.Blocks, kept: Any) -> None:
+    assert all(update == gr.skip() for update in restoring(blocks).fn(kept))
+
+
+def test_what_was_kept_is_filled_in_again(blocks: gr.Blocks) -> None:
+    dependency = restoring(blocks)
+    there = next(field.value for field in dependency.outputs if field.label == "Steps")
+    updates = dependency.fn({"train/rank": "17", "generate/Seed": 5, "generate/Steps": there})
+    values = {
+        field.label: update["value"]
+        for field, update in zip(dependency.outputs, updates, strict=True)
+        if "value" in update
+    }
+    assert values == {"rank": "17", "Seed": 5}

@@ -1,0 +1,81 @@
+"""Pieces of the page: escaped, and true."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.studio.app import html
+from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs.logs import log_tail
+from dora_diffusion.studio.jobs.snapshot import read_job, snapshot
+from dora_diffusion.studio.jobs.workspace import Workspace, write_json
+from tests.studio.jobs.helpers import about, make, started_run
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "runs").make()
+
+
+def test_titles_are_escaped(workspace: Workspace) -> None:
+    folder = started_run(workspace, 2, title="<img src=x onerror=alert(1)>")
+    (folder / records.LOG).write_text("error: <script>alert(2)</script>\n", encoding="utf-8")
+    write_json(folder / records.RESULT, {"code": 1})
+    shown = snapshot(workspace.root)
+    page = html.status_card(shown[0]) + html.queue_list(shown) + html.header(shown)
+    page += html.log_view(log_tail(folder))
+    assert "<img" not in page
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(2)" in page
+
+
+def test_a_run_names_its_model_and_device_and_what_the_model_does_not_know(
+    workspace: Workspace,
+) -> None:
+    settings = TrainConfig(max_train_steps=10, token="sks", class_word="dog")
+    folder = make(workspace, "sks dog", **settings.to_dict())
+    write_json(folder / records.PROGRESS, {"phase": "training", "device_name": "NVIDIA X"})
+    write_json(folder / records.RESULT, {"code": 143})
+
+    def card() -> str:
+        job = read_job(folder)
+        assert job is not None
+        return html.status_card(job)
+
+    assert "embedded:tiny-sd on NVIDIA X" in card()
+    assert "toy model of a drawn world" in card()
+    (folder / records.SETTINGS).write_text(
+        as_yaml(dataclasses.replace(settings, class_word="mugs")), encoding="utf-8"
+    )
+    assert "toy model" not in card()
+
+
+@pytest.mark.parametrize(
+    ("kind", "unit", "done", "total", "shown"),
+    [("train", "", 0, 0, "step 4 of 10"), ("export", "B", 3 * 2**19, 3 * 2**20, "1.5 of 3.0 MB"),
+     ("rank-checkpoints", "image", 3, 6, "image 3 of 6"), ("push", "", 0, 0, "waiting"),
+     ("analyze", "layer", 7, 90, "layer 7 of 90"), ("compare", "trial", 0, 0, "trial 0 of ?")],
+)  # fmt: skip
+def test_every_kind_of_job_has_its_unit(
+    workspace: Workspace, kind: str, unit: str, done: int, total: int, shown: str
+) -> None:
+    folder = run = started_run(workspace, 4)
+    if kind != "train":
+        folder = about(run, kind)
+        write_json(folder / records.PROGRESS, {"unit": unit, "done": done, "total": total})
+    job = read_job(folder)
+    assert job is not None
+    card = html.status_card(job)
+    assert shown in card
+    assert ("step" in card) == (kind == "train")
+
+
+def test_durations_read_well() -> None:
+    assert [html.duration(x) for x in (None, 0.4, 75, 3720)] == [
+        "unknown", "0 s", "1 min 15 s", "1 h 2 min",
+    ]  # fmt: skip

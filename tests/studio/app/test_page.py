@@ -1,0 +1,246 @@
+"""The clock sends what is new to a page, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gradio", reason="gradio is not installed")
+import gradio
+
+from dora_diffusion.studio.app.context import Context
+from dora_diffusion.studio.app.launch import Launch
+from dora_diffusion.studio.app.page import _changes, build_page, read_again_if_deleted
+from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs.snapshot import snapshot
+from dora_diffusion.studio.jobs.subjects import add_photos, new_subject
+from dora_diffusion.studio.jobs.workspace import Workspace, write_json
+from tests.studio.jobs.helpers import DAMAGES, about, damage, ended_run, forbid, photo, started_run
+
+
+def test_only_what_changed_is_made_and_sent() -> None:
+    made: list[str] = []
+
+    def part(mark: str) -> Any:
+        return mark, lambda: made.append(mark) or f"made {mark}"
+
+    names = ["text", "field"]
+    seen, *updates = _changes({}, {"text": "", "field": part("a"), "other": 1}, names)
+    assert updates == ["", "made a"]  # an empty text is new to a new page
+    again, *updates = _changes(seen, {"text": "", "field": part("a")}, names)
+    assert updates == [gradio.skip()] * 2
+    assert again == seen == {"text": "", "field": "a"}
+    _, *updates = _changes(seen, {"text": "x", "field": part("b")}, names)
+    assert updates == ["x", "made b"]
+    assert made == ["a", "b"]
+
+
+def test_a_refresh_reads_again_where_a_run_is_deleted_while_it_reads() -> None:
+    gone = [FileNotFoundError("samples/step-1.png"), FileNotFoundError("log.txt")]
+
+    def read(known: int) -> int:
+        if gone:
+            raise gone.pop()
+        return known + 1
+
+    assert read_again_if_deleted(read)(1) == 2
+    gone = [FileNotFoundError("runs")] * 9  # Not for ever: it may be something else that is gone.
+    with pytest.raises(FileNotFoundError):
+        read_again_if_deleted(read)(1)
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> tuple[Context, dict[str, Any]]:
+    """An app, and the handlers of its page by their full names."""
+    context = Context(Launch(runs_dir=tmp_path_factory.mktemp("page") / "runs"))
+    functions = [one.fn for one in build_page(context).fns.values() if one.fn]
+    return context, {f"{fn.__module__}.{fn.__qualname__}": fn for fn in functions}
+
+
+@pytest.fixture
+def context(app: tuple[Context, dict[str, Any]]) -> Context:
+    """The app with nothing in its runs folder."""
+    shutil.rmtree(app[0].workspace.root)
+    app[0].workspace.make()
+    return app[0]
+
+
+@pytest.fixture
+def handler(app: tuple[Context, dict[str, Any]]) -> Callable[[str], Any]:
+    """A handler by the end of its full name."""
+    return lambda name: next(fn for full, fn in app[1].items() if full.endswith(f".{name}"))
+
+
+@pytest.fixture
+def shown(context: Context, handler: Callable[[str], Any]) -> Callable[[str | None], str]:
+    """All that the clock sends to a page that shows a run."""
+    tick, fill = (handler(f"_connect_clock.<locals>.{name}") for name in ("tick", "fill"))
+
+    def show(run: str | None) -> str:
+        context.jobs(fresh=True)
+        return str([*tick({}, run, None, None, None), *fill({}, run, None, None, None)])
+
+    return show
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "binary", "list", "folder"])
+def test_no_damaged_file_takes_the_page_away(
+    context: Context, shown: Callable[[str | None], str], kind: str
+) -> None:
+    workspace = context.workspace
+    good = ended_run(workspace, (50, 100), 120)
+    photo(good.folder / "samples.png")
+    for name in (
+        records.JOB, records.SETTINGS, records.PROGRESS, records.RESULT, records.WORKER,
+        records.CHOSEN, records.LOG, "metrics.jsonl", "README.md", "photos",
+    ):  # fmt: skip
+        run = ended_run(workspace, (50,), 120)
+        damage(run.folder / name, DAMAGES[kind])
+    _damage_what_lies_beside(workspace, DAMAGES[kind])
+    for job in snapshot(workspace.root):
+        page = shown(job.id)
+        assert "cannot be shown" not in page
+        assert all(other.id in page for other in snapshot(workspace.root) if other.kind == "train")
+        assert job.damage == () or "is damaged" in page
+
+
+def _damage_what_lies_beside(workspace: Workspace, content: bytes | None) -> None:
+    """Samples, a comparison and an analysis."""
+    run = ended_run(workspace, (50,), 120)
+    (run.folder / "samples").mkdir()
+    for name in ("adapted.png", "step-000010.png", "step-x.png"):
+        damage(run.folder / "samples" / name, content)
+    output = workspace.exports / run.id / "analysis"
+    for folder in (output, workspace.exports / run.id / "comparison"):
+        folder.mkdir(parents=True)
+        for name in ("analysis.json", "comparison.json"):
+            damage(folder / name, content)
+    job = about(run.folder, "analyze", title="Analyze it", output=str(output))
+    write_json(job / records.RESULT, {"code": 0})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"rows": 1, "notes": []}', '{"rows": [{"name": "base"}], "notes": []}', '{"notes": []}',
+     '{"rows": [{"name": "base", "similarity": "a", "drift": 0, "pictures": []}], "notes": []}',
+     '{"rows": [{"name": ["base"]}], "notes": []}', '{"rows": [], "notes": 1}'],
+)  # fmt: skip
+def test_a_damaged_comparison_is_said_and_can_be_made_again(
+    context: Context, shown: Callable[[str | None], str], text: str
+) -> None:
+    run = ended_run(context.workspace, (50,), 120)
+    folder = context.workspace.exports / run.id / "comparison"
+    folder.mkdir(parents=True)
+    (folder / "comparison.json").write_text(text, encoding="utf-8")
+    page = shown(run.id)
+    assert "comparison.json is damaged (its rows are none); mend or delete it, or rank aga" in page
+    assert "Rank the checkpoints" in page
+
+
+def test_a_run_without_permissions_is_one_run(
+    context: Context, shown: Callable[[str | None], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, locked = started_run(context.workspace, 3), started_run(context.workspace, 2)
+    forbid(monkeypatch, locked)
+    for run in (good, locked):
+        page = shown(run.name)
+        assert "cannot be shown" not in page
+        assert good.name in page
+        assert "job.json is damaged (Permission denied)" in page or run == good
+
+
+def test_of_a_subject_with_a_broken_photo_the_others_are_shown(
+    context: Context, handler: Callable[[str], Any], tmp_path: Path
+) -> None:
+    workspace = context.workspace
+    other, subject = new_subject(workspace, "Other"), new_subject(workspace, "Dog")
+    for number in range(5):
+        add_photos(workspace, subject, [photo(tmp_path / f"{number}.jpg", (64 + number, 64))])
+    photos = workspace.subjects / subject / "photos"
+    (photos / "002.jpg").write_bytes((photos / "002.jpg").read_bytes()[:300])
+    (photos / "003.jpg").write_bytes(b"")
+    (photos / "004.txt").write_bytes(b"\xff\xfe\x80")
+    (photos / "005.mask.png").write_bytes(b"x")
+    damage(workspace.subjects / other / "subject.json", b"[")
+    shutil.rmtree(workspace.subjects / other / "photos")
+    load = handler("subject.connect.<locals>.load")
+    choices, _, gallery, *_, captions = load(subject, "embedded:tiny-sd", "")
+    labels = [label for _, label in gallery["value"]]
+    assert labels[0].endswith("001.jpg")
+    assert "002.jpg" in labels[1]
+    assert "damaged" in labels[1]
+    assert "003.jpg: the file is empty" in labels[2]
+    assert "004.txt: the caption is not UTF-8 text" in captions
+    assert "005.mask.png" in labels[4]
+    assert sorted(name for name, _ in choices["choices"]) == [
+        "Damaged subject: subject.json is damaged (it is not JSON); mend or delete it (0 photos)",
+        "Dog (5 photos)",
+    ]
+    # A photo that cannot be shown can be chosen, and removed.
+    choose = handler("photo.connect.<locals>.choose")
+    event = gradio.SelectData(None, {"index": 3, "value": ""})
+    assert choose(subject, [f"00{n}.jpg" for n in range(1, 6)], event)[0] == "004.jpg"
+
+
+def test_a_run_without_any_image_does_not_shift_the_choice(
+    context: Context, handler: Callable[[str], Any], shown: Callable[[str | None], str]
+) -> None:
+    """The gallery is asked by place: a missing image would choose, and delete, another run."""
+    runs = [ended_run(context.workspace, (50,), 120) for _ in range(2)]
+    newest, oldest = [job.folder for job in snapshot(context.workspace.root)]
+    (oldest / "photos").mkdir()
+    photo(oldest / "photos" / "001.jpg")
+    page = shown(runs[0].id)
+    assert "there is no image of it" in page
+    choose = handler("library.connect.<locals>.choose")
+    event = gradio.SelectData(None, {"index": 1, "value": ""})
+    assert choose(event) == oldest.name != newest.name
+
+
+def test_a_tab_that_fails_leaves_the_others_and_is_said(
+    context: Context,
+    shown: Callable[[str | None], str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from dora_diffusion.studio.app.page import whole_tabs
+
+    def fail() -> dict[str, Any]:
+        raise TypeError("a defect")
+
+    for _ in range(2):
+        made, (problem,) = whole_tabs(Train=lambda: {"a": 1}, Generate=fail)
+        assert made == {"a": 1}
+        assert problem.startswith("Generate cannot be shown: unexpected TypeError; this is a bug")
+    assert capsys.readouterr().err.count("TypeError: a defect") == 1
+    assert _changes({}, made, ["a", "b"]) == [{"a": 1}, 1, gradio.skip()]
+    monkeypatch.setattr(context.queue, "problem", "run <b> could not be started")
+    assert "run &lt;b&gt; could not be started" in shown(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("library.connect.<locals>.delete", 0), ("run._act.<locals>.run", 0),
+     ("subject.connect.<locals>.remove", 2)],
+)  # fmt: skip
+def test_what_could_not_be_deleted_is_not_said_to_be(
+    context: Context, app: Any, name: str, arguments: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ended_run(context.workspace, (50,), 120)
+    subject = new_subject(context.workspace, "Dog")
+    chosen = [subject, "embedded:tiny-sd", ""] if arguments else [run.id]
+    handler = next(
+        fn for full, fn in reversed(app[1].items()) if full.endswith(f".{name}")
+    )  # of the four of a run, the last one is removal
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+    assert "goes when the app starts next" in str(handler(*chosen))
+
+
+def test_nothing_is_said_to_be_gone_for_good(context: Context) -> None:
+    page = str(build_page(context).get_config_file())
+    assert "There is no way back" not in page
+    assert "Runs that were trained on it keep copies" in page

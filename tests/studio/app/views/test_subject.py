@@ -1,0 +1,244 @@
+"""The Subject tab has ``prepare`` look at the photos, and shows what it says."""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="gradio is not installed")
+import gradio
+
+from dora_diffusion.cli import main as cli
+from dora_diffusion.data.curate.captions import with_trigger
+from dora_diffusion.data.curate.models import open_captioner
+from dora_diffusion.data.images import open_photo
+from dora_diffusion.studio.app.context import Context
+from dora_diffusion.studio.app.launch import Launch
+from dora_diffusion.studio.app.settings import EMBEDDED
+from dora_diffusion.studio.app.views import subject as tab
+from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs.subjects import (
+    add_photos,
+    captions_of,
+    keep_words,
+    new_subject,
+    read_subject,
+    save_caption,
+    subjects_in,
+    take_sample,
+)
+from dora_diffusion.studio.jobs.workspace import ids_in
+from tests.studio.app.views.helpers import handler
+
+
+def test_photos_are_looked_at_by_a_job_whose_table_and_sheet_are_shown(
+    context: Context, subject: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep_words(context.workspace, subject, "mug", "sks")
+    stored, look = read_subject(context.workspace, subject), handler(context, "look", "subject")
+    before = sorted(stored.folder.iterdir())
+    assert "waiting" in look(subject, EMBEDDED, "100").lower()
+    with pytest.raises(gradio.Error, match="are already being checked"):
+        look(subject, EMBEDDED, "")
+    (job_id,) = ids_in(context.workspace.root)
+    folder = context.workspace.root / job_id
+    record = records.read_record(folder)
+    assert cli.main(list(record.arguments)) == 0
+    printed = capsys.readouterr().out
+    (folder / records.LOG).write_text(f"\n--- \n{printed}", encoding="utf-8")
+    records.write_result(folder, records.JobResult(0))
+    shown = tab.refresh(context, context.jobs(fresh=True), subject)["looked"]
+    assert "--resolution 64 --token sks --class_word mug" in shown.replace("\\\n", "")
+    assert "<td>80 x 64</td>" in shown
+    assert "<th>photo</th>" in shown
+    assert "|" not in shown
+    assert "caution:" not in shown
+    assert "dd-warn'>001.jpg: " in shown
+    assert Path(record.output).is_file()
+    assert f"{job_id}/{Path(record.output).name}" in shown
+    assert sorted(stored.folder.iterdir()) == before
+    # Another look takes its place; a subject without photos has none.
+    look(subject, EMBEDDED, "")
+    (newest,) = ids_in(context.workspace.root)
+    assert newest != job_id
+    assert not Path(record.output).exists()
+    other = new_subject(context.workspace, "Nothing")
+    assert tab.refresh(context, context.jobs(fresh=True), other) == {"looked": ""}
+    with pytest.raises(gradio.Error, match="no photos yet"):
+        look(other, EMBEDDED, "")
+
+
+def upload(context: Context, subject: str | None, *files: Path, name: str = "") -> list[Any]:
+    """The upload's handler, with what the page sends after it has asked."""
+    paths = [str(file) for file in files]
+    return handler(context, "upload", "subject")(paths, subject, name, EMBEDDED, "")
+
+
+def make_photo(path: Path) -> Path:
+    Image.effect_noise((96, 80), 60).convert("RGB").save(path)
+    return path
+
+
+def test_an_upload_without_a_subject_of_one_s_own_makes_one(
+    context: Context, tmp_path: Path
+) -> None:
+    files = [make_photo(tmp_path / name) for name in ("a.jpg", "b.jpg")]
+    titles = []
+    for name in ("", "", "Rex"):
+        shown = upload(context, None, *files, name=name)
+        titles.append(subjects_in(context.workspace)[0].title)
+        assert f"2 photos added to the new subject {titles[-1]}" in shown[7]
+        assert f"join {titles[-1]}" in shown[3]  # where the next ones go
+        assert shown[1] == ""
+    assert sorted(titles) == ["My subject", "My subject 2", "Rex"]
+    (tmp_path / "no.jpg").write_text("text", encoding="utf-8")
+    before = subjects_in(context.workspace)
+    assert "not a JPEG" in upload(context, None, tmp_path / "no.jpg", name="Kept")[7]
+    assert subjects_in(context.workspace) == before
+
+
+def test_photos_join_a_sample_only_where_that_was_asked_for(
+    context: Context, tmp_path: Path
+) -> None:
+    samples = Path(__file__).parents[4] / "samples"
+    sample = take_sample(context.workspace, samples, "bolt_mug")
+    file = make_photo(tmp_path / "dog.jpg")
+    place = tab._place(read_subject(context.workspace, sample))
+    assert "data-sample='Bolt mug'" in place
+    assert "become a new subject" in place
+    upload(context, "", file)  # declined
+    assert len(read_subject(context.workspace, sample).photos) == 5
+    upload(context, sample, file)
+    stored = read_subject(context.workspace, sample)
+    assert (len(stored.photos), stored.sample) == (6, "")
+    assert "data-sample" not in tab._place(stored)
+
+
+def test_the_page_asks_before_photos_join_a_sample() -> None:
+    """The script, with a page around it: which id goes to the server."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("there is no node")
+
+    def sent(sample: str | None, answer: bool, files: list[str]) -> list[Any]:
+        place = json.dumps(sample and {"dataset": {"sample": sample}})
+        script = (
+            f"const asked = []; document = {{querySelector: () => ({place})}};"
+            f"confirm = (text) => {{ asked.push(text); return {json.dumps(answer)}; }};"
+            f"const sent = ({tab._ASK})({json.dumps(files)}, 'id', 'name', 1);"
+            "console.log(JSON.stringify([sent, asked]));"
+        )
+        done = subprocess.run([node, "-e", script], capture_output=True, check=True)
+        return list(json.loads(done.stdout))
+
+    assert sent(None, False, ["a"]) == [[["a"], "id", "name", 1], []]
+    assert sent("Bolt mug", True, ["a"])[0] == [["a"], "id", "name", 1]
+    declined, [question] = sent("Bolt mug", False, ["a"])
+    assert declined == [["a"], "", "name", 1]
+    assert "to the sample Bolt mug?" in question
+    assert sent("Bolt mug", False, []) == [[[], "id", "name", 1], []]
+
+
+def saved(context: Context, typed: Any) -> list[Any]:
+    event = gradio.EventData(None, {"typed": typed})
+    return handler(context, "save", "captions")(event)
+
+
+def test_a_caption_goes_to_its_own_photo_whatever_is_shown(
+    context: Context, subject: str, tmp_path: Path
+) -> None:
+    other = new_subject(context.workspace, "Other")
+    add_photos(context.workspace, other, [make_photo(tmp_path / "b.jpg")])
+    typed = {
+        f"{subject}/001.jpg": "of the first", f"{other}/001.jpg": "of the other",
+        f"{subject}/009.jpg": "of none", "../x/001.jpg": "evil", f"{other}/../001.jpg": "evil",
+    }  # fmt: skip
+    message, written = saved(context, typed)
+    assert "Saved" in message
+    assert written == typed  # the page forgets those of photos that are gone, too
+    assert captions_of(read_subject(context.workspace, subject))["001.jpg"] == "of the first"
+    assert captions_of(read_subject(context.workspace, other)) == {"001.jpg": "of the other"}
+    # What cannot be saved stays in the page, and is said.
+    message, written = saved(context, {f"{subject}/001.jpg": "x" * 1001})
+    assert written == {}
+    assert "001.jpg: the caption has 1001 characters" in message
+    assert captions_of(read_subject(context.workspace, subject))["001.jpg"] == "of the first"
+    for nothing in (None, [], "x", 3):
+        assert saved(context, nothing)[1] == {}
+
+
+def test_captions_of_all_photos_are_changed_by_buttons(
+    context: Context, subject: str, tmp_path: Path
+) -> None:
+    add_photos(context.workspace, subject, [make_photo(tmp_path / f"{n}.jpg") for n in "bc"])
+    save_caption(context.workspace, subject, "002.jpg", "a <mug> on grass")
+    write, substitute, add_prefix = (handler(context, "run", "captions", nth) for nth in range(3))
+
+    def now() -> list[str]:
+        return list(captions_of(read_subject(context.workspace, subject)).values())
+
+    rows, message = add_prefix(subject, "night,")
+    assert now() == ["", "night, a <mug> on grass", ""]
+    assert "night, a &lt;mug&gt; on grass</textarea>" in rows
+    assert "1 caption changed" in message
+    assert "No caption changed" in substitute(subject, "dog", "cat")[1]
+    substitute(subject, "grass", "sand")
+    assert now() == ["", "night, a <mug> on sand", ""]
+    write(subject, "a sks mug")
+    assert now() == ["a sks mug"] * 3
+    handler(context, "undo", "captions")(subject)
+    assert now() == ["", "night, a <mug> on sand", ""]
+    for change, values in ((substitute, ("", "")), (add_prefix, ("",)), (substitute, ("", "x"))):
+        with pytest.raises(gradio.Error, match=r"Write what to change first|nothing to find"):
+            change(subject, *values)
+    with pytest.raises(gradio.Error, match="at most 1000"):
+        write(subject, "x" * 1001)
+    assert now() == ["", "night, a <mug> on sand", ""]
+
+
+@pytest.mark.parametrize("kind", ["blip", "git"])
+def test_a_model_writes_the_captions_that_are_missing(
+    context: Context, subject: str, tmp_path: Path, models: Any, kind: str
+) -> None:
+    """By a job, as `prepare` does it, with the subject's token and class."""
+    add_photos(context.workspace, subject, [make_photo(tmp_path / "b.jpg")])
+    save_caption(context.workspace, subject, "002.jpg", "by hand")
+    keep_words(context.workspace, subject, "mug", "sks")
+    start = handler(context, "automatic", "subject")
+    with pytest.raises(gradio.Error, match="Name a captioning model first"):
+        start(subject, " ", EMBEDDED, "")
+    shown = start(subject, str(models(kind)), EMBEDDED, "")
+    assert "waiting" in shown.lower()
+    (job_id,) = ids_in(context.workspace.root)
+    folder = context.workspace.root / job_id
+    assert cli.main(list(records.read_record(folder).arguments)) == 0
+    records.write_result(folder, records.JobResult(0))
+    context.jobs(fresh=True)
+    stored = read_subject(context.workspace, subject)
+    captions = captions_of(stored)
+    expected = with_trigger(
+        open_captioner(str(models(kind)))(open_photo(stored.photos[0])), "sks", "mug"
+    )
+    assert captions == {"001.jpg": expected, "002.jpg": "by hand"}
+    assert "sks" in expected
+    rows = handler(context, "reread", "subject")(subject)
+    assert html.escape(expected) in rows
+
+
+def test_a_shared_app_captions_with_no_model_but_its_own(
+    context: Context, subject: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = Launch(share=True, auth=("ann", "correct horse"), models=("org/captions",))
+    monkeypatch.setattr(context, "launch", shared)
+    start = handler(context, "automatic", "subject")
+    for name in ("/home/ann/model", "other/model"):
+        with pytest.raises(gradio.Error, match="offers only"):
+            start(subject, name, EMBEDDED, "")
+    assert "waiting" in start(subject, "org/captions", EMBEDDED, "").lower()

@@ -1,0 +1,387 @@
+"""The Train tab's handlers: what they refuse, and what a run is started with."""
+
+from __future__ import annotations
+
+import html
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gradio", reason="gradio is not installed")
+import gradio
+import yaml
+
+from dora_diffusion.models.memory import Device, needed_memory
+from dora_diffusion.studio.app.context import Context
+from dora_diffusion.studio.app.launch import Launch
+from dora_diffusion.studio.app.settings import (
+    ADVANCED,
+    EMBEDDED,
+    PRESET_NAMES,
+    preset_values,
+    setting_text,
+)
+from dora_diffusion.studio.app.views import train
+from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs.bases import Base
+from dora_diffusion.studio.jobs.subjects import (
+    add_photos,
+    keep_words,
+    new_subject,
+    read_subject,
+    save_caption,
+)
+from dora_diffusion.studio.jobs.workspace import ids_in
+from tests.studio.app.views.helpers import handler
+
+GOLDEN = Path(__file__).parents[4] / "tests/formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
+
+# What the preset has filled in, and what the page shows.
+FILLED = [
+    {name: setting_text(value) for name, value in preset_values("balanced", EMBEDDED).items()},
+    *(setting_text(value) for value in preset_values("balanced", EMBEDDED).values()),
+]
+
+
+def fields(subject: str, prompts: str) -> list[Any]:
+    """What the page sends: list settings as words."""
+    values = preset_values("fast", EMBEDDED)
+    shown = [setting_text(values[name]) for name in ADVANCED]
+    return [subject, EMBEDDED, "sks", "mug", prompts, *shown]
+
+
+def test_a_run_can_go_on_from_another_working_directory(
+    context: Context, subject: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler(context, "start")("", *fields(subject, "a photo of a {subject} on the snow"))
+    monkeypatch.chdir("/")
+    (job_id,) = ids_in(tmp_path / "runs")
+    folder = tmp_path.resolve() / "runs" / job_id
+    settings = yaml.safe_load((folder / records.SETTINGS).read_text(encoding="utf-8"))
+    assert settings["output_dir"] == str(folder)
+    assert settings["instance_data_dir"] == str(folder / "photos")
+
+
+def test_a_sample_prompt_without_the_token_is_said_to_show_the_class(
+    context: Context, subject: str
+) -> None:
+    asked = fields(subject, "a {subject} --d 3\na photo of a mug at night\na mug --drift")
+    # HTML on the page.
+    said = html.unescape(handler(context, "plan")(*asked)[0])
+    assert "Sample prompt 'a photo of a mug at night' does not contain the token 'sks'" in said
+    assert said.count("does not contain the token") == 1
+    with pytest.raises(gradio.Error, match="--x is no option here"):
+        handler(context, "start")("", *fields(subject, "a {subject} --x 3"))
+
+
+def test_a_setting_without_effect_is_said_and_presets_have_none(
+    context: Context, subject: str
+) -> None:
+    def said(model: str, preset: str, **changes: Any) -> str:
+        values = {name: setting_text(v) for name, v in preset_values(preset, model).items()}
+        asked = [subject, model, "sks", "mug", "", *(values | changes).values()]
+        return html.unescape(handler(context, "plan")(*asked)[0])
+
+    for model in (EMBEDDED, "stabilityai/stable-diffusion-xl-base-1.0"):
+        for preset in PRESET_NAMES:
+            assert "has no effect" not in said(model, preset)
+    changed = said(EMBEDDED, "fast", keep_tags="3")
+    assert "keep_tags has no effect because shuffle_tags is off and tag_dropout is 0.0" in changed
+
+
+def test_no_number_field_can_be_empty(context: Context) -> None:
+    """Gradio's turn into 0 as soon as they are unfolded."""
+    from dora_diffusion.studio.app.page import build_page
+
+    blocks = build_page(context).blocks.values()
+    numbers = [block for block in blocks if type(block).__name__ == "Number"]
+    assert all(block.value is not None for block in numbers)
+    labels = {getattr(block, "label", "") for block in numbers}
+    assert not labels & set(ADVANCED)
+
+
+def asked(context: Context, subject: str, model: str, **changes: Any) -> list[Any]:
+    values = dict(zip(ADVANCED, fields(subject, "")[5:], strict=True)) | changes
+    return [subject, model, "sks", "dog", "", *values.values()]
+
+
+def test_the_plan_says_what_will_not_fit_and_what_to_change(
+    context: Context, subject: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
+
+    def said(free: float, **changes: Any) -> str:
+        device = Device("cuda", "a card", free)
+        monkeypatch.setattr(context, "device", lambda: device)
+        return html.unescape(handler(context, "plan")(*asked(context, subject, sdxl, **changes))[0])
+
+    one = {"train_batch_size": "1"}
+    half = one | {"mixed_precision": "bf16", "gradient_checkpointing": True}
+    settings = {"mixed_precision": "bf16", "gradient_checkpointing": True}
+    needed = needed_memory("sdxl", 1024, settings, Device("cuda", "a card", 1.0))
+    assert needed is not None
+    fits, short = said(needed + 1, **half), said(needed - 0.5, **half)
+    assert "will not fit" not in fits
+    assert "Memory is from runs at full size" in fits
+    assert f"{needed:.1f} GiB, {needed + 1:.1f} GiB free" in fits
+    assert f"This will not fit: it takes about {needed:.1f} GiB" in short
+    assert "Set resolution" in short
+    assert "Set mixed_precision bf16 and gradient_checkpointing on." in said(
+        needed, mixed_precision="no", gradient_checkpointing=False, **one
+    )
+    five = half | {"train_batch_size": "5", "with_prior_preservation": True}
+    assert "Set train_batch_size 1 and with_prior_preservation off." in said(needed, **five)
+
+
+def test_the_plan_warns_of_a_subject_that_the_toy_world_does_not_know(
+    context: Context, subject: str
+) -> None:
+    def said(model: str, word: str) -> str:
+        values = asked(context, subject, model)
+        values[3] = word
+        return html.unescape(handler(context, "plan")(*values)[0])
+
+    assert "toy model of a drawn world" in said(EMBEDDED, "dog")
+    assert "toy model" not in said(EMBEDDED, "mug")
+    assert "toy model" not in said("stable-diffusion-v1-5/stable-diffusion-v1-5", "dog")
+
+
+def test_the_plan_announces_class_images(context: Context, subject: str) -> None:
+    def said(mode: str) -> str:
+        changes = {"with_prior_preservation": True, "prior_preservation_mode": mode}
+        values = asked(context, subject, EMBEDDED, **changes)
+        return html.unescape(handler(context, "plan")(*values)[0])
+
+    assert "100 class images come first, which takes about as long as" in said("images")
+    assert "class images" not in said("image-free")
+    assert "class images" not in said("")  # the default
+
+
+def settings_field(context: Context, name: str) -> Any:
+    """The field of a setting on the page."""
+    from dora_diffusion.studio.app.page import build_page
+
+    fields = [
+        one for one in build_page(context).blocks.values() if getattr(one, "label", 0) == name
+    ]
+    (field,) = fields
+    return field
+
+
+def test_a_field_says_what_the_setting_says(context: Context) -> None:
+    alpha = settings_field(context, "lora_alpha")
+    assert (alpha.info, alpha.placeholder, alpha.value) == (
+        "Alpha of Linear layers.", "default: rank, or init_adapter's", "",
+    )  # fmt: skip
+    minutes = settings_field(context, "checkpointing_minutes")
+    assert minutes.placeholder == "default: 5.0"
+    assert settings_field(context, "cache_latents").value is True
+    tracker = settings_field(context, "report_to")
+    assert tracker.choices == [("none", ""), ("tensorboard", "tensorboard"), ("wandb", "wandb")]
+    assert tracker.value == ""
+
+
+def test_a_real_subject_gets_a_model_of_this_machine_that_fits(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suggest = handler(context, "suggest")
+    one, xl = (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0",
+    )  # fmt: skip
+    sd1 = Base(one, "sd1", "in the hub's cache")
+    sdxl = Base(xl, "sdxl", "in the hub's cache")
+    download = Base("org/far", "sd1", "to be downloaded")
+    toy = Base(EMBEDDED, "sd1", "toy")
+
+    def chosen(
+        found: list[Base], word: str, *, free: float | None = 5.0, settled: str = "",
+        model: str = EMBEDDED, kind: str = "cuda",
+    ) -> Any:  # fmt: skip
+        monkeypatch.setattr(context, "bases", lambda: found)
+        monkeypatch.setattr(context, "device", lambda: Device(kind, "a card", free))
+        remembered, base, said, filled, *values = suggest(word, settled, "balanced", model, *FILLED)
+        assert remembered == word
+        assert len(values) == len(ADVANCED)
+        if isinstance(base, str):
+            assert f"Base model set to {base}" in said
+            assert "know no dog" in said
+            steps = {one: "800", xl: "1000"}[base]
+            assert values[ADVANCED.index("max_train_steps")]["value"] == steps
+            assert filled["max_train_steps"] == steps
+            return base
+        return None
+
+    every = [toy, sdxl, sd1, download]
+    assert chosen(every, "dog") == one  # 5 GiB do not hold SDXL
+    assert chosen(every, "dog", free=40.0) == xl
+    assert chosen(every, "dog", free=40.0, kind="cpu") == one
+    assert chosen([sd1, sdxl], "dog", free=None) == one  # the first
+    assert chosen([toy, download], "dog") is None  # the toy stays, with its warning
+    assert chosen(every, "mug") is None
+    assert chosen(every, "dog", settled="dog") is None  # chosen by hand, or asked before
+    assert chosen(every, "dog", model="org/other") is None
+
+
+def typed(subject: str, class_word: str, token: str) -> dict[str, str]:
+    return {"subject": subject, "class_word": class_word, "token": token}
+
+
+def test_class_and_token_stay_with_the_subject(context: Context, subject: str) -> None:
+    keep, fill = handler(context, "keep"), handler(context, "fill", nth=0)
+    other = new_subject(context.workspace, "Other", "cat")
+    keep(typed(subject, " teacup ", "zwx"))
+    assert fill(subject, {})[:2] == ["teacup", "zwx"]
+    # What was typed and not kept yet, for its own subject alone.
+    words = typed(subject, "bowl", "zwx")
+    assert fill(subject, words) == ["bowl", "zwx", words]
+    assert fill(other, words)[:2] == ["cat", "sks"]
+    keep(typed(subject, "", ""))  # a style
+    assert fill(subject, {})[:2] == ["", ""]
+    assert read_subject(context.workspace, subject).title == "Mug"
+    keep(typed("", "dog", "sks"))
+    for words in (typed(subject, "x" * 101, "sks"), typed(subject, "dog", "x" * 51)):
+        with pytest.raises(gradio.Error, match="at most"):
+            keep(words)
+
+
+def test_words_typed_before_there_is_a_subject_are_the_first_one_s(context: Context) -> None:
+    fill, words = handler(context, "fill", nth=0), typed("", "dog", "zwx")
+    assert fill(None, words)[:2] == ["dog", "zwx"]
+    sample = new_subject(context.workspace, "Bolt mug", "mug", sample="bolt_mug")
+    assert fill(sample, words)[:2] == ["mug", "sks"]
+    first, second = (new_subject(context.workspace, name) for name in ("First", "Second"))
+    *shown, now = fill(first, words)
+    assert shown == ["dog", "zwx"]
+    assert fill(first, {})[:2] == ["dog", "zwx"]
+    assert fill(second, now)[:2] == ["", "sks"]
+
+
+def test_a_setting_that_was_typed_survives_preset_base_and_suggestion(context: Context) -> None:
+    use_preset = handler(context, "use_preset")
+    for place, name in enumerate(ADVANCED):
+        filled = list(FILLED)
+        value = filled[1 + place]
+        filled[1 + place] = not value if isinstance(value, bool) else "typed"
+        _, *updates = use_preset("quality", EMBEDDED, *filled)
+        changed = {ADVANCED[i] for i, update in enumerate(updates) if update != gradio.skip()}
+        assert changed == {*ADVANCED} - {name, "init_adapter"}, name
+
+
+def test_a_message_keeps_the_letters_of_a_model_s_name(
+    context: Context, subject: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mymodel").mkdir()
+    (tmp_path / "mymodel.ckpt").write_bytes(b"")
+    plan = handler(context, "plan")
+    for name in ("mymodel", "mymodel.ckpt"):
+        assert f">{name} is " in plan(*asked(context, subject, name))[0]
+    assert ">There is no subject" in plan(*asked(context, "", EMBEDDED))[0]
+
+
+def test_a_model_that_is_not_there_starts_nothing(context: Context, subject: str) -> None:
+    for model, match in (("/no/model", "does not exist"), ("no/body", "HF_HUB_OFFLINE is set")):
+        with pytest.raises(gradio.Error, match=match):
+            handler(context, "start")("", *asked(context, subject, model))
+    assert ids_in(context.workspace.root) == []
+
+
+def test_a_shared_app_takes_no_folders_and_no_other_vae(
+    context: Context, subject: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = Launch(share=True, auth=("ann", "correct horse"), models=("org/vae",))
+    monkeypatch.setattr(context, "launch", shared)
+    for name, value, match in (
+        ("model_config", "/etc", "accepts no folder for model_config"),
+        ("class_data_dir", "/etc", "accepts no folder for class_data_dir"),
+        ("pretrained_vae_model_name_or_path", "/etc", "offers only"),
+        ("report_to", "wandb", "does not report to wandb"),
+    ):
+        with pytest.raises(gradio.Error, match=match):
+            handler(context, "start")("", *asked(context, subject, EMBEDDED, **{name: value}))
+    assert [base.name for base in context.bases()] == [
+        "embedded:tiny-sd", "embedded:tiny-sdxl", "org/vae",
+    ]  # fmt: skip
+    allowed = {"pretrained_vae_model_name_or_path": "org/vae"}
+    handler(context, "start")("", *asked(context, subject, EMBEDDED, **allowed))
+    assert len(ids_in(context.workspace.root)) == 1
+
+
+def test_a_shared_app_looks_at_no_other_model(
+    context: Context, subject: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A visitor must not learn from presets or warnings what lies on the machine."""
+    from dora_diffusion.studio.app.views import photo
+
+    sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
+    assert photo.side(context, sdxl, "") == 1024
+    shared = Launch(share=True, auth=("ann", "correct horse"))
+    monkeypatch.setattr(context, "launch", shared)
+    assert photo.side(context, sdxl, "") == 64
+    assert photo.side(context, sdxl, "300") == 300
+    with pytest.raises(gradio.Error, match="offers only"):
+        handler(context, "use_preset")("fast", sdxl, *FILLED)
+
+
+def test_several_subjects_are_one_run_each_with_its_own_words(
+    context: Context, subject: str, tmp_path: Path
+) -> None:
+    other = new_subject(context.workspace, "Cat", "cat", "sks")
+    add_photos(context.workspace, other, [tmp_path / "a.png"])
+    asked = [*fields(subject, "a photo of a {subject} at night"), [other]]
+    said = html.unescape(handler(context, "plan")(*asked)[0])
+    assert "the token 'sks' means a 'mug' and a 'cat'; give each subject a token of its own" in said
+    keep_words(context.workspace, other, "cat", "zwx")
+    _, command = handler(context, "plan")(*asked)
+    assert "--dataset_config subjects.yaml" in html.unescape(command)
+    handler(context, "start")("", *asked)
+    (job,) = context.jobs(fresh=True)
+    assert job.trigger == "sks mug, zwx cat"
+    first, second = job.settings["dataset_config"]
+    assert (first["token"], second["class_word"]) == ("sks", "cat")
+    assert second["instance_data_dir"] == str(job.folder / "photos-2")
+    assert [path.name for path in (job.folder / "photos-2").iterdir()] == ["001.jpg"]
+    assert job.settings["validation_prompt"] == [
+        "a photo of a sks mug at night", "a photo of a zwx cat at night",
+    ]  # fmt: skip
+    with pytest.raises(gradio.Error, match="same photos and settings is number 1 in the queue"):
+        handler(context, "start")("", *asked)
+
+
+def test_a_style_needs_captions_and_no_words(context: Context, subject: str) -> None:
+    asked = fields(subject, "a photo of a {subject}\na castle")
+    asked[2] = asked[3] = ""
+    assert "but a caption for every image" in handler(context, "plan")(*asked)[0]
+    save_caption(context.workspace, subject, "001.jpg", "a mug")
+    handler(context, "start")("", *asked)
+    (job,) = context.jobs(fresh=True)
+    words = [job.settings[name] for name in ("token", "class_word", "instance_prompt")]
+    assert words == ["", None, None]
+    assert job.settings["validation_prompt"] == ["a castle"]
+
+
+def test_a_run_of_the_library_is_started_from_with_its_base_model_and_layers(
+    context: Context, subject: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler(context, "start")("first", *asked(context, subject, EMBEDDED, rank="5"))
+    (job_id,) = ids_in(context.workspace.root)
+    folder = context.workspace.root / job_id
+    shutil.copy(GOLDEN, folder / "pytorch_lora_weights.safetensors")
+    records.write_result(folder, records.JobResult(0))
+    shown = train.refresh(context.jobs(fresh=True))["start"][0]["choices"]
+    assert [value for _, value in shown] == ["", job_id]
+    model, *values = handler(context, "use_start")(job_id)
+    assert model == EMBEDDED
+    assert values[train._OF_ADAPTER.index("rank")]["value"] == "5"
+    assert handler(context, "use_start")("")[1] == gradio.skip()
+    for launch in (context.launch, Launch(share=True, auth=("ann", "correct horse"))):
+        monkeypatch.setattr(context, "launch", launch)
+        changes = {"init_adapter": job_id, "seed": str(len(ids_in(context.workspace.root)))}
+        handler(context, "start")("next", *asked(context, subject, EMBEDDED, **changes))
+        newest = context.workspace.root / max(ids_in(context.workspace.root))
+        settings = yaml.safe_load((newest / records.SETTINGS).read_text(encoding="utf-8"))
+        assert Path(settings["init_adapter"]).parent == folder
+    other = asked(context, subject, EMBEDDED, init_adapter=str(tmp_path / "x.safetensors"))
+    with pytest.raises(gradio.Error, match="accepts no folder for init_adapter"):
+        handler(context, "start")("", *other)

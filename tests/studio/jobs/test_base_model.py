@@ -1,0 +1,96 @@
+"""What is known of a base model before it is loaded, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.studio.jobs.base_model import ModelFiles, check_base, check_variant, model_info
+from dora_diffusion.studio.jobs.workspace import UserError
+from tests.studio.jobs.helpers import write_checkpoint, write_folder
+
+pytestmark = pytest.mark.usefixtures("cache")
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "resolution", "is_full"),
+    [("embedded:tiny-sd", "sd1", 64, False), (SDXL, "sdxl", 1024, True),
+     ("somebody/something", "", 512, False)],
+)  # fmt: skip
+def test_traits_of_models_that_are_named(
+    name: str, family: str, resolution: int, is_full: bool
+) -> None:
+    info = model_info(name)
+    assert (info.family, info.resolution, info.has_released_shape) == (
+        family, resolution, is_full,
+    )  # fmt: skip
+
+
+def test_the_size_is_what_the_model_itself_says(sd1_folder: Path) -> None:
+    from dora_diffusion.models.load import load_components
+
+    for name in (sd1_folder, "embedded:tiny-sdxl"):
+        info, loaded = model_info(str(name)), load_components(name)
+        assert info.resolution == loaded.default_resolution
+        assert info.family == loaded.family.name
+        assert not info.has_released_shape
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("/no/such/folder", "does not exist; choose a Diffusers folder"),
+        ("no/such/file.safetensors", "does not exist; choose"),
+        ("three parts of text", "does not exist; choose"),
+        ("model.ckpt", "is a pickle"),
+        ("embedded:other", "no embedded model"),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused(name: str, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        check_base(name)
+
+
+def test_a_file_or_folder_that_is_no_base_model_is_refused(tmp_path: Path) -> None:
+    save_file({"lora_unet_a.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    write_folder(tmp_path / "flux", kind="FluxTransformer2DModel")
+    (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
+    for name, match in (
+        ("lora.safetensors", "not a full checkpoint"),
+        ("flux", "not supported"),
+        ("notes.txt", "is no model"),
+        ("", "no model_index.json"),
+    ):
+        with pytest.raises(UserError, match=match):
+            check_base(str(tmp_path / name))
+    check_base(str(write_checkpoint(tmp_path / "xl.safetensors", "sdxl")))
+    check_base(str(write_folder(tmp_path / "pipeline")))
+
+
+def test_the_hub_is_asked_only_when_a_run_is_to_begin(cache: Path) -> None:
+    check_base("nobody/nothing")
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        check_base("nobody/nothing", ask_hub=True)
+    write_folder(cache / "models--nobody--nothing" / "snapshots" / "1")
+    check_base("nobody/nothing", ask_hub=True)
+
+
+def test_a_variant_without_weights_is_refused(tmp_path: Path) -> None:
+    folder = str(write_folder(tmp_path / "pipeline"))
+    check_variant(folder, None)
+    check_variant(folder, "fp16")
+    with pytest.raises(UserError, match=r"no weights of the variant 'bf16'; its UNet is .*fp16"):
+        check_variant(folder, "bf16")
+
+
+def test_what_a_run_names_is_what_is_loaded() -> None:
+    settings = TrainConfig(
+        pretrained_vae_model_name_or_path="v", model_config="c", variant="fp16", revision="r"
+    ).to_dict()
+    assert ModelFiles.of(settings) == ModelFiles("v", "c", "fp16", "r")
+    assert ModelFiles.of({"variant": ""}) == ModelFiles()

@@ -1,0 +1,92 @@
+"""Base models that are found on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dora_diffusion.formats.files.names import PIPELINE_NAME
+from dora_diffusion.studio.jobs import bases
+from dora_diffusion.studio.jobs.bases import Base, in_folder, in_hub_cache, model_folders
+from tests.studio.jobs.helpers import write_checkpoint, write_folder
+
+pytestmark = pytest.mark.usefixtures("cache")
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+def test_models_in_folders_are_found_and_other_files_are_not(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    one = write_checkpoint(folder / "deep" / "xl.safetensors", "sdxl")
+    two = write_folder(folder / "pipeline")
+    save_file({"lora_unet_a.lora_down.weight": torch.zeros(1)}, folder / "lora.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"\xff" * 30)
+    (folder / "old.ckpt").write_bytes(b"x")
+    write_folder(folder / "flux", kind="FluxTransformer2DModel")
+    write_checkpoint(folder / "a" / "b" / "too_deep.safetensors", "sd1")
+    (folder / "loop").symlink_to(folder)
+    assert in_folder(folder, "there") == [
+        Base(str(one), "sdxl", "there"), Base(str(two), "sd1", "there"),
+    ]  # fmt: skip
+
+
+def test_the_usual_places_are_those_that_are_configured(tmp_path: Path) -> None:
+    places = {
+        "COMFYUI_PATH": tmp_path / "comfy" / "models" / "checkpoints",
+        "A1111_PATH": tmp_path / "a1111" / "models" / "Stable-diffusion",
+        "DORA_DIFFUSION_MODELS": tmp_path / "own",
+        "file": tmp_path / "listed",
+        "flag": tmp_path / "flag",
+    }
+    for folder in places.values():
+        folder.mkdir(parents=True)
+    (tmp_path / "model_folders.txt").write_text(
+        f"{places['file']}\n\n/no/such/folder\n", encoding="utf-8"
+    )
+    environment = {
+        "COMFYUI_PATH": str(tmp_path / "comfy"),
+        "A1111_PATH": str(tmp_path / "a1111"),
+        "DORA_DIFFUSION_MODELS": f"{places['DORA_DIFFUSION_MODELS']}:/no/such/folder",
+    }
+    found = [folder for folder, _ in model_folders(environment, tmp_path, [places["flag"]])]
+    assert sorted(found) == sorted(places.values())
+    assert model_folders({}, tmp_path / "comfy", []) == []
+
+
+def test_downloaded_models_are_offered_once_and_only_with_weights(
+    cache: Path, tmp_path: Path
+) -> None:
+    write_folder(cache / "models--ann--dogs" / "snapshots" / "1")
+    write_folder(cache / "models--bob--cats" / "snapshots" / "1", weights=False)
+    write_folder(cache / "models--stable-diffusion-v1-5--stable-diffusion-v1-5" / "snapshots" / "1")
+    assert [base.name for base in in_hub_cache()] == [
+        "ann/dogs", "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    ]  # fmt: skip
+    offered = bases.bases(tmp_path, ("org/listed",), ())
+    names = [base.name for base in offered]
+    assert len(names) == len(set(names))
+    where = {base.name: base.where for base in offered}
+    assert where["stable-diffusion-v1-5/stable-diffusion-v1-5"] == "in the hub's cache"
+    assert where[SDXL] == "to be downloaded"
+    assert where["org/listed"] == "named with --models"
+    assert names[0] == "embedded:tiny-sd"
+
+
+def test_a_model_that_a_run_fine_tuned_is_offered(cache: Path, tmp_path: Path) -> None:
+    model = write_folder(tmp_path / "20260101-120000-abcdef" / "model")
+    write_folder(tmp_path / "20260101-120000-abcdef" / "checkpoint-5")
+    offered = {base.name: base.where for base in bases.bases(tmp_path, (), ())}
+    assert offered[str(model)] == "fine-tuned in run 20260101-120000-abcdef"
+    assert not [name for name in offered if "checkpoint-5" in name]
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "", "{", '{"unet": 1}', "[" * 1500, "\0"])
+def test_a_damaged_model_of_a_run_does_not_keep_the_app_from_starting(
+    tmp_path: Path, text: str
+) -> None:
+    for number, broken in enumerate(("model_index.json", "unet/config.json")):
+        folder = write_folder(tmp_path / f"20261125-02030{number}-abcdef" / PIPELINE_NAME)
+        (folder / broken).write_text(text, encoding="utf-8")
+    assert len(bases.of_runs(tmp_path)) == 2

@@ -1,0 +1,269 @@
+"""The state of a job as its folder and its process tell it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dora_diffusion.studio.jobs import queue as jobs
+from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs.processes import worker_of
+from dora_diffusion.studio.jobs.snapshot import read_job, snapshot
+from dora_diffusion.studio.jobs.workspace import (
+    UserError,
+    Workspace,
+    read_json,
+    remove_folder,
+    write_json,
+)
+from tests.studio.jobs.helpers import (
+    DAMAGES,
+    damage,
+    forbid,
+    make,
+    pretend_running,
+    seen,
+    started_run,
+)
+from tests.waiting import STAY
+
+
+def test_a_dead_process_is_a_crash_with_its_cause(
+    workspace: Workspace, sleeper: subprocess.Popen[bytes]
+) -> None:
+    folder = make(workspace)
+    pretend_running(folder, sleeper)
+    (folder / records.LOG).write_text(
+        "error: of before\n--- 2026 again ---\nerror: the disk is full\n", encoding="utf-8"
+    )
+    sleeper.kill()
+    sleeper.wait()
+    assert (seen(folder).state, seen(folder).cause) == ("crashed", "the disk is full")
+    assert jobs.reap(workspace) == [folder.name]
+    assert read_json(folder / records.RESULT)["code"] is None
+    assert seen(folder).state == "crashed"
+
+
+def test_a_crash_without_a_word_says_what_to_do(workspace: Workspace) -> None:
+    folder = make(workspace)
+    write_json(folder / records.WORKER, {"pid": 2**22 + 1, "start": "1"})
+    assert "Resume" in seen(folder).cause
+
+
+def test_another_process_with_the_same_pid_is_not_the_worker(workspace: Workspace) -> None:
+    folder = make(workspace)
+    write_json(folder / records.WORKER, {"pid": os.getpid(), "start": 12.0})
+    assert seen(folder).state == "crashed"
+    assert worker_of(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("start", "module"),
+    [("8423771", "jobs.worker"), ("Thu Nov 26 10:53:56 2026", "jobs.worker"),
+     (1795686836.0, "worker"), (None, "worker")],
+)  # fmt: skip
+def test_a_worker_is_known_whatever_its_start_was_noted_as(
+    workspace: Workspace, start: object, module: str
+) -> None:
+    """By an earlier version, in clock ticks or by ps; or before the clock was set."""
+    folder, other = make(workspace), make(workspace)
+    words = [sys.executable, "-c", STAY, f"dora_diffusion.{module}", f"elsewhere/{folder.name}"]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        for job in (folder, other):
+            write_json(job / records.WORKER, {"pid": child.pid, "start": start})
+        assert seen(folder).state == "running"
+        assert seen(other).state == "crashed", "the pid is another job's worker's now"
+    finally:
+        child.kill()
+        child.communicate()
+    assert seen(folder).state == "crashed"
+
+
+@pytest.mark.parametrize(
+    ("code", "state"), [(143, "stopped"), (130, "stopped"), (1, "failed"), (3, "failed")]
+)
+def test_the_exit_code_tells_how_a_job_ended(workspace: Workspace, code: int, state: str) -> None:
+    folder = make(workspace)
+    (folder / records.LOG).write_text("error: the loss is nan at step 3\n", encoding="utf-8")
+    write_json(folder / records.RESULT, {"code": code})
+    assert seen(folder).state == state
+    assert seen(folder).cause == ("the loss is nan at step 3" if state == "failed" else "")
+
+
+def test_exit_code_0_without_an_adapter_that_opens_is_not_done(workspace: Workspace) -> None:
+    folder = make(workspace)
+    write_json(folder / records.RESULT, {"code": 0})
+    assert (seen(folder).state, seen(folder).cause) == (
+        "failed",
+        "the run ended without an adapter file",
+    )
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"\0" * 40)
+    assert seen(folder).state == "failed"
+    assert "cannot be opened" in seen(folder).cause
+
+
+def test_a_model_that_was_fine_tuned_itself_is_a_result_without_an_adapter(
+    workspace: Workspace,
+) -> None:
+    folder = started_run(workspace, 3)
+    (folder / "model").mkdir()
+    (folder / "model" / "model_index.json").write_text("{}", encoding="utf-8")
+    write_json(folder / records.RESULT, {"code": 0})
+    job = seen(folder)
+    assert (job.state, job.cause) == ("done", "")
+    assert (job.can_generate, job.stands, job.candidates) == (False, "", ())
+
+
+def test_progress_and_time_left_come_from_measured_steps(workspace: Workspace) -> None:
+    job = read_job(started_run(workspace, 4))
+    assert job is not None
+    assert (job.step, job.total, job.step_seconds, job.remaining_seconds) == (4, 10, 2.0, 12.0)
+    assert job.trigger == "sks mug"
+
+
+FILES = (records.JOB, records.SETTINGS, records.PROGRESS, records.RESULT, "metrics.jsonl")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("content", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_damages_its_run_alone(
+    workspace: Workspace, name: str, content: bytes | None
+) -> None:
+    good, folder = started_run(workspace, 3), started_run(workspace, 2)
+    write_json(folder / records.RESULT, {"code": 143})
+    (before,) = [job for job in snapshot(workspace.root) if job.folder == good]
+    damage(folder / name, content)
+    job, after = sorted(snapshot(workspace.root), key=lambda job: job.folder == good)
+    assert after == before
+    assert job.has_ended
+    if content or content is None or name != "metrics.jsonl":  # of a run without a step
+        assert job.shown_state == "damaged"
+        assert job.damage[0].startswith(f"{name} is damaged (")
+        assert job.damage[0].endswith("; mend or delete it, or remove this run")
+    assert jobs.waiting_jobs(workspace) == [good]
+    jobs.delete_job(workspace, folder.name)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        (records.JOB, '{"kind": "dance"}', "kind is 'dance', not train, export"),
+        (records.JOB, '{"title": "sks mug"}', "kind is 'None'"),
+        (records.JOB, '{"kind": "train", "title": ["a"]}', "title is \"\\['a'\\]\""),
+        (records.JOB, '{"kind": "train", "queued": NaN}', "queued is 'nan'"),
+        (records.JOB, '{"arguments": ["dance"]}', "kind is 'dance'"),
+        (records.JOB, '{"arguments": "train"}', "arguments is 'train'"),
+        (records.JOB, '{"kind": "merge", "base": 3}', "base is '3'"),
+        (records.JOB, '{"kind": "compare", "checkpoints": [1]}', "arguments is"),
+        (records.SETTINGS, "max_train_steps: many\n", "max_train_steps is 'many'"),
+        (records.SETTINGS, "- a\n", "must hold 'setting: value' lines"),
+        (records.SETTINGS, "a: b: c\n", "line 1: this is not valid YAML"),
+        (records.PROGRESS, '{"total_steps": "x"}', "total_steps is 'x'"),
+        (records.RESULT, '{"code": "0"}', "code is '0'"),
+        (records.RESULT, '{"code": true}', "code is 'True'"),
+        ("metrics.jsonl", '{"step": 1, "loss": 1, "seconds": 1}\n{"step": 2}\n', "line 2 is no"),
+        ("metrics.jsonl", '{"step": "1", "loss": 1, "seconds": 1}\n', "line 1 is no record"),
+        ("metrics.jsonl", '{"step": 1, "loss": NaN, "seconds": 1}\n', "line 1 is no record"),
+    ],
+)
+def test_the_damage_is_named(workspace: Workspace, name: str, text: str, reason: str) -> None:
+    folder = started_run(workspace, 1)
+    write_json(folder / records.RESULT, {"code": 143})
+    (folder / name).write_text(text, encoding="utf-8")
+    (line,) = seen(folder).damage
+    assert re.search(reason, line)
+    assert str(folder) not in line
+
+
+def test_what_is_missing_is_no_damage(workspace: Workspace) -> None:
+    """Files of a version that wrote less."""
+    folder = started_run(workspace, 1)
+    (folder / records.JOB).write_text('{"kind": "train"}', encoding="utf-8")
+    for name in (records.PROGRESS, records.RESULT):
+        (folder / name).write_text("{}", encoding="utf-8")
+    (folder / records.SETTINGS).write_text("token: sks\nof_a_later_version: 1\n", encoding="utf-8")
+    job = seen(folder)
+    assert (job.state, job.damage, job.step) == ("crashed", (), 1)
+    assert job.settings == {"token": "sks", "of_a_later_version": 1}
+    for name in (records.SETTINGS, records.RESULT, "metrics.jsonl"):
+        (folder / name).unlink()
+    assert (seen(folder).state, seen(folder).damage) == ("waiting", ())
+
+
+def test_a_folder_that_may_not_be_looked_into_hides_no_other(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, locked = make(workspace, "good"), make(workspace, "locked")
+    forbid(monkeypatch, locked)
+    job, other = sorted(snapshot(workspace.root), key=lambda job: job.folder == good)
+    assert (other.title, other.state, other.position) == ("good", "waiting", 1)
+    assert job.state == "damaged"
+    assert "Permission denied" in job.damage[0]
+    assert jobs.reap(workspace) == []
+    assert jobs.waiting_jobs(workspace) == [good]
+
+
+def test_a_defect_of_reading_is_one_run_s(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, good = make(workspace), make(workspace)
+    real = records.read_progress
+
+    def read(of: Path) -> records.JobProgress:
+        if of == folder:
+            raise TypeError("a defect")
+        return real(of)
+
+    monkeypatch.setattr(records, "read_progress", read)
+    states = {job.id: job.shown_state for job in snapshot(workspace.root)}
+    assert states == {folder.name: "damaged", good.name: "waiting"}
+    assert "TypeError('a defect')" in seen(folder).damage[0]
+    assert seen(good).damage == ()
+
+
+def test_a_running_job_with_a_damaged_file_can_be_stopped(
+    workspace: Workspace, sleeper: subprocess.Popen[bytes]
+) -> None:
+    folder = started_run(workspace, 1)
+    pretend_running(folder, sleeper)
+    (folder / records.PROGRESS).write_text("{", encoding="utf-8")
+    assert (seen(folder).state, seen(folder).shown_state) == ("running", "running")
+    assert "progress.json is damaged" in seen(folder).damage[0]
+
+
+def test_a_damaged_result_is_mended_by_resuming(workspace: Workspace) -> None:
+    folder = started_run(workspace, 1)
+    (folder / records.RESULT).mkdir()
+    (folder / records.RESULT / "x").touch()
+    job = seen(folder)
+    assert (job.state, job.shown_state, job.cause) == ("crashed", "damaged", "")
+    jobs.requeue_job(folder)
+    assert (seen(folder).state, seen(folder).damage) == ("waiting", ())
+    (folder / records.JOB).write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match=r"job\.json is damaged"):
+        jobs.requeue_job(folder)
+
+
+def test_a_job_that_is_deleted_while_it_is_read_is_not_a_crash(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(workspace)
+    write_json(folder / records.WORKER, {"pid": 2**22 + 1, "start": "1"})
+    write_json(folder / records.RESULT, {"code": 0})
+    read = records.read_result
+
+    def read_too_late(path: Path) -> records.JobResult | None:
+        remove_folder(path)
+        return read(path)
+
+    monkeypatch.setattr(records, "read_result", read_too_late)
+    assert read_job(folder) is None

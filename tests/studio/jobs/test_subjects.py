@@ -1,0 +1,193 @@
+"""Subjects on disk: photos, captions, samples and warnings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dora_diffusion.data.captions import read_caption
+from dora_diffusion.data.photos import mask_path
+from dora_diffusion.studio.jobs.subjects import (
+    add_photos,
+    captions_of,
+    delete_subject,
+    mask_labels,
+    new_subject,
+    photo_path,
+    photo_warnings,
+    photos_in,
+    read_subject,
+    remove_photo,
+    save_caption,
+    subjects_in,
+    take_sample,
+    training_crop,
+    undo_captions,
+    write_captions,
+)
+from dora_diffusion.studio.jobs.workspace import UserError, Workspace
+from tests.studio.jobs.helpers import photo
+
+SAMPLES = Path(__file__).resolve().parents[3] / "samples"
+
+
+@pytest.mark.parametrize(
+    "name", ["../001.jpg", "/etc/passwd", "", None, 3, ["001.jpg"], "001.jpg\0", "009.jpg", "."]
+)
+def test_a_photo_is_looked_up_by_its_bare_name(
+    workspace: Workspace, subject: str, name: object
+) -> None:
+    with pytest.raises(UserError, match="no longer exists"):
+        photo_path(workspace, subject, name)
+
+
+@pytest.mark.parametrize("name", ["..", "", None, "20261125-020304-abcdef", "../subjects", 1, "*"])
+def test_a_subject_is_looked_up_by_its_id(workspace: Workspace, name: object) -> None:
+    with pytest.raises(UserError, match="no longer exists"):
+        read_subject(workspace, name)
+
+
+def test_a_linked_subject_or_photo_is_not_followed(
+    workspace: Workspace, subject: str, tmp_path: Path
+) -> None:
+    outside = photo(tmp_path / "outside.jpg")
+    os.symlink(outside, workspace.subject(subject) / "photos" / "003.jpg")
+    with pytest.raises(UserError):
+        photo_path(workspace, subject, "003.jpg")
+    os.symlink(tmp_path, workspace.subjects / "20261125-020304-abcdef")
+    with pytest.raises(UserError):
+        workspace.subject("20261125-020304-abcdef")
+
+
+def test_captions_are_printable_lines_of_bounded_length(workspace: Workspace, subject: str) -> None:
+    text = save_caption(workspace, subject, "001.jpg", "a sks\x00 dog\x1b[2J\n\n on  \u202egrass")
+    assert text == "a sks dog [2J\non grass"
+    path = photo_path(workspace, subject, "001.jpg")
+    assert read_caption(path, "", per_line=True) == text
+    assert read_caption(path, "") == "a sks dog [2J on grass"
+    with pytest.raises(UserError, match="at most 1000"):
+        save_caption(workspace, subject, "001.jpg", "x" * 1001)
+    save_caption(workspace, subject, "001.jpg", " ")
+    assert read_caption(photo_path(workspace, subject, "001.jpg"), "") == ""
+
+
+def test_a_removed_photo_takes_its_caption_along(workspace: Workspace, subject: str) -> None:
+    save_caption(workspace, subject, "001.jpg", "a sks dog")
+    remove_photo(workspace, subject, "001.jpg")
+    folder = workspace.subject(subject) / "photos"
+    assert sorted(path.name for path in folder.iterdir()) == ["002.jpg"]
+
+
+def test_the_crop_shown_is_the_middle_square(workspace: Workspace, tmp_path: Path) -> None:
+    image = Image.new("RGB", (300, 100), "red")
+    image.paste((0, 0, 255), (100, 0, 200, 100))
+    image.save(tmp_path / "a.png")
+    subject = new_subject(workspace, "x")
+    (stored,) = add_photos(workspace, subject, [tmp_path / "a.png"]).accepted
+    crop = training_crop(stored, 96)
+    assert crop.size == (96, 96)
+    corners = [crop.getpixel(at) for at in ((4, 4), (91, 91))]
+    assert all(blue > 200 and red < 60 for red, _, blue in corners)
+
+
+def test_warnings_name_the_photo(workspace: Workspace, subject: str) -> None:
+    found = photo_warnings(read_subject(workspace, subject), 512)
+    assert "only 2 photos" in found[""][0]
+    assert any("smaller than the training size" in line for line in found["001.jpg"])
+
+
+def test_one_painted_mask_makes_transparency_a_mask(workspace: Workspace, tmp_path: Path) -> None:
+    """Of another photo too: the run takes the loss where masks are bright, for all of them."""
+    subject = new_subject(workspace, "x")
+    for name, alpha in (("a", 255), ("b", 9), ("c", None)):
+        image = Image.effect_noise((60, 60), 50).convert("RGB")
+        if alpha is not None:
+            image.putalpha(alpha)
+        image.save(tmp_path / f"{name}.png")
+    stored = add_photos(workspace, subject, [tmp_path / f"{name}.png" for name in "abc"]).accepted
+    assert [path.suffix for path in stored] == [".png", ".png", ".jpg"]
+    assert mask_labels(read_subject(workspace, subject), 32) == {
+        "002.png": "transparent parts white"
+    }
+    Image.new("L", (60, 60), 255).save(mask_path(stored[2]))
+    assert mask_labels(read_subject(workspace, subject), 32) == {
+        "002.png": "masked by its transparency",
+        "003.jpg": "masked",
+    }
+    said = photo_warnings(read_subject(workspace, subject), 32)
+    assert any("transparent parts of 1 image are white: 002.png" in t for t in said["002.png"])
+
+
+@pytest.mark.skipif(not (SAMPLES / "bolt_mug").is_dir(), reason="the samples are not there")
+def test_a_sample_becomes_a_subject_with_its_captions(workspace: Workspace) -> None:
+    subject = read_subject(workspace, take_sample(workspace, SAMPLES, "bolt_mug"))
+    assert (subject.class_word, len(subject.photos)) == ("mug", 5)
+    assert read_caption(subject.photos[0], "").startswith("a photo of a sks mug")
+    with pytest.raises(UserError, match="there is bolt_mug, heart_teapot, ring_robot"):
+        take_sample(workspace, SAMPLES, "../samples/bolt_mug")
+
+
+def test_subjects_are_listed_newest_first_and_deleted(workspace: Workspace, subject: str) -> None:
+    assert [one.id for one in subjects_in(workspace)] == [subject]
+    delete_subject(workspace, subject)
+    assert subjects_in(workspace) == []
+    assert photos_in(workspace.subjects / subject) == []
+
+
+def texts(folder: Path, **captions: str) -> list[Path]:
+    """Caption files by their names."""
+    paths = [folder / f"{name}.txt" for name in captions]
+    for path, text in zip(paths, captions.values(), strict=True):
+        path.write_text(text, encoding="utf-8")
+    return paths
+
+
+def test_text_files_are_the_captions_of_the_photos_beside_them(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    subject = new_subject(workspace, "x")
+
+    def add(photos: list[str], **captions: str) -> tuple[tuple[str, ...], dict[str, str]]:
+        files = [photo(tmp_path / f"{name}.jpg") for name in photos]
+        upload = add_photos(workspace, subject, [*texts(tmp_path, **captions), *files])
+        return upload.refused, captions_of(read_subject(workspace, subject))
+
+    assert add(["a", "002"], a="a sks dog\n on  grass", b="x") == (
+        ("b.txt: no photo is called b; add its photo too",),
+        {"001.jpg": "a sks dog\non grass", "002.jpg": ""},
+    )
+    # Of this upload, then of an earlier one, then as the page shows it.
+    assert add(["b"], A="on sand")[1] == {"001.jpg": "on sand", "002.jpg": "", "003.jpg": ""}
+    captions = add(["003"], **{"003": "new", "002": "own"})[1]
+    assert captions == {"001.jpg": "on sand", "002.jpg": "own", "003.jpg": "", "004.jpg": "new"}
+    assert add([], **{"001": "by number"})[1]["001.jpg"] == "by number"
+    (refused,), after = add([], a="x" * 1001)
+    assert "at most 1000" in refused
+    assert after["001.jpg"] == "by number"
+
+
+def test_captions_that_are_changed_together_can_be_taken_back(
+    workspace: Workspace, subject: str
+) -> None:
+    save_caption(workspace, subject, "001.jpg", "by hand\nand more")
+
+    def now() -> dict[str, str]:
+        return captions_of(read_subject(workspace, subject))
+
+    before = now()
+    with pytest.raises(UserError, match="nothing to undo"):
+        undo_captions(workspace, subject)
+    assert write_captions(workspace, subject, dict.fromkeys(before, "all the same")) == 2
+    assert set(now().values()) == {"all the same"}
+    assert write_captions(workspace, subject, dict.fromkeys(before, "all the same")) == 0
+    assert undo_captions(workspace, subject) == 2
+    assert now() == before
+    undo_captions(workspace, subject)
+    assert set(now().values()) == {"all the same"}
+    # Of captions one of which is too long, none is written.
+    with pytest.raises(UserError, match="at most 1000"):
+        write_captions(workspace, subject, {"001.jpg": "new", "002.jpg": "x" * 1001})
+    assert set(now().values()) == {"all the same"}

@@ -1,0 +1,246 @@
+"""Real jobs of a tiny random model: train, stop, resume, kill; and what is made of a run."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.formats.files.header import read_header
+from dora_diffusion.lab.analysis import analyze_weights
+from dora_diffusion.studio.app.html import status_card
+from dora_diffusion.studio.app.settings import command_line
+from dora_diffusion.studio.app.views.tasks import figures, task_card
+from dora_diffusion.studio.jobs import queue as jobs
+from dora_diffusion.studio.jobs import records, tasks
+from dora_diffusion.studio.jobs.checkpoints import chosen_adapter
+from dora_diffusion.studio.jobs.logs import log_tail, log_warnings, read_metrics
+from dora_diffusion.studio.jobs.processes import Lock
+from dora_diffusion.studio.jobs.snapshot import Job
+from dora_diffusion.studio.jobs.workspace import Workspace
+from tests.studio.jobs.helpers import about, add_run, done, job_of, make, seen, wait
+
+
+def test_a_run_ends_with_an_adapter_and_its_measurements(finished: tuple[Workspace, str]) -> None:
+    job = job_of(finished)
+    assert (job.state, job.step, job.total) == ("done", 3, 3)
+    assert job.checkpoints == ("checkpoint-2", "checkpoint-3")
+    assert job.trigger == "sks dog"
+    assert job.result.peak_memory > 0.05
+    assert job.progress.device_name
+
+
+def test_the_commands_that_are_shown_make_the_same_adapter(
+    finished: tuple[Workspace, str], tmp_path: Path
+) -> None:
+    """To the last bit, the one of the form before it starts, and the one of the run."""
+    job = job_of(finished)
+    planned = command_line(TrainConfig.from_dict(job.settings)).replace("\\\n", " ")
+    for place, shown in enumerate((planned, job.record.command)):
+        words = shlex.split(shown)
+        again = tmp_path / str(place)
+        words = [*words, "--output_dir", str(again)]  # the later one counts
+        assert words[:2] == ["python", "-m"]
+        subprocess.run(
+            [sys.executable, *words[1:]], check=True, capture_output=True, env={**os.environ}
+        )
+        name = "pytorch_lora_weights.safetensors"
+        ours, theirs = load_file(job.folder / name), load_file(again / name)
+        assert set(ours) == set(theirs)
+        assert all(ours[key].equal(theirs[key]) for key in ours)
+
+
+def test_stop_saves_and_resume_goes_on_counting(
+    workspace: Workspace, queue: jobs.JobQueue, sd1_folder: Path, photos: Path
+) -> None:
+    job_id = add_run(
+        workspace, sd1_folder, photos, max_train_steps=100_000, checkpointing_steps=100_000
+    )
+    wait(workspace, queue, job_id, lambda job: job.step >= 2)
+    jobs.stop_job(workspace.root / job_id)
+    stopped = wait(workspace, queue, job_id, lambda job: job.state == "stopped")
+    (checkpoint,) = stopped.checkpoints
+    at = int(checkpoint.removeprefix("checkpoint-"))
+    assert at >= 2
+    jobs.requeue_job(workspace.root / job_id)
+    again = wait(workspace, queue, job_id, lambda job: job.step > at)
+    assert again.progress.first_step == at
+    steps = [record["step"] for record in read_metrics(again.folder)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_killed_worker_is_a_crash_and_its_run_can_go_on(
+    workspace: Workspace, queue: jobs.JobQueue, sd1_folder: Path, photos: Path
+) -> None:
+    job_id = add_run(workspace, sd1_folder, photos, max_train_steps=100_000, checkpointing_steps=2)
+    folder = workspace.root / job_id
+    wait(workspace, queue, job_id, lambda job: bool(job.checkpoints))
+    worker = jobs.worker_of(folder)
+    assert worker is not None
+    worker.kill()
+    crashed = wait(workspace, queue, job_id, lambda job: job.state == "crashed")
+    at = int(crashed.checkpoints[-1].removeprefix("checkpoint-"))
+    lock = Lock(workspace.device_lock)
+    assert lock.take(wait=True)  # the kernel frees it when the last thread has ended
+    lock.free()
+    jobs.requeue_job(folder)
+    assert wait(workspace, queue, job_id, lambda job: job.step > at).progress.first_step == at
+
+
+def test_a_run_that_cannot_work_says_why(
+    workspace: Workspace, queue: jobs.JobQueue, photos: Path, tmp_path: Path
+) -> None:
+    job_id = add_run(workspace, tmp_path / "no-model", photos)
+    job = wait(workspace, queue, job_id, lambda job: job.state == "failed")
+    assert "no-model does not exist" in job.cause
+    assert "\n" not in job.cause
+
+
+def perform(workspace: Workspace, job_id: str) -> Job:
+    """Have a job done."""
+    queue = jobs.JobQueue(workspace)
+    try:
+        return wait(workspace, queue, job_id, done)
+    finally:
+        queue.close()
+
+
+def test_a_merge_loads_and_counts_bytes(finished: tuple[Workspace, str]) -> None:
+    workspace, run = finished[0], job_of(finished)
+    merge = perform(workspace, tasks.start_merge(workspace, run, 1.0))
+    output = Path(merge.record.output)
+    assert any(name.startswith("model.diffusion_model.") for name in read_header(output).specs)
+    assert merge.step == merge.total == output.stat().st_size - header_bytes(output)
+    assert merge.progress.unit == "B"
+    shown = html.unescape(task_card(merge))
+    assert f"Download {output.name}" in shown
+    assert f"{output.name} (reopened and checked)" in shown
+    assert "InvokeAI: no: it loads models of the released shapes" in shown
+    assert merge.record.command in shown
+    beside = output.with_suffix(".yaml")
+    assert beside.name not in shown
+    beside.write_text("model:", encoding="utf-8")  # as a v-prediction model has it for A1111
+    assert f"Download {beside.name}" in html.unescape(task_card(merge))
+    output.unlink()
+    assert (seen(merge.folder).state, seen(merge.folder).cause) == (
+        "failed", f"{output.name} is gone",
+    )  # fmt: skip
+
+
+def header_bytes(file: Path) -> int:
+    """What a safetensors file holds before its tensors."""
+    return 8 + int.from_bytes(file.read_bytes()[:8], "little")
+
+
+def test_a_conversion_says_what_the_command_line_says(finished: tuple[Workspace, str]) -> None:
+    workspace, run = finished[0], job_of(finished)
+    job = perform(workspace, tasks.start_conversion(workspace, run, "lora"))
+    output = Path(job.record.output)
+    assert set(read_adapter(output).layers) == set(read_adapter(chosen_adapter(run)).layers)
+    words = list(job.record.arguments)
+    again = output.with_name("again.safetensors")
+    words[2] = str(again)
+    printed = subprocess.run(
+        [sys.executable, "-m", "dora_diffusion", *words],
+        check=True, capture_output=True, text=True, encoding="utf-8", env={**os.environ},
+    ).stdout  # fmt: skip
+    theirs, ours = load_file(again), load_file(output)
+    assert set(theirs) == set(ours)
+    assert all(theirs[key].equal(ours[key]) for key in ours)
+    shown = html.unescape(task_card(job))
+    assert "relative error of the change: median" in printed
+    for line in printed.replace(str(again), output.name).splitlines():
+        assert line in shown
+    assert f"{output}: " not in shown  # the name alone
+
+
+def test_a_folder_is_packed_for_the_download(finished: tuple[Workspace, str]) -> None:
+    workspace, run = finished[0], job_of(finished)
+    for _ in range(2):  # the second one replaces the first
+        job = perform(workspace, tasks.start_conversion(workspace, run, "peft"))
+    output = Path(job.record.output)
+    names = zipfile.ZipFile(output).namelist()
+    assert any("adapter_model" in name for name in names)
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_an_analysis_is_shown_with_its_figures(finished: tuple[Workspace, str]) -> None:
+    workspace, run = finished[0], job_of(finished)
+    job = perform(workspace, tasks.start_analysis(workspace, run))
+    output = Path(job.record.output)
+    report = json.loads((output / "analysis.json").read_text(encoding="utf-8"))
+    (change,) = analyze_weights(run.folder, run.base).runs
+    (told,) = report["runs"]
+    assert told["name"] == run.title
+    assert [c["step"] for c in told["checkpoints"]] == [c.step for c in change.checkpoints]
+    assert told["checkpoints"][0]["delta_m"] == change.checkpoints[0].whole.mean("delta_m")
+    layers = sum(len(c.layers) for c in change.checkpoints)
+    assert (job.step, job.total, job.progress.unit) == (layers, layers, "layer")
+    shown = html.unescape(task_card(job))
+    assert f"layer {layers} of {layers}" in shown
+    assert "layers.csv" in shown
+    assert job.record.command in shown
+    found = figures(output)
+    assert all(text in shown for pair in found.items() for text in pair)
+    last = change.checkpoints[-1].whole
+    assert f"{last.relative_change:.2%}" in found["change of the weights"]
+    output.rename(output.with_name("elsewhere"))
+    assert figures(output) == {}
+    assert (seen(job.folder).state, seen(job.folder).cause) == ("failed", f"{output.name} is gone")
+
+
+def test_what_the_source_file_lacked_is_said(
+    workspace: Workspace, finished: tuple[Workspace, str]
+) -> None:
+    """An adapter file without its metadata does not say its alpha; merge and conversion assume."""
+    folder = workspace.root / finished[1]
+    shutil.copytree(finished[0].root / finished[1], folder)
+    run = seen(folder)
+    file = chosen_adapter(run)
+    tensors = {name: tensor for name, tensor in load_file(file).items() if "alpha" not in name}
+    save_file(tensors, file)
+    merge = perform(workspace, tasks.start_merge(workspace, run, 1.0))
+    assert any("alpha" in line for line in log_warnings(merge.folder))
+    card = html.unescape(status_card(merge))
+    assert all(line in card for line in log_warnings(merge.folder))
+    job = perform(workspace, tasks.start_conversion(workspace, run, "kohya"))
+    assert "alpha" in task_card(job)
+
+
+def test_a_mistake_in_the_arguments_is_a_failure_with_its_line(
+    workspace: Workspace, queue: jobs.JobQueue
+) -> None:
+    run = make(workspace)
+    folder = about(run, "export", "--bass", "b")
+    jobs.stop_job(run)
+    job = wait(workspace, queue, folder.name, lambda job: job.state == "failed")
+    assert job.result is not None
+    assert (job.result.code, job.cause) == (2, "there is no flag --bass (did you mean --base?)")
+    assert "usage: " in log_tail(folder)
+
+
+def test_a_job_that_has_nothing_to_save_stops_at_once(
+    workspace: Workspace, queue: jobs.JobQueue, sd1_folder: Path
+) -> None:
+    """While it waits for the device, here."""
+    run = make(workspace)
+    folder = about(run, "export", "--base", str(sd1_folder), "--output", "x")
+    jobs.stop_job(run)
+    device = Lock(workspace.device_lock)
+    device.take(wait=True)
+    phase = "waiting for the device"
+    wait(workspace, queue, folder.name, lambda job: job.progress.phase == phase)
+    jobs.stop_job(folder)
+    wait(workspace, queue, folder.name, lambda job: job.state == "stopped")
+    device.free()
+    assert records.read_result(folder).code == records.STOPPED_CODE

@@ -1,0 +1,280 @@
+"""What Accelerate sets up: precision, patience, and processes that agree."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.models.offload import send
+from dora_diffusion.training.engine.accelerator import SharedFlags, make_accelerator
+from dora_diffusion.training.loop import train
+from dora_diffusion.training.results.checkpoint import CheckpointSaver
+from dora_diffusion.training.run import Run
+from tests.nvidia import nvidia_gpu
+from tests.training.helpers import SAMPLES, accelerator_of_fp16, losses, make_config, names
+from tests.waiting import WAIT_SECONDS
+
+_RUN = """
+import sys
+import yaml
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.training.loop import train
+train(TrainConfig.from_dict(yaml.safe_load(open(sys.argv[1]))))
+"""
+
+# At step 3 of the second process alone, something goes wrong.
+_GRADIENT = """
+import os
+import torch
+from dora_diffusion.training.engine.objective import Objective
+real, calls = Objective.losses, []
+def wrong_losses(self, *given):
+    calls.append(1)
+    losses = real(self, *given)
+    wrong = os.environ["RANK"] == "1" and len(calls) == 3
+    # The slope of a root at 0: the loss is what it was, its gradient is NaN.
+    return [loss + (loss - loss.detach()).sqrt() if wrong else loss for loss in losses]
+Objective.losses = wrong_losses
+"""
+_PHOTO = """
+import os
+from dora_diffusion.training.inputs.draws import InputSource
+real = InputSource.__call__
+def inputs(self, micro_step):
+    if self.process_index == 1 and micro_step == 2:
+        raise OSError("the photo is gone")
+    return real(self, micro_step)
+InputSource.__call__ = inputs
+"""
+
+
+def launch(config: dict, tmp_path: Path, before: str = "", fails: str = "") -> Path:
+    """Run a configuration in two processes, which ends well, or with a line of its errors."""
+    script, settings = tmp_path / "run.py", tmp_path / "settings.yaml"
+    script.write_text(before + _RUN, encoding="utf-8")
+    output = tmp_path / "out-2"
+    settings.write_text(yaml.safe_dump(config | {"output_dir": str(output)}), encoding="utf-8")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    # With ACCELERATE_USE_CPU, the launcher for several GPUs starts CPU processes.
+    command += ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*command, str(script), str(settings)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        timeout=WAIT_SECONDS,
+        encoding="utf-8",
+    )
+    assert (done.returncode != 0) == bool(fails), done.stderr[-3000:]
+    assert fails in done.stderr, done.stderr[-3000:]
+    return output
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param({}, id="dora"),
+        pytest.param({"init": "pissa"}, id="pissa", marks=pytest.mark.slow),
+        pytest.param(
+            {"parametrization": "adalora", "rank": 4, "allocation_interval": 1},
+            id="adalora", marks=pytest.mark.slow,
+        ),
+        # A class image's caption has no new word: one process of two may have none in a batch.
+        pytest.param(
+            {"token": "<s1>", "instance_prompt": "a photo of a <s1> teapot", "embedding_lr": 1e-2,
+             "train_text_encoder_ti": True, "train_text_encoder": False, "caption_dropout": 0.5},
+            id="words", marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_two_processes_agree_with_one(sd1_folder, tmp_path, variant):
+    photos = Path(shutil.copytree(SAMPLES / "heart_teapot", tmp_path / "photos"))
+    config = {
+        "pretrained_model_name_or_path": str(sd1_folder),
+        "instance_data_dir": str(photos),
+        "instance_prompt": "a photo of a sks teapot",
+        "resolution": 32,
+        "rank": 2,
+        "conv_rank": 2,
+        "max_train_steps": 3,
+        "learning_rate": 1e-3,
+        "train_text_encoder": True,
+        "text_encoder_lr": 1e-3,
+        "with_prior_preservation": True,
+        "prior_preservation_mode": "images",
+        "num_class_images": 3,
+        "validation_inference_steps": 2,
+        "num_validation_images": 1,
+        "checkpointing_steps": 2,
+        "random_flip": True,
+        "gradient_accumulation_steps": 2,
+        "validation_split": 3,
+        **variant,
+    }
+    for text in photos.glob("*.txt") if "token" in variant else ():
+        text.write_text(text.read_text("utf-8").replace("sks", variant["token"]), encoding="utf-8")
+    one = tmp_path / "out-1"
+    train(TrainConfig.from_dict(config | {"train_batch_size": 4, "output_dir": str(one)}))
+    two = launch(config | {"train_batch_size": 2}, tmp_path)
+    first, second = read_adapter(one).layers, read_adapter(two).layers
+    assert set(first) == set(second)
+    for name, layer in first.items():
+        for part in ("down", "up", "magnitude"):
+            torch.testing.assert_close(
+                getattr(layer, part), getattr(second[name], part), rtol=2e-3, atol=5e-5
+            )
+    assert list(losses(two)) == [1, 2, 3]
+    alone, shared = (losses(folder, "validation_loss") for folder in (one, two))
+    assert list(alone) == list(shared) == [0, 3]
+    assert alone[0] == shared[0]
+    assert alone[3] == pytest.approx(shared[3], rel=1e-4)
+    words, others = (read_adapter(folder).tokens for folder in (one, two))
+    assert list(words) == list(others) == ([variant["token"]] if "token" in variant else [])
+    for word, vectors in words.items():
+        torch.testing.assert_close(vectors, others[word], rtol=2e-3, atol=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("before", "fails", "every"),
+    [
+        pytest.param(_GRADIENT, "the gradients are not finite at step 3", 1, id="gradient"),
+        pytest.param(_PHOTO, "checkpoint-2 was saved first", 100, id="photo"),
+    ],
+)
+def test_what_goes_wrong_in_one_process_ends_both_with_what_there_is(
+    before, fails, every, tiny_run, tmp_path
+):
+    config = tiny_run(max_train_steps=9, checkpointing_steps=every, checkpoints_total_limit=1)
+    output = launch(config.to_dict(), tmp_path, before, fails)
+    assert names(output) == ["checkpoint-2"]
+    state = torch.load(output / "checkpoint-2" / "training_state.pt", weights_only=True)
+    assert (state["step"], state["sampler"]["position"]) == (2, 4)
+    assert all(torch.isfinite(value).all() for value in state["parameters"].values())
+    assert state["interim"] == (every == 100)
+
+
+def test_processes_wait_as_long_as_class_images_take(sd1_folder, photos, tmp_path):
+    accelerator = make_accelerator(make_config(sd1_folder, photos, tmp_path / "out"))
+    assert accelerator.init_handler.timeout.total_seconds() > 3600
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_float16_with_its_gradient_scaler_stays_near_float32(
+    max_grad_norm, sd1_folder, photos, tmp_path, monkeypatch
+):
+    exact = make_config(sd1_folder, photos, tmp_path / "fp32", max_grad_norm=max_grad_norm)
+    train(exact)
+    accelerator = accelerator_of_fp16(exact)
+    monkeypatch.setattr("dora_diffusion.training.loop.make_accelerator", lambda _: accelerator)
+    train(replace(exact, mixed_precision="fp16", output_dir=str(tmp_path / "fp16")))
+    for step, loss in losses(tmp_path / "fp32").items():
+        assert losses(tmp_path / "fp16")[step] == pytest.approx(loss, rel=0.01)
+    norms, expected = (losses(tmp_path / name, "grad_norm") for name in ("fp16", "fp32"))
+    assert norms[1] == pytest.approx(expected[1], rel=0.05)
+    assert accelerator.scaler.get_scale() > 1, (
+        "no step was skipped until nothing was left of the scale"
+    )
+    halves, wholes = (read_adapter(tmp_path / name).layers for name in ("fp16", "fp32"))
+    assert {layer.up.dtype for layer in halves.values()} == {torch.float32}
+    moved = torch.cat([layer.up.flatten() for layer in halves.values()])
+    expected = torch.cat([layer.up.flatten() for layer in wholes.values()])
+    assert torch.nn.functional.cosine_similarity(moved, expected, dim=0) > 0.9
+
+
+def test_bfloat16_stays_near_float32(sd1_folder, photos, tmp_path):
+    exact = make_config(sd1_folder, photos, tmp_path / "fp32")
+    train(exact)
+    train(replace(exact, mixed_precision="bf16", output_dir=str(tmp_path / "bf16")))
+    for step, loss in losses(tmp_path / "fp32").items():
+        assert losses(tmp_path / "bf16")[step] == pytest.approx(loss, rel=0.03)
+    assert {t.up.dtype for t in read_adapter(tmp_path / "bf16").layers.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("method", "is_on"), [("dora", False), ("lora", False), ("full", True)])
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_autocast_is_where_the_model_itself_trains_in_float32(
+    method, precision, is_on, sd1_folder, photos, tmp_path
+):
+    """A frozen model is in the precision already; its adapters cast for themselves."""
+    config = make_config(sd1_folder, photos, tmp_path, method=method, mixed_precision=precision)
+    accelerator = make_accelerator(config)
+
+    class Asks(torch.nn.Module):
+        def forward(self):
+            return torch.is_autocast_enabled("cpu")
+
+    with accelerator.autocast():
+        inside = Asks()()
+    # What several processes call.
+    assert inside == accelerator.prepare_model(Asks())() == (is_on and precision == "bf16")
+
+
+class Two:
+    """One of two processes; what the other one sends is in ``theirs``, step by step."""
+
+    num_processes = 2
+
+    def __init__(self, device: str, *theirs: list[float]) -> None:
+        self.device, self.theirs, self.ours = torch.device(device), iter(theirs), []
+
+    def reduce(self, flags: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        self.ours.append(flags)
+        return flags + send(torch.tensor(next(self.theirs)), self.device)
+
+
+def test_what_one_process_asks_for_all_of_them_do_a_step_later():
+    two = Two("cpu", [0, 1], [0, 0], [0, 0], [0, 0], [0, 0])
+    any_set = SharedFlags(two)
+    asked = [(False, False), (True, True), (True, True), (True, True), (True, False)]
+    found = [any_set(*flags) for flags in asked]
+    assert found == [
+        [False, False],
+        [False, True],
+        # What was answered just now is not asked for once more: it would be answered twice.
+        [True, False],
+        [False, True],
+        [True, False],
+    ]
+    assert [sent.tolist() for sent in two.ours] == [[0, 0], [1, 0], [0, 1], [1, 0], [0, 0]]
+
+
+def test_one_process_is_answered_at_once():
+    assert SharedFlags(SimpleNamespace(num_processes=1))(True, False) == [True, False]
+
+
+def test_no_step_waits_for_what_another_process_asks():
+    with nvidia_gpu() as gpu:
+        two = Two("cuda:0", *[[0, step == 1] for step in range(4)])
+        any_set, found = SharedFlags(two), []
+        for _ in range(4):
+            found.append(any_set(False, False)[1])
+            torch.ones(3, device=gpu.device).mul_(2)  # A step.
+        assert found == [False, False, True, False]
+        assert not gpu.waits
+
+
+def test_only_the_process_that_saves_says_when_that_is_overdue(
+    sd1_folder, photos, tmp_path, monkeypatch
+):
+    """The clocks of the others start again with nothing: they would ask at every step."""
+    saved = []
+    monkeypatch.setattr(Accelerator, "is_main_process", property(lambda _: False))
+    monkeypatch.setattr(CheckpointSaver, "is_overdue", lambda _: True)
+    monkeypatch.setattr(Run, "_checkpoint", lambda *args, **kwargs: saved.append(kwargs))
+    (tmp_path / "out").mkdir()
+    train(make_config(sd1_folder, photos, tmp_path / "out", max_train_steps=3))
+    assert [kwargs for kwargs in saved if kwargs] == []

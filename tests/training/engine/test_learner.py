@@ -1,0 +1,150 @@
+"""One optimizer step of a run: how losses add up, and what AdamW makes of their gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dora_diffusion.adapters.scope import norm_scope
+from dora_diffusion.config.learning import WEIGHTINGS
+from dora_diffusion.data.captions import class_caption
+from dora_diffusion.numerics import loss
+from dora_diffusion.numerics.loss import loss_weight
+from dora_diffusion.training.engine.accelerator import make_accelerator
+from dora_diffusion.training.inputs.draws import draw_inputs
+from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.session import Session, open_session
+from tests.training.helpers import accelerator_of_fp16, losses_by, objective_of, open_run
+
+PRIOR_WEIGHT = 0.7
+
+
+@pytest.mark.parametrize(
+    ("prior", "limit"), [(None, 0.0), (None, 1e-3), ("images", 1e-3), ("image-free", 0.0)]
+)
+def test_one_step_is_the_mean_of_its_losses_clipped_and_taken_by_adamw(
+    sd1_folder, shaped_photos, tmp_path, prior, limit
+) -> None:
+    settings = {
+        "train_text_encoder": True,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "masked_loss": True,
+        "noise_offset": 0.1,
+        "learning_rate": 1e-3,
+        "text_encoder_lr": 3e-4,
+        "magnitude_lr": 7e-4,
+        "loraplus_ratio": 4.0,
+        "adam_weight_decay": 0.1,
+        "max_grad_norm": limit,
+        "with_prior_preservation": prior is not None,
+        "prior_loss_weight": PRIOR_WEIGHT,
+        "num_class_images": 3,
+        "validation_inference_steps": 1,
+        "class_data_dir": str(tmp_path / "class"),
+    }
+    if prior is not None:
+        settings["prior_preservation_mode"] = prior
+    session = open_run(sd1_folder, shaped_photos, tmp_path / "a", **settings)
+    expected = open_run(sd1_folder, shaped_photos, tmp_path / "b", **settings)
+    parameters = expected.weights.parameters()
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    record = session.step(1)
+
+    losses = by_hand(expected, image_free=prior == "image-free")
+    loss, prior_loss = torch.stack(losses).mean(dim=0)
+    assert float(record["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    assert (float(prior_loss) > 0) == (prior is not None)
+    if prior is not None:
+        assert float(record["prior_loss"]) == pytest.approx(float(prior_loss), rel=1e-5)
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()
+    }
+    total = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+    assert float(record["grad_norm"]) == pytest.approx(float(total), rel=1e-4)
+    share = min(1.0, limit / float(total)) if limit else 1.0
+    checked = set()
+    for name, parameter in session.weights.parameters().items():
+        kind = name.rsplit(".", 1)[1]
+        rate = 1e-3 if name.startswith("unet.") else 3e-4
+        rate = {"magnitude": 7e-4, "up": 4 * rate, "down": rate}[kind]
+        decay = 0.0 if kind == "magnitude" else 0.1
+        g = gradients[name] * share
+        # AdamW's first step: both moments, corrected, are the gradient's.
+        wanted = start[name] * (1 - rate * decay) - rate * g / (g.abs() + 1e-8)
+        # A gradient near Adam's epsilon is lost in its own rounding.
+        clear = (g.abs() > 1e-5 * g.abs().max()) & (g.abs() > 1e-7)
+        if clear.any():
+            torch.testing.assert_close(parameter[clear], wanted[clear], rtol=1e-5, atol=2e-6)
+            checked.add(kind)
+    assert checked == {"down", "up", "magnitude"}
+
+
+def by_hand(session: Session, image_free: bool) -> list[torch.Tensor]:
+    """Losses ``(total, prior)`` of the step's two batches; the mean of their gradients is left."""
+    objective = objective_of(session.components, train_text_encoder=True, snr_gamma=5.0)
+    losses = []
+    for micro_step in range(2):
+        batch = next(session.learner.inputs.batches)
+        held = [class_caption(c, "sks", "mug") for c in batch.captions] if image_free else ()
+        batch = replace(batch, class_captions=held)
+        inputs = draw_inputs(
+            session.components, batch, seed=3, micro_step=micro_step, first_row=0,
+            noise_offset=0.1,
+        )  # fmt: skip
+        with norm_scope(*session.weights.modules.values()):
+            subject, prior = losses_by(objective, inputs)
+            total = subject + PRIOR_WEIGHT * prior
+            (total / 2).backward()
+        losses.append(torch.stack([total.detach(), prior.detach()]))
+    return losses
+
+
+def test_steps_differ_and_a_seed_repeats_them(sd1_folder, shaped_photos, tmp_path) -> None:
+    def two_losses(name: str, seed: int) -> list[float]:
+        session = open_run(sd1_folder, shaped_photos, tmp_path / name, seed=seed)
+        return [float(session.step(step)["loss"]) for step in (1, 2)]
+
+    first = two_losses("a", 3)
+    assert first == two_losses("b", 3)
+    assert first[0] != first[1]
+    assert first[0] != two_losses("c", 4)[0]
+
+
+def test_in_fp16_gradients_are_unscaled_before_their_norm_is_measured_and_limited(tiny_run) -> None:
+    limit, norms = 1e-3, []
+    for precision, max_grad_norm in [("no", 0.0), ("fp16", 0.0), ("fp16", limit)]:
+        config = tiny_run(mixed_precision=precision, max_grad_norm=max_grad_norm)
+        made = (accelerator_of_fp16 if precision == "fp16" else make_accelerator)(config)
+        session = open_session(config, subjects_of(config), made)
+        session.learner.optimizer.zero_grad = lambda set_to_none: None
+        norms.append(float(session.step(1)["grad_norm"]))
+        left = float(torch.nn.utils.get_total_norm([p.grad for p in session.learner.parameters]))
+        assert left == pytest.approx(max_grad_norm or norms[0], rel=0.05)
+    assert norms == pytest.approx([norms[0]] * 3, rel=0.05)
+    assert norms[0] > 2 * limit
+
+
+@pytest.mark.parametrize("setting", WEIGHTINGS)
+def test_each_weighting_reaches_the_loss(setting: str, tiny_run) -> None:
+    """By its setting alone: the loss is that of the samples times their weights."""
+    value = {"snr_gamma": 1e-3}.get(setting, 1.0)
+    settings = {**dict.fromkeys(WEIGHTINGS, 0), setting: value}
+    session, plain = (
+        open_session(config, subjects_of(config), make_accelerator(config))
+        for config in (tiny_run(**settings), tiny_run(**dict.fromkeys(WEIGHTINGS, 0)))
+    )
+    assert session.config.weightings == {setting: value}
+    timestep = plain.learner.inputs(0).timesteps
+    alpha_bar = plain.learner.objective.alphas_cumprod[timestep]
+    expected = loss_weight(alpha_bar, "epsilon", {setting: value})
+    again = open_session(plain.config, subjects_of(plain.config), plain.accelerator)
+    ratio = float(session.step(1)["loss"]) / float(again.step(1)["loss"])
+    assert ratio == pytest.approx(float(expected), rel=1e-5)
+    assert ratio != pytest.approx(1, rel=1e-3)
+
+
+def test_the_settings_that_weight_losses_are_those_of_the_loss() -> None:
+    assert set(WEIGHTINGS) == set(loss.WEIGHTINGS)

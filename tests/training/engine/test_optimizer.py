@@ -1,0 +1,275 @@
+"""Parameter groups, optimizers and schedules; AdamW over flat parameters, as over the many."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.learning import LR_SCHEDULES, OPTIMIZERS
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.models.load import load_components
+from dora_diffusion.training.engine.optimizer import (
+    build_lr_schedule,
+    build_optimizer,
+    join_states,
+    learning_rates,
+    parameter_groups,
+    restore_optimizer,
+)
+from dora_diffusion.training.engine.parameters import FlatParameters
+from dora_diffusion.training.loop import train
+from tests.training.helpers import losses, make_config, warnings_of
+
+
+def rates(config):
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["lr"]["unet/down"] for line in lines]
+
+
+def test_a_warm_up_rises_with_the_constant_schedule(config):
+    run = replace(config, max_train_steps=4, lr_warmup_steps=2, learning_rate=1e-3)
+    train(run)
+    assert rates(run) == pytest.approx([0, 5e-4, 1e-3, 1e-3])
+    saved = yaml.safe_load((Path(run.output_dir) / "config.yaml").read_text(encoding="utf-8"))
+    assert saved["lr_scheduler"] == "constant_with_warmup"
+
+
+def test_a_warm_up_longer_than_the_run_is_said(config):
+    said = warnings_of(replace(config, lr_warmup_steps=500))
+    assert any("lr_warmup_steps is 500, and the run has 2 steps" in text for text in said)
+
+
+# What a schedule makes of the rate, after warm-up: by the share of the steps after it that is done.
+FACTORS = {
+    "constant": lambda done: 1,
+    "constant_with_warmup": lambda done: 1,
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "cosine_with_restarts": lambda done: (1 + math.cos(math.pi * (2 * done % 1))) / 2,
+    "polynomial": lambda done: (1 - done) ** 2,
+}
+
+
+@pytest.mark.parametrize("warmup", [0, 2, 8])
+@pytest.mark.parametrize("schedule", LR_SCHEDULES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_schedule_goes_with_every_optimizer(optimizer, schedule, warmup):
+    library = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}.get(optimizer, "torch")
+    if find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    rate, steps = 1.0 if optimizer == "prodigy" else 1e-2, 8
+    config = TrainConfig(
+        optimizer=optimizer, lr_scheduler=schedule, learning_rate=rate, max_train_steps=steps,
+        lr_warmup_steps=warmup, lr_num_cycles=2, lr_power=2.0,
+    )  # fmt: skip
+    parameter = torch.nn.Parameter(torch.ones(2, 3))
+    chosen = build_optimizer([{"name": "x", "params": [parameter], "lr": rate}], config)
+    if warmup < steps:
+        changes = build_lr_schedule(chosen, config)
+    else:
+        with pytest.warns(UserWarning, match="the learning rate never reaches"):
+            changes = build_lr_schedule(chosen, config)
+    for step in range(steps):
+        rising = step < warmup
+        share = step / warmup if rising else FACTORS[schedule]((step - warmup) / (steps - warmup))
+        assert learning_rates(chosen.param_groups)["lr"]["x"] == pytest.approx(
+            rate * share, rel=1e-6, abs=1e-4 * rate
+        )
+        before = parameter.detach().clone()
+        parameter.square().sum().backward()
+        chosen.step()
+        changes.step()
+        chosen.zero_grad()
+        assert torch.equal(before, parameter) == (share == 0)
+        assert parameter.isfinite().all()
+
+
+def test_text_encoders_have_their_own_weight_decay(sd1_folder):
+    from dora_diffusion.adapters.inject import inject_adapters
+
+    components = load_components(str(sd1_folder))
+    config = TrainConfig(adam_weight_decay=0.1, adam_weight_decay_text_encoder=0.3, rank=2)
+    inject_adapters(components.unet, config.unet_adapter)
+    inject_adapters(components.text_encoders[0], config.text_encoder_adapter)
+    groups = {
+        g["name"]: g["weight_decay"] for g in parameter_groups(components.adaptable(), config)
+    }
+    assert (groups["unet/down"], groups["text_encoder/down"]) == (0.1, 0.3)
+    assert (groups["unet/magnitude"], groups["text_encoder/magnitude"]) == (0.0, 0.0)
+
+
+def test_prodigy_gets_its_settings():
+    pytest.importorskip("prodigyopt")
+    config = TrainConfig(
+        optimizer="prodigy", learning_rate=1.0, prodigy_beta3=0.7, prodigy_decouple=False,
+        prodigy_use_bias_correction=True, prodigy_safeguard_warmup=False,
+    )  # fmt: skip
+    group = {"name": "x", "params": [torch.nn.Parameter(torch.ones(2))], "lr": 1.0}
+    chosen = build_optimizer([group], config).param_groups[0]
+    names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+    assert [chosen[name] for name in names] == [0.7, False, True, False]
+
+
+def test_magnitudes_do_not_decay_and_rates_are_separate(sd1_folder):
+    from dora_diffusion.adapters.inject import inject_adapters
+    from dora_diffusion.models.load import load_components
+    from dora_diffusion.training.engine.optimizer import parameter_groups
+
+    components = load_components(str(sd1_folder))
+    config = TrainConfig(
+        rank=2, conv_rank=2, learning_rate=1e-4, text_encoder_lr=1e-5, magnitude_lr=3e-4,
+        loraplus_ratio=4.0, adam_weight_decay=0.1,
+    )  # fmt: skip
+    inject_adapters(components.unet, config.unet_adapter)
+    inject_adapters(components.text_encoders[0], config.text_encoder_adapter)
+    groups = {g["name"]: g for g in parameter_groups(components.adaptable(), config)}
+    assert {name: (g["lr"], g["weight_decay"]) for name, g in groups.items()} == {
+        "unet/down": (1e-4, 0.1),
+        "unet/up": (4e-4, 0.1),
+        "unet/magnitude": (3e-4, 0.0),
+        "text_encoder/down": (1e-5, 0.1),
+        "text_encoder/up": (4e-5, 0.1),
+        "text_encoder/magnitude": (3e-4, 0.0),
+    }
+
+
+def test_prodigy_takes_one_rate_near_one(sd1_folder, photos, tmp_path):
+    pytest.importorskip("prodigyopt")
+    config = {"optimizer": "prodigy", "train_text_encoder": True}
+    with pytest.raises(ConfigError, match="Prodigy finds the rate itself"):
+        make_config(sd1_folder, photos, tmp_path / "out", **config)
+    config["learning_rate"] = 1.0
+    with pytest.raises(ConfigError, match="one rate for everything"):
+        make_config(sd1_folder, photos, tmp_path / "out", loraplus_ratio=2.0, **config)
+    train(make_config(sd1_folder, photos, tmp_path / "out", checkpointing_steps=2, **config))
+    rates = losses(tmp_path / "out", "lr")[4]
+    assert set(rates.values()) == {1.0}
+    assert {name.partition("/")[0] for name in rates} == {"unet", "text_encoder"}
+    resumed = make_config(
+        sd1_folder, photos, tmp_path / "out",
+        resume_from_checkpoint="latest", max_train_steps=6, **config,
+    )  # fmt: skip
+    train(resumed)
+    moved = [layer.up.abs().max() for layer in read_adapter(tmp_path / "out").layers.values()]
+    assert max(moved) > 0
+
+
+SHAPES = {"down": [(3, 5), (2, 4, 3, 3)], "magnitude": [(7,), (6,)]}
+
+
+def groups_of(seed: int = 0) -> list[dict]:
+    g = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "name": name,
+            "params": [nn.Parameter(torch.randn(shape, generator=g)) for shape in shapes],
+            "lr": 1e-2 if name == "down" else 3e-2,
+            "weight_decay": 0.3 if name == "down" else 0.0,
+        }
+        for name, shapes in SHAPES.items()
+    ]
+
+
+def parameters(groups: list[dict]) -> list[nn.Parameter]:
+    return [p for group in groups for p in group["params"]]
+
+
+def give_gradients(members: list[nn.Parameter], step: int, unused: int | None = None) -> None:
+    g = torch.Generator().manual_seed(step)
+    for number, member in enumerate(members):
+        gradient = torch.randn(member.shape, generator=g)
+        member.grad = None if number == unused else gradient
+
+
+def take_steps(members, seen, optimizer, flat, steps, unused=None) -> list[torch.Tensor]:
+    norms = []
+    for step in steps:
+        give_gradients(members, step, unused)
+        if flat is not None:
+            flat.take_gradients()
+        norms.append(torch.nn.utils.clip_grad_norm_(seen, 1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+        if flat is not None:
+            flat.finish()
+    return norms
+
+
+def adamw(groups: list[dict]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, fused=True)
+
+
+@pytest.mark.parametrize("unused", [None, 1])
+def test_steps_are_those_of_the_members(unused):
+    """Weight decay leaves alone what had no gradient."""
+    plain, own = groups_of(), groups_of()
+    members, expected = parameters(own), parameters(plain)
+    flat = FlatParameters(own)
+    assert [len(group["params"]) for group in flat.groups] == [1, 1]
+    seen = parameters(flat.groups)
+    norms = take_steps(members, seen, adamw(flat.groups), flat, range(5), unused)
+    wanted = take_steps(expected, expected, adamw(plain), None, range(5), unused)
+    torch.testing.assert_close(norms, wanted)
+    for one, other in zip(members, expected, strict=True):
+        torch.testing.assert_close(one, other)
+        assert one.grad is None
+    if unused is not None:
+        assert torch.equal(members[unused], parameters(groups_of())[unused])
+
+
+def test_moments_that_were_kept_apart_are_joined():
+    """A checkpoint of an earlier version, read by a run that has flat parameters."""
+    plain, whole = groups_of(), groups_of()
+    expected = parameters(whole)
+    take_steps(expected, expected, adamw(whole), None, range(6))
+    before = parameters(plain)
+    first = adamw(plain)
+    take_steps(before, before, first, None, range(3))
+    saved = copy.deepcopy(first.state_dict())
+    members = parameters(plain)
+    flat = FlatParameters(plain)
+    second = adamw(flat.groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(second, lambda step: 1.0)
+    state = {"optimizer": saved, "lr_schedule": schedule.state_dict()}
+    restore_optimizer(second, schedule, state)
+    take_steps(members, parameters(flat.groups), second, flat, range(3, 6))
+    torch.testing.assert_close(members, expected)
+
+
+def test_moments_of_other_parameters_are_refused():
+    plain = groups_of()
+    optimizer = adamw(plain)
+    take_steps(parameters(plain), parameters(plain), optimizer, None, range(1), unused=0)
+    flat = FlatParameters(groups_of())
+    second = adamw(flat.groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(second, lambda step: 1.0)
+    state = {"optimizer": optimizer.state_dict(), "lr_schedule": schedule.state_dict()}
+    with pytest.raises(ConfigError, match="optimizer does not fit this run's: some of its param"):
+        restore_optimizer(second, schedule, state)
+
+
+def test_flat_moments_are_left_as_they_are():
+    flat = FlatParameters(groups_of())
+    optimizer = adamw(flat.groups)
+    state = optimizer.state_dict()
+    assert join_states(state, flat.groups) is state
+
+
+def test_a_member_that_was_moved_is_not_trained_in_silence():
+    groups = groups_of()
+    members = parameters(groups)
+    flat = FlatParameters(groups)
+    give_gradients(members, 0)
+    members[1].data = members[1].data.clone()
+    with pytest.raises(RuntimeError, match="moved or replaced while it trains"):
+        flat.take_gradients()

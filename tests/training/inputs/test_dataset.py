@@ -1,0 +1,294 @@
+"""A run's photos: what is left out, refused or said of them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.data.captions import read_caption
+from dora_diffusion.data.images import PhotoError
+from dora_diffusion.data.photos import Photo
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.training import session as session_module
+from dora_diffusion.training.engine.accelerator import make_accelerator
+from dora_diffusion.training.inputs.dataset import check_captions
+from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.loop import train
+from dora_diffusion.training.session import open_session
+from tests.training.helpers import losses, make_config, noise, open_run, warnings_of
+
+PRIOR = {"with_prior_preservation": True}
+
+
+def test_masked_loss_without_masks_is_refused(config):
+    with pytest.raises(PhotoError, match=r"to be used, but none .*01\.mask\.png beside it"):
+        train(replace(config, masked_loss=True))
+    assert not list(Path(config.output_dir).glob("*.safetensors"))
+
+
+def test_masks_that_are_not_read_are_said(config, photos):
+    (photos / "01.mask.png").write_bytes(b"")
+    assert any(
+        text
+        == "1 mask file (NAME.mask.png) next to the images has no effect because masked_loss is "
+        "off"
+        for text in warnings_of(config)
+    )
+
+
+def test_what_transparency_and_shuffling_do_is_said(config, photos):
+    """Neither stops a run; both would be surprises in its result."""
+    for name in ("01", "02"):
+        image = Image.open(photos / f"{name}.jpg").convert("RGBA")
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        image.save(photos / f"{name}.png")
+        (photos / f"{name}.jpg").unlink()
+    for path in photos.glob("*.txt"):
+        path.write_text("sks mug on grass, blue", encoding="utf-8")
+    (photos / "03.txt").write_text("sks mug, blue, on grass", encoding="utf-8")
+    (photos / "06.jpg").write_bytes((photos / "03.jpg").read_bytes())
+    (photos / "lost.jpg").symlink_to("gone.jpg")
+    text = "shuffle_tags has no effect because no caption has two or more tags"
+    said = opened_with(replace(config, shuffle_tags=True, keep_tags=2))
+    assert [line for line in said if line.startswith(text)]
+    assert any("white: 01.png, 02.png; they are learned as a white back" in line for line in said)
+    assert any("6 photos, but only 5 different: 03.jpg, 06.jpg are the" in line for line in said)
+    assert any("left out links to files that are not there (lost.jpg)" in line for line in said)
+    said = opened_with(replace(config, shuffle_tags=True, masked_loss=True))
+    assert not [line for line in said if line.startswith(text) or "white" in line]
+
+
+def opened_with(config):
+    """The warnings of a run that is opened and not started."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        open_session(config, subjects_of(config), make_accelerator(config))
+    return [str(w.message) for w in caught]
+
+
+def test_workers_leave_the_latent_cache_on(config):
+    plain = replace(config, output_dir=f"{config.output_dir}-plain")
+    train(plain)
+    said = warnings_of(replace(config, dataloader_num_workers=2))
+    assert said == ["dataloader_num_workers has no effect because cache_latents is on"]
+    first, second = (read_adapter(run.output_dir).layers for run in (plain, config))
+    assert all(torch.equal(layer.up, second[name].up) for name, layer in first.items())
+
+
+def test_without_the_cache_workers_load_pixels(config):
+    bare = replace(config, cache_latents=False, dataloader_num_workers=1)
+    session = open_session(bare, subjects_of(bare), make_accelerator(bare))
+    batch = next(session.learner.inputs.batches)
+    assert batch.moments is None
+    assert batch.pixels.shape == (1, 3, 32, 32)
+
+
+def test_photos_in_sub_folders_are_counted_and_named(config, photos):
+    for name, count in (("10_sks", 2), ("old", 1)):
+        (photos / name).mkdir()
+        for number in range(count):
+            shutil.copy(photos / "01.jpg", photos / name / f"{number}.jpg")
+    said = warnings_of(replace(config, max_train_steps=1))
+    assert any("left out 2 photos in 10_sks, 1 photo in old; sub-folders" in text for text in said)
+    for photo in photos.glob("*.jpg"):
+        photo.unlink()
+    with pytest.raises(PhotoError, match="found 2 photos in 10_sks, 1 photo in old"):
+        train(replace(config, output_dir=f"{config.output_dir}-2"))
+
+
+def test_a_bad_photo_among_good_ones_is_left_out(sd1_folder, photos, tmp_path):
+    (photos / "text.jpg").write_text("not an image", encoding="utf-8")
+    whole = (photos / "01.jpg").read_bytes()
+    (photos / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match=r"photo skipped: .*(text|truncated)\.jpg"):
+        train(make_config(sd1_folder, photos, tmp_path / "out", max_train_steps=1))
+    for path in photos.glob("0*.jpg"):
+        path.unlink()
+    with pytest.raises(PhotoError, match=r"2 of 2 photos unusable.*text\.jpg"):
+        train(make_config(sd1_folder, photos, tmp_path / "out2", max_train_steps=1))
+
+
+def test_one_photo_trains_with_a_warning(sd1_folder, photos, tmp_path):
+    for path in photos.glob("0[2-9].jpg"):
+        path.unlink()
+    with pytest.warns(UserWarning, match=r"only 1 photo"):
+        train(make_config(sd1_folder, photos, tmp_path / "out", max_train_steps=1))
+
+
+def test_buckets_masks_and_tags_train_together(sd1_folder, photos, tmp_path):
+    from PIL import Image
+
+    for path in photos.glob("*.jpg"):
+        size = Image.open(path).size
+        mask = Image.new("L", size, 0)
+        mask.paste(255, (0, 0, size[0], size[1] // 2))
+        mask.save(path.with_name(f"{path.stem}.mask.png"))
+    config = make_config(
+        sd1_folder, photos, tmp_path / "masked", resolution=64, aspect_ratio_buckets=True,
+        masked_loss=True, shuffle_tags=True, train_batch_size=2,
+    )  # fmt: skip
+    train(config)
+    train(replace(config, masked_loss=False, output_dir=str(tmp_path / "whole")))
+    masked, whole = losses(tmp_path / "masked"), losses(tmp_path / "whole")
+    assert all(masked[step] != whole[step] for step in masked)
+
+
+def test_every_cached_latent_is_that_of_its_own_image(sd1_folder, tmp_path):
+    """Over three epochs, in each one's order, with photos and class images of one size."""
+    files = {}
+    for kind, caption in (("photos", "a sks mug"), ("class", "a mug")):
+        (tmp_path / kind).mkdir()
+        for number in range(3):
+            file = tmp_path / kind / f"{number}.png"
+            noise((64, 64), len(files)).save(file)
+            file.with_suffix(".txt").write_text(f"{caption}, number {number}", encoding="utf-8")
+            files[f"{caption}, number {number}"] = file
+    session = open_run(
+        sd1_folder, tmp_path / "photos", tmp_path / "out", train_batch_size=2,
+        with_prior_preservation=True, num_class_images=3, class_data_dir=str(tmp_path / "class"),
+    )  # fmt: skip
+    seen = []
+    for _ in range(5):
+        batch = next(session.learner.inputs.batches)
+        for caption, moments in zip(batch.captions, batch.moments, strict=True):
+            pixels = torch.from_numpy(np.array(Image.open(files[caption]))).permute(2, 0, 1)
+            with torch.no_grad():
+                posterior = session.components.vae.encode(pixels[None] / 127.5 - 1).latent_dist
+            torch.testing.assert_close(moments, posterior.parameters[0], rtol=1e-4, atol=1e-4)
+            seen.append(caption)
+    assert min(seen.count(caption) for caption in files) > 1, "some came from the cache"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_dropped_captions_are_dropped(dropout, sd1_folder, shaped_photos, tmp_path):
+    session = open_run(
+        sd1_folder, shaped_photos, tmp_path / "out", train_batch_size=5, caption_dropout=dropout
+    )
+    captions = next(session.learner.inputs.batches).captions
+    assert len(captions) == 5
+    assert all((caption == "") == (dropout == 1.0) for caption in captions)
+
+
+def check(tmp_path, captions, **settings):
+    """The warnings of `check_captions` of photos with these texts."""
+    photos = []
+    for number, text in enumerate(captions):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+        path = tmp_path / f"{number}.jpg"
+        caption = read_caption(path, "", per_line=True)
+        photos.append(Photo(path, str(number), (8, 8), caption))
+    settings = {"instance_data_dir": "x", "instance_prompt": "a sks dog", **settings}
+    config = TrainConfig(**settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_captions(subjects_of(config)[0], photos)
+    return [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize(
+    ("captions", "settings", "message"),
+    [
+        (["a sks dog", "sks, on grass"], {}, ""),
+        (["a sks dog\na dog"], {}, "1 caption of several lines: they are joined to one caption"),
+        (["a sks dog\na dog"], {"caption_per_line": True}, "missing from 1 of 2 captions: 'a dog'"),
+        (["a sks dog"], {"caption_per_line": True}, "no effect because no caption file has two li"),
+        (["a {sks|red} dog"], {"wildcards": True}, "missing from 1 of 2 captions: 'a red dog'"),
+        (["a {sks|my sks} dog"], {"wildcards": True}, ""),
+        (["a {big|} sks dog"], {}, "'a {big|} sks dog' is read as it is, with its braces"),
+        (["a sks dog"], {"wildcards": True}, "wildcards has no effect because no caption has"),
+        (["a sks dog"], {"tag_dropout": 0.1}, "tag_dropout has no effect because no caption has"),
+        (["sun, a sks dog"], {"tag_dropout": 0.1}, "may leave out the token 'sks' of 'sun, a"),
+        (["sun, a sks dog, sea"], {"tag_dropout": 0.1, "keep_tags": 2}, ""),
+        (["sun, sea"], {"tag_dropout": 0.1, "caption_prefix": "sks,"}, ""),
+        (["sun"], {"tag_dropout": 0.1, "caption_prefix": "sks,"}, "tag_dropout has no effect"),
+        (["sks; a, b"], {"shuffle_tags": True, "caption_separator": ";"}, "separated by ';'"),
+    ],
+)  # fmt: skip
+def test_what_of_captions_has_no_effect_or_may_lack_the_token_is_said(
+    captions, settings, message, tmp_path
+):
+    said = check(tmp_path, captions, **settings)
+    assert len(said) == bool(message), said
+    assert not message or message in said[0]
+
+
+@pytest.mark.parametrize(
+    ("caption", "settings", "message"),
+    [
+        ("a dog\nthe dog", {"caption_per_line": True}, "in none of the 2 captions"),
+        ("a {red|blue} dog", {"wildcards": True}, "is not in the caption 'a red dog'"),
+        ("a sks dog\na dog", {"caption_per_line": True, **PRIOR}, "1 caption of 2 without the tok"),
+        ("a {sks|red} dog", {"wildcards": True, **PRIOR}, "first: 'a red dog'"),
+        ("sun, sks dog", {"tag_dropout": 0.1, **PRIOR}, "may leave out the token 'sks'"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_captions_that_teach_nothing_are_refused(caption, settings, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(tmp_path, [caption], **settings)
+
+
+def test_wildcards_are_refused_before_a_model_is_loaded(config, photos, monkeypatch):
+    monkeypatch.setattr(session_module, "load_components", lambda *a, **k: 1 / 0)
+    wild = replace(config, wildcards=True)
+    (photos / "02.txt").write_text("a sks mug on __place__", encoding="utf-8")
+    with pytest.raises(PhotoError, match=r"caption of 02\.jpg: the wildcard __place__ is of"):
+        open_session(wild, subjects_of(wild), make_accelerator(wild))
+    for setting, value, message in (
+        ("wildcard_dir", str(photos / "gone"), r"wildcard_dir .*gone is no folder"),
+        ("instance_prompt", "a {sks mug", r"has \{ without \}"),
+        ("validation_prompt", ["a __gone__"], "name its folder: wildcard_dir"),
+        ("instance_prompt", "a {red|blue} mug", "does not contain the token 'sks'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            subjects_of(replace(wild, **{setting: value}))
+
+
+def test_another_line_of_a_wildcard_file_is_another_caption(config, photos, tmp_path):
+    """What a checkpoint keeps of a photo tells of its caption's alternatives."""
+    (tmp_path / "place.txt").write_text("grass\n", encoding="utf-8")
+    (photos / "02.txt").write_text("a sks mug on __place__", encoding="utf-8")
+    wild = replace(config, wildcards=True, wildcard_dir=str(tmp_path))
+
+    def captions():
+        dataset = open_session(wild, subjects_of(wild), make_accelerator(wild)).dataset
+        return dataset, [row["caption"] for row in dataset.contents()["images"]]
+
+    (first, before), (_, same) = captions(), captions()
+    (tmp_path / "place.txt").write_text("grass\nsand\n", encoding="utf-8")
+    second, after = captions()
+    assert before == same
+    assert [a == b for a, b in zip(before, after, strict=True)].count(False) == 1
+    assert [len(each.captions) for each in (first, second)] == [5, 6]
+
+
+def test_no_class_image_is_made_before_all_captions_were_looked_at(tiny_run, photos, monkeypatch):
+    """They may take an hour."""
+    asked = []
+    monkeypatch.setattr(
+        "dora_diffusion.training.inputs.dataset.class_images", lambda *a: asked.append(a)
+    )
+    common = {"instance_data_dir": str(photos), "class_word": "mug", **PRIOR}
+    entries = [
+        {**common, "instance_prompt": "a sks mug", "prior_preservation_mode": "images"},
+        {**common, "instance_prompt": "a zwx mug", "token": "zwx", "class_prompt": "a zwx mug"},
+    ]
+    other = photos.parent / "other"
+    shutil.copytree(photos, other)
+    for number, path in enumerate(sorted(other.glob("*.jpg"))):
+        Image.new("RGB", (40 + number, 40)).save(path)
+        path.with_suffix(".txt").write_text("a zwx mug", encoding="utf-8")
+    entries[1]["instance_data_dir"] = str(other)
+    config = tiny_run(dataset_config=entries, instance_prompt=None, with_prior_preservation=True)
+    with pytest.raises(ConfigError, match="class_prompt 'a zwx mug' contains the token"):
+        open_session(config, subjects_of(config), make_accelerator(config))
+    assert asked == []

@@ -1,0 +1,239 @@
+"""Class images: their progress as it is told, and images that are not images."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from dora_diffusion.cli.console.training import TrainProgress, what_trains
+from dora_diffusion.config import ConfigError
+from dora_diffusion.sampling.generate import BrokenImageError
+from dora_diffusion.training.engine.accelerator import make_accelerator
+from dora_diffusion.training.events import (
+    ClassImagesAnnounced,
+    ClassImagesProgress,
+    ModelLoading,
+    StepDone,
+    TrainingEnded,
+    TrainingStarted,
+)
+from dora_diffusion.training.inputs.prior import _Announcer, ensure_class_images, own_class_images
+from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.loop import train
+from dora_diffusion.training.session import open_session
+from tests.training.helpers import make_config
+
+
+def make(folder, count, told, stop_at=None):
+    made = []
+
+    def generate(prompt, seeds):
+        if stop_at is not None and len(made) >= stop_at:
+            raise KeyboardInterrupt
+        made.extend(seeds)
+        return [Image.new("RGB", (8, 8), "red") for _ in seeds]
+
+    ensure_class_images(
+        folder, ["a dog", "a dog on grass"], count=count, seed=1, identity="x",
+        generate=generate, batch_size=2, on_image=lambda *numbers: told.append(numbers),
+    )  # fmt: skip
+
+
+def test_progress_begins_at_what_is_there_and_ends_at_all(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "own.png")
+    told = []
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, 8, told, stop_at=4)
+    assert told == [(1, 8), (3, 8), (5, 8)]
+    told.clear()
+    make(tmp_path, 8, told)
+    assert told == [(5, 8), (7, 8), (8, 8)]
+    told.clear()
+    make(tmp_path, 8, told)
+    assert told == [], "nothing to wait for"
+
+
+def test_a_run_shows_class_images_before_its_first_step(tiny_run, capsys):
+    events, show = [], TrainProgress()
+
+    def watch(event):
+        events.append(event)
+        show(event)
+
+    images = {"with_prior_preservation": True, "prior_preservation_mode": "images"}
+    train(tiny_run(**images, num_class_images=6, max_train_steps=1), watch)
+    show.close()
+    numbers = [(e.done, e.total) for e in events if isinstance(e, ClassImagesProgress)]
+    assert numbers[0] == (0, 6)
+    assert numbers[-1] == (6, 6)
+    kinds = list(dict.fromkeys(type(event) for event in events))
+    assert kinds == [
+        ModelLoading, ClassImagesAnnounced, ClassImagesProgress, TrainingStarted, StepDone,
+        TrainingEnded,
+    ]  # fmt: skip
+    # The number before any is made, and the time while the first batch is.
+    first, timed = (e for e in events if isinstance(e, ClassImagesAnnounced))
+    assert (first.count, first.seconds, timed.count) == (6, None, 6)
+    assert timed.seconds > 0
+    assert events.index(timed) < events.index(ClassImagesProgress(4, 6))
+    captured = capsys.readouterr()
+    assert "class images: 100%" in captured.err
+    assert "6 class images to make before the first step; --prior_preservation_mode" in captured.out
+    assert "\n6 class images: about " in captured.out
+
+
+def test_the_time_of_class_images_is_that_of_the_second_step_for_all(monkeypatch):
+    clock = iter([100.0, 100.5, 103.5, 200.0])
+    monkeypatch.setattr(
+        "dora_diffusion.training.inputs.prior.time.perf_counter", lambda: next(clock)
+    )
+    told = []
+    announcer = _Announcer(told.append, batch_size=4)
+    announcer.on_image(1, 10)
+    for step in (1, 2, 3, 4):
+        announcer.on_step(step, 25)
+    # 9 are missing: three batches of 25 steps. The clock is read at the ends of steps 1 and 2 ...
+    assert told[0] == ClassImagesAnnounced(9)
+    assert told[-1] == ClassImagesAnnounced(9, 0.5 * 25 * 3)
+
+
+def test_a_black_class_image_is_not_trained_on(tiny_run, tmp_path, monkeypatch):
+    from diffusers import AutoencoderKL
+
+    monkeypatch.setattr(
+        AutoencoderKL, "decode", lambda self, latents, **_: (torch.full((1, 3, 32, 32), torch.nan),)
+    )
+    with pytest.raises(BrokenImageError, match="is not finite"):
+        train(
+            tiny_run(
+                with_prior_preservation=True,
+                prior_preservation_mode="images",
+                num_class_images=1,
+                sample_batch_size=1,
+            )
+        )
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "caption", "message"),
+    [
+        (
+            {"token": "", "class_word": "mug"},
+            None,
+            r"image-free with token '': the image-free prior",
+        ),
+        ({}, "a mug on a table", r"1 caption of 5 without the token 'sks' \(first: 'a mug on a"),
+    ],
+)
+def test_an_image_free_prior_of_what_is_trained_is_refused(
+    changes, caption, message, config, photos
+):
+    if caption:
+        (photos / "01.txt").write_text(caption, encoding="utf-8")
+    held = replace(
+        config, with_prior_preservation=True, prior_preservation_mode="image-free", **changes
+    )
+    with pytest.raises(ConfigError, match=f"{message}.*very prediction that is being trained"):
+        train(held)
+
+
+def test_class_images_of_the_captions_themselves_are_refused(config):
+    images = {"with_prior_preservation": True, "prior_preservation_mode": "images"}
+    with pytest.raises(ConfigError, match="prior preservation with token '' needs class_prompt"):
+        train(replace(config, **images, token="", class_word="mug"))
+
+
+@pytest.fixture
+def reg(photos, tmp_path):
+    """Kohya's regularisation folder: two mugs, one of them with a caption, and a cup."""
+    images = sorted(photos.glob("*.jpg"))
+    for number, name in enumerate(("1_mug", "1_mug", "1_cup")):
+        place = tmp_path / "reg" / name
+        place.mkdir(parents=True, exist_ok=True)
+        with Image.open(images[number]) as image:
+            image.rotate(180).save(place / f"{number}.png")
+    (tmp_path / "reg" / "1_mug" / "1.txt").write_text("an old mug", encoding="utf-8")
+    return tmp_path / "reg"
+
+
+@pytest.mark.parametrize("prompt", [None, "a photo of a mug", "a {red|blue} mug"])
+def test_kohyas_regularisation_folder_is_that_of_class_images(tiny_run, reg, prompt):
+    """Nothing is generated while there are enough; a prompt that is given wins over the names."""
+    config = tiny_run(
+        with_prior_preservation=True, class_data_dir=str(reg), class_prompt=prompt,
+        num_class_images=3, wildcards=bool(prompt) and "{" in prompt,
+    )  # fmt: skip
+    session = open_session(config, subjects_of(config), make_accelerator(config))
+    (subject,) = session.dataset.subjects
+    captions = {image.path.name: image.caption for image in subject.class_images}
+    expected = {"2.png": "cup", "0.png": "mug", "1.png": "an old mug"}
+    if prompt:  # in the order of the folders
+        first, second = ("a red mug", "a blue mug") if "{" in prompt else (prompt, prompt)
+        expected |= {"2.png": first, "0.png": second}
+    assert captions == expected
+    assert not list(reg.glob("generated-*"))
+    assert "3 of 3 class images" in what_trains(config).splitlines()[0]
+
+
+def test_class_images_that_are_left_out_are_said(reg):
+    assert [path.name for path, _ in own_class_images(reg)] == ["2.png", "0.png", "1.png"]
+    (reg / "generated-0").mkdir()
+    for place in (reg / "generated-0", reg / "old", reg / "4_jug"):
+        place.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(place / "x.png")
+    with pytest.warns(UserWarning, match="left out") as told:
+        assert len(own_class_images(reg)) == 4
+    assert [str(w.message).removeprefix(str(reg)) for w in told] == [
+        "/4_jug: its 4 repeats have no effect; class images take turns",
+        ": left out 1 photo in old; put class images into the folder itself, or into folders "
+        "named like '1_dog'",
+    ]
+    with pytest.warns(UserWarning, match="has 4 class images, of which num_class_images 2 are"):
+        make(reg, 2, [])
+
+
+def test_wildcards_of_the_class_prompt_are_drawn(tiny_run, tmp_path):
+    """Each alternative has its images, with its caption; none may hold the token."""
+    config = tiny_run(
+        with_prior_preservation=True, class_prompt="a {red|blue|old} mug", wildcards=True,
+        num_class_images=4, caption_prefix="sks,",
+    )  # fmt: skip
+    session = open_session(config, subjects_of(config), make_accelerator(config))
+    (subject,) = session.dataset.subjects
+    captions = [image.caption for image in subject.class_images]
+    assert captions == ["a red mug", "a blue mug", "a old mug", "a red mug"]
+    plain = replace(config, wildcards=False, output_dir=str(tmp_path / "b"), num_class_images=1)
+    session = open_session(plain, subjects_of(plain), make_accelerator(plain))
+    assert session.dataset.subjects[0].class_images[0].caption == config.class_prompt
+    for prompt, said in (("a {red|sks} mug", "contains the token"), ("a {mug", "has { without }")):
+        wild = replace(config, class_prompt=prompt)
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            open_session(wild, subjects_of(wild), make_accelerator(wild))
+
+
+def test_class_images_are_reused_only_for_the_same_prompts(sd1_folder, photos, tmp_path):
+    config = make_config(
+        sd1_folder, photos, tmp_path / "a", with_prior_preservation=True, num_class_images=2,
+        class_data_dir=str(tmp_path / "classes"), max_train_steps=1,
+    )  # fmt: skip
+    train(config)
+    first = {p: p.stat().st_mtime_ns for p in (tmp_path / "classes").rglob("*.png")}
+    assert len(first) == 2
+    train(replace(config, output_dir=str(tmp_path / "b")))
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "classes").rglob("*.png")} == first
+    train(replace(config, output_dir=str(tmp_path / "c"), class_prompt="a painting of a mug"))
+    assert len(list((tmp_path / "classes").rglob("*.png"))) == 4
+
+
+def test_a_class_prompt_with_the_token_is_refused(sd1_folder, photos, tmp_path):
+    config = make_config(
+        sd1_folder, photos, tmp_path / "out",
+        with_prior_preservation=True, class_prompt="a photo of a sks mug",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"class_prompt .* contains the token 'sks'"):
+        train(config)

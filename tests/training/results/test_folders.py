@@ -1,0 +1,193 @@
+"""The output folder: one run at a time, and none of the user's own folders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.training.loop import train
+from dora_diffusion.training.results.folders import check_folders, output_folder
+from tests.training.helpers import make_config
+from tests.waiting import STAY
+
+_HOLD = """
+import sys
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.training.results.folders import output_folder
+with output_folder(TrainConfig(output_dir=sys.argv[1])):
+    exec(sys.argv[2])
+"""
+
+
+@pytest.fixture
+def other_run(tmp_path: Path):
+    """Another process that holds the folder ``out``."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _HOLD, str(tmp_path / "out"), STAY],
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_second_run_into_a_folder_is_refused_until_the_first_is_gone(
+    other_run, tiny_run, tmp_path
+):
+    config = tiny_run(max_train_steps=1)
+    for changes in ({}, {"overwrite_output_dir": True}):
+        with pytest.raises(ConfigError, match="another run is writing to output_dir") as error:
+            train(replace(config, **changes))
+        assert "\n" not in str(error.value)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".training.lock"]
+    other_run.kill()  # without a chance to clean up
+    other_run.wait()
+    assert train(config).adapter.is_file()
+
+
+def test_within_one_process_too(tmp_path):
+    config = TrainConfig(output_dir=str(tmp_path / "out"))
+    with (
+        output_folder(config),
+        pytest.raises(ConfigError, match="another run is writing"),
+        output_folder(config),
+    ):
+        pytest.fail("both hold it")
+    with output_folder(config) as folder:
+        assert folder == tmp_path / "out"
+
+
+def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch):
+    import filelock
+
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("flock is not supported")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with (
+        pytest.warns(UserWarning, match="has no locks") as caught,
+        output_folder(TrainConfig(output_dir=str(tmp_path / "out"))),
+    ):
+        pass
+    assert Path(caught[0].filename).name == "folders.py", "the command line shows ours only"
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("photos", "output_dir and instance_data_dir are one folder"),
+        ("photos/../photos/", "output_dir and instance_data_dir are one folder"),
+        ("photos/run", "lies inside instance_data_dir"),
+        ("link", "output_dir and instance_data_dir are one folder"),
+        ("model", "output_dir and pretrained_model_name_or_path are one folder"),
+        ("model/unet/run", "lies inside pretrained_model_name_or_path"),
+    ],
+)
+def test_a_run_does_not_write_among_photos_or_a_models_files(
+    output, message, tiny_run, sd1_folder, photos, tmp_path
+):
+    shutil.copytree(sd1_folder, tmp_path / "model")
+    (tmp_path / "link").symlink_to(photos)
+    (photos / "README.md").write_text("mine", encoding="utf-8")
+    config = tiny_run(
+        output_dir=os.path.join(tmp_path, output),
+        pretrained_model_name_or_path=str(tmp_path / "model"),
+        overwrite_output_dir=True,
+    )
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=message) as error:
+        train(config)
+    assert "\n" not in str(error.value)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", ["samples", "logs", "class_images", "checkpoint-4"])
+def test_photos_are_not_read_from_a_folder_that_the_run_writes_to(place, tiny_run, tmp_path):
+    (tmp_path / "out" / place).mkdir(parents=True)
+    config = tiny_run(instance_data_dir=str(tmp_path / "out" / place))
+    with pytest.raises(ConfigError, match=r"instance_data_dir and the run's .* are one folder"):
+        check_folders(config)
+    held_out = tiny_run(validation_data_dir=str(tmp_path / "out" / place))
+    with pytest.raises(ConfigError, match=r"validation_data_dir and the run's .* are one folder"):
+        check_folders(held_out)
+
+
+def test_photos_in_a_folder_of_their_own_inside_are_fine(tiny_run, photos, tmp_path):
+    """As the app has them, so that a run keeps what it was trained on."""
+    inside = Path(shutil.copytree(photos, tmp_path / "out" / "photos"))
+    before = contents(inside)
+    train(tiny_run(instance_data_dir=str(inside), max_train_steps=1))
+    assert contents(inside) == before
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("photos", "class_data_dir is the folder of the subject's photos"),
+        ("out", "is where the run writes its own images"),
+        ("out/samples", "is where the run writes its own images"),
+    ],
+)
+def test_class_images_have_a_folder_of_their_own(place, message, tiny_run, tmp_path):
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    config = tiny_run(class_data_dir=str(tmp_path / place), with_prior_preservation=True)
+    with pytest.raises(ConfigError, match=message):
+        check_folders(config)
+    check_folders(replace(config, with_prior_preservation=False))
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.yaml"])
+def test_files_that_no_run_wrote_are_not_replaced_unasked(name, tiny_run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"holds {name}, which no run has written"):
+        train(tiny_run(max_train_steps=1))
+    assert (tmp_path / "out" / name).read_text(encoding="utf-8") == "mine"
+    (tmp_path / "out" / "metrics.jsonl").write_text(
+        "", encoding="utf-8"
+    )  # a run's own, that saved nothing
+    train(tiny_run(max_train_steps=1))
+
+
+def test_a_finished_result_is_not_written_over(sd1_folder, photos, tmp_path):
+    config = make_config(sd1_folder, photos, tmp_path / "out", max_train_steps=1)
+    train(config)
+    with pytest.raises(ConfigError, match="already contains a trained adapter"):
+        train(config)
+    train(replace(config, overwrite_output_dir=True))
+
+
+def test_an_overwritten_result_leaves_nothing_behind(sd1_folder, photos, tmp_path):
+    out = tmp_path / "out"
+    config = make_config(sd1_folder, photos, out, max_train_steps=1, validation_steps=1)
+    train(replace(config, max_train_steps=2, num_validation_images=1))
+    (out / "samples" / "mine.png").write_bytes(b"kept")
+    assert (out / "samples" / "step-000001.png").is_file()
+    train(replace(config, overwrite_output_dir=True, norm_axis="input"))
+    assert [path.name for path in out.glob("*.safetensors")] == ["dora_kohya.safetensors"]
+    assert {layer.norm_axis for layer in read_adapter(out).layers.values()} == {"input"}
+    assert [path.name for path in (out / "samples").iterdir()] == ["mine.png"]
+
+
+def test_a_folder_that_is_not_a_result_keeps_its_files(sd1_folder, photos, tmp_path):
+    from dora_diffusion.training.results.folders import clear_folder
+
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    clear_folder(tmp_path, 0)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"

@@ -1,0 +1,220 @@
+"""metrics.jsonl: lines that wait for room, numbers that are not finite, and losses that rise."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dora_diffusion.training.engine.learner import TrainingStep
+from dora_diffusion.training.events import StepDone
+from dora_diffusion.training.loop import TrainingError, train
+from dora_diffusion.training.results import metrics
+from dora_diffusion.training.results.metrics import LossWatch, MetricsLog
+from tests.training.helpers import make_config, names, steps_in, warnings_of
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, step: int, *, moves: bool = False) -> None:
+    """From a step on, its gradients are NaN; or, ``moves``, what the optimizer makes of them is."""
+    real = TrainingStep.__call__
+
+    def call(self: TrainingStep, number: int):
+        if number < step:
+            return real(self, number)
+        if moves:
+            for group in self.optimizer.param_groups:
+                group["lr"] = 1e39
+            return real(self, number)
+        hooks = [
+            parameter.register_hook(lambda grad: torch.full_like(grad, float("nan")))
+            for module in self.modules.values()
+            for parameter in module.parameters()
+            if parameter.requires_grad
+        ]
+        try:
+            return real(self, number)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    monkeypatch.setattr(TrainingStep, "__call__", call)
+
+
+def numbers_in(folder) -> list[torch.Tensor]:
+    """All numbers of a folder's files of weights and state."""
+    found = [t for path in folder.rglob("*.safetensors") for t in load_file(path).values()]
+    for path in folder.rglob("training_state.pt"):
+        state = torch.load(path, weights_only=True)
+        found += state["parameters"].values()
+        found += [t for moments in state["optimizer"]["state"].values() for t in moments.values()]
+    return found
+
+
+@pytest.mark.parametrize("method", ["dora", "lora", "full"])
+def test_a_gradient_that_is_not_finite_costs_nothing_that_was_there(
+    method, tiny_run, tmp_path, monkeypatch
+):
+    """At the last step of a run that extends a finished one: its checkpoint and its result stay."""
+    out = tmp_path / "out"
+    full = {"full_weights": "targets"} if method == "full" else {}
+    config = tiny_run(
+        method=method, max_train_steps=2, checkpointing_steps=2, checkpoints_total_limit=1, **full
+    )
+    result = train(config)
+    written = result.adapter or result.model / "unet" / "diffusion_pytorch_model.safetensors"
+    before = written.read_bytes()
+    poison(monkeypatch, 4)
+    with pytest.raises(TrainingError, match=r"the gradients .* at step 4; .*learning rate") as e:
+        train(replace(config, max_train_steps=4, resume_from_checkpoint="latest"))
+    assert "\n" not in str(e.value)
+    assert written.read_bytes() == before
+    assert names(out) == ["checkpoint-2"]
+    found = numbers_in(out)
+    assert len(found) > 10
+    assert all(torch.isfinite(numbers).all() for numbers in found)
+    assert steps_in(out) == [1, 2, 3]
+    assert not list(out.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("method", ["dora", "full"])
+def test_weights_that_are_not_finite_are_not_written(method, tiny_run, tmp_path, monkeypatch):
+    """A finite gradient of the last step, from which a rate beyond all numbers makes infinities."""
+    out = tmp_path / "out"
+    full = {"full_weights": "targets"} if method == "full" else {}
+    config = tiny_run(method=method, max_train_steps=2, checkpoints_total_limit=1, **full)
+    poison(monkeypatch, 2, moves=True)
+    with pytest.raises(TrainingError, match="not finite after step 2"):
+        train(replace(config, checkpointing_steps=1))
+    assert names(out) == ["checkpoint-1"]
+    assert all(torch.isfinite(numbers).all() for numbers in numbers_in(out))
+    with pytest.raises(TrainingError, match="not finite after step 2"):
+        train(replace(config, checkpointing_steps=0, overwrite_output_dir=True))
+    assert not numbers_in(out), "no result either"
+
+
+# Two runs on the embedded model with one photo a step: at 1e-3, and fallen apart at 0.03.
+USUAL = [
+    0.0023, 0.027, 0.042, 0.0028, 0.017, 0.058, 0.0023, 0.0052, 0.034, 0.023, 0.057, 0.019, 0.0024,
+    0.0012, 0.0033, 0.023, 0.014, 0.0032, 0.023, 0.0064, 0.017, 0.036, 0.012, 0.0014, 0.074, 0.08,
+    0.011, 0.034, 0.035, 0.058, 0.016, 0.005, 0.014, 0.071, 0.017, 0.069, 0.042, 0.027, 0.003,
+]  # fmt: skip
+APART = [
+    0.014, 0.0049, 0.018, 0.41, 0.12, 0.0073, 0.25, 0.054, 0.19, 0.59, 0.081, 0.0053, 0.97, 0.9,
+    0.035, 0.69, 0.65, 0.88, 0.23, 0.023, 0.057, 0.92, 0.2, 0.77, 0.51, 0.23, 0.012, 0.73,
+]  # fmt: skip
+
+
+def test_a_loss_that_rises_is_told_within_steps_and_a_usual_one_never():
+    rng = random.Random(0)
+    for _ in range(20):
+        usual, watch = rng.choices(USUAL, k=500), LossWatch()
+        for step, loss in enumerate(usual, start=1):
+            watch.add(step, loss)
+        assert watch.risen_at is None
+        calm = sum(map(watch.is_calm, range(1, 501)))
+        assert calm > 350
+        for step, loss in enumerate(rng.choices(APART, k=60), start=501):
+            watch.add(step, loss)
+        assert 503 <= watch.risen_at <= 540
+        assert not any(map(watch.is_calm, range(watch.risen_at, 561)))
+
+
+def test_one_giant_loss_is_no_rise():
+    watch = LossWatch()
+    for step, loss in enumerate([*USUAL[:25], 1e6, *USUAL], start=1):
+        watch.add(step, loss)
+    assert watch.risen_at is None
+    assert not watch.is_calm(26)
+    assert watch.is_calm(64)
+
+
+def test_a_run_that_falls_apart_keeps_its_checkpoint_from_before_and_names_it(
+    tiny_run, tmp_path, monkeypatch
+):
+    """An interrupted run that is resumed at another rate, held against its own start."""
+    monkeypatch.setattr(metrics, "_START", 2)
+    real = TrainingStep.__call__
+
+    def rises(self, step):
+        record = real(self, step)
+        return record | {"loss": record["loss"] * (1000 if step > 4 else 1)}
+
+    def stop(event):
+        if isinstance(event, StepDone) and event.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(TrainingStep, "__call__", rises)
+    config = tiny_run(max_train_steps=10, checkpointing_steps=2, checkpoints_total_limit=1)
+    assert train(config, stop).steps == 4
+    said = warnings_of(replace(config, resume_from_checkpoint="latest", learning_rate=0.1))
+    assert "learning_rate is 0.1; for adapters adamw usually takes 1e-06 to 0.005" in said
+    told = [text for text in said if "the loss" in text]
+    assert len(told) == 2
+    assert told[0].startswith("the loss has risen far above its start by step 8 (more than 3 times")
+    assert f"{tmp_path / 'out' / 'checkpoint-4'} is from before" in told[1]
+    assert names(tmp_path / "out") == ["checkpoint-10", "checkpoint-4"]
+
+
+def test_fp16_may_skip_steps_but_not_for_ever():
+    seen: list[int] = []
+    log = MetricsLog(None, 0, lambda record: seen.append(record["step"]), skips=3)
+    norms = [float("inf")] * 3 + [1.0] + [float("nan")] * 4
+    with pytest.raises(TrainingError, match="not finite at step 8, as at the 3 steps before"):  # noqa: PT012
+        for step, norm in enumerate(norms, start=1):
+            log.add({"step": step, "loss": 0.5, "grad_norm": norm})
+        log.flush()
+    assert seen == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_metrics_that_a_full_disk_refuses_are_written_later(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, lambda record: None)
+    real, refused = log._file._file.write, []
+
+    class Full:
+        """A disk that takes half of a line and then nothing."""
+
+        def write(self, data):
+            if not refused:
+                refused.append(data)
+                return real(data[:5])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __getattr__(self, name):
+            return getattr(disk, name)
+
+    disk, log._file._file = log._file._file, Full()
+    log.add({"step": 1, "loss": 0.5})
+    with pytest.warns(UserWarning, match="metrics.jsonl cannot be written: No space left"):
+        log.add({"step": 2, "loss": 0.5})
+    log.add({"step": 3, "loss": 0.5})
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == "", "no half line"
+    log._file._file = disk
+    log.flush()
+    log.close()
+    assert steps_in(tmp_path) == [1, 2, 3]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(sd1_folder, photos, tmp_path):
+    config = make_config(sd1_folder, photos, tmp_path / "out", learning_rate=1e30, max_grad_norm=0)
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d"):
+        train(config)
+
+
+def test_a_damaged_line_is_left_out_with_a_warning(tmp_path):
+    """What a crash or an editor has left of a line costs the run none of the others."""
+    path = tmp_path / "metrics.jsonl"
+    whole = [json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (1, 2, 4)]
+    path.write_text(
+        whole[0] + '{"step": 2, "lo}\n{"step": null}\n' + whole[1] + whole[2], encoding="utf-8"
+    )
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: 2 lines cannot be read"):
+        log = MetricsLog(path, 3, lambda record: None)
+    log.close()
+    assert path.read_text(encoding="utf-8") == whole[0] + whole[1]
+    assert log.steps_dropped == 1
