@@ -1,10 +1,11 @@
 """One optimizer step of the runs that train on one model: an adapter for each, mostly one.
 
 All rows of all runs go through text encoders and UNet together, each with its run's adapter
-(`adapters.stack`). What else a step is made of each run does for itself (`training.engine.learner.Learner`):
-it draws its rows, its loss is the mean of its own, and it clips and updates by its own settings. A
-row depends on no other, so that each run's gradient is what it would be alone. A run by itself is a
-pack of one; one that trains the model's own weights has no adapters at all.
+(`adapters.stack`). What else a step is made of each run does for itself
+(`training.engine.learner.Learner`): it draws its rows, its loss is the mean of its own, and it
+clips and updates by its own settings. A row depends on no other, so that each run's gradient is
+what it would be alone. A run by itself is a pack of one; one that trains the model's own weights
+has no adapters at all.
 """
 
 from __future__ import annotations
