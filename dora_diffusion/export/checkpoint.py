@@ -136,7 +136,7 @@ def export_checkpoint(
         read = spec.read(weights, alpha)
         for assumption in spec.assumptions(read):
             warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=2)
-        restate_schedule(model, base, schedule, read)
+        restate_schedule(model, base, schedule, [adapter.metadata for adapter in read])
         words = spec.embeddings(read, model.path, output)
         refuse_existing((word[0] for word in words if not is_written(*word)), overwrite)
         merged = MergedModel(weights, spec.weighted(read), dtype)

@@ -123,7 +123,7 @@ def verify_checkpoint(
         read = spec.read(weights, alpha)
         expected = MergedModel(weights, spec.weighted(read))
         report = WeightComparison(merged_model, expected, model.is_single_file).run(on_progress)
-        restate_schedule(model, base, schedule, read)
+        restate_schedule(model, base, schedule, [adapter.metadata for adapter in read])
         report.problems.extend(_beside_the_weights(merged_model, model))
         report.assumptions.extend(spec.assumptions(read))
     if report.problems and (hint := _recorded_strengths(merged_model, spec)):

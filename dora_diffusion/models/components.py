@@ -17,7 +17,6 @@ from dora_diffusion.adapters.scope import NormCache
 from dora_diffusion.config.families import TITLES, Family
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require, require_token_length
 from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule, Statement
-from dora_diffusion.models.latents import vae_factor
 from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler, to_zero_snr
 from dora_diffusion.models.words import write_out_words
 
@@ -132,7 +131,7 @@ class Components:
     @property
     def vae_factor(self) -> int:
         """Pixels per latent along one side."""
-        return vae_factor(self.vae)
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @property
     def latent_channels(self) -> int:

@@ -12,11 +12,6 @@ from dora_diffusion.models.offload import send
 from dora_diffusion.models.text import Conditioning
 
 
-def vae_factor(vae: Any) -> int:
-    """Pixels per latent along one side (8 for the released models)."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
-
-
 def encode_moments(vae: Any, pixels: Tensor) -> Tensor:
     """Encode pixels ``(B, 3, H, W)`` in [-1, 1] to the posterior's moments ``(B, 2C, h, w)``.
 

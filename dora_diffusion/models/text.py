@@ -24,7 +24,7 @@ from dora_diffusion.models.words import own_words, write_out_words
 
 if TYPE_CHECKING:
     from dora_diffusion.config.families import Family
-    from dora_diffusion.models.load import Components
+    from dora_diffusion.models.components import Components
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,20 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.layers import AdaptedLayer
+from dora_diffusion.config.families import Family
 from dora_diffusion.config.wording import quoted, whole_word
 from dora_diffusion.formats.adapter.embeddings import Vectors
 
-if TYPE_CHECKING:
-    from dora_diffusion.models.components import Components
+
+class Encoders(Protocol):
+    """What of a loaded model reads prompts (`models.components.Components`)."""
+
+    @property
+    def family(self) -> Family: ...
+    @property
+    def text_encoders(self) -> tuple[Any, ...]: ...
+    @property
+    def tokenizers(self) -> tuple[Any, ...]: ...
 
 
 class WordEmbedding(nn.Embedding):
@@ -60,14 +69,14 @@ class WordEmbedding(nn.Embedding):
         return torch.where(is_word.unsqueeze(-1), words.to(known.dtype), known)
 
 
-def add_tokens(components: Components, tokens: Mapping[str, Vectors]) -> dict[str, WordEmbedding]:
+def add_tokens(model: Encoders, tokens: Mapping[str, Vectors]) -> dict[str, WordEmbedding]:
     """Add tokens to the tokenizers and text encoders; other prompts stay the same.
 
     A token of n vectors is n of the tokenizer, ``<x> <x>_1 <x>_2``, as Diffusers'
     ``load_textual_inversion`` adds it. One that was added before gets the new vectors.
 
     Args:
-        components: The loaded model.
+        model: The loaded model.
         tokens: By token: vectors ``(C,)``, or ``(n, C)``, of each text encoder.
 
     Returns:
@@ -79,11 +88,11 @@ def add_tokens(components: Components, tokens: Mapping[str, Vectors]) -> dict[st
     """
     return {
         name: _add(encoder, tokenizer, token, rows)
-        for name, encoder, tokenizer, token, rows in _by_encoder(components, tokens)
+        for name, encoder, tokenizer, token, rows in _by_encoder(model, tokens)
     }
 
 
-def add_own_tokens(components: Components, adapter: str, tokens: Mapping[str, Vectors]) -> None:
+def add_own_tokens(model: Encoders, adapter: str, tokens: Mapping[str, Vectors]) -> None:
     """Add tokens that only the prompts of one adapter have (`own_words`).
 
     So adapters that have trained one token with different vectors are on one model, and a prompt
@@ -91,7 +100,7 @@ def add_own_tokens(components: Components, adapter: str, tokens: Mapping[str, Ve
     word that nobody can guess.
 
     Args:
-        components: The loaded model.
+        model: The loaded model.
         adapter: The adapter's name.
         tokens: As in `add_tokens`.
 
@@ -99,7 +108,7 @@ def add_own_tokens(components: Components, adapter: str, tokens: Mapping[str, Ve
         ValueError: As `add_tokens` raises it; then none of them is added.
     """
     try:
-        for _, encoder, tokenizer, token, rows in _by_encoder(components, tokens):
+        for _, encoder, tokenizer, token, rows in _by_encoder(model, tokens):
             parts = token_parts(token, len(rows))
             # A word that was trained into the base may be trained again.
             taken = tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys()
@@ -110,13 +119,13 @@ def add_own_tokens(components: Components, adapter: str, tokens: Mapping[str, Ve
                 table = _add(encoder, tokenizer, word, row)
                 table.own.setdefault(adapter, {})[part] = word
     except ValueError:
-        remove_own_tokens(components, adapter)
+        remove_own_tokens(model, adapter)
         raise
 
 
-def remove_own_tokens(components: Components, adapter: str) -> None:
+def remove_own_tokens(model: Encoders, adapter: str) -> None:
     """Forget an adapter's own tokens; the next ones take their places."""
-    for encoder in components.text_encoders:
+    for encoder in model.text_encoders:
         table = encoder.get_input_embeddings()
         if isinstance(table, WordEmbedding):
             table.free += table.own.pop(adapter, {}).values()
@@ -128,20 +137,18 @@ def own_words(encoder: Any, adapter: str | None) -> Mapping[str, str]:
     return words
 
 
-def have_own_words(components: Components, adapters: Collection[str | None]) -> bool:
+def have_own_words(model: Encoders, adapters: Collection[str | None]) -> bool:
     """Whether one of these adapters has tokens of its own."""
-    tables = [encoder.get_input_embeddings() for encoder in components.text_encoders]
+    tables = [encoder.get_input_embeddings() for encoder in model.text_encoders]
     return any(not {*adapters}.isdisjoint(getattr(table, "own", ())) for table in tables)
 
 
 def _by_encoder(
-    components: Components, tokens: Mapping[str, Vectors]
+    model: Encoders, tokens: Mapping[str, Vectors]
 ) -> Iterator[tuple[str, Any, Any, str, Tensor]]:
     """Component, text encoder and tokenizer, and each token that is for them with its rows."""
-    names = components.family.text_encoder_names
-    for name, encoder, tokenizer in zip(
-        names, components.text_encoders, components.tokenizers, strict=True
-    ):
+    names = model.family.text_encoder_names
+    for name, encoder, tokenizer in zip(names, model.text_encoders, model.tokenizers, strict=True):
         for token, vectors in tokens.items():
             if name in vectors:
                 rows = vectors[name].view(-1, vectors[name].shape[-1])
@@ -216,9 +223,9 @@ def write_out_words(tokenizer: Any, prompt: str, own: Mapping[str, str] | None =
     return re.sub("|".join(patterns), write_out, text)
 
 
-def has_words(components: Components, prompt: str) -> bool:
+def has_words(model: Encoders, prompt: str) -> bool:
     """Whether a prompt holds a trained word, as the model's tokenizers read it."""
-    for encoder, tokenizer in zip(components.text_encoders, components.tokenizers, strict=True):
+    for encoder, tokenizer in zip(model.text_encoders, model.tokenizers, strict=True):
         table = encoder.get_input_embeddings()
         if isinstance(table, WordEmbedding):
             text = write_out_words(tokenizer, prompt)

@@ -16,8 +16,8 @@ from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.config import ConfigError
 from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter.file import read_adapter, write_adapter
+from dora_diffusion.formats.files.runs import result_adapter
 from dora_diffusion.models.load import load_components
-from dora_diffusion.studio.jobs.checkpoints import result_adapter
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.results.checkpoint import STATE_FILE, restore, state_of
 from dora_diffusion.training.results.write import result_metadata

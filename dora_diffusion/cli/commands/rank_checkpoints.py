@@ -12,16 +12,18 @@ from dora_diffusion.cli.commands.options import add_base, add_overwrite, base_op
 from dora_diffusion.cli.console.progress import progress, tell
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
 from dora_diffusion.formats.files.atomic import require_writable
+from dora_diffusion.formats.files.runs import (
+    RESULT_NAME,
+    adapter_checkpoints,
+    candidates,
+    result_adapter,
+)
 from dora_diffusion.studio.jobs.base_model import ModelFiles
 from dora_diffusion.studio.jobs.checkpoints import (
     BASE_NAME,
     COMPARISON,
-    RESULT_NAME,
     RankedCheckpoint,
     Ranking,
-    adapter_checkpoints,
-    candidates,
-    result_adapter,
     write_ranking,
 )
 

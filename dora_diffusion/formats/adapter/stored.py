@@ -15,13 +15,13 @@ from dora_diffusion.formats.adapter.metadata import AdapterMetadata, parse_metad
 from dora_diffusion.formats.files.header import PICKLED, TensorFileError
 from dora_diffusion.formats.files.names import pipeline_in
 from dora_diffusion.formats.files.stream import TensorReader
-from dora_diffusion.formats.layouts import layout_of
 from dora_diffusion.formats.layouts.diffusers import DIFFUSERS, PEFT_PREFIX
 from dora_diffusion.formats.layouts.layout import (
     BUNDLED_TOKEN,
     AdapterFormatError,
     AdapterLayout,
 )
+from dora_diffusion.formats.layouts.other import layout_of
 from dora_diffusion.formats.layouts.peft import PEFT_CONFIG, PEFT_FILE, peft_config, peft_folders
 from dora_diffusion.formats.layouts.vera import VERA_FILE
 

@@ -26,7 +26,7 @@ from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.numerics.weights import LayerKind
 
 if TYPE_CHECKING:
-    from dora_diffusion.formats.adapter.file import AdapterFile
+    from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 
 
 class MergeError(ValueError):
@@ -110,7 +110,7 @@ def restate_schedule(
     model: StoredModel,
     name: str | Path,
     asked: AskedSchedule,
-    adapters: Iterable[AdapterFile] = (),
+    adapters: Iterable[AdapterMetadata] = (),
 ) -> None:
     """Have a model say of its noise schedule what was asked for, or what its adapters know.
 
@@ -118,12 +118,12 @@ def restate_schedule(
         model: The model.
         name: What it was opened as.
         asked: Settings, and what is known of adapters.
-        adapters: Those that go into it.
+        adapters: What is known of those that go into it.
 
     Raises:
         ValueError: If zero terminal SNR is asked for of a model that predicts the noise.
     """
-    asked = asked._replace(adapters=[*asked.adapters, *(a.metadata for a in adapters)])
+    asked = asked._replace(adapters=[*asked.adapters, *adapters])
     said = asked.statements(str(name), model.statements())
     schedule = choose_schedule(model.path.name, [*said, *usual_of(model.family)])
     if not schedule.is_own:

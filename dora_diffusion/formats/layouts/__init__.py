@@ -5,7 +5,7 @@ Nothing heavy is imported before a layout is asked for: commands show this list 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Mapping, Set
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -144,10 +144,3 @@ def layout_named(name: str) -> AdapterLayout:
 
 def all_layouts() -> list[AdapterLayout]:
     return [layout_named(name) for name in LAYOUTS]
-
-
-def layout_of(keys: Collection[str], metadata: Mapping[str, str]) -> AdapterLayout:
-    """The layout of a file with these keys and metadata; `OTHER` where it has none of the list."""
-    from dora_diffusion.formats.layouts.other import OTHER
-
-    return next((layout for layout in all_layouts() if layout.matches(keys, metadata)), OTHER)

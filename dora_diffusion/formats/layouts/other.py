@@ -144,3 +144,8 @@ def _other_method(keys: Collection[str]) -> str | None:
             advice = _ADVICE.get(method, _MERGE)
             return f"it holds {method}, which is no part of a LoRA or DoRA; {advice}"
     return None
+
+
+def layout_of(keys: Collection[str], metadata: Mapping[str, str]) -> AdapterLayout:
+    """The layout of a file with these keys and metadata; `OTHER` where it has none of the list."""
+    return next((layout for layout in all_layouts() if layout.matches(keys, metadata)), OTHER)

@@ -14,16 +14,15 @@ from dora_diffusion import config
 from dora_diffusion.cli.console.errors import explain
 from dora_diffusion.formats.adapter.metadata import join_triggers
 from dora_diffusion.formats.files.names import pipeline_in
-from dora_diffusion.studio.jobs import queue, records
-from dora_diffusion.studio.jobs.checkpoints import (
+from dora_diffusion.formats.files.runs import (
     RESULT_NAME,
     adapter_checkpoints,
     candidates,
-    chosen_in,
     result_adapter,
 )
+from dora_diffusion.studio.jobs import queue, records
 from dora_diffusion.studio.jobs.logs import check_metrics, last_error, read_metrics
-from dora_diffusion.studio.jobs.workspace import DamagedFile, UserError, Workspace
+from dora_diffusion.studio.jobs.workspace import DamagedFile, UserError, Workspace, read_json
 
 Part = TypeVar("Part")
 _REMOVE = ", or remove this run"
@@ -228,7 +227,7 @@ def _read_job(folder: Path, now: float, position: int) -> Job:
         position=position,
         checkpoints=checkpoints,
         samples=_samples(folder),
-        chosen=chosen_in(folder, (*checkpoints, *([RESULT_NAME] if state == "done" else []))),
+        chosen=_chosen_in(folder, (*checkpoints, *([RESULT_NAME] if state == "done" else []))),
     )
 
 
@@ -321,3 +320,9 @@ def _yaml(path: Path, modified: int) -> Mapping[str, Any] | str:
     except (ValueError, RecursionError) as error:
         return str(error).replace(str(path), path.name)
     return values or "it is empty"
+
+
+def _chosen_in(folder: Path, names: tuple[str, ...]) -> str:
+    """What was selected for a run, if it still is one of these."""
+    name = read_json(folder / records.CHOSEN).get("checkpoint")
+    return str(name) if name in names else ""

@@ -34,7 +34,7 @@ from dora_diffusion.formats.layouts.layout import (
     Layers,
     WriteOptions,
 )
-from dora_diffusion.formats.layouts.other import OTHER
+from dora_diffusion.formats.layouts.other import OTHER, layout_of
 from dora_diffusion.formats.layouts.vera import VeraLayer, write_vera
 from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.numerics.projections import Projections
@@ -78,7 +78,7 @@ READ_ONLY = {
 def test_a_layout_reads_what_it_writes(name: str, axis: str | None) -> None:
     [(keys, metadata)] = encoded(name, axis)
     layout = layouts.layout_named(name)
-    told = layouts.layout_of(keys, metadata)
+    told = layout_of(keys, metadata)
     # On the input axis, and without magnitudes, ComfyUI computes a plain kohya file.
     assert told.name == ("kohya" if name == "comfyui" and axis != "output" else name)
     if name == "dense":
@@ -105,7 +105,7 @@ def test_no_two_layouts_claim_a_file(name: str) -> None:
 def test_files_of_no_layout_are_not_claimed() -> None:
     mixed = {f"{TO_Q}.lora_A.weight", "lora_unet_conv_in.lora_up.weight"}
     for keys in (mixed, {f"{TO_Q}.lora_A.default.weight"}, {"something.else"}, set()):
-        assert layouts.layout_of(keys, {}) is OTHER
+        assert layout_of(keys, {}) is OTHER
 
 
 FILES = [path.parent / name for path in sorted(GOLDEN.glob("*/description.json"))

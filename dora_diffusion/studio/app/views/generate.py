@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.config.run import SampleSettings
+from dora_diffusion.formats.files.runs import RESULT_NAME
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context, plain
@@ -29,7 +30,7 @@ from dora_diffusion.studio.app.views.request import (
     make_request,
     numbers,
 )
-from dora_diffusion.studio.jobs.checkpoints import RESULT_NAME, chosen_adapter
+from dora_diffusion.studio.jobs.checkpoints import chosen_adapter
 from dora_diffusion.studio.jobs.image_generator import (
     MAX_BATCH,
     GeneratedImage,

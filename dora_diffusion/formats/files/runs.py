@@ -1,0 +1,50 @@
+"""The adapters in a run's folder: of its checkpoints, and of its result."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+RESULT_NAME = "result"
+# More rows than a page can show, and a comparison that takes longer than the run.
+MOST_COMPARED = 8
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# Of a VeRA's checkpoints, the compact file alone.
+_ADAPTERS = (
+    "pytorch_lora_weights.safetensors", "dora_kohya.safetensors", "vera.safetensors",
+)  # fmt: skip
+
+
+def result_adapter(folder: Path) -> Path | None:
+    """The adapter file that a finished run left, or that a checkpoint holds."""
+    return next((folder / name for name in _ADAPTERS if (folder / name).is_file()), None)
+
+
+def adapter_checkpoints(folder: Path) -> tuple[str, ...]:
+    """Names of a run's complete checkpoints with an adapter, oldest first."""
+    numbered = [
+        (int(match[1]), path.name)
+        for path in folder.glob("checkpoint-*")
+        if (match := _CHECKPOINT.fullmatch(path.name)) and result_adapter(path)
+    ]
+    return tuple(name for _, name in sorted(numbered))
+
+
+def candidates(checkpoints: Sequence[str], result_step: int | None) -> tuple[str, ...]:
+    """What can be ranked and chosen: spread over the run, the last ones always.
+
+    Args:
+        checkpoints: Their names, oldest first.
+        result_step: Steps of the run's result; None where it has none.
+    """
+    names = list(checkpoints)
+    if result_step is not None:
+        # At the last step there often is a checkpoint too, with the same weights.
+        last = f"checkpoint-{result_step}"
+        names = [name for name in names if name != last] + [RESULT_NAME]
+    if len(names) > MOST_COMPARED:
+        last_place = len(names) - 1
+        places = (round(i * last_place / (MOST_COMPARED - 1)) for i in range(MOST_COMPARED))
+        names = [names[place] for place in places]
+    return tuple(names)
