@@ -16,7 +16,7 @@ from tests.export.helpers import MakeAdapter
 @pytest.fixture
 def adapter(sd1_folder: Path, random_adapter: MakeAdapter) -> AdapterFile:
     layers = random_adapter(sd1_folder, every=7)
-    return AdapterFile(layers, AdapterMetadata("sd1", "some/model", "sks dog", 512))
+    return AdapterFile(layers, AdapterMetadata("sd1", "some/model", "sks dog", (512,)))
 
 
 def test_inspect_prints_a_table_or_json(

@@ -18,4 +18,4 @@ from tests.formats.adapter.helpers import (
 @pytest.fixture
 def adapter(sd1_folder: Path, random_adapter: MakeAdapter) -> AdapterFile:
     layers = random_adapter(sd1_folder, every=7)
-    return AdapterFile(layers, AdapterMetadata("sd1", "some/model", "sks dog", 512))
+    return AdapterFile(layers, AdapterMetadata("sd1", "some/model", "sks dog", (512,)))

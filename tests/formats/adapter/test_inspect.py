@@ -26,7 +26,7 @@ def test_inspect(
     tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter, target: str
 ) -> None:
     layers = random_adapter(sd1_folder)
-    facts = AdapterMetadata("sd1", "some/model", "sks dog", 512)
+    facts = AdapterMetadata("sd1", "some/model", "sks dog", (512,))
     write_adapter(tmp_path, AdapterFile(layers, facts), target)
     report = inspect_adapter(tmp_path)
     assert report.key_format == target

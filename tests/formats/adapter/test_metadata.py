@@ -118,7 +118,9 @@ def test_the_tags_of_other_programs_are_read(tmp_path: Path, adapter: AdapterFil
 def test_rewriting_is_stable_with_all_facts(tmp_path: Path, adapter: AdapterFile) -> None:
     """Write, read, write: the same bytes, hashes and pictures included."""
     thumbnail = "data:image/png;base64," + base64.b64encode(b"picture").decode()
-    facts = AdapterMetadata("sd1", "some/model", "sks dog", 512, tags=("dog",), thumbnail=thumbnail)
+    facts = AdapterMetadata(
+        "sd1", "some/model", "sks dog", (512,), tags=("dog",), thumbnail=thumbnail
+    )
     for target in ("kohya", "diffusers"):
         layers = adapter.layers
         one = write_adapter(tmp_path / "1" / "a.safetensors", AdapterFile(layers, facts), target)

@@ -101,7 +101,7 @@ def adapter(
     layers = {n: layers[n] for names in kinds.values() for n in names[:: len(names) // 6 + 1]}
     assert any(layer.alpha != layer.rank for layer in layers.values())
     assert {kind_of(name, layer) for name, layer in layers.items()} == KINDS_OF[family]
-    return AdapterFile(layers, AdapterMetadata(family, "some/model", "sks dog", 512))
+    return AdapterFile(layers, AdapterMetadata(family, "some/model", "sks dog", (512,)))
 
 
 def contents(path: Path) -> dict[str, bytes]:
