@@ -110,7 +110,6 @@ KEYWORD_INTERFACES = {
     "evaluation.photos.evaluate_photos",
     "lab.judges.evaluate.evaluate_toy",
     "export.checkpoint.export_checkpoint",
-    "export.checkpoint.export_trained",
     "export.combine.combine_adapters",
     "export.convert.convert_adapter",
     "export.extract.extract_adapter",
