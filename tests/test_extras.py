@@ -43,7 +43,10 @@ REQUIRED = import_names(stated("dependencies"))
 EXTRAS = ("completion", "heic", "tensorboard", "optimizers", "prepare", "ray")
 OPTIONAL = import_names([*BY_HAND, *(line for extra in EXTRAS for line in stated(extra))])
 # Comes with the requirements; where it does not, versions are not compared.
-BROUGHT_ALONG = {"fastapi", "packaging", "prometheus_client", "pydantic", "starlette"}
+BROUGHT_ALONG = {
+    "fastapi", "grpc", "packaging", "prometheus_client", "pydantic", "starlette", "tokenizers",
+    "uvicorn",
+}  # fmt: skip
 
 
 def imported(tree: ast.AST) -> set[str]:

@@ -139,7 +139,7 @@ def test_the_container_has_the_extras_that_are_asked_for_and_lets_any_user_write
     for extras, expected in (("", "."), ("ray,heic", ".[ray,heic]")):
         command = ["sh", "-c", f"EXTRAS='{extras}'; printf %s {what}"]
         if shutil.which("sh"):
-            assert subprocess.check_output(command, text=True) == expected
+            assert subprocess.check_output(command, text=True, encoding="utf-8") == expected
     folders = install.partition("--mode=1777")[2].split()
     assert {*json.loads(words["VOLUME"][0]), *words["WORKDIR"][-1:]} <= {*folders}
     [environment] = words["ENV"]

@@ -297,7 +297,7 @@ def measured(tmp_path: Path, kind: str, sizes: list[tuple[int, int]]) -> list[li
     peaks = [f"peak({name!r})" for name in names]
     for body in ([_WRITE, *write], [_MEASURE, *peaks]):
         program = [sys.executable, "-c", _APART, "\n".join(body)]
-        done = subprocess.run(program, capture_output=True, text=True)
+        done = subprocess.run(program, capture_output=True, text=True, encoding="utf-8")
         assert done.returncode == 0, done.stderr
     return [[float(value) for value in line.split()] for line in done.stdout.splitlines()]
 

@@ -24,8 +24,9 @@ import pytest
 
 from dora_diffusion.system import is_windows
 from tests.docs.markdown import PAGES, ROOT, Block, Page
+from tests.waiting import WAIT_SECONDS
 
-SECONDS = 1800
+SECONDS = 2 * WAIT_SECONDS
 """When a page that has stopped moving is ended."""
 MARK = "\x1e"
 # Of the others, `make test` checks what they name.

@@ -19,9 +19,10 @@ from dora_diffusion.cluster.serving.request import ApiAnswer
 from dora_diffusion.cluster.serving.server import listen, run
 from dora_diffusion.config import ConfigError
 from dora_diffusion.system import STOP_SIGNALS
+from tests.waiting import WAIT_SECONDS
 
 pytest.importorskip("prometheus_client", reason="it comes with the extra ray")
-LONG = 60.0
+LONG = WAIT_SECONDS
 HALF = b"POST /v1/images HTTP/1.1\r\nHost: localhost\r\nContent-Length: 40\r\n\r\n{"
 
 
