@@ -8,7 +8,7 @@ const FOLDERS = { understand: 0.6, reference: 0.35, measurements: 0.2, contribut
 
 var Scorer = {
   score: ([page, title, anchor, description, score]) =>
-    score * (FOLDERS[page.split("/")[0]] ?? 1) * (page.endsWith("/index") ? 0.3 : 1),
+    Math.min(score, 20) * (FOLDERS[page.split("/")[0]] ?? 1) * (page.endsWith("/index") ? 0.3 : 1),
   objNameMatch: 11,
   objPartialMatch: 6,
   objPrio: { 0: 15, 1: 5, 2: -5 },
