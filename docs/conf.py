@@ -51,7 +51,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:class", r"(collections|dataclasses|numpy|pathlib|torch|PIL)\..*"),
     ("py:class", r"dora_diffusion\.(?!training\.).*"),
-    ("py:class", r"(tuple|dict)\[str|Image|Wanted"),
+    ("py:class", r"(tuple|dict)\[(str|int)|[A-Z]\w*"),
 ]
 napoleon_use_rtype = False
 napoleon_use_ivar = True

@@ -1,4 +1,4 @@
-// Scores of the site's search; Sphinx puts this file before its own (html_search_scorer).
+// Scores of the site's search (html_search_scorer of Sphinx).
 //
 // A page scores by the words of the query that it has: most in its title, then in headings and its
 // first paragraph (`conf.py` indexes these as a title's), least in its text; rare words count more.
@@ -8,7 +8,7 @@ const FOLDERS = { understand: 0.6, reference: 0.35, measurements: 0.2, contribut
 
 var Scorer = {
   score: ([page, title, anchor, description, score]) =>
-    score * (FOLDERS[page.split("/")[0]] ?? 1) * (page.endsWith("/index") ? 0.3 : 1),
+    Math.min(score, 20) * (FOLDERS[page.split("/")[0]] ?? 1) * (page.endsWith("/index") ? 0.3 : 1),
   objNameMatch: 11,
   objPartialMatch: 6,
   objPrio: { 0: 15, 1: 5, 2: -5 },
@@ -56,7 +56,7 @@ const scoreTerms = (searchTerms, excludedTerms) => {
     .filter((result) => result[4] > 0);
 };
 
-// Before Sphinx's own listener, which begins to search.
-document.addEventListener("DOMContentLoaded", () => {
-  if (typeof Search !== "undefined") Search.performTermsSearch = scoreTerms;
-});
+// Sphinx loads this file before or after its search, by version; the search begins later.
+const replaceSearch = () => (Search.performTermsSearch = scoreTerms);
+if (typeof Search === "undefined") document.addEventListener("DOMContentLoaded", replaceSearch);
+else replaceSearch();

@@ -39,7 +39,46 @@ QUESTIONS = {
     "strength of an adapter": "howto/strength",
     "v-prediction": "howto/v-prediction",
     "use in diffusers": "howto/diffusers",
+    "face looks plastic": "howto/troubleshooting",
+    "trigger word": "howto/captions",
+    "comfyui lora not working": "start/comfyui",
+    "how many photos": "howto/prepare",
+    "windows": "start/install",
+    "cuda": "start/install",
+    "learning rate": "howto/learning-rate",
+    "captions": "howto/captions",
+    "every dog looks like my dog": "howto/troubleshooting",
+    "8 gb vram": "howto/out-of-memory",
+    "merge lora into checkpoint": "howto/export",
+    "continue training an old lora": "howto/start-from-adapter",
+    "password for the app": "howto/share-app",
+    "upload to hugging face": "howto/export",
+    "train on two gpus": "howto/several-gpus",
+    "how many steps": "howto/choose-checkpoint",
+    "docker": "start/container",
+    # Chosen when the pages had been written.
+    "blurry results": "howto/troubleshooting",
+    "lora does nothing in forge": "howto/export",
+    "how to write captions": "howto/captions",
+    "heic photos": "howto/prepare",
+    "stop and continue later": "howto/resume",
+    "convert kohya lora to diffusers": "howto/from-kohya",
+    "train the text encoder": "howto/layers",
+    "is dora better than lora": "understand/findings",
+    "prompt is ignored": "howto/troubleshooting",
+    "masked training": "howto/masks",
+    "regularization images": "howto/prior-preservation",
+    "negative prompt": "howto/samples",
+    "apple m2": "start/install",
+    "bf16 or fp16": "howto/speed",
+    "train 1000 subjects": "howto/fleets",
+    "lettering is mirrored": "howto/troubleshooting",
+    "invokeai": "howto/export",
+    "noobai vpred": "howto/v-prediction",
+    "python api": "howto/own-loop",
+    "make the file smaller": "howto/extract",
 }
+PARTS = ["Start", "How to", "Understand", "Reference", "Contribute"]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +126,18 @@ def test_the_search_answers_newcomers_first(browser: Any, address: str) -> None:
         link = page.locator("#search-results ul.search li a").first.get_attribute("href")
         first[question] = link.partition(".html")[0]
     assert first == QUESTIONS
+
+
+def test_the_sidebar_is_five_parts_that_fold(browser: Any, address: str) -> None:
+    page = browser.new_page(viewport=LAPTOP)
+    page.goto(f"{address}/index.html")
+    parts = page.locator(".sidebar-tree > ul > li")
+    assert [part.locator("> a").inner_text().strip() for part in parts.all()] == PARTS
+    for part in parts.all():
+        inside = part.locator("> ul")
+        assert not inside.is_visible()
+        part.locator("> label").click()
+        assert inside.is_visible()
 
 
 @pytest.mark.parametrize("look", ["light", "dark", "phone"])

@@ -23,7 +23,7 @@ element.addEventListener('input', ({ target }) => {
   if (target.dataset.photo) keep({ ...read(), [target.dataset.photo]: target.value });
 });
 element.addEventListener('focusout', send);
-// Enter goes on to the next photo; with Shift it begins a line, which is a caption of its own.
+// Enter moves to the next photo; with Shift it begins a line, which is a caption of its own.
 element.addEventListener('keydown', (event) => {
   const place = fields().indexOf(event.target);
   if (event.key !== 'Enter' || event.shiftKey || event.isComposing || place < 0) return;

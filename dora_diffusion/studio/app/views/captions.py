@@ -40,7 +40,7 @@ class CaptionsView:
         with gr.Column(visible=False, elem_id="captions") as self.box:
             text = (
                 "What is around the subject, with the token: a photo of a sks mug on the grass. "
-                "Kept as you type; Enter goes on to the next photo. Empty: the instance prompt."
+                "Kept as you type; Enter moves to the next photo. Empty: the instance prompt."
             )
             html_block(html.heading("", "Captions", text))
             self.rows = html_block(elem_id="caption-rows", js_on_load=_SCRIPT)
