@@ -53,7 +53,7 @@ from dora_diffusion.models.latents import predict
 from dora_diffusion.models.memory import PROCESS_GIB
 from dora_diffusion.models.text import Conditioning, encode_tokens
 from dora_diffusion.training.engine import optimizer as optimizers
-from dora_diffusion.training.engine.engine import Engine
+from dora_diffusion.training.engine.engine import TrainingEngine
 from dora_diffusion.training.engine.learner import Learner, build_learner
 from dora_diffusion.training.inputs.draws import StepInputs
 from dora_diffusion.training.trainable.adapters import inject_trained
@@ -218,7 +218,7 @@ def count_step(
         make_states(learner)
         count.label = "step"
         count.reset_peak()
-        take_steps(Engine([learner]))
+        take_steps(TrainingEngine([learner]))
     return count
 
 
@@ -233,7 +233,7 @@ class Encoded:
         return self.encode(self.components, len(captions))
 
 
-def take_steps(engine: Engine) -> None:
+def take_steps(engine: TrainingEngine) -> None:
     """The first step of each run."""
     for outcome in engine([1] * len(engine.learners)):
         if isinstance(outcome, Exception):

@@ -44,7 +44,7 @@ from dora_diffusion.adapters.inject import DetachedAdapters, detach_adapters
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.models.memory import PROCESS_GIB
-from dora_diffusion.training.engine.engine import Engine
+from dora_diffusion.training.engine.engine import TrainingEngine
 from dora_diffusion.training.engine.learner import build_learner
 from dora_diffusion.training.events import StepDone
 from dora_diffusion.training.loop import train
@@ -155,7 +155,7 @@ def count_pack(family: str, resolution: int, config: TrainConfig, count: int) ->
             adapters.append(DetachedAdapters.of(components.unet))
             learners.append(learner)
         adapters[0].attach()
-        engine = Engine(learners, adapters)
+        engine = TrainingEngine(learners, adapters)
         live.label = "step"
         live.reset_peak()
         take_steps(engine)

@@ -34,7 +34,7 @@ from dora_diffusion.numerics.precision import product_dtype, upcast, upcast_dtyp
 from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis, Strengths, oriented
 
 if TYPE_CHECKING:
-    from dora_diffusion.adapters.stack import Place
+    from dora_diffusion.adapters.stack import StackPlace
 
 Ready = tuple[Operation, Tensor, Tensor | None, Factors]
 """All that `dora_forward` takes beside the input."""
@@ -154,7 +154,7 @@ class AdaptedLayer(nn.Module):
     _rows: Rows | None
     _row_factors: dict[tuple[Any, ...], Factors | None]
     # Its place in a stack whose scope is open, and what it computes with there by input dtype.
-    _place: Place | None
+    _place: StackPlace | None
     _ready: Mapping[torch.dtype, Ready]
 
     @property
@@ -335,7 +335,7 @@ class AdaptedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: not the scales, which nobody would close for it."""
-        scopes = {"_scales_cache": None, "_rows": None, "_row_factors": {}}
+        scopes: dict[str, Any] = {"_scales_cache": None, "_rows": None, "_row_factors": {}}
         return {**self.__dict__, **scopes, "_place": None, "_ready": {}}
 
     def identity(self) -> tuple[Any, ...]:

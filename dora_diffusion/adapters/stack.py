@@ -57,7 +57,7 @@ class AdapterStack:
         self.layers, self.adapters = layers, adapters
         self.rows: Rows = BASE
         each = zip(layers, adapters, strict=True)
-        self._places = [Place(self, *parts) for parts in each]
+        self._places = [StackPlace(self, *parts) for parts in each]
         self._flags: defaultdict[Any, DeferredFlags] = defaultdict(DeferredFlags)
         self._layouts: dict[Any, Layout] = {}
         self._settled: object = None
@@ -175,7 +175,7 @@ class Made(NamedTuple):
     ready: dict[torch.dtype, Ready]
 
 
-class Place:
+class StackPlace:
     """A layer in a stack.
 
     Args:

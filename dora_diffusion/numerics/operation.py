@@ -71,7 +71,12 @@ class ConvOperation(Operation):
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         size = len(stride)
         run: Any = F.conv2d if size == 2 else F.conv1d
-        settings = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        settings: dict[str, Any] = {
+            "stride": stride,
+            "padding": padding,
+            "dilation": dilation,
+            "groups": groups,
+        }
         self.apply = partial(run, **settings)
         own = partial(convolve, bias=None, **settings) if leaves_garbage else self.apply
         self.down_project = partial(_down_groups, own, groups) if groups > 1 else own

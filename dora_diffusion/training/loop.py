@@ -16,7 +16,7 @@ from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
 from dora_diffusion.training.engine.accelerator import make_accelerator
-from dora_diffusion.training.engine.engine import Engine
+from dora_diffusion.training.engine.engine import TrainingEngine
 from dora_diffusion.training.inputs.subject import Subject, outside_toy_world, subjects_of
 from dora_diffusion.training.results.folders import output_folder
 from dora_diffusion.training.results.metrics import TrainingError
@@ -122,7 +122,7 @@ class Loop:
 
     def train(self) -> None:
         """Do the steps of all runs, until none is left."""
-        engine: Engine | None = None
+        engine: TrainingEngine | None = None
         while self._members:
             before = list(self._members)
             for name in before:
@@ -135,7 +135,7 @@ class Loop:
             if engine is None or list(members) != before:
                 self.activate(next(iter(members)))
                 learners = [member.run.session.learner for member in members.values()]
-                engine = Engine(learners, [member.adapters for member in members.values()])
+                engine = TrainingEngine(learners, [member.adapters for member in members.values()])
             try:
                 outcomes = engine([member.run.step + 1 for member in members.values()])
             except Exception as error:

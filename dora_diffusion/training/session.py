@@ -24,7 +24,7 @@ from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.training.engine.accelerator import shards_model
-from dora_diffusion.training.engine.engine import Engine
+from dora_diffusion.training.engine.engine import TrainingEngine
 from dora_diffusion.training.engine.learner import Learner, build_learner
 from dora_diffusion.training.engine.optimizer import optimizer_library
 from dora_diffusion.training.events import CachingProgress, OnEvent, ignore
@@ -96,8 +96,8 @@ class Session:
         return self.config.max_train_steps
 
     @cached_property
-    def _engine(self) -> Engine:
-        return Engine([self.learner])
+    def _engine(self) -> TrainingEngine:
+        return TrainingEngine([self.learner])
 
     def step(self, number: int) -> dict[str, Any]:
         """Do an optimizer step of this run alone; returns its numbers, still on the device.

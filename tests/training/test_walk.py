@@ -12,7 +12,7 @@ from diffusers.models import modeling_utils
 
 import dora_diffusion
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.training.engine.engine import Engine, Outcome
+from dora_diffusion.training.engine.engine import Outcome, TrainingEngine
 from dora_diffusion.training.loop import train
 
 PACKAGE = str(Path(dora_diffusion.__file__).parent)
@@ -33,13 +33,13 @@ def test_a_run_enters_few_modules_and_functions(
     run: set[CodeType] = set()
     last: set[CodeType] = set()
     seen = run
-    real = Engine.__call__
+    real = TrainingEngine.__call__
 
     def note(frame: FrameType, event: str, argument: object) -> None:
         if event == "call":
             seen.add(frame.f_code)
 
-    def step(self: Engine, numbers: list[int]) -> list[Outcome]:
+    def step(self: TrainingEngine, numbers: list[int]) -> list[Outcome]:
         nonlocal seen
         if numbers[0] < 3:
             return real(self, numbers)
@@ -49,7 +49,7 @@ def test_a_run_enters_few_modules_and_functions(
         run.update(last)
         return records
 
-    monkeypatch.setattr(Engine, "__call__", step)
+    monkeypatch.setattr(TrainingEngine, "__call__", step)
     config = tiny_run(max_train_steps=3, targets=["attention+conv"])
     sys.setprofile(note)
     try:
@@ -65,20 +65,20 @@ def test_no_step_looks_at_every_module_for_the_unets_dtype(
     tiny_run: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    real, step = modeling_utils.get_parameter_dtype, Engine.__call__
+    real, step = modeling_utils.get_parameter_dtype, TrainingEngine.__call__
     is_inside = [False]
 
     def note(module: object) -> object:
         asked.append(is_inside[0])
         return real(module)
 
-    def noted_step(self: Engine, numbers: list[int]) -> list[Outcome]:
+    def noted_step(self: TrainingEngine, numbers: list[int]) -> list[Outcome]:
         is_inside[0] = True
         records = step(self, numbers)
         is_inside[0] = False
         return records
 
     monkeypatch.setattr(modeling_utils, "get_parameter_dtype", note)
-    monkeypatch.setattr(Engine, "__call__", noted_step)
+    monkeypatch.setattr(TrainingEngine, "__call__", noted_step)
     train(tiny_run(max_train_steps=2))
     assert not any(asked)

@@ -81,7 +81,7 @@ class Layout:
         pairs = zip(self.shapes, self.sides, strict=True)
         groups = [list(group) for _, group in groupby(pairs, key=lambda pair: pair[1].rank)]
         self._ranks = [(group[0][1].rank, [side for _, side in group]) for group in groups]
-        self._rows = [sum(side.count * side.out for side in sides) for _, sides in self._ranks]
+        self._rows = [sum(side.layers * side.out for side in sides) for _, sides in self._ranks]
         by_rank = [[site for own, _ in group for site in own] for group in groups]
         self.widths = [site.width for site in sites]
         self.sizes = [width for width in self.widths for _ in range(self.count)]
@@ -164,7 +164,7 @@ class Layout:
                 continue
             sizes = [len(up) for up in ups]
             rows = torch.zeros(sum(sizes), rank, dtype=self.dtype, device=self.device)
-            pairs = zip(rows.split(sizes), ups, strict=True)
+            pairs = zip(torch.split(rows, sizes), ups, strict=True)
             parts = [part[:, : up.shape[1]] for part, up in pairs]
             torch._foreach_copy_(parts, [up.flatten(1) for up in ups])
             made.append(rows)
@@ -187,7 +187,7 @@ class Layout:
     def downs_by_shape(self, joined: Tensor, count: int | None = None) -> list[Tensor]:
         """The A of each of `shapes`, ``(n, count, r, in * k)``; K are there if not said."""
         count = count or self.count
-        shapes = [(side.count, count, side.rank, side.fan_in) for side in self.sides]
+        shapes = [(side.layers, count, side.rank, side.fan_in) for side in self.sides]
         parts = torch.split(joined, [prod(shape) for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -195,7 +195,7 @@ class Layout:
         """The B of each of `shapes`, ``(n, count, out, r)``."""
         count, made = count or self.count, []
         for rows, (rank, sides) in zip(joined, self._ranks, strict=True):
-            shapes = [(side.count, count, side.out) for side in sides]
+            shapes = [(side.layers, count, side.out) for side in sides]
             parts = torch.split(rows, [prod(shape) for shape in shapes])
             made += [p.view(*shape, rank) for p, shape in zip(parts, shapes, strict=True)]
         return made
@@ -203,7 +203,7 @@ class Layout:
     def vectors_by_shape(self, joined: Tensor, count: int | None = None) -> list[Tensor]:
         """Of a vector over all channels that of each of `shapes`, ``(n, count, width)``."""
         count = count or self.count
-        shapes = [(side.count, count, side.width) for side in self.sides]
+        shapes = [(side.layers, count, side.width) for side in self.sides]
         parts = torch.split(joined, [prod(shape) for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -250,7 +250,7 @@ class Layout:
         """Buffers of A and B for such rows, with zeros where they are not filled afterwards."""
         count, new = 1 if isinstance(rows, int) else len(rows), torch.zeros if fill else torch.empty
         options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
-        down = sum(side.count * side.rank * side.fan_in for side in self.sides)
+        down = sum(side.layers * side.rank * side.fan_in for side in self.sides)
         ranks = zip(self._rows, self._ranks, strict=True)
         return [
             new(count * down, **options),
@@ -286,13 +286,13 @@ class _Sides(NamedTuple):
     """What layers of one shape have in common.
 
     Attributes:
-        count: How many they are.
+        layers: How many they are.
         rank, out, width: As `Site` has them.
         fan_in: Numbers of a row of the weight.
         scale: ``s``; None where the K adapters of a layer differ in it.
     """
 
-    count: int
+    layers: int
     rank: int
     out: int
     width: int

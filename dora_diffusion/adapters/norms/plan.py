@@ -146,7 +146,7 @@ class Plan:
         terms = Terms(*(torch.cat(term) for term in zip(*self._terms(), strict=True)))
         if (shard := layout.sites[0].shard) is not None:
             squares = shard.add_up(torch.cat([terms.change, terms.bound.square(), terms.checksum]))
-            change, bound, checksum = squares.split([len(term) for term in terms])
+            change, bound, checksum = torch.split(squares, [len(term) for term in terms])
             terms = Terms(change, bound.sqrt(), checksum)
         total = terms.change + layout.base
         self.norm = total.clamp_min(0).sqrt_()

@@ -27,7 +27,7 @@ Outcome = dict[str, Any] | Exception
 """The record of a run's step, or what went wrong in it alone: then nothing of it was changed."""
 
 
-class Engine:
+class TrainingEngine:
     """Does steps of several runs.
 
     Args:
