@@ -27,6 +27,7 @@ from dora_diffusion.cluster.serving.deploy import TOKEN_VARIABLE, Deployment, de
 from dora_diffusion.config import ConfigError
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.sampling.generate import load_adapted
+from tests.waiting import WAIT_SECONDS, wait_until
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_a_token_that_others_can_read_is_said(tmp_path, recwarn):
 def test_without_ray_a_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
-        pytest.raises(ConfigError, match=r"run 'pip install dora-diffusion\[ray\]'"),
+        pytest.raises(ConfigError, match=r'run pip install "ray\[serve\]"$'),
         deployed(Deployment("base", ())),
     ):
         pass
@@ -110,8 +111,7 @@ def test_a_replica_answers_in_a_thread_and_stops_for_nobody(monkeypatch):
             if asked != ["long"]:
                 return list(asked)
             begun.set()
-            while not is_given_up():
-                stopped.wait(0.01)
+            wait_until(is_given_up)
             stopped.set()
 
     async def leave():
@@ -197,11 +197,11 @@ class Server:
 
     def get(self, path):
         url = f"http://127.0.0.1:{self.port}{path}"
-        return httpx.get(url, headers=self.headers, timeout=300)
+        return httpx.get(url, headers=self.headers, timeout=WAIT_SECONDS)
 
     def ask(self, request):
         url = f"http://127.0.0.1:{self.port}/v1/images"
-        return httpx.post(url, json=request, headers=self.headers, timeout=300)
+        return httpx.post(url, json=request, headers=self.headers, timeout=WAIT_SECONDS)
 
     def processes(self):
         return psutil.Process(self.process.pid).children(recursive=True)
