@@ -20,7 +20,7 @@ from PIL import Image
 from dora_diffusion.cli.main import main
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.system import HANGUP
-from dora_diffusion.training.engine.learner import TrainingStep
+from dora_diffusion.training.engine.learner import Learner
 from dora_diffusion.training.results.checkpoint import checkpoints_in
 from tests.waiting import WAIT_SECONDS, wait_until
 
@@ -161,15 +161,15 @@ def test_settings_that_cannot_work_are_one_line(changes, message, flags, photos,
 
 
 def test_running_out_of_memory_keeps_the_checkpoints(flags, tmp_path, capfd, monkeypatch):
-    real = TrainingStep.__call__
+    real = Learner.begin
 
     def fail_at_three(self, step):
         if step == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return real(self, step)
+        real(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingStep, "__call__", fail_at_three)
+        patch.setattr(Learner, "begin", fail_at_three)
         assert main(flags(max_train_steps=4, checkpointing_steps=2)) == 3
     (line,) = lines(capfd.readouterr().err, "error: ")
     assert line.startswith("error: out of memory; ")

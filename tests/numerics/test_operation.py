@@ -96,7 +96,7 @@ def test_an_embedding_is_a_linear_of_one_hot_vectors():
         (ConvOperation(), (2, 3, 50, 40), 1),
         (ConvOperation((1,), (0,), (1,)), (2, 3, 900), 1),
     ],
-    ids=str,
+    ids=["one row", "rows", "images", "an image", "maps", "signals"],
 )
 def test_sums_over_channels_are_not_rounded_to_the_activations_bits(op, shape, channels):
     ones, dims = torch.ones(shape, dtype=torch.bfloat16), op.dims[len(shape)]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dora_diffusion.training.engine.learner import TrainingStep
+from dora_diffusion.training.engine.learner import Learner
 from dora_diffusion.training.events import StepDone
 from dora_diffusion.training.loop import TrainingError, train
 from dora_diffusion.training.results import metrics
@@ -22,28 +22,20 @@ from tests.training.helpers import make_config, names, steps_in, warnings_of
 
 def poison(monkeypatch: pytest.MonkeyPatch, step: int, *, moves: bool = False) -> None:
     """From a step on, its gradients are NaN; or, ``moves``, what the optimizer makes of them is."""
-    real = TrainingStep.__call__
+    update = Learner.update
 
-    def call(self: TrainingStep, number: int):
-        if number < step:
-            return real(self, number)
-        if moves:
+    def poisoned(self: Learner, number: int, losses: list[torch.Tensor]):
+        if number >= step and moves:
             for group in self.optimizer.param_groups:
                 group["lr"] = 1e39
-            return real(self, number)
-        hooks = [
-            parameter.register_hook(lambda grad: torch.full_like(grad, float("nan")))
-            for module in self.modules.values()
-            for parameter in module.parameters()
-            if parameter.requires_grad
-        ]
-        try:
-            return real(self, number)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        elif number >= step:
+            self.parameters.take_gradients()
+            monkeypatch.setattr(self.parameters, "take_gradients", lambda: None)
+            for parameter in self.parameters:
+                parameter.grad = torch.full_like(parameter, float("nan"))
+        return update(self, number, losses)
 
-    monkeypatch.setattr(TrainingStep, "__call__", call)
+    monkeypatch.setattr(Learner, "update", poisoned)
 
 
 def numbers_in(folder) -> list[torch.Tensor]:
@@ -139,17 +131,17 @@ def test_a_run_that_falls_apart_keeps_its_checkpoint_from_before_and_names_it(
 ):
     """An interrupted run that is resumed at another rate, held against its own start."""
     monkeypatch.setattr(metrics, "_START", 2)
-    real = TrainingStep.__call__
+    real = Learner.update
 
-    def rises(self, step):
-        record = real(self, step)
+    def rises(self, step, losses):
+        record = real(self, step, losses)
         return record | {"loss": record["loss"] * (1000 if step > 4 else 1)}
 
     def stop(event):
         if isinstance(event, StepDone) and event.step == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(TrainingStep, "__call__", rises)
+    monkeypatch.setattr(Learner, "update", rises)
     config = tiny_run(max_train_steps=10, checkpointing_steps=2, checkpoints_total_limit=1)
     assert train(config, stop).steps == 4
     said = warnings_of(replace(config, resume_from_checkpoint="latest", learning_rate=0.1))
