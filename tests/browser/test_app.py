@@ -357,7 +357,7 @@ def test_pictures_repeat_compare_and_say_how_they_were_made(
     assert pixels(first) == pixels(again)
     found = parse_parameters(read_parameters(first) or "")
     assert (found["Seed"], found["Steps"], found["Prompt"]) == (
-        "7", "2", "a photo of a sks mug on the snow",
+        "7", "2", "a photo of a sks mug in the snow",
     )  # fmt: skip
     pair = press(page, app, "#side-by-side", 2)
     assert page.page.locator("#slider img").count() == 2
