@@ -369,3 +369,22 @@ def test_layers_that_get_their_first_adapter_or_lose_their_last_are_noticed(net,
         with norm_scope(net, cache=cache):
             assert [p for p, m in net.named_modules() if getattr(m, "_scales_cache", None)] == names
             net(x)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_dora": False}, {"parametrization": "vera"}], ids=str
+)
+def test_gradients_are_there_inside_of_a_scope_after_each_pass(net, x, settings):
+    """For hooks, and whatever else looks at them between two passes."""
+    inject_adapters(net, everything(**settings))
+    move(net)
+    parameters, seen = list(adapter_parameters(net)), []
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(lambda p: seen.append(p))
+    with norm_scope(net):
+        net(x).square().mean().backward()
+        once = [parameter.grad.clone() for parameter in parameters]
+        net(x).square().mean().backward()
+        twice = [parameter.grad for parameter in parameters]
+        torch.testing.assert_close(twice, [2 * gradient for gradient in once])
+    assert len(seen) == 2 * len(parameters)

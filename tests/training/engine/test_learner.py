@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
+from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config.learning import WEIGHTINGS
 from dora_diffusion.data.captions import class_caption
@@ -148,3 +151,29 @@ def test_each_weighting_reaches_the_loss(setting: str, tiny_run) -> None:
 
 def test_the_settings_that_weight_losses_are_those_of_the_loss() -> None:
     assert set(WEIGHTINGS) == set(loss.WEIGHTINGS)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": False}], ids=str)
+def test_compiled_blocks_learn_what_others_do_and_are_compiled_once(
+    settings: dict[str, Any], tiny_run
+) -> None:
+    """The adapters' pass and that of the base, for the image-free prior; with no later step."""
+    config = tiny_run(
+        with_prior_preservation=True, prior_preservation_mode="image-free", class_word="mug",
+        gradient_accumulation_steps=2, **settings,
+    )  # fmt: skip
+    plain, compiled = (
+        open_session(config, subjects_of(config), make_accelerator(config)) for _ in range(2)
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(compiled.components.unet, backend="aot_eager")
+    graphs = []
+    for step in (1, 2, 3):
+        records = plain.step(step), compiled.step(step)
+        assert float(records[0]["loss"]) == pytest.approx(float(records[1]["loss"]), rel=1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[2] > 0
+    parameters = (session.weights.parameters().values() for session in (plain, compiled))
+    for own, other in zip(*parameters, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-5)
