@@ -19,6 +19,7 @@ import yaml
 
 import dora_diffusion
 from dora_diffusion.config import TrainConfig, read_config_file
+from tools.count import circles, imports
 
 ROOT = Path(__file__).parents[1]
 
@@ -171,3 +172,25 @@ def test_what_the_makefile_names_is_there() -> None:
     assert len(named) > 20
     missing = [name for name in named if not name.endswith("_") and not (ROOT / name).exists()]
     assert not missing
+
+
+def test_imports_make_no_new_circle() -> None:
+    """Those that are left are of one job each: what follows from parameters, and adapted layers."""
+    left = {"adapters.layers", "numerics.dora"}
+    found = circles(imports(PACKAGE))
+    assert [circle for circle in found if not left & {*circle}] == []
+
+
+def test_training_imports_none_of_the_rooms_beside_it() -> None:
+    code = (
+        "import pkgutil, importlib, sys, dora_diffusion.training as room\n"
+        "for module in pkgutil.walk_packages(room.__path__, room.__name__ + '.'):\n"
+        "    importlib.import_module(module.name)\n"
+        "beside = ('gradio', 'ray', 'matplotlib.pyplot')\n"
+        "beside += tuple(f'dora_diffusion.{name}' for name in ('cluster', 'studio', 'lab'))\n"
+        "print([name for name in sys.modules if name.startswith(beside)])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
+    )
+    assert done.stdout.strip() == "[]"

@@ -117,10 +117,11 @@ def commands(work: Path) -> Iterator[tuple[str, list[str]]]:
     several = {"instance_data_dir": None, "instance_prompt": None}
     named = work / "named.yaml"
     named.write_text(
-        yaml.safe_dump([{"name": n, **s} for n, s in zip(("mug", "pot"), subjects, strict=True)])
+        yaml.safe_dump([{"name": n, **s} for n, s in zip(("mug", "pot"), subjects, strict=True)]),
+        encoding="utf-8",
     )
     one = work / "one.yaml"
-    one.write_text(yaml.safe_dump(subjects))
+    one.write_text(yaml.safe_dump(subjects), encoding="utf-8")
     yield (
         "subjects",
         [
@@ -177,11 +178,8 @@ def commands(work: Path) -> Iterator[tuple[str, list[str]]]:
             ],
         )
     many = work / "many.yaml"
-    many.write_text(
-        yaml.safe_dump(
-            [{"adapter": str(work / name), "seed": 5} for name in ("dora", "lora", "input-axis")]
-        )
-    )
+    rows = [{"adapter": str(work / name), "seed": 5} for name in ("dora", "lora", "input-axis")]
+    many.write_text(yaml.safe_dump(rows), encoding="utf-8")
     yield (
         "image-rows",
         [
@@ -197,7 +195,9 @@ def _config(work: Path, name: str, settings: dict[str, object]) -> list[str]:
     values = {**TRAIN, **settings, "output_dir": str(work / name)}
     if values["instance_data_dir"] == MUG.name:
         values["instance_data_dir"] = str(work / MUG.name)
-    file.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
+    file.write_text(
+        yaml.safe_dump({k: v for k, v in values.items() if v is not None}), encoding="utf-8"
+    )
     return ["--config", str(file)]
 
 

@@ -39,7 +39,7 @@ def layers() -> list[list[str]]:
 
 def purpose(name: str) -> str:
     """The first sentence of a module's docstring."""
-    folder = ROOT / "dora_diffusion" / name
+    folder = ROOT / "dora_diffusion" / name.replace(".", "/")
     file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     return (

@@ -1,0 +1,1 @@
+"""One step of the runs that train on one model: loss, gradients, optimizer."""

@@ -1,0 +1,1 @@
+"""What a run writes: checkpoints, metrics, samples, the adapter and its card."""

@@ -1,0 +1,1 @@
+"""What can train: adapters, all weights, words, ranks."""
