@@ -144,7 +144,7 @@ def header_bytes(file: Path) -> int:
 
 def test_a_conversion_says_what_the_command_line_says(finished: tuple[Workspace, str]) -> None:
     workspace, run = finished[0], job_of(finished)
-    job = perform(workspace, tasks.start_conversion(workspace, run, "lora"))
+    job = perform(workspace, tasks.start_conversion(workspace, run, "sd-scripts"))
     output = Path(job.record.output)
     assert set(read_adapter(output).layers) == set(read_adapter(chosen_adapter(run)).layers)
     words = list(job.record.arguments)
