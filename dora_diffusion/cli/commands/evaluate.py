@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     for one in each:
         _check(one)
+        _sampling(one)
     components, triggers, captions, base_model = _load(args)
     reports = []
     for one, trigger in zip(each, _one_for_each(triggers, args), strict=True):
@@ -147,15 +148,24 @@ def _evaluate(
     base_model: Components | None,
 ) -> Evaluation:
     """Measure one subject."""
+    settings = _sampling(args)
+    evaluate = _evaluate_toy if _is_toy(args) else partial(_evaluate_photos, captions=captions)
+    evaluation = evaluate(args, components, trigger, settings, base_model)
+    return dataclasses.replace(evaluation, details=_details(args, trigger, settings))
+
+
+def _sampling(args: argparse.Namespace) -> SamplingSettings:
+    """How images of a subject are sampled.
+
+    Raises:
+        ConfigError: If they cannot be.
+    """
     from dora_diffusion.lab.judges.evaluate import SAMPLING
     from dora_diffusion.sampling.generate import SamplingSettings
 
     default = SAMPLING if _is_toy(args) else SamplingSettings()
     guidance = default.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    settings = SamplingSettings(args.steps, guidance, args.scheduler)
-    evaluate = _evaluate_toy if _is_toy(args) else partial(_evaluate_photos, captions=captions)
-    evaluation = evaluate(args, components, trigger, settings, base_model)
-    return dataclasses.replace(evaluation, details=_details(args, trigger, settings))
+    return SamplingSettings(args.steps, guidance, args.scheduler)
 
 
 def _load(args: argparse.Namespace) -> tuple[Components, str, str, Components | None]:

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
     from dora_diffusion.sampling.generate import SamplingSettings
 
-_MOST_STRENGTH = 10
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
@@ -281,12 +279,6 @@ def _entries(args: argparse.Namespace) -> list[dict[str, Any]]:
                 isinstance(value, known[key]) and not isinstance(value, bool),
                 f"{where}: {key} is {value!r}, which is not allowed",
             )
-        strength, seed = float(entry.get("strength", 1)), int(entry.get("seed", 0))
-        # An image that is not finite would end its batch.
-        require(
-            abs(strength) <= _MOST_STRENGTH,
-            f"{where}: strength is {strength:g}; it must be between -{_MOST_STRENGTH} and "
-            f"{_MOST_STRENGTH} (1 is the adapter as it was trained)",
-        )
+        seed = int(entry.get("seed", 0))
         require(0 <= seed < 2**63, f"{where}: seed is {seed}; it must be between 0 and 2**63 - 1")
     return rows

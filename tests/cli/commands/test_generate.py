@@ -286,7 +286,11 @@ def test_images_of_one_batch_have_each_their_adapter(sd1_folder, random_adapter,
         ([None, {"strength": float("nan")}], [], "strength of entry 2 of .* is nan; it must be"),
         ([[]], [], "entry 1 of .* must be 'adapter: FILE'"),
         *(
-            ([None, {"strength": value}], [], f"entry 2 of .*: strength is {text}; it must be betw")
+            (
+                [None, {"strength": value}],
+                [],
+                f"strength of entry 2 of .* is {text}; it must be betw",
+            )
             for value, text in (
                 (math.nan, "nan"),
                 (math.inf, "inf"),

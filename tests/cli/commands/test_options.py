@@ -199,7 +199,7 @@ def test_export_and_verify_are_given_the_same_merge(command):
 @pytest.mark.parametrize(
     ("line", "work"),
     [
-        ("analyze RUN --output OUT/a", "analysis.analyze_weights"),
+        ("analyze RUN --output OUT/a", "lab.analysis.analyze_weights"),
         ("compare --quick --output OUT", "lab.study.run.run_study"),
         (
             "evaluate RUN --subject bolt_mug --output OUT",

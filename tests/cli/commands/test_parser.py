@@ -32,7 +32,7 @@ MISUSES = [
     ("generate --model x --promt y", "there is no flag --model (did you mean --base?); there is no "
      "flag --promt (did you mean --prompt?)"),
     ("generate --base x --prompt y", "--output must be given"),
-    ("convert a b --to comfy", "--to cannot be 'comfy' (did you mean comfyui?); choose diffusers"),
+    ("convert a b --to comfy", "--to cannot be 'comfy' (did you mean comfyui?); choose comfyui"),
     ("app --prot 8000", "there is no flag --prot (did you mean --port?)"),
     ("trainn", "there is no command 'trainn' (did you mean train?); choose train, generate"),
     ("--rank 4", "there is no flag --rank before the command"),

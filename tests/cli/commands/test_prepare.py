@@ -140,7 +140,10 @@ def test_a_replacement_without_a_text_to_find_is_said(folder, capsys):
         (["--caption", "a mug"], "captions, masks and copies need either --output FOLDER or"),
         (["--find", "mug"], "captions, masks and copies need either --output FOLDER or"),
         (["--caption_prefix", "sks"], "captions, masks and copies need either --output FOLDER or"),
-        (["--in_place", "--caption", "", "--caption_model", "x"], "both write captions; give one"),
+        (
+            ["--in_place", "--caption", "", "--caption_model", "x"],
+            "caption and caption_model both write captions; give one",
+        ),
         (["--sheets", "mug"], "a contact sheet among photos would be trained on; give another"),
         (["--output", "x", "--caption_model", "./gone"], "./gone does not exist; give a model's"),
         (["--similarity_model", "./gone"], "./gone does not exist; give a folder of a CLIP"),
