@@ -118,7 +118,7 @@ def test_with_nothing_to_save_the_first_signal_leaves():
         signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("place", ["session.load_components", "prior.ensure_class_images"])
+@pytest.mark.parametrize("place", ["session.load_components", "inputs.prior.ensure_class_images"])
 def test_a_signal_before_the_first_step_leaves_nothing_to_resume(
     place, tiny_run, tmp_path, monkeypatch, capsys
 ):
