@@ -136,7 +136,7 @@ def test_a_link_in_the_exports_is_not_a_way_out(served: Served, tmp_path: Path) 
 
 
 def test_a_large_upload_is_cut_off(served: Served) -> None:
-    files = {"files": ("a.png", b"\0" * (21 * 2**20))}
+    files = {"files": ("a.png", b"\0" * (101 * 2**20))}
     assert served.client.post("gradio_api/upload", files=files).status_code == 413
 
 
