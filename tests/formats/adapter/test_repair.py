@@ -225,7 +225,8 @@ def test_the_dora_of_ai_toolkit_is_merged_with_its_alpha(
     found = weight + load_file(dense)[f"{prefix}.diff"]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     capsys.readouterr()
-    for target in ("kohya", "diffusers", "comfyui", "lora"):
+    # ComfyUI takes full differences, which hold it.
+    for target in ("kohya", "diffusers", "lora"):
         output = str(tmp_path / target)
         assert main(["convert", str(path), output, "--to", target, *base]) == 1
         error = capsys.readouterr().err
