@@ -135,7 +135,7 @@ def test_nothing_else_has_a_name_in_the_shared_temporary_folder() -> None:
     """Others could make it first: names there are drawn, or `private_folder` looks at them."""
     top = Path(system.__file__).parent
     users = {
-        "gettempdir": ["console/environment.py", "system.py"],
+        "gettempdir": ["cli/console/environment.py", "system.py"],
         "/tmp": ["system.py"],
         "mktemp(": [],
     }
