@@ -138,7 +138,7 @@ class AdapterStack:
                     made[number].ready[dtype] = place.op, place.matrix, place.layer.bias, own
 
     def _settle(self) -> None:
-        """Look whether all but the values of parameters is as it was; else begin anew."""
+        """Look whether all but the values of parameters is as it was; else begin again."""
         each = list(zip(self.layers, self.adapters, strict=True))
         weights = [
             w if layer.shard is None else layer.own_rows
