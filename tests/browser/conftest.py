@@ -6,6 +6,7 @@ that it depends on has failed, when the app has ended, or when no job has moved 
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -61,10 +62,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class App:
-    """The server as a process of its own, as ``python app.py`` starts it."""
+    """The server as a process of its own, as ``python app.py`` starts it.
+
+    It keeps its port when it is started again, as a page in the browser keeps what was typed by
+    address; and no test beside it takes the port meanwhile.
+    """
+
+    _ports = itertools.count(20000 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
 
     def __init__(self, runs: Path, **environment: str) -> None:
         self.runs = runs
+        self.port = next(self._ports)
         self.url = ""
         self.environment = environment
         # Runs that a test ends by force; all others must end well.
@@ -75,7 +83,7 @@ class App:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "app.py", "--runs_dir", str(self.runs)],
+            [sys.executable, "app.py", "--runs_dir", str(self.runs), "--port", str(self.port)],
             cwd=ROOT,
             env=environment | self.environment,
             stdout=subprocess.PIPE,

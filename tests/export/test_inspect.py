@@ -34,7 +34,9 @@ def test_inspect_prints_a_table_or_json(
     assert max(map(len, out.splitlines())) <= 80
     assert main(["inspect", str(path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["tools"]["LyCORIS"] == "exact"
+    assert report["tools"]["LyCORIS"] == (
+        'exact: with LycorisNetwork.LORA_PREFIX = "lora_unet", without which it finds no layer'
+    )
     assert report["metadata"]["trigger"] == "sks dog"
 
 

@@ -70,7 +70,7 @@ def test_its_training_shows_progress(
     def train(config: Any, on_event: Any) -> Any:
         on_event(
             TrainingStarted(
-                family="Stable Diffusion 1", device="cpu", photos=5, resolution=64, step=0,
+                family="Stable Diffusion 1", device="cpu", photos=5, resolutions=(64,), step=0,
                 total_steps=config.max_train_steps, adapter="a DoRA", schedule="epsilon",
                 trigger="sks mug", resumed_from=None, steps_dropped=0, changed={}, unused={},
             )

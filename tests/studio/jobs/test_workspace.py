@@ -17,6 +17,7 @@ from dora_diffusion.studio.jobs.workspace import (
     Workspace,
     clean_text,
     ids_in,
+    new_id,
     read_json,
     remove_folder,
     write_json,
@@ -154,3 +155,12 @@ def test_it_is_told_whether_a_folder_is_gone(
     monkeypatch.undo()
     assert workspace.remove_leftovers() == []
     assert not doomed.exists()
+
+
+def test_ids_made_in_one_second_sort_by_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [1.7e9 + part / 100 for part in range(150)]
+    clock = iter(times)
+    monkeypatch.setattr("dora_diffusion.studio.jobs.workspace.time.time", lambda: next(clock))
+    ids = [new_id() for _ in times]
+    assert ids == sorted(ids)
+    assert len({name[:15] for name in ids}) == 2
