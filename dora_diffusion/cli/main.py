@@ -1,6 +1,8 @@
 """The ``dora-diffusion`` command: its list of commands.
 
-Each is a module of `dora_diffusion.cli.commands` with ``add_arguments(parser)`` and ``run(args)``.
+Each is a module of `dora_diffusion.cli.commands` with ``SETTINGS``, the class of what it takes, and
+``run(settings)``; or, where its flags are those of training, ``add_arguments(parser)`` and
+``run(args)``.
 None imports anything heavy before it runs, so that every ``--help`` answers at once.
 """
 
@@ -13,6 +15,7 @@ import sys
 from collections.abc import Container, Sequence
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from dora_diffusion import __version__
 from dora_diffusion.cli.commands.parser import Parser
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     let_break_interrupt()
     _print_anything()
     with reporting_errors(args.command, debug=args.debug) as outcome:
-        outcome.code = _module(args.command).run(args)
+        outcome.code = _module(args.command).run(read_settings(args))
     return outcome.code
 
 
@@ -73,9 +76,28 @@ def build_parser(filled: Container[str] = COMMANDS) -> argparse.ArgumentParser:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         command.add_argument("--debug", action="store_true", help="Show tracebacks.")
-        if name in filled:
+        if name in filled and hasattr(_module(name), "SETTINGS"):
+            command.add_settings(_module(name).SETTINGS.settings())
+        elif name in filled:
             _module(name).add_arguments(command)
     return parser
+
+
+def read_settings(args: argparse.Namespace) -> Any:
+    """What a command's ``run`` takes.
+
+    Raises:
+        ConfigError: If a setting is missing, or cannot be.
+
+    Warns:
+        UserWarning: Of settings without effect.
+    """
+    kind = getattr(_module(args.command), "SETTINGS", None)
+    if kind is None:
+        return args
+    settings = kind.read(vars(args), args.config)
+    settings.warn()
+    return settings
 
 
 def tune_process() -> None:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from dora_diffusion.config.wording import did_you_mean
@@ -50,7 +51,10 @@ WANTED: dict[type, str] = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
+    Path: "a path",
 }
+REQUIRED: Any = dataclasses.MISSING
+"""In the place of a setting's default: it must be given."""
 TYPES: dict[str, type] = {"Entry": dict, **{kind.__name__: kind for kind in WANTED}}
 RENAMED = {"direction": "parametrization"}
 """Name that a setting had in an earlier version -> its name."""
@@ -154,7 +158,7 @@ class Setting:
         name: Flag and YAML key.
         kind: Its plain type.
         is_list: Whether it takes several values.
-        default: The value where none is given.
+        default: The value where none is given; `REQUIRED` where one must be.
         help: What it is, in a sentence.
         group: Heading under which it stands.
         derived: What the default is, in words, where it follows from something else.
@@ -166,6 +170,10 @@ class Setting:
         least: The least that it may be.
         most: The most that it may be.
         below: It must be less.
+        flags: Its flags, where they are others than ``--`` and its name.
+        metavar: What stands for its value in the help.
+        positional: Whether it is given by its place, without a flag.
+        repeated: Whether several flags add up to one list.
     """
 
     name: str
@@ -183,22 +191,35 @@ class Setting:
     least: float | None = None
     most: float | None = None
     below: float | None = None
+    flags: tuple[str, ...] = ()
+    metavar: str = ""
+    positional: bool = False
+    repeated: bool = False
 
     @classmethod
     def from_field(cls, source: dataclasses.Field[Any], group: str) -> Setting:
         """Read a field of a group of settings."""
         kind, is_list = setting_type(source)
         default = source.default
-        if default is dataclasses.MISSING:
-            assert source.default_factory is not dataclasses.MISSING
+        if source.default_factory is not dataclasses.MISSING:
             default = source.default_factory()
-        return cls(source.name, kind, is_list, default, group=group, **source.metadata)
+        return cls(source.name, kind, is_list, default, **{"group": group, **source.metadata})
+
+    @property
+    def is_required(self) -> bool:
+        """Whether it must be given."""
+        return self.default is REQUIRED
+
+    @property
+    def flag(self) -> str:
+        """Its flag, the first where there are several."""
+        return self.flags[0] if self.flags else f"--{self.name}"
 
     @cached_property
     def default_text(self) -> str:
         if self.derived:
             return self.derived
-        return "none" if self.default in (None, "") else shown(self.default)
+        return "none" if self.default in (None, "", []) else shown(self.default)
 
     def inactive_reason(self, config: Any) -> str | None:
         """Why the setting has no effect in this config; None where it has one."""
@@ -212,8 +233,15 @@ class Setting:
         """
         if value is None:
             return
-        if self.choices and not self.is_list:
+        if self.is_list:
+            for item in value if self.kind in (int, float) else ():
+                self._check_range(item)
+            return
+        if self.choices:
             require_choice(self.name, value, self.choices)
+        self._check_range(value)
+
+    def _check_range(self, value: Any) -> None:
         problem = ""
         if isinstance(value, float) and not math.isfinite(value):
             problem = "be a finite number"
@@ -264,7 +292,7 @@ class Setting:
         choices, word = self.choices or (), str(value).lower()
         if word == "none" and self.default is None:
             return None
-        names = (word, precision_name(word), dtype_name(word))
+        names = (word, precision_name(word), dtype_name(word), word.replace("_", "-"))
         return next((name for name in names if name in choices), value)
 
 
@@ -272,7 +300,7 @@ def flag(default: Any, text: str, **metadata: Any) -> Any:
     """A dataclass field that is a setting.
 
     Args:
-        default: The value where none is given.
+        default: The value where none is given, or `REQUIRED`.
         text: What it is, in a sentence.
         metadata: What else `Setting` tells of it.
     """

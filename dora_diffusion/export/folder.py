@@ -136,7 +136,7 @@ def plan_of_checkpoint(checkpoint: StoredModel, config: Path, shapes: Shapes) ->
         raise ExportError(
             f"{whose} is the configuration of another model than {checkpoint.path.name}: "
             f"{listing(missing or extra, 3)} {'differ' if missing else 'would be left out'}; give "
-            "a Diffusers folder of its shape with --config"
+            "a Diffusers folder of its shape with --model_config"
         )
     index = read_index(config)
     plan = FolderPlan(config, other_files(config, index), index, {})

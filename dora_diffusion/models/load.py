@@ -277,7 +277,7 @@ def _module_of_file(file: CheckpointFile, folder: Path, part: str, dtype: torch.
         whose = f"a released {file.family.title}" if is_released(folder) else folder.name
         raise ValueError(
             f"{file.path} is not shaped as {whose}: {lacks}; give a Diffusers folder of its shape "
-            f"as --config (of train: --model_config){_base_of(file)}"
+            f"as --model_config{_base_of(file)}"
         )
     with plain_errors(str(file.path)):
         # A tensor that is its own memory: the file is closed, and parts of one are not kept whole.

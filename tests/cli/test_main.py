@@ -91,7 +91,7 @@ class TestHelp:
         settings = SamplingSettings()
         assert f"else {settings.guidance_scale}." in texts["evaluate", "guidance_scale"]
         words = ["generate", "--base", "b", "--prompt", "x", "--output", "x.png"]
-        args = cli.build_parser().parse_args(words)
+        args = cli.read_settings(cli.build_parser().parse_args(words))
         for name in ("steps", "guidance_scale", "scheduler", "width", "height", "negative_prompt"):
             assert getattr(args, name) == getattr(settings, name)
 

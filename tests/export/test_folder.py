@@ -27,7 +27,7 @@ def test_a_folder_needs_the_right_configuration(
     single = export_checkpoint(sd1_folder, path, tmp_path / "base.safetensors")
     with pytest.raises(ExportError, match=r"of another model than base\.safetensors"):
         export_checkpoint(single, path, tmp_path / "m", config=sd2_folder)
-    with pytest.raises(ExportError, match=r"what the released model has is .* with --config"):
+    with pytest.raises(ExportError, match=r"what the released model has is .* with --model_config"):
         export_checkpoint(single, path, tmp_path / "m")
     tensors = {**load_file(single), "model.diffusion_model.extra.weight": torch.ones(2, 2)}
     save_file(tensors, single)

@@ -2,61 +2,55 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import ConfigError
+from dora_diffusion.config.command import CommandSettings
+from dora_diffusion.config.fields import flag
 from dora_diffusion.studio.app.launch import AUTH_VARIABLE, SHARED, Launch
 from dora_diffusion.studio.jobs.workspace import Workspace
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's flags."""
-    parser.add_argument("--host", default="127.0.0.1", help="Address to listen on.")
-    parser.add_argument("--port", type=int, help="Port. Default: the first free one from 7860.")
-    parser.add_argument("--share", action="store_true", help="Make a public link (needs --auth).")
-    parser.add_argument(
-        "--allowed_host",
-        dest="allowed_hosts",
-        nargs="+",
-        default=[],
+@dataclass(frozen=True, kw_only=True)
+class AppSettings(CommandSettings):
+    """What ``app`` takes."""
+
+    host: str = flag("127.0.0.1", "Address to listen on.")
+    port: int | None = flag(None, "Port. Default: the first free one from 7860.")
+    share: bool = flag(False, "Make a public link (needs --auth).")
+    allowed_hosts: list[str] = flag(
+        [],
+        "Names by which a reverse proxy reaches the app, besides its own address; requests by "
+        "other names are refused (needs --auth).",
+        flags=("--allowed_host",),
         metavar="NAME",
-        help="Names by which a reverse proxy reaches the app, besides its own address; requests "
-        "by other names are refused (needs --auth).",
     )
-    parser.add_argument(
-        "--auth", metavar="NAME:PASSWORD", help=f"Login; or set {AUTH_VARIABLE}. {SHARED}"
+    auth: str | None = flag(
+        None, f"Login; or set {AUTH_VARIABLE}. {SHARED}", metavar="NAME:PASSWORD"
     )
-    parser.add_argument(
-        "--runs_dir",
-        type=Path,
-        default=Workspace.default_root(),
-        help="Folder of runs and photos. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        default=[],
+    runs_dir: Path = flag(Workspace.default_root(), "Folder of runs and photos.")
+    models: list[str] = flag(
+        [],
+        "Base models to offer; when others can reach the app, the only ones besides the embedded "
+        "ones.",
         metavar="MODEL",
-        help="Base models to offer; when others can reach the app, the only ones besides the "
-        "embedded ones.",
     )
-    parser.add_argument(
-        "--model_folders",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="FOLDER",
-        help="Folders to look for base models in. Others: DORA_DIFFUSION_MODELS, COMFYUI_PATH, "
+    model_folders: list[Path] = flag(
+        [],
+        "Folders to look for base models in. Others: DORA_DIFFUSION_MODELS, COMFYUI_PATH, "
         "A1111_PATH, and a line each in RUNS_DIR/model_folders.txt.",
+        metavar="FOLDER",
     )
-    parser.add_argument("--browser", action="store_true", help="Open the page in the browser.")
+    browser: bool = flag(False, "Open the page in the browser.")
 
 
-def run(args: argparse.Namespace) -> int:
+SETTINGS = AppSettings
+
+
+def run(args: AppSettings) -> int:
     """Serve the app until it is interrupted."""
     launch = launch_from(args)
     # Gradio is heavy: --help and refusals answer without it.
@@ -66,15 +60,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def launch_from(args: argparse.Namespace) -> Launch:
+def launch_from(args: AppSettings) -> Launch:
     """How the app is served, by its flags.
 
     Raises:
         ConfigError: If they would open the app to anybody.
     """
-    values: dict[str, Any] = {
-        field.name: getattr(args, field.name) for field in fields(Launch) if field.name in args
-    }
+    names = [field.name for field in fields(Launch) if hasattr(args, field.name)]
+    values: dict[str, Any] = {name: getattr(args, name) for name in names}
     values["auth"] = _auth(args.auth or os.environ.get(AUTH_VARIABLE))
     for name in ("models", "model_folders", "allowed_hosts"):
         values[name] = tuple(values[name])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.cli.commands.fleet import add_workers, workers_share
 from dora_diffusion.cli.console.progress import progress
 from dora_diffusion.cli.console.tables import print_json
+from dora_diffusion.cli.settings import CompareSettings
 from dora_diffusion.config import ConfigError
 from dora_diffusion.formats.files.atomic import require_writable
 
@@ -38,36 +37,12 @@ QUICK: dict[str, Any] = {
 """A study of two minutes: too short to say anything of the methods."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's flags."""
-    parser.add_argument(
-        "study",
-        nargs="?",
-        help="YAML file: methods, subjects, seeds, learning rates.",
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="A study of two minutes on an embedded model, to see what a report is.",
-    )
-    parser.add_argument(
-        "--output",
-        default="comparison",
-        help="Folder of records and the report, shared by all workers. Trials that have a record "
-        "there are not repeated.",
-    )
-    add_workers(parser, "trials")
-    parser.add_argument(
-        "--report_only",
-        action="store_true",
-        help="Only report existing records; train nothing.",
-    )
-    parser.add_argument("--json", action="store_true", help="Print the records as JSON.")
+SETTINGS = CompareSettings
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: CompareSettings) -> int:
     """Perform the trials that have no record yet, and write the report."""
-    study, share = _study(args), workers_share(args)
+    study, share = _study(args), args.share
     import warnings
 
     from dora_diffusion.lab.study.page import write_report
@@ -102,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _study(args: argparse.Namespace) -> Study:
+def _study(args: CompareSettings) -> Study:
     """The study that was asked for.
 
     Raises:
@@ -112,4 +87,4 @@ def _study(args: argparse.Namespace) -> Study:
 
     if bool(args.study) == args.quick:
         raise ConfigError("give a study's YAML file, or --quick")
-    return Study.from_dict(QUICK) if args.quick else read_study(args.study)
+    return Study.from_dict(QUICK) if args.quick else read_study(args.study or "")

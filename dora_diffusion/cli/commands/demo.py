@@ -7,36 +7,39 @@ the toy world, and merges the result.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_diffusion.config import TrainConfig, read_config_file
+from dora_diffusion.config.command import CommandSettings
+from dora_diffusion.config.fields import flag
 from dora_diffusion.models.embedded import samples_folder
 
 if TYPE_CHECKING:
     from dora_diffusion.evaluation.report import Evaluation
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the demo's flags."""
-    subjects = sorted(path.parent.name for path in samples_folder().glob("*/config.yaml"))
-    parser.add_argument("--subject", choices=subjects, default="bolt_mug", help="Sample.")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("demo-output"),
-        help="Result folder.",
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings(CommandSettings):
+    """What ``demo`` takes."""
+
+    subject: str = flag(
+        "bolt_mug",
+        "Sample.",
+        choices=tuple(sorted(path.parent.name for path in samples_folder().glob("*/config.yaml"))),
     )
-    parser.add_argument(
-        "--max_train_steps", type=int, help="Optimizer steps. Default: the sample's own."
-    )
-    parser.add_argument("--seeds", type=int, default=4, help="Images judged per background.")
+    output: Path = flag(Path("demo-output"), "Result folder.")
+    max_train_steps: int | None = flag(None, "Optimizer steps. Default: the sample's own.")
+    seeds: int = flag(4, "Images judged per background.")
 
 
-def run(args: argparse.Namespace) -> int:
+SETTINGS = DemoSettings
+
+
+def run(args: DemoSettings) -> int:
     """Train on a sample subject, generate it, judge and merge. Returns the exit code."""
     import torch
 
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def demo_config(args: argparse.Namespace) -> TrainConfig:
+def demo_config(args: DemoSettings) -> TrainConfig:
     """The sample's own settings, written to the demo's folder."""
     folder = samples_folder() / args.subject
     values = read_config_file(folder / "config.yaml") | {

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dora_diffusion.cli.console.tables import print_json
+from dora_diffusion.config.command import CommandSettings
+from dora_diffusion.config.fields import flag
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's flags."""
-    parser.add_argument(
-        "--runs_dir", type=Path, default=Path("runs"), help="The app's folder of runs and photos."
-    )
-    parser.add_argument("--json", action="store_true", help="Print JSON.")
+@dataclass(frozen=True, kw_only=True)
+class EnvSettings(CommandSettings):
+    """What ``env`` takes."""
+
+    runs_dir: Path = flag(Path("runs"), "The app's folder of runs and photos.")
+    json: bool = flag(False, "Print JSON.")
 
 
-def run(args: argparse.Namespace) -> int:
+SETTINGS = EnvSettings
+
+
+def run(args: EnvSettings) -> int:
     """Print versions, machine, devices, extras, caches and settings, without secrets."""
     from dora_diffusion.cli.console.environment import describe_environment
 

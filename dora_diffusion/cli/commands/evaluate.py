@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.cli.commands.options import (
-    add_adapted_model,
-    add_base,
-    add_sampling,
-    load_adapted_model,
-    require_at_least_one,
-)
 from dora_diffusion.cli.console.progress import progress
 from dora_diffusion.cli.console.tables import print_json
+from dora_diffusion.cli.settings import AdaptedModel, Sampling
 from dora_diffusion.config import ConfigError
+from dora_diffusion.config.fields import REQUIRED, flag
 from dora_diffusion.config.wording import counted
 from dora_diffusion.formats.adapter.metadata import CAPTIONS, OWN
 from dora_diffusion.formats.files.atomic import require_writable
@@ -29,58 +24,55 @@ if TYPE_CHECKING:
     from dora_diffusion.sampling.generate import SamplingSettings
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's flags."""
-    parser.add_argument(
-        "adapter",
-        help="An adapter file, the output folder of a run, or a model that was trained whole.",
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(Sampling, AdaptedModel):
+    """What ``evaluate`` takes."""
+
+    adapter: str = flag(
+        REQUIRED,
+        "An adapter file, the output folder of a run, or a model that was trained whole.",
+        positional=True,
     )
-    add_base(parser)
-    parser.add_argument(
-        "--subject",
-        required=True,
-        nargs="+",
-        help="Folder of held-out photos; or, for an embedded model, a subject of the toy "
-        "world such as bolt_mug. If the adapter has several subjects: one for each, in the order "
-        "of its trigger words; the results of each get a folder in the output.",
+    subject: list[str] = flag(
+        REQUIRED,
+        "Folder of held-out photos; or, for an embedded model, a subject of the toy world such as "
+        "bolt_mug. If the adapter has several subjects: one for each, in the order of its trigger "
+        "words; the results of each get a folder in the output.",
     )
-    parser.add_argument("--output", default="evaluation", help="Folder of the results.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace results that exist.")
-    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
-    parser.add_argument(
-        "--metric_model",
-        nargs="+",
-        default=[],
-        help="Image-similarity models: folders or hub ids of CLIP, DINO or DINOv2, or "
+    output: str = flag("evaluation", "Folder of the results.")
+    overwrite: bool = flag(False, "Replace results that exist.")
+    json: bool = flag(False, "Print JSON instead of a table.")
+    metric_model: list[str] = flag(
+        [],
+        "Image-similarity models: folders or hub ids of CLIP, DINO or DINOv2, or "
         "efficientnet-lite0. Default: efficientnet-lite0 where it is installed.",
     )
-    parser.add_argument("--trigger", help="Trigger words. Default: what the file says.")
-    parser.add_argument(
-        "--class_word", help="Class of the subject. Default: the trigger words without their token."
+    trigger: str | None = flag(None, "Trigger words. Default: what the file says.")
+    class_word: str | None = flag(
+        None, "Class of the subject. Default: the trigger words without their token."
     )
-    parser.add_argument(
-        "--prompts",
-        help="Text file, one prompt per line, with {} where the subject is named. "
-        "Default: a list of its own.",
+    prompts: str | None = flag(
+        None,
+        "Text file, one prompt per line, with {} where the subject is named. Default: a list of "
+        "its own.",
     )
-    parser.add_argument(
-        "--wildcard_dir", help="Folder of the wildcard files that captions name, as in training."
+    wildcard_dir: str | None = flag(
+        None, "Folder of the wildcard files that captions name, as in training."
     )
-    parser.add_argument("--num_seeds", type=int, default=4, help="Images per prompt, one per seed.")
-    parser.add_argument("--seed", type=int, default=0, help="Random seed of the first image.")
-    parser.add_argument(
-        "--guidance_scale",
-        type=float,
-        help="Guidance scale (CFG scale). Default: 3.5 for the toy world, else 7.5.",
+    num_seeds: int = flag(4, "Images per prompt, one per seed.", least=1)
+    seed: int = flag(0, "Random seed of the first image.")
+    guidance_scale: float | None = flag(
+        None, "Guidance scale (CFG scale). Default: 3.5 for the toy world, else 7.5."
     )
-    add_sampling(parser, batch_size=8)
-    add_adapted_model(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+SETTINGS = EvaluateSettings
+
+
+def run(args: EvaluateSettings) -> int:
     """Measure an adapter; print the table or JSON, and write both with a sheet of images."""
     each = [
-        argparse.Namespace(**{**vars(args), "subject": subject, "output": str(output)})
+        dataclasses.replace(args, subject=[subject], output=str(output))
         for subject, output in zip(args.subject, _outputs(args), strict=True)
     ]
     for one in each:
@@ -102,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _outputs(args: argparse.Namespace) -> list[Path]:
+def _outputs(args: EvaluateSettings) -> list[Path]:
     """Where the results of each subject go.
 
     Raises:
@@ -120,7 +112,7 @@ def _outputs(args: argparse.Namespace) -> list[Path]:
     return [output / name for name in names]
 
 
-def _one_for_each(triggers: str, args: argparse.Namespace) -> list[str]:
+def _one_for_each(triggers: str, args: EvaluateSettings) -> list[str]:
     """The trigger words of each subject.
 
     Raises:
@@ -141,7 +133,7 @@ def _one_for_each(triggers: str, args: argparse.Namespace) -> list[str]:
 
 
 def _evaluate(
-    args: argparse.Namespace,
+    args: EvaluateSettings,
     components: Components,
     trigger: str,
     captions: str,
@@ -168,7 +160,7 @@ def _sampling(args: argparse.Namespace) -> SamplingSettings:
     return SamplingSettings(args.steps, guidance, args.scheduler)
 
 
-def _load(args: argparse.Namespace) -> tuple[Components, str, str, Components | None]:
+def _load(args: EvaluateSettings) -> tuple[Components, str, str, Components | None]:
     """The model that is measured, its trigger words, how its captions were read, and its base.
 
     The base is None where it is the same model without the adapter.
@@ -176,7 +168,7 @@ def _load(args: argparse.Namespace) -> tuple[Components, str, str, Components | 
     from dora_diffusion.lab.analysis.sources import is_model
 
     if not Path(args.adapter).expanduser().exists() or not is_model(args.adapter):
-        components, metadata = load_adapted_model(args)
+        components, metadata = args.load(args.adapter)
         captions = metadata.extra.get(CAPTIONS, "")
         return components, args.trigger or metadata.trigger, captions, None
     from dora_diffusion.export.files import open_model
@@ -185,25 +177,25 @@ def _load(args: argparse.Namespace) -> tuple[Components, str, str, Components | 
     with open_model(args.adapter) as stored:
         trigger = args.trigger or trained_trigger(stored.metadata)
         captions = stored.metadata.get(OWN + CAPTIONS, "")
-    base = argparse.Namespace(**{**vars(args), "adapter": None})
-    tuned = argparse.Namespace(
-        **{**vars(base), "base": args.adapter, "variant": None, "revision": None}
-    )
-    components, _ = load_adapted_model(tuned)
-    base_model, _ = load_adapted_model(base)
+    # Strengths are of an adapter.
+    without: dict[str, Any] = {"adapter": None}
+    dataclasses.replace(args, **without).warn()
+    tuned = dataclasses.replace(args, base=args.adapter, variant=None, revision=None)
+    components, _ = tuned.load(None)
+    base_model, _ = args.load(None)
     return components, trigger, captions, base_model
 
 
-def _is_toy(args: argparse.Namespace) -> bool:
+def _is_toy(args: EvaluateSettings) -> bool:
     """Whether it is a subject of the toy world; a folder of that name is written as a path."""
     from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS
 
-    return args.subject in SUBJECTS
+    return args.subject[0] in SUBJECTS
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: EvaluateSettings) -> None:
     """Refuse what could not be evaluated or written before a model is loaded."""
-    require_at_least_one(args, "num_seeds", "batch_size")
+    (subject,) = args.subject
     if not 0 <= args.seed < 2**32:
         raise ConfigError(f"seed is {args.seed}; it must be between 0 and 2**32 - 1")
     from dora_diffusion.evaluation.report import Evaluation
@@ -220,16 +212,16 @@ def _check(args: argparse.Namespace) -> None:
         for name in ("metric_model", "prompts"):
             if getattr(args, name):
                 raise ConfigError(
-                    f"--{name} is for photos; {args.subject} is a subject of the toy world"
+                    f"--{name} is for photos; {subject} is a subject of the toy world"
                 )
-    elif not Path(args.subject).is_dir():
+    elif not Path(subject).is_dir():
         raise ConfigError(
-            f"subject {args.subject} is neither a folder of photos nor one of {', '.join(SUBJECTS)}"
+            f"subject {subject} is neither a folder of photos nor one of {', '.join(SUBJECTS)}"
         )
 
 
 def _evaluate_toy(
-    args: argparse.Namespace,
+    args: EvaluateSettings,
     components: Components,
     trigger: str,
     settings: SamplingSettings,
@@ -240,11 +232,11 @@ def _evaluate_toy(
 
     if not args.base.startswith("embedded:"):
         warnings.warn(
-            f"{args.subject} is a subject of the toy world; its judges know no other images than "
-            "those of the embedded models",
+            f"{args.subject[0]} is a subject of the toy world; its judges know no other images "
+            "than those of the embedded models",
             stacklevel=1,
         )
-    subject = find_subject(args.subject)
+    subject = find_subject(args.subject[0])
     with progress("generating images", "step") as show:
         return evaluate_toy(
             components,
@@ -259,7 +251,7 @@ def _evaluate_toy(
 
 
 def _evaluate_photos(
-    args: argparse.Namespace,
+    args: EvaluateSettings,
     components: Components,
     trigger: str,
     settings: SamplingSettings,
@@ -280,7 +272,7 @@ def _evaluate_photos(
     class_word = args.class_word or trigger.partition(" ")[2]
     trained_on = read_photo_record(args.adapter) or ()
     rules = CaptionRules.from_stated(captions, args.wildcard_dir, trigger)
-    subject = read_subject(args.subject, trigger, class_word, trained_on, rules)
+    subject = read_subject(args.subject[0], trigger, class_word, trained_on, rules)
     for caution in subject.cautions:
         warnings.warn(caution, stacklevel=1)
     with progress("generating images", "step") as show:
@@ -297,11 +289,11 @@ def _evaluate_photos(
         )
 
 
-def _seeds(args: argparse.Namespace) -> list[int]:
+def _seeds(args: EvaluateSettings) -> list[int]:
     return list(range(args.seed, args.seed + args.num_seeds))
 
 
-def _details(args: argparse.Namespace, trigger: str, settings: SamplingSettings) -> dict[str, Any]:
+def _details(args: EvaluateSettings, trigger: str, settings: SamplingSettings) -> dict[str, Any]:
     from dora_diffusion.formats.adapter.metadata import without_path
 
     return {

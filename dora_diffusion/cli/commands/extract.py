@@ -2,40 +2,52 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 
-from dora_diffusion.cli.commands.options import (
-    add_base,
-    add_fit,
-    add_limits,
-    base_options,
-    fit_options,
-    print_written,
-)
+from dora_diffusion.cli.console.programs import print_written
 from dora_diffusion.cli.console.progress import progress
+from dora_diffusion.cli.settings import Fit, OfModel, magnitudes
+from dora_diffusion.config.adapter import NORM_AXES
+from dora_diffusion.config.fields import REQUIRED, flag
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's flags."""
-    add_base(parser)
-    parser.add_argument(
-        "--tuned",
-        required=True,
-        help="The fine-tuned model, of the same architecture: a Diffusers "
-        "folder, hub id or single .safetensors file.",
+@dataclass(frozen=True, kw_only=True)
+class ExtractSettings(Fit):
+    """What ``extract`` takes."""
+
+    tuned: str = flag(
+        REQUIRED,
+        "The fine-tuned model, of the same architecture: a Diffusers folder, hub id or single "
+        ".safetensors file.",
     )
-    parser.add_argument("--tuned_variant", help="Weight variant of --tuned, such as fp16.")
-    parser.add_argument("--tuned_revision", help="Branch, tag or commit of --tuned on the hub.")
-    parser.add_argument("--output", required=True, help="The file or folder to write.")
-    add_limits(parser, "Largest rank; small layers get less.", required=True)
-    add_fit(parser, "output")
+    tuned_variant: str | None = flag(
+        None,
+        "Weight variant of --tuned, such as fp16.",
+        needs=(OfModel("tuned", "tuned model"),),
+    )
+    tuned_revision: str | None = flag(
+        None,
+        "Branch, tag or commit of --tuned on the hub.",
+        needs=(OfModel("tuned", "tuned model", of_hub=True),),
+    )
+    rank: int = flag(REQUIRED, "Largest rank; small layers get less.")
+    norm_axis: str | None = flag(
+        None,
+        "Axis of the magnitudes. Default: output.",
+        choices=NORM_AXES,
+        needs=(magnitudes,),
+    )
 
 
-def run(args: argparse.Namespace) -> int:
+SETTINGS = ExtractSettings
+
+
+def run(args: ExtractSettings) -> int:
     """Write the adapter that is nearest to a tuned model, and say how near."""
     from dora_diffusion.export import extract_adapter
 
-    options = fit_options(args) | base_options(args, "tuned")
+    names = ("tuned_variant", "tuned_revision")
+    options = args.fit_options | {name: getattr(args, name) for name in names}
     options["norm_axis"] = args.norm_axis or "output"
     with progress("extracting", "B") as show:
         report = extract_adapter(args.base, args.tuned, args.output, on_progress=show, **options)

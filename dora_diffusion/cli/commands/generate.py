@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dora_diffusion.cli.commands.options import (
-    add_adapted_model,
-    add_base,
-    add_overwrite,
-    add_sampling,
-    asked_schedule,
-    load_adapted_model,
-    require_at_least_one,
-)
 from dora_diffusion.cli.console.progress import progress
+from dora_diffusion.cli.settings import AdaptedModel, Overwrite, Sampling
 from dora_diffusion.config import ConfigError
-from dora_diffusion.config.fields import require
+from dora_diffusion.config.fields import REQUIRED, Need, flag, require
 from dora_diffusion.config.file import read_yaml
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import quoted
@@ -31,62 +23,60 @@ if TYPE_CHECKING:
     from dora_diffusion.sampling.generate import SamplingSettings
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's flags."""
-    add_base(parser)
-    parser.add_argument("--adapter", help="An adapter file, or the output folder of a run.")
-    parser.add_argument(
-        "--adapters_file",
-        help="Many adapters at once: a YAML list with an entry for each image, a file, or adapter, "
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings(Overwrite, Sampling, AdaptedModel):
+    """What ``generate`` takes; its defaults are those of a run's samples.
+
+    So a seed gives the sample's image again.
+    """
+
+    adapter: str | None = flag(None, "An adapter file, or the output folder of a run.")
+    adapters_file: str | None = flag(
+        None,
+        "Many adapters at once: a YAML list with an entry for each image, a file, or adapter, "
         "prompt, seed and strength. Images of a batch share the product with the base's weights.",
     )
-    parser.add_argument(
-        "--prompt", help="Prompt; required, unless each entry of --adapters_file has one."
+    prompt: str | None = flag(
+        None, "Prompt; required, unless each entry of --adapters_file has one."
     )
-    parser.add_argument(
-        "--wildcards",
-        action="store_true",
-        help="Draw {a|b} and __file__ of the prompt by each image's seed; \\{ is a brace.",
+    wildcards: bool = flag(
+        False, "Draw {a|b} and __file__ of the prompt by each image's seed; \\{ is a brace."
     )
-    parser.add_argument(
-        "--wildcard_dir", help="Folder of wildcard files: __colours__ is a line of its colours.txt."
+    wildcard_dir: str | None = flag(
+        None,
+        "Folder of wildcard files: __colours__ is a line of its colours.txt.",
+        needs=(Need("wildcards"),),
     )
-    parser.add_argument("--output", required=True, help="Image file, X.png.")
-    parser.add_argument(
-        "--image", help="Of an inpainting model: image to paint into, cut to the size."
+    output: str = flag(REQUIRED, "Image file, X.png.")
+    image: str | None = flag(None, "Of an inpainting model: image to paint into, cut to the size.")
+    mask_image: str | None = flag(
+        None,
+        "Image of the same size as --image, white where to paint.",
+        flags=("--mask_image", "--mask"),
     )
-    parser.add_argument(
-        "--mask_image", "--mask", help="Image of the same size as --image, white where to paint."
+    negative_prompt: str = flag("", "Negative prompt.")
+    seed: int | None = flag(None, "Seed of the first image. Default: random, shown.")
+    num_images: int = flag(1, "Number of images, one per seed.", least=1)
+    batch_size: int = flag(4, "Batch size.", least=1)
+    guidance_scale: float = flag(
+        SampleSettings.validation_guidance_scale, "Guidance scale (CFG scale)."
     )
-    parser.add_argument("--negative_prompt", default="", help="Negative prompt.")
-    parser.add_argument("--seed", type=int, help="Seed of the first image. Default: random, shown.")
-    parser.add_argument("--num_images", type=int, default=1, help="Number of images, one per seed.")
-    # With the settings of a run's samples, so that a seed gives the sample's image again.
-    add_sampling(parser, batch_size=4)
-    parser.add_argument(
-        "--guidance_scale",
-        type=float,
-        default=SampleSettings.validation_guidance_scale,
-        help="Guidance scale (CFG scale).",
+    guidance_rescale: float = flag(
+        0.0,
+        "Guidance rescale, against overexposed images of models with zero terminal SNR: 0.7 in "
+        "arXiv:2305.08891. Default: 0, none.",
     )
-    parser.add_argument(
-        "--guidance_rescale",
-        type=float,
-        default=0.0,
-        help="Guidance rescale, against overexposed images of models with zero terminal SNR: 0.7 "
-        "in arXiv:2305.08891. Default: 0, none.",
-    )
-    parser.add_argument("--width", type=int, help="Width in pixels. Default: the model's own.")
-    parser.add_argument("--height", type=int, help="Height in pixels. Default: the model's own.")
-    parser.add_argument(
-        "--offload",
-        choices=("none", "model"),
-        default="none",
-        help="Offloading to the machine's memory. model: each part of the model is on the GPU only "
+    width: int | None = flag(None, "Width in pixels. Default: the model's own.")
+    height: int | None = flag(None, "Height in pixels. Default: the model's own.")
+    offload: str = flag(
+        "none",
+        "Offloading to the machine's memory. model: each part of the model is on the GPU only "
         "while it computes, which takes less of its memory and more time. Default: none.",
+        choices=("none", "model"),
     )
-    add_overwrite(parser)
-    add_adapted_model(parser)
+
+
+SETTINGS = GenerateSettings
 
 
 class _Row(NamedTuple):
@@ -99,9 +89,8 @@ class _Row(NamedTuple):
     path: Path
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: GenerateSettings) -> int:
     """Generate images, and write them with what made them."""
-    require_at_least_one(args, "num_images", "batch_size")
     rows = _rows(args)
     from dora_diffusion.numerics.weights import Strengths
     from dora_diffusion.sampling.generate import generate_images
@@ -109,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     from dora_diffusion.sampling.pool import AdapterPool, ImageRow
 
     settings = _settings(args)
-    components, metadata = load_adapted_model(args)
+    components, metadata = args.load(args.adapter, offload=args.offload)
     lacking = [name for name in components.family.image_arguments if getattr(args, name) is None]
     require(
         not lacking,
@@ -118,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     )
     pool = AdapterPool(
         components,
-        schedule=asked_schedule(args),
+        schedule=args.schedule,
         clip_skip=args.clip_skip,
         max_token_length=args.max_token_length,
     )
@@ -140,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             images = generate_images(
                 components,
-                [row.prompt for row in rows] if args.wildcards else args.prompt,
+                [row.prompt for row in rows] if args.wildcards else args.prompt or "",
                 [row.seed for row in rows],
                 settings,
                 on_step=lambda done, steps: show(done * len(rows), steps * len(rows)),
@@ -160,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _warn_of_triggers(
-    rows: Sequence[_Row], told: Mapping[str | None, AdapterMetadata], args: argparse.Namespace
+    rows: Sequence[_Row], told: Mapping[str | None, AdapterMetadata], args: GenerateSettings
 ) -> None:
     """Say, before it takes time, which prompts leave out their adapter's trigger word."""
     from dora_diffusion.sampling.generate import lacks_trigger
@@ -178,7 +167,7 @@ def _warn_of_triggers(
         )
 
 
-def _settings(args: argparse.Namespace) -> SamplingSettings:
+def _settings(args: GenerateSettings) -> SamplingSettings:
     from dora_diffusion.data.images import open_photo
     from dora_diffusion.sampling.generate import SamplingSettings
 
@@ -195,15 +184,13 @@ def _settings(args: argparse.Namespace) -> SamplingSettings:
     )
 
 
-def _drawn(args: argparse.Namespace) -> Callable[[str, int], str]:
+def _drawn(args: GenerateSettings) -> Callable[[str, int], str]:
     """What draws the wildcards of a prompt by an image's seed.
 
     Raises:
         ConfigError: If they cannot be drawn.
     """
     if not args.wildcards:
-        if args.wildcard_dir is not None:
-            warnings.warn("wildcard_dir has no effect because wildcards is off", stacklevel=2)
         return lambda prompt, seed: prompt
     from dora_diffusion.data.captions import CaptionRules
     from dora_diffusion.data.wildcards import Wildcards
@@ -211,7 +198,7 @@ def _drawn(args: argparse.Namespace) -> Callable[[str, int], str]:
     return CaptionRules(wildcards=Wildcards(args.wildcard_dir)).draw_prompt
 
 
-def _rows(args: argparse.Namespace) -> list[_Row]:
+def _rows(args: GenerateSettings) -> list[_Row]:
     """The images that are asked for, each with its file.
 
     One image gets the name that was asked for, several their seed behind it, those of an adapters
@@ -240,7 +227,7 @@ def _rows(args: argparse.Namespace) -> list[_Row]:
         strength = entry.get("strength", 1.0 if args.adapters_file else args.strength)
         require_strength(f"strength of {place}" if args.adapters_file else "strength", strength)
         path = output.with_stem(output.stem + suffix)
-        rows.append(_Row(drawn(prompt, seed), seed, adapter, strength, path))
+        rows.append(_Row(drawn(str(prompt), seed), seed, adapter, strength, path))
     existing = next((row.path for row in rows if row.path.exists()), None)
     if existing and not args.overwrite:
         raise ConfigError(
@@ -251,13 +238,13 @@ def _rows(args: argparse.Namespace) -> list[_Row]:
     return rows
 
 
-def _entries(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _entries(args: GenerateSettings) -> list[dict[str, Any]]:
     """The entries of the adapters file.
 
     Raises:
         ConfigError: If they are not what the flag's help says.
     """
-    name = args.adapters_file
+    name = args.adapters_file or ""
     require(args.adapter is None, "adapter and adapters_file are both given; leave out --adapter")
     require(
         args.num_images == 1,

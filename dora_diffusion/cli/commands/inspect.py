@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dora_diffusion.cli.commands.options import add_base, base_options, warn_of
 from dora_diffusion.cli.console.tables import print_json, print_rows
+from dora_diffusion.cli.settings import AnyBase
 from dora_diffusion.config.families import FAMILIES, USUAL
+from dora_diffusion.config.fields import REQUIRED, flag
 from dora_diffusion.config.wording import counted, pixels
 from dora_diffusion.formats.adapter.metadata import READING, reading_in_words, stated_reading
 
@@ -25,26 +26,37 @@ _SHOWN = (
 _UNKNOWN = "unknown; convert with --family"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's flags."""
-    parser.add_argument("file", help="An adapter, or a whole model: a file or folder.")
-    add_base(parser, required=False)
-    parser.add_argument("--json", action="store_true", help="Print JSON.")
+@dataclass(frozen=True, kw_only=True)
+class InspectSettings(AnyBase):
+    """What ``inspect`` takes."""
+
+    file: str = flag(REQUIRED, "An adapter, or a whole model: a file or folder.", positional=True)
+    json: bool = flag(False, "Print JSON.")
+
+    def without_effect(self) -> dict[str, str]:
+        """Of a model, all that is said of its base."""
+        from dora_diffusion.export.programs import is_model
+
+        if not is_model(self.file):
+            return super().without_effect()
+        names = [name for name in ("base", "variant", "revision") if getattr(self, name)]
+        return dict.fromkeys(names, f"{self.file} is a model; verify compares it with its base")
 
 
-def run(args: argparse.Namespace) -> int:
+SETTINGS = InspectSettings
+
+
+def run(args: InspectSettings) -> int:
     """Say what an adapter file or a model is."""
     from dora_diffusion.export import inspect_adapter, inspect_model
     from dora_diffusion.export.programs import is_model
 
     report: AdapterReport | ModelReport
     if is_model(args.file):
-        names = [name for name in ("base", "variant", "revision") if getattr(args, name)]
-        warn_of(dict.fromkeys(names, f"{args.file} is a model; verify compares it with its base"))
         report = inspect_model(args.file)
         facts = _facts_of_model(report)
     else:
-        report = inspect_adapter(args.file, args.base, **base_options(args))
+        report = inspect_adapter(args.file, args.base, **args.base_options)
         facts = _facts(report)
     if args.json:
         print_json(report.to_dict())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from dora_diffusion.config import Setting
 from dora_diffusion.config.wording import closest, counted
 
 _SWITCH = {"true": True, "yes": True, "on": True, "1": True}
@@ -19,6 +21,8 @@ _OTHER_NAMES = {
     "sampler": "scheduler", "format": "to", "negative": "negative_prompt", "weight": "strength",
 }  # fmt: skip
 _TYPES = {"int": "a whole number", "float": "a number"}
+_METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+CONFIG_HELP = "YAML file of settings; flags given here take precedence over it."
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -33,6 +37,13 @@ class HelpFormatter(argparse.HelpFormatter):
             action.default if isinstance(action.default, bool | str | None) else "?", "%(default)s"
         )
         return f"{text} Default: {'none' if action.default == [] else default}."
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return (
+            ""
+            if isinstance(action, SwitchAction)
+            else super()._format_args(action, default_metavar)
+        )
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, SwitchAction):
@@ -86,6 +97,7 @@ class Parser(argparse.ArgumentParser):
         meant_by: The flag that an unknown one stands for, or None; both without dashes.
         first: The flags that ``--help`` shows, by destination, where ``--help-all`` has them all;
             None: it shows all.
+        has_file: Whether what is required may be in the file of ``--config`` instead.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -94,6 +106,13 @@ class Parser(argparse.ArgumentParser):
         self.refusal: Callable[[str], str | None] = lambda name: None
         self.meant_by: Callable[[str], str | None] = self._near_flag
         self.first: Container[str] | None = None
+        self.has_file = False
+
+    def add_settings(self, settings: Iterable[Setting]) -> None:
+        """Add ``--config``, and a flag for each setting of a command."""
+        self.has_file = True
+        self.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
+        add_flags(self, settings)
 
     def split_help(self, first: Container[str]) -> None:
         """Have ``--help`` show some flags alone, and ``--help-all`` all of them."""
@@ -122,11 +141,28 @@ class Parser(argparse.ArgumentParser):
         commands = next((i for i, word in enumerate(words) if not word.startswith("-")), None)
         # Behind its command, a flag is the command's.
         self._refuse_unknown_flags(words if self._subparsers is None else words[:commands])
-        known, left = super().parse_known_args(words, namespace)
+        if self.has_file and any(word.partition("=")[0] == "--config" for word in words):
+            for action in self._actions:
+                action.required = False
+                if not action.option_strings:
+                    action.nargs = "*" if action.nargs == "+" else "?"
+        known, left = super().parse_known_args(self._closed(words), namespace)
         if left:
             what = counted(len(left), "word")
             self.error(f"{what} too many: {' '.join(left)}; put a value that has spaces in quotes")
         return known, left
+
+    def _closed(self, words: Sequence[str]) -> list[str]:
+        """The words so that no switch takes one that belongs to the command for its value."""
+        if all(action.option_strings for action in self._actions):
+            return list(words)
+        closed = []
+        for word, after in zip(words, [*words, ""][1:], strict=True):
+            is_switch = isinstance(self._option_string_actions.get(word), SwitchAction)
+            if is_switch and after.lower() not in _SWITCH:
+                word = f"--{word[5:]}=false" if word.startswith("--no-") else f"{word}=true"
+            closed.append(word)
+        return closed
 
     def _refuse_unknown_flags(self, words: Sequence[str]) -> None:
         flags = [name for name in self._option_string_actions if name.startswith("--")]
@@ -196,3 +232,46 @@ class Parser(argparse.ArgumentParser):
         if required == "COMMAND":
             return f"name a command: {', '.join(self._commands())}"
         return f"{required} must be given" if required else message
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
+    """Add a flag for each setting, under the heading of its group."""
+    groups: dict[str, Any] = {"": parser}
+    for setting in settings:
+        if setting.group not in groups:
+            groups[setting.group] = parser.add_argument_group(setting.group)
+        _add_flag(groups[setting.group], setting)
+
+
+def _add_flag(group: Any, setting: Setting) -> None:
+    """Add a setting to a parser or a group of it.
+
+    One that is not given leaves no trace, so that it does not override a file.
+    """
+    text = setting.help
+    if not (setting.positional or setting.is_required or "Default:" in text):
+        text += f" Default: {setting.default_text}."
+    common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    if setting.positional:
+        if setting.is_list or not setting.is_required:
+            common["nargs"] = "+" if setting.is_list else "?"
+        group.add_argument(setting.name, metavar=setting.metavar or None, **common)
+        return
+    common |= {"required": setting.is_required, "dest": setting.name}
+    names = setting.flags or (setting.flag,)
+    if setting.kind is bool:
+        group.add_argument(*names, action=SwitchAction, **common)
+        return
+    if setting.is_list and setting.kind is not dict:  # of which there is a file
+        common["nargs"] = "+"
+    if setting.repeated:
+        common["action"] = "extend"
+    if setting.choices:
+        # Diffusers' scripts write AdamW, and report_to may be none.
+        either = (*setting.choices, None) if setting.default is None else setting.choices
+        shown = "{" + ",".join(setting.choices) + "}"
+        common |= {"type": setting.cast, "choices": either, "metavar": shown}
+    else:
+        shown = setting.metavar or ("PATH" if setting.is_path else _METAVARS[setting.kind])
+        common |= {"type": str if setting.kind is dict else setting.kind, "metavar": shown}
+    group.add_argument(*names, **common)

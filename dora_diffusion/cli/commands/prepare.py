@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.console.progress import progress
 from dora_diffusion.cli.console.tables import print_json
+from dora_diffusion.cli.settings import PrepareSettings
 from dora_diffusion.config import ConfigError
 from dora_diffusion.formats.files.atomic import atomic_file, require_writable
 
@@ -19,51 +19,10 @@ if TYPE_CHECKING:
     from dora_diffusion.data.curate.captions import CaptionEdit
     from dora_diffusion.data.curate.run import Preparation
 
-_TEXTS = {
-    "output": "Folder of the photos with captions and masks, to train on; of several subjects a "
-    "sub-folder each. Default: none, photos are only checked.",
-    "similarity_model": "Image-similarity model that finds more duplicates: efficientnet-lite0, "
-    "CLIP or DINO.",
-    "caption_model": "Write missing captions: image-to-text model or WD tagger, folder or hub id.",
-    "caption": "Caption of every photo, instead of its own.",
-    "find": "Text to replace in every caption, letter by letter.",
-    "replace": "Replacement of the text found. Default: nothing.",
-    "caption_prefix": "Text in front of every caption that does not begin with it.",
-    "caption_prompt": "Question to a chat model. Default: to describe the image in one sentence.",
-    "masks": "Make missing masks: rembg, rembg:MODEL, or a segmentation model (folder or hub id).",
-    "mask_label": "The subject's label of a segmentation model. Default: --class_word.",
-}
-_SWITCHES = {
-    "in_place": "Write missing captions and masks next to the photos, change captions there, and "
-    "no output folder.",
-    "only_copies": "Leave the photos themselves out of the output.",
-    "json": "Print JSON instead of a table.",
-}
-# A flag, and the one without which it does nothing.
-_NEEDS = {"replace": "find", "caption_prompt": "caption_model", "mask_label": "masks"}
-_NEEDS |= {"seed": "background", "only_copies": "background"}
+SETTINGS = PrepareSettings
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's flags; a model is a folder or a hub id."""
-    add = parser.add_argument
-    add("photos", nargs="+", help="Folder of photos; several folders are several subjects.")
-    for name, text in _TEXTS.items():
-        add(f"--{name}", help=text)
-    add("--token", default="", help="Trigger word, put into new captions.")
-    add("--class_word", default="", help="Class of the subject, before which the token is put.")
-    text = "random: add a copy of each photo on a plain random colour, which its caption names, so "
-    text += "that backgrounds are not learned with the subject."
-    add("--background", choices=("random",), help=text)
-    add("--seed", type=int, default=0, help="Random seed of the colours.")
-    add("--resolution", type=int, default=512, help="Training resolution, a multiple of 64.")
-    text = "Folder of contact sheets, NAME-sheet.jpg, which are replaced. Default: the current."
-    add("--sheets", default=".", help=text)
-    for name, text in _SWITCHES.items():
-        add(f"--{name}", action="store_true", help=text)
-
-
-def run(args: argparse.Namespace) -> int:
+def run(args: PrepareSettings) -> int:
     """Look at the photos, write what is asked for, and print a table or JSON."""
     _check(args)
     from dora_diffusion.data.curate.models import INSTRUCTION, open_captioner, open_masker
@@ -96,19 +55,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse what does not go together, and say what has no effect."""
+def _check(args: PrepareSettings) -> None:
+    """Refuse what does not go together."""
     makes = args.caption_model or args.masks or args.background or _edit(args)
     if args.caption is not None and args.caption_model:
         raise ConfigError("caption and caption_model both write captions; give one of them")
     if (makes and not args.output and not args.in_place) or (args.output and args.in_place):
         raise ConfigError("captions, masks and copies need either --output FOLDER or --in_place")
-    for name, needed in _NEEDS.items():
-        if getattr(args, name) and not getattr(args, needed):
-            warnings.warn(f"{name} has no effect without {needed}", stacklevel=2)
 
 
-def _edit(args: argparse.Namespace) -> CaptionEdit:
+def _edit(args: PrepareSettings) -> CaptionEdit:
     """How captions are changed; a replacement of nothing is warned of."""
     from dora_diffusion.data.curate.captions import CaptionEdit
 
@@ -116,7 +72,7 @@ def _edit(args: argparse.Namespace) -> CaptionEdit:
     return CaptionEdit(args.caption, find, (args.replace or "") if find else "", prefix)
 
 
-def _plan(args: argparse.Namespace, name: str, paths: Sequence[Path]) -> Preparation:
+def _plan(args: PrepareSettings, name: str, paths: Sequence[Path]) -> Preparation:
     """What is made of a subject, once nothing stands against it; without its models."""
     from dora_diffusion.data.curate.run import Preparation
 

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 from dora_diffusion.cli.console.progress import tell
+from dora_diffusion.cli.settings import PushSettings
+
+SETTINGS = PushSettings
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's flags."""
-    parser.add_argument("folder", type=Path, help="The output folder of a run.")
-    parser.add_argument("repository", help="NAME/MODEL on the hub; made where there is none.")
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        help="An adapter file of another checkpoint, with a card of its own. Default: the run's.",
-    )
-    parser.add_argument("--public", action="store_true", help="Let everybody see it.")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(args: PushSettings) -> int:
     """Publish a run's output folder on the hub."""
     from dora_diffusion.export.hub import push
     from dora_diffusion.studio.jobs.checkpoints import card_of

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dora_diffusion.cli.commands.options import add_base, add_overwrite, base_options
 from dora_diffusion.cli.console.progress import progress, tell
+from dora_diffusion.cli.settings import RankSettings
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
 from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.formats.files.runs import (
@@ -33,28 +32,10 @@ if TYPE_CHECKING:
     from dora_diffusion.training.inputs.subject import Subject
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's flags."""
-    parser.add_argument("run", type=Path, help="The output folder of a run.")
-    add_base(parser, required=False)
-    parser.add_argument(
-        "--checkpoints",
-        nargs="+",
-        metavar="NAME",
-        help=f"Checkpoints to rank, such as checkpoint-100, or {RESULT_NAME}. Default: up to "
-        "eight, spread over the "
-        "run, and its result.",
-    )
-    parser.add_argument(
-        "--subject",
-        help="Folder of photos to be similar to; or, for an embedded model, a subject of the toy "
-        "world such as bolt_mug. Default: the run's held-out photos, else those it trained on.",
-    )
-    parser.add_argument("--output", type=Path, default="ranking", help="Folder of the results.")
-    add_overwrite(parser)
+SETTINGS = RankSettings
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: RankSettings) -> int:
     """Ask the base and every checkpoint for the same images, measure them, and suggest one."""
     if (args.output / COMPARISON).exists() and not args.overwrite:
         raise ConfigError(
@@ -64,17 +45,17 @@ def run(args: argparse.Namespace) -> int:
     config = TrainConfig.from_dict(read_config_file(args.run / "config.yaml"))
     adapters = _adapters(args.run, args.checkpoints)
     if args.base is None:
-        args.base = config.pretrained_model_name_or_path
-        args.variant = args.variant or config.variant
-        args.revision = args.revision or config.revision
-    questions = _questions(config, args)
+        base, variant = config.pretrained_model_name_or_path, args.variant or config.variant
+        args = replace(args, base=base, variant=variant, revision=args.revision or config.revision)
+    base = str(args.base)
+    questions = _questions(config, args, base)
     tell(phase="loading the model")
     from dora_diffusion.evaluation.ranking import rank
     from dora_diffusion.studio.jobs.image_generator import load_model
 
-    chosen: dict[str, Any] = {**base_options(args)}
-    files = replace(ModelFiles.of(config.to_dict()), **chosen)
-    components = load_model(args.base, None, files)
+    files = ModelFiles.of(config.to_dict())
+    files = replace(files, variant=args.variant, revision=args.revision)
+    components = load_model(base, None, files)
     components = components.reading(config.clip_skip, config.max_token_length)
     with progress("generating images", "image") as show:
         measured, notes = rank(components, adapters, questions, args.output, show, BASE_NAME)
@@ -93,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _adapters(run: Path, names: Sequence[str] | None) -> dict[str, Path]:
+def _adapters(run: Path, names: Sequence[str]) -> dict[str, Path]:
     """Adapter files by the names of their checkpoints.
 
     Raises:
@@ -119,7 +100,7 @@ def _steps(name: str, adapter: Path) -> int:
     return int(report_on(adapter).metadata.extra.get("training_steps", 1))
 
 
-def _questions(config: TrainConfig, args: argparse.Namespace) -> EvaluationPrompts:
+def _questions(config: TrainConfig, args: RankSettings, base: str) -> EvaluationPrompts:
     """What to ask about a run's subjects, sampled as the run's own samples are.
 
     The truth of a subject of the toy world is known; others have photos.
@@ -144,10 +125,8 @@ def _questions(config: TrainConfig, args: argparse.Namespace) -> EvaluationPromp
             "leave it out to rank by the photos of each"
         )
     if args.subject in TOY:
-        if not is_embedded(args.base):
-            raise ConfigError(
-                f"{args.subject} is of the toy world, which {args.base} does not know"
-            )
+        if not is_embedded(base):
+            raise ConfigError(f"{args.subject} is of the toy world, which {base} does not know")
         return ask_toy(args.subject, subjects[0].trigger, settings)
     asked, known = _known_photos(subjects, args.subject)
     return ask_photos(asked, settings, known)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
+from dora_diffusion.config.command import CommandSettings
+from dora_diffusion.config.fields import flag
 from dora_diffusion.models.embedded import samples_folder
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's flags."""
-    parser.add_argument(
-        "folder", nargs="?", default="samples", help="Folder to copy to. Default: %(default)s."
-    )
+@dataclass(frozen=True, kw_only=True)
+class SamplesSettings(CommandSettings):
+    """What ``samples`` takes."""
+
+    folder: Path = flag(Path("samples"), "Folder to copy to. Default: samples.", positional=True)
 
 
-def run(args: argparse.Namespace) -> int:
+SETTINGS = SamplesSettings
+
+
+def run(args: SamplesSettings) -> int:
     """Copy the sample subjects, and say how to train on them."""
-    folder = copy_samples(Path(args.folder))
+    folder = copy_samples(args.folder)
     for config in sorted(folder.glob("*/config.yaml")):
         print(f"dora-diffusion train --config {config}")
     return 0

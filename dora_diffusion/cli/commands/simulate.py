@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.cli.commands.options import add_overwrite, warn_of
 from dora_diffusion.cli.console.tables import print_json
+from dora_diffusion.cli.settings import Overwrite
 from dora_diffusion.config import ConfigError
-from dora_diffusion.config.fields import require, require_positive
+from dora_diffusion.config.fields import flag, require
 from dora_diffusion.formats.files.atomic import require_writable, save_text
 
 if TYPE_CHECKING:
@@ -22,120 +22,161 @@ SUBJECTS, SUBJECTS_AT_A_RATE = 1000, 10_000
 _FILE = "that of --records, else 0"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's flags."""
-    _add_demand(parser)
-    _add_workers(parser)
-    parser.add_argument("--price", type=float, help="Price of a GPU-hour, in any currency.")
-    parser.add_argument(
-        "--gpus_per_worker", type=float, default=1.0, help="GPUs of a worker, such as 0.25."
-    )
-    parser.add_argument("--seed", type=int, default=0, help="Random seed of all draws.")
-    parser.add_argument("--output", type=Path, default="simulation", help="Folder of the results.")
-    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
-    add_overwrite(parser)
+def _when(reason: str, holds: Callable[[SimulateSettings], Any]) -> Any:
+    """What a setting needs, and what is said where it does not hold."""
+
+    def need(config: Any) -> str | None:
+        return None if holds(config) else reason
+
+    return (need,)
 
 
-def _add_demand(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("Subjects")
-    group.add_argument(
-        "--rate",
-        type=float,
-        help="Arrivals per hour, at random (a Poisson process). Default: all subjects at once.",
+_PACK = _when("no --pack is given", lambda plan: plan.pack != 1)
+_FAILURES = _when(
+    "no --failures are given",
+    lambda plan: plan.failures or (plan.records is not None and plan.failures is None),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateSettings(Overwrite):
+    """What ``simulate`` takes."""
+
+    rate: float | None = flag(
+        None,
+        "Arrivals per hour, at random (a Poisson process). Default: all subjects at once.",
+        group="Subjects",
+        above=0,
     )
-    group.add_argument(
-        "--arrivals",
-        type=Path,
+    arrivals: Path | None = flag(
+        None,
+        "Arrivals instead: one time a line, in seconds or as an ISO 8601 date.",
+        group="Subjects",
         metavar="FILE",
-        help="Arrivals instead: one time a line, in seconds or as an ISO 8601 date.",
     )
-    group.add_argument(
-        "--subjects",
-        type=int,
-        help=f"Number of arrivals. Default: {SUBJECTS:,}; with --rate {SUBJECTS_AT_A_RATE:,}.",
+    subjects: int | None = flag(
+        None,
+        f"Number of arrivals. Default: {SUBJECTS:,}; with --rate {SUBJECTS_AT_A_RATE:,}.",
+        group="Subjects",
+        above=0,
+        needs=_when("all arrivals of the file are simulated", lambda plan: plan.arrivals is None),
     )
-    group.add_argument(
-        "--records",
-        type=Path,
+    records: Path | None = flag(
+        None,
+        "Costs that a fleet has measured: its file fleet.jsonl. Training times are drawn from it; "
+        "starts and failures are its own, unless given.",
+        group="Subjects",
         metavar="FILE",
-        help="Costs that a fleet has measured: its file fleet.jsonl. Training times are drawn from "
-        "it; starts and failures are its own, unless given.",
     )
-    group.add_argument(
-        "--seconds", type=float, help="Mean training time of a subject alone, without its start."
+    seconds: float | None = flag(
+        None, "Mean training time of a subject alone, without its start.", group="Subjects"
     )
-    group.add_argument(
-        "--variation",
-        type=float,
-        default=0.0,
-        help="Standard deviation of training times, in means: 0 all the same, 1 exponential.",
+    variation: float = flag(
+        0.0,
+        "Standard deviation of training times, in means: 0 all the same, 1 exponential.",
+        group="Subjects",
+        needs=_when("training times are those of --records", lambda plan: plan.records is None),
     )
-
-
-def _add_workers(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("Workers")
-    group.add_argument(
-        "--workers",
-        type=int,
-        nargs="+",
-        default=[1],
-        help="Number of workers; several are compared.",
+    workers: list[int] = flag(
+        [1], "Number of workers; several are compared.", group="Workers", least=1
     )
-    seconds = {
-        "cold_start": f"Seconds to the first step in a new process. Default: {_FILE}.",
-        "warm_start": f"Seconds to the first step where the base is in memory. Default: {_FILE}.",
-        "keep_warm": "Idle time after which a worker is given back. Default: never.",
-    }
-    for name, text in seconds.items():
-        group.add_argument(f"--{name}", type=float, metavar="SECONDS", help=text)
-    group.add_argument("--pack", type=int, default=1, help="Most subjects trained at once.")
-    group.add_argument(
-        "--pack_throughput",
-        type=_size_and_factor,
-        nargs="+",
-        default=[],
+    cold_start: float | None = flag(
+        None,
+        f"Seconds to the first step in a new process. Default: {_FILE}.",
+        group="Workers",
+        metavar="SECONDS",
+    )
+    warm_start: float | None = flag(
+        None,
+        f"Seconds to the first step where the base is in memory. Default: {_FILE}.",
+        group="Workers",
+        metavar="SECONDS",
+    )
+    keep_warm: float | None = flag(
+        None,
+        "Idle time after which a worker is given back. Default: never.",
+        group="Workers",
+        metavar="SECONDS",
+    )
+    pack: int = flag(1, "Most subjects trained at once.", group="Workers", least=1)
+    pack_throughput: list[str] = flag(
+        [],
+        "Subject-steps per second of packs, relative to one subject, such as 4:2.2 8:3.2.",
+        group="Workers",
         metavar="SIZE:FACTOR",
-        help="Subject-steps per second of packs, relative to one subject, such as 4:2.2 8:3.2.",
+        needs=_PACK,
     )
-    group.add_argument(
-        "--failures",
-        type=float,
-        help="Failures of a worker per hour, without notice; training resumes from the last "
-        "checkpoint. "
+    failures: float | None = flag(
+        None,
+        "Failures of a worker per hour, without notice; training resumes from the last checkpoint. "
         f"Default: {_FILE}.",
+        group="Workers",
     )
-    group.add_argument(
-        "--preemptions",
-        type=float,
-        default=0.0,
-        help="Preemptions of a worker per hour, with notice: a checkpoint is saved.",
+    preemptions: float = flag(
+        0.0,
+        "Preemptions of a worker per hour, with notice: a checkpoint is saved.",
+        group="Workers",
     )
-    waits = {
-        "window": "How long a subject waits for its pack to fill.",
-        "checkpoint_seconds": "Training time between checkpoints; 0: a failure loses all.",
-        "recovery": "Seconds from a failure to the new process.",
-        "preempted_for": "Seconds from a preemption to the next worker.",
-    }
-    for name, text in waits.items():
-        group.add_argument(f"--{name}", type=float, default=0.0, metavar="SECONDS", help=text)
+    window: float = flag(
+        0.0,
+        "How long a subject waits for its pack to fill.",
+        group="Workers",
+        metavar="SECONDS",
+        needs=_PACK,
+    )
+    checkpoint_seconds: float = flag(
+        0.0,
+        "Training time between checkpoints; 0: a failure loses all.",
+        group="Workers",
+        metavar="SECONDS",
+        needs=_FAILURES,
+    )
+    recovery: float = flag(
+        0.0,
+        "Seconds from a failure to the new process.",
+        group="Workers",
+        metavar="SECONDS",
+        needs=_FAILURES,
+    )
+    preempted_for: float = flag(
+        0.0,
+        "Seconds from a preemption to the next worker.",
+        group="Workers",
+        metavar="SECONDS",
+        needs=_when("no --preemptions are given", lambda plan: plan.preemptions),
+    )
+    price: float | None = flag(None, "Price of a GPU-hour, in any currency.", above=0)
+    gpus_per_worker: float = flag(1.0, "GPUs of a worker, such as 0.25.", above=0)
+    seed: int = flag(0, "Random seed of all draws.")
+    output: Path = flag(Path("simulation"), "Folder of the results.")
+    json: bool = flag(False, "Print JSON instead of a table.")
+
+    @property
+    def throughputs(self) -> dict[int, float]:
+        """Factors of packs by their size.
+
+        Raises:
+            ConfigError: If one is no size and factor.
+        """
+        try:
+            pairs = [text.split(":") for text in self.pack_throughput]
+            return {int(size): float(factor) for size, factor in pairs}
+        except ValueError:
+            words = " ".join(self.pack_throughput)
+            raise ConfigError(
+                f"pack_throughput {words!r} is not SIZE:FACTOR, such as 4:2.2", "pack_throughput"
+            ) from None
 
 
-def _size_and_factor(text: str) -> tuple[int, float]:
-    size, _, factor = text.partition(":")
-    try:
-        return int(size), float(factor)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not SIZE:FACTOR, such as 4:2.2") from None
+SETTINGS = SimulateSettings
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: SimulateSettings) -> int:
     """Simulate the queue for each number of workers; print a table, write JSON and a plot."""
     if (args.output / RESULTS).exists() and not args.overwrite:
         raise ConfigError(
             f"{args.output} holds a simulation already; choose another --output, or --overwrite"
         )
-    require_positive("price", args.price)
-    require_positive("gpus_per_worker", args.gpus_per_worker)
     plan, demand = _read(args)
     require_writable(args.output, is_folder=True)
     from dora_diffusion.lab.simulation import report
@@ -159,32 +200,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(args: argparse.Namespace) -> tuple[QueuePlan, Demand]:
+def _read(args: SimulateSettings) -> tuple[QueuePlan, Demand]:
     """The plan, whose workers vary, and what arrives.
 
     Raises:
         ConfigError: If something is missing, or cannot be.
-
-    Warns:
-        UserWarning: Of flags without effect.
     """
     from dora_diffusion.lab.simulation.costs import TrainingTimes, read_arrivals, read_costs
     from dora_diffusion.lab.simulation.plan import QueuePlan, check_failures
     from dora_diffusion.lab.simulation.report import Demand
 
-    _warn(args)
     require(args.rate is None or args.arrivals is None, "give --rate or --arrivals, not both")
-    require_positive("rate", args.rate)
-    require_positive("subjects", args.subjects)
     require(
         (args.records is None) != (args.seconds is None),
         "say what a subject costs: --records FILE of a fleet, or --seconds of its training",
     )
-    names = {field.name for field in fields(QueuePlan)} & vars(args).keys()
+    names = {field.name for field in fields(QueuePlan)}
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    given |= {"workers": min(args.workers), "pack_throughput": dict(args.pack_throughput)}
+    given |= {"workers": min(args.workers), "pack_throughput": args.throughputs}
     if args.records is None:
-        times = TrainingTimes(args.seconds, args.variation)
+        times = TrainingTimes(args.seconds or 0.0, args.variation)
     else:
         costs = read_costs(args.records)
         times = costs.times
@@ -198,25 +233,3 @@ def _read(args: argparse.Namespace) -> tuple[QueuePlan, Demand]:
 
 
 _MEASURED = ("cold_start", "warm_start", "failures")
-
-
-def _warn(args: argparse.Namespace) -> None:
-    """Say which flags do nothing."""
-    reasons = {}
-    if args.arrivals is not None and args.subjects is not None:
-        reasons["subjects"] = "all arrivals of the file are simulated"
-    if args.records is not None and args.variation:
-        reasons["variation"] = "training times are those of --records"
-    if args.pack == 1:
-        reasons |= {
-            name: "no --pack is given" for name in ("window", "pack_throughput")
-            if getattr(args, name)
-        }  # fmt: skip
-    if not args.failures and (args.records is None or args.failures is not None):
-        reasons |= {
-            name: "no --failures are given" for name in ("checkpoint_seconds", "recovery")
-            if getattr(args, name)
-        }  # fmt: skip
-    if not args.preemptions and args.preempted_for:
-        reasons["preempted_for"] = "no --preemptions are given"
-    warn_of(reasons)

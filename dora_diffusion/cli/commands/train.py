@@ -7,12 +7,11 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.cli.commands.parser import Parser, SwitchAction
+from dora_diffusion.cli.commands.parser import CONFIG_HELP, Parser, add_flags
 from dora_diffusion.cli.console.training import PackProgress, TrainProgress, next_steps, what_trains
 from dora_diffusion.config import (
     PRESETS,
     ConfigError,
-    Setting,
     TrainConfig,
     read_config_file,
     read_config_lines,
@@ -36,7 +35,6 @@ FIRST = (
     "max_train_steps", "train_batch_size", "learning_rate", "gradient_checkpointing",
     "validation_prompt", "output_dir", "resume_from_checkpoint",
 )  # fmt: skip
-_METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 def add_arguments(parser: Parser) -> None:
@@ -60,9 +58,7 @@ def add_arguments(parser: Parser) -> None:
 def add_settings(parser: Parser) -> None:
     """Add ``--config``, one flag per setting, and what else Diffusers' scripts accept."""
     parser.refusal, parser.meant_by = refusal, meant_by
-    parser.add_argument(
-        "--config", help="YAML file of settings; flags given here take precedence over it."
-    )
+    parser.add_argument("--config", help=CONFIG_HELP)
     parser.add_argument(
         "--preset",
         choices=PRESETS,
@@ -75,11 +71,7 @@ def add_settings(parser: Parser) -> None:
         help="List what would be trained on, image by image with its caption, and end before the "
         "model is loaded.",
     )
-    groups: dict[str, Any] = {}
-    for setting in settings():
-        if setting.group not in groups:
-            groups[setting.group] = parser.add_argument_group(setting.group)
-        _add_flag(groups[setting.group], setting)
+    add_flags(parser, settings())
     hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     for name, answer in DIFFUSERS_FLAGS.items():
         if answer.status == "renamed":
@@ -100,26 +92,6 @@ class _Renamed(argparse.Action):
 
 def _warn_renamed(name: str) -> None:
     warnings.warn(f"{name} is called {RENAMED[name]} now", stacklevel=1)
-
-
-def _add_flag(group: Any, setting: Setting) -> None:
-    # A flag that is not given leaves no trace, so that it does not override the file.
-    text = f"{setting.help} Default: {setting.default_text}.".replace("%", "%%")
-    common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
-    if setting.kind is bool:
-        group.add_argument(f"--{setting.name}", action=SwitchAction, **common)
-        return
-    if setting.is_list and setting.kind is not dict:  # of which there is a file
-        common["nargs"] = "+"
-    if setting.choices:
-        # Diffusers' scripts write AdamW, and report_to may be none.
-        either = (*setting.choices, None) if setting.default is None else setting.choices
-        shown = "{" + ",".join(setting.choices) + "}"
-        common |= {"type": setting.cast, "choices": either, "metavar": shown}
-    else:
-        shown = "PATH" if setting.is_path else _METAVARS[setting.kind]
-        common |= {"type": str if setting.kind is dict else setting.kind, "metavar": shown}
-    group.add_argument(f"--{setting.name}", **common)
 
 
 def run(args: argparse.Namespace) -> int:

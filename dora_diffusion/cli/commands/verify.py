@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 
-from dora_diffusion.cli.commands.options import adapter_and_strength, add_merge, merge_options
 from dora_diffusion.cli.console.progress import progress
+from dora_diffusion.cli.settings import Merge, adapter_and_strength
 from dora_diffusion.config import ConfigError
+from dora_diffusion.config.fields import REQUIRED, flag
 
 _SHOWN = 10
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's flags."""
+@dataclass(frozen=True, kw_only=True)
+class VerifySettings(Merge):
+    """What ``verify`` takes."""
+
     # Behind --adapter it would be taken for one more adapter: `run` tells them apart.
-    parser.add_argument(
-        "merged", nargs="?", help="The merged model: a folder or a .safetensors file."
+    merged: str | None = flag(
+        None, "The merged model: a folder or a .safetensors file.", positional=True
     )
-    add_merge(parser)
+    adapter: list[str] = flag(
+        REQUIRED,
+        "Adapter files or output folders; FILE:0.5 gives one its own strength. May be repeated.",
+        repeated=True,
+    )
 
 
-def run(args: argparse.Namespace) -> int:
+SETTINGS = VerifySettings
+
+
+def run(args: VerifySettings) -> int:
     """Recompute a merged model; 1 if it is not what base and adapters give."""
     from dora_diffusion.export import verify_checkpoint
 
@@ -31,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
             args.base,
             [adapter_and_strength(text) for text in adapters],
             on_progress=show,
-            **merge_options(args),
+            **args.merge_options,
         )
     print(f"{'adapted tensors':<28} {'number':>6}  {'largest':>8}  {'rounding':>8}")
     for name, kind in sorted(report.kinds.items()):

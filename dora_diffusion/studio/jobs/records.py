@@ -25,7 +25,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from dora_diffusion.cli.console.tables import shown_command
 from dora_diffusion.models.locate import is_embedded
-from dora_diffusion.studio.jobs.workspace import DamagedFile, Workspace, read_object, write_json
+from dora_diffusion.studio.jobs.workspace import DamagedFile, read_object, write_json
 
 JOB, SETTINGS, WORKER, PROGRESS = "job.json", "settings.yaml", "worker.json", "progress.json"
 STOP, RESULT, LOG, CHOSEN = "STOP", "result.json", "log.txt", "chosen.json"
@@ -90,11 +90,6 @@ def train_arguments(folder: Path, *, resume: bool = False) -> list[str]:
     return [*words, "--overwrite_output_dir"]
 
 
-def flags(**values: str | None) -> list[str]:
-    """Flags by name, but for empty ones."""
-    return [word for name, value in values.items() if value for word in (f"--{name}", value)]
-
-
 @dataclass(frozen=True)
 class JobProgress:
     """What the work is doing: in training, from the step after ``first_step`` on.
@@ -136,7 +131,7 @@ def write_record(folder: Path, record: JobRecord) -> None:
 
 
 def read_record(folder: Path) -> JobRecord:
-    """Read job.json, of this version or the one before.
+    """Read job.json.
 
     Raises:
         DamagedFile: If it is missing, cannot be read, or is of an unknown kind.
@@ -146,37 +141,11 @@ def read_record(folder: Path) -> JobRecord:
     if values is None:
         raise DamagedFile(path, "it is missing")
     if "arguments" not in values:
-        values |= _of_request(folder, values)
+        raise DamagedFile(path, "arguments are missing")
     record = _of(JobRecord, values, path)
     if record.kind not in KINDS:
         raise DamagedFile(path, f"kind is {record.kind[:80]!r}, not {', '.join(KINDS)}")
     return record
-
-
-def _of_request(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a job that the version before wrote, with fields of its own for each kind."""
-    kind, run, output = values.get("kind"), str(values.get("run", "")), values.get("output", "")
-    files = {name: values.get(name) for name in ("vae", "variant", "revision")}
-    of_base = ["--base", values.get("base", ""), *flags(**files)]
-    about, writing = str(folder.parent / run), ["--output", output, "--overwrite"]
-    match kind:
-        case "train":
-            words = train_arguments(folder, resume=bool(values.get("resume")))
-        case "merge":
-            adapter, strength = values.get("adapter", ""), str(values.get("strength", 1.0))
-            words = ["export", *of_base, "--adapter", adapter, "--strength", strength, *writing]
-        case "analyze":
-            words = ["analyze", about, *of_base, *writing]
-        case "compare":
-            output, names = str(Workspace(folder.parent).ranking(run)), values.get("checkpoints")
-            words = ["rank-checkpoints", about, "--output", output, "--overwrite"]
-            words += ["--checkpoints", *(names or [])]
-        case "push":
-            public = [] if values.get("private", True) else ["--public"]
-            words = ["push", about, values.get("repository", ""), *public]
-        case _:
-            words = [str(kind)]
-    return {"arguments": words, "output": output}
 
 
 def write_result(folder: Path, result: JobResult) -> None:

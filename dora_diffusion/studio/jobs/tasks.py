@@ -9,7 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.cli.settings import (
+    AnalyzeSettings,
+    CompareSettings,
+    ConvertSettings,
+    ExportSettings,
+    PrepareSettings,
+    PushSettings,
+    RankSettings,
+)
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.wording import whole_word
 from dora_diffusion.formats.files.atomic import save_text
@@ -22,7 +32,6 @@ from dora_diffusion.studio.jobs.queue import create_job, delete_job, requeue_job
 from dora_diffusion.studio.jobs.records import (
     SETTINGS,
     JobRecord,
-    flags,
     read_record,
     train_arguments,
     write_record,
@@ -128,14 +137,18 @@ def start_look(
         delete_job(workspace, job.id)
     folder = workspace.new_job()
     sheets = workspace.exports / folder.name
-    words = [
-        "prepare", str(subject.folder), "--sheets", str(sheets),
-        "--resolution", str(max(64, resolution // 64 * 64)),
-        *flags(token=subject.token, class_word=subject.class_word, caption_model=caption_model),
-        *(["--in_place"] if caption_model else []),
-    ]  # fmt: skip
+    settings = PrepareSettings(
+        photos=[str(subject.folder)],
+        sheets=str(sheets),
+        resolution=max(64, resolution // 64 * 64),
+        token=subject.token,
+        class_word=subject.class_word,
+        caption_model=caption_model or None,
+        in_place=bool(caption_model),
+    )
     output = str(sheets / f"{subject.folder.name}-sheet.jpg")
     title = f"{'Caption' if caption_model else 'Check'} {subject.title}"
+    words = ["prepare", *settings.to_arguments()]
     return create_job(folder, JobRecord(words, title, output=output))
 
 
@@ -197,12 +210,12 @@ def start_merge(workspace: Workspace, run: Job, strength: float, checkpoint: str
     adapter, files = chosen_adapter(run, checkpoint), ModelFiles.of(run.settings)
     # What is in the file, so that no merge replaces another one.
     name = file_name(run, f"strength-{strength:g}", checkpoint)
-    words = [
-        "export", "--base", run.base, "--adapter", str(adapter),
-        *([] if strength == 1 else [f"--strength={strength:g}"]),
-        *flags(vae=files.vae, variant=files.variant, revision=files.revision),
-    ]  # fmt: skip
-    return _start_about(workspace, run, "Merge", words, f"{name}-merged.safetensors")
+    output = str(workspace.exports / run.id / f"{name}-merged.safetensors")
+    settings = ExportSettings(
+        **_of_base(run.base, files), adapter=[str(adapter)], strength=strength, vae=files.vae,
+        output=output, overwrite=True,
+    )  # fmt: skip
+    return _start_about(workspace, run, "Merge", "export", settings, output)
 
 
 def start_analysis(workspace: Workspace, run: Job) -> str:
@@ -213,11 +226,12 @@ def start_analysis(workspace: Workspace, run: Job) -> str:
     """
     chosen_adapter(run)
     files = ModelFiles.of(run.settings)
-    words = [
-        "analyze", str(run.folder), f"--title={run.title}", "--base", run.base,
-        *flags(variant=files.variant, revision=files.revision),
-    ]  # fmt: skip
-    return _start_about(workspace, run, "Analyze", words, file_name(run, "analysis"))
+    output = str(workspace.exports / run.id / file_name(run, "analysis"))
+    settings = AnalyzeSettings(
+        **_of_base(run.base, files), source=[str(run.folder)], title=[run.title], output=output,
+        overwrite=True,
+    )  # fmt: skip
+    return _start_about(workspace, run, "Analyze", "analyze", settings, output)
 
 
 def start_ranking(workspace: Workspace, run: Job) -> str:
@@ -231,12 +245,12 @@ def start_ranking(workspace: Workspace, run: Job) -> str:
     # The truth of a sample subject is known; others have photos.
     sample = run.record.sample if is_embedded(run.base) else ""
     files = ModelFiles.of(run.settings)
-    words = [
-        "rank-checkpoints", str(run.folder), "--base", run.base,
-        *flags(variant=files.variant, revision=files.revision, subject=sample),
-        "--checkpoints", *run.candidates,
-    ]  # fmt: skip
-    return _start_about(workspace, run, "Rank", words, workspace.ranking(run.id).name)
+    output = workspace.ranking(run.id)
+    settings = RankSettings(
+        **_of_base(run.base, files), run=run.folder, subject=sample or None,
+        checkpoints=list(run.candidates), output=output, overwrite=True,
+    )  # fmt: skip
+    return _start_about(workspace, run, "Rank", "rank-checkpoints", settings, str(output))
 
 
 def start_push(workspace: Workspace, run: Job, repository: object, private: bool) -> str:
@@ -251,8 +265,10 @@ def start_push(workspace: Workspace, run: Job, repository: object, private: bool
     name = clean_text(repository, 200, "repository")
     adapter = chosen_adapter(run)
     check(name)
-    words = ["push", str(run.folder), name, "--adapter", str(adapter)]
-    words += [] if private else ["--public"]
+    settings = PushSettings(
+        folder=run.folder, repository=name, adapter=Path(adapter), public=not private
+    )
+    words = ["push", *settings.to_arguments()]
     record = JobRecord(words, f"Publish {run.title}", run=run.id)
     return create_job(workspace.new_job(), record)
 
@@ -281,17 +297,20 @@ def start_conversion(workspace: Workspace, run: Job, target: str) -> str:
     # PEFT writes a folder per component; the others are one file each.
     name = f"{file_name(run, target)}.{'zip' if target == 'peft' else 'safetensors'}"
     output = str(workspace.exports / run.id / target / name)
-    words = ["convert", adapter, output, "--to", target]
+    settings = ConvertSettings(input=adapter, output=output, to=target)
     files = ModelFiles.of(run.settings)
     base = files.here(run.base) if run.base else None
     if base is None and CONVERSIONS[conversion_of(target, read_adapter(adapter))].for_one_base:
-        words += flags(base=run.base, variant=files.variant, revision=files.revision)
+        settings = dataclasses.replace(settings, **_of_base(run.base or None, files))
+        words = ["convert", *settings.to_arguments()]
         raise UserError(
             f"a file for {target} is made for one base model, and {run.base or 'this one'} is not "
             "on this machine as the run loaded it. This downloads it, and converts the adapter: "
             f"{JobRecord(words).command}"
         )
-    words += [*flags(base=base, variant=base and files.variant), "--overwrite"]
+    variant = files.variant if base else None
+    settings = dataclasses.replace(settings, base=base, variant=variant, overwrite=True)
+    words = ["convert", *settings.to_arguments()]
     record = JobRecord(words, f"Convert {run.title} for {target}", run.id, run.base, output)
     return create_job(workspace.new_job(), record)
 
@@ -306,11 +325,17 @@ def write_card(workspace: Workspace, run: Job) -> Path:
     return save_text(target, card_of(run.folder, chosen_adapter(run)))
 
 
-def _start_about(workspace: Workspace, run: Job, verb: str, words: list[str], name: str) -> str:
-    """Queue what writes a file or folder of this name into the run's exports."""
-    output = str(workspace.exports / run.id / name)
-    words += ["--output", output, "--overwrite"]
+def _of_base(base: str | None, files: ModelFiles) -> dict[str, Any]:
+    """A base as the settings of commands have it."""
+    return {"base": base, "variant": files.variant, "revision": files.revision}
+
+
+def _start_about(
+    workspace: Workspace, run: Job, verb: str, command: str, settings: CommandSettings, output: str
+) -> str:
+    """Queue a command that writes a file or folder about a run."""
     trigger = run.trigger if verb == "Merge" else ""  # of what can be prompted
+    words = [command, *settings.to_arguments()]
     record = JobRecord(words, f"{verb} {run.title}", run.id, run.base, output, trigger)
     return create_job(workspace.new_job(), record)
 
@@ -380,6 +405,7 @@ def start_study(
     Study.from_dict(values)
     output = str(workspace.exports / folder.name / "study")
     files[STUDY] = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    words = ["compare", str(folder / STUDY), "--output", output]
+    settings = CompareSettings(study=str(folder / STUDY), output=output)
+    words = ["compare", *settings.to_arguments()]
     title = f"{', '.join(study['methods'])} on {', '.join(titles)}"
     return create_job(folder, JobRecord(words, title[:NAME_LIMIT], "", base, output), files)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def parse_launch(flags: list[str]) -> Launch:
-    return launch_from(cli.build_parser().parse_args(["app", *flags]))
+    return launch_from(cli.read_settings(cli.build_parser().parse_args(["app", *flags])))
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.cli import main as cli
-from dora_diffusion.cli.commands.demo import demo_config
+from dora_diffusion.cli.commands.demo import DemoSettings, demo_config
 from dora_diffusion.config import TrainConfig, read_config_file
 
 SAMPLES = Path(__file__).parents[3] / "samples"
@@ -15,10 +15,8 @@ SAMPLES = Path(__file__).parents[3] / "samples"
 
 @pytest.mark.parametrize("subject", ["bolt_mug", "heart_teapot", "ring_robot"])
 def test_a_sample_is_trained_as_its_settings_say(subject: str, tmp_path: Path) -> None:
-    args = cli.build_parser().parse_args(
-        ["demo", "--subject", subject, "--output", str(tmp_path), "--max_train_steps", "7"]
-    )
-    made = demo_config(args).to_dict()
+    settings = DemoSettings(subject=subject, output=tmp_path, max_train_steps=7)
+    made = demo_config(settings).to_dict()
     sample = TrainConfig.from_dict(read_config_file(SAMPLES / subject / "config.yaml")).to_dict()
     changed = {name: value for name, value in made.items() if value != sample[name]}
     assert changed == {
@@ -30,9 +28,8 @@ def test_a_sample_is_trained_as_its_settings_say(subject: str, tmp_path: Path) -
 
 
 def test_without_a_number_of_steps_the_sample_s_own_are_taken() -> None:
-    args = cli.build_parser().parse_args(["demo"])
     sample = read_config_file(SAMPLES / "bolt_mug" / "config.yaml")
-    assert demo_config(args).max_train_steps == sample["max_train_steps"]
+    assert demo_config(DemoSettings()).max_train_steps == sample["max_train_steps"]
 
 
 def test_a_subject_that_is_none_is_answered_with_those_that_are(

@@ -54,4 +54,4 @@ def test_a_dry_run_lists_what_each_is_trained_on(words, tmp_path, capsys):
 
 def test_a_share_without_a_cluster_is_said(words, capsys):
     cli.main([*words, "--dry_run", "--workers", "2"])
-    assert "have no effect because no address is given" in capsys.readouterr().err
+    assert "workers has no effect because no address is given" in capsys.readouterr().err

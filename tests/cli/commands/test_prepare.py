@@ -127,7 +127,7 @@ def test_captions_of_all_photos_are_changed(flags, expected, where, folder, caps
 
 def test_a_replacement_without_a_text_to_find_is_said(folder, capsys):
     assert prepare("mug", "--replace", "cup") == 0
-    assert "warning: replace has no effect without find" in capsys.readouterr().err
+    assert "warning: replace has no effect because no --find is given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -174,4 +174,4 @@ def test_flags_without_effect_are_said(folder, capsys):
     err = capsys.readouterr().err
     needs = {"seed": "background", "only_copies": "background", "mask_label": "masks"}
     for name, needed in (needs | {"caption_prompt": "caption_model"}).items():
-        assert f"warning: {name} has no effect without {needed}" in err
+        assert f"warning: {name} has no effect because no --{needed} is given" in err

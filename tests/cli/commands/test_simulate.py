@@ -109,8 +109,6 @@ def test_what_cannot_be_is_one_line(tmp_path, flags, message, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pack_without_its_factor_is_wrong_usage(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["simulate", "--seconds", "9", "--pack_throughput", "4"])
-    assert stop.value.code == 2
+def test_a_pack_without_its_factor_is_wrong(capsys):
+    assert main(["simulate", "--seconds", "9", "--pack", "4", "--pack_throughput", "4"]) == 1
     assert "'4' is not SIZE:FACTOR, such as 4:2.2" in capsys.readouterr().err

@@ -23,7 +23,7 @@ def block(language):
 
 def parsed(words):
     assert words[0] == "serve"
-    return cli.build_parser().parse_args(words)
+    return cli.read_settings(cli.build_parser().parse_args(words))
 
 
 @pytest.mark.parametrize("name", ApiRequest.model_fields)
@@ -73,4 +73,4 @@ def test_the_compose_file_starts_what_there_is_and_lets_it_end():
 
 def test_the_proxy_waits_as_long_as_a_request_has():
     seconds = int(re.search(r"proxy_read_timeout (\d+)s", block("nginx"))[1])
-    assert seconds > cli.build_parser().parse_args(["serve", "--base", "x"]).timeout
+    assert seconds > parsed(["serve", "--base", "x"]).timeout

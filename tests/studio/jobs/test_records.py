@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from dora_diffusion.cli.main import build_parser
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.records import (
     JobProgress,
@@ -41,67 +40,6 @@ def test_the_line_that_is_shown_is_the_arguments_and_what_the_worker_sets() -> N
     shown = JobRecord(words).command
     assert shlex.split(shown) == ["python", "-m", "dora_diffusion", *words]
     assert JobRecord(words, base="embedded:tiny-sd").command == f"OMP_NUM_THREADS=1 {shown}"
-
-
-# Written by the version before; exports, runs and checkpoints lie beside it.
-EARLIER: dict[str, tuple[str, str]] = {
-    "train": (
-        '{"kind": "train", "base": "embedded:tiny-sd", "subject": "20261124-101112-aaaaaa", '
-        '"sample": "bolt_mug", "title": "Bolt mug 02:03", "created": 1795571000.5, '
-        '"queued": 1795571000.5, "resume": false}',
-        "train --config {folder}/settings.yaml",
-    ),
-    "train, to be resumed": (
-        '{"kind": "train", "base": "org/model", "subject": "s", "sample": "", "title": "Dog", '
-        '"created": 1795571000.5, "queued": 1795571099.0, "resume": true}',
-        "train --config {folder}/settings.yaml --resume_from_checkpoint latest",
-    ),
-    "merge": (
-        '{"kind": "merge", "run": "20261125-020304-abcdef", "base": "org/model", '
-        '"adapter": "/runs/a.safetensors", "output": "/runs/exports/m.safetensors", '
-        '"strength": 0.5, "trigger": "sks mug", "vae": null, "config": "/c", "variant": "fp16", '
-        '"revision": "main", "title": "Merge Dog", "created": 1.0, "queued": 2.0, "resume": false}',
-        "export --base org/model --variant fp16 --revision main --adapter /runs/a.safetensors "
-        "--strength 0.5 --output /runs/exports/m.safetensors --overwrite",
-    ),
-    "compare": (
-        '{"kind": "compare", "run": "20261125-020304-abcdef", "base": "org/model", '
-        '"checkpoints": ["checkpoint-50", "result"], "title": "Compare Dog", "created": 1.0, '
-        '"queued": 2.0, "resume": false}',
-        "rank-checkpoints {runs}/20261125-020304-abcdef "
-        "--output {runs}/exports/20261125-020304-abcdef/comparison --overwrite "
-        "--checkpoints checkpoint-50 result",
-    ),
-    "push": (
-        '{"kind": "push", "run": "20261125-020304-abcdef", "repository": "ann/mug", '
-        '"private": false, "title": "Publish Dog", "created": 1.0, "queued": 2.0, "resume": false}',
-        "push {runs}/20261125-020304-abcdef ann/mug --public",
-    ),
-    "analyze": (
-        '{"kind": "analyze", "run": "20261125-020304-abcdef", "base": "org/model", '
-        '"output": "/runs/exports/analysis", "variant": null, "revision": "main", '
-        '"title": "Analyze Dog", "created": 1.0, "queued": 2.0, "resume": false}',
-        "analyze {runs}/20261125-020304-abcdef --base org/model --revision main "
-        "--output /runs/exports/analysis --overwrite",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", EARLIER)
-def test_a_job_of_the_version_before_still_opens(tmp_path: Path, kind: str) -> None:
-    text, line = EARLIER[kind]
-    folder = tmp_path / "20261126-000000-bbbbbb"
-    (folder / "checkpoint-4").mkdir(parents=True)
-    (folder / "checkpoint-4" / "training_state.pt").touch()
-    (folder / records.JOB).write_text(text, encoding="utf-8")
-    record, told = read_record(folder), json.loads(text)
-    assert list(record.arguments) == line.format(folder=folder, runs=tmp_path).split()
-    build_parser().parse_args(list(record.arguments))  # a command takes them
-    for name in ("title", "created", "queued", "base", "run", "trigger", "sample"):
-        assert getattr(record, name) == told.get(name, "")
-    assert record.output == told.get("output", record.output)
-    write_record(folder, record)
-    assert read_record(folder) == record
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dora_diffusion.cli.main import build_parser
+from dora_diffusion.cli.main import build_parser, read_settings
 from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.export import hub
 from dora_diffusion.formats.layouts import PROGRAMS
@@ -125,7 +125,8 @@ def run_of(workspace: Workspace, **settings: Any) -> Job:
 
 def parsed(job_id: str, workspace: Workspace) -> Any:
     """The arguments of a job as its command has them."""
-    return build_parser().parse_args(list(seen(workspace.root / job_id).record.arguments))
+    args = build_parser().parse_args(list(seen(workspace.root / job_id).record.arguments))
+    return read_settings(args)
 
 
 OWN = {
@@ -268,7 +269,7 @@ def test_no_conversion_downloads_a_base(
             with pytest.raises(UserError, match="is not on this machine") as raised:
                 tasks.start_conversion(workspace, run, target)
             command = str(raised.value).partition("python -m dora_diffusion ")[2]
-            args = build_parser().parse_args(shlex.split(command))
+            args = read_settings(build_parser().parse_args(shlex.split(command)))
             assert (args.base, args.revision, args.to) == ("org/model", "v2", target)
             assert args.input == str(chosen_adapter(run))
         args = parsed(tasks.start_conversion(workspace, run, "kohya"), workspace)

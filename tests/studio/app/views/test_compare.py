@@ -12,7 +12,7 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio
 from PIL import Image
 
-from dora_diffusion.cli.main import build_parser
+from dora_diffusion.cli.main import build_parser, read_settings
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.lab.study.config import Study, read_study
 from dora_diffusion.lab.study.subjects import find_subject
@@ -60,8 +60,8 @@ def test_a_form_becomes_a_study_that_runs_as_a_job(context: Context, dog: str) -
     job = only_job(context)
     assert chosen["value"] == job.id
     assert "dora, full on Bolt mug, Dog" in status
-    args = build_parser().parse_args(list(job.record.arguments))
-    assert (args.command, Path(args.study).parent) == ("compare", job.folder)
+    args = read_settings(build_parser().parse_args(list(job.record.arguments)))
+    assert (job.kind, Path(args.study).parent) == ("compare", job.folder)
     assert Path(args.output).is_relative_to(context.workspace.exports / job.id)
     study = read_study(args.study)
     assert (study.base, study.seeds) == (EMBEDDED, (0, 1, 2))

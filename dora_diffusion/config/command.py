@@ -1,0 +1,91 @@
+"""The settings of a command, which its flags, its YAML file and its Python callers give alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from dora_diffusion.config.fields import ConfigError, Setting, require
+from dora_diffusion.config.file import read_config_lines
+from dora_diffusion.config.wording import did_you_mean
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandSettings:
+    """What a command takes: each field is a setting, made with `flag`.
+
+    Raises:
+        ConfigError: If a value cannot work.
+    """
+
+    def __post_init__(self) -> None:
+        for setting in self.settings():
+            setting.check(getattr(self, setting.name))
+
+    @classmethod
+    @cache
+    def settings(cls) -> tuple[Setting, ...]:
+        """All settings, in the order of their fields."""
+        return tuple(Setting.from_field(field, "") for field in dataclasses.fields(cls))
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any], file: str | None = None) -> Self:
+        """Make them of what a command line gives, over what a YAML file does.
+
+        Raises:
+            ConfigError: If the file or a value is not valid, with the line where it is the file's;
+                or if a setting is missing.
+        """
+        known = {setting.name: setting for setting in cls.settings()}
+        values, lines = read_config_lines(file) if file else ({}, {})
+        for name, value in values.items():
+            try:
+                require(name in known, f"there is no setting {name}{did_you_mean(name, known)}")
+                values[name] = known[name].cast(value)
+                known[name].check(values[name])
+            except ConfigError as error:
+                raise ConfigError(f"{file}, line {lines[name]}: {error}", name) from error
+        values |= {n: known[n].cast(value) for n, value in given.items() if n in known}
+        lacking = [s.name for s in known.values() if s.is_required and s.name not in values]
+        require(not lacking, f"{', '.join(lacking)} must be given")
+        return cls(**values)
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that differ from their default, and why they have no effect."""
+        moved = [s for s in self.settings() if getattr(self, s.name) != s.default]
+        return {s.name: reason for s in moved if (reason := s.inactive_reason(self))}
+
+    def warn(self) -> None:
+        """Say which settings have no effect.
+
+        Warns:
+            UserWarning: One for each.
+        """
+        for name, reason in self.without_effect().items():
+            warnings.warn(f"{name} has no effect because {reason}", stacklevel=2)
+
+    def to_arguments(self) -> list[str]:
+        """The words of a command line that give these settings, without those at their default."""
+        placed: list[str] = []
+        flags: list[str] = []
+        for setting in self.settings():
+            value = getattr(self, setting.name)
+            if value == setting.default or value is None:
+                continue
+            words = [str(item) for item in (value if setting.is_list else [value])]
+            if setting.positional:
+                placed += words
+            elif setting.kind is bool:
+                flags.append(f"--{'' if value else 'no-'}{setting.name}")
+            elif len(words) == 1 and words[0].startswith("-"):
+                flags.append(f"{setting.flag}={words[0]}")
+            else:
+                flags += [setting.flag, *words]
+        return placed + flags

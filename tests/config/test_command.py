@@ -1,0 +1,121 @@
+"""Settings of commands: a command line, a YAML file and Python give the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dora_diffusion.cli import main as cli
+from dora_diffusion.config import ConfigError, Setting
+from dora_diffusion.config.command import CommandSettings
+
+KINDS: dict[str, type[CommandSettings]] = {
+    name: module.SETTINGS
+    for name in cli.COMMANDS
+    if hasattr(module := import_module(f"dora_diffusion.cli.commands.{name.replace('-', '_')}"),
+               "SETTINGS")
+}  # fmt: skip
+# Of these, what any other setting's value cannot be.
+OTHERS: dict[str, Any] = {"max_token_length": 150}
+
+
+def moved(setting: Setting) -> Any:
+    """Another value than the default."""
+    if setting.name in OTHERS:
+        return OTHERS[setting.name]
+    if setting.choices:
+        item: Any = next(word for word in setting.choices if word != setting.default)
+    elif setting.kind is bool:
+        item = not setting.default
+    elif setting.kind in (int, float):
+        item = setting.kind(3)
+    else:
+        item = setting.kind(f"--{setting.name}")  # a value that could be taken for a flag
+    return [item] if setting.is_list else item
+
+
+def all_moved(kind: type[CommandSettings]) -> CommandSettings:
+    values = {setting.name: moved(setting) for setting in kind.settings()}
+    for setting in kind.settings():
+        if setting.positional:
+            values[setting.name] = (
+                [f"a {setting.name}"] if setting.is_list else setting.kind(f"a {setting.name}")
+            )
+    return kind(**values)
+
+
+def parsed(command: str, *words: str) -> CommandSettings:
+    settings: CommandSettings = cli.read_settings(cli.build_parser().parse_args([command, *words]))
+    return settings
+
+
+def test_all_commands_but_those_of_training_have_settings() -> None:
+    assert set(cli.COMMANDS) - set(KINDS) == {"train", "fleet"}
+
+
+@pytest.mark.filterwarnings("ignore:.*has no effect")
+@pytest.mark.parametrize("command", KINDS)
+def test_arguments_give_the_settings_again(command: str) -> None:
+    settings = all_moved(KINDS[command])
+    for setting in settings.settings():
+        assert getattr(settings, setting.name) != setting.default
+    assert parsed(command, *settings.to_arguments()) == settings
+
+
+@pytest.mark.filterwarnings("ignore:.*has no effect")
+@pytest.mark.parametrize("command", KINDS)
+def test_a_file_gives_the_settings_again_and_flags_go_before_it(
+    command: str, tmp_path: Path
+) -> None:
+    settings, file = all_moved(KINDS[command]), tmp_path / "settings.yaml"
+    values = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert parsed(command, "--config", str(file)) == settings
+    text = next((s for s in settings.settings() if s.kind is not bool and not s.positional), None)
+    if text is None:  # It has no flags.
+        return
+    own = "no" if text.choices is None else str(text.choices[0])
+    own = "5" if text.kind in (int, float) else own
+    given = parsed(command, "--config", str(file), text.flag, own)
+    value = [text.kind(own)] if text.is_list else text.kind(own)
+    assert given == dataclasses.replace(settings, **{text.name: value})
+
+
+@pytest.mark.parametrize("command", KINDS)
+def test_defaults_need_no_word(command: str) -> None:
+    kind = KINDS[command]
+    required = {s.name: moved(s) for s in kind.settings() if s.is_required}
+    given = {word.partition("=")[0].lstrip("-") for word in kind(**required).to_arguments()}
+    values = {str(value).lstrip("-") for value in required.values()}
+    assert given - values <= {*required}
+    assert bool(given) == bool(required)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: b\nsteps: many\n", "line 2: steps is 'many'; it must be a whole number"),
+        ("base: b\nstep: 3\n", r"line 2: there is no setting step \(did you mean steps"),
+        ("num_images: 0\n", "line 1: num_images is 0; it must be at least 1"),
+        ("base: b\n", "^output must be given"),
+        ("output: o.png\nbase:\n", "line 2: base is empty"),
+    ],
+)
+def test_what_a_file_cannot_say_is_told_with_its_line(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    (file := tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        parsed("generate", "--config", str(file))
+
+
+def test_a_switch_does_not_take_the_word_behind_it() -> None:
+    settings: Any = parsed("convert", "--overwrite", "in", "--no-json", "out", "--to", "kohya")
+    assert (settings.overwrite, settings.json) == (True, False)
+    assert (settings.input, settings.output) == ("in", "out")
