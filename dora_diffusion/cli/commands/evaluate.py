@@ -146,7 +146,7 @@ def _evaluate(
     return dataclasses.replace(evaluation, details=_details(args, trigger, settings))
 
 
-def _sampling(args: argparse.Namespace) -> SamplingSettings:
+def _sampling(args: EvaluateSettings) -> SamplingSettings:
     """How images of a subject are sampled.
 
     Raises:

@@ -11,7 +11,7 @@ import pytest
 
 from dora_diffusion.cli.console.progress import telling
 from dora_diffusion.cli.console.training import TrainProgress, next_steps
-from dora_diffusion.cli.main import build_parser
+from dora_diffusion.cli.main import build_parser, read_settings
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.training.events import (
     CheckpointSaved,
@@ -145,9 +145,12 @@ def test_the_next_steps_are_commands_that_the_parser_takes(
     file: str, settings: dict[str, Any], to: list[str]
 ) -> None:
     steps = next_of(file, **settings)
-    parser = build_parser()
+
+    def read(words: list[str]) -> Any:
+        return read_settings(build_parser().parse_args(words))
+
     assert list(steps) == ["images", "ComfyUI", "Diffusers"]
-    image = parser.parse_args(steps["images"][1:])
+    image = read(steps["images"][1:])
     assert (image.prompt, image.output) == ("a photo of Ann's sks dog", "my dogs.png")
     trained = (image.base, image.adapter)
     whole = ("my dogs", None)
@@ -155,13 +158,13 @@ def test_the_next_steps_are_commands_that_the_parser_takes(
     assert image.variant == settings.get("variant")
     if not to:
         assert steps["ComfyUI"][:2] == ["copy", str(Path("my dogs", file))]
-        assert parser.parse_args(steps["Diffusers"][1:]).output == "my dogs-merged"
+        assert read(steps["Diffusers"][1:]).output == "my dogs-merged"
         return
     comfyui = steps["ComfyUI"]
     assert (comfyui[0], comfyui[1]) == ("dora-diffusion", to[0])
     assert "my dogs.safetensors" in comfyui
     if "variant" not in settings:
-        args = parser.parse_args(comfyui[1:])
+        args = read(comfyui[1:])
         assert getattr(args, "to", None) == (to[1] if len(to) > 1 else None)
 
 

@@ -156,14 +156,13 @@ def test_a_damaged_file_damages_its_run_alone(
 @pytest.mark.parametrize(
     ("name", "text", "reason"),
     [
-        (records.JOB, '{"kind": "dance"}', "kind is 'dance', not train, export"),
-        (records.JOB, '{"title": "sks mug"}', "kind is 'None'"),
-        (records.JOB, '{"kind": "train", "title": ["a"]}', "title is \"\\['a'\\]\""),
-        (records.JOB, '{"kind": "train", "queued": NaN}', "queued is 'nan'"),
-        (records.JOB, '{"arguments": ["dance"]}', "kind is 'dance'"),
+        (records.JOB, '{"title": "sks mug"}', "arguments are missing"),
+        (records.JOB, '{"arguments": ["train"], "title": ["a"]}', "title is \"\\['a'\\]\""),
+        (records.JOB, '{"arguments": ["train"], "queued": NaN}', "queued is 'nan'"),
+        (records.JOB, '{"arguments": ["dance"]}', "kind is 'dance', not train, export"),
         (records.JOB, '{"arguments": "train"}', "arguments is 'train'"),
-        (records.JOB, '{"kind": "merge", "base": 3}', "base is '3'"),
-        (records.JOB, '{"kind": "compare", "checkpoints": [1]}', "arguments is"),
+        (records.JOB, '{"arguments": ["export"], "base": 3}', "base is '3'"),
+        (records.JOB, '{"arguments": ["compare", 1]}', "arguments is"),
         (records.SETTINGS, "max_train_steps: many\n", "max_train_steps is 'many'"),
         (records.SETTINGS, "- a\n", "must hold 'setting: value' lines"),
         (records.SETTINGS, "a: b: c\n", "line 1: this is not valid YAML"),
@@ -187,7 +186,7 @@ def test_the_damage_is_named(workspace: Workspace, name: str, text: str, reason:
 def test_what_is_missing_is_no_damage(workspace: Workspace) -> None:
     """Files of a version that wrote less."""
     folder = started_run(workspace, 1)
-    (folder / records.JOB).write_text('{"kind": "train"}', encoding="utf-8")
+    (folder / records.JOB).write_text('{"arguments": ["train"]}', encoding="utf-8")
     for name in (records.PROGRESS, records.RESULT):
         (folder / name).write_text("{}", encoding="utf-8")
     (folder / records.SETTINGS).write_text("token: sks\nof_a_later_version: 1\n", encoding="utf-8")
