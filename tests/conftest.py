@@ -57,11 +57,11 @@ LONG = (
     "integration/test_inpainting.py::test_a_run_resumes_to_the_same_bits[settings3]",
     "test_wheel.py::test_a_user_s_program_passes_mypy_strictly",
     "tools/pretrain/test_diffusion.py::test_loss_and_gradients_are_those_of_the_raw_modules",
-    "training/test_accelerator.py::test_what_goes_wrong_in_one_process_ends_both_with_what_there_is"
+    "training/engine/test_accelerator.py::test_what_goes_wrong_in_one_process_ends_both_with_what_there_is"
     "[photo]",
-    "training/test_full.py::test_a_model_is_evaluated_beside_its_base",
-    "training/test_full.py::test_a_resumed_run_is_that_of_one_piece_bit_for_bit[adafactor]",
-    "training/test_full.py::test_compiled_blocks_train_the_same_weights",
+    "training/trainable/test_full.py::test_a_model_is_evaluated_beside_its_base",
+    "training/trainable/test_full.py::test_a_resumed_run_is_that_of_one_piece_bit_for_bit[adafactor]",
+    "training/trainable/test_full.py::test_compiled_blocks_train_the_same_weights",
     "training/test_session.py::test_no_bit_of_a_run_depends_on_it[class images]",
     "training/test_session.py::test_weights_of_the_model_that_train_never_leave",
     "training/test_variants.py::test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[dvora]",

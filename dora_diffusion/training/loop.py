@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dora_diffusion.adapters.inject import DetachedAdapters
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
+from dora_diffusion.export import hub
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
 from dora_diffusion.training.engine.accelerator import make_accelerator
@@ -37,6 +38,8 @@ def train(
 ) -> TrainResult:
     """Teach a model a subject from photos, and write the result to ``config.output_dir``.
 
+    With ``push_to_hub`` it is published then, privately.
+
     SIGINT, SIGTERM and SIGHUP stop the run: before its first step at once, later with a checkpoint
     after the step. A second SIGINT or SIGTERM loses nothing; a third one ends the process.
 
@@ -49,6 +52,8 @@ def train(
         ConfigError, PhotoError, ModelNotFoundError, TargetError: Before anything is trained.
         TrainingError: If loss, gradients or weights stop being finite; nothing is written from
             there on, and what was there stays.
+        HubError: If it cannot be published: before anything is trained where that is known, else
+            when all is written.
         DiskFullError: If neither a checkpoint can be written nor its adapter alone, or not the
             adapter in the end; earlier checkpoints are kept.
 
@@ -63,6 +68,8 @@ def train(
         'pytorch_lora_weights.safetensors'
     """
     config, subjects = checked(config)
+    if config.push_to_hub:
+        hub.check(config.hub_model_id or "")
     output_dir = Path(config.output_dir)
     with StopRequest() as stop:
         try:
@@ -79,9 +86,21 @@ def train(
                     loop.begin("", Run(*start_run(session, output_dir), output_dir, show, stop))
                 loop.train()
                 accelerator.end_training()
-                return loop.results[""]
+                result = loop.results[""]
+                if config.push_to_hub and is_main and not result.interrupted:
+                    return replace(result, published=_publish(config))
+                return result
         except Stopped:
             return TrainResult(output_dir, None, 0, 0, stop.signal_number, {})
+
+
+def _publish(config: TrainConfig) -> str:
+    try:
+        return hub.push(config.output_dir, config.hub_model_id or "", private=True)
+    except hub.HubError as error:
+        raise hub.HubError(
+            f"the result is in {config.output_dir}, but was not published: {error}"
+        ) from error
 
 
 @dataclass

@@ -55,6 +55,7 @@ class TrainResult:
             None if none was written.
         stopped_early: Whether ``early_stopping_patience`` ended it.
         kept: The share of what full fine-tuning changed that the model's file keeps, or None.
+        published: The address on the hub that ``push_to_hub`` published it at, or None.
     """
 
     output_dir: Path
@@ -68,6 +69,7 @@ class TrainResult:
     result_step: int | None = None
     stopped_early: bool = False
     kept: float | None = None
+    published: str | None = None
 
     @property
     def interrupted(self) -> bool:

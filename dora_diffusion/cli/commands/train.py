@@ -103,10 +103,6 @@ def run(args: argparse.Namespace) -> int:
     warn_of_toy_model(config, args)
     if configs:
         return _train_pack(configs)
-    if config.push_to_hub:
-        from dora_diffusion.export.hub import check
-
-        check(config.hub_model_id or "")
     from dora_diffusion.training.inputs.subject import example_prompt
     from dora_diffusion.training.loop import train
 
@@ -125,10 +121,8 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(next_steps(config, written)))
         if result.kept is not None:
             print(f"the file keeps {result.kept:.1%} of what training changed")
-        if config.push_to_hub:
-            from dora_diffusion.export.hub import push
-
-            print(push(result.output_dir, config.hub_model_id or "", private=True))
+        if result.published:
+            print(result.published)
     return 0
 
 

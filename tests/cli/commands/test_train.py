@@ -18,6 +18,7 @@ import yaml
 from dora_diffusion.cli import main as cli
 from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.export.hub import HubError
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.numerics.devices import default_device
 from dora_diffusion.system import HANGUP
@@ -263,6 +264,20 @@ def test_a_finished_run_is_published_privately_when_asked(
     assert cli.main(["train", *flags, "--push_to_hub"]) == 0
     assert calls == [("check", "me/mug"), ("push", "me/mug", True)]
     assert capsys.readouterr().out.splitlines()[-1] == "https://hub/me/mug"
+
+
+def test_a_result_that_the_hub_refuses_is_there(train_flags, tmp_path, monkeypatch, capsys):
+    def push(*args, **kwargs):
+        raise HubError("the hub refused me/mug: it is full")
+
+    monkeypatch.setattr("dora_diffusion.export.hub.check", lambda name: None)
+    monkeypatch.setattr("dora_diffusion.export.hub.push", push)
+    flags = train_flags(tmp_path / "out", hub_model_id="me/mug")
+    assert cli.main(["train", *flags, "--push_to_hub"]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    reason = "was not published: the hub refused me/mug: it is full"
+    assert told == f"error: the result is in {tmp_path / 'out'}, but {reason}"
+    assert list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_a_dry_run_lists_what_trains_and_loads_no_model(tmp_path, samples_root, capsys):
