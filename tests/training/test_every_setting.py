@@ -94,7 +94,7 @@ CASES: dict[str, Case] = {
     "train_text_encoder_ti_frac": Case(0.3, WORDS),
     "resolution": Case(64),
     "center_crop": Case(False),
-    "random_flip": Case(True),
+    "random_flip": Case(True, {"max_train_steps": 8}),
     "aspect_ratio_buckets": Case(True, {"resolution": 256, "max_train_steps": 1}),
     "min_bucket_reso": Case(256, BUCKETS),
     "max_bucket_reso": Case(256, BUCKETS),
@@ -190,7 +190,7 @@ CASES: dict[str, Case] = {
     "validation_split": Case(1),
     "validation_loss_steps": Case(1, HELD_OUT),
     "validation_metric_model": Case(
-        "{metric}", {**HELD_OUT, **SAMPLED, "validation_steps": 1, "max_train_steps": 1}
+        "{metric}", {**HELD_OUT, **SAMPLED, "validation_steps": 1}
     ),
     "keep_best": Case(True, {**HELD_OUT, "validation_loss_steps": 1, "learning_rate": 1.0}),
     "early_stopping_patience": Case(
