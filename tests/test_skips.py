@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONG
 from tests.skips import places, row_of, summary
 
 TESTS = Path(__file__).parent
@@ -71,3 +72,11 @@ def test_a_run_ends_with_reasons_and_places(reason: str, place: str) -> None:
     first, second = summary([reason, "there is a GPU", reason])
     assert first.startswith(f"2 skipped: {reason}; runs in {place}")
     assert second == "1 skipped: there is a GPU; runs in `make test` on a machine without one"
+
+
+def test_every_test_that_is_kept_for_later_is_there() -> None:
+    """A test that was moved would run in every run again."""
+    for name in LONG:
+        path, _, function = name.partition("::")
+        text = (TESTS / path).read_text(encoding="utf-8")
+        assert f"def {function.partition('[')[0]}" in text, name

@@ -189,9 +189,7 @@ CASES: dict[str, Case] = {
     "validation_data_dir": Case("{others}"),
     "validation_split": Case(1),
     "validation_loss_steps": Case(1, HELD_OUT),
-    "validation_metric_model": Case(
-        "{metric}", {**HELD_OUT, **SAMPLED, "validation_steps": 1}
-    ),
+    "validation_metric_model": Case("{metric}", {**HELD_OUT, **SAMPLED, "validation_steps": 1}),
     "keep_best": Case(True, {**HELD_OUT, "validation_loss_steps": 1, "learning_rate": 1.0}),
     "early_stopping_patience": Case(
         1, {**HELD_OUT, "validation_loss_steps": 1, "learning_rate": 1.0, "max_train_steps": 6}
