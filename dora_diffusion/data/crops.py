@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.data.decoding import REDUCTIONS
+
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
@@ -20,7 +22,7 @@ class CropRecord:
     """How a photo became training pixels. All pairs are (height, width) or (top, left).
 
     Attributes:
-        original_size: Upright size of the photo.
+        original_size: Upright size of the photo's file.
         crop_top_left: Corner of the crop in the resized (and, if so, flipped) photo.
         target_size: Size of the crop.
         flipped: Mirrored left to right, before the crop.
@@ -87,12 +89,18 @@ def plan_crop(
 def cut(image: PILImage.Image, record: CropRecord) -> PILImage.Image:
     """Resize (Lanczos), flip and crop an image or mask as the record says.
 
+    Args:
+        image: The photo, at its own size or with its sides divided by one of `REDUCTIONS`.
+        record: Planned for the photo's own size.
+
     Raises:
         ValueError: If the record is of an image of another size.
     """
     from PIL import Image, ImageOps
 
-    if (image.height, image.width) != record.original_size:
+    own = record.original_size
+    sizes = {(math.ceil(own[0] / factor), math.ceil(own[1] / factor)) for factor in REDUCTIONS}
+    if (image.height, image.width) not in sizes:
         raise ValueError(
             f"the crop was planned for a photo of {record.original_size}, "
             f"this one is {(image.height, image.width)}"

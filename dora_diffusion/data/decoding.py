@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 FULL_SIZE_MEGAPIXELS = 40.0
 """Up to here an image is decoded at its own size."""
 MAX_MEGAPIXELS = 200.0
+REDUCTIONS = (1, 2, 4)
+"""What the sides of an image are divided by, rounding up, when it is decoded."""
 # A progressive JPEG's coefficients are held as a whole: up to 6 bytes a pixel.
 _PROGRESSIVE_MEGAPIXELS = 70.0
 # WebP's decoder holds 16 bytes a pixel, the others up to 7.
@@ -37,11 +39,11 @@ _SEQUENTIAL = (0xC0, 0xC1, 0xC9)
 
 
 def reduction(width: int, height: int) -> int:
-    """1, 2 or 4: what the sides of an image are divided by, rounding up, when it is decoded."""
-    for factor in (1, 2):
+    """The first of `REDUCTIONS` that leaves at most `FULL_SIZE_MEGAPIXELS`, else the last."""
+    for factor in REDUCTIONS[:-1]:
         if -(-width // factor) * -(-height // factor) <= FULL_SIZE_MEGAPIXELS * 1e6:
             return factor
-    return 4
+    return REDUCTIONS[-1]
 
 
 def megapixel_limit(kind: str, data: bytes) -> tuple[float, str]:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 # a limit, a file of 80 bytes would fill the memory.
 MAX_ASPECT = 10
 MIN_SIDE = 16
+# EXIF orientations whose rows are the columns of the upright image.
+_LYING = (5, 6, 7, 8)
 # What Pillow's decoders raise on damaged files: each plugin has its own idea.
 DECODE_ERRORS = (
     OSError,
@@ -58,7 +60,7 @@ def open_photo(path: str | Path, *, limited: bool = True) -> PILImage.Image:
 
     EXIF orientation is applied and then dropped with all other metadata (GPS, device). Alpha is
     composited on white. Of an animation, the first frame is taken. Above `FULL_SIZE_MEGAPIXELS`
-    its sides are divided by 2 or 4, rounding up: all else knows it at that size.
+    its sides are divided by 2 or 4, rounding up.
 
     Args:
         path: A JPEG, PNG or WebP file; HEIC where pillow-heif is installed.
@@ -69,24 +71,39 @@ def open_photo(path: str | Path, *, limited: bool = True) -> PILImage.Image:
         PhotoError: If it is not such a file, is too large, too small or too thin, or is damaged.
     """
     path = Path(path)
-    return decode_photo(path.name, read_bytes(path), limited=limited)[0]
+    return decode_photo(path.name, read_bytes(path), limited=limited).image
 
 
 def open_photo_with_alpha(path: str | Path) -> tuple[PILImage.Image, PILImage.Image | None]:
     """Open a photo as :func:`open_photo` does, with its alpha channel ("L") or None beside it."""
     path = Path(path)
-    return decode_photo(path.name, read_bytes(path))
+    decoded = decode_photo(path.name, read_bytes(path))
+    return decoded.image, decoded.alpha
 
 
-def decode_photo(
-    name: str, data: bytes, *, limited: bool = True
-) -> tuple[PILImage.Image, PILImage.Image | None]:
-    """A photo's bytes as :func:`open_photo_with_alpha` gives them; errors begin with its name."""
+class DecodedPhoto(NamedTuple):
+    """A photo's pixels, perhaps fewer than it has.
+
+    Attributes:
+        image: RGB, upright.
+        alpha: Its alpha channel ("L"), or None.
+        size: Upright ``(height, width)`` of the file, whatever the image was reduced to.
+    """
+
+    image: PILImage.Image
+    alpha: PILImage.Image | None
+    size: tuple[int, int]
+
+
+def decode_photo(name: str, data: bytes, *, limited: bool = True) -> DecodedPhoto:
+    """Decode a photo's bytes as :func:`open_photo` does; errors begin with its name."""
     with _reasons(name):
         kind = _kind_of(name, data)
         with _open_checked(name, kind, data, limited) as image:
+            size = (image.height, image.width)
             decoded = decode(image, kind, data, at_full_size=not limited)
-            return _split_alpha(_to_srgb(_upright(decoded)))
+            size = size[::-1] if _orientation(decoded) in _LYING else size
+            return DecodedPhoto(*_split_alpha(_to_srgb(_upright(decoded))), size)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -15,6 +15,7 @@ from dora_diffusion.data.captions import read_caption
 from dora_diffusion.data.crops import CropRecord, apply_crop_to_mask
 from dora_diffusion.data.images import (
     Appearance,
+    DecodedPhoto,
     PhotoError,
     appearance_of,
     decode_photo,
@@ -47,7 +48,7 @@ class Photo:
     Attributes:
         path: The file.
         digest: Of the file's bytes. Draws and caches know the photo by it, whatever its name is.
-        size: Upright ``(height, width)``.
+        size: Upright ``(height, width)`` of the file, however few of its pixels are decoded.
         caption: The text beside it, else the prompt.
         mask_path: Its mask's file, or its own where its alpha channel is the mask; None without
             one, or where masks are not used.
@@ -108,19 +109,19 @@ def read_photo(
         PhotoError: If it cannot be used; a `MaskError` if its mask cannot.
     """
     data = read_bytes(path)
-    image, alpha = decode_photo(path.name, data)
-    size = (image.height, image.width)
+    decoded = decode_photo(path.name, data)
+    alpha = decoded.alpha
     photo = Photo(
         path,
         digest_of(data),
-        size,
+        decoded.size,
         read_caption(path, prompt, per_line=per_line),
         has_transparency=alpha is not None and alpha.getextrema() != (255, 255),
         weight=_read_weight(path.with_suffix(WEIGHT_SUFFIX)),
     )
     if mask_crops is not None:
-        photo = _find_mask(photo, alpha, mask_crops)
-    return replace(photo, appearance=appearance_of(image)) if measure else photo
+        photo = _find_mask(photo, decoded, mask_crops)
+    return replace(photo, appearance=appearance_of(decoded.image)) if measure else photo
 
 
 def read_photos(
@@ -184,7 +185,7 @@ def mask_path(photo: Path) -> Path:
     return photo.with_name(photo.stem + MASK_SUFFIX)
 
 
-def _find_mask(photo: Photo, alpha: PILImage.Image | None, crops: MaskCrops) -> Photo:
+def _find_mask(photo: Photo, decoded: DecodedPhoto, crops: MaskCrops) -> Photo:
     """A photo with its mask: the file beside it, else its alpha channel where that hides anything.
 
     An alpha channel beside a mask file is no mask: what it hides is white, and learned where the
@@ -194,9 +195,9 @@ def _find_mask(photo: Photo, alpha: PILImage.Image | None, crops: MaskCrops) -> 
         MaskError: If the file cannot be used, is not of the photo's size, or the mask is black
             wherever it is looked at.
     """
-    path, mask = mask_path(photo.path), alpha
+    path, mask = mask_path(photo.path), decoded.alpha
     if path.is_file() or path.is_symlink():
-        mask, digest = _read_mask(path, photo.size)
+        mask, digest = _read_mask(path, decoded)
         photo = replace(photo, mask_path=path, mask_digest=digest)
     elif photo.has_transparency:
         photo = replace(photo, mask_path=photo.path)
@@ -212,17 +213,21 @@ def _find_mask(photo: Photo, alpha: PILImage.Image | None, crops: MaskCrops) -> 
     return photo
 
 
-def _read_mask(path: Path, size: tuple[int, int]) -> tuple[PILImage.Image, str]:
-    """A mask file for a photo of ``(height, width)``, as "L", and its digest."""
+def _read_mask(path: Path, photo: DecodedPhoto) -> tuple[PILImage.Image, str]:
+    """A mask file for a photo, as "L", and its digest.
+
+    Of a photo that is decoded at less than its size, it may have either of both sizes.
+    """
     try:
         data = read_bytes(path)
-        mask = decode_photo(path.name, data)[0].convert("L")
+        decoded = decode_photo(path.name, data)
     except PhotoError as error:
         raise MaskError(str(error)) from error
-    if (mask.height, mask.width) != size:
+    mask = decoded.image.convert("L")
+    if mask.size != photo.image.size:
         raise MaskError(
-            f"{path.name}: the mask is {mask.width} x {mask.height}, its photo "
-            f"{size[1]} x {size[0]}; save it at the photo's size"
+            f"{path.name}: the mask is {decoded.size[1]} x {decoded.size[0]}, its photo "
+            f"{photo.size[1]} x {photo.size[0]}; save it at the photo's size"
         )
     return mask, digest_of(data)
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.data import decoding
-from dora_diffusion.data.crops import plan_crop
+from dora_diffusion.data.crops import apply_crop, apply_crop_to_mask, plan_crop
 from dora_diffusion.data.images import PhotoError, open_photo, open_photo_with_alpha
-from dora_diffusion.data.photos import open_mask, read_photo
+from dora_diffusion.data.photos import Photo, open_mask, read_photo
 
 SIZE = (93, 70)
 ROWS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
@@ -200,24 +201,58 @@ def test_a_large_file_that_is_cut_is_refused(
         open_photo(tmp_path / "cut")
 
 
-def test_a_mask_of_the_size_of_the_file_fits_its_reduced_photo(tmp_path: Path, factor: int) -> None:
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_reduced_photo_is_known_by_its_file_s_own_size(
+    tmp_path: Path, factor: int, kind: str, orientation: int
+) -> None:
+    """SDXL is told it, as by sd-scripts and Diffusers, which decode all pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    smooth().save(tmp_path / "a", kind, exif=exif, quality=98)
+    with Image.open(tmp_path / "a") as whole:
+        own = ImageOps.exif_transpose(whole)
+    photo = read_photo(tmp_path / "a", "a sks mug")
+    assert photo.size == (own.height, own.width)
+    crop = plan_crop(photo.size, (32, 24))
+    assert FAMILIES["sdxl"].time_ids(crop)[:2] == photo.size
+    pixels = apply_crop(open_photo(tmp_path / "a"), crop)
+    expected = apply_crop(own.convert("RGB"), crop)
+    assert pixels.shape == (3, 32, 24)
+    assert (pixels - expected).abs().mean() < 0.08
+    with pytest.raises(ValueError, match="the crop was planned for a photo of"):
+        apply_crop(open_photo(tmp_path / "a").crop((0, 0, 20, 15)), crop)
+
+
+@pytest.mark.parametrize("is_reduced", [False, True])
+def test_a_mask_of_either_size_fits_its_reduced_photo(
+    tmp_path: Path, factor: int, is_reduced: bool
+) -> None:
     """Upright, as the mask is drawn on what is seen."""
     exif = Image.Exif()
     exif[0x0112] = 6
     smooth().save(tmp_path / "a.jpg", exif=exif)
     mask = np.zeros(SIZE, np.uint8)  # rows are the photo's columns
     mask[:40] = 255
-    Image.fromarray(mask).save(tmp_path / "a.mask.png")
-    photo = read_photo(
-        tmp_path / "a.jpg", "a sks mug", mask_crops=lambda photo: [plan_crop(photo.size, (16, 16))]
-    )
-    assert photo.size == (-(-SIZE[0] // factor), -(-SIZE[1] // factor))
+    drawn = Image.fromarray(mask)
+    (drawn.reduce(factor) if is_reduced else drawn).save(tmp_path / "a.mask.png")
+
+    def read() -> Photo:
+        return read_photo(
+            tmp_path / "a.jpg", "a sks mug", mask_crops=lambda p: [plan_crop(p.size, (16, 16))]
+        )
+
+    photo = read()
+    assert photo.size == SIZE
     opened = open_mask(photo)
     assert opened is not None
-    assert (opened.height, opened.width) == photo.size
-    np.testing.assert_array_equal(
-        np.asarray(opened)[:, 0] > 0, np.arange(photo.size[0]) * factor < 40
-    )
+    rows = -(-SIZE[0] // factor)
+    assert (opened.height, opened.width) == (rows, -(-SIZE[1] // factor))
+    np.testing.assert_array_equal(np.asarray(opened)[:, 0] > 0, np.arange(rows) * factor < 40)
+    assert apply_crop_to_mask(opened, plan_crop(photo.size, (16, 16))).any()
+    Image.new("L", (60, 93)).save(tmp_path / "a.mask.png")
+    with pytest.raises(PhotoError, match="the mask is 60 x 93, its photo 70 x 93; save it at"):
+        read()
 
 
 def scan(frame: int, components: int, scanned: int, between: bytes = b"") -> bytes:

@@ -32,7 +32,7 @@ def walk() -> dict[str, Any]:
     components = load_components(BASE)
     photo = read_photo(PHOTO, "")
     record = plan_crop(photo.size, components.default_resolution)
-    pixels = apply_crop(decode_photo(PHOTO.name, PHOTO.read_bytes())[0], record)[None]
+    pixels = apply_crop(decode_photo(PHOTO.name, PHOTO.read_bytes()).image, record)[None]
     generator = torch.Generator().manual_seed(SEED)
     latents = latents_from_moments(
         components.vae, encode_moments(components.vae, pixels), generator
@@ -95,7 +95,7 @@ def _photo(panel: Any, photo: Photo, record: CropRecord) -> None:
     """The photo with the edge of its crop, both ``(height, width)``."""
     from matplotlib.patches import Rectangle
 
-    panel.imshow(decode_photo(photo.path.name, photo.path.read_bytes())[0])
+    panel.imshow(decode_photo(photo.path.name, photo.path.read_bytes()).image)
     scale = photo.size[0] / record.resized_size[0]
     (top, left), (height, width) = (
         [value * scale for value in pair] for pair in (record.crop_top_left, record.target_size)
