@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 import sys
 import warnings
@@ -149,7 +150,7 @@ def read_file(path: Path) -> Any:
     Raises:
         ConfigError: If it cannot be read.
     """
-    kind = path.suffix.lower().removeprefix(".").upper()
+    kind, text = path.suffix.lower().removeprefix(".").upper(), ""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if kind == "JSON":
@@ -161,7 +162,8 @@ def read_file(path: Path) -> Any:
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"this is not valid {kind} ({error})") from error
+        paths = "; write paths with / or \\\\, not with one \\" if "\\" in text else ""
+        raise ConfigError(f"this is not valid {kind} ({error}){paths}") from error
 
 
 def dataset_entries(data: Mapping[str, Any], batch_size: int) -> list[Entry]:
@@ -195,7 +197,8 @@ def dataset_entries(data: Mapping[str, Any], batch_size: int) -> list[Entry]:
 
 def _tables(values: Any, table: str) -> Sequence[Mapping[str, Any]]:
     is_list = isinstance(values, list) and all(isinstance(value, dict) for value in values)
-    require(is_list, f"{table} must be a list of tables")
+    brackets = "; write two brackets on each side of its name" if isinstance(values, dict) else ""
+    require(is_list, f"{table} must be a list of tables{brackets}")
     tables: Sequence[Mapping[str, Any]] = values
     return tables
 
@@ -296,7 +299,8 @@ def _check_captions(options: Entry) -> None:
     folder, draws = Path(options["image_dir"]).expanduser(), bool(options.get("enable_wildcard"))
     extension = options.get("caption_extension", ".caption")
     extension = f".{extension.removeprefix('.')}" if extension else ""
-    texts = [options.get(name, "") for name in ("class_tokens", "caption_prefix", "caption_suffix")]
+    frame = [options.get(name, "") for name in ("caption_prefix", "caption_suffix")]
+    texts = [options.get("class_tokens", ""), *frame]
     images = [path for path in folder.glob("*") if path.suffix.lower() in _IMAGES]
     for image in sorted(images):
         _check_extension(image, extension)
@@ -312,7 +316,7 @@ def _check_captions(options: Entry) -> None:
             "one, or set enable_wildcard = true, which draws one of them each time",
         )
         require(
-            not (draws and several and any(texts[1:])),
+            not (draws and several and any(frame)),
             f"{caption} has several lines, and sd-scripts puts caption_prefix before the first and "
             "caption_suffix after the last; write them into the lines",
         )
@@ -349,12 +353,18 @@ def _side(resolution: Any) -> int:
     Raises:
         ConfigError: If it is no square.
     """
-    sides = {*resolution} if isinstance(resolution, list) else {resolution}
+    sides = resolution if isinstance(resolution, list) else [resolution] * 2
     require(
-        len(sides) == 1 and all(isinstance(side, int) for side in sides),
-        f"resolution {resolution}: training is at a square such as 512, or in buckets",
+        len(sides) == 2 and all(type(side) is int for side in sides),
+        f"resolution is {resolution}; it must be one whole number, or width and height",
     )
-    side: int = sides.pop()
+    require(
+        sides[0] == sides[1],
+        f"resolution {resolution} is not supported: write the side of a square, such as "
+        f"{math.isqrt(sides[0] * sides[1]) // 64 * 64 or 64}; enable_bucket = true gives images "
+        "other shapes of its area",
+    )
+    side: int = sides[0]
     return side
 
 

@@ -217,15 +217,39 @@ def test_toml_and_json_are_one(images: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "own.json") == [{"instance_data_dir": "a", "repeats": 2}]
     for name in ("bad.json", "bad.toml"):
         (tmp_path / name).write_text("{", "utf-8")
-        with pytest.raises(ConfigError, match=f"{name}: this is not valid {name[4:].upper()}"):
+        with pytest.raises(ConfigError, match=rf"{name}: this is not valid {name[4:].upper()}.*\)$"):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_file_of_windows_is_read(mark: bytes, ends: str, images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tomllib")
+    lines = ["[[datasets]]", "[[datasets.subsets]]", f"image_dir = '{images.as_posix()}'", ""]
+    (tmp_path / "sd.toml").write_bytes(mark + ends.join(lines).encode())
+    assert read(tmp_path / "sd.toml") == [{"instance_data_dir": images.as_posix(), **NOTHING}]
+
+
+@pytest.mark.parametrize("name", ["sd.toml", "sd.json"])
+def test_one_backslash_in_a_path_is_named(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("tomllib")
+    text = 'image_dir = "C:\\train\\10_sks dog"' if name == "sd.toml" else '{"a": "C:\\photos"}'
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"not valid .*; write paths with / or \\\\, not with one"):
+        read(tmp_path / name)
+    (tmp_path / name).write_bytes(text.encode("utf-16"))
+    with pytest.raises(ConfigError, match=f"{name}: this is not valid {name[3:].upper()} "):
+        read(tmp_path / name)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"batch_size": 4}, "batch_size 4: give the run --train_batch_size 4 too"),
-        ({"resolution": [512, 768]}, "resolution [512, 768]: training is at a square"),
+        ({"resolution": [512, 768]}, "resolution [512, 768] is not supported: write the side of a "
+         "square, such as 576; enable_bucket = true gives images other shapes of its area"),
+        *(({"resolution": value}, f"resolution is {value}; it must be one whole number, or width")
+          for value in ([512], [], [512, "a"], [512, 512, 512], [512.0, 512.0], [True, True])),
         ({"enable_bucket": True, "bucket_no_upscale": True}, "small images are enlarged"),
         ({"unheard_of": 1}, "[[datasets]]: there is no option unheard_of"),
         ({"shuffle_caption": True, "caption_prefix": "x"}, "caption_prefix with shuffle_caption"),
@@ -247,7 +271,9 @@ def test_options_that_do_not_go_together_are_refused_with_a_reason(
     ("data", "said"),
     [
         ({"general": 1}, r"\[general\] must be a table"),
-        ({"datasets": {"subsets": []}}, r"\[\[datasets\]\] must be a list of tables"),
+        ({"datasets": {"subsets": []}}, r"\[\[datasets\]\] must be a list of tables; write two br"),
+        ({"datasets": [{"subsets": {}}]}, r"\[\[datasets.subsets\]\] must be .*; write two bra"),
+        ({"datasets": 1}, r"\[\[datasets\]\] must be a list of tables$"),
         ({"datasets": [{"subsets": [1]}]}, r"\[\[datasets.subsets\]\] must be a list"),
         ({"datasets": [{"subsets": [{}]}]}, "has no image_dir"),
         ({"dataset": []}, r"dataset: there are only \[general\] and \[\[datasets\]\]"),
@@ -327,6 +353,8 @@ def test_captions_are_those_of_sd_scripts_or_refused(
     images: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
     (images / "a.txt").write_text(text, encoding="utf-8")
+    (images / "0.txt").write_text("a cat", encoding="utf-8")  # which is none of the next one's
+    Image.new("RGB", (40, 40), "blue").save(images / "0.png")
     options = {"caption_extension": ".txt", "enable_wildcard": draws, "class_tokens": "sks dog"}
     options |= {"caption_prefix": prefix, "caption_suffix": suffix}
     file = written(tmp_path / "sd.json", {"image_dir": str(images), **options})
@@ -337,7 +365,8 @@ def test_captions_are_those_of_sd_scripts_or_refused(
         return
     (subject,) = TrainConfig(dataset_config=str(file)).subjects
     rules = caption_rules(subject)
-    photo, bare = read_photos(list_photos(images), subject.instance_prompt or "", per_line=True)
+    prompt = subject.instance_prompt or ""
+    _, photo, bare = read_photos(list_photos(images), prompt, per_line=True)
     drawn = {tokens(rules.draw(photo.caption, "epoch", number)) for number in range(200)}
     assert drawn == theirs(text, prefix, suffix, draws)
     drawn = {tokens(rules.draw(bare.caption, "epoch", number)) for number in range(50)}
