@@ -1,7 +1,8 @@
-"""Flags of Diffusers' DreamBooth LoRA scripts that are no settings here, and what to use.
+"""Flags of other trainers that are no settings here, and what to use.
 
-The command line answers from it; docs/howto/from-diffusers-scripts.md has what differs in
-those that are. It covers
+The command line answers from it; docs/howto/from-diffusers-scripts.md and from-kohya.md have what
+differs in those that are. It covers sd-scripts' ``train_network.py`` and ``sdxl_train_network.py``,
+and of Diffusers
 ``examples/dreambooth/train_dreambooth_lora.py`` and ``train_dreambooth_lora_sdxl.py``, and
 ``examples/advanced_diffusion_training/train_dreambooth_lora_sd15_advanced.py`` and
 ``train_dreambooth_lora_sdxl_advanced.py``.
@@ -12,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dora_diffusion.config.kohya import REFUSED
 from dora_diffusion.config.train import settings
 from dora_diffusion.config.wording import closest
 
@@ -74,17 +76,93 @@ _ABSENT = {
     "use_blora": "use --targets 'up_blocks.0.attentions.0.*' 'up_blocks.0.attentions.1.*'",
 }
 
+_UNSUPPORTED = "it is not supported"
+_MEMORY = "PyTorch's own memory-efficient attention is always used"
+_CARD = "edit README.md of the run, which is its card"
+_OF_TRACKERS = "set the tracker's own environment variables, such as WANDB_NAME or WANDB_API_KEY"
+_SD_SCRIPTS = {
+    **{name: text for name, text in REFUSED.items() if name != "validation_split"},
+    "alpha_mask": "use --masked_loss",
+    "cache_info": "it is not needed",
+    "caption_dropout_every_n_epochs": "use --caption_dropout",
+    "caption_extension": "captions are .txt files",
+    "caption_extention": "captions are .txt files",
+    "config_file": "write the settings into a YAML file, and give it as --config",
+    "cpu_offload_checkpointing": "use --gradient_checkpointing and --offload",
+    "debug_dataset": "use --dry_run",
+    "dim_from_weights": "give the file as --init_adapter, and --rank",
+    "dynamo_backend": "use --compile",
+    "in_json": "a caption is a .txt file beside its image",
+    "keep_tokens_separator": "--keep_tags keeps a number of tags in place",
+    "lr_scheduler_args": "use --lr_num_cycles or --lr_power",
+    "lr_scheduler_type": "use --lr_scheduler",
+    "network_args": "use --conv_rank, --conv_alpha, --loraplus_ratio, --norm_axis or --targets",
+    "network_module": "DoRA is the default, and --method lora trains a plain LoRA",
+    "network_train_text_encoder_only": "the UNet trains in every run",
+    "network_train_unet_only": "it is the default",
+    "no_half_vae": "a VAE that float16 would overflow runs in float32",
+    "optimizer_args": "use --adam_weight_decay, --adam_beta1, --adam_beta2, --adam_epsilon or a "
+    "--prodigy_* setting",
+    "output_config": "every run writes its config.yaml",
+    "output_name": "name the file at 'dora-diffusion convert RUN NAME.safetensors --to PROGRAM'",
+    "persistent_data_loader_workers": "workers are kept anyway",
+    "random_crop": "use --no-center_crop",
+    "reg_data_dir": "use --with_prior_preservation --class_data_dir FOLDER",
+    "sample_sampler": "samples use the base model's own scheduler",
+    "save_every_n_epochs": "use --checkpointing_steps; --dry_run counts the images of an epoch",
+    "save_model_as": "adapters are .safetensors files",
+    "train_data_dir": "use --dataset_config for a folder with folders such as '10_sks dog', or "
+    "--instance_data_dir for one folder of photos",
+    "use_lion_optimizer": "Lion is not supported; see --optimizer",
+    "v2": "it is read from the model",
+    "v_parameterization": "it is read from the model, or use --prediction_type v_prediction",
+    "vae_batch_size": "images are encoded one by one",
+    "xformers": _MEMORY, "sdpa": _MEMORY, "mem_eff_attn": _MEMORY,
+    "lowram": "see --offload", "highvram": "see --offload",
+    **dict.fromkeys(("base_weights", "base_weights_multiplier"),
+                    "merge the adapter into the model with 'dora-diffusion export'"),
+    **dict.fromkeys(("cache_latents_to_disk", "cache_text_encoder_outputs",
+                     "cache_text_encoder_outputs_to_disk", "skip_cache_check"),
+                    "latents and captions are encoded once and kept in memory"),
+    **dict.fromkeys(("full_bf16", "full_fp16", "fp8_base", "fp8_base_unet"),
+                    "what trains is float32; use --mixed_precision for the rest"),
+    **dict.fromkeys(("huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo",
+                     "huggingface_repo_visibility", "save_state_to_huggingface", "async_upload"),
+                    "use --push_to_hub and --hub_model_id"),
+    "huggingface_token": "set the environment variable HF_TOKEN",
+    **dict.fromkeys(("initial_epoch", "initial_step", "skip_until_initial_step",
+                     "resume_from_huggingface"), "use --resume_from_checkpoint"),
+    **dict.fromkeys(("log_config", "log_prefix", "log_tracker_config", "log_tracker_name",
+                     "wandb_api_key", "wandb_run_name"), _OF_TRACKERS),
+    **dict.fromkeys(("metadata_author", "metadata_description", "metadata_license",
+                     "metadata_tags", "metadata_title", "training_comment"), _CARD),
+    **dict.fromkeys(("save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps_state",
+                     "save_n_epoch_ratio"), "use --checkpoints_total_limit"),
+    **dict.fromkeys(("save_state", "save_state_on_train_end"),
+                    "each checkpoint has the state; see --checkpointing_steps"),
+    **dict.fromkeys((
+        "adaptive_noise_scale", "dataset_class", "deepspeed", "disable_mmap_load_safetensors",
+        "fused_backward_pass", "huber_c", "huber_scale", "huber_schedule", "ip_noise_gamma",
+        "ip_noise_gamma_random_strength", "loss_type", "lr_decay_steps",
+        "lr_scheduler_min_lr_ratio", "lr_scheduler_timescale", "max_timestep", "min_timestep",
+        "multires_noise_discount", "multires_noise_iterations", "no_metadata",
+        "noise_offset_random_strength", "scale_v_pred_loss_like_noise_pred", "scale_weight_norms",
+        "token_warmup_min", "tokenizer_cache_dir", "v_pred_like_loss", "validation_seed",
+        "weighted_captions",
+    ), _UNSUPPORTED),
+}  # fmt: skip
+
 # What people type, and what other trainers call it.
 _OTHER_NAMES = {
     "pretrained_model_name_or_path": "model base base_model model_name checkpoint ckpt",
     "pretrained_vae_model_name_or_path": "vae",
-    "instance_data_dir": "data data_dir train_data_dir image_dir images photos dataset folder",
+    "instance_data_dir": "data data_dir image_dir images photos dataset folder",
     "instance_prompt": "prompt caption",
-    "repeats": "num_repeats",
+    "repeats": "num_repeats dataset_repeats",
     "token": "trigger trigger_word identifier",
     "class_word": "class class_name subject",
-    "class_data_dir": "reg_data_dir regularization_dir",
-    "output_dir": "output out output_name",
+    "class_data_dir": "regularization_dir",
+    "output_dir": "output out",
     "max_train_steps": "steps max_steps num_steps train_steps iterations",
     "num_train_epochs": "epochs num_epochs max_train_epochs",
     "train_batch_size": "batch batch_size",
@@ -115,6 +193,7 @@ _OTHER_NAMES = {
     "validation_prompt": "sample_prompt validation_prompts",
     "sample_at_start": "sample_at_first",
     "validation_steps": "sample_every_n_steps sample_every",
+    "validation_epochs": "sample_every_n_epochs",
     "validation_data_dir": "val_data_dir eval_data_dir validation_dir held_out",
     "validation_split": "val_split eval_split validation_fraction",
     "keep_best": "load_best_model_at_end save_best",
@@ -129,7 +208,7 @@ _OTHER_NAMES = {
     "tag_dropout": "caption_tag_dropout_rate",
     "wildcards": "enable_wildcard",
     "snr_gamma": "min_snr_gamma",
-    "prediction_type": "v_parameterization v_pred v_prediction",
+    "prediction_type": "v_pred v_prediction",
     "zero_terminal_snr": "ztsnr zero_snr rescale_betas_zero_snr",
     "debiased_estimation_loss": "debiased debiased_estimation",
     "gradient_accumulation_steps": "gradient_accumulation",
@@ -148,11 +227,12 @@ DIFFUSERS_FLAGS: dict[str, Answer] = {
 
 
 def refusal(name: str) -> str | None:
-    """Why a flag of Diffusers' scripts is refused and what to use; None for any other name."""
+    """Why a flag of other trainers is refused and what to use; None for any other name."""
     answer = DIFFUSERS_FLAGS.get(name)
-    if answer is None or answer.status != "absent":
-        return None
-    return f"{name} of Diffusers' scripts is not here: {answer.text}"
+    if answer is not None and answer.status == "absent":
+        return f"{name} of Diffusers' scripts is not here: {answer.text}"
+    text = _SD_SCRIPTS.get(name)
+    return text and f"{name} of sd-scripts is not here: {text}"
 
 
 def meant_by(name: str) -> str | None:

@@ -54,7 +54,7 @@ _READ: dict[str, tuple[type, ...]] = {
     ), (str,)),
     "resolution": (int, list),
 }  # fmt: skip
-_REFUSED = {
+REFUSED = {
     "bucket_no_upscale": "small images are enlarged to their bucket",
     "caption_dropout_every_n_epochs": "use caption_dropout_rate",
     "color_aug": "colors are not changed",
@@ -70,11 +70,12 @@ _REFUSED = {
     "token_warmup_step": "captions have all their tags from the first step",
     "validation_split": "give the run --validation_split",
 }
+"""Option of sd-scripts that is not supported -> what to do instead."""
 # Values besides the empty ones that ask for nothing.
 _NEUTRAL = {"network_multiplier": 1, "resize_interpolation": "lanczos"}
 # Options of the two above, which change nothing without them.
 _COMPANIONS = ("token_warmup_min", "validation_seed")
-_OPTIONS = (*_READ, *_REFUSED, *_COMPANIONS)
+_OPTIONS = (*_READ, *REFUSED, *_COMPANIONS)
 _OF_DATASETS = frozenset((
     "batch_size", "bucket_no_upscale", "enable_bucket", "network_multiplier", "resolution",
     "skip_image_resolution", "validation_seed", "validation_split", *_BUCKETS,
@@ -263,10 +264,10 @@ def _asked(options: Entry) -> set[str]:
 def _check_options(options: Entry, batch_size: int) -> None:
     """Refuse options that have no counterpart here."""
     asked = _asked(options)
-    for name in sorted(asked & {*_REFUSED}):
+    for name in sorted(asked & {*REFUSED}):
         is_idle = name == "bucket_no_upscale" and not options.get("enable_bucket")
         if options[name] != _NEUTRAL.get(name) and not is_idle:
-            raise ConfigError(f"{name} is not supported: {_REFUSED[name]}; remove it")
+            raise ConfigError(f"{name} is not supported: {REFUSED[name]}; remove it")
     if tags := sorted(asked & {"shuffle_caption", "caption_tag_dropout_rate"}):
         for name in sorted(asked & {"caption_prefix", "caption_suffix"}):
             raise ConfigError(

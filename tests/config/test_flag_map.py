@@ -1,7 +1,8 @@
-"""Every flag of Diffusers' DreamBooth LoRA scripts is answered."""
+"""Every flag of Diffusers' DreamBooth LoRA scripts and of sd-scripts is answered."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from dora_diffusion.cli import main as cli
 from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.config import TrainConfig, settings
 from dora_diffusion.config.fields import RENAMED
-from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
+from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, OTHER_NAMES, meant_by, refusal
+from tests.training.helpers import SAMPLES
 
 # As their argument parsers list them: train_dreambooth_lora.py, train_dreambooth_lora_sdxl.py.
 _SCRIPTS = """
@@ -88,3 +90,76 @@ def test_a_value_of_diffusers_type_bool_is_taken() -> None:
     argv = ["train", "--prodigy_decouple", "False", "--use_dora", "true", "--optimizer", "AdamW"]
     config = train_config(cli.build_parser().parse_args(argv))
     assert (config.prodigy_decouple, config.use_dora, config.optimizer) == (False, True, "adamw")
+
+
+# As the argument parsers of its train_network.py and sdxl_train_network.py list them.
+_SD_SCRIPTS = """
+adaptive_noise_scale alpha_mask async_upload base_weights base_weights_multiplier bucket_no_upscale
+bucket_reso_steps cache_info cache_latents cache_latents_to_disk cache_text_encoder_outputs
+cache_text_encoder_outputs_to_disk caption_dropout_every_n_epochs caption_dropout_rate
+caption_extension caption_extention caption_prefix caption_separator caption_suffix
+caption_tag_dropout_rate clip_skip color_aug conditioning_data_dir config_file
+cpu_offload_checkpointing dataset_class dataset_config dataset_repeats debiased_estimation_loss
+debug_dataset deepspeed dim_from_weights disable_mmap_load_safetensors dynamo_backend enable_bucket
+enable_wildcard face_crop_aug_range flip_aug fp8_base fp8_base_unet full_bf16 full_fp16
+fused_backward_pass gradient_accumulation_steps gradient_checkpointing highvram huber_c huber_scale
+huber_schedule huggingface_path_in_repo huggingface_repo_id huggingface_repo_type
+huggingface_repo_visibility huggingface_token in_json initial_epoch initial_step ip_noise_gamma
+ip_noise_gamma_random_strength keep_tokens keep_tokens_separator learning_rate log_config
+log_prefix log_tracker_config log_tracker_name log_with logging_dir loss_type lowram lr_decay_steps
+lr_scheduler lr_scheduler_args lr_scheduler_min_lr_ratio lr_scheduler_num_cycles lr_scheduler_power
+lr_scheduler_timescale lr_scheduler_type lr_warmup_steps masked_loss max_bucket_reso
+max_data_loader_n_workers max_grad_norm max_timestep max_token_length max_train_epochs
+max_train_steps mem_eff_attn metadata_author metadata_description metadata_license metadata_tags
+metadata_title min_bucket_reso min_snr_gamma min_timestep mixed_precision multires_noise_discount
+multires_noise_iterations network_alpha network_args network_dim network_dropout network_module
+network_train_text_encoder_only network_train_unet_only network_weights no_half_vae no_metadata
+noise_offset noise_offset_random_strength optimizer_args optimizer_type output_config output_dir
+output_name persistent_data_loader_workers pretrained_model_name_or_path prior_loss_weight
+random_crop reg_data_dir resize_interpolation resolution resume resume_from_huggingface
+sample_at_first sample_every_n_epochs sample_every_n_steps sample_prompts sample_sampler
+save_every_n_epochs save_every_n_steps save_last_n_epochs save_last_n_epochs_state
+save_last_n_steps save_last_n_steps_state save_model_as save_n_epoch_ratio save_precision
+save_state save_state_on_train_end save_state_to_huggingface scale_v_pred_loss_like_noise_pred
+scale_weight_norms sdpa secondary_separator seed shuffle_caption skip_cache_check
+skip_until_initial_step text_encoder_lr token_warmup_min token_warmup_step tokenizer_cache_dir
+torch_compile train_batch_size train_data_dir training_comment unet_lr use_8bit_adam
+use_lion_optimizer v2 v_parameterization v_pred_like_loss vae vae_batch_size validation_seed
+validation_split wandb_api_key wandb_run_name weighted_captions xformers zero_terminal_snr
+"""
+
+
+@pytest.mark.parametrize("name", _SD_SCRIPTS.split())
+def test_every_flag_of_sd_scripts_is_answered(name: str, capsys) -> None:
+    """As a setting, by the setting that is meant, or by what to use; never by a guess."""
+    known = {setting.name for setting in settings()}
+    text = refusal(name)
+    assert [name in known, name in OTHER_NAMES, text is not None].count(True) == 1
+    if name in known:
+        return
+    with pytest.raises(SystemExit) as stop:
+        cli.build_parser().parse_args(["train", f"--{name}", "1"])
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    if text is None:
+        assert last == f"error: there is no flag --{name} (did you mean --{OTHER_NAMES[name]}?)"
+    else:
+        assert last == f"error: --{text}"
+        named = {flag for flag in re.findall(r"--(?:no-)?([a-z_\d]+)", text) if flag != "prodigy_"}
+        assert named <= {*known, name, "config", "dry_run", "to"}
+
+
+def test_what_the_page_for_kohyas_users_names_is_answered_alike() -> None:
+    """Each row of its table: the answer names what the row names."""
+    page = (SAMPLES.parent / "docs" / "howto" / "from-kohya.md").read_text("utf-8")
+    rows = page.partition("## Where is my setting?")[2].splitlines()
+    cells = [row.strip("| ").split(" | ") for row in rows if row.startswith("| `--")]
+    asked = 0
+    for theirs, ours, *_ in cells:
+        named = set(re.findall(r"--(?:no-)?([a-z_\d]+)", ours))
+        for name in {*re.findall(r"--([a-z_\d]+)", theirs)} - {s.name for s in settings()}:
+            answer = refusal(name) or f"--{meant_by(name)}"
+            of_answer = set(re.findall(r"--(?:no-)?([a-z_\d]+)", answer))
+            assert not named or named & of_answer, f"{name}: {answer}"
+            asked += 1
+    assert asked > 40

@@ -217,7 +217,9 @@ def test_toml_and_json_are_one(images: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "own.json") == [{"instance_data_dir": "a", "repeats": 2}]
     for name in ("bad.json", "bad.toml"):
         (tmp_path / name).write_text("{", "utf-8")
-        with pytest.raises(ConfigError, match=rf"{name}: this is not valid {name[4:].upper()}.*\)$"):
+        with pytest.raises(
+            ConfigError, match=rf"{name}: this is not valid {name[4:].upper()}.*\)$"
+        ):
             read(tmp_path / name)
 
 
@@ -235,7 +237,9 @@ def test_one_backslash_in_a_path_is_named(name: str, tmp_path: Path) -> None:
     pytest.importorskip("tomllib")
     text = 'image_dir = "C:\\train\\10_sks dog"' if name == "sd.toml" else '{"a": "C:\\photos"}'
     (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"not valid .*; write paths with / or \\\\, not with one"):
+    with pytest.raises(
+        ConfigError, match=r"not valid .*; write paths with / or \\\\, not with one"
+    ):
         read(tmp_path / name)
     (tmp_path / name).write_bytes(text.encode("utf-16"))
     with pytest.raises(ConfigError, match=f"{name}: this is not valid {name[3:].upper()} "):
