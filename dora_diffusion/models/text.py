@@ -283,7 +283,10 @@ def warn_of_truncation(
 ) -> None:
     """Warn once of each distinct prompt that is too long, naming what the model will not see.
 
-    Prompts behind those of the adapters are the base's.
+    Args:
+        components: The model.
+        prompts: The prompts.
+        adapters: The adapter of each, for its own tokens; further prompts are the base's.
     """
     encoder, tokenizer = components.text_encoders[0], components.tokenizers[0]
     warned, chunks = _WARNED.setdefault(tokenizer, set()), components.most_chunks

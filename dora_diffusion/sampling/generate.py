@@ -270,7 +270,8 @@ def generate_images(
     prompt = _per_seed(prompt, seeds, adapters)
     settings = settings or SamplingSettings()
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    warn_of_truncation(components, [*prompts, settings.negative_prompt], adapters or ())
+    negatives, own = [settings.negative_prompt] * len(adapters or "1"), adapters or ()
+    warn_of_truncation(components, [*prompts, *negatives], [*own, *own])
     images: list[Image.Image] = []
     batches = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
     with (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +22,7 @@ from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.formats.checkpoint.schedule import PREDICTION, UNASKED, AskedSchedule
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import reschedule
-from dora_diffusion.models.words import add_own_tokens, remove_own_tokens
+from dora_diffusion.models.words import add_own_tokens, own_words, remove_own_tokens
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.generate import SamplingSettings, generate_images
 
@@ -200,6 +200,15 @@ class AdapterPool:
         if isinstance(adapter, PinnedAdapter):
             return adapter.metadata
         return read_metadata(_parts(adapter)[0])
+
+    def own_words(self, adapter: Wanted) -> Mapping[str, str]:
+        """The tokens that only the prompts of an adapter have, as `models.words.own_words` does.
+
+        Raises:
+            AdapterFormatError, ValueError: As `names` does, by which it is loaded.
+        """
+        (name,) = self.names([adapter])
+        return own_words(self.components.text_encoders[0], name)
 
     def components_for(self, adapter: Wanted) -> Components:
         """The model, with noise schedule and prompts read as an adapter's file says.

@@ -144,8 +144,9 @@ class Engine:
         notes, metadata = [], self.pool.metadata(row.adapter)
         if lacks_trigger(row.prompt, metadata):
             notes.append(f"the prompt lacks the adapter's trigger word, {metadata.trigger!r}")
+        own = self.pool.own_words(row.adapter)
         for what, prompt in (("prompt", row.prompt), ("negative prompt", request.negative_prompt)):
-            end = truncated_text(components.tokenizers[0], prompt, components.most_chunks)
+            end = truncated_text(components.tokenizers[0], prompt, components.most_chunks, own)
             if end:
                 limit = token_limit(components)
                 notes.append(f"the {what} is longer than {limit}; its end was not read: {end}")

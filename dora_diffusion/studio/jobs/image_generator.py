@@ -8,7 +8,7 @@ import gc
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -227,9 +227,10 @@ class ImageGenerator:
             )
             try:
                 images = pool.generate(rows, request.settings, on_step=on_step, require_finite=True)
+                own = pool.own_words(rows[0].adapter)
+                about = _about(request, pool.components_for(request.adapter), own)
             finally:
                 pool.clear()
-            about = _about(request, pool.components_for(request.adapter))
         columns = [f"{strength:g}" for strength in strengths]
         title = f"Seed {seed}; above each column, the strength"
         sheet = labelled_sheet(images, title, list(adapters), columns)
@@ -317,14 +318,16 @@ class ImageGenerator:
         )
 
 
-def _about(request: GenerationRequest, components: Components) -> _About:
+def _about(
+    request: GenerationRequest, components: Components, own: Mapping[str, str] | None = None
+) -> _About:
     """What to say of images besides what was asked for."""
     from dora_diffusion.models.text import token_limit, truncated_text
 
     limit = token_limit(components)
     prompts = {"prompt": request.prompt, "negative prompt": request.settings.negative_prompt}
     ends = {
-        name: truncated_text(components.tokenizers[0], prompt, components.most_chunks)
+        name: truncated_text(components.tokenizers[0], prompt, components.most_chunks, own)
         for name, prompt in prompts.items()
     }
     unread = tuple(

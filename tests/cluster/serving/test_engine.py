@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dora_diffusion.cluster.serving.engine import BatchItem, Engine
 from dora_diffusion.cluster.serving.request import ApiAnswer, ApiRequest, Refusal
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.load import load_components
+from dora_diffusion.models.text import truncated_text
 from dora_diffusion.sampling.generate import BrokenImageError, generate_images, load_adapted
 from dora_diffusion.sampling.images import parse_parameters
 from dora_diffusion.sampling.pool import AdapterPool
@@ -72,6 +74,41 @@ def test_each_answer_is_its_adapter_s_and_a_wrong_one_is_one_line(files, sd1_fol
     assert again.answers[0].png == answers[2].png or abs(
         image(again.answers[0]) - image(answers[2])
     ).max() <= 1  # fmt: skip
+
+
+def test_what_was_cut_is_counted_by_each_adapter_s_own_words(
+    files, sd1_folder, random_adapter, tmp_path, recwarn
+):
+    """One word of 2 and of 30 vectors, and a base without it: what fits differs in one batch."""
+    layers = random_adapter(sd1_folder, components=("unet",), every=9)
+    files = {None: None}
+    for name, count in (("short", 2), ("long", 30)):
+        tokens = {"<toy>": {"text_encoder": torch.randn(count, 32)}}
+        adapter = AdapterFile(layers, AdapterMetadata("sd1"), tokens=tokens)
+        files[name] = write_adapter(tmp_path / f"{name}.safetensors", adapter, "kohya")
+    text = "a <Toy>" + " dog" * 60 + " by the sea"
+    engine = Engine(AdapterPool(load_components(sd1_folder)), "base")
+    asked = [ask(files, name, 1, text, negative_prompt=f"dog {text}") for name in files]
+    cut = {}
+    for (request, _, file), answer in zip(asked, engine.answer(asked).answers, strict=True):
+        alone, _ = load_adapted(sd1_folder, file, device="cpu")
+        texts = {"prompt": request.prompt, "negative prompt": request.negative_prompt}
+        ends = {what: truncated_text(alone.tokenizers[0], text) for what, text in texts.items()}
+        assert answer.notes == tuple(
+            f"the {what} is longer than the model's 77 tokens; its end was not read: {end}"
+            for what, end in ends.items()
+            if end
+        )
+        cut[request.adapter] = [len(end.split()) for end in ends.values()]
+    assert cut["long"] == [19, 20]
+    assert cut[None] == cut["short"] == [0, 0]
+    warned = [str(w.message) for w in recwarn if "it will not see the end" in str(w.message)]
+    assert len(warned) == 2  # of the prompt and the negative prompt, with the long word
+    recwarn.clear()
+    words = " <toy>" * 30  # 60 tokens with the word, and more of its letters without
+    (answer,) = engine.answer([ask(files, "short", 2, f"a{words}", negative_prompt=words)]).answers
+    assert truncated_text(engine.pool.components.tokenizers[0], words)
+    assert (answer.notes, [str(w.message) for w in recwarn]) == ((), [])
 
 
 def test_a_row_that_breaks_its_batch_and_a_budget_for_one_alone(files, sd1_folder, monkeypatch):

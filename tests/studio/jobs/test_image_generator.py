@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.data.sheets import labelled_sheet
+from dora_diffusion.formats.adapter.file import read_adapter, write_adapter
 from dora_diffusion.models.load import load_vae
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.generate import BrokenImageError, SamplingSettings
@@ -140,6 +141,21 @@ def test_the_page_says_what_of_a_long_prompt_was_not_read(
     found = [parse_parameters(image.parameters).get("Clip skip") for image in (plain, skips)]
     assert found == [None, "2"]
     assert "longer than" not in _results(pair=studio.compare(short))[-1]
+
+
+def test_what_a_grid_did_not_see_is_counted_by_the_adapter_s_own_words(
+    finished: tuple[Workspace, str], studio: ImageGenerator, tmp_path: Path
+) -> None:
+    request = ask(finished, prompt="a <toy>" + " dog" * 60)
+    assert request.adapter is not None
+    adapter = read_adapter(request.adapter)
+    width = studio._model(request).text_encoders[0].config.hidden_size
+    tokens = {"<toy>": {"text_encoder": torch.randn(30, width)}}
+    file = write_adapter(tmp_path / "toy.safetensors", replace(adapter, tokens=tokens), "kohya")
+    request = replace(request, adapter=file)
+    (made,) = studio.make(request)
+    assert made.unread[0].endswith("the end: " + " ".join(["dog"] * 16))
+    assert studio.grid(request, {"toy": file}, [1.0], lambda *_: None).unread == made.unread
 
 
 def test_images_that_would_be_black_are_refused_in_words(
