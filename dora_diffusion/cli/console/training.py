@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from dora_diffusion.cli.console.progress import ProgressBar, say, tell
 from dora_diffusion.cli.console.tables import shown_command
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.config.derived import listed
-from dora_diffusion.config.wording import counted, duration, listing, pixels
+from dora_diffusion.config.wording import counted, duration, listing, pixels, quoted
 from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.numerics.devices import default_device, device_name
 from dora_diffusion.training.events import (
@@ -254,16 +255,36 @@ def _facts_of(own: TrainConfig, photos: Sequence[Photo]) -> list[str]:
     masks = sum(mask_path(photo.path).is_file() for photo in photos) if own.masked_loss else 0
     facts = [counted(len(photos), "image")]
     facts += [f"at {own.resolution} px"] if own.resolution else []
+    facts += [_in_buckets(own, photos)] if own.aspect_ratio_buckets else []
+    facts += [] if own.center_crop else ["cut at random"]
+    facts += ["mirrored at random"] if own.random_flip else []
     facts += [f"{own.repeats} times an epoch"] if own.repeats > 1 else []
     facts += [f"weight {own.weight:g}"] if own.weight != 1 else []
     facts += [counted(masks, "mask file")] if masks else []
+    kept = f" after the first {own.keep_tags}" if own.keep_tags else ""
+    facts += [f"tags shuffled{kept}"] if own.shuffle_tags else []
     facts += [f"tags left out: {own.tag_dropout:g}"] if own.tag_dropout else []
     facts += [f"captions dropped: {own.caption_dropout:g}"] if own.caption_dropout else []
     if own.uses_class_images:
         folder, count = class_folder(own), own.num_class_images
         there = min(len(own_class_images(folder)), count)
-        return [*facts, f"prior: {there} of {counted(count, 'class image')} in {folder}"]
+        prompt = f" ({quoted(own.class_prompt)})" if own.class_prompt else ""
+        return [*facts, f"prior: {there} of {counted(count, 'class image')} in {folder}{prompt}"]
     return facts + ([f"prior: {own.prior_mode}"] if own.with_prior_preservation else [])
+
+
+def _in_buckets(own: TrainConfig, photos: Sequence[Photo]) -> str:
+    """The buckets of images; without their sizes where the model will say what these are."""
+    from dora_diffusion.data.crops import Buckets
+
+    if not (own.resolution and own.bucket_reso_steps):
+        return "in buckets"
+    buckets = Buckets(
+        own.resolution, own.bucket_reso_steps, own.min_bucket_reso, own.max_bucket_reso
+    )
+    counts = Counter(buckets(photo.size) for photo in photos)
+    sizes = [f"{count} of {size[1]} x {size[0]}" for size, count in sorted(counts.items())]
+    return f"in buckets ({', '.join(sizes)})"
 
 
 def next_steps(config: TrainConfig, written: Path) -> list[str]:

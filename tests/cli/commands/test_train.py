@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from dora_diffusion.cli import main as cli
 from dora_diffusion.cli.commands.train import train_config
@@ -328,6 +329,36 @@ def test_a_dry_run_shows_what_is_drawn_of_captions(tmp_path, samples_root, capsy
         "        or best, a sks mug 5, photo", "        or 2 more",
     ]  # fmt: skip
     assert lines[-1] == "an epoch: 4 images"
+
+
+@pytest.mark.parametrize(
+    ("options", "facts"),
+    [
+        ({"resolution": 64}, "at 64 px"),
+        ({"shuffle_caption": True}, "tags shuffled"),
+        ({"shuffle_caption": True, "keep_tokens": 2}, "tags shuffled after the first 2"),
+        ({"keep_tokens": 2}, ""),
+        ({"flip_aug": True}, "mirrored at random"),
+        ({"enable_bucket": True, "random_crop": True}, "in buckets, cut at random"),
+        ({"enable_bucket": True, "resolution": 512},
+         "at 512 px, in buckets (1 of 640 x 384, 1 of 512 x 512)"),
+        ({"enable_bucket": True, "resolution": [64, 64], "min_bucket_reso": 16,
+          "max_bucket_reso": 128, "bucket_reso_steps": 16, "caption_tag_dropout_rate": 0.5},
+         "at 64 px, in buckets (1 of 80 x 48, 1 of 64 x 64), tags left out: 0.5"),
+    ],
+)  # fmt: skip
+def test_a_dry_run_shows_what_sd_scripts_options_do(options, facts, tmp_path, capsys):
+    for name, size in (("wide", (160, 100)), ("square", (100, 100))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    file = tmp_path / "sd.json"
+    file.write_text(
+        json.dumps({"general": options | {"class_tokens": "sks mug"},
+                    "datasets": [{"subsets": [{"image_dir": str(tmp_path)}]}]}), encoding="utf-8"
+    )  # fmt: skip
+    assert cli.main(["train", "--dataset_config", str(file), "--dry_run"]) == 0
+    facts = f", {facts}" if facts else ""
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"sks mug: 2 images{facts}, in {tmp_path}"
 
 
 def test_a_preset_is_where_settings_start(tmp_path):
