@@ -259,8 +259,7 @@ def generate_images(
         require_finite: Refuse images that hold NaN, which becomes black, or are black all over.
 
     Raises:
-        ValueError: If there are several prompts or adapters, but not one per seed; or the model has
-            no adapter of that name.
+        ValueError: If prompts or adapters are not one per seed, or the model lacks an adapter.
         ConfigError: If a text-to-image model is to paint into an image.
         BrokenImageError: If an image is refused.
 

@@ -68,8 +68,6 @@ def train(
         'pytorch_lora_weights.safetensors'
     """
     config, subjects = checked(config)
-    if config.push_to_hub:
-        hub.check(config.hub_model_id or "")
     output_dir = Path(config.output_dir)
     with StopRequest() as stop:
         try:
@@ -86,17 +84,18 @@ def train(
                     loop.begin("", Run(*start_run(session, output_dir), output_dir, show, stop))
                 loop.train()
                 accelerator.end_training()
-                result = loop.results[""]
-                if config.push_to_hub and is_main and not result.interrupted:
-                    return replace(result, published=_publish(config))
-                return result
+                return _published(loop.results[""], config if is_main else None)
         except Stopped:
             return TrainResult(output_dir, None, 0, 0, stop.signal_number, {})
 
 
-def _publish(config: TrainConfig) -> str:
+def _published(result: TrainResult, config: TrainConfig | None) -> TrainResult:
+    """A result with its address on the hub, where its settings ask for one."""
+    if config is None or not config.push_to_hub or result.interrupted:
+        return result
     try:
-        return hub.push(config.output_dir, config.hub_model_id or "", private=True)
+        address = hub.push(config.output_dir, config.hub_model_id or "", private=True)
+        return replace(result, published=address)
     except hub.HubError as error:
         raise hub.HubError(
             f"the result is in {config.output_dir}, but was not published: {error}"
@@ -201,7 +200,7 @@ def checked(config: TrainConfig) -> tuple[TrainConfig, list[Subject]]:
     """A run's settings with its precision, and its subjects; what cannot work is refused.
 
     Raises:
-        ConfigError: Before anything is loaded.
+        ConfigError, HubError: Before anything is loaded.
 
     Warns:
         UserWarning: Of settings without effect, and of what the base model cannot learn.
@@ -209,6 +208,8 @@ def checked(config: TrainConfig) -> tuple[TrainConfig, list[Subject]]:
     config = config.with_sample_prompts()
     subjects = subjects_of(config)
     check_prompts(config)
+    if config.push_to_hub:
+        hub.check(config.hub_model_id or "")
     for reason in (*without_effect(config).values(), *unusual_rates(config)):
         warnings.warn(reason, stacklevel=3)
     base, words = config.pretrained_model_name_or_path, [s.class_word for s in subjects]
