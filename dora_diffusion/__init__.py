@@ -12,7 +12,7 @@ The whole Python interface::
     TrainConfig, train                                DreamBooth from photos to a finished folder
     subject_configs, train_pack                       several subjects at once, an adapter each
     run_fleet                                         the same for many subjects, on a cluster
-    AskedSchedule, load_components                    a model by name
+    BaseModel, load_components                        a model by name
     SamplingSettings, generate_images                 images from it
     export_checkpoint                                 base + adapter -> merged model
     extract_adapter                                   base and tuned model -> the nearest adapter
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from dora_diffusion.cli.console.environment import describe_environment
     from dora_diffusion.cluster.fleet.run import run_fleet
     from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
+    from dora_diffusion.config.base import BaseModel
     from dora_diffusion.config.families import UnsupportedModelError
     from dora_diffusion.config.subject_list import subject_configs
     from dora_diffusion.data.images import PhotoError
@@ -70,7 +71,6 @@ if TYPE_CHECKING:
         extract_adapter,
     )
     from dora_diffusion.formats.checkpoint.entries import CheckpointLayoutError
-    from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
     from dora_diffusion.formats.checkpoint.weights import MergeError
     from dora_diffusion.formats.files.atomic import DiskFullError
     from dora_diffusion.formats.files.header import TensorFileError
@@ -91,7 +91,7 @@ _HOMES = {
     "AdapterConfig": "config.adapter",
     "AdapterFormatError": "formats.layouts.layout",
     "AdapterPool": "sampling.pool",
-    "AskedSchedule": "formats.checkpoint.schedule",
+    "BaseModel": "config.base",
     "BrokenImageError": "sampling.generate",
     "CheckpointLayoutError": "formats.checkpoint.entries",
     "ConfigError": "config.fields",
@@ -141,7 +141,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterFormatError",
     "AdapterPool",
-    "AskedSchedule",
+    "BaseModel",
     "BrokenImageError",
     "CheckpointLayoutError",
     "ConfigError",

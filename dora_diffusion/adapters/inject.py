@@ -35,7 +35,7 @@ from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.config.wording import listing
 from dora_diffusion.numerics.threads import map_ahead
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.weights import LayerWeights, Strengths
 
 DEFAULT_NAME = "default"
 
@@ -241,7 +241,7 @@ def unmerge_adapters(model: nn.Module) -> None:
 
 def set_strength(
     model: nn.Module,
-    strength: float | None = None,
+    strength: float | Strengths | None = None,
     *,
     direction: float | None = None,
     magnitude: float | None = None,
@@ -251,7 +251,8 @@ def set_strength(
 
     Args:
         model: A model with adapters.
-        strength: 0 is exactly the base, 1 exactly the adapter. None leaves a strength as it is.
+        strength: 0 is exactly the base, 1 exactly the adapter; or all three. None leaves a strength
+            as it is.
         direction: Scales the low-rank update before the norm is taken.
         magnitude: Moves the magnitude by this share of its change.
         name: The adapter. None means all.
@@ -259,11 +260,9 @@ def set_strength(
     Raises:
         ValueError: If no layer has such an adapter.
     """
-    asked = {
-        "strength": strength,
-        "direction_strength": direction,
-        "magnitude_strength": magnitude,
-    }
+    parts = {"direction_strength": direction, "magnitude_strength": magnitude}
+    all_three = vars(strength) if isinstance(strength, Strengths) else {"strength": strength}
+    asked = {**all_three, **{key: value for key, value in parts.items() if value is not None}}
     changed = {key: float(value) for key, value in asked.items() if value is not None}
     adapters = list(layer_adapters(model, name))
     if not adapters:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dora_diffusion.cli.console.progress import say
 from dora_diffusion.config.adapter import NORM_AXES
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.families import FAMILIES, PREDICTION_TYPES
 from dora_diffusion.config.fields import AUTO, DTYPES, REQUIRED, flag, require_token_length
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
     from dora_diffusion.cluster.fleet.cluster import Share
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
-    from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
     from dora_diffusion.models.components import Components
+    from dora_diffusion.numerics.weights import Strengths
 
 BASE = "Diffusers folder, hub id, single-file .safetensors checkpoint, or embedded:NAME."
 
@@ -94,9 +95,9 @@ class AnyBase(CommandSettings):
     )
 
     @property
-    def base_options(self) -> dict[str, Any]:
-        """Which weights of the base are taken, as keywords of what opens it."""
-        return {"variant": self.variant, "revision": self.revision}
+    def base_model(self) -> Any:
+        """The base as a `BaseModel`, with all that is asked of it; None where there is none."""
+        return None if self.base is None else BaseModel.of_settings(vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +122,6 @@ class ScheduleFlags(CommandSettings):
         "Zero terminal SNR: the base's noise schedule ends in pure noise (arXiv:2305.08891). "
         "Default: what it says, else what the adapter says, else not.",
     )
-
-    @property
-    def schedule(self) -> AskedSchedule:
-        """Both."""
-        from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
-
-        return AskedSchedule(self.prediction_type, self.zero_terminal_snr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +165,17 @@ class StrengthFlags(CommandSettings):
     magnitude_strength: float = flag(
         1.0, "Share of the magnitude's change that is applied.", needs=(_adapter,)
     )
+
+    @property
+    def strengths(self) -> Strengths:
+        """All of them.
+
+        Raises:
+            ValueError: If one is out of its limits.
+        """
+        from dora_diffusion.numerics.weights import Strengths
+
+        return Strengths(self.strength, self.direction_strength, self.magnitude_strength)
 
 
 _STATED = "Default: what the adapter's file says, else that of the base."
@@ -216,9 +221,8 @@ class Model(ScheduleFlags, RequiredBase):
         """How the base is loaded, as keywords of `load_adapted`."""
         from dora_diffusion.models.precision import dtype_of
 
-        names = ("compile", "clip_skip", "max_token_length", "schedule")
-        options = {name: getattr(self, name) for name in names} | self.base_options
-        return options | {"config": self.model_config, "dtype": dtype_of(self.dtype)}
+        names = ("compile", "clip_skip", "max_token_length")
+        return {name: getattr(self, name) for name in names} | {"dtype": dtype_of(self.dtype)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,18 +237,13 @@ class AdaptedModel(StrengthFlags, Alpha, Model):
         Raises:
             ValueError: If a strength is out of its limits, before anything is loaded.
         """
-        from dora_diffusion.numerics.weights import Strengths
-
-        Strengths(self.strength, self.direction_strength, self.magnitude_strength)
-        options = self.model_options
+        strengths, options = self.strengths, self.model_options
         from dora_diffusion.sampling.generate import load_adapted
 
         components, metadata = load_adapted(
-            self.base,
+            self.base_model,
             adapter,
-            strength=self.strength,
-            direction=self.direction_strength,
-            magnitude=self.magnitude_strength,
+            strength=strengths,
             alpha=self.alpha,
             offload=offload,
             **options,
@@ -276,11 +275,10 @@ class Merge(StrengthFlags, ScheduleFlags, Alpha, RequiredBase):
     @property
     def merge_options(self) -> dict[str, Any]:
         """What is merged how, as keywords of `export_checkpoint` and `verify_checkpoint`."""
-        names = (
-            "strength", "direction_strength", "magnitude_strength", "unet_strength",
-            "text_encoder_strength", "alpha", "vae", "schedule",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names} | self.base_options
+        from dora_diffusion.numerics.weights import MergeStrengths
+
+        own: dict[str, float] = {name: getattr(self, name) for name in vars(MergeStrengths())}
+        return {"strength": MergeStrengths(**own), "alpha": self.alpha}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,7 +338,7 @@ class Fit(Written, Limits, RequiredBase):
     def fit_options(self) -> dict[str, Any]:
         """As keywords of `extract_adapter` and `combine_adapters`."""
         names = ("rank", "conv_rank", "energy", "method", "norm_axis", "overwrite")
-        options = {name: getattr(self, name) for name in names} | self.base_options
+        options = {name: getattr(self, name) for name in names}
         return options | {"key_format": self.format, "dtype": self.written_dtype}
 
 

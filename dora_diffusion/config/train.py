@@ -18,6 +18,7 @@ from typing import Any
 
 from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.dataset_file import checked_entries, naming_entry
 from dora_diffusion.config.fields import (
     Setting,
@@ -254,6 +255,11 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
     def is_full(self) -> bool:
         """Whether weights of the model itself train."""
         return self.method_name == "full"
+
+    @property
+    def base_model(self) -> BaseModel:
+        """The base model, with what is asked of how it is read."""
+        return BaseModel.of_settings(vars(self))
 
     @property
     def unet_lr(self) -> float:

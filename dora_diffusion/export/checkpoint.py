@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import (
     ExportError,
@@ -45,7 +45,6 @@ from dora_diffusion.formats.adapter.embeddings import (
 )
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, without_path
 from dora_diffusion.formats.adapter.stored import find_adapter
-from dora_diffusion.formats.checkpoint.schedule import UNASKED, AskedSchedule
 from dora_diffusion.formats.checkpoint.weights import (
     ModelWeights,
     SingleFile,
@@ -54,25 +53,17 @@ from dora_diffusion.formats.checkpoint.weights import (
 )
 from dora_diffusion.formats.files.atomic import atomic_file
 from dora_diffusion.formats.files.stream import write_tensors
+from dora_diffusion.numerics.weights import MergeStrengths
 
 
 def export_checkpoint(
-    base: str | Path,
+    base: AnyModel,
     adapters: Adapters,
     output: str | Path,
     *,
-    strength: float = 1.0,
-    unet_strength: float = 1.0,
-    text_encoder_strength: float = 1.0,
-    direction_strength: float = 1.0,
-    magnitude_strength: float = 1.0,
+    strength: float | MergeStrengths = 1.0,
     alpha: float | None = None,
     dtype: torch.dtype | None = None,
-    vae: str | Path | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    config: str | Path | None = None,
-    schedule: AskedSchedule = UNASKED,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Path:
@@ -84,28 +75,19 @@ def export_checkpoint(
 
     Args:
         base: A diffusers folder, a hub id, ``embedded:NAME``, or a single ``.safetensors``
-            checkpoint in the original layout.
+            checkpoint in the original layout; or one of these as a `BaseModel`, whose ``vae`` is
+            baked in, and whose ``model_config`` is that of a folder made from a single file.
         adapters: An adapter file or output folder, or several as ``[(adapter, strength), ...]``,
             whose strengths are multiplied with ``strength``. Their order does not matter. Of none
             (``()``) the output is the base itself, in this layout and dtype.
         output: A name ending in ``.safetensors`` gives one file in the original layout, with a
             YAML beside it where A1111 needs one (`inspect_model` says what each program takes it
             for); any other name gives a diffusers folder.
-        strength: 0 is the base, 1 the adapter as trained.
-        unet_strength: Multiplies it for the UNet.
-        text_encoder_strength: Multiplies it for the text encoders.
-        direction_strength: Scales the low-rank difference inside the norm.
-        magnitude_strength: Moves the magnitude by a share of its change.
+        strength: 0 is the base, 1 the adapter as trained; or all of its `MergeStrengths`.
         alpha: What adapters were trained with whose files do not say it; None takes their rank,
             with a warning.
         dtype: Of the UNet and the text encoders; None keeps that of the base. The VAE keeps its
             own: SDXL's overflows in half precision.
-        vae: Another autoencoder to bake in: a folder, a hub id or a ``.safetensors`` file.
-        variant: Weight variant of the base, such as ``"fp16"``.
-        revision: Branch, tag or commit of a base on the hub.
-        config: For a folder made from a single file: a diffusers folder that gives configuration
-            and tokenizers. None takes the released model's.
-        schedule: How the base's noise schedule is meant, where it does not say it.
         overwrite: Replace an output that exists.
         on_progress: Called with (bytes written, bytes in all).
 
@@ -120,31 +102,27 @@ def export_checkpoint(
     Warns:
         UserWarning: Of an alpha that was assumed, and of the files that tokens went to.
     """
-    output = Path(output).expanduser()
-    spec = MergeSpec(
-        adapters, strength, unet_strength, text_encoder_strength,
-        direction_strength, magnitude_strength,
-    )  # fmt: skip
+    output, base = Path(output).expanduser(), BaseModel.of(base)
+    spec = MergeSpec(adapters, MergeStrengths.of(strength))
     with contextlib.ExitStack() as stack:
-        model = stack.enter_context(open_model(base, variant, revision))
+        model = stack.enter_context(open_model(base))
         inputs = [find_adapter(path) for path, _ in spec.pairs()]
-        if vae is not None:
-            inputs.append(Path(vae).expanduser())
+        if base.vae is not None:
+            inputs.append(Path(base.vae).expanduser())
         check_output(output, model.path, inputs, overwrite)
-        new_vae = None if vae is None else stack.enter_context(open_vae(vae))
+        new_vae = stack.enter_context(open_vae(base.vae)) if base.vae else None
         weights: ModelWeights = with_vae(model, new_vae) if new_vae else model
         read = spec.read(weights, alpha)
         for assumption in spec.assumptions(read):
             warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=2)
-        restate_schedule(model, base, schedule, [adapter.metadata for adapter in read])
+        restate_schedule(model, base, [adapter.metadata for adapter in read])
         words = spec.embeddings(read, model.path, output)
         refuse_existing((word[0] for word in words if not is_written(*word)), overwrite)
         merged = MergedModel(weights, spec.weighted(read), dtype)
-        options = {"variant": variant, "revision": revision}
         files = [(token, file) for file, token, _ in words]
-        metadata = merged_metadata(model, spec, read, output, files, options)
+        metadata = merged_metadata(model, spec, read, output, files, base)
         stack.callback(metadata.close)
-        _write(merged, model, output, metadata, config, new_vae, on_progress)
+        _write(merged, model, output, metadata, base.model_config, new_vae, on_progress)
         for file, token, vectors in words:
             write_embeddings({token: file}, {token: vectors})
     for note in embedding_notes(output, dict(files)):
@@ -152,24 +130,8 @@ def export_checkpoint(
     return output
 
 
-class BaseFiles(NamedTuple):
-    """What a model was trained from.
-
-    Attributes:
-        source: A Diffusers folder, a hub id, ``embedded:NAME`` or a single ``.safetensors`` file.
-        variant: Weight variant, such as ``"fp16"``.
-        vae: Another autoencoder, which takes the place of its own.
-        config: For a folder made from a single file: a Diffusers folder with its configuration.
-    """
-
-    source: str | Path
-    variant: str | None = None
-    vae: str | Path | None = None
-    config: str | Path | None = None
-
-
 def export_trained(
-    base: BaseFiles,
+    base: BaseModel,
     tensors: Mapping[str, Callable[[], Tensor]],
     output: str | Path,
     metadata: AdapterMetadata,
@@ -197,18 +159,18 @@ def export_trained(
     """
     output = Path(output).expanduser()
     with contextlib.ExitStack() as stack:
-        model = stack.enter_context(open_model(base.source, base.variant))
+        model = stack.enter_context(open_model(base))
         check_output(output, model.path, (), True)
         new_vae = stack.enter_context(open_vae(base.vae)) if base.vae else None
         weights: ModelWeights = with_vae(model, new_vae) if new_vae else model
         if unknown := tensors.keys() - weights.specs.keys():
             raise ExportError(f"the base has no {listing(sorted(unknown), 3)}")
         trained = MergedModel(Overlay(weights, tensors), (), dtype)
-        facts = replace(metadata, base_model=without_path(str(base.source)))
-        restate_schedule(model, base.source, AskedSchedule(adapters=[facts]))
+        facts = replace(metadata, base_model=without_path(str(base.path)))
+        restate_schedule(model, base, [facts])
         described = trained_metadata(model, metadata, output, words or {})
         stack.callback(described.close)
-        _write(trained, model, output, described, base.config, new_vae, None)
+        _write(trained, model, output, described, base.model_config, new_vae, None)
     return output
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from dora_diffusion.config.base import AnyModel
 from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.export.convert import ConversionReport, check_free
 from dora_diffusion.export.extract import facts_of
@@ -45,7 +46,7 @@ from dora_diffusion.numerics.weights import NormAxis
 
 
 def combine_adapters(
-    base: str | Path,
+    base: AnyModel,
     adapters: Adapters,
     output: str | Path,
     *,
@@ -57,8 +58,6 @@ def combine_adapters(
     key_format: str | None = None,
     alpha: float | None = None,
     dtype: torch.dtype | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> ConversionReport:
@@ -68,7 +67,7 @@ def combine_adapters(
     enough. Others are the nearest of a rank: exact where that is the sum of theirs, on one axis.
 
     Args:
-        base: The model that they are for, a folder, a hub id, ``embedded:NAME`` or a single file.
+        base: The model that they are for, as `open_model` takes it.
         adapters: ``[(adapter, strength), ...]``, or one adapter.
         output: File (``.safetensors``) or folder to write.
         rank: Largest rank; None: the sum of the ranks in each layer.
@@ -79,8 +78,6 @@ def combine_adapters(
         key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the one that can hold it.
         alpha: What adapters were trained with whose files do not say it.
         dtype: Of the low-rank factors; None: float32.
-        variant: Weight variant of the base, such as ``"fp16"``.
-        revision: Branch, tag or commit of a base on the hub.
         overwrite: Replace a file that exists.
         on_progress: Called with (bytes of the base's adapted weights done, bytes in all).
 
@@ -91,7 +88,7 @@ def combine_adapters(
     spec, output = MergeSpec(adapters), Path(output).expanduser()
     spec.require_adapter()
     with contextlib.ExitStack() as stack:
-        model = stack.enter_context(open_model(base, variant, revision))
+        model = stack.enter_context(open_model(base))
         read = _read(spec, model, alpha)
         settings = FitSettings(rank, conv_rank, energy, method, norm_axis or _axis(read), dtype)
         kind = settings.key_format(key_format)

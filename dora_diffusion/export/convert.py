@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from dora_diffusion.adapters.merge import WeightedAdapter
+from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.export.files import ExportError, check_overwrite, open_model, refuse_existing
 from dora_diffusion.export.fit import (
     FitSettings,
@@ -109,9 +110,7 @@ def convert_adapter(
     output: str | Path,
     target: str,
     *,
-    base: str | Path | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
+    base: AnyModel | None = None,
     family: str | None = None,
     rank: int | None = None,
     conv_rank: int | None = None,
@@ -129,8 +128,6 @@ def convert_adapter(
         output: File (``.safetensors``) or folder to write.
         target: A key of ``PROGRAMS``, which gets the format that it needs, or of ``CONVERSIONS``.
         base: Of ``dense``, ``lora``, ``comfyui`` on the output axis; ``dora`` is nearer with it.
-        variant: Weight variant of the base, such as ``"fp16"``.
-        revision: Branch, tag or commit of a base on the hub.
         family: Name of a `Family`, for files that do not say it.
         rank: Largest rank, of ``dora`` and ``lora``; None: ``LORA_RANK`` for ``lora``.
         conv_rank: Largest rank of Conv2d layers, of ``dora``; None: ``rank``.
@@ -146,9 +143,9 @@ def convert_adapter(
         AdapterFormatError: If the source cannot be read, or the target cannot hold it.
     """
     output, inputs = Path(output).expanduser(), [find_adapter(source)]
-    inputs += [Path(base).expanduser()] if base is not None else []
+    inputs += [Path(BaseModel.of(base).path).expanduser()] if base is not None else []
     with contextlib.ExitStack() as stack:
-        model = None if base is None else stack.enter_context(open_model(base, variant, revision))
+        model = None if base is None else stack.enter_context(open_model(base))
         adapter = _read(source, target, model, alpha)
         program, target = target if target in PROGRAMS else "", conversion_of(target, adapter)
         settings = FitSettings(rank, conv_rank, energy, dtype=dtype)
@@ -186,7 +183,7 @@ def conversion_of(target: str, adapter: AdapterFile) -> str:
 
 
 def _check_request(
-    target: str, base: str | Path | None, settings: FitSettings, program: Program | None
+    target: str, base: AnyModel | None, settings: FitSettings, program: Program | None
 ) -> FitSettings:
     """Refuse what cannot be done; the settings with the rank that a target has by default.
 

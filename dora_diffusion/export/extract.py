@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_diffusion.config.base import AnyModel
 from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.export.convert import ConversionReport, check_free
 from dora_diffusion.export.files import (
@@ -38,8 +39,8 @@ _TABLES = (".token_embedding", ".position_embedding")
 
 
 def extract_adapter(
-    base: str | Path,
-    tuned: str | Path,
+    base: AnyModel,
+    tuned: AnyModel,
     output: str | Path,
     *,
     rank: int,
@@ -49,10 +50,6 @@ def extract_adapter(
     norm_axis: NormAxis = "output",
     key_format: str | None = None,
     dtype: torch.dtype | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    tuned_variant: str | None = None,
-    tuned_revision: str | None = None,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> ConversionReport:
@@ -72,10 +69,6 @@ def extract_adapter(
         norm_axis: Axis of the magnitudes.
         key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the one that can hold it.
         dtype: Of the low-rank factors; None: float32.
-        variant: Weight variant of the base, such as ``"fp16"``; ``tuned_variant`` of the other.
-        revision: Branch, tag or commit of a base on the hub.
-        tuned_variant: As ``variant``, of the tuned model.
-        tuned_revision: As ``revision``, of the tuned model.
         overwrite: Replace a file that exists.
         on_progress: Called with (bytes of the base compared, bytes in all).
 
@@ -89,8 +82,8 @@ def extract_adapter(
     settings = FitSettings(rank, conv_rank, energy, method, norm_axis, dtype)
     output, kind = Path(output).expanduser(), settings.key_format(key_format)
     with contextlib.ExitStack() as stack:
-        before = stack.enter_context(open_model(base, variant, revision))
-        after = stack.enter_context(open_model(tuned, tuned_variant, tuned_revision))
+        before = stack.enter_context(open_model(base))
+        after = stack.enter_context(open_model(tuned))
         check_free(output, layout_named(kind).file_name, [before.path, after.path], overwrite)
         fitted, notes = _fit_models(before, after, settings, on_progress)
         adapter = AdapterFile(fitted.layers, _metadata(before, after, fitted, settings))

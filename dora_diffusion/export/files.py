@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dora_diffusion import system
+from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.formats.adapter.file import AdapterFile, embeddings_beside
 from dora_diffusion.formats.adapter.inspect import AdapterReport, report_on
 from dora_diffusion.formats.checkpoint.file import CheckpointFile
@@ -37,15 +38,12 @@ def model_name(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def open_model(
-    model: str | Path, variant: str | None = None, revision: str | None = None
-) -> Iterator[StoredModel]:
+def open_model(model: AnyModel) -> Iterator[StoredModel]:
     """Open a model and close its files afterwards.
 
     Args:
-        model: A diffusers folder, a hub id, ``embedded:NAME``, or a ``.safetensors`` checkpoint.
-        variant: Weight variant of a folder or hub id, such as ``"fp16"``.
-        revision: Branch, tag or commit of a hub id.
+        model: A diffusers folder, a hub id, ``embedded:NAME``, or a ``.safetensors`` checkpoint;
+            or one of these as a `BaseModel`.
 
     Raises:
         ExportError: If it is a pickle.
@@ -55,7 +53,8 @@ def open_model(
     # Imported here: the model layer may import heavy libraries.
     from dora_diffusion.models.locate import resolve_folder
 
-    file = Path(model).expanduser()
+    base = BaseModel.of(model)
+    file = Path(base.path).expanduser()
     if file.suffix in PICKLED:
         raise ExportError(
             f"{file.name} is a pickle, which can run code when opened; give a .safetensors file"
@@ -64,33 +63,23 @@ def open_model(
         with CheckpointFile.open(file) as checkpoint:
             yield checkpoint
         return
-    is_home = str(model).startswith("~")
-    folder = resolve_folder(file if is_home else model, variant=variant, revision=revision)
-    with PipelineFolder.open(folder, variant) as pipeline:
+    with PipelineFolder.open(resolve_folder(base), base.variant) as pipeline:
         yield pipeline
 
 
-def inspect_adapter(
-    path: str | Path,
-    base: str | Path | None = None,
-    *,
-    variant: str | None = None,
-    revision: str | None = None,
-) -> AdapterReport:
+def inspect_adapter(path: str | Path, base: AnyModel | None = None) -> AdapterReport:
     """Report what an adapter is.
 
     Args:
         path: An adapter file or folder.
-        base: A model that it may fit: a folder, a hub id, ``embedded:NAME`` or a single file.
-        variant: Weight variant of the base, such as ``"fp16"``.
-        revision: Branch, tag or commit of a base on the hub.
+        base: A model that it may fit, as `open_model` takes it.
 
     Raises:
         AdapterFormatError: If it is not an adapter that can be read, with the reason.
     """
     if base is None:
         return report_on(path)
-    with open_model(base, variant, revision) as model:
+    with open_model(base) as model:
         return report_on(path, model)
 
 

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -24,7 +24,12 @@ from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_
 from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.formats.layouts.peft import PEFT_FILE
-from dora_diffusion.numerics.weights import LayerWeights, Strengths, require_strength
+from dora_diffusion.numerics.weights import (
+    LayerWeights,
+    MergeStrengths,
+    Strengths,
+    require_strength,
+)
 
 Adapters = str | Path | Sequence[tuple[str | Path, float]]
 _CHUNK = 2**18  # stays in the processor's cache between reading and hashing
@@ -37,27 +42,18 @@ class MergeSpec:
 
     Attributes:
         adapters: One adapter, or several as ``[(adapter, strength), ...]``, or none.
-        strength: Multiplies all of them: 0 is the base, 1 the adapter as trained.
-        unet_strength: Multiplies it for the UNet.
-        text_encoder_strength: Multiplies it for the text encoders.
-        direction_strength: Scales the low-rank difference inside the norm.
-        magnitude_strength: Moves the magnitude by a share of its change.
+        strengths: How strongly all of them act.
 
     Raises:
         ValueError: If a strength is out of its limits.
     """
 
     adapters: Adapters
-    strength: float = 1.0
-    unet_strength: float = 1.0
-    text_encoder_strength: float = 1.0
-    direction_strength: float = 1.0
-    magnitude_strength: float = 1.0
+    strengths: MergeStrengths = field(default_factory=MergeStrengths)
 
     def __post_init__(self) -> None:
-        values = {f"the strength of {path}": strength for path, strength in self.pairs()}
-        for name, value in (values | {"strength": self.strength, **self.knobs()}).items():
-            require_strength(name, value)
+        for path, strength in self.pairs():
+            require_strength(f"the strength of {path}", strength)
 
     def require_adapter(self) -> None:
         """Refuse to do without any.
@@ -76,7 +72,7 @@ class MergeSpec:
 
     def knobs(self) -> dict[str, float]:
         """The strengths that act on all adapters, but the plain one."""
-        return {name: getattr(self, name) for name in _KNOBS}
+        return {name: getattr(self.strengths, name) for name in _KNOBS}
 
     def read(self, base: ModelWeights, alpha: float | None = None) -> list[AdapterFile]:
         """Read the adapters for a base, in their order.
@@ -124,14 +120,12 @@ class MergeSpec:
         return [
             f"{name} has no effect because no adapter holds a {what}"
             for name, (is_there, what) in acts_on.items()
-            if getattr(self, name) != 1 and not is_there
+            if getattr(self.strengths, name) != 1 and not is_there
         ]
 
     def _without_adapter(self, alpha: float | None) -> list[str]:
         """All that acts on nothing where there is no adapter."""
-        moved = [
-            n for n, value in {"strength": self.strength, **self.knobs()}.items() if value != 1
-        ]
+        moved = [name for name, value in vars(self.strengths).items() if value != 1]
         moved += ["alpha"] * (alpha is not None)
         return [f"{name} has no effect because no adapter is given" for name in moved]
 
@@ -177,13 +171,14 @@ class MergeSpec:
 
     def weighted(self, adapters: Sequence[AdapterFile]) -> list[WeightedAdapter]:
         """The adapters that `read` gave, with the strengths of each component."""
-        shares = ((True, self.unet_strength), (False, self.text_encoder_strength))
+        all_of = self.strengths
+        shares = ((True, all_of.unet_strength), (False, all_of.text_encoder_strength))
         weighted = []
         for adapter, (_, strength) in zip(adapters, self.pairs(), strict=True):
             for part, (is_unet, share) in product((adapter.layers, adapter.beside), shares):
                 layers = {n: w for n, w in part.items() if n.startswith("unet.") == is_unet}
-                total = strength * self.strength * share
-                strengths = Strengths(total, self.direction_strength, self.magnitude_strength)
+                total = strength * all_of.strength * share
+                strengths = Strengths(total, all_of.direction_strength, all_of.magnitude_strength)
                 weighted.append(WeightedAdapter(layers, strengths))
         return [adapter for adapter in weighted if adapter.layers]
 
@@ -194,7 +189,7 @@ class MergeSpec:
             {
                 "adapter": without_path(str(Path(path).resolve())),
                 "sha256": adapter_hash(path),
-                "strength": strength * self.strength,
+                "strength": strength * self.strengths.strength,
                 **knobs,
             }
             for path, strength in self.pairs()

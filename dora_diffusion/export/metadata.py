@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import model_name
 from dora_diffusion.export.merge_spec import MergeSpec, file_hash
@@ -182,7 +183,7 @@ def merged_metadata(
     adapters: Sequence[AdapterFile],
     output: Path,
     words: Sequence[tuple[str, Path]],
-    options: Mapping[str, str | None],
+    base: BaseModel,
 ) -> ModelMetadata:
     """Those of a model with adapters merged in.
 
@@ -192,7 +193,7 @@ def merged_metadata(
         adapters: What it has read.
         output: What is written.
         words: The trained words that go with it, and their files.
-        options: What the base was opened with.
+        base: What the base was opened as.
     """
     fields = {name: text for name, text in model.metadata.items() if name not in _HASHES}
     if not model.is_single_file:
@@ -218,6 +219,7 @@ def merged_metadata(
         if not prediction_type:  # of two architectures; what the base says of itself stays
             del spoken["modelspec.architecture"]
         fields |= spoken
+    options = {"variant": base.variant, "revision": base.revision}
     flags = "".join(f" --{name} {value}" for name, value in options.items() if value)
     text = _MERGED_TEXT.replace("{options}", flags) if record else ""
     return ModelMetadata(

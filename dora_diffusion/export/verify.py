@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.merge import layers_of, merge_tensor
+from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.export.files import OnProgress, ProgressReporter, open_model
 from dora_diffusion.export.folder import UNUSED, WEIGHT_PREFIXES
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec, adapter_hash, recorded
 from dora_diffusion.export.merged import MergedModel, open_vae, with_vae
 from dora_diffusion.export.metadata import MERGED
-from dora_diffusion.formats.checkpoint.schedule import MARKERS, STEP, UNASKED, AskedSchedule
+from dora_diffusion.formats.checkpoint.schedule import MARKERS, STEP
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, StoredModel, restate_schedule
 from dora_diffusion.formats.names.checkpoint import standard_key
 from dora_diffusion.formats.names.modules import BUFFERS, split_component
 from dora_diffusion.numerics.merging import cast_error, merge_error
 from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.threads import map_ahead
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.weights import LayerWeights, MergeStrengths
 
 # What another machine's or library's summation order may change, relative to the largest entry.
 _FLOAT32_NOISE = 16 * torch.finfo(torch.float32).eps
@@ -71,19 +72,11 @@ class VerifyReport:
 
 def verify_checkpoint(
     merged: str | Path,
-    base: str | Path,
+    base: AnyModel,
     adapters: Adapters,
     *,
-    strength: float = 1.0,
-    unet_strength: float = 1.0,
-    text_encoder_strength: float = 1.0,
-    direction_strength: float = 1.0,
-    magnitude_strength: float = 1.0,
+    strength: float | MergeStrengths = 1.0,
     alpha: float | None = None,
-    vae: str | Path | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    schedule: AskedSchedule = UNASKED,
     on_progress: OnProgress | None = None,
 ) -> VerifyReport:
     """Compare a merged model with what base and adapters give.
@@ -92,16 +85,8 @@ def verify_checkpoint(
         merged: The model to prove, a folder or a single file, written by any program.
         base: As for `export_checkpoint`, like all that follows.
         adapters: What was merged.
-        strength: Of all adapters.
-        unet_strength: Of their UNet layers.
-        text_encoder_strength: Of those of text encoders.
-        direction_strength: Of the low-rank difference inside the norm.
-        magnitude_strength: Of the magnitude's change.
+        strength: Of all adapters, or all of their `MergeStrengths`.
         alpha: What adapters were trained with whose files do not say it.
-        vae: The autoencoder that was baked in.
-        variant: Weight variant of the base.
-        revision: Branch, tag or commit of a base on the hub.
-        schedule: How the base's noise schedule is meant, where it does not say it.
         on_progress: Called with (bytes compared, bytes in all).
 
     Raises:
@@ -109,21 +94,19 @@ def verify_checkpoint(
         MergeError, AdapterFormatError: If an adapter does not fit the base.
         TensorFileError: If a file is damaged.
     """
-    spec = MergeSpec(
-        adapters, strength, unet_strength, text_encoder_strength,
-        direction_strength, magnitude_strength,
-    )  # fmt: skip
+    spec = MergeSpec(adapters, MergeStrengths.of(strength))
     spec.require_adapter()
+    base = BaseModel.of(base)
     with contextlib.ExitStack() as stack:
         merged_model = stack.enter_context(open_model(merged))
-        model = stack.enter_context(open_model(base, variant, revision))
+        model = stack.enter_context(open_model(base))
         weights: ModelWeights = model
-        if vae is not None:
-            weights = with_vae(model, stack.enter_context(open_vae(vae)))
+        if base.vae is not None:
+            weights = with_vae(model, stack.enter_context(open_vae(base.vae)))
         read = spec.read(weights, alpha)
         expected = MergedModel(weights, spec.weighted(read))
         report = WeightComparison(merged_model, expected, model.is_single_file).run(on_progress)
-        restate_schedule(model, base, schedule, [adapter.metadata for adapter in read])
+        restate_schedule(model, base, [adapter.metadata for adapter in read])
         report.problems.extend(_beside_the_weights(merged_model, model))
         report.assumptions.extend(spec.assumptions(read))
     if report.problems and (hint := _recorded_strengths(merged_model, spec)):
@@ -264,10 +247,8 @@ def _recorded_strengths(merged: StoredModel, spec: MergeSpec) -> str:
     record = recorded(merged.metadata.get(MERGED, ""))
     if not record:
         return ""
-    knobs = list(spec.knobs().values())
-    given = {
-        adapter_hash(path): [strength * spec.strength, *knobs] for path, strength in spec.pairs()
-    }
+    strength, knobs = spec.strengths.strength, list(spec.knobs().values())
+    given = {adapter_hash(path): [own * strength, *knobs] for path, own in spec.pairs()}
     if record.keys() != given.keys():
         return "the model says that it was made from other adapters than these"
     if record == given:

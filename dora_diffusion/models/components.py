@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dora_diffusion.adapters.scope import NormCache
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import TITLES, Family
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require, require_token_length
 from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule, Statement
@@ -33,6 +34,7 @@ class Components:
         tokenizers: Their tokenizers.
         scheduler: DDPMScheduler with the model's noise schedule, for training.
         name: The name the model was loaded by.
+        asked: What was loaded, with what was asked of how it is read.
         scheduler_config: The model's own scheduler settings, with ``_class_name``, for sampling.
         zeros_for_empty_prompt: Guidance without a negative prompt uses zeros (SDXL).
         source: Folder or file that the weights were read from.
@@ -54,6 +56,7 @@ class Components:
     tokenizers: tuple[Any, ...]
     scheduler: Any
     name: str = ""
+    asked: BaseModel | None = None
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
     zeros_for_empty_prompt: bool = False
     source: str = ""

@@ -6,12 +6,13 @@ Weights are read from safetensors only: no pickles, no remote code.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.families import (
     USUAL,
     Family,
@@ -20,7 +21,7 @@ from dora_diffusion.config.families import (
 )
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.embeddings import read_tokens
-from dora_diffusion.formats.adapter.metadata import OWN, stated_reading
+from dora_diffusion.formats.adapter.metadata import OWN, AdapterMetadata, stated_reading
 from dora_diffusion.formats.checkpoint.file import (
     CheckpointFile,
     base_name,
@@ -29,11 +30,10 @@ from dora_diffusion.formats.checkpoint.file import (
 from dora_diffusion.formats.checkpoint.folder import by_scheduler, read_json
 from dora_diffusion.formats.checkpoint.schedule import (
     EPSILON,
-    UNASKED,
-    AskedSchedule,
     NoiseSchedule,
     choose_schedule,
     stated_by_file,
+    statements_on,
     usual_of,
 )
 from dora_diffusion.formats.files.header import PICKLED, read_header
@@ -68,49 +68,41 @@ __all__ = [
 
 
 def load_components(
-    name: str | Path,
+    model: AnyModel,
     *,
-    revision: str | None = None,
-    variant: str | None = None,
-    vae: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
-    config: str | Path | None = None,
-    schedule: AskedSchedule = UNASKED,
+    adapters: Sequence[AdapterMetadata] = (),
 ) -> Components:
     """Load a model, frozen and in evaluation mode, on the CPU.
 
     Args:
-        name: A diffusers folder, a hub id, ``embedded:NAME``, or a single-file ``.safetensors``
-            checkpoint.
-        revision: Branch, tag or commit of a hub id.
-        variant: Weight variant of a folder or hub id, such as "fp16".
-        vae: Another autoencoder: a folder, a hub id, or a ``.safetensors`` file.
+        model: A diffusers folder, a hub id, ``embedded:NAME``, or a single-file ``.safetensors``
+            checkpoint; or one of these as a `BaseModel`, which says how to read it.
         dtype: Of every module; an autoencoder that overflows in half precision stays float32.
-        config: For a single file: a diffusers folder of the same architecture that gives the
-            configuration and the tokenizers. Without it they are the released model's, which
-            this package holds.
-        schedule: How its noise schedule is meant, where it does not say it.
+        adapters: What is known of the adapters that it gets, which may say how its noise schedule
+            is meant.
 
     Raises:
         ModelNotFoundError: If there is no such model.
         UnsupportedModelError: If it is not Stable Diffusion 1, 2 or XL.
         ValueError: If its files are incomplete or do not belong together.
     """
-    path = Path(name).expanduser()
+    base = BaseModel.of(model)
+    path = Path(base.path).expanduser()
     if path.suffix in PICKLED:
         raise ModelNotFoundError(
             f"{path} is a pickle, which can run code when opened; convert it to .safetensors first"
         )
     with quiet_libraries():
         if path.suffix == ".safetensors" and path.is_file():
-            components = _load_single_file(path, str(name), dtype, config, schedule)
+            components = _load_single_file(path, base, dtype, adapters)
         else:
-            folder = resolve_folder(str(name), revision=revision, variant=variant)
-            components = _load_folder(folder, str(name), dtype, variant, schedule)
-        own_vae, family = components.vae, components.family
-        other_vae = own_vae if vae is None else load_vae(vae, dtype=dtype, family=family)
+            components = _load_folder(resolve_folder(base), base, dtype, adapters)
+        vae = components.vae
+        if base.vae is not None:
+            vae = load_vae(base.vae, dtype=dtype, family=components.family)
     components = dataclasses.replace(
-        components, name=str(name), vae=other_vae, **_reading(Path(components.source))
+        components, name=str(base.path), asked=base, vae=vae, **_reading(Path(components.source))
     )
     _bridge_dtypes(components.vae, dtype)
     for module in components.modules().values():
@@ -129,12 +121,12 @@ class BaseCache:
         self._asked: object = None
         self._base: Components | None = None
 
-    def __call__(self, name: str | Path, **options: Any) -> Components:
+    def __call__(self, model: AnyModel, **options: Any) -> Components:
         """`load_components`, with the same arguments."""
-        asked = (str(name), sorted(options.items()))
+        asked = (BaseModel.of(model), options)
         if self._base is None or asked != self._asked:
             self._base = None  # There need not be room for two.
-            self._base, self._asked = load_components(name, **options), asked
+            self._base, self._asked = load_components(model, **options), asked
         return self._base.sharing_weights()
 
 
@@ -182,7 +174,7 @@ def load_vae(
 
 
 def _load_folder(
-    folder: Path, name: str, dtype: torch.dtype, variant: str | None, asked: AskedSchedule
+    folder: Path, base: BaseModel, dtype: torch.dtype, adapters: Sequence[AdapterMetadata]
 ) -> Components:
     """Load every component of a diffusers folder."""
     from diffusers import UNet2DConditionModel
@@ -191,7 +183,8 @@ def _load_folder(
     index = read_json(folder / "model_index.json")
     scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
     stated = ([by_scheduler(scheduler_config)], ())
-    schedule = choose_schedule(name, asked.statements(name, *stated))
+    schedule = choose_schedule(str(base.path), statements_on(base, *stated, adapters))
+    variant = base.variant
     return Components(
         family=family,
         unet=load_module(UNet2DConditionModel, folder / "unet", dtype, variant),
@@ -207,17 +200,15 @@ def _load_folder(
 
 
 def _load_single_file(
-    path: Path, name: str, dtype: torch.dtype, config: str | Path | None, asked: AskedSchedule
+    path: Path, base: BaseModel, dtype: torch.dtype, adapters: Sequence[AdapterMetadata]
 ) -> Components:
     """Load the components of a single-file checkpoint.
 
     Args:
         path: The ``.safetensors`` file.
-        name: What it was asked for as.
+        base: What it was asked for as.
         dtype: Of every module; an autoencoder that may overflow in it stays float32.
-        config: A Diffusers folder that gives the configuration and the tokenizers; None takes the
-            released model's.
-        asked: How its noise schedule is meant, where it does not say it.
+        adapters: What is known of the adapters that it gets.
 
     Raises:
         UnsupportedModelError: If it is not a checkpoint of a supported family.
@@ -226,12 +217,12 @@ def _load_single_file(
     with plain_errors(str(path)):
         header = read_header(path)
     family = detect_checkpoint_family(header.specs, str(path))
-    given = None if config is None else resolve_folder(str(config))
+    given = None if base.model_config is None else resolve_folder(base.model_config)
     usual = usual_of(family)
     if given is not None:
         usual = [by_scheduler(read_json(given / "scheduler" / "scheduler_config.json"))]
     stated = (stated_by_file(header.metadata, header.specs), usual)
-    schedule = choose_schedule(path.name, asked.statements(name, *stated))
+    schedule = choose_schedule(path.name, statements_on(base, *stated, adapters))
     require_prediction(path.name, family, schedule)
     folder = given or released_folder(family, schedule.prediction_type)
     with CheckpointFile.open(path) as file:
@@ -297,14 +288,15 @@ def _base_of(file: CheckpointFile) -> str:
     return f", such as its base model's: {name}" if name else ""
 
 
-def reschedule(components: Components, asked: AskedSchedule) -> Components:
-    """The same modules, with the noise schedule that they are loaded with if it is asked for so.
+def reschedule(components: Components, adapters: Sequence[AdapterMetadata]) -> Components:
+    """The same modules, with the noise schedule that they are loaded with for these adapters.
 
     Raises:
         ValueError: If it cannot be.
     """
-    name = components.name
-    schedule = choose_schedule(name, asked.statements(name, *components.stated))
+    base = components.asked or BaseModel(components.name)
+    said = statements_on(base, *components.stated, adapters)
+    schedule = choose_schedule(components.name, said)
     return dataclasses.replace(components, **_schedulers(components.scheduler_config, schedule))
 
 

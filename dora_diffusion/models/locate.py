@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.families import WEIGHT_COMPONENTS
 from dora_diffusion.formats.files.names import pipeline_in
 from dora_diffusion.models import embedded
@@ -24,27 +25,20 @@ def is_embedded(name: str) -> bool:
     return name.startswith(EMBEDDED_PREFIX)
 
 
-def resolve_folder(
-    name: str | Path,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    local_only: bool = False,
-) -> Path:
-    """Find the diffusers pipeline folder that a name stands for.
+def resolve_folder(model: AnyModel, *, local_only: bool = False) -> Path:
+    """Find the diffusers pipeline folder of a model.
 
     Args:
-        name: A local folder, ``embedded:NAME`` for a model inside this package, or a hub id,
+        model: A local folder, ``embedded:NAME`` for a model inside this package, or a hub id,
             which is downloaded once into the hub's cache (``HF_HOME``, ``HF_HUB_OFFLINE`` and
             ``HF_TOKEN`` are honoured). Only safetensors weights and configuration are fetched.
-        revision: Branch, tag or commit of a hub id.
-        variant: Weight variant, such as "fp16".
         local_only: Look for a hub id in the cache alone.
 
     Raises:
         ModelNotFoundError: If there is no such model, in one line with what to do.
     """
-    text = os.path.expanduser(name)
+    base = BaseModel.of(model)
+    text, variant = os.path.expanduser(base.path), base.variant
     if text.startswith(EMBEDDED_PREFIX):
         return _embedded_folder(text.removeprefix(EMBEDDED_PREFIX))
     if Path(text).is_dir():
@@ -57,7 +51,7 @@ def resolve_folder(
     allow = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
     allow += [f"{folder}/{file}" for folder in WEIGHT_COMPONENTS for file in _weights(variant)]
     ignore = [] if variant else ["*.fp16.*", "*.fp16-*", "*non_ema*", "*.bf16.*"]
-    return _checked_folder(fetch_snapshot(text, revision, allow, ignore, local_only))
+    return _checked_folder(fetch_snapshot(text, base.revision, allow, ignore, local_only))
 
 
 def resolve_adapter(name: str | Path) -> Path:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 NormAxis = Literal["output", "input"]
 NORM_AXES: tuple[NormAxis, ...] = get_args(NormAxis)
@@ -153,6 +156,24 @@ class Strengths:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             require_strength(field.name, getattr(self, field.name))
+
+    @classmethod
+    def of(cls, strength: float | Strengths) -> Self:
+        """Strengths that may be given by the plain one alone, or without those of parts."""
+        return cls(**vars(strength)) if isinstance(strength, Strengths) else cls(strength)
+
+
+@dataclass(frozen=True)
+class MergeStrengths(Strengths):
+    """How strongly adapters are merged into a model.
+
+    Attributes:
+        unet_strength: Multiplies ``strength`` for the UNet.
+        text_encoder_strength: Multiplies it for the text encoders.
+    """
+
+    unet_strength: float = 1.0
+    text_encoder_strength: float = 1.0
 
 
 def require_strength(name: str, value: float) -> None:

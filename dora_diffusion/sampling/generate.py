@@ -19,6 +19,7 @@ from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
 from dora_diffusion.adapters.inject import layer_adapters, require_adapters, set_strength
 from dora_diffusion.adapters.scope import norm_scope, row_scope
 from dora_diffusion.adapters.state import attach_file
+from dora_diffusion.config.base import AnyModel
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.prompts import PIXELS
 from dora_diffusion.config.run import SampleSettings
@@ -31,7 +32,6 @@ from dora_diffusion.formats.adapter.metadata import (
     stated_reading,
 )
 from dora_diffusion.formats.adapter.stored import read_metadata
-from dora_diffusion.formats.checkpoint.schedule import UNASKED, AskedSchedule
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import in_turns, place
@@ -48,6 +48,7 @@ from dora_diffusion.models.text import (
 from dora_diffusion.models.weights import quiet_libraries
 from dora_diffusion.models.words import add_tokens, have_own_words
 from dora_diffusion.numerics.devices import default_device
+from dora_diffusion.numerics.weights import Strengths
 
 _LABEL_HEIGHT = 18
 
@@ -116,20 +117,13 @@ class SamplingSettings:
 
 
 def load_adapted(
-    base: str | Path,
+    base: AnyModel,
     adapter: str | Path | None = None,
     *,
-    strength: float = 1.0,
-    direction: float = 1.0,
-    magnitude: float = 1.0,
+    strength: float | Strengths = 1.0,
     alpha: float | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    config: str | Path | None = None,
-    schedule: AskedSchedule = UNASKED,
-    vae: str | Path | None = None,
     compile: bool = False,
     offload: str = "none",
     clip_skip: int | None = None,
@@ -138,19 +132,12 @@ def load_adapted(
     """Load a base model with an adapter and its trained tokens on it, ready to sample from.
 
     Args:
-        base: A diffusers folder, a hub id, ``embedded:NAME``, or a single file.
+        base: A model as `load_components` takes it.
         adapter: An adapter file or the output folder of a run; None samples the base.
-        strength: 0 is exactly the base, 1 exactly the adapter.
-        direction: Scales the low-rank update before the norm is taken.
-        magnitude: Moves the magnitude by this share of its change.
+        strength: 0 is exactly the base, 1 exactly the adapter; or all of its `Strengths`.
         alpha: What the adapter was trained with, for a file that does not say it.
         dtype: Of the base; an adapter always computes its norms in float32.
         device: None is the accelerator where there is one, else the CPU.
-        variant: Weight variant of the base, such as "fp16".
-        revision: Branch, tag or commit of a base on the hub.
-        config: For a single file: a diffusers folder of the same architecture.
-        schedule: How the base's noise schedule is meant, where neither it nor the adapter says it.
-        vae: Another autoencoder, as `load_components` takes it.
         compile: Compile the UNet's repeated blocks when they first run (`compile_blocks`).
         offload: ``"model"`` has each part on the device only while it computes (`generate_images`).
         clip_skip: Last layers of the text encoders to leave out; None: what adapter or base say.
@@ -165,15 +152,16 @@ def load_adapted(
         ConfigError: If the device does not compute so, or nothing compiles for it.
     """
     device = _require(default_device() if device is None else device, dtype, compile)
-    loaded = load_components(
-        base, revision=revision, variant=variant, vae=vae, dtype=dtype, config=config,
-        schedule=_with_facts_of(adapter, schedule),
-    )  # fmt: skip
+    facts = () if adapter is None else (read_metadata(adapter),)
+    loaded = load_components(base, dtype=dtype, adapters=facts)
     components = _placed(loaded.reading(clip_skip, max_token_length), device, offload, compile)
     if adapter is None:
         return components, AdapterMetadata()
     metadata = _attach(components, adapter, alpha)
-    _set_strengths(components, strength, direction, magnitude)
+    for model in components.adaptable().values():
+        if any(layer_adapters(model)):
+            set_strength(model, strength)
+        model.eval()
     return _as_stated(components, metadata, clip_skip, max_token_length), metadata
 
 
@@ -208,21 +196,6 @@ def _as_stated(components: Components, metadata: AdapterMetadata, *given: int | 
         for name, value in zip(READING, given, strict=True)
     )
     return components.reading(*left, is_told=False)
-
-
-def _with_facts_of(adapter: str | Path | None, schedule: AskedSchedule) -> AskedSchedule:
-    if adapter is None:
-        return schedule
-    return schedule._replace(adapters=(read_metadata(adapter),))
-
-
-def _set_strengths(
-    components: Components, strength: float, direction: float, magnitude: float
-) -> None:
-    for model in components.adaptable().values():
-        if any(layer_adapters(model)):
-            set_strength(model, strength, direction=direction, magnitude=magnitude)
-        model.eval()
 
 
 def lacks_trigger(prompt: str, metadata: AdapterMetadata) -> bool:

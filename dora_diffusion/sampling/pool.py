@@ -19,7 +19,7 @@ from dora_diffusion.formats.adapter.metadata import (
     stated_reading,
 )
 from dora_diffusion.formats.adapter.stored import read_metadata
-from dora_diffusion.formats.checkpoint.schedule import PREDICTION, UNASKED, AskedSchedule
+from dora_diffusion.formats.checkpoint.schedule import PREDICTION
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import reschedule
 from dora_diffusion.models.words import add_own_tokens, own_words, remove_own_tokens
@@ -78,7 +78,6 @@ class AdapterPool:
         components: The loaded model; tokens that adapters were trained with are added to it.
         budget: Bytes that the adapters' parameters, and what is computed from them, may take.
             None: what one call of `names` asks for, and nothing else.
-        schedule: As `load_adapted` takes it.
         clip_skip: Last layers of the text encoders to leave out; None: what adapter or base say.
         max_token_length: Tokens of a prompt that are read; None: what adapter or base say.
 
@@ -91,12 +90,11 @@ class AdapterPool:
         components: Components,
         budget: int | None = 2**30,
         *,
-        schedule: AskedSchedule = UNASKED,
         clip_skip: int | None = None,
         max_token_length: int | None = None,
     ) -> None:
         self.components, self.budget = replace(components, norms=FixedNorms()), budget
-        self._asked = schedule, (clip_skip, max_token_length)
+        self._asked = clip_skip, max_token_length
         self._width = components.unet.dtype.itemsize  # Which looks at every module.
         self._loaded: OrderedDict[tuple[object, ...], _Loaded] = OrderedDict()
         self._variants: dict[tuple[object, ...], Components] = {}
@@ -221,11 +219,11 @@ class AdapterPool:
         """
         if adapter is None:
             return self.components
-        metadata, (schedule, given) = self.metadata(adapter), self._asked
+        metadata = self.metadata(adapter)
         stated = stated_reading(metadata.extra)
         left = (
             stated.get(name) if value is None else None
-            for name, value in zip(READING, given, strict=True)
+            for name, value in zip(READING, self._asked, strict=True)
         )
         components = self.components.reading(*left, is_told=False)
         if components.schedule is None:
@@ -234,8 +232,7 @@ class AdapterPool:
         facts = (metadata.extra.get(name) for name in (PREDICTION, ZERO_TERMINAL_SNR))
         key = (metadata.base_model, *facts, components.clip_skip, components.max_token_length)
         if key not in self._variants:
-            asked = schedule._replace(adapters=(metadata,))
-            self._variants[key] = reschedule(components, asked)
+            self._variants[key] = reschedule(components, [metadata])
         return self._variants[key]
 
     def clear(self) -> None:
@@ -256,13 +253,7 @@ class AdapterPool:
         parts = [part for model in models.values() for part in layer_adapters(model, name)]
         for model in models.values():
             if any(layer_adapters(model, name)):
-                set_strength(
-                    model,
-                    strengths.strength,
-                    direction=strengths.direction_strength,
-                    magnitude=strengths.magnitude_strength,
-                    name=name,
-                )
+                set_strength(model, strengths, name=name)
         return _Loaded(name, sum(map(self._bytes, parts)), read.metadata)
 
     def _bytes(self, part: LayerAdapter) -> int:
@@ -308,8 +299,7 @@ def _parts(adapter: Wanted) -> tuple[str | Path, Strengths]:
         return adapter.path, adapter.strengths
     if not isinstance(adapter, tuple):
         return adapter, Strengths()
-    path, strengths = adapter
-    return path, strengths if isinstance(strengths, Strengths) else Strengths(strengths)
+    return adapter[0], Strengths.of(adapter[1])
 
 
 def _key(adapter: Wanted) -> tuple[object, ...]:

@@ -17,7 +17,6 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
 from dora_diffusion.data.sampler import EpochSampler
-from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
@@ -243,14 +242,9 @@ def load_base(config: TrainConfig, accelerator: Any, load: LoadBase | None = Non
     """
     precision = precision_of(config.mixed_precision, accelerator.device)
     loaded = (load_components if load is None or config.is_full else load)(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
-        variant=config.variant,
-        vae=config.pretrained_vae_model_name_or_path,
+        config.base_model,
         # Weights that train are float32; autocast computes with them in the precision.
         dtype=torch.float32 if config.is_full else PRECISION_DTYPES[precision],
-        config=config.model_config,
-        schedule=AskedSchedule(config.prediction_type, config.zero_terminal_snr),
     )
     if shards_model(accelerator):
         # The UNet comes to the device in parts.

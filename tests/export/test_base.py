@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export import (
     ExportError,
     combine_adapters,
@@ -73,16 +74,16 @@ def test_what_is_computed_from_a_base_is_of_its_variant(
     def made(base: Path, variant: str | None) -> dict[str, Tensor]:
         output = tmp_path / f"{base.name}-{variant}.safetensors"
         if way == "inspect":
-            return {inspect_adapter(source, base, variant=variant).fits: torch.zeros(0)}
+            return {inspect_adapter(source, BaseModel(base, variant)).fits: torch.zeros(0)}
         if way == "extract":
-            extract_adapter(base, sd1_folder, output, rank=1, energy=0.01, variant=variant)
+            extract_adapter(BaseModel(base, variant), sd1_folder, output, rank=1, energy=0.01)
         elif way == "tuned":
-            extract_adapter(sd1_folder, base, output, rank=1, energy=0.01, tuned_variant=variant)
+            extract_adapter(sd1_folder, BaseModel(base, variant), output, rank=1, energy=0.01)
         elif way == "combine":
-            combine_adapters(base, source, output, rank=1, variant=variant)
+            combine_adapters(BaseModel(base, variant), source, output, rank=1)
         else:
             rank = None if way == "dense" else 1
-            convert_adapter(source, output, way, base=base, rank=rank, variant=variant)
+            convert_adapter(source, output, way, base=BaseModel(base, variant), rank=rank)
         return load_file(output)
 
     wanted = made(alone, None)
@@ -107,14 +108,14 @@ def test_a_revision_is_asked_of_the_hub(
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     layers = random_adapter(sd1_folder, every=40)
     file = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")))
-    base, revision = "someone/model", "v2"
-    convert_adapter(file, tmp_path / "b.safetensors", "dense", base=base, revision=revision)
-    combine_adapters(base, file, tmp_path / "c.safetensors", revision=revision)
-    inspect_adapter(file, base, revision=revision)
-    merged = export_checkpoint(base, file, tmp_path / "merged", revision=revision)
-    assert verify_checkpoint(merged, base, file, revision=revision).ok
-    extract_adapter(base, merged, tmp_path / "d.safetensors", rank=1, revision=revision)
-    extract_adapter(merged, base, tmp_path / "e.safetensors", rank=1, tuned_revision=revision)
-    analyze_weights(file, base, revision=revision)
-    load_adapted(base, file, revision=revision, device="cpu")
-    assert asked == 9 * [(base, revision)]
+    base = BaseModel("someone/model", revision="v2")
+    convert_adapter(file, tmp_path / "b.safetensors", "dense", base=base)
+    combine_adapters(base, file, tmp_path / "c.safetensors")
+    inspect_adapter(file, base)
+    merged = export_checkpoint(base, file, tmp_path / "merged")
+    assert verify_checkpoint(merged, base, file).ok
+    extract_adapter(base, merged, tmp_path / "d.safetensors", rank=1)
+    extract_adapter(merged, base, tmp_path / "e.safetensors", rank=1)
+    analyze_weights(file, base)
+    load_adapted(base, file, device="cpu")
+    assert asked == 9 * [("someone/model", "v2")]

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import yaml
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export import export_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.numerics.weights import MergeStrengths
 from tests.export.helpers import MakeAdapter
 
 OLD_CARD = """---
@@ -33,7 +35,9 @@ def test_a_merged_folder_has_a_card_of_its_own(
     facts = AdapterMetadata("sd1", trigger="sks dog")
     layers = random_adapter(sd1_folder, every=9)
     path = write_adapter(tmp_path / "my-dog.safetensors", AdapterFile(layers, facts), "kohya")
-    merged = export_checkpoint(snapshot, [(path, 0.5)], tmp_path / "merged", unet_strength=0.8)
+    merged = export_checkpoint(
+        snapshot, [(path, 0.5)], tmp_path / "merged", strength=MergeStrengths(unet_strength=0.8)
+    )
     card = (merged / "README.md").read_text(encoding="utf-8")
     head = yaml.safe_load(card.split("---")[1])
     assert head["base_model"] == "somebody/base-1"
@@ -49,7 +53,7 @@ def test_a_merged_folder_has_a_card_of_its_own(
     for file in sd1_folder.rglob("*.safetensors"):
         other = snapshot / file.relative_to(sd1_folder).with_suffix(".fp16.safetensors")
         shutil.copyfile(file, other)
-    merged = export_checkpoint(snapshot, path, tmp_path / "variant", variant="fp16")
+    merged = export_checkpoint(BaseModel(snapshot, variant="fp16"), path, tmp_path / "variant")
     card = (merged / "README.md").read_text(encoding="utf-8")
     assert "verify FOLDER --base BASE --variant fp16 --adapter FILE`" in card
     plain = export_checkpoint(sd1_folder, path, tmp_path / "plain")

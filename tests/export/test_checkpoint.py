@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.adapters.state import adapter_state, load_adapter
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export import (
     ExportError,
     convert_adapter,
@@ -26,7 +27,7 @@ from dora_diffusion.export import (
     files,
     verify_checkpoint,
 )
-from dora_diffusion.export.checkpoint import BaseFiles, export_trained
+from dora_diffusion.export.checkpoint import export_trained
 from dora_diffusion.export.files import open_model
 from dora_diffusion.export.metadata import trained_steps, trained_trigger
 from dora_diffusion.formats.adapter.file import (
@@ -38,7 +39,7 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.files import stream as safetensors_stream
 from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.models.load import load_components
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.weights import LayerWeights, MergeStrengths
 from dora_diffusion.system import HANGUP
 from tests.export.helpers import MakeAdapter, assert_equal, tensors_of
 
@@ -71,9 +72,9 @@ def test_without_an_adapter_a_model_changes_its_layout_alone(
     """What a whole training left: folder, file and folder again, with what it says of itself."""
     facts = AdapterMetadata("sd1", trigger="sks dog", extra={"training_steps": "7"})
     trained = {"unet.conv_in.bias": lambda: torch.ones(32)}
-    folder = export_trained(BaseFiles(sd1_folder), trained, tmp_path / "run" / "model", facts)
+    folder = export_trained(BaseModel(sd1_folder), trained, tmp_path / "run" / "model", facts)
     file = export_checkpoint(tmp_path / "run", (), tmp_path / "one.safetensors")
-    again = export_checkpoint(file, (), tmp_path / "again", config=sd1_folder)
+    again = export_checkpoint(BaseModel(file, model_config=sd1_folder), (), tmp_path / "again")
     assert_equal(tensors_of(again), tensors_of(folder))
     with open_model(file) as one:
         assert one.metadata["modelspec.trigger_phrase"] == "sks dog"
@@ -87,7 +88,9 @@ def test_without_an_adapter_a_model_changes_its_layout_alone(
     assert tensors_of(half)["unet.conv_in.weight"].dtype == torch.float16
     assert (half / "README.md").read_bytes() == (folder / "README.md").read_bytes()
     with pytest.warns(UserWarning, match="unet_strength has no effect because no adapter is given"):
-        export_checkpoint(folder, (), tmp_path / "s.safetensors", unet_strength=0.5)
+        export_checkpoint(
+            folder, (), tmp_path / "s.safetensors", strength=MergeStrengths(unet_strength=0.5)
+        )
     with pytest.raises(ExportError, match="no adapter was given"):
         verify_checkpoint(file, folder, ())
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export import ExportError, export_checkpoint, files
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -60,7 +61,7 @@ def test_what_is_read_is_not_overwritten(
         (sd1_folder, file, single, single),
     ):
         with pytest.raises(ExportError, match="which is read for it; choose another name"):
-            export_checkpoint(base, adapter, target, vae=vae, overwrite=True)
+            export_checkpoint(BaseModel(base, vae=vae), adapter, target, overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export import ExportError, export_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from dora_diffusion.formats.files.stream import TensorReader
@@ -26,13 +27,13 @@ def test_a_folder_needs_the_right_configuration(
     )
     single = export_checkpoint(sd1_folder, path, tmp_path / "base.safetensors")
     with pytest.raises(ExportError, match=r"of another model than base\.safetensors"):
-        export_checkpoint(single, path, tmp_path / "m", config=sd2_folder)
+        export_checkpoint(BaseModel(single, model_config=sd2_folder), path, tmp_path / "m")
     with pytest.raises(ExportError, match=r"what the released model has is .* with --model_config"):
         export_checkpoint(single, path, tmp_path / "m")
     tensors = {**load_file(single), "model.diffusion_model.extra.weight": torch.ones(2, 2)}
     save_file(tensors, single)
     with pytest.raises(ExportError, match=r"extra\.weight would be left out"):
-        export_checkpoint(single, path, tmp_path / "m", config=sd1_folder)
+        export_checkpoint(BaseModel(single, model_config=sd1_folder), path, tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
 
@@ -44,7 +45,7 @@ def test_v_prediction_reaches_the_folder(
     )
     single = export_checkpoint(sdxl_folder, path, tmp_path / "base.safetensors")
     save_file({**load_file(single), "v_pred": torch.empty(0), "ztsnr": torch.empty(0)}, single)
-    output = export_checkpoint(single, path, tmp_path / "m", config=sdxl_folder)
+    output = export_checkpoint(BaseModel(single, model_config=sdxl_folder), path, tmp_path / "m")
     scheduler = json.loads(
         (output / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
     )

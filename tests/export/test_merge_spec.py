@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from dora_diffusion.cli.main import main
 from dora_diffusion.export import export_checkpoint, verify_checkpoint
 from dora_diffusion.export.merge_spec import MergeSpec, file_hash
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.weights import LayerWeights, MergeStrengths
 from tests.export.helpers import MakeAdapter, tensors_of
 
 
@@ -28,12 +26,9 @@ def test_strength_per_component_and_several_adapters(
         write_adapter(tmp_path / f"{i}.safetensors", AdapterFile(one))
         for i, one in enumerate(layers)
     ]
-    options = {
-        "strength": 0.9, "unet_strength": 0.5, "text_encoder_strength": 0.0,
-        "direction_strength": 0.8, "magnitude_strength": 1.2,
-    }  # fmt: skip
+    strength = MergeStrengths(0.9, 0.8, 1.2, unet_strength=0.5, text_encoder_strength=0.0)
     adapters = [(paths[0], 1.0), (paths[1], 0.25)]
-    output = export_checkpoint(sdxl_folder, adapters, tmp_path / "merged", **options)
+    output = export_checkpoint(sdxl_folder, adapters, tmp_path / "merged", strength=strength)
     base, merged = tensors_of(sdxl_folder), tensors_of(output)
     for name, weight in base.items():
         module = name.removesuffix(".weight")
@@ -49,21 +44,22 @@ def test_strength_per_component_and_several_adapters(
             assert not torch.equal(merged[name], weight)
         else:
             assert torch.equal(merged[name], weight), name
-    assert verify_checkpoint(output, sdxl_folder, adapters, **options).ok
+    assert verify_checkpoint(output, sdxl_folder, adapters, strength=strength).ok
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(MergeSpec)])
+@pytest.mark.parametrize("name", ["adapters", *vars(MergeStrengths())])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 70, -10.5])
 def test_no_strength_is_out_of_its_limits(name: str, value: float) -> None:
 
-    def given(strength: float) -> dict[str, Any]:
-        own = [("dog", strength)] if name == "adapters" else strength
-        return {"adapters": "dog", name: own}
+    def given(strength: float) -> MergeSpec:
+        if name == "adapters":
+            return MergeSpec([("dog", strength)])
+        return MergeSpec("dog", MergeStrengths(**{name: strength}))
 
     what = "the strength of dog" if name == "adapters" else name
     with pytest.raises(ValueError, match=f"^{what} is {value:g}; it must be between -10 and 10"):
-        MergeSpec(**given(value))
-    assert MergeSpec(**given(10)).pairs()
+        given(value)
+    assert given(10).pairs()
 
 
 def test_the_hubs_name_of_a_file_is_its_hash(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export import combine_adapters, export_checkpoint
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -20,6 +21,7 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.adapter.metadata import stated_reading
 from dora_diffusion.formats.files.header import read_header
 from dora_diffusion.models.load import load_components
+from dora_diffusion.numerics.weights import MergeStrengths
 from tests.export.helpers import MakeAdapter
 
 
@@ -31,7 +33,10 @@ def test_a_single_file_says_what_is_inside(
         tmp_path / "my-dog.safetensors", AdapterFile(random_adapter(sdxl_folder, every=9), facts)
     )
     output = export_checkpoint(
-        sdxl_folder, [(path, 0.5)], tmp_path / "dog-xl.safetensors", unet_strength=0.8
+        sdxl_folder,
+        [(path, 0.5)],
+        tmp_path / "dog-xl.safetensors",
+        strength=MergeStrengths(unet_strength=0.8),
     )
     notes = read_header(output).metadata
     assert notes["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
@@ -89,7 +94,9 @@ def test_the_prediction_type_of_a_single_file_is_kept(
         scheduler.write_text(
             json.dumps({**values, "prediction_type": configured}), encoding="utf-8"
         )
-        output = export_checkpoint(single, path, tmp_path / f"m-{configured}", config=config)
+        output = export_checkpoint(
+            BaseModel(single, model_config=config), path, tmp_path / f"m-{configured}"
+        )
         written = json.loads(
             (output / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
         )

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.cli.main import main
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export import (
     ExportError,
     export_checkpoint,
@@ -184,4 +185,6 @@ def test_a_merged_embedded_model_is_not_called_damaged(name: str, tmp_path: Path
         load_components(file)
     assert "damaged" not in str(raised.value)
     assert str(raised.value).endswith(f" --model_config, such as its base model's: {base}")
-    assert load_components(file, config=base).family == load_components(base).family
+    assert (
+        load_components(BaseModel(file, model_config=base)).family == load_components(base).family
+    )

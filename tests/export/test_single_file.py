@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export import export_checkpoint, verify_checkpoint
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -86,7 +87,7 @@ def test_position_numbers_as_floats(
     single = export_checkpoint(sd1_folder, path, tmp_path / "base.safetensors", strength=0.0)
     key = "cond_stage_model.transformer.text_model.embeddings.position_ids"
     save_file({**load_file(single), key: torch.arange(77.0)[None]}, single)
-    folder = export_checkpoint(single, path, tmp_path / "m", config=sd1_folder)
+    folder = export_checkpoint(BaseModel(single, model_config=sd1_folder), path, tmp_path / "m")
     expected = tensors_of(export_checkpoint(sd1_folder, path, tmp_path / "plain"))
     found = tensors_of(folder)
     assert found.keys() == expected.keys()
@@ -137,6 +138,6 @@ def test_text_encoders_with_a_wrong_prefix(
     for key, tensor in found.items():
         key = key.removeprefix("text_model.")
         assert torch.equal(tensor, expected[right + key])
-    loaded = load_components(wrong, config=folder).text_encoders[0]
-    plain = load_components(good, config=folder).text_encoders[0].state_dict()
+    loaded = load_components(BaseModel(wrong, model_config=folder)).text_encoders[0]
+    plain = load_components(BaseModel(good, model_config=folder)).text_encoders[0].state_dict()
     assert all(torch.equal(tensor, plain[key]) for key, tensor in loaded.state_dict().items())

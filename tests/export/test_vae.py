@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export import ExportError, export_checkpoint, verify_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from tests.export.helpers import MakeAdapter, tensors_of
@@ -50,8 +51,8 @@ def test_another_vae_is_baked_in(
             }
         assert any(".query." in key for key in tensors)
         save_file(tensors, vae)
-    output = export_checkpoint(sd1_folder, path, tmp_path / f"merged{suffix}", vae=vae)
-    report = verify_checkpoint(output, sd1_folder, path, vae=vae)
+    output = export_checkpoint(BaseModel(sd1_folder, vae=vae), path, tmp_path / f"merged{suffix}")
+    report = verify_checkpoint(output, BaseModel(sd1_folder, vae=vae), path)
     assert report.ok, report.problems
     assert not verify_checkpoint(output, sd1_folder, path).ok
     if not suffix:
@@ -74,12 +75,14 @@ def test_what_is_not_a_fitting_vae_is_refused(
         tmp_path / "a.safetensors", AdapterFile(random_adapter(sd1_folder, every=9))
     )
     with pytest.raises(ExportError, match="not an autoencoder"):
-        export_checkpoint(sd1_folder, path, tmp_path / "m", vae=path)
+        export_checkpoint(BaseModel(sd1_folder, vae=path), path, tmp_path / "m")
     part = load_file(sd1_folder / "vae" / "diffusion_pytorch_model.safetensors")
     part.pop("quant_conv.bias")
     save_file(part, tmp_path / "v.safetensors")
     with pytest.raises(ExportError, match=r"another kind than the base's: vae\.quant_conv\.bias"):
-        export_checkpoint(sd1_folder, path, tmp_path / "m", vae=tmp_path / "v.safetensors")
+        export_checkpoint(
+            BaseModel(sd1_folder, vae=tmp_path / "v.safetensors"), path, tmp_path / "m"
+        )
     with pytest.raises(ExportError, match="is a pickle"):
-        export_checkpoint(sd1_folder, path, tmp_path / "m", vae="vae.pt")
+        export_checkpoint(BaseModel(sd1_folder, vae="vae.pt"), path, tmp_path / "m")
     assert not (tmp_path / "m").exists()

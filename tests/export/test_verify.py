@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.adapters.merge import MergeError
 from dora_diffusion.cli.main import main
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export import export_checkpoint, verify_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.numerics.weights import LayerWeights
@@ -66,7 +67,9 @@ def test_every_way_from_base_to_output_is_proven(
     )
     single = export_checkpoint(folder, path, tmp_path / "base.safetensors", strength=0.0)
     outputs = [
-        export_checkpoint(base, path, tmp_path / f"{i}{suffix}", strength=0.7, config=folder)
+        export_checkpoint(
+            BaseModel(base, model_config=folder), path, tmp_path / f"{i}{suffix}", strength=0.7
+        )
         for i, base in enumerate((folder, single))
         for suffix in ("", ".safetensors")
     ]

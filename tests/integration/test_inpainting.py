@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dora_diffusion import export_checkpoint, generate_images, load_components, train
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.data.dataset import Batch
 from dora_diffusion.data.sampler import generator_for
@@ -115,7 +116,7 @@ def test_a_result_is_the_same_merged_and_in_diffusers(
     assert (prediction(base) - expected).abs().max() > 1e-2 * expected.abs().max()
     whole = export_checkpoint(folder, adapter, tmp_path / "merged")
     single = export_checkpoint(folder, adapter, tmp_path / "merged.safetensors")
-    for merged in (load_components(whole), load_components(single, config=folder)):
+    for merged in (load_components(whole), load_components(BaseModel(single, model_config=folder))):
         assert merged.family is base.family
         torch.testing.assert_close(prediction(merged), expected, rtol=0, atol=1e-5)
         [found] = generate_images(merged, PROMPT, [SEED], replace(SETTINGS, **painting()))
@@ -171,9 +172,9 @@ def test_a_single_file_becomes_a_folder_of_its_kind(family: str, folder: Path, t
     with safe_open(single, framework="pt") as file:
         architecture = file.metadata()["modelspec.architecture"]
     assert architecture == FAMILIES[f"{family}-inpainting"].architecture
-    again = export_checkpoint(single, path, tmp_path / "folder", config=folder)
+    again = export_checkpoint(BaseModel(single, model_config=folder), path, tmp_path / "folder")
     expected = load_components(folder)
-    for found in (load_components(single, config=folder), load_components(again)):
+    for found in (load_components(BaseModel(single, model_config=folder)), load_components(again)):
         assert found.family is expected.family
         state = found.unet.state_dict()
         assert all(torch.equal(state[k], v) for k, v in expected.unet.state_dict().items())

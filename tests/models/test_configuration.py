@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
 from dora_diffusion.models.configuration import empty_module, released_config, released_folder
 from dora_diffusion.models.load import load_components
 
@@ -86,4 +86,4 @@ def test_a_file_of_one_of_two_releases_must_say_which(tmp_path: Path) -> None:
     ):
         load_components(tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"not shaped as a released Stable Diffusion 2"):
-        load_components(tmp_path / "x.safetensors", schedule=AskedSchedule("epsilon"))
+        load_components(BaseModel(tmp_path / "x.safetensors", prediction_type="epsilon"))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES, UnsupportedModelError
 from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
 from dora_diffusion.formats.files.header import TensorSpec
@@ -201,10 +202,10 @@ def test_variants(sd1_folder: Path, tmp_path: Path) -> None:
     for path in list(folder.rglob("*.safetensors")):
         path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
     expected = load_components(sd1_folder).unet.state_dict()
-    loaded = load_components(folder, variant="fp16").unet.state_dict()
+    loaded = load_components(BaseModel(folder, variant="fp16")).unet.state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in expected.items())
     with pytest.raises(ValueError, match=r"unet could not be loaded \(it has no 'bf16' variant"):
-        load_components(folder, variant="bf16")
+        load_components(BaseModel(folder, variant="bf16"))
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -225,8 +226,10 @@ def test_half_precision_keeps_a_fragile_vae_in_float32(
     fixed = shutil.copytree(sdxl_folder, tmp_path / "fixed")
     edit_json(fixed / "vae" / "config.json", force_upcast=False)
     assert load_components(fixed, dtype=dtype).vae.dtype == dtype
-    assert load_components(sdxl_folder, dtype=dtype, vae=fixed).vae.dtype == dtype
-    assert load_components(fixed, dtype=dtype, vae=sdxl_folder).vae.dtype == torch.float32
+    assert load_components(BaseModel(sdxl_folder, vae=fixed), dtype=dtype).vae.dtype == dtype
+    assert (
+        load_components(BaseModel(fixed, vae=sdxl_folder), dtype=dtype).vae.dtype == torch.float32
+    )
 
 
 def test_half_precision_casts_the_vae_of_other_families(sd1_folder: Path) -> None:
@@ -234,11 +237,11 @@ def test_half_precision_casts_the_vae_of_other_families(sd1_folder: Path) -> Non
 
 
 def test_another_vae(sd1_folder: Path, sdxl_folder: Path) -> None:
-    from_pipeline = load_components(sd1_folder, vae=sdxl_folder).vae
+    from_pipeline = load_components(BaseModel(sd1_folder, vae=sdxl_folder)).vae
     assert from_pipeline.config.scaling_factor == 0.13025
     assert load_vae(sdxl_folder / "vae").config.scaling_factor == 0.13025
     with pytest.raises(ModelNotFoundError, match=r"the VAE \./absent does not exist"):
-        load_components(sd1_folder, vae="./absent")
+        load_components(BaseModel(sd1_folder, vae="./absent"))
 
 
 @pytest.mark.parametrize(
@@ -327,8 +330,8 @@ class TestNames:
             return str(sd1_folder)
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-        assert load_components("someone/model", revision="v2").family.name == "sd1"
-        load_folder = resolve_folder("someone/model", variant="fp16")
+        assert load_components(BaseModel("someone/model", revision="v2")).family.name == "sd1"
+        load_folder = resolve_folder(BaseModel("someone/model", variant="fp16"))
         assert load_folder == sd1_folder
         assert calls[0][0] == ("someone/model",)
         assert calls[0][1]["revision"] == "v2"
@@ -374,7 +377,7 @@ class TestNames:
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
         with pytest.raises(ModelNotFoundError, match=reason):
-            resolve_folder("someone/model", revision="v9")
+            resolve_folder(BaseModel("someone/model", revision="v9"))
 
     def test_embedded_models(self, monkeypatch: pytest.MonkeyPatch, sd1_folder: Path) -> None:
         from dora_diffusion.models import embedded

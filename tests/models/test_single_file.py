@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import UnsupportedModelError
 from dora_diffusion.export import export_checkpoint
 from dora_diffusion.models.load import load_components
@@ -30,7 +31,9 @@ def test_a_single_file_loads_as_its_folder(
     folder = request.getfixturevalue(f"{family}_folder")
     expected = load_components(folder)
     request.getfixturevalue("tiny_released" if not is_given else "tmp_path")
-    loaded = load_components(single_file(folder, tmp_path), config=folder if is_given else None)
+    loaded = load_components(
+        BaseModel(single_file(folder, tmp_path), model_config=folder if is_given else None)
+    )
     assert loaded.family is expected.family
     assert loaded.prediction_type == expected.prediction_type
     assert loaded.zeros_for_empty_prompt == expected.zeros_for_empty_prompt
@@ -45,12 +48,14 @@ def test_a_single_file_loads_as_its_folder(
 
 def test_half_precision_keeps_the_fragile_vae_exact(sdxl_folder: Path, tmp_path: Path) -> None:
     file = single_file(sdxl_folder, tmp_path)
-    loaded = load_components(file, config=sdxl_folder, dtype=torch.float16)
+    loaded = load_components(BaseModel(file, model_config=sdxl_folder), dtype=torch.float16)
     assert loaded.unet.dtype == torch.float16
     assert {encoder.dtype for encoder in loaded.text_encoders} == {torch.float16}
     expected = load_components(sdxl_folder).vae.state_dict()
     assert all(torch.equal(loaded.vae.state_dict()[key], value) for key, value in expected.items())
-    other = load_components(file, config=sdxl_folder, vae=sdxl_folder, dtype=torch.float16)
+    other = load_components(
+        BaseModel(file, model_config=sdxl_folder, vae=sdxl_folder), dtype=torch.float16
+    )
     assert other.vae.dtype == torch.float32
 
 
@@ -64,7 +69,7 @@ def test_markers_of_v_prediction_win_over_the_configuration(
         json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8"
     )
     # The configuration that is given says epsilon; the file itself knows better.
-    loaded = load_components(single_file(folder, tmp_path), config=sdxl_folder)
+    loaded = load_components(BaseModel(single_file(folder, tmp_path), model_config=sdxl_folder))
     assert loaded.prediction_type == "v_prediction"
     assert loaded.sampling_scheduler("euler").config.prediction_type == "v_prediction"
     assert loaded.scheduler.config.rescale_betas_zero_snr is True
@@ -82,7 +87,7 @@ def test_models_of_another_kind_of_schedule_are_refused(sdxl_folder: Path, tmp_p
     file = single_file(sdxl_folder, tmp_path)
     save_file({**load_file(file), "edm_mean": torch.zeros(4)}, file)
     with pytest.raises(UnsupportedModelError, match="edm_mean: it has another kind of noise"):
-        load_components(file, config=sdxl_folder)
+        load_components(BaseModel(file, model_config=sdxl_folder))
 
 
 def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
@@ -101,6 +106,8 @@ def test_a_stated_prediction_type_wins_over_the_configuration(
     file = single_file(sd1_folder, tmp_path)
     with safe_open(file, framework="pt") as opened:
         stated = dict(opened.metadata())
-    assert load_components(file, config=sd1_folder).prediction_type == "epsilon"
+    assert load_components(BaseModel(file, model_config=sd1_folder)).prediction_type == "epsilon"
     save_file(load_file(file), file, {**stated, "modelspec.prediction_type": "v"})
-    assert load_components(file, config=sd1_folder).prediction_type == "v_prediction"
+    assert (
+        load_components(BaseModel(file, model_config=sd1_folder)).prediction_type == "v_prediction"
+    )

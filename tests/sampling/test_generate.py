@@ -22,8 +22,8 @@ from dora_diffusion.adapters.inject import (
 )
 from dora_diffusion.adapters.state import save_adapter
 from dora_diffusion.config import AdapterConfig
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.formats.adapter.file import AdapterMetadata
-from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.schedulers import SCHEDULERS
@@ -173,9 +173,7 @@ def test_strength_zero_is_the_base_bit_for_bit(sd1_folder, sd1, sd1_adapter):
 
 
 def test_the_knobs_reach_every_layer(sd1_folder, sd1_adapter):
-    components, _ = load_adapted(
-        sd1_folder, sd1_adapter, strength=0.5, direction=0.25, magnitude=0.75
-    )
+    components, _ = load_adapted(sd1_folder, sd1_adapter, strength=Strengths(0.5, 0.25, 0.75))
     for model in components.adaptable().values():
         strengths = {adapter.strengths for adapter in layer_adapters(model)}
         assert strengths == {Strengths(0.5, 0.25, 0.75)}
@@ -315,8 +313,9 @@ def test_the_model_goes_to_the_device_that_training_would_take(
 
 def test_zero_terminal_snr_samples_as_its_paper_says(sdxl_folder):
     """DDIM over the rescaled schedule with rescaled guidance, written out (arXiv:2305.08891)."""
-    asked = AskedSchedule("v_prediction", True)
-    components = load_components(sdxl_folder, schedule=asked)
+    components = load_components(
+        BaseModel(sdxl_folder, prediction_type="v_prediction", zero_terminal_snr=True)
+    )
     steps, scale, share, seed = 4, 5.0, 0.7, 3
     settings = SamplingSettings(steps, scale, "ddim", guidance_rescale=share)
     (image,) = generate_images(components, PROMPT, [seed], settings)
@@ -362,7 +361,9 @@ def test_zero_terminal_snr_samples_as_its_paper_says(sdxl_folder):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_of_zero_terminal_snr_begin_at_pure_noise(sdxl_folder, name):
-    components = load_components(sdxl_folder, schedule=AskedSchedule("v_prediction", True))
+    components = load_components(
+        BaseModel(sdxl_folder, prediction_type="v_prediction", zero_terminal_snr=True)
+    )
     if name in ("pndm", "heun"):
         with pytest.raises(ValueError, match="cannot follow this model's noise schedule"):
             components.sampling_scheduler(name)
@@ -376,8 +377,9 @@ def test_schedulers_of_zero_terminal_snr_begin_at_pure_noise(sdxl_folder, name):
 
 
 def test_a_model_whose_own_scheduler_cannot_follow_samples_by_another(sd1_folder):
-    asked = AskedSchedule("v_prediction", True)
-    components = load_components(sd1_folder, schedule=asked)
+    components = load_components(
+        BaseModel(sd1_folder, prediction_type="v_prediction", zero_terminal_snr=True)
+    )
     assert components.scheduler_config["_class_name"] == "PNDMScheduler"
     assert type(components.sampling_scheduler()).__name__ == "DDIMScheduler"
 

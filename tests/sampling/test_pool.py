@@ -11,12 +11,12 @@ import torch
 
 from dora_diffusion import (
     AdapterPool,
-    AskedSchedule,
     SamplingSettings,
     generate_images,
     load_components,
 )
 from dora_diffusion.adapters.inject import layer_adapters
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.offload import place
 from dora_diffusion.numerics.weights import Strengths
@@ -185,7 +185,8 @@ def test_a_token_and_a_noise_schedule_are_each_adapter_s_own(sd1_folder, custome
     plain = pixels(generate_images(pool.components, rows[1].prompt, [6], steps,
                                    adapters=pool.names([customers[1]])))[0]  # fmt: skip
     assert abs(plain - mixed[1]).max() > 1
-    asked = AdapterPool(pool.components, schedule=AskedSchedule("epsilon", False), clip_skip=0)
+    told = BaseModel(sd1_folder, prediction_type="epsilon", zero_terminal_snr=False)
+    asked = AdapterPool(dataclasses.replace(pool.components, asked=told), clip_skip=0)
     assert reading_of(asked.components_for(customers[1])) == reading_of(pool.components)
 
 

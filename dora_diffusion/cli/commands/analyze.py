@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from dora_diffusion.cli.console.progress import progress
 from dora_diffusion.cli.console.tables import print_json
@@ -27,15 +28,15 @@ def run(args: AnalyzeSettings) -> int:
         )
     if args.title and len(args.title) != len(args.source):
         raise ConfigError(f"{len(args.title)} titles of {len(args.source)} sources; give one each")
-    options = args.base_options | {"norm_axis": args.norm_axis}
+    axis: Any = args.norm_axis
     with progress("comparing weights", "layer") as show:
         analysis = analyze_weights(
             args.source,
-            args.base,
+            args.base_model,
+            norm_axis=axis,
             layers=args.layers,
             alpha=args.alpha,
             on_progress=show,
-            **options,
         )
     if args.title:
         runs = zip(analysis.runs, args.title, strict=True)

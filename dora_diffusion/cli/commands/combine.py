@@ -31,7 +31,7 @@ def run(args: CombineSettings) -> int:
 
     with progress("combining", "B") as show:
         report = combine_adapters(
-            args.base,
+            args.base_model,
             [adapter_and_strength(text) for text in args.adapters],
             args.output,
             alpha=args.alpha,

@@ -29,7 +29,7 @@ def run(args: ConvertSettings) -> int:
             args.input,
             Path(scratch, output.stem) if is_packed else args.output,
             args.to,
-            base=args.base,
+            base=args.base_model,
             family=args.family,
             alpha=args.alpha,
             tags=args.tags,
@@ -39,7 +39,6 @@ def run(args: ConvertSettings) -> int:
             conv_rank=args.conv_rank,
             energy=args.energy,
             overwrite=args.overwrite,
-            **args.base_options,
         )
         if is_packed:
             with atomic_file(output) as temporary:

@@ -16,11 +16,10 @@ def run(args: ExportSettings) -> int:
 
     with progress("merging", "B") as show:
         path = export_checkpoint(
-            args.base,
+            args.base_model,
             args.adapters,
             args.output,
             dtype=None if args.dtype == AUTO else dtype_of(args.dtype),
-            config=args.model_config,
             overwrite=args.overwrite,
             on_progress=show,
             **args.merge_options,

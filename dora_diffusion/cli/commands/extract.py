@@ -8,6 +8,7 @@ from dora_diffusion.cli.console.programs import print_written
 from dora_diffusion.cli.console.progress import progress
 from dora_diffusion.cli.settings import Fit, OfModel, magnitudes
 from dora_diffusion.config.adapter import NORM_AXES
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.fields import REQUIRED, flag
 
 
@@ -46,10 +47,9 @@ def run(args: ExtractSettings) -> int:
     """Write the adapter that is nearest to a tuned model, and say how near."""
     from dora_diffusion.export import extract_adapter
 
-    names = ("tuned_variant", "tuned_revision")
-    options = args.fit_options | {name: getattr(args, name) for name in names}
-    options["norm_axis"] = args.norm_axis or "output"
+    tuned = BaseModel(args.tuned, args.tuned_variant, args.tuned_revision)
+    options = args.fit_options | {"norm_axis": args.norm_axis or "output"}
     with progress("extracting", "B") as show:
-        report = extract_adapter(args.base, args.tuned, args.output, on_progress=show, **options)
+        report = extract_adapter(args.base_model, tuned, args.output, on_progress=show, **options)
     print_written(report, as_json=args.json)
     return 0

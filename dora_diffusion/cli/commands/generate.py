@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -107,7 +107,6 @@ def run(args: GenerateSettings) -> int:
     )
     pool = AdapterPool(
         components,
-        schedule=args.schedule,
         clip_skip=args.clip_skip,
         max_token_length=args.max_token_length,
     )
@@ -136,9 +135,8 @@ def run(args: GenerateSettings) -> int:
                 **shared,
             )
     for row, image in zip(rows, images, strict=True):
-        strengths = Strengths(row.strength)
-        if not args.adapters_file:
-            strengths = Strengths(row.strength, args.direction_strength, args.magnitude_strength)
+        own = Strengths() if args.adapters_file else args.strengths
+        strengths = replace(own, strength=row.strength)
         text = parameters_text(
             row.prompt, row.seed, settings, image.size, args.base, row.adapter, strengths,
             extra=readings[row.adapter].clip_skip_parameter,

@@ -56,7 +56,7 @@ def run(args: InspectSettings) -> int:
         report = inspect_model(args.file)
         facts = _facts_of_model(report)
     else:
-        report = inspect_adapter(args.file, args.base, **args.base_options)
+        report = inspect_adapter(args.file, args.base_model)
         facts = _facts(report)
     if args.json:
         print_json(report.to_dict())

@@ -17,7 +17,6 @@ from dora_diffusion.formats.files.runs import (
     candidates,
     result_adapter,
 )
-from dora_diffusion.studio.jobs.base_model import ModelFiles
 from dora_diffusion.studio.jobs.checkpoints import (
     BASE_NAME,
     COMPARISON,
@@ -45,17 +44,17 @@ def run(args: RankSettings) -> int:
     config = TrainConfig.from_dict(read_config_file(args.run / "config.yaml"))
     adapters = _adapters(args.run, args.checkpoints)
     if args.base is None:
-        base, variant = config.pretrained_model_name_or_path, args.variant or config.variant
-        args = replace(args, base=base, variant=variant, revision=args.revision or config.revision)
-    base = str(args.base)
-    questions = _questions(config, args, base)
+        variant, revision = args.variant or config.variant, args.revision or config.revision
+        base = replace(config.base_model, variant=variant, revision=revision)
+    else:
+        own, variant, revision = args.base, args.variant, args.revision
+        base = replace(config.base_model, path=own, variant=variant, revision=revision)
+    questions = _questions(config, args, str(base.path))
     tell(phase="loading the model")
     from dora_diffusion.evaluation.ranking import rank
     from dora_diffusion.studio.jobs.image_generator import load_model
 
-    files = ModelFiles.of(config.to_dict())
-    files = replace(files, variant=args.variant, revision=args.revision)
-    components = load_model(base, None, files)
+    components = load_model(base, None)
     components = components.reading(config.clip_skip, config.max_token_length)
     with progress("generating images", "image") as show:
         measured, notes = rank(components, adapters, questions, args.output, show, BASE_NAME)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from dora_diffusion.cli.settings import Model
@@ -62,7 +62,7 @@ def run(args: ServeSettings) -> int:
         "token": deploy.read_token(args.token_file),
     }
     deploy.Deployment(**values)
-    values["base"] = _base(args)
+    values["base"] = replace(args.base_model, path=_base(args))
     catalogue = Catalogue(args.adapters)
     deployment = deploy.Deployment(**values, options=args.model_options)
     deploy.serve(deployment, catalogue)
@@ -81,5 +81,5 @@ def _base(args: ServeSettings) -> str:
     if path.exists():
         return str(path.resolve())
     if not is_embedded(args.base):
-        resolve_folder(args.base, revision=args.revision, variant=args.variant)
+        resolve_folder(args.base_model)
     return str(args.base)

@@ -38,7 +38,7 @@ def run(args: VerifySettings) -> int:
     with progress("comparing", "B") as show:
         report = verify_checkpoint(
             merged,
-            args.base,
+            args.base_model,
             [adapter_and_strength(text) for text in adapters],
             on_progress=show,
             **args.merge_options,

@@ -20,6 +20,7 @@ from dora_diffusion.cluster.fleet.connection import INSTALL_RAY, connect
 from dora_diffusion.cluster.serving.batcher import WorkerLostError
 from dora_diffusion.cluster.serving.catalogue import Catalogue
 from dora_diffusion.cluster.serving.engine import BatchItem, Engine, Reply
+from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.fields import ConfigError, require
 from dora_diffusion.config.wording import counted
 from dora_diffusion.system import is_address, is_loopback, is_private
@@ -59,7 +60,7 @@ class Deployment:
             cannot be.
     """
 
-    base: str
+    base: AnyModel
     adapters: tuple[Path, ...]
     options: dict[str, Any] = field(default_factory=dict, repr=False)
     adapter_memory: int = 2 * 10**9
@@ -213,7 +214,7 @@ def deployed(deployment: Deployment) -> Iterator[Replicas]:
     from dora_diffusion.models.locate import looks_local
 
     # Ray tells of a replica that did not start, and not why.
-    base = deployment.base
+    base = str(BaseModel.of(deployment.base).path)
     is_path = looks_local(base) and ":" not in base and deployment.address == "local"
     require(
         not is_path or Path(base).expanduser().exists(),
@@ -287,7 +288,7 @@ def serve(deployment: Deployment, catalogue: Catalogue) -> None:
         print(f"{deployment.url} is ready: {count}; Ctrl-C ends it", flush=True)
 
     with listen(deployment.host, deployment.port) as listening:
-        print(f"loading {deployment.base} ...", flush=True)
+        print(f"loading {BaseModel.of(deployment.base).path} ...", flush=True)
         with deployed(deployment) as replicas:
             logger.addHandler(handler)
             service = Service(

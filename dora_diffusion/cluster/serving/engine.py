@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dora_diffusion.cluster.serving.request import ApiAnswer, refusal_of
+from dora_diffusion.config.base import AnyModel, BaseModel
 
 if TYPE_CHECKING:
     from dora_diffusion.cluster.serving.request import ApiRequest
@@ -48,7 +49,7 @@ class Engine:
         self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, base: str, budget: int, options: dict[str, Any]) -> Engine:
+    def load(cls, base: AnyModel, budget: int, options: dict[str, Any]) -> Engine:
         """Load a model, with what `load_adapted` takes besides base and adapter.
 
         Raises:
@@ -58,8 +59,8 @@ class Engine:
         from dora_diffusion.sampling.pool import AdapterPool
 
         components, _ = load_adapted(base, **options)
-        reading = {name: options[name] for name in ("schedule", "clip_skip", "max_token_length")}
-        return cls(AdapterPool(components, budget, **reading), base)
+        reading = {name: options[name] for name in ("clip_skip", "max_token_length")}
+        return cls(AdapterPool(components, budget, **reading), str(BaseModel.of(base).path))
 
     def answer(
         self, asked: Sequence[BatchItem], is_given_up: Callable[[], bool] = lambda: False

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import PREDICTION_TYPES, Family
 from dora_diffusion.formats.adapter.metadata import (
     ZERO_TERMINAL_SNR,
@@ -119,40 +120,27 @@ def _own_word(statements: Iterable[Statement], name: str, value: object) -> Stat
     return first if first is not None and first.settings[name] == value else None
 
 
-class AskedSchedule(NamedTuple):
-    """What is asked, and known, of a model's noise schedule besides what the model says.
+def statements_on(
+    base: BaseModel,
+    own: Sequence[Statement],
+    usual: Sequence[Statement] = (),
+    adapters: Sequence[AdapterMetadata] = (),
+) -> list[Statement]:
+    """What is said of a model's noise schedule, the strongest first.
 
-    Attributes:
-        prediction_type: What the UNet predicts, ``"epsilon"`` or ``"v_prediction"``. None: what
-            the model says; else the adapters; else what is usual of its kind.
-        zero_terminal_snr: Whether the schedule ends in pure noise (arXiv:2305.08891); None: the
-            same.
-        adapters: What is known of the adapters that the model gets. One that was trained from a
-            model of its name comes before the model: its run may have been told better.
+    Args:
+        base: The model, with what is asked of it.
+        own: What it says itself.
+        usual: What is usual of its kind.
+        adapters: What is known of the adapters that it gets. One that was trained from a model of
+            its name comes before the model: its run may have been told better.
     """
-
-    prediction_type: str | None = None
-    zero_terminal_snr: bool | None = None
-    adapters: Sequence[AdapterMetadata] = ()
-
-    def statements(
-        self, name: str, own: Sequence[Statement], usual: Sequence[Statement] = ()
-    ) -> list[Statement]:
-        """What is said of a model, the strongest first.
-
-        Args:
-            name: The model's.
-            own: What it says itself.
-            usual: What is usual of its kind.
-        """
-        settings = {PREDICTION: self.prediction_type, ZERO_SNR: self.zero_terminal_snr}
-        of_this = [a for a in self.adapters if _file_or_name(a.base_model) == _file_or_name(name)]
-        others = [a for a in self.adapters if a not in of_this]
-        asked = Statement(_FLAGS, settings, False)
-        return [asked, *map(_by_adapter, of_this), *own, *map(_by_adapter, others), *usual]
-
-
-UNASKED = AskedSchedule()
+    name = _file_or_name(str(base.path))
+    settings = {PREDICTION: base.prediction_type, ZERO_SNR: base.zero_terminal_snr}
+    of_this = [a for a in adapters if _file_or_name(a.base_model) == name]
+    others = [a for a in adapters if a not in of_this]
+    asked = Statement(_FLAGS, settings, False)
+    return [asked, *map(_by_adapter, of_this), *own, *map(_by_adapter, others), *usual]
 
 
 def _file_or_name(model: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import COMPONENTS, Family
 from dora_diffusion.formats.checkpoint.entries import Entry
 from dora_diffusion.formats.checkpoint.schedule import (
@@ -17,9 +18,9 @@ from dora_diffusion.formats.checkpoint.schedule import (
     EPSILON_STEP,
     PREDICTION,
     STEP,
-    AskedSchedule,
     Statement,
     choose_schedule,
+    statements_on,
     usual_of,
 )
 from dora_diffusion.formats.files.header import TensorSpec
@@ -107,25 +108,20 @@ class StoredModel(ModelWeights, Protocol):
 
 
 def restate_schedule(
-    model: StoredModel,
-    name: str | Path,
-    asked: AskedSchedule,
-    adapters: Iterable[AdapterMetadata] = (),
+    model: StoredModel, base: BaseModel, adapters: Sequence[AdapterMetadata]
 ) -> None:
     """Have a model say of its noise schedule what was asked for, or what its adapters know.
 
     Args:
         model: The model.
-        name: What it was opened as.
-        asked: Settings, and what is known of adapters.
+        base: What it was opened as.
         adapters: What is known of those that go into it.
 
     Raises:
         ValueError: If zero terminal SNR is asked for of a model that predicts the noise.
     """
-    asked = asked._replace(adapters=[*asked.adapters, *adapters])
-    said = asked.statements(str(name), model.statements())
-    schedule = choose_schedule(model.path.name, [*said, *usual_of(model.family)])
+    said = statements_on(base, model.statements(), usual_of(model.family), adapters)
+    schedule = choose_schedule(model.path.name, said)
     if not schedule.is_own:
         model.restated = schedule.settings
 

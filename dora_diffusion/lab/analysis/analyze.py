@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import ExportError, model_name, open_model
 from dora_diffusion.formats.checkpoint.weights import StoredModel, module_weight
@@ -37,13 +38,11 @@ Progress = Callable[[int, int], None]
 
 def analyze_weights(
     sources: str | Path | Sequence[str | Path],
-    base: str | Path,
+    base: AnyModel,
     *,
     norm_axis: NormAxis = "output",
     layers: Sequence[str] = ("*",),
     alpha: float | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
     on_progress: Progress | None = None,
 ) -> Analysis:
     """Say what training did to a model's weights, as section 3.2 of the DoRA paper does.
@@ -56,12 +55,10 @@ def analyze_weights(
         sources: One or several, to be compared: the output folder of a run (all its checkpoints),
             an adapter, or a model that was trained from the base or merged.
         base: The model before training: a Diffusers folder, a hub id, ``embedded:NAME`` or a
-            single-file checkpoint.
+            single-file checkpoint; or one of these as a `BaseModel`.
         norm_axis: What a channel is: ``"output"`` or ``"input"``, whatever an adapter's own is.
         layers: Patterns of canonical layer names, such as ``"*.to_q"``; ``*`` spans dots.
         alpha: What an adapter was trained with whose file does not say it.
-        variant: Weight variant of the base's folder, such as ``"fp16"``.
-        revision: Branch, tag or commit of a base on the hub.
         on_progress: Called with the numbers of layers that are done, and of all.
 
     Raises:
@@ -84,13 +81,14 @@ def analyze_weights(
     found = [find_run(path) for path in paths]
     names = [source.name for source in found]
     left = sum(len(source.checkpoints) for source in found)
-    with open_model(base, variant, revision) as model:
+    with open_model(base) as model:
         analyzer = _Analyzer(model, norm_axis, layers, alpha, _Counter(left, on_progress))
         runs = [
             analyzer.run(source, source.name if names.count(source.name) == 1 else str(path))
             for path, source in zip(paths, found, strict=True)
         ]
-        name = model_name(model.path) if Path(base).exists() else str(base)
+        path = BaseModel.of(base).path
+        name = model_name(model.path) if Path(path).exists() else str(path)
     return Analysis(name, norm_axis, tuple(layers), runs)
 
 

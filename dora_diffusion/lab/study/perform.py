@@ -141,10 +141,7 @@ def _write(session: Session, folder: Path, step: int) -> Path:
 
 def _analysis(folder: Path, config: TrainConfig) -> Record:
     """Delta M and delta D of every layer at every point, and their correlation."""
-    base = config.pretrained_model_name_or_path
-    analysis: Analysis = analyze_weights(
-        folder, base, norm_axis="output", variant=config.variant, revision=config.revision
-    )
+    analysis: Analysis = analyze_weights(folder, config.base_model, norm_axis="output")
     (run,) = analysis.runs
     found = correlation(run.checkpoints)
     last = run.checkpoints[-1].layers

@@ -11,6 +11,7 @@ from dora_diffusion.cluster.fleet.queue import Ended, Task, Workers, WorkQueue, 
 from dora_diffusion.cluster.fleet.run import absolute, workers_for
 from dora_diffusion.cluster.fleet.workers import Worker
 from dora_diffusion.config import ConfigError
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.evaluation.measures import measure_of
 from dora_diffusion.lab.study.config import BASE, Study, Tuning
 from dora_diffusion.lab.study.perform import perform
@@ -72,7 +73,7 @@ def run_study(
     """
     models = [open_metric_model(name) for name in study.asked.metric_models]
     subjects = [find_subject(given, study.base, models) for given in study.subjects]
-    base = base_digest(study.base, study.common.get("variant"), study.common.get("revision"))
+    base = base_digest(BaseModel.of_settings({**study.common, "base": study.base}))
     rates: dict[str, Sequence[float]] = {m.name: m.learning_rates for m in study.methods}
     restore_records(output)
     output = output.absolute()  # Workers have folders of their own.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import ConfigError, TrainConfig, settings, with_present_names
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.lab.study.config import BASE, Asked, Method, Study
@@ -149,13 +150,13 @@ def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in left_out}
 
 
-def base_digest(base: str, variant: str | None = None, revision: str | None = None) -> str:
+def base_digest(base: BaseModel) -> str:
     """Digest of the weights that are trained on: sizes, starts and ends of their files.
 
     Training changes all of a file, and reading gigabytes before every call would not be worth it.
     """
     digest = hashlib.sha256()
-    with open_model(base, variant, revision) as model:
+    with open_model(base) as model:
         for file in (file for files in model.files.values() for file in files):
             size = file.stat().st_size
             with file.open("rb") as content:

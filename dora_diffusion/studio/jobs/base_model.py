@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import (
     FAMILIES,
     USUAL,
@@ -21,8 +21,6 @@ from dora_diffusion.config.families import (
     detect_folder_family,
 )
 from dora_diffusion.formats.checkpoint.schedule import (
-    UNASKED,
-    AskedSchedule,
     choose_schedule,
     stated_by_file,
 )
@@ -198,50 +196,23 @@ def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
     check_variant(config.pretrained_model_name_or_path, config.variant)
 
 
-@dataclass(frozen=True)
-class ModelFiles:
-    """What besides its name says how a base model is loaded; see the settings of these names.
+def path_here(base: BaseModel) -> str | None:
+    """A base model's path, or its folder in the hub's cache; None where it is not on the disk.
 
-    Attributes:
-        vae: ``pretrained_vae_model_name_or_path``.
-        config: ``model_config``.
-        variant: Of the weights.
-        revision: Of a hub id.
-        schedule: How its noise schedule is meant: ``prediction_type``, ``zero_terminal_snr``.
+    The hub is not asked.
     """
+    from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+    from dora_diffusion.formats.files.header import TensorFileError
 
-    vae: str | None = None
-    config: str | None = None
-    variant: str | None = None
-    revision: str | None = None
-    schedule: AskedSchedule = UNASKED
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> ModelFiles:
-        """Those of a run's settings."""
-        names = ("pretrained_vae_model_name_or_path", "model_config", "variant", "revision")
-        vae, config, variant, revision = (settings.get(name) or None for name in names)
-        asked = settings.get("prediction_type"), settings.get("zero_terminal_snr")
-        return cls(vae, config, variant, revision, AskedSchedule(*asked))
-
-    def here(self, name: str) -> str | None:
-        """A base model's name, or its folder in the hub's cache; None where it is not on the disk.
-
-        The hub is not asked.
-        """
-        from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-        from dora_diffusion.formats.files.header import TensorFileError
-
-        if is_embedded(name) or Path(name).expanduser().exists():
-            return name
-        try:
-            folder = resolve_folder(
-                name, revision=self.revision, variant=self.variant, local_only=True
-            )
-            PipelineFolder(folder, self.variant)  # The cache may hold its configuration alone.
-        except (ModelNotFoundError, TensorFileError):
-            return None
-        return str(folder)
+    name = str(base.path)
+    if is_embedded(name) or Path(name).expanduser().exists():
+        return name
+    try:
+        folder = resolve_folder(base, local_only=True)
+        PipelineFolder(folder, base.variant)  # The cache may hold its configuration alone.
+    except (ModelNotFoundError, TensorFileError):
+        return None
+    return str(folder)
 
 
 def hub_cache() -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import gc
 import os
@@ -16,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import UnidentifiedImageError
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.numerics.threads import one_thread
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.studio.jobs.base_model import ModelFiles
 from dora_diffusion.studio.jobs.processes import holding
 from dora_diffusion.studio.jobs.queue import is_running
 from dora_diffusion.studio.jobs.workspace import UserError, Workspace, new_id
@@ -37,7 +36,7 @@ MOST_RECENT = 24
 Step = Callable[[int, int], None]
 
 
-def load_model(name: str, adapter: Path | None, files: ModelFiles) -> Components:
+def load_model(base: BaseModel, adapter: Path | None) -> Components:
     """A model to sample from as a run loaded it, in half precision on a GPU.
 
     Raises:
@@ -48,8 +47,7 @@ def load_model(name: str, adapter: Path | None, files: ModelFiles) -> Components
     from dora_diffusion.sampling.generate import load_adapted
 
     dtype = PRECISION_DTYPES[auto_precision(describe_device())]
-    options: dict[str, Any] = dataclasses.asdict(files)
-    return load_adapted(name, adapter, dtype=dtype, **options)[0]
+    return load_adapted(base, adapter, dtype=dtype)[0]
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,6 @@ class GenerationRequest:
         seed: Of the first image; -1 draws one.
         count: Images, at consecutive seeds.
         strengths: Of the adapter.
-        files: How the base is loaded.
         clip_skip: Instead of what the adapter says.
         max_token_length: Instead of what the adapter says.
 
@@ -72,14 +69,13 @@ class GenerationRequest:
         UserError: If a value is out of its limits.
     """
 
-    base: str
+    base: BaseModel
     adapter: Path | None
     prompt: str
     settings: SamplingSettings
     seed: int = -1
     count: int = 1
     strengths: Strengths = field(default_factory=Strengths)
-    files: ModelFiles = field(default_factory=ModelFiles)
     clip_skip: int | None = None
     max_token_length: int | None = None
 
@@ -221,7 +217,6 @@ class ImageGenerator:
             pool = AdapterPool(
                 self._model(replace(request, adapter=None)),
                 budget=None,
-                schedule=request.files.schedule,
                 clip_skip=request.clip_skip,
                 max_token_length=request.max_token_length,
             )
@@ -247,7 +242,7 @@ class ImageGenerator:
         )  # fmt: skip
 
     @contextmanager
-    def _device(self, base: str) -> Iterator[None]:
+    def _device(self, base: BaseModel) -> Iterator[None]:
         self._withdrawn.clear()
         try:
             with holding(self.workspace.device_lock, or_wait=self._waits_on) as held:
@@ -255,7 +250,7 @@ class ImageGenerator:
                 if not held:
                     raise UserError("the images were cancelled while they waited")
                 # Not before: while it waits, a run that starts has its model's memory.
-                with self._mine, one_thread() if is_embedded(base) else nullcontext():
+                with self._mine, one_thread() if is_embedded(str(base.path)) else nullcontext():
                     try:
                         yield
                     finally:
@@ -274,20 +269,15 @@ class ImageGenerator:
         from dora_diffusion.adapters.inject import layer_adapters, set_strength
 
         adapter, strengths = request.adapter, request.strengths
-        key = (request.base, request.files, adapter, adapter and adapter.stat().st_mtime_ns)
+        key = (request.base, adapter, adapter and adapter.stat().st_mtime_ns)
         if self._loaded != key:
             # Two large models may not fit beside each other.
             self._loaded = self._components = None
-            self._components = load_model(request.base, adapter, request.files)
+            self._components = load_model(request.base, adapter)
             self._loaded = key
         for model in self._components.adaptable().values():
             if any(layer_adapters(model)):
-                set_strength(
-                    model,
-                    strengths.strength,
-                    direction=strengths.direction_strength,
-                    magnitude=strengths.magnitude_strength,
-                )
+                set_strength(model, strengths)
         return self._components.reading(request.clip_skip, request.max_token_length)
 
     def _write(
@@ -306,7 +296,7 @@ class ImageGenerator:
             seed,
             request.settings,
             size or image.size,
-            request.base,
+            str(request.base.path),
             # The folder: every run's file has the same name.
             request.adapter and request.adapter.parent,
             request.strengths,

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from dora_diffusion import config
 from dora_diffusion.cli.console.errors import explain
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.formats.adapter.metadata import join_triggers
 from dora_diffusion.formats.files.names import pipeline_in
 from dora_diffusion.formats.files.runs import (
@@ -130,6 +131,11 @@ class Job:
     @property
     def base(self) -> str:
         return str(self.settings.get("pretrained_model_name_or_path") or self.record.base)
+
+    @property
+    def base_model(self) -> BaseModel:
+        """The base model, as it was loaded."""
+        return BaseModel.of_settings({**self.settings, "base": self.base})
 
     @property
     def stands(self) -> str:

@@ -26,7 +26,7 @@ from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.names import file_stem
 from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS
 from dora_diffusion.models.locate import is_embedded
-from dora_diffusion.studio.jobs.base_model import ModelFiles
+from dora_diffusion.studio.jobs.base_model import path_here
 from dora_diffusion.studio.jobs.checkpoints import card_of, chosen_adapter
 from dora_diffusion.studio.jobs.queue import create_job, delete_job, requeue_job
 from dora_diffusion.studio.jobs.records import (
@@ -207,12 +207,12 @@ def start_merge(workspace: Workspace, run: Job, strength: float, checkpoint: str
     """
     if not -2 <= strength <= 3:
         raise UserError(f"the strength is {strength:g}; it must be between -2 and 3")
-    adapter, files = chosen_adapter(run, checkpoint), ModelFiles.of(run.settings)
+    adapter = chosen_adapter(run, checkpoint)
     # What is in the file, so that no merge replaces another one.
     name = file_name(run, f"strength-{strength:g}", checkpoint)
     output = str(workspace.exports / run.id / f"{name}-merged.safetensors")
     settings = ExportSettings(
-        **_of_base(run.base, files), adapter=[str(adapter)], strength=strength, vae=files.vae,
+        **_of_base(run, "vae"), adapter=[str(adapter)], strength=strength,
         output=output, overwrite=True,
     )  # fmt: skip
     return _start_about(workspace, run, "Merge", "export", settings, output)
@@ -225,10 +225,9 @@ def start_analysis(workspace: Workspace, run: Job) -> str:
         UserError: If the run has no adapter.
     """
     chosen_adapter(run)
-    files = ModelFiles.of(run.settings)
     output = str(workspace.exports / run.id / file_name(run, "analysis"))
     settings = AnalyzeSettings(
-        **_of_base(run.base, files), source=[str(run.folder)], title=[run.title], output=output,
+        **_of_base(run), source=[str(run.folder)], title=[run.title], output=output,
         overwrite=True,
     )  # fmt: skip
     return _start_about(workspace, run, "Analyze", "analyze", settings, output)
@@ -244,10 +243,9 @@ def start_ranking(workspace: Workspace, run: Job) -> str:
         raise UserError("this run has no checkpoint yet; wait until it has saved one")
     # The truth of a sample subject is known; others have photos.
     sample = run.record.sample if is_embedded(run.base) else ""
-    files = ModelFiles.of(run.settings)
     output = workspace.ranking(run.id)
     settings = RankSettings(
-        **_of_base(run.base, files), run=run.folder, subject=sample or None,
+        **_of_base(run), run=run.folder, subject=sample or None,
         checkpoints=list(run.candidates), output=output, overwrite=True,
     )  # fmt: skip
     return _start_about(workspace, run, "Rank", "rank-checkpoints", settings, str(output))
@@ -298,17 +296,16 @@ def start_conversion(workspace: Workspace, run: Job, target: str) -> str:
     name = f"{file_name(run, target)}.{'zip' if target == 'peft' else 'safetensors'}"
     output = str(workspace.exports / run.id / target / name)
     settings = ConvertSettings(input=adapter, output=output, to=target)
-    files = ModelFiles.of(run.settings)
-    base = files.here(run.base) if run.base else None
+    base = path_here(run.base_model) if run.base else None
     if base is None and CONVERSIONS[conversion_of(target, read_adapter(adapter))].for_one_base:
-        settings = dataclasses.replace(settings, **_of_base(run.base or None, files))
+        settings = dataclasses.replace(settings, **_of_base(run))
         words = ["convert", *settings.to_arguments()]
         raise UserError(
             f"a file for {target} is made for one base model, and {run.base or 'this one'} is not "
             "on this machine as the run loaded it. This downloads it, and converts the adapter: "
             f"{JobRecord(words).command}"
         )
-    variant = files.variant if base else None
+    variant = run.base_model.variant if base else None
     settings = dataclasses.replace(settings, base=base, variant=variant, overwrite=True)
     words = ["convert", *settings.to_arguments()]
     record = JobRecord(words, f"Convert {run.title} for {target}", run.id, run.base, output)
@@ -325,9 +322,10 @@ def write_card(workspace: Workspace, run: Job) -> Path:
     return save_text(target, card_of(run.folder, chosen_adapter(run)))
 
 
-def _of_base(base: str | None, files: ModelFiles) -> dict[str, Any]:
-    """A base as the settings of commands have it."""
-    return {"base": base, "variant": files.variant, "revision": files.revision}
+def _of_base(run: Job, *more: str) -> dict[str, Any]:
+    """A run's base as the settings of commands have it."""
+    names = ("variant", "revision", *more)
+    return {"base": run.base or None, **{name: getattr(run.base_model, name) for name in names}}
 
 
 def _start_about(

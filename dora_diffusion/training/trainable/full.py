@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from dora_diffusion.adapters.merge import is_finite
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.wording import listing
-from dora_diffusion.export.checkpoint import BaseFiles, export_trained
+from dora_diffusion.export.checkpoint import export_trained
 from dora_diffusion.export.files import open_model
 from dora_diffusion.export.merged import MergedModel
 from dora_diffusion.formats.adapter.embeddings import read_tokens
@@ -126,7 +127,7 @@ class FullWeights:
     @contextmanager
     def base_weights(self) -> Iterator[None]:
         """The base's values are in the weights inside of the block; it may not train them."""
-        base = self.base or self._read(self.components.source, self.config.variant)
+        base = self.base or self._read(self._source)
         trained: dict[str, Tensor] = {}
         caches = torch.is_autocast_cache_enabled()
         # Autocast caches casts by parameter, not by value: neither side may see the other's.
@@ -184,8 +185,7 @@ class FullWeights:
             UserWarning: If that is less than `MUCH`.
         """
         lost, moved = [0.0, 0.0], [0.0, 0.0]  # of weights that are sharded, and others
-        source, variant = self.components.source, self.config.variant
-        with open_model(str(written)) as file, open_model(source, variant) as base, torch.no_grad():
+        with open_model(str(written)) as file, open_model(self._source) as base, torch.no_grad():
             for name, parameter in self.trained.items():
                 own, other = local(parameter), not is_sharded(parameter)
                 new, old = (own_part(parameter, model[name]).to(own) for model in (file, base))
@@ -212,14 +212,8 @@ class FullWeights:
     ) -> Path:
         config = self.config
         folder = output.parent if output.suffix == ".safetensors" else output
-        base = BaseFiles(
-            self.components.source,
-            config.variant,
-            config.pretrained_vae_model_name_or_path,
-            config.model_config,
-        )
         written = export_trained(
-            base,
+            self._source,
             {name: values[name].cpu for name in self.trained},
             output,
             metadata,
@@ -229,10 +223,15 @@ class FullWeights:
         self.words.write(folder)
         return written
 
-    def _read(self, source: str, variant: str | None) -> dict[str, Tensor]:
+    @property
+    def _source(self) -> BaseModel:
+        """The model that it was loaded from, where the hub's cache has it."""
+        return replace(self.config.base_model, path=self.components.source)
+
+    def _read(self, source: BaseModel) -> dict[str, Tensor]:
         """The values that a stored model has for what trains here, in float32 on its device."""
         device = self.components.device
-        with open_model(source, variant) as model:
+        with open_model(source) as model:
             return {
                 name: own_part(parameter, model[name]).to(device, torch.float32)
                 for name, parameter in self.trained.items()
@@ -301,7 +300,7 @@ def _report(
     components: Components, config: TrainConfig, trained: Mapping[str, nn.Parameter]
 ) -> FullReport:
     count = sum(parameter.numel() for parameter in trained.values())
-    with open_model(components.source, config.variant) as model:
+    with open_model(BaseModel(components.source, config.variant)) as model:
         written = MergedModel(model, (), _dtype(config))
         size = sum(spec.nbytes for spec in written.specs.values())
     checkpoint = size + count * (4 + _MOMENTS[config.optimizer_name])

@@ -10,8 +10,9 @@ import pytest
 
 from dora_diffusion.cli import main as cli
 from dora_diffusion.cli.settings import adapter_and_strength
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
+from dora_diffusion.numerics.weights import MergeStrengths
 
 
 def said(line: str) -> list[str]:
@@ -178,12 +179,10 @@ def test_a_variant_or_revision_without_effect_is_said(flags, expected):
 def test_export_and_verify_are_given_the_same_merge(command):
     words = f"{command} --base b --adapter a --unet_strength 0.5 --alpha 3 --vae v".split()
     words += ["--prediction_type", "v_prediction", "--no-zero_terminal_snr"]
-    assert cli.read_settings(cli.build_parser().parse_args(words)).merge_options == {
-        "strength": 1.0, "direction_strength": 1.0, "magnitude_strength": 1.0,
-        "unet_strength": 0.5, "text_encoder_strength": 1.0,
-        "alpha": 3.0, "vae": "v", "variant": None, "revision": None,
-        "schedule": AskedSchedule("v_prediction", False),
-    }  # fmt: skip
+    args = cli.read_settings(cli.build_parser().parse_args(words))
+    assert args.merge_options == {"strength": MergeStrengths(unet_strength=0.5), "alpha": 3.0}
+    asked = {"prediction_type": "v_prediction", "zero_terminal_snr": False}
+    assert args.base_model == BaseModel("b", vae="v", **asked)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export import export_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from dora_diffusion.formats.files.header import TensorFileError
@@ -49,5 +50,5 @@ def test_components_outside_of_the_folder_are_refused(
         with pytest.raises(TensorFileError, match="is not the name of a folder in it"):
             export_checkpoint(base, file, output)
         with pytest.raises(TensorFileError, match="is not the name of a folder in it"):
-            export_checkpoint(single, file, output, config=base)
+            export_checkpoint(BaseModel(single, model_config=base), file, output)
     assert [path.parent.name for path in tmp_path.rglob("key")] == ["secrets"]

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.checkpoint.folder import by_scheduler
 from dora_diffusion.formats.checkpoint.schedule import (
-    AskedSchedule,
     NoiseSchedule,
     choose_schedule,
     markers_for,
     stated_by_file,
+    statements_on,
     usual_of,
 )
 
@@ -30,9 +31,8 @@ def chosen(
     adapter: AdapterMetadata | None = None, config: dict[str, Any] | None = None, **flags: Any,
 ) -> NoiseSchedule:  # fmt: skip
     own = stated_by_file(metadata or {}, keys) if config is None else [by_scheduler(config)]
-    asked = AskedSchedule(**flags, adapters=[adapter] if adapter else [])
-    said = asked.statements("models/x.safetensors", own)
-    return choose_schedule("x", [*said, *usual_of(family)])
+    base, adapters = BaseModel("models/x.safetensors", **flags), [adapter] if adapter else []
+    return choose_schedule("x", statements_on(base, own, usual_of(family), adapters))
 
 
 @pytest.mark.parametrize(

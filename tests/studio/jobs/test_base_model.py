@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.studio.jobs.base_model import ModelFiles, check_base, check_variant, model_info
+from dora_diffusion.config.base import BaseModel
+from dora_diffusion.studio.jobs.base_model import check_base, check_variant, model_info
 from dora_diffusion.studio.jobs.workspace import UserError
 from tests.studio.jobs.helpers import write_checkpoint, write_folder
 
@@ -92,5 +93,6 @@ def test_what_a_run_names_is_what_is_loaded() -> None:
     settings = TrainConfig(
         pretrained_vae_model_name_or_path="v", model_config="c", variant="fp16", revision="r"
     ).to_dict()
-    assert ModelFiles.of(settings) == ModelFiles("v", "c", "fp16", "r")
-    assert ModelFiles.of({"variant": ""}) == ModelFiles()
+    model = settings["pretrained_model_name_or_path"]
+    assert BaseModel.of_settings(settings) == BaseModel(model, "fp16", "r", "c", "v")
+    assert BaseModel.of_settings({"variant": "", "base": "b"}) == BaseModel("b")

@@ -17,13 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.adapters.inject import layer_adapters
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.data.sheets import labelled_sheet
 from dora_diffusion.formats.adapter.file import read_adapter, write_adapter
 from dora_diffusion.models.load import load_vae
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.generate import BrokenImageError, SamplingSettings
 from dora_diffusion.sampling.images import parse_parameters
-from dora_diffusion.studio.jobs.base_model import ModelFiles
 from dora_diffusion.studio.jobs.checkpoints import adapter_of
 from dora_diffusion.studio.jobs.image_generator import (
     GeneratedImage,
@@ -54,7 +54,7 @@ def ask(finished: tuple[Workspace, str], **changes: Any) -> GenerationRequest:
     request = {name: values.pop(name) for name in ("seed", "count") if name in values}
     strengths = {name: values.pop(name) for name in STRENGTHS if name in values}
     return GenerationRequest(
-        job.base, adapter_of(job), prompt, SamplingSettings(**values),
+        BaseModel(job.base), adapter_of(job), prompt, SamplingSettings(**values),
         strengths=Strengths(**strengths), **({"seed": 5} | request),
     )  # fmt: skip
 
@@ -280,8 +280,8 @@ def write_other_vae(source: Path, target: Path) -> torch.Tensor:
 
 def test_another_vae_is_used_for_images_too(sd1_folder: Path, tmp_path: Path) -> None:
     changed = write_other_vae(sd1_folder, tmp_path / "vae")
-    plain = load_model(str(sd1_folder), None, ModelFiles())
-    other = load_model(str(sd1_folder), None, ModelFiles(vae=str(tmp_path / "vae")))
+    plain = load_model(BaseModel(sd1_folder), None)
+    other = load_model(BaseModel(sd1_folder, vae=tmp_path / "vae"), None)
     loaded = other.vae.decoder.conv_out.weight.float().cpu()
     assert torch.equal(loaded, changed.to(other.vae.dtype).float())
     assert not torch.equal(loaded, plain.vae.decoder.conv_out.weight.float().cpu())

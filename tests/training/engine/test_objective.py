@@ -20,10 +20,10 @@ from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import AdapterConfig
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.data.crops import CropRecord
 from dora_diffusion.data.dataset import Batch
 from dora_diffusion.data.sampler import generator_for
-from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training.inputs.draws import StepInputs, draw_inputs
@@ -54,10 +54,10 @@ class Case:
         return self.family == "sd2" or self.zero_snr
 
     @property
-    def schedule(self) -> AskedSchedule:
+    def schedule(self) -> dict[str, Any]:
         """What is asked of the noise schedule, where that is not the folder's own."""
-        asked = AskedSchedule("v_prediction", True)
-        return asked if self.zero_snr else AskedSchedule()
+        asked = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+        return asked if self.zero_snr else {}
 
     def __str__(self) -> str:
         parts = [self.family, self.prior or "", self.norm_axis, f"snr{self.snr_gamma:g}"]
@@ -107,7 +107,7 @@ def make_batch(case: Case, with_moments: Any = None) -> Batch:
 
 def adapted_components(folder: Any, case: Case) -> Components:
     """The package's model with adapters whose every number has moved."""
-    components = load_components(folder, schedule=case.schedule)
+    components = load_components(BaseModel(folder, **case.schedule))
     generator = torch.Generator().manual_seed(2)
     for name, model in components.adaptable().items():
         if name != "unet" and not case.text_encoders:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.adapters.state import load_adapter
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.learning import OPTIMIZERS
 from dora_diffusion.export import convert_adapter, export_checkpoint, inspect_adapter
 from dora_diffusion.export.combine import combine_adapters
@@ -129,7 +130,7 @@ def test_the_card_of_a_merged_folder_has_its_words(
     write_adapter(second, replace(adapter, metadata=metadata, tokens={"<s2>": vectors}))
     again = export_checkpoint(merged, second, tmp_path / "again")
     one = export_checkpoint(merged, second, tmp_path / "one" / "file.safetensors")
-    parts = export_checkpoint(one, (), tmp_path / "parts", config=base)
+    parts = export_checkpoint(BaseModel(one, model_config=base), (), tmp_path / "parts")
     both = "a <s2> cup and a <s1> mug"
     for folder, prompt in ((merged, PROMPT), (again, both), (parts, both)):
         theirs = load_pipeline(folder)
@@ -243,7 +244,7 @@ def test_full_fine_tuning_writes_a_model_that_knows_the_word(
     one = session.weights.writer()(
         tmp_path / "one" / "model.safetensors", result_metadata(session, 1)
     )
-    again = encode_prompts(load_components(one, config=sd1_folder), [PROMPT])
+    again = encode_prompts(load_components(BaseModel(one, model_config=sd1_folder)), [PROMPT])
     torch.testing.assert_close(
         again.encoder_hidden_states, trained.encoder_hidden_states, rtol=1e-4, atol=1e-5
     )
@@ -467,7 +468,7 @@ def test_a_merged_file_knows_the_words_beside_it(
     states = [
         encode_prompts(model, [PROMPT]).encoder_hidden_states
         for model in (
-            load_components(merged, config=base),
+            load_components(BaseModel(merged, model_config=base)),
             load_adapted(base, run, device="cpu")[0],
         )
     ]
@@ -477,8 +478,10 @@ def test_a_merged_file_knows_the_words_beside_it(
     for place in ("again.safetensors", "other/again.safetensors", "other/third.safetensors"):
         with pytest.warns(UserWarning, match="<s1>"):
             again = export_checkpoint(merged, (), tmp_path / place)
-        state = encode_prompts(load_components(again, config=base), [PROMPT]).encoder_hidden_states
+        state = encode_prompts(
+            load_components(BaseModel(again, model_config=base)), [PROMPT]
+        ).encoder_hidden_states
         torch.testing.assert_close(state, states[0])
     file.unlink()
     with pytest.warns(UserWarning, match=rf"{file.name} is not next to it"):
-        load_components(merged, config=base)
+        load_components(BaseModel(merged, model_config=base))

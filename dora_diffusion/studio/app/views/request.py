@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import PROMPT_LIMIT, default_guidance
-from dora_diffusion.studio.jobs.base_model import ModelFiles
+from dora_diffusion.studio.jobs.base_model import path_here
 from dora_diffusion.studio.jobs.checkpoints import chosen_adapter
 from dora_diffusion.studio.jobs.image_generator import GenerationRequest
 from dora_diffusion.studio.jobs.workspace import UserError, clean_text
@@ -31,10 +32,10 @@ def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> 
     from dora_diffusion.sampling.generate import SamplingSettings
 
     model = _model(context, str(choice or BASE))
-    if model.files.here(model.base) is None:
+    if path_here(model.base) is None:
         raise UserError(
-            f"{model.base} is not on this machine, and no image waits for a download: get it by "
-            f"'hf download {model.base}', or by training on it"
+            f"{model.base.path} is not on this machine, and no image waits for a download: get it "
+            f"by 'hf download {model.base.path}', or by training on it"
         )
     first = next(iter(split_triggers(model.trigger)), "")
     prompt = clean_text(form["prompt"], PROMPT_LIMIT, "prompt").replace("{subject}", first)
@@ -66,7 +67,6 @@ def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> 
         strengths=Strengths(
             *(float(form[name]) for name in ("strength", "direction", "magnitude"))
         ),
-        files=model.files,
         clip_skip=_whole(form, "clip_skip"),
         max_token_length=_whole(form, "max_token_length"),
     )
@@ -85,10 +85,9 @@ def _whole(form: dict[str, Any], name: str) -> int | None:
 class _Model:
     """What a choice stands for."""
 
-    base: str
+    base: BaseModel
     adapter: Path | None
     trigger: str
-    files: ModelFiles
     guidance: float
 
 
@@ -108,22 +107,23 @@ def _model(context: Context, choice: str) -> _Model:
     """A base model alone, a merged model, or a run with the name of its checkpoint."""
     kind, _, name = choice.partition("/")
     if kind == BASE:
-        return _Model(
-            context.allowed_model(name), None, "mug", ModelFiles(), default_guidance(name)
-        )
+        base = BaseModel(context.allowed_model(name))
+        return _Model(base, None, "mug", default_guidance(name))
     if kind == MERGED:
         job = context.job(name)
         if job.kind != "export" or job.state != "done":
             raise UserError("this merged model no longer exists; choose another one")
         # A file's configuration is its base's, or what its base was loaded with.
-        own = ModelFiles.of(context.job(job.record.run).settings).config
+        own = context.job(job.record.run).settings.get("model_config")
         config = own or (None if job.base.endswith(".safetensors") else job.base)
         guidance = default_guidance(job.base)
-        return _Model(job.record.output, None, job.trigger, ModelFiles(config=config), guidance)
+        base = BaseModel(job.record.output, model_config=config)
+        return _Model(base, None, job.trigger, guidance)
     job = context.job(kind)
-    base, adapter = context.allowed_model(job.base), chosen_adapter(job, name)
+    base = replace(job.base_model, path=context.allowed_model(job.base))
+    adapter = chosen_adapter(job, name)
     guidance = float(job.settings.get("validation_guidance_scale") or default_guidance(job.base))
-    return _Model(base, adapter, job.trigger, ModelFiles.of(job.settings), guidance)
+    return _Model(base, adapter, job.trigger, guidance)
 
 
 def field_value(name: str, parameters: dict[str, str]) -> Any:

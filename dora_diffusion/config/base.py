@@ -1,0 +1,56 @@
+"""A base model: where it is, and what is asked of how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+_NAMES = {
+    "base": "path",
+    "pretrained_model_name_or_path": "path",
+    "pretrained_vae_model_name_or_path": "vae",
+}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model by name, as functions take it that also take the name alone.
+
+    Attributes:
+        path: A Diffusers folder, a hub id, ``embedded:NAME``, or a single ``.safetensors`` file.
+        variant: Weight variant of a folder or hub id, such as ``"fp16"``.
+        revision: Branch, tag or commit of a hub id.
+        model_config: For a single file: a Diffusers folder of the same architecture that gives the
+            configuration and the tokenizers. None takes the released model's, which this package
+            holds.
+        vae: Another autoencoder: a folder, a hub id, or a ``.safetensors`` file.
+        prediction_type: What the UNet predicts, ``"epsilon"`` or ``"v_prediction"``. None: what
+            the model says; else its adapters; else what is usual of its kind.
+        zero_terminal_snr: Whether the noise schedule ends in pure noise (arXiv:2305.08891); None:
+            the same.
+    """
+
+    path: str | Path
+    variant: str | None = None
+    revision: str | None = None
+    model_config: str | Path | None = None
+    vae: str | Path | None = None
+    prediction_type: str | None = None
+    zero_terminal_snr: bool | None = None
+
+    @classmethod
+    def of(cls, model: AnyModel) -> BaseModel:
+        """A model that may be given by its name alone."""
+        return model if isinstance(model, BaseModel) else cls(model)
+
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any]) -> BaseModel:
+        """The base model of a command's or a run's settings."""
+        given = {_NAMES.get(name, name): value for name, value in settings.items() if value != ""}
+        named: dict[str, Any] = {field.name: given.get(field.name) for field in fields(cls)}
+        return cls(**named)
+
+
+AnyModel = str | Path | BaseModel
