@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dora_diffusion.cli.console.progress import say
 from dora_diffusion.config.adapter import NORM_AXES
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.config.command import CommandSettings
+from dora_diffusion.config.command import AsJob, CommandSettings
 from dora_diffusion.config.families import FAMILIES, PREDICTION_TYPES
 from dora_diffusion.config.fields import AUTO, DTYPES, REQUIRED, flag, require_token_length
 from dora_diffusion.config.run import SampleSettings
@@ -346,6 +347,8 @@ class Fit(Written, Limits, RequiredBase):
 class ExportSettings(Overwrite, Merge):
     """What ``export`` takes."""
 
+    job = AsJob("export", "merging", "Merge")
+
     output: str = flag(
         REQUIRED, "X.safetensors for one file that web UIs read; else a Diffusers folder."
     )
@@ -365,6 +368,8 @@ class ExportSettings(Overwrite, Merge):
 @dataclass(frozen=True, kw_only=True)
 class ConvertSettings(Written, Alpha, Limits, AnyBase):
     """What ``convert`` takes."""
+
+    job = AsJob("convert", "converting", "Convert")
 
     input: str = flag(REQUIRED, "An adapter file or folder.", positional=True)
     output: str = flag(
@@ -392,6 +397,13 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
 class AnalyzeSettings(Alpha, RequiredBase):
     """What ``analyze`` takes."""
 
+    job = AsJob(
+        "analyze", "analyzing", "Analyze", heading="What training did to the weights",
+        about="How far magnitude and direction moved in each layer, at all checkpoints: tables, "
+        "and plots.",
+        output="analysis",
+    )  # fmt: skip
+
     source: list[str] = flag(
         REQUIRED,
         "Output folder of a run (all its checkpoints), an adapter, or a model that was trained "
@@ -418,6 +430,8 @@ class AnalyzeSettings(Alpha, RequiredBase):
 class RankSettings(Overwrite, AnyBase):
     """What ``rank-checkpoints`` takes."""
 
+    job = AsJob("rank-checkpoints", "ranking", "Rank", is_listed=False)
+
     without_base = None  # It is the run's then, which may be of the hub.
 
     run: Path = flag(REQUIRED, "The output folder of a run.", positional=True)
@@ -438,6 +452,8 @@ class RankSettings(Overwrite, AnyBase):
 @dataclass(frozen=True, kw_only=True)
 class PushSettings(CommandSettings):
     """What ``push`` takes."""
+
+    job = AsJob("push", "publishing", "Publish")
 
     folder: Path = flag(REQUIRED, "The output folder of a run.", positional=True)
     repository: str = flag(
@@ -490,6 +506,8 @@ class WorkerFlags(CommandSettings):
 class CompareSettings(WorkerFlags):
     """What ``compare`` takes."""
 
+    job = AsJob("compare", "comparing", "Compare", is_listed=False)
+
     study: str | None = flag(
         None, "YAML file: methods, subjects, seeds, learning rates.", positional=True
     )
@@ -517,6 +535,8 @@ def _without(name: str) -> Any:
 @dataclass(frozen=True, kw_only=True)
 class PrepareSettings(CommandSettings):
     """What ``prepare`` takes; a model is a folder or a hub id."""
+
+    job = AsJob("prepare", "looking at photos", "Check", is_listed=False)
 
     photos: list[str] = flag(
         REQUIRED, "Folder of photos; several folders are several subjects.", positional=True
@@ -576,3 +596,11 @@ class PrepareSettings(CommandSettings):
         False, "Leave the photos themselves out of the output.", needs=_without("background")
     )
     json: bool = flag(False, "Print JSON instead of a table.")
+
+
+JOBS: Mapping[str, type[CommandSettings]] = {
+    kind.job.command: kind
+    for kind in list(vars().values())
+    if isinstance(kind, type) and issubclass(kind, CommandSettings) and kind.job is not None
+}
+"""The commands that the app has done as jobs, besides ``train``."""

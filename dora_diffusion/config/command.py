@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from dora_diffusion.config.fields import ConfigError, Setting, require
 from dora_diffusion.config.file import read_config_lines
@@ -17,13 +17,42 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+class AsJob(NamedTuple):
+    """How the app has a command done, as a job about a run or one of its own.
+
+    Attributes:
+        command: Its name.
+        state: What it is doing while it runs, such as ``"merging"``.
+        verb: What its button says, and the job's title before the run's.
+        is_listed: Whether its card is among what the Library made of runs.
+        heading: Over its button in the Library; empty: it has a place of its own on the page.
+        about: What it makes, under the heading.
+        output: End of its output's name, with the suffix.
+        asked: The settings that have a field there.
+    """
+
+    command: str
+    state: str
+    verb: str
+    is_listed: bool = True
+    heading: str = ""
+    about: str = ""
+    output: str = ""
+    asked: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class CommandSettings:
     """What a command takes: each field is a setting, made with `flag`.
 
+    Attributes:
+        job: How the app has it done; None where it does not.
+
     Raises:
         ConfigError: If a value cannot work.
     """
+
+    job: ClassVar[AsJob | None] = None
 
     def __post_init__(self) -> None:
         for setting in self.settings():

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from dora_diffusion.cli.console.tables import shown_command
+from dora_diffusion.cli.settings import JOBS
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.studio.jobs.workspace import DamagedFile, read_object, write_json
 
@@ -31,11 +32,7 @@ JOB, SETTINGS, WORKER, PROGRESS = "job.json", "settings.yaml", "worker.json", "p
 STOP, RESULT, LOG, CHOSEN = "STOP", "result.json", "log.txt", "chosen.json"
 STOPPED_CODE = 128 + signal.SIGTERM
 # The commands that a job may run, and what the page says of one that runs.
-KINDS = {
-    "train": "training", "export": "merging", "convert": "converting", "analyze": "analyzing",
-    "rank-checkpoints": "ranking", "push": "publishing", "compare": "comparing",
-    "prepare": "looking at photos",
-}  # fmt: skip
+KINDS = {"train": "training", **{name: kind.job.state for name, kind in JOBS.items() if kind.job}}
 # Progress that changes often is written twice a second at most.
 _PROGRESS_SECONDS = 0.5
 Record = TypeVar("Record")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.cli.settings import (
-    AnalyzeSettings,
+    JOBS,
     CompareSettings,
     ConvertSettings,
     ExportSettings,
@@ -42,6 +42,7 @@ from dora_diffusion.studio.jobs.workspace import UserError, Workspace, clean_tex
 
 NAME_LIMIT = 60
 MOST_STEPS = 1_000_000
+MOST_TEXT = 1000
 STUDY, TOKEN = "study.yaml", "sks"
 
 
@@ -148,8 +149,7 @@ def start_look(
     )
     output = str(sheets / f"{subject.folder.name}-sheet.jpg")
     title = f"{'Caption' if caption_model else 'Check'} {subject.title}"
-    words = ["prepare", *settings.to_arguments()]
-    return create_job(folder, JobRecord(words, title, output=output))
+    return create_job(folder, JobRecord(_words(settings), title, output=output))
 
 
 def rename_run(workspace: Workspace, job_id: object, name: object) -> None:
@@ -215,22 +215,40 @@ def start_merge(workspace: Workspace, run: Job, strength: float, checkpoint: str
         **_of_base(run, "vae"), adapter=[str(adapter)], strength=strength,
         output=output, overwrite=True,
     )  # fmt: skip
-    return _start_about(workspace, run, "Merge", "export", settings, output)
+    return _start_about(workspace, run, settings, output)
 
 
-def start_analysis(workspace: Workspace, run: Job) -> str:
-    """Queue a job that says what a run did to its base's weights. Returns its id.
+def start_task(command: str, workspace: Workspace, run: Job, *values: object) -> str:
+    """Queue a job that has a button in the Library. Returns its id.
+
+    Its settings called base, variant, revision, adapter, source, title, output and overwrite are
+    filled in, as far as it has them.
+
+    Args:
+        command: Its name, of `JOBS`.
+        workspace: The runs folder.
+        run: What it is about.
+        values: Of its fields, in their order; empty ones are the defaults.
 
     Raises:
         UserError: If the run has no adapter.
+        ConfigError: If a value cannot work.
     """
-    chosen_adapter(run)
-    output = str(workspace.exports / run.id / file_name(run, "analysis"))
-    settings = AnalyzeSettings(
-        **_of_base(run), source=[str(run.folder)], title=[run.title], output=output,
-        overwrite=True,
-    )  # fmt: skip
-    return _start_about(workspace, run, "Analyze", "analyze", settings, output)
+    kind = JOBS[command]
+    job = kind.job
+    assert job is not None
+    adapter = str(chosen_adapter(run))
+    output = str(workspace.exports / run.id / file_name(run, job.output))
+    filled = {
+        **_of_base(run), "adapter": adapter, "source": [str(run.folder)],
+        "title": [run.title], "output": output, "overwrite": True,
+    }  # fmt: skip
+    fields = [setting for setting in kind.settings() if setting.name in job.asked]
+    for setting, value in zip(fields, values, strict=True):
+        text = clean_text(value, MOST_TEXT, setting.name) if isinstance(value, str) else value
+        if text not in ("", None):
+            filled[setting.name] = str(text).split() if setting.is_list else text
+    return _start_about(workspace, run, kind.read(filled), output)
 
 
 def start_ranking(workspace: Workspace, run: Job) -> str:
@@ -248,7 +266,7 @@ def start_ranking(workspace: Workspace, run: Job) -> str:
         **_of_base(run), run=run.folder, subject=sample or None,
         checkpoints=list(run.candidates), output=output, overwrite=True,
     )  # fmt: skip
-    return _start_about(workspace, run, "Rank", "rank-checkpoints", settings, str(output))
+    return _start_about(workspace, run, settings, str(output))
 
 
 def start_push(workspace: Workspace, run: Job, repository: object, private: bool) -> str:
@@ -266,8 +284,7 @@ def start_push(workspace: Workspace, run: Job, repository: object, private: bool
     settings = PushSettings(
         folder=run.folder, repository=name, adapter=Path(adapter), public=not private
     )
-    words = ["push", *settings.to_arguments()]
-    record = JobRecord(words, f"Publish {run.title}", run=run.id)
+    record = JobRecord(_words(settings), f"Publish {run.title}", run=run.id)
     return create_job(workspace.new_job(), record)
 
 
@@ -299,16 +316,15 @@ def start_conversion(workspace: Workspace, run: Job, target: str) -> str:
     base = path_here(run.base_model) if run.base else None
     if base is None and CONVERSIONS[conversion_of(target, read_adapter(adapter))].for_one_base:
         settings = dataclasses.replace(settings, **_of_base(run))
-        words = ["convert", *settings.to_arguments()]
         raise UserError(
             f"a file for {target} is made for one base model, and {run.base or 'this one'} is not "
             "on this machine as the run loaded it. This downloads it, and converts the adapter: "
-            f"{JobRecord(words).command}"
+            f"{JobRecord(_words(settings)).command}"
         )
     variant = run.base_model.variant if base else None
     settings = dataclasses.replace(settings, base=base, variant=variant, overwrite=True)
-    words = ["convert", *settings.to_arguments()]
-    record = JobRecord(words, f"Convert {run.title} for {target}", run.id, run.base, output)
+    title = f"Convert {run.title} for {target}"
+    record = JobRecord(_words(settings), title, run.id, run.base, output)
     return create_job(workspace.new_job(), record)
 
 
@@ -328,14 +344,21 @@ def _of_base(run: Job, *more: str) -> dict[str, Any]:
     return {"base": run.base or None, **{name: getattr(run.base_model, name) for name in names}}
 
 
-def _start_about(
-    workspace: Workspace, run: Job, verb: str, command: str, settings: CommandSettings, output: str
-) -> str:
+def _start_about(workspace: Workspace, run: Job, settings: CommandSettings, output: str) -> str:
     """Queue a command that writes a file or folder about a run."""
-    trigger = run.trigger if verb == "Merge" else ""  # of what can be prompted
-    words = [command, *settings.to_arguments()]
-    record = JobRecord(words, f"{verb} {run.title}", run.id, run.base, output, trigger)
+    job = settings.job
+    assert job is not None
+    trigger = run.trigger if job.command == "export" else ""  # of what can be prompted
+    record = JobRecord(
+        _words(settings), f"{job.verb} {run.title}", run.id, run.base, output, trigger
+    )
     return create_job(workspace.new_job(), record)
+
+
+def _words(settings: CommandSettings) -> list[str]:
+    """The arguments of a job."""
+    assert settings.job is not None
+    return [settings.job.command, *settings.to_arguments()]
 
 
 def file_name(job: Job, what: str, checkpoint: str = "") -> str:
@@ -404,6 +427,7 @@ def start_study(
     output = str(workspace.exports / folder.name / "study")
     files[STUDY] = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     settings = CompareSettings(study=str(folder / STUDY), output=output)
-    words = ["compare", *settings.to_arguments()]
     title = f"{', '.join(study['methods'])} on {', '.join(titles)}"
-    return create_job(folder, JobRecord(words, title[:NAME_LIMIT], "", base, output), files)
+    return create_job(
+        folder, JobRecord(_words(settings), title[:NAME_LIMIT], "", base, output), files
+    )

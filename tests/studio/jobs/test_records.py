@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from dora_diffusion.cli.settings import JOBS
+from dora_diffusion.studio.app import html
+from dora_diffusion.studio.app.views.tasks import task_list
 from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs.queue import create_job
 from dora_diffusion.studio.jobs.records import (
     JobProgress,
     JobRecord,
@@ -21,7 +27,8 @@ from dora_diffusion.studio.jobs.records import (
     write_record,
     write_result,
 )
-from dora_diffusion.studio.jobs.workspace import DamagedFile
+from dora_diffusion.studio.jobs.snapshot import snapshot
+from dora_diffusion.studio.jobs.workspace import DamagedFile, Workspace
 
 RUN = "20261125-020304-abcdef"
 
@@ -40,6 +47,36 @@ def test_the_line_that_is_shown_is_the_arguments_and_what_the_worker_sets() -> N
     shown = JobRecord(words).command
     assert shlex.split(shown) == ["python", "-m", "dora_diffusion", *words]
     assert JobRecord(words, base="embedded:tiny-sd").command == f"OMP_NUM_THREADS=1 {shown}"
+
+
+STATES = {
+    "train": "training", "export": "merging", "convert": "converting", "analyze": "analyzing",
+    "rank-checkpoints": "ranking", "push": "publishing", "compare": "comparing",
+    "prepare": "looking at photos",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", STATES)
+def test_every_kind_of_job_is_a_command_that_the_page_knows(tmp_path: Path, command: str) -> None:
+    assert records.KINDS == STATES
+    write_record(tmp_path, JobRecord((command, "--json"), "Made of Dog"))
+    assert read_record(tmp_path).kind == command
+    job: Any = SimpleNamespace(kind=command, state="running", shown_state="running")
+    assert f">{STATES[command]}<" in html.state_pill(job)
+    if command != "train":
+        assert (
+            import_module(f"dora_diffusion.cli.commands.{command.replace('-', '_')}").SETTINGS
+            is JOBS[command]
+        )
+
+
+def test_what_is_made_of_runs_is_listed(workspace: Workspace) -> None:
+    for command in STATES:
+        record = JobRecord((command,), f"{command} Dog")
+        create_job(workspace.new_job(), record)
+    listed = task_list(snapshot(workspace.root))
+    shown = {command for command in STATES if f"<h3>{command} Dog</h3>" in listed}
+    assert shown == {"export", "convert", "analyze", "push"}
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,17 @@ import dataclasses
 import re
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dora_diffusion.cli.main import build_parser, read_settings
-from dora_diffusion.config import TrainConfig, read_config_file
+from dora_diffusion.cli.settings import Overwrite, RequiredBase
+from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
+from dora_diffusion.config.command import AsJob
+from dora_diffusion.config.fields import REQUIRED, flag
 from dora_diffusion.export import hub
 from dora_diffusion.formats.layouts import PROGRAMS
 from dora_diffusion.studio.jobs import records, tasks
@@ -137,7 +141,11 @@ OWN = {
 
 @pytest.mark.parametrize(
     "start",
-    [lambda w, run: tasks.start_merge(w, run, 0.5), tasks.start_analysis, tasks.start_ranking],
+    [
+        lambda w, run: tasks.start_merge(w, run, 0.5),
+        partial(tasks.start_task, "analyze"),
+        tasks.start_ranking,
+    ],
     ids=["export", "analyze", "rank-checkpoints"],
 )
 def test_a_job_about_a_run_loads_the_base_as_the_run_did(workspace: Workspace, start: Any) -> None:
@@ -153,11 +161,58 @@ def test_a_job_about_a_run_loads_the_base_as_the_run_did(workspace: Workspace, s
     assert Path(args.output).is_relative_to(workspace.exports / run.id)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShrinkSettings(Overwrite, RequiredBase):
+    """A command that there is not."""
+
+    job = AsJob(
+        "shrink", "shrinking", "Shrink", heading="Smaller", output="small.safetensors",
+        asked=("rank", "layers", "keep"),
+    )  # fmt: skip
+    adapter: str = flag(REQUIRED, "A file.", positional=True)
+    output: str = flag(REQUIRED, "A file.")
+    rank: int = flag(4, "Rank.", least=1)
+    layers: list[str] = flag(["*"], "Layers.")
+    keep: bool = flag(False, "Keep.")
+
+
+def test_a_command_that_says_so_has_a_button_with_its_settings(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gr = pytest.importorskip("gradio", reason="gradio is not installed")
+    from dora_diffusion.studio.app.views.library import LibraryTab
+
+    # What importing `dora_diffusion.studio.jobs.records` does of those that there are.
+    monkeypatch.setitem(records.KINDS, "shrink", "shrinking")
+    monkeypatch.setitem(tasks.JOBS, "shrink", ShrinkSettings)  # type: ignore[arg-type]
+    with gr.Blocks():
+        button, fields = LibraryTab().buttons["shrink"]
+    assert (button.value, [field.label for field in fields]) == (
+        "Shrink",
+        ["rank", "layers", "keep"],
+    )
+    assert [field.value for field in fields] == ["4", "*", False]
+
+    run = run_of(workspace, **OWN)
+    made = seen(workspace.root / tasks.start_task("shrink", workspace, run, "8", "a* b", True))
+    assert made.title == f"Shrink {run.title}"
+    assert Path(made.record.output).name.endswith("-step-3-small.safetensors")
+    assert list(made.record.arguments) == [
+        "shrink", str(chosen_adapter(run)), "--base", "org/model", "--variant", "fp16",
+        "--revision", "v2", "--overwrite", "--output", made.record.output,
+        "--rank", "8", "--layers", "a*", "b", "--keep",
+    ]  # fmt: skip
+    usual = seen(workspace.root / tasks.start_task("shrink", workspace, run, "", "*", False))
+    assert list(usual.record.arguments[-2:]) == ["--output", usual.record.output]
+    with pytest.raises(ConfigError, match="rank is 0; it must be at least 1"):
+        tasks.start_task("shrink", workspace, run, "0", "", False)
+
+
 def test_a_title_cannot_be_taken_for_a_flag(workspace: Workspace) -> None:
     run = dataclasses.replace(
         run_of(workspace), record=records.JobRecord(("train",), "--overwrite --json")
     )
-    args = parsed(tasks.start_analysis(workspace, run), workspace)
+    args = parsed(tasks.start_task("analyze", workspace, run), workspace)
     assert (args.title, args.json) == (["--overwrite --json"], False)
 
 
@@ -187,7 +242,7 @@ def test_what_needs_an_adapter_or_a_checkpoint_says_so(
     monkeypatch.setattr(hub, "check", lambda name: None)
     run = ended_run(workspace, (), 3)
     for start in (
-        tasks.start_analysis,
+        partial(tasks.start_task, "analyze"),
         lambda w, run: tasks.start_merge(w, run, 1.0),
         lambda w, run: tasks.start_push(w, run, "ann/mug", True),
         lambda w, run: tasks.start_conversion(w, run, "kohya"),

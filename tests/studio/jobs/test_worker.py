@@ -176,7 +176,7 @@ def test_a_folder_is_packed_for_the_download(finished: tuple[Workspace, str]) ->
 
 def test_an_analysis_is_shown_with_its_figures(finished: tuple[Workspace, str]) -> None:
     workspace, run = finished[0], job_of(finished)
-    job = perform(workspace, tasks.start_analysis(workspace, run))
+    job = perform(workspace, tasks.start_task("analyze", workspace, run))
     output = Path(job.record.output)
     report = json.loads((output / "analysis.json").read_text(encoding="utf-8"))
     (change,) = analyze_weights(run.folder, run.base).runs

@@ -8,7 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from dora_diffusion.studio.app.settings import SETTINGS, setting_text, shown_choices
+from dora_diffusion.config import Setting
+from dora_diffusion.studio.app.settings import setting_text, shown_choices
 
 # How handlers are registered: not in the API's list, with or without a sign of work.
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -37,10 +38,10 @@ def image_or_blank(make: Callable[[], Any], label: str) -> tuple[Any, str]:
         return Image.new("RGB", (_BLANK, _BLANK), "gray"), f"{label}: {error}"
 
 
-def setting_field(name: str, value: Any) -> Any:
+def setting_field(setting: Setting, value: Any) -> Any:
     """The field of a setting: its name on the command line, its help, its choices."""
-    setting, text = SETTINGS[name], setting_text(value)
-    common: dict[str, Any] = {"label": name, "info": setting.help}
+    text = setting_text(value)
+    common: dict[str, Any] = {"label": setting.name, "info": setting.help}
     if setting.kind is bool and setting.default is not None:
         return gr.Checkbox(text, **common)
     if choices := shown_choices(setting):

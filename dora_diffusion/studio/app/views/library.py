@@ -9,6 +9,8 @@ from typing import Any
 
 import gradio as gr
 
+from dora_diffusion.cli.settings import JOBS
+from dora_diffusion.config.command import AsJob, CommandSettings
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context, plain
@@ -24,6 +26,7 @@ from dora_diffusion.studio.app.views.fields import (
     html_block,
     id_dropdown,
     image_or_blank,
+    setting_field,
 )
 from dora_diffusion.studio.app.views.tasks import task_list
 from dora_diffusion.studio.jobs.checkpoints import chosen_adapter
@@ -31,10 +34,10 @@ from dora_diffusion.studio.jobs.queue import delete_job, stop_job
 from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.subjects import photos_in
 from dora_diffusion.studio.jobs.tasks import (
-    start_analysis,
     start_conversion,
     start_merge,
     start_push,
+    start_task,
     targets,
     write_card,
 )
@@ -60,7 +63,10 @@ class LibraryTab:
                 self.details = html_block(_NOTHING, elem_id="library-facts")
             with gr.Column(scale=5, min_width=320, visible=False) as self.side:
                 self._add_export()
-                self._add_analysis()
+                self.buttons: dict[str, tuple[Any, list[Any]]] = {}
+                for kind in JOBS.values():
+                    if kind.job and kind.job.heading:
+                        self._add_task(kind, kind.job)
                 self._add_push()
                 self.tasks = html_block(elem_id="tasks", js_on_load=CLICKS)
                 self._add_delete()
@@ -81,14 +87,13 @@ class LibraryTab:
         self.strength = gr.Slider(0, 2, 1, step=0.05, label="Merge strength")
         self.merge = gr.Button("Merge", size="md", elem_id="merge")
 
-    def _add_analysis(self) -> None:
-        with gr.Accordion("What training did to the weights", open=False):
-            text = (
-                "How far magnitude and direction moved in each layer, at all checkpoints: tables, "
-                "and plots."
-            )
-            html_block(html.quiet(text))
-            self.analyze = gr.Button("Analyze", size="md", elem_id="analyze")
+    def _add_task(self, kind: type[CommandSettings], job: AsJob) -> None:
+        """A button for a kind of job, with a field for each setting that it asks for."""
+        with gr.Accordion(job.heading, open=False):
+            html_block(html.quiet(job.about))
+            fields = [setting_field(s, s.default) for s in kind.settings() if s.name in job.asked]
+            button = gr.Button(job.verb, size="md", elem_id=job.command)
+        self.buttons[job.command] = button, fields
 
     def _add_push(self) -> None:
         with gr.Accordion("Publish on the Hugging Face hub", open=False):
@@ -186,7 +191,9 @@ def _connect_tasks(context: Context, tab: LibraryTab) -> None:
     tab.convert.click(convert, [tab.run, tab.target], [tab.tasks], **BUSY)
     tab.convert.click(card, [tab.run], [tab.files], **QUIET)
     tab.merge.click(task(start_merge), [tab.run, tab.strength], [tab.tasks], **BUSY)
-    tab.analyze.click(task(start_analysis), [tab.run], [tab.tasks], **BUSY)
+    for command, (button, fields) in tab.buttons.items():
+        start = functools.partial(start_task, command)
+        button.click(task(start), [tab.run, *fields], [tab.tasks], **BUSY)
     tab.push.click(push, [tab.run, tab.repository, tab.private], [tab.tasks], **BUSY)
     tab.tasks.click(stop, None, [tab.tasks], **QUIET)
 

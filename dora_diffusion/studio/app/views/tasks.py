@@ -6,18 +6,19 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dora_diffusion.cli.settings import JOBS
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.jobs.logs import printed
 from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.workspace import read_json
 
-_KINDS = ("convert", "export", "analyze", "push")
 _MOST = 6
 
 
 def task_list(jobs: Sequence[Job]) -> str:
-    """The newest conversions, merges, analyses and publications."""
-    return "".join(map(task_card, [job for job in jobs if job.kind in _KINDS][:_MOST]))
+    """The newest of what was made of runs."""
+    listed = {name for name, kind in JOBS.items() if kind.job and kind.job.is_listed}
+    return "".join(map(task_card, [job for job in jobs if job.kind in listed][:_MOST]))
 
 
 def task_card(job: Job) -> str:

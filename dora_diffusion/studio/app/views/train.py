@@ -19,6 +19,7 @@ from dora_diffusion.studio.app.settings import (
     EMBEDDED,
     GROUPS,
     PRESET_NAMES,
+    SETTINGS,
     command_line,
     idle_settings,
     make_config,
@@ -173,7 +174,7 @@ class TrainTab:
                 with gr.Accordion(title, open=False):
                     for name in names:
                         if name not in self.advanced:
-                            self.advanced[name] = setting_field(name, values[name])
+                            self.advanced[name] = setting_field(SETTINGS[name], values[name])
 
 
 def connect(
