@@ -16,7 +16,7 @@ from dora_diffusion.config.command import AsJob, CommandSettings
 from dora_diffusion.config.families import FAMILIES, PREDICTION_TYPES
 from dora_diffusion.config.fields import AUTO, DTYPES, REQUIRED, flag, require_token_length
 from dora_diffusion.config.run import SampleSettings
-from dora_diffusion.formats.layouts import LORA_RANK, PROGRAMS, TARGETS
+from dora_diffusion.formats.layouts import KEY_FORMATS, LORA_RANK, PROGRAMS, TARGETS
 from dora_diffusion.models.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
@@ -332,7 +332,7 @@ class Fit(Written, Limits, RequiredBase):
     format: str | None = flag(
         None,
         "Key format. Default: diffusers; kohya on the input axis, which it alone can hold.",
-        choices=("diffusers", "peft", "kohya"),
+        choices=KEY_FORMATS,
     )
 
     @property

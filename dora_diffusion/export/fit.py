@@ -18,6 +18,7 @@ from dora_diffusion.formats.adapter.metadata import (
     TRAINED_ALPHA,
 )
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes, module_weight
+from dora_diffusion.formats.layouts import KEY_FORMATS
 from dora_diffusion.numerics.extract import best_dora, known_scale
 from dora_diffusion.numerics.low_rank import low_rank, truncated
 from dora_diffusion.numerics.merging import merge_layers
@@ -89,11 +90,10 @@ class FitSettings:
             ExportError: If the wanted one is unknown or cannot.
         """
         on_input = self.use_dora and self.norm_axis == "input"
-        known = ("diffusers", "peft", "kohya")
         if wanted is None:
             return "kohya" if on_input else "diffusers"
-        if wanted not in known:
-            raise ExportError(f"unknown key format {wanted!r}; there is {', '.join(known)}")
+        if wanted not in KEY_FORMATS:
+            raise ExportError(f"unknown key format {wanted!r}; there is {', '.join(KEY_FORMATS)}")
         if on_input and wanted != "kohya":
             raise ExportError(
                 f"the {wanted} format cannot hold magnitudes on the input axis; write kohya, or "

@@ -11,6 +11,7 @@ from dora_diffusion.cli.console.progress import tell
 from dora_diffusion.cli.settings import ConvertSettings
 from dora_diffusion.config import ConfigError
 from dora_diffusion.formats.files.atomic import atomic_file
+from dora_diffusion.formats.layouts import FOLDERS
 
 SETTINGS = ConvertSettings
 
@@ -20,7 +21,7 @@ def run(args: ConvertSettings) -> int:
     from dora_diffusion.export import convert_adapter
 
     output = Path(args.output)
-    is_packed = args.to == "peft" and output.suffix == ".zip"
+    is_packed = args.to in FOLDERS and output.suffix == ".zip"
     if is_packed and output.exists() and not args.overwrite:
         raise ConfigError(f"{output} exists; choose another output, or --overwrite")
     tell(phase="converting")

@@ -23,6 +23,8 @@ class Conversion(NamedTuple):
         needs_rank: It is asked for with a rank, or a share of the update.
         for_one_base: It holds numbers that are computed from a base model's weights.
         module: The module of its layout, if that is not called as it is.
+        title: What the app offers it as, beside the programs.
+        is_folder: It is a folder, of a file for each component.
     """
 
     summary: str
@@ -31,6 +33,8 @@ class Conversion(NamedTuple):
     needs_rank: bool = False
     for_one_base: bool = False
     module: str = ""
+    title: str = ""
+    is_folder: bool = False
 
     @property
     def takes_rank(self) -> bool:
@@ -46,10 +50,11 @@ LAYOUTS: dict[str, Conversion | None] = {
         "in the key format of Diffusers"),
     "peft": Conversion(
         "exact in PEFT, a folder per component (output axis only)",
-        "in the key format of PEFT, a folder per component"),
+        "in the key format of PEFT, a folder per component",
+        title="PEFT (a folder for each component)", is_folder=True),
     "kohya": Conversion(
         "standard dora_scale: exact in LyCORIS, and on the input axis in most web UIs",
-        "in the key format of kohya's sd-scripts and LyCORIS"),
+        "in the key format of kohya's sd-scripts and LyCORIS", title="LyCORIS"),
     "comfyui": Conversion(
         "output axis compensated for ComfyUI and Forge with one base model; wrong elsewhere",
         "with magnitudes changed for ComfyUI and Forge on one base model", for_one_base=True,
@@ -62,6 +67,12 @@ LAYOUTS: dict[str, Conversion | None] = {
     "cloneofsimo": None,
     "onetrainer": None,
 }  # fmt: skip
+
+KEY_FORMATS = tuple(name for name, one in LAYOUTS.items() if one and not one.for_one_base)
+"""What an adapter that was fitted can be written in."""
+
+FOLDERS = frozenset(name for name, one in LAYOUTS.items() if one and one.is_folder)
+"""What is a folder, and downloaded as a .zip."""
 
 # Of a plain LoRA for which none is given.
 LORA_RANK = 64

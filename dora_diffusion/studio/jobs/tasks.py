@@ -24,7 +24,7 @@ from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.wording import whole_word
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.names import file_stem
-from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS
+from dora_diffusion.formats.layouts import CONVERSIONS, FOLDERS, PROGRAMS
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.studio.jobs.base_model import path_here
 from dora_diffusion.studio.jobs.checkpoints import card_of, chosen_adapter
@@ -291,7 +291,7 @@ def start_push(workspace: Workspace, run: Job, repository: object, private: bool
 def targets() -> dict[str, str]:
     """What an adapter can be converted for: as `convert --to` has it -> as the page calls it."""
     named = {name: f"{program.title} ({program.place})" for name, program in PROGRAMS.items()}
-    return {**named, "kohya": "LyCORIS", "peft": "PEFT (a folder for each component)"}
+    return named | {name: one.title for name, one in CONVERSIONS.items() if one.title}
 
 
 def start_conversion(workspace: Workspace, run: Job, target: str) -> str:
@@ -310,7 +310,7 @@ def start_conversion(workspace: Workspace, run: Job, target: str) -> str:
         raise UserError("there is no such program; choose one of the list")
     adapter = str(chosen_adapter(run))
     # PEFT writes a folder per component; the others are one file each.
-    name = f"{file_name(run, target)}.{'zip' if target == 'peft' else 'safetensors'}"
+    name = f"{file_name(run, target)}.{'zip' if target in FOLDERS else 'safetensors'}"
     output = str(workspace.exports / run.id / target / name)
     settings = ConvertSettings(input=adapter, output=output, to=target)
     base = path_here(run.base_model) if run.base else None
