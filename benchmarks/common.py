@@ -298,7 +298,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def save(path: Path | None, figures: object) -> None:
-    """Write the figures for ``plot.py``, with the machine that they come from."""
+    """Write the figures as JSON, with the machine that they come from."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
