@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pkgutil
 import re
 import shlex
@@ -78,22 +79,109 @@ def test_commands_parse(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @cache
-def known_flags() -> set[str]:
-    flags = {name for p in site.parsers().values() for a in p._actions for name in a.option_strings}
+def flags_of_scripts() -> set[str]:
+    """Of benchmarks and tools, of other programs, and of lines of sample prompts."""
+    flags = FLAGS_OF_OTHERS | {f"--{name}" for name in OPTIONS}
     for script in (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tools/**/*.py")):
         flags |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text("utf-8")))
-    return flags | FLAGS_OF_OTHERS | {f"--{name}" for name in OPTIONS}
+    return flags
+
+
+def flags_of(command: str) -> set[str]:
+    return {name for a in site.parsers()[command]._actions for name in a.option_strings}
+
+
+def named_commands(page: Page) -> list[str]:
+    """The commands that a page shows or names, in its order; then `train`."""
+    shown = [own_command(words) or [""] for words in page.commands]
+    inline = [code.removeprefix("dora-diffusion ").split() or [""] for code in page.inline_code]
+    names = [words[0] for words in [*shown, *inline] if words and words[0] in site.parsers()]
+    return list(dict.fromkeys([*names, "train"]))
 
 
 @each_page
 def test_flags_exist(page: Page) -> None:
-    """In sentences and tables too."""
-    text, known = page.source, known_flags()
+    """In sentences and tables too, in a command that the page shows or names."""
+    text = re.sub("<!-- generated.*?<!-- end", "", page.source, flags=re.DOTALL)
+    known = flags_of_scripts().union(*map(flags_of, named_commands(page)))
     if OF_OTHERS.search(page.name):
         text = re.sub(r"^\| [^|]*\|", "|", text, flags=re.MULTILINE)
         text = re.sub(r"\*\*Not here\*\*:.*?\n\n", "", text, flags=re.DOTALL)
         known = known | {f"--{name}" for name in DIFFUSERS_FLAGS}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - known == set()
+
+
+@each_page
+def test_flags_of_a_command_are_its_own(page: Page) -> None:
+    """In code that begins with its name, and under a heading that names it."""
+    codes = [code.removeprefix("dora-diffusion ") for code in page.inline_code]
+    sections = re.findall(r"^#+ [^\n`]*`([a-z-]+)`$(.*?)(?=^#|\Z)", page.prose, re.DOTALL | re.M)
+    for name, text in [*(code.partition(" ")[::2] for code in codes), *sections]:
+        if name in site.parsers():
+            named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text))
+            assert named - flags_of(name) - FLAGS_OF_OTHERS == set(), (name, text)
+
+
+def default_of(name: str, page: Page, command: str | None) -> str:
+    """What a help text says, of a command or the first of the page that has the flag."""
+    command = command or next(c for c in named_commands(page) if f"--{name}" in flags_of(c))
+    texts = {setting.name: setting.default_text for setting in settings()}
+    if command in ("train", "fleet") and name in texts:
+        return texts[name]
+    [action] = [a for a in site.parsers()[command]._actions if f"--{name}" in a.option_strings]
+    said = re.search(r"Default: ([\w.+-]+)", action.help or "")
+    return said[1] if said else str(action.default)
+
+
+STATED = [
+    re.compile(r"`--(?P<name>[a-z_]+)` \((?:default )?(?P<value>[\d.e+-]+)(?=[ ;,)])"),
+    re.compile(r"`--(?P<name>[a-z_]+)` \((?:default )?`(?P<value>[\w-]+)`\)"),
+    re.compile(r"`--(?P<name>[a-z_]+) (?P<value>[^`]+)`(?: \(|, )(?:the )?default"),
+    re.compile(
+        r"`(?:(?P<command>[a-z]+) )?(?:--)?(?P<name>[a-z_]+)`,? (?:is )?"
+        r"(?P<value>[\d.e+-]+) by default"
+    ),
+    re.compile(r"^\| `--(?P<name>[a-z_]+)` \| (?P<value>[\d.e+-]+)(?=[^|]*\|.*{default})", re.M),
+]
+"""How pages state a default; the last is a row of a table whose second column is `default`."""
+
+
+def stated_defaults(page: Page) -> list[dict[str, str | None]]:
+    prose = re.sub(r"(?<![|\n])\n(?![|\n])", " ", page.prose)
+    for table in re.findall(r"^\|[^|\n]*\| default \|.*\n(?:\|.*\n)+", prose, re.M):
+        prose = prose.replace(table, table.replace("\n", "{default}\n"))
+    return [{"command": None, **m.groupdict()} for form in STATED for m in form.finditer(prose)]
+
+
+@each_page
+def test_defaults_are_those_of_the_code(page: Page) -> None:
+    for stated in stated_defaults(page):
+        known = re.split("[ ,;]", default_of(stated["name"], page, stated["command"]))[0]
+        try:
+            assert float(stated["value"]) == float(known), stated
+        except ValueError:
+            assert stated["value"] == known, stated
+
+
+def test_defaults_are_stated_in_these_forms() -> None:
+    found = [stated["name"] for page in PAGES for stated in stated_defaults(page)]
+    assert len(found) > 15
+    assert {"max_train_steps", "learning_rate", "num_class_images", "rank", "window"} < {*found}
+
+
+def test_the_fields_of_a_request_are_those_of_the_code() -> None:
+    request = pytest.importorskip("dora_diffusion.cluster.serving.request").ApiRequest
+    text = (DOCS / "howto" / "serve.md").read_text("utf-8")
+    (table,) = re.findall(r"^\| field \|.*\n\|.*\n((?:\|.*\n)+)", text, re.M)
+    stated = {
+        name: cells.split(" | ")[0].strip()
+        for names, cells in re.findall(r"^\| (`.*?) \| (.*)$", table, re.M)
+        for name in re.findall(r"\w+", names)
+    }
+    fields = request.model_fields.items()
+    assert stated == {
+        n: "required" if f.is_required() else json.dumps(f.default) for n, f in fields
+    }
 
 
 @cache
