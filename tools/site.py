@@ -12,8 +12,9 @@ import importlib
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterator
-from functools import cache
+import runpy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import dora_diffusion
@@ -241,6 +242,53 @@ def measures() -> str:
     return "\n".join(["| figure | good | what it is |", "|---|---|---|", *rows])
 
 
+def adapter_verdicts() -> str:
+    """Which program computes which adapter file, a few programs at a time."""
+    from dora_diffusion.formats.layouts import all_layouts
+    from dora_diffusion.formats.layouts.compatibility import COLUMNS
+
+    kinds = {kind: row for layout in all_layouts() for kind, row in layout.verdicts.items()}
+    return "\n\n".join(_verdicts("file", names, kinds) for names in (COLUMNS[:3], COLUMNS[3:]))
+
+
+def model_verdicts() -> str:
+    """What other programs take a merged model for."""
+    from dora_diffusion.formats.checkpoint.programs import PROGRAMS, VERDICTS
+
+    return _verdicts("model", PROGRAMS, VERDICTS)
+
+
+def _verdicts(head: str, names: Sequence[str], kinds: Mapping[str, Mapping[str, str]]) -> str:
+    """A table of programs, with each verdict in short."""
+    rows = [[head, *names], ["---"] * (len(names) + 1)]
+    rows += [
+        [f"`{kind}`", *(row[name].partition(":")[0] for name in names)]
+        for kind, row in kinds.items()
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def programs() -> str:
+    """What `convert --to` makes of each adapter for a program, and its place."""
+    from dora_diffusion.formats.layouts import PROGRAMS
+
+    rows = ["| `--to` | its place | output axis | input axis | LoRA |", "|---|---|---|---|---|"]
+    for name, program in PROGRAMS.items():
+        place = re.sub(r"\w+(?:[/_]\w+)+", r"`\g<0>`", program.place)
+        formats = (program.output_axis, program.input_axis, program.lora)
+        rows.append(f"| `{name}` | {place} | {' | '.join(f'`{form}`' for form in formats)} |")
+    return "\n".join(rows)
+
+
+def scale(table: str) -> str:
+    """A table of `benchmarks/scale.py`."""
+    code = runpy.run_path(str(DOCS.parent / "benchmarks" / "scale.py"), run_name="scale")
+    if table == "measured":
+        return str(code["measured_table"](DOCS / "measurements" / "scale-records.jsonl"))
+    names = ("counted", "gpu", "fleets", "serving")
+    return str(code["tables"](code["Device"]())[names.index(table)])
+
+
 def diffusers_flags() -> str:
     """What the command line answers to flags of Diffusers' scripts that are no settings."""
     parts = []
@@ -255,10 +303,17 @@ def diffusers_flags() -> str:
 
 
 TEXTS: dict[str, Callable[[], str]] = {
+    "adapter-verdicts": adapter_verdicts,
     "commands": commands,
     "diffusers-flags": diffusers_flags,
     "measures": measures,
+    "model-verdicts": model_verdicts,
+    "programs": programs,
     "settings": setting_groups,
+    **{
+        f"scale-{table}": partial(scale, table)
+        for table in ("measured", "counted", "gpu", "fleets", "serving")
+    },
 }
 
 if __name__ == "__main__":

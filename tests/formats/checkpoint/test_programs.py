@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +11,7 @@ import torch
 import yaml
 
 from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.formats.checkpoint import programs
 from dora_diffusion.formats.checkpoint.programs import (
-    PROGRAMS,
     VERDICTS,
     a1111_config,
     kind_of,
@@ -132,17 +129,3 @@ def test_zero_terminal_snr_is_told_where_it_must_be() -> None:
     assert "Noise schedule for sampling" in xl
     assert "zsnr" not in xl
     assert "in ComfyUI switch on zsnr" in sd1
-
-
-def test_the_table_in_the_docs_is_that_in_the_code() -> None:
-    text = (DOCS / "howto" / "v-prediction.md").read_text(encoding="utf-8")
-    (table,) = re.findall(r"^\| model \|.*\n(?:\|.*\n)+", text, re.MULTILINE)
-    heads, _, *rows = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n")[:-1]
-    )
-    assert heads[1:] == list(PROGRAMS)
-    found = {kind.strip("`"): dict(zip(heads[1:], cells, strict=True)) for kind, *cells in rows}
-    assert found == {
-        kind: {program: verdict.partition(":")[0] for program, verdict in row.items()}
-        for kind, row in programs.VERDICTS.items()
-    }
