@@ -130,7 +130,7 @@ def default_of(name: str, page: Page, command: str | None) -> str:
         return texts[name]
     [action] = [a for a in site.parsers()[command]._actions if f"--{name}" in a.option_strings]
     said = re.search(r"Default: ([\w.+-]+)", action.help or "")
-    return said[1] if said else str(action.default)
+    return said[1].rstrip(".") if said else str(action.default)
 
 
 STATED = [
