@@ -13,7 +13,7 @@ Nothing here imports torch.
 
 from dora_diffusion.config.adapter import AdapterConfig
 from dora_diffusion.config.derived import differences, unusual_rates, without_effect
-from dora_diffusion.config.fields import ConfigError, Setting, with_present_names
+from dora_diffusion.config.fields import ConfigError, Setting
 from dora_diffusion.config.file import read_config_file, read_config_lines
 from dora_diffusion.config.train import PRESETS, TrainConfig, settings
 
@@ -28,6 +28,5 @@ __all__ = [
     "read_config_lines",
     "settings",
     "unusual_rates",
-    "with_present_names",
     "without_effect",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config.fields import ConfigError, Setting, shown, with_present_names
+from dora_diffusion.config.fields import ConfigError, Setting, shown
 from dora_diffusion.config.learning import WEIGHTINGS
 from dora_diffusion.config.subject import ENTRY_SETTINGS
 from dora_diffusion.config.train import TrainConfig, framed_prompt, settings
@@ -258,7 +258,6 @@ def differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, C
     Returns:
         Name -> (before, now): of settings that must be the same, and of those that may change.
     """
-    before = with_present_names(before)
     refused, allowed = _differences(before, now)
     old, new = before.get("dataset_config") or [], now.dataset_config
     if len(old) != len(new):

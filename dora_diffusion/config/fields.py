@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -56,8 +56,6 @@ WANTED: dict[type, str] = {
 REQUIRED: Any = dataclasses.MISSING
 """In the place of a setting's default: it must be given."""
 TYPES: dict[str, type] = {"Entry": dict, **{kind.__name__: kind for kind in WANTED}}
-RENAMED = {"direction": "parametrization"}
-"""Name that a setting had in an earlier version -> its name."""
 
 
 class ConfigError(ValueError):
@@ -76,11 +74,6 @@ def require(condition: bool, message: str, setting: str = "") -> None:
     """Raise `ConfigError` unless a condition holds."""
     if not condition:
         raise ConfigError(message, setting)
-
-
-def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that an earlier version may have written, by the names that they have now."""
-    return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
 def require_positive(name: str, value: float | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.dataset_file import by_folder, listed_entries, require_mapping
-from dora_diffusion.config.fields import ConfigError, require, with_present_names
+from dora_diffusion.config.fields import ConfigError, require
 from dora_diffusion.config.file import read_config_file
 from dora_diffusion.config.kohya import folder_name, folders_in
 from dora_diffusion.config.run import DeviceSettings
@@ -104,7 +104,7 @@ def _plain_folder(folder: Path, config: TrainConfig) -> _Given:
     file = folder / SUBJECT_FILE
     where = str(file if file.is_file() else folder)
     try:
-        own = with_present_names(read_config_file(file)) if file.is_file() else {}
+        own = read_config_file(file) if file.is_file() else {}
         require("instance_data_dir" not in own, "instance_data_dir is the file's own folder")
         token = str(own.get("token", config.token)).strip()
         word = own.get("class_word") or config.class_word
@@ -180,7 +180,7 @@ def _free_name(given: _Given, taken: Container[str]) -> str:
 
 def _named(entry: Entry) -> tuple[str, Entry]:
     """The subject's name, and the entry without it."""
-    own = with_present_names(entry)
+    own = dict(entry)
     folder = own.get("instance_data_dir")
     name = own.pop("name", None)
     if name is None:

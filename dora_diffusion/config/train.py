@@ -24,7 +24,6 @@ from dora_diffusion.config.fields import (
     Setting,
     require,
     require_token_length,
-    with_present_names,
 )
 from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
 from dora_diffusion.config.wording import did_you_mean, framed, whole_word
@@ -351,7 +350,6 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             ConfigError: If a key is not a setting, or a value has the wrong type.
         """
         known = {setting.name: setting for setting in settings()}
-        values = with_present_names(values)
         unknown = [f"{name}{did_you_mean(name, known)}" for name in values if name not in known]
         require(not unknown, f"unknown settings: {', '.join(sorted(unknown))}")
         return cls(**{name: known[name].cast(value) for name, value in values.items()})

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from pathlib import Path
 
 import pytest
 
 from dora_diffusion.cli import main as cli
 from dora_diffusion.cli.commands.train import train_config
-from dora_diffusion.config import TrainConfig, settings
-from dora_diffusion.config.fields import RENAMED
+from dora_diffusion.config import settings
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, OTHER_NAMES, meant_by, refusal
 from tests.training.helpers import SAMPLES
 
@@ -73,17 +71,6 @@ def test_every_flag_is_answered(name, capsys):
 
 def test_no_answer_is_about_a_setting() -> None:
     assert not {setting.name for setting in settings()} & set(DIFFUSERS_FLAGS)
-
-
-def test_a_setting_under_the_name_that_it_had_is_taken_and_said(tmp_path: Path) -> None:
-    file = tmp_path / "settings.yaml"
-    file.write_text("direction: vera\n", encoding="utf-8")
-    for argv in (["--direction", "vera"], ["--config", str(file)]):
-        with pytest.warns(UserWarning, match="^direction is called parametrization now$"):
-            config = train_config(cli.build_parser().parse_args(["train", *argv]))
-        assert config.parametrization == "vera"
-    assert TrainConfig.from_dict({"direction": "adalora"}).parametrization == "adalora"
-    assert not {setting.name for setting in settings()} & set(RENAMED)
 
 
 def test_a_value_of_diffusers_type_bool_is_taken() -> None:

@@ -19,7 +19,7 @@ from dora_diffusion.formats.adapter.file import read_adapter, write_adapter
 from dora_diffusion.formats.files.runs import result_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.results.checkpoint import STATE_FILE, restore, state_of
+from dora_diffusion.training.results.checkpoint import restore, state_of
 from dora_diffusion.training.results.write import result_metadata
 from tests.formats.layouts.helpers import (
     assert_close_to_merge,
@@ -43,19 +43,6 @@ VARIANTS = {
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
-def as_an_earlier_version_wrote_it(checkpoint: Path) -> None:
-    """Under the name that the setting had, and what it makes in the model."""
-    state = torch.load(checkpoint / STATE_FILE, weights_only=True)
-    parameters = state["parameters"]
-    assert any(".parametrization." in name for name in parameters)
-    state["parameters"] = {
-        name.replace(".parametrization.", ".direction."): tensor
-        for name, tensor in parameters.items()
-    }
-    state["config"]["direction"] = state["config"].pop("parametrization")
-    torch.save(state, checkpoint / STATE_FILE)
-
-
 @variants
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(
     sd1_folder: Path, photos: Path, tmp_path: Path, variant: str
@@ -72,8 +59,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(
     shutil.copytree(tmp_path / "whole", tmp_path / "parted")
     parted = replace(whole, output_dir=str(tmp_path / "parted"))
     shutil.rmtree(tmp_path / "parted" / "checkpoint-6")
-    if variant == "adalora":
-        as_an_earlier_version_wrote_it(tmp_path / "parted" / "checkpoint-3")
     train(replace(parted, resume_from_checkpoint="checkpoint-3"))
     assert_same_adapter(tmp_path / "whole", tmp_path / "parted")
     assert losses(tmp_path / "whole") == losses(tmp_path / "parted")

@@ -19,7 +19,6 @@ from dora_diffusion.config import (
     without_effect,
 )
 from dora_diffusion.config.derived import overridden
-from dora_diffusion.config.fields import RENAMED
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.config.wording import quoted
@@ -78,20 +77,6 @@ def add_settings(parser: Parser) -> None:
             parser.add_argument(f"--{name}", dest=answer.setting, **hidden)
         elif answer.status == "ignored":
             parser.add_argument(f"--{name}", nargs="?", **hidden)
-    for name, now in RENAMED.items():
-        parser.add_argument(f"--{name}", dest=now, action=_Renamed, **hidden)
-
-
-class _Renamed(argparse.Action):
-    """A setting under the name that it had."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-        setattr(namespace, self.dest, values)
-        _warn_renamed(str(option).lstrip("-"))
-
-
-def _warn_renamed(name: str) -> None:
-    warnings.warn(f"{name} is called {RENAMED[name]} now", stacklevel=1)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -241,9 +226,6 @@ def _settings_of(
             known[key] = value
         elif answer and answer.status == "renamed":
             known[answer.setting] = value
-        elif key in RENAMED:
-            known[RENAMED[key]] = value
-            _warn_renamed(key)
         elif answer and answer.status == "ignored":
             _warn_ignored(key)
         else:

@@ -11,7 +11,6 @@ from dora_diffusion.config import (
     ConfigError,
     TrainConfig,
     settings,
-    with_present_names,
     without_effect,
 )
 from dora_diffusion.config.fields import require
@@ -232,7 +231,7 @@ class Study:
         for name in ("methods", "subjects"):
             require(name in values, f"{name} is missing")
         methods = _mapping("methods", values["methods"])
-        common = with_present_names(_mapping("common", values.get("common") or {}))
+        common = _mapping("common", values.get("common") or {})
         usual = _rates("common", common.pop("learning_rate", ()))
         _check_settings("common", common)
         tune = values.get("tune")
@@ -263,7 +262,7 @@ def read_study(path: str | Path) -> Study:
 
 def _method(name: str, given: Any, usual: tuple[float, ...]) -> Method:
     place = f"methods.{name}"
-    values = with_present_names(_mapping(place, given))
+    values = _mapping(place, given)
     rates = _rates(place, values.pop("learning_rate", ()))
     rate_of = str(values.pop("rate_of", "") or "")
     require(not (rates and rate_of), f"{place}: give learning_rate or rate_of, not both")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config import ConfigError, TrainConfig, settings, with_present_names
+from dora_diffusion.config import ConfigError, TrainConfig, settings
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.files.atomic import save_text
@@ -91,13 +91,12 @@ class Trial:
         return output / "images" / f"{self.digest[:20]}.png"
 
     def known_record(self, output: Path) -> Record | None:
-        """The record of an earlier call, if it is of this very trial; under its present name."""
+        """The record of an earlier call, if it is of this very trial, as this method's."""
         try:
             record: Record = json.loads(self.file(output).read_text(encoding="utf-8"))
             current = self.settings
             same = record["digest"] == self.digest and all(
-                current.get(name, value) == value
-                for name, value in with_present_names(record["settings"]).items()
+                current.get(name, value) == value for name, value in record["settings"].items()
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None

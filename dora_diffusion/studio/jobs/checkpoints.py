@@ -231,21 +231,21 @@ def read_ranking(workspace: Workspace, job: Job) -> Ranking | None:
         raise DamagedFile(path, "its rows are none") from error
     measured = {row.name for row in rows}
     missing = tuple(name for name in job.candidates if name not in measured)
-    triggers = tuple(map(str, values.get("triggers") or ()))
-    return Ranking(rows, missing, notes, str(values.get("similar_to", "")), triggers)
+    triggers = tuple(map(str, values["triggers"]))
+    return Ranking(rows, missing, notes, str(values["similar_to"]), triggers)
 
 
 def _row(job: Job, values: Mapping[str, Any], folder: Path) -> RankedCheckpoint:
     similarity, drift, loss = (
-        None if values.get(name) is None else float(values[name])
+        None if values[name] is None else float(values[name])
         for name in ("similarity", "drift", "loss")
     )
     return RankedCheckpoint(
         values["name"],
         similarity,
         drift,
-        tuple(folder / file for file in values.get("images", values.get("pictures"))),
-        tuple(map(float, values.get("similarities") or ())),
+        tuple(folder / file for file in values["images"]),
+        tuple(map(float, values["similarities"])),
         0 if values["name"] == BASE_NAME else job.step_of(values["name"]),
         loss,
     )

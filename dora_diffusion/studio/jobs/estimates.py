@@ -67,7 +67,7 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
         for job in jobs
         if job.kind == "train"
         and job.step_seconds
-        # A run of an earlier version lacks settings that came later.
+        # Its file may leave out what has its default.
         and all(job.settings.get(name, defaults[name]) == settings[name] for name in _SAME)
     ]
     pace = [job.step_seconds for job in like if job.step_seconds]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import subprocess
 import sys
 import time
@@ -38,8 +37,8 @@ def find_process(
     """The living process of a pid, if it is the one that was noted.
 
     A pid alone is not enough: the system gives it to another process later. It is ours if it was
-    started at the noted time. Where the clock was set since, the system tells another time, and
-    earlier versions noted it in other words: then its command line says whether it is ours.
+    started at the noted time. Where the clock was set since, the system tells another time: then
+    its command line says whether it is ours.
 
     Args:
         pid: What was noted as its pid.
@@ -123,8 +122,7 @@ def worker_of(folder: Path) -> psutil.Process | None:
 
     def is_ours(words: list[str]) -> bool:
         # By the job's id: the runs folder may have been renamed meanwhile.
-        is_worker = any(re.fullmatch(r"dora_diffusion(\.jobs)?\.worker", word) for word in words)
-        return is_worker and Path(words[-1]).name == folder.name
+        return _WORKER_MODULE in words and Path(words[-1]).name == folder.name
 
     worker = read_json(folder / records.WORKER)
     return find_process(worker.get("pid"), worker.get("start"), is_ours)

@@ -15,13 +15,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from dora_diffusion.cli.console.tables import shown_command
 from dora_diffusion.cli.settings import JOBS
@@ -36,6 +38,8 @@ KINDS = {"train": "training", **{name: kind.job.state for name, kind in JOBS.ite
 # Progress that changes often is written twice a second at most.
 _PROGRESS_SECONDS = 0.5
 Record = TypeVar("Record")
+# Of records: a text is no number, and a number is finite.
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class JobRecord:
         queued: When it was last put at the end of the queue.
     """
 
-    arguments: Sequence[str] = ("train",)
+    __pydantic_config__ = STRICT
+    arguments: Sequence[str]
     title: str = ""
     run: str = ""
     base: str = ""
@@ -95,6 +100,7 @@ class JobProgress:
     ``address`` is where it was published.
     """
 
+    __pydantic_config__ = STRICT
     phase: str = ""
     device_name: str = ""
     first_step: int | None = None
@@ -111,6 +117,7 @@ class JobProgress:
 class JobResult:
     """How the work ended: exit code (None: it was killed, or crashed), times, peaks in GiB."""
 
+    __pydantic_config__ = STRICT
     code: int | None = None
     started: float | None = None
     finished: float = 0.0
@@ -137,9 +144,7 @@ def read_record(folder: Path) -> JobRecord:
     values = read_object(path)
     if values is None:
         raise DamagedFile(path, "it is missing")
-    if "arguments" not in values:
-        raise DamagedFile(path, "arguments are missing")
-    record = _of(JobRecord, values, path)
+    record = checked(JobRecord, values, path)
     if record.kind not in KINDS:
         raise DamagedFile(path, f"kind is {record.kind[:80]!r}, not {', '.join(KINDS)}")
     return record
@@ -156,7 +161,7 @@ def read_result(folder: Path) -> JobResult | None:
         DamagedFile: If it cannot be read.
     """
     values = read_object(folder / RESULT)
-    return None if values is None else _of(JobResult, values, folder / RESULT)
+    return None if values is None else checked(JobResult, values, folder / RESULT)
 
 
 def read_progress(folder: Path) -> JobProgress:
@@ -165,7 +170,7 @@ def read_progress(folder: Path) -> JobProgress:
     Raises:
         DamagedFile: If it cannot be read.
     """
-    return _of(JobProgress, read_object(folder / PROGRESS) or {}, folder / PROGRESS)
+    return checked(JobProgress, read_object(folder / PROGRESS) or {}, folder / PROGRESS)
 
 
 class ProgressFile:
@@ -186,25 +191,16 @@ class ProgressFile:
             self._written = now
 
 
-def _of(kind: type[Record], values: Mapping[str, Any], path: Path) -> Record:
-    """A record from a file's values: what is missing has its default, what is more is left out."""
-    types = get_type_hints(kind)
-    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    given = {name: value for name, value in values.items() if name in names}
-    for name, value in given.items():
-        if not _fits(value, types[name]):
-            raise DamagedFile(path, f"{name} is {str(value)[:80]!r}")
-    return kind(**given)
+def checked(kind: type[Record], values: Mapping[str, Any], path: Path) -> Record:
+    """A dataclass from a file's values: what is missing has its default, what is more is left out.
 
-
-def _fits(value: object, wanted: Any) -> bool:
-    """Whether a value of a JSON file is of a field's type."""
-    if get_origin(wanted) is Sequence:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if get_origin(wanted) is not None:  # X | None
-        return any(_fits(value, one) for one in get_args(wanted))
-    if isinstance(value, bool):
-        return wanted is bool
-    if wanted in (int, float) and isinstance(value, (int, float)):
-        return math.isfinite(value) and (wanted is float or value == int(value))
-    return isinstance(value, wanted)
+    Raises:
+        DamagedFile: If one is missing that has no default, or is not of its field's type.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place, given = ".".join(map(str, first["loc"])), str(first["input"])[:80]
+        what = "is missing" if first["type"] == "missing" else f"is {given!r}"
+        raise DamagedFile(path, f"{place} {what}") from error

@@ -183,7 +183,7 @@ def read_job(folder: Path, now: float | None = None, position: int = 0) -> Job |
         job = _read_job(folder, time.time() if now is None else now, position)
     except Exception as error:  # Whatever is in its folder, the other runs are shown.
         line = explain(error)[1] or f"this run cannot be read ({error!r})"
-        record = records.JobRecord(title="Damaged run")
+        record = records.JobRecord(("train",), title="Damaged run")
         nothing = records.JobProgress()
         job = Job(folder, record, "damaged", {}, nothing, None, damage=(f"{line}{_REMOVE}",))
     # Deleted while it was read: the files that were no longer there would look like a crash.
@@ -318,10 +318,9 @@ def _yaml(path: Path, modified: int) -> Mapping[str, Any] | str:
     """The settings, or why there are none: that can take long to find out, too."""
     known = {one.name: one for one in config.settings()}
     try:
-        values = config.with_present_names(config.read_config_file(path))
         values = {
             name: known[name].cast(value) if name in known else value
-            for name, value in values.items()
+            for name, value in config.read_config_file(path).items()
         }
     except (ValueError, RecursionError) as error:
         return str(error).replace(str(path), path.name)

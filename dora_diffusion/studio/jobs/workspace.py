@@ -96,10 +96,7 @@ class Workspace:
         return self.root / ".queue.lock"
 
     def make(self) -> Workspace:
-        """Create the folders; images of an earlier version stay."""
-        earlier = self.root / "pictures"
-        if earlier.is_dir() and not self.images.exists():
-            earlier.rename(self.images)
+        """Create the folders."""
         for folder in (self.root, self.subjects, self.images, self.exports, self.cache):
             folder.mkdir(parents=True, exist_ok=True)
         return self

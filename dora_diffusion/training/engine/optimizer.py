@@ -198,7 +198,7 @@ def restore_optimizer(optimizer: Any, lr_schedule: Any, state: Mapping[str, Any]
     settings = ("initial_lr", "weight_decay", "betas", "eps")
     fresh = [{k: group[k] for k in settings if k in group} for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(join_states(state["optimizer"], optimizer.param_groups))
+        optimizer.load_state_dict(state["optimizer"])
     except ValueError as error:
         raise ConfigError(f"the checkpoint's optimizer does not fit this run's: {error}") from error
     lr_schedule.load_state_dict(state["lr_schedule"])
@@ -207,31 +207,3 @@ def restore_optimizer(optimizer: Any, lr_schedule: Any, state: Mapping[str, Any]
     for group, values, factor in zip(optimizer.param_groups, fresh, plain.lr_lambdas, strict=True):
         group.update(values)
         group["lr"] = values["initial_lr"] * factor(plain.last_epoch)
-
-
-def join_states(state: dict[str, Any], groups: Groups) -> dict[str, Any]:
-    """A saved optimizer's state; earlier versions kept each parameter's moments apart.
-
-    Args:
-        state: Of an optimizer over many parameters, or over flat ones, which is returned as it is.
-        groups: The present optimizer's.
-    """
-    saved = state["param_groups"]
-    is_flat = all(len(group["params"]) == 1 for group in groups)
-    if not is_flat or len(saved) != len(groups) or all(len(g["params"]) == 1 for g in saved):
-        return state
-    joined: dict[int, dict[str, Any]] = {}
-    saved_groups = []
-    for number, (group, flat) in enumerate(zip(saved, groups, strict=True)):
-        found = [state["state"].get(index) for index in group["params"]]
-        saved_groups.append(group | {"params": [number]})
-        if not any(found):
-            continue
-        if not all(found):
-            raise ValueError("some of its parameters were never trained")
-        joined[number] = {"step": found[0]["step"]}
-        for key in ("exp_avg", "exp_avg_sq"):
-            joined[number][key] = torch.cat([moments[key].reshape(-1) for moments in found])
-        if joined[number]["exp_avg"].numel() != flat["params"][0].numel():
-            raise ValueError("its parameters have other sizes")
-    return state | {"state": joined, "param_groups": saved_groups}

@@ -136,11 +136,11 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
         step.allocation.load_state_dict(state["allocation"])
     step.restore_optimizer(state)
     session.sampler.load_state_dict(state["sampler"])
-    step.batches = batches_seen(state)
+    step.batches = int(state["batches"])
     if state["scaler"] is not None and session.accelerator.scaler is not None:
         session.accelerator.scaler.load_state_dict(state["scaler"])
     validation = session.validation
-    if validation and not validation.load_state_dict(state.get("validation"), state["config"]):
+    if validation and not validation.load_state_dict(state["validation"], state["config"]):
         warnings.warn(
             "other photos or captions are held out than before: the lowest validation loss, and "
             "patience, are counted from here on",
@@ -154,38 +154,20 @@ def restore_weights(session: Session, state: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: If it is of other layers.
     """
-    if state.get("projections", {}) != session.weights.projections():
+    if state["projections"] != session.weights.projections():
         raise ConfigError(
             "the checkpoint's random projections are not those that this version draws; "
             "resume it with the version that wrote it"
         )
     tensors = session.weights.tensors()
-    saved = {  # An earlier version called parametrizations so.
-        name.replace(".direction.", ".parametrization."): tensor
-        for name, tensor in state["parameters"].items()
-    }
+    saved = state["parameters"]
     shapes, own = ({k: tuple(v.shape) for k, v in of.items()} for of in (saved, tensors))
     if shapes != own:
         raise ConfigError("the checkpoint was trained in other layers or shapes than this run's")
     with torch.no_grad():
         for name, tensor in tensors.items():
             local(tensor).copy_(own_part(tensor, saved[name]))
-    session.weights.restore_start(state.get("start", {}))
-
-
-def batches_seen(state: Mapping[str, Any]) -> int:
-    """How many batches a checkpoint's run has trained on, by which its draws are numbered.
-
-    Earlier versions kept no count: they numbered a step's batches from its own accumulation.
-    """
-    if "batches" in state:
-        return int(state["batches"])
-    segments = state.get("segments") or [{"from_step": 1, "settings": state["config"]}]
-    last_steps = [after["from_step"] - 1 for after in segments[1:]] + [state["step"]]
-    return max(
-        step * int(part["settings"].get("gradient_accumulation_steps", 1))
-        for part, step in zip(segments, last_steps, strict=True)
-    )
+    session.weights.restore_start(state["start"])
 
 
 class CheckpointSaver:

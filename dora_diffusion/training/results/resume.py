@@ -76,7 +76,7 @@ def start_run(session: Session, output_dir: Path) -> tuple[Session, RunStart]:
     _check_steps(path, step, session.total_steps, config)
     _check_result(path, state["config"], config, step == session.total_steps)
     restore(session, state)
-    segments = list(state.get("segments") or [segment(1, state["config"])])
+    segments = list(state["segments"])
     _, changed = differences(state["config"], config)
     unused: Changes = {}
     if step == session.total_steps:
@@ -88,7 +88,7 @@ def start_run(session: Session, output_dir: Path) -> tuple[Session, RunStart]:
         changed = {}
     elif changed:
         segments.append(segment(step + 1, config.to_dict()))
-    is_interim = bool(state.get("interim"))
+    is_interim = state["interim"]
     start = RunStart(segments, step, path, is_interim, changed, unused)
     return replace(session, config=config), start
 
@@ -135,7 +135,7 @@ def changed_segments(segments: Sequence[Segment]) -> list[Segment]:
 
 def _warn_of_other_start(name: str, state: Mapping[str, Any], config: TrainConfig) -> None:
     """Say that an adapter is no longer what the run started from; it is not needed any more."""
-    origin, file = state.get("start", {}).get("origin", {}), Path(config.init_adapter or "")
+    origin, file = state["start"].get("origin", {}), Path(config.init_adapter or "")
     if not origin or not file.expanduser().exists():
         return
     if adapter_hash(file) != origin["init_adapter_sha256"]:
@@ -212,9 +212,7 @@ def check_same_run(
             f"cannot resume {name}: these settings differ: {listed(refused)}; take them back, or "
             "start over in another --output_dir"
         )
-    before = state.get("contents")
-    if before is None:
-        return
+    before = state["contents"]
     problems = [problem for kind in _KINDS for problem in _content_problems(kind, before, contents)]
     if problems:
         raise ConfigError(

@@ -109,10 +109,10 @@ class TrainedAdapters:
         return {"origin": dict(self.origin), "alpha": {k: a.alpha for k, a in self._adapters()}}
 
     def restore_start(self, start: Mapping[str, Any]) -> None:
-        """Put back what `start` gave; earlier versions had none."""
-        self.origin.update(start.get("origin", {}))
+        """Put back what `start` gave."""
+        self.origin.update(start["origin"])
         for name, adapter in self._adapters():
-            adapter.alpha = start.get("alpha", {}).get(name, adapter.alpha)
+            adapter.alpha = start["alpha"][name]
 
     def _adapters(self) -> list[tuple[str, Any]]:
         return [

@@ -168,7 +168,7 @@ def test_photos_are_copied_before_the_queue_can_see_the_job(
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "001.jpg").write_bytes(b"x")
     files = {"photos": tmp_path / "photos", "a/b.jpg": tmp_path / "photos" / "001.jpg", "c": "d"}
-    folder = workspace.root / jobs.create_job(workspace.new_job(), JobRecord(), files)
+    folder = workspace.root / jobs.create_job(workspace.new_job(), JobRecord(["train"]), files)
     assert (folder / "photos" / "001.jpg").read_bytes() == b"x"
     assert (folder / "a" / "b.jpg").read_bytes() == b"x"
     assert (folder / "c").read_text(encoding="utf-8") == "d"

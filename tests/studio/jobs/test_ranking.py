@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from dora_diffusion.studio.jobs.checkpoints import (
-    COMPARISON,
     RankedCheckpoint,
     Ranking,
     read_ranking,
+    write_ranking,
 )
-from dora_diffusion.studio.jobs.workspace import Workspace, write_json
+from dora_diffusion.studio.jobs.workspace import Workspace
 from tests.studio.jobs.helpers import (
     ended_run,
 )
@@ -75,10 +75,10 @@ def test_rows_of_lost_checkpoints_are_not_shown_and_new_ones_are_named(
     folder = workspace.ranking(job.id)
     folder.mkdir(parents=True)
     rows = [
-        {"name": name, "similarity": 0.5, "drift": 0.1, "pictures": [f"{name}.png"]}
+        RankedCheckpoint(name, 0.5, 0.1, (folder / f"{name}.png",), step=0)
         for name in ("base", "checkpoint-25", "checkpoint-50")
     ]
-    write_json(folder / COMPARISON, {"rows": rows, "notes": ["n"]})
+    write_ranking(folder, Ranking(tuple(rows), (), ("n",)))
     found = read_ranking(workspace, job)
     assert found is not None
     assert [(row.name, row.step) for row in found.rows] == [("base", 0), ("checkpoint-50", 50)]

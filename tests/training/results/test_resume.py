@@ -18,8 +18,7 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.events import StepDone, TrainingStarted
 from dora_diffusion.training.inputs import draws as inputs
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.results.checkpoint import batches_seen
-from dora_diffusion.training.results.resume import changed_segments, check_same_run, segment
+from dora_diffusion.training.results.resume import changed_segments, check_same_run
 from tests.training.helpers import (
     SAMPLES,
     assert_same_adapter,
@@ -114,11 +113,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(sd1_folder, photos, tmp_pat
     assert losses(tmp_path / "whole") == losses(tmp_path / "parted")
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "is_counted"),
-    [((4, 1), (1, 2), True), ((1, 2), (4, 1), False)],
-)
-def test_no_draw_is_repeated_when_batches_change(tiny_run, monkeypatch, before, after, is_counted):
+@pytest.mark.parametrize(("before", "after"), [((4, 1), (1, 2)), ((1, 2), (4, 1))])
+def test_no_draw_is_repeated_when_batches_change(tiny_run, monkeypatch, before, after):
     """Latents, noise and timestep of a row are drawn by its batch since the start of the run."""
     drawn, generator_for = [], inputs.generator_for
 
@@ -132,28 +128,13 @@ def test_no_draw_is_repeated_when_batches_change(tiny_run, monkeypatch, before, 
         return {"gradient_accumulation_steps": accumulation, "train_batch_size": size}
 
     config = tiny_run(max_train_steps=1, checkpointing_steps=1, **batches(*before))
-    state_file = train(config).checkpoint / "training_state.pt"
-    if not is_counted:  # as earlier versions wrote it
-        state = torch.load(state_file, weights_only=True)
-        del state["batches"]
-        torch.save(state, state_file)
+    train(config)
     config = replace(config, max_train_steps=3, resume_from_checkpoint="latest")
     train(replace(config, overwrite_output_dir=True, **batches(*after)))
     rows = [(number, row) for number in range(before[0]) for row in range(before[1])]
     ends = before[0], before[0] + 2 * after[0]
     rows += [(number, row) for number in range(*ends) for row in range(after[1])]
     assert [parts[2:4] for parts in drawn] == rows
-
-
-def test_batches_that_an_earlier_version_saw_are_told_by_its_settings():
-    """It numbered those of a step from accumulation times the steps before: none may come again."""
-    config = TrainConfig(gradient_accumulation_steps=4).to_dict()
-    assert batches_seen({"step": 3, "config": config}) == 12
-    four, one = segment(1, config), segment(11, TrainConfig().to_dict())
-    state = {"step": 15, "config": TrainConfig().to_dict(), "segments": [four, one]}
-    assert batches_seen(state) == 40
-    assert batches_seen(state | {"step": 55}) == 55
-    assert batches_seen(state | {"batches": 45}) == 45
 
 
 def test_a_resumed_run_has_its_own_rates(sd1_folder, photos, tmp_path):
