@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from dora_diffusion import TrainConfig, load_components, train
-from dora_diffusion.data.sheets import labelled_sheet
+from dora_diffusion.data.sheets import image_grid, labelled_sheet
 from dora_diffusion.evaluation.measures import LEAKAGE
 from dora_diffusion.evaluation.sampling import sample
 from dora_diffusion.lab.judges.evaluate import SAMPLING
@@ -46,7 +46,7 @@ from dora_diffusion.lab.toy.sampling import place, sample_subject
 from dora_diffusion.lab.toy.shapes import CLASSES
 from dora_diffusion.lab.toy.world import render
 from dora_diffusion.models.components import Components
-from dora_diffusion.sampling.generate import image_grid, load_adapted
+from dora_diffusion.sampling.generate import load_adapted
 
 TOKENS = (TRIGGER, "zwx", "vqo")
 # Case -> embedded model, steps, and the subjects that one adapter learns.

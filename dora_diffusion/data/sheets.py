@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,8 @@ _SMALLEST_FONT, _IMAGES_PER_FONT = 12, 24
 # A single small image must leave room for words.
 _LEAST_CHARACTERS = 24
 _GAP = 2
-_LABEL = 52
+# Of a column's label.
+_MOST_LINES = 3
 
 
 def labelled_sheet(
@@ -26,22 +26,24 @@ def labelled_sheet(
 
     Args:
         images: Row by row; those of a row are of one size.
-        title: Above all.
+        title: Above all; none where it is empty.
         rows: What is written above each row, in as many lines as it takes.
-        columns: What is written above each column.
+        columns: What is written above each column, in three lines at most.
     """
     width, sizes = images[0].width, [image.size for image in images[:: len(columns)]]
     text, widest = _Text(max(_SMALLEST_FONT, width // _IMAGES_PER_FONT)), max(sizes)[0]
     total = max(len(columns) * (widest + _GAP) - _GAP, _LEAST_CHARACTERS * text.size // 2)
     titled = [text.wrap(row, total) for row in rows]
-    head = text.wrap(title, total)
-    lines = len(head) + 1 + sum(len(row) for row in titled)
+    head = text.wrap(title, total) if title else []
+    labels = [text.wrap(label, width)[:_MOST_LINES] for label in columns]
+    above = max(map(len, labels))
+    lines = len(head) + above + sum(len(row) for row in titled)
     heights = sum(height + _GAP for _, height in sizes)
     sheet = Image.new("RGB", (total, lines * text.line + heights), "white")
     y = text.draw(sheet, head, 0)
-    for column, label in enumerate(columns):
-        text.draw(sheet, text.wrap(label, width)[:1], y, column * (width + _GAP))
-    y += text.line
+    for column, label in enumerate(labels):
+        text.draw(sheet, label, y, column * (width + _GAP))
+    y += above * text.line
     for number, (row, (width, height)) in enumerate(zip(titled, sizes, strict=True)):
         y = text.draw(sheet, row, y)
         for column in range(len(columns)):
@@ -110,28 +112,28 @@ def sheet(
     side: int = 112,
 ) -> Image.Image:
     """Images under their labels, in bands of as many columns as fit, one row per model."""
-    columns = min(columns, len(labels))
-    bands = [labels[i : i + columns] for i in range(0, len(labels), columns)]
-    left, gap = 64, 3
-    step, band_height = side + gap, _LABEL + len(rows) * (side + gap) + 8
-    canvas = Image.new("RGB", (left + columns * step, len(bands) * band_height), "white")
-    draw = ImageDraw.Draw(canvas)
-    for band, texts in enumerate(bands):
-        top = band * band_height
-        for x, text in enumerate(texts):
-            draw.text((left + x * step, top + 4), _wrapped(text), fill="black", font_size=11)
-        for y, (name, images) in enumerate(rows.items()):
-            at = top + _LABEL + y * step
-            draw.text((4, at + side // 2 - 6), name, fill="black", font_size=12)
-            for x, image in enumerate(images[band * columns : band * columns + len(texts)]):
-                filters = Image.Resampling
-                how = filters.BICUBIC if image.width < side else filters.LANCZOS
-                canvas.paste(center_square(image).resize((side, side), how), (left + x * step, at))
-    return canvas
+    bands = []
+    for at in range(0, len(labels), columns):
+        band = slice(at, at + columns)
+        cells = [_cell(image, side) for images in rows.values() for image in images[band]]
+        bands.append(labelled_sheet(cells, "", list(rows), labels[band]))
+    return stacked(bands)
 
 
-def _wrapped(text: str, width: int = 19, lines: int = 3) -> str:
-    return "\n".join(textwrap.wrap(text, width)[:lines])
+def _cell(image: Image.Image, side: int) -> Image.Image:
+    filters = Image.Resampling
+    how = filters.BICUBIC if image.width < side else filters.LANCZOS
+    return center_square(image).resize((side, side), how)
+
+
+def image_grid(images: Sequence[Image.Image], columns: int, gap: int = _GAP) -> Image.Image:
+    """Images of one size in rows, on white."""
+    width, height = (side + gap for side in images[0].size)
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
+    for i, image in enumerate(images):
+        grid.paste(image, (i % columns * width, i // columns * height))
+    return grid
 
 
 def center_square(image: Image.Image) -> Image.Image:

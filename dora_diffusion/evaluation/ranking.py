@@ -16,6 +16,7 @@ from dora_diffusion.adapters.inject import remove_adapters
 from dora_diffusion.adapters.state import attach_file
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo
+from dora_diffusion.data.sheets import image_grid
 from dora_diffusion.evaluation.denoising import NUM_SEEDS, HeldOutImages
 from dora_diffusion.evaluation.measures import ImageRequest, Values, seed_means
 from dora_diffusion.evaluation.photos import (
@@ -27,12 +28,7 @@ from dora_diffusion.evaluation.photos import (
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.metric_models import LITE, open_metric_model
 from dora_diffusion.models.words import add_tokens
-from dora_diffusion.sampling.generate import (
-    BrokenImageError,
-    SamplingSettings,
-    generate_images,
-    image_grid,
-)
+from dora_diffusion.sampling.generate import BrokenImageError, SamplingSettings, generate_images
 from dora_diffusion.sampling.images import save_png
 
 SEED, SUBJECTS, OTHERS = 0, 5, 6

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
 from dora_diffusion.adapters.inject import layer_adapters, require_adapters, set_strength
@@ -49,8 +49,6 @@ from dora_diffusion.models.weights import quiet_libraries
 from dora_diffusion.models.words import add_tokens, have_own_words
 from dora_diffusion.numerics.devices import default_device
 from dora_diffusion.numerics.weights import Strengths
-
-_LABEL_HEIGHT = 18
 
 
 class BrokenImageError(ValueError):
@@ -448,25 +446,3 @@ def _reporter(
         return tensors
 
     return report
-
-
-def image_grid(
-    images: Sequence[Image.Image],
-    columns: int,
-    gap: int = 2,
-    *,
-    labels: Sequence[str] | None = None,
-) -> Image.Image:
-    """Images of one size in rows, on white, each under its label where there are labels."""
-    width, height = images[0].size
-    top = _LABEL_HEIGHT if labels is not None else 0
-    rows = -(-len(images) // columns)
-    size = (columns * (width + gap) - gap, rows * (height + top + gap) - gap)
-    grid = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(grid)
-    for i, image in enumerate(images):
-        x, y = (i % columns) * (width + gap), (i // columns) * (height + top + gap)
-        grid.paste(image, (x, y + top))
-        if labels is not None:
-            draw.text((x + 2, y + 1), labels[i], fill="black", font_size=_LABEL_HEIGHT - 5)
-    return grid

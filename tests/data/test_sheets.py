@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from PIL import ImageChops
+from PIL import Image, ImageChops
 
-from dora_diffusion.data.sheets import labelled_sheet, stacked
+from dora_diffusion.data.sheets import image_grid, labelled_sheet, sheet, stacked
 from tests.training.helpers import find, noise
 
 PROMPTS = ["a photo of a sks mug on the snow", "a sks mug, at night"]
@@ -15,8 +15,8 @@ PROMPTS = ["a photo of a sks mug on the snow", "a sks mug, at night"]
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (512, 512)])
 def test_images_lie_in_rows_and_columns_and_none_is_written_over(size):
     images = [noise(size, seed) for seed in range(4)]
-    sheet = labelled_sheet(images, "After 300 steps", PROMPTS, ["seed 5", "seed 6"])
-    places = [find(sheet, image) for image in images]
+    drawn = labelled_sheet(images, "After 300 steps", PROMPTS, ["seed 5", "seed 6"])
+    places = [find(drawn, image) for image in images]
     assert [len(place) for place in places] == [1, 1, 1, 1]
     (a, b, c, d) = (place[0] for place in places)
     assert a[1] == b[1] < c[1] == d[1]
@@ -31,10 +31,10 @@ def test_every_label_is_drawn_and_changes_no_image(changed):
     labels = {"title": "Step 1", "row": "a mug", "column": "seed 0"}
 
     def draw(labels):
-        sheet = labelled_sheet(
+        drawn = labelled_sheet(
             images, labels["title"], [labels["row"]], [labels["column"], "seed 1"]
         )
-        return sheet, [find(sheet, image) for image in images]
+        return drawn, [find(drawn, image) for image in images]
 
     (before, places), (after, again) = draw(labels), draw(labels | {changed: "Step 9 xyz"})
     assert places == again
@@ -56,3 +56,26 @@ def test_stacked_sheets_keep_their_pixels():
     whole = stacked([first, second])
     assert find(whole, first) == [(0, 0)]
     assert len(find(whole, second)) == 1
+
+
+def test_a_grid_places_images_in_rows():
+    colors = ["red", "green", "blue"]
+    grid = image_grid([Image.new("RGB", (8, 6), color) for color in colors], 2, gap=1)
+    assert grid.size == (17, 13)
+    assert grid.getpixel((0, 0)) == (255, 0, 0)
+    assert grid.getpixel((9, 0)) == (0, 128, 0)
+    assert grid.getpixel((0, 7)) == (0, 0, 255)
+    assert grid.getpixel((8, 0)) == (255, 255, 255)
+
+
+def test_a_table_of_images_has_every_label_and_image_in_bands():
+    rows = {
+        name: [noise((40, 40), 9 * at + seed) for seed in range(3)] for at, name in enumerate("ab")
+    }
+    labels = ["a mug on the snow at night by the lake", "x", "y"]
+    whole = sheet(rows, labels, columns=2, side=40)
+    places = [[find(whole, image)[0] for image in images] for images in rows.values()]
+    (first, second, third), (below, _, last) = places
+    assert first[0] == below[0] == third[0] == last[0] < second[0]
+    assert first[1] == second[1] < below[1] < third[1] < last[1]
+    assert below[1] - first[1] - 40 < first[1], "only a row's name is between, not its labels"

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dora_diffusion.adapters.inject import (
     adapter_parameters,
@@ -32,7 +31,6 @@ from dora_diffusion.sampling.generate import (
     BrokenImageError,
     SamplingSettings,
     generate_images,
-    image_grid,
     lacks_trigger,
     load_adapted,
 )
@@ -246,20 +244,6 @@ def test_a_prompt_without_the_trigger_is_told():
     assert lacks_trigger("a photo of a dog", facts)
     assert not lacks_trigger("A photo of a SKS dog, at night", facts)
     assert not lacks_trigger("a photo of a dog", AdapterMetadata())
-
-
-def test_a_grid_places_images_in_rows():
-    colors = ["red", "green", "blue"]
-    grid = image_grid([Image.new("RGB", (8, 6), color) for color in colors], 2, gap=1)
-    assert grid.size == (17, 13)
-    assert grid.getpixel((0, 0)) == (255, 0, 0)
-    assert grid.getpixel((9, 0)) == (0, 128, 0)
-    assert grid.getpixel((0, 7)) == (0, 0, 255)
-    assert grid.getpixel((8, 0)) == (255, 255, 255)
-    labelled = image_grid([Image.new("RGB", (40, 6), c) for c in colors], 3, labels=["a", "b", "c"])
-    assert labelled.size[1] > 6
-    assert labelled.getpixel((0, labelled.size[1] - 1)) == (255, 0, 0)
-    assert any(labelled.crop((0, 0, 40, 18)).getdata(band) for band in range(3))
 
 
 def test_sampling_warns_of_nothing(sd1):

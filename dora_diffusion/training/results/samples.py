@@ -15,9 +15,9 @@ from dora_diffusion.adapters.compiled import uncompiled
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.fields import require_choice
 from dora_diffusion.config.prompts import SamplePrompt
-from dora_diffusion.data.sheets import labelled_sheet, stacked
+from dora_diffusion.data.sheets import image_grid, labelled_sheet, stacked
 from dora_diffusion.models.schedulers import SCHEDULERS
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images, image_grid
+from dora_diffusion.sampling.generate import SamplingSettings, generate_images
 from dora_diffusion.sampling.images import parameters_text, save_png
 from dora_diffusion.training.engine.accelerator import set_by_any, shards_model
 from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgress
