@@ -19,7 +19,6 @@ from torch import nn
 
 from dora_diffusion import system
 from dora_diffusion.adapters.layers import AdaptedLayer
-from dora_diffusion.adapters.stack import BASE
 from dora_diffusion.config import ConfigError
 from dora_diffusion.numerics.precision import product_dtype
 
@@ -132,8 +131,7 @@ def _run(
         return block._call_impl(*args, **kwargs)
     for layer in adapted:
         if layer._place is not None:
-            if layer._place.stack.rows != BASE:
-                layer._place.factors(product_dtype(layer.weight))
+            layer._place.make_ready(product_dtype(layer.weight))
         elif layer._scales_cache:
             for name, adapter in layer.active():
                 if (scales := layer.scales(name, adapter)) is not None:

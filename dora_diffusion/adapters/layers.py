@@ -10,31 +10,32 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.norms.factors import (
-    Factors,
-    LayerScales,
     RowShard,
     Site,
     WeightStatistics,
     direction_of,
     factors_of,
 )
-from dora_diffusion.adapters.norms.plan import FixedScales, make_scales
+from dora_diffusion.adapters.norms.plan import FixedScales, LayerScales, make_scales
 from dora_diffusion.adapters.parametrizations import Parametrization
-from dora_diffusion.adapters.rows import Rows, forward_rows
 from dora_diffusion.numerics.dora import dora_forward, interpolated_magnitude, sum_of_adapters
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.operation import OneHot, Operation, dropout
 from dora_diffusion.numerics.precision import product_dtype, upcast, upcast_dtype
-from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis, Strengths, oriented
-
-if TYPE_CHECKING:
-    from dora_diffusion.adapters.stack import StackPlace
+from dora_diffusion.numerics.weights import (
+    Factors,
+    LayerKind,
+    LayerWeights,
+    NormAxis,
+    Strengths,
+    oriented,
+)
 
 Ready = tuple[Operation, Tensor, Tensor | None, Factors]
 """All that `dora_forward` takes beside the input."""
@@ -128,6 +129,33 @@ class LayerAdapter(nn.Module):
         return f"{kind}, rank={self.down.shape[0]}, alpha={self.alpha:g}"
 
 
+class RowChoice(Protocol):
+    """The adapters of a batch's rows, inside of a row scope."""
+
+    @property
+    def distinct(self) -> Sequence[str | None]:
+        """Each adapter once; None is the base."""
+
+    def forward(
+        self, layer: AdaptedLayer, x: Tensor, active: Sequence[tuple[str, LayerAdapter]]
+    ) -> Tensor:
+        """The output of a layer whose rows have different ones of its active adapters."""
+
+
+class PlaceInStack(Protocol):
+    """What computes a layer's output in the scope of a stack."""
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether rows of a batch have several adapters."""
+
+    def make_ready(self, dtype: torch.dtype) -> None:
+        """Make what `forward` computes with in a dtype, which compiled code cannot."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output."""
+
+
 class AdaptedLayer(nn.Module):
     """What layers with adapters have in common. Made by `kinds.adapt_layer` only.
 
@@ -151,10 +179,10 @@ class AdaptedLayer(nn.Module):
     _statistics: tuple[tuple[Any, ...], WeightStatistics] | None
     _unmerged: Tensor | None
     # What adapters the rows of a batch have, where a row scope is open, and their factors.
-    _rows: Rows | None
+    _rows: RowChoice | None
     _row_factors: dict[tuple[Any, ...], Factors | None]
     # Its place in a stack whose scope is open, and what it computes with there by input dtype.
-    _place: StackPlace | None
+    _place: PlaceInStack | None
     _ready: Mapping[torch.dtype, Ready]
 
     @property
@@ -230,7 +258,7 @@ class AdaptedLayer(nn.Module):
                 "(requires_grad_(False)): the adapter is what trains"
             )
         if rows is not None and len(rows.distinct) > 1:
-            return forward_rows(self, rows, x, active)
+            return rows.forward(self, x, active)
         op = self.operation()
         inputs, matrix, added = self.operands(x)
         name, adapter = active[0]

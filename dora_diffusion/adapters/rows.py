@@ -9,20 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_diffusion.adapters.norms.factors import Factors
+from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter
 from dora_diffusion.numerics.dora import dora_forward
 from dora_diffusion.numerics.operation import ConvOperation, Operation, RowOperation
+from dora_diffusion.numerics.weights import Factors
 
-if TYPE_CHECKING:
-    from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter
-
-    Active = Sequence[tuple[str, LayerAdapter]]
+Active = Sequence[tuple[str, LayerAdapter]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,20 +51,20 @@ class Rows:
             )
         return self.names * repeats
 
-
-def forward_rows(layer: AdaptedLayer, rows: Rows, x: Tensor, active: Active) -> Tensor:
-    """The output of a layer whose rows have different ones of its active adapters."""
-    is_batch = layer.kind == "embedding" or x.ndim >= layer.weight.ndim
-    names = rows.of(len(x) if is_batch else 1)
-    op = layer.operation()
-    if not _are_batched(layer, op, active):
-        return _each_by_itself(layer, x, names)
-    inputs, matrix, bias = layer.operands(x)
-    assert isinstance(inputs, Tensor)
-    factors = _factors_of_rows(layer, active, names, inputs.dtype)
-    if factors is None:
-        return _each_by_itself(layer, x, names)
-    return dora_forward(RowOperation(op, inputs.ndim, len(names)), inputs, matrix, bias, factors)
+    def forward(self, layer: AdaptedLayer, x: Tensor, active: Active) -> Tensor:
+        """The output of a layer whose rows have different ones of its active adapters."""
+        is_batch = layer.kind == "embedding" or x.ndim >= layer.weight.ndim
+        names = self.of(len(x) if is_batch else 1)
+        op = layer.operation()
+        if not _are_batched(layer, op, active):
+            return _each_by_itself(layer, x, names)
+        inputs, matrix, bias = layer.operands(x)
+        assert isinstance(inputs, Tensor)
+        factors = _factors_of_rows(layer, active, names, inputs.dtype)
+        if factors is None:
+            return _each_by_itself(layer, x, names)
+        own = RowOperation(op, inputs.ndim, len(names))
+        return dora_forward(own, inputs, matrix, bias, factors)
 
 
 def _are_batched(layer: AdaptedLayer, op: Operation, active: Active) -> bool:
@@ -153,8 +150,6 @@ def _stacked(own: dict[str, Factors], names: Sequence[str | None]) -> Factors:
 
 def _each_by_itself(layer: AdaptedLayer, x: Tensor, names: Sequence[str | None]) -> Tensor:
     """Rows of one adapter after those of another, put back in their order."""
-    from dora_diffusion.adapters.layers import AdaptedLayer
-
     rows, made, places = layer._rows, [], []
     try:
         for name in dict.fromkeys(names):

@@ -15,9 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_diffusion.adapters.inject import require_adapters
 from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, adapted_layers
-from dora_diffusion.adapters.norms.factors import LayerScales, Site
+from dora_diffusion.adapters.norms.factors import Site
 from dora_diffusion.adapters.norms.layout import DeferredFlags, Layout, layouts_of
-from dora_diffusion.adapters.norms.plan import FixedScales, make_scales, scales_of
+from dora_diffusion.adapters.norms.plan import FixedScales, LayerScales, make_scales, scales_of
 from dora_diffusion.adapters.rows import Rows
 from dora_diffusion.numerics.weights import Strengths
 

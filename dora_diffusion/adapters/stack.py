@@ -16,11 +16,12 @@ from torch import Tensor
 
 from dora_diffusion.adapters.kinds import layer_groups
 from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, Ready
-from dora_diffusion.adapters.norms.factors import Factors, Rows, direction_of
+from dora_diffusion.adapters.norms.factors import Rows, direction_of
 from dora_diffusion.adapters.norms.layout import DeferredFlags, Layout, layouts_of
 from dora_diffusion.adapters.norms.plan import Plan
 from dora_diffusion.numerics.dora import dora_forward, sum_of_adapters
 from dora_diffusion.numerics.operation import Operation, RowOperation, dropout
+from dora_diffusion.numerics.weights import Factors
 
 BASE: Rows = ()
 """Rows of a batch that have no adapter, however many they are."""
@@ -224,6 +225,11 @@ class StackPlace:
         if dtype not in self.factors_by_dtype:
             self.stack.make(dtype)
         return self.factors_by_dtype[dtype]
+
+    def make_ready(self, dtype: torch.dtype) -> None:
+        """Make its factors in a dtype, where rows have an adapter."""
+        if self.stack.rows != BASE:
+            self.factors(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the layer, whatever is to be done to its input.

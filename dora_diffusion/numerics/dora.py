@@ -12,17 +12,14 @@ Norms and weights are computed in float32 (float64 for float64 weights). Merges 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dora_diffusion.numerics.operation import Operation
 from dora_diffusion.numerics.precision import full_precision, upcast, upcast_dtype
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis
-
-if TYPE_CHECKING:
-    from dora_diffusion.adapters.norms.factors import Factors
+from dora_diffusion.numerics.weights import Factors, LayerWeights, NormAxis
 
 # Far below any pretrained norm, and far enough above float32's smallest number that m / FLOOR
 # stays finite. A channel of a smaller norm is 0. Never added, so no norm is changed.

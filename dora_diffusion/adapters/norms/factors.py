@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +19,7 @@ from dora_diffusion.numerics.dora import (
 )
 from dora_diffusion.numerics.norms import checksum
 from dora_diffusion.numerics.precision import full_precision
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis
-
-if TYPE_CHECKING:
-    from dora_diffusion.adapters.norms.plan import Plan
-
+from dora_diffusion.numerics.weights import Factors, LayerWeights, NormAxis
 
 Rows = int | tuple[int, ...]
 """The adapter of each row of a batch, of K: a number where all rows have one."""
@@ -136,34 +132,6 @@ class Site(NamedTuple):
         return first.kind == "embedding" or first.groups > 1
 
 
-class Factors(NamedTuple):
-    """What a layer computes with, in the dtype that it computes in. Gradients flow to A, B and m.
-
-    Attributes:
-        down: ``A``.
-        up: ``g s B`` on the output axis, else ``s B``.
-        gain: ``g``, ``(n,)``, float32: in 16 bits, a gain near 1 would be rounded to 1. It
-            represents m in the graph: its gradient is ``g`` times its derivative,
-            ``sum(dy * (y - b))``, but for the bias, which ``shift_numerator`` has; of a direct
-            layer it is the derivative. None makes the layer a LoRA, and what follows None too.
-        shift: ``(1 - g) b`` on the output axis; None without a bias and on the input axis.
-        shift_numerator: Its gradient is ``sum(dy)``; None where there is no shift.
-        axis: Norm axis.
-        is_direct: Whether ``y / g`` is no good for the gradient of m, so that the layer multiplies
-            by ``gain`` in the graph: |g| is too small, or the next module overwrites y.
-        direction: ``W + s B A`` of a direct layer on the output axis, else None.
-    """
-
-    down: Tensor
-    up: Tensor
-    gain: Tensor | None = None
-    shift: Tensor | None = None
-    shift_numerator: Tensor | None = None
-    axis: NormAxis = "output"
-    is_direct: bool = False
-    direction: Tensor | None = None
-
-
 def factors_of(
     weight: Tensor,
     bias: Tensor | None,
@@ -201,44 +169,3 @@ def direction_of(weight: Tensor, layer: LayerWeights, dtype: torch.dtype) -> Ten
     if layer.norm_axis == "input":
         return None
     return adapted_weight(weight, dataclasses.replace(layer, magnitude=None)).to(dtype)
-
-
-class LayerScales(NamedTuple):
-    """One adapter's part of a plan.
-
-    Attributes:
-        norm: ``norm(W + sBA)``, ``(n,)``, float32; None of a LoRA.
-        gain: ``g = m / norm``, ``(n,)``, float32; None of a LoRA.
-        plan: What makes the factors of all layers at once.
-        place: The layer's place there.
-        factors_by_dtype: The layer's factors, as far as they were made.
-        factors_of_all: Those of each layer of the plan.
-    """
-
-    norm: Tensor | None
-    gain: Tensor | None
-    plan: Plan
-    place: int
-    factors_by_dtype: dict[torch.dtype, Factors]
-    factors_of_all: Sequence[dict[torch.dtype, Factors]]
-
-    def factors(self, dtype: torch.dtype) -> Factors:
-        """What the layer computes with; made for all layers of the plan at the first call."""
-        if dtype not in self.factors_by_dtype:
-            made = self.plan.factors(dtype)
-            for factors_by_dtype, factors in zip(self.factors_of_all, made, strict=True):
-                factors_by_dtype[dtype] = factors
-        if not torch.is_grad_enabled():
-            self.plan.ran_without_gradients.add(self.place)
-        elif self.place in self.plan.ran_without_gradients and _in_backward():
-            # Reentrant checkpointing, which goes back from each block on its own. Through the plan
-            # it would reach the parameters of all blocks each time, and so tell
-            # DistributedDataParallel that gradients are complete which are not.
-            site = self.plan.layout.sites[self.place]
-            return factors_of(site.weight, site.bias, site.adapters[0], dtype, norm=self.norm)
-        return self.factors_by_dtype[dtype]
-
-
-def _in_backward() -> bool:
-    """Whether a backward pass runs in this thread."""
-    return bool(torch._C._current_graph_task_id() != -1)

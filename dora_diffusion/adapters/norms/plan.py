@@ -16,18 +16,17 @@ parameters, or after the last one of a step, where `give_gradients` is called.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dora_diffusion.adapters.norms.factors import (
-    Factors,
-    LayerScales,
     Rows,
     Site,
     direction_of,
+    factors_of,
 )
 from dora_diffusion.adapters.norms.layout import DeferredFlags, Layout, layouts_of
 from dora_diffusion.numerics.dora import NORM_FLOOR
@@ -42,6 +41,7 @@ from dora_diffusion.numerics.norms import (
     parts_of,
 )
 from dora_diffusion.numerics.precision import full_precision
+from dora_diffusion.numerics.weights import Factors
 
 # A layer with a channel whose |g| is below this is direct: dividing g out of what it keeps would
 # magnify the rounding of that, or be 0 / 0.
@@ -82,6 +82,47 @@ def scales_of(
         for place, number in enumerate(layout.numbers):
             scales[number] = LayerScales(norms[place], gains[place], plan, place, made[place], made)
     return [scales[number] for number in range(len(scales))]
+
+
+class LayerScales(NamedTuple):
+    """One adapter's part of a plan.
+
+    Attributes:
+        norm: ``norm(W + sBA)``, ``(n,)``, float32; None of a LoRA.
+        gain: ``g = m / norm``, ``(n,)``, float32; None of a LoRA.
+        plan: What makes the factors of all layers at once.
+        place: The layer's place there.
+        factors_by_dtype: The layer's factors, as far as they were made.
+        factors_of_all: Those of each layer of the plan.
+    """
+
+    norm: Tensor | None
+    gain: Tensor | None
+    plan: Plan
+    place: int
+    factors_by_dtype: dict[torch.dtype, Factors]
+    factors_of_all: Sequence[dict[torch.dtype, Factors]]
+
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """What the layer computes with; made for all layers of the plan at the first call."""
+        if dtype not in self.factors_by_dtype:
+            made = self.plan.factors(dtype)
+            for factors_by_dtype, factors in zip(self.factors_of_all, made, strict=True):
+                factors_by_dtype[dtype] = factors
+        if not torch.is_grad_enabled():
+            self.plan.ran_without_gradients.add(self.place)
+        elif self.place in self.plan.ran_without_gradients and _in_backward():
+            # Reentrant checkpointing, which goes back from each block on its own. Through the plan
+            # it would reach the parameters of all blocks each time, and so tell
+            # DistributedDataParallel that gradients are complete which are not.
+            site = self.plan.layout.sites[self.place]
+            return factors_of(site.weight, site.bias, site.adapters[0], dtype, norm=self.norm)
+        return self.factors_by_dtype[dtype]
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass runs in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class FixedScales:

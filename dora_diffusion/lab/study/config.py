@@ -231,7 +231,7 @@ class Study:
         for name in ("methods", "subjects"):
             require(name in values, f"{name} is missing")
         methods = _mapping("methods", values["methods"])
-        common = _mapping("common", values.get("common") or {})
+        common = dict(_mapping("common", values.get("common") or {}))
         usual = _rates("common", common.pop("learning_rate", ()))
         _check_settings("common", common)
         tune = values.get("tune")
@@ -262,7 +262,7 @@ def read_study(path: str | Path) -> Study:
 
 def _method(name: str, given: Any, usual: tuple[float, ...]) -> Method:
     place = f"methods.{name}"
-    values = _mapping(place, given)
+    values = dict(_mapping(place, given))
     rates = _rates(place, values.pop("learning_rate", ()))
     rate_of = str(values.pop("rate_of", "") or "")
     require(not (rates and rate_of), f"{place}: give learning_rate or rate_of, not both")
