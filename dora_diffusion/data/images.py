@@ -12,6 +12,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -49,6 +50,12 @@ DECODE_ERRORS = (
     struct.error,
     zlib.error,
 )
+
+
+# Contents of files, by path, time of change and size, where they are kept (see `reading_once`).
+_KEPT: ContextVar[dict[tuple[Path, int, int], bytes] | None] = ContextVar("kept", default=None)
+# In all: more than any photos that a subject should have.
+_MOST_KEPT_BYTES = 2**28
 
 
 class PhotoError(ValueError):
@@ -112,14 +119,36 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         PhotoError: If that fails or it is empty.
     """
+    kept = _KEPT.get()
     try:
-        data = path.read_bytes()
+        if kept is None:
+            data = path.read_bytes()
+        else:
+            now = path.stat()
+            key = path.absolute(), now.st_mtime_ns, now.st_size
+            data = kept[key] if key in kept else path.read_bytes()
+            if len(data) + sum(map(len, kept.values())) <= _MOST_KEPT_BYTES:
+                kept[key] = data
     except OSError as error:
         reason = error.strerror or error
         raise PhotoError(f"{path.name}: cannot be read ({reason}); remove or replace it") from error
     if not data:
         raise PhotoError(f"{path.name}: the file is empty; copy the photo again")
     return data
+
+
+@contextlib.contextmanager
+def reading_once() -> Iterator[None]:
+    """Open each file at most once inside of the block, as long as it does not change.
+
+    Photos are listed, divided, checked and cropped by different rooms. What they read is kept up to
+    256 MiB; a file beyond that is opened whenever it is asked for.
+    """
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 def digest_of(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Photos of a folder: each is opened, turned upright, checked and digested once, here."""
+"""Photos of a folder: each is opened, turned upright, checked and digested here, in one pass."""
 
 from __future__ import annotations
 

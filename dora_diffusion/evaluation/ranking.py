@@ -1,11 +1,19 @@
-"""Several adapters of one model, asked for the same few images at the same seeds."""
+"""Several adapters of one model, asked for the same few images at the same seeds.
+
+The folder of a ranking::
+
+    comparison.json   what was measured, one row per checkpoint
+    <name>.png        the subject, at fixed seeds
+    <name>-others.png other things, at fixed seeds
+"""
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +33,9 @@ from dora_diffusion.evaluation.photos import (
     measure_photos,
     photo_requests,
 )
+from dora_diffusion.evaluation.statistics import Interval, t_interval
+from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.formats.files.runs import COMPARISON
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.metric_models import LITE, open_metric_model
 from dora_diffusion.models.words import add_tokens
@@ -43,26 +54,103 @@ R = TypeVar("R", bound=ImageRequest)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was measured of an adapter, or of the base without one.
+class RankedCheckpoint:
+    """One checkpoint, or the base model, as it was measured.
 
     Attributes:
-        name: What it was called.
-        images: Strips of the subject, and of other things.
-        similarities: Of each image of the subject; empty if that could not be measured.
-        drift: How far other things have moved from the base's images; None if not measured.
+        name: ``"checkpoint-N"``, ``"result"`` or ``"base"``.
+        similarity: How like the subject its images are; None if that could not be measured.
+        drift: How far other things have moved from the base's images of the same seeds.
+        images: The subject, and other things.
+        similarities: Of each image of the subjects, in the same order for every row.
+        step: Optimizer steps; 0 is the base. It is the run that tells it, not the file.
         loss: Denoising loss on held-out photos; None without any.
     """
 
     name: str
-    images: tuple[Path, Path]
-    similarities: tuple[float, ...]
+    similarity: float | None
     drift: float | None
-    loss: float | None
+    images: tuple[Path, ...]
+    similarities: tuple[float, ...] = ()
+    step: int = 0
+    loss: float | None = None
+
+    def by_subject(self, count: int) -> list[float | None]:
+        """Similarity of each of ``count`` subjects, which have as many images."""
+        each = len(self.similarities) // count if count else 0
+        parts = [self.similarities[at * each : (at + 1) * each] for at in range(count)]
+        return [sum(part) / each if part else None for part in parts]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a ranking found.
+
+    Attributes:
+        rows: The base first, then checkpoints by step; those that are gone are left out.
+        missing: Checkpoints that it does not cover, since they are newer.
+        notes: What the figures are, and what could not be measured.
+        similar_to: What similarity is to, in few words.
+        triggers: Trigger words of each subject; the figures are means over them.
+    """
+
+    rows: tuple[RankedCheckpoint, ...]
+    missing: tuple[str, ...]
+    notes: tuple[str, ...]
+    similar_to: str = ""
+    triggers: tuple[str, ...] = ()
+
+    def gain(self, row: RankedCheckpoint) -> Interval | None:
+        """How much more like the subject than the base's its images are, paired by seed.
+
+        Returns:
+            The mean difference with its 95% confidence interval; None if that was not measured.
+        """
+        base = next((row for row in self.rows if not row.step), None)
+        if base is None or not row.step or len(row.similarities) != len(base.similarities):
+            return None
+        if len(row.similarities) < 2:
+            return None
+        pairs = zip(row.similarities, base.similarities, strict=True)
+        return t_interval([adapted - before for adapted, before in pairs])
 
     @property
-    def similarity(self) -> float | None:
-        return float(np.mean(self.similarities)) if self.similarities else None
+    def suggested(self) -> str:
+        """The row of the highest similarity less drift among those that have learned the subject.
+
+        Empty if none is more like the subject than the base, or if that was not measured.
+        """
+        scores = {
+            row.name: row.similarity - row.drift
+            for row in self.rows
+            if row.similarity is not None and row.drift is not None and self._has_learned(row)
+        }
+        return max(scores, key=lambda name: scores[name], default="")
+
+    def _has_learned(self, row: RankedCheckpoint) -> bool:
+        gain = self.gain(row)
+        return gain is not None and gain.low is not None and gain.low > 0
+
+    @property
+    def verdict(self) -> str:
+        """That nothing was learned, with the interval; empty where something was."""
+        gains = {row: gain for row in self.rows if (gain := self.gain(row)) is not None}
+        if not gains or self.suggested:
+            return ""
+        best = max(gains, key=lambda row: gains[row].mean)
+        gain = gains[best]
+        return (
+            "None of these checkpoints is more like the subject than the base model: the best, "
+            f"step {best.step}, differs by {gain.mean:+.2f} (95% confidence interval "
+            f"{gain.low:+.2f} to {gain.high:+.2f}, {gain.n} images). Train longer, raise "
+            "learning_rate or rank, or check the photos and captions."
+        )
+
+
+def write_ranking(folder: Path, ranking: Ranking) -> Path:
+    """Write comparison.json; images are named there, and lie beside it."""
+    text = json.dumps(asdict(ranking), indent=1, default=lambda path: path.name)
+    return save_text(folder / COMPARISON, text)
 
 
 @dataclass(frozen=True)
@@ -149,7 +237,7 @@ def rank(
     folder: Path,
     on_image: Callable[[int, int], None],
     base: str = "base",
-) -> tuple[list[Measured], list[str]]:
+) -> tuple[list[RankedCheckpoint], list[str]]:
     """Ask the base and every adapter, and write their images into a folder.
 
     Args:
@@ -172,7 +260,7 @@ def rank(
     total = (1 + len(adapters)) * count
     photos = [open_photo(photo.path) for photo in questions.held_out]
     held_out = HeldOutImages(components, photos, [photo.caption for photo in questions.held_out])
-    rows: list[Measured] = []
+    rows: list[RankedCheckpoint] = []
     before: Images = ()
     for place, name in enumerate((base, *adapters)):
 
@@ -196,19 +284,23 @@ def rank(
             notes.append(f"{name} was skipped: {error}.")
             continue
         before = before or images
-        similarities, drift = _figures(questions.judge(images, before))
+        mean, similarities, drift = _figures(questions.judge(images, before))
         loss = float(np.mean(losses)) if losses else None
         strips = _write_strips(folder, name, images, questions.requests)
-        rows.append(Measured(name, strips, similarities, drift, loss))
+        rows.append(RankedCheckpoint(name, mean, drift, strips, similarities, loss=loss))
         on_image((place + 1) * count, total)
     return rows, notes
 
 
-def _figures(values: Mapping[str, Values]) -> tuple[tuple[float, ...], float | None]:
-    """Similarity of each image, and mean change of other things; of one seed and one model."""
+def _figures(
+    values: Mapping[str, Values],
+) -> tuple[float | None, tuple[float, ...], float | None]:
+    """Mean similarity, that of each image, and mean change of other things; of one seed."""
     named = {name.partition("@")[0]: value for name, value in values.items()}
     alike, change = named.get("subject_similarity"), named.get("others_change")
-    return alike[0] if alike else (), seed_means(change)[0] if change else None
+    each = tuple(alike[0]) if alike else ()
+    mean = float(np.mean(each)) if each else None
+    return mean, each, seed_means(change)[0] if change else None
 
 
 @contextmanager

@@ -34,8 +34,9 @@ from dora_diffusion.formats.adapter.metadata import (
 from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
+from dora_diffusion.models.memory import auto_precision, describe_device
 from dora_diffusion.models.offload import in_turns, place
-from dora_diffusion.models.precision import require_computes
+from dora_diffusion.models.precision import PRECISION_DTYPES, require_computes
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.models.text import (
     Conditioning,
@@ -175,6 +176,16 @@ def _attach(components: Components, adapter: str | Path, alpha: float | None) ->
     read = attach_file(components.adaptable(), adapter, family=components.family.name, alpha=alpha)
     add_tokens(components, read.tokens)
     return read.metadata
+
+
+def load_model(base: AnyModel, adapter: Path | None) -> Components:
+    """A model to sample from as a run loaded it, in half precision on a GPU.
+
+    Raises:
+        ValueError: If a part of it cannot be had.
+    """
+    dtype = PRECISION_DTYPES[auto_precision(describe_device())]
+    return load_adapted(base, adapter, dtype=dtype)[0]
 
 
 def _placed(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dora_diffusion.adapters.inject import DetachedAdapters
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
+from dora_diffusion.data.images import reading_once
 from dora_diffusion.export import hub
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
@@ -69,7 +70,7 @@ def train(
     """
     config, subjects = checked(config)
     output_dir = Path(config.output_dir)
-    with StopRequest() as stop:
+    with StopRequest() as stop, reading_once():
         try:
             accelerator = make_accelerator(config)
             is_main = accelerator.is_main_process

@@ -13,6 +13,7 @@ from dora_diffusion.adapters.inject import detach_adapters
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.fields import require, shown
 from dora_diffusion.config.subject_list import SHARED
+from dora_diffusion.data.images import reading_once
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
@@ -96,7 +97,7 @@ def train_pack(
         with pack.leaving(name):
             if isinstance(given, ConfigError):
                 raise given
-    with pack.stop, pack.stack, contextlib.suppress(Stopped):
+    with pack.stop, pack.stack, reading_once(), contextlib.suppress(Stopped):
         pack.open(usable, load)
         pack.train()
     return PackResult(pack.results, pack.failures, pack.stop.signal_number)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile
 
+from dora_diffusion.data import images
 from dora_diffusion.data.images import PhotoError, open_photo, open_photo_with_alpha
 
 
@@ -285,3 +286,28 @@ def test_heic_opens_upright(tmp_path: Path) -> None:
     opened = open_photo(path)
     assert opened.size == (64, 32)
     assert np.abs(np.asarray(opened).astype(int) - (10, 200, 30)).max() < 8
+
+
+def test_a_file_that_changed_is_opened_again_and_only_so_much_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = tmp_path / "a", tmp_path / "b"
+    small.write_bytes(b"old")
+    large.write_bytes(b"x" * 90)
+    opened: list[str] = []
+    real = Path.read_bytes
+
+    def note(path: Path) -> bytes:
+        opened.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", note)
+    monkeypatch.setattr(images, "_MOST_KEPT_BYTES", 60)
+    with images.reading_once():
+        assert [images.read_bytes(path) for path in (small, large, small, large)] == [
+            b"old", b"x" * 90, b"old", b"x" * 90,
+        ]  # fmt: skip
+        small.write_bytes(b"newer")
+        assert images.read_bytes(small) == b"newer"
+    assert images.read_bytes(small) == b"newer"
+    assert opened == ["a", "b", "b", "a", "a"]

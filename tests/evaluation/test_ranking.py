@@ -19,7 +19,7 @@ from dora_diffusion.evaluation.denoising import NUM_SEEDS, held_out_losses
 from dora_diffusion.evaluation.photos import PhotoSubject
 from dora_diffusion.evaluation.ranking import (
     EvaluationPrompts,
-    Measured,
+    RankedCheckpoint,
     ask_photos,
     rank,
 )
@@ -70,7 +70,7 @@ def dog(photos: list[Photo]) -> PhotoSubject:
 
 def ranked(
     base: Path, adapters: dict[str, Path], questions: EvaluationPrompts, folder: Path, show: Any
-) -> tuple[list[Measured], list[str]]:
+) -> tuple[list[RankedCheckpoint], list[str]]:
     return rank(load_adapted(base)[0], adapters, questions, folder, show)
 
 

@@ -11,7 +11,7 @@ SETTINGS = PushSettings
 def run(args: PushSettings) -> int:
     """Publish a run's output folder on the hub."""
     from dora_diffusion.export.hub import push
-    from dora_diffusion.studio.jobs.checkpoints import card_of
+    from dora_diffusion.training.results.card import card_of
 
     tell(phase="uploading")
     adapter = args.adapter

@@ -12,22 +12,17 @@ from dora_diffusion.cli.settings import RankSettings
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
 from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.formats.files.runs import (
+    BASE_NAME,
+    COMPARISON,
     RESULT_NAME,
     adapter_checkpoints,
     candidates,
     result_adapter,
 )
-from dora_diffusion.studio.jobs.checkpoints import (
-    BASE_NAME,
-    COMPARISON,
-    RankedCheckpoint,
-    Ranking,
-    write_ranking,
-)
 
 if TYPE_CHECKING:
     from dora_diffusion.evaluation.photos import PhotoSubject
-    from dora_diffusion.evaluation.ranking import EvaluationPrompts
+    from dora_diffusion.evaluation.ranking import EvaluationPrompts, Ranking
     from dora_diffusion.training.inputs.subject import Subject
 
 
@@ -51,21 +46,15 @@ def run(args: RankSettings) -> int:
         base = replace(config.base_model, path=own, variant=variant, revision=revision)
     questions = _questions(config, args, str(base.path))
     tell(phase="loading the model")
-    from dora_diffusion.evaluation.ranking import rank
-    from dora_diffusion.studio.jobs.image_generator import load_model
+    from dora_diffusion.evaluation.ranking import Ranking, rank, write_ranking
+    from dora_diffusion.sampling.generate import load_model
 
     components = load_model(base, None)
     components = components.reading(config.clip_skip, config.max_token_length)
     with progress("generating images", "image") as show:
         measured, notes = rank(components, adapters, questions, args.output, show, BASE_NAME)
     steps = {BASE_NAME: 0, **{name: _steps(name, path) for name, path in adapters.items()}}
-    rows = [
-        RankedCheckpoint(
-            row.name, row.similarity, row.drift, row.images, row.similarities, steps[row.name],
-            row.loss,
-        )
-        for row in measured
-    ]  # fmt: skip
+    rows = [replace(row, step=steps[row.name]) for row in measured]
     ranking = Ranking(tuple(rows), (), tuple(notes), questions.similar_to, questions.triggers)
     write_ranking(args.output, ranking)
     _print(ranking)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 RESULT_NAME = "result"
+# How they rank, and what the model without any of them is called there.
+COMPARISON, BASE_NAME = "comparison.json", "base"
 # More rows than a page can show, and a comparison that takes longer than the run.
 MOST_COMPARED = 8
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

@@ -36,20 +36,6 @@ MOST_RECENT = 24
 Step = Callable[[int, int], None]
 
 
-def load_model(base: BaseModel, adapter: Path | None) -> Components:
-    """A model to sample from as a run loaded it, in half precision on a GPU.
-
-    Raises:
-        ValueError: If a part of it cannot be had.
-    """
-    from dora_diffusion.models.memory import auto_precision, describe_device
-    from dora_diffusion.models.precision import PRECISION_DTYPES
-    from dora_diffusion.sampling.generate import load_adapted
-
-    dtype = PRECISION_DTYPES[auto_precision(describe_device())]
-    return load_adapted(base, adapter, dtype=dtype)[0]
-
-
 @dataclass(frozen=True)
 class GenerationRequest:
     """What to generate.
@@ -267,6 +253,7 @@ class ImageGenerator:
     def _model(self, request: GenerationRequest) -> Any:
         """The model with the adapter at its strengths; reloaded only if another is asked for."""
         from dora_diffusion.adapters.inject import layer_adapters, set_strength
+        from dora_diffusion.sampling.generate import load_model
 
         adapter, strengths = request.adapter, request.strengths
         key = (request.base, adapter, adapter and adapter.stat().st_mtime_ns)

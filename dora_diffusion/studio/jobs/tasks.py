@@ -27,7 +27,7 @@ from dora_diffusion.formats.files.names import file_stem
 from dora_diffusion.formats.layouts import CONVERSIONS, FOLDERS, PROGRAMS
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.studio.jobs.base_model import path_here
-from dora_diffusion.studio.jobs.checkpoints import card_of, chosen_adapter
+from dora_diffusion.studio.jobs.checkpoints import chosen_adapter
 from dora_diffusion.studio.jobs.queue import create_job, delete_job, requeue_job
 from dora_diffusion.studio.jobs.records import (
     SETTINGS,
@@ -334,6 +334,8 @@ def write_card(workspace: Workspace, run: Job) -> Path:
     Raises:
         UserError: If the run has no adapter.
     """
+    from dora_diffusion.training.results.card import card_of
+
     target = workspace.exports / run.id / f"{file_name(run, 'README')}.md"
     return save_text(target, card_of(run.folder, chosen_adapter(run)))
 

@@ -8,19 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dora_diffusion import __version__
-from dora_diffusion.config import TrainConfig
+from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.config.wording import pixels
 from dora_diffusion.export.metadata import word_section
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, embedding_files
 from dora_diffusion.formats.adapter.file import AdapterMetadata
+from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.adapter.metadata import (
     reading_in_words,
     split_triggers,
     stated_reading,
     without_path,
 )
-from dora_diffusion.training.inputs.subject import Subject, example_prompt, triggers_of
+from dora_diffusion.training.inputs.subject import Subject, example_prompt, subjects_of, triggers_of
 
 KOHYA_FILE = "dora_kohya.safetensors"
 VALIDATION_LOSS = "validation_loss"
@@ -226,3 +227,25 @@ pipeline.load_lora_weights({_literal(adapter.parent.name)}, weight_name="{adapte
 image = pipeline({_literal(prompt)}{called}).images[0]
 ```
 """
+
+
+def card_of(folder: Path, adapter: Path) -> str:
+    """The model card of a run's adapter: the trainer's, or one of another checkpoint.
+
+    Args:
+        folder: The run's.
+        adapter: An adapter file of it.
+
+    Raises:
+        ValueError, OSError: If the run's config.yaml or the adapter cannot be read.
+    """
+    written = folder / "README.md"
+    if adapter.parent == folder and written.is_file():
+        return written.read_text(encoding="utf-8")
+    config = TrainConfig.from_dict(read_config_file(folder / "config.yaml"))
+    report = report_on(adapter)
+    steps = int(report.metadata.extra["training_steps"])
+    sample = folder / "samples" / f"step-{steps:06d}.png"
+    samples = {f"At step {steps}": f"samples/{sample.name}"} if sample.is_file() else {}
+    layers = f"{sum(report.layers.values())} layers"
+    return model_card(config, subjects_of(config), report.metadata, adapter, layers, samples)

@@ -198,7 +198,7 @@ def test_export_and_verify_are_given_the_same_merge(command):
         ("combine RUN --output OUT/a.safetensors", "export.combine.fit_to_adapters"),
         ("convert RUN OUT/a.safetensors --to dora --rank 1", "export.convert.fit_to_adapters"),
         ("convert RUN OUT --to peft", "export.convert.write_adapter"),
-        ("rank-checkpoints RUN --output OUT/a", "studio.jobs.image_generator.load_model"),
+        ("rank-checkpoints RUN --output OUT/a", "sampling.generate.load_model"),
         ("export --adapter RUN --output OUT/a", "export.checkpoint.write_folder"),
         ("export --adapter RUN --output OUT/a.safetensors", "export.checkpoint._write_single_file"),
         ("extract --tuned BASE --rank 1 --output OUT/a.safetensors", "export.extract.fit_layers"),

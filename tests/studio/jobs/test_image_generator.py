@@ -22,14 +22,13 @@ from dora_diffusion.data.sheets import labelled_sheet
 from dora_diffusion.formats.adapter.file import read_adapter, write_adapter
 from dora_diffusion.models.load import load_vae
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.sampling.generate import BrokenImageError, SamplingSettings
+from dora_diffusion.sampling.generate import BrokenImageError, SamplingSettings, load_model
 from dora_diffusion.sampling.images import parse_parameters
 from dora_diffusion.studio.jobs.checkpoints import adapter_of
 from dora_diffusion.studio.jobs.image_generator import (
     GeneratedImage,
     GenerationRequest,
     ImageGenerator,
-    load_model,
 )
 from dora_diffusion.studio.jobs.processes import Lock
 from dora_diffusion.studio.jobs.uploads import read_generation_settings

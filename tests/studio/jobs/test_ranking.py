@@ -10,12 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from dora_diffusion.studio.jobs.checkpoints import (
-    RankedCheckpoint,
-    Ranking,
-    read_ranking,
-    write_ranking,
-)
+from dora_diffusion.evaluation.ranking import RankedCheckpoint, Ranking, write_ranking
+from dora_diffusion.studio.jobs.checkpoints import read_ranking
 from dora_diffusion.studio.jobs.workspace import Workspace
 from tests.studio.jobs.helpers import (
     ended_run,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import warnings
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from PIL import Image
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.data.captions import read_caption
 from dora_diffusion.data.images import PhotoError
-from dora_diffusion.data.photos import Photo
+from dora_diffusion.data.photos import Photo, mask_path
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training import session as session_module
 from dora_diffusion.training.engine.accelerator import make_accelerator
@@ -292,3 +294,44 @@ def test_no_class_image_is_made_before_all_captions_were_looked_at(tiny_run, pho
     with pytest.raises(ConfigError, match="class_prompt 'a zwx mug' contains the token"):
         open_session(config, subjects_of(config), make_accelerator(config))
     assert asked == []
+
+
+@pytest.mark.parametrize("caches", [True, False])
+def test_a_run_opens_each_photo_and_mask_once(tiny_run, photos, tmp_path, caches):
+    """Two subjects, held-out photos, masks and class images, from the list to the last epoch."""
+    other, classes = tmp_path / "other", tmp_path / "classes"
+    for folder, start in ((other, 10), (classes, 20)):
+        folder.mkdir()
+        for number in range(4):
+            noise((40, 40), start + number).save(folder / f"{number}.png")
+    for path in sorted(photos.glob("*.jpg")):
+        with Image.open(path) as photo:
+            Image.new("L", photo.size, 255).save(mask_path(path))
+    common = {"instance_prompt": "a sks mug", "class_word": "mug", "validation_split": 1}
+    config = tiny_run(
+        dataset_config=[
+            {"instance_data_dir": str(photos), "masked_loss": True, **common},
+            {"instance_data_dir": str(other), "token": "zwx", "instance_prompt": "a zwx mug",
+             "class_word": "mug"},
+        ],
+        with_prior_preservation=True, prior_preservation_mode="images",
+        class_data_dir=str(classes), num_class_images=4, validation_split=1,
+        cache_latents=caches, max_train_steps=12, instance_data_dir=None,
+    )  # fmt: skip
+    opened, files = Counter(), {*photos.glob("*.jpg"), *photos.glob("*.png"), *other.iterdir(),
+                                *classes.iterdir()}  # fmt: skip
+    listening = True
+
+    def note(event, arguments):
+        if listening and event == "open" and isinstance(arguments[0], (str, Path)):
+            path = Path(arguments[0])
+            opened.update([path] if path in files else [])
+
+    sys.addaudithook(note)
+    try:
+        train(config)
+    finally:
+        listening = False
+    assert max(opened.values()) == 1
+    assert set(opened) >= {path for path in files if ".mask" not in path.name}
+    assert sum(".mask" in path.name for path in opened) == 4, "the fifth photo is held out"

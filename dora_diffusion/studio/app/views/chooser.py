@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from dora_diffusion.evaluation.ranking import RankedCheckpoint, Ranking
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context, plain
 from dora_diffusion.studio.app.views.fields import (
@@ -17,7 +18,7 @@ from dora_diffusion.studio.app.views.fields import (
     filled,
     html_block,
 )
-from dora_diffusion.studio.jobs.checkpoints import RankedCheckpoint, Ranking, choose, read_ranking
+from dora_diffusion.studio.jobs.checkpoints import choose, read_ranking
 from dora_diffusion.studio.jobs.logs import log_warnings
 from dora_diffusion.studio.jobs.queue import stop_job
 from dora_diffusion.studio.jobs.snapshot import Job
