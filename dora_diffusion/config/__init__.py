@@ -6,7 +6,7 @@
     learning   how it is learned      adapter   AdapterConfig
     run        the run around it      derived   what follows from settings
     fields     what a field says      file      YAML
-    flag_map   flags of Diffusers' scripts
+    flag_map   flags of Diffusers' scripts    presets   settings that belong together
 
 Nothing here imports torch.
 """
@@ -15,7 +15,8 @@ from dora_diffusion.config.adapter import AdapterConfig
 from dora_diffusion.config.derived import differences, unusual_rates, without_effect
 from dora_diffusion.config.fields import ConfigError, Setting
 from dora_diffusion.config.file import read_config_file, read_config_lines
-from dora_diffusion.config.train import PRESETS, TrainConfig, settings
+from dora_diffusion.config.presets import PRESETS
+from dora_diffusion.config.train import TrainConfig, settings
 
 __all__ = [
     "PRESETS",

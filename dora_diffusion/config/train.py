@@ -355,12 +355,6 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         return cls(**{name: known[name].cast(value) for name, value in values.items()})
 
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "style": {"token": "", "aspect_ratio_buckets": True, "caption_dropout": 0.05},
-}
-"""Settings that belong together, by name; where a run starts from, not what it must have."""
-
-
 def framed_prompt(config: TrainConfig) -> str:
     """The instance prompt as a caption: between prefix and suffix."""
     prefix, prompt, suffix = (

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from dora_diffusion.config import PRESETS
 from dora_diffusion.models.memory import Device
-from dora_diffusion.studio.app.settings import ADVANCED, GROUPS, PRESET_NAMES, preset_values
+from dora_diffusion.studio.app.settings import ADVANCED, GROUPS, preset_values
 from dora_diffusion.studio.jobs.processes import Lock
 from dora_diffusion.studio.jobs.subjects import take_sample
 from dora_diffusion.studio.jobs.workspace import Workspace
@@ -90,7 +91,7 @@ DIAGONAL = (
     (BASES[0], "fast"), (BASES[1], "balanced"), (SD1, "quality"), (SDXL, "balanced"),
 )  # fmt: skip
 OTHERS = tuple(
-    (base, preset) for base in BASES for preset in PRESET_NAMES if (base, preset) not in DIAGONAL
+    (base, preset) for base in BASES for preset in PRESETS if (base, preset) not in DIAGONAL
 )
 
 

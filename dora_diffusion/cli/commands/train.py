@@ -19,9 +19,13 @@ from dora_diffusion.config import (
     without_effect,
 )
 from dora_diffusion.config.derived import overridden
+from dora_diffusion.config.families import FAMILIES, USUAL
+from dora_diffusion.config.fields import require_choice
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
+from dora_diffusion.config.presets import preset_settings
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.config.wording import quoted
+from dora_diffusion.models.locate import is_embedded
 
 if TYPE_CHECKING:
     from dora_diffusion.training.loop import TrainResult
@@ -61,8 +65,9 @@ def add_settings(parser: Parser) -> None:
     parser.add_argument(
         "--preset",
         choices=PRESETS,
-        help="Settings to start from; the file's and flags given here take precedence. style: no "
-        "token, captions as they are.",
+        help="Settings to start from; the file's and flags given here take precedence. fast, "
+        "balanced, quality: steps, prior preservation, rank. style: no token, captions as they "
+        "are.",
     )
     parser.add_argument(
         "--dry_run",
@@ -197,9 +202,13 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     """
     names = {setting.name for setting in settings()}
     values, lines = read_config_lines(args.config) if args.config else ({}, {})
+    named = values.pop("preset", None)
+    preset = args.preset or named
     values = _settings_of(args.config, values, lines, names)
     given = {name: value for name, value in vars(args).items() if name in names}
-    values = {**PRESETS.get(args.preset, {}), **overridden(values, given)}
+    values = overridden(values, given)
+    if preset is not None:
+        values = _preset(str(preset), values | given) | values
     try:
         config = TrainConfig.from_dict(values | given)
     except ConfigError as error:
@@ -209,6 +218,28 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
         raise
     _warn_of_flags(args, config, given)
     return config
+
+
+def _preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a run starts from.
+
+    Warns:
+        UserWarning: If the steps are a guess, since the model is not on this machine.
+    """
+    from dora_diffusion.models.info import model_info
+
+    require_choice("preset", name, tuple(PRESETS))
+    default = TrainConfig.pretrained_model_name_or_path
+    model = str(values.get("pretrained_model_name_or_path", default))
+    family = FAMILIES.get(model_info(model).family)
+    preset = preset_settings(name, family or USUAL, is_embedded=is_embedded(model))
+    if family is None and "max_train_steps" not in values:
+        warnings.warn(
+            f"{model} is not on this machine, and the preset takes it for {USUAL.title}: "
+            f"{preset['max_train_steps']} steps; give --max_train_steps for another family",
+            stacklevel=1,
+        )
+    return preset
 
 
 def _settings_of(

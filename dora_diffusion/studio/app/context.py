@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from dora_diffusion.cli.console.errors import asking_for_report, explain, explain_to_all
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.families import FAMILIES
+from dora_diffusion.models.info import model_info
 from dora_diffusion.models.memory import Device, describe_device, fitting_settings, needed_memory
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.settings import (
@@ -23,7 +24,6 @@ from dora_diffusion.studio.app.settings import (
     SETTINGS,
     sentence,
 )
-from dora_diffusion.studio.jobs.base_model import model_info
 from dora_diffusion.studio.jobs.bases import Base, bases, named_bases, on_this_machine
 from dora_diffusion.studio.jobs.checkpoints import adapter_of, chosen_adapter
 from dora_diffusion.studio.jobs.image_generator import ImageGenerator

@@ -16,17 +16,18 @@ from dora_diffusion.config import (
     without_effect,
 )
 from dora_diffusion.config.families import FAMILIES, USUAL
+from dora_diffusion.config.presets import EMBEDDED as SMALL
+from dora_diffusion.config.presets import preset_settings
 from dora_diffusion.models.embedded import MODELS
+from dora_diffusion.models.info import UNKNOWN, model_info
 from dora_diffusion.models.locate import EMBEDDED_PREFIX, is_embedded
 from dora_diffusion.models.memory import Device, fitting_settings
-from dora_diffusion.studio.jobs.base_model import UNKNOWN, model_info
 from dora_diffusion.studio.jobs.workspace import UserError, clean_text
 
 PROMPT_LIMIT, NAME_LIMIT = 1000, 500
 EMBEDDED_MODELS = tuple(f"{EMBEDDED_PREFIX}{name}" for name in MODELS)
 EMBEDDED = EMBEDDED_MODELS[0]
 DATASET_FILE = "subjects.yaml"
-PRESET_NAMES = ("fast", "balanced", "quality", *PRESETS)
 
 # Fields of their own on the page, and what the app itself decides: where a run lies, when it
 # resumes, and (in the Library) whether it is published. use_8bit_adam is an optimizer's other name.
@@ -46,75 +47,42 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 # Of a setting that follows from the model where it is neither.
 _SWITCH = {"on": True, "off": False}
 
-# Presets change what they are about; every other setting has the default of `TrainConfig`.
-# The embedded model is small: it takes larger steps (as in samples/*/config.yaml).
-_EMBEDDED: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"max_train_steps": 120},
-    "balanced": {"max_train_steps": 300},
-    "quality": {"max_train_steps": 600},
-    "style": {"max_train_steps": 400, **PRESETS["style"]},
-}
-_EMBEDDED_COMMON: Mapping[str, Any] = {
-    "learning_rate": 2e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 10, "conv_rank": 8,
-    "train_batch_size": 5, "validation_guidance_scale": 3.5, "validation_steps": 50,
-    "checkpointing_steps": 50,
-}  # fmt: skip
-# Steps as a share of the command line's default for the family.
-_RELEASED: Mapping[str, tuple[float, Mapping[str, Any]]] = {
-    "fast": (0.5, {}),
-    "balanced": (1, {"with_prior_preservation": True}),
-    "quality": (1.5, {"with_prior_preservation": True, "rank": 16}),
-    "style": (1.5, PRESETS["style"]),
-}
-
 
 def preset_values(preset: str, model: str, device: Device | None = None) -> dict[str, Any]:
     """Every advanced setting of a preset for a model on a device.
 
     Args:
-        preset: One of `PRESET_NAMES`.
+        preset: One of `PRESETS`.
         model: Base model; one that is not there gets what suits Stable Diffusion 1.
         device: What it would train on, for precision, gradient checkpointing and optimizer.
 
     Raises:
         UserError: If there is no such preset.
     """
-    if preset not in PRESET_NAMES:
-        raise UserError(f"there is no preset {preset!r}; choose {', '.join(PRESET_NAMES)}")
-    values = TrainConfig().to_dict()
-    if is_embedded(model):
-        values |= {**_EMBEDDED_COMMON, **_EMBEDDED[preset]}
-    else:
-        values |= _released_values(preset, model, device or Device())
+    if preset not in PRESETS:
+        raise UserError(f"there is no preset {preset!r}; choose {', '.join(PRESETS)}")
+    try:
+        info = model_info(model)
+    except ValueError:
+        info = UNKNOWN
+    is_small, family = is_embedded(model), FAMILIES.get(info.family, USUAL)
+    values = TrainConfig().to_dict() | preset_settings(preset, family, is_embedded=is_small)
+    if not is_small:
+        batch = 2 if values["with_prior_preservation"] else 1
+        known = info.family if info.has_released_shape else ""
+        values |= fitting_settings(known, info.resolution, device or Device(), batch=batch)
     return {name: values[name] for name in ADVANCED}
 
 
 def default_guidance(model: str) -> float:
     """The guidance scale that a base model's samples are made with, unless told otherwise."""
-    values = TrainConfig().to_dict() | (dict(_EMBEDDED_COMMON) if is_embedded(model) else {})
-    return float(values["validation_guidance_scale"])
-
-
-def _released_values(preset: str, model: str, device: Device) -> dict[str, Any]:
-    try:
-        info = model_info(model)
-    except UserError:
-        info = UNKNOWN
-    share, table = _RELEASED[preset]
-    values = {
-        **table,
-        "max_train_steps": round(share * FAMILIES.get(info.family, USUAL).default_steps),
-    }
-    family = info.family if info.has_released_shape else ""
-    batch = 2 if table.get("with_prior_preservation") else 1
-    return values | fitting_settings(family, info.resolution, device, batch=batch)
+    usual = TrainConfig.validation_guidance_scale
+    return float(SMALL["validation_guidance_scale"] if is_embedded(model) else usual)
 
 
 def idle_settings(config: TrainConfig) -> list[str]:
     """Settings changed by hand that have no effect, with the reason, and unusual rates."""
-    presets = [
-        preset_values(preset, config.pretrained_model_name_or_path) for preset in PRESET_NAMES
-    ]
+    presets = [preset_values(preset, config.pretrained_model_name_or_path) for preset in PRESETS]
     changed = [
         name
         for name in ADVANCED

@@ -16,9 +16,8 @@ from pathlib import Path
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.files.names import PIPELINE_NAME
 from dora_diffusion.models.embedded import MODELS
+from dora_diffusion.models.info import cached_models, cached_snapshot, model_info
 from dora_diffusion.models.locate import EMBEDDED_PREFIX, is_embedded
-from dora_diffusion.studio.jobs.base_model import cached_models, cached_snapshot, model_info
-from dora_diffusion.studio.jobs.workspace import UserError
 
 FOLDERS_FILE = "model_folders.txt"
 _TO_DOWNLOAD = "to be downloaded"
@@ -93,7 +92,7 @@ def named_bases(listed: Sequence[str]) -> list[Base]:
 def _base(name: str, where: str) -> Base:
     try:
         return Base(name, model_info(name).family, where)
-    except UserError:
+    except ValueError:
         return Base(name, "", where)
 
 

@@ -18,10 +18,11 @@ from PIL import Image
 
 from dora_diffusion.cli import main as cli
 from dora_diffusion.cli.commands.train import train_config
-from dora_diffusion.config import TrainConfig
+from dora_diffusion.config import PRESETS, ConfigError, TrainConfig
 from dora_diffusion.export.hub import HubError
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.numerics.devices import default_device
+from dora_diffusion.studio.app.settings import preset_values
 from dora_diffusion.system import HANGUP
 
 ROOT = Path(__file__).parents[3]
@@ -367,6 +368,33 @@ def test_a_preset_is_where_settings_start(tmp_path):
     config = parsed("--preset", "style", "--config", str(file), "--no-aspect_ratio_buckets")
     assert (config.token, config.caption_dropout) == ("", 0.2)
     assert not config.aspect_ratio_buckets
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_the_same_for_a_flag_a_file_and_the_app(name, sd1_folder, tmp_path):
+    file = tmp_path / "run.yaml"
+    for model in (str(sd1_folder), "embedded:tiny-sd"):
+        base = ["--pretrained_model_name_or_path", model]
+        by_flag = parsed("--preset", name, *base).to_dict()
+        file.write_text(f"preset: {name}\n", encoding="utf-8")
+        assert parsed("--config", str(file), *base).to_dict() == by_flag
+        # The app fits what it fills in to the device, too.
+        fitted = {"mixed_precision", "gradient_checkpointing", "optimizer"}
+        app = {n: v for n, v in preset_values(name, model).items() if n not in fitted}
+        assert {n: by_flag[n] for n in app} == app
+    steps = {"fast": 400, "balanced": 800, "quality": 1200, "style": 1200}
+    assert parsed("--preset", name, *base[:1], str(sd1_folder)).max_train_steps == steps[name]
+
+
+def test_a_preset_of_a_model_elsewhere_says_what_it_takes_it_for(tmp_path):
+    line = ["--preset", "fast", "--pretrained_model_name_or_path", "someone/model"]
+    with pytest.warns(UserWarning, match=r"someone/model is not on this machine, .*: 400 steps"):
+        assert parsed(*line).max_train_steps == 400
+    assert parsed(*line, "--max_train_steps", "7").max_train_steps == 7
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: fats\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"preset is 'fats'; it must be one of .*mean fast"):
+        parsed("--config", str(file))
 
 
 def test_a_pack_trains_each_subject_and_says_which_failed(sd1_folder, tmp_path, capsys):

@@ -26,7 +26,6 @@ from dora_diffusion.studio.app.settings import (
     ADVANCED,
     EMBEDDED,
     GROUPS,
-    PRESET_NAMES,
     SETTINGS,
     command_line,
     make_config,
@@ -49,7 +48,7 @@ def config(**changes: object) -> TrainConfig:
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
-@pytest.mark.parametrize("preset", PRESET_NAMES)
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("model", [EMBEDDED, "org/model", SDXL])
 def test_every_preset_is_a_valid_config(preset: str, model: str) -> None:
     values = preset_values(preset, model)
@@ -101,7 +100,7 @@ def test_prompts_name_the_subject() -> None:
     ("model", "family"), [("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd1"), (SDXL, "sdxl")]
 )
 def test_balanced_takes_as_many_steps_as_the_command_line(model: str, family: str) -> None:
-    steps = {preset: preset_values(preset, model)["max_train_steps"] for preset in PRESET_NAMES}
+    steps = {preset: preset_values(preset, model)["max_train_steps"] for preset in PRESETS}
     default = FAMILIES[family].default_steps
     assert default == {"sd1": 800, "sdxl": 1000}[family]
     assert str(default) in str(SETTINGS["max_train_steps"].derived)
@@ -114,9 +113,9 @@ def test_balanced_takes_as_many_steps_as_the_command_line(model: str, family: st
 def test_presets_start_from_the_defaults_of_the_command_line(model: str) -> None:
     """What is not about the preset or the device is what `train` does without a flag."""
     fitted = {"mixed_precision", "gradient_checkpointing", "optimizer"}
-    about = {"max_train_steps", "with_prior_preservation", "rank", *PRESETS["style"]}
+    about = {"max_train_steps", "with_prior_preservation", "rank", *PRESETS["style"].settings}
     default = TrainConfig().to_dict()
-    for preset in PRESET_NAMES:
+    for preset in PRESETS:
         values = preset_values(preset, model)
         moved = {name for name, value in values.items() if value != default[name]}
         assert moved <= fitted | about, preset
@@ -166,7 +165,7 @@ def test_presets_follow_the_device_but_for_the_toy_models() -> None:
 
 def test_fields_hold_text_that_comes_back_as_the_value() -> None:
     for model in (EMBEDDED, SDXL):
-        for preset in PRESET_NAMES:
+        for preset in PRESETS:
             values = preset_values(preset, model)
             typed = {name: setting_text(value) for name, value in values.items()}
             assert all(isinstance(text, str | bool) for text in typed.values())
@@ -224,7 +223,7 @@ def test_every_setting_has_a_field_but_those_that_the_page_decides() -> None:
         assert {SETTINGS[name].group for name in names} == {group}
 
 
-@pytest.mark.parametrize("preset", PRESET_NAMES)
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("model", [EMBEDDED, "embedded:tiny-sdxl", "org/model", SDXL])
 @pytest.mark.parametrize("device", [Device(), Device("cuda", "x", 8.0, True, True)])
 def test_no_preset_holds_a_value_without_effect(preset: str, model: str, device: Device) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.data.photos import mask_path
+from dora_diffusion.models.info import model_info
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context, plain
 from dora_diffusion.studio.app.settings import EMBEDDED
 from dora_diffusion.studio.app.views.captions import caption_rows
 from dora_diffusion.studio.app.views.fields import BUSY, QUIET, clicked, html_block, image_or_blank
-from dora_diffusion.studio.jobs.base_model import model_info
 from dora_diffusion.studio.jobs.subjects import (
     StoredSubject,
     mask_labels,
@@ -134,7 +134,7 @@ def side(context: Context, model: object, resolution: object) -> int:
         return int(text)
     try:
         return model_info(context.allowed_model(model)).resolution
-    except UserError:
+    except ValueError:
         return model_info(EMBEDDED).resolution
 
 

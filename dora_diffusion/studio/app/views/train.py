@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from dora_diffusion.config import TrainConfig
+from dora_diffusion.config import PRESETS, TrainConfig
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.photos import mask_path
 from dora_diffusion.studio.app import html
@@ -18,7 +18,6 @@ from dora_diffusion.studio.app.settings import (
     ADVANCED,
     EMBEDDED,
     GROUPS,
-    PRESET_NAMES,
     SETTINGS,
     command_line,
     idle_settings,
@@ -123,7 +122,7 @@ class TrainTab:
 
     def _add_model(self, context: Context) -> None:
         self.preset = gr.Radio(
-            [(name.capitalize(), name) for name in PRESET_NAMES],
+            [(name.capitalize(), name) for name in PRESETS],
             value="balanced",
             label="Preset",
             elem_id="preset",

@@ -13,13 +13,13 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio
 import yaml
 
+from dora_diffusion.config import PRESETS
 from dora_diffusion.models.memory import Device, needed_memory
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.settings import (
     ADVANCED,
     EMBEDDED,
-    PRESET_NAMES,
     preset_values,
     setting_text,
 )
@@ -85,7 +85,7 @@ def test_a_setting_without_effect_is_said_and_presets_have_none(
         return html.unescape(handler(context, "plan")(*asked)[0])
 
     for model in (EMBEDDED, "stabilityai/stable-diffusion-xl-base-1.0"):
-        for preset in PRESET_NAMES:
+        for preset in PRESETS:
             assert "has no effect" not in said(model, preset)
     changed = said(EMBEDDED, "fast", keep_tags="3")
     assert "keep_tags has no effect because shuffle_tags is off and tag_dropout is 0.0" in changed

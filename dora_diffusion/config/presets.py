@@ -1,0 +1,57 @@
+"""Settings that belong together, by name: where a run starts from, not what it must have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dora_diffusion.config.families import Family
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a run is told by one word; every other setting has its default.
+
+    Attributes:
+        steps: Optimizer steps, as a share of the family's usual number.
+        embedded_steps: Optimizer steps on an embedded model.
+        settings: Of every model.
+        released: Of models that are not embedded.
+    """
+
+    steps: float
+    embedded_steps: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    released: Mapping[str, Any] = field(default_factory=dict)
+
+
+PRESETS: Mapping[str, Preset] = {
+    "fast": Preset(0.5, 120),
+    "balanced": Preset(1, 300, released={"with_prior_preservation": True}),
+    "quality": Preset(1.5, 600, released={"with_prior_preservation": True, "rank": 16}),
+    "style": Preset(
+        1.5, 400, {"token": "", "aspect_ratio_buckets": True, "caption_dropout": 0.05}
+    ),
+}  # fmt: skip
+# The embedded models are small: they take larger steps (as in samples/*/config.yaml).
+EMBEDDED: Mapping[str, Any] = {
+    "learning_rate": 2e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 10, "conv_rank": 8,
+    "train_batch_size": 5, "validation_guidance_scale": 3.5, "validation_steps": 50,
+    "checkpointing_steps": 50,
+}  # fmt: skip
+
+
+def preset_settings(name: str, family: Family, *, is_embedded: bool = False) -> dict[str, Any]:
+    """The settings of a preset that are not the default's.
+
+    Args:
+        name: A key of `PRESETS`.
+        family: Of the base model.
+        is_embedded: Whether that is one of this package's.
+    """
+    preset = PRESETS[name]
+    if is_embedded:
+        return {**EMBEDDED, **preset.settings, "max_train_steps": preset.embedded_steps}
+    steps = round(preset.steps * family.default_steps)
+    return {**preset.settings, **preset.released, "max_train_steps": steps}
