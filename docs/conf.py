@@ -124,6 +124,7 @@ def open_to_all(
     for name, old, new in (
         ("body", "<pre>", '<pre tabindex="0">'),
         ("body", '<div class="table-wrapper', '<div tabindex="0" class="table-wrapper'),
+        ("body", 'role="heading"', 'role="heading" aria-level="2"'),
         ("furo_navigation_tree", 'role="heading"', 'role="heading" aria-level="2"'),
     ):
         if name in context:

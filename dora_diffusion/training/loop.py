@@ -39,10 +39,9 @@ def train(
 ) -> TrainResult:
     """Teach a model a subject from photos, and write the result to ``config.output_dir``.
 
-    With ``push_to_hub`` it is published then, privately.
-
-    SIGINT, SIGTERM and SIGHUP stop the run: before its first step at once, later with a checkpoint
-    after the step. A second SIGINT or SIGTERM loses nothing; a third one ends the process.
+    ``push_to_hub`` publishes it, privately. SIGINT, SIGTERM and SIGHUP stop the run: before its
+    first step at once, later with a checkpoint after the step. A second SIGINT or SIGTERM loses
+    nothing; a third one ends the process.
 
     Args:
         config: All settings.
@@ -53,8 +52,7 @@ def train(
         ConfigError, PhotoError, ModelNotFoundError, TargetError: Before anything is trained.
         TrainingError: If loss, gradients or weights stop being finite; nothing is written from
             there on, and what was there stays.
-        HubError: If it cannot be published: before anything is trained where that is known, else
-            when all is written.
+        ExportError: If it cannot be published; before training where that is known.
         DiskFullError: If neither a checkpoint can be written nor its adapter alone, or not the
             adapter in the end; earlier checkpoints are kept.
 
