@@ -88,7 +88,9 @@ def test_inspect_says_if_it_fits(
     path = write_adapter(tmp_path / "a.safetensors", adapter, "kohya")
     report = inspect_adapter(path)
     assert report.fits == ""
-    assert report.tools["LyCORIS"].partition(": ")[0] == "exact"
+    assert report.tools["LyCORIS"] == (
+        'exact: with LycorisNetwork.LORA_PREFIX = "lora_unet", without which it finds no layer'
+    )
     assert report.tools["A1111"].startswith("wrong")
     assert inspect_adapter(path, sd1_folder).fits == f"yes, all {len(adapter.layers)} layers"
     other = inspect_adapter(path, sdxl_folder)
