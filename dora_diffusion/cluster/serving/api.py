@@ -8,7 +8,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -227,8 +227,7 @@ def make_app(service: Service, token: str | None) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def refuse_values(_: Any, error: RequestValidationError) -> JSONResponse:
-        lines = [f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors()]
-        return JSONResponse({"detail": "; ".join(lines)}, 422)
+        return JSONResponse({"detail": "; ".join(map(_value_line, error.errors()))}, 422)
 
     _add_routes(app, service)
     return app
@@ -280,6 +279,14 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """Metrics for Prometheus."""
         await service.is_ready()
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _value_line(error: Mapping[str, Any]) -> str:
+    """What is wrong with a value, after the field's name."""
+    _, *field = error["loc"]
+    if error["type"] == "json_invalid":
+        return f"the body is not JSON: {error['ctx']['error']}, at character {field[0]}"
+    return f"{'.'.join(map(str, field)) or 'the body'}: {error['msg']}"
 
 
 def _notes_header(notes: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import platform
+import re
 import sys
 import threading
 import time
@@ -213,7 +214,7 @@ def deployed(deployment: Deployment) -> Iterator[Replicas]:
     """
     from dora_diffusion.models.locate import looks_local
 
-    # Ray tells of a replica that did not start, and not why.
+    # Sooner than Ray, which starts the replicas three times.
     base = str(BaseModel.of(deployment.base).path)
     is_path = looks_local(base) and ":" not in base and deployment.address == "local"
     require(
@@ -235,7 +236,8 @@ def deployed(deployment: Deployment) -> Iterator[Replicas]:
             ray_serve.start(proxy_location="Disabled")
             handle = ray_serve.run(_application(deployment), name=name, route_prefix=None)
         except RuntimeError as error:
-            raise ConfigError(f"the service could not be started: {_last_line(error)}") from error
+            reason = _reason(ray_serve.status(), name) or _last_line(str(error))
+            raise ConfigError(f"the service could not be started: {reason}") from error
         yield Replicas(handle, name)
     finally:
         if deployment.address != "local":  # Else all of it ends.
@@ -306,6 +308,12 @@ def serve(deployment: Deployment, catalogue: Catalogue) -> None:
             print("ended", flush=True)
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _reason(status: Any, application: str) -> str:
+    """Why the replicas of an application did not start: their error, without its class."""
+    found = getattr(status.applications.get(application), "deployments", {})
+    message = found[_REPLICA].message if _REPLICA in found else ""
+    return re.sub(r"^[\w.]+: ", "", _last_line(message))
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")

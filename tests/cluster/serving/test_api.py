@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 
 import httpx
 import pytest
@@ -161,6 +162,27 @@ def test_wrong_values_are_one_line(folder, values, line):
     answer = run(ask())
     assert answer.status_code in (413, 422)
     assert answer.json()["detail"].startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        (b"", "the body: Field required"),
+        (b"[]", "the body: Input should be a valid dictionary"),
+        (b"prompt=a", "the body is not JSON: Expecting value, at character 0"),
+        (b'{"prompt": "a",}', "the body is not JSON: Illegal trailing comma|the body is not JSON: "
+                              "Expecting property name"),
+    ],
+)  # fmt: skip
+def test_a_body_that_is_no_request_is_one_line(folder, body, line):
+    async def ask():
+        async with client_of(folder, Workers()) as client:
+            headers = {"Content-Type": "application/json"}
+            return await client.post("/v1/images", content=body, headers=headers)
+
+    answer = run(ask())
+    assert answer.status_code == 422
+    assert re.match(line, answer.json()["detail"])
 
 
 def test_without_the_token_nothing_is_told(folder):

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -97,6 +98,35 @@ def test_without_ray_a_line_says_what_to_install(monkeypatch):
     with (
         pytest.raises(ConfigError, match=r'run pip install "ray\[serve\]"$'),
         deployed(Deployment("base", ())),
+    ):
+        pass
+
+
+def test_why_replicas_do_not_start_is_their_error():
+    """Ray Serve has it as the last line of a message, and raises an error without it."""
+    text = (
+        "The deployment failed to start 3 times in a row. See controller logs. Error:\n"
+        "ray::ServeReplica:x.initialize_and_get_metadata() (pid=1, ip=127.0.0.1)\n"
+        "    raise ModelNotFoundError(...) from error\n"
+        "dora_diffusion.models.locate.ModelNotFoundError: no model at a/b: name a folder\n\n"
+    )
+    application = SimpleNamespace(deployments={"replica": SimpleNamespace(message=text)})
+    status = SimpleNamespace(applications={"mine": application})
+    assert deploy._reason(status, "mine") == "no model at a/b: name a folder"
+    assert deploy._reason(status, "gone") == ""
+    application.deployments.clear()
+    assert deploy._reason(status, "mine") == ""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_on_ray_a_model_that_is_not_there_is_named():
+    pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
+    with (
+        pytest.raises(
+            ConfigError, match=r"not be started: no embedded model is called 'tiny': choose tiny-sd"
+        ),
+        deployed(Deployment("embedded:tiny", (), dict.fromkeys(("schedule", "clip_skip")))),
     ):
         pass
 
