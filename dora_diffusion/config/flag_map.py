@@ -123,8 +123,8 @@ _SD_SCRIPTS = {
                     "merge the adapter into the model with 'dora-diffusion export'"),
     **dict.fromkeys(("cache_latents_to_disk", "cache_text_encoder_outputs",
                      "cache_text_encoder_outputs_to_disk", "skip_cache_check"),
-                    "latents and captions are encoded once and kept in memory; --offload takes what "
-                    "encoded them off the GPU"),
+                    "latents and captions are encoded once and kept in memory; --offload takes "
+                    "what encoded them off the GPU"),
     **dict.fromkeys(("full_bf16", "full_fp16", "fp8_base", "fp8_base_unet"),
                     "what trains is float32; use --mixed_precision for the rest"),
     **dict.fromkeys(("huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo",
