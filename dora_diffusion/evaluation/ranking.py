@@ -46,7 +46,7 @@ SEED, SUBJECTS, OTHERS = 0, 5, 6
 _SHOWN_OTHERS, _SIDE = 3, 160
 _COPYING = (
     "Similarity is to the photos that were trained on, so that copying them scores high too; on "
-    "held-out photos, `dora-diffusion evaluate` measures it without that."
+    "held-out photos, dora-diffusion evaluate measures it without that."
 )
 
 Images = Sequence[Image.Image]

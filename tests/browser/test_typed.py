@@ -202,6 +202,26 @@ def test_every_field_keeps_what_is_typed_and_chosen(visit: Callable[..., Visit],
     assert {key: value for key, value in after.items() if value != kept[key]} == {}
 
 
+def test_a_name_half_typed_in_a_dropdown_is_kept(visit: Callable[..., Visit], app: App) -> None:
+    page = visit()
+    form = Form(page)
+    own = [
+        key for key, field in form.fields.items()
+        if field["kind"] == "dropdown" and field.get("allow_custom_value")
+        and not field.get("multiselect")
+    ]  # fmt: skip
+    assert len(own) >= 3
+    for key in own:
+        selector, text = f"{form.fields[key]['selector']} input", f"some-org/half-{len(key)}"
+        # It is there after a reload, and stays when the field is left.
+        for step in (lambda: page.fill(selector, text), lambda: page.page.focus(selector)):  # noqa: B023
+            page.tab(form.fields[key]["tab"])
+            step()
+            page.reload()
+            page.tab(form.fields[key]["tab"])
+            page.wait("([s, text]) => document.querySelector(s)?.value === text", [selector, text])
+
+
 def test_a_caption_is_kept_by_every_way_out_of_it(visit: Callable[..., Visit], app: App) -> None:
     page = visit()
     workspace = Workspace(app.runs)

@@ -22,6 +22,21 @@ _KINDS = (
     gr.Textbox, gr.Number, gr.Slider, gr.Checkbox, gr.CheckboxGroup, gr.Radio, gr.Dropdown,
 )  # fmt: skip
 
+# A dropdown has a value of one's own when it is left: until then this keeps it, for this tab.
+_TYPED = """() => JSON.parse(sessionStorage.getItem('dora-studio-typed') ?? '{}')"""
+_RESTORED = """(kept) => {{
+  const own = {own}, typed = {typed};
+  for (const [event, keep] of [['input', true], ['focusout', false]])
+    document.addEventListener(event, ({{target}}) => {{
+      const id = Object.keys(own).find((id) => document.getElementById(id)?.contains(target));
+      if (!id) return;
+      const now = {{...typed(), [own[id]]: keep ? target.value : undefined}};
+      sessionStorage.setItem('dora-studio-typed', JSON.stringify(now));
+    }});
+  window.ddRestored = true;
+  return {{...kept, ...typed()}};
+}}"""
+
 
 def kept_fields(blocks: gr.Blocks, besides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Every field that a person fills, by its tab and label.
@@ -65,7 +80,7 @@ def connect(blocks: gr.Blocks, besides: Mapping[str, Any]) -> Any:
     def restore(kept: Any) -> list[Any]:
         values = kept if isinstance(kept, dict) else {}
         return [
-            gr.update(value=value) if value != field.value and can_hold(field, value) else gr.skip()
+            holding(field, value) if value != field.value and can_hold(field, value) else gr.skip()
             for field, value in ((field, values.get(name)) for name, field in named.items())
         ]
 
@@ -77,8 +92,16 @@ def connect(blocks: gr.Blocks, besides: Mapping[str, Any]) -> Any:
         [field.change for field in fields], None, [draft, *fields], [draft], js=save,
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
-    restored = blocks.load(restore, [draft], fields, **QUIET)
-    return restored.then(None, None, None, js="() => { window.ddRestored = true; }", **QUIET)
+    own = {
+        field.elem_id: name
+        for name, field in named.items()
+        if isinstance(field, gr.Dropdown) and field.allow_custom_value and not field.multiselect
+    }
+    restored = blocks.load(
+        restore, [draft], fields, js=f"(kept) => ({{...kept, ...({_TYPED})()}})", **QUIET
+    )
+    script = _RESTORED.format(own=json.dumps(own), typed=_TYPED)
+    return restored.then(None, [draft], [draft], js=script, **QUIET)
 
 
 def can_hold(field: Any, value: object) -> bool:
@@ -86,16 +109,26 @@ def can_hold(field: Any, value: object) -> bool:
     if isinstance(field, gr.Checkbox):
         return isinstance(value, bool)
     if isinstance(field, (gr.Number, gr.Slider)):
-        least, most = getattr(field, "minimum", None), getattr(field, "maximum", None)
-        return (
-            isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and (least is None or value >= least)
-            and (most is None or value <= most)
-        )
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        if isinstance(field, gr.Slider):  # see `holding`
+            return True
+        least, most = field.minimum, field.maximum
+        return (least is None or value >= least) and (most is None or value <= most)
     if isinstance(field, gr.CheckboxGroup) or getattr(field, "multiselect", False):
         return isinstance(value, list) and all(_is_choice(field, item) for item in value)
     return _is_choice(field, value)
+
+
+def holding(field: Any, value: Any) -> Any:
+    """An update that gives a field a value; a slider is widened to it.
+
+    How far one drags is no limit: an image may have been made by the command line.
+    """
+    if not isinstance(field, gr.Slider):
+        return gr.update(value=value)
+    low, high = min(field.minimum, value), max(field.maximum, value)
+    return gr.update(value=value, minimum=low, maximum=high)
 
 
 def _is_choice(field: Any, value: object) -> bool:

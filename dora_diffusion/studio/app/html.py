@@ -11,12 +11,12 @@ from urllib.parse import quote
 from dora_diffusion.config.wording import duration
 from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.numerics.devices import has_own_memory
+from dora_diffusion.studio.app.settings import with_labels
 from dora_diffusion.studio.jobs.estimates import Estimate
 from dora_diffusion.studio.jobs.logs import log_warnings
 from dora_diffusion.studio.jobs.queue import stop_asked
 from dora_diffusion.studio.jobs.records import KINDS
 from dora_diffusion.studio.jobs.snapshot import Job
-from dora_diffusion.training.inputs.subject import outside_toy_world
 
 _WORDS = {
     "waiting": "waiting",
@@ -47,7 +47,7 @@ def empty(title: str, text: str) -> str:
 
 def note(text: str, kind: str = "info") -> str:
     """One message: ``"info"``, ``"good"``, ``"warn"`` or ``"bad"``."""
-    return f"<div class='dd-note dd-{kind}'>{esc(text)}</div>" if text else ""
+    return f"<div class='dd-note dd-{kind}'>{esc(with_labels(text))}</div>" if text else ""
 
 
 def notes(lines: Iterable[str], kind: str) -> str:
@@ -110,7 +110,7 @@ def state_pill(job: Job) -> str:
 
 def status_card(job: Job, *, stop: bool = False) -> str:
     """State, progress, time left, and what went wrong; with a button that stops it if asked."""
-    share = min(1.0, job.step / job.total) if job.total else 0.0
+    share = min(1.0, job.step / job.total) if job.total else float(job.state == "done")
     bar = (
         f"<div class='dd-bar' role='progressbar' aria-valuenow='{share:.0%}'>"
         f"<div style='width:{share:.1%}'></div></div>"
@@ -126,9 +126,6 @@ def status_card(job: Job, *, stop: bool = False) -> str:
         triggers = [f"“{trigger}”" for trigger in split_triggers(job.trigger)]
         which = "the subject" if len(triggers) == 1 else "that subject"
         cause += note(f"Write {' or '.join(triggers)} in a prompt to get {which}.", "good")
-    if job.kind == "train":
-        word = str(job.settings.get("class_word") or "")
-        cause += note(outside_toy_world(job.base, word), "warn")
     end = button("Stop", "stop", job.id) if stop and not job.has_ended else ""
     return (
         f"<div class='dd-card'><div class='dd-row'><h3>{esc(job.title)}</h3>"

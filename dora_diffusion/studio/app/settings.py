@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,13 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     for group in dict.fromkeys(SETTINGS[name].group for name in ADVANCED)
 }
 
+# Settings with a field of their own on the page, as it is labelled there.
+LABELS: Mapping[str, str] = {
+    "pretrained_model_name_or_path": "Base model", "init_adapter": "Start from",
+    "class_word": "Class", "validation_prompt": "Sample prompts", "dataset_config":
+    "Other subjects in the same run",
+}  # fmt: skip
+_LABELLED = re.compile(rf"(?:--)?\b({'|'.join(LABELS)})\b")
 # Of a setting that follows from the model where it is neither.
 _SWITCH = {"on": True, "off": False}
 
@@ -188,9 +196,20 @@ def sentence(text: str) -> str:
         >>> sentence("the model is gone"), sentence("org/model is gone"), sentence("rank is 0")
         ('The model is gone', 'org/model is gone', 'rank is 0')
     """
+    text = with_labels(text)
     word = text.partition(" ")[0]
     is_name = not word.isalpha() or word in SETTINGS or Path(word).exists()
     return text if is_name else text[:1].upper() + text[1:]
+
+
+def with_labels(text: str) -> str:
+    """A message in which settings are called as the page's own fields are.
+
+    Example:
+        >>> with_labels("name another pretrained_model_name_or_path")
+        'name another “Base model”'
+    """
+    return _LABELLED.sub(lambda name: f"“{LABELS[name[1]]}”", text)
 
 
 def setting_text(value: Any) -> Any:

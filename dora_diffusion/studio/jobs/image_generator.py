@@ -73,9 +73,6 @@ class GenerationRequest:
             ("steps", self.settings.steps, 1, MAX_STEPS),
             ("width", self.settings.width or 8, 8, MAX_SIDE),
             ("height", self.settings.height or 8, 8, MAX_SIDE),
-            ("strength", self.strengths.strength, -2, 3),
-            ("direction", self.strengths.direction_strength, -2, 3),
-            ("magnitude", self.strengths.magnitude_strength, -2, 3),
             ("seed", self.seed, -1, SEED_LIMIT - 1),
         ):
             if not low <= value <= high:

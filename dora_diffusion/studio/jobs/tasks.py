@@ -26,6 +26,7 @@ from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.names import file_stem
 from dora_diffusion.formats.layouts import CONVERSIONS, FOLDERS, PROGRAMS
 from dora_diffusion.models.locate import is_embedded
+from dora_diffusion.numerics.weights import require_strength
 from dora_diffusion.studio.jobs.base_model import path_here
 from dora_diffusion.studio.jobs.checkpoints import chosen_adapter
 from dora_diffusion.studio.jobs.queue import create_job, delete_job, requeue_job
@@ -203,10 +204,10 @@ def start_merge(workspace: Workspace, run: Job, strength: float, checkpoint: str
     """Queue a job that merges a run's adapter into its base, as one file. Returns its id.
 
     Raises:
-        UserError: If the run has no adapter, or the strength is out of its limits.
+        UserError: If the run has no adapter.
+        ValueError: If the strength is out of its limits.
     """
-    if not -2 <= strength <= 3:
-        raise UserError(f"the strength is {strength:g}; it must be between -2 and 3")
+    require_strength("strength", strength)
     adapter = chosen_adapter(run, checkpoint)
     # What is in the file, so that no merge replaces another one.
     name = file_name(run, f"strength-{strength:g}", checkpoint)
@@ -323,7 +324,7 @@ def start_conversion(workspace: Workspace, run: Job, target: str) -> str:
         )
     variant = run.base_model.variant if base else None
     settings = dataclasses.replace(settings, base=base, variant=variant, overwrite=True)
-    title = f"Convert {run.title} for {target}"
+    title = f"Convert {run.title} for {targets()[target].partition(' (')[0]}"
     record = JobRecord(_words(settings), title, run.id, run.base, output)
     return create_job(workspace.new_job(), record)
 

@@ -14,7 +14,7 @@ from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.draft import LIMIT, can_hold, kept_fields
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.page import build_page
-from dora_diffusion.studio.app.settings import ADVANCED
+from dora_diffusion.studio.app.settings import ADVANCED, LABELS
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_every_field_of_the_page_is_kept_under_a_name_of_its_own(blocks: gr.Bloc
         and one["props"].get("interactive") is not False
     }  # fmt: skip
     assert {field._id for field in kept.values()} == inputs
-    assert {f"train/{name}" for name in ADVANCED} < set(kept)
+    assert {f"train/{LABELS.get(name, name)}" for name in ADVANCED} < set(kept)
     assert {name.partition("/")[0] for name in kept} == {
         "subject", "train", "generate", "library", "compare"
     }  # fmt: skip
@@ -41,7 +41,7 @@ FIELDS: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "text": (gr.Textbox(max_length=5), ["", "abcde"], ["abcdef", 3, None, ["a"]]),
     "long text": (gr.Textbox(), ["x" * LIMIT], ["x" * (LIMIT + 1)]),
     "number": (gr.Number(minimum=1), [1, 2.5], [0, "1", True, None]),
-    "slider": (gr.Slider(0, 2), [0, 2], [-0.1, 2.1, "1", False, None]),
+    "slider": (gr.Slider(0, 2), [-0.1, 0, 2, 2.1], ["1", False, None]),
     "box": (gr.Checkbox(), [True, False], ["yes", 1, None]),
     "boxes": (gr.CheckboxGroup(["a", "b"]), [[], ["a", "b"]], [["c"], "a", [1], None]),
     "radio": (gr.Radio(["a", "b"]), ["a"], ["c", "", None, ["a"]]),
@@ -79,3 +79,15 @@ def test_what_was_kept_is_filled_in_again(blocks: gr.Blocks) -> None:
         if "value" in update
     }
     assert values == {"rank": "17", "Seed": 5}
+
+
+def test_a_slider_is_widened_to_what_an_image_or_an_earlier_visit_says(blocks: gr.Blocks) -> None:
+    kept = {"generate/Strength": 2.5, "generate/Direction": -1, "generate/Magnitude": 0.5}
+    dependency = restoring(blocks)
+    updates = zip(dependency.outputs, dependency.fn(kept), strict=True)
+    limits = {
+        field.label: (update["minimum"], update["value"], update["maximum"])
+        for field, update in updates
+        if "value" in update
+    }
+    assert limits == {"Strength": (0, 2.5, 2.5), "Direction": (-1, -1, 2), "Magnitude": (0, 0.5, 2)}

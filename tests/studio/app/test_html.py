@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.logs import log_tail
 from dora_diffusion.studio.jobs.snapshot import read_job, snapshot
 from dora_diffusion.studio.jobs.workspace import Workspace, write_json
-from tests.studio.jobs.helpers import about, make, started_run
+from dora_diffusion.training.loop import checked
+from tests.studio.jobs.helpers import about, make, photo, started_run
 
 
 @pytest.fixture
@@ -34,10 +33,19 @@ def test_titles_are_escaped(workspace: Workspace) -> None:
     assert "&lt;script&gt;alert(2)" in page
 
 
-def test_a_run_names_its_model_and_device_and_what_the_model_does_not_know(
-    workspace: Workspace,
+def test_a_run_names_its_model_and_device_and_says_once_what_the_model_does_not_know(
+    workspace: Workspace, tmp_path: Path
 ) -> None:
-    settings = TrainConfig(max_train_steps=10, token="sks", class_word="dog")
+    photo(tmp_path / "a.jpg")
+    settings = TrainConfig(
+        max_train_steps=10,
+        token="sks",
+        class_word="dog",
+        instance_data_dir=str(tmp_path),
+        instance_prompt="a photo of a sks dog",
+    )
+    with pytest.warns(UserWarning, match="toy model") as warned:
+        checked(settings)
     folder = make(workspace, "sks dog", **settings.to_dict())
     write_json(folder / records.PROGRESS, {"phase": "training", "device_name": "NVIDIA X"})
     write_json(folder / records.RESULT, {"code": 143})
@@ -47,12 +55,27 @@ def test_a_run_names_its_model_and_device_and_what_the_model_does_not_know(
         assert job is not None
         return html.status_card(job)
 
+    log = "".join(f"warning: {each.message}\n" for each in warned)
+    (folder / records.LOG).write_text(log, encoding="utf-8")
     assert "embedded:tiny-sd on NVIDIA X" in card()
-    assert "toy model of a drawn world" in card()
-    (folder / records.SETTINGS).write_text(
-        as_yaml(dataclasses.replace(settings, class_word="mugs")), encoding="utf-8"
-    )
-    assert "toy model" not in card()
+    assert card().count("toy model of a drawn world") == 1
+    assert "Name another “Base model”." in card()
+
+
+@pytest.mark.parametrize(("code", "share"), [(0, "100.0%"), (1, "0.0%")])
+def test_the_bar_of_a_job_without_units_is_full_when_it_is_done(
+    workspace: Workspace, tmp_path: Path, code: int, share: str
+) -> None:
+    output = tmp_path / "a.safetensors"
+    output.touch()
+    folder = workspace.new_job()
+    folder.mkdir()
+    record = records.JobRecord(["convert", "a", str(output)], "Convert a", output=str(output))
+    records.write_record(folder, record)
+    write_json(folder / records.RESULT, {"code": code})
+    job = read_job(folder)
+    assert job is not None
+    assert f"style='width:{share}'" in html.status_card(job)
 
 
 @pytest.mark.parametrize(

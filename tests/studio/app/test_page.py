@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +13,19 @@ import pytest
 pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio
 
+from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.page import _changes, build_page, read_again_if_deleted
+from dora_diffusion.studio.app.settings import _NOT_ADVANCED, LABELS, SETTINGS, sentence
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.snapshot import snapshot
 from dora_diffusion.studio.jobs.subjects import add_photos, new_subject
 from dora_diffusion.studio.jobs.workspace import Workspace, write_json
 from tests.studio.jobs.helpers import DAMAGES, about, damage, ended_run, forbid, photo, started_run
+
+# What the app decides itself, and names that stand for more than one field.
+_UNLABELLED = _NOT_ADVANCED - {*LABELS}
 
 
 def test_only_what_changed_is_made_and_sent() -> None:
@@ -244,3 +250,43 @@ def test_nothing_is_said_to_be_gone_for_good(context: Context) -> None:
     page = str(build_page(context).get_config_file())
     assert "There is no way back" not in page
     assert "Runs that were trained on it keep copies" in page
+
+
+def _texts(value: object) -> list[str]:
+    """All text in a component's properties that a person reads."""
+    if isinstance(value, (list, tuple)):
+        return [text for item in value for text in _texts(item)]
+    return [re.sub("<[^>]*>", " ", value)] if isinstance(value, str) else []
+
+
+def test_no_setting_is_called_by_its_raw_name_but_among_the_advanced_ones(
+    app: tuple[Context, dict[str, Any]],
+) -> None:
+    blocks = build_page(app[0])
+    raw = re.compile(rf"\b({'|'.join(name for name in SETTINGS if '_' in name)})\b")
+    seen = 0
+    for part in blocks.blocks.values():
+        inside, parent = False, part
+        while parent is not None:
+            inside |= str(getattr(parent, "label", "")).startswith("Advanced settings")
+            parent = parent.parent
+        shown = ("label", "info", "placeholder", "value", "choices")
+        texts = [text for name in shown for text in _texts(getattr(part, name, None))]
+        seen += len(texts)
+        # There, a name is the label of the field beside it.
+        unknown = raw if not inside else re.compile(rf"\b({'|'.join(LABELS)})\b")
+        assert [text for text in texts if unknown.search(text)] == [], part
+    assert seen > 500
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in _UNLABELLED])
+def test_a_message_calls_a_setting_as_its_field_is_called(
+    app: tuple[Context, dict[str, Any]], name: str
+) -> None:
+    labels = {getattr(part, "label", None) for part in build_page(app[0]).blocks.values()}
+    message = f"{name} is wrong; see --{name}"
+    label = LABELS.get(name, name)
+    assert label in labels
+    told = message if label == name else f"“{label}” is wrong; see “{label}”"
+    assert html.note(message) == f"<div class='dd-note dd-info'>{told}</div>"
+    assert sentence(message) == told

@@ -22,7 +22,7 @@ from dora_diffusion.formats.layouts import PROGRAMS
 from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.checkpoints import chosen_adapter
 from dora_diffusion.studio.jobs.queue import delete_job, stop_job
-from dora_diffusion.studio.jobs.snapshot import Job
+from dora_diffusion.studio.jobs.snapshot import Job, read_run
 from dora_diffusion.studio.jobs.subjects import read_subject, save_caption
 from dora_diffusion.studio.jobs.workspace import UserError, Workspace, ids_in
 from tests.studio.jobs.helpers import about, ended_run, job_of, make, seen
@@ -231,8 +231,8 @@ def test_merges_of_a_run_do_not_replace_each_other(finished: tuple[Workspace, st
         f"{named}-step-3-strength-0.5-merged.safetensors",
         f"{named}-step-2-strength-0.5-merged.safetensors",
     ]
-    for strength in (-2.5, 3.5, float("nan")):
-        with pytest.raises(UserError, match="must be between -2 and 3"):
+    for strength in (-10.5, 10.5, float("nan")):
+        with pytest.raises(ValueError, match="must be between -10 and 10"):
             tasks.start_merge(workspace, job, strength)
 
 
@@ -289,7 +289,10 @@ def test_a_download_is_named_and_lies_in_the_exports(
     workspace, run = finished[0], job_of(finished)
     job = tasks.start_conversion(workspace, run, target)
     args = parsed(job, workspace)
+    title = read_run(workspace, job).title
     delete_job(workspace, job)
+    # By the words that were chosen from.
+    assert tasks.targets()[target].startswith(title.removeprefix(f"Convert {run.title} for "))
     suffix = "zip" if target == "peft" else "safetensors"
     name = f"sks-dog-{run.id[:15]}-step-3-{target}.{suffix}"
     assert Path(args.output) == workspace.exports / run.id / target / name

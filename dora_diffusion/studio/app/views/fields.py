@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.config import Setting
-from dora_diffusion.studio.app.settings import setting_text, shown_choices
+from dora_diffusion.studio.app.settings import setting_text, shown_choices, with_labels
 
 # How handlers are registered: not in the API's list, with or without a sign of work.
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -41,7 +41,7 @@ def image_or_blank(make: Callable[[], Any], label: str) -> tuple[Any, str]:
 def setting_field(setting: Setting, value: Any) -> Any:
     """The field of a setting: its name on the command line, its help, its choices."""
     text = setting_text(value)
-    common: dict[str, Any] = {"label": setting.name, "info": setting.help}
+    common: dict[str, Any] = {"label": setting.name, "info": with_labels(setting.help)}
     if setting.kind is bool and setting.default is not None:
         return gr.Checkbox(text, **common)
     if choices := shown_choices(setting):
@@ -49,7 +49,7 @@ def setting_field(setting: Setting, value: Any) -> Any:
     limit = 500 if setting.is_list else 40 if setting.kind in (int, float) else 1000
     return gr.Textbox(
         text,
-        placeholder=f"default: {setting.default_text}",
+        placeholder=with_labels(f"default: {setting.default_text}"),
         max_lines=1,
         max_length=limit,
         **common,

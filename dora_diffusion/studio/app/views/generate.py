@@ -13,6 +13,7 @@ from dora_diffusion.formats.files.runs import RESULT_NAME
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context, plain
+from dora_diffusion.studio.app.draft import holding
 from dora_diffusion.studio.app.views.fields import (
     CLICKS,
     QUIET,
@@ -208,8 +209,11 @@ def connect(context: Context, tab: GenerateTab) -> None:
         if not file:
             return [gr.skip()] * len(names)
         parameters = read_generation_settings(Path(file))
-        values = (field_value(name, parameters) for name in names)
-        return [gr.skip() if value is None else gr.update(value=value) for value in values]
+        values = [field_value(name, parameters) for name in names]
+        return [
+            gr.skip() if value is None else holding(field, value)
+            for field, value in zip(fields, values, strict=True)
+        ]
 
     @plain
     def show(event: gr.EventData) -> list[Any]:

@@ -118,7 +118,7 @@ def _editor(photo: Path, subject_id: str) -> str:
     return (
         "<div class='dd-editor'><p class='dd-quiet'>Drag a rectangle to crop, or write it in "
         "percent of the photo. Or paint over the "
-        "subject: then only what is painted is learned (masked_loss).</p>"
+        "subject: then only what is painted is learned.</p>"
         f"<div class='dd-tools'>{tools}<button class='dd-tool' data-do='clear'>Start over</button>"
         f"</div><canvas data-photo='{editor_image(photo)}' data-version='{version}'></canvas>"
         f"<div class='dd-tools'>{sides}</div><div class='dd-tools'>"

@@ -46,8 +46,7 @@ def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> 
             return None
         if not text.isdecimal() or int(text) == 0:
             raise UserError(f"the {name} is {text!r}; write pixels, such as 512, or leave it empty")
-        # Latents have 8 pixels a side.
-        return max(8, round(int(text) / 8) * 8)
+        return int(text)
 
     settings = SamplingSettings(
         steps=int(form["steps"] or SamplingSettings.steps),

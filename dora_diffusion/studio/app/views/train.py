@@ -18,6 +18,7 @@ from dora_diffusion.studio.app.settings import (
     ADVANCED,
     EMBEDDED,
     GROUPS,
+    LABELS,
     SETTINGS,
     command_line,
     idle_settings,
@@ -95,7 +96,7 @@ class TrainTab:
         )
         with gr.Row():
             self.class_word = gr.Textbox(
-                label="Class",
+                label=LABELS["class_word"],
                 info="In one or two words: mug, dog, toy robot.",
                 max_lines=1,
                 min_width=140,
@@ -104,7 +105,7 @@ class TrainTab:
             self.token = gr.Textbox(
                 "sks",
                 label="Token",
-                info="The trigger word: a rare one, for this subject alone.",
+                info="The trigger word: a rare one.",
                 max_lines=1,
                 min_width=140,
                 elem_id="token",
@@ -112,7 +113,7 @@ class TrainTab:
         # Ids are looked up where they are used: see `id_dropdown`.
         self.others = gr.Dropdown(
             [],
-            label="Other subjects in the same run",
+            label=LABELS["dataset_config"],
             info="Each is learned with its own token and class.",
             multiselect=True,
             allow_custom_value=True,
@@ -130,7 +131,7 @@ class TrainTab:
         self.model = gr.Dropdown(
             [(base.label, base.name) for base in context.bases()],
             value=EMBEDDED,
-            label="Base model",
+            label=LABELS["pretrained_model_name_or_path"],
             info="The embedded ones are toys that train in minutes on a laptop. For real "
             "photos: Stable Diffusion or SDXL. Or type a hub id, a Diffusers folder or a "
             ".safetensors checkpoint.",
@@ -141,8 +142,8 @@ class TrainTab:
             "init_adapter": gr.Dropdown(
                 [_NEW_ADAPTER],
                 value="",
-                label="init_adapter",
-                info="Start from an adapter: a run of the library, which sets base model, rank and "
+                label=LABELS["init_adapter"],
+                info="An adapter: a run of the library, which sets base model, rank and "
                 "layers, or a file of another program.",
                 allow_custom_value=True,
                 elem_id="init-adapter",
@@ -159,10 +160,10 @@ class TrainTab:
     def _add_advanced(self) -> None:
         self.prompts = gr.Textbox(
             _PROMPTS,
-            label="Sample prompts, one per line",
-            info="{subject} becomes token and class. A line may end with --n negative prompt, "
-            "--d seed, --w width, --h height, --l guidance, --s steps, --ss scheduler, and --drift "
-            "where it leaves out the token.",
+            label=LABELS["validation_prompt"],
+            info="One per line. {subject} becomes token and class. A line may end with --n "
+            "negative prompt, --d seed, --w width, --h height, --l guidance, --s steps, --ss "
+            "scheduler, and --drift where it leaves out the token.",
             lines=2,
             max_length=4000,
             elem_id="sample-prompts",

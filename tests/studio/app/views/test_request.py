@@ -8,14 +8,32 @@ from typing import Any
 
 import pytest
 
+from dora_diffusion.numerics.weights import STRENGTH_LIMIT
 from dora_diffusion.studio.jobs.workspace import UserError
 
 
 @pytest.mark.parametrize(
-    ("text", "pixels"), [("", None), (" ", None), ("512", 512), ("100", 96), (64, 64), ("3", 8)]
+    ("text", "pixels"), [("", None), (" ", None), ("512", 512), ("504", 504), (64, 64)]
 )
 def test_an_empty_size_is_the_model_s(text: object, pixels: int | None) -> None:
     assert _asked(width=text).settings.width == pixels
+
+
+@pytest.mark.parametrize(("text", "next_size"), [("500", 504), ("3", 8)])
+def test_a_size_is_refused_as_on_the_command_line(text: str, next_size: int) -> None:
+    with pytest.raises(ValueError, match=f"width is {text}; .* such as {next_size}"):
+        _asked(width=text)
+
+
+@pytest.mark.parametrize("name", ["strength", "direction", "magnitude"])
+def test_the_limits_of_strengths_are_the_library_s(name: str) -> None:
+    for value in (-STRENGTH_LIMIT, STRENGTH_LIMIT):
+        strengths = _asked(**{name: value}).strengths
+        assert value in (
+            strengths.strength, strengths.direction_strength, strengths.magnitude_strength
+        )  # fmt: skip
+        with pytest.raises(ValueError, match=f"must be between -{STRENGTH_LIMIT} and"):
+            _asked(**{name: 1.01 * value})
 
 
 @pytest.mark.parametrize("text", ["0", "-8", "wide", "1.5"])

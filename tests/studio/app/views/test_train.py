@@ -173,7 +173,7 @@ def settings_field(context: Context, name: str) -> Any:
 def test_a_field_says_what_the_setting_says(context: Context) -> None:
     alpha = settings_field(context, "lora_alpha")
     assert (alpha.info, alpha.placeholder, alpha.value) == (
-        "Alpha of Linear layers.", "default: rank, or init_adapter's", "",
+        "Alpha of Linear layers.", "default: rank, or “Start from”'s", "",
     )  # fmt: skip
     minutes = settings_field(context, "checkpointing_minutes")
     assert minutes.placeholder == "default: 5.0"
@@ -383,5 +383,5 @@ def test_a_run_of_the_library_is_started_from_with_its_base_model_and_layers(
         settings = yaml.safe_load((newest / records.SETTINGS).read_text(encoding="utf-8"))
         assert Path(settings["init_adapter"]).parent == folder
     other = asked(context, subject, EMBEDDED, init_adapter=str(tmp_path / "x.safetensors"))
-    with pytest.raises(gradio.Error, match="accepts no folder for init_adapter"):
+    with pytest.raises(gradio.Error, match="accepts no folder for “Start from”"):
         handler(context, "start")("", *other)
