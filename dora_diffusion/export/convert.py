@@ -149,7 +149,8 @@ def convert_adapter(
         adapter = _read(source, target, model, alpha)
         program, target = target if target in PROGRAMS else "", conversion_of(target, adapter)
         settings = FitSettings(rank, conv_rank, energy, dtype=dtype)
-        settings = _check_request(target, base, settings, PROGRAMS.get(program))
+        trained_on = adapter.metadata.base_model
+        settings = _check_request(target, base, settings, PROGRAMS.get(program), trained_on)
         settings = dataclasses.replace(settings, norm_axis=axis_of(adapter.layers.values()))
         kind = _key_format(target, adapter, settings, model)
         check_free(output, layout_named(kind).file_name, inputs, overwrite)
@@ -158,7 +159,7 @@ def convert_adapter(
         adapter, errors, total = _of_smaller_rank(adapter, target, settings, model)
         path = write_adapter(output, adapter, kind, dtype=dtype, base=model)
     count, written = len(adapter.layers), _written_as(target, adapter)
-    notes = (*adapter.notes, *embedding_notes(path, embeddings))
+    notes = (*adapter.notes, *embedding_notes(path, embeddings, program))
     growth = StoredAdapter.open(path).nbytes / StoredAdapter.open(source).nbytes
     return ConversionReport(path, written, count, errors, total, notes, embeddings, program, growth)
 
@@ -183,7 +184,11 @@ def conversion_of(target: str, adapter: AdapterFile) -> str:
 
 
 def _check_request(
-    target: str, base: AnyModel | None, settings: FitSettings, program: Program | None
+    target: str,
+    base: AnyModel | None,
+    settings: FitSettings,
+    program: Program | None,
+    trained_on: str,
 ) -> FitSettings:
     """Refuse what cannot be done; the settings with the rank that a target has by default.
 
@@ -195,7 +200,10 @@ def _check_request(
         files = f"{target} files are"
         if program is not None:
             files = f"{program.title} needs this adapter as a {target} file, which is"
-        raise ExportError(f"{files} made for one base model; give that model with --base")
+        raise ExportError(
+            f"{files} made for one base model; give that model with --base"
+            + (f" (it was trained on {trained_on})" if trained_on else "")
+        )
     limits = {name: getattr(settings, name) for name in ("rank", "conv_rank", "energy")}
     given, reason = [name for name, value in limits.items() if value is not None], ""
     if not CONVERSIONS[target].takes_rank:

@@ -85,15 +85,19 @@ def test_refusals_say_what_to_do(
     with pytest.raises(ExportError, match="unknown target 'x'; there is comfyui, forge, a1111"):
         convert_adapter(source, tmp_path / "b", "x")
     for target in ("comfyui", "dense", "lora", "lora-diffusers"):
-        with pytest.raises(ValueError, match="made for one base model"):
+        with pytest.raises(ValueError, match=r"made for one base model.* with --base$"):
             convert_adapter(source, tmp_path / "b", target)
+    metadata = AdapterMetadata(base_model="org/model")
+    named = write_adapter(tmp_path / "named", AdapterFile(layers, metadata))
+    with pytest.raises(ValueError, match=r"with --base \(it was trained on org/model\)$"):
+        convert_adapter(named, tmp_path / "b", "a1111")
     for rank in (0, -3):
         with pytest.raises(ExportError, match=f"rank is {rank}; it must be at least 1"):
             convert_adapter(source, tmp_path / "b", "lora", base=sd1_folder, rank=rank)
     for name in ("a.pt", "a.ckpt", "a.bin"):
         with pytest.raises(ExportError, match="pickles are not written"):
             convert_adapter(source, tmp_path / name, "kohya", family="sd1")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "named"]
     with pytest.raises(ExportError, match="is or holds what is read for it"):
         convert_adapter(source, tmp_path / "a", "diffusers")
     convert_adapter(source, tmp_path / "d", "diffusers")

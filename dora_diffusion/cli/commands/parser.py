@@ -20,6 +20,11 @@ _OTHER_NAMES = {
     "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "num_inference_steps": "steps",
     "sampler": "scheduler", "format": "to", "negative": "negative_prompt", "weight": "strength",
 }  # fmt: skip
+# And for the programs of convert --to, which `closest` does not find or takes for another.
+_OTHER_VALUES = {
+    "automatic1111": "a1111", "webui": "a1111", "stable-diffusion-webui": "a1111",
+    "kohya-ss": "sd-scripts", "kohya-sd-scripts": "sd-scripts", "sd-webui-forge": "forge",
+}  # fmt: skip
 _TYPES = {"int": "a whole number", "float": "a number"}
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 CONFIG_HELP = "YAML file of settings; flags given here take precedence over it."
@@ -219,7 +224,8 @@ class Parser(argparse.ArgumentParser):
             words = [word.strip().strip("'") for word in choice[3].split(",")]
             choices = [word for word in words if word != "None"]
             what = "there is no command" if choice[1] == "COMMAND" else f"{choice[1]} cannot be"
-            near = closest(choice[2], choices)
+            near = _OTHER_VALUES.get(choice[2])
+            near = near if near in choices else closest(choice[2], choices)
             hint = f" (did you mean {near}?)" if near else ""
             return f"{what} {choice[2]!r}{hint}; choose {', '.join(choices)}"
         number = re.fullmatch(r"argument (.+?): invalid (\w+) value: (.*)", message, re.DOTALL)

@@ -48,6 +48,18 @@ class MissingToken(Note):
     """The file of a trained token is not there."""
 
 
+# How a prompt gets a trained word, by program.
+_WEB_UI = f"in A1111 and Forge copy its file to {EMBEDDINGS} and write the file's name"
+_USES = {
+    "a1111": _WEB_UI,
+    "forge": _WEB_UI,
+    "comfyui": f"in ComfyUI copy its file to models/{EMBEDDINGS} and write embedding:NAME",
+    "invokeai": "in InvokeAI import it and write <NAME>",
+    "diffusers": "in Diffusers load_textual_inversion(FILE, token=WORD), and of SDXL its clip_l "
+    "and its clip_g, each with its text encoder and tokenizer",
+}
+
+
 def embedding_files(folder: Path, stem: str, tokens: Collection[str]) -> dict[str, Path]:
     """The file of each token.
 
@@ -57,7 +69,8 @@ def embedding_files(folder: Path, stem: str, tokens: Collection[str]) -> dict[st
         tokens: The tokens, such as ``<s1>``.
     """
     files: dict[str, Path] = {}
-    start = "" if stem in ("", *_DEFAULT_STEMS) else f"{stem}_"
+    # ComfyUI reads embedding:NAME up to a space, and brackets, colons and commas as syntax.
+    start = "" if stem in ("", *_DEFAULT_STEMS) else re.sub(r"[^\w.-]+", "_", stem) + "_"
     for number, token in enumerate(tokens, 1):
         word = re.sub(r"\W+", "", token) or str(number)
         file = folder / EMBEDDINGS / f"{start}{word}.safetensors"
@@ -230,28 +243,29 @@ def check_tokens(
             )
 
 
-def embedding_notes(written: Path, files: Mapping[str, Path]) -> list[str]:
+def embedding_notes(written: Path, files: Mapping[str, Path], program: str = "") -> list[str]:
     """How programs get the trained tokens of what was written; nothing if there are none.
 
     Args:
         written: The adapter or model.
         files: The files of its tokens, by token.
+        program: The program that it was made for, if it was for one.
     """
     if not files:
         return []
+    ways = [_USES[program]] if program in _USES else dict.fromkeys(_USES.values())
     keys = read_header(written).specs if written.is_file() else ()
     is_bundled = any(map(BUNDLED_TOKEN.fullmatch, keys))
     names = [f"{token} in {EMBEDDINGS}/{file.name}" for token, file in files.items()]
     notes = [
         f"it does not have its trained words itself: {listing(names, 8)}",
-        f"to use a word, in A1111 and Forge copy its file to {EMBEDDINGS} and write the file's "
-        f"name, in ComfyUI to models/{EMBEDDINGS} and write embedding:NAME; in InvokeAI import it "
-        "and write <NAME>; in Diffusers load_textual_inversion(FILE, token=WORD), and of SDXL its "
-        "clip_l and its clip_g, each with its text encoder and tokenizer",
+        f"to use a word, {'; '.join(ways)}",
     ]
-    if is_bundled:
+    if is_bundled and program in ("", "a1111", "civitai"):
         notes[0] = f"it has its trained words itself, which A1111 reads, and: {listing(names, 8)}"
         notes += bundled_notes(files)
+    elif is_bundled:
+        notes[0] = f"its trained words are also files of their own: {listing(names, 8)}"
     return notes
 
 

@@ -7,6 +7,7 @@ in grey; checkpoints also differ in their marker.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -76,8 +77,9 @@ def _draw_run(panel: Any, run: RunChange) -> None:
 
 
 def save_figure(figure: Figure, file: Path, *, dpi: int) -> None:
-    """Write a figure as PNG."""
-    with atomic_file(file) as temporary:
+    """Write a figure as PNG; letters of a name that no font has are boxes, without a warning."""
+    with atomic_file(file) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         figure.savefig(temporary, format="png", dpi=dpi, facecolor="white")
 
 

@@ -11,6 +11,11 @@ from dora_diffusion.cli.commands.train import FIRST, train_config
 from dora_diffusion.config import settings
 
 MISUSES = [
+    ("convert a b --to AUTOMATIC1111", "(did you mean a1111?)"),
+    ("convert a b --to webui", "(did you mean a1111?)"),
+    ("convert a b --to kohya_ss", "(did you mean sd-scripts?)"),
+    ("convert a b --to comfy", "(did you mean comfyui?)"),
+    ("convert a b --to invoke", "(did you mean invokeai?)"),
     ("train --lr 1e-4", "there is no flag --lr (did you mean --learning_rate?)"),
     ("train --steps 9", "there is no flag --steps (did you mean --max_train_steps?)"),
     ("train --network_dim 8", "there is no flag --network_dim (did you mean --rank?)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from dora_diffusion.formats.adapter.embeddings import (
     are_equal,
     bundled,
     embedding_files,
+    embedding_notes,
     read_embedding,
     write_embeddings,
 )
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.formats.layouts import PROGRAMS
 from dora_diffusion.numerics.weights import LayerWeights
 
 WIDTHS = {"sd1": [768], "sd2": [1024], "sdxl": [768, 1280]}
@@ -120,3 +123,30 @@ def test_a_family_that_is_not_known_gets_the_usual_keys() -> None:
 def test_a_file_of_another_trainer_is_called_by_its_name(tmp_path: Path) -> None:
     save_file({"emb_params": torch.ones(2, 8)}, tmp_path / "mine.safetensors")
     assert list(read_embedding(tmp_path / "mine.safetensors")) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    "stem", ["my dog", "dog (1)", "a,b", "a:b", "[x]", "a\tb", "süß-2.0", "my  dog  "]
+)
+def test_a_word_s_file_has_a_name_that_a_prompt_can_hold(tmp_path: Path, stem: str) -> None:
+    """ComfyUI takes a name up to the next space, and brackets, colons and commas as its syntax."""
+    [file] = embedding_files(tmp_path, stem, ["<bolt>"]).values()
+    assert file.name.endswith("_bolt.safetensors")
+    assert not re.search(r"[\s()\[\]{}:,]", file.name)
+    kept = re.sub(r"[^\w.-]", "", stem)
+    assert re.sub("_", "", file.stem.removesuffix("_bolt")) == kept
+
+
+@pytest.mark.parametrize("program", ["", *PROGRAMS])
+def test_of_words_the_program_that_was_asked_for_is_told_of_alone(
+    tmp_path: Path, program: str
+) -> None:
+    written = tmp_path / "a.safetensors"
+    save_file({"x": torch.zeros(1)}, written)
+    *_, how = embedding_notes(written, {"<bolt>": tmp_path / "a_bolt.safetensors"}, program)
+    titles = {
+        "a1111": {"A1111", "Forge"}, "forge": {"A1111", "Forge"}, "comfyui": {"ComfyUI"},
+        "invokeai": {"InvokeAI"}, "diffusers": {"Diffusers"},
+    }  # fmt: skip
+    every = {"A1111", "Forge", "ComfyUI", "InvokeAI", "Diffusers"}
+    assert {title for title in every if title in how} == titles.get(program, every)

@@ -101,3 +101,11 @@ def test_files_are_images_on_white(analysis: Analysis, tmp_path: Path) -> None:
         assert (pixels[..., 3] == 255).all()
         assert (pixels[0, 0] == 255).all()
         assert (pixels == 255).all(-1).mean() > 0.2
+
+
+def test_a_name_that_no_font_has_is_no_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    run = RunChange("run 🐕 犬", [checkpoint(1, 1.0)])
+    write_plots(analysis_of(run), tmp_path)
+    assert [str(each.message) for each in recwarn] == []

@@ -114,19 +114,19 @@ class GenerateTab:
                 1, 100, SampleSettings.validation_inference_steps, step=1, label="Steps"
             )
             self.form["scheduler"] = gr.Dropdown([OWN, *SCHEDULERS], value=OWN, label="Scheduler")
-            with gr.Row():
-                # Text: an empty number field turns into 0 when it is unfolded.
-                for name, label, unset in (
-                    ("guidance_scale", "Guidance (CFG scale)", "the run's"),
-                    ("width", "Width", "the model's"),
-                    ("height", "Height", "the model's"),
-                    ("max_token_length", "Tokens read (75, 150, ...; 0: all)", "the run's"),
-                    ("clip_skip", "Clip skip, as Diffusers counts", "the run's"),
-                ):
-                    self.form[name] = gr.Textbox(
-                        label=label, placeholder=unset, max_lines=1,
-                        max_length=5, min_width=90, elem_id=name,
-                    )  # fmt: skip
+            # Text: an empty number field turns into 0 when it is unfolded.
+            for row in (
+                (("guidance_scale", "Guidance (CFG)", "the run's"),
+                 ("width", "Width", "the model's"), ("height", "Height", "the model's")),
+                (("max_token_length", "Tokens read (75, 150, ...; 0: all)", "the run's"),
+                 ("clip_skip", "Clip skip, as Diffusers counts", "the run's")),
+            ):  # fmt: skip
+                with gr.Row():
+                    for name, label, unset in row:
+                        self.form[name] = gr.Textbox(
+                            label=label, placeholder=unset, max_lines=1,
+                            max_length=5, min_width=90, elem_id=name,
+                        )  # fmt: skip
 
     def _add_actions(self) -> None:
         self.turn = html_block(elem_id="turn", js_on_load=CLICKS)

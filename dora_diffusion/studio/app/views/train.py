@@ -384,11 +384,9 @@ def _connect_words(context: Context, tab: TrainTab, subjects: SubjectTab, restor
         return [*words, {**typed, "subject": stored.id}]
 
     @plain
-    def keep(typed: Any) -> None:
-        if isinstance(typed, dict) and typed.get("subject"):
-            keep_words(
-                context.workspace, typed["subject"], typed.get("class_word"), typed.get("token")
-            )
+    def keep(subject_id: str | None, class_word: str, token: str) -> None:
+        if subject_id:
+            keep_words(context.workspace, subject_id, class_word, token)
 
     words = [tab.class_word, tab.token]
     gr.on(
@@ -396,7 +394,8 @@ def _connect_words(context: Context, tab: TrainTab, subjects: SubjectTab, restor
         js=_KEEP_WORDS,
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
-    gr.on([word.blur for word in words], keep, [tab.words], None, **QUIET)
+    # From the fields: what the browser keeps follows by an event of its own, which may be later.
+    gr.on([word.blur for word in words], keep, [subjects.pick, *words], None, **QUIET)
     asked, filled = [subjects.pick, tab.words], [*words, tab.words]
     subjects.pick.change(fill, asked, filled, **QUIET)
     restored.then(fill, asked, filled, **QUIET)

@@ -229,21 +229,30 @@ def typed(subject: str, class_word: str, token: str) -> dict[str, str]:
 
 
 def test_class_and_token_stay_with_the_subject(context: Context, subject: str) -> None:
+    from dora_diffusion.studio.app.page import build_page
+
     keep, fill = handler(context, "keep"), handler(context, "fill", nth=0)
     other = new_subject(context.workspace, "Other", "cat")
-    keep(typed(subject, " teacup ", "zwx"))
+    keep(subject, " teacup ", "zwx")
     assert fill(subject, {})[:2] == ["teacup", "zwx"]
     # What was typed and not kept yet, for its own subject alone.
     words = typed(subject, "bowl", "zwx")
     assert fill(subject, words) == ["bowl", "zwx", words]
     assert fill(other, words)[:2] == ["cat", "sks"]
-    keep(typed(subject, "", ""))  # a style
+    keep(subject, "", "")  # a style
     assert fill(subject, {})[:2] == ["", ""]
     assert read_subject(context.workspace, subject).title == "Mug"
-    keep(typed("", "dog", "sks"))
-    for words in (typed(subject, "x" * 101, "sks"), typed(subject, "dog", "x" * 51)):
+    keep(None, "dog", "sks")
+    for class_word, token in (("x" * 101, "sks"), ("dog", "x" * 51)):
         with pytest.raises(gradio.Error, match="at most"):
-            keep(words)
+            keep(subject, class_word, token)
+    # What is in the fields as one is left, and not what another event has made of it by then.
+    [fields] = [
+        each.inputs
+        for each in build_page(context).fns.values()
+        if getattr(each.fn, "__name__", "") == "keep"
+    ]
+    assert [getattr(field, "label", None) for field in fields] == ["Subject", "Class", "Token"]
 
 
 def test_words_typed_before_there_is_a_subject_are_the_first_one_s(context: Context) -> None:
