@@ -149,7 +149,8 @@ __all__ = sorted(_HOMES)
 
 def __dir__() -> list[str]:
     """The public names, which are not there before they are used, and the submodules."""
-    return sorted({*globals(), *__all__})
+    unlisted = {"TYPE_CHECKING", "annotations"}
+    return sorted({*globals(), *__all__} - unlisted)
 
 
 if not TYPE_CHECKING:  # A type checker knows the names, and is to report all others.

@@ -38,6 +38,9 @@ def test_the_names_are_those_with_a_home():
 def test_a_name_that_is_not_there_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'dora_diffusion' has no attribute 'nothing'"):
         _ = dora_diffusion.nothing
+    code = "import dora_diffusion; dora_diffusion.inject_adapter"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    assert done.stderr.rstrip().endswith("Did you mean: 'inject_adapters'?")
 
 
 def test_help_shows_names_signatures_and_docstrings():
@@ -48,6 +51,8 @@ def test_help_shows_names_signatures_and_docstrings():
     )
     names, _, text = done.stdout.partition("\n")
     assert set(dora_diffusion.__all__) <= set(names.split())
+    others = {name for name in names.split() if name[0] != "_"} - set(dora_diffusion.__all__)
+    assert all((PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file() for name in others)
     assert "train(config: 'TrainConfig'" in text
     assert "class SamplingSettings(" in text
     assert inspect.getdoc(dora_diffusion.generate_images).partition("\n")[0] in text

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -78,6 +79,8 @@ def require(condition: bool, message: str, setting: str = "") -> None:
 
 def require_positive(name: str, value: float | None) -> None:
     """A number must be greater than 0; None passes."""
+    is_number = value is None or isinstance(value, numbers.Real)
+    require(is_number, f"{name} is {value!r}; it must be a number", name)
     require(value is None or value > 0, f"{name} is {value}; it must be greater than 0", name)
 
 
@@ -236,7 +239,9 @@ class Setting:
 
     def _check_range(self, value: Any) -> None:
         problem = ""
-        if isinstance(value, float) and not math.isfinite(value):
+        if self.kind in (int, float) and not isinstance(value, numbers.Real):
+            problem, value = f"be {WANTED[self.kind]}", repr(value)
+        elif isinstance(value, float) and not math.isfinite(value):
             problem = "be a finite number"
         elif self.above is not None and not value > self.above:
             problem = f"be greater than {self.above:g}"

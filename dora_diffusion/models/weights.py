@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,16 +87,21 @@ def quiet_libraries() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     states = [
-        (logging, logging.is_progress_bar_enabled(), logging.get_verbosity())
-        for logging in (diffusers_logging, transformers_logging)
+        (library, library.is_progress_bar_enabled(), library.get_verbosity())
+        for library in (diffusers_logging, transformers_logging)
     ]
-    for logging, _, _ in states:
-        logging.disable_progress_bar()
-        logging.set_verbosity(logging.CRITICAL)
+    for library, _, _ in states:
+        library.disable_progress_bar()
+        library.set_verbosity(library.CRITICAL)
+    # Diffusers imports it wherever it is installed, and it then warns of kernels for CPUs.
+    bitsandbytes = logging.getLogger("bitsandbytes")
+    level = bitsandbytes.level
+    bitsandbytes.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for logging, enabled, verbosity in states:
-            logging.set_verbosity(verbosity)
+        bitsandbytes.setLevel(level)
+        for library, enabled, verbosity in states:
+            library.set_verbosity(verbosity)
             if enabled:
-                logging.enable_progress_bar()
+                library.enable_progress_bar()

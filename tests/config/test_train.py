@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import dora_diffusion
-from dora_diffusion.config import ConfigError, TrainConfig, settings
+from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig, settings
 from dora_diffusion.config.learning import WEIGHTINGS
 
 
@@ -105,3 +105,20 @@ def test_a_fine_tuned_model_is_not_pushed_as_an_adapter() -> None:
     assert not TrainConfig(method="lora").unet_adapter.use_dora
     assert TrainConfig(method="full").unet_lr == 5e-6
     assert TrainConfig(method="full", learning_rate=1e-4).unet_lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    "setting", [s for s in settings() if s.kind in (int, float)], ids=lambda s: s.name
+)
+def test_a_number_in_quotes_is_named(setting) -> None:
+    """In Python; a file's and a command line's values are made numbers before."""
+    value = ["1e-4"] if setting.is_list else "1e-4"
+    kind = "a whole number" if setting.kind is int else "a number"
+    with pytest.raises(ConfigError, match=f"{setting.name} is '1e-4'; it must be {kind}$"):
+        TrainConfig(**{setting.name: value})
+
+
+@pytest.mark.parametrize("name", ["rank", "alpha", "conv_rank", "conv_alpha"])
+def test_a_rank_in_quotes_is_named(name) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is '8'; it must be a number$"):
+        AdapterConfig(**{name: "8"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dora_diffusion.models.load import (
     resolve_folder,
 )
 from dora_diffusion.models.schedulers import SCHEDULERS
+from dora_diffusion.models.weights import quiet_libraries
 
 NOTHING = TensorSpec(torch.float32, ())
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
@@ -418,3 +420,13 @@ def test_a_home_folder_is_found(sd1_folder, monkeypatch):
 
     monkeypatch.setenv("HOME", str(sd1_folder.parent))
     assert resolve_folder(f"~/{sd1_folder.name}") == sd1_folder
+
+
+def test_libraries_are_quiet_for_a_while() -> None:
+    """Also bitsandbytes, which Diffusers imports where it is installed."""
+    names = ("bitsandbytes.backends.cpu.ops", "diffusers.models", "transformers.utils")
+    before = [logging.getLogger(name).isEnabledFor(logging.WARNING) for name in names]
+    with quiet_libraries():
+        assert not any(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in names)
+    assert [logging.getLogger(name).isEnabledFor(logging.WARNING) for name in names] == before
+    assert before[0]
