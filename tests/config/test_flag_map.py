@@ -142,11 +142,12 @@ def test_what_the_page_for_kohyas_users_names_is_answered_alike() -> None:
     rows = page.partition("## Where is my setting?")[2].splitlines()
     cells = [row.strip("| ").split(" | ") for row in rows if row.startswith("| `--")]
     asked = 0
-    for theirs, ours, *_ in cells:
-        named = set(re.findall(r"--(?:no-)?([a-z_\d]+)", ours))
+    for theirs, ours in cells:
+        named = set(re.findall(r"--(?:no-)?([a-z_\d]+)", ours.partition(";")[0]))
         for name in {*re.findall(r"--([a-z_\d]+)", theirs)} - {s.name for s in settings()}:
             answer = refusal(name) or f"--{meant_by(name)}"
             of_answer = set(re.findall(r"--(?:no-)?([a-z_\d]+)", answer))
-            assert not named or named & of_answer, f"{name}: {answer}"
+            is_automatic = re.search(r"read from the model|default|kept in memory", answer)
+            assert not named or named & of_answer or is_automatic, f"{name}: {answer}"
             asked += 1
     assert asked > 40

@@ -126,7 +126,7 @@ def test_on_ray_a_model_that_is_not_there_is_named():
         pytest.raises(
             ConfigError, match=r"not be started: no embedded model is called 'tiny': choose tiny-sd"
         ),
-        deployed(Deployment("embedded:tiny", (), dict.fromkeys(("schedule", "clip_skip")))),
+        deployed(Deployment("embedded:tiny", ())),
     ):
         pass
 
