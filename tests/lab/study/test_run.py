@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.evaluation.measures import MEASURES
 from dora_diffusion.lab.study import run as module
 from dora_diffusion.lab.study import trials as keys
@@ -295,7 +296,7 @@ def test_the_documents_records_are_of_the_documents_study(name, count):
     shown = Study.from_dict(yaml.safe_load((docs / f"{name}.yaml").read_text(encoding="utf-8")))
     methods = {method.name: shown.training(method) for method in shown.methods}
     methods[BASE] = TrainConfig()
-    base = base_digest(shown.base)
+    base = base_digest(BaseModel(shown.base))
     records = json.loads((docs / f"{name}-records.json").read_text(encoding="utf-8"))
     for made in records:
         config = methods[made["method"]]
@@ -316,15 +317,15 @@ def test_a_variant_of_the_base_is_the_one_that_is_known_again(sd1_folder, tmp_pa
     """A folder of two variants: what is trained on is what the records are of."""
     folder = tmp_path / "model"
     shutil.copytree(sd1_folder, folder)
-    plain = base_digest(str(folder))
+    plain = base_digest(BaseModel(folder))
     for path in list(folder.glob("*/*.safetensors")):
         half = {name: tensor.half() for name, tensor in load_file(path).items()}
         save_file(half, path.with_name(f"{path.stem}.fp16.safetensors"), {"format": "pt"})
-    assert base_digest(str(folder)) == plain != base_digest(str(folder), "fp16")
+    assert base_digest(BaseModel(folder)) == plain != base_digest(BaseModel(folder, "fp16"))
     of = []
     monkeypatch.setattr(module, "perform", lambda trial, *_, **__: of.append(trial.base) or stop())
     monkeypatch.setattr(module, "find_subject", lambda name, *_: _subject(name))
     given = study(base=str(folder), common={"variant": "fp16"})
     with pytest.raises(KeyboardInterrupt):
         run_study(given, tmp_path)
-    assert of == [base_digest(str(folder), "fp16")]
+    assert of == [base_digest(BaseModel(folder, "fp16"))]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.numerics.weights import STRENGTH_LIMIT
 from dora_diffusion.studio.jobs.workspace import UserError
 
@@ -75,7 +76,8 @@ def test_a_run_s_guidance_is_that_of_its_samples(
 ) -> None:
     request = pytest.importorskip("dora_diffusion.studio.app.views.request")
     monkeypatch.setattr(request, "chosen_adapter", lambda job, name: None)
-    run = SimpleNamespace(base="embedded:tiny-sd", trigger="sks mug", settings=settings)
+    base = BaseModel("embedded:tiny-sd")
+    run = SimpleNamespace(base=base.path, base_model=base, trigger="sks mug", settings=settings)
     model = request._model(_context(job=lambda name: run), "20260101-000000-abcdef")
     assert model.guidance == settings.get("validation_guidance_scale", 3.5)
 
