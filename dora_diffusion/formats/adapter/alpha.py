@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import re
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import regex
 
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.adapter.metadata import DIFFUSERS_METADATA, OWN
@@ -15,19 +17,8 @@ from dora_diffusion.formats.names.modules import split_component
 
 # PEFT changes the base's weights when it starts such an adapter, and again when it loads one.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# PEFT's patterns of module names, which come with a file: matched as ``re`` does, in bounded time.
-# A stranger's regular expression may take ``re`` for ever. Here a pattern becomes an automaton that
-# follows all its ways at once (Thompson 1968), so that each character of a name costs at most one
-# look at each of its edges.
-# A module's path with dots that stand for any character, and with escaped ones: for `re` itself.
-_PLAIN = re.compile(r"(?:[\w.-]|\\[.-])*")
-# What takes a character, or none: escapes, anchors, sets, and characters that mean themselves.
-_ATOM = re.compile(r"\\[dDwWsSbBAZ]|\\\W|\[\^?\]?(?:\\.|[^\]\\])*\]|[^\\()\[\]{}|*+?]")
-_REPEATS = re.compile(r"([*+?]|\{(?!\})(\d{1,3})?(,)?(\d{1,3})?\})\??(?![*+?{])")
-_MOST_STATES = 5_000
-# Of all names and patterns of a file. A pattern with `.*` takes half a million for an SDXL.
-_MOST_STEPS = 20_000_000
-_STEPS_PER_STATE = 100
+# For the patterns of a file, whose names are matched in a small part of one.
+_MOST_SECONDS = 5.0
 # (canonical name, rank) -> effective alpha
 AlphaOf = Callable[[str, int], float]
 
@@ -150,139 +141,30 @@ def json_object(text: str, what: str) -> dict[str, Any]:
 
 
 class NamePatterns:
-    """Matches the patterns of one file.
+    """Matches the patterns of one file, which a stranger wrote: they may take ``re`` for ever.
 
     Attributes:
-        steps: Edges that may still be looked at.
+        seconds: That all names and patterns may still take.
     """
 
-    def __init__(self, steps: int = _MOST_STEPS) -> None:
-        self.steps = steps
-        self._automata: dict[str, _Automaton] = {}
+    def __init__(self, seconds: float = _MOST_SECONDS) -> None:
+        self.seconds = seconds
 
     def matches(self, pattern: str, name: str) -> bool:
         r"""Whether ``re.match(rf"(.*\.)?({pattern})$", name)`` finds something, as PEFT asks.
 
         Raises:
-            AdapterFormatError: If the pattern is broken, has what no automaton can follow (a look
-                around, a reference to a group, flags), or takes too long.
+            AdapterFormatError: If the pattern is broken, or takes too long.
         """
-        if _PLAIN.fullmatch(pattern):
-            return re.match(rf"(.*\.)?({pattern})$", name) is not None
-        if pattern not in self._automata:
-            self._automata[pattern] = automaton = _Automaton(pattern)
-            self.steps -= _STEPS_PER_STATE * len(automaton.edges)
-        found, steps = self._automata[pattern].run(name, self.steps)
-        self.steps -= steps
-        if self.steps <= 0:
-            raise AdapterFormatError(f"the pattern {quoted(pattern)} takes too long to match")
-        return found
-
-
-class _Automaton:
-    """States, from each the edges to others: over what an atom takes, or over nothing (None)."""
-
-    def __init__(self, pattern: str) -> None:
-        self.pattern, self.text, self.at = pattern, rf"(.*\.)?({pattern})$", 0
-        self.edges: list[list[tuple[re.Pattern[str] | None, int]]] = [[]]
+        started = time.monotonic()
         try:
-            # As `re` sees it, where the pattern's own brackets are not balanced.
-            re.compile(self.text)
-            self.final = self._ways(0)
-        except (re.error, RecursionError, OverflowError) as error:
+            found = regex.match(rf"(.*\.)?({pattern})$", name, timeout=max(self.seconds, 1e-9))
+        except TimeoutError as error:
+            raise AdapterFormatError(
+                f"the pattern {quoted(pattern)} takes too long to match; write the modules' names "
+                "instead"
+            ) from error
+        except (regex.error, RecursionError, OverflowError) as error:
             raise AdapterFormatError(f"the pattern {quoted(pattern)} is broken: {error}") from error
-        if self.at < len(self.text):
-            raise self._refused()
-
-    def run(self, name: str, most: int) -> tuple[bool, int]:
-        """Whether it takes a start of the name, and the edges looked at; it stops at ``most``."""
-        states, steps = {0}, 0
-        for place in range(len(name) + 1):
-            after: set[int] = set()
-            todo = list(states)
-            while todo:
-                for atom, target in self.edges[todo.pop()]:
-                    steps += 1
-                    match = None if atom is None else atom.match(name, place)
-                    if match and match.end() > place:
-                        after.add(target)
-                    elif (match or atom is None) and target not in states:
-                        states.add(target)
-                        todo.append(target)
-            if self.final in states or not after or steps > most:
-                break
-            states = after
-        return self.final in states, steps
-
-    def _state(self) -> int:
-        if len(self.edges) >= _MOST_STATES:
-            raise self._refused()
-        self.edges.append([])
-        return len(self.edges) - 1
-
-    def _ways(self, start: int) -> int:
-        """Alternatives, up to the end or a closing bracket; returns where they end."""
-        end = self._state()
-        while True:
-            state = start
-            while self.at < len(self.text) and self.text[self.at] not in "|)":
-                state = self._repeated(state)
-            self.edges[state].append((None, end))
-            if not self.text.startswith("|", self.at):
-                return end
-            self.at += 1
-
-    def _repeated(self, start: int) -> int:
-        """One item with its quantifier."""
-        begin = self.at
-        state = self._item(start)
-        repeats = _REPEATS.match(self.text, self.at)
-        if not repeats:
-            return state
-        least, most = _bounds(repeats)
-        end, state = self._state(), start
-        for count in range(least if most is None else most):
-            if count >= least:
-                self.edges[state].append((None, end))
-            self.at, before = begin, self._state()
-            self.edges[state].append((None, before))
-            state = self._item(before)
-        if most is None:
-            self.at, before = begin, self._state()
-            self.edges[state].append((None, before))
-            self.edges[self._item(before)].append((None, before))
-            state = before
-        self.edges[state].append((None, end))
-        self.at = repeats.end()
-        return end
-
-    def _item(self, start: int) -> int:
-        """A group or an atom."""
-        if self.text.startswith("(", self.at):
-            self.at += 3 if self.text.startswith("(?:", self.at) else 1
-            end = self._ways(start)
-            if not self.text.startswith(")", self.at):
-                raise self._refused()
-            self.at += 1
-            return end
-        atom = _ATOM.match(self.text, self.at)
-        if not atom:
-            raise self._refused()
-        self.at, end = atom.end(), self._state()
-        self.edges[start].append((re.compile(atom[0]), end))
-        return end
-
-    def _refused(self) -> AdapterFormatError:
-        return AdapterFormatError(
-            f"the pattern {quoted(self.pattern)} has what is not matched here (look-arounds, "
-            "references, flags, or too many repeats); write the modules' names instead"
-        )
-
-
-def _bounds(repeats: re.Match[str]) -> tuple[int, int | None]:
-    """Least and most repeats; None is without a limit."""
-    kind, least, comma, most = repeats.groups()
-    if kind in "*+?":
-        return int(kind == "+"), 1 if kind == "?" else None
-    lowest = int(least or 0)
-    return lowest, int(most) if most else None if comma else lowest
+        self.seconds -= time.monotonic() - started
+        return found is not None
