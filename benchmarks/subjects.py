@@ -31,18 +31,18 @@ from dora_diffusion import TrainConfig, load_components, train
 from dora_diffusion.data.sheets import image_grid, labelled_sheet
 from dora_diffusion.evaluation.measures import LEAKAGE
 from dora_diffusion.evaluation.sampling import sample
-from dora_diffusion.lab.judges.evaluate import SAMPLING
-from dora_diffusion.lab.judges.judge import JUDGED_SIZE, judge, similarity
+from dora_diffusion.lab.judges.evaluate import JUDGED_SIZE, SAMPLING, judge, similarity
 from dora_diffusion.lab.judges.requests import (
     ToyRequest,
+    place,
     reference_images,
+    sample_subject,
     toy_requests,
     true_images,
 )
 from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS, PLACES
 from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS, TRIGGER, write_photos
 from dora_diffusion.lab.toy.instrument import load_instrument
-from dora_diffusion.lab.toy.sampling import place, sample_subject
 from dora_diffusion.lab.toy.shapes import CLASSES
 from dora_diffusion.lab.toy.world import render
 from dora_diffusion.models.components import Components

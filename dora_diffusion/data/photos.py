@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -24,10 +25,13 @@ from dora_diffusion.data.images import (
     open_photo_with_alpha,
     read_bytes,
 )
+from dora_diffusion.formats.files.atomic import save_text
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
+
+PHOTO_RECORD = "photos.json"
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif")
 MASK_SUFFIX = ".mask.png"
 WEIGHT_SUFFIX = ".weight"
@@ -372,3 +376,25 @@ def is_photo(path: Path) -> bool:
     """Whether a path is a file that is named like a photo."""
     name = path.name.lower()
     return name.endswith(PHOTO_SUFFIXES) and not name.endswith(MASK_SUFFIX) and path.is_file()
+
+
+def write_photo_record(folder: Path, photos: Iterable[Photo]) -> Path:
+    """Write the digests of the photos that a run trains on."""
+    digests = sorted(photo.digest for photo in photos)
+    return save_text(folder / PHOTO_RECORD, json.dumps({"digests": digests}) + "\n")
+
+
+def read_photo_record(adapter: str | Path) -> frozenset[str] | None:
+    """The digests of the photos that an adapter was trained on, None if they are not known.
+
+    Args:
+        adapter: A run's folder, one of its checkpoints, or an adapter file in either.
+    """
+    path = Path(adapter).expanduser().resolve()
+    for folder in (path, path.parent, path.parent.parent):
+        try:
+            record = json.loads((folder / PHOTO_RECORD).read_text(encoding="utf-8"))
+            return frozenset(map(str, record["digests"]))
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+    return None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.families import WEIGHT_COMPONENTS
-from dora_diffusion.formats.files.names import pipeline_in
+from dora_diffusion.formats.files.runs import pipeline_in
 from dora_diffusion.models import embedded
 
 EMBEDDED_PREFIX = "embedded:"

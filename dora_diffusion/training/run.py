@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.data.photo_record import write_photo_record
+from dora_diffusion.data.photos import write_photo_record
 from dora_diffusion.training import events
 from dora_diffusion.training.engine.accelerator import SharedFlags, set_by_any, shards_model
 from dora_diffusion.training.results.checkpoint import (
@@ -23,13 +23,14 @@ from dora_diffusion.training.results.folders import METRICS_NAME, clear_folder
 from dora_diffusion.training.results.metrics import (
     MOST_SKIPPED,
     MetricsLog,
+    Trackers,
     TrainingError,
     is_validation,
     naming_step,
+    tracked_settings,
 )
 from dora_diffusion.training.results.resume import RunStart, save_config
 from dora_diffusion.training.results.samples import SampleWriter
-from dora_diffusion.training.results.trackers import Trackers, tracked_settings
 from dora_diffusion.training.results.write import result_metadata, take_best, write_result
 from dora_diffusion.training.session import Session
 from dora_diffusion.training.signals import StopRequest

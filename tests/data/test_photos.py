@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import shutil
 import sys
 import warnings
@@ -17,7 +18,15 @@ from PIL import Image, ImageFile
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.draws import SampleTransform
 from dora_diffusion.data.images import PhotoError, open_photo
-from dora_diffusion.data.photos import MaskError, Photo, list_photos, read_photo, read_photos
+from dora_diffusion.data.photos import (
+    MaskError,
+    Photo,
+    list_photos,
+    read_photo,
+    read_photo_record,
+    read_photos,
+    write_photo_record,
+)
 
 PROMPT = "a photo of sks dog"
 WATCHED: list[list[Path]] = []
@@ -212,3 +221,19 @@ def test_jpegs_by_their_other_names_are_listed_and_open(tmp_path: Path) -> None:
     listed = list_photos(tmp_path)
     assert [path.name for path in listed] == ["a.jfif", "b.JPE", "c.jpg"]
     assert [open_photo(path).size for path in listed] == [(20, 20)] * 3
+
+
+def test_digests_alone_are_kept_and_found_from_anywhere_in_the_run(tmp_path: Path) -> None:
+    photos = [Photo(Path(f"secret/{name}.jpg"), name, (8, 8), "a caption") for name in "ba"]
+    file = write_photo_record(tmp_path, photos)
+    assert json.loads(file.read_text(encoding="utf-8")) == {"digests": ["a", "b"]}
+    inside = tmp_path / "checkpoint-1" / "adapter.safetensors"
+    for path in (tmp_path, tmp_path / "adapter.safetensors", inside.parent, inside):
+        assert read_photo_record(path) == {"a", "b"}
+
+
+@pytest.mark.parametrize("text", [None, "no json", "[]", "{}"])
+def test_without_a_readable_record_nothing_is_known(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "photos.json").write_text(text, encoding="utf-8")
+    assert read_photo_record(tmp_path) is None

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dora_diffusion.lab.judges.requests import place, sample_subject
 from dora_diffusion.lab.toy.instrument import ATTRIBUTES, STUDIO, silhouette
-from dora_diffusion.lab.toy.sampling import place, sample_subject
 from tools.pretrain.card import generate, prompt_of
 from tools.pretrain.data import HELD_OUT, to_pixels
 from tools.pretrain.views import SIDE, View, render_view

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dora_diffusion.lab.judges.requests import place, sample_subject
 from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS
-from dora_diffusion.lab.toy.sampling import place, sample_subject
 from dora_diffusion.lab.toy.shapes import UNSEEN_CLASSES
 from dora_diffusion.lab.toy.world import DrawnSubject, Scene, render
 from tools.pretrain.names import sample_named

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dora_diffusion.lab.judges.requests import place
 from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS
 from dora_diffusion.lab.toy.instrument import (
     ATTRIBUTES,
@@ -19,7 +20,6 @@ from dora_diffusion.lab.toy.instrument import (
     Instrument,
     SubjectEmbedder,
 )
-from dora_diffusion.lab.toy.sampling import place
 from dora_diffusion.lab.toy.shapes import UNSEEN_CLASSES
 from dora_diffusion.lab.toy.world import Scene, render
 from tools.pretrain.data import (

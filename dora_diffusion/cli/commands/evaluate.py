@@ -260,7 +260,7 @@ def _evaluate_photos(
     captions: str,
 ) -> Evaluation:
     from dora_diffusion.data.captions import CaptionRules
-    from dora_diffusion.data.photo_record import read_photo_record
+    from dora_diffusion.data.photos import read_photo_record
     from dora_diffusion.evaluation.photos import PROMPTS, evaluate_photos, read_subject
     from dora_diffusion.models.metric_models import LITE, lite_is_installed, open_metric_model
 

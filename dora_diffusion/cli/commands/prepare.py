@@ -16,7 +16,7 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.formats.files.atomic import atomic_file, require_writable
 
 if TYPE_CHECKING:
-    from dora_diffusion.data.curate.captions import CaptionEdit
+    from dora_diffusion.data.captions import CaptionEdit
     from dora_diffusion.data.curate.run import Preparation
 
 SETTINGS = PrepareSettings
@@ -66,7 +66,7 @@ def _check(args: PrepareSettings) -> None:
 
 def _edit(args: PrepareSettings) -> CaptionEdit:
     """How captions are changed; a replacement of nothing is warned of."""
-    from dora_diffusion.data.curate.captions import CaptionEdit
+    from dora_diffusion.data.captions import CaptionEdit
 
     find, prefix = args.find or "", args.caption_prefix or ""
     return CaptionEdit(args.caption, find, (args.replace or "") if find else "", prefix)

@@ -11,18 +11,24 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from dora_diffusion import system
-from dora_diffusion.cluster.fleet.records import RECORD_FILE, SubjectRecord
+from dora_diffusion.cluster.fleet.records import DONE, FAILED, RECORD_FILE, SubjectRecord
 from dora_diffusion.config import ConfigError
+from dora_diffusion.config.wording import counted, duration
+from dora_diffusion.evaluation.page import LinkedImage, Section, as_html
 from dora_diffusion.formats.files.atomic import require_writable, save_text
 from dora_diffusion.training.results.checkpoint import checkpoints_in
 from dora_diffusion.training.results.folders import locked
 
+PAGE_FILE = "index.html"
+# Which sheet of a subject is shown.
+_SHEETS = ("samples/base_above_adapted.png", "samples/adapted.png")
 _STATE_FILE = "state.tar"
 # In it, the names of the checkpoints that it belongs to.
 _CHECKPOINTS = ".checkpoints"
@@ -211,3 +217,49 @@ def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         with content, place.open("wb") as file:
             shutil.copyfileobj(content, file)
+
+
+def fleet_page(names: Sequence[str], records: Mapping[str, SubjectRecord]) -> str:
+    """The page as HTML, with the images of the folders beside it.
+
+    Args:
+        names: All subjects, in their order.
+        records: Of those that have ended.
+    """
+    ended = [records[name] for name in names if name in records]
+    done = [record for record in ended if record.status == DONE]
+    failed = [record for record in ended if record.status == FAILED]
+    text = f"{counted(len(names), 'subject')}: {len(done)} done, {len(failed)} failed."
+    if done:
+        seconds = sum(record.seconds for record in done)
+        cpu = sum(record.cpu_seconds for record in done)
+        text += (
+            f" Those that are done took {duration(seconds / len(done))} each, "
+            f"{duration(cpu / len(done))} of processor time."
+        )
+    sections = [Section("Subjects", text, _table(ended))]
+    if failed:
+        table = [["subject", "cause"], *([record.name, record.cause] for record in failed)]
+        sections.insert(0, Section("Failed", table=table))
+    images = [image for record in done if (image := _image(record))]
+    if images:
+        sections.append(Section("Images", images=images))
+    return as_html("A fleet", sections)
+
+
+def _table(records: Sequence[SubjectRecord]) -> list[list[str]]:
+    head = ["subject", "status", "steps", "time", "start", "processor time", "workers", "node"]
+    rows = [
+        [
+            record.name, record.status, str(record.steps), duration(record.seconds),
+            f"{record.start_seconds:.1f} s", duration(record.cpu_seconds), str(record.attempts),
+            record.node or "-",
+        ]
+        for record in records
+    ]  # fmt: skip
+    return [head, *rows]
+
+
+def _image(record: SubjectRecord) -> LinkedImage | None:
+    sheet = next((sheet for sheet in _SHEETS if sheet in record.samples), None)
+    return None if sheet is None else LinkedImage(record.name, quote(f"{record.name}/{sheet}"))

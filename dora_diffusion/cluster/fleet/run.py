@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.cluster.fleet.cluster import RayWorkers, Share
-from dora_diffusion.cluster.fleet.page import PAGE_FILE, fleet_page
 from dora_diffusion.cluster.fleet.queue import Ended, Task, Workers, WorkQueue, run_tasks
 from dora_diffusion.cluster.fleet.records import (
     DONE,
@@ -23,7 +22,7 @@ from dora_diffusion.cluster.fleet.records import (
     records_text,
     settings_digest,
 )
-from dora_diffusion.cluster.fleet.results import FleetResults
+from dora_diffusion.cluster.fleet.results import PAGE_FILE, FleetResults, fleet_page
 from dora_diffusion.cluster.fleet.subject import FleetSubject, train_subjects
 from dora_diffusion.cluster.fleet.workers import LocalWorkers, Work
 from dora_diffusion.config import ConfigError, TrainConfig, settings

@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageOps
 
 from dora_diffusion.config.wording import listing
+from dora_diffusion.data.captions import CaptionEdit, with_trigger
 from dora_diffusion.data.crops import Buckets, CropRecord, apply_crop_to_mask, plan_crop
-from dora_diffusion.data.curate.captions import CaptionEdit, with_trigger
-from dora_diffusion.data.curate.masks import measure_mask
 from dora_diffusion.data.curate.models import PrepareError
-from dora_diffusion.data.curate.report import Report, add_cautions, look_at, small_image
+from dora_diffusion.data.curate.report import (
+    Report,
+    add_cautions,
+    look_at,
+    measure_mask,
+    small_image,
+)
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo, mask_path, open_mask, read_photo
 from dora_diffusion.formats.files.atomic import atomic_file

@@ -1,11 +1,17 @@
-"""The adapters in a run's folder: of its checkpoints, and of its result."""
+"""Names of files and folders: from users' words, and of what lies in a run's folder."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+PIPELINE_NAME = "model"
+"""Folder of the model in that of a run of full fine-tuning."""
+_LONGEST = 60
+# Windows keeps them for devices, whatever suffix they have.
+_DEVICE = re.compile(r"con|nul|aux|prn|com\d|lpt\d")
 RESULT_NAME = "result"
 # How they rank, and what the model without any of them is called there.
 COMPARISON, BASE_NAME = "comparison.json", "base"
@@ -50,3 +56,25 @@ def candidates(checkpoints: Sequence[str], result_step: int | None) -> tuple[str
         places = (round(i * last_place / (MOST_COMPARED - 1)) for i in range(MOST_COMPARED))
         names = [names[place] for place in places]
     return tuple(names)
+
+
+def file_stem(words: str, default: str) -> str:
+    """Words as the first part of a file's name: small ASCII letters and digits, joined by "-".
+
+    Letters lose their accents, and what is left of none is ``default``.
+
+    Example:
+        >>> file_stem("sks Käthe's mug: 1/2?", "subject"), file_stem("猫", "subject")
+        ('sks-kathe-s-mug-1-2', 'subject')
+        >>> file_stem("con", "subject")
+        'con-subject'
+    """
+    letters = unicodedata.normalize("NFKD", words.casefold()).encode("ascii", "ignore").decode()
+    stem = re.sub("[^a-z0-9]+", "-", letters).strip("-")[:_LONGEST].rstrip("-") or default
+    return f"{stem}-{default}" if _DEVICE.fullmatch(stem) else stem
+
+
+def pipeline_in(folder: Path) -> Path | None:
+    """The pipeline that a folder is, or that a run of full fine-tuning left in it; else None."""
+    places = (folder, folder / PIPELINE_NAME)
+    return next((place for place in places if (place / "model_index.json").is_file()), None)

@@ -25,7 +25,7 @@ from dora_diffusion.formats.checkpoint.weights import (
     module_shapes,
 )
 from dora_diffusion.formats.files.header import read_header
-from dora_diffusion.formats.files.names import pipeline_in
+from dora_diffusion.formats.files.runs import pipeline_in
 from dora_diffusion.formats.layouts.layout import AdapterFormatError
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.weights import LayerWeights, Strengths

@@ -13,9 +13,8 @@ import numpy as np
 from dora_diffusion.config.wording import aligned, counted, duration
 from dora_diffusion.evaluation.statistics import Interval, t_interval
 from dora_diffusion.lab.analysis.plots import MARKERS, ordered_color, save_figure, tidy
-from dora_diffusion.lab.simulation.closed_form import expected_wait
 from dora_diffusion.lab.simulation.costs import TrainingTimes
-from dora_diffusion.lab.simulation.plan import HOUR, QueuePlan
+from dora_diffusion.lab.simulation.plan import HOUR, QueuePlan, expected_wait
 from dora_diffusion.lab.simulation.queue import QueueOutcome, Values, simulate_queue
 
 if TYPE_CHECKING:

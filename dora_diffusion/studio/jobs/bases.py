@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.formats.files.names import PIPELINE_NAME
+from dora_diffusion.formats.files.runs import PIPELINE_NAME
 from dora_diffusion.models.embedded import MODELS
 from dora_diffusion.models.info import cached_models, cached_snapshot, model_info
 from dora_diffusion.models.locate import EMBEDDED_PREFIX, is_embedded

@@ -6,8 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from dora_diffusion.evaluation.ranking import Ranking
-from dora_diffusion.formats.files.names import PIPELINE_NAME, pipeline_in
-from dora_diffusion.formats.files.runs import BASE_NAME, COMPARISON, RESULT_NAME, result_adapter
+from dora_diffusion.formats.files.runs import (
+    BASE_NAME,
+    COMPARISON,
+    PIPELINE_NAME,
+    RESULT_NAME,
+    pipeline_in,
+    result_adapter,
+)
 from dora_diffusion.studio.jobs.records import CHOSEN, checked
 from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.workspace import (

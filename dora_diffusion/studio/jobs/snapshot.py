@@ -14,11 +14,11 @@ from dora_diffusion import config
 from dora_diffusion.cli.console.errors import explain
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.formats.adapter.metadata import join_triggers
-from dora_diffusion.formats.files.names import pipeline_in
 from dora_diffusion.formats.files.runs import (
     RESULT_NAME,
     adapter_checkpoints,
     candidates,
+    pipeline_in,
     result_adapter,
 )
 from dora_diffusion.studio.jobs import queue, records

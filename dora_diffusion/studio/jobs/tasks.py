@@ -23,7 +23,7 @@ from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.wording import whole_word
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.formats.files.names import file_stem
+from dora_diffusion.formats.files.runs import file_stem
 from dora_diffusion.formats.layouts import CONVERSIONS, FOLDERS, PROGRAMS
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.numerics.weights import require_strength

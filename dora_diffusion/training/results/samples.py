@@ -22,7 +22,7 @@ from dora_diffusion.sampling.images import parameters_text, save_png
 from dora_diffusion.training.engine.accelerator import set_by_any, shards_model
 from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgress
 from dora_diffusion.training.inputs.subject import prompt_rules
-from dora_diffusion.training.results.trackers import Trackers
+from dora_diffusion.training.results.metrics import Trackers
 from dora_diffusion.training.session import Session
 from dora_diffusion.training.signals import StopRequest
 

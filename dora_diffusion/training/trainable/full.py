@@ -24,7 +24,7 @@ from dora_diffusion.export.files import open_model
 from dora_diffusion.export.merged import MergedModel
 from dora_diffusion.formats.adapter.embeddings import read_tokens
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
-from dora_diffusion.formats.files.names import PIPELINE_NAME
+from dora_diffusion.formats.files.runs import PIPELINE_NAME
 from dora_diffusion.formats.names.modules import canonical
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.precision import dtype_of

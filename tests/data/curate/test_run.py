@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from dora_diffusion.data.captions import class_caption
-from dora_diffusion.data.curate.captions import CaptionEdit, with_trigger
+from dora_diffusion.data.captions import CaptionEdit, class_caption, with_trigger
 from dora_diffusion.data.curate.models import PrepareError
 from dora_diffusion.data.curate.run import COLOURS, Preparation
 from dora_diffusion.data.photos import PhotoError, list_photos, mask_path

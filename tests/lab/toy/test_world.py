@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dora_diffusion.lab.judges.requests import place
 from dora_diffusion.lab.toy import sdf
 from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS
 from dora_diffusion.lab.toy.benchmark_subjects import SAMPLE_SUBJECTS, find_subject
-from dora_diffusion.lab.toy.sampling import place
 from dora_diffusion.lab.toy.shapes import CLASSES, UNSEEN_CLASSES
 from dora_diffusion.lab.toy.world import DrawnSubject, Emblem, Scene, render
 

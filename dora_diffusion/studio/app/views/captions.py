@@ -11,8 +11,7 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.config.wording import counted
-from dora_diffusion.data.captions import read_caption
-from dora_diffusion.data.curate.captions import CaptionEdit
+from dora_diffusion.data.captions import CaptionEdit, read_caption
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context, plain
 from dora_diffusion.studio.app.views.fields import BUSY, QUIET, html_block, image_or_blank

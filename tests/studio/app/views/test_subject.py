@@ -16,7 +16,7 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio
 
 from dora_diffusion.cli import main as cli
-from dora_diffusion.data.curate.captions import with_trigger
+from dora_diffusion.data.captions import with_trigger
 from dora_diffusion.data.curate.models import open_captioner
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.studio.app.context import Context

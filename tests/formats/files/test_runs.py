@@ -8,13 +8,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dora_diffusion.formats.files import names
-from dora_diffusion.formats.files.names import file_stem
+from dora_diffusion.formats.files import runs
+from dora_diffusion.formats.files.runs import file_stem
 from tests.portable.windows import is_name
 
 
 def test_the_documented_examples_are_true() -> None:
-    assert doctest.testmod(names).failed == 0
+    assert doctest.testmod(runs).failed == 0
 
 
 @given(st.text())

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dora_diffusion.lab.simulation.closed_form import erlang_c, expected_completion, expected_wait
+from dora_diffusion.lab.simulation.plan import erlang_c, expected_completion, expected_wait
 
 
 @pytest.mark.parametrize(("load", "workers"), [(0.5, 1), (1.7, 2), (9.0, 12)])
