@@ -220,14 +220,11 @@ def connect(context: Context, tab: GenerateTab) -> None:
         path = confined(context.workspace.images, clicked(event)[1])
         return _results(gallery=[read_image(path, path.stat().st_mtime_ns)])
 
-    def withdraw() -> None:
-        context.generator.withdraw()
-
     tab.make.click(make, [tab.adapter, *fields], results, **_BUSY)
     tab.compare.click(compare, [tab.adapter, *fields], results, **_BUSY)
     tab.grid.click(grid, [tab.adapter, tab.grid_strengths, *fields], results, **_BUSY)
     tab.load.upload(load, [tab.load], fields, **QUIET)
-    tab.turn.click(withdraw, None, None, **QUIET)
+    tab.turn.click(lambda: context.generator.withdraw(), None, None, **QUIET)
     tab.history.click(show, None, results, **QUIET)
     tab.template.input(_use_template, [tab.template], [tab.form["prompt"]], **QUIET)
 
