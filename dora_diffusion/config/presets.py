@@ -34,6 +34,7 @@ PRESETS: Mapping[str, Preset] = {
         1.5, 400, {"token": "", "aspect_ratio_buckets": True, "caption_dropout": 0.05}
     ),
 }  # fmt: skip
+"""Presets, by the name that ``--preset`` takes."""
 # The embedded models are small: they take larger steps (as in samples/*/config.yaml).
 EMBEDDED: Mapping[str, Any] = {
     "learning_rate": 2e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 10, "conv_rank": 8,
