@@ -224,7 +224,7 @@ def connect(context: Context, tab: GenerateTab) -> None:
     tab.compare.click(compare, [tab.adapter, *fields], results, **_BUSY)
     tab.grid.click(grid, [tab.adapter, tab.grid_strengths, *fields], results, **_BUSY)
     tab.load.upload(load, [tab.load], fields, **QUIET)
-    tab.turn.click(lambda: context.generator.withdraw(), None, None, **QUIET)
+    tab.turn.click(context.generator.withdraw, None, None, **QUIET)
     tab.history.click(show, None, results, **QUIET)
     tab.template.input(_use_template, [tab.template], [tab.form["prompt"]], **QUIET)
 
