@@ -209,22 +209,22 @@ def connect(context: Context, tab: GenerateTab) -> None:
         if not file:
             return [gr.skip()] * len(names)
         parameters = read_generation_settings(Path(file))
-        values = [field_value(name, parameters) for name in names]
-        return [
-            gr.skip() if value is None else holding(field, value)
-            for field, value in zip(fields, values, strict=True)
-        ]
+        each = [(field, field_value(name, parameters)) for name, field in tab.form.items()]
+        return [gr.skip() if value is None else holding(field, value) for field, value in each]
 
     @plain
     def show(event: gr.EventData) -> list[Any]:
         path = confined(context.workspace.images, clicked(event)[1])
         return _results(gallery=[read_image(path, path.stat().st_mtime_ns)])
 
+    def withdraw() -> None:
+        context.generator.withdraw()
+
     tab.make.click(make, [tab.adapter, *fields], results, **_BUSY)
     tab.compare.click(compare, [tab.adapter, *fields], results, **_BUSY)
     tab.grid.click(grid, [tab.adapter, tab.grid_strengths, *fields], results, **_BUSY)
     tab.load.upload(load, [tab.load], fields, **QUIET)
-    tab.turn.click(context.generator.withdraw, None, None, **QUIET)
+    tab.turn.click(withdraw, None, None, **QUIET)
     tab.history.click(show, None, results, **QUIET)
     tab.template.input(_use_template, [tab.template], [tab.form["prompt"]], **QUIET)
 
