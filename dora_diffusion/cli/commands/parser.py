@@ -224,7 +224,7 @@ class Parser(argparse.ArgumentParser):
             words = [word.strip().strip("'") for word in choice[3].split(",")]
             choices = [word for word in words if word != "None"]
             what = "there is no command" if choice[1] == "COMMAND" else f"{choice[1]} cannot be"
-            near = _OTHER_VALUES.get(choice[2])
+            near = _OTHER_VALUES.get(choice[2].lower().replace("_", "-"))
             near = near if near in choices else closest(choice[2], choices)
             hint = f" (did you mean {near}?)" if near else ""
             return f"{what} {choice[2]!r}{hint}; choose {', '.join(choices)}"
