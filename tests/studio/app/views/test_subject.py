@@ -55,7 +55,7 @@ def test_photos_are_looked_at_by_a_job_whose_table_and_sheet_are_shown(
     (folder / records.LOG).write_text(f"\n--- \n{printed}", encoding="utf-8")
     records.write_result(folder, records.JobResult(0))
     shown = tab.refresh(context, context.jobs(fresh=True), subject)["looked"]
-    assert "--resolution 64 --token sks --class_word mug" in shown.replace("\\\n", "")
+    assert "--token sks --class_word mug --resolution 64" in shown.replace("\\\n", "")
     assert "<td>80 x 64</td>" in shown
     assert "<th>photo</th>" in shown
     assert "|" not in shown
