@@ -1,4 +1,4 @@
-"""How much ten open pages slow a training step down, and how fast the app answers meanwhile.
+"""Slowdown of a training step by ten open pages, and how fast the app answers meanwhile.
 
 Starts the real app, trains the embedded model in it, and measures the steps of metrics.jsonl in
 turns without and with clients. A client does what a page does: it opens the page and asks for a
@@ -163,7 +163,7 @@ def browse(
 
 
 def call(client: httpx.Client, event: dict[str, Any], session: str) -> dict[str, Any]:
-    """Let the server handle an event, as Gradio's client does. Returns what it answers."""
+    """Send an event to the server, as Gradio's client does. Returns what it answers."""
     data = [None] * len(event["inputs"])
     body = {"data": data, "fn_index": event["id"], "session_hash": session}
     client.post("gradio_api/queue/join", json=body).raise_for_status()

@@ -146,7 +146,7 @@ def strike(app: App, folder: Path, what: str) -> str:
 
 
 def check(app: App, folder: Path, state: str, before: set[str]) -> None:
-    """What the page and the disk say after a kill."""
+    """Check the page and the disk after a kill."""
     job = job_at(folder)
     assert job.state == state, (job.state, state)
     word = {"running": "training", "crashed": "crashed"}[state]
@@ -195,12 +195,12 @@ def job_at(folder: Path) -> Job:
 
 
 def digest(folder: Path) -> str:
-    """Of a finished adapter."""
+    """Return the digest of a finished adapter."""
     return hashlib.sha256((folder / "pytorch_lora_weights.safetensors").read_bytes()).hexdigest()
 
 
 def wait(ready: Callable[[], bool]) -> None:
-    """Until something is so; the limit is for what never comes."""
+    """Wait until something is so; the limit is for what never comes."""
     deadline = time.monotonic() + LIMIT
     while not ready():
         assert time.monotonic() < deadline, "waited in vain"

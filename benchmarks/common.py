@@ -1,4 +1,4 @@
-"""What the cost benchmarks share: peers on one base, interleaved timing, kept bytes, and tables.
+"""Common parts of the cost benchmarks: peers on one base, interleaved timing, kept bytes, tables.
 
 Every figure is a ratio against a named peer of the same process: the peers take turns, round by
 round, and a ratio is taken within a round, so that a machine that slows down slows all of them.
@@ -55,7 +55,7 @@ def machine() -> str:
 
 
 def _version(package: str) -> str:
-    """Of an installed package, else nothing."""
+    """Return the version of an installed package, else nothing."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -79,7 +79,7 @@ class Peer:
     beside: nn.Module | None = None
 
     def parameters(self) -> list[nn.Parameter]:
-        """What trains."""
+        """Trained parameters."""
         return [p for p in (self.beside or self.model).parameters() if p.requires_grad]
 
 

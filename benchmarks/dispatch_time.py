@@ -57,7 +57,7 @@ def narrow_unet(family: str) -> nn.Module:
 
 @dataclass
 class Stepper:
-    """Does whole steps of a peer, as training does them.
+    """Runner of a peer's whole steps, as training does them.
 
     Attributes:
         peer: The model, its adapters and its scope.

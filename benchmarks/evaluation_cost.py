@@ -1,4 +1,4 @@
-"""What adapters cost when a model is used: forward passes beside the base, and switching.
+"""Cost of adapters when a model is used: forward passes beside the base, and switching.
 
     python benchmarks/evaluation_cost.py --latent 32
 
@@ -37,7 +37,7 @@ from dora_diffusion.config import AdapterConfig
 
 
 def switch(model: nn.Module, name: str) -> None:
-    """Turn one adapter on and all others off."""
+    """Enable one adapter, and disable all others."""
     for adapter in layer_adapters(model):
         adapter.enabled = False
     for adapter in layer_adapters(model, name):

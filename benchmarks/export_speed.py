@@ -155,7 +155,7 @@ def default_targets(family: str) -> set[str]:
 
 
 def machine() -> dict[str, str]:
-    """What the figures are of."""
+    """Describe the machine and the version of torch."""
     cpu = next(
         (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")),
         platform.machine(),

@@ -52,7 +52,7 @@ _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"
 
 
 class _Module(types.ModuleType):
-    """What torch asks a device's module for."""
+    """Stub of a device's module, with what torch asks it for."""
 
     _initialized = True
 
@@ -94,7 +94,7 @@ _WHOLE = ("silu_backward",)
 
 
 def make_device() -> None:
-    """Give this process the device.
+    """Add the device to this process.
 
     Raises:
         SystemExit: If this torch has no devices written in Python.
@@ -210,7 +210,7 @@ def _apply(
 
 @contextmanager
 def fake_gpu() -> Iterator[None]:
-    """Inside, tensors are fake, and those on `DEVICE` behave as on CUDA."""
+    """Make tensors fake inside the block, and those on `DEVICE` behave as on CUDA."""
     make_device()
     from dora_diffusion.adapters.norms import layout
     from dora_diffusion.numerics import norms
@@ -258,7 +258,7 @@ class Count(TorchDispatchMode):
 
     @property
     def synchronisations(self) -> int:
-        """Waits in all."""
+        """Number of waits in all."""
         return sum(self.waits.values())
 
     def __torch_dispatch__(
@@ -308,7 +308,7 @@ class Count(TorchDispatchMode):
 
 
 class Answers(TorchDispatchMode):
-    """Says what fake tensors cannot know: a number is 1, and a search finds one row."""
+    """Mode that answers what fake tensors cannot know: a number is 1, a search finds one row."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

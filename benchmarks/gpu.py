@@ -1,4 +1,4 @@
-"""What training and sampling take on a CUDA device, and whether they are right there.
+"""Cost of training and sampling on a CUDA device, and whether they are right there.
 
     benchmarks/gpu.sh --output /tmp/gpu
     benchmarks/gpu.sh --output /tmp/gpu --parts steps-sd1 sampling-sd1 --again
@@ -43,7 +43,7 @@ def write(path: Path, content: Row) -> None:
 
 
 def read(path: Path) -> Row:
-    """What a part has written; nothing where it has not."""
+    """Read the result of a part; nothing where it has none."""
     if not path.is_file():
         return {}
     content: Row = json.loads(path.read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ def read(path: Path) -> Row:
 
 
 def run_part(name: str, folder: Path) -> None:
-    """Do a part in this process, and write each row when it is there."""
+    """Run a part in this process, and write each row when it is there."""
     rows: list[Row] = []
     begun = time.perf_counter()
     for row in PARTS[name].rows():
@@ -63,7 +63,7 @@ def run_part(name: str, folder: Path) -> None:
 
 
 def start_part(name: str, folder: Path, limit: float) -> None:
-    """Do a part in a process of its own, for at most so many seconds."""
+    """Run a part in a process of its own, for at most so many seconds."""
     path = folder / f"{name}.json"
     path.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--output", str(folder), "--only", name]
@@ -92,7 +92,7 @@ def about() -> Row:
 
 
 def report(folder: Path) -> str:
-    """Everything that was written, as `docs/measurements/gpu-operations.md` shows it."""
+    """Return everything that was written, as `docs/measurements/gpu-operations.md` shows it."""
     known = read(folder / "about.json")
     device = known.pop("device", "")
     blocks = [", ".join([device, *(f"{name} {version}" for name, version in known.items())])]
@@ -119,7 +119,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def ratio(row: Row, rows: Sequence[Row]) -> Row:
-    """Its time to that of PEFT's LoRA under the same load."""
+    """Return its time relative to PEFT's LoRA under the same load."""
     loras = [other for other in rows if other.get("peer") == LORA and "ms" in other]
     same = [other for other in loras if all(other.get(key) == row.get(key) for key in LOAD)]
     return {f"to {LORA}": f"{row['ms'] / same[0]['ms']:.2f}"} if same and "ms" in row else {}
@@ -141,7 +141,7 @@ def write_report(folder: Path) -> list[Row]:
 
 
 def main() -> int:
-    """Do the parts that are missing, and write the report."""
+    """Run the parts that are missing, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))

@@ -1,4 +1,4 @@
-"""What each part of `gpu.py` measures, as rows of a table, on the device that ``DEVICE`` names.
+"""Measurements of each part of `gpu.py`, as table rows, on the device that ``DEVICE`` names.
 
 UNets of full size have random weights, made on the device; on a CPU they are tiny.
 """
@@ -59,7 +59,7 @@ def dtype_of_new(dtype: torch.dtype) -> Iterator[None]:
 
 
 def settings_of(family: str) -> dict[str, Any]:
-    """What the UNet of a family is made from."""
+    """Return the UNet's settings for a family."""
     if not IS_SMALL:
         return UNETS[family]
     return TINY | (TINY_SDXL if family == "sdxl" else {})

@@ -1,4 +1,4 @@
-"""How the cost of a step grows: with the rank, the batch, the resolution and the adapted layers.
+"""Growth of a step's cost: with the rank, the batch, the resolution and the adapted layers.
 
     python benchmarks/growth.py
 
@@ -45,7 +45,7 @@ class Case:
 
 
 def cases(start: Case) -> dict[str, Case]:
-    """What is compared with the start."""
+    """Return the cases that are compared with the start."""
     return {
         f"rank {start.rank} → {start.rank // 2}": replace(start, rank=start.rank // 2),
         f"rank {start.rank} → {4 * start.rank}": replace(start, rank=4 * start.rank),

@@ -1,4 +1,4 @@
-"""What one training step dispatches to a GPU, counted without one.
+"""Operations that one training step dispatches to a GPU, counted without one.
 
     python benchmarks/launches.py
     python benchmarks/launches.py --family sdxl --precision float32 --text-encoders
@@ -56,7 +56,7 @@ class Models:
         return [self.unet, *self.text_encoders]
 
     def parameters(self) -> list[nn.Parameter]:
-        """What trains."""
+        """Trained parameters."""
         return [p for model in self.all() for p in model.parameters() if p.requires_grad]
 
     def weights(self) -> int:
@@ -93,7 +93,7 @@ def make(name: str, family: str, dtype: torch.dtype, targets: str, text: bool) -
 
 
 def adapt(name: str, model: nn.Module, targets: str) -> int:
-    """Put a peer's adapters on a model. Returns how many layers it has them on."""
+    """Attach a peer's adapters to a model. Returns how many layers it has them on."""
     paths = match_targets(model, [targets])
     if name.startswith(PACK):
         config = AdapterConfig(targets=(targets,), rank=8, conv_rank=8)
@@ -117,7 +117,7 @@ def adapt(name: str, model: nn.Module, targets: str) -> int:
 
 
 def subjects_of(name: str) -> int:
-    """How many subjects a peer trains in a step."""
+    """Return the number of subjects that a peer trains in a step."""
     return int(name.removeprefix(PACK)) if name.startswith(PACK) else 1
 
 

@@ -1,4 +1,4 @@
-"""What DoRA costs, layer by layer, over all adapted layer shapes of a UNet.
+"""Cost of DoRA, layer by layer, over all adapted layer shapes of a UNet.
 
     python benchmarks/layer_cost.py --family sd1
     python benchmarks/layer_cost.py --family sdxl --rounds 3

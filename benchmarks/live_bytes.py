@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, every storage that an operation makes is counted until nothing holds it any more.
+    """Mode that counts every storage that an operation makes, until nothing holds it any more.
 
     Exact and the same on every device. Not seen: what a kernel takes while it runs, what an
     allocator rounds up to or keeps, and a device's context.
@@ -49,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
                 self._add(tensor.untyped_storage())
 
     def reset_peak(self) -> None:
-        """Look for the peak from now on."""
+        """Reset the peak."""
         self.peak, self.at_peak = self.live, dict(self._by_label)
 
     def __torch_dispatch__(

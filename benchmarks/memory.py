@@ -1,4 +1,4 @@
-"""What training and sampling take of a GPU's memory at full size: the peak of live bytes.
+"""GPU memory of training and sampling at full size: the peak of live bytes.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --cards
@@ -122,7 +122,7 @@ def make_components(family: str, dtype: torch.dtype) -> Components:
 
 
 def accelerator() -> Any:
-    """What the training step asks Accelerate for, on one device."""
+    """Return the part of Accelerate that the training step uses, on one device."""
     return SimpleNamespace(
         device=torch.device(DEVICE),
         process_index=0,
@@ -241,7 +241,7 @@ def take_steps(engine: TrainingEngine) -> None:
 
 
 def make_states(step: Learner) -> None:
-    """Have the optimizer make its states, which exist from the second step on."""
+    """Make the optimizer create its states, which exist from the second step on."""
     for parameter in (p for model in step.modules.values() for p in model.parameters()):
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -376,7 +376,7 @@ def print_cards(args: argparse.Namespace) -> None:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """What the command line makes of these words."""
+    """Parse these words of a command line."""
     return build_parser().parse_args(words)
 
 

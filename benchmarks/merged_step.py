@@ -1,4 +1,4 @@
-"""What a denoising step costs with an adapter attached, with it merged in, and without one.
+"""Cost of a denoising step with an adapter attached, with it merged in, and without one.
 
     python benchmarks/merged_step.py --work /tmp/step
 

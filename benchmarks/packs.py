@@ -1,4 +1,4 @@
-"""What a pack is worth: subject-steps per second, and how many subjects fit a GPU.
+"""Gain of a pack: subject-steps per second, and how many subjects fit a GPU.
 
     OMP_NUM_THREADS=1 python benchmarks/packs.py --work /tmp/packs             # speed, on this CPU
     python benchmarks/packs.py --memory                                        # SDXL at 1024 px
@@ -58,7 +58,7 @@ SPARE, SCREEN_GIB = 1.1, 0.5
 
 
 class Clock:
-    """When the steps of a run were told, in processor seconds."""
+    """Times of a run's steps, in processor seconds."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -74,7 +74,7 @@ class Clock:
 
 
 def settings(work: Path, steps: int) -> TrainConfig:
-    """What all subjects have in common."""
+    """Return the settings that all subjects share."""
     shutil.rmtree(work / "out", ignore_errors=True)
     return TrainConfig(
         max_train_steps=steps,
@@ -85,7 +85,7 @@ def settings(work: Path, steps: int) -> TrainConfig:
 
 
 def configs_of(count: int, work: Path, steps: int) -> dict[str, TrainConfig]:
-    """So many subjects."""
+    """Return the configs of so many subjects."""
     entry = {"instance_data_dir": str(SAMPLES / "bolt_mug"), "instance_prompt": "a sks mug"}
     entries = [{**entry, "name": f"subject-{k}", "seed": k} for k in range(count)]
     return subject_configs(entries, settings(work, steps))
@@ -101,7 +101,7 @@ def measure(count: int, work: Path, steps: int) -> dict[str, float]:
 
 
 def tell(clocks: dict[str, Clock], name: str, event: Any) -> None:
-    """Tell the clock of a subject, if it has one."""
+    """Send an event to the clock of a subject, if it has one."""
     if name in clocks:
         clocks[name](event)
 

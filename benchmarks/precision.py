@@ -1,4 +1,4 @@
-"""Do bf16 and fp16 training follow the float32 loss curve, within what another seed changes?
+"""Comparison of bf16 and fp16 loss curves with float32's, and with another seed's.
 
     python benchmarks/precision.py --steps 100
 
@@ -26,7 +26,7 @@ from dora_diffusion.training.session import open_session
 
 
 def fp16_accelerator(config: TrainConfig) -> Any:
-    """What Accelerate makes for fp16 on a GPU, on this CPU."""
+    """Return Accelerate's accelerator for fp16 on a GPU, on this CPU."""
     accelerator = make_accelerator(replace(config, mixed_precision="no"))
     accelerator.state._mixed_precision = "fp16"
     accelerator.native_amp = True

@@ -1,4 +1,4 @@
-"""What many subjects come to, in arithmetic: the tables of docs/measurements/scale.md.
+"""Cost of many subjects, in arithmetic: the tables of docs/measurements/scale.md.
 
     python benchmarks/scale.py
     python benchmarks/scale.py --records docs/measurements/scale-records.jsonl   # measured costs
@@ -57,12 +57,12 @@ class Counted:
 
     @property
     def base_bytes(self) -> int:
-        """In bf16, as it is read."""
+        """Size of the base in bf16, as it is read."""
         return 2 * (self.unet + self.others)
 
     @property
     def adapter_bytes(self) -> int:
-        """In float32."""
+        """Size of the adapter in float32."""
         return 4 * self.trained
 
     @property
@@ -91,7 +91,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Device:
-    """What is assumed of a GPU.
+    """Assumptions about a GPU.
 
     Attributes:
         tflops: Peak of dense bf16 products, in 10^12 per second (an H100 SXM's data sheet).
@@ -108,7 +108,7 @@ class Device:
     dispatch: float = 10e-6
 
     def step_seconds(self, model: Counted, pack: int = 1) -> tuple[float, float, float]:
-        """Of a pack's step: its products, reading and writing operands, and issuing operations."""
+        """Return the seconds of a pack's step: its products, its operands, and its dispatch."""
         return (
             pack * model.step / (self.utilisation * self.tflops),
             pack * model.operands / 1e3 / (self.streaming * self.bandwidth),
@@ -116,12 +116,12 @@ class Device:
         )
 
     def subject_seconds(self, model: Counted, pack: int = 1) -> float:
-        """Of training a subject in a pack: the GPU works while operations are issued."""
+        """Return the seconds to train a subject in a pack: the GPU works during dispatch."""
         products, memory, dispatch = self.step_seconds(model, pack)
         return model.steps * max(products + memory, dispatch) / pack
 
     def image_seconds(self, model: Counted) -> float:
-        """Of sampling an image by products alone, as a full batch does."""
+        """Return the seconds to sample an image by products alone, as a full batch does."""
         products = 2 * SAMPLING_STEPS * model.forward + model.decode
         return products / (self.utilisation * self.tflops)
 
@@ -200,7 +200,7 @@ def gpu_table(device: Device) -> str:
 
 
 def fleet_table(device: Device) -> str:
-    """What so many subjects of SDXL come to."""
+    """Return the table of a fleet of so many SDXL subjects."""
     model = MODELS["sdxl"]
     rows: list[list[object]] = [["SDXL, derived", *(f"{n:,} subjects" for n in SUBJECTS)]]
     alone, packed = (device.subject_seconds(model, pack) for pack in (1, 4))
@@ -230,7 +230,7 @@ def fleet_table(device: Device) -> str:
 
 
 def serving_table(device: Device) -> str:
-    """Many adapters in one stream of images."""
+    """Return the table of many adapters in one stream of images."""
     models = list(MODELS.values())
     gpus = [math.ceil(IMAGES_PER_SECOND * device.image_seconds(m) / SERVED_LOAD) for m in models]
     rows: list[list[object]] = [

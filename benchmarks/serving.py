@@ -160,7 +160,7 @@ def _title(process: psutil.Process) -> str:
 async def load(
     args: argparse.Namespace, requests: list[dict[str, object]], expected: list[Image.Image]
 ) -> None:
-    """Ask as many clients do, all at once, and while replicas are killed."""
+    """Send requests as many clients do, all at once, and while replicas are killed."""
     answers, seconds, total = await ask(args, requests, args.clients)
     print(f"statuses: {dict(Counter(answer.status_code for answer in answers))}")
     cuts = statistics.quantiles(seconds, n=100)

@@ -1,4 +1,4 @@
-"""What each of two processes has of a model that they share, at full size, with random weights.
+"""Memory of two processes that share a model, at full size, with random weights.
 
     python benchmarks/sharding.py --family sd1 --work /tmp/full
 

@@ -1,4 +1,4 @@
-"""What a real training step does beside the UNet, and how long the first one takes to come.
+"""Cost of a real training step beside the UNet, and the time until the first one.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --calls
@@ -49,7 +49,7 @@ SETTINGS = {
 
 
 def settings(output: str, **chosen: object) -> TrainConfig:
-    """Those of a run on an embedded model."""
+    """Return the settings of a run on an embedded model."""
     return TrainConfig(**(SETTINGS | chosen), output_dir=output)
 
 

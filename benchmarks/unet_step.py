@@ -1,4 +1,4 @@
-"""What DoRA costs a whole UNet: one step's time and the activations it keeps, beside its peers.
+"""Cost of DoRA on a whole UNet: one step's time and the activations it keeps, beside its peers.
 
     python benchmarks/unet_step.py --latent 64
     python benchmarks/unet_step.py --latent 32 --targets attention

@@ -1,4 +1,4 @@
-"""How many numbers a variant trains, and how large its files are, at full size.
+"""Trained numbers of a variant, and the sizes of its files, at full size.
 
     python benchmarks/variant_sizes.py
 

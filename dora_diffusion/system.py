@@ -1,4 +1,4 @@
-"""Where operating systems differ: the one module that may use what only POSIX has.
+"""Operating-system differences: the one module that may use what only POSIX has.
 
 Everything else is written against what Windows, Linux and macOS share.
 """
@@ -40,7 +40,7 @@ def is_windows() -> bool:
 
 
 def let_break_interrupt() -> None:
-    """From here on, Ctrl-Break raises `KeyboardInterrupt`, as Ctrl-C does."""
+    """Make Ctrl-Break raise `KeyboardInterrupt` from here on, as Ctrl-C does."""
     if BREAK is not None and threading.current_thread() is threading.main_thread():
         signal.signal(BREAK, signal.default_int_handler)
 
@@ -55,7 +55,7 @@ def detached() -> dict[str, Any]:
 
 
 def peak_memory() -> float:
-    """Most memory that this process has had in use, in GiB; now in use where that is not kept."""
+    """Return the peak memory of this process, in GiB; the present one where none is kept."""
     try:
         import resource
     except ImportError:  # Windows
@@ -94,18 +94,18 @@ def short_folder() -> str:
 
 
 def drop_from_cache(handle: int) -> None:
-    """Let the system's cache forget a file that is on the disk, where it can be told to."""
+    """Drop a file that is on the disk from the system's cache, where that is possible."""
     if hasattr(os, "posix_fadvise"):  # not on macOS and Windows
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def is_in_use(error: OSError) -> bool:
-    """Whether Windows refused since another program has the file open."""
+    """Return whether Windows refused since another program has the file open."""
     return getattr(error, "winerror", None) in _IN_USE
 
 
 def patiently(action: Callable[[], Result]) -> Result:
-    """Do what a virus scanner, or another process that reads the file right now, is in the way of.
+    """Retry what a virus scanner, or another process that reads the file now, is in the way of.
 
     Windows lets nobody rename, replace or remove a file that is open, nor open one that is being
     replaced. Such looks last for milliseconds: it is tried again for about a second and a half.
@@ -129,7 +129,7 @@ def replace(source: Path, target: Path) -> None:
 
 
 def is_private(path: Path) -> bool:
-    """Whether a file or folder is this user's, and nobody else may read or change it."""
+    """Return whether a file or folder is this user's, and nobody else may read or change it."""
     if not hasattr(os, "getuid"):  # Windows has folders for each user.
         return True
     status = path.stat()
@@ -137,7 +137,7 @@ def is_private(path: Path) -> bool:
 
 
 def is_number(host: str) -> bool:
-    """Whether a host is an IP address."""
+    """Return whether a host is an IP address."""
     try:
         return bool(ipaddress.ip_address(host))
     except ValueError:
@@ -145,7 +145,7 @@ def is_number(host: str) -> bool:
 
 
 def is_address(host: str) -> bool:
-    """Whether a host is an IP address or can be a name: what has only numbers is an address."""
+    """Return whether a host is an IP address or a valid name, which does not end in a number."""
     labels = host.removesuffix(".").split(".")
     is_name = all(re.fullmatch(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)", label) for label in labels)
     return is_number(host) or (is_name and not labels[-1].isdigit())
@@ -163,5 +163,5 @@ def plain_host(host: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own and nobody else's."""
+    """Return whether an address is this machine's own and nobody else's."""
     return ipaddress.ip_address(host).is_loopback if is_number(host) else host == "localhost"

@@ -1,4 +1,4 @@
-"""Renders the photos of the sample subjects again: ``python -m tools.samples samples``."""
+"""Render the photos of the sample subjects again: ``python -m tools.samples samples``."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 DOCS = Path(__file__).parents[1] / "docs"
 _PART = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(?:.*\n)*?(?=<!-- end -->)")
 _PACKAGES = ("config", "export", "lab.analysis")
-"""Of the package, those that say themselves which of their names are public."""
+"""Packages that say themselves which of their names are public."""
 _RESUME = {
     "same": "Resuming: must be the same.",
     "free": "Resuming: may change.",
@@ -142,7 +142,7 @@ def _range(setting: Setting) -> Iterator[str]:
 
 
 def _need(need: Condition) -> str:
-    """What a setting needs, as flags; what a function decides, by its docstring."""
+    """Return a setting's condition, as flags; of a function, by its docstring."""
     if isinstance(need, AnyOf):
         return " or ".join(filter(None, map(_need, need.needs)))
     if not isinstance(need, Need):
@@ -243,7 +243,7 @@ def measures() -> str:
 
 
 def adapter_verdicts() -> str:
-    """Which program computes which adapter file, a few programs at a time."""
+    """List the verdicts on adapter files, a few programs at a time."""
     from dora_diffusion.formats.layouts import all_layouts
     from dora_diffusion.formats.layouts.compatibility import COLUMNS
 
@@ -252,7 +252,7 @@ def adapter_verdicts() -> str:
 
 
 def model_verdicts() -> str:
-    """What other programs take a merged model for."""
+    """List the readings of a merged model by other programs."""
     from dora_diffusion.formats.checkpoint.programs import PROGRAMS, VERDICTS
 
     return _verdicts("model", PROGRAMS, VERDICTS)
@@ -269,7 +269,7 @@ def _verdicts(head: str, names: Sequence[str], kinds: Mapping[str, Mapping[str, 
 
 
 def programs() -> str:
-    """What `convert --to` makes of each adapter for a program, and its place."""
+    """List the results of `convert --to` for each program, and its place."""
     from dora_diffusion.formats.layouts import PROGRAMS
 
     rows = ["| `--to` | its place | output axis | input axis | LoRA |", "|---|---|---|---|---|"]
@@ -290,7 +290,7 @@ def scale(table: str) -> str:
 
 
 def diffusers_flags() -> str:
-    """What the command line answers to flags of Diffusers' scripts that are no settings."""
+    """List the command line's answers to flags of Diffusers' scripts that are no settings."""
     parts = []
     statuses = {"renamed": "Renamed", "ignored": "Accepted, and not needed", "absent": "Not here"}
     for status, title in statuses.items():

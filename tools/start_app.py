@@ -1,4 +1,4 @@
-"""What `start.bat` and `start.command` do once they have found a Python: install, open the app.
+"""Install the package and open the app, for `start.bat` and `start.command`.
 
 The environment is `.venv` beside them. The package is installed into it the first time, and again
 when `pyproject.toml` is another one. Nothing is installed yet where this runs: it imports the

@@ -96,7 +96,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
 
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:
-    """What blocks have in common that share what is compiled: the shapes of the base weights."""
+    """Return the key of blocks that share compiled code: the shapes of the base weights."""
     shapes = ((name, tuple(p.shape)) for name, p in block.named_parameters())
     return type(block), *(shape for shape in shapes if ".adapters." not in shape[0])
 

@@ -44,7 +44,7 @@ class AdaptedLayerReport:
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What was adapted, and how many parameters train: ``r * (fan_in + out)`` and magnitudes.
+    """Adapted layers and their trained parameters: ``r * (fan_in + out)`` and magnitudes.
 
     Of an adapter with another parametrization than A and B, ``rank`` is what it trains.
     """

@@ -1,4 +1,4 @@
-"""Put adapters on a model, take them off, switch them, merge them."""
+"""Attach adapters to a model, detach, switch and merge them."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class DetachedAdapters:
         return [cast(LayerAdapter, adapters[name]) for _, adapters, _ in self.layers]
 
     def attach(self) -> None:
-        """Put them on their layers, in the place of what is there."""
+        """Attach them to their layers, replacing what is there."""
         for module, adapters, keep_output in self.layers:
             layer = adapt_layer(module, keep_output)
             layer._modules["adapters"] = adapters
@@ -131,7 +131,7 @@ class DetachedAdapters:
 
 
 def detach_adapters(*models: nn.Module) -> DetachedAdapters:
-    """Take all adapters off models, whose layers get their plain class back."""
+    """Detach all adapters from models, whose layers get their plain class back."""
     detached = DetachedAdapters.of(*models)
     for layer, _, _ in detached.layers:
         restore_base_class(layer)
@@ -157,7 +157,7 @@ def _attach(model: nn.Module, adapters: Mapping[str, LayerAdapter], name: str) -
 
 
 def _mismatch_reason(model: nn.Module, path: str, adapter: LayerAdapter, name: str) -> str | None:
-    """Why the adapter does not fit the layer at this path."""
+    """Return why the adapter does not fit the layer at this path; None if it fits."""
     try:
         module = model.get_submodule(path)
     except AttributeError:
@@ -175,7 +175,7 @@ def _mismatch_reason(model: nn.Module, path: str, adapter: LayerAdapter, name: s
 
 
 def remove_adapters(model: nn.Module, name: str | None = None) -> None:
-    """Take one adapter off (or all), and give layers without adapters their plain class back.
+    """Remove one adapter (or all), and give layers without adapters their plain class back.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
@@ -221,7 +221,7 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
 
 
 def _can_merge_ahead(layers: Sequence[AdaptedLayer]) -> bool:
-    """Whether threads may merge some layers before others are written."""
+    """Return whether threads may merge some layers before others are written."""
     # Of a GPU's streams, a new thread knows the default one only.
     if any(layer.weight.device.type != "cpu" for layer in layers):
         return False

@@ -41,7 +41,7 @@ class _AdaptedConv(AdaptedLayer):
 
     @property
     def is_prepared(self) -> bool:
-        """Whether the convolution pads itself."""
+        """True if the convolution pads itself."""
         return self.padding_mode == "zeros" and not isinstance(self.padding, str)
 
     def operation(self, *, leaves_garbage: bool = True) -> Operation:
@@ -86,7 +86,7 @@ class DoRAEmbedding(AdaptedLayer, nn.Embedding):
         return torch.where((x == self.padding_idx)[..., None], y.detach(), y)
 
     def operation(self, *, leaves_garbage: bool = True) -> Operation:
-        """Looking up."""
+        """Return the look-up operation."""
         return _EMBEDDING
 
     def prepare(self, x: Tensor) -> OneHot:
@@ -115,14 +115,14 @@ def _is_conv1d_of_transformers(kind: type[nn.Module]) -> bool:
 
 
 def _adapted_class(kind: type[nn.Module]) -> type[AdaptedLayer] | None:
-    """What a module of exactly this class becomes; None if it cannot carry adapters."""
+    """Return the adapted class of this exact module class; None if it cannot carry adapters."""
     if kind not in _ADAPTED and _is_conv1d_of_transformers(kind):
         _ADAPTED[kind] = type("DoRAConv1D", (_AdaptedConv1D, kind), {"__doc__": "With adapters."})
     return _ADAPTED.get(kind)
 
 
 def can_adapt(module: nn.Module) -> bool:
-    """Whether the module is of exactly one of the classes that can carry adapters.
+    """Return whether the module is of exactly one of the classes that can carry adapters.
 
     A subclass may read its weight without calling ``forward`` (as the output projection of
     ``nn.MultiheadAttention`` does), which would leave an adapter silently unused.
@@ -131,7 +131,7 @@ def can_adapt(module: nn.Module) -> bool:
 
 
 def obstacle(module: nn.Module) -> str:
-    """Its class and why it cannot carry adapters; empty if it can."""
+    """Return the module's class and why it cannot carry adapters; empty if it can."""
     if isinstance(module, AdaptedLayer):
         return ""
     name = type(module).__name__
@@ -148,7 +148,7 @@ def obstacle(module: nn.Module) -> str:
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Whether such a layer has a forward of its own, as Accelerate's offloading gives it.
+    """Return whether such a layer has a forward of its own, as Accelerate's offloading gives it.
 
     That calls the forward of the class that the module had then, past any adapter.
     """
@@ -156,7 +156,7 @@ def is_wrapped(module: nn.Module) -> bool:
 
 
 def layer_kind(module: nn.Module) -> LayerKind:
-    """How a module that can carry adapters stores its weight."""
+    """Return how a module that can carry adapters stores its weight."""
     kind = type(module) if isinstance(module, AdaptedLayer) else _adapted_class(type(module))
     return "plain" if kind is None else kind.kind
 

@@ -96,7 +96,7 @@ class LayerAdapter(nn.Module):
         )
 
     def versions(self) -> tuple[int, ...]:
-        """Which parameters it has, and how often each was written in place; of a DoRA."""
+        """Return the identity and in-place version of each parameter of a DoRA."""
         own = [*self._parameters.values()]
         if self.parametrization is not None:
             own += self.parametrization._parameters.values()
@@ -114,7 +114,7 @@ class LayerAdapter(nn.Module):
 
     @torch.no_grad()
     def used_weights(self) -> LayerWeights:
-        """What a file holds: `weights` without rows that a parametrization has switched off."""
+        """Return the weights for a file: `weights` without rows that are switched off."""
         weights = self.weights()
         used = None if self.parametrization is None else self.parametrization.used()
         if used is None or bool(used.all()):
@@ -124,7 +124,7 @@ class LayerAdapter(nn.Module):
         return dataclasses.replace(weights, down=down, up=up, alpha=alpha)
 
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
+        """Return the text that ``print(model)`` shows."""
         kind = "LoRA" if self.magnitude is None else f"DoRA, norm_axis={self.norm_axis}"
         return f"{kind}, rank={self.down.shape[0]}, alpha={self.alpha:g}"
 
@@ -143,11 +143,11 @@ class RowChoice(Protocol):
 
 
 class PlaceInStack(Protocol):
-    """What computes a layer's output in the scope of a stack."""
+    """Interface of what computes a layer's output in the scope of a stack."""
 
     @property
     def is_mixed(self) -> bool:
-        """Whether rows of a batch have several adapters."""
+        """True if the rows of a batch use several adapters."""
 
     def make_ready(self, dtype: torch.dtype) -> None:
         """Make what `forward` computes with in a dtype, which compiled code cannot."""
@@ -157,7 +157,7 @@ class PlaceInStack(Protocol):
 
 
 class AdaptedLayer(nn.Module):
-    """What layers with adapters have in common. Made by `kinds.adapt_layer` only.
+    """Mixin of layers with adapters. Made by `kinds.adapt_layer` only.
 
     Attributes:
         kind: How the weight is stored.
@@ -187,7 +187,7 @@ class AdaptedLayer(nn.Module):
 
     @property
     def is_merged(self) -> bool:
-        """Whether the adapters are in the weight."""
+        """True if the adapters are merged into the weight."""
         return self._unmerged is not None
 
     @property
@@ -205,16 +205,16 @@ class AdaptedLayer(nn.Module):
         return cast(Tensor, to_local()) if to_local else self.shard.own(self.weight)
 
     def operation(self, *, leaves_garbage: bool = True) -> Operation:
-        """What the weight does to an input; see `ConvOperation`."""
+        """Return the operation of the weight on an input; see `ConvOperation`."""
         return _LINEAR
 
     @property
     def is_prepared(self) -> bool:
-        """Whether the operation takes an input as it is, without `prepare`."""
+        """True if the operation takes an input as it is, without `prepare`."""
         return self.kind != "embedding"
 
     def prepare(self, x: Tensor) -> Tensor | OneHot:
-        """What the operation takes: padded, where it does not pad itself, or one-hot."""
+        """Return the operation's input: padded, where it does not pad itself, or one-hot."""
         return x
 
     def active(self) -> list[tuple[str, LayerAdapter]]:
@@ -277,14 +277,14 @@ class AdaptedLayer(nn.Module):
         return sum_of_adapters(op, inputs, matrix, added, terms)
 
     def operands(self, x: Tensor) -> tuple[Tensor | OneHot, Tensor, Tensor | None]:
-        """What is multiplied, the weight ``(out, in, *k)``, and the bias, all of one dtype."""
+        """Return the input, the weight ``(out, in, *k)`` and the bias, all of one dtype."""
         # As autocast would for this operation; ids are none of its.
         inputs = self.prepare(x.to(product_dtype(x)) if x.is_floating_point() else x)
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         return inputs, oriented(self.weight, self.kind).to(inputs.dtype), bias
 
     def factors(self, name: str, adapter: LayerAdapter, dtype: torch.dtype) -> Factors:
-        """What one adapter computes with in a dtype, by a plan or, where there is none, alone."""
+        """Return an adapter's factors in a dtype, from a plan or, without one, computed alone."""
         if not torch.compiler.is_compiling():
             scales = self.scales(name, adapter)
             if scales is not None:
@@ -320,14 +320,14 @@ class AdaptedLayer(nn.Module):
         return scales
 
     def keep_scales(self, name: str, scales: LayerScales | FixedScales) -> None:
-        """Put an adapter's scales into the cache of the scope that is open."""
+        """Add an adapter's scales to the cache of the open scope."""
         assert self._scales_cache is not None
         self._scales_cache[name] = scales
         adapter = cast("LayerAdapter", self.adapters._modules[name])
         self._scales_versions[name] = adapter.versions()
 
     def require_unchanged(self, name: str, adapter: LayerAdapter) -> bool:
-        """Whether an adapter is the one whose scales are in the cache; a DoRA must be.
+        """Return whether an adapter still matches its cached scales; a DoRA must.
 
         Raises:
             RuntimeError: If a parameter of a DoRA was written or replaced since.
@@ -344,7 +344,7 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def site(self, adapters: Sequence[LayerAdapter]) -> Site:
-        """What a plan takes of this layer, with adapters that need not be on it."""
+        """Return the layer's `Site` for a plan, with adapters that need not be attached."""
         matrix, made = self.own_rows, []
         for adapter in adapters:
             weights = adapter.scaled_weights()
@@ -362,12 +362,12 @@ class AdaptedLayer(nn.Module):
             self._scales_cache.pop(name, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy gets: not the scales, which nobody would close for it."""
+        """Return the state of a copy, without the scales, which nobody would close for it."""
         scopes: dict[str, Any] = {"_scales_cache": None, "_rows": None, "_row_factors": {}}
         return {**self.__dict__, **scopes, "_place": None, "_ready": {}}
 
     def identity(self) -> tuple[Any, ...]:
-        """What tells the base weight from others, and from what it was before it was written."""
+        """Return a key of the base weight that changes when the weight is written."""
         weight = self.weight if self.shard is None else self.own_rows
         version = None if weight.is_inference() else weight._version
         return weight.data_ptr(), version, weight.dtype, weight.device
@@ -403,7 +403,7 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
+        """Restore the base weight, bit for bit."""
         if self._unmerged is not None:
             self.weight.copy_(self._unmerged)
             self._unmerged = None

@@ -83,7 +83,7 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every number of a floating-point tensor is finite."""
+    """Return whether every number of a floating-point tensor is finite."""
     # A sum with infinity or NaN in it is one of them, and is known much sooner than each number.
     # Only a sum that overflows on its own needs these.
     total = tensor.sum(dtype=upcast_dtype(tensor))

@@ -20,7 +20,7 @@ _D_START = 0.1
 
 
 class Parametrization(nn.Module):
-    """What makes A and B of one layer from its ``down`` and ``up``; its buffers do not train."""
+    """Module that makes A and B of one layer from ``down`` and ``up``; its buffers do not train."""
 
     def start(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """``down`` and ``up`` of a fresh adapter, whose update is 0 to the last bit.
@@ -35,7 +35,7 @@ class Parametrization(nn.Module):
         raise NotImplementedError
 
     def used(self) -> Tensor | None:
-        """Which of the r rows of A a file needs, ``(r,)``, bool; None: all."""
+        """Return the rows of A that a file needs, ``(r,)``, bool; None: all."""
         return None
 
 
@@ -64,7 +64,7 @@ class PrincipalParametrization(Parametrization):
         self.register_buffer("start_up", (layer.up / share).to(weight.device))
 
     def start(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """No change."""
+        """Return a start without a change."""
         return torch.zeros_like(self.start_down), torch.zeros_like(self.start_up)
 
     def forward(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ Active = Sequence[tuple[str, LayerAdapter]]
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Which adapter each row of a batch has.
+    """Adapter of each row of a batch.
 
     Attributes:
         names: Of each row; None is the base. A batch of a multiple of so many rows repeats them,
@@ -68,7 +68,7 @@ class Rows:
 
 
 def _are_batched(layer: AdaptedLayer, op: Operation, active: Active) -> bool:
-    """Whether one product serves these adapters; others take their rows one adapter at a time."""
+    """Return whether one product serves these adapters; others run one adapter at a time."""
     is_plain = type(op) is Operation
     is_image = isinstance(op, ConvOperation) and op.groups == 1 and len(op.stride) == 2
     adapters = [adapter for _, adapter in active]

@@ -23,7 +23,7 @@ from dora_diffusion.numerics.weights import Strengths
 
 
 class NormCache:
-    """What a loop of training steps keeps from one `norm_scope` to the next.
+    """Cache that a loop of training steps keeps from one `norm_scope` to the next.
 
     Make one before the loop and give it to each step's scope. A step then neither waits for the
     device nor looks again for what it found before. Between the steps, adapters may be added and
@@ -105,7 +105,7 @@ class FixedNorms(NormCache):
 
 
 def _state(layer: AdaptedLayer, adapter: LayerAdapter) -> object:
-    """What an adapter's norm on a layer follows from."""
+    """Return the state that an adapter's norm on a layer depends on."""
     statistics = layer.statistics(adapter)
     settings = adapter.strengths, adapter.alpha, layer.keep_output
     return adapter.versions(), settings, id(layer._parameters.get("bias")), statistics
@@ -228,7 +228,7 @@ class _Entry(NamedTuple):
         return cls(layer, name, adapter.strengths, site, layer.identity())
 
     def is_current(self, adapter: LayerAdapter) -> bool:
-        """Whether the site is what it would be if it was made now."""
+        """Return whether the site still equals one that would be made now."""
         (weights,), own, layer = self.site.adapters, adapter._parameters, self.layer
         return (
             own["down"] is weights.down

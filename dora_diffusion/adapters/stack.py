@@ -70,7 +70,7 @@ class AdapterStack:
 
     @contextmanager
     def scope(self) -> Iterator[None]:
-        """Inside, the layers have the adapters as they are now; rows have none until they are said.
+        """Use the adapters as they are now inside the block; rows have none until they are set.
 
         In the end the parameters get their gradients.
 
@@ -102,7 +102,7 @@ class AdapterStack:
 
     @contextmanager
     def of(self, rows: int | Sequence[int]) -> Iterator[None]:
-        """Inside, rows of a batch have such adapters; backward passes belong inside too.
+        """Use these adapters for the rows of a batch inside the block, backward passes included.
 
         Args:
             rows: The adapter of each row; a number where all have it, however many they are; `BASE`
@@ -139,7 +139,7 @@ class AdapterStack:
                     made[number].ready[dtype] = place.op, place.matrix, place.layer.bias, own
 
     def _settle(self) -> None:
-        """Look whether all but the values of parameters is as it was; else begin again."""
+        """Check that all but the values of parameters is unchanged; else start again."""
         each = list(zip(self.layers, self.adapters, strict=True))
         weights = [
             w if layer.shard is None else layer.own_rows
@@ -160,12 +160,12 @@ class AdapterStack:
             self._parameters = [p for _, own in each for a in own for p in a.parameters()]
 
     def _versions(self) -> list[int]:
-        """How often each parameter was written in place."""
+        """Return the number of in-place writes of each parameter."""
         return [parameter._version for parameter in self._parameters]
 
 
 class Made(NamedTuple):
-    """What a layer computes with, by dtype.
+    """Factors of a layer, by dtype.
 
     Attributes:
         factors_by_dtype: Factors.
@@ -217,11 +217,11 @@ class StackPlace:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether rows of a batch have several adapters."""
+        """True if the rows of a batch use several adapters."""
         return len(self.adapters) > 1
 
     def factors(self, dtype: torch.dtype) -> Factors:
-        """Its factors in a dtype; made for all layers at the first call."""
+        """Return the factors in a dtype; made for all layers at the first call."""
         if dtype not in self.factors_by_dtype:
             self.stack.make(dtype)
         return self.factors_by_dtype[dtype]

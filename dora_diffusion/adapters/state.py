@@ -124,7 +124,7 @@ def load_adapter_state(
     *,
     name: str = DEFAULT_NAME,
 ) -> None:
-    """Put canonical tensors on the components' layers as a new adapter.
+    """Load canonical tensors into the components' layers as a new adapter.
 
     Raises:
         ValueError: If the state has layers of a component that is not given, or that a component
@@ -251,7 +251,7 @@ def attach_file(
     family: str = "",
     alpha: float | None = None,
 ) -> AdapterFile:
-    """Do what `load_adapter` does, but for the file's trained tokens, which it returns."""
+    """Load an adapter like `load_adapter`, except for its trained tokens, which it returns."""
     adapter = read_for(components, path, "give --alpha", family=family, alpha=alpha)
     load_adapter_state(components, adapter.layers, name=name)
     return adapter

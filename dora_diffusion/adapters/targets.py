@@ -1,4 +1,4 @@
-"""Which layers get an adapter: named presets and glob patterns of module paths."""
+"""Layers that get an adapter: named presets and glob patterns of module paths."""
 
 from __future__ import annotations
 
@@ -85,5 +85,5 @@ def _nothing_matches(target: str, model: nn.Module, paths: list[str]) -> str:
 
 
 def is_conv(module: nn.Module) -> bool:
-    """Whether a layer takes the rank of convolutions."""
+    """Return whether a layer uses the rank of convolutions."""
     return isinstance(module, nn.Conv1d | nn.Conv2d)

@@ -84,7 +84,7 @@ def build_parser(filled: Container[str] = COMMANDS) -> argparse.ArgumentParser:
 
 
 def read_settings(args: argparse.Namespace) -> Any:
-    """What a command's ``run`` takes.
+    """Return the settings for a command's ``run``.
 
     Raises:
         ConfigError: If a setting is missing, or cannot be.
@@ -112,7 +112,7 @@ def tune_process() -> None:
 
 
 def _print_anything() -> None:
-    """Let no character that a Windows code page lacks end a command."""
+    """Replace characters that the console cannot encode."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

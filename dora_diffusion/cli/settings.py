@@ -32,7 +32,7 @@ BASE = "Diffusers folder, hub id, single-file .safetensors checkpoint, or embedd
 
 @dataclass(frozen=True)
 class OfModel:
-    """What is said of a model acts where there is one that is loaded so.
+    """Condition of settings that describe a model: one is given, and is loaded as they need.
 
     Attributes:
         setting: Which model.
@@ -45,7 +45,7 @@ class OfModel:
     of_hub: bool = False
 
     def __call__(self, config: Any) -> str | None:
-        """Why it does not; None where it does."""
+        """Return why the condition does not hold; None where it does."""
         from dora_diffusion.models.locate import is_embedded
 
         model: str | None = getattr(config, self.setting)
@@ -110,7 +110,7 @@ class RequiredBase(AnyBase):
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleFlags(CommandSettings):
-    """How the base's noise schedule is meant."""
+    """Flags of the base's noise schedule."""
 
     prediction_type: str | None = flag(
         None,
@@ -127,7 +127,7 @@ class ScheduleFlags(CommandSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Alpha(CommandSettings):
-    """What an adapter's file may not say."""
+    """Alpha of an adapter whose file may not state it."""
 
     alpha: float | None = flag(
         None,
@@ -139,14 +139,14 @@ class Alpha(CommandSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Overwrite(CommandSettings):
-    """What becomes of an output that exists."""
+    """Handling of an output that exists."""
 
     overwrite: bool = flag(False, "Replace an output that exists.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(CommandSettings):
-    """How images are sampled."""
+    """Settings of image sampling."""
 
     steps: int = flag(SampleSettings.validation_inference_steps, "Denoising steps.")
     scheduler: str | None = flag(
@@ -157,7 +157,7 @@ class Sampling(CommandSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class StrengthFlags(CommandSettings):
-    """How strongly an adapter acts."""
+    """Strengths of an adapter."""
 
     strength: float = flag(1.0, "Adapter strength: 0 is the base, 1 as trained.", needs=(_adapter,))
     direction_strength: float = flag(
@@ -219,7 +219,7 @@ class Model(ScheduleFlags, RequiredBase):
 
     @property
     def model_options(self) -> dict[str, Any]:
-        """How the base is loaded, as keywords of `load_adapted`."""
+        """Keyword arguments of `load_adapted` for loading the base."""
         from dora_diffusion.models.precision import dtype_of
 
         names = ("compile", "clip_skip", "max_token_length")
@@ -256,7 +256,7 @@ class AdaptedModel(StrengthFlags, Alpha, Model):
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(StrengthFlags, ScheduleFlags, Alpha, RequiredBase):
-    """What is merged into a base."""
+    """Settings of a merge into a base."""
 
     adapter: list[str] = flag(
         [],
@@ -275,7 +275,7 @@ class Merge(StrengthFlags, ScheduleFlags, Alpha, RequiredBase):
 
     @property
     def merge_options(self) -> dict[str, Any]:
-        """What is merged how, as keywords of `export_checkpoint` and `verify_checkpoint`."""
+        """Keyword arguments of the merge, for `export_checkpoint` and `verify_checkpoint`."""
         from dora_diffusion.numerics.weights import MergeStrengths
 
         own: dict[str, float] = {name: getattr(self, name) for name in vars(MergeStrengths())}
@@ -284,7 +284,7 @@ class Merge(StrengthFlags, ScheduleFlags, Alpha, RequiredBase):
 
 @dataclass(frozen=True, kw_only=True)
 class Written(Overwrite):
-    """How an adapter is written."""
+    """Format of a written adapter."""
 
     json: bool = flag(False, "Print JSON, with the error of every layer.")
     dtype: str | None = flag(
@@ -301,7 +301,7 @@ class Written(Overwrite):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits(CommandSettings):
-    """What limits the rank of each layer."""
+    """Limits on the rank of each layer."""
 
     rank: int | None = flag(None, "Largest rank. Default: the sum of the adapters' in each layer.")
     conv_rank: int | None = flag(None, "Largest rank of convolutions. Default: --rank.")
@@ -319,7 +319,7 @@ def magnitudes(config: Any) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit(Written, Limits, RequiredBase):
-    """How an adapter is fitted and written."""
+    """Settings for fitting and writing an adapter."""
 
     output: str = flag(REQUIRED, "The file or folder to write.")
     method: str = flag("dora", "lora: without magnitudes.", choices=("dora", "lora"))
@@ -337,7 +337,7 @@ class Fit(Written, Limits, RequiredBase):
 
     @property
     def fit_options(self) -> dict[str, Any]:
-        """As keywords of `extract_adapter` and `combine_adapters`."""
+        """Keyword arguments of `extract_adapter` and `combine_adapters`."""
         names = ("rank", "conv_rank", "energy", "method", "norm_axis", "overwrite")
         options = {name: getattr(self, name) for name in names}
         return options | {"key_format": self.format, "dtype": self.written_dtype}
@@ -345,7 +345,7 @@ class Fit(Written, Limits, RequiredBase):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings(Overwrite, Merge):
-    """What ``export`` takes."""
+    """Settings of ``export``."""
 
     job = AsJob("export", "merging", "Merge")
 
@@ -367,7 +367,7 @@ class ExportSettings(Overwrite, Merge):
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertSettings(Written, Alpha, Limits, AnyBase):
-    """What ``convert`` takes."""
+    """Settings of ``convert``."""
 
     job = AsJob("convert", "converting", "Convert")
 
@@ -395,7 +395,7 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeSettings(Alpha, RequiredBase):
-    """What ``analyze`` takes."""
+    """Settings of ``analyze``."""
 
     job = AsJob(
         "analyze", "analyzing", "Analyze", heading="What training did to the weights",
@@ -428,7 +428,7 @@ class AnalyzeSettings(Alpha, RequiredBase):
 
 @dataclass(frozen=True, kw_only=True)
 class RankSettings(Overwrite, AnyBase):
-    """What ``rank-checkpoints`` takes."""
+    """Settings of ``rank-checkpoints``."""
 
     job = AsJob("rank-checkpoints", "ranking", "Rank", is_listed=False)
 
@@ -451,7 +451,7 @@ class RankSettings(Overwrite, AnyBase):
 
 @dataclass(frozen=True, kw_only=True)
 class PushSettings(CommandSettings):
-    """What ``push`` takes."""
+    """Settings of ``push``."""
 
     job = AsJob("push", "publishing", "Publish")
 
@@ -467,7 +467,7 @@ class PushSettings(CommandSettings):
 
 
 def _ray(config: Any) -> str | None:
-    """Without Ray there is one worker."""
+    """Require an address of Ray: without Ray there is one worker."""
     if config.address is None:
         return "no address is given: there is one worker, this process"
     return None
@@ -475,7 +475,7 @@ def _ray(config: Any) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerFlags(CommandSettings):
-    """Where the parts of a large work are done, and with which share of a node."""
+    """Workers for the parts of a large task, and their share of a node."""
 
     address: str | None = flag(
         None,
@@ -504,7 +504,7 @@ class WorkerFlags(CommandSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings(WorkerFlags):
-    """What ``compare`` takes."""
+    """Settings of ``compare``."""
 
     job = AsJob("compare", "comparing", "Compare", is_listed=False)
 
@@ -534,7 +534,7 @@ def _without(name: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSettings(CommandSettings):
-    """What ``prepare`` takes; a model is a folder or a hub id."""
+    """Settings of ``prepare``; a model is a folder or a hub id."""
 
     job = AsJob("prepare", "looking at photos", "Check", is_listed=False)
 

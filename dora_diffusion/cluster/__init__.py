@@ -1,1 +1,1 @@
-"""Beyond one process: fleets of trainings and serving over HTTP. The core imports none of it."""
+"""Fleets of trainings, and serving over HTTP, beyond one process. The core imports none of it."""

@@ -1,4 +1,4 @@
-"""What an adapter is made of."""
+"""Configuration of an adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PARAMETRIZATIONS = ("low-rank", "vera", "adalora")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter is made of.
+    """Configuration of an adapter.
 
     Attributes:
         targets: Preset names (`PRESETS`, `TEXT_ENCODER_PRESETS`) or glob patterns of module paths.
@@ -105,7 +105,7 @@ class AdapterConfig:
             )
 
     def keeps_scale(self, is_conv: bool) -> bool:
-        """Whether layers that start from another adapter keep its scale: no alpha was given."""
+        """Return whether layers started from another adapter keep its scale: no alpha is given."""
         return (self.conv_alpha if is_conv else self.alpha) is None and not self.rslora
 
     @property

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class AsJob(NamedTuple):
-    """How the app has a command done, as a job about a run or one of its own.
+    """Description of a command as the app's job, about a run or one of its own.
 
     Attributes:
         command: Its name.
@@ -43,7 +43,7 @@ class AsJob(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CommandSettings:
-    """What a command takes: each field is a setting, made with `flag`.
+    """Settings of a command: each field is a setting, made with `flag`.
 
     Attributes:
         job: How the app has it done; None where it does not.
@@ -92,7 +92,7 @@ class CommandSettings:
         return {s.name: reason for s in moved if (reason := s.inactive_reason(self))}
 
     def warn(self) -> None:
-        """Say which settings have no effect.
+        """Warn of settings without effect.
 
         Warns:
             UserWarning: One for each.

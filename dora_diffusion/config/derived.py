@@ -1,4 +1,4 @@
-"""What follows from settings: defaults, what has no effect, and what a resumed run may change."""
+"""Values derived from settings: defaults, inactive settings, and what a resumed run may change."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def unusual_rates(config: TrainConfig) -> list[str]:
 
 
 def differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, Changes]:
-    """How a run's settings differ from those of the checkpoint that it resumes.
+    """Compare a run's settings with those of the checkpoint that it resumes.
 
     A setting that has no effect is not compared, nor one that the checkpoint does not know.
 

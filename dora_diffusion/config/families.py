@@ -199,7 +199,7 @@ class Family:
         return 1 if self.hidden_state == "penultimate" else 0
 
     def web_ui_clip_skip(self, clip_skip: int) -> int:
-        """What web UIs and sd-scripts call Diffusers' ``clip_skip``: the last layer is their 1."""
+        """Return the ``clip_skip`` of web UIs and sd-scripts, which count the last layer as 1."""
         return clip_skip + self.skipped_layers + 1
 
     def encode_text(
@@ -228,11 +228,11 @@ class Family:
         return output[0], output[1] if self.has_pooled else None
 
     def zeros_for_empty_prompt(self, index: Mapping[str, Any]) -> bool:
-        """Whether guidance without a negative prompt uses zeros, by the pipeline's settings."""
+        """Return whether guidance without negative prompt uses zeros, by the pipeline's config."""
         return self.has_pooled and bool(index.get("force_zeros_for_empty_prompt", True))
 
     def pipeline_options(self, zeros_for_empty_prompt: bool) -> dict[str, Any]:
-        """What the pipeline is made with besides its modules: neither checker nor watermark."""
+        """Return the pipeline's arguments besides its modules: neither checker nor watermark."""
         if self.has_pooled:
             zeros = {"force_zeros_for_empty_prompt": zeros_for_empty_prompt}
             return {**zeros, "add_watermarker": False}
@@ -240,11 +240,11 @@ class Family:
         return {**none, "requires_safety_checker": False}
 
     def vae_overflows(self, config: Mapping[str, Any]) -> bool:
-        """Whether an autoencoder overflows in float16; fixed ones say that they do not."""
+        """Return whether an autoencoder overflows in float16; fixed ones say that they do not."""
         return self.vae_wants_float32 and bool(config.get("force_upcast", True))
 
     def time_ids(self, crop: Any) -> tuple[int, ...]:
-        """What conditions the UNet on a crop's sizes: none, or SDXL's six numbers.
+        """Return the UNet's conditioning on a crop's sizes: none, or SDXL's six numbers.
 
         All pairs are (height, width) or (top, left) in pixels (arXiv:2307.01952, section 2.2): the
         photo's own size, the crop's corner in the resized photo, and the size trained on.
@@ -258,7 +258,7 @@ class Family:
         return latent_channels * (1 + self.condition_images) + self.planes
 
     def images(self, pixels: Any) -> tuple[Any, ...]:
-        """What the autoencoder encodes of pixels ``(B, 3 + planes, H, W)``.
+        """Return the autoencoder's inputs from pixels ``(B, 3 + planes, H, W)``.
 
         The first is the image that is learned, the others condition the UNet: an inpainting model
         reads the image without what it is to fill, where the plane is 1.
@@ -418,7 +418,7 @@ TITLES = ", ".join(family.title for family in FAMILIES.values())
 def detect_family(
     model_index: Mapping[str, Any], unet_config: Mapping[str, Any], name: str = "the model"
 ) -> Family:
-    """Tell the family from a pipeline's ``model_index.json`` and its UNet's ``config.json``.
+    """Detect the family from a pipeline's ``model_index.json`` and its UNet's ``config.json``.
 
     The decision rests on what the components are, never on the model's name.
 
@@ -447,7 +447,7 @@ def detect_family(
 
 
 def choose_by_channels(families: Sequence[Family], in_channels: int) -> Family:
-    """Of families that differ in what their UNets read, the one that reads so many channels.
+    """Choose the family whose UNet reads so many channels, among those that differ in it.
 
     The first, if none does: its autoencoder may make latents of other channels.
     """
@@ -455,7 +455,7 @@ def choose_by_channels(families: Sequence[Family], in_channels: int) -> Family:
 
 
 def detect_folder_family(folder: Path) -> Family:
-    """Tell the family of a diffusers pipeline folder.
+    """Detect the family of a diffusers pipeline folder.
 
     Raises:
         UnsupportedModelError: If it is another kind of model.

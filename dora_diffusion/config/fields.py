@@ -1,4 +1,4 @@
-"""What is known of a setting besides its value: metadata of its dataclass field.
+"""Description of a setting besides its value: metadata of its dataclass field.
 
 Flag, YAML key, help, range check, group, effect and resuming are all derived from it. Names of
 precisions are here too: torch's, Accelerate's, and those that people type.
@@ -23,7 +23,7 @@ _LONG = {"float": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bflo
 _SHORT = {dtype: short for short, dtype in _LONG.items()}
 
 DTYPES = tuple(_SHORT)
-"""What ``--dtype`` takes: torch's names."""
+"""Values of ``--dtype``: torch's names."""
 
 
 def dtype_name(word: str) -> str:
@@ -38,7 +38,7 @@ def precision_name(word: str) -> str:
 
 
 PRECISIONS = (AUTO, *map(precision_name, DTYPES))
-"""What ``--mixed_precision`` takes: Accelerate's names."""
+"""Values of ``--mixed_precision``: Accelerate's names."""
 
 TOKENS_PER_CHUNK = 75
 """Tokens of a text that a CLIP encoder reads at once, without its start and end token."""
@@ -55,7 +55,7 @@ WANTED: dict[type, str] = {
     Path: "a path",
 }
 REQUIRED: Any = dataclasses.MISSING
-"""In the place of a setting's default: it must be given."""
+"""Placeholder for the default of a setting that must be given."""
 TYPES: dict[str, type] = {"Entry": dict, **{kind.__name__: kind for kind in WANTED}}
 
 
@@ -112,7 +112,7 @@ class Need:
     values: tuple[Any, ...] = ()
 
     def __call__(self, config: Any) -> str | None:
-        """Why it is not met; None where it is."""
+        """Return why the condition is not met; None where it is."""
         value = getattr(config, self.setting)
         if value in self.values if self.values else value:
             return None
@@ -121,12 +121,12 @@ class Need:
 
 @dataclass(frozen=True)
 class AnyOf:
-    """At least one of several needs."""
+    """Condition that holds if at least one of several needs is met."""
 
     needs: tuple[Need, ...]
 
     def __call__(self, config: Any) -> str | None:
-        """Why none is met; None where one is."""
+        """Return why no condition is met; None where one is."""
         reasons = [need(config) for need in self.needs]
         return None if None in reasons else " and ".join(str(reason) for reason in reasons)
 
@@ -203,12 +203,12 @@ class Setting:
 
     @property
     def is_required(self) -> bool:
-        """Whether it must be given."""
+        """True if the setting must be given."""
         return self.default is REQUIRED
 
     @property
     def flag(self) -> str:
-        """Its flag, the first where there are several."""
+        """The setting's flag, the first where there are several."""
         return self.flags[0] if self.flags else f"--{self.name}"
 
     @cached_property
@@ -218,7 +218,7 @@ class Setting:
         return "none" if self.default in (None, "", []) else shown(self.default)
 
     def inactive_reason(self, config: Any) -> str | None:
-        """Why the setting has no effect in this config; None where it has one."""
+        """Return why the setting has no effect in this config; None where it has one."""
         return next((reason for need in self.needs if (reason := need(config))), None)
 
     def check(self, value: Any) -> None:

@@ -36,7 +36,7 @@ def read_config_lines(path: str | Path) -> tuple[dict[str, Any], Mapping[str, in
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds.
+    """Read a YAML file.
 
     Raises:
         ConfigError: If the file is missing, or is not YAML; with its name and the line.
@@ -45,7 +45,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def _parse(path: str | Path) -> tuple[Any, Any]:
-    """What a YAML file holds, as values and as nodes that know their lines."""
+    """Parse a YAML file, as values and as nodes that know their lines."""
     import yaml
 
     text = _read_text(path)

@@ -20,7 +20,7 @@ from dora_diffusion.config.wording import closest
 
 @dataclass(frozen=True)
 class Answer:
-    """What a flag of another script is here.
+    """Answer to a flag of another script.
 
     Attributes:
         status: renamed: accepted, and sets another setting. ignored: accepted, and needs nothing
@@ -228,7 +228,7 @@ DIFFUSERS_FLAGS: dict[str, Answer] = {
 
 
 def refusal(name: str) -> str | None:
-    """Why a flag of other trainers is refused and what to use; None for any other name."""
+    """Return why a flag of other trainers is refused and what to use; None for other names."""
     answer = DIFFUSERS_FLAGS.get(name)
     if answer is not None and answer.status == "absent":
         return f"{name} of Diffusers' scripts is not here: {answer.text}"

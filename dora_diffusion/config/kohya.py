@@ -92,7 +92,7 @@ _FILE = re.compile(r"__[^\W_](?:[\w ./-]*?[^\W_])?__")
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """Its sub-folders, hidden ones left out.
+    """Return the sub-folders, without hidden ones.
 
     Raises:
         ConfigError: If it cannot be read.

@@ -47,7 +47,7 @@ def _rate(setting: str, what: str) -> Condition:
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What is trained: an adapter of some layers, or weights of the model itself."""
+    """Trained weights: an adapter of some layers, or weights of the model itself."""
 
     heading: ClassVar = "Adapter"
 
@@ -172,7 +172,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class LengthSettings:
-    """How long it trains, and on how much at once."""
+    """Length of training and batch size."""
 
     heading: ClassVar = "Optimization"
 
@@ -195,7 +195,7 @@ class LengthSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How the weights are moved."""
+    """Settings of the optimizer."""
 
     heading: ClassVar = "Optimization"
 
@@ -300,7 +300,7 @@ WEIGHTINGS = ("snr_gamma", "debiased_estimation_loss")
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What the loss weighs."""
+    """Settings of the loss."""
 
     heading: ClassVar = "Optimization"
 

@@ -11,7 +11,7 @@ from dora_diffusion.config.families import Family
 
 @dataclass(frozen=True)
 class Preset:
-    """What a run is told by one word; every other setting has its default.
+    """Settings of a run under one name; every other setting has its default.
 
     Attributes:
         steps: Optimizer steps, as a share of the family's usual number.

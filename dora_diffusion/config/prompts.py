@@ -19,16 +19,16 @@ _NUMBERS: dict[str, tuple[str, type, float]] = {
 _TEXTS = {"n": "negative", "ss": "scheduler"}
 _DRIFT = "drift"
 OPTIONS = (*_NUMBERS, *_TEXTS, _DRIFT)
-"""What may stand behind ``--`` in a line."""
+"""Options that may stand behind ``--`` in a line."""
 # sd-scripts' names of schedulers -> ours.
 _SCHEDULERS = {"k_euler": "euler", "k_euler_a": "euler_a", "dpmsolver++": "dpm++"}
 PIXELS = 8
-"""Of which width and height are multiples."""
+"""Pixels of which width and height are multiples."""
 
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """What a sample image shows, and how it is sampled; None is as the settings have it.
+    """Prompt and sampling of a sample image; None is as the settings have it.
 
     Attributes:
         text: The prompt.

@@ -36,7 +36,7 @@ def _checkpoints(config: Any) -> str | None:
 
 @dataclass(frozen=True)
 class DeviceSettings:
-    """What it computes with."""
+    """Precision, memory and device."""
 
     heading: ClassVar = "Memory and precision"
 
@@ -79,7 +79,7 @@ class DeviceSettings:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What shows how it goes."""
+    """Sample images and logging."""
 
     heading: ClassVar = "Validation"
 
@@ -138,7 +138,7 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """What is held out of training, and decides what is kept of it."""
+    """Validation on held-out photos, which decides what is kept of the training."""
 
     heading: ClassVar = "Validation"
 
@@ -191,7 +191,7 @@ class ValidationSettings:
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """What is written, and from where it resumes."""
+    """Output, checkpoints and resuming."""
 
     heading: ClassVar = "Output"
 

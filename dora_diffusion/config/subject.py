@@ -42,7 +42,7 @@ def _on_the_hub(config: ModelSettings) -> str | None:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which model is trained."""
+    """Base model."""
 
     heading: ClassVar = "Model"
 
@@ -89,7 +89,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class SubjectSettings:
-    """What it is taught."""
+    """Subjects and captions."""
 
     heading: ClassVar = "Subject"
 
@@ -189,7 +189,7 @@ class WordSettings:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How images and captions are read."""
+    """Reading of images and captions."""
 
     heading: ClassVar = "Data"
 
@@ -304,7 +304,7 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class PriorSettings:
-    """How the rest of the class is kept."""
+    """Prior preservation."""
 
     heading: ClassVar = "Data"
 

@@ -170,7 +170,7 @@ def _subject(
 
 
 def _free_name(given: _Given, taken: Container[str]) -> str:
-    """What an entry is called that has no name of its own: as its folder, else by where it is."""
+    """Return the name of an entry without one of its own: its folder's, else by its position."""
     folder = given.entry.get("instance_data_dir") if isinstance(given.entry, dict) else None
     name = given.folder or (Path(folder).name if isinstance(folder, str) else "")
     if not name:

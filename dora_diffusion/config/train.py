@@ -196,7 +196,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     @property
     def holds_prior(self) -> bool:
-        """Whether any subject's class is kept."""
+        """True if any subject uses prior preservation."""
         return any(subject.with_prior_preservation for subject in self.subjects)
 
     @property
@@ -246,13 +246,13 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     @property
     def weightings(self) -> dict[str, float]:
-        """What weights losses by timestep, by its setting."""
+        """Weightings of the loss by timestep, by their setting."""
         values = {name: getattr(self, name) for name in learning.WEIGHTINGS}
         return {name: float(value) for name, value in values.items() if value}
 
     @property
     def is_full(self) -> bool:
-        """Whether weights of the model itself train."""
+        """True if weights of the model itself train."""
         return self.method_name == "full"
 
     @property
@@ -296,18 +296,18 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     @property
     def encodes_in_steps(self) -> bool:
-        """Whether text encoders compute in every step, since something of them trains."""
+        """True if text encoders compute in every step, since something of them trains."""
         return self.train_text_encoder or self.train_text_encoder_ti
 
     @property
     def prompts(self) -> list[SamplePrompt]:
-        """What sample images show: the instance prompts, where nothing else is asked for."""
+        """Prompts of sample images: the instance prompts, where nothing else is asked for."""
         own = (framed_prompt(subject) for subject in self.subjects)
         lines = self.validation_prompt or list(dict.fromkeys(own))
         return [parse_prompt(line) for line in lines if line]
 
     def with_sample_prompts(self) -> TrainConfig:
-        """These settings with the lines of ``sample_prompts`` among the validation prompts.
+        """Return these settings with the lines of ``sample_prompts`` among the validation prompts.
 
         Raises:
             ConfigError: If the file cannot be read, or a line cannot work.
@@ -319,23 +319,23 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     @property
     def prior_mode(self) -> str:
-        """How the prior is held: Diffusers' settings of class images mean class images."""
+        """Mode of prior preservation: Diffusers' settings of class images mean class images."""
         asks_for_images = self.class_data_dir or self.class_prompt
         return self.prior_preservation_mode or ("images" if asks_for_images else "image-free")
 
     @property
     def is_image_free(self) -> bool:
-        """Whether the prior is held without class images."""
+        """True if the prior is preserved without class images."""
         return self.with_prior_preservation and self.prior_mode == "image-free"
 
     @property
     def uses_class_images(self) -> bool:
-        """Whether the prior is held by class images."""
+        """True if the prior is preserved by class images."""
         return self.with_prior_preservation and self.prior_mode == "images"
 
     @property
     def holds_out(self) -> bool:
-        """Whether photos are held out of training, on which the validation loss is taken."""
+        """True if photos are held out of training, on which the validation loss is computed."""
         return any(s.validation_data_dir or s.validation_split for s in self.subjects)
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
 
 
 def listing(names: Iterable[str], limit: int = 10) -> str:
-    """Some names in their order, with the number of those left out.
+    """List some names in their order, with the number of those left out.
 
     Example:
         >>> listing(["b", "a"]), listing("cba", 2)

@@ -48,7 +48,7 @@ _STATED = ("per_line", "wildcards", "prefix", "suffix")
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """How the text beside a photo becomes its caption in an epoch.
+    """Rules that turn the text beside a photo into its caption in an epoch.
 
     In this order: a line of it, the alternatives of wildcards, the order of tags, tags that are
     left out, what stands around it, and whether it is dropped as a whole. Each is drawn from a
@@ -149,7 +149,7 @@ class CaptionRules:
         return list(dict.fromkeys(" ".join(caption.split()) for caption in found))
 
     def possible(self, text: str, token: str, *, with_dropout: bool = False) -> list[str]:
-        """Of each line the caption that avoids a token, and the one that holds it if that differs.
+        """Return each line's caption that avoids a token, and one that holds it if that differs.
 
         Args:
             text: Of a photo.
@@ -172,7 +172,7 @@ class CaptionRules:
         return list(dict.fromkeys(captions))
 
     def can_shuffle(self, captions: Sequence[str], others: int = 2) -> bool:
-        """Whether any of these captions has so many tags behind those that are kept."""
+        """Return whether any of these captions has so many tags behind those that are kept."""
         return any(len(self._split(caption)) >= self.keep_tags + others for caption in captions)
 
     def identity(self, text: str) -> str:
@@ -184,7 +184,7 @@ class CaptionRules:
         return f"{text} [{digest[:12]}]"
 
     def tag_frequency(self, captions: Sequence[str]) -> dict[str, int]:
-        """How many captions hold each tag, most frequent first."""
+        """Count the captions that hold each tag, most frequent first."""
         counts = Counter(sorted(tag for caption in captions for tag in set(self._split(caption))))
         return dict(counts.most_common())
 
@@ -209,7 +209,7 @@ class CaptionRules:
 
     @property
     def _joint(self) -> str:
-        """What tags are joined by: the separator, with a space behind it where it has none."""
+        """Text that joins tags: the separator, with a space behind it where it has none."""
         is_bare = self.separator == self.separator.strip()
         return f"{self.separator} " if is_bare else self.separator
 
@@ -219,7 +219,7 @@ class CaptionRules:
 
 
 def stated_rules(rules: Mapping[str, CaptionRules]) -> str:
-    """What an adapter's file says of its subjects' rules, but for shuffling and dropout.
+    """Describe the subjects' rules for an adapter's file, but for shuffling and dropout.
 
     Empty for the usual ones. Quoted, since slashes in metadata are taken for a path's.
 
@@ -247,12 +247,12 @@ def drop_caption(caption: str, probability: float, generator: torch.Generator) -
 
 
 def contains_token(caption: str, token: str) -> bool:
-    """Whether a caption holds the trigger token as a word of its own, ignoring case."""
+    """Return whether a caption holds the trigger token as a word of its own, ignoring case."""
     return bool(whole_word(token).search(caption))
 
 
 def class_caption(caption: str, token: str, class_word: str) -> str:
-    """Turn an instance caption into its class caption, for prior preservation.
+    """Convert an instance caption to its class caption, for prior preservation.
 
     The token goes where the class word follows it; elsewhere the class word stands in for it::
 
@@ -330,7 +330,7 @@ class CaptionEdit:
             raise ValueError(f"there is nothing to find that {self.replace!r} would replace")
 
     def __bool__(self) -> bool:
-        """Whether it changes anything."""
+        """Return whether the edit changes anything."""
         return self.text is not None or bool(self.find or self.prefix)
 
     def __call__(self, caption: str) -> str:
@@ -347,7 +347,7 @@ class CaptionEdit:
 
 
 def with_trigger(caption: str, token: str, class_word: str) -> str:
-    """Put the token before the class word in a caption, or both in front where that is not in it.
+    """Add the token before the class word in a caption, or both in front where that is not in it.
 
     A tag that is the class word moves to the front. `class_caption` takes the token out again::
 

@@ -21,7 +21,7 @@ NEAR_DUPLICATE_BITS = 6
 
 @dataclass(frozen=True)
 class PhotoWarning:
-    """Something about the photos that will show in the result.
+    """Warning about photos that will show in the result.
 
     Attributes:
         kind: What is wrong.
@@ -35,7 +35,7 @@ class PhotoWarning:
 
 
 def check_photos(photos: Sequence[Photo], resolution: int) -> list[PhotoWarning]:
-    """Look for what commonly spoils a run; none of it stops one.
+    """Check for what commonly spoils a run; none of it stops one.
 
     Args:
         photos: The photos, read with ``measure=True``.
@@ -97,7 +97,7 @@ def near_duplicates(fingerprints: Mapping[str, int]) -> list[tuple[str, ...]]:
 
 
 def copies(photos: Sequence[Photo]) -> str:
-    """What to say of files with the same content; empty where there are none."""
+    """Return a message on files with the same content; empty where there are none."""
     files: dict[str, list[str]] = {}
     for photo in photos:
         files.setdefault(photo.digest, []).append(photo.path.name)
@@ -111,7 +111,7 @@ def copies(photos: Sequence[Photo]) -> str:
 
 
 def too_few(photos: Sequence[Photo]) -> str:
-    """What to say of photos that are too few, copies not counted; empty where they are not."""
+    """Return a message on too few photos, copies not counted; empty where there are enough."""
     count = len({photo.digest for photo in photos})
     if count >= FEWEST:
         return ""
@@ -122,7 +122,7 @@ def too_few(photos: Sequence[Photo]) -> str:
 
 
 def said_of_transparency(photos: Sequence[Photo]) -> str:
-    """What to say of images whose transparent parts became white; empty where there are none."""
+    """Return a message on images whose transparent parts became white; empty if there are none."""
     names = [photo.path.name for photo in photos if photo.has_transparency]
     if not names:
         return ""
@@ -130,7 +130,7 @@ def said_of_transparency(photos: Sequence[Photo]) -> str:
 
 
 def warn_of_unused_masks(photos: Sequence[Photo]) -> None:
-    """Say that masks lie beside photos and are not read, and what became of transparent parts."""
+    """Warn of masks beside photos that are not read, and of what became of transparent parts."""
     if transparent := said_of_transparency(photos):
         warnings.warn(
             f"{transparent}; they are learned as a white background: masked_loss leaves them out, "

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CropRecord:
-    """How a photo became training pixels. All pairs are (height, width) or (top, left).
+    """Crop that turns a photo into training pixels. All pairs are (height, width) or (top, left).
 
     Attributes:
         original_size: Upright size of the photo's file.

@@ -128,7 +128,7 @@ class DreamBoothDataset(Dataset[Sample]):
     """Photos of one or several subjects as training samples, drawn by seed, epoch and content."""
 
     def __init__(self, subjects: Sequence[SubjectPhotos]) -> None:
-        """Put the subjects' photos one after the other; no file is opened."""
+        """Concatenate the subjects' photos; no file is opened."""
         self.subjects = list(subjects)
         # Each sample's subject, and its place among the photos of that.
         self._rows = [(s, place) for s in self.subjects for place in range(len(s.photos))]
@@ -155,7 +155,7 @@ class DreamBoothDataset(Dataset[Sample]):
         ]
 
     def tag_frequency(self) -> dict[str, int]:
-        """How many of `captions` hold each tag, most frequent first."""
+        """Count the `captions` that hold each tag, most frequent first."""
         counts: Counter[str] = Counter()
         for subject in self.subjects:
             rules = subject.draws.captions
@@ -164,7 +164,7 @@ class DreamBoothDataset(Dataset[Sample]):
         return dict(counts.most_common())
 
     def contents(self) -> dict[str, list[dict[str, str]]]:
-        """What is trained on, in order: the record of each photo and class image."""
+        """Return the training data, in order: the record of each photo and class image."""
         class_images = (image for subject in self.subjects for image in subject.class_images)
         return {
             "images": [
@@ -177,12 +177,12 @@ class DreamBoothDataset(Dataset[Sample]):
 
     @property
     def groups(self) -> list[tuple[int, int]]:
-        """Per photo the crop size, which must be equal within a batch."""
+        """Crop size of each photo, which must be equal within a batch."""
         return [subject.draws.target_size(subject.photos[place]) for subject, place in self._rows]
 
     @property
     def repeats(self) -> list[int]:
-        """Per photo how often an epoch has it."""
+        """Number of times that an epoch has each photo."""
         return [subject.repeats for subject, _ in self._rows]
 
     def cache_moments(self, encode: Callable[[Tensor], Tensor]) -> None:
@@ -225,7 +225,7 @@ class DreamBoothDataset(Dataset[Sample]):
 
     @property
     def caches_moments(self) -> bool:
-        """Whether samples carry moments instead of pixels."""
+        """True if samples carry moments instead of pixels."""
         return self._encode is not None
 
     def __getitem__(self, index: int | EpochIndex) -> Sample:
@@ -249,7 +249,7 @@ class DreamBoothDataset(Dataset[Sample]):
         )
 
     def _crops(self, at: EpochIndex) -> Iterator[tuple[Photo, CropRecord, int, SubjectPhotos]]:
-        """What a sample is cut from, and how: the photo, and the class image beside it."""
+        """Yield the crops of a sample: of the photo, and of the class image beside it."""
         subject, place = self._rows[at.index]
         photo = subject.photos[place]
         crop = subject.draws.crop(photo, at.epoch)
@@ -283,7 +283,7 @@ class DreamBoothDataset(Dataset[Sample]):
     def _key(
         self, photo: Photo, crop: CropRecord, epoch: int, subject: SubjectPhotos
     ) -> tuple[object, ...]:
-        """What a crop and its mask are cached by; an alpha channel has the photo's digest."""
+        """Return the cache key of a crop and its mask; an alpha channel has the photo's digest."""
         drawn = subject.planes and subject.draws.generator("planes", photo, epoch).initial_seed()
         mask = photo.mask_path is not None, photo.mask_digest, subject.masked_loss
         return photo.digest, mask, crop, subject.planes, drawn

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
 
 FULL_SIZE_MEGAPIXELS = 40.0
-"""Up to here an image is decoded at its own size."""
+"""Largest image that is decoded at its own size, in megapixels."""
 MAX_MEGAPIXELS = 200.0
 REDUCTIONS = (1, 2, 4)
-"""What the sides of an image are divided by, rounding up, when it is decoded."""
+"""Divisors of an image's sides, rounding up, when it is decoded."""
 # A progressive JPEG's coefficients are held as a whole: up to 6 bytes a pixel.
 _PROGRESSIVE_MEGAPIXELS = 70.0
 # WebP's decoder holds 16 bytes a pixel, the others up to 7.
@@ -47,7 +47,7 @@ def reduction(width: int, height: int) -> int:
 
 
 def megapixel_limit(kind: str, data: bytes) -> tuple[float, str]:
-    """Most megapixels of an image, and " for" what, where others have a higher limit."""
+    """Return the most megapixels of an image, and " for" what, where others have a higher limit."""
     if kind == "JPEG" and not _is_sequential(data):
         return _PROGRESSIVE_MEGAPIXELS, " for a progressive JPEG"
     if kind == "JPEG" or _has_rows(kind, data):
@@ -75,7 +75,7 @@ def decode(
 
 
 def _has_rows(kind: str, data: bytes) -> bool:
-    """Whether an image is a PNG of whole bytes a sample, one row after another."""
+    """Return whether an image is a PNG of whole bytes a sample, one row after another."""
     depth, _, _, _, is_interlaced = data[24:29] if len(data) > 28 else bytes(5)
     return kind == "PNG" and depth == 8 and not is_interlaced
 
@@ -97,7 +97,7 @@ def _reducible(image: PILImage.Image) -> PILImage.Image:
 
 
 def _is_sequential(data: bytes) -> bool:
-    """Whether a JPEG's first scan holds all components, and no later one refines it.
+    """Return whether a JPEG's first scan holds all components, and no later one refines it.
 
     libjpeg decodes only these row by row; of all others it holds every coefficient.
     """

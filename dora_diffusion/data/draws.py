@@ -1,4 +1,4 @@
-"""What is drawn for a sample: where its photo is cut, whether it is mirrored, and its caption."""
+"""Random draws of a sample: its photo's crop, its mirroring, and its caption."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class SampleTransform:
         return replace(crop, flipped=flipped)
 
     def generator(self, purpose: str, photo: Photo, epoch: int) -> torch.Generator:
-        """What is drawn from for a photo in an epoch, or for one of its variants."""
+        """Return the random generator of a photo in an epoch, or of one of its variants."""
         turn: object = epoch
         if self.crop_variants is not None:
             chooser = generator_for("variant", self.seed, epoch, photo.digest)
@@ -91,7 +91,7 @@ class SampleTransform:
     def inpainting_mask(
         self, photo: Photo, crop: CropRecord, epoch: int, *, of_subject: bool = False
     ) -> Tensor:
-        """What an inpainting model is to fill of a crop: 1 in ``(1, H, W)``, which is else 0.
+        """Return the inpainting mask of a crop: 1 in ``(1, H, W)`` where to fill, else 0.
 
         Args:
             photo: The photo.

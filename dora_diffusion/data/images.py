@@ -152,12 +152,12 @@ def reading_once() -> Iterator[None]:
 
 
 def digest_of(data: bytes) -> str:
-    """What tells a file's content from another's: 32 hex digits of its SHA-256."""
+    """Return the digest of a file's content: 32 hex digits of its SHA-256."""
     return hashlib.sha256(data).hexdigest()[:32]
 
 
 def sniff_format(data: bytes) -> str | None:
-    """Tell "JPEG", "PNG", "WEBP" or "HEIF" by a file's first bytes; None for anything else."""
+    """Detect "JPEG", "PNG", "WEBP" or "HEIF" by a file's first bytes; None for anything else."""
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -232,7 +232,7 @@ def _register_heif(name: str) -> None:
 
 @contextlib.contextmanager
 def _reasons(name: str) -> Iterator[None]:
-    """Turn the decoders' many errors into one plain line."""
+    """Convert the decoders' many errors to one plain line."""
     try:
         yield
     except PhotoError:
@@ -314,7 +314,7 @@ def _bare(image: PILImage.Image) -> PILImage.Image:
 
 @dataclass(frozen=True)
 class Appearance:
-    """How blurred a photo is (see `blur`), and 64 bits of what it shows (see `fingerprint`)."""
+    """Blur of a photo (see `blur`), and a 64-bit fingerprint of its content (see `fingerprint`)."""
 
     blur: float
     fingerprint: int
@@ -326,7 +326,7 @@ def appearance_of(image: PILImage.Image) -> Appearance:
 
 
 def blur(image: PILImage.Image, side: int = 512) -> float:
-    """How blurred a grey image is, from 0 (sharp) to 1: Crete et al. 2007, "The Blur Effect".
+    """Measure the blur of a grey image, from 0 (sharp) to 1: Crete et al. 2007, "The Blur Effect".
 
     Blurring a sharp image changes it much, a blurred one little. The worse direction counts.
 

@@ -73,7 +73,7 @@ class Photo:
     weight: float = 1.0
 
     def record(self) -> dict[str, str]:
-        """What a checkpoint keeps of it, so that a run is not resumed on other photos."""
+        """Return the photo's record for checkpoints, so that no run is resumed on other photos."""
         weight = {} if self.weight == 1 else {"weight": f"{self.weight:g}"}
         return {
             "name": self.path.name,
@@ -185,7 +185,7 @@ def _read_weight(path: Path) -> float:
 
 
 def mask_path(photo: Path) -> Path:
-    """Where an image's mask lies: ``NAME.mask.png``."""
+    """Return the path of an image's mask: ``NAME.mask.png``."""
     return photo.with_name(photo.stem + MASK_SUFFIX)
 
 
@@ -360,7 +360,7 @@ def _without_photo(entries: Sequence[Path], photos: Sequence[Path]) -> list[str]
 
 
 def nested_photos(entries: Sequence[Path]) -> str:
-    """How many photos lie in which sub-folders: ``"12 photos in 10_sks, 3 photos in old"``."""
+    """Count the photos in sub-folders: ``"12 photos in 10_sks, 3 photos in old"``."""
     counts = {path.name: _count_photos(path) for path in entries if path.is_dir()}
     nested = [f"{counted(count, 'photo')} in {name}" for name, count in counts.items() if count]
     return ", ".join(nested[:5]) + (f", and {len(nested) - 5} more folders" if nested[5:] else "")
@@ -373,7 +373,7 @@ def _count_photos(folder: Path) -> int:
 
 
 def is_photo(path: Path) -> bool:
-    """Whether a path is a file that is named like a photo."""
+    """Return whether a path is a file that is named like a photo."""
     name = path.name.lower()
     return name.endswith(PHOTO_SUFFIXES) and not name.endswith(MASK_SUFFIX) and path.is_file()
 

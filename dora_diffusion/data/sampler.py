@@ -24,7 +24,7 @@ class EpochIndex:
 
 @dataclass(frozen=True)
 class SamplerState:
-    """Where training stands: samples consumed of an epoch, counted over all processes."""
+    """Position of training: samples consumed of an epoch, counted over all processes."""
 
     epoch: int = 0
     position: int = 0
@@ -130,7 +130,7 @@ class EpochSampler:
         return [index for batch in order_of_batches for index in batches[batch]]
 
     def __iter__(self) -> Iterator[list[EpochIndex]]:
-        """This process's batches from the current state on, without end."""
+        """Yield this process's batches from the current state on, without end."""
         state = self.state
         first = self.process_index * self.batch_size
         while True:

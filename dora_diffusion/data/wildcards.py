@@ -19,14 +19,14 @@ _PIECE = re.compile(
     r"|[^\\{}|_]+|."
 )
 WILD = re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*\}|(?<!\\)__[^\W_](?:[\w ./-]*?[^\W_])?__")
-"""What looks like a wildcard."""
+"""Pattern of a wildcard."""
 # Of a text with more alternatives, the first ones.
 MOST_VARIANTS = 1000
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What stands for one of several templates."""
+    """Choice among several templates."""
 
     alternatives: tuple[Template, ...]
 
@@ -82,7 +82,7 @@ def variants(template: Template) -> list[str]:
 
 
 class Wildcards:
-    r"""Takes captions apart; ``\{``, ``\}``, ``\|`` and ``\__`` are the characters themselves.
+    r"""Parser of captions; ``\{``, ``\}``, ``\|`` and ``\__`` are the characters themselves.
 
     Args:
         folder: Of the files: ``__colours__`` is a line of ``colours.txt``, ``__sea/fish__`` one of

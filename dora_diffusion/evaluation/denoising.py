@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 TIMESTEPS = 10
 NUM_SEEDS = 4
-"""How often each image is asked for with noise of its own, where nothing else is said."""
+"""Default number of noise seeds for each image."""
 
 
 @dataclass(frozen=True)

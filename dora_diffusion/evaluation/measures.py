@@ -1,4 +1,4 @@
-"""What is measured: name, meaning and confidence interval of every figure."""
+"""Measures: name, meaning and confidence interval of every figure."""
 
 from __future__ import annotations
 
@@ -141,10 +141,10 @@ class ImageRequest:
 
 
 class Scores:
-    """Collects values by measure, of images that belong to a group and a round of seeds."""
+    """Values by measure, of images that belong to a group and a round of seeds."""
 
     def __init__(self, requests: Sequence[ImageRequest]) -> None:
-        """Take what each image was asked for."""
+        """Start without values for these requests."""
         self.requests = requests
         self.values: dict[str, Values] = {}
 
@@ -178,7 +178,7 @@ def measure_of(name: str) -> Measure:
 
 
 def title_of(name: str) -> str:
-    """How tables call a figure."""
+    """Return the title of a figure in tables."""
     stem, _, model = name.partition("@")
     return MEASURES[stem].title + (f" ({model})" if model else "")
 

@@ -1,4 +1,4 @@
-"""Measuring what a model has learned of a real subject, by networks that know photographs."""
+"""Measures of what a model has learned of a real subject, by networks that know photographs."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ PROMPTS: tuple[str, ...] = (
     "a close-up photo of {} on a white background",
     "a watercolor painting of {}",
 )
-"""What the subject is asked for in; ``{}`` is its place."""
+"""Prompts for the subject; ``{}`` is its place."""
 
 OTHERS: tuple[str, ...] = (
     "dog", "cat", "car", "chair", "cup", "house", "tree", "bicycle", "bowl of fruit", "person",
 )  # fmt: skip
-"""Things that should stay what they are; the subject's own class is left out."""
+"""Prompts of things that should stay what they are; the subject's own class is left out."""
 
 _PIXELS = 64
 
@@ -75,7 +75,7 @@ class PhotoSubject:
 
     @property
     def cautions(self) -> tuple[str, ...]:
-        """What to know of figures on photos that were trained on, or that are cut out."""
+        """Cautions about figures on photos that were trained on, or that are cut out."""
         transparent = said_of_transparency(self.photos)
         cautions = (f"{transparent}, and are compared so",) if transparent else ()
         known = sum(photo.digest in self.trained_on for photo in self.photos)
@@ -257,7 +257,7 @@ def measure_photos(
 def measure_references(
     references: Sequence[Image], metric_models: Sequence[MetricModel]
 ) -> dict[str, Values]:
-    """What true photos score against each other: the most that an image can be expected to."""
+    """Measure true photos against each other: the most that an image can be expected to reach."""
     if len(references) < 2:
         return {}
     values: dict[str, Values] = {}

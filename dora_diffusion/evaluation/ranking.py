@@ -84,7 +84,7 @@ class RankedCheckpoint:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a ranking found.
+    """Result of a ranking.
 
     Attributes:
         rows: The base first, then checkpoints by step; those that are gone are left out.
@@ -101,7 +101,7 @@ class Ranking:
     triggers: tuple[str, ...] = ()
 
     def gain(self, row: RankedCheckpoint) -> Interval | None:
-        """How much more like the subject than the base's its images are, paired by seed.
+        """Return the gain in similarity to the subject over the base's images, paired by seed.
 
         Returns:
             The mean difference with its 95% confidence interval; None if that was not measured.
@@ -133,7 +133,7 @@ class Ranking:
 
     @property
     def verdict(self) -> str:
-        """That nothing was learned, with the interval; empty where something was."""
+        """Message that nothing was learned, with the interval; empty where something was."""
         gains = {row: gain for row in self.rows if (gain := self.gain(row)) is not None}
         if not gains or self.suggested:
             return ""
@@ -155,7 +155,7 @@ def write_ranking(folder: Path, ranking: Ranking) -> Path:
 
 @dataclass(frozen=True)
 class EvaluationPrompts:
-    """What to ask for, and how to judge the answers.
+    """Prompts of an evaluation, and how to judge the answers.
 
     Attributes:
         requests: `SUBJECTS` of each subject, then `OTHERS` of other things, or fewer.
@@ -224,7 +224,7 @@ def ask_photos(
 
 
 def few_requests(requests: Sequence[R]) -> list[R]:
-    """Some of the subject and some of other things: enough to choose by, in a minute or so."""
+    """Return some requests of the subject and of other things, to choose by in about a minute."""
     subject = [request for request in requests if request.group == "subject"]
     others = [request for request in requests if request.group == "others"]
     return subject[:SUBJECTS] + others[:OTHERS]
@@ -238,7 +238,7 @@ def rank(
     on_image: Callable[[int, int], None],
     base: str = "base",
 ) -> tuple[list[RankedCheckpoint], list[str]]:
-    """Ask the base and every adapter, and write their images into a folder.
+    """Sample images of the base and every adapter, and write them into a folder.
 
     Args:
         components: The base model.

@@ -35,7 +35,7 @@ FILES = {"scores": "scores.json", "table": "scores.md", "images": "images.png"}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of an adapter.
+    """Measurements of an adapter.
 
     Attributes:
         subject: Its name.
@@ -71,7 +71,7 @@ class Evaluation:
         return None if values is None else summarize(name, values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the images, as plain values."""
+        """Return everything but the images, as plain values."""
         return {
             "schema": SCHEMA,
             "subject": self.subject,
@@ -113,7 +113,7 @@ class Evaluation:
 
     @staticmethod
     def exists(folder: Path) -> bool:
-        """Whether a folder holds an evaluation, which `write` would replace."""
+        """Return whether a folder holds an evaluation, which `write` would replace."""
         return any((folder / name).exists() for name in FILES.values())
 
     def write(self, folder: Path) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""Asking the base and the adapted model for the same images at the same seeds."""
+"""Sampling of the base and the adapted model for the same images at the same seeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 OnStep = Callable[[int, int], None]
-"""Called with (steps done, steps in all)."""
+"""Callback with (steps done, steps in all)."""
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def base_and_adapted(
     on_step: OnStep | None,
     base_model: Components | None = None,
 ) -> dict[str, T]:
-    """What the model answers without its adapters (``"base"``) and with them (``"adapted"``).
+    """Return the model's answers without its adapters (``"base"``) and with them (``"adapted"``).
 
     Args:
         components: The model with its adapters on, or one that was trained whole.

@@ -110,7 +110,7 @@ def _report(
     adapters: Sequence[AdapterFile],
     embeddings: dict[str, Path],
 ) -> ConversionReport:
-    """With what was repaired in the files, and how many layers are not in the result."""
+    """Return the report, with repairs of the files, and the number of layers not in the result."""
     notes = [note for adapter in adapters for note in adapter.notes]
     if fitted.unchanged:
         layers = counted(fitted.unchanged, "layer")
@@ -157,7 +157,7 @@ def _metadata(
     fitted: Fitted,
     settings: FitSettings,
 ) -> AdapterMetadata:
-    """Those of the only adapter, or what of several holds for their sum; and what was combined.
+    """Return the metadata of the only adapter, or common to several; and what was combined.
 
     Raises:
         ExportError: If nothing was.

@@ -69,7 +69,7 @@ _OF_THE_UPDATE = (
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion wrote.
+    """Report on a conversion.
 
     Attributes:
         path: The file or folder.

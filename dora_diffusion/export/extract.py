@@ -144,7 +144,7 @@ def _check_pair(base: StoredModel, tuned: StoredModel) -> None:
 
 
 def differ(base: Tensor, tuned: Tensor) -> bool:
-    """Whether two weights differ by more than the rounding of one to the other's data type."""
+    """Return whether two weights differ by more than rounding to the other's data type."""
     return not (torch.equal(base.to(tuned.dtype), tuned) or torch.equal(base, tuned.to(base.dtype)))
 
 

@@ -29,7 +29,7 @@ class ExportError(ValueError):
 
 
 def model_name(path: Path) -> str:
-    """What a model is called: its hub id in the hub's cache, else its file or folder alone."""
+    """Return a model's name: its hub id in the hub's cache, else its file or folder alone."""
     path = path.resolve()
     parts = path.parts[-3:]
     if len(parts) == 3 and parts[0].startswith("models--") and parts[1] == "snapshots":
@@ -191,7 +191,7 @@ def replace_folder(temporary: Path, output: Path) -> None:
 
 
 def check_overwrite(output: Path, adapter: AdapterFile, overwrite: bool) -> dict[str, Path]:
-    """Where an adapter's tokens are written beside it, by token.
+    """Return the files beside an adapter for its tokens, by token.
 
     Raises:
         ExportError: If one of these files exists, and may not be replaced.

@@ -38,7 +38,7 @@ METHODS = {"dora": "DoRA", "lora": "LoRA"}
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How layers are fitted.
+    """Settings for fitting layers.
 
     Attributes:
         rank: Largest rank; None: as many as the layers that are fitted have.
@@ -75,7 +75,7 @@ class FitSettings:
 
     @property
     def use_dora(self) -> bool:
-        """Whether layers get a magnitude."""
+        """True if layers get a magnitude."""
         return self.method == "dora"
 
     def rank_of(self, shape: tuple[int, ...], default: int) -> int:
@@ -113,14 +113,14 @@ class FitSettings:
         return ", ".join(limits) or "sum of the ranks"
 
     def __str__(self) -> str:
-        """What is fitted: ``"nearest DoRA, output axis, rank 8"``."""
+        """Describe the fit: ``"nearest DoRA, output axis, rank 8"``."""
         axis = f"{self.norm_axis} axis, " if self.use_dora else ""
         return f"nearest {METHODS[self.method]}, {axis}{self.ranks}"
 
 
 @dataclass(frozen=True)
 class FitTarget:
-    """What one layer is fitted to.
+    """Target that one layer is fitted to.
 
     Attributes:
         base: The base weight, as the model stores it.
@@ -284,7 +284,7 @@ def fit_to_adapters(
 
 
 def _cancels(base: Tensor, tuned: Tensor, layers: Sequence[tuple[LayerWeights, Strengths]]) -> bool:
-    """Whether nothing is left of several layers but what float32 rounds."""
+    """Return whether nothing is left of several layers but what float32 rounds."""
     change = (tuned - base).norm()
     total = sum(abs(strengths.strength) for _, strengths in layers) if len(layers) > 1 else 0.0
     rounding = torch.finfo(torch.float32).eps * total * base.norm(dtype=change.dtype)
@@ -292,7 +292,7 @@ def _cancels(base: Tensor, tuned: Tensor, layers: Sequence[tuple[LayerWeights, S
 
 
 def _stays(layer: LayerWeights, strengths: Strengths, settings: FitSettings) -> bool:
-    """Whether a layer is already what is wanted."""
+    """Return whether a layer already is what the settings ask for."""
     is_dora = layer.magnitude is not None
     return (
         strengths == Strengths()

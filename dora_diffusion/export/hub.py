@@ -14,7 +14,7 @@ from dora_diffusion.models.locate import is_network_error, is_offline
 
 
 class HubError(ExportError):
-    """Something could not be published; one line with what to do."""
+    """Error of publishing; one line with what to do."""
 
 
 def push(
@@ -72,7 +72,7 @@ def push(
 
 
 def check(repository: str) -> None:
-    """Whether a push could begin.
+    """Check that a push could begin.
 
     Raises:
         HubError: If the name is none, the hub is switched off, or there is no token.
@@ -122,7 +122,7 @@ def _without_places(file: Path) -> bytes:
 
 
 def _reason(error: Any) -> str:
-    """What the hub says, in one line."""
+    """Return the hub's message in one line."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     message = getattr(error, "server_message", None) or str(error).strip().splitlines()[0]
     if status in (401, 403):

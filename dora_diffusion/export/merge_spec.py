@@ -1,4 +1,4 @@
-"""What is merged into a model and how strongly, and the record of it in the output."""
+"""Adapters and strengths of a merge into a model, and the record of it in the output."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class MergeSpec:
         return [f"{name} has no effect because no adapter is given" for name in moved]
 
     def assumptions(self, adapters: Sequence[AdapterFile]) -> list[str]:
-        """What was assumed of the adapters that `read` gave, one line each with the file's name."""
+        """Return the assumptions about adapters that `read` gave, a line each, with their file."""
         names = [find_adapter(path).name for path, _ in self.pairs()]
         return [
             f"{name}: {assumption}"
@@ -183,7 +183,7 @@ class MergeSpec:
         return [adapter for adapter in weighted if adapter.layers]
 
     def record(self) -> list[dict[str, object]]:
-        """What was merged: names and hashes, no paths; strengths other than 1 that act on all."""
+        """Record the merge: names and hashes, no paths; strengths other than 1 that act on all."""
         knobs = {name: value for name, value in self.knobs().items() if value != 1.0}
         return [
             {

@@ -110,7 +110,7 @@ class MergedModel:
         )
 
     def explains(self, entry: Entry, written: Tensor) -> bool:
-        """Whether a tensor is the merged one, but for the rounding that is due.
+        """Return whether a tensor is the merged one, but for the rounding that is due.
 
         The same bits are what is found in general. But no BLAS promises them, and a merge that is
         right must not be refused, so where they differ each number is compared by what rounding in
@@ -129,7 +129,7 @@ class MergedModel:
         return merge_error(self.base[name], layers_of(name, self.adapters))
 
     def is_adapted(self, entry: Entry) -> bool:
-        """Whether an adapter acts on one of the entry's sources."""
+        """Return whether an adapter acts on one of the entry's sources."""
         return any(layers_of(name, self.adapters) for name in entry.sources)
 
 

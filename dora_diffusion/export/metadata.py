@@ -1,4 +1,4 @@
-"""What written models say of themselves: their metadata, and the card of a folder."""
+"""Metadata of written models, and the card of a folder."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class ModelMetadata:
         return self._with({name: future.result() for name, future in self._hashes.items()})
 
     def close(self) -> None:
-        """Give up on hashes that nobody waits for any more."""
+        """Cancel hashes that nobody waits for any more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _with(self, hashes: Mapping[str, str]) -> dict[str, str]:
@@ -155,7 +155,7 @@ class ModelMetadata:
 
 
 def word_section(words: Sequence[tuple[str, Path]], folder: Path) -> str:
-    """How programs get trained words, for a card; empty where there are none.
+    """Return the card's section on loading trained words; empty where there are none.
 
     Args:
         words: The words and their files.
@@ -185,7 +185,7 @@ def merged_metadata(
     words: Sequence[tuple[str, Path]],
     base: BaseModel,
 ) -> ModelMetadata:
-    """Those of a model with adapters merged in.
+    """Return the metadata of a model with adapters merged in.
 
     Args:
         model: The base.
@@ -230,7 +230,7 @@ def merged_metadata(
 def trained_metadata(
     model: StoredModel, metadata: AdapterMetadata, output: Path, words: Mapping[str, Path]
 ) -> ModelMetadata:
-    """Those of a model that was trained whole, with the files of its trained words."""
+    """Return the metadata of a model that was trained whole, with the files of trained words."""
     steps, trigger = metadata.extra.get("training_steps", ""), metadata.trigger
     fields = {TRAINED: json.dumps({"training_steps": steps})}
     fields |= {TRIGGER: trigger} if trigger else {}

@@ -31,7 +31,7 @@ from dora_diffusion.formats.names.checkpoint import UNET_PREFIX
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What a whole model is.
+    """Report on a whole model.
 
     Attributes:
         path: The file or folder.
@@ -65,7 +65,7 @@ class ModelReport:
 
 
 def is_model(path: str | Path) -> bool:
-    """Whether a path is that of a whole model: a Diffusers folder or a single file."""
+    """Return whether a path is that of a whole model: a Diffusers folder or a single file."""
     path = Path(path).expanduser()
     if path.is_dir():
         return pipeline_in(path) is not None

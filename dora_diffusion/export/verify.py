@@ -32,7 +32,7 @@ _FLOAT32_NOISE = 16 * torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class KindReport:
-    """How near the adapted tensors of one kind are.
+    """Errors of the adapted tensors of one kind.
 
     Attributes:
         tensors: Their number.
@@ -49,7 +49,7 @@ class KindReport:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What the comparison found.
+    """Result of the comparison.
 
     Attributes:
         kinds: The adapted tensors by kind, such as ``"unet Linear"``.
@@ -66,7 +66,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """True if nothing is wrong."""
         return not self.problems
 
 
@@ -143,7 +143,7 @@ class WeightComparison:
         return VerifyReport(self.kinds, self.unchanged, self.problems)
 
     def _left_out(self, name: str) -> bool:
-        """What a folder does not hold of an original Stable Diffusion 2 checkpoint."""
+        """Return whether a folder lacks this tensor of an original Stable Diffusion 2 model."""
         if not self.from_single_file or name in self.merged.specs:
             return False
         return name.startswith(UNUSED) and not layers_of(name, self.expected.adapters)
@@ -185,7 +185,7 @@ class WeightComparison:
         self._count(name, (difference / size).max().item(), (rounding / size).max().item())
 
     def _error(self, name: str) -> Tensor:
-        """How far two computations of a merged tensor may be apart."""
+        """Return the allowed difference between two computations of a merged tensor."""
         layers = layers_of(name, self.expected.adapters)
         return 2 * merge_error(self.expected.base[name], layers)
 
@@ -200,13 +200,13 @@ class WeightComparison:
 
 
 def _overflowed(actual: Tensor, expected: Tensor) -> bool:
-    """Whether numbers that were finite are not any more."""
+    """Return whether numbers that were finite are not any more."""
     narrowed = actual.is_floating_point() and actual.dtype != expected.dtype
     return narrowed and bool((upcast(expected).isfinite() & ~upcast(actual).isfinite()).any())
 
 
 def _beside_the_weights(merged: StoredModel, base: StoredModel) -> Iterator[str]:
-    """What is wrong with names, with tensors of no component, and with the noise schedule."""
+    """Yield problems of names, of tensors without a component, and of the noise schedule."""
     yield from merged.naming_problems()
     yield from (f"{key} is not in the base" for key in _unexpected_keys(merged, base))
     if merged.is_single_file:

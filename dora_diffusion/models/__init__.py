@@ -1,1 +1,1 @@
-"""How a model of a Stable Diffusion family is loaded and called."""
+"""Load and call models of the Stable Diffusion families."""

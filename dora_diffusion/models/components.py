@@ -117,7 +117,7 @@ class Components:
 
     @property
     def clip_skip_parameter(self) -> dict[str, int]:
-        """What an image's parameters say of clip skip, as web UIs count it; nothing without one."""
+        """Clip skip in an image's parameters, as web UIs count it; empty without one."""
         skip = self.clip_skip
         return {"Clip skip": self.family.web_ui_clip_skip(skip)} if skip else {}
 
@@ -128,7 +128,7 @@ class Components:
 
     @property
     def prediction_type(self) -> str:
-        """What the UNet predicts: "epsilon" or "v_prediction"."""
+        """Prediction type of the UNet: "epsilon" or "v_prediction"."""
         return str(self.scheduler.config.prediction_type)
 
     @property
@@ -151,7 +151,7 @@ class Components:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes: the UNet's device, or that to which modules are brought."""
+        """Compute device: the UNet's, or that to which modules are brought."""
         if self.offload_to is not None:
             return self.offload_to
         weight: torch.Tensor = next(self.unet.parameters())

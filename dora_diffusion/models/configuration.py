@@ -93,7 +93,7 @@ def released_folder(family: Family, prediction_type: str) -> Path:
 
 
 def is_released(folder: Path) -> bool:
-    """Whether a folder is one that `released_folder` made."""
+    """Return whether a folder is one that `released_folder` made."""
     return any(Path(home.name) == folder for home in _FOLDERS)
 
 

@@ -24,7 +24,7 @@ from dora_diffusion.models.locate import ModelNotFoundError, is_embedded, resolv
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What of a model decides the settings that suit it.
+    """Properties of a model that decide which settings suit it.
 
     Attributes:
         family: Name of its `Family`; ``""`` while it is not on this machine.
@@ -106,7 +106,7 @@ def _file_info(path: Path, modified: int) -> ModelInfo:
 
 
 def hub_cache() -> Path:
-    """Where the hub library keeps what it has downloaded."""
+    """Return the folder of the hub library's downloads."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)

@@ -45,7 +45,7 @@ def encode_inputs(vae: Any, family: Family, pixels: Tensor) -> Tensor:
 def condition_from_moments(
     vae: Any, family: Family, moments: Tensor, generator: torch.Generator | None = None
 ) -> Tensor | None:
-    """What the UNet reads besides noisy latents, from `encode_inputs`; None if nothing.
+    """Return the UNet's inputs besides noisy latents, from `encode_inputs`; None if nothing.
 
     Returns:
         ``(B, n, h, w)``: planes, then latents, drawn as `latents_from_moments` draws them.

@@ -131,7 +131,7 @@ class BaseCache:
 
 
 def _reading(source: Path) -> dict[str, Any]:
-    """How the files of a model that was trained here say that it reads prompts."""
+    """Return the prompt settings in the files of a model that was trained here."""
     files = [source] if source.is_file() else sorted((source / "unet").glob("*.safetensors"))
     return dict(stated_reading(read_header(files[0]).metadata, OWN)) if files else {}
 
@@ -301,7 +301,7 @@ def reschedule(components: Components, adapters: Sequence[AdapterMetadata]) -> C
 
 
 def _schedulers(config: Mapping[str, Any], schedule: NoiseSchedule) -> dict[str, Any]:
-    """Of `Components`, what a model's scheduler configuration and its noise schedule give."""
+    """Return the part of `Components` that a scheduler configuration and noise schedule give."""
     config = {**config, **schedule.settings}
     return {
         "scheduler": training_scheduler(config),
@@ -364,7 +364,7 @@ def _load_vae_folder(
 
 
 def _bridge_dtypes(vae: Any, dtype: torch.dtype) -> None:
-    """Let an autoencoder of another dtype than the model's take latents and pixels in either."""
+    """Make an autoencoder of another dtype than the model's accept inputs in either."""
     if vae.dtype != dtype:
         for part in (vae.encoder, vae.decoder, vae.quant_conv, vae.post_quant_conv):
             if part is not None:

@@ -17,11 +17,11 @@ _CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 
 
 class ModelNotFoundError(ValueError):
-    """No model by this name could be found or fetched; says what was tried and what to do."""
+    """Error for a model that could not be found or fetched; says what was tried and what to do."""
 
 
 def is_embedded(name: str) -> bool:
-    """Whether a model is one of this package's: so small that threads would wait for each other."""
+    """Return whether a model is embedded: so small that threads would wait for each other."""
     return name.startswith(EMBEDDED_PREFIX)
 
 
@@ -115,7 +115,7 @@ def fetch_snapshot(
 
 
 def is_network_error(error: Exception) -> bool:
-    """Whether an HTTP client raised it; which client depends on the hub library's version."""
+    """Return whether an HTTP client raised it; the client depends on the hub library's version."""
     return type(error).__module__.split(".")[0] in _CLIENTS
 
 
@@ -133,7 +133,7 @@ def _unreachable(name: str) -> str:
 
 
 def is_offline() -> bool:
-    """Whether the hub library was told to stay offline (``HF_HUB_OFFLINE``)."""
+    """Return whether the hub library was told to stay offline (``HF_HUB_OFFLINE``)."""
     from huggingface_hub import constants
 
     asked = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
@@ -141,7 +141,7 @@ def is_offline() -> bool:
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name can only be a path: absolute, relative with dots, or with many parts."""
+    """Return whether a name can only be a path: absolute, with leading dots, or with many parts."""
     return not HUB_ID.match(name) or name.startswith((".", "~")) or name.endswith(".safetensors")
 
 

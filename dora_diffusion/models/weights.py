@@ -66,7 +66,7 @@ def fill_renamed(module: nn.Module, stored: Mapping[str, torch.Tensor]) -> bool:
 
 @contextlib.contextmanager
 def plain_errors(name: str, hint: str = "it is missing or damaged") -> Iterator[None]:
-    """Turn a library's many loading errors into one plain line."""
+    """Convert a library's many loading errors to one plain line."""
     from safetensors import SafetensorError
 
     try:

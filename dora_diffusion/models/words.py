@@ -19,7 +19,7 @@ from dora_diffusion.formats.adapter.embeddings import Vectors
 
 
 class Encoders(Protocol):
-    """What of a loaded model reads prompts (`models.components.Components`)."""
+    """Part of a loaded model that reads prompts (`models.components.Components`)."""
 
     @property
     def family(self) -> Family: ...
@@ -138,7 +138,7 @@ def own_words(encoder: Any, adapter: str | None) -> Mapping[str, str]:
 
 
 def have_own_words(model: Encoders, adapters: Collection[str | None]) -> bool:
-    """Whether one of these adapters has tokens of its own."""
+    """Return whether one of these adapters has tokens of its own."""
     tables = [encoder.get_input_embeddings() for encoder in model.text_encoders]
     return any(not {*adapters}.isdisjoint(getattr(table, "own", ())) for table in tables)
 
@@ -187,7 +187,7 @@ def _add(encoder: Any, tokenizer: Any, token: str, rows: Tensor) -> WordEmbeddin
 
 
 def token_parts(token: str, count: int) -> list[str]:
-    """What a token of several vectors is to the tokenizer: ``<x>``, ``<x>_1``, ``<x>_2``."""
+    """Return the tokenizer's names of a multi-vector token: ``<x>``, ``<x>_1``, ``<x>_2``."""
     return [token, *(f"{token}_{number}" for number in range(1, count))]
 
 
@@ -224,7 +224,7 @@ def write_out_words(tokenizer: Any, prompt: str, own: Mapping[str, str] | None =
 
 
 def has_words(model: Encoders, prompt: str) -> bool:
-    """Whether a prompt holds a trained word, as the model's tokenizers read it."""
+    """Return whether a prompt holds a trained word, as the model's tokenizers read it."""
     for encoder, tokenizer in zip(model.text_encoders, model.tokenizers, strict=True):
         table = encoder.get_input_embeddings()
         if isinstance(table, WordEmbedding):

@@ -19,7 +19,7 @@ BETA_1 = BETA_2 = 0.85
 
 @dataclass(frozen=True)
 class BudgetSchedule:
-    """How many triplets all layers together may have (section 3.3).
+    """Budget of triplets for all layers together (section 3.3).
 
     Attributes:
         start: Triplets at the start.
@@ -62,7 +62,7 @@ class BudgetSchedule:
         return int((self.start - self.target) * left**3 + self.target)
 
     def chooses(self, step: int) -> bool:
-        """Whether triplets are chosen again after a step."""
+        """Return whether triplets are chosen again after a step."""
         if step >= self.last:
             return step == self.last
         return step > self.warmup and step % self.interval == 0
@@ -82,12 +82,12 @@ class Sensitivity:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Sensitivity:
-        """That of no step yet."""
+        """Return the sensitivity before any step."""
         return cls(*([torch.zeros_like(t.detach()) for t in tensors] for _ in range(2)))
 
     @torch.no_grad()
     def update(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Take a step into account."""
+        """Add a step to the running means."""
         now = [product.abs_() for product in torch._foreach_mul(list(values), list(gradients))]
         torch._foreach_lerp_(self.mean, now, 1 - BETA_1)
         distance = [d.abs_() for d in torch._foreach_sub(now, self.mean)]
@@ -110,7 +110,7 @@ def triplet_importance(diagonal: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
 
 def kept_triplets(importance: Sequence[Tensor], budget: int) -> list[Tensor]:
-    """Which triplets of all layers are among the ``budget`` most important: ``(r,)`` each, bool.
+    """Return which triplets of all layers are the ``budget`` most important: ``(r,)`` each, bool.
 
     Those that are as important as the most important one to go, go too.
     """

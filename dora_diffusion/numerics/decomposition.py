@@ -1,4 +1,4 @@
-"""What training did to a weight: its change of magnitude and direction, and the rank of the change.
+"""Change of a weight by training: its magnitude and direction, and the rank of the change.
 
 Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353, section 3.2. With W_0
 the pretrained weight, W_t the trained one, and both taken apart along one axis,
@@ -27,7 +27,7 @@ _BLOCK = 2**18
 
 @dataclass(frozen=True)
 class Decomposition:
-    """How far a weight ``(out, in, *k)`` was moved, as means over the channels of an axis.
+    """Change of a weight ``(out, in, *k)``, as means over the channels of an axis.
 
     Attributes:
         delta_m: Mean ``|norm(W_t) - norm(W_0)|``, in the unit of the weight.
@@ -47,7 +47,7 @@ class Decomposition:
 
 @torch.no_grad()
 def decompose(weight: Tensor, tuned: Tensor, axis: NormAxis) -> Decomposition:
-    """Take the change of a weight apart into magnitude and direction.
+    """Decompose the change of a weight into magnitude and direction.
 
     Args:
         weight: W_0 ``(out, in, *k)``, any floating dtype.

@@ -1,4 +1,4 @@
-"""What computes here and what it can do, asked of torch: no other module asks.
+"""Devices here and their capabilities, asked of torch: no other module asks.
 
 torch calls NVIDIA's and AMD's GPUs ``cuda``, Intel's ``xpu`` and Apple's ``mps``. This module is
 imported without torch; functions that only report say nothing where no other module imported it.
@@ -41,7 +41,7 @@ def accelerator() -> str | None:
 
 
 def device_name(kind: str) -> str:
-    """What to call a device of a kind."""
+    """Return the name of a device of a kind."""
     import torch
 
     if kind == "mps":
@@ -88,12 +88,12 @@ def _described(home: Any, index: int) -> str:
 
 
 def has_own_memory(kind: str) -> bool:
-    """Whether a kind of device has memory apart from the machine's: Apple's shares it."""
+    """Return whether a kind of device has memory apart from the machine's: Apple's shares it."""
     return kind not in ("cpu", "mps")
 
 
 def has_float64(kind: str) -> bool:
-    """Whether a kind of device holds float64: Apple's does not, nor do some of Intel's."""
+    """Return whether a kind of device holds float64: Apple's does not, nor do some of Intel's."""
     return kind != "mps" and (kind != "xpu" or _intel_has_float64())
 
 
@@ -103,7 +103,7 @@ def _intel_has_float64() -> bool:
 
 
 def has_bf16(kind: str) -> bool:
-    """Whether a kind of device computes in bfloat16 by itself, and torch's autocast there too.
+    """Return whether a kind of device computes in bfloat16 by itself, torch's autocast included.
 
     On Apple's, since macOS 14 and torch 2.6. Older GPUs of NVIDIA emulate it, slower than float16.
     """
@@ -116,7 +116,7 @@ def has_bf16(kind: str) -> bool:
 
 
 def has_gradient_scaler(kind: str) -> bool:
-    """Whether fp16 can train on a kind of device: not on a CPU, on Apple's since torch 2.8.
+    """Return whether fp16 can train on a kind of device: not on a CPU, on Apple's since torch 2.8.
 
     Before, torch's scaler takes its scale through float64.
     """
@@ -124,19 +124,19 @@ def has_gradient_scaler(kind: str) -> bool:
 
 
 def has_8bit_adam(kind: str) -> bool:
-    """Whether bitsandbytes is there for a kind of device."""
+    """Return whether bitsandbytes is there for a kind of device."""
     return kind == "cuda" and find_spec("bitsandbytes") is not None
 
 
 def has_fused_optimizers(kind: str) -> bool:
-    """Whether torch updates all parameters on a kind of device in one kernel, by torch's list."""
+    """Return whether torch updates all parameters on a kind of device in one kernel."""
     from torch.utils import _foreach_utils
 
     return kind in _foreach_utils._get_fused_kernels_supported_devices()
 
 
 def keeps_random_state(kind: str) -> bool:
-    """Whether torch's gradient checkpointing repeats the random draws of a kind of device.
+    """Return whether torch's gradient checkpointing repeats random draws of a kind of device.
 
     It does for backends that say whether they were initialised; Apple's does not say it.
     """
@@ -150,7 +150,7 @@ def random_state(kind: str) -> Tensor:
 
 
 def set_random_state(kind: str, state: Tensor) -> None:
-    """Put back what `random_state` returned."""
+    """Restore what `random_state` returned."""
     _home(kind).set_rng_state(state)
 
 
@@ -177,7 +177,7 @@ def peak_memory() -> int | None:
 
 
 def release_memory() -> None:
-    """Give back what the accelerator's allocator keeps of tensors that are gone."""
+    """Release the accelerator memory that the allocator keeps of tensors that are gone."""
     home = _home_in_use()
     if home is not None:
         home.empty_cache()

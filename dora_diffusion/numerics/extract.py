@@ -151,7 +151,7 @@ class _Rows:
         self._inverse = torch.where(squared > 0, 1 / squared, 0.0)
 
     def spread(self, scale: Tensor) -> Tensor:
-        """Of each channel -> of each row."""
+        """Expand values of channels to rows."""
         return scale.repeat_interleave(self.group)
 
     def projection(self, matrix: Tensor) -> Tensor:

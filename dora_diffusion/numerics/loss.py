@@ -1,4 +1,4 @@
-"""What training draws, and its loss: target, weights, and how prior preservation enters."""
+"""Random draws and loss of training: target, weights, and prior preservation."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _broadcast(per_sample: Tensor, like: Tensor) -> Tensor:
 def training_target(
     prediction_type: str, latents: Tensor, noise: Tensor, alpha_bar: Tensor
 ) -> Tensor:
-    """What the UNet should predict, ``(B, C, h, w)``.
+    """Return the target of the UNet's prediction, ``(B, C, h, w)``.
 
     Args:
         prediction_type: ``"epsilon"`` (the noise; Ho et al., arXiv:2006.11239) or
@@ -100,7 +100,7 @@ def debiased_estimation(snr: Tensor, prediction_type: str, _: float) -> Tensor:
 
 
 WEIGHTINGS = {"snr_gamma": min_snr, "debiased_estimation_loss": debiased_estimation}
-"""By its setting, what weights a sample's loss: of its SNR, of what is predicted, of the value."""
+"""Weightings of a sample's loss by setting: from its SNR, the prediction type, and the value."""
 
 
 def loss_weight(

@@ -129,7 +129,7 @@ def rank_of_energy(singular_values: Tensor, matrix: Tensor, energy: float) -> in
 
 
 def random_start(matrix: Tensor, rank: int) -> Tensor | None:
-    """Where `leading_svd` starts to look for the leading ``rank`` singular vectors: ``(in, w)``.
+    """Return where `leading_svd` starts to look for ``rank`` singular vectors: ``(in, w)``.
 
     None where all of them are as cheap.
     """

@@ -88,7 +88,7 @@ def merge_layers(
 
 
 def _kind_of(layers: Layers) -> LayerKind:
-    """How the weight that all of these adapt is stored.
+    """Return how the weight that all of these adapt is stored.
 
     Raises:
         ValueError: If they do not agree.
@@ -131,7 +131,7 @@ def _blocks(weight: Tensor, layers: Sequence[LayerWeights]) -> Iterator[tuple[in
 
 @torch.no_grad()
 def merge_error(weight: Tensor, layers: Layers) -> Tensor:
-    """How far rounding may take each entry of a merge before its cast, as the model stores it.
+    """Bound the rounding error of each entry of a merge before its cast, as the model stores it.
 
     An entry of ``W' = g (W + s B A)`` is off by a share of the magnitudes of its terms,
     ``g (|W| + s |B| |A|)``, and so is the norm in ``g``. Where the terms nearly cancel, they are

@@ -54,7 +54,7 @@ class SameShape(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What the norms of layers of one shape are summed from, each ``(n, channels)``.
+    """Terms of the norms of layers with one shape, each ``(n, channels)``.
 
     Attributes:
         change: ``|W + sBA|^2 - |W|^2``.
@@ -145,13 +145,13 @@ def _batch(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor
 
 
 def widens(weight: Tensor) -> bool:
-    """Whether products of this weight can be float32 without a copy of it that is."""
+    """Return whether products of this weight can be float32 without a copy of it that is."""
     # float16 has too few exponents to hold the parts of a factor.
     return weight.dtype == torch.bfloat16 and widens_products(weight.device.type)
 
 
 def widens_products(device_type: str) -> bool:
-    """Whether a product of bfloat16 matrices can be float32 on this kind of device."""
+    """Return whether a product of bfloat16 matrices can be float32 on this kind of device."""
     return device_type == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out")
 
 
@@ -208,7 +208,7 @@ def exact_squared_norm(
 
 
 def is_ill_conditioned(total: Tensor, base: Tensor, bound: Tensor, margin: float = 1.0) -> Tensor:
-    """Where ``|W + sBA|^2`` is lost in the rounding of the terms that it was summed from.
+    """Flag where ``|W + sBA|^2`` is lost in the rounding of the terms that it was summed from.
 
     Their magnitudes are no more than ``(|W| + |sBA|)^2`` in sum (Cauchy-Schwarz), and rounding is a
     share of these, whatever is left of them: ``|W|^2`` against the change, or rank against rank.

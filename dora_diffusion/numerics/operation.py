@@ -116,7 +116,7 @@ def convolve(
 
 
 def leaves_garbage(x: Tensor, weight: Tensor, dilation: Sequence[int]) -> bool:
-    """Whether a convolution's weight gradient must be computed in float32.
+    """Return whether a convolution's weight gradient must be computed in float32.
 
     Where a kernel spans more than the map that it is applied to, oneDNN in bfloat16 leaves those
     taps of the gradient that only ever met padding as it found them in memory, with whatever
@@ -196,7 +196,7 @@ _LARGE_MAP = 256
 
 
 class RowOperation(Operation):
-    """Of a Linear or a Conv2d, on a batch whose rows have factors of their own.
+    """Operation of a Linear or a Conv2d, on a batch whose rows have factors of their own.
 
     ``down`` is ``(N, r, in, *k)``, ``up`` ``(N, out, r)``; gains and biases are ``(N, channels)``.
 

@@ -1,4 +1,4 @@
-"""What products, norms, gains and merges are computed in.
+"""Precision of products, norms, gains and merges.
 
 Norms and merges take float32, or float64 for float64 weights. But float32 says less than it seems:
 torch may round the operands of a float32 product to the 10 bits of TensorFloat-32 (convolutions on
@@ -33,7 +33,7 @@ def upcast(tensor: Tensor) -> Tensor:
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:
-    """What a product of a floating tensor is computed in: autocast's dtype, or its own."""
+    """Return the dtype for a product of a floating tensor: autocast's dtype, or its own."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
@@ -47,7 +47,7 @@ def to_float64(tensor: Tensor) -> Tensor:
 
 
 def rounds_float32(device_type: str) -> bool:
-    """Whether torch is set to round the operands of ``@`` in float32. Never raises."""
+    """Return whether torch is set to round the operands of ``@`` in float32. Never raises."""
     setting = _setting(device_type)
     if setting is not None:
         return setting.fp32_precision in _ROUNDED
@@ -69,7 +69,7 @@ def _setting(device_type: str) -> Any:
 
 
 def allow_tf32() -> None:
-    """Let products of float32 matrices on CUDA run in TensorFloat-32; convolutions do by default.
+    """Allow TensorFloat-32 for float32 matrix products on CUDA; convolutions use it by default.
 
     By torch's older switch: programs that read it would fail if the newer one was set.
 
@@ -102,7 +102,7 @@ def _exact_products(device_type: str) -> SharedSwitch:
 
 
 def _stop_rounding(device_type: str) -> Callable[[], None] | None:
-    """Have products of matrices round nothing. Returns what undoes it, if they did."""
+    """Disable rounding in products of matrices. Returns what undoes it, if they did."""
     if not rounds_float32(device_type):
         return None
     setting = _setting(device_type)

@@ -62,7 +62,7 @@ class Projections:
         return cls(seed, rank, max(shape[0] for shape in shapes), dict(sorted(inputs.items())))
 
     def has(self, shape: tuple[int, ...]) -> bool:
-        """Whether they are large enough for a weight."""
+        """Return whether the projections are large enough for a weight."""
         return shape[0] <= self.outputs and shape[1] <= self.inputs.get(kernel_of(shape), 0)
 
     @cached_property
@@ -126,7 +126,7 @@ def _mixed(state: Tensor) -> Tensor:
 
 
 def _shifted(state: Tensor, by: int) -> Tensor:
-    """To the right without the sign, which torch's shift keeps."""
+    """Shift to the right without the sign, which torch's shift keeps."""
     return (state >> by) & ((1 << (64 - by)) - 1)
 
 
@@ -141,7 +141,7 @@ def scaled_rows(vector: Tensor, matrix: Tensor) -> Tensor:
 
 
 class _ScaledRows(torch.autograd.Function):
-    """Keeps its inputs, none of which changes within a step, past a first backward pass."""
+    """Autograd function that keeps its inputs past a first backward pass; they stay the same."""
 
     @staticmethod
     def forward(ctx: Any, vector: Tensor, matrix: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class SharedSwitch:
 
 
 class _Cores:
-    """How many cores torch's threads compute with: one, while anybody wants that."""
+    """Number of cores that torch's threads compute with: one, while anybody wants that."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -63,7 +63,7 @@ class _Cores:
         self._outside = 1
 
     def enter(self) -> int:
-        """Let this thread, and new ones, have one. Returns what this one had."""
+        """Limit this thread, and new ones, to one core. Returns what this one had."""
         with self._lock:
             before = torch.get_num_threads()
             self._outside = max(before, self._outside if self._users else 1)
@@ -73,7 +73,7 @@ class _Cores:
         return before
 
     def leave(self, before: int) -> None:
-        """Give this thread what it had; new ones too, where nobody else is inside."""
+        """Restore this thread's cores; those of new ones too, where nobody else is inside."""
         with self._lock:
             self._users -= 1
             if self._users == 0 and self._outside != 1:
@@ -92,7 +92,7 @@ _CORES = _Cores()
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let this thread, and those that start inside, compute with one core each."""
+    """Limit this thread, and those that start inside, to one core each."""
     before = _CORES.enter()
     try:
         yield

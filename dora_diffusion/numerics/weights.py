@@ -97,7 +97,7 @@ class LayerWeights:
 
     @property
     def layer_name(self) -> str:
-        """What PyTorch, or transformers, call a layer of this kind."""
+        """Name of a layer of this kind in PyTorch, or in transformers."""
         if self.kind != "plain":
             return {"embedding": "Embedding", "conv1d": "Conv1D"}[self.kind]
         return {2: "Linear", 3: "Conv1d", 4: "Conv2d"}[self.down.ndim]
@@ -133,12 +133,12 @@ def oriented(weight: Tensor, kind: LayerKind) -> Tensor:
 
 
 STRENGTH_LIMIT = 10
-"""Far beyond what any image survives."""
+"""Limit of strengths, far beyond what any image survives."""
 
 
 @dataclass(frozen=True)
 class Strengths:
-    """How strongly one adapter acts.
+    """Strengths of one adapter.
 
     Attributes:
         strength: ``W + strength * (W' - W)``: 0 is the base, 1 the adapter as trained.
@@ -165,7 +165,7 @@ class Strengths:
 
 @dataclass(frozen=True)
 class MergeStrengths(Strengths):
-    """How strongly adapters are merged into a model.
+    """Strengths of a merge of adapters into a model.
 
     Attributes:
         unet_strength: Multiplies ``strength`` for the UNet.
@@ -190,7 +190,7 @@ def require_strength(name: str, value: float) -> None:
 
 
 class Factors(NamedTuple):
-    """What a layer computes with, in the dtype that it computes in. Gradients flow to A, B and m.
+    """Factors of a layer, in the dtype that it computes in. Gradients flow to A, B and m.
 
     Attributes:
         down: ``A``.

@@ -58,7 +58,7 @@ class BrokenImageError(ValueError):
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How images are sampled.
+    """Settings of image sampling.
 
     Attributes:
         steps: Denoising steps.
@@ -208,7 +208,7 @@ def _as_stated(components: Components, metadata: AdapterMetadata, *given: int | 
 
 
 def lacks_trigger(prompt: str, metadata: AdapterMetadata) -> bool:
-    """Whether a prompt leaves out the adapter's trigger word, or all of several."""
+    """Return whether a prompt leaves out the adapter's trigger word, or all of several."""
     tokens = [trigger.partition(" ")[0] for trigger in split_triggers(metadata.trigger)]
     return bool(tokens) and not any(contains_token(prompt, token) for token in tokens)
 
@@ -292,7 +292,7 @@ def _per_seed(
 def _norms_kept(
     components: Components, rows: Sequence[str | None] | None = None
 ) -> AbstractContextManager[None]:
-    """No parameter changes while sampling: every norm is computed once, where its model is."""
+    """Keep every norm, computed once where its model is: no parameter changes while sampling."""
     models = components.adaptable().values()
     scope: Callable[..., AbstractContextManager[None]] = norm_scope
     if rows:
@@ -304,7 +304,7 @@ def _norms_kept(
 
 
 def _painted(components: Components, settings: SamplingSettings, count: int) -> dict[str, Any]:
-    """What the model's pipeline is called with to paint into ``count`` images; nothing for others.
+    """Return the pipeline's arguments to paint into ``count`` images; none for other models.
 
     Raises:
         ConfigError: If there is an image, and the model is not an inpainting model.
@@ -396,7 +396,7 @@ def _prompts(
     count: int,
     adapters: Sequence[str | None] | None,
 ) -> dict[str, Any]:
-    """What a pipeline is called with for ``count`` images: prompts as they are, or encoded.
+    """Return the pipeline's arguments for ``count`` images: prompts as they are, or encoded.
 
     Encoded are those that it would cut, those of adapters with tokens of their own, and with clip
     skip, for which Diffusers' pipelines need a `text_model` that Transformers 5 has not.

@@ -1,4 +1,4 @@
-"""Many adapters over one base model: loaded when first asked for, dropped by use."""
+"""Pool of many adapters over one base model: loaded when first asked for, dropped by use."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class AdapterPool:
         return [images[number] for number in range(len(rows))]
 
     def names(self, adapters: Sequence[Wanted]) -> list[str | None]:
-        """What `generate_images` and `row_scope` call these adapters, which are loaded now.
+        """Load these adapters, and return their names for `generate_images` and `row_scope`.
 
         Raises:
             AdapterFormatError, ValueError: If one cannot be read or does not fit the model, or if
@@ -188,7 +188,7 @@ class AdapterPool:
         return PinnedAdapter(key, *_parts(adapter), self._loaded[key].metadata)
 
     def metadata(self, adapter: Wanted) -> AdapterMetadata:
-        """What the file of an adapter says of it, such as its trigger words; nothing is loaded.
+        """Read the metadata of an adapter's file, such as its trigger words; nothing is loaded.
 
         Raises:
             AdapterFormatError, FileNotFoundError: If it cannot be read.
@@ -257,7 +257,7 @@ class AdapterPool:
         return _Loaded(name, sum(map(self._bytes, parts)), read.metadata)
 
     def _bytes(self, part: LayerAdapter) -> int:
-        """What an adapter takes on a layer: its parameters and, of a DoRA, its norms' factors."""
+        """Return an adapter's bytes on a layer: parameters and, of a DoRA, the norms' factors."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in part.parameters())
         if part.magnitude is not None:
             size += self._width * (part.down.numel() + part.up.numel())
@@ -286,7 +286,7 @@ class AdapterPool:
 
 
 def reading_of(components: Components) -> tuple[object, ...]:
-    """What rows of one batch must agree in: noise schedule, clip skip and length of prompts."""
+    """Return what all rows of a batch share: noise schedule, clip skip and length of prompts."""
     schedule = components.schedule
     settings = None if schedule is None else (schedule.prediction_type, schedule.zero_terminal_snr)
     return settings, components.clip_skip, components.max_token_length
@@ -303,7 +303,7 @@ def _parts(adapter: Wanted) -> tuple[str | Path, Strengths]:
 
 
 def _key(adapter: Wanted) -> tuple[object, ...]:
-    """What an adapter is known by: its file as it is now, and its strengths."""
+    """Return the key of an adapter: its file as it is now, and its strengths."""
     if isinstance(adapter, PinnedAdapter):
         return adapter.key
     path, strengths = _parts(adapter)

@@ -30,7 +30,7 @@ class _Stopped(BaseException):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do the job of a folder. Returns its exit code."""
+    """Run the job of a folder. Returns its exit code."""
     folder = Path((sys.argv[1:] if argv is None else argv)[0]).resolve()
     # The worker of an earlier attempt may still be leaving; one that two apps started does it all.
     lock = Lock(folder / ".lock")
@@ -52,7 +52,7 @@ def _raise_stopped(number: int, frame: FrameType | None) -> None:
 
 
 def _watch_for_stop(file: Path) -> None:
-    """Turn a STOP file into a SIGTERM, which the trainer answers by saving and leaving.
+    """Convert a STOP file to a SIGTERM, which the trainer answers by saving and leaving.
 
     The signal is Python's own: one that is sent through Windows ends a process at once.
     """
@@ -87,7 +87,7 @@ def _run(folder: Path) -> int:
 
 
 def _peaks() -> tuple[float, float | None]:
-    """Most memory that was in use, in GiB, and on a GPU: the next run's estimate is from them."""
+    """Return the peak memory, in GiB, and the GPU's: the next run's estimate is from them."""
     memory = system.peak_memory()
     gpu_memory = None
     with contextlib.suppress(Exception):

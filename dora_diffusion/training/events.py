@@ -1,4 +1,4 @@
-"""What a run tells whoever watches it, one class per kind."""
+"""Events of a run for whoever watches it, one class per kind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ModelLoading:
 
 @dataclass(frozen=True)
 class ClassImagesAnnounced:
-    """So many class images are made first; again once it was timed how long that takes."""
+    """Number of class images to make first; again once it was timed how long that takes."""
 
     count: int
     seconds: float | None = None
@@ -29,7 +29,7 @@ class ClassImagesAnnounced:
 
 @dataclass(frozen=True)
 class ClassImagesProgress:
-    """So many of the class images are there."""
+    """Number of class images that are there."""
 
     done: int
     total: int
@@ -37,7 +37,7 @@ class ClassImagesProgress:
 
 @dataclass(frozen=True)
 class CachingProgress:
-    """So many of the run's crops are encoded."""
+    """Number of the run's crops that are encoded."""
 
     done: int
     total: int
@@ -45,7 +45,7 @@ class CachingProgress:
 
 @dataclass(frozen=True)
 class TrainingStarted:
-    """Everything is ready for the step after ``step``, which is 0 for a fresh run.
+    """Start of training: everything is ready for the step after ``step``, 0 for a fresh run.
 
     Attributes:
         resumed_from: Name of the checkpoint.
@@ -86,7 +86,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Validated:
-    """Something was measured on held-out photos; ``record`` is its line of ``metrics.jsonl``.
+    """Validation on held-out photos; ``record`` is its line of ``metrics.jsonl``.
 
     Attributes:
         step: Optimizer steps done.

@@ -131,14 +131,14 @@ class Loop:
         run.validate_start()
 
     def activate(self, name: str) -> None:
-        """Have a run's adapters on the model."""
+        """Attach a run's adapters to the model."""
         adapters = self._members[name].adapters
         if self._attached is not adapters:
             adapters.attach()
             self._attached = adapters
 
     def train(self) -> None:
-        """Do the steps of all runs, until none is left."""
+        """Train all runs, until none is left."""
         engine: TrainingEngine | None = None
         while self._members:
             before = list(self._members)
@@ -191,7 +191,7 @@ class Loop:
             self.left(name, error)
 
     def left(self, name: str, error: Exception) -> None:
-        """See to what a run's error means for the loop: it ends it."""
+        """Handle a run's error, which ends the loop."""
         raise error
 
 

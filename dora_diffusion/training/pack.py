@@ -29,7 +29,7 @@ from dora_diffusion.training.session import LoadBase, load_base, open_session
 from dora_diffusion.training.signals import Stopped, StopRequest
 
 OnPackEvent = Callable[[str, events.Event], None]
-"""Called with a subject's name, empty for the whole pack, and an event of its run."""
+"""Callback with a subject's name, empty for the whole pack, and an event of its run."""
 
 # Besides what a loaded base is made of.
 _ALIKE = (
@@ -42,7 +42,7 @@ _ALIKE = (
 
 @dataclass(frozen=True)
 class PackResult:
-    """What a pack has made.
+    """Result of a pack.
 
     Attributes:
         results: Of each subject that ended, or was interrupted, by its name.
@@ -215,6 +215,6 @@ class _Pack(Loop):
         self.begin(name, Run(*start_run(session, folder), folder, show, self.stop))
 
     def left(self, name: str, error: Exception) -> None:
-        """Tell of it."""
+        """Report that a subject left."""
         self.failures[name] = error
         self._show(name, events.SubjectLeft(str(error)))

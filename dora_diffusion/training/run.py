@@ -41,7 +41,7 @@ _FINISHING = "stopping: the result is being written, its sample images are left 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run has made.
+    """Result of a run.
 
     Attributes:
         output_dir: The run's folder.
@@ -74,7 +74,7 @@ class TrainResult:
 
     @property
     def interrupted(self) -> bool:
-        """Whether the run stopped before its end."""
+        """True if the run stopped before its end."""
         return self.signal_number is not None
 
 
@@ -114,7 +114,7 @@ class Run:
             self.saver.resume_from(start.checkpoint, interim=start.is_interim, best=best)
 
     def begin(self) -> None:
-        """Before the first step: cache, open the log, and sample where that is asked for."""
+        """Prepare the first step: cache, open the log, and sample where that is asked for."""
         session = self.session
         session.cache_ahead(session.total_steps - self.step, self.on_event)
         self.stop.answer_with(SAVING)
@@ -126,12 +126,12 @@ class Run:
         self.is_begun = True
 
     def validate_start(self) -> None:
-        """Take the validation loss of what the run starts from."""
+        """Compute the validation loss of what the run starts from."""
         if self._validate(self.step):
             self._checkpoint(self.step, is_best=True)
 
     def is_over(self) -> bool:
-        """Whether no step follows; saves the checkpoint in between that is overdue."""
+        """Return whether no step follows; saves the checkpoint in between that is overdue."""
         stopping, overdue = self._any_set(
             self.stop.requested, self.is_main and self.saver.is_overdue()
         )
@@ -155,7 +155,7 @@ class Run:
             self._checkpoint(self.step, is_best=is_best)
 
     def end(self) -> None:
-        """After the last step: save a checkpoint of it."""
+        """Save a checkpoint of the last step."""
         self.log.flush()
         is_complete = self._is_complete(self.step)
         if self.step > self.start.step and (self.saver.every_steps or not is_complete):
@@ -212,7 +212,7 @@ class Run:
         return take_best(self.session, steps, kept)
 
     def _is_complete(self, step: int) -> bool:
-        """Whether no step is left after one, or patience with the validation loss is at its end."""
+        """Return whether no step is left after this one, or validation patience is at its end."""
         validation = self.session.validation
         is_exhausted = validation is not None and validation.is_exhausted
         return step >= self.session.total_steps or is_exhausted
@@ -259,7 +259,7 @@ class Run:
             self.on_event(events.StepDone(step, self.session.total_steps, record["loss"], record))
 
     def _validate(self, step: int) -> bool:
-        """Take the validation loss if it is due. Returns whether the step is to be kept for it."""
+        """Compute the validation loss if due. Returns whether the step is to be kept for it."""
         validation = self.session.validation
         if validation is None or not validation.is_due(step):
             return False
@@ -304,7 +304,7 @@ class Run:
             return self.saver.save(step, now, write, interim=interim, is_best=is_best, is_calm=calm)
 
     def _rescue(self, step: int, place: Mapping[str, Any]) -> None:
-        """Before an error ends the run, save its steps as a checkpoint in between.
+        """Save the steps as a checkpoint in between before an error ends the run.
 
         Args:
             step: The last one that is done.
@@ -336,7 +336,7 @@ class Run:
             warnings.warn(f"{failed}: {error}", stacklevel=3)
 
     def _tell_of_rise(self) -> None:
-        """At the end, name the checkpoint from before the loss rose."""
+        """Name the checkpoint from before the loss rose, at the end."""
         watch = self.log.watch
         calm, risen_at = self.saver.newest_calm(watch.is_calm), watch.risen_at
         if risen_at is None or not self.is_main:

@@ -73,7 +73,7 @@ class Session:
 
     @property
     def report(self) -> str:
-        """What trains."""
+        """Trained parameters."""
         words = [str(self.weights.words)] if self.weights.words.tables else []
         return " and ".join([str(self.weights.report), *words])
 
@@ -99,7 +99,7 @@ class Session:
         return TrainingEngine([self.learner])
 
     def step(self, number: int) -> dict[str, Any]:
-        """Do an optimizer step of this run alone; returns its numbers, still on the device.
+        """Run an optimizer step of this run alone; returns its numbers, still on the device.
 
         Args:
             number: The step's, from 1.
@@ -113,7 +113,7 @@ class Session:
         return outcome
 
     def place(self) -> dict[str, Any]:
-        """Where the run stands in its data."""
+        """Return the position of the run in its data."""
         return {"sampler": self.sampler.state_dict(), "batches": self.learner.batches}
 
     def cache_ahead(self, steps: int, on_event: OnEvent) -> None:
@@ -288,7 +288,7 @@ def _what_trains(
 
 
 def _load_step_modules(config: TrainConfig, components: Components) -> None:
-    """Put on the device what every step computes with: the UNet, and encoders that train."""
+    """Move to the device what every step computes with: the UNet, and encoders that train."""
     device = components.offload_to
     if device is None:
         return

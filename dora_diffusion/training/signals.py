@@ -18,7 +18,7 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Inside the block, signals set `requested` instead of ending the process.
+    """Context in which signals set `requested` instead of ending the process.
 
     The first one is answered by what `answer_with` last said: a line, or `Stopped` at once where
     there is nothing to save. A second SIGINT (Ctrl-C), Windows' SIGBREAK (Ctrl-Break) or SIGTERM
@@ -40,15 +40,15 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """True if a signal has come."""
         return self.signal_number is not None
 
     def answer_with(self, text: str | None) -> None:
-        """Say what the first signal leads to from here on; None means to leave at once."""
+        """Set the answer to the first signal from here on; None means to leave at once."""
         self._answer = text
 
     def __enter__(self) -> StopRequest:
-        """Take over the signals."""
+        """Install the signal handlers."""
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -83,7 +83,7 @@ class StopRequest:
                 os.close(nowhere)
 
     def _let_the_next_end(self) -> None:
-        """What was there before, or the default: a shell's background jobs ignore SIGINT."""
+        """Restore previous handlers, or the default: a shell's background jobs ignore SIGINT."""
         default: dict[int, Any] = dict.fromkeys(INTERRUPTS, signal.default_int_handler)
         for number in set(self._previous) - {HANGUP}:
             before = self._previous[number]
@@ -96,7 +96,7 @@ class StopRequest:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         for number, before in self._previous.items():
             signal.signal(number, before)
 

@@ -61,7 +61,7 @@ class Tab:
         self.wait("!document.querySelector('.dd-connecting')")
 
     def open(self, name: str) -> None:
-        """Go to a tab of the page."""
+        """Open a tab of the page."""
         self.page.get_by_role("tab", name=name).first.click()
         self.page.wait_for_timeout(1500)  # It is drawn when it is first seen.
 
@@ -91,7 +91,7 @@ class Tab:
         )
 
     def images(self, name: str, height: int = PHONE_HEIGHT, top: str = "") -> Images:
-        """What is to be seen in either scheme, from the top of the page or of an element on."""
+        """Return images in either scheme, from the top of the page or of an element on."""
         width = self.page.viewport_size["width"]
         self.page.set_viewport_size({"width": width, "height": height})
         if top:
@@ -198,7 +198,7 @@ def in_a_row(screens: list[Image.Image]) -> Image.Image:
 
 
 def draw(name: str, output: Path, work: Path, steps: int | None = None) -> list[Path]:
-    """Take all images of the app; returns their files.
+    """Capture all images of the app; returns their files.
 
     Args:
         name: "app".

@@ -28,7 +28,7 @@ TIMESTEP, SEED = 400, 0
 
 @torch.no_grad()
 def walk() -> dict[str, Any]:
-    """What a step computes of a photo, by name; latents are ``(1, C, h, w)``."""
+    """Return what a step computes from a photo, by name; latents are ``(1, C, h, w)``."""
     components = load_components(BASE)
     photo = read_photo(PHOTO, "")
     record = plan_crop(photo.size, components.default_resolution)

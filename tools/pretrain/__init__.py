@@ -1,4 +1,4 @@
-"""How the embedded models were made: ``python -m tools.pretrain --help``, from the clone.
+"""Training of the embedded models: ``python -m tools.pretrain --help``, from the clone.
 
 The stages run in this order, each resumable, each within a time budget: pictures, instrument, vae,
 latents, diffusion, ship, card. All of them run on two CPU cores without any download.

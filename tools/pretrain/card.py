@@ -1,4 +1,4 @@
-"""Measuring the finished model, its example grid and its model card."""
+"""Measures of the finished model, its example grid and its model card."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def measure_prompts(pipeline: Any, instrument: Instrument, count: int) -> dict[s
 
 @torch.no_grad()
 def measure_vae(vae: Any, instrument: Instrument, count: int = 200) -> dict[str, float]:
-    """What a round trip leaves of new subjects.
+    """Measure the autoencoder's round trip on new subjects.
 
     "psnr" in dB; "identity": cosine of round trips to *another* real image of the subject, whose
     ceiling without a round trip is "identity_ceiling"; "self": to the image itself.
@@ -116,7 +116,7 @@ def measure_vae(vae: Any, instrument: Instrument, count: int = 200) -> dict[str,
 
 
 def write_grid(images: list[Image], path: Path, columns: int = 10) -> None:
-    """Put equally large images into one, row by row."""
+    """Join equally large images into one, row by row."""
     arrays = [np.asarray(image) for image in images[: len(images) // columns * columns]]
     rows = [np.concatenate(arrays[k : k + columns], 1) for k in range(0, len(arrays), columns)]
     from PIL import Image

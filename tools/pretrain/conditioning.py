@@ -1,4 +1,4 @@
-"""Whether SDXL's conditioning does what it says: a crop asked for is seen, and so is a size.
+"""Check of SDXL's conditioning: a crop asked for is seen, and so is a size.
 
 True images are rendered as the training's were, so that each figure has its truth beside it.
 """
@@ -26,7 +26,7 @@ _COLORS = tuple(name for name in ATTRIBUTES["color"] if name not in ("white", "b
 
 
 def measure_conditioning(pipeline: Any, count: int) -> dict[str, tuple[float, float]]:
-    """Ask for crops and sizes; per question, (what images show, what true renders show)."""
+    """Measure crops and sizes; per question, (what images show, what true renders show)."""
     measured = {}
     for edge, size in (("left", (SIDE, WIDE)), ("top", (WIDE, SIDE))):
         for offset in OFFSETS:

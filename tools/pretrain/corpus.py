@@ -1,4 +1,4 @@
-"""What a diffusion model is trained on: numbered images with captions, one corpus per model."""
+"""Training data of a diffusion model: numbered images with captions, one corpus per model."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Denoiser(nn.Module):
         )
 
     def encode_text(self, token_ids: Tensor) -> Conditioning:
-        """What the family's text encoders say of token ids ``(b, MAX_LENGTH)``."""
+        """Encode token ids ``(b, MAX_LENGTH)`` with the family's text encoders."""
         encoders = [getattr(self, name) for name in self.family.text_encoder_names]
         return encode_tokens(self.family, encoders, [token_ids] * len(encoders))
 

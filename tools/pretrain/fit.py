@@ -29,7 +29,7 @@ LossFunction = Callable[[Any, float, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How long and how fast to train.
+    """Settings of a fit: how long and how fast to train.
 
     Attributes:
         minutes: processor time of one worker, counted over interruptions.
@@ -64,7 +64,7 @@ class FitSettings:
 
 @dataclass
 class Progress:
-    """What a report sees: steps taken, share of the budget spent, mean loss since the last one."""
+    """Progress in a report: steps taken, share of the budget spent, mean loss since the last."""
 
     step: int
     share: float

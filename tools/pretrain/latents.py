@@ -1,4 +1,4 @@
-"""What the diffusion model trains on: latents of every captioned image, and its captions."""
+"""Training data of the diffusion model: latents of every captioned image, and its captions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHUNK = 400
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Everything the diffusion loss draws from.
+    """Data that the diffusion loss draws from.
 
     Attributes:
         latents: the encoder's posterior, mean and deviation, scaled to unit variance,
@@ -52,7 +52,7 @@ class LatentSet:
 
 
 def mentioned_attributes(text: str, scene: Scene) -> list[int]:
-    """What a caption says about class, colour, pattern and background."""
+    """Return the class, colour, pattern and background that a caption mentions."""
     subject = scene.subject
     words = set(text.replace(",", "").split())
     told = (

@@ -1,4 +1,4 @@
-"""Who is in the training images, and which rare words are names.
+"""Subjects of the training images, and the rare words that are names.
 
 A model that has met names keeps a rare word apart from the class word beside it, which is what
 personalization with prior preservation lives on: in published models too, a strange word stands

@@ -39,7 +39,7 @@ def _edit_config(file: Path, **changes: str | None) -> None:
 
 
 def _write_published_names(file: Path) -> None:
-    """Put ``text_model.`` before the encoder's keys, as in published checkpoints.
+    """Prefix the encoder's keys with ``text_model.``, as in published checkpoints.
 
     Transformers 5 leaves it out when it saves; every version reads it.
     """

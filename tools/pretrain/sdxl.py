@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 WIDTHS = (128, 192)
-"""Of the two text encoders."""
+"""Widths of the two text encoders."""
 
 POOLED = 128
 TIME_IDS, TIME_ID_WIDTH = 6, 32

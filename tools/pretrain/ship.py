@@ -1,4 +1,4 @@
-"""Putting a finished model into the package, with a card of measured figures."""
+"""Installation of a finished model into the package, with a card of measured figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Continuing from a model that ships, rather than from random weights."""
+"""Start from a model that ships, rather than from random weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BEFORE = "before.json"
 
 
 def prepare_to_go_on(name: str, work: Path) -> None:
-    """Put into a work folder what a further training of a shipped model keeps.
+    """Prepare a work folder with what a further training of a shipped model keeps.
 
     Args:
         name: of the model.
@@ -29,12 +29,12 @@ def prepare_to_go_on(name: str, work: Path) -> None:
 
 
 def goes_on(work: Path) -> bool:
-    """Whether a work folder was prepared to continue from a shipped model."""
+    """Return whether a work folder was prepared to continue from a shipped model."""
     return (work / _BEFORE).is_file()
 
 
 def facts_before(work: Path) -> Path:
-    """Where the facts of the training so far are, in a folder that was prepared."""
+    """Return the path of the facts about the training so far, in a folder that was prepared."""
     return work / _BEFORE
 
 

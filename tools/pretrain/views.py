@@ -25,7 +25,7 @@ SIDE = 128
 VIEWS, CAPTIONS = 17, 18  # seeds
 SQUARE, LARGEST_ASPECT = 0.3, 1.5
 OFF_THE_MIDDLE = 0.25
-"""How far from the middle an object of a wide photo stands, relative to one of a square photo."""
+"""Offset of an object from the middle of a wide photo, relative to one of a square photo."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class View:
 
     @property
     def is_wide(self) -> bool:
-        """Whether its crop is one from left to right."""
+        """True if its crop is one from left to right."""
         height, width = self.original_size
         return width > height
 
     @property
     def time_ids(self) -> tuple[int, ...]:
-        """What SDXL is told: original size, crop's corner, target size."""
+        """Time ids of SDXL: original size, crop's corner, target size."""
         return (*self.original_size, *self.crop, SIDE, SIDE)
 
     @property

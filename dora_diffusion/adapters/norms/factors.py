@@ -1,4 +1,4 @@
-"""What a layer computes with, made from its parameters: by a plan for many layers, or for one."""
+"""Factors of a layer, computed from its parameters: by a plan for many layers, or for one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Rows = int | tuple[int, ...]
 
 
 class RowShard(NamedTuple):
-    """Which rows (outputs) of a sharded weight this process has.
+    """Rows (outputs) of a sharded weight that this process has.
 
     Squared norms are complete without any process having the whole weight: on the output axis each
     knows those of its rows, on the input axis each has a part of every sum.
@@ -48,7 +48,7 @@ class RowShard(NamedTuple):
         return tensor.narrow(dim, self.start, self.length)
 
     def summand(self, values: Tensor, axis: NormAxis) -> Tensor:
-        """What `add_up` makes the values of all channels of: ``(..., length)`` or ``(..., in)``."""
+        """Return this process's term of `add_up`, from ``(..., length)`` or ``(..., in)``."""
         if axis == "input":
             return values
         whole = values.new_zeros(*values.shape[:-1], self.out)
@@ -116,13 +116,13 @@ class Site(NamedTuple):
 
     @property
     def width(self) -> int:
-        """How many magnitudes an adapter has."""
+        """Number of magnitudes of an adapter."""
         first = self.adapters[0]
         return 0 if first.magnitude is None else len(first.magnitude)
 
     @property
     def is_direct(self) -> bool:
-        """Whether the gradient of m cannot come from what the layer keeps, see `Factors`."""
+        """True if the gradient of m cannot come from what the layer keeps; see `Factors`."""
         first = self.adapters[0]
         if first.magnitude is None:
             return False
@@ -165,7 +165,7 @@ def factors_of(
 
 @torch.no_grad()
 def direction_of(weight: Tensor, layer: LayerWeights, dtype: torch.dtype) -> Tensor | None:
-    """What `Factors.direction` of a direct layer is."""
+    """Compute `Factors.direction` of a direct layer."""
     if layer.norm_axis == "input":
         return None
     return adapted_weight(weight, dataclasses.replace(layer, magnitude=None)).to(dtype)

@@ -1,4 +1,4 @@
-"""Where the parameters of many layers lie, so that an operation serves all of them, and flags.
+"""Memory layout of many layers' parameters, so that one operation serves all of them, and flags.
 
 Everything of one kind lies in one buffer: all A one after the other, all B of one rank as rows, and
 all vectors. Layers of one shape are neighbours there, and so are the K adapters of a layer in it:
@@ -38,7 +38,7 @@ def join(tensors: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def split_like(joined: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What `join` made of tensors of these shapes, as views of it in these shapes."""
+    """Split what `join` made of tensors of these shapes into views in these shapes."""
     parts: Sequence[Tensor] = _unflatten_dense_tensors(joined.detach(), tensors)  # type: ignore[no-untyped-call]
     # An empty one has the shape (0,) with torch 2.6.
     return [p if p.numel() else p.view(t.shape) for p, t in zip(parts, tensors, strict=True)]
@@ -100,7 +100,7 @@ class Layout:
 
     @torch.no_grad()
     def recall(self) -> None:
-        """Take the statistics of the weights as they are now."""
+        """Read the statistics of the weights as they are now."""
         if self.has_gain:
             each = [site.statistics for site in self.sites if site.statistics is not None]
             self.base = torch.cat([own.squared_norm.repeat(self.count) for own in each])
@@ -108,7 +108,7 @@ class Layout:
             self.recorded_base = torch.cat([own.squared_norm for own in each])
 
     def look_at_bias(self) -> None:
-        """Take the biases as they are now: of each channel, and zeros where there is none."""
+        """Read the biases as they are now: of each channel, and zeros where there is none."""
         each = list(zip(self.sites, self.has_bias, strict=True))
         own = [site.bias for site, has in each if has and site.bias is not None]
         written = [None if bias.is_inference() else bias._version for bias in own]
@@ -145,7 +145,7 @@ class Layout:
 
     @cached_property
     def anchor(self) -> Tensor:
-        """What a graph starts from that has no edges to the parameters."""
+        """Root of a graph that has no edges to the parameters."""
         return torch.zeros((), requires_grad=True)
 
     # Parameters to buffers
@@ -175,7 +175,7 @@ class Layout:
         return join(self.parameters[2 * len(self.sites) * self.count :]).to(self.dtype)
 
     def row_scales(self, gain: Tensor | None) -> list[Any]:
-        """By what each rank's rows of B are multiplied: ``g s`` on the output axis, else ``s``."""
+        """Return the factors of each rank's rows of B: ``g s`` on the output axis, else ``s``."""
         if gain is None or self.axis == "input":
             return self.scales
         gains = torch.split(gain[:, None], [self.count * rows for rows in self._rows])
@@ -201,14 +201,14 @@ class Layout:
         return made
 
     def vectors_by_shape(self, joined: Tensor, count: int | None = None) -> list[Tensor]:
-        """Of a vector over all channels that of each of `shapes`, ``(n, count, width)``."""
+        """Split a vector over all channels by the shapes of `shapes`, ``(n, count, width)``."""
         count = count or self.count
         shapes = [(side.layers, count, side.width) for side in self.sides]
         parts = torch.split(joined, [prod(shape) for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def is_whole(self, rows: Rows) -> bool:
-        """Whether such rows are the K adapters in their order."""
+        """Return whether these rows are the K adapters in their order."""
         return rows == (0 if self.count == 1 else tuple(range(self.count)))
 
     def index(self, rows: Rows) -> Tensor:
@@ -283,7 +283,7 @@ class Layout:
 
 
 class _Sides(NamedTuple):
-    """What layers of one shape have in common.
+    """Common properties of layers of one shape.
 
     Attributes:
         layers: How many they are.
@@ -316,14 +316,14 @@ def layouts_of(sites: Sequence[Site]) -> dict[tuple[Any, ...], Layout]:
 
 
 def _division(site: Site) -> tuple[Any, ...]:
-    """What all layers of one layout have in common."""
+    """Return the properties that all layers of one layout share."""
     first = site.adapters[0]
     axis = None if first.magnitude is None else first.norm_axis
     return site.weight.device, upcast_dtype(site.weight), site.shard is None, axis
 
 
 def _kind(site: Site) -> tuple[Any, ...]:
-    """What layers have in common whose norms are computed together; layers are sorted by it."""
+    """Return the sort key of layers; those with equal keys have their norms computed together."""
     # The shape of the whole weight: processes that share it must agree on the order.
     shape = site.out, *site.weight.shape[1:]
     scales = tuple(adapter.scale for adapter in site.adapters)
@@ -367,6 +367,6 @@ def record_event(tensor: Tensor) -> Any:
 
 
 def _owners(flagged: Tensor, sizes: Sequence[int]) -> set[int]:
-    """Which layers the flagged channels of the concatenated vector belong to."""
+    """Return the indices of the layers that own the flagged channels of a concatenated vector."""
     ends = list(accumulate(sizes))
     return {bisect_right(ends, channel) for channel in flagged.nonzero().flatten().tolist()}

@@ -1,4 +1,4 @@
-"""What follows from the parameters of many layers alone, made once per step for all of them.
+"""Norms, gains and factors from parameters alone, made once per step for many layers.
 
 The norm is detached (paper, section 4.3), so norms and gains are computed outside of the graph, and
 reused over gradient accumulation, checkpoint recomputation, guidance and all of sampling. The same
@@ -104,7 +104,7 @@ class LayerScales(NamedTuple):
     factors_of_all: Sequence[dict[torch.dtype, Factors]]
 
     def factors(self, dtype: torch.dtype) -> Factors:
-        """What the layer computes with; made for all layers of the plan at the first call."""
+        """Return the layer's factors; made for all layers of the plan at the first call."""
         if dtype not in self.factors_by_dtype:
             made = self.plan.factors(dtype)
             for factors_by_dtype, factors in zip(self.factors_of_all, made, strict=True):
@@ -121,12 +121,12 @@ class LayerScales(NamedTuple):
 
 
 def _in_backward() -> bool:
-    """Whether a backward pass runs in this thread."""
+    """Return whether a backward pass runs in this thread."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 class FixedScales:
-    """What a layer computes with of an adapter that does not train, by the dtype.
+    """Factors of an adapter that does not train, by dtype.
 
     Args:
         site: What it is made of.
@@ -150,7 +150,7 @@ class FixedScales:
 
 
 class Plan:
-    """What follows from the present values of a layout's parameters.
+    """Norms, gains and factors from the present parameters of a layout.
 
     Args:
         layout: Where these are.
@@ -267,7 +267,7 @@ class Plan:
             self.direct.add(place)
 
     def factors(self, dtype: torch.dtype, rows: Rows = 0) -> list[Factors]:
-        """What the layers compute with in a dtype, for rows of a batch that have such adapters."""
+        """Return the layers' factors in a dtype, for a batch whose rows use these adapters."""
         layout, count = self.layout, len(self.layout.sites)
         # Whoever calls a layer first may do so without gradients, as checkpointing does.
         with torch.inference_mode(False), torch.enable_grad():
@@ -324,7 +324,7 @@ class Plan:
         return [up if isinstance(s, float) and s == 1 else up * s for up, s in pairs]
 
     def _choose(self, rows: Rows, block: Tensor) -> Sequence[Tensor]:
-        """Of ``(n, K, ...)`` the rows of each layer."""
+        """Return the rows of each layer from ``(n, K, ...)``."""
         if isinstance(rows, int):
             return block[:, rows].unbind()
         return block.index_select(1, self.layout.index(rows)).unbind()
@@ -425,7 +425,7 @@ class Plan:
 
     @torch.no_grad()
     def give_gradients(self) -> None:
-        """After the backward passes of a plan without edges: give the parameters their ``grad``.
+        """Give the parameters their ``grad`` after the backward passes of a plan without edges.
 
         Those that no pass has reached have none. A and B that other parameters make lead on there.
         """

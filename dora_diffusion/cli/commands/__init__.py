@@ -1,1 +1,1 @@
-"""What each subcommand does: ``run(args)`` of the module with its name."""
+"""Subcommands: each is ``run(args)`` of the module with its name."""

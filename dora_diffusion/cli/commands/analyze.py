@@ -16,7 +16,7 @@ SETTINGS = AnalyzeSettings
 
 
 def run(args: AnalyzeSettings) -> int:
-    """Take weights apart; print tables or JSON, and write both with CSV and plots."""
+    """Decompose weights; print tables or JSON, and write both with CSV and plots."""
     from dora_diffusion.lab.analysis import Analysis, analyze_weights
     from dora_diffusion.lab.analysis.plots import write_plots
 

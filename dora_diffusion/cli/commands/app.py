@@ -16,7 +16,7 @@ from dora_diffusion.studio.jobs.workspace import Workspace
 
 @dataclass(frozen=True, kw_only=True)
 class AppSettings(CommandSettings):
-    """What ``app`` takes."""
+    """Settings of ``app``."""
 
     host: str = flag("127.0.0.1", "Address to listen on.")
     port: int | None = flag(None, "Port. Default: the first free one from 7860.")
@@ -61,7 +61,7 @@ def run(args: AppSettings) -> int:
 
 
 def launch_from(args: AppSettings) -> Launch:
-    """How the app is served, by its flags.
+    """Return the app's server settings, by its flags.
 
     Raises:
         ConfigError: If they would open the app to anybody.

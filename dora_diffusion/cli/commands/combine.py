@@ -12,7 +12,7 @@ from dora_diffusion.config.fields import REQUIRED, flag
 
 @dataclass(frozen=True, kw_only=True)
 class CombineSettings(Alpha, Fit):
-    """What ``combine`` takes."""
+    """Settings of ``combine``."""
 
     adapters: list[str] = flag(
         REQUIRED,

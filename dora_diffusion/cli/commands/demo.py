@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings(CommandSettings):
-    """What ``demo`` takes."""
+    """Settings of ``demo``."""
 
     subject: str = flag(
         "bolt_mug",

@@ -12,7 +12,7 @@ from dora_diffusion.config.fields import flag
 
 @dataclass(frozen=True, kw_only=True)
 class EnvSettings(CommandSettings):
-    """What ``env`` takes."""
+    """Settings of ``env``."""
 
     runs_dir: Path = flag(Path("runs"), "The app's folder of runs and photos.")
     json: bool = flag(False, "Print JSON.")

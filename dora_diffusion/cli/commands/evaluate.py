@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings(Sampling, AdaptedModel):
-    """What ``evaluate`` takes."""
+    """Settings of ``evaluate``."""
 
     adapter: str = flag(
         REQUIRED,
@@ -95,7 +95,7 @@ def run(args: EvaluateSettings) -> int:
 
 
 def _outputs(args: EvaluateSettings) -> list[Path]:
-    """Where the results of each subject go.
+    """Return the output folder of each subject.
 
     Raises:
         ConfigError: If two subjects have one name.
@@ -147,7 +147,7 @@ def _evaluate(
 
 
 def _sampling(args: EvaluateSettings) -> SamplingSettings:
-    """How images of a subject are sampled.
+    """Return the sampling settings of a subject's images.
 
     Raises:
         ConfigError: If they cannot be.
@@ -187,7 +187,7 @@ def _load(args: EvaluateSettings) -> tuple[Components, str, str, Components | No
 
 
 def _is_toy(args: EvaluateSettings) -> bool:
-    """Whether it is a subject of the toy world; a folder of that name is written as a path."""
+    """Return whether the subject is of the toy world; a folder named so is written as a path."""
     from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS
 
     return args.subject[0] in SUBJECTS

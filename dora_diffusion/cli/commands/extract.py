@@ -14,7 +14,7 @@ from dora_diffusion.config.fields import REQUIRED, flag
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractSettings(Fit):
-    """What ``extract`` takes."""
+    """Settings of ``extract``."""
 
     tuned: str = flag(
         REQUIRED,

@@ -15,7 +15,7 @@ from dora_diffusion.config.fields import REQUIRED, flag
 
 @dataclass(frozen=True, kw_only=True)
 class FleetSettings(WorkerFlags):
-    """What ``fleet`` takes besides the settings of training."""
+    """Settings of ``fleet`` besides those of training."""
 
     subjects: str = flag(
         REQUIRED,

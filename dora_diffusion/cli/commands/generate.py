@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateSettings(Overwrite, Sampling, AdaptedModel):
-    """What ``generate`` takes; its defaults are those of a run's samples.
+    """Settings of ``generate``; its defaults are those of a run's samples.
 
     So a seed gives the sample's image again.
     """
@@ -149,7 +149,7 @@ def run(args: GenerateSettings) -> int:
 def _warn_of_triggers(
     rows: Sequence[_Row], told: Mapping[str | None, AdapterMetadata], args: GenerateSettings
 ) -> None:
-    """Say, before it takes time, which prompts leave out their adapter's trigger word."""
+    """Warn, before it takes time, of prompts that lack their adapter's trigger word."""
     from dora_diffusion.sampling.generate import lacks_trigger
 
     lacking = {
@@ -183,7 +183,7 @@ def _settings(args: GenerateSettings) -> SamplingSettings:
 
 
 def _drawn(args: GenerateSettings) -> Callable[[str, int], str]:
-    """What draws the wildcards of a prompt by an image's seed.
+    """Return a function that draws a prompt's wildcards by an image's seed.
 
     Raises:
         ConfigError: If they cannot be drawn.

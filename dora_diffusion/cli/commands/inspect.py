@@ -28,13 +28,13 @@ _UNKNOWN = "unknown; convert with --family"
 
 @dataclass(frozen=True, kw_only=True)
 class InspectSettings(AnyBase):
-    """What ``inspect`` takes."""
+    """Settings of ``inspect``."""
 
     file: str = flag(REQUIRED, "An adapter, or a whole model: a file or folder.", positional=True)
     json: bool = flag(False, "Print JSON.")
 
     def without_effect(self) -> dict[str, str]:
-        """Of a model, all that is said of its base."""
+        """Return the settings of the base, which have no effect on a model."""
         from dora_diffusion.export.programs import is_model
 
         if not is_model(self.file):
@@ -47,7 +47,7 @@ SETTINGS = InspectSettings
 
 
 def run(args: InspectSettings) -> int:
-    """Say what an adapter file or a model is."""
+    """Print a report on an adapter file or a model."""
     from dora_diffusion.export import inspect_adapter, inspect_model
     from dora_diffusion.export.programs import is_model
 
@@ -110,7 +110,7 @@ def _facts(report: AdapterReport) -> list[tuple[str, str]]:
 
 
 def _verdicts(report: AdapterReport | ModelReport) -> list[tuple[str, str]]:
-    """Which programs compute it as it was trained, whether it fits, and what to know."""
+    """Return rows on programs that compute it as trained, on its fit to the base, and notes."""
     heading = ("PROGRAM", "EXACT IN THIS PROGRAM?")
     programs = [
         (name, "not known" if verdict == "-" else verdict) for name, verdict in report.tools.items()

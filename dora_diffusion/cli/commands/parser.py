@@ -82,7 +82,7 @@ class SwitchAction(argparse.Action):
 
 
 class _HelpAllAction(argparse.Action):
-    """Shows the help with all flags."""
+    """Show the help with all flags."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         parser.first = None
@@ -120,7 +120,7 @@ class Parser(argparse.ArgumentParser):
         add_flags(self, settings)
 
     def split_help(self, first: Container[str]) -> None:
-        """Have ``--help`` show some flags alone, and ``--help-all`` all of them."""
+        """Show some flags with ``--help``, and all of them with ``--help-all``."""
         self.first = first
         text = "Show all flags and exit."
         self.add_argument("--help-all", action=_HelpAllAction, nargs=0, help=text)
@@ -195,7 +195,7 @@ class Parser(argparse.ArgumentParser):
         return meant if meant in known else closest(name, known)
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line, with exit code 2."""
+        """Print the error in one line, and exit with code 2."""
         self.exit(2, f"usage: {self._short_usage()}\nerror: {self._plain(message)}\n")
 
     def _short_usage(self) -> str:

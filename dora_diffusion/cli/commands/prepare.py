@@ -23,7 +23,7 @@ SETTINGS = PrepareSettings
 
 
 def run(args: PrepareSettings) -> int:
-    """Look at the photos, write what is asked for, and print a table or JSON."""
+    """Inspect the photos, write what is asked for, and print a table or JSON."""
     _check(args)
     from dora_diffusion.data.curate.models import INSTRUCTION, open_captioner, open_masker
     from dora_diffusion.data.photos import list_photos
@@ -65,7 +65,7 @@ def _check(args: PrepareSettings) -> None:
 
 
 def _edit(args: PrepareSettings) -> CaptionEdit:
-    """How captions are changed; a replacement of nothing is warned of."""
+    """Return the edit of captions; a replacement of nothing is warned of."""
     from dora_diffusion.data.captions import CaptionEdit
 
     find, prefix = args.find or "", args.caption_prefix or ""
@@ -73,7 +73,7 @@ def _edit(args: PrepareSettings) -> CaptionEdit:
 
 
 def _plan(args: PrepareSettings, name: str, paths: Sequence[Path]) -> Preparation:
-    """What is made of a subject, once nothing stands against it; without its models."""
+    """Plan the preparation of a subject after all checks, without loading models."""
     from dora_diffusion.data.curate.run import Preparation
 
     target = paths[0].parent if args.in_place else None

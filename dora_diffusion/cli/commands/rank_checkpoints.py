@@ -30,7 +30,7 @@ SETTINGS = RankSettings
 
 
 def run(args: RankSettings) -> int:
-    """Ask the base and every checkpoint for the same images, measure them, and suggest one."""
+    """Sample the same images from the base and every checkpoint, measure them, and suggest one."""
     if (args.output / COMPARISON).exists() and not args.overwrite:
         raise ConfigError(
             f"{args.output} contains a ranking already; choose another --output, or --overwrite"
@@ -89,7 +89,7 @@ def _steps(name: str, adapter: Path) -> int:
 
 
 def _questions(config: TrainConfig, args: RankSettings, base: str) -> EvaluationPrompts:
-    """What to ask about a run's subjects, sampled as the run's own samples are.
+    """Return the evaluation prompts of a run's subjects, sampled as the run's own samples are.
 
     The truth of a subject of the toy world is known; others have photos.
     """
@@ -123,7 +123,7 @@ def _questions(config: TrainConfig, args: RankSettings, base: str) -> Evaluation
 def _known_photos(
     subjects: Sequence[Subject], folder: str | None
 ) -> tuple[list[PhotoSubject], list[str]]:
-    """What each subject is compared with: its held-out photos, else those it was trained on.
+    """Return each subject's photos for comparison: held-out ones, else those it was trained on.
 
     Args:
         subjects: Of the run. Those with the same trigger words are one.

@@ -13,7 +13,7 @@ from dora_diffusion.models.embedded import samples_folder
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesSettings(CommandSettings):
-    """What ``samples`` takes."""
+    """Settings of ``samples``."""
 
     folder: Path = flag(Path("samples"), "Folder to copy to. Default: samples.", positional=True)
 

@@ -12,7 +12,7 @@ from dora_diffusion.config.fields import flag
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings(Model):
-    """What ``serve`` takes."""
+    """Settings of ``serve``."""
 
     adapters: list[Path] = flag(
         [],

@@ -23,7 +23,7 @@ _FILE = "that of --records, else 0"
 
 
 def _when(reason: str, holds: Callable[[SimulateSettings], Any]) -> Any:
-    """What a setting needs, and what is said where it does not hold."""
+    """Return the condition of a setting, with the message for where it does not hold."""
 
     def need(config: Any) -> str | None:
         return None if holds(config) else reason
@@ -40,7 +40,7 @@ _FAILURES = _when(
 
 @dataclass(frozen=True, kw_only=True)
 class SimulateSettings(Overwrite):
-    """What ``simulate`` takes."""
+    """Settings of ``simulate``."""
 
     rate: float | None = flag(
         None,

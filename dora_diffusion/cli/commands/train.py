@@ -157,7 +157,7 @@ def _train_pack(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
 
 
 def trigger_line(trigger: str, prompt: str) -> str:
-    """What to write in a prompt: the trigger words, or a caption where there are none."""
+    """Return a line on prompts: with the trigger words, or a caption where there are none."""
     from dora_diffusion.formats.adapter.metadata import split_triggers
 
     if triggers := split_triggers(trigger):
@@ -168,7 +168,7 @@ def trigger_line(trigger: str, prompt: str) -> str:
 
 
 def stopped_line(result: TrainResult) -> str:
-    """Where an interrupted run stopped, and from where it can be resumed."""
+    """Return a line on where an interrupted run stopped, and from where it can be resumed."""
     from dora_diffusion.training.results.checkpoint import step_of
 
     where = f"stopped at step {result.steps} of {result.total_steps}"
@@ -180,7 +180,7 @@ def stopped_line(result: TrainResult) -> str:
 
 
 def warn_of_toy_model(config: TrainConfig, args: argparse.Namespace) -> None:
-    """Say loudly that no base model was named."""
+    """Warn loudly that no base model was named."""
     given = {*vars(args), *(read_config_file(args.config) if args.config else ())}
     if "pretrained_model_name_or_path" not in given:
         warnings.warn(
@@ -269,7 +269,7 @@ def _settings_of(
 
 
 def _warn_of_flags(args: argparse.Namespace, config: TrainConfig, given: Mapping[str, Any]) -> None:
-    """Say which flags do nothing; those with another value than the default, training says."""
+    """Warn of flags that do nothing; training warns of those with another value than default."""
     for name in vars(args):
         if name in DIFFUSERS_FLAGS and DIFFUSERS_FLAGS[name].status == "ignored":
             _warn_ignored(name)

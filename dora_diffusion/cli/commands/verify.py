@@ -14,7 +14,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings(Merge):
-    """What ``verify`` takes."""
+    """Settings of ``verify``."""
 
     # Behind --adapter it would be taken for one more adapter: `run` tells them apart.
     merged: str | None = flag(

@@ -1,1 +1,1 @@
-"""What the command line and the app say alike: errors and progress."""
+"""Messages that the command line and the app share: errors and progress."""

@@ -1,4 +1,4 @@
-"""What a bug report must say of an installation, in one paste without secrets."""
+"""Description of an installation for a bug report, in one paste without secrets."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Package:
 
     @property
     def problem(self) -> str:
-        """What can be seen without importing it: a requirement missing, or a wrong version."""
+        """Problem that shows without an import: a missing requirement, or a wrong version."""
         if self.version is None:
             return "" if self.extra else f"{self.name} is not installed"
         with contextlib.suppress(ImportError, ValueError):  # then nobody can say
@@ -81,7 +81,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Environment:
-    """What this package runs in; as text, a paste for a bug report.
+    """Environment of this package; as text, a paste for a bug report.
 
     No token or password is in it, and no name of a home folder, of the user or of the machine.
 
@@ -117,7 +117,7 @@ class Environment:
 
 
 def describe_environment(runs_dir: str | Path = "runs") -> Environment:
-    """What this package runs in: versions, machine, devices, extras, caches and settings.
+    """Describe the environment: versions, machine, devices, extras, caches and settings.
 
     It answers also where a package is missing, or fails, ends Python or hangs when it is imported:
     that is tried in a process of its own, and takes some seconds. ``runs_dir`` is the app's.
@@ -191,7 +191,7 @@ def packages() -> list[Package]:
 
 
 def _is_of_older(requirement: str) -> bool:
-    """Whether only Pythons older than this one need it."""
+    """Return whether only Pythons older than this one need a requirement."""
     before = re.search(r"python_version\s*<\s*['\"]3\.(\d+)", requirement)
     return before is not None and sys.version_info >= (3, int(before[1]))
 
@@ -204,7 +204,7 @@ def _version(name: str) -> str | None:
 
 
 def ask(names: Sequence[str]) -> dict[str, tuple[str, Any]]:
-    """Have another process import and answer names, see `answer`; one that dies is replaced.
+    """Import and answer names in another process, see `answer`; one that dies is replaced.
 
     Returns:
         By name: what went wrong, or an empty text, and the answer. After one that never answers
@@ -249,7 +249,7 @@ def _answer(name: str) -> tuple[str, Any]:
 
 
 def _output(*command: str) -> str:
-    """What a program of the system says; empty where it is missing or fails."""
+    """Return the output of a system's program; empty where it is missing or fails."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(
             command, capture_output=True, timeout=_SECONDS, check=True, text=True,

@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and one plain line for what went wrong."""
+"""End of a command: its exit code, and one plain line for what went wrong."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Outcome:
 
 @contextmanager
 def reporting_errors(command: str = "", *, debug: bool) -> Iterator[Outcome]:
-    """Turn errors into an exit code and a last line on stderr, and warnings into lines.
+    """Convert errors to an exit code and a last line on stderr, and warnings to lines.
 
     Errors that a user can act on (`ValueError`, `OSError` and what derives from them) are one
     line. Others are defects: that line comes below their traceback, and asks for a report.
@@ -122,7 +122,7 @@ def asking_for_report(error: Exception | str, place: str = "") -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory ran out, on a GPU or on the CPU."""
+    """Return whether an error means that memory ran out, on a GPU or on the CPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(t in str(error) for t in _OUT_OF_MEMORY)

@@ -1,4 +1,4 @@
-"""What is said of an adapter that was written: how near it is, and which programs read it."""
+"""Report on a written adapter: how near it is, and which programs read it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def print_written(
     report: ConversionReport, output: str | Path | None = None, *, as_json: bool
 ) -> None:
-    """Say what was written, how near it is, and which programs read it exactly.
+    """Print what was written, how near it is, and which programs read it exactly.
 
     Of a file for one program: what it costs there.
     """

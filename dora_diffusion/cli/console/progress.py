@@ -9,10 +9,10 @@ from typing import Any, Protocol, TextIO
 
 
 class Sink(Protocol):
-    """Is told what a command does: ``phase``, ``done`` of ``total`` in ``unit``, other figures."""
+    """Receiver of progress: ``phase``, ``done`` of ``total`` in ``unit``, other figures."""
 
     def __call__(self, **figures: Any) -> None:
-        """Take what has changed."""
+        """Receive the figures that have changed."""
 
 
 _sinks: list[Sink] = []
@@ -20,7 +20,7 @@ _sinks: list[Sink] = []
 
 @contextmanager
 def telling(sink: Sink) -> Iterator[None]:
-    """Have commands inside the block tell of themselves here instead of by bars."""
+    """Report the progress of commands inside the block to a sink instead of bars."""
     _sinks.append(sink)
     try:
         yield
@@ -29,7 +29,7 @@ def telling(sink: Sink) -> Iterator[None]:
 
 
 def tell(**figures: Any) -> None:
-    """Tell who listens, see `Sink`; a terminal shows bars and lines, and needs no figures."""
+    """Report figures to the sinks, see `Sink`; a terminal shows bars and lines, and needs none."""
     for sink in _sinks:
         sink(**figures)
 
@@ -77,7 +77,7 @@ class ProgressBar:
 
 @contextmanager
 def progress(phase: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Inside the block, a function that is told (done, total); a bar of it leaves no line.
+    """Yield a function to call with (done, total); a bar of it leaves no line.
 
     Args:
         phase: What is done, in words.

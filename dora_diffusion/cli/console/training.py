@@ -50,7 +50,7 @@ class TrainProgress:
 
     @property
     def started(self) -> bool:
-        """Whether this process reports."""
+        """True if this process reports."""
         return self.bar is not None
 
     def __call__(self, event: Event) -> None:
@@ -201,7 +201,7 @@ class PackProgress:
 
 
 def what_trains(config: TrainConfig) -> str:
-    """What a run would train on, before its model is loaded: its subjects and their images.
+    """Describe a run's training data before its model is loaded: its subjects and their images.
 
     Raises:
         ConfigError, PhotoError: As the run would.
@@ -288,7 +288,7 @@ def _in_buckets(own: TrainConfig, photos: Sequence[Photo]) -> str:
 
 
 def next_steps(config: TrainConfig, written: Path) -> list[str]:
-    """What to do with a result: a line for images, one for ComfyUI and one for Diffusers.
+    """Return next steps with a result: a line for images, one for ComfyUI and one for Diffusers.
 
     Args:
         config: The run's settings.

@@ -1,4 +1,4 @@
-"""Many trainings: a queue of tasks, the workers that do them, and a fleet of subjects over both.
+"""Fleets of trainings: a queue of tasks, the workers that do them, and the subjects over both.
 
 ::
 

@@ -33,7 +33,7 @@ _MOST_FAILED = 3
 
 @dataclass(frozen=True)
 class Share:
-    """What a worker takes of a node.
+    """Share of a node that a worker takes.
 
     Attributes:
         num_cpus: Processors.
@@ -67,7 +67,7 @@ class _Actor:
         return f"{node}:{os.getpid()}", node
 
     def do(self, payload: Any, waited: float) -> tuple[Any, Exception | None]:
-        """Do a task; returns what the work returned or raised."""
+        """Run a task; returns what the work returned or raised."""
         self._worker.waited, self._worker.told = waited, {}
         try:
             return self._work(payload, self._worker), None
@@ -156,7 +156,7 @@ class RayWorkers:
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
     def _fitting(self) -> int:
-        """How many workers the nodes that are there have room for."""
+        """Return the number of workers that the present nodes have room for."""
         return sum(
             min(
                 (int(node.get(kind, 0) / amount + 1e-6) for kind, amount in self._demand.items()),
@@ -175,7 +175,7 @@ class RayWorkers:
         return len(self._idle_seats())
 
     def _warn_of_shortage(self) -> None:
-        """Say that the first worker has to wait for what else runs on the cluster."""
+        """Warn that the first worker has to wait for what else runs on the cluster."""
         total, free = self._ray.cluster_resources(), self._ray.available_resources()
         for kind, amount in self._demand.items():
             if free.get(kind, 0) < amount:
@@ -228,7 +228,7 @@ class RayWorkers:
         return bool(reference) and bool(self._ray.wait([reference], timeout=0)[0])
 
     def _settle(self, seat: _Seat) -> list[TaskReport]:
-        """What became of an actor that starts, or of its task."""
+        """Return the outcome of an actor that starts, or of its task."""
         reference = seat.starting or seat.doing
         if not self._is_there(reference):
             return []
@@ -280,7 +280,7 @@ class RayWorkers:
 
 
 def _reason(error: Exception) -> str:
-    """Why an actor is gone, in a line."""
+    """Return why an actor is gone, in a line."""
     text = " ".join(str(error).split())
     kind = type(error).__name__
     if "node" in text and ("died" in text or "dead" in text) and "worker process" not in text:

@@ -72,7 +72,7 @@ def connect(address: str, object_store: int = 100 * 2**20) -> Callable[[], None]
 
 
 def _refusal(address: str, error: Exception) -> str:
-    """Why there is no connection, and what to do."""
+    """Return why there is no connection, and what to do."""
     reason = " ".join(str(error).split())[:200]
     hint = ""
     # Ray shows its token to a cluster that is named by its address only if it is told to.
@@ -96,7 +96,7 @@ def _private_folder() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _for_this_user() -> Iterator[None]:
-    """Have a cluster that starts listen on loopback, with a token that is in no file.
+    """Make a cluster that starts listen on loopback, with a token that is in no file.
 
     Whoever reaches its ports with its token runs code as this user. Ray would listen on all
     addresses, and write the token into a file that all can read.
@@ -115,7 +115,7 @@ def _for_this_user() -> Iterator[None]:
 
 
 def _require_private_token() -> None:
-    """See that the file of Ray's token is this user's alone.
+    """Check that the file of Ray's token is private to this user.
 
     Raises:
         ConfigError: If others can read or replace it.
@@ -129,7 +129,7 @@ def _require_private_token() -> None:
 
 
 def _require_answer(address: str) -> None:
-    """See within seconds whether anything listens, which Ray itself tries for minutes."""
+    """Check within seconds that anything listens, which Ray itself tries for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"address {address} is not local, auto, HOST:PORT or ray://HOST:PORT")
@@ -143,7 +143,7 @@ def _require_answer(address: str) -> None:
 
 
 def _keep_quiet() -> None:
-    """Have Ray print nothing of lost workers, which are told of here, in one line each."""
+    """Silence Ray's messages about lost workers, which are reported here, in one line each."""
     with contextlib.suppress(ImportError):
         from ray._private import worker
 

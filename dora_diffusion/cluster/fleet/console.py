@@ -17,7 +17,7 @@ _REDRAW_SECONDS = 0.5
 
 
 class FleetTable:
-    """Shows how far a fleet is.
+    """Table of a fleet's progress.
 
     Args:
         is_terminal: Whether lines can be drawn over. Default: whether standard error is one.
@@ -53,7 +53,7 @@ class FleetTable:
             self._drawn, self._last = len(lines), self._clock()
 
     def close(self) -> None:
-        """Take the table away."""
+        """Clear the table."""
         self._clear()
 
     def _clear(self) -> None:

@@ -28,7 +28,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a task ran: the worker, and the node that it is on."""
+    """Location of a task: the worker, and the node that it is on."""
 
     worker: str = ""
     node: str = ""
@@ -36,7 +36,7 @@ class Place:
 
 @dataclass(frozen=True)
 class TaskReport:
-    """What workers tell of a task.
+    """Report of the workers on a task.
 
     Attributes:
         task: The task.
@@ -75,7 +75,7 @@ class Ended:
 
 
 class Workers(Protocol):
-    """Does tasks: in this process, or on a cluster.
+    """Workers for tasks: in this process, or on a cluster.
 
     Attributes:
         on_progress: Called whenever a task that runs has something to tell.
@@ -88,16 +88,16 @@ class Workers(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
     def idle(self, waiting: int) -> int:
-        """How many tasks could be started right now, of so many that wait."""
+        """Return how many of the waiting tasks could be started right now."""
 
     def start(self, task: Task) -> Place:
-        """Give a task to a worker that is idle."""
+        """Start a task on an idle worker."""
 
     def wait(self) -> list[TaskReport]:
         """The tasks that ended, after a while of waiting for one; perhaps none did."""
 
     def progress(self) -> dict[str, Any]:
-        """What running tasks last told of themselves, by name."""
+        """Return the last progress report of each running task, by name."""
 
 
 @dataclass
@@ -131,7 +131,7 @@ class WorkQueue:
     _begun: float | None = None
 
     def add(self, tasks: Iterable[Task]) -> None:
-        """Put tasks at the end."""
+        """Append tasks."""
         self.waiting.extend(tasks)
 
     @property
@@ -139,7 +139,7 @@ class WorkQueue:
         return not self.waiting and not self.running
 
     def start(self, workers: Workers) -> None:
-        """Give the next task to a worker."""
+        """Start the next task on a worker."""
         task, now = self.waiting.popleft(), self.clock()
         self._begun = now if self._begun is None else self._begun
         self._first.setdefault(task.name, now)
@@ -147,7 +147,7 @@ class WorkQueue:
         self.running[task.name] = _Running(task, workers.start(task), now)
 
     def settle(self, report: TaskReport) -> Ended | None:
-        """Take in what became of a task; None if it waits for another worker now."""
+        """Record the end of a task; return None if it waits for another worker now."""
         task, error = report.task, report.error
         self.running.pop(task.name)
         attempts = self._attempts[task.name]
@@ -175,7 +175,7 @@ class WorkQueue:
 
     @property
     def seconds_left(self) -> float | None:
-        """How long the rest takes, at the pace so far; None before the first has ended."""
+        """Seconds that the rest takes, at the pace so far; None before the first has ended."""
         pace = self.per_hour
         return None if pace is None else 3600 * sum(self.sizes) / pace
 
@@ -186,7 +186,7 @@ def run_tasks(
     on_end: Callable[[Ended], None],
     on_change: Callable[[], None] = lambda: None,
 ) -> None:
-    """Have workers do all that waits.
+    """Run all waiting tasks on the workers.
 
     Args:
         queue: The tasks.

@@ -1,4 +1,4 @@
-"""What a fleet writes of each subject, and by what it knows one that is done."""
+"""Records of a fleet's subjects, and the digest that identifies a finished one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dora_diffusion.data.photos import COMPANIONS, PHOTO_SUFFIXES
 from dora_diffusion.training.results.metrics import TrainingError
 
 RECORD_FILE = "fleet.json"
-"""In each subject's folder, written last."""
+"""Record file in each subject's folder, written last."""
 RECORDS_FILE = "fleet.jsonl"
 """All subjects, one a line."""
 DONE, FAILED, RUNNING = "done", "failed", "running"
@@ -26,7 +26,7 @@ _LONG = 300
 
 @dataclass(frozen=True)
 class SubjectRecord:
-    """What became of a subject, and what that took.
+    """Outcome and cost of a subject.
 
     Attributes:
         name: The subject.
@@ -73,12 +73,12 @@ class SubjectRecord:
     run: str = ""
 
     def text(self) -> str:
-        """As the file holds it."""
+        """Return the text of the record's file."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
     def parse(cls, text: str | None) -> SubjectRecord | None:
-        """What a file holds; None where there is none, or it is damaged."""
+        """Parse the text of a record's file; None where there is none, or it is damaged."""
         known = {source.name for source in dataclasses.fields(cls)}
         try:
             values = {k: v for k, v in json.loads(text or "").items() if k in known}
@@ -150,7 +150,7 @@ def done_before(
 
 
 def changes_text(before: SubjectRecord, config: TrainConfig) -> str:
-    """What a subject that is done was trained with otherwise, in words."""
+    """Describe how a finished subject's training settings differ, in words."""
     refused, allowed = differences(before.settings, config)
     return listed({**refused, **allowed}) if refused or allowed else "other photos or captions"
 

@@ -1,4 +1,4 @@
-"""Where a fleet keeps everything: a folder that all workers see, or an fsspec URL.
+"""Storage of a fleet's results: a folder that all workers see, or an fsspec URL.
 
 Behind a URL a worker trains in a folder of its own disk, and copies. What is copied appears under
 its name when all of it is there, and a subject's record last of all.
@@ -68,7 +68,7 @@ class FleetResults:
         self._root = system.private_folder(f"fleet-{digest}")
 
     def locked(self) -> AbstractContextManager[None]:
-        """Let no other fleet of this machine, or of its folder, write there inside the block.
+        """Lock the results against other fleets of this machine, or of its folder.
 
         Raises:
             ConfigError: If another one does.
@@ -97,11 +97,11 @@ class FleetResults:
         return f"{self.output.rstrip('/')}/{name}"
 
     def folder(self, subject: str) -> Path:
-        """Where a subject is trained on this machine."""
+        """Return the folder in which a subject is trained on this machine."""
         return self._root / subject
 
     def record(self, subject: str) -> SubjectRecord | None:
-        """What is kept of a subject."""
+        """Return the record of a subject."""
         return SubjectRecord.parse(self.read(f"{subject}/{RECORD_FILE}"))
 
     def begin(self, record: SubjectRecord) -> None:

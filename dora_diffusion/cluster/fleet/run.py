@@ -40,7 +40,7 @@ _OPEN_PACKS = 8
 
 @dataclass
 class Fleet:
-    """How far it is.
+    """Progress of a fleet.
 
     Attributes:
         output: The folder or URL of its results.
@@ -65,11 +65,11 @@ class Fleet:
 
 
 OnChange = Callable[[Fleet, SubjectRecord | None], None]
-"""Called every while; with the record of a subject that has just ended."""
+"""Callback for regular updates; with the record of a subject that has just ended."""
 
 
 def workers_for(work: Work, address: str | None, share: Share | None = None) -> Workers:
-    """Who does tasks: this process, or actors of a Ray cluster at an address."""
+    """Return the workers: this process, or actors of a Ray cluster at an address."""
     if address is None:
         return LocalWorkers(work)
     return RayWorkers(work, address, share or Share())
@@ -137,7 +137,7 @@ def run_fleet(
 
 @dataclass(frozen=True)
 class _Book:
-    """Keeps the records of a fleet."""
+    """Recorder of a fleet."""
 
     fleet: Fleet
     results: FleetResults
@@ -145,7 +145,7 @@ class _Book:
     on_change: OnChange
 
     def end(self, record: SubjectRecord) -> None:
-        """Take in a subject that has ended."""
+        """Record a subject that has ended."""
         self.fleet.records[record.name] = record
         self.on_change(self.fleet, record)
         # Of thousands, the file is not written for each.
@@ -153,7 +153,7 @@ class _Book:
             self.write()
 
     def end_task(self, done: Ended) -> None:
-        """Take in the subjects of a task."""
+        """Record the subjects of a task."""
         for record in _records_of(done):
             if record.status == DONE:
                 self.results.finish(record)  # with what the worker does not know of itself
@@ -216,7 +216,7 @@ def _fits(subject: FleetSubject, other: FleetSubject) -> bool:
 def _sorted_out(
     configs: Mapping[str, TrainConfig | ConfigError], results: FleetResults, output: str
 ) -> tuple[dict[str, SubjectRecord], list[FleetSubject]]:
-    """What has ended before it began, as it is done or cannot be, and what is to be trained."""
+    """Return the records of subjects that are done or cannot be, and the subjects to train."""
     run, ended, left = secrets.token_hex(8), dict[str, SubjectRecord](), list[FleetSubject]()
     with ThreadPoolExecutor(_READERS) as pool:
         kept = {name: pool.submit(results.record, name) for name in configs}
@@ -254,7 +254,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def check_subjects(config: TrainConfig) -> None:
-    """What of a subject can be refused without a model.
+    """Check a subject as far as that needs no model.
 
     Raises:
         ConfigError, PhotoError: With what to do.

@@ -45,7 +45,7 @@ _LOCK_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class FleetSubject:
-    """What a worker is given of a subject.
+    """Subject as a worker receives it.
 
     Attributes:
         config: Its settings; where it is trained, the worker knows.
@@ -59,7 +59,7 @@ class FleetSubject:
 
 
 class _Meter:
-    """What a task takes, since it was made.
+    """Cost meter of a task, from when the meter was made.
 
     Args:
         waited: Seconds before that.
@@ -143,7 +143,7 @@ class _Trainee:
         self.config = _in_folder(subject.config, self.folder, resumes=resumes)
 
     def take(self, event: Event) -> None:
-        """Take note of an event, and keep what it wrote."""
+        """Record an event, and keep what it wrote."""
         if isinstance(event, ModelLoading) and not self.has_left:
             # Its folder was looked at, and is no other run's.
             self.results.begin(self.subject.record)
@@ -159,7 +159,7 @@ class _Trainee:
         self.results.keep(self.subject.record.name, self.folder)
 
     def record(self, meter: _Meter, caught: Sequence[Any], **changes: Any) -> SubjectRecord:
-        """Its record, with what it took so far."""
+        """Return the subject's record, with the cost so far."""
         figures = meter.figures(self.started, self.results.copied_bytes)
         texts = dict.fromkeys(" ".join(str(warning.message).split()) for warning in caught)
         return replace(
@@ -167,7 +167,7 @@ class _Trainee:
         )
 
     def finish(self, result: TrainResult, meter: _Meter, caught: Sequence[Any]) -> SubjectRecord:
-        """Put what was made where it is kept, and the record last."""
+        """Move what was made to where it is kept, and the record last."""
         self.results.publish(self.subject.record.name, self.folder)
         samples = [path.relative_to(self.folder).as_posix() for path in result.samples.values()]
         record = self.record(meter, caught, status=DONE, samples=tuple(samples))

@@ -1,4 +1,4 @@
-"""What a task's work is given, and workers that are this process."""
+"""Context of a task's work, and workers that are this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dora_diffusion.models.load import BaseCache
 
 
 class Worker:
-    """What work is done with: it stays from one task to the next.
+    """Context of the work: it stays from one task to the next.
 
     Args:
         on_progress: Called when the work has told something.
@@ -28,7 +28,7 @@ class Worker:
         self._on_progress = on_progress
 
     def tell(self, **figures: Any) -> None:
-        """Say how far the task is."""
+        """Report the progress of the task."""
         self.told = figures
         self._on_progress()
 

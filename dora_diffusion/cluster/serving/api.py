@@ -44,7 +44,7 @@ Run = Callable[[Sequence[BatchItem]], Awaitable[Reply]]
 
 
 class Metrics:
-    """What Prometheus reads at ``/metrics``."""
+    """Metrics that Prometheus reads at ``/metrics``."""
 
     def __init__(self) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -75,7 +75,7 @@ class Metrics:
 
 
 class Service:
-    """Finds the adapter of a request, and has it answered with others.
+    """Service that finds the adapter of a request, and has it answered with others.
 
     Args:
         catalogue: The adapters.
@@ -181,7 +181,7 @@ class Service:
             await asyncio.wait(self._asked)
 
     async def is_ready(self) -> bool:
-        """Whether images can be had."""
+        """Return whether images can be had."""
         is_ready = not self.is_ending and await self._count_workers() > 0
         self.metrics.ready.set(is_ready)
         return is_ready
@@ -282,7 +282,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
 
 def _value_line(error: Mapping[str, Any]) -> str:
-    """What is wrong with a value, after the field's name."""
+    """Describe what is wrong with a value, after the field's name."""
     _, *field = error["loc"]
     if error["type"] == "json_invalid":
         return f"the body is not JSON: {error['ctx']['error']}, at character {field[0]}"

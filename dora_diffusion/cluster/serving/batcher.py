@@ -16,7 +16,7 @@ MOST_ATTEMPTS = 3
 
 
 class QueueFullError(Exception):
-    """No more requests are accepted.
+    """Error of a full queue, which accepts no more requests.
 
     Attributes:
         retry_after: Whole seconds after which there is probably room.

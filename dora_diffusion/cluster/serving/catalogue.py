@@ -46,7 +46,7 @@ class Catalogue:
         self.scan(strict=True)
 
     def scan(self, *, strict: bool = False) -> dict[str, Path]:
-        """Look again; of two adapters with one name, the one that was there first stays.
+        """Rescan the folders; of two adapters with one name, the one that was there first stays.
 
         Raises:
             ConfigError: If there are two, and the look is ``strict``.
@@ -74,7 +74,7 @@ class Catalogue:
 
     @staticmethod
     def metadata(file: Path) -> AdapterMetadata:
-        """What the file of an adapter that was found says of it.
+        """Return the metadata of an adapter file that was found.
 
         Raises:
             AdapterFormatError, OSError: If it cannot be read.
@@ -85,7 +85,7 @@ class Catalogue:
 
 
 def _require_readable(path: Path) -> None:
-    """See that a file or folder can be opened, of which `Path.glob` says nothing.
+    """Check that a file or folder can be opened, of which `Path.glob` says nothing.
 
     Raises:
         PermissionError: If it cannot.

@@ -41,7 +41,7 @@ _OBJECT_STORE = 256 * 1024**2
 
 @dataclass(frozen=True)
 class Deployment:
-    """What is served, and how.
+    """Settings of a deployment.
 
     Attributes:
         base: The base model.
@@ -109,7 +109,7 @@ class Deployment:
 
     @property
     def name(self) -> str:
-        """Of the application on a cluster, which may have several: a port is one server's alone."""
+        """Name of the application on a cluster with several: a port is one server's alone."""
         return f"dora-diffusion-{platform.node()}-{self.port}"
 
 
@@ -176,7 +176,7 @@ class Replicas:
         self._handle, self._application = handle, application
 
     async def answer(self, batch: Sequence[BatchItem]) -> Reply:
-        """Have a replica that is free answer a batch.
+        """Send a batch to a free replica, and return its answer.
 
         Raises:
             WorkerLostError: If it died, or was killed since it hung.
@@ -194,7 +194,7 @@ class Replicas:
         return reply
 
     async def count(self) -> int:
-        """How many are healthy."""
+        """Return the number of healthy replicas."""
         from ray import serve
         from ray.serve.schema import ReplicaState
 
@@ -309,7 +309,7 @@ def serve(deployment: Deployment, catalogue: Catalogue) -> None:
 
 
 def _reason(status: Any, application: str) -> str:
-    """Why the replicas of an application did not start: their error, without its class."""
+    """Return why an application's replicas did not start: their error, without its class."""
     found = getattr(status.applications.get(application), "deployments", {})
     message = found[_REPLICA].message if _REPLICA in found else ""
     return re.sub(r"^[\w.]+: ", "", _last_line(message))

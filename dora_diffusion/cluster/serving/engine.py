@@ -32,7 +32,7 @@ class Reply(NamedTuple):
 
 
 class Engine:
-    """Answers batches, one at a time.
+    """Engine that answers batches, one at a time.
 
     Args:
         pool: The model, and the adapters that are on it.
@@ -103,7 +103,7 @@ class Engine:
         rows: dict[int, ImageRow],
         is_given_up: Callable[[], bool],
     ) -> dict[int, ApiAnswer | Exception]:
-        """Together; where that fails, each by itself."""
+        """Sample the requests together; where that fails, each by itself."""
         if not rows:
             return {}
 

@@ -1,4 +1,4 @@
-"""What a client asks for, and what it gets."""
+"""Requests of clients, and the answers to them."""
 
 from __future__ import annotations
 
@@ -89,12 +89,12 @@ class ApiRequest(BaseModel):
         return name
 
     def shared(self) -> Hashable:
-        """What all requests of a batch have in common."""
+        """Return the settings that all requests of a batch share."""
         own = {"prompt", "adapter", "strength", "seed"}
         return tuple(self.model_dump(exclude=own).values())
 
     def settings(self) -> SamplingSettings:
-        """How it is sampled."""
+        """Return the sampling settings of the request."""
         from dora_diffusion.sampling.generate import SamplingSettings
 
         own = {"prompt", "adapter", "strength", "seed"}

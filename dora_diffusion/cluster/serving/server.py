@@ -47,7 +47,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _reason(error: OSError) -> str:
-    """Why, without what `socket.create_server` adds."""
+    """Return the error's reason, without what `socket.create_server` adds."""
     is_name = isinstance(error, socket.gaierror)
     return str(error.strerror) if is_name else os.strerror(error.errno or 0)
 

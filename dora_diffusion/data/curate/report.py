@@ -1,4 +1,4 @@
-"""What is to be said of photos before they are trained on: a table, JSON, a contact sheet."""
+"""Report on photos before they are trained on: a table, JSON, a contact sheet."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _SIDE = 160
 
 @dataclass
 class Report:
-    """What is known of a folder's photos, and what was written.
+    """Report on a folder's photos, and on what was written.
 
     Attributes:
         photos: Of each `look_at`, and under ``"look_at"`` the kinds of its cautions.
@@ -71,7 +71,7 @@ class Report:
                 photo["look_at"].append(kind)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the images."""
+        """Return everything but the images."""
         return {name: value for name, value in vars(self).items() if name != "images"}
 
     def text(self) -> str:
@@ -104,7 +104,7 @@ class Report:
 def look_at(
     photo: Photo, image: PILImage, mask: dict[str, Any] | None, resolution: int
 ) -> dict[str, Any]:
-    """What is known of one photo, as plain values.
+    """Describe one photo, as plain values.
 
     Returns:
         ``name``; ``size`` (width, height); ``square`` and ``bucket``, a crop's width, height and
@@ -148,7 +148,7 @@ def small_image(image: PILImage) -> PILImage:
 def add_cautions(
     report: Report, photos: Sequence[Photo], resolution: int, model: MetricModel | None = None
 ) -> None:
-    """Say what may be wrong with photos.
+    """Add cautions about photos to a report.
 
     Args:
         report: What is known of them.
@@ -209,7 +209,7 @@ def _pieces(mask: PILImage, side: int = 64) -> list[float]:
 
 
 def doubts(masks: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Why masks of one subject's photos may be wrong, by photo; only those that may be.
+    """Return why masks of one subject's photos may be wrong, by photo; only those that may be.
 
     Args:
         masks: Photo -> what `measure_mask` says of its mask.

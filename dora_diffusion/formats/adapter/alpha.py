@@ -1,4 +1,4 @@
-"""What PEFT's configs and other metadata say of layers: their alpha, and how they were started."""
+"""Alpha and initialization of layers, as PEFT's configs and other metadata state them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ AI_TOOLKIT = AssumedAlpha(
 def alpha_rule(
     metadata: Mapping[str, str], config: Mapping[str, Any] | None
 ) -> tuple[AlphaOf, Note]:
-    """How to tell the effective alpha of a layer, given its name and rank.
+    """Return the rule for the effective alpha of a layer, given its name and rank.
 
     Args:
         metadata: The file's metadata.
@@ -80,7 +80,7 @@ def alpha_rule(
 
 
 def says_alpha(metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> bool:
-    """Whether a config or metadata tell the alpha for certain, so that it was not lost."""
+    """Return whether a config or metadata state the alpha for certain, so that it was not lost."""
     ours = OWN + "target" in metadata
     return ours or DIFFUSERS_METADATA in metadata or "lora_alpha" in (config or {})
 
@@ -151,7 +151,7 @@ class NamePatterns:
         self.seconds = seconds
 
     def matches(self, pattern: str, name: str) -> bool:
-        r"""Whether ``re.match(rf"(.*\.)?({pattern})$", name)`` finds something, as PEFT asks.
+        r"""Return whether ``re.match(rf"(.*\.)?({pattern})$", name)`` has a match, as PEFT asks.
 
         Raises:
             AdapterFormatError: If the pattern is broken, or takes too long.

@@ -106,7 +106,7 @@ def _says_alpha(
     config: Mapping[str, Any] | None,
     alpha: float | None,
 ) -> bool:
-    """Whether a file says its alpha; an alpha that is given must be a number, and was lost."""
+    """Return whether a file states its alpha; one may be given, as a number, if it was lost."""
     says = layout.says_alpha or says_alpha(metadata, config)
     if says and alpha is not None:
         raise AdapterFormatError("its alpha was not lost: the file says it; give none")
@@ -316,13 +316,13 @@ def split_joined(layers: Mapping[str, LayerWeights], notes: list[str]) -> dict[s
 
 
 def has_component(key: str) -> bool:
-    """Whether a key says which component it belongs to."""
+    """Return whether a key names the component that it belongs to."""
     component, path = split_prefix(key.removeprefix(PEFT_PREFIX))
     return is_kohya_name(key) or component is not None or is_sgm_path(path)
 
 
 def key_notes(keys: Iterable[str]) -> list[str]:
-    """What the format of a file's keys says about who broke it."""
+    """Return notes on the program that broke a file, by the format of its keys."""
     keys = list(keys)
     notes: list[str] = []
     kohya = any(is_kohya_name(key) for key in keys)

@@ -130,7 +130,7 @@ def read_tokens(model: Path) -> dict[str, Vectors]:
 
 
 def is_written(file: Path, token: str, vectors: Vectors) -> bool:
-    """Whether a file is there that holds just this."""
+    """Return whether a file exists that holds just this token."""
     with contextlib.suppress(AdapterFormatError, OSError):
         return are_equal(read_embedding(file).get(token, {}), vectors)
     return False
@@ -149,7 +149,7 @@ def bundled(tokens: Mapping[str, Vectors], family: Family | None) -> dict[str, T
 
 
 def take_bundled(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Take the tokens out of a file's tensors, by token."""
+    """Pop the tokens from a file's tensors, by token."""
     tokens: dict[str, dict[str, Tensor]] = {}
     for match in filter(None, map(BUNDLED_TOKEN.fullmatch, list(tensors))):
         component = _COMPONENTS[match["key"]]
@@ -158,7 +158,7 @@ def take_bundled(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def are_equal(a: Vectors, b: Vectors) -> bool:
-    """Whether two tokens have the same vectors."""
+    """Return whether two tokens have the same vectors."""
     return a.keys() == b.keys() and all(
         torch.equal(_rows(tensor), _rows(b[name])) for name, tensor in a.items()
     )
@@ -244,7 +244,7 @@ def check_tokens(
 
 
 def embedding_notes(written: Path, files: Mapping[str, Path], program: str = "") -> list[str]:
-    """How programs get the trained tokens of what was written; nothing if there are none.
+    """Return notes on loading the trained tokens of what was written; none without tokens.
 
     Args:
         written: The adapter or model.
@@ -270,7 +270,7 @@ def embedding_notes(written: Path, files: Mapping[str, Path], program: str = "")
 
 
 def bundled_notes(tokens: Iterable[str]) -> list[str]:
-    """What to know of tokens in a file itself; nothing where every program finds them."""
+    """Return notes on tokens in a file itself; none where every program finds them."""
     # CLIP's tokenizer makes one token of punctuation that stands together.
     return [
         f"A1111 finds {token} of the file itself only where no other punctuation "

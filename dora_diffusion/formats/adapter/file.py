@@ -81,18 +81,18 @@ class AdapterFile:
 
     @property
     def family(self) -> str:
-        """What the file says, or its shapes; ``""`` if neither tells."""
+        """Family, from the file's metadata or its shapes; ``""`` if neither tells."""
         shapes = {name: layer.weight_shape for name, layer in self.layers.items()}
         return self.metadata.family or guess_family(shapes)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """Those of the notes that say what was assumed, and may be wrong."""
+        """Notes on what was assumed, and may be wrong."""
         return tuple(note for note in self.notes if isinstance(note, AssumedAlpha))
 
     @property
     def lacks_alpha(self) -> bool:
-        """Whether its layers do not say their alpha, so that one may be given."""
+        """True if the layers do not state their alpha, so that one may be given."""
         return any(isinstance(note, (AssumedAlpha, AlphaOfTraining)) for note in self.notes)
 
 
@@ -168,7 +168,7 @@ def _written_layout(target: str, adapter: AdapterFile) -> AdapterLayout:
 
 
 def embeddings_beside(path: Path, adapter: AdapterFile) -> dict[str, Path]:
-    """Where `write_adapter` puts an adapter's tokens: a file of its own for each."""
+    """Return the files of `write_adapter` for an adapter's tokens: one for each."""
     folder = path.parent if path.suffix == ".safetensors" else path
     return embedding_files(folder, path.stem, adapter.tokens)
 
@@ -244,7 +244,7 @@ def decode_adapter(
 
 
 def _family(stored: StoredAdapter) -> str:
-    """What the file says, or its shapes; ``""`` if neither tells, or it cannot be read."""
+    """Return the family, by metadata or shapes; ``""`` if neither tells, or it cannot be read."""
     try:
         return _decode(stored, None, None, sums=True).family
     except AdapterFormatError:

@@ -1,4 +1,4 @@
-"""What an adapter file is: a report for people and for scripts."""
+"""Report on an adapter file, for people and for scripts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _HALF = {torch.float16: "5e-4", torch.bfloat16: "4e-3"}
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What an adapter file is.
+    """Report on an adapter file.
 
     Attributes:
         path: The file, or the folder of a PEFT adapter.
@@ -197,7 +197,7 @@ def _report_for_one_base(
 def _fits_one_base(
     specs: Mapping[str, TensorSpec], keys: Mapping[str, str | None], shapes: Shapes
 ) -> str:
-    """Whether a base has all layers of a file that is made for one, in their shapes."""
+    """Return whether a base has all layers of a file that is made for one, in their shapes."""
     if unknown := [key for key, name in keys.items() if name is None]:
         return f"no: the model has no module for {listing(unknown, 3)}"
     found = {name: _weight_shape(specs, key) for key, name in keys.items() if name is not None}
@@ -257,7 +257,7 @@ def _origin_notes(stored: StoredAdapter) -> list[str]:
 
 
 def numbers(text: str) -> float | dict[str, float] | str:
-    """What a `describe` text holds: one number, or one per layer; any other text as it is."""
+    """Parse a `describe` text: one number, or one per layer; any other text is left as it is."""
     try:
         values = json.loads(text)
         if isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""Which axis a file's magnitudes belong to: by shape, by the rest of the file, by the base.
+"""Norm axis of a file's magnitudes: by shape, by the rest of the file, by the base.
 
 LyCORIS and OneTrainer write ``dora_scale`` as ``(out, 1, ...)`` or ``(1, in, ...)``. Other programs
 squeeze it, or keep PEFT's shape ``(1, out, 1, 1)`` of a convolution, which on a square one is also
@@ -44,7 +44,7 @@ class Magnitude:
         return tuple(self.tensor.shape)
 
     def form(self) -> str:
-        """How its shape is to be read: an axis, ``"flat"``, ``"peft"``, ``"square"`` or ``""``."""
+        """Return how to read its shape: an axis, ``"flat"``, ``"peft"``, ``"square"`` or ``""``."""
         out, into = self.weight_shape[:2]
         ones = (1,) * (len(self.weight_shape) - 2)
         if self.is_peft:
@@ -60,7 +60,7 @@ class Magnitude:
         return "flat" if self.shape in ((out,), (into,)) else ""
 
     def fits(self, axis: NormAxis) -> bool:
-        """Whether it has one value per channel of the axis."""
+        """Return whether it has one value per channel of the axis."""
         return self.tensor.numel() == self.weight_shape[0 if axis == "output" else 1]
 
 

@@ -1,4 +1,4 @@
-"""What an adapter file says of itself: our own fields, and the kohya and modelspec fields.
+"""Metadata of an adapter file: our own fields, and the kohya and modelspec fields.
 
 Metadata values are strings. Our own keys start with ``dora_diffusion.``; readers that do not know
 them ignore them. ``ss_*`` is what kohya's scripts write and web UIs read (the family from
@@ -49,7 +49,7 @@ _V_ARCHITECTURES = tuple(filter(None, (family.v_architecture for family in FAMIL
 
 @dataclass(frozen=True)
 class AdapterMetadata:
-    """What is known of an adapter that its tensors do not hold.
+    """Metadata of an adapter that its tensors do not hold.
 
     Attributes:
         family: Name of a `Family`, or ``""`` if unknown.
@@ -96,7 +96,7 @@ def without_path(name: str) -> str:
 
 
 def stated_reading(fields: Mapping[str, str], prefix: str = "") -> dict[str, int]:
-    """How a file says that prompts are to be read, as `Components` takes it; empty if it does not.
+    """Return a file's prompt settings, as `Components` takes them; empty if it states none.
 
     Args:
         fields: `AdapterMetadata.extra`; or, with the prefix `OWN`, the metadata of a model's file.
@@ -107,7 +107,7 @@ def stated_reading(fields: Mapping[str, str], prefix: str = "") -> dict[str, int
 
 
 def agreed_reading(extras: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """How several adapters' prompts are to be read, of their `AdapterMetadata.extra`.
+    """Return the prompt settings of several adapters, from their `AdapterMetadata.extra`.
 
     Where they do not agree, it is left open.
     """
@@ -118,7 +118,7 @@ def agreed_reading(extras: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 
 def reading_in_words(reading: Mapping[str, int], family: Family) -> str:
-    """How prompts are read, for people: both countings of clip skip; empty for the usual way."""
+    """Describe prompt settings for people: both countings of clip skip; empty for the defaults."""
     skip, length = reading.get("clip_skip", 0), reading.get("max_token_length", TOKENS_PER_CHUNK)
     parts = []
     if skip:
@@ -253,7 +253,7 @@ def kohya_fields(
 
 
 def _tag_frequency(metadata: AdapterMetadata) -> str:
-    """What web UIs list, to be clicked into a prompt: without captions, trigger and tags."""
+    """Return the tag frequencies that web UIs list; without captions, trigger words and tags."""
     words = dict(metadata.tag_frequency) or _tags_once(metadata.trigger, metadata.tags)
     return json.dumps({_DATASET: words}) if words else ""
 
@@ -277,7 +277,7 @@ def _network_fields(layers: Mapping[str, LayerWeights]) -> dict[str, str]:
 
 
 def parse_metadata(fields: Mapping[str, str]) -> AdapterMetadata:
-    """What a file's metadata say, ours or another program's."""
+    """Parse a file's metadata, ours or another program's."""
     values = {k.removeprefix(OWN): v for k, v in fields.items() if k.startswith(OWN)}
     if not values:
         return _parse_foreign(fields)
@@ -340,7 +340,7 @@ def _parse_foreign(fields: Mapping[str, str]) -> AdapterMetadata:
 
 
 def _foreign_reading(fields: Mapping[str, str], family: str) -> dict[str, str]:
-    """How sd-scripts read prompts; of SDXL it writes a clip skip that it does not use."""
+    """Return sd-scripts' prompt settings; for SDXL it writes a clip skip that it does not use."""
     numbers = {name: fields.get(f"ss_{name}", "") for name in READING}
     skip, length = (
         int(text) if re.fullmatch("[0-9]{1,4}", text) else 0 for text in numbers.values()

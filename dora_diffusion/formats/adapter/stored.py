@@ -1,4 +1,4 @@
-"""Where an adapter is, how it is laid out, and what its files hold."""
+"""Location, layout and content of an adapter's files."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class StoredAdapter:
 
 
 def read_metadata(path: str | Path) -> AdapterMetadata:
-    """What an adapter says of itself. Its header is read once, until the file is written again.
+    """Read an adapter's metadata. Its header is read once, until the file is written again.
 
     Raises:
         AdapterFormatError, FileNotFoundError: As `StoredAdapter.open` raises them.

@@ -105,7 +105,7 @@ class CheckpointFile:
         return {name: value for each in said for name, value in each.settings.items()}
 
     def markers(self) -> set[str]:
-        """Those of its tensors that say how its noise schedule is meant."""
+        """Return its marker tensors of the noise schedule."""
         if self.restated:
             return markers_for(self.family, self.restated)
         return set(MARKERS.keys() & self.reader.specs.keys())
@@ -169,7 +169,7 @@ def base_name(metadata: Mapping[str, str]) -> str:
 def detect_checkpoint_family(
     specs: Mapping[str, TensorSpec], name: str = "the checkpoint"
 ) -> Family:
-    """Tell the family of a single-file checkpoint from its tensors' names and the UNet's input.
+    """Detect the family of a single-file checkpoint from its tensors' names and the UNet's input.
 
     Raises:
         UnsupportedModelError: If no family's marker is among them.

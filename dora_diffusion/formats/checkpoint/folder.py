@@ -130,7 +130,7 @@ class PipelineFolder:
         return {**self.statements()[0].settings, **self.restated}
 
     def markers(self) -> set[str]:
-        """Those that its single file gets."""
+        """Return the markers of its single file."""
         return markers_for(self.family, self.schedule())
 
     def naming_problems(self) -> list[str]:
@@ -147,7 +147,7 @@ class PipelineFolder:
 
 
 def by_scheduler(config: Mapping[str, Any]) -> Statement:
-    """What a scheduler's configuration says, with Diffusers' defaults."""
+    """Return the schedule of a scheduler's configuration, with Diffusers' defaults."""
     return Statement(CONFIGURED, {PREDICTION: EPSILON, ZERO_SNR: False, **config})
 
 

@@ -1,4 +1,4 @@
-"""What other programs take a whole model for, and the YAML by which A1111 reads it rightly.
+"""Readings of a whole model by other programs, and the YAML by which A1111 reads it rightly.
 
 Which program asks what was seen when it was run, or read in its source: docs/measurements.
 """
@@ -48,7 +48,7 @@ VERDICTS: Mapping[str, Mapping[str, str]] = {
 
 
 def kind_of(model: StoredModel) -> str:
-    """What a model is, a key of `VERDICTS`; empty where nobody says what it predicts."""
+    """Return a model's kind, a key of `VERDICTS`; empty where nobody says what it predicts."""
     prediction = model.schedule().get(PREDICTION, "")
     what = "file" if model.is_single_file else "folder"
     if not has_released_shape(model):
@@ -63,12 +63,12 @@ def kind_of(model: StoredModel) -> str:
 
 
 def has_released_shape(model: StoredModel) -> bool:
-    """Whether its UNet is as wide as the released ones."""
+    """Return whether its UNet is as wide as the released ones."""
     return model.specs["unet.conv_in.weight"].shape[0] == WIDTH
 
 
 def schedule_notes(model: StoredModel) -> list[str]:
-    """What programs must be told of a noise schedule that ends in pure noise."""
+    """Return notes for programs on a noise schedule that ends in pure noise."""
     is_one = model.is_single_file and has_released_shape(model)
     if not is_one or not model.schedule().get(ZERO_SNR):
         return []

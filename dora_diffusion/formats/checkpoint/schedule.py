@@ -1,4 +1,4 @@
-"""How a model's noise schedule is meant: what its UNet predicts, and whether it ends in pure noise.
+"""Noise schedule of a model: what its UNet predicts, and whether it ends in pure noise.
 
 A Diffusers folder has it in its scheduler's configuration. A single file may say it by empty
 tensors, as ComfyUI reads them, or in its metadata; most say nothing, and predict the noise.
@@ -33,7 +33,7 @@ _ARCHITECTURES = {"-768-v": V, "-512": EPSILON}
 
 
 class Statement(NamedTuple):
-    """What somebody says of a model's noise schedule.
+    """Statement of one source on a model's noise schedule.
 
     Attributes:
         source: Who says so, in words.
@@ -48,7 +48,7 @@ class Statement(NamedTuple):
 
 
 class NoiseSchedule(NamedTuple):
-    """How a model's noise schedule is meant.
+    """Noise schedule of a model.
 
     Attributes:
         prediction_type: ``"epsilon"``, ``"v_prediction"``; ``""`` where nobody says it.
@@ -64,12 +64,12 @@ class NoiseSchedule(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those of a scheduler."""
+        """Settings of a scheduler."""
         return {PREDICTION: self.prediction_type, ZERO_SNR: self.zero_terminal_snr}
 
     @property
     def is_configured(self) -> bool:
-        """Whether it is that of a scheduler's configuration, so that nothing was chosen."""
+        """True if it is a scheduler's configuration alone, so that nothing was chosen."""
         return set(self.sources) == {CONFIGURED}
 
     def __str__(self) -> str:
@@ -83,7 +83,7 @@ class NoiseSchedule(NamedTuple):
 
 
 def choose_schedule(name: str, statements: Iterable[Statement]) -> NoiseSchedule:
-    """What is said first of either setting; ``""`` and no zero terminal SNR where nothing is.
+    """Choose the first statement on either setting; ``""`` and no zero terminal SNR without one.
 
     Args:
         name: Of the model, for the message.
@@ -126,7 +126,7 @@ def statements_on(
     usual: Sequence[Statement] = (),
     adapters: Sequence[AdapterMetadata] = (),
 ) -> list[Statement]:
-    """What is said of a model's noise schedule, the strongest first.
+    """Return the statements on a model's noise schedule, the strongest first.
 
     Args:
         base: The model, with what is asked of it.
@@ -144,7 +144,7 @@ def statements_on(
 
 
 def _file_or_name(model: str) -> str:
-    """What stays of a model's name where it is called from another folder."""
+    """Return the part of a model's name that stays where it is called from another folder."""
     is_file = model.endswith(".safetensors")
     return re.split(r"[/\\]", model)[-1] if is_file else without_path(model)
 
@@ -159,7 +159,7 @@ def _by_adapter(metadata: AdapterMetadata) -> Statement:
 
 
 def schedule_facts(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What an adapter's metadata say of the noise schedule that it is trained on.
+    """Return an adapter's metadata on the noise schedule that it is trained on.
 
     Args:
         settings: Of a scheduler, as far as they are known.
@@ -170,7 +170,7 @@ def schedule_facts(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def stated_by_file(metadata: Mapping[str, str], names: Iterable[str]) -> list[Statement]:
-    """What a single file says of itself, by marker tensors and in its metadata."""
+    """Return the statements of a single file, by marker tensors and in its metadata."""
     markers = [marker for marker in MARKERS if marker in set(names)]
     by_key = {key: value for marker in markers for key, value in MARKERS[marker].items()}
     architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
@@ -190,7 +190,7 @@ def stated_by_file(metadata: Mapping[str, str], names: Iterable[str]) -> list[St
 
 
 def usual_of(family: Family) -> list[Statement]:
-    """What a model of a kind means that says nothing; of two releases that differ, nothing."""
+    """Return the usual statement for a model that says nothing; none where two releases differ."""
     if family.has_two_predictions:
         return []
     return [Statement("what is usual: the file says nothing", {PREDICTION: EPSILON})]

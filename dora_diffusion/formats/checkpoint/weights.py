@@ -1,4 +1,4 @@
-"""What everything that holds a model's weights has in common."""
+"""Common interface of all that holds a model's weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ModelWeights(Protocol):
 
     @property
     def family(self) -> Family | None:
-        """What kind of model it is, None if that is not known."""
+        """Family of the model, None if that is not known."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -57,7 +57,7 @@ class StoredModel(ModelWeights, Protocol):
 
     @property
     def family(self) -> Family:
-        """What kind of model it is."""
+        """Family of the model."""
 
     @property
     def path(self) -> Path:
@@ -65,11 +65,11 @@ class StoredModel(ModelWeights, Protocol):
 
     @property
     def is_single_file(self) -> bool:
-        """Whether it is one file in the original layout."""
+        """True if it is one file in the original layout."""
 
     @property
     def files(self) -> Mapping[str, Sequence[Path]]:
-        """Its weight files by component; a single file is its own ``"checkpoint"``."""
+        """Weight files by component; a single file is its own ``"checkpoint"``."""
 
     def shards(self) -> dict[str, list[dict[str, str]]]:
         """The weight files of each component, each as names in it -> canonical names.
@@ -86,7 +86,7 @@ class StoredModel(ModelWeights, Protocol):
         """Tensors of no component that a single file holds, by their names in it."""
 
     def statements(self) -> list[Statement]:
-        """What it says itself of its noise schedule, the strongest first."""
+        """Return the model's own statements on its noise schedule, the strongest first."""
 
     restated: Mapping[str, Any]
 
@@ -100,7 +100,7 @@ class StoredModel(ModelWeights, Protocol):
         """Names by which programs miss tensors, or load others, one line each."""
 
     def single_file(self) -> SingleFile:
-        """What one file in the original layout is written from.
+        """Return the source from which one file in the original layout is written.
 
         Raises:
             CheckpointLayoutError: If the model has no place in that layout.
@@ -110,7 +110,7 @@ class StoredModel(ModelWeights, Protocol):
 def restate_schedule(
     model: StoredModel, base: BaseModel, adapters: Sequence[AdapterMetadata]
 ) -> None:
-    """Have a model say of its noise schedule what was asked for, or what its adapters know.
+    """Override a model's noise schedule by what was asked for, or what its adapters know.
 
     Args:
         model: The model.
@@ -161,7 +161,7 @@ def module_shapes(weights: ModelWeights) -> dict[str, tuple[int, ...]]:
 
 
 def kinds_of(weights: ModelWeights) -> Mapping[str, LayerKind]:
-    """How modules store their weight, by canonical name, as live modules say it.
+    """Return how modules store their weight, by canonical name, as live modules say it.
 
     Models on disk do not, and need not: of their modules only Embeddings are not plain, and these
     adapter files name as such.

@@ -43,7 +43,7 @@ class TensorFileError(ValueError):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a header says of one tensor."""
+    """Header entry of one tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

@@ -40,7 +40,7 @@ def adapter_checkpoints(folder: Path) -> tuple[str, ...]:
 
 
 def candidates(checkpoints: Sequence[str], result_step: int | None) -> tuple[str, ...]:
-    """What can be ranked and chosen: spread over the run, the last ones always.
+    """Return the checkpoints that can be ranked: spread over the run, the last ones always.
 
     Args:
         checkpoints: Their names, oldest first.

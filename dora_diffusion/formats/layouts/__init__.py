@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Conversion(NamedTuple):
-    """What an adapter can be converted to.
+    """Conversion of an adapter to a format.
 
     Attributes:
         summary: Where it is exact.
@@ -38,7 +38,7 @@ class Conversion(NamedTuple):
 
     @property
     def takes_rank(self) -> bool:
-        """Whether a rank has an effect."""
+        """True if a rank has an effect."""
         return bool(self.plain_lora_in) or self.needs_rank
 
 
@@ -69,10 +69,10 @@ LAYOUTS: dict[str, Conversion | None] = {
 }  # fmt: skip
 
 KEY_FORMATS = tuple(name for name, one in LAYOUTS.items() if one and not one.for_one_base)
-"""What an adapter that was fitted can be written in."""
+"""Key formats of a fitted adapter."""
 
 FOLDERS = frozenset(name for name, one in LAYOUTS.items() if one and one.is_folder)
-"""What is a folder, and downloaded as a .zip."""
+"""Layouts that are folders, and downloaded as a .zip."""
 
 # Of a plain LoRA for which none is given.
 LORA_RANK = 64
@@ -114,7 +114,7 @@ class Program(NamedTuple):
 
     @property
     def takes_dense(self) -> bool:
-        """Whether it adds full differences to the base's weights."""
+        """True if it adds full differences to the base's weights."""
         return self.output_axis in ("comfyui", "dense")
 
     def conversion(self, axes: Set[str], *, is_sum: bool = False) -> str:
@@ -142,7 +142,7 @@ PROGRAMS: Mapping[str, Program] = {
     "civitai": Program("Civitai", "an upload, for all web UIs", _WEB_UIS, "lora"),
 }  # fmt: skip
 TARGETS = tuple(dict.fromkeys((*PROGRAMS, *CONVERSIONS)))
-"""What an adapter can be converted for, or to: names of programs, then of formats."""
+"""Targets of a conversion: names of programs, then of formats."""
 
 
 def layout_named(name: str) -> AdapterLayout:

@@ -170,7 +170,7 @@ COMFYUI, DENSE = ComfyUI(), Dense()
 
 
 def needs_compensation(layers: Layers) -> bool:
-    """Whether ComfyUI would compute these layers wrongly from a plain kohya file."""
+    """Return whether ComfyUI would compute these layers wrongly from a plain kohya file."""
     return any(w.magnitude is not None and w.norm_axis == "output" for w in layers.values())
 
 

@@ -127,7 +127,7 @@ def _weight_shape(tensors: Mapping[str, Tensor], layer: str) -> tuple[int, ...]:
 
 
 def _classes_in(text: str, component: str) -> list[str]:
-    """What the metadata say of a component: a JSON list of class names."""
+    """Parse the metadata of a component: a JSON list of class names."""
     try:
         classes = json.loads(text)
     except (ValueError, RecursionError):
@@ -177,7 +177,7 @@ def positional_names(
 
 
 def sorted_by_walk(names: Iterable[str], order: Sequence[str]) -> list[str]:
-    """Those of canonical names that end in one of the leaves, in the order of the walk.
+    """Return canonical names that end in one of the leaves, in the order of the walk.
 
     Args:
         names: Canonical module names.
@@ -214,7 +214,7 @@ def _orders(leaves: Collection[str]) -> Iterator[list[str]]:
 
 
 def _fit(shapes: Mapping[str, Shape], known: Mapping[str, Shape] | None) -> bool:
-    """Whether weights of these shapes can be the modules that they are called after."""
+    """Return whether weights of these shapes can be the modules that they are called after."""
     if known is not None:
         return all(tuple(known[name]) == tuple(shape) for name, shape in shapes.items())
     widths: dict[str, int] = {}

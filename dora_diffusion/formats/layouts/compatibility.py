@@ -1,4 +1,4 @@
-"""Which programs compute an adapter file as it was trained. See docs/understand/programs.md.
+"""Programs that compute an adapter file as it was trained. See docs/understand/programs.md.
 
 Every verdict is proven by a test against the program itself (diffusers, PEFT, LyCORIS), or was seen
 when the program was run (ComfyUI, Forge, A1111's network code, InvokeAI, sd-scripts); tests restate
@@ -36,7 +36,7 @@ _ROUNDING = 1e-5
 
 
 def table(kinds: Mapping[str, Sequence[str]]) -> Mapping[str, Mapping[str, str]]:
-    """What a file holds -> program -> verdict.
+    """Return a table: content of a file -> program -> verdict.
 
     Args:
         kinds: Of each, the verdicts in the order of `COLUMNS`; the last one is that of the rest.
@@ -49,7 +49,7 @@ def table(kinds: Mapping[str, Sequence[str]]) -> Mapping[str, Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Approximation:
-    """What a file stands in for.
+    """Original that a file approximates.
 
     Attributes:
         of: ``"DoRA"`` or ``"LoRA"``, ``"tuned model"``, ``"sum of the adapters"``.
@@ -77,7 +77,7 @@ class Approximation:
 
 
 def stated_approximation(extra: Mapping[str, str]) -> Approximation | None:
-    """What the metadata of a file of ours say that it approximates; None if it is exact."""
+    """Return the approximation that our file's metadata state; None if it is exact."""
     if not (of := extra.get(APPROXIMATES)):
         return None
     try:

@@ -68,24 +68,24 @@ def parse_dotted(text: str) -> Key | None:
 
 
 def is_processor(key: Key) -> bool:
-    """Whether it is a factor in an attention processor of early diffusers."""
+    """Return whether a key is a factor in an attention processor of early diffusers."""
     return key.form in PROCESSOR_FORMS and key.path.rpartition(".")[0].endswith(".processor")
 
 
 def is_old_form(text: str) -> bool:
-    """Whether a key names a factor as the diffusers before PEFT did."""
+    """Return whether a key names a factor as the diffusers before PEFT did."""
     key = parse_dotted(text)
     return key is not None and (key.form in EARLY_FORMS + LINEAR_FORMS or is_processor(key))
 
 
 def mixes_forms(keys: Iterable[str]) -> bool:
-    """Whether some of these keys name the factors as PEFT does, and others as old diffusers did."""
+    """Return whether some keys name the factors as PEFT does, and others as old diffusers did."""
     keys = list(keys)
     return any(map(is_old_form, keys)) and any(key.endswith(PEFT_FORMS) for key in keys)
 
 
 class Dotted(AdapterLayout):
-    """What layouts with dots in their keys share."""
+    """Common part of layouts with dots in their keys."""
 
     def parse(self, key: str) -> Key | None:
         return parse_dotted(key)
@@ -221,7 +221,7 @@ class Diffusers(Dotted):
 
 
 def _embedding_alone(keys: Collection[str]) -> bool:
-    """Whether diffusers would not see an adapter in these keys of a component, but an error."""
+    """Return whether diffusers would fail on these keys of a component, and see no adapter."""
     return any(".lora_embedding_" in k for k in keys) and not any(".lora_A." in k for k in keys)
 
 

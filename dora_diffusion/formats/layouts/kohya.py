@@ -207,7 +207,7 @@ def _lora_in_diffusers(layers: Layers) -> str:
 
 
 def _is_refused(encoder: Layers, lost: Sequence[str]) -> bool:
-    """Whether Diffusers stops at a text encoder: at no name that it knows, or a rank it missed."""
+    """Return whether Diffusers stops at a text encoder: no name that it knows, or a missed rank."""
     ranks = Counter(w.rank for name, w in encoder.items() if ".encoder." in name).most_common(1)
     projections = {w.rank for name, w in encoder.items() if name.endswith(".text_projection")}
     missed = projections and projections != {rank for rank, _ in ranks}

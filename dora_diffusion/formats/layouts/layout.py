@@ -1,4 +1,4 @@
-"""What a layout of adapter files is: how it is told, read, checked, written, and judged.
+"""Layout of adapter files: how it is told, read, checked, written, and judged.
 
 A layout is one object in the list of `dora_diffusion.formats.layouts`. Reading a file and
 reporting on it ask the same objects.
@@ -39,7 +39,7 @@ class AdapterFormatError(ValueError):
 
 
 class Note(str):
-    """What is to be said of a file and how it was read; its class tells which finding it is."""
+    """Note on a file and how it was read; its class tells which finding it is."""
 
     __slots__ = ()
 
@@ -61,12 +61,12 @@ class Key(NamedTuple):
 
     @property
     def is_embedding(self) -> bool:
-        """Whether it is a factor of an Embedding, as PEFT names it."""
+        """True if the key is a factor of an Embedding, as PEFT names it."""
         return self.form.startswith(".lora_embedding_")
 
     @property
     def is_ai_toolkit(self) -> bool:
-        """Whether it is a magnitude of ai-toolkit's DoRA."""
+        """True if the key is a magnitude of ai-toolkit's DoRA."""
         return self.form == ".magnitude"
 
 
@@ -76,7 +76,7 @@ Groups = dict[str, dict[Part, Key]]
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How to write an adapter.
+    """Options for writing an adapter.
 
     Attributes:
         dtype: Of the low-rank factors; None keeps theirs. Magnitudes stay float32: rounding one
@@ -135,14 +135,14 @@ class AdapterLayout:
     verdicts: Mapping[str, Mapping[str, str]] = {}
 
     def parse(self, key: str) -> Key | None:
-        """Take a key apart, as its programs or others write it; None if it is none of its."""
+        """Parse a key, as its programs or others write it; None if it is none of its."""
 
     def owns(self, key: Key) -> bool:
-        """Whether its programs read this key, to the last letter."""
+        """Return whether the layout's programs read this key, to the last letter."""
         return True
 
     def matches(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
-        """Whether a file is laid out so, in each of its keys; no file matches two layouts."""
+        """Return whether each key of a file is laid out so; no file matches two layouts."""
         parsed = map(self.parse, keys)
         is_own = bool(keys) and all(key is not None and self.owns(key) for key in parsed)
         return is_own and not any(joined in key for key in keys for joined in _JOINED)
@@ -172,7 +172,7 @@ class AdapterLayout:
     def decode(
         self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     ) -> tuple[dict[str, LayerWeights], str] | None:
-        """Its layers with a line on what it is, if they are not made from A, B and m as usual."""
+        """Return the layers and a line on what they are, if not made from A, B and m as usual."""
 
     def check(self, layers: Layers) -> None:
         """Refuse what the layout cannot hold.
@@ -190,7 +190,7 @@ class AdapterLayout:
     def is_read_as_meant(
         self, layers: Layers, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
     ) -> bool:
-        """Whether programs that know the keys also read the numbers as they are meant.
+        """Return whether programs that know the keys also read the numbers as they are meant.
 
         None takes alpha from what kohya's scripts note of the training; and PEFT makes all layers
         of a component DoRA, or none.
@@ -202,7 +202,7 @@ class AdapterLayout:
     def finds_alpha(
         self, layers: Layers, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
     ) -> bool:
-        """Whether programs find the alpha of each layer, or need none."""
+        """Return whether programs find the alpha of each layer, or need none."""
         says_alpha = sum(key.endswith(".alpha") for key in specs) >= len(layers)
         says_alpha |= DIFFUSERS_METADATA in metadata
         return says_alpha or all(layer.scale == 1.0 for layer in layers.values())
@@ -220,7 +220,7 @@ class AdapterLayout:
         return dict(self.verdicts.get(kind) or dict.fromkeys(COLUMNS, UNKNOWN))
 
     def advice(self, norm_axis: str, keys: Collection[str]) -> list[str]:
-        """What to know before using such a file."""
+        """Return advice on using such a file."""
         return ["programs read few of such files as they are meant: convert it for yours"]
 
 

@@ -135,5 +135,5 @@ def count_levels(paths: Iterable[str]) -> int:
 
 
 def is_projection_weight(original: str) -> bool:
-    """Whether it is a 1x1 convolution in the original layout, and Linear in Diffusers."""
+    """Return whether a weight is a 1x1 convolution in the original layout, Linear in Diffusers."""
     return _PROJECTION.fullmatch(original) is not None

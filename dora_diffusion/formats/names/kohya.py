@@ -98,7 +98,7 @@ def kohya_name(name: str, family: Family, layout: UNetLayout = USUAL_LAYOUT) -> 
 
 
 def is_kohya_name(key: str) -> bool:
-    """Whether a key starts as those of kohya's scripts and LyCORIS do."""
+    """Return whether a key starts like those of kohya's scripts and LyCORIS."""
     # With a dot after the prefix, too: `lora_unet.conv_in.lora_magnitude_vector`, half renamed.
     return key.replace(".", "_").startswith((*KOHYA_PREFIXES, LYCORIS_PREFIX))
 
@@ -113,7 +113,7 @@ def component_of(path: str) -> str | None:
 
 
 def is_sgm_path(path: str) -> bool:
-    """Whether a UNet path starts as those of the original blocks do."""
+    """Return whether a UNet path starts like those of the original blocks."""
     return path.split(".")[0] in _SGM_STARTS
 
 

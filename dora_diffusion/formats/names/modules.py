@@ -50,7 +50,7 @@ def canonical(component: str, path: str) -> str:
 
 
 def is_flat(text_encoder: object) -> bool:
-    """Whether a live text encoder lacks ``text_model``, as CLIPTextModel of transformers >= 5.6."""
+    """Return whether a text encoder lacks ``text_model``, like those of transformers >= 5.6."""
     return not hasattr(text_encoder, "text_model")
 
 

@@ -99,7 +99,7 @@ _LEVEL = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.")
 
 @dataclass(frozen=True)
 class UNetLayout:
-    """What the original block numbers of a UNet depend on.
+    """Layout of a UNet, which its original block numbers depend on.
 
     Attributes:
         layers_per_block: Resnets of one down level (an up level has one more).
@@ -136,7 +136,7 @@ class UNetLayout:
         return cls(int(match[1]), tuple(flag == "1" for flag in match[2]))
 
     def text(self) -> str:
-        """What is recorded of it in metadata, such as ``2 up_attention=110``."""
+        """Return the layout's text in metadata, such as ``2 up_attention=110``."""
         flags = "".join("1" if has_attention else "0" for has_attention in self.up_attention)
         return f"{self.layers_per_block} up_attention={flags}"
 

@@ -1,4 +1,4 @@
-"""What an adapter or a fine-tune did to a model's weights: magnitude, direction, rank, place."""
+"""Change of a model's weights by an adapter or fine-tune: magnitude, direction, rank, place."""
 
 from __future__ import annotations
 

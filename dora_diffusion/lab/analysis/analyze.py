@@ -45,7 +45,7 @@ def analyze_weights(
     alpha: float | None = None,
     on_progress: Progress | None = None,
 ) -> Analysis:
-    """Say what training did to a model's weights, as section 3.2 of the DoRA paper does.
+    """Analyze how training changed a model's weights, as section 3.2 of the DoRA paper does.
 
     Per layer and checkpoint: how far magnitude and direction of its channels moved, singular values
     and effective rank of its change; over layers, the correlation of magnitude and direction, and
@@ -113,7 +113,7 @@ class _Counter:
 
 @dataclass(frozen=True)
 class _Analyzer:
-    """Analyzes checkpoints beside one base."""
+    """Analyzer of checkpoints beside one base."""
 
     base: StoredModel
     axis: NormAxis

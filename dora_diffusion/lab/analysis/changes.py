@@ -1,4 +1,4 @@
-"""Where each layer is in its model, how far training moved it, and what follows over layers."""
+"""Place of each layer in its model, its change by training, and figures over layers."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def place_of(name: str) -> str:
 
 
 def is_table(name: str) -> bool:
-    """Whether a layer is a text encoder's table of vectors, an Embedding."""
+    """Return whether a layer is a text encoder's table of vectors, an Embedding."""
     return name.endswith(("token_embedding", "position_embedding"))
 
 
 def kind_of(name: str, shape: tuple[int, ...]) -> str:
-    """What a layer of this weight shape does: one of ``KINDS``."""
+    """Return the kind of a layer with this weight shape: one of ``KINDS``."""
     if re.search(r"\.(attn\d|self_attn)\.", name):
         return "attention"
     if re.search(r"\.(ff|mlp)\.", name):
@@ -84,7 +84,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What training did to one layer.
+    """Change of one layer by training.
 
     Attributes:
         name: Canonical module name.
@@ -102,12 +102,12 @@ class LayerChange:
 
     @property
     def place(self) -> str:
-        """Where it is: one of ``PLACES``."""
+        """Place of the layer: one of ``PLACES``."""
         return place_of(self.name)
 
     @property
     def kind(self) -> str:
-        """What it does: one of ``KINDS``."""
+        """Kind of the layer: one of ``KINDS``."""
         return kind_of(self.name, self.shape)
 
     @property
@@ -133,7 +133,7 @@ class LayerChange:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers that are told of together: all of a checkpoint, or of one kind in one place.
+    """Group of layers: all of a checkpoint, or of one kind in one place.
 
     Attributes:
         layers: One or more.
@@ -163,7 +163,7 @@ class LayerGroup:
         return statistics.median(layer.update.effective_rank for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Its figures."""
+        """Return the group's figures."""
         return {
             "layers": len(self.layers),
             "delta_m": self.mean("delta_m"),
@@ -176,7 +176,7 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class CheckpointChange:
-    """What training had done to a model at one checkpoint.
+    """Change of a model by training, at one checkpoint.
 
     Attributes:
         step: Optimizer steps; None where that is not known.
@@ -201,7 +201,7 @@ class CheckpointChange:
         return LayerGroup(self.layers)
 
     def groups(self) -> list[LayerGroup]:
-        """Its layers by place and kind, in the model's order; their shares sum to 1."""
+        """Return the layers by place and kind, in the model's order; their shares sum to 1."""
         whole = squared_change(self.layers)
         chosen = {
             (place, kind): [x for x in self.layers if (x.place, x.kind) == (place, kind)]
@@ -217,7 +217,7 @@ class CheckpointChange:
 
 @dataclass(frozen=True)
 class RunChange:
-    """What training did to a model over the checkpoints of a run.
+    """Change of a model by training, over the checkpoints of a run.
 
     Attributes:
         name: Of the run, adapter or model.

@@ -121,14 +121,14 @@ def tidy(panel: Any) -> None:
 
 
 def ordered_color(place: int, count: int) -> Any:
-    """In order, from dark violet to green; the yellow end is too pale for white."""
+    """Return a colour in order, from dark violet to green; the yellow end is too pale for white."""
     from matplotlib import colormaps
 
     return colormaps["viridis"](0.8 * place / max(1, count - 1))
 
 
 def spread(checkpoints: Sequence[CheckpointChange], most: int) -> list[CheckpointChange]:
-    """At most so many of them, the first and the last among them."""
+    """Return at most so many checkpoints, the first and the last among them."""
     if len(checkpoints) <= most:
         return list(checkpoints)
     return [checkpoints[round(i * (len(checkpoints) - 1) / (most - 1))] for i in range(most)]
@@ -206,7 +206,7 @@ def _short(name: str, limit: int = 16) -> str:
 
 
 def _label_rows(panels: Sequence[Any], names: Sequence[str]) -> None:
-    """Their names; of many layers, the parts of the model that they are in."""
+    """Label the rows by name or, for many layers, by the parts of the model that they are in."""
     ticks: dict[float, str] = dict(enumerate(names))
     if len(names) > _MOST_NAMES:
         ticks, start = {}, 0

@@ -40,7 +40,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Analysis:
-    """What training did to the weights of a model, for one or several runs.
+    """Change of a model's weights by training, for one or several runs.
 
     Attributes:
         base: Name of the model before training.
@@ -55,7 +55,7 @@ class Analysis:
     runs: Sequence[RunChange]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain values."""
+        """Return everything, as plain values."""
         return {
             "schema": SCHEMA,
             "base": self.base,
@@ -150,7 +150,7 @@ class Analysis:
 
     @staticmethod
     def exists(folder: Path) -> bool:
-        """Whether a folder holds an analysis, which `write` would replace."""
+        """Return whether a folder holds an analysis, which `write` would replace."""
         return any((folder / name).exists() for name in FILES.values())
 
     def write(self, folder: Path) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""What can be analyzed: the checkpoints of a run, an adapter, or a model that was trained whole."""
+"""Sources of an analysis: a run's checkpoints, an adapter, or a model that was trained whole."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def find_run(source: str | Path) -> SavedRun:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds an adapter or a model."""
+    """Return whether a folder holds an adapter or a model."""
     try:
         return is_model(folder) or bool(find_adapter(folder))
     except (AdapterFormatError, FileNotFoundError):
@@ -86,7 +86,7 @@ def _trained_steps(source: str | Path) -> int | None:
 
 
 def is_model(source: str | Path) -> bool:
-    """Whether it is a whole model: a pipeline's folder or single file, or no path but a name."""
+    """Return whether a source is a whole model: a pipeline's folder, a single file, or a name."""
     path = Path(source).expanduser()
     if path.is_dir():
         return pipeline_in(path) is not None
@@ -131,7 +131,7 @@ def open_tuned(
 
 
 class TunedAdapter:
-    """What an adapter makes of the base's weights, in float64.
+    """Base weights with an adapter applied, in float64.
 
     Attributes:
         method: ``"DoRA"``, ``"LoRA"`` or ``"DoRA and LoRA"``.
@@ -161,7 +161,7 @@ class TunedAdapter:
         return layers[0] if len(layers) == 1 else None
 
     def other_changes(self, base: ModelWeights) -> int:
-        """How many tensors without channels differ: none, adapters change weights alone."""
+        """Return the number of changed tensors without channels: 0, only weights are adapted."""
         return 0
 
 

@@ -1,4 +1,4 @@
-"""Measuring what a model has learned of a subject of the toy world, where the truth is known."""
+"""Measures of what a model has learned of a subject of the toy world, where the truth is known."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 JUDGED_SIZE = 64
 SAMPLING = SamplingSettings(steps=25, guidance_scale=3.5)
-"""How the embedded models are sampled for figures."""
+"""Sampling settings for figures of the embedded models."""
 
 _LOSS_MEASURES = {"subject": "denoising_loss", "others": "others_loss"}
 _RELIABLE = 0.9
@@ -55,7 +55,7 @@ _RELIABLE = 0.9
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model made of n requests.
+    """Answers of one model to n requests.
 
     Attributes:
         images: n images.
@@ -74,7 +74,7 @@ def answer(
     batch_size: int = 8,
     on_step: OnStep | None = None,
 ) -> Answers:
-    """Ask the model, with whatever adapters are on, for all images and losses."""
+    """Sample all images and compute all losses of the model, with whatever adapters are on."""
     images = sample(components, requests, settings, batch_size, on_step)
     asked = [request for request in requests if request.group in _LOSS_MEASURES]
     losses = held_out_losses(
@@ -148,7 +148,7 @@ def _instrument() -> Instrument:
 
 
 def _as_wanted(requests: Sequence[ToyRequest], judged: Judgement, name: str) -> list[bool | None]:
-    """Whether each image shows what its prompt names; None where it names nothing."""
+    """Return whether each image shows what its prompt names; None where it names nothing."""
     wanted = [request.wanted.get(name) for request in requests]
     pairs = zip(wanted, judged.answers[name], strict=True)
     return [None if wish is None else wish == answer for wish, answer in pairs]
@@ -248,7 +248,7 @@ def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> Evaluation
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the judges say of n images.
+    """Verdict of the judges on n images.
 
     Attributes:
         pixels: ``(n, 3, 64, 64)`` in [0, 1].
@@ -282,7 +282,7 @@ def judged_pixels(images: Sequence[Image]) -> Tensor:
 
 @torch.no_grad()
 def judge(instrument: Instrument, images: Sequence[Image]) -> Judgement:
-    """Let the judges look at images.
+    """Judge images.
 
     Raises:
         ValueError: there is no image.

@@ -1,4 +1,4 @@
-"""What a model is asked for in the toy world, and the image that would be a right answer."""
+"""Requests to a model in the toy world, and the image that would be a right answer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def toy_requests(
     seeds: Sequence[int],
     groups: Sequence[Group] = GROUPS,
 ) -> list[ToyRequest]:
-    """Per seed, the subject on every held-out background, its poses, its class, the others.
+    """Return each seed's requests: the subject on held-out backgrounds, poses, class, others.
 
     Args:
         subject: The subject.
@@ -205,7 +205,7 @@ def sample_subject(generator: np.random.Generator, kind: str | None = None) -> D
 
 
 def place(subject: DrawnSubject, background: str, generator: np.random.Generator) -> Scene:
-    """Put a subject into a place, with a random view of it."""
+    """Place a subject, with a random view of it."""
     size = generator.uniform(0.55, 0.85)
     room = 1.0 - size
     return Scene(

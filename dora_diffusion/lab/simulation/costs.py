@@ -1,4 +1,4 @@
-"""What subjects cost, as a fleet has measured it or as it is given, and when they arrive."""
+"""Costs of subjects, as a fleet has measured them or as given, and times of arrival."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dora_diffusion.lab.simulation.queue import Values
 
 @dataclass(frozen=True)
 class TrainingTimes:
-    """What the training of a subject takes alone on a worker, without its start.
+    """Training times of a subject alone on a worker, without its start.
 
     Attributes:
         mean: Seconds.
@@ -44,13 +44,13 @@ class TrainingTimes:
 
     @classmethod
     def of(cls, measured: Sequence[float]) -> TrainingTimes:
-        """Those that were measured."""
+        """Return the times that were measured."""
         mean = fmean(measured)
         spread = math.sqrt(fmean((value - mean) ** 2 for value in measured))
         return cls(mean, spread / mean, tuple(measured))
 
     def draw(self, count: int, generator: np.random.Generator) -> Values:
-        """So many times, independent of each other."""
+        """Draw so many times, independent of each other."""
         if self.measured:
             return generator.choice(np.asarray(self.measured), count)
         if not self.variation:
@@ -60,7 +60,7 @@ class TrainingTimes:
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """What the record file of a fleet says, in seconds.
+    """Costs in the record file of a fleet, in seconds.
 
     Attributes:
         times: Of training, for each subject that was finished.

@@ -23,7 +23,7 @@ Values = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class QueueOutcome:
-    """What became of the subjects, in the order in which they arrived, and of the workers' time.
+    """Outcome of the subjects, in the order in which they arrived, and use of the workers' time.
 
     Attributes:
         waits: From arrival to when a worker takes the subject, (subjects,).
@@ -51,7 +51,7 @@ class QueueOutcome:
 
     @property
     def worker_seconds(self) -> float:
-        """What is paid for: all but the time of workers that were preempted or given back."""
+        """Paid worker-seconds: all but the time of workers that were preempted or given back."""
         return self.training + self.starting + self.idle + self.recovering
 
     @property
@@ -94,7 +94,7 @@ def simulate_queue(
 
 
 def leave_times(work: Sequence[float], throughput: Sequence[float]) -> list[float]:
-    """When the subjects of a pack end that starts at 0.
+    """Return the times at which the subjects of a pack end that starts at 0.
 
     All are trained at one rate, and the others continue faster when one leaves.
 
@@ -189,7 +189,7 @@ class _Simulation:
         """The window of a pack has passed; `_dispatch` follows every event."""
 
     def _dispatch(self, now: float) -> None:
-        """Give waiting subjects to idle workers."""
+        """Assign waiting subjects to idle workers."""
         while self.idle and self.waiting:
             size = min(self.plan.pack, len(self.waiting))
             if size < self.plan.pack:
@@ -225,7 +225,7 @@ class _Simulation:
             self.idle.append(worker)
 
     def _release(self, worker: _Worker, now: float, kept: float) -> None:
-        """Take the subjects from a worker: those that have ended, and others as far as is kept."""
+        """Remove a worker's subjects: those that have ended, and others as far as is kept."""
         self.sums["starting"] += min(now, worker.begun) - worker.taken
         self.sums["training"] += max(0.0, now - worker.begun)
         ended = sum(worker.begun + leave <= now for leave in worker.leaves)
@@ -243,7 +243,7 @@ class _Simulation:
         worker.turn += 1
 
     def _progress(self, worker: _Worker, elapsed: float) -> float:
-        """What each subject of a pack that has not left has been trained since its start."""
+        """Return the work done on each remaining subject of a pack since its start."""
         work = [self.left[subject] for subject in worker.subjects]
         return float(np.interp(elapsed, [0.0, *worker.leaves], [0.0, *work]))
 

@@ -1,4 +1,4 @@
-"""What a simulated queue comes to: tables, JSON, and waiting time over load."""
+"""Report on a simulated queue: tables, JSON, and waiting time over load."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PLOTTED_SUBJECTS = 20_000
 
 @dataclass(frozen=True)
 class Demand:
-    """What arrives.
+    """Arriving subjects.
 
     Attributes:
         times: What training takes.
@@ -115,7 +115,7 @@ def formula_wait(plan: QueuePlan, times: TrainingTimes, rate: float) -> float | 
 
 
 def settled(values: Values) -> Values:
-    """Without the warm-up."""
+    """Return the values without the warm-up."""
     return values[int(WARM_UP * len(values)) :]
 
 
@@ -193,7 +193,7 @@ def table(results: Sequence[dict[str, Any]], *, has_price: bool) -> str:
 def remarks(
     forecasts: Sequence[Forecast], results: Sequence[dict[str, Any]], demand: Demand
 ) -> list[str]:
-    """What the table does not say: confidence intervals, formulas, and queues that grow."""
+    """Return remarks on the table: confidence intervals, formulas, and queues that grow."""
     lines = []
     for found, result in zip(forecasts, results, strict=True):
         who = counted(found.plan.workers, "worker")

@@ -1,4 +1,4 @@
-"""What a study compares: methods, subjects, seeds, and how learning rates are chosen."""
+"""Settings of a study: methods, subjects, seeds, and the choice of learning rates."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Method:
 
     @property
     def is_tuned(self) -> bool:
-        """Whether its rate is chosen by trials of its own."""
+        """True if the method's learning rate is chosen by trials of its own."""
         return not self.learning_rates and not self.rate_of
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How learning rates are chosen: on other subjects, equally often for each method.
+    """Choice of learning rates: on other subjects, equally often for each method.
 
     The rate with the best figure is taken, among those that leave other figures as the base has
     them; where none does, the smallest.
@@ -76,13 +76,13 @@ class Tuning:
     keep: Mapping[str, float] = field(default_factory=lambda: {"others_kind": 0.02})
 
     def rates(self, method: str) -> tuple[float, ...]:
-        """What a method is tried with."""
+        """Return the learning rates that a method is tried with."""
         return self.method_rates.get(method, self.learning_rates)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """How trained models are asked for images.
+    """Sampling options for images of trained models.
 
     Attributes:
         inference_steps: Denoising steps.

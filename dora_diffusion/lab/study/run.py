@@ -26,7 +26,7 @@ OnTrial = Callable[[int, int, Record, bool], None]
 
 @dataclass(frozen=True)
 class Results:
-    """What a study came to.
+    """Results of a study.
 
     Attributes:
         study: The study.
@@ -132,7 +132,7 @@ def chosen_rate(records: Sequence[Record], method: str, tune: Tuning) -> float:
 
 
 def _keeps(mine: Sequence[Record], base: Sequence[Record], name: str, most: float) -> bool:
-    """Whether a figure is hardly worse than the base's; one that is not measured does not count."""
+    """Return whether a figure is hardly worse than the base's; an unmeasured one does not count."""
     ours, theirs = interval(mine, figure_of(name)), interval(base, figure_of(name))
     if ours is None or theirs is None:
         return True
@@ -143,7 +143,7 @@ def _keeps(mine: Sequence[Record], base: Sequence[Record], name: str, most: floa
 
 @dataclass(frozen=True)
 class _Job:
-    """What a worker is given of a trial."""
+    """Trial as a worker receives it."""
 
     trial: Trial
     base: str
@@ -157,7 +157,7 @@ def _perform(job: _Job, worker: Worker) -> Record:
 
 @dataclass(frozen=True)
 class _Runner:
-    """Performs trials, or reads their records."""
+    """Runner of trials, which may read their records instead."""
 
     study: Study
     output: Path

@@ -1,4 +1,4 @@
-"""What a trial learns and is measured on: a subject of the toy world, or photos."""
+"""Subjects that a trial learns and is measured on: of the toy world, or photos."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class ToySource:
 
     @property
     def label(self) -> str:
-        """Its first held-out background."""
+        """Label with the first held-out background."""
         request = self._requests(f"{TRIGGER} {self.subject.word}", 0)[0]
         return f"{self.name} {request.wanted['background']}"
 
@@ -93,7 +93,7 @@ class ToySource:
         return hashlib.sha256(repr(self.subject).encode()).hexdigest()
 
     def training(self, work: Path, token: str) -> dict[str, Any]:
-        """Its photos, rendered once for each token that captions have."""
+        """Return training settings of its photos, rendered once for each token in captions."""
         digest = hashlib.sha256(token.encode()).hexdigest()[:8]
         photos = work / "photos" / (self.name if token == TRIGGER else f"{self.name}-{digest}")
         if not photos.is_dir():
@@ -115,13 +115,13 @@ class ToySource:
     def measure(
         self, components: Components, trigger: str, seed: int, asked: Asked
     ) -> tuple[dict[str, float], Image]:
-        """What `evaluate` measures, poses aside, and the image of the first new background."""
+        """Return what `evaluate` measures but poses, and the image of the first new background."""
         requests = self._requests(trigger, seed)
         answers = answer(components, requests, _settings(asked), batch_size=asked.batch_size)
         return _means(measure(self.subject, requests, answers)), answers.images[0]
 
     def truth(self) -> Image:
-        """What the first image should show."""
+        """Return the true image for the first request."""
         request = self._requests(f"{TRIGGER} {self.subject.word}", 0)[0]
         return true_images([request], _SIDE)[0]
 
@@ -151,7 +151,7 @@ class PhotoSource:
 
     @classmethod
     def read(cls, given: Mapping[str, Any], metric_models: Sequence[MetricModel]) -> PhotoSource:
-        """From what a study says of it.
+        """Read a source from a study's settings.
 
         Raises:
             ConfigError: If something is missing, or a photo is in both folders.
@@ -181,13 +181,13 @@ class PhotoSource:
 
     @property
     def digest(self) -> str:
-        """Of photos, prompts and metric models."""
+        """Digest of photos, prompts and metric models."""
         models = [model.name for model in self.metric_models]
         parts = [_digests(self.photos), _digests(self.held_out), self.instance_prompt, models]
         return hashlib.sha256(repr([*parts, self.class_word]).encode()).hexdigest()
 
     def training(self, work: Path, token: str) -> dict[str, Any]:
-        """Its folder of photos."""
+        """Return training settings of its folder of photos."""
         return {
             "instance_data_dir": str(self.photos),
             "instance_prompt": _with_token(self.instance_prompt, token),
@@ -197,7 +197,7 @@ class PhotoSource:
     def measure(
         self, components: Components, trigger: str, seed: int, asked: Asked
     ) -> tuple[dict[str, float], Image]:
-        """What `evaluate` measures on held-out photos, and the image of the first prompt."""
+        """Return what `evaluate` measures on held-out photos, and the image of the first prompt."""
         subject = read_subject(self.held_out, trigger, self.class_word)
         requests = photo_requests(trigger, self.class_word, [seed])
         references = [open_photo(photo.path) for photo in subject.photos]
@@ -214,7 +214,7 @@ class PhotoSource:
 
 
 StudySubject = ToySource | PhotoSource
-"""What a study needs of a subject, whose digest is of all that its figures depend on."""
+"""Subject of a study, whose digest is of all that its figures depend on."""
 
 
 def _with_token(caption: str, token: str) -> str:

@@ -1,4 +1,4 @@
-"""What the records of a study come to: means by row, and paired differences to the reference."""
+"""Summary of a study's records: means by row, and paired differences to the reference."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def figure_of(name: str) -> Value:
 
 
 def analysis_of(name: str) -> Value:
-    """Reads a figure of the analysis of weights."""
+    """Return a function that reads a figure of the analysis of weights."""
     return lambda record: record.get("analysis", {}).get(name)
 
 
@@ -59,7 +59,7 @@ def paired_difference(
 
 
 def caution(records: Iterable[Record]) -> str:
-    """Why the intervals of records are not to be believed; empty where there are enough of them."""
+    """Return why the records' intervals are not to be believed; empty where there are enough."""
     pairs = {(record["subject"], record["seed"]) for record in records}
     subjects = len({subject for subject, _ in pairs})
     if len(pairs) < 2 or subjects >= _ENOUGH:

@@ -27,7 +27,7 @@ _SAMPLED = 2**16
 
 @dataclass(frozen=True)
 class Trial:
-    """Everything that a record depends on.
+    """Trial, with everything that its record depends on.
 
     Attributes:
         row: Its method, with the rate where that has several.
@@ -79,15 +79,15 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its files: what it is in words, and the start of its digest."""
+        """Name of its files: what it is in words, and the start of its digest."""
         return f"{self.row}-{self.subject.name}-{self.seed}-{self.digest[:10]}"
 
     def file(self, output: Path) -> Path:
-        """Where its record is. By the digest alone, which no name of a method is part of."""
+        """Return the path of its record, by the digest alone, which no method's name is part of."""
         return _record_file(output, self.digest)
 
     def image(self, output: Path) -> Path:
-        """Where its image of the subject is."""
+        """Return the path of its image of the subject."""
         return output / "images" / f"{self.digest[:20]}.png"
 
     def known_record(self, output: Path) -> Record | None:

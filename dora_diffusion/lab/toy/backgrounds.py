@@ -29,7 +29,7 @@ def mix(first: NDArray, second: NDArray, amount: Grid | float) -> Canvas:
 
 
 def coverage(distance: Grid, softness: float) -> Grid:
-    """How much of each pixel lies inside a signed distance."""
+    """Return the share of each pixel that lies inside a signed distance."""
     return np.clip(0.5 - distance / softness, 0, 1)
 
 
@@ -195,7 +195,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "forest": ("in the forest", "in a forest", "in the woods", "among trees"),
     "sunset": ("at sunset", "in front of a sunset", "in the evening"),
 }
-"""How captions name each."""
+"""Phrases in captions for each background."""
 
 
 def paint_background(name: str, x: Grid, y: Grid, pixel: float, seed: int) -> Canvas:

@@ -86,7 +86,7 @@ class BenchmarkSubject:
 
     @property
     def name(self) -> str:
-        """Its name on the command line and in reports."""
+        """Name on the command line and in reports."""
         return self.sample.name
 
     @property

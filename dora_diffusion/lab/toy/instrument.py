@@ -1,4 +1,4 @@
-"""What images of the toy world are judged by: networks for what they show, its colour for where.
+"""Instrument that judges images of the toy world: networks for content, colour for place.
 
 The studio is grey and the shadow too, so that what has a colour is the object.
 """
@@ -24,7 +24,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "pattern": PATTERNS,
     "background": tuple(BACKGROUNDS),
 }
-"""What the classifier tells apart, in the order of its heads."""
+"""Attributes that the classifier tells apart, in the order of its heads."""
 
 STUDIO = "studio"
 _COLORFUL = 0.12
@@ -132,7 +132,7 @@ def silhouette(pixels: Tensor) -> Silhouette | None:
 
 
 def follows(pose: str, shape: Silhouette | None, middle: float) -> bool:
-    """Whether an object is where, or as large as, a word says.
+    """Return whether an object is where, or as large as, a word says.
 
     Args:
         pose: A word of `SIDES` or `SIZES`.

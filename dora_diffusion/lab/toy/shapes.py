@@ -38,7 +38,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Shape:
-    """How to build a class's parts, and where its emblem sits (centre and half size)."""
+    """Parts of a class and how to build them, and its emblem's place (centre and half size)."""
 
     parts: Callable[[Grid, Grid], list[Part]]
     emblem: tuple[float, float, float] = (0.0, 0.0, 0.42)

@@ -49,7 +49,7 @@ class Emblem:
 
 @dataclass(frozen=True)
 class DrawnSubject:
-    """What makes one object itself, wherever it stands.
+    """Appearance of one object, wherever it stands.
 
     Attributes:
         kind: a class name of `shapes`, or ``random-<seed>`` for a nonsense object.
@@ -115,7 +115,7 @@ class Scene:
 
 
 def render(scene: Scene, size: int | tuple[int, int]) -> NDArray[np.uint8]:
-    """Take a scene's image.
+    """Render a scene's image.
 
     Args:
         scene: what to show.
@@ -205,7 +205,7 @@ def _body_colors(subject: DrawnSubject, shape: Shape, u: Grid, v: Grid, pixel: f
 
 
 def _pattern_mask(subject: DrawnSubject, u: Grid, v: Grid, pixel: float) -> Grid:
-    """Where the pattern's second colour shows, 0 to 1; its period is half the object's half size.
+    """Mask of the pattern's second colour, 0 to 1; its period is half the object's half size.
 
     Periods are long on purpose: in a 64-pixel image a stripe is five pixels wide.
     """

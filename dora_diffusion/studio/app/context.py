@@ -1,4 +1,4 @@
-"""What all tabs share: the folders, the queue, the model in memory, and how errors are shown."""
+"""Context of all tabs: the folders, the queue, the model in memory, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Context:
         return bases(self.workspace.root, self.launch.models, self.launch.model_folders)
 
     def device(self) -> Device:
-        """What a run would train on, with the memory that is free now."""
+        """Return the device that a run would train on, with the memory that is free now."""
         return describe_device()
 
     def suggested_base(self, model: str, class_word: str) -> str:

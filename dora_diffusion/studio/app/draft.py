@@ -1,4 +1,4 @@
-"""What was typed and chosen on the page, kept in the browser: it is a person's, not the server's.
+"""Draft of the page's fields, kept in the browser: it is a person's, not the server's.
 
 Found from the page itself: whatever field is added to it is kept. Captions have a way of their own
 (captions.js), and the words of a subject too, since they are another photo's or subject's next.
@@ -105,7 +105,7 @@ def connect(blocks: gr.Blocks, besides: Mapping[str, Any]) -> Any:
 
 
 def can_hold(field: Any, value: object) -> bool:
-    """Whether a field can have a value that a browser kept: it may be another version's."""
+    """Return whether a field can have a value that a browser kept, maybe of another version."""
     if isinstance(field, gr.Checkbox):
         return isinstance(value, bool)
     if isinstance(field, (gr.Number, gr.Slider)):
@@ -132,7 +132,7 @@ def holding(field: Any, value: Any) -> Any:
 
 
 def _is_choice(field: Any, value: object) -> bool:
-    """Whether a text is short enough, and one of the choices; ids come and go (`id_dropdown`)."""
+    """Return whether a text is short, and one of the choices; ids come and go (`id_dropdown`)."""
     if not isinstance(value, str) or len(value) > (getattr(field, "max_length", None) or LIMIT):
         return False
     choices = [choice for _, choice in getattr(field, "choices", None) or ()]

@@ -41,7 +41,7 @@ def heading(number: str, title: str, text: str) -> str:
 
 
 def empty(title: str, text: str) -> str:
-    """What an empty place says: what will be here, and what to do next."""
+    """Return the text of an empty place: what will be here, and what to do next."""
     return f"<div class='dd-empty'><strong>{esc(title)}</strong><p>{esc(text)}</p></div>"
 
 
@@ -135,7 +135,7 @@ def status_card(job: Job, *, stop: bool = False) -> str:
 
 
 def _done(job: Job) -> str:
-    """How far a job is, in its own unit."""
+    """Return a job's progress, in its own unit."""
     if job.progress.unit == "B":
         return f"{job.step / 2**20:.1f} of {job.total / 2**20:.1f} MB"
     return f"{job.progress.unit or 'step'} {job.step} of {job.total or '?'}"
@@ -185,7 +185,7 @@ def command(text: str, label: str = "The same run on the command line") -> str:
 
 
 def estimate_card(value: Estimate, steps: int | None) -> str:
-    """What a run will cost, where that is known from, and whether it will not fit."""
+    """Return the card of a run's estimated cost, with its source, and whether it will not fit."""
 
     def size(gib: float | None) -> str:
         if gib is None:
@@ -216,7 +216,7 @@ def estimate_card(value: Estimate, steps: int | None) -> str:
 
 
 def _source(value: Estimate) -> str:
-    """Where an estimate is from."""
+    """Return the source of an estimate."""
     if value.runs:
         runs = f"{value.runs} earlier run{'s' if value.runs != 1 else ''}"
         return f"Measured in {runs} like this on this machine."
@@ -238,7 +238,7 @@ def definitions(values: Mapping[str, Any]) -> str:
 
 
 def address(path: Any) -> str:
-    """Where the server gives out a file of a folder that it may."""
+    """Return the server's address of a file in a folder that it may give out."""
     return esc(f"gradio_api/file={quote(path.resolve().as_posix())}?{path.stat().st_mtime_ns}")
 
 

@@ -1,4 +1,4 @@
-"""How the app may be reached, and what is refused."""
+"""Access to the app, and what is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PORTS = {"http": "80", "https": "443"}
 
 @dataclass(frozen=True)
 class Launch:
-    """How the app is served; ``allowed_hosts`` are names that a reverse proxy has for it.
+    """Settings of the app's server; ``allowed_hosts`` are names that a reverse proxy has for it.
 
     Raises:
         ConfigError: If it could be reached from elsewhere by anybody, or there is no such port,
@@ -62,7 +62,7 @@ class Launch:
 
     @property
     def is_open(self) -> bool:
-        """Whether others than this machine's users can reach it."""
+        """True if others than this machine's users can reach it."""
         return self.share or not is_loopback(self.host) or bool(self._proxied)
 
     @property
@@ -71,11 +71,11 @@ class Launch:
         return [name for name in self.allowed_hosts if not is_loopback(name)]
 
     def allows_model(self, name: str) -> bool:
-        """Whether a base model may be loaded: any on this machine alone, else the listed ones."""
+        """Return whether a base model may be loaded: any on this machine, else the listed ones."""
         return not self.is_open or name in self.models or name.startswith("embedded:")
 
     def refusal(self, headers: Mapping[str, Sequence[str]], shared: Collection[str] = ()) -> str:
-        """Why a request is refused, in one line with what to do; empty where it is not.
+        """Return why a request is refused, in one line with what to do; empty where it is not.
 
         A web page can make its own name mean this machine (DNS rebinding), and have the browser
         send what it likes here: the first shows in Host, the second in Origin and Sec-Fetch-Site.
@@ -106,7 +106,7 @@ class Launch:
         )
 
     def _answers_to(self, name: str, named: Collection[str]) -> bool:
-        """Whether a name is one of the app's; in numbers, any address of this machine is."""
+        """Return whether a name is one of the app's; in numbers, any address of this machine is."""
         if is_loopback(name) or name in named or name == plain_host(self.host):
             return True
         if is_loopback(self.host):
@@ -123,6 +123,6 @@ def _split_origin(origin: str) -> tuple[str, str]:
 
 
 def _is_same(origin: str, host: tuple[str, str]) -> bool:
-    """Whether a page's origin is where it asks."""
+    """Return whether a page's origin is the host that it asks."""
     name, port = host
     return _split_origin(origin) == (name, port or _PORTS.get(origin.partition("://")[0], "-"))

@@ -120,7 +120,7 @@ def _connect_clock(
 def _fields(
     header: Any, subjects: Any, training: Any, generating: Any, stored: Any, comparing: Any
 ) -> dict[str, Any]:
-    """What a refresh may change, by the name that the tabs' own functions call it."""
+    """Return the fields that a refresh may change, by the name that the tabs' functions use."""
     shown = training.shown
     return {
         "header": header, "run": shown.run, "status": shown.status, "loss": shown.loss,
@@ -138,7 +138,7 @@ def _fields(
 
 
 def whole_tabs(**tabs: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-    """What the tabs show, and a line for each that shows what it did before, since it fails."""
+    """Return the tabs' content, and a line for each that fails and shows what it did before."""
     made: dict[str, Any] = {}
     problems = []
     for name, refresh in tabs.items():
@@ -159,7 +159,7 @@ def _log_once(error: str) -> None:
 
 
 def read_again_if_deleted(handler: Handler) -> Handler:
-    """Have a refresh read again where a file that it was about to read is deleted meanwhile."""
+    """Make a refresh read again where a file that it was about to read is deleted meanwhile."""
 
     @functools.wraps(handler)
     def run(*args: Any) -> Any:
@@ -172,7 +172,7 @@ def read_again_if_deleted(handler: Handler) -> Handler:
 
 
 def _changes(known: dict[str, Any], now: dict[str, Any], names: Iterable[str]) -> list[Any]:
-    """What the page has seen from now on, then each part that is new to it."""
+    """Return what the page has seen from now on, then each part that is new to it."""
     seen, updates = dict(known or {}), []
     for name in names:
         if name not in now:

@@ -76,7 +76,7 @@ def _validation_plot(steps: Sequence[int], losses: Mapping[int, float]) -> str:
 
 @dataclass(frozen=True)
 class _Area:
-    """Where a plot draws: its steps, and the losses from its bottom to its top."""
+    """Area of a plot: its steps, and the losses from its bottom to its top."""
 
     first: int
     last: int

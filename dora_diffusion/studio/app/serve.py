@@ -47,7 +47,7 @@ def serve(launch: Launch) -> None:
 
 
 def _left(jobs: Sequence[Job]) -> list[str]:
-    """What of the jobs continues without the app, and what waits for it."""
+    """Return lines on the jobs that continue without the app, and on those that wait for it."""
     lines = [
         f"{job.title} continues without it: start the app again to follow or stop it, or read "
         f"{job.folder / LOG}"
@@ -192,7 +192,7 @@ _PLAIN = {
 
 
 def spoken_words() -> Any:
-    """What screen readers are told when work ends, which Gradio 6 has no words for."""
+    """Return the text for screen readers when work ends, which Gradio 6 has no words for."""
     import gradio as gr
 
     return gr.I18n(en={"common.complete": "Complete"})

@@ -1,4 +1,4 @@
-"""From the page's choices to `TrainConfig`, and from there to the same run's command line."""
+"""Conversion of the page's choices to `TrainConfig`, and to the same run's command line."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def setting_text(value: Any) -> Any:
 
 
 def shown_choices(setting: Setting) -> list[tuple[str, str]]:
-    """What a setting may be, as (label, `setting_text`); empty where it may be anything."""
+    """Return a setting's choices, as (label, `setting_text`); empty where it may be anything."""
     names = _SWITCH if setting.kind is bool and setting.default is None else setting.choices
     choices = [(choice, choice) for choice in names or ()]
     is_optional = bool(choices) and setting.default is None

@@ -25,7 +25,7 @@ _CONFIGS = ["model_index.json", "unet/config.json"]
 
 
 def check_base(name: str, revision: str | None = None, *, ask_hub: bool = False) -> None:
-    """Say before a run that its base model is not there.
+    """Check before a run that its base model is there.
 
     Args:
         name: The model.
@@ -64,7 +64,7 @@ def check_base(name: str, revision: str | None = None, *, ask_hub: bool = False)
 
 
 def check_variant(name: str, variant: str | None) -> None:
-    """Say before a run that a folder has no weights of a variant.
+    """Check before a run that a folder has weights of a variant.
 
     Raises:
         UserError: With what there is.
@@ -80,7 +80,7 @@ def check_variant(name: str, variant: str | None) -> None:
 
 
 def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
-    """Say before a run that a model, or a folder that it names, is not there.
+    """Check before a run that a model, and the folders that it names, are there.
 
     Args:
         config: The settings.

@@ -46,14 +46,14 @@ class Base:
 
     @property
     def label(self) -> str:
-        """What the page calls it."""
+        """Name on the page."""
         title = FAMILIES[self.family].title if self.family else "family not known yet"
         path = Path(self.name)
         return f"{path.name if path.is_absolute() else self.name} · {title} · {self.where}"
 
 
 def on_this_machine(models: Sequence[Base]) -> list[Base]:
-    """Of `bases`, those that know photographs and need no download."""
+    """Return those of `bases` that know photographs and need no download."""
     return [
         base
         for base in models
@@ -143,7 +143,7 @@ def in_folder(folder: Path, where: str) -> list[Base]:
 
 
 def _candidates(folder: Path, depth: int) -> Iterable[Path]:
-    """What may be a model; links are followed to files, and not to folders."""
+    """Yield paths that may be models; links are followed to files, and not to folders."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError:

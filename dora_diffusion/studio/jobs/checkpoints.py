@@ -63,7 +63,7 @@ def chosen_adapter(job: Job, checkpoint: str = "") -> Path:
 
 
 def read_ranking(workspace: Workspace, job: Job) -> Ranking | None:
-    """What was measured of a run's checkpoints; None before that.
+    """Read the ranking of a run's checkpoints; None before that.
 
     Raises:
         DamagedFile: If comparison.json cannot be read.

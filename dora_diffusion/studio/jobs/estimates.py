@@ -1,4 +1,4 @@
-"""What a run will cost: measured in earlier runs on this machine, or from the table of sizes."""
+"""Cost estimate of a run: measured in earlier runs on this machine, or from the table of sizes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Estimate:
 
     @property
     def will_not_fit(self) -> bool:
-        """Whether it takes more memory than is free."""
+        """True if it takes more memory than is free."""
         free = self.device.free_gib
         return self.memory is not None and free is not None and self.memory > free
 
@@ -100,7 +100,7 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
 
 
 def announced_class_images(config: TrainConfig, cost: Estimate) -> str:
-    """How many class images a run makes before its first step, and about how long that takes.
+    """Describe the class images that a run makes before its first step, and the time they take.
 
     An image is one pass through the UNet per denoising step and side of guidance; a training step
     is about three (forward, and twice that backward) for each of its images.

@@ -38,7 +38,7 @@ Step = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What to generate.
+    """Request for images.
 
     Attributes:
         base: The base model.
@@ -94,7 +94,7 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class _About:
-    """What only the loaded model tells of its images.
+    """Facts about images that only the loaded model tells.
 
     Attributes:
         unread: A line for each prompt that is longer than it reads, with the truncated end.
@@ -137,7 +137,7 @@ class ImageGenerator:
         release_memory()
 
     def withdraw(self) -> None:
-        """Have a request that waits for the device wait no longer."""
+        """Cancel a request that waits for the device."""
         self._withdrawn.set()
 
     def make(self, request: GenerationRequest, on_step: Step | None = None) -> list[GeneratedImage]:
@@ -295,7 +295,7 @@ class ImageGenerator:
 def _about(
     request: GenerationRequest, components: Components, own: Mapping[str, str] | None = None
 ) -> _About:
-    """What to say of images besides what was asked for."""
+    """Return the facts about images besides what was asked for."""
     from dora_diffusion.models.text import token_limit, truncated_text
 
     limit = token_limit(components)

@@ -1,4 +1,4 @@
-"""What a job's process writes as it works, followed while it grows: its metrics and its log."""
+"""Output of a job's process, followed while it grows: its metrics and its log."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _records(folder: Path) -> tuple[dict[str, Any], ...]:
 
 
 def check_metrics(folder: Path) -> None:
-    """See whether every line of a run's metrics can be read; a half-written last one may be.
+    """Check that every line of a run's metrics can be read; the last one may be half-written.
 
     Raises:
         DamagedFile: If one cannot, or the file.
@@ -79,7 +79,7 @@ class _MetricsFile:
     damaged: int = 0
 
     def follow(self, file: IO[bytes]) -> _MetricsFile:
-        """These records and the added ones; all are reread if a resumed run has cut the file."""
+        """Return these records and the added ones; all are reread if a resumed run cut the file."""
         file.seek(self.end - len(self.last))
         if file.read(len(self.last)) != self.last:
             file.seek(0)
@@ -137,7 +137,7 @@ def log_tail(folder: Path, lines: int = 40) -> str:
 
 
 def log_warnings(folder: Path) -> tuple[str, ...]:
-    """What the latest attempt of a job has warned of, each once."""
+    """Return the warnings of a job's latest attempt, each once."""
     try:
         status = (folder / LOG).stat()
         return _warnings(folder / LOG, status.st_mtime_ns, status.st_size)
@@ -155,7 +155,7 @@ def _warnings(log: Path, modified: int, size: int) -> tuple[str, ...]:
 
 
 def printed(folder: Path) -> list[str]:
-    """What the latest attempt of a job has printed, but for warnings."""
+    """Return the printed lines of a job's latest attempt, but for warnings."""
     # The first line is its heading.
     lines = f"\n{log_tail(folder, 100)}".rpartition(_NEW_ATTEMPT)[2].splitlines()[1:]
     return [line for line in lines if not line.startswith("warning: ")]

@@ -23,7 +23,7 @@ _POLL_SECONDS = 0.05
 
 
 def start_time(pid: int) -> float | None:
-    """When a process was started, in seconds since 1970; None if it is gone or a zombie."""
+    """Return the start time of a process, in seconds since 1970; None if it is gone or a zombie."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
@@ -79,7 +79,7 @@ class Lock:
         self._lock = FileLock(path, mode=0o600, thread_local=False)
 
     def take(self, *, wait: bool = False) -> bool:
-        """Take the lock; without ``wait``, False if another holds it, or this object."""
+        """Acquire the lock; without ``wait``, False if another holds it, or this object."""
         if self._lock.is_locked:
             return False
         try:
@@ -93,7 +93,7 @@ class Lock:
         return True
 
     def free(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         self._lock.release()
 
 

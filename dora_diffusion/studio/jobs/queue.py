@@ -36,7 +36,7 @@ _LEAVING_SECONDS = 30.0
 def create_job(
     folder: Path, record: records.JobRecord, files: Mapping[str, str | Path] | None = None
 ) -> str:
-    """Put a job at the end of the queue.
+    """Append a job to the queue.
 
     Args:
         folder: Its folder, see `Workspace.new_job`.
@@ -70,7 +70,7 @@ def create_job(
 
 
 def is_waiting(folder: Path) -> bool:
-    """Whether a job waits in the queue: it has neither a worker nor a result."""
+    """Return whether a job waits in the queue: it has neither a worker nor a result."""
     # `os.path` raises nothing where a folder may not be looked into.
     has_begun = any(os.path.exists(folder / name) for name in (records.RESULT, records.WORKER))
     return os.path.isfile(folder / records.JOB) and not has_begun
@@ -83,7 +83,7 @@ def waiting_jobs(workspace: Workspace) -> list[Path]:
 
 
 def _records_of(folders: Iterable[Path]) -> dict[Path, records.JobRecord]:
-    """What these jobs are, but for those whose folder does not tell."""
+    """Return the records of these jobs, but for those whose folder does not tell."""
     found = {}
     for folder in folders:
         with contextlib.suppress(DamagedFile):
@@ -92,12 +92,12 @@ def _records_of(folders: Iterable[Path]) -> dict[Path, records.JobRecord]:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a job's process lives."""
+    """Return whether a job's process lives."""
     return not os.path.exists(folder / records.RESULT) and worker_of(folder) is not None
 
 
 def stop_job(folder: Path) -> None:
-    """Ask a running job to save and leave; take a waiting one out of the queue."""
+    """Ask a running job to save and leave; remove a waiting one from the queue."""
     if is_waiting(folder):
         records.write_result(folder, records.JobResult(records.STOPPED_CODE, finished=time.time()))
     elif is_running(folder) and not (folder / records.STOP).exists():
@@ -105,7 +105,7 @@ def stop_job(folder: Path) -> None:
 
 
 def stop_asked(folder: Path) -> float | None:
-    """When the job was asked to stop, or None."""
+    """Return the time when the job was asked to stop, or None."""
     try:
         return (folder / records.STOP).stat().st_mtime
     except OSError:
@@ -113,7 +113,7 @@ def stop_asked(folder: Path) -> float | None:
 
 
 def may_kill(folder: Path, now: float) -> bool:
-    """Whether a job was asked to stop so long ago that killing it is offered."""
+    """Return whether a job was asked to stop so long ago that killing it is offered."""
     asked = stop_asked(folder)
     return asked is not None and now - asked >= KILL_AFTER_SECONDS and is_running(folder)
 
@@ -136,7 +136,7 @@ def kill_job(folder: Path) -> None:
 
 
 def requeue_job(folder: Path) -> None:
-    """Put a job that ended back into the queue: it resumes from its latest checkpoint.
+    """Return a job that ended to the queue: it resumes from its latest checkpoint.
 
     Raises:
         UserError: If it waits or runs, or its folder does not tell what it is.
@@ -191,7 +191,7 @@ def _remove_job(folder: Path) -> bool:
 
 
 class JobQueue:
-    """Starts waiting jobs, one at a time, oldest request first.
+    """Queue that starts waiting jobs, one at a time, oldest request first.
 
     Several apps may share a runs folder: the one that holds the queue's lock starts the jobs.
 
@@ -209,7 +209,7 @@ class JobQueue:
         self._stop = threading.Event()
         self._ticking = threading.Lock()
         self.problem = ""
-        """What the last tick could not do, in one line for the page; empty where all went well."""
+        """Failure of the last tick, in one line for the page; empty where all went well."""
         self._problems: list[str] = []
 
     def start(self, period: float = 1.0) -> JobQueue:

@@ -82,7 +82,7 @@ class JobRecord:
 
 
 def train_arguments(folder: Path, *, resume: bool = False) -> list[str]:
-    """What trains as the settings of a job's folder say."""
+    """Return the arguments that train with the settings of a job's folder."""
     words = ["train", "--config", str(folder / SETTINGS)]
     if not resume:
         return words
@@ -94,7 +94,7 @@ def train_arguments(folder: Path, *, resume: bool = False) -> list[str]:
 
 @dataclass(frozen=True)
 class JobProgress:
-    """What the work is doing: in training, from the step after ``first_step`` on.
+    """Progress of the work: in training, from the step after ``first_step`` on.
 
     Its result is that of ``result_step``. Other work counts what is ``done`` in its ``unit``.
     ``address`` is where it was published.
@@ -115,7 +115,7 @@ class JobProgress:
 
 @dataclass(frozen=True)
 class JobResult:
-    """How the work ended: exit code (None: it was killed, or crashed), times, peaks in GiB."""
+    """Result of the work: exit code (None: it was killed, or crashed), times, peaks in GiB."""
 
     __pydantic_config__ = STRICT
     code: int | None = None
@@ -126,7 +126,7 @@ class JobResult:
 
     @property
     def seconds(self) -> float | None:
-        """How long it took; None where it never began."""
+        """Seconds that it took; None where it never began."""
         return None if self.started is None else self.finished - self.started
 
 
@@ -174,7 +174,7 @@ def read_progress(folder: Path) -> JobProgress:
 
 
 class ProgressFile:
-    """Keeps progress.json: what the page cannot read from the trainer's own files."""
+    """Writer of progress.json: what the page cannot read from the trainer's own files."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / PROGRESS

@@ -1,4 +1,4 @@
-"""What the page shows of jobs, read from the runs folder alone."""
+"""Jobs as the page shows them, read from the runs folder alone."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Job:
 
     @property
     def made(self) -> str:
-        """When it was asked for, as its id says: ``2026-11-25 16:03``."""
+        """Time of the request, from its id: ``2026-11-25 16:03``."""
         return f"{self.id[:4]}-{self.id[4:6]}-{self.id[6:8]} {self.id[9:11]}:{self.id[11:13]}"
 
     @property
@@ -90,28 +90,28 @@ class Job:
 
     @property
     def title(self) -> str:
-        """What the page calls it."""
+        """Name on the page."""
         return self.record.title
 
     @property
     def label(self) -> str:
-        """What a list of many calls it: with its date, and its time where the title lacks it."""
+        """Name in a long list: with its date, and its time where the title lacks it."""
         is_timed = self.title.endswith(self.made[11:])
         return f"{self.title} · {self.made[5:10] if is_timed else self.made[5:]}"
 
     @property
     def is_active(self) -> bool:
-        """Whether its process lives."""
+        """True if its process lives."""
         return self.state in ("running", "stopping")
 
     @property
     def has_ended(self) -> bool:
-        """Whether it neither waits nor runs."""
+        """True if it neither waits nor runs."""
         return not self.is_active and self.state != "waiting"
 
     @property
     def shown_state(self) -> str:
-        """What the page calls its state: that a file is damaged comes before how it ended."""
+        """State on the page: that a file is damaged comes before how it ended."""
         return "damaged" if self.damage and self.has_ended else self.state
 
     @property
@@ -139,13 +139,13 @@ class Job:
 
     @property
     def stands(self) -> str:
-        """What is used of a run: what was selected, its result, or its newest checkpoint."""
+        """Selected checkpoint of a run, else its result, else its newest checkpoint."""
         last = self.checkpoints[-1] if self.checkpoints else ""
         return self.chosen or (RESULT_NAME if self.has_result else last)
 
     @property
     def has_result(self) -> bool:
-        """Whether it has ended with an adapter: fine-tuning of the model itself has none."""
+        """True if it has ended with an adapter: fine-tuning of the model itself has none."""
         return self.kind == "train" and self.state == "done" and not pipeline_in(self.folder)
 
     @property
@@ -160,7 +160,7 @@ class Job:
 
     @property
     def can_generate(self) -> bool:
-        """Whether it left an adapter: its result, or a checkpoint's."""
+        """True if it left an adapter: its result, or a checkpoint's."""
         return bool(self.stands)
 
     def step_of(self, name: str) -> int:
@@ -269,7 +269,7 @@ def _state(
 
 
 def _unusable_result(folder: Path, record: records.JobRecord) -> str:
-    """Why a job that says it is done is not: its result must be there, and open."""
+    """Return why a job that says it is done is not: its result must be there, and open."""
     if record.kind != "train":
         output = Path(record.output)
         return "" if not record.output or output.exists() else f"{output.name} is gone"
@@ -328,6 +328,6 @@ def _yaml(path: Path, modified: int) -> Mapping[str, Any] | str:
 
 
 def _chosen_in(folder: Path, names: tuple[str, ...]) -> str:
-    """What was selected for a run, if it still is one of these."""
+    """Return the checkpoint that was selected for a run, if it still is one of these."""
     name = read_json(folder / records.CHOSEN).get("checkpoint")
     return str(name) if name in names else ""

@@ -249,7 +249,7 @@ def write_captions(workspace: Workspace, subject_id: object, captions: Mapping[s
 
 
 def undo_captions(workspace: Workspace, subject_id: object) -> int:
-    """Take back the last change of many captions; a second time, take that back.
+    """Undo the last change of many captions; a second time, undo that.
 
     Raises:
         UserError: If there was none.
@@ -286,7 +286,7 @@ def delete_subject(workspace: Workspace, subject_id: object) -> bool:
 
 
 def training_crop(photo: Path, side: int = PREVIEW_SIDE) -> Image.Image:
-    """What of a photo is trained on (the middle square), at a size to look at; masked parts dim."""
+    """Return a photo's training crop (the middle square), at a given size; masked parts dim."""
     mask = mask_path(photo)
     return _crop(
         photo, photo.stat().st_mtime_ns, mask.stat().st_mtime_ns if mask.exists() else 0, side
@@ -305,7 +305,7 @@ def _crop(photo: Path, modified: int, mask_modified: int, side: int) -> Image.Im
 
 
 def photo_warnings(subject: StoredSubject, resolution: int) -> dict[str, list[str]]:
-    """What will show in the result, by photo name; ``""`` holds what is about all of them."""
+    """Return what will show in the result, by photo name; ``""`` holds what is about all."""
     warnings: dict[str, list[str]] = {}
     for warning in _warnings(subject, resolution):
         for name in warning.names or ("",):
@@ -314,7 +314,7 @@ def photo_warnings(subject: StoredSubject, resolution: int) -> dict[str, list[st
 
 
 def mask_labels(subject: StoredSubject, resolution: int) -> dict[str, str]:
-    """What of each photo is masked in training, by photo name; those that are learned whole lack.
+    """Return a label for what of each photo is masked in training, by photo name; else none.
 
     One painted mask turns masked_loss on, and with it transparency masks every other photo.
     """

@@ -1,4 +1,4 @@
-"""What the page can have done: each task is the arguments of a command, put into the queue."""
+"""Tasks of the page: each is the arguments of a command, put into the queue."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ STUDY, TOKEN = "study.yaml", "sks"
 def start_training(
     workspace: Workspace, config: TrainConfig, subjects: Sequence[StoredSubject], name: str = ""
 ) -> str:
-    """Put a run at the end of the queue, with a copy of its photos. Returns its id.
+    """Append a run to the queue, with a copy of its photos. Returns its id.
 
     Without a name it is called by its subjects and the time.
 
@@ -88,7 +88,7 @@ def _photos(place: int) -> str:
 
 
 def _is_same(job: Job, config: TrainConfig, subjects: Sequence[StoredSubject]) -> bool:
-    """Whether a job trains with these settings on these photos, captions and masks."""
+    """Return whether a job trains with these settings on these photos, captions and masks."""
     if job.settings != _in_folder(config, job.folder).to_dict():
         return False
     pairs = ((subject.folder, job.folder / _photos(n)) for n, subject in enumerate(subjects))
@@ -175,12 +175,12 @@ def rename_run(workspace: Workspace, job_id: object, name: object) -> None:
 
 
 def can_continue(job: Job) -> bool:
-    """Whether a run is finished and has a checkpoint of its last step."""
+    """Return whether a run is finished and has a checkpoint of its last step."""
     return job.state == "done" and f"checkpoint-{job.step}" in job.checkpoints
 
 
 def continue_run(folder: Path, more: object) -> None:
-    """Put a finished run back into the queue to train ``more`` steps from its last one on.
+    """Return a finished run to the queue to train ``more`` steps from its last one on.
 
     Raises:
         UserError: If it cannot be continued, or that is no number of steps.
@@ -290,7 +290,7 @@ def start_push(workspace: Workspace, run: Job, repository: object, private: bool
 
 
 def targets() -> dict[str, str]:
-    """What an adapter can be converted for: as `convert --to` has it -> as the page calls it."""
+    """Return the targets of a conversion: as `convert --to` has it -> as the page calls it."""
     named = {name: f"{program.title} ({program.place})" for name, program in PROGRAMS.items()}
     return named | {name: one.title for name, one in CONVERSIONS.items() if one.title}
 

@@ -33,7 +33,7 @@ JPEG_QUALITY = 95
 
 @dataclass(frozen=True)
 class Upload:
-    """What became of the files of one upload.
+    """Result of uploading files.
 
     Attributes:
         accepted: The photos that were made of them, in order.
@@ -145,7 +145,7 @@ def read_generation_settings(file: Path) -> dict[str, str]:
 
 
 def original_of(photo: Path) -> Path:
-    """Where a photo lies as it was before its first crop."""
+    """Return the path of a photo as it was before its first crop."""
     return photo.parent.parent / "originals" / photo.name
 
 
@@ -155,7 +155,7 @@ _PNG = "data:image/png;base64,"
 
 
 def edit_photo(photo: Path, crop: Sequence[float] | None, mask: Image.Image | None) -> None:
-    """Take over what was cropped and painted; the photo before its first crop is kept.
+    """Save what was cropped and painted; the photo before its first crop is kept.
 
     Args:
         photo: The photo.

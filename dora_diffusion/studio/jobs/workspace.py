@@ -33,7 +33,7 @@ REMAINS = "; what could not be deleted yet goes when the app starts next"
 
 
 class UserError(ValueError):
-    """It cannot be done as it was asked for; one plain line with what to do."""
+    """Error of a request that cannot be done; one plain line with what to do."""
 
 
 class DamagedFile(UserError):
@@ -87,12 +87,12 @@ class Workspace:
 
     @property
     def device_lock(self) -> Path:
-        """Held by whoever computes: a worker, or the Generate tab."""
+        """Lock of whoever computes: a worker, or the Generate tab."""
         return self.root / ".device.lock"
 
     @property
     def queue_lock(self) -> Path:
-        """Held by the app that starts jobs."""
+        """Lock of the app that starts jobs."""
         return self.root / ".queue.lock"
 
     def make(self) -> Workspace:
@@ -126,7 +126,7 @@ class Workspace:
         return self.root / new_id()
 
     def ranking(self, run_id: str) -> Path:
-        """Where a ranking of a run's checkpoints lies; it is deleted with the run's exports."""
+        """Return the folder of a run's checkpoint ranking; deleted with the run's exports."""
         return self.exports / run_id / "comparison"
 
     @property

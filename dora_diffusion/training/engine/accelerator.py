@@ -59,12 +59,12 @@ def make_accelerator(config: TrainConfig) -> Any:
 
 
 def shards_model(accelerator: Any) -> bool:
-    """Whether the processes share one model, which all of them call equally often."""
+    """Return whether the processes share one model, which all of them call equally often."""
     return bool(getattr(accelerator, "shards", False))
 
 
 def set_by_any(accelerator: Any, flag: bool) -> bool:
-    """Whether any process has set a flag; all wait for the answer."""
+    """Return whether any process has set a flag; all wait for the answer."""
     if accelerator.num_processes == 1:
         return flag
     count = torch.tensor(float(flag), device=accelerator.device)
@@ -72,7 +72,7 @@ def set_by_any(accelerator: Any, flag: bool) -> bool:
 
 
 class SharedFlags:
-    """Which flags any process has set, so that all of them stop, and save, at the same step.
+    """Flags that any process has set, so that all of them stop, and save, at the same step.
 
     Of several processes each reads what was asked for a step before, which has arrived by then:
     nothing waits. What is answered is not asked for again by the same call.
@@ -83,7 +83,7 @@ class SharedFlags:
         self._sent: Callable[[], Tensor] | None = None
 
     def __call__(self, *flags: bool) -> list[bool]:
-        """Ask for flags; returns those that are set. Every process calls it at every step."""
+        """Return the flags that any process has set. Every process calls it at every step."""
         accelerator = self._accelerator
         if accelerator.num_processes == 1:
             return list(flags)

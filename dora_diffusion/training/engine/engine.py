@@ -28,7 +28,7 @@ Outcome = dict[str, Any] | Exception
 
 
 class TrainingEngine:
-    """Does steps of several runs.
+    """Engine for the steps of several runs.
 
     Args:
         learners: What trains; all on one model and one accelerator.
@@ -50,7 +50,7 @@ class TrainingEngine:
         self.stack = AdapterStack(layers, list(each))
 
     def __call__(self, steps: Sequence[int]) -> list[Outcome]:
-        """Do a step of each run.
+        """Run a step of each run.
 
         Args:
             steps: The number of each run's step, from 1.

@@ -1,4 +1,4 @@
-"""What a run has of an optimizer step of its own: its batches, its gradients' limit, its update.
+"""Optimizer steps of one run: its batches, its gradients' limit, its update.
 
 Losses and gradients of several runs come from one pass of the model (`training.engine.engine`).
 """
@@ -34,7 +34,7 @@ from dora_diffusion.training.trainable.words import TrainedWords
 
 @dataclass
 class Learner:
-    """What trains in a run, step by step.
+    """Training of a run, step by step.
 
     Attributes:
         config: Seed, accumulation, weight of the prior and limit of the gradients' norm.
@@ -66,14 +66,14 @@ class Learner:
     is_whole: bool = True
 
     def begin(self, step: int) -> None:
-        """Before the batches of a step, counted from 1."""
+        """Begin the batches of a step, counted from 1."""
         # Only dropout draws from the global generator. Reseeding it makes resuming exact.
         process = self.accelerator.process_index
         self.words.train(step <= self.config.word_steps)
         torch.manual_seed(generator_for("step", self.config.seed, step, process).initial_seed())
 
     def next_inputs(self) -> StepInputs:
-        """What the next batch is computed from."""
+        """Return the inputs of the next batch."""
         inputs = self.inputs(self.batches)
         self.batches += 1
         return inputs
@@ -133,17 +133,17 @@ class Learner:
         return dict(self.parameters.gather_state(self.optimizer.state_dict()))
 
     def restore_optimizer(self, state: Mapping[str, Any]) -> None:
-        """Put moments and the schedule's place of a checkpoint back (`restore_optimizer`)."""
+        """Restore moments and the schedule's place from a checkpoint (`restore_optimizer`)."""
         own = {**state, "optimizer": self.parameters.own_state(state["optimizer"])}
         restore_optimizer(self.optimizer, self.lr_schedule, own)
 
     def _loss_scale(self) -> float:
-        """What losses are multiplied by for fp16; an overflow lowers it."""
+        """Return the loss scale of fp16; an overflow lowers it."""
         scaler = self.accelerator.scaler
         return 1.0 if scaler is None else float(scaler.get_scale())
 
     def _hold_back(self, record: Mapping[str, Any]) -> None:
-        """See that no step is taken where loss or gradients are not finite.
+        """Skip the optimizer step when loss or gradients are not finite.
 
         With fp16, where that is usual, the scaler does. A fused optimizer of CUDA does nothing, as
         it would for a scaler; others on a GPU get zeros, so that no NaN comes in.

@@ -26,7 +26,7 @@ Base = Callable[[], AbstractContextManager[object]]
 
 
 class HeldPrior(NamedTuple):
-    """What holds the prior without images: predictions for class captions.
+    """Predictions for class captions, which preserve the prior without images.
 
     Attributes:
         rows: The photos that they belong to.
@@ -41,7 +41,7 @@ class HeldPrior(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What a run's loss is made of.
+    """Parts of a run's loss.
 
     Attributes:
         components: The model.
@@ -69,7 +69,7 @@ class Objective:
         weightings: Mapping[str, float],
         words: Sequence[Tensor] = (),
     ) -> Objective:
-        """That of a model; of the text encoders it is said whether they train."""
+        """Return the objective of a model, with text encoders that train or do not."""
         alphas_cumprod = components.scheduler.alphas_cumprod.to(components.device)
         condition = Conditioner(components, train_text_encoder)
         return cls(components, condition, alphas_cumprod, base_weights, weightings, words)

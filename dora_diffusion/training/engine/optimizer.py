@@ -17,7 +17,7 @@ from dora_diffusion.numerics.devices import has_fused_optimizers
 from dora_diffusion.training.engine.parameters import Groups
 
 WORDS = "words"
-"""What ends the name of a group of new words' vectors."""
+"""Suffix of the name of a group for new words' vectors."""
 
 # Not everybody needs them, and they are installed apart.
 _LIBRARIES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
@@ -126,7 +126,7 @@ def learning_rates(groups: Groups) -> dict[str, dict[str, float]]:
 
 
 def _can_fuse(groups: Groups) -> bool:
-    """Whether one kernel can update every parameter, which is fastest for many small ones."""
+    """Return whether one kernel can update every parameter, the fastest for many small ones."""
     kinds = {parameter.device.type for group in groups for parameter in group["params"]}
     return all(has_fused_optimizers(kind) for kind in kinds)
 
@@ -185,7 +185,7 @@ def _until(last: int, factor: Callable[[int], float]) -> Callable[[int], float]:
 
 
 def restore_optimizer(optimizer: Any, lr_schedule: Any, state: Mapping[str, Any]) -> None:
-    """Put saved moments and the schedule's place back; rates and decays stay those of this run.
+    """Restore saved moments and the schedule's place; rates and decays stay those of this run.
 
     Args:
         optimizer: This run's, fresh.

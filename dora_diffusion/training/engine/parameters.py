@@ -1,4 +1,4 @@
-"""What an optimizer sees of the parameters that train: these themselves, or a few flat ones."""
+"""Parameters that an optimizer sees: those that train themselves, or a few flat ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Groups = list[dict[str, Any]]
 
 
 class SteppedParameters:
-    """What an optimizer sees of parameters that train: these themselves.
+    """Parameters that an optimizer sees: those that train themselves.
 
     Attributes:
         groups: The parameter groups, with what the optimizer is given.
@@ -30,10 +30,10 @@ class SteppedParameters:
         return (parameter for group in self.groups for parameter in group["params"])
 
     def take_gradients(self) -> None:
-        """After the backward passes: see that what the optimizer is given has its gradients."""
+        """Prepare the gradients for the optimizer after the backward passes."""
 
     def share_gradients(self) -> None:
-        """See that the parameters' own gradients are what clipping changes."""
+        """Make clipping change the parameters' own gradients."""
 
     def clip(self, limit: float, accelerator: Any) -> Tensor:
         """Limit the gradients' L2 norm; returns what it was. 0 is no limit."""
@@ -44,7 +44,7 @@ class SteppedParameters:
         return torch.nn.utils.get_total_norm([p.grad for p in self if p.grad is not None])
 
     def finish(self) -> None:
-        """After the optimizer's step: drop the gradients."""
+        """Drop the gradients after the optimizer's step."""
 
     def gather_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """An optimizer's state with whole moments, in the first process."""
@@ -78,7 +78,7 @@ class FlatParameters(SteppedParameters):
                 member.data = view
 
     def take_gradients(self) -> None:
-        """Give the flat parameters the gradients of their members.
+        """Copy the gradients of their members to the flat parameters.
 
         Raises:
             RuntimeError: If a member's memory was exchanged, as ``.to()`` does it.
@@ -98,13 +98,13 @@ class FlatParameters(SteppedParameters):
             flat.grad = gradient if pairs else None
 
     def share_gradients(self) -> None:
-        """Let the members' gradients be views of the flat ones, which clipping then changes too."""
+        """Make the members' gradients views of the flat ones, which clipping then changes too."""
         for shares, members in zip(self._shares, self._members, strict=True):
             for share, member in zip(shares, members, strict=True):
                 member.grad = None if member.grad is None else share
 
     def finish(self) -> None:
-        """After the optimizer's step: drop the members' gradients, and count them as written.
+        """Drop the members' gradients after the optimizer's step, and count them as written.
 
         A member that had none is what it was before: no weight decay acts on it.
         """

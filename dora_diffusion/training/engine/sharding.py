@@ -63,7 +63,7 @@ _LARGE = 2**20
 
 
 def wants_sharding(config: TrainConfig) -> bool:
-    """Whether a run shards its model: by its settings, or by what ``accelerate launch`` was given.
+    """Return whether a run shards its model: by its settings, or by ``accelerate launch``.
 
     Raises:
         ConfigError: If the two do not agree, or something else is asked for that sharding excludes.
@@ -201,19 +201,19 @@ def _kept_whole(model: nn.Module) -> Iterable[nn.Parameter]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is one of several processes' part of a whole."""
+    """Return whether a tensor is one process's part of a whole."""
     return hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What of a tensor is in this process, detached: the same memory."""
+    """Return this process's part of a tensor, detached: the same memory."""
     whole: Any = tensor.detach()
     part: Tensor = whole.to_local() if is_sharded(tensor) else whole
     return part
 
 
 def _row_shard(tensor: Tensor) -> RowShard:
-    """Which rows of a sharded tensor this process has; torch gives the first ones one more."""
+    """Return this process's rows of a sharded tensor; torch gives the first ones one more."""
     rows, length = tensor.shape[0], len(local(tensor))
     each = -(-rows // dist.get_world_size())
     return RowShard(min(dist.get_rank() * each, rows), length, rows, add_up)
@@ -232,7 +232,7 @@ def own_part(tensor: Tensor, whole: Tensor) -> Tensor:
 
 
 def exchange(tensor: nn.Parameter, values: Tensor) -> Tensor:
-    """Give a parameter other values, of the rows of this process. Returns those that it had."""
+    """Exchange a parameter's values, of the rows of this process. Returns those that it had."""
     if not is_sharded(tensor):
         before, tensor.data = tensor.data, values
         return before

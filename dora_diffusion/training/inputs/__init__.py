@@ -1,1 +1,1 @@
-"""What a step is computed from: subjects, photos, class images, noise and timesteps."""
+"""Inputs of a step: subjects, photos, class images, noise and timesteps."""

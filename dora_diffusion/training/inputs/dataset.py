@@ -225,7 +225,7 @@ def check_captions(subject: Subject, photos: Sequence[Photo]) -> None:
 def _check_tag_dropout(
     config: TrainConfig, rules: CaptionRules, token: str, texts: Sequence[str]
 ) -> None:
-    """Say that tag dropout may leave out the token; the image-free prior needs it."""
+    """Warn that tag dropout may leave out the token; the image-free prior needs it."""
     for text in texts:
         whole = all(contains_token(caption, token) for caption in rules.possible(text, token))
         left = rules.possible(text, token, with_dropout=True)

@@ -1,6 +1,4 @@
-"""What a step is computed from: latents, noise and timesteps, drawn by their place in the run, and
-what captions condition the UNet with.
-"""
+"""Inputs of a step: latents, noise and timesteps by their place in the run, and conditioning."""
 
 from __future__ import annotations
 
@@ -96,7 +94,7 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class InputSource:
-    """Gives a run's inputs: the next of ``batches``, with what is drawn for it."""
+    """Source of a run's inputs: the next of ``batches``, with what is drawn for it."""
 
     config: TrainConfig
     components: Components

@@ -165,14 +165,14 @@ def _read_class_images(paths: Sequence[tuple[Path, str]], prompts: Sequence[str]
 
 
 def _reading(config: TrainConfig) -> str:
-    """How prompts are read, where that is not the usual way."""
+    """Return the prompt settings, where they are not the defaults."""
     reading, usual = ((c.clip_skip, c.max_token_length) for c in (config, TrainConfig()))
     return "" if reading == usual else f" {reading}"
 
 
 @dataclass
 class _Announcer:
-    """Says how many class images are made before any is, and how long they will take.
+    """Announcer of the class images that are made, and of the time that they will take.
 
     The second denoising step of the first batch is timed: the first has what is done only once.
     """
@@ -184,7 +184,7 @@ class _Announcer:
     is_timed: bool = False
 
     def on_image(self, done: int, total: int) -> None:
-        """So many are there, at first before any is made."""
+        """Report the images that are there, at first before any is made."""
         if not self.missing:
             self.missing = total - done
             self.on_event(ClassImagesAnnounced(self.missing))
@@ -213,7 +213,7 @@ def ensure_class_images(
     batch_size: int,
     on_image: Callable[[int, int], None],
 ) -> list[tuple[Path, str]]:
-    """Have ``count`` class images, generating those that are missing.
+    """Ensure that there are ``count`` class images, generating those that are missing.
 
     Images that the user put there (`own_class_images`) count first. Generated ones go into a
     sub-folder named after everything that determines them, so that those of other prompts or
@@ -262,7 +262,7 @@ def ensure_class_images(
 
 
 def class_folder(config: TrainConfig) -> Path:
-    """Where a subject's class images are."""
+    """Return the folder of a subject's class images."""
     return Path(config.class_data_dir or Path(config.output_dir) / "class_images").expanduser()
 
 

@@ -1,4 +1,4 @@
-"""What a run is about: tokens, class words, and the prompts that follow from them."""
+"""Subjects of a run: tokens, class words, and the prompts that follow from them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Subject:
 
     @property
     def trigger(self) -> str:
-        """What to write in a prompt: ``"sks dog"``."""
+        """Trigger words for a prompt: ``"sks dog"``."""
         return f"{self.token} {self.class_word}".strip()
 
     def class_caption(self, caption: str) -> str:
@@ -47,7 +47,7 @@ class Subject:
 
 
 def caption_rules(config: TrainConfig) -> CaptionRules:
-    """How a config draws captions.
+    """Return the caption rules of a config.
 
     Raises:
         ConfigError: If there is no folder of wildcards of that name.
@@ -66,7 +66,7 @@ def caption_rules(config: TrainConfig) -> CaptionRules:
 
 
 def prompt_rules(config: TrainConfig) -> CaptionRules:
-    """How sample prompts are drawn: by the first subject that has wildcards, if any has."""
+    """Return the rules of sample prompts: the first subject's that has wildcards, if any has."""
     subjects = config.subjects
     return caption_rules(next((own for own in subjects if own.wildcards), subjects[0]))
 
@@ -147,7 +147,7 @@ def class_caption_of(subjects: Sequence[Subject], own: Subject, caption: str) ->
 
 
 def is_toy_word(class_word: str) -> bool:
-    """Whether the embedded models know a class: by the last of its words, which names the thing.
+    """Return whether the embedded models know a class: by its last word, which names the thing.
 
     Example:
         >>> is_toy_word("red mugs"), is_toy_word("mug"), is_toy_word("dog")
@@ -158,7 +158,7 @@ def is_toy_word(class_word: str) -> bool:
 
 
 def outside_toy_world(base: str, class_word: str) -> str:
-    """What to say of a subject that the base model knows nothing like; empty where that is fine.
+    """Return a message on a subject unlike any that the base model knows; empty where that is fine.
 
     Args:
         base: The base model.

@@ -1,1 +1,1 @@
-"""What a run writes: checkpoints, metrics, samples, the adapter and its card."""
+"""Output of a run: checkpoints, metrics, samples, the adapter and its card."""

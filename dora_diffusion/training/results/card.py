@@ -162,7 +162,7 @@ image = pipeline({_literal(prompt)}{called}).images[0]
 
 
 def _words(config: TrainConfig, written: Path) -> str:
-    """How programs get the new words."""
+    """Return the section on loading the new words."""
     folder = written if config.is_full else written.parent
     files = embedding_files(folder, "", config.words)
     section = word_section(list(files.items()), written.parent)

@@ -79,7 +79,7 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
 
 
 def state_of(session: Session, segments: object, step: int) -> dict[str, Any]:
-    """Everything that a run resumes from, on the CPU.
+    """Return everything that a run resumes from, on the CPU.
 
     Where the model is sharded all processes call it, and the first one's is whole.
 
@@ -108,7 +108,7 @@ def state_of(session: Session, segments: object, step: int) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `state_of` returned when a checkpoint was saved.
+    """Read the state that `state_of` returned when a checkpoint was saved.
 
     Raises:
         ConfigError: If it cannot be read.
@@ -122,7 +122,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def restore(session: Session, state: Mapping[str, Any]) -> None:
-    """Put a state into a session; learning rates and decays stay this run's.
+    """Restore a session from a state; learning rates and decays stay this run's.
 
     Raises:
         ConfigError: If it is of other layers.
@@ -149,7 +149,7 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
 
 
 def restore_weights(session: Session, state: Mapping[str, Any]) -> None:
-    """Put what a state has learned into a session, and nothing else of it.
+    """Restore what a state has learned into a session, and nothing else of it.
 
     Raises:
         ConfigError: If it is of other layers.
@@ -208,11 +208,11 @@ class CheckpointSaver:
         self._begun = clock()
 
     def is_due(self, step: int) -> bool:
-        """Whether a step has a checkpoint that stays."""
+        """Return whether a step has a checkpoint that stays."""
         return bool(self.every_steps) and step % self.every_steps == 0
 
     def is_overdue(self) -> bool:
-        """Whether the last one, or the run's start, is more minutes ago than may be lost."""
+        """Return whether the last checkpoint, or the run's start, is too many minutes ago."""
         return bool(self.every_seconds) and self._clock() - self._begun >= self.every_seconds
 
     def resume_from(self, path: Path, *, interim: bool, best: int | None = None) -> None:

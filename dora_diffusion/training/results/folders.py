@@ -156,7 +156,7 @@ def _apart(inner_name: str, inner: Path, outer_name: str, outer: Path) -> None:
 
 
 def _check_contents(config: TrainConfig, folder: Path) -> None:
-    """Never write over another run's result, or files that no run made, by accident."""
+    """Refuse to write over another run's result, or files that no run made, by accident."""
     if config.resume_from_checkpoint:
         find_checkpoint(config.resume_from_checkpoint, folder)  # before the model is loaded
     if config.resume_from_checkpoint or config.overwrite_output_dir:
@@ -183,7 +183,7 @@ def _check_contents(config: TrainConfig, folder: Path) -> None:
 
 
 def holds_result(folder: Path) -> bool:
-    """Whether a run that has ended left an adapter or a model here."""
+    """Return whether a run that has ended left an adapter or a model here."""
     return any(folder.glob("*.safetensors")) or (folder / PIPELINE_NAME).exists()
 
 

@@ -65,7 +65,7 @@ def require_finite(record: Mapping[str, Any], skipped: int = 0) -> None:
 
 @contextlib.contextmanager
 def naming_step(noun: str, step: int) -> Iterator[None]:
-    """Inside the block, a `ValueError` means that what was learned until a step is not finite."""
+    """Raise a `TrainingError` with the step where what was learned is not finite."""
     try:
         yield
     except ValueError as error:
@@ -76,12 +76,12 @@ def naming_step(noun: str, step: int) -> Iterator[None]:
 
 
 def is_validation(record: Mapping[str, Any]) -> bool:
-    """Whether a record is of held-out photos, and not of a training step."""
+    """Return whether a record is of held-out photos, and not of a training step."""
     return any(name.startswith("validation_") for name in record)
 
 
 class LossWatch:
-    """Whether the loss has risen far above its own start, and since when.
+    """Monitor of the loss: whether it has risen far above its own start, and since when.
 
     A cumulative sum (Page 1954) of how far each loss lies above `_FACTOR` times the mean of the
     first `_START` ones. A single loss says little: with one photo a step it varies a hundredfold
@@ -98,7 +98,7 @@ class LossWatch:
         self._raised: set[int] = set()
 
     def add(self, step: int, loss: float) -> None:
-        """Take the loss of the next step."""
+        """Add the loss of the next step."""
         if len(self._first) < _START:
             self._first.append(loss)
             return
@@ -110,7 +110,7 @@ class LossWatch:
             self.risen_at = step
 
     def is_calm(self, step: int) -> bool:
-        """Whether nothing spoke of a rise at a step."""
+        """Return whether nothing spoke of a rise at a step."""
         return step not in self._raised
 
 
@@ -155,7 +155,7 @@ class MetricsLog:
             self._file = _LineFile(path)
 
     def add(self, record: dict[str, Any]) -> None:
-        """Take a step's record, whose values may be tensors, and write the one before it.
+        """Add a step's record, whose values may be tensors, and write the one before it.
 
         Raises:
             TrainingError: If loss or gradients of the step before are not finite.

@@ -1,4 +1,4 @@
-"""Where a run starts, afresh or at a checkpoint, and what is checked before it resumes."""
+"""Start of a run, afresh or at a checkpoint, and what is checked before it resumes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _KINDS = {"images": "image", "class_images": "class image"}
 
 @dataclass(frozen=True)
 class RunStart:
-    """Where a run starts.
+    """Start of a run.
 
     Attributes:
         segments: The settings that are used, by the step from which on they are.
@@ -57,7 +57,7 @@ class RunStart:
 
 
 def start_run(session: Session, output_dir: Path) -> tuple[Session, RunStart]:
-    """Put the state of the checkpoint that is resumed, if one is, into a session.
+    """Restore a session from the checkpoint that is resumed, if one is.
 
     Returns:
         The session, with the settings that it is trained with, and where it starts.
@@ -109,7 +109,7 @@ def save_config(config: TrainConfig, path: Path, segments: Sequence[Segment]) ->
 
 
 def segment(step: int, values: Mapping[str, Any]) -> Segment:
-    """What is used from a step on, of the settings that may change when a run is resumed."""
+    """Return the settings from a step on, of those that may change when a run is resumed."""
     names = [setting.name for setting in settings() if setting.resume == "free"]
     return {"from_step": step, "settings": {n: values[n] for n in names if n in values}}
 
@@ -134,7 +134,7 @@ def changed_segments(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def _warn_of_other_start(name: str, state: Mapping[str, Any], config: TrainConfig) -> None:
-    """Say that an adapter is no longer what the run started from; it is not needed any more."""
+    """Warn that an adapter is no longer what the run started from; it is not needed any more."""
     origin, file = state["start"].get("origin", {}), Path(config.init_adapter or "")
     if not origin or not file.expanduser().exists():
         return

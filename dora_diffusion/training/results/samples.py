@@ -33,7 +33,7 @@ class _SamplingStopped(Exception):
 
 @contextmanager
 def warning_of_full_disk(what: str) -> Iterator[None]:
-    """Turn a disk that refuses into a warning: what it refuses is not worth the run."""
+    """Convert a disk's refusal to a warning: what it refuses is not worth the run."""
     try:
         yield
     except OSError as error:
@@ -49,7 +49,7 @@ class Sampled(NamedTuple):
 
     @classmethod
     def of(cls, prompt: SamplePrompt, config: TrainConfig) -> Sampled:
-        """What a prompt leaves open is as the settings have it.
+        """Return the sampling of a prompt; what it leaves open is as the settings have it.
 
         Raises:
             ConfigError: If there is no such scheduler.
@@ -80,7 +80,7 @@ def check_prompts(config: TrainConfig) -> None:
 
 
 def _of_one_size(images: Sequence[Image.Image]) -> list[Image.Image]:
-    """Those of the size of the first."""
+    """Return the images of the same size as the first."""
     return [image for image in images if image.size == images[0].size]
 
 
@@ -165,7 +165,7 @@ class SampleWriter:
         return images
 
     def _is_stopped(self) -> bool:
-        """Whether a signal has come; to any process, where all of them sample one model."""
+        """Return whether a signal has come; to any process, where all of them sample one model."""
         accelerator = self._session.accelerator
         asked = self._stop.requested
         return set_by_any(accelerator, asked) if shards_model(accelerator) else asked
@@ -195,7 +195,7 @@ class SampleWriter:
         return sheet
 
     def _parameters(self, images: Sequence[Image.Image], step: int, *, adapter: bool) -> str:
-        """What made a sheet, as `parameters_text` writes it of the first image, and the rest."""
+        """Return the parameters of a sheet: `parameters_text` of the first image, and the rest."""
         first, size, last = self._prompts[0], images[0].size, images[-1].size
         extra = {
             **self._session.components.clip_skip_parameter,

@@ -35,7 +35,7 @@ _BATCH = 5
 def divide_all(
     subjects: Sequence[Subject], paths: Sequence[Sequence[Path]]
 ) -> tuple[list[list[Path]], list[list[Path]]]:
-    """Of each subject the photos that are trained on, and those that are held out.
+    """Divide each subject's photos into those that are trained on, and those that are held out.
 
     Raises:
         PhotoError, ConfigError: As `divide` does; also of a photo that one subject holds out and
@@ -161,7 +161,7 @@ def _check_apart(trained_on: Sequence[Path], held_out: Sequence[Path]) -> None:
 
 
 class Validation:
-    """Takes a run's validation loss, remembers it, and says which step is best.
+    """Validation loss of a run, measured and remembered, and the step that is best.
 
     It is what `dora-diffusion evaluate` measures as the denoising loss of these photos, at seeds 0
     to 3: of whole photos, at the model's own resolution, by their captions as they are, without the
@@ -226,12 +226,12 @@ class Validation:
         return self.config.validation_loss_steps
 
     def is_due(self, step: int) -> bool:
-        """Whether a step's loss is still to be taken; at the last step it always is."""
+        """Return whether a step's loss is still to be taken; at the last step it always is."""
         is_last = step == self.config.max_train_steps
         return step not in self.losses and (is_last or step % self._every == 0)
 
     def measure(self, step: int) -> float:
-        """Take the loss of the model as it is after a step. All processes call it."""
+        """Measure the loss of the model as it is after a step. All processes call it."""
         values = torch.zeros(NUM_SEEDS, len(self.photos), dtype=torch.float64)
         # At another batch size and without gradients, each block would be compiled again.
         with uncompiled() if self.config.compile else nullcontext():
@@ -271,7 +271,7 @@ class Validation:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether ``early_stopping_patience`` is at its end."""
+        """True if ``early_stopping_patience`` is at its end."""
         patience, best = self.config.early_stopping_patience, self.best()
         if patience is None or best is None:
             return False

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: settings, the adapter or model, and the card."""
+"""Files that a run leaves in its folder: settings, the adapter or model, and the card."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from dora_diffusion.training.trainable.adapters import Writer
 
 
 def take_best(session: Session, steps: int, checkpoints: Mapping[int, Path]) -> int:
-    """Put the weights of the lowest validation loss into the model. Returns their step.
+    """Load the weights of the lowest validation loss into the model. Returns their step.
 
     Args:
         session: Of a run that holds out photos, after its last step.
@@ -159,7 +159,7 @@ def _validation_loss(session: Session, steps: int) -> dict[str, str]:
 
 
 def _variant(config: TrainConfig) -> dict[str, str]:
-    """How an adapter was trained, where that was not A and B from their usual start."""
+    """Return the settings of an adapter that is not A and B from their usual start."""
     if config.is_full:
         return {}
     usual = TrainConfig()
@@ -168,7 +168,7 @@ def _variant(config: TrainConfig) -> dict[str, str]:
 
 
 def _reading(session: Session) -> dict[str, str]:
-    """How captions were read, where that was not the usual way."""
+    """Return the caption settings, where they are not the defaults."""
     config, usual = session.config, TrainConfig()
     reading = {n: str(v) for n in READING if (v := getattr(config, n)) != getattr(usual, n)}
     captions = stated_rules({s.trigger: caption_rules(s.settings) for s in session.subjects})

@@ -1,1 +1,1 @@
-"""What can train: adapters, all weights, words, ranks."""
+"""Trainable parts: adapters, all weights, words, ranks."""

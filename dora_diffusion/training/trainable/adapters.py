@@ -89,7 +89,7 @@ class TrainedAdapters:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: those, and where they started and the like."""
+        """Return the tensors of a checkpoint: parameters, and where they started and the like."""
         buffers = {
             f"{component}.{path}.{name}": buffer
             for component, model in self.modules.items()
@@ -99,13 +99,13 @@ class TrainedAdapters:
         return self.parameters() | buffers
 
     def projections(self) -> dict[str, str]:
-        """What tells the random projections of a VeRA from others: their digests by component."""
+        """Return the digests of a VeRA's random projections, by component."""
         layers = vera_state(self.modules)
         drawn = {name.partition(".")[0]: layer.projections for name, layer in layers.items()}
         return {component: digest_of(projections) for component, projections in drawn.items()}
 
     def start(self) -> dict[str, Any]:
-        """What a resumed run needs of the adapter that this one started from: not its file."""
+        """Return what a resumed run needs of the adapter that this one started from: no file."""
         return {"origin": dict(self.origin), "alpha": {k: a.alpha for k, a in self._adapters()}}
 
     def restore_start(self, start: Mapping[str, Any]) -> None:
@@ -132,7 +132,7 @@ class TrainedAdapters:
             yield
 
     def writer(self) -> Writer:
-        """Writes the values of this moment into a folder; returns the file.
+        """Return a function that writes the present values into a folder, and returns the file.
 
         It raises `DiskFullError` if there is no room; nothing is changed then.
         """
@@ -269,7 +269,7 @@ def adapter_config(component: str, config: TrainConfig) -> AdapterConfig:
 def inject_trained(
     components: Components, config: TrainConfig, start: StartingAdapter | None = None
 ) -> TrainedAdapters:
-    """Put adapters on the components that train, and those into training mode.
+    """Inject adapters into the components that train, and set those to training mode.
 
     Args:
         components: The model.
@@ -299,7 +299,7 @@ def inject_trained(
 
 
 def _warn_of_unused_conv_settings(config: TrainConfig, report: InjectionReport) -> None:
-    """Say which settings of Conv2d layers have no effect, since none is adapted."""
+    """Warn of settings of Conv2d layers without effect, since none is adapted."""
     if any(layer.kind in ("Conv1d", "Conv2d") for layer in report.layers):
         return
     given = {
@@ -317,7 +317,7 @@ def components_that_train(components: Components, config: TrainConfig) -> dict[s
 
 
 def enter_training(model: nn.Module, components: Components, config: TrainConfig) -> None:
-    """Put a component into training mode, with gradient checkpointing and compiling as asked for.
+    """Set a component to training mode, with gradient checkpointing and compiling as asked for.
 
     Blocks that are recomputed in the backward pass repeat their dropout.
     """
@@ -343,7 +343,7 @@ def _repeating_draws(device_type: str) -> tuple[_Draws, _Draws]:
 
 
 class _Draws:
-    """Notes a device's random state when entered; one that repeats another starts from its.
+    """Record of a device's random state when entered; one that repeats another starts from its.
 
     Attributes:
         state: The random state that it started from.

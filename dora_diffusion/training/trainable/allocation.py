@@ -67,7 +67,7 @@ class RankAllocation:
 
     @torch.no_grad()
     def make_orthogonal(self, rate: float) -> None:
-        """Take a gradient step of each factor's own term beside the optimizer's step.
+        """Apply a gradient step of each factor's own term beside the optimizer's step.
 
         For Prodigy, as decoupled weight decay is: it finds its step size by the gradients that it
         sees, and those of the term are far larger than the loss's as long as the triplets are near
@@ -95,7 +95,7 @@ class RankAllocation:
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Take an optimizer step into account, while its gradients are there.
+        """Update the allocation after an optimizer step, while its gradients are there.
 
         Args:
             step: Its number, counted from 1.
@@ -119,13 +119,13 @@ class RankAllocation:
         self._sensitivity.update([p.detach() for p in parameters], gradients)
 
     def importance(self) -> list[Tensor]:
-        """That of each layer's triplets, ``(r,)``."""
+        """Return the importance of each layer's triplets, ``(r,)``."""
         scores, count = self._sensitivity.scores(), len(self._adapters)
         parts = (scores[i * count : (i + 1) * count] for i in range(3))
         return [triplet_importance(*layer) for layer in zip(*parts, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that steps change, on the CPU."""
+        """Return everything that steps change, on the CPU."""
         kept = self._kept
         return {
             "mean": [tensor.cpu() for tensor in self._sensitivity.mean],
@@ -134,7 +134,7 @@ class RankAllocation:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         for name in ("mean", "uncertainty"):
             for own, saved in zip(getattr(self._sensitivity, name), state[name], strict=True):
                 own.copy_(saved)

@@ -55,7 +55,7 @@ MUCH = 0.9
 
 @dataclass(frozen=True)
 class FullReport:
-    """What full fine-tuning trains, and what it takes of the disk.
+    """Trained weights of full fine-tuning, and the disk space that they take.
 
     Attributes:
         tensors: Number of trained tensors.
@@ -118,7 +118,7 @@ class FullWeights:
         return {}
 
     def restore_start(self, start: Mapping[str, Any]) -> None:
-        """Nothing: the base model is what it starts from."""
+        """Do nothing: the base model is what it starts from."""
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """Parameters by component."""
@@ -143,7 +143,7 @@ class FullWeights:
             torch.set_autocast_cache_enabled(caches)
 
     def writer(self) -> Writer:
-        """Writes the whole model as a Diffusers folder, in the dtype of the base or another.
+        """Return a function that writes the whole model as a Diffusers folder, in a given dtype.
 
         All processes call it where the model is sharded; the first one's writes.
         """
@@ -157,7 +157,7 @@ class FullWeights:
         return self._export(folder, metadata, values)
 
     def check(self, written: Path) -> None:
-        """Look at what trains, one tensor at a time."""
+        """Check what trains, one tensor at a time."""
         with open_model(str(written)) as model:
             wrong = [name for name in self.trained if not is_finite(model[name])]
         words = self.words.parameters()
@@ -175,7 +175,7 @@ class FullWeights:
             write(folder / f"{PIPELINE_NAME}.safetensors", metadata)
 
     def reload(self, written: Path) -> float:
-        """Take on the written values, which may be rounded.
+        """Load the written values, which may be rounded.
 
         Returns:
             The share of what was learned that they keep, over all trained weights:
@@ -239,7 +239,7 @@ class FullWeights:
 
 
 TrainedWeights = TrainedAdapters | FullWeights
-"""What a run trains."""
+"""Weights that a run trains."""
 
 
 def select_weights(components: Components, config: TrainConfig) -> FullWeights:
@@ -273,7 +273,7 @@ def select_weights(components: Components, config: TrainConfig) -> FullWeights:
 
 
 def widen_small_convolutions(model: nn.Module) -> None:
-    """Have a model's convolutions compute as `convolve` does."""
+    """Make a model's convolutions compute as `convolve` does."""
     for module in model.modules():
         # Other modes pad before they convolve: every tap meets the map.
         if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
@@ -312,7 +312,7 @@ def _dtype(config: TrainConfig) -> torch.dtype | None:
 
 
 def _check_disk(config: TrainConfig, report: FullReport) -> None:
-    """Say before training what will not fit on the disk after it."""
+    """Warn before training of what will not fit on the disk after it."""
     output = Path(config.output_dir).resolve()
     place = next(folder for folder in (output, *output.parents) if folder.exists())
     free = shutil.disk_usage(place).free

@@ -63,12 +63,12 @@ class TrainedWords:
         ]
 
     def train(self, trains: bool) -> None:
-        """Whether the next step moves them."""
+        """Set whether the next step moves the words."""
         for table in self.tables.values():
             table.trains = trains
 
     def tokens(self) -> dict[str, Vectors]:
-        """Their values of this moment, on the CPU."""
+        """Return the words' present values, on the CPU."""
         return {
             word: {
                 component: table.rows.detach()[place].to("cpu", copy=True)
@@ -78,7 +78,7 @@ class TrainedWords:
         }
 
     def load(self, tokens: Mapping[str, Vectors]) -> None:
-        """Take on values that were written."""
+        """Load values that were written."""
         with torch.no_grad():
             for word, place in self.places.items():
                 for component, table in self.tables.items():
@@ -86,7 +86,7 @@ class TrainedWords:
 
     @contextmanager
     def at_start(self) -> Iterator[None]:
-        """Inside the block, the vectors are those before training."""
+        """Use the vectors from before training inside the block."""
         trained = {component: table.rows.data for component, table in self.tables.items()}
         try:
             for component, table in self.tables.items():
@@ -97,7 +97,7 @@ class TrainedWords:
                 table.rows.data = trained[component]
 
     def files(self, folder: Path) -> dict[str, Path]:
-        """Where `write` puts them, by word."""
+        """Return the files of `write`, by word."""
         return embedding_files(folder, "", self.places)
 
     def write(self, folder: Path) -> dict[str, str]:
@@ -161,7 +161,7 @@ def _known_start(word: str, vectors: Vectors, count: int) -> dict[str, Tensor]:
 
 
 def require_new(components: Components, words: Sequence[str]) -> None:
-    """See that a model has none of the words as a token of its own.
+    """Check that a model has none of the words as a token of its own.
 
     Raises:
         ConfigError: If it has.

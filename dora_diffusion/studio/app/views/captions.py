@@ -78,7 +78,7 @@ def _line(label: str, name: str, **options: Any) -> Any:
 
 
 def connect(context: Context, tab: CaptionsView, pick: Any) -> None:
-    """Say what the fields do; ``pick`` holds the id of the subject."""
+    """Connect the fields; ``pick`` holds the id of the subject."""
     workspace = context.workspace
 
     @plain

@@ -42,7 +42,7 @@ class ChooserView:
 
 
 def connect(context: Context, view: ChooserView, run: Any) -> None:
-    """Say what the fields do; ``run`` holds the id of the run that is shown."""
+    """Connect the fields; ``run`` holds the id of the run that is shown."""
 
     def now(job_id: str) -> list[Any]:
         parts = refresh(context, context.jobs(fresh=True), context.job(job_id))
@@ -82,7 +82,7 @@ def _ranking_of(jobs: Sequence[Job], run: Job | None) -> Job | None:
 
 
 def refresh(context: Context, jobs: Sequence[Job], job: Job | None) -> dict[str, Any]:
-    """What the clock sends: whether the chooser shows, its button, and its cards."""
+    """Return the timer's update: whether the chooser shows, its button, and its cards."""
     shown = bool(job and job.has_ended and job.candidates)
     running = _ranking_of(jobs, job)
     busy = running is not None and not running.has_ended

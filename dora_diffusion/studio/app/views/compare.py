@@ -62,7 +62,7 @@ class CompareTab:
 
 
 def connect(context: Context, tab: CompareTab) -> None:
-    """Say what the fields do."""
+    """Connect the fields to their actions."""
 
     def now(chosen: str | None) -> list[Any]:
         context.queue.tick()
@@ -102,7 +102,7 @@ def connect(context: Context, tab: CompareTab) -> None:
 def _study(
     context: Context, methods: Any, seeds: int, steps: int, base: str | None
 ) -> dict[str, Any]:
-    """What the fields ask for, as a study has it, without its subjects.
+    """Return the settings of a study that the fields ask for, without its subjects.
 
     Raises:
         UserError: If a value is out of its limits, or the base may not be loaded.
@@ -138,7 +138,7 @@ def _study(
 
 
 def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
-    """What the clock sends to this tab."""
+    """Return the timer's update of this tab."""
     studies = [job for job in jobs if job.kind == "compare"]
     job = next((job for job in studies if job.id == chosen), next(iter(studies), None))
     choices = [(f"{job.label} · {job.shown_state}", job.id) for job in studies]

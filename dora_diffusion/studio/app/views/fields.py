@@ -70,7 +70,7 @@ def choosing(choices: list[tuple[str, str]], value: Any, shown: Any, **options: 
 
 
 def filled(part: Any) -> Any:
-    """What a field is given: a part of the page is a value, or (its mark, how to make it)."""
+    """Return the value of a field: a part of the page is a value, or (its mark, how to make it)."""
     return part[1]() if isinstance(part, tuple) else part
 
 
@@ -107,5 +107,5 @@ element.addEventListener('click', (event) => {
 
 
 def clicked(event: gr.EventData) -> tuple[str, str]:
-    """What a button inside of HTML was pressed for; anybody can send anything."""
+    """Return what a button inside of HTML was pressed for; anybody can send anything."""
     return str(getattr(event, "what", "")), str(getattr(event, "value", ""))

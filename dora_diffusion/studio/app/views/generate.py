@@ -168,7 +168,7 @@ class GenerateTab:
 
 
 def connect(context: Context, tab: GenerateTab) -> None:
-    """Say what the fields do."""
+    """Connect the fields to their actions."""
     names, fields = list(tab.form), list(tab.form.values())
     results = [tab.slider, tab.gallery, tab.parameters]
 
@@ -247,7 +247,7 @@ def _results(
     pair: tuple[GeneratedImage, GeneratedImage] | None = None,
     columns: int = 2,
 ) -> list[Any]:
-    """Either images or a pair, and how they were made."""
+    """Return either images or a pair, and how they were made."""
     last = pair[1] if pair else gallery[0]
     slider = tuple(str(image.path) for image in pair) if pair else None
     images = [(str(image.path), f"seed {image.seed}") for image in gallery]
@@ -262,7 +262,7 @@ def _results(
 
 
 def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
-    """What the clock sends to this tab."""
+    """Return the timer's update of this tab."""
     choices = _choices(context, jobs)
     ids = [value for _, value in choices]
     # The newest result, until somebody chooses. A base model that nobody chose would stay chosen
@@ -282,7 +282,7 @@ def _given(context: Context, choice: str | None) -> str:
 
 
 def _choices(context: Context, jobs: Sequence[Job]) -> list[tuple[str, str]]:
-    """What images can be made of, with its label: the newest result first."""
+    """Return the choices of what to make images with, and labels: the newest result first."""
     choices = [
         (f"{job.label} · {_of(job, name)}", f"{job.id}/{name}".rstrip("/"))
         for job in jobs
@@ -298,7 +298,7 @@ def _choices(context: Context, jobs: Sequence[Job]) -> list[tuple[str, str]]:
 
 
 def _turn(busy: Job | None, context: Context) -> str:
-    """What images wait for, or would wait for."""
+    """Describe what images wait for, or would wait for."""
     if busy is None and not context.generator.is_waiting:
         return ""
     left = busy.remaining_seconds if busy else None
@@ -311,7 +311,7 @@ def _turn(busy: Job | None, context: Context) -> str:
 
 
 def _history(images: Sequence[GeneratedImage]) -> str:
-    """What was made before, to be shown again with its settings."""
+    """Return the images that were made before, to be shown again with their settings."""
     if not images:
         return _EMPTY
     text = "Newest first, from earlier visits too. All are in runs/images."
@@ -323,7 +323,7 @@ def _history(images: Sequence[GeneratedImage]) -> str:
 
 
 def _others(job: Job) -> list[str]:
-    """What a run has besides the adapter that stands for it, newest first."""
+    """Return a run's results besides the selected adapter, newest first."""
     names = [*job.checkpoints, *([RESULT_NAME] if job.has_result else [])]
     return [name for name in reversed(names) if name != job.stands]
 

@@ -121,7 +121,7 @@ class LibraryTab:
 
 
 def connect(context: Context, tab: LibraryTab) -> None:
-    """Say what the fields do."""
+    """Connect the fields to their actions."""
     workspace = context.workspace
 
     @plain
@@ -155,7 +155,7 @@ def connect(context: Context, tab: LibraryTab) -> None:
 
 
 def _connect_tasks(context: Context, tab: LibraryTab) -> None:
-    """What is made of a run by jobs."""
+    """Connect the buttons that start jobs on a run."""
     workspace = context.workspace
 
     def task(start: Callable[..., str]) -> Callable[..., str]:
@@ -203,7 +203,7 @@ def _listed(jobs: Sequence[Job]) -> list[Job]:
 
 
 def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
-    """What the clock sends to this tab."""
+    """Return the timer's update of this tab."""
     runs = _listed(jobs)
     marks = tuple((job.id, job.title, job.shown_state, _image(job)) for job in runs)
     ids = [job.id for job in runs]
@@ -255,7 +255,7 @@ def _thumbnail(path: Path | None) -> Any:
 
 
 def _facts(job: Job) -> str:
-    """What a run has made, as its adapter file says it."""
+    """Return the facts about a run's result, by its adapter file."""
     from dora_diffusion.export import inspect_adapter
 
     report = inspect_adapter(chosen_adapter(job))

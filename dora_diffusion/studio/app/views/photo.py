@@ -51,7 +51,7 @@ class PhotoView:
 
 
 def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any]) -> None:
-    """What can be done with the photo that was clicked.
+    """Connect the actions on the photo that was clicked.
 
     Args:
         context: The app.

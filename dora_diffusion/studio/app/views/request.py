@@ -24,7 +24,7 @@ BASE, MERGED = "base", "merged"
 
 
 def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> GenerationRequest:
-    """What the fields ask for.
+    """Return the request that the fields ask for.
 
     Raises:
         UserError: If the run is gone or a value is out of its limits.
@@ -82,7 +82,7 @@ def _whole(form: dict[str, Any], name: str) -> int | None:
 
 @dataclass(frozen=True)
 class _Model:
-    """What a choice stands for."""
+    """Model that a choice stands for."""
 
     base: BaseModel
     adapter: Path | None

@@ -143,7 +143,7 @@ def connect(context: Context, view: RunView) -> None:
 def _act(
     context: Context, action: Callable[[Path], str | None], text: str = ""
 ) -> Callable[[str | None], list[Any]]:
-    """What a button does to the run that is shown, and then says."""
+    """Return the action of a button on the run that is shown, with its message."""
 
     @plain
     def run(job_id: str | None) -> list[Any]:
@@ -169,7 +169,7 @@ def _runs(jobs: Sequence[Job]) -> list[Job]:
 
 
 def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str, Any]:
-    """What the clock sends to this view: name of a field -> value, or (mark, how to make it)."""
+    """Return the timer's update of this view: field name -> value, or (mark, how to make it)."""
     training = _runs(jobs)
     active = next((job for job in training if job.is_active), None)
     job = next((job for job in training if job.id == run), None)
@@ -203,7 +203,7 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
 
 
 def _never_began(job: Job) -> bool:
-    """Whether a run left the queue, or was stopped, before its first step."""
+    """Return whether a run left the queue, or was stopped, before its first step."""
     return job.state == "stopped" and not job.step
 
 

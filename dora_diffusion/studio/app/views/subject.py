@@ -97,7 +97,7 @@ class SubjectTab:
 
     @property
     def view(self) -> list[Any]:
-        """What `photo.subject_view` fills."""
+        """Fields that `photo.subject_view` fills."""
         editing = self.editing
         return [
             self.gallery, self.blank, self.names, self.report, self.to_train,
@@ -106,12 +106,12 @@ class SubjectTab:
 
     @property
     def choice(self) -> list[Any]:
-        """What `_choices` fills."""
+        """Fields that `_choices` fills."""
         return [self.pick, self.place]
 
 
 def connect(context: Context, tab: SubjectTab, restored: Any, size: list[Any]) -> None:
-    """Say what the fields do.
+    """Connect the fields to their actions.
 
     Args:
         context: The app.
@@ -236,7 +236,7 @@ def _connect_upload(context: Context, tab: SubjectTab, size: list[Any]) -> None:
 
 
 def _connect_look(context: Context, tab: SubjectTab, size: list[Any]) -> None:
-    """Have ``dora-diffusion prepare`` look at the photos."""
+    """Connect the button that inspects the photos by ``dora-diffusion prepare``."""
 
     @plain
     def look(subject_id: str | None, *chosen: Any) -> str:
@@ -276,7 +276,7 @@ def _connect_look(context: Context, tab: SubjectTab, size: list[Any]) -> None:
 
 
 def refresh(context: Context, jobs: Sequence[Job], subject_id: str | None) -> dict[str, str]:
-    """What the clock sends to this tab: the last look at the photos."""
+    """Return the timer's update of this tab: the last look at the photos."""
     try:
         subject = read_subject(context.workspace, subject_id)
     except UserError:
@@ -312,7 +312,7 @@ _ASK = """(files, id, ...rest) => {
 
 
 def _place(subject: StoredSubject | None) -> str:
-    """Where added photos go."""
+    """Describe where added photos go."""
     if subject is None:
         return html.quiet("Photos that you add become a new subject.")
     if not subject.sample:

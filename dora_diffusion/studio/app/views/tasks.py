@@ -46,7 +46,7 @@ def _result(job: Job, output: Path) -> str:
 
 
 def _look(lines: Sequence[str]) -> str:
-    """What a command says of photos: its Markdown table as one of the page, and its cautions."""
+    """Return a command's report on photos: its Markdown table as HTML, and its cautions."""
     rows = [line.strip("| ").split("|") for line in lines if line.startswith("| ")]
     table = "".join(
         f"<tr>{''.join(f'<{cell}>{html.esc(text.strip())}</{cell}>' for text in row)}</tr>"
@@ -58,7 +58,7 @@ def _look(lines: Sequence[str]) -> str:
 
 
 def _analysis(folder: Path) -> str:
-    """What an analysis has found, its plots and its files."""
+    """Return the findings of an analysis, its plots and its files."""
     from dora_diffusion.lab.analysis.plots import FILES as PLOTS
     from dora_diffusion.lab.analysis.report import FILES
 
@@ -69,7 +69,7 @@ def _analysis(folder: Path) -> str:
 
 
 def figures(folder: Path) -> dict[str, str]:
-    """What an analysis of one run found, in words; nothing where its file is gone."""
+    """Return the findings of a run's analysis, in words; nothing where its file is gone."""
     from dora_diffusion.lab.analysis.report import FILES
 
     file = folder / FILES["analysis"]

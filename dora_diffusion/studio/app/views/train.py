@@ -180,7 +180,7 @@ class TrainTab:
 def connect(
     context: Context, tab: TrainTab, subjects: SubjectTab, opened: Any, restored: Any
 ) -> None:
-    """Say what the fields do.
+    """Connect the fields to their actions.
 
     Args:
         context: The app.
@@ -314,7 +314,7 @@ def _connect_start(context: Context, tab: TrainTab) -> None:
 
 
 def refresh(jobs: Sequence[Job]) -> dict[str, Any]:
-    """What the clock sends to this tab's form: the runs to start from."""
+    """Return the timer's update of this tab's form: the runs to start from."""
     runs = [(job.label, job.id) for job in jobs if job.kind == "train" and job.stands]
     return {"start": changing(choices=[_NEW_ADAPTER, *runs])}
 
@@ -402,7 +402,7 @@ def _connect_words(context: Context, tab: TrainTab, subjects: SubjectTab, restor
 
 
 def _plan(context: Context, config: TrainConfig) -> list[str]:
-    """What a run will cost, with what is wrong with it, and its command."""
+    """Return the estimated cost of a run, with what is wrong with it, and its command."""
     cost = estimate(config, context.jobs(), context.workspace.root, context.device())
     base, words = config.pretrained_model_name_or_path, [s.class_word for s in config.subjects]
     toy = next(filter(None, (outside_toy_world(base, word or "") for word in words)), "")
