@@ -91,7 +91,7 @@ def open_to_all(
 ) -> None:
     """Let a keyboard scroll wide code and tables, and say how deep a heading of the list is.
 
-    The parameters of a long signature are no list of definitions, whatever Sphinx makes of them.
+    The parameters of a long signature are not a list of definitions, whatever Sphinx makes of them.
     """
     if "body" in context:
         context["body"] = re.sub(r"<dl>\n(?:<dd>.*</dd>\n)+</dl>", _as_lines, context["body"])

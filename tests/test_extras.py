@@ -71,7 +71,7 @@ def test_what_the_package_imports_is_installed_with_it_or_an_extra() -> None:
             assert not imported(node) & (OPTIONAL - REQUIRED), path
 
 
-# What a message or page may name that is no requirement of ours: trackers, file systems, compilers.
+# What a message or page may name that we do not require: trackers, file systems, compilers.
 OTHERS = {*BY_HAND, "s3fs", "triton", "triton-windows", "pytorch-triton-xpu"}
 INSTALL = re.compile(
     r"""pip install ((?:-\S+ )*)((?:"[^"]+"|'[^']+'|[\w{][\w.{}\[\]-]*)(?: [\w.-]+)*)"""

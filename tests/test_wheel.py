@@ -117,7 +117,7 @@ def test_the_source_distribution_is_the_repository(installed):
         encoding="utf-8",
     )
     if tracked.returncode:
-        pytest.skip("this is no clone")
+        pytest.skip("this is not a clone")
     with tarfile.open(installed.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     links = {name for name in tracked.stdout.splitlines() if (ROOT / name).is_symlink()}

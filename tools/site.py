@@ -65,7 +65,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 
 
 def commands() -> str:
-    """Every command with what it takes; of `train`, what is no setting."""
+    """Every command with what it takes; of `train`, what is not a setting."""
     return "\n\n".join(_command(name, parser) for name, parser in parsers().items())
 
 

@@ -41,7 +41,7 @@ class Rows:
         """The names of the rows of a batch.
 
         Raises:
-            ValueError: If its size is no multiple of theirs.
+            ValueError: If its size is not a multiple of theirs.
         """
         repeats, rest = divmod(batch, len(self.names))
         if rest or not repeats:

@@ -176,7 +176,7 @@ def row_scope(
 
     Raises:
         ValueError: If no layer has an adapter of one of the names; in a layer's forward, if the
-            batch's size is no multiple of the number of rows.
+            batch's size is not a multiple of the number of rows.
 
     Example:
         >>> import torch

@@ -40,7 +40,7 @@ def checked_entries(
         batch_size: The run's, which sd-scripts' file may not contradict.
 
     Raises:
-        ConfigError: If there is no entry, a key is no setting of a subject, or a value has the
+        ConfigError: If there is no entry, a key is not a setting of a subject, or a value has the
             wrong type.
     """
     entries: list[Entry] = []
@@ -57,7 +57,7 @@ def listed_entries(given: str | Path | Sequence[Any], batch_size: int) -> Sequen
     """The entries of a dataset file as they are written there, or those that are given.
 
     Raises:
-        ConfigError: If it cannot be read, or is no list.
+        ConfigError: If it cannot be read, or is not a list.
     """
     listed: Any = given
     if isinstance(given, str | Path):
@@ -76,7 +76,7 @@ def require_mapping(entry: object) -> None:
     """Refuse an entry that is no settings."""
     require(
         isinstance(entry, dict),
-        f"{quoted(str(entry))} is no subject; one begins with '- ' and a setting such as "
+        f"{quoted(str(entry))} is not a subject; one begins with '- ' and a setting such as "
         "'instance_data_dir: photos/rex'",
     )
 

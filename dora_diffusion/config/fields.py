@@ -225,7 +225,7 @@ class Setting:
         """Check a value's range or choice.
 
         Raises:
-            ConfigError: If it cannot work, or is no finite number.
+            ConfigError: If it cannot work, or is not a finite number.
         """
         if value is None:
             return

@@ -343,7 +343,7 @@ def _check_extension(image: Path, extension: str) -> None:
     )
     require(
         not here.is_file(),
-        f"{here.name} is no caption in sd-scripts, whose caption_extension is {extension} here; "
+        f"{here.name} is not a caption in sd-scripts, whose caption_extension is {extension} here; "
         'write caption_extension = ".txt" to train on it, or move it away',
     )
 
@@ -352,7 +352,7 @@ def _side(resolution: Any) -> int:
     """512 of ``512`` or ``[512, 512]``.
 
     Raises:
-        ConfigError: If it is no square.
+        ConfigError: If it is not a square.
     """
     sides = resolution if isinstance(resolution, list) else [resolution] * 2
     require(

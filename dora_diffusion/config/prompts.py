@@ -84,7 +84,7 @@ def _option(key: str, value: str, line: str) -> tuple[str, Any]:
         return _TEXTS[key], _SCHEDULERS.get(value, value) if key == "ss" else value
     require(
         key in _NUMBERS,
-        f"{place} is no option here; there is --n (negative prompt), --d (seed), --w, --h, --l "
+        f"{place} is not an option here; there is --n (negative prompt), --d (seed), --w, --h, --l "
         "(guidance scale), --s (steps), --ss (scheduler) and --drift",
     )
     name, kind, least = _NUMBERS[key]

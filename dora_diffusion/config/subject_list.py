@@ -190,7 +190,7 @@ def _named(entry: Entry) -> tuple[str, Entry]:
         )
         name = Path(str(folder)).expanduser().absolute().name
     is_text = isinstance(name, str | int | float) and not isinstance(name, bool)
-    require(is_text, f"the name {name} is no text; write it in quotes")
+    require(is_text, f"the name {name} is not text; write it in quotes")
     name = str(name).strip()
     is_plain = name not in ("", ".", "..") and not set(name) & set('/\\:*?"<>|')
     require(

@@ -192,7 +192,7 @@ def mask_path(photo: Path) -> Path:
 def _find_mask(photo: Photo, decoded: DecodedPhoto, crops: MaskCrops) -> Photo:
     """A photo with its mask: the file beside it, else its alpha channel where that hides anything.
 
-    An alpha channel beside a mask file is no mask: what it hides is white, and learned where the
+    An alpha channel beside a mask file is not a mask: what it hides is white, and learned where the
     mask is bright.
 
     Raises:

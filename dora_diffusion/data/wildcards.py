@@ -97,7 +97,7 @@ class Wildcards:
         self.folder = None if folder is None else Path(folder).expanduser()
         if self.folder is not None and not self.folder.is_dir():
             raise ConfigError(
-                f"wildcard_dir {folder} is no folder; give one of .txt files", "wildcard_dir"
+                f"wildcard_dir {folder} is not a folder; give one of .txt files", "wildcard_dir"
             )
         self._templates: dict[str, Template] = {}
         self._files: dict[str, Choice] = {}

@@ -84,7 +84,7 @@ def wilson_interval(right: float, n: int) -> Interval:
         ValueError: There is no trial, or more are right than there are.
     """
     if n < 1 or not 0 <= right <= n:
-        raise ValueError(f"{right} of {n} is no share")
+        raise ValueError(f"{right} of {n} is not a share")
     z = 1.959963984540054
     share = right / n
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -100,7 +100,7 @@ def share_difference(share: Interval, base: Interval) -> Interval:
     together, which makes this interval wider than it had to be.
 
     Raises:
-        ValueError: One of them is no interval.
+        ValueError: One of them is not an interval.
     """
     if share.low is None or share.high is None or base.low is None or base.high is None:
         raise ValueError("two intervals are needed")
@@ -116,7 +116,7 @@ def cluster_interval(
     """The mean over groups of their means, with a bootstrap interval over both levels.
 
     Each draw takes as many groups as there are, with replacement, and from each as many of its
-    values: runs on one subject resemble each other, so that they are no independent values.
+    values: runs on one subject resemble each other, so that they are not independent values.
 
     Args:
         groups: Values by group, such as a score per seed by subject.

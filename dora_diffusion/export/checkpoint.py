@@ -69,7 +69,7 @@ def export_checkpoint(
 ) -> Path:
     """Merge adapters into a base model and write the result.
 
-    Tokens that were trained with an adapter are no part of a model of the base's vocabulary: they
+    Tokens that were trained with an adapter are not part of a model of the base's vocabulary: they
     go to textual-inversion files, in a folder ``embeddings`` beside a single file or inside of a
     folder.
 
@@ -154,7 +154,7 @@ def export_trained(
         The output path.
 
     Raises:
-        ExportError: If the output is no model, or the base has no such tensor.
+        ExportError: If the output is not a model, or the base has no such tensor.
         DiskFullError: If there is not enough space; nothing is changed then.
     """
     output = Path(output).expanduser()

@@ -34,7 +34,7 @@ from dora_diffusion.formats.names.unet import known_layout
 from dora_diffusion.numerics.weights import NormAxis
 
 # Of text encoders: tables of vectors. Training moves those that its captions look up, each its own
-# way, which is no change of low rank; and of the key formats only Diffusers' and PEFT's hold them.
+# way, which no low rank describes; and of the key formats only Diffusers' and PEFT's hold them.
 _TABLES = (".token_embedding", ".position_embedding")
 
 
@@ -140,7 +140,7 @@ def _check_pair(base: StoredModel, tuned: StoredModel) -> None:
     ]
     wrong += [f"{name}, which the base lacks" for name in others.keys() - shapes.keys()]
     if wrong:
-        raise ExportError(f"{tuned.path.name} is no tuned {base.path.name}: {listing(wrong, 3)}")
+        raise ExportError(f"{tuned.path.name} is not a tuned {base.path.name}: {listing(wrong, 3)}")
 
 
 def differ(base: Tensor, tuned: Tensor) -> bool:

@@ -105,7 +105,7 @@ def empty_module(folder: Path, component: str) -> Any:
 
     kind = read_index(folder)[component][1]
     config = read_json(folder / component / "config.json")
-    # Buffers are no weights, and no file needs to have them.
+    # Buffers are not weights, and no file needs to have them.
     with init_empty_weights(include_buffers=False):
         if component.startswith("text_encoder"):
             return getattr(transformers, kind)(transformers.CLIPTextConfig(**config))

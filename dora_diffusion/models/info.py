@@ -44,7 +44,7 @@ def model_info(name: str) -> ModelInfo:
     """Family, size and shape of a model, from its own files where they are on this machine.
 
     Raises:
-        ModelNotFoundError, UnsupportedModelError: If it is on this machine and is no model that
+        ModelNotFoundError, UnsupportedModelError: If it is on this machine and is not a model that
             can be trained.
     """
     try:

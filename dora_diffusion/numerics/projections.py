@@ -49,7 +49,7 @@ class Projections:
     def __post_init__(self) -> None:
         sizes = (self.rank, self.outputs, *self.inputs.values(), *sum(self.inputs, ()))
         if min(sizes) < 1 or not 0 <= self.seed < 2**63 or not self.inputs:
-            raise ValueError(f"these are no sizes or no seed of projections: {self}")
+            raise ValueError(f"these are not the sizes and seed of projections: {self}")
 
     @classmethod
     def of(cls, shapes: Iterable[tuple[int, ...]], rank: int, seed: int) -> Projections:

@@ -146,7 +146,7 @@ class Strengths:
         magnitude_strength: Moves the magnitude by a share of its change from the base's norm.
 
     Raises:
-        ValueError: If one is no number of at most `STRENGTH_LIMIT`.
+        ValueError: If one is not a number of at most `STRENGTH_LIMIT`.
     """
 
     strength: float = 1.0
@@ -177,7 +177,7 @@ class MergeStrengths(Strengths):
 
 
 def require_strength(name: str, value: float) -> None:
-    """Refuse a strength that is no share of what was trained: 70 for 0.7, or NaN.
+    """Refuse a strength that is not a share of what was trained: 70 for 0.7, or NaN.
 
     Raises:
         ValueError: If so.

@@ -48,7 +48,7 @@ def move(model: nn.Module, seed: int = 0, by: float = 0.2) -> None:
 def kept_by(
     layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, model: nn.Module
 ) -> tuple[torch.Tensor, dict[int, int]]:
-    """The output, and storages kept for the backward pass that are no parameters: bytes by name.
+    """The output, and storages kept for the backward pass that are not parameters: bytes by name.
 
     Nor what a scope made of them, which the scope keeps.
     """

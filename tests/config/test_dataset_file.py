@@ -56,7 +56,7 @@ def test_an_entry_of_several_folders_is_one_for_each(tmp_path: Path) -> None:
         ("- {max_token_length: 150}", "entry 1: max_token_length is a setting of the whole run"),
         ("- {repeats: many}", "entry 1: repeats is 'many'; it must be a whole number"),
         ("instance_data_dir: a", "must hold a list of subjects"),
-        ("- {}\n- a", "entry 2: 'a' is no subject; one begins with '- ' and a setting"),
+        ("- {}\n- a", "entry 2: 'a' is not a subject; one begins with '- ' and a setting"),
         ("- {repeats: }", "entry 1: repeats is empty; give a value, or leave it out"),
         ("- {a: [}", "line 1: this is not valid YAML"),
     ],

@@ -31,7 +31,7 @@ def test_options_are_read_as_sd_scripts_has_them() -> None:
         ("--n", "--n needs a value"),
         ("--d 1 --d 2", "has --d twice"),
         ("--drift yes", "--drift takes no value 'yes'"),
-        ("--ar 2:1", "--ar is no option here; there is --n (negative prompt), --d (seed), --w"),
+        ("--ar 2:1", "--ar is not an option here; there is --n (negative prompt), --d (seed), --w"),
     ],
 )
 def test_an_option_that_cannot_work_is_refused(options: str, message: str) -> None:

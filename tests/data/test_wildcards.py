@@ -105,7 +105,7 @@ def test_what_cannot_be_drawn_is_one_line(text: str, message: str, wildcards: Wi
 
 
 def test_the_folder_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"wildcard_dir .*gone is no folder"):
+    with pytest.raises(ValueError, match=r"wildcard_dir .*gone is not a folder"):
         Wildcards(tmp_path / "gone")
     with pytest.raises(ValueError, match="__colour__ is of a file; name its folder: wildcard_dir"):
         Wildcards().parse("__colour__")

@@ -230,7 +230,10 @@ def test_refusals_say_what_to_do(tmp_path: Path, sd1_folder: Path, sd2_folder: P
     for other, reason in (
         (sd1_folder, "nothing to extract"),
         (sd2_folder, r"the base is Stable Diffusion 1 \(sd1\), sd2 is Stable Diffusion 2"),
-        (inpaints, r"inpaints is no tuned sd1.*: unet.conv_in \(32, 9, 3, 3\) for \(32, 4, 3, 3\)"),
+        (
+            inpaints,
+            r"inpaints is not a tuned sd1.*: unet.conv_in \(32, 9, 3, 3\) for \(32, 4, 3, 3\)",
+        ),
         (broken, "numbers that are not finite"),
     ):
         with pytest.raises(ExportError, match=reason):

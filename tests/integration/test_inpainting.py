@@ -324,7 +324,7 @@ def test_masks_that_nothing_reads_are_said(
     base = make_config(sd1_folder, photos, tmp_path / "a", max_train_steps=1)
     said = " ".join(warnings_of(replace(base, inpainting_mask="random")))
     assert "inpainting_mask has no effect because" in said
-    assert "is no inpainting model" in said
+    assert "is not an inpainting model" in said
     masked(photos)
     inpainting = replace(base, pretrained_model_name_or_path=str(sd1_inpainting_folder))
     for mask, unused in (("subject", False), (None, True)):

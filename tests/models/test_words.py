@@ -76,7 +76,7 @@ READINGS = {
     "a Zwq_1 dog": "a zwq_1 dog",
     "zwq\n  ONE": "zwq zwq_1 one",
 }
-# Of letters that are no word: inside others, which `contains_token` does not find either.
+# Of letters that are not word: inside others, which `contains_token` does not find either.
 NOT_READ = ["zwqs", "azwq", "my_zwq", "zwq2", "zwqzwq", "x<bolt>", "<bolt>s", "a dog"]
 NEW = {"zwq": 2, "<bolt>": 2, "\xe9clair": 2, "one": 1}
 

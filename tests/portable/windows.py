@@ -244,7 +244,7 @@ def _check(event: str, args: tuple[Any, ...]) -> None:
 
 
 def _file(path: Any, folder: int = -1) -> str:
-    """An absolute path, with the links of its folder followed; empty for what is no file's."""
+    """An absolute path, with the links of its folder followed; empty for what is not a file's."""
     if isinstance(path, int) or path is None:
         return ""
     text = os.fsdecode(path)

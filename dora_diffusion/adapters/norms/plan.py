@@ -192,7 +192,7 @@ class Plan:
         total = terms.change + layout.base
         self.norm = total.clamp_min(0).sqrt_()
         self.gain = gain_of(layout.magnitude(), self.norm)
-        # Not less: what is no number must be found too.
+        # Not less: what is not a number must be found too.
         flagged = is_ill_conditioned(total, layout.base, terms.bound, margin).logical_or_(
             ~(self.gain.abs() >= margin * SMALL_GAIN)
         )

@@ -156,7 +156,7 @@ class SimulateSettings(Overwrite):
         """Factors of packs by their size.
 
         Raises:
-            ConfigError: If one is no size and factor.
+            ConfigError: If one is not a size and factor.
         """
         try:
             pairs = [text.split(":") for text in self.pack_throughput]

@@ -156,7 +156,7 @@ def changes_text(before: SubjectRecord, config: TrainConfig) -> str:
 
 
 def cause_of(error: Exception) -> str:
-    """An error in one line; what is no user's mistake with its kind."""
+    """An error in one line; what is not a user's mistake with its kind."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"

@@ -146,9 +146,9 @@ def _read_parts(
 def _not_dora(name: str, layer: LayerWeights) -> str:
     return (
         f"{name}: ai-toolkit applies alpha / rank ({layer.alpha:g} / {layer.rank}) outside of the "
-        "norm, m (W + BA) / norm(W + BA) + (alpha / rank - 1) BA, which is no DoRA, and which no "
-        "other program computes; with that alpha, export merges it exactly, and convert --to dense "
-        "writes its differences for one base model"
+        "norm, m (W + BA) / norm(W + BA) + (alpha / rank - 1) BA, which is not a DoRA, and which "
+        "no other program computes; with that alpha, export merges it exactly, and convert "
+        "--to dense writes its differences for one base model"
     )
 
 

@@ -233,7 +233,7 @@ def check_tokens(
         is_vector = tensor.is_floating_point() and tensor.ndim in (1, 2) and tensor.numel()
         if not is_vector or not torch.isfinite(tensor).all():
             raise AdapterFormatError(
-                f"its token {token} is no vector of finite numbers; the file is damaged"
+                f"its token {token} is not a vector of finite numbers; the file is damaged"
             )
         width = (shapes or {}).get(_READS_TOKENS.format(component), tensor.shape)[-1]
         if tensor.shape[-1] != width:

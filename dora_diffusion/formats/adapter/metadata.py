@@ -301,7 +301,7 @@ def _tags(fields: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _read_tag_frequency(fields: Mapping[str, str]) -> dict[str, int]:
-    """The counts of all datasets together, most frequent first; none if they are no captions'."""
+    """The counts of all datasets together, most frequent first; none if they are not captions'."""
     counts: Counter[str] = Counter()
     with contextlib.suppress(ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         for tags in json.loads(fields.get(TAG_FREQUENCY, "{}")).values():

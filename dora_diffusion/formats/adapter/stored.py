@@ -33,7 +33,7 @@ class StoredFile:
         path: The file.
         specs: Dtype and shape of every tensor.
         metadata: Its metadata.
-        config: The ``adapter_config.json`` beside it, None for a file that is no PEFT folder's.
+        config: The ``adapter_config.json`` beside it, None for a file that is not a PEFT folder's.
 
     Raises:
         AdapterFormatError: If it is damaged, or a pickle.
@@ -85,7 +85,7 @@ class StoredAdapter:
         """Read the headers of an adapter's files.
 
         Raises:
-            AdapterFormatError: If one is damaged, or it is no adapter.
+            AdapterFormatError: If one is damaged, or it is not an adapter.
             FileNotFoundError: If there is nothing at the path.
         """
         path = find_adapter(path)

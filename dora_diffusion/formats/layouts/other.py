@@ -142,7 +142,7 @@ def _other_method(keys: Collection[str]) -> str | None:
     for method, pattern in methods.items():
         if any(map(pattern.fullmatch, keys)):
             advice = _ADVICE.get(method, _MERGE)
-            return f"it holds {method}, which is no part of a LoRA or DoRA; {advice}"
+            return f"it holds {method}, which is not part of a LoRA or DoRA; {advice}"
     return None
 
 

@@ -245,7 +245,7 @@ def correlation(
     """Correlation of the changes of magnitude and direction over layers and checkpoints.
 
     The interval resamples blocks of the model, see `block_of`: layers of one block, and one layer
-    at several checkpoints, are no independent observations.
+    at several checkpoints, are not independent observations.
 
     Args:
         checkpoints: Of one run.

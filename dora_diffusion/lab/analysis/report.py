@@ -28,7 +28,7 @@ FILES = {"analysis": "analysis.json", "layers": "layers.csv", "table": "analysis
 METHOD = (
     "95% confidence intervals of correlations are from a bootstrap that resamples the model's "
     "blocks (resnets, stacks of attention, layers of a text encoder), each with all its layers and "
-    "checkpoints, since these are no independent observations; it says how far the figure depends "
+    "checkpoints, since these are not independent observations; it says how far the figure depends "
     "on which blocks there are, not what another seed would give, and is too narrow for a model of "
     "few blocks"
 )

@@ -79,7 +79,7 @@ def read_costs(path: Path) -> MeasuredCosts:
     """Costs by the record file of a fleet, one JSON object a line; a subject's last line counts.
 
     Raises:
-        ConfigError: If a line is no record, or no subject was finished.
+        ConfigError: If a line is not a record, or no subject was finished.
     """
     by_name: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -114,8 +114,8 @@ def _record(line: str, where: str) -> tuple[str, dict[str, Any]]:
         return str(record["name"]), record
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{where} is no record of a fleet ({error}); it needs name, status, start_seconds and "
-            "train_seconds",
+            f"{where} is not a record of a fleet ({error}); it needs name, status, start_seconds "
+            "and train_seconds",
             "records",
         ) from error
 

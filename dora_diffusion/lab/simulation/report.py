@@ -66,7 +66,7 @@ class Forecast:
         mean_wait: Over subjects, those of the warm-up left out, with batch means for its interval;
             None where subjects do not arrive at a rate.
         formula: Mean wait by `expected_wait`; None where it does not apply.
-        is_exact: Whether the formula is no approximation.
+        is_exact: Whether the formula is not an approximation.
     """
 
     plan: QueuePlan

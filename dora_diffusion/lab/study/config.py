@@ -322,7 +322,7 @@ def _rates(place: str, value: Any) -> tuple[float, ...]:
     try:
         rates = tuple(float(rate) for rate in _tuple(value))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{place}: {value!r} is no learning rate") from error
+        raise ConfigError(f"{place}: {value!r} is not a learning rate") from error
     require(all(rate > 0 for rate in rates), f"{place}: learning rates must be greater than 0")
     return rates
 

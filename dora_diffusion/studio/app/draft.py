@@ -16,7 +16,7 @@ import gradio as gr
 from dora_diffusion.studio.app.views.fields import QUIET
 
 LIMIT = 4000
-# For the browser's storage; it is no secret, but without one each start would have another.
+# For the browser's storage; it is not a secret, but without one each start would have another.
 _SECRET = "kept in this browser"
 _KINDS = (
     gr.Textbox, gr.Number, gr.Slider, gr.Checkbox, gr.CheckboxGroup, gr.Radio, gr.Dropdown,
@@ -123,7 +123,7 @@ def can_hold(field: Any, value: object) -> bool:
 def holding(field: Any, value: Any) -> Any:
     """An update that gives a field a value; a slider is widened to it.
 
-    How far one drags is no limit: an image may have been made by the command line.
+    How far one drags is not a limit: an image may have been made by the command line.
     """
     if not isinstance(field, gr.Slider):
         return gr.update(value=value)

@@ -138,7 +138,7 @@ element.addEventListener('pointerdown', (event) => {
 });
 element.addEventListener('pointermove', (event) => { if (state.from) move(event); });
 element.addEventListener('pointerup', () => {
-  // A click is no crop.
+  // A click is not a crop.
   if (state.from && state.tool === 'crop' && state.box) {
     const [left, top, right, bottom] = state.box;
     if (right - left < 8 || bottom - top < 8) state.box = null;

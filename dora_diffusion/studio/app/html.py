@@ -250,7 +250,7 @@ def image(path: Any, text: str) -> str:
 
 
 def outside(link: str) -> str:
-    """A link to a page elsewhere; an address that is no web page stays text."""
+    """A link to a page elsewhere; an address that is not a web page stays text."""
     if not link.startswith(("https://", "http://")):
         return note(link)
     return f"<a class='dd-download' href='{esc(link)}' rel='noopener'>{esc(link)}</a>"

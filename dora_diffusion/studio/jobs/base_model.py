@@ -42,7 +42,7 @@ def check_base(name: str, revision: str | None = None, *, ask_hub: bool = False)
         )
     if path.is_file() and path.suffix != ".safetensors":
         raise UserError(
-            f"{name} is no model: choose a .safetensors checkpoint or a Diffusers folder"
+            f"{name} is not a model: choose a .safetensors checkpoint or a Diffusers folder"
         )
     if (
         not is_embedded(name)
@@ -94,7 +94,9 @@ def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
     if vae and looks_local(vae) and not Path(vae).expanduser().exists():
         raise UserError(f"the VAE {vae} does not exist; give a folder, a file or a hub id")
     if folder and looks_local(folder) and not Path(folder, "model_index.json").is_file():
-        raise UserError(f"model_config {folder} is no Diffusers folder: it has no model_index.json")
+        raise UserError(
+            f"model_config {folder} is not a Diffusers folder: it has no model_index.json"
+        )
     classes = config.class_data_dir
     if classes and Path(classes).exists() and not Path(classes).is_dir():
         raise UserError(f"class_data_dir {classes} is a file; give a folder of class images")

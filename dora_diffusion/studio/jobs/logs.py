@@ -53,7 +53,7 @@ def check_metrics(folder: Path) -> None:
     except OSError as error:
         raise DamagedFile(path, error.strerror) from error
     if damaged:
-        raise DamagedFile(path, f"line {damaged} is no record of a step, and is skipped")
+        raise DamagedFile(path, f"line {damaged} is not a record of a step, and is skipped")
 
 
 def _follow(path: Path) -> _MetricsFile:
@@ -69,7 +69,7 @@ def _follow(path: Path) -> _MetricsFile:
 class _MetricsFile:
     """Records of a file up to ``end``, and its line that ends there.
 
-    ``lines`` counts those that are read, and ``damaged`` is the first one that is no record.
+    ``lines`` counts those that are read, and ``damaged`` is the first one that is not a record.
     """
 
     records: tuple[dict[str, Any], ...] = ()

@@ -133,7 +133,7 @@ def start_worker(folder: Path) -> subprocess.Popen[bytes]:
     (folder / records.STOP).unlink(missing_ok=True)
     # Bars are read from a file here: ten lines a second help nobody.
     environment = os.environ | {"TQDM_MININTERVAL": "2", "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONIOENCODING"] = "utf-8"  # Windows has another one for what is no terminal.
+    environment["PYTHONIOENCODING"] = "utf-8"  # Windows has another one for what is not a terminal.
     if is_embedded(records.read_record(folder).base):
         environment.setdefault("OMP_NUM_THREADS", "1")
     with (folder / records.LOG).open("ab") as log:

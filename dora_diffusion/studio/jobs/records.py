@@ -38,7 +38,7 @@ KINDS = {"train": "training", **{name: kind.job.state for name, kind in JOBS.ite
 # Progress that changes often is written twice a second at most.
 _PROGRESS_SECONDS = 0.5
 Record = TypeVar("Record")
-# Of records: a text is no number, and a number is finite.
+# Of records: a text is not a number, and a number is finite.
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 

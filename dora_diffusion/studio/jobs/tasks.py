@@ -183,7 +183,7 @@ def continue_run(folder: Path, more: object) -> None:
     """Return a finished run to the queue to train ``more`` steps from its last one on.
 
     Raises:
-        UserError: If it cannot be continued, or that is no number of steps.
+        UserError: If it cannot be continued, or that is not a number of steps.
     """
     job = read_job(folder)
     if job is None or not can_continue(job):

@@ -126,7 +126,7 @@ def read_generation_settings(file: Path) -> dict[str, str]:
     """The generation settings of a PNG that somebody uploads.
 
     Raises:
-        UserError: If it is no image of ours or A1111's.
+        UserError: If it is not an image of ours or A1111's.
     """
     from dora_diffusion.sampling.images import parse_parameters, read_parameters
 
@@ -185,7 +185,7 @@ def _pixels(crop: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int
     """Fractions of a photo as pixels."""
     numbers = [value for value in crop if isinstance(value, (int, float)) and 0 <= value <= 1]
     if len(numbers) != 4 or len(crop) != 4:
-        raise UserError("this is no crop; draw a rectangle inside of the photo")
+        raise UserError("this is not a crop; draw a rectangle inside of the photo")
     left, top, right, bottom = (
         round(value * side) for value, side in zip(numbers, (*size, *size), strict=True)
     )
@@ -200,7 +200,7 @@ def read_mask(address: object) -> Image.Image | None:
     """The painted part ("L") of a PNG that a page sent as a data URI; None if it is empty.
 
     Raises:
-        UserError: If it is no PNG, or a large one.
+        UserError: If it is not a PNG, or a large one.
     """
     if not address:
         return None

@@ -219,7 +219,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise DamagedFile(path, "it is not JSON") from error
     if not isinstance(value, dict):
-        raise DamagedFile(path, "it is no JSON object")
+        raise DamagedFile(path, "it is not JSON object")
     return value
 
 

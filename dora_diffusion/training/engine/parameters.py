@@ -36,7 +36,7 @@ class SteppedParameters:
         """Make clipping change the parameters' own gradients."""
 
     def clip(self, limit: float, accelerator: Any) -> Tensor:
-        """Limit the gradients' L2 norm; returns what it was. 0 is no limit."""
+        """Limit the gradients' L2 norm; return it as it was; 0: no limit."""
         if limit:
             norm: Tensor = accelerator.clip_grad_norm_(list(self), limit)
             return norm

@@ -196,7 +196,7 @@ def _kept_whole(model: nn.Module) -> Iterable[nn.Parameter]:
             yield module.rows
         if isinstance(module, AdaptedLayer):
             yield from module.adapters.parameters()
-            if module.kind != "plain":  # Its rows are no outputs.
+            if module.kind != "plain":  # Its rows are not outputs.
                 yield module.weight
 
 
@@ -303,7 +303,7 @@ class LocalParameters(SteppedParameters):
 
     @torch.no_grad()
     def clip(self, limit: float, accelerator: Any) -> Tensor:
-        """Limit the gradients' L2 norm over all processes; returns what it was. 0 is no limit."""
+        """Limit the gradients' L2 norm over all processes; return it as it was; 0: no limit."""
         own = [part.grad for _, part in self._pairs if part.grad is not None]
         whole = [parameter.grad for parameter in self.whole if parameter.grad is not None]
         squares = [torch.nn.utils.get_total_norm(part).square() for part in (own, whole)]

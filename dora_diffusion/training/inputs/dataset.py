@@ -127,7 +127,7 @@ def _open_subject(
     reads_masks, of_subject = components.family.planes > 0, config.inpainting_mask == "subject"
     if config.inpainting_mask and not reads_masks:
         warnings.warn(
-            f"inpainting_mask has no effect because {components.name} is no inpainting model",
+            f"inpainting_mask has no effect because {components.name} is not an inpainting model",
             stacklevel=2,
         )
     uses_masks = config.masked_loss or (reads_masks and of_subject)

@@ -26,7 +26,7 @@ class Subject:
         token: The word that means it; empty where captions are used as they are.
         class_word: What it is, such as ``"dog"``.
         settings: The run's settings, as they are for this subject.
-        words: New words of the run that are no subject's token.
+        words: New words of the run that are not subject's token.
     """
 
     token: str

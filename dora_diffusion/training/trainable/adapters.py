@@ -212,7 +212,7 @@ class StartingAdapter:
         """Find ``init_adapter``; None where there is none, or a checkpoint has it in it.
 
         Raises:
-            ConfigError, AdapterFormatError: If it is not there, or is no adapter.
+            ConfigError, AdapterFormatError: If it is not there, or is not an adapter.
         """
         name = config.init_adapter
         if not name or config.is_full or config.resume_from_checkpoint:

@@ -21,7 +21,7 @@ def test_what_is_joined_comes_apart_again(count):
     assert all(map(torch.equal, parts, tensors))
     joined.zero_()
     assert not any(part.any() for part in parts), "they are views"
-    assert tensors[0].all(), "and the vector is no view of what was joined"
+    assert tensors[0].all(), "and the vector is not a view of what was joined"
 
 
 def test_an_empty_tensor_keeps_its_shape_with_torch_2_6(monkeypatch):

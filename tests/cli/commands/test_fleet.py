@@ -13,7 +13,7 @@ from tests.cluster.fleet.helpers import SAMPLES
 
 @pytest.fixture
 def words(sd1_folder, tmp_path):
-    """Three subjects, of which one has no photos, and one a file that is no YAML."""
+    """Three subjects, of which one has no photos, and one a file that is not YAML."""
     folder = tmp_path / "subjects"
     shutil.copytree(SAMPLES / "bolt_mug", folder / "mug")
     for name in ("empty", "wrong"):

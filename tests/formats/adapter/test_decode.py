@@ -329,7 +329,7 @@ def test_joined_projections_cannot_be_split_on_the_input_axis(tmp_path: Path) ->
 
 
 def test_the_first_dora_of_ai_toolkit(tmp_path: Path) -> None:
-    """Magnitudes per input, and factors that are no modules."""
+    """Magnitudes per input, and factors that are not modules."""
     prefix = f"lora_unet_{BLOCK}.attn1.to_q".replace(".", "_")
     tensors = {
         f"{prefix}.lora_down": torch.randn(2, 8),

@@ -248,7 +248,7 @@ def test_live_modules_alone_say_that_they_leave_tokens(file: Path, sd1_folder: P
         (lambda t, m: t.update({"unet:144:down": t["unet:0:down"], "unet:144:up": t["unet:0:up"]}),
          "its 145 unet layers cannot be those of"),
         (lambda t, m: t.update({"other": torch.ones(3)}), "1 keys belong to no known module"),
-        (lambda t, m: t.update({"<s1>": torch.full((32,), torch.nan)}), "<s1> is no vector"),
+        (lambda t, m: t.update({"<s1>": torch.full((32,), torch.nan)}), "<s1> is not a vector"),
         (lambda t, m: m.update({"unet": "GEGLU"}), "its metadata should list the classes of"),
         (lambda t, m: m.update({"unet": '["GEGLU", "Mystery"]'}), "has adapted Mystery"),
     ],
@@ -276,7 +276,7 @@ def test_tokens_of_another_width_are_refused(tmp_path: Path, file: Path, sd1_fol
 
 
 def test_its_alpha_is_its_rank(file: Path) -> None:
-    """Which is no guess: it trained at scale 1."""
+    """Which is not a guess: it trained at scale 1."""
     adapter = read_adapter(file)
     assert {layer.scale for layer in adapter.layers.values()} == {1.0}
     assert not adapter.assumptions

@@ -672,7 +672,7 @@ def test_kohya_files_in_other_key_formats(
 def test_strength_stacking_and_hotswap_in_diffusers(
     tmp_path: Path, sd1_folder: Path, random_layer: Callable[..., LayerWeights]
 ) -> None:
-    """Its scale is our direction strength; two DoRAs are no sum there; a hotswap is refused."""
+    """Its scale is our direction strength; two DoRAs are not summed there; a hotswap is refused."""
     from diffusers import StableDiffusionPipeline
 
     from dora_diffusion.adapters.merge import Strengths, merge_tensor

@@ -41,7 +41,9 @@ def test_every_method_of_lycoris_is_read_or_named(method: str) -> None:
         return
     with pytest.raises(AdapterFormatError) as caught:
         group_keys(keys, name_resolver())
-    assert str(caught.value).startswith(f"it holds {expected}, which is no part of a LoRA or DoRA;")
+    assert str(caught.value).startswith(
+        f"it holds {expected}, which is not part of a LoRA or DoRA;"
+    )
     assert "no known module" not in str(caught.value)
 
 

@@ -44,8 +44,8 @@ def test_a_record_file_gives_times_starts_and_failures(tmp_path):
         ("", "has no subject that is done"),
         ('{"name": "a", "status": "failed"}', "has no subject that is done"),
         ('{"name": "a", "status": "done", "start_seconds": 1}', "line 1 of .*train_seconds"),
-        ("[1]", "line 1 of .* is no record of a fleet"),
-        ("nothing", "line 1 of .* is no record of a fleet"),
+        ("[1]", "line 1 of .* is not a record of a fleet"),
+        ("nothing", "line 1 of .* is not a record of a fleet"),
     ],
 )
 def test_what_is_no_record_file_is_refused(tmp_path, text, message):

@@ -65,7 +65,7 @@ def test_a_file_or_folder_that_is_no_base_model_is_refused(tmp_path: Path) -> No
     for name, match in (
         ("lora.safetensors", "not a full checkpoint"),
         ("flux", "not supported"),
-        ("notes.txt", "is no model"),
+        ("notes.txt", "is not a model"),
         ("", "no model_index.json"),
     ):
         with pytest.raises(UserError, match=match):

@@ -166,8 +166,8 @@ def test_a_damaged_file_damages_its_run_alone(
         (records.RESULT, '{"code": "0"}', "code is '0'"),
         (records.RESULT, '{"code": true}', "code is 'True'"),
         ("metrics.jsonl", '{"step": 1, "loss": 1, "seconds": 1}\n{"step": 2}\n', "line 2 is no"),
-        ("metrics.jsonl", '{"step": "1", "loss": 1, "seconds": 1}\n', "line 1 is no record"),
-        ("metrics.jsonl", '{"step": 1, "loss": NaN, "seconds": 1}\n', "line 1 is no record"),
+        ("metrics.jsonl", '{"step": "1", "loss": 1, "seconds": 1}\n', "line 1 is not a record"),
+        ("metrics.jsonl", '{"step": 1, "loss": NaN, "seconds": 1}\n', "line 1 is not a record"),
     ],
 )
 def test_the_damage_is_named(workspace: Workspace, name: str, text: str, reason: str) -> None:

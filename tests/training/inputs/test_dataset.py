@@ -246,7 +246,7 @@ def test_wildcards_are_refused_before_a_model_is_loaded(config, photos, monkeypa
     with pytest.raises(PhotoError, match=r"caption of 02\.jpg: the wildcard __place__ is of"):
         open_session(wild, subjects_of(wild), make_accelerator(wild))
     for setting, value, message in (
-        ("wildcard_dir", str(photos / "gone"), r"wildcard_dir .*gone is no folder"),
+        ("wildcard_dir", str(photos / "gone"), r"wildcard_dir .*gone is not a folder"),
         ("instance_prompt", "a {sks mug", r"has \{ without \}"),
         ("validation_prompt", ["a __gone__"], "name its folder: wildcard_dir"),
         ("instance_prompt", "a {red|blue} mug", "does not contain the token 'sks'"),

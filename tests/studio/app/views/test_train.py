@@ -72,7 +72,7 @@ def test_a_sample_prompt_without_the_token_is_said_to_show_the_class(
     said = html.unescape(handler(context, "plan")(*asked)[0])
     assert "Sample prompt 'a photo of a mug at night' does not contain the token 'sks'" in said
     assert said.count("does not contain the token") == 1
-    with pytest.raises(gradio.Error, match="--x is no option here"):
+    with pytest.raises(gradio.Error, match="--x is not an option here"):
         handler(context, "start")("", *fields(subject, "a {subject} --x 3"))
 
 
