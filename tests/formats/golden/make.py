@@ -44,7 +44,7 @@ SDXL = {
     f"text_encoder_2.{_TEXT}.31.mlp.fc2": (4, 5),
 }
 FACTS = AdapterMetadata(
-    "sd1", "some/model", "sks dog", 512,
+    "sd1", "some/model", "sks dog", (512,),
     extra={"prediction_type": "epsilon", "training_steps": "800"},
     tags=("dog", "pet"), thumbnail="data:image/png;base64,iVBORw0KGgo=",
     tag_frequency={"a photo of a sks dog": 5},
@@ -130,7 +130,8 @@ def main() -> None:
         for path in write(folder / name, files[name]):
             hashes[path.relative_to(folder).as_posix()] = path
     embeddings = embedding_files(folder, "tokens", TOKENS)
-    write_embeddings(embeddings, {token: numbers(token, shape) for token, shape in TOKENS.items()})
+    vectors = {token: {"text_encoder": numbers(token, shape)} for token, shape in TOKENS.items()}
+    write_embeddings(embeddings, vectors)
     run = folder / "run"
     command([*TRAIN, "--output_dir", str(run)])
     for path in run.iterdir():
