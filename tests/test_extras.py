@@ -45,7 +45,7 @@ OPTIONAL = import_names([*BY_HAND, *(line for extra in EXTRAS for line in stated
 # Comes with the requirements; where it does not, versions are not compared.
 BROUGHT_ALONG = {
     "fastapi", "grpc", "packaging", "prometheus_client", "pydantic", "starlette", "tokenizers",
-    "uvicorn",
+    "typing_extensions", "uvicorn",
 }  # fmt: skip
 
 

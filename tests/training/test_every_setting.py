@@ -147,7 +147,7 @@ CASES: dict[str, Case] = {
     "use_dora": Case(False),
     "norm_axis": Case("input"),
     "max_train_steps": Case(4),
-    "num_train_epochs": Case(2, {"max_train_steps": None}),
+    "num_train_epochs": Case(2, {"num_train_epochs": 1, "max_train_steps": None}),
     "train_batch_size": Case(2),
     "gradient_accumulation_steps": Case(2),
     "learning_rate": Case(2e-3),

@@ -53,7 +53,7 @@ def test_a_look_prints_a_table_and_writes_a_contact_sheet_alone(folder, capsys):
     assert "written: nothing" in text
     assert sorted(path.name for path in folder.iterdir()) == ["01.jpg", "02.jpg", "03.jpg"]
     with Image.open(folder.parent / "mug-sheet.jpg") as sheet:
-        assert (sheet.format, sheet.width) == ("JPEG", 64 + 3 * 163)
+        assert (sheet.format, sheet.width) == ("JPEG", 3 * 160 + 2 * 2)
     assert prepare("mug") == 0  # the sheet is replaced
 
 

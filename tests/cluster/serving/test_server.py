@@ -128,6 +128,16 @@ def test_it_is_ready_when_it_has_started_and_answers_by_every_address_of_this_ma
         assert asyncio.run(scenario(host, name)) == (200, 200), (host, name)
 
 
+@pytest.fixture
+def as_in_a_terminal():
+    """Whoever runs the tests in the background may have them ignore signals, as nohup does."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: signal.Signals(number).name)
 def test_a_signal_answers_what_is_in_flight_refuses_what_is_new_and_ends(number):
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -159,6 +169,7 @@ def test_a_signal_answers_what_is_in_flight_refuses_what_is_new_and_ends(number)
     assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 def test_a_second_signal_ends_it_at_once():
     async def scenario():
         async with Running() as one:

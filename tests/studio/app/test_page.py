@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -130,20 +131,28 @@ def _damage_what_lies_beside(workspace: Workspace, content: bytes | None) -> Non
 
 
 @pytest.mark.parametrize(
-    "text",
-    ['{"rows": 1, "notes": []}', '{"rows": [{"name": "base"}], "notes": []}', '{"notes": []}',
-     '{"rows": [{"name": "base", "similarity": "a", "drift": 0, "pictures": []}], "notes": []}',
-     '{"rows": [{"name": ["base"]}], "notes": []}', '{"rows": [], "notes": 1}'],
-)  # fmt: skip
+    ("text", "wrong"),
+    [
+        ('{"rows": 1, "notes": []}', "rows is '1'"),
+        ('{"rows": [{"name": "base"}], "notes": []}', "rows.0.similarity is missing"),
+        ('{"notes": []}', "rows is missing"),
+        (
+            '{"rows": [{"name": "base", "similarity": "a", "drift": 0}], "notes": []}',
+            "rows.0.similarity is 'a'",
+        ),
+        ('{"rows": [{"name": ["base"]}], "notes": []}', "rows.0.name is \"['base']\""),
+        ('{"rows": [], "missing": [], "notes": 1}', "notes is '1'"),
+    ],
+)
 def test_a_damaged_comparison_is_said_and_can_be_made_again(
-    context: Context, shown: Callable[[str | None], str], text: str
+    context: Context, shown: Callable[[str | None], str], text: str, wrong: str
 ) -> None:
     run = ended_run(context.workspace, (50,), 120)
     folder = context.workspace.exports / run.id / "comparison"
     folder.mkdir(parents=True)
     (folder / "comparison.json").write_text(text, encoding="utf-8")
-    page = shown(run.id)
-    assert "comparison.json is damaged (its rows are none); mend or delete it, or rank aga" in page
+    page = unescape(shown(run.id))
+    assert f"comparison.json is damaged ({wrong}); mend or delete it, or rank again" in page
     assert "Rank the checkpoints" in page
 
 
