@@ -389,8 +389,9 @@ def _connect_words(context: Context, tab: TrainTab, subjects: SubjectTab, restor
             keep_words(context.workspace, subject_id, class_word, token)
 
     words = [tab.class_word, tab.token]
+    # Not on every change: fields that one subject has filled are no words of the next one.
     gr.on(
-        [word.change for word in words], None, [tab.words, subjects.pick, *words], [tab.words],
+        [word.input for word in words], None, [tab.words, subjects.pick, *words], [tab.words],
         js=_KEEP_WORDS,
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
