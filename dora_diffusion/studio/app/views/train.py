@@ -379,7 +379,8 @@ def _connect_words(context: Context, tab: TrainTab, subjects: SubjectTab, restor
             return [*(words if typed.get("subject") == "" else [gr.skip()] * 2), gr.skip()]
         if typed.get("subject") == "" and not stored.class_word:
             keep_words(context.workspace, stored.id, *words)
-        elif typed.get("subject") != stored.id:
+        # Without a class it is what the fields were before they were filled, on a slow page.
+        elif typed.get("subject") != stored.id or (stored.class_word and not words[0]):
             return [stored.class_word, stored.token, gr.skip()]
         return [*words, {**typed, "subject": stored.id}]
 
@@ -389,9 +390,8 @@ def _connect_words(context: Context, tab: TrainTab, subjects: SubjectTab, restor
             keep_words(context.workspace, subject_id, class_word, token)
 
     words = [tab.class_word, tab.token]
-    # Not on every change: fields that one subject has filled are no words of the next one.
     gr.on(
-        [word.input for word in words], None, [tab.words, subjects.pick, *words], [tab.words],
+        [word.change for word in words], None, [tab.words, subjects.pick, *words], [tab.words],
         js=_KEEP_WORDS,
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip

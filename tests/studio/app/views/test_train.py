@@ -239,6 +239,8 @@ def test_class_and_token_stay_with_the_subject(context: Context, subject: str) -
     words = typed(subject, "bowl", "zwx")
     assert fill(subject, words) == ["bowl", "zwx", words]
     assert fill(other, words)[:2] == ["cat", "sks"]
+    # Of fields that were still empty when it was chosen.
+    assert fill(other, typed(other, "", "sks"))[:2] == ["cat", "sks"]
     keep(subject, "", "")  # a style
     assert fill(subject, {})[:2] == ["", ""]
     assert read_subject(context.workspace, subject).title == "Mug"
