@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 from PIL import Image
@@ -151,8 +152,10 @@ def test_text_files_are_the_captions_of_the_photos_beside_them(
     subject = new_subject(workspace, "x")
 
     def add(photos: list[str], **captions: str) -> tuple[tuple[str, ...], dict[str, str]]:
-        files = [photo(tmp_path / f"{name}.jpg") for name in photos]
-        upload = add_photos(workspace, subject, [*texts(tmp_path, **captions), *files])
+        # Elsewhere each time: no two names of a folder may differ in case alone everywhere.
+        folder = Path(mkdtemp(dir=tmp_path))
+        files = [photo(folder / f"{name}.jpg") for name in photos]
+        upload = add_photos(workspace, subject, [*texts(folder, **captions), *files])
         return upload.refused, captions_of(read_subject(workspace, subject))
 
     assert add(["a", "002"], a="a sks dog\n on  grass", b="x") == (
