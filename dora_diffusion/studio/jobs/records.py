@@ -20,6 +20,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -191,6 +192,12 @@ class ProgressFile:
             self._written = now
 
 
+@cache
+def _reader(kind: type[Any]) -> TypeAdapter[Any]:
+    """Return the reader of a dataclass: made once, since every refresh reads every job's."""
+    return TypeAdapter(kind)
+
+
 def checked(kind: type[Record], values: Mapping[str, Any], path: Path) -> Record:
     """A dataclass from a file's values: what is missing has its default, what is more is left out.
 
@@ -198,7 +205,8 @@ def checked(kind: type[Record], values: Mapping[str, Any], path: Path) -> Record
         DamagedFile: If one is missing that has no default, or is not of its field's type.
     """
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(values))
+        made: Record = _reader(kind).validate_json(json.dumps(values))  # type: ignore[arg-type]
+        return made
     except ValidationError as error:
         first = error.errors()[0]
         place, given = ".".join(map(str, first["loc"])), str(first["input"])[:80]

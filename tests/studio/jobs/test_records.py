@@ -119,3 +119,16 @@ def test_progress_is_kept_and_not_written_too_often(
     assert read_progress(tmp_path).done == 9
     with pytest.raises(TypeError, match="percent"):
         tell(percent=3)
+
+
+def test_a_refresh_reads_with_a_reader_that_is_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, real = [], records.TypeAdapter
+    monkeypatch.setattr(records, "TypeAdapter", lambda kind: made.append(kind) or real(kind))
+    records._reader.cache_clear()
+    write_record(tmp_path, JobRecord(["train"]))
+    for _ in range(3):
+        read_record(tmp_path)
+        read_progress(tmp_path)
+    assert made == [JobRecord, JobProgress]
