@@ -126,8 +126,10 @@ def read_bytes(path: Path) -> bytes:
         else:
             now = path.stat()
             key = path.absolute(), now.st_mtime_ns, now.st_size
-            data = kept[key] if key in kept else path.read_bytes()
-            if len(data) + sum(map(len, kept.values())) <= _MOST_KEPT_BYTES:
+            if key in kept:
+                return kept[key]
+            data = path.read_bytes()
+            if data and len(data) + sum(map(len, kept.values())) <= _MOST_KEPT_BYTES:
                 kept[key] = data
     except OSError as error:
         reason = error.strerror or error
