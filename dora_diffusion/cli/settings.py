@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +15,15 @@ from dora_diffusion.config.adapter import NORM_AXES
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.command import AsJob, CommandSettings
 from dora_diffusion.config.families import FAMILIES, PREDICTION_TYPES
-from dora_diffusion.config.fields import AUTO, DTYPES, REQUIRED, flag, require_token_length
+from dora_diffusion.config.fields import (
+    AUTO,
+    DTYPES,
+    REQUIRED,
+    Condition,
+    flag,
+    require_token_length,
+    when,
+)
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.formats.layouts import KEY_FORMATS, LORA_RANK, PROGRAMS, TARGETS
 from dora_diffusion.models.schedulers import SCHEDULERS
@@ -466,11 +475,10 @@ class PushSettings(CommandSettings):
     public: bool = flag(False, "Let everybody see it.")
 
 
-def _ray(config: Any) -> str | None:
-    """Require an address of Ray: without Ray there is one worker."""
-    if config.address is None:
-        return "no address is given: there is one worker, this process"
-    return None
+_RAY = when(
+    lambda config: config.address is not None,
+    "no address is given: there is one worker, this process",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -485,13 +493,13 @@ class WorkerFlags(CommandSettings):
     workers: int | None = flag(
         None,
         "Most workers at once. Default: as many as the nodes have room for.",
-        needs=(_ray,),
+        needs=(_RAY,),
     )
-    num_cpus: float = flag(1.0, "Processors of each worker.", needs=(_ray,))
+    num_cpus: float = flag(1.0, "Processors of each worker.", needs=(_RAY,))
     num_gpus: float | None = flag(
         None,
         "GPUs of each worker; 0.5 has two share one. Default: 1 where the cluster has GPUs.",
-        needs=(_ray,),
+        needs=(_RAY,),
     )
 
     @property
@@ -523,13 +531,9 @@ class CompareSettings(WorkerFlags):
     json: bool = flag(False, "Print the records as JSON.")
 
 
-def _without(name: str) -> Any:
-    """A need of another setting, said as what it is without."""
-
-    def need(config: Any) -> str | None:
-        return None if getattr(config, name) else f"no --{name} is given"
-
-    return (need,)
+def _given(name: str) -> Condition:
+    """Condition that another setting is given."""
+    return when(attrgetter(name), f"no --{name} is given")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -556,7 +560,7 @@ class PrepareSettings(CommandSettings):
     caption: str | None = flag(None, "Caption of every photo, instead of its own.")
     find: str | None = flag(None, "Text to replace in every caption, letter by letter.")
     replace: str | None = flag(
-        None, "Replacement of the text found. Default: nothing.", needs=_without("find")
+        None, "Replacement of the text found. Default: nothing.", needs=(_given("find"),)
     )
     caption_prefix: str | None = flag(
         None, "Text in front of every caption that does not begin with it."
@@ -564,7 +568,7 @@ class PrepareSettings(CommandSettings):
     caption_prompt: str | None = flag(
         None,
         "Question to a chat model. Default: to describe the image in one sentence.",
-        needs=_without("caption_model"),
+        needs=(_given("caption_model"),),
     )
     masks: str | None = flag(
         None, "Make missing masks: rembg, rembg:MODEL, or a segmentation model (folder or hub id)."
@@ -572,7 +576,7 @@ class PrepareSettings(CommandSettings):
     mask_label: str | None = flag(
         None,
         "The subject's label of a segmentation model. Default: --class_word.",
-        needs=_without("masks"),
+        needs=(_given("masks"),),
     )
     token: str = flag("", "Trigger word, put into new captions.")
     class_word: str = flag("", "Class of the subject, before which the token is put.")
@@ -582,7 +586,7 @@ class PrepareSettings(CommandSettings):
         "that backgrounds are not learned with the subject.",
         choices=("random",),
     )
-    seed: int = flag(0, "Random seed of the colours.", needs=_without("background"))
+    seed: int = flag(0, "Random seed of the colours.", needs=(_given("background"),))
     resolution: int = flag(512, "Training resolution, a multiple of 64.")
     sheets: str = flag(
         ".", "Folder of contact sheets, NAME-sheet.jpg, which are replaced. Default: the current."
@@ -593,7 +597,7 @@ class PrepareSettings(CommandSettings):
         "output folder.",
     )
     only_copies: bool = flag(
-        False, "Leave the photos themselves out of the output.", needs=_without("background")
+        False, "Leave the photos themselves out of the output.", needs=(_given("background"),)
     )
     json: bool = flag(False, "Print JSON instead of a table.")
 

@@ -135,6 +135,11 @@ class AnyOf:
 Condition = Callable[[Any], "str | None"]
 
 
+def when(holds: Callable[[Any], Any], reason: str) -> Condition:
+    """Return a condition by what tells of a config that it holds, with the reason where not."""
+    return lambda config: None if holds(config) else reason
+
+
 def shown(value: Any) -> str:
     """A value as a command line has it."""
     if value is None or value == []:
@@ -167,7 +172,7 @@ class Setting:
         most: The most that it may be.
         below: It must be less.
         flags: Its flags, where they are others than ``--`` and its name.
-        metavar: What stands for its value in the help.
+        metavar: Placeholder of its value in the help.
         positional: Whether it is given by its place, without a flag.
         repeated: Whether several flags add up to one list.
     """

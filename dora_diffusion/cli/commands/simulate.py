@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dora_diffusion.cli.console.tables import print_json
 from dora_diffusion.cli.settings import Overwrite
 from dora_diffusion.config import ConfigError
-from dora_diffusion.config.fields import flag, require
+from dora_diffusion.config.fields import flag, require, when
 from dora_diffusion.formats.files.atomic import require_writable, save_text
 
 if TYPE_CHECKING:
@@ -22,19 +21,10 @@ SUBJECTS, SUBJECTS_AT_A_RATE = 1000, 10_000
 _FILE = "that of --records, else 0"
 
 
-def _when(reason: str, holds: Callable[[SimulateSettings], Any]) -> Any:
-    """Return the condition of a setting, with the message for where it does not hold."""
-
-    def need(config: Any) -> str | None:
-        return None if holds(config) else reason
-
-    return (need,)
-
-
-_PACK = _when("no --pack is given", lambda plan: plan.pack != 1)
-_FAILURES = _when(
-    "no --failures are given",
+_PACK = when(lambda plan: plan.pack != 1, "no --pack is given")
+_FAILURES = when(
     lambda plan: plan.failures or (plan.records is not None and plan.failures is None),
+    "no --failures are given",
 )
 
 
@@ -59,7 +49,7 @@ class SimulateSettings(Overwrite):
         f"Number of arrivals. Default: {SUBJECTS:,}; with --rate {SUBJECTS_AT_A_RATE:,}.",
         group="Subjects",
         above=0,
-        needs=_when("all arrivals of the file are simulated", lambda plan: plan.arrivals is None),
+        needs=(when(lambda plan: plan.arrivals is None, "all arrivals of the file are simulated"),),
     )
     records: Path | None = flag(
         None,
@@ -75,7 +65,7 @@ class SimulateSettings(Overwrite):
         0.0,
         "Standard deviation of training times, in means: 0 all the same, 1 exponential.",
         group="Subjects",
-        needs=_when("training times are those of --records", lambda plan: plan.records is None),
+        needs=(when(lambda plan: plan.records is None, "training times are those of --records"),),
     )
     workers: list[int] = flag(
         [1], "Number of workers; several are compared.", group="Workers", least=1
@@ -104,7 +94,7 @@ class SimulateSettings(Overwrite):
         "Subject-steps per second of packs, relative to one subject, such as 4:2.2 8:3.2.",
         group="Workers",
         metavar="SIZE:FACTOR",
-        needs=_PACK,
+        needs=(_PACK,),
     )
     failures: float | None = flag(
         None,
@@ -122,28 +112,28 @@ class SimulateSettings(Overwrite):
         "How long a subject waits for its pack to fill.",
         group="Workers",
         metavar="SECONDS",
-        needs=_PACK,
+        needs=(_PACK,),
     )
     checkpoint_seconds: float = flag(
         0.0,
         "Training time between checkpoints; 0: a failure loses all.",
         group="Workers",
         metavar="SECONDS",
-        needs=_FAILURES,
+        needs=(_FAILURES,),
     )
     recovery: float = flag(
         0.0,
         "Seconds from a failure to the new process.",
         group="Workers",
         metavar="SECONDS",
-        needs=_FAILURES,
+        needs=(_FAILURES,),
     )
     preempted_for: float = flag(
         0.0,
         "Seconds from a preemption to the next worker.",
         group="Workers",
         metavar="SECONDS",
-        needs=_when("no --preemptions are given", lambda plan: plan.preemptions),
+        needs=(when(lambda plan: plan.preemptions, "no --preemptions are given"),),
     )
     price: float | None = flag(None, "Price of a GPU-hour, in any currency.", above=0)
     gpus_per_worker: float = flag(1.0, "GPUs of a worker, such as 0.25.", above=0)
