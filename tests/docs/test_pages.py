@@ -123,7 +123,7 @@ def test_flags_of_a_command_are_its_own(page: Page) -> None:
 
 
 def default_of(name: str, page: Page, command: str | None) -> str:
-    """What a help text says, of a command or the first of the page that has the flag."""
+    """Help text, of a command or the first of the page that has the flag."""
     command = command or next(c for c in named_commands(page) if f"--{name}" in flags_of(c))
     texts = {setting.name: setting.default_text for setting in settings()}
     if command in ("train", "fleet") and name in texts:

@@ -222,7 +222,7 @@ def places(
     tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path, sd2_folder: Path,
     sd1_inpainting_folder: Path, dino_folder: Path,
 ) -> dict[str, Path]:  # fmt: skip
-    """What the cases name."""
+    """Files and folders that the cases name."""
     root = tmp_path_factory.mktemp("places")
     photos = root / "photos"
     photos.mkdir()
@@ -284,7 +284,7 @@ def filled(value: Any, places: Mapping[str, Path]) -> Any:
 
 
 def seen(config: TrainConfig) -> dict[str, Any]:
-    """What a run does: its losses, weights, images and files."""
+    """Train, and return what is left of it: losses, weights, images and files."""
     told: list[events.Event] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -315,13 +315,13 @@ def seen(config: TrainConfig) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def usual_runs() -> dict[str, Any]:
-    """What runs did without a case's setting, by their settings."""
+    """Outcomes of runs without a case's setting, by their settings."""
     return {}
 
 
 @pytest.fixture
 def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What a run asks of libraries where no number of it changes, or which are not installed."""
+    """Calls of libraries where no number of a run changes, or which are not installed."""
     asked: list[str] = []
 
     class Adam8bit(torch.optim.AdamW):

@@ -141,7 +141,7 @@ def json_object(text: str, what: str) -> dict[str, Any]:
 
 
 class NamePatterns:
-    """Matches the patterns of one file, which a stranger wrote: they may take ``re`` for ever.
+    """Matches the patterns of one file, which is not trusted: they may take ``re`` for ever.
 
     Attributes:
         seconds: That all names and patterns may still take.

@@ -48,8 +48,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 # Settings with a field of their own on the page, as it is labelled there.
 LABELS: Mapping[str, str] = {
     "pretrained_model_name_or_path": "Base model", "init_adapter": "Start from",
-    "class_word": "Class", "validation_prompt": "Sample prompts", "dataset_config":
-    "Other subjects in the same run",
+    "class_word": "Class", "validation_prompt": "Sample prompts",
+    "dataset_config": "Other subjects in the same run",
 }  # fmt: skip
 _LABELLED = re.compile(rf"(?:--)?\b({'|'.join(LABELS)})\b")
 # Of a setting that follows from the model where it is neither.

@@ -206,7 +206,7 @@ def _start(
             if " " not in concept.strip():
                 warnings.warn(
                     f"initializer_concept {quoted(concept)} is not a word of the model: it is "
-                    f"spelled in {len(found)} tokens, whose mean the new word {word} starts from; "
+                    f"split into {len(found)} tokens, whose mean the new word {word} starts from; "
                     "a common word for the same says more",
                     stacklevel=3,
                 )

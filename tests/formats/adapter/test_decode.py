@@ -354,7 +354,7 @@ def test_the_first_dora_of_ai_toolkit(tmp_path: Path) -> None:
 def ai_toolkit_forward(
     x: Tensor, weight: Tensor, tensors: dict[str, Tensor], scale: float
 ) -> Tensor:
-    """What its module returns, by its source: base + scaled LoRA + correction of the unscaled one.
+    """Output of its module, by its source: base + scaled LoRA + correction of the unscaled one.
 
     ai-toolkit, `toolkit/models/DoRA.py` and `toolkit/network_mixins.py`.
     """

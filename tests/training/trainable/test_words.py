@@ -407,7 +407,7 @@ def test_what_the_model_or_the_captions_refuse(
 
 def test_a_concept_that_is_spelled_is_said(sd1_folder: Path, named: Path, tmp_path: Path) -> None:
     with pytest.warns(
-        UserWarning, match="'qzx' is not a word of the model: it is spelled in 3 tok"
+        UserWarning, match="'qzx' is not a word of the model: it is split into 3 tok"
     ):
         add_to(sd1_folder, named, tmp_path, {**WORDS, "initializer_concept": ["qzx"]})
 

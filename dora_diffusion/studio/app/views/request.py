@@ -82,7 +82,7 @@ def _whole(form: dict[str, Any], name: str) -> int | None:
 
 @dataclass(frozen=True)
 class _Model:
-    """Model that a choice stands for."""
+    """Model of a choice."""
 
     base: BaseModel
     adapter: Path | None
