@@ -1,6 +1,7 @@
 """Processor time of a whole step where there is next to nothing to compute: what issuing it costs.
 
     OMP_NUM_THREADS=1 python benchmarks/dispatch_time.py
+    OMP_NUM_THREADS=1 python benchmarks/dispatch_time.py --family tiny-sdxl --rounds 20
 
 The structure of SD1.5 and SDXL with narrow channels in bf16 (peers with autocast, as Diffusers'
 scripts train them), on a CPU, but with the operations that a GPU gets: forward and backward, norms,
@@ -28,11 +29,13 @@ from common import (
     markdown,
     ratio,
 )
+from diffusers import UNet2DConditionModel
 from full_size import UNETS
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.scope import NormCache, norm_scope
 from dora_diffusion.adapters.targets import match_targets
+from dora_diffusion.models.embedded import MODELS, model_folder
 from dora_diffusion.training.engine.parameters import FlatParameters
 
 NARROW: dict[str, dict[str, Any]] = {
@@ -45,14 +48,32 @@ NARROW: dict[str, dict[str, Any]] = {
 }
 
 
-def narrow_unet(family: str) -> nn.Module:
-    """A UNet with all layers of the family's, a few channels each."""
-    from diffusers import UNet2DConditionModel
-
+def small_unet(family: str) -> UNet2DConditionModel:
+    """A UNet with all layers of the family's, a few channels each in bf16, or an embedded one."""
+    if family in MODELS:
+        return UNet2DConditionModel.from_pretrained(model_folder(family), subfolder="unet")
     torch.manual_seed(0)
     settings = UNETS[family] | NARROW[family]
     narrow = {"cross_attention_dim": 32, "norm_num_groups": 8, "sample_size": 16}
-    return UNet2DConditionModel(**(settings | narrow)).requires_grad_(False)
+    return UNet2DConditionModel(**(settings | narrow)).bfloat16()
+
+
+def inputs_of(unet: UNet2DConditionModel, batch: int) -> dict[str, Any]:
+    """Random inputs of a UNet."""
+    like = {"dtype": unet.dtype}
+    config = unet.config
+    inputs: dict[str, Any] = {
+        "sample": torch.randn(batch, config.in_channels, *2 * [config.sample_size], **like),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": torch.randn(batch, 8, config.cross_attention_dim, **like),
+    }
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(batch, pooled, **like),
+            "time_ids": torch.full((batch, 6), 1024.0),
+        }
+    return inputs
 
 
 @dataclass
@@ -88,7 +109,8 @@ class Stepper:
         """Forward and backward pass, norms, clipping and the optimizer."""
         model, scaler = self.peer.model, self.scaler
         with norm_scope(model, cache=self.norm_cache) if self.ours else self.peer.scope():
-            with torch.autocast(self.device, self.dtype, enabled=not self.ours):
+            cast = not self.ours and self.dtype != torch.float32
+            with torch.autocast(self.device, self.dtype, enabled=cast):
                 prediction = self.forward(model)
             loss = prediction.float().square().mean()
             (loss if scaler is None else scaler.scale(loss)).backward()
@@ -112,24 +134,15 @@ class Stepper:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", nargs="+", choices=tuple(NARROW), default=list(NARROW))
+    parser.add_argument("--family", nargs="+", choices=(*NARROW, *MODELS), default=list(NARROW))
     parser.add_argument("--peers", nargs="+", default=[LORA, OURS], choices=PEERS)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     for family in args.family:
-        base = narrow_unet(family).bfloat16()
+        base = small_unet(family).requires_grad_(False)
         paths = match_targets(base, ["attention+conv"])
-        inputs: dict[str, Any] = {
-            "sample": torch.randn(1, 4, 16, 16).bfloat16(),
-            "timestep": torch.tensor([500]),
-            "encoder_hidden_states": torch.randn(1, 8, 32).bfloat16(),
-        }
-        if family == "sdxl":
-            ids = torch.full((1, 6), 1024.0)
-            inputs["added_cond_kwargs"] = {
-                "text_embeds": torch.randn(1, 32).bfloat16(),
-                "time_ids": ids,
-            }
+        inputs = inputs_of(base, args.batch)
 
         def forward(model: nn.Module, inputs: dict[str, Any] = inputs) -> Tensor:
             prediction: Tensor = model(**inputs).sample
@@ -138,9 +151,9 @@ def main() -> None:
         steps = {}
         for name in args.peers:
             peer = make_peer(name, base, paths, 4)
-            steps[name] = Stepper(peer, forward, name == OURS)
+            steps[name] = Stepper(peer, forward, name == OURS, base.dtype)
         samples = interleaved(steps, args.rounds)
-        print(f"\n{family}, narrow, attention+conv ({len(paths)} layers). {machine()}\n")
+        print(f"\n{family}, attention+conv ({len(paths)} layers). {machine()}\n")
         rows = [[n, f"{median(samples[n]):.3f}", str(ratio(samples, n))] for n in samples]
         print(markdown(["", "seconds", f"to {LORA}"], rows), flush=True)
 
