@@ -152,11 +152,18 @@ def phase(models: Models, name: str) -> Iterator[None]:
 
 
 def count_step(
-    models: Models, family: str, dtype: torch.dtype, latent: int, subjects: int = 1, steps: int = 2
+    models: Models,
+    family: str,
+    dtype: torch.dtype,
+    latent: int,
+    subjects: int = 1,
+    steps: int = 2,
+    passes: int = 1,
 ) -> None:
     """Count the second of two steps: the first makes the optimizer's state and statistics.
 
-    Ours has an adapter, a row and an optimizer for each of so many subjects.
+    Ours has an adapter, a row and an optimizer for each of so many subjects. Of several passes of
+    gradient accumulation the last one is counted.
     """
     groups = [models.parameters()]
     stack, flats = None, []
@@ -174,12 +181,14 @@ def count_step(
         with phase(models, "norms"):
             opened.enter_context(stack.scope() if stack else nullcontext())
         opened.enter_context(stack.of(rows) if stack else nullcontext())
-        with phase(models, "forward"), torch.autocast(DEVICE, dtype, enabled=cast):
-            prediction = predict(models, family, dtype, latent, subjects)
-        upstream = torch.empty_like(prediction)
-        with phase(models, "backward"):
-            prediction.backward(upstream)
-            opened.close()
+        for number in range(passes):
+            with phase(models, "forward"), torch.autocast(DEVICE, dtype, enabled=cast):
+                prediction = predict(models, family, dtype, latent, subjects)
+            upstream = torch.empty_like(prediction)
+            with phase(models, "backward"):
+                prediction.backward(upstream)
+                if number == passes - 1:
+                    opened.close()
         with phase(models, "clip"):
             for flat in flats:
                 flat.take_gradients()
@@ -237,6 +246,7 @@ def main() -> None:
     parser.add_argument("--packs", nargs="*", type=int, default=[], help="subjects in a pack")
     parser.add_argument("--targets", default="attention+conv")
     parser.add_argument("--text-encoders", action="store_true", help="train them too")
+    parser.add_argument("--passes", type=int, default=1, help="of accumulation; count the last")
     parser.add_argument("--operations", type=int, default=0, help="list so many of each phase")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -247,13 +257,21 @@ def main() -> None:
                 with fake_gpu():
                     dtype = DTYPES[precision]
                     models = make(name, family, dtype, args.targets, args.text_encoders)
-                    count_step(models, family, dtype, LATENTS[family], subjects_of(name))
+                    count_step(
+                        models,
+                        family,
+                        dtype,
+                        LATENTS[family],
+                        subjects_of(name),
+                        passes=args.passes,
+                    )
                 rows.append(row(name, models))
                 for key, count in models.counts.items():
                     details.append((name, key, count.operations.most_common(args.operations)))
             encoders = ", text encoders too" if args.text_encoders else ""
             side = 8 * LATENTS[family]
-            print(f"\n{family}, {side} px, {precision}, {args.targets}{encoders}\n")
+            last = f", pass {args.passes}" if args.passes > 1 else ""
+            print(f"\n{family}, {side} px, {precision}, {args.targets}{encoders}{last}\n")
             print(markdown(HEADER, rows), flush=True)
             for detail in details if args.operations else ():
                 print(*detail)
