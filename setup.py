@@ -51,6 +51,7 @@ if __name__ == "__main__":
                 "py.typed",
                 "models/embedded/**/*",
                 "lab/toy/judges/*",
+                "lab/toy/*.yaml",
                 "studio/app/*.css",
                 "studio/app/*.js",
                 "models/released/*",

@@ -22,6 +22,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,9 @@ from PIL import Image, ImageFilter
 
 from dora_diffusion import TrainConfig, load_components, train
 from dora_diffusion.data.sheets import image_grid, labelled_sheet
-from dora_diffusion.evaluation.measures import LEAKAGE
+from dora_diffusion.evaluation.measures import LEAKAGE, similarities
 from dora_diffusion.evaluation.sampling import sample
-from dora_diffusion.lab.judges.evaluate import JUDGED_SIZE, SAMPLING, judge, similarity
+from dora_diffusion.lab.judges.evaluate import JUDGED_SIZE, SAMPLING, judge
 from dora_diffusion.lab.judges.requests import (
     ToyRequest,
     place,
@@ -40,11 +41,10 @@ from dora_diffusion.lab.judges.requests import (
     toy_requests,
     true_images,
 )
-from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS, PLACES
 from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS, TRIGGER, write_photos
 from dora_diffusion.lab.toy.instrument import load_instrument
 from dora_diffusion.lab.toy.shapes import CLASSES
-from dora_diffusion.lab.toy.world import render
+from dora_diffusion.lab.toy.world import BACKGROUNDS, PLACES, render
 from dora_diffusion.models.components import Components
 from dora_diffusion.sampling.generate import load_adapted
 
@@ -103,13 +103,11 @@ def subjects_case(case: str, work: Path, **settings: Any) -> dict[str, Any]:
         requests = toy_requests(SUBJECTS[name], trigger, range(4), ["subject"])
         images = sample(components, requests, SAMPLING, 8, None)
         seen = judge(instrument, images).identity
-        cosines = {other: similarity(seen, truth[other].identity) for other in names}
-        leaked = sum(
-            int((cosine > LEAKAGE).sum()) for other, cosine in cosines.items() if other != name
-        )
+        cosines = {other: similarities(seen, truth[other].identity) for other in names}
+        leaked = sum(c > LEAKAGE for n, found in cosines.items() if n != name for c in found)
         result[name] = {
             "trigger": trigger,
-            "similarity": round(float(cosines[name].mean()), 3),
+            "similarity": round(fmean(cosines[name]), 3),
             "leaked": leaked,
             "images": len(images),
         }

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_diffusion.lab.toy.backgrounds import PLACES
 from dora_diffusion.lab.toy.instrument import ATTRIBUTES, Instrument
-from dora_diffusion.lab.toy.world import render
+from dora_diffusion.lab.toy.world import PLACES, render
 from tools.pretrain.data import (
     HELD_OUT,
     SIZE,

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dora_diffusion.lab.judges.requests import place, sample_subject
-from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS
 from dora_diffusion.lab.toy.shapes import UNSEEN_CLASSES
-from dora_diffusion.lab.toy.world import DrawnSubject, Scene, render
+from dora_diffusion.lab.toy.world import BACKGROUNDS, DrawnSubject, Scene, render
 from tools.pretrain.names import sample_named
 from tools.pretrain.strangers import sample_stranger
 

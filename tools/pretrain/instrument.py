@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dora_diffusion.lab.judges.requests import place
-from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS
 from dora_diffusion.lab.toy.instrument import (
     ATTRIBUTES,
     Classifier,
@@ -21,7 +20,7 @@ from dora_diffusion.lab.toy.instrument import (
     SubjectEmbedder,
 )
 from dora_diffusion.lab.toy.shapes import UNSEEN_CLASSES
-from dora_diffusion.lab.toy.world import Scene, render
+from dora_diffusion.lab.toy.world import BACKGROUNDS, Scene, render
 from tools.pretrain.data import (
     CAPTIONED,
     SIZE,

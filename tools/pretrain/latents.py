@@ -12,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dora_diffusion.lab.toy.backgrounds import PLACES
 from dora_diffusion.lab.toy.instrument import ATTRIBUTES
-from dora_diffusion.lab.toy.world import Scene
+from dora_diffusion.lab.toy.world import PLACES, Scene
 from dora_diffusion.models.text import tokenize
 from tools.pretrain.captions import PATTERN_PHRASES, PATTERN_WORDS
 from tools.pretrain.corpus import CAPTIONS_PER_IMAGE, Corpus

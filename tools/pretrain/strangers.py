@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dora_diffusion.lab.toy import sdf
-from dora_diffusion.lab.toy.shapes import CLASSES, RGB
+from dora_diffusion.lab.toy.shapes import CLASSES, EMBLEMS, RGB
 from dora_diffusion.lab.toy.world import PATTERNS, DrawnSubject, Emblem
 
 
@@ -21,7 +20,7 @@ def sample_stranger(generator: np.random.Generator, kind: str | None = None) -> 
         kind = f"random-{generator.integers(2**31)}"
     emblem = None
     if generator.random() < 0.5:
-        emblem = Emblem(str(generator.choice(sdf.EMBLEMS)), _any_rgb(generator))
+        emblem = Emblem(str(generator.choice(list(EMBLEMS))), _any_rgb(generator))
     return DrawnSubject(
         kind=kind,
         body=_any_rgb(generator),

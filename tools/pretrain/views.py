@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_diffusion.lab.judges.requests import place
-from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS
-from dora_diffusion.lab.toy.world import Scene, render
+from dora_diffusion.lab.toy.world import BACKGROUNDS, Scene, render
 from tools.pretrain.captions import caption
 from tools.pretrain.names import sample_named
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dora_diffusion.data.sheets import center_square
 from dora_diffusion.evaluation.denoising import held_out_losses
-from dora_diffusion.evaluation.measures import LEAKAGE, Scores, Values
+from dora_diffusion.evaluation.measures import LEAKAGE, Scores, Values, similarities
 from dora_diffusion.evaluation.ranking import SEED, EvaluationPrompts, few_requests
 from dora_diffusion.evaluation.report import Evaluation
 from dora_diffusion.evaluation.sampling import OnStep, base_and_adapted, first_round, sample
@@ -51,6 +51,7 @@ SAMPLING = SamplingSettings(steps=25, guidance_scale=3.5)
 
 _LOSS_MEASURES = {"subject": "denoising_loss", "others": "others_loss"}
 _RELIABLE = 0.9
+_instrument = lru_cache(maxsize=1)(load_instrument)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def measure(
     instrument = _instrument()
     judged = judge(instrument, answers.images)
     truth = judge(instrument, reference_images(subject, JUDGED_SIZE))
-    cosines = similarity(judged.identity, truth.identity).tolist()
+    cosines = similarities(judged.identity, truth.identity)
     scores = Scores(requests)
     scores.add("subject_similarity", "subject", cosines)
     for name, value in _known_attributes(subject, truth).items():
@@ -140,11 +141,6 @@ def measure(
     for group, name in _LOSS_MEASURES.items():
         scores.add(name, group, answers.losses)
     return scores.values
-
-
-@lru_cache(maxsize=1)
-def _instrument() -> Instrument:
-    return load_instrument()
 
 
 def _as_wanted(requests: Sequence[ToyRequest], judged: Judgement, name: str) -> list[bool | None]:
@@ -295,8 +291,3 @@ def judge(instrument: Instrument, images: Sequence[Image]) -> Judgement:
     }
     features = F.normalize(instrument.classifier.trunk(pixels), dim=1)
     return Judgement((pixels + 1) / 2, instrument.embedder(pixels), features, answers)
-
-
-def similarity(vectors: Tensor, references: Tensor) -> Tensor:
-    """Mean cosine of each unit vector (n, d) to all references (m, d): (n,)."""
-    return (vectors @ references.T).mean(1)

@@ -10,12 +10,19 @@ import numpy as np
 
 from dora_diffusion.config.wording import with_article
 from dora_diffusion.evaluation.measures import ImageRequest
-from dora_diffusion.lab.toy import sdf
-from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS, PLACES
 from dora_diffusion.lab.toy.benchmark_subjects import BenchmarkSubject
 from dora_diffusion.lab.toy.instrument import STUDIO
-from dora_diffusion.lab.toy.shapes import CLASSES, RGB
-from dora_diffusion.lab.toy.world import COLORS, PATTERNS, DrawnSubject, Emblem, Scene, render
+from dora_diffusion.lab.toy.shapes import CLASSES, EMBLEMS, RGB
+from dora_diffusion.lab.toy.world import (
+    BACKGROUNDS,
+    COLORS,
+    PATTERNS,
+    PLACES,
+    DrawnSubject,
+    Emblem,
+    Scene,
+    render,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -132,18 +139,13 @@ def _others(subject: BenchmarkSubject, seed: int) -> list[ToyRequest]:
         drawn, color = sample_subject(generator, kind), ""
         if (number + seed) % 2:
             color = list(COLORS)[(7 * number + seed) % len(COLORS)]
-            drawn = _colored(kind, color)
+            shade = _scaled(COLORS[color], 0.72)
+            drawn = DrawnSubject(kind, COLORS[color], shade, color=color, accent_color=color)
         wanted = {"kind": kind, "background": background} | ({"color": color} if color else {})
         prompt = _photo_of(f"{color} {kind}".strip(), PLACES[background][0])
         scene = place(drawn, background, generator)
         requests.append(ToyRequest("others", prompt, 0, 0, scene, wanted))
     return requests
-
-
-def _colored(kind: str, color: str) -> DrawnSubject:
-    red, green, blue = COLORS[color]
-    shade = (0.72 * red, 0.72 * green, 0.72 * blue)
-    return DrawnSubject(kind, COLORS[color], shade, color=color, accent_color=color)
 
 
 def true_images(requests: Sequence[ToyRequest], size: int) -> list[Image]:
@@ -164,23 +166,19 @@ def reference_images(subject: BenchmarkSubject, size: int, views: int = 4) -> li
     ]
 
 
-def contrasting(body: RGB) -> RGB:
-    """Near-white on dark colours, near-black on light ones: the pattern of ordinary objects."""
-    luminance = 0.3 * body[0] + 0.59 * body[1] + 0.11 * body[2]
-    return (0.12, 0.12, 0.14) if luminance > 0.68 else (0.95, 0.95, 0.94)
-
-
 def sample_subject(generator: np.random.Generator, kind: str | None = None) -> DrawnSubject:
     """Draw an ordinary object: palette colours, at times two-tone or with an emblem."""
     kind = kind or str(generator.choice(list(CLASSES)))
     color = str(generator.choice(list(COLORS)))
     body = _jitter(COLORS[color], generator)
+    # Patterns are near-white on dark colours, near-black on light ones.
+    is_light = 0.3 * body[0] + 0.59 * body[1] + 0.11 * body[2] > 0.68
     subject = DrawnSubject(
         kind=kind,
         body=body,
         accent=_scaled(body, 0.72),
         pattern=PATTERNS[generator.choice(4, p=(0.46, 0.2, 0.2, 0.14))],
-        pattern_rgb=contrasting(body),
+        pattern_rgb=(0.12, 0.12, 0.14) if is_light else (0.95, 0.95, 0.94),
         pattern_angle=float(generator.choice((0.0, 0.8))),
         color=color,
         accent_color=color,
@@ -191,15 +189,10 @@ def sample_subject(generator: np.random.Generator, kind: str | None = None) -> D
     if extra < 0.15:
         return replace(subject, accent=other_rgb, accent_color=other)
     if extra < 0.25:
-        return replace(
-            subject,
-            accent=other_rgb,
-            accent_color=other,
-            two_tone=True,
-            pattern="plain",
-        )
+        drawn = replace(subject, two_tone=True, pattern="plain")
+        return replace(drawn, accent=other_rgb, accent_color=other)
     if extra < 0.42:
-        sign = Emblem(str(generator.choice(sdf.EMBLEMS)), other_rgb, other)
+        sign = Emblem(str(generator.choice(list(EMBLEMS))), other_rgb, other)
         return replace(subject, emblem=sign, pattern="plain")
     return subject
 
@@ -225,12 +218,9 @@ def place(subject: DrawnSubject, background: str, generator: np.random.Generator
 
 def _jitter(color: RGB, generator: np.random.Generator) -> RGB:
     """The same colour to the eye, not to the byte."""
-    drawn = np.clip(
-        np.array(color) * generator.uniform(0.92, 1.06) + generator.uniform(-0.02, 0.02, 3),
-        0,
-        1,
-    )
-    return (float(drawn[0]), float(drawn[1]), float(drawn[2]))
+    drawn = np.array(color) * generator.uniform(0.92, 1.06) + generator.uniform(-0.02, 0.02, 3)
+    red, green, blue = np.clip(drawn, 0, 1).tolist()
+    return (red, green, blue)
 
 
 def _scaled(color: RGB, factor: float) -> RGB:

@@ -14,14 +14,16 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS, PLACES
-from dora_diffusion.lab.toy.shapes import CLASSES, RGB
+from dora_diffusion.lab.toy.shapes import CLASSES, RGB, WORLD
 from dora_diffusion.lab.toy.world import (
+    BACKGROUNDS,
     COLORS,
     PATTERNS,
+    PLACES,
     DrawnSubject,
     Emblem,
     Pattern,
@@ -60,10 +62,7 @@ class SampleSubject:
             subject=self.subject,
             background=background,
             size=float(generator.uniform(0.64, 0.82)),
-            position=(
-                float(generator.uniform(-0.16, 0.16)),
-                float(generator.uniform(-0.2, 0)),
-            ),
+            position=(float(generator.uniform(-0.16, 0.16)), float(generator.uniform(-0.2, 0))),
             rotation=float(generator.uniform(-0.1, 0.1)),
             light=float(generator.uniform(0.9, 2.2)),
             seed=seed,
@@ -100,12 +99,7 @@ class BenchmarkSubject:
 
 
 def draw_subject(
-    kind: str,
-    seed: int,
-    *,
-    mark: str,
-    color: str | None = None,
-    word: str | None = None,
+    kind: str, seed: int, *, mark: str, color: str | None = None, word: str | None = None
 ) -> BenchmarkSubject:
     """Draw a subject: the same seed is the same subject on every machine.
 
@@ -120,7 +114,9 @@ def draw_subject(
         ValueError: No such class, emblem, pattern or colour.
     """
     generator = np.random.default_rng((_SEED, seed))
-    first = _any_rgb(generator) if color is None else _palette(color)
+    if color is not None and color not in COLORS:
+        raise ValueError(f"no colour {color!r}; there are {', '.join(COLORS)}")
+    first = _any_rgb(generator) if color is None else COLORS[color]
     body, accent, sign = _apart(first, generator)
     is_pattern = mark in PATTERNS
     pattern: Pattern = mark if is_pattern else "plain"  # type: ignore[assignment]
@@ -141,12 +137,6 @@ def draw_subject(
         tuple(str(place) for place in places),
         word is not None,
     )
-
-
-def _palette(color: str) -> RGB:
-    if color not in COLORS:
-        raise ValueError(f"no colour {color!r}; there are {', '.join(COLORS)}")
-    return COLORS[color]
 
 
 def _any_rgb(generator: np.random.Generator) -> RGB:
@@ -170,56 +160,16 @@ def _distance(a: RGB | np.ndarray, b: RGB) -> float:
     return float(np.linalg.norm(np.subtract(a, b)))
 
 
-REPORTED: tuple[BenchmarkSubject, ...] = (
-    draw_subject("robot", 1, mark="moon"),
-    draw_subject("rocket", 2, mark="star"),
-    draw_subject("duck", 3, mark="dotted"),
-    draw_subject("mug", 4, mark="cross", word="mug", color="purple"),
-    draw_subject("teapot", 5, mark="star", word="teapot", color="green"),
-    draw_subject("car", 6, mark="striped", word="car"),
-    draw_subject("ball", 7, mark="heart", word="ball", color="blue"),
-    draw_subject("bottle", 8, mark="bolt", word="bottle"),
-)
-TUNING: tuple[BenchmarkSubject, ...] = (
-    draw_subject("random-4711", 11, mark="ring"),
-    draw_subject("fish", 12, mark="bolt", word="fish", color="red"),
-    draw_subject("mushroom", 13, mark="cross", word="mushroom"),
-    draw_subject("cube", 14, mark="moon", word="cube", color="orange"),
-)
-BOLT_MUG = SampleSubject(
-    "bolt_mug",
-    "mug",
-    DrawnSubject(
-        kind="mug",
-        body=(0.05, 0.50, 0.52),
-        accent=(0.95, 0.42, 0.30),
-        emblem=Emblem("bolt", (0.99, 0.88, 0.22)),
-    ),
-)
-HEART_TEAPOT = SampleSubject(
-    "heart_teapot",
-    "teapot",
-    DrawnSubject(
-        kind="teapot",
-        body=(0.33, 0.10, 0.38),
-        accent=(0.90, 0.70, 0.18),
-        emblem=Emblem("heart", (0.99, 0.60, 0.70)),
-    ),
-)
-RING_ROBOT = SampleSubject(
-    "ring_robot",
-    "toy",
-    DrawnSubject(
-        kind="robot",
-        body=(0.55, 0.80, 0.62),
-        accent=(0.72, 0.20, 0.45),
-        emblem=Emblem("ring", (0.20, 0.22, 0.55)),
-    ),
-)
-SAMPLE_SUBJECTS: dict[str, SampleSubject] = {
-    sample.name: sample for sample in (BOLT_MUG, HEART_TEAPOT, RING_ROBOT)
-}
-SAMPLES: tuple[BenchmarkSubject, ...] = tuple(
+def _sample(name: str, word: str, look: list[Any]) -> SampleSubject:
+    kind, body, accent, sign, sign_rgb = look
+    emblem = Emblem(sign, tuple(sign_rgb))
+    return SampleSubject(name, word, DrawnSubject(kind, tuple(body), tuple(accent), emblem=emblem))
+
+
+REPORTED = tuple(draw_subject(**drawn) for drawn in WORLD["reported"])
+TUNING = tuple(draw_subject(**drawn) for drawn in WORLD["tuning"])
+SAMPLE_SUBJECTS = {name: _sample(name, **given) for name, given in WORLD["samples"].items()}
+SAMPLES = tuple(
     BenchmarkSubject(sample, SAMPLE_BACKGROUNDS, sample.class_word in CLASSES)
     for sample in SAMPLE_SUBJECTS.values()
 )
@@ -247,8 +197,7 @@ def write_photos(subject: BenchmarkSubject, folder: Path) -> list[Path]:
         photo = folder / f"{number:02d}.png"
         image = render(subject.sample.scene(background, number), PHOTO_SIZE)
         Image.fromarray(image).save(photo)
-        photo.with_suffix(".txt").write_text(
-            subject.sample.prompt(background) + "\n", encoding="utf-8"
-        )
+        caption = subject.sample.prompt(background) + "\n"
+        photo.with_suffix(".txt").write_text(caption, encoding="utf-8")
         photos.append(photo)
     return photos

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS
 from dora_diffusion.lab.toy.shapes import CLASSES
-from dora_diffusion.lab.toy.world import COLORS, PATTERNS
+from dora_diffusion.lab.toy.world import BACKGROUNDS, COLORS, PATTERNS
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "kind": tuple(CLASSES),

@@ -1,255 +1,149 @@
-"""The objects of the toy world, each a list of parts painted in order.
+"""The objects and signs of the toy world, as signed distances that `world.yaml` names.
 
 An object lives in the square from -1 to 1, stands on about y = -0.9 and fills most of it. The
 classes in `CLASSES` are what the embedded models learn by name; those in `UNSEEN_CLASSES` have a
 shape but no word in their training captions, so they can play the unknown subject.
+
+Distances are negative inside, in the units of ``x`` and ``y``. Every function takes coordinate
+grids of one shape, ``y`` pointing up, and returns a grid of that shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
+from numpy.typing import NDArray
 
-from dora_diffusion.lab.toy import sdf
-from dora_diffusion.lab.toy.sdf import Grid, Point
-
+Grid = NDArray[np.float32]
 RGB = tuple[float, float, float]
-Paint = Literal["body", "shade", "lit", "accent"] | RGB
+Point = Sequence[float]
 
-DARK: RGB = (0.11, 0.11, 0.13)
-RUBBER: RGB = (0.16, 0.16, 0.18)
-BARK: RGB = (0.43, 0.28, 0.16)
-CREAM: RGB = (0.95, 0.90, 0.78)
-GLASS: RGB = (0.62, 0.83, 0.95)
-WHITE: RGB = (0.97, 0.97, 0.97)
+WORLD: Mapping[str, Any] = yaml.safe_load(
+    (Path(__file__).parent / "world.yaml").read_text(encoding="utf-8")
+)
+"""All facts of the toy world."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """One painted piece: its signed distance, its paint and how deep its rounded rim reaches."""
+def circle(x: Grid, y: Grid, center: Point, radius: float) -> Grid:
+    """Exact distance to a circle."""
+    return np.hypot(x - center[0], y - center[1]) - radius
 
-    distance: Grid
-    paint: Paint
+
+def ellipse(x: Grid, y: Grid, center: Point, radii: Point) -> Grid:
+    """First-order distance to an ellipse with half axes ``radii``; exact on the outline."""
+    u, v = (x - center[0]) / radii[0], (y - center[1]) / radii[1]
+    level = np.hypot(u, v)
+    slope = np.hypot(u / radii[0], v / radii[1])
+    return level * (level - 1) / np.maximum(slope, 1e-4)
+
+
+def box(x: Grid, y: Grid, center: Point, half: Point, corner: float = 0.0) -> Grid:
+    """Exact distance to an upright box of half sizes ``half`` with rounded corners."""
+    u = np.abs(x - center[0]) - half[0] + corner
+    v = np.abs(y - center[1]) - half[1] + corner
+    outside = np.hypot(np.maximum(u, 0), np.maximum(v, 0))
+    return outside + np.minimum(np.maximum(u, v), 0) - corner
+
+
+def segment(x: Grid, y: Grid, start: Point, end: Point, radius: float) -> Grid:
+    """Exact distance to a straight stroke of half width ``radius`` with round ends."""
+    along = (end[0] - start[0], end[1] - start[1])
+    length = along[0] ** 2 + along[1] ** 2
+    t = np.clip(((x - start[0]) * along[0] + (y - start[1]) * along[1]) / length, 0, 1)
+    return np.hypot(x - start[0] - t * along[0], y - start[1] - t * along[1]) - radius
+
+
+def polygon(x: Grid, y: Grid, corners: Sequence[Point], rounding: float = 0.0) -> Grid:
+    """Exact distance to a closed polygon (even-odd rule), grown by ``rounding``."""
+    nearest = np.full_like(x, np.inf)
+    inside = np.zeros(x.shape, bool)
+    for start, end in zip(corners, [*corners[1:], corners[0]], strict=True):
+        nearest = np.minimum(nearest, segment(x, y, start, end, 0.0))
+        if start[1] != end[1]:
+            crossing = start[0] + (y - start[1]) * (end[0] - start[0]) / (end[1] - start[1])
+            inside ^= ((start[1] > y) != (end[1] > y)) & (x < crossing)
+    return np.where(inside, -nearest, nearest) - rounding
+
+
+def star(x: Grid, y: Grid, inner: float, outer: float = 1.0, rounding: float = 0.0) -> Grid:
+    """Distance to a star of five arms that stands on two."""
+    angles = [np.pi / 2 + np.pi * k / 5 for k in range(10)]
+    radii = [outer, inner] * 5
+    corners = [
+        (float(radius * np.cos(angle)), float(radius * np.sin(angle)))
+        for radius, angle in zip(radii, angles, strict=True)
+    ]
+    return polygon(x, y, corners, rounding)
+
+
+def heart(x: Grid, y: Grid, rounding: float = 0.0) -> Grid:
+    """Distance to a heart of 40 corners that fills the square from -1 to 1."""
+    t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    u = np.sin(t) ** 3
+    v = (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 15
+    corners = [(float(a), float(b)) for a, b in zip(u, v + 0.1, strict=True)]
+    return polygon(x, y, corners, rounding)
+
+
+# By the names of `world.yaml`: shapes, and what is made of their distances.
+_SHAPES: dict[str, Callable[..., Grid]] = {
+    shape.__name__: shape for shape in (circle, ellipse, box, segment, polygon, star, heart)
+} | {
+    "above": lambda x, y, level: level - y,
+    "pillar": lambda x, y, center, half: np.abs(x - center) - half,
+}
+_OPERATIONS: dict[str, Callable[..., Grid]] = {
+    "union": lambda *distances: np.minimum.reduce(distances),
+    "intersection": lambda *distances: np.maximum.reduce(distances),
+    "outside": lambda distance: -distance,
+    "ring": lambda distance, half_width: np.abs(distance) - half_width,
+}
+
+
+def signed_distance(x: Grid, y: Grid, described: Mapping[str, Any]) -> Grid:
+    """Distance to a shape as `world.yaml` describes it: a name, and what it is given."""
+    ((name, given),) = described.items()
+    if name in _SHAPES:
+        return _SHAPES[name](x, y, *given)
+    parts = [signed_distance(x, y, part) if isinstance(part, dict) else part for part in given]
+    return _OPERATIONS[name](*parts)
+
+
+class Part(NamedTuple):
+    """One painted piece of an object.
+
+    Attributes:
+        paint: Name of its colour.
+        bevel: How deep its rounded rim reaches.
+        outline: What `signed_distance` takes.
+    """
+
+    paint: str
     bevel: float
+    outline: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Parts of a class and how to build them, and its emblem's place (centre and half size)."""
+class Shape(NamedTuple):
+    """Parts of a class in their order, and its emblem's place (centre and half size)."""
 
-    parts: Callable[[Grid, Grid], list[Part]]
-    emblem: tuple[float, float, float] = (0.0, 0.0, 0.42)
-
-
-def _ball(x: Grid, y: Grid) -> list[Part]:
-    return [Part(sdf.circle(x, y, (0, 0), 0.92), "body", 0.92)]
+    parts: list[Part]
+    emblem: Sequence[float]
 
 
-def _cube(x: Grid, y: Grid) -> list[Part]:
-    front: list[Point] = [(-0.9, -0.9), (0.4, -0.9), (0.4, 0.4), (-0.9, 0.4)]
-    top: list[Point] = [(-0.9, 0.4), (0.4, 0.4), (0.88, 0.86), (-0.36, 0.86)]
-    side: list[Point] = [(0.4, -0.9), (0.88, -0.4), (0.88, 0.86), (0.4, 0.4)]
-    return [
-        Part(sdf.polygon(x, y, side, 0.03), "shade", 0.06),
-        Part(sdf.polygon(x, y, top, 0.03), "lit", 0.06),
-        Part(sdf.polygon(x, y, front, 0.03), "body", 0.06),
-    ]
+def _shapes(kinds: Mapping[str, Any]) -> dict[str, Shape]:
+    return {
+        name: Shape([Part(*part) for part in given["parts"]], given["emblem"])
+        for name, given in kinds.items()
+    }
 
 
-def _mug(x: Grid, y: Grid) -> list[Part]:
-    handle = sdf.ring(sdf.ellipse(x, y, (0.48, -0.08), (0.4, 0.45)), 0.1)
-    wall = sdf.union(
-        sdf.box(x, y, (-0.2, -0.1), (0.66, 0.74), 0.16),
-        sdf.ellipse(x, y, (-0.2, 0.6), (0.66, 0.2)),
-    )
-    return [
-        Part(handle, "accent", 0.1),
-        Part(wall, "body", 0.5),
-        Part(sdf.ellipse(x, y, (-0.2, 0.62), (0.56, 0.14)), DARK, 0.1),
-    ]
-
-
-def _teapot(x: Grid, y: Grid) -> list[Part]:
-    spout: list[Point] = [
-        (0.4, -0.5),
-        (0.55, 0.05),
-        (0.78, 0.42),
-        (0.98, 0.42),
-        (0.75, -0.1),
-    ]
-    return [
-        Part(
-            sdf.ring(sdf.ellipse(x, y, (-0.62, -0.1), (0.32, 0.4)), 0.085),
-            "accent",
-            0.09,
-        ),
-        Part(sdf.polygon(x, y, spout, 0.02), "accent", 0.15),
-        Part(sdf.ellipse(x, y, (0, -0.22), (0.72, 0.66)), "body", 0.6),
-        Part(sdf.ellipse(x, y, (0, 0.44), (0.4, 0.13)), "accent", 0.13),
-        Part(sdf.circle(x, y, (0, 0.68), 0.15), "accent", 0.15),
-    ]
-
-
-def _bottle(x: Grid, y: Grid) -> list[Part]:
-    shoulders: list[Point] = [(-0.5, 0.12), (0.5, 0.12), (0.2, 0.48), (-0.2, 0.48)]
-    glass = sdf.union(
-        sdf.box(x, y, (0, -0.4), (0.56, 0.56), 0.14),
-        sdf.polygon(x, y, shoulders, 0.05),
-        sdf.box(x, y, (0, 0.45), (0.21, 0.35)),
-    )
-    return [
-        Part(glass, "body", 0.4),
-        Part(sdf.box(x, y, (0, 0.84), (0.27, 0.14), 0.05), "accent", 0.1),
-    ]
-
-
-def _star(x: Grid, y: Grid) -> list[Part]:
-    return [Part(sdf.polygon(x, y, sdf.star_points(0.46, 0.95), 0.04), "body", 0.3)]
-
-
-def _heart(x: Grid, y: Grid) -> list[Part]:
-    return [Part(sdf.polygon(x, y, sdf.heart_points(), -0.03), "body", 0.5)]
-
-
-def _tree(x: Grid, y: Grid) -> list[Part]:
-    crown = sdf.union(
-        sdf.circle(x, y, (-0.42, 0.08), 0.45),
-        sdf.circle(x, y, (0.42, 0.08), 0.45),
-        sdf.circle(x, y, (0, 0.45), 0.5),
-        sdf.circle(x, y, (0, 0.1), 0.4),
-    )
-    return [
-        Part(sdf.box(x, y, (0, -0.6), (0.15, 0.35), 0.03), BARK, 0.15),
-        Part(crown, "body", 0.4),
-    ]
-
-
-def _mushroom(x: Grid, y: Grid) -> list[Part]:
-    stem = sdf.box(x, y, (0, -0.45), (0.27, 0.48), 0.14)
-    cap = sdf.intersection(sdf.ellipse(x, y, (0, -0.02), (0.95, 0.9)), -0.04 - y)
-    return [Part(stem, CREAM, 0.25), Part(cap, "body", 0.5)]
-
-
-def _car(x: Grid, y: Grid) -> list[Part]:
-    cabin: list[Point] = [(-0.62, 0.05), (-0.38, 0.52), (0.28, 0.52), (0.6, 0.05)]
-    panes: list[Point] = [(-0.46, 0.1), (-0.31, 0.42), (0.22, 0.42), (0.42, 0.1)]
-    window = sdf.intersection(sdf.polygon(x, y, panes), 0.05 - np.abs(x + 0.06))
-    tyre_and_hub: tuple[tuple[float, Paint], ...] = ((0.26, RUBBER), (0.11, "accent"))
-    wheels = [
-        Part(sdf.circle(x, y, (at, -0.46), radius), paint, 0.1)
-        for at in (-0.52, 0.52)
-        for radius, paint in tyre_and_hub
-    ]
-    return [
-        Part(sdf.polygon(x, y, cabin, 0.06), "body", 0.2),
-        Part(window, GLASS, 0.05),
-        Part(sdf.box(x, y, (0, -0.2), (0.96, 0.3), 0.14), "body", 0.25),
-        *wheels,
-    ]
-
-
-def _house(x: Grid, y: Grid) -> list[Part]:
-    roof: list[Point] = [(-0.92, 0.12), (0.92, 0.12), (0, 0.9)]
-    return [
-        Part(sdf.box(x, y, (0, -0.38), (0.74, 0.54)), "body", 0.06),
-        Part(sdf.polygon(x, y, roof, 0.05), "accent", 0.08),
-        Part(sdf.box(x, y, (-0.32, -0.57), (0.2, 0.34)), BARK, 0.05),
-        Part(sdf.box(x, y, (0.34, -0.3), (0.2, 0.2)), GLASS, 0.05),
-    ]
-
-
-def _fish(x: Grid, y: Grid) -> list[Part]:
-    tail: list[Point] = [(-0.45, 0.0), (-0.92, 0.5), (-0.8, 0.0), (-0.92, -0.5)]
-    fin: list[Point] = [(-0.25, 0.4), (0.05, 0.82), (0.38, 0.35)]
-    return [
-        Part(sdf.polygon(x, y, tail, 0.05), "accent", 0.15),
-        Part(sdf.polygon(x, y, fin, 0.05), "accent", 0.15),
-        Part(sdf.ellipse(x, y, (0.18, 0), (0.78, 0.52)), "body", 0.5),
-        Part(sdf.circle(x, y, (0.62, 0.14), 0.12), WHITE, 0.1),
-        Part(sdf.circle(x, y, (0.65, 0.14), 0.06), DARK, 0.06),
-    ]
-
-
-def _robot(x: Grid, y: Grid) -> list[Part]:
-    limbs = [
-        Part(sdf.box(x, y, (side * 0.24, -0.74), (0.15, 0.2), 0.04), "accent", 0.1)
-        for side in (-1, 1)
-    ] + [
-        Part(
-            sdf.segment(x, y, (side * 0.6, 0), (side * 0.78, -0.42), 0.12),
-            "accent",
-            0.1,
-        )
-        for side in (-1, 1)
-    ]
-    eyes = [
-        Part(sdf.circle(x, y, (side * 0.2, 0.52), radius), paint, 0.1)
-        for side in (-1, 1)
-        for radius, paint in ((0.13, WHITE), (0.06, DARK))
-    ]
-    return [
-        *limbs,
-        Part(sdf.box(x, y, (0, -0.2), (0.54, 0.42), 0.1), "body", 0.2),
-        Part(sdf.circle(x, y, (0, 0.92), 0.09), "accent", 0.09),
-        Part(sdf.box(x, y, (0, 0.53), (0.48, 0.31), 0.1), "body", 0.2),
-        *eyes,
-    ]
-
-
-def _rocket(x: Grid, y: Grid) -> list[Part]:
-    fins: list[Point] = [
-        (-0.75, -0.85),
-        (-0.3, 0.1),
-        (0.3, 0.1),
-        (0.75, -0.85),
-        (0, -0.45),
-    ]
-    hull = sdf.intersection(
-        sdf.circle(x, y, (-0.75, -0.1), 1.25),
-        sdf.circle(x, y, (0.75, -0.1), 1.25),
-        -0.75 - y,
-    )
-    return [
-        Part(sdf.polygon(x, y, fins, 0.04), "accent", 0.1),
-        Part(hull, "body", 0.4),
-        Part(sdf.circle(x, y, (0, 0.3), 0.2), "accent", 0.08),
-        Part(sdf.circle(x, y, (0, 0.3), 0.12), GLASS, 0.08),
-    ]
-
-
-def _duck(x: Grid, y: Grid) -> list[Part]:
-    beak: list[Point] = [(0.6, 0.52), (0.95, 0.42), (0.6, 0.32)]
-    return [
-        Part(sdf.polygon(x, y, beak, 0.05), "accent", 0.1),
-        Part(sdf.circle(x, y, (0.35, 0.48), 0.38), "body", 0.38),
-        Part(sdf.ellipse(x, y, (-0.1, -0.35), (0.82, 0.5)), "body", 0.5),
-        Part(sdf.ellipse(x, y, (-0.3, -0.25), (0.38, 0.22)), "accent", 0.2),
-        Part(sdf.circle(x, y, (0.46, 0.58), 0.08), DARK, 0.08),
-    ]
-
-
-CLASSES: dict[str, Shape] = {
-    "ball": Shape(_ball, (0, 0, 0.46)),
-    "cube": Shape(_cube, (-0.25, -0.25, 0.44)),
-    "mug": Shape(_mug, (-0.2, -0.15, 0.42)),
-    "teapot": Shape(_teapot, (0, -0.24, 0.42)),
-    "bottle": Shape(_bottle, (0, -0.4, 0.4)),
-    "star": Shape(_star, (0, -0.04, 0.32)),
-    "heart": Shape(_heart, (0, 0.12, 0.4)),
-    "tree": Shape(_tree, (0, 0.3, 0.42)),
-    "mushroom": Shape(_mushroom, (0, 0.4, 0.36)),
-    "car": Shape(_car, (0, -0.2, 0.24)),
-    "house": Shape(_house, (0, 0.4, 0.24)),
-    "fish": Shape(_fish, (0.12, -0.06, 0.36)),
-}
-UNSEEN_CLASSES: dict[str, Shape] = {
-    "robot": Shape(_robot, (0, -0.2, 0.32)),
-    "rocket": Shape(_rocket, (0, -0.25, 0.28)),
-    "duck": Shape(_duck, (0.3, -0.4, 0.3)),
-}
+EMBLEMS: Mapping[str, Any] = WORLD["emblems"]
+CLASSES = _shapes(WORLD["classes"])
+UNSEEN_CLASSES = _shapes(WORLD["unseen_classes"])
 FILLERS: tuple[str, ...] = ("toy", "object", "thing")
 """Words that captions have for a thing of any class."""
 
@@ -257,29 +151,20 @@ FILLERS: tuple[str, ...] = ("toy", "object", "thing")
 def random_shape(seed: int) -> Shape:
     """A nonsense object of three to six random pieces, for training without class names."""
     generator = np.random.default_rng(seed)
-    plan = [
-        (
-            int(generator.integers(3)),
-            generator.uniform(-0.5, 0.5, 2),
-            generator.uniform(0.2, 0.6, 2),
-        )
-        for _ in range(int(generator.integers(3, 7)))
-    ]
-
-    def parts(x: Grid, y: Grid) -> list[Part]:
-        pieces = []
-        for number, (kind, center, half) in enumerate(plan):
-            at, extent = (center[0], center[1]), (half[0], half[1])
-            if kind == 0:
-                distance = sdf.ellipse(x, y, at, extent)
-            elif kind == 1:
-                distance = sdf.box(x, y, at, extent, 0.05)
-            else:
-                distance = sdf.segment(x, y, at, (-at[1], at[0]), 0.4 * extent[0])
-            pieces.append(Part(distance, "accent" if number % 2 else "body", 0.5 * min(extent)))
-        return pieces
-
-    return Shape(parts, (plan[0][1][0], plan[0][1][1], 0.3))
+    parts: list[Part] = []
+    middle: Sequence[float] = ()
+    for number in range(int(generator.integers(3, 7))):
+        kind = int(generator.integers(3))
+        at, half = generator.uniform(-0.5, 0.5, 2), generator.uniform(0.2, 0.6, 2)
+        outlines: list[dict[str, Any]] = [
+            {"ellipse": (at, half)},
+            {"box": (at, half, 0.05)},
+            {"segment": (at, (-at[1], at[0]), 0.4 * half[0])},
+        ]
+        paint = "accent" if number % 2 else "body"
+        parts.append(Part(paint, 0.5 * min(half), outlines[kind]))
+        middle = middle or (at[0], at[1])
+    return Shape(parts, (*middle, 0.3))
 
 
 def find_shape(kind: str) -> Shape:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from dora_diffusion.lab.toy.benchmark_subjects import BOLT_MUG, SAMPLE_BACKGROUNDS
+from dora_diffusion.lab.toy.benchmark_subjects import SAMPLE_BACKGROUNDS, SAMPLE_SUBJECTS
 from dora_diffusion.lab.toy.world import Scene, _paint_subject, render
 
 SIZE = (144, 128)
@@ -46,7 +46,10 @@ def true_mask(scene: Scene, size: tuple[int, int]) -> Image.Image:
 @pytest.fixture(scope="session")
 def toy() -> SimpleNamespace:
     """Photos of a mug, their true masks, and a masker that knows them, mirrored too."""
-    scenes = [BOLT_MUG.scene(place, seed) for seed, place in enumerate(SAMPLE_BACKGROUNDS)]
+    scenes = [
+        SAMPLE_SUBJECTS["bolt_mug"].scene(place, seed)
+        for seed, place in enumerate(SAMPLE_BACKGROUNDS)
+    ]
     scenes = [replace(scene, size=0.5) for scene in scenes]
     photos = [Image.fromarray(render(scene, SIZE)) for scene in scenes]
     masks = [true_mask(scene, SIZE) for scene in scenes]

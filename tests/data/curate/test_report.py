@@ -17,7 +17,7 @@ from dora_diffusion.data.curate.report import (
     small_image,
 )
 from dora_diffusion.data.photos import read_photo
-from dora_diffusion.lab.toy.benchmark_subjects import BOLT_MUG, SAMPLE_BACKGROUNDS
+from dora_diffusion.lab.toy.benchmark_subjects import SAMPLE_BACKGROUNDS, SAMPLE_SUBJECTS
 from dora_diffusion.lab.toy.world import render
 from dora_diffusion.models.metric_models import open_metric_model
 
@@ -25,7 +25,10 @@ from dora_diffusion.models.metric_models import open_metric_model
 @pytest.fixture(scope="module")
 def views():
     """Photos that are large enough to be sharp: those of the toy fixtures are enlarged."""
-    scenes = [BOLT_MUG.scene(place, seed) for seed, place in enumerate(SAMPLE_BACKGROUNDS)]
+    scenes = [
+        SAMPLE_SUBJECTS["bolt_mug"].scene(place, seed)
+        for seed, place in enumerate(SAMPLE_BACKGROUNDS)
+    ]
     return [Image.fromarray(render(scene, (576, 512))) for scene in scenes]
 
 

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_diffusion.evaluation.measures import MEASURES, summarize
+from dora_diffusion.evaluation.measures import MEASURES, similarities, summarize
 from dora_diffusion.lab.judges.evaluate import (
     Answers,
     evaluate_toy,
     judge,
     judged_pixels,
     measure,
-    similarity,
     true_answers,
 )
 from dora_diffusion.lab.judges.requests import (
@@ -23,10 +22,9 @@ from dora_diffusion.lab.judges.requests import (
     toy_requests,
     true_images,
 )
-from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS
 from dora_diffusion.lab.toy.benchmark_subjects import REPORTED, find_subject
 from dora_diffusion.lab.toy.instrument import Instrument, load_instrument
-from dora_diffusion.lab.toy.world import Scene, render
+from dora_diffusion.lab.toy.world import BACKGROUNDS, Scene, render
 from dora_diffusion.models.load import load_components
 from dora_diffusion.sampling.generate import SamplingSettings
 
@@ -157,6 +155,6 @@ def test_the_judge_reads_real_renders(instrument: Instrument) -> None:
 def test_every_subject_resembles_itself_alone(instrument: Instrument) -> None:
     images = [reference_images(subject, 64, views=2) for subject in REPORTED]
     vectors = [judge(instrument, found).identity for found in images]
-    table = np.array([[float(similarity(a, b).mean()) for b in vectors] for a in vectors])
+    table = np.array([[np.mean(similarities(a, b)) for b in vectors] for a in vectors])
     assert table.diagonal().min() >= 0.9
     assert table[~np.eye(len(REPORTED), dtype=bool)].max() <= 0.5

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS
 from dora_diffusion.lab.toy.benchmark_subjects import (
     PHOTOS,
     REPORTED,
@@ -18,7 +17,7 @@ from dora_diffusion.lab.toy.benchmark_subjects import (
     write_photos,
 )
 from dora_diffusion.lab.toy.shapes import CLASSES, UNSEEN_CLASSES
-from dora_diffusion.lab.toy.world import COLORS
+from dora_diffusion.lab.toy.world import BACKGROUNDS, COLORS
 
 ROBOT_BODY = (0.7045033553437224, 0.19197217036037878, 0.9547967425274093)
 

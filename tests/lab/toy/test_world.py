@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from dora_diffusion.lab.judges.requests import place
-from dora_diffusion.lab.toy import sdf
-from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS
+from dora_diffusion.lab.toy import shapes
 from dora_diffusion.lab.toy.benchmark_subjects import SAMPLE_SUBJECTS, find_subject
 from dora_diffusion.lab.toy.shapes import CLASSES, UNSEEN_CLASSES
-from dora_diffusion.lab.toy.world import DrawnSubject, Emblem, Scene, render
+from dora_diffusion.lab.toy.world import BACKGROUNDS, DrawnSubject, Emblem, Scene, render
 
 EVERY_CLASS = [*CLASSES, *UNSEEN_CLASSES]
 
@@ -67,10 +66,12 @@ def test_samples_leave_places_unphotographed() -> None:
 def test_distances_are_distances() -> None:
     x, y = np.meshgrid(np.linspace(-2, 2, 41), np.linspace(-2, 2, 41))
     square = [(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]
-    np.testing.assert_allclose(sdf.polygon(x, y, square), sdf.box(x, y, (0, 0), (1, 1)), atol=1e-9)
     np.testing.assert_allclose(
-        sdf.ellipse(x, y, (0, 0), (1, 1))[x**2 + y**2 > 0.1],
-        sdf.circle(x, y, (0, 0), 1)[x**2 + y**2 > 0.1],
+        shapes.polygon(x, y, square), shapes.box(x, y, (0, 0), (1, 1)), atol=1e-9
+    )
+    np.testing.assert_allclose(
+        shapes.ellipse(x, y, (0, 0), (1, 1))[x**2 + y**2 > 0.1],
+        shapes.circle(x, y, (0, 0), 1)[x**2 + y**2 > 0.1],
         atol=1e-6,
     )
 

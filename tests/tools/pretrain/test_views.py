@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dora_diffusion.lab.toy.backgrounds import BACKGROUNDS
 from dora_diffusion.lab.toy.instrument import silhouette
-from dora_diffusion.lab.toy.world import DrawnSubject, Scene, render
+from dora_diffusion.lab.toy.world import BACKGROUNDS, DrawnSubject, Scene, render
 from tools.pretrain.names import rare_words
 from tools.pretrain.views import (
     SIDE,
