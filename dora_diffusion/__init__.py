@@ -109,7 +109,7 @@ _HOMES = {
     "ModelNotFoundError": "models.locate",
     "NormCache": "adapters.scope",
     "PhotoError": "data.images",
-    "QueuePlan": "lab.simulation.plan",
+    "QueuePlan": "lab.simulation.queue",
     "SamplingSettings": "sampling.generate",
     "Study": "lab.study.config",
     "TargetError": "adapters.targets",

@@ -13,8 +13,8 @@ from dora_diffusion.config.fields import flag, require, when
 from dora_diffusion.formats.files.atomic import require_writable, save_text
 
 if TYPE_CHECKING:
-    from dora_diffusion.lab.simulation.plan import QueuePlan
-    from dora_diffusion.lab.simulation.report import Demand
+    from dora_diffusion.lab.simulation.plan import Demand
+    from dora_diffusion.lab.simulation.queue import QueuePlan
 
 RESULTS = "simulation.json"
 SUBJECTS, SUBJECTS_AT_A_RATE = 1000, 10_000
@@ -169,12 +169,14 @@ def run(args: SimulateSettings) -> int:
         )
     plan, demand = _read(args)
     require_writable(args.output, is_folder=True)
+    from dora_diffusion.lab.analysis.plots import save_figure
     from dora_diffusion.lab.simulation import report
 
     plans = [replace(plan, workers=count) for count in args.workers]
     forecasts = [report.forecast(each, demand) for each in plans]
     results = [report.to_dict(f, demand, args.gpus_per_worker, args.price) for f in forecasts]
-    plot = report.write(args.output, report.plot(plans, demand))
+    plot = args.output / "load.png"
+    save_figure(report.plot(plans, demand), plot, dpi=140)
     from json import dumps
 
     given = {"plan": asdict(plan), "demand": asdict(demand)}
@@ -196,9 +198,14 @@ def _read(args: SimulateSettings) -> tuple[QueuePlan, Demand]:
     Raises:
         ConfigError: If something is missing, or cannot be.
     """
-    from dora_diffusion.lab.simulation.costs import TrainingTimes, read_arrivals, read_costs
-    from dora_diffusion.lab.simulation.plan import QueuePlan, check_failures
-    from dora_diffusion.lab.simulation.report import Demand
+    from dora_diffusion.lab.simulation.plan import (
+        Demand,
+        TrainingTimes,
+        check_failures,
+        read_arrivals,
+        read_costs,
+    )
+    from dora_diffusion.lab.simulation.queue import QueuePlan
 
     require(args.rate is None or args.arrivals is None, "give --rate or --arrivals, not both")
     require(

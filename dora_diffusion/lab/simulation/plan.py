@@ -1,81 +1,184 @@
-"""The workers of a fleet, and what happens to them, as `queue` simulates it."""
+"""What a plan of a fleet is made of: costs of subjects, arrivals, and formulas for them."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
 
 import numpy as np
 
-from dora_diffusion.config.fields import require, require_positive
+from dora_diffusion.config.fields import ConfigError, require
+from dora_diffusion.lab.simulation.queue import HOUR, QueuePlan, Values
 
-HOUR = 3600.0
 # A plan in which a training takes so many times as long as without failures is refused.
 _HOPELESS = 100
 
 
 @dataclass(frozen=True)
-class QueuePlan:
-    """The workers of a fleet, and what happens to them.
+class TrainingTimes:
+    """Training times of a subject alone on a worker, without its start.
 
     Attributes:
-        workers: How many there are.
-        cold_start: From taking a subject to its first step in a new process.
-        warm_start: The same where the process has trained before, with the base in memory.
-        pack: Most subjects that a worker trains at once.
-        pack_throughput: Size of a pack -> subject-steps per second, relative to one subject alone.
-            Linear between the sizes; 1 for one subject.
-        window: How long the oldest subject waits for a pack to fill.
-        failures: Of a worker, without notice: what was trained since the last checkpoint is lost.
-        checkpoint_seconds: Training time from one checkpoint to the next; 0 saves none.
-        recovery: From a failure to the new process, which starts cold.
-        preemptions: Of a worker, with notice: a checkpoint is saved, and nothing is lost.
-        preempted_for: From a preemption to the next worker, which starts cold.
-        keep_warm: Idle time after which a worker is given back; None keeps it.
+        mean: Seconds.
+        variation: Standard deviation in means: 0 all the same, 1 exponential; drawn from a gamma
+            distribution.
+        measured: Times to draw from instead.
     """
 
-    workers: int = 1
-    cold_start: float = 0.0
-    warm_start: float = 0.0
-    pack: int = 1
-    pack_throughput: Mapping[int, float] = field(default_factory=dict)
-    window: float = 0.0
-    failures: float = 0.0
-    checkpoint_seconds: float = 0.0
-    recovery: float = 0.0
-    preemptions: float = 0.0
-    preempted_for: float = 0.0
-    keep_warm: float | None = None
+    mean: float
+    variation: float = 0.0
+    measured: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("workers", "pack"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} is {value}; it must be at least 1", name)
-        for name in (
-            "cold_start", "warm_start", "window", "failures", "checkpoint_seconds", "recovery",
-            "preemptions", "preempted_for", "keep_warm",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            is_valid = value is None or (math.isfinite(value) and value >= 0)
-            require(is_valid, f"{name} is {value}; it must be a number, and not negative", name)
-        known = self.pack_throughput
-        for size, factor in known.items():
-            require(size >= 1, f"pack_throughput names a pack of {size}", "pack_throughput")
-            require_positive(f"pack_throughput of {size}", factor)
+        is_valid = math.isfinite(self.mean) and self.mean > 0
+        require(is_valid, f"seconds is {self.mean}; it must be greater than 0", "seconds")
         require(
-            self.pack == 1 or max(known, default=0) >= self.pack,
-            f"packs of {self.pack} need pack_throughput, such as {self.pack}:2.5: subject-steps "
-            "per second of a full pack, where one subject alone has 1",
-            "pack_throughput",
+            math.isfinite(self.variation) and self.variation >= 0,
+            f"variation is {self.variation}; it must be a number, and not negative",
+            "variation",
         )
 
-    def throughput(self) -> list[float]:
-        """Subject-steps per second by the size of a pack, from 0 on, where one alone has 1."""
-        known = {0: 0.0, 1: 1.0, **self.pack_throughput}
-        sizes = sorted(known)
-        factors = np.interp(range(self.pack + 1), sizes, [known[size] for size in sizes])
-        return [float(factor) for factor in factors]
+    @classmethod
+    def of(cls, measured: Sequence[float]) -> TrainingTimes:
+        """Return the times that were measured."""
+        mean = fmean(measured)
+        spread = math.sqrt(fmean((value - mean) ** 2 for value in measured))
+        return cls(mean, spread / mean, tuple(measured))
+
+    def draw(self, count: int, generator: np.random.Generator) -> Values:
+        """Draw so many times, independent of each other."""
+        if self.measured:
+            return generator.choice(np.asarray(self.measured), count)
+        if not self.variation:
+            return np.full(count, float(self.mean))
+        return generator.gamma(self.variation**-2, self.mean * self.variation**2, count)
+
+
+@dataclass(frozen=True)
+class MeasuredCosts:
+    """Costs in the record file of a fleet, in seconds.
+
+    Attributes:
+        times: Of training, for each subject that was finished.
+        cold_start: Of the first subject of each worker, the median.
+        warm_start: Of the others.
+        failures: Attempts beyond the first, per worker and hour.
+    """
+
+    times: TrainingTimes
+    cold_start: float
+    warm_start: float
+    failures: float
+
+
+def read_costs(path: Path) -> MeasuredCosts:
+    """Costs by the record file of a fleet, one JSON object a line; a subject's last line counts.
+
+    Raises:
+        ConfigError: If a line is not a record, or no subject was finished.
+    """
+    by_name: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            name, record = _record(line, f"line {number} of {path}")
+            by_name.pop(name, None)
+            by_name[name] = record
+    done = [record for record in by_name.values() if record.get("status") == "done"]
+    require(bool(done), f"{path} has no subject that is done", "records")
+    starts: dict[str, list[float]] = {}
+    for record in done:
+        starts.setdefault(str(record.get("worker")), []).append(record["start_seconds"])
+    firsts = [values[0] for values in starts.values()]
+    others = [value for values in starts.values() for value in values[1:]]
+    attempts = sum(record.get("attempts", 1) - 1 for record in done)
+    hours = sum(record["train_seconds"] + record["start_seconds"] for record in done) / HOUR
+    return MeasuredCosts(
+        TrainingTimes.of([record["train_seconds"] for record in done]),
+        median(firsts),
+        median(others or firsts),
+        attempts / hours,
+    )
+
+
+def _record(line: str, where: str) -> tuple[str, dict[str, Any]]:
+    """The subject and the record of a line."""
+    try:
+        record = json.loads(line)
+        if record.get("status") == "done":
+            for name in ("start_seconds", "train_seconds"):
+                record[name] = float(record[name])
+        return str(record["name"]), record
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{where} is not a record of a fleet ({error}); it needs name, status, start_seconds "
+            "and train_seconds",
+            "records",
+        ) from error
+
+
+def read_arrivals(path: Path) -> list[float]:
+    """Arrival times, one a line, as seconds or as ISO 8601 dates; from the first on, ascending.
+
+    Raises:
+        ConfigError: If a line is neither, or the file has no time.
+    """
+    times = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if text := line.partition("#")[0].strip():
+            try:
+                times.append(_time(text))
+            except ValueError as error:
+                raise ConfigError(
+                    f"line {number} of {path} is {text!r}; write seconds, or a date such as "
+                    "2026-01-31T12:00:00",
+                    "arrivals",
+                ) from error
+    require(bool(times), f"{path} has no arrival", "arrivals")
+    return [time - min(times) for time in sorted(times)]
+
+
+def _time(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = datetime.fromisoformat(text).timestamp()
+    if not math.isfinite(seconds):
+        raise ValueError(text)
+    return seconds
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Arriving subjects.
+
+    Attributes:
+        times: What training takes.
+        subjects: How many arrive.
+        rate: Of a Poisson process, in subjects per hour; None: ``arrivals``.
+        arrivals: Their times in seconds; empty: all at once.
+        seed: Random seed of all draws.
+    """
+
+    times: TrainingTimes
+    subjects: int
+    rate: float | None = None
+    arrivals: tuple[float, ...] = ()
+    seed: int = 0
+
+    def draw(self) -> tuple[Values, Values]:
+        """Arrival and training times, the same ones for each number of workers."""
+        spawned = np.random.SeedSequence(self.seed).spawn(2)
+        arriving, training = (np.random.default_rng(sequence) for sequence in spawned)
+        work = self.times.draw(self.subjects, training)
+        if self.rate is not None:
+            return arriving.exponential(HOUR / self.rate, self.subjects).cumsum(), work
+        return np.asarray(self.arrivals or [0.0] * self.subjects), work
 
 
 def check_failures(plan: QueuePlan, seconds: float) -> None:

@@ -9,16 +9,80 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from dora_diffusion.lab.simulation.plan import HOUR, QueuePlan
+from dora_diffusion.config.fields import require, require_positive
 
+HOUR = 3600.0
 Values = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class QueuePlan:
+    """The workers of a fleet, and what happens to them.
+
+    Attributes:
+        workers: How many there are.
+        cold_start: From taking a subject to its first step in a new process.
+        warm_start: The same where the process has trained before, with the base in memory.
+        pack: Most subjects that a worker trains at once.
+        pack_throughput: Size of a pack -> subject-steps per second, relative to one subject alone.
+            Linear between the sizes; 1 for one subject.
+        window: How long the oldest subject waits for a pack to fill.
+        failures: Of a worker, without notice: what was trained since the last checkpoint is lost.
+        checkpoint_seconds: Training time from one checkpoint to the next; 0 saves none.
+        recovery: From a failure to the new process, which starts cold.
+        preemptions: Of a worker, with notice: a checkpoint is saved, and nothing is lost.
+        preempted_for: From a preemption to the next worker, which starts cold.
+        keep_warm: Idle time after which a worker is given back; None keeps it.
+    """
+
+    workers: int = 1
+    cold_start: float = 0.0
+    warm_start: float = 0.0
+    pack: int = 1
+    pack_throughput: Mapping[int, float] = field(default_factory=dict)
+    window: float = 0.0
+    failures: float = 0.0
+    checkpoint_seconds: float = 0.0
+    recovery: float = 0.0
+    preemptions: float = 0.0
+    preempted_for: float = 0.0
+    keep_warm: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "pack"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} is {value}; it must be at least 1", name)
+        for name in (
+            "cold_start", "warm_start", "window", "failures", "checkpoint_seconds", "recovery",
+            "preemptions", "preempted_for", "keep_warm",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            is_valid = value is None or (math.isfinite(value) and value >= 0)
+            require(is_valid, f"{name} is {value}; it must be a number, and not negative", name)
+        known = self.pack_throughput
+        for size, factor in known.items():
+            require(size >= 1, f"pack_throughput names a pack of {size}", "pack_throughput")
+            require_positive(f"pack_throughput of {size}", factor)
+        require(
+            self.pack == 1 or max(known, default=0) >= self.pack,
+            f"packs of {self.pack} need pack_throughput, such as {self.pack}:2.5: subject-steps "
+            "per second of a full pack, where one subject alone has 1",
+            "pack_throughput",
+        )
+
+    def throughput(self) -> list[float]:
+        """Subject-steps per second by the size of a pack, from 0 on, where one alone has 1."""
+        known = {0: 0.0, 1: 1.0, **self.pack_throughput}
+        sizes = sorted(known)
+        factors = np.interp(range(self.pack + 1), sizes, [known[size] for size in sizes])
+        return [float(factor) for factor in factors]
 
 
 @dataclass(frozen=True)
@@ -147,28 +211,27 @@ class _Simulation:
         self.waiting: list[int] = []
         self.next_look = -math.inf
         self.order = itertools.count()
+        self.now = self.arrivals[0]
         # An ascending list is a heap.
-        self.events: list[tuple[float, int, Callable[[float, Any], None], Any]] = [
-            (time, next(self.order), self._arrive, place)
+        self.events: list[tuple[float, int, Callable[[], object]]] = [
+            (time, next(self.order), partial(heapq.heappush, self.waiting, place))
             for place, time in enumerate(self.arrivals)
         ]
-        self.now = self.arrivals[0]
         # The last is taken first: who was busy last is warm.
         self.idle = [_Worker() for _ in range(plan.workers)]
         for worker in self.idle:
             worker.free_since = self.now
-            self._expect_down(self.now, worker)
+            self._expect_down(worker)
 
     def run(self) -> QueueOutcome:
         while self.unfinished:
             self.now = self.events[0][0]
             # All that happens at one moment is known before a pack is made of it.
             while self.events and self.events[0][0] == self.now:
-                _, _, handle, what = heapq.heappop(self.events)
-                handle(self.now, what)
-            self._dispatch(self.now)
+                heapq.heappop(self.events)[2]()
+            self._dispatch()
         for worker in self.idle:
-            self.sums["idle"] += self._paid_idle(worker, self.now)
+            self.sums["idle"] += self._paid_idle(worker)
         arrivals = np.asarray(self.arrivals)
         return QueueOutcome(
             waits=np.asarray(self.taken, float) - arrivals,
@@ -179,62 +242,56 @@ class _Simulation:
             **self.sums,
         )
 
-    def _at(self, time: float, handle: Callable[[float, Any], None], what: Any = None) -> None:
-        heapq.heappush(self.events, (time, next(self.order), handle, what))
+    def _at(self, time: float, handle: Callable[[], object]) -> None:
+        heapq.heappush(self.events, (time, next(self.order), handle))
 
-    def _arrive(self, now: float, subject: int) -> None:
-        heapq.heappush(self.waiting, subject)
-
-    def _look(self, now: float, what: None) -> None:
-        """The window of a pack has passed; `_dispatch` follows every event."""
-
-    def _dispatch(self, now: float) -> None:
+    def _dispatch(self) -> None:
         """Assign waiting subjects to idle workers."""
         while self.idle and self.waiting:
             size = min(self.plan.pack, len(self.waiting))
-            if size < self.plan.pack:
-                ready = self.arrivals[self.waiting[0]] + self.plan.window
-                if now < ready:
-                    if ready != self.next_look:
-                        self.next_look = ready
-                        self._at(ready, self._look)
-                    return
-            subjects = [heapq.heappop(self.waiting) for _ in range(size)]
-            self._take(self.idle.pop(), subjects, now)
+            ready = self.arrivals[self.waiting[0]] + self.plan.window
+            if size < self.plan.pack and self.now < ready:
+                if ready != self.next_look:
+                    self.next_look = ready
+                    self._at(ready, lambda: None)  # This is called after every event.
+                return
+            self._take(self.idle.pop(), [heapq.heappop(self.waiting) for _ in range(size)])
 
-    def _take(self, worker: _Worker, subjects: list[int], now: float) -> None:
-        self.sums["idle"] += self._paid_idle(worker, now)
-        is_warm = worker.is_warm and not self._is_given_back(worker, now)
+    def _take(self, worker: _Worker, subjects: list[int]) -> None:
+        self.sums["idle"] += self._paid_idle(worker)
+        is_warm = worker.is_warm and not self._is_given_back(worker)
         start = self.plan.warm_start if is_warm else self.plan.cold_start
         subjects.sort(key=self.left.__getitem__)
         worker.subjects = subjects
         worker.leaves = leave_times([self.left[i] for i in subjects], self.throughput)
-        worker.taken, worker.begun = now, now + start
+        worker.taken, worker.begun = self.now, self.now + start
         worker.turn += 1
         self.packs += 1
         for subject in subjects:
             if self.taken[subject] is None:
-                self.taken[subject] = now
-        self._at(worker.begun + worker.leaves[-1], self._done, (worker, worker.turn))
+                self.taken[subject] = self.now
+        self._at(worker.begun + worker.leaves[-1], partial(self._done, worker, worker.turn))
 
-    def _done(self, now: float, what: tuple[_Worker, int]) -> None:
-        worker, turn = what
+    def _done(self, worker: _Worker, turn: int) -> None:
         if worker.turn == turn:
-            self._release(worker, now, worker.leaves[-1])
-            worker.is_warm, worker.free_since = True, now
+            self._release(worker, worker.leaves[-1])
+            worker.is_warm, worker.free_since = True, self.now
             self.idle.append(worker)
 
-    def _release(self, worker: _Worker, now: float, kept: float) -> None:
+    def _release(self, worker: _Worker, kept: float) -> None:
         """Remove a worker's subjects: those that have ended, and others as far as is kept."""
+        now, trained = self.now, max(0.0, self.now - worker.begun)
         self.sums["starting"] += min(now, worker.begun) - worker.taken
-        self.sums["training"] += max(0.0, now - worker.begun)
+        self.sums["training"] += trained
         ended = sum(worker.begun + leave <= now for leave in worker.leaves)
         for subject, leave in zip(worker.subjects[:ended], worker.leaves, strict=False):
             self.ended[subject] = worker.begun + leave
         self.unfinished -= ended
         if ended < len(worker.subjects):
-            self.sums["lost"] += max(0.0, now - worker.begun) - kept
-            progress = self._progress(worker, kept)
+            self.sums["lost"] += trained - kept
+            # The work done on each remaining subject since the pack's start.
+            work = [self.left[subject] for subject in worker.subjects]
+            progress = float(np.interp(kept, [0.0, *worker.leaves], [0.0, *work]))
             for subject in worker.subjects[ended:]:
                 self.left[subject] -= progress
                 heapq.heappush(self.waiting, subject)
@@ -242,43 +299,39 @@ class _Simulation:
         worker.subjects = []
         worker.turn += 1
 
-    def _progress(self, worker: _Worker, elapsed: float) -> float:
-        """Return the work done on each remaining subject of a pack since its start."""
-        work = [self.left[subject] for subject in worker.subjects]
-        return float(np.interp(elapsed, [0.0, *worker.leaves], [0.0, *work]))
-
-    def _expect_down(self, now: float, worker: _Worker) -> None:
+    def _expect_down(self, worker: _Worker) -> None:
         if self.down_rate:
-            self._at(now + self.generator.exponential(1 / self.down_rate), self._down, worker)
+            wait = self.generator.exponential(1 / self.down_rate)
+            self._at(self.now + wait, partial(self._down, worker))
 
-    def _down(self, now: float, worker: _Worker) -> None:
+    def _down(self, worker: _Worker) -> None:
         plan = self.plan
         is_noticed = self.generator.random() * self.down_rate * HOUR < plan.preemptions
         if worker.subjects:
-            trained, every = max(0.0, now - worker.begun), plan.checkpoint_seconds
+            trained, every = max(0.0, self.now - worker.begun), plan.checkpoint_seconds
             saved = trained // every * every if every else 0.0
-            self._release(worker, now, trained if is_noticed else saved)
-        elif self._is_given_back(worker, now):
-            self._expect_down(now, worker)
+            self._release(worker, trained if is_noticed else saved)
+        elif self._is_given_back(worker):
+            self._expect_down(worker)
             return
         else:
-            self.sums["idle"] += self._paid_idle(worker, now)
+            self.sums["idle"] += self._paid_idle(worker)
             self.idle.remove(worker)
         away = plan.preempted_for if is_noticed else plan.recovery
         if not is_noticed:
             self.sums["recovering"] += away
-        self._at(now + away, self._up, worker)
+        self._at(self.now + away, partial(self._up, worker))
 
-    def _up(self, now: float, worker: _Worker) -> None:
-        worker.is_warm, worker.free_since = False, now
+    def _up(self, worker: _Worker) -> None:
+        worker.is_warm, worker.free_since = False, self.now
         self.idle.insert(0, worker)
-        self._expect_down(now, worker)
+        self._expect_down(worker)
 
-    def _is_given_back(self, worker: _Worker, now: float) -> bool:
+    def _is_given_back(self, worker: _Worker) -> bool:
         keep = self.plan.keep_warm
-        return keep is not None and (not worker.is_warm or now - worker.free_since > keep)
+        return keep is not None and (not worker.is_warm or self.now - worker.free_since > keep)
 
-    def _paid_idle(self, worker: _Worker, now: float) -> float:
+    def _paid_idle(self, worker: _Worker) -> float:
         if self.plan.keep_warm is None:
-            return now - worker.free_since
-        return min(now - worker.free_since, self.plan.keep_warm) if worker.is_warm else 0.0
+            return self.now - worker.free_since
+        return min(self.now - worker.free_since, self.plan.keep_warm) if worker.is_warm else 0.0

@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dora_diffusion.config.wording import aligned, counted, duration
 from dora_diffusion.evaluation.statistics import Interval, t_interval
-from dora_diffusion.lab.analysis.plots import MARKERS, ordered_color, save_figure, tidy
-from dora_diffusion.lab.simulation.costs import TrainingTimes
-from dora_diffusion.lab.simulation.plan import HOUR, QueuePlan, expected_wait
-from dora_diffusion.lab.simulation.queue import QueueOutcome, Values, simulate_queue
+from dora_diffusion.lab.analysis.plots import MARKERS, ordered_color, tidy
+from dora_diffusion.lab.simulation.plan import Demand, expected_wait
+from dora_diffusion.lab.simulation.queue import (
+    HOUR,
+    QueueOutcome,
+    QueuePlan,
+    Values,
+    simulate_queue,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,34 +30,13 @@ BATCHES = 20
 WARM_UP = 0.1
 LOADS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 _PLOTTED_SUBJECTS = 20_000
-
-
-@dataclass(frozen=True)
-class Demand:
-    """Arriving subjects.
-
-    Attributes:
-        times: What training takes.
-        subjects: How many arrive.
-        rate: Of a Poisson process, in subjects per hour; None: ``arrivals``.
-        arrivals: Their times in seconds; empty: all at once.
-        seed: Random seed of all draws.
-    """
-
-    times: TrainingTimes
-    subjects: int
-    rate: float | None = None
-    arrivals: tuple[float, ...] = ()
-    seed: int = 0
-
-    def draw(self) -> tuple[Values, Values]:
-        """Arrival and training times, the same ones for each number of workers."""
-        spawned = np.random.SeedSequence(self.seed).spawn(2)
-        arriving, training = (np.random.default_rng(sequence) for sequence in spawned)
-        work = self.times.draw(self.subjects, training)
-        if self.rate is not None:
-            return arriving.exponential(HOUR / self.rate, self.subjects).cumsum(), work
-        return np.asarray(self.arrivals or [0.0] * self.subjects), work
+# Of the table, besides times: title -> figure and its form.
+_COLUMNS = {
+    "utilisation": ("utilisation", "{:.0%}"),
+    "subjects per hour": ("subjects_per_hour", "{:.1f}"),
+    "capacity per hour": ("capacity_per_hour", "{:.1f}"),
+    "GPU-hours": ("gpu_hours", "{:.1f}"),
+}
 
 
 @dataclass(frozen=True)
@@ -83,35 +66,22 @@ class Forecast:
 
 
 def forecast(plan: QueuePlan, demand: Demand) -> Forecast:
-    """Simulate a queue."""
-    outcome = simulate_queue(plan, *demand.draw(), seed=demand.seed)
-    formula = None
-    if demand.rate is not None:
-        formula = formula_wait(plan, demand.times, demand.rate)
-    return Forecast(
-        plan,
-        outcome,
-        None if demand.rate is None else mean_of(settled(outcome.waits)),
-        formula,
-        plan.workers == 1 or (is_exponential(demand.times) and not plan.warm_start),
-    )
+    """Simulate a queue.
 
-
-def is_exponential(times: TrainingTimes) -> bool:
-    return times.variation == 1 and not times.measured
-
-
-def formula_wait(plan: QueuePlan, times: TrainingTimes, rate: float) -> float | None:
-    """The mean wait in seconds that `expected_wait` has for warm workers.
-
-    None with packs, failures, preemption or workers that are given back. The first, cold start of
-    each worker is left out.
+    The formula is for warm workers, without packs, failures, preemption or workers that are given
+    back. The first, cold start of each worker is left out.
     """
-    if plan.pack > 1 or plan.failures or plan.preemptions or plan.keep_warm is not None:
-        return None
-    seconds = plan.warm_start + times.mean
-    spread = times.variation * times.mean / seconds
-    return expected_wait(rate / HOUR, seconds, spread, plan.workers)
+    outcome, times = simulate_queue(plan, *demand.draw(), seed=demand.seed), demand.times
+    mean_wait = formula = None
+    if demand.rate is not None:
+        mean_wait = mean_of(settled(outcome.waits))
+        is_plain = plan.pack == 1 and plan.keep_warm is None
+        if is_plain and not plan.failures and not plan.preemptions:
+            seconds = plan.warm_start + times.mean
+            spread = times.variation * times.mean / seconds
+            formula = expected_wait(demand.rate / HOUR, seconds, spread, plan.workers)
+    is_exponential = times.variation == 1 and not times.measured and not plan.warm_start
+    return Forecast(plan, outcome, mean_wait, formula, plan.workers == 1 or is_exponential)
 
 
 def settled(values: Values) -> Values:
@@ -176,16 +146,13 @@ def to_dict(
 
 def table(results: Sequence[dict[str, Any]], *, has_price: bool) -> str:
     """A row for each number of workers."""
-    head = ["workers", *(f"wait p{p}" for p in PERCENTILES)]
-    head += [*(f"turnaround p{p}" for p in PERCENTILES), "utilisation", "subjects per hour"]
-    head += ["capacity per hour", "GPU-hours", *(["cost per subject"] if has_price else [])]
-    rows = [head]
+    times = [(kind, f"p{p}") for kind in ("wait", "turnaround") for p in PERCENTILES]
+    rows = [["workers", *map(" ".join, times), *_COLUMNS]]
+    if has_price:
+        rows[0].append("cost per subject")
     for result in results:
-        times = [*(result["wait"][f"p{p}"] for p in PERCENTILES)]
-        times += [*(result["turnaround"][f"p{p}"] for p in PERCENTILES)]
-        row = [str(result["workers"]), *map(duration, times), f"{result['utilisation']:.0%}"]
-        row += [f"{result['subjects_per_hour']:.1f}", f"{result['capacity_per_hour']:.1f}"]
-        row += [f"{result['gpu_hours']:.1f}"]
+        row = [str(result["workers"]), *(duration(result[kind][p]) for kind, p in times)]
+        row += [form.format(result[key]) for key, form in _COLUMNS.values()]
         rows.append(row + ([f"{result['cost_per_subject']:.4g}"] if has_price else []))
     return aligned(rows)
 
@@ -259,9 +226,3 @@ def _draw_plan(panel: Any, plan: QueuePlan, demand: Demand, color: Any, marker: 
     if formulas:
         kind = "formula" if found.is_exact else "approximation"
         panel.plot(loads, formulas, color=color, linewidth=1.2, label=f"{name}, {kind}")
-
-
-def write(folder: Path, figure: Figure) -> Path:
-    """Save the plot."""
-    save_figure(figure, folder / "load.png", dpi=140)
-    return folder / "load.png"

@@ -10,8 +10,8 @@ from PIL import Image
 from dora_diffusion import simulate_queue
 from dora_diffusion.cli.main import main
 from dora_diffusion.lab.simulation import report
-from dora_diffusion.lab.simulation.costs import TrainingTimes
-from dora_diffusion.lab.simulation.plan import HOUR, QueuePlan
+from dora_diffusion.lab.simulation.plan import Demand, TrainingTimes
+from dora_diffusion.lab.simulation.queue import HOUR, QueuePlan
 
 GIVEN = ["--seconds", "100", "--variation", "1", "--subjects", "3000"]
 
@@ -32,7 +32,7 @@ def test_a_table_json_and_a_plot(tmp_path, capsys):
     assert main(words) == 0
     printed = capsys.readouterr().out
     document = json.loads((tmp_path / "out" / "simulation.json").read_text(encoding="utf-8"))
-    demand = report.Demand(TrainingTimes(100, 1), 3000, rate=60)
+    demand = Demand(TrainingTimes(100, 1), 3000, rate=60)
     arrivals, work = demand.draw()
     for result, workers in zip(document["results"], (2, 4), strict=True):
         outcome = simulate_queue(QueuePlan(workers=workers), arrivals, work)

@@ -1,13 +1,22 @@
-"""Formulas beside sums, integrals and each other."""
+"""Formulas beside sums, integrals and each other; costs of a record file, draws, and arrivals."""
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 
-from dora_diffusion.lab.simulation.plan import erlang_c, expected_completion, expected_wait
+from dora_diffusion.config import ConfigError
+from dora_diffusion.lab.simulation.plan import (
+    TrainingTimes,
+    erlang_c,
+    expected_completion,
+    expected_wait,
+    read_arrivals,
+    read_costs,
+)
 
 
 @pytest.mark.parametrize(("load", "workers"), [(0.5, 1), (1.7, 2), (9.0, 12)])
@@ -55,3 +64,85 @@ def test_stretches_are_tried_until_they_pass():
     error = np.std(totals) / math.sqrt(len(totals))
     assert abs(np.mean(totals) - expected) < 3.3 * error
     assert error < 0.02 * expected
+
+
+RECORDS = [
+    # name, status, worker, start, training, attempts
+    ("a", "failed", "w1", 9.0, 0.0, 1),
+    ("b", "done", "w1", 30.0, 100.0, 1),
+    ("c", "done", "w2", 40.0, 140.0, 1),
+    ("d", "done", "w1", 2.0, 120.0, 2),
+    ("e", "done", "w2", 4.0, 120.0, 1),
+    ("a", "done", "w1", 3.0, 120.0, 2),
+]
+
+
+def write(path, records):
+    names = ("name", "status", "worker", "start_seconds", "train_seconds", "attempts")
+    lines = [json.dumps(dict(zip(names, record, strict=True))) for record in records]
+    path.write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    return path
+
+
+def test_a_record_file_gives_times_starts_and_failures(tmp_path):
+    costs = read_costs(write(tmp_path / "fleet.jsonl", RECORDS))
+    # Of the subject that failed first its last line counts.
+    assert sorted(costs.times.measured) == [100, 120, 120, 120, 140]
+    assert costs.times.mean == 120
+    assert costs.times.variation == pytest.approx(np.std([100, 120, 120, 120, 140]) / 120)
+    assert (costs.cold_start, costs.warm_start) == (35, 3)
+    assert costs.failures == pytest.approx(2 / (679 / 3600))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no subject that is done"),
+        ('{"name": "a", "status": "failed"}', "has no subject that is done"),
+        ('{"name": "a", "status": "done", "start_seconds": 1}', "line 1 of .*train_seconds"),
+        ("[1]", "line 1 of .* is not a record of a fleet"),
+        ("nothing", "line 1 of .* is not a record of a fleet"),
+    ],
+)
+def test_what_is_no_record_file_is_refused(tmp_path, text, message):
+    path = tmp_path / "fleet.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        read_costs(path)
+
+
+@pytest.mark.parametrize("variation", [0.3, 1.0, 2.0])
+def test_drawn_times_have_their_mean_and_spread(variation):
+    drawn = TrainingTimes(50, variation).draw(100_000, np.random.default_rng(0))
+    assert drawn.mean() == pytest.approx(50, rel=0.03)
+    assert drawn.std() == pytest.approx(50 * variation, rel=0.03)
+    if variation == 1:  # exponential
+        assert np.mean(drawn > 50) == pytest.approx(np.exp(-1), abs=0.01)
+
+
+def test_times_that_are_all_the_same_are_not_drawn():
+    assert TrainingTimes(50).draw(3, np.random.default_rng(0)).tolist() == [50, 50, 50]
+
+
+def test_measured_times_are_drawn_from():
+    drawn = TrainingTimes.of([10, 20]).draw(1000, np.random.default_rng(0))
+    assert set(drawn) == {10, 20}
+
+
+def test_arrivals_are_seconds_or_dates(tmp_path):
+    path = tmp_path / "arrivals.txt"
+    path.write_text("# of a day\n30\n10.5  # the first\n\n20\n", encoding="utf-8")
+    assert read_arrivals(path) == [0, 9.5, 19.5]
+    path.write_text("2026-01-31T12:01:00+00:00\n2026-01-31T12:00:00+00:00\n", encoding="utf-8")
+    assert read_arrivals(path) == [0, 60]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("1\nsoon", "line 2 of .* is 'soon'"), ("nan", "line 1"), ("\n", "has no arrival")],
+)
+def test_what_is_no_time_is_refused(tmp_path, text, message):
+    path = tmp_path / "arrivals.txt"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        read_arrivals(path)

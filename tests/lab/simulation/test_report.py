@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dora_diffusion.lab.simulation import report
-from dora_diffusion.lab.simulation.costs import TrainingTimes
-from dora_diffusion.lab.simulation.plan import QueuePlan
+from dora_diffusion.lab.simulation.plan import Demand, TrainingTimes
+from dora_diffusion.lab.simulation.queue import QueuePlan
 
 FIXED = TrainingTimes(100)
 
@@ -26,7 +26,7 @@ FIXED = TrainingTimes(100)
     ],
 )
 def test_the_formula_is_that_of_what_is_served(plan, times, expected, is_exact):
-    demand = report.Demand(times, 400, rate=15)
+    demand = Demand(times, 400, rate=15)
     found = report.forecast(plan, demand)
     assert found.is_exact is is_exact
     if expected == "none":
@@ -37,13 +37,13 @@ def test_the_formula_is_that_of_what_is_served(plan, times, expected, is_exact):
 
 def test_the_capacity_of_packs_is_that_of_full_ones():
     plan = QueuePlan(workers=2, warm_start=10, pack=4, pack_throughput={4: 2.5}, window=60)
-    capacity = report.capacity_of(plan, report.Demand(FIXED, 10))
+    capacity = report.capacity_of(plan, Demand(FIXED, 10))
     assert capacity == pytest.approx(2 * 4 * 3600 / (10 + 400 / 2.5))
 
 
 def test_the_capacity_counts_failures():
     sure, failing = (
-        report.capacity_of(QueuePlan(failures=rate, recovery=100), report.Demand(FIXED, 10))
+        report.capacity_of(QueuePlan(failures=rate, recovery=100), Demand(FIXED, 10))
         for rate in (0, 4)
     )
     # A try of 100 s fails one time in ten, half way, and takes 150 s then.
@@ -53,7 +53,7 @@ def test_the_capacity_counts_failures():
 
 def test_training_times_do_not_depend_on_how_subjects_arrive():
     times = TrainingTimes(100, 1)
-    at_once, at_a_rate = (report.Demand(times, 50, rate).draw() for rate in (None, 10))
+    at_once, at_a_rate = (Demand(times, 50, rate).draw() for rate in (None, 10))
     assert np.array_equal(at_once[1], at_a_rate[1])
     assert not at_once[0].any()
 
@@ -62,7 +62,7 @@ def test_the_plot_has_simulated_points_and_the_formula_beside(monkeypatch):
     monkeypatch.setattr(report, "LOADS", (0.5, 0.8))
     monkeypatch.setattr(report, "_PLOTTED_SUBJECTS", 2000)
     plans = [QueuePlan(workers=count) for count in (1, 2)]
-    figure = report.plot(plans, report.Demand(TrainingTimes(60, 1), 2000, rate=1))
+    figure = report.plot(plans, Demand(TrainingTimes(60, 1), 2000, rate=1))
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     assert lines["1 worker, formula"].get_ydata() == pytest.approx([1.0, 4.0], rel=0.15)
     labels = set(figure.axes[0].get_legend_handles_labels()[1])
