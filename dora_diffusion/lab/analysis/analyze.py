@@ -1,20 +1,41 @@
-"""Compare tuned weights with those of the base, one layer at a time."""
+"""Compare tuned weights with those of the base, one layer at a time.
+
+Tuned weights are a run's checkpoints, an adapter, or a model that was trained whole.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dora_diffusion.config.base import AnyModel, BaseModel
+from dora_diffusion.config.families import UnsupportedModelError
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import ExportError, model_name, open_model
-from dora_diffusion.formats.checkpoint.weights import StoredModel, module_weight
-from dora_diffusion.lab.analysis.changes import (
+from dora_diffusion.export.metadata import trained_steps
+from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_adapter
+from dora_diffusion.formats.adapter.metadata import parse_metadata
+from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.weights import (
+    ModelWeights,
+    StoredModel,
+    check_dtype,
+    module_shapes,
+    module_weight,
+)
+from dora_diffusion.formats.files.header import read_header
+from dora_diffusion.formats.files.runs import pipeline_in
+from dora_diffusion.formats.layouts.layout import AdapterFormatError
+from dora_diffusion.lab.analysis.report import (
     LEADING,
+    Analysis,
     CheckpointChange,
     LayerChange,
     RunChange,
@@ -22,15 +43,21 @@ from dora_diffusion.lab.analysis.changes import (
     is_table,
     model_order,
 )
-from dora_diffusion.lab.analysis.report import Analysis
-from dora_diffusion.lab.analysis.sources import SavedRun, TunedWeights, find_run, open_tuned
 from dora_diffusion.numerics.decomposition import (
     decompose,
     effective_rank,
     low_rank_singular_values,
     singular_values,
 )
-from dora_diffusion.numerics.weights import NORM_AXES, NormAxis, oriented
+from dora_diffusion.numerics.merging import merge_layers
+from dora_diffusion.numerics.weights import (
+    NORM_AXES,
+    LayerWeights,
+    NormAxis,
+    Strengths,
+    oriented,
+)
+from dora_diffusion.training.results.checkpoint import folders_after, step_of
 
 # Layers that are done, and of all.
 Progress = Callable[[int, int], None]
@@ -82,7 +109,7 @@ def analyze_weights(
     names = [source.name for source in found]
     left = sum(len(source.checkpoints) for source in found)
     with open_model(base) as model:
-        analyzer = _Analyzer(model, norm_axis, layers, alpha, _Counter(left, on_progress))
+        analyzer = _Analyzer(model, norm_axis, layers, alpha, on_progress, left)
         runs = [
             analyzer.run(source, source.name if names.count(source.name) == 1 else str(path))
             for path, source in zip(paths, found, strict=True)
@@ -93,33 +120,21 @@ def analyze_weights(
 
 
 @dataclass
-class _Counter:
-    """Counts layers, of which the checkpoints that are not open yet are taken to have as many."""
-
-    checkpoints: int
-    report: Progress | None
-    done: int = 0
-    total: int = 0
-
-    def open(self, layers: int) -> None:
-        self.total = self.done + self.checkpoints * layers
-        self.checkpoints -= 1
-
-    def __call__(self) -> None:
-        self.done += 1
-        if self.report is not None:
-            self.report(self.done, self.total)
-
-
-@dataclass(frozen=True)
 class _Analyzer:
-    """Analyzer of checkpoints beside one base."""
+    """Analyzer of checkpoints beside one base.
+
+    It counts layers, of which the checkpoints that are ``left`` are taken to have as many as the
+    one that is open.
+    """
 
     base: StoredModel
     axis: NormAxis
     patterns: Sequence[str]
     alpha: float | None
-    count: _Counter
+    on_progress: Progress | None
+    left: int
+    done: int = 0
+    total: int = 0
 
     def run(self, source: SavedRun, name: str) -> RunChange:
         checkpoints: list[CheckpointChange] = []
@@ -143,7 +158,8 @@ class _Analyzer:
                 f"{run}: no layer is called {' or '.join(self.patterns)}; it has "
                 f"{listing(tuned.names, 3)}"
             )
-        self.count.open(len(names))
+        self.total = self.done + self.left * len(names)
+        self.left -= 1
         changes = [self._layer(tuned, name) for name in sorted(names, key=model_order)]
         layers = [change for change in changes if change is not None]
         return CheckpointChange(
@@ -154,7 +170,9 @@ class _Analyzer:
         """The change of a layer; None where there is none."""
         base = module_weight(self.base, name)
         weight, factors = tuned.weight(name, base), tuned.factors(name)
-        self.count()
+        self.done += 1
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.total)
         if is_table(name):
             # As its adapters see it: an output is a dimension of its vectors, an input a row.
             base, weight = oriented(base, "embedding"), oriented(weight, "embedding")
@@ -171,3 +189,185 @@ class _Analyzer:
 
 def _spectrum(values: Tensor) -> Spectrum:
     return Spectrum(tuple(values[:LEADING].tolist()), effective_rank(values))
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """One thing to analyze: the checkpoints of a run, or a single one.
+
+    Attributes:
+        name: What it is called: its file or folder, or the name that it was given.
+        checkpoints: Its adapters or models in their order, each with its step where that is known.
+    """
+
+    name: str
+    checkpoints: Sequence[tuple[int | None, Path | str]]
+
+
+def find_run(source: str | Path) -> SavedRun:
+    """Find the checkpoints behind a path or a model's name.
+
+    A run's folder has those of its training, and its result where that is at another step.
+
+    Raises:
+        FileNotFoundError: If nothing is at a path.
+        AdapterFormatError: If a folder holds none of these.
+    """
+    path = Path(source).expanduser()
+    checkpoints: list[tuple[int | None, Path | str]] = [
+        (step_of(folder), folder) for folder in folders_after(path, -1) if _is_checkpoint(folder)
+    ]
+    if not checkpoints or _is_checkpoint(path):
+        step = _trained_steps(source)
+        if step is None or step not in [step for step, _ in checkpoints]:
+            checkpoints.append((step, source))
+    name = model_name(path) if path.exists() else str(source)
+    return SavedRun(name.removesuffix(".safetensors"), checkpoints)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder holds an adapter or a model."""
+    try:
+        return is_model(folder) or bool(find_adapter(folder))
+    except (AdapterFormatError, FileNotFoundError):
+        return False
+
+
+def _trained_steps(source: str | Path) -> int | None:
+    """The number of steps that an adapter, or a model of ours, says it was trained for."""
+    path = Path(source).expanduser()
+    if path.is_dir() and (folder := pipeline_in(path)):
+        return trained_steps(PipelineFolder(folder).metadata)
+    if is_model(source) or (file := find_adapter(source)).suffix != ".safetensors":
+        return None
+    steps = parse_metadata(read_header(file).metadata).extra.get("training_steps", "")
+    return int(steps) if steps.isdecimal() else None
+
+
+def is_model(source: str | Path) -> bool:
+    """Return whether a source is a whole model: a pipeline's folder, a single file, or a name."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return pipeline_in(path) is not None
+    if not path.is_file():
+        # A name with a suffix can only be a file that is missing.
+        return path.suffix != ".safetensors"
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        detect_checkpoint_family(read_header(path).specs)
+    except UnsupportedModelError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def open_tuned(
+    source: str | Path, base: StoredModel, alpha: float | None = None
+) -> Iterator[TunedWeights]:
+    """Open a checkpoint, and close its files afterwards.
+
+    Args:
+        source: An adapter, or a model.
+        base: What it was trained from.
+        alpha: What an adapter was trained with whose file does not say it.
+
+    Raises:
+        ExportError: If a model does not have the base's layers.
+        AdapterFormatError: If an adapter cannot be read, or does not fit the base.
+    """
+    if is_model(source):
+        with open_model(source) as model:
+            yield TunedModel(model, base)
+        return
+    adapter = read_adapter(source, base, sums=True)
+    notes = adapter.assumptions
+    if alpha is not None and adapter.lacks_alpha:
+        adapter, notes = read_adapter(source, base, alpha=alpha, sums=True), ()
+    elif alpha is not None:
+        notes = (f"alpha {alpha:g} has no effect: the file says its own",)
+    yield TunedAdapter(adapter, notes)
+
+
+class TunedAdapter:
+    """Base weights with an adapter applied, in float64.
+
+    Attributes:
+        method: ``"DoRA"``, ``"LoRA"`` or ``"DoRA and LoRA"``.
+        names: Canonical names of the modules whose weight may differ from the base's.
+        notes: What to know before the figures are believed, one line each.
+    """
+
+    def __init__(self, adapter: AdapterFile, notes: Sequence[str]) -> None:
+        self._adapter, self.notes = adapter, notes
+        self.names = [*adapter.layers, *(n for n in adapter.beside if n not in adapter.layers)]
+        layers = [*adapter.layers.values(), *adapter.beside.values()]
+        kinds = {"LoRA" if layer.magnitude is None else "DoRA" for layer in layers}
+        self.method = " and ".join(sorted(kinds))
+
+    def _layers(self, name: str) -> list[LayerWeights]:
+        parts = (self._adapter.layers, self._adapter.beside)
+        return [part[name] for part in parts if name in part]
+
+    def weight(self, name: str, base: Tensor) -> Tensor:
+        """``W'``, not rounded to the base's dtype, in which a small change is lost."""
+        layers = [(layer, Strengths()) for layer in self._layers(name)]
+        return merge_layers(base.double(), layers, torch.float64)
+
+    def factors(self, name: str) -> LayerWeights | None:
+        """The low-rank layer behind a module's change; None of a DoRA with a LoRA beside it."""
+        layers = self._layers(name)
+        return layers[0] if len(layers) == 1 else None
+
+    def other_changes(self, base: ModelWeights) -> int:
+        """Return the number of changed tensors without channels: 0, only weights are adapted."""
+        return 0
+
+
+class TunedModel:
+    """A model that was trained whole, or merged, with the methods of `TunedAdapter`."""
+
+    method = "model"
+
+    def __init__(self, model: StoredModel, base: StoredModel) -> None:
+        self._model = model
+        shapes, wanted = module_shapes(model), module_shapes(base)
+        wrong = [name for name in wanted if shapes.get(name) != wanted[name]]
+        if wrong or shapes.keys() - wanted.keys():
+            others = listing(wrong or shapes.keys() - wanted.keys(), 3)
+            raise ExportError(
+                f"{model.path.name} was not trained from {base.path.name}: they differ in the "
+                f"layers {others}; give the model that it was trained from with --base"
+            )
+        self.names = list(wanted)
+        specs = [(model.specs[f"{name}.weight"], base.specs[f"{name}.weight"]) for name in wanted]
+        for name, (spec, _) in zip(wanted, specs, strict=True):
+            check_dtype(name, spec.dtype)
+        rounded = sorted({str(ours.dtype)[6:] for ours, theirs in specs if ours != theirs})
+        self.notes = [
+            f"stored as {' and '.join(rounded)}, the base is not: rounding counts as change"
+        ] * bool(rounded)
+
+    def weight(self, name: str, base: Tensor) -> Tensor:
+        return self._model[f"{name}.weight"]
+
+    def factors(self, name: str) -> LayerWeights | None:
+        """None: a model does not say how it came to be."""
+        return None
+
+    def other_changes(self, base: ModelWeights) -> int:
+        """Tensors of the UNet and the text encoders that no channels are told of."""
+        measured = {f"{name}.weight" for name in self.names}
+        others = [
+            name
+            for name, spec in base.specs.items()
+            if name in self._model.specs
+            and name not in measured
+            and not name.startswith("vae.")
+            and spec.dtype.is_floating_point
+        ]
+        return sum(not torch.equal(self._model[n].double(), base[n].double()) for n in others)
+
+
+TunedWeights = TunedAdapter | TunedModel
+"""The weights of one checkpoint, beside those of the base."""

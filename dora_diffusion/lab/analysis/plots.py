@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dora_diffusion.formats.files.atomic import atomic_file
-from dora_diffusion.lab.analysis.changes import (
+from dora_diffusion.lab.analysis.report import (
+    Analysis,
     CheckpointChange,
     RunChange,
     correlation,
     model_order,
     place_of,
+    shown,
 )
-from dora_diffusion.lab.analysis.report import Analysis, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

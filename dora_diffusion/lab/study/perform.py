@@ -17,7 +17,7 @@ from torch import Tensor
 from dora_diffusion import __version__
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.lab.analysis import Analysis, analyze_weights
-from dora_diffusion.lab.analysis.changes import correlation
+from dora_diffusion.lab.analysis.report import correlation
 from dora_diffusion.lab.study.config import BASE
 from dora_diffusion.lab.study.trials import Record, Trial
 from dora_diffusion.numerics.devices import device_name

@@ -23,7 +23,7 @@ from dora_diffusion.formats.adapter.file import (
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.lab.analysis.changes import LayerChange
+from dora_diffusion.lab.analysis.report import LayerChange
 from dora_diffusion.numerics import decomposition
 from dora_diffusion.numerics.weights import NORM_AXES, LayerWeights, NormAxis
 

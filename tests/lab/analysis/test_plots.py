@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.lab.analysis import Analysis
-from dora_diffusion.lab.analysis.changes import CheckpointChange, RunChange
 from dora_diffusion.lab.analysis.plots import FILES, heat_map, scatter, spread, write_plots
+from dora_diffusion.lab.analysis.report import CheckpointChange, RunChange
 from tests.lab.analysis.test_report import checkpoint
 
 
