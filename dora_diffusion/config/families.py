@@ -1,17 +1,20 @@
 """The Stable Diffusion families: everything that differs between them.
 
 No other module compares a family's name or asks which kind of model it is: it asks the family for
-what it needs, such as `Family.time_ids`. A new family is one more entry of `FAMILIES`, and a field
-where it differs in something new. Modules and tensors are taken as they come: torch is not needed.
+what it needs, such as `Family.time_ids`. A new family is one more entry of ``families.json``, and a
+field where it differs in something new. Modules and tensors are taken as they come: torch is not
+needed.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from dora_diffusion.config.file import read_facts
 
 # What adapters can be on, and everything of a pipeline that has weights: the names of its folders.
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -267,149 +270,34 @@ class Family:
         return (image, image * (pixels[:, 3:] < 0.5)) if self.condition_images else (image,)
 
 
-# benchmarks/memory.py --resident: bfloat16, random weights in the released shapes, default targets
-# and rank, UNet and text encoders adapted, AdamW, the process's peak on a CPU. Derived rows scale
-# what is above 7.4 GiB (SDXL's weights, adapter, optimizer, process) with the pixels: the two lines
-# of Stable Diffusion 1.5 meet in such a sum, 2.5 GiB.
-_SD1_MEMORY = (
-    MemoryRow(512, True, 3.19),
-    MemoryRow(512, False, 3.74),
-    MemoryRow(768, True, 4.03),
-    MemoryRow(768, False, 5.28),
-)
-_SDXL_MEMORY = (
-    MemoryRow(768, True, 9.3, is_measured=False),
-    MemoryRow(768, False, 12.59),
-    MemoryRow(1024, True, 10.7),
-    MemoryRow(1024, False, 16.6, is_measured=False),
-)
+def _read() -> dict[str, Family]:
+    """The families of ``families.json``; one that is ``like`` another has the rest from it.
 
-# benchmarks/memory.py --parts; what adapters on text encoders add is derived from their shapes.
-_SD1_GPU_MEMORY = GpuMemory(
-    unet=1.601, text_encoders=0.229, vae=0.156, adapter=0.064, adapter_8bit=0.027,
-    activations=0.947, recomputed=0.285, text_adapter=0.04, resolution=512,
-)  # fmt: skip
-_SDXL_GPU_MEMORY = GpuMemory(
-    unet=4.782, text_encoders=1.523, vae=0.312, adapter=0.207, adapter_8bit=0.083,
-    activations=6.08, recomputed=0.755, text_adapter=0.2, resolution=1024, vae_is_float32=True,
-)  # fmt: skip
-
-_TEXT_TO_IMAGE = {
-    family.name: family
-    for family in (
-        Family(
-            name="sd1",
-            title="Stable Diffusion 1",
-            pipeline_class="StableDiffusionPipeline",
-            text_encoders=(
-                TextEncoder("text_encoder", "lora_te_", "cond_stage_model.transformer."),
-            ),
-            hidden_state="last",
-            prompt_width=768,
-            up_attention=(False, True, True, True),
-            default_resolution=512,
-            default_steps=800,
-            released_id="stable-diffusion-v1-5/stable-diffusion-v1-5",
-            configuration="sd1",
-            kohya_base_version="sd_v1",
-            architecture="stable-diffusion-v1",
-            version_mark="sd_v1",
-            architecture_mark="diffusion-v1",
-            memory=_SD1_MEMORY,
-            gpu_memory=_SD1_GPU_MEMORY,
-        ),
-        Family(
-            name="sd2",
-            title="Stable Diffusion 2",
-            pipeline_class="StableDiffusionPipeline",
-            text_encoders=(
-                TextEncoder("text_encoder", "lora_te_", "cond_stage_model.model.", True, "clip_h"),
-            ),
-            # The diffusers release already drops the last encoder layer (23 of 24), so its "last"
-            # state is the penultimate one of the original model.
-            hidden_state="last",
-            prompt_width=1024,
-            up_attention=(False, True, True, True),
-            uses_linear_projection=True,
-            default_resolution=768,
-            default_steps=800,
-            released_id="stabilityai/stable-diffusion-2-1",
-            configuration="sd2",
-            has_two_predictions=True,
-            is_suggested=False,
-            kohya_base_version="sd_v2",
-            is_kohya_v2=True,
-            architecture="stable-diffusion-v2-512",
-            v_architecture="stable-diffusion-v2-768-v",
-            version_mark="sd_v2",
-            architecture_mark="diffusion-v2",
-            # Version 1 with a larger text encoder: 0.22 billion more weights.
-            memory=_SD1_MEMORY,
-            gpu_memory=replace(_SD1_GPU_MEMORY, text_encoders=0.63),
-            more_memory_gib=0.42,
-        ),
-        Family(
-            name="sdxl",
-            title="Stable Diffusion XL",
-            pipeline_class="StableDiffusionXLPipeline",
-            text_encoders=(
-                TextEncoder("text_encoder", "lora_te1_", "conditioner.embedders.0.transformer."),
-                TextEncoder(
-                    "text_encoder_2", "lora_te2_", "conditioner.embedders.1.model.", True, "clip_g"
-                ),
-            ),
-            hidden_state="penultimate",
-            has_pooled=True,
-            has_time_ids=True,
-            prompt_width=2048,
-            up_attention=(True, True, False),
-            uses_linear_projection=True,
-            vae_wants_float32=True,
-            default_resolution=1024,
-            default_steps=1000,
-            released_id="stabilityai/stable-diffusion-xl-base-1.0",
-            configuration="sdxl",
-            kohya_base_version="sdxl_base_v1-0",
-            kohya_names_original_blocks=True,
-            architecture="stable-diffusion-xl-v1-base",
-            version_mark="sdxl",
-            architecture_mark="stable-diffusion-xl",
-            marks_v_prediction=True,
-            memory=_SDXL_MEMORY,
-            gpu_memory=_SDXL_GPU_MEMORY,
-        ),
-    )
-}
+    Rows of memory are of ``benchmarks/memory.py --resident``: bfloat16, random weights in the
+    released shapes, default targets and rank, UNet and text encoders adapted, AdamW, the process's
+    peak on a CPU. Derived rows scale what is above 7.4 GiB (SDXL's weights, adapter, optimizer,
+    process) with the pixels: the two lines of Stable Diffusion 1.5 meet in such a sum, 2.5 GiB.
+    Figures of a GPU are of ``benchmarks/memory.py --parts``; what adapters on text encoders add is
+    derived from their shapes. Stable Diffusion 2 is version 1 with a larger text encoder, of which
+    its Diffusers release already drops the last layer (23 of 24): its "last" state is the
+    penultimate one of the original model. No program writes inpainting models as a version of
+    kohya's.
+    """
+    facts = read_facts("families")
+    families = {}
+    for name, own in facts.items():
+        values = {**facts.get(own.pop("like", ""), {}), **own}
+        parts: dict[str, Any] = {
+            "text_encoders": tuple(TextEncoder(**encoder) for encoder in values["text_encoders"]),
+            "memory": tuple(MemoryRow(**row) for row in values["memory"]),
+            "gpu_memory": GpuMemory(**values["gpu_memory"]),
+        }
+        plain = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        families[name] = Family(name=name, **plain | parts)
+    return families
 
 
-def _inpainting(family: Family, released_id: str) -> Family:
-    """The family's inpainting models: they read a mask and the latents of the masked image too."""
-    architecture = f"{family.architecture}-inpainting"
-    return replace(
-        family,
-        name=f"{family.name}-inpainting",
-        title=f"{family.title} Inpainting",
-        pipeline_class=family.pipeline_class.replace("Pipeline", "InpaintPipeline"),
-        auto_pipeline="AutoPipelineForInpainting",
-        image_arguments=("image", "mask_image"),
-        planes=1,
-        condition_images=1,
-        released_id=released_id,
-        is_suggested=False,
-        architecture=architecture,
-        # No program writes it as a version of kohya's.
-        version_mark=architecture,
-        architecture_mark=architecture,
-    )
-
-
-FAMILIES: Mapping[str, Family] = _TEXT_TO_IMAGE | {
-    family.name: family
-    for family in (
-        _inpainting(_TEXT_TO_IMAGE["sd1"], "stable-diffusion-v1-5/stable-diffusion-inpainting"),
-        _inpainting(_TEXT_TO_IMAGE["sdxl"], "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"),
-    )
-}
+FAMILIES: Mapping[str, Family] = _read()
 # What is assumed of a model that is not there yet.
 USUAL = next(iter(FAMILIES.values()))
 TITLES = ", ".join(family.title for family in FAMILIES.values())

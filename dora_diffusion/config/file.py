@@ -1,7 +1,8 @@
-"""YAML files of settings, with the line of every key for messages."""
+"""YAML files of settings, with the line of every key for messages; and this room's own tables."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,14 @@ from dora_diffusion.config.fields import ConfigError, require
 
 SEGMENTS = "segments"
 """Key under which a resumed run records what changed at which step; no setting."""
+
+
+def read_facts(name: str) -> dict[str, Any]:
+    """Read a table of facts that lies beside this module, as JSON."""
+    facts: dict[str, Any] = json.loads(
+        Path(__file__).with_name(f"{name}.json").read_text(encoding="utf-8")
+    )
+    return facts
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:

@@ -18,71 +18,27 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.fields import WANTED, ConfigError, require
+from dora_diffusion.config.file import read_facts
 from dora_diffusion.config.subject import Entry
 from dora_diffusion.config.wording import did_you_mean, listing, quoted
 
 _FOLDER = re.compile(r"(\d+)_(.+)")
 _GENERAL, _DATASETS, _SUBSETS = "[general]", "[[datasets]]", "[[datasets.subsets]]"
-# Options of sd-scripts' subsets -> settings here.
-_SAME = {
-    "image_dir": "instance_data_dir",
-    "num_repeats": "repeats",
-    "resolution": "resolution",
-    "enable_bucket": "aspect_ratio_buckets",
-    "flip_aug": "random_flip",
-    "shuffle_caption": "shuffle_tags",
-    "keep_tokens": "keep_tags",
-    "caption_dropout_rate": "caption_dropout",
-    "caption_tag_dropout_rate": "tag_dropout",
-    "enable_wildcard": "wildcards",
-    "caption_prefix": "caption_prefix",
-    "caption_suffix": "caption_suffix",
-    "alpha_mask": "masked_loss",
-}
-_BUCKETS = {"min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64}
-# Those that are read below, by what their values must be.
-_READ: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys((
-        "alpha_mask", "cache_info", "enable_bucket", "enable_wildcard", "flip_aug", "is_reg",
-        "random_crop", "shuffle_caption",
-    ), (bool,)),
-    **dict.fromkeys(("batch_size", "keep_tokens", "num_repeats", *_BUCKETS), (int,)),
-    **dict.fromkeys(("caption_dropout_rate", "caption_tag_dropout_rate"), (int, float)),
-    **dict.fromkeys((
-        "caption_extension", "caption_prefix", "caption_separator", "caption_suffix",
-        "class_tokens", "image_dir",
-    ), (str,)),
-    "resolution": (int, list),
+# Every option: what its value must be, in which tables alone it may stand, and the setting that it
+# is here. Of one that is not supported, what to do instead, and the value that asks for nothing; of
+# one about buckets, sd-scripts' default. Without any: it changes nothing alone.
+_OPTIONS = read_facts("kohya")
+_TYPES: dict[str, tuple[type, ...]] = {
+    "bool": (bool,), "int": (int,), "number": (int, float), "str": (str,), "sides": (int, list),
 }  # fmt: skip
-REFUSED = {
-    "bucket_no_upscale": "small images are enlarged to their bucket",
-    "caption_dropout_every_n_epochs": "use caption_dropout_rate",
-    "color_aug": "colors are not changed",
-    "conditioning_data_dir": "a mask is NAME.mask.png beside its image",
-    "custom_attributes": "nothing reads them",
-    "face_crop_aug_range": "crop the images beforehand",
-    "keep_tokens_separator": "keep_tokens keeps a number of tags in place",
-    "metadata_file": "a caption is a .txt file beside its image",
-    "network_multiplier": "adapters are trained at strength 1",
-    "resize_interpolation": "images are resized with Lanczos",
-    "secondary_separator": "each tag is shuffled by itself",
-    "skip_image_resolution": "move the small images to another folder",
-    "token_warmup_step": "captions have all their tags from the first step",
-    "validation_split": "give the run --validation_split",
-}
-"""Option of sd-scripts that is not supported -> what to do instead."""
-# Values besides the empty ones that ask for nothing.
-_NEUTRAL = {"network_multiplier": 1, "resize_interpolation": "lanczos"}
-# Options of the two above, which change nothing without them.
-_COMPANIONS = ("token_warmup_min", "validation_seed")
-_OPTIONS = (*_READ, *REFUSED, *_COMPANIONS)
-_OF_DATASETS = frozenset((
-    "batch_size", "bucket_no_upscale", "enable_bucket", "network_multiplier", "resolution",
-    "skip_image_resolution", "validation_seed", "validation_split", *_BUCKETS,
-))  # fmt: skip
-_OF_SUBSETS = frozenset((
-    "alpha_mask", "conditioning_data_dir", "image_dir", "is_reg", "metadata_file",
-))  # fmt: skip
+
+
+def _facts(name: str) -> dict[str, Any]:
+    """Options that have such a fact."""
+    return {option: facts[name] for option, facts in _OPTIONS.items() if name in facts}
+
+
+_PLACES, _BUCKETS, REFUSED = _facts("of"), _facts("usual"), _facts("instead")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 # Texts of which both programs draw the same: alternatives in braces, none of them in another.
 _SAME_DRAWN = re.compile(
@@ -211,13 +167,13 @@ def _table(options: Any, table: str) -> Entry:
         require(
             name in _OPTIONS, f"{table}: there is no option {name}{did_you_mean(name, _OPTIONS)}"
         )
-        kinds = _READ.get(name)
+        kinds = _TYPES.get(_OPTIONS[name].get("type"), (object,))
         require(
-            kinds is None or isinstance(value, kinds),
-            f"{table}: {name} is {value!r}; it must be {WANTED[kinds[0]] if kinds else ''}",
+            isinstance(value, kinds),
+            f"{table}: {name} is {value!r}; it must be {WANTED.get(kinds[0])}",
         )
-        is_misplaced = name in (_OF_DATASETS if table == _SUBSETS else _OF_SUBSETS)
-        place = _DATASETS if name in _OF_DATASETS else _SUBSETS
+        place = {"datasets": _DATASETS, "subsets": _SUBSETS}.get(_PLACES.get(name, ""), table)
+        is_misplaced = _SUBSETS in (table, place) and place != table
         require(not is_misplaced, f"{table}: {name} is an option of {place}; move it there")
     given: Entry = options
     return given
@@ -266,7 +222,7 @@ def _check_options(options: Entry, batch_size: int) -> None:
     asked = _asked(options)
     for name in sorted(asked & {*REFUSED}):
         is_idle = name == "bucket_no_upscale" and not options.get("enable_bucket")
-        if options[name] != _NEUTRAL.get(name) and not is_idle:
+        if options[name] != _OPTIONS[name].get("neutral") and not is_idle:
             raise ConfigError(f"{name} is not supported: {REFUSED[name]}; remove it")
     if tags := sorted(asked & {"shuffle_caption", "caption_tag_dropout_rate"}):
         for name in sorted(asked & {"caption_prefix", "caption_suffix"}):
@@ -371,7 +327,7 @@ def _side(resolution: Any) -> int:
 
 def _subset(options: Entry) -> Entry:
     """The entry that a subset is."""
-    entry = {setting: options[name] for name, setting in _SAME.items() if name in options}
+    entry = {here: options[name] for name, here in _facts("setting").items() if name in options}
     if "resolution" in entry:
         entry["resolution"] = _side(entry["resolution"])
     if "random_crop" in options:
