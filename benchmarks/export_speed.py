@@ -38,8 +38,7 @@ from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, wr
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import module_shapes
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.formats.files.header import TensorSpec
-from dora_diffusion.formats.files.stream import write_tensors
+from dora_diffusion.formats.files.stream import TensorSpec, write_tensors
 from dora_diffusion.formats.names.modules import COMPONENTS
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights

@@ -76,7 +76,7 @@ if TYPE_CHECKING:  # `as`: what type checkers see of a package
     )
     from dora_diffusion.formats.checkpoint.weights import MergeError as MergeError
     from dora_diffusion.formats.files.atomic import DiskFullError as DiskFullError
-    from dora_diffusion.formats.files.header import TensorFileError as TensorFileError
+    from dora_diffusion.formats.files.stream import TensorFileError as TensorFileError
     from dora_diffusion.formats.layouts.layout import AdapterFormatError as AdapterFormatError
     from dora_diffusion.lab.analysis import analyze_weights as analyze_weights
     from dora_diffusion.lab.simulation.queue import QueuePlan as QueuePlan

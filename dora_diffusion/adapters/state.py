@@ -29,7 +29,7 @@ from dora_diffusion.formats.adapter.file import (
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.layouts.vera import VeraLayer
 from dora_diffusion.formats.names.modules import canonical, installed_path, is_flat
 from dora_diffusion.numerics.weights import LayerWeights

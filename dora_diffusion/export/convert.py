@@ -40,7 +40,7 @@ from dora_diffusion.formats.adapter.metadata import (
 from dora_diffusion.formats.adapter.stored import StoredAdapter
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, StoredModel, module_weight
 from dora_diffusion.formats.files.atomic import require_writable
-from dora_diffusion.formats.files.header import PICKLED
+from dora_diffusion.formats.files.stream import PICKLED
 from dora_diffusion.formats.layouts import (
     CONVERSIONS,
     LORA_RANK,

@@ -16,7 +16,7 @@ from dora_diffusion.formats.checkpoint.file import CheckpointFile
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import StoredModel
 from dora_diffusion.formats.files.atomic import DiskFullError, disk_full, require_writable
-from dora_diffusion.formats.files.header import PICKLED
+from dora_diffusion.formats.files.stream import PICKLED
 
 # Called with the number of bytes written so far, and of all.
 OnProgress = Callable[[int, int], None]

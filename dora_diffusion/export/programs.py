@@ -24,8 +24,8 @@ from dora_diffusion.formats.checkpoint.programs import (
 from dora_diffusion.formats.checkpoint.schedule import choose_schedule, usual_of
 from dora_diffusion.formats.checkpoint.weights import StoredModel
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.formats.files.header import TensorFileError, read_header
 from dora_diffusion.formats.files.runs import pipeline_in
+from dora_diffusion.formats.files.stream import TensorFileError, read_header
 from dora_diffusion.formats.names.checkpoint import UNET_PREFIX
 
 

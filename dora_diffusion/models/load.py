@@ -36,7 +36,7 @@ from dora_diffusion.formats.checkpoint.schedule import (
     statements_on,
     usual_of,
 )
-from dora_diffusion.formats.files.header import PICKLED, read_header
+from dora_diffusion.formats.files.stream import PICKLED, read_header
 from dora_diffusion.formats.names.modules import BUFFERS, canonical
 from dora_diffusion.models import embedded
 from dora_diffusion.models.components import Components, cast_to_weight, fingerprint

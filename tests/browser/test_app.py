@@ -385,7 +385,7 @@ def test_pictures_repeat_compare_and_say_how_they_were_made(
 def test_the_library_gives_files_merges_and_remembers(
     visit: Callable[..., Visit], app: App, second: str
 ) -> None:
-    from dora_diffusion.formats.files.header import read_header
+    from dora_diffusion.formats.files.stream import read_header
 
     page = visit()
     page.tab("Library")

@@ -23,8 +23,12 @@ from dora_diffusion.export.merged import MergedModel, check_sample
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.checkpoint.entries import Entry
 from dora_diffusion.formats.files import stream as safetensors_stream
-from dora_diffusion.formats.files.header import TensorSpec
-from dora_diffusion.formats.files.stream import TensorReader, save_tensors, write_tensors
+from dora_diffusion.formats.files.stream import (
+    TensorReader,
+    TensorSpec,
+    save_tensors,
+    write_tensors,
+)
 from dora_diffusion.numerics import merging
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis

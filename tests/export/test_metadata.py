@@ -19,7 +19,7 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.adapter.metadata import stated_reading
-from dora_diffusion.formats.files.header import read_header
+from dora_diffusion.formats.files.stream import read_header
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import MergeStrengths
 from tests.export.helpers import MakeAdapter

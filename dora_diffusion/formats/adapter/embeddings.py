@@ -24,8 +24,7 @@ from dora_diffusion.config.families import Family
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.metadata import OWN
 from dora_diffusion.formats.adapter.stored import StoredFile
-from dora_diffusion.formats.files.header import read_header
-from dora_diffusion.formats.files.stream import save_tensors
+from dora_diffusion.formats.files.stream import read_header, save_tensors
 from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, AdapterFormatError, Note
 
 # What A1111 and ComfyUI call their folders of such files, and our field that names the files.

@@ -35,8 +35,7 @@ from dora_diffusion.formats.adapter.metadata import (
 from dora_diffusion.formats.adapter.stored import StoredAdapter, StoredFile, find_adapter
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
 from dora_diffusion.formats.files.atomic import atomic_file, save_text
-from dora_diffusion.formats.files.header import PICKLED
-from dora_diffusion.formats.files.stream import write_tensors
+from dora_diffusion.formats.files.stream import PICKLED, write_tensors
 from dora_diffusion.formats.layouts import LAYOUTS, layout_named
 from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,

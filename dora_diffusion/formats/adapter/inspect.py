@@ -25,7 +25,7 @@ from dora_diffusion.formats.adapter.metadata import (
 )
 from dora_diffusion.formats.adapter.stored import StoredAdapter
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
-from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.layouts.base_specific import BaseSpecific
 from dora_diffusion.formats.layouts.compatibility import stated_approximation
 from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, Shapes

@@ -12,9 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, parse_metadata
-from dora_diffusion.formats.files.header import PICKLED, TensorFileError
 from dora_diffusion.formats.files.runs import pipeline_in
-from dora_diffusion.formats.files.stream import TensorReader
+from dora_diffusion.formats.files.stream import PICKLED, TensorFileError, TensorReader
 from dora_diffusion.formats.layouts.diffusers import DIFFUSERS, PEFT_PREFIX
 from dora_diffusion.formats.layouts.layout import (
     BUNDLED_TOKEN,

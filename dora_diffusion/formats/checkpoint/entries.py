@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dora_diffusion.config.families import Family
 from dora_diffusion.config.wording import listing
-from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.names.checkpoint import (
     ROWS,
     UNET_PREFIX,

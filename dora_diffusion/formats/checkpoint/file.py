@@ -34,8 +34,7 @@ from dora_diffusion.formats.checkpoint.schedule import (
     stated_by_file,
 )
 from dora_diffusion.formats.checkpoint.weights import SingleFile, schedule_tensors
-from dora_diffusion.formats.files.header import TensorSpec
-from dora_diffusion.formats.files.stream import TensorReader
+from dora_diffusion.formats.files.stream import TensorReader, TensorSpec
 from dora_diffusion.formats.names.checkpoint import UNET_PREFIX, standard_key
 from dora_diffusion.formats.names.unet import TOP_MODULES
 

@@ -21,8 +21,7 @@ from dora_diffusion.formats.checkpoint.schedule import (
     markers_for,
 )
 from dora_diffusion.formats.checkpoint.weights import SingleFile, schedule_tensors
-from dora_diffusion.formats.files.header import TensorFileError, TensorSpec
-from dora_diffusion.formats.files.stream import TensorReader
+from dora_diffusion.formats.files.stream import TensorFileError, TensorReader, TensorSpec
 from dora_diffusion.formats.names.modules import canonical
 
 _STEMS = ("diffusion_pytorch_model", "model")
@@ -105,7 +104,8 @@ class PipelineFolder:
             component: [
                 {
                     name.removeprefix(f"{component}."): name
-                    for name in (canonical(component, key) for key in reader.names_in(file))
+                    for key, holder in reader.file_of.items()
+                    if holder == file and (name := canonical(component, key))
                 }
                 for file in reader.files
             ]

@@ -23,7 +23,7 @@ from dora_diffusion.formats.checkpoint.schedule import (
     statements_on,
     usual_of,
 )
-from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.numerics.weights import LayerKind
 
 if TYPE_CHECKING:

@@ -1,5 +1,8 @@
 """Safetensors files read and written one tensor at a time.
 
+A safetensors file is 8 bytes of header length (little endian), a JSON header
+``{name: {dtype, shape, data_offsets}}`` with optional string ``__metadata__``, and the raw bytes.
+
 Writing a file directly keeps one tensor in memory, and makes it a pure function of its content
 (names in a fixed order), so equal adapters are equal files. Reading it directly, not through a
 memory map, keeps the memory in use to one tensor, too.
@@ -10,24 +13,98 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.files.atomic import SyncedFile, atomic_file
-from dora_diffusion.formats.files.header import (
-    DTYPE_NAMES,
-    TensorFileError,
-    TensorSpec,
-    read_header,
-)
 from dora_diffusion.numerics.threads import map_ahead
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Suffixes of files that can run code when they are opened, and never are.
+PICKLED = (".ckpt", ".bin", ".pt", ".pth")
+
+
+class TensorFileError(ValueError):
+    """A tensor file that cannot be read, or did not come out as intended."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Header entry of one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the raw data in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        return cls(tensor.dtype, tuple(tensor.shape))
+
+
+@dataclass(frozen=True)
+class Header:
+    """The parsed header of a file.
+
+    Attributes:
+        specs: Its tensors, in the header's order.
+        metadata: Its metadata.
+        starts: Where each tensor's data begins, in bytes from the start of the file.
+    """
+
+    specs: dict[str, TensorSpec]
+    metadata: dict[str, str]
+    starts: dict[str, int] = field(default_factory=dict)
+
+
+def read_header(path: str | Path) -> Header:
+    """Read the header of a safetensors file without touching its tensors.
+
+    Raises:
+        TensorFileError: If the file is not a complete safetensors file: cut short or too long,
+            a name twice, data that overlap or leave gaps.
+        OSError: If it cannot be opened.
+    """
+    with open(path, "rb") as file:
+        try:
+            with safe_open(path, "np"):  # It checks all but names that appear twice.
+                length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
+            metadata = header.pop("__metadata__", None) or {}
+            specs = {
+                k: TensorSpec(DTYPES[v["dtype"]], tuple(v["shape"])) for k, v in header.items()
+            }
+        except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+            raise TensorFileError(
+                f"{Path(path).name} is not a safetensors file, or is cut short: {error}"
+            ) from error
+    starts = {key: 8 + length + item["data_offsets"][0] for key, item in header.items()}
+    return Header(specs, metadata, starts)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    items = dict(pairs)
+    if len(items) != len(pairs):
+        raise ValueError("a name appears twice")
+    return items
 
 
 class TensorReader:
@@ -43,7 +120,10 @@ class TensorReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._stack = contextlib.ExitStack()
-        self.files = shard_files(self.path)
+        # An index of a variant is called `model.safetensors.index.fp16.json`.
+        is_index = self.path.suffix == ".json" and ".index" in self.path.name
+        promised = _weight_map(self.path) if is_index else {}
+        self.files = sorted({*promised.values()}) if is_index else [self.path]
         self.specs: dict[str, TensorSpec] = {}
         self.metadata: dict[str, str] = {}
         self.file_of: dict[str, Path] = {}
@@ -53,10 +133,10 @@ class TensorReader:
             self.metadata = self.metadata or header.metadata
             if repeated := self.specs.keys() & header.specs.keys():
                 raise TensorFileError(f"{self.path.name}: in two shards: {listing(repeated)}")
-            self.specs.update(header.specs)
-            self._starts.update(header.starts)
-            self.file_of.update(dict.fromkeys(header.specs, file))
-        if lost := _promised(self.path) - self.specs.keys():
+            self.specs |= header.specs
+            self._starts |= header.starts
+            self.file_of |= dict.fromkeys(header.specs, file)
+        if lost := promised.keys() - self.specs.keys():
             raise TensorFileError(f"{self.path.name}: in no shard: {listing(lost)}")
         self._handles: dict[Path, BufferedReader] = {}
         self._lock = threading.Lock()
@@ -68,10 +148,6 @@ class TensorReader:
     def __exit__(self, *error: object) -> None:
         self._handles.clear()
         self._stack.close()
-
-    def names_in(self, file: Path) -> list[str]:
-        """The tensors that one of its files holds."""
-        return [name for name, holder in self.file_of.items() if holder == file]
 
     def __getitem__(self, name: str) -> Tensor:
         """Load one tensor."""
@@ -86,36 +162,19 @@ class TensorReader:
         return raw.view(spec.dtype).view(spec.shape)
 
 
-def shard_files(path: Path) -> list[Path]:
-    """The safetensors files behind ``path``: itself, or the shards that its index names."""
-    if not _is_index(path):
-        return [path]
-    names = set(_weight_map(path).values())
-    if bad := [name for name in names if Path(name).name != name]:
-        raise TensorFileError(f"{path.name} names shards outside its folder: {listing(bad)}")
-    files = [path.parent / name for name in sorted(names)]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise TensorFileError(f"{path.name}: missing shards: {listing(missing)}")
-    return files
-
-
-def _is_index(path: Path) -> bool:
-    # That of a variant is called `model.safetensors.index.fp16.json`.
-    return path.suffix == ".json" and ".index" in path.name
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Name of each tensor -> name of the shard that holds it."""
+def _weight_map(index: Path) -> dict[str, Path]:
+    """Name of each tensor -> the shard that holds it."""
     try:
         places = json.loads(index.read_text("utf-8"))["weight_map"]
-        return {str(name): str(shard) for name, shard in places.items()}
+        shards = {str(name): str(shard) for name, shard in places.items()}
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise TensorFileError(f"{index.name} is not an index of shards: {error!r}") from error
-
-
-def _promised(path: Path) -> set[str]:
-    """The tensors that an index says there are; none for a single file."""
-    return set(_weight_map(path)) if _is_index(path) else set()
+    names = sorted({*shards.values()})
+    if bad := [name for name in names if Path(name).name != name]:
+        raise TensorFileError(f"{index.name} names shards outside its folder: {listing(bad)}")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise TensorFileError(f"{index.name}: missing shards: {listing(missing)}")
+    return {name: index.parent / shard for name, shard in shards.items()}
 
 
 def write_tensors(

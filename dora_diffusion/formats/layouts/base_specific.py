@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dora_diffusion.formats.adapter.metadata import OWN, AdapterMetadata
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
-from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.layouts.compatibility import (
     BYPASS,
     INPUT_NORMS,

@@ -19,8 +19,7 @@ from dora_diffusion.formats.adapter.metadata import (
     kohya_fields,
     own_fields,
 )
-from dora_diffusion.formats.files.header import TensorSpec
-from dora_diffusion.formats.files.stream import data_hash
+from dora_diffusion.formats.files.stream import TensorSpec, data_hash
 from dora_diffusion.formats.layouts.compatibility import (
     BYPASS,
     EXACT,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dora_diffusion.formats.adapter.metadata import DIFFUSERS_METADATA, AdapterMetadata
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
-from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.layouts.compatibility import COLUMNS, UNKNOWN
 from dora_diffusion.formats.names.kohya import Resolve
 from dora_diffusion.formats.names.unet import UNetLayout

@@ -30,8 +30,8 @@ from dora_diffusion.formats.checkpoint.weights import (
     module_shapes,
     module_weight,
 )
-from dora_diffusion.formats.files.header import read_header
 from dora_diffusion.formats.files.runs import pipeline_in
+from dora_diffusion.formats.files.stream import read_header
 from dora_diffusion.formats.layouts.layout import AdapterFormatError
 from dora_diffusion.lab.analysis.report import (
     LEADING,

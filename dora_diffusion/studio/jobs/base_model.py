@@ -109,7 +109,7 @@ def path_here(base: BaseModel) -> str | None:
     The hub is not asked.
     """
     from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-    from dora_diffusion.formats.files.header import TensorFileError
+    from dora_diffusion.formats.files.stream import TensorFileError
 
     name = str(base.path)
     if is_embedded(name) or Path(name).expanduser().exists():

@@ -25,7 +25,7 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.adapter.inspect import report_on
-from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.numerics.weights import LayerWeights
 
 

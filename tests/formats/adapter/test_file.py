@@ -23,7 +23,7 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.files import stream as safetensors_stream
 from dora_diffusion.formats.files.atomic import DiskFullError
-from dora_diffusion.formats.files.header import read_header
+from dora_diffusion.formats.files.stream import read_header
 from dora_diffusion.numerics.weights import NormAxis
 from tests.formats.adapter.helpers import (
     MakeAdapter,

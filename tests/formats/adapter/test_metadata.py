@@ -28,7 +28,7 @@ from dora_diffusion.formats.adapter.metadata import (
     reading_in_words,
     stated_reading,
 )
-from dora_diffusion.formats.files.header import read_header
+from dora_diffusion.formats.files.stream import read_header
 
 
 def test_tags_and_thumbnail_go_along(tmp_path: Path, adapter: AdapterFile) -> None:

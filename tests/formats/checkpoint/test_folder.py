@@ -12,7 +12,7 @@ import pytest
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export import export_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
-from dora_diffusion.formats.files.header import TensorFileError
+from dora_diffusion.formats.files.stream import TensorFileError
 from dora_diffusion.numerics.weights import LayerWeights
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]

@@ -17,7 +17,7 @@ from dora_diffusion.formats.checkpoint.programs import (
     kind_of,
     schedule_notes,
 )
-from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.models.configuration import released_config
 
 V, EPSILON = "v_prediction", "epsilon"

@@ -25,7 +25,7 @@ from dora_diffusion.formats.checkpoint.weights import (
     module_shapes,
     module_weight,
 )
-from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights
 

@@ -8,8 +8,12 @@ from random import Random
 import pytest
 import torch
 
-from dora_diffusion.formats.files.header import TensorFileError, read_header
-from dora_diffusion.formats.files.stream import TensorReader, save_tensors
+from dora_diffusion.formats.files.stream import (
+    TensorFileError,
+    TensorReader,
+    read_header,
+    save_tensors,
+)
 
 
 def with_header(header: str, data: bytes) -> bytes:

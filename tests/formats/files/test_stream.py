@@ -19,8 +19,13 @@ from safetensors.torch import load_file, save, save_file
 from dora_diffusion.formats.files import atomic as atomic_file
 from dora_diffusion.formats.files import stream as safetensors_stream
 from dora_diffusion.formats.files.atomic import DiskFullError
-from dora_diffusion.formats.files.header import TensorFileError, TensorSpec
-from dora_diffusion.formats.files.stream import TensorReader, save_tensors, write_tensors
+from dora_diffusion.formats.files.stream import (
+    TensorFileError,
+    TensorReader,
+    TensorSpec,
+    save_tensors,
+    write_tensors,
+)
 from tests.formats.adapter.helpers import ODD
 from tests.properties import at_least
 

@@ -18,7 +18,7 @@ import dora_diffusion
 from dora_diffusion.cli.main import main as command
 from dora_diffusion.formats.adapter.embeddings import embedding_files, write_embeddings
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.golden.formula import factors, magnitude, numbers
 

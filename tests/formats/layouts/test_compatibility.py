@@ -20,7 +20,7 @@ from dora_diffusion.formats.adapter.file import (
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS, all_layouts, layout_named
 from dora_diffusion.formats.layouts.compatibility import COLUMNS, some_layers
 from dora_diffusion.formats.layouts.other import OTHER

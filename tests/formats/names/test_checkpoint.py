@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.checkpoint.entries import entries_of_file, plan_checkpoint
-from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.names.checkpoint import checkpoint_names, standard_key
 from dora_diffusion.formats.names.modules import canonical
 from dora_diffusion.formats.names.unet import NameTable, UNetLayout, released_layout

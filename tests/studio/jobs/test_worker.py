@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.formats.files.header import read_header
+from dora_diffusion.formats.files.stream import read_header
 from dora_diffusion.lab.analysis import analyze_weights
 from dora_diffusion.studio.app.html import status_card
 from dora_diffusion.studio.app.settings import command_line
