@@ -113,7 +113,7 @@ _HOMES = {
     "SamplingSettings": "sampling.generate",
     "Study": "lab.study.config",
     "TargetError": "adapters.targets",
-    "TensorFileError": "formats.files.header",
+    "TensorFileError": "formats.files.stream",
     "TrainConfig": "config.train",
     "TrainingError": "training.results.metrics",
     "UnsupportedModelError": "config.families",
