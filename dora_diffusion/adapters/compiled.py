@@ -127,7 +127,7 @@ def _run(
     if any(
         layer._rows is not None or (layer._place and layer._place.is_mixed) for layer in adapted
     ):
-        # Each mixture of adapters would be compiled for itself.
+        # Each mixture of adapters would be compiled for itself, and the base for each step.
         return block._call_impl(*args, **kwargs)
     for layer in adapted:
         if layer._place is not None:

@@ -147,7 +147,7 @@ class PlaceInStack(Protocol):
 
     @property
     def is_mixed(self) -> bool:
-        """True if the rows of a batch use several adapters."""
+        """True if the rows of a batch use several adapters, or none."""
 
     def make_ready(self, dtype: torch.dtype) -> None:
         """Make what `forward` computes with in a dtype, which compiled code cannot."""

@@ -217,8 +217,8 @@ class StackPlace:
 
     @property
     def is_mixed(self) -> bool:
-        """True if the rows of a batch use several adapters."""
-        return len(self.adapters) > 1
+        """True if the rows of a batch use several adapters, or none."""
+        return len(self.adapters) > 1 or self.stack.rows == BASE
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """Return the factors in a dtype; made for all layers at the first call."""
@@ -227,9 +227,8 @@ class StackPlace:
         return self.factors_by_dtype[dtype]
 
     def make_ready(self, dtype: torch.dtype) -> None:
-        """Make its factors in a dtype, where rows have an adapter."""
-        if self.stack.rows != BASE:
-            self.factors(dtype)
+        """Make its factors in a dtype."""
+        self.factors(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the layer, whatever is to be done to its input.

@@ -29,7 +29,9 @@ from dora_diffusion.adapters.inject import (
     set_strength,
     unmerge_adapters,
 )
+from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
+from dora_diffusion.adapters.stack import BASE, AdapterStack
 from dora_diffusion.config import ConfigError
 from tests.adapters.helpers import AXES, everything, move
 from tests.conftest import unet_config
@@ -292,6 +294,22 @@ def test_a_scope_that_opens_as_the_model_is_called_serves_its_blocks(monkeypatch
 
 
 @TRACES_CONTEXTS
+def test_rows_without_an_adapter_are_the_base_in_compiled_blocks() -> None:
+    """As where prior preservation without images trains."""
+    model = blocks()
+    x, model = inputs(model), compiled(model, "eager")
+    with disabled(model):
+        base = model(x)
+    layers = [layer for _, layer in adapted_layers(model)]
+    stack = AdapterStack(layers, [[layer.adapters["default"]] for layer in layers])
+    with stack.scope():
+        for _ in range(2):
+            with stack.of(0):
+                assert not torch.allclose(model(x), base)
+            with stack.of(BASE):
+                torch.testing.assert_close(model(x), base)
+
+
 @pytest.mark.parametrize("axis", AXES)
 def test_what_no_plan_serves_is_the_page_without_a_graph_break(axis: str) -> None:
     model = stack(norm_axis=axis)

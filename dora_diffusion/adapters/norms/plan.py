@@ -145,7 +145,10 @@ class FixedScales:
             made, self._scales = scales.factors(dtype), None
             down, up, gain = made.down.detach(), made.up.detach(), made.gain
             gain = None if gain is None else gain.detach()
-            self.factors_by_dtype[dtype] = Factors(down, up, gain, made.shift, None, made.axis)
+            # On the output axis only its gradient makes a layer direct.
+            is_direct = made.is_direct and made.axis == "input"
+            kept = Factors(down, up, gain, made.shift, None, made.axis, is_direct)
+            self.factors_by_dtype[dtype] = kept
         return self.factors_by_dtype[dtype]
 
 
