@@ -189,7 +189,7 @@ def the_code() -> str:
     """The text of package, tools, benchmarks and samples, and of what builds them."""
     texts = []
     for top in ("dora_diffusion", "tools", "benchmarks", "samples"):
-        for suffix in ("py", "yaml", "css", "js", "sh"):
+        for suffix in ("py", "yaml", "json", "css", "js", "sh"):
             texts += [path.read_text("utf-8") for path in (ROOT / top).rglob(f"*.{suffix}")]
     texts += [(ROOT / name).read_text("utf-8") for name in ("Makefile", "pyproject.toml")]
     return "\n".join([*texts, *(path.name for path in ROOT.glob("*.py"))])
