@@ -56,6 +56,7 @@ if __name__ == "__main__":
                 "studio/app/*.css",
                 "studio/app/*.js",
                 "models/released/*",
+                "formats/**/*.yaml",
             ],
             "dora_diffusion.samples": ["**/*"],
         },

@@ -20,7 +20,7 @@ from export_speed import default_targets, machine, make_adapter, make_base, warm
 from full_size import UNETS, measured
 
 from dora_diffusion.config.families import COMPONENTS
-from dora_diffusion.formats.checkpoint.folder import find_weights
+from dora_diffusion.formats.checkpoint.models import find_weights
 from dora_diffusion.formats.files.stream import TensorReader, write_tensors
 
 

@@ -35,7 +35,7 @@ from full_size import CLIP_BIG_G, CLIP_L, SCALING, UNETS, VAE, measured, tokeniz
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import module_shapes
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.stream import TensorSpec, write_tensors

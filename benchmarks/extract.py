@@ -32,7 +32,7 @@ from torch import Tensor
 from dora_diffusion import extract_adapter, load_components
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.files.stream import TensorReader, write_tensors
 from dora_diffusion.models.embedded import model_folder
 from dora_diffusion.models.latents import encode_moments, latents_from_moments, predict

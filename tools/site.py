@@ -244,18 +244,16 @@ def measures() -> str:
 
 def adapter_verdicts() -> str:
     """List the verdicts on adapter files, a few programs at a time."""
-    from dora_diffusion.formats.layouts import all_layouts
-    from dora_diffusion.formats.layouts.compatibility import COLUMNS
+    from dora_diffusion.formats.layouts import COLUMNS, VERDICTS
 
-    kinds = {kind: row for layout in all_layouts() for kind, row in layout.verdicts.items()}
-    return "\n\n".join(_verdicts("file", names, kinds) for names in (COLUMNS[:3], COLUMNS[3:]))
+    return "\n\n".join(_verdicts("file", names, VERDICTS) for names in (COLUMNS[:3], COLUMNS[3:]))
 
 
 def model_verdicts() -> str:
     """List the readings of a merged model by other programs."""
-    from dora_diffusion.formats.checkpoint.programs import PROGRAMS, VERDICTS
+    from dora_diffusion.formats.layouts import MODEL_VERDICTS
 
-    return _verdicts("model", PROGRAMS, VERDICTS)
+    return _verdicts("model", tuple(MODEL_VERDICTS["folder"]), MODEL_VERDICTS)
 
 
 def _verdicts(head: str, names: Sequence[str], kinds: Mapping[str, Mapping[str, str]]) -> str:

@@ -45,12 +45,9 @@ from dora_diffusion.formats.adapter.embeddings import (
 )
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, without_path
 from dora_diffusion.formats.adapter.stored import find_adapter
-from dora_diffusion.formats.checkpoint.weights import (
-    ModelWeights,
-    SingleFile,
-    StoredModel,
-    restate_schedule,
-)
+from dora_diffusion.formats.checkpoint.entries import SingleFile
+from dora_diffusion.formats.checkpoint.models import StoredModel
+from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.formats.files.atomic import atomic_file
 from dora_diffusion.formats.files.stream import write_tensors
 from dora_diffusion.numerics.weights import MergeStrengths
@@ -115,7 +112,7 @@ def export_checkpoint(
         read = spec.read(weights, alpha)
         for assumption in spec.assumptions(read):
             warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=2)
-        restate_schedule(model, base, [adapter.metadata for adapter in read])
+        model.restate_schedule(base, [adapter.metadata for adapter in read])
         words = spec.embeddings(read, model.path, output)
         refuse_existing((word[0] for word in words if not is_written(*word)), overwrite)
         merged = MergedModel(weights, spec.weighted(read), dtype)
@@ -167,7 +164,7 @@ def export_trained(
             raise ExportError(f"the base has no {listing(sorted(unknown), 3)}")
         trained = MergedModel(Overlay(weights, tensors), (), dtype)
         facts = replace(metadata, base_model=without_path(str(base.path)))
-        restate_schedule(model, base, [facts])
+        model.restate_schedule(base, [facts])
         described = trained_metadata(model, metadata, output, words or {})
         stack.callback(described.close)
         _write(trained, model, output, described, base.model_config, new_vae, None)

@@ -40,7 +40,7 @@ from dora_diffusion.formats.adapter.metadata import (
     join_triggers,
     without_path,
 )
-from dora_diffusion.formats.checkpoint.weights import StoredModel
+from dora_diffusion.formats.checkpoint.models import StoredModel
 from dora_diffusion.formats.layouts import layout_named
 from dora_diffusion.numerics.weights import NormAxis
 

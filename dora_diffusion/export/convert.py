@@ -38,7 +38,8 @@ from dora_diffusion.formats.adapter.metadata import (
     AdapterMetadata,
 )
 from dora_diffusion.formats.adapter.stored import StoredAdapter
-from dora_diffusion.formats.checkpoint.weights import ModelWeights, StoredModel, module_weight
+from dora_diffusion.formats.checkpoint.models import StoredModel
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
 from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.formats.files.stream import PICKLED
 from dora_diffusion.formats.layouts import (
@@ -49,8 +50,8 @@ from dora_diffusion.formats.layouts import (
     Program,
     layout_named,
 )
-from dora_diffusion.formats.layouts.base_specific import needs_compensation
-from dora_diffusion.formats.layouts.compatibility import stated_approximation
+from dora_diffusion.formats.layouts.kohya import needs_compensation
+from dora_diffusion.formats.layouts.layout import stated_approximation
 from dora_diffusion.numerics.low_rank import approximate
 from dora_diffusion.sampling.images import thumbnail as make_thumbnail
 

@@ -27,10 +27,11 @@ from dora_diffusion.formats.adapter.metadata import (
     UNET_LAYERS,
     AdapterMetadata,
 )
+from dora_diffusion.formats.checkpoint.models import StoredModel
 from dora_diffusion.formats.checkpoint.schedule import schedule_facts
-from dora_diffusion.formats.checkpoint.weights import StoredModel, module_shapes, module_weight
+from dora_diffusion.formats.checkpoint.weights import module_shapes, module_weight
 from dora_diffusion.formats.layouts import layout_named
-from dora_diffusion.formats.names.unet import known_layout
+from dora_diffusion.formats.names.modules import known_layout
 from dora_diffusion.numerics.weights import NormAxis
 
 # Of text encoders: tables of vectors. Training moves those that its captions look up, each its own

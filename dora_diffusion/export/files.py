@@ -12,9 +12,7 @@ from dora_diffusion import system
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.formats.adapter.file import AdapterFile, embeddings_beside
 from dora_diffusion.formats.adapter.inspect import AdapterReport, report_on
-from dora_diffusion.formats.checkpoint.file import CheckpointFile
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.formats.checkpoint.weights import StoredModel
+from dora_diffusion.formats.checkpoint.models import CheckpointFile, PipelineFolder, StoredModel
 from dora_diffusion.formats.files.atomic import DiskFullError, disk_full, require_writable
 from dora_diffusion.formats.files.stream import PICKLED
 

@@ -24,18 +24,21 @@ from dora_diffusion.export.files import (
 )
 from dora_diffusion.export.merged import MergedModel, check_sample
 from dora_diffusion.export.metadata import ModelMetadata
-from dora_diffusion.formats.checkpoint.entries import Entry
-from dora_diffusion.formats.checkpoint.folder import WEIGHT_SUFFIXES, read_index, read_json
+from dora_diffusion.formats.checkpoint.entries import UNET_PREFIX, VAE_PREFIX, Entry
+from dora_diffusion.formats.checkpoint.models import (
+    WEIGHT_SUFFIXES,
+    StoredModel,
+    read_index,
+    read_json,
+)
 from dora_diffusion.formats.checkpoint.schedule import (
     ZERO_SNR,
     Statement,
     choose_schedule,
     usual_of,
 )
-from dora_diffusion.formats.checkpoint.weights import StoredModel
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.stream import write_tensors
-from dora_diffusion.formats.names.checkpoint import UNET_PREFIX, VAE_PREFIX
 from dora_diffusion.formats.names.modules import BUFFERS, canonical
 from dora_diffusion.models.schedulers import to_zero_snr
 

@@ -23,7 +23,7 @@ from dora_diffusion.formats.adapter.embeddings import (
 from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_adapter
 from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
-from dora_diffusion.formats.layouts.peft import PEFT_FILE
+from dora_diffusion.formats.layouts.dotted import PEFT_FILE
 from dora_diffusion.numerics.weights import (
     LayerWeights,
     MergeStrengths,

@@ -21,11 +21,10 @@ from dora_diffusion.adapters.merge import (
 from dora_diffusion.config.families import Family
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import ExportError
-from dora_diffusion.formats.checkpoint.entries import Entry
-from dora_diffusion.formats.checkpoint.folder import find_weights
+from dora_diffusion.formats.checkpoint.entries import VAE_PREFIX, Entry, count_levels, vae_names
+from dora_diffusion.formats.checkpoint.models import find_weights
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, check_dtype
 from dora_diffusion.formats.files.stream import PICKLED, TensorReader, TensorSpec
-from dora_diffusion.formats.names.checkpoint import VAE_PREFIX, count_levels, vae_names
 from dora_diffusion.formats.names.modules import modern_vae_path
 from dora_diffusion.numerics.merging import cast_error, merge_error
 

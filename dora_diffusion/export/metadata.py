@@ -29,7 +29,7 @@ from dora_diffusion.formats.adapter.metadata import (
     split_triggers,
     stated_reading,
 )
-from dora_diffusion.formats.checkpoint.weights import StoredModel
+from dora_diffusion.formats.checkpoint.models import StoredModel
 
 MERGED, BASE, TRAINED = OWN + "merged", OWN + "base", OWN + "trained"
 TRIGGER = OWN + "trigger"

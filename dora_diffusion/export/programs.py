@@ -13,20 +13,19 @@ from typing import Any
 from dora_diffusion.config.families import Family
 from dora_diffusion.export.files import ExportError, open_model
 from dora_diffusion.export.metadata import MERGED, trained_trigger
-from dora_diffusion.formats.checkpoint.file import base_name
+from dora_diffusion.formats.checkpoint.entries import UNET_PREFIX
+from dora_diffusion.formats.checkpoint.models import StoredModel, base_name
 from dora_diffusion.formats.checkpoint.programs import (
     A1111_HEAD,
-    VERDICTS,
     a1111_config,
     kind_of,
     schedule_notes,
 )
 from dora_diffusion.formats.checkpoint.schedule import choose_schedule, usual_of
-from dora_diffusion.formats.checkpoint.weights import StoredModel
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.runs import pipeline_in
 from dora_diffusion.formats.files.stream import TensorFileError, read_header
-from dora_diffusion.formats.names.checkpoint import UNET_PREFIX
+from dora_diffusion.formats.layouts import MODEL_VERDICTS
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def inspect_model(path: str | Path) -> ModelReport:
             adapters=_merged_in(fields.get(MERGED, "[]")),
             dtypes=[str(dtype).removeprefix("torch.") for dtype, _ in counts.most_common()],
             nbytes=sum(file.stat().st_size for files in model.files.values() for file in files),
-            tools=VERDICTS.get(kind_of(model), {}),
+            tools=MODEL_VERDICTS.get(kind_of(model), {}),
             notes=notes,
         )
 

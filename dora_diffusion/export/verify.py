@@ -17,9 +17,10 @@ from dora_diffusion.export.folder import UNUSED, WEIGHT_PREFIXES
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec, adapter_hash, recorded
 from dora_diffusion.export.merged import MergedModel, open_vae, with_vae
 from dora_diffusion.export.metadata import MERGED
+from dora_diffusion.formats.checkpoint.entries import standard_key
+from dora_diffusion.formats.checkpoint.models import StoredModel
 from dora_diffusion.formats.checkpoint.schedule import MARKERS, STEP
-from dora_diffusion.formats.checkpoint.weights import ModelWeights, StoredModel, restate_schedule
-from dora_diffusion.formats.names.checkpoint import standard_key
+from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.formats.names.modules import BUFFERS, split_component
 from dora_diffusion.numerics.merging import cast_error, merge_error
 from dora_diffusion.numerics.precision import upcast
@@ -106,7 +107,7 @@ def verify_checkpoint(
         read = spec.read(weights, alpha)
         expected = MergedModel(weights, spec.weighted(read))
         report = WeightComparison(merged_model, expected, model.is_single_file).run(on_progress)
-        restate_schedule(model, base, [adapter.metadata for adapter in read])
+        model.restate_schedule(base, [adapter.metadata for adapter in read])
         report.problems.extend(_beside_the_weights(merged_model, model))
         report.assumptions.extend(spec.assumptions(read))
     if report.problems and (hint := _recorded_strengths(merged_model, spec)):

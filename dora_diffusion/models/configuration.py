@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.families import WEIGHT_COMPONENTS, Family
-from dora_diffusion.formats.checkpoint.folder import read_index, read_json
+from dora_diffusion.formats.checkpoint.models import read_index, read_json
 from dora_diffusion.formats.checkpoint.schedule import EPSILON, PREDICTION, NoiseSchedule, V
 
 RELEASED = Path(__file__).parent / "released"

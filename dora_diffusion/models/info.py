@@ -94,7 +94,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=256)
 def _file_info(path: Path, modified: int) -> ModelInfo:
-    from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
+    from dora_diffusion.formats.checkpoint.models import detect_checkpoint_family
     from dora_diffusion.formats.files.stream import read_header
     from dora_diffusion.models.configuration import released_config
 

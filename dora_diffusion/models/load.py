@@ -22,12 +22,13 @@ from dora_diffusion.config.families import (
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.embeddings import read_tokens
 from dora_diffusion.formats.adapter.metadata import OWN, AdapterMetadata, stated_reading
-from dora_diffusion.formats.checkpoint.file import (
+from dora_diffusion.formats.checkpoint.models import (
     CheckpointFile,
     base_name,
+    by_scheduler,
     detect_checkpoint_family,
+    read_json,
 )
-from dora_diffusion.formats.checkpoint.folder import by_scheduler, read_json
 from dora_diffusion.formats.checkpoint.schedule import (
     EPSILON,
     NoiseSchedule,

@@ -26,9 +26,8 @@ from dora_diffusion.formats.adapter.file import (
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS
-from dora_diffusion.formats.layouts.compatibility import COLUMNS
+from dora_diffusion.formats.checkpoint.models import PipelineFolder
+from dora_diffusion.formats.layouts import COLUMNS, CONVERSIONS, PROGRAMS
 from dora_diffusion.numerics.low_rank import weight_change
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.export.helpers import MakeAdapter

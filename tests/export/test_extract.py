@@ -26,7 +26,7 @@ from dora_diffusion.formats.adapter.file import (
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from tests.export.helpers import MakeAdapter, tensors_of
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"

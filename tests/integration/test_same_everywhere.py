@@ -22,7 +22,7 @@ from dora_diffusion import export_checkpoint, generate_images, load_components, 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.models.components import Components
 from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
 

@@ -21,8 +21,7 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.adapter.inspect import report_on
-from dora_diffusion.formats.checkpoint.file import CheckpointFile
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.models import CheckpointFile, PipelineFolder
 from dora_diffusion.lab.analysis.analyze import analyze_weights
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights

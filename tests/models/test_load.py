@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES, UnsupportedModelError
-from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
+from dora_diffusion.formats.checkpoint.models import detect_checkpoint_family
 from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.models.load import (
     ModelNotFoundError,

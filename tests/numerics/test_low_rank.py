@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.numerics.low_rank import approximate, low_rank, random_start, truncated
 from dora_diffusion.numerics.weights import LayerWeights
 

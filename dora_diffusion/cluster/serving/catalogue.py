@@ -11,7 +11,7 @@ from pathlib import Path
 from dora_diffusion.config.fields import require
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.adapter.stored import find_adapter, read_metadata
-from dora_diffusion.formats.layouts.diffusers import DIFFUSERS
+from dora_diffusion.formats.layouts.dotted import DIFFUSERS
 
 RESCAN = 5.0
 """Seconds for which a name that is not known is not looked for again."""

@@ -23,7 +23,7 @@ from dora_diffusion.formats.adapter.alpha import (
 from dora_diffusion.formats.adapter.magnitude import Magnitude, resolve_axes
 from dora_diffusion.formats.adapter.metadata import OWN, UNET_LAYERS, described
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, kinds_of, module_shapes
-from dora_diffusion.formats.layouts.diffusers import PEFT_PREFIX
+from dora_diffusion.formats.layouts.dotted import PEFT_PREFIX
 from dora_diffusion.formats.layouts.layout import AdapterFormatError, AdapterLayout, Groups, Part
 from dora_diffusion.formats.layouts.other import group_keys
 from dora_diffusion.formats.names.kohya import (
@@ -32,8 +32,7 @@ from dora_diffusion.formats.names.kohya import (
     joined_parts,
     name_resolver,
 )
-from dora_diffusion.formats.names.modules import split_prefix
-from dora_diffusion.formats.names.unet import UNetLayout
+from dora_diffusion.formats.names.modules import UNetLayout, split_prefix
 from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis
 
 Layers = dict[str, LayerWeights]

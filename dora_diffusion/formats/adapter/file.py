@@ -37,14 +37,19 @@ from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shape
 from dora_diffusion.formats.files.atomic import atomic_file, save_text
 from dora_diffusion.formats.files.stream import PICKLED, write_tensors
 from dora_diffusion.formats.layouts import LAYOUTS, layout_named
+from dora_diffusion.formats.layouts.dotted import (
+    PEFT_CONFIG,
+    PEFT_FILE,
+    peft_component,
+    peft_folders,
+)
 from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,
     AdapterLayout,
     EncodedFile,
     WriteOptions,
 )
-from dora_diffusion.formats.layouts.peft import PEFT_CONFIG, PEFT_FILE, peft_component, peft_folders
-from dora_diffusion.formats.names.unet import UNetLayout, known_layout
+from dora_diffusion.formats.names.modules import UNetLayout, known_layout
 from dora_diffusion.numerics.weights import LayerWeights
 
 __all__ = [

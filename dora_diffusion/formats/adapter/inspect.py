@@ -26,9 +26,8 @@ from dora_diffusion.formats.adapter.metadata import (
 from dora_diffusion.formats.adapter.stored import StoredAdapter
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
 from dora_diffusion.formats.files.stream import TensorSpec
-from dora_diffusion.formats.layouts.base_specific import BaseSpecific
-from dora_diffusion.formats.layouts.compatibility import stated_approximation
-from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, Shapes
+from dora_diffusion.formats.layouts.kohya import BaseSpecific
+from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, Shapes, stated_approximation
 from dora_diffusion.formats.layouts.other import OTHER
 from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.numerics.weights import LayerWeights

@@ -14,14 +14,20 @@ from torch import Tensor
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, parse_metadata
 from dora_diffusion.formats.files.runs import pipeline_in
 from dora_diffusion.formats.files.stream import PICKLED, TensorFileError, TensorReader
-from dora_diffusion.formats.layouts.diffusers import DIFFUSERS, PEFT_PREFIX
+from dora_diffusion.formats.layouts.dotted import (
+    DIFFUSERS,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    PEFT_PREFIX,
+    peft_config,
+    peft_folders,
+)
 from dora_diffusion.formats.layouts.layout import (
     BUNDLED_TOKEN,
     AdapterFormatError,
     AdapterLayout,
 )
 from dora_diffusion.formats.layouts.other import layout_of
-from dora_diffusion.formats.layouts.peft import PEFT_CONFIG, PEFT_FILE, peft_config, peft_folders
 from dora_diffusion.formats.layouts.vera import VERA_FILE
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dora_diffusion.config.families import USUAL
 from dora_diffusion.config.wording import counted, listing
-from dora_diffusion.formats.layouts.compatibility import NOT_FOR_IT, table
 from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,
     AdapterLayout,
@@ -27,8 +26,7 @@ from dora_diffusion.formats.layouts.layout import (
     Part,
     Shapes,
 )
-from dora_diffusion.formats.names.modules import split_component
-from dora_diffusion.formats.names.unet import released_layout
+from dora_diffusion.formats.names.modules import released_layout, split_component
 
 _KEY = re.compile(r"((?:unet|text_encoder):(?:0|[1-9][0-9]{0,5}))(:(up|down))")
 _TOKEN_MARK = "<embed>"
@@ -69,7 +67,6 @@ class CloneOfSimo(AdapterLayout):
 
     name = key_format = "cloneofsimo"
     says_alpha = True
-    verdicts = table({"cloneofsimo LoRA": (NOT_FOR_IT,)})
 
     def parse(self, key: str) -> Key | None:
         match = _KEY.fullmatch(key)

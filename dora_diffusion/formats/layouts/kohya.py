@@ -1,11 +1,17 @@
-"""Kohya's key format, and LyCORIS': names, metadata, and the standard ``dora_scale``."""
+"""Kohya's key format, and LyCORIS': names, metadata, and the standard ``dora_scale``.
+
+And with the same names, files that are made for one base model: exact where ``dora_scale`` is
+misread or ignored.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,31 +25,31 @@ from dora_diffusion.formats.adapter.metadata import (
     kohya_fields,
     own_fields,
 )
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
 from dora_diffusion.formats.files.stream import TensorSpec, data_hash
-from dora_diffusion.formats.layouts.compatibility import (
-    BYPASS,
-    EXACT,
-    INPUT_NORMS,
-    NOT_FOR_IT,
-    PLAIN,
-    PREFIX,
-    some_layers,
-    table,
-)
+from dora_diffusion.formats.layouts import BYPASS, VERDICTS
 from dora_diffusion.formats.layouts.layout import (
+    EXACT,
     AdapterFormatError,
     AdapterLayout,
     EncodedFile,
+    Groups,
     Key,
     Layers,
     Part,
+    Shapes,
     WriteOptions,
     factors,
+    some_layers,
     unit_scale,
     with_alpha,
 )
 from dora_diffusion.formats.names.kohya import KOHYA_PREFIXES, Resolve, is_kohya_name, kohya_name
-from dora_diffusion.formats.names.unet import TOP_MODULES, USUAL_LAYOUT, UNetLayout
+from dora_diffusion.formats.names.modules import TOP_MODULES, USUAL_LAYOUT, UNetLayout
+from dora_diffusion.numerics.dora import weight_norm
+from dora_diffusion.numerics.low_rank import weight_change
+from dora_diffusion.numerics.norms import factored_norm
+from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.weights import LayerWeights
 
 # Its programs' own, and those that others write behind the same names.
@@ -70,29 +76,6 @@ class Kohya(AdapterLayout):
 
     name = key_format = "kohya"
     file_name: str | None = "adapter_kohya.safetensors"
-    verdicts = table(
-        {
-            "kohya DoRA, output axis": (
-                PLAIN,
-                NOT_FOR_IT,
-                f"{EXACT}: with {PREFIX}",
-                "wrong: it divides by the norm of W where W + delta is meant",
-                INPUT_NORMS,
-                INPUT_NORMS,
-                PLAIN,
-            ),
-            "kohya DoRA, input axis": (
-                PLAIN,
-                NOT_FOR_IT,
-                f"exact if told so: with wd_on_output=False (else an error) and {PREFIX}",
-                f"exact: but {BYPASS}",
-                EXACT,
-                EXACT,
-                PLAIN,
-            ),
-            "kohya LoRA": (EXACT, NOT_FOR_IT, f"{EXACT}: with {PREFIX}", EXACT),
-        }
-    )
 
     def parse(self, key: str) -> Key | None:
         if not is_kohya_name(key):
@@ -130,7 +113,7 @@ class Kohya(AdapterLayout):
     def encode(
         self, layers: Layers, metadata: AdapterMetadata, options: WriteOptions
     ) -> dict[str, EncodedFile]:
-        return {KOHYA_FILE: kohya_file(layers, layers, metadata, options, "kohya")}
+        return {self.name: kohya_file(layers, layers, metadata, options, "kohya")}
 
     def is_read_as_meant(
         self, layers: Layers, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
@@ -147,8 +130,8 @@ class Kohya(AdapterLayout):
 
     def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:
         if norm_axis:
-            return dict(self.verdicts.get(f"kohya DoRA, {norm_axis} axis", {}))
-        tools = dict(self.verdicts["kohya LoRA"])
+            return dict(VERDICTS.get(f"kohya DoRA, {norm_axis} axis", {}))
+        tools = dict(VERDICTS["kohya LoRA"])
         tools["diffusers"] = _lora_in_diffusers(layers)
         if outside := _outside_of_blocks(layers):
             tools["sd-scripts"] = f"wrong: it leaves {some_layers(outside)} unchanged"
@@ -167,14 +150,8 @@ class Kohya(AdapterLayout):
                 "for web UIs export a merged checkpoint, or convert it to the one that you use "
                 "(a1111, comfyui ...); for diffusers convert it to diffusers"
             )
-        return [
-            *notes,
-            f"{BYPASS}: use its usual loader, or convert the adapter to lora or dense",
-        ]
-
-
-KOHYA = Kohya()
-KOHYA_FILE = "adapter_kohya.safetensors"
+        notes.append(f"{BYPASS}: use its usual loader, or convert the adapter to lora or dense")
+        return notes
 
 
 def _lora_in_diffusers(layers: Layers) -> str:
@@ -334,3 +311,119 @@ def _tensors_of(prefix: str, layer: LayerWeights, options: WriteOptions) -> dict
         shape = (*lead, *[1] * (layer.down.ndim - len(lead)))
         tensors[f"{prefix}.dora_scale"] = layer.magnitude.detach().cpu().float().reshape(shape)
     return tensors
+
+
+class BaseSpecific(Kohya):
+    """Kohya's names with numbers that hold for one base model: not read as an adapter.
+
+    Attributes:
+        method: What a report calls it.
+        form: What stands behind a layer's name in the key that tells its shape.
+        note: What to know of it.
+    """
+
+    method = form = note = ""
+
+    def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:
+        return dict(VERDICTS[self.name])
+
+    def base_of(self, options: WriteOptions) -> ModelWeights:
+        """The model that it is made for.
+
+        Raises:
+            AdapterFormatError: If none is given.
+        """
+        if options.base is None:
+            raise AdapterFormatError(
+                f"{self.name} files are made for one base model; give that model with --base"
+            )
+        return options.base
+
+
+class ComfyUI(BaseSpecific):
+    """A kohya file whose output-axis magnitudes are compensated for ComfyUI and Forge.
+
+    They compute ``m * (W + delta) / norm(W)``, so ``m`` is multiplied by
+    ``norm(W) / norm(W + delta)``. The input axis is exact there as it is: an adapter that has no
+    other is a plain kohya file, for any base.
+    """
+
+    name, method, form = "comfyui", "DoRA", ".lora_down.weight"
+    file_name = "adapter_comfyui.safetensors"
+    note = (
+        "its magnitudes are changed to be exact in ComfyUI 0.3.64 and Forge: wrong elsewhere, "
+        f"and there too if their formula changes; a merged checkpoint has none. {BYPASS}: "
+        "use its usual loader"
+    )
+
+    def matches(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+        return metadata.get(OWN + "target") == self.name and not DENSE.matches(keys, metadata)
+
+    def group(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], shapes: Shapes | None
+    ) -> Groups | None:
+        raise AdapterFormatError(
+            "its magnitudes are changed to be exact in ComfyUI on one base model, and wrong "
+            "elsewhere; use the adapter that it was converted from"
+        )
+
+    def encode(
+        self, layers: Layers, metadata: AdapterMetadata, options: WriteOptions
+    ) -> dict[str, EncodedFile]:
+        if not needs_compensation(layers):
+            return super().encode(layers, metadata, options)
+        base = self.base_of(options)
+        changed = {
+            name: _compensated(module_weight(base, name), layer) for name, layer in layers.items()
+        }
+        return {self.name: kohya_file(changed, layers, metadata, options, self.name)}
+
+
+class Dense(BaseSpecific):
+    """Full differences ``W' - W`` under kohya names: large, and exact on either axis."""
+
+    name, method, form = "dense", "full differences", ".diff"
+    file_name = "adapter_dense.safetensors"
+    note = "full differences: add them to the base's weights"
+
+    def matches(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+        return any(key.endswith(self.form) for key in keys)
+
+    def encode(
+        self, layers: Layers, metadata: AdapterMetadata, options: WriteOptions
+    ) -> dict[str, EncodedFile]:
+        base = self.base_of(options)
+        names = kohya_names(layers, metadata, options)
+        dtype = options.dtype or torch.float32
+
+        def make(name: str) -> Tensor:
+            weight = module_weight(base, name)
+            change = weight_change(weight, layers[name])
+            if name in options.beside:
+                change += weight_change(weight, options.beside[name])
+            return change.to(dtype)
+
+        tensors = {
+            names[name] + self.form: (TensorSpec(dtype, layer.weight_shape), partial(make, name))
+            for name, layer in layers.items()
+        }
+        fields = kohya_metadata(layers, metadata, options, self.name)
+        return {self.name: EncodedFile(tensors, fields)}
+
+
+KOHYA, COMFYUI, DENSE = Kohya(), ComfyUI(), Dense()
+
+
+def needs_compensation(layers: Layers) -> bool:
+    """Return whether ComfyUI would compute these layers wrongly from a plain kohya file."""
+    return any(w.magnitude is not None and w.norm_axis == "output" for w in layers.values())
+
+
+def _compensated(weight: Tensor, layer: LayerWeights) -> LayerWeights:
+    if layer.magnitude is None or _on_input(layer):
+        return layer
+    start = weight_norm(weight, "output")
+    norm = factored_norm(weight, layer.down, layer.up, layer.scale, layer.norm_axis)
+    # ComfyUI adds float32's epsilon to the norm it divides by.
+    factor = (start + torch.finfo(torch.float32).eps) / norm.clamp_min(1e-30)
+    return dataclasses.replace(layer, magnitude=upcast(layer.magnitude) * factor)

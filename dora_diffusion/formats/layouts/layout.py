@@ -15,12 +15,18 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.adapter.metadata import DIFFUSERS_METADATA, AdapterMetadata
+from dora_diffusion.config.wording import counted, listing
+from dora_diffusion.formats.adapter.metadata import (
+    APPROXIMATES,
+    APPROXIMATION_ERROR,
+    DIFFUSERS_METADATA,
+    AdapterMetadata,
+)
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.formats.files.stream import TensorSpec
-from dora_diffusion.formats.layouts.compatibility import COLUMNS, UNKNOWN
+from dora_diffusion.formats.layouts import COLUMNS, VERDICTS
 from dora_diffusion.formats.names.kohya import Resolve
-from dora_diffusion.formats.names.unet import UNetLayout
+from dora_diffusion.formats.names.modules import UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights
 
 # down and up are A and B; mid is the core of a Tucker-decomposed convolution. A `magnitude` is
@@ -30,6 +36,9 @@ Layers = Mapping[str, LayerWeights]
 Shapes = Mapping[str, tuple[int, ...]]
 BUNDLED_TOKEN = re.compile(r"bundle_emb\.(?P<token>.+)\.(?P<key>clip_[lhg])")
 """Key of a trained token's vectors in a file of layers."""
+EXACT = "exact"
+# The error of an approximation that is none, but for the rounding of its numbers.
+_ROUNDING = 1e-5
 # Attention projections trained as one matrix, which only some programs split.
 _JOINED = ("to_qkv.", "to_kv.", "in_proj.", "qkv_proj.")
 
@@ -126,13 +135,11 @@ class AdapterLayout:
         file_name: Default name of its file; None for a folder of files.
         says_alpha: Its layers have no other alpha than the one that they are read with.
         is_compact: It holds fewer numbers than the layers that it stands for.
-        verdicts: What a file holds -> verdict per program, see `compatibility`.
     """
 
     name = key_format = "other"
     file_name: str | None = ""
     says_alpha = is_compact = False
-    verdicts: Mapping[str, Mapping[str, str]] = {}
 
     def parse(self, key: str) -> Key | None:
         """Parse a key, as its programs or others write it; None if it is none of its."""
@@ -217,7 +224,8 @@ class AdapterLayout:
         """
         # PEFT and diffusers know no magnitudes on the input axis.
         kind = f"{self.name} {'DoRA' if norm_axis else 'LoRA'}" if norm_axis != "input" else ""
-        return dict(self.verdicts.get(kind) or dict.fromkeys(COLUMNS, UNKNOWN))
+        unknown = "convert: its key format is not one that we have checked"
+        return dict(VERDICTS.get(kind) or dict.fromkeys(COLUMNS, unknown))
 
     def advice(self, norm_axis: str, keys: Collection[str]) -> list[str]:
         """Return advice on using such a file."""
@@ -241,3 +249,48 @@ def factors(layer: LayerWeights, options: WriteOptions) -> tuple[Tensor, Tensor]
     dtype = options.dtype
     down, up = layer.down.detach().cpu(), layer.up.detach().cpu()
     return (down, up) if dtype is None else (down.to(dtype), up.to(dtype))
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """Original that a file approximates.
+
+    Attributes:
+        of: ``"DoRA"`` or ``"LoRA"``, ``"tuned model"``, ``"sum of the adapters"``.
+        error: Relative error of the change of all layers; None if the file does not say it.
+    """
+
+    of: str
+    error: float | None
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return f"which approximates the {self.of}"
+        share = f"{self.error:.1%}" if self.error >= 0.001 else "less than 0.1%"
+        return f"which is off the {self.of} by {share}"
+
+    def qualify(self, tools: Mapping[str, str], method: str) -> dict[str, str]:
+        """The verdicts on a file that is one: exact for what it holds, and how far off that is."""
+        exact = f"exact for this {method}, {self}"
+        return {
+            program: exact + verdict.removeprefix(EXACT)
+            if verdict.partition(":")[0] == EXACT
+            else verdict
+            for program, verdict in tools.items()
+        }
+
+
+def stated_approximation(extra: Mapping[str, str]) -> Approximation | None:
+    """Return the approximation that our file's metadata state; None if it is exact."""
+    if not (of := extra.get(APPROXIMATES)):
+        return None
+    try:
+        error = float(extra.get(APPROXIMATION_ERROR, ""))
+    except ValueError:
+        return Approximation(of, None)
+    return Approximation(of, error) if error > _ROUNDING else None
+
+
+def some_layers(names: Collection[str]) -> str:
+    """``"5 layers (a, b, c and 2 more)"``."""
+    return f"{counted(len(names), 'layer')} ({listing(names, 3)})"

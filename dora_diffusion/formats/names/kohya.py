@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from dora_diffusion.config.families import COMPONENTS, FAMILIES, Family
-from dora_diffusion.formats.names.modules import canonical, split_component
-from dora_diffusion.formats.names.unet import (
+from dora_diffusion.formats.names.modules import (
     RESNET_MODULES,
     TOP_MODULES,
     USUAL_LAYOUT,
     UNetLayout,
+    canonical,
     known_layout,
     released_layout,
     renamed,
+    split_component,
     unet_names,
 )
 

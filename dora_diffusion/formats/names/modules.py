@@ -1,9 +1,78 @@
-"""Canonical module names, ``component.path``, and the components that names begin with."""
+"""Canonical module names, ``component.path``, and what the original (sgm) code calls the UNet's.
+
+The original code numbers one flat list of blocks, Diffusers nests them by level. With
+``n = layers_per_block``, level ``l`` and layer ``i``:
+
+    down_blocks.l.resnets.i       <-> input_blocks.(l * (n + 1) + i + 1).0
+    down_blocks.l.attentions.i    <-> input_blocks.(l * (n + 1) + i + 1).1
+    down_blocks.l.downsamplers.0  <-> input_blocks.((l + 1) * (n + 1)).0
+    mid_block.resnets.i           <-> middle_block.(2 * i)
+    mid_block.attentions.i        <-> middle_block.(2 * i + 1)
+    up_blocks.l.resnets.i         <-> output_blocks.(l * (n + 1) + i).0
+    up_blocks.l.attentions.i      <-> output_blocks.(l * (n + 1) + i).1
+    up_blocks.l.upsamplers.0      <-> output_blocks.(l * (n + 1) + n).{1, or 2 behind attention}
+"""
 
 from __future__ import annotations
 
-from dora_diffusion.config.families import COMPONENTS
-from dora_diffusion.formats.names.unet import NameTable
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from dora_diffusion.config.families import COMPONENTS, FAMILIES, Family
+from dora_diffusion.config.wording import listing
+
+
+class NameTable:
+    """Pairs of ``(canonical, original)`` names, each also for everything that lies below it.
+
+    Attributes:
+        original: Canonical name -> original name.
+        canonical: The inverse.
+
+    Raises:
+        ValueError: If the pairs are not one-to-one, with all that lies below them.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        pairs = list(pairs)
+        self.original = dict(pairs)
+        self.canonical = {original: name for name, original in pairs}
+        for column in zip(*pairs, strict=True):
+            if repeated := [name for name, count in Counter(column).items() if count > 1]:
+                raise ValueError(f"names that are not one-to-one: {listing(repeated)}")
+        for names in (self.original, self.canonical):
+            if nested := [n for n in names if renamed(n.rpartition(".")[0], names)]:
+                raise ValueError(f"names that lie below another: {listing(nested)}")
+
+    def below(self, canonical: str, original: str) -> list[tuple[str, str]]:
+        """The pairs behind a prefix on either side."""
+        return [(canonical + name, original + other) for name, other in self.original.items()]
+
+    def to_original(self, name: str) -> str | None:
+        """Original name of a module or tensor, None if it has none."""
+        return renamed(name, self.original)
+
+    def to_canonical(self, name: str) -> str | None:
+        """Canonical name of an original one, None if it has none."""
+        return renamed(name, self.canonical)
+
+    def with_underscores(self) -> NameTable:
+        """The same names as kohya's scripts write them."""
+        return NameTable((a.replace(".", "_"), b.replace(".", "_")) for a, b in self.below("", ""))
+
+
+def renamed(name: str, names: Mapping[str, str], separator: str = ".") -> str | None:
+    """The name with its longest known start replaced, None if no start of it is known."""
+    parts = name.split(separator)
+    for end in range(len(parts), 0, -1):
+        if start := names.get(separator.join(parts[:end])):
+            return separator.join([start, *parts[end:]])
+    return None
+
 
 # What dotted names start with -> component; of those that share a start, the longest first.
 # OneTrainer's OMI files say `clip_l`, its COMFY files what ComfyUI calls its modules.
@@ -83,3 +152,148 @@ def split_prefix(path: str) -> tuple[str | None, str]:
 def modern_vae_path(path: str) -> str:
     """Today's name of a tensor that an early Diffusers named."""
     return _EARLY.to_canonical(path) or path
+
+
+TOP_MODULES = (
+    ("conv_in", "input_blocks.0.0"),
+    ("time_embedding.linear_1", "time_embed.0"),
+    ("time_embedding.linear_2", "time_embed.2"),
+    ("add_embedding.linear_1", "label_emb.0.0"),
+    ("add_embedding.linear_2", "label_emb.0.2"),
+    ("conv_norm_out", "out.0"),
+    ("conv_out", "out.2"),
+)
+RESNET_MODULES = (
+    ("norm1", "in_layers.0"),
+    ("conv1", "in_layers.2"),
+    ("time_emb_proj", "emb_layers.1"),
+    ("norm2", "out_layers.0"),
+    ("conv2", "out_layers.3"),
+    ("conv_shortcut", "skip_connection"),
+)
+# As many as a record of a layout may name; the released models have three and four.
+_MOST_LEVELS = 9
+_RELEASED_LAYERS = 2
+_LEVEL = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class UNetLayout:
+    """Layout of a UNet, which its original block numbers depend on.
+
+    Attributes:
+        layers_per_block: Resnets of one down level (an up level has one more).
+        up_attention: For each up level, whether it has attention. It moves the upsampler's slot.
+    """
+
+    layers_per_block: int
+    up_attention: tuple[bool, ...]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> UNetLayout:
+        """Read the layout from a ``UNet2DConditionModel`` config.
+
+        Raises:
+            ValueError: If the levels differ in depth; the original layout cannot number those.
+        """
+        layers = config.get("layers_per_block", 2)
+        if not isinstance(layers, int):
+            raise ValueError(f"layers_per_block is {layers!r}; original names need one number")
+        types = config.get("up_block_types", ())
+        return cls(layers, tuple("CrossAttn" in str(kind) for kind in types))
+
+    @classmethod
+    def from_text(cls, text: str) -> UNetLayout | None:
+        """The layout that a file's metadata record, None if they do not.
+
+        Older files record the depth alone; the attention is then taken to be the released SDXL's.
+        """
+        match = re.fullmatch("([1-9])(?: up_attention=([01]{1,9}))?", text)
+        if match is None:
+            return None
+        if match[2] is None:
+            return cls(int(match[1]), USUAL_LAYOUT.up_attention)
+        return cls(int(match[1]), tuple(flag == "1" for flag in match[2]))
+
+    def text(self) -> str:
+        """Return the layout's text in metadata, such as ``2 up_attention=110``."""
+        flags = "".join("1" if has_attention else "0" for has_attention in self.up_attention)
+        return f"{self.layers_per_block} up_attention={flags}"
+
+    @classmethod
+    def from_names(cls, names: Iterable[str]) -> UNetLayout:
+        """Read the layout from the UNet's module names (complete, without a ``unet.`` prefix).
+
+        Raises:
+            ValueError: If they are not complete.
+        """
+        blocks = [match.groups() for match in map(_LEVEL.match, names) if match]
+        resnets = [int(i) for side, _, kind, i in blocks if (side, kind) == ("down", "resnets")]
+        levels = {int(level) for side, level, _, _ in blocks if side == "up"}
+        attention = {int(level) for side, level, kind, _ in blocks
+                     if (side, kind) == ("up", "attentions")}  # fmt: skip
+        if not resnets or not levels:
+            raise ValueError("no down_blocks.*.resnets and up_blocks.* among the module names")
+        return cls(max(resnets) + 1, tuple(i in attention for i in range(max(levels) + 1)))
+
+    @classmethod
+    def from_original_names(cls, names: Iterable[str]) -> UNetLayout:
+        """Read the layout from original names: the first downsampler closes the first level."""
+        names = list(names)
+        ops = [int(m[1]) for n in names if (m := re.match(r"input_blocks\.(\d+)\.0\.op\b", n))]
+        step = min(ops, default=_RELEASED_LAYERS + 1)
+        attention = {int(m[1]) // step for n in names
+                     if (m := re.match(r"output_blocks\.(\d+)\.1\.(?!conv\b)", n))}  # fmt: skip
+        return cls(step - 1, tuple(i in attention for i in range(max(attention, default=-1) + 1)))
+
+
+def released_layout(family: Family) -> UNetLayout:
+    """Layout of the released UNets of a family."""
+    return UNetLayout(_RELEASED_LAYERS, family.up_attention)
+
+
+# Of the UNets that adapter files name by original blocks.
+USUAL_LAYOUT = next(
+    released_layout(family) for family in FAMILIES.values() if family.kohya_names_original_blocks
+)
+
+
+@lru_cache
+def unet_names(layout: UNetLayout) -> NameTable:
+    """The modules of a UNet; attention goes by the same names inside of its block."""
+    return NameTable(_pairs(layout))
+
+
+def _pairs(layout: UNetLayout) -> Iterator[tuple[str, str]]:
+    yield from TOP_MODULES
+    for i in range(2):
+        yield from _resnet(f"mid_block.resnets.{i}", f"middle_block.{2 * i}")
+    yield "mid_block.attentions.0", "middle_block.1"
+    step = layout.layers_per_block + 1
+    for level in range(_MOST_LEVELS):
+        down, up, first = f"down_blocks.{level}", f"up_blocks.{level}", level * step
+        for i in range(layout.layers_per_block):
+            yield from _resnet(f"{down}.resnets.{i}", f"input_blocks.{first + i + 1}.0")
+            yield f"{down}.attentions.{i}", f"input_blocks.{first + i + 1}.1"
+        yield f"{down}.downsamplers.0.conv", f"input_blocks.{first + step}.0.op"
+        has_attention = level < len(layout.up_attention) and layout.up_attention[level]
+        for i in range(step):
+            yield from _resnet(f"{up}.resnets.{i}", f"output_blocks.{first + i}.0")
+            if has_attention:
+                yield f"{up}.attentions.{i}", f"output_blocks.{first + i}.1"
+        slot = 2 if has_attention else 1
+        yield f"{up}.upsamplers.0", f"output_blocks.{first + step - 1}.{slot}"
+
+
+def _resnet(name: str, original: str) -> Iterator[tuple[str, str]]:
+    for leaf, original_leaf in RESNET_MODULES:
+        yield f"{name}.{leaf}", f"{original}.{original_leaf}"
+
+
+def known_layout(names: Iterable[str]) -> UNetLayout | None:
+    """Layout of the UNet among canonical module names, None if they do not tell it."""
+    paths = (name.removeprefix("unet.") for name in names if name.startswith("unet."))
+    try:
+        return UNetLayout.from_names(paths)
+    except ValueError:  # no UNet, or only some of its modules
+        return None

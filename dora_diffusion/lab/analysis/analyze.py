@@ -21,11 +21,13 @@ from dora_diffusion.export.files import ExportError, model_name, open_model
 from dora_diffusion.export.metadata import trained_steps
 from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_adapter
 from dora_diffusion.formats.adapter.metadata import parse_metadata
-from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.models import (
+    PipelineFolder,
+    StoredModel,
+    detect_checkpoint_family,
+)
 from dora_diffusion.formats.checkpoint.weights import (
     ModelWeights,
-    StoredModel,
     check_dtype,
     module_shapes,
     module_weight,

@@ -12,7 +12,7 @@ from pathlib import Path
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, embeddings_of
 from dora_diffusion.formats.files.runs import PIPELINE_NAME, pipeline_in
-from dora_diffusion.formats.layouts.diffusers import DIFFUSERS
+from dora_diffusion.formats.layouts.dotted import DIFFUSERS
 from dora_diffusion.formats.layouts.vera import VERA_FILE
 from dora_diffusion.training.results.card import KOHYA_FILE
 from dora_diffusion.training.results.checkpoint import (

@@ -24,7 +24,7 @@ from dora_diffusion.formats.adapter.metadata import (
 )
 from dora_diffusion.formats.checkpoint.schedule import schedule_facts
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.formats.names.unet import UNetLayout
+from dora_diffusion.formats.names.modules import UNetLayout
 from dora_diffusion.sampling.images import save_png, thumbnail
 from dora_diffusion.training.engine.accelerator import shards_model
 from dora_diffusion.training.inputs.subject import caption_rules

@@ -43,9 +43,9 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.formats.adapter.stored import StoredAdapter
 from dora_diffusion.formats.layouts import layout_named
-from dora_diffusion.formats.layouts.diffusers import DIFFUSERS
+from dora_diffusion.formats.layouts.dotted import DIFFUSERS
 from dora_diffusion.formats.layouts.vera import digest_of, write_vera
-from dora_diffusion.formats.names.unet import UNetLayout
+from dora_diffusion.formats.names.modules import UNetLayout
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.locate import ModelNotFoundError, resolve_adapter
 from dora_diffusion.numerics.devices import keeps_random_state, random_state, set_random_state

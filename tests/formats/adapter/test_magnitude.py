@@ -15,7 +15,7 @@ from dora_diffusion.formats.adapter.file import (
     AdapterFormatError,
     read_adapter,
 )
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.adapter.helpers import (

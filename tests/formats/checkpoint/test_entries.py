@@ -12,8 +12,7 @@ from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.export import export_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from dora_diffusion.formats.checkpoint.entries import names_of_configs, plan_checkpoint
-from dora_diffusion.formats.checkpoint.file import CheckpointFile
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.models import CheckpointFile, PipelineFolder
 from dora_diffusion.numerics.weights import LayerWeights
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]

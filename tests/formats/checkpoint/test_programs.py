@@ -12,12 +12,12 @@ import yaml
 
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.checkpoint.programs import (
-    VERDICTS,
     a1111_config,
     kind_of,
     schedule_notes,
 )
 from dora_diffusion.formats.files.stream import TensorSpec
+from dora_diffusion.formats.layouts import MODEL_VERDICTS
 from dora_diffusion.models.configuration import released_config
 
 V, EPSILON = "v_prediction", "epsilon"
@@ -120,7 +120,7 @@ def test_kinds_of_models() -> None:
     assert kind_of(model("sdxl", V, one=False)) == "folder"
     assert kind_of(model("sdxl", V, width=32)) == "file of another shape"
     assert kind_of(model("sd1", V, one=False, width=32)) == "folder of another shape"
-    assert {*filter(None, kinds.values())} < VERDICTS.keys()
+    assert {*filter(None, kinds.values())} < MODEL_VERDICTS.keys()
 
 
 def test_zero_terminal_snr_is_told_where_it_must_be() -> None:

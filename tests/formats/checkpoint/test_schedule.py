@@ -9,7 +9,7 @@ import pytest
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
-from dora_diffusion.formats.checkpoint.folder import by_scheduler
+from dora_diffusion.formats.checkpoint.models import by_scheduler
 from dora_diffusion.formats.checkpoint.schedule import (
     NoiseSchedule,
     choose_schedule,

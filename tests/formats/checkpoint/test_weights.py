@@ -18,8 +18,7 @@ from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.export import export_checkpoint
 from dora_diffusion.export.merged import MergedModel
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
-from dora_diffusion.formats.checkpoint.file import CheckpointFile
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.models import CheckpointFile, PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import (
     ModelWeights,
     module_shapes,

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.merge import Strengths, merge_tensor
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.numerics.weights import LayerWeights
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]

@@ -18,7 +18,7 @@ from dora_diffusion.cli.main import main
 from dora_diffusion.export import convert_adapter, export_checkpoint, inspect_adapter
 from dora_diffusion.formats.adapter.file import AdapterFormatError, read_adapter
 from dora_diffusion.formats.adapter.inspect import report_on
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.sampling.generate import load_adapted
 from tests.formats.adapter.helpers import Held, load_pipeline
 from tests.formats.layouts.early_trainer import TextEncoder, UNet2DConditionModel, inject, save

@@ -21,8 +21,8 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.files.stream import TensorSpec
-from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS, all_layouts, layout_named
-from dora_diffusion.formats.layouts.compatibility import COLUMNS, some_layers
+from dora_diffusion.formats.layouts import COLUMNS, CONVERSIONS, PROGRAMS, VERDICTS, layout_named
+from dora_diffusion.formats.layouts.layout import some_layers
 from dora_diffusion.formats.layouts.other import OTHER
 from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.numerics.weights import LayerWeights
@@ -32,7 +32,6 @@ from tests.formats.adapter.helpers import (
 )
 from tests.formats.layouts.helpers import module_at
 
-VERDICTS = {kind: row for layout in all_layouts() for kind, row in layout.verdicts.items()}
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 
 

@@ -9,7 +9,7 @@ import torch
 
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.adapter.file import AdapterMetadata, read_adapter
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.layouts.kohya import kohya_names
 from dora_diffusion.formats.layouts.layout import AdapterFormatError, WriteOptions
 from dora_diffusion.formats.layouts.other import group_keys
@@ -96,7 +96,7 @@ def test_onetrainer_key_formats(
 
     Magnitudes run along the inputs, (1, in) and (1, in, 1, 1), unless it is told otherwise.
     """
-    from dora_diffusion.formats.names.unet import released_layout, unet_names
+    from dora_diffusion.formats.names.modules import released_layout, unet_names
 
     folder = request.getfixturevalue(f"{family}_folder")
     layers = random_adapter(folder, axis="input", every=3)

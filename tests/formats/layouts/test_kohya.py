@@ -23,7 +23,7 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.adapter.inspect import report_on
-from dora_diffusion.formats.layouts.kohya import KOHYA
+from dora_diffusion.formats.layouts import VERDICTS
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 from tests.formats.adapter.helpers import TABLE_HOLDS
@@ -89,7 +89,7 @@ def test_lycoris_merges_the_kohya_file_exactly(
         assert_close_to_merge(module_at(pipeline, name).weight, sd1_folder, layers, name)
 
 
-@pytest.mark.parametrize("kind", KOHYA.verdicts)
+@pytest.mark.parametrize("kind", [kind for kind in VERDICTS if kind.startswith("kohya ")])
 def test_lycoris_finds_no_layer_without_the_prefix(
     tmp_path: Path, sd1_folder: Path, kind: str, random_adapter: MakeAdapter
 ) -> None:

@@ -24,9 +24,8 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.formats.adapter.stored import StoredAdapter
 from dora_diffusion.formats.files import stream
-from dora_diffusion.formats.layouts import CONVERSIONS, LAYOUTS, Conversion, all_layouts
-from dora_diffusion.formats.layouts.base_specific import BaseSpecific
-from dora_diffusion.formats.layouts.compatibility import COLUMNS
+from dora_diffusion.formats.layouts import COLUMNS, CONVERSIONS, LAYOUTS, Conversion, all_layouts
+from dora_diffusion.formats.layouts.kohya import BaseSpecific
 from dora_diffusion.formats.layouts.layout import (
     AdapterLayout,
     EncodedFile,
@@ -223,4 +222,4 @@ def test_the_example_in_the_documents_is_the_one_that_runs() -> None:
         assert inspect.getsource(method) in text
     body = inspect.getsource(Shouted.encode).partition("tensors |=")[2]
     assert body in text
-    assert '"shouted": Conversion("nowhere", "in capitals"),' in text
+    assert "shouted: {summary: nowhere, written: in capitals}" in text

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from dora_diffusion.formats.adapter.file import AdapterFormatError, read_adapter
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from tests.formats.adapter.helpers import (
     BLOCK,
     ODD,

@@ -21,9 +21,9 @@ from dora_diffusion.formats.adapter.file import (
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import module_shapes
-from dora_diffusion.formats.names.unet import UNetLayout
+from dora_diffusion.formats.names.modules import UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.layouts.helpers import (
     MakeAdapter,

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import module_shapes
 from dora_diffusion.formats.names import kohya
 from dora_diffusion.formats.names.kohya import joined_parts, kohya_name, kohya_table, name_resolver
-from dora_diffusion.formats.names.unet import released_layout, renamed, unet_names
+from dora_diffusion.formats.names.modules import released_layout, renamed, unet_names
 
 
 def modules(folder: Path) -> list[str]:

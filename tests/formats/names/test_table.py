@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import dora_diffusion
-from dora_diffusion.formats.names import checkpoint, modules, unet
-from dora_diffusion.formats.names.unet import NameTable, renamed
+from dora_diffusion.formats.checkpoint import entries
+from dora_diffusion.formats.names import modules
+from dora_diffusion.formats.names.modules import NameTable, renamed
 
 
 def test_a_pair_that_is_not_one_to_one_is_refused() -> None:
@@ -37,8 +38,8 @@ def test_pairs_hold_for_all_that_lies_below_them() -> None:
 def test_original_names_are_written_once() -> None:
     """A second hand-written direction of a table would have to repeat them."""
     pairs = (
-        *unet.TOP_MODULES, *unet.RESNET_MODULES, *checkpoint._VAE_ATTENTION,
-        *checkpoint._VAE_RESNET, *checkpoint._OPEN_CLIP_TOP, *checkpoint._OPEN_CLIP_LAYER,
+        *modules.TOP_MODULES, *modules.RESNET_MODULES, *entries._VAE_ATTENTION,
+        *entries._VAE_RESNET, *entries._OPEN_CLIP_TOP, *entries._OPEN_CLIP_LAYER,
         *modules._EARLY.original.items(),
     )  # fmt: skip
     leaves = {original.rpartition("attentions.0.")[2] for name, original in pairs

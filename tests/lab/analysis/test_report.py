@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dora_diffusion.evaluation.statistics import Interval
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import module_shapes
 from dora_diffusion.lab.analysis import Analysis
 from dora_diffusion.lab.analysis.report import (

@@ -10,11 +10,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.formats.checkpoint.entries import entries_of_file, plan_checkpoint
+from dora_diffusion.formats.checkpoint.entries import (
+    checkpoint_names,
+    entries_of_file,
+    plan_checkpoint,
+    standard_key,
+)
 from dora_diffusion.formats.files.stream import TensorSpec
-from dora_diffusion.formats.names.checkpoint import checkpoint_names, standard_key
-from dora_diffusion.formats.names.modules import canonical
-from dora_diffusion.formats.names.unet import NameTable, UNetLayout, released_layout
+from dora_diffusion.formats.names.modules import NameTable, UNetLayout, canonical, released_layout
 
 UNETS: dict[str, dict[str, Any]] = {
     "sd1": {"cross_attention_dim": 768},

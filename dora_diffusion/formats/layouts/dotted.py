@@ -9,17 +9,20 @@ OneTrainer: original blocks with dots, bare or behind ``unet.`` or ``diffusion_m
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 from torch import Tensor
 from torch.nn.functional import pad
 
 from dora_diffusion.config.families import COMPONENTS
 from dora_diffusion.config.wording import listing
-from dora_diffusion.formats.adapter.metadata import AdapterMetadata, own_fields
-from dora_diffusion.formats.layouts.compatibility import EXACT, NOT_CHECKED, NOT_FOR_IT, table
+from dora_diffusion.formats.adapter.alpha import json_object, refuse_changed_base
+from dora_diffusion.formats.adapter.metadata import OWN, AdapterMetadata, own_fields, without_path
 from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,
     AdapterLayout,
@@ -32,7 +35,12 @@ from dora_diffusion.formats.layouts.layout import (
     unit_scale,
 )
 from dora_diffusion.formats.names.kohya import Resolve, component_of, is_kohya_name, is_sgm_path
-from dora_diffusion.formats.names.modules import canonical, split_component, split_prefix
+from dora_diffusion.formats.names.modules import (
+    canonical,
+    installed_path,
+    split_component,
+    split_prefix,
+)
 from dora_diffusion.numerics.weights import LayerWeights
 
 PEFT_PREFIX = "base_model.model."
@@ -165,12 +173,6 @@ class Diffusers(Dotted):
 
     name = key_format = "diffusers"
     file_name = "pytorch_lora_weights.safetensors"
-    verdicts = table(
-        {
-            "diffusers DoRA": (EXACT, NOT_FOR_IT),
-            "diffusers LoRA": (EXACT, NOT_FOR_IT, NOT_CHECKED),
-        }
-    )
 
     def owns(self, key: Key) -> bool:
         # It loads nothing where a UNet's component is missing, and loses an `.alpha`, a
@@ -234,4 +236,146 @@ def _padded(layer: LayerWeights, rank: int) -> LayerWeights:
     return dataclasses.replace(layer, down=down, up=up, alpha=float(rank))
 
 
-DIFFUSERS = Diffusers()
+_PROCESSOR_PATH = re.compile(
+    r"(?:mid_block|(?:down|up)_blocks)\b.*\.attn[12]\.processor\.to_(?:q|k|v|out)"
+)
+
+
+class AttnProcs(Dotted):
+    """``down_blocks...attn1.processor.to_q_lora.down.weight``."""
+
+    name = key_format = "attn_procs"
+    advice = AdapterLayout.advice
+
+    def owns(self, key: Key) -> bool:
+        return key.form in PROCESSOR_FORMS and _PROCESSOR_PATH.fullmatch(key.path) is not None
+
+
+_ENCODERS = ("clip_l.", "clip_g.", "text_encoders.clip_l.", "text_encoders.clip_g.")
+_ONETRAINER_FORMS = (*PEFT_FORMS, ".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale")
+
+
+class OneTrainer(Dotted):
+    """``clip_l.<module>.lora_down.weight``, ``unet.input_blocks.1.0....lora_down.weight``."""
+
+    name = "onetrainer"
+    advice = AdapterLayout.advice
+
+    def owns(self, key: Key) -> bool:
+        is_its = key.path.startswith(_ENCODERS) or is_sgm_path(split_prefix(key.path)[1])
+        return is_its and key.form in _ONETRAINER_FORMS
+
+
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+
+
+class Peft(Dotted):
+    """``base_model.model.<module>.lora_A.weight``."""
+
+    name = key_format = "peft"
+    file_name = None
+
+    def owns(self, key: Key) -> bool:
+        forms = (*PEFT_FORMS, *EMBEDDING_FORMS, ".lora_magnitude_vector")
+        return key.path.startswith(PEFT_PREFIX) and key.form in forms
+
+    def finds_alpha(self, *of_file: object) -> bool:
+        return True  # in its config
+
+    def encode(
+        self, layers: Layers, metadata: AdapterMetadata, options: WriteOptions
+    ) -> dict[str, EncodedFile]:
+        """A folder per component, each for ``PeftModel.from_pretrained(component, folder)``."""
+        files: dict[str, EncodedFile] = {}
+        components: dict[str, dict[str, LayerWeights]] = {}
+        for name, layer in layers.items():
+            components.setdefault(split_component(name)[0], {})[name] = layer
+        for component, part in components.items():
+            # Only CLIPTextModel was flattened; text_encoder_2 is a CLIPTextModelWithProjection.
+            paths = {name: installed_path(name, flat=component == "text_encoder") for name in part}
+            tensors: dict[str, Tensor] = {}
+            for name, layer in part.items():
+                tensors |= peft_tensors(PEFT_PREFIX + paths[name], layer, options, "")
+            fields = {"format": "pt", **own_fields(metadata, part, self.name)}
+            fields[OWN + "component"] = component
+            files[f"{component}/{PEFT_FILE}"] = EncodedFile.of(tensors, fields)
+            config = _config_of({paths[name]: layer for name, layer in part.items()}, metadata)
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+            files[f"{component}/{PEFT_CONFIG}"] = EncodedFile(text=text)
+        return files
+
+
+def _config_of(layers: Layers, metadata: AdapterMetadata) -> dict[str, object]:
+    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
+    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+    # Only fields that every PEFT with DoRA knows: older versions reject others.
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": without_path(metadata.base_model),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {n: w.rank for n, w in layers.items() if w.rank != rank},
+        "alpha_pattern": {n: w.alpha for n, w in layers.items() if w.alpha != alpha},
+        "target_modules": sorted(layers),
+        "use_dora": any(layer.magnitude is not None for layer in layers.values()),
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(layer.kind == "conv1d" for layer in layers.values()),
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+
+
+def peft_folders(path: Path) -> list[Path]:
+    """The PEFT folders of one adapter: the path itself, or those of its components in it."""
+    candidates = [path, *(path / component for component in COMPONENTS)]
+    return [folder for folder in candidates if (folder / PEFT_CONFIG).is_file()]
+
+
+def peft_config(folder: Path) -> dict[str, Any]:
+    """The config of a PEFT folder.
+
+    Raises:
+        AdapterFormatError: If it is damaged, or not of a LoRA or DoRA that fits released models.
+    """
+    path = folder / PEFT_CONFIG
+    try:
+        config = json_object(path.read_text("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise AdapterFormatError(f"{path} is not a text file") from error
+    if config.get("peft_type") != "LORA":
+        raise AdapterFormatError(f"{folder} holds {config.get('peft_type')}, not a LoRA")
+    try:
+        refuse_changed_base(config.get("init_lora_weights"))
+    except AdapterFormatError as error:
+        raise AdapterFormatError(f"{folder}: {error}") from error
+    if whole := config.get("modules_to_save"):
+        raise AdapterFormatError(
+            f"{folder}: it also holds whole trained modules (modules_to_save: {whole}), "
+            "which no LoRA or DoRA file can; merge it with PEFT (merge_and_unload) and use that "
+            "model, or train it again without them"
+        )
+    return config
+
+
+def peft_component(keys: list[str], folder_name: str, stamped: str) -> str:
+    """Component of a PEFT folder: as we stamped it, as the folder is called, or as its keys look.
+
+    Raises:
+        AdapterFormatError: If none of these tells.
+    """
+    for name in (stamped, folder_name):
+        if name in COMPONENTS:
+            return name
+    guesses = {component_of(key.removeprefix(PEFT_PREFIX)) for key in keys}
+    guess = guesses.pop() if len(guesses) == 1 else None
+    if guess is None:
+        raise AdapterFormatError("its PEFT keys belong neither to a UNet nor to a text encoder")
+    return guess
+
+
+DIFFUSERS, PEFT, ATTN_PROCS, ONETRAINER = Diffusers(), Peft(), AttnProcs(), OneTrainer()

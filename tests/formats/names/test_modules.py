@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.formats.names.unet import (
+from dora_diffusion.formats.names.modules import (
     TOP_MODULES,
     USUAL_LAYOUT,
     UNetLayout,
