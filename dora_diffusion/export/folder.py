@@ -176,7 +176,7 @@ def shapes_of_configuration(config: Path) -> dict[str, tuple[int, ...]]:
         canonical(component, key): tuple(tensor.shape)
         for component, value in read_index(config).items()
         if component in WEIGHT_COMPONENTS and isinstance(value, list)
-        for key, tensor in empty_module(config, component).state_dict().items()
+        for key, tensor in empty_module(config / component, value[1]).state_dict().items()
         if not key.endswith(BUFFERS)
     }
 

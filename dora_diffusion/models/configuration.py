@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.families import WEIGHT_COMPONENTS, Family
-from dora_diffusion.formats.checkpoint.models import read_index, read_json
+from dora_diffusion.formats.checkpoint.models import read_json
 from dora_diffusion.formats.checkpoint.schedule import EPSILON, PREDICTION, NoiseSchedule, V
 
 RELEASED = Path(__file__).parent / "released"
@@ -72,11 +72,11 @@ def released_folder(family: Family, prediction_type: str) -> Path:
         "_class_name": family.pipeline_class,
         "scheduler": ["diffusers", config["scheduler"]["_class_name"]],
         **{part: ["transformers", "CLIPTokenizer"] for part in family.tokenizer_names},
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        **{
+            part: ["transformers" if part.startswith("text") else "diffusers", kind]
+            for part, kind in module_classes(family).items()
+        },
     }
-    encoders = zip(family.text_encoder_names, family.text_encoder_classes, strict=True)
-    index |= {name: ["transformers", kind] for name, kind in encoders}
     index |= {
         name: [None, None] if value is None else value
         for name, value in family.pipeline_options(True).items()
@@ -92,24 +92,29 @@ def released_folder(family: Family, prediction_type: str) -> Path:
     return folder
 
 
+def module_classes(family: Family) -> dict[str, str]:
+    """The class of each module, by component: Diffusers', of text encoders transformers'."""
+    encoders = zip(family.text_encoder_names, family.text_encoder_classes, strict=True)
+    return {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", **dict(encoders)}
+
+
 def is_released(folder: Path) -> bool:
     """Return whether a folder is one that `released_folder` made."""
     return any(Path(home.name) == folder for home in _FOLDERS)
 
 
-def empty_module(folder: Path, component: str) -> Any:
-    """A module as a Diffusers folder configures it, its parameters without memory."""
+def empty_module(folder: Path, kind: str) -> Any:
+    """A module of a class as its folder configures it, its parameters without memory."""
     import diffusers
     import transformers
     from accelerate import init_empty_weights
 
-    kind = read_index(folder)[component][1]
-    config = read_json(folder / component / "config.json")
+    config = read_json(folder / "config.json")
     # Buffers are not weights, and no file needs to have them.
     with init_empty_weights(include_buffers=False):
-        if component.startswith("text_encoder"):
-            return getattr(transformers, kind)(transformers.CLIPTextConfig(**config))
-        return getattr(diffusers, kind).from_config(config)
+        if hasattr(diffusers, kind):
+            return getattr(diffusers, kind).from_config(config)
+        return getattr(transformers, kind)(transformers.CLIPTextConfig(**config))
 
 
 def write_tokenizer(folder: Path, pad_token: str) -> None:

@@ -5,8 +5,10 @@ Weights are read from safetensors only: no pickles, no remote code.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +26,26 @@ from dora_diffusion.formats.adapter.embeddings import read_tokens
 from dora_diffusion.formats.adapter.metadata import OWN, AdapterMetadata, stated_reading
 from dora_diffusion.formats.checkpoint.models import (
     CheckpointFile,
+    Component,
     base_name,
     by_scheduler,
-    detect_checkpoint_family,
     read_json,
 )
 from dora_diffusion.formats.checkpoint.schedule import (
     EPSILON,
     NoiseSchedule,
     choose_schedule,
-    stated_by_file,
     statements_on,
     usual_of,
 )
-from dora_diffusion.formats.files.stream import PICKLED, read_header
+from dora_diffusion.formats.files.stream import PICKLED, TensorReader, read_header
 from dora_diffusion.formats.names.modules import BUFFERS, canonical
 from dora_diffusion.models import embedded
 from dora_diffusion.models.components import Components, cast_to_weight, fingerprint
 from dora_diffusion.models.configuration import (
     empty_module,
     is_released,
+    module_classes,
     released_folder,
     require_prediction,
 )
@@ -54,7 +56,6 @@ from dora_diffusion.models.locate import (
     looks_local,
     resolve_folder,
 )
-from dora_diffusion.models.weights import load_module, plain_errors, quiet_libraries
 from dora_diffusion.models.words import add_tokens
 
 __all__ = [
@@ -66,6 +67,9 @@ __all__ = [
     "load_vae",
     "resolve_folder",
 ]
+
+
+_SCHEDULER = Path("scheduler") / "scheduler_config.json"
 
 
 def load_components(
@@ -94,22 +98,136 @@ def load_components(
         raise ModelNotFoundError(
             f"{path} is a pickle, which can run code when opened; convert it to .safetensors first"
         )
-    with quiet_libraries():
+    with quiet_libraries(), contextlib.ExitStack() as stack:
+        file, source = None, path
         if path.suffix == ".safetensors" and path.is_file():
-            components = _load_single_file(path, base, dtype, adapters)
+            with plain_errors(str(path)):
+                reader = stack.enter_context(TensorReader(path))
+            file = CheckpointFile(reader)
         else:
-            components = _load_folder(resolve_folder(base), base, dtype, adapters)
+            source = resolve_folder(base)
+        components = _load(file, source, base, dtype, adapters)
+    if components.vae.dtype != dtype:
         vae = components.vae
-        if base.vae is not None:
-            vae = load_vae(base.vae, dtype=dtype, family=components.family)
-    components = dataclasses.replace(
-        components, name=str(base.path), asked=base, vae=vae, **_reading(Path(components.source))
-    )
-    _bridge_dtypes(components.vae, dtype)
+        for part in (vae.encoder, vae.decoder, vae.quant_conv, vae.post_quant_conv):
+            if part is not None:
+                part.register_forward_pre_hook(cast_to_weight)
     for module in components.modules().values():
         module.eval().requires_grad_(False)
-    add_tokens(components, read_tokens(Path(components.source)))
+    add_tokens(components, read_tokens(source))
     return components
+
+
+def _load(
+    file: CheckpointFile | None,
+    source: Path,
+    base: BaseModel,
+    dtype: torch.dtype,
+    adapters: Sequence[AdapterMetadata],
+) -> Components:
+    """Load a model from a single file, or from a folder.
+
+    Raises:
+        UnsupportedModelError: If it is not a model of a supported family.
+        ValueError: If it is damaged or does not fit its configuration.
+    """
+    given: Path | None = source
+    if file is not None:
+        given = None if base.model_config is None else resolve_folder(base.model_config)
+    family = detect_folder_family(source) if file is None else file.family
+    configured = [by_scheduler(read_json(given / _SCHEDULER))] if given else usual_of(family)
+    stated = (configured, ()) if file is None else (file.statements(), configured)
+    schedule = choose_schedule(str(base.path), statements_on(base, *stated, adapters))
+    require_prediction(source.name, family, schedule)
+    folder = given or released_folder(family, schedule.prediction_type)
+    kinds, index = module_classes(family), read_json(folder / "model_index.json")
+
+    def load(part: str) -> Any:
+        own = _vae_dtype(folder / part, dtype, family) if part == "vae" else dtype
+        if file is not None:
+            return _module_of_file(file, folder, part, kinds[part], own)
+        return _module_of_folder(folder / part, part, kinds[part], own, base.variant)
+
+    return Components(
+        family=family,
+        unet=load("unet"),
+        vae=load("vae") if base.vae is None else load_vae(base.vae, dtype=dtype, family=family),
+        text_encoders=tuple(load(part) for part in family.text_encoder_names),
+        tokenizers=tuple(_load_tokenizer(folder / part) for part in family.tokenizer_names),
+        name=str(base.path),
+        asked=base,
+        zeros_for_empty_prompt=family.zeros_for_empty_prompt(index),
+        source=str(source),
+        stated=stated,
+        **_schedulers(read_json(folder / _SCHEDULER), schedule),
+        **_reading(source),
+    )
+
+
+def _vae_dtype(folder: Path, dtype: torch.dtype, family: Family | None) -> torch.dtype:
+    """The dtype of an autoencoder: float32 where it says that it overflows in half precision."""
+    overflows = family is not None and family.vae_overflows(read_json(folder / "config.json"))
+    return torch.float32 if overflows else dtype
+
+
+def _module_of_folder(
+    folder: Path, part: str, kind: str, dtype: torch.dtype, variant: str | None
+) -> Any:
+    """A module of a component's folder.
+
+    Raises:
+        ValueError: If the files are missing, damaged or incomplete.
+    """
+    hint = f"it has no {variant!r} variant, or it is damaged" if variant else "it is damaged"
+    with plain_errors(str(folder), f"{hint}; download the model again"):
+        module, component = empty_module(folder, kind), Component(part, folder, variant)
+        with component.reader:
+            problem = _fill(module, part, component, dtype)
+    if problem:
+        raise ValueError(f"{folder} is incomplete or damaged: {problem}; download the model again")
+    return module
+
+
+def _module_of_file(
+    file: CheckpointFile, folder: Path, part: str, kind: str, dtype: torch.dtype
+) -> Any:
+    """A module of a single file, made as a folder configures it.
+
+    Raises:
+        ValueError: If a tensor is missing, or has another shape than the configuration says.
+    """
+    with plain_errors(str(folder)):
+        module = empty_module(folder / part, kind)
+    with plain_errors(str(file.path)):
+        problem = _fill(module, part, file, dtype)
+    if problem:
+        whose = f"a released {file.family.title}" if is_released(folder) else folder.name
+        # Of the model that it was made from, which has its shape.
+        name = base_name(file.metadata)
+        name = f"{EMBEDDED_PREFIX}{name}" if name in embedded.MODELS else name
+        hint = f", such as its base model's: {name}" if name else ""
+        raise ValueError(
+            f"{file.path} is not shaped as {whose}: {problem}; give a Diffusers folder of its "
+            f"shape as --model_config{hint}"
+        )
+    return module
+
+
+def _fill(module: Any, part: str, weights: CheckpointFile | Component, dtype: torch.dtype) -> str:
+    """Fill a module with its weights; returns what is wrong with them, empty if nothing is."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    wanted = {key: canonical(part, key) for key in shapes if not key.endswith(BUFFERS)}
+    if lacking := [name for name in wanted.values() if name not in weights.specs]:
+        return f"it lacks {listing(lacking, 3)}"
+    if other := [n for key, n in wanted.items() if weights.specs[n].shape != shapes[key]]:
+        return f"{listing(other, 3)} differ"
+    # A tensor that is its own memory: the file is closed, and parts of one are not kept whole.
+    state = {
+        key: weights[name].to(dtype, copy=True, memory_format=torch.contiguous_format)
+        for key, name in wanted.items()
+    }
+    module.load_state_dict(state, strict=False, assign=True)
+    return ""
 
 
 class BaseCache:
@@ -171,122 +289,9 @@ def load_vae(
         allow = ["config.json", "*.safetensors", "vae/config.json", "vae/*.safetensors"]
         path = fetch_snapshot(str(name), None, allow, ["*.fp16.*"])
     folder = path / "vae" if (path / "vae").is_dir() else path
-    return _load_vae_folder(folder, dtype, None, family)
-
-
-def _load_folder(
-    folder: Path, base: BaseModel, dtype: torch.dtype, adapters: Sequence[AdapterMetadata]
-) -> Components:
-    """Load every component of a diffusers folder."""
-    from diffusers import UNet2DConditionModel
-
-    family = detect_folder_family(folder)
-    index = read_json(folder / "model_index.json")
-    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
-    stated = ([by_scheduler(scheduler_config)], ())
-    schedule = choose_schedule(str(base.path), statements_on(base, *stated, adapters))
-    variant = base.variant
-    return Components(
-        family=family,
-        unet=load_module(UNet2DConditionModel, folder / "unet", dtype, variant),
-        vae=_load_vae_folder(folder / "vae", dtype, variant, family),
-        text_encoders=_load_text_encoders(family, folder, dtype, variant),
-        tokenizers=tuple(_load_tokenizer(folder / part) for part in family.tokenizer_names),
-        name=str(folder),
-        zeros_for_empty_prompt=family.zeros_for_empty_prompt(index),
-        source=str(folder),
-        stated=stated,
-        **_schedulers(scheduler_config, schedule),
+    return _module_of_folder(
+        folder, "vae", "AutoencoderKL", _vae_dtype(folder, dtype, family), None
     )
-
-
-def _load_single_file(
-    path: Path, base: BaseModel, dtype: torch.dtype, adapters: Sequence[AdapterMetadata]
-) -> Components:
-    """Load the components of a single-file checkpoint.
-
-    Args:
-        path: The ``.safetensors`` file.
-        base: What it was asked for as.
-        dtype: Of every module; an autoencoder that may overflow in it stays float32.
-        adapters: What is known of the adapters that it gets.
-
-    Raises:
-        UnsupportedModelError: If it is not a checkpoint of a supported family.
-        ValueError: If it is damaged or does not fit its configuration.
-    """
-    with plain_errors(str(path)):
-        header = read_header(path)
-    family = detect_checkpoint_family(header.specs, str(path))
-    given = None if base.model_config is None else resolve_folder(base.model_config)
-    usual = usual_of(family)
-    if given is not None:
-        usual = [by_scheduler(read_json(given / "scheduler" / "scheduler_config.json"))]
-    stated = (stated_by_file(header.metadata, header.specs), usual)
-    schedule = choose_schedule(path.name, statements_on(base, *stated, adapters))
-    require_prediction(path.name, family, schedule)
-    folder = given or released_folder(family, schedule.prediction_type)
-    with CheckpointFile.open(path) as file:
-        modules = {
-            part: _module_of_file(file, folder, part, dtype)
-            for part in ("unet", "vae", *family.text_encoder_names)
-        }
-    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
-    return Components(
-        family=family,
-        unet=modules["unet"],
-        vae=modules["vae"],
-        text_encoders=tuple(modules[part] for part in family.text_encoder_names),
-        tokenizers=tuple(_load_tokenizer(folder / part) for part in family.tokenizer_names),
-        name=str(path),
-        zeros_for_empty_prompt=family.zeros_for_empty_prompt(
-            read_json(folder / "model_index.json")
-        ),
-        source=str(path),
-        stated=stated,
-        **_schedulers(scheduler_config, schedule),
-    )
-
-
-def _module_of_file(file: CheckpointFile, folder: Path, part: str, dtype: torch.dtype) -> Any:
-    """A module of a single file, made as a folder configures it.
-
-    Raises:
-        ValueError: If a tensor is missing, or has another shape than the configuration says.
-    """
-    config = read_json(folder / part / "config.json")
-    if part == "vae" and file.family.vae_overflows(config):
-        dtype = torch.float32
-    with plain_errors(str(folder)):
-        module = empty_module(folder, part)
-    wanted = {key: canonical(part, key) for key in module.state_dict() if not key.endswith(BUFFERS)}
-    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    lacking = [name for name in wanted.values() if name not in file.specs]
-    has = {name: shapes[key] for key, name in wanted.items() if name in file.specs}
-    other = [name for name, shape in has.items() if file.specs[name].shape != shape]
-    if lacking or other:
-        lacks = f"it lacks {listing(lacking, 3)}" if lacking else f"{listing(other, 3)} differ"
-        whose = f"a released {file.family.title}" if is_released(folder) else folder.name
-        raise ValueError(
-            f"{file.path} is not shaped as {whose}: {lacks}; give a Diffusers folder of its shape "
-            f"as --model_config{_base_of(file)}"
-        )
-    with plain_errors(str(file.path)):
-        # A tensor that is its own memory: the file is closed, and parts of one are not kept whole.
-        state = {
-            key: file[name].to(dtype, copy=True, memory_format=torch.contiguous_format)
-            for key, name in wanted.items()
-        }
-    module.load_state_dict(state, strict=False, assign=True)
-    return module
-
-
-def _base_of(file: CheckpointFile) -> str:
-    """A hint at the model that a file was made from, which has its shape."""
-    name = base_name(file.metadata)
-    if name in embedded.MODELS:
-        name = f"{EMBEDDED_PREFIX}{name}"
-    return f", such as its base model's: {name}" if name else ""
 
 
 def reschedule(components: Components, adapters: Sequence[AdapterMetadata]) -> Components:
@@ -341,32 +346,44 @@ def _load_tokenizer(folder: Path) -> Any:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
-def _load_text_encoders(
-    family: Family, folder: Path, dtype: torch.dtype, variant: str | None
-) -> tuple[Any, ...]:
-    """Load the family's text encoders."""
-    import transformers
+@contextlib.contextmanager
+def plain_errors(name: str, hint: str = "it is missing or damaged") -> Iterator[None]:
+    """Convert a library's many loading errors to one plain line."""
+    from safetensors import SafetensorError
 
-    return tuple(
-        load_module(getattr(transformers, kind), folder / part, dtype, variant)
-        for kind, part in zip(family.text_encoder_classes, family.text_encoder_names, strict=True)
-    )
-
-
-def _load_vae_folder(
-    folder: Path, dtype: torch.dtype, variant: str | None, family: Family | None
-) -> Any:
-    """Load an autoencoder, in float32 where it says that it overflows in half precision."""
-    from diffusers import AutoencoderKL
-
-    if family is not None and family.vae_overflows(read_json(folder / "config.json")):
-        dtype = torch.float32
-    return load_module(AutoencoderKL, folder, dtype, variant)
+    try:
+        yield
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        detail = str(error).strip().splitlines()
+        raise ValueError(f"{name} could not be loaded ({hint}): {''.join(detail[:1])}") from error
 
 
-def _bridge_dtypes(vae: Any, dtype: torch.dtype) -> None:
-    """Make an autoencoder of another dtype than the model's accept inputs in either."""
-    if vae.dtype != dtype:
-        for part in (vae.encoder, vae.decoder, vae.quant_conv, vae.post_quant_conv):
-            if part is not None:
-                part.register_forward_pre_hook(cast_to_weight)
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Switch the libraries' loading bars, warnings and errors off for a while.
+
+    What a user can act on among them, such as a prompt that is cut, this package says itself;
+    what fails is raised besides being logged.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    states = [
+        (library, library.is_progress_bar_enabled(), library.get_verbosity())
+        for library in (diffusers_logging, transformers_logging)
+    ]
+    for library, _, _ in states:
+        library.disable_progress_bar()
+        library.set_verbosity(library.CRITICAL)
+    # Diffusers imports it wherever it is installed, and it then warns of kernels for CPUs.
+    bitsandbytes = logging.getLogger("bitsandbytes")
+    level = bitsandbytes.level
+    bitsandbytes.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        bitsandbytes.setLevel(level)
+        for library, enabled, verbosity in states:
+            library.set_verbosity(verbosity)
+            if enabled:
+                library.enable_progress_bar()

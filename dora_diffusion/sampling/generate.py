@@ -33,7 +33,7 @@ from dora_diffusion.formats.adapter.metadata import (
 )
 from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.load import load_components
+from dora_diffusion.models.load import load_components, quiet_libraries
 from dora_diffusion.models.memory import auto_precision, describe_device
 from dora_diffusion.models.offload import in_turns, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, require_computes
@@ -46,7 +46,6 @@ from dora_diffusion.models.text import (
     encode_unconditional,
     warn_of_truncation,
 )
-from dora_diffusion.models.weights import quiet_libraries
 from dora_diffusion.models.words import add_tokens, have_own_words
 from dora_diffusion.numerics.devices import default_device
 from dora_diffusion.numerics.weights import Strengths

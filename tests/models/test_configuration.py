@@ -11,7 +11,12 @@ from transformers import CLIPTokenizer
 
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.models.configuration import empty_module, released_config, released_folder
+from dora_diffusion.models.configuration import (
+    empty_module,
+    module_classes,
+    released_config,
+    released_folder,
+)
 from dora_diffusion.models.load import load_components
 
 V = "v_prediction"
@@ -30,7 +35,8 @@ PARAMETERS = {
     [(f, p, n) for f, parts in PARAMETERS.items() for p, n in parts.items()],
 )
 def test_released_shapes(family: str, part: str, count: int) -> None:
-    module = empty_module(released_folder(FAMILIES[family], V), part)
+    of = FAMILIES[family]
+    module = empty_module(released_folder(of, V) / part, module_classes(of)[part])
     assert sum(parameter.numel() for parameter in module.parameters()) == count
     assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
 

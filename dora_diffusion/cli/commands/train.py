@@ -226,7 +226,7 @@ def _preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     Warns:
         UserWarning: If the steps are a guess, since the model is not on this machine.
     """
-    from dora_diffusion.models.info import model_info
+    from dora_diffusion.models.locate import model_info
 
     require_choice("preset", name, tuple(PRESETS))
     default = TrainConfig.pretrained_model_name_or_path

@@ -17,9 +17,9 @@ import torch
 from PIL import Image, ImageChops, ImageOps
 
 from dora_diffusion.config.wording import did_you_mean, listing, with_article
+from dora_diffusion.models.load import plain_errors, quiet_libraries
 from dora_diffusion.models.locate import fetch_snapshot, looks_local
 from dora_diffusion.models.precision import auto_dtype
-from dora_diffusion.models.weights import plain_errors, quiet_libraries
 from dora_diffusion.numerics.devices import default_device
 
 if TYPE_CHECKING:

@@ -154,12 +154,37 @@ class StoredModel(ABC):
         return tensors
 
 
+class Component:
+    """Lazy access to the weights of one component's folder by canonical name.
+
+    Its ``reader`` closes its files.
+
+    Args:
+        name: The component.
+        folder: Its folder.
+        variant: As of `find_weights`.
+
+    Raises:
+        TensorFileError: If it lacks readable weights, or has one twice.
+    """
+
+    def __init__(self, name: str, folder: Path, variant: str | None) -> None:
+        self.reader, self.key_of = TensorReader(find_weights(folder, variant)), dict[str, str]()
+        for key in self.reader.specs:
+            if (other := self.key_of.setdefault(canonical(name, key), key)) != key:
+                raise TensorFileError(f"{name} holds {other} and {key}")
+        self.specs = {each: self.reader.specs[key] for each, key in self.key_of.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.reader[self.key_of[name]]
+
+
 class PipelineFolder(StoredModel):
     """Lazy access to the weights of a Diffusers folder. Use ``PipelineFolder.open``.
 
     Attributes:
         index: Its ``model_index.json``.
-        readers: A reader per component that has weights.
+        components: Those that have weights.
 
     Raises:
         TensorFileError: If it is not a pipeline folder, or lacks readable weights.
@@ -172,21 +197,16 @@ class PipelineFolder(StoredModel):
     def __init__(self, path: Path, variant: str | None = None) -> None:
         self.path, self.index = path, read_index(path)
         self.family = detect_folder_family(path)
-        self.readers = {
-            component: TensorReader(find_weights(path / component, variant))
-            for component in WEIGHT_COMPONENTS
-            if (path / component).is_dir()
+        self.components = {
+            name: Component(name, path / name, variant)
+            for name in WEIGHT_COMPONENTS
+            if (path / name).is_dir()
         }
-        self.specs = {}
-        self._raw: dict[str, tuple[str, str]] = {}
-        for component, reader in self.readers.items():
-            for key, spec in reader.specs.items():
-                name = canonical(component, key)
-                if name in self._raw:
-                    raise TensorFileError(f"{component} holds {self._raw[name][1]} and {key}")
-                self._raw[name], self.specs[name] = (component, key), spec
-        self.files = {name: reader.files for name, reader in self.readers.items()}
-        self.metadata = next((reader.metadata for reader in self.readers.values()), {})
+        self.specs = {
+            n: spec for part in self.components.values() for n, spec in part.specs.items()
+        }
+        self.files = {name: part.reader.files for name, part in self.components.items()}
+        self.metadata = next((part.reader.metadata for part in self.components.values()), {})
 
     @classmethod
     @contextlib.contextmanager
@@ -194,25 +214,24 @@ class PipelineFolder(StoredModel):
         """Open a folder and close all its files afterwards."""
         folder = cls(path, variant)
         with contextlib.ExitStack() as stack:
-            for reader in folder.readers.values():
-                stack.enter_context(reader)
+            for component in folder.components.values():
+                stack.enter_context(component.reader)
             yield folder
 
     def __getitem__(self, name: str) -> Tensor:
-        component, key = self._raw[name]
-        return self.readers[component][key]
+        return self.components[name.partition(".")[0]][name]
 
     def shards(self) -> dict[str, list[dict[str, str]]]:
         return {
-            component: [
+            name: [
                 {
-                    name.removeprefix(f"{component}."): name
-                    for key, holder in reader.file_of.items()
-                    if holder == file and (name := canonical(component, key))
+                    each.removeprefix(f"{name}."): each
+                    for each, key in component.key_of.items()
+                    if component.reader.file_of[key] == file
                 }
-                for file in reader.files
+                for file in component.reader.files
             ]
-            for component, reader in self.readers.items()
+            for name, component in self.components.items()
         }
 
     def config(self, component: str) -> dict[str, Any]:

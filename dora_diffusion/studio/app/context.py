@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from dora_diffusion.cli.console.errors import asking_for_report, explain, explain_to_all
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.models.info import model_info
+from dora_diffusion.models.locate import model_info
 from dora_diffusion.models.memory import Device, describe_device, fitting_settings, needed_memory
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.settings import (

@@ -20,8 +20,7 @@ from dora_diffusion.config.families import FAMILIES, USUAL
 from dora_diffusion.config.presets import EMBEDDED as SMALL
 from dora_diffusion.config.presets import preset_settings
 from dora_diffusion.models.embedded import MODELS
-from dora_diffusion.models.info import UNKNOWN, model_info
-from dora_diffusion.models.locate import EMBEDDED_PREFIX, is_embedded
+from dora_diffusion.models.locate import EMBEDDED_PREFIX, UNKNOWN, is_embedded, model_info
 from dora_diffusion.models.memory import Device, fitting_settings
 from dora_diffusion.studio.jobs.workspace import UserError, clean_text
 

@@ -10,13 +10,15 @@ from dora_diffusion.config.families import (
     UnsupportedModelError,
     detect_folder_family,
 )
-from dora_diffusion.models.info import cached_snapshot, folder_of, model_info
 from dora_diffusion.models.locate import (
     HUB_ID,
     ModelNotFoundError,
+    cached_snapshot,
     fetch_snapshot,
+    folder_of,
     is_embedded,
     looks_local,
+    model_info,
     resolve_folder,
 )
 from dora_diffusion.studio.jobs.workspace import UserError

@@ -16,8 +16,13 @@ from pathlib import Path
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.files.runs import PIPELINE_NAME
 from dora_diffusion.models.embedded import MODELS
-from dora_diffusion.models.info import cached_models, cached_snapshot, model_info
-from dora_diffusion.models.locate import EMBEDDED_PREFIX, is_embedded
+from dora_diffusion.models.locate import (
+    EMBEDDED_PREFIX,
+    cached_models,
+    cached_snapshot,
+    is_embedded,
+    model_info,
+)
 
 FOLDERS_FILE = "model_folders.txt"
 _TO_DOWNLOAD = "to be downloaded"

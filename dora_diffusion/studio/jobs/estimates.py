@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.wording import duration
-from dora_diffusion.models.info import model_info
+from dora_diffusion.models.locate import model_info
 from dora_diffusion.models.memory import Device, needed_memory, what_would_fit
 from dora_diffusion.studio.jobs.snapshot import Job
 

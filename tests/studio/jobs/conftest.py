@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dora_diffusion.models import info
+from dora_diffusion.models import locate
 from dora_diffusion.studio.jobs import queue as jobs
 from dora_diffusion.studio.jobs.processes import Lock, end_tree
 from dora_diffusion.studio.jobs.subjects import (
@@ -77,7 +77,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of the hub's library."""
     folder = tmp_path / "hub"
     folder.mkdir()
-    monkeypatch.setattr(info, "hub_cache", lambda: folder)
+    monkeypatch.setattr(locate, "hub_cache", lambda: folder)
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.data.photos import mask_path
-from dora_diffusion.models.info import model_info
+from dora_diffusion.models.locate import model_info
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context, plain
 from dora_diffusion.studio.app.settings import EMBEDDED
