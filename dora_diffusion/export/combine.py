@@ -41,7 +41,7 @@ from dora_diffusion.formats.adapter.metadata import (
     without_path,
 )
 from dora_diffusion.formats.checkpoint.models import StoredModel
-from dora_diffusion.formats.layouts import layout_named
+from dora_diffusion.formats.layouts.other import layout_named
 from dora_diffusion.numerics.weights import NormAxis
 
 

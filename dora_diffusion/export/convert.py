@@ -42,16 +42,10 @@ from dora_diffusion.formats.checkpoint.models import StoredModel
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
 from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.formats.files.stream import PICKLED
-from dora_diffusion.formats.layouts import (
-    CONVERSIONS,
-    LORA_RANK,
-    PROGRAMS,
-    TARGETS,
-    Program,
-    layout_named,
-)
+from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK, PROGRAMS, TARGETS, Program
 from dora_diffusion.formats.layouts.kohya import needs_compensation
 from dora_diffusion.formats.layouts.layout import stated_approximation
+from dora_diffusion.formats.layouts.other import layout_named
 from dora_diffusion.numerics.low_rank import approximate
 from dora_diffusion.sampling.images import thumbnail as make_thumbnail
 

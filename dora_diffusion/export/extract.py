@@ -30,7 +30,7 @@ from dora_diffusion.formats.adapter.metadata import (
 from dora_diffusion.formats.checkpoint.models import StoredModel
 from dora_diffusion.formats.checkpoint.schedule import schedule_facts
 from dora_diffusion.formats.checkpoint.weights import module_shapes, module_weight
-from dora_diffusion.formats.layouts import layout_named
+from dora_diffusion.formats.layouts.other import layout_named
 from dora_diffusion.formats.names.modules import known_layout
 from dora_diffusion.numerics.weights import NormAxis
 

@@ -36,7 +36,7 @@ from dora_diffusion.formats.adapter.stored import StoredAdapter, StoredFile, fin
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
 from dora_diffusion.formats.files.atomic import atomic_file, save_text
 from dora_diffusion.formats.files.stream import PICKLED, write_tensors
-from dora_diffusion.formats.layouts import LAYOUTS, layout_named
+from dora_diffusion.formats.layouts import LAYOUTS
 from dora_diffusion.formats.layouts.dotted import (
     PEFT_CONFIG,
     PEFT_FILE,
@@ -49,6 +49,7 @@ from dora_diffusion.formats.layouts.layout import (
     EncodedFile,
     WriteOptions,
 )
+from dora_diffusion.formats.layouts.other import layout_named
 from dora_diffusion.formats.names.modules import UNetLayout, known_layout
 from dora_diffusion.numerics.weights import LayerWeights
 

@@ -2,21 +2,17 @@
 
 What is known of them and of programs is in `programs.yaml`.
 
-Nothing heavy is imported before a layout is asked for: commands show this list in their help.
+Nothing heavy is imported here: commands show this list in their help.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import yaml
-
-if TYPE_CHECKING:
-    from dora_diffusion.formats.layouts.layout import AdapterLayout
 
 
 class Conversion(NamedTuple):
@@ -91,12 +87,6 @@ LAYOUTS: dict[str, Conversion | None] = {
     name: Conversion(**entry) if entry else None for name, entry in FACTS["layouts"].items()
 }
 """Each layout, with what it is as a conversion; None where it is read and not converted to."""
-# Each is the constant of its name, such as `KOHYA`, in the module of its name or in this one.
-_MODULES = {
-    "diffusers": "dotted", "peft": "dotted", "attn_procs": "dotted", "onetrainer": "dotted",
-    "comfyui": "kohya", "dense": "kohya",
-}  # fmt: skip
-
 KEY_FORMATS = tuple(name for name, one in LAYOUTS.items() if one and not one.for_one_base)
 """Key formats of a fitted adapter."""
 
@@ -130,14 +120,3 @@ VERDICTS = _table(COLUMNS, FACTS["verdicts"])
 """What an adapter file holds -> program -> verdict."""
 MODEL_VERDICTS = _table(FACTS["model_columns"], FACTS["model_verdicts"])
 """What a whole model is -> program -> verdict."""
-
-
-def layout_named(name: str) -> AdapterLayout:
-    """A layout of the list."""
-    module = import_module(f"{__name__}.{_MODULES.get(name, name)}")
-    layout: AdapterLayout = getattr(module, name.upper())
-    return layout
-
-
-def all_layouts() -> list[AdapterLayout]:
-    return [layout_named(name) for name in LAYOUTS]

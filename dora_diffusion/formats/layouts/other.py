@@ -1,12 +1,13 @@
-"""Files of no layout of the list: what of them is read all the same, and what they are instead."""
+"""The layout of a file, and what a file of no layout of the list is read as, or is instead."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from importlib import import_module
 
 from dora_diffusion.config.wording import listing
-from dora_diffusion.formats.layouts import FACTS, all_layouts
+from dora_diffusion.formats.layouts import FACTS, LAYOUTS
 from dora_diffusion.formats.layouts.dotted import is_old_form, mixes_forms
 from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,
@@ -17,6 +18,12 @@ from dora_diffusion.formats.layouts.layout import (
 )
 from dora_diffusion.formats.names.kohya import Resolve
 
+# Each is the constant of its name, such as `KOHYA`, in the module of its name or in this one.
+_MODULES = {
+    "diffusers": "dotted", "peft": "dotted", "attn_procs": "dotted", "onetrainer": "dotted",
+    "comfyui": "kohya", "dense": "kohya",
+}  # fmt: skip
+
 # Method -> the keys by which it is told.
 _METHODS = {method: re.compile(facts["keys"]) for method, facts in FACTS["methods"].items()}
 _PREFIX_TWICE = re.compile(r"(lora_unet_unet|lora_te\d?_te\d?|lora_te\d?_text_encoder)_.*")
@@ -26,6 +33,17 @@ _MODEL_KEYS = (
     "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.",
     "down_blocks.0.resnets.0.norm1.weight", "text_model.embeddings.", "embeddings.",
 )  # fmt: skip
+
+
+def layout_named(name: str) -> AdapterLayout:
+    """A layout of the list."""
+    module = import_module(f"{__package__}.{_MODULES.get(name, name)}")
+    layout: AdapterLayout = getattr(module, name.upper())
+    return layout
+
+
+def all_layouts() -> list[AdapterLayout]:
+    return [layout_named(name) for name in LAYOUTS]
 
 
 class Other(AdapterLayout):

@@ -42,8 +42,8 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.adapter.stored import StoredAdapter
-from dora_diffusion.formats.layouts import layout_named
 from dora_diffusion.formats.layouts.dotted import DIFFUSERS
+from dora_diffusion.formats.layouts.other import layout_named
 from dora_diffusion.formats.layouts.vera import digest_of, write_vera
 from dora_diffusion.formats.names.modules import UNetLayout
 from dora_diffusion.models.components import Components

@@ -21,9 +21,9 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.files.stream import TensorSpec
-from dora_diffusion.formats.layouts import COLUMNS, CONVERSIONS, PROGRAMS, VERDICTS, layout_named
+from dora_diffusion.formats.layouts import COLUMNS, CONVERSIONS, PROGRAMS, VERDICTS
 from dora_diffusion.formats.layouts.layout import some_layers
-from dora_diffusion.formats.layouts.other import OTHER
+from dora_diffusion.formats.layouts.other import OTHER, layout_named
 from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.adapter.helpers import (
