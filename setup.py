@@ -50,6 +50,7 @@ if __name__ == "__main__":
             "dora_diffusion": [
                 "py.typed",
                 "config/*.json",
+                "evaluation/*.yaml",
                 "models/embedded/**/*",
                 "lab/toy/judges/*",
                 "lab/toy/*.yaml",

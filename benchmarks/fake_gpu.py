@@ -214,7 +214,7 @@ def fake_gpu() -> Iterator[None]:
     make_device()
     from dora_diffusion.adapters.norms import layout
     from dora_diffusion.numerics import norms
-    from dora_diffusion.training.engine import parameters
+    from dora_diffusion.training.engine import optimizer
 
     probe = lru_cache(norms._probe_on.__wrapped__)
     with (
@@ -223,7 +223,7 @@ def fake_gpu() -> Iterator[None]:
         mock.patch.object(nn.Module, "_apply", _apply),
         # Its vectors outlive a step; these must not outlive the mode.
         mock.patch.object(norms, "_probe", lambda n, like: probe(n, like.device, like.dtype)),
-        mock.patch.object(parameters, "_check_memory"),  # These have none.
+        mock.patch.object(optimizer, "_check_memory"),  # These have none.
         mock.patch.object(norms, "widens_products", lambda device: device in ("cuda", DEVICE)),
         mock.patch.object(layout, "_DEFERRED", {DEVICE}),
         mock.patch.object(layout, "record_event"),

@@ -53,9 +53,8 @@ from dora_diffusion.models.latents import predict
 from dora_diffusion.models.memory import PROCESS_GIB
 from dora_diffusion.models.text import Conditioning, encode_tokens
 from dora_diffusion.training.engine import optimizer as optimizers
-from dora_diffusion.training.engine.engine import TrainingEngine
-from dora_diffusion.training.engine.learner import Learner, build_learner
-from dora_diffusion.training.inputs.draws import StepInputs
+from dora_diffusion.training.engine.objective import StepInputs
+from dora_diffusion.training.engine.step import Learner, TrainingEngine, build_learner
 from dora_diffusion.training.trainable.adapters import inject_trained
 
 # A card has to hold a tenth more than what is counted with the GPU's context, and half a gigabyte

@@ -44,11 +44,9 @@ from dora_diffusion.adapters.inject import DetachedAdapters, detach_adapters
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.models.memory import PROCESS_GIB
-from dora_diffusion.training.engine.engine import TrainingEngine
-from dora_diffusion.training.engine.learner import build_learner
+from dora_diffusion.training.engine.step import TrainingEngine, build_learner
 from dora_diffusion.training.events import StepDone
-from dora_diffusion.training.loop import train
-from dora_diffusion.training.pack import train_pack
+from dora_diffusion.training.loop import train, train_pack
 from dora_diffusion.training.trainable.adapters import inject_trained
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"

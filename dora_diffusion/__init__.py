@@ -91,7 +91,7 @@ if TYPE_CHECKING:  # `as`: what type checkers see of a package
     from dora_diffusion.sampling.pool import AdapterPool as AdapterPool
     from dora_diffusion.sampling.pool import ImageRow as ImageRow
     from dora_diffusion.training.loop import train as train
-    from dora_diffusion.training.pack import train_pack as train_pack
+    from dora_diffusion.training.loop import train_pack as train_pack
     from dora_diffusion.training.results.metrics import TrainingError as TrainingError
 
 _HOMES = {
@@ -140,7 +140,7 @@ _HOMES = {
     "simulate_queue": "lab.simulation.queue",
     "subject_configs": "config.subject_list",
     "train": "training.loop",
-    "train_pack": "training.pack",
+    "train_pack": "training.loop",
     "unmerge_adapters": "adapters.inject",
 }
 

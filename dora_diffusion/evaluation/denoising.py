@@ -93,7 +93,9 @@ class HeldOutImages:
         if wrong := [row for row in seeds if len(row) != count]:
             raise ValueError(f"{count} images, {len(wrong[0])} seeds")
         with components.eval_mode(), norm_scope(*components.adaptable().values()):
-            conditioning = self._conditioning()
+            with on_device(components.device, *components.text_encoders):
+                each = {c: encode_prompts(components, [c]) for c in dict.fromkeys(self.captions)}
+            conditioning = Conditioning.cat([each[caption] for caption in self.captions])
             return [
                 [
                     _loss(components, image, conditioning[at], seed, batch_size)
@@ -105,25 +107,6 @@ class HeldOutImages:
     def losses_by_seed(self, seeds: Sequence[int], *, batch_size: int = 10) -> list[list[float]]:
         """The losses where every image is asked for with each of some seeds: n for each of them."""
         return self.losses([[seed] * len(self.captions) for seed in seeds], batch_size=batch_size)
-
-    def _conditioning(self) -> Conditioning:
-        """Conditioning of the captions, each distinct one encoded once."""
-        components = self._components
-        with on_device(components.device, *components.text_encoders):
-            encoded = {c: encode_prompts(components, [c]) for c in dict.fromkeys(self.captions)}
-        return Conditioning.cat([encoded[caption] for caption in self.captions])
-
-
-def held_out_losses(
-    components: Components,
-    images: Sequence[Image],
-    captions: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    batch_size: int = 10,
-) -> list[float]:
-    """The losses of `HeldOutImages`, of images that are asked for once."""
-    return HeldOutImages(components, images, captions).losses([seeds], batch_size=batch_size)[0]
 
 
 def _encode(components: Components, image: Image) -> _Encoded:

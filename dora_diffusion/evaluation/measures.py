@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from dora_diffusion.evaluation.statistics import (
@@ -39,84 +41,11 @@ class Measure:
 
 
 MEASURES: dict[str, Measure] = {
-    "subject_similarity": Measure(
-        "subject similarity", "mean", "higher",
-        "cosine of generated images to true images of the subject, by an embedder",
-    ),
-    "subject_kind": Measure(
-        "subject: class", "share", "higher", "the subject is seen as what it is",
-    ),
-    "subject_color": Measure(
-        "subject: colour", "share", "higher", "its body is seen in its colour",
-    ),
-    "subject_pattern": Measure(
-        "subject: pattern", "share", "higher", "its pattern is seen, or that it has none",
-    ),
-    "background": Measure(
-        "background as asked", "share", "higher", "the background is the one that the prompt names",
-    ),
-    "side": Measure(
-        "side as asked", "share", "higher", "it is on the left or the right as the prompt says",
-    ),
-    "size": Measure(
-        "size as asked", "share", "higher", "it is small or large as the prompt says",
-    ),
-    "prompt_similarity": Measure(
-        "prompt similarity", "mean", "higher", "cosine of image and prompt, by CLIP",
-    ),
-    "diversity_features": Measure(
-        "diversity, features", "mean", "base",
-        "mean distance (1 - cosine) between images of one prompt, in an image network's features",
-    ),
-    "diversity_pixels": Measure(
-        "diversity, pixels", "mean", "base",
-        "root mean square difference between images of one prompt, pixels from 0 to 1",
-    ),
-    "class_kind": Measure(
-        "own class: class", "share", "base",
-        "language drift: asked for without the token, the class is right",
-    ),
-    "class_similarity": Measure(
-        "own class: similarity", "mean", "base",
-        "subject leakage: cosine to the subject of images asked for without the token",
-    ),
-    "class_leakage": Measure(
-        "own class: subject leakage", "share", "lower",
-        "images asked for without the token that show the subject (cosine above 0.7)",
-    ),
-    "others_kind": Measure(
-        "other classes: class", "share", "base",
-        "language drift: another class is what was asked for",
-    ),
-    "others_color": Measure(
-        "other classes: colour", "share", "base",
-        "language drift: another class has the colour asked for",
-    ),
-    "others_background": Measure(
-        "other classes: background", "share", "base",
-        "language drift: another class is before the background asked for",
-    ),
-    "others_leakage": Measure(
-        "other classes: subject leakage", "share", "lower",
-        "images of other classes that show the subject (cosine above 0.7)",
-    ),
-    "others_similarity": Measure(
-        "other things: prompt similarity", "mean", "base",
-        "language drift: cosine of image and prompt for things that are not the subject, by CLIP",
-    ),
-    "others_change": Measure(
-        "other classes: change", "mean", "lower",
-        "distance (1 - cosine) between the base's and this image of the same prompt and seed",
-    ),
-    "denoising_loss": Measure(
-        "denoising loss, subject", "mean", "lower",
-        "squared error of the prediction on held-out images of the subject, at fixed noise",
-    ),
-    "others_loss": Measure(
-        "denoising loss, others", "mean", "base",
-        "the same on images of other classes",
-    ),
-}  # fmt: skip
+    name: Measure(**facts)
+    for name, facts in yaml.safe_load(
+        Path(__file__).with_name("measures.yaml").read_text(encoding="utf-8")
+    ).items()
+}
 """Every figure by its name; a name followed by ``@MODEL`` is that figure by a metric model."""
 
 LEAKAGE = 0.7

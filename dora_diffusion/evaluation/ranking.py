@@ -32,6 +32,7 @@ from dora_diffusion.evaluation.photos import (
     PhotoSubject,
     measure_photos,
     photo_requests,
+    sample,
 )
 from dora_diffusion.evaluation.statistics import Interval, t_interval
 from dora_diffusion.formats.files.atomic import save_text
@@ -39,7 +40,7 @@ from dora_diffusion.formats.files.runs import COMPARISON
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.metric_models import LITE, open_metric_model
 from dora_diffusion.models.words import add_tokens
-from dora_diffusion.sampling.generate import BrokenImageError, SamplingSettings, generate_images
+from dora_diffusion.sampling.generate import BrokenImageError, SamplingSettings
 from dora_diffusion.sampling.images import save_png
 
 SEED, SUBJECTS, OTHERS = 0, 5, 6
@@ -269,13 +270,8 @@ def rank(
 
         try:
             with _adapter_on(components, adapters.get(name)):
-                images = generate_images(
-                    components,
-                    [request.prompt for request in questions.requests],
-                    [request.seed for request in questions.requests],
-                    questions.settings,
-                    on_step=on_step,
-                    require_finite=True,
+                images = sample(
+                    components, questions.requests, questions.settings, 4, on_step, finite=True
                 )
                 losses = held_out.losses_by_seed(range(NUM_SEEDS)) if photos else []
         except BrokenImageError as error:
@@ -322,12 +318,10 @@ def _write_strips(
     """The subject, and other things, each as a strip. Small images are enlarged."""
 
     def strip(file: str, shown: Images) -> Path:
-        thumbnails = [
-            ImageOps.contain(image, (_SIDE, _SIDE), Image.Resampling.LANCZOS) for image in shown
-        ]
-        return save_png(
-            image_grid(thumbnails, columns=min(len(shown), SUBJECTS), gap=4), folder / file
-        )
+        side, smooth = (_SIDE, _SIDE), Image.Resampling.LANCZOS
+        thumbnails = [ImageOps.contain(image, side, smooth) for image in shown]
+        grid = image_grid(thumbnails, columns=min(len(shown), SUBJECTS), gap=4)
+        return save_png(grid, folder / file)
 
     subjects = sum(request.group == "subject" for request in requests)
     others = images[subjects : subjects + _SHOWN_OTHERS]

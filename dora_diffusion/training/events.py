@@ -10,8 +10,12 @@ from typing import Any
 from dora_diffusion.config.derived import Changes
 
 
+class Event:
+    """Base of the events."""
+
+
 @dataclass(frozen=True)
-class ModelLoading:
+class ModelLoading(Event):
     """The base model is about to be loaded."""
 
     model: str
@@ -20,7 +24,7 @@ class ModelLoading:
 
 
 @dataclass(frozen=True)
-class ClassImagesAnnounced:
+class ClassImagesAnnounced(Event):
     """Number of class images to make first; again once it was timed how long that takes."""
 
     count: int
@@ -28,7 +32,7 @@ class ClassImagesAnnounced:
 
 
 @dataclass(frozen=True)
-class ClassImagesProgress:
+class ClassImagesProgress(Event):
     """Number of class images that are there."""
 
     done: int
@@ -36,7 +40,7 @@ class ClassImagesProgress:
 
 
 @dataclass(frozen=True)
-class CachingProgress:
+class CachingProgress(Event):
     """Number of the run's crops that are encoded."""
 
     done: int
@@ -44,7 +48,7 @@ class CachingProgress:
 
 
 @dataclass(frozen=True)
-class TrainingStarted:
+class TrainingStarted(Event):
     """Start of training: everything is ready for the step after ``step``, 0 for a fresh run.
 
     Attributes:
@@ -75,7 +79,7 @@ class TrainingStarted:
 
 
 @dataclass(frozen=True)
-class StepDone:
+class StepDone(Event):
     """An optimizer step; ``record`` is its line of ``metrics.jsonl``."""
 
     step: int
@@ -85,7 +89,7 @@ class StepDone:
 
 
 @dataclass(frozen=True)
-class Validated:
+class Validated(Event):
     """Validation on held-out photos; ``record`` is its line of ``metrics.jsonl``.
 
     Attributes:
@@ -102,7 +106,7 @@ class Validated:
 
 
 @dataclass(frozen=True)
-class SamplingProgress:
+class SamplingProgress(Event):
     """Denoising steps of the sample images."""
 
     done: int
@@ -110,7 +114,7 @@ class SamplingProgress:
 
 
 @dataclass(frozen=True)
-class SampleSaved:
+class SampleSaved(Event):
     """A sheet of sample images was written."""
 
     name: str
@@ -118,7 +122,7 @@ class SampleSaved:
 
 
 @dataclass(frozen=True)
-class CheckpointSaved:
+class CheckpointSaved(Event):
     """A checkpoint that stays was written."""
 
     step: int
@@ -126,7 +130,7 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True)
-class TrainingEnded:
+class TrainingEnded(Event):
     """The run is over, after ``step`` optimizer steps.
 
     Attributes:
@@ -143,26 +147,12 @@ class TrainingEnded:
 
 
 @dataclass(frozen=True)
-class SubjectLeft:
+class SubjectLeft(Event):
     """A subject has left its pack, which continues without it."""
 
     reason: str
 
 
-Event = (
-    ModelLoading
-    | ClassImagesAnnounced
-    | ClassImagesProgress
-    | CachingProgress
-    | TrainingStarted
-    | StepDone
-    | Validated
-    | SamplingProgress
-    | SampleSaved
-    | CheckpointSaved
-    | TrainingEnded
-    | SubjectLeft
-)
 OnEvent = Callable[[Event], None]
 
 

@@ -1,31 +1,38 @@
 """Training, from settings to finished folders: runs that share a model take their steps together.
 
-A run by itself is a pack of one.
+A run by itself is a pack of one. Subjects of a pack train on one base, each an adapter of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from dora_diffusion.adapters.inject import DetachedAdapters
-from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
+from dora_diffusion.adapters.inject import DetachedAdapters, detach_adapters
+from dora_diffusion.config import ConfigError, TrainConfig, unusual_rates, without_effect
+from dora_diffusion.config.fields import require, shown
+from dora_diffusion.config.subject_list import SHARED
 from dora_diffusion.data.images import reading_once
 from dora_diffusion.export import hub
+from dora_diffusion.models.components import Components
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
 from dora_diffusion.training.engine.accelerator import make_accelerator
-from dora_diffusion.training.engine.engine import TrainingEngine
+from dora_diffusion.training.engine.step import TrainingEngine
+from dora_diffusion.training.inputs.dataset import list_subjects
 from dora_diffusion.training.inputs.subject import Subject, outside_toy_world, subjects_of
+from dora_diffusion.training.results.checkpoint import checkpoints_in
 from dora_diffusion.training.results.folders import output_folder
 from dora_diffusion.training.results.metrics import TrainingError
 from dora_diffusion.training.results.resume import start_run
-from dora_diffusion.training.results.samples import check_prompts
+from dora_diffusion.training.results.write import check_prompts
 from dora_diffusion.training.run import SAVING, Run, TrainResult
-from dora_diffusion.training.session import LoadBase, open_session
+from dora_diffusion.training.session import LoadBase, load_base, open_session
 from dora_diffusion.training.signals import Stopped, StopRequest
 
 __all__ = ["TrainResult", "TrainingError", "train"]
@@ -77,10 +84,9 @@ def train(
                 accelerator.wait_for_everyone()
                 model, device = config.pretrained_model_name_or_path, str(accelerator.device)
                 show(events.ModelLoading(model, device, config.mixed_precision))
-                session = open_session(config, subjects, accelerator, show, load=load)
                 loop = Loop(stop)
                 with loop.leaving(""):
-                    loop.begin("", Run(*start_run(session, output_dir), output_dir, show, stop))
+                    loop.begin("", config, subjects, accelerator, show, load=load)
                 loop.train()
                 accelerator.end_training()
                 return _published(loop.results[""], config if is_main else None)
@@ -101,14 +107,6 @@ def _published(result: TrainResult, config: TrainConfig | None) -> TrainResult:
         ) from error
 
 
-@dataclass
-class _Member:
-    """A run, and its adapters."""
-
-    run: Run
-    adapters: DetachedAdapters
-
-
 class Loop:
     """Runs that train together on one model until each has its result.
 
@@ -120,19 +118,24 @@ class Loop:
     def __init__(self, stop: StopRequest) -> None:
         self.results: dict[str, TrainResult] = {}
         self.stop = stop
-        self._members: dict[str, _Member] = {}
+        self._runs: dict[str, Run] = {}
         self._attached: DetachedAdapters | None = None
 
-    def begin(self, name: str, run: Run) -> None:
-        """Add a run, whose adapters are on the model, and do what comes before its first step."""
-        self._attached = DetachedAdapters.of(*run.session.weights.modules.values())
-        self._members[name] = _Member(run, self._attached)
+    def begin(
+        self, name: str, config: TrainConfig, subjects: list[Subject], accelerator: Any,
+        show: events.OnEvent, base: Components | None = None, load: LoadBase | None = None,
+    ) -> None:  # fmt: skip
+        """Add a run, whose adapters are on the model then, and do what precedes its first step."""
+        session = open_session(config, subjects, accelerator, show, base, load)
+        session = replace(session, activate=partial(self.activate, name))
+        folder = Path(config.output_dir)
+        run = Run(*start_run(session, folder), folder, show, self.stop)
+        self._runs[name], self._attached = run, run.adapters
         run.begin()
-        run.validate_start()
 
     def activate(self, name: str) -> None:
         """Attach a run's adapters to the model."""
-        adapters = self._members[name].adapters
+        adapters = self._runs[name].adapters
         if self._attached is not adapters:
             adapters.attach()
             self._attached = adapters
@@ -140,40 +143,36 @@ class Loop:
     def train(self) -> None:
         """Train all runs, until none is left."""
         engine: TrainingEngine | None = None
-        while self._members:
-            before = list(self._members)
+        while self._runs:
+            before = list(self._runs)
             for name in before:
                 with self.leaving(name):
-                    if self._members[name].run.is_over():
-                        self._end(name)
-            if not self._members:
+                    if self._runs[name].is_over():
+                        self.results[name] = self._runs[name].finish()
+                        self.stop.answer_with(SAVING)
+                        self._drop(name)
+            if not self._runs:
                 return
-            members = dict(self._members)
-            if engine is None or list(members) != before:
-                self.activate(next(iter(members)))
-                learners = [member.run.session.learner for member in members.values()]
-                engine = TrainingEngine(learners, [member.adapters for member in members.values()])
+            runs = dict(self._runs)
+            if engine is None or list(runs) != before:
+                self.activate(next(iter(runs)))
+                learners = [run.session.learner for run in runs.values()]
+                engine = TrainingEngine(learners, [run.adapters for run in runs.values()])
             try:
-                outcomes = engine([member.run.step + 1 for member in members.values()])
+                outcomes = engine([run.step + 1 for run in runs.values()])
             except Exception as error:
-                outcomes = [error] * len(members)
-            for (name, member), outcome in zip(members.items(), outcomes, strict=True):
+                outcomes = [error] * len(runs)
+            for (name, run), outcome in zip(runs.items(), outcomes, strict=True):
                 with self.leaving(name):
                     if isinstance(outcome, Exception):
                         raise outcome
-                    member.run.take(outcome)
-            if len(self._members) < len(members):
+                    run.take(outcome)
+            if len(self._runs) < len(runs):
                 engine = None
 
-    def _end(self, name: str) -> None:
-        """Write a run's result; it leaves."""
-        run = self._members[name].run
-        run.end()
-        run.log.close()
-        self.results[name] = run.finish(run.step)
-        self.stop.answer_with(SAVING)
-        # What it was written from is not what is on the model any more.
-        del self._members[name]
+    def _drop(self, name: str) -> None:
+        """Remove a run, whose adapters may not be those on the model any more."""
+        del self._runs[name]
         self._attached = None
 
     @contextlib.contextmanager
@@ -182,12 +181,9 @@ class Loop:
         try:
             yield
         except Exception as error:
-            if (member := self._members.get(name)) is not None:
-                if member.run.is_begun:
-                    member.run.fail(error)
-                    member.run.log.close()
-                del self._members[name]
-                self._attached = None
+            if name in self._runs:
+                self._runs[name].fail(error)
+                self._drop(name)
             self.left(name, error)
 
     def left(self, name: str, error: Exception) -> None:
@@ -215,3 +211,184 @@ def checked(config: TrainConfig) -> tuple[TrainConfig, list[Subject]]:
     if toy := next(filter(None, (outside_toy_world(base, word) for word in words)), ""):
         warnings.warn(f"{toy} Name another pretrained_model_name_or_path.", stacklevel=3)
     return replace(config, mixed_precision=precision_of(config.mixed_precision)), subjects
+
+
+OnPackEvent = Callable[[str, events.Event], None]
+"""Callback with a subject's name, empty for the whole pack, and an event of its run."""
+
+# Besides what a loaded base is made of.
+_ALIKE = (
+    *sorted(SHARED - {"dataset_config", "output_dir", "overwrite_output_dir",
+                      "resume_from_checkpoint"}),
+    "method", "use_dora", "norm_axis", "targets", "text_encoder_targets", "train_text_encoder",
+    "clip_skip", "max_token_length",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """Result of a pack.
+
+    Attributes:
+        results: Of each subject that ended, or was interrupted, by its name.
+        failures: Why the others left it.
+        signal_number: The signal that interrupted the pack, or None.
+    """
+
+    results: dict[str, TrainResult] = field(default_factory=dict)
+    failures: dict[str, Exception] = field(default_factory=dict)
+    signal_number: int | None = None
+
+
+def train_pack(
+    configs: Mapping[str, TrainConfig | ConfigError],
+    on_event: OnPackEvent | None = None,
+    *,
+    load: LoadBase | None = None,
+) -> PackResult:
+    """Train several subjects at once, each as `train` does it with its settings alone.
+
+    A step computes the rows of all subjects in one forward and backward pass, so that it takes the
+    operations of one. Each subject has its folder, draws, learning rate, clipping, checkpoints,
+    samples and result. One whose photos or settings are broken, or whose numbers stop being finite,
+    leaves the pack; the others continue. With ``resume_from_checkpoint: latest`` those without a
+    checkpoint begin, and those with a result alone have ended.
+
+    Args:
+        configs: The settings of each subject, by its name, or why it has none
+            (`dora_diffusion.config.subject_list.subject_configs`).
+        on_event: Called with the subject's name and each of `dora_diffusion.training.events`.
+        load: Loads the base model, as `train` takes it.
+
+    Raises:
+        ConfigError: If the settings cannot be those of a pack, before anything is loaded.
+        ModelNotFoundError: If there is no such base.
+
+    Example:
+        >>> shared = TrainConfig(
+        ...     max_train_steps=2, num_validation_images=0, checkpointing_steps=0,
+        ...     output_dir="demo-output/doctest-pack", overwrite_output_dir=True)
+        >>> subjects = [
+        ...     {"instance_data_dir": "samples/bolt_mug", "instance_prompt": "a sks mug"},
+        ...     {"instance_data_dir": "samples/heart_teapot", "instance_prompt": "a sks teapot"}]
+        >>> from dora_diffusion.config.subject_list import subject_configs
+        >>> sorted(train_pack(subject_configs(subjects, shared)).results)
+        ['bolt_mug', 'heart_teapot']
+    """
+    usable = {name: given for name, given in configs.items() if isinstance(given, TrainConfig)}
+    check_pack(usable)
+    pack = _Pack(on_event or (lambda name, event: None))
+    for name, given in configs.items():
+        with pack.leaving(name):
+            if isinstance(given, ConfigError):
+                raise given
+    with pack.stop, pack.stack, reading_once(), contextlib.suppress(Stopped):
+        pack.open(usable, load)
+        pack.train()
+    return PackResult(pack.results, pack.failures, pack.stop.signal_number)
+
+
+def check_pack(configs: Mapping[str, TrainConfig]) -> None:
+    """Refuse settings that subjects of one pack cannot have.
+
+    Raises:
+        ConfigError: Naming the setting, and a subject.
+    """
+    require(bool(configs), "a pack needs a subject; none is given")
+    first, *others = configs
+    for name in others:
+        for setting in _ALIKE:
+            values = [getattr(configs[each], setting) for each in (first, name)]
+            require(
+                values[0] == values[1],
+                f"{setting} must be the same in a pack; {first} has {shown(values[0])}, {name} "
+                f"{shown(values[1])}",
+                setting,
+            )
+    for name, config in configs.items():
+        if setting := next((s for s, is_wrong in _unsupported(config).items() if is_wrong), ""):
+            raise ConfigError(
+                f"{setting} {shown(getattr(config, setting))} of {name} is not possible in a pack; "
+                "leave it out, or train that subject by itself",
+                setting,
+            )
+
+
+def _unsupported(config: TrainConfig) -> dict[str, bool]:
+    """Settings that a pack does not have, and whether they are set so."""
+    encodes = config.train_text_encoder
+    return {
+        "method": config.is_full,
+        "parametrization": config.parametrization != "low-rank",
+        "init": config.init == "pissa",
+        "lora_dropout": config.lora_dropout > 0,
+        "optimizer": config.optimizer_name != "adamw",
+        "train_text_encoder_ti": config.train_text_encoder_ti,
+        "text_encoder_targets": encodes and "token-embedding" in config.text_encoder_targets,
+        # A caption in chunks is several rows of a text encoder, and a dropped one none.
+        "max_token_length": encodes and config.max_token_length != 75,
+        "clip_skip": encodes
+        and config.clip_skip > 0
+        and any(subject.caption_dropout for subject in config.subjects),
+        "compile": config.compile,
+        "report_to": config.report_to is not None,
+        "push_to_hub": config.push_to_hub,
+        "mixed_precision": precision_of(config.mixed_precision) == "fp16",
+    }
+
+
+class _Pack(Loop):
+    """The subjects of a pack: one that fails leaves it, and the others continue."""
+
+    def __init__(self, on_event: OnPackEvent) -> None:
+        super().__init__(StopRequest())
+        self.failures: dict[str, Exception] = {}
+        self.stack = contextlib.ExitStack()
+        self._show = on_event
+
+    def open(self, configs: Mapping[str, TrainConfig], load: LoadBase | None = None) -> None:
+        """Load the base, and make every subject ready for its next step."""
+        ready: dict[str, tuple[TrainConfig, list[Subject]]] = {}
+        for name, config in configs.items():
+            with self.leaving(name):
+                if made := self._ready(name, config):
+                    ready[name] = made
+        if not ready:
+            return
+        config = next(iter(ready.values()))[0]
+        accelerator = make_accelerator(config)
+        require(
+            accelerator.num_processes == 1,
+            f"a pack trains in one process, and there are {accelerator.num_processes}; start it "
+            "without accelerate launch, or each subject by itself",
+        )
+        model, device = config.pretrained_model_name_or_path, str(accelerator.device)
+        self._show("", events.ModelLoading(model, device, config.mixed_precision))
+        base = load_base(config, accelerator, load)
+        for name, (own, subjects) in ready.items():
+            try:
+                with self.leaving(name):
+                    self.begin(name, own, subjects, accelerator, partial(self._show, name), base)
+            finally:
+                detach_adapters(*base.adaptable().values())
+                self._attached = None
+
+    def _ready(self, name: str, config: TrainConfig) -> tuple[TrainConfig, list[Subject]] | None:
+        """A subject's settings, checked as far as is possible without the base; None: it ended."""
+        folder = Path(config.output_dir)
+        if config.resume_from_checkpoint == "latest" and not checkpoints_in(folder):
+            adapter = next(folder.glob("*.safetensors"), None)
+            if adapter is not None:
+                steps = config.max_train_steps or 0
+                self.results[name] = TrainResult(folder, adapter, steps, steps, None, {})
+                return None
+            config = replace(config, resume_from_checkpoint=None)
+        own, subjects = checked(config)
+        list_subjects(subjects)
+        self.stack.enter_context(output_folder(own))
+        return own, subjects
+
+    def left(self, name: str, error: Exception) -> None:
+        """Report that a subject left."""
+        self.failures[name] = error
+        self._show(name, events.SubjectLeft(str(error)))

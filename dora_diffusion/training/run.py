@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.adapters.inject import DetachedAdapters
 from dora_diffusion.data.photos import write_photo_record
 from dora_diffusion.training import events
 from dora_diffusion.training.engine.accelerator import SharedFlags, set_by_any, shards_model
@@ -30,8 +31,12 @@ from dora_diffusion.training.results.metrics import (
     tracked_settings,
 )
 from dora_diffusion.training.results.resume import RunStart, save_config
-from dora_diffusion.training.results.samples import SampleWriter
-from dora_diffusion.training.results.write import result_metadata, take_best, write_result
+from dora_diffusion.training.results.write import (
+    SampleWriter,
+    result_metadata,
+    take_best,
+    write_result,
+)
 from dora_diffusion.training.session import Session
 from dora_diffusion.training.signals import StopRequest
 
@@ -91,6 +96,7 @@ class Run:
     ) -> None:
         config = session.config
         self.session = session
+        self.adapters = DetachedAdapters.of(*session.weights.modules.values())
         self.start = start
         self.output_dir = output_dir
         self.is_main: bool = session.accelerator.is_main_process
@@ -124,10 +130,7 @@ class Run:
         self._begun = time.perf_counter()
         self._place = session.place()
         self.is_begun = True
-
-    def validate_start(self) -> None:
-        """Compute the validation loss of what the run starts from."""
-        if self._validate(self.step):
+        if self._validate(self.step):  # Of what the run starts from.
             self._checkpoint(self.step, is_best=True)
 
     def is_over(self) -> bool:
@@ -149,33 +152,34 @@ class Run:
         self._begun = time.perf_counter()
         self.log.add({**record, "seconds": seconds})
         is_best = self._validate(self.step)
-        if self.step < session.total_steps and self._is_sampled(self.step):
+        every = session.config.validation_steps
+        if every and self.step % every == 0 and self.step < session.total_steps:
             self._sample(self.step)
         if self.saver.is_due(self.step) or is_best:
             self._checkpoint(self.step, is_best=is_best)
 
-    def end(self) -> None:
-        """Save a checkpoint of the last step."""
-        self.log.flush()
-        is_complete = self._is_complete(self.step)
-        if self.step > self.start.step and (self.saver.every_steps or not is_complete):
-            self._checkpoint(self.step)
-        self._tell_of_rise()
-
     def fail(self, error: Exception) -> None:
         """Save what can be saved before an error ends the run."""
+        if not self.is_begun:
+            return
         if isinstance(error, TrainingError):
             with contextlib.suppress(TrainingError):
                 self.log.flush()
         else:
             self._rescue(self.step, self._place)
+        self.log.close()
 
-    def finish(self, steps: int) -> TrainResult:
-        """Write what was learned, sample from the written file, and write the card."""
-        self.session.activate()
-        total_steps, written, result_step = self.session.total_steps, None, None
-        kept: float | None = None
+    def finish(self) -> TrainResult:
+        """Save the last step; write what was learned, sample from the written file; the card."""
+        steps, total_steps = self.step, self.session.total_steps
         is_complete = self._is_complete(steps)
+        self.log.flush()
+        if steps > self.start.step and (self.saver.every_steps or not is_complete):
+            self._checkpoint(steps)
+        self._tell_of_rise()
+        self.log.close()
+        self.session.activate()
+        written, result_step, kept = None, None, None
         if is_complete and (self.is_main or self.shards):
             self.stop.answer_with(_FINISHING)
             result_step = self._best_step(steps)
@@ -187,18 +191,10 @@ class Run:
         self.on_event(events.TrainingEnded(steps, not is_complete, result_step, stopped_early))
         is_full = self.session.config.is_full
         return TrainResult(
-            self.output_dir,
-            None if is_full else written,
-            steps,
-            total_steps,
-            signal_number,
-            self.samples.files,
-            self.saver.newest,
-            written if is_full else None,
-            result_step,
-            stopped_early,
-            kept,
-        )
+            self.output_dir, None if is_full else written, steps, total_steps, signal_number,
+            self.samples.files, self.saver.newest, written if is_full else None, result_step,
+            stopped_early, kept,
+        )  # fmt: skip
 
     def _best_step(self, steps: int) -> int:
         """The step that the result is of, whose weights the model has afterwards."""
@@ -347,10 +343,6 @@ class Run:
             f"damaged: {before}; a lower learning rate helps",
             stacklevel=3,
         )
-
-    def _is_sampled(self, step: int) -> bool:
-        every = self.session.config.validation_steps
-        return bool(every) and step % (every or 1) == 0
 
     def _sample(self, step: int) -> None:
         self.session.activate()

@@ -23,12 +23,11 @@ from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.training.engine.accelerator import shards_model
-from dora_diffusion.training.engine.engine import TrainingEngine
-from dora_diffusion.training.engine.learner import Learner, build_learner
+from dora_diffusion.training.engine.objective import InputSource
 from dora_diffusion.training.engine.optimizer import optimizer_library
+from dora_diffusion.training.engine.step import Learner, TrainingEngine, build_learner
 from dora_diffusion.training.events import CachingProgress, OnEvent, ignore
 from dora_diffusion.training.inputs.dataset import check_wildcards, list_subjects, open_dataset
-from dora_diffusion.training.inputs.draws import InputSource
 from dora_diffusion.training.inputs.subject import Subject, triggers_of
 from dora_diffusion.training.results.validation import Validation, check_held_out, divide_all
 from dora_diffusion.training.trainable.adapters import (

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from dora_diffusion.system import HANGUP, INTERRUPTS, STOP_SIGNALS
@@ -36,7 +36,7 @@ class StopRequest:
         self._interrupts = 0
         self._previous: dict[int, Any] = {}
         self._process = os.getpid()
-        self._terminals = [fd for fd in (1, 2) if _is_terminal(fd)]
+        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     @property
     def requested(self) -> bool:
@@ -77,7 +77,7 @@ class StopRequest:
     def _leave_closed_terminal(self) -> None:
         """Send output for a terminal that is gone to nowhere: a write to it would be an error."""
         for descriptor in self._terminals:
-            if not _is_terminal(descriptor):
+            if not os.isatty(descriptor):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, descriptor)
                 os.close(nowhere)
@@ -90,22 +90,10 @@ class StopRequest:
             ignored = before == signal.SIG_IGN
             signal.signal(number, default.get(number, signal.SIG_DFL) if ignored else before)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Restore the previous signal handlers."""
         for number, before in self._previous.items():
             signal.signal(number, before)
-
-
-def _is_terminal(descriptor: int) -> bool:
-    try:
-        return os.isatty(descriptor)
-    except OSError:
-        return False
 
 
 def _say(text: str) -> None:

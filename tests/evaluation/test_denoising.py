@@ -10,7 +10,7 @@ from PIL import Image
 from dora_diffusion.adapters.inject import adapter_parameters, disabled, inject_adapters
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.data.sampler import generator_for
-from dora_diffusion.evaluation.denoising import TIMESTEPS, held_out_losses
+from dora_diffusion.evaluation.denoising import TIMESTEPS, HeldOutImages
 from dora_diffusion.models.load import load_components
 
 
@@ -24,7 +24,7 @@ def test_it_is_the_mean_squared_error_of_the_prediction(family, request) -> None
     components = load_components(request.getfixturevalue(f"{family}_folder"))
     side = components.default_resolution
     image, caption = noise_image(0, (side, side)), "a photo of a dog"
-    [found] = held_out_losses(components, [image], [caption], [7], batch_size=4)
+    [found] = HeldOutImages(components, [image], [caption]).losses([[7]], batch_size=4)[0]
 
     pipeline = components.pipeline()
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
@@ -55,17 +55,17 @@ def test_it_is_the_mean_squared_error_of_the_prediction(family, request) -> None
 def test_an_adapter_moves_it_and_the_base_is_exact(sd1_folder) -> None:
     components = load_components(sd1_folder)
     images, captions = [noise_image(1, (80, 64)), noise_image(2, (64, 64))], ["a cat", "a dog"]
-    before = held_out_losses(components, images, captions, [1, 2])
-    assert before == held_out_losses(components, images, captions, [1, 2])
-    assert before != held_out_losses(components, images, captions, [1, 3])
+    before = HeldOutImages(components, images, captions).losses([[1, 2]])[0]
+    assert before == HeldOutImages(components, images, captions).losses([[1, 2]])[0]
+    assert before != HeldOutImages(components, images, captions).losses([[1, 3]])[0]
     inject_adapters(components.unet, AdapterConfig(rank=2))
     with torch.no_grad():
         for parameter in adapter_parameters(components.unet):
             parameter.add_(0.1)
     with disabled(components.unet):
-        assert held_out_losses(components, images, captions, [1, 2]) == before
+        assert HeldOutImages(components, images, captions).losses([[1, 2]])[0] == before
     components.unet.train()
-    assert held_out_losses(components, images, captions, [1, 2]) != before
+    assert HeldOutImages(components, images, captions).losses([[1, 2]])[0] != before
     assert components.unet.training
     with pytest.raises(ValueError, match="2 images, 1 captions"):
-        held_out_losses(components, images, captions[:1], [1, 2])
+        HeldOutImages(components, images, captions[:1]).losses([[1, 2]])[0]

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo, list_photos, read_photos
 from dora_diffusion.evaluation import photos, ranking
-from dora_diffusion.evaluation.denoising import NUM_SEEDS, held_out_losses
+from dora_diffusion.evaluation.denoising import NUM_SEEDS, HeldOutImages
 from dora_diffusion.evaluation.photos import PhotoSubject
 from dora_diffusion.evaluation.ranking import (
     EvaluationPrompts,
@@ -210,11 +210,7 @@ def test_photos_that_were_kept_out_are_denoised_too_and_not_said_to_be_trained_o
     rows, _ = ranked(sd1_folder, two, questions, tmp_path / "c", lambda *_: None)
     for row, adapter in zip(rows, (None, adapters["checkpoint-2"]), strict=True):
         components, _ = load_adapted(sd1_folder, adapter)
-        taken = [
-            held_out_losses(
-                components, [open_photo(refs[0].path)], ["a photo of a sks dog"], [seed]
-            )
-            for seed in range(NUM_SEEDS)
-        ]
+        image = HeldOutImages(components, [open_photo(refs[0].path)], ["a photo of a sks dog"])
+        taken = [image.losses([[seed]]) for seed in range(NUM_SEEDS)]
         assert row.loss == pytest.approx(np.mean(taken), abs=1e-6)
     assert rows[0].loss != rows[1].loss

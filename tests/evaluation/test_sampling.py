@@ -9,7 +9,7 @@ import torch
 from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.evaluation.measures import ImageRequest
-from dora_diffusion.evaluation.sampling import base_and_adapted, first_round, sample
+from dora_diffusion.evaluation.photos import base_and_adapted, first_round, sample
 from dora_diffusion.models.load import load_components
 from dora_diffusion.sampling.generate import SamplingSettings, generate_images
 

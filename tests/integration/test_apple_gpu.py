@@ -15,7 +15,7 @@ from dora_diffusion.adapters.inject import inject_adapters
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import AdapterConfig, ConfigError
-from dora_diffusion.evaluation.denoising import held_out_losses
+from dora_diffusion.evaluation.denoising import HeldOutImages
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.memory import describe_device, free_machine_memory
 from dora_diffusion.models.schedulers import SCHEDULERS
@@ -140,7 +140,8 @@ def test_a_model_has_one_identity_and_one_error_everywhere(sdxl_folder):
     def facts() -> tuple[str, float]:
         components, _ = load_adapted(sdxl_folder)
         image = Image.open(next((SAMPLES / "bolt_mug").glob("*.jpg"))).convert("RGB")
-        return components.identity(), held_out_losses(components, [image], ["a dog"], [1])[0]
+        held_out = HeldOutImages(components, [image], ["a dog"])
+        return components.identity(), held_out.losses([[1]])[0][0]
 
     expected = facts()
     with apple_gpu():

@@ -22,14 +22,14 @@ from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.data.dataset import Batch
 from dora_diffusion.data.sampler import generator_for
-from dora_diffusion.evaluation.denoising import held_out_losses
+from dora_diffusion.evaluation.denoising import HeldOutImages
 from dora_diffusion.export import convert_adapter, verify_checkpoint
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_inputs
 from dora_diffusion.models.offload import place
 from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
-from dora_diffusion.training.inputs.draws import draw_inputs
+from dora_diffusion.training.engine.objective import draw_inputs
 from tests.training.helpers import (
     losses,
     losses_by,
@@ -409,10 +409,11 @@ def test_the_command_asks_for_image_and_mask(
 def test_held_out_losses_are_those_of_the_whole_image(sd1_inpainting_folder: Path) -> None:
     """As if the model made the image from nothing, whatever the image shows."""
     components = load_components(sd1_inpainting_folder)
-    [loss] = held_out_losses(components, [noise((64, 64), 1)], [PROMPT], [3], batch_size=4)
+    held_out = HeldOutImages(components, [noise((64, 64), 1)], [PROMPT])
+    [[loss]] = held_out.losses([[3]], batch_size=4)
     read: list[Tensor] = []
     components.unet.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
-    again = held_out_losses(components, [noise((64, 64), 1)], [PROMPT], [3])
+    again = HeldOutImages(components, [noise((64, 64), 1)], [PROMPT]).losses([[3]])[0]
     assert again == pytest.approx([loss])
     with torch.no_grad():
         grey = components.vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode() * 0.18215

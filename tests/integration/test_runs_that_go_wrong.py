@@ -20,7 +20,7 @@ from PIL import Image
 from dora_diffusion.cli.main import main
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.system import HANGUP
-from dora_diffusion.training.engine.learner import Learner
+from dora_diffusion.training.engine.step import Learner
 from dora_diffusion.training.results.checkpoint import checkpoints_in
 from tests.waiting import WAIT_SECONDS, wait_until
 

@@ -21,8 +21,13 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.components import Components
 from dora_diffusion.training.engine.accelerator import make_accelerator
-from dora_diffusion.training.engine.objective import Objective, losses_of, noisy_batches
-from dora_diffusion.training.inputs.draws import StepInputs
+from dora_diffusion.training.engine.objective import (
+    Conditioner,
+    Objective,
+    StepInputs,
+    losses_of,
+    noisy_batches,
+)
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import Session, open_session
@@ -73,11 +78,12 @@ def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Ses
 def objective_of(
     components: Components, *, train_text_encoder: bool = False, snr_gamma: float = 0.0
 ) -> Objective:
-    return Objective.of(
+    return Objective(
         components,
+        Conditioner(components, train_text_encoder),
+        components.scheduler.alphas_cumprod.to(components.device),
         partial(disabled, *components.adaptable().values()),
-        train_text_encoder=train_text_encoder,
-        weightings={"snr_gamma": snr_gamma} if snr_gamma else {},
+        {"snr_gamma": snr_gamma} if snr_gamma else {},
     )
 
 

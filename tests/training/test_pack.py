@@ -20,8 +20,7 @@ from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training import session as sessions
 from dora_diffusion.training.events import StepDone, SubjectLeft
-from dora_diffusion.training.loop import train
-from dora_diffusion.training.pack import check_pack, train_pack
+from dora_diffusion.training.loop import check_pack, train, train_pack
 from dora_diffusion.training.results.checkpoint import read_state
 from tests.training.helpers import SAMPLES, make_config
 

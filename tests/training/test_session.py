@@ -29,6 +29,7 @@ from dora_diffusion.models import offload
 from dora_diffusion.models.load import BaseCache, load_components
 from dora_diffusion.models.precision import PRECISION_DTYPES
 from dora_diffusion.training import loop
+from dora_diffusion.training.engine import objective as inputs
 from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.events import (
     CachingProgress,
@@ -37,7 +38,6 @@ from dora_diffusion.training.events import (
     TrainingStarted,
 )
 from dora_diffusion.training.inputs import dataset
-from dora_diffusion.training.inputs import draws as inputs
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import Session, open_session

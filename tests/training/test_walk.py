@@ -12,7 +12,7 @@ from diffusers.models import modeling_utils
 
 import dora_diffusion
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.training.engine.engine import Outcome, TrainingEngine
+from dora_diffusion.training.engine.step import Outcome, TrainingEngine
 from dora_diffusion.training.loop import train
 
 PACKAGE = str(Path(dora_diffusion.__file__).parent)

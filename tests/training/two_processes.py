@@ -85,7 +85,7 @@ def layers() -> dict[str, Any]:
     from dora_diffusion.adapters.inject import adapter_parameters
     from dora_diffusion.adapters.layers import adapted_layers
     from dora_diffusion.adapters.scope import norm_scope
-    from dora_diffusion.training.engine import sharding
+    from dora_diffusion.training.engine import accelerator
 
     told: dict[str, Any] = {"errors": [], "norms": []}
     for axis in ("output", "input"):
@@ -98,18 +98,18 @@ def layers() -> dict[str, Any]:
         x, before = torch.randn(6, 4), [layer.weight.clone() for _, layer in adapted_layers(model)]
         expected = _gradients(model, x, norm_scope, adapter_parameters)
         mesh = init_device_mesh("cpu", (2,))
-        fully_shard(model, mesh=mesh, ignored_params=set(sharding._kept_whole(model)))
+        fully_shard(model, mesh=mesh, ignored_params=set(accelerator._kept_whole(model)))
         sharded = [layer for _, layer in adapted_layers(model)]
         for layer in sharded:
-            layer.shard = sharding._row_shard(layer.weight)
+            layer.shard = accelerator._row_shard(layer.weight)
         found = _gradients(model, x, norm_scope, adapter_parameters)
         told["errors"] += [float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)]
-    told["rows"] = [len(sharding.local(layer.weight)) for layer in sharded]
+    told["rows"] = [len(accelerator.local(layer.weight)) for layer in sharded]
     told["own"] = [
-        torch.equal(sharding.own_part(layer.weight, whole), sharding.local(layer.weight))
+        torch.equal(accelerator.own_part(layer.weight, whole), accelerator.local(layer.weight))
         for layer, whole in zip(sharded, before, strict=True)
     ]
-    gathered = [sharding.gather(layer.weight) for layer in sharded]
+    gathered = [accelerator.gather(layer.weight) for layer in sharded]
     told["whole"] = [torch.equal(*pair) for pair in zip(gathered, before, strict=True)]
     return told
 

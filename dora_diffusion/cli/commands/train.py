@@ -136,7 +136,7 @@ def print_what_trains(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
 
 def _train_pack(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
     """Train subjects at once; returns 1 if one of them has failed."""
-    from dora_diffusion.training.pack import train_pack
+    from dora_diffusion.training.loop import train_pack
 
     progress = PackProgress()
     try:

@@ -21,7 +21,7 @@ from dora_diffusion import system
 from dora_diffusion.cluster.fleet.records import DONE, FAILED, RECORD_FILE, SubjectRecord
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.wording import counted, duration
-from dora_diffusion.evaluation.page import LinkedImage, Section, as_html
+from dora_diffusion.evaluation.report import LinkedImage, Section, as_html
 from dora_diffusion.formats.files.atomic import require_writable, save_text
 from dora_diffusion.training.results.checkpoint import checkpoints_in
 from dora_diffusion.training.results.folders import locked

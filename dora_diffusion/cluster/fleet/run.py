@@ -28,8 +28,8 @@ from dora_diffusion.cluster.fleet.workers import LocalWorkers, Work
 from dora_diffusion.config import ConfigError, TrainConfig, settings
 from dora_diffusion.training.inputs.dataset import list_subjects
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.pack import check_pack
-from dora_diffusion.training.results.samples import check_prompts
+from dora_diffusion.training.loop import check_pack
+from dora_diffusion.training.results.write import check_prompts
 
 # Settings that a fleet sets itself, for each subject and worker.
 _ITS_OWN = ("resume_from_checkpoint", "push_to_hub")
@@ -99,7 +99,7 @@ def run_fleet(
             subject after another, in this process.
         share: What each worker takes of a node.
         retries: Further workers for a subject whose worker is lost.
-        pack: Subjects that a worker trains at once (`training.pack.train_pack`), where their
+        pack: Subjects that a worker trains at once (`training.loop.train_pack`), where their
             settings allow it.
         on_change: Called with the fleet every while.
 

@@ -33,8 +33,7 @@ from dora_diffusion.training.events import (
     SubjectLeft,
     TrainingStarted,
 )
-from dora_diffusion.training.loop import train
-from dora_diffusion.training.pack import PackResult, train_pack
+from dora_diffusion.training.loop import PackResult, train, train_pack
 from dora_diffusion.training.results.checkpoint import checkpoints_in
 from dora_diffusion.training.results.folders import LOCK_NAME
 from dora_diffusion.training.run import TrainResult

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_diffusion.data.sheets import center_square
-from dora_diffusion.evaluation.denoising import held_out_losses
 from dora_diffusion.evaluation.measures import LEAKAGE, Scores, Values, similarities
+from dora_diffusion.evaluation.photos import OnStep, base_and_adapted, first_round, sample
 from dora_diffusion.evaluation.ranking import SEED, EvaluationPrompts, few_requests
 from dora_diffusion.evaluation.report import Evaluation
-from dora_diffusion.evaluation.sampling import OnStep, base_and_adapted, first_round, sample
 from dora_diffusion.lab.judges.requests import (
     GROUPS,
     Group,
@@ -78,13 +77,9 @@ def answer(
     """Sample all images and compute all losses of the model, with whatever adapters are on."""
     images = sample(components, requests, settings, batch_size, on_step)
     asked = [request for request in requests if request.group in _LOSS_MEASURES]
-    losses = held_out_losses(
-        components,
-        true_images(asked, components.default_resolution),
-        [request.prompt for request in asked],
-        [request.seed for request in asked],
-    )
-    taken = iter(losses)
+    prompts = [request.prompt for request in asked]
+    truth = HeldOutImages(components, true_images(asked, components.default_resolution), prompts)
+    taken = iter(truth.losses([[request.seed for request in asked]])[0])
     return Answers(images, [next(taken) if r.group in _LOSS_MEASURES else None for r in requests])
 
 

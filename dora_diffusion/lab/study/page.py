@@ -9,7 +9,7 @@ from PIL import Image
 
 from dora_diffusion.config.wording import counted
 from dora_diffusion.data.sheets import sheet
-from dora_diffusion.evaluation.page import Section, as_html, as_markdown
+from dora_diffusion.evaluation.report import Section, as_html, as_markdown
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.lab.study.plots import write_plots
 from dora_diffusion.lab.study.run import Results

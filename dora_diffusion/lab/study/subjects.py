@@ -17,14 +17,14 @@ from dora_diffusion.config.fields import require
 from dora_diffusion.config.wording import whole_word
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import list_photos
-from dora_diffusion.evaluation.denoising import held_out_losses
+from dora_diffusion.evaluation.denoising import HeldOutImages
 from dora_diffusion.evaluation.measures import Values, seed_means
 from dora_diffusion.evaluation.photos import (
     measure_photos,
     photo_requests,
     read_subject,
+    sample,
 )
-from dora_diffusion.evaluation.sampling import sample
 from dora_diffusion.lab.judges.evaluate import answer, measure
 from dora_diffusion.lab.judges.requests import Group, toy_requests, true_images
 from dora_diffusion.lab.study.config import Asked
@@ -203,7 +203,7 @@ class PhotoSource:
         references = [open_photo(photo.path) for photo in subject.photos]
         captions = [photo.caption for photo in subject.photos]
         images = sample(components, requests, _settings(asked), asked.batch_size, None)
-        losses = [held_out_losses(components, references, captions, [seed] * len(references))]
+        losses = HeldOutImages(components, references, captions).losses_by_seed([seed])
         values = measure_photos(requests, images, losses, references, self.metric_models, images)
         # The base is a row of its own: no change against it is measured here.
         kept = {n: v for n, v in values.items() if not n.startswith("others_change")}

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from dora_diffusion.config.wording import counted
 from dora_diffusion.evaluation.measures import MEASURES, measure_of, title_of
-from dora_diffusion.evaluation.page import Row
-from dora_diffusion.evaluation.report import shown
+from dora_diffusion.evaluation.report import Row, shown
 from dora_diffusion.evaluation.statistics import Interval, cluster_interval
 from dora_diffusion.lab.study.config import BASE
 from dora_diffusion.lab.study.trials import Record

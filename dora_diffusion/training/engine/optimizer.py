@@ -1,20 +1,28 @@
-"""Parameter groups, optimizers and schedules."""
+"""Parameter groups, what an optimizer sees of them, optimizers and schedules."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from dora_diffusion.adapters.inject import layer_adapters
+from dora_diffusion.adapters.norms.layout import join, split_like
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.wording import counted
 from dora_diffusion.numerics.devices import has_fused_optimizers
-from dora_diffusion.training.engine.parameters import Groups
+from dora_diffusion.training.engine.accelerator import (
+    add_up,
+    gather,
+    is_sharded,
+    local,
+    own_part,
+)
 
 WORDS = "words"
 """Suffix of the name of a group for new words' vectors."""
@@ -60,15 +68,14 @@ def weight_groups(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> G
         trained: Parameters by canonical name, which begins with the component.
         config: Learning rates and weight decay.
     """
-    groups: dict[str, dict[str, Any]] = {}
+    parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in trained.items():
-        component = name.partition(".")[0]
-        if component not in groups:
-            rate, decay = _rate_and_decay(component, config)
-            group = {"params": [], "lr": rate, "weight_decay": decay}
-            groups[component] = {"name": f"{component}/weights", **group}
-        groups[component]["params"].append(parameter)
-    return list(groups.values())
+        parts.setdefault(name.partition(".")[0], []).append(parameter)
+    return [
+        {"name": f"{name}/weights", "params": part, "lr": rate, "weight_decay": decay}
+        for name, part in parts.items()
+        for rate, decay in [_rate_and_decay(name, config)]
+    ]
 
 
 def _rate_and_decay(component: str, config: TrainConfig) -> tuple[float, float]:
@@ -90,7 +97,9 @@ def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimize
     betas = (config.adam_beta1, config.adam_beta2)
     name = config.optimizer_name
     if name == "adamw":
-        kind = "fused" if _can_fuse(groups) else "foreach"
+        # One kernel that updates every parameter is the fastest for many small ones.
+        kinds = {parameter.device.type for group in groups for parameter in group["params"]}
+        kind = "fused" if all(map(has_fused_optimizers, kinds)) else "foreach"
         return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, **{kind: True})
     if name == "adamw8bit":
         library = optimizer_library(name)
@@ -123,12 +132,6 @@ def learning_rates(groups: Groups) -> dict[str, dict[str, float]]:
     if all("d" in group for group in groups):
         rates["effective_lr"] = {group["name"]: float(group["d"]) * group["lr"] for group in groups}
     return rates
-
-
-def _can_fuse(groups: Groups) -> bool:
-    """Return whether one kernel can update every parameter, the fastest for many small ones."""
-    kinds = {parameter.device.type for group in groups for parameter in group["params"]}
-    return all(has_fused_optimizers(kind) for kind in kinds)
 
 
 def optimizer_library(name: str) -> Any:
@@ -207,3 +210,177 @@ def restore_optimizer(optimizer: Any, lr_schedule: Any, state: Mapping[str, Any]
     for group, values, factor in zip(optimizer.param_groups, fresh, plain.lr_lambdas, strict=True):
         group.update(values)
         group["lr"] = values["initial_lr"] * factor(plain.last_epoch)
+
+
+Groups = list[dict[str, Any]]
+
+
+class SteppedParameters:
+    """Parameters that an optimizer sees: those that train themselves.
+
+    Attributes:
+        groups: The parameter groups, with what the optimizer is given.
+        whole: Of these, what every process has whole.
+    """
+
+    def __init__(self, groups: Groups, whole: Sequence[nn.Parameter] | None = None) -> None:
+        self.groups = groups
+        self.whole = list(self) if whole is None else list(whole)
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return (parameter for group in self.groups for parameter in group["params"])
+
+    def take_gradients(self) -> None:
+        """Prepare the gradients for the optimizer after the backward passes."""
+
+    def share_gradients(self) -> None:
+        """Make clipping change the parameters' own gradients."""
+
+    def clip(self, limit: float, accelerator: Any) -> Tensor:
+        """Limit the gradients' L2 norm; return it as it was; 0: no limit."""
+        if limit:
+            norm: Tensor = accelerator.clip_grad_norm_(list(self), limit)
+            return norm
+        accelerator.unscale_gradients()
+        return torch.nn.utils.get_total_norm([p.grad for p in self if p.grad is not None])
+
+    def finish(self) -> None:
+        """Drop the gradients after the optimizer's step."""
+
+    def gather_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """An optimizer's state with whole moments, in the first process."""
+        return state
+
+    def own_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The part of a whole state that is this process's."""
+        return state
+
+
+class FlatParameters(SteppedParameters):
+    """One flat parameter for each parameter group; the group's own become views of it.
+
+    Clipping and AdamW treat every number alike, so they see the flat ones, and do the same. Not for
+    optimizers to which a parameter's shape or size matters.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        self._members: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
+        self._flat = [nn.Parameter(join(members)) for members in self._members]
+        self._gradients = [torch.zeros_like(flat) for flat in self._flat]
+        self._shares = [
+            split_like(gradient, members)
+            for gradient, members in zip(self._gradients, self._members, strict=True)
+        ]
+        self._unused: list[tuple[nn.Parameter, Tensor]] = []
+        each = zip(groups, self._flat, strict=True)
+        super().__init__([group | {"params": [flat]} for group, flat in each])
+        for flat, members in zip(self._flat, self._members, strict=True):
+            for member, view in zip(members, split_like(flat, members), strict=True):
+                member.data = view
+
+    def take_gradients(self) -> None:
+        """Copy the gradients of their members to the flat parameters.
+
+        Raises:
+            RuntimeError: If a member's memory was exchanged, as ``.to()`` does it.
+        """
+        self._unused = []
+        each = zip(self._flat, self._gradients, self._shares, self._members, strict=True)
+        for flat, gradient, shares, members in each:
+            _check_memory(flat, members)
+            found = [member.grad for member in members]
+            pairs = [(s, grad) for s, grad in zip(shares, found, strict=True) if grad is not None]
+            unused = [m for m, grad in zip(members, found, strict=True) if grad is None]
+            if unused:
+                gradient.zero_()
+                self._unused += [(m, m.detach().clone()) for m in unused if pairs]
+            if pairs:
+                torch._foreach_copy_([share for share, _ in pairs], [grad for _, grad in pairs])
+            flat.grad = gradient if pairs else None
+
+    def share_gradients(self) -> None:
+        """Make the members' gradients views of the flat ones, which clipping then changes too."""
+        for shares, members in zip(self._shares, self._members, strict=True):
+            for share, member in zip(shares, members, strict=True):
+                member.grad = None if member.grad is None else share
+
+    def finish(self) -> None:
+        """Drop the members' gradients after the optimizer's step, and count them as written.
+
+        A member that had none is what it was before: no weight decay acts on it.
+        """
+        for member, value in self._unused:
+            member.data.copy_(value)
+        self._unused = []
+        for members in self._members:
+            for member in members:
+                member.grad = None
+            # Memory that is given by ``.data`` brings no version counter along.
+            increment_version(members)
+
+
+def _check_memory(flat: Tensor, members: Sequence[Tensor]) -> None:
+    place, size = flat.data_ptr(), flat.element_size()
+    for member in members:
+        if member.data_ptr() != place:
+            raise RuntimeError(
+                "a trained parameter was moved or replaced while it trains, so that the optimizer "
+                "no longer reaches it; build the optimizer after the model is where it stays"
+            )
+        place += member.numel() * size
+
+
+class LocalParameters(SteppedParameters):
+    """The parts of this process, of weights that train sharded.
+
+    AdamW treats every number alike, so that each process steps its own.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        members = [parameter for group in groups for parameter in group["params"]]
+        own = {
+            id(member): nn.Parameter(local(member)) if is_sharded(member) else member
+            for member in members
+        }
+        super().__init__(
+            [group | {"params": [own[id(m)] for m in group["params"]]} for group in groups],
+            whole=[member for member in members if not is_sharded(member)],
+        )
+        self._members = members
+        self._pairs = [(m, own[id(m)]) for m in members if is_sharded(m)]
+
+    def take_gradients(self) -> None:
+        # FSDP has averaged them.
+        for member, own in self._pairs:
+            own.grad = None if member.grad is None else local(member.grad)
+
+    def finish(self) -> None:
+        for member, _ in self._pairs:
+            member.grad = None
+
+    @torch.no_grad()
+    def clip(self, limit: float, accelerator: Any) -> Tensor:
+        """Limit the gradients' L2 norm over all processes; return it as it was; 0: no limit."""
+        own = [part.grad for _, part in self._pairs if part.grad is not None]
+        whole = [parameter.grad for parameter in self.whole if parameter.grad is not None]
+        squares = [torch.nn.utils.get_total_norm(part).square() for part in (own, whole)]
+        norm = (add_up(squares[0]) + squares[1]).sqrt()
+        if limit:
+            torch._foreach_mul_([*own, *whole], (limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def gather_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        return self._with_moments(state, gather)
+
+    def own_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        return self._with_moments(state, lambda moment, member: own_part(member, moment))
+
+    def _with_moments(self, state: Mapping[str, Any], change: Any) -> dict[str, Any]:
+        changed = {
+            index: {
+                key: change(value, self._members[index]) if key.startswith("exp_avg") else value
+                for key, value in moments.items()
+            }
+            for index, moments in sorted(state["state"].items())
+        }
+        return {**state, "state": changed}

@@ -137,37 +137,20 @@ def class_images(
             require_finite=True,
         )
 
-    folder = class_folder(config)
+    # How prompts are read, where that is not as usual.
+    reading, usual = ((c.clip_skip, c.max_token_length) for c in (config, TrainConfig()))
+    read = "" if reading == usual else f" {reading}"
     with accelerator.main_process_first():
-        paths = ensure_class_images(
-            folder,
-            prompts,
-            count=config.num_class_images,
-            seed=config.seed,
-            identity=f"{components.identity()} {settings}{_reading(config)}",
-            generate=generate,
-            batch_size=config.sample_batch_size,
-            on_image=announcer.on_image,
-        )
+        identity = f"{components.identity()} {settings}{read}"
+        named = ensure_class_images(config, prompts, identity, generate, announcer.on_image)
     if config.class_prompt:  # which wins over the names of folders
-        paths = [(path, "") for path, _ in paths]
-    return _read_class_images(paths, prompts)
-
-
-def _read_class_images(paths: Sequence[tuple[Path, str]], prompts: Sequence[str]) -> list[Photo]:
-    """Class images; one without a .txt has its folder's caption, else the next of the prompts."""
-    named = dict(paths)
+        named = dict.fromkeys(named, "")
     images = read_photos(list(named), "", skip_unreadable=True)
+    # One without a .txt has its folder's caption, else the next of the prompts.
     return [
         replace(image, caption=image.caption or named[image.path] or prompts[i % len(prompts)])
         for i, image in enumerate(images)
     ]
-
-
-def _reading(config: TrainConfig) -> str:
-    """Return the prompt settings, where they are not the defaults."""
-    reading, usual = ((c.clip_skip, c.max_token_length) for c in (config, TrainConfig()))
-    return "" if reading == usual else f" {reading}"
 
 
 @dataclass
@@ -203,17 +186,13 @@ class _Announcer:
 
 
 def ensure_class_images(
-    folder: Path,
+    config: TrainConfig,
     prompts: Sequence[str],
-    *,
-    count: int,
-    seed: int,
     identity: str,
     generate: Generate,
-    batch_size: int,
     on_image: Callable[[int, int], None],
-) -> list[tuple[Path, str]]:
-    """Ensure that there are ``count`` class images, generating those that are missing.
+) -> dict[Path, str]:
+    """Ensure that there are ``num_class_images``, generating those that are missing.
 
     Images that the user put there (`own_class_images`) count first. Generated ones go into a
     sub-folder named after everything that determines them, so that those of other prompts or
@@ -221,15 +200,16 @@ def ensure_class_images(
     continues.
 
     Args:
-        folder: The class folder.
+        config: A subject's settings: its class folder, how many, the seed, images at once.
         prompts: Prompts to cycle through.
-        count: How many images to have.
-        seed: The run's seed.
         identity: What the images depend on besides: model, size and sampling.
         generate: Makes images.
-        batch_size: Images per call of ``generate``.
         on_image: Called with (images there, images wanted), first before any is generated.
+
+    Returns:
+        Each image with the caption that its folder gives it.
     """
+    folder, count, size = class_folder(config), config.num_class_images, config.sample_batch_size
     own = own_class_images(folder)
     if len(own) > count:
         warnings.warn(
@@ -237,7 +217,9 @@ def ensure_class_images(
             stacklevel=3,
         )
     given = own[:count]
-    digest = hashlib.sha256("\n".join([identity, str(seed), *prompts]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256("\n".join([identity, str(config.seed), *prompts]).encode()).hexdigest()[
+        :12
+    ]
     paths = [
         folder / f"{_GENERATED}{digest}" / f"class-{number:05d}.png"
         for number in range(count - len(given))
@@ -250,15 +232,16 @@ def ensure_class_images(
     if missing:
         on_image(done, count)
     for prompt, numbers in missing.items():
-        for batch in (numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)):
-            seeds = [generator_for("class image", seed, n).initial_seed() % 2**32 for n in batch]
+        for batch in (numbers[i : i + size] for i in range(0, len(numbers), size)):
+            drawn = (generator_for("class image", config.seed, number) for number in batch)
+            seeds = [generator.initial_seed() % 2**32 for generator in drawn]
             for number, image in zip(batch, generate(prompt, seeds), strict=True):
                 # Caption first, both by rename: an image that is there is complete.
                 save_text(paths[number].with_suffix(".txt"), prompt + "\n")
                 save_png(image, paths[number])
             done += len(batch)
             on_image(done, count)
-    return given + [(path, "") for path in paths]
+    return dict(given) | dict.fromkeys(paths, "")
 
 
 def class_folder(config: TrainConfig) -> Path:

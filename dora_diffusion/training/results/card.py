@@ -55,13 +55,12 @@ def model_card(
     steps, loss = metadata.extra["training_steps"], _validation(config, metadata, written)
     library = "" if written.name == KOHYA_FILE else "\nlibrary_name: diffusers"
     tag, method = _method(config)
-    use = _use_of_model if config.is_full else _use_of_adapter
-    names = ("variant", "revision")
-    loaded = {name: str(value) for name in names if (value := getattr(config, name))}
     family, size = FAMILIES[metadata.family], pixels(metadata.resolutions)
     stated = stated_reading(metadata.extra)
     reading, skip = reading_in_words(stated, family), stated.get("clip_skip", 0)
-    called = _images(family) + (f", clip_skip={skip}" if skip else "")
+    call = _literal(prompt)
+    call += "".join(f', {name}=load_image("my_{name}.png")' for name in family.image_arguments)
+    call += f", clip_skip={skip}" if skip else ""
     read = f"\nPrompts were read {reading}; `generate` does so by itself.\n" if reading else ""
     if other := metadata.extra.get("init_adapter"):
         method += f", started from `{other}` (SHA-256 {metadata.extra['init_adapter_sha256'][:12]})"
@@ -76,7 +75,7 @@ tags: [text-to-image, {tag}, dreambooth]
 {_trigger_sentence(trigger, prompt)}
 {read}{images}
 ## Use it
-{use(family, base, written, prompt, loaded, called)}{_words(config, written)}
+{_use(config, family, base, written, prompt, call)}{_words(config, written)}
 ## How it was made
 
 {method} on `{base}`,
@@ -103,62 +102,58 @@ def _method(config: TrainConfig) -> tuple[str, str]:
         return "full-finetuning", "Full fine-tuning"
     is_dora = config.method_name == "dora"
     name = "DoRA" if is_dora else "LoRA"
-    if config.parametrization == "vera":
-        name = "DVoRA" if is_dora else "VeRA"
     axis = f", norm on the {config.norm_axis} axis" if is_dora else ""
     start = f", started by {config.init}" if config.init != "random" else ""
-    return name.lower(), f"{name} ({_ranks(config)}{axis}{start})"
-
-
-def _ranks(config: TrainConfig) -> str:
-    if config.parametrization == "vera":
-        return f"projections of rank {config.vera_rank}"
+    ranks = f"rank {config.rank}, convolutions {config.conv_rank}"
     if config.parametrization == "adalora":
-        return f"ranks allocated to layers, from {config.rank}, convolutions {config.conv_rank}"
-    return f"rank {config.rank}, convolutions {config.conv_rank}"
+        ranks = f"ranks allocated to layers, from {config.rank}, convolutions {config.conv_rank}"
+    if config.parametrization == "vera":
+        name, ranks = "DVoRA" if is_dora else "VeRA", f"projections of rank {config.vera_rank}"
+    return name.lower(), f"{name} ({ranks}{axis}{start})"
 
 
-def _use_of_adapter(
-    family: Family, base: str, adapter: Path, prompt: str, loaded: Mapping[str, str], called: str
+def _use(
+    config: TrainConfig, family: Family, base: str, written: Path, prompt: str, call: str
 ) -> str:
-    model, folder = _model(base, loaded), shlex.quote(adapter.parent.name)
-    flags = _image_flags(family)
-    return f"""
-```bash
-dora-diffusion generate --base {model} --adapter {folder} \\
-    --prompt {shlex.quote(prompt)}{flags} --output image.png
-dora-diffusion export --base {model} --adapter {folder} --output merged
-```
-{_diffusers_example(family, base, adapter, prompt, loaded, called)}"""
-
-
-def _model(base: str, loaded: Mapping[str, str]) -> str:
-    """A base model, and which of its weights, for a shell."""
-    flags = (f" --{name} {shlex.quote(value)}" for name, value in loaded.items())
-    return shlex.quote(base) + "".join(flags)
-
-
-def _use_of_model(
-    family: Family, base: str, model: Path, prompt: str, loaded: Mapping[str, str], called: str
-) -> str:
-    folder = f"{model.parent.name}/{model.name}"
-    quoted, flags = shlex.quote(folder), _image_flags(family)
-    return f"""
-```bash
-dora-diffusion generate --base {quoted} --prompt {shlex.quote(prompt)}{flags} --output image.png
-dora-diffusion extract --base {_model(base, loaded)} --tuned {quoted} \\
-    --rank 16 --output adapter.safetensors
-```
-
-In Diffusers:
+    """How to use a result on the command line, and in Diffusers, where it is called so."""
+    loaded = {name: str(v) for name in ("variant", "revision") if (v := getattr(config, name))}
+    model = shlex.quote(base) + "".join(f" --{n} {shlex.quote(v)}" for n, v in loaded.items())
+    options = [_literal(base), *(f"{name}={_literal(value)}" for name, value in loaded.items())]
+    image = "".join(f" --{name} my_{name}.png" for name in family.image_arguments)
+    asked = f"--prompt {shlex.quote(prompt)}{image} --output image.png"
+    imports = "\nfrom diffusers.utils import load_image" if family.image_arguments else ""
+    folder = f"{written.parent.name}/{written.name}" if config.is_full else written.parent.name
+    quoted, source, load, needs = shlex.quote(folder), ", ".join(options), "", ""
+    if config.is_full:
+        commands = f"""dora-diffusion generate --base {quoted} {asked}
+dora-diffusion extract --base {model} --tuned {quoted} \\
+    --rank 16 --output adapter.safetensors"""
+        source = _literal(folder)
+    else:
+        commands = f"""dora-diffusion generate --base {model} --adapter {quoted} \\
+    {asked}
+dora-diffusion export --base {model} --adapter {quoted} --output merged"""
+        load = f'pipeline.load_lora_weights({_literal(folder)}, weight_name="{written.name}")\n'
+        needs = ", which needs PEFT for an adapter (`pip install peft`)"
+        if base.startswith("embedded:"):
+            source = f'model_folder("{base.removeprefix("embedded:")}")'
+            imports += "\nfrom dora_diffusion.models.embedded import model_folder"
+    example = f"""In Diffusers{needs}:
 
 ```python
-from diffusers import {family.auto_pipeline}{_image_import(family)}
+from diffusers import {family.auto_pipeline}{imports}
 
-pipeline = {family.auto_pipeline}.from_pretrained({_literal(folder)})
-image = pipeline({_literal(prompt)}{called}).images[0]
-```
-"""
+pipeline = {family.auto_pipeline}.from_pretrained({source})
+{load}image = pipeline({call}).images[0]
+```"""
+    if written.name == KOHYA_FILE:
+        example = (
+            "The magnitudes are on the input axis, which Diffusers cannot load: "
+            f"`{written.name}` is in the kohya form, which ComfyUI 0.3.64, Forge and A1111 compute "
+            "as it was trained. What they compute from a DoRA may change; the merged model of the "
+            "second command is exact in every program, and stays so."
+        )
+    return f"\n```bash\n{commands}\n```\n\n{example}\n"
 
 
 def _words(config: TrainConfig, written: Path) -> str:
@@ -171,18 +166,6 @@ def _words(config: TrainConfig, written: Path) -> str:
             f"\n`{written.name}.safetensors` has the same files in `{EMBEDDINGS}` next to it.\n"
         )
     return section
-
-
-def _image_flags(family: Family) -> str:
-    return "".join(f" --{name} my_{name}.png" for name in family.image_arguments)
-
-
-def _image_import(family: Family) -> str:
-    return "\nfrom diffusers.utils import load_image" if family.image_arguments else ""
-
-
-def _images(family: Family) -> str:
-    return "".join(f', {name}=load_image("my_{name}.png")' for name in family.image_arguments)
 
 
 def _literal(text: str) -> str:
@@ -199,34 +182,6 @@ def _trigger_sentence(trigger: str, prompt: str) -> str:
         f"It is a style and has no trigger word: write prompts like its captions{such_as}. A lower "
         "`--strength` shows less of it."
     )
-
-
-def _diffusers_example(
-    family: Family, base: str, adapter: Path, prompt: str, loaded: Mapping[str, str], called: str
-) -> str:
-    if adapter.name == KOHYA_FILE:
-        return (
-            "\nThe magnitudes are on the input axis, which Diffusers cannot load: "
-            f"`{adapter.name}` is in the kohya form, which ComfyUI 0.3.64, Forge and A1111 compute "
-            "as it was trained. What they compute from a DoRA may change; the merged model of the "
-            "second command is exact in every program, and stays so.\n"
-        )
-    options = (f"{name}={_literal(value)}" for name, value in loaded.items())
-    source, helper = ", ".join([_literal(base), *options]), ""
-    if base.startswith("embedded:"):
-        source = f'model_folder("{base.removeprefix("embedded:")}")'
-        helper = "\nfrom dora_diffusion.models.embedded import model_folder"
-    return f"""
-In Diffusers, which needs PEFT for an adapter (`pip install peft`):
-
-```python
-from diffusers import {family.auto_pipeline}{_image_import(family)}{helper}
-
-pipeline = {family.auto_pipeline}.from_pretrained({source})
-pipeline.load_lora_weights({_literal(adapter.parent.name)}, weight_name="{adapter.name}")
-image = pipeline({_literal(prompt)}{called}).images[0]
-```
-"""
 
 
 def card_of(folder: Path, adapter: Path) -> str:

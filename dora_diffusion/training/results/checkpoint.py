@@ -22,7 +22,7 @@ from dora_diffusion import system
 from dora_diffusion.adapters.merge import is_finite
 from dora_diffusion.config import ConfigError
 from dora_diffusion.formats.files.atomic import DiskFullError, atomic_file
-from dora_diffusion.training.engine.sharding import gather, local, own_part
+from dora_diffusion.training.engine.accelerator import gather, local, own_part
 
 if TYPE_CHECKING:
     from dora_diffusion.training.session import Session

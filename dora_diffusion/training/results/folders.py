@@ -117,15 +117,8 @@ def _check_subject_folders(config: TrainConfig, output: Path) -> None:
             *(path.name for path in output.glob("checkpoint-*")),
         ):
             _apart(setting, folder, f"the run's {name},", output / name)
-    if config.uses_class_images:
-        _check_class_folder(config, output, photos)
-
-
-def _check_class_folder(config: TrainConfig, output: Path, photos: Path | None) -> None:
-    folder = _folder(config.class_data_dir)
-    if folder is None:
-        return
-    if folder == photos:
+    folder = _folder(config.class_data_dir) if config.uses_class_images else None
+    if folder is not None and folder == photos:
         raise ConfigError(
             f"class_data_dir is the folder of the subject's photos, {folder}; class images show "
             "other members of the class: choose another folder, or leave it out"

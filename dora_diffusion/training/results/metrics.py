@@ -143,14 +143,12 @@ class MetricsLog:
         if path is not None:
             kept = []
             for line, step, loss in _lines(path):
-                if step <= start_step:
-                    kept.append(line)
-                if loss is None:
+                if step > start_step:
+                    self.steps_dropped += loss is not None
                     continue
-                if step <= start_step:
+                kept.append(line)
+                if loss is not None:
                     self.watch.add(step, loss)
-                else:
-                    self.steps_dropped += 1
             save_text(path, "".join(kept))
             self._file = _LineFile(path)
 

@@ -118,17 +118,15 @@ def changed_segments(segments: Sequence[Segment]) -> list[Segment]:
     """The segments with only the settings in which they differ; none for a run of one piece."""
     if len(segments) < 2:
         return []
-    names = {name for segment in segments for name in segment["settings"]}
+    first = segments[0]["settings"]
     differing = {
         name
-        for name in names
-        if any(s["settings"].get(name) != segments[0]["settings"].get(name) for s in segments)
+        for segment in segments
+        for name in first | segment["settings"]
+        if segment["settings"].get(name) != first.get(name)
     }
     return [
-        {
-            "from_step": segment["from_step"],
-            "settings": {k: v for k, v in segment["settings"].items() if k in differing},
-        }
+        segment | {"settings": {k: v for k, v in segment["settings"].items() if k in differing}}
         for segment in segments
     ]
 

@@ -220,15 +220,11 @@ class Validation:
                 if photos
             }
 
-    @property
-    def _every(self) -> int:
-        assert self.config.validation_loss_steps is not None
-        return self.config.validation_loss_steps
-
     def is_due(self, step: int) -> bool:
         """Return whether a step's loss is still to be taken; at the last step it always is."""
-        is_last = step == self.config.max_train_steps
-        return step not in self.losses and (is_last or step % self._every == 0)
+        is_last, every = step == self.config.max_train_steps, self.config.validation_loss_steps
+        assert every is not None
+        return step not in self.losses and (is_last or step % every == 0)
 
     def measure(self, step: int) -> float:
         """Measure the loss of the model as it is after a step. All processes call it."""

@@ -82,21 +82,18 @@ class TrainedAdapters:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by component and path."""
         return self.words.parameters() | {
-            f"{component}.{path}.{name}": parameter
-            for component, model in self.modules.items()
-            for path, layer in adapted_layers(model)
-            for name, parameter in layer.adapters.named_parameters()
+            f"{place}.{name}": parameter
+            for place, adapters in self._adapters()
+            for name, parameter in adapters.named_parameters()
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint: parameters, and where they started and the like."""
-        buffers = {
-            f"{component}.{path}.{name}": buffer
-            for component, model in self.modules.items()
-            for path, layer in adapted_layers(model)
-            for name, buffer in layer.adapters.named_buffers()
+        return self.parameters() | {
+            f"{place}.{name}": buffer
+            for place, adapters in self._adapters()
+            for name, buffer in adapters.named_buffers()
         }
-        return self.parameters() | buffers
 
     def projections(self) -> dict[str, str]:
         """Return the digests of a VeRA's random projections, by component."""
@@ -106,20 +103,20 @@ class TrainedAdapters:
 
     def start(self) -> dict[str, Any]:
         """Return what a resumed run needs of the adapter that this one started from: no file."""
-        return {"origin": dict(self.origin), "alpha": {k: a.alpha for k, a in self._adapters()}}
+        alpha = {place: next(iter(own.values())).alpha for place, own in self._adapters()}
+        return {"origin": dict(self.origin), "alpha": alpha}
 
     def restore_start(self, start: Mapping[str, Any]) -> None:
         """Put back what `start` gave."""
         self.origin.update(start["origin"])
-        for name, adapter in self._adapters():
-            adapter.alpha = start["alpha"][name]
+        for place, own in self._adapters():
+            next(iter(own.values())).alpha = start["alpha"][place]
 
-    def _adapters(self) -> list[tuple[str, Any]]:
-        return [
-            (f"{component}.{path}", next(iter(layer.adapters.values())))
-            for component, model in self.modules.items()
-            for path, layer in adapted_layers(model)
-        ]
+    def _adapters(self) -> Iterator[tuple[str, Any]]:
+        """The adapters of each layer, by component and path."""
+        for component, model in self.modules.items():
+            for path, layer in adapted_layers(model):
+                yield f"{component}.{path}", layer.adapters
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """Parameters by component and role."""
@@ -140,11 +137,9 @@ class TrainedAdapters:
 
         def write(folder: Path, metadata: AdapterMetadata) -> Path:
             adapter = AdapterFile(layers, metadata, tokens=tokens)
-            if self.key_format == "kohya":
-                layout = UNetLayout.from_config(self.components.unet.config)
-                file = folder / KOHYA_FILE
-                return write_adapter(file, adapter, self.key_format, unet_layout=layout)
-            return write_adapter(folder / DIFFUSERS.file_name, adapter, self.key_format)
+            file = folder / (KOHYA_FILE if self.key_format == "kohya" else DIFFUSERS.file_name)
+            layout = UNetLayout.from_config(self.components.unet.config)
+            return write_adapter(file, adapter, self.key_format, unet_layout=layout)
 
         return write
 

@@ -29,8 +29,7 @@ from dora_diffusion.formats.names.modules import canonical
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.precision import dtype_of
 from dora_diffusion.numerics.operation import convolve
-from dora_diffusion.training.engine.optimizer import weight_groups
-from dora_diffusion.training.engine.sharding import (
+from dora_diffusion.training.engine.accelerator import (
     add_up,
     exchange,
     gather,
@@ -38,6 +37,7 @@ from dora_diffusion.training.engine.sharding import (
     local,
     own_part,
 )
+from dora_diffusion.training.engine.optimizer import weight_groups
 from dora_diffusion.training.trainable.adapters import (
     TrainedAdapters,
     Writer,

@@ -50,7 +50,7 @@ Objective.losses = wrong_losses
 """
 _PHOTO = """
 import os
-from dora_diffusion.training.inputs.draws import InputSource
+from dora_diffusion.training.engine.objective import InputSource
 real = InputSource.__call__
 def inputs(self, micro_step):
     if self.process_index == 1 and micro_step == 2:

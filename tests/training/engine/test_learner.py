@@ -16,7 +16,7 @@ from dora_diffusion.data.captions import class_caption
 from dora_diffusion.numerics import loss
 from dora_diffusion.numerics.loss import loss_weight
 from dora_diffusion.training.engine.accelerator import make_accelerator
-from dora_diffusion.training.inputs.draws import draw_inputs
+from dora_diffusion.training.engine.objective import draw_inputs
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.session import Session, open_session
 from tests.training.helpers import accelerator_of_fp16, losses_by, objective_of, open_run

@@ -26,7 +26,7 @@ from dora_diffusion.data.dataset import Batch
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
-from dora_diffusion.training.inputs.draws import StepInputs, draw_inputs
+from dora_diffusion.training.engine.objective import StepInputs, draw_inputs
 from tests.training.helpers import losses_by, objective_of
 
 # A seed whose timesteps are some early, with an SNR above min-SNR's gamma, and some late.

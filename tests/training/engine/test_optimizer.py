@@ -18,13 +18,13 @@ from dora_diffusion.config.learning import LR_SCHEDULES, OPTIMIZERS
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training.engine.optimizer import (
+    FlatParameters,
     build_lr_schedule,
     build_optimizer,
     learning_rates,
     parameter_groups,
     restore_optimizer,
 )
-from dora_diffusion.training.engine.parameters import FlatParameters
 from dora_diffusion.training.loop import train
 from tests.training.helpers import losses, make_config, warnings_of
 

@@ -17,8 +17,11 @@ import torch
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.training.engine.accelerator import make_accelerator, shards_model
-from dora_diffusion.training.engine.sharding import wants_sharding
+from dora_diffusion.training.engine.accelerator import (
+    make_accelerator,
+    shards_model,
+    wants_sharding,
+)
 from dora_diffusion.training.loop import train
 from tests.training.helpers import SAMPLES, losses, make_config
 from tests.waiting import WAIT_SECONDS

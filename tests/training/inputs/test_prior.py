@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dora_diffusion.cli.console.training import TrainProgress, what_trains
-from dora_diffusion.config import ConfigError
+from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.sampling.generate import BrokenImageError
 from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.events import (
@@ -37,10 +37,11 @@ def make(folder, count, told, stop_at=None):
         made.extend(seeds)
         return [Image.new("RGB", (8, 8), "red") for _ in seeds]
 
-    ensure_class_images(
-        folder, ["a dog", "a dog on grass"], count=count, seed=1, identity="x",
-        generate=generate, batch_size=2, on_image=lambda *numbers: told.append(numbers),
-    )  # fmt: skip
+    config = TrainConfig(
+        class_data_dir=str(folder), num_class_images=count, seed=1, sample_batch_size=2
+    )
+    prompts = ["a dog", "a dog on grass"]
+    ensure_class_images(config, prompts, "x", generate, lambda *numbers: told.append(numbers))
 
 
 def test_progress_begins_at_what_is_there_and_ends_at_all(tmp_path):

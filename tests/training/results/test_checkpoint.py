@@ -16,7 +16,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from dora_diffusion.config import ConfigError
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.files.atomic import DiskFullError
-from dora_diffusion.training.engine.learner import Learner
+from dora_diffusion.training.engine.step import Learner
 from dora_diffusion.training.events import StepDone
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.results.checkpoint import (

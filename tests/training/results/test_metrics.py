@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.training.engine.learner import Learner
+from dora_diffusion.training.engine.step import Learner
 from dora_diffusion.training.events import StepDone
 from dora_diffusion.training.loop import TrainingError, train
 from dora_diffusion.training.results import metrics

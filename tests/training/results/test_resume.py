@@ -15,8 +15,8 @@ from PIL import Image
 from dora_diffusion.cli.console.training import TrainProgress
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
 from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.training.engine import objective as inputs
 from dora_diffusion.training.events import StepDone, TrainingStarted
-from dora_diffusion.training.inputs import draws as inputs
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.results.resume import changed_segments, check_same_run
 from tests.training.helpers import (

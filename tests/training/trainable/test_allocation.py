@@ -16,7 +16,7 @@ from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter.file import AdapterMetadata, read_adapter, write_adapter
 from dora_diffusion.numerics.allocation import BudgetSchedule
 from dora_diffusion.training.engine.accelerator import make_accelerator
-from dora_diffusion.training.engine.parameters import FlatParameters
+from dora_diffusion.training.engine.optimizer import FlatParameters
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import open_session

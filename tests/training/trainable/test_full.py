@@ -20,7 +20,7 @@ from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.cli import main as cli
 from dora_diffusion.config import TrainConfig, without_effect
-from dora_diffusion.evaluation.sampling import base_and_adapted
+from dora_diffusion.evaluation.photos import base_and_adapted
 from dora_diffusion.export.files import open_model
 from dora_diffusion.lab.analysis import analyze_weights
 from dora_diffusion.models.load import load_components

@@ -37,7 +37,7 @@ from dora_diffusion.studio.jobs.subjects import StoredSubject, keep_words, read_
 from dora_diffusion.studio.jobs.tasks import NAME_LIMIT, start_training
 from dora_diffusion.studio.jobs.workspace import UserError
 from dora_diffusion.training.inputs.subject import outside_toy_world, subjects_of
-from dora_diffusion.training.results.samples import check_prompts
+from dora_diffusion.training.results.write import check_prompts
 
 _CHOOSE_ANOTHER = "Choose Stable Diffusion 1.5, SDXL or a model of yours under Base model."
 # Whose they are is told by the subject that is chosen: its own are filled in when it is.

@@ -20,9 +20,9 @@ from dora_diffusion.data.dataset import Batch
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.sampling.generate import SamplingSettings, generate_images
+from dora_diffusion.training.engine import objective as training_inputs
 from dora_diffusion.training.engine.accelerator import make_accelerator
-from dora_diffusion.training.inputs import draws as training_inputs
-from dora_diffusion.training.inputs.draws import Conditioner, draw_inputs
+from dora_diffusion.training.engine.objective import Conditioner, draw_inputs
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.session import open_session
 from tests.training.helpers import SAMPLES, open_run

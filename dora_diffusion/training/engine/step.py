@@ -1,35 +1,145 @@
-"""Optimizer steps of one run: its batches, its gradients' limit, its update.
+"""One optimizer step of the runs that train on one model: an adapter for each, mostly one.
 
-Losses and gradients of several runs come from one pass of the model (`training.engine.engine`).
+All rows of all runs go through text encoders and UNet together, each with its run's adapter
+(`adapters.stack`). What else a step is made of each run does for itself (`Learner`): it draws its
+rows, its loss is the mean of its own, and it clips and updates by its own settings. A row depends
+on no other, so that each run's gradient is what it would be alone. A run by itself is a pack of
+one; one that trains the model's own weights has no adapters at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.inject import DetachedAdapters
+from dora_diffusion.adapters.stack import BASE, AdapterStack
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
-from dora_diffusion.training.engine.accelerator import shards_model
-from dora_diffusion.training.engine.objective import Objective
+from dora_diffusion.training.engine.accelerator import (
+    average_gradients,
+    shard,
+    shards_model,
+)
+from dora_diffusion.training.engine.objective import (
+    Conditioner,
+    InputSource,
+    Objective,
+    StepInputs,
+    losses_of,
+    noisy_batches,
+)
 from dora_diffusion.training.engine.optimizer import (
+    FlatParameters,
+    LocalParameters,
+    SteppedParameters,
     build_lr_schedule,
     build_optimizer,
     learning_rates,
     restore_optimizer,
 )
-from dora_diffusion.training.engine.parameters import FlatParameters, SteppedParameters
-from dora_diffusion.training.engine.sharding import LocalParameters, average_gradients, shard
-from dora_diffusion.training.inputs.draws import InputSource, StepInputs
 from dora_diffusion.training.results.metrics import require_finite
 from dora_diffusion.training.trainable.allocation import RankAllocation, build_allocation
 from dora_diffusion.training.trainable.full import FullWeights, TrainedWeights
 from dora_diffusion.training.trainable.words import TrainedWords
+
+Outcome = dict[str, Any] | Exception
+"""The record of a run's step, or what went wrong in it alone: then nothing of it was changed."""
+
+
+class TrainingEngine:
+    """Engine for the steps of several runs.
+
+    Args:
+        learners: What trains; all on one model and one accelerator.
+        adapters: Of each run those on the layers, which are the same ones; None: what is on the
+            model is the only run's.
+
+    Raises:
+        ValueError: If the adapters cannot be trained together.
+    """
+
+    def __init__(
+        self, learners: Sequence[Learner], adapters: Sequence[DetachedAdapters] | None = None
+    ) -> None:
+        self.learners = learners
+        if adapters is None:
+            adapters = [DetachedAdapters.of(*learners[0].modules.values())]
+        layers = [layer for layer, _, _ in adapters[0].layers]
+        each = zip(*(own.of_name() for own in adapters), strict=True)
+        self.stack = AdapterStack(layers, list(each))
+
+    def __call__(self, steps: Sequence[int]) -> list[Outcome]:
+        """Run a step of each run.
+
+        Args:
+            steps: The number of each run's step, from 1.
+        """
+        outcomes: list[Outcome] = [{} for _ in self.learners]
+        losses: list[list[Tensor]] = [[] for _ in self.learners]
+        for learner, step in zip(self.learners, steps, strict=True):
+            learner.begin(step)
+        # No parameter changes inside: every norm is computed once for all that happens here.
+        with self.stack.scope():
+            for turn in range(max(map(_turns, self.learners))):
+                for group in _of_one_size(self._draw(turn, outcomes)):
+                    for k, loss in self._backward(group):
+                        losses[k].append(loss)
+        for k, (learner, step) in enumerate(zip(self.learners, steps, strict=True)):
+            if not isinstance(outcomes[k], Exception):
+                try:
+                    outcomes[k] = learner.update(step, losses[k])
+                except Exception as error:
+                    outcomes[k] = error
+        return outcomes
+
+    def _draw(self, turn: int, outcomes: list[Outcome]) -> dict[int, StepInputs]:
+        """The next batch of each run that has one in this turn of accumulation."""
+        given = {}
+        for k, learner in enumerate(self.learners):
+            if turn < _turns(learner) and not isinstance(outcomes[k], Exception):
+                try:
+                    given[k] = learner.inputs(learner.batches)
+                    learner.batches += 1
+                except Exception as error:
+                    outcomes[k] = error
+        return given
+
+    def _backward(self, group: Mapping[int, StepInputs]) -> Iterator[tuple[int, Tensor]]:
+        """Losses and gradients of batches of one size: ``(total, prior)`` of each, detached."""
+        accelerator, chosen = self.learners[0].accelerator, [self.learners[k] for k in group]
+        own, held = noisy_batches([learner.objective for learner in chosen], list(group.values()))
+        pairs = [*zip(group, own, strict=True), *zip(group, held, strict=True)]
+        rows = [k for k, batch in pairs if batch is not None for _ in batch.inputs.captions]
+        totals = []
+        # Backward inside, since blocks may be recomputed.
+        with self.stack.of(rows):
+            with accelerator.autocast():
+                losses = losses_of(own, held, partial(self.stack.of, BASE))
+                for learner, (subject, prior) in zip(chosen, losses, strict=True):
+                    totals.append(learner.total(subject, prior))
+            shares = [t * (1 / _turns(own)) for own, t in zip(chosen, totals, strict=True)]
+            accelerator.backward(torch.stack(shares).sum())
+        for k, total, (_, prior) in zip(group, totals, losses, strict=True):
+            yield k, torch.stack([total.detach(), prior.detach()])
+
+
+def _turns(learner: Learner) -> int:
+    return learner.config.gradient_accumulation_steps
+
+
+def _of_one_size(given: Mapping[int, StepInputs]) -> Iterator[dict[int, StepInputs]]:
+    """Batches that can be computed together: their latents have one size."""
+    groups: dict[tuple[int, ...], dict[int, StepInputs]] = {}
+    for k, inputs in given.items():
+        groups.setdefault(tuple(inputs.latents.shape[1:]), {})[k] = inputs
+    yield from groups.values()
 
 
 @dataclass
@@ -71,12 +181,6 @@ class Learner:
         process = self.accelerator.process_index
         self.words.train(step <= self.config.word_steps)
         torch.manual_seed(generator_for("step", self.config.seed, step, process).initial_seed())
-
-    def next_inputs(self) -> StepInputs:
-        """Return the inputs of the next batch."""
-        inputs = self.inputs(self.batches)
-        self.batches += 1
-        return inputs
 
     def total(self, subject_loss: Tensor, prior_loss: Tensor) -> Tensor:
         """The loss that is minimised."""
@@ -177,12 +281,13 @@ def build_learner(
             (weights.trained, weights.base) if isinstance(weights, FullWeights) else ({}, {})
         )
         shard(components, weights.modules, trained, base, accelerator)
-    objective = Objective.of(
+    objective = Objective(
         components,
+        Conditioner(components, config.train_text_encoder),
+        components.scheduler.alphas_cumprod.to(components.device),
         weights.base_weights,
-        train_text_encoder=config.train_text_encoder,
-        weightings=config.weightings,
-        words=list(weights.words.parameters().values()),
+        config.weightings,
+        list(weights.words.parameters().values()),
     )
     groups = weights.groups(config)
     parameters = SteppedParameters(groups)
