@@ -1,4 +1,4 @@
-"""An evaluation as a table, as JSON and as a sheet of images."""
+"""An evaluation as a table, as JSON and as a sheet of images; and pages of sections."""
 
 from __future__ import annotations
 

@@ -121,10 +121,37 @@ class Run:
 
     def begin(self) -> None:
         """Prepare the first step: cache, open the log, and sample where that is asked for."""
-        session = self.session
+        session, start = self.session, self.start
         session.cache_ahead(session.total_steps - self.step, self.on_event)
         self.stop.answer_with(SAVING)
-        self.log = self._begin()
+        if self.is_main:
+            clear_folder(self.output_dir, start.step)
+            save_config(session.config, self.output_dir / "config.yaml", start.segments)
+            write_photo_record(self.output_dir, session.dataset.photos)
+        log_file = self.output_dir / METRICS_NAME if self.is_main else None
+        skips = MOST_SKIPPED if session.accelerator.scaler is not None else 0
+        self.log = MetricsLog(log_file, start.step, self._on_step, skips)
+        self.trackers.begin(tracked_settings(session.config))
+        held_out = session.validation.photos if session.validation else ()
+        self.on_event(
+            events.TrainingStarted(
+                step=start.step,
+                total_steps=session.total_steps,
+                resumed_from=start.checkpoint.name if start.checkpoint else None,
+                steps_dropped=self.log.steps_dropped,
+                photos=len(session.dataset),
+                resolutions=session.resolutions,
+                family=session.components.family.title,
+                schedule=str(session.components.schedule),
+                device=str(session.accelerator.device),
+                adapter=session.report,
+                started_from=session.weights.origin.get("init_adapter", ""),
+                trigger=session.trigger,
+                changed=start.changed,
+                unused=start.unused,
+                held_out=tuple(photo.path.name for photo in held_out),
+            )
+        )
         if self.step == 0 and session.config.sample_at_start:
             self._sample(0)
         self._begun = time.perf_counter()
@@ -212,38 +239,6 @@ class Run:
         validation = self.session.validation
         is_exhausted = validation is not None and validation.is_exhausted
         return step >= self.session.total_steps or is_exhausted
-
-    def _begin(self) -> MetricsLog:
-        session, start = self.session, self.start
-        if self.is_main:
-            clear_folder(self.output_dir, start.step)
-            save_config(session.config, self.output_dir / "config.yaml", start.segments)
-            write_photo_record(self.output_dir, session.dataset.photos)
-        log_file = self.output_dir / METRICS_NAME if self.is_main else None
-        skips = MOST_SKIPPED if session.accelerator.scaler is not None else 0
-        log = MetricsLog(log_file, start.step, self._on_step, skips)
-        self.trackers.begin(tracked_settings(session.config))
-        held_out = session.validation.photos if session.validation else ()
-        self.on_event(
-            events.TrainingStarted(
-                step=start.step,
-                total_steps=session.total_steps,
-                resumed_from=start.checkpoint.name if start.checkpoint else None,
-                steps_dropped=log.steps_dropped,
-                photos=len(session.dataset),
-                resolutions=session.resolutions,
-                family=session.components.family.title,
-                schedule=str(session.components.schedule),
-                device=str(session.accelerator.device),
-                adapter=session.report,
-                started_from=session.weights.origin.get("init_adapter", ""),
-                trigger=session.trigger,
-                changed=start.changed,
-                unused=start.unused,
-                held_out=tuple(photo.path.name for photo in held_out),
-            )
-        )
-        return log
 
     def _on_step(self, record: dict[str, Any]) -> None:
         self.trackers.log_step(record)

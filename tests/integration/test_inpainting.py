@@ -235,7 +235,7 @@ def test_a_step_is_the_documented_concatenation(
         content = {"moments": encode_inputs(vae, kind, given)} if cached else {"pixels": given}
     crop = CropRecord((80, 96), (3, 5), (64, 48))
     batch = Batch(["photo"], [PROMPT], [crop], torch.tensor([False]), **content)
-    inputs = draw_inputs(components, batch, seed=5, micro_step=2, first_row=0, noise_offset=0.0)
+    inputs = draw_inputs(components, batch, TrainConfig(seed=5, noise_offset=0.0), 2, 0)
     objective = objective_of(components)
     with torch.no_grad():
         loss, _ = losses_by(objective, inputs)

@@ -118,24 +118,12 @@ class InputSource:
         """The inputs of batch number ``micro_step`` since the start of the run."""
         batch = next(self.batches)
         photos = len(batch) - int(batch.is_prior.sum())
-        return draw_inputs(
-            self.components,
-            batch,
-            seed=self.config.seed,
-            micro_step=micro_step,
-            first_row=self.process_index * photos,
-            noise_offset=self.config.noise_offset,
-        )
+        first_row = self.process_index * photos
+        return draw_inputs(self.components, batch, self.config, micro_step, first_row)
 
 
 def draw_inputs(
-    components: Components,
-    batch: Batch,
-    *,
-    seed: int,
-    micro_step: int,
-    first_row: int,
-    noise_offset: float,
+    components: Components, batch: Batch, config: TrainConfig, micro_step: int, first_row: int
 ) -> StepInputs:
     """Draw the latents, noise and timesteps of a batch.
 
@@ -145,17 +133,17 @@ def draw_inputs(
     Args:
         components: The model.
         batch: Photos first, then the class images of those that have one.
-        seed: The run's seed.
+        config: The run's seed, and how noise and timesteps are drawn.
         micro_step: Number of the batch since the start of the run.
         first_row: Place of this process's first photo in the global batch.
-        noise_offset: See `sample_noise`.
     """
     device, photos = components.device, int((~batch.is_prior).sum())
     vae, family = components.vae, components.family
     # A class image has its photo's number.
     rows_drawn = [*((row, False) for row in range(photos)), *((r, True) for r in batch.partners)]
     generators = [
-        generator_for("draw", seed, micro_step, first_row + row, prior) for row, prior in rows_drawn
+        generator_for("draw", config.seed, micro_step, first_row + row, prior)
+        for row, prior in rows_drawn
     ]
     # Cached moments are on the CPU: there everything is drawn, and sent without waiting.
     moments = batch.moments
@@ -170,7 +158,8 @@ def draw_inputs(
     steps = components.scheduler.config.num_train_timesteps
     timesteps = torch.stack([sample_timestep(steps, generator) for generator in generators])
     shape = (latents.shape[1], latents.shape[2], latents.shape[3])
-    noise = torch.stack([sample_noise(shape, generator, noise_offset) for generator in generators])
+    offset = config.noise_offset
+    noise = torch.stack([sample_noise(shape, generator, offset) for generator in generators])
     mask = None if batch.mask is None else latent_mask(batch.mask, shape[1:])
     ids = time_ids(family, batch.crops)
     drawn = (condition_from_moments(vae, family, *p) for p in zip(rows, generators, strict=True))

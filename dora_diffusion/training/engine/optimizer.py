@@ -24,6 +24,7 @@ from dora_diffusion.training.engine.accelerator import (
     own_part,
 )
 
+Groups = list[dict[str, Any]]
 WORDS = "words"
 """Suffix of the name of a group for new words' vectors."""
 
@@ -210,9 +211,6 @@ def restore_optimizer(optimizer: Any, lr_schedule: Any, state: Mapping[str, Any]
     for group, values, factor in zip(optimizer.param_groups, fresh, plain.lr_lambdas, strict=True):
         group.update(values)
         group["lr"] = values["initial_lr"] * factor(plain.last_epoch)
-
-
-Groups = list[dict[str, Any]]
 
 
 class SteppedParameters:

@@ -123,7 +123,7 @@ class TrainingEngine:
             with accelerator.autocast():
                 losses = losses_of(own, held, partial(self.stack.of, BASE))
                 for learner, (subject, prior) in zip(chosen, losses, strict=True):
-                    totals.append(learner.total(subject, prior))
+                    totals.append(subject + learner.config.prior_loss_weight * prior)
             shares = [t * (1 / _turns(own)) for own, t in zip(chosen, totals, strict=True)]
             accelerator.backward(torch.stack(shares).sum())
         for k, total, (_, prior) in zip(group, totals, losses, strict=True):
@@ -181,10 +181,6 @@ class Learner:
         process = self.accelerator.process_index
         self.words.train(step <= self.config.word_steps)
         torch.manual_seed(generator_for("step", self.config.seed, step, process).initial_seed())
-
-    def total(self, subject_loss: Tensor, prior_loss: Tensor) -> Tensor:
-        """The loss that is minimised."""
-        return subject_loss + self.config.prior_loss_weight * prior_loss
 
     def update(self, step: int, losses: list[Tensor]) -> dict[str, Any]:
         """Clip the gradients that are there, and take the optimizer's step.

@@ -1,4 +1,7 @@
-"""Files that a run leaves in its folder: settings, the adapter or model, and the card."""
+"""Files that a run leaves in its folder: the adapter or model, samples, and the card.
+
+Samples are made at fixed seeds, and saved as labelled sheets: a row per prompt, a column per seed.
+"""
 
 from __future__ import annotations
 

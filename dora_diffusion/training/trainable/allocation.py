@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -100,9 +100,11 @@ class RankAllocation:
         Args:
             step: Its number, counted from 1.
         """
+        parameters = self._parameters
         if self._kept is None:
             if step < self.schedule.last:
-                self._take(self._parameters)
+                gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+                self._sensitivity.update([p.detach() for p in parameters], gradients)
             # The last choice is made up for, where its step was skipped.
             if step < self.schedule.last and not self.schedule.chooses(step):
                 return
@@ -113,10 +115,6 @@ class RankAllocation:
             kept = self._kept
         for diagonal, mask in zip(self._diagonals, kept, strict=True):
             diagonal.masked_fill_(~mask, 0)
-
-    def _take(self, parameters: Sequence[nn.Parameter]) -> None:
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        self._sensitivity.update([p.detach() for p in parameters], gradients)
 
     def importance(self) -> list[Tensor]:
         """Return the importance of each layer's triplets, ``(r,)``."""

@@ -267,7 +267,12 @@ def select_weights(components: Components, config: TrainConfig) -> FullWeights:
         parameter.requires_grad_(True)
     is_image_free = any(subject.is_image_free for subject in config.subjects)
     base = {n: p.detach().clone() for n, p in trained.items()} if is_image_free else {}
-    report = _report(components, config, trained)
+    count = sum(parameter.numel() for parameter in trained.values())
+    with open_model(BaseModel(components.source, config.variant)) as stored:
+        specs = MergedModel(stored, (), _dtype(config)).specs
+        size = sum(spec.nbytes for spec in specs.values())
+    checkpoint = size + count * (4 + _MOMENTS[config.optimizer_name])
+    report = FullReport(len(trained), count, size, checkpoint)
     _check_disk(config, report)
     return FullWeights(components, modules, trained, config, report, base)
 
@@ -294,17 +299,6 @@ def _parameters(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Par
         for path in match_targets(model, targets)
         for name, parameter in model.get_submodule(path).named_parameters()
     }
-
-
-def _report(
-    components: Components, config: TrainConfig, trained: Mapping[str, nn.Parameter]
-) -> FullReport:
-    count = sum(parameter.numel() for parameter in trained.values())
-    with open_model(BaseModel(components.source, config.variant)) as model:
-        written = MergedModel(model, (), _dtype(config))
-        size = sum(spec.nbytes for spec in written.specs.values())
-    checkpoint = size + count * (4 + _MOMENTS[config.optimizer_name])
-    return FullReport(len(trained), count, size, checkpoint)
 
 
 def _dtype(config: TrainConfig) -> torch.dtype | None:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
-from dora_diffusion.config import AdapterConfig
+from dora_diffusion.config import AdapterConfig, TrainConfig
 from dora_diffusion.data.crops import CropRecord
 from dora_diffusion.data.dataset import Batch
 from dora_diffusion.models.load import load_components
@@ -83,9 +83,7 @@ def test_every_row_is_one_photo_with_its_own_caption_crop_and_mask(
     shapes, vae = set(), session.components.vae
     for _ in range(4):
         batch = next(session.learner.inputs.batches)
-        inputs = draw_inputs(
-            session.components, batch, seed=0, micro_step=0, first_row=0, noise_offset=0.0
-        )
+        inputs = draw_inputs(session.components, batch, TrainConfig(seed=0, noise_offset=0.0), 0, 0)
         for row, caption in enumerate(batch.captions):
             path = files[caption]
             image = Image.open(path).convert("RGB")
@@ -126,7 +124,7 @@ def test_sizes_of_large_photos_stay_exact(sdxl_folder) -> None:
         moments=torch.zeros(1, 8, 16, 12),
     )
     components = load_components(sdxl_folder, dtype=torch.bfloat16)
-    inputs = draw_inputs(components, batch, seed=0, micro_step=0, first_row=0, noise_offset=0.0)
+    inputs = draw_inputs(components, batch, TrainConfig(seed=0, noise_offset=0.0), 0, 0)
     assert inputs.time_ids.tolist() == [[4001, 3003, 2049, 257, 128, 96]]
 
 

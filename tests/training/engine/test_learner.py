@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.scope import norm_scope
+from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.learning import WEIGHTINGS
 from dora_diffusion.data.captions import class_caption
 from dora_diffusion.numerics import loss
@@ -94,8 +95,7 @@ def by_hand(session: Session, image_free: bool) -> list[torch.Tensor]:
         held = [class_caption(c, "sks", "mug") for c in batch.captions] if image_free else ()
         batch = replace(batch, class_captions=held)
         inputs = draw_inputs(
-            session.components, batch, seed=3, micro_step=micro_step, first_row=0,
-            noise_offset=0.1,
+            session.components, batch, TrainConfig(seed=3, noise_offset=0.1), micro_step, 0,
         )  # fmt: skip
         with norm_scope(*session.weights.modules.values()):
             subject, prior = losses_by(objective, inputs)

@@ -19,7 +19,7 @@ from torch import Tensor
 from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
-from dora_diffusion.config import AdapterConfig
+from dora_diffusion.config import AdapterConfig, TrainConfig
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.data.crops import CropRecord
 from dora_diffusion.data.dataset import Batch
@@ -129,10 +129,9 @@ def ours(components: Components, case: Case, batch: Batch) -> tuple[StepInputs, 
     inputs = draw_inputs(
         components,
         batch,
-        seed=SEED,
-        micro_step=MICRO_STEP,
-        first_row=FIRST_ROW,
-        noise_offset=case.noise_offset,
+        TrainConfig(seed=SEED, noise_offset=case.noise_offset),
+        MICRO_STEP,
+        FIRST_ROW,
     )
     objective = objective_of(
         components, train_text_encoder=case.text_encoders, snr_gamma=case.snr_gamma
@@ -328,7 +327,7 @@ def test_a_batch_is_its_parts(sd1_folder) -> None:
         is_prior=batch.is_prior[2:], pixels=batch.pixels[2:],
     )  # fmt: skip
     last = draw_inputs(
-        components, part, seed=SEED, micro_step=MICRO_STEP, first_row=FIRST_ROW + 2, noise_offset=0
+        components, part, TrainConfig(seed=SEED, noise_offset=0), MICRO_STEP, FIRST_ROW + 2
     )
     for name in ("noise", "timesteps"):
         assert torch.equal(getattr(last, name), getattr(whole, name)[2:])
@@ -359,10 +358,8 @@ def test_a_batch_of_subjects_is_the_mean_of_its_rows(sdxl_folder) -> None:
     losses = []
     objective = objective_of(components, snr_gamma=case.snr_gamma)
     for place, single in enumerate(alone):
-        inputs = draw_inputs(
-            components, single, seed=SEED, micro_step=MICRO_STEP, first_row=FIRST_ROW + place,
-            noise_offset=0.0,
-        )  # fmt: skip
+        first_row = FIRST_ROW + place
+        inputs = draw_inputs(components, single, TrainConfig(seed=SEED), MICRO_STEP, first_row)
         with torch.no_grad(), norm_scope(*components.adaptable().values()):
             losses.append([float(loss) for loss in losses_by(objective, inputs)])
     assert losses[0][1] == 0 < losses[1][1]
