@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_diffusion.data.sheets import center_square
+from dora_diffusion.evaluation.denoising import HeldOutImages
 from dora_diffusion.evaluation.measures import LEAKAGE, Scores, Values, similarities
 from dora_diffusion.evaluation.photos import OnStep, base_and_adapted, first_round, sample
 from dora_diffusion.evaluation.ranking import SEED, EvaluationPrompts, few_requests
