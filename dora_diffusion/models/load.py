@@ -137,7 +137,8 @@ def _load(
     family = detect_folder_family(source) if file is None else file.family
     configured = [by_scheduler(read_json(given / _SCHEDULER))] if given else usual_of(family)
     stated = (configured, ()) if file is None else (file.statements(), configured)
-    schedule = choose_schedule(str(base.path), statements_on(base, *stated, adapters))
+    said = statements_on(base, stated[0], stated[1], adapters)
+    schedule = choose_schedule(str(base.path), said)
     require_prediction(source.name, family, schedule)
     folder = given or released_folder(family, schedule.prediction_type)
     kinds, index = module_classes(family), read_json(folder / "model_index.json")
