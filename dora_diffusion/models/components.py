@@ -159,10 +159,8 @@ class Components:
 
     def adaptable(self) -> dict[str, nn.Module]:
         """The modules that adapters may be injected into, by component name."""
-        return {
-            "unet": self.unet,
-            **dict(zip(self.family.text_encoder_names, self.text_encoders, strict=True)),
-        }
+        encoders = zip(self.family.text_encoder_names, self.text_encoders, strict=True)
+        return {"unet": self.unet, **dict(encoders)}
 
     def modules(self) -> dict[str, nn.Module]:
         """Every module by component name."""
@@ -239,7 +237,11 @@ class Components:
         )
         pipeline.set_progress_bar_config(disable=True)
         # Diffusers' own finds words of several vectors in lower case only.
-        pipeline.maybe_convert_prompt = _write_out
+        pipeline.maybe_convert_prompt = lambda prompt, tokenizer: (
+            write_out_words(tokenizer, prompt)
+            if isinstance(prompt, str)
+            else [write_out_words(tokenizer, text) for text in prompt]
+        )
         return pipeline
 
     def sampling_scheduler(self, name: str | None = None) -> Any:
@@ -257,9 +259,7 @@ class Components:
         chosen = SamplingScheduler(own_class, "") if name is None else SCHEDULERS[name]
         # Latents are not confined to [-1, 1]; a scheduler's default clips them, and the first
         # schedule step of the released models is offset by one.
-        config |= {"clip_sample": False, "steps_offset": 1} | dict(
-            chosen.settings if chosen else {}
-        )
+        config |= {"clip_sample": False, "steps_offset": 1, **chosen.settings}
         config.setdefault("set_alpha_to_one", False)
         class_name = chosen.class_name
         if config.get("rescale_betas_zero_snr"):
@@ -282,12 +282,6 @@ class Components:
         modules = self.modules()
         parts = [fingerprint(modules[name]) for name in components or sorted(modules)]
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
-
-
-def _write_out(prompt: str | list[str], tokenizer: Any) -> str | list[str]:
-    if isinstance(prompt, str):
-        return write_out_words(tokenizer, prompt)
-    return [write_out_words(tokenizer, text) for text in prompt]
 
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:

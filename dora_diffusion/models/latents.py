@@ -70,21 +70,13 @@ def latents_from_moments(
 
     posterior = DiagonalGaussianDistribution(moments[:, : 2 * vae.config.latent_channels])
     drawn: Tensor = posterior.mode() if generator is None else posterior.sample(generator)
-    shift, divisor = _statistics(vae, drawn)
-    return (drawn - shift) / divisor * float(vae.config.scaling_factor)
-
-
-def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The shift and the divisor of raw latents, broadcastable to ``(B, C, h, w)``.
-
-    Some autoencoders give one shift, others a mean and standard deviation per channel.
-    """
-    mean = getattr(vae.config, "latents_mean", None)
-    std = getattr(vae.config, "latents_std", None)
-    shift: Any = getattr(vae.config, "shift_factor", None) or 0.0
+    # Some autoencoders give one shift, others a mean and standard deviation per channel.
+    mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
+    shift = drawn.new_tensor(getattr(vae.config, "shift_factor", None) or 0.0)
+    divisor = drawn.new_tensor(1.0)
     if mean is not None and std is not None:
-        return like.new_tensor(mean).view(1, -1, 1, 1), like.new_tensor(std).view(1, -1, 1, 1)
-    return like.new_tensor(shift), like.new_tensor(1.0)
+        shift, divisor = (drawn.new_tensor(each).view(1, -1, 1, 1) for each in (mean, std))
+    return (drawn - shift) / divisor * float(vae.config.scaling_factor)
 
 
 def predict(

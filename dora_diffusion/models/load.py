@@ -73,10 +73,7 @@ _SCHEDULER = Path("scheduler") / "scheduler_config.json"
 
 
 def load_components(
-    model: AnyModel,
-    *,
-    dtype: torch.dtype = torch.float32,
-    adapters: Sequence[AdapterMetadata] = (),
+    model: AnyModel, *, dtype: torch.dtype = torch.float32, adapters: Sequence[AdapterMetadata] = ()
 ) -> Components:
     """Load a model, frozen and in evaluation mode, on the CPU.
 
@@ -136,18 +133,18 @@ def _load(
         given = None if base.model_config is None else resolve_folder(base.model_config)
     family = detect_folder_family(source) if file is None else file.family
     configured = [by_scheduler(read_json(given / _SCHEDULER))] if given else usual_of(family)
-    stated = (configured, ()) if file is None else (file.statements(), configured)
-    said = statements_on(base, stated[0], stated[1], adapters)
-    schedule = choose_schedule(str(base.path), said)
+    own = configured if file is None else file.statements()
+    usual = [] if file is None else configured
+    schedule = choose_schedule(str(base.path), statements_on(base, own, usual, adapters))
     require_prediction(source.name, family, schedule)
     folder = given or released_folder(family, schedule.prediction_type)
     kinds, index = module_classes(family), read_json(folder / "model_index.json")
 
     def load(part: str) -> Any:
-        own = _vae_dtype(folder / part, dtype, family) if part == "vae" else dtype
+        kept = _vae_dtype(folder / part, dtype, family) if part == "vae" else dtype
         if file is not None:
-            return _module_of_file(file, folder, part, kinds[part], own)
-        return _module_of_folder(folder / part, part, kinds[part], own, base.variant)
+            return _module_of_file(file, folder, part, kinds[part], kept)
+        return _module_of_folder(folder / part, part, kinds[part], kept, base.variant)
 
     return Components(
         family=family,
@@ -159,7 +156,7 @@ def _load(
         asked=base,
         zeros_for_empty_prompt=family.zeros_for_empty_prompt(index),
         source=str(source),
-        stated=stated,
+        stated=(own, usual),
         **_schedulers(read_json(folder / _SCHEDULER), schedule),
         **_reading(source),
     )

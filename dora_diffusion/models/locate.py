@@ -12,7 +12,6 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.families import (
@@ -56,7 +55,11 @@ def resolve_folder(model: AnyModel, *, local_only: bool = False) -> Path:
     base = BaseModel.of(model)
     text, variant = os.path.expanduser(base.path), base.variant
     if text.startswith(EMBEDDED_PREFIX):
-        return _embedded_folder(text.removeprefix(EMBEDDED_PREFIX))
+        name = text.removeprefix(EMBEDDED_PREFIX)
+        try:
+            return _checked_folder(embedded.model_folder(name))
+        except ValueError as error:
+            raise ModelNotFoundError(f"no embedded model is called {name!r}: {error}") from error
     if Path(text).is_dir():
         return _checked_folder(Path(text))
     if looks_local(text):
@@ -65,7 +68,8 @@ def resolve_folder(model: AnyModel, *, local_only: bool = False) -> Path:
             "a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5, or embedded:NAME"
         )
     allow = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
-    allow += [f"{folder}/{file}" for folder in WEIGHT_COMPONENTS for file in _weights(variant)]
+    weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
+    allow += [f"{folder}/{file}" for folder in WEIGHT_COMPONENTS for file in ("*.json", weights)]
     ignore = [] if variant else ["*.fp16.*", "*.fp16-*", "*non_ema*", "*.bf16.*"]
     return _checked_folder(fetch_snapshot(text, base.revision, allow, ignore, local_only))
 
@@ -87,11 +91,7 @@ def resolve_adapter(name: str | Path) -> Path:
 
 
 def fetch_snapshot(
-    name: str,
-    revision: str | None,
-    allow: list[str],
-    ignore: list[str],
-    local_only: bool = False,
+    name: str, revision: str | None, allow: list[str], ignore: list[str], local_only: bool = False
 ) -> Path:
     """Download the allowed files of a hub id, or find them in the cache (``local_only``: there).
 
@@ -104,48 +104,34 @@ def fetch_snapshot(
     # The hub library names its failures well: each has one remedy, and none is worth a traceback.
     remedies: list[tuple[type[Exception], str]] = [
         (errors.GatedRepoError, "it is gated: accept its terms on its page, then set HF_TOKEN"),
-        (
-            errors.RepositoryNotFoundError,
-            "the hub has no such model (private ones need HF_TOKEN)",
-        ),
+        (errors.RepositoryNotFoundError, "the hub has no such model (private ones need HF_TOKEN)"),
         (errors.RevisionNotFoundError, f"the hub's model has no revision {revision!r}"),
         (errors.HFValidationError, "it is neither a local folder nor a valid hub id"),
     ]
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=allow,
-                ignore_patterns=ignore,
-                local_files_only=local_only,
-            )
-        )
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=allow, ignore_patterns=ignore,
+            local_files_only=local_only,
+        )  # fmt: skip
+        return Path(folder)
     except Exception as error:
         for kind, remedy in remedies:
             if isinstance(error, kind):
                 raise ModelNotFoundError(f"{name} cannot be used: {remedy}") from error
         if not isinstance(error, (OSError, errors.HfHubHTTPError)) and not is_network_error(error):
             raise
-        raise ModelNotFoundError(_unreachable(name)) from error
+        problem = "the hub could not be reached; check the network, give a local folder"
+        if is_offline():
+            problem = "HF_HUB_OFFLINE is set; unset it to download the model, give a local folder"
+        raise ModelNotFoundError(
+            f"{name} is not a local folder, not in the hub's cache, and {problem}, or use an "
+            "embedded model (embedded:NAME)"
+        ) from error
 
 
 def is_network_error(error: Exception) -> bool:
     """Return whether an HTTP client raised it; the client depends on the hub library's version."""
     return type(error).__module__.split(".")[0] in _CLIENTS
-
-
-def _unreachable(name: str) -> str:
-    tried = f"{name} is not a local folder, not in the hub's cache"
-    if is_offline():
-        return (
-            f"{tried}, and HF_HUB_OFFLINE is set; unset it to download the model, give a local "
-            "folder, or use an embedded model (embedded:NAME)"
-        )
-    return (
-        f"{tried}, and the hub could not be reached; check the network, give a local folder, "
-        "or use an embedded model (embedded:NAME)"
-    )
 
 
 def is_offline() -> bool:
@@ -159,17 +145,6 @@ def is_offline() -> bool:
 def looks_local(name: str) -> bool:
     """Return whether a name can only be a path: absolute, with leading dots, or with many parts."""
     return not HUB_ID.match(name) or name.startswith((".", "~")) or name.endswith(".safetensors")
-
-
-def _weights(variant: str | None) -> list[str]:
-    return ["*.json", f"*.{variant}*.safetensors" if variant else "*.safetensors"]
-
-
-def _embedded_folder(name: str) -> Path:
-    try:
-        return _checked_folder(embedded.model_folder(name))
-    except ValueError as error:
-        raise ModelNotFoundError(f"no embedded model is called {name!r}: {error}") from error
 
 
 def _checked_folder(folder: Path) -> Path:
@@ -236,20 +211,15 @@ def folder_of(name: str) -> Path | None:
 @functools.lru_cache(maxsize=256)
 def _folder_info(folder: Path, modified: int) -> ModelInfo:
     family = detect_folder_family(folder)
-    unet, vae = (_config(folder / part) for part in ("unet", "vae"))
+    files = [folder / part / "config.json" for part in ("unet", "vae")]
+    unet, vae = (json.loads(file.read_text("utf-8")) if file.is_file() else {} for file in files)
     side = unet.get("sample_size")
     pixels = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
-    widths = unet.get("block_out_channels", [320])
     return ModelInfo(
         family.name,
         side * pixels if isinstance(side, int) else family.default_resolution,
-        widths[0] == 320,
+        unet.get("block_out_channels", [320])[0] == 320,
     )
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 @functools.lru_cache(maxsize=256)

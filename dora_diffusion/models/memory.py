@@ -143,20 +143,15 @@ def describe_device() -> Device:
     )
 
 
-def _free_memory(kind: str) -> float | None:
+def _free_memory(kind: str) -> float:
     """Free memory for a device in GiB: its own, or what it may take of the machine's."""
-    free = devices.free_device_memory(kind)
-    if free is not None:
-        return free / 2**30
-    limit, machine = devices.memory_limit(kind), free_machine_memory()
-    return machine if machine is None or limit is None else min(machine, limit / 2**30)
-
-
-def free_machine_memory() -> float:
-    """The machine's free memory in GiB."""
     import psutil
 
-    return float(psutil.virtual_memory().available) / 2**30
+    free = devices.free_device_memory(kind)
+    if free is None:
+        free, limit = psutil.virtual_memory().available, devices.memory_limit(kind)
+        free = free if limit is None else min(free, limit)
+    return float(free) / 2**30
 
 
 def fitting_settings(
@@ -251,15 +246,16 @@ def what_would_fit(
     changed = dict(settings)
     if changed["mixed_precision"] == "auto":
         changed["mixed_precision"] = auto_precision(device)
-    for name, value in (
-        ("offload", "auto"), ("mixed_precision", half), ("gradient_checkpointing", True),
-    ):  # fmt: skip
-        saves = {
-            "offload": changed.get("offload") == "none" and devices.has_own_memory(device.kind),
-            "mixed_precision": changed["mixed_precision"] == "no" != value,
-            "gradient_checkpointing": not changed["gradient_checkpointing"],
-        }
-        if saves[name]:
+    for name, value, saves in (
+        (
+            "offload",
+            "auto",
+            changed.get("offload") == "none" and devices.has_own_memory(device.kind),
+        ),
+        ("mixed_precision", half, changed["mixed_precision"] == "no" != half),
+        ("gradient_checkpointing", True, not changed["gradient_checkpointing"]),
+    ):
+        if saves:
             changes.append(f"{name} {'on' if value is True else value}")
             changed[name] = value
         if changes and _fits(family, resolution, changed, device, batch):

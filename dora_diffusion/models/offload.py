@@ -87,22 +87,18 @@ def place(components: Components, device: torch.device | str, offload: str) -> C
 
 def computing_device(module: nn.Module) -> torch.device:
     """Return the device of a module's inputs: its own, or that it is brought to when called."""
-    brought_to: torch.device | None = getattr(
-        getattr(module, "_hf_hook", None), "execution_device", None
-    )
+    hook = getattr(module, "_hf_hook", None)
+    brought_to: torch.device | None = getattr(hook, "execution_device", None)
     return brought_to or next(module.parameters()).device
 
 
 @contextmanager
 def on_device(device: torch.device, *modules: nn.Module) -> Iterator[None]:
     """Move the frozen part of modules to a device inside the block, and back after it."""
-    homes = _homes(modules)
-    try:
+    with _back_home(modules):
         for module in modules:
             move_frozen(module, device)
         yield
-    finally:
-        _send_home(homes)
 
 
 @contextmanager
@@ -121,7 +117,7 @@ def in_turns(components: Components, device: torch.device, scope: Scope) -> Iter
 
     modules = list(components.modules().values())
     with ExitStack() as stack:
-        stack.callback(_send_home, _homes(modules))
+        stack.enter_context(_back_home(modules))
         arrival = _arrival(components, device, scope, stack)
         for module in modules:
             stack.callback(_remove_hook, module, vars(module).get("forward"))
@@ -177,13 +173,15 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _homes(modules: Sequence[nn.Module]) -> list[tuple[Tensor, torch.device]]:
-    return [(tensor, tensor.device) for module in modules for tensor in _tensors(module)]
-
-
-def _send_home(homes: Sequence[tuple[Tensor, torch.device]]) -> None:
-    for tensor, device in homes:
-        _move(tensor, device)
+@contextmanager
+def _back_home(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put all tensors of modules where they were, at the end."""
+    homes = [(tensor, tensor.device) for module in modules for tensor in _tensors(module)]
+    try:
+        yield
+    finally:
+        for tensor, device in homes:
+            _move(tensor, device)
 
 
 def _move(tensor: Tensor, device: torch.device) -> None:

@@ -143,32 +143,19 @@ def encode_prompts(
 
 def _joined(chunks: Conditioning, counts: Sequence[int]) -> Conditioning:
     """The chunks of each prompt side by side, with the pooled output of its first."""
-    starts = [sum(counts[:row]) for row in range(len(counts))]
-    states = chunks.encoder_hidden_states.split(list(counts))
+    rows = [chunks[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(len(counts))]
     return Conditioning.cat(
-        [
-            Conditioning(own.flatten(0, 1)[None], chunks[start].pooled)
-            for own, start in zip(states, starts, strict=True)
-        ]
+        [Conditioning(own.encoder_hidden_states.flatten(0, 1)[None], own[0].pooled) for own in rows]
     )
 
 
 def chunk_count(components: Components, prompt: str, adapter: str | None = None) -> int:
     """The chunks that an adapter's prompt is read in, of the tokenizer that makes most of it."""
-    encoders = zip(components.text_encoders, components.tokenizers, strict=True)
-    contents = (
-        _content(tokenizer, write_out_words(tokenizer, prompt, own_words(encoder, adapter)))
-        for encoder, tokenizer in encoders
-    )
-    sizes = map(_chunk_size, components.tokenizers)
-    counts = [
-        max(1, -(-len(ids) // size)) for (_, ids, _), size in zip(contents, sizes, strict=True)
-    ]
-    return min(max(counts), components.most_chunks or max(counts))
-
-
-def _chunk_size(tokenizer: Any) -> int:
-    return int(tokenizer.model_max_length) - 2
+    most = 1
+    for encoder, tokenizer in zip(components.text_encoders, components.tokenizers, strict=True):
+        text = write_out_words(tokenizer, prompt, own_words(encoder, adapter))
+        most = max(most, -(-len(_content(tokenizer, text)[1]) // (tokenizer.model_max_length - 2)))
+    return min(most, components.most_chunks or most)
 
 
 def _content(tokenizer: Any, text: str) -> tuple[int, list[int], int]:
@@ -179,7 +166,7 @@ def _content(tokenizer: Any, text: str) -> tuple[int, list[int], int]:
 
 def _tokenize_chunks(tokenizer: Any, prompts: Sequence[str], counts: Sequence[int]) -> Any:
     """``input_ids`` and ``attention_mask`` of all chunks, ``(sum of counts, tokens)``."""
-    rows, size = [], _chunk_size(tokenizer)
+    rows, size = [], tokenizer.model_max_length - 2
     for prompt, count in zip(prompts, counts, strict=True):
         start, ids, end = _content(tokenizer, prompt)
         rows += [[start, *ids[size * k : size * (k + 1)], end] for k in range(count)]
@@ -194,12 +181,9 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Any:
 
     Padded and cut to the tokenizer's limit.
     """
+    length = tokenizer.model_max_length
     return tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )
 
 
@@ -242,10 +226,7 @@ def encode_negative(
 
 
 def truncated_text(
-    tokenizer: Any,
-    prompt: str,
-    most_chunks: int | None = 1,
-    own: Mapping[str, str] | None = None,
+    tokenizer: Any, prompt: str, most_chunks: int | None = 1, own: Mapping[str, str] | None = None
 ) -> str:
     """The end of the prompt that does not fit the token limit, or an empty string.
 
@@ -258,7 +239,7 @@ def truncated_text(
     if most_chunks is None:
         return ""
     _, ids, _ = _content(tokenizer, write_out_words(tokenizer, prompt, own))
-    cut = str(tokenizer.decode(ids[_chunk_size(tokenizer) * most_chunks :])).strip()
+    cut = str(tokenizer.decode(ids[(tokenizer.model_max_length - 2) * most_chunks :])).strip()
     for word, name in (own or {}).items():
         cut = cut.replace(name, word)
     return cut

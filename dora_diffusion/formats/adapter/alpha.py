@@ -40,27 +40,43 @@ AI_TOOLKIT = AssumedAlpha(
 
 
 def alpha_rule(
-    metadata: Mapping[str, str], config: Mapping[str, Any] | None
-) -> tuple[AlphaOf, Note]:
+    metadata: Mapping[str, str], config: Mapping[str, Any] | None, given: float | None, says: bool
+) -> tuple[AlphaOf, Note | None]:
     """Return the rule for the effective alpha of a layer, given its name and rank.
 
     Args:
         metadata: The file's metadata.
         config: The ``adapter_config.json`` of a PEFT folder, None for another file.
+        given: What it was trained with, for a file that lost it.
+        says: Whether its layout is such that it was not lost.
 
     Returns:
         The rule, and what is to be said of layers that do not hold their alpha.
 
     Raises:
-        AdapterFormatError: Here or from the rule, if what should tell it is damaged.
+        AdapterFormatError: Here or from the rule, if what should tell it is damaged; or if alpha
+            is given and was not lost.
     """
+    says = says or OWN + "target" in metadata or DIFFUSERS_METADATA in metadata
+    says = says or "lora_alpha" in (config or {})
+    if says and given is not None:
+        raise AdapterFormatError("its alpha was not lost: the file says it; give none")
+    if given is not None and not 0 < given < math.inf:
+        raise AdapterFormatError(
+            f"alpha {given:g} was given; give the number above 0 that it was trained with"
+        )
+    alpha_of, note = _stated_rule(metadata, config)
+    return alpha_of, None if says or given is not None else note
+
+
+def _stated_rule(
+    metadata: Mapping[str, str], config: Mapping[str, Any] | None
+) -> tuple[AlphaOf, Note]:
     patterns = NamePatterns()
     if config is not None:
-
-        def of_config(name: str, rank: int) -> float:
-            return _peft_alpha(config, split_component(name)[1], rank, patterns)
-
-        return of_config, NO_ALPHA
+        return (
+            lambda name, rank: _peft_alpha(config, split_component(name)[1], rank, patterns)
+        ), NO_ALPHA
     if DIFFUSERS_METADATA not in metadata:
         return _alpha_by_training(metadata)
     packed = json_object(metadata[DIFFUSERS_METADATA], f"its {DIFFUSERS_METADATA}")
@@ -71,18 +87,12 @@ def alpha_rule(
     def alpha_of(name: str, rank: int) -> float:
         component, path = split_component(name)
         start = f"{component}."
-        config = {k.removeprefix(start): v for k, v in packed.items() if k.startswith(start)}
-        if not config:
+        own = {k.removeprefix(start): v for k, v in packed.items() if k.startswith(start)}
+        if not own:
             raise AdapterFormatError(f"its {DIFFUSERS_METADATA} says nothing of the {component}")
-        return _peft_alpha(config, path, rank, patterns)
+        return _peft_alpha(own, path, rank, patterns)
 
     return alpha_of, NO_ALPHA
-
-
-def says_alpha(metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> bool:
-    """Return whether a config or metadata state the alpha for certain, so that it was not lost."""
-    ours = OWN + "target" in metadata
-    return ours or DIFFUSERS_METADATA in metadata or "lora_alpha" in (config or {})
 
 
 def refuse_changed_base(start: object) -> None:

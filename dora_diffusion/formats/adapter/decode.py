@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -18,13 +18,19 @@ from dora_diffusion.formats.adapter.alpha import (
     AlphaOf,
     AssumedAlpha,
     alpha_rule,
-    says_alpha,
 )
 from dora_diffusion.formats.adapter.magnitude import Magnitude, resolve_axes
 from dora_diffusion.formats.adapter.metadata import OWN, UNET_LAYERS, described
+from dora_diffusion.formats.adapter.stored import StoredFile
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, kinds_of, module_shapes
 from dora_diffusion.formats.layouts.dotted import PEFT_PREFIX
-from dora_diffusion.formats.layouts.layout import AdapterFormatError, AdapterLayout, Groups, Part
+from dora_diffusion.formats.layouts.layout import (
+    AdapterFormatError,
+    AdapterLayout,
+    Groups,
+    Part,
+    Shapes,
+)
 from dora_diffusion.formats.layouts.other import group_keys
 from dora_diffusion.formats.names.kohya import (
     is_kohya_name,
@@ -33,87 +39,70 @@ from dora_diffusion.formats.names.kohya import (
     name_resolver,
 )
 from dora_diffusion.formats.names.modules import UNetLayout, split_prefix
-from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis
+from dora_diffusion.numerics.weights import LayerKind, LayerWeights
 
 Layers = dict[str, LayerWeights]
 
 
 def decode_layers(
     layout: AdapterLayout,
+    file: StoredFile,
     tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    base: ModelWeights | None = None,
-    *,
-    component: str | None = None,
-    config: Mapping[str, Any] | None = None,
-    alpha: float | None = None,
-    beside: Layers | None = None,
-) -> tuple[Layers, list[str]]:
+    base: ModelWeights | None,
+    component: str | None,
+    alpha: float | None,
+    sums: bool,
+) -> tuple[Layers, Layers, list[str]]:
     """Layers of one file, in float32.
 
     Args:
         layout: The file's layout.
-        tensors: The file's tensors.
-        metadata: The file's metadata.
+        file: The file.
+        tensors: Its tensors without its tokens.
         base: The base model. Each layer must be among its modules, which tell 1x1 convolutions and
             Linear layers apart; its weights tell the axis of magnitudes whose shape does not.
         component: Component of a PEFT folder's names.
-        config: A PEFT folder's ``adapter_config.json``.
         alpha: What it was trained with, for a file that lost it.
-        beside: Gets the plain LoRA layers that are to be added to an ai-toolkit DoRA with alpha
-            other than its rank; without it such a file is refused.
+        sums: Read an ai-toolkit DoRA with alpha other than its rank, instead of refusing it.
 
     Returns:
-        The layers, and a line for each thing that was found broken and repaired.
+        The layers; the plain LoRA layers that are to be added to those of such a DoRA; and a line
+        for each thing that was found broken and repaired.
 
     Raises:
         AdapterFormatError: For what is left over, lacks a factor, is not finite, or does not fit.
     """
-    says = _says_alpha(layout, metadata, config, alpha)
-    shapes = None if base is None else module_shapes(base)
-    unet = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
+    metadata, shapes = file.metadata, None if base is None else module_shapes(base)
+    alpha_of, without_alpha = alpha_rule(metadata, file.config, alpha, layout.says_alpha)
     groups = layout.group(tensors, metadata, shapes)
-    groups = groups or group_keys(tensors, name_resolver(shapes, unet), component)
+    if not groups:
+        unet = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
+        groups = group_keys(tensors, name_resolver(shapes, unet), component)
     notes = key_notes(tensors) if component is None else []
-    alpha_of, without_alpha = alpha_rule(metadata, config)
-    if not says and alpha is None and any("alpha" not in parts for parts in groups.values()):
-        is_ai_toolkit = any(
-            key.is_ai_toolkit for parts in groups.values() for key in parts.values()
-        )
+    if without_alpha and any("alpha" not in parts for parts in groups.values()):
+        is_ai_toolkit = any(k.is_ai_toolkit for parts in groups.values() for k in parts.values())
         notes.append(AI_TOOLKIT if is_ai_toolkit else without_alpha)
-    layers, magnitudes = _read_parts(tensors, groups, alpha_of, alpha, beside)
+    layers, magnitudes, beside = _read_parts(tensors, groups, alpha_of, alpha, sums)
     axes = resolve_axes(magnitudes, metadata.get(OWN + "norm_axis", ""), base, notes)
     for name, magnitude in magnitudes.items():
-        layers[name] = _with_magnitude(name, layers[name], magnitude, axes[name])
+        values = magnitude.tensor.flatten()
+        with _named(name):
+            layers[name] = dataclasses.replace(layers[name], magnitude=values, norm_axis=axes[name])
     layers = {name: _without_padding(name, layer, metadata) for name, layer in layers.items()}
-    layers = split_joined(layers, notes)
-    if beside:
-        split = split_joined(beside, [])
-        beside.clear()
-        beside.update(split if shapes is None else fit_to_model(split, shapes))
+    layers, beside = split_joined(layers, notes), split_joined(beside, [])
     if shapes is None or base is None:
-        return layers, notes
-    layers = {name: _as_stored(layer, kinds_of(base).get(name)) for name, layer in layers.items()}
+        return layers, beside, notes
     if not component and not layout.says_alpha and not all(map(has_component, tensors)):
         layers = move_to_second_encoder(layers, shapes, notes)
-    return fit_to_model(layers, shapes), notes
+    return fit_to_model(layers, shapes, kinds_of(base)), fit_to_model(beside, shapes), notes
 
 
-def _says_alpha(
-    layout: AdapterLayout,
-    metadata: Mapping[str, str],
-    config: Mapping[str, Any] | None,
-    alpha: float | None,
-) -> bool:
-    """Return whether a file states its alpha; one may be given, as a number, if it was lost."""
-    says = layout.says_alpha or says_alpha(metadata, config)
-    if says and alpha is not None:
-        raise AdapterFormatError("its alpha was not lost: the file says it; give none")
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise AdapterFormatError(
-            f"alpha {alpha:g} was given; give the number above 0 that it was trained with"
-        )
-    return says
+@contextlib.contextmanager
+def _named(layer: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise AdapterFormatError(f"{layer}: {error}") from error
 
 
 def _read_parts(
@@ -121,34 +110,34 @@ def _read_parts(
     groups: Groups,
     alpha_of: AlphaOf,
     lost_alpha: float | None,
-    beside: Layers | None,
-) -> tuple[Layers, dict[str, Magnitude]]:
-    """The layers without their magnitudes, and these as the file holds them."""
-    layers, magnitudes = {}, {}
+    sums: bool,
+) -> tuple[Layers, dict[str, Magnitude], Layers]:
+    """The layers without their magnitudes, these as the file holds them, and layers to add."""
+    layers, magnitudes, beside = Layers(), dict[str, Magnitude](), Layers()
     for name, keys in groups.items():
         parts = {part: _numbers(key.text, part, tensors[key.text]) for part, key in keys.items()}
         kind: LayerKind = "embedding" if "down" in keys and keys["down"].is_embedding else "plain"
         layer = _factors(name, parts, alpha_of, lost_alpha, kind)
-        is_ai_toolkit = any(key.is_ai_toolkit for key in keys.values())
-        if is_ai_toolkit and layer.scale != 1.0:
-            if beside is None:
-                raise AdapterFormatError(_not_dora(name, layer))
+        if any(key.is_ai_toolkit for key in keys.values()) and layer.scale != 1.0:
+            if not sums:
+                raise AdapterFormatError(
+                    f"{name}: ai-toolkit applies alpha / rank ({layer.alpha:g} / {layer.rank}) "
+                    "outside of the norm, m (W + BA) / norm(W + BA) + (alpha / rank - 1) BA, which "
+                    "is not a DoRA, and which no other program computes; with that alpha, export "
+                    "merges it exactly, and convert --to dense writes its differences for one base "
+                    "model"
+                )
             # What ai-toolkit computes is a DoRA with alpha = rank and a plain LoRA added to it.
             beside[name] = dataclasses.replace(layer, alpha=layer.alpha - layer.rank)
             layer = dataclasses.replace(layer, alpha=float(layer.rank))
         layers[name] = layer
-        if magnitude := _magnitude(name, parts, layer.weight_shape):
-            magnitudes[name] = magnitude
-    return layers, magnitudes
-
-
-def _not_dora(name: str, layer: LayerWeights) -> str:
-    return (
-        f"{name}: ai-toolkit applies alpha / rank ({layer.alpha:g} / {layer.rank}) outside of the "
-        "norm, m (W + BA) / norm(W + BA) + (alpha / rank - 1) BA, which is not a DoRA, and which "
-        "no other program computes; with that alpha, export merges it exactly, and convert "
-        "--to dense writes its differences for one base model"
-    )
+        if "magnitude" in parts and "dora_scale" in parts:
+            raise AdapterFormatError(f"{name} has both a lora_magnitude_vector and a dora_scale")
+        for part in ("magnitude", "dora_scale"):
+            if part in parts:
+                is_peft = part == "magnitude"
+                magnitudes[name] = Magnitude(parts[part], layer.weight_shape, is_peft)
+    return layers, magnitudes, beside
 
 
 def _numbers(key: str, part: Part, tensor: Tensor) -> Tensor:
@@ -195,19 +184,8 @@ def _factors(
         alpha = lost_alpha
     if not math.isfinite(alpha):
         raise AdapterFormatError(f"{name}: its alpha is {alpha}, not a number")
-    try:
+    with _named(name):
         return LayerWeights(down, up, None, alpha, kind=kind)
-    except ValueError as error:
-        raise AdapterFormatError(f"{name}: {error}") from error
-
-
-def _with_magnitude(
-    name: str, layer: LayerWeights, magnitude: Magnitude, axis: NormAxis
-) -> LayerWeights:
-    try:
-        return dataclasses.replace(layer, magnitude=magnitude.tensor.flatten(), norm_axis=axis)
-    except ValueError as error:
-        raise AdapterFormatError(f"{name}: {error}") from error
 
 
 def _without_tucker_core(name: str, down: Tensor, mid: Tensor) -> Tensor:
@@ -217,16 +195,6 @@ def _without_tucker_core(name: str, down: Tensor, mid: Tensor) -> Tensor:
             f"{name}: its core {tuple(mid.shape)} does not fit its factor {tuple(down.shape)}"
         )
     return torch.einsum("mnhw,ni->mihw", mid, down.flatten(1))
-
-
-def _magnitude(
-    name: str, parts: Mapping[Part, Tensor], weight_shape: tuple[int, ...]
-) -> Magnitude | None:
-    if "magnitude" in parts and "dora_scale" in parts:
-        raise AdapterFormatError(f"{name} has both a lora_magnitude_vector and a dora_scale")
-    if "magnitude" in parts:
-        return Magnitude(parts["magnitude"], weight_shape, is_peft=True)
-    return Magnitude(parts["dora_scale"], weight_shape) if "dora_scale" in parts else None
 
 
 def _without_padding(name: str, layer: LayerWeights, metadata: Mapping[str, str]) -> LayerWeights:
@@ -242,16 +210,24 @@ def _without_padding(name: str, layer: LayerWeights, metadata: Mapping[str, str]
 
 
 def fit_to_model(
-    layers: Mapping[str, LayerWeights], shapes: Mapping[str, tuple[int, ...]]
+    layers: Layers, shapes: Shapes, kinds: Mapping[str, LayerKind] | None = None
 ) -> Layers:
     """Check that every layer fits a module of the model; give 1x1 convolutions their shape.
+
+    Args:
+        layers: The layers.
+        shapes: Of the model's modules.
+        kinds: Of those that are not plain: no key tells a Conv1D's from a Linear's.
 
     Raises:
         AdapterFormatError: If layers have no module, or one of another shape; it lists them.
     """
     if missing := [name for name in layers if name not in shapes]:
         raise AdapterFormatError(f"the model has no module for {listing(missing)}")
-    fitted = {name: _as_module(layer, shapes[name]) for name, layer in layers.items()}
+    fitted = {
+        name: _as_module(layer, shapes[name], (kinds or {}).get(name))
+        for name, layer in layers.items()
+    }
     if wrong := [
         f"{name} {layer.stored_shape} on {tuple(shapes[name])}"
         for name, layer in fitted.items()
@@ -261,32 +237,25 @@ def fit_to_model(
     return fitted
 
 
-def _as_stored(layer: LayerWeights, kind: LayerKind | None) -> LayerWeights:
-    """The layer of a Conv1D, which no key tells from a Linear's."""
-    is_open = layer.kind == "plain" and layer.down.ndim == 2
-    return dataclasses.replace(layer, kind=kind) if kind == "conv1d" and is_open else layer
-
-
-def _as_module(layer: LayerWeights, shape: tuple[int, ...]) -> LayerWeights:
+def _as_module(layer: LayerWeights, shape: tuple[int, ...], kind: LayerKind | None) -> LayerWeights:
     """Linear factors for a 1x1 convolution, or the reverse; anything else is returned as it is."""
-    if layer.kind != "plain":
-        return layer
-    if layer.down.ndim == 2 and len(shape) == 4 and tuple(shape[2:]) == (1, 1):
-        down, up = layer.down[:, :, None, None], layer.up[:, :, None, None]
-    elif layer.down.ndim == 4 and len(shape) == 2 and layer.down.shape[2:].numel() == 1:
-        down, up = layer.down.flatten(1), layer.up.flatten(1)
-    else:
-        return layer
-    return dataclasses.replace(layer, down=down, up=up)
+    down, up = layer.down, layer.up
+    if layer.kind == "plain" and down.ndim == 2 and kind == "conv1d":
+        return dataclasses.replace(layer, kind=kind)
+    if layer.kind == "plain" and down.ndim == 2 and len(shape) == 4 and shape[2:] == (1, 1):
+        return dataclasses.replace(layer, down=down[:, :, None, None], up=up[:, :, None, None])
+    if layer.kind == "plain" and down.ndim == 4 and len(shape) == 2 and down.shape[2:].numel() == 1:
+        return dataclasses.replace(layer, down=down.flatten(1), up=up.flatten(1))
+    return layer
 
 
-def split_joined(layers: Mapping[str, LayerWeights], notes: list[str]) -> dict[str, LayerWeights]:
+def split_joined(layers: Layers, notes: list[str]) -> Layers:
     """Split joined projections, exactly: the rows of ``up`` and the magnitudes of the outputs.
 
     Raises:
         AdapterFormatError: If a magnitude runs along the inputs: its norms take in all parts.
     """
-    split: dict[str, LayerWeights] = {}
+    split = Layers()
     joined = 0
     for name, layer in layers.items():
         parts = joined_parts(name)
@@ -301,14 +270,11 @@ def split_joined(layers: Mapping[str, LayerWeights], notes: list[str]) -> dict[s
             )
         if layer.up.shape[0] % len(parts):
             raise AdapterFormatError(f"{name} does not divide into {len(parts)} projections")
-        ups = layer.up.chunk(len(parts))
-        magnitudes = (
-            [None] * len(parts) if layer.magnitude is None else layer.magnitude.chunk(len(parts))
-        )
-        for part, up, magnitude in zip(parts, ups, magnitudes, strict=True):
+        size = layer.up.shape[0] // len(parts)
+        for number, part in enumerate(parts):
             if part in layers:
                 raise AdapterFormatError(f"both {name} and {part} are in the file")
-            split[part] = dataclasses.replace(layer, up=up.contiguous(), magnitude=magnitude)
+            split[part] = layer.narrow(0, number * size, size)
     if joined:
         notes.append(f"{joined} joined attention projections were split into their parts")
     return split
@@ -333,39 +299,27 @@ def key_notes(keys: Iterable[str]) -> list[str]:
                 f"converter, which also writes the rank for alpha; {ALPHA_IS_RANK}"
             )
         )
-    bare = (k.startswith("text_encoder") and k.endswith(".lora_magnitude_vector") for k in keys)
-    if any(bare):
+    text = [key for key in keys if key.startswith("text_encoder")]
+    if any(key.endswith(".lora_magnitude_vector") for key in text):
         notes.append(
             "diffusers with transformers 5 silently drops its text-encoder magnitudes; "
             "converted to diffusers they are named so that every version reads them"
         )
-    text = [
-        k for k in keys if not has_component(k) and ("text_model." in k or "encoder.layers" in k)
-    ]
-    if text:
-        notes.append(f"{len(text)} text-encoder keys lack their component, which was added")
-    short = [k for k in keys if k.startswith("text_encoder") and ".text_model." not in k
-             and ".encoder.layers." in k]  # fmt: skip
-    if short:
-        notes.append(f"{len(short)} text-encoder keys lack `text_model.`, which was added")
+    alone = [k for k in keys if not has_component(k)]
+    if lost := sum("text_model." in key or "encoder.layers" in key for key in alone):
+        notes.append(f"{lost} text-encoder keys lack their component, which was added")
+    if short := sum(".text_model." not in key and ".encoder.layers." in key for key in text):
+        notes.append(f"{short} text-encoder keys lack `text_model.`, which was added")
     return notes
 
 
-def move_to_second_encoder(
-    layers: Mapping[str, LayerWeights],
-    shapes: Mapping[str, tuple[int, ...]],
-    notes: list[str],
-) -> dict[str, LayerWeights]:
+def move_to_second_encoder(layers: Layers, shapes: Shapes, notes: list[str]) -> Layers:
     """Text-encoder layers of keys without a component, put where their shapes fit."""
     first, second = "text_encoder.", "text_encoder_2."
-    names = [name for name in layers if name.startswith(first)]
-    moved = [second + name.removeprefix(first) for name in names]
-    misfit = any(shapes.get(name) != layers[name].stored_shape for name in names)
-    fits = all(
-        shapes.get(new) == layers[old].stored_shape for old, new in zip(names, moved, strict=True)
-    )
-    if not names or not misfit or not fits or any(new in layers for new in moved):
-        return dict(layers)
+    moved = {n: second + n.removeprefix(first) for n in layers if n.startswith(first)}
+    misfit = any(shapes.get(old) != layers[old].stored_shape for old in moved)
+    fits = all(shapes.get(new) == layers[old].stored_shape for old, new in moved.items())
+    if not misfit or not fits or not layers.keys().isdisjoint(moved.values()):
+        return layers
     notes.append("by their widths, these are the second text encoder's")
-    new_name = dict(zip(names, moved, strict=True))
-    return {new_name.get(name, name): layer for name, layer in layers.items()}
+    return {moved.get(name, name): layer for name, layer in layers.items()}

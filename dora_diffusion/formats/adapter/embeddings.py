@@ -25,6 +25,7 @@ from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.metadata import OWN
 from dora_diffusion.formats.adapter.stored import StoredFile
 from dora_diffusion.formats.files.stream import read_header, save_tensors
+from dora_diffusion.formats.layouts import FACTS
 from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, AdapterFormatError, Note
 
 # What A1111 and ComfyUI call their folders of such files, and our field that names the files.
@@ -45,18 +46,6 @@ Vectors = Mapping[str, Tensor]
 
 class MissingToken(Note):
     """The file of a trained token is not there."""
-
-
-# How a prompt gets a trained word, by program.
-_WEB_UI = f"in A1111 and Forge copy its file to {EMBEDDINGS} and write the file's name"
-_USES = {
-    "a1111": _WEB_UI,
-    "forge": _WEB_UI,
-    "comfyui": f"in ComfyUI copy its file to models/{EMBEDDINGS} and write embedding:NAME",
-    "invokeai": "in InvokeAI import it and write <NAME>",
-    "diffusers": "in Diffusers load_textual_inversion(FILE, token=WORD), and of SDXL its clip_l "
-    "and its clip_g, each with its text encoder and tokenizer",
-}
 
 
 def embedding_files(folder: Path, stem: str, tokens: Collection[str]) -> dict[str, Path]:
@@ -99,13 +88,11 @@ def read_embedding(file: Path) -> dict[str, dict[str, Tensor]]:
         AdapterFormatError: If it is damaged.
     """
     stored = StoredFile(file)
-    token = stored.metadata.get(OWN + "token", file.stem)
+    own = stored.metadata.get(OWN + "token", file.stem)
     tokens: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.tensors().items():
-        is_part = key in _COMPONENTS
-        tokens.setdefault(token if is_part else key, {})[_COMPONENTS.get(key, "text_encoder")] = (
-            tensor
-        )
+        token, component = (own, _COMPONENTS[key]) if key in _COMPONENTS else (key, "text_encoder")
+        tokens.setdefault(token, {})[component] = tensor
     return tokens
 
 
@@ -121,7 +108,6 @@ def read_tokens(model: Path) -> dict[str, Vectors]:
         tokens |= read_embeddings(model.parent, read_header(model).metadata, notes)
         for note in notes:
             warnings.warn(f"{model.name}: {note}", stacklevel=3)
-        return tokens
     for file in sorted((model / EMBEDDINGS).glob("*.safetensors")):
         if OWN + "token" in StoredFile(file).metadata:
             tokens |= read_embedding(file)
@@ -206,12 +192,8 @@ def read_embeddings(
         if file.is_file():
             tokens |= read_embedding(file)
         else:
-            notes.append(
-                MissingToken(
-                    f"its trained token's file {EMBEDDINGS}/{file.name} is not next to it, so that "
-                    "prompts do not know the token"
-                )
-            )
+            missing = f"its trained token's file {EMBEDDINGS}/{file.name} is not next to it"
+            notes.append(MissingToken(f"{missing}, so that prompts do not know the token"))
     return tokens
 
 
@@ -252,7 +234,8 @@ def embedding_notes(written: Path, files: Mapping[str, Path], program: str = "")
     """
     if not files:
         return []
-    ways = [_USES[program]] if program in _USES else dict.fromkeys(_USES.values())
+    uses = FACTS["trained_words"]
+    ways = [uses[program]] if program in uses else dict.fromkeys(uses.values())
     keys = read_header(written).specs if written.is_file() else ()
     is_bundled = any(map(BUNDLED_TOKEN.fullmatch, keys))
     names = [f"{token} in {EMBEDDINGS}/{file.name}" for token, file in files.items()]

@@ -149,10 +149,10 @@ def write_adapter(
         unet_layout = unet_layout or known_layout(module_shapes(base))
     layout.check(adapter.layers)
     tokens = bundled(adapter.tokens, FAMILIES.get(adapter.family))
-    options = WriteOptions(dtype, path.stem, unet_layout, base, adapter.beside, tokens)
     extra = {name: text for name, text in adapter.metadata.extra.items() if name != EMBEDDINGS}
     metadata = dataclasses.replace(adapter.metadata, extra=extra | field_of(embeddings.values()))
-    files = layout.encode(adapter.layers, metadata, options)
+    options = WriteOptions(metadata, dtype, path.stem, unet_layout, base, adapter.beside, tokens)
+    files = layout.encode(adapter.layers, options)
     if file_name is None:
         _write_folder(path, files)
     else:
@@ -200,7 +200,7 @@ def _write_file(path: Path, file: EncodedFile) -> None:
 
 
 def read_adapter(
-    path: str | Path,
+    path: str | Path | StoredAdapter,
     base: ModelWeights | None = None,
     *,
     alpha: float | None = None,
@@ -209,7 +209,7 @@ def read_adapter(
     """Read an adapter file, an output folder that holds one, or a PEFT folder.
 
     Args:
-        path: The file or folder.
+        path: The file or folder; or it with its headers read.
         base: The model that it is for: resolves underscore names exactly, checks that every layer
             fits, and tells the axis of magnitudes whose shape does not.
         alpha: What it was trained with, for a file that lost it.
@@ -221,23 +221,16 @@ def read_adapter(
             without guessing.
         FileNotFoundError: If there is nothing at the path.
     """
-    return decode_adapter(StoredAdapter.open(path), base, alpha=alpha, sums=sums)
-
-
-def decode_adapter(
-    stored: StoredAdapter,
-    base: ModelWeights | None = None,
-    *,
-    alpha: float | None = None,
-    sums: bool = False,
-) -> AdapterFile:
-    """The adapter that files hold whose headers are read; all else as in `read_adapter`."""
+    stored = path if isinstance(path, StoredAdapter) else StoredAdapter.open(path)
     try:
         return _decode(stored, base, alpha, sums)
     except AdapterFormatError as error:
         if base is None:
             raise
-        made_for = FAMILIES.get(_family(stored))
+        family = ""
+        with contextlib.suppress(AdapterFormatError):
+            family = _decode(stored, None, None, sums=True).family
+        made_for = FAMILIES.get(family)
         used_on = base.family or FAMILIES.get(guess_family(module_shapes(base)))
         if made_for is None or used_on is None or made_for == used_on:
             raise
@@ -246,14 +239,6 @@ def decode_adapter(
             f"the base is {used_on.title} ({used_on.name}): use it with a base model of its own "
             "family, or train it again on this one"
         ) from error
-
-
-def _family(stored: StoredAdapter) -> str:
-    """Return the family, by metadata or shapes; ``""`` if neither tells, or it cannot be read."""
-    try:
-        return _decode(stored, None, None, sums=True).family
-    except AdapterFormatError:
-        return ""
 
 
 def _decode(
@@ -283,31 +268,26 @@ def _decode_file(
     alpha: float | None,
     sums: bool,
 ) -> AdapterFile:
-    metadata, folder = file.metadata, file.path.parent
+    metadata, folder, component = file.metadata, file.path.parent, None
     shapes = None if base is None else module_shapes(base)
     if layout.is_compact and alpha is not None:
         raise AdapterFormatError("its alpha was not lost: a VeRA has none; give none")
-    if made := layout.decode(tensors, metadata):
-        layers, note = made
-        layers = layers if shapes is None else fit_to_model(layers, shapes)
-        notes = [note]
-        beside_it = read_embeddings(folder, metadata, notes)
-        check_tokens(beside_it, shapes)
-        return AdapterFile(layers, parse_metadata(metadata), tuple(notes), tokens={**beside_it})
-    beside: dict[str, LayerWeights] = {}
     tokens: dict[str, Vectors] = {**take_bundled(tensors)}
-    is_bundled = bool(tokens)
+    is_bundled, beside = bool(tokens), dict[str, LayerWeights]()
     for key in layout.tokens(tensors, metadata):
         tokens[key] = {"text_encoder": tensors.pop(key)}
-    component = None
     if file.config is not None:
         component = peft_component(list(tensors), folder.name, metadata.get(OWN + "component", ""))
-    layers, notes = decode_layers(
-        layout, tensors, metadata, base, component=component, config=file.config, alpha=alpha,
-        beside=beside if sums and component is None else None,
-    )  # fmt: skip
+        folder = folder.parent
+    if made := layout.decode(tensors, metadata):
+        layers, notes = dict(made[0]), [made[1]]
+        layers = layers if shapes is None else fit_to_model(layers, shapes)
+    else:
+        layers, beside, notes = decode_layers(
+            layout, file, tensors, base, component, alpha, sums and component is None
+        )
     if not is_bundled:
-        tokens |= read_embeddings(folder if component is None else folder.parent, metadata, notes)
+        tokens |= read_embeddings(folder, metadata, notes)
     check_tokens(tokens, shapes)
     parsed = _parsed(metadata, layers)
     if tokens and component is None:

@@ -15,7 +15,7 @@ import torch
 
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, bundled_notes
-from dora_diffusion.formats.adapter.file import AdapterFile, AdapterFormatError, decode_adapter
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterFormatError, read_adapter
 from dora_diffusion.formats.adapter.metadata import (
     OWN,
     TRAINED_ALPHA,
@@ -30,7 +30,6 @@ from dora_diffusion.formats.layouts.kohya import BaseSpecific
 from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, Shapes, stated_approximation
 from dora_diffusion.formats.layouts.other import OTHER
 from dora_diffusion.formats.names.kohya import name_resolver
-from dora_diffusion.numerics.weights import LayerWeights
 
 # Data types in which numbers are rounded -> the largest relative error of one.
 _HALF = {torch.float16: "5e-4", torch.bfloat16: "4e-3"}
@@ -100,42 +99,60 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
         shapes = None if base is None else module_shapes(base)
         return _report_for_one_base(stored, stored.layout, shapes)
     adapter, fits = _decoded(stored, base)
-    layers, axis = adapter.layers, _axis(adapter.layers)
-    metadata = dataclasses.replace(adapter.metadata, family=adapter.family)
+    layers = adapter.layers
+    axes = {layer.norm_axis for layer in layers.values() if layer.magnitude is not None}
+    axis = "mixed" if len(axes) > 1 else next(iter(axes), "")
     specs = {
         key: spec for file in stored.files for key, spec in file.specs.items()
         if key not in adapter.tokens and not BUNDLED_TOKEN.fullmatch(key)
     }  # fmt: skip
-    alpha = describe({name: layer.alpha for name, layer in layers.items()})
     fields = {key: text for file in stored.files for key, text in file.metadata.items()}
     meant = stored.layout.is_read_as_meant(layers, specs, fields)
     readable = stored.layout if meant else OTHER
     tools = readable.judge(layers, axis, specs)
-    if approximation := stated_approximation(metadata.extra):
+    if approximation := stated_approximation(adapter.metadata.extra):
         tools = approximation.qualify(tools, "DoRA" if axis else "LoRA")
     is_bundled = any(map(BUNDLED_TOKEN.fullmatch, stored.files[0].specs))
     if is_bundled:
         tools["diffusers"] = "convert: it refuses tokens in the file; convert it to diffusers"
+    alpha = describe({name: layer.alpha for name, layer in layers.items()})
+    methods = {"LoRA" if layer.magnitude is None else "DoRA" for layer in layers.values()}
     return AdapterReport(
         path=stored.path,
         key_format=stored.layout.key_format,
-        metadata=metadata,
+        metadata=dataclasses.replace(adapter.metadata, family=adapter.family),
         layers=dict(Counter(name.split(".")[0] for name in layers)),
         kinds=dict(Counter(layer.kind_and_size for layer in layers.values())),
-        method=_method(layers),
+        method=" and ".join(sorted(methods)),
         norm_axis=axis,
         rank=describe({name: layer.rank for name, layer in layers.items()}),
-        alpha=metadata.extra.get(TRAINED_ALPHA, alpha),
+        alpha=adapter.metadata.extra.get(TRAINED_ALPHA, alpha),
         parameters=_parameters(stored, adapter),
         nbytes=stored.nbytes,
-        notes=(*adapter.notes, *_token_notes(adapter),
-               *(bundled_notes(adapter.tokens) if is_bundled else ()), *_rounding_notes(stored),
-               *readable.advice(axis, specs), *_origin_notes(stored)),
+        notes=(*_notes(stored, adapter, is_bundled), *readable.advice(axis, specs),
+               *([] if OWN + "format_version" in fields else ["written by another program"])),
         tools=tools,
         fits=fits,
         tokens={token: max(len(tensor.view(-1, tensor.shape[-1])) for tensor in vectors.values())
                 for token, vectors in adapter.tokens.items()},
     )  # fmt: skip
+
+
+def _notes(stored: StoredAdapter, adapter: AdapterFile, is_bundled: bool) -> list[str]:
+    """Return notes on how it was read, on its tokens, and on its numbers."""
+    notes = list(adapter.notes)
+    if adapter.tokens:
+        notes.append(
+            f"tokens were trained with it, {listing(adapter.tokens)}: generate uses them; convert "
+            f"and export write them as textual-inversion files into a folder {EMBEDDINGS}"
+        )
+    if is_bundled:
+        notes += bundled_notes(adapter.tokens)
+    dtypes = {spec.dtype for file in stored.files for spec in file.specs.values()}
+    for dtype in _HALF.keys() & dtypes:
+        kind = str(dtype).removeprefix("torch.")
+        notes.append(f"its numbers are rounded to {kind}: exact means up to {_HALF[dtype]}")
+    return notes
 
 
 def _parameters(stored: StoredAdapter, adapter: AdapterFile) -> int:
@@ -154,12 +171,12 @@ def _parameters(stored: StoredAdapter, adapter: AdapterFile) -> int:
 def _decoded(stored: StoredAdapter, base: ModelWeights | None) -> tuple[AdapterFile, str]:
     """The adapter, and whether it fits; one that does not is read all the same."""
     if base is None:
-        return decode_adapter(stored), ""
+        return read_adapter(stored), ""
     try:
-        adapter = decode_adapter(stored, base)
+        adapter = read_adapter(stored, base)
     except AdapterFormatError as error:
         reason = str(error).removeprefix(f"{stored.path.name}: ")
-        return decode_adapter(stored), f"no: {reason}"
+        return read_adapter(stored), f"no: {reason}"
     return adapter, f"yes, all {len(adapter.layers)} layers"
 
 
@@ -175,12 +192,14 @@ def _report_for_one_base(
         (name or by_structure(key.partition(".")[0]) or "other").split(".")[0]
         for key, name in keys.items()
     )
+    own = {key: _weight_shape(file.specs, key) for key in keys}
+    sizes = ["x".join(map(str, shape[2:])) for shape in own.values()]
     return AdapterReport(
         path=stored.path,
         key_format=layout.key_format,
         metadata=parsed,
         layers=dict(components),
-        kinds=dict(Counter(_kind_of_shape(file.specs[key].shape) for key in keys)),
+        kinds=dict(Counter(f"Conv{n.count('x') + 1}d {n}" if n else "Linear" for n in sizes)),
         method=layout.method,
         norm_axis=metadata.get(OWN + "norm_axis", "").replace("none", ""),
         rank=metadata.get(OWN + "rank", ""),
@@ -189,22 +208,16 @@ def _report_for_one_base(
         nbytes=stored.nbytes,
         notes=(layout.note, f"for one base model: {parsed.base_model or 'which is not said'}"),
         tools=layout.judge({}, "", ()),
-        fits="" if shapes is None else _fits_one_base(file.specs, keys, shapes),
+        fits="" if shapes is None else _fits_one_base(own, keys, shapes),
     )
 
 
-def _fits_one_base(
-    specs: Mapping[str, TensorSpec], keys: Mapping[str, str | None], shapes: Shapes
-) -> str:
+def _fits_one_base(own: Shapes, keys: Mapping[str, str | None], shapes: Shapes) -> str:
     """Return whether a base has all layers of a file that is made for one, in their shapes."""
     if unknown := [key for key, name in keys.items() if name is None]:
         return f"no: the model has no module for {listing(unknown, 3)}"
-    found = {name: _weight_shape(specs, key) for key, name in keys.items() if name is not None}
-    wrong = [
-        f"{name} {shape} on {tuple(shapes[name])}"
-        for name, shape in found.items()
-        if shape != tuple(shapes[name])
-    ]
+    named = {name: own[key] for key, name in keys.items() if name is not None}
+    wrong = [f"{n} {s} on {(*shapes[n],)}" for n, s in named.items() if s != (*shapes[n],)]
     if wrong:
         return f"no: it was made for another model: {listing(wrong, 3)}"
     return f"yes, all {len(keys)} layers by their names and shapes; it is right for one base only"
@@ -217,55 +230,16 @@ def _weight_shape(specs: Mapping[str, TensorSpec], key: str) -> tuple[int, ...]:
     return shape if up is None or key.endswith(".diff") else (up.shape[0], *shape[1:])
 
 
-def _kind_of_shape(shape: tuple[int, ...]) -> str:
-    size = "x".join(map(str, shape[2:]))
-    return f"Conv{len(shape) - 2}d {size}" if size else "Linear"
-
-
-def _method(layers: Mapping[str, LayerWeights]) -> str:
-    kinds = sorted({"LoRA" if layer.magnitude is None else "DoRA" for layer in layers.values()})
-    return " and ".join(kinds)
-
-
-def _axis(layers: Mapping[str, LayerWeights]) -> str:
-    axes = {layer.norm_axis for layer in layers.values() if layer.magnitude is not None}
-    return "mixed" if len(axes) > 1 else next(iter(axes), "")
-
-
-def _token_notes(adapter: AdapterFile) -> list[str]:
-    if not adapter.tokens:
-        return []
-    return [
-        f"tokens were trained with it, {listing(adapter.tokens)}: generate uses them; convert and "
-        f"export write them as textual-inversion files into a folder {EMBEDDINGS}"
-    ]
-
-
-def _rounding_notes(stored: StoredAdapter) -> list[str]:
-    dtypes = {spec.dtype for file in stored.files for spec in file.specs.values()}
-    return [
-        f"its numbers are rounded to {str(dtype).removeprefix('torch.')}: exact means up to "
-        f"{_HALF[dtype]}"
-        for dtype in _HALF.keys() & dtypes
-    ]
-
-
-def _origin_notes(stored: StoredAdapter) -> list[str]:
-    is_ours = OWN + "format_version" in stored.files[0].metadata
-    return [] if is_ours else ["written by another program"]
-
-
 def numbers(text: str) -> float | dict[str, float] | str:
     """Parse a `describe` text: one number, or one per layer; any other text is left as it is."""
+
+    def number(value: Any) -> float:
+        return int(float(value)) if float(value).is_integer() else float(value)
+
     try:
         values = json.loads(text)
         if isinstance(values, dict):
-            return {str(name): _number(value) for name, value in values.items()}
-        return _number(values)
+            return {str(name): number(value) for name, value in values.items()}
+        return number(values)
     except (ValueError, TypeError, RecursionError):
         return text
-
-
-def _number(value: object) -> float:
-    number = float(value)  # type: ignore[arg-type]
-    return int(number) if number.is_integer() else number

@@ -61,14 +61,11 @@ class Magnitude:
 
     def fits(self, axis: NormAxis) -> bool:
         """Return whether it has one value per channel of the axis."""
-        return self.tensor.numel() == self.weight_shape[0 if axis == "output" else 1]
+        return self.tensor.numel() == self.weight_shape[NORM_AXES.index(axis)]
 
 
 def resolve_axes(
-    magnitudes: Mapping[str, Magnitude],
-    stated: str,
-    base: ModelWeights | None,
-    notes: list[str],
+    magnitudes: Mapping[str, Magnitude], stated: str, base: ModelWeights | None, notes: list[str]
 ) -> dict[str, NormAxis]:
     """The axis of each layer's magnitude.
 
@@ -82,13 +79,18 @@ def resolve_axes(
         AdapterFormatError: If an axis cannot be told.
     """
     forms = {name: magnitude.form() for name, magnitude in magnitudes.items()}
-    _refuse_misfits(magnitudes, forms)
+    if wrong := sorted(name for name, form in forms.items() if not form):
+        first = magnitudes[wrong[0]]
+        more = f"; so have {listing(wrong[1:])}" if wrong[1:] else ""
+        raise AdapterFormatError(
+            f"{wrong[0]}: its dora_scale has shape {first.shape}, which fits neither axis of the "
+            f"weight {first.weight_shape}{more}"
+        )
     # One network has one axis, so a square convolution is read as the rest of the file is.
     peft_shaped = "peft" in forms.values()
     output_only = "output" in forms.values() and "input" not in forms.values()
     axes: dict[str, NormAxis] = {}
-    open_names = []
-    peft = 0
+    still_open, peft = {}, 0
     for name, form in forms.items():
         axis_stated = described(stated, name)
         if form == "peft" or (form == "square" and peft_shaped and not axis_stated):
@@ -99,22 +101,12 @@ def resolve_axes(
         elif form == "square" and (axis_stated or not output_only):
             axes[name] = "output" if axis_stated == "output" else "input"
         else:
-            open_names.append(name)
+            still_open[name] = magnitudes[name]
     if peft:
         notes.append(
             f"{peft} magnitudes were in PEFT's shape (1, out, 1, 1): put on the output axis"
         )
-    return axes | _told_by_base({name: magnitudes[name] for name in open_names}, base, notes)
-
-
-def _refuse_misfits(magnitudes: Mapping[str, Magnitude], forms: Mapping[str, str]) -> None:
-    if wrong := sorted(name for name, form in forms.items() if not form):
-        first = magnitudes[wrong[0]]
-        more = f"; so have {listing(wrong[1:])}" if wrong[1:] else ""
-        raise AdapterFormatError(
-            f"{wrong[0]}: its dora_scale has shape {first.shape}, which fits neither axis of the "
-            f"weight {first.weight_shape}{more}"
-        )
+    return axes | _told_by_base(still_open, base, notes)
 
 
 def _told_by_base(
@@ -138,13 +130,12 @@ def _told_by_base(
             f"{reason}{more}. Give the base model, whose weights tell, or ask its author for a "
             f"file with ({out}, 1) or (1, {into})"
         )
-    both: dict[str, Magnitude] = {}
-    axes: dict[str, NormAxis] = {}
-    for name, magnitude in magnitudes.items():
-        if magnitude.fits("output") and magnitude.fits("input"):
-            both[name] = magnitude
-        else:
-            axes[name] = "output" if magnitude.fits("output") else "input"
+    both = {name: m for name, m in magnitudes.items() if m.fits("output") and m.fits("input")}
+    axes: dict[str, NormAxis] = {
+        name: "output" if m.fits("output") else "input"
+        for name, m in magnitudes.items()
+        if name not in both
+    }
     told: set[NormAxis] = set(axes.values())
     axis = told.pop() if len(told) == 1 else _nearest(both, base) if both else "output"
     if axis is None:

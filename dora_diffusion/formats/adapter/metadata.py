@@ -154,7 +154,9 @@ def own_fields(
         "target": target,
         "rank": describe({name: layer.rank for name, layer in layers.items()}),
         "alpha": metadata.extra.get(TRAINED_ALPHA, alpha),
-        "norm_axis": describe({name: _axis(layer) for name, layer in layers.items()}),
+        "norm_axis": describe(
+            {n: "none" if w.magnitude is None else w.norm_axis for n, w in layers.items()}
+        ),
     }
     extra = {k: without_path(v) for k, v in metadata.extra.items() if k != TRAINED_ALPHA}
     fields = {OWN + name: value for name, value in (extra | values).items()}
@@ -162,10 +164,6 @@ def own_fields(
     if metadata.tag_frequency:
         fields[TAG_FREQUENCY] = json.dumps({_DATASET: dict(metadata.tag_frequency)})
     return {name: value for name, value in fields.items() if value}
-
-
-def _axis(layer: LayerWeights) -> str:
-    return layer.norm_axis if layer.magnitude is not None else "none"
 
 
 def describe(values: Mapping[str, object]) -> str:
@@ -202,9 +200,10 @@ def modelspec_fields(
     family: Family, title: str, trigger: str, prediction_type: str
 ) -> dict[str, str]:
     """The ``modelspec.*`` fields of a whole model in the original layout; no empty ones."""
+    is_v = prediction_type == "v_prediction"
     fields = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _architecture(family, prediction_type),
+        "modelspec.architecture": (is_v and family.v_architecture) or family.architecture,
         "modelspec.implementation": "sgm",
         "modelspec.title": title,
         "modelspec.prediction_type": prediction_type.removesuffix("_prediction"),
@@ -213,31 +212,25 @@ def modelspec_fields(
     return {name: value for name, value in fields.items() if value}
 
 
-def _architecture(family: Family, prediction_type: str) -> str:
-    predicts_v = prediction_type == "v_prediction"
-    return (predicts_v and family.v_architecture) or family.architecture
-
-
 def kohya_fields(
     metadata: AdapterMetadata, layers: Mapping[str, LayerWeights], family: Family, title: str
 ) -> dict[str, str]:
     """The ``ss_*`` and ``modelspec.*`` fields of a kohya-style file."""
     prediction_type = metadata.extra.get("prediction_type", "")
-    v_prediction = prediction_type == "v_prediction"
-    fields = {
-        "ss_base_model_version": family.kohya_base_version + ("_v" if v_prediction else ""),
+    fields = modelspec_fields(family, title, metadata.trigger, prediction_type)
+    # Tags that web UIs list; without captions, trigger words and tags.
+    words = dict(metadata.tag_frequency) or _tags_once(metadata.trigger, metadata.tags)
+    fields |= {
+        "ss_base_model_version": family.kohya_base_version
+        + ("_v" if prediction_type == "v_prediction" else ""),
         "ss_v2": str(family.is_kohya_v2),
         "ss_output_name": title,
         "ss_sd_model_name": without_path(metadata.base_model),
         "ss_sd_model_hash": metadata.extra.get("base_model_hash", ""),
-        "modelspec.sai_model_spec": "1.0.0",
-        TAG_FREQUENCY: _tag_frequency(metadata),
+        TAG_FREQUENCY: json.dumps({_DATASET: words}) if words else "",
         "modelspec.implementation": "sgm" if family.kohya_names_original_blocks else "diffusers",
-        "modelspec.architecture": f"{_architecture(family, prediction_type)}/lora",
-        "modelspec.prediction_type": prediction_type.removesuffix("_prediction"),
+        "modelspec.architecture": fields["modelspec.architecture"] + "/lora",
         "ss_zero_terminal_snr": metadata.extra.get(ZERO_TERMINAL_SNR, ""),
-        "modelspec.title": title,
-        "modelspec.trigger_phrase": metadata.trigger,
     }
     reading = stated_reading(metadata.extra)
     if "clip_skip" in reading:
@@ -252,12 +245,6 @@ def kohya_fields(
     return {name: value for name, value in fields.items() if value}
 
 
-def _tag_frequency(metadata: AdapterMetadata) -> str:
-    """Return the tag frequencies that web UIs list; without captions, trigger words and tags."""
-    words = dict(metadata.tag_frequency) or _tags_once(metadata.trigger, metadata.tags)
-    return json.dumps({_DATASET: words}) if words else ""
-
-
 def _tags_once(trigger: str, tags: Sequence[str]) -> dict[str, int]:
     return dict.fromkeys(filter(None, (trigger, *tags)), 1)
 
@@ -270,28 +257,25 @@ def _network_fields(layers: Mapping[str, LayerWeights]) -> dict[str, str]:
     if not axes:
         return fields | {"ss_network_module": "networks.lora", "ss_network_args": "{}"}
     arguments = {"algo": "lora", "dora_wd": "True", "wd_on_output": str(axes == {"output"})}
-    return fields | {
-        "ss_network_module": "lycoris.kohya",
-        "ss_network_args": json.dumps(arguments),
-    }
+    return fields | {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(arguments)}
 
 
 def parse_metadata(fields: Mapping[str, str]) -> AdapterMetadata:
     """Parse a file's metadata, ours or another program's."""
-    values = {k.removeprefix(OWN): v for k, v in fields.items() if k.startswith(OWN)}
-    if not values:
-        return _parse_foreign(fields)
-    extra = {k: v for k, v in values.items() if k not in (*_FACTS, *_COMPUTED)}
-    family = values.get("family", "")
+    own = {k.removeprefix(OWN): v for k, v in fields.items() if k.startswith(OWN)}
+    own = own or _foreign_facts(fields)
+    family, thumbnail = own.get("family", ""), fields.get(THUMBNAIL, "")
     return AdapterMetadata(
         family=family if family in FAMILIES else "",
-        base_model=values.get("base_model", ""),
-        trigger=values.get("trigger", ""),
-        resolutions=_pixels(values.get("resolution", "")),
-        format_version=values.get("format_version", ""),
-        extra=extra,
+        base_model=own.get("base_model", ""),
+        trigger=own.get("trigger", ""),
+        resolutions=tuple(
+            sorted({int(side) for side in re.findall(r"[0-9]{1,6}", own.get("resolution", ""))})
+        ),
+        format_version=own.get("format_version", ""),
+        extra={k: v for k, v in own.items() if k not in (*_FACTS, *_COMPUTED)},
         tags=_tags(fields),
-        thumbnail=_thumbnail(fields),
+        thumbnail=thumbnail if thumbnail.startswith("data:image/") else "",
         tag_frequency=_read_tag_frequency(fields),
     )
 
@@ -311,32 +295,30 @@ def _read_tag_frequency(fields: Mapping[str, str]) -> dict[str, int]:
     return {} if frequency == written else frequency
 
 
-def _thumbnail(fields: Mapping[str, str]) -> str:
-    uri = fields.get(THUMBNAIL, "")
-    return uri if uri.startswith("data:image/") else ""
-
-
-def _parse_foreign(fields: Mapping[str, str]) -> AdapterMetadata:
+def _foreign_facts(fields: Mapping[str, str]) -> dict[str, str]:
+    """Return what another program's metadata say, by the names of our own."""
     version = fields.get("ss_base_model_version", "").lower()
     architecture = fields.get("modelspec.architecture", "").lower()
-    extra = {}
+    is_v2 = fields.get("ss_v2", "").lower() == "true"
+    families = [
+        name
+        for name, family in FAMILIES.items()
+        if family.version_mark in version
+        or family.architecture_mark in architecture
+        or (is_v2 and family.is_kohya_v2)
+    ]
+    facts = {
+        "family": families[-1] if families else "",
+        "base_model": without_path(fields.get("ss_sd_model_name", "")),
+        "trigger": fields.get("modelspec.trigger_phrase", ""),
+        "resolution": fields.get("modelspec.resolution") or fields.get("ss_resolution", ""),
+    }
     predicts_v = fields.get("modelspec.prediction_type") == "v"
     if predicts_v or version.endswith("_v") or architecture.startswith(_V_ARCHITECTURES):
-        extra["prediction_type"] = "v_prediction"
+        facts["prediction_type"] = "v_prediction"
         if fields.get("ss_zero_terminal_snr") == "True":
-            extra[ZERO_TERMINAL_SNR] = "True"
-    family = _family_of(version, architecture, fields.get("ss_v2", ""))
-    return AdapterMetadata(
-        family=family,
-        base_model=without_path(fields.get("ss_sd_model_name", "")),
-        trigger=fields.get("modelspec.trigger_phrase", ""),
-        resolutions=_pixels(fields.get("modelspec.resolution") or fields.get("ss_resolution", "")),
-        format_version="",
-        extra=extra | _foreign_reading(fields, family),
-        tags=_tags(fields),
-        thumbnail=_thumbnail(fields),
-        tag_frequency=_read_tag_frequency(fields),
-    )
+            facts[ZERO_TERMINAL_SNR] = "True"
+    return facts | _foreign_reading(fields, facts["family"])
 
 
 def _foreign_reading(fields: Mapping[str, str], family: str) -> dict[str, str]:
@@ -350,19 +332,3 @@ def _foreign_reading(fields: Mapping[str, str], family: str) -> dict[str, str]:
     is_longer = length > TOKENS_PER_CHUNK and length % TOKENS_PER_CHUNK == 0
     reading = {"clip_skip": skip, "max_token_length": length if is_longer else 0}
     return {name: str(value) for name, value in reading.items() if value > 0}
-
-
-def _family_of(version: str, architecture: str, v2: str) -> str:
-    is_v2 = v2.lower() == "true"
-    names = [
-        name
-        for name, family in FAMILIES.items()
-        if family.version_mark in version
-        or family.architecture_mark in architecture
-        or (is_v2 and family.is_kohya_v2)
-    ]
-    return names[-1] if names else ""
-
-
-def _pixels(text: str) -> tuple[int, ...]:
-    return tuple(sorted({int(side) for side in re.findall(r"[0-9]{1,6}", text)}))

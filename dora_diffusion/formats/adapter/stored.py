@@ -22,11 +22,7 @@ from dora_diffusion.formats.layouts.dotted import (
     peft_config,
     peft_folders,
 )
-from dora_diffusion.formats.layouts.layout import (
-    BUNDLED_TOKEN,
-    AdapterFormatError,
-    AdapterLayout,
-)
+from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, AdapterFormatError, AdapterLayout
 from dora_diffusion.formats.layouts.other import layout_of
 from dora_diffusion.formats.layouts.vera import VERA_FILE
 

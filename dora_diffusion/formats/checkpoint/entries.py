@@ -24,7 +24,14 @@ from torch import Tensor
 from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.files.stream import TensorSpec
-from dora_diffusion.formats.names.modules import NameTable, UNetLayout, unet_names, with_text_model
+from dora_diffusion.formats.names.modules import (
+    NAMES,
+    NameTable,
+    UNetLayout,
+    below,
+    unet_names,
+    with_text_model,
+)
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -36,39 +43,8 @@ _CLIP_PREFIXES = [
 ]
 # The rows of a matrix that holds several projections, one below the other.
 ROWS = ("#q", "#k", "#v")
-_OPEN_CLIP_TOP = (
-    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-    ("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
-    ("text_model.final_layer_norm", "ln_final"),
-    ("text_projection.weight", "text_projection"),
-)
-_OPEN_CLIP_LAYER = (
-    ("self_attn.out_proj", "attn.out_proj"),
-    ("layer_norm1", "ln_1"),
-    ("layer_norm2", "ln_2"),
-    ("mlp.fc1", "mlp.c_fc"),
-    ("mlp.fc2", "mlp.c_proj"),
-    *(
-        (f"self_attn.{row[1:]}_proj.{parameter}", f"attn.in_proj_{parameter}{row}")
-        for row in ROWS
-        for parameter in ("weight", "bias")
-    ),
-)
 # More than the largest text encoder of CLIP has; SD2's has 23, SDXL's second one 32.
 _MOST_LAYERS = 64
-# The autoencoder, today's Diffusers and the original layout.
-_VAE_ATTENTION = (
-    ("group_norm", "norm"),
-    ("to_q", "q"),
-    ("to_k", "k"),
-    ("to_v", "v"),
-    ("to_out.0", "proj_out"),
-)
-_VAE_RESNET = (
-    *((leaf, leaf) for leaf in ("norm1", "conv1", "norm2", "conv2")),
-    ("conv_shortcut", "nin_shortcut"),
-)
-_VAE_TOP = (("conv_in", "conv_in"), ("conv_out", "conv_out"), ("conv_norm_out", "norm_out"))
 # More than a level of a known autoencoder has: released encoders have two, decoders three.
 _MOST_RESNETS = 8
 _LEVEL = re.compile(r"decoder\.up(?:_blocks)?\.(\d+)\.")
@@ -90,11 +66,10 @@ def checkpoint_names(family: Family, unet: UNetLayout, vae_levels: int) -> NameT
 
 
 def _open_clip_pairs() -> Iterator[tuple[str, str]]:
-    yield from _OPEN_CLIP_TOP
+    yield from NAMES["open_clip_top"].items()
     for layer in range(_MOST_LAYERS):
         name, original = f"text_model.encoder.layers.{layer}", f"transformer.resblocks.{layer}"
-        for leaf, original_leaf in _OPEN_CLIP_LAYER:
-            yield f"{name}.{leaf}", f"{original}.{original_leaf}"
+        yield from below(NAMES["open_clip_layer"], name, original)
 
 
 def standard_key(key: str) -> str:
@@ -115,28 +90,20 @@ def vae_names(levels: int) -> NameTable:
 
 
 def _vae_pairs(levels: int) -> Iterator[tuple[str, str]]:
+    top, attention, resnet = (NAMES[f"vae_{part}"] for part in ("top", "attention", "resnet"))
     yield from ((name, name) for name in ("quant_conv", "post_quant_conv"))
     for side, blocks in (("encoder", "down"), ("decoder", "up")):
-        yield from _below(_VAE_TOP, side, side)
-        yield from _below(_VAE_ATTENTION, f"{side}.mid_block.attentions.0", f"{side}.mid.attn_1")
+        yield from below(top, side, side)
+        yield from below(attention, f"{side}.mid_block.attentions.0", f"{side}.mid.attn_1")
         for i in range(2):
-            yield from _below(
-                _VAE_RESNET, f"{side}.mid_block.resnets.{i}", f"{side}.mid.block_{i + 1}"
-            )
+            yield from below(resnet, f"{side}.mid_block.resnets.{i}", f"{side}.mid.block_{i + 1}")
         for level in range(levels):
             # The original decoder numbers its levels from the output's side.
             number = level if side == "encoder" else levels - 1 - level
             name, original = f"{side}.{blocks}_blocks.{level}", f"{side}.{blocks}.{number}"
             for i in range(_MOST_RESNETS):
-                yield from _below(_VAE_RESNET, f"{name}.resnets.{i}", f"{original}.block.{i}")
+                yield from below(resnet, f"{name}.resnets.{i}", f"{original}.block.{i}")
             yield f"{name}.{blocks}samplers.0.conv", f"{original}.{blocks}sample.conv"
-
-
-def _below(
-    leaves: Iterable[tuple[str, str]], name: str, original: str
-) -> Iterator[tuple[str, str]]:
-    for leaf, original_leaf in leaves:
-        yield f"{name}.{leaf}", f"{original}.{original_leaf}"
 
 
 def count_levels(paths: Iterable[str]) -> int:
@@ -194,16 +161,9 @@ class Entry:
             CheckpointLayoutError: If the sources of a joined matrix do not fit together.
         """
         sources = [specs[name] for name in self.sources]
-        dtype, shape = sources[0].dtype, sources[0].shape
-        if self.operation == "concatenate":
-            if any(s.dtype != dtype or s.shape[1:] != shape[1:] for s in sources):
-                raise CheckpointLayoutError(f"{listing(self.sources)} cannot be joined")
-            return TensorSpec(dtype, (sum(s.shape[0] for s in sources), *shape[1:]))
-        if self.operation == "transpose":
-            return TensorSpec(dtype, shape[::-1])
-        if self.operation == "as_conv" and len(shape) == 2:
-            return TensorSpec(dtype, (*shape, 1, 1))
-        return TensorSpec(torch.int64, shape) if self.operation == "as_integer" else sources[0]
+        if len({(spec.dtype, spec.shape[1:]) for spec in sources}) > 1:
+            raise CheckpointLayoutError(f"{listing(self.sources)} cannot be joined")
+        return TensorSpec.of(self.build(map(_without_data, sources)))
 
     def build(self, tensors: Iterable[Tensor]) -> Tensor:
         """The tensor, from its sources in their order."""
@@ -218,11 +178,7 @@ class Entry:
 
     def source_spec(self, spec: TensorSpec) -> TensorSpec:
         """Dtype and shape of each source, from those of the tensor."""
-        if self.operation == "concatenate":
-            return TensorSpec(spec.dtype, (spec.shape[0] // len(self.sources), *spec.shape[1:]))
-        if self.operation == "transpose":
-            return TensorSpec(spec.dtype, spec.shape[::-1])
-        return TensorSpec(spec.dtype, spec.shape[:2]) if self.operation == "as_conv" else spec
+        return TensorSpec.of(self.source(self.sources[0], _without_data(spec)))
 
     def source(self, name: str, tensor: Tensor) -> Tensor:
         """One source, from the tensor."""
@@ -246,6 +202,10 @@ class SingleFile:
     entries: Sequence[Entry]
     other_specs: Mapping[str, TensorSpec]
     load_other: Callable[[str], Tensor]
+
+
+def _without_data(spec: TensorSpec) -> Tensor:
+    return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
 
 
 def names_of_configs(family: Family, configs: Mapping[str, Mapping[str, Any]]) -> NameTable:

@@ -439,7 +439,7 @@ def detect_checkpoint_family(
         )
     fitting = [family for family in FAMILIES.values() if family.checkpoint_key in names]
     if fitting:
-        conv_in = specs.get(f"{UNET_PREFIX}{dict(TOP_MODULES)['conv_in']}.weight")
+        conv_in = specs.get(f"{UNET_PREFIX}{TOP_MODULES['conv_in']}.weight")
         return choose_by_channels(fitting, conv_in.shape[1] if conv_in else 0)
     raise UnsupportedModelError(
         f"{name} is not a full checkpoint of {TITLES}: its text encoder was not found among its "

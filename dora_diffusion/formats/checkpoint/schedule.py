@@ -12,11 +12,7 @@ from typing import Any, NamedTuple
 
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import PREDICTION_TYPES, Family
-from dora_diffusion.formats.adapter.metadata import (
-    ZERO_TERMINAL_SNR,
-    AdapterMetadata,
-    without_path,
-)
+from dora_diffusion.formats.adapter.metadata import ZERO_TERMINAL_SNR, AdapterMetadata, without_path
 
 PREDICTION, ZERO_SNR = "prediction_type", "rescale_betas_zero_snr"
 EPSILON, V = PREDICTION_TYPES
@@ -181,12 +177,8 @@ def stated_by_file(metadata: Mapping[str, str], names: Iterable[str]) -> list[St
     by_metadata: dict[str, Any] = {PREDICTION: stated} if stated else {}
     if metadata.get("ss_zero_terminal_snr") == "True":
         by_metadata[ZERO_SNR] = True
-    statements = []
-    if by_key:
-        statements.append(Statement(f"the file's {' and '.join(markers)}", by_key))
-    if by_metadata:
-        statements.append(Statement("the file's metadata", by_metadata))
-    return statements
+    said = {f"the file's {' and '.join(markers)}": by_key, "the file's metadata": by_metadata}
+    return [Statement(source, settings) for source, settings in said.items() if settings]
 
 
 def usual_of(family: Family) -> list[Statement]:

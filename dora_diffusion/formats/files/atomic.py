@@ -43,9 +43,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full(path) from error
         if error.errno == errno.EFBIG:
-            raise _too_large(path) from error
+            raise OSError(
+                errno.EFBIG,
+                f"{path.name} would be larger than this disk or account allows a file to be (4 GB "
+                f"on a disk formatted as FAT32); {_kept(path)}",
+            ) from error
         if system.is_in_use(error):
-            raise _in_use(path) from error
+            text = f"{path.name} is open in another program, which must close it first"
+            raise PermissionError(errno.EACCES, f"{text}; {_kept(path)}") from error
         if error.filename == str(temporary):
             error.filename = str(path)  # the name that the user gave
         raise
@@ -91,19 +96,6 @@ def disk_full(path: Path) -> DiskFullError:
     """The one-line error for a disk that filled up while ``path`` was written."""
     text = f"the disk is full: {path.name} could not be written; {_kept(path)}"
     return DiskFullError(errno.ENOSPC, text)
-
-
-def _too_large(path: Path) -> OSError:
-    text = (
-        f"{path.name} would be larger than this disk or account allows a file to be (4 GB on a "
-        f"disk formatted as FAT32); {_kept(path)}"
-    )
-    return OSError(errno.EFBIG, text)
-
-
-def _in_use(path: Path) -> PermissionError:
-    text = f"{path.name} is open in another program, which must close it first; {_kept(path)}"
-    return PermissionError(errno.EACCES, text)
 
 
 def _kept(path: Path) -> str:

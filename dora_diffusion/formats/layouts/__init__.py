@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from itertools import zip_longest
-from pathlib import Path
 from typing import NamedTuple
 
-import yaml
+from dora_diffusion.formats import facts
 
 
 class Conversion(NamedTuple):
@@ -78,10 +77,7 @@ class Program(NamedTuple):
         return self.output_axis if "output" in axes else self.input_axis if axes else self.lora
 
 
-FACTS = yaml.load(
-    (Path(__file__).parent / "programs.yaml").read_text("utf-8"),
-    Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader),  # Ten times as fast, for every --help.
-)
+FACTS = facts("layouts/programs.yaml")
 
 LAYOUTS: dict[str, Conversion | None] = {
     name: Conversion(**entry) if entry else None for name, entry in FACTS["layouts"].items()

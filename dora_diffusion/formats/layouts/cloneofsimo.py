@@ -21,38 +21,24 @@ from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,
     AdapterLayout,
+    Fields,
     Groups,
     Key,
     Part,
     Shapes,
+    Tensors,
 )
-from dora_diffusion.formats.names.modules import released_layout, split_component
+from dora_diffusion.formats.names.modules import NAMES, released_layout, split_component
 
 _KEY = re.compile(r"((?:unet|text_encoder):(?:0|[1-9][0-9]{0,5}))(:(up|down))")
 _TOKEN_MARK = "<embed>"
 _FACTORS: tuple[Part, Part] = ("down", "up")
 Shape = tuple[int, ...]
-# What it adapted unless told otherwise; Diffusers renamed CrossAttention to Attention.
-DEFAULT_CLASSES = {
-    "unet": ("CrossAttention", "Attention", "GEGLU"),
-    "text_encoder": ("CLIPAttention",),
-}
+_TRAINER = NAMES["first_trainer"]
+_CLASSES: Mapping[str, Sequence[str]] = _TRAINER["classes"]
 # A UNet was made with None for its middle block, so that the real one came behind `up_blocks`.
 _SIDES = ("down_blocks", "up_blocks", "mid_block")
 _KINDS = ("attentions", "resnets")
-_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-_ATTENTION = {f"{attn}.{leaf}" for attn in ("attn1", "attn2") for leaf in _PROJECTIONS}
-_RESNET = ("conv1", "time_emb_proj", "conv2", "conv_shortcut")
-_CLASSES: Mapping[str, Collection[str]] = {
-    "CrossAttention": _ATTENTION,
-    "Attention": _ATTENTION,
-    "GEGLU": {"ff.net.0.proj"},
-    "ResnetBlock2D": set(_RESNET),
-    "CLIPAttention": {"k_proj", "v_proj", "q_proj", "out_proj"},
-}
-# Until mid-2023, and since then. Shapes tell them apart: only GEGLU makes a layer wider.
-_BLOCK_ORDERS = (("attn1", "ff", "attn2"), ("attn1", "attn2", "ff"))
-_TEXT_ORDER = ("k_proj", "v_proj", "q_proj", "out_proj")
 _UNET_PATH = re.compile(
     r"(down_blocks|up_blocks|mid_block)(?:\.(\d+))?\.(attentions|resnets)\.(\d+)\."
     r"(?:transformer_blocks\.(\d+)\.)?(.+)"
@@ -72,30 +58,28 @@ class CloneOfSimo(AdapterLayout):
         match = _KEY.fullmatch(key)
         return Key(key, match[1], match[2], cast(Part, match[3])) if match else None
 
-    def matches(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+    def matches(self, keys: Collection[str], metadata: Fields) -> bool:
         return any(map(self.parse, keys))
 
-    def module(self, key: Key, resolve: object, component: str | None) -> str | None:
-        return None  # its number tells it only together with all others
+    def module(self, key: Key, resolve: object, component: str | None) -> None:
+        pass  # Its number tells it only together with all others.
 
-    def tokens(self, keys: Collection[str], metadata: Mapping[str, str]) -> list[str]:
+    def tokens(self, keys: Collection[str], metadata: Fields) -> list[str]:
         marked = sorted(name for name, mark in metadata.items() if mark == _TOKEN_MARK)
         return [name for name in marked if name in keys]
 
-    def group(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], shapes: Shapes | None
-    ) -> Groups:
-        keys = {text: self.parse(text) for text in tensors}
-        if left_over := [text for text, key in keys.items() if key is None]:
-            raise AdapterFormatError(f"{len(left_over)} keys belong to no known module: "
-                                     f"{listing(left_over)}")  # fmt: skip
-        numbers: dict[str, list[int]] = {}
-        for key in filter(None, keys.values()):
-            component, _, number = key.path.partition(":")
-            numbers.setdefault(component, []).append(int(number))
+    def group(self, tensors: Tensors, metadata: Fields, shapes: Shapes | None) -> Groups:
+        if left_over := [text for text in tensors if not self.parse(text)]:
+            count = len(left_over)
+            raise AdapterFormatError(
+                f"{count} keys belong to no known module: {listing(left_over)}"
+            )
+        last: dict[str, int] = {}
+        for component, number, _ in (text.split(":") for text in tensors):
+            last[component] = max(last.get(component, 0), int(number))
         groups: Groups = {}
-        for component, counted_layers in numbers.items():
-            paths = [f"{component}:{number}" for number in range(1 + max(counted_layers))]
+        for component, highest in last.items():
+            paths = [f"{component}:{i}" for i in range(1 + highest)]
             weights = [_weight_shape(tensors, path) for path in paths]
             classes = _classes_in(metadata.get(component, "[]"), component)
             try:
@@ -154,7 +138,7 @@ def positional_names(
     Raises:
         ValueError: If the order inside of a class is not known, or no order fits the shapes.
     """
-    classes = list(classes) or DEFAULT_CLASSES[component]
+    classes = list(classes) or _TRAINER["default"][component]
     if unknown := [name for name in classes if name not in _CLASSES]:
         raise ValueError(f"it has adapted {listing(unknown)}, whose layers' order is not known")
     leaves = {leaf for name in classes for leaf in _CLASSES[name]}
@@ -163,7 +147,8 @@ def positional_names(
     else:
         names = [name for name in known if split_component(name)[0] == component]
     for order in _orders(leaves):
-        ordered = sorted_by_walk(names, order)
+        places = {name: place for name in names if (place := _place(name, order)) is not None}
+        ordered = sorted(places, key=places.__getitem__)
         if len(ordered) == len(shapes) and _fit(dict(zip(ordered, shapes, strict=True)), known):
             return ordered
     which = "a released Stable Diffusion 1 or 2" if known is None else "this model"
@@ -173,41 +158,30 @@ def positional_names(
     )
 
 
-def sorted_by_walk(names: Iterable[str], order: Sequence[str]) -> list[str]:
-    """Return canonical names that end in one of the leaves, in the order of the walk.
+def _place(name: str, order: Sequence[str]) -> tuple[int, ...] | None:
+    """The place of a module in the walk; None for one that is not in it.
 
     Args:
-        names: Canonical module names.
+        name: Canonical module name.
         order: Leaves below a block, such as ``attn1.to_q``, as that block registered them.
     """
-    places = {name: place for name in names if (place := _place(name, order)) is not None}
-    return sorted(places, key=places.__getitem__)
-
-
-def _place(name: str, order: Sequence[str]) -> tuple[int, ...] | None:
     path = split_component(name)[1]
     if match := _TEXT_PATH.fullmatch(path):
         layer, leaf = match.groups()
         return (int(layer), order.index(leaf)) if leaf in order else None
     if (match := _UNET_PATH.fullmatch(path)) is None or match[6] not in order:
         return None
-    side, level, kind, number, block, leaf = match.groups()
-    return (
-        _SIDES.index(side), int(level or 0), _KINDS.index(kind), int(number), int(block or 0),
-        order.index(leaf),
-    )  # fmt: skip
+    side, level, kind, number, block, leaf = match.groups(0)
+    numbers = (int(level), _KINDS.index(str(kind)), int(number), int(block))
+    return (_SIDES.index(str(side)), *numbers, order.index(str(leaf)))
 
 
 def _orders(leaves: Collection[str]) -> Iterator[list[str]]:
     """The orders that the leaves may have, below one block."""
-    skipped: tuple[tuple[str, ...], ...] = ((), ("conv1", "conv2", "conv_shortcut"))
     # Without convolutions, unless it was told to adapt these as well.
-    for parts, without in product(_BLOCK_ORDERS, skipped):
-        below = {part: [f"{part}.{leaf}" for leaf in _PROJECTIONS] for part in ("attn1", "attn2")}
-        below["ff"] = ["ff.net.0.proj"]
-        order = [leaf for part in parts for leaf in below[part]]
-        order += [leaf for leaf in _RESNET if leaf not in without]
-        yield [leaf for leaf in (*order, *_TEXT_ORDER) if leaf in leaves]
+    for order, without in product(_TRAINER["orders"], ((), ("conv1", "conv2", "conv_shortcut"))):
+        resnet = [leaf for leaf in _CLASSES["ResnetBlock2D"] if leaf not in without]
+        yield [leaf for leaf in (*order, *resnet, *_CLASSES["CLIPAttention"]) if leaf in leaves]
 
 
 def _fit(shapes: Mapping[str, Shape], known: Mapping[str, Shape] | None) -> bool:
@@ -234,11 +208,9 @@ def _fit(shapes: Mapping[str, Shape], known: Mapping[str, Shape] | None) -> bool
 def _released_names(component: str, count: int) -> list[str]:
     """Modules of a released model; of a text encoder, as many layers as make up the count."""
     if component != "unet":
-        layers = range(count // len(_TEXT_ORDER))
-        return [
-            f"{component}.text_model.encoder.layers.{layer}.self_attn.{leaf}"
-            for layer in layers for leaf in _TEXT_ORDER
-        ]  # fmt: skip
+        layers = range(count // len(_CLASSES["CLIPAttention"]))
+        attention = [f"{component}.text_model.encoder.layers.{i}.self_attn" for i in layers]
+        return [f"{block}.{leaf}" for block in attention for leaf in _CLASSES["CLIPAttention"]]
     return [f"unet.{path}" for path in _released_unet()]
 
 
@@ -255,8 +227,10 @@ def _released_unet() -> Iterator[str]:
     for block, has_attention, attentions, resnets in blocks:
         for i in range(attentions if has_attention else 0):
             transformer = f"{block}.attentions.{i}.transformer_blocks.0"
-            yield from (f"{transformer}.{leaf}" for leaf in (*_ATTENTION, "ff.net.0.proj"))
+            yield from (f"{transformer}.{leaf}" for leaf in _TRAINER["orders"][0])
         for i in range(resnets):
             resnet = f"{block}.resnets.{i}"
             has_shortcut = block.startswith("up") or resnet in wider
-            yield from (f"{resnet}.{leaf}" for leaf in _RESNET[: 4 if has_shortcut else 3])
+            yield from (
+                f"{resnet}.{leaf}" for leaf in _CLASSES["ResnetBlock2D"][: 4 if has_shortcut else 3]
+            )

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,11 +22,12 @@ from torch.nn.functional import pad
 from dora_diffusion.config.families import COMPONENTS
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.alpha import json_object, refuse_changed_base
-from dora_diffusion.formats.adapter.metadata import OWN, AdapterMetadata, own_fields, without_path
+from dora_diffusion.formats.adapter.metadata import OWN, own_fields, without_path
 from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,
     AdapterLayout,
     EncodedFile,
+    Fields,
     Key,
     Layers,
     Part,
@@ -77,7 +78,7 @@ def parse_dotted(text: str) -> Key | None:
 
 def is_processor(key: Key) -> bool:
     """Return whether a key is a factor in an attention processor of early diffusers."""
-    return key.form in PROCESSOR_FORMS and key.path.rpartition(".")[0].endswith(".processor")
+    return key.form in PROCESSOR_FORMS and key.path.split(".")[-2:-1] == ["processor"]
 
 
 def is_old_form(text: str) -> bool:
@@ -182,11 +183,14 @@ class Diffusers(Dotted):
         known = key.form in _UNET_FORMS or is_processor(key)
         return known and _UNET.fullmatch(key.path) is not None
 
-    def matches(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
-        parts = [[key for key in keys if key.startswith(f"{c}.")] for c in COMPONENTS]
-        return super().matches(keys, metadata) and not any(
-            mixes_forms(part) or _embedding_alone(part) for part in parts
-        )
+    def matches(self, keys: Collection[str], metadata: Fields) -> bool:
+        for component in COMPONENTS:
+            part = [key for key in keys if key.startswith(f"{component}.")]
+            # It fails on Embeddings alone: it sees no adapter.
+            is_alone = any(".lora_embedding_" in k for k in part)
+            if mixes_forms(part) or (is_alone and not any(".lora_A." in k for k in part)):
+                return False
+        return super().matches(keys, metadata)
 
     def check(self, layers: Layers) -> None:
         super().check(layers)
@@ -200,9 +204,7 @@ class Diffusers(Dotted):
                     "checkpoint"
                 )
 
-    def encode(
-        self, layers: Layers, metadata: AdapterMetadata, options: WriteOptions
-    ) -> dict[str, EncodedFile]:
+    def encode(self, layers: Layers, options: WriteOptions) -> dict[str, EncodedFile]:
         """The file that diffusers loads exactly in every version.
 
         The scale is multiplied into ``lora_B``: without ``lora_adapter_metadata``, diffusers takes
@@ -216,24 +218,14 @@ class Diffusers(Dotted):
             ranks[component] = max(ranks.get(component, 0), layer.rank)
         tensors: dict[str, Tensor] = {}
         for name, layer in layers.items():
-            padded = _padded(unit_scale(layer), ranks[split_component(name)[0]])
+            rank, padded = ranks[split_component(name)[0]], unit_scale(layer)
+            if extra := rank - layer.rank:
+                down = pad(padded.down, (0, 0) * (layer.down.ndim - 1) + (0, extra))
+                up = pad(padded.up, (0, 0) * (layer.up.ndim - 2) + (0, extra))
+                padded = dataclasses.replace(padded, down=down, up=up, alpha=float(rank))
             tensors |= peft_tensors(name, padded, options, ".weight")
-        fields = {"format": "pt", **own_fields(metadata, layers, self.name)}
+        fields = {"format": "pt", **own_fields(options.metadata, layers, self.name)}
         return {self.file_name: EncodedFile.of(tensors, fields)}
-
-
-def _embedding_alone(keys: Collection[str]) -> bool:
-    """Return whether diffusers would fail on these keys of a component, and see no adapter."""
-    return any(".lora_embedding_" in k for k in keys) and not any(".lora_A." in k for k in keys)
-
-
-def _padded(layer: LayerWeights, rank: int) -> LayerWeights:
-    extra = rank - layer.rank
-    if not extra:
-        return layer
-    down = pad(layer.down, (0, 0) * (layer.down.ndim - 1) + (0, extra))
-    up = pad(layer.up, (0, 0) * (layer.up.ndim - 2) + (0, extra))
-    return dataclasses.replace(layer, down=down, up=up, alpha=float(rank))
 
 
 _PROCESSOR_PATH = re.compile(
@@ -283,9 +275,7 @@ class Peft(Dotted):
     def finds_alpha(self, *of_file: object) -> bool:
         return True  # in its config
 
-    def encode(
-        self, layers: Layers, metadata: AdapterMetadata, options: WriteOptions
-    ) -> dict[str, EncodedFile]:
+    def encode(self, layers: Layers, options: WriteOptions) -> dict[str, EncodedFile]:
         """A folder per component, each for ``PeftModel.from_pretrained(component, folder)``."""
         files: dict[str, EncodedFile] = {}
         components: dict[str, dict[str, LayerWeights]] = {}
@@ -297,23 +287,24 @@ class Peft(Dotted):
             tensors: dict[str, Tensor] = {}
             for name, layer in part.items():
                 tensors |= peft_tensors(PEFT_PREFIX + paths[name], layer, options, "")
-            fields = {"format": "pt", **own_fields(metadata, part, self.name)}
+            fields = {"format": "pt", **own_fields(options.metadata, part, self.name)}
             fields[OWN + "component"] = component
             files[f"{component}/{PEFT_FILE}"] = EncodedFile.of(tensors, fields)
-            config = _config_of({paths[name]: layer for name, layer in part.items()}, metadata)
+            named = {paths[name]: layer for name, layer in part.items()}
+            config = _config_of(named, without_path(options.metadata.base_model))
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"
             files[f"{component}/{PEFT_CONFIG}"] = EncodedFile(text=text)
         return files
 
 
-def _config_of(layers: Layers, metadata: AdapterMetadata) -> dict[str, object]:
+def _config_of(layers: Layers, base: str) -> dict[str, object]:
     rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
     # Only fields that every PEFT with DoRA knows: older versions reject others.
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": without_path(metadata.base_model),
+        "base_model_name_or_path": base,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,

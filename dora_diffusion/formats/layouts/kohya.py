@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -33,11 +33,14 @@ from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,
     AdapterLayout,
     EncodedFile,
+    Fields,
     Groups,
     Key,
     Layers,
     Part,
     Shapes,
+    Specs,
+    Tensors,
     WriteOptions,
     factors,
     some_layers,
@@ -45,28 +48,15 @@ from dora_diffusion.formats.layouts.layout import (
     with_alpha,
 )
 from dora_diffusion.formats.names.kohya import KOHYA_PREFIXES, Resolve, is_kohya_name, kohya_name
-from dora_diffusion.formats.names.modules import TOP_MODULES, USUAL_LAYOUT, UNetLayout
+from dora_diffusion.formats.names.modules import NAMES, TOP_MODULES, USUAL_LAYOUT, UNetLayout
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.low_rank import weight_change
 from dora_diffusion.numerics.norms import factored_norm
 from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.weights import LayerWeights
 
-# Its programs' own, and those that others write behind the same names.
-_FORMS: dict[str, Part] = {
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora_mid.weight": "mid",
-    ".alpha": "alpha",
-    ".dora_scale": "dora_scale",
-}
-_OTHER_FORMS: dict[str, Part] = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".magnitude": "magnitude",  # ai-toolkit: one per output, Linear only
-    ".lora_down": "down",  # ai-toolkit's first DoRA, with (1, in) magnitudes
-    ".lora_up": "up",
-}
+_FORMS: dict[str, Part] = NAMES["kohya_forms"]
+_OTHER_FORMS: dict[str, Part] = NAMES["other_forms"]
 _OWN_PATH = re.compile(rf"(?:{'|'.join(KOHYA_PREFIXES)})[^.]+")
 _ALPHA_IS_LOST = re.compile(r"^text_encoder\.|\.(?:attn[12]|self_attn)\.")
 
@@ -92,7 +82,7 @@ class Kohya(AdapterLayout):
     def owns(self, key: Key) -> bool:
         return key.form in _FORMS and _OWN_PATH.fullmatch(key.path) is not None
 
-    def matches(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+    def matches(self, keys: Collection[str], metadata: Fields) -> bool:
         made_for_it = metadata.get(OWN + "target") != "comfyui"
         return made_for_it and super().matches(keys, metadata)
 
@@ -110,14 +100,10 @@ class Kohya(AdapterLayout):
                     "checkpoint"
                 )
 
-    def encode(
-        self, layers: Layers, metadata: AdapterMetadata, options: WriteOptions
-    ) -> dict[str, EncodedFile]:
-        return {self.name: kohya_file(layers, layers, metadata, options, "kohya")}
+    def encode(self, layers: Layers, options: WriteOptions) -> dict[str, EncodedFile]:
+        return {self.name: _file(layers, layers, options, "kohya")}
 
-    def is_read_as_meant(
-        self, layers: Layers, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
-    ) -> bool:
+    def is_read_as_meant(self, layers: Layers, specs: Specs, metadata: Fields) -> bool:
         """Magnitudes must lie along their axis, too; LoRA and DoRA layers may stand together."""
         if not self.finds_alpha(layers, specs, metadata):
             return False
@@ -192,31 +178,33 @@ def _is_refused(encoder: Layers, lost: Sequence[str]) -> bool:
 
 def _outside_of_blocks(layers: Iterable[str]) -> list[str]:
     """Layers beside the blocks of UNet and text encoders, where sd-scripts looks for none."""
-    return [
-        name
-        for name in layers
-        if name.removeprefix("unet.") in dict(TOP_MODULES) or name.endswith(".text_projection")
-    ]
+    tops = tuple(f"unet.{name}" for name in TOP_MODULES)
+    return [name for name in layers if name in tops or name.endswith(".text_projection")]
 
 
-def kohya_file(
-    layers: Layers, trained: Layers, metadata: AdapterMetadata, options: WriteOptions, target: str
-) -> EncodedFile:
+def _file(layers: Layers, trained: Layers, options: WriteOptions, target: str) -> EncodedFile:
     """A file of kohya's names, with the hash by which A1111 and adapter managers know it.
 
     Args:
         layers: What it holds.
         trained: What its metadata tell of.
-        metadata: What is known of the adapter.
         options: How to write it.
         target: What it is written for.
     """
-    names = kohya_names(layers, metadata, options)
+    names = kohya_names(layers, options)
     tensors: dict[str, Tensor] = {}
     for name, layer in _for_other_programs(layers, options).items():
-        tensors |= _tensors_of(names[name], layer, options)
+        down, up = factors(layer, options)
+        alpha = torch.tensor(layer.alpha, dtype=torch.float32)
+        parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
+        if layer.magnitude is not None:
+            # Never flat: a flat scale does not tell its axis, and ComfyUI skips the layer.
+            lead = (-1,) if layer.norm_axis == "output" else (1, -1)
+            shape = (*lead, *[1] * (layer.down.ndim - len(lead)))
+            parts["dora_scale"] = layer.magnitude.detach().cpu().float().reshape(shape)
+        tensors |= {f"{names[name]}.{part}": tensor for part, tensor in parts.items()}
     tensors |= options.bundled
-    fields = kohya_metadata(trained, metadata, options, target)
+    fields = _metadata(trained, options, target)
     # Of its data alone.
     return EncodedFile.of(tensors, {**fields, "sshs_model_hash": data_hash(tensors)})
 
@@ -228,8 +216,7 @@ def _for_other_programs(layers: Layers, options: WriteOptions) -> Layers:
     layers get one. Magnitudes on the input axis have alpha = rank: A1111 computes that axis, but
     its versions differ on whether ``alpha / rank`` acts before the norm or on the whole change.
     """
-    others = [layer for layer in layers.values() if not _on_input(layer)]
-    alpha = _one_alpha(others, options.dtype)
+    alpha = _one_alpha([w for w in layers.values() if not _on_input(w)], options.dtype)
     return {
         name: unit_scale(layer) if _on_input(layer) else with_alpha(layer, alpha)
         for name, layer in layers.items()
@@ -252,14 +239,14 @@ def _one_alpha(layers: Sequence[LayerWeights], dtype: torch.dtype | None) -> flo
     return max(min(alphas), 2 * largest / torch.finfo(dtype or layers[0].up.dtype).max)
 
 
-def kohya_names(layers: Layers, metadata: AdapterMetadata, options: WriteOptions) -> dict[str, str]:
+def kohya_names(layers: Layers, options: WriteOptions) -> dict[str, str]:
     """Canonical module name -> kohya name, for the adapter's family.
 
     Raises:
         AdapterFormatError: If the family is unknown, or the names are not one-to-one.
     """
-    family = _known_family(layers, metadata)
-    trained = UNetLayout.from_text(metadata.extra.get(UNET_LAYERS, ""))
+    family = _known_family(layers, options.metadata)
+    trained = UNetLayout.from_text(options.metadata.extra.get(UNET_LAYERS, ""))
     layout = options.unet_layout or trained or USUAL_LAYOUT
     names = {name: kohya_name(name, family, layout) for name in layers}
     if missing := [name for name, new in names.items() if new is None]:
@@ -272,11 +259,9 @@ def kohya_names(layers: Layers, metadata: AdapterMetadata, options: WriteOptions
     return {name: str(new) for name, new in names.items()}
 
 
-def kohya_metadata(
-    layers: Layers, metadata: AdapterMetadata, options: WriteOptions, target: str
-) -> dict[str, str]:
+def _metadata(layers: Layers, options: WriteOptions, target: str) -> dict[str, str]:
     """All metadata of a kohya-style file."""
-    family = _known_family(layers, metadata)
+    metadata, family = options.metadata, _known_family(layers, options.metadata)
     stored = _for_other_programs(layers, options)
     # What was not trained has no other alpha than the file's.
     fields = own_fields(metadata, stored if "approximation" in metadata.extra else layers, target)
@@ -296,21 +281,6 @@ def _known_family(layers: Layers, metadata: AdapterMetadata) -> Family:
             f"say which it is ({', '.join(others)} or {last})"
         )
     return FAMILIES[name]
-
-
-def _tensors_of(prefix: str, layer: LayerWeights, options: WriteOptions) -> dict[str, Tensor]:
-    down, up = factors(layer, options)
-    tensors = {
-        f"{prefix}.lora_down.weight": down,
-        f"{prefix}.lora_up.weight": up,
-        f"{prefix}.alpha": torch.tensor(layer.alpha, dtype=torch.float32),
-    }
-    if layer.magnitude is not None:
-        # Never flat: a flat scale does not tell its axis, and ComfyUI skips the layer.
-        lead = (-1,) if layer.norm_axis == "output" else (1, -1)
-        shape = (*lead, *[1] * (layer.down.ndim - len(lead)))
-        tensors[f"{prefix}.dora_scale"] = layer.magnitude.detach().cpu().float().reshape(shape)
-    return tensors
 
 
 class BaseSpecific(Kohya):
@@ -356,27 +326,23 @@ class ComfyUI(BaseSpecific):
         "use its usual loader"
     )
 
-    def matches(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+    def matches(self, keys: Collection[str], metadata: Fields) -> bool:
         return metadata.get(OWN + "target") == self.name and not DENSE.matches(keys, metadata)
 
-    def group(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], shapes: Shapes | None
-    ) -> Groups | None:
+    def group(self, tensors: Tensors, metadata: Fields, shapes: Shapes | None) -> Groups | None:
         raise AdapterFormatError(
             "its magnitudes are changed to be exact in ComfyUI on one base model, and wrong "
             "elsewhere; use the adapter that it was converted from"
         )
 
-    def encode(
-        self, layers: Layers, metadata: AdapterMetadata, options: WriteOptions
-    ) -> dict[str, EncodedFile]:
+    def encode(self, layers: Layers, options: WriteOptions) -> dict[str, EncodedFile]:
         if not needs_compensation(layers):
-            return super().encode(layers, metadata, options)
+            return super().encode(layers, options)
         base = self.base_of(options)
         changed = {
             name: _compensated(module_weight(base, name), layer) for name, layer in layers.items()
         }
-        return {self.name: kohya_file(changed, layers, metadata, options, self.name)}
+        return {self.name: _file(changed, layers, options, self.name)}
 
 
 class Dense(BaseSpecific):
@@ -386,14 +352,12 @@ class Dense(BaseSpecific):
     file_name = "adapter_dense.safetensors"
     note = "full differences: add them to the base's weights"
 
-    def matches(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+    def matches(self, keys: Collection[str], metadata: Fields) -> bool:
         return any(key.endswith(self.form) for key in keys)
 
-    def encode(
-        self, layers: Layers, metadata: AdapterMetadata, options: WriteOptions
-    ) -> dict[str, EncodedFile]:
+    def encode(self, layers: Layers, options: WriteOptions) -> dict[str, EncodedFile]:
         base = self.base_of(options)
-        names = kohya_names(layers, metadata, options)
+        names = kohya_names(layers, options)
         dtype = options.dtype or torch.float32
 
         def make(name: str) -> Tensor:
@@ -407,7 +371,7 @@ class Dense(BaseSpecific):
             names[name] + self.form: (TensorSpec(dtype, layer.weight_shape), partial(make, name))
             for name, layer in layers.items()
         }
-        fields = kohya_metadata(layers, metadata, options, self.name)
+        fields = _metadata(layers, options, self.name)
         return {self.name: EncodedFile(tensors, fields)}
 
 

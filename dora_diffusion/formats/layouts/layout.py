@@ -34,6 +34,9 @@ from dora_diffusion.numerics.weights import LayerWeights
 Part = Literal["down", "up", "mid", "alpha", "magnitude", "dora_scale"]
 Layers = Mapping[str, LayerWeights]
 Shapes = Mapping[str, tuple[int, ...]]
+Specs = Mapping[str, TensorSpec]
+Tensors = Mapping[str, Tensor]
+Fields = Mapping[str, str]
 BUNDLED_TOKEN = re.compile(r"bundle_emb\.(?P<token>.+)\.(?P<key>clip_[lhg])")
 """Key of a trained token's vectors in a file of layers."""
 EXACT = "exact"
@@ -88,6 +91,7 @@ class WriteOptions:
     """Options for writing an adapter.
 
     Attributes:
+        metadata: What is known of it.
         dtype: Of the low-rank factors; None keeps theirs. Magnitudes stay float32: rounding one
             moves every weight of its row, and they are small.
         title: Name shown by user interfaces, the file's name without suffix.
@@ -97,6 +101,7 @@ class WriteOptions:
         bundled: Trained tokens' tensors by key, for files that hold them.
     """
 
+    metadata: AdapterMetadata
     dtype: torch.dtype | None = None
     title: str = ""
     unet_layout: UNetLayout | None = None
@@ -117,11 +122,11 @@ class EncodedFile:
     """
 
     tensors: Mapping[str, tuple[TensorSpec, Callable[[], Tensor]]] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Fields = field(default_factory=dict)
     text: str | None = None
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> EncodedFile:
+    def of(cls, tensors: Mapping[str, Tensor], metadata: Fields) -> EncodedFile:
         lazy = {key: (TensorSpec.of(t), lambda t=t: t) for key, t in tensors.items()}
         return cls(lazy, metadata)
 
@@ -148,7 +153,7 @@ class AdapterLayout:
         """Return whether the layout's programs read this key, to the last letter."""
         return True
 
-    def matches(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+    def matches(self, keys: Collection[str], metadata: Fields) -> bool:
         """Return whether each key of a file is laid out so; no file matches two layouts."""
         parsed = map(self.parse, keys)
         is_own = bool(keys) and all(key is not None and self.owns(key) for key in parsed)
@@ -158,13 +163,11 @@ class AdapterLayout:
         """Canonical name of a key's module, None if it is of none that is known."""
         return key.path
 
-    def tokens(self, keys: Collection[str], metadata: Mapping[str, str]) -> list[str]:
+    def tokens(self, keys: Collection[str], metadata: Fields) -> list[str]:
         """The keys of trained tokens among its layers' keys."""
         return []
 
-    def group(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], shapes: Shapes | None
-    ) -> Groups | None:
+    def group(self, tensors: Tensors, metadata: Fields, shapes: Shapes | None) -> Groups | None:
         """Sort a file's keys into layers, where no key tells its own; None: `group_keys` does.
 
         Args:
@@ -176,9 +179,7 @@ class AdapterLayout:
             AdapterFormatError: If the file cannot be read.
         """
 
-    def decode(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-    ) -> tuple[dict[str, LayerWeights], str] | None:
+    def decode(self, tensors: Tensors, metadata: Fields) -> tuple[Layers, str] | None:
         """Return the layers and a line on what they are, if not made from A, B and m as usual."""
 
     def check(self, layers: Layers) -> None:
@@ -188,15 +189,11 @@ class AdapterLayout:
             AdapterFormatError: With the reason, and what to write instead.
         """
 
-    def encode(
-        self, layers: Layers, metadata: AdapterMetadata, options: WriteOptions
-    ) -> dict[str, EncodedFile]:
+    def encode(self, layers: Layers, options: WriteOptions) -> dict[str, EncodedFile]:
         """The files that hold layers, by relative name."""
         raise AdapterFormatError(f"the {self.name} layout is read, and not written")
 
-    def is_read_as_meant(
-        self, layers: Layers, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
-    ) -> bool:
+    def is_read_as_meant(self, layers: Layers, specs: Specs, metadata: Fields) -> bool:
         """Return whether programs that know the keys also read the numbers as they are meant.
 
         None takes alpha from what kohya's scripts note of the training; and PEFT makes all layers
@@ -206,9 +203,7 @@ class AdapterLayout:
         is_uniform = len(kinds) == len({component for component, _ in kinds})
         return is_uniform and self.finds_alpha(layers, specs, metadata)
 
-    def finds_alpha(
-        self, layers: Layers, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
-    ) -> bool:
+    def finds_alpha(self, layers: Layers, specs: Specs, metadata: Fields) -> bool:
         """Return whether programs find the alpha of each layer, or need none."""
         says_alpha = sum(key.endswith(".alpha") for key in specs) >= len(layers)
         says_alpha |= DIFFUSERS_METADATA in metadata

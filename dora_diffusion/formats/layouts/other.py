@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from importlib import import_module
 
 from dora_diffusion.config.wording import listing
@@ -12,6 +12,7 @@ from dora_diffusion.formats.layouts.dotted import is_old_form, mixes_forms
 from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,
     AdapterLayout,
+    Fields,
     Groups,
     Layers,
     some_layers,
@@ -141,6 +142,6 @@ def _other_method(keys: Collection[str]) -> str | None:
     return None
 
 
-def layout_of(keys: Collection[str], metadata: Mapping[str, str]) -> AdapterLayout:
+def layout_of(keys: Collection[str], metadata: Fields) -> AdapterLayout:
     """The layout of a file with these keys and metadata; `OTHER` where it has none of the list."""
     return next((layout for layout in all_layouts() if layout.matches(keys, metadata)), OTHER)

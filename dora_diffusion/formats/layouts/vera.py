@@ -20,7 +20,13 @@ from torch import Tensor
 from dora_diffusion.formats.adapter.alpha import json_object
 from dora_diffusion.formats.adapter.metadata import OWN, AdapterMetadata, own_fields
 from dora_diffusion.formats.files.stream import data_hash, save_tensors
-from dora_diffusion.formats.layouts.layout import AdapterFormatError, AdapterLayout
+from dora_diffusion.formats.layouts.layout import (
+    AdapterFormatError,
+    AdapterLayout,
+    Fields,
+    Layers,
+    Tensors,
+)
 from dora_diffusion.numerics.projections import Kernel, Projections, scaled_rows
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
@@ -88,10 +94,8 @@ def write_vera(path: Path, layers: Mapping[str, VeraLayer], metadata: AdapterMet
     }
     shared = {name.partition(".")[0]: layer.projections for name, layer in layers.items()}
     facts = {component: _facts(projections) for component, projections in shared.items()}
-    fields = own_fields(
-        metadata, {name: layer.unscaled() for name, layer in layers.items()}, "vera"
-    )
-    fields |= {
+    drawn = {name: layer.unscaled() for name, layer in layers.items()}
+    fields = own_fields(metadata, drawn, "vera") | {
         "format": "pt",
         OWN + PROJECTIONS: json.dumps(facts),
         OWN + SHAPES: json.dumps({name: layer.shape for name, layer in layers.items()}),
@@ -106,12 +110,10 @@ class Vera(AdapterLayout):
     file_name = VERA_FILE
     says_alpha = is_compact = True
 
-    def matches(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+    def matches(self, keys: Collection[str], metadata: Fields) -> bool:
         return metadata.get(OWN + "target") == self.name
 
-    def decode(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-    ) -> tuple[dict[str, LayerWeights], str]:
+    def decode(self, tensors: Tensors, metadata: Fields) -> tuple[Layers, str]:
         """Raise an error if it is damaged, or its projections cannot be drawn to the bit."""
         facts = json_object(metadata.get(OWN + PROJECTIONS, ""), "what it says of its projections")
         shapes = json_object(metadata.get(OWN + SHAPES, ""), "what it says of its layers")
@@ -122,8 +124,7 @@ class Vera(AdapterLayout):
                 name: _layer(name, tensors, shared[name.partition(".")[0]], shape, axis)
                 for name, shape in shapes.items()
             }
-            count = sum(layer.magnitude is None for layer in layers.values())
-            expected = 3 * len(layers) - count
+            expected = sum(2 + (layer.magnitude is not None) for layer in layers.values())
             weights = {name: layer.weights() for name, layer in layers.items()}
         except _DAMAGE as error:
             raise AdapterFormatError(f"its layers do not fit together: {error}") from error
@@ -142,21 +143,17 @@ VERA = Vera()
 
 
 def _facts(projections: Projections) -> dict[str, Any]:
-    return {
-        "seed": projections.seed,
-        "rank": projections.rank,
-        "outputs": projections.outputs,
-        "inputs": {_kernel_text(kernel): width for kernel, width in projections.inputs.items()},
-        "sha256": digest_of(projections),
-    }
+    inputs = {_kernel_text(kernel): width for kernel, width in projections.inputs.items()}
+    facts = {name: getattr(projections, name) for name in ("seed", "rank", "outputs")}
+    return {**facts, "inputs": inputs, "sha256": digest_of(projections)}
 
 
 def _projections(facts: Mapping[str, Any]) -> Projections:
     inputs = {tuple(map(int, text.split("x"))): int(n) for text, n in facts["inputs"].items()}
     seed, rank, outputs = (int(facts[name]) for name in ("seed", "rank", "outputs"))
     projections = Projections(seed, rank, outputs, dict(sorted(inputs.items())))
-    total = projections.rank * (projections.outputs + sum(map(_taps, inputs.items())))
-    if total > _LARGEST:
+    taps = sum(width * kernel[0] * kernel[1] for kernel, width in inputs.items())
+    if (total := projections.rank * (projections.outputs + taps)) > _LARGEST:
         raise ValueError(f"projections of {total:,} numbers")
     if digest_of(projections) != facts["sha256"]:
         raise AdapterFormatError(
@@ -165,11 +162,6 @@ def _projections(facts: Mapping[str, Any]) -> Projections:
             "version that draws others; read it with that version"
         )
     return projections
-
-
-def _taps(entry: tuple[Kernel, int]) -> int:
-    kernel, width = entry
-    return width * kernel[0] * kernel[1]
 
 
 def _layer(

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from dora_diffusion.config.families import COMPONENTS, FAMILIES, Family
 from dora_diffusion.formats.names.modules import (
-    RESNET_MODULES,
+    NAMES,
     TOP_MODULES,
     USUAL_LAYOUT,
     UNetLayout,
@@ -34,29 +34,11 @@ KOHYA_PREFIXES = {
     },
 }
 LYCORIS_PREFIX = "lycoris_"  # LyCORIS' own wrapper: the path in whichever model was wrapped
-# Projections trained as one matrix, one below the other -> their own names.
-_JOINED = {
-    "to_qkv": ("to_q", "to_k", "to_v"),
-    "to_kv": ("to_k", "to_v"),
-    "in_proj": ("q_proj", "k_proj", "v_proj"),
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-}
-
 # The adaptable modules; `#` stands for a number.
-_ATTENTION = (
-    "proj_in",
-    "proj_out",
-    *(
-        f"transformer_blocks.#.{attention}.{leaf}"
-        for attention in ("attn1", "attn2")
-        for leaf in ("to_q", "to_k", "to_v", "to_out.0", "to_qkv", "to_kv")
-    ),
-    "transformer_blocks.#.ff.net.0.proj",
-    "transformer_blocks.#.ff.net.2",
-)
-_RESNET = tuple(name for name, _ in RESNET_MODULES if not name.startswith("norm"))
+_ATTENTION = NAMES["attention"]
+_RESNET = [name for name in NAMES["unet_resnet"] if not name.startswith("norm")]
 UNET_MODULES = (
-    *(name for name, _ in TOP_MODULES if "norm" not in name),
+    *(name for name in TOP_MODULES if "norm" not in name),
     *(
         f"{block}.{leaf}"
         for side in ("mid_block", "down_blocks.#", "up_blocks.#")
@@ -66,13 +48,9 @@ UNET_MODULES = (
     "down_blocks.#.downsamplers.0.conv",
     "up_blocks.#.upsamplers.0.conv",
 )
-_TEXT_LAYER = (
-    *(f"encoder.layers.#.self_attn.{leaf}_proj" for leaf in ("q", "k", "v", "out", "qkv")),
-    "encoder.layers.#.self_attn.in_proj",
-    "encoder.layers.#.mlp.fc1",
-    "encoder.layers.#.mlp.fc2",
-)
-TEXT_MODULES = (*(f"text_model.{name}" for name in _TEXT_LAYER), *_TEXT_LAYER, "text_projection")
+TEXT_MODULES = (
+    *(f"text_model.{name}" for name in NAMES["text_layer"]), *NAMES["text_layer"], "text_projection"
+)  # fmt: skip
 _UNET_STARTS = {name.split(".")[0] for name in UNET_MODULES}
 _SGM_STARTS = {original.split(".")[0] for original in unet_names(USUAL_LAYOUT).canonical}
 
@@ -121,7 +99,7 @@ def is_sgm_path(path: str) -> bool:
 def joined_parts(name: str) -> list[str]:
     """Canonical names that a joined attention projection stands for; empty for any other name."""
     parent, _, leaf = name.rpartition(".")
-    return [f"{parent}.{part}" for part in _JOINED.get(leaf, ())]
+    return [f"{parent}.{part}" for part in NAMES["joined"].get(leaf, ())]
 
 
 def name_resolver(known: Iterable[str] | None = None, layout: UNetLayout | None = None) -> Resolve:
@@ -189,8 +167,7 @@ def _by_vocabulary(flat: str, layouts: list[UNetLayout]) -> str | None:
 
 def _unet_path(flat: str, layouts: list[UNetLayout]) -> str | None:
     original = (renamed(flat, _flat_blocks(layout), "_") for layout in layouts)
-    candidates = (_dotted(path, _UNET) for path in (flat, *original) if path)
-    return next(filter(None, candidates), None)
+    return next(filter(None, (_dotted(path, _UNET) for path in (flat, *original) if path)), None)
 
 
 @lru_cache

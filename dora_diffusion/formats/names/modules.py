@@ -24,6 +24,14 @@ from typing import Any
 
 from dora_diffusion.config.families import COMPONENTS, FAMILIES, Family
 from dora_diffusion.config.wording import listing
+from dora_diffusion.formats import facts
+
+NAMES: Mapping[str, Any] = facts("names/names.yaml")
+
+
+def below(leaves: Mapping[str, str], name: str, original: str) -> Iterator[tuple[str, str]]:
+    """The pairs of leaves below a module of either layout."""
+    return ((f"{name}.{leaf}", f"{original}.{other}") for leaf, other in leaves.items())
 
 
 class NameTable:
@@ -74,31 +82,14 @@ def renamed(name: str, names: Mapping[str, str], separator: str = ".") -> str | 
     return None
 
 
-# What dotted names start with -> component; of those that share a start, the longest first.
-# OneTrainer's OMI files say `clip_l`, its COMFY files what ComfyUI calls its modules.
-COMPONENT_PREFIXES = {
-    "model.diffusion_model": "unet",
-    "diffusion_model": "unet",
-    "cond_stage_model.transformer": "text_encoder",
-    "conditioner.embedders.0.transformer": "text_encoder",
-    "text_encoders.clip_l.transformer": "text_encoder",
-    "text_encoders.clip_g.transformer": "text_encoder_2",
-    "clip_l": "text_encoder",
-    "clip_g": "text_encoder_2",
-    **{component: component for component in COMPONENTS},
-}
+COMPONENT_PREFIXES = {**NAMES["prefixes"], **{component: component for component in COMPONENTS}}
 # Ends of tensors that some layouts have and others do not.
 BUFFERS = ("position_ids", "logit_scale", "attn_mask")
 # Names that the first Diffusers releases gave an autoencoder.
 _EARLY = NameTable(
     (f"{side}.mid_block.attentions.0.{name}", f"{side}.mid_block.attentions.0.{early}")
     for side in ("encoder", "decoder")
-    for name, early in (
-        ("to_q", "query"),
-        ("to_k", "key"),
-        ("to_v", "value"),
-        ("to_out.0", "proj_attn"),
-    )
+    for name, early in NAMES["vae_early"].items()
 )
 
 
@@ -154,23 +145,7 @@ def modern_vae_path(path: str) -> str:
     return _EARLY.to_canonical(path) or path
 
 
-TOP_MODULES = (
-    ("conv_in", "input_blocks.0.0"),
-    ("time_embedding.linear_1", "time_embed.0"),
-    ("time_embedding.linear_2", "time_embed.2"),
-    ("add_embedding.linear_1", "label_emb.0.0"),
-    ("add_embedding.linear_2", "label_emb.0.2"),
-    ("conv_norm_out", "out.0"),
-    ("conv_out", "out.2"),
-)
-RESNET_MODULES = (
-    ("norm1", "in_layers.0"),
-    ("conv1", "in_layers.2"),
-    ("time_emb_proj", "emb_layers.1"),
-    ("norm2", "out_layers.0"),
-    ("conv2", "out_layers.3"),
-    ("conv_shortcut", "skip_connection"),
-)
+TOP_MODULES: Mapping[str, str] = NAMES["unet_top"]
 # As many as a record of a layout may name; the released models have three and four.
 _MOST_LEVELS = 9
 _RELEASED_LAYERS = 2
@@ -265,29 +240,24 @@ def unet_names(layout: UNetLayout) -> NameTable:
 
 
 def _pairs(layout: UNetLayout) -> Iterator[tuple[str, str]]:
-    yield from TOP_MODULES
+    step, resnet = layout.layers_per_block + 1, NAMES["unet_resnet"]
+    yield from TOP_MODULES.items()
     for i in range(2):
-        yield from _resnet(f"mid_block.resnets.{i}", f"middle_block.{2 * i}")
+        yield from below(resnet, f"mid_block.resnets.{i}", f"middle_block.{2 * i}")
     yield "mid_block.attentions.0", "middle_block.1"
-    step = layout.layers_per_block + 1
     for level in range(_MOST_LEVELS):
         down, up, first = f"down_blocks.{level}", f"up_blocks.{level}", level * step
         for i in range(layout.layers_per_block):
-            yield from _resnet(f"{down}.resnets.{i}", f"input_blocks.{first + i + 1}.0")
+            yield from below(resnet, f"{down}.resnets.{i}", f"input_blocks.{first + i + 1}.0")
             yield f"{down}.attentions.{i}", f"input_blocks.{first + i + 1}.1"
         yield f"{down}.downsamplers.0.conv", f"input_blocks.{first + step}.0.op"
         has_attention = level < len(layout.up_attention) and layout.up_attention[level]
         for i in range(step):
-            yield from _resnet(f"{up}.resnets.{i}", f"output_blocks.{first + i}.0")
+            yield from below(resnet, f"{up}.resnets.{i}", f"output_blocks.{first + i}.0")
             if has_attention:
                 yield f"{up}.attentions.{i}", f"output_blocks.{first + i}.1"
         slot = 2 if has_attention else 1
         yield f"{up}.upsamplers.0", f"output_blocks.{first + step - 1}.{slot}"
-
-
-def _resnet(name: str, original: str) -> Iterator[tuple[str, str]]:
-    for leaf, original_leaf in RESNET_MODULES:
-        yield f"{name}.{leaf}", f"{original}.{original_leaf}"
 
 
 def known_layout(names: Iterable[str]) -> UNetLayout | None:

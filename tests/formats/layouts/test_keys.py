@@ -80,9 +80,9 @@ def test_modules_that_share_a_name_are_refused() -> None:
     facts, factor = AdapterMetadata("sd1"), torch.ones(2, 2)
     layer = LayerWeights(factor, factor)
     with pytest.raises(AdapterFormatError, match=r"share a name .*: unet\.a\.b, unet\.a_b"):
-        kohya_names({"unet.a.b": layer, "unet.a_b": layer}, facts, WriteOptions())
+        kohya_names({"unet.a.b": layer, "unet.a_b": layer}, WriteOptions(facts))
     with pytest.raises(AdapterFormatError, match=r"without a name in .*: text_encoder_2\.a"):
-        kohya_names({"text_encoder_2.a": layer}, facts, WriteOptions())
+        kohya_names({"text_encoder_2.a": layer}, WriteOptions(facts))
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

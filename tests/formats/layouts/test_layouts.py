@@ -33,7 +33,7 @@ from dora_diffusion.formats.layouts.layout import (
     Layers,
     WriteOptions,
 )
-from dora_diffusion.formats.layouts.other import OTHER, all_layouts, layout_of
+from dora_diffusion.formats.layouts.other import OTHER, all_layouts, layout_named, layout_of
 from dora_diffusion.formats.layouts.vera import VeraLayer, write_vera
 from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.numerics.projections import Projections
@@ -54,9 +54,9 @@ def layer(axis: str | None) -> LayerWeights:
 
 def encoded(name: str, axis: str | None) -> list[tuple[set[str], Mapping[str, str]]]:
     """Keys and metadata of the files that a layout writes of one layer."""
-    layout, layers = layouts.layout_named(name), {TO_Q: layer(axis)}
+    layout, layers = layout_named(name), {TO_Q: layer(axis)}
     layout.check(layers)
-    files = layout.encode(layers, AdapterMetadata("sd1"), WriteOptions(base=MODEL))
+    files = layout.encode(layers, WriteOptions(AdapterMetadata("sd1"), base=MODEL))
     return [(set(file.tensors), file.metadata) for file in files.values() if file.text is None]
 
 
@@ -76,7 +76,7 @@ READ_ONLY = {
 @pytest.mark.parametrize(("name", "axis"), WRITTEN)
 def test_a_layout_reads_what_it_writes(name: str, axis: str | None) -> None:
     [(keys, metadata)] = encoded(name, axis)
-    layout = layouts.layout_named(name)
+    layout = layout_named(name)
     told = layout_of(keys, metadata)
     # On the input axis, and without magnitudes, ComfyUI computes a plain kohya file.
     assert told.name == ("kohya" if name == "comfyui" and axis != "output" else name)
@@ -181,9 +181,7 @@ class Shouted(AdapterLayout):
         if any(layer.magnitude is not None for layer in layers.values()):
             raise AdapterFormatError("the shouted format holds no magnitudes; write diffusers")
 
-    def encode(
-        self, layers: Layers, metadata: AdapterMetadata, options: WriteOptions
-    ) -> dict[str, EncodedFile]:
+    def encode(self, layers: Layers, options: WriteOptions) -> dict[str, EncodedFile]:
         tensors: dict[str, Tensor] = {}
         for name, part in layers.items():
             values = {"down": part.down, "up": part.up, "alpha": torch.tensor(part.alpha)}
