@@ -164,18 +164,15 @@ def draw_inputs(
     ids = time_ids(family, batch.crops)
     drawn = (condition_from_moments(vae, family, *p) for p in zip(rows, generators, strict=True))
     conditions = [condition for condition in drawn if condition is not None]
+
+    def sent(tensor: Tensor | None) -> Any:
+        return None if tensor is None else send(tensor, device)
+
     return StepInputs(
-        send(latents, device),
-        send(noise, device),
-        send(timesteps, device),
-        batch.captions,
-        None if ids is None else send(ids, device),
-        photos,
-        batch.class_captions,
-        None if mask is None else send(mask, device),
-        send(torch.cat(conditions), device) if conditions else None,
-        None if batch.weights is None else send(batch.weights, device),
-    )
+        sent(latents), sent(noise), sent(timesteps), batch.captions, sent(ids), photos,
+        batch.class_captions, sent(mask), sent(torch.cat(conditions) if conditions else None),
+        sent(batch.weights),
+    )  # fmt: skip
 
 
 class Conditioner:

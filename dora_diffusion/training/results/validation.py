@@ -94,10 +94,9 @@ def divide(
         return generator_for("validation split", config.seed, digest).initial_seed()
 
     drawn = set(sorted(distinct, key=draw)[:count])
-    sides: tuple[list[Path], list[Path]] = ([], [])
-    for path, digest in zip(paths, digests, strict=True):
-        sides[digest in drawn].append(path)
-    return sides
+    content = dict(zip(paths, digests, strict=True))
+    kept = [path for path in paths if content[path] not in drawn]
+    return kept, [path for path in paths if content[path] in drawn]
 
 
 def read_held_out(subject: Subject, paths: Sequence[Path]) -> list[Photo]:
