@@ -19,14 +19,14 @@ COMPARISON, BASE_NAME = "comparison.json", "base"
 MOST_COMPARED = 8
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Of a VeRA's checkpoints, the compact file alone.
-_ADAPTERS = (
+ADAPTER_FILES = (
     "pytorch_lora_weights.safetensors", "dora_kohya.safetensors", "vera.safetensors",
 )  # fmt: skip
 
 
 def result_adapter(folder: Path) -> Path | None:
     """The adapter file that a finished run left, or that a checkpoint holds."""
-    return next((folder / name for name in _ADAPTERS if (folder / name).is_file()), None)
+    return next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
 
 
 def adapter_checkpoints(folder: Path) -> tuple[str, ...]:

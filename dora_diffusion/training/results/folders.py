@@ -11,10 +11,7 @@ from pathlib import Path
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, embeddings_of
-from dora_diffusion.formats.files.runs import PIPELINE_NAME, pipeline_in
-from dora_diffusion.formats.layouts.dotted import DIFFUSERS
-from dora_diffusion.formats.layouts.vera import VERA_FILE
-from dora_diffusion.training.results.card import KOHYA_FILE
+from dora_diffusion.formats.files.runs import ADAPTER_FILES, PIPELINE_NAME, pipeline_in
 from dora_diffusion.training.results.checkpoint import (
     checkpoints_in,
     find_checkpoint,
@@ -185,8 +182,7 @@ def clear_folder(folder: Path, step: int) -> None:
     unfinished = [*folder.glob(".checkpoint-*.tmp"), *folder.glob(f"{UNFINISHED}*")]
     for old in [*folders_after(folder, step), *unfinished]:
         shutil.rmtree(old, ignore_errors=True)
-    names = (DIFFUSERS.file_name, KOHYA_FILE, VERA_FILE)
-    adapters = [folder / name for name in names if name]
+    adapters = [folder / name for name in ADAPTER_FILES]
     model = folder / PIPELINE_NAME
     if step == 0 and (pipeline_in(model) or any(adapter.is_file() for adapter in adapters)):
         samples = [p for p in folder.glob("samples/*.png") if _SAMPLE.fullmatch(p.name)]
