@@ -108,11 +108,8 @@ def _check_subject_folders(config: TrainConfig, output: Path) -> None:
         if folder is None:
             continue
         _apart("output_dir", output, setting, folder)
-        for name in (
-            *_OWN_FOLDERS,
-            config.logging_dir,
-            *(path.name for path in output.glob("checkpoint-*")),
-        ):
+        checkpoints = (path.name for path in output.glob("checkpoint-*"))
+        for name in (*_OWN_FOLDERS, config.logging_dir, *checkpoints):
             _apart(setting, folder, f"the run's {name},", output / name)
     folder = _folder(config.class_data_dir) if config.uses_class_images else None
     if folder is not None and folder == photos:

@@ -27,7 +27,6 @@ from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.models.offload import fetch
 
 _PROJECT = "dreambooth"
-# Settings that name folders of this computer: only a name goes to a tracker's server.
 # Steps in a row that fp16 may skip: its scaler halves its scale each time, from 65,536.
 MOST_SKIPPED = 40
 # Of the losses that a rise is held against: how many, how far above their mean a loss must lie to

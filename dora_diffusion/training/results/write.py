@@ -98,9 +98,8 @@ def write_result(
         TrainingError: If they are not.
         DiskFullError: If it cannot be written; samples and card are a warning.
     """
-    weights, metadata, accelerator = (
-        session.weights, result_metadata(session, steps), session.accelerator,
-    )  # fmt: skip
+    weights, accelerator = session.weights, session.accelerator
+    metadata = result_metadata(session, steps)
     write = weights.writer()
     written = weights.result(folder)
     if accelerator.is_main_process:
