@@ -170,7 +170,7 @@ def test_defaults_are_stated_in_these_forms() -> None:
 
 
 def test_the_fields_of_a_request_are_those_of_the_code() -> None:
-    request = pytest.importorskip("dora_diffusion.cluster.serving.request").ApiRequest
+    request = pytest.importorskip("dora_diffusion.cluster.serving.engine").ApiRequest
     text = (DOCS / "howto" / "serve.md").read_text("utf-8")
     (table,) = re.findall(r"^\| field \|.*\n\|.*\n((?:\|.*\n)+)", text, re.M)
     stated = {

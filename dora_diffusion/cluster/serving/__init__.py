@@ -2,7 +2,7 @@
 
 * `batcher`: the queue, and which requests are sampled together;
 * `catalogue`: the adapters that may be asked for, by name;
-* `engine`: one base model in memory, which answers a batch;
+* `engine`: requests, and one base model in memory that answers a batch;
 * `api`: the HTTP API over these;
 * `server`: the port, its limits, and how it ends;
 * `deploy`: the replicas on Ray Serve. Nothing else needs Ray.

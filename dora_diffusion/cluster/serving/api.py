@@ -20,8 +20,14 @@ from fastapi.security import HTTPBearer
 
 from dora_diffusion.cluster.serving.batcher import Batcher, QueueFullError, WorkerLostError
 from dora_diffusion.cluster.serving.catalogue import Catalogue
-from dora_diffusion.cluster.serving.engine import BatchItem, Reply
-from dora_diffusion.cluster.serving.request import ApiAnswer, ApiRequest, Refusal, refusal_of
+from dora_diffusion.cluster.serving.engine import (
+    ApiAnswer,
+    ApiRequest,
+    BatchItem,
+    Refusal,
+    Reply,
+    refusal_of,
+)
 from dora_diffusion.formats.adapter.metadata import READING, ZERO_TERMINAL_SNR
 from dora_diffusion.formats.checkpoint.schedule import EPSILON, PREDICTION
 from dora_diffusion.system import is_loopback, split_host
@@ -101,10 +107,8 @@ class Service:
         self.is_ending = False
         self._run_batch, self._count_workers = run, count_workers
         self._asked: set[asyncio.Task[ApiAnswer]] = set()
-        self._batcher: Batcher[BatchItem, ApiAnswer] = Batcher(
-            self._run, on_batch=self._count_batch, **queue
-        )
-        queued = self._batcher
+        queued: Batcher[BatchItem, ApiAnswer] = Batcher(self._run, **queue)
+        self._batcher = queued
         self.capacity = queued.capacity + queued.workers * queued.batch_size
         self.metrics.waiting.set_function(lambda: len(self._batcher))
 
@@ -172,7 +176,7 @@ class Service:
 
     async def start(self) -> None:
         """Wait until a worker answers."""
-        await self._run([])
+        await self._run_batch([])
 
     async def end(self) -> None:
         """Refuse new requests, and wait until those that were accepted are answered."""
@@ -187,20 +191,19 @@ class Service:
         return is_ready
 
     async def _run(self, batch: Sequence[BatchItem]) -> Sequence[ApiAnswer | Exception]:
+        begun = time.monotonic()
         try:
             reply = await self._run_batch(batch)
         except WorkerLostError:
             self.metrics.lost.inc()
             raise
+        self.metrics.batches.observe(time.monotonic() - begun)
+        self.metrics.sizes.observe(len(batch))
         self.metrics.loads.inc(reply.loads)
         for answer in reply.answers:
             if isinstance(answer, Refusal) and answer.defect:
                 _LOG.error("a request failed: %s", answer.defect)
         return reply.answers
-
-    def _count_batch(self, size: int, seconds: float) -> None:
-        self.metrics.sizes.observe(size)
-        self.metrics.batches.observe(seconds)
 
 
 def make_app(service: Service, token: str | None) -> FastAPI:

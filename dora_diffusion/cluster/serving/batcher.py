@@ -58,7 +58,6 @@ class Batcher(Generic[Request, Answer]):
         window: Seconds that a request waits for others.
         capacity: Most requests that wait.
         workers: Batches at once.
-        on_batch: Called with the size of each batch that was answered, and its seconds.
     """
 
     run: Callable[[Sequence[Request]], Awaitable[Sequence[Answer | Exception]]]
@@ -66,7 +65,6 @@ class Batcher(Generic[Request, Answer]):
     window: float = 0.05
     capacity: int = 64
     workers: int = 1
-    on_batch: Callable[[int, float], None] = lambda size, seconds: None
     _queue: list[_Waiting[Request, Answer]] = field(default_factory=list)
     _running: dict[asyncio.Task[None], list[_Waiting[Request, Answer]]] = field(
         default_factory=dict
@@ -133,7 +131,7 @@ class Batcher(Generic[Request, Answer]):
             self._running[task] = batch
             for waiting in batch:
                 waiting.batch = task
-            task.add_done_callback(self._finished)
+            task.add_done_callback(self._end)
 
     def _left(self, group: Sequence[_Waiting[Request, Answer]]) -> float:
         """Seconds until a group is due."""
@@ -141,7 +139,7 @@ class Batcher(Generic[Request, Answer]):
             return 0.0
         return group[0].since + self.window - asyncio.get_running_loop().time()
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
+    def _end(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
         self._dispatch()
 
@@ -163,7 +161,6 @@ class Batcher(Generic[Request, Answer]):
         else:
             seconds = asyncio.get_running_loop().time() - begun
             self._seconds += 0.2 * (seconds - self._seconds)
-            self.on_batch(len(batch), seconds)
             _settle(batch, answers)
 
 

@@ -13,8 +13,7 @@ import pytest
 from dora_diffusion.cluster.serving.api import Service, make_app
 from dora_diffusion.cluster.serving.batcher import WorkerLostError
 from dora_diffusion.cluster.serving.catalogue import Catalogue
-from dora_diffusion.cluster.serving.engine import Reply
-from dora_diffusion.cluster.serving.request import ApiAnswer, Refusal
+from dora_diffusion.cluster.serving.engine import ApiAnswer, Refusal, Reply
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from tests.cluster.serving.helpers import run
 

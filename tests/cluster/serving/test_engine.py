@@ -11,8 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.cluster.serving.engine import BatchItem, Engine
-from dora_diffusion.cluster.serving.request import ApiAnswer, ApiRequest, Refusal
+from dora_diffusion.cluster.serving.engine import ApiAnswer, ApiRequest, BatchItem, Engine, Refusal
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import truncated_text

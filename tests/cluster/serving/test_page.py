@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from dora_diffusion.cli import main as cli
-from dora_diffusion.cluster.serving.request import ApiRequest
+from dora_diffusion.cluster.serving.engine import ApiRequest
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "howto" / "serve.md").read_text(encoding="utf-8")

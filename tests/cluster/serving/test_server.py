@@ -14,8 +14,7 @@ import pytest
 from dora_diffusion.cluster.serving import server as module
 from dora_diffusion.cluster.serving.api import Service, make_app
 from dora_diffusion.cluster.serving.catalogue import Catalogue
-from dora_diffusion.cluster.serving.engine import Reply
-from dora_diffusion.cluster.serving.request import ApiAnswer
+from dora_diffusion.cluster.serving.engine import ApiAnswer, Reply
 from dora_diffusion.cluster.serving.server import listen, run
 from dora_diffusion.config import ConfigError
 from dora_diffusion.system import STOP_SIGNALS
