@@ -32,9 +32,11 @@ from dora_diffusion import TrainConfig, load_components, train
 from dora_diffusion.data.sheets import image_grid, labelled_sheet
 from dora_diffusion.evaluation.measures import LEAKAGE, similarities
 from dora_diffusion.evaluation.photos import sample
-from dora_diffusion.lab.judges.evaluate import JUDGED_SIZE, SAMPLING, judge
-from dora_diffusion.lab.judges.requests import (
+from dora_diffusion.lab.judges import (
+    JUDGED_SIZE,
+    SAMPLING,
     ToyRequest,
+    judge,
     place,
     reference_images,
     sample_subject,

@@ -46,7 +46,7 @@ LONG = (
     "export/test_verify.py::test_every_way_from_base_to_output_is_proven[sd2]",
     "integration/test_apple_gpu.py::test_a_run_learns_what_it_learns_on_the_cpu",
     "integration/test_apple_gpu.py::test_auto_is_the_half_precision_that_the_device_has",
-    "lab/judges/test_evaluate.py::test_the_base_does_not_drift_from_itself",
+    "lab/test_judges.py::test_the_base_does_not_drift_from_itself",
     "integration/test_cuda.py::test_a_run_learns_what_it_learns_on_the_cpu",
     "integration/test_cuda.py::test_a_run_resumes",
     "integration/test_cuda.py::test_auto_is_the_half_precision_that_the_device_has[False",

@@ -109,7 +109,7 @@ PACKAGE = ROOT / "dora_diffusion"
 # What a user calls with keywords, each documented.
 KEYWORD_INTERFACES = {
     "evaluation.photos.evaluate_photos",
-    "lab.judges.evaluate.evaluate_toy",
+    "lab.judges.evaluate_toy",
     "export.checkpoint.export_checkpoint",
     "export.combine.combine_adapters",
     "export.convert.convert_adapter",

@@ -23,7 +23,7 @@ from dora_diffusion.evaluation.ranking import (
     ask_photos,
     rank,
 )
-from dora_diffusion.lab.judges.evaluate import ask_toy
+from dora_diffusion.lab.judges import ask_toy
 from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
 from tests.evaluation.helpers import Brightness
 
@@ -182,7 +182,7 @@ def test_a_sample_is_judged_against_its_truth() -> None:
     assert [request.group for request in questions.requests] == ["subject"] * 5 + ["others"] * 6
     assert all("sks mug" in prompt for prompt in prompts[:5])
     assert not any("sks" in prompt for prompt in prompts[5:])
-    from dora_diffusion.lab.judges.requests import toy_requests, true_images
+    from dora_diffusion.lab.judges import toy_requests, true_images
     from dora_diffusion.lab.toy.benchmark_subjects import find_subject
 
     def truth(name: str) -> list[Any]:

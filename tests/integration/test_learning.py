@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 from dora_diffusion.config import TrainConfig, read_config_file
-from dora_diffusion.lab.judges.evaluate import evaluate_toy
+from dora_diffusion.lab.judges import evaluate_toy
 from dora_diffusion.lab.toy.benchmark_subjects import find_subject
 from dora_diffusion.sampling.generate import load_adapted
 from dora_diffusion.training.loop import train

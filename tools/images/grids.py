@@ -16,7 +16,7 @@ from PIL import Image
 from dora_diffusion import TrainConfig, load_components, train
 from dora_diffusion.config import read_config_file
 from dora_diffusion.data.sheets import labelled_sheet
-from dora_diffusion.lab.judges.evaluate import SAMPLING
+from dora_diffusion.lab.judges import SAMPLING
 from dora_diffusion.models.embedded import samples_folder
 from dora_diffusion.sampling.generate import generate_images, load_adapted
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dora_diffusion.lab.judges.requests import place, sample_subject
+from dora_diffusion.lab.judges import place, sample_subject
 from dora_diffusion.lab.toy.instrument import ATTRIBUTES, STUDIO, silhouette
 from tools.pretrain.card import generate, prompt_of
 from tools.pretrain.data import HELD_OUT, to_pixels

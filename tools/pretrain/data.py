@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dora_diffusion.lab.judges.requests import place, sample_subject
+from dora_diffusion.lab.judges import place, sample_subject
 from dora_diffusion.lab.toy.shapes import UNSEEN_CLASSES
 from dora_diffusion.lab.toy.world import BACKGROUNDS, DrawnSubject, Scene, render
 from tools.pretrain.names import sample_named

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dora_diffusion.lab.judges.requests import place
+from dora_diffusion.lab.judges import place
 from dora_diffusion.lab.toy.instrument import (
     ATTRIBUTES,
     Classifier,

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dora_diffusion.lab.judges.requests import sample_subject
+from dora_diffusion.lab.judges import sample_subject
 from dora_diffusion.lab.toy.shapes import CLASSES
 from dora_diffusion.lab.toy.world import DrawnSubject
 from tools.pretrain.strangers import sample_stranger

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_diffusion.lab.judges.requests import place
+from dora_diffusion.lab.judges import place
 from dora_diffusion.lab.toy.world import BACKGROUNDS, Scene, render
 from tools.pretrain.captions import caption
 from tools.pretrain.names import sample_named

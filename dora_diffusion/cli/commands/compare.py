@@ -45,9 +45,8 @@ def run(args: CompareSettings) -> int:
     study, share = _study(args), args.share
     import warnings
 
-    from dora_diffusion.lab.study.page import write_report
+    from dora_diffusion.lab.study.report import caution, figures_table, write_report
     from dora_diffusion.lab.study.run import run_study
-    from dora_diffusion.lab.study.tables import caution, figures_table
 
     for reason in study.reasons():
         warnings.warn(reason, stacklevel=1)

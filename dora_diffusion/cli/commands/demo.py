@@ -89,7 +89,7 @@ def compare(
 ) -> tuple[Path, Evaluation]:
     """Base and adapted images at the same seeds, saved as one sheet and judged."""
     from dora_diffusion.data.sheets import sheet
-    from dora_diffusion.lab.judges.evaluate import evaluate_toy
+    from dora_diffusion.lab.judges import evaluate_toy
     from dora_diffusion.lab.toy.benchmark_subjects import find_subject
     from dora_diffusion.sampling.generate import load_adapted
     from dora_diffusion.sampling.images import save_png

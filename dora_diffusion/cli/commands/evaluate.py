@@ -152,7 +152,7 @@ def _sampling(args: EvaluateSettings) -> SamplingSettings:
     Raises:
         ConfigError: If they cannot be.
     """
-    from dora_diffusion.lab.judges.evaluate import SAMPLING
+    from dora_diffusion.lab.judges import SAMPLING
     from dora_diffusion.sampling.generate import SamplingSettings
 
     default = SAMPLING if _is_toy(args) else SamplingSettings()
@@ -227,7 +227,7 @@ def _evaluate_toy(
     settings: SamplingSettings,
     base_model: Components | None,
 ) -> Evaluation:
-    from dora_diffusion.lab.judges.evaluate import evaluate_toy
+    from dora_diffusion.lab.judges import evaluate_toy
     from dora_diffusion.lab.toy.benchmark_subjects import find_subject
 
     if not args.base.startswith("embedded:"):

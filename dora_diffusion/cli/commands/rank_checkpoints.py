@@ -94,7 +94,7 @@ def _questions(config: TrainConfig, args: RankSettings, base: str) -> Evaluation
     The truth of a subject of the toy world is known; others have photos.
     """
     from dora_diffusion.evaluation.ranking import ask_photos
-    from dora_diffusion.lab.judges.evaluate import ask_toy
+    from dora_diffusion.lab.judges import ask_toy
     from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS as TOY
     from dora_diffusion.models.locate import is_embedded
     from dora_diffusion.sampling.generate import SamplingSettings

@@ -173,8 +173,7 @@ def run(args: SimulateSettings) -> int:
     from dora_diffusion.lab.simulation import report
 
     plans = [replace(plan, workers=count) for count in args.workers]
-    forecasts = [report.forecast(each, demand) for each in plans]
-    results = [report.to_dict(f, demand, args.gpus_per_worker, args.price) for f in forecasts]
+    results = [report.with_costs(p, demand, args.gpus_per_worker, args.price) for p in plans]
     plot = args.output / "load.png"
     save_figure(report.plot(plans, demand), plot, dpi=140)
     from json import dumps
@@ -186,7 +185,7 @@ def run(args: SimulateSettings) -> int:
         print_json(results)
         return 0
     print(report.table(results, has_price=args.price is not None))
-    for line in report.remarks(forecasts, results, demand):
+    for line in report.remarks(results, demand):
         print(line)
     print(f"\nresults: {path}\nplot: {plot}")
     return 0

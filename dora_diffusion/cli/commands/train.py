@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
 def print_what_trains(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
     """Print what each subject would be trained on; returns 1 if one of several cannot be."""
-    from dora_diffusion.cluster.fleet.records import cause_of
+    from dora_diffusion.cluster.fleet.results import cause_of
 
     failed = 0
     for name, config in configs.items():

@@ -2,12 +2,10 @@
 
 ::
 
-    queue       tasks that wait, run and have ended; no processes
-    workers     what a task is given; workers in this process
+    queue       tasks that wait, run and have ended; workers in this process
     connection  a Ray cluster
     cluster     workers that are its actors
-    results     the folder, or fsspec URL, that everything is kept in
-    records     what a fleet writes of each subject
+    results     records, and the folder, or fsspec URL, that everything is kept in
     subject     one task: a subject, or a pack, is trained on whatever worker
     run         a fleet, from settings to its page
     page        that page

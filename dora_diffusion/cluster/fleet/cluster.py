@@ -16,13 +16,12 @@ import platform
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from dora_diffusion.cluster.fleet.connection import connect, ray_library
-from dora_diffusion.cluster.fleet.queue import Place, Task, TaskReport
-from dora_diffusion.cluster.fleet.workers import Work, Worker
+from dora_diffusion.cluster.fleet.queue import Place, Task, TaskReport, Work, Worker, Workers
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.wording import counted
 
@@ -56,8 +55,14 @@ class _Actor:
     """A worker in a process of Ray's. What it does runs beside its answers."""
 
     def __init__(self, work: Work) -> None:
-        self._work, self._raylet = work, os.getppid()
-        self._worker = Worker(self._leave_with_node)
+        raylet = os.getppid()
+
+        def leave_with_node() -> None:
+            """End this process once the raylet is gone that started it: Ray gives its task away."""
+            if os.getppid() != raylet:
+                os._exit(1)
+
+        self._work, self._worker = work, Worker(leave_with_node)
 
     def ready(self) -> tuple[str, str]:
         """Import what trainings need; returns where this is."""
@@ -78,11 +83,6 @@ class _Actor:
     def told(self) -> dict[str, Any]:
         return self._worker.told
 
-    def _leave_with_node(self) -> None:
-        """End this process once the raylet is gone that started it: Ray gives its task away."""
-        if os.getppid() != self._raylet:
-            os._exit(1)
-
 
 def _portable(error: Exception) -> Exception:
     """An error that arrives in another process as it is, or its text."""
@@ -96,20 +96,19 @@ def _portable(error: Exception) -> Exception:
 
 @dataclass
 class _Seat:
-    """An actor, and what it is at."""
+    """An actor, and what it is at: ``call`` is its start, and then its task."""
 
     actor: Any
     created: float
-    starting: Any
+    call: Any
     place: Place | None = None
     waited: float = 0.0
     task: Task | None = None
-    doing: Any = None
     asked: Any = None
     told: dict[str, Any] = field(default_factory=dict)
 
 
-class RayWorkers:
+class RayWorkers(Workers):
     """Actors over a cluster, as many as fit or are allowed, each with its share of a node.
 
     Args:
@@ -119,10 +118,10 @@ class RayWorkers:
     """
 
     def __init__(self, work: Work, address: str, share: Share) -> None:
-        self._work, self._address, self._share = work, address, share
+        super().__init__(work)
+        self._address, self._share = address, share
         self._seats: list[_Seat] = []
         self._failed = 0
-        self.on_progress: Callable[[], None] = lambda: None
 
     def __enter__(self) -> RayWorkers:
         self._ray = ray_library()
@@ -187,19 +186,17 @@ class RayWorkers:
                 )
 
     def _idle_seats(self) -> list[_Seat]:
-        return [seat for seat in self._seats if seat.place is not None and seat.task is None]
+        return [seat for seat in self._seats if seat.call is None]
 
     def _hire(self) -> _Seat:
         actor_class: Any = self._ray.remote(_Actor)
-        options = {
-            "num_cpus": self._demand.get("CPU", 0),
-            "num_gpus": self._demand.get("GPU", 0),
-            "max_restarts": 0,
-            # Answers while it works.
-            "max_concurrency": 2,
-            "scheduling_strategy": "SPREAD",
-        }
-        actor = actor_class.options(**options).remote(self._work)
+        actor = actor_class.options(
+            num_cpus=self._demand.get("CPU", 0),
+            num_gpus=self._demand.get("GPU", 0),
+            max_restarts=0,
+            max_concurrency=2,  # Answers while it works.
+            scheduling_strategy="SPREAD",
+        ).remote(self._work)
         return _Seat(actor, time.monotonic(), actor.ready.remote())
 
     def _dismiss(self, seat: _Seat) -> None:
@@ -210,60 +207,51 @@ class RayWorkers:
         seat = self._idle_seats()[0]
         assert seat.place is not None
         seat.task, seat.told = task, {}
-        seat.doing = seat.actor.do.remote(task.payload, seat.waited)
+        seat.call = seat.actor.do.remote(task.payload, seat.waited)
         seat.waited = 0.0
         return seat.place
 
     def wait(self) -> list[TaskReport]:
-        waited_for = [r for seat in self._seats for r in (seat.starting, seat.doing) if r]
-        if not waited_for:
+        calls = [seat.call for seat in self._seats if seat.call is not None]
+        if not calls:
             time.sleep(_WAIT_SECONDS)  # No node is left that one would fit on; some may come.
             return []
-        self._ray.wait(waited_for, num_returns=1, timeout=_WAIT_SECONDS)
+        self._ray.wait(calls, num_returns=1, timeout=_WAIT_SECONDS)
         reports = [report for seat in list(self._seats) for report in self._settle(seat)]
         self._ask_all()
         return reports
 
     def _is_there(self, reference: Any) -> bool:
-        return bool(reference) and bool(self._ray.wait([reference], timeout=0)[0])
+        return reference is not None and bool(self._ray.wait([reference], timeout=0)[0])
 
     def _settle(self, seat: _Seat) -> list[TaskReport]:
-        """Return the outcome of an actor that starts, or of its task."""
-        reference = seat.starting or seat.doing
-        if not self._is_there(reference):
-            return []
-        try:
-            answer = self._ray.get(reference)
-        except Exception as error:
-            return self._lost(seat, error)
-        if seat.starting is not None:
-            seat.starting, seat.place, self._failed = None, Place(*answer), 0
-            seat.waited = time.monotonic() - seat.created
-            return []
-        assert seat.task is not None
-        assert seat.place is not None
-        value, raised = answer
-        report = TaskReport(seat.task, seat.place, value, raised)
-        seat.task = seat.doing = None
-        return [report]
-
-    def _lost(self, seat: _Seat, error: Exception) -> list[TaskReport]:
-        """An actor is gone, alone or with its node.
+        """Return the outcome of an actor's task; one that starts has none.
 
         Raises:
             ConfigError: If none starts at all.
         """
-        self._seats.remove(seat)
-        self._dismiss(seat)  # It may be there, and out of reach.
-        if seat.task is not None and seat.place is not None:
-            return [TaskReport(seat.task, seat.place, lost=_reason(error))]
-        self._failed += 1
-        if self._failed >= _MOST_FAILED:
+        if not self._is_there(seat.call):
+            return []
+        try:
+            answer = self._ray.get(seat.call)
+        except Exception as error:  # The actor is gone, alone or with its node.
+            self._seats.remove(seat)
+            self._dismiss(seat)  # It may be there, and out of reach.
+            if seat.task is not None and seat.place is not None:
+                return [TaskReport(seat.task, seat.place, lost=_reason(error))]
+            self._failed += 1
+            if self._failed < _MOST_FAILED:
+                return []
             raise ConfigError(
                 f"{counted(self._failed, 'worker')} in a row could not start: {_reason(error)}; is "
                 "dora-diffusion of this version installed on every node?"
             ) from error
-        return []
+        task, seat.call, seat.task = seat.task, None, None
+        if task is None or seat.place is None:
+            seat.place, self._failed = Place(*answer), 0
+            seat.waited = time.monotonic() - seat.created
+            return []
+        return [TaskReport(task, seat.place, *answer)]
 
     def _ask_all(self) -> None:
         """Fetch what busy actors have told, and ask them again; nothing is waited for."""

@@ -62,7 +62,11 @@ def connect(address: str, object_store: int = 100 * 2**20) -> Callable[[], None]
         elif address != "auto":
             _require_answer(address)
         _require_private_token()
-        _keep_quiet()
+        # Lost workers are reported here, in one line each.
+        with contextlib.suppress(ImportError):
+            from ray._private import worker
+
+            worker.print_to_stdstream = lambda *_, **__: None
         try:
             ray.init(address=address, **options)
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -140,11 +144,3 @@ def _require_answer(address: str) -> None:
             f"nothing answers at address {address} ({error}); is the cluster up, and its port open "
             "to this machine?"
         ) from error
-
-
-def _keep_quiet() -> None:
-    """Silence Ray's messages about lost workers, which are reported here, in one line each."""
-    with contextlib.suppress(ImportError):
-        from ray._private import worker
-
-        worker.print_to_stdstream = lambda *_, **__: None

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from dora_diffusion.cli.console.progress import say, tell
-from dora_diffusion.cluster.fleet.records import FAILED, SubjectRecord
+from dora_diffusion.cluster.fleet.results import FAILED, SubjectRecord
 from dora_diffusion.cluster.fleet.run import Fleet
 from dora_diffusion.config.wording import counted, duration
 
@@ -37,7 +37,7 @@ class FleetTable:
         """Show the fleet, and a subject that has just ended."""
         lost = fleet.queue.lost[self._lost :]
         if ended is not None or lost:
-            self._clear()
+            self.close()
         for report in lost:
             say(f"lost: {report.task.name}: {report.lost}; it is resumed", sys.stderr)
         self._lost += len(lost)
@@ -46,7 +46,7 @@ class FleetTable:
         total = len(fleet.records) + sum(fleet.queue.sizes)
         tell(phase="training subjects", unit="subject", done=len(fleet.records), total=total)
         if self._is_terminal and (ended or self._clock() - self._last >= _REDRAW_SECONDS):
-            self._clear()
+            self.close()
             lines = table_lines(fleet)
             sys.stderr.write("\n".join(lines) + "\n")
             sys.stderr.flush()
@@ -54,9 +54,6 @@ class FleetTable:
 
     def close(self) -> None:
         """Clear the table."""
-        self._clear()
-
-    def _clear(self) -> None:
         if self._drawn:
             sys.stderr.write(f"\x1b[{self._drawn}F\x1b[J")
             self._drawn = 0

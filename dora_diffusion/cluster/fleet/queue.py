@@ -1,13 +1,14 @@
-"""Tasks that wait, run and have ended: what is done next, and again. It knows no processes."""
+"""Tasks that wait, run and have ended: what is done next, and again; workers in this process."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from dora_diffusion.models.load import BaseCache
 from dora_diffusion.training.results.metrics import TrainingError
 
 
@@ -40,10 +41,12 @@ class TaskReport:
 
     Attributes:
         task: The task.
-        place: Where it ran.
+        place: Where it runs, or ran last.
         value: What the work returned.
-        error: What it raised.
+        error: What it raised, or that its workers were lost.
         lost: Why its worker is gone, where it is; the task may be done by another one.
+        attempts: How many workers had it, once it will not be done again.
+        seconds: Since it was first given to one of them.
     """
 
     task: Task
@@ -51,60 +54,85 @@ class TaskReport:
     value: Any = None
     error: Exception | None = None
     lost: str = ""
+    attempts: int = 0
+    seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A task that will not be done again.
+class Worker:
+    """Context of the work: it stays from one task to the next.
+
+    Args:
+        on_progress: Called when the work has told something.
 
     Attributes:
-        task: The task.
-        place: Where it ran last.
-        seconds: Since it was first given to a worker.
-        attempts: How many workers had it.
-        value: What the work returned.
-        error: What it raised, or that its workers were lost.
+        load: Loads base models, and keeps the last one.
+        waited: Seconds that the present task waited for this worker to start.
+        told: What the present task last told of itself.
     """
 
-    task: Task
-    place: Place
-    seconds: float
-    attempts: int
-    value: Any = None
-    error: Exception | None = None
+    def __init__(self, on_progress: Callable[[], None] = lambda: None) -> None:
+        self.load = BaseCache()
+        self.waited = 0.0
+        self.told: dict[str, Any] = {}
+        self._on_progress = on_progress
+
+    def tell(self, **figures: Any) -> None:
+        """Report the progress of the task."""
+        self.told = figures
+        self._on_progress()
 
 
-class Workers(Protocol):
-    """Workers for tasks: in this process, or on a cluster.
+Work = Callable[[Any, Worker], Any]
+"""A function of a module, which workers import: it is given a task's payload."""
+
+
+class Workers:
+    """Workers for tasks: this process, which does a task while it is waited for.
+
+    Those of a cluster are a subclass.
+
+    Args:
+        work: What is done with each task's payload.
 
     Attributes:
         on_progress: Called whenever a task that runs has something to tell.
     """
 
-    on_progress: Callable[[], None]
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._task: Task | None = None
+        self._worker = Worker(lambda: self.on_progress())
+        self.on_progress: Callable[[], None] = lambda: None
 
-    def __enter__(self) -> Workers: ...
+    def __enter__(self) -> Workers:
+        return self
 
-    def __exit__(self, *error: object) -> None: ...
+    def __exit__(self, *error: object) -> None:
+        self._task = None
 
     def idle(self, waiting: int) -> int:
         """Return how many of the waiting tasks could be started right now."""
+        return int(self._task is None)
 
     def start(self, task: Task) -> Place:
         """Start a task on an idle worker."""
+        self._task, self._worker.told = task, {}
+        return Place("this process")
 
     def wait(self) -> list[TaskReport]:
         """The tasks that ended, after a while of waiting for one; perhaps none did."""
+        assert self._task is not None
+        report = TaskReport(self._task, Place("this process"))
+        try:
+            report = replace(report, value=self._work(report.task.payload, self._worker))
+        except Exception as error:
+            report = replace(report, error=error)
+        self._task = None
+        return [report]
 
     def progress(self) -> dict[str, Any]:
         """Return the last progress report of each running task, by name."""
-
-
-@dataclass
-class _Running:
-    task: Task
-    place: Place
-    begun: float
+        return {} if self._task is None else {self._task.name: self._worker.told}
 
 
 @dataclass
@@ -123,7 +151,7 @@ class WorkQueue:
     retries: int = 3
     clock: Callable[[], float] = time.monotonic
     waiting: deque[Task] = field(default_factory=deque)
-    running: dict[str, _Running] = field(default_factory=dict)
+    running: dict[str, TaskReport] = field(default_factory=dict)
     ended: int = 0
     lost: list[TaskReport] = field(default_factory=list)
     _attempts: dict[str, int] = field(default_factory=dict)
@@ -144,12 +172,12 @@ class WorkQueue:
         self._begun = now if self._begun is None else self._begun
         self._first.setdefault(task.name, now)
         self._attempts[task.name] = self._attempts.get(task.name, 0) + 1
-        self.running[task.name] = _Running(task, workers.start(task), now)
+        self.running[task.name] = TaskReport(task, workers.start(task))
 
-    def settle(self, report: TaskReport) -> Ended | None:
-        """Record the end of a task; return None if it waits for another worker now."""
+    def settle(self, report: TaskReport) -> TaskReport | None:
+        """Record the end of a task and return its report; None if it waits for another worker."""
         task, error = report.task, report.error
-        self.running.pop(task.name)
+        del self.running[task.name]
         attempts = self._attempts[task.name]
         if report.lost and attempts <= self.retries:
             self.waiting.appendleft(task)
@@ -159,12 +187,12 @@ class WorkQueue:
             error = TrainingError(f"{attempts} workers that had it were lost: {report.lost}")
         self.ended += task.size
         seconds = self.clock() - self._first[task.name]
-        return Ended(task, report.place, seconds, attempts, report.value, error)
+        return replace(report, error=error, attempts=attempts, seconds=seconds)
 
     @property
     def sizes(self) -> tuple[int, int]:
         """The sizes of tasks that run, and of those that wait."""
-        running = sum(running.task.size for running in self.running.values())
+        running = sum(report.task.size for report in self.running.values())
         return running, sum(task.size for task in self.waiting)
 
     @property
@@ -183,7 +211,7 @@ class WorkQueue:
 def run_tasks(
     queue: WorkQueue,
     workers: Workers,
-    on_end: Callable[[Ended], None],
+    on_end: Callable[[TaskReport], None],
     on_change: Callable[[], None] = lambda: None,
 ) -> None:
     """Run all waiting tasks on the workers.

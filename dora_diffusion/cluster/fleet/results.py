@@ -1,4 +1,4 @@
-"""Storage of a fleet's results: a folder that all workers see, or an fsspec URL.
+"""What a fleet keeps: records of its subjects, and a folder, or fsspec URL, of their results.
 
 Behind a URL a worker trains in a folder of its own disk, and copies. What is copied appears under
 its name when all of it is there, and a subject's record last of all.
@@ -6,25 +6,39 @@ its name when all of it is there, and a subject's record last of all.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import os
 import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from dora_diffusion import system
-from dora_diffusion.cluster.fleet.records import DONE, FAILED, RECORD_FILE, SubjectRecord
-from dora_diffusion.config import ConfigError
+from dora_diffusion.config import ConfigError, TrainConfig, differences, settings
+from dora_diffusion.config.derived import listed
 from dora_diffusion.config.wording import counted, duration
+from dora_diffusion.data.images import digest_of
+from dora_diffusion.data.photos import COMPANIONS, PHOTO_SUFFIXES
 from dora_diffusion.evaluation.report import LinkedImage, Section, as_html
 from dora_diffusion.formats.files.atomic import require_writable, save_text
 from dora_diffusion.training.results.checkpoint import checkpoints_in
 from dora_diffusion.training.results.folders import locked
+from dora_diffusion.training.results.metrics import TrainingError
+
+RECORD_FILE = "fleet.json"
+"""Record file in each subject's folder, written last."""
+RECORDS_FILE = "fleet.jsonl"
+"""All subjects, one a line."""
+DONE, FAILED, RUNNING = "done", "failed", "running"
+_LONG = 300
+
 
 PAGE_FILE = "index.html"
 # Which sheet of a subject is shown.
@@ -32,6 +46,146 @@ _SHEETS = ("samples/base_above_adapted.png", "samples/adapted.png")
 _STATE_FILE = "state.tar"
 # In it, the names of the checkpoints that it belongs to.
 _CHECKPOINTS = ".checkpoints"
+
+
+@dataclass(frozen=True)
+class SubjectRecord:
+    """Outcome and cost of a subject.
+
+    Attributes:
+        name: The subject.
+        status: ``"done"``, ``"failed"``, or ``"running"``: begun, and not ended yet.
+        cause: Why it failed, in a line.
+        attempts: Workers that had it.
+        worker: The last of them, and ``node`` where that is.
+        seconds: From its first worker until its end.
+        start_seconds: From its last worker, or that worker's start where it is the first task
+            there, until the first step.
+        train_seconds: From there until its end.
+        cpu_seconds: Processor time of its last worker; its share, where several train as a pack.
+        steps: Optimizer steps.
+        peak_bytes: Most memory that its worker has held so far: of a GPU, or of the process.
+        read_bytes: Read by its last worker; a base model that is mapped is not counted.
+        written_bytes: The same, written.
+        pack: How many subjects were trained at once.
+        samples: Its sheets of sample images, in its folder.
+        warnings: What the training warned of.
+        digest: Of settings and photos.
+        settings: Of the training.
+        run: The call of the fleet that began it.
+    """
+
+    name: str
+    status: str
+    cause: str = ""
+    attempts: int = 0
+    worker: str = ""
+    node: str = ""
+    seconds: float = 0.0
+    start_seconds: float = 0.0
+    train_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    steps: int = 0
+    peak_bytes: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    pack: int = 1
+    samples: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    digest: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    run: str = ""
+
+    def text(self) -> str:
+        """Return the text of the record's file."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def parse(cls, text: str | None) -> SubjectRecord | None:
+        """Parse the text of a record's file; None where there is none, or it is damaged."""
+        known = {source.name for source in dataclasses.fields(cls)}
+        try:
+            values = {k: v for k, v in json.loads(text or "").items() if k in known}
+            lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+            return cls(**{**values, **lists})
+        except (ValueError, TypeError, AttributeError):
+            return None
+
+
+def records_text(records: Iterable[SubjectRecord]) -> str:
+    """All records, one a line, without their settings."""
+    lines = []
+    for record in records:
+        values = dataclasses.asdict(record)
+        del values["settings"], values["run"]
+        lines.append(json.dumps(values) + "\n")
+    return "".join(lines)
+
+
+def settings_digest(config: TrainConfig) -> str:
+    """Digest of what a result depends on: settings that are not their default, and the photos."""
+    names = [setting.name for setting in settings() if setting.resume != "ignored"]
+    values, defaults = config.to_dict(), TrainConfig().to_dict()
+    moved = {name: values[name] for name in names if values[name] != defaults[name]}
+    contents = []
+    for subject in config.subjects:
+        words = subject.wildcard_dir if subject.wildcards else None
+        folders = [(subject.instance_data_dir, "*"), (subject.validation_data_dir, "*"),
+                   (words, "**/*.txt")]  # fmt: skip
+        contents += [_contents(folder, pattern) for folder, pattern in folders if folder]
+    text = json.dumps([moved, contents])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _contents(folder: str, pattern: str) -> list[list[str]]:
+    """Names and digests of photos and of what lies beside them, or of lists of words."""
+    top = Path(folder).expanduser()
+    return [
+        [path.relative_to(top).as_posix(), digest_of(path.read_bytes())]
+        for path in sorted(top.glob(pattern))
+        if path.name.lower().endswith((*PHOTO_SUFFIXES, *COMPANIONS)) and path.is_file()
+        if not path.name.startswith(".")
+    ]
+
+
+def done_before(
+    kept: SubjectRecord | None, record: SubjectRecord, config: TrainConfig
+) -> SubjectRecord | None:
+    """The record of a subject that is done; None where it is to be trained.
+
+    Args:
+        kept: What there is of it.
+        record: As it would begin.
+        config: Its settings.
+
+    Raises:
+        ConfigError: If it is done with other settings.
+    """
+    if kept is None or kept.status != DONE:
+        return None
+    if config.overwrite_output_dir and kept.run != record.run:
+        return None
+    if kept.digest != record.digest:
+        refused, allowed = differences(kept.settings, config)
+        moved = {**refused, **allowed}
+        changes = listed(moved) if moved else "other photos or captions"
+        raise ConfigError(
+            f"it is trained already, with other settings: {changes}; take them "
+            "back, give another output, or train it again with --overwrite_output_dir"
+        )
+    return kept
+
+
+def cause_of(error: Exception) -> str:
+    """An error in one line; what is not a user's mistake with its kind."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror:
+        text = " ".join(error.strerror.split())
+    is_known = isinstance(error, ValueError | OSError | TrainingError)
+    text = text if is_known and text else f"{type(error).__name__}: {text}"
+    return text if len(text) <= _LONG else f"{text[:_LONG].rstrip()} ..."
 
 
 class FleetResults:
@@ -52,6 +206,7 @@ class FleetResults:
     def __init__(self, output: str) -> None:
         self.output, self.copied_bytes = output, 0
         self._files: Any = None
+        self._top = ""
         self._kept: set[str] = set()  # checkpoints that a URL holds
         if "://" not in output:
             self._root = Path(output).expanduser()
@@ -104,9 +259,12 @@ class FleetResults:
         """Return the record of a subject."""
         return SubjectRecord.parse(self.read(f"{subject}/{RECORD_FILE}"))
 
-    def begin(self, record: SubjectRecord) -> None:
-        """Write the record that says that what is there is this fleet's."""
+    def save(self, record: SubjectRecord) -> None:
+        """Write the record that says that what is there is this fleet's or, at last, complete."""
         self.write(f"{record.name}/{RECORD_FILE}", record.text())
+        state = f"{self._top}/{record.name}/{_STATE_FILE}"
+        if record.status == DONE and self._files is not None and self._files.exists(state):
+            self._files.rm_file(state)
 
     def fetch(self, subject: str) -> None:
         """Fetch what an earlier worker left of a subject from a URL."""
@@ -171,13 +329,6 @@ class FleetResults:
             if path.is_file() and not any(part.startswith(".") for part in name.parts):
                 self._copy(path, f"{subject}/{name.as_posix()}")
 
-    def finish(self, record: SubjectRecord) -> None:
-        """Write the record that says that all of it is there."""
-        self.write(f"{record.name}/{RECORD_FILE}", record.text())
-        state = f"{record.name}/{_STATE_FILE}"
-        if self._files is not None and self._files.exists(f"{self._top}/{state}"):
-            self._files.rm_file(f"{self._top}/{state}")
-
     def leave(self, subject: str) -> None:
         """Remove what of a subject lies on this disk, where it is kept elsewhere."""
         if self._files is not None:
@@ -237,29 +388,23 @@ def fleet_page(names: Sequence[str], records: Mapping[str, SubjectRecord]) -> st
             f" Those that are done took {duration(seconds / len(done))} each, "
             f"{duration(cpu / len(done))} of processor time."
         )
-    sections = [Section("Subjects", text, _table(ended))]
-    if failed:
-        table = [["subject", "cause"], *([record.name, record.cause] for record in failed)]
-        sections.insert(0, Section("Failed", table=table))
-    images = [image for record in done if (image := _image(record))]
-    if images:
-        sections.append(Section("Images", images=images))
-    return as_html("A fleet", sections)
-
-
-def _table(records: Sequence[SubjectRecord]) -> list[list[str]]:
-    head = ["subject", "status", "steps", "time", "start", "processor time", "workers", "node"]
-    rows = [
+    table = [["subject", "status", "steps", "time", "start", "processor time", "workers", "node"]]
+    table += [
         [
             record.name, record.status, str(record.steps), duration(record.seconds),
             f"{record.start_seconds:.1f} s", duration(record.cpu_seconds), str(record.attempts),
             record.node or "-",
         ]
-        for record in records
+        for record in ended
     ]  # fmt: skip
-    return [head, *rows]
-
-
-def _image(record: SubjectRecord) -> LinkedImage | None:
-    sheet = next((sheet for sheet in _SHEETS if sheet in record.samples), None)
-    return None if sheet is None else LinkedImage(record.name, quote(f"{record.name}/{sheet}"))
+    sections = [Section("Subjects", text, table)]
+    if failed:
+        causes = [["subject", "cause"], *([record.name, record.cause] for record in failed)]
+        sections.insert(0, Section("Failed", table=causes))
+    sheets = {r.name: next((s for s in _SHEETS if s in r.samples), None) for r in done}
+    images = [
+        LinkedImage(name, quote(f"{name}/{sheet}")) for name, sheet in sheets.items() if sheet
+    ]
+    if images:
+        sections.append(Section("Images", images=images))
+    return as_html("A fleet", sections)

@@ -10,22 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.cluster.fleet.cluster import RayWorkers, Share
-from dora_diffusion.cluster.fleet.queue import Ended, Task, Workers, WorkQueue, run_tasks
-from dora_diffusion.cluster.fleet.records import (
+from dora_diffusion.cluster.fleet.queue import Task, TaskReport, Work, Workers, WorkQueue, run_tasks
+from dora_diffusion.cluster.fleet.results import (
     DONE,
     FAILED,
+    PAGE_FILE,
     RECORDS_FILE,
     RUNNING,
+    FleetResults,
     SubjectRecord,
     cause_of,
     done_before,
+    fleet_page,
     records_text,
     settings_digest,
 )
-from dora_diffusion.cluster.fleet.results import PAGE_FILE, FleetResults, fleet_page
 from dora_diffusion.cluster.fleet.subject import FleetSubject, train_subjects
-from dora_diffusion.cluster.fleet.workers import LocalWorkers, Work
 from dora_diffusion.config import ConfigError, TrainConfig, settings
+from dora_diffusion.config.fields import require
 from dora_diffusion.training.inputs.dataset import list_subjects
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import check_pack
@@ -71,7 +73,7 @@ OnChange = Callable[[Fleet, SubjectRecord | None], None]
 def workers_for(work: Work, address: str | None, share: Share | None = None) -> Workers:
     """Return the workers: this process, or actors of a Ray cluster at an address."""
     if address is None:
-        return LocalWorkers(work)
+        return Workers(work)
     return RayWorkers(work, address, share or Share())
 
 
@@ -152,42 +154,29 @@ class _Book:
         if len(self.fleet.records) % max(1, len(self.names) // 100) == 0:
             self.write()
 
-    def end_task(self, done: Ended) -> None:
-        """Record the subjects of a task."""
-        for record in _records_of(done):
-            if record.status == DONE:
-                self.results.finish(record)  # with what the worker does not know of itself
-            self.end(record)
+    def end_task(self, done: TaskReport) -> None:
+        """Record the subjects of a task, with what the worker does not know of itself."""
+        made: list[SubjectRecord] = done.value or [
+            replace(subject.record, status=FAILED, cause=cause_of(done.error or RuntimeError()))
+            for subject in done.task.payload
+        ]
+        for record in made:
+            known = replace(
+                record,
+                attempts=done.attempts,
+                seconds=round(done.seconds, 3),
+                worker=done.place.worker,
+                node=done.place.node,
+            )
+            if known.status == DONE:
+                self.results.save(known)
+            self.end(known)
 
     def write(self) -> None:
         """Write all records, in the order of the subjects."""
         known = self.fleet.records
         records = [known[name] for name in self.names if name in known]
         self.fleet.files["records"] = self.results.write(RECORDS_FILE, records_text(records))
-
-
-def _refuse_own(config: TrainConfig) -> None:
-    for name in _ITS_OWN:
-        if getattr(config, name):
-            raise ConfigError(f"{name} is set by the fleet; leave it out", name)
-
-
-def _records_of(ended: Ended) -> list[SubjectRecord]:
-    """The records of a task's subjects, with what the worker does not know."""
-    made: list[SubjectRecord] = ended.value or [
-        replace(subject.record, status=FAILED, cause=cause_of(ended.error or RuntimeError()))
-        for subject in ended.task.payload
-    ]
-    return [
-        replace(
-            record,
-            attempts=ended.attempts,
-            seconds=round(ended.seconds, 3),
-            worker=ended.place.worker,
-            node=ended.place.node,
-        )
-        for record in made
-    ]
 
 
 def _packed(subjects: Sequence[FleetSubject], size: int) -> list[Task]:
@@ -226,12 +215,18 @@ def _sorted_out(
             if isinstance(config, ConfigError):
                 raise config
             record = replace(record, settings=config.to_dict())
-            _refuse_own(config)
-            check_subjects(config)
+            for setting in _ITS_OWN:
+                own = f"{setting} is set by the fleet; leave it out"
+                require(not getattr(config, setting), own, setting)
+            # As far as it needs no model.
+            list_subjects(subjects_of(config))
+            check_prompts(config)
             record = replace(record, digest=settings_digest(config))
             done = done_before(kept[name].result(), record, config)
             if done is None:
-                left.append(FleetSubject(with_absolute_paths(config), output, record))
+                # The worker has another working folder.
+                paths = {s.name: absolute(getattr(config, s.name)) for s in settings() if s.is_path}
+                left.append(FleetSubject(replace(config, **paths), output, record))
         except (ValueError, OSError) as error:
             done = replace(record, status=FAILED, cause=cause_of(error))
         if done is not None:
@@ -245,19 +240,3 @@ def absolute(value: Any) -> Any:
         return [{key: absolute(part) for key, part in entry.items()} for entry in value]
     path = Path(value).expanduser() if isinstance(value, str) and value else None
     return str(path.absolute()) if path is not None and path.exists() else value
-
-
-def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Settings for another process, which has another working folder."""
-    names = [setting.name for setting in settings() if setting.is_path]
-    return replace(config, **{name: absolute(getattr(config, name)) for name in names})
-
-
-def check_subjects(config: TrainConfig) -> None:
-    """Check a subject as far as that needs no model.
-
-    Raises:
-        ConfigError, PhotoError: With what to do.
-    """
-    list_subjects(subjects_of(config))
-    check_prompts(config)

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion import system
-from dora_diffusion.cluster.fleet.records import (
+from dora_diffusion.cluster.fleet.queue import Worker
+from dora_diffusion.cluster.fleet.results import (
     DONE,
     FAILED,
     RUNNING,
+    FleetResults,
     SubjectRecord,
     cause_of,
     done_before,
 )
-from dora_diffusion.cluster.fleet.results import FleetResults
-from dora_diffusion.cluster.fleet.workers import Worker
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.numerics import devices
 from dora_diffusion.training.events import (
@@ -145,7 +145,7 @@ class _Trainee:
         """Record an event, and keep what it wrote."""
         if isinstance(event, ModelLoading) and not self.has_left:
             # Its folder was looked at, and is no other run's.
-            self.results.begin(self.subject.record)
+            self.results.save(self.subject.record)
         self.has_left = self.has_left or isinstance(event, SubjectLeft)
         if isinstance(event, TrainingStarted):
             self.started, self.steps = time.perf_counter(), event.step
@@ -170,7 +170,7 @@ class _Trainee:
         self.results.publish(self.subject.record.name, self.folder)
         samples = [path.relative_to(self.folder).as_posix() for path in result.samples.values()]
         record = self.record(meter, caught, status=DONE, samples=tuple(samples))
-        self.results.finish(record)
+        self.results.save(record)
         return record
 
 

@@ -52,13 +52,7 @@ from dora_diffusion.numerics.decomposition import (
     singular_values,
 )
 from dora_diffusion.numerics.merging import merge_layers
-from dora_diffusion.numerics.weights import (
-    NORM_AXES,
-    LayerWeights,
-    NormAxis,
-    Strengths,
-    oriented,
-)
+from dora_diffusion.numerics.weights import NORM_AXES, LayerWeights, NormAxis, Strengths, oriented
 from dora_diffusion.training.results.checkpoint import folders_after, step_of
 
 # Layers that are done, and of all.

@@ -85,16 +85,23 @@ def save_figure(figure: Figure, file: Path, *, dpi: int) -> None:
 
 
 def panel_grid(
-    count: int, panel: tuple[float, float], frame: tuple[float, float]
+    count: int,
+    panel: tuple[float, float],
+    frame: tuple[float, float] = (0, 0),
+    most: int = PANELS_IN_A_ROW,
+    **options: Any,
 ) -> tuple[Figure, list[Any]]:
-    """A figure with so many panels in rows; sizes are in inches, ``frame`` is around all."""
+    """A figure with so many panels, ``most`` in a row.
+
+    Sizes are in inches, ``frame`` is around all; options are those of `Figure.subplots`.
+    """
     from matplotlib.figure import Figure
 
-    columns = min(PANELS_IN_A_ROW, count)
+    columns = min(most, count)
     rows = -(-count // columns)
     size = (frame[0] + panel[0] * columns, frame[1] + panel[1] * rows)
     figure = Figure(figsize=size, layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    panels = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
     for unused in panels[count:]:
         unused.set_axis_off()
     return figure, panels[:count]
@@ -137,14 +144,11 @@ def spread(checkpoints: Sequence[CheckpointChange], most: int) -> list[Checkpoin
 
 def heat_map(analysis: Analysis) -> Figure:
     """The changes of every layer at every checkpoint; on colours that grow by factors."""
-    from matplotlib.figure import Figure
-
     checkpoints = [(run, c) for run in analysis.runs for c in run.checkpoints]
     names = sorted({x.name for _, c in checkpoints for x in c.layers}, key=model_order)
     height = min(8.5, max(3.6, 1.9 + 0.16 * len(names)))
     width = 3.2 + 0.5 * len(names[0]) / 10 + 2 * max(1.6, 0.34 * len(checkpoints))
-    figure = Figure(figsize=(min(width, 16), height), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    figure, panels = panel_grid(2, (min(width, 16) / 2, height), sharey=True)
     titles = {
         "relative_delta_m": f"{DELTA}M, share of the norm",
         "delta_d": f"{DELTA}D, 1 \N{MINUS SIGN} cosine",

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,7 @@ _COLUMNS = (
 LEADING = 16
 _PLACES = {"down_blocks": "UNet down", "mid_block": "UNet mid", "up_blocks": "UNet up"}
 # In the order in which images pass them.
-PLACES = (
-    "text encoder",
-    "text encoder 2",
-    "UNet in and time",
-    *_PLACES.values(),
-    "UNet out",
-)
+PLACES = ("text encoder", "text encoder 2", "UNet in and time", *_PLACES.values(), "UNet out")
 KINDS = ("attention", "feed-forward", "convolution", "embedding", "other")
 _BLOCK = re.compile(r".*?\.(?:resnets|attentions|downsamplers|upsamplers|layers)\.\d+")
 
@@ -307,7 +301,7 @@ class Analysis:
                     "name": run.name,
                     "method": run.method,
                     "notes": list(run.notes),
-                    **_correlations(run.checkpoints),
+                    **_plain(_correlations(run.checkpoints)),
                     "checkpoints": [_checkpoint(checkpoint) for checkpoint in run.checkpoints],
                 }
                 for run in self.runs
@@ -335,27 +329,17 @@ class Analysis:
         head = ["run", "checkpoint", "layers", "delta M", "delta D", "correlation"]
         rows = [[*head, "with relative delta M", "relative change", "effective rank"]]
         for run in self.runs:
+            who = f"{run.name} ({run.method})"
             for checkpoint in run.checkpoints:
                 whole = checkpoint.whole
-                rows.append(
-                    [
-                        f"{run.name} ({run.method})",
-                        checkpoint.label,
-                        str(len(checkpoint.layers)),
-                        f"{whole.mean('delta_m'):.3g}",
-                        f"{whole.mean('delta_d'):.3g}",
-                        shown(correlation([checkpoint])),
-                        shown(correlation([checkpoint], "relative_delta_m")),
-                        f"{whole.relative_change:.2%}",
-                        f"{whole.effective_rank:.1f}",
-                    ]
-                )
+                means = [f"{whole.mean(name):.3g}" for name in ("delta_m", "delta_d")]
+                both = map(shown, _correlations([checkpoint]).values())
+                size = [f"{whole.relative_change:.2%}", f"{whole.effective_rank:.1f}"]
+                count = str(len(checkpoint.layers))
+                rows.append([who, checkpoint.label, count, *means, *both, *size])
             if len(run.checkpoints) > 1:
-                both = [
-                    shown(correlation(run.checkpoints, name))
-                    for name in ("delta_m", "relative_delta_m")
-                ]
-                rows.append([f"{run.name} ({run.method})", "all", "", "", "", *both, "", ""])
+                both = map(shown, _correlations(run.checkpoints).values())
+                rows.append([who, "all", "", "", "", *both, "", ""])
         return rows
 
     def _shares(self) -> list[list[str]]:
@@ -409,7 +393,7 @@ def _checkpoint(checkpoint: CheckpointChange) -> dict[str, Any]:
     return {
         "step": checkpoint.step,
         "method": checkpoint.method,
-        **_correlations([checkpoint]),
+        **_plain(_correlations([checkpoint])),
         **checkpoint.whole.to_dict(),
         "unchanged_layers": checkpoint.unchanged,
         "other_changed_tensors": checkpoint.other_changes,
@@ -428,9 +412,12 @@ def _checkpoint(checkpoint: CheckpointChange) -> dict[str, Any]:
     }
 
 
-def _correlations(checkpoints: Sequence[CheckpointChange]) -> dict[str, Any]:
+def _correlations(checkpoints: Sequence[CheckpointChange]) -> dict[str, Interval | None]:
     both = {"correlation": "delta_m", "relative_correlation": "relative_delta_m"}
-    intervals = {key: correlation(checkpoints, name) for key, name in both.items()}
+    return {key: correlation(checkpoints, name) for key, name in both.items()}
+
+
+def _plain(intervals: Mapping[str, Interval | None]) -> dict[str, Any]:
     return {key: interval and asdict(interval) for key, interval in intervals.items()}
 
 

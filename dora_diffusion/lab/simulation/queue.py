@@ -56,16 +56,12 @@ class QueuePlan:
     keep_warm: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("workers", "pack"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} is {value}; it must be at least 1", name)
-        for name in (
-            "cold_start", "warm_start", "window", "failures", "checkpoint_seconds", "recovery",
-            "preemptions", "preempted_for", "keep_warm",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            is_valid = value is None or (math.isfinite(value) and value >= 0)
-            require(is_valid, f"{name} is {value}; it must be a number, and not negative", name)
+        for name, value in vars(self).items():
+            if name in ("workers", "pack"):
+                require(value >= 1, f"{name} is {value}; it must be at least 1", name)
+            elif name != "pack_throughput":
+                is_valid = value is None or (math.isfinite(value) and value >= 0)
+                require(is_valid, f"{name} is {value}; it must be a number, and not negative", name)
         known = self.pack_throughput
         for size, factor in known.items():
             require(size >= 1, f"pack_throughput names a pack of {size}", "pack_throughput")

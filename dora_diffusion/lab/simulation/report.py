@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,13 +13,7 @@ from dora_diffusion.config.wording import aligned, counted, duration
 from dora_diffusion.evaluation.statistics import Interval, t_interval
 from dora_diffusion.lab.analysis.plots import MARKERS, ordered_color, tidy
 from dora_diffusion.lab.simulation.plan import Demand, expected_wait
-from dora_diffusion.lab.simulation.queue import (
-    HOUR,
-    QueueOutcome,
-    QueuePlan,
-    Values,
-    simulate_queue,
-)
+from dora_diffusion.lab.simulation.queue import HOUR, QueuePlan, Values, simulate_queue
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,49 +33,64 @@ _COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """A plan, what was simulated of it, and the formula beside.
+def forecast(plan: QueuePlan, demand: Demand) -> dict[str, Any]:
+    """Simulate a queue; returns its figures, for JSON, and the formula's where one applies.
 
-    Attributes:
-        plan: The workers.
-        outcome: Of all subjects.
-        mean_wait: Over subjects, those of the warm-up left out, with batch means for its interval;
-            None where subjects do not arrive at a rate.
-        formula: Mean wait by `expected_wait`; None where it does not apply.
-        is_exact: Whether the formula is not an approximation.
-    """
-
-    plan: QueuePlan
-    outcome: QueueOutcome
-    mean_wait: Interval | None
-    formula: float | None
-    is_exact: bool
-
-    def percentiles(self, name: str) -> dict[str, float]:
-        """``"p50"`` and so on of waits or turnarounds, in seconds."""
-        values = getattr(self.outcome, name)
-        values = values if self.mean_wait is None else settled(values)
-        return {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
-
-
-def forecast(plan: QueuePlan, demand: Demand) -> Forecast:
-    """Simulate a queue.
-
-    The formula is for warm workers, without packs, failures, preemption or workers that are given
-    back. The first, cold start of each worker is left out.
+    The mean wait leaves the warm-up out, and has its interval by batch means. The formula is for
+    warm workers, without packs, failures, preemption or workers that are given back. The first,
+    cold start of each worker is left out.
     """
     outcome, times = simulate_queue(plan, *demand.draw(), seed=demand.seed), demand.times
-    mean_wait = formula = None
-    if demand.rate is not None:
-        mean_wait = mean_of(settled(outcome.waits))
-        is_plain = plan.pack == 1 and plan.keep_warm is None
-        if is_plain and not plan.failures and not plan.preemptions:
-            seconds = plan.warm_start + times.mean
-            spread = times.variation * times.mean / seconds
-            formula = expected_wait(demand.rate / HOUR, seconds, spread, plan.workers)
+    kept = settled if demand.rate is not None else np.asarray
+    waits, turnarounds = kept(outcome.waits), kept(outcome.turnarounds)
+    count = len(outcome.waits)
+    phases = ("training", "lost", "starting", "idle", "recovering")
+    result: dict[str, Any] = {
+        "workers": plan.workers,
+        "subjects": count,
+        "seconds": outcome.seconds,
+        "subjects_per_hour": outcome.subjects_per_hour,
+        "wait": {f"p{p}": float(np.percentile(waits, p)) for p in PERCENTILES},
+        "turnaround": {f"p{p}": float(np.percentile(turnarounds, p)) for p in PERCENTILES},
+        "utilisation": outcome.utilisation,
+        "worker_seconds": {name: getattr(outcome, name) for name in phases},
+        "mean_pack": (count + outcome.interruptions) / outcome.packs,
+        "interruptions": outcome.interruptions,
+    }
+    if demand.rate is None:
+        return result
+    mean, formula = mean_of(waits), None
+    result["wait"] |= {"mean": mean.mean, "low": mean.low, "high": mean.high}
+    is_plain = plan.pack == 1 and plan.keep_warm is None
+    if is_plain and not plan.failures and not plan.preemptions:
+        seconds = plan.warm_start + times.mean
+        spread = times.variation * times.mean / seconds
+        formula = expected_wait(demand.rate / HOUR, seconds, spread, plan.workers)
     is_exponential = times.variation == 1 and not times.measured and not plan.warm_start
-    return Forecast(plan, outcome, mean_wait, formula, plan.workers == 1 or is_exponential)
+    result["wait_by_formula"] = formula if formula is None or math.isfinite(formula) else None
+    result["formula_is_exact"] = plan.workers == 1 or is_exponential
+    return result
+
+
+def with_costs(
+    plan: QueuePlan, demand: Demand, gpus: float = 1.0, price: float | None = None
+) -> dict[str, Any]:
+    """A forecast with the capacity of its workers and what they cost.
+
+    Args:
+        plan: The workers.
+        demand: What arrives.
+        gpus: Of each worker.
+        price: Of a GPU for an hour.
+    """
+    result = forecast(plan, demand)
+    paid = sum(s for name, s in result["worker_seconds"].items() if name != "lost")
+    hours = paid / HOUR * gpus
+    return result | {
+        "capacity_per_hour": capacity_of(plan, demand),
+        "gpu_hours": hours,
+        "cost_per_subject": None if price is None else hours * price / result["subjects"],
+    }
 
 
 def settled(values: Values) -> Values:
@@ -106,44 +115,6 @@ def capacity_of(plan: QueuePlan, demand: Demand) -> float:
     return float((last - first) / span * HOUR) if span else outcome.subjects_per_hour
 
 
-def to_dict(
-    found: Forecast, demand: Demand, gpus: float = 1.0, price: float | None = None
-) -> dict[str, Any]:
-    """All figures of a plan, for JSON.
-
-    Args:
-        found: What was simulated.
-        demand: Of what.
-        gpus: Of each worker.
-        price: Of a GPU for an hour.
-    """
-    outcome, count = found.outcome, len(found.outcome.waits)
-    hours = outcome.worker_seconds / HOUR * gpus
-    phases = ("training", "lost", "starting", "idle", "recovering")
-    result: dict[str, Any] = {
-        "workers": found.plan.workers,
-        "subjects": count,
-        "seconds": outcome.seconds,
-        "capacity_per_hour": capacity_of(found.plan, demand),
-        "subjects_per_hour": outcome.subjects_per_hour,
-        "wait": found.percentiles("waits"),
-        "turnaround": found.percentiles("turnarounds"),
-        "utilisation": outcome.utilisation,
-        "worker_seconds": {name: getattr(outcome, name) for name in phases},
-        "mean_pack": (count + outcome.interruptions) / outcome.packs,
-        "interruptions": outcome.interruptions,
-        "gpu_hours": hours,
-        "cost_per_subject": None if price is None else hours * price / count,
-    }
-    if found.mean_wait is not None:
-        mean = found.mean_wait
-        result["wait"] |= {"mean": mean.mean, "low": mean.low, "high": mean.high}
-        formula = found.formula
-        result["wait_by_formula"] = formula if formula is None or math.isfinite(formula) else None
-        result["formula_is_exact"] = found.is_exact
-    return result
-
-
 def table(results: Sequence[dict[str, Any]], *, has_price: bool) -> str:
     """A row for each number of workers."""
     times = [(kind, f"p{p}") for kind in ("wait", "turnaround") for p in PERCENTILES]
@@ -157,26 +128,23 @@ def table(results: Sequence[dict[str, Any]], *, has_price: bool) -> str:
     return aligned(rows)
 
 
-def remarks(
-    forecasts: Sequence[Forecast], results: Sequence[dict[str, Any]], demand: Demand
-) -> list[str]:
+def remarks(results: Sequence[dict[str, Any]], demand: Demand) -> list[str]:
     """Return remarks on the table: confidence intervals, formulas, and queues that grow."""
     lines = []
-    for found, result in zip(forecasts, results, strict=True):
-        who = counted(found.plan.workers, "worker")
+    for result in results:
+        who, wait = counted(result["workers"], "worker"), result["wait"]
         if demand.rate is None:
             lines.append(f"{who}: all are done after {duration(result['seconds'])}")
             continue
-        load, mean = demand.rate / result["capacity_per_hour"], found.mean_wait
-        assert mean is not None
-        low, high = max(0.0, mean.low or 0.0), mean.high or mean.mean
-        line = f"{who}: load {load:.0%}, mean wait {mean.mean:.1f} s "
+        load = demand.rate / result["capacity_per_hour"]
+        low, high = max(0.0, wait["low"] or 0.0), wait["high"] or wait["mean"]
+        line = f"{who}: load {load:.0%}, mean wait {wait['mean']:.1f} s "
         line += f"(95% confidence interval {low:.1f} to {high:.1f} s)"
-        if found.formula is not None and math.isfinite(found.formula):
-            kind = "by the formula" if found.is_exact else "by the formula's approximation"
-            line += f", {kind} {found.formula:.1f} s"
+        if result["wait_by_formula"] is not None:
+            kind = "formula" if result["formula_is_exact"] else "formula's approximation"
+            line += f", by the {kind} {result['wait_by_formula']:.1f} s"
         if load >= 1:
-            needed = math.ceil(load * found.plan.workers)
+            needed = math.ceil(load * result["workers"])
             line += f"; the queue grows without end, more than {needed} workers are needed"
         lines.append(line)
     return lines
@@ -207,22 +175,18 @@ def plot(plans: Sequence[QueuePlan], demand: Demand) -> Figure:
 def _draw_plan(panel: Any, plan: QueuePlan, demand: Demand, color: Any, marker: str) -> None:
     capacity = capacity_of(plan, demand)
     subjects = max(2000, min(demand.subjects, _PLOTTED_SUBJECTS))
-    loads, means, ends, high = [100 * load for load in LOADS], [], [], []
-    formulas: list[float] = []
-    for load in LOADS:
-        rate = load * capacity
-        found = forecast(plan, replace(demand, subjects=subjects, rate=rate, arrivals=()))
-        mean = found.mean_wait
-        assert mean is not None
-        means.append(mean.mean / 60)
-        ends.append(mean.mean / 60 - (mean.low or 0.0) / 60)
-        high.append(found.percentiles("waits")["p90"] / 60 or math.nan)
-        if found.formula is not None:
-            formulas.append(found.formula / 60)
+    some = replace(demand, subjects=subjects, arrivals=())
+    found = [forecast(plan, replace(some, rate=load * capacity)) for load in LOADS]
+    waits, loads = [result["wait"] for result in found], [100 * load for load in LOADS]
+    means = [wait["mean"] / 60 for wait in waits]
+    ends = [(wait["mean"] - (wait["low"] or 0.0)) / 60 for wait in waits]
     name = counted(plan.workers, "worker")
     look = {"color": color, "marker": marker, "markersize": 5, "linestyle": "none"}
     panel.errorbar(loads, means, ends, capsize=2, label=f"{name}, mean", **look)
+    high = [wait["p90"] / 60 or math.nan for wait in waits]
     panel.plot(loads, high, color=color, linestyle=":", linewidth=1.2, label=f"{name}, p90")
-    if formulas:
-        kind = "formula" if found.is_exact else "approximation"
-        panel.plot(loads, formulas, color=color, linewidth=1.2, label=f"{name}, {kind}")
+    formulas = [result["wait_by_formula"] for result in found]
+    if None not in formulas:
+        kind = "formula" if found[0]["formula_is_exact"] else "approximation"
+        minutes = [seconds / 60 for seconds in formulas]
+        panel.plot(loads, minutes, color=color, linewidth=1.2, label=f"{name}, {kind}")

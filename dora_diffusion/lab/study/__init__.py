@@ -2,8 +2,7 @@
 
 ::
 
-    config    the study, read from YAML    run      all trials, resumed; rates tuned
-    subjects  what is learned, measured    tables   means, paired differences
-    trials    one training, and its key    plots    matplotlib
-    perform   trains and measures one      page     report.md and report.html
+    config    the study, read from YAML    run     all trials, resumed; rates tuned
+    subjects  what is learned, measured    report  means, paired differences, plots, pages
+    trials    one training, and its key
 """

@@ -7,12 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config import (
-    ConfigError,
-    TrainConfig,
-    settings,
-    without_effect,
-)
+from dora_diffusion.config import ConfigError, TrainConfig, settings, without_effect
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.file import read_config_file
 from dora_diffusion.config.run import ValidationSettings
@@ -135,9 +130,12 @@ class Study:
         require(bool(names), "methods is empty; name at least one")
         require(bool(self.subjects), "subjects is empty; name at least one")
         require(bool(self.seeds), "seeds is empty; give a number of seeds, or a list")
+        each = self.seeds_per_subject
+        is_number = isinstance(each, int) and not isinstance(each, bool)
+        require(each is None or is_number, f"seeds_per_subject is {each!r}; it must be a number")
         require(
-            self.seeds_per_subject is None or 1 <= self.seeds_per_subject <= len(self.seeds),
-            f"seeds_per_subject is {self.seeds_per_subject}; there are {len(self.seeds)} seeds",
+            each is None or 1 <= each <= len(self.seeds),
+            f"seeds_per_subject is {each}; there are {len(self.seeds)} seeds",
         )
         require(BASE not in names, f"a method is called {BASE}, which is the untrained model")
         for method in self.methods:
@@ -223,15 +221,11 @@ class Study:
         Raises:
             ConfigError: If a key is unknown, or a value cannot work.
         """
-        known = (
-            "base", "methods", "subjects", "seeds", "seeds_per_subject", "common", "reference",
-            "tune", "asked",
-        )  # fmt: skip
-        _check_keys("the study", values, known)
+        _check_keys("the study", values, cls)
         for name in ("methods", "subjects"):
             require(name in values, f"{name} is missing")
         methods = _mapping("methods", values["methods"])
-        common = dict(_mapping("common", values.get("common") or {}))
+        common = _mapping("common", values.get("common") or {})
         usual = _rates("common", common.pop("learning_rate", ()))
         _check_settings("common", common)
         tune = values.get("tune")
@@ -240,7 +234,7 @@ class Study:
             methods=tuple(_method(name, given or {}, usual) for name, given in methods.items()),
             subjects=_tuple(values["subjects"]),
             seeds=_seeds(values.get("seeds", 1)),
-            seeds_per_subject=_count(values.get("seeds_per_subject")),
+            seeds_per_subject=values.get("seeds_per_subject"),
             common=common,
             reference=str(values.get("reference") or ""),
             tune=None if tune is None else _tuning(_mapping("tune", tune)),
@@ -262,7 +256,7 @@ def read_study(path: str | Path) -> Study:
 
 def _method(name: str, given: Any, usual: tuple[float, ...]) -> Method:
     place = f"methods.{name}"
-    values = dict(_mapping(place, given))
+    values = _mapping(place, given)
     rates = _rates(place, values.pop("learning_rate", ()))
     rate_of = str(values.pop("rate_of", "") or "")
     require(not (rates and rate_of), f"{place}: give learning_rate or rate_of, not both")
@@ -271,8 +265,7 @@ def _method(name: str, given: Any, usual: tuple[float, ...]) -> Method:
 
 
 def _tuning(values: Mapping[str, Any]) -> Tuning:
-    keys = ("subjects", "seeds", "learning_rates", "method_rates", "best", "keep")
-    _check_keys("tune", values, keys)
+    _check_keys("tune", values, Tuning)
     require("subjects" in values, "tune.subjects is missing")
     own = _mapping("tune.method_rates", values.get("method_rates") or {})
     optional = {name: values[name] for name in ("best", "keep") if name in values}
@@ -286,7 +279,7 @@ def _tuning(values: Mapping[str, Any]) -> Tuning:
 
 
 def _asked(values: Mapping[str, Any]) -> Asked:
-    _check_keys("asked", values, tuple(Asked.__dataclass_fields__))
+    _check_keys("asked", values, Asked)
     return Asked(**{**values, "metric_models": _tuple(values.get("metric_models") or ())})
 
 
@@ -304,12 +297,13 @@ def _check_name(place: str, name: str, known: Collection[str], kind: str) -> Non
     require(name in known, f"{said}; there are {', '.join(known)}")
 
 
-def _check_keys(place: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
+def _check_keys(place: str, values: Mapping[str, Any], kind: Any) -> None:
+    known = [field.name for field in fields(kind)]
     unknown = [f"{name}{did_you_mean(str(name), known)}" for name in values if name not in known]
     require(not unknown, f"{place} has no {', '.join(unknown)}; it has {', '.join(known)}")
 
 
-def _mapping(place: str, value: Any) -> Mapping[str, Any]:
+def _mapping(place: str, value: Any) -> dict[str, Any]:
     require(isinstance(value, Mapping), f"{place} must hold 'name: value' lines")
     return dict(value)
 
@@ -325,14 +319,6 @@ def _rates(place: str, value: Any) -> tuple[float, ...]:
         raise ConfigError(f"{place}: {value!r} is not a learning rate") from error
     require(all(rate > 0 for rate in rates), f"{place}: learning rates must be greater than 0")
     return rates
-
-
-def _count(value: Any) -> int | None:
-    require(
-        value is None or (isinstance(value, int) and not isinstance(value, bool)),
-        f"seeds_per_subject is {value!r}; it must be a number",
-    )
-    return None if value is None else int(value)
 
 
 def _seeds(value: Any) -> tuple[int, ...]:

@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.cluster.fleet.cluster import Share
-from dora_diffusion.cluster.fleet.queue import Ended, Task, Workers, WorkQueue, run_tasks
+from dora_diffusion.cluster.fleet.queue import Task, TaskReport, Worker, WorkQueue, run_tasks
 from dora_diffusion.cluster.fleet.run import absolute, workers_for
-from dora_diffusion.cluster.fleet.workers import Worker
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.evaluation.measures import measure_of
 from dora_diffusion.lab.study.config import BASE, Study, Tuning
-from dora_diffusion.lab.study.perform import perform
-from dora_diffusion.lab.study.subjects import StudySubject, find_subject
-from dora_diffusion.lab.study.tables import figure_of, interval, of_row
-from dora_diffusion.lab.study.trials import Record, Trial, base_digest, restore_records, trials_of
+from dora_diffusion.lab.study.report import Results, interval, of_row
+from dora_diffusion.lab.study.subjects import find_subject
+from dora_diffusion.lab.study.trials import (
+    Record,
+    Trial,
+    base_digest,
+    perform,
+    restore_records,
+    trials_of,
+)
 from dora_diffusion.models.metric_models import open_metric_model
 
 # Called with trials that are done, of all, the record, and whether it was there before.
 OnTrial = Callable[[int, int, Record, bool], None]
-
-
-@dataclass(frozen=True)
-class Results:
-    """Results of a study.
-
-    Attributes:
-        study: The study.
-        records: Of its trials.
-        tuning: Of the trials that rates were chosen by.
-        rates: Learning rates by method, the chosen ones among them.
-        subjects: What was learned.
-        images: Image files by (row, subject).
-    """
-
-    study: Study
-    records: Sequence[Record]
-    tuning: Sequence[Record] = ()
-    rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    subjects: Sequence[StudySubject] = ()
-    images: Mapping[tuple[str, str], Path] = field(default_factory=dict)
 
 
 def run_study(
@@ -77,11 +61,7 @@ def run_study(
     rates: dict[str, Sequence[float]] = {m.name: m.learning_rates for m in study.methods}
     restore_records(output)
     output = output.absolute()  # Workers have folders of their own.
-
-    def workers() -> Workers:
-        return workers_for(_perform, address, share)
-
-    runner = _Runner(study, output, on_trial, only_known, workers)
+    runner = _Runner(study, output, on_trial, only_known, address, share)
     tuning: list[Record] = []
     tuned = [method.name for method in study.methods if method.is_tuned]
     if study.tune and tuned:
@@ -118,7 +98,7 @@ def chosen_rate(records: Sequence[Record], method: str, tune: Tuning) -> float:
     kept = set()
     for rate in sorted(tune.rates(method)):
         mine = [r for r in records if (r["method"], r["learning_rate"]) == (method, rate)]
-        best = interval(mine, figure_of(tune.best))
+        best = interval(mine, tune.best)
         if best is None:
             continue
         better = measure_of(tune.best).better
@@ -133,7 +113,7 @@ def chosen_rate(records: Sequence[Record], method: str, tune: Tuning) -> float:
 
 def _keeps(mine: Sequence[Record], base: Sequence[Record], name: str, most: float) -> bool:
     """Return whether a figure is hardly worse than the base's; an unmeasured one does not count."""
-    ours, theirs = interval(mine, figure_of(name)), interval(base, figure_of(name))
+    ours, theirs = interval(mine, name), interval(base, name)
     if ours is None or theirs is None:
         return True
     change = ours.mean - theirs.mean
@@ -141,18 +121,9 @@ def _keeps(mine: Sequence[Record], base: Sequence[Record], name: str, most: floa
     return worse[measure_of(name).better] <= most
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Trial as a worker receives it."""
-
-    trial: Trial
-    base: str
-    output: Path
-    with_image: bool
-
-
-def _perform(job: _Job, worker: Worker) -> Record:
-    return perform(job.trial, job.base, job.output, with_image=job.with_image, load=worker.load)
+def _perform(job: tuple[Trial, str, Path, bool], worker: Worker) -> Record:
+    trial, base, output, with_image = job
+    return perform(trial, base, output, with_image=with_image, load=worker.load)
 
 
 @dataclass(frozen=True)
@@ -163,7 +134,8 @@ class _Runner:
     output: Path
     on_trial: OnTrial | None
     only_known: bool
-    workers: Callable[[], Workers]
+    address: str | None
+    share: Share | None
 
     def records(
         self, trials: Sequence[Trial], imaged: Mapping[str, int] | None = None
@@ -178,7 +150,7 @@ class _Runner:
             if self.on_trial is not None:
                 self.on_trial(len(found), len(trials), record, was_known)
 
-        def on_end(ended: Ended) -> None:
+        def on_end(ended: TaskReport) -> None:
             if ended.error is not None:
                 raise ended.error
             for trial in left[ended.task.name]:
@@ -191,12 +163,10 @@ class _Runner:
                 end(trial, record, True)
             elif not self.only_known:
                 left.setdefault(trial.digest, []).append(trial)
-        queue = WorkQueue()
-        queue.add(Task(name, self._job(same[0], imaged or {})) for name, same in left.items())
+        queue, base, wanted = WorkQueue(), absolute(self.study.base), imaged or {}
+        for name, (trial, *_) in left.items():
+            with_image = wanted.get(trial.subject.name) == trial.seed
+            queue.add([Task(name, (trial, base, self.output, with_image))])
         if left:
-            run_tasks(queue, self.workers(), on_end)
+            run_tasks(queue, workers_for(_perform, self.address, self.share), on_end)
         return [found[trial.name] for trial in trials if trial.name in found]
-
-    def _job(self, trial: Trial, imaged: Mapping[str, int]) -> _Job:
-        with_image = imaged.get(trial.subject.name) == trial.seed
-        return _Job(trial, absolute(self.study.base), self.output, with_image)

@@ -19,14 +19,8 @@ from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import list_photos
 from dora_diffusion.evaluation.denoising import HeldOutImages
 from dora_diffusion.evaluation.measures import Values, seed_means
-from dora_diffusion.evaluation.photos import (
-    measure_photos,
-    photo_requests,
-    read_subject,
-    sample,
-)
-from dora_diffusion.lab.judges.evaluate import answer, measure
-from dora_diffusion.lab.judges.requests import Group, toy_requests, true_images
+from dora_diffusion.evaluation.photos import measure_photos, photo_requests, read_subject, sample
+from dora_diffusion.lab.judges import Group, answer, measure, toy_requests, true_images
 from dora_diffusion.lab.study.config import Asked
 from dora_diffusion.lab.toy.benchmark_subjects import (
     SUBJECTS,

@@ -1,21 +1,39 @@
-"""One trial of a study: a training with one seed on one subject, and the key of its record."""
+"""One trial of a study: a training with one seed on one subject, its record and that one's key."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from dora_diffusion import __version__
 from dora_diffusion.config import ConfigError, TrainConfig, settings
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.lab.study.config import BASE, Asked, Method, Study
+from dora_diffusion.lab.analysis.analyze import analyze_weights
+from dora_diffusion.lab.analysis.report import correlation
+from dora_diffusion.lab.study.config import BASE, Asked, Study
 from dora_diffusion.lab.study.subjects import StudySubject
+from dora_diffusion.numerics.devices import device_name
+from dora_diffusion.sampling.images import save_png
+from dora_diffusion.training.engine.accelerator import make_accelerator
+from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.results.metrics import TrainingError
+from dora_diffusion.training.results.write import result_metadata
+from dora_diffusion.training.session import LoadBase, Session, open_session
 
 RECORD = 1
 """Version of what a record holds, and of what it is measured with."""
@@ -84,7 +102,7 @@ class Trial:
 
     def file(self, output: Path) -> Path:
         """Return the path of its record, by the digest alone, which no method's name is part of."""
-        return _record_file(output, self.digest)
+        return record_file(output, self.digest)
 
     def image(self, output: Path) -> Path:
         """Return the path of its image of the subject."""
@@ -102,18 +120,15 @@ class Trial:
             return None
         return {**record, "row": self.row, "method": self.method} if same else None
 
-    def save(self, output: Path, record: Record) -> Record:
-        """Write a record, atomically."""
-        _write_record(self.file(output), record)
-        return record
 
-
-def _record_file(output: Path, digest: str) -> Path:
+def record_file(output: Path, digest: str) -> Path:
     return output / "records" / f"{digest[:20]}.json"
 
 
-def _write_record(file: Path, record: Record) -> None:
-    save_text(file, json.dumps(record, indent=1) + "\n")
+def save_record(output: Path, record: Record) -> Record:
+    """Write a record into the study's folder, atomically."""
+    save_text(record_file(output, record["digest"]), json.dumps(record, indent=1) + "\n")
+    return record
 
 
 def restore_records(output: Path) -> None:
@@ -130,14 +145,13 @@ def restore_records(output: Path) -> None:
         return
     try:
         records: list[Record] = json.loads(file.read_text(encoding="utf-8"))
-        files = [(_record_file(output, str(record["digest"])), record) for record in records]
+        missing = [r for r in records if not record_file(output, r["digest"]).exists()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{file} holds no records of a study ({error}); move it away, or take another folder"
         ) from error
-    for place, record in files:
-        if not place.exists():
-            _write_record(place, record)
+    for record in missing:
+        save_record(output, record)
 
 
 def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,13 +199,194 @@ def trials_of(
     for subject, seed in pairs:
         trials.append(Trial(BASE, BASE, TrainConfig(), subject, seed, base, study.asked))
         for method in study.methods:
-            for row, config in rows_of(study, method, rates.get(method.name, ())):
+            taken = rates.get(method.name, ())
+            for row, rate in zip(study.rows(method, taken), taken, strict=False):
+                config = dataclasses.replace(study.training(method), learning_rate=rate)
                 trials.append(Trial(row, method.name, config, subject, seed, base, study.asked))
     return trials
 
 
-def rows_of(study: Study, method: Method, rates: Sequence[float]) -> list[tuple[str, TrainConfig]]:
-    """The rows of a method, one for each rate, with their settings."""
-    plain = study.training(method)
-    configs = [dataclasses.replace(plain, learning_rate=rate) for rate in rates]
-    return list(zip(study.rows(method, rates), configs, strict=False))
+def perform(
+    trial: Trial, base: str, output: Path, *, with_image: bool, load: LoadBase | None = None
+) -> Record:
+    """Train, measure, and save the record.
+
+    Args:
+        trial: What to do.
+        base: The model.
+        output: The study's folder.
+        with_image: Keep the image of the subject for the report.
+        load: Loads the model, as `train` takes it.
+
+    Returns:
+        The record; without figures, and with ``"diverged"``, if the loss stopped being finite.
+    """
+    work = output / "work"
+    folder = work / "trials" / trial.digest[:20]
+    shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
+    try:
+        session = _open(trial, base, work, folder, load)
+        record: Record = {
+            "digest": trial.digest,
+            "row": trial.row,
+            "method": trial.method,
+            "subject": trial.subject.name,
+            "seed": trial.seed,
+            "learning_rate": trial.learning_rate,
+            "settings": trial.settings,
+            "version": __version__,
+            "machine": _machine(session),
+        }
+        try:
+            if trial.method != BASE:
+                record |= _train(session, folder, trial)
+            record["measures"] = _measure(session, trial, output, with_image)
+        except TrainingError as error:
+            # A rate that is too high is a result: the study continues, and does not try it again.
+            record |= {"diverged": str(error), "measures": {}}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return save_record(output, record)
+
+
+def _open(trial: Trial, base: str, work: Path, folder: Path, load: LoadBase | None) -> Session:
+    """A session of a trial. Class images are shared: they are named by all that they depend on."""
+    own = trial.subject.training(work, trial.config.token)
+    if trial.config.uses_class_images:
+        own["class_data_dir"] = str(work / "class")
+    config = dataclasses.replace(
+        trial.config,
+        pretrained_model_name_or_path=base,
+        seed=trial.seed,
+        num_validation_images=0,
+        output_dir=str(folder),
+        **own,
+    )
+    return open_session(config, subjects_of(config), make_accelerator(config), load=load)
+
+
+def _measure(session: Session, trial: Trial, output: Path, with_image: bool) -> dict[str, float]:
+    with session.weights.base_weights() if trial.method == BASE else nullcontext():
+        measures, image = trial.subject.measure(
+            session.components, session.trigger, trial.seed, trial.asked
+        )
+    if with_image:
+        save_png(image, trial.image(output))
+    return {name: _rounded(value) for name, value in measures.items()}
+
+
+def _train(session: Session, folder: Path, trial: Trial) -> Record:
+    """All steps; returns what they took, and what they did to the weights."""
+    steps = session.total_steps
+    points = trial.asked.analysis_points
+    saved = {round(steps * (k + 1) / points) for k in range(points)} - {0}
+    losses, seconds, processor, live = [], 0.0, 0.0, 0
+    # Now: what is loaded in the end to be measured is the ordinary adapter of the result.
+    parameters = sum(p.numel() for p in session.weights.parameters().values())
+    for step in range(1, steps + 1):
+        begun, used = time.perf_counter(), time.process_time()
+        if step == 1:
+            with kept_bytes() as kept:
+                record = session.step(step)
+            live = _live_bytes(session, sum(kept.values()))
+        else:
+            record = session.step(step)
+        losses.append(float(record["loss"]))
+        # The first step is the one that is looked at.
+        seconds += (time.perf_counter() - begun) * (step > 1)
+        processor += (time.process_time() - used) * (step > 1)
+        if not math.isfinite(losses[-1]):
+            raise TrainingError(f"{trial.name}: the loss is not a number at step {step}")
+        if step in saved and step < steps:
+            _write(session, folder / f"checkpoint-{step}", step)
+    session.weights.reload(_write(session, folder / f"checkpoint-{steps}", steps))
+    timed = max(1, steps - 1)
+    return {
+        "parameters": parameters,
+        "steps": steps,
+        "seconds_per_step": _rounded(seconds / timed),
+        "processor_seconds_per_step": _rounded(processor / timed),
+        "live_bytes": live,
+        "last_losses": _rounded(sum(losses[-10:]) / len(losses[-10:])),
+        **({"analysis": _analysis(folder, session.config)} if points else {}),
+    }
+
+
+def _write(session: Session, folder: Path, step: int) -> Path:
+    return session.weights.writer()(folder, result_metadata(session, step))
+
+
+def _analysis(folder: Path, config: TrainConfig) -> Record:
+    """Delta M and delta D of every layer at every point, and their correlation."""
+    (run,) = analyze_weights(folder, config.base_model, norm_axis="output").runs
+    found = correlation(run.checkpoints)
+    last = run.checkpoints[-1].layers
+    return {
+        "correlation": None if found is None else _rounded(found.mean),
+        "delta_m": _rounded(sum(layer.relative_delta_m for layer in last) / len(last)),
+        "delta_d": _rounded(sum(layer.delta_d for layer in last) / len(last)),
+        "points": [
+            {
+                "step": checkpoint.step,
+                "delta_m": [_rounded(layer.delta_m) for layer in checkpoint.layers],
+                "delta_d": [_rounded(layer.delta_d) for layer in checkpoint.layers],
+            }
+            for checkpoint in run.checkpoints
+        ],
+    }
+
+
+@contextmanager
+def kept_bytes() -> Iterator[dict[int, int]]:
+    """Count what autograd keeps of the first batch for its backward pass, each storage once.
+
+    Returns:
+        Bytes by storage, so far; parameters are not counted.
+    """
+    kept: dict[int, int] = {}
+    is_backward = False
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, torch.nn.Parameter) and not is_backward:
+            kept.setdefault(storage.data_ptr(), storage.nbytes())
+        return tensor
+
+    def unpack(tensor: Tensor) -> Tensor:
+        nonlocal is_backward
+        is_backward = True
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield kept
+
+
+def _live_bytes(session: Session, kept: int) -> int:
+    """Weights of all parts, gradients, the optimizer's state, and what autograd keeps."""
+    tensors = [
+        tensor
+        for module in session.components.modules().values()
+        for tensor in (*module.parameters(), *module.buffers())
+    ]
+    gradients = sum(p.nbytes for p in session.weights.parameters().values())
+    tensors += [
+        value
+        for state in session.learner.optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value)
+    ]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values()) + gradients + kept
+
+
+def _machine(session: Session) -> str:
+    device = session.components.device
+    if device.type != "cpu":
+        return device_name(device.type)
+    threads = torch.get_num_threads()
+    return f"{platform.processor() or platform.machine()}, {threads} threads"
+
+
+def _rounded(value: float) -> float:
+    """Six significant digits: what is beyond them differs between machines."""
+    return float(f"{value:.6g}")

@@ -308,8 +308,7 @@ def _brick(x: Grid, y: Grid, pixel: float, generator: np.random.Generator) -> Ca
     u = (x + generator.uniform(0, width) + 0.5 * width * (row % 2)) / width
     column = np.floor(u)
     to_edge = np.minimum(
-        np.minimum(u - column, 1 - u + column) * width,
-        np.minimum(v - row, 1 - v + row) * height,
+        np.minimum(u - column, 1 - u + column) * width, np.minimum(v - row, 1 - v + row) * height
     )
     tone = generator.uniform(-0.05, 0.05, 97).astype(np.float32)
     shade = tone[(7 * row + 13 * column).astype(int) % 97]

@@ -9,6 +9,7 @@ import yaml
 
 from dora_diffusion.cli import main as cli
 from dora_diffusion.lab.study import run as module
+from dora_diffusion.lab.study.trials import save_record
 from tests.lab.study.helpers import STUDY, record
 
 
@@ -20,7 +21,7 @@ def performed(monkeypatch):
         done.append(trial)
         made = record(trial.row, trial.subject.name, trial.seed, subject_similarity=0.5)
         made |= {"digest": trial.digest, "method": trial.method, "settings": trial.settings}
-        return trial.save(output, made | {"learning_rate": trial.learning_rate})
+        return save_record(output, made | {"learning_rate": trial.learning_rate})
 
     monkeypatch.setattr(module, "perform", perform)
     return done

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dora_diffusion.cluster.fleet.records import SubjectRecord
+from dora_diffusion.cluster.fleet.queue import Worker
+from dora_diffusion.cluster.fleet.results import SubjectRecord
 from dora_diffusion.cluster.fleet.subject import FleetSubject, train_subjects
-from dora_diffusion.cluster.fleet.workers import Worker
 
 SAMPLES = Path(__file__).parents[3] / "samples"
 NAMES = ("bolt_mug", "ring_robot", "heart_teapot")

@@ -6,7 +6,7 @@ import pytest
 
 from dora_diffusion.cluster.fleet.console import FleetTable, table_lines
 from dora_diffusion.cluster.fleet.queue import Place, Task, TaskReport, WorkQueue
-from dora_diffusion.cluster.fleet.records import SubjectRecord
+from dora_diffusion.cluster.fleet.results import SubjectRecord
 from dora_diffusion.cluster.fleet.run import Fleet
 
 

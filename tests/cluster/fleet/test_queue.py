@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_diffusion.cluster.fleet.queue import (
-    Ended,
     Place,
     Task,
     TaskReport,
@@ -133,7 +132,7 @@ def test_pace_and_time_left_are_those_of_the_clock():
 
 
 def test_what_the_caller_raises_dismisses_the_workers():
-    def refuse(ended: Ended) -> None:
+    def refuse(ended: TaskReport) -> None:
         raise RuntimeError(ended.task.name)
 
     queue, workers = WorkQueue(), ScriptedWorkers(1, {"a": ["done"]})

@@ -18,11 +18,15 @@ from dora_diffusion.cluster.fleet import run as module
 from dora_diffusion.cluster.fleet import subject as worker_side
 from dora_diffusion.cluster.fleet.cluster import Share
 from dora_diffusion.cluster.fleet.connection import connect
-from dora_diffusion.cluster.fleet.records import SubjectRecord, cause_of, settings_digest
-from dora_diffusion.cluster.fleet.results import FleetResults
+from dora_diffusion.cluster.fleet.queue import Worker
+from dora_diffusion.cluster.fleet.results import (
+    FleetResults,
+    SubjectRecord,
+    cause_of,
+    settings_digest,
+)
 from dora_diffusion.cluster.fleet.run import run_fleet
 from dora_diffusion.cluster.fleet.subject import FleetSubject, train_subjects
-from dora_diffusion.cluster.fleet.workers import Worker
 from dora_diffusion.config import ConfigError
 from dora_diffusion.training.loop import train
 from tests.cluster.fleet.helpers import DEADLY, NAMES, STEP, assert_same_results, losses

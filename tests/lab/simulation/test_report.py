@@ -28,11 +28,11 @@ FIXED = TrainingTimes(100)
 def test_the_formula_is_that_of_what_is_served(plan, times, expected, is_exact):
     demand = Demand(times, 400, rate=15)
     found = report.forecast(plan, demand)
-    assert found.is_exact is is_exact
+    assert found["formula_is_exact"] is is_exact
     if expected == "none":
-        assert found.formula is None
+        assert found["wait_by_formula"] is None
     elif expected is not None:
-        assert found.formula == pytest.approx(expected)
+        assert found["wait_by_formula"] == pytest.approx(expected)
 
 
 def test_the_capacity_of_packs_is_that_of_full_ones():

@@ -8,8 +8,8 @@ import yaml
 from dora_diffusion.cli.commands.compare import QUICK
 from dora_diffusion.config import ConfigError
 from dora_diffusion.lab.study.config import Study, read_study
+from dora_diffusion.lab.study.report import differences_table
 from dora_diffusion.lab.study.subjects import find_subject
-from dora_diffusion.lab.study.tables import differences_table
 from dora_diffusion.lab.study.trials import trials_of
 from tests.lab.study.helpers import STUDY, record, study
 

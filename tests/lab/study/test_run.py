@@ -17,7 +17,7 @@ from dora_diffusion.evaluation.measures import MEASURES
 from dora_diffusion.lab.study import run as module
 from dora_diffusion.lab.study import trials as keys
 from dora_diffusion.lab.study.config import BASE, Study, Tuning
-from dora_diffusion.lab.study.page import write_report
+from dora_diffusion.lab.study.report import write_report
 from dora_diffusion.lab.study.run import chosen_rate, run_study
 from dora_diffusion.lab.study.subjects import find_subject
 from dora_diffusion.lab.study.trials import Trial, base_digest, trials_of
@@ -34,7 +34,7 @@ def performed(monkeypatch):
         rate = trial.learning_rate or 0.0
         made = record(trial.row, trial.subject.name, trial.seed, subject_similarity=100 * rate)
         made |= {"digest": trial.digest, "method": trial.method, "settings": trial.settings}
-        return trial.save(output, made | {"learning_rate": trial.learning_rate})
+        return keys.save_record(output, made | {"learning_rate": trial.learning_rate})
 
     monkeypatch.setattr(module, "perform", perform)
     return done

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from dora_diffusion.evaluation.statistics import cluster_interval
-from dora_diffusion.lab.study.tables import (
-    analysis_of,
+from dora_diffusion.lab.study.report import (
     caution,
     differences_table,
-    figure_of,
     figures_table,
     interval,
     paired_difference,
@@ -54,7 +52,7 @@ def restated(values, draws=10_000):
 
 
 def test_differences_are_paired_by_subject_and_seed():
-    found = paired_difference(records(), "dora", "lora", figure_of("subject_similarity"))
+    found = paired_difference(records(), "dora", "lora", "subject_similarity")
     mean, low, high = restated([[a - b for a, b in v.values()] for v in VALUES.values()])
     assert found.n == 6
     assert found.mean == pytest.approx(mean, abs=1e-12)
@@ -94,7 +92,7 @@ def test_so_often_an_interval_of_few_subjects_contains_the_truth(count):
 
 def test_means_are_over_subjects_of_their_seeds():
     found = interval([r for r in records() if r["seed"] != 9 and r["row"] == "dora"],
-                     figure_of("subject_similarity"))  # fmt: skip
+                     "subject_similarity")  # fmt: skip
     mean, low, high = restated([[a for a, _ in v.values()] for v in VALUES.values()])
     assert found.mean == pytest.approx(mean, abs=1e-12)
     assert (found.low, found.high) == pytest.approx(
@@ -128,4 +126,4 @@ def test_costs_are_means_over_the_trials_of_a_row():
 
 def test_figures_of_the_analysis_are_read_where_there_is_one():
     one = record("dora", "mug", 0) | {"analysis": {"correlation": -0.5}}
-    assert interval([one, record("dora", "mug", 1)], analysis_of("correlation")).mean == -0.5
+    assert interval([one, record("dora", "mug", 1)], "correlation").mean == -0.5

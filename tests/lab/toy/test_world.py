@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dora_diffusion.lab.judges.requests import place
+from dora_diffusion.lab.judges import place
 from dora_diffusion.lab.toy import shapes
 from dora_diffusion.lab.toy.benchmark_subjects import SAMPLE_SUBJECTS, find_subject
 from dora_diffusion.lab.toy.shapes import CLASSES, UNSEEN_CLASSES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dora_diffusion.lab.judges.requests import place, sample_subject
+from dora_diffusion.lab.judges import place, sample_subject
 from dora_diffusion.lab.toy.shapes import CLASSES
 from dora_diffusion.lab.toy.world import BACKGROUNDS, COLORS, PATTERNS, PLACES, Scene
 from tools.pretrain.captions import PATTERN_PHRASES, PATTERN_WORDS, caption

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_diffusion.lab.study import plots
-from dora_diffusion.lab.study.page import write_report
-from dora_diffusion.lab.study.run import Results
+from dora_diffusion.lab.study import report
+from dora_diffusion.lab.study.report import Results, write_report
 from dora_diffusion.lab.study.subjects import find_subject
 from dora_diffusion.sampling.images import save_png
 from tests.lab.study.helpers import record, study
@@ -61,16 +60,16 @@ def test_the_page_has_every_method_and_its_images(results, tmp_path):
 
 
 def test_plots_name_their_axes(results):
-    by_method = plots.by_method(results.records)
+    by_method = report.by_method(results.records)
     labels = [panel.get_xlabel() for panel in by_method.axes]
     assert labels == ["subject similarity", "other classes: class (%)"]
-    rank = plots.over_rank(results.records)
+    rank = report.over_rank(results.records)
     assert {panel.get_xlabel() for panel in rank.axes} == {"rank"}
-    (line,) = plots.rank_lines(results.records).items()
+    (line,) = report.rank_lines(results.records).items()
     assert line == ("dora", [(1, "dora-r1"), (2, "dora-r2"), (4, "dora-r4")])
     drawn = rank.axes[0].lines[0].get_xydata()
     assert drawn == pytest.approx(np.array([[1, 0.7], [2, 0.8], [4, 0.9]]))
-    scatter = plots.weights(results.records)
+    scatter = report.weights(results.records)
     titles = [panel.get_title() for panel in scatter.axes if panel.get_title()]
     assert titles[0].startswith("dora-r1: r = -0.30")
     assert len(titles) == 4

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from dora_diffusion.lab.judges.evaluate import answer, measure
-from dora_diffusion.lab.study.page import _intro
-from dora_diffusion.lab.study.perform import _KeptBytes, _live_bytes
+from dora_diffusion.lab.judges import answer, measure
+from dora_diffusion.lab.study.report import _intro
 from dora_diffusion.lab.study.run import run_study
+from dora_diffusion.lab.study.trials import _live_bytes, kept_bytes
 from dora_diffusion.models.load import load_components
 from dora_diffusion.sampling.generate import SamplingSettings
 from tests.lab.study.helpers import study
@@ -115,7 +115,7 @@ def test_live_bytes_are_weights_gradients_moments_and_what_is_kept():
 def test_bytes_are_those_of_the_first_batch():
     weight = torch.nn.Parameter(torch.ones(4, 4))
     x = torch.ones(2, 4)
-    with _KeptBytes() as kept:
+    with kept_bytes() as kept:
         for _ in range(2):
             (x @ weight).exp().sum().backward()
-    assert kept.bytes == 4 * (8 + 8)  # x, and the result of exp; not the parameter
+    assert sum(kept.values()) == 4 * (8 + 8)  # x, and the result of exp; not the parameter

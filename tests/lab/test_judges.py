@@ -1,4 +1,4 @@
-"""Measuring in the toy world: a perfect model reaches the ceiling, and nothing drifts by itself."""
+"""Requests and measures in the toy world: a perfect model reaches the ceiling, nothing drifts."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.evaluation.measures import MEASURES, similarities, summarize
-from dora_diffusion.lab.judges.evaluate import (
+from dora_diffusion.lab.judges import (
+    GROUPS,
     Answers,
     evaluate_toy,
     judge,
     judged_pixels,
     measure,
-    true_answers,
-)
-from dora_diffusion.lab.judges.requests import (
     place,
     reference_images,
     sample_subject,
     toy_requests,
+    true_answers,
     true_images,
 )
-from dora_diffusion.lab.toy.benchmark_subjects import REPORTED, find_subject
+from dora_diffusion.lab.toy.benchmark_subjects import REPORTED, SUBJECTS, find_subject
 from dora_diffusion.lab.toy.instrument import Instrument, load_instrument
+from dora_diffusion.lab.toy.shapes import CLASSES
 from dora_diffusion.lab.toy.world import BACKGROUNDS, Scene, render
 from dora_diffusion.models.load import load_components
 from dora_diffusion.sampling.generate import SamplingSettings
@@ -158,3 +158,33 @@ def test_every_subject_resembles_itself_alone(instrument: Instrument) -> None:
     table = np.array([[np.mean(similarities(a, b)) for b in vectors] for a in vectors])
     assert table.diagonal().min() >= 0.9
     assert table[~np.eye(len(REPORTED), dtype=bool)].max() <= 0.5
+
+
+@pytest.mark.parametrize("subject", SUBJECTS.values(), ids=lambda s: s.name)
+def test_requests_ask_for_what_their_scenes_show(subject) -> None:
+    requests = toy_requests(subject, "zwx thing", (3, 4))
+    assert len({request.seed for request in requests}) == len(requests)
+    per_round = len(requests) // 2
+    assert [r.prompt for r in requests[:5]] == [r.prompt for r in requests[per_round:][:5]]
+    for request in requests:
+        has_token = "zwx" in request.prompt
+        assert has_token == (request.group in ("subject", "pose"))
+        assert (request.scene.subject == subject.sample.subject) == has_token
+        assert request.wanted.get("background", request.scene.background) == (
+            request.scene.background
+        )
+    new = {request.scene.background for request in requests if request.group == "subject"}
+    assert new == set(subject.held_out_backgrounds)
+    others = {r.scene.subject.kind for r in requests if r.group == "others"}
+    assert others == set(CLASSES) - {subject.sample.subject.kind}
+    assert {request.group for request in requests} == set(GROUPS)
+
+
+def test_prompts_read_like_captions() -> None:
+    prompts = {r.prompt for r in toy_requests(find_subject("cross_mug"), "sks mug", [0])}
+    assert {
+        "a photo of a sks mug in the sea",
+        "a photo of a sks mug on the left in a studio",
+        "a photo of a small sks mug in a studio",
+        "a photo of a mug in the sea",
+    } <= prompts

@@ -1,1 +1,0 @@
-"""Evaluation in the toy world, where the truth can be rendered, by judges trained on renders."""
