@@ -28,11 +28,9 @@ import yaml
 
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.studio.app.settings import EMBEDDED, make_config, preset_values
-from dora_diffusion.studio.jobs.logs import read_metrics
-from dora_diffusion.studio.jobs.processes import end_tree, worker_of
-from dora_diffusion.studio.jobs.queue import create_job
-from dora_diffusion.studio.jobs.records import SETTINGS, JobRecord, train_arguments
-from dora_diffusion.studio.jobs.workspace import Workspace
+from dora_diffusion.studio.jobs.queue import create_job, end_tree, worker_of
+from dora_diffusion.studio.jobs.records import SETTINGS, JobRecord, read_metrics, train_arguments
+from dora_diffusion.studio.jobs.store import Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
 REFRESH, RELOAD = 2.0, 15.0

@@ -34,12 +34,16 @@ from app_clients import ROOT
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.studio.app.settings import EMBEDDED, make_config, preset_values
-from dora_diffusion.studio.jobs.logs import read_metrics
-from dora_diffusion.studio.jobs.processes import end_tree, worker_of
-from dora_diffusion.studio.jobs.queue import create_job, requeue_job
-from dora_diffusion.studio.jobs.records import JOB, SETTINGS, JobRecord, train_arguments
+from dora_diffusion.studio.jobs.queue import create_job, end_tree, requeue_job, worker_of
+from dora_diffusion.studio.jobs.records import (
+    JOB,
+    SETTINGS,
+    JobRecord,
+    read_metrics,
+    train_arguments,
+)
 from dora_diffusion.studio.jobs.snapshot import Job, read_job
-from dora_diffusion.studio.jobs.workspace import Workspace
+from dora_diffusion.studio.jobs.store import Workspace
 
 LIMIT = 300.0
 PHOTOS = ROOT / "samples" / "bolt_mug"

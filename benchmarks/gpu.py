@@ -24,7 +24,7 @@ import psutil
 from common import LORA, markdown, torch
 from gpu_parts import DEVICE, IS_SMALL, PARTS, Row
 
-from dora_diffusion.studio.jobs.processes import end_tree
+from dora_diffusion.studio.jobs.queue import end_tree
 
 MINUTES = 9.5
 # Columns of a table that come last, in this order.

@@ -356,7 +356,11 @@ class Fit(Written, Limits, RequiredBase):
 class ExportSettings(Overwrite, Merge):
     """Settings of ``export``."""
 
-    job = AsJob("export", "merging", "Merge")
+    job = AsJob(
+        "export", "merging", "Merge", heading="One file without an adapter",
+        about="A merged checkpoint, for web UIs.", asked=("strength",),
+        output="strength-{strength:g}-merged.safetensors",
+    )  # fmt: skip
 
     output: str = flag(
         REQUIRED, "X.safetensors for one file that web UIs read; else a Diffusers folder."
@@ -462,7 +466,12 @@ class RankSettings(Overwrite, AnyBase):
 class PushSettings(CommandSettings):
     """Settings of ``push``."""
 
-    job = AsJob("push", "publishing", "Publish")
+    job = AsJob(
+        "push", "publishing", "Publish", heading="Publish on the Hugging Face hub",
+        about="Adapter, model card, settings, loss and samples; never the photos. Needs HF_TOKEN "
+        "in the environment that the app was started in.",
+        asked=("repository", "public"),
+    )  # fmt: skip
 
     folder: Path = flag(REQUIRED, "The output folder of a run.", positional=True)
     repository: str = flag(

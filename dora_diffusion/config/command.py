@@ -27,7 +27,7 @@ class AsJob(NamedTuple):
         is_listed: Whether its card is among what the Library made of runs.
         heading: Over its button in the Library; empty: it has a place of its own on the page.
         about: What it makes, under the heading.
-        output: End of its output's name, with the suffix.
+        output: End of its output's name, with the suffix; ``{NAME}`` is a setting. Empty: none.
         asked: The settings that have a field there.
     """
 

@@ -21,8 +21,8 @@ from dora_diffusion.cli.console.progress import telling
 from dora_diffusion.cli.main import main as main_of_command
 from dora_diffusion.numerics.devices import peak_memory
 from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.processes import Lock, note_worker
-from dora_diffusion.studio.jobs.workspace import DamagedFile, Workspace
+from dora_diffusion.studio.jobs.queue import Lock, note_worker
+from dora_diffusion.studio.jobs.store import DamagedFile, Workspace
 
 
 class _Stopped(BaseException):

@@ -113,7 +113,7 @@ class App:
 
     def workers(self) -> list[int]:
         """Living workers' pids."""
-        from dora_diffusion.studio.jobs.processes import worker_of
+        from dora_diffusion.studio.jobs.queue import worker_of
 
         found = (worker_of(folder) for folder in self.runs.glob("2*"))
         return [worker.pid for worker in found if worker is not None]
@@ -324,7 +324,7 @@ def app(runs: Path, app_environment: dict[str, str]) -> Iterator[App]:
     one.start()
     yield one
     one.end()
-    from dora_diffusion.studio.jobs.processes import end_tree
+    from dora_diffusion.studio.jobs.queue import end_tree
 
     for pid in one.workers():
         end_tree(psutil.Process(pid))

@@ -397,7 +397,8 @@ def test_the_library_gives_files_merges_and_remembers(
     download = page.download("#tasks a.dd-download")
     assert download.suggested_filename == f"sks-mug-{second[:15]}-step-8-comfyui.safetensors"
     assert len(read_header(Path(download.path())).specs) > 10
-    page.click("#merge")
+    page.press("button", "One file without an adapter")
+    page.click("#export")
     page.wait_text("#tasks", "Download sks-mug-2[^ ]*merged")
     (merged,) = app.runs.glob("exports/*/*merged.safetensors")
     assert any(name.startswith("model.diffusion_model.") for name in read_header(merged).specs)
@@ -441,7 +442,7 @@ def test_publishing_says_what_is_missing(visit: Callable[..., Visit], second: st
     page.tab("Library")
     page.wait_text("#library-facts", "sks mug")
     page.press("button", "Publish on the")
-    page.fill("#repository input, #repository textarea", "ann/mug")
+    page.fill("#library-repository input, #library-repository textarea", "ann/mug")
     page.click("#push")
     assert "HF_HUB_OFFLINE is set" in page.toast()
 

@@ -17,9 +17,9 @@ import yaml
 from dora_diffusion.config import PRESETS
 from dora_diffusion.models.memory import Device
 from dora_diffusion.studio.app.settings import ADVANCED, GROUPS, preset_values
-from dora_diffusion.studio.jobs.processes import Lock
+from dora_diffusion.studio.jobs.queue import Lock
+from dora_diffusion.studio.jobs.store import Workspace
 from dora_diffusion.studio.jobs.subjects import take_sample
-from dora_diffusion.studio.jobs.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 Visit = App = Any

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.processes import Lock
+from dora_diffusion.studio.jobs.queue import Lock
+from dora_diffusion.studio.jobs.store import Workspace, write_json
 from dora_diffusion.studio.jobs.subjects import (
     captions_of,
     read_subject,
     subjects_in,
     take_sample,
 )
-from dora_diffusion.studio.jobs.workspace import Workspace, write_json
 from tests.studio.jobs.helpers import METRICS, make, photo
 
 ROOT = Path(__file__).resolve().parents[2]

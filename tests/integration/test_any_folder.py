@@ -13,9 +13,9 @@ from dora_diffusion.cli.main import main
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.sampling.images import read_parameters
 from dora_diffusion.studio.jobs.queue import JobQueue
+from dora_diffusion.studio.jobs.store import Workspace
 from dora_diffusion.studio.jobs.subjects import take_sample
 from dora_diffusion.studio.jobs.tasks import start_conversion, write_card
-from dora_diffusion.studio.jobs.workspace import Workspace
 from tests.studio.jobs.helpers import add_run, done, wait
 
 SAMPLES = Path(__file__).parents[2] / "samples"

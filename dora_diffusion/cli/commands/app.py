@@ -11,7 +11,7 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.fields import flag
 from dora_diffusion.studio.app.launch import AUTH_VARIABLE, SHARED, Launch
-from dora_diffusion.studio.jobs.workspace import Workspace
+from dora_diffusion.studio.jobs.store import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)

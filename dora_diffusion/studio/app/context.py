@@ -25,11 +25,10 @@ from dora_diffusion.studio.app.settings import (
     sentence,
 )
 from dora_diffusion.studio.jobs.bases import Base, bases, named_bases, on_this_machine
-from dora_diffusion.studio.jobs.checkpoints import adapter_of, chosen_adapter
 from dora_diffusion.studio.jobs.image_generator import ImageGenerator
 from dora_diffusion.studio.jobs.queue import JobQueue
-from dora_diffusion.studio.jobs.snapshot import Job, read_run, snapshot
-from dora_diffusion.studio.jobs.workspace import UserError, Workspace, ids_in
+from dora_diffusion.studio.jobs.snapshot import Job, adapter_of, chosen_adapter, read_run, snapshot
+from dora_diffusion.studio.jobs.store import UserError, Workspace, ids_in
 from dora_diffusion.training.inputs.subject import outside_toy_world
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
@@ -56,6 +55,11 @@ class Context:
                 self._jobs = snapshot(self.workspace.root)
                 self._read_at = time.monotonic()
             return self._jobs
+
+    def queued(self) -> tuple[Job, ...]:
+        """All jobs as they are now, after the queue has started what can begin at once."""
+        self.queue.tick()
+        return self.jobs(fresh=True)
 
     def job(self, job_id: object) -> Job:
         """One job, as it is now; see `read_run`."""
@@ -117,9 +121,6 @@ class Context:
         name = str(choice or "").strip()
         return str(chosen_adapter(self.job(name))) if name in ids_in(self.workspace.root) else name
 
-    def _is_adapter_of_run(self, file: str | None) -> bool:
-        return bool(file) and any(str(adapter_of(job)) == file for job in self.jobs())
-
     def check_paths(self, config: TrainConfig) -> None:
         """Refuse other models and folders than those that whoever started the app has named.
 
@@ -135,11 +136,12 @@ class Context:
                 "a shared app does not report to wandb, since that would be in the name of whoever "
                 "runs it; choose tensorboard or none for report_to"
             )
-        for name in ADVANCED:
-            value = getattr(config, name)
-            is_vae = name == "pretrained_vae_model_name_or_path"
-            is_run = name == "init_adapter" and self._is_adapter_of_run(value)
-            if SETTINGS[name].is_path and value and not is_vae and not is_run:
+        named = {name: getattr(config, name) for name in ADVANCED if SETTINGS[name].is_path}
+        del named["pretrained_vae_model_name_or_path"]
+        if named["init_adapter"] in [str(adapter_of(job)) for job in self.jobs()]:
+            del named["init_adapter"]
+        for name, value in named.items():
+            if value:
                 raise UserError(
                     f"this app is shared, and accepts no folder for {name}; leave it empty"
                 )

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from dora_diffusion.cli.settings import JOBS
 from dora_diffusion.config.wording import duration
 from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.numerics.devices import has_own_memory
 from dora_diffusion.studio.app.settings import with_labels
 from dora_diffusion.studio.jobs.estimates import Estimate
-from dora_diffusion.studio.jobs.logs import log_warnings
 from dora_diffusion.studio.jobs.queue import stop_asked
-from dora_diffusion.studio.jobs.records import KINDS
+from dora_diffusion.studio.jobs.records import KINDS, log_warnings, printed
 from dora_diffusion.studio.jobs.snapshot import Job
-
-_WORDS = {
-    "waiting": "waiting",
-    "stopping": "saving and stopping",
-    "done": "done",
-    "stopped": "stopped",
-    "failed": "failed",
-    "crashed": "crashed",
-    "damaged": "damaged",
-}
+from dora_diffusion.studio.jobs.store import read_json
 
 
 def esc(value: object) -> str:
@@ -67,7 +59,7 @@ def pill(text: str, kind: str = "") -> str:
 
 
 def button(text: str, action: str, value: str) -> str:
-    """A button that `dora_diffusion.studio.app.views.fields.CLICKS` listens to."""
+    """A button that `dora_diffusion.studio.app.views.ui.CLICKS` listens to."""
     data = f"data-do='{esc(action)}' data-value='{esc(value)}'"
     return f"<button class='dd-button' {data}>{esc(text)}</button>"
 
@@ -83,29 +75,24 @@ def picture_card(path: Any, action: str, value: str, text: str) -> str:
 def header(jobs: Sequence[Job] | None, problems: Sequence[str] = ()) -> str:
     """Name of the app, what it is doing (None before that is known), and what it cannot do."""
     if jobs is None:
-        return _masthead(pill("connecting", "connecting"))
-    active = next((job for job in jobs if job.is_active), None)
-    waiting = sum(job.state == "waiting" for job in jobs)
-    if active is None:
-        now = pill("idle")
-    else:
+        now = pill("connecting", "connecting")
+    elif active := next((job for job in jobs if job.is_active), None):
         share = f" {active.step / active.total:.0%}" if active.total else ""
         now = pill(f"{active.title}{share}", "running")
+    else:
+        now = pill("idle")
+    waiting = sum(job.state == "waiting" for job in jobs or ())
     now += pill(f"{waiting} waiting") if waiting else ""
-    return _masthead(now) + notes(problems, "bad")
-
-
-def _masthead(pills: str) -> str:
     return (
         "<div class='dd-header'><div><h1>DoRA studio</h1>"
         "<p>Teach a model your subject from a few photos, and take it anywhere.</p></div>"
-        f"<div class='dd-pills'>{pills}</div></div>"
+        f"<div class='dd-pills'>{now}</div></div>{notes(problems, 'bad')}"
     )
 
 
 def state_pill(job: Job) -> str:
-    word = KINDS[job.kind] if job.state == "running" else _WORDS[job.shown_state]
-    return pill(word, job.shown_state)
+    words = {"running": KINDS[job.kind], "stopping": "saving and stopping"}
+    return pill(words.get(job.shown_state, job.shown_state), job.shown_state)
 
 
 def status_card(job: Job, *, stop: bool = False) -> str:
@@ -115,7 +102,10 @@ def status_card(job: Job, *, stop: bool = False) -> str:
         f"<div class='dd-bar' role='progressbar' aria-valuenow='{share:.0%}'>"
         f"<div style='width:{share:.1%}'></div></div>"
     )
-    lines = [_done(job)] * (job.kind == "train" or bool(job.progress.unit)) + _live_facts(job)
+    done = f"{job.progress.unit or 'step'} {job.step} of {job.total or '?'}"
+    if job.progress.unit == "B":
+        done = f"{job.step / 2**20:.1f} of {job.total / 2**20:.1f} MB"
+    lines = [done] * (job.kind == "train" or bool(job.progress.unit)) + _live_facts(job)
     cause = note(job.cause, "bad") + notes(job.damage, "bad")
     cause += notes(log_warnings(job.folder), "warn")
     if job.state == "done" and job.settings.get("keep_best"):
@@ -132,13 +122,6 @@ def status_card(job: Job, *, stop: bool = False) -> str:
         f"<span class='dd-marks'>{state_pill(job)}{end}</span></div>"
         f"{bar}<p class='dd-facts'>{' · '.join(esc(line) for line in lines)}</p>{cause}</div>"
     )
-
-
-def _done(job: Job) -> str:
-    """Return a job's progress, in its own unit."""
-    if job.progress.unit == "B":
-        return f"{job.step / 2**20:.1f} of {job.total / 2**20:.1f} MB"
-    return f"{job.progress.unit or 'step'} {job.step} of {job.total or '?'}"
 
 
 def _live_facts(job: Job) -> list[str]:
@@ -203,13 +186,10 @@ def estimate_card(value: Estimate, steps: int | None) -> str:
     }
     too_much = ""
     if value.will_not_fit:
-        help_text = (
-            f"Set {value.change}." if value.change else "Close other programs, or choose a "
-            "smaller model."
-        )  # fmt: skip
+        otherwise = "Close other programs, or choose a smaller model."
         too_much = note(
             f"This will not fit: it takes about {size(value.memory)} of memory, and {size(free)} "
-            f"are free. {help_text}",
+            f"are free. {f'Set {value.change}.' if value.change else otherwise}",
             "bad",
         )
     return f"{definitions(details)}{quiet(_source(value))}{too_much}"
@@ -221,8 +201,9 @@ def _source(value: Estimate) -> str:
         runs = f"{value.runs} earlier run{'s' if value.runs != 1 else ''}"
         return f"Measured in {runs} like this on this machine."
     if value.memory is not None:
-        is_counted = has_own_memory(value.device.kind)
-        how = "counted without a GPU" if is_counted else "with random weights on a CPU"
+        how = "with random weights on a CPU"
+        if has_own_memory(value.device.kind):
+            how = "counted without a GPU"
         return (
             f"Memory is from runs at full size {how}, with a tenth added; "
             "time is measured as it goes."
@@ -264,3 +245,88 @@ def download(path: Any, label: str) -> str:
         f"<a class='dd-download' href='{address(path)}' download='{esc(path.name)}'>{esc(label)}"
         f" <span>{size}</span></a>"
     )
+
+
+_MOST = 6
+
+
+def task_list(jobs: Sequence[Job]) -> str:
+    """The newest of what was made of runs."""
+    listed = {name for name, kind in JOBS.items() if kind.job and kind.job.is_listed}
+    return "".join(map(task_card, [job for job in jobs if job.kind in listed][:_MOST]))
+
+
+def task_card(job: Job) -> str:
+    """A job with its command, and what it made once it is done."""
+    card = status_card(job, stop=True)
+    if job.state == "done":
+        card += _result(job, Path(job.record.output))
+    return card + command(job.record.command, "On the command line")
+
+
+def _result(job: Job, output: Path) -> str:
+    if job.kind == "analyze":
+        return _analysis(output)
+    if job.kind == "push":
+        return outside(job.progress.address) if job.progress.address else ""
+    if job.kind == "compare":
+        return download(output / "report.html", "The report as one file")
+    if job.kind == "prepare":
+        return f"{_look(printed(job.folder))}<div>{image(output, 'Contact sheet')}</div>"
+    files = [output, *(f for f in [output.with_suffix(".yaml")] if f.is_file())]
+    link = "".join(download(file, f"Download {file.name}") for file in files)
+    lines = [line.replace(str(output), output.name) for line in printed(job.folder)]
+    kinds = ["warn" if "wrong: " in line else "info" for line in lines]
+    return link + "".join(map(note, lines, kinds))
+
+
+def _look(lines: Sequence[str]) -> str:
+    """Return a command's report on photos: its Markdown table as HTML, and its cautions."""
+    rows = [line.strip("| ").split("|") for line in lines if line.startswith("| ")]
+    table = "".join(
+        f"<tr>{''.join(f'<{cell}>{esc(text.strip())}</{cell}>' for text in row)}</tr>"
+        for row, cell in zip(rows, ["th", *["td"] * len(rows)], strict=False)
+    )
+    cautions = [line for line in lines if line.startswith(("caution: ", "skipped: "))]
+    told = notes((line.partition(": ")[2] for line in cautions), "warn")
+    return f"<div class='dd-table'><table>{table}</table></div>{told}"
+
+
+def _analysis(folder: Path) -> str:
+    """Return the findings of an analysis, its plots and its files."""
+    from dora_diffusion.lab.analysis.plots import FILES as PLOTS
+    from dora_diffusion.lab.analysis.report import FILES
+
+    files = [path for name in FILES.values() if (path := folder / name).is_file()]
+    plots = "".join(image(folder / name, what) for what, name in PLOTS.items())
+    links = "".join(download(path, path.name) for path in files)
+    return f"{definitions(figures(folder))}<div class='dd-figures'>{plots}</div>{links}"
+
+
+def figures(folder: Path) -> dict[str, str]:
+    """Return the findings of a run's analysis, in words; nothing where its file is gone."""
+    from dora_diffusion.lab.analysis.report import FILES
+
+    file = folder / FILES["analysis"]
+    return dict(_figures(file, file.stat().st_mtime_ns)) if file.is_file() else {}
+
+
+@functools.lru_cache(maxsize=64)
+def _figures(file: Path, modified: int) -> Mapping[str, str]:
+    """Read once for each time it was written: the page asks every second."""
+    from dora_diffusion.evaluation.statistics import Interval
+    from dora_diffusion.lab.analysis.report import shown
+
+    try:
+        (run,) = read_json(file)["runs"]
+        last, interval = run["checkpoints"][-1], run["correlation"]
+        most = max(last["groups"], key=lambda group: group["share"])
+        change = f"{last['relative_change']:.2%} of them, at the last checkpoint"
+        return {
+            "direction changes with magnitude": f"r = {shown(interval and Interval(**interval))}",
+            "change of the weights": change,
+            "effective rank of the change": f"{last['effective_rank']:.1f}, median over layers",
+            "most of it in": f"{most['place']}, {most['kind']}: {most['share']:.0%}",
+        }
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return {"figures": f"{file.name} is damaged; analyze again"}

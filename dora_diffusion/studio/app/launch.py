@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dora_diffusion.config import ConfigError
 from dora_diffusion.models.embedded import samples_folder
-from dora_diffusion.studio.jobs.workspace import Workspace
+from dora_diffusion.studio.jobs.store import Workspace
 from dora_diffusion.system import is_address, is_loopback, is_number, plain_host, split_host
 
 AUTH_VARIABLE = "DORA_DIFFUSION_AUTH"

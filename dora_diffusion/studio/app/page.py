@@ -13,11 +13,10 @@ import gradio as gr
 
 from dora_diffusion.cli.console.environment import describe_environment
 from dora_diffusion.cli.console.errors import explain_to_all
-from dora_diffusion.studio.app import draft, html
-from dora_diffusion.studio.app.context import Context, Handler, plain
-from dora_diffusion.studio.app.views import compare, generate, library, run, subject, train
-from dora_diffusion.studio.app.views.fields import BUSY, QUIET, filled, html_block
-from dora_diffusion.studio.jobs.workspace import UserError
+from dora_diffusion.studio.app import html
+from dora_diffusion.studio.app.context import Context, Handler
+from dora_diffusion.studio.app.views import compare, generate, library, run, subject, train, ui
+from dora_diffusion.studio.jobs.store import UserError
 
 TICK_SECONDS = 2.0
 _DAY = 24 * 3600
@@ -30,7 +29,7 @@ def build_page(context: Context) -> gr.Blocks:
     with gr.Blocks(
         title="DoRA studio", analytics_enabled=False, delete_cache=(3600, _DAY), fill_width=False
     ) as blocks:
-        header = html_block(html.header(None))
+        header = ui.html_block(html.header(None))
         with gr.Tabs() as tabs:
             # Tabs that are not rendered lose what is sent to them.
             with gr.Tab("Subject", id="subject", render_children=True):
@@ -45,21 +44,34 @@ def build_page(context: Context) -> gr.Blocks:
                 comparing = compare.CompareTab(context)
         add_report(context)
         size = [training.model, training.advanced["resolution"]]
-        restored = draft.connect(blocks, {"class": training.class_word, "token": training.token})
+        restored = ui.keep_draft(blocks, {"class": training.class_word, "token": training.token})
         subject.connect(context, subjects, restored, size)
         train.connect(context, training, subjects, train_tab.select, restored)
         generate.connect(context, generating)
         library.connect(context, stored)
         compare.connect(context, comparing)
         shown = training.shown
-        subjects.to_train.click(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
-        for button, tab, field in (
-            (shown.to_generate, "generate", generating.adapter),
-            (shown.to_library, "library", stored.run),
-        ):
-            # With the run that is shown, whatever was chosen there.
-            button.click(_open_with_run(tab), [shown.run], [tabs, field], **QUIET)
-        _connect_clock(context, restored, header, subjects, training, generating, stored, comparing)
+        ui.on(subjects.to_train.click, lambda: gr.Tabs(selected="train"), None, [tabs])
+        # With the run that is shown, whatever was chosen there.
+        chosen = [tabs, generating.adapter]
+        ui.on(shown.to_generate.click, _open_with_run("generate"), [shown.run], chosen)
+        ui.on(shown.to_library.click, _open_with_run("library"), [shown.run], [tabs, stored.run])
+        inputs = [shown.run, generating.adapter, stored.run, comparing.study, subjects.pick]
+        # What a refresh may change, by the names that the tabs' functions use.
+        fields = {
+            "header": header, "run": shown.run, "status": shown.status, "loss": shown.loss,
+            "log": shown.log, "jobs": shown.jobs, "samples": shown.samples, "stop": shown.stop,
+            "kill": shown.kill, "resume": shown.resume, "remove": shown.remove, "next": shown.next,
+            "extend": shown.extend, "details": shown.details, "chooser": shown.chooser,
+            "chooser_start": shown.rank, "chooser_cards": shown.cards,
+            "adapter": generating.adapter, "history": generating.history, "turn": generating.turn,
+            "library": stored.gallery, "library_run": stored.run,
+            "library_side": stored.side, "tasks": stored.tasks, "study": comparing.study,
+            "study_status": comparing.status, "study_report": comparing.report,
+            "study_subjects": comparing.subjects, "study_delete": comparing.delete,
+            "looked": subjects.looked, "start": training.advanced["init_adapter"],
+        }  # fmt: skip
+        _connect_clock(context, restored, inputs, fields)
     return blocks
 
 
@@ -68,18 +80,14 @@ def _open_with_run(tab: str) -> Callable[[str | None], list[Any]]:
 
 
 def _connect_clock(
-    context: Context, restored: Any, header: Any, subjects: Any, training: Any,
-    generating: Any, stored: Any, comparing: Any,
-) -> None:  # fmt: skip
+    context: Context, restored: Any, inputs: list[Any], fields: dict[str, Any]
+) -> None:
     """One timer, outside of the tabs, and the page's load refresh everything that can change.
 
     Text is sent by the clock itself. For every other field that an event may fill, Gradio rebuilds
     its configuration, changed or not, which took most of the time of a refresh: those are filled
     by an event of their own, when one of them has changed.
     """
-    shown = training.shown
-    inputs = [shown.run, generating.adapter, stored.run, comparing.study, subjects.pick]
-    fields = _fields(header, subjects, training, generating, stored, comparing)
     texts = {name: field for name, field in fields.items() if isinstance(field, gr.HTML)}
     others = {name: field for name, field in fields.items() if name not in texts}
     # What this page was last sent of each, and a mark of what the others should show.
@@ -109,32 +117,10 @@ def _connect_clock(
 
     outputs = [mark, seen_texts, *texts.values()]
     clock = gr.Timer(TICK_SECONDS)
-    clock.tick(tick, [seen_texts, *inputs], outputs, trigger_mode="once", **QUIET)
-    restored.then(tick, [seen_texts, *inputs], outputs, **QUIET)
-    mark.change(
-        fill, [seen_others, *inputs], [seen_others, *others.values()],
-        trigger_mode="always_last", **QUIET,
-    )  # fmt: skip
-
-
-def _fields(
-    header: Any, subjects: Any, training: Any, generating: Any, stored: Any, comparing: Any
-) -> dict[str, Any]:
-    """Return the fields that a refresh may change, by the name that the tabs' functions use."""
-    shown = training.shown
-    return {
-        "header": header, "run": shown.run, "status": shown.status, "loss": shown.loss,
-        "log": shown.log, "jobs": shown.jobs, "samples": shown.samples, "stop": shown.stop,
-        "kill": shown.kill, "resume": shown.resume, "remove": shown.remove, "next": shown.next,
-        "extend": shown.extend, "details": shown.details, "chooser": shown.chooser.box,
-        "chooser_start": shown.chooser.start, "chooser_cards": shown.chooser.cards,
-        "adapter": generating.adapter, "history": generating.history, "turn": generating.turn,
-        "library": stored.gallery, "library_run": stored.run,
-        "library_side": stored.side, "tasks": stored.tasks, "study": comparing.study,
-        "study_status": comparing.status, "study_report": comparing.report,
-        "study_subjects": comparing.subjects, "study_delete": comparing.delete,
-        "looked": subjects.looked, "start": training.advanced["init_adapter"],
-    }  # fmt: skip
+    ui.on(clock.tick, tick, [seen_texts, *inputs], outputs, trigger_mode="once")
+    ui.on(restored.then, tick, [seen_texts, *inputs], outputs)
+    filled = [seen_others, *others.values()]
+    ui.on(mark.change, fill, [seen_others, *inputs], filled, trigger_mode="always_last")
 
 
 def whole_tabs(**tabs: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
@@ -180,7 +166,7 @@ def _changes(known: dict[str, Any], now: dict[str, Any], names: Iterable[str]) -
             continue
         part = now[name]
         mark = part[0] if isinstance(part, tuple) else part
-        updates.append(filled(part) if seen.get(name, _NEVER) != mark else gr.skip())
+        updates.append(ui.filled(part) if seen.get(name, _NEVER) != mark else gr.skip())
         seen[name] = mark
     return [seen, *updates]
 
@@ -191,7 +177,6 @@ _NEVER = object()
 def add_report(context: Context) -> None:
     """Add the fields: the text is made when they are opened, which takes some seconds."""
 
-    @plain
     def describe() -> str:
         if context.launch.is_open:
             raise UserError(
@@ -205,10 +190,10 @@ def add_report(context: Context) -> None:
             "What this installation is, as dora-diffusion env prints it: no token, no password, "
             "no name of yours. Add the traceback, or the end of the run's log."
         )
-        html_block(html.quiet(text))
+        ui.html_block(html.quiet(text))
         # Without its label it has no button.
         report = gr.Textbox(
             label="This installation", lines=12, max_lines=40, interactive=False,
             placeholder="Looking ...", buttons=["copy"], elem_id="bug-report-text",
         )  # fmt: skip
-    box.expand(describe, None, [report], **BUSY)
+    ui.on(box.expand, describe, None, [report], show="minimal")

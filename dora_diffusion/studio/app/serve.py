@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -137,58 +138,10 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
     return context, blocks, str(shared or local)
 
 
-# A page that is left has its streams ended by the browser. Gradio does so first, and logs errors.
-_LEAVE = """const abort = AbortController.prototype.abort;
-AbortController.prototype.abort = function (...reason) {
-  if (window.event?.type !== 'beforeunload') abort.apply(this, reason);
-};"""
+THEME = json.loads(Path(__file__).with_name("theme.json").read_text(encoding="utf-8"))
 HEAD = f"""<meta name="color-scheme" content="light dark">
-<script>{_LEAVE}</script>
+<script>{Path(__file__).with_name("page.js").read_text(encoding="utf-8")}</script>
 <style>{Path(__file__).with_name("phone.css").read_text(encoding="utf-8")}</style>"""
-SANS = ("Inter", "ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "sans-serif")
-MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace")
-
-
-_PERSIMMON = (
-    "#fff5ef", "#ffe6d8", "#ffc9ae", "#ffa57d", "#f97c4b", "#e35d2b", "#c4471a", "#a03816",
-    "#7f2e15", "#672714", "#3a1107",
-)  # fmt: skip
-# Name -> colour by day and by night.
-_COLORS = {
-    "body_background_fill": ("#f6f4f0", "#171412"),
-    "background_fill_primary": ("#ffffff", "#211d1a"),
-    "background_fill_secondary": ("#faf9f6", "#1c1816"),
-    "block_background_fill": ("transparent", "transparent"),
-    "block_border_color": ("#e7e2da", "#38322d"),
-    "border_color_primary": ("#e7e2da", "#38322d"),
-    "block_label_background_fill": ("transparent", "transparent"),
-    "block_label_text_color": ("#6b6259", "#b3a89c"),
-    "input_background_fill": ("#ffffff", "#211d1a"),
-    "input_border_color": ("#ddd6cb", "#453e37"),
-    "input_border_color_focus": ("#c4471a", "#ff8d5c"),
-    "checkbox_label_background_fill": ("#ffffff", "#211d1a"),
-    "checkbox_label_background_fill_selected": ("#fff5ef", "#3a2417"),
-    "checkbox_label_border_color": ("#ddd6cb", "#453e37"),
-    "checkbox_label_border_color_selected": ("#c4471a", "#ff8d5c"),
-    "block_title_text_color": ("#2a2420", "#f2ece5"),
-    "block_info_text_color": ("#6b6259", "#b3a89c"),
-    "button_primary_background_fill": ("*primary_600", "*primary_600"),
-    "button_primary_background_fill_hover": ("*primary_700", "*primary_500"),
-    "button_primary_text_color": ("white", "white"),
-    "button_secondary_background_fill": ("#efebe4", "#332d28"),
-    "button_secondary_background_fill_hover": ("#e5dfd5", "#3f3832"),
-}
-# Fields stand on the page itself: no box around each of them.
-_PLAIN = {
-    "block_border_width": "0px",
-    "block_padding": "0px",
-    "block_label_border_width": "0px",
-    "block_title_text_weight": "600",
-    "block_shadow": "none",
-    "input_border_width": "1px",
-    "checkbox_label_border_width": "1px",
-    "slider_color": "*primary_600",
-}
 
 
 def spoken_words() -> Any:
@@ -202,14 +155,15 @@ def make_theme() -> Any:
     """The Gradio theme; `style.css` does the rest."""
     import gradio as gr
 
-    persimmon = gr.themes.Color(*_PERSIMMON, name="persimmon")
-    dark = {f"{name}_dark": night for name, (_, night) in _COLORS.items()}
-    light = {name: day for name, (day, _) in _COLORS.items()}
+    persimmon = gr.themes.Color(*THEME["persimmon"], name="persimmon")
+    colors = THEME["day_and_night"].items()
+    light = {name: day for name, (day, _) in colors}
+    dark = {f"{name}_dark": night for name, (_, night) in colors}
     return gr.themes.Base(
         primary_hue=persimmon,
         secondary_hue=persimmon,
         neutral_hue="stone",
         radius_size="lg",
-        font=SANS,
-        font_mono=MONO,
-    ).set(**light, **dark, **_PLAIN)
+        font=THEME["font"],
+        font_mono=THEME["font_mono"],
+    ).set(**light, **dark, **THEME["fields_without_boxes"])

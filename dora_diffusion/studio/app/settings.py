@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from dora_diffusion.config.presets import preset_settings
 from dora_diffusion.models.embedded import MODELS
 from dora_diffusion.models.locate import EMBEDDED_PREFIX, UNKNOWN, is_embedded, model_info
 from dora_diffusion.models.memory import Device, fitting_settings
-from dora_diffusion.studio.jobs.workspace import UserError, clean_text
+from dora_diffusion.studio.jobs.store import UserError, clean_text
 
 PROMPT_LIMIT, NAME_LIMIT = 1000, 500
 EMBEDDED_MODELS = tuple(f"{EMBEDDED_PREFIX}{name}" for name in MODELS)
@@ -134,34 +134,27 @@ def make_config(
     if not is_style and not class_word:
         raise UserError("say what the subject is: one or two words such as mug, dog or toy robot")
     own = {"instance_data_dir": str(photos), "token": token, "class_word": class_word or None}
-    entries = [_with_prompt(entry) for entry in (own, *others)]
+    entries = [own, *map(dict, others)]
+    for entry in entries:  # The caption of photos that have none; a style has no such.
+        subject = f"{entry['token']} {entry['class_word'] or ''}".strip()
+        entry["instance_prompt"] = f"a photo of a {subject}" if subject else None
+    subjects = [f"{entry['token']} {entry['class_word']}" for entry in entries if entry["token"]]
     lines = [clean_text(line, PROMPT_LIMIT, "sample prompt") for line in prompts]
+    shown = [
+        line.replace("{subject}", subject)
+        for line in filter(None, lines)
+        for subject in (subjects if "{subject}" in line else [""])
+    ]
     values = {name: _value(name, advanced[name]) for name in ADVANCED if name in advanced}
     return TrainConfig.from_dict(
         {
             **values,
             "pretrained_model_name_or_path": _name(model, "model name") or EMBEDDED,
-            "validation_prompt": _sample_prompts(filter(None, lines), entries),
+            "validation_prompt": list(dict.fromkeys(shown)),
             "output_dir": str(output_dir),
             **({"dataset_config": entries} if others else entries[0]),
         }
     )
-
-
-def _with_prompt(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A subject with the caption of its photos that have none; a style has no such."""
-    subject = f"{entry['token']} {entry['class_word'] or ''}".strip()
-    return {**entry, "instance_prompt": f"a photo of a {subject}" if subject else None}
-
-
-def _sample_prompts(lines: Iterable[str], entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sample prompts, those with ``{subject}`` for each subject that has a name."""
-    names = [f"{e['token']} {e['class_word']}" for e in entries if e["token"]]
-    prompts: dict[str, None] = {}
-    for line in lines:
-        named = [line.replace("{subject}", name) for name in names]
-        prompts |= dict.fromkeys(named if "{subject}" in line else [line])
-    return list(prompts)
 
 
 def _value(name: str, value: Any) -> Any:
@@ -238,24 +231,21 @@ def command_line(config: TrainConfig) -> str:
         >>> command_line(TrainConfig(rank=4)).splitlines()[-1].strip()
         '--rank 4'
     """
-    default, lines = TrainConfig(), [["python", "-m", "dora_diffusion", "train"]]
-    file = ""
-    if config.dataset_config:
-        import yaml
+    import yaml
 
-        entries = yaml.safe_dump(config.dataset_config, sort_keys=False, allow_unicode=True)
-        file = f"cat > {DATASET_FILE} <<'END'\n{entries}END\n"
+    default, lines, file = TrainConfig(), [["python", "-m", "dora_diffusion", "train"]], ""
     for name in SETTINGS:
         value = getattr(config, name)
         if value == getattr(default, name) and name != "pretrained_model_name_or_path":
             continue
+        words = [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         if name == "dataset_config":
-            lines.append([f"--{name}", DATASET_FILE])
+            entries = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+            file = f"cat > {DATASET_FILE} <<'END'\n{entries}END\n"
+            words = [f"--{name}", DATASET_FILE]
         elif isinstance(value, bool):
-            lines.append([f"--{name}" if value else f"--no-{name}"])
-        else:
-            values = value if isinstance(value, list) else [value]
-            lines.append([f"--{name}", *map(str, values)])
+            words = [f"--{name}" if value else f"--no-{name}"]
+        lines.append(words)
     # With the threads that a job has: another number may round the last bits otherwise.
     is_small = is_embedded(config.pretrained_model_name_or_path)
     return file + shown_command(lines, "OMP_NUM_THREADS=1" if is_small else "")

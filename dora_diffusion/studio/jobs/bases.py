@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from dora_diffusion.config.families import FAMILIES
+from dora_diffusion.config import TrainConfig, families
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.formats.files.runs import PIPELINE_NAME
+from dora_diffusion.models import locate
 from dora_diffusion.models.embedded import MODELS
-from dora_diffusion.models.locate import (
-    EMBEDDED_PREFIX,
-    cached_models,
-    cached_snapshot,
-    is_embedded,
-    model_info,
-)
+from dora_diffusion.models.locate import cached_models, cached_snapshot, folder_of, model_info
+from dora_diffusion.studio.jobs.store import UserError
 
 FOLDERS_FILE = "model_folders.txt"
 _TO_DOWNLOAD = "to be downloaded"
@@ -52,18 +49,15 @@ class Base:
     @property
     def label(self) -> str:
         """Name on the page."""
-        title = FAMILIES[self.family].title if self.family else "family not known yet"
+        title = families.FAMILIES[self.family].title if self.family else "family not known yet"
         path = Path(self.name)
         return f"{path.name if path.is_absolute() else self.name} · {title} · {self.where}"
 
 
 def on_this_machine(models: Sequence[Base]) -> list[Base]:
     """Return those of `bases` that know photographs and need no download."""
-    return [
-        base
-        for base in models
-        if base.family and base.where != _TO_DOWNLOAD and not is_embedded(base.name)
-    ]
+    here = (base for base in models if base.family and base.where != _TO_DOWNLOAD)
+    return [base for base in here if not locate.is_embedded(base.name)]
 
 
 def bases(workspace: Path, listed: Sequence[str], folders: Sequence[Path]) -> list[Base]:
@@ -77,11 +71,8 @@ def bases(workspace: Path, listed: Sequence[str], folders: Sequence[Path]) -> li
     models = [*named_bases(listed), *in_hub_cache(), *of_runs(workspace)]
     for folder, where in model_folders(os.environ, workspace, folders):
         models += in_folder(folder, where)
-    models += [
-        Base(family.released_id, family.name, _TO_DOWNLOAD)
-        for family in FAMILIES.values()
-        if family.is_suggested
-    ]
+    suggested = (family for family in families.FAMILIES.values() if family.is_suggested)
+    models += [Base(family.released_id, family.name, _TO_DOWNLOAD) for family in suggested]
     unique: dict[str, Base] = {}
     for base in models:
         unique.setdefault(base.name, base)
@@ -90,7 +81,7 @@ def bases(workspace: Path, listed: Sequence[str], folders: Sequence[Path]) -> li
 
 def named_bases(listed: Sequence[str]) -> list[Base]:
     """The embedded models, and those that whoever started the app named."""
-    embedded = [_base(f"{EMBEDDED_PREFIX}{name}", "toy") for name in MODELS]
+    embedded = [_base(f"{locate.EMBEDDED_PREFIX}{name}", "toy") for name in MODELS]
     return embedded + [_base(name, "named with --models") for name in listed]
 
 
@@ -128,17 +119,14 @@ def model_folders(
     folders = [(folder, "named with --model_folders") for folder in named]
     for variable, parts in _PROGRAMS.items():
         if environment.get(variable):
-            program = Path(environment[variable]).expanduser()
-            folders += [(program / part, variable) for part in parts]
+            folders += [(Path(environment[variable], part), variable) for part in parts]
     listed = environment.get("DORA_DIFFUSION_MODELS", "").split(os.pathsep)
-    folders += [(Path(line).expanduser(), "DORA_DIFFUSION_MODELS") for line in listed if line]
+    folders += [(Path(line), "DORA_DIFFUSION_MODELS") for line in listed if line]
     file = workspace / FOLDERS_FILE
-    if file.is_file():
-        lines = file.read_text(encoding="utf-8").splitlines()
-        folders += [
-            (Path(line.strip()).expanduser(), FOLDERS_FILE) for line in lines if line.strip()
-        ]
-    return [(folder, where) for folder, where in folders if folder.is_dir()]
+    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
+    folders += [(Path(line.strip()), FOLDERS_FILE) for line in lines if line.strip()]
+    there = ((folder.expanduser(), where) for folder, where in folders)
+    return [(folder, where) for folder, where in there if folder.is_dir()]
 
 
 def in_folder(folder: Path, where: str) -> list[Base]:
@@ -161,3 +149,104 @@ def _candidates(folder: Path, depth: int) -> Iterable[Path]:
                 yield Path(entry.path)
             elif depth > 1:
                 yield from _candidates(Path(entry.path), depth - 1)
+
+
+_CONFIGS = ["model_index.json", "unet/config.json"]
+
+
+def check_base(name: str, revision: str | None = None, *, ask_hub: bool = False) -> None:
+    """Check before a run that its base model is there.
+
+    Args:
+        name: The model.
+        revision: Of a hub id.
+        ask_hub: Ask the hub for its configuration where it is not on this machine.
+
+    Raises:
+        UserError: If there is no such model, or it is of a kind that cannot be trained.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise UserError(
+            f"{name} is a pickle, which can run code when opened; use its .safetensors version"
+        )
+    if path.is_file() and path.suffix != ".safetensors":
+        raise UserError(
+            f"{name} is not a model: choose a .safetensors checkpoint or a Diffusers folder"
+        )
+    if (
+        not locate.is_embedded(name)
+        and not path.exists()
+        and (locate.looks_local(name) or not locate.HUB_ID.match(name))
+    ):
+        raise UserError(
+            f"the base model {name} does not exist; choose a Diffusers folder, a .safetensors "
+            "checkpoint or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+        )
+    is_here = locate.is_embedded(name) or path.exists() or cached_snapshot(name) is not None
+    try:
+        model_info(name)
+        if is_here or not ask_hub:
+            return
+        families.detect_folder_family(locate.fetch_snapshot(name, revision, _CONFIGS, []))
+    except (locate.ModelNotFoundError, families.UnsupportedModelError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def check_variant(name: str, variant: str | None) -> None:
+    """Check before a run that a folder has weights of a variant.
+
+    Raises:
+        UserError: With what there is.
+    """
+    folder = folder_of(name) if variant else None
+    if folder is None:
+        return
+    files = sorted(path.name for path in folder.glob("unet/*.safetensors"))
+    if files and not any(f".{variant}." in file or f".{variant}-" in file for file in files):
+        raise UserError(
+            f"{name} has no weights of the variant {variant!r}; its UNet is {', '.join(files[:3])}"
+        )
+
+
+def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
+    """Check before a run that a model, and the folders that it names, are there.
+
+    Args:
+        config: The settings.
+        ask_hub: Ask the hub for models that are not on this machine.
+
+    Raises:
+        UserError: What is missing, and what to do.
+    """
+    check_base(config.pretrained_model_name_or_path, config.revision, ask_hub=ask_hub)
+    vae, folder = config.pretrained_vae_model_name_or_path, config.model_config
+    if vae and locate.looks_local(vae) and not Path(vae).expanduser().exists():
+        raise UserError(f"the VAE {vae} does not exist; give a folder, a file or a hub id")
+    if folder and locate.looks_local(folder) and not Path(folder, "model_index.json").is_file():
+        raise UserError(
+            f"model_config {folder} is not a Diffusers folder: it has no model_index.json"
+        )
+    classes = config.class_data_dir
+    if classes and Path(classes).exists() and not Path(classes).is_dir():
+        raise UserError(f"class_data_dir {classes} is a file; give a folder of class images")
+    check_variant(config.pretrained_model_name_or_path, config.variant)
+
+
+def path_here(base: BaseModel) -> str | None:
+    """A base model's path, or its folder in the hub's cache; None where it is not on the disk.
+
+    The hub is not asked.
+    """
+    from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+    from dora_diffusion.formats.files.stream import TensorFileError
+
+    name = str(base.path)
+    if locate.is_embedded(name) or Path(name).expanduser().exists():
+        return name
+    try:
+        folder = locate.resolve_folder(base, local_only=True)
+        PipelineFolder(folder, base.variant)  # The cache may hold its configuration alone.
+    except (locate.ModelNotFoundError, TensorFileError):
+        return None
+    return str(folder)

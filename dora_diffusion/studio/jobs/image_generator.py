@@ -20,9 +20,8 @@ from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.numerics.threads import one_thread
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.studio.jobs.processes import holding
-from dora_diffusion.studio.jobs.queue import is_running
-from dora_diffusion.studio.jobs.workspace import UserError, Workspace, new_id
+from dora_diffusion.studio.jobs.queue import holding, is_running
+from dora_diffusion.studio.jobs.store import UserError, Workspace, new_id
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,6 +33,7 @@ MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID = 16, 200, 2048, 48
 SEED_LIMIT = 2**32
 MOST_RECENT = 24
 Step = Callable[[int, int], None]
+_About = tuple[tuple[str, ...], dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -92,19 +92,6 @@ class GeneratedImage:
     unread: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _About:
-    """Facts about images that only the loaded model tells.
-
-    Attributes:
-        unread: A line for each prompt that is longer than it reads, with the truncated end.
-        parameters: Further fields of what made them.
-    """
-
-    unread: tuple[str, ...]
-    parameters: dict[str, int]
-
-
 class ImageGenerator:
     """Makes images and keeps the last model loaded.
 
@@ -150,10 +137,8 @@ class ImageGenerator:
         with self._device(request.base):
             images = self._sample(request, seeds, on_step)
             about = _about(request, self._model(request))
-        return [
-            self._write(request, seed, image, about)
-            for seed, image in zip(seeds, images, strict=True)
-        ]
+        made = zip(seeds, images, strict=True)
+        return [self._write(request, seed, image, about) for seed, image in made]
 
     def compare(
         self, request: GenerationRequest, on_step: Step | None = None
@@ -196,13 +181,10 @@ class ImageGenerator:
             for adapter in adapters.values()
             for strength in strengths
         ]
+        reading = {"clip_skip": request.clip_skip, "max_token_length": request.max_token_length}
         with self._device(request.base):
-            pool = AdapterPool(
-                self._model(replace(request, adapter=None)),
-                budget=None,
-                clip_skip=request.clip_skip,
-                max_token_length=request.max_token_length,
-            )
+            base = self._model(replace(request, adapter=None))
+            pool = AdapterPool(base, budget=None, **reading)
             try:
                 images = pool.generate(rows, request.settings, on_step=on_step, require_finite=True)
                 own = pool.own_words(rows[0].adapter)
@@ -265,51 +247,41 @@ class ImageGenerator:
         return self._components.reading(request.clip_skip, request.max_token_length)
 
     def _write(
-        self,
-        request: GenerationRequest,
-        seed: int,
-        image: Image,
-        about: _About,
-        size: tuple[int, int] | None = None,
+        self, request: GenerationRequest, seed: int, image: Image, about: _About, size: Any = None
     ) -> GeneratedImage:
         """Save an image; ``size`` is that of each in a sheet."""
         from dora_diffusion.sampling.images import parameters_text, save_png
 
+        unread, more = about
+        # The folder: every run's file has the same name.
+        folder = request.adapter and request.adapter.parent
         text = parameters_text(
-            request.prompt,
-            seed,
-            request.settings,
-            size or image.size,
-            str(request.base.path),
-            # The folder: every run's file has the same name.
-            request.adapter and request.adapter.parent,
-            request.strengths,
-            extra=about.parameters,
-        )
-        name = f"{new_id()}-{seed}.png"
-        return GeneratedImage(
-            save_png(image, self.workspace.images / name, text), seed, text, about.unread
-        )
+            request.prompt, seed, request.settings, size or image.size, str(request.base.path),
+            folder, request.strengths, extra=more,
+        )  # fmt: skip
+        path = save_png(image, self.workspace.images / f"{new_id()}-{seed}.png", text)
+        return GeneratedImage(path, seed, text, unread)
 
 
 def _about(
     request: GenerationRequest, components: Components, own: Mapping[str, str] | None = None
 ) -> _About:
-    """Return the facts about images besides what was asked for."""
+    """Return the facts about images that only the loaded model tells.
+
+    Returns:
+        A line for each prompt that is longer than it reads, with the truncated end; and further
+        fields of what made them.
+    """
     from dora_diffusion.models.text import token_limit, truncated_text
 
     limit = token_limit(components)
     prompts = {"prompt": request.prompt, "negative prompt": request.settings.negative_prompt}
-    ends = {
-        name: truncated_text(components.tokenizers[0], prompt, components.most_chunks, own)
-        for name, prompt in prompts.items()
-    }
-    unread = tuple(
-        f"The {name} is longer than {limit}; it did not see the end: {end}"
-        for name, end in ends.items()
-        if end
-    )
-    return _About(unread, components.clip_skip_parameter)
+    unread = []
+    for name, prompt in prompts.items():
+        end = truncated_text(components.tokenizers[0], prompt, components.most_chunks, own)
+        if end:
+            unread.append(f"The {name} is longer than {limit}; it did not see the end: {end}")
+    return tuple(unread), components.clip_skip_parameter
 
 
 def _seeds(request: GenerationRequest) -> list[int]:

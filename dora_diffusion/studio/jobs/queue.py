@@ -1,4 +1,7 @@
-"""The queue: jobs are made, started one at a time, stopped, resumed and deleted."""
+"""The queue: jobs are made, started one at a time, stopped, resumed and deleted.
+
+Its workers are processes of their own, and its locks die with their holder.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
+from filelock import FileLock, Timeout
 
 from dora_diffusion import system
 from dora_diffusion.cli.console.errors import explain_to_all
-from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.processes import Lock, end_tree, start_worker, worker_of
-from dora_diffusion.studio.jobs.workspace import (
-    DamagedFile,
-    UserError,
-    Workspace,
-    ids_in,
-    remove_folder,
-)
+from dora_diffusion.models.locate import is_embedded
+from dora_diffusion.studio.jobs import records, store
+from dora_diffusion.studio.jobs.store import DamagedFile, UserError, Workspace
 
 KILL_AFTER_SECONDS = 30.0
 _MOST_JOBS_WAITING = 50
 _LEAVING_SECONDS = 30.0
+_WORKER_MODULE = "dora_diffusion.studio.worker"
 
 
 def create_job(
@@ -112,10 +111,10 @@ def stop_asked(folder: Path) -> float | None:
         return None
 
 
-def may_kill(folder: Path, now: float) -> bool:
+def may_kill(folder: Path) -> bool:
     """Return whether a job was asked to stop so long ago that killing it is offered."""
-    asked = stop_asked(folder)
-    return asked is not None and now - asked >= KILL_AFTER_SECONDS and is_running(folder)
+    asked = stop_asked(folder) or time.time()
+    return time.time() - asked >= KILL_AFTER_SECONDS and is_running(folder)
 
 
 def kill_job(folder: Path) -> None:
@@ -127,7 +126,7 @@ def kill_job(folder: Path) -> None:
     worker = worker_of(folder)
     if worker is None:
         return
-    if not may_kill(folder, time.time()):
+    if not may_kill(folder):
         raise UserError(
             f"stop the run first; it can be killed when it has not left {KILL_AFTER_SECONDS:.0f} "
             "seconds later"
@@ -173,21 +172,21 @@ def delete_job(workspace: Workspace, job_id: str) -> bool:
         if is_running(job):
             raise UserError(f'"{record.title}" is still running and needs this run; stop it first')
     gone = [_remove_job(job) for job in (*about_it, folder)]
-    if job_id in ids_in(workspace.exports):
-        gone.append(remove_folder(workspace.exports / job_id))
+    if job_id in store.ids_in(workspace.exports):
+        gone.append(store.remove_folder(workspace.exports / job_id))
     return all(gone)
 
 
 def _remove_job(folder: Path) -> bool:
     """Delete a job's folder, where a worker that is leaving may still have its log open."""
     try:
-        return remove_folder(folder)
+        return store.remove_folder(folder)
     except UserError:  # Windows keeps it
         worker = worker_of(folder)
         if worker is not None:
             with contextlib.suppress(psutil.Error):
                 worker.wait(_LEAVING_SECONDS)
-        return remove_folder(folder)
+        return store.remove_folder(folder)
 
 
 class JobQueue:
@@ -288,3 +287,132 @@ def reap(workspace: Workspace) -> list[str]:
             records.write_result(folder, records.JobResult(None, finished=time.time()))
             crashed.append(folder.name)
     return crashed
+
+
+def start_time(pid: int) -> float | None:
+    """Return the start time of a process, in seconds since 1970; None if it is gone or a zombie."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
+        return None
+
+
+def find_process(
+    pid: object, start: object, is_ours: Callable[[list[str]], bool]
+) -> psutil.Process | None:
+    """The living process of a pid, if it is the one that was noted.
+
+    A pid alone is not enough: the system gives it to another process later. It is ours if it was
+    started at the noted time. Where the clock was set since, the system tells another time: then
+    its command line says whether it is ours.
+
+    Args:
+        pid: What was noted as its pid.
+        start: What was noted as its start; see `start_time`.
+        is_ours: Knows it by the words of its command line.
+    """
+    if not isinstance(pid, int) or pid <= 0:
+        return None
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        is_the_one = process.create_time() == start or is_ours(process.cmdline())
+        return process if is_the_one else None
+    except psutil.Error:  # it is gone, or another user's
+        return None
+
+
+def end_tree(process: psutil.Process) -> None:
+    """End a process and all that it has started, at once."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.suspend()  # so that it starts no more of them meanwhile
+        for one in (*process.children(recursive=True), process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+class Lock:
+    """A lock on a file, which the system frees when its holder ends, however that happens.
+
+    Raises:
+        OSError: When it is taken, if the disk has no locks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # One thread may take what another one frees.
+        self._lock = FileLock(path, mode=0o600, thread_local=False)
+
+    def take(self, *, wait: bool = False) -> bool:
+        """Acquire the lock; without ``wait``, False if another holds it, or this object."""
+        if self._lock.is_locked:
+            return False
+        try:
+            self._lock.acquire(timeout=-1 if wait else 0, poll_interval=0.05)
+        except Timeout:
+            return False
+        except NotImplementedError as error:
+            raise OSError(
+                f"the disk of {self.path} has no locks; choose another folder (--runs_dir)"
+            ) from error
+        return True
+
+    def free(self) -> None:
+        """Release the lock."""
+        self._lock.release()
+
+
+@contextlib.contextmanager
+def holding(path: Path, or_wait: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+    """Try to hold a lock inside the block, while ``or_wait`` says so; yields whether it is held."""
+    lock = Lock(path)
+    while not (taken := lock.take()) and or_wait():
+        time.sleep(0.1)
+    try:
+        yield taken
+    finally:
+        lock.free()
+
+
+def note_worker(folder: Path, pid: int) -> bool:
+    """Write down which process works on a job; False if it is gone already."""
+    start = start_time(pid)
+    if start is not None:
+        store.write_json(folder / records.WORKER, {"pid": pid, "start": start})
+    return start is not None
+
+
+def worker_of(folder: Path) -> psutil.Process | None:
+    """A job's living process; None if there is none."""
+
+    def is_ours(words: list[str]) -> bool:
+        # By the job's id: the runs folder may have been renamed meanwhile.
+        return _WORKER_MODULE in words and Path(words[-1]).name == folder.name
+
+    worker = store.read_json(folder / records.WORKER)
+    return find_process(worker.get("pid"), worker.get("start"), is_ours)
+
+
+def start_worker(folder: Path) -> subprocess.Popen[bytes]:
+    """Start a job's process, which outlives this one, and note who it is."""
+    (folder / records.STOP).unlink(missing_ok=True)
+    # Bars are read from a file here: ten lines a second help nobody.
+    environment = os.environ | {"TQDM_MININTERVAL": "2", "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONIOENCODING"] = "utf-8"  # Windows has another one for what is not a terminal.
+    if is_embedded(records.read_record(folder).base):
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    with (folder / records.LOG).open("ab") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", _WORKER_MODULE, str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            **system.detached(),
+        )
+    # The worker writes the same, in case this process dies right here.
+    if not note_worker(folder, child.pid):
+        records.write_result(folder, records.JobResult(1, finished=time.time()))
+    return child

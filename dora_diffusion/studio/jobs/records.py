@@ -15,21 +15,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from dora_diffusion.cli.console.errors import asking_for_report
 from dora_diffusion.cli.console.tables import shown_command
 from dora_diffusion.cli.settings import JOBS
 from dora_diffusion.models.locate import is_embedded
-from dora_diffusion.studio.jobs.workspace import DamagedFile, read_object, write_json
+from dora_diffusion.studio.jobs.store import DamagedFile, read_object, write_json
 
 JOB, SETTINGS, WORKER, PROGRESS = "job.json", "settings.yaml", "worker.json", "progress.json"
 STOP, RESULT, LOG, CHOSEN = "STOP", "result.json", "log.txt", "chosen.json"
@@ -212,3 +216,157 @@ def checked(kind: type[Record], values: Mapping[str, Any], path: Path) -> Record
         place, given = ".".join(map(str, first["loc"])), str(first["input"])[:80]
         what = "is missing" if first["type"] == "missing" else f"is {given!r}"
         raise DamagedFile(path, f"{place} {what}") from error
+
+
+_LOG_BYTES = 60_000
+_WARNINGS_BYTES = 4_000_000
+# The line that a worker begins each attempt with.
+_NEW_ATTEMPT = "\n--- "
+_METRICS_NAME = "metrics.jsonl"
+
+
+@dataclass
+class _Metrics:
+    """Lines of a metrics.jsonl that grows, read up to the last whole one.
+
+    Attributes:
+        records: Of the steps, and of held-out photos.
+        damaged: The first line that is not a record; 0 where there is none.
+    """
+
+    records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    damaged: int = 0
+    lines: int = 0
+    end: int = 0
+    last: bytes = b""
+
+    def follow(self, file: IO[bytes]) -> None:
+        """Read what was added; all of it, if a resumed run cut the file."""
+        file.seek(self.end - len(self.last))
+        if file.read(len(self.last)) != self.last:
+            file.seek(0)
+            vars(self).update(vars(_Metrics()))
+        for line in file:
+            if not line.endswith(b"\n"):
+                break  # half written
+            self.lines, self.end, self.last = self.lines + 1, self.end + len(line), line
+            record = _whole_record(line)
+            if record is not None:
+                self.records.append(record)
+            else:
+                self.damaged = self.damaged or self.lines
+
+
+_metrics_of = functools.lru_cache(maxsize=64)(lambda path: _Metrics())
+_METRICS_LOCK = threading.Lock()
+
+
+def _follow(folder: Path) -> tuple[tuple[dict[str, Any], ...], int]:
+    """A run's records, and the line that is damaged. Of a file that has grown, the rest is read."""
+    path = folder / _METRICS_NAME
+    with _METRICS_LOCK, path.open("rb") as file:
+        metrics: _Metrics = _metrics_of(path)
+        metrics.follow(file)
+        return tuple(metrics.records), metrics.damaged
+
+
+def _records(folder: Path) -> tuple[dict[str, Any], ...]:
+    try:
+        return _follow(folder)[0]
+    except OSError:
+        return ()
+
+
+def read_metrics(folder: Path) -> tuple[dict[str, Any], ...]:
+    """The steps' records that are whole."""
+    return tuple(record for record in _records(folder) if "loss" in record)
+
+
+def read_validation(folder: Path) -> dict[int, float]:
+    """The validation losses of a run by step; the base's is that of step 0."""
+    name = "validation_loss"
+    return {record["step"]: record[name] for record in _records(folder) if record.get(name)}
+
+
+def check_metrics(folder: Path) -> None:
+    """Check that every line of a run's metrics can be read; the last one may be half-written.
+
+    Raises:
+        DamagedFile: If one cannot, or the file.
+    """
+    path = folder / _METRICS_NAME
+    try:
+        damaged = _follow(folder)[1]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise DamagedFile(path, error.strerror) from error
+    if damaged:
+        raise DamagedFile(path, f"line {damaged} is not a record of a step, and is skipped")
+
+
+def _whole_record(line: bytes) -> dict[str, Any] | None:
+    """A step's record with the numbers that the page shows; None for anything else.
+
+    Those of held-out photos have others, which are missing where they were not finite.
+    """
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    numbers = (record.get("loss"), record.get("seconds"))
+    is_whole = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)  # type: ignore[arg-type]
+    is_validation = any(name.startswith("validation_") for name in record)
+    return record if is_whole or is_validation else None
+
+
+def log_tail(folder: Path, lines: int = 40) -> str:
+    """The last lines of a job's log; of a progress bar, its latest state."""
+    try:
+        with (folder / LOG).open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - _LOG_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    # A bar returns to the start of its line: what was there before is overwritten.
+    shown = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+    return "\n".join([line for line in shown if line.strip()][-lines:])
+
+
+def log_warnings(folder: Path) -> tuple[str, ...]:
+    """Return the warnings of a job's latest attempt, each once."""
+    try:
+        status = (folder / LOG).stat()
+        return _warnings(folder / LOG, status.st_mtime_ns, status.st_size)
+    except OSError:
+        return ()
+
+
+@functools.lru_cache(maxsize=128)
+def _warnings(log: Path, modified: int, size: int) -> tuple[str, ...]:
+    with log.open("rb") as file:
+        text = file.read(_WARNINGS_BYTES).decode("utf-8", errors="replace")
+    lines = text.rpartition(_NEW_ATTEMPT)[2].replace("\r", "\n").splitlines()
+    warned = (line.removeprefix("warning: ") for line in lines if line.startswith("warning: "))
+    return tuple(dict.fromkeys(warned))
+
+
+def printed(folder: Path) -> list[str]:
+    """Return the printed lines of a job's latest attempt, but for warnings."""
+    # The first line is its heading.
+    lines = f"\n{log_tail(folder, 100)}".rpartition(_NEW_ATTEMPT)[2].splitlines()[1:]
+    return [line for line in lines if not line.startswith("warning: ")]
+
+
+def last_error(folder: Path) -> str:
+    """The cause that the log ends with: its last ``error:`` line, or a traceback's last line."""
+    text = log_tail(folder, 400).rpartition(_NEW_ATTEMPT)[2]
+    lines = text.splitlines()
+    for line in reversed(lines):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+    if "Traceback (most recent call last)" in text and lines:
+        return asking_for_report(lines[-1])
+    return ""

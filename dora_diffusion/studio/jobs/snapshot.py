@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dora_diffusion import config
 from dora_diffusion.cli.console.errors import explain
 from dora_diffusion.config.base import BaseModel
+from dora_diffusion.evaluation.ranking import Ranking
 from dora_diffusion.formats.adapter.metadata import join_triggers
-from dora_diffusion.formats.files.runs import (
-    RESULT_NAME,
-    adapter_checkpoints,
-    candidates,
-    pipeline_in,
-    result_adapter,
-)
-from dora_diffusion.studio.jobs import queue, records
-from dora_diffusion.studio.jobs.logs import check_metrics, last_error, read_metrics
-from dora_diffusion.studio.jobs.workspace import DamagedFile, UserError, Workspace, read_json
+from dora_diffusion.formats.files import runs
+from dora_diffusion.studio.jobs import queue, records, store
+from dora_diffusion.studio.jobs.store import DamagedFile, UserError, Workspace
 
 Part = TypeVar("Part")
 _REMOVE = ", or remove this run"
@@ -141,46 +134,43 @@ class Job:
     def stands(self) -> str:
         """Selected checkpoint of a run, else its result, else its newest checkpoint."""
         last = self.checkpoints[-1] if self.checkpoints else ""
-        return self.chosen or (RESULT_NAME if self.has_result else last)
+        return self.chosen or (runs.RESULT_NAME if self.has_result else last)
 
     @property
     def has_result(self) -> bool:
         """True if it has ended with an adapter: fine-tuning of the model itself has none."""
-        return self.kind == "train" and self.state == "done" and not pipeline_in(self.folder)
+        return self.kind == "train" and self.state == "done" and not runs.pipeline_in(self.folder)
 
     @property
     def candidates(self) -> tuple[str, ...]:
         """The adapters of it that can be ranked and chosen."""
-        return candidates(self.checkpoints, self.result_step if self.has_result else None)
+        return runs.candidates(self.checkpoints, self.result_step if self.has_result else None)
 
     @property
     def result_step(self) -> int:
         """The steps that its result was trained for, fewer than its own where it kept the best."""
         return self.progress.result_step or self.step
 
-    @property
-    def can_generate(self) -> bool:
-        """True if it left an adapter: its result, or a checkpoint's."""
-        return bool(self.stands)
-
     def step_of(self, name: str) -> int:
         """The steps that a checkpoint or the result was trained for."""
-        return self.result_step if name == RESULT_NAME else int(name.removeprefix("checkpoint-"))
+        return (
+            self.result_step if name == runs.RESULT_NAME else int(name.removeprefix("checkpoint-"))
+        )
 
 
 def snapshot(runs_dir: Path) -> tuple[Job, ...]:
     """All jobs, newest first, as the disk and the process table tell them now."""
-    workspace, now = Workspace(runs_dir), time.time()
+    workspace = Workspace(runs_dir)
     places = {folder: place for place, folder in enumerate(queue.waiting_jobs(workspace), start=1)}
     folders = reversed(workspace.job_folders)
-    jobs = (read_job(folder, now, places.get(folder, 0)) for folder in folders)
+    jobs = (read_job(folder, places.get(folder, 0)) for folder in folders)
     return tuple(job for job in jobs if job is not None)
 
 
-def read_job(folder: Path, now: float | None = None, position: int = 0) -> Job | None:
+def read_job(folder: Path, position: int = 0) -> Job | None:
     """One job; None if the folder is gone. What it cannot read makes it a damaged one."""
     try:
-        job = _read_job(folder, time.time() if now is None else now, position)
+        job = _read_job(folder, position)
     except Exception as error:  # Whatever is in its folder, the other runs are shown.
         line = explain(error)[1] or f"this run cannot be read ({error!r})"
         record = records.JobRecord(("train",), title="Damaged run")
@@ -190,7 +180,7 @@ def read_job(folder: Path, now: float | None = None, position: int = 0) -> Job |
     return job if folder.exists() else None
 
 
-def _read_job(folder: Path, now: float, position: int) -> Job:
+def _read_job(folder: Path, position: int) -> Job:
     damage: list[str] = []
 
     def whole(read: Callable[[Path], Part], otherwise: Part) -> Part:
@@ -209,13 +199,13 @@ def _read_job(folder: Path, now: float, position: int) -> Job:
         cause = ""  # It did end in an orderly way.
     progress = whole(records.read_progress, records.JobProgress())
     settings: Mapping[str, Any] = whole(_settings, {})
-    whole(check_metrics, None)
-    metrics = read_metrics(folder)
+    whole(records.check_metrics, None)
+    metrics = records.read_metrics(folder)
     step, total = progress.done, progress.total
     if record.kind == "train":
         step = int(metrics[-1]["step"]) if metrics else 0
         total = int(progress.total_steps or settings.get("max_train_steps") or 0)
-    checkpoints = adapter_checkpoints(folder)
+    checkpoints = runs.adapter_checkpoints(folder)
     recent = [float(line["seconds"]) for line in metrics[-20:]]
     return Job(
         folder=folder,
@@ -229,11 +219,11 @@ def _read_job(folder: Path, now: float, position: int) -> Job:
         step=step,
         total=total,
         step_seconds=statistics.median(recent) if recent else None,
-        may_kill=queue.may_kill(folder, now),
+        may_kill=queue.may_kill(folder),
         position=position,
         checkpoints=checkpoints,
         samples=_samples(folder),
-        chosen=_chosen_in(folder, (*checkpoints, *([RESULT_NAME] if state == "done" else []))),
+        chosen=_chosen_in(folder, (*checkpoints, *([runs.RESULT_NAME] if state == "done" else []))),
     )
 
 
@@ -261,11 +251,12 @@ def _state(
     elif result.code == 0:
         wrong = _unusable_result(folder, record)
         return ("failed", wrong) if wrong else ("done", "")
-    elif result.code is not None:
-        if result.code > 128:
-            return "stopped", ""
-        return "failed", last_error(folder) or "it failed without saying why; the log may help"
-    return "crashed", last_error(folder) or _KILLED
+    elif result.code is not None and result.code > 128:
+        return "stopped", ""
+    cause = records.last_error(folder)
+    if result is None or result.code is None:
+        return "crashed", cause or _KILLED
+    return "failed", cause or "it failed without saying why; the log may help"
 
 
 def _unusable_result(folder: Path, record: records.JobRecord) -> str:
@@ -273,9 +264,9 @@ def _unusable_result(folder: Path, record: records.JobRecord) -> str:
     if record.kind != "train":
         output = Path(record.output)
         return "" if not record.output or output.exists() else f"{output.name} is gone"
-    if pipeline_in(folder):  # the model itself was trained
+    if runs.pipeline_in(folder):  # the model itself was trained
         return ""
-    file = result_adapter(folder)
+    file = runs.result_adapter(folder)
     if file is None:
         return "the run ended without an adapter file"
     return _opens(file, file.stat().st_mtime_ns)
@@ -329,5 +320,64 @@ def _yaml(path: Path, modified: int) -> Mapping[str, Any] | str:
 
 def _chosen_in(folder: Path, names: tuple[str, ...]) -> str:
     """Return the checkpoint that was selected for a run, if it still is one of these."""
-    name = read_json(folder / records.CHOSEN).get("checkpoint")
+    name = store.read_json(folder / records.CHOSEN).get("checkpoint")
     return str(name) if name in names else ""
+
+
+def choose(job: Job, name: object) -> int:
+    """Make a checkpoint the run's adapter: what Generate and Library take. Returns its step.
+
+    Raises:
+        UserError: If the run has no such checkpoint.
+    """
+    if not isinstance(name, str) or name not in {*job.candidates, *job.checkpoints}:
+        raise UserError("this checkpoint no longer exists; choose another one")
+    store.write_json(job.folder / records.CHOSEN, {"checkpoint": name})
+    return job.step_of(name)
+
+
+def adapter_of(job: Job, name: str = "") -> Path | None:
+    """The adapter that is selected for a run, or another one of its by name."""
+    name = name or job.stands
+    if name == runs.RESULT_NAME:
+        return runs.result_adapter(job.folder) if job.has_result else None
+    return runs.result_adapter(job.folder / name) if name in job.checkpoints else None
+
+
+def chosen_adapter(job: Job, checkpoint: str = "") -> Path:
+    """The adapter of a run or of one of its checkpoints.
+
+    Raises:
+        UserError: If the run has none.
+    """
+    path, fine_tuned = adapter_of(job, checkpoint), runs.pipeline_in(job.folder)
+    if path is None and fine_tuned:
+        raise UserError(
+            f"this run fine-tuned the model itself, which is in {fine_tuned}; it has no adapter. "
+            "Train offers it as a base model, and 'dora-diffusion generate --base' takes it"
+        )
+    if path is None:
+        raise UserError("this run has no adapter yet; wait until it is done, or take a checkpoint")
+    return path
+
+
+def read_ranking(workspace: Workspace, job: Job) -> Ranking | None:
+    """Read the ranking of a run's checkpoints; None before that.
+
+    Raises:
+        DamagedFile: If comparison.json cannot be read.
+    """
+    path = workspace.ranking(job.id) / runs.COMPARISON
+    values = store.read_object(path)
+    if values is None:
+        return None
+    told = records.checked(Ranking, values, path)
+    steps = {name: job.step_of(name) for name in (*job.candidates, *job.checkpoints)}
+    steps[runs.BASE_NAME], rows = 0, []
+    for row in told.rows:
+        if row.name in steps:
+            images = tuple(path.parent / image for image in row.images)
+            rows.append(replace(row, images=images, step=steps[row.name]))
+    measured = {row.name for row in rows}
+    missing = tuple(name for name in job.candidates if name not in measured)
+    return replace(told, rows=tuple(rows), missing=missing)

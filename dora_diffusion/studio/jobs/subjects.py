@@ -30,20 +30,9 @@ from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import is_photo, mask_path, read_photos
 from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.studio.jobs import store
+from dora_diffusion.studio.jobs.store import DamagedFile, UserError, Workspace
 from dora_diffusion.studio.jobs.uploads import Upload, original_of, shown, store_photos
-from dora_diffusion.studio.jobs.workspace import (
-    DamagedFile,
-    UserError,
-    Workspace,
-    clean_text,
-    confined,
-    ids_in,
-    new_id,
-    read_json,
-    read_object,
-    remove_folder,
-    write_json,
-)
 
 CAPTION_LIMIT = 1000
 PREVIEW_SIDE = 320
@@ -69,7 +58,7 @@ class StoredSubject:
 
 def subjects_in(workspace: Workspace) -> list[StoredSubject]:
     """All subjects, newest first."""
-    return [read_subject(workspace, name) for name in reversed(ids_in(workspace.subjects))]
+    return [read_subject(workspace, name) for name in reversed(store.ids_in(workspace.subjects))]
 
 
 def read_subject(workspace: Workspace, subject_id: object) -> StoredSubject:
@@ -80,7 +69,7 @@ def read_subject(workspace: Workspace, subject_id: object) -> StoredSubject:
     """
     folder, photos = workspace.subject(subject_id), tuple[Path, ...]()
     try:
-        values = read_object(folder / _SUBJECT) or {}
+        values = store.read_object(folder / _SUBJECT) or {}
         photos = tuple(photos_in(folder / "photos"))
     except (DamagedFile, OSError) as error:
         values = {"title": f"Damaged subject: {explain(error)[1]}"}
@@ -105,11 +94,11 @@ def new_subject(
     workspace: Workspace, title: str, class_word: str = "", token: str = "sks", sample: str = ""
 ) -> str:
     """Make an empty subject; returns its id."""
-    subject_id = new_id()
+    subject_id = store.new_id()
     folder = workspace.subjects / subject_id
     (folder / "photos").mkdir(parents=True)
     values = {"title": title, "class_word": class_word, "token": token, "sample": sample}
-    write_json(folder / _SUBJECT, values | {"created": time.time()})
+    store.write_json(folder / _SUBJECT, values | {"created": time.time()})
     return subject_id
 
 
@@ -121,10 +110,10 @@ def keep_words(workspace: Workspace, subject_id: object, class_word: object, tok
     """
     folder = workspace.subject(subject_id)
     words = {
-        "class_word": clean_text(class_word, 100, "class"),
-        "token": clean_text(token, 50, "token"),
+        "class_word": store.clean_text(class_word, 100, "class"),
+        "token": store.clean_text(token, 50, "token"),
     }
-    write_json(folder / _SUBJECT, read_json(folder / _SUBJECT) | words)
+    store.write_json(folder / _SUBJECT, store.read_json(folder / _SUBJECT) | words)
 
 
 def add_photos(workspace: Workspace, subject_id: str, files: Sequence[str | Path]) -> Upload:
@@ -138,12 +127,12 @@ def add_photos(workspace: Workspace, subject_id: str, files: Sequence[str | Path
     folder, paths = workspace.subject(subject_id), [Path(file) for file in files]
     texts = [path for path in paths if path.suffix == ".txt"]
     upload = store_photos([path for path in paths if path.suffix != ".txt"], folder / "photos")
-    values = read_json(folder / _SUBJECT)
+    values = store.read_json(folder / _SUBJECT)
     earlier = values.get("names") or {}
     values["names"] = earlier | dict(upload.names)
     if upload.accepted:  # With other photos it is no longer what the sample shows.
         values["sample"] = ""
-    write_json(folder / _SUBJECT, values)
+    store.write_json(folder / _SUBJECT, values)
     stored = {path.name: path.stem for path in photos_in(folder / "photos")}
     captions, refused = _captions_beside(texts, [upload.names, earlier, stored])
     write_captions(workspace, subject_id, captions)
@@ -217,7 +206,9 @@ def save_caption(workspace: Workspace, subject_id: object, photo: object, text: 
 
 
 def _clean_caption(text: object) -> str:
-    lines = (clean_text(line, CAPTION_LIMIT, "caption") for line in str(text or "").splitlines())
+    lines = (
+        store.clean_text(line, CAPTION_LIMIT, "caption") for line in str(text or "").splitlines()
+    )
     return "\n".join(filter(None, lines))
 
 
@@ -242,7 +233,9 @@ def write_captions(workspace: Workspace, subject_id: object, captions: Mapping[s
     changed = [name for name, text in new.items() if name in before and text != before[name]]
     if changed:
         path = workspace.subject(subject_id) / _SUBJECT
-        write_json(path, read_json(path) | {"captions": {name: before[name] for name in changed}})
+        store.write_json(
+            path, store.read_json(path) | {"captions": {name: before[name] for name in changed}}
+        )
     for name in changed:
         save_caption(workspace, subject_id, name, new[name])
     return len(changed)
@@ -254,7 +247,7 @@ def undo_captions(workspace: Workspace, subject_id: object) -> int:
     Raises:
         UserError: If there was none.
     """
-    kept = read_json(workspace.subject(subject_id) / _SUBJECT).get("captions")
+    kept = store.read_json(workspace.subject(subject_id) / _SUBJECT).get("captions")
     if not kept:
         raise UserError("the captions of this subject were not changed together; nothing to undo")
     return write_captions(workspace, subject_id, kept)
@@ -267,7 +260,7 @@ def photo_path(workspace: Workspace, subject_id: object, photo: object) -> Path:
         UserError: If the subject or the photo is not there.
     """
     folder = workspace.subject(subject_id) / "photos"
-    path = confined(folder, photo)
+    path = store.confined(folder, photo)
     if path not in photos_in(folder):
         raise UserError("this photo no longer exists; choose another one")
     return path
@@ -282,7 +275,7 @@ def remove_photo(workspace: Workspace, subject_id: object, photo: object) -> Non
 
 def delete_subject(workspace: Workspace, subject_id: object) -> bool:
     """Delete a subject; runs keep what they have of it. Whether it is gone: see `remove_folder`."""
-    return remove_folder(workspace.subject(subject_id))
+    return store.remove_folder(workspace.subject(subject_id))
 
 
 def training_crop(photo: Path, side: int = PREVIEW_SIDE) -> Image.Image:

@@ -13,9 +13,7 @@ from dora_diffusion.cli.settings import (
     JOBS,
     CompareSettings,
     ConvertSettings,
-    ExportSettings,
     PrepareSettings,
-    PushSettings,
     RankSettings,
 )
 from dora_diffusion.config import TrainConfig
@@ -27,19 +25,12 @@ from dora_diffusion.formats.files.runs import file_stem
 from dora_diffusion.formats.layouts import CONVERSIONS, FOLDERS, PROGRAMS
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.numerics.weights import require_strength
-from dora_diffusion.studio.jobs.base_model import path_here
-from dora_diffusion.studio.jobs.checkpoints import chosen_adapter
+from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs.bases import path_here
 from dora_diffusion.studio.jobs.queue import create_job, delete_job, requeue_job
-from dora_diffusion.studio.jobs.records import (
-    SETTINGS,
-    JobRecord,
-    read_record,
-    train_arguments,
-    write_record,
-)
-from dora_diffusion.studio.jobs.snapshot import Job, read_job, snapshot
+from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter, read_job, snapshot
+from dora_diffusion.studio.jobs.store import UserError, Workspace, clean_text
 from dora_diffusion.studio.jobs.subjects import StoredSubject
-from dora_diffusion.studio.jobs.workspace import UserError, Workspace, clean_text
 
 NAME_LIMIT = 60
 MOST_STEPS = 1_000_000
@@ -71,15 +62,15 @@ def start_training(
                 "setting, such as seed, to start another run"
             )
     folder, titles = workspace.new_job(), ", ".join(subject.title for subject in subjects)
-    record = JobRecord(
-        train_arguments(folder),
+    record = records.JobRecord(
+        records.train_arguments(folder),
         clean_text(name, NAME_LIMIT, "name") or f"{titles[:NAME_LIMIT]} {time.strftime('%H:%M')}",
         base=config.pretrained_model_name_or_path,
         sample=subjects[0].sample if len(subjects) == 1 else "",
     )
     settings = as_yaml(_in_folder(config, folder))
     photos = {_photos(place): subject.folder for place, subject in enumerate(subjects)}
-    return create_job(folder, record, {SETTINGS: settings, **photos})
+    return create_job(folder, record, {records.SETTINGS: settings, **photos})
 
 
 def _photos(place: int) -> str:
@@ -150,7 +141,7 @@ def start_look(
     )
     output = str(sheets / f"{subject.folder.name}-sheet.jpg")
     title = f"{'Caption' if caption_model else 'Check'} {subject.title}"
-    return create_job(folder, JobRecord(_words(settings), title, output=output))
+    return _start(folder, settings, title, output=output)
 
 
 def rename_run(workspace: Workspace, job_id: object, name: object) -> None:
@@ -162,16 +153,17 @@ def rename_run(workspace: Workspace, job_id: object, name: object) -> None:
     folder, title = workspace.job(job_id), clean_text(name, NAME_LIMIT, "name")
     if not title:
         raise UserError("write a name for the run")
-    run = read_record(folder)
+    run = records.read_record(folder)
     for job in workspace.job_folders:
-        record = read_record(job)
-        if folder.name in (job.name, record.run):
-            # "Convert NAME to kohya": a verb, and the run's name.
+        record, called = records.read_record(job), title
+        if folder.name not in (job.name, record.run):
+            continue
+        if job != folder:  # "Convert NAME to kohya": a verb, and the run's name.
             verb, _, about = record.title.partition(" ")
-            called = title if job == folder else record.title
-            if job != folder and about.startswith(run.title):
-                called = f"{verb} {title}{about.removeprefix(run.title)}"
-            write_record(job, dataclasses.replace(record, title=called))
+            if not about.startswith(run.title):
+                continue
+            called = f"{verb} {title}{about.removeprefix(run.title)}"
+        records.write_record(job, dataclasses.replace(record, title=called))
 
 
 def can_continue(job: Job) -> bool:
@@ -196,34 +188,15 @@ def continue_run(folder: Path, more: object) -> None:
     config = dataclasses.replace(config, max_train_steps=job.step + int(more))
     if job.step < job.total:  # Its patience was at an end: it would stop again at once.
         config = dataclasses.replace(config, early_stopping_patience=None)
-    save_text(folder / SETTINGS, as_yaml(config))
+    save_text(folder / records.SETTINGS, as_yaml(config))
     requeue_job(folder)
-
-
-def start_merge(workspace: Workspace, run: Job, strength: float, checkpoint: str = "") -> str:
-    """Queue a job that merges a run's adapter into its base, as one file. Returns its id.
-
-    Raises:
-        UserError: If the run has no adapter.
-        ValueError: If the strength is out of its limits.
-    """
-    require_strength("strength", strength)
-    adapter = chosen_adapter(run, checkpoint)
-    # What is in the file, so that no merge replaces another one.
-    name = file_name(run, f"strength-{strength:g}", checkpoint)
-    output = str(workspace.exports / run.id / f"{name}-merged.safetensors")
-    settings = ExportSettings(
-        **_of_base(run, "vae"), adapter=[str(adapter)], strength=strength,
-        output=output, overwrite=True,
-    )  # fmt: skip
-    return _start_about(workspace, run, settings, output)
 
 
 def start_task(command: str, workspace: Workspace, run: Job, *values: object) -> str:
     """Queue a job that has a button in the Library. Returns its id.
 
-    Its settings called base, variant, revision, adapter, source, title, output and overwrite are
-    filled in, as far as it has them.
+    Its settings called base, variant, revision, vae, adapter, folder, source, title, output and
+    overwrite are filled in, as far as it has them.
 
     Args:
         command: Its name, of `JOBS`.
@@ -234,22 +207,34 @@ def start_task(command: str, workspace: Workspace, run: Job, *values: object) ->
     Raises:
         UserError: If the run has no adapter.
         ConfigError: If a value cannot work.
+        HubError: If publishing could not begin: no token, offline, or no name.
     """
+    from dora_diffusion.export import hub
+
     kind = JOBS[command]
     job = kind.job
     assert job is not None
-    adapter = str(chosen_adapter(run))
-    output = str(workspace.exports / run.id / file_name(run, job.output))
     filled = {
-        **_of_base(run), "adapter": adapter, "source": [str(run.folder)],
-        "title": [run.title], "output": output, "overwrite": True,
+        **_of_base(run, "vae"), "adapter": str(chosen_adapter(run)), "folder": str(run.folder),
+        "source": [str(run.folder)], "title": [run.title], "overwrite": True,
     }  # fmt: skip
     fields = [setting for setting in kind.settings() if setting.name in job.asked]
     for setting, value in zip(fields, values, strict=True):
         text = clean_text(value, MOST_TEXT, setting.name) if isinstance(value, str) else value
         if text not in ("", None):
-            filled[setting.name] = str(text).split() if setting.is_list else text
-    return _start_about(workspace, run, kind.read(filled), output)
+            filled[setting.name] = setting.cast(str(text).split() if setting.is_list else text)
+        elif not setting.is_required:
+            filled[setting.name] = setting.default
+    if command == "push":
+        hub.check(str(filled.get("repository", "")))
+    require_strength("strength", float(filled.get("strength", 1.0)))
+    # What is in the file, so that no result replaces another one.
+    name = file_name(run, job.output.format_map(filled))
+    output = str(workspace.exports / run.id / name) if job.output else ""
+    settings, title = kind.read({**filled, "output": output}), f"{job.verb} {run.title}"
+    trigger = run.trigger if command == "export" else ""  # of what can be prompted
+    about = {"run": run.id, "base": run.base, "output": output, "trigger": trigger}
+    return _start(workspace.new_job(), settings, title, **about)
 
 
 def start_ranking(workspace: Workspace, run: Job) -> str:
@@ -262,31 +247,13 @@ def start_ranking(workspace: Workspace, run: Job) -> str:
         raise UserError("this run has no checkpoint yet; wait until it has saved one")
     # The truth of a sample subject is known; others have photos.
     sample = run.record.sample if is_embedded(run.base) else ""
-    output = workspace.ranking(run.id)
+    output, title = workspace.ranking(run.id), f"Rank {run.title}"
     settings = RankSettings(
         **_of_base(run), run=run.folder, subject=sample or None,
         checkpoints=list(run.candidates), output=output, overwrite=True,
     )  # fmt: skip
-    return _start_about(workspace, run, settings, str(output))
-
-
-def start_push(workspace: Workspace, run: Job, repository: object, private: bool) -> str:
-    """Queue a job that publishes what is selected for a run on the hub. Returns its id.
-
-    Raises:
-        UserError: If the run has no adapter.
-        HubError: If it could not begin: no token, offline, or no name.
-    """
-    from dora_diffusion.export.hub import check
-
-    name = clean_text(repository, 200, "repository")
-    adapter = chosen_adapter(run)
-    check(name)
-    settings = PushSettings(
-        folder=run.folder, repository=name, adapter=Path(adapter), public=not private
-    )
-    record = JobRecord(_words(settings), f"Publish {run.title}", run=run.id)
-    return create_job(workspace.new_job(), record)
+    about = {"run": run.id, "base": run.base, "output": str(output)}
+    return _start(workspace.new_job(), settings, title, **about)
 
 
 def targets() -> dict[str, str]:
@@ -313,20 +280,20 @@ def start_conversion(workspace: Workspace, run: Job, target: str) -> str:
     # PEFT writes a folder per component; the others are one file each.
     name = f"{file_name(run, target)}.{'zip' if target in FOLDERS else 'safetensors'}"
     output = str(workspace.exports / run.id / target / name)
-    settings = ConvertSettings(input=adapter, output=output, to=target)
+    given: Any = {"input": adapter, "output": output, "to": target}
     base = path_here(run.base_model) if run.base else None
     if base is None and CONVERSIONS[conversion_of(target, read_adapter(adapter))].for_one_base:
-        settings = dataclasses.replace(settings, **_of_base(run))
+        words = _words(ConvertSettings(**given, **_of_base(run)))
         raise UserError(
             f"a file for {target} is made for one base model, and {run.base or 'this one'} is not "
             "on this machine as the run loaded it. This downloads it, and converts the adapter: "
-            f"{JobRecord(_words(settings)).command}"
+            f"{records.JobRecord(words).command}"
         )
     variant = run.base_model.variant if base else None
-    settings = dataclasses.replace(settings, base=base, variant=variant, overwrite=True)
+    settings = ConvertSettings(**given, base=base, variant=variant, overwrite=True)
     title = f"Convert {run.title} for {targets()[target].partition(' (')[0]}"
-    record = JobRecord(_words(settings), title, run.id, run.base, output)
-    return create_job(workspace.new_job(), record)
+    about = {"run": run.id, "base": run.base, "output": output}
+    return _start(workspace.new_job(), settings, title, **about)
 
 
 def write_card(workspace: Workspace, run: Job) -> Path:
@@ -347,15 +314,11 @@ def _of_base(run: Job, *more: str) -> dict[str, Any]:
     return {"base": run.base or None, **{name: getattr(run.base_model, name) for name in names}}
 
 
-def _start_about(workspace: Workspace, run: Job, settings: CommandSettings, output: str) -> str:
-    """Queue a command that writes a file or folder about a run."""
-    job = settings.job
-    assert job is not None
-    trigger = run.trigger if job.command == "export" else ""  # of what can be prompted
-    record = JobRecord(
-        _words(settings), f"{job.verb} {run.title}", run.id, run.base, output, trigger
-    )
-    return create_job(workspace.new_job(), record)
+def _start(
+    folder: Path, settings: CommandSettings, title: str, files: Any = None, **about: Any
+) -> str:
+    """Queue a command in a new folder, with further fields of its record. Returns its id."""
+    return create_job(folder, records.JobRecord(_words(settings), title, **about), files)
 
 
 def _words(settings: CommandSettings) -> list[str]:
@@ -364,16 +327,10 @@ def _words(settings: CommandSettings) -> list[str]:
     return [settings.job.command, *settings.to_arguments()]
 
 
-def file_name(job: Job, what: str, checkpoint: str = "") -> str:
-    """A file name without suffix that no other run, checkpoint or format has.
-
-    Args:
-        job: The run.
-        what: The format, or what else the file is.
-        checkpoint: One of the run's; default: what is selected for it.
-    """
-    step = job.step_of(checkpoint or job.stands)
-    return f"{file_stem(job.trigger, 'subject')}-{job.id[:15]}-step-{step}-{what}"
+def file_name(job: Job, what: str) -> str:
+    """A file name that no other run, checkpoint or format has, ending with what the file is."""
+    stem, step = file_stem(job.trigger, "subject"), job.step_of(job.stands)
+    return f"{stem}-{job.id[:15]}-step-{step}-{what}"
 
 
 def start_study(
@@ -416,12 +373,11 @@ def start_study(
                 own = caption.read_text(encoding="utf-8")
                 text = whole_word(subject.token).sub(TOKEN, own)
                 files[str(Path(part).with_suffix(".txt"))] = text
-        where = folder / "subjects" / str(place)
+        title, where = subject.title, folder / "subjects" / str(place)
         given.append({
-            "name": f"{subject.title} {place + 1}" if titles.count(subject.title) > 1
-            else subject.title,
-            "photos": str(where / "photos"),
-            "held_out": str(where / "held_out"), "class_word": subject.class_word,
+            "name": f"{title} {place + 1}" if titles.count(title) > 1 else title,
+            "photos": str(where / "photos"), "held_out": str(where / "held_out"),
+            "class_word": subject.class_word,
             "instance_prompt": f"a photo of a {TOKEN} {subject.class_word}",
         })  # fmt: skip
     models = [LITE] if files else []
@@ -431,6 +387,4 @@ def start_study(
     files[STUDY] = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     settings = CompareSettings(study=str(folder / STUDY), output=output)
     title = f"{', '.join(study['methods'])} on {', '.join(titles)}"
-    return create_job(
-        folder, JobRecord(_words(settings), title[:NAME_LIMIT], "", base, output), files
-    )
+    return _start(folder, settings, title[:NAME_LIMIT], files, output=output, base=base)

@@ -15,16 +15,10 @@ from PIL import Image
 from PIL.Image import DecompressionBombError
 
 from dora_diffusion import system
-from dora_diffusion.data.images import (
-    MAX_ASPECT,
-    PhotoError,
-    open_photo,
-    open_photo_with_alpha,
-    sniff_format,
-)
+from dora_diffusion.data import images
 from dora_diffusion.data.photos import mask_path
-from dora_diffusion.studio.jobs.processes import Lock
-from dora_diffusion.studio.jobs.workspace import UserError
+from dora_diffusion.studio.jobs.queue import Lock
+from dora_diffusion.studio.jobs.store import UserError
 
 MAX_BYTES = 100 * 2**20
 MAX_PHOTOS = 50
@@ -83,7 +77,7 @@ def _store_all(files: Sequence[Path], folder: Path) -> Upload:
     for file in files:
         try:
             accepted[_store(file, folder)] = file.stem
-        except (UserError, PhotoError) as error:
+        except (UserError, images.PhotoError) as error:
             refused.append(shown(str(error)))
     names = {path.name: stem for path, stem in accepted.items()}
     return Upload(tuple(accepted), tuple(refused), names)
@@ -103,7 +97,7 @@ def _store(file: Path, folder: Path) -> Path:
             f"{file.name}: {size / 2**20:.1f} MB is above the limit of {MAX_BYTES // 2**20} MB; "
             "save a smaller copy"
         )
-    image, alpha = open_photo_with_alpha(file)
+    image, alpha = images.open_photo_with_alpha(file)
     name, suffix = f"{next_number(folder):03d}", ".jpg"
     temporary = folder / f".{name}.part"
     if alpha is None:
@@ -133,7 +127,7 @@ def read_generation_settings(file: Path) -> dict[str, str]:
     if file.stat().st_size > MAX_BYTES:
         raise UserError(f"the file is larger than {MAX_BYTES // 2**20} MB")
     # Not as a photo is opened: a grid may be a strip. Only the header is read, and no pixel.
-    if sniff_format(file.read_bytes()) != "PNG":
+    if images.sniff_format(file.read_bytes()) != "PNG":
         raise UserError("this file cannot be read as a PNG, whatever its name says")
     try:
         text = read_parameters(file)
@@ -165,7 +159,7 @@ def edit_photo(photo: Path, crop: Sequence[float] | None, mask: Image.Image | No
     Raises:
         UserError: If the crop is none, or too small or too thin to train on.
     """
-    whole, alpha = open_photo_with_alpha(photo)
+    whole, alpha = images.open_photo_with_alpha(photo)
     box = _pixels(crop, whole.size) if crop is not None else (0, 0, *whole.size)
     if box != (0, 0, *whole.size):
         if not original_of(photo).exists():
@@ -191,7 +185,7 @@ def _pixels(crop: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int
     )
     if right - left < SMALLEST_CROP or bottom - top < SMALLEST_CROP:
         raise UserError(f"the crop is smaller than {SMALLEST_CROP} pixels; draw a larger rectangle")
-    if max(right - left, bottom - top) > MAX_ASPECT * min(right - left, bottom - top):
+    if max(right - left, bottom - top) > images.MAX_ASPECT * min(right - left, bottom - top):
         raise UserError("the crop is a strip; draw a rectangle that is nearer to a square")
     return left, top, right, bottom
 
@@ -216,11 +210,10 @@ def read_mask(address: object) -> Image.Image | None:
         raise UserError("the mask could not be read; paint it again") from error
 
 
-def editor_image(photo: Path) -> str:
-    """A photo as a data URI, small enough to be drawn on."""
-    image = open_photo(photo)
-    image.thumbnail((EDITOR_SIDE, EDITOR_SIDE))
+def data_uri(image: Image.Image, side: int = EDITOR_SIDE) -> str:
+    """An image as a JPEG in a data URI, no larger than ``side``."""
     buffer = io.BytesIO()
+    image.thumbnail((side, side))
     image.save(buffer, format="JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 

@@ -13,7 +13,7 @@ import yaml
 from dora_diffusion.cli.main import main
 from dora_diffusion.evaluation import ranking
 from dora_diffusion.formats.files.runs import COMPARISON
-from dora_diffusion.studio.jobs.workspace import read_json
+from dora_diffusion.studio.jobs.store import read_json
 from tests.evaluation.helpers import Brightness
 
 

@@ -8,7 +8,7 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio as gr
 
 from dora_diffusion.studio.app.context import plain
-from dora_diffusion.studio.jobs.workspace import UserError
+from dora_diffusion.studio.jobs.store import UserError
 
 
 def shown(error: Exception) -> str:

@@ -11,10 +11,10 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio as gr
 
 from dora_diffusion.studio.app.context import Context
-from dora_diffusion.studio.app.draft import LIMIT, can_hold, kept_fields
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.page import build_page
 from dora_diffusion.studio.app.settings import ADVANCED, LABELS
+from dora_diffusion.studio.app.views.ui import LIMIT, can_hold, kept_fields
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from dora_diffusion.studio.app.page import _changes, build_page, read_again_if_d
 from dora_diffusion.studio.app.settings import _NOT_ADVANCED, LABELS, SETTINGS, sentence
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.snapshot import snapshot
+from dora_diffusion.studio.jobs.store import Workspace, write_json
 from dora_diffusion.studio.jobs.subjects import add_photos, new_subject
-from dora_diffusion.studio.jobs.workspace import Workspace, write_json
 from tests.studio.jobs.helpers import DAMAGES, about, damage, ended_run, forbid, photo, started_run
 
 # What the app decides itself, and names that stand for more than one field.

@@ -14,7 +14,7 @@ import gradio as gr
 
 from dora_diffusion.studio.app import page as report
 from dora_diffusion.studio.app.launch import Launch
-from dora_diffusion.studio.jobs.workspace import Workspace
+from dora_diffusion.studio.jobs.store import Workspace
 
 
 def handler(launch: Launch) -> tuple[gr.Blocks, Callable[[], Any]]:

@@ -20,8 +20,8 @@ import httpx
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs.store import UserError, Workspace
 from dora_diffusion.studio.jobs.subjects import new_subject
-from dora_diffusion.studio.jobs.workspace import UserError, Workspace
 from tests.studio.jobs.helpers import make, pretend_running
 from tests.waiting import WAIT_SECONDS
 
@@ -345,8 +345,11 @@ def test_a_shared_app_does_not_publish_in_its_owner_s_name(tmp_path: Path) -> No
     from dora_diffusion.studio.app.page import build_page
 
     launch = Launch(runs_dir=tmp_path / "runs", share=True, auth=("ann", "correct horse"))
-    handlers = [one.fn for one in build_page(Context(launch)).fns.values() if one.fn]
-    (push,) = (fn for fn in handlers if fn.__qualname__.endswith("<locals>.push"))
+    handlers = [one for one in build_page(Context(launch)).fns.values() if one.fn]
+    (push,) = (
+        one.fn for one in handlers
+        if [getattr(field, "label", "") for field in one.inputs][1:2] == ["repository"]
+    )  # fmt: skip
     with pytest.raises(gradio.Error, match="does not publish"):
         push("20261125-020304-abcdef", "ann/mug", True)
 

@@ -33,8 +33,8 @@ from dora_diffusion.studio.app.settings import (
     setting_text,
     shown_choices,
 )
-from dora_diffusion.studio.jobs.base_model import check_model
-from dora_diffusion.studio.jobs.workspace import UserError
+from dora_diffusion.studio.jobs.bases import check_model
+from dora_diffusion.studio.jobs.store import UserError
 
 
 def config(**changes: object) -> TrainConfig:

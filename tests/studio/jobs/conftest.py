@@ -12,12 +12,12 @@ from PIL import Image
 
 from dora_diffusion.models import locate
 from dora_diffusion.studio.jobs import queue as jobs
-from dora_diffusion.studio.jobs.processes import Lock, end_tree
+from dora_diffusion.studio.jobs.queue import Lock, end_tree
+from dora_diffusion.studio.jobs.store import Workspace
 from dora_diffusion.studio.jobs.subjects import (
     add_photos,
     new_subject,
 )
-from dora_diffusion.studio.jobs.workspace import Workspace
 from tests.studio.jobs.helpers import add_run, done, photo, wait
 from tests.waiting import STAY
 

@@ -20,10 +20,10 @@ from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.studio.jobs import queue as jobs
 from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.processes import start_time
+from dora_diffusion.studio.jobs.queue import start_time
 from dora_diffusion.studio.jobs.records import SETTINGS, JobRecord, train_arguments
 from dora_diffusion.studio.jobs.snapshot import Job, read_job
-from dora_diffusion.studio.jobs.workspace import Workspace, write_json
+from dora_diffusion.studio.jobs.store import Workspace, write_json
 from tests.waiting import wait_until
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.models.locate import model_info
-from dora_diffusion.studio.jobs.base_model import check_base, check_variant
-from dora_diffusion.studio.jobs.workspace import UserError
+from dora_diffusion.studio.jobs.bases import check_base, check_variant
+from dora_diffusion.studio.jobs.store import UserError
 from tests.studio.jobs.helpers import write_checkpoint, write_folder
 
 pytestmark = pytest.mark.usefixtures("cache")

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.checkpoints import adapter_of, choose
-from dora_diffusion.studio.jobs.workspace import UserError, Workspace, write_json
+from dora_diffusion.studio.jobs.snapshot import adapter_of, choose
+from dora_diffusion.studio.jobs.store import UserError, Workspace, write_json
 from tests.studio.jobs.helpers import (
     ended_run,
     seen,

@@ -13,7 +13,7 @@ from dora_diffusion.studio.app import html
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.estimates import announced_class_images, estimate
 from dora_diffusion.studio.jobs.snapshot import snapshot
-from dora_diffusion.studio.jobs.workspace import Workspace, write_json
+from dora_diffusion.studio.jobs.store import Workspace, write_json
 from tests.studio.jobs.helpers import (
     started_run,
 )

@@ -24,15 +24,15 @@ from dora_diffusion.models.load import load_vae
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.generate import BrokenImageError, SamplingSettings, load_model
 from dora_diffusion.sampling.images import parse_parameters
-from dora_diffusion.studio.jobs.checkpoints import adapter_of
 from dora_diffusion.studio.jobs.image_generator import (
     GeneratedImage,
     GenerationRequest,
     ImageGenerator,
 )
-from dora_diffusion.studio.jobs.processes import Lock
+from dora_diffusion.studio.jobs.queue import Lock
+from dora_diffusion.studio.jobs.snapshot import adapter_of
+from dora_diffusion.studio.jobs.store import UserError, Workspace
 from dora_diffusion.studio.jobs.uploads import read_generation_settings
-from dora_diffusion.studio.jobs.workspace import UserError, Workspace
 from tests.studio.jobs.helpers import (
     job_of,
 )
@@ -97,7 +97,7 @@ def test_the_page_reads_an_adapters_strengths_back(
     finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
     pytest.importorskip("gradio", reason="gradio is not installed")
-    from dora_diffusion.studio.app.views.request import field_value
+    from dora_diffusion.studio.app.views.generate import field_value
 
     def fields(image: GeneratedImage) -> list[Any]:
         found = read_generation_settings(image.path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dora_diffusion.cli.console.errors import asking_for_report
 from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.logs import (
+from dora_diffusion.studio.jobs.records import (
     check_metrics,
     last_error,
     log_tail,
@@ -14,7 +14,7 @@ from dora_diffusion.studio.jobs.logs import (
     read_metrics,
     read_validation,
 )
-from dora_diffusion.studio.jobs.workspace import Workspace
+from dora_diffusion.studio.jobs.store import Workspace
 from tests.studio.jobs.helpers import make, seen, started_run
 
 METRICS = '{{"step": {step}, "loss": 0.{step}, "seconds": 2.0}}\n'

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.data.photos import mask_path
+from dora_diffusion.studio.jobs.store import UserError, Workspace
 from dora_diffusion.studio.jobs.subjects import (
     add_photos,
     new_subject,
     photo_path,
 )
 from dora_diffusion.studio.jobs.uploads import edit_photo, read_mask, restore_original
-from dora_diffusion.studio.jobs.workspace import UserError, Workspace
 from tests.studio.jobs.helpers import photo
 
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from dora_diffusion.studio.jobs.processes import Lock, end_tree, find_process, holding, start_time
+from dora_diffusion.studio.jobs.queue import Lock, end_tree, find_process, holding, start_time
 from tests.waiting import STAY, WAIT_SECONDS
 
 
@@ -70,7 +70,7 @@ def test_a_process_ends_with_all_that_it_has_started() -> None:
 
 HOLDER = (
     "import sys; from pathlib import Path;"
-    "from dora_diffusion.studio.jobs.processes import Lock;"
+    "from dora_diffusion.studio.jobs.queue import Lock;"
     f"lock = Lock(Path(sys.argv[1])); print(lock.take(), flush=True); {STAY}"
 )
 

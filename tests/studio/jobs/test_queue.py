@@ -17,7 +17,7 @@ from dora_diffusion.studio.jobs import queue as jobs
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.records import JobRecord
 from dora_diffusion.studio.jobs.snapshot import snapshot
-from dora_diffusion.studio.jobs.workspace import UserError, Workspace, read_json, write_json
+from dora_diffusion.studio.jobs.store import UserError, Workspace, read_json, write_json
 from tests.studio.jobs.helpers import (
     about,
     make,

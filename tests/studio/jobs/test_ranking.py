@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dora_diffusion.evaluation.ranking import RankedCheckpoint, Ranking, write_ranking
-from dora_diffusion.studio.jobs.checkpoints import read_ranking
-from dora_diffusion.studio.jobs.workspace import Workspace
+from dora_diffusion.studio.jobs.snapshot import read_ranking
+from dora_diffusion.studio.jobs.store import Workspace
 from tests.studio.jobs.helpers import (
     ended_run,
 )
@@ -54,7 +54,7 @@ def test_where_nothing_was_learned_nothing_is_suggested_and_it_is_said() -> None
         "None of these checkpoints is more like the subject than the base model: the best, step 50,"
         f" differs by +0.01 (95% confidence interval {0.01 - half:+.2f} to {0.01 + half:+.2f}, 5 im"
     ) in found.verdict
-    from dora_diffusion.studio.app.views.chooser import _cards
+    from dora_diffusion.studio.app.views.run import _cards
 
     job: Any = SimpleNamespace(stands="", step_of=lambda name: 50)
     page = _cards(job, dataclasses.replace(found, similar_to="training photos"), None)

@@ -13,7 +13,7 @@ import pytest
 
 from dora_diffusion.cli.settings import JOBS
 from dora_diffusion.studio.app import html
-from dora_diffusion.studio.app.views.tasks import task_list
+from dora_diffusion.studio.app.html import task_list
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.queue import create_job
 from dora_diffusion.studio.jobs.records import (
@@ -28,7 +28,7 @@ from dora_diffusion.studio.jobs.records import (
     write_result,
 )
 from dora_diffusion.studio.jobs.snapshot import snapshot
-from dora_diffusion.studio.jobs.workspace import DamagedFile, Workspace
+from dora_diffusion.studio.jobs.store import DamagedFile, Workspace
 
 RUN = "20261125-020304-abcdef"
 

@@ -12,9 +12,9 @@ import pytest
 
 from dora_diffusion.studio.jobs import queue as jobs
 from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.processes import _WORKER_MODULE, worker_of
+from dora_diffusion.studio.jobs.queue import _WORKER_MODULE, worker_of
 from dora_diffusion.studio.jobs.snapshot import read_job, snapshot
-from dora_diffusion.studio.jobs.workspace import (
+from dora_diffusion.studio.jobs.store import (
     UserError,
     Workspace,
     read_json,
@@ -115,7 +115,7 @@ def test_a_model_that_was_fine_tuned_itself_is_a_result_without_an_adapter(
     write_json(folder / records.RESULT, {"code": 0})
     job = seen(folder)
     assert (job.state, job.cause) == ("done", "")
-    assert (job.can_generate, job.stands, job.candidates) == (False, "", ())
+    assert (job.stands, job.candidates) == ("", ())
 
 
 def test_progress_and_time_left_come_from_measured_steps(workspace: Workspace) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dora_diffusion.data.captions import read_caption
 from dora_diffusion.data.photos import mask_path
+from dora_diffusion.studio.jobs.store import UserError, Workspace
 from dora_diffusion.studio.jobs.subjects import (
     add_photos,
     captions_of,
@@ -29,7 +30,6 @@ from dora_diffusion.studio.jobs.subjects import (
     undo_captions,
     write_captions,
 )
-from dora_diffusion.studio.jobs.workspace import UserError, Workspace
 from tests.studio.jobs.helpers import photo
 
 SAMPLES = Path(__file__).resolve().parents[3] / "samples"

@@ -20,11 +20,10 @@ from dora_diffusion.config.fields import REQUIRED, flag
 from dora_diffusion.export import hub
 from dora_diffusion.formats.layouts import PROGRAMS
 from dora_diffusion.studio.jobs import records, tasks
-from dora_diffusion.studio.jobs.checkpoints import chosen_adapter
 from dora_diffusion.studio.jobs.queue import delete_job, stop_job
-from dora_diffusion.studio.jobs.snapshot import Job, read_run
+from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter, read_run
+from dora_diffusion.studio.jobs.store import UserError, Workspace, ids_in
 from dora_diffusion.studio.jobs.subjects import read_subject, save_caption
-from dora_diffusion.studio.jobs.workspace import UserError, Workspace, ids_in
 from tests.studio.jobs.helpers import about, ended_run, job_of, make, seen
 
 GOLDEN = Path(__file__).parents[2] / "formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
@@ -142,7 +141,7 @@ OWN = {
 @pytest.mark.parametrize(
     "start",
     [
-        lambda w, run: tasks.start_merge(w, run, 0.5),
+        lambda w, run: tasks.start_task("export", w, run, "0.5"),
         partial(tasks.start_task, "analyze"),
         tasks.start_ranking,
     ],
@@ -219,8 +218,9 @@ def test_a_title_cannot_be_taken_for_a_flag(workspace: Workspace) -> None:
 def test_merges_of_a_run_do_not_replace_each_other(finished: tuple[Workspace, str]) -> None:
     workspace, job = finished[0], job_of(finished)
     outputs = []
-    for strength, checkpoint in [(1.0, ""), (0.5, ""), (0.5, "checkpoint-2")]:
-        merge = tasks.start_merge(workspace, job, strength, checkpoint)
+    for strength, chosen in [(1.0, ""), (0.5, ""), (0.5, "checkpoint-2")]:
+        run = dataclasses.replace(job, chosen=chosen)
+        merge = tasks.start_task("export", workspace, run, f"{strength:g}")
         args = parsed(merge, workspace)
         assert (args.strength, len(args.adapter)) == (strength, 1)
         outputs.append(Path(args.output).name)
@@ -233,7 +233,7 @@ def test_merges_of_a_run_do_not_replace_each_other(finished: tuple[Workspace, st
     ]
     for strength in (-10.5, 10.5, float("nan")):
         with pytest.raises(ValueError, match="must be between -10 and 10"):
-            tasks.start_merge(workspace, job, strength)
+            tasks.start_task("export", workspace, job, str(strength))
 
 
 def test_what_needs_an_adapter_or_a_checkpoint_says_so(
@@ -243,8 +243,8 @@ def test_what_needs_an_adapter_or_a_checkpoint_says_so(
     run = ended_run(workspace, (), 3)
     for start in (
         partial(tasks.start_task, "analyze"),
-        lambda w, run: tasks.start_merge(w, run, 1.0),
-        lambda w, run: tasks.start_push(w, run, "ann/mug", True),
+        lambda w, run: tasks.start_task("export", w, run, "1"),
+        lambda w, run: tasks.start_task("push", w, run, "ann/mug", False),
         lambda w, run: tasks.start_conversion(w, run, "kohya"),
     ):
         with pytest.raises(UserError, match="no adapter yet"):
@@ -274,7 +274,8 @@ def test_what_stands_for_a_run_is_published(
     checked: list[str] = []
     monkeypatch.setattr(hub, "check", checked.append)
     run = run_of(workspace)
-    job = seen(workspace.root / tasks.start_push(workspace, run, " ann/mug\n", private))
+    published = tasks.start_task("push", workspace, run, " ann/mug\n", not private)
+    job = seen(workspace.root / published)
     assert (job.title, job.state, job.record.run) == (f"Publish {run.title}", "waiting", run.id)
     assert checked == ["ann/mug"]
     args = parsed(job.id, workspace)

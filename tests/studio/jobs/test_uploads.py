@@ -16,8 +16,8 @@ from PIL import Image, ImageStat
 from dora_diffusion.data.photos import mask_path
 from dora_diffusion.sampling.images import save_png
 from dora_diffusion.studio.jobs import uploads
+from dora_diffusion.studio.jobs.store import UserError
 from dora_diffusion.studio.jobs.uploads import edit_photo, read_generation_settings, store_photos
-from dora_diffusion.studio.jobs.workspace import UserError
 from tests.studio.jobs.helpers import photo
 
 

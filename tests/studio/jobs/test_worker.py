@@ -18,16 +18,14 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.files.stream import read_header
 from dora_diffusion.lab.analysis import analyze_weights
-from dora_diffusion.studio.app.html import status_card
+from dora_diffusion.studio.app.html import figures, status_card, task_card
 from dora_diffusion.studio.app.settings import command_line
-from dora_diffusion.studio.app.views.tasks import figures, task_card
 from dora_diffusion.studio.jobs import queue as jobs
 from dora_diffusion.studio.jobs import records, tasks
-from dora_diffusion.studio.jobs.checkpoints import chosen_adapter
-from dora_diffusion.studio.jobs.logs import log_tail, log_warnings, read_metrics
-from dora_diffusion.studio.jobs.processes import Lock
-from dora_diffusion.studio.jobs.snapshot import Job
-from dora_diffusion.studio.jobs.workspace import Workspace
+from dora_diffusion.studio.jobs.queue import Lock
+from dora_diffusion.studio.jobs.records import log_tail, log_warnings, read_metrics
+from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
+from dora_diffusion.studio.jobs.store import Workspace
 from tests.studio.jobs.helpers import about, add_run, done, job_of, make, seen, wait
 
 
@@ -117,7 +115,7 @@ def perform(workspace: Workspace, job_id: str) -> Job:
 
 def test_a_merge_loads_and_counts_bytes(finished: tuple[Workspace, str]) -> None:
     workspace, run = finished[0], job_of(finished)
-    merge = perform(workspace, tasks.start_merge(workspace, run, 1.0))
+    merge = perform(workspace, tasks.start_task("export", workspace, run, "1"))
     output = Path(merge.record.output)
     assert any(name.startswith("model.diffusion_model.") for name in read_header(output).specs)
     assert merge.step == merge.total == output.stat().st_size - header_bytes(output)
@@ -209,7 +207,7 @@ def test_what_the_source_file_lacked_is_said(
     file = chosen_adapter(run)
     tensors = {name: tensor for name, tensor in load_file(file).items() if "alpha" not in name}
     save_file(tensors, file)
-    merge = perform(workspace, tasks.start_merge(workspace, run, 1.0))
+    merge = perform(workspace, tasks.start_task("export", workspace, run, "1"))
     assert any("alpha" in line for line in log_warnings(merge.folder))
     card = html.unescape(status_card(merge))
     assert all(line in card for line in log_warnings(merge.folder))

@@ -11,16 +11,16 @@ import gradio as gr
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.studio.app import html
-from dora_diffusion.studio.app.context import Context, plain
+from dora_diffusion.studio.app.context import Context
+from dora_diffusion.studio.app.html import task_card
 from dora_diffusion.studio.app.settings import EMBEDDED, SETTINGS, preset_values
-from dora_diffusion.studio.app.views import fields
-from dora_diffusion.studio.app.views.tasks import task_card
+from dora_diffusion.studio.app.views import ui
 from dora_diffusion.studio.jobs import queue
-from dora_diffusion.studio.jobs.base_model import check_base
+from dora_diffusion.studio.jobs.bases import check_base
 from dora_diffusion.studio.jobs.snapshot import Job
+from dora_diffusion.studio.jobs.store import REMAINS, UserError
 from dora_diffusion.studio.jobs.subjects import read_subject, subjects_in
 from dora_diffusion.studio.jobs.tasks import MOST_STEPS, start_study
-from dora_diffusion.studio.jobs.workspace import REMAINS, UserError
 
 _METHODS: dict[str, dict[str, Any]] = {
     "dora": {}, "lora": {"method": "lora"}, "full": {"method": "full", "full_weights": "targets"},
@@ -38,7 +38,7 @@ class CompareTab:
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 text = "Each is trained on the same subjects and seeds, and measured."
-                fields.html_block(html.heading("7", "Compare methods", text))
+                ui.html_block(html.heading("7", "Compare methods", text))
                 self.subjects = gr.CheckboxGroup([], label="Subjects", elem_id="study-subjects")
                 names = [(name.replace("full", "full fine-tuning"), name) for name in _METHODS]
                 self.methods = gr.CheckboxGroup(names, value=["dora", "lora"], label="Methods")
@@ -51,52 +51,46 @@ class CompareTab:
                     label="Base model",
                     allow_custom_value=not context.launch.is_open,
                 )
-                self.start = gr.Button("Compare", variant="primary", size="lg", elem_id="study")
+                self.start = ui.button("Compare", "study", variant="primary", size="lg")
             with gr.Column(scale=6, min_width=320):
-                self.study = fields.id_dropdown(label="Comparison", visible=False)
-                self.status = fields.html_block(
-                    _NOTHING, elem_id="study-status", js_on_load=fields.CLICKS
-                )
+                self.study = ui.id_dropdown(label="Comparison", visible=False)
+                self.status = ui.html_block(_NOTHING, elem_id="study-status", js_on_load=ui.CLICKS)
                 self.report = gr.Markdown(elem_id="study-report")
-                self.delete = gr.Button("Delete this comparison", visible=False, variant="stop")
+                self.delete = ui.button(
+                    "Delete this comparison", visible=False, variant="stop", size="lg"
+                )
 
 
 def connect(context: Context, tab: CompareTab) -> None:
     """Connect the fields to their actions."""
 
     def now(chosen: str | None) -> list[Any]:
-        context.queue.tick()
-        parts = refresh(context, context.jobs(fresh=True), chosen)
+        parts = refresh(context, context.queued(), chosen)
         options = {"value": chosen} if chosen else {}
         return [gr.update(**{**parts["study"][0], **options}), parts["study_status"]]
 
-    @plain
     def start(subjects: Any, methods: Any, seeds: Any, steps: Any, base: str | None) -> list[Any]:
         study = _study(context, methods, int(seeds or 0), int(steps or 0), base)
         stored = [read_subject(context.workspace, one) for one in subjects or []]
         return now(start_study(context.workspace, study, stored))
 
-    @plain
     def click(chosen: str | None, event: gr.EventData) -> list[Any]:
-        what, job_id = fields.clicked(event)
+        what, job_id = ui.clicked(event)
         folder = context.workspace.job(job_id)
         (queue.stop_job if what == "stop" else queue.requeue_job)(folder)
         return now(chosen)
 
-    @plain
-    def delete(chosen: str | None) -> list[Any]:
-        if not chosen:  # not confirmed
-            return [gr.skip()] * 2
+    def delete(chosen: str) -> list[Any]:
         if not queue.delete_job(context.workspace, context.job(chosen).id):
             gr.Info(REMAINS)
         return now(None)
 
     shown = [tab.study, tab.status]
     asked = [tab.subjects, tab.methods, tab.seeds, tab.steps, tab.base]
-    tab.start.click(start, asked, shown, **fields.BUSY)
-    tab.status.click(click, [tab.study], shown, **fields.QUIET)
-    script = "(id) => confirm('Delete this comparison with its report?') ? id : ''"
-    tab.delete.click(delete, [tab.study], shown, js=script, **fields.QUIET)
+    ui.on(tab.start.click, start, asked, shown, show="minimal")
+    ui.on(tab.status.click, click, [tab.study], shown)
+    question = "Delete this comparison with its report?"
+    ui.on(tab.delete.click, delete, [tab.study], shown, confirm=question)
 
 
 def _study(
@@ -150,11 +144,11 @@ def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[s
     modified = page.stat().st_mtime_ns if page and page.is_file() else 0
     subjects = [(subject.title, subject.id) for subject in subjects_in(context.workspace)]
     return {
-        "study": fields.choosing(choices, job and job.id, chosen, visible=bool(choices)),
+        "study": ui.choosing(choices, job and job.id, chosen, visible=bool(choices)),
         "study_status": status,
         "study_report": ((str(page), modified), lambda: _report(page if modified else None)),
-        "study_subjects": fields.changing(choices=subjects),
-        "study_delete": fields.changing(visible=bool(job and job.has_ended)),
+        "study_subjects": ui.changing(choices=subjects),
+        "study_delete": ui.changing(visible=bool(job and job.has_ended)),
     }
 
 

@@ -13,35 +13,14 @@ from dora_diffusion.cli.settings import JOBS
 from dora_diffusion.config.command import AsJob, CommandSettings
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.studio.app import html
-from dora_diffusion.studio.app.context import Context, plain
-from dora_diffusion.studio.app.views.fields import (
-    BUSY,
-    CLICKS,
-    QUIET,
-    changing,
-    choosing,
-    clicked,
-    filled,
-    gallery,
-    html_block,
-    id_dropdown,
-    image_or_blank,
-    setting_field,
-)
-from dora_diffusion.studio.app.views.tasks import task_list
-from dora_diffusion.studio.jobs.checkpoints import chosen_adapter
+from dora_diffusion.studio.app.context import Context
+from dora_diffusion.studio.app.html import task_list
+from dora_diffusion.studio.app.views import ui
+from dora_diffusion.studio.jobs import tasks
 from dora_diffusion.studio.jobs.queue import delete_job, stop_job
-from dora_diffusion.studio.jobs.snapshot import Job
+from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
+from dora_diffusion.studio.jobs.store import REMAINS, UserError
 from dora_diffusion.studio.jobs.subjects import photos_in
-from dora_diffusion.studio.jobs.tasks import (
-    start_conversion,
-    start_merge,
-    start_push,
-    start_task,
-    targets,
-    write_card,
-)
-from dora_diffusion.studio.jobs.workspace import REMAINS, UserError
 
 _NOTHING = html.empty(
     "The library is empty", "A run appears here when it is done. Start one in the Train tab."
@@ -55,59 +34,41 @@ class LibraryTab:
     def __init__(self) -> None:
         with gr.Row(equal_height=False):
             with gr.Column(scale=6, min_width=320):
-                html_block(html.heading("6", "Library", "Everything you have trained."))
-                self.gallery = gallery(
+                ui.html_block(html.heading("6", "Library", "Everything you have trained."))
+                self.gallery = ui.gallery(
                     columns=3, allow_preview=False, format="jpeg", elem_id="library"
                 )
-                self.run = id_dropdown(label="Run", elem_id="library-run")
-                self.details = html_block(_NOTHING, elem_id="library-facts")
+                self.run = ui.id_dropdown(label="Run", elem_id="library-run")
+                self.details = ui.html_block(_NOTHING, elem_id="library-facts")
             with gr.Column(scale=5, min_width=320, visible=False) as self.side:
                 self._add_export()
                 self.buttons: dict[str, tuple[Any, list[Any]]] = {}
                 for kind in JOBS.values():
                     if kind.job and kind.job.heading:
                         self._add_task(kind, kind.job)
-                self._add_push()
-                self.tasks = html_block(elem_id="tasks", js_on_load=CLICKS)
+                self.tasks = ui.html_block(elem_id="tasks", js_on_load=ui.CLICKS)
                 self._add_delete()
 
     def _add_export(self) -> None:
-        html_block(html.heading("", "Export", "An adapter for your program, or one model."))
+        ui.html_block(html.heading("", "Export", "An adapter for your program, or one model."))
         self.target = gr.Dropdown(
-            [(title, name) for name, title in targets().items()],
-            value=next(iter(targets())),
+            [(title, name) for name, title in tasks.targets().items()],
+            value=next(iter(tasks.targets())),
             label="Program",
             info="It gets the file that it needs of this adapter, with a line on what that costs.",
             elem_id="format",
         )
-        self.convert = gr.Button("Prepare the download", variant="primary", elem_id="convert")
-        self.files = html_block(elem_id="files")
-        text = "Or a merged checkpoint: one file without an adapter, for web UIs."
-        html_block(html.quiet(text))
-        self.strength = gr.Slider(0, 2, 1, step=0.05, label="Merge strength")
-        self.merge = gr.Button("Merge", size="md", elem_id="merge")
+        self.convert = ui.button("Prepare the download", "convert", variant="primary", size="lg")
+        self.files = ui.html_block(elem_id="files")
 
     def _add_task(self, kind: type[CommandSettings], job: AsJob) -> None:
         """A button for a kind of job, with a field for each setting that it asks for."""
         with gr.Accordion(job.heading, open=False):
-            html_block(html.quiet(job.about))
-            fields = [setting_field(s, s.default) for s in kind.settings() if s.name in job.asked]
-            button = gr.Button(job.verb, size="md", elem_id=job.command)
+            ui.html_block(html.quiet(job.about))
+            asked = [setting for setting in kind.settings() if setting.name in job.asked]
+            fields = [ui.setting_field(setting, setting.default) for setting in asked]
+            button = ui.button(job.verb, job.command)
         self.buttons[job.command] = button, fields
-
-    def _add_push(self) -> None:
-        with gr.Accordion("Publish on the Hugging Face hub", open=False):
-            text = (
-                "Adapter, model card, settings, loss and samples; never the photos. Needs HF_TOKEN "
-                "in the environment that the app was started in."
-            )
-            html_block(html.quiet(text))
-            self.repository = gr.Textbox(
-                label="Repository", placeholder="your-name/my-subject", max_lines=1,
-                max_length=200, elem_id="repository",
-            )  # fmt: skip
-            self.private = gr.Checkbox(True, label="Private: only you can see it")
-            self.push = gr.Button("Publish", size="md", elem_id="push")
 
     def _add_delete(self) -> None:
         with gr.Accordion("Delete", open=False):
@@ -116,90 +77,65 @@ class LibraryTab:
                 "photos. It cannot be restored; what a program has open goes when the app starts "
                 "next."
             )
-            html_block(html.quiet(text))
-            self.delete = gr.Button("Delete this run", variant="stop", size="md", elem_id="delete")
+            ui.html_block(html.quiet(text))
+            self.delete = ui.button("Delete this run", "delete", variant="stop")
 
 
 def connect(context: Context, tab: LibraryTab) -> None:
     """Connect the fields to their actions."""
     workspace = context.workspace
 
-    @plain
     def choose(event: gr.SelectData) -> Any:
         ids = [job.id for job in _listed(context.jobs())]
         return ids[event.index] if isinstance(event.index, int) and event.index < len(ids) else None
 
-    @plain
     def show(job_id: str | None) -> list[Any]:
         return [_facts(context.job(job_id)) if job_id else _NOTHING, ""]
 
-    @plain
-    def delete(job_id: str | None) -> list[Any]:
-        if not job_id:  # not confirmed
-            return [gr.skip()] * 3
+    def delete(job_id: str) -> list[Any]:
         context.generator.release()  # Windows deletes no model that is mapped into memory.
-        text = "Deleted" + ("" if delete_job(workspace, str(job_id)) else REMAINS)
+        text = "Deleted" + ("" if delete_job(workspace, job_id) else REMAINS)
         parts = refresh(context.jobs(fresh=True), None)
-        return [filled(parts["library"]), filled(parts["library_run"]), html.note(text, "info")]
+        shown = [ui.filled(parts[name]) for name in ("library", "library_run")]
+        return [*shown, html.note(text, "info")]
 
-    tab.gallery.select(choose, None, [tab.run], **QUIET)
-    tab.run.change(show, [tab.run], [tab.details, tab.files], **QUIET)
-    tab.delete.click(
-        delete,
-        [tab.run],
-        [tab.gallery, tab.run, tab.files],
-        js="(id) => confirm('Delete this run with everything it made?') ? id : ''",
-        **QUIET,
-    )
-    _connect_tasks(context, tab)
-
-
-def _connect_tasks(context: Context, tab: LibraryTab) -> None:
-    """Connect the buttons that start jobs on a run."""
-    workspace = context.workspace
-
-    def task(start: Callable[..., str]) -> Callable[..., str]:
+    def task(command: str) -> Callable[..., str]:
         """A button that starts a job about the run that is shown."""
 
-        @plain
         def run(job_id: str | None, *values: Any) -> str:
-            start(workspace, context.job(job_id), *values)
-            context.queue.tick()
-            return task_list(context.jobs(fresh=True))
+            if command == "push" and context.launch.is_open:
+                raise UserError(
+                    "a shared app does not publish, since that would be in the name of whoever "
+                    "runs it; download the adapter instead"
+                )
+            if command == "convert":
+                tasks.start_conversion(workspace, context.job(job_id), *values)
+            else:
+                tasks.start_task(command, workspace, context.job(job_id), *values)
+            return html.task_list(context.queued())
 
         return run
 
-    @plain
-    def push(job_id: str | None, repository: str, private: bool) -> str:
-        if context.launch.is_open:
-            raise UserError(
-                "a shared app does not publish, since that would be in the name of whoever runs "
-                "it; download the adapter instead"
-            )
-        return task(start_push)(job_id, repository, private)
-
-    @plain
     def card(job_id: str | None) -> str:
-        return html.download(write_card(workspace, context.job(job_id)), "Model card")
+        return html.download(tasks.write_card(workspace, context.job(job_id)), "Model card")
 
-    @plain
     def stop(event: gr.EventData) -> str:
-        stop_job(workspace.job(clicked(event)[1]))
-        return task_list(context.jobs(fresh=True))
+        stop_job(workspace.job(ui.clicked(event)[1]))
+        return html.task_list(context.jobs(fresh=True))
 
-    convert = task(start_conversion)
-    tab.convert.click(convert, [tab.run, tab.target], [tab.tasks], **BUSY)
-    tab.convert.click(card, [tab.run], [tab.files], **QUIET)
-    tab.merge.click(task(start_merge), [tab.run, tab.strength], [tab.tasks], **BUSY)
-    for command, (button, fields) in tab.buttons.items():
-        start = functools.partial(start_task, command)
-        button.click(task(start), [tab.run, *fields], [tab.tasks], **BUSY)
-    tab.push.click(push, [tab.run, tab.repository, tab.private], [tab.tasks], **BUSY)
-    tab.tasks.click(stop, None, [tab.tasks], **QUIET)
+    ui.on(tab.gallery.select, choose, None, [tab.run])
+    ui.on(tab.run.change, show, [tab.run], [tab.details, tab.files])
+    question = "Delete this run with everything it made?"
+    ui.on(tab.delete.click, delete, [tab.run], [tab.gallery, tab.run, tab.files], confirm=question)
+    ui.on(tab.convert.click, card, [tab.run], [tab.files])
+    buttons = {"convert": (tab.convert, [tab.target]), **tab.buttons}
+    for command, (button, fields) in buttons.items():
+        ui.on(button.click, task(command), [tab.run, *fields], [tab.tasks], show="minimal")
+    ui.on(tab.tasks.click, stop, None, [tab.tasks])
 
 
 def _listed(jobs: Sequence[Job]) -> list[Job]:
-    return [job for job in jobs if job.can_generate and job.has_ended]
+    return [job for job in jobs if job.stands and job.has_ended]
 
 
 def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
@@ -214,14 +150,14 @@ def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
             marks,
             lambda: gr.update(
                 value=[
-                    image_or_blank(functools.partial(_thumbnail, path), f"{title} · {shown_state}")
+                    ui.image_or_blank(f"{title} · {shown_state}", _thumbnail, path)
                     for _, title, shown_state, path in marks
                 ],
                 visible=bool(runs),
             ),
         ),
-        "library_run": choosing(choices, value, chosen, visible=bool(runs)),
-        "library_side": changing(visible=bool(runs)),
+        "library_run": ui.choosing(choices, value, chosen, visible=bool(runs)),
+        "library_side": ui.changing(visible=bool(runs)),
         "tasks": task_list(jobs),
     }
 

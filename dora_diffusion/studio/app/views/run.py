@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,25 +9,16 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.data.images import open_photo
+from dora_diffusion.evaluation.ranking import RankedCheckpoint, Ranking
 from dora_diffusion.studio.app import html
-from dora_diffusion.studio.app.context import Context, plain
+from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.plot import loss_plot
-from dora_diffusion.studio.app.views import chooser
-from dora_diffusion.studio.app.views.fields import (
-    QUIET,
-    changing,
-    choosing,
-    filled,
-    gallery,
-    html_block,
-    id_dropdown,
-    image_or_blank,
-)
-from dora_diffusion.studio.jobs.logs import log_tail, read_metrics, read_validation
+from dora_diffusion.studio.app.views import ui
+from dora_diffusion.studio.jobs import tasks
 from dora_diffusion.studio.jobs.queue import delete_job, kill_job, requeue_job, stop_job
-from dora_diffusion.studio.jobs.snapshot import Job
-from dora_diffusion.studio.jobs.tasks import NAME_LIMIT, can_continue, continue_run, rename_run
-from dora_diffusion.studio.jobs.workspace import REMAINS
+from dora_diffusion.studio.jobs.records import log_tail, log_warnings, read_metrics, read_validation
+from dora_diffusion.studio.jobs.snapshot import Job, choose, read_ranking
+from dora_diffusion.studio.jobs.store import REMAINS, DamagedFile
 
 _NOTHING = html.empty(
     "Nothing trained yet",
@@ -41,119 +31,94 @@ class RunView:
     """The fields of a run."""
 
     def __init__(self) -> None:
-        self.run = id_dropdown(
+        self.run = ui.id_dropdown(
             label="Run", show_label=False, container=False, visible=False, elem_id="run"
         )
-        self.status = html_block(_NOTHING, elem_id="status")
+        self.status = ui.html_block(_NOTHING, elem_id="status")
         with gr.Row():
-            self.stop = gr.Button("Stop and save", visible=False, size="md", elem_id="stop")
-            self.kill = gr.Button("Kill", visible=False, size="md", variant="stop")
-            self.resume = gr.Button(
-                "Resume", visible=False, size="md", variant="primary", elem_id="resume"
-            )
-        self.message = html_block(elem_id="run-said")
+            self.stop = ui.button("Stop and save", "stop", visible=False)
+            self.kill = ui.button("Kill", visible=False, variant="stop")
+            self.resume = ui.button("Resume", "resume", visible=False, variant="primary")
+        self.message = ui.html_block(elem_id="run-said")
         with gr.Row(visible=False) as self.next:
-            self.to_generate = gr.Button(
-                "Generate images with it", size="md", variant="primary", elem_id="to-generate"
-            )
-            self.to_library = gr.Button("Export it", size="md", elem_id="to-library")
+            text = "Generate images with it"
+            self.to_generate = ui.button(text, "to-generate", variant="primary")
+            self.to_library = ui.button("Export it", "to-library")
         with gr.Row(visible=False, equal_height=True) as self.extend:
             self.more = gr.Number(100, label="More steps", precision=0, minimum=1, elem_id="more")
-            self.extend_by = gr.Button("Continue with more steps", size="md", elem_id="continue")
-        self.loss = html_block(elem_id="loss")
-        self.samples = gallery(
+            self.extend_by = ui.button("Continue with more steps", "continue")
+        self.loss = ui.html_block(elem_id="loss")
+        self.samples = ui.gallery(
             columns=2, buttons=["fullscreen"], visible=False, format="png", elem_id="samples"
         )
-        self.chooser = chooser.ChooserView()
+        text = (
+            "More steps raise the similarity to the subject, and language drift with it. Ranking "
+            "asks every checkpoint for the same images at the same seeds and measures both."
+        )
+        with gr.Column(visible=False, elem_id="chooser") as self.chooser:
+            ui.html_block(html.heading("", "Which checkpoint?", text))
+            self.rank = ui.button("Rank the checkpoints", "rank-checkpoints")
+            self.cards = ui.html_block(elem_id="checkpoints", js_on_load=ui.CLICKS)
         with gr.Column(visible=False, elem_classes="dd-details") as self.details:
             with gr.Accordion("Queue and history", open=True):
-                self.jobs = html_block(elem_id="jobs")
+                self.jobs = ui.html_block(elem_id="jobs")
             with gr.Accordion("Log", open=False):
-                self.log = html_block(elem_id="log")
+                self.log = ui.html_block(elem_id="log")
             with gr.Accordion("Command line of this run", open=False):
-                self.command = html_block(elem_id="command")
+                self.command = ui.html_block(elem_id="command")
             with gr.Accordion("Rename or remove", open=False):
-                self.name = gr.Textbox(
-                    label="Name of this run", max_lines=1, max_length=NAME_LIMIT, elem_id="run-name"
-                )
+                limit = tasks.NAME_LIMIT
+                self.name = ui.line("Name of this run", "run-name", max_length=limit)
                 with gr.Row():
-                    self.rename = gr.Button("Rename", size="md", elem_id="rename")
-                    self.remove = gr.Button(
-                        "Remove this run", visible=False, size="md", elem_id="remove"
-                    )
+                    self.rename = ui.button("Rename", "rename")
+                    self.remove = ui.button("Remove this run", "remove", visible=False)
 
 
 def connect(context: Context, view: RunView) -> None:
     """Stop, kill, resume and remove the run that is shown."""
-    workspace, act = context.workspace, functools.partial(_act, context)
-
-    def resume(folder: Path) -> None:
-        requeue_job(folder)
-        context.queue.tick()
+    workspace = context.workspace
 
     def remove(folder: Path) -> str:
         return "" if delete_job(workspace, folder.name) else REMAINS
 
-    @plain
-    def extend(job_id: str | None, more: float) -> list[Any]:
-        def queue(folder: Path) -> None:
-            continue_run(folder, more)
-            context.queue.tick()
-
-        return act(queue)(job_id)
-
-    @plain
     def rename(job_id: str | None, name: str) -> list[Any]:
-        shown = act(lambda folder: rename_run(workspace, folder.name, name))(job_id)
-        return [*shown, gr.update(value="", placeholder=name)]
+        act = _act(context, lambda folder: tasks.rename_run(workspace, folder.name, name))
+        return [*act(job_id), gr.update(value="", placeholder=name)]
 
-    @plain
     def command(job_id: str | None) -> list[str]:
         if not job_id:
-            return [
-                html.empty("No run yet", "Its command line appears here."),
-                gr.skip(),
-                gr.skip(),
-            ]
+            nothing = html.empty("No run yet", "Its command line appears here.")
+            return [nothing, gr.skip(), gr.skip()]
         job = context.job(job_id)
         called = gr.update(placeholder=job.title)
         return [html.command(job.record.command, "What runs"), "", called]
 
     outputs = [view.message, *(getattr(view, name) for name in _CONTROLS)]
     # Of stopping and resuming the card tells, as long as it is true.
-    view.stop.click(act(stop_job), [view.run], outputs, **QUIET)
-    view.resume.click(act(resume), [view.run], outputs, **QUIET)
-    view.kill.click(act(kill_job, "The run was killed"), [view.run], outputs, **QUIET)
-    view.remove.click(
-        act(remove, "The run was removed"),
-        [view.run],
-        outputs,
-        js="(id) => confirm('Remove this run with everything it made?') ? id : ''",
-        **QUIET,
-    )
-    view.extend_by.click(extend, [view.run, view.more], outputs, **QUIET)
-    gr.on(
-        [view.rename.click, view.name.submit], rename, [view.run, view.name],
-        [*outputs, view.name], **QUIET,
-    )  # fmt: skip
-    view.run.change(command, [view.run], [view.command, view.message, view.name], **QUIET)
-    chooser.connect(context, view.chooser, view.run)
+    ui.on(view.stop.click, _act(context, stop_job), [view.run], outputs)
+    ui.on(view.resume.click, _act(context, requeue_job), [view.run], outputs)
+    ui.on(view.kill.click, _act(context, kill_job, "The run was killed"), [view.run], outputs)
+    ui.on(view.extend_by.click, _act(context, tasks.continue_run), [view.run, view.more], outputs)
+    question = "Remove this run with everything it made?"
+    removed = _act(context, remove, "The run was removed")
+    ui.on(view.remove.click, removed, [view.run], outputs, confirm=question)
+    named = [view.rename.click, view.name.submit]
+    ui.on(named, rename, [view.run, view.name], [*outputs, view.name])
+    ui.on(view.run.change, command, [view.run], [view.command, view.message, view.name])
+    _connect_chooser(context, view)
 
 
 def _act(
-    context: Context, action: Callable[[Path], str | None], text: str = ""
-) -> Callable[[str | None], list[Any]]:
+    context: Context, action: Callable[..., str | None], text: str = ""
+) -> Callable[..., list[Any]]:
     """Return the action of a button on the run that is shown, with its message."""
 
-    @plain
-    def run(job_id: str | None) -> list[Any]:
-        if not job_id:  # not confirmed
-            return [gr.skip()] * (1 + len(_CONTROLS))
-        told = text + (action(context.workspace.job(job_id)) or "")
-        jobs = context.jobs(fresh=True)
+    def run(job_id: str | None, *values: Any) -> list[Any]:
+        told = text + (action(context.workspace.job(job_id), *values) or "")
+        jobs = context.queued()
         gone = {job.id for job in jobs if _never_began(job)}
         parts = refresh(context, jobs, None if job_id in gone else job_id)
-        return [html.note(told, "info"), *(filled(parts[name]) for name in _CONTROLS)]
+        return [html.note(told, "info"), *(ui.filled(parts[name]) for name in _CONTROLS)]
 
     return run
 
@@ -182,23 +147,23 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
     samples = job.samples if job else ()
     stamps = tuple((str(path), path.stat().st_mtime_ns) for path in samples)
     return {
-        "run": choosing(choices, value, run, visible=bool(choices)),
+        "run": ui.choosing(choices, value, run, visible=bool(choices)),
         "status": html.status_card(job) if job else _NOTHING,
         "loss": loss_plot(read_metrics(job.folder), read_validation(job.folder)) if job else "",
         "log": html.log_view(log_tail(job.folder)) if job else "",
         "jobs": html.queue_list(jobs),
         "samples": (stamps, lambda: _sample_gallery(samples)),
-        "stop": changing(
+        "stop": ui.changing(
             value="Remove from queue" if waits else "Stop and save",
             visible=waits or bool(job and job.state == "running"),
         ),
-        "kill": changing(visible=bool(job and job.may_kill)),
-        "resume": changing(visible=bool(job and job.state in ("stopped", "failed", "crashed"))),
-        "remove": changing(visible=bool(job and job.has_ended)),
-        "next": changing(visible=bool(job and job.has_ended and job.can_generate)),
-        "extend": changing(visible=bool(job and can_continue(job))),
-        "details": changing(visible=bool(jobs)),
-        **chooser.refresh(context, jobs, job),
+        "kill": ui.changing(visible=bool(job and job.may_kill)),
+        "resume": ui.changing(visible=bool(job and job.state in ("stopped", "failed", "crashed"))),
+        "remove": ui.changing(visible=bool(job and job.has_ended)),
+        "next": ui.changing(visible=bool(job and job.has_ended and job.stands)),
+        "extend": ui.changing(visible=bool(job and tasks.can_continue(job))),
+        "details": ui.changing(visible=bool(jobs)),
+        **_refresh_chooser(context, jobs, job),
     }
 
 
@@ -209,7 +174,7 @@ def _never_began(job: Job) -> bool:
 
 def _sample_gallery(samples: Sequence[Path]) -> Any:
     images = [
-        image_or_blank(functools.partial(open_photo, path, limited=False), _sample_title(path.stem))
+        ui.image_or_blank(_sample_title(path.stem), open_photo, path, limited=False)
         for path in samples[:9]
     ]
     return gr.update(value=images, visible=bool(images))
@@ -219,3 +184,113 @@ def _sample_title(name: str) -> str:
     if name.startswith("step-") and name[5:].isdecimal():
         return f"step {int(name.removeprefix('step-'))}"
     return {"adapted": "with the adapter", "base": "without it, same seeds"}.get(name, name)
+
+
+def _connect_chooser(context: Context, view: RunView) -> None:
+    """Rank the checkpoints of the run that is shown, and choose one."""
+
+    def now(job_id: str) -> list[Any]:
+        parts = _refresh_chooser(context, context.queued(), context.job(job_id))
+        return list(map(ui.filled, parts.values()))
+
+    def start(job_id: str | None) -> list[Any]:
+        job = context.job(job_id)
+        running = _ranking_of(context.jobs(fresh=True), job)
+        if running is None or running.has_ended:
+            tasks.start_ranking(context.workspace, job)
+        return now(job.id)
+
+    def click(job_id: str | None, event: gr.EventData) -> list[Any]:
+        job = context.job(job_id)
+        what, value = ui.clicked(event)
+        if what == "stop":
+            stop_job(context.workspace.job(value))
+        else:
+            where = "is now used for this run in Generate and in the Library."
+            gr.Info(f"Step {choose(job, value)} {where}", title="")
+        return now(job.id)
+
+    outputs = [view.chooser, view.rank, view.cards]
+    ui.on(view.rank.click, start, [view.run], outputs)
+    ui.on(view.cards.click, click, [view.run], outputs)
+
+
+def _ranking_of(jobs: Sequence[Job], run: Job | None) -> Job | None:
+    """The newest job that ranks a run's checkpoints."""
+    about_it = (job for job in jobs if job.kind == "rank-checkpoints" and run)
+    return next((job for job in about_it if run and job.record.run == run.id), None)
+
+
+def _refresh_chooser(context: Context, jobs: Sequence[Job], job: Job | None) -> dict[str, Any]:
+    """Return the timer's update: whether the chooser shows, its button, and its cards."""
+    shown = bool(job and job.has_ended and job.candidates)
+    running = _ranking_of(jobs, job)
+    busy = running is not None and not running.has_ended
+    ranking, damage = None, ""
+    if job and shown:
+        try:
+            ranking = read_ranking(context.workspace, job)
+        except DamagedFile as error:
+            damage = html.note(f"{error}, or rank again", "bad")
+    label = "Rank again" if ranking else "Rank the checkpoints"
+    return {
+        "chooser": ui.changing(visible=shown),
+        "chooser_start": ui.changing(value=label, visible=not busy),
+        "chooser_cards": damage + _cards(job, ranking, running) if job and shown else "",
+    }
+
+
+def _cards(job: Job, ranking: Ranking | None, running: Job | None) -> str:
+    status = ""
+    if running is not None and not running.has_ended:
+        status = html.status_card(running, stop=True)
+    elif running is not None:
+        failed = f"The ranking failed: {running.cause}" if running.cause else ""
+        status = html.note(failed, "bad") + html.notes(log_warnings(running.folder), "warn")
+    if ranking is None:
+        return status
+    most = max((row.drift or 0 for row in ranking.rows), default=0) or 1
+    cards = "".join(_card(job, row, ranking, most) for row in ranking.rows)
+    late = [f"step {job.step_of(name)}" for name in ranking.missing]
+    new = html.note(f"Not ranked: {', '.join(late)}.", "info") if late else ""
+    notes = "".join(map(html.quiet, ranking.notes))
+    if ranking.suggested:
+        notes += html.quiet(
+            "Suggested: the most similarity less drift, among those that are more like the "
+            "subject than the base."
+        )
+    verdict = html.note(ranking.verdict, "warn")
+    return f"{status}{new}{verdict}<div class='dd-choices'>{cards}</div>{notes}"
+
+
+def _card(job: Job, row: RankedCheckpoint, ranking: Ranking, most_drift: float) -> str:
+    """One checkpoint: images, two bars, and the button."""
+    in_use = row.name == job.stands
+    title = f"Step {row.step}" if row.step else "Base model"
+    marks = html.pill("suggested", "running") if row.name == ranking.suggested else ""
+    if in_use:
+        marks += html.pill("in use", "done")
+    elif row.step:
+        marks += html.button("Use this", "use", row.name)
+    strips = "".join(html.image(path, title) for path in row.images)
+    figures = ""
+    if row.similarity is not None:
+        to = f" to {ranking.similar_to}" if ranking.similar_to else ""
+        figures = _bar("similarity", row.similarity, row.similarity, f"similarity{to}")
+    if row.step and row.drift is not None:
+        figures += _bar("drift", row.drift, row.drift / most_drift)
+    if row.loss is not None:
+        figures += f"<span>denoising loss, held-out photos</span><i></i><b>{row.loss:.4f}</b>"
+    return (
+        f"<div class='dd-choice{' dd-in-use' if in_use else ''}'>"
+        f"<div class='dd-row'><h3>{title}</h3><span class='dd-marks'>{marks}</span></div>"
+        f"<div class='dd-strips'>{strips}</div><div class='dd-bars'>{figures}</div></div>"
+    )
+
+
+def _bar(name: str, value: float, share: float, label: str = "") -> str:
+    width = f"{min(1.0, max(0.0, share)):.0%}"
+    return (
+        f"<span>{html.esc(label or name)}</span>"
+        f"<div class='dd-bar dd-{name}'><div style='width:{width}'></div></div><b>{value:.2f}</b>"
+    )

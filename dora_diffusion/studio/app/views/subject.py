@@ -11,33 +11,14 @@ import gradio as gr
 from dora_diffusion.config.wording import counted
 from dora_diffusion.data.checks import WANTED
 from dora_diffusion.studio.app import html
-from dora_diffusion.studio.app.context import Context, plain
-from dora_diffusion.studio.app.views import captions, photo
-from dora_diffusion.studio.app.views.fields import (
-    BUSY,
-    CLICKS,
-    QUIET,
-    clicked,
-    gallery,
-    html_block,
-    id_dropdown,
-)
-from dora_diffusion.studio.app.views.tasks import task_card
+from dora_diffusion.studio.app.context import Context
+from dora_diffusion.studio.app.views import photo, ui
+from dora_diffusion.studio.jobs import subjects
 from dora_diffusion.studio.jobs.queue import stop_job
 from dora_diffusion.studio.jobs.snapshot import Job
-from dora_diffusion.studio.jobs.subjects import (
-    StoredSubject,
-    add_photos,
-    delete_subject,
-    new_subject,
-    read_subject,
-    sample_names,
-    subjects_in,
-    take_sample,
-)
+from dora_diffusion.studio.jobs.store import REMAINS, UserError, Workspace, clean_text
 from dora_diffusion.studio.jobs.tasks import looks_at, start_look
 from dora_diffusion.studio.jobs.uploads import MAX_BYTES, MAX_PHOTOS
-from dora_diffusion.studio.jobs.workspace import REMAINS, UserError, clean_text
 
 _EMPTY = html.empty("No photos yet", f"Add {WANTED}. Or take a sample.")
 
@@ -54,14 +35,14 @@ class SubjectTab:
 
     def _add_photos(self, context: Context) -> None:
         text = "Of one subject, with .txt captions beside them. They stay on this machine."
-        html_block(html.heading("1", "Photos", text))
-        self.pick = id_dropdown(
+        ui.html_block(html.heading("1", "Photos", text))
+        self.pick = ui.id_dropdown(
             label="Subject",
             info="Each keeps its photos and captions.",
             visible=False,
             elem_id="subject",
         )
-        self.place = html_block(_place(None), elem_id="upload-to")
+        self.place = ui.html_block(_place(None), elem_id="upload-to")
         self.upload = gr.File(
             file_count="multiple",
             file_types=["image", ".heic", ".heif", ".txt"],
@@ -70,44 +51,30 @@ class SubjectTab:
             height=150,
             elem_id="upload",
         )
-        self.report = html_block(elem_id="report")
+        self.report = ui.html_block(elem_id="report")
         cards = _sample_cards(context.launch.samples)
-        self.samples = html_block(cards, elem_id="samples-to-take", js_on_load=CLICKS)
+        self.samples = ui.html_block(cards, elem_id="samples-to-take", js_on_load=ui.CLICKS)
         with gr.Accordion("New subject, or delete this one", open=False):
             self.name = gr.Textbox(label="Name of the new subject", max_lines=1, max_length=60)
             with gr.Row():
-                self.create = gr.Button("Make it", size="md")
-                self.remove = gr.Button("Delete this subject", size="md", variant="stop")
+                self.create = ui.button("Make it")
+                self.remove = ui.button("Delete this subject", variant="stop")
 
     def _add_crops(self) -> None:
         text = "The exact crop of each photo. Click one to crop, mask or remove it."
-        html_block(html.heading("2", "Training images", text))
-        self.blank = html_block(_EMPTY)
-        self.gallery = gallery(
+        ui.html_block(html.heading("2", "Training images", text))
+        self.blank = ui.html_block(_EMPTY)
+        self.gallery = ui.gallery(
             visible=False, columns=5, allow_preview=False, format="jpeg", elem_id="crops"
         )
         self.names = gr.State([])
         self.editing = photo.PhotoView()
-        self.captions = captions.CaptionsView()
-        self.look = gr.Button("Check photos", size="md", elem_id="look")
-        self.looked = html_block(elem_id="looked", js_on_load=CLICKS)
-        self.to_train = gr.Button(
-            "Next: train on these photos", variant="primary", visible=False, elem_id="to-train"
+        self.captions = photo.CaptionsView()
+        self.look = ui.button("Check photos", "look")
+        self.looked = ui.html_block(elem_id="looked", js_on_load=ui.CLICKS)
+        self.to_train = ui.button(
+            "Next: train on these photos", "to-train", variant="primary", visible=False, size="lg"
         )
-
-    @property
-    def view(self) -> list[Any]:
-        """Fields that `photo.subject_view` fills."""
-        editing = self.editing
-        return [
-            self.gallery, self.blank, self.names, self.report, self.to_train,
-            editing.box, editing.chosen, self.captions.box, self.captions.rows,
-        ]  # fmt: skip
-
-    @property
-    def choice(self) -> list[Any]:
-        """Fields that `_choices` fills."""
-        return [self.pick, self.place]
 
 
 def connect(context: Context, tab: SubjectTab, restored: Any, size: list[Any]) -> None:
@@ -119,199 +86,169 @@ def connect(context: Context, tab: SubjectTab, restored: Any, size: list[Any]) -
         restored: The event of the page being loaded, after what was chosen before.
         size: The fields of base model and resolution.
     """
-    outputs = [*tab.choice, *tab.view]
+    workspace = context.workspace
+    view = [
+        tab.gallery, tab.blank, tab.names, tab.report, tab.to_train, tab.editing.box,
+        tab.editing.chosen, tab.captions.box, tab.captions.rows,
+    ]  # fmt: skip
+    asked, outputs = [tab.pick, *size], [tab.pick, tab.place, *view]
 
-    @plain
-    def select(subject_id: str | None, *chosen: Any) -> list[Any]:
-        return [_place(_stored(context, subject_id)), *_show(context, subject_id, chosen)]
-
-    @plain
-    def resize(subject_id: str | None, *chosen: Any) -> str:
-        return str(_show(context, subject_id, chosen)[3])
-
-    @plain
     def load(subject_id: str | None, *chosen: Any) -> list[Any]:
-        current = current_subject(context, subject_id)
-        return [*_choices(context, subject_id), *_show(context, current, chosen)]
+        return _show(context, subject_id, chosen)
 
-    @plain
-    def remove(subject_id: str | None, *chosen: Any) -> list[Any]:
-        if not subject_id:  # nothing to delete, or not confirmed
-            return [gr.skip()] * len(outputs)
-        text = "Subject deleted" + (
-            "" if delete_subject(context.workspace, subject_id) else REMAINS
-        )
-        current, message = current_subject(context, None), html.note(text, "info")
-        return [*_choices(context, current), *_show(context, current, chosen, message)]
+    def select(subject_id: str | None, *chosen: Any) -> list[Any]:
+        workspace.subject(subject_id)  # It may have been deleted meanwhile.
+        return _show(context, subject_id, chosen)[1:]
+
+    def resize(subject_id: str | None, *chosen: Any) -> str:
+        return str(_show(context, subject_id, chosen)[outputs.index(tab.report)])
+
+    def remove(subject_id: str, *chosen: Any) -> list[Any]:
+        is_gone = subjects.delete_subject(workspace, subject_id)
+        message = html.note("Subject deleted" + ("" if is_gone else REMAINS), "info")
+        return _show(context, None, chosen, message)
 
     # Choosing is an input, not a change: answers to other events must not run it again.
-    tab.pick.input(select, [tab.pick, *size], [tab.place, *tab.view], **QUIET)
-    gr.on([field.change for field in size], resize, [tab.pick, *size], [tab.report], **QUIET)
-    tab.remove.click(
-        remove,
-        [tab.pick, *size],
-        outputs,
-        js="(id, ...rest) => [confirm('Delete this subject with its photos and captions? "
-        "Runs that were trained on it keep copies.')"
-        " ? id : '', ...rest]",
-        **QUIET,
-    )
-    restored.then(load, [tab.pick, *size], outputs, **QUIET)
-    _connect_upload(context, tab, size)
-    _connect_new(context, tab, size)
-    _connect_look(context, tab, size)
-    captions.connect(context, tab.captions, tab.pick)
-    photo.connect(context, tab.editing, [tab.pick, *size], tab.view)
-
-
-def _connect_new(context: Context, tab: SubjectTab, size: list[Any]) -> None:
-    """New subjects: named ones, and samples."""
-    workspace = context.workspace
-
-    @plain
-    def create(title: str, *chosen: Any) -> list[Any]:
-        title = clean_text(title, 60, "name")
-        if not title:
-            raise UserError("give the new subject a name first")
-        subject_id = new_subject(workspace, title)
-        return ["", *_choices(context, subject_id), *_show(context, subject_id, chosen)]
-
-    @plain
-    def take(event: gr.EventData, *chosen: Any) -> list[Any]:
-        subject_id = take_sample(workspace, context.launch.samples, clicked(event)[1])
-        message = html.note("A sample subject, ready to train.", "good")
-        return [*_choices(context, subject_id), *_show(context, subject_id, chosen, message)]
-
-    outputs = [*tab.choice, *tab.view]
-    gr.on(
-        [tab.create.click, tab.name.submit], create, [tab.name, *size], [tab.name, *outputs],
-        **QUIET,
+    ui.on(tab.pick.input, select, asked, outputs[1:])
+    ui.on([field.change for field in size], resize, asked, [tab.report])
+    ui.on(
+        tab.remove.click, remove, asked, outputs,
+        confirm="Delete this subject with its photos and captions? Runs that were trained on it "
+        "keep copies.",
     )  # fmt: skip
-    tab.samples.click(take, size, outputs, **BUSY)
-
-
-def _connect_upload(context: Context, tab: SubjectTab, size: list[Any]) -> None:
-    """Photos of the subject that is chosen, or of a new one."""
-    workspace, outputs = context.workspace, [*tab.choice, *tab.view]
-
-    @plain
-    def upload(
-        files: list[str] | None, subject_id: str | None, name: str, *chosen: Any
-    ) -> list[Any]:
-        if not files:
-            return [gr.skip()] * (2 + len(outputs))
-        is_new = not subject_id
-        if is_new:
-            subject_id = new_subject(workspace, clean_text(name, 60, "name") or _new_title(context))
-        stored = read_subject(workspace, subject_id)
-        result = add_photos(workspace, stored.id, files)
-        if is_new and not result.accepted:
-            delete_subject(workspace, stored.id)
-            message = html.notes(result.refused, "bad")
-            return [
-                None,
-                gr.skip(),
-                *_choices(context, None),
-                *_show(context, None, chosen, message),
-            ]
-        added = [
-            counted(len(names), noun)
-            for noun, names in (("photo", result.accepted), ("caption", result.captions))
-            if names
-        ]
-        kind = "the new subject" if is_new else "the subject"
-        text = f"{' and '.join(added)} added to {kind} {stored.title}" if added else ""
-        message = html.note(text, "good") + html.notes(result.refused, "bad")
-        return [
-            None,
-            "",
-            *_choices(context, subject_id),
-            *_show(context, subject_id, chosen, message),
-        ]
-
-    tab.upload.upload(
-        upload, [tab.upload, tab.pick, tab.name, *size], [tab.upload, tab.name, *outputs],
-        js=_ASK, **BUSY,
-    )  # fmt: skip
-
-
-def _connect_look(context: Context, tab: SubjectTab, size: list[Any]) -> None:
-    """Connect the button that inspects the photos by ``dora-diffusion prepare``."""
-
-    @plain
-    def look(subject_id: str | None, *chosen: Any) -> str:
-        subject = read_subject(context.workspace, subject_id)
-        start_look(context.workspace, subject, photo.side(context, *chosen))
-        context.queue.tick()
-        return refresh(context, context.jobs(fresh=True), subject_id)["looked"]
-
-    @plain
-    def automatic(subject_id: str | None, model: str, *chosen: Any) -> str:
-        name = str(model or "").strip()
-        if not name:
-            raise UserError("name a captioning model first: a folder, or a hub id")
-        subject = read_subject(context.workspace, subject_id)
-        side = photo.side(context, *chosen)
-        start_look(context.workspace, subject, side, context.allowed_model(name))
-        context.queue.tick()
-        return refresh(context, context.jobs(fresh=True), subject_id)["looked"]
-
-    @plain
-    def reread(subject_id: str | None) -> Any:
-        """The captions that a job has written meanwhile."""
-        stored = _stored(context, subject_id)
-        jobs = looks_at(context.jobs(), stored) if stored else []
-        return captions.caption_rows(stored) if jobs and jobs[0].has_ended else gr.skip()
-
-    @plain
-    def stop(subject_id: str | None, event: gr.EventData) -> str:
-        stop_job(context.workspace.job(clicked(event)[1]))
-        return refresh(context, context.jobs(fresh=True), subject_id)["looked"]
-
-    tab.look.click(look, [tab.pick, *size], [tab.looked], **BUSY)
-    model = tab.captions.model
-    tab.captions.automatic.click(automatic, [tab.pick, model, *size], [tab.looked], **BUSY)
-    tab.looked.click(stop, [tab.pick], [tab.looked], **QUIET)
-    tab.looked.change(reread, [tab.pick], [tab.captions.rows], **QUIET)
-
-
-def refresh(context: Context, jobs: Sequence[Job], subject_id: str | None) -> dict[str, str]:
-    """Return the timer's update of this tab: the last look at the photos."""
-    try:
-        subject = read_subject(context.workspace, subject_id)
-    except UserError:
-        return {"looked": ""}
-    return {"looked": "".join(map(task_card, looks_at(jobs, subject)[:1]))}
+    ui.on(restored.then, load, asked, outputs)
+    _connect_new(context, tab, size, outputs)
+    _connect_look(context, tab, asked)
+    photo.connect_captions(context, tab.captions, tab.pick)
+    photo.connect(context, tab.editing, asked, view)
 
 
 def _show(
     context: Context, subject_id: str | None, chosen: Sequence[Any], message: str = ""
 ) -> list[Any]:
-    """A subject's photos; ``chosen`` are the base model and the resolution."""
-    return photo.subject_view(_stored(context, subject_id), photo.side(context, *chosen), message)
+    """All outputs, with the subject that is asked for, else the newest."""
+    known = subjects.subjects_in(context.workspace)
+    newest = next(iter(known), None)
+    current = next((each for each in known if each.id == subject_id), newest)
+    choices = [(f"{each.title} ({len(each.photos)} photos)", each.id) for each in known]
+    return [
+        gr.update(choices=choices, value=current and current.id, visible=bool(choices)),
+        _place(current),
+        *photo.subject_view(current, photo.side(context, *chosen), message),
+    ]
 
 
-def _stored(context: Context, subject_id: str | None) -> StoredSubject | None:
-    return read_subject(context.workspace, subject_id) if subject_id else None
+def _connect_new(context: Context, tab: SubjectTab, size: list[Any], outputs: list[Any]) -> None:
+    """New subjects: named ones, samples, and uploads without a subject."""
+    workspace = context.workspace
+
+    def create(title: str, *chosen: Any) -> list[Any]:
+        title = clean_text(title, 60, "name")
+        if not title:
+            raise UserError("give the new subject a name first")
+        return ["", *_show(context, subjects.new_subject(workspace, title), chosen)]
+
+    def take(event: gr.EventData, *chosen: Any) -> list[Any]:
+        subject_id = subjects.take_sample(workspace, context.launch.samples, ui.clicked(event)[1])
+        message = html.note("A sample subject, ready to train.", "good")
+        return _show(context, subject_id, chosen, message)
+
+    def upload(
+        files: list[str] | None, subject_id: str | None, name: str, *chosen: Any
+    ) -> list[Any]:
+        if not files:
+            return [gr.skip()] * (2 + len(outputs))
+        subject_id, message, is_kept = _upload(workspace, files, subject_id, name)
+        return [None, "" if is_kept else gr.skip(), *_show(context, subject_id, chosen, message)]
+
+    ui.on(
+        tab.upload.upload, upload, [tab.upload, tab.pick, tab.name, *size],
+        [tab.upload, tab.name, *outputs], js="studio.join", show="minimal",
+    )  # fmt: skip
+    new = [tab.create.click, tab.name.submit]
+    ui.on(new, create, [tab.name, *size], [tab.name, *outputs])
+    ui.on(tab.samples.click, take, size, outputs, show="minimal")
 
 
-def _new_title(context: Context) -> str:
-    """A name that no subject has yet."""
-    titles = {subject.title for subject in subjects_in(context.workspace)}
-    names = ["My subject", *(f"My subject {number}" for number in range(2, len(titles) + 3))]
-    return next(name for name in names if name not in titles)
+def _upload(
+    workspace: Workspace, files: list[str], subject_id: str | None, name: str
+) -> tuple[str | None, str, bool]:
+    """Add photos to a subject, or to a new one; its id, what to say, and whether it is there."""
+    is_new = not subject_id
+    if is_new:
+        titles = {subject.title for subject in subjects.subjects_in(workspace)}
+        names = ["My subject", *(f"My subject {number}" for number in range(2, len(titles) + 3))]
+        free = next(name for name in names if name not in titles)
+        subject_id = subjects.new_subject(workspace, clean_text(name, 60, "name") or free)
+    stored = subjects.read_subject(workspace, subject_id)
+    result = subjects.add_photos(workspace, stored.id, files)
+    refused = html.notes(result.refused, "bad")
+    if is_new and not result.accepted:
+        subjects.delete_subject(workspace, stored.id)
+        return None, refused, False
+    added = [
+        counted(len(names), noun)
+        for noun, names in (("photo", result.accepted), ("caption", result.captions))
+        if names
+    ]
+    kind = "the new subject" if is_new else "the subject"
+    text = f"{' and '.join(added)} added to {kind} {stored.title}" if added else ""
+    return stored.id, html.note(text, "good") + refused, True
 
 
-# Asks before photos join a sample; without a subject's id they become one of their own.
-_ASK = """(files, id, ...rest) => {
-  const sample = files?.length && document.querySelector('[data-sample]')?.dataset.sample;
-  const asked = `Add these photos to the sample ${sample}? All photos of a subject are learned as `
-    + 'one. Cancel makes a new subject of them.';
-  return [files, sample && !confirm(asked) ? '' : id, ...rest];
-}"""
+def _connect_look(context: Context, tab: SubjectTab, asked: list[Any]) -> None:
+    """Connect the button that inspects the photos by ``dora-diffusion prepare``."""
+
+    def looked(subject_id: str | None) -> str:
+        return refresh(context, context.queued(), subject_id)["looked"]
+
+    def look(subject_id: str | None, *chosen: Any) -> str:
+        subject, side = (
+            subjects.read_subject(context.workspace, subject_id),
+            photo.side(context, *chosen),
+        )
+        start_look(context.workspace, subject, side)
+        return looked(subject_id)
+
+    def automatic(subject_id: str | None, model: str, *chosen: Any) -> str:
+        name = str(model or "").strip()
+        if not name:
+            raise UserError("name a captioning model first: a folder, or a hub id")
+        subject, side = (
+            subjects.read_subject(context.workspace, subject_id),
+            photo.side(context, *chosen),
+        )
+        start_look(context.workspace, subject, side, context.allowed_model(name))
+        return looked(subject_id)
+
+    def reread(subject_id: str | None) -> Any:
+        """The captions that a job has written meanwhile."""
+        stored = subjects.read_subject(context.workspace, subject_id) if subject_id else None
+        jobs = looks_at(context.jobs(), stored) if stored else []
+        return photo.caption_rows(stored) if jobs and jobs[0].has_ended else gr.skip()
+
+    def stop(subject_id: str | None, event: gr.EventData) -> str:
+        stop_job(context.workspace.job(ui.clicked(event)[1]))
+        return looked(subject_id)
+
+    ui.on(tab.look.click, look, asked, [tab.looked], show="minimal")
+    captions, (pick, *size) = tab.captions, asked
+    named = [pick, captions.model, *size]
+    ui.on(captions.automatic.click, automatic, named, [tab.looked], show="minimal")
+    ui.on(tab.looked.click, stop, [tab.pick], [tab.looked])
+    ui.on(tab.looked.change, reread, [tab.pick], [captions.rows])
 
 
-def _place(subject: StoredSubject | None) -> str:
+def refresh(context: Context, jobs: Sequence[Job], subject_id: str | None) -> dict[str, str]:
+    """Return the timer's update of this tab: the last look at the photos."""
+    try:
+        subject = subjects.read_subject(context.workspace, subject_id)
+    except UserError:
+        return {"looked": ""}
+    return {"looked": "".join(map(html.task_card, looks_at(jobs, subject)[:1]))}
+
+
+def _place(subject: subjects.StoredSubject | None) -> str:
     """Describe where added photos go."""
     if subject is None:
         return html.quiet("Photos that you add become a new subject.")
@@ -322,28 +259,13 @@ def _place(subject: StoredSubject | None) -> str:
     return f"<div {mark}>{html.quiet(text + 'choose to add them to the sample.')}</div>"
 
 
-def current_subject(context: Context, subject_id: str | None) -> str | None:
-    """The subject that is asked for, else the newest."""
-    ids = [subject.id for subject in subjects_in(context.workspace)]
-    return subject_id if subject_id in ids else next(iter(ids), None)
-
-
-def _choices(context: Context, subject_id: str | None) -> list[Any]:
-    """The subjects to choose from, and where added photos go."""
-    subjects = subjects_in(context.workspace)
-    choices = [(f"{each.title} ({len(each.photos)} photos)", each.id) for each in subjects]
-    current = current_subject(context, subject_id)
-    listed = gr.update(choices=choices, value=current, visible=bool(choices))
-    return [listed, _place(_stored(context, current))]
-
-
 def _sample_cards(samples: Path) -> str:
     """The project's samples as images to press; nothing where the app was started elsewhere."""
     cards = "".join(
         html.picture_card(
             samples / name / "01.jpg", "take", name, name.replace("_", " ").capitalize()
         )
-        for name in sample_names(samples)
+        for name in subjects.sample_names(samples)
     )
     if not cards:
         return ""

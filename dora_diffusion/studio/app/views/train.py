@@ -11,40 +11,20 @@ import gradio as gr
 from dora_diffusion.config import PRESETS, TrainConfig
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.photos import mask_path
-from dora_diffusion.studio.app import html
-from dora_diffusion.studio.app.context import Context, plain
-from dora_diffusion.studio.app.draft import LIMIT, storage
-from dora_diffusion.studio.app.settings import (
-    ADVANCED,
-    EMBEDDED,
-    GROUPS,
-    LABELS,
-    SETTINGS,
-    command_line,
-    idle_settings,
-    make_config,
-    preset_values,
-    sentence,
-    setting_text,
-)
-from dora_diffusion.studio.app.views import run
-from dora_diffusion.studio.app.views.fields import QUIET, changing, html_block, setting_field
+from dora_diffusion.studio.app import html, settings
+from dora_diffusion.studio.app.context import Context
+from dora_diffusion.studio.app.views import run, ui
 from dora_diffusion.studio.app.views.subject import SubjectTab
-from dora_diffusion.studio.jobs.base_model import check_model
+from dora_diffusion.studio.jobs.bases import check_model
 from dora_diffusion.studio.jobs.estimates import announced_class_images, estimate
 from dora_diffusion.studio.jobs.snapshot import Job
+from dora_diffusion.studio.jobs.store import UserError
 from dora_diffusion.studio.jobs.subjects import StoredSubject, keep_words, read_subject, subjects_in
 from dora_diffusion.studio.jobs.tasks import NAME_LIMIT, start_training
-from dora_diffusion.studio.jobs.workspace import UserError
 from dora_diffusion.training.inputs.subject import outside_toy_world, subjects_of
 from dora_diffusion.training.results.write import check_prompts
 
 _CHOOSE_ANOTHER = "Choose Stable Diffusion 1.5, SDXL or a model of yours under Base model."
-# Whose they are is told by the subject that is chosen: its own are filled in when it is.
-_KEEP_WORDS = """(kept, subject, class_word, token) =>
-  window.ddRestored ? {subject: subject ?? '', class_word, token} : kept"""
-# Until the fields that change together have all changed.
-_SETTLE = "() => new Promise((done) => setTimeout(done, 50))"
 _NEW_ADAPTER = ("none: a new adapter", "")
 # What an adapter of the library tells of the run that starts from it.
 _OF_ADAPTER = (
@@ -69,69 +49,43 @@ class TrainTab:
                 self._add_subject()
                 self._add_model(context)
                 self._add_advanced()
-                self.cost = html_block(
-                    html.empty("No subject yet", "Add photos in the Subject tab first."),
-                    elem_id="cost",
-                )
-                self.name = gr.Textbox(
-                    label="Name of the run",
-                    placeholder="default: the subject and the time",
-                    max_lines=1,
+                nothing = html.empty("No subject yet", "Add photos in the Subject tab first.")
+                self.cost = ui.html_block(nothing, elem_id="cost")
+                self.name = ui.line(
+                    "Name of the run", "name", placeholder="default: the subject and the time",
                     max_length=NAME_LIMIT,
-                    elem_id="name",
-                )
-                self.start = gr.Button(
-                    "Start training", variant="primary", size="lg", elem_id="start"
-                )
-                self.message = html_block(elem_id="train-said")
-                self.plan = html_block(elem_id="plan")
+                )  # fmt: skip
+                self.start = ui.button("Start training", "start", variant="primary", size="lg")
+                self.message = ui.html_block(elem_id="train-said")
+                self.plan = ui.html_block(elem_id="plan")
             with gr.Column(scale=6, min_width=320):
                 text = "Close this page if you like: the run continues."
-                html_block(html.heading("4", "Progress", text))
+                ui.html_block(html.heading("4", "Progress", text))
                 self.shown = run.RunView()
 
     def _add_subject(self) -> None:
-        html_block(
-            html.heading("3", "Class and token", "Of the subject chosen in the Subject tab.")
-        )
+        text = "Of the subject chosen in the Subject tab."
+        ui.html_block(html.heading("3", "Class and token", text))
+        label = settings.LABELS["class_word"]
         with gr.Row():
-            self.class_word = gr.Textbox(
-                label=LABELS["class_word"],
-                info="In one or two words: mug, dog, toy robot.",
-                max_lines=1,
-                min_width=140,
-                elem_id="class-word",
-            )
-            self.token = gr.Textbox(
-                "sks",
-                label="Token",
-                info="The trigger word: a rare one.",
-                max_lines=1,
-                min_width=140,
-                elem_id="token",
-            )
+            text = "In one or two words: mug, dog, toy robot."
+            self.class_word = ui.line(label, "class-word", info=text, min_width=140)
+            text = "The trigger word: a rare one."
+            self.token = ui.line("Token", "token", "sks", info=text, min_width=140)
         # Ids are looked up where they are used: see `id_dropdown`.
         self.others = gr.Dropdown(
-            [],
-            label=LABELS["dataset_config"],
-            info="Each is learned with its own token and class.",
-            multiselect=True,
-            allow_custom_value=True,
-            visible=False,
+            [], label=settings.LABELS["dataset_config"], multiselect=True, visible=False,
+            info="Each is learned with its own token and class.", allow_custom_value=True,
             elem_id="other-subjects",
-        )
+        )  # fmt: skip
 
     def _add_model(self, context: Context) -> None:
-        self.preset = gr.Radio(
-            [(name.capitalize(), name) for name in PRESETS],
-            value="balanced",
-            label="Preset",
-            elem_id="preset",
-        )
+        presets = [(name.capitalize(), name) for name in PRESETS]
+        self.preset = gr.Radio(presets, value="balanced", label="Preset", elem_id="preset")
         self.model = gr.Dropdown(
             [(base.label, base.name) for base in context.bases()],
-            value=EMBEDDED,
-            label=LABELS["pretrained_model_name_or_path"],
+            value=settings.EMBEDDED,
+            label=settings.LABELS["pretrained_model_name_or_path"],
             info="The embedded ones are toys that train in minutes on a laptop. For real "
             "photos: Stable Diffusion or SDXL. Or type a hub id, a Diffusers folder or a "
             ".safetensors checkpoint.",
@@ -142,7 +96,7 @@ class TrainTab:
             "init_adapter": gr.Dropdown(
                 [_NEW_ADAPTER],
                 value="",
-                label=LABELS["init_adapter"],
+                label=settings.LABELS["init_adapter"],
                 info="An adapter: a run of the library, which sets base model, rank and "
                 "layers, or a file of another program.",
                 allow_custom_value=True,
@@ -152,15 +106,15 @@ class TrainTab:
 
     def add_storage(self) -> None:
         """Add what the browser keeps: outside of the tabs, which are not there until opened."""
-        self.settled = storage("settled", "")
-        texts = {n: setting_text(v) for n, v in preset_values("balanced", EMBEDDED).items()}
-        self.filled = storage("filled", texts)
-        self.words = storage("words", {})
+        values = settings.preset_values("balanced", settings.EMBEDDED)
+        texts = {name: settings.setting_text(value) for name, value in values.items()}
+        self.settled, self.words = ui.storage("settled", ""), ui.storage("words", {})
+        self.filled = ui.storage("filled", texts)
 
     def _add_advanced(self) -> None:
         self.prompts = gr.Textbox(
             _PROMPTS,
-            label=LABELS["validation_prompt"],
+            label=settings.LABELS["validation_prompt"],
             info="One per line. {subject} becomes token and class. A line may end with --n "
             "negative prompt, --d seed, --w width, --h height, --l guidance, --s steps, --ss "
             "scheduler, and --drift where it leaves out the token.",
@@ -168,13 +122,13 @@ class TrainTab:
             max_length=4000,
             elem_id="sample-prompts",
         )
-        values = preset_values("balanced", EMBEDDED)
+        values = settings.preset_values("balanced", settings.EMBEDDED)
         with gr.Accordion("Advanced settings, by their command-line names", open=False):
-            for title, names in GROUPS.items():
+            for title, names in settings.GROUPS.items():
                 with gr.Accordion(title, open=False):
-                    for name in names:
-                        if name not in self.advanced:
-                            self.advanced[name] = setting_field(SETTINGS[name], values[name])
+                    for name in (name for name in names if name not in self.advanced):
+                        setting = settings.SETTINGS[name]
+                        self.advanced[name] = ui.setting_field(setting, values[name])
 
 
 def connect(
@@ -190,27 +144,23 @@ def connect(
         restored: The event of the page being loaded, after what was chosen before.
     """
     tab.add_storage()
-    fields = [tab.advanced[name] for name in ADVANCED]
+    fields = [tab.advanced[name] for name in settings.ADVANCED]
     asked = [subjects.pick, tab.model, tab.token, tab.class_word, tab.prompts, *fields, tab.others]
 
     def plan(*values: Any) -> list[str]:
         try:
             return _plan(context, read_form(context, *values)[0])
         except (ValueError, OSError) as error:
-            return [html.note(sentence(str(error)), "warn"), ""]
+            return [html.note(settings.sentence(str(error)), "warn"), ""]
 
-    @plain
     def start(name: str, *values: Any) -> list[Any]:
         config, learned = read_form(context, *values, ask_hub=True)
         job_id = start_training(context.workspace, config, learned, name)
-        context.queue.tick()
-        jobs = context.jobs(fresh=True)
+        jobs = context.queued()
         job = next(job for job in jobs if job.id == job_id)
-        text = (
-            f"Queued {job.title}: number {job.position} in the queue"
-            if job.state == "waiting"
-            else f"Started {job.title}"
-        )
+        text = f"Started {job.title}"
+        if job.state == "waiting":
+            text = f"Queued {job.title}: number {job.position} in the queue"
         return [
             gr.update(choices=run.run_choices(jobs), value=job_id, visible=True),
             html.note(f"{text}, on {job.base}", "good"),
@@ -219,46 +169,50 @@ def connect(
 
     # A preset changes a dozen fields, each with an event of its own; requests that are sent at
     # once overtake each other. So each waits until all fields have changed, and one asks for all.
-    changed = gr.on(
-        [*(field.change for field in (*asked, subjects.names)), opened],
-        None, None, None, js=_SETTLE, **QUIET,
-    )  # fmt: skip
-    changed.then(plan, asked, [tab.cost, tab.plan], trigger_mode="always_last", **QUIET)
-    tab.start.click(
-        start,
-        [tab.name, *asked],
-        [tab.shown.run, tab.message, tab.name],
-        api_visibility="private",
-        show_progress="minimal",
-    )
+    named = [*(field.change for field in (*asked, subjects.names)), opened]
+    changed = ui.on(named, None, js="studio.settle")
+    ui.on(changed.then, plan, asked, [tab.cost, tab.plan], trigger_mode="always_last")
+    shown = [tab.shown.run, tab.message, tab.name]
+    ui.on(tab.start.click, start, [tab.name, *asked], shown, show="minimal")
     _connect_others(context, tab, subjects.pick, opened)
     _connect_presets(context, tab)
-    _connect_start(context, tab)
     _connect_words(context, tab, subjects, restored)
     run.connect(context, tab.shown)
 
 
 def _connect_others(context: Context, tab: TrainTab, pick: Any, opened: Any) -> None:
-    """Offer the other subjects; those that were chosen stay, as long as they are there."""
+    """Offer the other subjects, and fill in what an adapter of the library needs."""
 
     def offer(subject_id: str | None, chosen: Any) -> Any:
+        """The other subjects; those that were chosen stay, as long as they are there."""
         ids = {each.id: each.title for each in subjects_in(context.workspace) if each.photos}
         choices = [(title, each) for each, title in ids.items() if each != subject_id]
         value = [each for each in chosen or () if each in ids and each != subject_id]
         return gr.update(choices=choices, value=value, visible=bool(choices))
 
-    gr.on([pick.change, opened], offer, [pick, tab.others], [tab.others], **QUIET)
+    def use_start(choice: str | None) -> list[Any]:
+        """What an adapter of the library needs of a run that starts from it."""
+        job = next((job for job in context.jobs() if choice and job.id == choice), None)
+        if job is None:
+            return [gr.skip()] * (1 + len(_OF_ADAPTER))
+        values = TrainConfig().to_dict() | dict(job.settings)
+        texts = (settings.setting_text(values[name]) for name in _OF_ADAPTER)
+        return [job.base, *(gr.update(value=text) for text in texts)]
+
+    ui.on([pick.change, opened], offer, [pick, tab.others], [tab.others])
+    of_adapter = [tab.model, *(tab.advanced[name] for name in _OF_ADAPTER)]
+    start_from = tab.advanced["init_adapter"]
+    ui.on(start_from.input, use_start, [start_from], of_adapter)
 
 
 def _connect_presets(context: Context, tab: TrainTab) -> None:
     """Fill in what a preset, or another base model, stands for."""
-    fields = [tab.advanced[name] for name in ADVANCED]
+    fields = [tab.advanced[name] for name in settings.ADVANCED]
 
-    @plain
     def use_preset(preset: str, model: str, filled: Any, *shown: Any) -> list[Any]:
         """The preset's values, but for those that were typed: they are a person's."""
-        values = preset_values(preset, context.allowed_model(model), context.device())
-        texts = {name: setting_text(value) for name, value in values.items()}
+        values = settings.preset_values(preset, context.allowed_model(model), context.device())
+        texts = {name: settings.setting_text(value) for name, value in values.items()}
         before = filled if isinstance(filled, dict) else {}
         updates = [
             gr.skip()
@@ -268,7 +222,6 @@ def _connect_presets(context: Context, tab: TrainTab) -> None:
         ]
         return [texts, *updates]
 
-    @plain
     def suggest(word: str | None, settled: str, preset: str, model: str, *filled: Any) -> list[Any]:
         word = word or ""  # a page sends text; anybody can send anything
         suggested = context.suggested_base(model, word) if word != settled else ""
@@ -282,41 +235,19 @@ def _connect_presets(context: Context, tab: TrainTab) -> None:
         return [word, suggested, html.note(text, "info"), *filled_in]
 
     filled = [tab.filled, *fields]
-    tab.class_word.blur(
-        suggest, [tab.class_word, tab.settled, tab.preset, tab.model, *filled],
-        [tab.settled, tab.model, tab.message, *filled], **QUIET,
-    )  # fmt: skip
-    tab.model.input(lambda word: word, [tab.class_word], [tab.settled], **QUIET)
+    words = [tab.class_word, tab.settled, tab.preset, tab.model, *filled]
+    ui.on(tab.class_word.blur, suggest, words, [tab.settled, tab.model, tab.message, *filled])
+    ui.on(tab.model.input, lambda word: word, [tab.class_word], [tab.settled])
     # The last choice counts, also while an earlier one is still being filled in.
-    gr.on(
-        [tab.preset.input, tab.model.input], use_preset, [tab.preset, tab.model, *filled], filled,
-        trigger_mode="always_last", **QUIET,
-    )  # fmt: skip
-
-
-def _connect_start(context: Context, tab: TrainTab) -> None:
-    """Fill in what an adapter of the library needs of a run that starts from it."""
-
-    @plain
-    def use_start(choice: str | None) -> list[Any]:
-        job = next((job for job in context.jobs() if choice and job.id == choice), None)
-        if job is None:
-            return [gr.skip()] * (1 + len(_OF_ADAPTER))
-        values = TrainConfig().to_dict() | dict(job.settings)
-        return [job.base, *(gr.update(value=setting_text(values[name])) for name in _OF_ADAPTER)]
-
-    tab.advanced["init_adapter"].input(
-        use_start,
-        [tab.advanced["init_adapter"]],
-        [tab.model, *(tab.advanced[name] for name in _OF_ADAPTER)],
-        **QUIET,
-    )
+    chosen = [tab.preset.input, tab.model.input]
+    asked = [tab.preset, tab.model, *filled]
+    ui.on(chosen, use_preset, asked, filled, trigger_mode="always_last")
 
 
 def refresh(jobs: Sequence[Job]) -> dict[str, Any]:
     """Return the timer's update of this tab's form: the runs to start from."""
     runs = [(job.label, job.id) for job in jobs if job.kind == "train" and job.stands]
-    return {"start": changing(choices=[_NEW_ADAPTER, *runs])}
+    return {"start": ui.changing(choices=[_NEW_ADAPTER, *runs])}
 
 
 def read_form(
@@ -328,13 +259,13 @@ def read_form(
         RequestError, ConfigError: If a run could not begin with it.
     """
     model, token, class_word, prompts, *rest = values
-    advanced, other_ids = rest[: len(ADVANCED)], rest[len(ADVANCED) :]
+    advanced, other_ids = rest[: len(settings.ADVANCED)], rest[len(settings.ADVANCED) :]
     if not subject_id:
         raise UserError("there is no subject yet: add photos in the Subject tab, or take a sample")
     subject = read_subject(context.workspace, subject_id)
     if not subject.photos:
         raise UserError("the subject has no photos yet; add some in the Subject tab")
-    chosen = dict(zip(ADVANCED, advanced, strict=True))
+    chosen = dict(zip(settings.ADVANCED, advanced, strict=True))
     others = [read_subject(context.workspace, each) for each in (other_ids or [[]])[0] or ()]
     learned = [subject, *others]
     chosen["init_adapter"] = context.starting_adapter(chosen["init_adapter"])
@@ -353,7 +284,7 @@ def read_form(
         {"instance_data_dir": str(each.folder), "token": each.token, "class_word": each.class_word}
         for each in others
     ]
-    config = make_config(
+    config = settings.make_config(
         context.allowed_model(model), subject.folder, output, token, class_word, lines, chosen,
         entries,
     )  # fmt: skip
@@ -368,11 +299,10 @@ def read_form(
 def _connect_words(context: Context, tab: TrainTab, subjects: SubjectTab, restored: Any) -> None:
     """Keep class and token with their subject, from the first letter on."""
 
-    @plain
     def fill(subject_id: str | None, typed: Any) -> list[Any]:
         """A subject's class and token, or what was typed for it, or before there was one."""
         typed = typed if isinstance(typed, dict) else {}
-        words = [str(typed.get(name) or "")[:LIMIT] for name in ("class_word", "token")]
+        words = [str(typed.get(name) or "")[: ui.LIMIT] for name in ("class_word", "token")]
         try:
             stored = read_subject(context.workspace, subject_id)
         except UserError:
@@ -384,22 +314,19 @@ def _connect_words(context: Context, tab: TrainTab, subjects: SubjectTab, restor
             return [stored.class_word, stored.token, gr.skip()]
         return [*words, {**typed, "subject": stored.id}]
 
-    @plain
     def keep(subject_id: str | None, class_word: str, token: str) -> None:
         if subject_id:
             keep_words(context.workspace, subject_id, class_word, token)
 
     words = [tab.class_word, tab.token]
-    gr.on(
-        [word.change for word in words], None, [tab.words, subjects.pick, *words], [tab.words],
-        js=_KEEP_WORDS,
-        trigger_mode="always_last", **QUIET,
-    )  # fmt: skip
+    typed = [tab.words, subjects.pick, *words]
+    typing = [word.change for word in words]
+    ui.on(typing, None, typed, [tab.words], js="studio.words", trigger_mode="always_last")
     # From the fields: what the browser keeps follows by an event of its own, which may be later.
-    gr.on([word.blur for word in words], keep, [subjects.pick, *words], None, **QUIET)
+    ui.on([word.blur for word in words], keep, [subjects.pick, *words], None)
     asked, filled = [subjects.pick, tab.words], [*words, tab.words]
-    subjects.pick.change(fill, asked, filled, **QUIET)
-    restored.then(fill, asked, filled, **QUIET)
+    ui.on(subjects.pick.change, fill, asked, filled)
+    ui.on(restored.then, fill, asked, filled)
 
 
 def _plan(context: Context, config: TrainConfig) -> list[str]:
@@ -408,10 +335,10 @@ def _plan(context: Context, config: TrainConfig) -> list[str]:
     base, words = config.pretrained_model_name_or_path, [s.class_word for s in config.subjects]
     toy = next(filter(None, (outside_toy_world(base, word or "") for word in words)), "")
     notes = html.note(f"{toy} {_CHOOSE_ANOTHER}" if toy else "", "warn")
-    notes += html.notes(idle_settings(config), "warn")
+    notes += html.notes(settings.idle_settings(config), "warn")
     notes += html.notes([announced_class_images(config, cost), *_class_prompts(config)], "info")
     card = html.estimate_card(cost, config.max_train_steps)
-    return [card + notes, html.command(command_line(config))]
+    return [card + notes, html.command(settings.command_line(config))]
 
 
 def _class_prompts(config: TrainConfig) -> list[str]:

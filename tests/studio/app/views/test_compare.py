@@ -22,6 +22,7 @@ from dora_diffusion.studio.app.settings import EMBEDDED
 from dora_diffusion.studio.app.views.compare import _study, refresh
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.snapshot import Job
+from dora_diffusion.studio.jobs.store import ids_in
 from dora_diffusion.studio.jobs.subjects import (
     add_photos,
     keep_words,
@@ -29,7 +30,6 @@ from dora_diffusion.studio.jobs.subjects import (
     save_caption,
     take_sample,
 )
-from dora_diffusion.studio.jobs.workspace import ids_in
 from tests.studio.app.views.helpers import handler
 from tests.studio.jobs.helpers import photo, seen
 

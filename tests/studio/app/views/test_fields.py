@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dora_diffusion.studio.app.views.fields import choosing, id_dropdown
+from dora_diffusion.studio.app.views.ui import choosing, id_dropdown
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 

@@ -19,13 +19,13 @@ from dora_diffusion.studio.app.views import generate
 from dora_diffusion.studio.app.views.generate import refresh
 from dora_diffusion.studio.jobs.image_generator import MOST_RECENT
 from dora_diffusion.studio.jobs.snapshot import Job
-from dora_diffusion.studio.jobs.workspace import UserError
+from dora_diffusion.studio.jobs.store import UserError
 from tests.studio.app.views.helpers import handler
 from tests.studio.jobs.helpers import seen, started_run
 
 
 def test_a_template_that_is_opened_and_left_keeps_the_prompt(context: Context) -> None:
-    use = handler(context, "_use_template", "generate")
+    use = handler(context, "<lambda>", "generate")
     assert use("a photo of two {subject}s") == "a photo of two {subject}s"
     for left in (None, ""):
         assert use(left) == gradio.skip()
@@ -42,7 +42,7 @@ def test_the_newest_result_is_chosen_until_somebody_chooses(context: Context) ->
     job = dataclasses.replace(
         seen(started_run(context.workspace, 4)), state="done", checkpoints=("checkpoint-4",)
     )
-    assert job.can_generate
+    assert job.stands
     assert chosen(None, job)["value"] == job.id
     # Whoever wants the base model keeps it.
     assert "value" not in chosen(base, job)

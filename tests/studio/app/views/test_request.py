@@ -10,7 +10,7 @@ import pytest
 
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.numerics.weights import STRENGTH_LIMIT
-from dora_diffusion.studio.jobs.workspace import UserError
+from dora_diffusion.studio.jobs.store import UserError
 
 
 @pytest.mark.parametrize(
@@ -74,12 +74,12 @@ def test_a_guidance_that_is_none_is_refused(text: str) -> None:
 def test_a_run_s_guidance_is_that_of_its_samples(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, float]
 ) -> None:
-    request = pytest.importorskip("dora_diffusion.studio.app.views.request")
+    request = pytest.importorskip("dora_diffusion.studio.app.views.generate")
     monkeypatch.setattr(request, "chosen_adapter", lambda job, name: None)
     base = BaseModel("embedded:tiny-sd")
     run = SimpleNamespace(base=base.path, base_model=base, trigger="sks mug", settings=settings)
-    model = request._model(_context(job=lambda name: run), "20260101-000000-abcdef")
-    assert model.guidance == settings.get("validation_guidance_scale", 3.5)
+    *_, guidance = request._model(_context(job=lambda name: run), "20260101-000000-abcdef")
+    assert guidance == settings.get("validation_guidance_scale", 3.5)
 
 
 def _context(**parts: Any) -> Any:
@@ -88,7 +88,7 @@ def _context(**parts: Any) -> Any:
 
 def _asked(model: str = "embedded:tiny-sd", **changes: object) -> Any:
     pytest.importorskip("gradio", reason="gradio is not installed")
-    from dora_diffusion.studio.app.views.request import BASE, make_request
+    from dora_diffusion.studio.app.views.generate import BASE, make_request
 
     form: dict[str, Any] = {
         "prompt": "a mug", "negative_prompt": "", "seed": 1, "count": 1, "steps": 2,

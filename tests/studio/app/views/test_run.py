@@ -12,7 +12,7 @@ from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views.run import refresh
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.queue import stop_job
-from dora_diffusion.studio.jobs.workspace import write_json
+from dora_diffusion.studio.jobs.store import write_json
 from tests.studio.app.views.helpers import handler
 from tests.studio.jobs.helpers import ended_run, make
 
@@ -27,7 +27,7 @@ def test_a_run_that_never_began_does_not_displace_a_finished_one(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = (f"20260101-00000{second}-abcdef" for second in range(9))
-    monkeypatch.setattr("dora_diffusion.studio.jobs.workspace.new_id", lambda: next(ids))
+    monkeypatch.setattr("dora_diffusion.studio.jobs.store.new_id", lambda: next(ids))
     finished = ended_run(context.workspace, (2,), 2)
     waiting = make(context.workspace, "next")
     assert shown(context)["run"]["value"] == waiting.name

@@ -19,11 +19,13 @@ from dora_diffusion.cli import main as cli
 from dora_diffusion.data.captions import with_trigger
 from dora_diffusion.data.curate.models import open_captioner
 from dora_diffusion.data.images import open_photo
+from dora_diffusion.studio import app
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.settings import EMBEDDED
 from dora_diffusion.studio.app.views import subject as tab
 from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs.store import ids_in
 from dora_diffusion.studio.jobs.subjects import (
     add_photos,
     captions_of,
@@ -34,7 +36,6 @@ from dora_diffusion.studio.jobs.subjects import (
     subjects_in,
     take_sample,
 )
-from dora_diffusion.studio.jobs.workspace import ids_in
 from tests.studio.app.views.helpers import handler
 
 
@@ -126,13 +127,15 @@ def test_the_page_asks_before_photos_join_a_sample() -> None:
     node = shutil.which("node")
     if node is None:
         pytest.skip("there is no node")
+    script_of_page = Path(app.__file__).with_name("page.js").read_text(encoding="utf-8")
 
     def sent(sample: str | None, answer: bool, files: list[str]) -> list[Any]:
         place = json.dumps(sample and {"dataset": {"sample": sample}})
         script = (
             f"const asked = []; document = {{querySelector: () => ({place})}};"
             f"confirm = (text) => {{ asked.push(text); return {json.dumps(answer)}; }};"
-            f"const sent = ({tab._ASK})({json.dumps(files)}, 'id', 'name', 1);"
+            f"const window = globalThis; {script_of_page}"
+            f"const sent = studio.join({json.dumps(files)}, 'id', 'name', 1);"
             "console.log(JSON.stringify([sent, asked]));"
         )
         done = subprocess.run([node, "-e", script], capture_output=True, check=True)
@@ -148,7 +151,7 @@ def test_the_page_asks_before_photos_join_a_sample() -> None:
 
 def saved(context: Context, typed: Any) -> list[Any]:
     event = gradio.EventData(None, {"typed": typed})
-    return handler(context, "save", "captions")(event)
+    return handler(context, "save", "photo")(event)
 
 
 def test_a_caption_goes_to_its_own_photo_whatever_is_shown(
@@ -179,7 +182,7 @@ def test_captions_of_all_photos_are_changed_by_buttons(
 ) -> None:
     add_photos(context.workspace, subject, [make_photo(tmp_path / f"{n}.jpg") for n in "bc"])
     save_caption(context.workspace, subject, "002.jpg", "a <mug> on grass")
-    write, substitute, add_prefix = (handler(context, "run", "captions", nth) for nth in range(3))
+    write, substitute, add_prefix = (handler(context, "run", "photo", nth) for nth in range(3))
 
     def now() -> list[str]:
         return list(captions_of(read_subject(context.workspace, subject)).values())
@@ -193,7 +196,7 @@ def test_captions_of_all_photos_are_changed_by_buttons(
     assert now() == ["", "night, a <mug> on sand", ""]
     write(subject, "a sks mug")
     assert now() == ["a sks mug"] * 3
-    handler(context, "undo", "captions")(subject)
+    handler(context, "undo", "photo")(subject)
     assert now() == ["", "night, a <mug> on sand", ""]
     for change, values in ((substitute, ("", "")), (add_prefix, ("",)), (substitute, ("", "x"))):
         with pytest.raises(gradio.Error, match=r"Write what to change first|nothing to find"):

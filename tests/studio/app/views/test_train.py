@@ -26,6 +26,7 @@ from dora_diffusion.studio.app.settings import (
 from dora_diffusion.studio.app.views import train
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.bases import Base
+from dora_diffusion.studio.jobs.store import ids_in
 from dora_diffusion.studio.jobs.subjects import (
     add_photos,
     keep_words,
@@ -33,7 +34,6 @@ from dora_diffusion.studio.jobs.subjects import (
     read_subject,
     save_caption,
 )
-from dora_diffusion.studio.jobs.workspace import ids_in
 from tests.studio.app.views.helpers import handler
 
 GOLDEN = Path(__file__).parents[4] / "tests/formats/golden/0.1.0/diffusers-dora-ranks.safetensors"

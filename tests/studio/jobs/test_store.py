@@ -12,7 +12,7 @@ import pytest
 
 from dora_diffusion import system
 from dora_diffusion.studio.jobs import queue as jobs
-from dora_diffusion.studio.jobs.workspace import (
+from dora_diffusion.studio.jobs.store import (
     UserError,
     Workspace,
     clean_text,
@@ -160,7 +160,7 @@ def test_it_is_told_whether_a_folder_is_gone(
 def test_ids_made_in_one_second_sort_by_age(monkeypatch: pytest.MonkeyPatch) -> None:
     times = [1.7e9 + part / 100 for part in range(150)]
     clock = iter(times)
-    monkeypatch.setattr("dora_diffusion.studio.jobs.workspace.time.time", lambda: next(clock))
+    monkeypatch.setattr("dora_diffusion.studio.jobs.store.time.time", lambda: next(clock))
     ids = [new_id() for _ in times]
     assert ids == sorted(ids)
     assert len({name[:15] for name in ids}) == 2

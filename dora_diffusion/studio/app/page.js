@@ -1,0 +1,57 @@
+// Scripts of the page; those of captions and of the photo editor lie beside this one.
+{
+  // A page that is left has its streams ended by the browser. Gradio does so first, and logs errors.
+  const abort = AbortController.prototype.abort;
+  AbortController.prototype.abort = function (...reason) {
+    if (window.event?.type !== 'beforeunload') abort.apply(this, reason);
+  };
+}
+
+window.studio = {
+  // Buttons inside of HTML say what to do (data-do) and with what (data-value).
+  clicks(element, trigger) {
+    element.addEventListener('click', (event) => {
+      const button = event.target.closest('[data-do]');
+      if (button) trigger('click', {what: button.dataset.do, value: button.dataset.value});
+    });
+  },
+
+  // A dropdown has a value of one's own when it is left: until then this keeps it, for this tab.
+  typed: () => JSON.parse(sessionStorage.getItem('dora-studio-typed') ?? '{}'),
+
+  // What was kept is back in the fields: of those with values of one's own, by id, keep these too.
+  restored(kept, own) {
+    for (const [event, keep] of [['input', true], ['focusout', false]])
+      document.addEventListener(event, ({target}) => {
+        const id = Object.keys(own).find((id) => document.getElementById(id)?.contains(target));
+        if (!id) return;
+        const now = {...studio.typed(), [own[id]]: keep ? target.value : undefined};
+        sessionStorage.setItem('dora-studio-typed', JSON.stringify(now));
+      });
+    window.ddRestored = true;
+    return {...kept, ...studio.typed()};
+  },
+
+  // Not before the page has got back what was kept: its fields change when they are first drawn.
+  keep: (kept, names, values) => window.ddRestored
+    ? Object.fromEntries(names.map((name, i) => [name, values[i] ?? null]))
+    : kept,
+
+  // Whose they are is told by the subject that is chosen: its own are filled in when it is.
+  words: (kept, subject, class_word, token) =>
+    window.ddRestored ? {subject: subject ?? '', class_word, token} : kept,
+
+  // Until the fields that change together have all changed.
+  settle: () => new Promise((done) => setTimeout(done, 50)),
+
+  // The id, or none where it is not confirmed.
+  confirmed: (question) => (id, ...rest) => [confirm(question) ? id : '', ...rest],
+
+  // Asks before photos join a sample; without a subject's id they become one of their own.
+  join(files, id, ...rest) {
+    const sample = files?.length && document.querySelector('[data-sample]')?.dataset.sample;
+    const asked = `Add these photos to the sample ${sample}? All photos of a subject are learned as `
+      + 'one. Cancel makes a new subject of them.';
+    return [files, sample && !confirm(asked) ? '' : id, ...rest];
+  },
+};
