@@ -21,9 +21,9 @@ from dora_diffusion.studio.jobs import subjects, uploads
 from dora_diffusion.studio.jobs.store import UserError
 
 _LARGEST_SIDE, _ROW_SIDE = 8192, 96
-_EDITOR, _CAPTIONS = (
+_EDITOR, _TOOLS, _CAPTIONS = (
     (Path(__file__).parents[1] / name).read_text(encoding="utf-8")
-    for name in ("editor.js", "captions.js")
+    for name in ("editor.js", "editor.html", "captions.js")
 )
 
 
@@ -90,28 +90,10 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
 
 def _editor(photo: Path, subject_id: str) -> str:
     """The photo to draw on, and the tools; editor.js does the drawing."""
-    tools = "".join(
-        f"<button class='dd-tool' data-tool='{name}'>{label}</button>"
-        for name, label in (("crop", "Crop"), ("paint", "Paint the subject"), ("erase", "Erase"))
-    )
-    mask = mask_path(photo)
-    times = [file.stat().st_mtime_ns for file in (photo, mask) if file.exists()]
+    times = [file.stat().st_mtime_ns for file in (photo, mask_path(photo)) if file.exists()]
     # What is drawn is kept in the browser for this photo, as it is now.
     version = html.esc("/".join(map(str, (subject_id, photo.name, *times))))
-    drawn_on = uploads.data_uri(open_photo(photo))
-    names = ("Left", "Top", "Width", "Height")
-    number = "<input type='number' min='0' max='100' step='any' data-side='{}'>"
-    sides = "".join(f"<label>{name} {number.format(name.lower())}</label>" for name in names)
-    return (
-        "<div class='dd-editor'><p class='dd-quiet'>Drag a rectangle to crop, or write it in "
-        "percent of the photo. Or paint over the "
-        "subject: then only what is painted is learned.</p>"
-        f"<div class='dd-tools'>{tools}<button class='dd-tool' data-do='clear'>Start over</button>"
-        f"</div><canvas data-photo='{drawn_on}' data-version='{version}'></canvas>"
-        f"<div class='dd-tools'>{sides}</div><div class='dd-tools'>"
-        "<button class='dd-button' data-do='apply'>Use this crop and mask</button>"
-        "<button class='dd-tool' data-do='restore'>Back to the original</button></div></div>"
-    )
+    return _TOOLS.format(photo=uploads.data_uri(open_photo(photo)), version=version)
 
 
 def side(context: Context, model: object, resolution: object) -> int:
