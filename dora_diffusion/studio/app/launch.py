@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.config import ConfigError
-from dora_diffusion.models.embedded import samples_folder
+from dora_diffusion.config.command import CommandSettings
+from dora_diffusion.config.fields import flag
 from dora_diffusion.studio.jobs.store import Workspace
 from dora_diffusion.system import is_address, is_loopback, is_number, plain_host, split_host
 
@@ -17,27 +19,45 @@ SHARED = "Everybody who has it sees, changes and deletes the same photos and run
 _PORTS = {"http": "80", "https": "443"}
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Settings of the app's server; ``allowed_hosts`` are names that a reverse proxy has for it.
+@dataclass(frozen=True, kw_only=True)
+class Launch(CommandSettings):
+    """Settings of the app's server, which are those of ``app``.
 
     Raises:
         ConfigError: If it could be reached from elsewhere by anybody, or there is no such port,
             address or name.
     """
 
-    host: str = "127.0.0.1"
-    port: int | None = None
-    share: bool = False
-    auth: tuple[str, str] | None = None
-    runs_dir: Path = field(default_factory=Workspace.default_root)
-    samples: Path = field(default_factory=samples_folder)
-    models: tuple[str, ...] = ()
-    model_folders: tuple[Path, ...] = ()
-    browser: bool = False
-    allowed_hosts: tuple[str, ...] = ()
+    host: str = flag("127.0.0.1", "Address to listen on.")
+    port: int | None = flag(None, "Port. Default: the first free one from 7860.")
+    share: bool = flag(False, "Make a public link (needs --auth).")
+    allowed_hosts: list[str] = flag(
+        [],
+        "Names by which a reverse proxy reaches the app, besides its own address; requests by "
+        "other names are refused (needs --auth).",
+        flags=("--allowed_host",),
+        metavar="NAME",
+    )
+    auth: str | None = flag(
+        None, f"Login; or set {AUTH_VARIABLE}. {SHARED}", metavar="NAME:PASSWORD"
+    )
+    runs_dir: Path = flag(Workspace.default_root(), "Folder of runs and photos.")
+    models: list[str] = flag(
+        [],
+        "Base models to offer; when others can reach the app, the only ones besides the embedded "
+        "ones.",
+        metavar="MODEL",
+    )
+    model_folders: list[Path] = flag(
+        [],
+        "Folders to look for base models in. Others: DORA_DIFFUSION_MODELS, COMFYUI_PATH, "
+        "A1111_PATH, and a line each in RUNS_DIR/model_folders.txt.",
+        metavar="FOLDER",
+    )
+    browser: bool = flag(False, "Open the page in the browser.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.port is not None and not 1 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; it must be between 1 and 65535")
         if not is_address(self.host):
@@ -51,7 +71,7 @@ class Launch:
                     f"allowed_host is {name!r}; it must be a name such as studio.example.org, "
                     "without https:// and port"
                 )
-        if self.is_open and self.auth is None:
+        if self.login is None and self.is_open:
             what = "--share" if self.share else f"--host {self.host}"
             if not self.share and is_loopback(self.host):
                 what = f"--allowed_host {' '.join(self._proxied)}"
@@ -59,6 +79,23 @@ class Launch:
                 f"{what} lets others reach this app, who could then use this machine; give "
                 f"--auth NAME:PASSWORD (or set {AUTH_VARIABLE})"
             )
+
+    @property
+    def login(self) -> tuple[str, str] | None:
+        """Name and password that are asked for.
+
+        Raises:
+            ConfigError: If that is none, or the password is short.
+        """
+        text = self.auth or os.environ.get(AUTH_VARIABLE)
+        if not text:
+            return None
+        name, _, password = text.partition(":")
+        if not name or len(password) < 8:
+            raise ConfigError(
+                "--auth must be NAME:PASSWORD, with a password of at least 8 characters"
+            )
+        return name, password
 
     @property
     def is_open(self) -> bool:

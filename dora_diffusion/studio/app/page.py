@@ -33,7 +33,7 @@ def build_page(context: Context) -> gr.Blocks:
         with gr.Tabs() as tabs:
             # Tabs that are not rendered lose what is sent to them.
             with gr.Tab("Subject", id="subject", render_children=True):
-                subjects = subject.SubjectTab(context)
+                subjects = subject.SubjectTab()
             with gr.Tab("Train", id="train", render_children=True) as train_tab:
                 training = train.TrainTab(context)
             with gr.Tab("Generate", id="generate", render_children=True):

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
+from dora_diffusion.models.embedded import samples_folder
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import SHARED, Launch
 from dora_diffusion.studio.jobs.records import LOG
@@ -35,7 +36,7 @@ def serve(launch: Launch) -> None:
     context, blocks, address = start(launch)
     try:
         print(f"open {address}", flush=True)
-        if launch.auth:
+        if launch.login:
             print(f"This app asks for a name and a password. {SHARED}", flush=True)
         if launch.browser:
             webbrowser.open(address)
@@ -111,14 +112,14 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
         server_name=launch.host,
         server_port=launch.port,
         share=launch.share,
-        auth=launch.auth,
+        auth=launch.login,
         prevent_thread_lock=True,
         quiet=True,
         show_error=True,
         inbrowser=False,
         allowed_paths=[
             str(path.resolve())
-            for path in (context.workspace.images, context.workspace.exports, launch.samples)
+            for path in (context.workspace.images, context.workspace.exports, samples_folder())
         ],
         max_file_size=MAX_BYTES,
         # Gradio's "Settings" would offer to record the screen.

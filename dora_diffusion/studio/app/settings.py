@@ -159,16 +159,15 @@ def make_config(
 
 def _value(name: str, value: Any) -> Any:
     """A field's value as a config file may have it; an empty field means the default."""
-    if SETTINGS[name].is_list:
-        items = value.split() if isinstance(value, str) else list(value or [])
-        return items or list(getattr(TrainConfig(), name))
-    if value is None or isinstance(value, bool):
-        return getattr(TrainConfig(), name) if value is None else value
-    if SETTINGS[name].kind is bool:
-        return _SWITCH.get(str(value), getattr(TrainConfig(), name))
-    is_path = SETTINGS[name].is_path
-    text = _name(value, name) if is_path else clean_text(str(value), PROMPT_LIMIT, name)
-    return text or getattr(TrainConfig(), name)
+    setting, default = SETTINGS[name], getattr(TrainConfig(), name)
+    if isinstance(value, bool):
+        return value
+    if setting.is_list:
+        return (value.split() if isinstance(value, str) else list(value or [])) or list(default)
+    if value is None or setting.kind is bool:
+        return _SWITCH.get(str(value), default)
+    text = _name(value, name) if setting.is_path else clean_text(str(value), PROMPT_LIMIT, name)
+    return text or default
 
 
 def _name(text: object, what: str) -> str:

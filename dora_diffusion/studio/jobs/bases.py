@@ -174,21 +174,16 @@ def check_base(name: str, revision: str | None = None, *, ask_hub: bool = False)
         raise UserError(
             f"{name} is not a model: choose a .safetensors checkpoint or a Diffusers folder"
         )
-    if (
-        not locate.is_embedded(name)
-        and not path.exists()
-        and (locate.looks_local(name) or not locate.HUB_ID.match(name))
-    ):
+    is_here = locate.is_embedded(name) or path.exists()
+    if not is_here and locate.looks_local(name):
         raise UserError(
             f"the base model {name} does not exist; choose a Diffusers folder, a .safetensors "
             "checkpoint or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
-    is_here = locate.is_embedded(name) or path.exists() or cached_snapshot(name) is not None
     try:
         model_info(name)
-        if is_here or not ask_hub:
-            return
-        families.detect_folder_family(locate.fetch_snapshot(name, revision, _CONFIGS, []))
+        if ask_hub and not is_here and cached_snapshot(name) is None:
+            families.detect_folder_family(locate.fetch_snapshot(name, revision, _CONFIGS, []))
     except (locate.ModelNotFoundError, families.UnsupportedModelError, OSError) as error:
         raise UserError(str(error)) from error
 

@@ -17,7 +17,7 @@ from PIL.Image import DecompressionBombError
 from dora_diffusion import system
 from dora_diffusion.data import images
 from dora_diffusion.data.photos import mask_path
-from dora_diffusion.studio.jobs.queue import Lock
+from dora_diffusion.studio.jobs.queue import holding
 from dora_diffusion.studio.jobs.store import UserError
 
 MAX_BYTES = 100 * 2**20
@@ -56,12 +56,8 @@ def store_photos(files: Sequence[str | Path], folder: Path) -> Upload:
     Raises:
         UserError: If there are more files than one subject may have.
     """
-    turn = Lock(folder.with_name(".upload.lock"))
-    turn.take(wait=True)
-    try:
+    with holding(folder.with_name(".upload.lock"), or_wait=lambda: True):
         return _store_all([Path(file) for file in files], folder)
-    finally:
-        turn.free()
 
 
 def _store_all(files: Sequence[Path], folder: Path) -> Upload:

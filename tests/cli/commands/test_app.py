@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.cli import main as cli
-from dora_diffusion.cli.commands.app import launch_from
 from dora_diffusion.config import ConfigError
 from dora_diffusion.studio.app.launch import Launch
 
@@ -17,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def parse_launch(flags: list[str]) -> Launch:
-    return launch_from(cli.read_settings(cli.build_parser().parse_args(["app", *flags])))
+    launch = cli.read_settings(cli.build_parser().parse_args(["app", *flags]))
+    assert isinstance(launch, Launch)
+    return launch
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def _no_auth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_default_is_this_machine_alone() -> None:
     launch = parse_launch([])
-    assert (launch.host, launch.share, launch.auth) == ("127.0.0.1", False, None)
+    assert (launch.host, launch.share, launch.login) == ("127.0.0.1", False, None)
     assert not launch.is_open
 
 
@@ -55,12 +56,12 @@ def test_a_bad_password_is_refused(auth: str) -> None:
 
 def test_a_password_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DORA_DIFFUSION_AUTH", "ann:long:enough")
-    assert parse_launch(["--share"]).auth == ("ann", "long:enough")
+    assert parse_launch(["--share"]).login == ("ann", "long:enough")
 
 
 def test_model_folders_are_named_on_the_command_line() -> None:
     launch = parse_launch(["--model_folders", "a", "b", "--models", "c"])
-    assert (launch.model_folders, launch.models) == ((Path("a"), Path("b")), ("c",))
+    assert (launch.model_folders, launch.models) == ([Path("a"), Path("b")], ["c"])
 
 
 def test_the_browser_is_opened_on_request(monkeypatch: pytest.MonkeyPatch) -> None:

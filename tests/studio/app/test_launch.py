@@ -20,7 +20,7 @@ def test_loopback(host: str, expected: bool) -> None:
 
 
 def test_a_shared_app_offers_listed_models_only() -> None:
-    shared = Launch(share=True, auth=("ann", "longenough"), models=("org/model",))
+    shared = Launch(share=True, auth="ann:longenough", models=("org/model",))
     assert shared.allows_model("org/model")
     assert shared.allows_model("embedded:tiny-sd")
     assert not shared.allows_model("/home/ann/private-model")
@@ -39,10 +39,10 @@ def test_what_can_be_listened_on(host: str, expected: bool) -> None:
 
 def test_a_host_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"host is '300\.1\.1\.1'; it must be an address"):
-        Launch(host="300.1.1.1", auth=("ann", "longenough"))
+        Launch(host="300.1.1.1", auth="ann:longenough")
 
 
-AUTH = ("ann", "longenough")
+AUTH = "ann:longenough"
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    one = Served(Launch(runs_dir=tmp_path_factory.mktemp("served") / "runs", samples=SAMPLES))
+    one = Served(Launch(runs_dir=tmp_path_factory.mktemp("served") / "runs"))
     yield one
     one.blocks.close(verbose=False)
 
@@ -87,8 +87,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     one = Served(
         Launch(
             runs_dir=tmp_path_factory.mktemp("locked") / "runs",
-            samples=SAMPLES,
-            auth=("ann", "correct horse"),
+            auth="ann:correct horse",
         )
     )
     yield one
@@ -344,7 +343,7 @@ def test_a_shared_app_does_not_publish_in_its_owner_s_name(tmp_path: Path) -> No
 
     from dora_diffusion.studio.app.page import build_page
 
-    launch = Launch(runs_dir=tmp_path / "runs", share=True, auth=("ann", "correct horse"))
+    launch = Launch(runs_dir=tmp_path / "runs", share=True, auth="ann:correct horse")
     handlers = [one for one in build_page(Context(launch)).fns.values() if one.fn]
     (push,) = (
         one.fn for one in handlers
@@ -401,7 +400,7 @@ def test_who_starts_it_with_a_password_is_told_what_it_shares(
     monkeypatch.setattr(serve, "start", lambda _: (MagicMock(), MagicMock(), "http://127.0.0.1/"))
     monkeypatch.setattr(serve.signal, "signal", MagicMock())
     monkeypatch.setattr(serve.threading, "Event", MagicMock)
-    serve.serve(Launch(auth=("ann", "correct horse")))
+    serve.serve(Launch(auth="ann:correct horse"))
     address, told, _ = capsys.readouterr().out.splitlines()
     assert address == "open http://127.0.0.1/"
     assert "Everybody who has it sees, changes and deletes the same photos and runs." in told

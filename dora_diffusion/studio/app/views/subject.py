@@ -10,6 +10,7 @@ import gradio as gr
 
 from dora_diffusion.config.wording import counted
 from dora_diffusion.data.checks import WANTED
+from dora_diffusion.models.embedded import samples_folder
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import photo, ui
@@ -26,14 +27,14 @@ _EMPTY = html.empty("No photos yet", f"Add {WANTED}. Or take a sample.")
 class SubjectTab:
     """The tab's fields."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self) -> None:
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=320):
-                self._add_photos(context)
+                self._add_photos()
             with gr.Column(scale=7, min_width=320):
                 self._add_crops()
 
-    def _add_photos(self, context: Context) -> None:
+    def _add_photos(self) -> None:
         text = "Of one subject, with .txt captions beside them. They stay on this machine."
         ui.html_block(html.heading("1", "Photos", text))
         self.pick = ui.id_dropdown(
@@ -52,7 +53,7 @@ class SubjectTab:
             elem_id="upload",
         )
         self.report = ui.html_block(elem_id="report")
-        cards = _sample_cards(context.launch.samples)
+        cards = _sample_cards(samples_folder())
         self.samples = ui.html_block(cards, elem_id="samples-to-take", js_on_load=ui.CLICKS)
         with gr.Accordion("New subject, or delete this one", open=False):
             self.name = gr.Textbox(label="Name of the new subject", max_lines=1, max_length=60)
@@ -149,7 +150,7 @@ def _connect_new(context: Context, tab: SubjectTab, size: list[Any], outputs: li
         return ["", *_show(context, subjects.new_subject(workspace, title), chosen)]
 
     def take(event: gr.EventData, *chosen: Any) -> list[Any]:
-        subject_id = subjects.take_sample(workspace, context.launch.samples, ui.clicked(event)[1])
+        subject_id = subjects.take_sample(workspace, samples_folder(), ui.clicked(event)[1])
         message = html.note("A sample subject, ready to train.", "good")
         return _show(context, subject_id, chosen, message)
 

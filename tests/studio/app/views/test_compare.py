@@ -16,6 +16,7 @@ from dora_diffusion.cli.main import build_parser, read_settings
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.lab.study.config import Study, read_study
 from dora_diffusion.lab.study.subjects import find_subject
+from dora_diffusion.models.embedded import samples_folder
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.settings import EMBEDDED
@@ -54,7 +55,7 @@ def only_job(context: Context) -> Job:
 
 
 def test_a_form_becomes_a_study_that_runs_as_a_job(context: Context, dog: str) -> None:
-    mug = take_sample(context.workspace, context.launch.samples, "bolt_mug")
+    mug = take_sample(context.workspace, samples_folder(), "bolt_mug")
     asked = [[mug, dog], ["full", "dora"], 3, 50, EMBEDDED]
     chosen, status = handler(context, "start", "compare")(*asked)
     job = only_job(context)
@@ -118,7 +119,7 @@ def test_a_subject_needs_a_photo_to_hold_out_and_a_class(context: Context, subje
 def test_a_shared_app_compares_on_its_own_models(
     context: Context, dog: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(context, "launch", Launch(share=True, auth=("ann", "correct horse")))
+    monkeypatch.setattr(context, "launch", Launch(share=True, auth="ann:correct horse"))
     with pytest.raises(gradio.Error, match="offers only"):
         handler(context, "start", "compare")([dog], ["dora"], 1, 10, SDXL)
 

@@ -238,7 +238,7 @@ def test_a_model_writes_the_captions_that_are_missing(
 def test_a_shared_app_captions_with_no_model_but_its_own(
     context: Context, subject: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared = Launch(share=True, auth=("ann", "correct horse"), models=("org/captions",))
+    shared = Launch(share=True, auth="ann:correct horse", models=("org/captions",))
     monkeypatch.setattr(context, "launch", shared)
     start = handler(context, "automatic", "subject")
     for name in ("/home/ann/model", "other/model"):

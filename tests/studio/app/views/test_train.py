@@ -301,7 +301,7 @@ def test_a_model_that_is_not_there_starts_nothing(context: Context, subject: str
 def test_a_shared_app_takes_no_folders_and_no_other_vae(
     context: Context, subject: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared = Launch(share=True, auth=("ann", "correct horse"), models=("org/vae",))
+    shared = Launch(share=True, auth="ann:correct horse", models=("org/vae",))
     monkeypatch.setattr(context, "launch", shared)
     for name, value, match in (
         ("model_config", "/etc", "accepts no folder for model_config"),
@@ -327,7 +327,7 @@ def test_a_shared_app_looks_at_no_other_model(
 
     sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
     assert photo.side(context, sdxl, "") == 1024
-    shared = Launch(share=True, auth=("ann", "correct horse"))
+    shared = Launch(share=True, auth="ann:correct horse")
     monkeypatch.setattr(context, "launch", shared)
     assert photo.side(context, sdxl, "") == 64
     assert photo.side(context, sdxl, "300") == 300
@@ -386,7 +386,7 @@ def test_a_run_of_the_library_is_started_from_with_its_base_model_and_layers(
     assert model == EMBEDDED
     assert values[train._OF_ADAPTER.index("rank")]["value"] == "5"
     assert handler(context, "use_start")("")[1] == gradio.skip()
-    for launch in (context.launch, Launch(share=True, auth=("ann", "correct horse"))):
+    for launch in (context.launch, Launch(share=True, auth="ann:correct horse")):
         monkeypatch.setattr(context, "launch", launch)
         changes = {"init_adapter": job_id, "seed": str(len(ids_in(context.workspace.root)))}
         handler(context, "start")("next", *asked(context, subject, EMBEDDED, **changes))
