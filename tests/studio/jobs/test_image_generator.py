@@ -127,7 +127,7 @@ def test_the_page_says_what_of_a_long_prompt_was_not_read(
             (line,) = picture.unread
             assert line.startswith("The prompt is longer than the model's 77 tokens; it did not")
             assert line.endswith("by the < lake >")
-    assert "by the &lt; lake &gt;" in _results(gallery=pictures)[-1]
+    assert "by the &lt; lake &gt;" in _results(pictures)[-1]
     (negative,) = studio.make(ask(finished, negative_prompt="blurred, " * 80))[0].unread
     assert negative.startswith("The negative prompt is longer")
     (plain,), (cut,) = studio.make(short), studio.make(long)
