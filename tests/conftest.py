@@ -186,7 +186,9 @@ def save_text_encoder(folder: Path, *, width: int, act: str, projection: int | N
     (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).save_pretrained(folder)
 
 
-def save_vae(folder: Path, *, scaling_factor: float = 0.18215, latent_channels: int = 4) -> None:
+def save_vae(
+    folder: Path, *, scaling_factor: float = 0.18215, latent_channels: int = 4, layers: int = 2
+) -> None:
     """Write a four-level autoencoder (8 pixels per latent)."""
     from diffusers import AutoencoderKL
 
@@ -194,7 +196,7 @@ def save_vae(folder: Path, *, scaling_factor: float = 0.18215, latent_channels: 
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 16, 32, 32),
-        layers_per_block=2,
+        layers_per_block=layers,
         latent_channels=latent_channels,
         norm_num_groups=8,
         sample_size=64,
@@ -237,7 +239,21 @@ def unet_config(family: str) -> dict[str, Any]:
     }
 
 
-def save_pipeline(folder: Path, family: str, in_channels: int = 4) -> Path:
+def shallow_config(family: str) -> dict[str, Any]:
+    """The same with two levels of one layer each: a third of the modules, of every kind."""
+    sizes: dict[str, Any] = {"layers_per_block": 1, "block_out_channels": (32, 64)}
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    if family == "sdxl":
+        down, up = down[::-1], up[::-1]
+        sizes["transformer_layers_per_block"] = (1, 2)
+    if family != "sd1":
+        sizes["attention_head_dim"] = (2, 4)
+    return unet_config(family) | sizes | {"down_block_types": down, "up_block_types": up}
+
+
+def save_pipeline(
+    folder: Path, family: str, in_channels: int = 4, *, shallow: bool = False
+) -> Path:
     """Write a whole diffusers pipeline folder for "sd1", "sd2" (v-prediction) or "sdxl".
 
     With 9 channels it is an inpainting model.
@@ -246,9 +262,12 @@ def save_pipeline(folder: Path, family: str, in_channels: int = 4) -> Path:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(len(family) + ord(family[-1]))
-        config = unet_config(family) | {"in_channels": in_channels}
-        UNet2DConditionModel(**config).save_pretrained(folder / "unet")
-        save_vae(folder / "vae", scaling_factor=0.13025 if family == "sdxl" else 0.18215)
+        config = (shallow_config if shallow else unet_config)(family)
+        UNet2DConditionModel(**config | {"in_channels": in_channels}).save_pretrained(
+            folder / "unet"
+        )
+        factor = 0.13025 if family == "sdxl" else 0.18215
+        save_vae(folder / "vae", scaling_factor=factor, layers=1 if shallow else 2)
         width = 64 if family == "sd2" else 32
         act = "gelu" if family == "sd2" else "quick_gelu"
         save_text_encoder(folder / "text_encoder", width=width, act=act)

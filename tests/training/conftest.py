@@ -11,13 +11,26 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.config import TrainConfig
+from tests.shallow import *  # noqa: F403
 from tests.training.helpers import SAMPLES
 
 
+@pytest.fixture(scope="session")
+def small_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five photos of 192 pixels with captions; to be copied."""
+    folder = Path(
+        shutil.copytree(SAMPLES / "bolt_mug", tmp_path_factory.mktemp("small") / "photos")
+    )
+    for path in folder.glob("*.jpg"):
+        with Image.open(path) as image:
+            image.resize((image.width // 4, image.height // 4)).save(path, quality=95)
+    return folder
+
+
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def photos(tmp_path: Path, small_photos: Path) -> Path:
     """Five photos with captions."""
-    return Path(shutil.copytree(SAMPLES / "bolt_mug", tmp_path / "photos"))
+    return Path(shutil.copytree(small_photos, tmp_path / "photos"))
 
 
 @pytest.fixture
@@ -51,9 +64,9 @@ def config(tiny_run: Callable[..., TrainConfig]) -> TrainConfig:
 
 
 @pytest.fixture
-def shaped_photos(tmp_path: Path) -> Path:
+def shaped_photos(tmp_path: Path, small_photos: Path) -> Path:
     """Five photos of different shapes, each with its own caption and, but for one, its mask."""
-    folder = Path(shutil.copytree(SAMPLES / "bolt_mug", tmp_path / "photos"))
+    folder = Path(shutil.copytree(small_photos, tmp_path / "photos"))
     for number, old in enumerate(sorted(folder.glob("*.jpg"))):
         with Image.open(old) as image:
             shaped = image.convert("RGB").resize((70 + 9 * number, 110 - 7 * number))

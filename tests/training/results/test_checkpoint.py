@@ -269,8 +269,8 @@ def test_a_file_that_may_not_grow_costs_the_checkpoint_and_not_the_run(tiny_run,
     resource = pytest.importorskip("resource")
     config = tiny_run(checkpointing_steps=2)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # The adapter has some 70 kB, the state with its two moments more than twice of that.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, before[1]))
+    # The adapter has some 20 kB, the state with its two moments more than twice of that.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
     try:
         with pytest.warns(
             UserWarning, match=r"no checkpoint at step 2.*only the adapter was saved"

@@ -191,7 +191,7 @@ REFUSED = {
     "text encoder": ({"train_text_encoder": False},
                      r"has layers of text_encoder, which the run does not train; add --train_tex"),
     "rank": ({"rank": 1}, r"cannot start the unet: it has rank 2, more than rank 1; set rank 2 or"),
-    "targets": ({"targets": ["*.attn2.to_q"]}, r"leave out 48 layers .* add '\*\.attn2\.to_k' '\*"),
+    "targets": ({"targets": ["*.attn2.to_q"]}, r"leave out 12 layers .* add '\*\.attn2\.to_k' '\*"),
     "method": ({"method": "lora"}, r"cannot start the unet: it is a DoRA, which no LoRA can start"),
     "nothing": ({"init_adapter": "/nowhere/x"}, r"init_adapter: there is no adapter at /nowhere/x"),
     "hub": ({"init_adapter": "some/lora"}, r"init_adapter: some/lora is not .* HF_HUB_OFFLINE is"),

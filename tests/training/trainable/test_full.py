@@ -358,7 +358,7 @@ def test_the_share_of_what_was_learned_that_a_file_keeps(full_config, half_base,
     """Against the float32 values of the same steps; the resumed run writes them, too."""
     config = replace(
         full_config, pretrained_model_name_or_path=str(half_base), learning_rate=1e-5,
-        checkpointing_steps=STEPS, train_text_encoder=True, text_encoder_lr=3e-4,
+        checkpointing_steps=STEPS, train_text_encoder=True, text_encoder_lr=3e-5,
     )  # fmt: skip
     with pytest.warns(UserWarning, match=r"saved in float16, which keeps \d+% of what training"):
         rounded = train(config)
