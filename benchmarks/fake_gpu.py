@@ -212,7 +212,7 @@ def _apply(
 def fake_gpu() -> Iterator[None]:
     """Make tensors fake inside the block, and those on `DEVICE` behave as on CUDA."""
     make_device()
-    from dora_diffusion.adapters.norms import layout
+    from dora_diffusion.adapters import layout
     from dora_diffusion.numerics import norms
     from dora_diffusion.training.engine import optimizer
 

@@ -8,7 +8,7 @@ parameters, gradient checkpointing around a block, hooks on the model.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType
@@ -124,18 +124,16 @@ def _run(
     Not before the whole model runs: the scope of an offloaded model opens as that is called.
     """
     adapted = [layer for layer in layers if isinstance(layer, AdaptedLayer)]
-    if any(
-        layer._rows is not None or (layer._place and layer._place.is_mixed) for layer in adapted
-    ):
+    if any(layer._place is not None and layer._place.is_mixed for layer in adapted):
         # Each mixture of adapters would be compiled for itself, and the base for each step.
         return block._call_impl(*args, **kwargs)
     for layer in adapted:
-        if layer._place is not None:
-            layer._place.make_ready(product_dtype(layer.weight))
-        elif layer._scales_cache:
-            for name, adapter in layer.active():
-                if (scales := layer.scales(name, adapter)) is not None:
-                    scales.factors(product_dtype(layer.weight))
+        scales: Mapping[str, Any] = layer._scales_cache or {}
+        if scales and layer._place is None:
+            scales = {name: layer.scales(name, adapter) for name, adapter in layer.active()}
+        for own in scales.values():
+            if own is not None:
+                own.factors(product_dtype(layer.weight))
     return compiled(block, *args, **kwargs)
 
 

@@ -185,8 +185,7 @@ def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
     layer = cast(AdaptedLayer, module)
     layer.adapters = nn.ModuleDict()
     layer._scales_cache = layer._statistics = layer._unmerged = None
-    layer._rows = layer._place = None
-    layer._scales_versions, layer._row_factors, layer._ready = {}, {}, {}
+    layer._scales_versions, layer._place, layer._ready = {}, None, {}
     layer.keep_output = keep_output
     AdaptedLayer.changes += 1
     return layer
@@ -195,8 +194,8 @@ def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
 def restore_base_class(layer: AdaptedLayer) -> None:
     """Make an adapted layer the module that it was, with its present weight."""
     for name in (
-        "adapters", "_scales_cache", "_scales_versions", "_statistics", "_unmerged", "_rows",
-        "_row_factors", "_place", "_ready", "keep_output",
+        "adapters", "_scales_cache", "_scales_versions", "_statistics", "_unmerged", "_place",
+        "_ready", "keep_output",
     ):  # fmt: skip
         delattr(layer, name)
     AdaptedLayer.changes += 1

@@ -8,28 +8,36 @@ were. Adapters live in the child module ``adapters``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.norms.factors import (
+from dora_diffusion.adapters.layout import (
+    DeferredFlags,
+    Layout,
     RowShard,
     Site,
     WeightStatistics,
-    direction_of,
-    factors_of,
+    layouts_of,
 )
-from dora_diffusion.adapters.norms.plan import FixedScales, LayerScales, make_scales
 from dora_diffusion.adapters.parametrizations import Parametrization
-from dora_diffusion.numerics.dora import dora_forward, interpolated_magnitude, sum_of_adapters
+from dora_diffusion.adapters.plan import FixedScales, LayerScales, make_scales
+from dora_diffusion.numerics.dora import (
+    Factors,
+    direction_of,
+    dora_forward,
+    factors_of,
+    interpolated_magnitude,
+    sum_of_adapters,
+)
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.operation import OneHot, Operation, dropout
 from dora_diffusion.numerics.precision import product_dtype, upcast, upcast_dtype
 from dora_diffusion.numerics.weights import (
-    Factors,
     LayerKind,
     LayerWeights,
     NormAxis,
@@ -105,6 +113,14 @@ class LayerAdapter(nn.Module):
         except RuntimeError:  # Tensors that were made in inference mode count nothing.
             return tuple(map(id, own))
 
+    @property
+    def is_plain(self) -> bool:
+        """True if a layer's site has the parameters themselves, not what is made of them."""
+        own = self.strengths
+        return (
+            self.parametrization is None and own.direction_strength == own.magnitude_strength == 1
+        )
+
     def scaled_weights(self) -> LayerWeights:
         """`weights`, with the direction's strength in their scale."""
         weights, strength = self.weights(), self.strengths.direction_strength
@@ -129,28 +145,16 @@ class LayerAdapter(nn.Module):
         return f"{kind}, rank={self.down.shape[0]}, alpha={self.alpha:g}"
 
 
-class RowChoice(Protocol):
-    """The adapters of a batch's rows, inside of a row scope."""
-
-    @property
-    def distinct(self) -> Sequence[str | None]:
-        """Each adapter once; None is the base."""
-
-    def forward(
-        self, layer: AdaptedLayer, x: Tensor, active: Sequence[tuple[str, LayerAdapter]]
-    ) -> Tensor:
-        """The output of a layer whose rows have different ones of its active adapters."""
+Active = Sequence[tuple[str, LayerAdapter]]
+"""Adapters that change the output, with their names."""
 
 
-class PlaceInStack(Protocol):
-    """Interface of what computes a layer's output in the scope of a stack."""
+class Place(Protocol):
+    """Interface of what computes a layer's output in a scope where rows choose their adapters."""
 
     @property
     def is_mixed(self) -> bool:
         """True if the rows of a batch use several adapters, or none."""
-
-    def make_ready(self, dtype: torch.dtype) -> None:
-        """Make what `forward` computes with in a dtype, which compiled code cannot."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output."""
@@ -178,11 +182,8 @@ class AdaptedLayer(nn.Module):
     _scales_versions: dict[str, tuple[int, ...]]
     _statistics: tuple[tuple[Any, ...], WeightStatistics] | None
     _unmerged: Tensor | None
-    # What adapters the rows of a batch have, where a row scope is open, and their factors.
-    _rows: RowChoice | None
-    _row_factors: dict[tuple[Any, ...], Factors | None]
-    # Its place in a stack whose scope is open, and what it computes with there by input dtype.
-    _place: PlaceInStack | None
+    # Its place in the scope of a stack or of rows, and what it computes with there by input dtype.
+    _place: Place | None
     _ready: Mapping[torch.dtype, Ready]
 
     @property
@@ -190,19 +191,20 @@ class AdaptedLayer(nn.Module):
         """True if the adapters are merged into the weight."""
         return self._unmerged is not None
 
-    @property
-    def matrix(self) -> Tensor:
-        """The weight as ``(out, in, *k)``."""
-        return oriented(self.weight, self.kind)
+    def dense(self, dtype: torch.dtype | None = None, *, own: bool = False) -> Tensor:
+        """Read the base weight ``(out, in, *k)``, which nothing else here does.
 
-    @property
-    def own_rows(self) -> Tensor:
-        """The rows of `matrix` that this process has: all of them, where it is not sharded."""
-        if self.shard is None:
-            return self.matrix
-        # Whole inside of its module's forward, and a DTensor outside.
-        to_local = getattr(self.weight, "to_local", None)
-        return cast(Tensor, to_local()) if to_local else self.shard.own(self.weight)
+        Args:
+            dtype: To cast it to.
+            own: Of a sharded weight the rows that this process has.
+        """
+        weight: Tensor = self.weight
+        if own and self.shard is not None:
+            # Whole inside of its module's forward, and a DTensor outside.
+            to_local = getattr(weight, "to_local", None)
+            weight = to_local() if to_local else self.shard.own(weight)
+        weight = oriented(weight, self.kind)
+        return weight if dtype is None else weight.to(dtype)
 
     def operation(self, *, leaves_garbage: bool = True) -> Operation:
         """Return the operation of the weight on an input; see `ConvOperation`."""
@@ -217,15 +219,13 @@ class AdaptedLayer(nn.Module):
         """Return the operation's input: padded, where it does not pad itself, or one-hot."""
         return x
 
-    def active(self) -> list[tuple[str, LayerAdapter]]:
-        """The adapters that change the output, with their names."""
-        adapters, rows = cast("dict[str, LayerAdapter]", self.adapters._modules), self._rows
+    def active(self) -> Active:
+        """The adapters that change the output."""
+        adapters = cast("dict[str, LayerAdapter]", self.adapters._modules)
         return [
             (name, adapter)
             for name, adapter in adapters.items()
-            if adapter.enabled
-            and adapter.strengths.strength != 0
-            and (rows is None or name in rows.distinct)
+            if adapter.enabled and adapter.strengths.strength != 0
         ]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -237,28 +237,19 @@ class AdaptedLayer(nn.Module):
         Raises:
             RuntimeError: If the base weight or bias requires a gradient.
         """
-        ready = None if torch.compiler.is_compiling() else self._ready.get(x.dtype)
-        if ready is not None and not torch.is_autocast_enabled(x.device.type):
-            return dora_forward(ready[0], x, *ready[1:])
-        return self._forward_in_general(x)
+        if not torch.compiler.is_compiling():
+            ready = self._ready.get(x.dtype)
+            if ready is not None and not torch.is_autocast_enabled(x.device.type):
+                return dora_forward(ready[0], x, *ready[1:])
+            if self._place is not None:
+                return self._place.forward(x)
+        return self.adapted(x, self.active())
 
-    def _forward_in_general(self, x: Tensor) -> Tensor:
-        """`forward` of several adapters, of strengths, dropout, casts and the like."""
-        if self._place is not None and not torch.compiler.is_compiling():
-            return self._place.forward(x)
-        rows = self._rows
-        active = self.active() if self._unmerged is None else []
-        if not active:
+    def adapted(self, x: Tensor, active: Active) -> Tensor:
+        """`forward` with these of the adapters."""
+        if self._unmerged is not None or not active:
             base: Tensor = super().forward(x)
             return base
-        weight, bias = self.weight, self.bias
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
-            raise RuntimeError(
-                "the base weight or bias of an adapted layer requires a gradient; freeze it "
-                "(requires_grad_(False)): the adapter is what trains"
-            )
-        if rows is not None and len(rows.distinct) > 1:
-            return rows.forward(self, x, active)
         op = self.operation()
         inputs, matrix, added = self.operands(x)
         name, adapter = active[0]
@@ -278,10 +269,16 @@ class AdaptedLayer(nn.Module):
 
     def operands(self, x: Tensor) -> tuple[Tensor | OneHot, Tensor, Tensor | None]:
         """Return the input, the weight ``(out, in, *k)`` and the bias, all of one dtype."""
+        bias = self.bias
+        if self.weight.requires_grad or (bias is not None and bias.requires_grad):
+            raise RuntimeError(
+                "the base weight or bias of an adapted layer requires a gradient; freeze it "
+                "(requires_grad_(False)): the adapter is what trains"
+            )
         # As autocast would for this operation; ids are none of its.
         inputs = self.prepare(x.to(product_dtype(x)) if x.is_floating_point() else x)
-        bias = None if self.bias is None else self.bias.to(inputs.dtype)
-        return inputs, oriented(self.weight, self.kind).to(inputs.dtype), bias
+        added = None if bias is None else bias.to(inputs.dtype)
+        return inputs, self.dense(inputs.dtype), added
 
     def factors(self, name: str, adapter: LayerAdapter, dtype: torch.dtype) -> Factors:
         """Return an adapter's factors in a dtype, from a plan or, without one, computed alone."""
@@ -293,13 +290,13 @@ class AdaptedLayer(nn.Module):
         elif (kept := (self._scales_cache or {}).get(name)) and dtype in kept.factors_by_dtype:
             return kept.factors_by_dtype[dtype]
         strength = adapter.strengths.magnitude_strength
-        return factors_of(self.matrix, self.bias, adapter.scaled_weights(), dtype, strength)
+        return factors_of(self.dense(), self.bias, adapter.scaled_weights(), dtype, strength)
 
     def with_direction(self, factors: Factors, adapter: LayerAdapter) -> Factors:
         """Factors with what no plan of a sharded weight has made: the weight is whole now."""
         if self.shard is None or not factors.is_direct or factors.axis == "input":
             return factors
-        made = direction_of(self.matrix, adapter.scaled_weights(), factors.down.dtype)
+        made = direction_of(self.dense(), adapter.scaled_weights(), factors.down.dtype)
         return factors._replace(direction=made)
 
     def scales(self, name: str, adapter: LayerAdapter) -> LayerScales | FixedScales | None:
@@ -345,7 +342,7 @@ class AdaptedLayer(nn.Module):
     @torch.no_grad()
     def site(self, adapters: Sequence[LayerAdapter]) -> Site:
         """Return the layer's `Site` for a plan, with adapters that need not be attached."""
-        matrix, made = self.own_rows, []
+        matrix, made = self.dense(own=True), []
         for adapter in adapters:
             weights = adapter.scaled_weights()
             if weights.magnitude is not None:
@@ -363,23 +360,16 @@ class AdaptedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, without the scales, which nobody would close for it."""
-        scopes: dict[str, Any] = {"_scales_cache": None, "_rows": None, "_row_factors": {}}
-        return {**self.__dict__, **scopes, "_place": None, "_ready": {}}
-
-    def identity(self) -> tuple[Any, ...]:
-        """Return a key of the base weight that changes when the weight is written."""
-        weight = self.weight if self.shard is None else self.own_rows
-        version = None if weight.is_inference() else weight._version
-        return weight.data_ptr(), version, weight.dtype, weight.device
+        return {**self.__dict__, "_scales_cache": None, "_place": None, "_ready": {}}
 
     def statistics(self, adapter: LayerAdapter) -> WeightStatistics | None:
         """Statistics of the base weight for an adapter, as long as it is what it was."""
         if adapter.magnitude is None:
             return None
-        axis, identity = adapter.norm_axis, (adapter.norm_axis, *self.identity())
-        if self._statistics is None or self._statistics[0] != identity:
-            made = WeightStatistics(self.own_rows.detach(), axis, self.shard)
-            self._statistics = (identity, made)
+        axis, weight = adapter.norm_axis, self.dense(own=True)
+        key = axis, *identities([weight])[0]
+        if self._statistics is None or self._statistics[0] != key:
+            self._statistics = key, WeightStatistics(weight.detach(), axis, self.shard)
         return self._statistics[1]
 
     @torch.no_grad()
@@ -407,6 +397,54 @@ class AdaptedLayer(nn.Module):
         if self._unmerged is not None:
             self.weight.copy_(self._unmerged)
             self._unmerged = None
+
+
+def identities(weights: Iterable[Tensor]) -> list[tuple[Any, ...]]:
+    """Return a key of each weight that changes when the weight is written."""
+    return [
+        (w.data_ptr(), None if w.is_inference() else w._version, w.dtype, w.device) for w in weights
+    ]
+
+
+def state_of(layers: Sequence[AdaptedLayer], adapters: Sequence[Sequence[LayerAdapter]]) -> object:
+    """Return all that layouts depend on but the values of parameters."""
+    weights = [
+        weight if layer.shard is None else layer.dense(own=True)
+        for layer in layers
+        if (weight := layer._parameters["weight"]) is not None
+    ]
+    return (
+        identities(weights),
+        [(layer.keep_output, id(layer._parameters.get("bias"))) for layer in layers],
+        [(*map(id, a._parameters.values()), a.alpha, a.strengths) for own in adapters for a in own],
+    )
+
+
+class LayoutCache:
+    """Layouts of layers with K adapters each, kept until more than values of parameters changes.
+
+    Attributes:
+        flags: Of each layout, what was read back a step late.
+    """
+
+    def __init__(self) -> None:
+        self.flags: defaultdict[Any, DeferredFlags] = defaultdict(DeferredFlags)
+        self._layouts: dict[Any, Layout] = {}
+        self._state: object = None
+
+    def of(
+        self, layers: Sequence[AdaptedLayer], adapters: Sequence[Sequence[LayerAdapter]]
+    ) -> tuple[dict[Any, Layout], bool]:
+        """The layouts, by what tells them apart, and whether they are new."""
+        state = state_of(layers, adapters)
+        if state == self._state:
+            return self._layouts, False
+        pairs = zip(layers, adapters, strict=True)
+        layouts = layouts_of([layer.site(own) for layer, own in pairs])
+        # What a parametrization or a strength made of parameters is of this step alone.
+        is_kept = all(a.is_plain for own in adapters for a in own)
+        self._state, self._layouts = (state, layouts) if is_kept else (None, {})
+        return layouts, True
 
 
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

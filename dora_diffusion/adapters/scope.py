@@ -1,25 +1,39 @@
-"""Norms computed once for as long as no parameter changes."""
+"""Norms computed once for as long as no parameter changes, and rows of a batch with adapters of
+their own.
+
+With the norm detached (paper, section 4.3), an adapted layer is ``g_k (W x + b) + B'_k (A_k x)``
+and a shift: what differs between the adapters of rows is thin, and is batched beside the one dense
+product.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_diffusion.adapters.inject import require_adapters
-from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, adapted_layers
-from dora_diffusion.adapters.norms.factors import Site
-from dora_diffusion.adapters.norms.layout import DeferredFlags, Layout, layouts_of
-from dora_diffusion.adapters.norms.plan import FixedScales, LayerScales, make_scales, scales_of
-from dora_diffusion.adapters.rows import Rows
-from dora_diffusion.numerics.weights import Strengths
+from dora_diffusion.adapters.layers import (
+    Active,
+    AdaptedLayer,
+    LayerAdapter,
+    LayoutCache,
+    adapted_layers,
+    state_of,
+)
+from dora_diffusion.adapters.plan import FixedScales, LayerScales, make_scales, scales_of
+from dora_diffusion.numerics.dora import Factors, dora_forward
+from dora_diffusion.numerics.operation import ConvOperation, Operation, RowOperation
+
+Entry = tuple[AdaptedLayer, str, LayerAdapter]
+"""A layer, and an adapter of it by name."""
 
 
 class NormCache:
@@ -45,11 +59,10 @@ class NormCache:
     """
 
     def __init__(self) -> None:
-        self.flags: defaultdict[Any, DeferredFlags] = defaultdict(DeferredFlags)
         self._models: tuple[nn.Module, ...] = ()
         self._layers: list[AdaptedLayer] = []
         self._changes = -1
-        self._kept: tuple[list[_Entry], dict[Any, Layout]] = [], {}
+        self._layouts = LayoutCache()
 
     def layers(self, models: tuple[nn.Module, ...]) -> list[AdaptedLayer]:
         """The adapted layers of some models, looked for where they may not be those of before."""
@@ -59,17 +72,10 @@ class NormCache:
             self._layers = [layer for model in models for _, layer in adapted_layers(model)]
         return self._layers
 
-    def scales(
-        self, layers: Sequence[AdaptedLayer]
-    ) -> tuple[Sequence[_Entry], Sequence[LayerScales | FixedScales]]:
-        """The layers' active adapters, and the scales of each."""
-        entries, layouts = self._kept
-        if not _are_current(entries, layers):
-            entries = _entries_of(layers)
-            layouts = layouts_of([entry.site for entry in entries])
-            # What a direction or a strength made of parameters is of this step alone.
-            self._kept = (entries, layouts) if _are_current(entries, layers) else ([], {})
-        return entries, scales_of(layouts, self.flags)
+    def scales(self, entries: Sequence[Entry]) -> Sequence[LayerScales | FixedScales | None]:
+        """The scales of each adapter, as far as it has any that are kept."""
+        layers, adapters = [layer for layer, _, _ in entries], [[own] for _, _, own in entries]
+        return scales_of(self._layouts.of(layers, adapters)[0], self._layouts.flags)
 
 
 class FixedNorms(NormCache):
@@ -82,33 +88,25 @@ class FixedNorms(NormCache):
 
     def __init__(self) -> None:
         super().__init__()
-        self._fixed: WeakKeyDictionary[LayerAdapter, tuple[object, _Entry, FixedScales]]
+        self._fixed: WeakKeyDictionary[LayerAdapter, tuple[object, FixedScales]]
         self._fixed = WeakKeyDictionary()
 
-    def scales(
-        self, layers: Sequence[AdaptedLayer]
-    ) -> tuple[Sequence[_Entry], Sequence[LayerScales | FixedScales]]:
-        """The layers' active adapters, and the scales of each."""
-        active = [(*e, _state(e[0], e[2])) for e in _active(layers) if e[2].magnitude is not None]
+    def scales(self, entries: Sequence[Entry]) -> Sequence[LayerScales | FixedScales | None]:
+        """The scales of each adapter with a magnitude."""
+        nothing: tuple[object, None] = None, None
         missing: dict[str, list[tuple[AdaptedLayer, LayerAdapter, object]]] = {}
-        for layer, name, adapter, state in active:
-            if adapter not in self._fixed or self._fixed[adapter][0] != state:
+        for layer, name, adapter in entries:
+            state: object = (adapter.versions(), state_of([layer], [[adapter]]))
+            if adapter.magnitude is not None and self._fixed.get(adapter, nothing)[0] != state:
                 missing.setdefault(name, []).append((layer, adapter, state))
         # Each adapter by itself: what it is made of leaves with it.
-        for name, parts in missing.items():
-            entries = [_Entry.of(layer, name, adapter) for layer, adapter, _ in parts]
-            scales = make_scales([entry.site for entry in entries])
-            for (_, adapter, state), entry, own in zip(parts, entries, scales, strict=True):
-                self._fixed[adapter] = state, entry, FixedScales(entry.site, own)
-        fixed = [self._fixed[adapter] for _, _, adapter, _ in active]
-        return [entry for _, entry, _ in fixed], [scales for _, _, scales in fixed]
-
-
-def _state(layer: AdaptedLayer, adapter: LayerAdapter) -> object:
-    """Return the state that an adapter's norm on a layer depends on."""
-    statistics = layer.statistics(adapter)
-    settings = adapter.strengths, adapter.alpha, layer.keep_output
-    return adapter.versions(), settings, id(layer._parameters.get("bias")), statistics
+        for parts in missing.values():
+            sites = [layer.site([adapter]) for layer, adapter, _ in parts]
+            for (_, adapter, state), site, own in zip(
+                parts, sites, make_scales(sites), strict=True
+            ):
+                self._fixed[adapter] = state, FixedScales(site, own)
+        return [self._fixed.get(adapter, nothing)[1] for _, _, adapter in entries]
 
 
 @contextmanager
@@ -142,7 +140,23 @@ def norm_scope(*models: nn.Module, cache: NormCache | None = None) -> Iterator[N
     """
     layers = (cache or NormCache()).layers(models)
     opened = [layer for layer in layers if layer._scales_cache is None]
-    _open_caches(opened, cache)
+    entries = [
+        (layer, *each)
+        for layer in opened
+        for each in layer.active()
+        if not isinstance(layer._place, _RowPlace) or each[0] in layer._place.names
+    ]
+    scales = (
+        make_scales([e[0].site([e[2]]) for e in entries])
+        if cache is None
+        else cache.scales(entries)
+    )
+    for layer in opened:
+        # Past `nn.Module.__setattr__`, which takes longer than all else here.
+        vars(layer)["_scales_cache"] = {}
+    for (layer, name, _), own in zip(entries, scales, strict=True):
+        if own is not None:
+            layer.keep_scales(name, own)
     noticed = register_optimizer_step_post_hook(_count_written)
     try:
         yield
@@ -193,16 +207,15 @@ def row_scope(
     if not partly:
         require_adapters(models, rows)
     layers = (cache or NormCache()).layers(models)
-    own = Rows(tuple(rows))
     for layer in layers:
-        vars(layer).update(_rows=own, _row_factors={})
+        vars(layer)["_place"] = _RowPlace(layer, tuple(rows))
     try:
         with norm_scope(*models, cache=cache):
             yield
     finally:
         for layer in layers:
             if isinstance(layer, AdaptedLayer):
-                vars(layer).update(_rows=None, _row_factors={})
+                vars(layer)["_place"] = None
 
 
 def _count_written(optimizer: torch.optim.Optimizer, *args: Any) -> None:
@@ -213,60 +226,140 @@ def _count_written(optimizer: torch.optim.Optimizer, *args: Any) -> None:
                 increment_version(parameter)
 
 
-class _Entry(NamedTuple):
-    """One active adapter of a layer."""
+class _RowPlace:
+    """A layer in a `row_scope`.
 
-    layer: AdaptedLayer
-    name: str
-    strengths: Strengths
-    site: Site
-    identity: object
+    Args:
+        layer: The layer.
+        names: Adapter of each row; None is the base. A batch of a multiple of so many rows repeats
+            them, as guidance does.
+    """
 
-    @classmethod
-    def of(cls, layer: AdaptedLayer, name: str, adapter: LayerAdapter) -> _Entry:
-        site = layer.site([adapter])
-        return cls(layer, name, adapter.strengths, site, layer.identity())
+    is_mixed = True
 
-    def is_current(self, adapter: LayerAdapter) -> bool:
-        """Return whether the site still equals one that would be made now."""
-        (weights,), own, layer = self.site.adapters, adapter._parameters, self.layer
-        return (
-            own["down"] is weights.down
-            and own["up"] is weights.up
-            # And not what a strength makes of it, which is a tensor of its own.
-            and own.get("magnitude") is weights.magnitude
-            and adapter.strengths is self.strengths
-            and adapter.alpha == weights.alpha
-            and layer._parameters.get("bias") is self.site.bias
-            and layer.keep_output == self.site.keep_output
-            and layer.identity() == self.identity
-        )
+    def __init__(self, layer: AdaptedLayer, names: tuple[str | None, ...]) -> None:
+        self.layer, self.names = layer, names
+        self._factors: dict[tuple[Any, ...], Factors | None] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of the layer, of each row with its own of the active adapters.
+
+        Raises:
+            ValueError: If the batch's size is not a multiple of the number of rows.
+        """
+        layer = self.layer
+        active = [each for each in layer.active() if each[0] in self.names]
+        if len(set(self.names)) == 1 or not active or layer.is_merged:
+            return layer.adapted(x, active)
+        is_batch = layer.kind == "embedding" or x.ndim >= layer.weight.ndim
+        names = self._repeated(len(x) if is_batch else 1)
+        op = layer.operation()
+        if _are_batched(layer, op, active):
+            inputs, matrix, bias = layer.operands(x)
+            assert isinstance(inputs, Tensor)
+            if (factors := self._factors_of_rows(active, names, inputs.dtype)) is not None:
+                rows = RowOperation(op, inputs.ndim, len(names))
+                return dora_forward(rows, inputs, matrix, bias, factors)
+        return _each_by_itself(layer, x, names, active)
+
+    def _repeated(self, batch: int) -> tuple[str | None, ...]:
+        repeats, rest = divmod(batch, len(self.names))
+        if rest or not repeats:
+            raise ValueError(
+                f"a layer is called with a batch of {batch}, and adapters are given for "
+                f"{len(self.names)} rows; give one per row of the batch"
+            )
+        return self.names * repeats
+
+    def _factors_of_rows(
+        self, active: Active, names: Sequence[str | None], dtype: torch.dtype
+    ) -> Factors | None:
+        """Each row's factors, stacked; None where the gradient of m needs a path of its own."""
+        layer, key = self.layer, (dtype, len(names), torch.is_grad_enabled())
+        for name, adapter in active:
+            if name in (layer._scales_cache or {}) and not layer.require_unchanged(name, adapter):
+                self._factors.clear()
+        if key not in self._factors:
+            own = {
+                name: _folded(layer.factors(name, adapter, dtype), adapter.strengths.strength)
+                for name, adapter in active
+            }
+            trains = torch.is_grad_enabled() and any(f.gain is not None for f in own.values())
+            is_direct = trains and any(f.is_direct for f in own.values())
+            self._factors[key] = None if is_direct else _stacked(own, names)
+        return self._factors[key]
 
 
-def _active(layers: Sequence[AdaptedLayer]) -> list[tuple[AdaptedLayer, str, LayerAdapter]]:
-    return [(layer, name, adapter) for layer in layers for name, adapter in layer.active()]
-
-
-def _entries_of(layers: Sequence[AdaptedLayer]) -> list[_Entry]:
-    return [_Entry.of(*each) for each in _active(layers)]
-
-
-def _are_current(entries: Sequence[_Entry], layers: Sequence[AdaptedLayer]) -> bool:
-    active = _active(layers)
-    return len(active) == len(entries) and all(
-        entry.is_current(adapter) for entry, (_, _, adapter) in zip(entries, active, strict=True)
+def _are_batched(layer: AdaptedLayer, op: Operation, active: Active) -> bool:
+    """Return whether one product serves these adapters; others run one adapter at a time."""
+    is_plain = type(op) is Operation
+    is_image = isinstance(op, ConvOperation) and op.groups == 1 and len(op.stride) == 2
+    adapters = [adapter for _, adapter in active]
+    axes = {adapter.norm_axis for adapter in adapters if adapter.magnitude is not None}
+    # A strength is folded into what the output is multiplied by, which has no gradient of m then.
+    folds = not torch.is_grad_enabled() and "input" not in axes
+    return (
+        (is_plain or is_image)
+        and len(axes) < 2
+        and all(folds or adapter.strengths.strength == 1 for adapter in adapters)
+        and not (layer.training and any(adapter.dropout for adapter in adapters))
     )
 
 
-def _open_caches(layers: Sequence[AdaptedLayer], cache: NormCache | None) -> None:
-    """Compute every active adapter's scales now, all together, until they are forgotten."""
-    if cache is None:
-        entries: Sequence[_Entry] = _entries_of(layers)
-        scales: Sequence[LayerScales | FixedScales] = make_scales([e.site for e in entries])
-    else:
-        entries, scales = cache.scales(layers)
-    for layer in layers:
-        # Past `nn.Module.__setattr__`, which takes longer than all else here.
-        vars(layer)["_scales_cache"] = {}
-    for entry, own in zip(entries, scales, strict=True):
-        entry.layer.keep_scales(entry.name, own)
+def _folded(factors: Factors, strength: float) -> Factors:
+    """Factors of ``W x + strength * (W' x - W x)``, on the output axis or without a magnitude."""
+    if strength == 1:
+        return factors
+    gain, shift = factors.gain, factors.shift
+    return factors._replace(
+        up=strength * factors.up,
+        gain=None if gain is None else 1 + strength * (gain - 1),
+        shift=None if shift is None else strength * shift,
+    )
+
+
+def _stacked(own: dict[str, Factors], names: Sequence[str | None]) -> Factors:
+    """Each row's factors: ``down (N, r, in, *k)``, ``up (N, out, r)``, the others ``(N, n)``.
+
+    Ranks are filled up with zeros. A row without an adapter has zeros, and a gain of 1.
+    """
+    first = next(iter(own.values()))
+    rank = max(f.down.shape[0] for f in own.values())
+    downs = {
+        name: F.pad(f.down, (0, 0) * (f.down.ndim - 1) + (0, rank - f.down.shape[0]))
+        for name, f in own.items()
+    }
+    ups = {name: F.pad(f.up.flatten(1), (0, rank - f.down.shape[0])) for name, f in own.items()}
+    axis = next((f.axis for f in own.values() if f.gain is not None), first.axis)
+
+    def stack(parts: dict[str, Tensor], empty: float = 0.0) -> Tensor | None:
+        if not parts:
+            return None
+        one = next(iter(parts.values()))
+        other = torch.full_like(one, empty, requires_grad=False)
+        return torch.stack([parts.get(name or "", other) for name in names])
+
+    down, up = stack(downs), stack(ups)
+    assert down is not None
+    assert up is not None
+    return Factors(
+        down,
+        up,
+        stack({name: f.gain for name, f in own.items() if f.gain is not None}, 1.0),
+        stack({name: f.shift for name, f in own.items() if f.shift is not None}),
+        stack({n: f.shift_numerator for n, f in own.items() if f.shift_numerator is not None}),
+        axis,
+    )
+
+
+def _each_by_itself(
+    layer: AdaptedLayer, x: Tensor, names: Sequence[str | None], active: Active
+) -> Tensor:
+    """Rows of one adapter after those of another, put back in their order."""
+    made, places = [], []
+    for name in dict.fromkeys(names):
+        at = [place for place, other in enumerate(names) if other == name]
+        made.append(layer.adapted(x[at], [each for each in active if each[0] == name]))
+        places += at
+    order = torch.tensor(places, device=x.device).argsort()
+    return torch.cat(made).index_select(0, order)

@@ -6,22 +6,19 @@ them by number. Gradients are left in buffers, and become the parameters' at the
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.kinds import layer_groups
-from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, Ready
-from dora_diffusion.adapters.norms.factors import Rows, direction_of
-from dora_diffusion.adapters.norms.layout import DeferredFlags, Layout, layouts_of
-from dora_diffusion.adapters.norms.plan import Plan
-from dora_diffusion.numerics.dora import dora_forward, sum_of_adapters
+from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, LayoutCache, Ready
+from dora_diffusion.adapters.layout import Rows
+from dora_diffusion.adapters.plan import Plan
+from dora_diffusion.numerics.dora import Factors, direction_of, dora_forward, sum_of_adapters
 from dora_diffusion.numerics.operation import Operation, RowOperation, dropout
-from dora_diffusion.numerics.weights import Factors
 
 BASE: Rows = ()
 """Rows of a batch that have no adapter, however many they are."""
@@ -59,14 +56,11 @@ class AdapterStack:
         self.rows: Rows = BASE
         each = zip(layers, adapters, strict=True)
         self._places = [StackPlace(self, *parts) for parts in each]
-        self._flags: defaultdict[Any, DeferredFlags] = defaultdict(DeferredFlags)
-        self._layouts: dict[Any, Layout] = {}
-        self._settled: object = None
+        self._layouts = LayoutCache()
         self._dtype: torch.dtype | None = None
-        # What a parametrization makes is of one step alone.
-        self._is_made = any(own.parametrization for each in adapters for own in each)
         self._plans: list[Plan] = []
-        self._made: dict[Rows, list[Made]] = {}
+        # Of each layer its factors by dtype, and what it is ready with where its input stays.
+        self._made: dict[Rows, list[tuple[dict[torch.dtype, Factors], dict[torch.dtype, Ready]]]]
 
     @contextmanager
     def scope(self) -> Iterator[None]:
@@ -77,19 +71,22 @@ class AdapterStack:
         Raises:
             RuntimeError: In the end, if one has changed inside.
         """
-        self._settle()
-        self._plans = [
-            Plan(layout, self._flags[kind], has_edges=False)
-            for kind, layout in self._layouts.items()
-        ]
-        self._made, before = {}, self._versions()
+        layouts, are_new = self._layouts.of(self.layers, self.adapters)
+        if are_new:
+            for place in self._places:
+                place.settle()
+            self._dtype = next((p.plain_dtype for p in self._places if p.plain_dtype), None)
+            self._parameters = [p for own in self.adapters for a in own for p in a.parameters()]
+        flags = self._layouts.flags
+        self._plans = [Plan(own, flags[kind], has_edges=False) for kind, own in layouts.items()]
+        self._made, before = {}, [parameter._version for parameter in self._parameters]
         for layer, place in zip(self.layers, self._places, strict=True):
             # Past `nn.Module.__setattr__`, which takes longer than all else here.
             vars(layer).update(_place=place, _scales_cache=dict(place.by_name))
         self._choose(BASE)
         try:
             yield
-            if before != self._versions():
+            if before != [parameter._version for parameter in self._parameters]:
                 raise RuntimeError("an adapter's parameters changed inside of its step")
             for plan in self._plans:
                 plan.give_gradients()
@@ -97,8 +94,6 @@ class AdapterStack:
             for layer in self.layers:
                 vars(layer).update(_place=None, _ready={}, _scales_cache=None)
             self._plans = []
-            if self._is_made:
-                self._layouts = {}
 
     @contextmanager
     def of(self, rows: int | Sequence[int]) -> Iterator[None]:
@@ -123,7 +118,7 @@ class AdapterStack:
     def _choose(self, rows: Rows) -> None:
         self.rows = rows
         if rows not in self._made:
-            self._made[rows] = [Made({}, {}) for _ in self.layers]
+            self._made[rows] = [({}, {}) for _ in self.layers]
         for layer, place, made in zip(self.layers, self._places, self._made[rows], strict=True):
             place.factors_by_dtype, vars(layer)["_ready"] = made
 
@@ -133,47 +128,10 @@ class AdapterStack:
         for plan in self._plans:
             factors = plan.factors(dtype, self.rows)
             for number, own in zip(plan.layout.numbers, factors, strict=True):
-                made[number].factors_by_dtype[dtype] = own
-                place = self._places[number]
+                place, (factors_by_dtype, ready) = self._places[number], made[number]
+                factors_by_dtype[dtype] = own
                 if has_one and place.plain_dtype == dtype:
-                    made[number].ready[dtype] = place.op, place.matrix, place.layer.bias, own
-
-    def _settle(self) -> None:
-        """Check that all but the values of parameters is unchanged; else start again."""
-        each = list(zip(self.layers, self.adapters, strict=True))
-        weights = [
-            w if layer.shard is None else layer.own_rows
-            for layer in self.layers
-            if (w := layer._parameters["weight"]) is not None
-        ]
-        present = (
-            [(w.data_ptr(), w._version, w.dtype, w.device) for w in weights],
-            [(layer.keep_output, id(layer._parameters.get("bias"))) for layer in self.layers],
-            [(*map(id, a._parameters.values()), a.alpha) for own in self.adapters for a in own],
-        )
-        if self._is_made or present != self._settled:
-            self._layouts = layouts_of([layer.site(own) for layer, own in each])
-            for place in self._places:
-                place.settle()
-            self._settled = present
-            self._dtype = next((p.plain_dtype for p in self._places if p.plain_dtype), None)
-            self._parameters = [p for _, own in each for a in own for p in a.parameters()]
-
-    def _versions(self) -> list[int]:
-        """Return the number of in-place writes of each parameter."""
-        return [parameter._version for parameter in self._parameters]
-
-
-class Made(NamedTuple):
-    """Factors of a layer, by dtype.
-
-    Attributes:
-        factors_by_dtype: Factors.
-        ready: All that `dora_forward` takes, where nothing is to be done to the layer's input.
-    """
-
-    factors_by_dtype: dict[torch.dtype, Factors]
-    ready: dict[torch.dtype, Ready]
+                    ready[dtype] = place.op, place.matrix, place.layer.bias, own
 
 
 class StackPlace:
@@ -204,7 +162,7 @@ class StackPlace:
         """Find out what no step changes."""
         layer, bias = self.layer, self.layer.bias
         is_low = layer.weight.dtype == torch.bfloat16 and layer.weight.device.type == "cpu"
-        self.op, self.matrix = layer.operation(leaves_garbage=is_low), layer.matrix
+        self.op, self.matrix = layer.operation(leaves_garbage=is_low), layer.dense()
         is_plain = (
             layer.shard is None
             and layer.is_prepared
@@ -225,10 +183,6 @@ class StackPlace:
         if dtype not in self.factors_by_dtype:
             self.stack.make(dtype)
         return self.factors_by_dtype[dtype]
-
-    def make_ready(self, dtype: torch.dtype) -> None:
-        """Make its factors in a dtype."""
-        self.factors(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the layer, whatever is to be done to its input.

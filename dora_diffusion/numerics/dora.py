@@ -11,15 +11,16 @@ Norms and weights are computed in float32 (float64 for float64 weights). Merges 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dora_diffusion.numerics.operation import Operation
 from dora_diffusion.numerics.precision import full_precision, upcast, upcast_dtype
-from dora_diffusion.numerics.weights import Factors, LayerWeights, NormAxis
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 # Far below any pretrained norm, and far enough above float32's smallest number that m / FLOOR
 # stays finite. A channel of a smaller norm is 0. Never added, so no norm is changed.
@@ -110,6 +111,73 @@ def adapted_weight(
         g = gain(interpolated_magnitude(base, layer, magnitude_strength), norm)
         adapted = adapted * per_channel(g, weight.ndim, layer.norm_axis)
     return adapted if strength == 1.0 else base + strength * (adapted - base)
+
+
+class Factors(NamedTuple):
+    """Factors of a layer, in the dtype that it computes in. Gradients flow to A, B and m.
+
+    Attributes:
+        down: ``A``.
+        up: ``g s B`` on the output axis, else ``s B``.
+        gain: ``g``, ``(n,)``, float32: in 16 bits, a gain near 1 would be rounded to 1. It
+            represents m in the graph: its gradient is ``g`` times its derivative,
+            ``sum(dy * (y - b))``, but for the bias, which ``shift_numerator`` has; of a direct
+            layer it is the derivative. None makes the layer a LoRA, and what follows None too.
+        shift: ``(1 - g) b`` on the output axis; None without a bias and on the input axis.
+        shift_numerator: Its gradient is ``sum(dy)``; None where there is no shift.
+        axis: Norm axis.
+        is_direct: Whether ``y / g`` is no good for the gradient of m, so that the layer multiplies
+            by ``gain`` in the graph: |g| is too small, or the next module overwrites y.
+        direction: ``W + s B A`` of a direct layer on the output axis, else None.
+    """
+
+    down: Tensor
+    up: Tensor
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+    shift_numerator: Tensor | None = None
+    axis: NormAxis = "output"
+    is_direct: bool = False
+    direction: Tensor | None = None
+
+
+def factors_of(
+    weight: Tensor,
+    bias: Tensor | None,
+    layer: LayerWeights,
+    dtype: torch.dtype,
+    magnitude_strength: float = 1.0,
+    norm: Tensor | None = None,
+) -> Factors:
+    """The factors of one layer by itself, by plain autograd.
+
+    Args:
+        weight: Base weight ``(out, in, *k)``.
+        bias: ``(out,)``, or None.
+        layer: The adapter.
+        dtype: To compute in.
+        magnitude_strength: See `interpolated_magnitude`.
+        norm: ``norm(W + s B A)``, if already computed.
+    """
+    down, up = layer.down.to(dtype), layer.scale * layer.up
+    if layer.magnitude is None:
+        return Factors(down, up.to(dtype))
+    norm = adapted_norm(weight, layer) if norm is None else norm
+    g = gain(interpolated_magnitude(weight, layer, magnitude_strength), norm)
+    constant, axis, shift = g.detach(), layer.norm_axis, None
+    if axis == "output":
+        up = per_channel(constant, up.ndim, axis) * up
+        shift = None if bias is None else ((1 - constant) * bias).to(dtype)
+    made = direction_of(weight, layer, dtype)
+    return Factors(down, up.to(dtype), g, shift, None, axis, True, made)
+
+
+@torch.no_grad()
+def direction_of(weight: Tensor, layer: LayerWeights, dtype: torch.dtype) -> Tensor | None:
+    """Compute `Factors.direction` of a direct layer."""
+    if layer.norm_axis == "input":
+        return None
+    return adapted_weight(weight, dataclasses.replace(layer, magnitude=None)).to(dtype)
 
 
 def dora_forward(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -187,31 +187,3 @@ def require_strength(name: str, value: float) -> None:
             f"{name} is {value:g}; it must be between -{STRENGTH_LIMIT} and {STRENGTH_LIMIT}, "
             "where 1 is the adapter as trained"
         )
-
-
-class Factors(NamedTuple):
-    """Factors of a layer, in the dtype that it computes in. Gradients flow to A, B and m.
-
-    Attributes:
-        down: ``A``.
-        up: ``g s B`` on the output axis, else ``s B``.
-        gain: ``g``, ``(n,)``, float32: in 16 bits, a gain near 1 would be rounded to 1. It
-            represents m in the graph: its gradient is ``g`` times its derivative,
-            ``sum(dy * (y - b))``, but for the bias, which ``shift_numerator`` has; of a direct
-            layer it is the derivative. None makes the layer a LoRA, and what follows None too.
-        shift: ``(1 - g) b`` on the output axis; None without a bias and on the input axis.
-        shift_numerator: Its gradient is ``sum(dy)``; None where there is no shift.
-        axis: Norm axis.
-        is_direct: Whether ``y / g`` is no good for the gradient of m, so that the layer multiplies
-            by ``gain`` in the graph: |g| is too small, or the next module overwrites y.
-        direction: ``W + s B A`` of a direct layer on the output axis, else None.
-    """
-
-    down: Tensor
-    up: Tensor
-    gain: Tensor | None = None
-    shift: Tensor | None = None
-    shift_numerator: Tensor | None = None
-    axis: NormAxis = "output"
-    is_direct: bool = False
-    direction: Tensor | None = None

@@ -215,7 +215,7 @@ def test_several_adapters_are_order_free_and_merge_as_they_run(net, x):
 
 
 def test_norms_are_computed_once_in_a_scope_and_never_survive_it(net, x, monkeypatch):
-    from dora_diffusion.adapters.norms import plan
+    from dora_diffusion.adapters import plan
 
     inject_adapters(net, everything())
     move(net)

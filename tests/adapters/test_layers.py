@@ -268,9 +268,10 @@ def test_sampling_caches_vectors_only():
     with norm_scope(net), torch.no_grad():
         net(X)
         for _, layer in adapted_layers(net):
-            for gain in layer._scales_cache.values():
-                assert gain.norm.shape == gain.gain.shape == (layer.weight.shape[0],)
-                assert gain.factors(torch.float32).direction is None
+            for scales in layer._scales_cache.values():
+                factors = scales.factors(torch.float32)
+                assert scales.norm.shape == factors.gain.shape == (layer.weight.shape[0],)
+                assert factors.direction is None
     assert all(layer._scales_cache is None for _, layer in adapted_layers(net))
 
 

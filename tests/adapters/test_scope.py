@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_diffusion.adapters import scope
+from dora_diffusion.adapters import layers
 from dora_diffusion.adapters.inject import (
     adapter_parameters,
     disabled,
@@ -152,8 +152,8 @@ def test_what_did_not_change_is_found_out_once(net, x, monkeypatch):
     inject_adapters(net, everything())
     move(net)
     calls = []
-    real = scope.layouts_of
-    monkeypatch.setattr(scope, "layouts_of", lambda inputs: calls.append(1) or real(inputs))
+    real = layers.layouts_of
+    monkeypatch.setattr(layers, "layouts_of", lambda inputs: calls.append(1) or real(inputs))
     cache = NormCache()
     for expected in (1, 1, 2, 3, 3):
         if expected == 2:

@@ -24,7 +24,7 @@ OF_ONE_VENDOR = {
     "dora_diffusion/numerics/precision.py": "TensorFloat-32, of NVIDIA's GPUs, and its switches",
     "dora_diffusion/models/offload.py": "memory that CUDA fetches from by itself",
     "dora_diffusion/numerics/norms.py": "a product of bfloat16 in float32, which CUDA has",
-    "dora_diffusion/adapters/norms/layout.py": "an event to read behind; others read at once",
+    "dora_diffusion/adapters/layout.py": "an event to read behind; others read at once",
     "dora_diffusion/training/engine/step.py": "a fused optimizer that CUDA can hold back",
     "dora_diffusion/models/precision.py": "what Apple's GPU needs for bfloat16",
     "dora_diffusion/cli/console/environment.py": "NVIDIA's program, variables of each vendor",

@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dora_diffusion.adapters.norms.factors import Site, WeightStatistics, factors_of
-from dora_diffusion.adapters.norms.plan import make_scales
+from dora_diffusion.adapters.layout import Site, WeightStatistics
+from dora_diffusion.adapters.plan import make_scales
 from dora_diffusion.numerics.dora import (
     adapted_norm,
     adapted_weight,
     dora_forward,
+    factors_of,
     gain,
     interpolated_magnitude,
     low_rank_delta,

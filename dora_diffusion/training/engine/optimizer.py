@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from dora_diffusion.adapters.inject import layer_adapters
-from dora_diffusion.adapters.norms.layout import join, split_like
+from dora_diffusion.adapters.layout import join, split_like
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.wording import counted
 from dora_diffusion.numerics.devices import has_fused_optimizers

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dora_diffusion.adapters.norms import layout
-from dora_diffusion.adapters.norms.layout import join, split_like
+from dora_diffusion.adapters import layout
+from dora_diffusion.adapters.layout import join, split_like
 
 SHAPES = [(3, 4), (2,), (1, 2, 3, 1), (0, 5), ()]
 

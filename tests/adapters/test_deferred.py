@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from dora_diffusion.adapters import layout
 from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
-from dora_diffusion.adapters.norms import layout
-from dora_diffusion.adapters.norms.layout import DeferredFlags
-from dora_diffusion.adapters.norms.plan import Plan
+from dora_diffusion.adapters.layout import DeferredFlags
+from dora_diffusion.adapters.plan import Plan
 from dora_diffusion.adapters.scope import NormCache, norm_scope
 from dora_diffusion.config import AdapterConfig
 
@@ -94,8 +94,9 @@ def test_a_channel_is_flagged_before_it_is_ill_conditioned():
     for _ in range(12):
         with norm_scope(model, cache=cache):
             scales = model[0].scales("default", model[0].adapters["default"])
-            gain, is_direct = abs(float(scales.gain[4])), scales.factors(torch.float32).is_direct
-            seen.append((gain, is_direct))
+            factors = scales.factors(torch.float32)
+            gain = abs(factors.gain[4].item())
+            seen.append((gain, factors.is_direct))
         with torch.no_grad():
             magnitude[4] *= 0.4 if gain > 0.01 else 0.7
     assert any(value < 1e-3 for value, _ in seen)

@@ -22,14 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dora_diffusion.adapters.norms.factors import (
-    Rows,
-    Site,
-    direction_of,
-    factors_of,
-)
-from dora_diffusion.adapters.norms.layout import DeferredFlags, Layout, layouts_of
-from dora_diffusion.numerics.dora import NORM_FLOOR
+from dora_diffusion.adapters.layout import DeferredFlags, Layout, Rows, Site, layouts_of, scaled
+from dora_diffusion.numerics.dora import NORM_FLOOR, Factors, direction_of, factors_of
 from dora_diffusion.numerics.dora import gain as gain_of
 from dora_diffusion.numerics.norms import (
     SameShape,
@@ -41,7 +35,6 @@ from dora_diffusion.numerics.norms import (
     parts_of,
 )
 from dora_diffusion.numerics.precision import full_precision
-from dora_diffusion.numerics.weights import Factors
 
 # A layer with a channel whose |g| is below this is direct: dividing g out of what it keeps would
 # magnify the rounding of that, or be 0 / 0.
@@ -78,9 +71,8 @@ def scales_of(
         plan = Plan(layout, None if flags is None else flags[kind])
         # Not in the plan: the graph leads from the factors to it, and cycles are freed late.
         made: list[dict[torch.dtype, Factors]] = [{} for _ in layout.sites]
-        norms, gains = plan.split(plan.norm), plan.split(plan.gain)
         for place, number in enumerate(layout.numbers):
-            scales[number] = LayerScales(norms[place], gains[place], plan, place, made[place], made)
+            scales[number] = LayerScales(plan, place, made[place], made)
     return [scales[number] for number in range(len(scales))]
 
 
@@ -88,20 +80,22 @@ class LayerScales(NamedTuple):
     """One adapter's part of a plan.
 
     Attributes:
-        norm: ``norm(W + sBA)``, ``(n,)``, float32; None of a LoRA.
-        gain: ``g = m / norm``, ``(n,)``, float32; None of a LoRA.
         plan: What makes the factors of all layers at once.
         place: The layer's place there.
         factors_by_dtype: The layer's factors, as far as they were made.
         factors_of_all: Those of each layer of the plan.
     """
 
-    norm: Tensor | None
-    gain: Tensor | None
     plan: Plan
     place: int
     factors_by_dtype: dict[torch.dtype, Factors]
     factors_of_all: Sequence[dict[torch.dtype, Factors]]
+
+    @property
+    def norm(self) -> Tensor | None:
+        """``norm(W + sBA)``, ``(n,)``, float32; None of a LoRA."""
+        norm = self.plan.norm
+        return None if norm is None else torch.split(norm, self.plan.layout.sizes)[self.place]
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """Return the layer's factors; made for all layers of the plan at the first call."""
@@ -161,6 +155,11 @@ class Plan:
         has_edges: Whether the graph leads to the parameters, so that each backward pass adds to
             their ``grad``. Else what all passes left is theirs with `give_gradients`, and a further
             pass costs a few additions.
+
+    Attributes:
+        norm: ``norm(W + sBA)`` of all channels, float32; None of LoRA.
+        gain: ``g = m / norm``; None of LoRA.
+        direct: Places of layers that multiply by their gain in the graph (`Factors.is_direct`).
     """
 
     def __init__(
@@ -178,11 +177,6 @@ class Plan:
             with torch.no_grad(), full_precision(layout.device):
                 self._make_norms(flags)
         self._scales = layout.row_scales(self.gain)
-
-    def split(self, joined: Tensor | None) -> Sequence[Tensor | None]:
-        """Norms or gains of each adapter of each layer: views, ``(n,)``; None of a LoRA."""
-        sizes = self.layout.sizes
-        return [None] * len(sizes) if joined is None else torch.split(joined, sizes)
 
     def _make_norms(self, flags: DeferredFlags | None) -> None:
         """Norms and gains; those of flagged layers in a way of their own."""
@@ -203,34 +197,32 @@ class Plan:
         found = (flags or DeferredFlags()).layers(
             torch.cat([flagged, is_other]), layout.sizes + layout.widths
         )
-        count = layout.count
-        changed = {number - len(layout.sizes) for number in found if number >= len(layout.sizes)}
-        for place in sorted(changed):
-            layout.sites[place].statistics.update(layout.sites[place].weight)  # type: ignore[union-attr]
+        count, adapters = layout.count, len(layout.sizes)
+        changed = sorted(number - adapters for number in found if number >= adapters)
+        for place in changed:
+            site = layout.sites[place]
+            site.statistics.update(site.weight)  # type: ignore[union-attr]
         if changed:
             layout.recall()
-        again = {(place, k) for place in changed for k in range(count)}
-        again |= {divmod(number, count) for number in found if number < len(layout.sizes)}
+        again = {place * count + k for place in changed for k in range(count)}
         # In order, since processes that share the weights recompute together.
-        norms, gains = (torch.split(joined, layout.sizes) for joined in (self.norm, self.gain))
-        for place, k in sorted(again):
-            self._recompute(place, k, norms[place * count + k], gains[place * count + k])
+        for number in sorted(again.union(number for number in found if number < adapters)):
+            self._recompute(number)
 
     def _terms(self) -> list[list[Tensor]]:
         """The terms of each shape's norms, flat; of sharded weights this process's summands."""
         layout, on_output = self.layout, self.layout.axis == "output"
-        shard, splits = layout.sites[0].shard, any(layout.widens)
-        scales = [sides.scale for sides in layout.sides]
-        up = self.up
+        up, scales = self.up, layout.shape_scales
         if None in scales:  # Then it is in B.
-            up, scales = self._scaled(up, layout.scales), [1.0] * len(scales)
-        downs, ups = layout.downs_by_shape(self.down), self._own_ups(up)
+            up, scales = scaled(up, layout.scales), [1.0] * len(scales)
+        downs, ups = layout.factors_by_shape(self.down, up)
         wide, parts = [downs if on_output else ups], []
-        if splits and on_output:
-            parts = [layout.downs_by_shape(part) for part in parts_of(self.down)]
-        elif splits:
-            parts = [self._own_ups(each) for each in zip(*map(parts_of, up), strict=True)]
-        made: list[list[Tensor]] = []
+        if any(layout.widens) and on_output:
+            parts = [layout.factors_by_shape(part, up)[0] for part in parts_of(self.down)]
+        elif any(layout.widens):
+            split = zip(*map(parts_of, up), strict=True)
+            parts = [layout.factors_by_shape(self.down, part)[1] for part in split]
+        made = []
         for number, sites in enumerate(layout.shapes):
             seen = parts if layout.widens[number] else wide
             same = SameShape(
@@ -242,20 +234,18 @@ class Plan:
                 [part[number].flatten(0, 1) for part in seen],
             )
             terms: Sequence[Tensor] = norm_terms(same)
-            if shard is not None:
-                own = sites[0].shard
-                terms = [own.summand(term, layout.axis) for term in terms]  # type: ignore[union-attr]
+            if (shard := sites[0].shard) is not None:
+                terms = [shard.summand(term, layout.axis) for term in terms]
             made.append([term.flatten() for term in terms])
         return made
 
-    def _own_ups(self, joined: Sequence[Tensor]) -> list[Tensor]:
-        """`Layout.ups_by_shape`, of sharded weights the rows that this process has."""
-        pairs = zip(self.layout.ups_by_shape(joined), self.layout.shapes, strict=True)
-        return [ups if (s := sites[0].shard) is None else s.own(ups, 2) for ups, sites in pairs]
-
-    def _recompute(self, place: int, k: int, norm: Tensor, gain: Tensor) -> None:
+    def _recompute(self, number: int) -> None:
         """Norm and gain of an adapter that was flagged, from its dense weight where need be."""
-        site = self.layout.sites[place]
+        layout, (place, k) = self.layout, divmod(number, self.layout.count)
+        assert self.norm is not None
+        assert self.gain is not None
+        norm, gain = (torch.split(all_, layout.sizes)[number] for all_ in (self.norm, self.gain))
+        site = layout.sites[place]
         own, shard = site.adapters[k], site.shard
         given = site.weight, own.down, own.up, own.scale, own.norm_axis
         if shard is None:
@@ -276,26 +266,22 @@ class Plan:
         with torch.inference_mode(False), torch.enable_grad():
             start = layout.parameters if self.has_edges else [layout.anchor]
             made: tuple[Tensor, ...] = _Prepare.apply(self, dtype, rows, *start)  # type: ignore[no-untyped-call]
-        shifts: Sequence[Tensor] = ()
-        if any(layout.has_bias):
-            assert self.gain is not None
-            with torch.no_grad():
-                shifts = self._of_rows(rows, ((1 - self.gain) * layout.bias).to(dtype))
-        gains, numerators = made[2 * count : 3 * count], iter(made[3 * count :])
+        each = [made[first : first + count] for first in range(0, len(made), count)]
+        gains, numerators, shifts = [*each[2:], *[(None,) * count] * 3][:3]
         return [
             Factors(
-                made[place],
-                made[count + place],
-                gains[place] if gains else None,
-                shifts[place] if layout.has_bias[place] else None,
-                next(numerators) if layout.has_bias[place] else None,
+                each[0][place],
+                each[1][place],
+                gains[place],
+                shifts[place] if has_bias else None,
+                numerators[place] if has_bias else None,
                 layout.axis,
                 place in self.direct,
                 self.direction(place, rows, dtype)
                 if place in self.direct and isinstance(rows, int)
                 else None,
             )
-            for place in range(count)
+            for place, has_bias in enumerate(layout.has_bias)
         ]
 
     def direction(self, place: int, k: int, dtype: torch.dtype) -> Tensor | None:
@@ -304,50 +290,20 @@ class Plan:
         return None if site.shard else direction_of(site.weight, site.adapters[k], dtype)
 
     def prepared(self, dtype: torch.dtype, rows: Rows) -> list[Tensor]:
-        """A, B, gains and the shifts' numerators (whose values nobody reads) of all layers."""
+        """A and B of all layers, their gains, numerators (whose values nobody reads), and shifts.
+
+        LoRA have no gains, and layers that have no bias, all of them, no shifts.
+        """
         layout = self.layout
-        down, ups = self.down.to(dtype), self._scaled(self.up, self._scales)
-        ups = [own.to(dtype) for own in ups]
-        if layout.is_whole(rows):
-            made = layout.cut(rows, down, ups)
-        else:
-            downs, ups = layout.downs_by_shape(down), layout.ups_by_shape(ups)
-            made = [part for block in (*downs, *ups) for part in self._choose(rows, block)]
-            shapes = layout.shapes_of(rows)
-            made = [part.view(like.shape) for part, like in zip(made, shapes, strict=True)]
+        buffers = [part.to(dtype) for part in (self.down, *scaled(self.up, self._scales))]
         if self.gain is not None:
-            made += self._of_rows(rows, self.gain)
-            empty = self._of_rows(rows, torch.empty_like(self.gain))
-            made += [part for part, has in zip(empty, layout.has_bias, strict=True) if has]
-        return made
-
-    @staticmethod
-    def _scaled(ups: Sequence[Tensor], scales: Sequence[Any]) -> list[Tensor]:
-        pairs = zip(ups, scales, strict=True)
-        return [up if isinstance(s, float) and s == 1 else up * s for up, s in pairs]
-
-    def _choose(self, rows: Rows, block: Tensor) -> Sequence[Tensor]:
-        """Return the rows of each layer from ``(n, K, ...)``."""
-        if isinstance(rows, int):
-            return block[:, rows].unbind()
-        return block.index_select(1, self.layout.index(rows)).unbind()
-
-    def _of_rows(self, rows: Rows, joined: Tensor) -> Sequence[Tensor]:
-        """Each layer's part of a vector over all channels, for such rows."""
-        if self.layout.is_whole(rows):
-            return self.layout.split(rows, joined)
-        blocks = self.layout.vectors_by_shape(joined)
-        return [part for block in blocks for part in self._choose(rows, block)]
+            buffers.append(self.gain)
+            if any(layout.has_bias):
+                shifts = ((1 - self.gain) * layout.bias).to(dtype)
+                buffers += [torch.empty_like(self.gain), shifts]
+        return layout.take(rows, buffers)
 
     # Gradients
-
-    def leave(self, rows: Rows, grads: Sequence[Tensor | None]) -> None:
-        """Add what the layers gave in a backward pass to what is there."""
-        made = self.gathered(rows, grads)
-        if self._left is None:
-            self._left = made
-        else:
-            torch._foreach_add_(self._left, made)
 
     def gathered(self, rows: Rows, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """Gradients of the factors of rows, in buffers: A, B of each rank, sums, shifts' sums."""
@@ -355,44 +311,22 @@ class Plan:
         used = [place for place in range(count) if grads[place] is not None]
         self._used.update(used)
         made = layout.empty(rows, fill=len(used) < count)
-        targets = layout.cut(rows, made[0], made[1:])
-        given = zip(targets, grads[: 2 * count], strict=True)
+        given = zip(layout.cut(rows, made), grads[: 2 * count], strict=True)
         if pairs := [(target, grad) for target, grad in given if grad is not None]:
             torch._foreach_copy_([target for target, _ in pairs], [grad for _, grad in pairs])
-        if layout.has_gain:
-            made.append(layout.joined(rows, grads[2 * count : 3 * count]))
-            # Zeros where no bias was reached, so that all passes leave the same buffers.
-            each = iter(grads[3 * count :])
-            if any(layout.has_bias):
-                sums = [next(each) if has_bias else None for has_bias in layout.has_bias]
-                made.append(layout.joined(rows, sums))
-        return made if layout.is_whole(rows) else self._of_adapters(rows, made)
-
-    def _of_adapters(self, rows: Rows, given: Sequence[Tensor]) -> list[Tensor]:
-        """Sums over the rows of each of the K adapters."""
-        layout, chosen, count = self.layout, self.layout.index(rows), len(self.layout.index(rows))
-        made, ranks = layout.empty(tuple(range(layout.count)), fill=True), len(self.up)
-        pairs = [(layout.downs_by_shape(made[0]), layout.downs_by_shape(given[0], count))]
-        targets, sources = made[1:], given[1 : 1 + ranks]
-        pairs.append((layout.ups_by_shape(targets), layout.ups_by_shape(sources, count)))
-        for vector in given[1 + ranks :]:
-            made.append(layout.base.new_zeros(layout.base.shape))
-            each = layout.vectors_by_shape(made[-1]), layout.vectors_by_shape(vector, count)
-            pairs.append(each)
-        for blocks, parts in pairs:
-            for block, part in zip(blocks, parts, strict=True):
-                block.index_add_(1, chosen, part)
-        return made
+        # Zeros where no bias was reached, so that all passes leave the same buffers.
+        for first in range(2 * count, min(len(grads), 4 * count), count):
+            made.append(layout.joined(rows, grads[first : first + count]))
+        return layout.give(rows, made)
 
     def gradients(self, made: list[Tensor]) -> list[Tensor | None]:
         """The gradients of the layout's parameters, of buffers that this changes."""
         layout, ranks = self.layout, len(self.up)
-        ups, rows = made[1 : 1 + ranks], 0 if layout.count == 1 else tuple(range(layout.count))
-        pairs = zip(ups, self._scales, strict=True)
-        scaled = [(up, s) for up, s in pairs if not (isinstance(s, float) and s == 1)]
-        for up, scale in scaled:
-            up.mul_(scale)
-        blocks = layout.cut(rows, made[0], ups)
+        ups = made[1 : 1 + ranks]
+        for up, scale in zip(ups, self._scales, strict=True):
+            if not (isinstance(scale, float) and scale == 1):
+                up.mul_(scale)
+        blocks = layout.cut(layout.whole, made[: 1 + ranks])
         parts = blocks if layout.count == 1 else [own for block in blocks for own in block.unbind()]
         if layout.has_gain:
             parts += torch.split(self._magnitude_gradient(made[1 + ranks :]), layout.sizes)
@@ -434,8 +368,8 @@ class Plan:
         """
         if self._left is None:
             return
-        found = self.gradients(self._left)
         made = []
+        found = self.gradients(self._left)
         for parameter, gradient in zip(self.layout.parameters, found, strict=True):
             if gradient is not None and parameter.grad_fn is None:
                 parameter.grad = gradient
@@ -458,15 +392,21 @@ class _Prepare(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         ctx.plan, ctx.rows = plan, rows
         ctx.set_materialize_grads(False)
-        return tuple(plan.prepared(dtype, rows))
+        made = plan.prepared(dtype, rows)
+        ctx.mark_non_differentiable(*made[4 * len(plan.layout.sites) :])  # The shifts.
+        return tuple(made)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan = ctx.plan
-        if not plan.has_edges:
-            plan.leave(ctx.rows, grads)
-            return None, None, None, None
-        # Of these alone, whatever earlier passes have reached.
-        plan._used.clear()
-        return None, None, None, *plan.gradients(plan.gathered(ctx.rows, grads))
+        plan: Plan = ctx.plan
+        if plan.has_edges:
+            # Of these alone, whatever earlier passes have reached.
+            plan._used.clear()
+            return None, None, None, *plan.gradients(plan.gathered(ctx.rows, grads))
+        made = plan.gathered(ctx.rows, grads)
+        if plan._left is None:
+            plan._left = made
+        else:
+            torch._foreach_add_(plan._left, made)
+        return None, None, None, None

@@ -9,7 +9,7 @@ settings alone, so that a loop makes it once.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, groupby
 from math import prod
@@ -19,14 +19,128 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from dora_diffusion.adapters.norms.factors import Rows, Site
-from dora_diffusion.numerics.norms import widens
-from dora_diffusion.numerics.precision import upcast_dtype
+from dora_diffusion.numerics.dora import squared_norm
+from dora_diffusion.numerics.norms import checksum, widens
+from dora_diffusion.numerics.precision import full_precision, upcast_dtype
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 # Devices whose flags are read a step late.
 _DEFERRED = {"cuda"}
 # Of how many ways to lay out the rows of a batch the indices are kept.
 _KEPT = 8
+# The most vectors beside A and B: gains, numerators of shifts, shifts.
+_VECTORS = 3
+
+
+Rows = int | tuple[int, ...]
+"""The adapter of each row of a batch, of K: a number where all rows have one."""
+
+
+class RowShard(NamedTuple):
+    """Rows (outputs) of a sharded weight that this process has.
+
+    Squared norms are complete without any process having the whole weight: on the output axis each
+    knows those of its rows, on the input axis each has a part of every sum.
+
+    Attributes:
+        start: The first of them.
+        length: How many.
+        out: Rows of the whole weight.
+        add_up: A tensor's sum over all processes, the same bits in each.
+    """
+
+    start: int
+    length: int
+    out: int
+    add_up: Callable[[Tensor], Tensor]
+
+    def own(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """The part of a tensor over all rows that belongs to those of this process."""
+        return tensor.narrow(dim, self.start, self.length)
+
+    def summand(self, values: Tensor, axis: NormAxis) -> Tensor:
+        """Return this process's term of `add_up`, from ``(..., length)`` or ``(..., in)``."""
+        if axis == "input":
+            return values
+        whole = values.new_zeros(*values.shape[:-1], self.out)
+        self.own(whole, -1).copy_(values)
+        return whole
+
+
+class WeightStatistics:
+    """Statistics of a frozen base weight ``(out, in, *k)``; both ``(n,)`` on the norm's axis.
+
+    Attributes:
+        squared_norm: ``|W|^2``.
+        checksum: Tells whether it is still the same weight.
+
+    Args:
+        weight: Of a sharded one, the rows of this process.
+        axis: The norm's.
+        shard: Which rows these are. All processes make, and update, the same ones.
+    """
+
+    def __init__(self, weight: Tensor, axis: NormAxis, shard: RowShard | None = None) -> None:
+        self.axis: NormAxis = axis
+        self.shard = shard
+        self.update(weight)
+
+    def update(self, weight: Tensor) -> None:
+        """Compute the statistics of a weight, which are a pass over it each."""
+        with full_precision(weight.device):
+            both = squared_norm(weight, self.axis), checksum(weight, self.axis)
+            if self.shard is not None:
+                summed = self.shard.add_up(self.shard.summand(torch.stack(both), self.axis))
+                both = summed[0], summed[1]
+            self.squared_norm, self.checksum = both
+
+
+class Site(NamedTuple):
+    """A layer and its K adapters: all DoRA on one norm axis, or all LoRA.
+
+    Attributes:
+        weight: Base weight ``(out, in, *k)``; of a sharded one, the rows of this process.
+        bias: ``(out,)``, or None.
+        adapters: Their parameters, with what acts as direction and magnitude where strengths move
+            these.
+        statistics: Of the weight; None of a LoRA.
+        keep_output: Whether nothing overwrites the layer's output in place.
+        shard: Which rows of the weight there are; None: all.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    adapters: Sequence[LayerWeights]
+    statistics: WeightStatistics | None = None
+    keep_output: bool = True
+    shard: RowShard | None = None
+
+    @property
+    def rank(self) -> int:
+        """The greatest of its adapters, which others are filled up to with zeros."""
+        return max(adapter.rank for adapter in self.adapters)
+
+    @property
+    def out(self) -> int:
+        """Rows of the whole weight."""
+        return len(self.weight) if self.shard is None else self.shard.out
+
+    @property
+    def width(self) -> int:
+        """Number of magnitudes of an adapter."""
+        first = self.adapters[0]
+        return 0 if first.magnitude is None else len(first.magnitude)
+
+    @property
+    def is_direct(self) -> bool:
+        """True if the gradient of m cannot come from what the layer keeps; see `Factors`."""
+        first = self.adapters[0]
+        if first.magnitude is None:
+            return False
+        if first.norm_axis == "output":
+            return not self.keep_output
+        # Ids have no activation, and a magnitude of a grouped convolution scales several channels.
+        return first.kind == "embedding" or first.groups > 1
 
 
 @torch.no_grad()
@@ -47,17 +161,18 @@ def split_like(joined: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 class Layout:
     """The order of K adapters of layers that are of one `_division`.
 
-    Buffers are all A, one after the other, and of each rank all B as rows ``(rows, r)``. Vectors
-    over channels have those of all K adapters of a layer before those of the next.
+    Buffers are all A, one after the other, of each rank all B as rows ``(rows, r)``, and vectors
+    over channels. Each has those of all K adapters of a layer before those of the next.
 
     Attributes:
         sites: Layers with their adapters, in the order in which those of one shape are neighbours.
         numbers: The place of each among those that were given.
         count: K.
+        whole: Rows that are the K adapters in their order.
         axis: The norm's.
         has_gain: Whether they are DoRA, and not LoRA.
         shapes: Neighbours of one rank, shape, scales and dtype.
-        sides: What those of each have in common.
+        shape_scales: ``s`` of each; None where the K adapters of a layer differ in it.
         widens: Whether products with their weights can be float32 (`norms.widens`).
         scales: ``s`` of each rank's rows of B: a number, or, where adapters differ, ``(rows, 1)``.
         widths: How many magnitudes an adapter of each layer has; 0 of a LoRA.
@@ -72,17 +187,16 @@ class Layout:
         self.sites = sites = [sites[number] for number in self.numbers]
         first = sites[0].adapters[0]
         self.count = len(sites[0].adapters)
+        self.whole: Rows = 0 if self.count == 1 else tuple(range(self.count))
         self.axis, self.has_gain = first.norm_axis, first.magnitude is not None
         self.dtype, self.device = upcast_dtype(sites[0].weight), sites[0].weight.device
         self.shapes = [list(group) for _, group in groupby(sites, key=_kind)]
-        self.sides = [_Sides.of(group) for group in self.shapes]
+        scales = [{adapter.scale for adapter in group[0].adapters} for group in self.shapes]
+        self.shape_scales = [own.pop() if len(own) == 1 else None for own in scales]
         self.widens = [widens(group[0].weight) for group in self.shapes]
         # Neighbours of one rank, whose B are rows of one matrix.
-        pairs = zip(self.shapes, self.sides, strict=True)
-        groups = [list(group) for _, group in groupby(pairs, key=lambda pair: pair[1].rank)]
-        self._ranks = [(group[0][1].rank, [side for _, side in group]) for group in groups]
-        self._rows = [sum(side.layers * side.out for side in sides) for _, sides in self._ranks]
-        by_rank = [[site for own, _ in group for site in own] for group in groups]
+        self._ranks = [(rank, list(own)) for rank, own in groupby(sites, lambda site: site.rank)]
+        self._rows = [self.count * sum(site.out for site in own) for _, own in self._ranks]
         self.widths = [site.width for site in sites]
         self.sizes = [width for width in self.widths for _ in range(self.count)]
         on_output = self.has_gain and self.axis == "output"
@@ -91,8 +205,8 @@ class Layout:
         adapters = [adapter for site in sites for adapter in site.adapters]
         self.parameters = [a.down for a in adapters] + [a.up for a in adapters]
         self.parameters += [a.magnitude for a in adapters if a.magnitude is not None]
-        self._downs, self._ups = self._joined_parameters(by_rank)
-        self.scales = [self._scales_of(own) for own in by_rank]
+        self._downs = [part for rank, own in self._ranks for part in _filled_downs(rank, own)]
+        self.scales = [self._scales_of(own) for _, own in self._ranks]
         self._written: list[int | None] | None = None
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._templates: dict[int | None, list[list[Tensor]]] = {}
@@ -118,23 +232,7 @@ class Layout:
             self.bias = torch.cat([vector.repeat(self.count) for vector in vectors])
             self._written = written
 
-    def _joined_parameters(
-        self, by_rank: Sequence[Sequence[Site]]
-    ) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """All A with the zeros that fill them up to their layer's rank, and the B of each rank."""
-        downs: list[Tensor] = []
-        ups: list[list[Tensor]] = []
-        for (rank, _), sites in zip(self._ranks, by_rank, strict=True):
-            adapters = [adapter for site in sites for adapter in site.adapters]
-            ups.append([adapter.up for adapter in adapters])
-            for down in (adapter.down for adapter in adapters):
-                missing = rank - len(down)
-                zeros = [down.new_zeros(missing, down[0].numel())] if missing else []
-                downs += [down, *zeros]
-        return downs, ups
-
     def _scales_of(self, sites: Sequence[Site]) -> Tensor | float:
-        """``s`` of rows of B: a number, or, where adapters differ, ``(rows, 1)``."""
         adapters = [adapter for site in sites for adapter in site.adapters]
         scales = [adapter.scale for adapter in adapters]
         if len(set(scales)) == 1:
@@ -158,7 +256,8 @@ class Layout:
     def up(self) -> list[Tensor]:
         """All B, ``(rows, r)`` of each rank; smaller ones are filled up with zeros."""
         made = []
-        for (rank, _), ups in zip(self._ranks, self._ups, strict=True):
+        for rank, sites in self._ranks:
+            ups = [adapter.up for site in sites for adapter in site.adapters]
             if all(up.shape[1] == rank for up in ups):
                 made.append(join(ups).to(self.dtype).view(-1, rank))
                 continue
@@ -172,44 +271,42 @@ class Layout:
 
     def magnitude(self) -> Tensor:
         """All m."""
-        return join(self.parameters[2 * len(self.sites) * self.count :]).to(self.dtype)
+        return join(self.parameters[2 * len(self.sizes) :]).to(self.dtype)
 
     def row_scales(self, gain: Tensor | None) -> list[Any]:
         """Return the factors of each rank's rows of B: ``g s`` on the output axis, else ``s``."""
         if gain is None or self.axis == "input":
             return self.scales
-        gains = torch.split(gain[:, None], [self.count * rows for rows in self._rows])
-        pairs = zip(gains, self.scales, strict=True)
-        return [g if isinstance(s, float) and s == 1 else g * s for g, s in pairs]
+        return scaled(torch.split(gain[:, None], self._rows), self.scales)
 
-    # Buffers to layers
+    # Buffers to layers. Buffers are given in the order A, B of each rank, and any vectors.
 
-    def downs_by_shape(self, joined: Tensor, count: int | None = None) -> list[Tensor]:
-        """The A of each of `shapes`, ``(n, count, r, in * k)``; K are there if not said."""
-        count = count or self.count
-        shapes = [(side.layers, count, side.rank, side.fan_in) for side in self.sides]
-        parts = torch.split(joined, [prod(shape) for shape in shapes])
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    @cached_property
+    def _blocks(self) -> list[list[Any]]:
+        """Of each kind of buffer, for each of `shapes`, how many layers, and what each has."""
+        first = [(len(group), group[0]) for group in self.shapes]
+        downs = [(n, site.rank, site.weight.shape[1:].numel()) for n, site in first]
+        ups = [[(n, s.out, rank) for n, s in first if s.rank == rank] for rank, _ in self._ranks]
+        vectors = [(n, site.width) for n, site in first]
+        return [downs, *ups, *[vectors] * _VECTORS]
 
-    def ups_by_shape(self, joined: Sequence[Tensor], count: int | None = None) -> list[Tensor]:
-        """The B of each of `shapes`, ``(n, count, out, r)``."""
-        count, made = count or self.count, []
-        for rows, (rank, sides) in zip(joined, self._ranks, strict=True):
-            shapes = [(side.layers, count, side.out) for side in sides]
-            parts = torch.split(rows, [prod(shape) for shape in shapes])
-            made += [p.view(*shape, rank) for p, shape in zip(parts, shapes, strict=True)]
+    def blocks(self, buffers: Sequence[Tensor], count: int | None = None) -> list[list[Tensor]]:
+        """Cut each buffer by `shapes`, ``(n, count, ...)``; K are there if not said.
+
+        Those of A are ``(n, count, r, in * k)``, those of B ``(n, count, out, r)``.
+        """
+        made = []
+        for buffer, parts in zip(buffers, self._blocks, strict=False):
+            shapes = [(n, count or self.count, *each) for n, *each in parts]
+            cut = torch.split(buffer.view(-1), [prod(shape) for shape in shapes])
+            made.append([part.view(shape) for part, shape in zip(cut, shapes, strict=True)])
         return made
 
-    def vectors_by_shape(self, joined: Tensor, count: int | None = None) -> list[Tensor]:
-        """Split a vector over all channels by the shapes of `shapes`, ``(n, count, width)``."""
-        count = count or self.count
-        shapes = [(side.layers, count, side.width) for side in self.sides]
-        parts = torch.split(joined, [prod(shape) for shape in shapes])
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-    def is_whole(self, rows: Rows) -> bool:
-        """Return whether these rows are the K adapters in their order."""
-        return rows == (0 if self.count == 1 else tuple(range(self.count)))
+    def factors_by_shape(self, down: Tensor, up: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+        """Blocks of A and of B, of sharded weights the rows of B that this process has."""
+        downs, *by_rank = self.blocks([down, *up])
+        pairs = zip((block for blocks in by_rank for block in blocks), self.shapes, strict=True)
+        return downs, [b if (s := group[0].shard) is None else s.own(b, 2) for b, group in pairs]
 
     def index(self, rows: Rows) -> Tensor:
         """Rows of adapters, on the device."""
@@ -220,27 +317,41 @@ class Layout:
             self._indices[key] = torch.tensor(key).to(self.device)
         return self._indices[key]
 
-    def cut(self, rows: Rows, down: Tensor, ups: Sequence[Tensor]) -> list[Tensor]:
-        """Each layer's part of A and B in buffers that are laid out for such rows.
+    def cut(self, rows: Rows, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """Each layer's part of buffers that are laid out for such rows, as views.
 
         Of a number the layer's own shapes, ``(r, in, *k)`` and ``(out, r, *1)``; of rows with ``N``
         in front, and B without ones.
         """
-        downs, *groups = self._shaped(None if isinstance(rows, int) else len(rows))
-        made = [*split_like(down, downs)]
-        for own, like in zip(ups, groups, strict=True):
-            made += split_like(own.view(-1), like)
+        pairs = zip(buffers, self._shaped(rows), strict=False)
+        return [part for own, like in pairs for part in split_like(own.view(-1), like)]
+
+    def take(self, rows: Rows, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """Each layer's part of buffers of the K adapters, for a batch of such rows."""
+        if rows == self.whole:
+            return self.cut(rows, buffers)
+        taken: list[Tensor] = []
+        for block in (block for blocks in self.blocks(buffers) for block in blocks):
+            is_one = isinstance(rows, int)
+            own = block[:, rows] if is_one else block.index_select(1, self.index(rows))
+            taken += own.unbind()
+        shapes = [like for own in self._shaped(rows)[: len(buffers)] for like in own]
+        return [part.view(like.shape) for part, like in zip(taken, shapes, strict=True)]
+
+    def give(self, rows: Rows, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """Buffers of the K adapters, of the sums of what such rows have in theirs."""
+        if rows == self.whole:
+            return list(buffers)
+        index, made = self.index(rows), self.empty(self.whole, fill=True)
+        made += [torch.zeros_like(self.base) for _ in buffers[len(made) :]]
+        pairs = zip(self.blocks(made), self.blocks(buffers, len(index)), strict=True)
+        for blocks, parts in pairs:
+            for block, part in zip(blocks, parts, strict=True):
+                block.index_add_(1, index, part)
         return made
 
-    def split(self, rows: Rows, joined: Tensor) -> Sequence[Tensor]:
-        """Each layer's part of a vector over the channels of such rows."""
-        if isinstance(rows, int):
-            return torch.split(joined, self.widths)
-        parts = torch.split(joined, [len(rows) * width for width in self.widths])
-        return [part.view(len(rows), -1) for part in parts]
-
-    def joined(self, rows: Rows, vectors: Iterable[Tensor | None]) -> Tensor:
-        """The other way round, with zeros where there is none."""
+    def joined(self, rows: Rows, vectors: Sequence[Tensor | None]) -> Tensor:
+        """The vectors of layers for such rows in a buffer, with zeros where there is none."""
         count = 1 if isinstance(rows, int) else len(rows)
         zeros = self.base.new_zeros(count * max(self.widths))
         each = zip(vectors, self.widths, strict=True)
@@ -249,62 +360,38 @@ class Layout:
     def empty(self, rows: Rows, *, fill: bool) -> list[Tensor]:
         """Buffers of A and B for such rows, with zeros where they are not filled afterwards."""
         count, new = 1 if isinstance(rows, int) else len(rows), torch.zeros if fill else torch.empty
-        options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
-        down = sum(side.layers * side.rank * side.fan_in for side in self.sides)
-        ranks = zip(self._rows, self._ranks, strict=True)
-        return [
-            new(count * down, **options),
-            *(new(count * own, rank, **options) for own, (rank, _) in ranks),
-        ]
+        downs, *ups = [sum(map(prod, each)) for each in self._blocks[: 1 + len(self._ranks)]]
+        shapes: list[tuple[int, ...]] = [(count * downs,)]
+        shapes += [(count * up // r, r) for up, (r, _) in zip(ups, self._ranks, strict=True)]
+        return [new(shape, dtype=self.dtype, device=self.device) for shape in shapes]
 
-    def shapes_of(self, rows: Rows) -> list[Tensor]:
-        """Shapes of what `cut` gives, as tensors without memory."""
-        parts = self._shaped(None if isinstance(rows, int) else len(rows))
-        return [like for part in parts for like in part]
-
-    def _shaped(self, rows: int | None) -> list[list[Tensor]]:
-        """Shapes that buffers are cut into, as tensors without memory: of A, and of each rank's B.
-
-        Of so many rows; None: as the layer has them.
-        """
-        if rows not in self._templates:
-            front = [] if rows is None else [rows]
-
-            def ones(site: Site) -> list[int]:
-                return [1] * (site.weight.ndim - 2 if rows is None else 0)
-
-            shapes = [[(*front, s.rank, *s.weight.shape[1:]) for s in self.sites]]
-            for _, group in groupby(self.sites, key=lambda site: site.rank):
-                shapes.append([(*front, s.out, s.rank, *ones(s)) for s in group])
-            self._templates[rows] = [
-                [torch.empty(shape, device="meta") for shape in part] for part in shapes
+    def _shaped(self, rows: Rows) -> list[list[Tensor]]:
+        """Shapes that buffers for such rows are cut into, as tensors without memory."""
+        key, front = (None, []) if isinstance(rows, int) else (len(rows), [len(rows)])
+        if key not in self._templates:
+            sites, ones = self.sites, [1] * (4 if key is None else 0)
+            shapes: list[list[Any]] = [[(*front, s.rank, *s.weight.shape[1:]) for s in sites]]
+            for rank, own in self._ranks:
+                shapes.append([(*front, s.out, rank, *ones[: s.weight.ndim - 2]) for s in own])
+            shapes += [[(*front, s.width) for s in sites]] * _VECTORS
+            self._templates[key] = [
+                [torch.empty(s, device="meta") for s in each] for each in shapes
             ]
-        return self._templates[rows]
+        return self._templates[key]
 
 
-class _Sides(NamedTuple):
-    """Common properties of layers of one shape.
+def _filled_downs(rank: int, sites: Sequence[Site]) -> Iterator[Tensor]:
+    """All A of layers, with the zeros that fill them up to the layers' rank."""
+    for down in (adapter.down for site in sites for adapter in site.adapters):
+        yield down
+        if missing := rank - len(down):
+            yield down.new_zeros(missing, down[0].numel())
 
-    Attributes:
-        layers: How many they are.
-        rank, out, width: As `Site` has them.
-        fan_in: Numbers of a row of the weight.
-        scale: ``s``; None where the K adapters of a layer differ in it.
-    """
 
-    layers: int
-    rank: int
-    out: int
-    width: int
-    fan_in: int
-    scale: float | None
-
-    @classmethod
-    def of(cls, sites: Sequence[Site]) -> _Sides:
-        first, scales = sites[0], {adapter.scale for adapter in sites[0].adapters}
-        scale = scales.pop() if len(scales) == 1 else None
-        fan_in = first.weight.shape[1:].numel()
-        return cls(len(sites), first.rank, first.out, first.width, fan_in, scale)
+def scaled(tensors: Iterable[Tensor], scales: Iterable[Any]) -> list[Tensor]:
+    """Tensors times their scales; those whose scale is the number 1 are themselves."""
+    pairs = zip(tensors, scales, strict=True)
+    return [own if isinstance(s, float) and s == 1 else own * s for own, s in pairs]
 
 
 def layouts_of(sites: Sequence[Site]) -> dict[tuple[Any, ...], Layout]:
