@@ -74,7 +74,6 @@ if TYPE_CHECKING:  # `as`: what type checkers see of a package
     from dora_diffusion.formats.checkpoint.entries import (
         CheckpointLayoutError as CheckpointLayoutError,
     )
-    from dora_diffusion.formats.checkpoint.weights import MergeError as MergeError
     from dora_diffusion.formats.files.atomic import DiskFullError as DiskFullError
     from dora_diffusion.formats.files.stream import TensorFileError as TensorFileError
     from dora_diffusion.formats.layouts.layout import AdapterFormatError as AdapterFormatError
@@ -85,6 +84,7 @@ if TYPE_CHECKING:  # `as`: what type checkers see of a package
     from dora_diffusion.lab.study.run import run_study as run_study
     from dora_diffusion.models.load import load_components as load_components
     from dora_diffusion.models.locate import ModelNotFoundError as ModelNotFoundError
+    from dora_diffusion.numerics.merging import MergeError as MergeError
     from dora_diffusion.sampling.generate import BrokenImageError as BrokenImageError
     from dora_diffusion.sampling.generate import SamplingSettings as SamplingSettings
     from dora_diffusion.sampling.generate import generate_images as generate_images
@@ -105,7 +105,7 @@ _HOMES = {
     "DiskFullError": "formats.files.atomic",
     "ExportError": "export",
     "ImageRow": "sampling.pool",
-    "MergeError": "formats.checkpoint.weights",
+    "MergeError": "numerics.merging",
     "ModelNotFoundError": "models.locate",
     "NormCache": "adapters.scope",
     "PhotoError": "data.images",

@@ -34,7 +34,7 @@ from dora_diffusion.numerics.dora import (
     interpolated_magnitude,
     sum_of_adapters,
 )
-from dora_diffusion.numerics.merging import merge_layers
+from dora_diffusion.numerics.merging import merge_tensor
 from dora_diffusion.numerics.operation import OneHot, Operation, dropout
 from dora_diffusion.numerics.precision import product_dtype, upcast, upcast_dtype
 from dora_diffusion.numerics.weights import (
@@ -378,7 +378,7 @@ class AdaptedLayer(nn.Module):
         layers = [(adapter.weights(), adapter.strengths) for _, adapter in self.active()]
         if not layers:
             return upcast(self.weight)
-        return merge_layers(self.weight, layers, upcast_dtype(self.weight))
+        return merge_tensor(self.weight, layers, upcast_dtype(self.weight))
 
     @torch.no_grad()
     def merge(self, merged: Tensor | None = None) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from dora_diffusion.adapters.merge import WeightedAdapter
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.export.files import ExportError, check_overwrite, open_model, refuse_existing
 from dora_diffusion.export.fit import (
@@ -47,6 +46,7 @@ from dora_diffusion.formats.layouts.kohya import needs_compensation
 from dora_diffusion.formats.layouts.layout import stated_approximation
 from dora_diffusion.formats.layouts.other import layout_named
 from dora_diffusion.numerics.low_rank import approximate
+from dora_diffusion.numerics.merging import WeightedAdapter
 from dora_diffusion.sampling.images import thumbnail as make_thumbnail
 
 # Plain-LoRA approximations, and the format that each is written in.

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters.merge import WeightedAdapter, layers_of, merge_tensor
 from dora_diffusion.export.files import ExportError, OnProgress, ProgressReporter
 from dora_diffusion.formats.adapter.metadata import (
     APPROXIMATES,
@@ -21,7 +20,7 @@ from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shape
 from dora_diffusion.formats.layouts import KEY_FORMATS
 from dora_diffusion.numerics.extract import best_dora, known_scale
 from dora_diffusion.numerics.low_rank import low_rank, truncated
-from dora_diffusion.numerics.merging import merge_layers
+from dora_diffusion.numerics.merging import WeightedAdapter, layers_of, merge_tensor
 from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.threads import map_ahead
 from dora_diffusion.numerics.weights import (
@@ -229,7 +228,7 @@ def _fit(name: str, target: FitTarget, settings: FitSettings) -> tuple[LayerWeig
             layer = low_rank(tuned - base, rank, settings.energy)
     dtype = settings.dtype or torch.float32
     layer = dataclasses.replace(layer, down=layer.down.to(dtype), up=layer.up.to(dtype))
-    merged = merge_layers(base, [(layer, Strengths())], tuned.dtype)
+    merged = merge_tensor(base, [(layer, Strengths())], tuned.dtype)
     left = merged.sub_(tuned).norm().item()
     return dataclasses.replace(layer, kind=target.kind), left, size
 

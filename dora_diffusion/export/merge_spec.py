@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from dora_diffusion.adapters.merge import WeightedAdapter
 from dora_diffusion.export.files import ExportError
 from dora_diffusion.formats.adapter.embeddings import (
     Vectors,
@@ -24,6 +23,7 @@ from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_
 from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.formats.layouts.dotted import PEFT_FILE
+from dora_diffusion.numerics.merging import WeightedAdapter
 from dora_diffusion.numerics.weights import (
     LayerWeights,
     MergeStrengths,

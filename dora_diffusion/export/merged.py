@@ -12,12 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters.merge import (
-    MergeError,
-    WeightedAdapter,
-    layers_of,
-    merge_tensor,
-)
 from dora_diffusion.config.families import Family
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import ExportError
@@ -26,7 +20,14 @@ from dora_diffusion.formats.checkpoint.models import find_weights
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, check_dtype
 from dora_diffusion.formats.files.stream import PICKLED, TensorReader, TensorSpec
 from dora_diffusion.formats.names.modules import modern_vae_path
-from dora_diffusion.numerics.merging import cast_error, merge_error
+from dora_diffusion.numerics.merging import (
+    MergeError,
+    WeightedAdapter,
+    cast_error,
+    layers_of,
+    merge_error,
+    merge_tensor,
+)
 
 _CHECKED_TENSORS = 8
 

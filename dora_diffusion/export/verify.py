@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters.merge import layers_of, merge_tensor
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.export.files import OnProgress, ProgressReporter, open_model
 from dora_diffusion.export.folder import UNUSED, WEIGHT_PREFIXES
@@ -22,7 +21,7 @@ from dora_diffusion.formats.checkpoint.models import StoredModel
 from dora_diffusion.formats.checkpoint.schedule import MARKERS, STEP
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.formats.names.modules import BUFFERS, split_component
-from dora_diffusion.numerics.merging import cast_error, merge_error
+from dora_diffusion.numerics.merging import cast_error, layers_of, merge_error, merge_tensor
 from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.threads import map_ahead
 from dora_diffusion.numerics.weights import LayerWeights, MergeStrengths

@@ -11,7 +11,9 @@ of threads and wherever the tensors lie. Another processor or BLAS may round oth
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,6 +39,36 @@ _COLUMNS = 128
 _SUMMATION = 8
 
 
+class MergeError(ValueError):
+    """Base weights that cannot be merged into, or a merge that is not finite."""
+
+
+@dataclass(frozen=True)
+class WeightedAdapter:
+    """The layers of one adapter, by canonical module name, and how strongly they act."""
+
+    layers: Mapping[str, LayerWeights]
+    strengths: Strengths = field(default_factory=Strengths)
+
+
+def layers_of(
+    key: str, adapters: Sequence[WeightedAdapter]
+) -> list[tuple[LayerWeights, Strengths]]:
+    """The layers that adapt the tensor ``key``, which is a module's name with ``.weight``."""
+    if not key.endswith(".weight"):
+        return []
+    name = key.removesuffix(".weight")
+    return [(a.layers[name], a.strengths) for a in adapters if name in a.layers]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether every number of a floating-point tensor is finite."""
+    # A sum with infinity or NaN in it is one of them, and is known much sooner than each number.
+    # Only a sum that overflows on its own needs these.
+    total = tensor.sum(dtype=upcast_dtype(tensor))
+    return math.isfinite(total) or bool(tensor.isfinite().all())
+
+
 def merged_weight(weight: Tensor, adapted: Sequence[Tensor]) -> Tensor:
     """Several adapters on one base: ``W + sum_k (W'_k - W)``, in float32.
 
@@ -51,23 +83,30 @@ def merged_weight(weight: Tensor, adapted: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def merge_layers(
-    weight: Tensor,
-    layers: Layers,
-    dtype: torch.dtype,
-    check: Callable[[Tensor], None] | None = None,
-) -> Tensor:
-    """The weight with layers merged in, computed in float32 and cast once.
+def merge_tensor(weight: Tensor, layers: Layers, dtype: torch.dtype | None = None) -> Tensor:
+    """Merge one or several adapters' layers into one weight, in float32, cast once.
 
     Args:
         weight: Base weight as the model stores it, any floating dtype.
-        layers: The layers that adapt it, at least one, each with its strengths.
-        dtype: Of the result.
-        check: Called with each block as it is cast.
+        layers: The layers that adapt it, each with its strengths.
+        dtype: Of the result; that of ``weight`` if None.
 
     Returns:
-        A new tensor on the device of ``weight``, of its shape.
+        A new tensor on the device of ``weight``, of its shape; without layers, the weight cast.
+
+    Raises:
+        MergeError: If the result is not finite; without layers, if only the cast makes it so.
     """
+    dtype = dtype or weight.dtype
+    name = str(dtype).removeprefix("torch.")
+    if not layers:
+        cast = weight.to(dtype)
+        if dtype != weight.dtype and not is_finite(cast) and is_finite(weight):
+            raise MergeError(
+                f"the base's weight {tuple(weight.shape)} has numbers that are beyond {name}; take "
+                "a data type with larger numbers (bfloat16 or float32)"
+            )
+        return cast
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     kind = _kind_of(layers)
     weight, merged = oriented(weight, kind), oriented(result, kind)
@@ -76,14 +115,16 @@ def merge_layers(
         for dim, start, length in _blocks(weight, [layer for layer, _ in layers]):
             block = weight.narrow(dim, start, length)
             adapted = [
-                adapted_weight(
-                    block, layer.narrow(dim, start, length), **dataclasses.asdict(strengths)
-                )
+                adapted_weight(block, layer.narrow(dim, start, length), **vars(strengths))
                 for layer, strengths in layers
             ]
             target = merged.narrow(dim, start, length).copy_(merged_weight(block, adapted))
-            if check is not None:
-                check(target)
+            # Beyond the largest number of the dtype the cast gives inf: better no file than that.
+            if not is_finite(target):
+                raise MergeError(
+                    f"the merged weight {tuple(result.shape)} is not finite in {name}; lower the "
+                    "strength, or take a data type with larger numbers"
+                )
     return result
 
 

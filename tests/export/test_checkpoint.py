@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.adapters.state import adapter_state, load_adapter
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export import (
@@ -39,7 +38,8 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.files import stream as safetensors_stream
 from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.models.load import load_components
-from dora_diffusion.numerics.weights import LayerWeights, MergeStrengths
+from dora_diffusion.numerics.merging import merge_tensor
+from dora_diffusion.numerics.weights import LayerWeights, MergeStrengths, Strengths
 from dora_diffusion.system import HANGUP
 from tests.export.helpers import MakeAdapter, assert_equal, tensors_of
 

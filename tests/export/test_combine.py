@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.export import (
     ExportError,
     combine_adapters,
@@ -25,7 +24,8 @@ from dora_diffusion.formats.adapter.file import (
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.merging import merge_tensor
+from dora_diffusion.numerics.weights import LayerWeights, Strengths
 from tests.export.helpers import MakeAdapter, tensors_of
 
 

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.export import (
     ExportError,
     export_checkpoint,
@@ -27,6 +26,8 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
+from dora_diffusion.numerics.merging import merge_tensor
+from dora_diffusion.numerics.weights import Strengths
 from tests.export.helpers import MakeAdapter, tensors_of
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"

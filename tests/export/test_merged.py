@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dora_diffusion.adapters.merge import MergeError, Strengths, WeightedAdapter
 from dora_diffusion.export import ExportError, convert_adapter, export_checkpoint, verify_checkpoint
 from dora_diffusion.export.merged import MergedModel, check_sample
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
@@ -31,7 +30,8 @@ from dora_diffusion.formats.files.stream import (
 )
 from dora_diffusion.numerics import merging
 from dora_diffusion.numerics.dora import weight_norm
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+from dora_diffusion.numerics.merging import MergeError, WeightedAdapter
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths
 
 # On 2 threads, MKL computes the last block of the first one with another kernel than on 1.
 SHAPES = {

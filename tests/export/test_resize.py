@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.export import ExportError, convert_adapter, inspect_adapter
 from dora_diffusion.export.fit import axis_of, key_format_for
 from dora_diffusion.formats.adapter.file import (
@@ -17,6 +16,8 @@ from dora_diffusion.formats.adapter.file import (
     read_adapter,
     write_adapter,
 )
+from dora_diffusion.numerics.merging import merge_tensor
+from dora_diffusion.numerics.weights import Strengths
 from tests.export.helpers import MakeAdapter, tensors_of
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_diffusion.adapters.merge import MergeError
 from dora_diffusion.cli.main import main
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export import export_checkpoint, verify_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.numerics.merging import MergeError
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.export.helpers import MakeAdapter, tensors_of
 

@@ -1,14 +1,27 @@
-"""How far rounding takes a merge; what threads do to it is in `tests/test_merge.py`."""
+"""Merging: against a dense float64 computation, in every dtype, and how far rounding takes it."""
 
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from torch import Tensor
 
-from dora_diffusion.adapters.merge import merge_tensor
 from dora_diffusion.numerics import merging
 from dora_diffusion.numerics.dora import adapted_weight, weight_norm
-from dora_diffusion.numerics.merging import cast_error, merge_error, merged_weight
+from dora_diffusion.numerics.merging import (
+    MergeError,
+    WeightedAdapter,
+    cast_error,
+    layers_of,
+    merge_error,
+    merge_tensor,
+    merged_weight,
+)
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths
 
 
@@ -90,3 +103,212 @@ def test_adapters_that_take_a_weight_for_different_kinds_are_refused() -> None:
     other = LayerWeights(layer.down, layer.up, kind="embedding")
     with pytest.raises(ValueError, match="take it for embedding and plain"):
         merge_tensor(torch.ones(4, 4), [(layer, Strengths()), (other, Strengths())])
+
+
+SHAPES = [(6, 10), (8, 8), (10, 4, 1, 1), (6, 6, 3, 3), (4, 7, 3, 3)]
+
+
+def layer_for(
+    weight: Tensor, seed: int, axis: NormAxis | None = "output", rank: int = 3, alpha: float = 5.0
+) -> LayerWeights:
+    generator = torch.Generator().manual_seed(seed)
+    out, into, *kernel = weight.shape
+    down = torch.randn(rank, into, *kernel, generator=generator)
+    up = 0.3 * torch.randn(out, rank, *[1] * len(kernel), generator=generator)
+    if axis is None:
+        return LayerWeights(down, up, None, alpha)
+    size = out if axis == "output" else into
+    return LayerWeights(down, up, 0.5 + torch.rand(size, generator=generator), alpha, axis)
+
+
+def dense_merge(weight: Tensor, layer: LayerWeights, strength: float = 1.0) -> Tensor:
+    """The paper's formula, spelled out in float64 with einsum and explicit sums."""
+    base = weight.double()
+    down, up = layer.down.double(), layer.up.double().flatten(1)
+    changed = base + layer.alpha / layer.rank * torch.einsum("or,ri...->oi...", up, down)
+    if layer.magnitude is not None:
+        along_output = layer.norm_axis == "output"
+        dims = [d for d in range(base.ndim) if d != (0 if along_output else 1)]
+        norm = (changed**2).sum(dim=dims, keepdim=True).sqrt()
+        changed = layer.magnitude.double().reshape(norm.shape) * changed / norm
+    return base + strength * (changed - base)
+
+
+@pytest.mark.parametrize("axis", ["output", "input", None])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("strength", [1.0, 0.6, -0.5])
+def test_one_adapter(shape: tuple[int, ...], axis: NormAxis | None, strength: float) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    layer = layer_for(weight, 2, axis)
+    merged = merge_tensor(weight, [(layer, Strengths(strength))])
+    expected = dense_merge(weight, layer, strength)
+    torch.testing.assert_close(merged.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "axes", [("output",), ("input",), (None,), ("output", "input"), ("input",) * 2]
+)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block", [1, 37, 10**6])
+def test_blocks_do_not_change_the_result(
+    shape: tuple[int, ...],
+    axes: tuple[NormAxis | None, ...],
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A large weight is merged some channels at a time; here, down to one."""
+    monkeypatch.setattr(merging, "_BLOCK", block)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    layers = [layer_for(weight, 2 + i, axis) for i, axis in enumerate(axes)]
+    merged = merge_tensor(weight, [(layer, Strengths(0.5)) for layer in layers])
+    base = weight.double()
+    expected = base + sum(dense_merge(weight, layer, 0.5) - base for layer in layers)
+    torch.testing.assert_close(merged.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_strength_zero_is_the_base(dtype: torch.dtype) -> None:
+    weight = torch.randn(8, 12).to(dtype)
+    merged = merge_tensor(weight, [(layer_for(weight, 0), Strengths(0.0))])
+    assert merged.dtype == dtype
+    assert torch.equal(merged, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    """The merge happens in float32: the result is the correctly rounded one."""
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(3)).to(dtype)
+    layer = layer_for(weight, 4)
+    exact = dense_merge(weight, layer)
+    merged = merge_tensor(weight, [(layer, Strengths())])
+    step = torch.finfo(dtype).eps
+    assert ((merged.double() - exact).abs() <= 0.501 * step * exact.abs() + 1e-7).all()
+    wide = merge_tensor(weight, [(layer, Strengths())], torch.float32)
+    torch.testing.assert_close(wide.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_differences_add_up_in_any_order() -> None:
+    weight = torch.randn(16, 9, 3, 3, generator=torch.Generator().manual_seed(5))
+    kinds: list[NormAxis | None] = ["output", "input", None]
+    layers = [
+        (layer_for(weight, 10 + i, axis), Strengths(0.5 + 0.3 * i)) for i, axis in enumerate(kinds)
+    ]
+    expected = weight.double() + sum(
+        dense_merge(weight, layer, s.strength) - weight.double() for layer, s in layers
+    )
+    results = [merge_tensor(weight, list(order)) for order in itertools.permutations(layers)]
+    for result in results:
+        torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(result, results[0])
+
+
+def test_the_base_is_not_changed() -> None:
+    weight = torch.randn(5, 6)
+    before = weight.clone()
+    merge_tensor(weight, [(layer_for(weight, 0), Strengths())])
+    assert torch.equal(weight, before)
+
+
+def test_only_the_layers_of_a_weight_are_merged_into_it() -> None:
+    layer, other = (layer_for(torch.randn(4, 6), seed) for seed in (0, 1))
+    adapters = [
+        WeightedAdapter({"unet.a": layer, "unet.b": other}),
+        WeightedAdapter({"unet.a": other}),
+    ]
+    assert layers_of("unet.a.weight", adapters) == [(layer, Strengths()), (other, Strengths())]
+    assert layers_of("unet.b.weight", adapters) == [(other, Strengths())]
+    assert layers_of("unet.a.bias", adapters) == layers_of("unet.a", adapters) == []
+
+
+def test_a_result_beyond_the_dtype_is_an_error() -> None:
+    weight = torch.full((2, 2), 6e4, dtype=torch.float16)
+    layer = LayerWeights(torch.ones(1, 2), torch.full((2, 1), 6e4), None, 1.0)
+    with pytest.raises(MergeError, match="not finite"):
+        merge_tensor(weight, [(layer, Strengths())])
+    broken = torch.tensor([[1.0, float("nan")], [1.0, 1.0]])
+    with pytest.raises(MergeError, match="not finite"):
+        merge_tensor(broken, [(LayerWeights(torch.zeros(1, 2), torch.zeros(2, 1)), Strengths())])
+
+
+def test_a_sum_that_overflows_is_no_error() -> None:
+    """Every number fits into float32, but their sum does not."""
+    weight = torch.full((4, 4), 3e38)
+    layer = LayerWeights(torch.zeros(1, 4), torch.zeros(4, 1))
+    assert torch.equal(merge_tensor(weight, [(layer, Strengths())]), weight)
+    weight[0, 0], weight[1, 1] = float("inf"), float("-inf")
+    with pytest.raises(MergeError, match="not finite"):
+        merge_tensor(weight, [(layer, Strengths())])
+
+
+@pytest.mark.parametrize(("largest", "fits"), [(65504.0, True), (65519.0, True), (65520.0, False)])
+def test_the_largest_number_of_a_dtype_is_still_written(largest: float, fits: bool) -> None:
+    """65519 is rounded to 65504, the largest of float16; 65520 to infinity."""
+    weight = torch.tensor([[1.0, -largest]])
+    layer = LayerWeights(torch.zeros(1, 2), torch.zeros(1, 1))
+    if fits:
+        merged = merge_tensor(weight, [(layer, Strengths())], torch.float16)
+        assert merged.tolist() == [[1.0, -65504.0]]
+    else:
+        with pytest.raises(MergeError, match="not finite"):
+            merge_tensor(weight, [(layer, Strengths())], torch.float16)
+
+
+def test_a_weight_that_nothing_acts_on_is_cast_if_the_dtype_holds_it() -> None:
+    for weight in (torch.tensor(4.5), torch.tensor([[1.0, -float("inf")]]), torch.tensor([7])):
+        assert torch.equal(merge_tensor(weight, [], torch.float16), weight.half())
+    with pytest.raises(MergeError, match=r"weight \(2,\) has numbers that are beyond float16"):
+        merge_tensor(torch.tensor([1.0, 1e5]), [], torch.float16)
+    # A sum that overflows on its own is none of them.
+    large = torch.full((4,), 3e38)
+    assert torch.equal(merge_tensor(large.double(), [], torch.float32), large)
+
+
+# Shapes whose blocks leave a short last one, on either axis.
+_MERGE_WITH_THREADS = """
+import hashlib, sys, torch
+from dora_diffusion.adapters.layers import LayerAdapter
+from dora_diffusion.adapters.kinds import adapt_layer
+from dora_diffusion.numerics.merging import merge_tensor
+from dora_diffusion.numerics.weights import Strengths
+from dora_diffusion.numerics.weights import LayerWeights
+
+torch.set_num_threads(int(sys.argv[1]))
+generator = torch.Generator().manual_seed(0)
+for shape in ((320, 640, 3, 3), (2560, 333), (640, 320)):
+    for axis in ("output", "input"):
+        out, into, *kernel = shape
+        weight = torch.randn(shape, generator=generator)
+        down = torch.randn(4, into, *kernel, generator=generator) / 100
+        up = torch.randn(out, 4, *[1] * len(kernel), generator=generator) / 100
+        magnitude = 1 + torch.rand(out if axis == "output" else into, generator=generator)
+        layer = LayerWeights(down, up, magnitude, 4.0, axis)
+        shifted = torch.empty(weight.numel() + 1)[1:].view(shape).copy_(weight)
+        module = torch.nn.Conv2d(into, out, 3, bias=False) if kernel else torch.nn.Linear(into, out)
+        module.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+        adapted = adapt_layer(module)
+        adapted.adapters["default"] = LayerAdapter(layer)
+        for result in (
+            merge_tensor(weight, [(layer, Strengths())]),
+            merge_tensor(shifted, [(layer, Strengths())]),
+            adapted.merged(),
+        ):
+            print(shape, axis, hashlib.sha256(result.numpy()).hexdigest())
+assert torch.get_num_threads() == int(sys.argv[1])
+"""
+
+
+def test_a_merge_is_the_same_bits_on_any_number_of_threads() -> None:
+    """As users have it: without MKL's reproducible mode, which the other tests run in."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("MKL_CBWR", "OMP_NUM_THREADS")}
+    outputs = []
+    for threads in ("1", "2", "4"):
+        command = [sys.executable, "-c", _MERGE_WITH_THREADS, threads]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True, encoding="utf-8"
+        )
+        outputs.append(done.stdout.splitlines())
+    assert len(outputs[0]) == 18
+    assert outputs[1] == outputs[0]
+    assert outputs[2] == outputs[0]
+    # One formula: where the weight lies in memory, and whether it is a live layer's, is no matter.
+    assert len(set(outputs[0])) == 6

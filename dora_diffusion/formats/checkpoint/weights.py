@@ -10,11 +10,8 @@ from torch import Tensor
 
 from dora_diffusion.config.families import COMPONENTS, Family
 from dora_diffusion.formats.files.stream import TensorSpec
+from dora_diffusion.numerics.merging import MergeError
 from dora_diffusion.numerics.weights import LayerKind
-
-
-class MergeError(ValueError):
-    """Base weights that cannot be merged into, or a merge that is not finite."""
 
 
 class ModelWeights(Protocol):

@@ -45,14 +45,20 @@ from dora_diffusion.lab.analysis.report import (
     is_table,
     model_order,
 )
-from dora_diffusion.numerics.decomposition import (
+from dora_diffusion.numerics.low_rank import (
     decompose,
     effective_rank,
     low_rank_singular_values,
     singular_values,
 )
-from dora_diffusion.numerics.merging import merge_layers
-from dora_diffusion.numerics.weights import NORM_AXES, LayerWeights, NormAxis, Strengths, oriented
+from dora_diffusion.numerics.merging import merge_tensor
+from dora_diffusion.numerics.weights import (
+    NORM_AXES,
+    LayerWeights,
+    NormAxis,
+    Strengths,
+    oriented,
+)
 from dora_diffusion.training.results.checkpoint import folders_after, step_of
 
 # Layers that are done, and of all.
@@ -308,7 +314,7 @@ class TunedAdapter:
     def weight(self, name: str, base: Tensor) -> Tensor:
         """``W'``, not rounded to the base's dtype, in which a small change is lost."""
         layers = [(layer, Strengths()) for layer in self._layers(name)]
-        return merge_layers(base.double(), layers, torch.float64)
+        return merge_tensor(base.double(), layers, torch.float64)
 
     def factors(self, name: str) -> LayerWeights | None:
         """The low-rank layer behind a module's change; None of a DoRA with a LoRA beside it."""

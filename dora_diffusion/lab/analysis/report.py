@@ -17,7 +17,7 @@ from dora_diffusion.config.wording import aligned
 from dora_diffusion.evaluation import report
 from dora_diffusion.evaluation.statistics import Interval, correlation_interval
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.numerics.decomposition import Decomposition
+from dora_diffusion.numerics.low_rank import Decomposition
 from dora_diffusion.numerics.weights import NormAxis
 
 SCHEMA = 1
@@ -90,7 +90,7 @@ class Spectrum:
 
     Attributes:
         leading: The largest ``LEADING``, falling.
-        effective_rank: `numerics.decomposition.effective_rank` of all of them.
+        effective_rank: `numerics.low_rank.effective_rank` of all of them.
     """
 
     leading: tuple[float, ...]

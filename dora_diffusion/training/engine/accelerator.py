@@ -25,8 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.layers import AdaptedLayer, adapted_layers
-from dora_diffusion.adapters.layout import RowShard
-from dora_diffusion.adapters.layout import join, split_like
+from dora_diffusion.adapters.layout import RowShard, join, split_like
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.fields import require
 from dora_diffusion.models.components import Components

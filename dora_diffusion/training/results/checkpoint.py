@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dora_diffusion import system
-from dora_diffusion.adapters.merge import is_finite
 from dora_diffusion.config import ConfigError
 from dora_diffusion.formats.files.atomic import DiskFullError, atomic_file
+from dora_diffusion.numerics.merging import is_finite
 from dora_diffusion.training.engine.accelerator import gather, local, own_part
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.merge import is_finite
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.base import BaseModel
@@ -28,6 +27,7 @@ from dora_diffusion.formats.files.runs import PIPELINE_NAME
 from dora_diffusion.formats.names.modules import canonical
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.precision import dtype_of
+from dora_diffusion.numerics.merging import is_finite
 from dora_diffusion.numerics.operation import convolve
 from dora_diffusion.training.engine.accelerator import (
     add_up,

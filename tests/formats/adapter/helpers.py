@@ -16,7 +16,6 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,
@@ -26,7 +25,8 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.files.stream import TensorSpec
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.merging import merge_tensor
+from dora_diffusion.numerics.weights import LayerWeights, Strengths
 
 
 def load_pipeline(folder: Path) -> Any:

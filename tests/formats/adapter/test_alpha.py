@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.cli.main import main
 from dora_diffusion.export import convert_adapter
@@ -21,6 +20,8 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
+from dora_diffusion.numerics.merging import merge_tensor
+from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.generate import load_adapted
 from tests.formats.adapter.helpers import (
     MakeAdapter,

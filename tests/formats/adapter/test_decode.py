@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.adapters.state import LiveWeights
 from dora_diffusion.cli.main import main
 from dora_diffusion.export import convert_adapter, inspect_adapter
@@ -26,7 +25,8 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.merging import merge_tensor
+from dora_diffusion.numerics.weights import LayerWeights, Strengths
 from tests.formats.adapter.helpers import (
     BLOCK,
     ODD,

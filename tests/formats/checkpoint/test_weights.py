@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import dora_diffusion
-from dora_diffusion.adapters.merge import MergeError
 from dora_diffusion.adapters.state import LiveWeights
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.export import export_checkpoint
@@ -26,6 +25,7 @@ from dora_diffusion.formats.checkpoint.weights import (
 )
 from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.models.load import load_components
+from dora_diffusion.numerics.merging import MergeError
 from dora_diffusion.numerics.weights import LayerWeights
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.merging import merge_tensor
+from dora_diffusion.numerics.weights import LayerWeights, Strengths
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]
 

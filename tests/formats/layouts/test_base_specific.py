@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.export import convert_adapter, inspect_adapter
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -20,7 +19,8 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.files.stream import read_header
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.merging import merge_tensor
+from dora_diffusion.numerics.weights import LayerWeights, Strengths
 from tests.formats.layouts.helpers import (
     MakeAdapter,
 )

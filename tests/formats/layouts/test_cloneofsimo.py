@@ -13,12 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.cli.main import main
 from dora_diffusion.export import convert_adapter, export_checkpoint, inspect_adapter
 from dora_diffusion.formats.adapter.file import AdapterFormatError, read_adapter
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
+from dora_diffusion.numerics.merging import merge_tensor
+from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.generate import load_adapted
 from tests.formats.adapter.helpers import Held, load_pipeline
 from tests.formats.layouts.early_trainer import TextEncoder, UNet2DConditionModel, inject, save

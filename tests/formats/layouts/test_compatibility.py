@@ -674,7 +674,8 @@ def test_strength_stacking_and_hotswap_in_diffusers(
     """Its scale is our direction strength; two DoRAs are not summed there; a hotswap is refused."""
     from diffusers import StableDiffusionPipeline
 
-    from dora_diffusion.adapters.merge import Strengths, merge_tensor
+    from dora_diffusion.numerics.merging import merge_tensor
+    from dora_diffusion.numerics.weights import Strengths
 
     pipeline = StableDiffusionPipeline.from_pretrained(sd1_folder, local_files_only=True)
     path = TO_K.removeprefix("unet.")

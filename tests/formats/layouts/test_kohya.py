@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open
 
-from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,
@@ -25,7 +24,8 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.layouts import VERDICTS
 from dora_diffusion.numerics.dora import weight_norm
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+from dora_diffusion.numerics.merging import merge_tensor
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths
 from tests.formats.adapter.helpers import TABLE_HOLDS
 from tests.formats.layouts.helpers import (
     MakeAdapter,

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import dora_diffusion
-from dora_diffusion.adapters.merge import Strengths, merge_tensor
 from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -24,7 +23,8 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import module_shapes
 from dora_diffusion.formats.names.modules import UNetLayout
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.merging import merge_tensor
+from dora_diffusion.numerics.weights import LayerWeights, Strengths
 from tests.formats.layouts.helpers import (
     MakeAdapter,
 )

@@ -29,7 +29,7 @@ from dora_diffusion.lab.analysis.report import (
     model_order,
     place_of,
 )
-from dora_diffusion.numerics.decomposition import Decomposition
+from dora_diffusion.numerics.low_rank import Decomposition
 
 BLOCKS = [f"unet.{where}.resnets.{i}" for where in ("down_blocks.0", "up_blocks.1") for i in (0, 1)]
 
