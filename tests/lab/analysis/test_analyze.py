@@ -24,7 +24,7 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.lab.analysis.report import LayerChange
-from dora_diffusion.numerics import decomposition
+from dora_diffusion.numerics import low_rank
 from dora_diffusion.numerics.weights import NORM_AXES, LayerWeights, NormAxis
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]
@@ -141,7 +141,7 @@ def test_a_small_change_is_not_rounded_away(
 def test_a_model_against_numpy(
     sd1_folder: Path, tuned_model: MakeModel, axis: NormAxis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decomposition, "_BLOCK", 500)
+    monkeypatch.setattr(low_rank, "_BLOCK", 500)
     generator = torch.Generator().manual_seed(0)
 
     def change(name: str, tensor: Tensor) -> Tensor:
