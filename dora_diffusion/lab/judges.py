@@ -249,11 +249,11 @@ class Answers:
 
     Attributes:
         images: n images.
-        losses: n denoising losses on the true images; None where none was computed.
+        losses: n denoising losses on the true images, None where none was computed; or none.
     """
 
-    images: list[Image]
-    losses: list[float | None]
+    images: Sequence[Image]
+    losses: Sequence[float | None] = ()
 
 
 def answer(
@@ -271,11 +271,6 @@ def answer(
     truth = HeldOutImages(components, true_images(asked, components.default_resolution), prompts)
     taken = iter(truth.losses([[request.seed for request in asked]])[0])
     return Answers(images, [next(taken) if r.group in _LOSS_MEASURES else None for r in requests])
-
-
-def true_answers(requests: Sequence[ToyRequest], size: int = JUDGED_SIZE) -> Answers:
-    """The right answers: what a perfect model would have made, and the most that can be reached."""
-    return Answers(true_images(requests, size), [None] * len(requests))
 
 
 def measure(
@@ -324,7 +319,7 @@ def measure(
     if base is not None:
         scores.add_change("others_change", judged.features, judge(instrument, base.images).features)
     for group, name in _LOSS_MEASURES.items():
-        scores.add(name, group, answers.losses)
+        scores.add(name, group, answers.losses or [None] * len(requests))
     return scores.values
 
 
@@ -402,7 +397,7 @@ def evaluate_toy(
 
     answers = base_and_adapted(components, ask, seeds, on_step, base_model)
     base = answers["base"]
-    answers["truth"] = true_answers(requests, components.default_resolution)
+    answers["truth"] = Answers(true_images(requests, components.default_resolution))
     return Evaluation(
         subject=subject.name,
         columns={
@@ -420,8 +415,7 @@ def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> Evaluation
     requests = few_requests(toy_requests(subject, trigger, [SEED], ("subject", "others")))
 
     def judge(images: Sequence[Image], base: Sequence[Image]) -> dict[str, Values]:
-        answers, before = (Answers(list(of), [None] * len(requests)) for of in (images, base))
-        return measure(subject, requests, answers, base=before)
+        return measure(subject, requests, Answers(images), base=Answers(base))
 
     note = "Similarity is to true images of the subject on held-out backgrounds."
     return EvaluationPrompts(requests, settings, judge, (note,), "the true subject", (), (trigger,))

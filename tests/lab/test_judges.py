@@ -18,7 +18,6 @@ from dora_diffusion.lab.judges import (
     reference_images,
     sample_subject,
     toy_requests,
-    true_answers,
     true_images,
 )
 from dora_diffusion.lab.toy.benchmark_subjects import REPORTED, SUBJECTS, find_subject
@@ -39,7 +38,7 @@ def means(subject, requests, answers, base=None):
 @pytest.mark.parametrize("subject", REPORTED, ids=lambda s: s.name)
 def test_a_perfect_model_reaches_the_ceiling(subject) -> None:
     requests = toy_requests(subject, f"sks {subject.word}", SEEDS)
-    truth = true_answers(requests)
+    truth = Answers(true_images(requests, 64))
     found = means(subject, requests, truth, base=truth)
     assert found["subject_similarity"] >= 0.9
     for name in ("background", "side", "size", "others_kind", "others_color", "others_background"):
@@ -57,7 +56,7 @@ def test_another_subject_scores_nothing_and_leaks_nothing() -> None:
     subject, other = find_subject("cross_mug"), find_subject("star_teapot")
     requests = toy_requests(subject, "sks mug", SEEDS)
     strangers = reference_images(other, 64) * len(requests)
-    found = means(subject, requests, Answers(strangers[: len(requests)], [None] * len(requests)))
+    found = means(subject, requests, Answers(strangers[: len(requests)]))
     assert found["subject_similarity"] <= 0.3
     assert found["subject_kind"] == found["class_kind"] == 0
     assert "others_change" not in found
@@ -67,8 +66,8 @@ def test_a_subject_that_swallows_everything_is_found_out() -> None:
     subject = find_subject("cross_mug")
     requests = toy_requests(subject, "sks mug", SEEDS)
     itself = (reference_images(subject, 64) * len(requests))[: len(requests)]
-    base = true_answers(requests)
-    found = means(subject, requests, Answers(itself, [None] * len(requests)), base)
+    base = Answers(true_images(requests, 64))
+    found = means(subject, requests, Answers(itself), base)
     assert found["subject_similarity"] >= 0.9
     assert found["class_leakage"] == found["others_leakage"] == 1
     assert found["class_similarity"] >= 0.9
@@ -81,13 +80,13 @@ def test_one_image_again_and_again_has_no_diversity() -> None:
     requests = toy_requests(subject, "sks ball", SEEDS, ["subject"])
     rounds = len(requests) // len(SEEDS)
     images = true_images(requests[:rounds], 64) * len(SEEDS)
-    found = means(subject, requests, Answers(images, [None] * len(requests)))
-    varied = means(subject, requests, true_answers(requests))
+    found = means(subject, requests, Answers(images))
+    varied = means(subject, requests, Answers(true_images(requests, 64)))
     for name in ("diversity_features", "diversity_pixels"):
         assert found[name] == pytest.approx(0, abs=1e-3)
         assert varied[name] > 0.01
     alone = toy_requests(subject, "sks ball", [0], ["subject"])
-    assert "diversity_pixels" not in means(subject, alone, true_answers(alone))
+    assert "diversity_pixels" not in means(subject, alone, Answers(true_images(alone, 64)))
 
 
 def test_the_base_does_not_drift_from_itself() -> None:
@@ -113,7 +112,7 @@ def test_bad_calls_say_so() -> None:
     subject = find_subject("cross_mug")
     requests = toy_requests(subject, "sks mug", [0], ["subject"])
     with pytest.raises(ValueError, match="5 requests but 1 images"):
-        measure(subject, requests, Answers([Image.new("RGB", (64, 64))], [None]))
+        measure(subject, requests, Answers([Image.new("RGB", (64, 64))]))
     with pytest.raises(ValueError, match="no seeds"):
         evaluate_toy(load_components("embedded:tiny-sd"), subject, "sks mug", [])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import platform
 import re
@@ -29,15 +28,6 @@ from dora_diffusion.system import is_address, is_loopback, is_private
 
 TOKEN_VARIABLE = "DORA_DIFFUSION_TOKEN"
 SHORTEST_TOKEN, LONGEST = 16, 86400
-# Least and most of a setting, and both in words.
-_LIMITS: dict[str, tuple[float, float, str]] = {
-    "port": (1, 65535, "1 to 65535"),
-    **dict.fromkeys(
-        ("replicas", "batch_size", "capacity", "adapter_memory"), (1, math.inf, "at least 1")
-    ),
-    "window": (0, 10, "0 to 10 seconds"),
-    "timeout": (math.ulp(0.0), LONGEST, f"more than 0, and at most {LONGEST} seconds"),
-}
 _REPLICA = "replica"
 # A replica that has not answered three checks in a row is killed, with what it is at.
 _CHECKS: dict[str, Any] = {
@@ -88,9 +78,15 @@ class Deployment:
 
     def __post_init__(self) -> None:
         require(is_address(self.host), f"host is {self.host!r}; it must be an address or a name")
-        for name, (least, most, words) in _LIMITS.items():
+        require(1 <= self.port <= 65535, f"port is {self.port}; it must be 1 to 65535")
+        for name in ("replicas", "batch_size", "capacity", "adapter_memory"):
             value = getattr(self, name)
-            require(least <= value <= most, f"{name} is {value}; it must be {words}", name)
+            require(value >= 1, f"{name} is {value}; it must be at least 1", name)
+        require(0 <= self.window <= 10, f"window is {self.window}; it must be 0 to 10 seconds")
+        require(
+            0 < self.timeout <= LONGEST,
+            f"timeout is {self.timeout:g}; it must be more than 0, and at most {LONGEST} seconds",
+        )
         gpus = self.replica_gpus
         require(
             gpus is None or 0 <= gpus <= 1 or (gpus > 1 and gpus.is_integer()),
