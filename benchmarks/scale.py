@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from dora_diffusion.lab.simulation.plan import expected_completion
+from dora_diffusion.lab.simulation.forecasts import expected_completion
 
 DAY, HOUR = 86_400, 3_600
 

@@ -13,7 +13,7 @@ from dora_diffusion.config.fields import flag, require, when
 from dora_diffusion.formats.files.atomic import require_writable, save_text
 
 if TYPE_CHECKING:
-    from dora_diffusion.lab.simulation.plan import Demand
+    from dora_diffusion.lab.simulation.forecasts import Demand
     from dora_diffusion.lab.simulation.queue import QueuePlan
 
 RESULTS = "simulation.json"
@@ -170,12 +170,12 @@ def run(args: SimulateSettings) -> int:
     plan, demand = _read(args)
     require_writable(args.output, is_folder=True)
     from dora_diffusion.lab.analysis.plots import save_figure
-    from dora_diffusion.lab.simulation import report
+    from dora_diffusion.lab.simulation import forecasts
 
     plans = [replace(plan, workers=count) for count in args.workers]
-    results = [report.with_costs(p, demand, args.gpus_per_worker, args.price) for p in plans]
+    results = [forecasts.with_costs(p, demand, args.gpus_per_worker, args.price) for p in plans]
     plot = args.output / "load.png"
-    save_figure(report.plot(plans, demand), plot, dpi=140)
+    save_figure(forecasts.plot(plans, demand), plot, dpi=140)
     from json import dumps
 
     given = {"plan": asdict(plan), "demand": asdict(demand)}
@@ -184,8 +184,8 @@ def run(args: SimulateSettings) -> int:
     if args.json:
         print_json(results)
         return 0
-    print(report.table(results, has_price=args.price is not None))
-    for line in report.remarks(results, demand):
+    print(forecasts.table(results, has_price=args.price is not None))
+    for line in forecasts.remarks(results, demand):
         print(line)
     print(f"\nresults: {path}\nplot: {plot}")
     return 0
@@ -197,7 +197,7 @@ def _read(args: SimulateSettings) -> tuple[QueuePlan, Demand]:
     Raises:
         ConfigError: If something is missing, or cannot be.
     """
-    from dora_diffusion.lab.simulation.plan import (
+    from dora_diffusion.lab.simulation.forecasts import (
         Demand,
         TrainingTimes,
         check_failures,

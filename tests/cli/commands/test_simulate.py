@@ -9,8 +9,8 @@ from PIL import Image
 
 from dora_diffusion import simulate_queue
 from dora_diffusion.cli.main import main
-from dora_diffusion.lab.simulation import report
-from dora_diffusion.lab.simulation.plan import Demand, TrainingTimes
+from dora_diffusion.lab.simulation import forecasts
+from dora_diffusion.lab.simulation.forecasts import Demand, TrainingTimes
 from dora_diffusion.lab.simulation.queue import HOUR, QueuePlan
 
 GIVEN = ["--seconds", "100", "--variation", "1", "--subjects", "3000"]
@@ -23,7 +23,7 @@ def command(tmp_path, *flags):
 @pytest.fixture(autouse=True)
 def one_load(monkeypatch):
     """The plot at one load."""
-    monkeypatch.setattr(report, "LOADS", (0.8,))
+    monkeypatch.setattr(forecasts, "LOADS", (0.8,))
 
 
 def test_a_table_json_and_a_plot(tmp_path, capsys):

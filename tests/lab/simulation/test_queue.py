@@ -9,9 +9,14 @@ import pytest
 
 from dora_diffusion.config import ConfigError
 from dora_diffusion.evaluation.statistics import t_quantile
-from dora_diffusion.lab.simulation.plan import TrainingTimes, check_failures, expected_completion
+from dora_diffusion.lab.simulation.forecasts import (
+    TrainingTimes,
+    check_failures,
+    expected_completion,
+    mean_of,
+    settled,
+)
 from dora_diffusion.lab.simulation.queue import HOUR, QueuePlan, leave_times, simulate_queue
-from dora_diffusion.lab.simulation.report import mean_of, settled
 
 
 def poisson(load, workers, variation, count, seed):
