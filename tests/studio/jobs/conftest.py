@@ -18,6 +18,7 @@ from dora_diffusion.studio.jobs.subjects import (
     add_photos,
     new_subject,
 )
+from tests.shallow import *  # noqa: F403
 from tests.studio.jobs.helpers import add_run, done, photo, wait
 from tests.waiting import STAY
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file, save_file
 
+from dora_diffusion.cli import main as cli
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.files.stream import read_header
 from dora_diffusion.lab.analysis import analyze_weights
+from dora_diffusion.studio import worker
 from dora_diffusion.studio.app.html import figures, status_card, task_card
 from dora_diffusion.studio.app.settings import command_line
 from dora_diffusion.studio.jobs import queue as jobs
@@ -47,11 +48,8 @@ def test_the_commands_that_are_shown_make_the_same_adapter(
     for place, shown in enumerate((planned, job.record.command)):
         words = shlex.split(shown)
         again = tmp_path / str(place)
-        words = [*words, "--output_dir", str(again)]  # the later one counts
-        assert words[:2] == ["python", "-m"]
-        subprocess.run(
-            [sys.executable, *words[1:]], check=True, capture_output=True, env={**os.environ}
-        )
+        assert words[:3] == ["python", "-m", "dora_diffusion"]
+        assert cli.main([*words[3:], "--output_dir", str(again)]) == 0  # the later one counts
         name = "pytorch_lora_weights.safetensors"
         ours, theirs = load_file(job.folder / name), load_file(again / name)
         assert set(ours) == set(theirs)
@@ -83,9 +81,9 @@ def test_a_killed_worker_is_a_crash_and_its_run_can_go_on(
     job_id = add_run(workspace, sd1_folder, photos, max_train_steps=100_000, checkpointing_steps=2)
     folder = workspace.root / job_id
     wait(workspace, queue, job_id, lambda job: bool(job.checkpoints))
-    worker = jobs.worker_of(folder)
-    assert worker is not None
-    worker.kill()
+    process = jobs.worker_of(folder)
+    assert process is not None
+    process.kill()
     crashed = wait(workspace, queue, job_id, lambda job: job.state == "crashed")
     at = int(crashed.checkpoints[-1].removeprefix("checkpoint-"))
     lock = Lock(workspace.device_lock)
@@ -105,12 +103,18 @@ def test_a_run_that_cannot_work_says_why(
 
 
 def perform(workspace: Workspace, job_id: str) -> Job:
-    """Have a job done."""
-    queue = jobs.JobQueue(workspace)
-    try:
-        return wait(workspace, queue, job_id, done)
-    finally:
-        queue.close()
+    """Have a job done as its worker does it, in this process."""
+    folder = workspace.root / job_id
+    with (
+        (folder / records.LOG).open("a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        code = worker._run(folder)
+    records.write_result(folder, records.JobResult(code))
+    job = seen(folder)
+    assert done(job), (folder / records.LOG).read_text(encoding="utf-8")
+    return job
 
 
 def test_a_merge_loads_and_counts_bytes(finished: tuple[Workspace, str]) -> None:
@@ -140,7 +144,9 @@ def header_bytes(file: Path) -> int:
     return 8 + int.from_bytes(file.read_bytes()[:8], "little")
 
 
-def test_a_conversion_says_what_the_command_line_says(finished: tuple[Workspace, str]) -> None:
+def test_a_conversion_says_what_the_command_line_says(
+    finished: tuple[Workspace, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     workspace, run = finished[0], job_of(finished)
     job = perform(workspace, tasks.start_conversion(workspace, run, "sd-scripts"))
     output = Path(job.record.output)
@@ -148,10 +154,8 @@ def test_a_conversion_says_what_the_command_line_says(finished: tuple[Workspace,
     words = list(job.record.arguments)
     again = output.with_name("again.safetensors")
     words[2] = str(again)
-    printed = subprocess.run(
-        [sys.executable, "-m", "dora_diffusion", *words],
-        check=True, capture_output=True, text=True, encoding="utf-8", env={**os.environ},
-    ).stdout  # fmt: skip
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out
     theirs, ours = load_file(again), load_file(output)
     assert set(theirs) == set(ours)
     assert all(theirs[key].equal(ours[key]) for key in ours)
