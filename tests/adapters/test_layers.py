@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,6 +26,7 @@ from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
+from dora_diffusion.numerics.devices import default_device
 from tests.adapters.helpers import (
     AXES,
     block,
@@ -148,6 +152,13 @@ def test_no_norm_is_from_old_parameters(mutation, axis, scoped):
     torch.testing.assert_close(after.double(), dense(net, X), rtol=1e-4, atol=1e-4)
 
 
+def in_two_processes(function: Callable[..., None], *args: str) -> None:
+    """Call it as ``function(rank, *args)``: in forks, which have imported, where a fork can run."""
+    forks = sys.platform == "linux" and hasattr(os, "fork") and default_device() == "cpu"
+    method = "fork" if forks else "spawn"
+    torch.multiprocessing.start_processes(function, args, nprocs=2, start_method=method)
+
+
 def _broadcast(rank: int, store: str, results: str) -> None:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
@@ -165,7 +176,7 @@ def _broadcast(rank: int, store: str, results: str) -> None:
 
 def test_a_broadcast_of_parameters_is_seen(tmp_path):
     store = tmp_path / "store"
-    torch.multiprocessing.spawn(_broadcast, (str(store), str(tmp_path)), nprocs=2)
+    in_two_processes(_broadcast, str(store), str(tmp_path))
     (first, reference), (second, _) = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
     torch.testing.assert_close(first, second)
     torch.testing.assert_close(second.double(), reference, rtol=1e-4, atol=1e-4)
@@ -232,8 +243,7 @@ INPUTS = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(4))
 
 def test_two_processes_have_the_mean_of_their_gradients_with_recomputed_blocks(tmp_path):
     """Reentrant ones too, or torch says what to do: gradients are never those of one process."""
-    spawned = (str(tmp_path / "store"), str(tmp_path))
-    torch.multiprocessing.spawn(_gradients_of_two, spawned, nprocs=2)
+    in_two_processes(_gradients_of_two, str(tmp_path / "store"), str(tmp_path))
     for rank in (0, 1):
         found = torch.load(tmp_path / str(rank))
         for (targets, *_), shared in zip(DISTRIBUTED[:3], found, strict=False):
