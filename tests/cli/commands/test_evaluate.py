@@ -13,18 +13,26 @@ from dora_diffusion.cli.main import main
 from dora_diffusion.data.photos import list_photos
 from dora_diffusion.evaluation.measures import MEASURES
 from dora_diffusion.evaluation.report import SCHEMA
+from dora_diffusion.models import metric_models
+from dora_diffusion.models.metric_models import LITE
+from tests.evaluation.helpers import Brightness
 
 ROOT = Path(__file__).parents[3]
-BASE = "embedded:tiny-sd"
 FILE = "pytorch_lora_weights.safetensors"
 FAST = ["--steps", "1", "--guidance_scale", "1"]
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(sd1_folder: Path) -> str:
+    return str(sd1_folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("evaluate") / "adapter"
     flags = [
         "--config", str(ROOT / "samples" / "bolt_mug" / "config.yaml"),
+        "--pretrained_model_name_or_path", base,
         "--instance_data_dir", str(ROOT / "samples" / "bolt_mug"),
         "--max_train_steps", "2", "--lr_scheduler", "constant", "--lr_warmup_steps", "0",
         "--learning_rate", "1e-2", "--train_batch_size", "1", "--num_validation_images", "0",
@@ -34,15 +42,15 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_a_subject_of_the_toy_world(adapter, tmp_path, capsys) -> None:
-    flags = ["--base", BASE, "--subject", "bolt_mug", "--num_seeds", "1", "--output", str(tmp_path)]
+def test_a_subject_of_the_toy_world(base, adapter, tmp_path, capsys) -> None:
+    flags = ["--base", base, "--subject", "bolt_mug", "--num_seeds", "1", "--output", str(tmp_path)]
     assert main(["evaluate", str(adapter), *flags, *FAST]) == 0
     printed = capsys.readouterr().out
     assert "| subject similarity" in printed
     assert str(tmp_path / "images.png") in printed
     report = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert report["schema"] == SCHEMA
-    assert (report["base"], report["adapter"], report["trigger"]) == (BASE, "adapter", "sks mug")
+    assert (report["base"], report["adapter"], report["trigger"]) == ("sd1", "adapter", "sks mug")
     assert report["sampling"] == {"steps": 1, "guidance_scale": 1.0, "scheduler": None}
     assert set(report["measures"]) <= set(MEASURES)
     assert {"subject_similarity", "background", "side", "others_kind", "denoising_loss"} <= set(
@@ -57,11 +65,11 @@ def test_a_subject_of_the_toy_world(adapter, tmp_path, capsys) -> None:
 
 
 def test_photos_with_metric_models_as_json(
-    adapter, tmp_path, capsys, clip_folder, dino_folder, held_out_photos
+    base, adapter, tmp_path, capsys, clip_folder, dino_folder, held_out_photos
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of {} on grass\n\n{} at night\n", encoding="utf-8")
-    flags = ["--base", BASE, "--subject", str(held_out_photos), "--num_seeds", "2", "--json"]
+    flags = ["--base", base, "--subject", str(held_out_photos), "--num_seeds", "2", "--json"]
     flags += ["--metric_model", str(clip_folder), str(dino_folder), "--prompts", str(prompts)]
     assert main(["evaluate", str(adapter), *flags, *FAST, "--output", str(tmp_path)]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -76,10 +84,12 @@ def test_photos_with_metric_models_as_json(
 
 
 def test_each_of_several_subjects_is_measured_as_if_alone(
-    adapter, tmp_path, capsys, held_out_photos
+    base, adapter, tmp_path, capsys, held_out_photos, monkeypatch
 ) -> None:
     """Drawn ones and photographed ones, each with its own trigger words."""
-    flags = ["--base", BASE, "--num_seeds", "1", *FAST]
+    # In place of the network that measures photos by default: it takes most of the time.
+    monkeypatch.setattr(metric_models, "open_metric_model", lambda name: {LITE: Brightness()}[name])
+    flags = ["--base", base, "--num_seeds", "1", *FAST]
     both = ["--subject", "bolt_mug", str(held_out_photos), "--trigger", "sks mug, zwx cup"]
     command = ["evaluate", str(adapter), *both, *flags, "--output", str(tmp_path / "both")]
     assert main(command) == 0
@@ -109,21 +119,23 @@ def test_each_of_several_subjects_is_measured_as_if_alone(
     ],
 )  # fmt: skip
 def test_several_subjects_have_photos_and_trigger_words_each(
-    adapter, tmp_path, capsys, flags, text
+    base, adapter, tmp_path, capsys, flags, text
 ) -> None:
-    command = ["evaluate", str(adapter), "--base", BASE, "--output", str(tmp_path / "out")]
+    command = ["evaluate", str(adapter), "--base", base, "--output", str(tmp_path / "out")]
     assert main([*command, *flags, *FAST]) == 1
     assert text in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
-def test_photos_that_were_trained_on_are_told(adapter, tmp_path, capsys, held_out_photos) -> None:
+def test_photos_that_were_trained_on_are_told(
+    base, adapter, tmp_path, capsys, held_out_photos
+) -> None:
     """By the digests in the run's folder, whatever the photos are called; and in the results."""
     trained = sorted((ROOT / "samples" / "bolt_mug").glob("*.jpg"))
     mixed = tmp_path / "mixed"
     shutil.copytree(held_out_photos, mixed)
     new = len(list_photos(mixed))
-    flags = ["--base", BASE, "--num_seeds", "1", *FAST, "--output", str(tmp_path / "out")]
+    flags = ["--base", base, "--num_seeds", "1", *FAST, "--output", str(tmp_path / "out")]
     assert main(["evaluate", str(adapter), "--subject", str(mixed), *flags]) == 0
     assert "trained on" not in "".join(capsys.readouterr())
     assert (
@@ -173,10 +185,10 @@ def test_the_record_of_photos_stays_in_the_runs_folder(adapter) -> None:
     assert "photos.json" not in _files(adapter, None, None)
 
 
-def test_results_that_exist_are_kept(adapter, tmp_path, capsys) -> None:
+def test_results_that_exist_are_kept(base, adapter, tmp_path, capsys) -> None:
     for name in ("scores.json", "scores.md", "images.png"):
         (tmp_path / name).write_text("kept", encoding="utf-8")
-        flags = ["--base", BASE, "--subject", "bolt_mug", "--output", str(tmp_path), *FAST]
+        flags = ["--base", base, "--subject", "bolt_mug", "--output", str(tmp_path), *FAST]
         assert main(["evaluate", str(adapter), *flags]) == 1
         assert f"{tmp_path} contains an evaluation already" in capsys.readouterr().err
         assert (tmp_path / name).read_text(encoding="utf-8") == "kept"
@@ -193,9 +205,11 @@ def test_results_that_exist_are_kept(adapter, tmp_path, capsys) -> None:
         (["--subject", ".", "--metric_model", "./nowhere"], "./nowhere does not exist"),
     ],
 )
-def test_wrong_calls_end_in_one_line(adapter, tmp_path, capsys, monkeypatch, flags, text) -> None:
+def test_wrong_calls_end_in_one_line(
+    base, adapter, tmp_path, capsys, monkeypatch, flags, text
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["evaluate", str(adapter), "--base", BASE, *flags]) == 1
+    assert main(["evaluate", str(adapter), "--base", base, *flags]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert text in error

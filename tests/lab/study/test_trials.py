@@ -74,7 +74,7 @@ def test_a_training_that_diverges_is_a_record_without_figures(tmp_path):
     assert "1 diverged and have no figures (wild)" in _intro(run_study(given, tmp_path))
 
 
-def test_photos_are_measured_on_those_held_out(tmp_path, samples_root):
+def test_photos_are_measured_on_those_held_out(tmp_path, samples_root, sd1_folder):
     trained, held_out = tmp_path / "photos", tmp_path / "held_out"
     for folder in (trained, held_out):
         folder.mkdir()
@@ -85,7 +85,7 @@ def test_photos_are_measured_on_those_held_out(tmp_path, samples_root):
         "name": "my mug", "photos": str(trained), "held_out": str(held_out),
         "instance_prompt": "a photo of a sks mug",
     }  # fmt: skip
-    given = study(**{**SHORT, "subjects": [subject]}, methods={"dora": {}})
+    given = study(**{**SHORT, "subjects": [subject]}, base=str(sd1_folder), methods={"dora": {}})
     results = run_study(given, tmp_path / "out")
     assert [record["subject"] for record in results.records] == ["my mug", "my mug"]
     assert set(results.records[0]["measures"]) == {"denoising_loss"}  # no metric model is given
