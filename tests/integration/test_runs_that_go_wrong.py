@@ -5,6 +5,7 @@ Each failure is exit code and one line; each warning is a line, and the run cont
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -220,6 +221,8 @@ def test_a_terminated_run_saves_and_goes_on(flags, tmp_path, capfd):
     (line,) = lines(capfd.readouterr().err, "error: ")
     assert "--resume_from_checkpoint latest" in line
     assert main(flags(max_train_steps=step + 1, resume_from_checkpoint="latest")) == 0
+    log = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in log] == list(range(1, step + 2))
     result = read_adapter(output)
     assert result.metadata.extra["training_steps"] == str(step + 1)
     before = read_adapter(checkpoint).layers
