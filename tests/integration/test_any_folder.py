@@ -16,7 +16,7 @@ from dora_diffusion.studio.jobs.queue import JobQueue
 from dora_diffusion.studio.jobs.store import Workspace
 from dora_diffusion.studio.jobs.subjects import take_sample
 from dora_diffusion.studio.jobs.tasks import start_conversion, write_card
-from tests.studio.jobs.helpers import add_run, done, wait
+from tests.studio.jobs.helpers import add_run, done, perform, wait
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 BASE = "embedded:tiny-sd"
@@ -75,10 +75,9 @@ def test_the_apps_jobs_work_in_any_folder(home: Path, sd1_folder: Path) -> None:
     )  # fmt: skip
     try:
         job = wait(workspace, queue, job_id, done)
-        made = wait(workspace, queue, start_conversion(workspace, job, "kohya"), done)
     finally:
         queue.close()
-    exported = Path(made.record.output)
+    exported = Path(perform(workspace, start_conversion(workspace, job, "kohya")).record.output)
     assert exported.name.startswith("kathes-tasschen-1-2-")
     assert all(torch.isfinite(layer.up).all() for layer in read_adapter(exported).layers.values())
     assert "Täßchen" in write_card(workspace, job).read_text(encoding="utf-8")

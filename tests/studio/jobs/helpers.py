@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.families import FAMILIES
+from dora_diffusion.studio import worker
 from dora_diffusion.studio.jobs import queue as jobs
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.queue import start_time
@@ -94,6 +96,21 @@ def wait(
 
 def done(job: Job) -> bool:
     return job.state == "done"
+
+
+def perform(workspace: Workspace, job_id: str) -> Job:
+    """Have a job done as its worker does it, in this process."""
+    folder = workspace.root / job_id
+    with (
+        (folder / records.LOG).open("a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        code = worker._run(folder)
+    records.write_result(folder, records.JobResult(code))
+    job = seen(folder)
+    assert done(job), (folder / records.LOG).read_text(encoding="utf-8")
+    return job
 
 
 def job_of(finished: tuple[Workspace, str]) -> Job:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import html
 import json
 import shlex
@@ -18,16 +17,15 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.files.stream import read_header
 from dora_diffusion.lab.analysis import analyze_weights
-from dora_diffusion.studio import worker
 from dora_diffusion.studio.app.html import figures, status_card, task_card
 from dora_diffusion.studio.app.settings import command_line
 from dora_diffusion.studio.jobs import queue as jobs
 from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.queue import Lock
 from dora_diffusion.studio.jobs.records import log_tail, log_warnings, read_metrics
-from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
+from dora_diffusion.studio.jobs.snapshot import chosen_adapter
 from dora_diffusion.studio.jobs.store import Workspace
-from tests.studio.jobs.helpers import about, add_run, done, job_of, make, seen, wait
+from tests.studio.jobs.helpers import about, add_run, job_of, make, perform, seen, wait
 
 
 def test_a_run_ends_with_an_adapter_and_its_measurements(finished: tuple[Workspace, str]) -> None:
@@ -100,21 +98,6 @@ def test_a_run_that_cannot_work_says_why(
     job = wait(workspace, queue, job_id, lambda job: job.state == "failed")
     assert "no-model does not exist" in job.cause
     assert "\n" not in job.cause
-
-
-def perform(workspace: Workspace, job_id: str) -> Job:
-    """Have a job done as its worker does it, in this process."""
-    folder = workspace.root / job_id
-    with (
-        (folder / records.LOG).open("a", encoding="utf-8") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
-        code = worker._run(folder)
-    records.write_result(folder, records.JobResult(code))
-    job = seen(folder)
-    assert done(job), (folder / records.LOG).read_text(encoding="utf-8")
-    return job
 
 
 def test_a_merge_loads_and_counts_bytes(finished: tuple[Workspace, str]) -> None:
