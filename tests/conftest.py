@@ -107,6 +107,8 @@ def pytest_collection_finish() -> None:
     """Have the collector pass over all that was imported: a test leaves far less to look at."""
     gc.collect()
     gc.freeze()
+    # A model is made of more objects than it waits for by itself.
+    gc.set_threshold(10_000, 20, 20)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
