@@ -32,8 +32,9 @@ SAY_SIZE = @echo 'Installing torch, Diffusers and the rest into $(@D), once. On 
 	'PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"'
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-# The tests' models are tiny: threads of several workers would only wait for each other.
-TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# The tests' models are tiny: threads of several workers would only wait for each other. What Python
+# has compiled is kept, whatever the shell says: workers would compile the tests anew in each run.
+TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 
 SUITE = -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
