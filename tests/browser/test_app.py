@@ -190,7 +190,7 @@ def started(app: App, open_tab: Callable[..., Visit]) -> str:
 
 
 def test_progress_is_the_same_after_a_reload_and_in_a_second_tab(
-    visit: Callable[..., Visit], started: str
+    visit: Callable[..., Visit], app: App, started: str
 ) -> None:
     first, second = visit(), visit()
     for page in (first, second):
@@ -208,6 +208,10 @@ def test_progress_is_the_same_after_a_reload_and_in_a_second_tab(
             "at => Number(/step (\\d+)/.exec(document.querySelector('#status').innerText)[1]) > at",
             step,
         )
+    # It is killed later, from a checkpoint: until then it need not take a core.
+    app.until(lambda: bool(state_of(app, started).checkpoints))
+    (worker,) = app.workers()
+    psutil.Process(worker).suspend()
 
 
 @pytest.fixture(scope="module")

@@ -153,6 +153,8 @@ def test_a_page_that_is_loaded_again_logs_no_error(visit: Callable[..., Visit]) 
         page.wait_text("#plan", "max_train_steps")
         page.reload()
     assert page.wrong == []
+    # It would offer to record the screen.
+    assert page.page.locator("footer").get_by_text("Settings").count() == 0
 
 
 def test_a_reload_keeps_the_form(visit: Callable[..., Visit], app: App) -> None:
@@ -306,11 +308,6 @@ def test_sizes_are_judged_by_the_model_that_is_chosen(
     page.choose("#base-model", f"{SDXL} ·")
     page.tab("Subject")
     page.wait_text("#report", "200 x 200 is smaller than the training size 1024")
-
-
-def test_the_footer_offers_no_screen_recording(visit: Callable[..., Visit]) -> None:
-    page = visit()
-    assert page.page.locator("footer").get_by_text("Settings").count() == 0
 
 
 def test_photos_stand_in_two_columns_on_a_phone(visit: Callable[..., Visit], app: App) -> None:
