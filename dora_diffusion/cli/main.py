@@ -1,9 +1,8 @@
 """The ``dora-diffusion`` command: its list of commands.
 
-Each is a module of `dora_diffusion.cli.commands` with ``SETTINGS``, the class of what it takes, and
-``run(settings)``; or, where its flags are those of training, ``add_arguments(parser)`` and
-``run(args)``.
-None imports anything heavy before it runs, so that every ``--help`` answers at once.
+Each is a class of what it takes, a `CommandSettings`, in one of the modules of `HOMES`: ``export``
+is ``ExportSettings``. None imports anything heavy before it is performed, so that every ``--help``
+answers at once.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ import os
 import sys
 from collections.abc import Container, Sequence
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 from dora_diffusion import __version__
 from dora_diffusion.cli.commands.parser import Parser
 from dora_diffusion.cli.console.errors import reporting_errors
+from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.system import let_break_interrupt
 
 COMMANDS = {
@@ -45,6 +44,22 @@ COMMANDS = {
     "samples": "copy the sample subjects: photos, captions, settings",
     "env": "print versions and devices, for a bug report",
 }
+HOMES = {
+    "cli.commands.train": ("train",),
+    "cli.commands.generate": ("generate",),
+    "cli.commands.evaluate": ("evaluate",),
+    "cli.commands.rank_checkpoints": ("rank-checkpoints",),
+    "cli.commands.results": ("export", "verify", "push"),
+    "cli.commands.adapters": ("convert", "extract", "combine"),
+    "cli.commands.inspect": ("inspect",),
+    "cli.commands.prepare": ("prepare",),
+    "cli.commands.project": ("samples", "env"),
+    "cluster.commands": ("fleet", "serve"),
+    "lab.commands": ("analyze", "compare", "demo"),
+    "lab.simulation.command": ("simulate",),
+    "studio.app.command": ("app",),
+}
+"""Module -> the commands in it; the rooms beside the core are found here, and imported nowhere."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     let_break_interrupt()
     _print_anything()
     with reporting_errors(args.command, debug=args.debug) as outcome:
-        outcome.code = _module(args.command).run(read_settings(args))
+        outcome.code = read_settings(args).perform()
     return outcome.code
 
 
@@ -76,28 +91,22 @@ def build_parser(filled: Container[str] = COMMANDS) -> argparse.ArgumentParser:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         command.add_argument("--debug", action="store_true", help="Show tracebacks.")
-        if name in filled and hasattr(_module(name), "SETTINGS"):
-            command.add_settings(_module(name).SETTINGS.settings())
-        elif name in filled:
-            _module(name).add_arguments(command)
+        if name in filled:
+            settings_of(name).add_arguments(command)
     return parser
 
 
 def read_settings(args: argparse.Namespace) -> Any:
-    """Return the settings for a command's ``run``.
+    """Return the settings of the command that was parsed; see `CommandSettings.of_arguments`."""
+    return settings_of(args.command).of_arguments(args)
 
-    Raises:
-        ConfigError: If a setting is missing, or cannot be.
 
-    Warns:
-        UserWarning: Of settings without effect.
-    """
-    kind = getattr(_module(args.command), "SETTINGS", None)
-    if kind is None:
-        return args
-    settings = kind.read(vars(args), args.config)
-    settings.warn()
-    return settings
+def settings_of(command: str) -> type[CommandSettings]:
+    """The class of a command."""
+    (home,) = (home for home, commands in HOMES.items() if command in commands)
+    name = f"{command.title().replace('-', '')}Settings"
+    kind: type[CommandSettings] = getattr(import_module(f"dora_diffusion.{home}"), name)
+    return kind
 
 
 def tune_process() -> None:
@@ -115,10 +124,6 @@ def _print_anything() -> None:
     """Replace characters that the console cannot encode."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _module(command: str) -> ModuleType:
-    return import_module(f"dora_diffusion.cli.commands.{command.replace('-', '_')}")
 
 
 def _complete() -> None:

@@ -43,7 +43,7 @@ class AsJob(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CommandSettings:
-    """Settings of a command: each field is a setting, made with `flag`.
+    """Settings of a command, and what it does: each field is a setting, made with `flag`.
 
     Attributes:
         job: How the app has it done; None where it does not.
@@ -61,8 +61,9 @@ class CommandSettings:
     @classmethod
     @cache
     def settings(cls) -> tuple[Setting, ...]:
-        """All settings, in the order of their fields."""
-        return tuple(Setting.from_field(field, "") for field in dataclasses.fields(cls))
+        """All settings, in the order of their fields; a field not made with `flag` is none."""
+        fields = (field for field in dataclasses.fields(cls) if "help" in field.metadata)
+        return tuple(Setting.from_field(field, "") for field in fields)
 
     @classmethod
     def read(cls, given: Mapping[str, Any], file: str | None = None) -> Self:
@@ -85,6 +86,29 @@ class CommandSettings:
         lacking = [s.name for s in known.values() if s.is_required and s.name not in values]
         require(not lacking, f"{', '.join(lacking)} must be given")
         return cls(**values)
+
+    @classmethod
+    def add_arguments(cls, parser: Any) -> None:
+        """Add its flags to a `cli.commands.parser.Parser`."""
+        parser.add_settings(cls.settings())
+
+    @classmethod
+    def of_arguments(cls, args: Any) -> Self:
+        """Make them of what such a parser has read.
+
+        Raises:
+            ConfigError: If a setting is missing, or cannot be.
+
+        Warns:
+            UserWarning: Of settings without effect.
+        """
+        settings = cls.read(vars(args), args.config)
+        settings.warn()
+        return settings
+
+    def perform(self) -> int:
+        """Do what it is for. Returns the exit code."""
+        raise NotImplementedError
 
     def without_effect(self) -> dict[str, str]:
         """Settings that differ from their default, and why they have no effect."""

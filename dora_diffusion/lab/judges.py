@@ -6,16 +6,18 @@ a right answer; measures say what it has learned of the subject.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dora_diffusion.config import ConfigError
 from dora_diffusion.config.wording import with_article
 from dora_diffusion.data.sheets import center_square
 from dora_diffusion.evaluation.denoising import HeldOutImages
@@ -23,7 +25,7 @@ from dora_diffusion.evaluation.measures import LEAKAGE, ImageRequest, Scores, Va
 from dora_diffusion.evaluation.photos import OnStep, base_and_adapted, first_round, sample
 from dora_diffusion.evaluation.ranking import SEED, EvaluationPrompts, few_requests
 from dora_diffusion.evaluation.report import Evaluation
-from dora_diffusion.lab.toy.benchmark_subjects import BenchmarkSubject, find_subject
+from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS, BenchmarkSubject, find_subject
 from dora_diffusion.lab.toy.instrument import (
     ATTRIBUTES,
     SIDES,
@@ -48,10 +50,14 @@ from dora_diffusion.lab.toy.world import (
     render,
 )
 from dora_diffusion.models.components import Components
+from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.sampling.generate import SamplingSettings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from dora_diffusion.cli.commands.evaluate import EvaluateSettings
+    from dora_diffusion.training.inputs.subject import Subject
 
 
 Group = Literal["subject", "pose", "class", "others"]
@@ -419,6 +425,46 @@ def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> Evaluation
 
     note = "Similarity is to true images of the subject on held-out backgrounds."
     return EvaluationPrompts(requests, settings, judge, (note,), "the true subject", (), (trigger,))
+
+
+@dataclass(frozen=True)
+class KnownSubject:
+    """A subject of the toy world, a `cli.commands.evaluate.SubjectSource` whose truth is known."""
+
+    guidance_scale: ClassVar = SAMPLING.guidance_scale
+    subject: BenchmarkSubject
+
+    def check(self, args: EvaluateSettings) -> None:
+        for name in ("metric_model", "prompts"):
+            if getattr(args, name):
+                raise ConfigError(
+                    f"--{name} is for photos; {self.subject.name} is a subject of the toy world"
+                )
+
+    def measure(
+        self, args: EvaluateSettings, trigger: str, captions: str
+    ) -> Callable[..., Evaluation]:
+        if not is_embedded(args.base):
+            warnings.warn(
+                f"{self.subject.name} is a subject of the toy world; its judges know no other "
+                "images than those of the embedded models",
+                stacklevel=1,
+            )
+        trigger = trigger or f"sks {self.subject.word}"
+        return partial(evaluate_toy, subject=self.subject, trigger=trigger)
+
+    def questions(
+        self, subjects: Sequence[Subject], settings: SamplingSettings, base: str
+    ) -> EvaluationPrompts:
+        if not is_embedded(base):
+            raise ConfigError(
+                f"{self.subject.name} is of the toy world, which {base} does not know"
+            )
+        return ask_toy(self.subject.name, subjects[0].trigger, settings)
+
+
+KNOWN: Mapping[str, KnownSubject] = {name: KnownSubject(one) for name, one in SUBJECTS.items()}
+"""Those that `evaluate` and `rank-checkpoints` find by name."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,9 @@ from dora_diffusion.config import ConfigError, Setting
 from dora_diffusion.config.command import CommandSettings
 
 KINDS: dict[str, type[CommandSettings]] = {
-    name: module.SETTINGS
-    for name in cli.COMMANDS
-    if hasattr(module := import_module(f"dora_diffusion.cli.commands.{name.replace('-', '_')}"),
-               "SETTINGS")
-}  # fmt: skip
+    name: cli.settings_of(name) for name in cli.COMMANDS if name not in ("train", "fleet")
+}
+"""Of all commands but those of training."""
 # Of these, what any other setting's value cannot be.
 OTHERS: dict[str, Any] = {"max_token_length": 150}
 
@@ -55,8 +52,10 @@ def parsed(command: str, *words: str) -> CommandSettings:
     return settings
 
 
-def test_all_commands_but_those_of_training_have_settings() -> None:
-    assert set(cli.COMMANDS) - set(KINDS) == {"train", "fleet"}
+def test_every_command_has_one_home() -> None:
+    homes = [command for commands in cli.HOMES.values() for command in commands]
+    assert sorted(homes) == sorted(cli.COMMANDS)
+    assert {name for name, kind in KINDS.items() if not kind.settings()} == set()
 
 
 @pytest.mark.filterwarnings("ignore:.*has no effect")

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from dora_diffusion.cli.console.progress import progress
 from dora_diffusion.cli.console.tables import print_json
-from dora_diffusion.cli.settings import AdaptedModel, Sampling
+from dora_diffusion.cli.settings import AdaptedModel, Sampling, check_results
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import REQUIRED, flag
+from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import counted
 from dora_diffusion.formats.adapter.metadata import CAPTIONS, OWN
-from dora_diffusion.formats.files.atomic import require_writable
 
 if TYPE_CHECKING:
+    from dora_diffusion.evaluation.photos import PhotoSubject
+    from dora_diffusion.evaluation.ranking import EvaluationPrompts
     from dora_diffusion.evaluation.report import Evaluation
     from dora_diffusion.models.components import Components
     from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.training.inputs.subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,33 +70,49 @@ class EvaluateSettings(Sampling, AdaptedModel):
         None, "Guidance scale (CFG scale). Default: 3.5 for the toy world, else 7.5."
     )
 
+    def perform(self) -> int:
+        """Measure an adapter; print the table or JSON, and write both with a sheet of images."""
+        outputs, sources = _outputs(self), [source_of(subject) for subject in self.subject]
+        for source, output in zip(sources, outputs, strict=True):
+            _check(self, source, output)
+            self.sampling(source)
+        components, triggers, captions, base_model = _load(self)
+        of_subjects = zip(sources, outputs, _one_for_each(triggers, self), strict=True)
+        reports = []
+        for source, output, trigger in of_subjects:
+            measure = source.measure(self, trigger, captions)
+            with progress("generating images", "step") as show:
+                evaluation = measure(
+                    components,
+                    seeds=range(self.seed, self.seed + self.num_seeds),
+                    settings=self.sampling(source),
+                    batch_size=self.batch_size,
+                    on_step=show,
+                    base_model=base_model,
+                )
+            details = _details(self, trigger, self.sampling(source))
+            evaluation = dataclasses.replace(evaluation, details=details)
+            files = evaluation.write(output)
+            reports.append(evaluation.to_dict())
+            if not self.json:
+                print(f"{trigger}:\n" if len(sources) > 1 else "", end="")
+                # Its cautions were warned of before it began.
+                print(dataclasses.replace(evaluation, cautions=()).table())
+                print("\n" + "\n".join(f"{name}: {path}" for name, path in files.items()))
+        if self.json:
+            print_json(reports if len(sources) > 1 else reports[0])
+        return 0
 
-SETTINGS = EvaluateSettings
+    def sampling(self, source: SubjectSource) -> SamplingSettings:
+        """Return the sampling settings of a subject's images.
 
+        Raises:
+            ConfigError: If they cannot be.
+        """
+        from dora_diffusion.sampling.generate import SamplingSettings
 
-def run(args: EvaluateSettings) -> int:
-    """Measure an adapter; print the table or JSON, and write both with a sheet of images."""
-    each = [
-        dataclasses.replace(args, subject=[subject], output=str(output))
-        for subject, output in zip(args.subject, _outputs(args), strict=True)
-    ]
-    for one in each:
-        _check(one)
-        _sampling(one)
-    components, triggers, captions, base_model = _load(args)
-    reports = []
-    for one, trigger in zip(each, _one_for_each(triggers, args), strict=True):
-        evaluation = _evaluate(one, components, trigger, captions, base_model)
-        files = evaluation.write(Path(one.output))
-        reports.append(evaluation.to_dict())
-        if not args.json:
-            print(f"{trigger}:\n" if len(each) > 1 else "", end="")
-            # Its cautions were warned of before it began.
-            print(dataclasses.replace(evaluation, cautions=()).table())
-            print("\n" + "\n".join(f"{name}: {path}" for name, path in files.items()))
-    if args.json:
-        print_json(reports if len(each) > 1 else reports[0])
-    return 0
+        guidance = source.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        return SamplingSettings(self.steps, guidance, self.scheduler)
 
 
 def _outputs(args: EvaluateSettings) -> list[Path]:
@@ -132,32 +153,17 @@ def _one_for_each(triggers: str, args: EvaluateSettings) -> list[str]:
     return found
 
 
-def _evaluate(
-    args: EvaluateSettings,
-    components: Components,
-    trigger: str,
-    captions: str,
-    base_model: Components | None,
-) -> Evaluation:
-    """Measure one subject."""
-    settings = _sampling(args)
-    evaluate = _evaluate_toy if _is_toy(args) else partial(_evaluate_photos, captions=captions)
-    evaluation = evaluate(args, components, trigger, settings, base_model)
-    return dataclasses.replace(evaluation, details=_details(args, trigger, settings))
+def _check(args: EvaluateSettings, source: SubjectSource, output: Path) -> None:
+    """Refuse what could not be evaluated or written before a model is loaded."""
+    if not 0 <= args.seed < 2**32:
+        raise ConfigError(f"seed is {args.seed}; it must be between 0 and 2**32 - 1")
+    from dora_diffusion.evaluation.report import Evaluation
 
-
-def _sampling(args: EvaluateSettings) -> SamplingSettings:
-    """Return the sampling settings of a subject's images.
-
-    Raises:
-        ConfigError: If they cannot be.
-    """
-    from dora_diffusion.lab.judges import SAMPLING
-    from dora_diffusion.sampling.generate import SamplingSettings
-
-    default = SAMPLING if _is_toy(args) else SamplingSettings()
-    guidance = default.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    return SamplingSettings(args.steps, guidance, args.scheduler)
+    exists = Evaluation.exists(output)
+    check_results(output, "an evaluation", exists=exists, overwrite=args.overwrite)
+    if args.prompts and not Path(args.prompts).is_file():
+        raise ConfigError(f"prompts {args.prompts} is not a file of prompts, one per line")
+    source.check(args)
 
 
 def _load(args: EvaluateSettings) -> tuple[Components, str, str, Components | None]:
@@ -165,7 +171,7 @@ def _load(args: EvaluateSettings) -> tuple[Components, str, str, Components | No
 
     The base is None where it is the same model without the adapter.
     """
-    from dora_diffusion.lab.analysis.analyze import is_model
+    from dora_diffusion.export.programs import is_model
 
     if not Path(args.adapter).expanduser().exists() or not is_model(args.adapter):
         components, metadata = args.load(args.adapter)
@@ -186,113 +192,6 @@ def _load(args: EvaluateSettings) -> tuple[Components, str, str, Components | No
     return components, trigger, captions, base_model
 
 
-def _is_toy(args: EvaluateSettings) -> bool:
-    """Return whether the subject is of the toy world; a folder named so is written as a path."""
-    from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS
-
-    return args.subject[0] in SUBJECTS
-
-
-def _check(args: EvaluateSettings) -> None:
-    """Refuse what could not be evaluated or written before a model is loaded."""
-    (subject,) = args.subject
-    if not 0 <= args.seed < 2**32:
-        raise ConfigError(f"seed is {args.seed}; it must be between 0 and 2**32 - 1")
-    from dora_diffusion.evaluation.report import Evaluation
-    from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS
-
-    if Evaluation.exists(Path(args.output)) and not args.overwrite:
-        raise ConfigError(
-            f"{args.output} contains an evaluation already; choose another --output, or --overwrite"
-        )
-    require_writable(Path(args.output), is_folder=True)
-    if args.prompts and not Path(args.prompts).is_file():
-        raise ConfigError(f"prompts {args.prompts} is not a file of prompts, one per line")
-    if _is_toy(args):
-        for name in ("metric_model", "prompts"):
-            if getattr(args, name):
-                raise ConfigError(
-                    f"--{name} is for photos; {subject} is a subject of the toy world"
-                )
-    elif not Path(subject).is_dir():
-        raise ConfigError(
-            f"subject {subject} is neither a folder of photos nor one of {', '.join(SUBJECTS)}"
-        )
-
-
-def _evaluate_toy(
-    args: EvaluateSettings,
-    components: Components,
-    trigger: str,
-    settings: SamplingSettings,
-    base_model: Components | None,
-) -> Evaluation:
-    from dora_diffusion.lab.judges import evaluate_toy
-    from dora_diffusion.lab.toy.benchmark_subjects import find_subject
-
-    if not args.base.startswith("embedded:"):
-        warnings.warn(
-            f"{args.subject[0]} is a subject of the toy world; its judges know no other images "
-            "than those of the embedded models",
-            stacklevel=1,
-        )
-    subject = find_subject(args.subject[0])
-    with progress("generating images", "step") as show:
-        return evaluate_toy(
-            components,
-            subject,
-            trigger or f"sks {subject.word}",
-            _seeds(args),
-            settings,
-            batch_size=args.batch_size,
-            on_step=show,
-            base_model=base_model,
-        )
-
-
-def _evaluate_photos(
-    args: EvaluateSettings,
-    components: Components,
-    trigger: str,
-    settings: SamplingSettings,
-    base_model: Components | None,
-    *,
-    captions: str,
-) -> Evaluation:
-    from dora_diffusion.data.captions import CaptionRules
-    from dora_diffusion.data.photos import read_photo_record
-    from dora_diffusion.evaluation.photos import PROMPTS, evaluate_photos, read_subject
-    from dora_diffusion.models.metric_models import LITE, lite_is_installed, open_metric_model
-
-    if not trigger:
-        raise ConfigError("the adapter does not say its trigger; give it with --trigger 'sks dog'")
-    names = args.metric_model or ([LITE] if lite_is_installed() else [])
-    models = [open_metric_model(name) for name in names]
-    lines = Path(args.prompts).read_text(encoding="utf-8").splitlines() if args.prompts else []
-    class_word = args.class_word or trigger.partition(" ")[2]
-    trained_on = read_photo_record(args.adapter) or ()
-    rules = CaptionRules.from_stated(captions, args.wildcard_dir, trigger)
-    subject = read_subject(args.subject[0], trigger, class_word, trained_on, rules)
-    for caution in subject.cautions:
-        warnings.warn(caution, stacklevel=1)
-    with progress("generating images", "step") as show:
-        return evaluate_photos(
-            components,
-            subject,
-            _seeds(args),
-            settings,
-            metric_models=models,
-            prompts=[line.strip() for line in lines if line.strip()] or PROMPTS,
-            batch_size=args.batch_size,
-            on_step=show,
-            base_model=base_model,
-        )
-
-
-def _seeds(args: EvaluateSettings) -> list[int]:
-    return list(range(args.seed, args.seed + args.num_seeds))
-
-
 def _details(args: EvaluateSettings, trigger: str, settings: SamplingSettings) -> dict[str, Any]:
     from dora_diffusion.formats.adapter.metadata import without_path
 
@@ -307,3 +206,134 @@ def _details(args: EvaluateSettings, trigger: str, settings: SamplingSettings) -
             "scheduler": settings.scheduler,
         },
     }
+
+
+class SubjectSource(Protocol):
+    """What a subject is known from, and how images of it are judged.
+
+    Attributes:
+        guidance_scale: Of images that are judged, where none is given.
+    """
+
+    guidance_scale: ClassVar[float]
+
+    def check(self, args: EvaluateSettings) -> None:
+        """Refuse settings that it cannot have, with a `ConfigError`."""
+
+    def measure(
+        self, args: EvaluateSettings, trigger: str, captions: str
+    ) -> Callable[..., Evaluation]:
+        """Read what is known; return a function of a model, seeds and sampling settings.
+
+        Args:
+            args: The command's settings.
+            trigger: Trigger words, empty where none are known.
+            captions: How training read captions.
+        """
+
+    def questions(
+        self, subjects: Sequence[Subject], settings: SamplingSettings, base: str
+    ) -> EvaluationPrompts:
+        """Return the prompts that rank checkpoints of a run of these subjects."""
+
+
+def source_of(subject: str | None) -> SubjectSource:
+    """A subject of the toy world, which the lab knows; else photos in a folder, or a run's own.
+
+    A folder that is named as one of the toy world is written as a path.
+    """
+    known = resolve_name("dora_diffusion.lab.judges:KNOWN")
+    source: SubjectSource = known.get(subject) or PhotoFolder(subject, tuple(known))
+    return source
+
+
+@dataclass(frozen=True)
+class PhotoFolder:
+    """A subject that is known from photos.
+
+    Attributes:
+        folder: Of the photos; None: those of the run.
+        others: Names of subjects that are none.
+    """
+
+    guidance_scale: ClassVar = SampleSettings.validation_guidance_scale
+    folder: str | None
+    others: Sequence[str] = ()
+
+    def check(self, args: EvaluateSettings) -> None:
+        if not Path(self.folder or "").is_dir():
+            raise ConfigError(
+                f"subject {self.folder} is neither a folder of photos nor one of "
+                f"{', '.join(self.others)}"
+            )
+
+    def measure(
+        self, args: EvaluateSettings, trigger: str, captions: str
+    ) -> Callable[..., Evaluation]:
+        from dora_diffusion.data.captions import CaptionRules
+        from dora_diffusion.data.photos import read_photo_record
+        from dora_diffusion.evaluation.photos import PROMPTS, evaluate_photos, read_subject
+        from dora_diffusion.models.metric_models import LITE, lite_is_installed, open_metric_model
+
+        if not trigger:
+            raise ConfigError(
+                "the adapter does not say its trigger; give it with --trigger 'sks dog'"
+            )
+        names = args.metric_model or ([LITE] if lite_is_installed() else [])
+        models = [open_metric_model(name) for name in names]
+        text = Path(args.prompts).read_text(encoding="utf-8") if args.prompts else ""
+        prompts = [line.strip() for line in text.splitlines() if line.strip()] or PROMPTS
+        class_word = args.class_word or trigger.partition(" ")[2]
+        trained_on = read_photo_record(args.adapter) or ()
+        rules = CaptionRules.from_stated(captions, args.wildcard_dir, trigger)
+        subject = read_subject(self.folder or "", trigger, class_word, trained_on, rules)
+        for caution in subject.cautions:
+            warnings.warn(caution, stacklevel=1)
+        return partial(evaluate_photos, subject=subject, metric_models=models, prompts=prompts)
+
+    def questions(
+        self, subjects: Sequence[Subject], settings: SamplingSettings, base: str
+    ) -> EvaluationPrompts:
+        from dora_diffusion.evaluation.ranking import ask_photos
+
+        asked, known = known_photos(subjects, self.folder)
+        return ask_photos(asked, settings, known)
+
+
+def known_photos(
+    subjects: Sequence[Subject], folder: str | None
+) -> tuple[list[PhotoSubject], list[str]]:
+    """Return each subject's photos for comparison: held-out ones, else those it was trained on.
+
+    Args:
+        subjects: Of the run. Those with the same trigger words are one.
+        folder: Photos to take instead.
+
+    Returns:
+        The subjects, and trigger words of those whose photos were trained on.
+    """
+    from dora_diffusion.data.photos import list_photos
+    from dora_diffusion.evaluation.photos import PhotoSubject
+    from dora_diffusion.training.results.validation import divide_all, read_held_out
+
+    none: list[list[Path]] = [[] for _ in subjects]
+    own = [Path(one.settings.instance_data_dir or "") for one in subjects]
+    if folder and Path(folder).resolve() not in [path.resolve() for path in own]:
+        trained_on, held_out = none, [list_photos(folder), *none[1:]]
+    else:
+        trained_on, held_out = divide_all(subjects, [list_photos(path) for path in own])
+        held_out = none if folder else held_out
+    known, found = list[str](), dict[str, PhotoSubject]()
+    # A style beside subjects has none, and is in all of their images.
+    triggers = dict.fromkeys(subject.trigger for subject in subjects)
+    for trigger in [trigger for trigger in triggers if trigger] or triggers:
+        places = [at for at, subject in enumerate(subjects) if subject.trigger == trigger]
+        is_new = any(held_out[at] for at in places)
+        known += [] if is_new else [trigger]
+        paths = held_out if is_new else trained_on
+        photos = [
+            one for at in places if paths[at] for one in read_held_out(subjects[at], paths[at])
+        ]
+        name = photos[0].path.parent.name
+        found[trigger] = PhotoSubject(name, trigger, subjects[places[0]].class_word, photos)
+    return list(found.values()), known

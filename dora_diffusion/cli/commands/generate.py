@@ -75,8 +75,63 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         choices=("none", "model"),
     )
 
+    def perform(self) -> int:
+        """Generate images, and write them with what made them."""
+        rows = _rows(self)
+        from dora_diffusion.numerics.weights import Strengths
+        from dora_diffusion.sampling.generate import generate_images
+        from dora_diffusion.sampling.images import parameters_text, save_png
+        from dora_diffusion.sampling.pool import AdapterPool, ImageRow
 
-SETTINGS = GenerateSettings
+        settings = _settings(self)
+        components, metadata = self.load(self.adapter, offload=self.offload)
+        lacking = [
+            name for name in components.family.image_arguments if getattr(self, name) is None
+        ]
+        require(
+            not lacking,
+            f"{self.base} is an inpainting model: give --image, and --mask_image of the same size, "
+            "white where to paint (all white to paint the whole image)",
+        )
+        pool = AdapterPool(
+            components,
+            clip_skip=self.clip_skip,
+            max_token_length=self.max_token_length,
+        )
+        readings = {row.adapter: components for row in rows}
+        if self.adapters_file:
+            readings = {row.adapter: pool.components_for(row.adapter) for row in rows}
+            told = {row.adapter: pool.metadata(row.adapter) for row in rows}
+        else:
+            told = {rows[0].adapter: metadata}
+        _warn_of_triggers(rows, told, self)
+        shared: dict[str, Any] = {"batch_size": self.batch_size, "require_finite": True}
+        with progress("generating images", "step") as show:
+            if self.adapters_file:
+                of_pool = [
+                    ImageRow(row.prompt, row.seed, row.adapter and (row.adapter, row.strength))
+                    for row in rows
+                ]
+                images = pool.generate(of_pool, settings, on_step=show, **shared)
+            else:
+                images = generate_images(
+                    components,
+                    [row.prompt for row in rows] if self.wildcards else self.prompt or "",
+                    [row.seed for row in rows],
+                    settings,
+                    on_step=lambda done, steps: show(done * len(rows), steps * len(rows)),
+                    **shared,
+                )
+        for row, image in zip(rows, images, strict=True):
+            own = Strengths() if self.adapters_file else self.strengths
+            strengths = replace(own, strength=row.strength)
+            text = parameters_text(
+                row.prompt, row.seed, settings, image.size, self.base, row.adapter, strengths,
+                extra=readings[row.adapter].clip_skip_parameter,
+            )  # fmt: skip
+            save_png(image, row.path, text)
+            print(f"{row.path} (seed {row.seed})")
+        return 0
 
 
 class _Row(NamedTuple):
@@ -87,63 +142,6 @@ class _Row(NamedTuple):
     adapter: str | None
     strength: float
     path: Path
-
-
-def run(args: GenerateSettings) -> int:
-    """Generate images, and write them with what made them."""
-    rows = _rows(args)
-    from dora_diffusion.numerics.weights import Strengths
-    from dora_diffusion.sampling.generate import generate_images
-    from dora_diffusion.sampling.images import parameters_text, save_png
-    from dora_diffusion.sampling.pool import AdapterPool, ImageRow
-
-    settings = _settings(args)
-    components, metadata = args.load(args.adapter, offload=args.offload)
-    lacking = [name for name in components.family.image_arguments if getattr(args, name) is None]
-    require(
-        not lacking,
-        f"{args.base} is an inpainting model: give --image, and --mask_image of the same size, "
-        "white where to paint (all white to paint the whole image)",
-    )
-    pool = AdapterPool(
-        components,
-        clip_skip=args.clip_skip,
-        max_token_length=args.max_token_length,
-    )
-    readings = {row.adapter: components for row in rows}
-    if args.adapters_file:
-        readings = {row.adapter: pool.components_for(row.adapter) for row in rows}
-        told = {row.adapter: pool.metadata(row.adapter) for row in rows}
-    else:
-        told = {rows[0].adapter: metadata}
-    _warn_of_triggers(rows, told, args)
-    shared: dict[str, Any] = {"batch_size": args.batch_size, "require_finite": True}
-    with progress("generating images", "step") as show:
-        if args.adapters_file:
-            of_pool = [
-                ImageRow(row.prompt, row.seed, row.adapter and (row.adapter, row.strength))
-                for row in rows
-            ]
-            images = pool.generate(of_pool, settings, on_step=show, **shared)
-        else:
-            images = generate_images(
-                components,
-                [row.prompt for row in rows] if args.wildcards else args.prompt or "",
-                [row.seed for row in rows],
-                settings,
-                on_step=lambda done, steps: show(done * len(rows), steps * len(rows)),
-                **shared,
-            )
-    for row, image in zip(rows, images, strict=True):
-        own = Strengths() if args.adapters_file else args.strengths
-        strengths = replace(own, strength=row.strength)
-        text = parameters_text(
-            row.prompt, row.seed, settings, image.size, args.base, row.adapter, strengths,
-            extra=readings[row.adapter].clip_skip_parameter,
-        )  # fmt: skip
-        save_png(image, row.path, text)
-        print(f"{row.path} (seed {row.seed})")
-    return 0
 
 
 def _warn_of_triggers(

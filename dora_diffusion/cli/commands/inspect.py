@@ -42,27 +42,23 @@ class InspectSettings(AnyBase):
         names = [name for name in ("base", "variant", "revision") if getattr(self, name)]
         return dict.fromkeys(names, f"{self.file} is a model; verify compares it with its base")
 
+    def perform(self) -> int:
+        """Print a report on an adapter file or a model."""
+        from dora_diffusion.export import inspect_adapter, inspect_model
+        from dora_diffusion.export.programs import is_model
 
-SETTINGS = InspectSettings
-
-
-def run(args: InspectSettings) -> int:
-    """Print a report on an adapter file or a model."""
-    from dora_diffusion.export import inspect_adapter, inspect_model
-    from dora_diffusion.export.programs import is_model
-
-    report: AdapterReport | ModelReport
-    if is_model(args.file):
-        report = inspect_model(args.file)
-        facts = _facts_of_model(report)
-    else:
-        report = inspect_adapter(args.file, args.base_model)
-        facts = _facts(report)
-    if args.json:
-        print_json(report.to_dict())
-    else:
-        print_rows([*facts, *_verdicts(report)])
-    return 0
+        report: AdapterReport | ModelReport
+        if is_model(self.file):
+            report = inspect_model(self.file)
+            facts = _facts_of_model(report)
+        else:
+            report = inspect_adapter(self.file, self.base_model)
+            facts = _facts(report)
+        if self.json:
+            print_json(report.to_dict())
+        else:
+            print_rows([*facts, *_verdicts(report)])
+        return 0
 
 
 def _facts_of_model(report: ModelReport) -> list[tuple[str, str]]:

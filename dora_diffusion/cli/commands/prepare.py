@@ -5,54 +5,124 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.console.progress import progress
 from dora_diffusion.cli.console.tables import print_json
-from dora_diffusion.cli.settings import PrepareSettings
 from dora_diffusion.config import ConfigError
+from dora_diffusion.config.command import AsJob, CommandSettings
+from dora_diffusion.config.fields import REQUIRED, Condition, flag, when
 from dora_diffusion.formats.files.atomic import atomic_file, require_writable
 
 if TYPE_CHECKING:
     from dora_diffusion.data.captions import CaptionEdit
     from dora_diffusion.data.curate.run import Preparation
 
-SETTINGS = PrepareSettings
+
+def _given(name: str) -> Condition:
+    """Condition that another setting is given."""
+    return when(attrgetter(name), f"no --{name} is given")
 
 
-def run(args: PrepareSettings) -> int:
-    """Inspect the photos, write what is asked for, and print a table or JSON."""
-    _check(args)
-    from dora_diffusion.data.curate.models import INSTRUCTION, open_captioner, open_masker
-    from dora_diffusion.data.photos import list_photos
-    from dora_diffusion.models.metric_models import open_metric_model
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings(CommandSettings):
+    """Settings of ``prepare``; a model is a folder or a hub id."""
 
-    subjects = {Path(f).expanduser().resolve().name: list_photos(f) for f in args.photos}
-    if len(subjects) < len(args.photos):
-        raise ConfigError("two folders of photos have one name; each subject needs its own")
-    plans = {name: _plan(args, name, paths) for name, paths in subjects.items()}
-    prompt, label = args.caption_prompt or INSTRUCTION, args.mask_label or args.class_word
-    models: dict[str, Any] = {
-        "similarity": args.similarity_model and open_metric_model(args.similarity_model),
-        "caption": args.caption_model and open_captioner(args.caption_model, prompt),
-        "mask": args.masks and open_masker(args.masks, label=label),
-    }
-    reports = {}
-    for name, plan in plans.items():
-        with progress(name, "photo") as show:
-            report = reports[name] = replace(plan, **models).run(subjects[name], show)
-        with atomic_file(sheet := Path(args.sheets, f"{name}-sheet.jpg")) as temporary:
-            report.contact_sheet().save(temporary, format="JPEG", quality=85)
-        if not args.json:
-            written = [f"{number} {kind}" for kind, number in report.written.items()]
-            print(f"{name}:\n\n{report.text()}\n\ncontact sheet: {sheet}")
-            print(f"written: {', '.join(written) or 'nothing'}\n")
-    _warn_of_imbalance(Counter({name: len(r.photos) for name, r in reports.items()}))
-    if args.json:
-        print_json({name: report.to_dict() for name, report in reports.items()})
-    return 0
+    job = AsJob("prepare", "looking at photos", "Check", is_listed=False)
+
+    photos: list[str] = flag(
+        REQUIRED, "Folder of photos; several folders are several subjects.", positional=True
+    )
+    output: str | None = flag(
+        None,
+        "Folder of the photos with captions and masks, to train on; of several subjects a "
+        "sub-folder each. Default: none, photos are only checked.",
+    )
+    similarity_model: str | None = flag(
+        None,
+        "Image-similarity model that finds more duplicates: efficientnet-lite0, CLIP or DINO.",
+    )
+    caption_model: str | None = flag(
+        None, "Write missing captions: image-to-text model or WD tagger, folder or hub id."
+    )
+    caption: str | None = flag(None, "Caption of every photo, instead of its own.")
+    find: str | None = flag(None, "Text to replace in every caption, letter by letter.")
+    replace: str | None = flag(
+        None, "Replacement of the text found. Default: nothing.", needs=(_given("find"),)
+    )
+    caption_prefix: str | None = flag(
+        None, "Text in front of every caption that does not begin with it."
+    )
+    caption_prompt: str | None = flag(
+        None,
+        "Question to a chat model. Default: to describe the image in one sentence.",
+        needs=(_given("caption_model"),),
+    )
+    masks: str | None = flag(
+        None, "Make missing masks: rembg, rembg:MODEL, or a segmentation model (folder or hub id)."
+    )
+    mask_label: str | None = flag(
+        None,
+        "The subject's label of a segmentation model. Default: --class_word.",
+        needs=(_given("masks"),),
+    )
+    token: str = flag("", "Trigger word, put into new captions.")
+    class_word: str = flag("", "Class of the subject, before which the token is put.")
+    background: str | None = flag(
+        None,
+        "random: add a copy of each photo on a plain random colour, which its caption names, so "
+        "that backgrounds are not learned with the subject.",
+        choices=("random",),
+    )
+    seed: int = flag(0, "Random seed of the colours.", needs=(_given("background"),))
+    resolution: int = flag(512, "Training resolution, a multiple of 64.")
+    sheets: str = flag(
+        ".", "Folder of contact sheets, NAME-sheet.jpg, which are replaced. Default: the current."
+    )
+    in_place: bool = flag(
+        False,
+        "Write missing captions and masks next to the photos, change captions there, and no "
+        "output folder.",
+    )
+    only_copies: bool = flag(
+        False, "Leave the photos themselves out of the output.", needs=(_given("background"),)
+    )
+    json: bool = flag(False, "Print JSON instead of a table.")
+
+    def perform(self) -> int:
+        """Inspect the photos, write what is asked for, and print a table or JSON."""
+        _check(self)
+        from dora_diffusion.data.curate.models import INSTRUCTION, open_captioner, open_masker
+        from dora_diffusion.data.photos import list_photos
+        from dora_diffusion.models.metric_models import open_metric_model
+
+        subjects = {Path(f).expanduser().resolve().name: list_photos(f) for f in self.photos}
+        if len(subjects) < len(self.photos):
+            raise ConfigError("two folders of photos have one name; each subject needs its own")
+        plans = {name: _plan(self, name, paths) for name, paths in subjects.items()}
+        prompt, label = self.caption_prompt or INSTRUCTION, self.mask_label or self.class_word
+        models: dict[str, Any] = {
+            "similarity": self.similarity_model and open_metric_model(self.similarity_model),
+            "caption": self.caption_model and open_captioner(self.caption_model, prompt),
+            "mask": self.masks and open_masker(self.masks, label=label),
+        }
+        reports = {}
+        for name, plan in plans.items():
+            with progress(name, "photo") as show:
+                report = reports[name] = replace(plan, **models).run(subjects[name], show)
+            with atomic_file(sheet := Path(self.sheets, f"{name}-sheet.jpg")) as temporary:
+                report.contact_sheet().save(temporary, format="JPEG", quality=85)
+            if not self.json:
+                written = [f"{number} {kind}" for kind, number in report.written.items()]
+                print(f"{name}:\n\n{report.text()}\n\ncontact sheet: {sheet}")
+                print(f"written: {', '.join(written) or 'nothing'}\n")
+        _warn_of_imbalance(Counter({name: len(r.photos) for name, r in reports.items()}))
+        if self.json:
+            print_json({name: report.to_dict() for name, report in reports.items()})
+        return 0
 
 
 def _check(args: PrepareSettings) -> None:

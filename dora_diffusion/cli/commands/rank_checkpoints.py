@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dora_diffusion.cli.commands.evaluate import source_of
 from dora_diffusion.cli.console.progress import progress, tell
-from dora_diffusion.cli.settings import RankSettings
+from dora_diffusion.cli.settings import AnyBase, Overwrite, check_results
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
-from dora_diffusion.formats.files.atomic import require_writable
+from dora_diffusion.config.command import AsJob
+from dora_diffusion.config.fields import REQUIRED, flag
+from dora_diffusion.config.wording import aligned
 from dora_diffusion.formats.files.runs import (
     BASE_NAME,
     COMPARISON,
@@ -21,45 +24,61 @@ from dora_diffusion.formats.files.runs import (
 )
 
 if TYPE_CHECKING:
-    from dora_diffusion.evaluation.photos import PhotoSubject
     from dora_diffusion.evaluation.ranking import EvaluationPrompts, Ranking
-    from dora_diffusion.training.inputs.subject import Subject
 
 
-SETTINGS = RankSettings
+@dataclass(frozen=True, kw_only=True)
+class RankCheckpointsSettings(Overwrite, AnyBase):
+    """Settings of ``rank-checkpoints``."""
 
+    job = AsJob("rank-checkpoints", "ranking", "Rank", is_listed=False)
 
-def run(args: RankSettings) -> int:
-    """Sample the same images from the base and every checkpoint, measure them, and suggest one."""
-    if (args.output / COMPARISON).exists() and not args.overwrite:
-        raise ConfigError(
-            f"{args.output} contains a ranking already; choose another --output, or --overwrite"
+    without_base = None  # It is the run's then, which may be of the hub.
+
+    run: Path = flag(REQUIRED, "The output folder of a run.", positional=True)
+    checkpoints: list[str] = flag(
+        [],
+        "Checkpoints to rank, such as checkpoint-100, or result. Default: up to eight, spread over "
+        "the run, and its result.",
+        metavar="NAME",
+    )
+    subject: str | None = flag(
+        None,
+        "Folder of photos to be similar to; or, for an embedded model, a subject of the toy world "
+        "such as bolt_mug. Default: the run's held-out photos, else those it trained on.",
+    )
+    output: Path = flag(Path("ranking"), "Folder of the results.")
+
+    def perform(self) -> int:
+        """Sample the same images from the base and all checkpoints, measure them, suggest one."""
+        exists = (self.output / COMPARISON).exists()
+        check_results(self.output, "a ranking", exists=exists, overwrite=self.overwrite)
+        config = TrainConfig.from_dict(read_config_file(self.run / "config.yaml"))
+        adapters = _adapters(self.run, self.checkpoints)
+        base = config.base_model
+        if self.base is not None:
+            base = replace(base, path=self.base, variant=None, revision=None)
+        base = replace(
+            base,
+            variant=self.variant or base.variant,
+            revision=self.revision or base.revision,
         )
-    require_writable(args.output, is_folder=True)
-    config = TrainConfig.from_dict(read_config_file(args.run / "config.yaml"))
-    adapters = _adapters(args.run, args.checkpoints)
-    if args.base is None:
-        variant, revision = args.variant or config.variant, args.revision or config.revision
-        base = replace(config.base_model, variant=variant, revision=revision)
-    else:
-        own, variant, revision = args.base, args.variant, args.revision
-        base = replace(config.base_model, path=own, variant=variant, revision=revision)
-    questions = _questions(config, args, str(base.path))
-    tell(phase="loading the model")
-    from dora_diffusion.evaluation.ranking import Ranking, rank, write_ranking
-    from dora_diffusion.sampling.generate import load_model
+        questions = _questions(config, self, str(base.path))
+        tell(phase="loading the model")
+        from dora_diffusion.evaluation.ranking import Ranking, rank, write_ranking
+        from dora_diffusion.sampling.generate import load_model
 
-    components = load_model(base, None)
-    components = components.reading(config.clip_skip, config.max_token_length)
-    with progress("generating images", "image") as show:
-        measured, notes = rank(components, adapters, questions, args.output, show, BASE_NAME)
-    steps = {BASE_NAME: 0, **{name: _steps(name, path) for name, path in adapters.items()}}
-    rows = [replace(row, step=steps[row.name]) for row in measured]
-    ranking = Ranking(tuple(rows), (), tuple(notes), questions.similar_to, questions.triggers)
-    write_ranking(args.output, ranking)
-    _print(ranking)
-    print(args.output)
-    return 0
+        components = load_model(base, None)
+        components = components.reading(config.clip_skip, config.max_token_length)
+        with progress("generating images", "image") as show:
+            measured, notes = rank(components, adapters, questions, self.output, show, BASE_NAME)
+        steps = {BASE_NAME: 0, **{name: _steps(name, path) for name, path in adapters.items()}}
+        rows = [replace(row, step=steps[row.name]) for row in measured]
+        ranking = Ranking(tuple(rows), (), tuple(notes), questions.similar_to, questions.triggers)
+        write_ranking(self.output, ranking)
+        _print(ranking)
+        print(self.output)
+        return 0
 
 
 def _adapters(run: Path, names: Sequence[str]) -> dict[str, Path]:
@@ -88,15 +107,8 @@ def _steps(name: str, adapter: Path) -> int:
     return int(report_on(adapter).metadata.extra.get("training_steps", 1))
 
 
-def _questions(config: TrainConfig, args: RankSettings, base: str) -> EvaluationPrompts:
-    """Return the evaluation prompts of a run's subjects, sampled as the run's own samples are.
-
-    The truth of a subject of the toy world is known; others have photos.
-    """
-    from dora_diffusion.evaluation.ranking import ask_photos
-    from dora_diffusion.lab.judges import ask_toy
-    from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS as TOY
-    from dora_diffusion.models.locate import is_embedded
+def _questions(config: TrainConfig, args: RankCheckpointsSettings, base: str) -> EvaluationPrompts:
+    """Return the evaluation prompts of a run's subjects, sampled as the run's own samples are."""
     from dora_diffusion.sampling.generate import SamplingSettings
     from dora_diffusion.training.inputs.subject import subjects_of, triggers_of
 
@@ -112,56 +124,11 @@ def _questions(config: TrainConfig, args: RankSettings, base: str) -> Evaluation
             f"the run has several subjects, {triggers_of(subjects)}, and --subject is of one; "
             "leave it out to rank by the photos of each"
         )
-    if args.subject in TOY:
-        if not is_embedded(base):
-            raise ConfigError(f"{args.subject} is of the toy world, which {base} does not know")
-        return ask_toy(args.subject, subjects[0].trigger, settings)
-    asked, known = _known_photos(subjects, args.subject)
-    return ask_photos(asked, settings, known)
-
-
-def _known_photos(
-    subjects: Sequence[Subject], folder: str | None
-) -> tuple[list[PhotoSubject], list[str]]:
-    """Return each subject's photos for comparison: held-out ones, else those it was trained on.
-
-    Args:
-        subjects: Of the run. Those with the same trigger words are one.
-        folder: Photos to take instead.
-
-    Returns:
-        The subjects, and trigger words of those whose photos were trained on.
-    """
-    from dora_diffusion.data.photos import list_photos
-    from dora_diffusion.evaluation.photos import PhotoSubject
-    from dora_diffusion.training.results.validation import divide_all, read_held_out
-
-    none: list[list[Path]] = [[] for _ in subjects]
-    own = [Path(one.settings.instance_data_dir or "") for one in subjects]
-    if folder and Path(folder).resolve() not in [path.resolve() for path in own]:
-        trained_on, held_out = none, [list_photos(folder), *none[1:]]
-    else:
-        trained_on, held_out = divide_all(subjects, [list_photos(path) for path in own])
-        held_out = none if folder else held_out
-    known, found = list[str](), dict[str, PhotoSubject]()
-    # A style beside subjects has none, and is in all of their images.
-    triggers = dict.fromkeys(subject.trigger for subject in subjects)
-    for trigger in [trigger for trigger in triggers if trigger] or triggers:
-        places = [at for at, subject in enumerate(subjects) if subject.trigger == trigger]
-        is_new = any(held_out[at] for at in places)
-        known += [] if is_new else [trigger]
-        paths = held_out if is_new else trained_on
-        photos = [
-            one for at in places if paths[at] for one in read_held_out(subjects[at], paths[at])
-        ]
-        name = photos[0].path.parent.name
-        found[trigger] = PhotoSubject(name, trigger, subjects[places[0]].class_word, photos)
-    return list(found.values()), known
+    return source_of(args.subject).questions(subjects, settings, base)
 
 
 def _print(ranking: Ranking) -> None:
     """The figures as a table, what they are, and what is suggested."""
-    from dora_diffusion.config.wording import aligned
 
     def shown(value: float | None, digits: int = 3) -> str:
         return "-" if value is None else f"{value:.{digits}f}"

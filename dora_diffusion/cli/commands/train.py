@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.commands.parser import CONFIG_HELP, Parser, add_flags
+from dora_diffusion.cli.console.errors import explain
 from dora_diffusion.cli.console.training import PackProgress, TrainProgress, next_steps, what_trains
 from dora_diffusion.config import (
     PRESETS,
@@ -18,6 +20,7 @@ from dora_diffusion.config import (
     settings,
     without_effect,
 )
+from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import overridden
 from dora_diffusion.config.families import FAMILIES, USUAL
 from dora_diffusion.config.fields import require_choice
@@ -40,22 +43,65 @@ FIRST = (
 )  # fmt: skip
 
 
-def add_arguments(parser: Parser) -> None:
-    """Add the flags of settings, and of several subjects at once."""
-    parser.usage = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
-    parser.split_help(("config", "pack", "debug", *FIRST))
-    parser.epilog = (
-        f"These are {len(FIRST)} of {len(settings())} settings; --help-all has them all."
-    )
-    parser.add_argument(
-        "--pack",
-        metavar="PATH",
-        help="Several subjects at once, each an adapter of its own in OUTPUT_DIR/NAME: a dataset "
-        "file (see dataset_config) whose entries may have most settings of a run and a name, or a "
-        "folder whose sub-folders hold the photos of a subject each. Other flags apply to all of "
-        "them.",
-    )
-    add_settings(parser)
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(CommandSettings):
+    """Settings of ``train``: those of a run, which are read when it begins."""
+
+    args: argparse.Namespace
+
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
+        """Add the flags of settings, and of several subjects at once."""
+        parser.usage = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
+        parser.split_help(("config", "pack", "debug", *FIRST))
+        parser.epilog = (
+            f"These are {len(FIRST)} of {len(settings())} settings; --help-all has them all."
+        )
+        parser.add_argument(
+            "--pack",
+            metavar="PATH",
+            help="Several subjects at once, each an adapter of its own in OUTPUT_DIR/NAME: a "
+            "dataset file (see dataset_config) whose entries may have most settings of a run and a "
+            "name, or a folder whose sub-folders hold the photos of a subject each. Other flags "
+            "apply to all of them.",
+        )
+        add_settings(parser)
+
+    @classmethod
+    def of_arguments(cls, args: argparse.Namespace) -> TrainSettings:
+        """Take them as they are: `train_config` reads them."""
+        return cls(args=args)
+
+    def perform(self) -> int:
+        """Train, with a progress bar. Returns the exit code."""
+        args, config = self.args, train_config(self.args)
+        configs = subject_configs(args.pack, config) if args.pack else {}
+        if args.dry_run:
+            return print_what_trains(configs or {"": config})
+        warn_of_toy_model(config, args)
+        if configs:
+            return _train_pack(configs)
+        from dora_diffusion.training.inputs.subject import example_prompt
+        from dora_diffusion.training.loop import train
+
+        progress = TrainProgress()
+        try:
+            result = train(config, progress)
+        finally:
+            progress.close()
+        if result.signal_number is not None:
+            if progress.started:
+                print(stopped_line(result))
+            return 128 + result.signal_number
+        if written := result.adapter or result.model:
+            print(f"done: {written}")
+            print(trigger_line(progress.trigger, example_prompt(config)))
+            print("\n".join(next_steps(config, written)))
+            if result.kept is not None:
+                print(f"the file keeps {result.kept:.1%} of what training changed")
+            if result.published:
+                print(result.published)
+        return 0
 
 
 def add_settings(parser: Parser) -> None:
@@ -84,42 +130,8 @@ def add_settings(parser: Parser) -> None:
             parser.add_argument(f"--{name}", nargs="?", **hidden)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train, with a progress bar. Returns the exit code."""
-    config = train_config(args)
-    configs = subject_configs(args.pack, config) if args.pack else {}
-    if args.dry_run:
-        return print_what_trains(configs or {"": config})
-    warn_of_toy_model(config, args)
-    if configs:
-        return _train_pack(configs)
-    from dora_diffusion.training.inputs.subject import example_prompt
-    from dora_diffusion.training.loop import train
-
-    progress = TrainProgress()
-    try:
-        result = train(config, progress)
-    finally:
-        progress.close()
-    if result.signal_number is not None:
-        if progress.started:
-            print(stopped_line(result))
-        return 128 + result.signal_number
-    if written := result.adapter or result.model:
-        print(f"done: {written}")
-        print(trigger_line(progress.trigger, example_prompt(config)))
-        print("\n".join(next_steps(config, written)))
-        if result.kept is not None:
-            print(f"the file keeps {result.kept:.1%} of what training changed")
-        if result.published:
-            print(result.published)
-    return 0
-
-
 def print_what_trains(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
     """Print what each subject would be trained on; returns 1 if one of several cannot be."""
-    from dora_diffusion.cluster.fleet.results import cause_of
-
     failed = 0
     for name, config in configs.items():
         try:
@@ -130,7 +142,7 @@ def print_what_trains(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
             if not name:
                 raise
             failed += 1
-            print(f"{name}: {cause_of(error)}")
+            print(f"{name}: {explain(error)[1] or type(error).__name__}")
     return int(bool(failed))
 
 

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from dora_diffusion.cli.settings import JOBS
 from dora_diffusion.config.wording import duration
 from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.numerics.devices import has_own_memory
 from dora_diffusion.studio.app.settings import with_labels
 from dora_diffusion.studio.jobs.estimates import Estimate
 from dora_diffusion.studio.jobs.queue import stop_asked
-from dora_diffusion.studio.jobs.records import KINDS, log_warnings, printed
+from dora_diffusion.studio.jobs.records import JOBS, KINDS, log_warnings, printed
 from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.store import read_json
 

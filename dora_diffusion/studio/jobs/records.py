@@ -29,15 +29,29 @@ from typing import IO, Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from dora_diffusion.cli.commands.adapters import ConvertSettings
+from dora_diffusion.cli.commands.prepare import PrepareSettings
+from dora_diffusion.cli.commands.rank_checkpoints import RankCheckpointsSettings
+from dora_diffusion.cli.commands.results import ExportSettings, PushSettings
 from dora_diffusion.cli.console.errors import asking_for_report
 from dora_diffusion.cli.console.tables import shown_command
-from dora_diffusion.cli.settings import JOBS
+from dora_diffusion.config.command import CommandSettings
+from dora_diffusion.lab.commands import AnalyzeSettings, CompareSettings
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.studio.jobs.store import DamagedFile, read_object, write_json
 
 JOB, SETTINGS, WORKER, PROGRESS = "job.json", "settings.yaml", "worker.json", "progress.json"
 STOP, RESULT, LOG, CHOSEN = "STOP", "result.json", "log.txt", "chosen.json"
 STOPPED_CODE = 128 + signal.SIGTERM
+JOBS: Mapping[str, type[CommandSettings]] = {
+    kind.job.command: kind
+    for kind in (
+        ExportSettings, ConvertSettings, AnalyzeSettings, RankCheckpointsSettings, PushSettings,
+        CompareSettings, PrepareSettings,
+    )
+    if kind.job is not None
+}  # fmt: skip
+"""The commands that the app has done as jobs, besides ``train``."""
 # The commands that a job may run, and what the page says of one that runs.
 KINDS = {"train": "training", **{name: kind.job.state for name, kind in JOBS.items() if kind.job}}
 # Progress that changes often is written twice a second at most.

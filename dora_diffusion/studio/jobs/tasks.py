@@ -9,13 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.cli.settings import (
-    JOBS,
-    CompareSettings,
-    ConvertSettings,
-    PrepareSettings,
-    RankSettings,
-)
+from dora_diffusion.cli.commands.adapters import ConvertSettings
+from dora_diffusion.cli.commands.prepare import PrepareSettings
+from dora_diffusion.cli.commands.rank_checkpoints import RankCheckpointsSettings
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import as_yaml
@@ -23,11 +19,13 @@ from dora_diffusion.config.wording import whole_word
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.runs import file_stem
 from dora_diffusion.formats.layouts import CONVERSIONS, FOLDERS, PROGRAMS
+from dora_diffusion.lab.commands import CompareSettings
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.numerics.weights import require_strength
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.bases import path_here
 from dora_diffusion.studio.jobs.queue import create_job, delete_job, requeue_job
+from dora_diffusion.studio.jobs.records import JOBS
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter, read_job, snapshot
 from dora_diffusion.studio.jobs.store import UserError, Workspace, clean_text
 from dora_diffusion.studio.jobs.subjects import StoredSubject
@@ -248,7 +246,7 @@ def start_ranking(workspace: Workspace, run: Job) -> str:
     # The truth of a sample subject is known; others have photos.
     sample = run.record.sample if is_embedded(run.base) else ""
     output, title = workspace.ranking(run.id), f"Rank {run.title}"
-    settings = RankSettings(
+    settings = RankCheckpointsSettings(
         **_of_base(run), run=run.folder, subject=sample or None,
         checkpoints=list(run.candidates), output=output, overwrite=True,
     )  # fmt: skip

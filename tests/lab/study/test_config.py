@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from dora_diffusion.cli.commands.compare import QUICK
 from dora_diffusion.config import ConfigError
+from dora_diffusion.lab.commands import QUICK
 from dora_diffusion.lab.study.config import Study, read_study
 from dora_diffusion.lab.study.report import differences_table
 from dora_diffusion.lab.study.subjects import find_subject

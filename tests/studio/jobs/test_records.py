@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dora_diffusion.cli.settings import JOBS
+from dora_diffusion.cli.main import settings_of
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.html import task_list
 from dora_diffusion.studio.jobs import records
@@ -64,10 +63,7 @@ def test_every_kind_of_job_is_a_command_that_the_page_knows(tmp_path: Path, comm
     job: Any = SimpleNamespace(kind=command, state="running", shown_state="running")
     assert f">{STATES[command]}<" in html.state_pill(job)
     if command != "train":
-        assert (
-            import_module(f"dora_diffusion.cli.commands.{command.replace('-', '_')}").SETTINGS
-            is JOBS[command]
-        )
+        assert settings_of(command) is records.JOBS[command]
 
 
 def test_what_is_made_of_runs_is_listed(workspace: Workspace) -> None:

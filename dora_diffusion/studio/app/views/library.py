@@ -9,7 +9,6 @@ from typing import Any
 
 import gradio as gr
 
-from dora_diffusion.cli.settings import JOBS
 from dora_diffusion.config.command import AsJob, CommandSettings
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.studio.app import html
@@ -18,6 +17,7 @@ from dora_diffusion.studio.app.html import task_list
 from dora_diffusion.studio.app.views import ui
 from dora_diffusion.studio.jobs import tasks
 from dora_diffusion.studio.jobs.queue import delete_job, stop_job
+from dora_diffusion.studio.jobs.records import JOBS
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import REMAINS, UserError
 from dora_diffusion.studio.jobs.subjects import photos_in

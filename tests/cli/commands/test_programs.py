@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dora_diffusion.cli.console.programs import where_it_works
+from dora_diffusion.cli.commands.adapters import where_it_works
 
 
 @pytest.mark.parametrize(

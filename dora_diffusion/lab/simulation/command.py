@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_diffusion.cli.console.tables import print_json
-from dora_diffusion.cli.settings import Overwrite
+from dora_diffusion.cli.settings import Overwrite, check_results
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import flag, require, when
-from dora_diffusion.formats.files.atomic import require_writable, save_text
+from dora_diffusion.formats.files.atomic import save_text
 
 if TYPE_CHECKING:
     from dora_diffusion.lab.simulation.forecasts import Demand
@@ -157,38 +157,31 @@ class SimulateSettings(Overwrite):
                 f"pack_throughput {words!r} is not SIZE:FACTOR, such as 4:2.2", "pack_throughput"
             ) from None
 
+    def perform(self) -> int:
+        """Simulate the queue for each number of workers; print a table, write JSON and a plot."""
+        is_there = (self.output / RESULTS).exists()
+        check_results(self.output, "a simulation", exists=is_there, overwrite=self.overwrite)
+        plan, demand = _read(self)
+        from dora_diffusion.lab.analysis.plots import save_figure
+        from dora_diffusion.lab.simulation import forecasts
 
-SETTINGS = SimulateSettings
+        plans = [replace(plan, workers=count) for count in self.workers]
+        results = [forecasts.with_costs(p, demand, self.gpus_per_worker, self.price) for p in plans]
+        plot = self.output / "load.png"
+        save_figure(forecasts.plot(plans, demand), plot, dpi=140)
+        from json import dumps
 
-
-def run(args: SimulateSettings) -> int:
-    """Simulate the queue for each number of workers; print a table, write JSON and a plot."""
-    if (args.output / RESULTS).exists() and not args.overwrite:
-        raise ConfigError(
-            f"{args.output} holds a simulation already; choose another --output, or --overwrite"
-        )
-    plan, demand = _read(args)
-    require_writable(args.output, is_folder=True)
-    from dora_diffusion.lab.analysis.plots import save_figure
-    from dora_diffusion.lab.simulation import forecasts
-
-    plans = [replace(plan, workers=count) for count in args.workers]
-    results = [forecasts.with_costs(p, demand, args.gpus_per_worker, args.price) for p in plans]
-    plot = args.output / "load.png"
-    save_figure(forecasts.plot(plans, demand), plot, dpi=140)
-    from json import dumps
-
-    given = {"plan": asdict(plan), "demand": asdict(demand)}
-    document = {**given, "results": results}
-    path = save_text(args.output / RESULTS, dumps(document, indent=1, default=str) + "\n")
-    if args.json:
-        print_json(results)
+        given = {"plan": asdict(plan), "demand": asdict(demand)}
+        document = {**given, "results": results}
+        path = save_text(self.output / RESULTS, dumps(document, indent=1, default=str) + "\n")
+        if self.json:
+            print_json(results)
+            return 0
+        print(forecasts.table(results, has_price=self.price is not None))
+        for line in forecasts.remarks(results, demand):
+            print(line)
+        print(f"\nresults: {path}\nplot: {plot}")
         return 0
-    print(forecasts.table(results, has_price=args.price is not None))
-    for line in forecasts.remarks(results, demand):
-        print(line)
-    print(f"\nresults: {path}\nplot: {plot}")
-    return 0
 
 
 def _read(args: SimulateSettings) -> tuple[QueuePlan, Demand]:

@@ -1,0 +1,298 @@
+"""Commands that write an adapter: ``convert``, ``extract``, ``combine``."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_diffusion.cli.console.progress import progress, tell
+from dora_diffusion.cli.console.tables import print_json
+from dora_diffusion.cli.settings import (
+    Alpha,
+    AnyBase,
+    OfModel,
+    Overwrite,
+    RequiredBase,
+    adapter_and_strength,
+)
+from dora_diffusion.config import ConfigError
+from dora_diffusion.config.adapter import NORM_AXES
+from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.command import AsJob, CommandSettings
+from dora_diffusion.config.families import FAMILIES
+from dora_diffusion.config.fields import DTYPES, REQUIRED, flag
+from dora_diffusion.config.wording import counted
+from dora_diffusion.formats.files.atomic import atomic_file
+from dora_diffusion.formats.layouts import (
+    CONVERSIONS,
+    FOLDERS,
+    KEY_FORMATS,
+    LORA_RANK,
+    PROGRAMS,
+    TARGETS,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from dora_diffusion.export import ConversionReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written(Overwrite):
+    """Format of a written adapter."""
+
+    json: bool = flag(False, "Print JSON, with the error of every layer.")
+    dtype: str | None = flag(
+        None, "Precision of the low-rank factors. Default: float32.", choices=DTYPES
+    )
+
+    @property
+    def written_dtype(self) -> torch.dtype | None:
+        """The precision as torch has it."""
+        from dora_diffusion.models.precision import dtype_of
+
+        return dtype_of(self.dtype) if self.dtype else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits(CommandSettings):
+    """Limits on the rank of each layer."""
+
+    rank: int | None = flag(None, "Largest rank. Default: the sum of the adapters' in each layer.")
+    conv_rank: int | None = flag(None, "Largest rank of convolutions. Default: --rank.")
+    energy: float | None = flag(
+        None,
+        "Use each layer's smallest rank that keeps this share of the squared singular values, "
+        "such as 0.95. Default: the largest rank.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertSettings(Written, Alpha, Limits, AnyBase):
+    """Settings of ``convert``."""
+
+    job = AsJob("convert", "converting", "Convert")
+
+    input: str = flag(REQUIRED, "An adapter file or folder.", positional=True)
+    output: str = flag(
+        REQUIRED, "The file or folder to write; of peft, a .zip too.", positional=True
+    )
+    to: str = flag(
+        REQUIRED,
+        f"Program that gets the format it needs of this adapter: {', '.join(PROGRAMS)}. Or a "
+        "format: diffusers, peft; kohya, for LyCORIS; for one --base: comfyui, dense (large), and "
+        "lora, lora-diffusers, which approximate it without magnitudes; dora: a smaller rank, "
+        "nearest with --base.",
+        choices=TARGETS,
+    )
+    family: str | None = flag(
+        None, "Model family, for files that do not say it.", choices=tuple(FAMILIES)
+    )
+    rank: int | None = flag(
+        None, f"Largest rank, of dora and the lora targets. Default: {LORA_RANK} for lora."
+    )
+    tags: list[str] = flag([], "Tags that adapter managers show.")
+    thumbnail: str | None = flag(None, "An image that adapter managers show.")
+
+    def perform(self) -> int:
+        """Write an adapter for another tool, and say how exact it is."""
+        from dora_diffusion.export import convert_adapter
+
+        output = Path(self.output)
+        is_packed = self.to in FOLDERS and output.suffix == ".zip"
+        if is_packed and output.exists() and not self.overwrite:
+            raise ConfigError(f"{output} exists; choose another output, or --overwrite")
+        tell(phase="converting")
+        with tempfile.TemporaryDirectory() as scratch:
+            report = convert_adapter(
+                self.input,
+                Path(scratch, output.stem) if is_packed else self.output,
+                self.to,
+                base=self.base_model,
+                family=self.family,
+                alpha=self.alpha,
+                tags=self.tags,
+                thumbnail=self.thumbnail,
+                dtype=self.written_dtype,
+                rank=self.rank,
+                conv_rank=self.conv_rank,
+                energy=self.energy,
+                overwrite=self.overwrite,
+            )
+            if is_packed:
+                with atomic_file(output) as temporary:
+                    packed = shutil.make_archive(f"{scratch}/packed", "zip", report.path)
+                    shutil.move(packed, temporary)
+            print_written(report, output if is_packed else report.path, as_json=self.json)
+        return 0
+
+
+def magnitudes(config: Any) -> str | None:
+    """A LoRA has none."""
+    return "a LoRA has no magnitudes" if config.method == "lora" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit(Written, Limits, RequiredBase):
+    """Settings for fitting and writing an adapter."""
+
+    output: str = flag(REQUIRED, "The file or folder to write.")
+    method: str = flag("dora", "lora: without magnitudes.", choices=("dora", "lora"))
+    norm_axis: str | None = flag(
+        None,
+        "Axis of the magnitudes. Default: the adapters' own, output where they differ.",
+        choices=NORM_AXES,
+        needs=(magnitudes,),
+    )
+    format: str | None = flag(
+        None,
+        "Key format. Default: diffusers; kohya on the input axis, which it alone can hold.",
+        choices=KEY_FORMATS,
+    )
+
+    @property
+    def fit_options(self) -> dict[str, Any]:
+        """Keyword arguments of `extract_adapter` and `combine_adapters`."""
+        names = ("rank", "conv_rank", "energy", "method", "norm_axis", "overwrite")
+        options = {name: getattr(self, name) for name in names}
+        return options | {"key_format": self.format, "dtype": self.written_dtype}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractSettings(Fit):
+    """Settings of ``extract``."""
+
+    tuned: str = flag(
+        REQUIRED,
+        "The fine-tuned model, of the same architecture: a Diffusers folder, hub id or single "
+        ".safetensors file.",
+    )
+    tuned_variant: str | None = flag(
+        None,
+        "Weight variant of --tuned, such as fp16.",
+        needs=(OfModel("tuned", "tuned model"),),
+    )
+    tuned_revision: str | None = flag(
+        None,
+        "Branch, tag or commit of --tuned on the hub.",
+        needs=(OfModel("tuned", "tuned model", of_hub=True),),
+    )
+    rank: int = flag(REQUIRED, "Largest rank; small layers get less.")
+    norm_axis: str | None = flag(
+        None,
+        "Axis of the magnitudes. Default: output.",
+        choices=NORM_AXES,
+        needs=(magnitudes,),
+    )
+
+    def perform(self) -> int:
+        """Write the adapter that is nearest to a tuned model, and say how near."""
+        from dora_diffusion.export import extract_adapter
+
+        tuned = BaseModel(self.tuned, self.tuned_variant, self.tuned_revision)
+        options = self.fit_options | {"norm_axis": self.norm_axis or "output"}
+        with progress("extracting", "B") as show:
+            report = extract_adapter(
+                self.base_model, tuned, self.output, on_progress=show, **options
+            )
+        print_written(report, as_json=self.json)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombineSettings(Alpha, Fit):
+    """Settings of ``combine``."""
+
+    adapters: list[str] = flag(
+        REQUIRED,
+        "Adapter files or output folders; FILE:0.5 gives one its own strength.",
+        positional=True,
+        metavar="ADAPTER",
+    )
+
+    def perform(self) -> int:
+        """Write one adapter that does what several do together, and say how near it is."""
+        from dora_diffusion.export import combine_adapters
+
+        with progress("combining", "B") as show:
+            report = combine_adapters(
+                self.base_model,
+                [adapter_and_strength(text) for text in self.adapters],
+                self.output,
+                alpha=self.alpha,
+                on_progress=show,
+                **self.fit_options,
+            )
+        print_written(report, as_json=self.json)
+        return 0
+
+
+def print_written(
+    report: ConversionReport, output: str | Path | None = None, *, as_json: bool
+) -> None:
+    """Print what was written, how near it is, and which programs read it exactly.
+
+    Of a file for one program: what it costs there.
+    """
+    from dora_diffusion.export import inspect_adapter
+
+    if as_json:
+        print_json(dataclasses.asdict(report))
+        return
+    layers = counted(report.layers, "layer")
+    print(f"{output or report.path}: {layers}, {CONVERSIONS[report.target].written}")
+    if report.worst is not None:
+        name, error = report.worst
+        print(
+            f"relative error of the change: median {report.median_error:.2%}, "
+            f"largest {error:.2%} in {name}, in total {report.total_error:.2%}"
+        )
+    for note in report.notes:
+        print(f"note: {note}")
+    tools = inspect_adapter(report.path).tools
+    if report.program:
+        print(_cost(report, tools))
+        return
+    exact, wrong = where_it_works(tools)
+    for line in exact:
+        print(line)
+    if wrong:
+        print(f"wrong: {wrong}; convert it for these, or export a merged model")
+
+
+def _cost(report: ConversionReport, tools: Mapping[str, str]) -> str:
+    """One line: whether a program computes the file that was made for it exactly, and its size."""
+    program = PROGRAMS[report.program]
+    line = f"for {program.title} ({program.place}): {tools.get(program.columns[0], 'not known')}"
+    if report.growth >= 2:
+        line += f"; {report.growth:.0f} times as large as the adapter"
+    if "which is off" in line:
+        line += "; a merged model is exact (dora-diffusion export)"
+    return line
+
+
+def where_it_works(verdicts: Mapping[str, str]) -> tuple[list[str], str]:
+    """The programs, by what `inspect` says of each, with what is special to one of them.
+
+    Returns:
+        A line for each way of being exact, and the programs that read it wrong.
+    """
+    programs: dict[str, list[str]] = {}
+    for program, verdict in verdicts.items():
+        short, _, detail = verdict.partition(": ")
+        is_special = sum(other.endswith(detail) for other in verdicts.values()) == 1
+        # Why a program is wrong, `inspect` says; that it is so for some layers only, matters here.
+        is_special &= short.startswith("exact") or detail.startswith("it leaves")
+        programs.setdefault(short, []).append(f"{program} ({detail})" if is_special else program)
+    exact = [
+        f"{verdict}: {', '.join(names)}"
+        for verdict, names in programs.items()
+        if verdict.startswith("exact")
+    ]
+    return exact, ", ".join(programs.get("wrong", ()))

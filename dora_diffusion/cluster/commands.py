@@ -1,0 +1,210 @@
+"""Commands of the cluster: ``fleet``, an adapter for each of many subjects; and ``serve``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dora_diffusion.cli.commands import train
+from dora_diffusion.cli.commands.parser import Parser, add_flags
+from dora_diffusion.cli.console.tables import print_json
+from dora_diffusion.cli.settings import Model
+from dora_diffusion.config.command import CommandSettings
+from dora_diffusion.config.fields import REQUIRED, flag, when
+from dora_diffusion.config.subject_list import subject_configs
+from dora_diffusion.config.wording import counted
+
+if TYPE_CHECKING:
+    from dora_diffusion.cluster.fleet.cluster import Share
+
+_RAY = when(
+    lambda config: config.address is not None,
+    "no address is given: there is one worker, this process",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerFlags(CommandSettings):
+    """Workers for the parts of a large task, and their share of a node."""
+
+    address: str | None = flag(
+        None,
+        "Ray cluster: local (workers on this machine), auto (the cluster that runs here), "
+        "HOST:PORT or ray://HOST:PORT. Default: no Ray, one after another in this process.",
+    )
+    workers: int | None = flag(
+        None,
+        "Most workers at once. Default: as many as the nodes have room for.",
+        needs=(_RAY,),
+    )
+    num_cpus: float = flag(1.0, "Processors of each worker.", needs=(_RAY,))
+    num_gpus: float | None = flag(
+        None,
+        "GPUs of each worker; 0.5 has two share one. Default: 1 where the cluster has GPUs.",
+        needs=(_RAY,),
+    )
+
+    @property
+    def share(self) -> Share:
+        """The share of each worker."""
+        from dora_diffusion.cluster.fleet.cluster import Share
+
+        return Share(self.num_cpus, self.num_gpus, self.workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetSettings(WorkerFlags):
+    """Settings of ``fleet`` besides those of training, which are among its ``args``."""
+
+    args: argparse.Namespace = field(default_factory=argparse.Namespace)
+    subjects: str = flag(
+        REQUIRED,
+        "Dataset file (YAML list of subjects, each with settings of its own), or a folder with a "
+        "folder of photos for each subject.",
+        positional=True,
+    )
+    retries: int = flag(
+        3,
+        "Further workers for a subject whose worker or node is lost; each resumes from its last "
+        "checkpoint.",
+    )
+    pack: int = flag(
+        1,
+        "Subjects that each worker trains at once, where their settings allow it, in about as many "
+        "operations as one.",
+        least=1,
+        metavar="K",
+    )
+    json: bool = flag(False, "Print the records as JSON.")
+
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
+        """Add the command's flags, and those of the training that each subject gets."""
+        add_flags(parser, cls.settings())
+        parser.add_argument(
+            "--output",
+            dest="output_dir",
+            default=argparse.SUPPRESS,
+            help="Folder shared by all workers, or fsspec URL such as s3://bucket/shop: results of "
+            "each subject in OUTPUT/NAME. Default: as --output_dir.",
+        )
+        parser.usage = (
+            "%(prog)s SUBJECTS [--address ADDRESS] [--output OUTPUT] [--SETTING VALUE ...]"
+        )
+        own = [setting.name for setting in cls.settings()]
+        parser.split_help((*own, "config", "debug", *train.FIRST))
+        train.add_settings(parser)
+
+    @classmethod
+    def of_arguments(cls, args: argparse.Namespace) -> FleetSettings:
+        """Read its own; `train_config` reads those of training."""
+        settings = dataclasses.replace(cls.read(vars(args)), args=args)
+        settings.warn()
+        return settings
+
+    def perform(self) -> int:
+        """Train all subjects that are not done yet. Returns the exit code: 1 if any failed."""
+        config = train.train_config(self.args)
+        configs = subject_configs(self.subjects, config)
+        if self.args.dry_run:
+            return train.print_what_trains(configs)
+        train.warn_of_toy_model(config, self.args)
+        from dora_diffusion.cluster.fleet.console import FleetTable
+        from dora_diffusion.cluster.fleet.run import run_fleet
+
+        table = FleetTable()
+        try:
+            fleet = run_fleet(
+                configs, config.output_dir, self.address, self.share, retries=self.retries,
+                pack=self.pack, on_change=table,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            fleet = None
+        finally:
+            table.close()
+        if fleet is None:
+            print("stopped; the same command resumes")
+            return 130
+        if self.json:
+            print_json([dataclasses.asdict(fleet.records[name]) for name in configs])
+            return int(bool(fleet.failed))
+        before = f", {len(fleet.known)} of them before" if fleet.known else ""
+        done = len(fleet.records) - len(fleet.failed)
+        print(f"{counted(done, 'subject')} done{before}, {len(fleet.failed)} failed")
+        print("\n".join(f"{name}: {place}" for name, place in fleet.files.items()))
+        return int(bool(fleet.failed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(Model):
+    """Settings of ``serve``."""
+
+    adapters: list[Path] = flag(
+        [],
+        "Folders of adapter files and runs, rescanned while it serves. Default: none, the base "
+        "alone.",
+        metavar="FOLDER",
+    )
+    host: str = flag("127.0.0.1", "Address to listen on.")
+    port: int = flag(8000, "Port.")
+    token_file: Path | None = flag(
+        None,
+        "File with the token that requests must have; or set DORA_DIFFUSION_TOKEN. Required with a "
+        "--host that others reach.",
+    )
+    address: str = flag("local", "Ray cluster: local starts one, auto finds one.")
+    replicas: int = flag(1, "Processes with the base in memory.")
+    replica_gpus: float | None = flag(
+        None,
+        "GPUs of a replica, or the share of one. Default: the GPUs divided by the replicas, at "
+        "most one.",
+    )
+    batch_size: int = flag(8, "Most images at once.")
+    window: float = flag(0.05, "Seconds that a request waits for others to share its batch.")
+    queue: int = flag(64, "Most requests that wait; further ones get 429.")
+    timeout: float = flag(120.0, "Seconds until a request gets 504.")
+    adapter_memory: float = flag(
+        2000.0,
+        "Most MB that loaded adapters take in each replica; the least recently used are dropped.",
+        above=0,
+    )
+
+    def perform(self) -> int:
+        """Serve until it is interrupted."""
+        from dora_diffusion.cluster.serving import deploy
+        from dora_diffusion.cluster.serving.catalogue import Catalogue
+
+        names = {field.name for field in fields(deploy.Deployment)}
+        values = {name: value for name, value in vars(self).items() if name in names}
+        values |= {
+            "adapters": tuple(folder.resolve() for folder in self.adapters),
+            "adapter_memory": math.ceil(self.adapter_memory * 1e6),
+            "capacity": self.queue,
+            "token": deploy.read_token(self.token_file),
+        }
+        deploy.Deployment(**values)
+        values["base"] = replace(self.base_model, path=_base(self))
+        catalogue = Catalogue(self.adapters)
+        deployment = deploy.Deployment(**values, options=self.model_options)
+        deploy.serve(deployment, catalogue)
+        return 0
+
+
+def _base(args: ServeSettings) -> str:
+    """The base as replicas find it, which is fetched once from a hub.
+
+    Raises:
+        ModelNotFoundError: If there is none.
+    """
+    from dora_diffusion.models.locate import is_embedded, resolve_folder
+
+    path = Path(args.base).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    if not is_embedded(args.base):
+        resolve_folder(args.base_model)
+    return str(args.base)
