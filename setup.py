@@ -49,6 +49,7 @@ if __name__ == "__main__":
         package_data={
             "dora_diffusion": [
                 "py.typed",
+                "*.pyi",
                 "config/*.json",
                 "evaluation/*.yaml",
                 "models/embedded/**/*",

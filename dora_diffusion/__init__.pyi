@@ -1,0 +1,51 @@
+# The public names and their homes: for type checkers, and read by `__init__.py`.
+
+from dora_diffusion.adapters.compiled import compile_blocks as compile_blocks
+from dora_diffusion.adapters.inject import disabled as disabled
+from dora_diffusion.adapters.inject import inject_adapters as inject_adapters
+from dora_diffusion.adapters.inject import merge_adapters as merge_adapters
+from dora_diffusion.adapters.inject import remove_adapters as remove_adapters
+from dora_diffusion.adapters.inject import set_strength as set_strength
+from dora_diffusion.adapters.inject import unmerge_adapters as unmerge_adapters
+from dora_diffusion.adapters.scope import NormCache as NormCache
+from dora_diffusion.adapters.scope import norm_scope as norm_scope
+from dora_diffusion.adapters.scope import row_scope as row_scope
+from dora_diffusion.adapters.state import load_adapter as load_adapter
+from dora_diffusion.adapters.state import save_adapter as save_adapter
+from dora_diffusion.adapters.targets import TargetError as TargetError
+from dora_diffusion.cli.console.environment import describe_environment as describe_environment
+from dora_diffusion.cluster.fleet.run import run_fleet as run_fleet
+from dora_diffusion.config.adapter import AdapterConfig as AdapterConfig
+from dora_diffusion.config.base import BaseModel as BaseModel
+from dora_diffusion.config.families import UnsupportedModelError as UnsupportedModelError
+from dora_diffusion.config.fields import ConfigError as ConfigError
+from dora_diffusion.config.subject_list import subject_configs as subject_configs
+from dora_diffusion.config.train import TrainConfig as TrainConfig
+from dora_diffusion.data.images import PhotoError as PhotoError
+from dora_diffusion.export import ExportError as ExportError
+from dora_diffusion.export import combine_adapters as combine_adapters
+from dora_diffusion.export import convert_adapter as convert_adapter
+from dora_diffusion.export import export_checkpoint as export_checkpoint
+from dora_diffusion.export import extract_adapter as extract_adapter
+from dora_diffusion.formats.checkpoint.entries import CheckpointLayoutError as CheckpointLayoutError
+from dora_diffusion.formats.files.atomic import DiskFullError as DiskFullError
+from dora_diffusion.formats.files.stream import TensorFileError as TensorFileError
+from dora_diffusion.formats.layouts.layout import AdapterFormatError as AdapterFormatError
+from dora_diffusion.lab.analysis import analyze_weights as analyze_weights
+from dora_diffusion.lab.simulation.queue import QueuePlan as QueuePlan
+from dora_diffusion.lab.simulation.queue import simulate_queue as simulate_queue
+from dora_diffusion.lab.study.config import Study as Study
+from dora_diffusion.lab.study.run import run_study as run_study
+from dora_diffusion.models.load import load_components as load_components
+from dora_diffusion.models.locate import ModelNotFoundError as ModelNotFoundError
+from dora_diffusion.numerics.merging import MergeError as MergeError
+from dora_diffusion.sampling.generate import BrokenImageError as BrokenImageError
+from dora_diffusion.sampling.generate import SamplingSettings as SamplingSettings
+from dora_diffusion.sampling.generate import generate_images as generate_images
+from dora_diffusion.sampling.pool import AdapterPool as AdapterPool
+from dora_diffusion.sampling.pool import ImageRow as ImageRow
+from dora_diffusion.training.loop import train as train
+from dora_diffusion.training.loop import train_pack as train_pack
+from dora_diffusion.training.results.metrics import TrainingError as TrainingError
+
+__version__: str
