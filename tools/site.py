@@ -20,6 +20,7 @@ from pathlib import Path
 import dora_diffusion
 from dora_diffusion.cli import main as cli
 from dora_diffusion.config import Setting, settings
+from dora_diffusion.config.base import OfModel
 from dora_diffusion.config.fields import AnyOf, Condition, Need
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 
@@ -143,6 +144,8 @@ def _range(setting: Setting) -> Iterator[str]:
 
 def _need(need: Condition) -> str:
     """Return a setting's condition, as flags; of a function, by its docstring."""
+    if isinstance(need, OfModel):  # as its help says
+        return ""
     if isinstance(need, AnyOf):
         return " or ".join(filter(None, map(_need, need.needs)))
     if not isinstance(need, Need):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dora_diffusion.cli.console.progress import say
-from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.base import BASE_HELP, BaseModel, OfModel
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.families import PREDICTION_TYPES
 from dora_diffusion.config.fields import (
@@ -29,37 +29,6 @@ if TYPE_CHECKING:
     from dora_diffusion.models.components import Components
     from dora_diffusion.numerics.weights import Strengths
 
-BASE = "Diffusers folder, hub id, single-file .safetensors checkpoint, or embedded:NAME."
-
-
-@dataclass(frozen=True)
-class OfModel:
-    """Condition of settings that describe a model: one is given, and is loaded as they need.
-
-    Attributes:
-        setting: Which model.
-        what: How it is called.
-        of_hub: Whether a model that lies on this machine is loaded without it.
-    """
-
-    setting: str
-    what: str
-    of_hub: bool = False
-
-    def __call__(self, config: Any) -> str | None:
-        """Return why the condition does not hold; None where it does."""
-        from dora_diffusion.models.locate import is_embedded
-
-        model: str | None = getattr(config, self.setting)
-        if model is None:
-            without_base: str | None = config.without_base
-            return without_base
-        if model.endswith(".safetensors"):
-            return f"the {self.what} is a single file"
-        if self.of_hub and (is_embedded(model) or Path(model).expanduser().exists()):
-            return f"the {self.what} is on this machine, not a hub id"
-        return None
-
 
 def adapter_and_strength(text: str) -> tuple[str, float]:
     """Split ``FILE:0.5`` into the file and its strength; 1 where none is given."""
@@ -72,29 +41,20 @@ def _adapter(config: Any) -> str | None:
     return "no adapter is given" if getattr(config, "adapter", "") is None else None
 
 
-def single_file(config: Any) -> str | None:
-    """A configuration is of a single file, for what is none."""
-    if not config.base.endswith(".safetensors"):
-        return "the base is not a single .safetensors file"
-    if str(getattr(config, "output", "")).endswith(".safetensors"):
-        return "the output is a single file, which holds none"
-    return None
-
-
 @dataclass(frozen=True, kw_only=True)
 class AnyBase(CommandSettings):
     """The base model of what does without one."""
 
     without_base: ClassVar[str | None] = "no base is given"
 
-    base: str | None = flag(None, BASE)
+    base: str | None = flag(None, BASE_HELP)
     variant: str | None = flag(
         None, "Weight variant of the base, such as fp16.", needs=(OfModel("base", "base"),)
     )
     revision: str | None = flag(
         None,
         "Branch, tag or commit of a base on the hub.",
-        needs=(OfModel("base", "base", of_hub=True),),
+        needs=(OfModel("base", "base", "hub"),),
     )
 
     @property
@@ -107,7 +67,7 @@ class AnyBase(CommandSettings):
 class RequiredBase(AnyBase):
     """The base model."""
 
-    base: str = flag(REQUIRED, BASE)
+    base: str = flag(REQUIRED, BASE_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +170,7 @@ class Model(ScheduleFlags, RequiredBase):
         None,
         "Diffusers folder with the configuration of a single-file base. Default: the released "
         "model's.",
-        needs=(single_file,),
+        needs=(OfModel("base", "base", "file"),),
     )
     clip_skip: int | None = flag(
         None,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+EMBEDDED_PREFIX = "embedded:"
+BASE_HELP = "Diffusers folder, hub id, single-file .safetensors checkpoint, or embedded:NAME."
 _NAMES = {
     "base": "path",
     "pretrained_model_name_or_path": "path",
@@ -54,3 +56,33 @@ class BaseModel:
 
 
 AnyModel = str | Path | BaseModel
+
+
+@dataclass(frozen=True)
+class OfModel:
+    """Condition of settings that describe a model: one is given, and is loaded as they need.
+
+    Attributes:
+        setting: Which model.
+        what: How it is called.
+        kind: What it must be: one of several files, one of the hub, or a single file.
+    """
+
+    setting: str
+    what: str
+    kind: Literal["files", "hub", "file"] = "files"
+
+    def __call__(self, config: Any) -> str | None:
+        """Return why the condition does not hold; None where it does."""
+        model: str | None = getattr(config, self.setting)
+        if model is None:
+            without_base: str | None = config.without_base
+            return without_base
+        is_file = model.endswith(".safetensors")
+        if is_file != (self.kind == "file"):
+            what = "a single file" if is_file else "not a single .safetensors file"
+            return f"the {self.what} is {what}"
+        is_here = model.startswith(EMBEDDED_PREFIX) or Path(model).expanduser().exists()
+        if self.kind == "hub" and is_here:
+            return f"the {self.what} is on this machine, not a hub id"
+        return None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+from dora_diffusion.config.base import BASE_HELP, OfModel
 from dora_diffusion.config.families import PREDICTION_TYPES
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, AnyOf, Need, flag
 
@@ -29,15 +29,8 @@ _CLASS_IMAGES = (_PRIOR, _class_images)
 _BUCKETS = Need("aspect_ratio_buckets")
 
 
-def _single_file(config: ModelSettings) -> str | None:
-    is_file = config.pretrained_model_name_or_path.endswith(".safetensors")
-    return None if is_file else "the base model is not a single .safetensors file"
-
-
-def _on_the_hub(config: ModelSettings) -> str | None:
-    name = config.pretrained_model_name_or_path
-    is_local = name.startswith("embedded:") or Path(name).expanduser().exists()
-    return "the base model is not from the hub" if is_local else None
+def _base(kind: Literal["files", "hub", "file"]) -> tuple[OfModel, ...]:
+    return (OfModel("pretrained_model_name_or_path", "base model", kind),)
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class ModelSettings:
 
     pretrained_model_name_or_path: str = flag(
         "embedded:tiny-sd",
-        "Diffusers folder, hub id, single-file .safetensors checkpoint, or embedded:NAME.",
+        BASE_HELP,
         derived="embedded:tiny-sd, a toy model that knows only its own drawn world",
         is_path=True,
     )
@@ -62,16 +55,18 @@ class ModelSettings:
         None,
         "For a single-file checkpoint: a Diffusers folder with its configuration and tokenizers.",
         derived="the released model's",
-        needs=(_single_file,),
+        needs=_base("file"),
         is_path=True,
     )
     revision: str | None = flag(
         None,
         "Branch, tag or commit of a base model on the hub.",
         derived="main",
-        needs=(_on_the_hub,),
+        needs=_base("hub"),
     )
-    variant: str | None = flag(None, "Variant of the weight files, such as fp16.")
+    variant: str | None = flag(
+        None, "Variant of the weight files, such as fp16.", needs=_base("files")
+    )
     prediction_type: str | None = flag(
         None,
         "Prediction type: what the UNet predicts, the noise (epsilon) or v.",

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dora_diffusion.config.base import AnyModel, BaseModel
+from dora_diffusion.config.base import EMBEDDED_PREFIX, AnyModel, BaseModel
 from dora_diffusion.config.families import (
     FAMILIES,
     USUAL,
@@ -26,7 +26,6 @@ from dora_diffusion.formats.checkpoint.schedule import choose_schedule, stated_b
 from dora_diffusion.formats.files.runs import pipeline_in
 from dora_diffusion.models import embedded
 
-EMBEDDED_PREFIX = "embedded:"
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 

@@ -207,7 +207,7 @@ IDLE: list[tuple[dict[str, Any], str, str]] = [
      "validation_metric_model", "num_validation_images is 0"),
     ({"prodigy_beta3": 0.9}, "prodigy_beta3", "optimizer is adamw"),
     ({"model_config": "sdxl"}, "model_config", "the base model is not a single .safetensors file"),
-    ({"revision": "v2"}, "revision", "the base model is not from the hub"),
+    ({"revision": "v2"}, "revision", "the base model is on this machine, not a hub id"),
     ({"logging_dir": "tb"}, "logging_dir", "report_to is not set"),
 ]  # fmt: skip
 

@@ -15,14 +15,13 @@ from dora_diffusion.cli.console.tables import print_json
 from dora_diffusion.cli.settings import (
     Alpha,
     AnyBase,
-    OfModel,
     Overwrite,
     RequiredBase,
     adapter_and_strength,
 )
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.adapter import NORM_AXES
-from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.base import BaseModel, OfModel
 from dora_diffusion.config.command import AsJob, CommandSettings
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.fields import DTYPES, REQUIRED, flag
@@ -181,7 +180,7 @@ class ExtractSettings(Fit):
     tuned_revision: str | None = flag(
         None,
         "Branch, tag or commit of --tuned on the hub.",
-        needs=(OfModel("tuned", "tuned model", of_hub=True),),
+        needs=(OfModel("tuned", "tuned model", "hub"),),
     )
     rank: int = flag(REQUIRED, "Largest rank; small layers get less.")
     norm_axis: str | None = flag(

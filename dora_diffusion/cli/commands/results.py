@@ -14,11 +14,11 @@ from dora_diffusion.cli.settings import (
     ScheduleFlags,
     StrengthFlags,
     adapter_and_strength,
-    single_file,
 )
 from dora_diffusion.config import ConfigError
+from dora_diffusion.config.base import OfModel
 from dora_diffusion.config.command import AsJob, CommandSettings
-from dora_diffusion.config.fields import AUTO, DTYPES, REQUIRED, flag
+from dora_diffusion.config.fields import AUTO, DTYPES, REQUIRED, flag, when
 
 _SHOWN = 10
 
@@ -73,7 +73,13 @@ class ExportSettings(Overwrite, Merge):
         None,
         "Diffusers folder with the configuration, for a folder made from a single file. Default: "
         "the released model's.",
-        needs=(single_file,),
+        needs=(
+            OfModel("base", "base", "file"),
+            when(
+                lambda config: not config.output.endswith(".safetensors"),
+                "the output is a single file, which holds none",
+            ),
+        ),
     )
 
     def perform(self) -> int:
