@@ -63,7 +63,7 @@ class CommandSettings:
     def settings(cls) -> tuple[Setting, ...]:
         """All settings, in the order of their fields; a field not made with `flag` is none."""
         fields = (field for field in dataclasses.fields(cls) if "help" in field.metadata)
-        return tuple(Setting.from_field(field, "") for field in fields)
+        return tuple(Setting.from_field(field) for field in fields)
 
     @classmethod
     def read(cls, given: Mapping[str, Any], file: str | None = None) -> Self:

@@ -198,13 +198,15 @@ class Setting:
     repeated: bool = False
 
     @classmethod
-    def from_field(cls, source: dataclasses.Field[Any], group: str) -> Setting:
-        """Read a field of a group of settings."""
+    def from_field(cls, source: dataclasses.Field[Any], **common: Any) -> Setting:
+        """Read a field of a group of settings, which may have attributes in common."""
         kind, is_list = setting_type(source)
         default = source.default
         if source.default_factory is not dataclasses.MISSING:
             default = source.default_factory()
-        return cls(source.name, kind, is_list, default, **{"group": group, **source.metadata})
+        return cls(
+            source.name, kind, is_list, default, **{"group": "", **common, **source.metadata}
+        )
 
     @property
     def is_required(self) -> bool:

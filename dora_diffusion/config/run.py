@@ -194,42 +194,35 @@ class OutputSettings:
     """Output, checkpoints and resuming."""
 
     heading: ClassVar = "Output"
+    common: ClassVar = {"resume": "ignored"}  # of all its settings
 
-    output_dir: str = flag("dreambooth-output", "Output folder.", resume="ignored", is_path=True)
+    output_dir: str = flag("dreambooth-output", "Output folder.", is_path=True)
     overwrite_output_dir: bool = flag(
-        False,
-        "Replace an earlier result in output_dir, and drop its checkpoints.",
-        resume="ignored",
+        False, "Replace an earlier result in output_dir, and drop its checkpoints."
     )
     checkpointing_steps: int | None = flag(
         None,
         "Save a checkpoint every N steps and at the end; 0 saves none, so that a finished run "
         "cannot be extended.",
         derived="100, for full fine-tuning 500",
-        resume="ignored",
         least=0,
     )
     checkpointing_minutes: float = flag(
         5.0,
         "Also save a checkpoint every X minutes; 0 saves none in between.",
         needs=(_checkpoints,),
-        resume="ignored",
         least=0,
     )
     checkpoints_total_limit: int | None = flag(
-        None, "Number of checkpoints to keep, the newest.", derived="all", resume="ignored", above=0
+        None, "Number of checkpoints to keep, the newest.", derived="all", above=0
     )
     resume_from_checkpoint: str | None = flag(
-        None,
-        "Checkpoint folder to resume from, or 'latest' in OUTPUT_DIR.",
-        resume="ignored",
-        is_path=True,
+        None, "Checkpoint folder to resume from, or 'latest' in OUTPUT_DIR.", is_path=True
     )
     single_file: bool = flag(
         False,
         "Write the model of full fine-tuning as one .safetensors too, in the original layout that "
         "web UIs read.",
-        resume="ignored",
         needs=(Need("method", ("full",)),),
     )
     save_precision: str | None = flag(
@@ -238,27 +231,18 @@ class OutputSettings:
         "at twice the size of half precision.",
         derived="the base's",
         choices=DTYPES,
-        resume="ignored",
         needs=(Need("method", ("full",)),),
     )
-    report_to: str | None = flag(
-        None, "Experiment tracker.", choices=("tensorboard", "wandb"), resume="ignored"
-    )
+    report_to: str | None = flag(None, "Experiment tracker.", choices=("tensorboard", "wandb"))
     logging_dir: str = flag(
-        "logs",
-        "Folder of the tracker's files, in OUTPUT_DIR.",
-        resume="ignored",
-        needs=(Need("report_to"),),
+        "logs", "Folder of the tracker's files, in OUTPUT_DIR.", needs=(Need("report_to"),)
     )
     push_to_hub: bool = flag(
-        False,
-        "Publish the result on the Hugging Face hub when training is done, privately.",
-        resume="ignored",
+        False, "Publish the result on the Hugging Face hub when training is done, privately."
     )
     hub_model_id: str | None = flag(
         None,
         "NAME/MODEL to publish as.",
         derived="none, required by --push_to_hub",
-        resume="ignored",
         needs=(Need("push_to_hub"),),
     )

@@ -370,7 +370,7 @@ def settings() -> tuple[Setting, ...]:
     """All settings, in the order of their fields."""
     groups: tuple[Any, ...] = TrainConfig.__bases__[::-1]
     return tuple(
-        Setting.from_field(source, group.heading)
+        Setting.from_field(source, group=group.heading, **getattr(group, "common", {}))
         for group in groups
         for source in dataclasses.fields(group)
     )

@@ -107,6 +107,8 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
         is_packed = self.to in FOLDERS and output.suffix == ".zip"
         if is_packed and output.exists() and not self.overwrite:
             raise ConfigError(f"{output} exists; choose another output, or --overwrite")
+        names = ("family", "alpha", "tags", "thumbnail", "rank", "conv_rank", "energy", "overwrite")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
         tell(phase="converting")
         with tempfile.TemporaryDirectory() as scratch:
             report = convert_adapter(
@@ -114,15 +116,8 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
                 Path(scratch, output.stem) if is_packed else self.output,
                 self.to,
                 base=self.base_model,
-                family=self.family,
-                alpha=self.alpha,
-                tags=self.tags,
-                thumbnail=self.thumbnail,
                 dtype=self.written_dtype,
-                rank=self.rank,
-                conv_rank=self.conv_rank,
-                energy=self.energy,
-                overwrite=self.overwrite,
+                **options,
             )
             if is_packed:
                 with atomic_file(output) as temporary:

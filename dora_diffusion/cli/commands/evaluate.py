@@ -201,9 +201,7 @@ def _details(args: EvaluateSettings, trigger: str, settings: SamplingSettings) -
         "strength": args.strength,
         "trigger": trigger,
         "sampling": {
-            "steps": settings.steps,
-            "guidance_scale": settings.guidance_scale,
-            "scheduler": settings.scheduler,
+            name: getattr(settings, name) for name in ("steps", "guidance_scale", "scheduler")
         },
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -167,17 +167,10 @@ def _settings(args: GenerateSettings) -> SamplingSettings:
     from dora_diffusion.data.images import open_photo
     from dora_diffusion.sampling.generate import SamplingSettings
 
-    return SamplingSettings(
-        steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        guidance_rescale=args.guidance_rescale,
-        scheduler=args.scheduler,
-        width=args.width,
-        height=args.height,
-        negative_prompt=args.negative_prompt,
-        image=None if args.image is None else open_photo(args.image),
-        mask_image=None if args.mask_image is None else open_photo(args.mask_image),
-    )
+    given: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(SamplingSettings)}
+    for name in ("image", "mask_image"):
+        given[name] = None if given[name] is None else open_photo(given[name])
+    return SamplingSettings(**given)
 
 
 def _drawn(args: GenerateSettings) -> Callable[[str, int], str]:
