@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -238,7 +238,7 @@ class FullWeights:
             }
 
 
-TrainedWeights = TrainedAdapters | FullWeights
+TrainedWeights: TypeAlias = TrainedAdapters | FullWeights
 """Weights that a run trains."""
 
 
