@@ -34,7 +34,8 @@ from full_size import CLIP_BIG_G, CLIP_L, SCALING, UNETS, VAE, measured, tokeniz
 
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import module_shapes
 from dora_diffusion.formats.files.atomic import save_text

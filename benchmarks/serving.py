@@ -36,7 +36,7 @@ from dora_diffusion.adapters.inject import (
 )
 from dora_diffusion.adapters.state import attach_file, save_adapter
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.formats.adapter.file import AdapterMetadata
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.sampling.pool import AdapterPool, ImageRow
 
 PORT = 8765

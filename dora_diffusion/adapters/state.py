@@ -22,13 +22,9 @@ from dora_diffusion.adapters.parametrizations import ProjectedParametrization
 from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.embeddings import MissingToken
-from dora_diffusion.formats.adapter.file import (
-    AdapterFile,
-    AdapterMetadata,
-    find_adapter,
-    read_adapter,
-    write_adapter,
-)
+from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata
+from dora_diffusion.formats.adapter.stored import find_adapter
 from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.layouts.vera import VeraLayer
 from dora_diffusion.formats.names.modules import canonical, installed_path, is_flat

@@ -29,17 +29,14 @@ from dora_diffusion.formats.adapter.embeddings import (
     are_equal,
     embedding_notes,
 )
-from dora_diffusion.formats.adapter.file import (
-    AdapterFile,
-    find_adapter,
-    write_adapter,
-)
+from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from dora_diffusion.formats.adapter.metadata import (
     AdapterMetadata,
     agreed_reading,
     join_triggers,
     without_path,
 )
+from dora_diffusion.formats.adapter.stored import find_adapter
 from dora_diffusion.formats.checkpoint.models import StoredModel
 from dora_diffusion.formats.layouts.other import layout_named
 from dora_diffusion.numerics.weights import NormAxis

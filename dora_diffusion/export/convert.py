@@ -24,19 +24,14 @@ from dora_diffusion.export.fit import (
     truncate_layers,
 )
 from dora_diffusion.formats.adapter.embeddings import embedding_notes
-from dora_diffusion.formats.adapter.file import (
-    AdapterFile,
-    find_adapter,
-    read_adapter,
-    write_adapter,
-)
+from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
 from dora_diffusion.formats.adapter.metadata import (
     APPROXIMATES,
     APPROXIMATION_ERROR,
     TRAINED_ALPHA,
     AdapterMetadata,
 )
-from dora_diffusion.formats.adapter.stored import StoredAdapter
+from dora_diffusion.formats.adapter.stored import StoredAdapter, find_adapter
 from dora_diffusion.formats.checkpoint.models import StoredModel
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
 from dora_diffusion.formats.files.atomic import require_writable

@@ -8,8 +8,8 @@ from typing import Any
 
 from dora_diffusion.export.files import ExportError
 from dora_diffusion.formats.adapter.embeddings import embeddings_of
-from dora_diffusion.formats.adapter.file import find_adapter
 from dora_diffusion.formats.adapter.metadata import without_paths
+from dora_diffusion.formats.adapter.stored import find_adapter
 from dora_diffusion.models.locate import is_network_error, is_offline
 
 

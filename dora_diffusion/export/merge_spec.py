@@ -19,8 +19,9 @@ from dora_diffusion.formats.adapter.embeddings import (
     embedding_files,
     read_tokens,
 )
-from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_adapter
+from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter
 from dora_diffusion.formats.adapter.metadata import without_path
+from dora_diffusion.formats.adapter.stored import find_adapter
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.formats.layouts.dotted import PEFT_FILE
 from dora_diffusion.numerics.merging import WeightedAdapter

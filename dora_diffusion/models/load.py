@@ -41,7 +41,7 @@ from dora_diffusion.formats.checkpoint.schedule import (
 from dora_diffusion.formats.files.stream import PICKLED, TensorReader, read_header
 from dora_diffusion.formats.names.modules import BUFFERS, canonical
 from dora_diffusion.models import embedded
-from dora_diffusion.models.components import Components, cast_to_weight, fingerprint
+from dora_diffusion.models.components import Components, cast_to_weight
 from dora_diffusion.models.configuration import (
     empty_module,
     is_released,
@@ -57,17 +57,6 @@ from dora_diffusion.models.locate import (
     resolve_folder,
 )
 from dora_diffusion.models.words import add_tokens
-
-__all__ = [
-    "BaseCache",
-    "Components",
-    "ModelNotFoundError",
-    "fingerprint",
-    "load_components",
-    "load_vae",
-    "resolve_folder",
-]
-
 
 _SCHEDULER = Path("scheduler") / "scheduler_config.json"
 

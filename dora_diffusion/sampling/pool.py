@@ -12,13 +12,13 @@ from dora_diffusion.adapters.inject import layer_adapters, remove_adapters, set_
 from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.adapters.scope import FixedNorms
 from dora_diffusion.adapters.state import attach_file
-from dora_diffusion.formats.adapter.file import AdapterMetadata, find_adapter
 from dora_diffusion.formats.adapter.metadata import (
     READING,
     ZERO_TERMINAL_SNR,
+    AdapterMetadata,
     stated_reading,
 )
-from dora_diffusion.formats.adapter.stored import read_metadata
+from dora_diffusion.formats.adapter.stored import find_adapter, read_metadata
 from dora_diffusion.formats.checkpoint.schedule import PREDICTION
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import reschedule

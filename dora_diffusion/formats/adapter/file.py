@@ -32,7 +32,7 @@ from dora_diffusion.formats.adapter.metadata import (
     describe,
     parse_metadata,
 )
-from dora_diffusion.formats.adapter.stored import StoredAdapter, StoredFile, find_adapter
+from dora_diffusion.formats.adapter.stored import StoredAdapter, StoredFile
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
 from dora_diffusion.formats.files.atomic import atomic_file, save_text
 from dora_diffusion.formats.files.stream import PICKLED, write_tensors
@@ -52,16 +52,6 @@ from dora_diffusion.formats.layouts.layout import (
 from dora_diffusion.formats.layouts.other import layout_named
 from dora_diffusion.formats.names.modules import UNetLayout, known_layout
 from dora_diffusion.numerics.weights import LayerWeights
-
-__all__ = [
-    "AdapterFile",
-    "AdapterFormatError",
-    "AdapterMetadata",
-    "embeddings_beside",
-    "find_adapter",
-    "read_adapter",
-    "write_adapter",
-]
 
 
 @dataclass(frozen=True)

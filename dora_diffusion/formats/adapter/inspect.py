@@ -15,7 +15,7 @@ import torch
 
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, bundled_notes
-from dora_diffusion.formats.adapter.file import AdapterFile, AdapterFormatError, read_adapter
+from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter
 from dora_diffusion.formats.adapter.metadata import (
     OWN,
     TRAINED_ALPHA,
@@ -27,7 +27,12 @@ from dora_diffusion.formats.adapter.stored import StoredAdapter
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
 from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.layouts.kohya import BaseSpecific
-from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, Shapes, stated_approximation
+from dora_diffusion.formats.layouts.layout import (
+    BUNDLED_TOKEN,
+    AdapterFormatError,
+    Shapes,
+    stated_approximation,
+)
 from dora_diffusion.formats.layouts.other import OTHER
 from dora_diffusion.formats.names.kohya import name_resolver
 

@@ -19,8 +19,9 @@ from dora_diffusion.config.families import UnsupportedModelError
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import ExportError, model_name, open_model
 from dora_diffusion.export.metadata import trained_steps
-from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_adapter
+from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter
 from dora_diffusion.formats.adapter.metadata import parse_metadata
+from dora_diffusion.formats.adapter.stored import find_adapter
 from dora_diffusion.formats.checkpoint.models import (
     PipelineFolder,
     StoredModel,

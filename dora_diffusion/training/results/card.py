@@ -13,9 +13,9 @@ from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.config.wording import pixels
 from dora_diffusion.export.metadata import word_section
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, embedding_files
-from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.adapter.metadata import (
+    AdapterMetadata,
     reading_in_words,
     split_triggers,
     stated_reading,

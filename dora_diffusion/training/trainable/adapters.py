@@ -35,12 +35,8 @@ from dora_diffusion.config.wording import listing
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.export.merge_spec import adapter_hash
 from dora_diffusion.formats.adapter.embeddings import Vectors
-from dora_diffusion.formats.adapter.file import (
-    AdapterFile,
-    AdapterMetadata,
-    read_adapter,
-    write_adapter,
-)
+from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.adapter.stored import StoredAdapter
 from dora_diffusion.formats.layouts.dotted import DIFFUSERS
 from dora_diffusion.formats.layouts.other import layout_named
