@@ -27,7 +27,7 @@ from dora_diffusion.export import combine_adapters as combine_adapters
 from dora_diffusion.export import convert_adapter as convert_adapter
 from dora_diffusion.export import export_checkpoint as export_checkpoint
 from dora_diffusion.export import extract_adapter as extract_adapter
-from dora_diffusion.formats.checkpoint.entries import CheckpointLayoutError as CheckpointLayoutError
+from dora_diffusion.formats.checkpoint.weights import CheckpointLayoutError as CheckpointLayoutError
 from dora_diffusion.formats.files.atomic import DiskFullError as DiskFullError
 from dora_diffusion.formats.files.stream import TensorFileError as TensorFileError
 from dora_diffusion.formats.layouts.layout import AdapterFormatError as AdapterFormatError

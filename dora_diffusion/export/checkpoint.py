@@ -45,9 +45,8 @@ from dora_diffusion.formats.adapter.embeddings import (
 )
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, without_path
 from dora_diffusion.formats.adapter.stored import find_adapter
-from dora_diffusion.formats.checkpoint.entries import SingleFile
 from dora_diffusion.formats.checkpoint.models import StoredModel
-from dora_diffusion.formats.checkpoint.weights import ModelWeights
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, SingleFile
 from dora_diffusion.formats.files.atomic import atomic_file
 from dora_diffusion.formats.files.stream import write_tensors
 from dora_diffusion.numerics.weights import MergeStrengths

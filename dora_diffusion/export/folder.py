@@ -24,7 +24,6 @@ from dora_diffusion.export.files import (
 )
 from dora_diffusion.export.merged import MergedModel, check_sample
 from dora_diffusion.export.metadata import ModelMetadata
-from dora_diffusion.formats.checkpoint.entries import UNET_PREFIX, VAE_PREFIX, Entry
 from dora_diffusion.formats.checkpoint.models import (
     WEIGHT_SUFFIXES,
     StoredModel,
@@ -37,6 +36,7 @@ from dora_diffusion.formats.checkpoint.schedule import (
     choose_schedule,
     usual_of,
 )
+from dora_diffusion.formats.checkpoint.weights import UNET_PREFIX, VAE_PREFIX, Entry
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.stream import write_tensors
 from dora_diffusion.formats.names.modules import BUFFERS, canonical

@@ -15,9 +15,15 @@ from torch import Tensor
 from dora_diffusion.config.families import Family
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import ExportError
-from dora_diffusion.formats.checkpoint.entries import VAE_PREFIX, Entry, count_levels, vae_names
 from dora_diffusion.formats.checkpoint.models import find_weights
-from dora_diffusion.formats.checkpoint.weights import ModelWeights, check_dtype
+from dora_diffusion.formats.checkpoint.weights import (
+    VAE_PREFIX,
+    Entry,
+    ModelWeights,
+    check_dtype,
+    count_levels,
+    vae_names,
+)
 from dora_diffusion.formats.files.stream import PICKLED, TensorReader, TensorSpec
 from dora_diffusion.formats.names.modules import modern_vae_path
 from dora_diffusion.numerics.merging import (

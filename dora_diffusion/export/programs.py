@@ -13,7 +13,6 @@ from typing import Any
 from dora_diffusion.config.families import Family
 from dora_diffusion.export.files import ExportError, open_model
 from dora_diffusion.export.metadata import MERGED, trained_trigger
-from dora_diffusion.formats.checkpoint.entries import UNET_PREFIX
 from dora_diffusion.formats.checkpoint.models import StoredModel, base_name
 from dora_diffusion.formats.checkpoint.programs import (
     A1111_HEAD,
@@ -22,6 +21,7 @@ from dora_diffusion.formats.checkpoint.programs import (
     schedule_notes,
 )
 from dora_diffusion.formats.checkpoint.schedule import choose_schedule, usual_of
+from dora_diffusion.formats.checkpoint.weights import UNET_PREFIX
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.runs import pipeline_in
 from dora_diffusion.formats.files.stream import TensorFileError, read_header

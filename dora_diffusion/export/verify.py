@@ -16,10 +16,9 @@ from dora_diffusion.export.folder import UNUSED, WEIGHT_PREFIXES
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec, adapter_hash, recorded
 from dora_diffusion.export.merged import MergedModel, open_vae, with_vae
 from dora_diffusion.export.metadata import MERGED
-from dora_diffusion.formats.checkpoint.entries import standard_key
 from dora_diffusion.formats.checkpoint.models import StoredModel
 from dora_diffusion.formats.checkpoint.schedule import MARKERS, STEP
-from dora_diffusion.formats.checkpoint.weights import ModelWeights
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, standard_key
 from dora_diffusion.formats.names.modules import BUFFERS, split_component
 from dora_diffusion.numerics.merging import cast_error, layers_of, merge_error, merge_tensor
 from dora_diffusion.numerics.precision import upcast

@@ -20,7 +20,7 @@ from torch import Tensor
 from dora_diffusion.export import ExportError, convert_adapter, export_checkpoint, verify_checkpoint
 from dora_diffusion.export.merged import MergedModel, check_sample
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.formats.checkpoint.entries import Entry
+from dora_diffusion.formats.checkpoint.weights import Entry
 from dora_diffusion.formats.files import stream as safetensors_stream
 from dora_diffusion.formats.files.stream import (
     TensorReader,

@@ -28,16 +28,6 @@ from dora_diffusion.config.families import (
     detect_folder_family,
 )
 from dora_diffusion.formats.adapter.metadata import OWN
-from dora_diffusion.formats.checkpoint.entries import (
-    POSITIONS,
-    UNET_PREFIX,
-    Entry,
-    SingleFile,
-    entries_of_file,
-    names_of_configs,
-    plan_checkpoint,
-    standard_key,
-)
 from dora_diffusion.formats.checkpoint.schedule import (
     CONFIGURED,
     EPSILON,
@@ -52,6 +42,16 @@ from dora_diffusion.formats.checkpoint.schedule import (
     stated_by_file,
     statements_on,
     usual_of,
+)
+from dora_diffusion.formats.checkpoint.weights import (
+    POSITIONS,
+    UNET_PREFIX,
+    Entry,
+    SingleFile,
+    entries_of_file,
+    names_of_configs,
+    plan_checkpoint,
+    standard_key,
 )
 from dora_diffusion.formats.files.stream import TensorFileError, TensorReader, TensorSpec
 from dora_diffusion.formats.names.modules import TOP_MODULES, canonical

@@ -1,17 +1,277 @@
-"""Common interface of all that holds a model's weights."""
+"""The tensors of a model by canonical name, and those of a single file that are made of them.
+
+An `Entry` says which component tensors one tensor of the file is made from, and how. Entries are
+planned from names alone, so a checkpoint can be read and written one tensor at a time. Each source
+tensor is used exactly once and each name is written once, or there is no plan.
+
+model.diffusion_model.      the UNet, in sgm blocks
+first_stage_model.          the VAE; `decoder.up` is numbered from the output's side
+cond_stage_model.           SD1: CLIP; SD2: open_clip, with q, k, v in one matrix
+conditioner.embedders.0/1.  SDXL: CLIP, and open_clip with a transposed projection
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.config.families import COMPONENTS, Family
+from dora_diffusion.config.families import COMPONENTS, FAMILIES, Family
+from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.files.stream import TensorSpec
+from dora_diffusion.formats.names.modules import (
+    NAMES,
+    NameTable,
+    UNetLayout,
+    below,
+    unet_names,
+    with_text_model,
+)
 from dora_diffusion.numerics.merging import MergeError
 from dora_diffusion.numerics.weights import LayerKind
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+_CLIP_PREFIXES = [
+    encoder.checkpoint_prefix
+    for family in FAMILIES.values()
+    for encoder in family.text_encoders
+    if not encoder.is_open_clip
+]
+# The rows of a matrix that holds several projections, one below the other.
+ROWS = ("#q", "#k", "#v")
+# More than the largest text encoder of CLIP has; SD2's has 23, SDXL's second one 32.
+_MOST_LAYERS = 64
+# More than a level of a known autoencoder has: released encoders have two, decoders three.
+_MOST_RESNETS = 8
+_LEVEL = re.compile(r"decoder\.up(?:_blocks)?\.(\d+)\.")
+_PROJECTION = re.compile(r".*\.mid\.attn_1\.(q|k|v|proj_out)\.weight")
+
+
+@lru_cache
+def checkpoint_names(family: Family, unet: UNetLayout, vae_levels: int) -> NameTable:
+    """All tensors that a single file of a family may hold."""
+    pairs = unet_names(unet).below("unet.", UNET_PREFIX)
+    pairs += vae_names(vae_levels).below("vae.", VAE_PREFIX)
+    for encoder in family.text_encoders:
+        component, prefix = encoder.component, encoder.checkpoint_prefix
+        if encoder.is_open_clip:
+            pairs += NameTable(_open_clip_pairs()).below(f"{component}.", prefix)
+        else:
+            pairs.append((component, prefix.removesuffix(".")))
+    return NameTable(pairs)
+
+
+def _open_clip_pairs() -> Iterator[tuple[str, str]]:
+    yield from NAMES["open_clip_top"].items()
+    for layer in range(_MOST_LAYERS):
+        name, original = f"text_model.encoder.layers.{layer}", f"transformer.resblocks.{layer}"
+        yield from below(NAMES["open_clip_layer"], name, original)
+
+
+def standard_key(key: str) -> str:
+    """The name that a tensor should have: some programs drop or repeat CLIP's ``text_model.``.
+
+    Without it most programs leave the text encoder as it was, or do not load the file at all.
+    """
+    for prefix in _CLIP_PREFIXES:
+        if key.startswith(prefix):
+            return prefix + with_text_model(key.removeprefix(prefix))
+    return key
+
+
+@lru_cache
+def vae_names(levels: int) -> NameTable:
+    """The modules of an autoencoder with so many resolution levels."""
+    return NameTable(_vae_pairs(levels))
+
+
+def _vae_pairs(levels: int) -> Iterator[tuple[str, str]]:
+    top, attention, resnet = (NAMES[f"vae_{part}"] for part in ("top", "attention", "resnet"))
+    yield from ((name, name) for name in ("quant_conv", "post_quant_conv"))
+    for side, blocks in (("encoder", "down"), ("decoder", "up")):
+        yield from below(top, side, side)
+        yield from below(attention, f"{side}.mid_block.attentions.0", f"{side}.mid.attn_1")
+        for i in range(2):
+            yield from below(resnet, f"{side}.mid_block.resnets.{i}", f"{side}.mid.block_{i + 1}")
+        for level in range(levels):
+            # The original decoder numbers its levels from the output's side.
+            number = level if side == "encoder" else levels - 1 - level
+            name, original = f"{side}.{blocks}_blocks.{level}", f"{side}.{blocks}.{number}"
+            for i in range(_MOST_RESNETS):
+                yield from below(resnet, f"{name}.resnets.{i}", f"{original}.block.{i}")
+            yield f"{name}.{blocks}samplers.0.conv", f"{original}.{blocks}sample.conv"
+
+
+def count_levels(paths: Iterable[str]) -> int:
+    """Number of resolution levels, from names in either layout, without prefix."""
+    return 1 + max((int(m[1]) for path in paths if (m := _LEVEL.match(path))), default=0)
+
+
+def is_projection_weight(original: str) -> bool:
+    """Return whether a weight is a 1x1 convolution in the original layout, Linear in Diffusers."""
+    return _PROJECTION.fullmatch(original) is not None
+
+
+Operation = Literal["copy", "concatenate", "transpose", "as_conv", "as_integer"]
+# Of a text encoder, told by its shape: some programs store them as floating-point numbers.
+POSITIONS = ".position_ids"
+
+
+class CheckpointLayoutError(ValueError):
+    """A model that has no single-file layout, or tensors that do not fit it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the single file.
+
+    Attributes:
+        key: Its name there.
+        sources: Canonical tensor names it is made from, e.g. ``unet.conv_in.weight``.
+        operation: How. ``as_conv`` turns ``(C, C)`` into ``(C, C, 1, 1)``; ``concatenate`` joins
+            along dim 0.
+    """
+
+    key: str
+    sources: tuple[str, ...]
+    operation: Operation = "copy"
+
+    @classmethod
+    def of(cls, key: str, sources: Sequence[str]) -> Entry:
+        """The entry of a key, whose name and number of sources tell the operation."""
+        operation: Operation = "copy"
+        if len(sources) > 1:
+            operation = "concatenate"
+        elif key.endswith(".text_projection"):
+            operation = "transpose"  # open_clip multiplies from the left: x @ P
+        elif key.endswith(POSITIONS):
+            operation = "as_integer"
+        elif is_projection_weight(key):
+            operation = "as_conv"
+        return cls(key, tuple(sources), operation)
+
+    def spec(self, specs: Mapping[str, TensorSpec]) -> TensorSpec:
+        """Dtype and shape, from those of the sources.
+
+        Raises:
+            CheckpointLayoutError: If the sources of a joined matrix do not fit together.
+        """
+        sources = [specs[name] for name in self.sources]
+        if len({(spec.dtype, spec.shape[1:]) for spec in sources}) > 1:
+            raise CheckpointLayoutError(f"{listing(self.sources)} cannot be joined")
+        return TensorSpec.of(self.build(map(_without_data, sources)))
+
+    def build(self, tensors: Iterable[Tensor]) -> Tensor:
+        """The tensor, from its sources in their order."""
+        sources = list(tensors)
+        if self.operation == "concatenate":
+            return torch.cat(sources)
+        if self.operation == "transpose":
+            return sources[0].t().contiguous()
+        if self.operation == "as_conv" and sources[0].ndim == 2:
+            return sources[0][:, :, None, None]
+        return sources[0].to(torch.int64) if self.operation == "as_integer" else sources[0]
+
+    def source_spec(self, spec: TensorSpec) -> TensorSpec:
+        """Dtype and shape of each source, from those of the tensor."""
+        return TensorSpec.of(self.source(self.sources[0], _without_data(spec)))
+
+    def source(self, name: str, tensor: Tensor) -> Tensor:
+        """One source, from the tensor."""
+        if self.operation == "concatenate":
+            return tensor.chunk(len(self.sources))[self.sources.index(name)]
+        if self.operation == "as_conv":
+            return tensor.flatten(1)
+        return tensor.t().contiguous() if self.operation == "transpose" else tensor
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """The content of one file in the original layout.
+
+    Attributes:
+        entries: Tensors made from component tensors.
+        other_specs: Dtype and shape of the others, such as the noise schedule's.
+        load_other: Loads one of these.
+    """
+
+    entries: Sequence[Entry]
+    other_specs: Mapping[str, TensorSpec]
+    load_other: Callable[[str], Tensor]
+
+
+def _without_data(spec: TensorSpec) -> Tensor:
+    return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+
+
+def names_of_configs(family: Family, configs: Mapping[str, Mapping[str, Any]]) -> NameTable:
+    """The names of all tensors of a pipeline, from its configs by component name.
+
+    Raises:
+        CheckpointLayoutError: If a component is missing or the layout cannot number its blocks.
+    """
+    if missing := [name for name in ("unet", "vae", "scheduler") if name not in configs]:
+        raise CheckpointLayoutError(f"the pipeline has no {listing(missing)} config")
+    try:
+        unet = UNetLayout.from_config(configs["unet"])
+    except ValueError as error:
+        raise CheckpointLayoutError(str(error)) from error
+    return checkpoint_names(family, unet, len(configs["vae"]["block_out_channels"]))
+
+
+def plan_checkpoint(family: Family, table: NameTable, names: Iterable[str]) -> list[Entry]:
+    """Plan the single file of a model.
+
+    Args:
+        family: Of the model.
+        table: Its layout, from `names_of_configs`.
+        names: Canonical names of all its tensors.
+
+    Returns:
+        Entries sorted by key.
+
+    Raises:
+        CheckpointLayoutError: For tensors without a place.
+    """
+    open_clip = tuple(f"{e.component}." for e in family.text_encoders if e.is_open_clip)
+    # open_clip has no numbers of positions.
+    paths = {n for n in names if not (n.startswith(open_clip) and n.endswith(POSITIONS))}
+    originals = filter(None, map(table.to_original, paths))
+    entries = [entry_of(key, table) for key in sorted({o.partition("#")[0] for o in originals})]
+    whole = [entry for entry in entries if entry and paths.issuperset(entry.sources)]
+    if lost := paths.difference(*(entry.sources for entry in whole)):
+        raise CheckpointLayoutError(
+            f"tensors without a place in a {family.name} checkpoint: {listing(lost)}"
+        )
+    return whole
+
+
+def entry_of(key: str, names: NameTable) -> Entry | None:
+    """The entry of a file's tensor, None if it belongs to no component."""
+    rows = [names.canonical[key + row] for row in ROWS if key + row in names.canonical]
+    if rows:
+        return Entry.of(key, rows)
+    name = names.to_canonical(standard_key(key))
+    return None if name is None else Entry.of(key, [name])
+
+
+def entries_of_file(family: Family, specs: Mapping[str, TensorSpec]) -> list[Entry]:
+    """Entries for the file's UNet, text-encoder and VAE tensors; unknown names have none."""
+    unet = [key.removeprefix(UNET_PREFIX) for key in specs if key.startswith(UNET_PREFIX)]
+    levels = count_levels(key.removeprefix(VAE_PREFIX) for key in specs)
+    names = checkpoint_names(family, UNetLayout.from_original_names(unet), levels)
+    entries = (
+        entry_of(key, names)
+        for key, spec in specs.items()
+        if spec.dtype.is_floating_point and not key.endswith(POSITIONS)
+    )
+    return [entry for entry in entries if entry]
 
 
 class ModelWeights(Protocol):

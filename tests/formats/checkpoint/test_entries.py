@@ -11,8 +11,8 @@ import torch
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.export import export_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
-from dora_diffusion.formats.checkpoint.entries import names_of_configs, plan_checkpoint
 from dora_diffusion.formats.checkpoint.models import CheckpointFile, PipelineFolder
+from dora_diffusion.formats.checkpoint.weights import names_of_configs, plan_checkpoint
 from dora_diffusion.numerics.weights import LayerWeights
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.formats.checkpoint.entries import (
+from dora_diffusion.formats.checkpoint.weights import (
     checkpoint_names,
     entries_of_file,
     plan_checkpoint,

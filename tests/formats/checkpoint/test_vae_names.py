@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dora_diffusion.formats.checkpoint.entries import count_levels, is_projection_weight, vae_names
+from dora_diffusion.formats.checkpoint.weights import count_levels, is_projection_weight, vae_names
 from dora_diffusion.formats.names.modules import modern_vae_path
 
 
