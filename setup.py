@@ -52,6 +52,7 @@ if __name__ == "__main__":
                 "*.pyi",
                 "config/*.json",
                 "evaluation/*.yaml",
+                "export/*.yaml",
                 "models/embedded/**/*",
                 "lab/toy/judges/*",
                 "lab/toy/*.yaml",

@@ -111,9 +111,9 @@ KEYWORD_INTERFACES = {
     "evaluation.photos.evaluate_photos",
     "lab.judges.evaluate_toy",
     "export.checkpoint.export_checkpoint",
-    "export.combine.combine_adapters",
+    "export.derive.combine_adapters",
     "export.convert.convert_adapter",
-    "export.extract.extract_adapter",
+    "export.derive.extract_adapter",
     "export.verify.verify_checkpoint",
     "sampling.generate.load_adapted",
 }

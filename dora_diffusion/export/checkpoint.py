@@ -7,49 +7,61 @@ only then renamed: an interrupted export leaves nothing behind and destroys noth
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dora_diffusion.config.base import AnyModel, BaseModel
+from dora_diffusion.config.families import WEIGHT_COMPONENTS
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import (
     ExportError,
     OnProgress,
     ProgressReporter,
-    check_output,
+    check_model_output,
     check_space,
-    open_model,
     refuse_existing,
+    replace_folder,
+    temporary_sibling,
 )
-from dora_diffusion.export.folder import plan_folder, write_folder
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec
-from dora_diffusion.export.merged import (
-    MergedModel,
-    Overlay,
-    VaeFile,
-    check_sample,
-    open_vae,
-    with_vae,
-)
+from dora_diffusion.export.merged import MergedModel, Overlay, VaeFile, check_sample, open_base
 from dora_diffusion.export.metadata import ModelMetadata, merged_metadata, trained_metadata
 from dora_diffusion.export.programs import check_a1111_config, write_a1111_config
-from dora_diffusion.formats.adapter.embeddings import (
-    embedding_notes,
-    is_written,
-    write_embeddings,
-)
+from dora_diffusion.formats.adapter.embeddings import embedding_notes, is_written, write_embeddings
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, without_path
-from dora_diffusion.formats.adapter.stored import find_adapter
-from dora_diffusion.formats.checkpoint.models import StoredModel
-from dora_diffusion.formats.checkpoint.weights import ModelWeights, SingleFile
-from dora_diffusion.formats.files.atomic import atomic_file
-from dora_diffusion.formats.files.stream import write_tensors
+from dora_diffusion.formats.checkpoint.models import (
+    WEIGHT_SUFFIXES,
+    StoredModel,
+    read_index,
+    read_json,
+)
+from dora_diffusion.formats.checkpoint.schedule import (
+    ZERO_SNR,
+    Statement,
+    choose_schedule,
+    usual_of,
+)
+from dora_diffusion.formats.checkpoint.weights import UNET_PREFIX, VAE_PREFIX, Entry, SingleFile
+from dora_diffusion.formats.files.atomic import atomic_file, save_text
+from dora_diffusion.formats.files.stream import TensorSpec, write_tensors
+from dora_diffusion.formats.names.modules import BUFFERS, canonical
+from dora_diffusion.models.schedulers import to_zero_snr
 from dora_diffusion.numerics.weights import MergeStrengths
+
+# One weight file: name of each tensor in it -> canonical name.
+Shard = dict[str, str]
+
+WEIGHT_PREFIXES = (UNET_PREFIX, VAE_PREFIX, "cond_stage_model.", "conditioner.")
+# Folders of Stable Diffusion 2 lack the last layer and the projection of its text encoder.
+UNUSED = ("text_encoder.text_projection.", "text_encoder.text_model.encoder.layers.")
 
 
 def export_checkpoint(
@@ -100,25 +112,20 @@ def export_checkpoint(
     """
     output, base = Path(output).expanduser(), BaseModel.of(base)
     spec = MergeSpec(adapters, MergeStrengths.of(strength))
-    with contextlib.ExitStack() as stack:
-        model = stack.enter_context(open_model(base))
-        inputs = [find_adapter(path) for path, _ in spec.pairs()]
-        if base.vae is not None:
-            inputs.append(Path(base.vae).expanduser())
-        check_output(output, model.path, inputs, overwrite)
-        new_vae = stack.enter_context(open_vae(base.vae)) if base.vae else None
-        weights: ModelWeights = with_vae(model, new_vae) if new_vae else model
+    inputs = [*spec.files(), *([Path(base.vae).expanduser()] if base.vae else [])]
+    with open_base(base) as (model, weights, vae):
+        check_model_output(output, model.path, inputs, overwrite)
         read = spec.read(weights, alpha)
-        for assumption in spec.assumptions(read):
-            warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=2)
+        spec.warn_of_assumptions()
         model.restate_schedule(base, [adapter.metadata for adapter in read])
-        words = spec.embeddings(read, model.path, output)
+        words = spec.embeddings(model.path, output)
         refuse_existing((word[0] for word in words if not is_written(*word)), overwrite)
-        merged = MergedModel(weights, spec.weighted(read), dtype)
+        merged = MergedModel(weights, spec.weighted(), dtype)
         files = [(token, file) for file, token, _ in words]
-        metadata = merged_metadata(model, spec, read, output, files, base)
-        stack.callback(metadata.close)
-        _write(merged, model, output, metadata, base.model_config, new_vae, on_progress)
+        metadata = merged_metadata(model, spec, output, files, base)
+        with contextlib.closing(metadata):
+            writer = _Writer(merged, model, metadata, on_progress)
+            writer.write(output, base.model_config, vae)
         for file, token, vectors in words:
             write_embeddings({token: file}, {token: vectors})
     for note in embedding_notes(output, dict(files)):
@@ -154,60 +161,249 @@ def export_trained(
         DiskFullError: If there is not enough space; nothing is changed then.
     """
     output = Path(output).expanduser()
-    with contextlib.ExitStack() as stack:
-        model = stack.enter_context(open_model(base))
-        check_output(output, model.path, (), True)
-        new_vae = stack.enter_context(open_vae(base.vae)) if base.vae else None
-        weights: ModelWeights = with_vae(model, new_vae) if new_vae else model
+    with open_base(base) as (model, weights, vae):
+        check_model_output(output, model.path, (), True)
         if unknown := tensors.keys() - weights.specs.keys():
             raise ExportError(f"the base has no {listing(sorted(unknown), 3)}")
         trained = MergedModel(Overlay(weights, tensors), (), dtype)
         facts = replace(metadata, base_model=without_path(str(base.path)))
         model.restate_schedule(base, [facts])
-        described = trained_metadata(model, metadata, output, words or {})
-        stack.callback(described.close)
-        _write(trained, model, output, described, base.model_config, new_vae, None)
+        with contextlib.closing(trained_metadata(model, metadata, output, words or {})) as own:
+            _Writer(trained, model, own).write(output, base.model_config, vae)
     return output
 
 
-def _write(
-    merged: MergedModel,
-    model: StoredModel,
-    output: Path,
-    metadata: ModelMetadata,
-    config: str | Path | None,
-    vae: VaeFile | None,
-    on_progress: OnProgress | None,
-) -> None:
-    if output.suffix == ".safetensors":
-        check_a1111_config(output, model)
-        _write_single_file(merged, model.single_file(), output, metadata, on_progress)
-        write_a1111_config(output, model)
-        return
-    plan = plan_folder(model, config)
-    if vae is not None:
-        plan = plan.with_tensors("vae", vae.specs)
-    write_folder(merged, plan, output, metadata, on_progress, vae.config if vae else None)
+@dataclass
+class _Writer:
+    """Writes a model with its metadata.
+
+    Attributes:
+        merged: Its weights.
+        model: The base, whose layout, or whose other files, it gets.
+        metadata: Its metadata.
+        on_progress: Called with (bytes written, bytes in all).
+    """
+
+    merged: MergedModel
+    model: StoredModel
+    metadata: ModelMetadata
+    on_progress: OnProgress | None = None
+
+    def write(self, output: Path, config: str | Path | None, vae: VaeFile | None) -> None:
+        """Write a ``.safetensors`` file, or a folder, atomically.
+
+        Args:
+            output: The file or folder.
+            config: For a folder of a single file: a Diffusers folder with the configuration and
+                tokenizers. None takes the released model's.
+            vae: An autoencoder that takes the place of the base's.
+
+        Raises:
+            ExportError: If a single file does not fit the configuration.
+            ValueError: If none is given, and the file is of one of two released models.
+        """
+        if output.suffix != ".safetensors":
+            source, shards = self.model.path, self.model.shards()
+            if self.model.is_single_file:
+                source = _configuration(config, self.model)
+                shards = _shards_of(self.model, source)
+            if vae is not None:
+                shards["vae"] = [_shard("vae", vae.specs)]
+            # Of a link, the folder that it leads to is replaced.
+            self._folder(output.resolve(), source, shards, vae.config if vae else None)
+            return
+        check_a1111_config(output, self.model)
+        layout = self.model.single_file()
+        total = sum(spec.nbytes for spec in self._specs(layout).values())
+        check_space(output, total)
+        with atomic_file(output) as temporary:
+            self._file(temporary, layout, ProgressReporter(total, self.on_progress))
+        write_a1111_config(output, self.model)
+
+    def _specs(self, layout: SingleFile) -> dict[str, TensorSpec]:
+        own = {entry.key: entry.spec(self.merged.specs) for entry in layout.entries}
+        return own | dict(layout.other_specs)
+
+    def _file(self, file: Path, layout: SingleFile, report: ProgressReporter) -> None:
+        """Write one file of weights, and check it."""
+        entries = {entry.key: entry for entry in layout.entries}
+
+        def load(key: str) -> Tensor:
+            return self.merged.build(entries[key]) if key in entries else layout.load_other(key)
+
+        draft, final = self.metadata.draft(), self.metadata.final
+        write_tensors(file, self._specs(layout), load, draft, final, report.step)
+        check_sample(file, layout.entries, self.merged)
+
+    def _folder(
+        self, output: Path, source: Path, shards: Mapping[str, list[Shard]], vae: Path | None
+    ) -> None:
+        """Write a Diffusers folder.
+
+        Weights are written under their plain names, whatever variant they were read from; weights
+        in other formats, and single files beside the components, hold the unmerged model and are
+        left out.
+
+        Args:
+            output: The folder.
+            source: The folder whose other files (configs, tokenizers) it gets.
+            shards: The weight files of each component.
+            vae: What takes the place of the autoencoder's config.
+        """
+        index = read_index(source)
+        others = _other_files(source, index)
+        # What the source's scheduler config does not have right.
+        settings = self.model.schedule() if self.model.is_single_file else self.model.restated
+        if settings.get(ZERO_SNR):
+            kind = read_json(source / "scheduler" / "scheduler_config.json")["_class_name"]
+            settings = to_zero_snr({"_class_name": kind, **settings})
+            index["scheduler"] = ["diffusers", settings["_class_name"]]
+        names = (name for files in shards.values() for shard in files for name in shard.values())
+        total = sum(self.merged.specs[name].nbytes for name in names)
+        check_space(output, total + sum(file.stat().st_size for file in others))
+        report, card = ProgressReporter(total, self.on_progress), ""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            card = (source / "README.md").read_text(encoding="utf-8")
+        with temporary_sibling(output) as temporary:
+            for file in others:
+                target = temporary / file.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+            if vae is not None:
+                shutil.copyfile(vae, temporary / "vae" / "config.json")
+            save_text(temporary / "README.md", self.metadata.card(card))
+            for component, files in shards.items():
+                self._component(component, files, temporary / component, report)
+            _update(temporary / "scheduler" / "scheduler_config.json", settings)
+            save_text(temporary / "model_index.json", _dump(_index_of(temporary, index)))
+            replace_folder(temporary, output)
+
+    def _component(
+        self, component: str, shards: list[Shard], folder: Path, report: ProgressReporter
+    ) -> None:
+        """Write the weight files of one component.
+
+        Text encoders are written with ``text_model.``, which every version of transformers reads;
+        without it, versions before 5.6 leave the whole encoder random, with a warning.
+        """
+        stem = "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
+        places, total = dict[str, str](), 0
+        for number, shard in enumerate(shards, start=1):
+            part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+            file = folder / f"{stem}{part}.safetensors"
+            entries = [Entry(key, (name,)) for key, name in shard.items()]
+            self._file(file, SingleFile(entries, {}, dict[str, Tensor]().__getitem__), report)
+            places |= dict.fromkeys(shard, file.name)
+            total += sum(self.merged.specs[name].nbytes for name in shard.values())
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            save_text(folder / f"{stem}.safetensors.index.json", _dump(index))
+        config, dtype = folder / "config.json", self.merged.dtype
+        if component != "vae" and dtype is not None and config.is_file():
+            # A transformers config notes the dtype of its weights.
+            noted = [key for key in ("dtype", "torch_dtype") if key in read_json(config)]
+            _update(config, dict.fromkeys(noted, str(dtype).removeprefix("torch.")))
 
 
-def _write_single_file(
-    merged: MergedModel,
-    layout: SingleFile,
-    output: Path,
-    metadata: ModelMetadata,
-    on_progress: OnProgress | None,
-) -> None:
-    """Write the merged weights as one file, atomically, and check it."""
-    entries = {entry.key: entry for entry in layout.entries}
-    specs = {key: entry.spec(merged.specs) for key, entry in entries.items()}
-    specs |= layout.other_specs
-    total = sum(spec.nbytes for spec in specs.values())
-    check_space(output, total)
-    report = ProgressReporter(total, on_progress)
+def _configuration(config: str | Path | None, checkpoint: StoredModel) -> Path:
+    """The folder with configuration and tokenizers: the given one, or the released model's.
 
-    def load(key: str) -> Tensor:
-        return merged.build(entries[key]) if key in entries else layout.load_other(key)
+    Raises:
+        ValueError: If none is given, and the file is of one of two released models.
+        ModelNotFoundError: If the given one is not there.
+    """
+    from dora_diffusion.models.configuration import released_folder, require_prediction
+    from dora_diffusion.models.locate import resolve_folder
 
-    with atomic_file(output) as temporary:
-        write_tensors(temporary, specs, load, metadata.draft(), metadata.final, report.step)
-        check_sample(temporary, layout.entries, merged)
+    if config is not None:
+        return resolve_folder(config)
+    said = [Statement("", checkpoint.schedule()), *usual_of(checkpoint.family)]
+    schedule = choose_schedule(checkpoint.path.name, said)
+    require_prediction(checkpoint.path.name, checkpoint.family, schedule)
+    return released_folder(checkpoint.family, schedule.prediction_type)
+
+
+def _shards_of(checkpoint: StoredModel, config: Path) -> dict[str, list[Shard]]:
+    """The weight files of a folder that is made from a single file: one for each component.
+
+    Args:
+        checkpoint: The file.
+        config: A Diffusers folder with the configuration.
+
+    Raises:
+        ExportError: If the file lacks a tensor of models of this configuration, has one of another
+            shape, or one too many.
+    """
+    from dora_diffusion.models.configuration import empty_module, is_released
+
+    shapes = {
+        canonical(component, key): tuple(tensor.shape)
+        for component, value in read_index(config).items()
+        if component in WEIGHT_COMPONENTS and isinstance(value, list)
+        for key, tensor in empty_module(config / component, value[1]).state_dict().items()
+        if not key.endswith(BUFFERS)
+    }
+    own = {name: spec.shape for name, spec in checkpoint.specs.items()}
+    missing = [name for name, shape in shapes.items() if own.get(name) != shape]
+    extra = [name for name in own if name not in shapes and not name.startswith(UNUSED)]
+    extra += weights_of_no_component(checkpoint.other_specs)
+    if missing or extra:
+        whose = "what the released model has" if is_released(config) else config
+        raise ExportError(
+            f"{whose} is the configuration of another model than {checkpoint.path.name}: "
+            f"{listing(missing or extra, 3)} {'differ' if missing else 'would be left out'}; give "
+            "a Diffusers folder of its shape with --model_config"
+        )
+    shards = {name: _shard(name, shapes) for name in WEIGHT_COMPONENTS}
+    return {name: [shard] for name, shard in shards.items() if shard}
+
+
+def weights_of_no_component(keys: Iterable[str]) -> list[str]:
+    """The keys of a single file that look like weights of a component, and have no place in it."""
+    named = (key for key in keys if key.startswith(WEIGHT_PREFIXES))
+    return [key for key in named if not key.endswith(BUFFERS) and ".loss." not in key]
+
+
+def _shard(component: str, names: Iterable[str]) -> Shard:
+    prefix = f"{component}."
+    return {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+
+
+def _other_files(folder: Path, index: Mapping[str, Any]) -> list[Path]:
+    """The files of a pipeline that are copied as they are: all but the weights of components."""
+    files = [file for file in folder.iterdir() if file.is_file() and file.name[0] != "."]
+    files = [file for file in files if not _is_weight(file)]
+    for name, value in index.items():
+        if isinstance(value, list) and (folder / name).is_dir():
+            inside = [file for file in (folder / name).rglob("*") if file.is_file()]
+            files += [f for f in inside if name not in WEIGHT_COMPONENTS or not _is_weight(f)]
+    return sorted(files)
+
+
+def _is_weight(file: Path) -> bool:
+    return file.name.endswith(WEIGHT_SUFFIXES) or ".safetensors.index." in file.name
+
+
+def _index_of(folder: Path, source: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``model_index.json`` of a folder, without the components that it does not hold.
+
+    A download that leaves out the safety checker would otherwise give a folder that does not load.
+    """
+    index = dict(source)
+    for name, value in source.items():
+        is_held = not isinstance(value, list) or (folder / name).is_dir()
+        if not is_held and len(value) == 2 and value[0] is not None:
+            index[name] = [None, None]
+    if index.get("safety_checker") == [None, None]:
+        index["requires_safety_checker"] = False
+    return index
+
+
+def _update(config: Path, values: Mapping[str, Any]) -> None:
+    if values:
+        save_text(config, _dump({**read_json(config), **values}))
+
+
+def _dump(values: Mapping[str, Any]) -> str:
+    """JSON as diffusers formats it."""
+    return json.dumps(values, indent=2) + "\n"

@@ -8,48 +8,30 @@ import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from dora_diffusion.config.base import AnyModel, BaseModel
-from dora_diffusion.export.files import ExportError, check_overwrite, open_model, refuse_existing
+from dora_diffusion.config.base import AnyModel
+from dora_diffusion.export.files import ExportError, check_adapter_output, open_model
 from dora_diffusion.export.fit import (
     FitSettings,
-    Fitted,
     axis_of,
+    decomposed,
     fit_to_adapters,
     key_format_for,
-    truncate_layers,
 )
 from dora_diffusion.formats.adapter.embeddings import embedding_notes
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
-from dora_diffusion.formats.adapter.metadata import (
-    APPROXIMATES,
-    APPROXIMATION_ERROR,
-    TRAINED_ALPHA,
-    AdapterMetadata,
-)
+from dora_diffusion.formats.adapter.metadata import APPROXIMATES
 from dora_diffusion.formats.adapter.stored import StoredAdapter, find_adapter
 from dora_diffusion.formats.checkpoint.models import StoredModel
-from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
-from dora_diffusion.formats.files.atomic import require_writable
-from dora_diffusion.formats.files.stream import PICKLED
-from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK, PROGRAMS, TARGETS, Program
+from dora_diffusion.formats.checkpoint.weights import ModelWeights
+from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK, PROGRAMS, TARGETS
 from dora_diffusion.formats.layouts.kohya import needs_compensation
 from dora_diffusion.formats.layouts.layout import stated_approximation
-from dora_diffusion.formats.layouts.other import layout_named
-from dora_diffusion.numerics.low_rank import approximate
 from dora_diffusion.numerics.merging import WeightedAdapter
 from dora_diffusion.sampling.images import thumbnail as make_thumbnail
-
-# Plain-LoRA approximations, and the format that each is written in.
-_APPROXIMATE = {
-    name: conversion.plain_lora_in
-    for name, conversion in CONVERSIONS.items()
-    if conversion.plain_lora_in
-}
 
 _OF_THE_UPDATE = (
     "the magnitudes stay and the error is that of the low-rank update; with --base the nearest "
@@ -133,25 +115,27 @@ def convert_adapter(
         AdapterFormatError: If the source cannot be read, or the target cannot hold it.
     """
     output, inputs = Path(output).expanduser(), [find_adapter(source)]
-    inputs += [Path(BaseModel.of(base).path).expanduser()] if base is not None else []
-    with contextlib.ExitStack() as stack:
-        model = None if base is None else stack.enter_context(open_model(base))
+    with contextlib.nullcontext() if base is None else open_model(base) as model:
+        inputs += [model.path] if model else []
         adapter = _read(source, target, model, alpha)
         program, target = target if target in PROGRAMS else "", conversion_of(target, adapter)
-        settings = FitSettings(rank, conv_rank, energy, dtype=dtype)
-        trained_on = adapter.metadata.base_model
-        settings = _check_request(target, base, settings, PROGRAMS.get(program), trained_on)
-        settings = dataclasses.replace(settings, norm_axis=axis_of(adapter.layers.values()))
-        kind = _key_format(target, adapter, settings, model)
-        check_free(output, layout_named(kind).file_name, inputs, overwrite)
-        embeddings = check_overwrite(output, adapter, overwrite)
-        adapter = _with_additions(adapter, family or _family(model), tags, thumbnail)
+        axis = axis_of(adapter.layers.values())
+        settings = FitSettings(rank, conv_rank, energy, norm_axis=axis, dtype=dtype)
+        settings = _check_request(target, program, model, settings, adapter.metadata.base_model)
+        kind = CONVERSIONS[target].plain_lora_in or target
+        if CONVERSIONS[target].needs_rank:
+            kind = settings.key_format(None) if model else key_format_for(adapter.layers)
+        embeddings = check_adapter_output(output, kind, adapter, inputs, overwrite)
+        family = family or (model.family.name if model else "")
+        adapter = _with_additions(adapter, family, tags, thumbnail)
         adapter, errors, total = _of_smaller_rank(adapter, target, settings, model)
         path = write_adapter(output, adapter, kind, dtype=dtype, base=model)
-    count, written = len(adapter.layers), _written_as(target, adapter)
+    if target == "comfyui" and not needs_compensation(adapter.layers):
+        target = "kohya"
+    count = len(adapter.layers)
     notes = (*adapter.notes, *embedding_notes(path, embeddings, program))
     growth = StoredAdapter.open(path).nbytes / StoredAdapter.open(source).nbytes
-    return ConversionReport(path, written, count, errors, total, notes, embeddings, program, growth)
+    return ConversionReport(path, target, count, errors, total, notes, embeddings, program, growth)
 
 
 def _read(
@@ -174,107 +158,61 @@ def conversion_of(target: str, adapter: AdapterFile) -> str:
 
 
 def _check_request(
-    target: str,
-    base: AnyModel | None,
-    settings: FitSettings,
-    program: Program | None,
-    trained_on: str,
+    target: str, program: str, model: StoredModel | None, settings: FitSettings, trained_on: str
 ) -> FitSettings:
-    """Refuse what cannot be done; the settings with the rank that a target has by default.
+    """Refuse what cannot be done; the settings with the ranks that a target takes.
 
     Warns:
         UserWarning: Of limits on ranks without effect.
     """
-    is_needed = target in _APPROXIMATE or (program and CONVERSIONS[target].for_one_base)
-    if base is None and is_needed:
+    conversion = CONVERSIONS[target]
+    if model is None and conversion.for_one_base and (conversion.plain_lora_in or program):
         files = f"{target} files are"
-        if program is not None:
-            files = f"{program.title} needs this adapter as a {target} file, which is"
+        if program:
+            files = f"{PROGRAMS[program].title} needs this adapter as a {target} file, which is"
         raise ExportError(
             f"{files} made for one base model; give that model with --base"
             + (f" (it was trained on {trained_on})" if trained_on else "")
         )
-    limits = {name: getattr(settings, name) for name in ("rank", "conv_rank", "energy")}
-    given, reason = [name for name, value in limits.items() if value is not None], ""
-    if not CONVERSIONS[target].takes_rank:
+    given, reason = list(settings.limits), ""
+    if not conversion.takes_rank:
         reason = f"{target} files keep the adapter's; --to dora and --to lora take one"
-    elif target in _APPROXIMATE:
+    elif conversion.plain_lora_in:
         given, reason = [n for n in given if n == "conv_rank"], f"{target} files have one rank"
     for name in given if reason else ():
         warnings.warn(f"{name} has no effect because {reason}", stacklevel=3)
-    if target in _APPROXIMATE and settings.rank is None:
-        return dataclasses.replace(settings, rank=LORA_RANK)
-    if CONVERSIONS[target].needs_rank and not settings.limits:
+    if conversion.plain_lora_in:
+        rank = settings.rank or LORA_RANK
+        return dataclasses.replace(settings, rank=rank, conv_rank=None)
+    if conversion.needs_rank and not settings.limits:
         raise ExportError(f"{target} needs a smaller rank: give --rank, --conv_rank or --energy")
     return settings
 
 
-def _written_as(target: str, adapter: AdapterFile) -> str:
-    """A comfyui file without output-axis magnitudes is a kohya one."""
-    plain = target == "comfyui" and not needs_compensation(adapter.layers)
-    return "kohya" if plain else target
-
-
-def _key_format(
-    target: str, adapter: AdapterFile, settings: FitSettings, model: ModelWeights | None
-) -> str:
-    """The layout that a target is written in."""
-    if not CONVERSIONS[target].needs_rank:
-        return _APPROXIMATE.get(target, target)
-    return settings.key_format(None) if model else key_format_for(adapter.layers)
-
-
 def _of_smaller_rank(
-    adapter: AdapterFile, target: str, settings: FitSettings, model: ModelWeights | None
+    adapter: AdapterFile, target: str, settings: FitSettings, model: StoredModel | None
 ) -> tuple[AdapterFile, Mapping[str, float], float]:
     """The adapter with other layers, the error of each, and that of all together."""
-    if not CONVERSIONS[target].takes_rank:
+    conversion, notes, extra = CONVERSIONS[target], adapter.notes, adapter.metadata.extra
+    if not conversion.takes_rank:
         return adapter, {}, 0.0
-    original, notes = "", adapter.notes
-    if target in _APPROXIMATE and model is not None and settings.rank is not None:
-        weight_of = partial(module_weight, model)
-        rank, energy = settings.rank, settings.energy
-        layers, errors, total = approximate(adapter.layers, weight_of, rank, energy)
-        how = f"singular values, rank {rank}" + ("" if energy is None else f", energy {energy:g}")
+    if model is None or conversion.plain_lora_in:
+        fitted = decomposed(adapter.layers, settings, model)
+        how = f"singular values{'' if model else ' of the update'}, {settings.ranks}"
     else:
-        fitted, how, original = _resized(adapter, settings, model), str(settings), "original "
-        layers, errors, total = fitted.layers, fitted.errors, fitted.total_error
-        if model is None:
-            how = f"singular values of the update, {settings.ranks}"
-        if model is None and total and any(w.magnitude is not None for w in layers.values()):
-            notes += (_OF_THE_UPDATE,)
-    is_exact = original and not total
-    metadata = adapter.metadata if is_exact else _approximation_of(adapter, how, original, total)
-    adapter = dataclasses.replace(adapter, layers=layers, beside={}, metadata=metadata, notes=notes)
-    return adapter, errors, total
-
-
-def _resized(adapter: AdapterFile, settings: FitSettings, model: ModelWeights | None) -> Fitted:
-    if model is None:
-        return truncate_layers(adapter.layers, settings)
-    parts = [WeightedAdapter(adapter.layers), WeightedAdapter(adapter.beside)]
-    return fit_to_adapters(model, parts, settings)
-
-
-def _approximation_of(
-    adapter: AdapterFile, how: str, original: str, error: float
-) -> AdapterMetadata:
-    """The facts of an approximation: of what, how, and how far off it is at most."""
-    extra = dict(adapter.metadata.extra)
-    extra.pop(TRAINED_ALPHA, None)  # its own rank and alpha are those of the approximation
+        parts = [WeightedAdapter(adapter.layers), WeightedAdapter(adapter.beside)]
+        fitted, how = fit_to_adapters(model, parts, settings), str(settings)
     is_dora = any(layer.magnitude is not None for layer in adapter.layers.values())
-    stated = stated_approximation(extra)
-    before = stated.error or 0.0 if stated else 0.0
-    extra |= {
-        "approximation": how,
-        APPROXIMATES: extra.get(APPROXIMATES, original + ("DoRA" if is_dora else "LoRA")),
-        APPROXIMATION_ERROR: f"{before + error + before * error:.3g}",
-    }
-    return dataclasses.replace(adapter.metadata, extra=extra)
-
-
-def _family(model: StoredModel | None) -> str:
-    return "" if model is None else model.family.name
+    if model is None and fitted.total_error and is_dora:
+        notes += (_OF_THE_UPDATE,)
+    if conversion.plain_lora_in or fitted.total_error:
+        of = ("" if conversion.plain_lora_in else "original ") + ("DoRA" if is_dora else "LoRA")
+        before = stated_approximation(extra)
+        error = before.error or 0.0 if before else 0.0
+        extra = fitted.stated(extra, extra.get(APPROXIMATES, of), how, error)
+    metadata = dataclasses.replace(adapter.metadata, extra=extra)
+    adapter = AdapterFile(fitted.layers, metadata, notes, tokens=adapter.tokens)
+    return adapter, fitted.errors, fitted.total_error
 
 
 def _with_additions(
@@ -291,21 +229,3 @@ def _with_additions(
         tag_frequency=dict.fromkeys(tags, 1) | counts if counts else counts,
     )
     return dataclasses.replace(adapter, metadata=metadata)
-
-
-def check_free(
-    output: Path, file_name: str | None, inputs: Sequence[Path], overwrite: bool
-) -> None:
-    """Refuse an output that exists, would replace what it is made from, or cannot be written."""
-    if output.suffix in PICKLED:
-        raise ExportError(f"{output.name}: pickles are not written; use the suffix .safetensors")
-    file = output if output.suffix == ".safetensors" or file_name is None else output / file_name
-    require_writable(file, is_folder=file_name is None)
-    if not file.exists():
-        return
-    for path in inputs:
-        # A PEFT folder may be that of one component, inside of the output.
-        is_around = file.is_dir() and file.resolve() in path.resolve().parents
-        if is_around or (path.exists() and file.samefile(path)):
-            raise ExportError(f"{file} is or holds what is read for it; choose another name")
-    refuse_existing([file], overwrite)

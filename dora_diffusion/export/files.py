@@ -15,6 +15,7 @@ from dora_diffusion.formats.adapter.inspect import AdapterReport, report_on
 from dora_diffusion.formats.checkpoint.models import CheckpointFile, PipelineFolder, StoredModel
 from dora_diffusion.formats.files.atomic import DiskFullError, disk_full, require_writable
 from dora_diffusion.formats.files.stream import PICKLED
+from dora_diffusion.formats.layouts.other import layout_named
 
 # Called with the number of bytes written so far, and of all.
 OnProgress = Callable[[int, int], None]
@@ -108,7 +109,7 @@ def check_space(output: Path, needed: int) -> None:
         raise DiskFullError(error.errno, f"{error.strerror} ({text})")
 
 
-def check_output(output: Path, base: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+def check_model_output(output: Path, base: Path, inputs: Sequence[Path], overwrite: bool) -> None:
     """Refuse an output that would destroy something.
 
     Args:
@@ -122,23 +123,15 @@ def check_output(output: Path, base: Path, inputs: Sequence[Path], overwrite: bo
             inside the base or around it, is or holds an input, or asks for a pickle.
         OSError: If its folder cannot be written to.
     """
+    _refuse_pickle(output)
     source, target = base.resolve(), output.resolve()
-    if output.suffix in PICKLED:
-        raise ExportError(f"{output.name}: pickles are not written; use the suffix .safetensors")
     if source in target.parents or target in source.parents:
         raise ExportError(
             f"{output} and the base {base} lie inside one another; choose another name"
         )
     require_writable(output.parent, is_folder=True)
-    if not output.exists():
-        return
-    for path in (base, *inputs):
-        taken = path.resolve()
-        is_inside = taken.is_dir() and taken in target.parents
-        if target == taken or target in taken.parents or is_inside:
-            raise ExportError(
-                f"{output} is or holds {path.name}, which is read for it; choose another name"
-            )
+    inside = [path for path in inputs if path.is_dir() and path.resolve() in target.parents]
+    _refuse_inputs(output, (base, *inputs), inside)
     refuse_existing([output], overwrite)
     if output.is_dir() and output.suffix == ".safetensors":
         raise ExportError(f"{output} is a folder; a single file cannot replace it")
@@ -146,6 +139,51 @@ def check_output(output: Path, base: Path, inputs: Sequence[Path], overwrite: bo
         raise ExportError(f"{output} is a folder but not a model; it will not be replaced")
     if output.is_file() and output.suffix != ".safetensors":
         raise ExportError(f"{output} is a file but not a model; it will not be replaced")
+
+
+def check_adapter_output(
+    output: Path, kind: str, adapter: AdapterFile, inputs: Sequence[Path], overwrite: bool
+) -> dict[str, Path]:
+    """Refuse an output that exists, would replace what it is made from, or cannot be written.
+
+    Args:
+        output: The file to write, or a folder for it.
+        kind: The layout that it is written in.
+        adapter: What has the tokens that are written beside it.
+        inputs: What is read.
+        overwrite: Whether files that exist may be replaced.
+
+    Returns:
+        The files of the adapter's tokens, by token.
+
+    Raises:
+        ExportError: If it, or one of these, is refused.
+        OSError: If its folder cannot be written to.
+    """
+    _refuse_pickle(output)
+    name = layout_named(kind).file_name
+    file = output if output.suffix == ".safetensors" or name is None else output / name
+    require_writable(file, is_folder=name is None)
+    _refuse_inputs(file, inputs)
+    embeddings = embeddings_beside(output, adapter)
+    refuse_existing((file, *embeddings.values()), overwrite)
+    return embeddings
+
+
+def _refuse_pickle(output: Path) -> None:
+    if output.suffix in PICKLED:
+        raise ExportError(f"{output.name}: pickles are not written; use the suffix .safetensors")
+
+
+def _refuse_inputs(output: Path, inputs: Iterable[Path], around: Sequence[Path] = ()) -> None:
+    """Refuse an output that is there, and is or holds what is read, or lies in some of that."""
+    for path in inputs if output.exists() else ():
+        # Of a folder in PEFT's layout, one component's may be read.
+        is_same = path.exists() and output.samefile(path)
+        if is_same or path in around or output.resolve() in path.resolve().parents:
+            raise ExportError(
+                f"{output} is or holds {path.name}, which is read for it; choose another name"
+            )
 
 
 def refuse_existing(outputs: Iterable[Path], overwrite: bool) -> None:
@@ -186,14 +224,3 @@ def replace_folder(temporary: Path, output: Path) -> None:
             if old.exists() and not output.exists():
                 system.replace(old, output)
             raise
-
-
-def check_overwrite(output: Path, adapter: AdapterFile, overwrite: bool) -> dict[str, Path]:
-    """Return the files beside an adapter for its tokens, by token.
-
-    Raises:
-        ExportError: If one of these files exists, and may not be replaced.
-    """
-    embeddings = embeddings_beside(output, adapter)
-    refuse_existing(embeddings.values(), overwrite)
-    return embeddings

@@ -11,15 +11,11 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.export.files import ExportError, OnProgress, ProgressReporter
-from dora_diffusion.formats.adapter.metadata import (
-    APPROXIMATES,
-    APPROXIMATION_ERROR,
-    TRAINED_ALPHA,
-)
+from dora_diffusion.formats.adapter.metadata import APPROXIMATES, APPROXIMATION_ERROR, TRAINED_ALPHA
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes, module_weight
 from dora_diffusion.formats.layouts import KEY_FORMATS
 from dora_diffusion.numerics.extract import best_dora, known_scale
-from dora_diffusion.numerics.low_rank import low_rank, truncated
+from dora_diffusion.numerics.low_rank import low_rank, plain_lora, truncated
 from dora_diffusion.numerics.merging import WeightedAdapter, layers_of, merge_tensor
 from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.threads import map_ahead
@@ -166,34 +162,43 @@ class Fitted:
         self.errors[name] = left / size if size else 0.0
         self._left, self._size = math.hypot(self._left, left), math.hypot(self._size, size)
 
-    def stated(self, extra: Mapping[str, str], of: str, settings: FitSettings) -> dict[str, str]:
-        """Metadata fields with what was fitted, to what, and the error."""
-        kept = {name: text for name, text in extra.items() if name != TRAINED_ALPHA}
-        return kept | {
-            "approximation": str(settings),
-            APPROXIMATES: of,
-            APPROXIMATION_ERROR: f"{self.total_error:.3g}",
-        }
+    def stated(
+        self, extra: Mapping[str, str], of: str, how: str | FitSettings, before: float = 0.0
+    ) -> dict[str, str]:
+        """Metadata fields with how it was fitted, to what, and the largest error.
+
+        Args:
+            extra: Further fields; an alpha of training is not that of what was fitted.
+            of: The original.
+            how: The fit.
+            before: The error of what it was fitted to.
+        """
+        error = before + self.total_error + before * self.total_error
+        facts = {"approximation": str(how), APPROXIMATES: of, APPROXIMATION_ERROR: f"{error:.3g}"}
+        return {name: text for name, text in extra.items() if name != TRAINED_ALPHA} | facts
 
 
 def fit_layers(
-    names: Iterable[str],
+    model: ModelWeights,
+    names: Sequence[str],
     target_of: Callable[[str], FitTarget | None],
     settings: FitSettings,
-    on_fitted: Callable[[str], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Fitted:
     """Fit one layer after the other, a few at a time in threads of one core each.
 
     Args:
+        model: The base.
         names: Canonical module names.
         target_of: Loads what a layer is fitted to; None if the weight is the base's.
         settings: How.
-        on_fitted: Called with each name that is done.
+        on_progress: Called with (bytes of these weights done, bytes in all).
 
     Raises:
         ExportError: If a weight holds numbers that are not finite.
     """
-    fitted = Fitted()
+    fitted, nbytes = Fitted(), {name: model.specs[f"{name}.weight"].nbytes for name in names}
+    report = ProgressReporter(sum(nbytes.values()), on_progress)
 
     def fit(name: str) -> tuple[LayerWeights, float, float] | None:
         target = target_of(name)
@@ -204,8 +209,7 @@ def fit_layers(
             fitted.unchanged += 1
         else:
             fitted.add(name, *result)
-        if on_fitted is not None:
-            on_fitted(name)
+        report.step(nbytes[name])
     return fitted
 
 
@@ -263,8 +267,6 @@ def fit_to_adapters(
         on_progress: Called with (bytes of the base's adapted weights done, bytes in all).
     """
     names = [n for n in module_shapes(model) if any(n in adapter.layers for adapter in adapters)]
-    nbytes = {name: model.specs[f"{name}.weight"].nbytes for name in names}
-    report = ProgressReporter(sum(nbytes.values()), on_progress)
 
     def target_of(name: str) -> FitTarget | None:
         base, layers = module_weight(model, name), layers_of(f"{name}.weight", adapters)
@@ -279,7 +281,7 @@ def fit_to_adapters(
         start = known_scale(oriented(base, kind), strengths, settings.norm_axis)
         return FitTarget(base, tuned, rank, start, kind=kind)
 
-    return fit_layers(names, target_of, settings, lambda name: report.step(nbytes[name]))
+    return fit_layers(model, names, target_of, settings, on_progress)
 
 
 def _cancels(base: Tensor, tuned: Tensor, layers: Sequence[tuple[LayerWeights, Strengths]]) -> bool:
@@ -302,13 +304,22 @@ def _stays(layer: LayerWeights, strengths: Strengths, settings: FitSettings) -> 
     )
 
 
-def truncate_layers(layers: Mapping[str, LayerWeights], settings: FitSettings) -> Fitted:
-    """Layers of a smaller rank from their factors alone, without the base.
+def decomposed(
+    layers: Mapping[str, LayerWeights], settings: FitSettings, model: ModelWeights | None
+) -> Fitted:
+    """Layers of a smaller rank by their singular values, in the dtype of their own.
 
-    Magnitudes stay. Errors are those of ``s B A``, which is the whole change of a plain LoRA.
+    Args:
+        layers: The adapter.
+        settings: Their rank; without one each keeps its own.
+        model: The base, for plain LoRA. Without it magnitudes stay, and errors are those of
+            ``s B A``, which is the whole change of a plain LoRA.
     """
     fitted = Fitted()
     for name, layer in layers.items():
-        rank = settings.rank_of(layer.weight_shape, layer.rank)
-        fitted.add(name, *truncated(layer, rank, settings.energy))
+        rank, energy = settings.rank_of(layer.weight_shape, layer.rank), settings.energy
+        if model is None or layer.magnitude is None:
+            fitted.add(name, *truncated(layer, rank, energy))
+        else:
+            fitted.add(name, *plain_lora(module_weight(model, name), layer, rank, energy))
     return fitted

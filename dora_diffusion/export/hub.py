@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +80,12 @@ def check(repository: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    is_name = repository.count("/") == 1 and repository == repository.strip()
     try:
         validate_repo_id(repository)
-    except HFValidationError as error:
-        raise HubError(f"{repository!r} is not a name on the hub; write NAME/MODEL") from error
-    if repository.count("/") != 1 or repository != repository.strip():
+    except HFValidationError:
+        is_name = False
+    if not is_name:
         raise HubError(f"{repository!r} is not a name on the hub; write NAME/MODEL")
     if is_offline():
         raise HubError("HF_HUB_OFFLINE is set, so nothing is sent to the hub; unset it to publish")
@@ -95,30 +95,23 @@ def check(repository: str) -> None:
 
 def _files(folder: Path, adapter: Path | None, card: str | None) -> dict[str, Path | bytes]:
     """Path in the repository -> what to upload."""
+    import yaml
+
     file = adapter or find_adapter(folder)
     if file.is_dir():
         raise HubError(f"{file} is in PEFT's layout; publish the run that made it")
     files: dict[str, Path | bytes] = {file.name: file}
+    for name in ("README.md", "config.yaml", "metrics.jsonl"):
+        if (folder / name).is_file():
+            files[name] = folder / name
     if card is not None:
         files["README.md"] = card.encode("utf-8")
-    elif (folder / "README.md").is_file():
-        files["README.md"] = folder / "README.md"
-    if (folder / "config.yaml").is_file():
-        files["config.yaml"] = _without_places(folder / "config.yaml")
-    if (folder / "metrics.jsonl").is_file():
-        files["metrics.jsonl"] = folder / "metrics.jsonl"
+    if "config.yaml" in files:  # without this computer's folders
+        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+        text: str = yaml.safe_dump(without_paths(values), sort_keys=False, allow_unicode=True)
+        files["config.yaml"] = text.encode("utf-8")
     others = [*sorted(folder.glob("samples/*.png")), *embeddings_of(file)]
     return files | {f"{path.parent.name}/{path.name}": path for path in others if path.is_file()}
-
-
-def _without_places(file: Path) -> bytes:
-    """Settings without this computer's folders."""
-    import yaml
-
-    values: Mapping[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    return yaml.safe_dump(without_paths(values), sort_keys=False, allow_unicode=True).encode(
-        "utf-8"
-    )
 
 
 def _reason(error: Any) -> str:

@@ -25,25 +25,21 @@ from dora_diffusion.formats.adapter.stored import find_adapter
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.formats.layouts.dotted import PEFT_FILE
 from dora_diffusion.numerics.merging import WeightedAdapter
-from dora_diffusion.numerics.weights import (
-    LayerWeights,
-    MergeStrengths,
-    Strengths,
-    require_strength,
-)
+from dora_diffusion.numerics.weights import MergeStrengths, Strengths, require_strength
 
 Adapters = str | Path | Sequence[tuple[str | Path, float]]
 _CHUNK = 2**18  # stays in the processor's cache between reading and hashing
 _KNOBS = ("unet_strength", "text_encoder_strength", "direction_strength", "magnitude_strength")
 
 
-@dataclass(frozen=True)
+@dataclass
 class MergeSpec:
     """Adapters and their strengths.
 
     Attributes:
         adapters: One adapter, or several as ``[(adapter, strength), ...]``, or none.
         strengths: How strongly all of them act.
+        parts: File, own strength and content of each, once they are read.
 
     Raises:
         ValueError: If a strength is out of its limits.
@@ -51,6 +47,7 @@ class MergeSpec:
 
     adapters: Adapters
     strengths: MergeStrengths = field(default_factory=MergeStrengths)
+    parts: list[tuple[Path, float, AdapterFile]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         for path, strength in self.pairs():
@@ -71,6 +68,10 @@ class MergeSpec:
             return [(self.adapters, 1.0)]
         return list(self.adapters)
 
+    def files(self) -> list[Path]:
+        """The adapters' files, in their order."""
+        return [find_adapter(path) for path, _ in self.pairs()]
+
     def knobs(self) -> dict[str, float]:
         """The strengths that act on all adapters, but the plain one."""
         return {name: getattr(self.strengths, name) for name in _KNOBS}
@@ -89,69 +90,53 @@ class MergeSpec:
         Warns:
             UserWarning: Of strengths that act on nothing that these adapters hold.
         """
-        adapters = [read_adapter(path, base, sums=True) for path, _ in self.pairs()]
+        files = self.files()
+        adapters = [read_adapter(file, base, sums=True) for file in files]
         if alpha is not None and adapters:
-            if not any(adapter.lacks_alpha for adapter in adapters):
+            lacking = [number for number, adapter in enumerate(adapters) if adapter.lacks_alpha]
+            if not lacking:
                 raise ExportError(f"alpha {alpha:g} has no effect: every adapter says its own")
-            adapters = [
-                read_adapter(path, base, alpha=alpha, sums=True) if adapter.lacks_alpha else adapter
-                for adapter, (path, _) in zip(adapters, self.pairs(), strict=True)
-            ]
-        layers = [
-            layer
-            for adapter in adapters
-            for part in (adapter.layers, adapter.beside)
-            for layer in part.items()
-        ]
-        reasons = self._without_effect(layers) if adapters else self._without_adapter(alpha)
-        for reason in reasons:
-            warnings.warn(reason, stacklevel=3)
+            for number in lacking:
+                adapters[number] = read_adapter(files[number], base, alpha=alpha, sums=True)
+        self.parts = list(zip(files, (own for _, own in self.pairs()), adapters, strict=True))
+        if not adapters and alpha is not None:
+            warnings.warn("alpha has no effect because no adapter is given", stacklevel=3)
+        for name, reason in self._without_effect().items():
+            if getattr(self.strengths, name) != 1:
+                warnings.warn(f"{name} has no effect because {reason}", stacklevel=3)
         return adapters
 
-    def _without_effect(self, layers: Sequence[tuple[str, LayerWeights]]) -> list[str]:
-        """Strengths other than 1 that act on nothing, with the reason."""
-        acts_on = {
-            "unet_strength": (any(n.startswith("unet.") for n, _ in layers), "layer of a UNet"),
-            "text_encoder_strength": (
-                any(n.startswith("text_encoder") for n, _ in layers),
-                "layer of a text encoder",
-            ),
-            "magnitude_strength": (any(w.magnitude is not None for _, w in layers), "magnitude"),
-        }
-        return [
-            f"{name} has no effect because no adapter holds a {what}"
-            for name, (is_there, what) in acts_on.items()
-            if getattr(self.strengths, name) != 1 and not is_there
-        ]
+    def _without_effect(self) -> dict[str, str]:
+        """Strengths that act on nothing that these adapters hold, with the reason."""
+        if not self.parts:
+            return dict.fromkeys(vars(self.strengths), "no adapter is given")
+        parts = [adapter for *_, adapter in self.parts]
+        layers = [one for part in parts for one in (part.layers, part.beside)]
+        names = {name.partition(".")[0] for each in layers for name in each}
+        has_magnitude = any(w.magnitude is not None for each in layers for w in each.values())
+        acts_on = (
+            ("unet_strength", "layer of a UNet", "unet" in names),
+            ("text_encoder_strength", "layer of a text encoder", names - {"unet"}),
+            ("magnitude_strength", "magnitude", has_magnitude),
+        )
+        return {name: f"no adapter holds a {what}" for name, what, held in acts_on if not held}
 
-    def _without_adapter(self, alpha: float | None) -> list[str]:
-        """All that acts on nothing where there is no adapter."""
-        moved = [name for name, value in vars(self.strengths).items() if value != 1]
-        moved += ["alpha"] * (alpha is not None)
-        return [f"{name} has no effect because no adapter is given" for name in moved]
+    def assumptions(self) -> list[str]:
+        """The assumptions about the adapters, a line each, with their file."""
+        return [f"{file.name}: {text}" for file, _, own in self.parts for text in own.assumptions]
 
-    def assumptions(self, adapters: Sequence[AdapterFile]) -> list[str]:
-        """Return the assumptions about adapters that `read` gave, a line each, with their file."""
-        names = [find_adapter(path).name for path, _ in self.pairs()]
-        return [
-            f"{name}: {assumption}"
-            for name, adapter in zip(names, adapters, strict=True)
-            for assumption in adapter.assumptions
-        ]
+    def warn_of_assumptions(self) -> None:
+        for assumption in self.assumptions():
+            warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=3)
 
-    def embeddings(
-        self, adapters: Sequence[AdapterFile], model: Path, output: Path
-    ) -> list[tuple[Path, str, Vectors]]:
-        """File, token and vectors of the base's own, and of each adapter that `read` gave.
+    def embeddings(self, model: Path, output: Path) -> list[tuple[Path, str, Vectors]]:
+        """File, token and vectors of the base's own, and of each adapter.
 
         Warns:
             UserWarning: Of a token that several have with vectors of their own.
         """
         folder = output.parent if output.suffix == ".safetensors" else output
-        named = [
-            (find_adapter(path).stem, adapter.tokens)
-            for adapter, (path, _) in zip(adapters, self.pairs(), strict=True)
-        ]
+        named = [(file.stem, adapter.tokens) for file, _, adapter in self.parts]
         stems: Counter[str] = Counter()
         found: list[tuple[Path, str, Vectors]] = []
         for stem, tokens in [(model.stem, read_tokens(model)), *named]:
@@ -170,12 +155,11 @@ class MergeSpec:
                 )
         return found
 
-    def weighted(self, adapters: Sequence[AdapterFile]) -> list[WeightedAdapter]:
-        """The adapters that `read` gave, with the strengths of each component."""
-        all_of = self.strengths
+    def weighted(self) -> list[WeightedAdapter]:
+        """The adapters, with the strengths of each component."""
+        all_of, weighted = self.strengths, []
         shares = ((True, all_of.unet_strength), (False, all_of.text_encoder_strength))
-        weighted = []
-        for adapter, (_, strength) in zip(adapters, self.pairs(), strict=True):
+        for _, strength, adapter in self.parts:
             for part, (is_unet, share) in product((adapter.layers, adapter.beside), shares):
                 layers = {n: w for n, w in part.items() if n.startswith("unet.") == is_unet}
                 total = strength * all_of.strength * share
@@ -186,28 +170,27 @@ class MergeSpec:
     def record(self) -> list[dict[str, object]]:
         """Record the merge: names and hashes, no paths; strengths other than 1 that act on all."""
         knobs = {name: value for name, value in self.knobs().items() if value != 1.0}
-        return [
-            {
-                "adapter": without_path(str(Path(path).resolve())),
-                "sha256": adapter_hash(path),
-                "strength": strength * self.strengths.strength,
-                **knobs,
-            }
-            for path, strength in self.pairs()
-        ]
+        rows = list[dict[str, object]]()
+        for path, own in self.pairs():
+            row = {"adapter": without_path(str(Path(path).resolve())), "sha256": adapter_hash(path)}
+            rows.append({**row, "strength": own * self.strengths.strength, **knobs})
+        return rows
 
 
-def recorded(text: str) -> dict[str, list[float]]:
-    """Strengths by adapter hash, from the record in a merged model's metadata.
+def recorded(text: str) -> list[tuple[str, str, list[float]]]:
+    """Name, hash and strengths of each adapter, from the record in a merged model's metadata.
 
-    For each, all strengths in the order strength, UNet, text encoders, direction, magnitude.
+    Their order is strength, UNet, text encoders, direction, magnitude. Of a record that is damaged,
+    or another program's, there are none.
     """
     names = ("strength", *_KNOBS)
     try:
-        items = json.loads(text) if text else []
-        return {item["sha256"]: [float(item.get(n, 1.0)) for n in names] for item in items}
+        return [
+            (str(row["adapter"]), row["sha256"], [float(row.get(name, 1)) for name in names])
+            for row in json.loads(text or "[]")
+        ]
     except (ValueError, TypeError, KeyError, AttributeError):
-        return {}
+        return []
 
 
 def adapter_hash(path: str | Path) -> str:
@@ -218,18 +201,13 @@ def adapter_hash(path: str | Path) -> str:
 
 def file_hash(files: Sequence[Path]) -> str:
     """SHA-256 of one file, or of several one after the other."""
-    if len(files) == 1 and (known := _hub_hash(files[0])):
-        return known
+    blob = files[0].resolve()
+    # The hub's cache names large files so.
+    if len(files) == 1 and blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return blob.name
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
     for path in files:
         with open(path, "rb", buffering=0) as file:
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
     return digest.hexdigest()
-
-
-def _hub_hash(file: Path) -> str | None:
-    """The hub's cache names large files by their SHA-256."""
-    blob = file.resolve()
-    is_hash = re.fullmatch(r"[0-9a-f]{64}", blob.name) and blob.parent.name == "blobs"
-    return blob.name if is_hash else None

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import Family
 from dora_diffusion.config.wording import listing
-from dora_diffusion.export.files import ExportError
-from dora_diffusion.formats.checkpoint.models import find_weights
+from dora_diffusion.export.files import ExportError, open_model
+from dora_diffusion.formats.checkpoint.models import StoredModel, find_weights
 from dora_diffusion.formats.checkpoint.weights import (
     VAE_PREFIX,
     Entry,
@@ -98,21 +99,19 @@ class MergedModel:
 
     def __getitem__(self, name: str) -> Tensor:
         """The merged tensor, as it is written."""
-        return self.tensor(name, self.specs[name].dtype)
+        return self.tensor(name)
 
-    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The merged tensor in a dtype, computed in float32 and cast once."""
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The merged tensor, computed in float32 and cast once, to its own dtype or another."""
         layers = layers_of(name, self.adapters)
         try:
-            return merge_tensor(self.base[name], layers, dtype)
+            return merge_tensor(self.base[name], layers, dtype or self.specs[name].dtype)
         except MergeError as error:
             raise MergeError(f"{name}: {error}") from error
 
     def build(self, entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the single-file layout, from merged sources."""
-        return entry.build(
-            self[name] if dtype is None else self.tensor(name, dtype) for name in entry.sources
-        )
+        return entry.build(self.tensor(name, dtype) for name in entry.sources)
 
     def explains(self, entry: Entry, written: Tensor) -> bool:
         """Return whether a tensor is the merged one, but for the rounding that is due.
@@ -125,17 +124,11 @@ class MergedModel:
         if torch.equal(written, self.build(entry)):
             return True
         wanted = self.build(entry, torch.float32)
-        errors = (self._error(name) for name in entry.sources)
+        layers = {name: layers_of(name, self.adapters) for name in entry.sources}
+        errors = (merge_error(self.base[name], own) for name, own in layers.items())
         allowed = cast_error(wanted, written.dtype) + 2 * entry.build(errors)
         # In this form, so that a NaN is a difference, too.
         return bool(((written.float() - wanted).abs() <= allowed).all())
-
-    def _error(self, name: str) -> Tensor:
-        return merge_error(self.base[name], layers_of(name, self.adapters))
-
-    def is_adapted(self, entry: Entry) -> bool:
-        """Return whether an adapter acts on one of the entry's sources."""
-        return any(layers_of(name, self.adapters) for name in entry.sources)
 
 
 def check_sample(path: Path, entries: Sequence[Entry], merged: MergedModel) -> None:
@@ -144,7 +137,8 @@ def check_sample(path: Path, entries: Sequence[Entry], merged: MergedModel) -> N
     Raises:
         ExportError: If one differs by more than its rounding.
     """
-    adapted = [entry for entry in entries if merged.is_adapted(entry)]
+    acts = merged.adapters
+    adapted = [e for e in entries if any(layers_of(name, acts) for name in e.sources)]
     step = max(1, len(adapted) // _CHECKED_TENSORS)
     with TensorReader(path) as reader:
         for entry in adapted[::step][:_CHECKED_TENSORS]:
@@ -179,12 +173,10 @@ class VaeFile:
                 unknown.append(key)
         if unknown or not self._key_of:
             raise ExportError(f"{reader.path.name} is not an autoencoder: {listing(unknown)}")
-        self.specs = {name: self._spec(name, key) for name, key in self._key_of.items()}
-
-    def _spec(self, name: str, key: str) -> TensorSpec:
-        spec = self.reader.specs[key]
-        linear = ".attentions.0.to_" in name and name.endswith(".weight")
-        return TensorSpec(spec.dtype, spec.shape[:2]) if linear else spec
+        self.specs = {name: reader.specs[key] for name, key in self._key_of.items()}
+        for name, spec in self.specs.items():
+            if ".attentions.0.to_" in name and name.endswith(".weight"):  # a Linear's
+                self.specs[name] = TensorSpec(spec.dtype, spec.shape[:2])
 
     def __getitem__(self, name: str) -> Tensor:
         """Load one tensor by canonical name."""
@@ -198,23 +190,31 @@ def with_vae(base: ModelWeights, vae: VaeFile) -> Overlay:
         ExportError: If the autoencoders differ in shape.
     """
     replaced = {name: spec for name, spec in base.specs.items() if name.startswith("vae.")}
-    wrong = [
-        name
-        for name in replaced.keys() | vae.specs.keys()
-        if _size(replaced.get(name)) != _size(vae.specs.get(name))
-    ]
-    if wrong:
+    # The same for a Linear weight and a 1x1 convolution: first dimension and number of values.
+    own, new = (
+        {name: (*spec.shape[:1], math.prod(spec.shape)) for name, spec in specs.items()}
+        for specs in (replaced, vae.specs)
+    )
+    if wrong := [name for name in own.keys() | new.keys() if own.get(name) != new.get(name)]:
         raise ExportError(f"the autoencoder is of another kind than the base's: {listing(wrong)}")
     return Overlay(base, {name: partial(vae.__getitem__, name) for name in vae.specs}, vae.specs)
 
 
-def _size(spec: TensorSpec | None) -> tuple[int, int]:
-    """First dimension and number of values: the same for a Linear weight and a 1x1 convolution."""
-    return (0, 0) if spec is None else ((*spec.shape, 1)[0], math.prod(spec.shape))
+@contextlib.contextmanager
+def open_base(base: BaseModel) -> Iterator[tuple[StoredModel, ModelWeights, VaeFile | None]]:
+    """Open a base: the stored model, its weights with the autoencoder of ``base.vae``, and that.
+
+    Raises:
+        ExportError: If that is not an autoencoder, or of another kind than the model's own.
+    """
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(open_model(base))
+        vae = stack.enter_context(_open_vae(base.vae)) if base.vae else None
+        yield model, with_vae(model, vae) if vae else model, vae
 
 
 @contextlib.contextmanager
-def open_vae(name: str | Path) -> Iterator[VaeFile]:
+def _open_vae(name: str | Path) -> Iterator[VaeFile]:
     """Open an autoencoder and close its file afterwards.
 
     Args:

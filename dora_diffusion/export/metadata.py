@@ -16,7 +16,6 @@ from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import model_name
 from dora_diffusion.export.merge_spec import MergeSpec, file_hash
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, field_of
-from dora_diffusion.formats.adapter.file import AdapterFile
 from dora_diffusion.formats.adapter.metadata import (
     CAPTIONS,
     OWN,
@@ -34,50 +33,14 @@ from dora_diffusion.formats.checkpoint.models import StoredModel
 MERGED, BASE, TRAINED = OWN + "merged", OWN + "base", OWN + "trained"
 TRIGGER = OWN + "trigger"
 _UNKNOWN_HASH = "0" * 64
-# What a base says of its own bytes is not true of a changed file.
+# What a base says of its own bytes and parts is not true of a changed file.
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+_NOT_OF_THE_OUTPUT = {*_HASHES, MERGED, OWN + EMBEDDINGS}
 # What of the base's card holds for whoever uses the new model, too.
 _LICENSE_FIELDS = ("license", "license_name", "license_link", "extra_gated_prompt")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_MERGED_TEXT = """\
-{linked} with adapters merged into its weights by dora_diffusion. What the card of the base says of
-its training holds for the base; its figures are not those of this model.
-{ask}
-| adapter | strength | SHA-256 |
-|---|---|---|
-{rows}
-
-`dora-diffusion verify FOLDER --base BASE{options} --adapter FILE` recomputes every merged tensor.
-"""
-_WORDS_TEXT = """
-The model's own vocabulary does not have {words}: each is a file in `{folder}`.
-
-- A1111, Forge: copy the files to `embeddings`, and write a file's name ({names}).
-- ComfyUI: copy them to `models/embeddings`, and write {comfyui}.
-- InvokeAI: import them, and write {invokeai}.
-- Diffusers: load them into the pipeline before its first prompt, and write words in lower case:
-
-```python
-from safetensors.torch import load_file
-
-def load_word(token, file):
-    encoders = {{"clip_l": "", "clip_g": "_2"}}
-    for key, vectors in load_file(file).items():
-        part = encoders.get(key, "")
-        pipeline.load_textual_inversion(
-            {{token: vectors}},
-            token=token,
-            text_encoder=getattr(pipeline, f"text_encoder{{part}}"),
-            tokenizer=getattr(pipeline, f"tokenizer{{part}}"),
-        )
-
-{loads}
-```
-"""
-_TRAINED_TEXT = """\
-{linked}, fine-tuned by dora_diffusion. What the card of the base says of its training holds for the
-base; its figures are not those of this model.
-{ask}"""
+# Texts by what they are on.
+_TEXTS = yaml.safe_load(Path(__file__).with_name("cards.yaml").read_text(encoding="utf-8"))
 
 
 class ModelMetadata:
@@ -89,12 +52,12 @@ class ModelMetadata:
     Args:
         model: The base.
         output: What is written.
-        fields: The metadata, but for those of the base.
-        triggers: The trigger words.
+        fields: The metadata, but for those of the base and of a single file.
+        prediction_type: What the model predicts; empty where that is not known.
         text: The card's text.
         record: What was merged, as `MergeSpec.record` gives it.
         hashed: Files of the base, by the name that their hash gets.
-        words: Trained words and their files, for the card.
+        words: Trained words and their files.
     """
 
     def __init__(
@@ -102,7 +65,7 @@ class ModelMetadata:
         model: StoredModel,
         output: Path,
         fields: Mapping[str, str],
-        triggers: Sequence[str],
+        prediction_type: str,
         text: str,
         *,
         record: Sequence[Mapping[str, Any]] = (),
@@ -110,10 +73,16 @@ class ModelMetadata:
         words: Sequence[tuple[str, Path]] = (),
     ) -> None:
         self._name, self._title = model_name(model.path), output.resolve().name
-        self._family = model.family
-        self._fields = {"format": "pt", **fields}
-        self._triggers, self._text, self._record = triggers, text, record
-        self._words = word_section(words, output)
+        self._family, self._text, self._record = model.family, text, record
+        self._fields, trigger = {"format": "pt", **fields}, fields.get(TRIGGER, "")
+        self._triggers, self._words = split_triggers(trigger), word_section(words, output)
+        if output.suffix == ".safetensors":
+            named = field_of(file for _, file in words)
+            self._fields |= {OWN + name: text for name, text in named.items()}
+            spoken = modelspec_fields(model.family, output.stem, trigger, prediction_type)
+            if not prediction_type and model.family.has_two_predictions:
+                del spoken["modelspec.architecture"]  # what the base says of itself stays
+            self._fields |= spoken
         self._pool = ThreadPoolExecutor(1)
         self._hashes: dict[str, Future[str]] = {
             name: self._pool.submit(file_hash, files) for name, files in (hashed or {}).items()
@@ -123,18 +92,19 @@ class ModelMetadata:
         """The model card of a folder; ``old`` is that of the base, which stays if it is all."""
         if not (self._text or self._words) and old:
             return old
-        head, linked = _head(self._name, old)
+        name, said = self._name, _front_matter(old)
+        fields: dict[str, Any] = {"base_model": name} if _HUB_ID.fullmatch(name) else {}
+        linked = f"[{name}](https://huggingface.co/{name})" if fields else f"`{name}`"
+        fields |= {"library_name": "diffusers", "tags": ["text-to-image"]}
+        fields |= {name: value for name, value in said.items() if name in _LICENSE_FIELDS}
+        head = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
         words = " and ".join(f"**`{trigger}`**" for trigger in self._triggers)
         ask = f"\nWrite {words} in a prompt to get the subject.\n" if words else ""
         if reading := reading_in_words(stated_reading(self._fields, OWN), self._family):
             ask += f"\nIt reads prompts {reading}; `dora-diffusion generate` does so by itself.\n"
-        ask += self._words
-        rows = "\n".join(
-            f"| `{row['adapter']}` | {row['strength']:g} | `{row['sha256'][:16]}` |{_knobs(row)}"
-            for row in self._record
-        )
-        text = self._text or "{linked}, as it is.\n{ask}"
-        text = text.format(linked=linked, ask=ask, rows=rows)
+        rows = "\n".join(map(_row, self._record))
+        text = self._text or _TEXTS["unchanged"]
+        text = text.format(linked=linked, ask=ask + self._words, rows=rows)
         return f"---\n{head}---\n\n# {self._title}\n\n{text}"
 
     def draft(self) -> dict[str, str]:
@@ -167,7 +137,8 @@ def word_section(words: Sequence[tuple[str, Path]], folder: Path) -> str:
     paths = [(word, file.resolve().relative_to(around).as_posix()) for word, file in words]
     loads = [f"load_word({json.dumps(w, ensure_ascii=False)}, {json.dumps(p)})" for w, p in paths]
     stems = [file.stem for _, file in words]
-    return _WORDS_TEXT.format(
+    text: str = _TEXTS["words"]
+    return text.format(
         words=listing(dict.fromkeys(f"`{word}`" for word, _ in words)),
         folder=EMBEDDINGS,
         names=", ".join(f"`{file.stem}` for `{word}`" for word, file in words),
@@ -180,7 +151,6 @@ def word_section(words: Sequence[tuple[str, Path]], folder: Path) -> str:
 def merged_metadata(
     model: StoredModel,
     spec: MergeSpec,
-    adapters: Sequence[AdapterFile],
     output: Path,
     words: Sequence[tuple[str, Path]],
     base: BaseModel,
@@ -190,58 +160,41 @@ def merged_metadata(
     Args:
         model: The base.
         spec: What is merged.
-        adapters: What it has read.
         output: What is written.
         words: The trained words that go with it, and their files.
         base: What the base was opened as.
     """
-    fields = {name: text for name, text in model.metadata.items() if name not in _HASHES}
-    if not model.is_single_file:
-        kept = (TRAINED, TRIGGER, *(OWN + name for name in READING))
-        fields = {name: fields[name] for name in kept if name in fields}
-    for name in (MERGED, OWN + EMBEDDINGS):
-        fields.pop(name, None)
-    reading = agreed_reading([adapter.metadata.extra for adapter in adapters])
+    own, short = model.metadata, (TRAINED, TRIGGER, *(OWN + name for name in READING))
+    kept = own.keys() - _NOT_OF_THE_OUTPUT if model.is_single_file else own.keys() & short
+    fields = {name: own[name] for name in kept}
+    facts = [adapter.metadata for *_, adapter in spec.parts]
+    reading = agreed_reading([each.extra for each in facts])
     fields |= {OWN + name: text for name, text in reading.items()}
     record = spec.record()
     fields |= {MERGED: json.dumps(record)} if record else {}
-    trigger = join_triggers(
-        [trained_trigger(model.metadata), *(a.metadata.trigger for a in adapters)]
-    )
-    triggers = list(dict.fromkeys(split_triggers(trigger)))
-    fields |= {TRIGGER: join_triggers(triggers)} if triggers else {}
-    if output.suffix == ".safetensors":
-        fields |= {OWN + name: text for name, text in field_of(file for _, file in words).items()}
-        # Where there are releases of both kinds, silence tells nothing.
-        usual = "" if model.family.has_two_predictions else "epsilon"
-        prediction_type = model.schedule().get("prediction_type", usual)
-        spoken = modelspec_fields(model.family, output.stem, ", ".join(triggers), prediction_type)
-        if not prediction_type:  # of two architectures; what the base says of itself stays
-            del spoken["modelspec.architecture"]
-        fields |= spoken
+    triggers = (trained_trigger(model.metadata), *(each.trigger for each in facts))
+    if trigger := join_triggers(split_triggers(join_triggers(triggers))):
+        fields[TRIGGER] = trigger
+    # Where there are releases of both kinds, silence tells nothing.
+    usual = "" if model.family.has_two_predictions else "epsilon"
+    prediction_type = model.schedule().get("prediction_type", usual)
     options = {"variant": base.variant, "revision": base.revision}
     flags = "".join(f" --{name} {value}" for name, value in options.items() if value)
-    text = _MERGED_TEXT.replace("{options}", flags) if record else ""
-    return ModelMetadata(
-        model, output, fields, triggers, text, record=record, hashed=model.files, words=words
-    )
+    text = _TEXTS["merged"].replace("{options}", flags) if record else ""
+    rest: dict[str, Any] = {"record": record, "hashed": model.files, "words": words}
+    return ModelMetadata(model, output, fields, prediction_type, text, **rest)
 
 
 def trained_metadata(
     model: StoredModel, metadata: AdapterMetadata, output: Path, words: Mapping[str, Path]
 ) -> ModelMetadata:
     """Return the metadata of a model that was trained whole, with the files of trained words."""
-    steps, trigger = metadata.extra.get("training_steps", ""), metadata.trigger
-    fields = {TRAINED: json.dumps({"training_steps": steps})}
-    fields |= {TRIGGER: trigger} if trigger else {}
-    kept = {name: metadata.extra.get(name, "") for name in (*READING, CAPTIONS)}
-    kept |= field_of(words.values()) if output.suffix == ".safetensors" else {}
-    fields |= {OWN + name: text for name, text in kept.items() if text}
-    if output.suffix == ".safetensors":
-        prediction_type = metadata.extra.get("prediction_type", "")
-        fields |= modelspec_fields(model.family, output.stem, trigger, prediction_type)
-    triggers = split_triggers(trigger)
-    return ModelMetadata(model, output, fields, triggers, _TRAINED_TEXT, words=list(words.items()))
+    facts = metadata.extra
+    fields = {TRAINED: json.dumps({"training_steps": facts.get("training_steps", "")})}
+    fields |= {TRIGGER: metadata.trigger} if metadata.trigger else {}
+    fields |= {OWN + name: text for name in (*READING, CAPTIONS) if (text := facts.get(name))}
+    predicted, named = facts.get("prediction_type", ""), list(words.items())
+    return ModelMetadata(model, output, fields, predicted, _TEXTS["trained"], words=named)
 
 
 def trained_steps(metadata: Mapping[str, str]) -> int | None:
@@ -255,19 +208,12 @@ def trained_trigger(metadata: Mapping[str, str]) -> str:
     return metadata.get(TRIGGER, "")
 
 
-def _head(base: str, old: str) -> tuple[str, str]:
-    """The front matter of a card, and the base's name as the text has it."""
-    fields: dict[str, Any] = {"base_model": base} if _HUB_ID.fullmatch(base) else {}
-    fields |= {"library_name": "diffusers", "tags": ["text-to-image"]}
-    fields |= {name: value for name, value in _front_matter(old).items() if name in _LICENSE_FIELDS}
-    linked = f"[{base}](https://huggingface.co/{base})" if "base_model" in fields else f"`{base}`"
-    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), linked
-
-
-def _knobs(adapter: Mapping[str, Any]) -> str:
-    """Strengths of parts that are not 1, behind a row."""
-    knobs = {k: v for k, v in adapter.items() if k not in ("adapter", "sha256", "strength")}
-    return "".join(f" {name.replace('_', ' ')} {value:g}" for name, value in knobs.items())
+def _row(adapter: Mapping[str, Any]) -> str:
+    """An adapter's row in a card's table, with strengths of parts that are not 1 behind it."""
+    parts = {k: v for k, v in adapter.items() if k not in ("adapter", "sha256", "strength")}
+    knobs = "".join(f" {name.replace('_', ' ')} {value:g}" for name, value in parts.items())
+    name, strength, sha256 = adapter["adapter"], adapter["strength"], adapter["sha256"]
+    return f"| `{name}` | {strength:g} | `{sha256[:16]}` |{knobs}"
 
 
 def _front_matter(card: str) -> dict[str, Any]:

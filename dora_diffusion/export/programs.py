@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from dora_diffusion.config.families import Family
 from dora_diffusion.export.files import ExportError, open_model
+from dora_diffusion.export.merge_spec import recorded
 from dora_diffusion.export.metadata import MERGED, trained_trigger
 from dora_diffusion.formats.checkpoint.models import StoredModel, base_name
 from dora_diffusion.formats.checkpoint.programs import (
@@ -96,19 +96,12 @@ def inspect_model(path: str | Path) -> ModelReport:
             schedule=str(schedule) if schedule.prediction_type else "",
             trigger=fields.get("modelspec.trigger_phrase", "") or trained_trigger(fields),
             base=base_name(fields),
-            adapters=_merged_in(fields.get(MERGED, "[]")),
+            adapters=[(name, own[0]) for name, _, own in recorded(fields.get(MERGED, ""))],
             dtypes=[str(dtype).removeprefix("torch.") for dtype, _ in counts.most_common()],
             nbytes=sum(file.stat().st_size for files in model.files.values() for file in files),
             tools=MODEL_VERDICTS.get(kind_of(model), {}),
             notes=notes,
         )
-
-
-def _merged_in(text: str) -> list[tuple[str, float]]:
-    try:
-        return [(str(row["adapter"]), float(row["strength"])) for row in json.loads(text)]
-    except (ValueError, TypeError, KeyError):  # damaged, or another program's
-        return []
 
 
 def check_a1111_config(output: Path, model: StoredModel) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,38 +39,26 @@ def weight_change(weight: Tensor, layer: LayerWeights) -> Tensor:
     return adapted_weight(weight, layer) - upcast(weight)
 
 
-def approximate(
-    layers: Mapping[str, LayerWeights],
-    base_weight: Callable[[str], Tensor],
-    rank: int,
-    energy: float | None = None,
-) -> tuple[dict[str, LayerWeights], dict[str, float], float]:
-    """The best plain LoRA of a rank for each layer's ``W' - W``; a LoRA of that rank is itself.
+def plain_lora(
+    weight: Tensor, layer: LayerWeights, rank: int, energy: float | None = None
+) -> tuple[LayerWeights, float, float]:
+    """The best plain LoRA of a rank for a layer's ``W' - W``.
 
     Args:
-        layers: The adapter.
-        base_weight: Base weight by canonical module name.
+        weight: The base weight, as the model stores it.
+        layer: A LoRA or DoRA layer.
         rank: Largest rank; small layers get less.
         energy: See `low_rank`.
 
     Returns:
-        The layers without magnitudes, per layer the relative error
-        ``|D - B A| / |D|`` in the Frobenius norm, and that of all layers together.
+        The layer without a magnitude; the Frobenius norm of what is lost of ``W' - W``, and that of
+        ``W' - W``.
     """
-    approximations, errors = {}, {}
-    all_left = all_size = 0.0
-    for name, layer in layers.items():
-        if layer.magnitude is None:
-            approximations[name], distance, size = truncated(layer, rank, energy)
-        else:
-            target = weight_change(base_weight(name), layer)
-            lora = low_rank(target, rank, energy)
-            residual = target - (lora.up.flatten(1) @ lora.down.flatten(1)).view_as(target)
-            size, distance = target.norm().item(), residual.norm().item()
-            approximations[name] = dataclasses.replace(lora, kind=layer.kind, groups=layer.groups)
-        errors[name] = distance / size if size else 0.0
-        all_left, all_size = math.hypot(all_left, distance), math.hypot(all_size, size)
-    return approximations, errors, all_left / all_size if all_size else 0.0
+    target = weight_change(weight, layer)
+    lora = low_rank(target, rank, energy)
+    residual = target - (lora.up.flatten(1) @ lora.down.flatten(1)).view_as(target)
+    lora = dataclasses.replace(lora, kind=layer.kind, groups=layer.groups)
+    return lora, residual.norm().item(), target.norm().item()
 
 
 def low_rank(target: Tensor, rank: int, energy: float | None = None) -> LayerWeights:

@@ -157,7 +157,7 @@ def test_refusals(tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter)
         ([(file, 1.0), (file, 0.3), (other, -1.3)], {}, "cancel one another; change a strength"),
         ([(file, float("inf"))], {}, "the strength of .* is inf; it must be between"),
         (file, {"rank": 0}, "rank is 0"),
-        (file, {"output": file, "overwrite": True}, "is or holds what is read"),
+        (file, {"output": file, "overwrite": True}, "which is read for it"),
         (file, {"norm_axis": "input", "key_format": "diffusers"}, "cannot hold magnitudes"),
     ):
         arguments = {"output": output, **changes}

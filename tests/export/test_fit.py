@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from dora_diffusion.export.fit import FitSettings, Fitted
+from dora_diffusion.export.fit import FitSettings, Fitted, decomposed
+from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.numerics.weights import LayerWeights
+from tests.export.helpers import MakeAdapter
 
 
 def test_ranks_by_kind_of_layer() -> None:
@@ -40,3 +44,15 @@ def test_errors_add_up_as_one_vector() -> None:
     fitted.add("c", layer, 0.0, 0.0)
     assert fitted.errors == {"a": 0.6, "b": pytest.approx(1 / 3), "c": 0.0}
     assert fitted.total_error == pytest.approx(5 / 13)
+
+
+def test_a_plain_lora_is_its_own_approximation(
+    sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    """At a larger rank too, where singular vectors of nothing would fill the file."""
+    layers = random_adapter(sd1_folder, axis=None, every=6)
+    with PipelineFolder.open(sd1_folder) as pipeline:
+        fitted = decomposed(layers, FitSettings(64), pipeline)
+    assert all(fitted.layers[name] is layer for name, layer in layers.items())
+    assert not any(fitted.errors.values())
+    assert fitted.total_error == 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.export.checkpoint import export_checkpoint
-from dora_diffusion.export.combine import combine_adapters
+from dora_diffusion.export.derive import combine_adapters
 from dora_diffusion.export.verify import verify_checkpoint
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,

@@ -52,7 +52,7 @@ def test_it_says_where_the_file_is_exact(trained, sd1_folder, tmp_path, capsys, 
     assert main(["convert", str(trained), str(file), "--to", "kohya"]) == 1
     assert "exists" in last_line()
     assert main(["convert", str(file), str(file), "--to", "diffusers"]) == 1
-    assert "is or holds what is read for it" in last_line()
+    assert "which is read for it" in last_line()
 
 
 def test_a_folder_can_be_packed(trained, tmp_path, capsys, last_line):

@@ -195,13 +195,13 @@ def test_export_and_verify_are_given_the_same_merge(command):
             "sampling.generate.load_adapted",
         ),
         ("generate --prompt x --output OUT/a.png", "sampling.generate.load_adapted"),
-        ("combine RUN --output OUT/a.safetensors", "export.combine.fit_to_adapters"),
+        ("combine RUN --output OUT/a.safetensors", "export.derive.fit_to_adapters"),
         ("convert RUN OUT/a.safetensors --to dora --rank 1", "export.convert.fit_to_adapters"),
         ("convert RUN OUT --to peft", "export.convert.write_adapter"),
         ("rank-checkpoints RUN --output OUT/a", "sampling.generate.load_model"),
-        ("export --adapter RUN --output OUT/a", "export.checkpoint.write_folder"),
-        ("export --adapter RUN --output OUT/a.safetensors", "export.checkpoint._write_single_file"),
-        ("extract --tuned BASE --rank 1 --output OUT/a.safetensors", "export.extract.fit_layers"),
+        ("export --adapter RUN --output OUT/a", "export.checkpoint._Writer"),
+        ("export --adapter RUN --output OUT/a.safetensors", "export.checkpoint._Writer"),
+        ("extract --tuned BASE --rank 1 --output OUT/a.safetensors", "export.derive.fit_layers"),
     ],
 )
 def test_an_output_that_cannot_be_written_is_said_before_the_work(

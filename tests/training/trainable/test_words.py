@@ -18,7 +18,7 @@ from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.learning import OPTIMIZERS
 from dora_diffusion.export import convert_adapter, export_checkpoint, inspect_adapter
-from dora_diffusion.export.combine import combine_adapters
+from dora_diffusion.export.derive import combine_adapters
 from dora_diffusion.export.files import open_model
 from dora_diffusion.export.metadata import trained_trigger
 from dora_diffusion.formats.adapter.embeddings import are_equal, read_tokens

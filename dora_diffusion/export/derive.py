@@ -1,0 +1,310 @@
+"""Adapters that are fitted to a base: to a tuned model, or to what several adapters do together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.config.base import AnyModel
+from dora_diffusion.config.wording import counted, listing
+from dora_diffusion.export.convert import ConversionReport
+from dora_diffusion.export.files import (
+    ExportError,
+    OnProgress,
+    check_adapter_output,
+    model_name,
+    open_model,
+)
+from dora_diffusion.export.fit import (
+    FitSettings,
+    FitTarget,
+    Fitted,
+    axis_of,
+    fit_layers,
+    fit_to_adapters,
+)
+from dora_diffusion.export.merge_spec import Adapters, MergeSpec
+from dora_diffusion.formats.adapter.embeddings import (
+    EMBEDDINGS,
+    Vectors,
+    are_equal,
+    embedding_notes,
+)
+from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
+from dora_diffusion.formats.adapter.metadata import (
+    OWN,
+    READING,
+    UNET_LAYERS,
+    AdapterMetadata,
+    agreed_reading,
+    join_triggers,
+    without_path,
+)
+from dora_diffusion.formats.checkpoint.models import StoredModel
+from dora_diffusion.formats.checkpoint.schedule import schedule_facts
+from dora_diffusion.formats.checkpoint.weights import module_shapes, module_weight
+from dora_diffusion.formats.names.modules import known_layout
+from dora_diffusion.numerics.weights import NormAxis
+
+# Of text encoders: tables of vectors. Training moves those that its captions look up, each its own
+# way, which no low rank describes; and of the key formats only Diffusers' and PEFT's hold them.
+_TABLES = (".token_embedding", ".position_embedding")
+
+
+def extract_adapter(
+    base: AnyModel,
+    tuned: AnyModel,
+    output: str | Path,
+    *,
+    rank: int,
+    conv_rank: int | None = None,
+    method: str = "dora",
+    energy: float | None = None,
+    norm_axis: NormAxis = "output",
+    key_format: str | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> ConversionReport:
+    """Write the adapter of a rank that is nearest to a tuned model.
+
+    Every Linear and Conv2d of the UNet and the text encoders whose weight differs gets a layer;
+    tables of token vectors are left out, and a note says where they differ.
+
+    Args:
+        base: The model that the adapter will be used with, as `open_model` takes it.
+        tuned: The model to come near, of the same architecture; a folder or a file alike.
+        output: File (``.safetensors``) or folder to write.
+        rank: Largest rank; small layers get less.
+        conv_rank: Largest rank of Conv2d layers; None: ``rank``.
+        method: ``"dora"``, or ``"lora"``: without magnitudes.
+        energy: Take each layer's smallest rank with this share of the squared singular values.
+        norm_axis: Axis of the magnitudes.
+        key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the one that can hold it.
+        dtype: Of the low-rank factors; None: float32.
+        overwrite: Replace a file that exists.
+        on_progress: Called with (bytes of the base compared, bytes in all).
+
+    Returns:
+        What was written, with the error of each layer: ``|W'' - W'| / |W' - W|``.
+
+    Raises:
+        ExportError: If the models do not fit or differ, a setting cannot work, or it exists.
+        MergeError: If weights are quantised.
+    """
+    settings = FitSettings(rank, conv_rank, energy, method, norm_axis, dtype)
+    output, kind = Path(output).expanduser(), settings.key_format(key_format)
+    with open_model(base) as before, open_model(tuned) as after:
+        inputs = [before.path, after.path]
+        check_adapter_output(output, kind, AdapterFile({}), inputs, overwrite)
+        fitted, notes = _fit_models(before, after, settings, on_progress)
+        said, own = after.metadata, _metadata_for(before)
+        reading = {name: said[OWN + name] for name in READING if OWN + name in said}
+        extra = {"extracted_from": model_name(after.path), **own.extra, **reading}
+        extra = fitted.stated(extra, "tuned model", settings)
+        metadata = dataclasses.replace(own, extra=extra)
+        path = write_adapter(output, AdapterFile(fitted.layers, metadata), kind, base=before)
+    return _report(path, kind, fitted, notes, {})
+
+
+def combine_adapters(
+    base: AnyModel,
+    adapters: Adapters,
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    conv_rank: int | None = None,
+    method: str = "dora",
+    energy: float | None = None,
+    norm_axis: NormAxis | None = None,
+    key_format: str | None = None,
+    alpha: float | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> ConversionReport:
+    """Write one adapter that does what several do together, ``W' = W + sum_k s_k (W'_k - W)``.
+
+    A layer that one adapter of strength 1 has alone is kept, bit for bit, if its rank is small
+    enough. Others are the nearest of a rank: exact where that is the sum of theirs, on one axis.
+
+    Args:
+        base: The model that they are for, as `open_model` takes it.
+        adapters: ``[(adapter, strength), ...]``, or one adapter.
+        output: File (``.safetensors``) or folder to write.
+        rank: Largest rank; None: the sum of the ranks in each layer.
+        conv_rank: Largest rank of Conv2d layers; None: as ``rank``.
+        method: ``"dora"``, or ``"lora"``: without magnitudes.
+        energy: Take each layer's smallest rank with this share of the squared singular values.
+        norm_axis: Of the magnitudes. None: the adapters' own, the output axis where they differ.
+        key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the one that can hold it.
+        alpha: What adapters were trained with whose files do not say it.
+        dtype: Of the low-rank factors; None: float32.
+        overwrite: Replace a file that exists.
+        on_progress: Called with (bytes of the base's adapted weights done, bytes in all).
+
+    Raises:
+        ExportError: If a setting cannot work, the output exists, or nothing is left of the sum.
+        AdapterFormatError, MergeError: If an adapter cannot be read or does not fit the base.
+    """
+    spec, output = MergeSpec(adapters), Path(output).expanduser()
+    spec.require_adapter()
+    with open_model(base) as model:
+        read = spec.read(model, alpha)
+        spec.warn_of_assumptions()
+        parts = spec.weighted()
+        axis = norm_axis or axis_of(layer for part in parts for layer in part.layers.values())
+        settings = FitSettings(rank, conv_rank, energy, method, axis, dtype)
+        kind = settings.key_format(key_format)
+        inputs = [model.path, *spec.files()]
+        adapter = AdapterFile({}, tokens=_tokens(read))
+        embeddings = check_adapter_output(output, kind, adapter, inputs, overwrite)
+        fitted = fit_to_adapters(model, parts, settings, on_progress)
+        metadata = _metadata_of_sum(model, spec, fitted, settings)
+        adapter = AdapterFile(fitted.layers, metadata, tokens=adapter.tokens)
+        path = write_adapter(output, adapter, kind, base=model)
+    notes, left = [note for adapter in read for note in adapter.notes], fitted.unchanged
+    lost = f"nothing is left of {counted(left, 'layer')} at these strengths: the result lacks them"
+    notes += [lost] if left else []
+    return _report(path, kind, fitted, [*notes, *embedding_notes(path, embeddings)], embeddings)
+
+
+def _report(
+    path: Path, kind: str, fitted: Fitted, notes: Sequence[str], embeddings: dict[str, Path]
+) -> ConversionReport:
+    errors, total = fitted.errors, fitted.total_error
+    return ConversionReport(path, kind, len(errors), errors, total, tuple(notes), embeddings)
+
+
+def _fit_models(
+    base: StoredModel, tuned: StoredModel, settings: FitSettings, on_progress: OnProgress | None
+) -> tuple[Fitted, list[str]]:
+    """The layers, and what is to be said of the rest."""
+    _check_pair(base, tuned)
+    names = [name for name in module_shapes(base) if not name.endswith(_TABLES)]
+
+    def target_of(name: str) -> FitTarget | None:
+        before, after = module_weight(base, name), module_weight(tuned, name)
+        return FitTarget(before, after) if differ(before, after) else None
+
+    fitted = fit_layers(base, names, target_of, settings, on_progress)
+    if not fitted.layers:
+        raise ExportError(
+            f"{tuned.path.name} has the weights of {base.path.name} in every layer; there is "
+            "nothing to extract"
+        )
+    notes = []
+    if fitted.unchanged:
+        layers = counted(fitted.unchanged, "layer")
+        notes.append(f"no adapter for {layers} without a difference")
+    return fitted, notes + _notes_on_others(base, tuned, names)
+
+
+def _check_pair(base: StoredModel, tuned: StoredModel) -> None:
+    """Refuse models of two architectures.
+
+    Raises:
+        ExportError: If they are.
+    """
+    if base.family != tuned.family:
+        raise ExportError(
+            f"the base is {base.family.title} ({base.family.name}), {tuned.path.name} is "
+            f"{tuned.family.title} ({tuned.family.name}); both must be of one family"
+        )
+    shapes, others = module_shapes(base), module_shapes(tuned)
+    wrong = [
+        f"{name} {tuple(others[name])} for {tuple(shape)}" if name in others else f"no {name}"
+        for name, shape in shapes.items()
+        if tuple(others.get(name, ())) != tuple(shape)
+    ]
+    wrong += [f"{name}, which the base lacks" for name in others.keys() - shapes.keys()]
+    if wrong:
+        raise ExportError(f"{tuned.path.name} is not a tuned {base.path.name}: {listing(wrong, 3)}")
+
+
+def differ(base: Tensor, tuned: Tensor) -> bool:
+    """Return whether two weights differ by more than rounding to the other's data type."""
+    return not (torch.equal(base.to(tuned.dtype), tuned) or torch.equal(base, tuned.to(base.dtype)))
+
+
+def _notes_on_others(base: StoredModel, tuned: StoredModel, names: Sequence[str]) -> list[str]:
+    """A line on tensors that differ and that no adapter holds: biases, norms, tables, the VAE."""
+    held = {f"{name}.weight" for name in names}
+    different = [
+        name
+        for name in base.specs.keys() & tuned.specs.keys() - held
+        if base.specs[name].dtype.is_floating_point and differ(base[name], tuned[name])
+    ]
+    in_vae = [name for name in different if name.startswith("vae.")]
+    others = [name for name in different if not name.startswith("vae.")]
+    notes = []
+    if others:
+        notes.append(
+            f"{counted(len(others), 'other tensor')} differ, which no adapter can represent "
+            f"(biases, norms, embeddings): {listing(others, 3)}"
+        )
+    if in_vae:
+        notes.append("the VAE differs, which no adapter can represent: export --vae bakes it in")
+    return notes
+
+
+def _tokens(adapters: Sequence[AdapterFile]) -> dict[str, Vectors]:
+    """The tokens that were trained with the adapters, as trained, whatever their strengths.
+
+    Raises:
+        ExportError: If two adapters have one, and not with the same vectors.
+    """
+    tokens: dict[str, Vectors] = {}
+    for adapter in adapters:
+        shared = tokens.keys() & adapter.tokens.keys()
+        if twice := [t for t in shared if not are_equal(tokens[t], adapter.tokens[t])]:
+            raise ExportError(
+                f"two adapters have vectors of their own for {listing(twice)}, and a token "
+                "can have one: convert one of the adapters to diffusers, delete that token's file "
+                f"in the folder {EMBEDDINGS} next to the result, and combine that"
+            )
+        tokens |= adapter.tokens
+    return tokens
+
+
+def _metadata_of_sum(
+    model: StoredModel, spec: MergeSpec, fitted: Fitted, settings: FitSettings
+) -> AdapterMetadata:
+    """Return the metadata of the only adapter, or common to several; and what was combined.
+
+    Raises:
+        ExportError: If nothing was.
+    """
+    if not fitted.layers:
+        raise ExportError(
+            "nothing is left of these adapters at these strengths: they are 0, or cancel one "
+            "another; change a strength"
+        )
+    metadata, *others = facts = [adapter.metadata for *_, adapter in spec.parts]
+    if others:
+        metadata = _metadata_for(model)
+        metadata = dataclasses.replace(
+            metadata,
+            trigger=join_triggers(fact.trigger for fact in facts),
+            resolutions=tuple(sorted({side for fact in facts for side in fact.resolutions})),
+            extra={**metadata.extra, **agreed_reading([fact.extra for fact in facts])},
+            tags=tuple(dict.fromkeys(tag for fact in facts for tag in fact.tags)),
+        )
+    names = ((without_path(str(Path(path).resolve())), own) for path, own in spec.pairs())
+    combined = ", ".join(f"{name}:{strength:g}" for name, strength in names)
+    extra = {**metadata.extra, "combined": combined}
+    if fitted.total_error:
+        extra = fitted.stated(extra, "sum of the adapters", settings)
+    return dataclasses.replace(metadata, extra=extra)
+
+
+def _metadata_for(base: StoredModel) -> AdapterMetadata:
+    """Metadata of any adapter for a base: its family, name, schedule, and its UNet's layers."""
+    layout = known_layout(module_shapes(base))
+    facts = {**schedule_facts(base.schedule()), UNET_LAYERS: layout.text() if layout else ""}
+    extra = {name: text for name, text in facts.items() if text}
+    return AdapterMetadata(base.family.name, model_name(base.path), extra=extra)
