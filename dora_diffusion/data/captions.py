@@ -1,4 +1,4 @@
-"""Captions: files beside photos, what is drawn of them, and class-word captions."""
+"""Captions: files beside photos, what is drawn of them, wildcards, and class-word captions."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 import torch
 
+from dora_diffusion.config.fields import ConfigError
 from dora_diffusion.config.wording import framed, quoted, whole_word
 from dora_diffusion.data.sampler import generator_for
-from dora_diffusion.data.wildcards import Wildcards, at_random, preferring, render, variants
 
 
 def read_caption(photo: str | Path, default: str, *, per_line: bool = False) -> str:
@@ -42,6 +43,167 @@ def read_caption(photo: str | Path, default: str, *, per_line: bool = False) -> 
     return ("\n" if per_line else " ").join(line for line in lines if line) or default
 
 
+# Backslashes before other characters are those of tags: saber \(fate\).
+_PIECE = re.compile(
+    r"\\(?P<escaped>[{}|]|__)|__(?P<file>[^\W_](?:[\w ./-]*?[^\W_])?)__|(?P<mark>[{}|])"
+    r"|[^\\{}|_]+|."
+)
+WILD = re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*\}|(?<!\\)__[^\W_](?:[\w ./-]*?[^\W_])?__")
+"""Pattern of a wildcard."""
+# Of a text with more alternatives, the first ones.
+MOST_VARIANTS = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Choice among several templates."""
+
+    alternatives: tuple[Template, ...]
+
+
+Template = tuple["str | Choice", ...]
+"""A text taken apart: what is said, and what is chosen, in order."""
+
+Pick = Callable[[Choice], Template]
+
+
+def render(template: Sequence[str | Choice], pick: Pick) -> str:
+    """The text of a template, its alternatives picked one by one."""
+    parts = (part if isinstance(part, str) else render(pick(part), pick) for part in template)
+    return "".join(parts)
+
+
+def at_random(generator: torch.Generator) -> Pick:
+    """Pick any alternative, each as likely as the others."""
+
+    def pick(choice: Choice) -> Template:
+        each = choice.alternatives
+        return each[int(torch.randint(len(each), (), generator=generator))]
+
+    return pick
+
+
+def preferring(wanted: Callable[[str], bool]) -> Pick:
+    """Pick the first alternative whose text is wanted, or else the first.
+
+    Of texts that a word is in or not, no combination of alternatives avoids it where these do not.
+    """
+    picked: dict[Choice, Template] = {}
+
+    def pick(choice: Choice) -> Template:
+        if choice not in picked:
+            each = choice.alternatives
+            picked[choice] = next((one for one in each if wanted(render(one, pick))), each[0])
+        return picked[choice]
+
+    return pick
+
+
+def variants(template: Template) -> list[str]:
+    """Texts in which each alternative occurs, the first with the first of all."""
+    parts = [
+        [part]
+        if isinstance(part, str)
+        else list(islice(chain.from_iterable(map(variants, part.alternatives)), MOST_VARIANTS))
+        for part in template
+    ]
+    rows = range(max(map(len, parts), default=1))
+    return ["".join(part[row % len(part)] for part in parts) for row in rows]
+
+
+class Wildcards:
+    r"""Parser of captions; ``\{``, ``\}``, ``\|`` and ``\__`` are the characters themselves.
+
+    Args:
+        folder: Of the files: ``__colours__`` is a line of ``colours.txt``, ``__sea/fish__`` one of
+            ``sea/fish.txt``. Empty lines and those that start with ``#`` are none. Lines may hold
+            wildcards themselves.
+
+    Raises:
+        ConfigError: If there is no such folder.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = None if folder is None else Path(folder).expanduser()
+        if self.folder is not None and not self.folder.is_dir():
+            raise ConfigError(
+                f"wildcard_dir {folder} is not a folder; give one of .txt files", "wildcard_dir"
+            )
+        self._templates: dict[str, Template] = {}
+        self._files: dict[str, Choice] = {}
+
+    def render(self, text: str, pick: Pick) -> str:
+        """A text with its alternatives picked, and single spaces."""
+        return " ".join(render(self.parse(text), pick).split())
+
+    def variants(self, text: str) -> list[str]:
+        """The same with each alternative in one of them, see `variants`; none twice."""
+        return list(dict.fromkeys(" ".join(one.split()) for one in variants(self.parse(text))))
+
+    def parse(self, text: str, within: tuple[str, ...] = ()) -> Template:
+        """A text's template.
+
+        Args:
+            text: The text.
+            within: Names of the files that it is from, each a line of the one before.
+
+        Raises:
+            ConfigError: If a brace lacks its other half, or a file is missing, empty, damaged or
+                names itself.
+        """
+        if text in self._templates:
+            return self._templates[text]
+        groups: list[list[list[str | Choice]]] = [[[]]]  # Alternatives of each group that is open.
+        for piece in _PIECE.finditer(text):
+            part: str | Choice = piece["escaped"] or piece[0]
+            if piece["file"]:
+                part = self._file(piece["file"], within)
+            elif piece["mark"] == "{":
+                groups.append([[]])
+                continue
+            elif piece["mark"] == "|" and len(groups) > 1:
+                groups[-1].append([])
+                continue
+            elif piece["mark"] == "}":
+                if len(groups) == 1:
+                    raise ConfigError(rf"{quoted(text)} has }} without {{; the character is \}}")
+                part = Choice(tuple(map(tuple, groups.pop())))
+            groups[-1][-1].append(part)
+        if len(groups) > 1:
+            raise ConfigError(rf"{quoted(text)} has {{ without }}; the character is \{{")
+        self._templates[text] = tuple(groups[0][0])
+        return self._templates[text]
+
+    def _file(self, name: str, within: tuple[str, ...]) -> Choice:
+        if name in within:
+            raise ConfigError(
+                f"the wildcard __{name}__ names itself: {' > '.join((*within, name))}"
+            )
+        if name not in self._files:
+            if self.folder is None:
+                raise ConfigError(
+                    f"the wildcard __{name}__ is of a file; name its folder: wildcard_dir"
+                )
+            path = self.folder / f"{name}.txt"
+            if ".." in path.parts[len(self.folder.parts) :] or not path.is_file():
+                raise ConfigError(
+                    f"the wildcard __{name}__ has no file {name}.txt in {self.folder}"
+                )
+            try:
+                text = path.read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ConfigError(
+                    f"{path}: the wildcards are not UTF-8 text; save it as UTF-8"
+                ) from error
+            lines = (" ".join(line.split()) for line in text.splitlines())
+            texts = [line for line in lines if line and not line.startswith("#")]
+            if not texts:
+                raise ConfigError(f"the wildcard __{name}__ has no line in {name}.txt to choose")
+            inner = (*within, name)
+            self._files[name] = Choice(tuple(self.parse(text, inner) for text in texts))
+        return self._files[name]
+
+
 # What of the rules an adapter's file keeps, for captions that are read later.
 _STATED = ("per_line", "wildcards", "prefix", "suffix")
 
@@ -64,9 +226,6 @@ class CaptionRules:
         keep_tags: Tags at the start that stay in place.
         tag_dropout: Probability of leaving out each of the others.
         dropout: Probability of the empty prompt.
-
-    Raises:
-        ValueError: If a setting is impossible.
     """
 
     per_line: bool = False
@@ -79,17 +238,6 @@ class CaptionRules:
     tag_dropout: float = 0.0
     dropout: float = 0.0
 
-    def __post_init__(self) -> None:
-        """Check the settings."""
-        for name in ("tag_dropout", "dropout"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"caption {name} must be within 0 and 1, got {value}")
-        if self.keep_tags < 0:
-            raise ValueError(f"keep_tags must not be negative, got {self.keep_tags}")
-        if not self.separator:
-            raise ValueError("caption_separator is empty; give what separates tags, such as ','")
-
     def draw(self, text: str, *key: object) -> str:
         """The caption of a photo's text that a key draws."""
         lines = self._lines(text)
@@ -97,15 +245,12 @@ class CaptionRules:
         if len(lines) > 1:
             chooser = generator_for("caption line", *key)
             number = int(torch.randint(len(lines), (), generator=chooser))
-        parts = (self.prefix, lines[number], self.suffix)
-        if self.wildcards is not None:
-            pick = at_random(generator_for("wildcards", *key))
-            before, own, after = (render(self.wildcards.parse(part), pick) for part in parts)
-            parts = (before, " ".join(own.split()), after)
+        pick = at_random(generator_for("wildcards", *key))
+        prefix, own, suffix = self._parts(lines[number], pick)
         generator = generator_for("caption", *key)
-        caption = self._around(parts[0], self._tags(parts[1], generator, key), parts[2])
-        if self.dropout > 0.0:
-            caption = drop_caption(caption, self.dropout, generator)
+        caption = _around(prefix, self._tags(own, generator, key), suffix)
+        if self.dropout > 0.0 and torch.rand((), generator=generator).item() < self.dropout:
+            return ""
         return caption
 
     def draw_prompt(self, prompt: str, seed: int) -> str:
@@ -113,7 +258,7 @@ class CaptionRules:
         if self.wildcards is None:
             return prompt
         pick = at_random(generator_for("wildcards", "prompt", seed))
-        return " ".join(render(self.wildcards.parse(prompt), pick).split())
+        return self.wildcards.render(prompt, pick)
 
     def plain(self, text: str) -> str:
         """The caption that photos are measured with: the first line and alternatives, all of it."""
@@ -139,14 +284,10 @@ class CaptionRules:
 
     def variants(self, text: str) -> list[str]:
         """Captions, unshuffled and whole, in which each line and each alternative occurs."""
-        return [caption for line in self._lines(text) for caption in self._variants(line)]
-
-    def _variants(self, line: str) -> list[str]:
-        whole = self._around(self.prefix, line, self.suffix)
+        lines = [_around(self.prefix, line, self.suffix) for line in self._lines(text)]
         if self.wildcards is None:
-            return [whole]
-        found = variants(self.wildcards.parse(whole))
-        return list(dict.fromkeys(" ".join(caption.split()) for caption in found))
+            return lines
+        return [caption for line in lines for caption in self.wildcards.variants(line)]
 
     def possible(self, text: str, token: str, *, with_dropout: bool = False) -> list[str]:
         """Return each line's caption that avoids a token, and one that holds it if that differs.
@@ -157,18 +298,14 @@ class CaptionRules:
             with_dropout: Leave out every tag that `tag_dropout` may leave out.
         """
         captions = []
-        picks = [
-            preferring(lambda own: not contains_token(own, token)),
-            preferring(lambda own: contains_token(own, token)),
-        ]
+        avoiding = preferring(lambda own: not contains_token(own, token))
+        holding = preferring(lambda own: contains_token(own, token))
         for line in self._lines(text):
-            for pick in picks if self.wildcards is not None else picks[:1]:
-                parts = [self.prefix, line, self.suffix]
-                if self.wildcards is not None:
-                    parts = [render(self.wildcards.parse(part), pick) for part in parts]
+            for pick in (avoiding, holding) if self.wildcards is not None else (avoiding,):
+                prefix, own, suffix = self._parts(line, pick)
                 if with_dropout and self.tag_dropout:
-                    parts[1] = self._joint.join(self._split(parts[1])[: self.keep_tags])
-                captions.append(self._around(*parts))
+                    own = self._joint.join(self._split(own)[: self.keep_tags])
+                captions.append(_around(prefix, own, suffix))
         return list(dict.fromkeys(captions))
 
     def can_shuffle(self, captions: Sequence[str], others: int = 2) -> bool:
@@ -192,8 +329,10 @@ class CaptionRules:
         lines = text.split("\n")
         return lines if self.per_line else [" ".join(lines)]
 
-    def _around(self, prefix: str, text: str, suffix: str) -> str:
-        return framed(prefix, text, suffix) if prefix or suffix else text
+    def _parts(self, line: str, pick: Pick) -> list[str]:
+        """Prefix, line and suffix, with alternatives of wildcards picked."""
+        parts, own = [self.prefix, line, self.suffix], self.wildcards
+        return parts if own is None else [own.render(part, pick) for part in parts]
 
     def _tags(self, text: str, generator: torch.Generator, key: Sequence[object]) -> str:
         if not self.shuffle_tags and not self.tag_dropout:
@@ -241,9 +380,8 @@ def stated_rules(rules: Mapping[str, CaptionRules]) -> str:
     return quote(text, safe=' ,:;{}"') if differ or first else ""
 
 
-def drop_caption(caption: str, probability: float, generator: torch.Generator) -> str:
-    """Replace the caption by the empty prompt with the given probability."""
-    return "" if torch.rand((), generator=generator).item() < probability else caption
+def _around(prefix: str, text: str, suffix: str) -> str:
+    return framed(prefix, text, suffix) if prefix or suffix else text
 
 
 def contains_token(caption: str, token: str) -> bool:

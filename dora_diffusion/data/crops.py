@@ -6,15 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from dora_diffusion.data.decoding import REDUCTIONS
-
-if TYPE_CHECKING:
-    from PIL import Image as PILImage
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,6 @@ def plan_crop(
     original_size: tuple[int, int],
     resolution: int | tuple[int, int],
     *,
-    center: bool = True,
     generator: torch.Generator | None = None,
     multiple: int = 8,
 ) -> CropRecord:
@@ -61,12 +57,11 @@ def plan_crop(
     Args:
         original_size: ``(height, width)`` of the upright photo.
         resolution: Side of the square crop, or its ``(height, width)``.
-        center: Take the middle; otherwise the place is drawn.
-        generator: Source of the draw; needed unless ``center``.
+        generator: Draws the place; None takes the middle.
         multiple: The autoencoder's pixels per latent; both sides must be multiples of it.
 
     Raises:
-        ValueError: If the resolution does not fit, or a place is to be drawn without a generator.
+        ValueError: If the resolution does not fit.
     """
     target = (resolution, resolution) if isinstance(resolution, int) else resolution
     if min(target) < multiple or any(side % multiple for side in target):
@@ -77,16 +72,14 @@ def plan_crop(
         )
     height, width = covering_size(original_size, target)
     rows, columns = height - target[0], width - target[1]
-    if center:
-        return CropRecord(original_size, (rows // 2, columns // 2), target)
     if generator is None:
-        raise ValueError("a random crop needs a generator")
+        return CropRecord(original_size, (rows // 2, columns // 2), target)
     down, right = torch.rand(2, generator=generator).tolist()
     top, left = min(rows, int(down * (rows + 1))), min(columns, int(right * (columns + 1)))
     return CropRecord(original_size, (top, left), target)
 
 
-def cut(image: PILImage.Image, record: CropRecord) -> PILImage.Image:
+def cut(image: Image.Image, record: CropRecord) -> Image.Image:
     """Resize (Lanczos), flip and crop an image or mask as the record says.
 
     Args:
@@ -96,8 +89,6 @@ def cut(image: PILImage.Image, record: CropRecord) -> PILImage.Image:
     Raises:
         ValueError: If the record is of an image of another size.
     """
-    from PIL import Image, ImageOps
-
     own = record.original_size
     sizes = {(math.ceil(own[0] / factor), math.ceil(own[1] / factor)) for factor in REDUCTIONS}
     if (image.height, image.width) not in sizes:
@@ -113,12 +104,12 @@ def cut(image: PILImage.Image, record: CropRecord) -> PILImage.Image:
     return resized.crop((left, top, left + columns, top + rows))
 
 
-def apply_crop(image: PILImage.Image, record: CropRecord) -> Tensor:
+def apply_crop(image: Image.Image, record: CropRecord) -> Tensor:
     """Cut an RGB photo to pixels ``(3, H, W)`` float32 in [-1, 1]."""
     return _pixels(cut(image, record), 3).div(127.5).sub(1.0).contiguous()
 
 
-def apply_crop_to_mask(mask: PILImage.Image, record: CropRecord) -> Tensor:
+def apply_crop_to_mask(mask: Image.Image, record: CropRecord) -> Tensor:
     """Cut a mask ("L") with its photo's record to ``(1, H, W)`` float32 in [0, 1]."""
     return _pixels(cut(mask, record), 1).div(255.0)
 
@@ -131,7 +122,7 @@ def latent_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
     return nn.functional.adaptive_avg_pool2d(mask, (size[0], size[1]))
 
 
-def _pixels(image: PILImage.Image, channels: int) -> Tensor:
+def _pixels(image: Image.Image, channels: int) -> Tensor:
     """Values from 0 to 255 as ``(channels, H, W)`` float32."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.view(image.height, image.width, channels).permute(2, 0, 1).float()

@@ -1,24 +1,139 @@
-"""The DreamBooth dataset: photos of one or several subjects, and class images beside them."""
+"""The DreamBooth dataset: photos of one or several subjects and their draws, with class images."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dora_diffusion.data.crops import CropRecord, apply_crop, apply_crop_to_mask, latent_mask
-from dora_diffusion.data.draws import SampleTransform
-from dora_diffusion.data.images import PhotoError, open_photo
+from dora_diffusion.data.captions import CaptionRules
+from dora_diffusion.data.crops import (
+    CropRecord,
+    apply_crop,
+    apply_crop_to_mask,
+    latent_mask,
+    plan_crop,
+)
+from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo, open_mask
-from dora_diffusion.data.sampler import EpochIndex, EpochSampler
+from dora_diffusion.data.sampler import EpochIndex, EpochSampler, generator_for
 
 Planes = Callable[[Photo, CropRecord, int], Tensor]
 """A photo, its crop and the epoch -> further channels ``(k, H, W)`` of the crop's pixels."""
+
+# Of random masks, as Stable Diffusion 1.5 Inpainting was trained.
+_WHOLE = 0.25
+# Crops in which a mask must show something.
+_TRIED_CROPS = 8
+
+
+@dataclass(frozen=True)
+class SampleTransform:
+    """Crops and captions, each a function of the seed, the epoch and the photo's digest alone.
+
+    The order of access, the number of workers and the neighbours do not matter, so a resumed run
+    sees what an uninterrupted one would have.
+
+    Attributes:
+        resolution: Side of the square crops.
+        seed: Random seed of all draws.
+        multiple: The model's pixels per latent; sides must be multiples of it.
+        buckets: Photo size to crop size, for aspect-ratio buckets; overrides ``resolution``.
+        center_crop: Take the middle of the photo instead of drawing a place.
+        random_flip: Mirror half of the samples.
+        crop_variants: Draw among this many fixed crops per photo, so that a cache of latents
+            fills up without losing the variety; None draws a new place every time.
+        captions: How captions are drawn.
+
+    Raises:
+        ValueError: If the resolution does not fit the model.
+    """
+
+    resolution: int
+    _: KW_ONLY
+    seed: int = 0
+    multiple: int = 8
+    buckets: Callable[[tuple[int, int]], tuple[int, int]] | None = None
+    center_crop: bool = True
+    random_flip: bool = False
+    crop_variants: int | None = None
+    captions: CaptionRules = field(default_factory=CaptionRules)
+
+    def __post_init__(self) -> None:
+        """Check the resolution."""
+        plan_crop((self.resolution, self.resolution), self.resolution, multiple=self.multiple)
+
+    def target_size(self, photo: Photo) -> tuple[int, int]:
+        """The crop size ``(height, width)`` of a photo."""
+        return self.buckets(photo.size) if self.buckets else (self.resolution, self.resolution)
+
+    def crop(
+        self, photo: Photo, epoch: int, target_size: tuple[int, int] | None = None
+    ) -> CropRecord:
+        """The crop of a photo in an epoch; place and flip are drawn apart, each from its own."""
+        crop = plan_crop(
+            photo.size,
+            target_size or self.target_size(photo),
+            generator=None if self.center_crop else self.generator("crop", photo, epoch),
+            multiple=self.multiple,
+        )
+        coin = generator_for("flip", self.seed, epoch, photo.digest)
+        flipped = self.random_flip and torch.rand((), generator=coin).item() < 0.5
+        return replace(crop, flipped=flipped)
+
+    def generator(self, purpose: str, photo: Photo, epoch: int) -> torch.Generator:
+        """Return the random generator of a photo in an epoch, or of one of its variants."""
+        turn: object = epoch
+        if self.crop_variants is not None:
+            chooser = generator_for("variant", self.seed, epoch, photo.digest)
+            turn = f"variant {torch.randint(self.crop_variants, (), generator=chooser).item()}"
+        return generator_for(purpose, self.seed, turn, photo.digest)
+
+    def first_crops(self, photo: Photo) -> Iterator[CropRecord]:
+        """Crops of the first epochs, in which a mask must show something."""
+        return (self.crop(photo, epoch) for epoch in range(_TRIED_CROPS))
+
+    def inpainting_mask(
+        self, photo: Photo, crop: CropRecord, epoch: int, *, of_subject: bool = False
+    ) -> Tensor:
+        """Return the inpainting mask of a crop: 1 in ``(1, H, W)`` where to fill, else 0.
+
+        Args:
+            photo: The photo.
+            crop: Its crop in the epoch.
+            epoch: Of the draw.
+            of_subject: Fill where the photo's mask is bright, if it has one.
+        """
+        if of_subject and (mask := open_mask(photo)) is not None:
+            is_bright: Tensor = apply_crop_to_mask(mask, crop) >= 0.5
+            return is_bright.float()
+        return random_mask(crop.target_size, self.generator("planes", photo, epoch))
+
+    def caption(self, photo: Photo, epoch: int) -> str:
+        """The caption of a photo in an epoch."""
+        return self.captions.draw(photo.caption, self.seed, epoch, photo.digest)
+
+
+def random_mask(size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """A rectangle or an ellipse of ones anywhere in ``(1, H, W)`` zeros, or ones everywhere."""
+    kind, *drawn = torch.rand(5, generator=generator).tolist()
+    if kind < _WHOLE:
+        return torch.ones(1, *size)
+    # Distances from its centre, as shares of its half axes: a fifth of the image at least.
+    rows, columns = (
+        (torch.arange(side) + 0.5 - centre * side) / (side * (0.2 + 0.8 * share) / 2)
+        for side, centre, share in zip(size, drawn[:2], drawn[2:], strict=True)
+    )
+    is_ellipse = kind < (1 + _WHOLE) / 2
+    down, right = rows.abs()[:, None], columns.abs()[None, :]
+    distance = (down.square() + right.square()).sqrt() if is_ellipse else down.maximum(right)
+    inside: Tensor = distance <= 1
+    return inside.float()[None]
 
 
 @dataclass(frozen=True)
@@ -99,9 +214,6 @@ class SubjectPhotos:
         class_caption: A caption to its class caption, where the image-free prior holds that.
         repeats: How often an epoch has each photo.
         weight: Factor of each photo's loss.
-
-    Raises:
-        PhotoError: If there is no photo.
     """
 
     photos: Sequence[Photo]
@@ -114,10 +226,11 @@ class SubjectPhotos:
     repeats: int = 1
     weight: float = 1.0
 
-    def __post_init__(self) -> None:
-        """Refuse to be empty."""
-        if not self.photos:
-            raise PhotoError("no photos were given; choose at least one")
+    @property
+    def captions(self) -> list[str]:
+        """The photos' captions before dropout and shuffling, with each line and alternative."""
+        rules = self.draws.captions
+        return [caption for photo in self.photos for caption in rules.variants(photo.caption)]
 
     def class_image(self, index: int, epoch: int) -> Photo:
         """The class image that goes with a photo: all have their turn, however few photos are."""
@@ -125,14 +238,22 @@ class SubjectPhotos:
 
 
 class DreamBoothDataset(Dataset[Sample]):
-    """Photos of one or several subjects as training samples, drawn by seed, epoch and content."""
+    """Photos of one or several subjects as training samples, drawn by seed, epoch and content.
+
+    Attributes:
+        encode: Pixels ``(B, 3 or more, H, W)`` to moments ``(B, 2C or more, h, w)``. Samples then
+            have the autoencoder's moments instead of pixels, each kept in memory by its content,
+            and a mask beside them at their size. Photo and mask are decoded only where the crop is
+            not in the cache, in the main process, where an accelerator can be used.
+    """
+
+    encode: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, subjects: Sequence[SubjectPhotos]) -> None:
         """Concatenate the subjects' photos; no file is opened."""
         self.subjects = list(subjects)
         # Each sample's subject, and its place among the photos of that.
         self._rows = [(s, place) for s in self.subjects for place in range(len(s.photos))]
-        self._encode: Callable[[Tensor], Tensor] | None = None
         self._cached: dict[tuple[object, ...], dict[str, Tensor | None]] = {}
 
     def __len__(self) -> int:
@@ -146,34 +267,24 @@ class DreamBoothDataset(Dataset[Sample]):
 
     @property
     def captions(self) -> list[str]:
-        """The photos' captions before dropout and shuffling, with each line and alternative."""
-        return [
-            caption
-            for subject in self.subjects
-            for photo in subject.photos
-            for caption in subject.draws.captions.variants(photo.caption)
-        ]
+        """The captions of all subjects."""
+        return [caption for subject in self.subjects for caption in subject.captions]
 
     def tag_frequency(self) -> dict[str, int]:
         """Count the `captions` that hold each tag, most frequent first."""
         counts: Counter[str] = Counter()
         for subject in self.subjects:
-            rules = subject.draws.captions
-            own = [c for photo in subject.photos for c in rules.variants(photo.caption)]
-            counts.update(rules.tag_frequency(own))
+            counts.update(subject.draws.captions.tag_frequency(subject.captions))
         return dict(counts.most_common())
 
     def contents(self) -> dict[str, list[dict[str, str]]]:
         """Return the training data, in order: the record of each photo and class image."""
-        class_images = (image for subject in self.subjects for image in subject.class_images)
-        return {
-            "images": [
-                photo.record() | {"caption": subject.draws.captions.identity(photo.caption)}
-                for subject in self.subjects
-                for photo in subject.photos
-            ],
-            "class_images": [image.record() for image in class_images],
-        }
+        photos, class_images = list[dict[str, str]](), list[dict[str, str]]()
+        for subject in self.subjects:
+            own = subject.draws.captions.identity
+            photos += [photo.record() | {"caption": own(photo.caption)} for photo in subject.photos]
+            class_images += [image.record() for image in subject.class_images]
+        return {"images": photos, "class_images": class_images}
 
     @property
     def groups(self) -> list[tuple[int, int]]:
@@ -184,18 +295,6 @@ class DreamBoothDataset(Dataset[Sample]):
     def repeats(self) -> list[int]:
         """Number of times that an epoch has each photo."""
         return [subject.repeats for subject, _ in self._rows]
-
-    def cache_moments(self, encode: Callable[[Tensor], Tensor]) -> None:
-        """Yield the autoencoder's moments instead of pixels, each kept in memory by its content.
-
-        A mask is kept beside them at their size. Photo and mask are decoded only where the crop is
-        not in the cache. Load in the main process (``num_workers=0``), where ``encode`` can use an
-        accelerator.
-
-        Args:
-            encode: Pixels ``(B, 3 or more, H, W)`` to moments ``(B, 2C or more, h, w)``.
-        """
-        self._encode = encode
 
     def fill_cache(
         self, indices: Sequence[EpochIndex], on_crop: Callable[[int, int], None]
@@ -223,21 +322,16 @@ class DreamBoothDataset(Dataset[Sample]):
                 captions.add(subject.class_image(place, at.epoch).caption)
         return captions
 
-    @property
-    def caches_moments(self) -> bool:
-        """True if samples carry moments instead of pixels."""
-        return self._encode is not None
-
     def __getitem__(self, index: int | EpochIndex) -> Sample:
         """The sample at an index, in the index's epoch; a plain number is of the first one."""
         at = index if isinstance(index, EpochIndex) else EpochIndex(0, index)
         subject, _ = self._rows[at.index]
-        (photo, crop, _, _), *class_image = self._crops(at)
-        caption = subject.draws.caption(photo, at.epoch)
-        prior = None
-        for image, cut, _, _ in class_image:
-            content = self._content(image, cut, at.epoch, subject)
-            prior = Sample(image.digest, image.caption, cut, is_prior=True, **content)
+        own, *class_image = self._crops(at)
+        photo, crop = own[:2]
+        caption, prior = subject.draws.caption(photo, at.epoch), None
+        for cut in class_image:
+            image, content = cut[0], self._content(*cut)
+            prior = Sample(image.digest, image.caption, cut[1], is_prior=True, **content)
         return Sample(
             photo.digest,
             caption,
@@ -245,7 +339,7 @@ class DreamBoothDataset(Dataset[Sample]):
             prior=prior,
             class_caption=subject.class_caption(caption) if subject.class_caption else None,
             weight=subject.weight * photo.weight,
-            **self._content(photo, crop, at.epoch, subject),
+            **self._content(*own),
         )
 
     def _crops(self, at: EpochIndex) -> Iterator[tuple[Photo, CropRecord, int, SubjectPhotos]]:
@@ -272,9 +366,9 @@ class DreamBoothDataset(Dataset[Sample]):
         mask = None
         if subject.masked_loss and (image := open_mask(photo)) is not None:
             mask = apply_crop_to_mask(image, crop)
-        if self._encode is None:
+        if self.encode is None:
             return {"pixels": pixels, "mask": mask}
-        moments = self._encode(pixels.unsqueeze(0))[0].detach().cpu()
+        moments = self.encode(pixels.unsqueeze(0))[0].detach().cpu()
         if mask is not None:
             mask = latent_mask(mask, moments.shape[-2:])
         self._cached[key] = {"moments": moments, "mask": mask}
@@ -290,17 +384,12 @@ class DreamBoothDataset(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples to a batch.
-
-    Raises:
-        ValueError: If their sizes differ.
-    """
+    """Stack samples of one crop size to a batch."""
     partners = [place for place, sample in enumerate(samples) if sample.prior is not None]
     rows = [*samples, *(sample.prior for sample in samples if sample.prior is not None)]
     weights = [sample.weight for sample in samples]
-    sizes = {row.crop.target_size for row in rows}
-    if len(sizes) > 1:
-        raise ValueError(f"a batch holds crops of different sizes: {sorted(sizes)}")
+    masks = [row.mask for row in rows if row.mask is not None]
+    everywhere = torch.ones_like(masks[0]) if masks else None
     return Batch(
         sample_ids=[row.sample_id for row in rows],
         captions=[row.caption for row in rows],
@@ -308,7 +397,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         is_prior=torch.tensor([row.is_prior for row in rows]),
         pixels=_stack([row.pixels for row in rows]),
         moments=_stack([row.moments for row in rows]),
-        mask=_stack_masks(rows),
+        mask=_stack([row.mask if row.mask is not None else everywhere for row in rows]),
         partners=partners,
         class_captions=[sample.class_caption for sample in samples],
         weights=None if set(weights) == {1.0} else torch.tensor(weights),
@@ -320,32 +409,19 @@ def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(present) if len(present) == len(tensors) else None
 
 
-def _stack_masks(rows: Sequence[Sample]) -> Tensor | None:
-    """Stack masks; samples without one count everywhere."""
-    present = [row.mask for row in rows if row.mask is not None]
-    if not present:
-        return None
-    ones = torch.ones_like(present[0])
-    return torch.stack([ones if row.mask is None else row.mask for row in rows])
-
-
 def iterate_batches(
     dataset: DreamBoothDataset, sampler: EpochSampler, *, num_workers: int = 0
 ) -> Iterator[Batch]:
     """Load batches forever, keeping the sampler's state at what has been handed out.
 
     Save the sampler's state after training on a batch; resuming continues with the next.
-
-    Raises:
-        ValueError: If workers are asked for while the dataset encodes images itself.
+    A dataset that encodes images does so in the main process, whatever workers are asked for.
     """
-    if num_workers and dataset.caches_moments:
-        raise ValueError("a dataset that encodes images must load in the main process (0 workers)")
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
-        num_workers=num_workers,
+        num_workers=0 if dataset.encode else num_workers,
         # Its own: a loader otherwise draws from the global one when it starts.
         generator=torch.Generator(),
     )

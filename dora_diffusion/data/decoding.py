@@ -10,11 +10,9 @@ import io
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from PIL import Image as PILImage
-    from PIL.ImageFile import ImageFile
+from PIL import Image
+from PIL.ImageFile import ImageFile
 
 FULL_SIZE_MEGAPIXELS = 40.0
 """Largest image that is decoded at its own size, in megapixels."""
@@ -55,9 +53,7 @@ def megapixel_limit(kind: str, data: bytes) -> tuple[float, str]:
     return _WHOLE_MEGAPIXELS[kind]
 
 
-def decode(
-    image: ImageFile, kind: str, data: bytes, *, at_full_size: bool = False
-) -> PILImage.Image:
+def decode(image: ImageFile, kind: str, data: bytes, *, at_full_size: bool = False) -> Image.Image:
     """Decode an image that was opened, with its sides divided by `reduction` or at full size."""
     factor = 1 if at_full_size else reduction(*image.size)
     if factor == 1:
@@ -80,14 +76,14 @@ def _has_rows(kind: str, data: bytes) -> bool:
     return kind == "PNG" and depth == 8 and not is_interlaced
 
 
-def _with_8_bits(image: PILImage.Image) -> PILImage.Image:
+def _with_8_bits(image: Image.Image) -> Image.Image:
     """16-bit grey as 8-bit, which Pillow would clip instead of scaling it."""
     if not image.mode.startswith("I"):
         return image
     return image.convert("I").point(lambda value: value / 257).convert("L")
 
 
-def _reducible(image: PILImage.Image) -> PILImage.Image:
+def _reducible(image: Image.Image) -> Image.Image:
     """An image of a mode whose values can be averaged; palettes are resolved."""
     if image.mode.startswith("I"):
         return image.convert("I")
@@ -116,13 +112,11 @@ def _is_sequential(data: bytes) -> bool:
     return False
 
 
-def _decode_strips(image: ImageFile, data: bytes, factor: int) -> PILImage.Image:
+def _decode_strips(image: ImageFile, data: bytes, factor: int) -> Image.Image:
     """Decode a PNG some rows at a time, each strip as a PNG of its own, and reduce these.
 
     The filter of a row refers to the row above it: each strip begins with the last one's last row.
     """
-    from PIL import Image
-
     width, height = image.size
     colour = data[25]
     stride = 1 + width * _PNG_CHANNELS[colour]

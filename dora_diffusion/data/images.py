@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from torch import Tensor
 
 from dora_diffusion.data.decoding import (
@@ -27,29 +29,21 @@ from dora_diffusion.data.decoding import (
     megapixel_limit,
 )
 
-if TYPE_CHECKING:
-    from PIL import Image as PILImage
-    from PIL.ImageFile import ImageFile
-
 # Resizing a photo until it covers a crop multiplies its pixels by at most its aspect ratio: without
 # a limit, a file of 80 bytes would fill the memory.
 MAX_ASPECT = 10
 MIN_SIDE = 16
-# EXIF orientations whose rows are the columns of the upright image.
-_LYING = (5, 6, 7, 8)
+# What turns an image upright, by its EXIF orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 # What Pillow's decoders raise on damaged files: each plugin has its own idea.
 DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    RuntimeError,
-    MemoryError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-)
+    OSError, SyntaxError, ValueError, EOFError, LookupError, RuntimeError, MemoryError,
+    OverflowError, struct.error, zlib.error,
+)  # fmt: skip
 
 
 # Contents of files, by path, time of change and size, where they are kept (see `reading_once`).
@@ -62,7 +56,7 @@ class PhotoError(ValueError):
     """A photo cannot be used; one line with the file, what is wrong and what to do."""
 
 
-def open_photo(path: str | Path, *, limited: bool = True) -> PILImage.Image:
+def open_photo(path: str | Path, *, limited: bool = True) -> Image.Image:
     """Open and fully decode a photo as RGB, upright, without metadata.
 
     EXIF orientation is applied and then dropped with all other metadata (GPS, device). Alpha is
@@ -77,15 +71,7 @@ def open_photo(path: str | Path, *, limited: bool = True) -> PILImage.Image:
     Raises:
         PhotoError: If it is not such a file, is too large, too small or too thin, or is damaged.
     """
-    path = Path(path)
-    return decode_photo(path.name, read_bytes(path), limited=limited).image
-
-
-def open_photo_with_alpha(path: str | Path) -> tuple[PILImage.Image, PILImage.Image | None]:
-    """Open a photo as :func:`open_photo` does, with its alpha channel ("L") or None beside it."""
-    path = Path(path)
-    decoded = decode_photo(path.name, read_bytes(path))
-    return decoded.image, decoded.alpha
+    return decode_photo(Path(path), limited=limited).image
 
 
 class DecodedPhoto(NamedTuple):
@@ -95,22 +81,43 @@ class DecodedPhoto(NamedTuple):
         image: RGB, upright.
         alpha: Its alpha channel ("L"), or None.
         size: Upright ``(height, width)`` of the file, whatever the image was reduced to.
+        data: The file's bytes.
     """
 
-    image: PILImage.Image
-    alpha: PILImage.Image | None
+    image: Image.Image
+    alpha: Image.Image | None
     size: tuple[int, int]
+    data: bytes
 
 
-def decode_photo(name: str, data: bytes, *, limited: bool = True) -> DecodedPhoto:
-    """Decode a photo's bytes as :func:`open_photo` does; errors begin with its name."""
-    with _reasons(name):
-        kind = _kind_of(name, data)
-        with _open_checked(name, kind, data, limited) as image:
-            size = (image.height, image.width)
-            decoded = decode(image, kind, data, at_full_size=not limited)
-            size = size[::-1] if _orientation(decoded) in _LYING else size
-            return DecodedPhoto(*_split_alpha(_to_srgb(_upright(decoded))), size)
+def decode_photo(path: Path, *, limited: bool = True) -> DecodedPhoto:
+    """Open a photo as :func:`open_photo` does, with what else its file tells."""
+    name, data = path.name, read_bytes(path)
+    kind = sniff_format(data)
+    if kind is None:
+        raise PhotoError(
+            f"{name}: not a JPEG, PNG, WebP or HEIC image, whatever its name says; "
+            "convert it or remove it"
+        )
+    try:
+        with _open_checked(name, kind, data, limited) as file:
+            size = (file.height, file.width)
+            image = decode(file, kind, data, at_full_size=not limited)
+            orientation = _orientation(image)
+            if orientation in _TURNS:
+                image = image.transpose(_TURNS[orientation])
+            if 5 <= orientation <= 8:  # its rows become columns
+                size = size[::-1]
+            return DecodedPhoto(*_split_alpha(_to_srgb(image)), size, data)
+    except PhotoError:
+        raise
+    except DECODE_ERRORS as error:
+        # Pillow names its buffer here, which helps nobody; other decoders write several lines.
+        unreadable = isinstance(error, UnidentifiedImageError)
+        cause = "its header cannot be read" if unreadable else " ".join(str(error).split())
+        raise PhotoError(
+            f"{name}: damaged or cut short ({cause}); copy the photo again or remove it"
+        ) from error
 
 
 def read_bytes(path: Path) -> bytes:
@@ -170,22 +177,17 @@ def sniff_format(data: bytes) -> str | None:
     return "HEIF" if data[4:8] == b"ftyp" and data[8:12] in heif_brands else None
 
 
-def _kind_of(name: str, data: bytes) -> str:
-    kind = sniff_format(data)
-    if kind is None:
-        raise PhotoError(
-            f"{name}: not a JPEG, PNG, WebP or HEIC image, whatever its name says; "
-            "convert it or remove it"
-        )
-    return kind
-
-
 def _open_checked(name: str, kind: str, data: bytes, limited: bool) -> ImageFile:
     """Read the header only, and refuse what is too large, too small or too thin."""
-    from PIL import Image, UnidentifiedImageError
-
     if kind == "HEIF":
-        _register_heif(name)
+        try:
+            import pillow_heif
+        except ImportError as error:
+            raise PhotoError(
+                f"{name}: HEIC photos need the pillow-heif package; install it "
+                "(pip install pillow-heif) or convert the photo to JPEG"
+            ) from error
+        pillow_heif.register_heif_opener()
     Image.init()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damaged EXIF blocks, which do not matter
@@ -198,8 +200,17 @@ def _open_checked(name: str, kind: str, data: bytes, limited: bool) -> ImageFile
     shown = f"{name}: {width} x {height} is"
     if min(width, height) < MIN_SIDE:
         raise PhotoError(f"{shown} smaller than {MIN_SIDE} pixels; use a larger photo")
-    if limited:
-        _refuse_large(shown, width * height / 1e6, kind, data)
+    megapixels = width * height / 1e6
+    if limited and megapixels > FULL_SIZE_MEGAPIXELS:
+        most, which = MAX_MEGAPIXELS, ""
+        if megapixels <= MAX_MEGAPIXELS:
+            most, which = megapixel_limit(kind, data)
+        if megapixels > most:
+            other = ", or an ordinary JPEG" if which else ""
+            raise PhotoError(
+                f"{shown} {megapixels:.1f} megapixels, above the limit of {most:g}{which}; save a "
+                f"smaller copy{other}"
+            )
     if limited and max(width, height) > MAX_ASPECT * min(width, height):
         raise PhotoError(
             f"{shown} a strip, more than {MAX_ASPECT:g} times as long as wide; crop it"
@@ -207,50 +218,7 @@ def _open_checked(name: str, kind: str, data: bytes, limited: bool) -> ImageFile
     return image
 
 
-def _refuse_large(shown: str, megapixels: float, kind: str, data: bytes) -> None:
-    if megapixels <= FULL_SIZE_MEGAPIXELS:
-        return
-    most, which = MAX_MEGAPIXELS, ""
-    if megapixels <= MAX_MEGAPIXELS:
-        most, which = megapixel_limit(kind, data)
-    if megapixels > most:
-        other = ", or an ordinary JPEG" if which else ""
-        raise PhotoError(
-            f"{shown} {megapixels:.1f} megapixels, above the limit of {most:g}{which}; save a "
-            f"smaller copy{other}"
-        )
-
-
-def _register_heif(name: str) -> None:
-    try:
-        import pillow_heif
-    except ImportError as error:
-        raise PhotoError(
-            f"{name}: HEIC photos need the pillow-heif package; install it "
-            "(pip install pillow-heif) or convert the photo to JPEG"
-        ) from error
-    pillow_heif.register_heif_opener()
-
-
-@contextlib.contextmanager
-def _reasons(name: str) -> Iterator[None]:
-    """Convert the decoders' many errors to one plain line."""
-    try:
-        yield
-    except PhotoError:
-        raise
-    except DECODE_ERRORS as error:
-        from PIL import UnidentifiedImageError
-
-        # Pillow names its buffer here, which helps nobody; other decoders write several lines.
-        unreadable = isinstance(error, UnidentifiedImageError)
-        cause = "its header cannot be read" if unreadable else " ".join(str(error).split())
-        raise PhotoError(
-            f"{name}: damaged or cut short ({cause}); copy the photo again or remove it"
-        ) from error
-
-
-def _orientation(image: PILImage.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) where there is none or the EXIF block is damaged."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -260,30 +228,11 @@ def _orientation(image: PILImage.Image) -> int:
             return 1
 
 
-def _upright(image: PILImage.Image) -> PILImage.Image:
-    """Apply the EXIF orientation."""
-    from PIL import Image
-
-    turns = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }
-    turn = turns.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
-
-
-def _to_srgb(image: PILImage.Image) -> PILImage.Image:
+def _to_srgb(image: Image.Image) -> Image.Image:
     """Convert from an embedded wide-gamut profile (phones write Display P3) to sRGB.
 
     A damaged profile is ignored, as viewers do.
     """
-    from PIL import ImageCms
-
     profile_bytes = image.info.get("icc_profile")
     if not profile_bytes or image.mode not in ("RGB", "CMYK"):
         return image
@@ -297,21 +246,19 @@ def _to_srgb(image: PILImage.Image) -> PILImage.Image:
         return image
 
 
-def _split_alpha(image: PILImage.Image) -> tuple[PILImage.Image, PILImage.Image | None]:
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """RGB over white, and the alpha channel where the image has one; no metadata on either."""
-    from PIL import Image
-
-    if not image.has_transparency_data:
-        return _bare(image.convert("RGB")), None
-    rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-    return _bare(Image.alpha_composite(white, rgba).convert("RGB")), _bare(rgba.getchannel("A"))
-
-
-def _bare(image: PILImage.Image) -> PILImage.Image:
-    """A converted copy with pixels and nothing else (no EXIF, no GPS, no profile)."""
-    image.info = {}
-    return image
+    alpha = None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    image = image.convert("RGB")
+    for part in (image, alpha):
+        if part is not None:
+            part.info = {}  # pixels and nothing else: no EXIF, no GPS, no profile
+    return image, alpha
 
 
 @dataclass(frozen=True)
@@ -322,12 +269,12 @@ class Appearance:
     fingerprint: int
 
 
-def appearance_of(image: PILImage.Image) -> Appearance:
+def appearance_of(image: Image.Image) -> Appearance:
     grey = image.convert("L")
     return Appearance(blur(grey), fingerprint(grey))
 
 
-def blur(image: PILImage.Image, side: int = 512) -> float:
+def blur(image: Image.Image, side: int = 512) -> float:
     """Measure the blur of a grey image, from 0 (sharp) to 1: Crete et al. 2007, "The Blur Effect".
 
     Blurring a sharp image changes it much, a blurred one little. The worse direction counts.
@@ -336,8 +283,6 @@ def blur(image: PILImage.Image, side: int = 512) -> float:
         image: A grey image ("L").
         side: The image is brought to this shorter side first, so that sizes compare.
     """
-    from PIL import Image
-
     scale = side / min(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     pixels = bytearray(image.resize(size, Image.Resampling.LANCZOS).tobytes())
@@ -357,13 +302,11 @@ def _blur_along_rows(grey: Tensor) -> float:
     return float((total - lost.sum()) / total)
 
 
-def fingerprint(image: PILImage.Image) -> int:
+def fingerprint(image: Image.Image) -> int:
     """64 bits of a grey image: whether brightness rises from pixel to pixel, at 9 x 8 pixels.
 
     They hardly change under resizing, re-encoding and brightness.
     """
-    from PIL import Image
-
     small = image.resize((9, 8), Image.Resampling.LANCZOS).tobytes()
     rises = [small[9 * y + x + 1] > small[9 * y + x] for y in range(8) for x in range(8)]
     return sum(rise << place for place, rise in enumerate(rises))

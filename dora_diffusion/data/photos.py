@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.data.captions import read_caption
@@ -22,14 +23,8 @@ from dora_diffusion.data.images import (
     decode_photo,
     digest_of,
     open_photo,
-    open_photo_with_alpha,
-    read_bytes,
 )
 from dora_diffusion.formats.files.atomic import save_text
-
-if TYPE_CHECKING:
-    from PIL import Image as PILImage
-
 
 PHOTO_RECORD = "photos.json"
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif")
@@ -74,14 +69,9 @@ class Photo:
 
     def record(self) -> dict[str, str]:
         """Return the photo's record for checkpoints, so that no run is resumed on other photos."""
+        known = {"name": self.path.name, "image": self.digest, "caption": self.caption}
         weight = {} if self.weight == 1 else {"weight": f"{self.weight:g}"}
-        return {
-            "name": self.path.name,
-            "image": self.digest,
-            "caption": self.caption,
-            "mask": self.mask_digest,
-            **weight,
-        }
+        return {**known, "mask": self.mask_digest, **weight}
 
 
 MaskCrops = Callable[[Photo], Iterable[CropRecord]]
@@ -112,12 +102,11 @@ def read_photo(
     Raises:
         PhotoError: If it cannot be used; a `MaskError` if its mask cannot.
     """
-    data = read_bytes(path)
-    decoded = decode_photo(path.name, data)
+    decoded = decode_photo(path)
     alpha = decoded.alpha
     photo = Photo(
         path,
-        digest_of(data),
+        digest_of(decoded.data),
         decoded.size,
         read_caption(path, prompt, per_line=per_line),
         has_transparency=alpha is not None and alpha.getextrema() != (255, 255),
@@ -201,8 +190,18 @@ def _find_mask(photo: Photo, decoded: DecodedPhoto, crops: MaskCrops) -> Photo:
     """
     path, mask = mask_path(photo.path), decoded.alpha
     if path.is_file() or path.is_symlink():
-        mask, digest = _read_mask(path, decoded)
-        photo = replace(photo, mask_path=path, mask_digest=digest)
+        try:
+            file = decode_photo(path)
+        except PhotoError as error:
+            raise MaskError(str(error)) from error
+        # Of a photo that is decoded at less than its size, it may have either of both sizes.
+        if file.image.size != decoded.image.size:
+            raise MaskError(
+                f"{path.name}: the mask is {file.size[1]} x {file.size[0]}, its photo "
+                f"{photo.size[1]} x {photo.size[0]}; save it at the photo's size"
+            )
+        mask = file.image.convert("L")
+        photo = replace(photo, mask_path=path, mask_digest=digest_of(file.data))
     elif photo.has_transparency:
         photo = replace(photo, mask_path=photo.path)
     if mask is None or photo.mask_path is None:
@@ -217,31 +216,12 @@ def _find_mask(photo: Photo, decoded: DecodedPhoto, crops: MaskCrops) -> Photo:
     return photo
 
 
-def _read_mask(path: Path, photo: DecodedPhoto) -> tuple[PILImage.Image, str]:
-    """A mask file for a photo, as "L", and its digest.
-
-    Of a photo that is decoded at less than its size, it may have either of both sizes.
-    """
-    try:
-        data = read_bytes(path)
-        decoded = decode_photo(path.name, data)
-    except PhotoError as error:
-        raise MaskError(str(error)) from error
-    mask = decoded.image.convert("L")
-    if mask.size != photo.image.size:
-        raise MaskError(
-            f"{path.name}: the mask is {decoded.size[1]} x {decoded.size[0]}, its photo "
-            f"{photo.size[1]} x {photo.size[0]}; save it at the photo's size"
-        )
-    return mask, digest_of(data)
-
-
-def open_mask(photo: Photo) -> PILImage.Image | None:
+def open_mask(photo: Photo) -> Image.Image | None:
     """The mask ("L") that a photo was read with; None where it was read without one."""
     if photo.mask_path is None:
         return None
     if photo.mask_path == photo.path:
-        return open_photo_with_alpha(photo.path)[1]
+        return decode_photo(photo.path).alpha
     return open_photo(photo.mask_path).convert("L")
 
 
@@ -301,13 +281,9 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise PhotoError(f"{folder}: the photo folder {what}; give a folder of photos")
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    photos = [path for path in entries if is_photo(path)]
-    nested = nested_photos(entries)
-    broken = [
-        path.name
-        for path in entries
-        if path.name.lower().endswith(PHOTO_SUFFIXES) and path.is_symlink() and not path.exists()
-    ]
+    photos, nested = [path for path in entries if is_photo(path)], nested_photos(entries)
+    named = [path for path in entries if path.name.lower().endswith(PHOTO_SUFFIXES)]
+    broken = [path.name for path in named if path.is_symlink() and not path.exists()]
     lost = f"links to files that are not there ({listing(broken, 5)})" if broken else ""
     if not photos:
         instead = nested or lost or ", ".join(path.name for path in entries[:5]) or "nothing"
@@ -315,61 +291,35 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
             f"{folder}: no photos in this folder (looked for {', '.join(PHOTO_SUFFIXES)}; "
             f"found {instead}); sub-folders are not searched"
         )
-    if nested and warn_of_nested:
-        warnings.warn(
-            f"{folder}: left out {nested}; sub-folders are not read, move the photos up to use "
-            "them",
-            stacklevel=2,
-        )
-    if broken:
-        warnings.warn(f"{folder}: left out {lost}; copy the photos themselves", stacklevel=2)
-    _warn_of_unread(folder, entries, photos)
-    return photos
-
-
-def _warn_of_unread(folder: Path, entries: Sequence[Path], photos: Sequence[Path]) -> None:
-    """Name the files of a folder that look as if they belonged to photos, and are not read."""
-    if lonely := _without_photo(entries, photos):
-        warnings.warn(
-            f"{folder}: without effect, no photo has their name: {listing(lonely, 5)}",
-            stacklevel=3,
-        )
-    if unread := [path.name for path in entries if path.name.lower().endswith(_OTHER_CAPTIONS)]:
-        warnings.warn(
-            f"{folder}: without effect: {listing(unread, 5)}; rename them to .txt to use them as "
-            "captions",
-            stacklevel=3,
-        )
-    others = [path.name for path in entries if path.name.lower().endswith(OTHER_SUFFIXES)]
-    if others:
-        warnings.warn(
-            f"{folder}: left out {', '.join(others)}; convert them to JPEG or PNG to use them",
-            stacklevel=3,
-        )
-
-
-def _without_photo(entries: Sequence[Path], photos: Sequence[Path]) -> list[str]:
-    """Names of captions, masks and weights of photos that are not there."""
     stems = {photo.stem for photo in photos}
-    return [
+    lonely = [
         path.name
         for path in entries
         for suffix in COMPANIONS
         if path.name.endswith(suffix) and path.name.removesuffix(suffix) not in stems
     ]
+    unread = [path.name for path in entries if path.name.lower().endswith(_OTHER_CAPTIONS)]
+    others = [path.name for path in entries if path.name.lower().endswith(OTHER_SUFFIXES)]
+    for is_so, said in (
+        (nested and warn_of_nested,
+         f"left out {nested}; sub-folders are not read, move the photos up to use them"),
+        (lost, f"left out {lost}; copy the photos themselves"),
+        (lonely, f"without effect, no photo has their name: {listing(lonely, 5)}"),
+        (unread, f"without effect: {listing(unread, 5)}; rename them to .txt to use them as "
+         "captions"),
+        (others, f"left out {', '.join(others)}; convert them to JPEG or PNG to use them"),
+    ):  # fmt: skip
+        if is_so:
+            warnings.warn(f"{folder}: {said}", stacklevel=2)
+    return photos
 
 
 def nested_photos(entries: Sequence[Path]) -> str:
     """Count the photos in sub-folders: ``"12 photos in 10_sks, 3 photos in old"``."""
-    counts = {path.name: _count_photos(path) for path in entries if path.is_dir()}
+    folders = {path.name: path.rglob("*") for path in entries if path.is_dir()}
+    counts = {n: sum(map(is_photo, islice(f, _LOOKED_THROUGH))) for n, f in folders.items()}
     nested = [f"{counted(count, 'photo')} in {name}" for name, count in counts.items() if count]
     return ", ".join(nested[:5]) + (f", and {len(nested) - 5} more folders" if nested[5:] else "")
-
-
-def _count_photos(folder: Path) -> int:
-    """Photos in a folder and below, of its first thousands of files."""
-    files = itertools.islice(folder.rglob("*"), _LOOKED_THROUGH)
-    return sum(is_photo(path) for path in files)
 
 
 def is_photo(path: Path) -> bool:

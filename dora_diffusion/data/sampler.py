@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -22,14 +22,6 @@ class EpochIndex:
     index: int
 
 
-@dataclass(frozen=True)
-class SamplerState:
-    """Position of training: samples consumed of an epoch, counted over all processes."""
-
-    epoch: int = 0
-    position: int = 0
-
-
 def generator_for(*parts: object) -> torch.Generator:
     """A CPU generator seeded by a digest of the parts, such as seed, epoch and sample id."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
@@ -37,6 +29,7 @@ def generator_for(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+@dataclass(eq=False)
 class EpochSampler:
     """Yield one process's batches of :class:`EpochIndex`, forever.
 
@@ -48,50 +41,35 @@ class EpochSampler:
     Iterating does not move the state, since data loaders read ahead: call :meth:`advance` for
     each batch that training has consumed (:func:`dora_diffusion.data.dataset.iterate_batches`
     does).
+
+    Attributes:
+        num_samples: Size of the dataset.
+        batch_size: Samples per process and batch.
+        seed: Of the shuffle.
+        num_processes: How many processes train together.
+        process_index: Which of them this is.
+        groups: Per sample, what must be equal within a global batch (a bucket's size). A group's
+            last batch is filled by repeating its own samples.
+        repeats: Per sample, how many times an epoch has it; empty is once.
+        state: Position of training: the epoch, and how many of its samples were consumed, counted
+            over all processes.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        *,
-        batch_size: int = 1,
-        seed: int = 0,
-        num_processes: int = 1,
-        process_index: int = 0,
-        groups: Sequence[object] | None = None,
-        repeats: Sequence[int] | None = None,
-    ) -> None:
-        """Set up the order.
+    num_samples: int
+    _: KW_ONLY
+    batch_size: int = 1
+    seed: int = 0
+    num_processes: int = 1
+    process_index: int = 0
+    groups: Sequence[object] | None = None
+    repeats: Sequence[int] = ()
+    state: tuple[int, int] = (0, 0)
 
-        Args:
-            num_samples: Size of the dataset.
-            batch_size: Samples per process and batch.
-            seed: Of the shuffle.
-            num_processes: How many processes train together.
-            process_index: Which of them this is.
-            groups: Per sample, what must be equal within a global batch (a bucket's size). A
-                group's last batch is filled by repeating its own samples.
-            repeats: Per sample, how many times an epoch has it; None is once.
-
-        Raises:
-            ValueError: If a number makes no sense.
-        """
-        if num_samples < 1 or batch_size < 1:
-            raise ValueError(f"need samples and a batch size, got {num_samples} and {batch_size}")
-        if not 0 <= process_index < num_processes:
-            raise ValueError(f"process {process_index} is not one of {num_processes}")
-        if groups is not None and len(groups) != num_samples:
-            raise ValueError(f"{len(groups)} groups given for {num_samples} samples")
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.num_processes = num_processes
-        self.process_index = process_index
-        self.groups = groups
-        self.repeats = [1] * num_samples if repeats is None else repeats
+    def __post_init__(self) -> None:
+        count = self.num_samples
+        self.repeats = self.repeats or [1] * count
         # What an epoch has: each sample, and how often it had it before.
-        self._turns = [(i, turn) for i in range(num_samples) for turn in range(self.repeats[i])]
-        self.state = SamplerState()
+        self._turns = [(i, turn) for i in range(count) for turn in range(self.repeats[i])]
 
     @property
     def global_batch_size(self) -> int:
@@ -105,15 +83,13 @@ class EpochSampler:
 
     def epoch_order(self, epoch: int) -> list[EpochIndex]:
         """The samples of one epoch, in order, over all processes."""
-        generator = generator_for("order", self.seed, epoch)
-        if self.groups is not None:
-            order = self._grouped_order(generator)
-        else:
-            order = _permuted(range(len(self._turns)), generator)
+        generator, places = generator_for("order", self.seed, epoch), range(len(self._turns))
+        is_grouped = self.groups is not None
+        order = self._grouped(generator) if is_grouped else _permuted(places, generator)
         turns = (self._turns[place] for place in order)
         return [EpochIndex(epoch * self.repeats[i] + turn, i) for i, turn in turns]
 
-    def _grouped_order(self, generator: torch.Generator) -> list[int]:
+    def _grouped(self, generator: torch.Generator) -> list[int]:
         """Places in `_turns`: whole global batches, each of one group, in shuffled order."""
         assert self.groups is not None
         members: dict[object, list[int]] = {}
@@ -134,13 +110,14 @@ class EpochSampler:
         state = self.state
         first = self.process_index * self.batch_size
         while True:
-            batch, state = self._next_global_batch(state)
+            batch, state = self._next_global_batch(*state)
             yield batch[first : first + self.batch_size]
 
-    def _next_global_batch(self, state: SamplerState) -> tuple[list[EpochIndex], SamplerState]:
+    def _next_global_batch(
+        self, epoch: int, position: int
+    ) -> tuple[list[EpochIndex], tuple[int, int]]:
         """The global batch at a state, and the state after it."""
         batch: list[EpochIndex] = []
-        epoch, position = state.epoch, state.position
         order = self.epoch_order(epoch)
         while len(batch) < self.global_batch_size:
             if position >= len(order):
@@ -148,16 +125,18 @@ class EpochSampler:
                 order = self.epoch_order(epoch)
             batch.append(order[position])
             position += 1
-        return batch, SamplerState(epoch, position)
+        return batch, (epoch, position)
 
     def advance(self, batches: int = 1) -> None:
         """Move the state past batches that training has consumed."""
         for _ in range(batches):
-            _, self.state = self._next_global_batch(self.state)
+            _, self.state = self._next_global_batch(*self.state)
 
     def state_dict(self) -> dict[str, Any]:
+        epoch, position = self.state
         order = {"num_samples": self.num_samples, "seed": self.seed}
-        return asdict(self.state) | order | {"global_batch_size": self.global_batch_size}
+        size = {"global_batch_size": self.global_batch_size}
+        return {"epoch": epoch, "position": position, **order, **size}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint, with any number of processes.
@@ -175,10 +154,9 @@ class EpochSampler:
                     f"this run has {ours}"
                 )
         size = state.get("global_batch_size", self.global_batch_size)
+        self.state = int(state["epoch"]), int(state["position"])
         if self.groups is not None and size != self.global_batch_size:
-            self.state = SamplerState(int(state["epoch"]) + 1, 0)
-        else:
-            self.state = SamplerState(int(state["epoch"]), int(state["position"]))
+            self.state = int(state["epoch"]) + 1, 0
 
 
 def _permuted(indices: Sequence[int], generator: torch.Generator) -> list[int]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 _SMALLEST_FONT, _IMAGES_PER_FONT = 12, 24
 # A single small image must leave room for words.
@@ -17,10 +15,7 @@ _MOST_LINES = 3
 
 
 def labelled_sheet(
-    images: Sequence[Image.Image],
-    title: str,
-    rows: Sequence[str],
-    columns: Sequence[str],
+    images: Sequence[Image.Image], title: str, rows: Sequence[str], columns: Sequence[str]
 ) -> Image.Image:
     """Images on white, with their labels in letters that fit the images' size.
 
@@ -30,26 +25,16 @@ def labelled_sheet(
         rows: What is written above each row, in as many lines as it takes.
         columns: What is written above each column, in three lines at most.
     """
-    width, sizes = images[0].width, [image.size for image in images[:: len(columns)]]
-    text, widest = _Text(max(_SMALLEST_FONT, width // _IMAGES_PER_FONT)), max(sizes)[0]
-    total = max(len(columns) * (widest + _GAP) - _GAP, _LEAST_CHARACTERS * text.size // 2)
-    titled = [text.wrap(row, total) for row in rows]
-    head = text.wrap(title, total) if title else []
-    labels = [text.wrap(label, width)[:_MOST_LINES] for label in columns]
-    above = max(map(len, labels))
-    lines = len(head) + above + sum(len(row) for row in titled)
-    heights = sum(height + _GAP for _, height in sizes)
-    sheet = Image.new("RGB", (total, lines * text.line + heights), "white")
-    y = text.draw(sheet, head, 0)
-    for column, label in enumerate(labels):
-        text.draw(sheet, label, y, column * (width + _GAP))
-    y += above * text.line
-    for number, (row, (width, height)) in enumerate(zip(titled, sizes, strict=True)):
-        y = text.draw(sheet, row, y)
-        for column in range(len(columns)):
-            sheet.paste(images[number * len(columns) + column], (column * (width + _GAP), y))
-        y += height + _GAP
-    return sheet
+    width, count = images[0].width, len(columns)
+    size, widest = max(_SMALLEST_FONT, width // _IMAGES_PER_FONT), max(i.width for i in images)
+    total = max(count * (widest + _GAP) - _GAP, _LEAST_CHARACTERS * size // 2)
+    labels = [_written(label, size, width, _MOST_LINES) for label in columns]
+    parts = [_written(title, size, total)] if title else []
+    parts.append(image_grid(labels, count))
+    for number, row in enumerate(rows):
+        shown = image_grid(images[number * count : (number + 1) * count], count)
+        parts += [_written(row, size, total), ImageOps.expand(shown, (0, 0, 0, _GAP), "white")]
+    return image_grid(parts, 1, gap=0)
 
 
 def one_image(sheet: Image.Image, width: int, height: int) -> Image.Image:
@@ -58,50 +43,22 @@ def one_image(sheet: Image.Image, width: int, height: int) -> Image.Image:
     return sheet.crop((0, bottom - height, width, bottom))
 
 
-def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Sheets above each other."""
-    size = (max(sheet.width for sheet in sheets), sum(sheet.height + _GAP for sheet in sheets))
-    whole, y = Image.new("RGB", size, "white"), 0
-    for sheet in sheets:
-        whole.paste(sheet, (0, y))
-        y += sheet.height + _GAP
-    return whole
-
-
-@dataclass
-class _Text:
-    """Letters of one size, in pixels."""
-
-    size: int
-    font: Any = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.font = ImageFont.load_default(self.size)
-
-    @property
-    def line(self) -> int:
-        return self.size + self.size // 3
-
-    def wrap(self, text: str, width: int) -> list[str]:
-        """Break a text into lines of at most ``width`` pixels; a longer word is cut."""
-        lines = [""]
-        for word in text.split():
-            longer = f"{lines[-1]} {word}".strip()
-            if self.font.getlength(longer) <= width - 4:
-                lines[-1] = longer
-                continue
-            while self.font.getlength(word) > width - 4 and len(word) > 1:
-                word = word[:-1]
-            lines = [*lines, word] if lines[-1] else [word]
-        return lines
-
-    def draw(self, sheet: Image.Image, lines: Sequence[str], y: int, x: int = 0) -> int:
-        """Write lines from ``y`` on. Returns where the next one begins."""
-        draw = ImageDraw.Draw(sheet)
-        for line in lines:
-            draw.text((x + 2, y), line, fill="black", font=self.font)
-            y += self.line
-        return y
+def _written(text: str, size: int, width: int, most: int | None = None) -> Image.Image:
+    """A text on white, in at most so many lines of a width; a longer word is cut."""
+    font, lines = ImageFont.load_default(size), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width - 4:
+            lines[-1] = longer
+            continue
+        while font.getlength(word) > width - 4 and len(word) > 1:
+            word = word[:-1]
+        lines = [*lines, word] if lines[-1] else [word]
+    lines, height = lines[:most], size + size // 3
+    strip = Image.new("RGB", (width, height * len(lines)), "white")
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(strip).text((2, number * height), line, fill="black", font=font)
+    return strip
 
 
 def sheet(
@@ -117,7 +74,7 @@ def sheet(
         band = slice(at, at + columns)
         cells = [_cell(image, side) for images in rows.values() for image in images[band]]
         bands.append(labelled_sheet(cells, "", list(rows), labels[band]))
-    return stacked(bands)
+    return image_grid(bands, 1)
 
 
 def _cell(image: Image.Image, side: int) -> Image.Image:
@@ -127,12 +84,15 @@ def _cell(image: Image.Image, side: int) -> Image.Image:
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, gap: int = _GAP) -> Image.Image:
-    """Images of one size in rows, on white."""
-    width, height = (side + gap for side in images[0].size)
-    rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
-    for i, image in enumerate(images):
-        grid.paste(image, (i % columns * width, i // columns * height))
+    """Images in rows, on white."""
+    rows = [images[at : at + columns] for at in range(0, len(images), columns)]
+    width = max(image.width for image in images) + gap
+    heights, y = [max(image.height for image in row) + gap for row in rows], 0
+    grid = Image.new("RGB", (columns * width - gap, sum(heights) - gap), "white")
+    for row, height in zip(rows, heights, strict=True):
+        for column, image in enumerate(row):
+            grid.paste(image, (column * width, y))
+        y += height
     return grid
 
 

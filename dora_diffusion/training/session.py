@@ -133,7 +133,7 @@ class Session:
         batches = islice(self.sampler, steps * config.gradient_accumulation_steps)
         indices = list(chain.from_iterable(batches))
         with on_device(HOST, components.unet):
-            if dataset.caches_moments:
+            if dataset.encode is not None:
                 with on_device(device, components.vae):
                     dataset.fill_cache(indices, lambda *done: on_event(CachingProgress(*done)))
             if not config.encodes_in_steps:
@@ -209,8 +209,7 @@ def open_session(
     validation = Validation(config, pairs, components, accelerator) if any(held_out) else None
     _load_step_modules(config, components)
     weights = _what_trains(config, components, start)
-    workers = 0 if dataset.caches_moments else config.dataloader_num_workers
-    batches = iterate_batches(dataset, sampler, num_workers=workers)
+    batches = iterate_batches(dataset, sampler, num_workers=config.dataloader_num_workers)
     inputs = InputSource(config, components, batches, accelerator.process_index)
     learner = build_learner(config, accelerator, components, weights, inputs)
     return Session(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from dora_diffusion.data.crops import CropRecord
@@ -45,8 +44,3 @@ def test_a_row_keeps_its_class_image_its_class_caption_and_its_weight() -> None:
     assert batch.class_captions == ["a dog", None, None]
     assert batch.weights.tolist() == [0.5, 1, 1]
     assert collate([of_images]).weights is None
-
-
-def test_mixed_batches_are_refused() -> None:
-    with pytest.raises(ValueError, match="different sizes"):
-        collate([sample(32), sample(40)])

@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dora_diffusion.data.crops import Buckets, covering_size
-from dora_diffusion.data.dataset import DreamBoothDataset, SubjectPhotos, iterate_batches
-from dora_diffusion.data.draws import SampleTransform
+from dora_diffusion.data.dataset import (
+    DreamBoothDataset,
+    SampleTransform,
+    SubjectPhotos,
+    iterate_batches,
+)
 from dora_diffusion.data.photos import list_photos, read_photos
 from dora_diffusion.data.sampler import EpochSampler
 

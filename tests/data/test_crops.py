@@ -54,7 +54,7 @@ def test_a_flip_mirrors_before_the_crop() -> None:
 def test_draws_repeat_with_the_generator_and_cover_the_photo() -> None:
     def draw(seed: int) -> CropRecord:
         generator = torch.Generator().manual_seed(seed)
-        return plan_crop((32, 128), 32, center=False, generator=generator)
+        return plan_crop((32, 128), 32, generator=generator)
 
     records = [draw(seed) for seed in range(300)]
     assert records == [draw(seed) for seed in range(300)]
@@ -63,11 +63,6 @@ def test_draws_repeat_with_the_generator_and_cover_the_photo() -> None:
     assert max(lefts) >= 93
     assert all(record.crop_top_left[0] == 0 for record in records)
     assert not any(record.flipped for record in records)
-
-
-def test_draws_need_a_generator() -> None:
-    with pytest.raises(ValueError, match="needs a generator"):
-        plan_crop((50, 50), 32, center=False)
 
 
 @pytest.mark.parametrize("resolution", [500, 0, (64, 60), 7])
@@ -106,7 +101,7 @@ def test_every_planned_crop_lies_inside(
 ) -> None:
     target = (blocks[0] * 8, blocks[1] * 8)
     generator = torch.Generator().manual_seed(seed)
-    record = plan_crop(original, target, center=False, generator=generator)
+    record = plan_crop(original, target, generator=generator)
     resized = covering_size(original, target)
     for axis in (0, 1):
         assert 0 <= record.crop_top_left[axis] <= resized[axis] - target[axis]

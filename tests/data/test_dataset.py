@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,12 +17,11 @@ from dora_diffusion.data.crops import CropRecord
 from dora_diffusion.data.dataset import (
     DreamBoothDataset,
     Sample,
+    SampleTransform,
     SubjectPhotos,
     collate,
     iterate_batches,
 )
-from dora_diffusion.data.draws import SampleTransform
-from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import list_photos, read_photo, read_photos
 from dora_diffusion.data.sampler import EpochIndex, EpochSampler
 
@@ -114,7 +114,7 @@ def test_class_images_follow_their_partners_size(
     assert dataset.groups == [(24, 40)] * 4
     assert collate([dataset[0]]).pixels.shape == (2, 3, 24, 40)
     encoded: list[torch.Size] = []
-    dataset.cache_moments(lambda pixels: encoded.append(pixels.shape) or fake_encode(pixels))
+    dataset.encode = lambda pixels: encoded.append(pixels.shape) or fake_encode(pixels)
     dataset.fill_cache([EpochIndex(0, 0)], lambda *done: None)
     assert collate([dataset[0]]).moments.shape == (2, 3, 3, 5)
     assert encoded == [(1, 3, 24, 40)] * 2  # none again when it is loaded
@@ -154,7 +154,7 @@ def test_cached_moments_belong_to_their_photo_after_any_shuffle(photos: Path) ->
         encoded.append(pixels)
         return fake_encode(pixels).requires_grad_()
 
-    cached.cache_moments(encode)
+    cached.encode = encode
     sampler = EpochSampler(4, batch_size=3, seed=11)
     for indices in islice(iter(sampler), 12):
         batch = collate([cached[index] for index in indices])
@@ -189,7 +189,7 @@ def test_cached_masks_are_decoded_once_a_crop_and_kept_at_latent_size(
     with pytest.warns(UserWarning, match="1 image of 4 without a mask"):
         read = read_photos(paths, PROMPT, mask_crops=draws.first_crops)
     plain, cached = dataset_of(read, draws), dataset_of(read, draws)
-    cached.cache_moments(fake_encode)
+    cached.encode = fake_encode
     indices = [[EpochIndex(epoch, row) for row in range(4)] for epoch in range(8)]
     cached.fill_cache([index for batch in indices for index in batch], lambda *_: None)
     wanted = [collate([plain[index] for index in batch]) for batch in indices]
@@ -233,11 +233,11 @@ def test_loading_leaves_the_global_generator_alone(photos: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_dataset_that_encodes_refuses_workers(photos: Path) -> None:
-    dataset = open_folder(photos, SampleTransform(32))
-    dataset.cache_moments(fake_encode)
-    with pytest.raises(ValueError, match="main process"):
-        next(iterate_batches(dataset, EpochSampler(4), num_workers=1))
+def test_a_dataset_that_encodes_does_so_in_the_main_process(photos: Path) -> None:
+    dataset, processes = open_folder(photos, SampleTransform(32)), set()
+    dataset.encode = lambda pixels: processes.add(os.getpid()) or fake_encode(pixels)
+    next(iterate_batches(dataset, EpochSampler(4), num_workers=1))
+    assert processes == {os.getpid()}
 
 
 def test_jpeg_photos_make_batches(samples_root: Path) -> None:
@@ -272,8 +272,3 @@ def test_contents_are_names_digests_captions_and_masks_in_order(photos: Path) ->
         ],
         "class_images": [{"name": "00.png", "image": first.digest, "caption": PROMPT, "mask": ""}],
     }
-
-
-def test_a_dataset_without_photos_is_refused() -> None:
-    with pytest.raises(PhotoError, match="no photos were given"):
-        dataset_of([], SampleTransform(32))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dora_diffusion.data.captions import CaptionRules
-from dora_diffusion.data.draws import SampleTransform, random_mask
+from dora_diffusion.data.dataset import SampleTransform, random_mask
 from dora_diffusion.data.photos import Photo
 
 
@@ -74,11 +74,6 @@ def test_the_first_crops_are_those_of_the_first_epochs() -> None:
     crops = list(draws.first_crops(photo(5)))
     assert crops == [draws.crop(photo(5), epoch) for epoch in range(len(crops))]
     assert len(set(crops)) > 3
-
-
-def test_impossible_draws_are_refused() -> None:
-    with pytest.raises(ValueError, match="crop_variants"):
-        SampleTransform(32, crop_variants=0)
 
 
 def test_bad_resolutions_fail_at_once() -> None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageCms, ImageFile
 
 from dora_diffusion.data import images
-from dora_diffusion.data.images import PhotoError, open_photo, open_photo_with_alpha
+from dora_diffusion.data.images import PhotoError, decode_photo, open_photo
 
 
 def noise_image(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -197,7 +197,7 @@ def test_alpha_is_composited_on_white_and_kept(tmp_path: Path) -> None:
     image = noise_image(26, 18, "RGBA")
     path = tmp_path / "cutout.png"
     image.save(path)
-    rgb, alpha = open_photo_with_alpha(path)
+    rgb, alpha = decode_photo(path)[:2]
     values = np.asarray(image).astype(np.float64)
     weight = values[..., 3:] / 255
     expected = values[..., :3] * weight + 255 * (1 - weight)
@@ -205,7 +205,7 @@ def test_alpha_is_composited_on_white_and_kept(tmp_path: Path) -> None:
     assert alpha is not None
     np.testing.assert_array_equal(np.asarray(alpha), np.asarray(image)[..., 3])
     noise_image(26, 18).save(path)
-    assert open_photo_with_alpha(path)[1] is None
+    assert decode_photo(path).alpha is None
 
 
 def test_a_palette_with_a_transparent_entry_has_alpha(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_palette_with_a_transparent_entry_has_alpha(tmp_path: Path) -> None:
     image.putpixel((1, 0), 1)
     path = tmp_path / "palette.png"
     image.save(path, transparency=1)
-    rgb, alpha = open_photo_with_alpha(path)
+    rgb, alpha = decode_photo(path)[:2]
     assert rgb.getpixel((0, 0)) == (200, 10, 10)
     assert rgb.getpixel((1, 0)) == (255, 255, 255)
     assert alpha is not None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_diffusion.data.draws import SampleTransform
+from dora_diffusion.data.dataset import SampleTransform
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import Photo, list_photos, open_mask, read_photos
 

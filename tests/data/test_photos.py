@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.data.draws import SampleTransform
+from dora_diffusion.data.dataset import SampleTransform
 from dora_diffusion.data.images import PhotoError, open_photo
 from dora_diffusion.data.photos import (
     MaskError,

@@ -106,20 +106,6 @@ def test_seeds_of_different_parts_differ() -> None:
     assert generator_for(1, 23).initial_seed() == generator_for(1, 23).initial_seed()
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"num_samples": 0},
-        {"num_samples": 3, "batch_size": 0},
-        {"num_samples": 3, "num_processes": 2, "process_index": 2},
-        {"num_samples": 3, "groups": [1, 2]},
-    ],
-)
-def test_impossible_settings_are_refused(arguments: dict) -> None:
-    with pytest.raises(ValueError, match=r"."):
-        EpochSampler(**arguments)
-
-
 def test_another_batch_size_goes_on_with_whole_groups():
     """A place between two batches of the old size is inside one of the new."""
     groups = ["wide"] * 5 + ["tall"] * 5

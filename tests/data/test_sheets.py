@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from dora_diffusion.data.sheets import image_grid, labelled_sheet, sheet, stacked
+from dora_diffusion.data.sheets import image_grid, labelled_sheet, sheet
 from tests.training.helpers import find, noise
 
 PROMPTS = ["a photo of a sks mug on the snow", "a sks mug, at night"]
@@ -53,7 +53,7 @@ def test_long_prompts_take_more_lines_and_stay_inside():
 
 def test_stacked_sheets_keep_their_pixels():
     first, second = noise((40, 20), 1), noise((30, 10), 2)
-    whole = stacked([first, second])
+    whole = image_grid([first, second], 1)
     assert find(whole, first) == [(0, 0)]
     assert len(find(whole, second)) == 1
 

@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_diffusion.data.captions import contains_token
-from dora_diffusion.data.wildcards import Wildcards, at_random, preferring, render, variants
+from dora_diffusion.data.captions import (
+    Wildcards,
+    at_random,
+    contains_token,
+    preferring,
+    render,
+    variants,
+)
 
 # Text -> all that it may become, in the order of its alternatives.
 CASES = {

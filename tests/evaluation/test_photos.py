@@ -10,10 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.data.captions import CaptionRules, stated_rules
+from dora_diffusion.data.captions import CaptionRules, Wildcards, stated_rules
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import list_photos
-from dora_diffusion.data.wildcards import Wildcards
 from dora_diffusion.evaluation.measures import summarize
 from dora_diffusion.evaluation.photos import (
     OTHERS,

@@ -22,8 +22,6 @@ from dora_diffusion.numerics.low_rank import (
 )
 from dora_diffusion.numerics.weights import NORM_AXES, LayerWeights, NormAxis
 
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
-
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (12, 8, 3, 3), (400, 300)])
 @pytest.mark.parametrize("rank", [1, 8])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dora_diffusion import load_components
 from dora_diffusion.data.crops import CropRecord, apply_crop, plan_crop
-from dora_diffusion.data.images import decode_photo
+from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo, read_photo
 from dora_diffusion.lab.analysis.plots import save_figure
 from dora_diffusion.models.embedded import samples_folder
@@ -32,7 +32,7 @@ def walk() -> dict[str, Any]:
     components = load_components(BASE)
     photo = read_photo(PHOTO, "")
     record = plan_crop(photo.size, components.default_resolution)
-    pixels = apply_crop(decode_photo(PHOTO.name, PHOTO.read_bytes()).image, record)[None]
+    pixels = apply_crop(open_photo(PHOTO), record)[None]
     generator = torch.Generator().manual_seed(SEED)
     latents = latents_from_moments(
         components.vae, encode_moments(components.vae, pixels), generator
@@ -95,7 +95,7 @@ def _photo(panel: Any, photo: Photo, record: CropRecord) -> None:
     """The photo with the edge of its crop, both ``(height, width)``."""
     from matplotlib.patches import Rectangle
 
-    panel.imshow(decode_photo(photo.path.name, photo.path.read_bytes()).image)
+    panel.imshow(open_photo(photo.path))
     scale = photo.size[0] / record.resized_size[0]
     (top, left), (height, width) = (
         [value * scale for value in pair] for pair in (record.crop_top_left, record.target_size)

@@ -181,8 +181,7 @@ def _drawn(args: GenerateSettings) -> Callable[[str, int], str]:
     """
     if not args.wildcards:
         return lambda prompt, seed: prompt
-    from dora_diffusion.data.captions import CaptionRules
-    from dora_diffusion.data.wildcards import Wildcards
+    from dora_diffusion.data.captions import CaptionRules, Wildcards
 
     return CaptionRules(wildcards=Wildcards(args.wildcard_dir)).draw_prompt
 

@@ -19,7 +19,7 @@ from dora_diffusion.formats.files.atomic import atomic_file, require_writable
 
 if TYPE_CHECKING:
     from dora_diffusion.data.captions import CaptionEdit
-    from dora_diffusion.data.curate.run import Preparation
+    from dora_diffusion.data.prepare import Preparation
 
 
 def _given(name: str) -> Condition:
@@ -95,8 +95,8 @@ class PrepareSettings(CommandSettings):
     def perform(self) -> int:
         """Inspect the photos, write what is asked for, and print a table or JSON."""
         _check(self)
-        from dora_diffusion.data.curate.models import INSTRUCTION, open_captioner, open_masker
         from dora_diffusion.data.photos import list_photos
+        from dora_diffusion.data.prepare import INSTRUCTION, open_captioner, open_masker
         from dora_diffusion.models.metric_models import open_metric_model
 
         subjects = {Path(f).expanduser().resolve().name: list_photos(f) for f in self.photos}
@@ -144,7 +144,7 @@ def _edit(args: PrepareSettings) -> CaptionEdit:
 
 def _plan(args: PrepareSettings, name: str, paths: Sequence[Path]) -> Preparation:
     """Plan the preparation of a subject after all checks, without loading models."""
-    from dora_diffusion.data.curate.run import Preparation
+    from dora_diffusion.data.prepare import Preparation
 
     target = paths[0].parent if args.in_place else None
     if args.output:

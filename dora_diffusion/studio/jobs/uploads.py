@@ -93,7 +93,7 @@ def _store(file: Path, folder: Path) -> Path:
             f"{file.name}: {size / 2**20:.1f} MB is above the limit of {MAX_BYTES // 2**20} MB; "
             "save a smaller copy"
         )
-    image, alpha = images.open_photo_with_alpha(file)
+    image, alpha, *_ = images.decode_photo(file)
     name, suffix = f"{next_number(folder):03d}", ".jpg"
     temporary = folder / f".{name}.part"
     if alpha is None:
@@ -155,7 +155,7 @@ def edit_photo(photo: Path, crop: Sequence[float] | None, mask: Image.Image | No
     Raises:
         UserError: If the crop is none, or too small or too thin to train on.
     """
-    whole, alpha = images.open_photo_with_alpha(photo)
+    whole, alpha, *_ = images.decode_photo(photo)
     box = _pixels(crop, whole.size) if crop is not None else (0, 0, *whole.size)
     if box != (0, 0, *whole.size):
         if not original_of(photo).exists():

@@ -16,6 +16,7 @@ from torch import Tensor
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.wording import counted, listing, quoted
 from dora_diffusion.data.captions import (
+    WILD,
     CaptionRules,
     contains_token,
     read_caption,
@@ -23,11 +24,9 @@ from dora_diffusion.data.captions import (
 )
 from dora_diffusion.data.checks import copies, too_few, warn_of_unused_masks
 from dora_diffusion.data.crops import Buckets
-from dora_diffusion.data.dataset import DreamBoothDataset, SubjectPhotos
-from dora_diffusion.data.draws import SampleTransform
+from dora_diffusion.data.dataset import DreamBoothDataset, SampleTransform, SubjectPhotos
 from dora_diffusion.data.images import PhotoError, digest_of, read_bytes
 from dora_diffusion.data.photos import Photo, list_photos, read_photos
-from dora_diffusion.data.wildcards import WILD
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_inputs
 from dora_diffusion.models.offload import on_device
@@ -101,7 +100,7 @@ def open_dataset(
             with on_device(components.device, components.vae):
                 return encode_inputs(components.vae, components.family, pixels)
 
-        dataset.cache_moments(encode)
+        dataset.encode = encode
     return dataset
 
 

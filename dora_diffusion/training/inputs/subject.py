@@ -11,8 +11,7 @@ from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.dataset_file import naming_entry
 from dora_diffusion.config.derived import usual_class_word
 from dora_diffusion.config.wording import quoted
-from dora_diffusion.data.captions import CaptionRules, class_caption, contains_token
-from dora_diffusion.data.wildcards import Wildcards
+from dora_diffusion.data.captions import CaptionRules, Wildcards, class_caption, contains_token
 from dora_diffusion.formats.adapter.metadata import join_triggers
 from dora_diffusion.models.embedded import CLASSES, FILLERS
 from dora_diffusion.models.locate import is_embedded

@@ -24,7 +24,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.fields import require_choice
 from dora_diffusion.config.prompts import SamplePrompt
 from dora_diffusion.data.captions import stated_rules
-from dora_diffusion.data.sheets import image_grid, labelled_sheet, stacked
+from dora_diffusion.data.sheets import image_grid, labelled_sheet
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS
 from dora_diffusion.formats.adapter.metadata import (
     CAPTIONS,
@@ -299,7 +299,7 @@ class SampleWriter:
                 images = self._images()
             base = self._save_sheet("base", images, "The base model", step, adapter=False)
             text = self._parameters(images, step, adapter=True)
-            self._save("base_above_adapted", stacked([base, adapted]), text)
+            self._save("base_above_adapted", image_grid([base, adapted], 1), text)
 
     def _images(self) -> list[Image.Image]:
         """Sample all images, prompt by prompt."""

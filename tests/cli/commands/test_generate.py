@@ -13,8 +13,7 @@ from PIL import Image
 
 from dora_diffusion.cli.main import main
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.data.captions import CaptionRules
-from dora_diffusion.data.wildcards import Wildcards
+from dora_diffusion.data.captions import CaptionRules, Wildcards
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.sampling.images import parse_parameters, read_parameters

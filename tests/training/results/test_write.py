@@ -7,8 +7,7 @@ import dataclasses
 from PIL import Image
 
 from dora_diffusion.cli.main import main
-from dora_diffusion.data.captions import CaptionRules
-from dora_diffusion.data.wildcards import Wildcards
+from dora_diffusion.data.captions import CaptionRules, Wildcards
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.adapter.metadata import stated_reading
 from dora_diffusion.models.load import load_components

@@ -10,7 +10,7 @@ from PIL import Image
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.jobs.subjects import add_photos, new_subject
-from tests.data.curate.conftest import models  # noqa: F401 (a fixture)
+from tests.data.prepare.conftest import models  # noqa: F401 (a fixture)
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ import gradio
 
 from dora_diffusion.cli import main as cli
 from dora_diffusion.data.captions import with_trigger
-from dora_diffusion.data.curate.models import open_captioner
 from dora_diffusion.data.images import open_photo
+from dora_diffusion.data.prepare import open_captioner
 from dora_diffusion.studio import app
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch

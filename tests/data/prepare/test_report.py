@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 
-from dora_diffusion.data.crops import Buckets
-from dora_diffusion.data.curate.report import (
+from dora_diffusion.data.checks import (
     Report,
     add_cautions,
     doubts,
@@ -16,6 +15,7 @@ from dora_diffusion.data.curate.report import (
     sharpness,
     small_image,
 )
+from dora_diffusion.data.crops import Buckets
 from dora_diffusion.data.photos import read_photo
 from dora_diffusion.lab.toy.benchmark_subjects import SAMPLE_BACKGROUNDS, SAMPLE_SUBJECTS
 from dora_diffusion.lab.toy.world import render

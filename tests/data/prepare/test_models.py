@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.data.curate import models as prepare_models
-from dora_diffusion.data.curate.models import PrepareError, open_captioner, open_masker
+from dora_diffusion.data import prepare as prepare_models
+from dora_diffusion.data.prepare import PrepareError, open_captioner, open_masker
 
 
 @pytest.fixture

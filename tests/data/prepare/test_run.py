@@ -11,9 +11,8 @@ import pytest
 from PIL import Image, ImageColor
 
 from dora_diffusion.data.captions import CaptionEdit, class_caption, with_trigger
-from dora_diffusion.data.curate.models import PrepareError
-from dora_diffusion.data.curate.run import COLOURS, Preparation
 from dora_diffusion.data.photos import PhotoError, list_photos, mask_path
+from dora_diffusion.data.prepare import COLOURS, Preparation, PrepareError
 
 
 def digests(folder):

@@ -1,1 +1,0 @@
-"""Photos to a training set: a look at each, captions, masks, copies on plain backgrounds."""
