@@ -49,7 +49,7 @@ nitpicky = True
 # Classes that the pages leave out, wherever they are, and those that a module imports by name. The
 # build warns of what is needless here.
 LEFT_OUT = [
-    "_Entry", "AdaptedLayerReport", "CheckpointChange", "Factors", "GpuMemory", "Image",
+    "AdaptedLayerReport", "CheckpointChange", "Factors", "GpuMemory", "Image",
     "LayerWeights", "MemoryRow", "MergeStrengths", "NoiseSchedule", "Package", "Path",
     "PhotoSource", "Plan", "Preset", "RowShard", "Site", "Statement", "Strengths",
     "SubjectRecord", "Tensor", "TextEncoder", "ToySource", "Wanted", "Workers", "WorkQueue",

@@ -215,7 +215,8 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
     ahead = _can_merge_ahead(layers)
     results = map_ahead(_merged, layers) if ahead else ((layer, _merged(layer)) for layer in layers)
     for layer, merged in results:
-        layer.merge(merged)
+        if merged is not None:
+            layer.merge(merged)
         if not keep_base:
             restore_base_class(layer)
 
@@ -260,9 +261,9 @@ def set_strength(
     Raises:
         ValueError: If no layer has such an adapter.
     """
+    given = vars(strength) if isinstance(strength, Strengths) else {"strength": strength}
     parts = {"direction_strength": direction, "magnitude_strength": magnitude}
-    all_three = vars(strength) if isinstance(strength, Strengths) else {"strength": strength}
-    asked = {**all_three, **{key: value for key, value in parts.items() if value is not None}}
+    asked = given | {key: value for key, value in parts.items() if value is not None}
     changed = {key: float(value) for key, value in asked.items() if value is not None}
     adapters = list(layer_adapters(model, name))
     if not adapters:

@@ -36,7 +36,7 @@ from dora_diffusion.numerics.dora import (
 )
 from dora_diffusion.numerics.merging import merge_tensor
 from dora_diffusion.numerics.operation import OneHot, Operation, dropout
-from dora_diffusion.numerics.precision import product_dtype, upcast, upcast_dtype
+from dora_diffusion.numerics.precision import product_dtype, upcast_dtype
 from dora_diffusion.numerics.weights import (
     LayerKind,
     LayerWeights,
@@ -375,19 +375,17 @@ class AdaptedLayer(nn.Module):
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The weight with every active adapter in it, float32, as the layer stores it."""
-        layers = [(adapter.weights(), adapter.strengths) for _, adapter in self.active()]
-        if not layers:
-            return upcast(self.weight)
-        return merge_tensor(self.weight, layers, upcast_dtype(self.weight))
+        weight = self.dense()
+        layers = [
+            (dataclasses.replace(adapter.weights(), kind="plain"), adapter.strengths)
+            for _, adapter in self.active()
+        ]
+        return oriented(merge_tensor(weight, layers, upcast_dtype(weight)), self.kind)
 
     @torch.no_grad()
-    def merge(self, merged: Tensor | None = None) -> None:
-        """Write the adapters into the weight; the base weight is kept for `unmerge`.
-
-        ``merged`` is what `merged` returns, where that was computed already.
-        """
+    def merge(self, merged: Tensor) -> None:
+        """Write what `merged` returned into the weight; the base weight is kept for `unmerge`."""
         if self._unmerged is None:
-            merged = self.merged() if merged is None else merged
             self._unmerged = self.weight.detach().clone()
             self.weight.copy_(merged)
 

@@ -26,7 +26,6 @@ from dora_diffusion.adapters.layout import DeferredFlags, Layout, Rows, Site, la
 from dora_diffusion.numerics.dora import NORM_FLOOR, Factors, direction_of, factors_of
 from dora_diffusion.numerics.dora import gain as gain_of
 from dora_diffusion.numerics.norms import (
-    SameShape,
     Terms,
     exact_squared_norm,
     factored_norm,
@@ -225,7 +224,7 @@ class Plan:
         made = []
         for number, sites in enumerate(layout.shapes):
             seen = parts if layout.widens[number] else wide
-            same = SameShape(
+            terms: Sequence[Tensor] = norm_terms(
                 [site.weight for site in sites],
                 downs[number].flatten(0, 1),
                 ups[number].flatten(0, 1),
@@ -233,7 +232,6 @@ class Plan:
                 layout.axis,
                 [part[number].flatten(0, 1) for part in seen],
             )
-            terms: Sequence[Tensor] = norm_terms(same)
             if (shard := sites[0].shard) is not None:
                 terms = [shard.summand(term, layout.axis) for term in terms]
             made.append([term.flatten() for term in terms])

@@ -7,12 +7,12 @@ CLIPTextModel and kept it in CLIPTextModelWithProjection; canonical names always
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import DEFAULT_NAME, attach_adapters
@@ -71,12 +71,11 @@ def adapter_state(components: LiveModules, name: str = DEFAULT_NAME) -> dict[str
     Raises:
         ValueError: If no component has this adapter.
     """
-    state = {
-        canonical(component, path): _detached(cast(LayerAdapter, layer.adapters[name]))
-        for component, model in components.items()
-        for path, layer in adapted_layers(model)
-        if name in layer.adapters
-    }
+    with torch.no_grad():
+        state = {
+            key: adapter.used_weights().to("cpu", copy=True)
+            for key, adapter in _adapters(components, name)
+        }
     if not state:
         raise ValueError(f"no component has an adapter named {name!r}")
     return state
@@ -85,33 +84,23 @@ def adapter_state(components: LiveModules, name: str = DEFAULT_NAME) -> dict[str
 def vera_state(components: LiveModules, name: str = DEFAULT_NAME) -> dict[str, VeraLayer]:
     """The vectors of a VeRA or DVoRA, as `adapter_state` gives the factors; {} of another."""
     state = {}
-    for component, model in components.items():
-        for path, layer in adapted_layers(model):
-            adapter = cast(LayerAdapter, layer.adapters[name]) if name in layer.adapters else None
-            if adapter is not None and isinstance(
-                adapter.parametrization, ProjectedParametrization
-            ):
-                state[canonical(component, path)] = _vectors(adapter, adapter.parametrization)
+    for key, adapter in _adapters(components, name):
+        if isinstance(own := adapter.parametrization, ProjectedParametrization):
+            tensors = (adapter.down, adapter.up, adapter.magnitude)
+            d, b, m = (None if t is None else t.detach().to("cpu", copy=True) for t in tensors)
+            assert d is not None
+            assert b is not None
+            axis = adapter.norm_axis
+            state[key] = VeraLayer(own.projections, own.weight_shape, d, b, m, axis)
     return state
 
 
-def _vectors(adapter: LayerAdapter, parametrization: ProjectedParametrization) -> VeraLayer:
-    tensors = (adapter.down, adapter.up, adapter.magnitude)
-    d, b, magnitude = (None if t is None else t.detach().to("cpu", copy=True) for t in tensors)
-    assert d is not None
-    assert b is not None
-    shape, axis = parametrization.weight_shape, adapter.norm_axis
-    return VeraLayer(parametrization.projections, shape, d, b, magnitude, axis)
-
-
-def _detached(adapter: LayerAdapter) -> LayerWeights:
-    weights = adapter.used_weights()
-    copies: dict[str, Any] = {
-        name: tensor.detach().to("cpu", copy=True)
-        for name in ("down", "up", "magnitude")
-        if (tensor := getattr(weights, name)) is not None
-    }
-    return dataclasses.replace(weights, **copies)
+def _adapters(components: LiveModules, name: str) -> Iterator[tuple[str, LayerAdapter]]:
+    """The parts of one adapter by canonical name."""
+    for component, model in components.items():
+        for path, layer in adapted_layers(model):
+            if name in layer.adapters:
+                yield canonical(component, path), cast(LayerAdapter, layer.adapters[name])
 
 
 def load_adapter_state(

@@ -31,16 +31,13 @@ class TargetError(ValueError):
 
 
 def _matches(target: str, path: str, module: nn.Module) -> bool:
-    if target in _PATTERNS:
-        return any(
-            re.fullmatch(pattern, path) and _is_of(kind, module)
-            for pattern, kind in _PATTERNS[target]
-        )
-    return fnmatchcase(path, target)
-
-
-def _is_of(kind: type[nn.Module] | None, module: nn.Module) -> bool:
-    return not isinstance(module, nn.Embedding) if kind is None else isinstance(module, kind)
+    if target not in _PATTERNS:
+        return fnmatchcase(path, target)
+    is_table = isinstance(module, nn.Embedding)
+    return any(
+        re.fullmatch(pattern, path) and (isinstance(module, kind) if kind else not is_table)
+        for pattern, kind in _PATTERNS[target]
+    )
 
 
 def match_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:

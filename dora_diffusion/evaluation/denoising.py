@@ -26,7 +26,7 @@ from dora_diffusion.models.latents import (
 )
 from dora_diffusion.models.offload import on_device
 from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
-from dora_diffusion.numerics.loss import add_noise, prediction_loss, sample_noise
+from dora_diffusion.numerics.loss import add_noise, denoising_loss, sample_noise, training_target
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -158,6 +158,5 @@ def _batch_loss(
         None if ids is None else ids.expand(count, -1),
         None if condition is None else condition.expand(count, -1, -1, -1),
     )
-    return prediction_loss(
-        model_pred, latents, noise, alpha_bar, prediction_type=components.prediction_type
-    )
+    target = training_target(components.prediction_type, latents, noise, alpha_bar)
+    return denoising_loss(model_pred, target)

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -57,14 +56,8 @@ _LEAST_SCALE = 1e-3
 _FIRST_ITERATIONS, _NEXT_ITERATIONS = 3, 1
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """``D W + E``: scales ``D`` per channel, and the singular triplets of ``E``."""
-
-    scale: Tensor
-    u: Tensor
-    s: Tensor
-    vh: Tensor
+_Fit = tuple[Tensor, Tensor, Tensor, Tensor]
+"""``D W + E``: scales ``D`` per channel, and the singular triplets of ``E``."""
 
 
 @torch.no_grad()
@@ -100,14 +93,14 @@ def best_dora(
         if norm_axis == "input":
             base, change = base.t(), change.t()
         rows = _Rows(base, change, kernel if norm_axis == "input" else 1)
-        fit = _alternate(rows, rank, energy, start)
-        scale = rows.spread(fit.scale).unsqueeze(1)
+        scale, u, s, vh = _alternate(rows, rank, energy, start)
+        scale = rows.spread(scale).unsqueeze(1)
         if norm_axis == "output":
-            layer = balanced(fit.u, fit.s, fit.vh, weight.shape)
+            layer = balanced(u, s, vh, weight.shape)
             up = layer.up / scale.view(-1, *[1] * (weight.ndim - 1))
             layer = dataclasses.replace(layer, up=up)
         else:
-            layer = balanced(fit.vh.t(), fit.s, fit.u.t() / scale.t(), weight.shape)
+            layer = balanced(vh.t(), s, u.t() / scale.t(), weight.shape)
         magnitude = _best_magnitude(weight, tuned, layer, norm_axis)
     return dataclasses.replace(layer, magnitude=magnitude, norm_axis=norm_axis)
 
@@ -210,7 +203,7 @@ class _Search:
         self._rows, self._rank, self._energy = rows, rank, energy
         self._basis, self._iterations = random_start(rows.base, rank), _FIRST_ITERATIONS
         self._least = float("inf")
-        self.best = _Fit(*[torch.empty(0)] * 4)
+        self.best: _Fit
 
     def iterate(self, excess: Tensor) -> tuple[float, Tensor]:
         """The error with the best update for ``e``, and the step to the best scales for that."""
@@ -227,7 +220,7 @@ class _Search:
         rest.addmm_(u * s, vh, alpha=-1)
         error = torch.linalg.vector_norm(rest).item()
         if error < self._least:
-            self.best, self._least = _Fit(1 + excess, u, s, vh), error
+            self.best, self._least = (1 + excess, u, s, vh), error
         return error, self._rows.projection(rest)
 
 

@@ -123,12 +123,12 @@ def loss_weight(
 def denoising_loss(
     model_pred: Tensor, target: Tensor, weight: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """Mean squared error of each sample in float32, ``(B,)``.
+    """The objective: mean squared error of each sample in float32, ``(B,)``.
 
     Args:
         model_pred: ``(B, C, h, w)``.
-        target: ``(B, C, h, w)``.
-        weight: Factor of each sample, ``(B,)``.
+        target: ``(B, C, h, w)``, see `training_target`.
+        weight: Factor of each sample, ``(B,)``, see `loss_weight`.
         mask: Where to learn, ``(B, 1, h, w)`` in [0, 1]: the error becomes the mean weighted by
             it. A sample whose mask is empty has no loss.
     """
@@ -140,31 +140,6 @@ def denoising_loss(
         covered = mask.flatten(1).sum(dim=1)
         per_sample = (error * mask).flatten(1).sum(dim=1) / covered.clamp_min(1e-6)
     return per_sample if weight is None else per_sample * weight.to(per_sample)
-
-
-def prediction_loss(
-    model_pred: Tensor,
-    latents: Tensor,
-    noise: Tensor,
-    alpha_bar: Tensor,
-    *,
-    prediction_type: str,
-    weight: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """The objective: each sample's loss of a prediction, ``(B,)``.
-
-    Args:
-        model_pred: ``(B, C, h, w)``.
-        latents: What was noised, ``(B, C, h, w)``.
-        noise: What was added, ``(B, C, h, w)``.
-        alpha_bar: ``(B,)``.
-        prediction_type: See `training_target`.
-        weight: See `loss_weight`.
-        mask: See `denoising_loss`.
-    """
-    target = training_target(prediction_type, latents, noise, alpha_bar)
-    return denoising_loss(model_pred, target, weight, mask)
 
 
 def split_prior(

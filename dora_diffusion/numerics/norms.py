@@ -29,30 +29,6 @@ from dora_diffusion.numerics.weights import NormAxis
 CANCELLATION = 1 / 32
 
 
-class SameShape(NamedTuple):
-    """n layers whose weights have one shape ``(out, in, *k)`` and dtype.
-
-    Several adapters of each, K of a layer before those of the next, count as n K layers in all but
-    the weights.
-
-    Attributes:
-        weights: Their base weights.
-        down: ``A``, ``(n, r, in * k)``, float32 (float64 for float64 weights).
-        up: ``B``, ``(n, out, r)``, in the same precision.
-        scale: ``s``.
-        axis: Norm axis.
-        parts: What the weights are multiplied with, A on the output axis and B on the input axis:
-            itself, or, where `widens` says so, its `parts_of`.
-    """
-
-    weights: Sequence[Tensor]
-    down: Tensor
-    up: Tensor
-    scale: float
-    axis: NormAxis
-    parts: Sequence[Tensor]
-
-
 class Terms(NamedTuple):
     """Terms of the norms of layers with one shape, each ``(n, channels)``.
 
@@ -68,22 +44,34 @@ class Terms(NamedTuple):
     checksum: Tensor
 
 
-def norm_terms(layers: SameShape) -> Terms:
-    """The terms of the factored norms.
+def norm_terms(
+    weights: Sequence[Tensor], down: Tensor, up: Tensor, s: float, axis: NormAxis,
+    parts: Sequence[Tensor],
+) -> Terms:  # fmt: skip
+    """The terms of the factored norms of n layers whose weights have one shape and dtype.
 
     Per output, with ``M = 2s W A' + s^2 B A A'``, the change is the row sum of ``B * M``; per input
-    the same with the roles of A and B exchanged.
+    the same with the roles of A and B exchanged. Several adapters of each layer, K of a layer
+    before those of the next, count as n K layers in all but the weights.
+
+    Args:
+        weights: Their base weights ``(out, in, *k)``.
+        down: ``A``, ``(n, r, in * k)``, float32 (float64 for float64 weights).
+        up: ``B``, ``(n, out, r)``, in the same precision.
+        s: The scale.
+        axis: Norm axis.
+        parts: What the weights are multiplied with, A on the output axis and B on the input axis:
+            itself, or, where `widens` says so, its `parts_of`.
     """
-    down, up, s = layers.down, layers.up, layers.scale
-    if layers.axis == "output":
+    if axis == "output":
         # The checksum is one more column of the product: one pass over the weight, not two.
-        seen, checksum = _products(layers.weights, layers.parts, "output")
+        seen, checksum = _products(weights, parts, "output")
         gram = torch.bmm(down, down.mT)
         change = torch.baddbmm(seen, up, gram, beta=2 * s, alpha=s * s).mul_(up).sum(dim=2)
         own, other = torch.linalg.vector_norm(up, dim=2), torch.linalg.vector_norm(down, dim=(1, 2))
     else:
-        inputs = layers.weights[0].shape[1]
-        seen, sums = _products(layers.weights, [part.mT for part in layers.parts], "input")
+        inputs = weights[0].shape[1]
+        seen, sums = _products(weights, [part.mT for part in parts], "input")
         gram = torch.bmm(up.mT, up)
         product = torch.baddbmm(seen, gram, down, beta=2 * s, alpha=s * s).mul_(down)
         # (n, r, in * k) -> (n, in): the taps of a convolution are summed with the ranks.
@@ -186,16 +174,16 @@ def factored_norm(
     base = squared_norm(weight, axis) if weight_squared_norm is None else weight_squared_norm
     wide_down, wide_up = (t.to(upcast_dtype(weight)).flatten(1)[None] for t in (down, up))
     seen = wide_down if axis == "output" else wide_up
-    terms = norm_terms(
-        SameShape(
-            [weight], wide_down, wide_up, scale, axis, parts_of(seen) if widens(weight) else [seen]
-        )
-    )
+    parts = parts_of(seen) if widens(weight) else [seen]
+    terms = norm_terms([weight], wide_down, wide_up, scale, axis, parts)
     total = base + terms.change[0]
     cancelled = is_ill_conditioned(total, base, terms.bound[0]).nonzero().flatten()
     if len(cancelled):
-        dense = _dense_channels(weight, down, up, scale, axis, cancelled)
-        total[cancelled] = squared_norm(dense, axis).to(total)
+        if axis == "output":
+            weight, up = weight[cancelled], up[cancelled]
+        else:
+            weight, down = weight[:, cancelled], down[:, cancelled]
+        total[cancelled] = exact_squared_norm(weight, down, up, scale, axis).to(total)
     return total.sqrt()
 
 
@@ -249,14 +237,3 @@ def _probe_on(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     chirp = torch.arange(length, dtype=torch.float64, device="cpu").square().cos()
     unit = torch.div(chirp, torch.linalg.vector_norm(chirp)).bfloat16()
     return unit[None].to(device, dtype)
-
-
-def _dense_channels(
-    weight: Tensor, down: Tensor, up: Tensor, scale: float, axis: NormAxis, channels: Tensor
-) -> Tensor:
-    """The chosen channels of ``W + s B A``, in float64, where the cancellation is harmless."""
-    if axis == "output":
-        weight, up = weight[channels], up[channels]
-    else:
-        weight, down = weight[:, channels], down[:, channels]
-    return to_float64(weight) + low_rank_delta(to_float64(down), to_float64(up), scale)

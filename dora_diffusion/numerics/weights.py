@@ -107,12 +107,11 @@ class LayerWeights:
         """The same with the size of a convolution's kernel: ``"Conv2d 3x3"``."""
         return " ".join([self.layer_name, "x".join(map(str, self.down.shape[2:]))]).rstrip()
 
-    def to(self, *args: torch.device | torch.dtype | str) -> LayerWeights:
+    def to(self, *args: torch.device | torch.dtype | str, copy: bool = False) -> LayerWeights:
         """Return the layer with its tensors moved or cast, as ``Tensor.to`` does."""
-        magnitude = None if self.magnitude is None else self.magnitude.to(*args)
-        return dataclasses.replace(
-            self, down=self.down.to(*args), up=self.up.to(*args), magnitude=magnitude
-        )
+        magnitude = None if self.magnitude is None else self.magnitude.to(*args, copy=copy)
+        down, up = (factor.to(*args, copy=copy) for factor in (self.down, self.up))
+        return dataclasses.replace(self, down=down, up=up, magnitude=magnitude)
 
     def narrow(self, dim: int, start: int, length: int) -> LayerWeights:
         """The layer of some output (``dim`` 0) or input (``dim`` 1) channels of its weight.

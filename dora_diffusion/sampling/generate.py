@@ -149,32 +149,25 @@ def load_adapted(
         AdapterFormatError, ValueError: If the adapter cannot be read, or does not fit.
         ConfigError: If the device does not compute so, or nothing compiles for it.
     """
-    device = _require(default_device() if device is None else device, dtype, compile)
+    device = default_device() if device is None else device
+    require_computes(device, dtype)
+    if compile:
+        require_compiler(device)
     facts = () if adapter is None else (read_metadata(adapter),)
     loaded = load_components(base, dtype=dtype, adapters=facts)
-    components = _placed(loaded.reading(clip_skip, max_token_length), device, offload, compile)
+    components = place(loaded.reading(clip_skip, max_token_length), device, offload)
+    if compile:
+        compile_blocks(components.unet)
     if adapter is None:
         return components, AdapterMetadata()
-    metadata = _attach(components, adapter, alpha)
-    for model in components.adaptable().values():
+    models, family = components.adaptable(), components.family.name
+    read = attach_file(models, adapter, family=family, alpha=alpha)
+    add_tokens(components, read.tokens)
+    for model in models.values():
         if any(layer_adapters(model)):
             set_strength(model, strength)
         model.eval()
-    return _as_stated(components, metadata, clip_skip, max_token_length), metadata
-
-
-def _require(device: torch.device | str, dtype: torch.dtype, compiles: bool) -> torch.device | str:
-    """The device, if it can do what is asked."""
-    require_computes(device, dtype)
-    if compiles:
-        require_compiler(device)
-    return device
-
-
-def _attach(components: Components, adapter: str | Path, alpha: float | None) -> AdapterMetadata:
-    read = attach_file(components.adaptable(), adapter, family=components.family.name, alpha=alpha)
-    add_tokens(components, read.tokens)
-    return read.metadata
+    return as_stated(components, read.metadata, clip_skip, max_token_length), read.metadata
 
 
 def load_model(base: AnyModel, adapter: Path | None) -> Components:
@@ -187,22 +180,17 @@ def load_model(base: AnyModel, adapter: Path | None) -> Components:
     return load_adapted(base, adapter, dtype=dtype)[0]
 
 
-def _placed(
-    components: Components, device: torch.device | str, offload: str, compiles: bool
-) -> Components:
-    components = place(components, device, offload)
-    if compiles:
-        compile_blocks(components.unet)
-    return components
+def as_stated(components: Components, metadata: AdapterMetadata, *given: int | None) -> Components:
+    """The model, reading prompts as an adapter's file says where nothing else is given.
 
-
-def _as_stated(components: Components, metadata: AdapterMetadata, *given: int | None) -> Components:
-    """The model, reading prompts as an adapter's file says where nothing else is given."""
+    Args:
+        components: The model.
+        metadata: The file's.
+        given: Clip skip and length of prompts.
+    """
     stated = stated_reading(metadata.extra)
-    left = (
-        stated.get(name) if value is None else None
-        for name, value in zip(READING, given, strict=True)
-    )
+    pairs = zip(READING, given, strict=True)
+    left = (stated.get(name) if value is None else None for name, value in pairs)
     return components.reading(*left, is_told=False)
 
 
@@ -363,7 +351,13 @@ def _sample(
         # Each image of a batch draws its own latents of what it is painted into.
         prompt = [prompt] * len(seeds)
     if settings.guidance_rescale:
-        painted |= _rescale(pipeline, components, settings.guidance_rescale)
+        name = "guidance_rescale"
+        require(
+            name in inspect.signature(pipeline.__call__).parameters,
+            f"{name} is not in Diffusers' pipeline of {components.family.title}; leave it out",
+            name,
+        )
+        painted[name] = settings.guidance_rescale
     pixels: np.ndarray = pipeline(
         **_prompts(components, prompt, settings.negative_prompt, len(seeds), adapters),
         num_inference_steps=settings.steps,
@@ -376,16 +370,6 @@ def _sample(
         **painted,
     ).images
     return pixels
-
-
-def _rescale(pipeline: Any, components: Components, share: float) -> dict[str, float]:
-    name = "guidance_rescale"
-    require(
-        name in inspect.signature(pipeline.__call__).parameters,
-        f"{name} is not in Diffusers' pipeline of {components.family.title}; leave it out",
-        name,
-    )
-    return {name: share}
 
 
 def _prompts(

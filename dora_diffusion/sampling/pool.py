@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,10 +13,8 @@ from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.adapters.scope import FixedNorms
 from dora_diffusion.adapters.state import attach_file
 from dora_diffusion.formats.adapter.metadata import (
-    READING,
     ZERO_TERMINAL_SNR,
     AdapterMetadata,
-    stated_reading,
 )
 from dora_diffusion.formats.adapter.stored import find_adapter, read_metadata
 from dora_diffusion.formats.checkpoint.schedule import PREDICTION
@@ -24,7 +22,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import reschedule
 from dora_diffusion.models.words import add_own_tokens, own_words, remove_own_tokens
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images
+from dora_diffusion.sampling.generate import SamplingSettings, as_stated, generate_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -164,16 +162,16 @@ class AdapterPool:
             AdapterFormatError, ValueError: If one cannot be read or does not fit the model, or if
                 together they exceed the budget. What was loaded before stays.
         """
-        keys = [None if adapter is None else _key(adapter) for adapter in adapters]
-        wanted = {key: adapter for key, adapter in zip(keys, adapters, strict=True) if key}
-        for key, adapter in wanted.items():
+        references = [None if adapter is None else _reference(adapter) for adapter in adapters]
+        wanted = {reference.key: reference for reference in references if reference}
+        for key, reference in wanted.items():
             if key not in self._loaded:
-                if isinstance(adapter, PinnedAdapter) and _key(adapter[1:3]) != key:
-                    raise ValueError(f"{adapter.path} was replaced while it was used; ask again")
-                self._loaded[key] = self._load(adapter)
+                if _reference((reference.path, reference.strengths)).key != key:
+                    raise ValueError(f"{reference.path} was replaced while it was used; ask again")
+                self._loaded[key] = self._load(reference)
             self._loaded.move_to_end(key)
             self._make_room(wanted)
-        return [None if key is None else self._loaded[key].name for key in keys]
+        return [reference and self._loaded[reference.key].name for reference in references]
 
     def pin(self, adapter: Wanted) -> PinnedAdapter | None:
         """Load an adapter; what becomes of its file does not matter while the pool has room for it.
@@ -184,8 +182,8 @@ class AdapterPool:
         if adapter is None:
             return None
         self.names([adapter])
-        key = next(reversed(self._loaded))
-        return PinnedAdapter(key, *_parts(adapter), self._loaded[key].metadata)
+        key, loaded = next(reversed(self._loaded.items()))
+        return _reference(adapter)._replace(key=key, metadata=loaded.metadata)
 
     def metadata(self, adapter: Wanted) -> AdapterMetadata:
         """Read the metadata of an adapter's file, such as its trigger words; nothing is loaded.
@@ -197,7 +195,7 @@ class AdapterPool:
             return AdapterMetadata()
         if isinstance(adapter, PinnedAdapter):
             return adapter.metadata
-        return read_metadata(_parts(adapter)[0])
+        return read_metadata(adapter[0] if isinstance(adapter, tuple) else adapter)
 
     def own_words(self, adapter: Wanted) -> Mapping[str, str]:
         """The tokens that only the prompts of an adapter have, as `models.words.own_words` does.
@@ -220,12 +218,7 @@ class AdapterPool:
         if adapter is None:
             return self.components
         metadata = self.metadata(adapter)
-        stated = stated_reading(metadata.extra)
-        left = (
-            stated.get(name) if value is None else None
-            for name, value in zip(READING, self._asked, strict=True)
-        )
-        components = self.components.reading(*left, is_told=False)
+        components = as_stated(self.components, metadata, *self._asked)
         if components.schedule is None:
             return components
         # Made once for all adapters that say the same.
@@ -240,11 +233,11 @@ class AdapterPool:
         while self._loaded:
             self._drop(self._loaded.popitem()[1].name)
 
-    def _load(self, adapter: Wanted) -> _Loaded:
-        path, strengths = _parts(adapter)
+    def _load(self, adapter: PinnedAdapter) -> _Loaded:
         models, name = self.components.adaptable(), f"pool{self.loads}"
         self.loads += 1
-        read = attach_file(models, path, name=name, family=self.components.family.name)
+        family = self.components.family.name
+        read = attach_file(models, adapter.path, name=name, family=family)
         try:
             add_own_tokens(self.components, name, read.tokens)
         except ValueError:
@@ -253,7 +246,7 @@ class AdapterPool:
         parts = [part for model in models.values() for part in layer_adapters(model, name)]
         for model in models.values():
             if any(layer_adapters(model, name)):
-                set_strength(model, strengths, name=name)
+                set_strength(model, adapter.strengths, name=name)
         return _Loaded(name, sum(map(self._bytes, parts)), read.metadata)
 
     def _bytes(self, part: LayerAdapter) -> int:
@@ -264,7 +257,7 @@ class AdapterPool:
             size += (4 + self._width) * part.magnitude.numel()
         return size
 
-    def _make_room(self, wanted: dict[tuple[object, ...], Wanted]) -> None:
+    def _make_room(self, wanted: Container[tuple[object, ...]]) -> None:
         for key in [key for key in self._loaded if key not in wanted]:
             if self.budget is not None and self.size <= self.budget:
                 return
@@ -292,21 +285,14 @@ def reading_of(components: Components) -> tuple[object, ...]:
     return settings, components.clip_skip, components.max_token_length
 
 
-def _parts(adapter: Wanted) -> tuple[str | Path, Strengths]:
-    """Path and strengths."""
-    assert adapter is not None
+def _reference(
+    adapter: str | Path | tuple[str | Path, float | Strengths] | PinnedAdapter,
+) -> PinnedAdapter:
+    """An adapter with its key, which is its file as it is now, and its strengths."""
     if isinstance(adapter, PinnedAdapter):
-        return adapter.path, adapter.strengths
-    if not isinstance(adapter, tuple):
-        return adapter, Strengths()
-    return adapter[0], Strengths.of(adapter[1])
-
-
-def _key(adapter: Wanted) -> tuple[object, ...]:
-    """Return the key of an adapter: its file as it is now, and its strengths."""
-    if isinstance(adapter, PinnedAdapter):
-        return adapter.key
-    path, strengths = _parts(adapter)
-    file = find_adapter(path)
+        return adapter
+    path, strength = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
+    file, strengths = find_adapter(path), Strengths.of(strength)
     status = file.stat()
-    return file.resolve(), status.st_mtime_ns, status.st_size, strengths
+    key = (file.resolve(), status.st_mtime_ns, status.st_size, strengths)
+    return PinnedAdapter(key, path, strengths, AdapterMetadata())

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from dora_diffusion.numerics.dora import squared_norm
 from dora_diffusion.numerics.norms import (
-    SameShape,
     checksum,
     factored_norm,
     norm_terms,
@@ -76,7 +75,7 @@ def test_a_checksum_tells_a_weight_from_one_with_a_changed_channel(axis, shape):
     up = torch.randn(shape[0], 2, *[1] * (len(shape) - 2))
     known = checksum(weight, axis)
     factors = down.flatten(1)[None], up.flatten(1)[None]
-    terms = norm_terms(SameShape([weight], *factors, 0.5, axis, [factors[axis == "input"]]))
+    terms = norm_terms([weight], *factors, 0.5, axis, [factors[axis == "input"]])
     change, same = terms.change[0], terms.checksum[0]
     dims = [dim for dim in range(weight.ndim) if dim != (0 if axis == "output" else 1)]
     adapted = weight.double() + 0.5 * (up.double().flatten(1) @ down.double().flatten(1)).view(

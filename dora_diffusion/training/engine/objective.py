@@ -38,10 +38,10 @@ from dora_diffusion.numerics.loss import (
     add_noise,
     denoising_loss,
     loss_weight,
-    prediction_loss,
     sample_noise,
     sample_timestep,
     split_prior,
+    training_target,
 )
 
 # A third of a megabyte each for SDXL in half precision.
@@ -291,15 +291,8 @@ class Objective:
         """
         kind = self.components.prediction_type
         weight = loss_weight(alpha_bar, kind, self.weightings)
-        per_sample = prediction_loss(
-            model_pred,
-            inputs.latents,
-            inputs.noise,
-            alpha_bar,
-            prediction_type=kind,
-            weight=weight,
-            mask=inputs.mask,
-        )
+        target = training_target(kind, inputs.latents, inputs.noise, alpha_bar)
+        per_sample = denoising_loss(model_pred, target, weight, inputs.mask)
         if held is not None:
             of_rows = None if weight is None else weight[held.rows]
             prior = denoising_loss(held.model_pred, held.target, of_rows)
