@@ -58,9 +58,8 @@ class InjectionReport:
         for path, adapter in adapters.items():
             weights, rank = adapter.weights(), adapter.down.shape[0]
             count = sum(parameter.numel() for parameter in adapter.parameters())
-            lines.append(
-                AdaptedLayerReport(path, weights.layer_name, weights.weight_shape, rank, count)
-            )
+            kind, shape = weights.layer_name, weights.weight_shape
+            lines.append(AdaptedLayerReport(path, kind, shape, rank, count))
         return cls(tuple(lines))
 
     @property

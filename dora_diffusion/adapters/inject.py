@@ -212,26 +212,20 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
         'Linear'
     """
     layers = [layer for _, layer in adapted_layers(model)]
-    ahead = _can_merge_ahead(layers)
-    results = map_ahead(_merged, layers) if ahead else ((layer, _merged(layer)) for layer in layers)
-    for layer, merged in results:
-        if merged is not None:
-            layer.merge(merged)
+
+    def merged(layer: AdaptedLayer) -> torch.Tensor | None:
+        return None if layer.is_merged else layer.merged()
+
+    # Of a GPU's streams, a new thread knows the default one only; and one weight of two layers
+    # takes one merge after the other.
+    weights = {layer.weight.data_ptr() for layer in layers if layer.weight.device.type == "cpu"}
+    is_ahead = len(weights) == len(layers)
+    results = map_ahead(merged, layers) if is_ahead else ((each, merged(each)) for each in layers)
+    for layer, weight in results:
+        if weight is not None:
+            layer.merge(weight)
         if not keep_base:
             restore_base_class(layer)
-
-
-def _can_merge_ahead(layers: Sequence[AdaptedLayer]) -> bool:
-    """Return whether threads may merge some layers before others are written."""
-    # Of a GPU's streams, a new thread knows the default one only.
-    if any(layer.weight.device.type != "cpu" for layer in layers):
-        return False
-    # One weight of two layers takes one merge after the other.
-    return len({layer.weight.data_ptr() for layer in layers}) == len(layers)
-
-
-def _merged(layer: AdaptedLayer) -> torch.Tensor | None:
-    return None if layer.is_merged else layer.merged()
 
 
 def unmerge_adapters(model: nn.Module) -> None:

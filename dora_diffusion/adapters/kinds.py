@@ -193,11 +193,8 @@ def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
 
 def restore_base_class(layer: AdaptedLayer) -> None:
     """Make an adapted layer the module that it was, with its present weight."""
-    for name in (
-        "adapters", "_scales_cache", "_scales_versions", "_statistics", "_unmerged", "_place",
-        "_ready", "keep_output",
-    ):  # fmt: skip
-        delattr(layer, name)
+    del layer.adapters, layer._scales_cache, layer._scales_versions, layer._statistics
+    del layer._unmerged, layer._place, layer._ready, layer.keep_output
     AdaptedLayer.changes += 1
     plain = next(old for old, new in _ADAPTED.items() if new is type(layer))
     layer.__class__ = cast(Any, plain)

@@ -149,7 +149,7 @@ Active = Sequence[tuple[str, LayerAdapter]]
 """Adapters that change the output, with their names."""
 
 
-class Place(Protocol):
+class LayerPlace(Protocol):
     """Interface of what computes a layer's output in a scope where rows choose their adapters."""
 
     @property
@@ -183,7 +183,7 @@ class AdaptedLayer(nn.Module):
     _statistics: tuple[tuple[Any, ...], WeightStatistics] | None
     _unmerged: Tensor | None
     # Its place in the scope of a stack or of rows, and what it computes with there by input dtype.
-    _place: Place | None
+    _place: LayerPlace | None
     _ready: Mapping[torch.dtype, Ready]
 
     @property
