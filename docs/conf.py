@@ -50,9 +50,10 @@ nitpicky = True
 # build warns of what is needless here.
 LEFT_OUT = [
     "AdaptedLayerReport", "CheckpointChange", "Factors", "GpuMemory", "Image",
-    "LayerWeights", "MemoryRow", "MergeStrengths", "NoiseSchedule", "Package", "Path",
-    "PhotoSource", "Plan", "Preset", "RowShard", "Site", "Statement", "Strengths",
-    "SubjectRecord", "Tensor", "TextEncoder", "ToySource", "Wanted", "Workers", "WorkQueue",
+    "LayerAdapter", "LayerWeights", "MemoryRow", "MergeStrengths", "NoiseSchedule",
+    "Package", "Path", "PhotoSource", "Plan", "Preset", "RowShard", "Site", "Statement",
+    "Strengths", "SubjectRecord", "TextEncoder", "ToySource", "Wanted", "Workers",
+    "WorkQueue",
 ]  # fmt: skip
 # And types of other libraries, whose indexes a build without a network has not; and what autodoc
 # cuts in two at a comma.
