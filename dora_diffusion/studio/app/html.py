@@ -1,4 +1,4 @@
-"""Pieces of the page as HTML. Everything that comes from outside is escaped here."""
+"""Pieces of the page as HTML, and cards of jobs. All that comes from outside is escaped here."""
 
 from __future__ import annotations
 
@@ -246,13 +246,10 @@ def download(path: Any, label: str) -> str:
     )
 
 
-_MOST = 6
-
-
 def task_list(jobs: Sequence[Job]) -> str:
     """The newest of what was made of runs."""
     listed = {name for name, kind in JOBS.items() if kind.job and kind.job.is_listed}
-    return "".join(map(task_card, [job for job in jobs if job.kind in listed][:_MOST]))
+    return "".join(map(task_card, [job for job in jobs if job.kind in listed][:6]))
 
 
 def task_card(job: Job) -> str:

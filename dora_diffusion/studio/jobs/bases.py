@@ -1,5 +1,7 @@
 """Base models to train on: those of this package, released ones, and those found on this machine.
 
+And what is refused of one before a run.
+
 Looked at are the hub's cache (``HF_HOME``), the model folders of ComfyUI (``COMFYUI_PATH``) and
 A1111 (``A1111_PATH``), and the folders that ``DORA_DIFFUSION_MODELS``, ``--model_folders`` or
 ``model_folders.txt`` in the runs folder name.

@@ -10,6 +10,7 @@
     result.json   exit code and times; written when the worker ends in an orderly way
     chosen.json   the checkpoint that was selected for a training run, where one was
     log.txt       all that the worker printed
+    metrics.jsonl the losses of a training run, which the trainer writes
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ JOBS: Mapping[str, type[CommandSettings]] = {
 KINDS = {"train": "training", **{name: kind.job.state for name, kind in JOBS.items() if kind.job}}
 # Progress that changes often is written twice a second at most.
 _PROGRESS_SECONDS = 0.5
+_LOG_BYTES = 60_000
+_WARNINGS_BYTES = 4_000_000
+# The line that a worker begins each attempt with.
+_NEW_ATTEMPT = "\n--- "
+_METRICS_NAME = "metrics.jsonl"
 Record = TypeVar("Record")
 # Of records: a text is not a number, and a number is finite.
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
@@ -230,13 +236,6 @@ def checked(kind: type[Record], values: Mapping[str, Any], path: Path) -> Record
         place, given = ".".join(map(str, first["loc"])), str(first["input"])[:80]
         what = "is missing" if first["type"] == "missing" else f"is {given!r}"
         raise DamagedFile(path, f"{place} {what}") from error
-
-
-_LOG_BYTES = 60_000
-_WARNINGS_BYTES = 4_000_000
-# The line that a worker begins each attempt with.
-_NEW_ATTEMPT = "\n--- "
-_METRICS_NAME = "metrics.jsonl"
 
 
 @dataclass

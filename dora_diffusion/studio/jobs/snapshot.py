@@ -1,4 +1,4 @@
-"""Jobs as the page shows them, read from the runs folder alone."""
+"""Jobs as the page shows them, read from the runs folder alone, and the adapter of each."""
 
 from __future__ import annotations
 

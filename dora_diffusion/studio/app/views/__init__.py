@@ -1,1 +1,1 @@
-"""The four tabs. Each module has a class of fields, and ``connect`` says what they do."""
+"""The tabs. Each module has a class of fields, and ``connect`` says what they do."""

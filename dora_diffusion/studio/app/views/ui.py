@@ -1,4 +1,9 @@
-"""A field for a training setting, from the metadata that its flag is made from."""
+"""Parts of all tabs: handlers, fields, and the draft of them that the browser keeps.
+
+The draft is a person's, not the server's. It is found from the page itself: whatever field is
+added is kept. Captions have a way of their own (captions.js), and the words of a subject too, since
+they are another photo's or subject's next.
+"""
 
 from __future__ import annotations
 
@@ -180,7 +185,7 @@ def storage(name: str, value: Any) -> Any:
 
 
 def keep_draft(blocks: gr.Blocks, besides: Mapping[str, Any]) -> Any:
-    """Keep the page's fields, and fill them again when it is loaded; returns that event.
+    """Keep a draft of the page's fields, and fill it in when it is loaded; returns that event.
 
     Args:
         blocks: The page.
