@@ -61,6 +61,7 @@ if __name__ == "__main__":
                 "studio/app/*.js",
                 "studio/app/*.json",
                 "models/released/*",
+                "formats/**/*.json",
                 "formats/**/*.yaml",
             ],
             "dora_diffusion.samples": ["**/*"],

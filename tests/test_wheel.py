@@ -145,7 +145,7 @@ def test_the_wheel_holds_models_samples_and_types_and_nothing_else(installed):
     # What only made the embedded models is in the source distribution alone.
     assert [name for name in files if "pretrain" in name] == []
     released = ROOT / "dora_diffusion" / "models" / "released"
-    for file in (*released.iterdir(), *(ROOT / "dora_diffusion" / "formats").rglob("*.yaml")):
+    for file in (*released.iterdir(), *(ROOT / "dora_diffusion").glob("[cf]o*/**/*.[jy]*")):
         assert files[file.relative_to(ROOT).as_posix()] == file.read_bytes()
     licences = {files[name] for name in files if name.endswith("/LICENSE")}
     assert licences == {(place / "LICENSE").read_bytes() for place in (ROOT, released)}

@@ -283,7 +283,7 @@ def _read() -> dict[str, Family]:
     penultimate one of the original model. No program writes inpainting models as a version of
     kohya's.
     """
-    facts = read_facts("families")
+    facts = read_facts("config/families")
     families = {}
     for name, own in facts.items():
         values = {**facts.get(own.pop("like", ""), {}), **own}

@@ -14,10 +14,12 @@ SEGMENTS = "segments"
 
 
 def read_facts(name: str) -> dict[str, Any]:
-    """Read a table of facts that lies beside this module, as JSON."""
-    facts: dict[str, Any] = json.loads(
-        Path(__file__).with_name(f"{name}.json").read_text(encoding="utf-8")
-    )
+    """Read a table of facts of the package, such as ``config/kohya``.
+
+    They are JSON, since every ``--help`` waits for them.
+    """
+    file = Path(__file__).parents[1] / f"{name}.json"
+    facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return facts
 
 

@@ -18,7 +18,7 @@ from dora_diffusion.config.kohya import REFUSED
 from dora_diffusion.config.train import settings
 from dora_diffusion.config.wording import closest
 
-_FACTS = read_facts("flags")
+_FACTS = read_facts("config/flags")
 
 
 class Answer(NamedTuple):

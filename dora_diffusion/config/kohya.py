@@ -27,7 +27,7 @@ _GENERAL, _DATASETS, _SUBSETS = "[general]", "[[datasets]]", "[[datasets.subsets
 # Every option: what its value must be, in which tables alone it may stand, and the setting that it
 # is here. Of one that is not supported, what to do instead, and the value that asks for nothing; of
 # one about buckets, sd-scripts' default. Without any: it changes nothing alone.
-_OPTIONS = read_facts("kohya")
+_OPTIONS = read_facts("config/kohya")
 _TYPES: dict[str, tuple[type, ...]] = {
     "bool": (bool,), "int": (int,), "number": (int, float), "str": (str,), "sides": (int, list),
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """The layouts of adapter files: one list, by which every file is read, inspected and written.
 
-What is known of them and of programs is in `programs.yaml`.
+What is known of them and of programs is in `programs.json`.
 
 Nothing heavy is imported here: commands show this list in their help.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence, Set
 from itertools import zip_longest
 from typing import NamedTuple
 
-from dora_diffusion.formats import facts
+from dora_diffusion.config.file import read_facts
 
 
 class Conversion(NamedTuple):
@@ -77,7 +77,16 @@ class Program(NamedTuple):
         return self.output_axis if "output" in axes else self.input_axis if axes else self.lora
 
 
-FACTS = facts("layouts/programs.yaml")
+FACTS = read_facts("formats/layouts/programs")
+"""Layouts, conversions, programs, and what they compute of each kind of file.
+
+Verdicts are in short before the colon; "-" where it is not known; a row's last one is that of the
+rest. Every one is proven by a test against the program itself (diffusers, PEFT, LyCORIS), or was
+seen when the program was run (ComfyUI, Forge, A1111's network code, InvokeAI, sd-scripts); tests
+restate the published formulas of ComfyUI and A1111. Methods are told by ends of keys, as LyCORIS
+4.1 (LoHa to T-LoRA) and PEFT 0.21 (IA3, OFT, VeRA, DoRA's relatives) write them; without advice,
+one merges with the program that trained the file.
+"""
 
 LAYOUTS: dict[str, Conversion | None] = {
     name: Conversion(**entry) if entry else None for name, entry in FACTS["layouts"].items()

@@ -23,10 +23,16 @@ from functools import lru_cache
 from typing import Any
 
 from dora_diffusion.config.families import COMPONENTS, FAMILIES, Family
+from dora_diffusion.config.file import read_facts
 from dora_diffusion.config.wording import listing
-from dora_diffusion.formats import facts
 
-NAMES: Mapping[str, Any] = facts("names/names.yaml")
+NAMES: Mapping[str, Any] = read_facts("formats/names/names")
+"""Names of modules and tensors, and what other layouts call them; each stands for all below it.
+
+The UNet's are beside the blocks above. open_clip holds three projections in one matrix (``#q``).
+Of dotted names that share a start the longest comes first: OneTrainer's OMI files say ``clip_l``,
+its COMFY files what ComfyUI calls its modules. ``#`` stands for a number.
+"""
 
 
 def below(leaves: Mapping[str, str], name: str, original: str) -> Iterator[tuple[str, str]]:
