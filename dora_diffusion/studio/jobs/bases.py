@@ -20,7 +20,6 @@ from dora_diffusion.config.base import BaseModel
 from dora_diffusion.formats.files.runs import PIPELINE_NAME
 from dora_diffusion.models import locate
 from dora_diffusion.models.embedded import MODELS
-from dora_diffusion.models.locate import cached_models, cached_snapshot, folder_of, model_info
 from dora_diffusion.studio.jobs.store import UserError
 
 FOLDERS_FILE = "model_folders.txt"
@@ -89,7 +88,7 @@ def named_bases(listed: Sequence[str]) -> list[Base]:
 
 def _base(name: str, where: str) -> Base:
     try:
-        return Base(name, model_info(name).family, where)
+        return Base(name, locate.model_info(name).family, where)
     except ValueError:
         return Base(name, "", where)
 
@@ -105,8 +104,8 @@ def of_runs(workspace: Path) -> list[Base]:
 def in_hub_cache() -> list[Base]:
     """Downloaded pipelines of a supported family, with the UNet's weights in safetensors."""
     cached = []
-    for name in cached_models():
-        snapshot = cached_snapshot(name)
+    for name in locate.cached_models():
+        snapshot = locate.cached_snapshot(name)
         if snapshot is None or not any(snapshot.glob("unet/*.safetensors")):
             continue
         base = _base(name, "in the hub's cache")
@@ -183,8 +182,8 @@ def check_base(name: str, revision: str | None = None, *, ask_hub: bool = False)
             "checkpoint or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
     try:
-        model_info(name)
-        if ask_hub and not is_here and cached_snapshot(name) is None:
+        locate.model_info(name)
+        if ask_hub and not is_here and locate.cached_snapshot(name) is None:
             families.detect_folder_family(locate.fetch_snapshot(name, revision, _CONFIGS, []))
     except (locate.ModelNotFoundError, families.UnsupportedModelError, OSError) as error:
         raise UserError(str(error)) from error
@@ -196,7 +195,7 @@ def check_variant(name: str, variant: str | None) -> None:
     Raises:
         UserError: With what there is.
     """
-    folder = folder_of(name) if variant else None
+    folder = locate.folder_of(name) if variant else None
     if folder is None:
         return
     files = sorted(path.name for path in folder.glob("unet/*.safetensors"))

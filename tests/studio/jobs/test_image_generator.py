@@ -139,7 +139,7 @@ def test_the_page_says_what_of_a_long_prompt_was_not_read(
     assert pixels(skips.path) != pixels(plain.path)
     found = [parse_parameters(image.parameters).get("Clip skip") for image in (plain, skips)]
     assert found == [None, "2"]
-    assert "longer than" not in _results(pair=studio.compare(short))[-1]
+    assert "longer than" not in _results(studio.compare(short), is_pair=True)[-1]
 
 
 def test_what_a_grid_did_not_see_is_counted_by_the_adapter_s_own_words(
