@@ -1,6 +1,6 @@
 """Code by room of the package: lines, modules, functions, and circles of imports.
 
-    python -m tools.count [--modules] [FOLDER]
+    python -m tools.count [--modules] [--at REVISION]
 
 A line of code holds more than a comment or a docstring. A circle is a set of modules each of which
 reaches the others by imports, those inside of functions and those for type checkers included.
@@ -12,6 +12,9 @@ import argparse
 import ast
 import io
 import statistics
+import subprocess
+import tarfile
+import tempfile
 import tokenize
 from collections import defaultdict
 from collections.abc import Container, Iterator
@@ -172,18 +175,28 @@ def table(found: list[Module]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Count the code of a package by room.")
-    parser.add_argument("package", nargs="?", type=Path, default=PACKAGE)
     parser.add_argument("--modules", action="store_true", help="List every module, longest first.")
+    parser.add_argument("--at", metavar="REVISION", help="Count an earlier state, such as v0.1.0.")
     args = parser.parse_args()
-    found = modules(args.package)
+    with tempfile.TemporaryDirectory() as folder:
+        package = extracted(args.at, Path(folder)) if args.at else PACKAGE
+        found, closed = modules(package), circles(imports(package))
     if args.modules:
         for module in sorted(found, key=lambda module: -module.lines):
             print(f"{module.lines:5} {module.name}")
     print(table(found))
-    closed = circles(imports(args.package))
     print(f"\nCircles of imports: {len(closed)}")
     for circle in closed:
         print(f"- {', '.join(circle)}")
+
+
+def extracted(revision: str, folder: Path) -> Path:
+    """The package as a revision of the repository has it, written into a folder."""
+    command = ["git", "archive", revision, PACKAGE.name]
+    archive = subprocess.run(command, cwd=PACKAGE.parent, check=True, stdout=subprocess.PIPE)
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / PACKAGE.name
 
 
 if __name__ == "__main__":
