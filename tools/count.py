@@ -1,6 +1,7 @@
 """Code by room of the package: lines, modules, functions, and circles of imports.
 
     python -m tools.count [--modules] [--at REVISION]
+    python -m tools.count --since f7ffc87      # the table of docs/contributing/architecture.md
 
 A line of code holds more than a comment or a docstring. A circle is a set of modules each of which
 reaches the others by imports, those inside of functions and those for type checkers included.
@@ -24,6 +25,14 @@ from typing import NamedTuple
 PACKAGE = Path(__file__).parents[1] / "dora_diffusion"
 EXTRAS = ("cluster", "studio", "lab")
 """Rooms that the core never imports."""
+FORMER = {
+    **dict.fromkeys(("app", "jobs"), "studio"),
+    **dict.fromkeys(("toy", "study", "analysis", "simulation"), "lab"),
+    **dict.fromkeys(("fleet", "serving"), "cluster"),
+    **dict.fromkeys(("commands", "console"), "cli"),
+    "prepare": "data",
+}
+"""Packages of before there were rooms, and the rooms that most of each is in."""
 _LAYOUT = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -173,14 +182,33 @@ def table(found: list[Module]) -> str:
     return "\n".join(lines)
 
 
+def comparison(before: list[Module], after: list[Module]) -> str:
+    """A Markdown table of lines and modules by room, before and after."""
+    sides = [defaultdict[str, list[int]](list) for _ in range(2)]
+    for side, found in zip(sides, (before, after), strict=True):
+        for module in found:
+            room = FORMER.get(module.room, module.room)
+            for name in (room, "**all**", *(["**core**"] if room not in EXTRAS else [])):
+                side[name].append(module.lines)
+    lines = ["| room | lines before | now | modules before | now |", "|---|---|---|---|---|"]
+    for name in sorted(sides[1], key=lambda name: (name.startswith("*"), name)):
+        old, new = (side[name] for side in sides)
+        lines.append(f"| {name} | {sum(old):,} | {sum(new):,} | {len(old)} | {len(new)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Count the code of a package by room.")
     parser.add_argument("--modules", action="store_true", help="List every module, longest first.")
     parser.add_argument("--at", metavar="REVISION", help="Count an earlier state, such as v0.1.0.")
+    parser.add_argument("--since", metavar="REVISION", help="Compare with an earlier state.")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         package = extracted(args.at, Path(folder)) if args.at else PACKAGE
         found, closed = modules(package), circles(imports(package))
+        if args.since:
+            print(comparison(modules(extracted(args.since, Path(folder))), found))
+            return
     if args.modules:
         for module in sorted(found, key=lambda module: -module.lines):
             print(f"{module.lines:5} {module.name}")
