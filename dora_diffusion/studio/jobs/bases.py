@@ -234,7 +234,7 @@ def path_here(base: BaseModel) -> str | None:
 
     The hub is not asked.
     """
-    from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+    from dora_diffusion.formats.checkpoint.models import PipelineFolder
     from dora_diffusion.formats.files.stream import TensorFileError
 
     name = str(base.path)
