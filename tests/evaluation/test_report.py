@@ -68,5 +68,5 @@ def test_the_json_says_everything(evaluation: Evaluation, tmp_path: Path) -> Non
 def test_a_sheet_breaks_into_bands() -> None:
     rows = {"base": [Image.new("RGB", (9, 7), "red")] * 5}
     one, two = sheet(rows, ["x"] * 5, columns=5), sheet(rows, ["x"] * 5, columns=3)
-    assert (one.width > two.width, two.height) == (True, 2 * one.height)
+    assert (one.width > two.width, two.height) == (True, 2 * one.height + 2)
     assert (np.asarray(one) == (255, 0, 0)).all(-1).sum() > 5 * 100 * 100

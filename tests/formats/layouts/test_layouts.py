@@ -220,4 +220,8 @@ def test_the_example_in_the_documents_is_the_one_that_runs() -> None:
         assert inspect.getsource(method) in text
     body = inspect.getsource(Shouted.encode).partition("tensors |=")[2]
     assert body in text
-    assert "shouted: {summary: nowhere, written: in capitals}" in text
+    line = '"shouted": {"summary": "nowhere", "written": "in capitals"}'
+    assert line in text
+    assert Conversion(**json.loads(f"{{{line}}}")["shouted"]) == Conversion(
+        "nowhere", "in capitals"
+    )
