@@ -11,6 +11,7 @@ from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.stack import AdapterStack
 from dora_diffusion.config import AdapterConfig
+from dora_diffusion.numerics.weights import Strengths
 
 
 def make(ranks: list[int], **settings: object) -> tuple[nn.Module, list[list[LayerAdapter]]]:
@@ -59,6 +60,7 @@ def one_by_one(
     ("rows", "ranks"),
     [
         ([0, 1, 2], [3, 3, 3]),
+        ([2, 1, 0], [3, 3, 3]),
         ([2, 0, 0, 1, 2, 1], [3, 2, 4]),
         ([1, 1, 1], [3, 2, 4]),  # All rows have one.
         ([0, 0, 0], [3]),
@@ -98,6 +100,47 @@ def test_rows_and_gradients_are_those_of_each_adapter_by_itself(
     for adapter in (a for own in adapters for a in own):
         adapter.enabled = False
     torch.testing.assert_close(base, model(x), rtol=0, atol=0)
+
+
+def stacked(model: nn.Module, adapters: list[list[LayerAdapter]]) -> AdapterStack:
+    layers = [layer for _, layer in adapted_layers(model)]
+    return AdapterStack(layers, list(zip(*adapters, strict=True)))
+
+
+@pytest.mark.parametrize("change", ["dtype", "strengths"])
+def test_what_changes_between_steps_counts_from_the_next_one(change: str) -> None:
+    model, adapters = make([2, 3])
+    stack, x = stacked(model, adapters), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with stack.scope(), stack.of(0):
+        before = model(x)
+    if change == "dtype":
+        model, x = model.float(), x.float()
+    for adapter in adapters[0] if change == "strengths" else ():
+        adapter.strengths = Strengths(1.0, 1.5, 0.5)
+    with stack.scope(), stack.of(0):
+        ours = model(x)
+    for adapter in adapters[1]:
+        adapter.enabled = False
+    with norm_scope(model):
+        wanted = model(x)
+    moved = bool((ours - before).abs().max() > 1e-3)
+    assert (ours.dtype, moved) == (x.dtype, change == "strengths")
+    torch.testing.assert_close(ours, wanted)
+
+
+def test_adapters_that_change_inside_of_a_step_are_refused() -> None:
+    model, adapters = make([2])
+    stack = stacked(model, adapters)
+
+    def step() -> None:
+        with stack.scope(), stack.of(0):
+            model(torch.ones(1, 3, 8, 8, dtype=torch.float64)).sum().backward()
+            with torch.no_grad():
+                adapters[0][0].down.add_(1)
+
+    with pytest.raises(RuntimeError, match="changed inside of its step"):
+        step()
+    assert adapters[0][0].down.grad is None
 
 
 def test_what_cannot_be_stacked_is_refused() -> None:
