@@ -107,7 +107,7 @@ def stacked(model: nn.Module, adapters: list[list[LayerAdapter]]) -> AdapterStac
     return AdapterStack(layers, list(zip(*adapters, strict=True)))
 
 
-@pytest.mark.parametrize("change", ["dtype", "strengths"])
+@pytest.mark.parametrize("change", ["dtype", "strengths", "bias"])
 def test_what_changes_between_steps_counts_from_the_next_one(change: str) -> None:
     model, adapters = make([2, 3])
     stack, x = stacked(model, adapters), torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -115,6 +115,9 @@ def test_what_changes_between_steps_counts_from_the_next_one(change: str) -> Non
         before = model(x)
     if change == "dtype":
         model, x = model.float(), x.float()
+    if change == "bias":
+        with torch.no_grad():
+            model[4].bias.add_(1)
     for adapter in adapters[0] if change == "strengths" else ():
         adapter.strengths = Strengths(1.0, 1.5, 0.5)
     with stack.scope(), stack.of(0):
@@ -124,8 +127,29 @@ def test_what_changes_between_steps_counts_from_the_next_one(change: str) -> Non
     with norm_scope(model):
         wanted = model(x)
     moved = bool((ours - before).abs().max() > 1e-3)
-    assert (ours.dtype, moved) == (x.dtype, change == "strengths")
+    assert (ours.dtype, moved) == (x.dtype, change != "dtype")
     torch.testing.assert_close(ours, wanted)
+
+
+def test_layers_that_no_pass_reaches_have_no_gradient() -> None:
+    """What a first pass has not reached is not there to be added to by a second one."""
+    model, adapters = make([2])
+    stack, x = stacked(model, adapters), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with norm_scope(model):
+        reached = [*parameters(adapters[0][:1]), *parameters(adapters[0][1:2])]
+        loss = 2 * model[0](x).sum() + model[2](model[0](x).detach()).square().sum()
+        wanted = torch.autograd.grad(loss, reached)
+    for _ in range(2):
+        with stack.scope(), stack.of(0):
+            model[0](x).sum().backward()
+            with torch.no_grad():
+                seen = model[0](x)
+            (model[0](x).sum() + model[2](seen).square().sum()).backward()
+        found = [parameter.grad for parameter in parameters(adapters[0])]
+        assert all(gradient is None for gradient in found[len(reached) :])
+        torch.testing.assert_close(tuple(found[: len(reached)]), wanted)
+        for parameter in parameters(adapters[0]):
+            parameter.grad = None
 
 
 def test_adapters_that_change_inside_of_a_step_are_refused() -> None:
