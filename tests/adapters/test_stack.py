@@ -22,9 +22,13 @@ def make(ranks: list[int], **settings: object) -> tuple[nn.Module, list[list[Lay
         nn.Flatten(1), nn.Linear(128, 6), nn.GELU(), nn.Linear(6, 6, bias=False),
     ).double()  # fmt: skip
     for k, rank in enumerate(ranks):
-        config = AdapterConfig(
-            targets=("*",), rank=rank, conv_rank=max(1, rank - 1), alpha=2.0 * rank, **settings
-        )
+        usual = {
+            "targets": ("*",),
+            "rank": rank,
+            "conv_rank": max(1, rank - 1),
+            "alpha": 2.0 * rank,
+        }
+        config = AdapterConfig(**{**usual, **settings})
         inject_adapters(model, config, name=str(k), generator=generator)
     adapters = [list(layer_adapters(model.double(), str(k))) for k in range(len(ranks))]
     with torch.no_grad():
@@ -150,6 +154,41 @@ def test_layers_that_no_pass_reaches_have_no_gradient() -> None:
         torch.testing.assert_close(tuple(found[: len(reached)]), wanted)
         for parameter in parameters(adapters[0]):
             parameter.grad = None
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_all_of_an_input_is_dropped_while_it_trains_and_nothing_after(is_training: bool) -> None:
+    model, adapters = make([2])
+    for adapter in adapters[0]:
+        adapter.dropout = 1.0
+    model.train(is_training)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with norm_scope(model):
+        wanted = model(x)
+    stack = stacked(model, adapters)
+    for _ in range(2):
+        with stack.scope(), stack.of(0):
+            torch.testing.assert_close(model(x), wanted)
+
+
+@pytest.mark.parametrize("parametrization", ["adalora", "vera"])
+def test_what_makes_a_and_b_gets_the_gradients(parametrization: str) -> None:
+    model, adapters = make([3], parametrization=parametrization, conv_rank=3)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    trained = [p for p in parameters(adapters[0]) if p.requires_grad]
+    with norm_scope(model):
+        wanted = torch.autograd.grad(model(x).square().sum(), trained)
+    stack = stacked(model, adapters)
+    with stack.scope(), stack.of(0):
+        model(x).square().sum().backward()
+    torch.testing.assert_close([parameter.grad for parameter in trained], list(wanted))
+
+
+def test_a_batch_has_a_row_for_each_of_its_adapters() -> None:
+    model, adapters = make([2, 2])
+    stack = stacked(model, adapters)
+    with stack.scope(), stack.of([0, 1]), pytest.raises(ValueError, match="batch of 3 and not 2"):
+        model(torch.zeros(3, 3, 8, 8, dtype=torch.float64))
 
 
 def test_adapters_that_change_inside_of_a_step_are_refused() -> None:
