@@ -208,13 +208,15 @@ def _fill(module: Any, part: str, weights: CheckpointFile | Component, dtype: to
         return f"it lacks {listing(lacking, 3)}"
     if other := [n for key, n in wanted.items() if weights.specs[n].shape != shapes[key]]:
         return f"{listing(other, 3)} differ"
-    # A tensor that is its own memory: the file is closed, and parts of one are not kept whole.
-    state = {
-        key: weights[name].to(dtype, copy=True, memory_format=torch.contiguous_format)
-        for key, name in wanted.items()
-    }
+    state = {key: _own(weights[name].to(dtype)) for key, name in wanted.items()}
     module.load_state_dict(state, strict=False, assign=True)
     return ""
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is all of its memory: of one that several are parts of, none keeps the rest."""
+    is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.clone(memory_format=torch.contiguous_format) if is_part else tensor.contiguous()
 
 
 class BaseCache:

@@ -136,7 +136,7 @@ def test_what_changes_between_steps_counts_from_the_next_one(change: str) -> Non
 
 
 def test_layers_that_no_pass_reaches_have_no_gradient() -> None:
-    """What a first pass has not reached is not there to be added to by a second one."""
+    """A second pass adds nothing to layers that the first one has not reached."""
     model, adapters = make([2])
     stack, x = stacked(model, adapters), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     with norm_scope(model):

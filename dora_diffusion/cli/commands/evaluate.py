@@ -207,7 +207,7 @@ def _details(args: EvaluateSettings, trigger: str, settings: SamplingSettings) -
 
 
 class SubjectSource(Protocol):
-    """What a subject is known from, and how images of it are judged.
+    """Source of a subject's references, and how images of it are judged.
 
     Attributes:
         guidance_scale: Of images that are judged, where none is given.

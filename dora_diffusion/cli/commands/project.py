@@ -1,4 +1,4 @@
-"""What the project itself has: ``samples`` to train on, ``env`` for a bug report."""
+"""Commands about the project itself: ``samples`` to train on, ``env`` for a bug report."""
 
 from __future__ import annotations
 

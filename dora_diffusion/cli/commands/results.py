@@ -1,4 +1,4 @@
-"""What is made of a result: ``export``, ``verify``, ``push``."""
+"""Commands that use a result: ``export``, ``verify``, ``push``."""
 
 from __future__ import annotations
 

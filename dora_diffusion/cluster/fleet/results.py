@@ -1,4 +1,4 @@
-"""What a fleet keeps: records of its subjects, and a folder, or fsspec URL, of their results.
+"""Records of a fleet's subjects, and the folder, or fsspec URL, of their results.
 
 Behind a URL a worker trains in a folder of its own disk, and copies. What is copied appears under
 its name when all of it is there, and a subject's record last of all.

@@ -394,8 +394,8 @@ class CheckpointFile(StoredModel):
     def single_file(self) -> SingleFile:
         """The same layout under standard names; tensors of no component are copied.
 
-        Tensors that say what the model predicts are made again, and the numbers of a text encoder's
-        positions are written as integers.
+        Tensors that say what the model predicts are written as it is known to be, and the numbers
+        of a text encoder's positions as integers.
         """
         entries = [replace(entry, key=standard_key(entry.key)) for entry in self.entries]
         stated = self._schedule_tensors()

@@ -17,7 +17,8 @@ RESULT_NAME = "result"
 COMPARISON, BASE_NAME = "comparison.json", "base"
 # More rows than a page can show, and a comparison that takes longer than the run.
 MOST_COMPARED = 8
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+"""Name of a checkpoint's folder, with its step."""
 # Of a VeRA's checkpoints, the compact file alone.
 ADAPTER_FILES = (
     "pytorch_lora_weights.safetensors", "dora_kohya.safetensors", "vera.safetensors",
@@ -34,7 +35,7 @@ def adapter_checkpoints(folder: Path) -> tuple[str, ...]:
     numbered = [
         (int(match[1]), path.name)
         for path in folder.glob("checkpoint-*")
-        if (match := _CHECKPOINT.fullmatch(path.name)) and result_adapter(path)
+        if (match := CHECKPOINT.fullmatch(path.name)) and result_adapter(path)
     ]
     return tuple(name for _, name in sorted(numbered))
 

@@ -122,6 +122,6 @@ def _table(columns: Sequence[str], kinds: Mapping[str, Sequence[str]]) -> dict[s
 
 
 VERDICTS = _table(COLUMNS, FACTS["verdicts"])
-"""What an adapter file holds -> program -> verdict."""
+"""Kind of adapter file -> program -> verdict."""
 MODEL_VERDICTS = _table(FACTS["model_columns"], FACTS["model_verdicts"])
-"""What a whole model is -> program -> verdict."""
+"""Kind of whole model -> program -> verdict."""

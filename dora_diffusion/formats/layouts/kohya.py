@@ -289,7 +289,7 @@ class BaseSpecific(Kohya):
     Attributes:
         method: What a report calls it.
         form: What stands behind a layer's name in the key that tells its shape.
-        note: What to know of it.
+        note: A remark for its users.
     """
 
     method = form = note = ""

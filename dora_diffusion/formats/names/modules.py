@@ -27,7 +27,7 @@ from dora_diffusion.config.file import read_facts
 from dora_diffusion.config.wording import listing
 
 NAMES: Mapping[str, Any] = read_facts("formats/names/names")
-"""Names of modules and tensors, and what other layouts call them; each stands for all below it.
+"""Names of modules and tensors, and what other layouts call them; each holds for all below it.
 
 The UNet's are beside the blocks above. open_clip holds three projections in one matrix (``#q``).
 Of dotted names that share a start the longest comes first: OneTrainer's OMI files say ``clip_l``,

@@ -1,4 +1,4 @@
-"""What training changed: figures of layers and over them, as tables, as JSON and as CSV."""
+"""Figures of what training changed, of layers and over them, as tables, as JSON and as CSV."""
 
 from __future__ import annotations
 

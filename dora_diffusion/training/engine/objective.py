@@ -1,4 +1,4 @@
-"""What a step computes its loss from, and the loss, of the batches of one run or of several.
+"""Inputs of a step and its loss, of the batches of one run or of several.
 
 Drawn by their place in the run: latents, noise and timesteps (`draw_inputs`). Captions become
 conditioning (`Conditioner`). Predictions of one pass of the model become the loss (`Objective`).

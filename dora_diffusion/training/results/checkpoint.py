@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import re
 import shutil
 import time
 import warnings
@@ -21,6 +20,7 @@ import torch
 from dora_diffusion import system
 from dora_diffusion.config import ConfigError
 from dora_diffusion.formats.files.atomic import DiskFullError, atomic_file
+from dora_diffusion.formats.files.runs import CHECKPOINT
 from dora_diffusion.numerics.merging import is_finite
 from dora_diffusion.training.engine.accelerator import gather, local, own_part
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from dora_diffusion.training.session import Session
 
 STATE_FILE = "training_state.pt"
-_NAME = re.compile(r"checkpoint-(\d+)")
 # What else a run writes meanwhile: samples, metrics.
 _MARGIN = 2**20
 
@@ -42,13 +41,13 @@ def checkpoints_in(output_dir: Path, after: int = -1) -> list[Path]:
 
 def folders_after(output_dir: Path, step: int) -> list[Path]:
     """Checkpoint folders after a step, oldest first, with those that hold an adapter alone."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    folders = [path for path in output_dir.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
     return sorted((path for path in folders if step_of(path) > step), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
     """The step of ``checkpoint-STEP``; 0 for a folder of another name."""
-    match = _NAME.fullmatch(checkpoint.name)
+    match = CHECKPOINT.fullmatch(checkpoint.name)
     return int(match[1]) if match else 0
 
 

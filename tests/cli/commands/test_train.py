@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from dora_diffusion.export.hub import HubError
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.numerics.devices import default_device
 from dora_diffusion.studio.app.settings import preset_values
+from dora_diffusion.system import HANGUP
 
 ROOT = Path(__file__).parents[3]
 
@@ -161,6 +163,35 @@ def test_an_earlier_result_is_not_overwritten(trained, train_flags, last_line):
     assert cli.main(["train", *train_flags(trained)]) == 1
     assert "--overwrite_output_dir" in last_line()
     assert (trained / "pytorch_lora_weights.safetensors").read_bytes() == before
+
+
+@pytest.mark.skipif(HANGUP is None, reason="signals between processes are POSIX's")
+def test_an_interrupted_run_saves_and_resumes(train_flags, tmp_path):
+    output = tmp_path / "run"
+    flags = train_flags(output, max_train_steps=100000, checkpointing_steps=2)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dora_diffusion", "train", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        encoding="utf-8",
+    )
+    try:
+        begun = any(line.startswith("checkpoint: ") for line in process.stdout)
+        assert begun, "the run ended before its first checkpoint"
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate()
+    finally:
+        process.kill()
+    assert process.returncode == 130, text
+    assert "--resume_from_checkpoint latest" in text
+    log = output / "metrics.jsonl"
+    steps = max(json.loads(line)["step"] for line in log.read_text(encoding="utf-8").splitlines())
+    again = train_flags(output, max_train_steps=steps + 2)
+    assert cli.main(["train", *again, "--resume_from_checkpoint", "latest"]) == 0
+    lines = [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").splitlines()]
+    assert lines == list(range(1, steps + 3))
 
 
 def quick_flags(photos, output, *more):

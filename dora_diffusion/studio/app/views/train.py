@@ -191,7 +191,7 @@ def _connect_others(context: Context, tab: TrainTab, pick: Any, opened: Any) -> 
         return gr.update(choices=choices, value=value, visible=bool(choices))
 
     def use_start(choice: str | None) -> list[Any]:
-        """What an adapter of the library needs of a run that starts from it."""
+        """Settings that a run needs to start from an adapter of the library."""
         job = next((job for job in context.jobs() if choice and job.id == choice), None)
         if job is None:
             return [gr.skip()] * (1 + len(_OF_ADAPTER))
