@@ -446,7 +446,7 @@ def test_publishing_says_what_is_missing(visit: Callable[..., Visit], second: st
     page.tab("Library")
     page.wait_text("#library-facts", "sks mug")
     page.press("button", "Publish on the")
-    page.fill("#library-repository input, #library-repository textarea", "ann/mug")
+    page.fill("#library-Repository input, #library-Repository textarea", "ann/mug")
     page.click("#push")
     assert "HF_HUB_OFFLINE is set" in page.toast()
 

@@ -334,3 +334,10 @@ def test_photos_that_are_added_beside_a_sample_are_a_subject_of_their_own(
     # The class of the sample is not that of the new subject.
     page.tab("Train")
     page.wait("document.querySelector('#class-word input, #class-word textarea')?.value === ''")
+    # Nor are they where the page is slow, and has them still when the next subject is chosen.
+    page.page.evaluate("studio.letters = {'class-word': 'mug'}")
+    words = "([id, word]) => studio.words({}, id, word, 'sks')"
+    assert page.page.evaluate(words, ["new", "teapot"]) == {}
+    typed = {"subject": "new", "class_word": "mug", "token": "sks"}
+    assert page.page.evaluate(words, ["new", "mug"]) == typed
+    assert page.page.evaluate(words, ["another", "mug"]) == {}

@@ -7,6 +7,11 @@
   };
 }
 
+document.addEventListener('input', ({target}) => {
+  const id = target.closest?.('#class-word, #token')?.id;
+  if (id) studio.letters[id] = target.value;
+}, true);
+
 window.studio = {
   // Buttons inside of HTML say what to do (data-do) and with what (data-value).
   clicks(element, trigger) {
@@ -37,9 +42,18 @@ window.studio = {
     ? Object.fromEntries(names.map((name, i) => [name, values[i] ?? null]))
     : kept,
 
-  // Whose they are is told by the subject that is chosen: its own are filled in when it is.
-  words: (kept, subject, class_word, token) =>
-    window.ddRestored ? {subject: subject ?? '', class_word, token} : kept,
+  // Whose they are is told by the subject that is chosen. Words that a subject filled in are not
+  // typed: a slow page has them still when the next subject is chosen.
+  words(kept, subject, ...words) {
+    const fields = ['class-word', 'token'];
+    const isTyped = fields.some((id, i) => studio.letters[id] === words[i]);
+    if (!window.ddRestored || !isTyped) return kept;
+    studio.letters = {};
+    return {subject: subject ?? '', class_word: words[0], token: words[1]};
+  },
+
+  // What somebody typed since then, by the field's id.
+  letters: {},
 
   // Until the fields that change together have all changed.
   settle: () => new Promise((done) => setTimeout(done, 50)),

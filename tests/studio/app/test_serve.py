@@ -347,7 +347,7 @@ def test_a_shared_app_does_not_publish_in_its_owner_s_name(tmp_path: Path) -> No
     handlers = [one for one in build_page(Context(launch)).fns.values() if one.fn]
     (push,) = (
         one.fn for one in handlers
-        if [getattr(field, "label", "") for field in one.inputs][1:2] == ["repository"]
+        if [getattr(field, "label", "") for field in one.inputs][1:2] == ["Repository"]
     )  # fmt: skip
     with pytest.raises(gradio.Error, match="does not publish"):
         push("20261125-020304-abcdef", "ann/mug", True)

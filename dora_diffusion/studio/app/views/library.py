@@ -66,7 +66,11 @@ class LibraryTab:
         with gr.Accordion(job.heading, open=False):
             ui.html_block(html.quiet(job.about))
             asked = [setting for setting in kind.settings() if setting.name in job.asked]
-            fields = [ui.setting_field(setting, setting.default) for setting in asked]
+            labels = [setting.name.replace("_", " ").capitalize() for setting in asked]
+            fields = [
+                ui.setting_field(setting, setting.default, label)
+                for setting, label in zip(asked, labels, strict=True)
+            ]
             button = ui.button(job.verb, job.command)
         self.buttons[job.command] = button, fields
 

@@ -309,7 +309,6 @@ def _connect_words(context: Context, tab: TrainTab, subjects: SubjectTab, restor
             return [*(words if typed.get("subject") == "" else [gr.skip()] * 2), gr.skip()]
         if typed.get("subject") == "" and not stored.class_word:
             keep_words(context.workspace, stored.id, *words)
-        # Without a class it is what the fields were before they were filled, on a slow page.
         elif typed.get("subject") != stored.id or (stored.class_word and not words[0]):
             return [stored.class_word, stored.token, gr.skip()]
         return [*words, {**typed, "subject": stored.id}]

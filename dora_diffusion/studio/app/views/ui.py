@@ -92,10 +92,10 @@ def image_or_blank(
         return Image.new("RGB", (_BLANK, _BLANK), "gray"), f"{label}: {error}"
 
 
-def setting_field(setting: Setting, value: Any) -> Any:
-    """The field of a setting: its name on the command line, its help, its choices."""
+def setting_field(setting: Setting, value: Any, label: str = "") -> Any:
+    """The field of a setting: a label or its name on the command line, its help, its choices."""
     text = "" if setting.is_required else setting_text(value)
-    common: dict[str, Any] = {"label": setting.name, "info": with_labels(setting.help)}
+    common: dict[str, Any] = {"label": label or setting.name, "info": with_labels(setting.help)}
     if setting.kind is bool and setting.default is not None:
         return gr.Checkbox(text, **common)
     if choices := shown_choices(setting):
