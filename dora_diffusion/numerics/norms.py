@@ -104,12 +104,7 @@ def _products(
     rank = parts[0].shape[1]
     probe = _probe(length, parts[0]).expand(count, 1, length)
     rows = torch.cat([*parts, probe], dim=1).unbind()
-    matrices = [weight.flatten(1) for weight in weights]
-    if axis == "output":
-        pairs = [(matrix, row.t()) for matrix, row in zip(matrices, rows, strict=True)]
-    else:
-        pairs = [(row, matrix) for matrix, row in zip(matrices, rows, strict=True)]
-    made = _batch(pairs, parts[0].dtype)
+    made = _batch(weights, rows, axis, parts[0].dtype)
     dim, columns = 2 if axis == "output" else 1, rank * len(parts)
     seen = made.narrow(dim, 0, columns)
     if len(parts) > 1:
@@ -120,15 +115,23 @@ def _products(
     return seen, made.select(dim, columns)
 
 
-def _batch(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
-    """The product of each pair, float32 or wider, in one tensor."""
+def _batch(
+    weights: Sequence[Tensor], rows: Sequence[Tensor], axis: NormAxis, dtype: torch.dtype
+) -> Tensor:
+    """The product of each weight with its rows, float32 or wider, in one tensor."""
+    # One weight after the other: of a quantised one this is a dense matrix.
+    pairs = (
+        (weight.flatten(1), row.t()) if axis == "output" else (row, weight.flatten(1))
+        for weight, row in zip(weights, rows, strict=True)
+    )
     if dtype in (torch.float32, torch.float64):
         products = [left.to(dtype) @ right.to(dtype) for left, right in pairs]
         return torch.stack(products) if len(products) > 1 else products[0][None]
-    (left, right), kind = pairs[0], torch.float32
-    made = torch.empty(len(pairs), len(left), right.shape[1], dtype=kind, device=left.device)
-    for pair, out in zip(pairs, made.unbind(), strict=True):
-        torch.ops.aten.mm.dtype_out(*pair, kind, out=out)
+    out, width = weights[0].shape[0], weights[0][0].numel()
+    shape = (out, len(rows[0])) if axis == "output" else (len(rows[0]), width)
+    made = torch.empty(len(weights), *shape, dtype=torch.float32, device=weights[0].device)
+    for pair, place in zip(pairs, made.unbind(), strict=True):
+        torch.ops.aten.mm.dtype_out(*pair, torch.float32, out=place)
     return made
 
 

@@ -1,0 +1,318 @@
+"""Frozen weights in 8 or 4 bits that every operation sees as the dense weights they stand for.
+
+`PackedWeight` is a tensor of the shape, dtype and device of the weight that it was made of, but
+holds its codes alone. Products keep the codes for the backward pass and make the dense weight
+again there; whatever else reads it gets the dense weight for a moment. The values are rounded to
+the dtype that the base model has, whatever dtype is asked for: forward pass, norm, merge and
+analysis see one W.
+
+- int8: a row's numbers over 1/127 of its largest (LLM.int8, arXiv:2208.07339, section 2).
+- nf4: 64 numbers at a time, over their largest, to the nearest of 16 quantiles of the normal
+  distribution (QLoRA, arXiv:2305.14314, section 3), whose codes are bitsandbytes'. The largest
+  ones are 8 bits in their turn, 256 of them evenly between their bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from statistics import NormalDist
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv1d_input, conv2d_input
+
+from dora_diffusion.numerics.precision import product_dtype
+
+Quantisation = Literal["int8", "nf4"]
+QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
+BLOCK = 64
+"""Numbers that share a scale in nf4."""
+_GROUP = 256
+# Numbers that are quantised at a time: few enough to stay in a processor's cache.
+_CHUNK = 2**18
+_QUANTILE = 0.9677083
+"""Of the outermost of the 16 levels, of which it is the mean of 1 - 1/30 and 1 - 1/32."""
+_PRODUCTS = (F.linear, F.conv1d, F.conv2d)
+_aten: Any = torch.ops.aten
+
+
+class PackedWeight(Tensor):
+    """A frozen weight that is kept as codes; made by `quantise`, of one of its two kinds.
+
+    It is written by nobody: what would change it raises a RuntimeError.
+
+    Attributes:
+        rounded_to: The dtype that the weight had when it was quantised.
+    """
+
+    kind: ClassVar[Quantisation]
+    parts: ClassVar[tuple[str, ...]]
+    rounded_to: torch.dtype
+
+    @staticmethod
+    def __new__(
+        cls, tensors: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype, rounded_to: Any
+    ) -> PackedWeight:
+        device = tensors[cls.parts[0]].device
+        made: PackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made.rounded_to = rounded_to
+        for name in cls.parts:
+            setattr(made, name, tensors[name])
+        return made
+
+    def __init__(self, *args: Any) -> None:
+        """`__new__` has done it."""
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> dict[str, Tensor]:
+        """Return the codes and scales of a weight."""
+        raise NotImplementedError
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return some rows of the weight, float32 ``(stop - start, n)``."""
+        raise NotImplementedError
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight that the codes stand for, in its own dtype or another one."""
+        with torch.no_grad():
+            made = self.rows(0, self.shape[0]).to(self.rounded_to)
+            return made.view(self.shape).to(dtype or self.dtype)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Codes and scales, as they are saved."""
+        return {name: getattr(self, name) for name in self.parts}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def over(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> PackedWeight:
+        """Return the same weight over changed tensors."""
+        tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
+        return type(self)(tensors, self.shape, dtype, self.rounded_to)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype}, {self.device})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return list(self.parts), (self.dtype, self.rounded_to)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, tensors: dict[str, Tensor], context: Any, shape: torch.Size, stride: Any
+    ) -> PackedWeight:
+        return cls(tensors, shape, *context)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in _PRODUCTS and not isinstance(args[0], PackedWeight):
+            return _product(function, *args, **kwargs)
+        if function is Tensor.data_ptr:
+            return args[0].tensors[cls.parts[0]].data_ptr()
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        own = args[0] if args and isinstance(args[0], PackedWeight) else None
+        if own is not None and function in (_aten.detach.default, _aten.alias.default):
+            return own.over(lambda tensor: tensor, own.dtype)
+        if own is not None and function is _aten.clone.default:
+            return own.over(torch.clone, own.dtype)
+        if own is not None and function is _aten._to_copy.default:
+            device = kwargs.get("device") or own.device
+            return own.over(
+                lambda tensor: tensor.to(device, copy=True), kwargs.get("dtype") or own.dtype
+            )
+        for argument, value in zip(function._schema.arguments, args, strict=False):
+            if (info := argument.alias_info) and info.is_write and isinstance(value, PackedWeight):
+                raise RuntimeError(
+                    f"a weight that is quantised to {value.kind} cannot be changed: a small "
+                    "update would be lost in its rounding; load the model unquantised"
+                )
+        return function(*_dense(args), **_dense(kwargs))
+
+
+def _dense(value: Any) -> Any:
+    """Arguments of an operation with the dense weight in place of each packed one."""
+    if isinstance(value, PackedWeight):
+        return value.dense()
+    if isinstance(value, dict):
+        return {key: _dense(each) for key, each in value.items()}
+    return type(value)(map(_dense, value)) if isinstance(value, tuple | list) else value
+
+
+class Int8Weight(PackedWeight):
+    """``codes`` int8 ``(rows, n)``, ``scale`` float32 ``(rows,)``."""
+
+    kind = "int8"
+    parts = ("codes", "scale")
+    codes: Tensor
+    scale: Tensor
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> dict[str, Tensor]:
+        flat = weight.flatten(1)
+        scale = flat.abs().amax(dim=1).float() / 127
+        whole = scale.clamp_min(torch.finfo(torch.float32).tiny)
+        codes = torch.empty(flat.shape, dtype=torch.int8, device=flat.device)
+        step = max(1, _CHUNK // flat.shape[1])
+        for rows, own, out in zip(
+            *(each.split(step) for each in (flat, whole, codes)), strict=True
+        ):
+            out.copy_((rows / own[:, None]).round_())
+        return {"codes": codes, "scale": scale}
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.codes[start:stop] * self.scale[start:stop, None]
+
+
+class NF4Weight(PackedWeight):
+    """Pairs of ``codes`` uint8, the first in the high half, and the scales of their blocks.
+
+    ``scale`` uint8 ``(blocks,)`` is a number of steps, ``step`` float32 ``(groups,)``, above
+    ``lowest``. The numbers are those of the weight in order, rows after rows, with zeros behind
+    them up to a whole block.
+    """
+
+    kind = "nf4"
+    parts = ("codes", "scale", "step", "lowest")
+    codes: Tensor
+    scale: Tensor
+    step: Tensor
+    lowest: Tensor
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> dict[str, Tensor]:
+        flat = weight.reshape(-1)
+        codes, tops = [], []
+        for part in flat.split(_CHUNK):
+            blocks = F.pad(part.float(), (0, -len(part) % BLOCK)).view(-1, BLOCK)
+            top = blocks.abs().amax(dim=1)
+            shares = blocks / top.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+            index = torch.zeros(shares.shape, dtype=torch.uint8, device=flat.device)
+            for bound in _bounds():
+                index += shares > bound
+            codes.append(((index[:, ::2] << 4) | index[:, 1::2]).flatten())
+            tops.append(top)
+        top = torch.cat(tops)
+        groups = F.pad(top[None], (0, -len(top) % _GROUP), mode="replicate").view(-1, _GROUP)
+        lowest = groups.amin(dim=1)
+        step = (groups.amax(dim=1) - lowest) / 255
+        steps = (groups - lowest[:, None]) / step.clamp_min(torch.finfo(torch.float32).tiny)[
+            :, None
+        ]
+        scale = steps.round_().to(torch.uint8).flatten()[: len(top)].clone()
+        return {"codes": torch.cat(codes), "scale": scale, "step": step, "lowest": lowest}
+
+    def tops(self) -> Tensor:
+        """The largest number of each block, ``(blocks,)``."""
+        steps, lowest = (
+            t.repeat_interleave(_GROUP)[: len(self.scale)] for t in (self.step, self.lowest)
+        )
+        return torch.addcmul(lowest, self.scale, steps)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        each = self.shape[1:].numel()
+        first, last = start * each // BLOCK, -(-stop * each // BLOCK)
+        half = BLOCK // 2
+        pairs = _pairs(self.codes.device)[self.codes[first * half : last * half].int()]
+        values = pairs.view(-1, BLOCK).mul_(self.tops()[first:last, None]).view(-1)
+        offset = start * each - first * BLOCK
+        return values[offset : offset + (stop - start) * each].view(stop - start, each)
+
+
+@lru_cache
+def levels() -> tuple[float, ...]:
+    """The 16 levels of nf4 (QLoRA, section 3): 8 quantiles above 0, 7 below, 0, in ``[-1, 1]``."""
+    inverse = NormalDist().inv_cdf
+    half = [torch.linspace(_QUANTILE, 0.5, n)[:-1].tolist() for n in (9, 8)]
+    above, below = (torch.tensor([inverse(share) for share in shares]) for shares in half)
+    found = torch.cat([above, torch.zeros(1), -below]).sort().values
+    return tuple((found / found.max()).tolist())
+
+
+@lru_cache
+def _bounds() -> tuple[float, ...]:
+    """The numbers half way between two levels, float32."""
+    found = torch.tensor(levels())
+    return tuple(((found[1:] + found[:-1]) / 2).tolist())
+
+
+@lru_cache
+def _pairs(device: torch.device) -> Tensor:
+    """The two values of each byte, float32 ``(256, 2)``."""
+    found, byte = torch.tensor(levels()), torch.arange(256)
+    return torch.stack([found[byte >> 4], found[byte & 15]], dim=1).to(device)
+
+
+def quantise(weight: Tensor, kind: Quantisation) -> PackedWeight:
+    """Return a weight ``(out, in, *k)`` as codes.
+
+    Raises:
+        ValueError: If the weight is quantised already, or holds no floating-point numbers.
+    """
+    if isinstance(weight, PackedWeight) or not weight.is_floating_point():
+        raise ValueError("a weight that is quantised already cannot be quantised again")
+    chosen = Int8Weight if kind == "int8" else NF4Weight
+    with torch.no_grad():
+        return chosen(chosen.pack(weight.detach()), weight.shape, weight.dtype, weight.dtype)
+
+
+def _product(
+    run: Any, x: Tensor, weight: PackedWeight, bias: Any = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """``F.linear`` or a convolution with a packed weight, in autocast's dtype where that is on."""
+    dtype = product_dtype(x)
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        made: Tensor = _Product.apply(x, bias, weight, run, args, kwargs)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _Product(torch.autograd.Function):
+    """A product that keeps the codes, and makes the dense weight anew in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        weight: PackedWeight,
+        run: Any,
+        args: Any,
+        kwargs: Any,
+    ) -> Tensor:
+        ctx.weight, ctx.run, ctx.args, ctx.kwargs, ctx.shape = weight, run, args, kwargs, x.shape
+        made: Tensor = run(x, weight.dense(x.dtype), bias, *args, **kwargs)
+        return made
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, of_x, of_bias = ctx.weight, None, None
+        dense = weight.dense(grad.dtype)
+        if ctx.run is F.linear:
+            of_x = grad @ dense if ctx.needs_input_grad[0] else None
+            dims = tuple(range(grad.ndim - 1))
+        else:
+            back = conv2d_input if ctx.run is F.conv2d else conv1d_input
+            if ctx.needs_input_grad[0]:
+                of_x = back(ctx.shape, dense, grad, *ctx.args, **ctx.kwargs)
+            size = weight.ndim - 2
+            dims = tuple(d for d in range(grad.ndim) if d != grad.ndim - size - 1)
+        if ctx.needs_input_grad[1]:
+            of_bias = grad.sum(dims) if dims else grad
+        return of_x, of_bias, None, None, None, None
