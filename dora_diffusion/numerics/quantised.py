@@ -275,6 +275,8 @@ def _product(
     run: Any, x: Tensor, weight: PackedWeight, bias: Any = None, *args: Any, **kwargs: Any
 ) -> Tensor:
     """``F.linear`` or a convolution with a packed weight, in autocast's dtype where that is on."""
+    if run is not F.linear and x.ndim < weight.ndim:
+        return _product(run, x[None], weight, bias, *args, **kwargs)[0]
     dtype = product_dtype(x)
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):

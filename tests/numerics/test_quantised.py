@@ -1,0 +1,185 @@
+"""Packed weights, against the published levels, plain loops and dense products in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_diffusion.numerics.quantised import QUANTISATIONS, NF4Weight, levels, quantise
+
+# QLoRA (arXiv:2305.14314), appendix E.
+PUBLISHED = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+SHAPES = {
+    "linear": (24, 40),
+    "uneven": (3, 7),
+    "convolution": (10, 6, 3, 3),
+    "pixel": (8, 64, 1, 1),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (0.05 * torch.randn(shape, generator=generator)).to(dtype)
+
+
+def by_loops(matrix: Tensor, kind: str) -> Tensor:
+    """The dequantised weight in float64, before it is rounded, number by number."""
+    flat, made = matrix.double().flatten(), []
+    width = 64 if kind == "nf4" else matrix[0].numel()
+    for block in flat.split(width):
+        top = block.abs().max()
+        for value in (block / top).tolist():
+            if kind == "nf4":
+                made.append(min(PUBLISHED, key=lambda level: abs(level - value)) * top)
+            else:
+                made.append(round(value * 127) / 127 * top)
+    return torch.stack(made).view(matrix.shape)
+
+
+def test_the_levels_are_the_published_ones() -> None:
+    assert levels() == PUBLISHED
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("kind", QUANTISATIONS)
+def test_the_numbers_are_the_nearest_of_their_block(kind: Any, shape: tuple[int, ...]) -> None:
+    matrix = weight(shape)
+    # 255 steps between the bounds of 256 blocks; one block alone has its own largest.
+    close = {"int8": 1e-6, "nf4": 5e-3}[kind] * matrix.abs().max().item()
+    torch.testing.assert_close(
+        quantise(matrix, kind).dense().double(), by_loops(matrix, kind), rtol=0, atol=close
+    )
+
+
+def test_scales_in_8_bits_are_off_by_half_a_step_at_most() -> None:
+    matrix = weight((300, 128)) * torch.linspace(0.1, 3, 300)[:, None]
+    packed = quantise(matrix, "nf4")
+    assert isinstance(packed, NF4Weight)
+    tops = matrix.view(-1, 64).abs().amax(1)
+    groups = F.pad(tops, (0, -len(tops) % 256)).view(-1, 256)
+    steps = (groups.amax(1) - groups.masked_fill(groups == 0, 9).amin(1)) / 255
+    allowed = (0.5001 * steps).repeat_interleave(256)[: len(tops)]
+    assert ((packed.tops() - tops).abs() <= allowed).all()
+    # 4 bits, and 8 for 64 numbers, and two floats for 256 blocks.
+    assert packed.nbytes == matrix.numel() // 2 + len(tops) + 8 * len(groups)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", QUANTISATIONS)
+def test_values_are_rounded_to_the_models_dtype_whatever_is_asked_for(
+    kind: Any, dtype: Any
+) -> None:
+    packed = quantise(weight((8, 96), dtype), kind)
+    dense = packed.dense()
+    assert (packed.dtype, dense.dtype, type(dense)) == (dtype, dtype, Tensor)
+    for other in (torch.float32, torch.float64):
+        assert torch.equal(packed.to(other).dense(), dense.to(other))
+        assert torch.equal(packed.dense(other), dense.to(other))
+    assert torch.equal(packed.rows(2, 5).to(dtype), dense[2:5])
+
+
+@pytest.mark.parametrize("kind", QUANTISATIONS)
+def test_a_weight_of_zeros_stays_zeros(kind: Any) -> None:
+    matrix = weight((4, 128))
+    matrix[1] = 0
+    assert torch.equal(quantise(matrix, kind).dense()[1], torch.zeros(128))
+    assert torch.equal(quantise(0 * matrix, kind).dense(), 0 * matrix)
+
+
+def products(kind: str) -> dict[str, Any]:
+    return {
+        "linear": (lambda x, w, b: F.linear(x, w, b), (5, 7, 40), (24, 40)),
+        "vector": (lambda x, w, b: F.linear(x, w, b), (40,), (24, 40)),
+        "convolution": (
+            lambda x, w, b: F.conv2d(x, w, b, stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
+            *((2, 6, 9, 11), (10, 6, 3, 3)),
+        ),
+        "groups": (lambda x, w, b: F.conv2d(x, w, b, groups=3), (2, 6, 5, 5), (9, 2, 1, 1)),
+        "single": (lambda x, w, b: F.conv2d(x, w, b, padding=1), (6, 5, 5), (10, 6, 3, 3)),
+        "line": (lambda x, w, b: F.conv1d(x, w, b, padding=2), (2, 6, 9), (10, 6, 3)),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", products(""))
+@pytest.mark.parametrize("kind", QUANTISATIONS)
+def test_products_and_gradients_are_those_of_the_dense_weight(
+    kind: Any, name: str, dtype: torch.dtype
+) -> None:
+    run, size, shape = products(kind)[name]
+    packed = quantise(weight(shape, dtype), kind)
+    x, bias = weight(size, dtype, 1), weight(shape[:1], dtype, 2)
+    made, found = [], []
+    for tensors in ((x, packed, bias), (x.double(), packed.dense(torch.float64), bias.double())):
+        own, kernel, shift = tensors
+        own, shift = own.clone().requires_grad_(), shift.clone().requires_grad_()
+        output = run(own, kernel, shift)
+        made.append(output)
+        upstream = weight(tuple(output.shape), dtype, 3).to(output.dtype)
+        found.append(torch.autograd.grad(output, (own, shift), upstream))
+    limit = 1e-6 if dtype == torch.float32 else 1e-2
+    for ours, theirs in zip((made[0], *found[0]), (made[1], *found[1]), strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - theirs).norm() <= limit * theirs.norm()
+
+
+def test_the_backward_pass_keeps_no_dense_weight() -> None:
+    packed, kept = quantise(weight((64, 64)), "nf4"), []
+    x = weight((2, 64)).requires_grad_()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        F.linear(x, packed)
+    assert kept == []
+
+
+def test_autocast_casts_what_a_dense_weight_s_product_would() -> None:
+    packed, x = quantise(weight((24, 40)), "int8"), weight((3, 40))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = F.linear(x, packed), F.linear(x, packed.dense())
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", QUANTISATIONS)
+def test_a_module_is_copied_and_cast_with_it(kind: Any) -> None:
+    layer = nn.Linear(40, 24)
+    layer.weight = nn.Parameter(quantise(layer.weight, kind), requires_grad=False)
+    x, dense = weight((3, 40)), layer.weight.data.dense()
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), F.linear(x, dense, layer.bias))
+    assert twin.weight.data_ptr() != layer.weight.data_ptr()
+    low = copy.deepcopy(layer).bfloat16()
+    assert torch.equal(low.weight.data.dense(), dense.bfloat16())
+    other = nn.Linear(40, 24)
+    other.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(other(x), layer(x))
+    # Whatever else reads it sees the dense one.
+    assert torch.equal(layer.weight.flatten() + 1, dense.flatten() + 1)
+
+
+@pytest.mark.parametrize("change", [Tensor.mul_, Tensor.copy_, Tensor.add_])
+def test_nobody_writes_to_it(change: Any) -> None:
+    packed = quantise(weight((4, 64)), "nf4")
+    with pytest.raises(RuntimeError, match=r"quantised to nf4 cannot be changed.* load "):
+        change(packed, torch.ones(4, 64))
+
+
+def test_what_cannot_be_quantised() -> None:
+    for wrong in (quantise(weight((4, 64)), "nf4"), torch.ones(4, 4, dtype=torch.int8)):
+        with pytest.raises(ValueError, match="quantised already"):
+            quantise(wrong, "int8")
