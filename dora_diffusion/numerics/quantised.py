@@ -7,14 +7,18 @@ the dtype that the base model has, whatever dtype is asked for: forward pass, no
 analysis see one W.
 
 - int8: a row's numbers over 1/127 of its largest (LLM.int8, arXiv:2208.07339, section 2).
-- nf4: 64 numbers at a time, over their largest, to the nearest of 16 quantiles of the normal
-  distribution (QLoRA, arXiv:2305.14314, section 3), whose codes are bitsandbytes'. The largest
-  ones are 8 bits in their turn, 256 of them evenly between their bounds.
+- nf4: 64 numbers of a row at a time, over their largest, to the nearest of 16 quantiles of the
+  normal distribution (QLoRA, arXiv:2305.14314, section 3), whose codes are bitsandbytes'. The
+  largest ones are 8 bits in their turn, 256 of them evenly between their bounds.
+
+The scales of a row are multiplied by one number, within 2% of 1, that gives the row the norm that
+it had. So a magnitude starts as, and means, the norm of the original weight, and an adapter that
+was trained on the quantised weight is one of the original weight as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from statistics import NormalDist
 from typing import Any, ClassVar, Literal, get_args
@@ -34,6 +38,7 @@ BLOCK = 64
 _GROUP = 256
 # Numbers that are quantised at a time: few enough to stay in a processor's cache.
 _CHUNK = 2**18
+_TINY = torch.finfo(torch.float32).tiny
 _QUANTILE = 0.9677083
 """Of the outermost of the 16 levels, of which it is the mean of 1 - 1/30 and 1 - 1/32."""
 _PRODUCTS = (F.linear, F.conv1d, F.conv2d)
@@ -58,7 +63,7 @@ class PackedWeight(Tensor):
         cls, tensors: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype, rounded_to: Any
     ) -> PackedWeight:
         device = tensors[cls.parts[0]].device
-        made: PackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made: PackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.rounded_to = rounded_to
         for name in cls.parts:
             setattr(made, name, tensors[name])
@@ -68,9 +73,14 @@ class PackedWeight(Tensor):
         """`__new__` has done it."""
 
     @classmethod
-    def pack(cls, weight: Tensor) -> dict[str, Tensor]:
-        """Return the codes and scales of a weight."""
+    def pack(cls, rows: Tensor) -> dict[str, Tensor]:
+        """Return codes and scales of some rows of a weight, float32 ``(rows, n)``."""
         raise NotImplementedError
+
+    @classmethod
+    def joined(cls, chunks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return `tensors` of a weight from what `pack` made of its rows."""
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return some rows of the weight, float32 ``(stop - start, n)``."""
@@ -80,7 +90,7 @@ class PackedWeight(Tensor):
         """Return the weight that the codes stand for, in its own dtype or another one."""
         with torch.no_grad():
             made = self.rows(0, self.shape[0]).to(self.rounded_to)
-            return made.view(self.shape).to(dtype or self.dtype)
+            return made.reshape(self.shape).to(dtype or self.dtype).contiguous()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -88,8 +98,8 @@ class PackedWeight(Tensor):
         return {name: getattr(self, name) for name in self.parts}
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
+    def held_bytes(self) -> int:
+        """Bytes of codes and scales; ``nbytes`` are those of the dense weight."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def over(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> PackedWeight:
@@ -97,7 +107,7 @@ class PackedWeight(Tensor):
         tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
         return type(self)(tensors, self.shape, dtype, self.rounded_to)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype}, {self.device})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
@@ -122,7 +132,7 @@ class PackedWeight(Tensor):
             return function(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -163,17 +173,11 @@ class Int8Weight(PackedWeight):
     scale: Tensor
 
     @classmethod
-    def pack(cls, weight: Tensor) -> dict[str, Tensor]:
-        flat = weight.flatten(1)
-        scale = flat.abs().amax(dim=1).float() / 127
-        whole = scale.clamp_min(torch.finfo(torch.float32).tiny)
-        codes = torch.empty(flat.shape, dtype=torch.int8, device=flat.device)
-        step = max(1, _CHUNK // flat.shape[1])
-        for rows, own, out in zip(
-            *(each.split(step) for each in (flat, whole, codes)), strict=True
-        ):
-            out.copy_((rows / own[:, None]).round_())
-        return {"codes": codes, "scale": scale}
+    def pack(cls, rows: Tensor) -> dict[str, Tensor]:
+        scale = rows.abs().amax(dim=1) / 127
+        codes = (rows / scale.clamp_min(_TINY)[:, None]).round_()
+        scale *= _restored(rows, codes * scale[:, None])
+        return {"codes": codes.to(torch.int8), "scale": scale}
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self.codes[start:stop] * self.scale[start:stop, None]
@@ -182,9 +186,8 @@ class Int8Weight(PackedWeight):
 class NF4Weight(PackedWeight):
     """Pairs of ``codes`` uint8, the first in the high half, and the scales of their blocks.
 
-    ``scale`` uint8 ``(blocks,)`` is a number of steps, ``step`` float32 ``(groups,)``, above
-    ``lowest``. The numbers are those of the weight in order, rows after rows, with zeros behind
-    them up to a whole block.
+    ``codes`` is ``(rows, blocks * 32)``, a row filled up with zeros. ``scale`` uint8 ``(rows,
+    blocks)`` is a number of steps, ``step`` float32 ``(groups,)``, above ``lowest``.
     """
 
     kind = "nf4"
@@ -195,43 +198,49 @@ class NF4Weight(PackedWeight):
     lowest: Tensor
 
     @classmethod
-    def pack(cls, weight: Tensor) -> dict[str, Tensor]:
-        flat = weight.reshape(-1)
-        codes, tops = [], []
-        for part in flat.split(_CHUNK):
-            blocks = F.pad(part.float(), (0, -len(part) % BLOCK)).view(-1, BLOCK)
-            top = blocks.abs().amax(dim=1)
-            shares = blocks / top.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-            index = torch.zeros(shares.shape, dtype=torch.uint8, device=flat.device)
-            for bound in _bounds():
-                index += shares > bound
-            codes.append(((index[:, ::2] << 4) | index[:, 1::2]).flatten())
-            tops.append(top)
-        top = torch.cat(tops)
-        groups = F.pad(top[None], (0, -len(top) % _GROUP), mode="replicate").view(-1, _GROUP)
-        lowest = groups.amin(dim=1)
-        step = (groups.amax(dim=1) - lowest) / 255
-        steps = (groups - lowest[:, None]) / step.clamp_min(torch.finfo(torch.float32).tiny)[
-            :, None
-        ]
-        scale = steps.round_().to(torch.uint8).flatten()[: len(top)].clone()
-        return {"codes": torch.cat(codes), "scale": scale, "step": step, "lowest": lowest}
+    def pack(cls, rows: Tensor) -> dict[str, Tensor]:
+        blocks = F.pad(rows, (0, -rows.shape[1] % BLOCK)).view(len(rows), -1, BLOCK)
+        top = blocks.abs().amax(dim=2)
+        shares = blocks / top.clamp_min(_TINY)[..., None]
+        index = torch.zeros(shares.shape, dtype=torch.uint8, device=rows.device)
+        for bound in _bounds():
+            index += shares > bound
+        codes = ((index[..., ::2] << 4) | index[..., 1::2]).flatten(1)
+        top *= _restored(rows, _values(codes, top))[:, None]
+        return {"codes": codes, "top": top}
+
+    @classmethod
+    def joined(cls, chunks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        made = super().joined(chunks)
+        top = made.pop("top")
+        flat = top.flatten()[None]
+        groups = F.pad(flat, (0, -flat.shape[1] % _GROUP), mode="replicate").view(-1, _GROUP)
+        lowest, step = groups.amin(dim=1), (groups.amax(dim=1) - groups.amin(dim=1)) / 255
+        steps = (groups - lowest[:, None]).div_(step.clamp_min(_TINY)[:, None]).round_()
+        scale = steps.to(torch.uint8).flatten()[: top.numel()].view(top.shape)
+        return made | {"scale": scale.clone(), "step": step, "lowest": lowest}
 
     def tops(self) -> Tensor:
-        """The largest number of each block, ``(blocks,)``."""
-        steps, lowest = (
-            t.repeat_interleave(_GROUP)[: len(self.scale)] for t in (self.step, self.lowest)
-        )
-        return torch.addcmul(lowest, self.scale, steps)
+        """The largest number of each block, ``(rows, blocks)``."""
+        each = (t.repeat_interleave(_GROUP)[: self.scale.numel()] for t in (self.step, self.lowest))
+        step, lowest = (t.view(self.scale.shape) for t in each)
+        return torch.addcmul(lowest, self.scale, step)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        each = self.shape[1:].numel()
-        first, last = start * each // BLOCK, -(-stop * each // BLOCK)
-        half = BLOCK // 2
-        pairs = _pairs(self.codes.device)[self.codes[first * half : last * half].int()]
-        values = pairs.view(-1, BLOCK).mul_(self.tops()[first:last, None]).view(-1)
-        offset = start * each - first * BLOCK
-        return values[offset : offset + (stop - start) * each].view(stop - start, each)
+        values = _values(self.codes[start:stop], self.tops()[start:stop])
+        return values[:, : self.shape[1:].numel()]
+
+
+def _restored(rows: Tensor, quantised: Tensor) -> Tensor:
+    """What each row of a quantised weight is multiplied with to have its norm back, ``(rows,)``."""
+    norms = (torch.linalg.vector_norm(each, dim=1) for each in (rows, quantised))
+    return torch.div(*(norm.clamp_min(_TINY) for norm in norms))
+
+
+def _values(codes: Tensor, top: Tensor) -> Tensor:
+    """The numbers of nf4 codes ``(rows, n / 2)`` whose blocks have such largest ones."""
+    pairs = _pairs(codes.device)[codes.int()]
+    return pairs.view(*top.shape, BLOCK).mul_(top[..., None]).flatten(1)
 
 
 @lru_cache
@@ -268,7 +277,10 @@ def quantise(weight: Tensor, kind: Quantisation) -> PackedWeight:
         raise ValueError("a weight that is quantised already cannot be quantised again")
     chosen = Int8Weight if kind == "int8" else NF4Weight
     with torch.no_grad():
-        return chosen(chosen.pack(weight.detach()), weight.shape, weight.dtype, weight.dtype)
+        flat = weight.detach().flatten(1)
+        step = max(1, _CHUNK // flat.shape[1])
+        made = chosen.joined([chosen.pack(rows.float()) for rows in torch.split(flat, step)])
+        return chosen(made, weight.shape, weight.dtype, weight.dtype)
 
 
 def _product(
@@ -312,7 +324,7 @@ class _Product(torch.autograd.Function):
         else:
             back = conv2d_input if ctx.run is F.conv2d else conv1d_input
             if ctx.needs_input_grad[0]:
-                of_x = back(ctx.shape, dense, grad, *ctx.args, **ctx.kwargs)
+                of_x = back(ctx.shape, dense, grad, *ctx.args, **ctx.kwargs)  # type: ignore[no-untyped-call]
             size = weight.ndim - 2
             dims = tuple(d for d in range(grad.ndim) if d != grad.ndim - size - 1)
         if ctx.needs_input_grad[1]:
