@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 EMBEDDED_PREFIX = "embedded:"
 BASE_HELP = "Diffusers folder, hub id, single-file .safetensors checkpoint, or embedded:NAME."
+QUANTISATIONS = ("int8", "nf4")
 _NAMES = {
     "base": "path",
     "pretrained_model_name_or_path": "path",
@@ -32,6 +33,9 @@ class BaseModel:
             the model says; else its adapters; else what is usual of its kind.
         zero_terminal_snr: Whether the noise schedule ends in pure noise (arXiv:2305.08891); None:
             the same.
+        quantize: ``"int8"`` or ``"nf4"`` keeps the weights of Linear layers, of UNet and text
+            encoders, in 8 or 4 bits (`numerics.quantised`).
+        quantize_convolutions: Those of convolutions too.
     """
 
     path: str | Path
@@ -41,6 +45,8 @@ class BaseModel:
     vae: str | Path | None = None
     prediction_type: str | None = None
     zero_terminal_snr: bool | None = None
+    quantize: str = "none"
+    quantize_convolutions: bool = False
 
     @classmethod
     def of(cls, model: AnyModel) -> BaseModel:
@@ -51,8 +57,7 @@ class BaseModel:
     def of_settings(cls, settings: Mapping[str, Any]) -> BaseModel:
         """The base model of a command's or a run's settings."""
         given = {_NAMES.get(name, name): value for name, value in settings.items() if value != ""}
-        named: dict[str, Any] = {field.name: given.get(field.name) for field in fields(cls)}
-        return cls(**named)
+        return cls(**{f.name: given.get(f.name, f.default) for f in fields(cls)})
 
 
 AnyModel = str | Path | BaseModel

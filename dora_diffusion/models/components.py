@@ -20,6 +20,7 @@ from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require, require_toke
 from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule, Statement
 from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler, to_zero_snr
 from dora_diffusion.models.words import write_out_words
+from dora_diffusion.numerics.quantised import exchange
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Components:
 
         def swap() -> None:
             for ours, theirs in pairs:
-                ours.data, theirs.data = theirs.data, ours.data
+                exchange(ours, theirs)
 
         swap()
         try:

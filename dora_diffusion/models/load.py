@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.families import (
@@ -57,6 +58,7 @@ from dora_diffusion.models.locate import (
     resolve_folder,
 )
 from dora_diffusion.models.words import add_tokens
+from dora_diffusion.numerics.quantised import quantise
 
 _SCHEDULER = Path("scheduler") / "scheduler_config.json"
 
@@ -132,8 +134,8 @@ def _load(
     def load(part: str) -> Any:
         kept = _vae_dtype(folder / part, dtype, family) if part == "vae" else dtype
         if file is not None:
-            return _module_of_file(file, folder, part, kinds[part], kept)
-        return _module_of_folder(folder / part, part, kinds[part], kept, base.variant)
+            return _module_of_file(file, folder, part, kinds[part], kept, base)
+        return _module_of_folder(folder / part, part, kinds[part], kept, base)
 
     return Components(
         family=family,
@@ -158,25 +160,31 @@ def _vae_dtype(folder: Path, dtype: torch.dtype, family: Family | None) -> torch
 
 
 def _module_of_folder(
-    folder: Path, part: str, kind: str, dtype: torch.dtype, variant: str | None
+    folder: Path, part: str, kind: str, dtype: torch.dtype, base: BaseModel
 ) -> Any:
     """A module of a component's folder.
 
     Raises:
         ValueError: If the files are missing, damaged or incomplete.
     """
+    variant = base.variant
     hint = f"it has no {variant!r} variant, or it is damaged" if variant else "it is damaged"
     with plain_errors(str(folder), f"{hint}; download the model again"):
         module, component = empty_module(folder, kind), Component(part, folder, variant)
         with component.reader:
-            problem = _fill(module, part, component, dtype)
+            problem = _fill(module, part, component, dtype, base)
     if problem:
         raise ValueError(f"{folder} is incomplete or damaged: {problem}; download the model again")
     return module
 
 
 def _module_of_file(
-    file: CheckpointFile, folder: Path, part: str, kind: str, dtype: torch.dtype
+    file: CheckpointFile,
+    folder: Path,
+    part: str,
+    kind: str,
+    dtype: torch.dtype,
+    base: BaseModel,
 ) -> Any:
     """A module of a single file, made as a folder configures it.
 
@@ -186,7 +194,7 @@ def _module_of_file(
     with plain_errors(str(folder)):
         module = empty_module(folder / part, kind)
     with plain_errors(str(file.path)):
-        problem = _fill(module, part, file, dtype)
+        problem = _fill(module, part, file, dtype, base)
     if problem:
         whose = f"a released {file.family.title}" if is_released(folder) else folder.name
         # Of the model that it was made from, which has its shape.
@@ -200,7 +208,13 @@ def _module_of_file(
     return module
 
 
-def _fill(module: Any, part: str, weights: CheckpointFile | Component, dtype: torch.dtype) -> str:
+def _fill(
+    module: Any,
+    part: str,
+    weights: CheckpointFile | Component,
+    dtype: torch.dtype,
+    base: BaseModel,
+) -> str:
     """Fill a module with its weights; returns what is wrong with them, empty if nothing is."""
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     wanted = {key: canonical(part, key) for key in shapes if not key.endswith(BUFFERS)}
@@ -208,7 +222,15 @@ def _fill(module: Any, part: str, weights: CheckpointFile | Component, dtype: to
         return f"it lacks {listing(lacking, 3)}"
     if other := [n for key, n in wanted.items() if weights.specs[n].shape != shapes[key]]:
         return f"{listing(other, 3)} differ"
-    state = {key: _own(weights[name].to(dtype)) for key, name in wanted.items()}
+    quantised: tuple[type[nn.Module], ...] = ()
+    if base.quantize != "none" and part != "vae":
+        quantised = (nn.Linear, nn.Conv2d) if base.quantize_convolutions else (nn.Linear,)
+    state = {}
+    for key, name in wanted.items():
+        state[key] = _own(weights[name].to(dtype))
+        owner, _, own = key.rpartition(".")
+        if own == "weight" and isinstance(module.get_submodule(owner), quantised):
+            state[key] = quantise(state[key], base.quantize)
     module.load_state_dict(state, strict=False, assign=True)
     return ""
 
@@ -279,7 +301,7 @@ def load_vae(
         path = fetch_snapshot(str(name), None, allow, ["*.fp16.*"])
     folder = path / "vae" if (path / "vae").is_dir() else path
     return _module_of_folder(
-        folder, "vae", "AutoencoderKL", _vae_dtype(folder, dtype, family), None
+        folder, "vae", "AutoencoderKL", _vae_dtype(folder, dtype, family), BaseModel(folder)
     )
 
 

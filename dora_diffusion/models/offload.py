@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.numerics.devices import device_name, has_own_memory
+from dora_diffusion.numerics.quantised import exchange
 
 if TYPE_CHECKING:
     from dora_diffusion.models.components import Components
@@ -187,4 +188,4 @@ def _back_home(modules: Sequence[nn.Module]) -> Iterator[None]:
 def _move(tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         # The same parameter: optimizers, adapters and hooks keep hold of it.
-        tensor.data = tensor.data.to(device)
+        exchange(tensor, tensor.data.to(device))

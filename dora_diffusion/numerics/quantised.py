@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv1d_input, conv2d_input
+from torch.utils import swap_tensors
 
 from dora_diffusion.numerics.precision import product_dtype
 
@@ -281,6 +282,16 @@ def quantise(weight: Tensor, kind: Quantisation) -> PackedWeight:
         step = max(1, _CHUNK // flat.shape[1])
         made = chosen.joined([chosen.pack(rows.float()) for rows in torch.split(flat, step)])
         return chosen(made, weight.shape, weight.dtype, weight.dtype)
+
+
+def exchange(ours: Tensor, theirs: Tensor) -> None:
+    """Exchange the values of two tensors, which stay the same objects."""
+    if isinstance(ours, PackedWeight):
+        for each in (ours, theirs):
+            each.requires_grad_(False)
+        swap_tensors(ours, theirs)
+    else:
+        ours.data, theirs.data = theirs.data, ours.data
 
 
 def _product(
