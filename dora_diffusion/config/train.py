@@ -73,6 +73,12 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             "'huggingface-cli upload NAME/MODEL OUTPUT_DIR/model'",
             "push_to_hub",
         )
+        require(
+            self.quantize == "none" or not self.is_full,
+            f"quantize is {self.quantize}, and method full trains the weights themselves, which "
+            "keep their precision; leave it out, or train an adapter",
+            "quantize",
+        )
         self._check_data()
         require(
             len(self.weightings) < 2,

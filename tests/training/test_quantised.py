@@ -1,0 +1,130 @@
+"""Runs on a quantised base: the same bits as on a model that has the dequantised weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.base import BaseModel
+from dora_diffusion.models.load import load_components
+from dora_diffusion.numerics.quantised import PackedWeight
+from dora_diffusion.training.loop import train
+from tests.training.helpers import make_config
+
+ALL = {"quantize": "nf4", "quantize_convolutions": True}
+PRIOR = {"with_prior_preservation": True}
+TEXT = {"train_text_encoder": True}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "int8": {"quantize": "int8"},
+    "nf4": {"quantize": "nf4"},
+    "convolutions": {},
+    "low precision": {"mixed_precision": "bf16", **TEXT, **PRIOR},
+    "checkpointing": {"gradient_checkpointing": True, **TEXT},
+    "class images": {**PRIOR, "prior_preservation_mode": "images", "num_class_images": 2},
+    "lora": {"use_dora": False},
+    "input axis": {"norm_axis": "input"},
+    "adalora": {"parametrization": "adalora", "rank": 4, "allocation_warmup": 0},
+    "vera": {"parametrization": "vera"},
+    "pissa": {"init": "pissa"},
+    "dropout": {"lora_dropout": 0.3},
+    "masks": {"masked_loss": True},
+    "words": {"train_text_encoder_ti": True, "token": "mug", "instance_prompt": "a mug"},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "pictures": {"num_validation_images": 1},
+}
+
+
+def quantised_modules(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(getattr(m, "weight", None), PackedWeight)]
+
+
+@pytest.fixture(scope="module")
+def dequantised(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folder of the model whose weights are those that a quantised one stands for, in a dtype."""
+    made: dict[str, Path] = {}
+
+    def folder(config: TrainConfig) -> Path:
+        dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+        name = f"{config.quantize}-{config.quantize_convolutions}-{dtype}"
+        if name not in made:
+            components = load_components(config.base_model, dtype=dtype)
+            for module in components.adaptable().values():
+                for layer in quantised_modules(module):
+                    dense = layer.weight.data.dense()
+                    layer.weight = nn.Parameter(dense, requires_grad=False)
+            made[name] = tmp_path_factory.mktemp("dense") / "model"
+            components.pipeline().save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_is_that_of_the_dequantised_model(
+    name: str, sd1_folder: Path, small_photos: Path, tmp_path: Path, dequantised: Any
+) -> None:
+    settings = {**ALL, "max_train_steps": 2, **SETTINGS[name]}
+    if "quantize" in SETTINGS[name]:
+        settings["quantize_convolutions"] = False
+    photos = Path(shutil.copytree(small_photos, tmp_path / "photos"))
+    for photo in photos.glob("*.jpg") if name == "masks" else ():
+        half = Image.new("L", Image.open(photo).size)
+        half.paste(255, (0, 0, half.width // 2, half.height))
+        half.save(photo.with_suffix(".mask.png"))
+    config = make_config(sd1_folder, photos, tmp_path / "quantised", **settings)
+    settings |= {"quantize": "none", "quantize_convolutions": False}
+    other = make_config(dequantised(config), photos, tmp_path / "dense", **settings)
+    found, wanted = train(config), train(other)
+    for file in ("pytorch_lora_weights.safetensors", "learned_embeds.safetensors"):
+        if (wanted.output_dir / file).exists():
+            ours, theirs = (load_file(run.output_dir / file) for run in (found, wanted))
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    for own, same in zip(found.samples, wanted.samples, strict=True):
+        pixels = [np.asarray(Image.open(path)) for path in (own, same)]
+        assert np.array_equal(*pixels)
+    assert len(found.samples) == settings.get("num_validation_images", 0)
+
+
+def test_what_is_quantised(sd1_folder: Path) -> None:
+    plain = load_components(sd1_folder)
+    for convolutions in (False, True):
+        base = BaseModel(sd1_folder, quantize="nf4", quantize_convolutions=convolutions)
+        components = load_components(base)
+        kinds = (nn.Linear, nn.Conv2d) if convolutions else (nn.Linear,)
+        for name, module in components.modules().items():
+            found = {type(layer) for layer in quantised_modules(module)}
+            has = any(isinstance(layer, kinds) for layer in module.modules())
+            assert found == ({kind for kind in found} if has and name != "vae" else set())
+            for path, layer in module.named_modules():
+                is_packed = isinstance(getattr(layer, "weight", None), PackedWeight)
+                assert is_packed == (isinstance(layer, kinds) and name != "vae"), path
+        assert components.identity() != plain.identity()
+
+
+def test_a_resumed_run_is_the_whole_one(
+    sd1_folder: Path, small_photos: Path, tmp_path: Path
+) -> None:
+    settings = {**ALL, "checkpointing_steps": 2}
+    whole = train(make_config(sd1_folder, small_photos, tmp_path / "a", **settings))
+    half = {**settings, "resume_from_checkpoint": str(tmp_path / "a" / "checkpoint-2")}
+    again = train(make_config(sd1_folder, small_photos, tmp_path / "b", **half))
+    ours, theirs = (load_file(run.adapter) for run in (again, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    with pytest.raises(ConfigError, match="quantize"):
+        other = {**half, "quantize": "int8", "output_dir": str(tmp_path / "c")}
+        train(make_config(sd1_folder, small_photos, **{"output_dir": "", **other}))
+
+
+def test_weights_that_train_are_not_quantised(sd1_folder: Path, small_photos: Path) -> None:
+    with pytest.raises(ConfigError, match="quantize is nf4, .* method full"):
+        make_config(sd1_folder, small_photos, "out", method="full", quantize="nf4")
