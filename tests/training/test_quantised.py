@@ -89,10 +89,10 @@ def test_a_run_is_that_of_the_dequantised_model(
             ours, theirs = (load_file(run.output_dir / file) for run in (found, wanted))
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    for own, same in zip(found.samples, wanted.samples, strict=True):
-        pixels = [np.asarray(Image.open(path)) for path in (own, same)]
-        assert np.array_equal(*pixels)
-    assert len(found.samples) == settings.get("num_validation_images", 0)
+    images = [sorted((run.output_dir / "samples").rglob("*.png")) for run in (found, wanted)]
+    assert bool(images[0]) == (name == "pictures")
+    for own, same in zip(*images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(own)), np.asarray(Image.open(same)))
 
 
 def test_what_is_quantised(sd1_folder: Path) -> None:
@@ -102,9 +102,6 @@ def test_what_is_quantised(sd1_folder: Path) -> None:
         components = load_components(base)
         kinds = (nn.Linear, nn.Conv2d) if convolutions else (nn.Linear,)
         for name, module in components.modules().items():
-            found = {type(layer) for layer in quantised_modules(module)}
-            has = any(isinstance(layer, kinds) for layer in module.modules())
-            assert found == ({kind for kind in found} if has and name != "vae" else set())
             for path, layer in module.named_modules():
                 is_packed = isinstance(getattr(layer, "weight", None), PackedWeight)
                 assert is_packed == (isinstance(layer, kinds) and name != "vae"), path
@@ -120,11 +117,11 @@ def test_a_resumed_run_is_the_whole_one(
     again = train(make_config(sd1_folder, small_photos, tmp_path / "b", **half))
     ours, theirs = (load_file(run.adapter) for run in (again, whole))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    other = make_config(sd1_folder, small_photos, tmp_path / "c", **{**half, "quantize": "int8"})
     with pytest.raises(ConfigError, match="quantize"):
-        other = {**half, "quantize": "int8", "output_dir": str(tmp_path / "c")}
-        train(make_config(sd1_folder, small_photos, **{"output_dir": "", **other}))
+        train(other)
 
 
 def test_weights_that_train_are_not_quantised(sd1_folder: Path, small_photos: Path) -> None:
-    with pytest.raises(ConfigError, match="quantize is nf4, .* method full"):
+    with pytest.raises(ConfigError, match=r"quantize is nf4, .* method full"):
         make_config(sd1_folder, small_photos, "out", method="full", quantize="nf4")
