@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dora_diffusion.cli.console.progress import say
-from dora_diffusion.config.base import BASE_HELP, BaseModel, OfModel
+from dora_diffusion.config.base import (
+    BASE_HELP,
+    BaseModel,
+    OfModel,
+    quantize_convolutions_flag,
+    quantize_flag,
+)
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.families import PREDICTION_TYPES
 from dora_diffusion.config.fields import (
@@ -186,6 +192,8 @@ class Model(ScheduleFlags, RequiredBase):
         "Compile the UNet's repeated blocks with torch.compile: a longer start, then faster steps "
         "on a GPU. Pays from some hundred steps on.",
     )
+    quantize: str = quantize_flag()
+    quantize_convolutions: bool = quantize_convolutions_flag()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,9 +7,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from dora_diffusion.config.fields import Need, flag
+
 EMBEDDED_PREFIX = "embedded:"
 BASE_HELP = "Diffusers folder, hub id, single-file .safetensors checkpoint, or embedded:NAME."
 QUANTISATIONS = ("int8", "nf4")
+_QUANTIZED = Need("quantize", QUANTISATIONS)
 _NAMES = {
     "base": "path",
     "pretrained_model_name_or_path": "path",
@@ -61,6 +64,21 @@ class BaseModel:
 
 
 AnyModel = str | Path | BaseModel
+
+
+def quantize_flag() -> Any:
+    """The setting `BaseModel.quantize`."""
+    return flag(
+        "none",
+        "Keep the base model's weights in fewer bits, for a GPU of little memory: int8, or nf4 "
+        "(4 bits, QLoRA). An adapter that is trained so is one of the unquantised model.",
+        choices=("none", *QUANTISATIONS),
+    )
+
+
+def quantize_convolutions_flag() -> Any:
+    """The setting `BaseModel.quantize_convolutions`."""
+    return flag(False, "Quantise convolutions too.", needs=(_QUANTIZED,))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from dora_diffusion.config.base import BASE_HELP, QUANTISATIONS, OfModel
+from dora_diffusion.config.base import (
+    BASE_HELP,
+    OfModel,
+    quantize_convolutions_flag,
+    quantize_flag,
+)
 from dora_diffusion.config.families import PREDICTION_TYPES
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, AnyOf, Need, flag
 
@@ -80,15 +85,8 @@ class ModelSettings:
         "that predict v.",
         derived="what the model says, else off",
     )
-    quantize: str = flag(
-        "none",
-        "Keep the base model's weights in fewer bits, for a GPU of little memory: int8, or nf4 "
-        "(4 bits, QLoRA). The adapter fits the unquantised model.",
-        choices=("none", *QUANTISATIONS),
-    )
-    quantize_convolutions: bool = flag(
-        False, "Quantise convolutions too.", needs=(Need("quantize", QUANTISATIONS),)
-    )
+    quantize: str = quantize_flag()
+    quantize_convolutions: bool = quantize_convolutions_flag()
 
 
 @dataclass(frozen=True)
