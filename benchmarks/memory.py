@@ -41,17 +41,20 @@ from common import markdown
 from fake_gpu import DEVICE, Answers, fake_gpu
 from full_size import CLIP_BIG_G, CLIP_L, SCALING, UNETS, VAE, model_in
 from live_bytes import GIB, LiveBytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.cli.main import build_parser
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.subject import PRIOR_MODES
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import predict
+from dora_diffusion.models.load import quantised_layers
 from dora_diffusion.models.memory import PROCESS_GIB
 from dora_diffusion.models.text import Conditioning, encode_tokens
+from dora_diffusion.numerics.quantised import quantise
 from dora_diffusion.training.engine import optimizer as optimizers
 from dora_diffusion.training.engine.objective import StepInputs
 from dora_diffusion.training.engine.step import Learner, TrainingEngine, build_learner
@@ -100,8 +103,8 @@ class Adam8bit(torch.optim.Optimizer):
                 self.state[p] = state
 
 
-def make_components(family: str, dtype: torch.dtype) -> Components:
-    """A frozen model of a family on the device."""
+def make_components(family: str, dtype: torch.dtype, base: BaseModel | None = None) -> Components:
+    """A frozen model of a family on the device, quantised as a base asks for it."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -115,6 +118,9 @@ def make_components(family: str, dtype: torch.dtype) -> Components:
         encoders.append(CLIPTextModelWithProjection(config).to(DEVICE, dtype))
     for module in (unet, vae, *encoders):
         module.eval().requires_grad_(False)
+    for layer in (m for module in (unet, *encoders) for m in module.modules()):
+        if base is not None and isinstance(layer, quantised_layers(base)):
+            layer.weight = nn.Parameter(quantise(layer.weight, base.quantize), False)
     with mock.patch("dora_diffusion.models.components.check_vocabulary"):
         tokenizers = (None,) * len(encoders)
         return Components(entry, unet, vae, tuple(encoders), tokenizers, DDPMScheduler())
@@ -204,7 +210,7 @@ def count_step(
             mock.patch.object(optimizers, "optimizer_library", return_value=library)
         )
         count, dtype = LiveBytes(DEVICE), DTYPES[precision]
-        components = make_components(family, dtype)
+        components = make_components(family, dtype, config.base_model)
         label_weights(count, components, text_encoders)
         count.label = "adapter"
         stack.enter_context(Answers())

@@ -222,9 +222,7 @@ def _fill(
         return f"it lacks {listing(lacking, 3)}"
     if other := [n for key, n in wanted.items() if weights.specs[n].shape != shapes[key]]:
         return f"{listing(other, 3)} differ"
-    quantised: tuple[type[nn.Module], ...] = ()
-    if base.quantize != "none" and part != "vae":
-        quantised = (nn.Linear, nn.Conv2d) if base.quantize_convolutions else (nn.Linear,)
+    quantised = () if part == "vae" else quantised_layers(base)
     state = {}
     for key, name in wanted.items():
         state[key] = _own(weights[name].to(dtype))
@@ -239,6 +237,13 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that is all of its memory: of one that several are parts of, none keeps the rest."""
     is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
     return tensor.clone(memory_format=torch.contiguous_format) if is_part else tensor.contiguous()
+
+
+def quantised_layers(base: BaseModel) -> tuple[type[nn.Module], ...]:
+    """Return the kinds of layers whose weights a base model is to have in fewer bits."""
+    if base.quantize == "none":
+        return ()
+    return (nn.Linear, nn.Conv2d) if base.quantize_convolutions else (nn.Linear,)
 
 
 class BaseCache:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from statistics import NormalDist
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -40,8 +40,14 @@ _GROUP = 256
 # Numbers that are quantised at a time: few enough to stay in a processor's cache.
 _CHUNK = 2**18
 _TINY = torch.finfo(torch.float32).tiny
-_QUANTILE = 0.9677083
-"""Of the outermost of the 16 levels, of which it is the mean of 1 - 1/30 and 1 - 1/32."""
+# Quantiles of the normal distribution (QLoRA, section 3 and appendix E), 0, and half way between.
+LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+_BOUNDS = tuple((low + high) / 2 for low, high in pairwise(LEVELS))
 _PRODUCTS = (F.linear, F.conv1d, F.conv2d)
 _aten: Any = torch.ops.aten
 
@@ -204,7 +210,7 @@ class NF4Weight(PackedWeight):
         top = blocks.abs().amax(dim=2)
         shares = blocks / top.clamp_min(_TINY)[..., None]
         index = torch.zeros(shares.shape, dtype=torch.uint8, device=rows.device)
-        for bound in _bounds():
+        for bound in _BOUNDS:
             index += shares > bound
         codes = ((index[..., ::2] << 4) | index[..., 1::2]).flatten(1)
         top *= _restored(rows, _values(codes, top))[:, None]
@@ -245,26 +251,9 @@ def _values(codes: Tensor, top: Tensor) -> Tensor:
 
 
 @lru_cache
-def levels() -> tuple[float, ...]:
-    """The 16 levels of nf4 (QLoRA, section 3): 8 quantiles above 0, 7 below, 0, in ``[-1, 1]``."""
-    inverse = NormalDist().inv_cdf
-    half = [torch.linspace(_QUANTILE, 0.5, n)[:-1].tolist() for n in (9, 8)]
-    above, below = (torch.tensor([inverse(share) for share in shares]) for shares in half)
-    found = torch.cat([above, torch.zeros(1), -below]).sort().values
-    return tuple((found / found.max()).tolist())
-
-
-@lru_cache
-def _bounds() -> tuple[float, ...]:
-    """The numbers half way between two levels, float32."""
-    found = torch.tensor(levels())
-    return tuple(((found[1:] + found[:-1]) / 2).tolist())
-
-
-@lru_cache
 def _pairs(device: torch.device) -> Tensor:
     """The two values of each byte, float32 ``(256, 2)``."""
-    found, byte = torch.tensor(levels()), torch.arange(256)
+    found, byte = torch.tensor(LEVELS), torch.arange(256)
     return torch.stack([found[byte >> 4], found[byte & 15]], dim=1).to(device)
 
 

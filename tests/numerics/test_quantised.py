@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from typing import Any
 
 import pytest
@@ -10,15 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_diffusion.numerics.quantised import QUANTISATIONS, NF4Weight, levels, quantise
+from dora_diffusion.numerics.quantised import LEVELS, QUANTISATIONS, NF4Weight, quantise
 
-# QLoRA (arXiv:2305.14314), appendix E.
-PUBLISHED = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
 SHAPES = {
     "linear": (24, 40),
     "uneven": (3, 7),
@@ -42,7 +36,7 @@ def by_loops(matrix: Tensor, kind: str) -> Tensor:
             top = block.abs().max()
             for value in (block / top).tolist():
                 if kind == "nf4":
-                    found.append(min(PUBLISHED, key=lambda level: abs(level - value)) * top)
+                    found.append(min(LEVELS, key=lambda level: abs(level - value)) * top)
                 else:
                     found.append(round(value * 127) / 127 * top)
         numbers = torch.stack(found)
@@ -50,8 +44,15 @@ def by_loops(matrix: Tensor, kind: str) -> Tensor:
     return torch.stack(made).view(matrix.shape)
 
 
-def test_the_levels_are_the_published_ones() -> None:
-    assert levels() == PUBLISHED
+def test_the_levels_are_quantiles_of_the_normal_distribution() -> None:
+    """As QLoRA's authors compute them: 8 above 0 and 7 below, the outermost of the mean of 1/30
+    and 1/32 in the tail, over the greatest.
+    """
+    inverse = statistics.NormalDist().inv_cdf
+    above, below = (torch.linspace(0.9677083, 0.5, n)[:-1].tolist() for n in (9, 8))
+    numbers = [*map(inverse, above), 0.0, *(-inverse(share) for share in below)]
+    found = torch.tensor(sorted(numbers))
+    assert tuple((found / found.max()).tolist()) == LEVELS
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
