@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dora_diffusion.numerics.quantised import PackedWeight
+from dora_diffusion.numerics.quantised import memory_of
 
 GIB = 2**30
 
@@ -47,10 +47,9 @@ class LiveBytes(TorchDispatchMode):
     def add(self, tensors: Iterable[Any]) -> None:
         """Count the storages of tensors that are not counted yet."""
         for tensor in tensors:
-            if isinstance(tensor, PackedWeight):
-                self.add(tensor.tensors.values())
-            elif isinstance(tensor, Tensor) and self.device in (None, tensor.device.type):
-                self._add(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and self.device in (None, tensor.device.type):
+                for part in memory_of(tensor):
+                    self._add(part.untyped_storage())
 
     def reset_peak(self) -> None:
         """Reset the peak."""

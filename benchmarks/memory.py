@@ -51,7 +51,7 @@ from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.subject import PRIOR_MODES
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import predict
-from dora_diffusion.models.load import quantised_layers
+from dora_diffusion.models.load import quantised_layers, set_tiles
 from dora_diffusion.models.memory import PROCESS_GIB
 from dora_diffusion.models.text import Conditioning, encode_tokens
 from dora_diffusion.numerics.quantised import quantise
@@ -62,7 +62,7 @@ from dora_diffusion.training.trainable.adapters import inject_trained
 
 # A card has to hold a tenth more than what is counted with the GPU's context, and half a gigabyte
 # for the screen.
-CARDS = (6, 8, 12, 16, 24)
+CARDS = (4, 6, 8, 12, 16, 24)
 SCREEN_GIB = 0.5
 _SAVING = "--gradient_checkpointing --optimizer adamw8bit"
 # Quickest first. Whoever needs a smaller card does without the prior.
@@ -71,6 +71,12 @@ CARD_FLAGS = (
     "--with_prior_preservation --gradient_checkpointing",
     f"--with_prior_preservation {_SAVING}",
     f"{_SAVING} --sample_batch_size 1",
+    f"--with_prior_preservation {_SAVING} --quantize int8",
+    f"--with_prior_preservation {_SAVING} --quantize int8 --quantize_convolutions",
+    f"--with_prior_preservation {_SAVING} --quantize nf4",
+    f"--with_prior_preservation {_SAVING} --quantize nf4 --quantize_convolutions",
+    f"{_SAVING} --quantize nf4 --sample_batch_size 1",
+    f"{_SAVING} --quantize nf4 --quantize_convolutions --sample_batch_size 1",
 )
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 SIZES = {"sd1": (512, 768), "sdxl": (768, 1024)}
@@ -104,7 +110,7 @@ class Adam8bit(torch.optim.Optimizer):
 
 
 def make_components(family: str, dtype: torch.dtype, base: BaseModel | None = None) -> Components:
-    """A frozen model of a family on the device, quantised as a base asks for it."""
+    """A frozen model of a family on the device, quantised and tiled as a base asks for it."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -118,9 +124,13 @@ def make_components(family: str, dtype: torch.dtype, base: BaseModel | None = No
         encoders.append(CLIPTextModelWithProjection(config).to(DEVICE, dtype))
     for module in (unet, vae, *encoders):
         module.eval().requires_grad_(False)
-    for layer in (m for module in (unet, *encoders) for m in module.modules()):
-        if base is not None and isinstance(layer, quantised_layers(base)):
-            layer.weight = nn.Parameter(quantise(layer.weight, base.quantize), False)
+    base = base or BaseModel("")
+    set_tiles(vae, base.tile_size)
+    # At once: there are no numbers that would stay in a cache.
+    with mock.patch("dora_diffusion.numerics.quantised._CHUNK", sys.maxsize):
+        for layer in (m for module in (unet, *encoders) for m in module.modules()):
+            if isinstance(layer, quantised_layers(base)):
+                layer.weight = nn.Parameter(quantise(layer.weight, base.quantize), False)
     with mock.patch("dora_diffusion.models.components.check_vocabulary"):
         tokenizers = (None,) * len(encoders)
         return Components(entry, unet, vae, tuple(encoders), tokenizers, DDPMScheduler())
@@ -258,7 +268,12 @@ def make_states(step: Learner) -> None:
 
 @lru_cache
 def count_sampling(
-    family: str, resolution: int, *, precision: str = "bf16", images: int = 1
+    family: str,
+    resolution: int,
+    *,
+    precision: str = "bf16",
+    images: int = 1,
+    base: BaseModel | None = None,
 ) -> dict[str, int]:
     """Peaks in bytes of what makes images and encodes photos, each with its own weights alone.
 
@@ -267,7 +282,7 @@ def count_sampling(
     peaks = {}
     with fake_gpu(), torch.no_grad():
         dtype = DTYPES[precision]
-        components = make_components(family, dtype)
+        components = make_components(family, dtype, base)
         side, rows = resolution // components.vae_factor, 2 * images
         inject_trained(components, TrainConfig())
         vae = components.vae
@@ -349,7 +364,7 @@ def count_run(family: str, resolution: int, config: TrainConfig) -> float:
     """
     step = count_step(family, resolution, config)
     images = min(config.sample_batch_size, config.num_validation_images)
-    sampling = count_sampling(family, resolution, images=images)
+    sampling = count_sampling(family, resolution, images=images, base=config.base_model)
     beside = step.at_peak["adapter"]
     return max(step.peak - step.at_peak.get("idle", 0), max(sampling.values()) + beside) / GIB
 

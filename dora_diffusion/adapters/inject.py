@@ -34,6 +34,7 @@ from dora_diffusion.adapters.layers import (
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.config.wording import listing
+from dora_diffusion.numerics.quantised import PackedWeight
 from dora_diffusion.numerics.threads import map_ahead
 from dora_diffusion.numerics.weights import LayerWeights, Strengths
 
@@ -205,6 +206,9 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
         keep_base: Keep the adapters and a copy of the base weights, so that `unmerge_adapters`
             restores them bit for bit. False drops both.
 
+    Raises:
+        ValueError: If a weight is quantised, before anything is written.
+
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
         >>> report = inject_adapters(model, AdapterConfig(targets=("*",), rank=2))
@@ -212,6 +216,11 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
         'Linear'
     """
     layers = [layer for _, layer in adapted_layers(model)]
+    if any(isinstance(layer.weight, PackedWeight) for layer in layers):
+        raise ValueError(
+            "the model is quantised, and an update would be lost in its rounding; load it "
+            "unquantised, or merge into its files: dora-diffusion export"
+        )
 
     def merged(layer: AdaptedLayer) -> torch.Tensor | None:
         return None if layer.is_merged else layer.merged()

@@ -386,8 +386,9 @@ class AdaptedLayer(nn.Module):
     def merge(self, merged: Tensor) -> None:
         """Write what `merged` returned into the weight; the base weight is kept for `unmerge`."""
         if self._unmerged is None:
-            self._unmerged = self.weight.detach().clone()
+            before = self.weight.detach().clone()
             self.weight.copy_(merged)
+            self._unmerged = before
 
     @torch.no_grad()
     def unmerge(self) -> None:

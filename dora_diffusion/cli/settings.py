@@ -15,6 +15,8 @@ from dora_diffusion.config.base import (
     OfModel,
     quantize_convolutions_flag,
     quantize_flag,
+    require_tile_size,
+    vae_tile_size_flag,
 )
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.families import PREDICTION_TYPES
@@ -194,11 +196,13 @@ class Model(ScheduleFlags, RequiredBase):
     )
     quantize: str = quantize_flag()
     quantize_convolutions: bool = quantize_convolutions_flag()
+    vae_tile_size: int | None = vae_tile_size_flag()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_token_length is not None:
             require_token_length(self.max_token_length)
+        require_tile_size(self.vae_tile_size)
 
     @property
     def model_options(self) -> dict[str, Any]:

@@ -7,11 +7,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from dora_diffusion.config.fields import Need, flag
+from dora_diffusion.config.fields import Need, flag, require
 
 EMBEDDED_PREFIX = "embedded:"
 BASE_HELP = "Diffusers folder, hub id, single-file .safetensors checkpoint, or embedded:NAME."
 QUANTISATIONS = ("int8", "nf4")
+TILE = 512
+"""Side in pixels of the autoencoder's tiles, where a quantised model has no other."""
+# They overlap by a quarter, of whole latents, which are 8 pixels wide.
+TILE_STEP = 32
 _QUANTIZED = Need("quantize", QUANTISATIONS)
 _NAMES = {
     "base": "path",
@@ -39,6 +43,8 @@ class BaseModel:
         quantize: ``"int8"`` or ``"nf4"`` keeps the weights of Linear layers, of UNet and text
             encoders, in 8 or 4 bits (`numerics.quantised`).
         quantize_convolutions: Those of convolutions too.
+        vae_tile_size: Side in pixels of the tiles in which the autoencoder encodes and decodes
+            larger images; 0: it takes them whole. None: `TILE` where weights are quantised, else 0.
     """
 
     path: str | Path
@@ -50,6 +56,13 @@ class BaseModel:
     zero_terminal_snr: bool | None = None
     quantize: str = "none"
     quantize_convolutions: bool = False
+    vae_tile_size: int | None = None
+
+    @property
+    def tile_size(self) -> int:
+        """The autoencoder's tiles in pixels; 0: none."""
+        usual = 0 if self.quantize == "none" else TILE
+        return usual if self.vae_tile_size is None else self.vae_tile_size
 
     @classmethod
     def of(cls, model: AnyModel) -> BaseModel:
@@ -79,6 +92,27 @@ def quantize_flag() -> Any:
 def quantize_convolutions_flag() -> Any:
     """The setting `BaseModel.quantize_convolutions`."""
     return flag(False, "Quantise convolutions too.", needs=(_QUANTIZED,))
+
+
+def vae_tile_size_flag() -> Any:
+    """The setting `BaseModel.vae_tile_size`."""
+    return flag(
+        None,
+        "VAE tiling: encode and decode images that are larger in tiles of so many pixels a side, a "
+        "multiple of 32, which overlap by a quarter. It takes less memory and changes images "
+        "slightly; 0 takes images whole.",
+        derived=f"{TILE} with quantize, else 0",
+        least=0,
+    )
+
+
+def require_tile_size(value: int | None) -> None:
+    """Tiles must divide into latents, and their overlap too; None passes."""
+    require(
+        not (value or 0) % TILE_STEP,
+        f"vae_tile_size is {value}; it must be a multiple of {TILE_STEP}, such as {TILE}, or 0",
+        "vae_tile_size",
+    )
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dora_diffusion.config.base import (
     OfModel,
     quantize_convolutions_flag,
     quantize_flag,
+    vae_tile_size_flag,
 )
 from dora_diffusion.config.families import PREDICTION_TYPES
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, AnyOf, Need, flag
@@ -87,6 +88,7 @@ class ModelSettings:
     )
     quantize: str = quantize_flag()
     quantize_convolutions: bool = quantize_convolutions_flag()
+    vae_tile_size: int | None = vae_tile_size_flag()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
-from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.base import BaseModel, require_tile_size
 from dora_diffusion.config.dataset_file import checked_entries, naming_entry
 from dora_diffusion.config.fields import (
     Setting,
@@ -98,6 +98,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     def _check_data(self) -> None:
         require_token_length(self.max_token_length)
+        require_tile_size(self.vae_tile_size)
         require(
             bool(self.caption_separator),
             "caption_separator is empty; give what separates tags, such as ','",

@@ -39,6 +39,7 @@ from dora_diffusion.formats.checkpoint.schedule import (
     statements_on,
     usual_of,
 )
+from dora_diffusion.formats.checkpoint.weights import require_unquantised
 from dora_diffusion.formats.files.stream import PICKLED, TensorReader, read_header
 from dora_diffusion.formats.names.modules import BUFFERS, canonical
 from dora_diffusion.models import embedded
@@ -100,10 +101,18 @@ def load_components(
         for part in (vae.encoder, vae.decoder, vae.quant_conv, vae.post_quant_conv):
             if part is not None:
                 part.register_forward_pre_hook(cast_to_weight)
+    set_tiles(components.vae, base.tile_size)
     for module in components.modules().values():
         module.eval().requires_grad_(False)
     add_tokens(components, read_tokens(source))
     return components
+
+
+def set_tiles(vae: Any, size: int) -> None:
+    """Have an autoencoder take larger images in tiles of so many pixels a side; 0: whole."""
+    vae.use_tiling = size > 0
+    vae.tile_sample_min_size = size
+    vae.tile_latent_min_size = size // 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def _load(
@@ -215,7 +224,12 @@ def _fill(
     dtype: torch.dtype,
     base: BaseModel,
 ) -> str:
-    """Fill a module with its weights; returns what is wrong with them, empty if nothing is."""
+    """Fill a module with its weights; returns what is wrong with them, empty if nothing is.
+
+    Raises:
+        UnsupportedModelError: If they are quantised already.
+    """
+    require_unquantised(weights.reader.path, weights.reader.specs)
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     wanted = {key: canonical(part, key) for key in shapes if not key.endswith(BUFFERS)}
     if lacking := [name for name in wanted.values() if name not in weights.specs]:
@@ -369,6 +383,8 @@ def plain_errors(name: str, hint: str = "it is missing or damaged") -> Iterator[
 
     try:
         yield
+    except UnsupportedModelError:
+        raise
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         detail = str(error).strip().splitlines()
         raise ValueError(f"{name} could not be loaded ({hint}): {''.join(detail[:1])}") from error

@@ -273,6 +273,11 @@ def quantise(weight: Tensor, kind: Quantisation) -> PackedWeight:
         return chosen(made, weight.shape, weight.dtype, weight.dtype)
 
 
+def memory_of(tensor: Tensor) -> list[Tensor]:
+    """The tensors whose storages hold a tensor's numbers: itself, or codes and scales."""
+    return [*tensor.tensors.values()] if isinstance(tensor, PackedWeight) else [tensor]
+
+
 def exchange(ours: Tensor, theirs: Tensor) -> None:
     """Exchange the values of two tensors, which stay the same objects."""
     if isinstance(ours, PackedWeight):

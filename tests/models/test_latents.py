@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.base import QUANTISATIONS, BaseModel
 from dora_diffusion.models.latents import (
     encode_moments,
     latents_from_moments,
@@ -39,6 +42,76 @@ def test_encoding_equals_diffusers(request: pytest.FixtureRequest, folder: str) 
     drawn = encode_images(vae, pixels(), torch.Generator().manual_seed(3))
     assert torch.equal(drawn, posterior.sample(torch.Generator().manual_seed(3)) * scale)
     assert drawn.shape == (2, 4, 8, 6)
+
+
+def by_tiles(run: Any, images: torch.Tensor, size: int, scale: float) -> torch.Tensor:
+    """Wide images in one row of tiles, each by itself, and faded in over a quarter of its size.
+
+    ``scale`` is the size of what comes out over what goes in.
+    """
+    total, shares = torch.zeros(()), torch.zeros(())
+    step, fade = size * 3 // 4, int(size * scale) // 4
+    for left in range(0, images.shape[3], step):
+        made, place = run(images[..., left : left + size]), int(left * scale)
+        ramp = (torch.arange(made.shape[3]) / fade).clamp(max=1) if left else torch.ones(1)
+        end = (int((left + step) * scale) + fade - place - torch.arange(made.shape[3])) / fade
+        share = torch.minimum(ramp, end.clamp(0, 1))
+        sides = (place, int(images.shape[3] * scale) - place - made.shape[3])
+        total = total + F.pad(made * share, sides)
+        shares = shares + F.pad(share.expand(made.shape[3]), sides)
+    torch.testing.assert_close(shares, torch.ones_like(shares))
+    return total
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("folder", ["sd1_folder", "sdxl_folder"])
+def test_larger_images_are_taken_in_tiles(
+    request: pytest.FixtureRequest, folder: str, size: int
+) -> None:
+    base = BaseModel(request.getfixturevalue(folder), vae_tile_size=size)
+    vae, whole = load_components(base).vae, load_vae(base.path)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    images = (
+        torch.rand(1, 3, size * 3 // 4, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    )
+    moments = encode_moments(vae, images)
+    expected = by_tiles(lambda cut: encode_moments(whole, cut), images, size, 1 / factor)
+    torch.testing.assert_close(moments, expected)
+    latents = moments[:, :4]
+    expected = by_tiles(lambda cut: whole.decode(cut).sample, latents, size // factor, factor)
+    torch.testing.assert_close(vae.decode(latents).sample, expected)
+    # An image of a tile's size is taken whole.
+    square = images[..., : size * 3 // 4]
+    assert torch.equal(encode_moments(vae, square), encode_moments(whole, square))
+    # One that is higher too has several rows of tiles.
+    seen: list[int] = []
+    for part in (vae.encoder, vae.decoder):
+        part.register_forward_pre_hook(lambda _, given: seen.append(max(given[0].shape[2:])))
+    moments = encode_moments(vae, pixels(1).repeat(1, 1, 2, 2))
+    decoded = vae.decode(moments[:, :4]).sample
+    tiles = {32: 6 * 4, 64: 3 * 2}[size]
+    assert len(seen) == 2 * tiles
+    assert max(seen[:tiles]) == factor * max(seen[tiles:]) == size
+    assert decoded.shape == (1, 3, 128, 96)
+
+
+def test_a_quantised_model_has_tiles_unless_told_otherwise(sd1_folder: Path) -> None:
+    sizes = {
+        (quantize, given): BaseModel(sd1_folder, quantize=quantize, vae_tile_size=given).tile_size
+        for quantize in ("none", *QUANTISATIONS)
+        for given in (None, 0, 256)
+    }
+    assert sizes == {
+        ("none", None): 0, ("none", 0): 0, ("none", 256): 256,
+        ("int8", None): 512, ("int8", 0): 0, ("int8", 256): 256,
+        ("nf4", None): 512, ("nf4", 0): 0, ("nf4", 256): 256,
+    }  # fmt: skip
+    for quantize, is_tiled in (("none", False), ("nf4", True)):
+        vae = load_components(BaseModel(sd1_folder, quantize=quantize)).vae
+        assert vae.use_tiling == is_tiled
+    with pytest.raises(ConfigError, match="vae_tile_size is 500; it must be a multiple of 32"):
+        TrainConfig(vae_tile_size=500)
 
 
 @torch.no_grad()

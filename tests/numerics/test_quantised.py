@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.inject import inject_adapters, merge_adapters
+from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.quantised import LEVELS, QUANTISATIONS, NF4Weight, quantise
 
 SHAPES = {
@@ -195,3 +197,20 @@ def test_what_cannot_be_quantised() -> None:
     for wrong in (quantise(weight((4, 64)), "nf4"), torch.ones(4, 4, dtype=torch.int8)):
         with pytest.raises(ValueError, match="quantised already"):
             quantise(wrong, "int8")
+
+
+def test_adapters_are_not_merged_into_codes() -> None:
+    """Nor into the dense layers beside them: the model is as it was."""
+    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 64))
+    inject_adapters(model, AdapterConfig(targets=("*",), rank=2))
+    model[1].weight = nn.Parameter(quantise(model[1].weight, "nf4"), requires_grad=False)
+    before = [layer.weight.clone() for layer in model]
+    for keep_base in (False, True):
+        with pytest.raises(ValueError, match=r"quantised.*dora-diffusion export"):
+            merge_adapters(model, keep_base=keep_base)
+    for layer, weight in zip(model, before, strict=True):
+        assert torch.equal(layer.weight, weight)
+        assert not layer.is_merged
+    with pytest.raises(RuntimeError, match="cannot be changed"):
+        model[1].merge(model[1].merged())
+    assert not model[1].is_merged

@@ -16,12 +16,18 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.config.families import COMPONENTS, FAMILIES, Family
+from dora_diffusion.config.families import (
+    COMPONENTS,
+    FAMILIES,
+    Family,
+    UnsupportedModelError,
+)
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.names.modules import (
@@ -293,7 +299,15 @@ class ModelWeights(Protocol):
 
 
 def module_shapes(weights: ModelWeights) -> dict[str, tuple[int, ...]]:
-    """Shapes of the UNet's and text encoders' weights by canonical module name; not of vectors."""
+    """Shapes of the UNet's and text encoders' weights by canonical module name; not of vectors.
+
+    Raises:
+        MergeError: If the model holds codes in place of weights, whose shapes are other ones.
+    """
+    # A single file's codes are tensors that have no place in its layout.
+    for name, spec in [*weights.specs.items(), *getattr(weights, "other_specs", {}).items()]:
+        if ".weight" in name and not spec.dtype.is_floating_point:
+            check_dtype(name.removesuffix(".weight"), spec.dtype)
     return {
         name.removesuffix(".weight"): spec.shape
         for name, spec in weights.specs.items()
@@ -321,6 +335,25 @@ def module_weight(weights: ModelWeights, name: str) -> Tensor:
     """
     check_dtype(name, weights.specs[f"{name}.weight"].dtype)
     return weights[f"{name}.weight"]
+
+
+# What bitsandbytes, Quanto and scaled float8 files store beside a weight's codes.
+_SCALES = (".absmax", ".SCB", "._scale", ".scale_weight", ".weight_scale")
+
+
+def require_unquantised(path: Path, specs: Mapping[str, TensorSpec]) -> None:
+    """Refuse a model's file that holds codes in place of weights.
+
+    Raises:
+        UnsupportedModelError: With what to take.
+    """
+    for key, spec in specs.items():
+        is_codes = key.endswith(".weight") and not spec.dtype.is_floating_point
+        if is_codes or key.endswith(_SCALES):
+            raise UnsupportedModelError(
+                f"{path} is quantised ({key}); take the model in half precision or float32, which "
+                "--quantize reads in 8 or 4 bits"
+            )
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:

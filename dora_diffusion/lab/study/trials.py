@@ -28,6 +28,7 @@ from dora_diffusion.lab.analysis.report import correlation
 from dora_diffusion.lab.study.config import BASE, Asked, Study
 from dora_diffusion.lab.study.subjects import StudySubject
 from dora_diffusion.numerics.devices import device_name
+from dora_diffusion.numerics.quantised import memory_of
 from dora_diffusion.sampling.images import save_png
 from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.inputs.subject import subjects_of
@@ -347,8 +348,8 @@ def kept_bytes() -> Iterator[dict[int, int]]:
     is_backward = False
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
         if not isinstance(tensor, torch.nn.Parameter) and not is_backward:
+            storage = tensor.untyped_storage()
             kept.setdefault(storage.data_ptr(), storage.nbytes())
         return tensor
 
@@ -375,8 +376,9 @@ def _live_bytes(session: Session, kept: int) -> int:
         for value in state.values()
         if torch.is_tensor(value)
     ]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values()) + gradients + kept
+    storages = [part.untyped_storage() for t in tensors for part in memory_of(t)]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(sizes.values()) + gradients + kept
 
 
 def _machine(session: Session) -> str:

@@ -137,11 +137,13 @@ def class_images(
             require_finite=True,
         )
 
-    # How prompts are read, where that is not as usual.
-    reading, usual = ((c.clip_skip, c.max_token_length) for c in (config, TrainConfig()))
-    read = "" if reading == usual else f" {reading}"
+    # How prompts are read and images decoded, where that is not as usual.
+    names = ("clip_skip", "max_token_length", "vae_tile_size")
+    other = [
+        (name, v) for name in names if (v := getattr(config, name)) != getattr(TrainConfig, name)
+    ]
     with accelerator.main_process_first():
-        identity = f"{components.identity()} {settings}{read}"
+        identity = f"{components.identity()} {settings}{other or ''}"
         named = ensure_class_images(config, prompts, identity, generate, announcer.on_image)
     if config.class_prompt:  # which wins over the names of folders
         named = dict.fromkeys(named, "")

@@ -55,6 +55,10 @@ _LIMITS = "it must be between -10 and 10, where 1 is the adapter as trained"
         ("--direction_strength -11", f"direction_strength is -11; {_LIMITS}"),
         ("--guidance_scale nan", "guidance_scale is nan; it must be a finite number"),
         ("--steps 0", "steps is 0; it must be at least 1"),
+        (
+            "--vae_tile_size 500",
+            "vae_tile_size is 500; it must be a multiple of 32, such as 512, or 0",
+        ),
     ],
 )
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from dora_diffusion.lab.study.report import _intro
 from dora_diffusion.lab.study.run import run_study
 from dora_diffusion.lab.study.trials import _live_bytes, kept_bytes
 from dora_diffusion.models.load import load_components
+from dora_diffusion.numerics.quantised import quantise
 from dora_diffusion.sampling.generate import SamplingSettings
 from tests.lab.study.helpers import study
 
@@ -109,6 +110,11 @@ def test_live_bytes_are_weights_gradients_moments_and_what_is_kept():
         learner=SimpleNamespace(optimizer=optimizer),
     )
     weights, gradients, moments, step = 4 * (6 + 2) + 2 * 5, 4 * 6, 2 * 4 * 6, 4
+    assert _live_bytes(session, 1000) == weights + gradients + moments + step + 1000
+    layer.register_parameter(
+        "quantised", torch.nn.Parameter(quantise(torch.ones(2, 64), "nf4"), False)
+    )
+    weights += 2 * 32 + 2 * 1 + 2 * 4  # codes, a scale of each block, and what these are scaled by
     assert _live_bytes(session, 1000) == weights + gradients + moments + step + 1000
 
 
