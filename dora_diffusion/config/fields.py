@@ -297,7 +297,8 @@ class Setting:
         choices, word = self.choices or (), str(value).lower()
         if word == "none" and self.default is None:
             return None
-        names = (word, precision_name(word), dtype_name(word), word.replace("_", "-"))
+        names = [word, precision_name(word), dtype_name(word)]
+        names += [word.replace("_", "-"), word.replace("-", "_")]
         return next((name for name in names if name in choices), value)
 
 

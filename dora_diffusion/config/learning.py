@@ -294,6 +294,9 @@ class OptimizerSettings:
     )
 
 
+TIMESTEP_DISTRIBUTIONS = ("uniform", "logit_normal", "power")
+_LOGIT_NORMAL = Need("timestep_distribution", ("logit_normal",))
+
 WEIGHTINGS = ("snr_gamma", "debiased_estimation_loss")
 """Settings that weight losses by timestep, of which a run has one (`numerics.loss.WEIGHTINGS`)."""
 
@@ -317,4 +320,40 @@ class LossSettings:
     )
     noise_offset: float = flag(
         0.0, "Noise offset: share of the noise that is constant over each channel.", least=0
+    )
+    nearest_noise: int = flag(
+        1,
+        "Draws of each image's noise, of which the one nearest to its latents is added (immiscible "
+        "diffusion, arXiv:2406.12303).",
+        above=0,
+    )
+    timestep_distribution: str = flag(
+        "uniform",
+        "Distribution of the timesteps that are trained. uniform: all alike. logit_normal: most in "
+        "the middle (arXiv:2403.03206). power: u ** timestep_power of the schedule, for uniform u.",
+        choices=TIMESTEP_DISTRIBUTIONS,
+    )
+    logit_mean: float = flag(
+        0.0,
+        "Mean of the logit-normal distribution; below 0 there is less noise.",
+        needs=(_LOGIT_NORMAL,),
+    )
+    logit_std: float = flag(
+        1.0,
+        "Standard deviation of the logit-normal distribution.",
+        needs=(_LOGIT_NORMAL,),
+        above=0,
+    )
+    timestep_power: float = flag(
+        1.25,
+        "Power of the power distribution; above 1 there is less noise.",
+        needs=(Need("timestep_distribution", ("power",)),),
+        above=0,
+    )
+    stratified_timesteps: int = flag(
+        0,
+        "Stratified timesteps: one in each equally likely part of the distribution for the images "
+        "of so many consecutive steps, and of each step alone; 1 is each step alone, 0 draws "
+        "independently.",
+        least=0,
     )

@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
+Quantile = Callable[[Tensor], Tensor]
+"""The share of the noise schedule that a share ``u`` of the draws lies below: [0, 1) to [0, 1]."""
 
-def sample_timestep(num_train_timesteps: int, generator: torch.Generator) -> Tensor:
-    """One timestep, uniform over the schedule: scalar int64."""
-    return torch.randint(num_train_timesteps, (), generator=generator)
+
+def timestep_quantile(
+    u: Tensor, distribution: str, *, mean: float = 0.0, std: float = 1.0, power: float = 1.0
+) -> Tensor:
+    """The quantile function of a distribution of timesteps, as shares of the noise schedule.
+
+    Args:
+        u: Uniform in [0, 1).
+        distribution: ``"uniform"``; ``"logit_normal"``, whose logit is normal (Esser et al.,
+            arXiv:2403.03206, section 3.1); or ``"power"``: ``u ** power``, of the density
+            ``p x ** (p - 1)`` for ``p = 1 / power``.
+        mean: Mean of the logit; below 0 there is less noise.
+        std: Standard deviation of the logit.
+        power: Above 1 there is less noise.
+    """
+    if distribution == "logit_normal":
+        return torch.sigmoid(mean + std * torch.special.ndtri(u))
+    return u**power if distribution == "power" else u
+
+
+def sample_timestep(
+    num_train_timesteps: int,
+    generator: torch.Generator,
+    quantile: Quantile | None = None,
+    stratum: tuple[int, int] = (0, 1),
+) -> Tensor:
+    """One timestep: scalar int64.
+
+    Args:
+        num_train_timesteps: Length of the noise schedule.
+        generator: Source of the draw.
+        quantile: Of the distribution (`timestep_quantile`); None is uniform.
+        stratum: ``(k, K)``: which of K equally likely parts of the distribution it is drawn from.
+    """
+    part, parts = stratum
+    if quantile is None and parts == 1:
+        return torch.randint(num_train_timesteps, (), generator=generator)
+    # A draw in float32, as large as that of an integer: the noise that follows stays the same.
+    u = (part + torch.rand((), generator=generator).double()) / parts
+    share = u if quantile is None else quantile(u)
+    return (share * num_train_timesteps).long().clamp_max(num_train_timesteps - 1)
 
 
 def sample_noise(
@@ -31,6 +71,23 @@ def sample_noise(
         constant = torch.randn((shape[0], 1, 1), generator=generator, device=generator.device)
         noise = noise + offset * constant
     return noise
+
+
+def nearest_noise(latent: Tensor, draws: Sequence[Tensor]) -> Tensor:
+    """The draw that is nearest to a latent, by the Euclidean distance: ``(C, h, w)``.
+
+    Images then meet noise that differs less from them, which blurs less of what is learned
+    (immiscible diffusion, arXiv:2406.12303; by draws, arXiv:2505.18521). The chosen noise is no
+    longer standard normal: it leans towards the latent, and is a little shorter.
+
+    Args:
+        latent: ``(C, h, w)``.
+        draws: At least one, each ``(C, h, w)``.
+    """
+    if len(draws) == 1:
+        return draws[0]
+    latent = latent.to(draws[0])
+    return min(draws, key=lambda noise: float((noise - latent).square().sum()))
 
 
 def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:

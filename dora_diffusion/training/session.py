@@ -210,7 +210,8 @@ def open_session(
     _load_step_modules(config, components)
     weights = _what_trains(config, components, start)
     batches = iterate_batches(dataset, sampler, num_workers=config.dataloader_num_workers)
-    inputs = InputSource(config, components, batches, accelerator.process_index)
+    place = accelerator.process_index, accelerator.num_processes
+    inputs = InputSource(config, components, batches, *place)
     learner = build_learner(config, accelerator, components, weights, inputs)
     return Session(
         config, subjects, accelerator, components, weights, dataset, sampler, learner, validation

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dora_diffusion.config.fields import DTYPES, PRECISIONS, dtype_name, precision_name
+from dora_diffusion.config.fields import DTYPES, PRECISIONS, Setting, dtype_name, precision_name
+from dora_diffusion.config.train import settings
 
 
 @pytest.mark.parametrize(
@@ -35,3 +36,14 @@ def test_other_words_stay() -> None:
 def test_what_the_flags_take_is_what_the_libraries_know() -> None:
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in DTYPES)
     assert PRECISIONS == ("auto", "no", "fp16", "bf16")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [setting for setting in settings() if setting.choices],
+    ids=lambda setting: setting.name,
+)
+def test_a_choice_is_known_with_hyphens_or_underscores_and_in_capitals(setting: Setting) -> None:
+    for choice in setting.choices or ():
+        for word in (choice, choice.replace("-", "_"), choice.replace("_", "-")):
+            assert setting.cast(word) == setting.cast(word.upper()) == choice

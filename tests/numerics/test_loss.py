@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+from statistics import NormalDist
+
 import pytest
 import torch
 
 from dora_diffusion.numerics.loss import (
     denoising_loss,
     loss_weight,
+    nearest_noise,
     sample_noise,
     sample_timestep,
     split_prior,
+    timestep_quantile,
     training_target,
 )
 
@@ -100,3 +106,101 @@ def test_draws_follow_their_generator_only():
     assert steps.min() < 10
     assert steps.max() > 990
     assert abs(steps.float().mean().item() - 499.5) < 15
+
+
+DISTRIBUTIONS = [
+    ("uniform", {}, lambda x: x),
+    ("power", {"power": 1.25}, lambda x: x**0.8),
+    ("power", {"power": 0.5}, lambda x: x**2),
+    ("logit_normal", {}, lambda x: NormalDist().cdf(math.log(x / (1 - x)))),
+    ("logit_normal", {"mean": -0.5, "std": 2.0},
+     lambda x: NormalDist(-0.5, 2.0).cdf(math.log(x / (1 - x)))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "settings", "cdf"), DISTRIBUTIONS)
+def test_timesteps_have_their_distribution(name, settings, cdf):
+    quantile = partial(timestep_quantile, distribution=name, **settings)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([sample_timestep(1000, generator, quantile) for _ in range(4000)])
+    assert 0 <= drawn.min() <= drawn.max() <= 999
+    # Kolmogorov's bound of 99% for so many draws.
+    for step in range(10, 1000, 10):
+        below = (drawn < step).double().mean().item()
+        assert abs(below - cdf(step / 1000)) < 1.63 / math.sqrt(4000)
+
+
+@pytest.mark.parametrize(("name", "settings", "cdf"), DISTRIBUTIONS)
+def test_a_stratum_is_an_equally_likely_part_of_its_distribution(name, settings, cdf):
+    quantile = partial(timestep_quantile, distribution=name, **settings)
+    for stratum in range(7):
+        generator = torch.Generator().manual_seed(stratum)
+        for _ in range(50):
+            step = int(sample_timestep(1000, generator, quantile, (stratum, 7)))
+            # The stratum has a share of what is drawn of this timestep.
+            low, high = (cdf(x) if 0 < x < 1 else x for x in (step / 1000, (step + 1) / 1000))
+            assert low < (stratum + 1) / 7
+            assert high > stratum / 7
+
+
+def test_the_ends_of_a_distribution_are_timesteps():
+    # The ends of what a generator gives, and a power whose results round to 1.
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    for name, settings in (("logit_normal", {"std": 100.0}), ("power", {"power": 1e-9})):
+        shares = timestep_quantile(ends, name, **settings)
+        assert shares.isfinite().all()
+        generator = torch.Generator().manual_seed(0)
+        drawn = [
+            sample_timestep(
+                1000, generator, partial(timestep_quantile, distribution=name, **settings)
+            )
+            for _ in range(100)
+        ]
+        assert {int(step) for step in drawn} <= set(range(1000))
+
+
+def test_noise_does_not_depend_on_how_its_timestep_is_drawn():
+    quantile = partial(timestep_quantile, distribution="power", power=2.0)
+    noise = []
+    for how in ({}, {"quantile": quantile}, {"stratum": (1, 3)}):
+        generator = torch.Generator().manual_seed(4)
+        sample_timestep(1000, generator, **how)
+        noise.append(sample_noise((4, 8, 8), generator))
+    assert torch.equal(noise[0], noise[1])
+    assert torch.equal(noise[0], noise[2])
+
+
+def test_the_nearest_noise_is_the_least_squares_one():
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(4, 5, 3, generator=generator)
+    draws = [sample_noise((4, 5, 3), generator) for _ in range(4)]
+    distances = [(draw.double() - latent.double()).flatten().norm().item() for draw in draws]
+    assert nearest_noise(latent, draws) is draws[distances.index(min(distances))]
+    assert nearest_noise(draws[2], draws) is draws[2]
+    assert nearest_noise(latent, draws[:1]) is draws[0]
+
+
+@pytest.mark.parametrize(("count", "least"), [(2, 1 / math.sqrt(math.pi)), (4, 1.02938)])
+def test_the_nearest_noise_is_shorter_and_leans_as_normal_order_statistics_say(count, least):
+    """Of ``count`` normal numbers the expected least is ``-least`` standard deviations.
+
+    The squared distance is ``|noise|^2 - 2 <latent, noise>`` and a constant, of the variance
+    ``2 d + 4 |latent|^2``; what is chosen moves each part by its share of that.
+    """
+    generator = torch.Generator().manual_seed(1)
+    latent = torch.randn(4, 8, 8, generator=generator) * 0.8
+    size, energy, tries = latent.numel(), latent.square().sum().item(), 4000
+    chosen = torch.stack([
+        nearest_noise(latent, [sample_noise((4, 8, 8), generator) for _ in range(count)])
+        for _ in range(tries)
+    ]).double()  # fmt: skip
+    deviation = math.sqrt(2 * size + 4 * energy)
+    shorter = size - least * 2 * size / deviation
+    leaning = least * 2 * energy / deviation
+    squares = chosen.square().flatten(1).sum(dim=1)
+    products = (chosen * latent.double()).flatten(1).sum(dim=1)
+    # Four standard errors, and what the distance is skewed by.
+    assert squares.mean().item() == pytest.approx(
+        shorter, abs=4 * math.sqrt(2 * size / tries) + 0.3
+    )
+    assert products.mean().item() == pytest.approx(leaning, abs=4 * math.sqrt(energy / tries) + 0.3)

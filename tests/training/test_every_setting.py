@@ -65,6 +65,7 @@ TEXT = {"train_text_encoder": True}
 ALLOCATED = {"parametrization": "adalora", "rank": 4}
 FIVE = {**ALLOCATED, "max_train_steps": 5, "allocation_interval": 1}
 PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0, "max_train_steps": 8}
+LOGIT_NORMAL = {"timestep_distribution": "logit_normal"}
 USUAL = {
     "pretrained_model_name_or_path": "{sd1}", "instance_data_dir": "{photos}",
     "instance_prompt": "a sks mug", "resolution": 32, "rank": 2, "conv_rank": 2,
@@ -177,6 +178,12 @@ CASES: dict[str, Case] = {
     # Without gamma, whose default depends on it.
     "debiased_estimation_loss": Case(True, {"snr_gamma": 0.0}),
     "noise_offset": Case(0.5),
+    "nearest_noise": Case(4),
+    "timestep_distribution": Case("power"),
+    "logit_mean": Case(1.0, LOGIT_NORMAL),
+    "logit_std": Case(0.1, LOGIT_NORMAL),
+    "timestep_power": Case(4.0, {"timestep_distribution": "power"}),
+    "stratified_timesteps": Case(2),
     "mixed_precision": Case("bf16"),
     "gradient_checkpointing": Case(True),
     "compile": Case(True),

@@ -18,7 +18,7 @@ from torch import Tensor
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.crops import latent_mask
 from dora_diffusion.data.dataset import Batch
-from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.data.sampler import generator_for, stratum_of
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import (
     condition_from_moments,
@@ -38,9 +38,11 @@ from dora_diffusion.numerics.loss import (
     add_noise,
     denoising_loss,
     loss_weight,
+    nearest_noise,
     sample_noise,
     sample_timestep,
     split_prior,
+    timestep_quantile,
     training_target,
 )
 
@@ -113,17 +115,23 @@ class InputSource:
     components: Components
     batches: Iterator[Batch]
     process_index: int
+    num_processes: int
 
     def __call__(self, micro_step: int) -> StepInputs:
         """The inputs of batch number ``micro_step`` since the start of the run."""
         batch = next(self.batches)
         photos = len(batch) - int(batch.is_prior.sum())
-        first_row = self.process_index * photos
-        return draw_inputs(self.components, batch, self.config, micro_step, first_row)
+        place = self.process_index * photos, self.num_processes * photos
+        return draw_inputs(self.components, batch, self.config, micro_step, *place)
 
 
 def draw_inputs(
-    components: Components, batch: Batch, config: TrainConfig, micro_step: int, first_row: int
+    components: Components,
+    batch: Batch,
+    config: TrainConfig,
+    micro_step: int,
+    first_row: int,
+    num_rows: int = 0,
 ) -> StepInputs:
     """Draw the latents, noise and timesteps of a batch.
 
@@ -136,15 +144,14 @@ def draw_inputs(
         config: The run's seed, and how noise and timesteps are drawn.
         micro_step: Number of the batch since the start of the run.
         first_row: Place of this process's first photo in the global batch.
+        num_rows: Photos of the global batch; 0: this one is all of it.
     """
     device, photos = components.device, int((~batch.is_prior).sum())
     vae, family = components.vae, components.family
     # A class image has its photo's number.
     rows_drawn = [*((row, False) for row in range(photos)), *((r, True) for r in batch.partners)]
-    generators = [
-        generator_for("draw", config.seed, micro_step, first_row + row, prior)
-        for row, prior in rows_drawn
-    ]
+    places = [(first_row + row, prior) for row, prior in rows_drawn]
+    generators = [generator_for("draw", config.seed, micro_step, *place) for place in places]
     # Cached moments are on the CPU: there everything is drawn, and sent without waiting.
     moments = batch.moments
     if moments is None:
@@ -155,11 +162,23 @@ def draw_inputs(
     latents = torch.cat(
         [latents_from_moments(vae, *pair) for pair in zip(rows, generators, strict=True)]
     )
-    steps = components.scheduler.config.num_train_timesteps
-    timesteps = torch.stack([sample_timestep(steps, generator) for generator in generators])
+    draw_timestep = _timesteps(components, config, micro_step, num_rows or photos)
+    timesteps = torch.stack(
+        [
+            draw_timestep(generator, *place)
+            for generator, place in zip(generators, places, strict=True)
+        ]
+    )
     shape = (latents.shape[1], latents.shape[2], latents.shape[3])
-    offset = config.noise_offset
-    noise = torch.stack([sample_noise(shape, generator, offset) for generator in generators])
+    draws = range(config.nearest_noise)
+    noise = torch.stack(
+        [
+            nearest_noise(
+                latent, [sample_noise(shape, generator, config.noise_offset) for _ in draws]
+            )
+            for latent, generator in zip(latents, generators, strict=True)
+        ]
+    )
     mask = None if batch.mask is None else latent_mask(batch.mask, shape[1:])
     ids = time_ids(family, batch.crops)
     drawn = (condition_from_moments(vae, family, *p) for p in zip(rows, generators, strict=True))
@@ -173,6 +192,32 @@ def draw_inputs(
         batch.class_captions, sent(mask), sent(torch.cat(conditions) if conditions else None),
         sent(batch.weights),
     )  # fmt: skip
+
+
+def _timesteps(
+    components: Components, config: TrainConfig, micro_step: int, num_rows: int
+) -> Callable[[torch.Generator, int, bool], Tensor]:
+    """Return the draw of a row's timestep, from its generator, its place and its kind."""
+    quantile = None
+    if config.timestep_distribution != "uniform":
+        quantile = partial(
+            timestep_quantile,
+            distribution=config.timestep_distribution,
+            mean=config.logit_mean,
+            std=config.logit_std,
+            power=config.timestep_power,
+        )
+    step, turn = divmod(micro_step, config.gradient_accumulation_steps)
+    rows = num_rows * config.gradient_accumulation_steps
+
+    def draw(generator: torch.Generator, row: int, is_prior: bool) -> Tensor:
+        place, stratum = turn * num_rows + row, (0, 1)
+        if window := config.stratified_timesteps:
+            stratum = stratum_of(place, rows, step, window, config.seed, is_prior)
+        steps: int = components.scheduler.config.num_train_timesteps
+        return sample_timestep(steps, generator, quantile, stratum)
+
+    return draw
 
 
 class Conditioner:

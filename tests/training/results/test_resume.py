@@ -93,7 +93,9 @@ def test_an_interrupted_run_resumes_to_the_same_bits(sd1_folder, photos, tmp_pat
         max_train_steps=6, train_text_encoder=True, train_batch_size=2, lora_dropout=0.1,
         lr_scheduler="cosine", lora_alpha=3.0, random_flip=True, caption_dropout=0.2,
         tag_dropout=0.3, keep_tags=0, wildcards=True, caption_prefix="a {big|new} sks,",
-        max_token_length=150, clip_skip=1,
+        max_token_length=150, clip_skip=1, nearest_noise=2,
+        # It is interrupted between two strata of one timestep window.
+        timestep_distribution="logit_normal", stratified_timesteps=6,
     )  # fmt: skip
     train(whole)
     parted = replace(whole, output_dir=str(tmp_path / "parted"))
@@ -292,6 +294,9 @@ def test_other_images_captions_and_masks_are_refused(spoil, message, again):
         ("snr_gamma", 0.0),
         ("prediction_type", "epsilon"),
         ("noise_offset", 0.1),
+        ("nearest_noise", 2),
+        ("timestep_distribution", "power"),
+        ("stratified_timesteps", 1),
         ("lora_dropout", 0.1),
         ("lr_scheduler", "linear"),
         ("instance_prompt", "a photo of a sks cup"),
