@@ -143,9 +143,17 @@ class AdapterSettings:
     init: str = flag(
         "random",
         "Start of A and B. random: A random, B zero. pissa: the leading singular vectors of the "
-        "weight (PiSSA, arXiv:2404.02948), whose file has twice the rank.",
+        "weight (PiSSA, arXiv:2404.02948), whose file has twice the rank. lora-one: those of the "
+        "loss's negative gradient (LoRA-One, arXiv:2502.01235), so that the run starts with a step "
+        "down that gradient.",
         choices=INITS,
         needs=(_ADAPTER,),
+    )
+    gradient_batches: int = flag(
+        4,
+        "Batches whose gradient LoRA-One starts from; each is computed three times.",
+        needs=(_ADAPTER, Need("init", ("lora-one",))),
+        above=0,
     )
     lora_dropout: float = flag(
         0.0,

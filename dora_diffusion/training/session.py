@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dora_diffusion.adapters.compiled import require_compiler
+from dora_diffusion.adapters.inject import DetachedAdapters
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
@@ -23,6 +24,7 @@ from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.training.engine.accelerator import shards_model
+from dora_diffusion.training.engine.gradient_start import start_from_gradient
 from dora_diffusion.training.engine.objective import InputSource
 from dora_diffusion.training.engine.optimizer import optimizer_library
 from dora_diffusion.training.engine.step import Learner, TrainingEngine, build_learner
@@ -110,6 +112,21 @@ class Session:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+    def start_from_gradient(self, adapters: DetachedAdapters) -> float | None:
+        """Give fresh adapters the start that is made from the gradient of the run's first batches.
+
+        Returns:
+            Their drift (`start_from_gradient`); None where ``init`` is another.
+        """
+        config = self.config
+        if config.is_full or config.init != "lora-one":
+            return None
+        count = min(config.gradient_batches, self.total_steps * config.gradient_accumulation_steps)
+        # A sampler of its own: the run's stays where it is.
+        batches = iterate_batches(self.dataset, replace(self.sampler))
+        source = replace(self.learner.inputs, batches=batches)
+        return start_from_gradient(self.learner, adapters, [source(k) for k in range(count)])
 
     def place(self) -> dict[str, Any]:
         """Return the position of the run in its data."""

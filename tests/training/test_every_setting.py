@@ -147,6 +147,7 @@ CASES: dict[str, Case] = {
     ),
     "orthogonality_weight": Case(10.0, {**ALLOCATED, "max_train_steps": 4}),
     "init": Case("pissa"),
+    "gradient_batches": Case(1, {"init": "lora-one"}),
     "lora_dropout": Case(0.5),
     "use_dora": Case(False),
     "norm_axis": Case("input"),

@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adalora": {"parametrization": "adalora", "rank": 4, "allocation_warmup": 0},
     "vera": {"parametrization": "vera"},
     "pissa": {"init": "pissa"},
+    "lora-one": {"init": "lora-one"},
     "dropout": {"lora_dropout": 0.3},
     "masks": {"masked_loss": True},
     "words": {"train_text_encoder_ti": True, "token": "mug", "instance_prompt": "a mug"},

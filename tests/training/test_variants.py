@@ -31,6 +31,7 @@ from tests.training.helpers import assert_same_adapter, losses, make_config, ope
 
 VARIANTS = {
     "pissa": {"init": "pissa"},
+    "lora-one": {"init": "lora-one"},
     "dvora": {"parametrization": "vera", "vera_rank": 8},
     "adalora": {
         "parametrization": "adalora",

@@ -191,6 +191,9 @@ def _check_settings(config: TrainConfig) -> None:
         f"needs torch 2.7 or newer, this is {torch.__version__}": release < (2, 7),
         "excludes compile: compiled blocks do not gather their weights": config.compile,
         "excludes quantize: codes are not cut into parts": config.quantize != "none",
+        "excludes init lora-one, which starts from whole weights": (
+            not is_full and config.init == "lora-one"
+        ),
         "excludes offload model: each process keeps its part on its device": (
             config.offload == "model"
         ),

@@ -99,6 +99,18 @@ class TrainingEngine:
                     outcomes[k] = error
         return outcomes
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What all adapters of the stack train."""
+        return (p for own in self.stack.adapters for a in own for p in a.parameters())
+
+    def accumulate(self, batches: Sequence[StepInputs]) -> None:
+        """Leave the gradients of batches with their parameters, of the only run; nothing moves."""
+        self.learners[0].begin(1)
+        with self.stack.scope():
+            for inputs in batches:
+                for _ in self._backward({0: inputs}):
+                    pass
+
     def _draw(self, turn: int, outcomes: list[Outcome]) -> dict[int, StepInputs]:
         """The next batch of each run that has one in this turn of accumulation."""
         given = {}
