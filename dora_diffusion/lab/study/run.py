@@ -11,6 +11,7 @@ from dora_diffusion.cluster.fleet.queue import Task, TaskReport, Worker, WorkQue
 from dora_diffusion.cluster.fleet.run import absolute, workers_for
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.fields import require
 from dora_diffusion.evaluation.measures import measure_of
 from dora_diffusion.lab.study.config import BASE, Study, Tuning
 from dora_diffusion.lab.study.report import Results, interval, of_row
@@ -57,6 +58,8 @@ def run_study(
     """
     models = [open_metric_model(name) for name in study.asked.metric_models]
     subjects = [find_subject(given, study.base, models) for given in study.subjects]
+    names = [subject.name for subject in subjects]
+    require(len({*names}) == len(names), f"two subjects have one name: {', '.join(names)}")
     base = base_digest(BaseModel.of_settings({**study.common, "base": study.base}))
     rates: dict[str, Sequence[float]] = {m.name: m.learning_rates for m in study.methods}
     restore_records(output)

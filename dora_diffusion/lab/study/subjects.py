@@ -26,6 +26,7 @@ from dora_diffusion.lab.toy.benchmark_subjects import (
     SUBJECTS,
     TRIGGER,
     BenchmarkSubject,
+    draw_subject,
     write_photos,
 )
 from dora_diffusion.models.components import Components
@@ -46,16 +47,24 @@ def find_subject(given: Any, base: str, metric_models: Sequence[MetricModel]) ->
     Raises:
         ConfigError: If there is none, or the base cannot learn it.
     """
-    if isinstance(given, Mapping):
+    if isinstance(given, Mapping) and "kind" not in given:
         return PhotoSource.read(given, metric_models)
-    name = str(given)
-    require(
-        name in SUBJECTS,
-        f"no toy subject is called {name!r}; there are {', '.join(SUBJECTS)} (of photos, give "
-        "photos, held_out and instance_prompt)",
-    )
-    require(is_embedded(base), f"{name} is of the toy world, which {base} does not know")
-    return ToySource(SUBJECTS[name])
+    subject = _drawn(given) if isinstance(given, Mapping) else SUBJECTS.get(str(given))
+    if subject is None:
+        raise ConfigError(
+            f"no toy subject is called {given!r}; there are {', '.join(SUBJECTS)} (of photos, give "
+            "photos, held_out and instance_prompt; to draw another one, kind, seed and mark)"
+        )
+    require(is_embedded(base), f"{subject.name} is of the toy world, which {base} does not know")
+    return ToySource(subject)
+
+
+def _drawn(given: Mapping[str, Any]) -> BenchmarkSubject:
+    """A toy subject that is in no list, by what `draw_subject` takes."""
+    try:
+        return draw_subject(**given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"cannot draw the subject {dict(given)}: {error}") from error
 
 
 def _settings(asked: Asked) -> SamplingSettings:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dora_diffusion.lab.toy.shapes import CLASSES, RGB, WORLD
+from dora_diffusion.lab.toy.shapes import CLASSES, EMBLEMS, RGB, WORLD, find_shape
 from dora_diffusion.lab.toy.world import (
     BACKGROUNDS,
     COLORS,
@@ -113,9 +113,14 @@ def draw_subject(
     Raises:
         ValueError: No such class, emblem, pattern or colour.
     """
+    find_shape(kind)  # Refuses what is none.
+    for what, name, known in (
+        ("colour", color, (*COLORS, None)),
+        ("emblem or pattern", mark, (*EMBLEMS, *PATTERNS)),
+    ):
+        if name not in known:
+            raise ValueError(f"no {what} {name!r}; there are {', '.join(filter(None, known))}")
     generator = np.random.default_rng((_SEED, seed))
-    if color is not None and color not in COLORS:
-        raise ValueError(f"no colour {color!r}; there are {', '.join(COLORS)}")
     first = _any_rgb(generator) if color is None else COLORS[color]
     body, accent, sign = _apart(first, generator)
     is_pattern = mark in PATTERNS

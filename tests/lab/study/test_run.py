@@ -248,6 +248,14 @@ def test_each_subject_may_have_seeds_of_its_own(performed, tmp_path):
     assert len(performed) - before == 4 * 6
 
 
+def test_subjects_of_one_name_are_refused(performed, tmp_path):
+    # Differences are paired by name.
+    mugs = [{"kind": "mug", "seed": seed, "mark": "cross", "word": "mug"} for seed in (1, 2)]
+    with pytest.raises(ConfigError, match="two subjects have one name: cross_mug, cross_mug"):
+        run_study(study(subjects=mugs), tmp_path)
+    run_study(study(subjects=[mugs[0], {**mugs[1], "mark": "star"}]), tmp_path)
+
+
 def test_an_image_is_of_each_subject_s_first_seed(performed, tmp_path, monkeypatch):
     imaged = set()
     inner = module.perform

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dora_diffusion.lab.study.subjects import PhotoSource, ToySource
+from dora_diffusion.config import ConfigError
+from dora_diffusion.lab.study.subjects import PhotoSource, ToySource, find_subject
 from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS
 
 
@@ -34,3 +35,27 @@ def test_a_method_s_token_takes_the_place_of_the_usual_one(tmp_path: Path) -> No
     assert len(prompts["sks"]) == 6
     assert [prompt.replace("sks", "<new>") for prompt in prompts["sks"]] == prompts["<new>"]
     assert prompts["<new>"][0] == "a photo of a <new> mug"
+
+
+def test_a_study_may_draw_a_subject_that_is_in_no_list() -> None:
+    drawn = {"kind": "mug", "seed": 4, "mark": "cross", "word": "mug", "color": "purple"}
+    assert find_subject(drawn, "embedded:tiny-sd", []) == ToySource(SUBJECTS["cross_mug"])
+    other = find_subject({**drawn, "seed": 99}, "embedded:tiny-sd", [])
+    assert other.name == "cross_mug"
+    assert other.digest != ToySource(SUBJECTS["cross_mug"]).digest
+
+
+@pytest.mark.parametrize(
+    ("given", "base", "said"),
+    [
+        ({"kind": "mug", "seed": 4, "mark": "anchor"}, "embedded:tiny-sd", "pattern 'anchor'"),
+        ({"kind": "mug", "mark": "star"}, "embedded:tiny-sd", "'seed'"),
+        ({"kind": "mug", "seed": 4, "mark": "star", "sise": 2}, "embedded:tiny-sd", "'sise'"),
+        ({"kind": "mug", "seed": "four", "mark": "star"}, "embedded:tiny-sd", "cannot draw"),
+        ({"kind": "mug", "seed": 4, "mark": "star"}, "some/model", "does not know"),
+        ("cross_mag", "embedded:tiny-sd", "kind, seed and mark"),
+    ],
+)
+def test_a_subject_that_cannot_be_drawn_is_refused(given: object, base: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        find_subject(given, base, [])

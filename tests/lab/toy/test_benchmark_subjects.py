@@ -69,8 +69,13 @@ def test_a_seed_is_a_subject():
     assert other.sample.subject.accent != again.sample.subject.accent
     # The draw itself, so that another numpy that draws otherwise is noticed.
     assert REPORTED[0].sample.subject.body == pytest.approx(ROBOT_BODY, abs=1e-12)
-    with pytest.raises(ValueError, match="no colour 'mauve'"):
-        draw_subject("mug", 4, mark="cross", color="mauve")
+    for wrong, said in (
+        ({"color": "mauve"}, "no colour 'mauve'; there are red, .*, black$"),
+        ({"mark": "anchor"}, "no emblem or pattern 'anchor'; there are star, .*, checked$"),
+        ({"kind": "zeppelin"}, "no class 'zeppelin'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            draw_subject(**{"kind": "mug", "seed": 4, "mark": "cross", **wrong})
     with pytest.raises(ValueError, match="no subject 'nobody'"):
         find_subject("nobody")
 
