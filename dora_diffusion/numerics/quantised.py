@@ -257,12 +257,15 @@ def _pairs(device: torch.device) -> Tensor:
     return torch.stack([found[byte >> 4], found[byte & 15]], dim=1).to(device)
 
 
-def quantise(weight: Tensor, kind: Quantisation) -> PackedWeight:
+def quantise(weight: Tensor, kind: str) -> PackedWeight:
     """Return a weight ``(out, in, *k)`` as codes.
 
     Raises:
-        ValueError: If the weight is quantised already, or holds no floating-point numbers.
+        ValueError: If the weight is quantised already, or holds no floating-point numbers, or
+            the kind is none of `QUANTISATIONS`.
     """
+    if kind not in QUANTISATIONS:
+        raise ValueError(f"quantize is {kind!r}; it must be one of {', '.join(QUANTISATIONS)}")
     if isinstance(weight, PackedWeight) or not weight.is_floating_point():
         raise ValueError("a weight that is quantised already cannot be quantised again")
     chosen = Int8Weight if kind == "int8" else NF4Weight
@@ -283,7 +286,7 @@ def exchange(ours: Tensor, theirs: Tensor) -> None:
     if isinstance(ours, PackedWeight):
         for each in (ours, theirs):
             each.requires_grad_(False)
-        swap_tensors(ours, theirs)
+        swap_tensors(ours, theirs)  # type: ignore[no-untyped-call]
     else:
         ours.data, theirs.data = theirs.data, ours.data
 
