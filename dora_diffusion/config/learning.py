@@ -16,7 +16,7 @@ from dora_diffusion.config.fields import AnyOf, Condition, Need, flag
 
 METHODS = ("dora", "lora", "full")
 FULL_WEIGHTS = ("all", "targets")
-OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "muon")
 LR_SCHEDULES = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
 )  # fmt: skip
@@ -25,8 +25,9 @@ _TEXT_ENCODER = Need("train_text_encoder")
 _ADAPTER = Need("method", ("dora", "lora"))
 _FULL = Need("method", ("full",))
 _TARGETED = AnyOf((_ADAPTER, Need("full_weights", ("targets",))))
-_ADAM = Need("optimizer", ("adamw", "adamw8bit", "prodigy"))
+_ADAM = Need("optimizer", ("adamw", "adamw8bit", "prodigy", "muon"))
 _RANKED = Need("parametrization", ("low-rank", "adalora"))
+_LOW_RANK = Need("parametrization", ("low-rank",))
 _VERA = Need("parametrization", ("vera",))
 _ALLOCATED = Need("parametrization", ("adalora",))
 _PRODIGY = Need("optimizer", ("prodigy",))
@@ -221,7 +222,7 @@ class OptimizerSettings:
         resume="free",
         needs=(
             _TEXT_ENCODER,
-            Need("optimizer", ("adamw", "adamw8bit", "adafactor")),
+            Need("optimizer", ("adamw", "adamw8bit", "adafactor", "muon")),
             _rate("text_encoder_lr", "no text encoder"),
         ),
         least=0,
@@ -256,7 +257,11 @@ class OptimizerSettings:
     lr_power: float = flag(
         1.0, "Power of the polynomial schedule.", needs=(Need("lr_scheduler", ("polynomial",)),)
     )
-    optimizer: str = flag("adamw", "Optimizer.", choices=OPTIMIZERS)
+    optimizer: str = flag(
+        "adamw",
+        "Optimizer. muon: torch's Muon for A and B, at AdamW's rates, and AdamW for all else.",
+        choices=OPTIMIZERS,
+    )
     use_8bit_adam: bool = flag(False, "The same as --optimizer adamw8bit (needs bitsandbytes).")
     adam_beta1: float = flag(
         0.9, "Adam's beta1: decay of the first moment.", resume="free", needs=(_ADAM,), least=0
@@ -299,6 +304,25 @@ class OptimizerSettings:
     )
     max_grad_norm: float = flag(
         1.0, "Gradient clipping norm; 0 does not clip.", resume="free", least=0
+    )
+    precondition: bool = flag(
+        False,
+        "Riemannian preconditioning of the gradients of A and B, after clipping: their steps do "
+        "not depend on how an update is divided between A and B (arXiv:2402.02347).",
+        needs=(_ADAPTER, _LOW_RANK),
+    )
+    precondition_damping: float = flag(
+        1e-2,
+        "Damping of the preconditioner: it is added to the diagonal of B'B and AA'.",
+        needs=(_ADAPTER, _LOW_RANK, Need("precondition")),
+        above=0,
+    )
+    ema_decay: float | None = flag(
+        None,
+        "Decay of an exponential moving average (EMA) of the weights, which is then what is "
+        "sampled, validated and saved; after n steps at most (1 + n) / (10 + n).",
+        least=0,
+        below=1,
     )
 
 

@@ -87,6 +87,12 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         )
         if self.optimizer_name == "prodigy":
             self._check_prodigy()
+        require(
+            self.optimizer_name != "muon" or not (self.is_full or self.parametrization == "vera"),
+            "muon is for A and B of an adapter, which neither method full nor VeRA trains; use "
+            "optimizer adamw",
+            "optimizer",
+        )
         if self.parametrization == "adalora" and not self.is_full:
             self._check_allocation()
         if self.train_text_encoder_ti:
@@ -200,6 +206,11 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         """The settings of each subject: of each entry, or those of the run where there is none."""
         places = range(len(self.dataset_config))
         return [self.of_entry(place) for place in places] or [self]
+
+    @property
+    def preconditions(self) -> bool:
+        """True if gradients of A and B are preconditioned."""
+        return self.precondition and self.parametrization == "low-rank" and not self.is_full
 
     @property
     def holds_prior(self) -> bool:

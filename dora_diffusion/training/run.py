@@ -17,6 +17,7 @@ from dora_diffusion.training.engine.accelerator import SharedFlags, set_by_any, 
 from dora_diffusion.training.results.checkpoint import (
     CheckpointSaver,
     checkpoints_in,
+    live_state,
     state_of,
     step_of,
 )
@@ -207,12 +208,12 @@ class Run:
             self._checkpoint(steps)
         self._tell_of_rise()
         self.log.close()
-        self.session.activate()
         written, result_step, kept = None, None, None
         if is_complete and (self.is_main or self.shards):
             self.stop.answer_with(_FINISHING)
-            result_step = self._best_step(steps)
-            path, kept = write_result(self.session, self.output_dir, result_step, self.samples)
+            with self.session.in_use():
+                result_step = self._best_step(steps)
+                path, kept = write_result(self.session, self.output_dir, result_step, self.samples)
             written = path if self.is_main else None  # Others have given their parts.
         self.session.accelerator.wait_for_everyone()
         signal_number = None if is_complete else self.stop.signal_number
@@ -256,9 +257,9 @@ class Run:
         validation = self.session.validation
         if validation is None or not validation.is_due(step):
             return False
-        self.session.activate()
         self.log.flush()
-        self.log.add({"step": step, "validation_loss": validation.measure(step)})
+        with self.session.in_use():
+            self.log.add({"step": step, "validation_loss": validation.measure(step)})
         self.log.flush()
         return self.session.config.keep_best and validation.best() == step
 
@@ -283,14 +284,15 @@ class Run:
     ) -> Path | None:
         """Save a checkpoint, with parts of its state that replace those of this moment."""
         session, weights = self.session, self.session.weights
-        session.activate()
 
         def write(folder: Path) -> None:
             metadata = result_metadata(session, step)
             weights.check(weights.write_checkpoint(folder, metadata, now["parameters"]))
 
-        with naming_step(weights.noun, step):
-            now = {**state_of(session, self.start.segments, step), **state}
+        session.activate()
+        live = live_state(session)
+        with naming_step(weights.noun, step), session.in_use():
+            now = {**state_of(session, self.start.segments, step), "live": live, **state}
             if not self.is_main:
                 return None
             calm = self.log.watch.is_calm
@@ -342,10 +344,10 @@ class Run:
         )
 
     def _sample(self, step: int) -> None:
-        self.session.activate()
         self.log.flush()
         if (self.is_main or self.shards) and self.session.config.num_validation_images:
-            samples, validation = self.samples.at_step(step), self.session.validation
+            with self.session.in_use():
+                samples, validation = self.samples.at_step(step), self.session.validation
             similarity = validation.similarity(samples) if validation else None
             if similarity is not None:
                 self.log.add({"step": step, "validation_similarity": similarity})

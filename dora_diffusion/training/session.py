@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -127,6 +128,19 @@ class Session:
         batches = iterate_batches(self.dataset, replace(self.sampler))
         source = replace(self.learner.inputs, batches=batches)
         return start_from_gradient(self.learner, adapters, [source(k) for k in range(count)])
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Use this run's adapters, or weights, as its result has them inside the block.
+
+        Where these are an average, what trains is put back in the end.
+        """
+        self.activate()
+        if self.learner.average is None:
+            yield
+            return
+        with self.learner.average.in_use():
+            yield
 
     def place(self) -> dict[str, Any]:
         """Return the position of the run in its data."""

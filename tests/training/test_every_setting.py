@@ -175,6 +175,9 @@ CASES: dict[str, Case] = {
     "prodigy_use_bias_correction": Case(True, PRODIGY),
     "prodigy_safeguard_warmup": Case(False, {**PRODIGY, "lr_warmup_steps": 2}),
     "max_grad_norm": Case(1e-6, {"adam_epsilon": 1e-3}),
+    "precondition": Case(True),
+    "precondition_damping": Case(10.0, {"precondition": True, "adam_epsilon": 1e-3}),
+    "ema_decay": Case(0.5),
     "snr_gamma": Case(0.1),
     # Without gamma, whose default depends on it.
     "debiased_estimation_loss": Case(True, {"snr_gamma": 0.0}),

@@ -26,10 +26,13 @@ from tests.training.helpers import SAMPLES, make_config
 
 # What every subject has of its own: ranks, rates, limits, seeds, lengths.
 THREE: list[dict[str, Any]] = [
-    {"name": "mug", "instance_data_dir": str(SAMPLES / "bolt_mug"), "seed": 1},
+    {
+        "name": "mug", "instance_data_dir": str(SAMPLES / "bolt_mug"), "seed": 1, "ema_decay": 0.5,
+    },
     {
         "name": "teapot", "instance_data_dir": str(SAMPLES / "heart_teapot"), "rank": 3,
         "instance_prompt": "a photo of a sks teapot", "max_train_steps": 2, "snr_gamma": 5,
+        "precondition": True,
     },
     {
         "name": "other", "instance_data_dir": str(SAMPLES / "bolt_mug"), "rank": 4, "conv_rank": 1,

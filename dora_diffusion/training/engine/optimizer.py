@@ -28,6 +28,9 @@ Groups = list[dict[str, Any]]
 WORDS = "words"
 """Suffix of the name of a group for new words' vectors."""
 
+# Roles of an adapter's matrices.
+_MATRICES = ("down", "up")
+
 # Not everybody needs them, and they are installed apart.
 _LIBRARIES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 
@@ -97,11 +100,12 @@ def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimize
     """
     betas = (config.adam_beta1, config.adam_beta2)
     name = config.optimizer_name
-    if name == "adamw":
+    if name in ("adamw", "muon"):
         # One kernel that updates every parameter is the fastest for many small ones.
         kinds = {parameter.device.type for group in groups for parameter in group["params"]}
         kind = "fused" if all(map(has_fused_optimizers, kinds)) else "foreach"
-        return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, **{kind: True})
+        chosen = torch.optim.AdamW if name == "adamw" else MuonAndAdamW
+        return chosen(groups, betas=betas, eps=config.adam_epsilon, **{kind: True})
     if name == "adamw8bit":
         library = optimizer_library(name)
         return library.optim.AdamW8bit(groups, betas=betas, eps=config.adam_epsilon)  # type: ignore[no-any-return]
@@ -139,9 +143,14 @@ def optimizer_library(name: str) -> Any:
     """The module that an optimizer is from.
 
     Raises:
-        ConfigError: If it is not installed.
+        ConfigError: If it is not installed, or torch is too old.
     """
     module = _LIBRARIES.get(name, "torch.optim")
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ConfigError(
+            f"the optimizer muon needs torch 2.9 or newer, and this is {torch.__version__}; "
+            "update torch, or use --optimizer adamw"
+        )
     try:
         return import_module(module)
     except ImportError as error:
@@ -254,26 +263,68 @@ class SteppedParameters:
         return state
 
 
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon (arXiv:2502.16982) for the matrices A and B, AdamW for all else, over one state.
+
+    Muon's rate is scaled so that its updates are as large as AdamW's: it takes AdamW's rates.
+    """
+
+    def __init__(self, groups: Groups, **adamw: Any) -> None:
+        matrices = [group for group in groups if _has_matrices(group)]
+        others = [group for group in groups if not _has_matrices(group)]
+        self._parts: dict[bool, torch.optim.Optimizer] = {
+            True: torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")
+        }
+        if others:
+            self._parts[False] = torch.optim.AdamW(others, **adamw)
+        # They have the settings of their part by now; the polynomial schedule asks for a rate.
+        super().__init__(groups, {"lr": self._parts[True].defaults["lr"]})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take each part's step, with what was restored or scheduled meanwhile."""
+        for kind, part in self._parts.items():
+            part.state = self.state
+            part.param_groups = [g for g in self.param_groups if _has_matrices(g) == kind]
+            part.step()
+
+
+def _has_matrices(group: Mapping[str, Any]) -> bool:
+    return str(group["name"]).rpartition("/")[2] in _MATRICES
+
+
 class FlatParameters(SteppedParameters):
     """One flat parameter for each parameter group; the group's own become views of it.
 
     Clipping and AdamW treat every number alike, so they see the flat ones, and do the same. Not for
-    optimizers to which a parameter's shape or size matters.
+    optimizers to which a parameter's size matters.
+
+    Args:
+        groups: The groups.
+        keeps_matrices: Whether A and B stay apart, each as a matrix: A ``(r, in * k)``.
     """
 
-    def __init__(self, groups: Groups) -> None:
-        self._members: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
-        self._flat = [nn.Parameter(join(members)) for members in self._members]
+    def __init__(self, groups: Groups, *, keeps_matrices: bool = False) -> None:
+        self._members: list[list[nn.Parameter]] = []
+        self._flat: list[nn.Parameter] = []
+        seen: Groups = []
+        for group in groups:
+            apart = keeps_matrices and _has_matrices(group)
+            blocks = [[m] for m in group["params"]] if apart else [list(group["params"])]
+            parts = [join(members) for members in blocks]
+            if apart:
+                parts = [p.view(len(m), -1) for p, (m,) in zip(parts, blocks, strict=True)]
+            self._members += blocks
+            self._flat += map(nn.Parameter, parts)
+            seen.append(group | {"params": self._flat[-len(blocks) :]})
         self._gradients = [torch.zeros_like(flat) for flat in self._flat]
         self._shares = [
-            split_like(gradient, members)
+            split_like(gradient.view(-1), members)
             for gradient, members in zip(self._gradients, self._members, strict=True)
         ]
         self._unused: list[tuple[nn.Parameter, Tensor]] = []
-        each = zip(groups, self._flat, strict=True)
-        super().__init__([group | {"params": [flat]} for group, flat in each])
+        super().__init__(seen)
         for flat, members in zip(self._flat, self._members, strict=True):
-            for member, view in zip(members, split_like(flat, members), strict=True):
+            for member, view in zip(members, split_like(flat.view(-1), members), strict=True):
                 member.data = view
 
     def take_gradients(self) -> None:

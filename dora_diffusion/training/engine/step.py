@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.inject import DetachedAdapters
+from dora_diffusion.adapters.inject import DetachedAdapters, layer_adapters
 from dora_diffusion.adapters.stack import BASE, AdapterStack
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
@@ -27,6 +27,7 @@ from dora_diffusion.training.engine.accelerator import (
     shard,
     shards_model,
 )
+from dora_diffusion.training.engine.averaging import MovingAverage
 from dora_diffusion.training.engine.objective import (
     Conditioner,
     InputSource,
@@ -44,6 +45,7 @@ from dora_diffusion.training.engine.optimizer import (
     learning_rates,
     restore_optimizer,
 )
+from dora_diffusion.training.engine.preconditioning import Preconditioner
 from dora_diffusion.training.results.metrics import require_finite
 from dora_diffusion.training.trainable.allocation import RankAllocation, build_allocation
 from dora_diffusion.training.trainable.full import FullWeights, TrainedWeights
@@ -169,6 +171,8 @@ class Learner:
         inputs: Gives each batch's, by its number since the start of the run.
         words: New words that train.
         allocation: Moves ranks between layers; None: they stay.
+        preconditioner: Changes the gradients of A and B, once they are clipped.
+        average: The weights that are used; None: those that train.
         batches: Number of batches since the start of the run.
         is_whole: Whether all that a checkpoint holds is of one step: False while the optimizer
             moves it.
@@ -184,6 +188,8 @@ class Learner:
     inputs: InputSource
     words: TrainedWords
     allocation: RankAllocation | None = None
+    preconditioner: Preconditioner | None = None
+    average: MovingAverage | None = None
     batches: int = 0
     is_whole: bool = True
 
@@ -216,7 +222,7 @@ class Learner:
         if self.allocation is not None and "d" not in self.optimizer.param_groups[0]:
             self.allocation.add_orthogonality(self._loss_scale())
         self.parameters.take_gradients()
-        if self.allocation is not None:
+        if self.allocation is not None or self.preconditioner is not None:
             self.parameters.share_gradients()
         if self.accelerator.num_processes > 1:
             average_gradients(self.parameters.whole)
@@ -227,6 +233,8 @@ class Learner:
         means = self.accelerator.reduce(torch.stack(losses).mean(dim=0), reduction="mean")
         record = {"step": step, "loss": means[0], "grad_norm": norm, **rates}
         self._hold_back(record)
+        if self.preconditioner is not None:
+            self.preconditioner()
         self.is_whole = False
         self.optimizer.step()
         # Where fp16 overflowed there was no step, which Accelerate does not know of a fused one.
@@ -237,6 +245,8 @@ class Learner:
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.parameters.finish()
+        if self.average is not None:
+            self.average.update(step)
         self.is_whole = True
         return record | ({"prior_loss": means[1]} if self.config.holds_prior else {})
 
@@ -302,18 +312,24 @@ def build_learner(
     # AdamW treats every number alike, whatever parameter it belongs to. Adafactor knows rows and
     # columns, Prodigy each parameter's start, and the 8-bit one quantises no small ones, which
     # keeps the magnitudes' moments whole. A model's own weights are few and large.
-    if not config.is_full and config.optimizer_name == "adamw":
-        parameters = FlatParameters(groups)
+    if not config.is_full and config.optimizer_name in ("adamw", "muon"):
+        keeps_matrices = config.optimizer_name == "muon"
+        parameters = FlatParameters(groups, keeps_matrices=keeps_matrices)
     elif shards and config.is_full:
         parameters = LocalParameters(groups)
     optimizer = build_optimizer(parameters.groups, config)
     # Before Accelerate takes the optimizer's `step`, which the schedule marks as its own.
     schedule = build_lr_schedule(optimizer, config)
     optimizer = accelerator.prepare_optimizer(optimizer)
-    allocation = None
+    allocation, preconditioner, average = None, None, None
     if config.parametrization == "adalora" and not config.is_full:
         allocation = build_allocation(weights.modules, config)
+    if config.preconditions:
+        adapters = [each for model in weights.modules.values() for each in layer_adapters(model)]
+        preconditioner = Preconditioner(adapters, config.precondition_damping)
+    if config.ema_decay is not None:
+        average = MovingAverage(parameters, config.ema_decay)
     return Learner(
         config, accelerator, weights.modules, objective, parameters, optimizer, schedule, inputs,
-        weights.words, allocation,
+        weights.words, allocation, preconditioner, average,
     )  # fmt: skip

@@ -77,8 +77,15 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
     raise ConfigError(f"{name} is not a checkpoint of a training run (it has no {STATE_FILE})")
 
 
+def live_state(session: Session) -> dict[str, Any] | None:
+    """Return copies of what trains, where a run uses other weights; all processes call it."""
+    if session.learner.average is None:
+        return None
+    return {name: gather(p).clone() for name, p in session.weights.parameters().items()}
+
+
 def state_of(session: Session, segments: object, step: int) -> dict[str, Any]:
-    """Return everything that a run resumes from, on the CPU.
+    """Return everything that a run resumes from, on the CPU, but for its `live_state`.
 
     Where the model is sharded all processes call it, and the first one's is whole.
 
@@ -134,6 +141,9 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
     if step.allocation is not None:
         step.allocation.load_state_dict(state["allocation"])
     step.restore_optimizer(state)
+    if step.average is not None:
+        step.average.restore()
+        _copy(state["live"], session.weights.parameters())
     session.sampler.load_state_dict(state["sampler"])
     step.batches = int(state["batches"])
     if state["scaler"] is not None and session.accelerator.scaler is not None:
@@ -158,15 +168,18 @@ def restore_weights(session: Session, state: Mapping[str, Any]) -> None:
             "the checkpoint's random projections are not those that this version draws; "
             "resume it with the version that wrote it"
         )
-    tensors = session.weights.tensors()
-    saved = state["parameters"]
+    saved, tensors = state["parameters"], session.weights.tensors()
     shapes, own = ({k: tuple(v.shape) for k, v in of.items()} for of in (saved, tensors))
     if shapes != own:
         raise ConfigError("the checkpoint was trained in other layers or shapes than this run's")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            local(tensor).copy_(own_part(tensor, saved[name]))
+    _copy(saved, tensors)
     session.weights.restore_start(state["start"])
+
+
+@torch.no_grad()
+def _copy(saved: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        local(tensor).copy_(own_part(tensor, saved[name]))
 
 
 class CheckpointSaver:

@@ -100,7 +100,7 @@ def run(command: list[str], config: dict, tmp_path: Path, fails: str) -> Path:
 @pytest.mark.parametrize(
     "variant",
     [
-        pytest.param({}, id="dora"),
+        pytest.param({"ema_decay": 0.5, "precondition": True}, id="dora"),
         pytest.param({"init": "pissa"}, id="pissa", marks=pytest.mark.slow),
         pytest.param(
             {"parametrization": "adalora", "rank": 4, "allocation_interval": 1},

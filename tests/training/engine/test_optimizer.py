@@ -22,6 +22,7 @@ from dora_diffusion.training.engine.optimizer import (
     build_lr_schedule,
     build_optimizer,
     learning_rates,
+    optimizer_library,
     parameter_groups,
     restore_optimizer,
 )
@@ -71,7 +72,7 @@ def test_every_schedule_goes_with_every_optimizer(optimizer, schedule, warmup):
         lr_warmup_steps=warmup, lr_num_cycles=2, lr_power=2.0,
     )  # fmt: skip
     parameter = torch.nn.Parameter(torch.ones(2, 3))
-    chosen = build_optimizer([{"name": "x", "params": [parameter], "lr": rate}], config)
+    chosen = build_optimizer([{"name": "unet/up", "params": [parameter], "lr": rate}], config)
     if warmup < steps:
         changes = build_lr_schedule(chosen, config)
     else:
@@ -80,7 +81,7 @@ def test_every_schedule_goes_with_every_optimizer(optimizer, schedule, warmup):
     for step in range(steps):
         rising = step < warmup
         share = step / warmup if rising else FACTORS[schedule]((step - warmup) / (steps - warmup))
-        assert learning_rates(chosen.param_groups)["lr"]["x"] == pytest.approx(
+        assert learning_rates(chosen.param_groups)["lr"]["unet/up"] == pytest.approx(
             rate * share, rel=1e-6, abs=1e-4 * rate
         )
         before = parameter.detach().clone()
@@ -162,6 +163,7 @@ def test_prodigy_takes_one_rate_near_one(sd1_folder, photos, tmp_path):
     assert max(moved) > 0
 
 
+MUON = TrainConfig(optimizer="muon")
 SHAPES = {"down": [(3, 5), (2, 4, 3, 3)], "magnitude": [(7,), (6,)]}
 
 
@@ -223,6 +225,59 @@ def test_steps_are_those_of_the_members(unused):
         assert one.grad is None
     if unused is not None:
         assert torch.equal(members[unused], parameters(groups_of())[unused])
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_muon_makes_orthogonal_updates_of_matrices_and_adamw_the_others(weight_decay):
+    """Its updates are as large as AdamW's: 0.2 in the root mean square, times the rate."""
+    own, plain = groups_of(), groups_of()
+    before = [p.detach().clone() for p in parameters(own)]
+    members, expected = parameters(own), parameters(plain)
+    for group in (*own, *plain):
+        group |= {"name": f"unet/{group['name']}", "weight_decay": weight_decay}
+    flat = FlatParameters(own, keeps_matrices=True)
+    assert [[tuple(p.shape) for p in group["params"]] for group in flat.groups] == [
+        [(3, 5), (2, 36)], [(13,)],
+    ]  # fmt: skip
+    take_steps(members, parameters(flat.groups), build_optimizer(flat.groups, MUON), flat, [0])
+    take_steps(expected, expected, adamw(plain), None, [0])
+    give_gradients(expected, 0)
+    for member, other, start in zip(members[:2], expected, before, strict=False):
+        rate = 1e-2
+        matrix = other.grad.flatten(1)
+        update = (start * (1 - rate * weight_decay) - member.detach()).flatten(1) / rate
+        assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.2)
+        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+        inner = u.T @ update @ vh.T / (0.2 * max(matrix.shape) ** 0.5)
+        # Newton and Schulz's five iterations leave singular values near 1, in bfloat16.
+        assert ((inner.diagonal() > 0.6) & (inner.diagonal() < 1.3)).all()
+        assert (inner - inner.diagonal().diag()).abs().max() < 0.03
+    for member, other in zip(members[2:], expected[2:], strict=True):
+        torch.testing.assert_close(member, other)
+
+
+def test_a_muon_that_was_restored_continues_to_the_last_bit():
+    own, again = groups_of(), groups_of()
+    for group in (*own, *again):
+        group["name"] = f"unet/{group['name']}"
+    flats = [FlatParameters(groups, keeps_matrices=True) for groups in (own, again)]
+    whole, second = (build_optimizer(flat.groups, MUON) for flat in flats)
+    members, others = parameters(own), parameters(again)
+    take_steps(members, parameters(flats[0].groups), whole, flats[0], range(3))
+    take_steps(others, parameters(flats[1].groups), second, flats[1], range(2))
+    third = build_optimizer(flats[1].groups, MUON)
+    third.load_state_dict(second.state_dict())
+    take_steps(others, parameters(flats[1].groups), third, flats[1], [2])
+    assert all(map(torch.equal, members, others))
+
+
+def test_muon_is_refused_where_it_cannot_be(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(ConfigError, match=r"muon needs torch 2\.9 or newer, and this is"):
+        optimizer_library("muon")
+    for settings in ({"method": "full"}, {"parametrization": "vera"}):
+        with pytest.raises(ConfigError, match="muon is for A and B of an adapter"):
+            TrainConfig(optimizer="muon", **settings)
 
 
 def test_moments_of_other_parameters_are_refused():

@@ -31,7 +31,7 @@ EVERYTHING = {
     "method": "full", "max_train_steps": 2, "checkpointing_steps": 1, "train_text_encoder": True,
     "text_encoder_lr": 1e-3, "with_prior_preservation": True, "class_word": "mug",
     "gradient_accumulation_steps": 2, "validation_split": 1, "num_validation_images": 1,
-    "validation_inference_steps": 1, "max_grad_norm": 0.5,
+    "validation_inference_steps": 1, "max_grad_norm": 0.5, "ema_decay": 0.5,
 }  # fmt: skip
 
 

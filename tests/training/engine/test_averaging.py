@@ -1,0 +1,254 @@
+"""Averages of weights, which a run uses in place of what it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dora_diffusion.adapters.inject import layer_adapters
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.export.files import open_model
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.training import loop
+from dora_diffusion.training.engine.accelerator import make_accelerator
+from dora_diffusion.training.engine.objective import InputSource
+from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.loop import train
+from dora_diffusion.training.results import write
+from dora_diffusion.training.results.checkpoint import read_state
+from dora_diffusion.training.results.validation import Validation
+from dora_diffusion.training.session import Session, open_session
+from tests.training.helpers import accelerator_of_fp16, losses, names
+
+Values = dict[str, Tensor]
+WORDS = {
+    "train_text_encoder_ti": True, "token": "zwq", "instance_prompt": "a zwq mug",
+    "embedding_lr": 1e-2,
+}  # fmt: skip
+ALLOCATED = {
+    "parametrization": "adalora", "rank": 4, "target_rank": 2, "allocation_interval": 1,
+    "allocation_warmup": 1, "allocation_final": 2, "max_train_steps": 6,
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "text encoder": {"train_text_encoder": True, "text_encoder_lr": 1e-3},
+    "words": {**WORDS, "train_text_encoder": True},
+    "vera": {"parametrization": "vera", "vera_rank": 4, "learning_rate": 1e-2},
+    "pissa, adafactor": {"init": "pissa", "optimizer": "adafactor"},
+    "muon": {"optimizer": "muon", "targets": ["attention+conv"]},
+    "adalora": ALLOCATED,
+    "full": {"method": "full", "full_weights": "targets", "learning_rate": 1e-4},
+}
+
+
+@pytest.fixture
+def run(tiny_run: Callable[..., TrainConfig], photos: Path) -> Callable[..., TrainConfig]:
+    """Settings of a run of any of `KINDS`, whose photos have the prompt for a caption."""
+    for caption in photos.glob("*.txt"):
+        caption.unlink()
+    return lambda **changes: tiny_run(**{"learning_rate": 1e-3, **changes})
+
+
+def session_of(config: TrainConfig) -> Session:
+    return open_session(config, subjects_of(config), make_accelerator(config))
+
+
+def values(session: Session) -> Values:
+    return {name: p.detach().clone() for name, p in session.weights.parameters().items()}
+
+
+def used(session: Session) -> Values:
+    with session.in_use():
+        return values(session)
+
+
+def are_equal(first: Values, second: Values) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first | second)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_that_of_a_loop_in_float64(kind: str, run: Callable[..., TrainConfig]) -> None:
+    """And what trains is that of a run without one, to the last bit."""
+    config, decay = run(**{"max_train_steps": 4, **KINDS[kind]}), 0.3
+    session, plain = session_of(replace(config, ema_decay=decay)), session_of(config)
+    average = {name: value.double() for name, value in values(session).items()}
+    for step in range(1, config.max_train_steps + 1):
+        session.step(step)
+        plain.step(step)
+        live, share = values(session), min(decay, (1 + step) / (10 + step))
+        for name, value in live.items():
+            average[name] += (1 - share) * (value.double() - average[name])
+            if "diagonal" in name:
+                average[name] *= value != 0
+        assert are_equal(live, values(plain))
+        found = used(session)
+        for name, wanted in average.items():
+            torch.testing.assert_close(found[name].double(), wanted, rtol=1e-5, atol=1e-7)
+        assert are_equal(live, values(session)), "what trains is put back"
+    assert not are_equal(live, found)
+
+
+def test_a_decay_of_0_is_what_trains(run: Callable[..., TrainConfig]) -> None:
+    session = session_of(run(ema_decay=0.0))
+    for step in (1, 2):
+        session.step(step)
+        assert are_equal(used(session), values(session))
+
+
+def test_triplets_that_are_switched_off_are_so_in_the_average(
+    run: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    config = run(**ALLOCATED, ema_decay=0.9)
+    train(config)
+    ranks = [layer.rank for layer in read_adapter(tmp_path / "out").layers.values()]
+    session = session_of(config)
+    (unet,) = session.weights.modules.values()
+    assert sum(ranks) <= 2 * len(list(layer_adapters(unet))) + ranks.count(1)
+
+
+def test_a_step_that_fp16_skips_leaves_it(run: Callable[..., TrainConfig]) -> None:
+    config = run(mixed_precision="fp16", ema_decay=0.5)
+    accelerator = accelerator_of_fp16(config, scale=2.0**60)
+    session = open_session(config, subjects_of(config), accelerator)
+    before = values(session)
+    session.step(1)
+    assert are_equal(used(session), before)
+    accelerator.scaler.update(2.0**10)
+    session.step(2)
+    assert all(value.isfinite().all() for value in used(session).values())
+    assert not are_equal(used(session), before)
+
+
+@pytest.fixture
+def uses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Values]]:
+    """What is validated and sampled, and the weights that it is done with."""
+    sessions: list[Session] = []
+    found: list[tuple[str, Values]] = []
+    opened, generate, measure = loop.open_session, write.generate_images, Validation.measure
+
+    def open_session(*args: Any) -> Session:
+        sessions.append(opened(*args))
+        return sessions[-1]
+
+    def sampled(*args: Any, **kwargs: Any) -> Any:
+        found.append(("sampled", values(sessions[-1])))
+        return generate(*args, **kwargs)
+
+    def measured(self: Validation, step: int) -> float:
+        found.append((f"validated {step}", values(sessions[-1])))
+        return measure(self, step)
+
+    monkeypatch.setattr(loop, "open_session", open_session)
+    monkeypatch.setattr(write, "generate_images", sampled)
+    monkeypatch.setattr(Validation, "measure", measured)
+    return found
+
+
+def written(folder: Path) -> set[bytes]:
+    """What an adapter's file holds."""
+    adapter = read_adapter(folder)
+    tensors = [t for own in adapter.layers.values() for t in (own.down, own.up, own.magnitude)]
+    tensors += [rows for vectors in adapter.tokens.values() for rows in vectors.values()]
+    return {tensor.numpy().tobytes() for tensor in tensors}
+
+
+AVERAGES: dict[str, dict[str, Any]] = {"ema": {"ema_decay": 0.9}}
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("kind", ["text encoder", "words", "full"])
+def test_what_is_used_is_what_is_saved(
+    kind: str, average: str, run: Callable[..., TrainConfig], uses: Any, tmp_path: Path
+) -> None:
+    """And a run that only looks at its weights more often learns the same."""
+    config = run(
+        **{"checkpointing_steps": 2, "validation_split": 1, "validation_loss_steps": 1,
+           "num_validation_images": 1, "validation_steps": 2, "validation_inference_steps": 1,
+           **AVERAGES[average], **KINDS[kind]}
+    )  # fmt: skip
+    train(config)
+    states = {step: read_state(tmp_path / "out" / f"checkpoint-{step}") for step in (2, 4)}
+    at = dict(uses)
+    by_step = [at["validated 2"], at["validated 4"]]
+    for state, validated in zip(states.values(), by_step, strict=True):
+        assert are_equal(
+            validated,
+            state["parameters"]
+            if kind == "full"
+            else {name: state["parameters"][name] for name in validated},
+        )
+        assert not are_equal(validated, state["live"])
+    sampled = [value for what, value in uses if what == "sampled"]
+    assert len(sampled) == 3  # At step 2, of the result, and of the base.
+    assert are_equal(sampled[0], at["validated 2"])
+    if kind == "full":
+        with open_model(str(tmp_path / "out" / "model")) as model:
+            assert are_equal(at["validated 4"], {n: model[n] for n in at["validated 4"]})
+    else:
+        assert written(tmp_path / "out") >= {
+            value.numpy().tobytes() for value in by_step[1].values()
+        }
+    quiet = {"checkpointing_steps": 4, "validation_split": 1, "validation_loss_steps": 4,
+             "num_validation_images": 0, "output_dir": str(tmp_path / "quiet")}  # fmt: skip
+    train(replace(config, **quiet))
+    assert losses(tmp_path / "quiet") == losses(tmp_path / "out")
+    state = read_state(tmp_path / "quiet" / "checkpoint-4")
+    for part in ("parameters", "live"):
+        assert are_equal(state[part], states[4][part])
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("kind", ["text encoder", "words", "adalora", "full"])
+def test_a_resumed_run_is_the_whole_one(
+    kind: str,
+    average: str,
+    run: Callable[..., TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the last bit: where it was stopped, and from the checkpoint of an error."""
+    config = run(
+        **{"checkpointing_steps": 2, "output_dir": str(tmp_path / "whole"),
+           **AVERAGES[average], **KINDS[kind]}
+    )  # fmt: skip
+    train(config)
+    parted = replace(config, output_dir=str(tmp_path / "parted"))
+
+    def fails(self: InputSource, number: int) -> Any:
+        if number == 3:
+            raise OSError("the photo is gone")
+        return real(self, number)
+
+    real = InputSource.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(InputSource, "__call__", fails)
+        with pytest.raises(OSError, match="gone"), pytest.warns(UserWarning, match="saved first"):
+            train(parted)
+    assert names(tmp_path / "parted") == ["checkpoint-2", "checkpoint-3"]
+    train(replace(parted, resume_from_checkpoint="latest"))
+    whole, other = (read_state(tmp_path / name / "checkpoint-4") for name in ("whole", "parted"))
+    for part in ("parameters", "live"):
+        assert are_equal(whole[part], other[part])
+
+
+def test_the_best_average_is_the_result(
+    run: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = {0: 1.0, 1: 0.9, 2: 0.5, 3: 0.7, 4: 0.8}
+
+    def measure(self: Validation, step: int) -> float:
+        self.losses[step] = script[step]
+        return script[step]
+
+    monkeypatch.setattr(Validation, "measure", measure)
+    config = run(ema_decay=0.9, keep_best=True, validation_split=1, validation_loss_steps=1)
+    assert train(config).result_step == 2
+    state = read_state(tmp_path / "out" / "checkpoint-2")
+    for part, is_written in (("parameters", True), ("live", False)):
+        of_part = {value.numpy().tobytes() for value in state[part].values()}
+        assert (written(tmp_path / "out") >= of_part) == is_written
