@@ -20,7 +20,7 @@ from dora_diffusion.adapters.parametrizations import (
     ProjectedParametrization,
     SingularParametrization,
 )
-from dora_diffusion.adapters.targets import is_conv
+from dora_diffusion.adapters.targets import first_naming, is_conv
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.numerics.dora import adapted_norm, weight_norm
@@ -84,14 +84,31 @@ def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
     if config.parametrization == "vera":
         return
     weight = layer_matrix(module)
-    rank, _ = config.rank_and_alpha(is_conv(module))
+    rank, _ = _rank_and_alpha(path, module, config)
     largest = min(weight.shape[0], weight[0].numel())
     if rank > largest:
-        setting = "conv_rank" if is_conv(module) else "rank"
+        setting = _rank_setting(path, module, config)
         raise ValueError(
             f"{setting} {rank} is larger than the layer {path} with its weight "
             f"{tuple(weight.shape)}; use {setting} <= {largest}, or leave that layer out"
         )
+
+
+def _rank_and_alpha(path: str, module: nn.Module, config: AdapterConfig) -> tuple[int, float]:
+    rank = config.rank_pattern.get(first_naming(config.rank_pattern, path, module))
+    return config.rank_and_alpha(is_conv(module), rank, _own_alpha(path, module, config))
+
+
+def _own_alpha(path: str, module: nn.Module, config: AdapterConfig) -> float | None:
+    """That of ``alpha_pattern``."""
+    return config.alpha_pattern.get(first_naming(config.alpha_pattern, path, module))
+
+
+def _rank_setting(path: str, module: nn.Module, config: AdapterConfig) -> str:
+    """The setting that a layer has its rank from."""
+    if pattern := first_naming(config.rank_pattern, path, module):
+        return f"rank_pattern {pattern}"
+    return "conv_rank" if is_conv(module) else "rank"
 
 
 def _check_variant(path: str, module: nn.Module, config: AdapterConfig) -> None:
@@ -145,13 +162,15 @@ def check_start(
 def _check_start_ranks(
     modules: Mapping[str, nn.Module], config: AdapterConfig, start: Mapping[str, LayerWeights]
 ) -> None:
-    ranks = {"rank": 0, "conv_rank": 0}
+    needed: dict[str, int] = {}
+    have: dict[str, int] = {}
     for path, layer in start.items():
-        name = "conv_rank" if is_conv(modules[path]) else "rank"
-        ranks[name] = max(ranks[name], layer.rank)
-    have = {"rank": config.rank, "conv_rank": config.conv_rank_or_rank}
-    if larger := [f"{name} {rank}" for name, rank in ranks.items() if rank > have[name]]:
-        asked = listing([f"{name} {have[name.split()[0]]}" for name in ranks if ranks[name]])
+        name = _rank_setting(path, modules[path], config)
+        needed[name] = max(needed.get(name, 0), layer.rank)
+        have[name], _ = _rank_and_alpha(path, modules[path], config)
+    names = sorted(needed, reverse=True)
+    if larger := [f"{name} {needed[name]}" for name in names if needed[name] > have[name]]:
+        asked = listing([f"{name} {rank}" for name, rank in have.items()])
         raise ValueError(
             f"it has {' and '.join(larger)}, more than {asked}; set {' and '.join(larger)} or "
             "more, or make it smaller with dora-diffusion convert --to dora"
@@ -178,12 +197,13 @@ def fresh_adapters(
         shapes = [tuple(layer_matrix(module).shape) for module in modules.values()]
         projections = Projections.of(shapes, config.rank, config.projection_seed)
     return {
-        path: _fresh_adapter(module, config, generator, projections, (start or {}).get(path))
+        path: _fresh_adapter(path, module, config, generator, projections, (start or {}).get(path))
         for path, module in modules.items()
     }
 
 
 def _fresh_adapter(
+    path: str,
     module: nn.Module,
     config: AdapterConfig,
     generator: torch.Generator | None,
@@ -191,7 +211,7 @@ def _fresh_adapter(
     other: LayerWeights | None,
 ) -> LayerAdapter:
     weight, kind = layer_matrix(module).detach(), layer_kind(module)
-    rank, alpha = config.rank_and_alpha(is_conv(module))
+    rank, alpha = _rank_and_alpha(path, module, config)
     axis = cast(NormAxis, config.norm_axis)
     magnitude = weight_norm(weight, axis).float() if config.use_dora else None
     parametrization: Parametrization | None = None
@@ -205,7 +225,8 @@ def _fresh_adapter(
         factors = _random_factors(weight, rank, kind, generator)
         weights = LayerWeights(*factors, magnitude, alpha, axis, kind, layer_groups(module))
         if other is not None:
-            weights = _started(weights, other, weight, config.keeps_scale(is_conv(module)))
+            keeps = config.keeps_scale(is_conv(module), _own_alpha(path, module, config))
+            weights = _started(weights, other, weight, keeps)
         return LayerAdapter(weights, config.dropout)
     start = parametrization.start(generator)
     with torch.no_grad():

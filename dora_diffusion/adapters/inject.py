@@ -31,8 +31,9 @@ from dora_diffusion.adapters.layers import (
     adapted_layers,
     own_modules,
 )
-from dora_diffusion.adapters.targets import match_targets
+from dora_diffusion.adapters.targets import check_pattern, match_targets
 from dora_diffusion.config import AdapterConfig
+from dora_diffusion.config.adapter import PATTERNS
 from dora_diffusion.config.wording import listing
 from dora_diffusion.numerics.quantised import PackedWeight
 from dora_diffusion.numerics.threads import map_ahead
@@ -87,6 +88,8 @@ def layers_to_adapt(
         TargetError, ValueError: As there.
     """
     modules = {path: model.get_submodule(path) for path in match_targets(model, config.targets)}
+    for setting in PATTERNS:
+        check_pattern(setting, getattr(config, setting), [modules])
     for path, module in modules.items():
         check_rank(path, module, config)
     if start:

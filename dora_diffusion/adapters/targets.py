@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -70,6 +71,47 @@ def match_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
         for path, module in candidates.items()
         if any(_matches(target, path, module) for target in targets)
     ]
+
+
+def first_naming(targets: Iterable[str], path: str, module: nn.Module) -> str:
+    """The first of some targets that names a layer, or that its path ends with; empty: none does.
+
+    So a pattern of `AdapterConfig.rank_pattern` is read: ``"to_k"`` means ``"*.to_k"`` too.
+    """
+    found = (t for t in targets if _matches(t, path, module) or fnmatchcase(path, f"*.{t}"))
+    return next(found, "")
+
+
+def check_pattern(
+    setting: str, targets: Collection[str], layers: Iterable[Mapping[str, nn.Module]]
+) -> None:
+    """Refuse targets that are no layer's first of the adapted layers of some models, by path.
+
+    Raises:
+        TargetError: With the nearest names, where one names no layer at all.
+    """
+    modules = [pair for own in layers for pair in own.items()]
+    used = {first_naming(targets, *pair) for pair in modules}
+    for target in (target for target in targets if target not in used):
+        if any(first_naming([target], *pair) for pair in modules):
+            raise TargetError(
+                f"{setting}: all layers that {target!r} names are named by what is before it; "
+                "the first counts: put it in front, or leave it out"
+            )
+        near = ", ".join(_nearest(target, [path for path, _ in modules]))
+        raise TargetError(f"{setting}: {target!r} names no adapted layer; the nearest are {near}")
+
+
+def _nearest(target: str, paths: Iterable[str]) -> list[str]:
+    """Patterns like a target that name some of the paths: how they begin, and how they end."""
+    names: dict[str, str] = {}
+    for parts in (path.split(".") for path in paths):
+        for place in range(1, len(parts)):
+            start, end = ".".join(parts[:place]), ".".join(parts[place:])
+            names |= {start: f"{start}.*", end: end}
+        names[".".join(parts)] = ".".join(parts)
+    wanted = target.replace("*", "").strip(".")
+    return [names[name] for name in get_close_matches(wanted, sorted(names), n=3, cutoff=0)]
 
 
 def _nothing_matches(target: str, model: nn.Module, paths: list[str]) -> str:

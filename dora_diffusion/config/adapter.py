@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from dora_diffusion.config.fields import require, require_choice, require_positive
 
@@ -11,6 +12,8 @@ TEXT_ENCODER_PRESETS = ("text-encoder-attention", "text-encoder", "token-embeddi
 NORM_AXES = ("output", "input")
 INITS = ("random", "pissa", "lora-one")
 PARAMETRIZATIONS = ("low-rank", "vera", "adalora")
+PATTERNS = ("rank_pattern", "alpha_pattern")
+"""Settings of a layer by targets that name it."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class AdapterConfig:
             train (arXiv:2310.11454); the scale is 1. ``"adalora"``: A with a factor for each of
             its rows, by which ``train`` switches rows off (arXiv:2303.10512).
         projection_seed: What VeRA's A and B are drawn from.
+        rank_pattern: r of the layers that a target names: the first that does counts. A layer's
+            name may also end with it after a dot, as in PEFT: ``"to_k"``, ``"ff.net.*"``.
+        alpha_pattern: Their alpha, in the same way; without, a layer's alpha does not follow the
+            rank that a pattern gives it (as in PEFT).
 
     Example:
         >>> AdapterConfig(rank=8).conv_rank_or_rank
@@ -58,6 +65,8 @@ class AdapterConfig:
     init: str = "random"
     parametrization: str = "low-rank"
     projection_seed: int = 0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, str):
@@ -65,6 +74,9 @@ class AdapterConfig:
         require(bool(self.targets), "targets is empty; name a preset or a pattern of module paths")
         for name in ("rank", "alpha", "conv_rank", "conv_alpha"):
             require_positive(name, getattr(self, name))
+        for name in PATTERNS:
+            for pattern, value in getattr(self, name).items():
+                require_positive(f"{name} of {pattern}", value)
         require_choice("norm_axis", self.norm_axis, NORM_AXES)
         require_choice("init", self.init, INITS)
         require_choice("parametrization", self.parametrization, PARAMETRIZATIONS)
@@ -79,6 +91,13 @@ class AdapterConfig:
         require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be in [0, 1)")
 
     def _check_vera(self) -> None:
+        for name in PATTERNS:
+            require(
+                not getattr(self, name),
+                f"{name} is set, and all layers of parametrization vera share projections of one "
+                f"rank, with the scale 1; leave {name} out",
+                name,
+            )
         require(
             self.conv_rank_or_rank == self.rank,
             f"conv_rank is {self.conv_rank}: all layers of parametrization vera share "
@@ -106,20 +125,35 @@ class AdapterConfig:
                 "init_adapter",
             )
 
-    def keeps_scale(self, is_conv: bool) -> bool:
-        """Return whether layers started from another adapter keep its scale: no alpha is given."""
-        return (self.conv_alpha if is_conv else self.alpha) is None and not self.rslora
+    def keeps_scale(self, is_conv: bool, alpha: float | None = None) -> bool:
+        """Return whether a layer started from another adapter keeps its scale: no alpha is given.
+
+        Args:
+            is_conv: As in `rank_and_alpha`.
+            alpha: That of ``alpha_pattern``.
+        """
+        own = self.conv_alpha if is_conv else self.alpha
+        return own is None and alpha is None and not self.rslora
 
     @property
     def conv_rank_or_rank(self) -> int:
         """The rank that Conv2d layers get."""
         return self.rank if self.conv_rank is None else self.conv_rank
 
-    def rank_and_alpha(self, is_conv: bool) -> tuple[int, float]:
-        """Rank and effective alpha (the scale is always ``alpha / rank``) of a kind of layer."""
-        rank = self.conv_rank_or_rank if is_conv else self.rank
+    def rank_and_alpha(
+        self, is_conv: bool, rank: int | None = None, alpha: float | None = None
+    ) -> tuple[int, float]:
+        """Rank and effective alpha of a layer, whose scale is always ``alpha / rank``.
+
+        Args:
+            is_conv: Whether it has the rank of convolutions.
+            rank: That of ``rank_pattern``.
+            alpha: That of ``alpha_pattern``.
+        """
+        usual = self.conv_rank_or_rank if is_conv else self.rank
+        rank = usual if rank is None else rank
         if self.parametrization == "vera":
             return rank, float(rank)
-        alpha = self.conv_alpha if is_conv else self.alpha
-        alpha = float(rank if alpha is None else alpha)
+        own = self.conv_alpha if is_conv else self.alpha
+        alpha = next(float(value) for value in (alpha, own, usual) if value is not None)
         return rank, alpha * rank**0.5 if self.rslora else alpha

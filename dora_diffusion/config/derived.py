@@ -235,6 +235,7 @@ def unusual_rates(config: TrainConfig) -> list[str]:
         rates["text_encoder_lr"] = (config.text_encoder_lr, most)
     if not config.is_full:
         # Each stands for a part of the adapter that takes larger steps.
+        rates |= {f"lr_pattern {name}": (rate, most) for name, rate in config.lr_pattern.items()}
         rates["magnitude_lr"] = (config.magnitude_lr or 0, 10 * most)
         rates["learning_rate times loraplus_ratio"] = (
             config.unet_lr * config.loraplus_ratio * (config.loraplus_ratio != 1), 10 * most,

@@ -142,13 +142,18 @@ def when(holds: Callable[[Any], Any], reason: str) -> Condition:
 
 def shown(value: Any) -> str:
     """A value as a command line has it."""
-    if value is None or value == []:
+    if value is None or value in ([], {}):
         return "not set"
     if isinstance(value, bool):
         return "on" if value else "off"
-    if isinstance(value, list | tuple):
-        return " ".join(str(item) for item in value)
-    return str(value)
+    return " ".join(words_of(value))
+
+
+def words_of(value: Any) -> list[str]:
+    """The words of a command line that a value is: those of a mapping are ``KEY=VALUE``."""
+    if isinstance(value, dict):
+        return [f"{key}={item}" for key, item in value.items()]
+    return [str(item) for item in (value if isinstance(value, list | tuple) else [value])]
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,7 @@ class Setting:
         name: Flag and YAML key.
         kind: Its plain type.
         is_list: Whether it takes several values.
+        is_map: Whether these are of a mapping, of patterns to values of its type.
         default: The value where none is given; `REQUIRED` where one must be.
         help: What it is, in a sentence.
         group: Heading under which it stands.
@@ -196,17 +202,19 @@ class Setting:
     metavar: str = ""
     positional: bool = False
     repeated: bool = False
+    is_map: bool = False
 
     @classmethod
     def from_field(cls, source: dataclasses.Field[Any], **common: Any) -> Setting:
         """Read a field of a group of settings, which may have attributes in common."""
-        kind, is_list = setting_type(source)
+        kind, is_list, is_map = setting_type(source)
         default = source.default
         if source.default_factory is not dataclasses.MISSING:
             default = source.default_factory()
         return cls(
-            source.name, kind, is_list, default, **{"group": "", **common, **source.metadata}
-        )
+            source.name, kind, is_list, default, is_map=is_map,
+            **{"group": "", **common, **source.metadata},
+        )  # fmt: skip
 
     @property
     def is_required(self) -> bool:
@@ -222,7 +230,7 @@ class Setting:
     def default_text(self) -> str:
         if self.derived:
             return self.derived
-        return "none" if self.default in (None, "", []) else shown(self.default)
+        return "none" if self.default in (None, "", [], {}) else shown(self.default)
 
     def inactive_reason(self, config: Any) -> str | None:
         """Return why the setting has no effect in this config; None where it has one."""
@@ -236,6 +244,12 @@ class Setting:
         """
         if value is None:
             return
+        if self.is_map:
+            wanted = "a mapping, of patterns to values"
+            require(
+                isinstance(value, dict), f"{self.name} is {value!r}; it must be {wanted}", self.name
+            )
+            value = list(value.values())
         if self.is_list:
             for item in value if self.kind in (int, float) else ():
                 self._check_range(item)
@@ -273,10 +287,23 @@ class Setting:
         )
         if value is None or self.kind is dict:  # The entries of a dataset file check themselves.
             return value
+        items = value if isinstance(value, list | tuple) else [value]
+        if self.is_map:
+            pairs = value.items() if isinstance(value, dict) else map(self._pair, items)
+            return {str(key): self._cast_item(item) for key, item in pairs}
         if self.is_list:
-            items = value if isinstance(value, list | tuple) else [value]
             return [self._cast_item(item) for item in items]
         return self._cast_item(value)
+
+    def _pair(self, word: Any) -> tuple[str, str]:
+        """``"*.attn1.*=16"`` as pattern and value."""
+        pattern, sign, value = str(word).rpartition("=")
+        require(
+            bool(pattern and sign),
+            f"{self.name} is {word!r}; it must be PATTERN=VALUE, such as 'mid_block.*=16'",
+            self.name,
+        )
+        return pattern, value
 
     def _cast_item(self, value: Any) -> Any:
         if value is False and "no" in (self.choices or ()):
@@ -311,13 +338,17 @@ def flag(default: Any, text: str, **metadata: Any) -> Any:
         metadata: What else `Setting` tells of it.
     """
     metadata = {"help": text, **metadata}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def setting_type(source: dataclasses.Field[Any]) -> tuple[type, bool]:
-    """The plain type of a setting, and whether it is a list: ``list[str]`` -> ``(str, True)``."""
+def setting_type(source: dataclasses.Field[Any]) -> tuple[type, bool, bool]:
+    """The plain type of a setting, and whether it has several values, and these by pattern.
+
+    ``list[str]`` -> ``(str, True, False)``; ``dict[str, int]`` -> ``(int, True, True)``.
+    """
     name = str(source.type).removesuffix(" | None")
-    is_list = name.startswith("list[")
-    return TYPES[name.removeprefix("list[").removesuffix("]")], is_list
+    is_map = name.startswith("dict[str, ")
+    plain = name.removeprefix("dict[str, ").removeprefix("list[").removesuffix("]")
+    return TYPES[plain], is_map or name.startswith("list["), is_map

@@ -40,7 +40,8 @@ def _rate(setting: str, what: str) -> Condition:
     """A learning rate of 0 trains nothing, unless magnitudes have one of their own."""
 
     def reason(config: OptimizerSettings) -> str | None:
-        is_zero = getattr(config, setting) == 0 and not config.magnitude_lr
+        is_zero = getattr(config, setting) == 0
+        is_zero = is_zero and not config.magnitude_lr and not any(config.lr_pattern.values())
         return f"it is 0: {what} is trained" if is_zero else None
 
     return reason
@@ -97,6 +98,20 @@ class AdapterSettings:
         None,
         "Alpha of Conv2d layers.",
         derived="conv_rank, or init_adapter's",
+        needs=(_ADAPTER, _RANKED),
+        above=0,
+    )
+    rank_pattern: dict[str, int] = flag(
+        {},
+        "Rank of some layers: those that a preset or glob pattern names, or whose name ends with "
+        "it after a dot, such as 'mid_block.*=16 to_k=4'. The first that fits counts.",
+        needs=(_ADAPTER, _RANKED),
+        above=0,
+    )
+    alpha_pattern: dict[str, float] = flag(
+        {},
+        "Alpha of some layers, named as in rank_pattern; other layers have lora_alpha or "
+        "conv_alpha, whatever their rank.",
         needs=(_ADAPTER, _RANKED),
         above=0,
     )
@@ -233,6 +248,12 @@ class OptimizerSettings:
         derived="their layer's",
         resume="free",
         needs=_MAGNITUDES,
+        least=0,
+    )
+    lr_pattern: dict[str, float] = flag(
+        {},
+        "Learning rate of some layers, named as in rank_pattern; 0 leaves them as they start.",
+        needs=(_ADAPTER,),
         least=0,
     )
     loraplus_ratio: float = flag(

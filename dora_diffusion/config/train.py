@@ -175,8 +175,9 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             "learning_rate",
         )
         require(
-            self.magnitude_lr is None and self.loraplus_ratio == 1,
-            "Prodigy has one rate for everything: leave out magnitude_lr and loraplus_ratio",
+            self.magnitude_lr is None and self.loraplus_ratio == 1 and not self.lr_pattern,
+            "Prodigy has one rate for everything: leave out magnitude_lr, loraplus_ratio and "
+            "lr_pattern",
             "optimizer",
         )
 
@@ -245,6 +246,8 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             init=self.init,
             parametrization=self.parametrization,
             projection_seed=self.seed,
+            rank_pattern={} if is_vera else self.rank_pattern,
+            alpha_pattern={} if is_vera else self.alpha_pattern,
         )
 
     @property

@@ -72,6 +72,35 @@ def peft_twin(net: nn.Module, ours: nn.Module, dropout: float = 0.0) -> nn.Modul
     return twin
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ranks_and_scales_by_pattern_are_pefts(net, x, rslora):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    pattern = {
+        "rank_pattern": {"square": 5, "point": 2},
+        "alpha_pattern": {"wide": 7.0, "square": 2.0},
+    }
+    ours = copy.deepcopy(net)
+    config = AdapterConfig(("full",), rank=3, alpha=4.0, conv_alpha=4.0, rslora=rslora, **pattern)
+    inject_adapters(ours, config)
+    move(ours)
+    names = [path for path, _ in adapted_layers(ours)]
+    settings = LoraConfig(
+        r=3, lora_alpha=4.0, use_rslora=rslora, use_dora=True, target_modules=names, **pattern
+    )
+    twin = inject_adapter_in_model(settings, copy.deepcopy(net))
+    with torch.no_grad():
+        for path, layer in adapted_layers(ours):
+            theirs, adapter = twin.get_submodule(path), layer.adapters["default"]
+            theirs.lora_A["default"].weight.copy_(adapter.down)
+            theirs.lora_B["default"].weight.copy_(adapter.up)
+            magnitude = theirs.lora_magnitude_vector["default"].weight
+            magnitude.copy_(adapter.magnitude.view_as(magnitude))
+            assert adapter.weights().scale == pytest.approx(theirs.scaling["default"])
+    y = twin(x)
+    torch.testing.assert_close(ours(x), y, rtol=0, atol=1e-6 * y.abs().max().item())
+
+
 def test_outputs_gradients_and_merge_agree_with_peft(net, x):
     ours = copy.deepcopy(net)
     inject_adapters(ours, everything())

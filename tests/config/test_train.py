@@ -113,6 +113,7 @@ def test_a_fine_tuned_model_is_not_pushed_as_an_adapter() -> None:
 def test_a_number_in_quotes_is_named(setting) -> None:
     """In Python; a file's and a command line's values are made numbers before."""
     value = ["1e-4"] if setting.is_list else "1e-4"
+    value = {"to_k": "1e-4"} if setting.is_map else value
     kind = "a whole number" if setting.kind is int else "a number"
     with pytest.raises(ConfigError, match=f"{setting.name} is '1e-4'; it must be {kind}$"):
         TrainConfig(**{setting.name: value})

@@ -277,6 +277,8 @@ def _add_flag(group: Any, setting: Setting) -> None:
         either = (*setting.choices, None) if setting.default is None else setting.choices
         shown = "{" + ",".join(setting.choices) + "}"
         common |= {"type": setting.cast, "choices": either, "metavar": shown}
+    elif setting.is_map:
+        common |= {"metavar": "PATTERN=VALUE"}
     else:
         shown = setting.metavar or ("PATH" if setting.is_path else _METAVARS[setting.kind])
         common |= {"type": str if setting.kind is dict else setting.kind, "metavar": shown}

@@ -17,6 +17,7 @@ from dora_diffusion.config import (
     without_effect,
 )
 from dora_diffusion.config.families import FAMILIES, USUAL
+from dora_diffusion.config.fields import words_of
 from dora_diffusion.config.presets import EMBEDDED as SMALL
 from dora_diffusion.config.presets import preset_settings
 from dora_diffusion.models.embedded import MODELS
@@ -163,7 +164,7 @@ def _value(name: str, value: Any) -> Any:
     if isinstance(value, bool):
         return value
     if setting.is_list:
-        return (value.split() if isinstance(value, str) else list(value or [])) or list(default)
+        return (value.split() if isinstance(value, str) else list(value or [])) or default
     if value is None or setting.kind is bool:
         return _SWITCH.get(str(value), default)
     text = _name(value, name) if setting.is_path else clean_text(str(value), PROMPT_LIMIT, name)
@@ -210,9 +211,7 @@ def setting_text(value: Any) -> Any:
     """
     if isinstance(value, bool):
         return value
-    if isinstance(value, list):
-        return " ".join(value)
-    return "" if value is None else str(value)
+    return "" if value is None else " ".join(words_of(value))
 
 
 def shown_choices(setting: Setting) -> list[tuple[str, str]]:
@@ -237,7 +236,7 @@ def command_line(config: TrainConfig) -> str:
         value = getattr(config, name)
         if value == getattr(default, name) and name != "pretrained_model_name_or_path":
             continue
-        words = [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        words = [f"--{name}", *words_of(value)]
         if name == "dataset_config":
             entries = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
             file = f"cat > {DATASET_FILE} <<'END'\n{entries}END\n"

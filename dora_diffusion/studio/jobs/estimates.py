@@ -22,7 +22,7 @@ _SAME = (
     "gradient_accumulation_steps", "with_prior_preservation", "prior_preservation_mode",
     "mixed_precision", "gradient_checkpointing", "compile", "offload", "cache_latents", "optimizer",
     "method", "use_dora", "parametrization", "full_weights", "targets", "text_encoder_targets",
-    "rank", "conv_rank", "lora_dropout",
+    "rank", "conv_rank", "rank_pattern", "lora_dropout",
 )  # fmt: skip
 
 

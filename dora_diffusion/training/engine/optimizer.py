@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from dora_diffusion.adapters.inject import layer_adapters
+from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.layout import join, split_like
+from dora_diffusion.adapters.targets import first_naming
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.wording import counted
 from dora_diffusion.numerics.devices import has_fused_optimizers
@@ -47,22 +48,34 @@ def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> G
     """
     groups = []
     for component, model in trained.items():
-        rate, decay_rate = _rate_and_decay(component, config)
-        magnitude_rate = rate if config.magnitude_lr is None else config.magnitude_lr
-        roles = {
-            "down": (rate, decay_rate),
-            "up": (rate * config.loraplus_ratio, decay_rate),
-            "diagonal": (rate, decay_rate),
-            "magnitude": (magnitude_rate, 0.0),
-        }
-        for role, (lr, decay) in roles.items():
-            named = [dict(adapter.named_parameters()) for adapter in layer_adapters(model)]
-            names = (role, f"parametrization.{role}")
-            parameters = [parts[name] for parts in named for name in names if name in parts]
-            if parameters:
-                name = f"{component}/{role}"
-                groups.append({"name": name, "params": parameters, "lr": lr, "weight_decay": decay})
+        usual, decay_rate = _rate_and_decay(component, config)
+        for pattern, adapters in _by_pattern(model, config).items():
+            rate = config.lr_pattern.get(pattern, usual)
+            magnitude_rate = rate if config.magnitude_lr is None else config.magnitude_lr
+            roles = {
+                "down": (rate, decay_rate),
+                "up": (rate * config.loraplus_ratio, decay_rate),
+                "diagonal": (rate, decay_rate),
+                "magnitude": (magnitude_rate, 0.0),
+            }
+            for role, (lr, decay) in roles.items():
+                named = [dict(adapter.named_parameters()) for adapter in adapters]
+                names = (role, f"parametrization.{role}")
+                parameters = [parts[name] for parts in named for name in names if name in parts]
+                if parameters:
+                    name = f"{component}/{role}{pattern and f' of {pattern}'}"
+                    group = {"params": parameters, "lr": lr, "weight_decay": decay}
+                    groups.append({"name": name, **group})
     return groups
+
+
+def _by_pattern(model: nn.Module, config: TrainConfig) -> dict[str, list[nn.Module]]:
+    """A component's adapters by the pattern of ``lr_pattern`` that names their layer, or none."""
+    parts: dict[str, list[nn.Module]] = {}
+    for path, layer in adapted_layers(model):
+        pattern = first_naming(config.lr_pattern, path, layer)
+        parts.setdefault(pattern, []).extend(layer.adapters.values())
+    return parts
 
 
 def weight_groups(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> Groups:

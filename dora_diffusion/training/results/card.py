@@ -10,6 +10,7 @@ from pathlib import Path
 from dora_diffusion import __version__
 from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.config.families import FAMILIES, Family
+from dora_diffusion.config.fields import shown
 from dora_diffusion.config.wording import pixels
 from dora_diffusion.export.metadata import word_section
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, embedding_files
@@ -107,6 +108,8 @@ def _method(config: TrainConfig) -> tuple[str, str]:
     ranks = f"rank {config.rank}, convolutions {config.conv_rank}"
     if config.parametrization == "adalora":
         ranks = f"ranks allocated to layers, from {config.rank}, convolutions {config.conv_rank}"
+    if config.rank_pattern:
+        ranks += f", of some layers {shown(config.rank_pattern)}"
     if config.parametrization == "vera":
         name, ranks = "DVoRA" if is_dora else "VeRA", f"projections of rank {config.vera_rank}"
     return name.lower(), f"{name} ({ranks}{axis}{start})"

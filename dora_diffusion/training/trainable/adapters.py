@@ -30,7 +30,9 @@ from dora_diffusion.adapters.state import (
     read_for,
     vera_state,
 )
+from dora_diffusion.adapters.targets import check_pattern, first_naming, match_targets
 from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
+from dora_diffusion.config.adapter import PATTERNS
 from dora_diffusion.config.wording import listing
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.export.merge_spec import adapter_hash
@@ -236,9 +238,10 @@ class StartingAdapter:
                 "train; add --train_text_encoder (--text_encoder_lr 0 leaves them as they are)",
                 "init_adapter",
             )
+        adapters = adapter_configs(trained, config)
         for name, part in layers.items():
             try:
-                layers_to_adapt(trained[name], adapter_config(name, config), part)
+                layers_to_adapt(trained[name], adapters[name], part)
             except ValueError as error:
                 raise ConfigError(
                     f"init_adapter {self.name} cannot start the {name}: {error}", "init_adapter"
@@ -252,9 +255,33 @@ class StartingAdapter:
         return {"init_adapter": name, "init_adapter_sha256": adapter_hash(self.path)}
 
 
-def adapter_config(component: str, config: TrainConfig) -> AdapterConfig:
-    """The settings of the adapter of the UNet, or of a text encoder."""
-    return config.unet_adapter if component == "unet" else config.text_encoder_adapter
+def adapter_configs(
+    modules: Mapping[str, nn.Module], config: TrainConfig
+) -> dict[str, AdapterConfig]:
+    """The settings of each component's adapter, with the patterns that name layers of it.
+
+    Raises:
+        TargetError: If a target names no layer of a component, or a pattern none of any.
+    """
+    adapters = {
+        name: config.unet_adapter if name == "unet" else config.text_encoder_adapter
+        for name in modules
+    }
+    layers = {}
+    for name, model in modules.items():
+        paths = match_targets(model, adapters[name].targets)
+        layers[name] = {path: model.get_submodule(path) for path in paths}
+    for setting in (*PATTERNS, "lr_pattern"):
+        check_pattern(setting, getattr(config, setting), layers.values())
+
+    for name, adapter in adapters.items():
+        own: dict[str, Any] = {}
+        for setting in PATTERNS:
+            pattern = getattr(adapter, setting)
+            used = {first_naming(pattern, *layer) for layer in layers[name].items()}
+            own[setting] = {target: pattern[target] for target in pattern if target in used}
+        adapters[name] = replace(adapter, **own)
+    return adapters
 
 
 def inject_trained(
@@ -273,8 +300,9 @@ def inject_trained(
         AdapterFormatError: If the file that the run writes could not hold the adapter.
     """
     modules, layers = components_that_train(components, config), []
+    adapters = adapter_configs(modules, config)
     for name, model in modules.items():
-        adapter, other = adapter_config(name, config), start.layers.get(name) if start else None
+        adapter, other = adapters[name], start.layers.get(name) if start else None
         generator = generator_for("adapter", config.seed, name)
         layers += inject_adapters(model, adapter, generator=generator, start=other).layers
         enter_training(model, components, config)
