@@ -21,6 +21,9 @@ _PATTERNS: dict[str, list[tuple[str, type[nn.Module] | None]]] = {
     "attention": [(rf".*\battn[12]\.({_ATTENTION})", nn.Linear)],
     "attention+conv": [(rf".*\battn[12]\.({_ATTENTION})", nn.Linear), (_CONV, nn.Conv2d)],
     "full": [(r".*", None)],
+    # Of SDXL (B-LoRA, arXiv:2403.14572): 80 layers each. Other families have no attention there.
+    "b-lora-content": [(rf"up_blocks\.0\.attentions\.0\..*\battn[12]\.({_ATTENTION})", nn.Linear)],
+    "b-lora-style": [(rf"up_blocks\.0\.attentions\.1\..*\battn[12]\.({_ATTENTION})", nn.Linear)],
     "text-encoder-attention": [(r".*\bself_attn\.(q|k|v|out)_proj", nn.Linear)],
     "text-encoder": [(r".*\b(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])", nn.Linear)],
     "token-embedding": [(r".*\btoken_embedding", nn.Embedding)],

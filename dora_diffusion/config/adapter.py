@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from dora_diffusion.config.fields import require, require_choice, require_positive
 
-PRESETS = ("cross-attention", "attention", "attention+conv", "full")
+PRESETS = (
+    "cross-attention", "attention", "attention+conv", "full", "b-lora-content", "b-lora-style",
+)  # fmt: skip
 TEXT_ENCODER_PRESETS = ("text-encoder-attention", "text-encoder", "token-embedding")
 NORM_AXES = ("output", "input")
 INITS = ("random", "pissa", "lora-one")

@@ -38,6 +38,31 @@ def test_presets_on_a_diffusers_unet(sd1_folder):
     assert match_targets(unet, ["attention+conv"]) == counts["attention+conv"]
 
 
+def test_blocks_of_content_and_style_are_those_of_sdxl():
+    """As B-LoRA's code names them, in the released UNets without their numbers."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        sdxl = UNet2DConditionModel(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280), transformer_layers_per_block=[1, 2, 10],
+            attention_head_dim=[5, 10, 20], cross_attention_dim=2048, use_linear_projection=True,
+        )  # fmt: skip
+        sd1 = UNet2DConditionModel(cross_attention_dim=768)
+    for preset, place in {"b-lora-content": 0, "b-lora-style": 1}.items():
+        paths = match_targets(sdxl, [preset])
+        expected = [
+            path
+            for path in match_targets(sdxl, ["attention"])
+            if path.startswith(f"up_blocks.0.attentions.{place}.")
+        ]
+        assert paths == expected
+        assert len(paths) == 80
+        with pytest.raises(TargetError, match=f"preset '{preset}' matches no layer"):
+            match_targets(sd1, [preset])
+
+
 def test_a_target_that_matches_nothing_says_what_there_was(net):
     with pytest.raises(TargetError, match=r"'attention' matches no layer of Net.*conv, down"):
         inject_adapters(net, AdapterConfig(targets=("full", "attention")))
