@@ -41,7 +41,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.metric_models import LITE, open_metric_model
 from dora_diffusion.models.words import add_tokens
 from dora_diffusion.sampling.generate import BrokenImageError, SamplingSettings
-from dora_diffusion.sampling.images import save_png
+from dora_diffusion.sampling.images import save_image
 
 SEED, SUBJECTS, OTHERS = 0, 5, 6
 _SHOWN_OTHERS, _SIDE = 3, 160
@@ -321,7 +321,7 @@ def _write_strips(
         side, smooth = (_SIDE, _SIDE), Image.Resampling.LANCZOS
         thumbnails = [ImageOps.contain(image, side, smooth) for image in shown]
         grid = image_grid(thumbnails, columns=min(len(shown), SUBJECTS), gap=4)
-        return save_png(grid, folder / file)
+        return save_image(grid, folder / file)
 
     subjects = sum(request.group == "subject" for request in requests)
     others = images[subjects : subjects + _SHOWN_OTHERS]

@@ -22,7 +22,7 @@ from dora_diffusion.evaluation.measures import (
 )
 from dora_diffusion.evaluation.statistics import Interval
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.sampling.images import save_png
+from dora_diffusion.sampling.images import save_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,7 +128,7 @@ class Evaluation:
             "table": save_text(folder / FILES["table"], f"# {self.subject}\n\n{self.table()}\n"),
         }
         if self.images:
-            files["images"] = save_png(sheet(self.images, self.labels), folder / FILES["images"])
+            files["images"] = save_image(sheet(self.images, self.labels), folder / FILES["images"])
         return files
 
 

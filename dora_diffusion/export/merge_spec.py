@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -23,12 +21,12 @@ from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter
 from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.formats.adapter.stored import find_adapter
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
+from dora_diffusion.formats.files.stream import file_hash
 from dora_diffusion.formats.layouts.dotted import PEFT_FILE
 from dora_diffusion.numerics.merging import WeightedAdapter
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths, require_strength
 
 Adapters = str | Path | Sequence[tuple[str | Path, float]]
-_CHUNK = 2**18  # stays in the processor's cache between reading and hashing
 _KNOBS = ("unet_strength", "text_encoder_strength", "direction_strength", "magnitude_strength")
 
 
@@ -197,17 +195,3 @@ def adapter_hash(path: str | Path) -> str:
     """SHA-256 of an adapter's file; of a PEFT folder, of its components' files in order."""
     adapter = find_adapter(path)
     return file_hash(sorted(adapter.rglob(PEFT_FILE)) if adapter.is_dir() else [adapter])
-
-
-def file_hash(files: Sequence[Path]) -> str:
-    """SHA-256 of one file, or of several one after the other."""
-    blob = files[0].resolve()
-    # The hub's cache names large files so.
-    if len(files) == 1 and blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        return blob.name
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
-    for path in files:
-        with open(path, "rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(buffer[:count])
-    return digest.hexdigest()

@@ -14,7 +14,7 @@ import yaml
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import model_name
-from dora_diffusion.export.merge_spec import MergeSpec, file_hash
+from dora_diffusion.export.merge_spec import MergeSpec
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, field_of
 from dora_diffusion.formats.adapter.metadata import (
     CAPTIONS,
@@ -29,6 +29,7 @@ from dora_diffusion.formats.adapter.metadata import (
     stated_reading,
 )
 from dora_diffusion.formats.checkpoint.models import StoredModel
+from dora_diffusion.formats.files.stream import file_hash
 
 MERGED, BASE, TRAINED = OWN + "merged", OWN + "base", OWN + "trained"
 TRIGGER = OWN + "trigger"

@@ -250,7 +250,7 @@ def judged_images(
     from dora_diffusion.lab.judges import evaluate_toy
     from dora_diffusion.lab.toy.benchmark_subjects import find_subject
     from dora_diffusion.sampling.generate import load_adapted
-    from dora_diffusion.sampling.images import save_png
+    from dora_diffusion.sampling.images import save_image
 
     components, metadata = load_adapted(base, adapter)
     evaluation = evaluate_toy(
@@ -262,5 +262,5 @@ def judged_images(
         batch_size=seeds,
     )
     rows = {name: evaluation.images[name] for name in ("truth", "base", "adapted")}
-    sheet_file = save_png(sheet(rows, evaluation.labels, side=160), output / f"{subject}.png")
+    sheet_file = save_image(sheet(rows, evaluation.labels, side=160), output / f"{subject}.png")
     return sheet_file, evaluation

@@ -13,11 +13,13 @@ class SamplingScheduler(NamedTuple):
         class_name: Its class.
         a1111: What A1111 calls it in the text of its images.
         settings: What makes the class this scheduler.
+        schedule: What A1111 calls its noise levels ("Schedule type").
     """
 
     class_name: str
     a1111: str
     settings: Mapping[str, Any] = {}
+    schedule: str = "Automatic"
 
 
 _DPM = {"algorithm_type": "dpmsolver++"}
@@ -29,12 +31,31 @@ SCHEDULERS: Mapping[str, SamplingScheduler] = {
     "heun": SamplingScheduler("HeunDiscreteScheduler", "Heun"),
     "euler": SamplingScheduler("EulerDiscreteScheduler", "Euler"),
     "euler_a": SamplingScheduler("EulerAncestralDiscreteScheduler", "Euler a"),
-    "dpm++": SamplingScheduler("DPMSolverMultistepScheduler", "DPM++ 2M", _DPM),
+    "dpm++": SamplingScheduler("DPMSolverMultistepScheduler", "DPM++ 2M", _DPM, "Uniform"),
     "dpm++_karras": SamplingScheduler(
-        "DPMSolverMultistepScheduler", "DPM++ 2M Karras", _DPM | {"use_karras_sigmas": True}
+        "DPMSolverMultistepScheduler", "DPM++ 2M", _DPM | {"use_karras_sigmas": True}, "Karras"
     ),
     "unipc": SamplingScheduler("UniPCMultistepScheduler", "UniPC"),
 }
+
+
+def scheduler_of(sampler: str, schedule: str | None = None) -> str | None:
+    """Return our name of a sampler of A1111; None if it is none of ours.
+
+    Args:
+        sampler: Its name; until A1111 1.8 with the noise levels behind it, ``DPM++ 2M Karras``.
+        schedule: The "Schedule type" of its noise levels.
+    """
+    if sampler.endswith(" Karras"):
+        sampler, schedule = sampler.removesuffix(" Karras"), "Karras"
+    own = {each.schedule: name for name, each in SCHEDULERS.items() if each.a1111 == sampler}
+    # A1111 itself chooses Karras for the samplers of which there are both here.
+    other = {None: "Uniform", "Automatic": "Karras", "Uniform": "Automatic", "Normal": "Uniform"}
+    return own.get(
+        schedule or "",
+        own.get(other.get(schedule, ""), own.get("Automatic") if schedule in other else None),
+    )
+
 
 # Those of Diffusers that know a noise schedule whose last timestep is pure noise. Where sigma would
 # be infinite there, they take a finite one.

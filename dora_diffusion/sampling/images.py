@@ -6,26 +6,113 @@ import base64
 import io
 import json
 import re
-from collections.abc import Mapping
+import struct
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
-from dora_diffusion.data.images import open_photo
+from dora_diffusion import __version__
+from dora_diffusion.data.images import DECODE_ERRORS, PhotoError, open_photo
 from dora_diffusion.formats.adapter.metadata import without_path
+from dora_diffusion.formats.adapter.stored import find_adapter
 from dora_diffusion.formats.files.atomic import atomic_file
-from dora_diffusion.models.schedulers import SCHEDULERS
-from dora_diffusion.numerics.weights import Strengths
+from dora_diffusion.formats.files.stream import file_hash
+from dora_diffusion.formats.layouts.dotted import DIFFUSERS, PEFT_FILE
+from dora_diffusion.models.schedulers import SCHEDULERS, scheduler_of
+from dora_diffusion.numerics.weights import MergeStrengths, Strengths
+from dora_diffusion.sampling.comfyui import workflow_parameters
 from dora_diffusion.sampling.generate import SamplingSettings
 
-_CHUNK = "parameters"
+BATCH_SIZE, BATCH_POSITION = "Batch size", "Batch pos"
+TOKEN_LENGTH, LOADED = "Max token length", "Loaded with"
+OWN_VERSION = "dora_diffusion "
+_CHUNK, _WORKFLOW = "parameters", "prompt"
 _THUMBNAIL_SIDE = 256
-_NEGATIVE = "Negative prompt: "
+_NEGATIVE = "Negative prompt:"
+_UNICODE = b"UNICODE\0"
+_LONGEST = 100_000
 # A name's length has a limit, since without one a line of spaces takes the cube of its length.
-_FIELD = re.compile(r'([\w-][\w -]{0,63}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_FIELD = re.compile(r'([\w-][\w /-]{0,63}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_TAG = re.compile(r" ?<lora:([^:<>]+)((?::[^:<>]+)*)>")
+# Other networks that A1111 loads by a prompt.
+_OTHER_TAG = re.compile(r"<(?:hypernet|lyco):[^<>]+>")
+# Fields of a text -> the settings that they give.
+_SETTINGS: Mapping[str, tuple[str, type]] = {
+    "Prompt": ("prompt", str), "Negative prompt": ("negative_prompt", str),
+    "Steps": ("steps", int), "CFG scale": ("guidance_scale", float), "Seed": ("seed", int),
+    "Sampler": ("scheduler", str), "Guidance rescale": ("guidance_rescale", float),
+    "Direction strength": ("direction_strength", float),
+    "Magnitude strength": ("magnitude_strength", float), "Clip skip": ("clip_skip", int),
+    TOKEN_LENGTH: ("max_token_length", int),
+}  # fmt: skip
+# Fields that say what was there, or are of a setting that another field gives.
+_FACTS = (
+    "Model", "Model hash", "Version", "Adapter", "Adapter strength", "Lora hashes", BATCH_SIZE,
+    BATCH_POSITION, LOADED,
+)  # fmt: skip
 
-# A1111's name of a scheduler -> ours.
-_SCHEDULERS = {scheduler.a1111: name for name, scheduler in SCHEDULERS.items()}
+
+class UsedAdapter(NamedTuple):
+    """An adapter as an image's text names it.
+
+    Attributes:
+        name: Its name.
+        strengths: How strongly it acts; of the parts' strengths, 1 is not written.
+        hash: 12 digits by which web UIs and Civitai know a file: of the SHA-256 of its tensors.
+    """
+
+    name: str
+    strengths: Strengths = MergeStrengths()
+    hash: str = ""
+
+    @classmethod
+    def of(cls, path: str | Path, strengths: Strengths = MergeStrengths()) -> UsedAdapter:  # noqa: B008 - frozen
+        """Name an adapter's file by its stem, the file of a folder by the folder; no path stays."""
+        place = Path(path).expanduser().resolve()
+        if place.name in (DIFFUSERS.file_name, PEFT_FILE):
+            place = place.parent
+        name = without_path(str(place)).removesuffix(".safetensors")
+        file = find_adapter(path)
+        return cls(name, strengths, content_hash(file.resolve(), *_version(file)))
+
+    @property
+    def tag(self) -> str:
+        """The ``<lora:NAME:STRENGTH>`` of prompts; of two, that of the text encoders is first."""
+        own = MergeStrengths.of(self.strengths)
+        shares = [own.text_encoder_strength, own.unet_strength]
+        numbers = [_number(own.strength * share) for share in shares]
+        return f"<lora:{self.tag_name}:{':'.join(dict.fromkeys(numbers))}>"
+
+    @property
+    def tag_name(self) -> str:
+        """The name without what separates names."""
+        return re.sub(r"[<>:,\n]", "_", self.name)
+
+
+def _version(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+@lru_cache(maxsize=1024)
+def content_hash(file: Path, written: int, size: int) -> str:
+    """The `UsedAdapter.hash` of a file as it was at a time; of a folder, which has several, none.
+
+    Args:
+        file: The file.
+        written: When it was written, in nanoseconds.
+        size: Its size in bytes.
+    """
+    return "" if file.is_dir() else file_hash([file], is_data=True)[:12]
+
+
+@lru_cache(maxsize=64)
+def _model_hash(file: Path, written: int, size: int) -> str:
+    return file_hash([file])[:10]
 
 
 def parameters_text(
@@ -34,10 +121,10 @@ def parameters_text(
     settings: SamplingSettings,
     size: tuple[int, int],
     model: str,
-    adapter: str | Path | None = None,
-    strengths: Strengths = Strengths(),  # noqa: B008 - frozen
+    adapters: Sequence[UsedAdapter] = (),
     *,
     extra: Mapping[str, object] | None = None,
+    hash_model: bool = True,
 ) -> str:
     """The generation settings as A1111's ``parameters`` text; no local path is in it.
 
@@ -47,96 +134,210 @@ def parameters_text(
         settings: Steps, guidance, scheduler, negative prompt.
         size: Width and height in pixels.
         model: Name of the base model.
-        adapter: The adapter file or folder.
-        strengths: How strongly it acts; of the parts' strengths, 1 is not written.
+        adapters: The adapters, of which the scale of the direction and the share of the magnitude
+            are the same.
         extra: Further fields by name.
+        hash_model: Add the hash of a base of one file, which is read whole once.
     """
-    lines = [prompt]
-    if settings.negative_prompt:
-        lines.append(f"{_NEGATIVE}{settings.negative_prompt}")
+    lines = [" ".join([_one_paragraph(prompt), *(adapter.tag for adapter in adapters)]).strip()]
+    if negative := _one_paragraph(settings.negative_prompt):
+        lines.append(f"{_NEGATIVE} {negative}")
     fields: dict[str, object] = {"Steps": settings.steps}
     if settings.scheduler is not None:
-        fields["Sampler"] = SCHEDULERS[settings.scheduler].a1111
+        scheduler = SCHEDULERS[settings.scheduler]
+        fields |= {"Sampler": scheduler.a1111, "Schedule type": scheduler.schedule}
     fields |= {
-        "CFG scale": f"{settings.guidance_scale:g}",
+        "CFG scale": _number(settings.guidance_scale),
         "Seed": seed,
         "Size": f"{size[0]}x{size[1]}",
-        "Model": _name_of(model),
+        **_model_fields(model, hash_model),
+        **(extra or {}),
     }
-    if adapter is not None:
-        name = without_path(str(Path(adapter).resolve()))
-        fields |= {"Adapter": name, "Adapter strength": f"{strengths.strength:g}"}
-        parts = {
-            "Direction strength": strengths.direction_strength,
-            "Magnitude strength": strengths.magnitude_strength,
-        }
-        fields |= {part: f"{value:g}" for part, value in parts.items() if value != 1}
-    if settings.guidance_rescale:
-        fields["Guidance rescale"] = f"{settings.guidance_rescale:g}"
-    fields |= extra or {}
+    strengths = adapters[0].strengths if adapters else Strengths()
+    numbers = {
+        "Direction strength": (strengths.direction_strength, 1),
+        "Magnitude strength": (strengths.magnitude_strength, 1),
+        "Guidance rescale": (settings.guidance_rescale, 0),
+    }
+    fields |= {name: _number(value) for name, (value, usual) in numbers.items() if value != usual}
+    if known := [f"{adapter.tag_name}: {adapter.hash}" for adapter in adapters if adapter.hash]:
+        fields["Lora hashes"] = ", ".join(known)
+    fields["Version"] = OWN_VERSION + __version__
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items()))
     return "\n".join(lines)
 
 
-def _name_of(model: str) -> str:
-    """A model's name: of a folder or file its own, of anything else (a hub id) all of it."""
+def _one_paragraph(text: str) -> str:
+    """Strip each line, as readers do, and join a line that they would take for another field."""
+    lines = "\n".join(line.strip() for line in text.strip().split("\n"))
+    return re.sub(rf"\n(?={_NEGATIVE})", " ", lines)
+
+
+def _number(value: float) -> str:
+    """The shortest text that reads as the same number."""
+    return str(int(value)) if value == int(value) else repr(float(value))
+
+
+def model_name(model: str) -> str:
+    """The name of a model in texts: of a folder or file its own, of a hub id all of it."""
     path = Path(model).expanduser()
-    return path.resolve().name if path.exists() else without_path(model)
+    name = path.resolve().name if path.exists() else without_path(model)
+    return name.removesuffix(".safetensors")
+
+
+def _model_fields(model: str, is_hashed: bool) -> dict[str, str]:
+    path, fields = Path(model).expanduser(), {"Model": model_name(model)}
+    if is_hashed and path.is_file():
+        fields = {"Model hash": _model_hash(path.resolve(), *_version(path)), **fields}
+    return fields
 
 
 def _quoted(value: str) -> str:
-    """A value that holds a separator is a JSON string, as A1111 writes it."""
-    return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n]", value) else value
+    """A value that holds a separator is a JSON string, as A1111 writes it; one in quotes too."""
+    is_apart = re.search(r'[,:\n]|^[\s"]|\s$', value)
+    return json.dumps(value, ensure_ascii=False) if is_apart else value
 
 
 def parse_parameters(text: str) -> dict[str, str]:
     """Read a ``parameters`` text, ours or A1111's.
 
     Returns:
-        ``"Prompt"``, ``"Negative prompt"``, and the fields of the last line under their names. A
-        scheduler that we have goes by our name.
+        ``"Prompt"`` without its ``<lora:NAME:STRENGTH>``, which are ``"Adapter"`` and ``"Adapter
+        strength"``, of several with commas between; ``"Negative prompt"``; and the fields of the
+        last line under their names. A scheduler that we have goes by our name.
     """
     body, _, last = text.strip().rpartition("\n")
     if not re.match(r"Steps: \d", last):
         body, last = text.strip(), ""
-    prompt, _, negative = f"\n{body}".partition(f"\n{_NEGATIVE}")
-    fields = {"Prompt": prompt.strip(), "Negative prompt": negative.strip()}
+    parts: list[list[str]] = [[], []]
+    for line in map(str.strip, body.split("\n")):
+        is_negative = line.startswith(_NEGATIVE)
+        if is_negative or parts[1]:
+            parts[1].append(line.removeprefix(_NEGATIVE).strip())
+        else:
+            parts[0].append(line)
+    prompt, negative = ("\n".join(lines).strip() for lines in parts)
+    tags = _TAG.findall(prompt)
+    fields = {"Prompt": _TAG.sub("", prompt).strip(), "Negative prompt": negative}
+    if tags:
+        fields["Adapter"] = ", ".join(name for name, _ in tags)
+        fields["Adapter strength"] = ", ".join(shares[1:] or "1" for _, shares in tags)
     for name, value in _FIELD.findall(last):
         try:
             fields[name] = str(json.loads(value)) if value.startswith('"') else value.strip()
         except ValueError:  # quoted in another way
             fields[name] = value.strip('"')
-    if "Sampler" in fields:
-        fields["Sampler"] = _SCHEDULERS.get(fields["Sampler"], fields["Sampler"])
+    if own := scheduler_of(fields.get("Sampler", ""), fields.get("Schedule type")):
+        fields["Sampler"] = own
+        fields.pop("Schedule type", None)
     return fields
 
 
-def save_png(image: Image.Image, path: Path, parameters: str | None = None) -> Path:
-    """Write a PNG atomically, with a ``parameters`` text chunk.
+def settings_of(fields: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of `generate` that a text's fields give, and what of them has no meaning here.
+
+    Args:
+        fields: As `parse_parameters` returns them. Clip skip stays in the counting of web UIs.
+    """
+    values, unread = dict[str, Any](), _OTHER_TAG.findall(fields.get("Prompt", ""))
+    for name, text in fields.items():
+        setting, kind = _SETTINGS.get(name, ("", str))
+        try:
+            if name == "Size":
+                values["width"], values["height"] = map(int, text.split("x"))
+            elif setting and (setting != "scheduler" or text in SCHEDULERS):
+                values[setting] = kind(text)
+            elif name not in _FACTS:
+                unread.append(f"{name}: {text}")
+        except ValueError:
+            unread.append(f"{name}: {text}")
+    values["prompt"] = _OTHER_TAG.sub("", values.get("prompt", ""))
+    return values, unread
+
+
+def save_image(image: Image.Image, path: Path, parameters: str | None = None) -> Path:
+    """Write a PNG, JPEG or WebP file atomically, by its suffix, with its parameters.
 
     Raises:
         DiskFullError: If there is no room; a file that was there is unchanged.
     """
-    data = png_bytes(image, parameters)
-    with atomic_file(Path(path)) as temporary:
+    path = Path(path)
+    data = image_bytes(image, parameters, path.suffix)
+    with atomic_file(path) as temporary:
         temporary.write_bytes(data)
-    return Path(path)
+    return path
 
 
-def png_bytes(image: Image.Image, parameters: str | None = None) -> bytes:
-    """An image as a PNG, with a ``parameters`` text chunk."""
-    info, data = PngImagePlugin.PngInfo(), io.BytesIO()
-    if parameters is not None:
-        # Pillow makes it an iTXt chunk where Latin-1 does not have its characters.
-        info.add_text(_CHUNK, parameters)
-    image.save(data, format="PNG", pnginfo=info)
+def image_bytes(image: Image.Image, parameters: str | None = None, suffix: str = ".png") -> bytes:
+    """An image as a PNG with a text chunk, or as a JPEG or WebP with an EXIF comment."""
+    data, kind = io.BytesIO(), suffix.lower()
+    if kind == ".png":
+        info = PngImagePlugin.PngInfo()
+        if parameters is not None:
+            # Pillow makes it an iTXt chunk where Latin-1 does not have its characters.
+            info.add_text(_CHUNK, parameters)
+        image.save(data, format="PNG", pnginfo=info)
+        return data.getvalue()
+    options: dict[str, Any] = {} if parameters is None else {"exif": _exif(parameters)}
+    if kind == ".webp":
+        image.save(data, format="WEBP", quality=95, **options)
+    else:
+        image.save(data, format="JPEG", quality=95, subsampling=0, **options)
     return data.getvalue()
 
 
+def _exif(comment: str) -> bytes:
+    """An EXIF block with a comment alone, of type 7; Pillow writes 1, which A1111 cannot read."""
+    data = _UNICODE + comment.encode("utf-16-be", "surrogatepass")
+    # Two directories of one entry: tag, type, count, and the value or where it is.
+    main = (1, ExifTags.IFD.Exif, 4, 1, 26, 0)
+    own = (1, ExifTags.Base.UserComment, 7, len(data), 44, 0)
+    return struct.pack(">10sI" + "HHHIII" * 2, b"Exif\0\0MM\0*", 8, *main, *own) + data
+
+
 def read_parameters(path: str | Path) -> str | None:
-    with Image.open(path) as image:
-        text = image.info.get(_CHUNK)
-    return None if text is None else str(text)
+    """The parameters text of an image file; of one of ComfyUI, the text that says the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of many pixels, which are not decoded.
+        image = Image.open(path)
+    with image:
+        text, workflow = image.info.get(_CHUNK), image.info.get(_WORKFLOW)
+        if text is None and workflow is not None:
+            text = workflow_parameters(str(workflow))
+        return _comment(image) if text is None else str(text)
+
+
+def _comment(image: Image.Image) -> str | None:
+    """The text of an image's EXIF comment; None where there is none."""
+    try:
+        data = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+        if not isinstance(data, bytes):
+            return data
+        code, text = data[:8], data[8:]
+        if code == _UNICODE:
+            # Written in the file's own order of bytes by some programs.
+            is_little = text[1::2].count(0) > text[::2].count(0)
+            return text.decode("utf-16-le" if is_little else "utf-16-be")
+        return text.rstrip(b"\0").decode() if code.rstrip(b"\0") in (b"", b"ASCII") else None
+    except DECODE_ERRORS:
+        return None
+
+
+def read_fields(path: str | Path) -> dict[str, str]:
+    """Read what a file says of how it was made, as `parse_parameters` returns it.
+
+    Raises:
+        PhotoError: If it is no image, or says nothing.
+    """
+    name = Path(path).name
+    try:
+        text = read_parameters(path)
+    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "it is no image, damaged or too large"
+        raise PhotoError(f"{name} cannot be read ({reason}); choose a PNG, JPEG or WebP") from error
+    if not text:
+        raise PhotoError(f"{name} does not say how it was made; it has no generation parameters")
+    return parse_parameters(text[:_LONGEST])
 
 
 def thumbnail(path: str | Path) -> str:

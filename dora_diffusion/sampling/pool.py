@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from dora_diffusion.adapters.inject import layer_adapters, remove_adapters, set_strength
 from dora_diffusion.adapters.layers import LayerAdapter
@@ -23,18 +23,20 @@ from dora_diffusion.models.load import reschedule
 from dora_diffusion.models.words import add_own_tokens, own_words, remove_own_tokens
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.generate import SamplingSettings, as_stated, generate_images
+from dora_diffusion.sampling.images import content_hash
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
 class PinnedAdapter(NamedTuple):
-    """An adapter as its file was when `AdapterPool.pin` read it."""
+    """An adapter as its file was when `AdapterPool.pin` read it; see `UsedAdapter.hash`."""
 
     key: tuple[object, ...]
     path: str | Path
     strengths: Strengths
     metadata: AdapterMetadata
+    hash: str = ""
 
 
 Wanted = str | Path | tuple[str | Path, float | Strengths] | PinnedAdapter | None
@@ -183,7 +185,9 @@ class AdapterPool:
             return None
         self.names([adapter])
         key, loaded = next(reversed(self._loaded.items()))
-        return _reference(adapter)._replace(key=key, metadata=loaded.metadata)
+        file, written, size = cast("tuple[Path, int, int]", key[:3])
+        known = content_hash(file, written, size)
+        return _reference(adapter)._replace(key=key, metadata=loaded.metadata, hash=known)
 
     def metadata(self, adapter: Wanted) -> AdapterMetadata:
         """Read the metadata of an adapter's file, such as its trigger words; nothing is loaded.

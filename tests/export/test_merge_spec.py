@@ -11,8 +11,9 @@ import torch
 
 from dora_diffusion.cli.main import main
 from dora_diffusion.export import export_checkpoint, verify_checkpoint
-from dora_diffusion.export.merge_spec import MergeSpec, file_hash
+from dora_diffusion.export.merge_spec import MergeSpec
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
+from dora_diffusion.formats.files.stream import file_hash
 from dora_diffusion.numerics.merging import merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights, MergeStrengths, Strengths
 from tests.export.helpers import MakeAdapter, tensors_of

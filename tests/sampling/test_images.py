@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import base64
 import errno
+import hashlib
 import io
+import json
+import random
+import re
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
+import dora_diffusion
 from dora_diffusion.data.images import PhotoError, open_photo
 from dora_diffusion.formats.files.atomic import DiskFullError
-from dora_diffusion.numerics.weights import Strengths
+from dora_diffusion.models.schedulers import SCHEDULERS, scheduler_of
+from dora_diffusion.numerics.weights import MergeStrengths, Strengths
 from dora_diffusion.sampling.generate import SamplingSettings
 from dora_diffusion.sampling.images import (
+    UsedAdapter,
     parameters_text,
     parse_parameters,
+    read_fields,
     read_parameters,
-    save_png,
+    save_image,
+    settings_of,
     thumbnail,
 )
 
 SETTINGS = SamplingSettings(steps=20, guidance_scale=7.0, scheduler="euler_a")
+SUFFIXES = (".png", ".jpg", ".JPEG", ".webp")
+VERSION = f"dora_diffusion {dora_diffusion.__version__}"
 IMAGE = Image.new("RGB", (16, 8), "teal")
 FULL = SamplingSettings(
     steps=20, guidance_scale=7.5, scheduler="dpm++_karras", negative_prompt="blurred,\nsmall"
@@ -61,7 +72,7 @@ def text_chunks(file: Path) -> list[tuple[str, str, str]]:
 )
 def test_the_chunk_is_one_that_every_png_reader_understands(prompt, kind, tmp_path):
     text = parameters_text(prompt, 7, SETTINGS, IMAGE.size, "embedded:tiny-sd")
-    file = save_png(IMAGE, tmp_path / "image.png", text)
+    file = save_image(IMAGE, tmp_path / "image.png", text)
     assert text_chunks(file) == [(kind, "parameters", text)]
     assert read_parameters(file) == text
     assert parse_parameters(text)["Prompt"] == prompt
@@ -75,9 +86,9 @@ def test_the_chunk_is_one_that_every_png_reader_understands(prompt, kind, tmp_pa
         ("{home}/models/base", "base"),
         ("{home}/models/base/", "base"),
         ("models/base", "base"),
-        ("./models/base.safetensors", "base.safetensors"),
+        ("./models/base.safetensors", "base"),
         ("~/models/base", "base"),
-        ("C:\\Users\\me\\base.safetensors", "base.safetensors"),
+        ("C:\\Users\\me\\base.safetensors", "base"),
     ],
 )  # fmt: skip
 def test_no_folder_of_this_computer_is_in_it(model, shown, tmp_path, monkeypatch):
@@ -85,21 +96,27 @@ def test_no_folder_of_this_computer_is_in_it(model, shown, tmp_path, monkeypatch
     (home / "models" / "base").mkdir(parents=True)
     (home / "models" / "base.safetensors").touch()
     (home / "run").mkdir()
+    (home / "run" / "pytorch_lora_weights.safetensors").write_bytes(bytes(8) + b"data")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(home)
     for adapter in ("run", str(home / "run"), "./run/"):
         text = parameters_text(
-            "a sks dog", 7, SETTINGS, (16, 8), model.format(home=home), adapter, Strengths(0.5)
-        )
+            "a sks dog", 7, SETTINGS, (16, 8), model.format(home=home),
+            [UsedAdapter.of(adapter, Strengths(0.5))],
+        )  # fmt: skip
         facts = parse_parameters(text)
         assert facts["Model"] == shown
-        assert facts["Adapter"] == "run"
+        assert (facts["Adapter"], facts["Adapter strength"]) == ("run", "0.5")
+        digest = hashlib.sha256(b"data").hexdigest()[:12]
+        assert facts["Lora hashes"] == f"run: {digest}"
+        is_file = shown == "base" and "safetensors" in model and "Users" not in model
+        assert facts.get("Model hash") == (hashlib.sha256().hexdigest()[:10] if is_file else None)
         for private in ("private-home", "models/", "Users"):
             assert private not in text
 
 
 def test_a_full_disk_keeps_the_old_image_and_says_so(tmp_path, monkeypatch):
-    old = save_png(IMAGE, tmp_path / "image.png", "old")
+    old = save_image(IMAGE, tmp_path / "image.png", "old")
     before = old.read_bytes()
 
     def full(self, data):
@@ -109,16 +126,16 @@ def test_a_full_disk_keeps_the_old_image_and_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(DiskFullError, match=r"the disk is full: image\.png .* unchanged"):
-        save_png(Image.new("RGB", (16, 8), "red"), old, "new")
+        save_image(Image.new("RGB", (16, 8), "red"), old, "new")
     with pytest.raises(DiskFullError, match=r"other\.png .* no file was left behind"):
-        save_png(IMAGE, tmp_path / "other.png")
+        save_image(IMAGE, tmp_path / "other.png")
     assert old.read_bytes() == before
     assert list(tmp_path.iterdir()) == [old]
 
 
 def test_an_image_is_replaced_whole(tmp_path):
-    file = save_png(IMAGE, tmp_path / "image.png", "old")
-    save_png(Image.new("RGB", (4, 4), "red"), file, "new")
+    file = save_image(IMAGE, tmp_path / "image.png", "old")
+    save_image(Image.new("RGB", (4, 4), "red"), file, "new")
     assert read_parameters(file) == "new"
     with Image.open(file) as image:
         assert np.array_equal(np.asarray(image), np.full((4, 4, 3), (255, 0, 0)))
@@ -131,15 +148,19 @@ def test_parameters_are_written_as_a1111_writes_them():
         FULL,
         (512, 768),
         "/home/me/models/base: one",
-        "out/run",
-        Strengths(0.8, 1, 0.5),
+        [
+            UsedAdapter("run", MergeStrengths(0.8, 1, 0.5), "0123456789ab"),
+            UsedAdapter("a:b", MergeStrengths(0.5, text_encoder_strength=0.5), "ba9876543210"),
+        ],
+        extra={"Clip skip": 2},
     )
     assert text.splitlines() == [
-        "a photo of a sks dog",
+        "a photo of a sks dog <lora:run:0.8> <lora:a_b:0.25:0.5>",
         "Negative prompt: blurred,",
         "small",
-        "Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: 12, Size: 512x768, "
-        'Model: "base: one", Adapter: run, Adapter strength: 0.8, Magnitude strength: 0.5',
+        "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 12, "
+        'Size: 512x768, Model: "base: one", Clip skip: 2, Magnitude strength: 0.5, '
+        f'Lora hashes: "run: 0123456789ab, a_b: ba9876543210", Version: {VERSION}',
     ]
 
 
@@ -150,7 +171,7 @@ def test_a_png_keeps_its_parameters(tmp_path, prompt):
     path = tmp_path / "new" / "image.png"
     image = Image.new("RGB", (16, 8), "teal")
     text = parameters_text(prompt, 12, FULL, image.size, "embedded:tiny-sd")
-    save_png(image, path, text)
+    save_image(image, path, text)
     assert read_parameters(path) == text
     facts = parse_parameters(text)
     assert facts["Prompt"] == prompt
@@ -166,7 +187,8 @@ def test_parameters_of_a1111_are_read():
         "a castle, <lora:x:1>\nNegative prompt: fog\nSteps: 30, Sampler: Euler a, CFG scale: 6, "
         'Seed: 99, Size: 512x512, Lora hashes: "x: abc, y: def", Version: v1.10.1'
     )
-    assert facts["Prompt"] == "a castle, <lora:x:1>"
+    assert facts["Prompt"] == "a castle,"
+    assert (facts["Adapter"], facts["Adapter strength"]) == ("x", "1")
     assert facts["Negative prompt"] == "fog"
     assert facts["Sampler"] == "euler_a"
     assert facts["Lora hashes"] == "x: abc, y: def"
@@ -174,19 +196,20 @@ def test_parameters_of_a1111_are_read():
 
 
 def test_an_image_without_parameters_gives_none(tmp_path):
-    save_png(Image.new("RGB", (4, 4)), tmp_path / "x.png")
-    assert read_parameters(tmp_path / "x.png") is None
+    for suffix in SUFFIXES:
+        save_image(Image.new("RGB", (4, 4)), tmp_path / f"x{suffix}")
+        assert read_parameters(tmp_path / f"x{suffix}") is None
 
 
 def test_a_failed_save_keeps_the_old_image(tmp_path, monkeypatch):
-    path = save_png(Image.new("RGB", (4, 4), "red"), tmp_path / "x.png", "old")
+    path = save_image(Image.new("RGB", (4, 4), "red"), tmp_path / "x.png", "old")
 
     def fail(self, file, **kwargs):
         raise OSError(5, "broken disk")
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="broken disk"):
-        save_png(Image.new("RGB", (4, 4), "blue"), path, "new")
+        save_image(Image.new("RGB", (4, 4), "blue"), path, "new")
     assert read_parameters(path) == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -217,3 +240,255 @@ def test_a_quoted_value_that_is_no_json_is_taken_as_it_stands(value: str) -> Non
     """As other programs write it, or a hand."""
     facts = parse_parameters(f"a mug\nSteps: 2, Model: {value}, Seed: 5")
     assert (facts["Model"], facts["Seed"]) == (value.strip('"'), "5")
+
+
+def read_by_a1111(text: str) -> dict[str, str]:
+    """The values that A1111 reads, by the rules of its format.
+
+    The last line holds fields where it has three of them at least: a name of a word character and
+    one or more of words, spaces, - and /, a colon, and a value in double quotes or up to the comma.
+    A value in quotes is JSON. Of what is above, all from "Negative prompt:" on is negative; each
+    line is stripped. A value such as 512x768 is two.
+    """
+    field = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+    *lines, last = text.strip().split("\n")
+    if len(field.findall(last)) < 3:
+        lines, last = [*lines, last], ""
+    texts: dict[str, list[str]] = {"Prompt": [], "Negative prompt": []}
+    into = "Prompt"
+    for line in (line.strip() for line in lines):
+        if line.startswith("Negative prompt:"):
+            into, line = "Negative prompt", line[16:].strip()
+        texts[into].append(line)
+    found = {name: "\n".join(lines) for name, lines in texts.items()}
+    for name, value in field.findall(last):
+        if value[0] == value[-1] == '"':
+            value = json.loads(value)
+        if size := re.match(r"^(\d+)x(\d+)$", value):
+            found |= {f"{name}-1": size[1], f"{name}-2": size[2]}
+        else:
+            found[name] = value
+    networks = [tag[1:-1].split(":")[1:] for tag in re.findall(r"<lora:[^>]+>", found["Prompt"])]
+    found["Prompt"] = re.sub(r"<\w+:[^>]+>", "", found["Prompt"]).strip()
+    return found | {"networks": networks}
+
+
+def words(rng: random.Random, most: int) -> str:
+    """A text of what people write, and of what separates fields."""
+    pieces = [
+        "dog", "a:b", "x, y", '"quoted"', "\\", "Negative prompt: fog", "Steps: 20, Seed: 3", "\n",
+        "(red:1.2)", "[blue]", "狗", "🐕", "año", "  ", "<sks>", ": ", ", ", "50%", "{a|b}",
+    ]  # fmt: skip
+    return "sks " + " ".join(rng.choice(pieces) for _ in range(rng.randint(0, most)))
+
+
+@pytest.mark.parametrize("number", range(200))
+def test_random_settings_are_read_again_and_by_a1111(number, tmp_path):
+    rng = random.Random(number)
+    settings = SamplingSettings(
+        steps=rng.randint(1, 150),
+        guidance_scale=rng.choice([0, 1, 7.5, rng.uniform(0, 30), 1e-7]),
+        guidance_rescale=rng.choice([0.0, 0.7, rng.random()]),
+        scheduler=rng.choice([None, *SCHEDULERS]),
+        width=8 * rng.randint(1, 256),
+        height=8 * rng.randint(1, 256),
+        negative_prompt=words(rng, 6) if rng.random() < 0.7 else "",
+    )
+    seed, prompt, model = (
+        rng.randrange(2**63),
+        words(rng, 8),
+        re.sub(r"[\n\\]", "", words(rng, 3)).strip(),
+    )
+    kinds = rng.uniform(-2, 2), rng.choice([1.0, 0.25])
+    adapters = [
+        UsedAdapter(
+            f"my {i}.v",
+            MergeStrengths(rng.uniform(-1, 2), *kinds, unet_strength=rng.choice([1, 0.5])),
+            f"{rng.randrange(16**12):012x}",
+        )
+        for i in range(rng.randint(0, 3))
+    ]
+    size = (settings.width, settings.height)
+    text = parameters_text(prompt, seed, settings, size, model, adapters, extra={"Clip skip": 2})
+    path = save_image(IMAGE, tmp_path / f"x{rng.choice(SUFFIXES)}", text)
+    assert read_parameters(path) == text
+    fields, theirs = read_fields(path), read_by_a1111(text)
+    values, unread = settings_of(fields)
+    assert unread == []
+    for name, said in (("prompt", prompt), ("negative_prompt", settings.negative_prompt)):
+        # To a tokenizer all spaces are one.
+        assert values[name].split() == said.split()
+        assert theirs[name.capitalize().replace("_", " ")].split() == said.split()
+    for name in ("steps", "guidance_scale", "width", "height"):
+        assert values[name] == getattr(settings, name)
+    assert values.get("guidance_rescale", 0) == settings.guidance_rescale
+    assert values.get("scheduler") == settings.scheduler
+    assert (values["seed"], theirs["Seed"]) == (seed, str(seed))
+    assert (theirs["Size-1"], theirs["Size-2"]) == tuple(map(str, size))
+    assert (int(theirs["Steps"]), float(theirs["CFG scale"])) == (
+        settings.steps, settings.guidance_scale,
+    )  # fmt: skip
+    assert fields["Model"] == theirs["Model"] == model
+    assert theirs.get("Lora hashes") == (", ".join(f"{a.name}: {a.hash}" for a in adapters) or None)
+    for network, adapter in zip(theirs["networks"], adapters, strict=True):
+        name, *strengths = network
+        own = adapter.strengths
+        assert name == adapter.name
+        # The text encoders' is first, and without another the UNet's too.
+        assert [float(strengths[0]), float(strengths[-1])] == [
+            own.strength, own.strength * own.unet_strength,
+        ]  # fmt: skip
+    if adapters:
+        assert values.get("direction_strength", 1) == kinds[0]
+        assert values.get("magnitude_strength", 1) == kinds[1]
+
+
+WORKFLOW = {
+    "3": {"class_type": "KSampler", "inputs": {
+        "seed": 156680208700286, "steps": 20, "cfg": 8.0, "sampler_name": "dpmpp_2m",
+        "scheduler": "karras", "denoise": 1.0, "model": ["11", 0], "positive": ["6", 0],
+        "negative": ["7", 0], "latent_image": ["5", 0]}},
+    "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sd 1,5.safetensors"}},
+    "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 512, "height": 768}},
+    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a sks dog, 8k", "clip": ["11", 1]}},
+    "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "text: watermark", "clip": ["10", 1]}},
+    "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
+    "9": {"class_type": "SaveImage", "inputs": {"filename_prefix": "x", "images": ["8", 0]}},
+    "10": {"class_type": "LoraLoader", "inputs": {
+        "lora_name": "dog.safetensors", "strength_model": 0.7, "strength_clip": 0.7,
+        "model": ["4", 0], "clip": ["4", 1]}},
+    "11": {"class_type": "LoraLoader", "inputs": {
+        "lora_name": "cat.safetensors", "strength_model": 0.5, "strength_clip": 1,
+        "model": ["10", 0], "clip": ["10", 1]}},
+    "12": {"class_type": "UpscaleModelLoader", "inputs": {"model_name": "4x.pth"}},
+}  # fmt: skip
+
+
+def save_workflow(path: Path, workflow: object) -> Path:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("prompt", workflow if isinstance(workflow, str) else json.dumps(workflow))
+    IMAGE.save(path, pnginfo=info)
+    return path
+
+
+def test_a_plain_workflow_of_comfyui_is_read_and_the_rest_of_it_named(tmp_path):
+    fields = read_fields(save_workflow(tmp_path / "x.png", WORKFLOW))
+    values, unread = settings_of(fields)
+    assert values == {
+        "prompt": "a sks dog, 8k", "negative_prompt": "text: watermark", "steps": 20,
+        "guidance_scale": 8.0, "seed": 156680208700286, "width": 512, "height": 768,
+        "scheduler": "dpm++_karras",
+    }  # fmt: skip
+    assert (fields["Adapter"], fields["Adapter strength"]) == ("dog, cat", "0.7, 1:0.5")
+    assert fields["Model"] == "sd 1,5"
+    assert unread == ["Other nodes: UpscaleModelLoader"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"3": None},
+        {"20": WORKFLOW["3"]},
+        {"3": {"class_type": "KSampler"}},
+        {"3": {"class_type": "KSampler", "inputs": {"model": ["3", 0], "seed": {}}}},
+        {"10": {**WORKFLOW["10"], "inputs": {"model": ["11", 0]}}},
+        {"6": {"class_type": "CLIPTextEncode", "inputs": {"text": ["99", 0]}}},
+    ],
+    ids=str,
+)
+def test_other_workflows_are_no_crash(change, tmp_path):
+    path = save_workflow(tmp_path / "x.png", WORKFLOW | change)
+    text = read_parameters(path)
+    assert (text is None) == (len(text or "") == 0 or "20" in change or change == {"3": None})
+    if text:
+        settings_of(read_fields(path))
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "null", "1", "[" * 100_000, '{"1": 2}'])
+def test_what_is_no_workflow_says_nothing(text, tmp_path):
+    path = save_workflow(tmp_path / "x.png", text)
+    assert read_parameters(path) is None
+    with pytest.raises(PhotoError, match=r"x\.png does not say how it was made"):
+        read_fields(path)
+
+
+def test_files_that_cannot_be_read_are_one_line(tmp_path):
+    (tmp_path / "text.png").write_text("no image", encoding="utf-8")
+    # 40,000 x 40,000 pixels in a header.
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk
+    (tmp_path / "bomb.png").write_bytes(bomb + struct.pack(">I", zlib.crc32(chunk)) + bytes(64))
+    for name in ("text.png", "bomb.png", "nowhere.png"):
+        with pytest.raises(PhotoError, match=f"{name} cannot be read") as error:
+            read_fields(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("order", ["utf-16-be", "utf-16-le"])
+def test_comments_of_either_order_of_bytes_are_read(order, tmp_path):
+    exif = Image.Exif()
+    text = "a dog, 狗\nSteps: 2, CFG scale: 7, Seed: 3"
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode(order)
+    IMAGE.save(tmp_path / "x.jpg", exif=exif)
+    assert read_parameters(tmp_path / "x.jpg") == text
+    exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0a dog\0"
+    IMAGE.save(tmp_path / "x.jpg", exif=exif)
+    assert read_parameters(tmp_path / "x.jpg") == "a dog"
+    exif.get_ifd(0x8769)[0x9286] = b"JIS\0\0\0\0\0\xff"
+    IMAGE.save(tmp_path / "x.jpg", exif=exif)
+    assert read_parameters(tmp_path / "x.jpg") is None
+
+
+def test_a_comment_is_where_the_standard_has_it(tmp_path):
+    """Read by the rules of TIFF: IFD 0, its tag 0x8769, and there tag 0x9286 of type 7."""
+    text = "un año, 狗"
+    data = save_image(IMAGE, tmp_path / "x.jpg", text).read_bytes()
+    tiff = data[data.index(b"Exif\0\0") + 6 :]
+    order = {b"MM": ">", b"II": "<"}[tiff[:2]]
+
+    def entries(at: int) -> dict[int, tuple[int, int, int]]:
+        (count,) = struct.unpack_from(f"{order}H", tiff, at)
+        rows = (struct.unpack_from(f"{order}HHII", tiff, at + 2 + 12 * n) for n in range(count))
+        return {row[0]: row[1:] for row in rows}
+
+    (first,) = struct.unpack_from(f"{order}I", tiff, 4)
+    kind, count, at = entries(entries(first)[0x8769][2])[0x9286]
+    assert (kind, tiff[at : at + 8]) == (7, b"UNICODE\0")
+    assert tiff[at + 8 : at + count].decode("utf-16-be") == text
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule", "name"),
+    [
+        *((s.a1111, s.schedule, name) for name, s in SCHEDULERS.items()),
+        ("DPM++ 2M Karras", None, "dpm++_karras"),
+        ("DPM++ 2M", None, "dpm++"),
+        ("DPM++ 2M", "Automatic", "dpm++_karras"),
+        ("Euler", None, "euler"),
+        ("Euler a", "Uniform", "euler_a"),
+        ("Euler", "Align Your Steps", None),
+        ("Restart", None, None),
+    ],
+)
+def test_samplers_are_known_by_the_names_that_a1111_gives_them(sampler, schedule, name):
+    assert scheduler_of(sampler, schedule) == name
+
+
+def test_what_an_image_of_a1111_says_beyond_our_settings_is_named():
+    fields = parse_parameters(
+        "a castle <lora:x:0.5:0.7> <hypernet:y:1>\nSteps: 30, Sampler: Restart, Schedule type: "
+        "Karras, CFG scale: 6, Seed: x, Size: 512, Face restoration: CodeFormer, RNG: CPU"
+    )
+    values, unread = settings_of(fields)
+    assert values == {
+        "prompt": "a castle ",
+        "negative_prompt": "",
+        "steps": 30,
+        "guidance_scale": 6,
+    }
+    assert (fields["Adapter"], fields["Adapter strength"]) == ("x", "0.5:0.7")
+    assert unread == [
+        "<hypernet:y:1>", "Sampler: Restart", "Schedule type: Karras", "Seed: x", "Size: 512",
+        "Face restoration: CodeFormer", "RNG: CPU",
+    ]  # fmt: skip

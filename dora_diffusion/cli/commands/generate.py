@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +14,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dora_diffusion.cli.console.progress import progress
 from dora_diffusion.cli.settings import AdaptedModel, Overwrite, Sampling
 from dora_diffusion.config import ConfigError
-from dora_diffusion.config.fields import REQUIRED, Need, flag, require
-from dora_diffusion.config.file import read_yaml
+from dora_diffusion.config.fields import REQUIRED, TOKENS_PER_CHUNK, Need, flag, require
+from dora_diffusion.config.file import read_config_file, read_yaml
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.files.atomic import require_writable
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+    from typing_extensions import Self
+
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
+    from dora_diffusion.models.components import Components
     from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.sampling.pool import AdapterPool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +54,12 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         "Folder of wildcard files: __colours__ is a line of its colours.txt.",
         needs=(Need("wildcards"),),
     )
-    output: str = flag(REQUIRED, "Image file, X.png.")
+    output: str = flag(REQUIRED, "Image file: X.png, X.jpg or X.webp.")
+    repeat: str | None = flag(
+        None,
+        "Image to repeat (PNG, JPEG, WebP) with the prompt, seed and settings in it, of this "
+        "program, A1111 or a plain workflow of ComfyUI. Flags take precedence.",
+    )
     image: str | None = flag(None, "Of an inpainting model: image to paint into, cut to the size.")
     mask_image: str | None = flag(
         None,
@@ -75,16 +87,28 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         choices=("none", "model"),
     )
 
+    @classmethod
+    def read(cls, given: Mapping[str, Any], file: str | None = None) -> Self:
+        """Make them of what a command line gives, over a YAML file, over an image to repeat.
+
+        Raises:
+            ConfigError, PhotoError: If one of these cannot be read, or a value is not valid.
+        """
+        values = {**(read_config_file(file) if file else {}), **given}
+        image = values.get("repeat")
+        found = repeated_settings(str(image)) if image else {}
+        return super().read({n: v for n, v in found.items() if n not in values} | dict(given), file)
+
     def perform(self) -> int:
         """Generate images, and write them with what made them."""
         rows = _rows(self)
         from dora_diffusion.numerics.weights import Strengths
-        from dora_diffusion.sampling.generate import generate_images
-        from dora_diffusion.sampling.images import parameters_text, save_png
-        from dora_diffusion.sampling.pool import AdapterPool, ImageRow
+        from dora_diffusion.sampling.images import UsedAdapter, parameters_text, save_image
+        from dora_diffusion.sampling.pool import AdapterPool
 
-        settings = _settings(self)
+        settings, repeated = _settings(self), _Repeated.of(self)
         components, metadata = self.load(self.adapter, offload=self.offload)
+        components = repeated.reading(components, self)
         lacking = [
             name for name in components.family.image_arguments if getattr(self, name) is None
         ]
@@ -93,11 +117,8 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
             f"{self.base} is an inpainting model: give --image, and --mask_image of the same size, "
             "white where to paint (all white to paint the whole image)",
         )
-        pool = AdapterPool(
-            components,
-            clip_skip=self.clip_skip,
-            max_token_length=self.max_token_length,
-        )
+        reading = {"clip_skip": self.clip_skip, "max_token_length": self.max_token_length}
+        pool = AdapterPool(components, **reading)
         readings = {row.adapter: components for row in rows}
         if self.adapters_file:
             readings = {row.adapter: pool.components_for(row.adapter) for row in rows}
@@ -105,6 +126,30 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         else:
             told = {rows[0].adapter: metadata}
         _warn_of_triggers(rows, told, self)
+        images = self._sample(rows, components, pool, settings, repeated)
+        for number, (row, image) in enumerate(zip(rows, images, strict=True)):
+            own = Strengths() if self.adapters_file else self.strengths
+            strengths = replace(own, strength=row.strength)
+            used = [UsedAdapter.of(row.adapter, strengths)] if row.adapter else []
+            extra = self._facts(number, len(rows), readings[row.adapter], repeated)
+            text = parameters_text(
+                row.prompt, row.seed, settings, image.size, self.base, used, extra=extra
+            )
+            save_image(image, row.path, text)
+            print(f"{row.path} (seed {row.seed})")
+        return 0
+
+    def _sample(
+        self,
+        rows: Sequence[_Row],
+        components: Components,
+        pool: AdapterPool,
+        settings: SamplingSettings,
+        repeated: _Repeated,
+    ) -> list[Image]:
+        from dora_diffusion.sampling.generate import generate_images
+        from dora_diffusion.sampling.pool import ImageRow
+
         shared: dict[str, Any] = {"batch_size": self.batch_size, "require_finite": True}
         with progress("generating images", "step") as show:
             if self.adapters_file:
@@ -112,26 +157,152 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
                     ImageRow(row.prompt, row.seed, row.adapter and (row.adapter, row.strength))
                     for row in rows
                 ]
-                images = pool.generate(of_pool, settings, on_step=show, **shared)
-            else:
-                images = generate_images(
-                    components,
-                    [row.prompt for row in rows] if self.wildcards else self.prompt or "",
-                    [row.seed for row in rows],
-                    settings,
-                    on_step=lambda done, steps: show(done * len(rows), steps * len(rows)),
-                    **shared,
+                return pool.generate(of_pool, settings, on_step=show, **shared)
+            seeds = [row.seed for row in rows]
+            if repeated.batch > 1:
+                # The others change nothing but how products are rounded.
+                seeds = [seeds[0] - repeated.position + n for n in range(repeated.batch)]
+                shared["batch_size"] = repeated.batch
+            images = generate_images(
+                components,
+                [row.prompt for row in rows] if self.wildcards else rows[0].prompt,
+                seeds,
+                settings,
+                on_step=lambda done, steps: show(done * len(rows), steps * len(rows)),
+                **shared,
+            )
+            return images[repeated.position :][: len(rows)]
+
+    def _facts(
+        self, number: int, count: int, components: Components, repeated: _Repeated
+    ) -> dict[str, object]:
+        """Return the fields of an image's text besides those of `SamplingSettings`."""
+        from dora_diffusion.sampling import images
+
+        facts: dict[str, object] = dict(components.clip_skip_parameter)
+        if components.max_token_length != TOKENS_PER_CHUNK:
+            facts[images.TOKEN_LENGTH] = components.max_token_length
+        start = number - number % self.batch_size
+        size, place = min(self.batch_size, count - start), number - start
+        if repeated.batch > 1:
+            size, place = repeated.batch, repeated.position
+        if size > 1 and not self.adapters_file:
+            facts |= {images.BATCH_SIZE: size, images.BATCH_POSITION: place}
+        loaded = {s.name: getattr(self, s.name) for s in self.settings() if s.name in _LOADED}
+        usual = {s.name: s.default for s in self.settings()}
+        moved = {name: value for name, value in loaded.items() if value != usual[name]}
+        return facts | ({images.LOADED: json.dumps(moved)} if moved else {})
+
+
+# Settings of a base that change the numbers, beside its name.
+_LOADED = (
+    "variant", "revision", "dtype", "compile", "quantize", "quantize_convolutions",
+    "prediction_type", "zero_terminal_snr", "alpha",
+)  # fmt: skip
+_MOST_REPEATED = 64
+
+
+def repeated_settings(file: str) -> dict[str, Any]:
+    """The settings that an image's text gives.
+
+    Raises:
+        PhotoError: If the file says nothing of how it was made.
+
+    Warns:
+        UserWarning: Of what has no meaning here.
+    """
+    from dora_diffusion.sampling.images import LOADED, OWN_VERSION, read_fields, settings_of
+
+    fields = read_fields(file)
+    values, unread = settings_of(fields)
+    skip, is_own = values.pop("clip_skip", None), fields.get("Version", "").startswith(OWN_VERSION)
+    if skip is None and is_own:
+        values["clip_skip"] = 0
+    # Web UIs read all of a prompt.
+    values.setdefault("max_token_length", TOKENS_PER_CHUNK if is_own else 0)
+    strength = fields.get("Adapter strength", "")
+    with contextlib.suppress(ValueError):
+        values["strength"] = float(strength)
+    with contextlib.suppress(ValueError, AttributeError):
+        loaded = json.loads(fields.get(LOADED, "{}"))
+        values |= {name: value for name, value in loaded.items() if name in _LOADED}
+    if unread:
+        warnings.warn(
+            f"of {Path(file).name}, this has no meaning here: {'; '.join(unread)}", stacklevel=2
+        )
+    return values
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """What an image to repeat says that no setting holds.
+
+    Attributes:
+        fields: Its text; empty where none is to be repeated.
+        batch: Images of the batch that it is repeated in.
+        position: Its place there.
+    """
+
+    fields: Mapping[str, str]
+    batch: int = 1
+    position: int = 0
+
+    @classmethod
+    def of(cls, args: GenerateSettings) -> _Repeated:
+        """Read the image, and warn of another base or adapter than it was made with.
+
+        Raises:
+            ConfigError: If it was made with an adapter, and none is given.
+        """
+        if args.repeat is None:
+            return cls({})
+        from dora_diffusion.sampling.images import (
+            BATCH_POSITION,
+            BATCH_SIZE,
+            model_name,
+            read_fields,
+        )
+
+        name, fields = Path(args.repeat).name, read_fields(args.repeat)
+        adapter, model = fields.get("Adapter"), fields.get("Model", model_name(args.base))
+        require(
+            not adapter or args.adapter is not None,
+            f"{name} was made with the adapter {adapter}; give its file with --adapter",
+        )
+        if model != model_name(args.base):
+            warnings.warn(f"{name} was made with the model {model}, not {args.base}", stacklevel=3)
+        cls._check_adapter(name, fields, args)
+        place = [fields.get(key, "") for key in (BATCH_SIZE, BATCH_POSITION)]
+        size, position = (int(text) if text.isdecimal() else 0 for text in place)
+        is_alone = args.num_images == 1 and fields.get("Seed") == str(args.seed)
+        if is_alone and position < size <= _MOST_REPEATED and position <= (args.seed or 0):
+            return cls(fields, size, position)
+        return cls(fields)
+
+    @staticmethod
+    def _check_adapter(name: str, fields: Mapping[str, str], args: GenerateSettings) -> None:
+        from dora_diffusion.sampling.images import UsedAdapter
+
+        known = fields.get("Lora hashes", "")
+        if known and args.adapter is not None:
+            own = UsedAdapter.of(args.adapter).hash
+            if own and own not in known:
+                warnings.warn(
+                    f"{name} was made with another adapter file ({known}) than {args.adapter} "
+                    f"({own})",
+                    stacklevel=4,
                 )
-        for row, image in zip(rows, images, strict=True):
-            own = Strengths() if self.adapters_file else self.strengths
-            strengths = replace(own, strength=row.strength)
-            text = parameters_text(
-                row.prompt, row.seed, settings, image.size, self.base, row.adapter, strengths,
-                extra=readings[row.adapter].clip_skip_parameter,
-            )  # fmt: skip
-            save_png(image, row.path, text)
-            print(f"{row.path} (seed {row.seed})")
-        return 0
+
+    def reading(self, components: Components, args: GenerateSettings) -> Components:
+        """The model, with the image's clip skip, which web UIs count by the model's family."""
+        text = self.fields.get("Clip skip", "")
+        if args.clip_skip is not None or not text.isdecimal():
+            return components
+        own = int(text) - components.family.web_ui_clip_skip(0)
+        return components.reading(max(0, own), None, is_told=False)
+
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class _Row(NamedTuple):
@@ -197,8 +368,9 @@ def _rows(args: GenerateSettings) -> list[_Row]:
             written.
     """
     output = Path(args.output)
-    if output.suffix.lower() != ".png":
-        raise ConfigError(f"output {output} must end in .png")
+    require(
+        output.suffix.lower() in _SUFFIXES, f"output {output} must end in {', '.join(_SUFFIXES)}"
+    )
     entries = _entries(args) if args.adapters_file else [{}] * args.num_images
     first = secrets.randbelow(2**32) if args.seed is None else args.seed
     if not 0 <= first <= 2**63 - len(entries):
@@ -212,10 +384,20 @@ def _rows(args: GenerateSettings) -> list[_Row]:
         require(prompt is not None, f"{place} has no prompt; say with --prompt what to show")
         suffix = f"-{number + 1}" if args.adapters_file else f"-{seed}" if len(entries) > 1 else ""
         adapter = entry.get("adapter", args.adapter)
+        text = drawn(str(prompt), seed)
+        require(
+            "<lora:" not in text,
+            f"the prompt {quoted(text)} holds <lora:...>, as web UIs load an adapter; give its "
+            "file with --adapter",
+        )
+        require(
+            not text.strip().startswith("Negative prompt:"),
+            "the prompt begins with 'Negative prompt:'; give that with --negative_prompt",
+        )
         strength = entry.get("strength", 1.0 if args.adapters_file else args.strength)
         require_strength(f"strength of {place}" if args.adapters_file else "strength", strength)
         path = output.with_stem(output.stem + suffix)
-        rows.append(_Row(drawn(str(prompt), seed), seed, adapter, strength, path))
+        rows.append(_Row(text, seed, adapter, strength, path))
     existing = next((row.path for row in rows if row.path.exists()), None)
     if existing and not args.overwrite:
         raise ConfigError(

@@ -217,12 +217,15 @@ class Engine:
         from dora_diffusion.models.text import token_limit, truncated_text
         from dora_diffusion.numerics.weights import Strengths
         from dora_diffusion.sampling.generate import lacks_trigger
-        from dora_diffusion.sampling.images import parameters_text, png_bytes
+        from dora_diffusion.sampling.images import UsedAdapter, image_bytes, parameters_text
 
         request, components = asked.request, self.pool.components_for(row.adapter)
+        strengths, pinned = Strengths(request.strength), row.adapter
+        used = [UsedAdapter(request.adapter or "", strengths, getattr(pinned, "hash", ""))]
         text = parameters_text(
-            row.prompt, row.seed, request.settings(), image.size, self.name, request.adapter,
-            Strengths(request.strength), extra=components.clip_skip_parameter,
+            row.prompt, row.seed, request.settings(), image.size, self.name,
+            used if pinned else (),
+            extra=components.clip_skip_parameter,
         )  # fmt: skip
         notes, metadata = [], self.pool.metadata(row.adapter)
         if lacks_trigger(row.prompt, metadata):
@@ -233,4 +236,4 @@ class Engine:
             if end:
                 limit = token_limit(components)
                 notes.append(f"the {what} is longer than {limit}; its end was not read: {end}")
-        return ApiAnswer(png_bytes(image, text), row.seed, tuple(notes))
+        return ApiAnswer(image_bytes(image, text), row.seed, tuple(notes))

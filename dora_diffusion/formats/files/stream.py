@@ -14,8 +14,9 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
@@ -35,6 +36,7 @@ DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CHUNK = 2**18  # stays in the processor's cache between reading and hashing
 # Suffixes of files that can run code when they are opened, and never are.
 PICKLED = (".ckpt", ".bin", ".pt", ".pth")
 
@@ -232,6 +234,28 @@ def data_hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in _file_order({name: TensorSpec.of(tensor) for name, tensor in tensors.items()}):
         digest.update(_raw(tensors[name]))
+    return digest.hexdigest()
+
+
+def file_hash(files: Sequence[Path], *, is_data: bool = False) -> str:
+    """SHA-256 of one file, or of several one after the other.
+
+    Args:
+        files: The files.
+        is_data: Hash the data of a safetensors file only, which is all behind its header.
+    """
+    blob = files[0].resolve()
+    is_blob = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
+    # The hub's cache names large files so.
+    if len(files) == 1 and is_blob and not is_data:
+        return blob.name
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            if is_data:
+                file.seek(8 + int.from_bytes(file.read(8), "little"))
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
     return digest.hexdigest()
 
 

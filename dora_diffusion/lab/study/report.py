@@ -32,7 +32,7 @@ from dora_diffusion.lab.analysis.plots import (
 from dora_diffusion.lab.study.config import BASE, Study
 from dora_diffusion.lab.study.subjects import StudySubject
 from dora_diffusion.lab.study.trials import RECORDS_FILE, Record
-from dora_diffusion.sampling.images import save_png
+from dora_diffusion.sampling.images import save_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -331,7 +331,7 @@ def _sections(results: Results, output: Path) -> list[Section]:
             Section("Paired differences", text, differences_table(records, study.reference))
         )
     if results.images:
-        file = save_png(image_grid(results), output / "grid.png")
+        file = save_image(image_grid(results), output / "grid.png")
         text = "Each subject's first seed; above, what was asked for."
         sections.append(Section("Images", text, image=file))
     sections += [Section(title, image=file) for title, file in write_plots(records, output).items()]

@@ -29,7 +29,7 @@ from dora_diffusion.lab.study.config import BASE, Asked, Study
 from dora_diffusion.lab.study.subjects import StudySubject
 from dora_diffusion.numerics.devices import device_name
 from dora_diffusion.numerics.quantised import memory_of
-from dora_diffusion.sampling.images import save_png
+from dora_diffusion.sampling.images import save_image
 from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.results.metrics import TrainingError
@@ -272,7 +272,7 @@ def _measure(session: Session, trial: Trial, output: Path, with_image: bool) -> 
             session.components, session.trigger, trial.seed, trial.asked
         )
     if with_image:
-        save_png(image, trial.image(output))
+        save_image(image, trial.image(output))
     return {name: _rounded(value) for name, value in measures.items()}
 
 

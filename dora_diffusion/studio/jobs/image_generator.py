@@ -250,16 +250,15 @@ class ImageGenerator:
         self, request: GenerationRequest, seed: int, image: Image, about: _About, size: Any = None
     ) -> GeneratedImage:
         """Save an image; ``size`` is that of each in a sheet."""
-        from dora_diffusion.sampling.images import parameters_text, save_png
+        from dora_diffusion.sampling.images import UsedAdapter, parameters_text, save_image
 
         unread, more = about
-        # The folder: every run's file has the same name.
-        folder = request.adapter and request.adapter.parent
+        adapters = request.adapter and [UsedAdapter.of(request.adapter, request.strengths)]
         text = parameters_text(
             request.prompt, seed, request.settings, size or image.size, str(request.base.path),
-            folder, request.strengths, extra=more,
+            adapters or (), extra=more,
         )  # fmt: skip
-        path = save_png(image, self.workspace.images / f"{new_id()}-{seed}.png", text)
+        path = save_image(image, self.workspace.images / f"{new_id()}-{seed}.png", text)
         return GeneratedImage(path, seed, text, unread)
 
 

@@ -24,7 +24,7 @@ from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.models.components import Components
 from dora_diffusion.sampling.generate import SamplingSettings, generate_images
-from dora_diffusion.sampling.images import save_png
+from dora_diffusion.sampling.images import save_image
 from dora_diffusion.training.engine.accelerator import shards_model
 from dora_diffusion.training.events import ClassImagesAnnounced, ClassImagesProgress, OnEvent
 from dora_diffusion.training.inputs.subject import Subject, caption_rules
@@ -240,7 +240,7 @@ def ensure_class_images(
             for number, image in zip(batch, generate(prompt, seeds), strict=True):
                 # Caption first, both by rename: an image that is there is complete.
                 save_text(paths[number].with_suffix(".txt"), prompt + "\n")
-                save_png(image, paths[number])
+                save_image(image, paths[number])
             done += len(batch)
             on_image(done, count)
     return dict(given) | dict.fromkeys(paths, "")

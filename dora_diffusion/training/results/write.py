@@ -37,7 +37,7 @@ from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.modules import UNetLayout
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.sampling.generate import SamplingSettings, generate_images
-from dora_diffusion.sampling.images import parameters_text, save_png, thumbnail
+from dora_diffusion.sampling.images import UsedAdapter, parameters_text, save_image, thumbnail
 from dora_diffusion.training.engine.accelerator import set_by_any, shards_model
 from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgress
 from dora_diffusion.training.inputs.subject import caption_rules, prompt_rules
@@ -112,7 +112,7 @@ def write_result(
         """Write it again with what adapter managers show: a sample, never a photo of somebody's."""
         if not session.config.is_full and accelerator.is_main_process:
             with tempfile.TemporaryDirectory() as place:
-                shown = thumbnail(save_png(grid, Path(place) / "thumbnail.png"))
+                shown = thumbnail(save_image(grid, Path(place) / "thumbnail.png"))
             write(folder, dataclasses.replace(metadata, thumbnail=shown))
 
     lost = f"the {weights.noun} is written, but not all of its samples and card"
@@ -377,14 +377,15 @@ class SampleWriter:
             first.settings,
             size,
             self._session.config.pretrained_model_name_or_path,
-            str(self._output_dir) if adapter else None,
+            [UsedAdapter(self._output_dir.resolve().name)] if adapter else (),
             extra=extra,
+            hash_model=False,
         )
 
     def _save(self, name: str, image: Image.Image, parameters: str) -> None:
         if not self._session.accelerator.is_main_process:
             return
-        path = save_png(image, self._output_dir / "samples" / f"{name}.png", parameters)
+        path = save_image(image, self._output_dir / "samples" / f"{name}.png", parameters)
         if not name.startswith("step-"):
             self.files[name] = path
         self._on_event(SampleSaved(name, path))

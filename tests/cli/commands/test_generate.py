@@ -16,7 +16,7 @@ from dora_diffusion.config import AdapterConfig
 from dora_diffusion.data.captions import CaptionRules, Wildcards
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.load import load_components
-from dora_diffusion.sampling.images import parse_parameters, read_parameters
+from dora_diffusion.sampling.images import parse_parameters, read_parameters, save_image
 
 
 @pytest.fixture
@@ -207,7 +207,11 @@ def test_strengths_of_the_command_are_not_those_of_an_adapters_file(
         (("--adapter", "nowhere"), "there is no adapter at nowhere"),
         (("--adapter", "{photos}"), "no adapter file in it"),
         (("--adapter", "{broken}"), "broken.safetensors"),
-        (("--output", "x.jpg"), "x.jpg must end in .png"),
+        (("--output", "x.gif"), "x.gif must end in .png, .jpg"),
+        (("--prompt", "a <lora:x:1> mug"), "give its file with --adapter"),
+        (("--prompt", "Negative prompt: x"), "give that with --negative_prompt"),
+        (("--repeat", "nowhere.png"), "nowhere.png cannot be read"),
+        (("--repeat", "{broken}"), "broken.safetensors cannot be read"),
         (("--num_images", "0"), "num_images is 0"),
         (("--steps", "0"), "steps is 0"),
         (("--width", "33"), "33"),
@@ -341,3 +345,73 @@ def test_wildcards_are_drawn_by_each_images_seed(generate, tmp_path):
     assert (code, "__place__ is of a file; name its folder: wildcard_dir" in error) == (1, True)
     assert generate(max_token_length=100)[1].startswith("error: max_token_length is 100; it must")
     assert "clip_skip is -1; it must not be negative" in generate(clip_skip=-1)[1]
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def repeat(base, source, output, *more):
+    words = ["--base", base, "--repeat", source, "--output", output, "--overwrite", *more]
+    return main(["generate", *map(str, words)])
+
+
+def test_an_image_is_repeated_bit_for_bit(sd1_folder, trained, tmp_path, capsys):
+    flags = ("--adapter", str(trained), "--strength", "0.7", "--direction_strength", "0.9",
+             "--guidance_scale", "4.123456789", "--scheduler", "dpm++_karras", "--width", "40",
+             "--height", "72", "--negative_prompt", "blurry, (red)\nsmall", "--seed", "11",
+             "--clip_skip", "1", "--max_token_length", "150")  # fmt: skip
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    assert run(sd1_folder, first, *flags) == 0
+    assert repeat(sd1_folder, first, again, "--adapter", trained) == 0
+    assert np.array_equal(pixels(first), pixels(again))
+    assert read_parameters(first) == read_parameters(again)
+    assert "warning" not in capsys.readouterr().err
+    # A flag takes precedence; what the others are is still the image's.
+    assert repeat(sd1_folder, first, again, "--adapter", trained, "--seed", "12") == 0
+    changed = parse_parameters(read_parameters(first)) | {"Seed": "12"}
+    assert parse_parameters(read_parameters(again)) == changed
+    assert not np.array_equal(pixels(first), pixels(again))
+    assert repeat(sd1_folder, first, again) == 1
+    error = capsys.readouterr().err
+    assert f"first.png was made with the adapter {trained.name}; give its file with" in error
+
+
+def test_an_image_of_a_batch_is_repeated_bit_for_bit(sd1_folder, tmp_path):
+    flags = ("--seed", "5", "--num_images", "5", "--batch_size", "3", "--scheduler", "euler_a")
+    assert run(sd1_folder, tmp_path / "x.png", *flags) == 0
+    for seed, place in ((5, "0 of 3"), (7, "2 of 3"), (9, "1 of 2")):
+        source = tmp_path / f"x-{seed}.png"
+        fields = parse_parameters(read_parameters(source))
+        assert f"{fields['Batch pos']} of {fields['Batch size']}" == place
+        assert repeat(sd1_folder, source, tmp_path / "again.png") == 0
+        assert np.array_equal(pixels(source), pixels(tmp_path / "again.png"))
+        assert read_parameters(source) == read_parameters(tmp_path / "again.png")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_images_of_other_formats_are_written_and_repeated(suffix, sd1_folder, tmp_path):
+    first = tmp_path / f"first{suffix}"
+    assert run(sd1_folder, first, "--seed", "4", "--dtype", "bfloat16") == 0
+    assert run(sd1_folder, tmp_path / "exact.png", "--seed", "4", "--dtype", "bfloat16") == 0
+    assert repeat(sd1_folder, first, tmp_path / "again.png") == 0
+    assert np.array_equal(pixels(tmp_path / "exact.png"), pixels(tmp_path / "again.png"))
+    assert read_parameters(first) == read_parameters(tmp_path / "again.png")
+    assert np.abs(pixels(first).astype(int) - pixels(tmp_path / "exact.png")).mean() < 20
+
+
+def test_another_base_or_adapter_than_an_images_is_told(sd1_folder, trained, tmp_path, capsys):
+    text = (
+        "a sks mug <lora:dog:0.5>\nSteps: 1, Sampler: Euler, CFG scale: 7, Seed: 3, Size: 64x64, "
+        'Clip skip: 2, Model: other, ENSD: 31337, Lora hashes: "dog: 0123456789ab"'
+    )
+    path = save_image(Image.new("RGB", (8, 8)), tmp_path / "x.png", text)
+    assert repeat(sd1_folder, path, tmp_path / "again.png", "--adapter", trained) == 0
+    error = capsys.readouterr().err
+    assert "of x.png, this has no meaning here: ENSD: 31337" in error
+    assert "x.png was made with the model other, not" in error
+    assert "x.png was made with another adapter file (dog: 0123456789ab) than" in error
+    fields = parse_parameters(read_parameters(tmp_path / "again.png"))
+    assert (fields["Adapter strength"], fields["Clip skip"]) == ("0.5", "2")
+    assert (fields["Sampler"], fields["Max token length"]) == ("euler", "0")

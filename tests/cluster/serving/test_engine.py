@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import shutil
 from pathlib import Path
@@ -65,6 +66,8 @@ def test_each_answer_is_its_adapter_s_and_a_wrong_one_is_one_line(files, sd1_fol
     facts = parse_parameters(Image.open(io.BytesIO(answers[2].png)).info["parameters"])
     assert (facts["Seed"], facts["Adapter"], facts["Model"]) == ("3", "cat", "a/base")
     assert facts["Adapter strength"] == "0.5"
+    data = files["cat"].read_bytes()[8 + int.from_bytes(files["cat"].read_bytes()[:8], "little") :]
+    assert facts["Lora hashes"] == f"cat: {hashlib.sha256(data).hexdigest()[:12]}"
     assert [len(answers[number].notes) for number in (0, 2, 4)] == [0, 1, 1]
     assert "lacks the adapter's trigger word, 'sks cat'" in answers[2].notes[0]
     assert "longer than the model's 77 tokens" in answers[4].notes[0]

@@ -12,7 +12,7 @@ from PIL import Image
 from dora_diffusion.lab.study import report
 from dora_diffusion.lab.study.report import Results, write_report
 from dora_diffusion.lab.study.subjects import find_subject
-from dora_diffusion.sampling.images import save_png
+from dora_diffusion.sampling.images import save_image
 from tests.lab.study.helpers import record, study
 
 
@@ -36,7 +36,7 @@ def results(tmp_path):
                 "points": [{"step": 20, "delta_m": [0.1, 0.2, 0.3], "delta_d": [3e-3, 2e-3, 0]}],
             }  # fmt: skip
             records.append(one)
-    image = save_png(Image.new("RGB", (64, 64), "red"), tmp_path / "images" / "a.png")
+    image = save_image(Image.new("RGB", (64, 64), "red"), tmp_path / "images" / "a.png")
     return Results(given, records, (), {}, subjects, {("lora", subjects[0].name): image})
 
 

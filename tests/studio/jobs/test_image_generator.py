@@ -82,7 +82,8 @@ def test_strength_0_is_the_base_and_1_is_not(
     (full,) = studio.make(ask(finished))
     assert pixels(plain.path) == pixels(base.path)
     assert pixels(full.path) == pixels(adapted.path) != pixels(base.path)
-    assert "Adapter" not in base.parameters
+    assert "<lora:" not in base.parameters
+    assert "<lora:" in adapted.parameters
 
 
 def test_direction_and_magnitude_are_written_into_the_file(

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageStat
 
 from dora_diffusion.data.photos import mask_path
-from dora_diffusion.sampling.images import save_png
+from dora_diffusion.sampling.images import save_image
 from dora_diffusion.studio.jobs import uploads
 from dora_diffusion.studio.jobs.store import UserError
 from dora_diffusion.studio.jobs.uploads import edit_photo, read_generation_settings, store_photos
@@ -209,5 +209,5 @@ def test_only_pictures_that_say_how_they_were_made_load(tmp_path: Path) -> None:
 
 
 def test_settings_load_from_a_grid_that_is_a_strip(tmp_path: Path) -> None:
-    path = save_png(Image.new("RGB", (640, 20)), tmp_path / "a.png", "a dog\nSteps: 3, Seed: 7")
+    path = save_image(Image.new("RGB", (640, 20)), tmp_path / "a.png", "a dog\nSteps: 3, Seed: 7")
     assert read_generation_settings(path)["Seed"] == "7"

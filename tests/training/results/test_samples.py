@@ -123,7 +123,7 @@ def test_samples_that_a_full_disk_refuses_are_a_warning(tiny_run, tmp_path, monk
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dora_diffusion.training.results.write.save_png", full)
+    monkeypatch.setattr("dora_diffusion.training.results.write.save_image", full)
     config = tiny_run(max_train_steps=2, validation_steps=1, num_validation_images=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -13,7 +13,7 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio
 from PIL import Image
 
-from dora_diffusion.sampling.images import save_png
+from dora_diffusion.sampling.images import save_image
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import generate
 from dora_diffusion.studio.app.views.generate import refresh
@@ -94,7 +94,7 @@ def test_images_of_earlier_visits_are_there_newest_first_and_show_their_settings
     assert "No images yet" in history()
     for number in range(MOST_RECENT + 1):
         text = f"a <mug> {number}\nSteps: 2, Seed: {number}, Size: 8x8"
-        path = save_png(Image.new("RGB", (8, 8)), folder / f"{number}.png", text)
+        path = save_image(Image.new("RGB", (8, 8)), folder / f"{number}.png", text)
         os.utime(path, (1e9 + number, 1e9 + number))
     (folder / ".part.png").symlink_to("/etc/passwd")
     (folder / "damaged.png").write_bytes(b"no image")
