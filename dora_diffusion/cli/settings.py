@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
     from dora_diffusion.models.components import Components
     from dora_diffusion.numerics.weights import Strengths
+    from dora_diffusion.sampling.stack import AdapterUse
 
 
 def adapter_and_strength(text: str) -> tuple[str, float]:
@@ -44,7 +46,14 @@ def adapter_and_strength(text: str) -> tuple[str, float]:
     return (match[1], float(match[2])) if match else (text, 1.0)
 
 
-def _adapter(config: Any) -> str | None:
+def adapter_and_strengths(text: str) -> tuple[str, float, float]:
+    """Split ``FILE:0.5:0.8`` into the file, and its strengths in text encoders and UNet."""
+    path, last = adapter_and_strength(text)
+    file, first = adapter_and_strength(path)
+    return (file, first, last) if file != path else (path, last, last)
+
+
+def needs_adapter(config: Any) -> str | None:
     """An adapter must be there; of a list, what merges it says so."""
     return "no adapter is given" if getattr(config, "adapter", "") is None else None
 
@@ -103,7 +112,7 @@ class Alpha(CommandSettings):
         None,
         "Alpha that the adapter was trained with, if its file does not say it. Default: its rank, "
         "with a warning.",
-        needs=(_adapter,),
+        needs=(needs_adapter,),
     )
 
 
@@ -142,12 +151,14 @@ class Sampling(CommandSettings):
 class StrengthFlags(CommandSettings):
     """Strengths of an adapter."""
 
-    strength: float = flag(1.0, "Adapter strength: 0 is the base, 1 as trained.", needs=(_adapter,))
+    strength: float = flag(
+        1.0, "Adapter strength: 0 is the base, 1 as trained.", needs=(needs_adapter,)
+    )
     direction_strength: float = flag(
-        1.0, "Scale of the low-rank update inside the norm.", needs=(_adapter,)
+        1.0, "Scale of the low-rank update inside the norm.", needs=(needs_adapter,)
     )
     magnitude_strength: float = flag(
-        1.0, "Share of the magnitude's change that is applied.", needs=(_adapter,)
+        1.0, "Share of the magnitude's change that is applied.", needs=(needs_adapter,)
     )
 
     @property
@@ -218,9 +229,9 @@ class AdaptedModel(StrengthFlags, Alpha, Model):
     """A base model with an adapter on it."""
 
     def load(
-        self, adapter: str | None, *, offload: str = "none"
+        self, adapter: str | Sequence[AdapterUse] | None, *, offload: str = "none"
     ) -> tuple[Components, AdapterMetadata]:
-        """The base with an adapter on it, ready to sample from.
+        """The base with an adapter on it, or several, ready to sample from.
 
         Raises:
             ValueError: If a strength is out of its limits, before anything is loaded.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,9 +16,8 @@ import torch
 from PIL import Image
 
 from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
-from dora_diffusion.adapters.inject import layer_adapters, require_adapters, set_strength
+from dora_diffusion.adapters.inject import require_adapters
 from dora_diffusion.adapters.scope import norm_scope, row_scope
-from dora_diffusion.adapters.state import attach_file
 from dora_diffusion.config.base import AnyModel
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.prompts import PIXELS
@@ -28,6 +27,8 @@ from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.formats.adapter.metadata import (
     READING,
     AdapterMetadata,
+    agreed_reading,
+    join_triggers,
     split_triggers,
     stated_reading,
 )
@@ -46,9 +47,10 @@ from dora_diffusion.models.text import (
     encode_unconditional,
     warn_of_truncation,
 )
-from dora_diffusion.models.words import add_tokens, have_own_words
+from dora_diffusion.models.words import have_own_words
 from dora_diffusion.numerics.devices import default_device
 from dora_diffusion.numerics.weights import Strengths
+from dora_diffusion.sampling.stack import AdapterUse, Schedule, attach_stack, scheduled
 
 
 class BrokenImageError(ValueError):
@@ -116,7 +118,7 @@ class SamplingSettings:
 
 def load_adapted(
     base: AnyModel,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Sequence[AdapterUse] | None = None,
     *,
     strength: float | Strengths = 1.0,
     alpha: float | None = None,
@@ -131,8 +133,10 @@ def load_adapted(
 
     Args:
         base: A model as `load_components` takes it.
-        adapter: An adapter file or the output folder of a run; None samples the base.
-        strength: 0 is exactly the base, 1 exactly the adapter; or all of its `Strengths`.
+        adapter: An adapter file or the output folder of a run; several with their strengths
+            (`attach_stack`); None samples the base.
+        strength: 0 is exactly the base, 1 exactly the adapter; or all of its `Strengths`. Of
+            several each has its own.
         alpha: What the adapter was trained with, for a file that does not say it.
         dtype: Of the base; an adapter always computes its norms in float32.
         device: None is the accelerator where there is one, else the CPU.
@@ -142,7 +146,8 @@ def load_adapted(
         max_token_length: Tokens of a prompt that are read; None: what adapter or base say.
 
     Returns:
-        The model, and the adapter's metadata, such as its trigger words.
+        The model, and the adapter's metadata, such as its trigger words; of several what they
+        agree in, and all trigger words.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError: If the base cannot be loaded.
@@ -153,21 +158,26 @@ def load_adapted(
     require_computes(device, dtype)
     if compile:
         require_compiler(device)
-    facts = () if adapter is None else (read_metadata(adapter),)
+    if isinstance(adapter, str | Path):
+        uses: Sequence[AdapterUse] = [AdapterUse(adapter, Strengths.of(strength))]
+    else:
+        uses = adapter or ()
+    facts = [read_metadata(use.path) for use in uses]
     loaded = load_components(base, dtype=dtype, adapters=facts)
     components = place(loaded.reading(clip_skip, max_token_length), device, offload)
     if compile:
         compile_blocks(components.unet)
-    if adapter is None:
+    if not uses:
         return components, AdapterMetadata()
-    models, family = components.adaptable(), components.family.name
-    read = attach_file(models, adapter, family=family, alpha=alpha)
-    add_tokens(components, read.tokens)
-    for model in models.values():
-        if any(layer_adapters(model)):
-            set_strength(model, strength)
+    stated = [read.metadata for read in attach_stack(components, uses, alpha)]
+    for model in components.adaptable().values():
         model.eval()
-    return as_stated(components, read.metadata, clip_skip, max_token_length), read.metadata
+    metadata = stated[0]
+    if len(stated) > 1:
+        trigger = join_triggers(each.trigger for each in stated)
+        extra = agreed_reading([each.extra for each in stated])
+        metadata = AdapterMetadata(stated[0].family, trigger=trigger, extra=extra)
+    return as_stated(components, metadata, clip_skip, max_token_length), metadata
 
 
 def load_model(base: AnyModel, adapter: Path | None) -> Components:
@@ -207,6 +217,7 @@ def generate_images(
     settings: SamplingSettings | None = None,
     *,
     adapters: Sequence[str | None] | None = None,
+    schedules: Mapping[str, Schedule] | None = None,
     batch_size: int = 4,
     on_step: Callable[[int, int], None] | None = None,
     require_finite: bool = False,
@@ -223,6 +234,8 @@ def generate_images(
         settings: Steps, guidance, size, and what an inpainting model paints into.
         adapters: The name of each image's adapter, None for the base, as `load_adapter` or an
             `AdapterPool` named them: a batch shares the base's products, and the noise schedule.
+        schedules: By name of an adapter (`stack.name_of`), how its strength changes over the steps
+            of each image; of adapters that are on for all images.
         batch_size: Images at once.
         on_step: Called with (steps done, steps in all).
         require_finite: Refuse images that hold NaN, which becomes black, or are black all over.
@@ -235,6 +248,8 @@ def generate_images(
     Warns:
         UserWarning: Once for each prompt beyond the token limit, naming the text that was cut.
     """
+    if adapters and schedules:
+        raise ValueError("strength schedules are of adapters that are on for all images")
     prompt = _per_seed(prompt, seeds, adapters)
     settings = settings or SamplingSettings()
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -248,10 +263,12 @@ def generate_images(
         nullcontext() if adapters else _norms_kept(components),
         _autoencoder_as_loaded(components.vae),
         quiet_libraries(),
+        scheduled(components.adaptable(), schedules or {}) as set_share,
     ):
         pipeline = components.pipeline(settings.scheduler)
         for number, batch in enumerate(batches):
-            report = _reporter(on_step, number, len(batches))
+            set_share(0.0)
+            report = _reporter(on_step, set_share, number, len(batches))
             wanted = prompt if isinstance(prompt, str) else list(prompt[batch])
             rows = adapters and adapters[batch]
             with _norms_kept(components, rows) if rows else nullcontext():
@@ -341,7 +358,7 @@ def _sample(
     prompt: str | list[str],
     seeds: Sequence[int],
     settings: SamplingSettings,
-    report: Callable[..., dict[str, Any]] | None,
+    report: Callable[..., dict[str, Any]],
     adapters: Sequence[str | None] | None,
 ) -> np.ndarray:
     """Pixels ``(B, H, W, 3)`` in [0, 1], or NaN."""
@@ -428,15 +445,17 @@ def _require_finite(pixels: np.ndarray, seeds: Sequence[int]) -> None:
 
 
 def _reporter(
-    on_step: Callable[[int, int], None] | None, batch: int, batches: int
-) -> Callable[..., dict[str, Any]] | None:
-    if on_step is None:
-        return None
-
+    on_step: Callable[[int, int], None] | None,
+    set_share: Callable[[float], None],
+    batch: int,
+    batches: int,
+) -> Callable[..., dict[str, Any]]:
     def report(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         # Some samplers take more steps than they are asked for.
         steps = pipeline.num_timesteps
-        on_step(batch * steps + step + 1, batches * steps)
+        set_share((step + 1) / steps)
+        if on_step is not None:
+            on_step(batch * steps + step + 1, batches * steps)
         return tensors
 
     return report

@@ -29,6 +29,7 @@ from dora_diffusion.sampling.generate import SamplingSettings
 
 BATCH_SIZE, BATCH_POSITION = "Batch size", "Batch pos"
 TOKEN_LENGTH, LOADED = "Max token length", "Loaded with"
+LAYERS, SCHEDULE = "Layer strength", "Strength schedule"
 OWN_VERSION = "dora_diffusion "
 _CHUNK, _WORKFLOW = "parameters", "prompt"
 _THUMBNAIL_SIDE = 256
@@ -49,6 +50,8 @@ _SETTINGS: Mapping[str, tuple[str, type]] = {
     "Magnitude strength": ("magnitude_strength", float), "Clip skip": ("clip_skip", int),
     TOKEN_LENGTH: ("max_token_length", int),
 }  # fmt: skip
+# The same of several values, with what is between them.
+_LISTS = {LAYERS: ("layer_strength", ", "), SCHEDULE: ("strength_schedule", " | ")}
 # Fields that say what was there, or are of a setting that another field gives.
 _FACTS = (
     "Model", "Model hash", "Version", "Adapter", "Adapter strength", "Lora hashes", BATCH_SIZE,
@@ -245,6 +248,9 @@ def settings_of(fields: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
         try:
             if name == "Size":
                 values["width"], values["height"] = map(int, text.split("x"))
+            elif name in _LISTS:
+                setting, separator = _LISTS[name]
+                values[setting] = text.split(separator)
             elif setting and (setting != "scheduler" or text in SCHEDULERS):
                 values[setting] = kind(text)
             elif name not in _FACTS:

@@ -7,12 +7,19 @@ import json
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dora_diffusion.cli.console.progress import progress
-from dora_diffusion.cli.settings import AdaptedModel, Overwrite, Sampling
+from dora_diffusion.cli.settings import (
+    AdaptedModel,
+    Overwrite,
+    Sampling,
+    adapter_and_strength,
+    adapter_and_strengths,
+    needs_adapter,
+)
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import REQUIRED, TOKENS_PER_CHUNK, Need, flag, require
 from dora_diffusion.config.file import read_config_file, read_yaml
@@ -28,6 +35,7 @@ if TYPE_CHECKING:
     from dora_diffusion.models.components import Components
     from dora_diffusion.sampling.generate import SamplingSettings
     from dora_diffusion.sampling.pool import AdapterPool
+    from dora_diffusion.sampling.stack import AdapterUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +45,24 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
     So a seed gives the sample's image again.
     """
 
-    adapter: str | None = flag(None, "An adapter file, or the output folder of a run.")
+    adapter: list[str] | None = flag(
+        None,
+        "Adapter files, or output folders of runs; FILE:0.5 gives one its own strength, and "
+        "FILE:0.5:0.8 one for the text encoders and one for the UNet. May be repeated.",
+        repeated=True,
+    )
+    layer_strength: list[str] = flag(
+        [],
+        "Factors of the strength on layers by patterns of their names, as inspect shows them, such "
+        "as unet.up_blocks.*:0.5 text_encoder.*:0. Several that match are multiplied.",
+        needs=(needs_adapter,),
+    )
+    strength_schedule: list[str] = flag(
+        [],
+        "Factor of the strength over the denoising steps: '0:0.4, 0.5:1' is 0.4, and from half of "
+        "them on 1. Prompts are encoded as at 0. One for all adapters, or one for each.",
+        needs=(needs_adapter,),
+    )
     adapters_file: str | None = flag(
         None,
         "Many adapters at once: a YAML list with an entry for each image, a file, or adapter, "
@@ -96,8 +121,14 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         """
         values = {**(read_config_file(file) if file else {}), **given}
         image = values.get("repeat")
-        found = repeated_settings(str(image)) if image else {}
-        return super().read({n: v for n, v in found.items() if n not in values} | dict(given), file)
+        if not image:
+            return super().read(given, file)
+        found, strengths = repeated_settings(str(image))
+        found = {name: value for name, value in found.items() if name not in values}
+        if words := values.get("adapter"):
+            words = [words] if isinstance(words, str) else words
+            given = {**given, "adapter": _with_strengths(words, strengths)}
+        return super().read({**found, **given}, file)
 
     def perform(self) -> int:
         """Generate images, and write them with what made them."""
@@ -106,8 +137,8 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         from dora_diffusion.sampling.images import UsedAdapter, parameters_text, save_image
         from dora_diffusion.sampling.pool import AdapterPool
 
-        settings, repeated = _settings(self), _Repeated.of(self)
-        components, metadata = self.load(self.adapter, offload=self.offload)
+        settings, repeated, uses = _settings(self), _Repeated.of(self), self.uses()
+        components, metadata = self.load(uses, offload=self.offload)
         components = repeated.reading(components, self)
         lacking = [
             name for name in components.family.image_arguments if getattr(self, name) is None
@@ -124,13 +155,13 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
             readings = {row.adapter: pool.components_for(row.adapter) for row in rows}
             told = {row.adapter: pool.metadata(row.adapter) for row in rows}
         else:
-            told = {rows[0].adapter: metadata}
+            told = {None: metadata}
         _warn_of_triggers(rows, told, self)
         images = self._sample(rows, components, pool, settings, repeated)
         for number, (row, image) in enumerate(zip(rows, images, strict=True)):
-            own = Strengths() if self.adapters_file else self.strengths
-            strengths = replace(own, strength=row.strength)
-            used = [UsedAdapter.of(row.adapter, strengths)] if row.adapter else []
+            used = [UsedAdapter.of(use.path, use.strengths) for use in uses]
+            if row.adapter:
+                used = [UsedAdapter.of(row.adapter, Strengths(row.strength))]
             extra = self._facts(number, len(rows), readings[row.adapter], repeated)
             text = parameters_text(
                 row.prompt, row.seed, settings, image.size, self.base, used, extra=extra
@@ -138,6 +169,31 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
             save_image(image, row.path, text)
             print(f"{row.path} (seed {row.seed})")
         return 0
+
+    def uses(self) -> list[AdapterUse]:
+        """The adapters that are on for all images, with their strengths.
+
+        Raises:
+            ConfigError, ValueError: If a strength or schedule cannot be.
+        """
+        from dora_diffusion.numerics.weights import MergeStrengths
+        from dora_diffusion.sampling.stack import AdapterUse, parse_schedule
+
+        words, factors = self.adapter or [], [adapter_and_strength(w) for w in self.layer_strength]
+        schedules = [parse_schedule(text) for text in self.strength_schedule] or [()]
+        require(
+            len(schedules) in (1, len(words)),
+            f"strength_schedule has {len(schedules)} values, for {len(words)} adapters; give one, "
+            "or one for each",
+        )
+        uses = []
+        for number, word in enumerate(words):
+            path, text_encoder, unet = adapter_and_strengths(word)
+            shares = {"text_encoder_strength": text_encoder, "unet_strength": unet}
+            strengths = MergeStrengths(**vars(self.strengths), **shares)
+            schedule = schedules[min(number, len(schedules) - 1)]
+            uses.append(AdapterUse(path, strengths, dict(factors), schedule))
+        return uses
 
     def _sample(
         self,
@@ -149,6 +205,7 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
     ) -> list[Image]:
         from dora_diffusion.sampling.generate import generate_images
         from dora_diffusion.sampling.pool import ImageRow
+        from dora_diffusion.sampling.stack import name_of
 
         shared: dict[str, Any] = {"batch_size": self.batch_size, "require_finite": True}
         with progress("generating images", "step") as show:
@@ -168,6 +225,7 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
                 [row.prompt for row in rows] if self.wildcards else rows[0].prompt,
                 seeds,
                 settings,
+                schedules={name_of(n): use.schedule for n, use in enumerate(self.uses())},
                 on_step=lambda done, steps: show(done * len(rows), steps * len(rows)),
                 **shared,
             )
@@ -191,6 +249,10 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         loaded = {s.name: getattr(self, s.name) for s in self.settings() if s.name in _LOADED}
         usual = {s.name: s.default for s in self.settings()}
         moved = {name: value for name, value in loaded.items() if value != usual[name]}
+        if self.layer_strength:
+            facts[images.LAYERS] = ", ".join(self.layer_strength)
+        if self.strength_schedule:
+            facts[images.SCHEDULE] = " | ".join(self.strength_schedule)
         return facts | ({images.LOADED: json.dumps(moved)} if moved else {})
 
 
@@ -202,8 +264,8 @@ _LOADED = (
 _MOST_REPEATED = 64
 
 
-def repeated_settings(file: str) -> dict[str, Any]:
-    """The settings that an image's text gives.
+def repeated_settings(file: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings that an image's text gives, and the strength of each adapter by its name.
 
     Raises:
         PhotoError: If the file says nothing of how it was made.
@@ -220,9 +282,6 @@ def repeated_settings(file: str) -> dict[str, Any]:
         values["clip_skip"] = 0
     # Web UIs read all of a prompt.
     values.setdefault("max_token_length", TOKENS_PER_CHUNK if is_own else 0)
-    strength = fields.get("Adapter strength", "")
-    with contextlib.suppress(ValueError):
-        values["strength"] = float(strength)
     with contextlib.suppress(ValueError, AttributeError):
         loaded = json.loads(fields.get(LOADED, "{}"))
         values |= {name: value for name, value in loaded.items() if name in _LOADED}
@@ -230,7 +289,26 @@ def repeated_settings(file: str) -> dict[str, Any]:
         warnings.warn(
             f"of {Path(file).name}, this has no meaning here: {'; '.join(unread)}", stacklevel=2
         )
-    return values
+    return values, _strengths_of(fields)
+
+
+def _strengths_of(fields: Mapping[str, str]) -> dict[str, str]:
+    names, strengths = (fields.get(key, "") for key in ("Adapter", "Adapter strength"))
+    return dict(zip(names.split(", "), strengths.split(", "), strict=True)) if names else {}
+
+
+def _with_strengths(words: Sequence[str], strengths: Mapping[str, str]) -> list[str]:
+    """Adapters with the strengths of an image's by their names, where they have none themselves."""
+    from dora_diffusion.sampling.images import UsedAdapter
+
+    completed = []
+    for word in words:
+        path, *_ = adapter_and_strengths(word)
+        strength = strengths.get(UsedAdapter.of(path).tag_name)
+        if len(words) == len(strengths) == 1:
+            (strength,) = strengths.values()
+        completed.append(word if strength is None or path != word else f"{word}:{strength}")
+    return completed
 
 
 @dataclass(frozen=True)
@@ -264,10 +342,11 @@ class _Repeated:
         )
 
         name, fields = Path(args.repeat).name, read_fields(args.repeat)
-        adapter, model = fields.get("Adapter"), fields.get("Model", model_name(args.base))
+        names, model = [*_strengths_of(fields)], fields.get("Model", model_name(args.base))
         require(
-            not adapter or args.adapter is not None,
-            f"{name} was made with the adapter {adapter}; give its file with --adapter",
+            len(args.adapter or []) >= len(names),
+            f"{name} was made with the adapter{'s' * (len(names) > 1)} {', '.join(names)}; give "
+            "each one's file with --adapter",
         )
         if model != model_name(args.base):
             warnings.warn(f"{name} was made with the model {model}, not {args.base}", stacklevel=3)
@@ -284,12 +363,11 @@ class _Repeated:
         from dora_diffusion.sampling.images import UsedAdapter
 
         known = fields.get("Lora hashes", "")
-        if known and args.adapter is not None:
-            own = UsedAdapter.of(args.adapter).hash
+        for use in args.uses() if known else []:
+            own = UsedAdapter.of(use.path).hash
             if own and own not in known:
                 warnings.warn(
-                    f"{name} was made with another adapter file ({known}) than {args.adapter} "
-                    f"({own})",
+                    f"{name} was made with another adapter file ({known}) than {use.path} ({own})",
                     stacklevel=4,
                 )
 
@@ -324,7 +402,7 @@ def _warn_of_triggers(
     lacking = {
         row.prompt: told[row.adapter].trigger
         for row in rows
-        if row.adapter and lacks_trigger(row.prompt, told[row.adapter])
+        if lacks_trigger(row.prompt, told[row.adapter])
     }
     for prompt, trigger in lacking.items():
         which = f"the prompt {quoted(prompt)}" if args.adapters_file else "the prompt"
@@ -383,7 +461,7 @@ def _rows(args: GenerateSettings) -> list[_Row]:
         place = f"entry {number + 1} of {args.adapters_file}" if args.adapters_file else "generate"
         require(prompt is not None, f"{place} has no prompt; say with --prompt what to show")
         suffix = f"-{number + 1}" if args.adapters_file else f"-{seed}" if len(entries) > 1 else ""
-        adapter = entry.get("adapter", args.adapter)
+        adapter = entry.get("adapter")
         text = drawn(str(prompt), seed)
         require(
             "<lora:" not in text,
@@ -394,8 +472,8 @@ def _rows(args: GenerateSettings) -> list[_Row]:
             not text.strip().startswith("Negative prompt:"),
             "the prompt begins with 'Negative prompt:'; give that with --negative_prompt",
         )
-        strength = entry.get("strength", 1.0 if args.adapters_file else args.strength)
-        require_strength(f"strength of {place}" if args.adapters_file else "strength", strength)
+        strength = entry.get("strength", 1.0)
+        require_strength(f"strength of {place}", strength)
         path = output.with_stem(output.stem + suffix)
         rows.append(_Row(text, seed, adapter, strength, path))
     existing = next((row.path for row in rows if row.path.exists()), None)

@@ -375,7 +375,7 @@ def test_an_image_is_repeated_bit_for_bit(sd1_folder, trained, tmp_path, capsys)
     assert not np.array_equal(pixels(first), pixels(again))
     assert repeat(sd1_folder, first, again) == 1
     error = capsys.readouterr().err
-    assert f"first.png was made with the adapter {trained.name}; give its file with" in error
+    assert f"first.png was made with the adapter {trained.name}; give each one's file with" in error
 
 
 def test_an_image_of_a_batch_is_repeated_bit_for_bit(sd1_folder, tmp_path):
@@ -415,3 +415,67 @@ def test_another_base_or_adapter_than_an_images_is_told(sd1_folder, trained, tmp
     fields = parse_parameters(read_parameters(tmp_path / "again.png"))
     assert (fields["Adapter strength"], fields["Clip skip"]) == ("0.5", "2")
     assert (fields["Sampler"], fields["Max token length"]) == ("euler", "0")
+
+
+def test_several_adapters_are_written_and_repeated(
+    sd1_folder, trained, random_adapter, tmp_path, capsys
+):
+    other = write_adapter(
+        tmp_path / "other one.safetensors",
+        AdapterFile(random_adapter(sd1_folder, seed=2, every=3), AdapterMetadata("sd1")),
+    )
+    more = ("--layer_strength", "unet.up_blocks.*:0.5", "*attn2*:0.3", "--strength", "0.9")
+    schedules = ("--strength_schedule", "0:0.4, 0.5:1", "0:1")
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    words = [f"{trained}:0.7", f"{other}:0.3:-0.6"]
+    assert run(sd1_folder, first, "--seed", "3", "--adapter", *words, *more, *schedules) == 0
+    fields = parse_parameters(read_parameters(first))
+    assert fields["Adapter"] == f"{trained.name}, other one"
+    assert fields["Adapter strength"] == f"{0.9 * 0.7!r}, {0.9 * 0.3!r}:{0.9 * -0.6!r}"
+    assert fields["Layer strength"] == "unet.up_blocks.*:0.5, *attn2*:0.3"
+    assert fields["Strength schedule"] == "0:0.4, 0.5:1 | 0:1"
+    assert [pair.split(": ")[0] for pair in fields["Lora hashes"].split(", ")] == [
+        trained.name, "other one",
+    ]  # fmt: skip
+    # Strengths are found by the adapters' names.
+    assert repeat(sd1_folder, first, again, "--adapter", trained, other) == 0
+    assert np.array_equal(pixels(first), pixels(again))
+    assert read_parameters(first) == read_parameters(again)
+    assert "warning" not in capsys.readouterr().err
+    assert repeat(sd1_folder, first, again, "--adapter", trained) == 1
+    error = capsys.readouterr().err
+    assert f"made with the adapters {trained.name}, other one; give each one's file" in error
+    # One that has a strength keeps it; without layers and schedules it is another image.
+    assert run(sd1_folder, again, "--seed", "3", "--adapter", *words, "--overwrite") == 0
+    assert not np.array_equal(pixels(first), pixels(again))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--strength_schedule", "0.5:1"), "must be in order, from 0 to below 1"),
+        (("--strength_schedule", "x"), "write a share of the steps"),
+        (("--strength_schedule", "0:1", "0:1"), "has 2 values, for 1 adapters; give one"),
+        (("--layer_strength", "x*:0.5"), "'x*' matches no layer with an adapter"),
+        (("--layer_strength", "unet.*:70"), "the strength at unet.* is 70"),
+        (("--strength", "9", "--adapter", "{a}:50"), "unet_strength is 50; it must be between"),
+    ],
+    ids=str,
+)
+def test_strengths_that_cannot_be_are_one_line(
+    flags, message, sd1_folder, trained, tmp_path, last_line
+):
+    words = [part.format(a=trained) for part in flags]
+    adapter = [] if "--adapter" in words else ["--adapter", str(trained)]
+    assert run(sd1_folder, tmp_path / "x.png", *adapter, *words) == 1
+    line = last_line()
+    assert message in line
+    assert line.startswith("error: ")
+
+
+def test_strengths_without_an_adapter_have_no_effect(sd1_folder, tmp_path, capsys):
+    more = ("--layer_strength", "unet.*:0.5", "--strength_schedule", "0:1")
+    assert run(sd1_folder, tmp_path / "x.png", *more) == 0
+    error = capsys.readouterr().err
+    for name in ("layer_strength", "strength_schedule"):
+        assert f"{name} has no effect because no adapter is given" in error
