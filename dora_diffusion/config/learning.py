@@ -347,7 +347,10 @@ class OptimizerSettings:
     )
 
 
+LOSS_TYPES = ("l2", "huber")
+HUBER_SCHEDULES = ("snr", "exponential", "constant")
 TIMESTEP_DISTRIBUTIONS = ("uniform", "logit_normal", "power")
+_HUBER = Need("loss_type", ("huber",))
 _LOGIT_NORMAL = Need("timestep_distribution", ("logit_normal",))
 
 WEIGHTINGS = ("snr_gamma", "debiased_estimation_loss")
@@ -370,6 +373,25 @@ class LossSettings:
         False,
         "Debiased estimation loss (arXiv:2310.08442): the error of the noise is weighted by "
         "1 / sqrt(SNR); for runs without snr_gamma.",
+    )
+    loss_type: str = flag(
+        "l2",
+        "Loss of a prediction. l2: mean squared error. huber: pseudo-Huber, which grows less with "
+        "large errors, for photos with flaws (arXiv:2403.16728); computed as sd-scripts does.",
+        choices=LOSS_TYPES,
+    )
+    huber_schedule: str = flag(
+        "snr",
+        "Delta of the Huber loss by timestep. constant: huber_c. exponential and snr: from 1 "
+        "without noise to huber_c in pure noise.",
+        choices=HUBER_SCHEDULES,
+        needs=(_HUBER,),
+    )
+    huber_c: float = flag(
+        0.1,
+        "Delta of the Huber loss, where it changes with the timestep that in pure noise.",
+        needs=(_HUBER,),
+        above=0,
     )
     noise_offset: float = flag(
         0.0, "Noise offset: share of the noise that is constant over each channel.", least=0

@@ -232,6 +232,13 @@ class ImageSettings:
         False,
         "Masked loss: only where NAME.mask.png next to an image, or its alpha channel, is bright.",
     )
+    unmasked_prior: float = flag(
+        0.0,
+        "Prior preservation outside of masks: weight of the mean error there, whose target is the "
+        "base model's prediction for the same caption. 0 leaves it free.",
+        needs=(Need("masked_loss"),),
+        least=0,
+    )
     inpainting_mask: str | None = flag(
         None,
         "What an inpainting base model learns to fill. random: rectangles, ellipses and whole "
@@ -355,6 +362,7 @@ class PriorSettings:
 # Of groups whose other settings a subject may have for itself, those that are the whole run's.
 _WHOLE_RUN = frozenset((
     "dataset_config", "cache_latents", "dataloader_num_workers", "prior_loss_weight",
+    "unmasked_prior",
     "sample_batch_size", "max_token_length", "clip_skip",
 ))  # fmt: skip
 

@@ -350,6 +350,11 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         return self.with_prior_preservation and self.prior_mode == "image-free"
 
     @property
+    def holds_unmasked(self) -> bool:
+        """True if what masks leave out is held at the base model's prediction."""
+        return self.unmasked_prior > 0 and any(subject.masked_loss for subject in self.subjects)
+
+    @property
     def uses_class_images(self) -> bool:
         """True if the prior is preserved by class images."""
         return self.with_prior_preservation and self.prior_mode == "images"

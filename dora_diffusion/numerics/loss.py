@@ -177,10 +177,36 @@ def loss_weight(
     return prod(made[1:], start=made[0])
 
 
-def denoising_loss(
-    model_pred: Tensor, target: Tensor, weight: Tensor | None = None, mask: Tensor | None = None
+def huber_delta(
+    timesteps: Tensor, alpha_bar: Tensor, schedule: str, c: float, num_train_timesteps: int
 ) -> Tensor:
-    """The objective: mean squared error of each sample in float32, ``(B,)``.
+    """Delta of the Huber loss of each sample, ``(B,)``, after sd-scripts' ``--huber_schedule``.
+
+    Args:
+        timesteps: ``(B,)``.
+        alpha_bar: ``(B,)``, at these.
+        schedule: ``"constant"``: c. ``"exponential"``: from 1 to c with the timestep, ``c ** (t /
+            T)``. ``"snr"``: likewise with the noise, ``(1 - c) / (1 + sigma) ** 2 + c`` where
+            ``sigma ** 2 = 1 / SNR``.
+        c: The delta, of the other schedules the one in pure noise.
+        num_train_timesteps: T, the length of the noise schedule.
+    """
+    if schedule == "exponential":
+        return c ** (timesteps / num_train_timesteps)
+    if schedule == "snr":
+        sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
+        return (1 - c) / (1 + sigma).square() + c
+    return torch.full_like(alpha_bar, c)
+
+
+def denoising_loss(
+    model_pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    delta: Tensor | None = None,
+) -> Tensor:
+    """The objective: mean squared error of each sample in float32, or its Huber loss, ``(B,)``.
 
     Args:
         model_pred: ``(B, C, h, w)``.
@@ -188,8 +214,14 @@ def denoising_loss(
         weight: Factor of each sample, ``(B,)``, see `loss_weight`.
         mask: Where to learn, ``(B, 1, h, w)`` in [0, 1]: the error becomes the mean weighted by
             it. A sample whose mask is empty has no loss.
+        delta: ``(B,)``, of the pseudo-Huber loss ``2 d (sqrt(error + d ** 2) - d)``, which is the
+            squared error where that is small and grows as its root; None is the squared error.
     """
     error = (model_pred.float() - target.float()).square()
+    if delta is not None:
+        d = _broadcast(delta, error)
+        # The same without the difference of two numbers that are nearly alike.
+        error = 2 * d * error / ((error + d.square()).sqrt() + d)
     if mask is None:
         per_sample = error.flatten(1).mean(dim=1)
     else:

@@ -11,6 +11,7 @@ import torch
 
 from dora_diffusion.numerics.loss import (
     denoising_loss,
+    huber_delta,
     loss_weight,
     nearest_noise,
     sample_noise,
@@ -90,6 +91,41 @@ def test_a_mask_weighs_the_mean_and_an_empty_one_learns_nothing():
     loss = denoising_loss(pred, target, None, mask)
     expected = [pred[0].square().mean(), pred[1, :, 2:].square().mean(), torch.tensor(0.0)]
     torch.testing.assert_close(loss, torch.stack(expected))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
+@pytest.mark.parametrize("c", [0.1, 0.02, 1.5])
+def test_the_huber_loss_is_that_of_sd_scripts(scheduler, schedule, c):
+    """Number by number in Python's own float64, from errors of 1e-4 to ten."""
+    timesteps = torch.tensor([0, 37, 500, 999])
+    alpha_bar = scheduler.alphas_cumprod[timesteps]
+    generator = torch.Generator().manual_seed(0)
+    pred = torch.randn(4, 2, 3, 5, generator=generator) * 10.0 ** torch.arange(-4, 1)
+    target = torch.randn(4, 2, 3, 5, generator=generator) * 1e-4
+    delta = huber_delta(timesteps, alpha_bar, schedule, c, 1000)
+    found = denoising_loss(pred, target, None, None, delta)
+    for row, timestep in enumerate(timesteps.tolist()):
+        a = float(alpha_bar[row])
+        d = {
+            "constant": c,
+            "exponential": math.exp(-(-math.log(c) / 1000) * timestep),
+            "snr": (1 - c) / (1 + ((1 - a) / a) ** 0.5) ** 2 + c,
+        }[schedule]
+        assert float(delta[row]) == pytest.approx(d, rel=1e-6)
+        pairs = zip(pred[row].flatten().tolist(), target[row].flatten().tolist(), strict=True)
+        each = [2 * d * (math.sqrt((x - y) ** 2 + d**2) - d) for x, y in pairs]
+        assert float(found[row]) == pytest.approx(sum(each) / len(each), rel=1e-6)
+
+
+def test_a_huber_loss_of_small_errors_is_their_square_and_of_large_ones_a_line():
+    delta = torch.tensor([0.5, 0.5])
+    pred = torch.stack([torch.full((4, 3, 3), 1e-3), torch.full((4, 3, 3), 1e3)])
+    small, large = denoising_loss(pred, torch.zeros_like(pred), None, None, delta).tolist()
+    assert small == pytest.approx(1e-6, rel=1e-5)
+    assert large == pytest.approx(2 * 0.5 * (1e3 - 0.5), rel=1e-6)
+    # In pure noise, where the schedule ends with an SNR of 0, delta is c.
+    end = huber_delta(torch.tensor([999]), torch.zeros(1), "snr", 0.1, 1000)
+    assert float(end) == pytest.approx(0.1)
 
 
 def test_draws_follow_their_generator_only():

@@ -20,6 +20,7 @@ from dora_diffusion.adapters.inject import disabled
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.components import Components
+from dora_diffusion.numerics.loss import huber_delta
 from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.engine.objective import (
     Conditioner,
@@ -76,7 +77,12 @@ def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Ses
 
 
 def objective_of(
-    components: Components, *, train_text_encoder: bool = False, snr_gamma: float = 0.0
+    components: Components,
+    *,
+    train_text_encoder: bool = False,
+    snr_gamma: float = 0.0,
+    unmasked_prior: float = 0.0,
+    huber: str = "",
 ) -> Objective:
     return Objective(
         components,
@@ -84,6 +90,8 @@ def objective_of(
         components.scheduler.alphas_cumprod.to(components.device),
         partial(disabled, *components.adaptable().values()),
         {"snr_gamma": snr_gamma} if snr_gamma else {},
+        unmasked_prior,
+        partial(huber_delta, schedule=huber, c=0.1, num_train_timesteps=1000) if huber else None,
     )
 
 

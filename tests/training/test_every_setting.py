@@ -104,6 +104,7 @@ CASES: dict[str, Case] = {
     "max_bucket_reso": Case(256, BUCKETS),
     "bucket_reso_steps": Case(128, BUCKETS),
     "masked_loss": Case(True),
+    "unmasked_prior": Case(1.0, {"masked_loss": True}),
     "inpainting_mask": Case("subject", {"pretrained_model_name_or_path": "{inpainting}"}),
     "caption_per_line": Case(True),
     "caption_prefix": Case("red"),
@@ -184,6 +185,9 @@ CASES: dict[str, Case] = {
     "snr_gamma": Case(0.1),
     # Without gamma, whose default depends on it.
     "debiased_estimation_loss": Case(True, {"snr_gamma": 0.0}),
+    "loss_type": Case("huber"),
+    "huber_schedule": Case("constant", {"loss_type": "huber"}),
+    "huber_c": Case(0.01, {"loss_type": "huber"}),
     "noise_offset": Case(0.5),
     "nearest_noise": Case(4),
     "timestep_distribution": Case("power"),

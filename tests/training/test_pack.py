@@ -33,6 +33,7 @@ THREE: list[dict[str, Any]] = [
         "name": "teapot", "instance_data_dir": str(SAMPLES / "heart_teapot"), "rank": 3,
         "instance_prompt": "a photo of a sks teapot", "max_train_steps": 2, "snr_gamma": 5,
         "precondition": True,
+        "loss_type": "huber", "huber_schedule": "exponential",
     },
     {
         "name": "other", "instance_data_dir": str(SAMPLES / "bolt_mug"), "rank": 4, "conv_rank": 1,

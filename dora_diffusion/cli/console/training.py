@@ -265,6 +265,8 @@ def _facts_of(own: TrainConfig, photos: Sequence[Photo]) -> list[str]:
     facts += [f"{own.repeats} times an epoch"] if own.repeats > 1 else []
     facts += [f"weight {own.weight:g}"] if own.weight != 1 else []
     facts += [counted(masks, "mask file")] if masks else []
+    if own.masked_loss and own.unmasked_prior:
+        facts += [f"held outside of masks: weight {own.unmasked_prior:g}"]
     kept = f" after the first {own.keep_tags}" if own.keep_tags else ""
     facts += [f"tags shuffled{kept}"] if own.shuffle_tags else []
     facts += [f"tags left out: {own.tag_dropout:g}"] if own.tag_dropout else []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion import system
-from dora_diffusion.config import ConfigError
+from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.derived import class_word_in
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.wording import whole_word
@@ -95,15 +95,20 @@ class ToySource:
     def digest(self) -> str:
         return hashlib.sha256(repr(self.subject).encode()).hexdigest()
 
-    def training(self, work: Path, token: str) -> dict[str, Any]:
-        """Return training settings of its photos, rendered once for each token in captions."""
+    def training(self, work: Path, config: TrainConfig) -> dict[str, Any]:
+        """Return training settings of its photos, rendered once for each token in captions.
+
+        With a masked loss there are masks beside them.
+        """
+        token, masked = config.token, config.masked_loss
         digest = hashlib.sha256(token.encode()).hexdigest()[:8]
-        photos = work / "photos" / (self.name if token == TRIGGER else f"{self.name}-{digest}")
+        name = self.name if token == TRIGGER else f"{self.name}-{digest}"
+        photos = work / "photos" / f"{name}{'-masked' * masked}"
         if not photos.is_dir():
             photos.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=photos.parent, prefix=".") as place:
                 unfinished = Path(place, photos.name)
-                for photo in write_photos(self.subject, unfinished):
+                for photo in write_photos(self.subject, unfinished, with_masks=masked):
                     file = photo.with_suffix(".txt")
                     file.write_text(_with_token(file.read_text("utf-8"), token), encoding="utf-8")
                 with suppress(OSError):  # Another worker's, the same, may be there by now.
@@ -189,11 +194,11 @@ class PhotoSource:
         parts = [_digests(self.photos), _digests(self.held_out), self.instance_prompt, models]
         return hashlib.sha256(repr([*parts, self.class_word]).encode()).hexdigest()
 
-    def training(self, work: Path, token: str) -> dict[str, Any]:
+    def training(self, work: Path, config: TrainConfig) -> dict[str, Any]:
         """Return training settings of its folder of photos."""
         return {
             "instance_data_dir": str(self.photos),
-            "instance_prompt": _with_token(self.instance_prompt, token),
+            "instance_prompt": _with_token(self.instance_prompt, config.token),
             "class_word": self.class_word or None,
         }
 

@@ -252,7 +252,7 @@ def perform(
 
 def _open(trial: Trial, base: str, work: Path, folder: Path, load: LoadBase | None) -> Session:
     """A session of a trial. Class images are shared: they are named by all that they depend on."""
-    own = trial.subject.training(work, trial.config.token)
+    own = trial.subject.training(work, trial.config)
     if trial.config.uses_class_images:
         own["class_data_dir"] = str(work / "class")
     config = dataclasses.replace(

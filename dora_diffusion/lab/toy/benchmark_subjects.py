@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from dora_diffusion.data.photos import mask_path
 from dora_diffusion.lab.toy.shapes import CLASSES, EMBLEMS, RGB, WORLD, find_shape
 from dora_diffusion.lab.toy.world import (
     BACKGROUNDS,
@@ -29,6 +30,7 @@ from dora_diffusion.lab.toy.world import (
     Pattern,
     Scene,
     render,
+    render_mask,
 )
 
 TRIGGER = "sks"
@@ -192,16 +194,26 @@ def find_subject(name: str) -> BenchmarkSubject:
     return SUBJECTS[name]
 
 
-def write_photos(subject: BenchmarkSubject, folder: Path) -> list[Path]:
-    """Render a subject's five photos with a caption file each; returns the photos."""
+def write_photos(
+    subject: BenchmarkSubject, folder: Path, *, with_masks: bool = False
+) -> list[Path]:
+    """Render a subject's five photos with a caption file each; returns the photos.
+
+    Args:
+        subject: What they show.
+        folder: Where to.
+        with_masks: Write a mask of the subject beside each too.
+    """
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
     photos = []
     for number, background in enumerate(subject.photo_backgrounds, start=1):
         photo = folder / f"{number:02d}.png"
-        image = render(subject.sample.scene(background, number), PHOTO_SIZE)
-        Image.fromarray(image).save(photo)
+        scene = subject.sample.scene(background, number)
+        Image.fromarray(render(scene, PHOTO_SIZE)).save(photo)
+        if with_masks:
+            Image.fromarray(render_mask(scene, PHOTO_SIZE)).save(mask_path(photo))
         caption = subject.sample.prompt(background) + "\n"
         photo.with_suffix(".txt").write_text(caption, encoding="utf-8")
         photos.append(photo)

@@ -119,15 +119,31 @@ def render(scene: Scene, size: int | tuple[int, int]) -> NDArray[np.uint8]:
     Returns:
         (height, width, 3) colours.
     """
+    x, y, pixel = _grid(size)
+    canvas = paint_background(scene, x, y, pixel)
+    canvas = canvas * (1 - _shadow(scene, x, y)[..., None])
+    canvas = _paint_subject(scene, x, y, pixel, canvas)
+    return np.round(np.clip(canvas, 0, 1) * 255).astype(np.uint8)
+
+
+def render_mask(scene: Scene, size: int | tuple[int, int]) -> NDArray[np.uint8]:
+    """Return the opacity of a scene's object, (height, width): 255 where it covers all."""
+    x, y, pixel = _grid(size)
+    black = np.zeros((*x.shape, 3), np.float32)
+    over = [_paint_subject(scene, x, y, pixel, canvas) for canvas in (black, 1 + black)]
+    # What it covers looks the same before black and before white.
+    opacity = 1 - (over[1] - over[0]).mean(axis=2)
+    return np.round(np.clip(opacity, 0, 1) * 255).astype(np.uint8)
+
+
+def _grid(size: int | tuple[int, int]) -> tuple[Grid, Grid, float]:
+    """The coordinates of an image's pixels, each (height, width), and the side of one."""
     width, height = (size, size) if isinstance(size, int) else size
     pixel = 2 / min(width, height)
     columns = ((np.arange(width) + 0.5 - width / 2) * pixel).astype(np.float32)
     rows = ((height / 2 - np.arange(height) - 0.5) * pixel).astype(np.float32)
     x, y = np.meshgrid(columns, rows)
-    canvas = paint_background(scene, x, y, pixel)
-    canvas = canvas * (1 - _shadow(scene, x, y)[..., None])
-    canvas = _paint_subject(scene, x, y, pixel, canvas)
-    return np.round(np.clip(canvas, 0, 1) * 255).astype(np.uint8)
+    return x, y, pixel
 
 
 def _shadow(scene: Scene, x: Grid, y: Grid) -> Grid:

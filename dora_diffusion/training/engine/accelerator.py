@@ -202,6 +202,8 @@ def _check_settings(config: TrainConfig) -> None:
         "of full fine-tuning excludes mixed_precision fp16; use bf16": (
             is_full and config.mixed_precision == "fp16"
         ),
+        "excludes unmasked_prior: processes would pass the base model different numbers of "
+        "times": config.holds_unmasked,
         "needs with_prior_preservation of all subjects or of none, where it is without images": (
             len(holds) > 1
         ),

@@ -66,6 +66,7 @@ class StepInputs:
         mask: ``(B, 1, h, w)`` in [0, 1], where to learn; None means everywhere.
         condition: ``(B, n, h, w)``, what the UNet reads beside the noisy latents; None if nothing.
         weights: ``(photos,)``, the factor of each photo's loss; None where all are 1.
+        unmasked: The rows that are held at the base's prediction where their mask leaves out.
     """
 
     latents: Tensor
@@ -78,12 +79,10 @@ class StepInputs:
     mask: Tensor | None = None
     condition: Tensor | None = None
     weights: Tensor | None = None
+    unmasked: Sequence[int] = ()
 
-    def of_class(self) -> tuple[StepInputs, slice | Tensor] | None:
-        """The photos whose image-free prior is held, with class captions, and their rows."""
-        captions = {row: text for row, text in enumerate(self.class_captions) if text is not None}
-        if not captions:
-            return None
+    def part(self, captions: Mapping[int, str]) -> tuple[StepInputs, slice | Tensor]:
+        """Some rows with these captions, for predictions alone, and which rows they are."""
         rows: slice | Tensor = slice(None)
         if len(captions) < len(self.captions):
             rows = send(torch.tensor(list(captions)), self.latents.device)
@@ -179,7 +178,11 @@ def draw_inputs(
             for latent, generator in zip(latents, generators, strict=True)
         ]
     )
-    mask = None if batch.mask is None else latent_mask(batch.mask, shape[1:])
+    mask, unmasked = None, list[int]()
+    if batch.mask is not None:
+        mask = latent_mask(batch.mask, shape[1:])
+        if config.unmasked_prior:
+            unmasked = (mask < 1).flatten(1).any(dim=1).nonzero().flatten().tolist()
     ids = time_ids(family, batch.crops)
     drawn = (condition_from_moments(vae, family, *p) for p in zip(rows, generators, strict=True))
     conditions = [condition for condition in drawn if condition is not None]
@@ -190,7 +193,7 @@ def draw_inputs(
     return StepInputs(
         sent(latents), sent(noise), sent(timesteps), batch.captions, sent(ids), photos,
         batch.class_captions, sent(mask), sent(torch.cat(conditions) if conditions else None),
-        sent(batch.weights),
+        sent(batch.weights), unmasked,
     )  # fmt: skip
 
 
@@ -290,12 +293,12 @@ Base = Callable[[], AbstractContextManager[object]]
 
 
 class HeldPrior(NamedTuple):
-    """Predictions for class captions, which preserve the prior without images.
+    """Predictions that are held at those of the untrained model.
 
     Attributes:
-        rows: The photos that they belong to.
+        rows: The rows that they belong to.
         model_pred: ``(rows, C, h, w)``.
-        target: Those of the untrained model, at which they are held.
+        target: Those of the untrained model.
     """
 
     rows: slice | Tensor
@@ -313,6 +316,8 @@ class Objective:
         alphas_cumprod: Of the noise schedule, on the model's device.
         base_weights: The model is its base inside of this.
         weightings: Of the loss by timestep, as in `loss_weight`.
+        unmasked_prior: Weight of the loss outside of masks.
+        huber_delta: Timesteps and ``alpha_bar`` to delta of the Huber loss; None: squared errors.
         words: Vectors of new words that train, in the text encoders.
     """
 
@@ -321,10 +326,17 @@ class Objective:
     alphas_cumprod: Tensor
     base_weights: Base
     weightings: Mapping[str, float]
+    unmasked_prior: float = 0.0
+    huber_delta: Callable[[Tensor, Tensor], Tensor] | None = None
     words: Sequence[Tensor] = ()
 
     def losses(
-        self, inputs: StepInputs, alpha_bar: Tensor, model_pred: Tensor, held: HeldPrior | None
+        self,
+        inputs: StepInputs,
+        alpha_bar: Tensor,
+        model_pred: Tensor,
+        held: HeldPrior | None,
+        unmasked: HeldPrior | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Loss of the subject and of the prior, both scalar, from predictions.
 
@@ -333,15 +345,25 @@ class Objective:
             alpha_bar: ``(B,)``, at the inputs' timesteps.
             model_pred: ``(B, C, h, w)``.
             held: Predictions for class captions, where an image-free prior is held.
+            unmasked: Those of the rows whose mask leaves something out, to be held there.
         """
         kind = self.components.prediction_type
         weight = loss_weight(alpha_bar, kind, self.weightings)
+        delta = None if self.huber_delta is None else self.huber_delta(inputs.timesteps, alpha_bar)
+
+        def prior_of(part: HeldPrior, mask: Tensor | None = None) -> Tensor:
+            of_rows, its_delta = (v if v is None else v[part.rows] for v in (weight, delta))
+            return denoising_loss(part.model_pred, part.target, of_rows, mask, its_delta)
+
         target = training_target(kind, inputs.latents, inputs.noise, alpha_bar)
-        per_sample = denoising_loss(model_pred, target, weight, inputs.mask)
+        per_sample = denoising_loss(model_pred, target, weight, inputs.mask, delta)
+        if unmasked is not None:
+            assert inputs.mask is not None
+            outside = torch.zeros_like(per_sample)
+            outside[unmasked.rows] = prior_of(unmasked, 1 - inputs.mask[unmasked.rows])
+            per_sample = per_sample + self.unmasked_prior * outside
         if held is not None:
-            of_rows = None if weight is None else weight[held.rows]
-            prior = denoising_loss(held.model_pred, held.target, of_rows)
-            per_sample = torch.cat([per_sample, prior])
+            per_sample = torch.cat([per_sample, prior_of(held)])
         subject, prior = split_prior(per_sample, inputs.photos, inputs.weights)
         for vectors in self.words:  # Used by every batch, whatever its captions: a gradient of 0.
             subject = subject + 0 * vectors.sum()
@@ -367,9 +389,17 @@ class NoisyBatch(NamedTuple):
 
     def of_class(self) -> NoisyBatch | None:
         """The rows whose image-free prior is held, with class captions."""
-        if (found := self.inputs.of_class()) is None:
+        captions = enumerate(self.inputs.class_captions)
+        return self._part({row: caption for row, caption in captions if caption is not None})
+
+    def unmasked(self) -> NoisyBatch | None:
+        """The rows whose mask leaves something out, with their own captions."""
+        return self._part({row: self.inputs.captions[row] for row in self.inputs.unmasked})
+
+    def _part(self, captions: Mapping[int, str]) -> NoisyBatch | None:
+        if not captions:
             return None
-        inputs, rows = found
+        inputs, rows = self.inputs.part(captions)
         return self._replace(inputs=inputs, latents=self.latents[rows], rows=rows)
 
 
@@ -391,26 +421,34 @@ def losses_of(
 ) -> list[tuple[Tensor, Tensor]]:
     """Losses of each run's subject and prior: one pass of the model, and one of its base.
 
-    Its rows are those of the batches, then those of the held ones.
+    The model's rows are those of the batches, then those of the held ones; its base predicts what
+    is held, with class captions or outside of masks.
 
     Args:
         own: A batch of each run.
         held: Of each the part whose image-free prior is held.
         base: The model has no adapter of any row inside of this.
     """
-    of_class = [batch for batch in held if batch is not None]
-    targets: Sequence[Tensor] = ()
-    if of_class:
+    of_class = [part for part in held if part is not None]
+    unmasked = [batch.unmasked() for batch in own]
+    untrained = [*of_class, *(part for part in unmasked if part is not None)]
+    targets: Iterator[Tensor] = iter(())
+    if untrained:
         with torch.no_grad(), base(), ExitStack() as stack:
-            for batch in of_class:
-                stack.enter_context(batch.objective.base_weights())
-            targets = predictions_of(of_class)
+            for batch, *parts in zip(own, held, unmasked, strict=True):
+                if any(part is not None for part in parts):
+                    stack.enter_context(batch.objective.base_weights())
+            targets = iter(predictions_of(untrained))
     predictions = predictions_of([*own, *of_class])
-    priors = iter(zip(predictions[len(own) :], targets, strict=True))
+    made_of_class = iter(predictions[len(own) :])
+    priors = [
+        None if part is None else HeldPrior(part.rows, next(made_of_class), next(targets))
+        for part in held
+    ]
     losses = []
-    for batch, part, made in zip(own, held, predictions, strict=False):
-        prior = None if part is None else HeldPrior(part.rows, *next(priors))
-        losses.append(batch.objective.losses(batch.inputs, batch.alpha_bar, made, prior))
+    for batch, part, prior, made in zip(own, unmasked, priors, predictions, strict=False):
+        outside = None if part is None else HeldPrior(part.rows, made[part.rows], next(targets))
+        losses.append(batch.objective.losses(batch.inputs, batch.alpha_bar, made, prior, outside))
     return losses
 
 

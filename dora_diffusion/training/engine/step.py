@@ -22,6 +22,7 @@ from dora_diffusion.adapters.stack import BASE, AdapterStack
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
+from dora_diffusion.numerics.loss import huber_delta
 from dora_diffusion.training.engine.accelerator import (
     average_gradients,
     shard,
@@ -299,12 +300,23 @@ def build_learner(
             (weights.trained, weights.base) if isinstance(weights, FullWeights) else ({}, {})
         )
         shard(components, weights.modules, trained, base, accelerator)
+    delta = None
+    if config.loss_type == "huber":
+        steps = components.scheduler.config.num_train_timesteps
+        delta = partial(
+            huber_delta,
+            schedule=config.huber_schedule,
+            c=config.huber_c,
+            num_train_timesteps=steps,
+        )
     objective = Objective(
         components,
         Conditioner(components, config.train_text_encoder),
         components.scheduler.alphas_cumprod.to(components.device),
         weights.base_weights,
         config.weightings,
+        config.unmasked_prior,
+        delta,
         list(weights.words.parameters().values()),
     )
     groups = weights.groups(config)

@@ -265,8 +265,8 @@ def select_weights(components: Components, config: TrainConfig) -> FullWeights:
         enter_training(model, components, config)
     for parameter in trained.values():
         parameter.requires_grad_(True)
-    is_image_free = any(subject.is_image_free for subject in config.subjects)
-    base = {n: p.detach().clone() for n, p in trained.items()} if is_image_free else {}
+    needs_base = config.holds_unmasked or any(s.is_image_free for s in config.subjects)
+    base = {n: p.detach().clone() for n, p in trained.items()} if needs_base else {}
     count = sum(parameter.numel() for parameter in trained.values())
     with open_model(BaseModel(components.source, config.variant)) as stored:
         specs = MergedModel(stored, (), _dtype(config)).specs

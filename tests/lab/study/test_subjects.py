@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dora_diffusion.config import ConfigError
+from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.lab.study.subjects import PhotoSource, ToySource, find_subject
 from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS
 
@@ -29,7 +29,7 @@ def test_photos_are_labelled_with_what_the_first_image_is_asked_to_show(
 def test_a_method_s_token_takes_the_place_of_the_usual_one(tmp_path: Path) -> None:
     source, prompts = ToySource(SUBJECTS["cross_mug"]), {}
     for token in ("sks", "<new>"):
-        settings = source.training(tmp_path, token)
+        settings = source.training(tmp_path, TrainConfig(token=token))
         texts = sorted(Path(settings["instance_data_dir"]).glob("*.txt"))
         prompts[token] = [settings["instance_prompt"], *(text.read_text("utf-8") for text in texts)]
     assert len(prompts["sks"]) == 6
@@ -59,3 +59,12 @@ def test_a_study_may_draw_a_subject_that_is_in_no_list() -> None:
 def test_a_subject_that_cannot_be_drawn_is_refused(given: object, base: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         find_subject(given, base, [])
+
+
+def test_a_masked_loss_has_masks_beside_the_photos(tmp_path: Path) -> None:
+    source = ToySource(SUBJECTS["cross_mug"])
+    for masked in (False, True, False):
+        settings = source.training(tmp_path, TrainConfig(masked_loss=masked))
+        folder = Path(settings["instance_data_dir"])
+        assert len([*folder.glob("*.mask.png")]) == (5 if masked else 0)
+        assert len([*folder.glob("*.txt")]) == 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,7 +19,7 @@ from dora_diffusion.lab.toy.benchmark_subjects import (
     write_photos,
 )
 from dora_diffusion.lab.toy.shapes import CLASSES, UNSEEN_CLASSES
-from dora_diffusion.lab.toy.world import BACKGROUNDS, COLORS
+from dora_diffusion.lab.toy.world import BACKGROUNDS, COLORS, render, render_mask
 
 ROBOT_BODY = (0.7045033553437224, 0.19197217036037878, 0.9547967425274093)
 
@@ -94,3 +96,22 @@ def test_photos_come_with_true_captions(tmp_path):
     assert [p.read_bytes() for p in write_photos(subject, tmp_path / "b")] == [
         p.read_bytes() for p in photos
     ]
+
+
+def test_a_mask_is_white_where_the_subject_is_and_nowhere_else(tmp_path):
+    subject = find_subject("cross_mug")
+    plain = write_photos(subject, tmp_path / "plain")
+    assert not list((tmp_path / "plain").glob("*.mask.png"))
+    for photo, other in zip(write_photos(subject, tmp_path, with_masks=True), plain, strict=True):
+        assert photo.read_bytes() == other.read_bytes()
+    # The same object on another ground: pixels are the same inside of the mask alone.
+    scene = subject.sample.scene("snow", 1)
+    others = replace(scene, background="sand")
+    first, second = (render(each, 128).astype(int) for each in (scene, others))
+    mask, equal = render_mask(scene, 128), (first == second).all(axis=2)
+    assert np.array_equal(mask, render_mask(others, 128))
+    assert equal[mask == 255].all()
+    assert not equal[mask == 0].mean() > 0.01
+    assert 0.1 < (mask == 255).mean() < 0.6
+    # Edges alone are in between.
+    assert ((mask > 0) & (mask < 255)).mean() < 0.03

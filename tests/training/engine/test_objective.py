@@ -44,6 +44,8 @@ class Case:
     text_encoders: bool = False
     prior: str | None = None
     masked: bool = False
+    unmasked_prior: float = 0.0
+    huber: str = ""
     snr_gamma: float = 5.0
     noise_offset: float = 0.0
     norm_axis: str = "output"
@@ -60,8 +62,18 @@ class Case:
         return asked if self.zero_snr else {}
 
     def __str__(self) -> str:
-        parts = [self.family, self.prior or "", self.norm_axis, f"snr{self.snr_gamma:g}"]
-        parts += ["text" * self.text_encoders, "masked" * self.masked, "zero" * self.zero_snr]
+        parts = [
+            self.family,
+            self.prior or "",
+            self.huber,
+            self.norm_axis,
+            f"snr{self.snr_gamma:g}",
+        ]
+        parts += [
+            "text" * self.text_encoders,
+            f"masked{self.unmasked_prior:g}" * self.masked,
+            "zero" * self.zero_snr,
+        ]
         return "-".join(parts)
 
 
@@ -71,6 +83,11 @@ CASES = [
     Case("sd1", text_encoders=True, prior="image-free", noise_offset=0.1),
     Case("sd1", snr_gamma=0.0, norm_axis="input"),
     Case("sd2", masked=True),
+    Case("sd1", text_encoders=True, prior="image-free", masked=True, unmasked_prior=0.7),
+    Case("sd2", masked=True, unmasked_prior=2.0, huber="snr"),
+    Case("sd1", prior="image-free", huber="exponential"),
+    Case("sd1", prior="images", snr_gamma=0.0, huber="constant"),
+    Case("sdxl", prior="images", masked=True, unmasked_prior=0.5, snr_gamma=0.0),
     Case("sd2", text_encoders=True, prior="images"),
     Case("sd2", prior="image-free", snr_gamma=0.0),
     Case("sdxl"),
@@ -129,12 +146,16 @@ def ours(components: Components, case: Case, batch: Batch) -> tuple[StepInputs, 
     inputs = draw_inputs(
         components,
         batch,
-        TrainConfig(seed=SEED, noise_offset=case.noise_offset),
+        TrainConfig(seed=SEED, noise_offset=case.noise_offset, unmasked_prior=case.unmasked_prior),
         MICRO_STEP,
         FIRST_ROW,
     )
     objective = objective_of(
-        components, train_text_encoder=case.text_encoders, snr_gamma=case.snr_gamma
+        components,
+        train_text_encoder=case.text_encoders,
+        snr_gamma=case.snr_gamma,
+        unmasked_prior=case.unmasked_prior,
+        huber=case.huber,
     )
     with norm_scope(*components.adaptable().values()):
         subject, prior = losses_by(objective, inputs)
@@ -170,9 +191,11 @@ class Reference:
         timesteps = torch.stack([row["timestep"] for row in rows])
         weight = self._snr_weight(alpha_bar)
         pred = self._predict(self.adapted, noisy, timesteps, batch.captions, batch.crops)
+        with torch.no_grad():
+            untrained = self._predict(self.base, noisy, timesteps, batch.captions, batch.crops)
         per_row = []
         for row in range(count):
-            error = (pred[row] - target[row]) ** 2
+            error = self._error(pred[row] - target[row], timesteps[row], alpha_bar[row])
             if batch.mask is None:
                 per_row.append(weight[row] * error.mean())
                 continue
@@ -180,6 +203,10 @@ class Reference:
             share = batch.mask[row, 0].unfold(0, 8, 8).unfold(1, 8, 8).mean(dim=(2, 3))
             channels = error.shape[0]
             per_row.append(weight[row] * (error * share).sum() / (channels * share.sum()))
+            away = self._error(pred[row] - untrained[row], timesteps[row], alpha_bar[row])
+            outside = 1 - share
+            mean = (away * outside).sum() / (channels * outside.sum())
+            per_row[row] = per_row[row] + self.case.unmasked_prior * weight[row] * mean
         subject = torch.stack(per_row[:3]).mean()
         if self.case.prior == "images":
             return subject, torch.stack(per_row[3:]).mean()
@@ -188,7 +215,22 @@ class Reference:
         with torch.no_grad():
             held = self._predict(self.base, noisy, timesteps, class_captions, batch.crops)
         now = self._predict(self.adapted, noisy, timesteps, class_captions, batch.crops)
-        return subject, (weight * ((now - held) ** 2).mean(dim=(1, 2, 3))).mean()
+        away = [
+            self._error(now[row] - held[row], timesteps[row], alpha_bar[row]).mean()
+            for row in range(count)
+        ]
+        return subject, (weight * torch.stack(away)).mean()
+
+    def _error(self, difference: Tensor, timestep: Tensor, a: Tensor) -> Tensor:
+        """The square, or the Huber loss with c = 0.1."""
+        if not self.case.huber:
+            return difference**2
+        d = {
+            "constant": torch.tensor(0.1),
+            "exponential": torch.exp(torch.log(torch.tensor(0.1)) * timestep / 1000),
+            "snr": 0.9 / (1 + ((1 - a) / a) ** 0.5) ** 2 + 0.1,
+        }[self.case.huber].double()
+        return (2 * d * ((difference.double() ** 2 + d**2).sqrt() - d)).float()
 
     def _row(self, batch: Batch, row: int) -> dict[str, Tensor]:
         """One row's draws, in the order that a run's reproducibility rests on."""

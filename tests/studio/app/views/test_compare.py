@@ -79,7 +79,7 @@ def test_a_form_becomes_a_study_that_runs_as_a_job(context: Context, dog: str) -
     assert parts == {"photos": 5, "held_out": 1}
     caption = job.folder / "subjects" / "1" / "photos" / "002.txt"
     assert caption.read_text(encoding="utf-8") == "a photo of a sks dog on zwxgrass\n"
-    assert photos.training(Path(), "sks")["instance_prompt"] == "a photo of a sks dog"
+    assert photos.training(Path(), TrainConfig())["instance_prompt"] == "a photo of a sks dog"
 
 
 @pytest.mark.parametrize("model", [EMBEDDED, "embedded:tiny-sdxl", SDXL, "org/model"])
