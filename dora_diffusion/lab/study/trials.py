@@ -314,7 +314,8 @@ def _train(session: Session, folder: Path, trial: Trial) -> Record:
 
 
 def _write(session: Session, folder: Path, step: int) -> Path:
-    return session.weights.writer()(folder, result_metadata(session, step))
+    with session.in_use():
+        return session.weights.writer()(folder, result_metadata(session, step))
 
 
 def _analysis(folder: Path, config: TrainConfig) -> Record:

@@ -66,6 +66,18 @@ def test_a_trial_is_trained_measured_and_analyzed(tmp_path):
     assert not list((tmp_path / "work" / "trials").iterdir())
 
 
+def test_an_average_is_what_is_measured_and_analyzed(tmp_path):
+    """After one step it has 9/11 of what the weights moved by, so that magnitudes show it."""
+    methods = {"live": {"ema_decay": 0}, "average": {"ema_decay": 0.99}}
+    common = {**SHORT["common"], "max_train_steps": 1, "targets": ["attention"]}
+    asked = {"inference_steps": 1, "analysis_points": 1, "batch_size": 30}
+    given = study(**{**SHORT, "common": common, "asked": asked}, methods=methods)
+    _, live, average = run_study(given, tmp_path).records
+    moved, part = (r["analysis"]["points"][0]["delta_m"] for r in (live, average))
+    assert part == pytest.approx([9 / 11 * delta for delta in moved], rel=1e-3)
+    assert average["measures"]["others_loss"] != live["measures"]["others_loss"]
+
+
 def test_a_training_that_diverges_is_a_record_without_figures(tmp_path):
     methods = {"wild": {"learning_rate": 1e30, "targets": ["attention"]}}
     given = study(**{**SHORT, "asked": {"inference_steps": 1}}, methods=methods)
