@@ -117,6 +117,9 @@ class PackedWeight(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype}, {self.device})"
 
+    def _stable_hash_for_caching(self) -> str:
+        return f"{self!r} {self.rounded_to}"
+
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return list(self.parts), (self.dtype, self.rounded_to)
 
@@ -246,7 +249,9 @@ def _restored(rows: Tensor, quantised: Tensor) -> Tensor:
 
 def _values(codes: Tensor, top: Tensor) -> Tensor:
     """The numbers of nf4 codes ``(rows, n / 2)`` whose blocks have such largest ones."""
-    pairs = _pairs(codes.device)[codes.int()]
+    # A table of an earlier call is none of the tensors that a graph is traced with.
+    made = _pairs if type(codes) is Tensor else _pairs.__wrapped__
+    pairs = made(codes.device)[codes.int()]
     return pairs.view(*top.shape, BLOCK).mul_(top[..., None]).flatten(1)
 
 

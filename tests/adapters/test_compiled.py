@@ -33,6 +33,7 @@ from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.stack import BASE, AdapterStack
 from dora_diffusion.config import ConfigError
+from dora_diffusion.numerics.quantised import quantise
 from tests.adapters.helpers import AXES, everything, move
 from tests.conftest import unet_config
 
@@ -200,6 +201,11 @@ class Only(nn.Module):
         return y
 
 
+def quantised(layer: nn.Module, kind: Any) -> nn.Module:
+    layer.weight = nn.Parameter(quantise(layer.weight, kind), requires_grad=False)  # type: ignore[arg-type]
+    return layer
+
+
 IDS, LINE, IMAGE = (2, 5), (2, 6, 9), (2, 6, 7, 8)
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Embedding": (lambda: nn.Embedding(11, 8, padding_idx=0), IDS),
@@ -207,10 +213,17 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Conv1d": (lambda: nn.Conv1d(6, 9, 3, padding=2, padding_mode="reflect"), LINE),
     "Conv1d, grouped": (lambda: nn.Conv1d(6, 9, 3, stride=2, groups=3, bias=False), LINE),
     "Conv2d, grouped": (lambda: nn.Conv2d(6, 4, 3, padding=1, groups=2), IMAGE),
+    "Linear in int8": (lambda: quantised(nn.Linear(9, 7), "int8"), LINE),
+    "Linear in nf4": (lambda: quantised(nn.Linear(9, 7), "nf4"), LINE),
+    "Conv2d in int8": (lambda: quantised(nn.Conv2d(6, 4, 3, padding=1), "int8"), IMAGE),
+    "Conv2d in nf4": (lambda: quantised(nn.Conv2d(6, 4, 3, padding=1), "nf4"), IMAGE),
 }
 
 
-QUICK = [("Embedding", "input"), ("Conv1d", "output"), ("Conv2d, grouped", "input")]
+QUICK = [
+    ("Embedding", "input"), ("Conv1d", "output"), ("Conv2d, grouped", "input"),
+    ("Linear in nf4", "output"),
+]  # fmt: skip
 
 
 @TRACES_CONTEXTS

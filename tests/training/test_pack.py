@@ -130,9 +130,17 @@ CLASS_IMAGES = {
             {"use_dora": False, "cache_latents": False, "random_flip": True},
             marks=pytest.mark.slow,
         ),
+        (
+            THREE[:2],
+            {"quantize": "nf4", "quantize_convolutions": True, "with_prior_preservation": True,
+             "gradient_checkpointing": True, "train_text_encoder": True},
+        ),
     ],
-    ids=["text encoders, image-free prior", "input axis, class images", "LoRA, several sizes"],
-)
+    ids=[
+        "text encoders, image-free prior", "input axis, class images", "LoRA, several sizes",
+        "quantised",
+    ],
+)  # fmt: skip
 def test_in_float64_each_adapter_is_that_of_its_own_run(
     in_float64: None,
     entries: list[dict[str, Any]],
