@@ -12,6 +12,7 @@ from torch import nn
 
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.state import load_adapter_state
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.models import offload
 from dora_diffusion.models.components import Components
 from dora_diffusion.sampling.generate import SamplingSettings, generate_images, load_adapted
@@ -33,13 +34,15 @@ def places(components: Components) -> dict[str, set[torch.device]]:
     }
 
 
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_an_offloaded_model_makes_the_same_images_and_goes_home(
-    gpu: AppleGPU, sdxl_folder: Path, random_adapter
+    gpu: AppleGPU, sdxl_folder: Path, random_adapter, quantize: str
 ) -> None:
     """In batches of two, with adapters on the UNet and both text encoders."""
     made, on_device = {}, []
+    base = BaseModel(sdxl_folder, quantize=quantize, quantize_convolutions=True)
     for choice in ("none", "model"):
-        components, _ = load_adapted(sdxl_folder, offload=choice)
+        components, _ = load_adapted(base, offload=choice)
         load_adapter_state(components.adaptable(), random_adapter(sdxl_folder, every=7))
         before = places(components)
 

@@ -64,17 +64,20 @@ def load_layers(path):
     return read_adapter(path).layers
 
 
-@pytest.mark.parametrize("offload", ["none", "model"])
-def test_each_image_is_that_of_its_adapter_alone(sdxl_folder, files, offload):
+@pytest.mark.parametrize(
+    ("offload", "quantize"), [("none", "none"), ("model", "none"), ("none", "nf4")]
+)
+def test_each_image_is_that_of_its_adapter_alone(sdxl_folder, files, offload, quantize):
     """Text encoders included; guidance doubles the batch; the base is one of the rows."""
     prompts, seeds = ["a photo of a dog", "a cat", "a dog", "a red toy"], [5, 6, 7, 8]
     wanted = [files[0], None, files[1], (files[2], 0.5)]
-    pool = AdapterPool(place(load_components(sdxl_folder), torch.device("cpu"), offload))
+    base = BaseModel(sdxl_folder, quantize=quantize, quantize_convolutions=True)
+    pool = AdapterPool(place(load_components(base), torch.device("cpu"), offload))
     names = pool.names(wanted)
     mixed = pixels(generate_images(pool.components, prompts, seeds, QUICK, adapters=names))
     for row, (prompt, seed, adapter) in enumerate(zip(prompts, seeds, wanted, strict=True)):
         path, strength = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
-        alone, _ = load_adapted(sdxl_folder, path, strength=strength, device="cpu")
+        alone, _ = load_adapted(base, path, strength=strength, device="cpu")
         expected = pixels(generate_images(alone, prompt, [seed], QUICK))[0]
         assert abs(mixed[row] - expected).max() <= 1
     assert len({image.tobytes() for image in mixed}) == 4

@@ -15,6 +15,7 @@ from torch import nn
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.base import BaseModel
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.quantised import PackedWeight
 from dora_diffusion.training.loop import train
@@ -38,6 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora-one": {"init": "lora-one"},
     "dropout": {"lora_dropout": 0.3},
     "masks": {"masked_loss": True},
+    "start": {"init_adapter": "made below", "targets": ["full"], "rank": 4, "conv_rank": 4},
     "words": {"train_text_encoder_ti": True, "token": "mug", "instance_prompt": "a mug"},
     "accumulation": {"gradient_accumulation_steps": 2},
     "pictures": {"num_validation_images": 1},
@@ -71,7 +73,12 @@ def dequantised(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> A
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_run_is_that_of_the_dequantised_model(
-    name: str, sd1_folder: Path, small_photos: Path, tmp_path: Path, dequantised: Any
+    name: str,
+    sd1_folder: Path,
+    small_photos: Path,
+    tmp_path: Path,
+    dequantised: Any,
+    random_adapter: Any,
 ) -> None:
     settings = {**ALL, "max_train_steps": 2, **SETTINGS[name]}
     if "quantize" in SETTINGS[name]:
@@ -81,6 +88,10 @@ def test_a_run_is_that_of_the_dequantised_model(
         half = Image.new("L", Image.open(photo).size)
         half.paste(255, (0, 0, half.width // 2, half.height))
         half.save(photo.with_suffix(".mask.png"))
+    if "init_adapter" in settings:
+        layers = random_adapter(sd1_folder, components=("unet",))
+        file = AdapterFile(layers, AdapterMetadata("sd1", base_model=sd1_folder.name))
+        settings["init_adapter"] = str(write_adapter(tmp_path / "adapter", file))
     config = make_config(sd1_folder, photos, tmp_path / "quantised", **settings)
     settings |= {"quantize": "none", "quantize_convolutions": False}
     other = make_config(dequantised(config), photos, tmp_path / "dense", **settings)

@@ -106,6 +106,10 @@ def run(command: list[str], config: dict, tmp_path: Path, fails: str) -> Path:
             {"parametrization": "adalora", "rank": 4, "allocation_interval": 1},
             id="adalora", marks=pytest.mark.slow,
         ),
+        pytest.param(
+            {"quantize": "nf4", "quantize_convolutions": True},
+            id="quantised", marks=pytest.mark.slow,
+        ),
         # A class image's caption has no new word: one process of two may have none in a batch.
         pytest.param(
             {"token": "<s1>", "instance_prompt": "a photo of a <s1> teapot", "embedding_lr": 1e-2,
