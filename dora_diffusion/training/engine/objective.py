@@ -161,26 +161,13 @@ def draw_inputs(
     latents = torch.cat(
         [latents_from_moments(vae, *pair) for pair in zip(rows, generators, strict=True)]
     )
-    draw_timestep = _timesteps(components, config, micro_step, num_rows or photos)
-    timesteps = torch.stack(
-        [
-            draw_timestep(generator, *place)
-            for generator, place in zip(generators, places, strict=True)
-        ]
-    )
-    shape = (latents.shape[1], latents.shape[2], latents.shape[3])
-    draws = range(config.nearest_noise)
-    noise = torch.stack(
-        [
-            nearest_noise(
-                latent, [sample_noise(shape, generator, config.noise_offset) for _ in draws]
-            )
-            for latent, generator in zip(latents, generators, strict=True)
-        ]
-    )
+    steps = components.scheduler.config.num_train_timesteps
+    strata = _strata(config, places, micro_step, num_rows or photos)
+    timesteps = _draw_timesteps(config, steps, generators, strata)
+    noise = _draw_noise(config, latents, generators)
     mask, unmasked = None, list[int]()
     if batch.mask is not None:
-        mask = latent_mask(batch.mask, shape[1:])
+        mask = latent_mask(batch.mask, latents.shape[2:])
         if config.unmasked_prior:
             unmasked = (mask < 1).flatten(1).any(dim=1).nonzero().flatten().tolist()
     ids = time_ids(family, batch.crops)
@@ -197,10 +184,27 @@ def draw_inputs(
     )  # fmt: skip
 
 
-def _timesteps(
-    components: Components, config: TrainConfig, micro_step: int, num_rows: int
-) -> Callable[[torch.Generator, int, bool], Tensor]:
-    """Return the draw of a row's timestep, from its generator, its place and its kind."""
+def _strata(
+    config: TrainConfig, places: Sequence[tuple[int, bool]], micro_step: int, num_rows: int
+) -> list[tuple[int, int]]:
+    """The stratum of each row's timestep, over all batches of its step."""
+    if not config.stratified_timesteps:
+        return [(0, 1)] * len(places)
+    batches, window = config.gradient_accumulation_steps, config.stratified_timesteps
+    step, turn = divmod(micro_step, batches)
+    first, rows = turn * num_rows, batches * num_rows
+    return [
+        stratum_of(first + row, rows, step, window, config.seed, is_prior)
+        for row, is_prior in places
+    ]
+
+
+def _draw_timesteps(
+    config: TrainConfig,
+    steps: int,
+    generators: Sequence[torch.Generator],
+    strata: Sequence[tuple[int, int]],
+) -> Tensor:
     quantile = None
     if config.timestep_distribution != "uniform":
         quantile = partial(
@@ -210,17 +214,20 @@ def _timesteps(
             std=config.logit_std,
             power=config.timestep_power,
         )
-    step, turn = divmod(micro_step, config.gradient_accumulation_steps)
-    rows = num_rows * config.gradient_accumulation_steps
+    each = zip(generators, strata, strict=True)
+    return torch.stack([sample_timestep(steps, drawn, quantile, part) for drawn, part in each])
 
-    def draw(generator: torch.Generator, row: int, is_prior: bool) -> Tensor:
-        place, stratum = turn * num_rows + row, (0, 1)
-        if window := config.stratified_timesteps:
-            stratum = stratum_of(place, rows, step, window, config.seed, is_prior)
-        steps: int = components.scheduler.config.num_train_timesteps
-        return sample_timestep(steps, generator, quantile, stratum)
 
-    return draw
+def _draw_noise(
+    config: TrainConfig, latents: Tensor, generators: Sequence[torch.Generator]
+) -> Tensor:
+    shape = (latents.shape[1], latents.shape[2], latents.shape[3])
+    noise = []
+    for latent, generator in zip(latents, generators, strict=True):
+        count = range(config.nearest_noise)
+        draws = [sample_noise(shape, generator, config.noise_offset) for _ in count]
+        noise.append(nearest_noise(latent, draws))
+    return torch.stack(noise)
 
 
 class Conditioner:
