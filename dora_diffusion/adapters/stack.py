@@ -6,9 +6,10 @@ them by number. Gradients are left in buffers, and become the parameters' at the
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, LayoutCac
 from dora_diffusion.adapters.layout import Rows
 from dora_diffusion.adapters.plan import Plan
 from dora_diffusion.numerics.dora import Factors, direction_of, dora_forward, sum_of_adapters
-from dora_diffusion.numerics.operation import Operation, RowOperation, dropout
+from dora_diffusion.numerics.operation import MaskedOperation, Operation, RowOperation, dropout
 
 BASE: Rows = ()
 """Rows of a batch that have no adapter, however many they are."""
@@ -54,6 +55,7 @@ class AdapterStack:
                 )
         self.layers, self.adapters = layers, adapters
         self.rows: Rows = BASE
+        self.masks: Sequence[Tensor] = ()
         each = zip(layers, adapters, strict=True)
         self._places = [StackPlace(self, *parts) for parts in each]
         self._layouts = LayoutCache()
@@ -96,31 +98,37 @@ class AdapterStack:
             self._plans = []
 
     @contextmanager
-    def of(self, rows: int | Sequence[int]) -> Iterator[None]:
+    def of(self, rows: int | Sequence[int], masks: Sequence[Tensor] = ()) -> Iterator[None]:
         """Use these adapters for the rows of a batch inside the block, backward passes included.
 
         Args:
             rows: The adapter of each row; a number where all have it, however many they are; `BASE`
                 for none.
+            masks: Of each layer ``(N, r)`` or ``(1, r)``, by which each rank of the rows is
+                multiplied (`MaskedOperation`); none: they are as they are.
         """
-        before = self.rows
+        before = self.rows, self.masks
         if not isinstance(rows, int):
             rows = rows[0] if len(set(rows)) == 1 else tuple(rows)
         try:
-            self._choose(rows)
+            self._choose(rows, masks)
             # Before a layer asks, which could then not have all of it ready.
             if isinstance(rows, int) and self._dtype is not None and not any(self._made[rows][0]):
                 self.make(self._dtype)
             yield
         finally:
-            self._choose(before)
+            self._choose(*before)
 
-    def _choose(self, rows: Rows) -> None:
-        self.rows = rows
+    def _choose(self, rows: Rows, masks: Sequence[Tensor] = ()) -> None:
+        for place in self._places if self.masks else ():
+            place.mask = None
+        self.rows, self.masks = rows, masks
         if rows not in self._made:
             self._made[rows] = [({}, {}) for _ in self.layers]
         for layer, place, made in zip(self.layers, self._places, self._made[rows], strict=True):
             place.factors_by_dtype, vars(layer)["_ready"] = made
+        for number, mask in enumerate(masks):  # No layer computes past its place.
+            self._places[number].mask, vars(self.layers[number])["_ready"] = mask, {}
 
     def make(self, dtype: torch.dtype) -> None:
         """Make the factors of all layers in a dtype, for the rows of now."""
@@ -144,6 +152,7 @@ class StackPlace:
 
     Attributes:
         factors_by_dtype: Its factors for the rows of now, as far as they were made.
+        mask: By what each rank of the rows of now is multiplied; None: as they are.
         by_name: Itself by the name of a single adapter that is on the layer, which is what compiled
             blocks know.
         op: What the weight does to an input.
@@ -157,6 +166,7 @@ class StackPlace:
     ) -> None:
         self.stack, self.layer, self.adapters = stack, layer, adapters
         self.factors_by_dtype: dict[torch.dtype, Factors] = {}
+        self.mask: Tensor | None = None
 
     def settle(self) -> None:
         """Find out what no step changes."""
@@ -194,27 +204,51 @@ class StackPlace:
         if rows == BASE:
             return cast(Tensor, super(AdaptedLayer, layer).forward(x))
         inputs, matrix, bias = layer.operands(x)
-        op, factors = layer.operation(), self.factors(inputs.dtype)
+        op, factors, mask = layer.operation(), self.factors(inputs.dtype), self.mask
+        expected = len(rows) if not isinstance(rows, int) else 1 if mask is None else len(mask)
+        if expected not in (len(x), 1):
+            raise ValueError(f"a layer is called with a batch of {len(x)} and not {expected} rows")
         if isinstance(rows, int):
-            own = self.adapters[rows]
-            factors = layer.with_direction(factors, own)
-            if not (layer.training and own.dropout):
-                return dora_forward(op, inputs, matrix, bias, factors)
-            dropped = dropout(inputs, own.dropout, training=True)
-            return sum_of_adapters(op, inputs, matrix, bias, [(factors, 1.0, dropped)])
-        if len(x) != len(rows):
-            raise ValueError(f"a layer is called with a batch of {len(x)} and not {len(rows)} rows")
+            factors = layer.with_direction(factors, self.adapters[rows])
+            if mask is None or factors.direction is None:
+                op = op if mask is None else MaskedOperation(op, mask)
+                return self._alone(op, inputs, matrix, bias, factors)
+            masked = [self._masked(factors, rows, own) for own in mask]
+            if len(masked) == 1:
+                return self._alone(op, inputs, matrix, bias, masked[0])
+            each = ((inputs[row, None], own) for row, own in enumerate(masked))  # type: ignore[index]
+            return torch.cat([self._alone(op, x, matrix, bias, own) for x, own in each])
         assert isinstance(inputs, Tensor)
         if factors.is_direct:
             return self._direct_rows(rows, op, inputs, matrix, bias, factors)
-        return dora_forward(RowOperation(op, inputs.ndim, len(rows)), inputs, matrix, bias, factors)
+        op = RowOperation(op, inputs.ndim, len(rows))
+        op = op if mask is None else MaskedOperation(op, mask)
+        return dora_forward(op, inputs, matrix, bias, factors)
+
+    def _alone(
+        self, op: Operation, x: Any, matrix: Tensor, bias: Tensor | None, factors: Factors
+    ) -> Tensor:
+        """Rows that all have the adapter of the rows of now, which may drop inputs."""
+        p = self.adapters[cast(int, self.stack.rows)].dropout
+        if not (self.layer.training and p):
+            return dora_forward(op, x, matrix, bias, factors)
+        dropped = dropout(x, p, training=True)
+        return sum_of_adapters(op, x, matrix, bias, [(factors, 1.0, dropped)])
+
+    def _masked(self, factors: Factors, k: int, mask: Tensor) -> Factors:
+        """Factors of an adapter with a row's mask ``(r,)`` in A, and in the direction."""
+        weights, down = self.adapters[k].scaled_weights(), factors.down
+        mask = mask.repeat(len(down) // len(mask)).view(-1, *[1] * (down.ndim - 1))
+        weights = dataclasses.replace(weights, down=weights.down * mask[: weights.rank])
+        made = direction_of(self.layer.dense(), weights, down.dtype)
+        return factors._replace(down=down * mask.to(down.dtype), direction=made)
 
     def _direct_rows(
         self, rows: tuple[int, ...], op: Operation, x: Tensor, matrix: Tensor, bias: Tensor | None,
         factors: Factors,
     ) -> Tensor:  # fmt: skip
         """Rows of one adapter after those of another, with the gain in the graph."""
-        made, site = [], self.layer.site(self.adapters)
+        made = []
         assert factors.gain is not None
         for row, k in enumerate(rows):
             up = factors.up[row]
@@ -224,7 +258,7 @@ class StackPlace:
                 gain=factors.gain[row],
                 shift=None if factors.shift is None else factors.shift[row],
                 shift_numerator=None,
-                direction=direction_of(site.weight, site.adapters[k], x.dtype),
             )
-            made.append(dora_forward(op, x[row, None], matrix, bias, own))
+            mask = own.down.new_ones(len(own.down)) if self.mask is None else self.mask[row]
+            made.append(dora_forward(op, x[row, None], matrix, bias, self._masked(own, k, mask)))
         return torch.cat(made)

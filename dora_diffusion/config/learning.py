@@ -179,6 +179,25 @@ class AdapterSettings:
         least=0,
         below=1,
     )
+    rank_dropout: float = flag(
+        0.0,
+        "Rank dropout: probability of leaving out a rank of A and B, for each row of a batch and "
+        "each layer; the others count for more. The norm of DoRA is that of the whole update.",
+        needs=(_ADAPTER,),
+        least=0,
+        below=1,
+    )
+    scale_weight_norms: float | None = flag(
+        None,
+        "Largest Frobenius norm of a layer's update s B A: after each step a larger one is scaled "
+        "down to it, half in A and half in B. Magnitudes are left alone.",
+        needs=(
+            _ADAPTER,
+            Need("parametrization", ("low-rank",)),
+            Need("init", ("random", "lora-one")),
+        ),
+        above=0,
+    )
     use_dora: bool = flag(
         True,
         "Train DoRA's magnitude; --no-use_dora is the same as --method lora.",

@@ -106,6 +106,12 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         require_token_length(self.max_token_length)
         require_tile_size(self.vae_tile_size)
         require(
+            not (self.compile and self.rank_dropout),
+            "rank_dropout draws masks for each step, which compiled blocks would not see; leave "
+            "one of rank_dropout and compile out",
+            "rank_dropout",
+        )
+        require(
             bool(self.caption_separator),
             "caption_separator is empty; give what separates tags, such as ','",
             "caption_separator",

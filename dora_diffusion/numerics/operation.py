@@ -191,6 +191,35 @@ def dropout(x: Tensor | OneHot, p: float, training: bool) -> Tensor | OneHot:
     return F.dropout(x, p, training)
 
 
+class MaskedOperation(Operation):
+    """Another operation, of which what A makes is multiplied by a number for each rank and row.
+
+    Args:
+        op: The other.
+        mask: ``(N, r)`` for a batch of N rows, or ``(1, r)`` for any. Ranks that are several times
+            as many, as with groups, repeat it.
+    """
+
+    def __init__(self, op: Operation, mask: Tensor) -> None:
+        self.op, self.mask = op, mask
+        self.apply, self.up_project, self.shape, self.dims = (
+            op.apply, op.up_project, op.shape, op.dims,
+        )  # fmt: skip
+
+    def scale_input(self, x: Any, vector: Tensor) -> Any:
+        """As the other operation does it."""
+        return self.op.scale_input(x, vector)
+
+    def down_project(self, x: Any, down: Tensor) -> Tensor:
+        """What ``down`` makes, times the mask."""
+        made, mask = self.op.down_project(x, down), self.mask
+        channels = made.ndim - len(self.shape) + self.shape.index(-1)
+        shape = [len(mask), *[1] * (made.ndim - 1)]
+        shape[channels] = -1
+        repeated = mask.repeat(1, made.shape[channels] // mask.shape[1])
+        return made * repeated.view(shape).to(made.dtype)
+
+
 # Pixels from which on a CPU takes less time for a convolution of each row than for groups.
 _LARGE_MAP = 256
 

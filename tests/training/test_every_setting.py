@@ -152,6 +152,8 @@ CASES: dict[str, Case] = {
     "init": Case("pissa"),
     "gradient_batches": Case(1, {"init": "lora-one"}),
     "lora_dropout": Case(0.5),
+    "rank_dropout": Case(0.5),
+    "scale_weight_norms": Case(1e-3),
     "use_dora": Case(False),
     "norm_axis": Case("input"),
     "max_train_steps": Case(4),

@@ -38,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pissa": {"init": "pissa"},
     "lora-one": {"init": "lora-one"},
     "dropout": {"lora_dropout": 0.3},
+    "rank dropout": {"rank_dropout": 0.5, "scale_weight_norms": 1e-3},
     "masks": {"masked_loss": True},
     "start": {"init_adapter": "made below", "targets": ["full"], "rank": 4, "conv_rank": 4},
     "words": {"train_text_encoder_ti": True, "token": "mug", "instance_prompt": "a mug"},

@@ -15,13 +15,16 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import DetachedAdapters, layer_adapters
+from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.adapters.stack import BASE, AdapterStack
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
+from dora_diffusion.models.offload import send
 from dora_diffusion.numerics.loss import huber_delta
 from dora_diffusion.training.engine.accelerator import (
     average_gradients,
@@ -32,6 +35,7 @@ from dora_diffusion.training.engine.averaging import MovingAverage
 from dora_diffusion.training.engine.objective import (
     Conditioner,
     InputSource,
+    NoisyBatch,
     Objective,
     StepInputs,
     losses_of,
@@ -77,6 +81,8 @@ class TrainingEngine:
         layers = [layer for layer, _, _ in adapters[0].layers]
         each = zip(*(own.of_name() for own in adapters), strict=True)
         self.stack = AdapterStack(layers, list(each))
+        of_unet = set(map(id, learners[0].objective.components.unet.modules()))
+        self._has_rows = [id(layer) in of_unet for layer in layers]
 
     def __call__(self, steps: Sequence[int]) -> list[Outcome]:
         """Run a step of each run.
@@ -133,8 +139,9 @@ class TrainingEngine:
         pairs = [*zip(group, own, strict=True), *zip(group, held, strict=True)]
         rows = [k for k, batch in pairs if batch is not None for _ in batch.inputs.captions]
         totals = []
+        masks = self._masks([(k, batch) for k, batch in pairs if batch is not None])
         # Backward inside, since blocks may be recomputed.
-        with self.stack.of(rows):
+        with self.stack.of(rows, masks):
             with accelerator.autocast():
                 losses = losses_of(own, held, partial(self.stack.of, BASE))
                 for learner, (subject, prior) in zip(chosen, losses, strict=True):
@@ -143,6 +150,35 @@ class TrainingEngine:
             accelerator.backward(torch.stack(shares).sum())
         for k, total, (_, prior) in zip(group, totals, losses, strict=True):
             yield k, torch.stack([total.detach(), prior.detach()])
+
+    def _masks(self, batches: Sequence[tuple[int, NoisyBatch]]) -> list[Tensor]:
+        """Rank dropout of each layer for batches of some runs, as `AdapterStack.of` takes it.
+
+        Drawn by seed and batch, from nothing that another run draws from. A text encoder has one
+        mask for all rows of a batch: a caption may be several of its rows.
+        """
+        if not any(self.learners[k].config.rank_dropout for k, _ in batches):
+            return []
+        ranks = [[adapter.down.shape[0] for adapter in own] for own in self.stack.adapters]
+        made: list[list[Tensor]] = [[] for _ in ranks]
+        first: dict[int, Tensor] = {}
+        for k, batch in batches:
+            learner, own = self.learners[k], [each[k] for each in ranks]
+            place = learner.config.seed, learner.batches, learner.accelerator.process_index
+            generator = generator_for("ranks", *place, "held" if k in first else "")
+            drawn = torch.rand(len(batch.inputs.captions), sum(own), generator=generator)
+            p = learner.config.rank_dropout
+            kept = send((drawn >= p) / (1 - p), batch.latents.device)
+            shared = first.setdefault(k, kept[:1]).expand_as(kept)
+            parts = zip(kept.split(own, 1), shared.split(own, 1), self._has_rows, strict=True)
+            for layer, (by_row, alike, has_rows) in enumerate(parts):
+                mask = by_row if has_rows else alike
+                made[layer].append(F.pad(mask, (0, max(ranks[layer]) - own[layer])))
+        is_one = len(first) == 1
+        return [
+            masks[0][:1] if is_one and not has_rows else torch.cat(masks)
+            for masks, has_rows in zip(made, self._has_rows, strict=True)
+        ]
 
 
 def _turns(learner: Learner) -> int:
@@ -174,6 +210,7 @@ class Learner:
         allocation: Moves ranks between layers; None: they stay.
         preconditioner: Changes the gradients of A and B, once they are clipped.
         average: The weights that are used; None: those that train.
+        adapters: Those whose update's norm is limited; none: it is not.
         batches: Number of batches since the start of the run.
         is_whole: Whether all that a checkpoint holds is of one step: False while the optimizer
             moves it.
@@ -191,6 +228,7 @@ class Learner:
     allocation: RankAllocation | None = None
     preconditioner: Preconditioner | None = None
     average: MovingAverage | None = None
+    adapters: Sequence[LayerAdapter] = ()
     batches: int = 0
     is_whole: bool = True
 
@@ -243,6 +281,8 @@ class Learner:
             if effective_rates is not None:
                 self.allocation.make_orthogonal(max(effective_rates.values()))
             self.allocation.after_step(step)
+        if self.adapters and self.config.scale_weight_norms:
+            limit_norms(self.adapters, self.config.scale_weight_norms)
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.parameters.finish()
@@ -336,12 +376,35 @@ def build_learner(
     allocation, preconditioner, average = None, None, None
     if config.parametrization == "adalora" and not config.is_full:
         allocation = build_allocation(weights.modules, config)
+    adapters = [each for model in weights.modules.values() for each in layer_adapters(model)]
     if config.preconditions:
-        adapters = [each for model in weights.modules.values() for each in layer_adapters(model)]
         preconditioner = Preconditioner(adapters, config.precondition_damping)
     if config.ema_decay is not None:
         average = MovingAverage(parameters, config.ema_decay)
+    is_low_rank = config.parametrization == "low-rank" and config.init != "pissa"
+    is_limited = config.scale_weight_norms and is_low_rank
     return Learner(
         config, accelerator, weights.modules, objective, parameters, optimizer, schedule, inputs,
-        weights.words, allocation, preconditioner, average,
+        weights.words, allocation, preconditioner, average, adapters if is_limited else (),
     )  # fmt: skip
+
+
+@torch.no_grad()
+def limit_norms(adapters: Sequence[LayerAdapter], limit: float) -> None:
+    """Scale updates ``s B A`` down to a Frobenius norm, half in A and half in B.
+
+    Equal to sd-scripts' ``scale_weight_norms``, from products of A and of B with themselves.
+
+    Args:
+        adapters: Those whose A and B are ``down`` and ``up``.
+        limit: The largest norm.
+    """
+    squares = []
+    for adapter in adapters:
+        down, up = adapter.down.flatten(1), adapter.up.flatten(1)
+        product = (up.mT @ up) * (down @ down.mT)
+        squares.append(product.sum() * (adapter.alpha / len(down)) ** 2)
+    norms = torch.stack(squares).clamp_min(0).sqrt()
+    shares = (limit / norms.clamp_min(limit)).sqrt().unbind()
+    for part in ("down", "up"):
+        torch._foreach_mul_([getattr(adapter, part) for adapter in adapters], list(shares))

@@ -1,0 +1,169 @@
+"""Rank dropout, and updates whose norm is limited: runs that stop, resume and share a model."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dora_diffusion.adapters.inject import AdapterConfig, inject_adapters, layer_adapters
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.training.engine.objective import noisy_batches
+from dora_diffusion.training.engine.step import TrainingEngine, limit_norms
+from dora_diffusion.training.loop import train, train_pack
+from tests.adapters.helpers import Net, move
+from tests.training.helpers import (
+    assert_same_adapter,
+    losses,
+    make_config,
+    open_run,
+    warnings_of,
+)
+
+LIMITED = {"rank_dropout": 0.4, "scale_weight_norms": 2e-3}
+LAYERS = {"targets": ["cross-attention", "*.resnets.0.conv1"], "rank": 4, "conv_rank": 3}
+BESIDE: dict[str, dict[str, Any]] = {
+    "prior": {"with_prior_preservation": True, "gradient_accumulation_steps": 2},
+    "text encoders": {"train_text_encoder": True, "max_token_length": 150, "lora_dropout": 0.2},
+    "pissa": {"init": "pissa", "scale_weight_norms": None},
+    "adalora": {"parametrization": "adalora", "scale_weight_norms": None, "allocation_warmup": 0},
+    "input axis": {"norm_axis": "input", "train_batch_size": 2},
+    "low precision": {"mixed_precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_a_resumed_run_is_the_whole_one(
+    sd1_folder: Path, photos: Path, tmp_path: Path, beside: str
+) -> None:
+    settings = {**LAYERS, **LIMITED, "checkpointing_steps": 2, **BESIDE[beside]}
+    whole = make_config(sd1_folder, photos, tmp_path / "whole", **settings)
+    train(whole)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parted")
+    shutil.rmtree(tmp_path / "parted" / "checkpoint-4")
+    parted = replace(whole, output_dir=str(tmp_path / "parted"))
+    train(replace(parted, resume_from_checkpoint="latest"))
+    assert_same_adapter(tmp_path / "whole", tmp_path / "parted")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parted")
+
+
+def test_checkpointing_recomputes_with_the_same_masks(
+    sd1_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    settings = {**LAYERS, **LIMITED, "train_text_encoder": True, "max_train_steps": 2}
+    plain = make_config(sd1_folder, photos, tmp_path / "plain", **settings)
+    train(plain)
+    train(replace(plain, output_dir=str(tmp_path / "saved"), gradient_checkpointing=True))
+    assert_same_adapter(tmp_path / "plain", tmp_path / "saved", rtol=1e-3, atol=1e-5)
+
+
+def test_members_of_a_pack_drop_what_they_would_alone(
+    sd1_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    # Adam divides by little where gradients are small: rounding would be all.
+    usual = {**LAYERS, "train_text_encoder": True, "max_train_steps": 3, "adam_epsilon": 1e-3}
+    configs = {
+        name: make_config(sd1_folder, photos, tmp_path / "pack" / name, **usual, **own)
+        for name, own in {
+            "none": {},
+            "both": {**LIMITED, "with_prior_preservation": True},
+            "dropout": {"rank_dropout": 0.7, "seed": 4, "rank_pattern": {"to_k": 6}},
+        }.items()
+    }
+    assert not train_pack(configs).failures
+    for name, config in configs.items():
+        train(replace(config, output_dir=str(tmp_path / name)))
+        assert_same_adapter(tmp_path / name, tmp_path / "pack" / name, rtol=2e-3, atol=2e-5)
+
+
+def test_masks_differ_by_row_batch_and_seed_and_keep_the_mean(
+    sd1_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    settings = {"train_batch_size": 2, "with_prior_preservation": True, "train_text_encoder": True}
+    session = open_run(sd1_folder, photos, tmp_path, rank_dropout=0.4, **LAYERS, **settings)
+    engine, learner = TrainingEngine([session.learner]), session.learner
+    own, held = noisy_batches([learner.objective], [learner.inputs(0)])
+    pairs = [(0, own[0]), (0, held[0])]
+    drawn = engine._masks(pairs)
+    again = engine._masks(pairs)
+    learner.batches += 1
+    later = engine._masks(pairs)
+    layers = zip(drawn, again, later, engine._has_rows, engine.stack.adapters, strict=True)
+    rows = []
+    for mask, same_mask, other, has_rows, (adapter,) in layers:
+        assert mask.shape == (4 if has_rows else 1, adapter.down.shape[0])
+        assert torch.equal(mask, same_mask)
+        assert {round(float(value), 4) for value in mask.unique()} <= {0.0, 1.6667}
+        rows.append((mask, other) if has_rows else None)
+    masks, others = (torch.cat(parts, dim=1) for parts in zip(*filter(None, rows), strict=True))
+    assert None in rows
+    for first, second in [(0, 1), (0, 2), (1, 3)]:
+        assert not torch.equal(masks[first], masks[second])
+    assert not torch.equal(masks, others)
+    assert float(masks.mean()) == pytest.approx(1.0, abs=0.2)
+
+
+def sd_scripts_limit(down: torch.Tensor, up: torch.Tensor, scale: float, limit: float) -> float:
+    """The share that sd-scripts multiplies A and B by, from the whole update."""
+    if down.ndim == 4 and down.shape[2:] != (1, 1):
+        update = F.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
+    else:
+        update = up.flatten(1) @ down.flatten(1)
+    norm = (scale * update).norm().clamp(min=limit / 2)
+    return float((norm.clamp(max=limit) / norm).sqrt())
+
+
+@pytest.mark.parametrize("limit", [0.05, 1.0, 100.0])
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_norms_are_limited_as_sd_scripts_does(limit: float, use_dora: bool) -> None:
+    torch.manual_seed(0)
+    net = Net()
+    config = AdapterConfig(("full",), rank=3, alpha=5.0, conv_rank=2, use_dora=use_dora)
+    inject_adapters(net, config)
+    move(net)
+    adapters = list(layer_adapters(net))
+    before = [(a.down.clone(), a.up.clone(), a.magnitude) for a in adapters]
+    magnitudes = [None if m is None else m.clone() for _, _, m in before]
+    shares = [
+        sd_scripts_limit(d, u, a.weights().scale, limit)
+        for a, (d, u, _) in zip(adapters, before, strict=True)
+    ]
+    assert limit == 100.0 or min(shares) < 1
+    limit_norms(adapters, limit)
+    for adapter, (down, up, _), share, magnitude in zip(
+        adapters, before, shares, magnitudes, strict=True
+    ):
+        torch.testing.assert_close(adapter.down, share * down, rtol=1e-5, atol=0)
+        torch.testing.assert_close(adapter.up, share * up, rtol=1e-5, atol=0)
+        assert magnitude is None or torch.equal(adapter.magnitude, magnitude)
+
+
+def test_no_update_of_a_run_is_larger(sd1_folder: Path, photos: Path, tmp_path: Path) -> None:
+    config = make_config(sd1_folder, photos, tmp_path, scale_weight_norms=1e-3, learning_rate=1e-2)
+    train(config)
+    norms = [
+        float((layer.scale * layer.up.flatten(1) @ layer.down.flatten(1)).norm())
+        for layer in read_adapter(tmp_path).layers.values()
+    ]
+    assert max(norms) == pytest.approx(1e-3, rel=1e-4)
+    assert len([norm for norm in norms if norm > 0.999e-3]) > len(norms) / 2
+
+
+def test_what_has_no_effect_or_cannot_be_is_said(
+    sd1_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    config = make_config(
+        sd1_folder, photos, tmp_path, max_train_steps=1, init="pissa", scale_weight_norms=1e-6
+    )
+    assert "scale_weight_norms has no effect because init is pissa" in warnings_of(config)
+    assert any(bool(layer.up.any()) for layer in read_adapter(tmp_path).layers.values())
+    with pytest.raises(ConfigError, match="leave one of rank_dropout and compile out"):
+        TrainConfig(rank_dropout=0.1, compile=True)
+    with pytest.raises(ConfigError, match=r"rank_dropout is 1\.0; it must be less than 1"):
+        TrainConfig(rank_dropout=1.0)
