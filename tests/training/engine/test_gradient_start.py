@@ -180,6 +180,18 @@ def test_an_overflow_of_fp16_is_tried_again_with_a_smaller_scale(
         started(session)
 
 
+def test_an_average_of_the_weights_begins_with_the_start(
+    sd1_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    session = fresh(sd1_folder, photos, tmp_path, gradient_batches=1, ema_decay=0.9)
+    started(session)
+    found = {name: p.detach().clone() for name, p in session.weights.parameters().items()}
+    assert any(bool(value.any()) for name, value in found.items() if name.endswith("up"))
+    with session.learner.average.in_use():
+        for name, parameter in session.weights.parameters().items():
+            assert torch.equal(parameter, found[name]), name
+
+
 def test_packs_start_each_from_its_own_gradient(
     sd1_folder: Path, photos: Path, tmp_path: Path
 ) -> None:
