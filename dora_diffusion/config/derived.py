@@ -49,8 +49,8 @@ def _class_word(config: TrainConfig) -> str | None:
 
 
 def _validation_prompt(config: TrainConfig) -> list[str]:
-    own = list(dict.fromkeys(filter(None, map(framed_prompt, config.subjects))))
-    return own if config.num_validation_images and not config.sample_prompts else []
+    is_sampled = config.num_validation_images and not config.sample_prompts
+    return config.taught_prompts if is_sampled else []
 
 
 def _alpha(config: TrainConfig, rank: int) -> float | None:
@@ -97,9 +97,11 @@ def usual_snr_gamma(config: TrainConfig, prediction_type: str) -> float:
     """Gamma of min-SNR where none is given; 0: no weighting.
 
     Its weight of v goes to 0 with the SNR, where shape is decided:
-    docs/measurements/min-snr.md has what that costs.
+    docs/measurements/min-snr.md has what that costs. A slider's predictions count alike, as in its
+    paper.
     """
-    return 5.0 if prediction_type == "epsilon" and not config.weightings else 0.0
+    is_usual = prediction_type == "epsilon" and not config.weightings and not config.is_slider
+    return 5.0 if is_usual else 0.0
 
 
 def resolve(

@@ -123,7 +123,7 @@ class Need:
 class AnyOf:
     """Condition that holds if at least one of several needs is met."""
 
-    needs: tuple[Need, ...]
+    needs: tuple[Condition, ...]
 
     def __call__(self, config: Any) -> str | None:
         """Return why no condition is met; None where one is."""

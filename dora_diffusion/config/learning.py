@@ -54,10 +54,11 @@ class AdapterSettings:
     heading: ClassVar = "Adapter"
 
     method: str = flag(
-        "dora",
+        None,
         "What to train. dora: low-rank matrices and magnitudes; weights are frozen. lora: the "
         "matrices alone. full: full fine-tuning of the weights themselves, whose result is a whole "
         "model.",
+        derived="dora; of a slider lora, whose strength is the same in every program",
         choices=METHODS,
     )
     init_adapter: str | None = flag(
@@ -385,7 +386,7 @@ class LossSettings:
     snr_gamma: float | None = flag(
         None,
         "Gamma of min-SNR loss weighting (arXiv:2303.09556); 0 turns it off.",
-        derived="5 where the model predicts the noise, 0 where it predicts v",
+        derived="5 where the model predicts the noise, 0 where it predicts v and for sliders",
         least=0,
     )
     debiased_estimation_loss: bool = flag(

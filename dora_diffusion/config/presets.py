@@ -33,6 +33,7 @@ PRESETS: Mapping[str, Preset] = {
     "style": Preset(
         1.5, 400, {"token": "", "aspect_ratio_buckets": True, "caption_dropout": 0.05}
     ),
+    "slider": Preset(0.5, 100, {"teach": "slider", "method": "lora"}),
 }  # fmt: skip
 """Presets, by the name that ``--preset`` takes."""
 # The embedded models are small: they take larger steps (as in samples/*/config.yaml).

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dora_diffusion.config.fields import DTYPES, PRECISIONS, AnyOf, Need, flag
+from dora_diffusion.config.subject import prior_or_slider
 
 OFFLOADS = ("auto", "none", "model")
 SHARDINGS = ("auto", "none", "fsdp")
 
 _SAMPLES = Need("num_validation_images")
-_PRIOR = Need("with_prior_preservation")
 
 
 def _held_out(config: Any) -> str | None:
@@ -125,14 +125,14 @@ class SampleSettings:
         25,
         "Denoising steps of samples and class images.",
         resume="free",
-        needs=(AnyOf((_SAMPLES, _PRIOR)),),
+        needs=(AnyOf((_SAMPLES, prior_or_slider)),),
         above=0,
     )
     validation_guidance_scale: float = flag(
         7.5,
         "Guidance scale (CFG scale) of samples and class images.",
         resume="free",
-        needs=(AnyOf((_SAMPLES, _PRIOR)),),
+        needs=(AnyOf((_SAMPLES, prior_or_slider)),),
     )
 
 

@@ -15,6 +15,9 @@ from dora_diffusion.config.base import (
 from dora_diffusion.config.families import PREDICTION_TYPES
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, AnyOf, Need, flag
 
+TAUGHT = ("subject", "slider")
+SLIDER_STRENGTHS = (-3.0, -1.5, 0.0, 1.5, 3.0)
+"""Strengths of a slider's sample images."""
 PRIOR_MODES = ("images", "image-free")
 INPAINTING_MASKS = ("random", "subject")
 
@@ -30,6 +33,28 @@ def _class_images(config: Any) -> str | None:
     return "prior_preservation_mode is image-free" if is_image_free else None
 
 
+def _num_class_images(config: Any) -> str | None:
+    """`--teach slider`, or class images (`--prior_preservation_mode images`)."""
+    if config.teach == "slider":
+        return None
+    return next((reason for need in _CLASS_IMAGES if (reason := need(config))), None)
+
+
+def prior_or_slider(config: Any) -> str | None:
+    """`--with_prior_preservation` or `--teach slider`."""
+    return None if config.teach == "slider" else _PRIOR(config)
+
+
+def _prior_or_anchors(config: Any) -> str | None:
+    """`--with_prior_preservation` or a slider's `--anchors`."""
+    return Need("anchors")(config) if config.teach == "slider" else _PRIOR(config)
+
+
+def _of_images(config: Any) -> str | None:
+    return "teach is slider, which has no images" if config.teach == "slider" else None
+
+
+_SLIDER = Need("teach", ("slider",))
 _TAGS = AnyOf((Need("shuffle_tags"), Need("tag_dropout")))
 _CLASS_IMAGES = (_PRIOR, _class_images)
 _BUCKETS = Need("aspect_ratio_buckets")
@@ -192,6 +217,51 @@ class WordSettings:
 
 
 @dataclass(frozen=True)
+class SliderSettings:
+    """A slider from words alone."""
+
+    heading: ClassVar = "Slider"
+
+    teach: str = flag(
+        "subject",
+        "What to teach. subject: what images show, a subject or a style. slider: the difference "
+        "of two prompts, for strengths of -3 to 3 (concept sliders, arXiv:2311.12092; LECO). It "
+        "has no images of yours; settings of photos, captions and held-out photos have no effect.",
+        choices=TAUGHT,
+    )
+    target: list[str] = flag(
+        [],
+        'What the slider changes: a prompt for all pairs, or one for each: "a photo of a mug".',
+        derived="none, required by --teach slider",
+        needs=(_SLIDER,),
+    )
+    positive: list[str] = flag(
+        [],
+        'The end at strength 3: a prompt for each pair, as "a photo of a large mug".',
+        derived="none, required by --teach slider",
+        needs=(_SLIDER,),
+    )
+    negative: list[str] = flag(
+        [],
+        "The end at strength -3: a prompt for each pair, in the order of --positive.",
+        derived="none, required by --teach slider",
+        needs=(_SLIDER,),
+    )
+    anchors: list[str] = flag(
+        [],
+        "Prompts that must not move: the adapted model's prediction for them is held at the base "
+        "model's, by prior_loss_weight.",
+        needs=(_SLIDER,),
+    )
+    slider_guidance: float = flag(
+        0.3,
+        "How far strength 1 moves: the factor of the difference of the two predictions.",
+        needs=(_SLIDER,),
+        above=0,
+    )
+
+
+@dataclass(frozen=True)
 class ImageSettings:
     """Reading of images and captions."""
 
@@ -346,14 +416,23 @@ class PriorSettings:
         derived="the name of kohya's folder, or each image's caption with the token taken out",
         needs=_CLASS_IMAGES,
     )
-    num_class_images: int = flag(100, "Number of class images.", needs=_CLASS_IMAGES, above=0)
+    num_class_images: int = flag(
+        100,
+        "Number of class images; of a slider, of the images that the base model makes of its "
+        "prompts.",
+        needs=(_num_class_images,),
+        above=0,
+    )
     prior_loss_weight: float = flag(
-        1.0, "Weight of the prior-preservation loss.", needs=(_PRIOR,), least=0
+        1.0,
+        "Weight of the prior-preservation loss, and of what holds a slider's anchors.",
+        needs=(_prior_or_anchors,),
+        least=0,
     )
     sample_batch_size: int = flag(
         4,
         "Batch size for generating class images and samples.",
-        needs=(AnyOf((_PRIOR, Need("num_validation_images"))),),
+        needs=(AnyOf((prior_or_slider, Need("num_validation_images"))),),
         resume="ignored",
         above=0,
     )
@@ -365,6 +444,26 @@ _WHOLE_RUN = frozenset((
     "unmasked_prior",
     "sample_batch_size", "max_token_length", "clip_skip",
 ))  # fmt: skip
+
+# Of groups of settings of images, those that a slider has too.
+_OF_SLIDERS = frozenset((
+    "resolution", "max_token_length", "clip_skip", "cache_latents", "dataloader_num_workers",
+    "wildcards", "wildcard_dir", "num_class_images", "prior_loss_weight", "sample_batch_size",
+))  # fmt: skip
+OF_IMAGES = {
+    name: _of_images
+    for name in (
+        *(
+            source.name
+            for group in (SubjectSettings, WordSettings, ImageSettings, PriorSettings)
+            for source in fields(group)
+        ),
+        "validation_data_dir",
+        "validation_split",
+    )
+    if name not in _OF_SLIDERS
+}
+"""The condition of settings that have no effect on a slider, by their names."""
 
 ENTRY_SETTINGS = (
     *(

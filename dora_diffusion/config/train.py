@@ -26,7 +26,7 @@ from dora_diffusion.config.fields import (
     require_token_length,
 )
 from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
-from dora_diffusion.config.wording import did_you_mean, framed, whole_word
+from dora_diffusion.config.wording import counted, did_you_mean, framed, quoted, whole_word
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
     run.OutputSettings, run.ValidationSettings, run.SampleSettings, run.DeviceSettings,
     learning.LossSettings, learning.OptimizerSettings, learning.LengthSettings,
     learning.AdapterSettings,
-    subject.PriorSettings, subject.ImageSettings, subject.WordSettings, subject.SubjectSettings,
-    subject.ModelSettings,
+    subject.PriorSettings, subject.ImageSettings, subject.SliderSettings, subject.WordSettings,
+    subject.SubjectSettings, subject.ModelSettings,
 ):  # fmt: skip
     """All settings of one DreamBooth run.
 
@@ -51,6 +51,8 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         known = {setting.name: setting for setting in settings()}
         for setting in known.values():
             setting.check(getattr(self, setting.name))
+        if self.method is None:
+            object.__setattr__(self, "method", "lora" if self.is_slider else "dora")
         if self.dataset_config:
             entries = checked_entries(self.dataset_config, known, self.train_batch_size)
             object.__setattr__(self, "dataset_config", entries)
@@ -95,7 +97,9 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         )
         if self.parametrization == "adalora" and not self.is_full:
             self._check_allocation()
-        if self.train_text_encoder_ti:
+        if self.is_slider:
+            self._check_slider()
+        elif self.train_text_encoder_ti:
             self._check_words()
         if self.init_adapter and not self.is_full:
             self.unet_adapter.check_start()
@@ -173,6 +177,65 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             "initializer_concept",
         )
 
+    def _check_slider(self) -> None:
+        for name in ("target", "positive", "negative", "anchors"):
+            # As the captions of the images that are made of them are read.
+            prompts = [" ".join(prompt.split()) for prompt in getattr(self, name)]
+            object.__setattr__(self, name, prompts)
+            require(
+                all(prompts) and bool(prompts or name == "anchors"),
+                f"teach slider has {'an empty' if prompts else 'no'} {name}; a slider needs "
+                "--target, --positive and --negative, each a prompt",
+                name,
+            )
+        count = len(self.positive)
+        require(
+            len(self.negative) == count,
+            f"positive has {counted(count, 'prompt')} and negative {len(self.negative)}; give one "
+            "of each for every pair",
+            "negative",
+        )
+        require(
+            len(self.target) in (1, count),
+            f"target has {len(self.target)} prompts for {counted(count, 'pair')}; give one for "
+            "all or one for each",
+            "target",
+        )
+        for _, ends in self.slider_pairs:
+            require(
+                ends[0].lower() != ends[1].lower(),
+                f"positive and negative are both {quoted(ends[0])}: nothing is between them; "
+                "give two prompts that differ in what the slider moves",
+                "negative",
+            )
+        moved = {*self.target, *self.positive, *self.negative}
+        both = [prompt for prompt in self.anchors if prompt in moved]
+        require(
+            not both,
+            f"anchors holds {quoted(''.join(both[:1]))}, which the slider moves; leave it out",
+            "anchors",
+        )
+        least = len({*moved, *self.anchors})
+        require(
+            self.num_class_images >= least,
+            f"num_class_images is {self.num_class_images}; this slider has {least} different "
+            "prompts, of which each needs an image",
+            "num_class_images",
+        )
+        for name in ("instance_data_dir", "dataset_config", "train_text_encoder_ti"):
+            require(
+                not getattr(self, name),
+                f"{name} is set, and teach slider learns from prompts alone; leave it out, or "
+                "--teach subject",
+                name,
+            )
+        require(
+            not self.is_full,
+            "method is full, whose weights have no strength to slide; teach slider trains an "
+            "adapter: lora or dora",
+            "method",
+        )
+
     def _check_prodigy(self) -> None:
         require(
             self.unet_lr >= 0.1,
@@ -221,8 +284,22 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     @property
     def holds_prior(self) -> bool:
-        """True if any subject uses prior preservation."""
+        """True if any subject uses prior preservation, or the slider has anchors."""
+        if self.is_slider:
+            return bool(self.anchors)
         return any(subject.with_prior_preservation for subject in self.subjects)
+
+    @property
+    def is_slider(self) -> bool:
+        """True if the difference of prompts is learned, not images."""
+        return self.teach == "slider"
+
+    @property
+    def slider_pairs(self) -> list[tuple[str, tuple[str, str]]]:
+        """The slider's pairs: target, and its positive and negative end."""
+        targets = self.target * (len(self.positive) if len(self.target) == 1 else 1)
+        ends = zip(self.positive, self.negative, strict=True)
+        return list(zip(targets, ends, strict=True)) if self.is_slider else []
 
     @property
     def allocation_phases(self) -> tuple[int, int]:
@@ -328,10 +405,15 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     @property
     def prompts(self) -> list[SamplePrompt]:
-        """Prompts of sample images: the instance prompts, where nothing else is asked for."""
-        own = (framed_prompt(subject) for subject in self.subjects)
-        lines = self.validation_prompt or list(dict.fromkeys(own))
+        """Prompts of sample images: what is taught, where nothing else is asked for."""
+        lines = self.validation_prompt or self.taught_prompts
         return [parse_prompt(line) for line in lines if line]
+
+    @property
+    def taught_prompts(self) -> list[str]:
+        """The subjects' instance prompts, or the targets of a slider, each once."""
+        own = self.target if self.is_slider else map(framed_prompt, self.subjects)
+        return list(dict.fromkeys(filter(None, own)))
 
     def with_sample_prompts(self) -> TrainConfig:
         """Return these settings with the lines of ``sample_prompts`` among the validation prompts.
@@ -353,7 +435,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
     @property
     def is_image_free(self) -> bool:
         """True if the prior is preserved without class images."""
-        return self.with_prior_preservation and self.prior_mode == "image-free"
+        return self._uses_prior("image-free")
 
     @property
     def holds_unmasked(self) -> bool:
@@ -363,12 +445,17 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
     @property
     def uses_class_images(self) -> bool:
         """True if the prior is preserved by class images."""
-        return self.with_prior_preservation and self.prior_mode == "images"
+        return self._uses_prior("images")
+
+    def _uses_prior(self, mode: str) -> bool:
+        return self.with_prior_preservation and self.prior_mode == mode and not self.is_slider
 
     @property
     def holds_out(self) -> bool:
         """True if photos are held out of training, on which the validation loss is computed."""
-        return any(s.validation_data_dir or s.validation_split for s in self.subjects)
+        return not self.is_slider and any(
+            s.validation_data_dir or s.validation_split for s in self.subjects
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, as a YAML file holds them."""
@@ -401,8 +488,14 @@ def framed_prompt(config: TrainConfig) -> str:
 def settings() -> tuple[Setting, ...]:
     """All settings, in the order of their fields."""
     groups: tuple[Any, ...] = TrainConfig.__bases__[::-1]
-    return tuple(
+    made = (
         Setting.from_field(source, group=group.heading, **getattr(group, "common", {}))
         for group in groups
         for source in dataclasses.fields(group)
+    )
+    return tuple(
+        dataclasses.replace(setting, needs=(need, *setting.needs))
+        if (need := subject.OF_IMAGES.get(setting.name))
+        else setting
+        for setting in made
     )

@@ -132,6 +132,25 @@ def training_target(
     )
 
 
+def slider_target(base: Tensor, positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
+    """Return the target of a slider: the base's prediction, moved by the difference of two prompts.
+
+    Gandikota et al., arXiv:2311.12092, equation 8, for predictions of any type.
+
+    Args:
+        base: The base model's predictions, ``(B, C, h, w)``.
+        positive: Those of the first n of these inputs for the prompt of one end, ``(n, C, h, w)``.
+        negative: The same for that of the other end.
+        guidance: Factor of the difference.
+
+    Returns:
+        ``(B, C, h, w)``, float32; rows after the first n are the base's.
+    """
+    target, count = base.float(), len(positive)
+    moved = target[:count] + guidance * (positive.float() - negative.float())
+    return torch.cat([moved, target[count:]])
+
+
 def min_snr(snr: Tensor, prediction_type: str, gamma: float) -> Tensor:
     """Min-SNR-gamma (Hang et al., arXiv:2303.09556, section 3.4); the paper's gamma is 5.
 

@@ -319,6 +319,7 @@ def _unsupported(config: TrainConfig) -> dict[str, bool]:
     encodes = config.train_text_encoder
     return {
         "method": config.is_full,
+        "teach": config.is_slider,
         "parametrization": config.parametrization != "low-rank",
         "init": config.init == "pissa",
         "lora_dropout": config.lora_dropout > 0,

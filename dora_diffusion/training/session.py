@@ -168,7 +168,8 @@ class Session:
                 with on_device(device, components.vae):
                     dataset.fill_cache(indices, lambda *done: on_event(CachingProgress(*done)))
             if not config.encodes_in_steps:
-                self._cache_captions(dataset.all_captions(indices))
+                ends = chain.from_iterable(ends for _, ends in config.slider_pairs)
+                self._cache_captions({*dataset.all_captions(indices), *ends})
         release_memory()
 
     def _cache_captions(self, captions: set[str]) -> None:
@@ -222,7 +223,7 @@ def open_session(
     require_new(components, config.words)
     start = start.read(components, config) if start else None
     dataset = open_dataset(config, subjects, components, paths, accelerator, on_event)
-    has_buckets = any(subject.settings.aspect_ratio_buckets for subject in subjects)
+    has_buckets = any(s.settings.aspect_ratio_buckets for s in subjects) and not config.is_slider
     sampler = EpochSampler(
         len(dataset),
         batch_size=config.train_batch_size,

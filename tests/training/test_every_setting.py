@@ -62,6 +62,10 @@ BUCKETS = {"aspect_ratio_buckets": True, "resolution": 256, "max_train_steps": 1
 TAGS = {"shuffle_tags": True}
 FULL = {"method": "full", "targets": ["cross-attention"], "full_weights": "targets"}
 TEXT = {"train_text_encoder": True}
+SLIDER = {
+    "teach": "slider", "instance_data_dir": None, "instance_prompt": None,
+    "target": ["a mug"], "positive": ["a red mug"], "negative": ["a dog"], "num_class_images": 4,
+}  # fmt: skip
 ALLOCATED = {"parametrization": "adalora", "rank": 4}
 FIVE = {**ALLOCATED, "max_train_steps": 5, "allocation_interval": 1}
 PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0, "max_train_steps": 8}
@@ -96,6 +100,11 @@ CASES: dict[str, Case] = {
     "initializer_concept": Case(["dog"], WORDS),
     "embedding_lr": Case(0.1, WORDS),
     "train_text_encoder_ti_frac": Case(0.3, WORDS),
+    "target": Case(["a cat"], SLIDER),
+    "positive": Case(["a red dog"], SLIDER),
+    "negative": Case(["a red dog"], SLIDER),
+    "anchors": Case(["a cat"], SLIDER),
+    "slider_guidance": Case(2.0, {**SLIDER, "max_grad_norm": 0.0}),
     "resolution": Case(64),
     "center_crop": Case(False),
     "random_flip": Case(True, {"max_train_steps": 8}),
@@ -234,6 +243,7 @@ ELSEWHERE = {
     "model_config": "tests/models/test_single_file.py: it needs a released model's whole file",
     "revision": "tests/models/test_load.py: only the hub has revisions",
     "output_dir": "tests/training/test_every_setting.py: each case reads its own",
+    "teach": "tests/training/test_slider.py: a slider has no photos, and a subject some",
     "offload": "tests/models/test_offload.py: it moves nothing where there is no GPU",
     "sharding": "tests/training/engine/test_sharding.py: it needs two processes",
 }

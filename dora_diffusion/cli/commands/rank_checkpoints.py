@@ -12,7 +12,7 @@ from dora_diffusion.cli.console.progress import progress, tell
 from dora_diffusion.cli.settings import AnyBase, Overwrite, check_results
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
 from dora_diffusion.config.command import AsJob
-from dora_diffusion.config.fields import REQUIRED, flag
+from dora_diffusion.config.fields import REQUIRED, flag, require
 from dora_diffusion.config.wording import aligned
 from dora_diffusion.formats.files.runs import (
     BASE_NAME,
@@ -112,6 +112,11 @@ def _questions(config: TrainConfig, args: RankCheckpointsSettings, base: str) ->
     from dora_diffusion.sampling.generate import SamplingSettings
     from dora_diffusion.training.inputs.subject import subjects_of, triggers_of
 
+    require(
+        not config.is_slider,
+        "the run taught a slider, which has no photos to compare with; its samples, as "
+        "samples/step-000200.png, show each checkpoint at several strengths",
+    )
     settings = SamplingSettings(
         steps=config.validation_inference_steps,
         guidance_scale=config.validation_guidance_scale,

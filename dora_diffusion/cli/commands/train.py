@@ -95,7 +95,7 @@ class TrainSettings(CommandSettings):
             return 128 + result.signal_number
         if written := result.adapter or result.model:
             print(f"done: {written}")
-            print(trigger_line(progress.trigger, example_prompt(config)))
+            print(trigger_line(progress.trigger, example_prompt(config), config.is_slider))
             print("\n".join(next_steps(config, written)))
             if result.kept is not None:
                 print(f"the file keeps {result.kept:.1%} of what training changed")
@@ -113,7 +113,7 @@ def add_settings(parser: Parser) -> None:
         choices=PRESETS,
         help="Settings to start from; the file's and flags given here take precedence. fast, "
         "balanced, quality: steps, prior preservation, rank. style: no token, captions as they "
-        "are.",
+        "are. slider: from prompts, without images.",
     )
     parser.add_argument(
         "--dry_run",
@@ -168,7 +168,7 @@ def _train_pack(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
     return 1 if pack.failures else 0
 
 
-def trigger_line(trigger: str, prompt: str) -> str:
+def trigger_line(trigger: str, prompt: str, is_slider: bool = False) -> str:
     """Return a line on prompts: with the trigger words, or a caption where there are none."""
     from dora_diffusion.formats.adapter.metadata import split_triggers
 
@@ -176,6 +176,8 @@ def trigger_line(trigger: str, prompt: str) -> str:
         which = "the subject" if len(triggers) == 1 else "that subject"
         return f"write {' or '.join(map(repr, triggers))} in a prompt to get {which}"
     such_as = f", such as {quoted(prompt)}" if prompt else ""
+    if is_slider:
+        return f"it is a slider: generate with --strength -3 to 3, and a prompt{such_as}"
     return f"it has no trigger word: write prompts like its captions{such_as}"
 
 

@@ -64,7 +64,7 @@ class TrainProgress:
                 self._start(event)
             case ClassImagesAnnounced(count, None):
                 say(
-                    f"{counted(count, 'class image')} to make before the first step; "
+                    f"{counted(count, 'class image')} to make before the first step; for a prior, "
                     "--prior_preservation_mode image-free needs none"
                 )
             case ClassImagesAnnounced(count, seconds):
@@ -223,6 +223,11 @@ def what_trains(config: TrainConfig) -> str:
         warnings.warn(reason, stacklevel=2)
     subjects, lines, an_epoch = subjects_of(config), list[str](), 0
     check_folders(config)
+    if config.is_slider:
+        lines += [f"{prompt}: from {low} to {high}" for prompt, (high, low) in config.slider_pairs]
+        lines += [f"{anchor}: does not move" for anchor in config.anchors]
+        lines.append(f"{config.num_class_images} images of them are made by the base model first")
+        return "\n".join(lines)
     trained_on, held_out = divide_all(subjects, list_subjects(subjects))
     for subject, paths, others in zip(subjects, trained_on, held_out, strict=True):
         own = subject.settings
@@ -325,6 +330,7 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
         diffusers = _command("export", *adapted, "--output", merged)
         diffusers += f"  # then DiffusionPipeline.from_pretrained({merged!r})"
     prompt = example_prompt(config)
+    adapted += ["--strength", "3"] if config.is_slider else []
     images = _command("generate", *adapted, "--prompt", prompt, "--output", f"{folder}.png")
     return [f"images:    {images}", f"ComfyUI:   {comfyui}", f"Diffusers: {diffusers}"]
 

@@ -74,7 +74,7 @@ class ApiRequest(pydantic.BaseModel):
     adapter: str | None = Field(
         None, max_length=255, description="A name that /v1/adapters lists; null is the base model."
     )
-    strength: float = Field(1.0, ge=-2, le=3, description="Adapter strength; 0 is the base.")
+    strength: float = Field(1.0, ge=-3, le=3, description="Adapter strength; 0 is the base.")
     seed: int | None = Field(None, ge=0, lt=2**63, description="null draws one.")
     negative_prompt: str = Field("", max_length=4000)
     steps: int = Field(SampleSettings.validation_inference_steps, ge=1, le=MAX_STEPS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dora_diffusion.cli.console.tables import shown_command
@@ -34,7 +35,8 @@ DATASET_FILE = "subjects.yaml"
 # resumes, and (in the Library) whether it is published. use_8bit_adam is an optimizer's other name.
 _NOT_ADVANCED = frozenset((
     "pretrained_model_name_or_path", "dataset_config", "instance_data_dir", "instance_prompt",
-    "token", "class_word", "validation_prompt", "output_dir", "overwrite_output_dir",
+    "token", "class_word", "target", "positive", "negative", "anchors",
+    "validation_prompt", "output_dir", "overwrite_output_dir",
     "resume_from_checkpoint", "logging_dir", "push_to_hub", "hub_model_id", "use_8bit_adam",
 ))  # fmt: skip
 SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in settings()}
@@ -108,6 +110,7 @@ def make_config(
     prompts: Sequence[str],
     advanced: Mapping[str, Any],
     others: Sequence[Mapping[str, Any]] = (),
+    slider: Mapping[str, str] = MappingProxyType({}),
 ) -> TrainConfig:
     """The settings of a run.
 
@@ -123,10 +126,16 @@ def make_config(
         advanced: Values by setting name, as the page's fields give them.
         others: Entries of `TrainConfig.dataset_config` for subjects beside it, with their token
             and class word.
+        slider: Prompts of a slider by setting, one a line, in the place of any subject.
 
     Raises:
         RequestError, ConfigError: If a value cannot work, in one line.
     """
+    taught: dict[str, Any]
+    if slider:
+        taught = {name: _lines(text, name) for name, text in slider.items()}
+        shown = [line for line in _lines("\n".join(prompts)) if "{subject}" not in line]
+        return _config(model, output_dir, shown, advanced, taught)
     token = clean_text(token, 50, "token")
     class_word = clean_text(class_word, 100, "class")
     is_style = not token and not class_word
@@ -140,20 +149,34 @@ def make_config(
         subject = f"{entry['token']} {entry['class_word'] or ''}".strip()
         entry["instance_prompt"] = f"a photo of a {subject}" if subject else None
     subjects = [f"{entry['token']} {entry['class_word']}" for entry in entries if entry["token"]]
-    lines = [clean_text(line, PROMPT_LIMIT, "sample prompt") for line in prompts]
     shown = [
         line.replace("{subject}", subject)
-        for line in filter(None, lines)
+        for line in _lines("\n".join(prompts))
         for subject in (subjects if "{subject}" in line else [""])
     ]
+    taught = {"dataset_config": entries} if others else entries[0]
+    return _config(model, output_dir, shown, advanced, taught)
+
+
+def _lines(text: str, what: str = "sample prompt") -> list[str]:
+    """The lines of a field with a prompt in each, but for empty ones."""
+    lines = (clean_text(line, PROMPT_LIMIT, what) for line in text.splitlines())
+    return list(filter(None, lines))
+
+
+def _config(
+    model: str, output_dir: Path, prompts: Sequence[str], advanced: Mapping[str, Any],
+    taught: Mapping[str, Any],
+) -> TrainConfig:  # fmt: skip
+    """The settings of a run that is taught something."""
     values = {name: _value(name, advanced[name]) for name in ADVANCED if name in advanced}
     return TrainConfig.from_dict(
         {
             **values,
             "pretrained_model_name_or_path": _name(model, "model name") or EMBEDDED,
-            "validation_prompt": list(dict.fromkeys(shown)),
+            "validation_prompt": list(dict.fromkeys(prompts)),
             "output_dir": str(output_dir),
-            **({"dataset_config": entries} if others else entries[0]),
+            **taught,
         }
     )
 

@@ -18,7 +18,7 @@ from dora_diffusion.studio.jobs.snapshot import Job
 # What step time and memory depend on most.
 _SAME = (
     "pretrained_model_name_or_path", "resolution", "train_batch_size", "train_text_encoder",
-    "train_text_encoder_ti",
+    "train_text_encoder_ti", "teach", "anchors",
     "gradient_accumulation_steps", "with_prior_preservation", "prior_preservation_mode",
     "unmasked_prior",
     "mixed_precision", "gradient_checkpointing", "compile", "offload", "cache_latents", "optimizer",
@@ -93,7 +93,8 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
     if not cost.will_not_fit or not family:
         return cost
     smaller = ["train_batch_size 1"] if config.train_batch_size > 1 else []
-    smaller += ["with_prior_preservation off"] if config.holds_prior else []
+    prior = "no anchors" if config.is_slider else "with_prior_preservation off"
+    smaller += [prior] if config.holds_prior else []
     change = what_would_fit(
         family, size, settings, device, batch=batch, smaller_batch=" and ".join(smaller)
     )
@@ -106,7 +107,7 @@ def announced_class_images(config: TrainConfig, cost: Estimate) -> str:
     An image is one pass through the UNet per denoising step and side of guidance; a training step
     is about three (forward, and twice that backward) for each of its images.
     """
-    count = sum(s.num_class_images for s in config.subjects if s.uses_class_images)
+    count = sum(s.num_class_images for s in config.subjects if s.uses_class_images or s.is_slider)
     if not count:
         return ""
     passes = count * config.validation_inference_steps * 2
@@ -114,6 +115,8 @@ def announced_class_images(config: TrainConfig, cost: Estimate) -> str:
     about = f"as long as {steps:.0f} training steps"
     if cost.seconds and config.max_train_steps:
         about = duration(cost.seconds / config.max_train_steps * steps)
+    if config.is_slider:
+        return f"{count} images of the slider's prompts come first, which takes about {about}."
     return (
         f"{count} class images come first, which takes about {about}, unless "
         "class_data_dir has them; prior_preservation_mode image-free needs none."

@@ -41,12 +41,12 @@ def start_training(
 ) -> str:
     """Append a run to the queue, with a copy of its photos. Returns its id.
 
-    Without a name it is called by its subjects and the time.
+    Without a name it is called by its subjects, or what a slider moves, and the time.
 
     Args:
         workspace: The runs folder.
         config: Its settings.
-        subjects: Of each entry of ``dataset_config``, or of the one subject.
+        subjects: Of each entry of ``dataset_config``, or of the one subject; none of a slider.
         name: What it is called.
 
     Raises:
@@ -59,7 +59,8 @@ def start_training(
                 f"{job.title} with the same photos and settings is {now} already; change a "
                 "setting, such as seed, to start another run"
             )
-    folder, titles = workspace.new_job(), ", ".join(subject.title for subject in subjects)
+    folder = workspace.new_job()
+    titles = ", ".join([*(subject.title for subject in subjects), *config.target[:1]])
     record = records.JobRecord(
         records.train_arguments(folder),
         clean_text(name, NAME_LIMIT, "name") or f"{titles[:NAME_LIMIT]} {time.strftime('%H:%M')}",
@@ -92,7 +93,7 @@ def _in_folder(config: TrainConfig, folder: Path) -> TrainConfig:
     ]
     if entries:
         return dataclasses.replace(config, output_dir=str(folder), dataset_config=entries)
-    photos = str(folder / _photos(0))
+    photos = None if config.is_slider else str(folder / _photos(0))
     return dataclasses.replace(config, output_dir=str(folder), instance_data_dir=photos)
 
 

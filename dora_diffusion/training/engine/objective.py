@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ from dora_diffusion.numerics.loss import (
     nearest_noise,
     sample_noise,
     sample_timestep,
+    slider_target,
     split_prior,
     timestep_quantile,
     training_target,
@@ -67,6 +69,7 @@ class StepInputs:
         condition: ``(B, n, h, w)``, what the UNet reads beside the noisy latents; None if nothing.
         weights: ``(photos,)``, the factor of each photo's loss; None where all are 1.
         unmasked: The rows that are held at the base's prediction where their mask leaves out.
+        ends: Of each photo of a slider the prompts of both ends, the positive one first.
     """
 
     latents: Tensor
@@ -80,6 +83,7 @@ class StepInputs:
     condition: Tensor | None = None
     weights: Tensor | None = None
     unmasked: Sequence[int] = ()
+    ends: Sequence[tuple[str, str]] = ()
 
     def part(self, captions: Mapping[int, str]) -> tuple[StepInputs, slice | Tensor]:
         """Some rows with these captions, for predictions alone, and which rows they are."""
@@ -88,8 +92,8 @@ class StepInputs:
             rows = send(torch.tensor(list(captions)), self.latents.device)
         ids, condition = (p if p is None else p[rows] for p in (self.time_ids, self.condition))
         drawn = (self.latents[rows], self.noise[rows], self.timesteps[rows])
-        photos, texts = len(captions), list(captions.values())
-        return StepInputs(*drawn, texts, ids, photos, condition=condition), rows
+        count, texts = len(captions), list(captions.values())
+        return StepInputs(*drawn, texts, ids, count, condition=condition), rows
 
     @classmethod
     def cat(cls, parts: Sequence[StepInputs]) -> StepInputs:
@@ -180,7 +184,10 @@ def draw_inputs(
     return StepInputs(
         sent(latents), sent(noise), sent(timesteps), batch.captions, sent(ids), photos,
         batch.class_captions, sent(mask), sent(torch.cat(conditions) if conditions else None),
-        sent(batch.weights), unmasked,
+        sent(batch.weights), unmasked, [
+            _draw_ends(config, caption, generator)
+            for caption, generator in zip(batch.captions[:photos], generators, strict=False)
+        ] if config.is_slider else (),
     )  # fmt: skip
 
 
@@ -228,6 +235,12 @@ def _draw_noise(
         draws = [sample_noise(shape, generator, config.noise_offset) for _ in count]
         noise.append(nearest_noise(latent, draws))
     return torch.stack(noise)
+
+
+def _draw_ends(config: TrainConfig, target: str, generator: torch.Generator) -> tuple[str, str]:
+    """Draw one of a target's pairs."""
+    pairs = [ends for prompt, ends in config.slider_pairs if prompt == target]
+    return pairs[int(torch.randint(len(pairs), (), generator=generator))]
 
 
 class Conditioner:
@@ -326,6 +339,7 @@ class Objective:
         unmasked_prior: Weight of the loss outside of masks.
         huber_delta: Timesteps and ``alpha_bar`` to delta of the Huber loss; None: squared errors.
         words: Vectors of new words that train, in the text encoders.
+        slider_guidance: See `slider_target`.
     """
 
     components: Components
@@ -336,6 +350,7 @@ class Objective:
     unmasked_prior: float = 0.0
     huber_delta: Callable[[Tensor, Tensor], Tensor] | None = None
     words: Sequence[Tensor] = ()
+    slider_guidance: float = 1.0
 
     def losses(
         self,
@@ -344,6 +359,7 @@ class Objective:
         model_pred: Tensor,
         held: HeldPrior | None,
         unmasked: HeldPrior | None = None,
+        ends: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor]:
         """Loss of the subject and of the prior, both scalar, from predictions.
 
@@ -353,6 +369,8 @@ class Objective:
             model_pred: ``(B, C, h, w)``.
             held: Predictions for class captions, where an image-free prior is held.
             unmasked: Those of the rows whose mask leaves something out, to be held there.
+            ends: Of a slider the base model's predictions: of all, and of the photos with the
+                prompts of both ends.
         """
         kind = self.components.prediction_type
         weight = loss_weight(alpha_bar, kind, self.weightings)
@@ -362,7 +380,11 @@ class Objective:
             of_rows, its_delta = (v if v is None else v[part.rows] for v in (weight, delta))
             return denoising_loss(part.model_pred, part.target, of_rows, mask, its_delta)
 
-        target = training_target(kind, inputs.latents, inputs.noise, alpha_bar)
+        if ends:
+            base, positive, negative = ends
+            target = slider_target(base, positive, negative, self.slider_guidance)
+        else:
+            target = training_target(kind, inputs.latents, inputs.noise, alpha_bar)
         per_sample = denoising_loss(model_pred, target, weight, inputs.mask, delta)
         if unmasked is not None:
             assert inputs.mask is not None
@@ -409,6 +431,11 @@ class NoisyBatch(NamedTuple):
         inputs, rows = self.inputs.part(captions)
         return self._replace(inputs=inputs, latents=self.latents[rows], rows=rows)
 
+    def of_slider(self) -> list[NoisyBatch]:
+        """What a slider's target is made of: all, and the photos with the prompts of both ends."""
+        sides = [self._part(dict(enumerate(side))) for side in zip(*self.inputs.ends, strict=True)]
+        return [self, *filter(None, sides)] if sides else []
+
 
 def noisy_batches(
     objectives: Sequence[Objective], given: Sequence[StepInputs]
@@ -438,12 +465,14 @@ def losses_of(
     """
     of_class = [part for part in held if part is not None]
     unmasked = [batch.unmasked() for batch in own]
+    of_slider = [batch.of_slider() for batch in own]
     untrained = [*of_class, *(part for part in unmasked if part is not None)]
+    untrained += chain.from_iterable(of_slider)
     targets: Iterator[Tensor] = iter(())
     if untrained:
         with torch.no_grad(), base(), ExitStack() as stack:
-            for batch, *parts in zip(own, held, unmasked, strict=True):
-                if any(part is not None for part in parts):
+            for batch, *parts in zip(own, held, unmasked, of_slider, strict=True):
+                if any(parts):
                     stack.enter_context(batch.objective.base_weights())
             targets = iter(predictions_of(untrained))
     predictions = predictions_of([*own, *of_class])
@@ -452,10 +481,15 @@ def losses_of(
         None if part is None else HeldPrior(part.rows, next(made_of_class), next(targets))
         for part in held
     ]
+    outsides = [
+        None if part is None else HeldPrior(part.rows, made[part.rows], next(targets))
+        for part, made in zip(unmasked, predictions, strict=False)
+    ]
     losses = []
-    for batch, part, prior, made in zip(own, unmasked, priors, predictions, strict=False):
-        outside = None if part is None else HeldPrior(part.rows, made[part.rows], next(targets))
-        losses.append(batch.objective.losses(batch.inputs, batch.alpha_bar, made, prior, outside))
+    for number, batch in enumerate(own):
+        ends = [next(targets) for _ in of_slider[number]]
+        made = predictions[number], priors[number], outsides[number], ends
+        losses.append(batch.objective.losses(batch.inputs, batch.alpha_bar, *made))
     return losses
 
 

@@ -358,6 +358,7 @@ def build_learner(
         config.unmasked_prior,
         delta,
         list(weights.words.parameters().values()),
+        config.slider_guidance,
     )
     groups = weights.groups(config)
     parameters = SteppedParameters(groups)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from dora_diffusion.data.photos import Photo, list_photos, read_photos
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_inputs
 from dora_diffusion.models.offload import on_device
+from dora_diffusion.models.text import encode_prompts, token_limit
 from dora_diffusion.training.events import OnEvent
 from dora_diffusion.training.inputs.prior import check_image_free, class_images, class_prompts
 from dora_diffusion.training.inputs.subject import Subject, caption_rules, class_caption_of
@@ -39,12 +40,13 @@ _CROP_VARIANTS = 8
 
 
 def list_subjects(subjects: Sequence[Subject]) -> list[list[Path]]:
-    """The photos of each subject, by file name; nothing is decoded.
+    """The photos of each subject, by file name; nothing is decoded. A slider has none.
 
     Raises:
         PhotoError: If a folder is missing or holds no photo, or a photo is of two subjects.
     """
-    paths = [list_photos(subject.settings.instance_data_dir or "") for subject in subjects]
+    given = (subject.settings for subject in subjects)
+    paths = [[] if own.is_slider else list_photos(own.instance_data_dir or "") for own in given]
     owners: dict[str, tuple[Subject, Path]] = {}
     for subject, photos in zip(subjects, paths, strict=True) if len(subjects) > 1 else ():
         for path in photos:
@@ -65,7 +67,7 @@ def open_dataset(
     accelerator: Any,
     on_event: OnEvent,
 ) -> DreamBoothDataset:
-    """The photos of all subjects, with class images where the settings want them.
+    """The photos of all subjects, with class images where the settings want them; or a slider's.
 
     Class images are generated where they are missing, so no adapter may be on the model.
 
@@ -80,19 +82,20 @@ def open_dataset(
     Raises:
         ConfigError, PhotoError: If photos, masks or captions cannot be trained on.
     """
-    opened = [
-        _open_subject(subject, subjects, components, photos)
-        for subject, photos in zip(subjects, paths, strict=True)
-    ]
-    _check_words(config, DreamBoothDataset([photos for photos, _ in opened]).captions)
-    # Making class images may take an hour: after all that can be refused.
-    dataset = DreamBoothDataset([
-        replace(
-            photos,
-            class_images=class_images(subject, components, prompts, accelerator, on_event),
-        ) if prompts else photos
-        for subject, (photos, prompts) in zip(subjects, opened, strict=True)
-    ])  # fmt: skip
+    make = partial(class_images, accelerator=accelerator, on_event=on_event)
+    if config.is_slider:
+        dataset = DreamBoothDataset([_open_slider(subjects[0], components, make)])
+    else:
+        opened = [
+            _open_subject(subject, subjects, components, photos)
+            for subject, photos in zip(subjects, paths, strict=True)
+        ]
+        _check_words(config, DreamBoothDataset([photos for photos, _ in opened]).captions)
+        # Making class images may take an hour: after all that can be refused.
+        dataset = DreamBoothDataset([
+            replace(photos, class_images=make(subject, components, prompts)) if prompts else photos
+            for subject, (photos, prompts) in zip(subjects, opened, strict=True)
+        ])  # fmt: skip
     if config.cache_latents:
 
         @torch.no_grad()
@@ -102,6 +105,49 @@ def open_dataset(
 
         dataset.encode = encode
     return dataset
+
+
+def _open_slider(
+    subject: Subject, components: Components, make: Callable[..., list[Photo]]
+) -> SubjectPhotos:
+    """Images of a slider's prompts, each captioned with its target; beside them its anchors'.
+
+    Those of the ends are what denoising at a strength passes through.
+    """
+    config = replace(subject.settings, class_data_dir=None, class_prompt=None)
+    _check_ends(components, config)
+    targets = {target: target for target in config.target}
+    for target, ends in config.slider_pairs:
+        targets = dict.fromkeys(ends, target) | targets
+    images = make(replace(subject, settings=config), components, [*targets, *config.anchors])
+    return SubjectPhotos(
+        [
+            replace(image, caption=targets.get(image.caption, config.target[0]))
+            for image in images
+            if image.caption not in config.anchors
+        ],
+        SampleTransform(
+            config.resolution or components.default_resolution,
+            seed=config.seed,
+            multiple=components.vae_factor,
+        ),
+        [image for image in images if image.caption in config.anchors],
+    )
+
+
+@torch.no_grad()
+def _check_ends(components: Components, config: TrainConfig) -> None:
+    """Refuse prompts that the model reads alike, such as those that differ beyond its limit."""
+    with on_device(components.device, *components.text_encoders):
+        for _, ends in config.slider_pairs:
+            states = encode_prompts(components, ends).encoder_hidden_states
+            if torch.allclose(*states):
+                raise ConfigError(
+                    f"{components.name} reads {quoted(ends[0])} and {quoted(ends[1])} as the same "
+                    f"words, of which it reads {token_limit(components)}; give prompts that differ "
+                    "earlier",
+                    "negative",
+                )
 
 
 def _check_words(config: TrainConfig, captions: Sequence[str]) -> None:

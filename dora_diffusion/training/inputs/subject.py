@@ -51,9 +51,12 @@ def caption_rules(config: TrainConfig) -> CaptionRules:
     Raises:
         ConfigError: If there is no folder of wildcards of that name.
     """
+    wildcards = Wildcards(config.wildcard_dir) if config.wildcards else None
+    if config.is_slider:
+        return CaptionRules(wildcards=wildcards)
     return CaptionRules(
         per_line=config.caption_per_line,
-        wildcards=Wildcards(config.wildcard_dir) if config.wildcards else None,
+        wildcards=wildcards,
         prefix=config.caption_prefix,
         suffix=config.caption_suffix,
         separator=config.caption_separator,
@@ -113,6 +116,11 @@ def subjects_of(config: TrainConfig) -> list[Subject]:
 
 
 def _subject_of(config: TrainConfig) -> Subject:
+    rules = caption_rules(config)
+    for shown in config.prompts:
+        rules.draw_prompt(shown.text, config.seed)
+    if config.is_slider:
+        return Subject("", "", config)
     if not config.instance_data_dir:
         raise ConfigError("instance_data_dir is not set; name the folder of subject photos")
     token, prompt = config.token.strip(), config.instance_prompt or ""
@@ -121,10 +129,7 @@ def _subject_of(config: TrainConfig) -> Subject:
             "instance_prompt is not set; describe the subject with its token, "
             'such as "a photo of a sks dog"'
         )
-    rules = caption_rules(config)
     captions = rules.possible(prompt, token)
-    for shown in config.prompts:
-        rules.draw_prompt(shown.text, config.seed)
     if token and not any(contains_token(caption, token) for caption in captions):
         raise ConfigError(
             f"instance_prompt {quoted(prompt)} does not contain the token "

@@ -68,12 +68,12 @@ def model_card(
     return f"""---
 base_model: {base}
 instance_prompt: {json.dumps(first.instance_prompt, ensure_ascii=False)}{library}
-tags: [text-to-image, {tag}, dreambooth]
+tags: [text-to-image, {tag}, {"slider" if config.is_slider else "dreambooth"}]
 ---
 
 # {trigger or Path(config.output_dir).name}
 
-{_trigger_sentence(trigger, prompt)}
+{_trigger_sentence(config, trigger, prompt)}
 {read}{images}
 ## Use it
 {_use(config, family, base, written, prompt, call)}{_words(config, written)}
@@ -123,7 +123,8 @@ def _use(
     model = shlex.quote(base) + "".join(f" --{n} {shlex.quote(v)}" for n, v in loaded.items())
     options = [_literal(base), *(f"{name}={_literal(value)}" for name, value in loaded.items())]
     image = "".join(f" --{name} my_{name}.png" for name in family.image_arguments)
-    asked = f"--prompt {shlex.quote(prompt)}{image} --output image.png"
+    strength = " --strength 3" if config.is_slider else ""
+    asked = f"--prompt {shlex.quote(prompt)}{image}{strength} --output image.png"
     imports = "\nfrom diffusers.utils import load_image" if family.image_arguments else ""
     folder = f"{written.parent.name}/{written.name}" if config.is_full else written.parent.name
     quoted, source, load, needs = shlex.quote(folder), ", ".join(options), "", ""
@@ -135,8 +136,12 @@ dora-diffusion extract --base {model} --tuned {quoted} \\
     else:
         commands = f"""dora-diffusion generate --base {model} --adapter {quoted} \\
     {asked}
-dora-diffusion export --base {model} --adapter {quoted} --output merged"""
+dora-diffusion export --base {model} --adapter {quoted}{strength} --output merged"""
         load = f'pipeline.load_lora_weights({_literal(folder)}, weight_name="{written.name}")\n'
+        if config.is_slider and config.method_name == "lora":
+            # Of a DoRA, Diffusers' scale is not the strength.
+            load = load.replace(")\n", ', adapter_name="slider")\n')
+            load += 'pipeline.set_adapters("slider", 3.0)\n'
         needs = ", which needs PEFT for an adapter (`pip install peft`)"
         if base.startswith("embedded:"):
             source = f'model_folder("{base.removeprefix("embedded:")}")'
@@ -176,7 +181,13 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _trigger_sentence(trigger: str, prompt: str) -> str:
+def _trigger_sentence(config: TrainConfig, trigger: str, prompt: str) -> str:
+    if config.is_slider:
+        ends = [f"from `{low}` (-3) to `{high}` (3)" for _, (high, low) in config.slider_pairs]
+        return (
+            f"It is a slider without a trigger word, {' and '.join(ends)}: its strength, such as "
+            "`--strength -1.5`, says where between them an image is. 0 is the base model."
+        )
     if triggers := split_triggers(trigger):
         which = "the subject" if len(triggers) == 1 else "that subject"
         return f"Write {' or '.join(f'**`{t}`**' for t in triggers)} in a prompt to get {which}."

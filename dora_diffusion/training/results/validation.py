@@ -73,12 +73,12 @@ def divide(
         ConfigError: If nothing would be left to train on, or a held-out photo is trained on too.
     """
     paths = list_photos(config.instance_data_dir or "") if paths is None else list(paths)
+    if not config.holds_out:
+        return paths, []
     if config.validation_data_dir:
         held_out = list_photos(config.validation_data_dir)
         _check_apart(paths, held_out)
         return paths, held_out
-    if not config.validation_split:
-        return paths, []
     digests = [_digest(path) for path in paths]
     distinct, split = set(digests), config.validation_split
     count = max(1, round(split * len(distinct))) if split < 1 else int(split)

@@ -1,6 +1,7 @@
 """Files that a run leaves in its folder: the adapter or model, samples, and the card.
 
-Samples are made at fixed seeds, and saved as labelled sheets: a row per prompt, a column per seed.
+Samples are made at fixed seeds, and saved as labelled sheets: a row per prompt, a column per seed;
+of a slider a row per prompt and seed, a column per strength.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from PIL import Image
 
 from dora_diffusion import __version__, system
 from dora_diffusion.adapters.compiled import uncompiled
+from dora_diffusion.adapters.inject import set_strength
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.fields import require_choice
 from dora_diffusion.config.prompts import SamplePrompt
+from dora_diffusion.config.subject import SLIDER_STRENGTHS
 from dora_diffusion.data.captions import stated_rules
 from dora_diffusion.data.sheets import image_grid, labelled_sheet
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS
@@ -36,6 +39,7 @@ from dora_diffusion.formats.checkpoint.schedule import schedule_facts
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.modules import UNetLayout
 from dora_diffusion.models.schedulers import SCHEDULERS
+from dora_diffusion.numerics.weights import MergeStrengths
 from dora_diffusion.sampling.generate import SamplingSettings, generate_images
 from dora_diffusion.sampling.images import UsedAdapter, parameters_text, save_image, thumbnail
 from dora_diffusion.training.engine.accelerator import set_by_any, shards_model
@@ -149,6 +153,7 @@ def result_metadata(session: Session, steps: int) -> AdapterMetadata:
     components = session.components
     class_words = dict.fromkeys(subject.class_word for subject in session.subjects)
     losses = session.validation.losses if session.validation else {}
+    pairs = [[target, *ends] for target, ends in session.config.slider_pairs]
     return AdapterMetadata(
         family=components.family.name,
         base_model=session.config.pretrained_model_name_or_path,
@@ -159,6 +164,7 @@ def result_metadata(session: Session, steps: int) -> AdapterMetadata:
             "training_steps": str(steps),
             "software": f"dora_diffusion {__version__}",
             **_stated_settings(session),
+            **({"slider": json.dumps(pairs, ensure_ascii=False)} if pairs else {}),
             **({VALIDATION_LOSS: f"{losses[steps]:.6g}"} if steps in losses else {}),
             **session.weights.origin,
             UNET_LAYERS: UNetLayout.from_config(components.unet.config).text(),
@@ -183,6 +189,8 @@ def _write_card(
     titles = {"adapted": "With the adapter", "base": "Without it, at the same seeds"}
     if session.config.is_full:
         titles = {"adapted": "Fine-tuned", "base": "The base model, at the same seeds"}
+    if session.config.is_slider:
+        titles = {"adapted": "At several strengths"}
     images = {
         title: samples[name].relative_to(folder).as_posix()
         for name, title in titles.items()
@@ -274,6 +282,7 @@ class SampleWriter:
         self._with = "fine-tuned" if config.is_full else "with the adapter"
         self._prompts = [Sampled.of(prompt, config) for prompt in config.prompts]
         self._lines = config.validation_prompt or [prompt.text for prompt in self._prompts]
+        self._strengths = SLIDER_STRENGTHS if config.is_slider else ()
         self._rules = prompt_rules(config)
 
     def at_step(self, step: int) -> list[tuple[str, Image.Image]]:
@@ -288,13 +297,17 @@ class SampleWriter:
     def of_result(self, step: int, on_adapted: Callable[[Image.Image], object]) -> None:
         """Write ``adapted.png``, ``base.png`` (without the adapter), and one above the other.
 
-        ``on_adapted`` gets the images of the adapter as a grid without labels, once they are there.
+        A slider's first has all. ``on_adapted`` gets the images of the adapter as a grid without
+        labels, once they are there.
         """
         with suppress(_SamplingStopped):
             images = self._images()
             title = f"After {step} steps, {self._with}"
             adapted = self._save_sheet("adapted", images, title, step)
-            on_adapted(image_grid(_of_one_size(images), self._session.config.num_validation_images))
+            shown = _of_one_size(images)
+            on_adapted(image_grid(shown, len(self._strengths) or len(self._prompts[0].seeds)))
+            if self._strengths:
+                return
             with self._session.weights.base_weights():
                 images = self._images()
             base = self._save_sheet("base", images, "The base model", step, adapter=False)
@@ -302,7 +315,22 @@ class SampleWriter:
             self._save("base_above_adapted", image_grid([base, adapted], 1), text)
 
     def _images(self) -> list[Image.Image]:
-        """Sample all images, prompt by prompt."""
+        """Sample all images, prompt by prompt and seed by seed, each at all strengths."""
+        models, made = self._session.weights.modules.values(), []
+        try:
+            for strength in self._strengths:
+                for model in models:
+                    set_strength(model, strength)
+                made.append(self._images_at_strength())
+        finally:
+            for model in models if self._strengths else ():
+                set_strength(model, 1.0)
+        return [
+            image for row in zip(*made, strict=True) for image in row
+        ] or self._images_at_strength()
+
+    def _images_at_strength(self) -> list[Image.Image]:
+        """Sample all images with the model as it is, prompt by prompt."""
         images: list[Image.Image] = []
         config = self._session.config
         before = last = 0  # denoising steps of the prompts before, and of the last one
@@ -347,7 +375,11 @@ class SampleWriter:
     ) -> Image.Image:
         columns, lines = [f"seed {seed}" for seed in self._prompts[0].seeds], self._lines
         seeds = [prompt.seeds for prompt in self._prompts]
-        if len(set(seeds)) > 1 or len(_of_one_size(images)) < len(images):
+        if self._strengths:
+            rows = zip(lines, seeds, strict=True)
+            lines = [f"{line} (seed {seed})" for line, own in rows for seed in own]
+            columns = [f"strength {strength:g}" for strength in self._strengths]
+        elif len(set(seeds)) > 1 or len(_of_one_size(images)) < len(images):
             columns = [""] * len(columns)  # None is of one seed, or none is straight.
             rows = zip(lines, seeds, strict=True)
             lines = [f"{line} (from seed {own[0]})" for line, own in rows]
@@ -371,13 +403,14 @@ class SampleWriter:
         }
         if last != size:
             extra["Last size"] = f"{last[0]}x{last[1]}"
+        strengths = MergeStrengths(*self._strengths[:1])
         return parameters_text(
             self._rules.draw_prompt(first.text, first.seeds[0]),
             first.seeds[0],
             first.settings,
             size,
             self._session.config.pretrained_model_name_or_path,
-            [UsedAdapter(self._output_dir.resolve().name)] if adapter else (),
+            [UsedAdapter(self._output_dir.resolve().name, strengths)] if adapter else (),
             extra=extra,
             hash_model=False,
         )

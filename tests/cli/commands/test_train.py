@@ -373,8 +373,9 @@ def test_a_preset_is_where_settings_start(tmp_path):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_the_same_for_a_flag_a_file_and_the_app(name, sd1_folder, tmp_path):
     file = tmp_path / "run.yaml"
+    ends = ["--target", "a dog", "--positive", "a big dog", "--negative", "a tiny dog"]
     for model in (str(sd1_folder), "embedded:tiny-sd"):
-        base = ["--pretrained_model_name_or_path", model]
+        base = ["--pretrained_model_name_or_path", model, *(ends if name == "slider" else ())]
         by_flag = parsed("--preset", name, *base).to_dict()
         file.write_text(f"preset: {name}\n", encoding="utf-8")
         assert parsed("--config", str(file), *base).to_dict() == by_flag
@@ -382,8 +383,9 @@ def test_a_preset_is_the_same_for_a_flag_a_file_and_the_app(name, sd1_folder, tm
         fitted = {"mixed_precision", "gradient_checkpointing", "optimizer"}
         app = {n: v for n, v in preset_values(name, model).items() if n not in fitted}
         assert {n: by_flag[n] for n in app} == app
-    steps = {"fast": 400, "balanced": 800, "quality": 1200, "style": 1200}
-    assert parsed("--preset", name, *base[:1], str(sd1_folder)).max_train_steps == steps[name]
+    steps = {"fast": 400, "balanced": 800, "quality": 1200, "style": 1200, "slider": 400}
+    base[1] = str(sd1_folder)
+    assert parsed("--preset", name, *base).max_train_steps == steps[name]
 
 
 def test_a_preset_of_a_model_elsewhere_says_what_it_takes_it_for(tmp_path):

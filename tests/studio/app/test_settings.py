@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from dora_diffusion.studio.app.settings import (
 from dora_diffusion.studio.jobs.bases import check_model
 from dora_diffusion.studio.jobs.store import UserError
 
+SLIDER = {"target": "a dog", "positive": "a big dog\n", "negative": " a tiny dog", "anchors": ""}
+
 
 def config(**changes: object) -> TrainConfig:
     advanced = preset_values("balanced", EMBEDDED) | changes
@@ -43,6 +46,12 @@ def config(**changes: object) -> TrainConfig:
         EMBEDDED, Path("my photos"), Path("runs/x"), "sks", "toy robot", ["a {subject} at night"],
         advanced,
     )  # fmt: skip
+
+
+def made_of(model: str, values: Mapping[str, Any]) -> TrainConfig:
+    """Settings of a dog, or of a slider where that is taught."""
+    slider = SLIDER if values["teach"] == "slider" else {}
+    return make_config(model, Path("p"), Path("o"), "sks", "dog", [], values, slider=slider)
 
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -53,7 +62,7 @@ SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 def test_every_preset_is_a_valid_config(preset: str, model: str) -> None:
     values = preset_values(preset, model)
     assert set(values) == set(ADVANCED) <= set(SETTINGS)
-    made = make_config(model, Path("p"), Path("o"), "sks", "dog", [], values)
+    made = made_of(model, values)
     assert made.center_crop  # the crop that the Subject tab shows
     assert made.checkpointing_steps != 0  # Stop and Resume need checkpoints
 
@@ -113,7 +122,8 @@ def test_balanced_takes_as_many_steps_as_the_command_line(model: str, family: st
 def test_presets_start_from_the_defaults_of_the_command_line(model: str) -> None:
     """What is not about the preset or the device is what `train` does without a flag."""
     fitted = {"mixed_precision", "gradient_checkpointing", "optimizer"}
-    about = {"max_train_steps", "with_prior_preservation", "rank", *PRESETS["style"].settings}
+    about = {"max_train_steps", "with_prior_preservation", "rank"}
+    about |= {name for preset in PRESETS.values() for name in preset.settings}
     default = TrainConfig().to_dict()
     for preset in PRESETS:
         values = preset_values(preset, model)
@@ -169,7 +179,7 @@ def test_fields_hold_text_that_comes_back_as_the_value() -> None:
             values = preset_values(preset, model)
             typed = {name: setting_text(value) for name, value in values.items()}
             assert all(isinstance(text, str | bool) for text in typed.values())
-            made = make_config(model, Path("p"), Path("o"), "sks", "dog", [], typed)
+            made = made_of(model, typed)
             assert {name: getattr(made, name) for name in ADVANCED} == values
 
 
@@ -210,6 +220,7 @@ def test_paths_are_looked_for_before_the_start(tmp_path: Path) -> None:
 def test_every_setting_has_a_field_but_those_that_the_page_decides() -> None:
     # Typed again here on purpose: a new setting must be given a field, or be listed with a reason.
     own_field = {"pretrained_model_name_or_path", "token", "class_word", "validation_prompt"}
+    own_field |= {*SLIDER}
     the_app_s = {
         "dataset_config", "instance_data_dir", "instance_prompt", "output_dir",
         "overwrite_output_dir", "resume_from_checkpoint", "logging_dir", "push_to_hub",
@@ -227,10 +238,7 @@ def test_every_setting_has_a_field_but_those_that_the_page_decides() -> None:
 @pytest.mark.parametrize("model", [EMBEDDED, "embedded:tiny-sdxl", "org/model", SDXL])
 @pytest.mark.parametrize("device", [Device(), Device("cuda", "x", 8.0, True, True)])
 def test_no_preset_holds_a_value_without_effect(preset: str, model: str, device: Device) -> None:
-    made = make_config(
-        model, Path("p"), Path("o"), "sks", "dog", [], preset_values(preset, model, device)
-    )
-    assert without_effect(made) == {}
+    assert without_effect(made_of(model, preset_values(preset, model, device))) == {}
 
 
 def test_an_empty_field_means_the_default() -> None:

@@ -33,6 +33,12 @@ from tests.training.helpers import losses_by, objective_of
 SEED, MICRO_STEP, FIRST_ROW = 26, 5, 3
 CAPTIONS = ["a photo of sks dog on the red toy", "sks dog", "the cat in a backpack, sks dog"]
 CLASS_CAPTIONS = ["a photo of dog on the red toy", "dog", "the cat in a backpack, dog"]
+# A slider whose targets are the captions, and whose anchors the class captions.
+SLIDER: dict[str, Any] = {
+    "teach": "slider", "target": CAPTIONS, "anchors": CLASS_CAPTIONS, "slider_guidance": 1.7,
+    "positive": ["a red dog", "a cat on the toy", "the toy"],
+    "negative": ["a dog", "a cat in the backpack", "a photo of the red toy on a dog"],
+}  # fmt: skip
 HEIGHT, WIDTH = 128, 96
 
 
@@ -95,12 +101,16 @@ CASES = [
     Case("sdxl", text_encoders=True, prior="image-free"),
     Case("sdxl", masked=True, snr_gamma=0.0, norm_axis="input"),
     Case("sdxl", zero_snr=True),
+    Case("sd1", prior="slider", snr_gamma=0.0),
+    Case("sd1", prior="slider", text_encoders=True, noise_offset=0.1),
+    Case("sd2", prior="slider", snr_gamma=0.0),
+    Case("sdxl", prior="slider", snr_gamma=0.0),
 ]
 
 
 def make_batch(case: Case, with_moments: Any = None) -> Batch:
     """Three photos of different captions, sizes, crops and masks, and as many class images."""
-    count = 6 if case.prior == "images" else 3
+    count = 6 if case.prior in ("images", "slider") else 3
     generator = torch.Generator().manual_seed(1)
     pixels = torch.rand(count, 3, HEIGHT, WIDTH, generator=generator) * 2 - 1
     crops = [
@@ -143,10 +153,13 @@ def adapted_components(folder: Any, case: Case) -> Components:
 
 def ours(components: Components, case: Case, batch: Batch) -> tuple[StepInputs, Tensor, Tensor]:
     """Loss of subject and prior as training computes them; gradients are left behind."""
+    slider = SLIDER if case.prior == "slider" else {}
     inputs = draw_inputs(
         components,
         batch,
-        TrainConfig(seed=SEED, noise_offset=case.noise_offset, unmasked_prior=case.unmasked_prior),
+        TrainConfig(
+            seed=SEED, noise_offset=case.noise_offset, unmasked_prior=case.unmasked_prior, **slider
+        ),
         MICRO_STEP,
         FIRST_ROW,
     )
@@ -157,6 +170,7 @@ def ours(components: Components, case: Case, batch: Batch) -> tuple[StepInputs, 
         unmasked_prior=case.unmasked_prior,
         huber=case.huber,
     )
+    objective = replace(objective, slider_guidance=SLIDER["slider_guidance"])
     with norm_scope(*components.adaptable().values()):
         subject, prior = losses_by(objective, inputs)
         (subject + 0.7 * prior).backward()
@@ -190,6 +204,8 @@ class Reference:
         noisy = torch.stack([row["noisy"] for row in rows])
         timesteps = torch.stack([row["timestep"] for row in rows])
         weight = self._snr_weight(alpha_bar)
+        if self.case.prior == "slider":
+            target = self._slider_target(batch, noisy, timesteps)
         pred = self._predict(self.adapted, noisy, timesteps, batch.captions, batch.crops)
         with torch.no_grad():
             untrained = self._predict(self.base, noisy, timesteps, batch.captions, batch.crops)
@@ -208,7 +224,7 @@ class Reference:
             mean = (away * outside).sum() / (channels * outside.sum())
             per_row[row] = per_row[row] + self.case.unmasked_prior * weight[row] * mean
         subject = torch.stack(per_row[:3]).mean()
-        if self.case.prior == "images":
+        if self.case.prior in ("images", "slider"):
             return subject, torch.stack(per_row[3:]).mean()
         if self.case.prior is None:
             return subject, torch.zeros(())
@@ -231,6 +247,21 @@ class Reference:
             "snr": 0.9 / (1 + ((1 - a) / a) ** 0.5) ** 2 + 0.1,
         }[self.case.huber].double()
         return (2 * d * ((difference.double() ** 2 + d**2).sqrt() - d)).float()
+
+    @torch.no_grad()
+    def _slider_target(self, batch: Batch, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """The base's predictions; of the targets moved from the negative to the positive end."""
+        target = self._predict(self.base, noisy, timesteps, batch.captions, batch.crops)
+        for row in range(3):
+            one = slice(row, row + 1)
+            given = self.base, noisy[one], timesteps[one]
+            ends = (
+                self._predict(*given, [SLIDER[end][row]], batch.crops[one])[0]
+                for end in ("positive", "negative")
+            )
+            high, low = ends
+            target[row] += SLIDER["slider_guidance"] * (high - low)
+        return target
 
     def _row(self, batch: Batch, row: int) -> dict[str, Tensor]:
         """One row's draws, in the order that a run's reproducibility rests on."""

@@ -83,7 +83,7 @@ class GenerateTab:
     def _add_strengths(self) -> None:
         ui.html_block(html.quiet("Adapter strength"))
         text = "0 is exactly the base model."
-        self._add_slider("strength", 0, 2, 1, 0.05, info=text, elem_id="strength")
+        self._add_slider("strength", -3, 3, 1, 0.05, info=text, elem_id="strength")
         with gr.Row():
             text = "The low-rank update."
             self._add_slider("direction", 0, 2, 1, 0.05, info=text, min_width=165)

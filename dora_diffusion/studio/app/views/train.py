@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -31,6 +32,13 @@ _OF_ADAPTER = (
     "method", "use_dora", "norm_axis", "rank", "conv_rank", "targets", "train_text_encoder",
     "text_encoder_targets",
 )  # fmt: skip
+_SLIDER = {
+    "target": "What it changes, such as a photo of a mug.",
+    "positive": "At strength 3, such as a photo of a large mug.",
+    "negative": "At strength -3, such as a photo of a small mug.",
+    "anchors": "Optional: prompts that stay as they are.",
+}
+"""Fields of a slider, with what to write."""
 _PROMPTS = "a photo of a {subject} in the snow\na photo of a {subject} at night"
 
 
@@ -72,6 +80,14 @@ class TrainTab:
             self.class_word = ui.line(label, "class-word", info=text, min_width=140)
             text = "The trigger word: a rare one."
             self.token = ui.line("Token", "token", "sks", info=text, min_width=140)
+        with gr.Accordion("Slider: from words, without photos", open=False):
+            text = "For the preset Slider. One prompt per line, pairs in the same order."
+            ui.html_block(html.quiet(text))
+            self.slider = [
+                gr.Textbox(label=name, info=text, lines=1, max_length=4000,
+                           elem_id=f"slider-{name}")
+                for name, text in _SLIDER.items()
+            ]  # fmt: skip
         # Ids are looked up where they are used: see `id_dropdown`.
         self.others = gr.Dropdown(
             [], label=settings.LABELS["dataset_config"], multiselect=True, visible=False,
@@ -146,6 +162,7 @@ def connect(
     tab.add_storage()
     fields = [tab.advanced[name] for name in settings.ADVANCED]
     asked = [subjects.pick, tab.model, tab.token, tab.class_word, tab.prompts, *fields, tab.others]
+    asked += tab.slider
 
     def plan(*values: Any) -> list[str]:
         try:
@@ -259,34 +276,23 @@ def read_form(
         RequestError, ConfigError: If a run could not begin with it.
     """
     model, token, class_word, prompts, *rest = values
-    advanced, other_ids = rest[: len(settings.ADVANCED)], rest[len(settings.ADVANCED) :]
-    if not subject_id:
-        raise UserError("there is no subject yet: add photos in the Subject tab, or take a sample")
-    subject = read_subject(context.workspace, subject_id)
-    if not subject.photos:
-        raise UserError("the subject has no photos yet; add some in the Subject tab")
+    advanced, rest = rest[: len(settings.ADVANCED)], rest[len(settings.ADVANCED) :]
+    other_ids, *of_slider = rest or [()]
     chosen = dict(zip(settings.ADVANCED, advanced, strict=True))
-    others = [read_subject(context.workspace, each) for each in (other_ids or [[]])[0] or ()]
-    learned = [subject, *others]
+    learned: list[StoredSubject] = []
+    if chosen["teach"] != "slider":
+        learned = _learned(context, subject_id, other_ids, has_word=f"{token}{class_word}".strip())
     chosen["init_adapter"] = context.starting_adapter(chosen["init_adapter"])
     # Whoever paints a mask wants it used.
     chosen["masked_loss"] |= any(mask_path(p).exists() for each in learned for p in each.photos)
-    output = context.workspace.root / "new-run"
-    lines = str(prompts).splitlines()[:8]
-    if not f"{token}{class_word}".strip() and not all(
-        photo.with_suffix(".txt").is_file() for photo in subject.photos
-    ):
-        raise UserError(
-            "the token must be one rare word, such as sks; a style needs neither token nor class, "
-            "but a caption for every image"
-        )
     entries = [
         {"instance_data_dir": str(each.folder), "token": each.token, "class_word": each.class_word}
-        for each in others
+        for each in learned[1:]
     ]
     config = settings.make_config(
-        context.allowed_model(model), subject.folder, output, token, class_word, lines, chosen,
-        entries,
+        context.allowed_model(model), learned[0].folder if learned else Path(),
+        context.workspace.root / "new-run", token, class_word, str(prompts).splitlines()[:8],
+        chosen, entries, {} if learned else dict(zip(_SLIDER, map(str, of_slider), strict=False)),
     )  # fmt: skip
     context.check_paths(config)
     check_model(config, ask_hub=ask_hub)
@@ -294,6 +300,23 @@ def read_form(
     # The worker would refuse a subject without a name. Of sample prompts the plan speaks itself.
     subjects_of(dataclasses.replace(config, validation_prompt=[]))
     return config, learned
+
+
+def _learned(
+    context: Context, subject_id: str | None, other_ids: Sequence[str], *, has_word: str
+) -> list[StoredSubject]:
+    """The subjects that are learned, the one that is chosen in the Subject tab first."""
+    if not subject_id:
+        raise UserError("there is no subject yet: add photos in the Subject tab, or take a sample")
+    subject = read_subject(context.workspace, subject_id)
+    if not subject.photos:
+        raise UserError("the subject has no photos yet; add some in the Subject tab")
+    if not has_word and not all(p.with_suffix(".txt").is_file() for p in subject.photos):
+        raise UserError(
+            "the token must be one rare word, such as sks; a style needs neither token nor class, "
+            "but a caption for every image"
+        )
+    return [subject, *(read_subject(context.workspace, each) for each in other_ids or ())]
 
 
 def _connect_words(context: Context, tab: TrainTab, subjects: SubjectTab, restored: Any) -> None:
@@ -342,13 +365,14 @@ def _plan(context: Context, config: TrainConfig) -> list[str]:
 
 def _class_prompts(config: TrainConfig) -> list[str]:
     """Sample prompts that do not name the subject."""
-    tokens = [subject.token for subject in config.subjects]
+    tokens = [] if config.is_slider else [subject.token for subject in config.subjects]
     return [
         f"Sample prompt {prompt.text!r} does not contain the token "
         f"{' or '.join(map(repr, tokens))}: its images show language drift, not the subject "
         "(--drift at its end says so)."
         for prompt in config.prompts
-        if all(tokens)
+        if tokens
+        and all(tokens)
         and not prompt.is_drift
         and not any(contains_token(prompt.text, token) for token in tokens)
     ]

@@ -13,7 +13,7 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio
 import yaml
 
-from dora_diffusion.config import PRESETS
+from dora_diffusion.config import PRESETS, TrainConfig
 from dora_diffusion.models.memory import Device, needed_memory
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
@@ -105,6 +105,37 @@ def test_no_number_field_can_be_empty(context: Context) -> None:
 def asked(context: Context, subject: str, model: str, **changes: Any) -> list[Any]:
     values = dict(zip(ADVANCED, fields(subject, "")[5:], strict=True)) | changes
     return [subject, model, "sks", "dog", "", *values.values()]
+
+
+def test_a_slider_needs_prompts_and_no_subject(context: Context, tmp_path: Path) -> None:
+    preset = {k: setting_text(v) for k, v in preset_values("slider", EMBEDDED).items()}
+    ends = ["a photo of a large mug\n\n a large mug", "a photo of a small mug\na small mug"]
+    prompts = ["a photo of a mug", *ends]
+    form = asked(context, "", EMBEDDED, **preset)
+    form[4] = "a photo of a {subject} at night\na mug at night"
+    for missing, setting in enumerate(("target", "positive", "negative")):
+        given = ["" if place == missing else text for place, text in enumerate(prompts)]
+        said = handler(context, "plan")(*form, [], *given, "")[0]
+        assert f"teach slider has no {setting}" in html.unescape(said)
+    cost, command = handler(context, "plan")(*form, [], *prompts, "a teapot")
+    assert "24 images" not in cost
+    assert "images of the slider's prompts come first" in html.unescape(cost)
+    assert "--teach slider" in html.unescape(command)
+    handler(context, "start")("", *form, [], *prompts, "a teapot")
+    (job_id,) = ids_in(tmp_path / "runs")
+    job = context.job(job_id)
+    assert job.record.title.startswith("a photo of a mug ")
+    config = TrainConfig.from_dict(job.settings)
+    assert config.slider_pairs == [
+        ("a photo of a mug", ("a photo of a large mug", "a photo of a small mug")),
+        ("a photo of a mug", ("a large mug", "a small mug")),
+    ]
+    assert (config.anchors, config.method) == (["a teapot"], "lora")
+    assert config.validation_prompt == ["a mug at night"]
+    assert config.instance_data_dir is None
+    # Once more: it is the same, which waits already.
+    with pytest.raises(gradio.Error, match="the same photos and settings"):
+        handler(context, "start")("", *form, [], *prompts, "a teapot")
 
 
 def test_the_plan_says_what_will_not_fit_and_what_to_change(

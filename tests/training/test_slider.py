@@ -1,0 +1,321 @@
+"""Sliders: runs from words alone, from their settings to their files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dora_diffusion import generate_images, load_components, set_strength
+from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.cli.console.training import what_trains
+from dora_diffusion.config import ConfigError, TrainConfig, without_effect
+from dora_diffusion.config.subject import OF_IMAGES, SLIDER_STRENGTHS
+from dora_diffusion.config.train import settings
+from dora_diffusion.export.checkpoint import export_checkpoint
+from dora_diffusion.formats.adapter.inspect import report_on
+from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
+from dora_diffusion.training.engine.accelerator import make_accelerator
+from dora_diffusion.training.engine.objective import StepInputs
+from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.loop import TrainResult, check_pack, train
+from dora_diffusion.training.session import open_session
+from tests.training.helpers import find, losses, names
+
+TARGET, HIGH, LOW = "a photo of a dog", "a photo of a red dog", "a photo of a toy"
+PROMPTS = {"teach": "slider", "target": [TARGET], "positive": [HIGH], "negative": [LOW]}
+ANCHORS = {"anchors": ["the cat in a backpack"]}
+
+
+def slider(model: Path, output: Path, **changes: Any) -> TrainConfig:
+    values = {
+        **PROMPTS, "pretrained_model_name_or_path": str(model), "output_dir": str(output),
+        "resolution": 32, "rank": 2, "conv_rank": 2, "targets": ["cross-attention"],
+        "max_train_steps": 4, "train_batch_size": 2, "learning_rate": 1e-2, "seed": 3,
+        "num_class_images": 6, "num_validation_images": 0, "validation_inference_steps": 2,
+        "checkpointing_steps": 0,
+    }  # fmt: skip
+    return TrainConfig(**{**values, **changes})
+
+
+def inputs_of(config: TrainConfig, steps: int) -> list[StepInputs]:
+    learner = open_session(config, subjects_of(config), make_accelerator(config)).learner
+    return [learner.inputs(step) for step in range(steps)]
+
+
+def assert_same_file(ours: TrainResult, theirs: TrainResult) -> None:
+    found, wanted = (load_file(run.adapter) for run in (ours, theirs))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+# What a run learns
+
+
+def test_a_fresh_slider_has_the_whole_move_to_learn(sd1_folder: Path, tmp_path: Path) -> None:
+    """The first step's loss is that of the move alone, and anchors have none yet."""
+    config = slider(sd1_folder, tmp_path, **ANCHORS, max_train_steps=1, slider_guidance=3.0)
+    train(config)
+    [inputs] = inputs_of(config, 1)
+    base = load_components(sd1_folder)
+    a = base.scheduler.alphas_cumprod[inputs.timesteps].view(-1, 1, 1, 1)
+    noisy = a.sqrt() * inputs.latents + (1 - a).sqrt() * inputs.noise
+    pipeline, expected = base.pipeline(), []
+    with torch.no_grad():
+        for row in range(2):
+            high, low = (
+                base.unet(
+                    noisy[row : row + 1],
+                    inputs.timesteps[row],
+                    pipeline.encode_prompt(prompt, "cpu", 1, False)[0],
+                ).sample
+                for prompt in (HIGH, LOW)
+            )
+            expected.append(float((3.0 * (high - low)).square().mean()))
+    assert inputs.ends == [(HIGH, LOW)] * 2
+    assert inputs.captions == [TARGET] * 2 + ANCHORS["anchors"] * 2
+    assert losses(tmp_path)[1] == pytest.approx(np.mean(expected), rel=1e-4)
+    assert losses(tmp_path, "prior_loss")[1] == pytest.approx(0, abs=1e-12)
+
+
+def test_each_pair_is_drawn_for_its_own_target(sd1_folder: Path, tmp_path: Path) -> None:
+    config = slider(
+        sd1_folder, tmp_path, target=[TARGET, TARGET, "a cat"], positive=[HIGH, "a toy", "red cat"],
+        negative=[LOW, "the dog", "a  photo\nof a cat "], num_class_images=8,
+    )  # fmt: skip
+    drawn = {
+        (caption, *ends)
+        for inputs in inputs_of(config, 30)
+        for caption, ends in zip(inputs.captions, inputs.ends, strict=True)
+    }
+    assert drawn == {
+        (TARGET, HIGH, LOW), (TARGET, "a toy", "the dog"), ("a cat", "red cat", "a photo of a cat")
+    }  # fmt: skip
+    made = {path.read_text(encoding="utf-8").strip() for path in tmp_path.rglob("class-*.txt")}
+    assert made == {
+        TARGET, HIGH, LOW, "a toy", "the dog", "a cat", "red cat", "a photo of a cat"
+    }  # fmt: skip
+
+
+def test_its_images_are_those_of_the_base(sd1_folder: Path, tmp_path: Path) -> None:
+    train(slider(sd1_folder, tmp_path, max_train_steps=1))
+    components, before = load_components(sd1_folder), set[bytes]()
+    for path in sorted(tmp_path.rglob("class-*.png")):
+        before.add(Image.open(path).tobytes())
+        assert Image.open(path).size == (32, 32)
+    again = slider(sd1_folder, tmp_path / "again", max_train_steps=1)
+    train(again)
+    assert {Image.open(p).tobytes() for p in (tmp_path / "again").rglob("class-*.png")} == before
+    assert len(before) == 6
+    assert components.family.name == "sd1"
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora"},
+    "dora": {"method": "dora"},
+    "accumulation": {"gradient_accumulation_steps": 2, **ANCHORS},
+    "text encoders": {"train_text_encoder": True, "text_encoder_lr": 1e-2, **ANCHORS},
+    "quantised": {"quantize": "int8"},
+    "dropout": {"lora_dropout": 0.3},
+    "uncached": {"cache_latents": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [*(("sd1", name) for name in CHANGES), ("sd2", "lora"), ("sdxl", "dora")]
+)
+def test_a_resumed_run_is_the_whole_one(
+    family: str, name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder, rest = request.getfixturevalue(f"{family}_folder"), CHANGES[name]
+    whole = train(slider(folder, tmp_path / "whole", **rest, checkpointing_steps=2))
+    begun = slider(folder, tmp_path / "parts", **rest, checkpointing_steps=2)
+    train(replace(begun, max_train_steps=2))
+    again = train(replace(begun, resume_from_checkpoint="latest"))
+    assert names(tmp_path / "parts") == ["checkpoint-2", "checkpoint-4"]
+    assert_same_file(again, whole)
+
+
+@pytest.mark.parametrize("change", ["gradient_checkpointing", "offload"])
+def test_how_it_is_computed_changes_no_loss(change: str, sdxl_folder: Path, tmp_path: Path) -> None:
+    plain = slider(sdxl_folder, tmp_path / "plain", **ANCHORS)
+    value = "model" if change == "offload" else True
+    train(plain)
+    train(replace(plain, output_dir=str(tmp_path / "other"), **{change: value}))
+    wanted, found = losses(tmp_path / "plain"), losses(tmp_path / "other")
+    assert len(wanted) == 4
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+# Settings
+
+
+def test_settings_of_images_have_no_effect_which_is_said(sd1_folder: Path, tmp_path: Path) -> None:
+    by_name, moved = {setting.name: setting for setting in settings()}, dict[str, Any]()
+    for name in OF_IMAGES:
+        setting = by_name[name]
+        if name in ("instance_data_dir", "dataset_config", "train_text_encoder_ti"):
+            continue
+        if setting.kind is bool:
+            moved[name] = not setting.default
+        elif setting.choices:
+            moved[name] = next(c for c in setting.choices if c != setting.default)
+        elif setting.is_list:
+            moved[name] = ["zwq"]
+        elif setting.kind is str:
+            moved[name] = str(tmp_path) if setting.is_path else "zwq"
+        else:
+            moved[name] = 0.5 if setting.kind is float else 64
+    moved |= {"validation_data_dir": None, "validation_loss_steps": None}
+    assert len(moved) > 30
+    plain = slider(sd1_folder, tmp_path / "plain", **ANCHORS)
+    other = slider(sd1_folder, tmp_path / "other", **ANCHORS, **moved)
+    said = without_effect(other)
+    assert {name for name, value in moved.items() if value is not None} <= said.keys()
+    assert all("teach is slider" in said[name] for name in moved if name in said)
+    assert_same_file(train(plain), train(other))
+
+
+def test_settings_of_sliders_have_no_effect_on_a_subject() -> None:
+    given = {
+        "positive": ["a"],
+        "negative": ["b"],
+        "target": ["c"],
+        "slider_guidance": 2.0,
+        **ANCHORS,
+    }
+    assert [*without_effect(TrainConfig(**given))] == [
+        "target", "positive", "negative", "anchors", "slider_guidance"
+    ]  # fmt: skip
+    assert not without_effect(TrainConfig(**PROMPTS, **ANCHORS, num_class_images=9))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"negative": []}, "teach slider has no negative"),
+        ({"positive": []}, "teach slider has no positive"),
+        ({"target": []}, "teach slider has no target"),
+        ({"negative": [" "]}, "teach slider has an empty negative"),
+        ({"anchors": [""]}, "teach slider has an empty anchors"),
+        ({"positive": ["a", "b"]}, "positive has 2 prompts and negative 1"),
+        ({"target": ["a", "b"]}, "target has 2 prompts for 1 pair"),
+        ({"negative": [" A photo of a  RED dog"]}, "positive and negative are both 'a photo"),
+        ({"anchors": [HIGH]}, "anchors holds 'a photo of a red dog', which the slider moves"),
+        ({"num_class_images": 2}, "num_class_images is 2; this slider has 3 different prompts"),
+        ({"instance_data_dir": "photos"}, "instance_data_dir is set, and teach slider learns"),
+        ({"dataset_config": [{"instance_data_dir": "photos"}]}, "entry 1: instance_data_dir is"),
+        ({"dataset_config": [{"instance_prompt": "a"}]}, "dataset_config is set, and teach"),
+        ({"train_text_encoder_ti": True}, "train_text_encoder_ti is set, and teach slider"),
+        ({"method": "full"}, "method is full, whose weights have no strength"),
+        ({"teach": "concept"}, "teach is 'concept'; it must be one of subject, slider"),
+    ],
+)
+def test_what_makes_no_slider_is_refused_in_a_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        TrainConfig(**{**PROMPTS, **changes})
+    assert "\n" not in str(caught.value)
+
+
+def test_prompts_that_are_read_alike_are_refused(sd1_folder: Path, tmp_path: Path) -> None:
+    long = "a photo of the dog on the red toy " * 20
+    config = slider(sd1_folder, tmp_path, positive=[f"{long} red"], negative=[f"{long} dog"])
+    with pytest.raises(ConfigError, match=r"reads 'a photo .* as the same words, of which it"):
+        train(config)
+    assert not list(tmp_path.rglob("class-*.png"))
+
+
+def test_a_pack_has_no_sliders(sd1_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="teach slider of one is not possible in a pack"):
+        check_pack({"one": slider(sd1_folder, tmp_path)})
+
+
+def test_a_dry_run_lists_the_prompts(sd1_folder: Path, tmp_path: Path) -> None:
+    said = what_trains(slider(sd1_folder, tmp_path, **ANCHORS))
+    assert said.splitlines() == [
+        f"{TARGET}: from {LOW} to {HIGH}",
+        "the cat in a backpack: does not move",
+        "6 images of them are made by the base model first",
+    ]
+
+
+# What it leaves
+
+
+def test_samples_are_a_strip_of_the_written_file(sd1_folder: Path, tmp_path: Path) -> None:
+    config = slider(
+        sd1_folder, tmp_path, num_validation_images=2, validation_steps=2, max_train_steps=3
+    )
+    result = train(config)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "adapted.png", "step-000002.png"
+    ]  # fmt: skip
+    sheet = Image.open(result.samples["adapted"])
+    components, metadata = load_adapted(sd1_folder, result.adapter)
+    sampling = SamplingSettings(steps=2, width=32, height=32)
+    places = []
+    for strength in SLIDER_STRENGTHS:
+        set_strength(components.unet, strength)
+        for image in generate_images(components, TARGET, [3, 4], sampling):
+            places.append(find(sheet, image, within=1)[0])
+    columns, rows = (sorted({place[axis] for place in places}) for axis in (0, 1))
+    assert (len(columns), len(rows)) == (5, 2)
+    # A column per strength, and a row per seed.
+    assert places == [(left, top) for left in columns for top in rows]
+    assert json.loads(metadata.extra["slider"]) == [[TARGET, HIGH, LOW]]
+    assert metadata.trigger == ""
+
+
+def test_samples_in_between_change_nothing(sd1_folder: Path, tmp_path: Path) -> None:
+    plain = slider(sd1_folder, tmp_path / "plain", method="dora")
+    sampled = replace(
+        plain, output_dir=str(tmp_path / "sampled"), num_validation_images=1, validation_steps=1
+    )
+    assert_same_file(train(plain), train(sampled))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_card_says_how_it_is_used(method: str, sd1_folder: Path, tmp_path: Path) -> None:
+    train(slider(sd1_folder, tmp_path, method=method, num_validation_images=1))
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"tags: [text-to-image, {method}, slider]" in card
+    assert f"from `{LOW}` (-3) to `{HIGH}` (3)" in card
+    assert "--strength 3" in card
+    assert "**At several strengths**" in card
+    assert "style" not in card
+    # Diffusers' scale is the strength of a LoRA alone.
+    assert ('pipeline.set_adapters("slider", 3.0)' in card) == (method == "lora")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_merged_model_is_the_live_one_and_three_times_the_opposite_change(
+    method: str, sd1_folder: Path, tmp_path: Path
+) -> None:
+    adapter = train(slider(sd1_folder, tmp_path / "run", method=method)).adapter
+    assert report_on(adapter).method.lower() == method
+    export_checkpoint(sd1_folder, adapter, tmp_path / "merged", strength=-3.0)
+    merged = load_components(tmp_path / "merged").unet.state_dict()
+    live = load_adapted(sd1_folder, adapter, strength=-3.0)[0].unet
+    base = load_components(sd1_folder).unet.state_dict()
+    layers = dict(adapted_layers(live))
+    merged_there = {name: layer.merged() for name, layer in layers.items()}
+    set_strength(live, 1.0)
+    for name, layer in layers.items():
+        weight, start = merged[f"{name}.weight"], base[f"{name}.weight"]
+        torch.testing.assert_close(weight, merged_there[name], rtol=1e-5, atol=1e-6)
+        change = layer.merged() - start
+        assert change.norm() > 1e-4 * start.norm()
+        torch.testing.assert_close(weight - start, -3 * change, rtol=1e-3, atol=1e-5)
+
+
+def test_wildcards_are_of_sample_prompts_alone(sd1_folder: Path, tmp_path: Path) -> None:
+    target = "a photo of a {red|toy} dog"
+    config = slider(sd1_folder, tmp_path, target=[target], wildcards=True)
+    assert {caption for inputs in inputs_of(config, 3) for caption in inputs.captions} == {target}
