@@ -214,7 +214,11 @@ class OutputSettings:
         least=0,
     )
     checkpoints_total_limit: int | None = flag(
-        None, "Number of checkpoints to keep, the newest.", derived="all", above=0
+        None,
+        "Number of checkpoints to keep, the newest.",
+        derived="all",
+        needs=(_checkpoints,),
+        above=0,
     )
     resume_from_checkpoint: str | None = flag(
         None, "Checkpoint folder to resume from, or 'latest' in OUTPUT_DIR.", is_path=True

@@ -101,7 +101,7 @@ def _files(folder: Path, adapter: Path | None, card: str | None) -> dict[str, Pa
     if file.is_dir():
         raise HubError(f"{file} is in PEFT's layout; publish the run that made it")
     files: dict[str, Path | bytes] = {file.name: file}
-    for name in ("README.md", "config.yaml", "metrics.jsonl"):
+    for name in ("README.md", "config.yaml", "metrics.jsonl", "run.json"):
         if (folder / name).is_file():
             files[name] = folder / name
     if card is not None:

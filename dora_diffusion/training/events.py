@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.config.derived import Changes
+
+if TYPE_CHECKING:
+    from dora_diffusion.training.results.effect import Effect
 
 
 class Event:
@@ -130,6 +133,13 @@ class CheckpointSaved(Event):
 
     step: int
     path: Path
+
+
+@dataclass(frozen=True)
+class EffectMeasured(Event):
+    """How far what was written moves the model."""
+
+    effect: Effect
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from dora_diffusion.training.inputs.subject import Subject, outside_toy_world, s
 from dora_diffusion.training.results.checkpoint import checkpoints_in
 from dora_diffusion.training.results.folders import output_folder
 from dora_diffusion.training.results.metrics import TrainingError
+from dora_diffusion.training.results.record import has_learned_nothing
 from dora_diffusion.training.results.resume import start_run
 from dora_diffusion.training.results.write import check_prompts
 from dora_diffusion.training.run import SAVING, Run, TrainResult
@@ -379,6 +380,11 @@ class _Pack(Loop):
         folder = Path(config.output_dir)
         if config.resume_from_checkpoint == "latest" and not checkpoints_in(folder):
             adapter = next(folder.glob("*.safetensors"), None)
+            if has_learned_nothing(folder):
+                raise TrainingError(
+                    f"{folder} holds the result of a run that has learned nothing; start it over "
+                    "with --overwrite_output_dir, and other settings"
+                )
             if adapter is not None:
                 steps = config.max_train_steps or 0
                 self.results[name] = TrainResult(folder, adapter, steps, steps, None, {})

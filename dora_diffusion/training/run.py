@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -31,11 +32,13 @@ from dora_diffusion.training.results.metrics import (
     naming_step,
     tracked_settings,
 )
+from dora_diffusion.training.results.record import save_record
 from dora_diffusion.training.results.resume import RunStart, save_config
 from dora_diffusion.training.results.write import (
     SampleWriter,
     result_metadata,
     take_best,
+    warning_of_full_disk,
     write_result,
 )
 from dora_diffusion.training.session import Session
@@ -129,6 +132,7 @@ class Run:
         if self.is_main:
             clear_folder(self.output_dir, start.step)
             save_config(session.config, self.output_dir / "config.yaml", start.segments)
+            save_record(self.output_dir, start.conditions)
             write_photo_record(self.output_dir, session.dataset.photos)
         log_file = self.output_dir / METRICS_NAME if self.is_main else None
         skips = MOST_SKIPPED if session.accelerator.scaler is not None else 0
@@ -155,6 +159,8 @@ class Run:
                 held_out=tuple(photo.path.name for photo in held_out),
             )
         )
+        if self.is_main or self.shards:
+            session.probe.begin()
         if self.step == 0 and session.config.sample_at_start:
             self._sample(0)
         self._begun = time.perf_counter()
@@ -200,7 +206,11 @@ class Run:
         self.log.close()
 
     def finish(self) -> TrainResult:
-        """Save the last step; write what was learned, sample from the written file; the card."""
+        """Save the last step; write what was learned, sample from the written file; the card.
+
+        Raises:
+            TrainingError: If all is written, and the model predicts what it did before training.
+        """
         steps, total_steps = self.step, self.session.total_steps
         is_complete = self._is_complete(steps)
         self.log.flush()
@@ -215,7 +225,10 @@ class Run:
                 result_step = self._best_step(steps)
                 path, kept = write_result(self.session, self.output_dir, result_step, self.samples)
             written = path if self.is_main else None  # Others have given their parts.
+            self._tell_effect(result_step)
         self.session.accelerator.wait_for_everyone()
+        if written is not None:
+            self._require_effect(written)
         signal_number = None if is_complete else self.stop.signal_number
         stopped_early = is_complete and steps < total_steps
         self.on_event(events.TrainingEnded(steps, not is_complete, result_step, stopped_early))
@@ -225,6 +238,33 @@ class Run:
             self.samples.files, self.saver.newest, written if is_full else None, result_step,
             stopped_early, kept,
         )  # fmt: skip
+
+    def _tell_effect(self, step: int) -> None:
+        """Record how far the result moves the model."""
+        effect = self.session.probe.effect
+        if self.is_main and effect is not None:
+            with warning_of_full_disk("run.json does not have the effect of training"):
+                save_record(self.output_dir, self.start.conditions, effect)
+            self.trackers.log_step({"step": step, "effect": effect.figures})
+            self.on_event(events.EffectMeasured(effect))
+
+    def _require_effect(self, written: Path) -> None:
+        """Refuse to call a run done that has moved nothing."""
+        effect, config = self.session.probe.effect, self.session.config
+        if effect is None or not effect.is_nothing:
+            return
+        mend = (
+            f"raise learning_rate ({config.unet_lr:g}) or max_train_steps ({self.step}), or lower "
+            "lr_warmup_steps"
+        )
+        if self.log.largest_norm == 0:
+            mend = "every gradient was 0: look at the photos' masks, and at mixed_precision"
+        elif self.log.largest_norm == math.inf:
+            mend = "fp16 skipped every step: give --mixed_precision bf16, or no"
+        raise TrainingError(
+            f"nothing was learned: {effect}, no more than rounding; {written} is written, and does "
+            f"nothing. {mend[0].upper()}{mend[1:]}"
+        )
 
     def _best_step(self, steps: int) -> int:
         """The step that the result is of, whose weights the model has afterwards."""
@@ -292,7 +332,8 @@ class Run:
         session.activate()
         live = live_state(session)
         with naming_step(weights.noun, step), session.in_use():
-            now = {**state_of(session, self.start.segments, step), "live": live, **state}
+            now = state_of(session, self.start.segments, step)
+            now |= {"live": live, "conditions": self.start.conditions, **state}
             if not self.is_main:
                 return None
             calm = self.log.watch.is_calm

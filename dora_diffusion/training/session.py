@@ -17,12 +17,14 @@ from dora_diffusion.adapters.compiled import require_compiler
 from dora_diffusion.adapters.inject import DetachedAdapters
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK
 from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
 from dora_diffusion.data.sampler import EpochSampler
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
+from dora_diffusion.models.text import chunk_count
 from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.training.engine.accelerator import shards_model
 from dora_diffusion.training.engine.gradient_start import start_from_gradient
@@ -32,6 +34,7 @@ from dora_diffusion.training.engine.step import Learner, TrainingEngine, build_l
 from dora_diffusion.training.events import CachingProgress, OnEvent, ignore
 from dora_diffusion.training.inputs.dataset import check_wildcards, list_subjects, open_dataset
 from dora_diffusion.training.inputs.subject import Subject, triggers_of
+from dora_diffusion.training.results.effect import Probe
 from dora_diffusion.training.results.validation import Validation, check_held_out, divide_all
 from dora_diffusion.training.trainable.adapters import (
     StartingAdapter,
@@ -58,6 +61,7 @@ class Session:
         dataset: Photos and class images.
         sampler: The order of this process's batches.
         learner: What trains, step by step.
+        probe: Measures how far the model has moved.
         validation: Takes the loss on held-out photos; None without any.
         activate: Puts its adapters on the model, where several sessions take turns on it.
     """
@@ -70,6 +74,7 @@ class Session:
     dataset: DreamBoothDataset
     sampler: EpochSampler
     learner: Learner
+    probe: Probe
     validation: Validation | None = None
     activate: Callable[[], None] = lambda: None
 
@@ -223,6 +228,7 @@ def open_session(
     require_new(components, config.words)
     start = start.read(components, config) if start else None
     dataset = open_dataset(config, subjects, components, paths, accelerator, on_event)
+    _warn_of_short_captions(config, components, dataset.captions)
     has_buckets = any(s.settings.aspect_ratio_buckets for s in subjects) and not config.is_slider
     sampler = EpochSampler(
         len(dataset),
@@ -245,9 +251,11 @@ def open_session(
     place = accelerator.process_index, accelerator.num_processes
     inputs = InputSource(config, components, batches, *place)
     learner = build_learner(config, accelerator, components, weights, inputs)
+    probe = Probe(components, weights, dataset.captions, is_sharded=shards_model(accelerator))
     return Session(
-        config, subjects, accelerator, components, weights, dataset, sampler, learner, validation
-    )
+        config, subjects, accelerator, components, weights, dataset, sampler, learner, probe,
+        validation,
+    )  # fmt: skip
 
 
 def _divided(subjects: Sequence[Subject]) -> tuple[list[list[Path]], list[list[Path]]]:
@@ -295,6 +303,20 @@ def _reading(loaded: Components, config: TrainConfig) -> Components:
             stacklevel=2,
         )
     return reading
+
+
+def _warn_of_short_captions(
+    config: TrainConfig, components: Components, captions: Sequence[str]
+) -> None:
+    """Warn that more tokens may be read than any caption or sample prompt has."""
+    texts = {*captions, *(prompt.text for prompt in config.prompts)}
+    is_asked = config.max_token_length != TOKENS_PER_CHUNK
+    if is_asked and all(chunk_count(components, text) == 1 for text in texts):
+        warnings.warn(
+            f"max_token_length {config.max_token_length} has no effect because no caption or "
+            f"sample prompt has more than {TOKENS_PER_CHUNK} tokens",
+            stacklevel=3,
+        )
 
 
 def _resolution(config: TrainConfig, components: Components) -> int:

@@ -6,6 +6,7 @@ not count: a setting that is lost is still written there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -248,6 +249,14 @@ ELSEWHERE = {
     "sharding": "tests/training/engine/test_sharding.py: it needs two processes",
 }
 """Settings that one process on a CPU cannot show, and the tests that show them."""
+STEPS = "max_train_steps"
+ALONE: dict[str, Any] = {
+    **{name: case.value for name, case in CASES.items() if case.beside.keys() - {STEPS}},
+    # Of photos that have captions it names the subject; weights are trained as one of two.
+    "instance_prompt": "a sks dog", "full_weights": "targets", "model_config": "{sd1}",
+    "revision": "main", "offload": "model", "sharding": "fsdp",
+}  # fmt: skip
+"""What acts only beside others, or not here at all; `output_dir` always acts."""
 
 
 @pytest.fixture(scope="module")
@@ -316,12 +325,14 @@ def filled(value: Any, places: Mapping[str, Path]) -> Any:
     return value.format_map(places) if isinstance(value, str) and value.startswith("{") else value
 
 
-def seen(config: TrainConfig) -> dict[str, Any]:
+def seen(config: TrainConfig, said: list[str] | None = None) -> dict[str, Any]:
     """Train, and return what is left of it: losses, weights, images and files."""
     told: list[events.Event] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         train(config, told.append)
+    if said is not None:
+        said += [str(warning.message) for warning in caught]
     folder = Path(config.output_dir)
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -337,6 +348,7 @@ def seen(config: TrainConfig) -> dict[str, Any]:
         elif path.suffix == ".png":
             with Image.open(path) as image:
                 found[name] = hashlib.sha256(image.tobytes()).hexdigest()
+    found["trigger"] = [e.trigger for e in told if isinstance(e, events.TrainingStarted)]
     found["losses"] = [event.loss for event in told if isinstance(event, events.StepDone)]
     found["held out"] = [
         {name: value for name, value in event.record.items() if "time" not in name}
@@ -373,6 +385,7 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     note(UNet2DConditionModel, "enable_gradient_checkpointing")
     note(UNet2DConditionModel, "forward", lambda unet, noisy, *_: len(noisy))
+    note(AutoencoderKL, "encode", lambda *_: sum("encode" in each for each in asked))
     note(torch, "save", lambda state, file: len(asked))
     note(accelerator, "allow_tf32")
 
@@ -400,6 +413,7 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_each_setting_has_a_case() -> None:
     names = [setting.name for setting in settings()]
     assert sorted(names) == sorted([*CASES, *ELSEWHERE])
+    assert set(ELSEWHERE) - set(ALONE) == {"output_dir"}
     root = Path(__file__).parents[2]
     for name, place in ELSEWHERE.items():
         path = root / place.partition(":")[0]
@@ -429,6 +443,32 @@ def test_a_setting_alone_changes_what_is_done(
     if key not in usual_runs:
         usual_runs[key] = outcome("usual", {})
     assert outcome("changed", {name: case.value}) != usual_runs[key]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_setting_that_does_nothing_by_itself_is_said_to(
+    name: str, places: dict[str, Path], tmp_path: Path, acts: list[str], usual_runs: dict[str, Any]
+) -> None:
+    """And what is said to do nothing does nothing, to the bit."""
+    # Each photo more than once, where what is kept of it counts.
+    values, said = {**USUAL, STEPS: 4 if name == "cache_latents" else 1}, list[str]()
+
+    def outcome(part: str, changes: Settings) -> Any:
+        acts.clear()
+        config = TrainConfig(
+            **filled({**values, "output_dir": str(tmp_path / part), **changes}, places)
+        )
+        found = seen(config, said)
+        return found, sorted(set(acts))
+
+    key = f"alone {values[STEPS]}"
+    if key not in usual_runs:
+        usual_runs[key] = outcome("usual", {})
+    said.clear()
+    with contextlib.suppress(ValueError):  # Refused, with what it needs.
+        is_same = outcome("changed", {name: ALONE[name]}) == usual_runs[key]
+        lines = [line for line in said if name in line and "has no effect" in line]
+        assert len(lines) == is_same, said
 
 
 def test_what_a_run_does_is_the_same_again(places: dict[str, Path], tmp_path: Path) -> None:

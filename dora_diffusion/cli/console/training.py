@@ -21,6 +21,7 @@ from dora_diffusion.training.events import (
     CheckpointSaved,
     ClassImagesAnnounced,
     ClassImagesProgress,
+    EffectMeasured,
     Event,
     ModelLoading,
     SampleSaved,
@@ -94,6 +95,8 @@ class TrainProgress:
                 say(f"sample: {event.path}")
             case CheckpointSaved():
                 say(f"checkpoint: {event.path}")
+            case EffectMeasured(effect):
+                say(str(effect))
             case TrainingEnded():
                 self._say_end(event)
 
@@ -198,6 +201,8 @@ class PackProgress:
                 say(f"{name}, step {step}: validation loss {loss:.4f}")
             case SampleSaved() | CheckpointSaved():
                 say(f"{name}: {event.path}")
+            case EffectMeasured(effect):
+                say(f"{name}: {effect}")
             case TrainingEnded(step, interrupted):
                 say(f"{name}: {'interrupted' if interrupted else 'done'} after step {step}")
             case SubjectLeft(reason):

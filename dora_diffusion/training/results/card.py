@@ -36,6 +36,7 @@ def model_card(
     written: Path,
     report: str,
     samples: Mapping[str, str],
+    effect: object = "",
 ) -> str:
     """The README of a result, with the trigger word first, its images, and how to use it.
 
@@ -46,6 +47,7 @@ def model_card(
         written: The adapter file, or the folder of the model.
         report: What was trained.
         samples: Caption -> path of an image, relative to the card.
+        effect: How far the result moves the model, in words; empty where it was not measured.
     """
     base = without_path(metadata.base_model)
     trigger, first = triggers_of(subjects), subjects[0].settings
@@ -53,7 +55,8 @@ def model_card(
     images = "".join(
         f"\n**{caption}**\n\n![{caption}]({path})\n" for caption, path in samples.items()
     )
-    steps, loss = metadata.extra["training_steps"], _validation(config, metadata, written)
+    steps = metadata.extra["training_steps"]
+    measured = _validation(config, metadata, written) + _as_sentence(effect)
     library = "" if written.name == KOHYA_FILE else "\nlibrary_name: diffusers"
     tag, method = _method(config)
     family, size = FAMILIES[metadata.family], pixels(metadata.resolutions)
@@ -81,8 +84,14 @@ tags: [text-to-image, {tag}, {"slider" if config.is_slider else "dreambooth"}]
 
 {method} on `{base}`,
 trained with dora_diffusion {__version__} at {size} for {steps} steps: {report}.
-All settings are in `config.yaml`; the loss of every step is in `metrics.jsonl`.{loss}
+All settings are in `config.yaml`; the loss of every step is in `metrics.jsonl`, versions and
+machine are in `run.json`.{measured}
 """
+
+
+def _as_sentence(effect: object) -> str:
+    text = str(effect)
+    return f"\n{text[0].upper()}{text[1:]}." if text else ""
 
 
 def _validation(config: TrainConfig, metadata: AdapterMetadata, written: Path) -> str:

@@ -109,6 +109,7 @@ def state_of(session: Session, segments: object, step: int) -> dict[str, Any]:
         "projections": session.weights.projections(),
         "start": session.weights.start(),
         "allocation": None if allocation is None else allocation.state_dict(),
+        "probe": session.probe.state_dict(),
         "validation": None if session.validation is None else session.validation.state_dict(),
     }
 
@@ -145,6 +146,7 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
         step.average.restore()
         _copy(state["live"], session.weights.parameters())
     session.sampler.load_state_dict(state["sampler"])
+    session.probe.load_state_dict(state["probe"])
     step.batches = int(state["batches"])
     if state["scaler"] is not None and session.accelerator.scaler is not None:
         session.accelerator.scaler.load_state_dict(state["scaler"])

@@ -19,11 +19,11 @@ from dora_diffusion.training.results.checkpoint import (
 )
 
 LOCK_NAME = ".training.lock"
-METRICS_NAME = "metrics.jsonl"
+METRICS_NAME, RECORD_NAME = "metrics.jsonl", "run.json"
 # How the names of folders begin in which a result is written, and read back.
 UNFINISHED = ".result-"
 # What a run writes at the top of its folder, and which somebody may have a file of their own as.
-_COMMON_NAMES = ("README.md", "config.yaml")
+_COMMON_NAMES = ("README.md", "config.yaml", RECORD_NAME)
 # Sub-folders that a run writes to and deletes from.
 _OWN_FOLDERS = ("samples", "class_images", EMBEDDINGS, PIPELINE_NAME)
 _SAMPLE = re.compile(r"(base|adapted|base_above_adapted|step-\d+)\.png")

@@ -124,6 +124,8 @@ class MetricsLog:
 
     Attributes:
         steps_dropped: Number of the lines that were dropped.
+        largest_norm: Of the gradients of this process's steps but those that fp16 skipped; infinite
+            where it skipped all of them, None before the first.
         watch: Of the loss, those of earlier processes included.
     """
 
@@ -138,6 +140,7 @@ class MetricsLog:
         self._waiting: deque[tuple[dict[str, Any], list[str], Callable[[], Tensor]]] = deque()
         self._file: _LineFile | None = None
         self.steps_dropped = 0
+        self.largest_norm: float | None = None
         self.watch = LossWatch()
         if path is not None:
             kept = []
@@ -194,6 +197,11 @@ class MetricsLog:
         if not is_skipped or self._skipped >= self._skips or not math.isfinite(values["loss"]):
             require_finite(values, self._skipped)
         self._skipped = self._skipped + 1 if is_skipped else 0
+        norm, largest = values.get("grad_norm", 0), self.largest_norm
+        if is_skipped:
+            self.largest_norm = math.inf if largest is None else largest
+        else:
+            self.largest_norm = max(norm, 0 if largest in (None, math.inf) else largest)
 
     def _watch(self, step: int, loss: float) -> None:
         had_risen = self.watch.risen_at is not None
@@ -324,7 +332,7 @@ def step_tags(record: Mapping[str, Any]) -> dict[str, float]:
         for name in ("loss", "similarity")
         if record.get(f"validation_{name}") is not None
     }
-    for kind in ("lr", "effective_lr"):
+    for kind in ("lr", "effective_lr", "effect"):
         tags |= {f"{kind}/{group}": rate for group, rate in record.get(kind, {}).items()}
     return tags
 

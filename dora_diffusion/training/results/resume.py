@@ -25,6 +25,7 @@ from dora_diffusion.training.results.checkpoint import (
     restore,
 )
 from dora_diffusion.training.results.folders import holds_result
+from dora_diffusion.training.results.record import changed_conditions, conditions_of
 from dora_diffusion.training.session import Session
 
 # Image, caption and mask of each file, as `DreamBoothDataset.contents` gives them.
@@ -41,6 +42,7 @@ class RunStart:
 
     Attributes:
         segments: The settings that are used, by the step from which on they are.
+        conditions: What its bits depend on beside them, in the same way (`conditions_of`).
         step: Optimizer steps done.
         checkpoint: What it resumes from; None for a fresh run.
         is_interim: Whether that is one of those between the regular checkpoints.
@@ -49,6 +51,7 @@ class RunStart:
     """
 
     segments: Sequence[Segment]
+    conditions: Sequence[Mapping[str, Any]]
     step: int = 0
     checkpoint: Path | None = None
     is_interim: bool = False
@@ -66,8 +69,9 @@ def start_run(session: Session, output_dir: Path) -> tuple[Session, RunStart]:
         ConfigError: If there is no such checkpoint, or it does not belong to this run.
     """
     config = session.config
+    now = conditions_of(session.components, session.accelerator)
     if not config.resume_from_checkpoint:
-        return session, RunStart([segment(1, config.to_dict())])
+        return session, RunStart([segment(1, config.to_dict())], [{"from_step": 1, **now}])
     path = find_checkpoint(config.resume_from_checkpoint, output_dir)
     state = read_state(path)
     check_same_run(path.name, state, config, session.dataset.contents())
@@ -88,8 +92,13 @@ def start_run(session: Session, output_dir: Path) -> tuple[Session, RunStart]:
         changed = {}
     elif changed:
         segments.append(segment(step + 1, config.to_dict()))
+    conditions = list(state["conditions"])
+    if line := changed_conditions(path.name, conditions[-1], now):
+        warnings.warn(line, stacklevel=4)
+    if step < session.total_steps and conditions[-1] | now != conditions[-1]:
+        conditions.append({"from_step": step + 1, **now})
     is_interim = state["interim"]
-    start = RunStart(segments, step, path, is_interim, changed, unused)
+    start = RunStart(segments, conditions, step, path, is_interim, changed, unused)
     return replace(session, config=config), start
 
 

@@ -111,6 +111,7 @@ def write_result(
     if shards_model(accelerator):
         accelerator.wait_for_everyone()
     kept = weights.reload(written)
+    session.probe.measure()
 
     def show(grid: Image.Image) -> None:
         """Write it again with what adapter managers show: a sample, never a photo of somebody's."""
@@ -197,7 +198,8 @@ def _write_card(
         if name in samples
     }
     metadata, report = result_metadata(session, steps), session.report
-    card = model_card(session.config, session.subjects, metadata, written, report, images)
+    effect = session.probe.effect
+    card = model_card(session.config, session.subjects, metadata, written, report, images, effect)
     save_text(folder / "README.md", card)
 
 

@@ -252,8 +252,11 @@ def test_tensorboard_gets_numbers_settings_and_samples(tiny_run, tmp_path):
     tags = reader.Tags()
     assert set(tags["scalars"]) == {
         "train/loss", "train/prior_loss", "train/grad_norm",
-        "lr/unet/down", "lr/unet/up", "lr/unet/magnitude",
+        "lr/unet/down", "lr/unet/up", "lr/unet/magnitude", "effect/prediction", "effect/unet",
     }  # fmt: skip
+    effect = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["effect"]
+    (moved,) = reader.Scalars("effect/prediction")
+    assert (moved.step, moved.value) == (3, pytest.approx(effect["prediction"]))
     logged = records(tmp_path / "out")
     for name in ("loss", "prior_loss", "grad_norm"):
         scalars = {event.step: event.value for event in reader.Scalars(f"train/{name}")}

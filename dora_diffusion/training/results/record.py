@@ -1,0 +1,79 @@
+"""``run.json``: what the bits of a run depend on beside settings and photos, and its effect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dora_diffusion import __version__
+from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.models.components import Components
+from dora_diffusion.numerics.devices import device_name
+from dora_diffusion.training.results.effect import Effect
+from dora_diffusion.training.results.folders import RECORD_NAME
+
+Conditions = dict[str, str]
+
+# Of torch, torch says more.
+_PACKAGES = ("diffusers", "transformers", "tokenizers", "accelerate", "numpy", "pillow")
+# A setting of its own says the same.
+_OF_SETTINGS = ("weights",)
+
+
+def conditions_of(components: Components, accelerator: Any) -> Conditions:
+    """What the bits of a step depend on here, by name: versions, device, threads and flags."""
+    kind, weight = components.device.type, next(components.unet.parameters())
+    name = device_name(kind)
+    if kind == "cpu":
+        name += f" with {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "dora-diffusion": __version__,
+        "torch": str(torch.__version__),
+        **{name: metadata.version(name) for name in _PACKAGES},
+        "device": name,
+        "threads": str(torch.get_num_threads()),
+        "processes": str(accelerator.num_processes),
+        "weights": str(weight.dtype).removeprefix("torch."),
+        "deterministic algorithms": str(torch.are_deterministic_algorithms_enabled()),
+        "cuDNN benchmark": str(torch.backends.cudnn.benchmark),
+    }
+
+
+def changed_conditions(name: str, before: Mapping[str, str], now: Conditions) -> str:
+    """A line on what a checkpoint of a name was written with, and is resumed with; empty if alike.
+
+    Example:
+        >>> changed_conditions("checkpoint-4", {"torch": "2.4.0"}, {"torch": "2.5.1"})
+        'checkpoint-4 was written with torch 2.4.0, and this run has torch 2.5.1: the resumed run is not the same to the last bit'
+    """  # noqa: E501
+    known = {key: before.get(key, "unknown") for key in now if key not in _OF_SETTINGS}
+    names = [key for key, value in known.items() if value != now[key]]
+    if not names:
+        return ""
+    old, new = (", ".join(f"{key} {of[key]}" for key in names) for of in (known, now))
+    return (
+        f"{name} was written with {old}, and this run has {new}: the resumed run is not the same "
+        "to the last bit"
+    )
+
+
+def save_record(
+    folder: Path, conditions: Sequence[Mapping[str, Any]], effect: Effect | None = None
+) -> Path:
+    """Write the record: the conditions by the step from which on they were, and the effect."""
+    record = {"conditions": conditions, "effect": None if effect is None else effect.figures}
+    return save_text(folder / RECORD_NAME, json.dumps(record, indent=1) + "\n")
+
+
+def has_learned_nothing(folder: Path) -> bool:
+    """Return whether a run has ended here, and its record says that it moved nothing."""
+    try:
+        figures = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))["effect"]
+        return figures is not None and Effect(**figures).is_nothing
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
