@@ -17,6 +17,7 @@ from dora_diffusion.lab.study.trials import _live_bytes, kept_bytes
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.quantised import quantise
 from dora_diffusion.sampling.generate import SamplingSettings
+from dora_diffusion.training.session import Session
 from tests.lab.study.helpers import study
 
 SHORT = {
@@ -76,6 +77,23 @@ def test_an_average_is_what_is_measured_and_analyzed(tmp_path):
     moved, part = (r["analysis"]["points"][0]["delta_m"] for r in (live, average))
     assert part == pytest.approx([9 / 11 * delta for delta in moved], rel=1e-3)
     assert average["measures"]["others_loss"] != live["measures"]["others_loss"]
+
+
+def test_a_start_from_the_gradient_is_made_before_the_first_step(tmp_path, monkeypatch):
+    began, start = [], Session.start_from_gradient
+
+    def watched(session, adapters):
+        began.append((session.learner.batches, start(session, adapters)))
+
+    monkeypatch.setattr(Session, "start_from_gradient", watched)
+    methods = {"random": {}, "gradient": {"init": "lora-one"}}
+    common = {**SHORT["common"], "max_train_steps": 1, "targets": ["attention"]}
+    asked = {"inference_steps": 1, "analysis_points": 0, "batch_size": 30}
+    run_study(study(**{**SHORT, "common": common, "asked": asked}, methods=methods), tmp_path)
+    (_, none), (batches, drift) = began
+    assert none is None
+    assert batches == 0
+    assert drift > 0
 
 
 def test_a_training_that_diverges_is_a_record_without_figures(tmp_path):
