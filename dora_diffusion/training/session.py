@@ -228,7 +228,7 @@ def open_session(
     require_new(components, config.words)
     start = start.read(components, config) if start else None
     dataset = open_dataset(config, subjects, components, paths, accelerator, on_event)
-    _warn_of_short_captions(config, components, dataset.captions)
+    _warn_of_small_data(config, components, dataset)
     has_buckets = any(s.settings.aspect_ratio_buckets for s in subjects) and not config.is_slider
     sampler = EpochSampler(
         len(dataset),
@@ -305,16 +305,25 @@ def _reading(loaded: Components, config: TrainConfig) -> Components:
     return reading
 
 
-def _warn_of_short_captions(
-    config: TrainConfig, components: Components, captions: Sequence[str]
+def _warn_of_small_data(
+    config: TrainConfig, components: Components, dataset: DreamBoothDataset
 ) -> None:
-    """Warn that more tokens may be read than any caption or sample prompt has."""
-    texts = {*captions, *(prompt.text for prompt in config.prompts)}
+    """Warn of limits that no caption, photo or sample comes to."""
+    texts = {*dataset.captions, *(prompt.text for prompt in config.prompts)}
+    sampled = [(p.width, p.height) for p in config.prompts if config.num_validation_images]
+    sides = [s or components.default_resolution for size in sampled for s in size]
+    longest = max(sides + [side for size in dataset.groups for side in size])
     is_asked = config.max_token_length != TOKENS_PER_CHUNK
     if is_asked and all(chunk_count(components, text) == 1 for text in texts):
         warnings.warn(
             f"max_token_length {config.max_token_length} has no effect because no caption or "
             f"sample prompt has more than {TOKENS_PER_CHUNK} tokens",
+            stacklevel=3,
+        )
+    if longest <= (config.vae_tile_size or 0):
+        warnings.warn(
+            f"vae_tile_size {config.vae_tile_size} has no effect because no image is larger than "
+            f"{longest} pixels",
             stacklevel=3,
         )
 

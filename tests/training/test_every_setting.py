@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import sys
 import types
@@ -190,7 +191,7 @@ CASES: dict[str, Case] = {
     "prodigy_decouple": Case(False, {**PRODIGY, "adam_weight_decay": 0.5}),
     "prodigy_use_bias_correction": Case(True, PRODIGY),
     "prodigy_safeguard_warmup": Case(False, {**PRODIGY, "lr_warmup_steps": 2}),
-    "max_grad_norm": Case(1e-6, {"adam_epsilon": 1e-3}),
+    "max_grad_norm": Case(1e-3, {"adam_epsilon": 1e-3}),
     "precondition": Case(True),
     "precondition_damping": Case(10.0, {"precondition": True, "adam_epsilon": 1e-3}),
     "ema_decay": Case(0.5),
@@ -254,7 +255,7 @@ ALONE: dict[str, Any] = {
     **{name: case.value for name, case in CASES.items() if case.beside.keys() - {STEPS}},
     # Of photos that have captions it names the subject; weights are trained as one of two.
     "instance_prompt": "a sks dog", "full_weights": "targets", "model_config": "{sd1}",
-    "revision": "main", "offload": "model", "sharding": "fsdp",
+    "revision": "main", "offload": "model", "sharding": "fsdp", "teach": "slider",
 }  # fmt: skip
 """What acts only beside others, or not here at all; `output_dir` always acts."""
 
@@ -467,7 +468,7 @@ def test_a_setting_that_does_nothing_by_itself_is_said_to(
     said.clear()
     with contextlib.suppress(ValueError):  # Refused, with what it needs.
         is_same = outcome("changed", {name: ALONE[name]}) == usual_runs[key]
-        lines = [line for line in said if name in line and "has no effect" in line]
+        lines = [line for line in said if re.search(rf"\b{name}\b.*has no effect", line)]
         assert len(lines) == is_same, said
 
 

@@ -338,11 +338,13 @@ def step_tags(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tracked_settings(config: TrainConfig) -> dict[str, Any]:
-    """Settings as plain values: lists are joined, and folders lose the way to them."""
+    """Settings as plain values: lists and mappings are joined, and folders lose the way to them."""
     return {name: _plain(value) for name, value in without_paths(config.to_dict()).items()}
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        value = [f"{name}={each}" for name, each in value.items()]
     if isinstance(value, list):
         return " | ".join(str(item) for item in value)
     return "" if value is None else value
