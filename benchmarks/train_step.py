@@ -17,6 +17,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ import dora_diffusion
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.base import QUANTISATIONS
 from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.session import Session, open_session
@@ -129,6 +131,20 @@ def calls(output: str) -> None:
     print(markdown(["entered most", "times"], most))
 
 
+def on_quantised_bases(output: str, rounds: int) -> None:
+    """Processor time of whole steps in turns, the first of each left out."""
+    bases = {"none": {}, **{kind: {"quantize": kind} for kind in QUANTISATIONS}}
+    runs = {name: session(output, **chosen) for name, chosen in bases.items()}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(1, rounds + 2):
+        for name, run in runs.items():
+            begun = time.process_time()
+            run.step(number)
+            samples[name] += [time.process_time() - begun] * (number > 1)
+    rows = [[n, f"{1e3 * median(samples[n]):.0f}", ratio(samples, n, "none")] for n in runs]
+    print(markdown(["embedded:tiny-sd, quantize", "processor ms", "to none"], rows), "\n")
+
+
 def children_seconds(command: list[str]) -> float:
     """Processor time of a command."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -193,12 +209,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--demo_steps", type=int, default=100, help="of the demo's training")
     parser.add_argument("--calls", action="store_true", help="count what a step enters, and end")
+    parser.add_argument("--quantized", action="store_true", help="steps by quantize, and end")
     args = parser.parse_args()
     print(machine(), "\n")
     with tempfile.TemporaryDirectory() as folder:
         output = str(Path(folder) / "run")
         if args.calls:
             calls(output)
+            return
+        if args.quantized:
+            on_quantised_bases(output, args.rounds)
             return
         step_beside_unet(output, args.rounds)
         against_lora(output, args.rounds)

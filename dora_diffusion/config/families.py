@@ -71,7 +71,9 @@ class GpuMemory:
 
     Attributes:
         unet: Its weights.
+        unet_linear: Those of its Linear layers.
         text_encoders: Their weights.
+        text_linear: Those of their Linear layers.
         vae: Its weights.
         adapter: Parameters, gradients and AdamW's states of an adapter on the UNet.
         adapter_8bit: The same with 8-bit AdamW.
@@ -83,7 +85,9 @@ class GpuMemory:
     """
 
     unet: float
+    unet_linear: float
     text_encoders: float
+    text_linear: float
     vae: float
     adapter: float
     adapter_8bit: float

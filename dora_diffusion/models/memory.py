@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dora_diffusion.config.base import QUANTISATIONS
 from dora_diffusion.config.families import FAMILIES, GpuMemory, MemoryRow
 from dora_diffusion.numerics import devices
 
@@ -20,6 +21,8 @@ PROCESS_GIB = 0.4
 _EIGHT_BIT_SAVES_GIB = 0.1
 # Measured on another machine's processor: leave room for what differs.
 _MARGIN = 1.1
+# Bytes of a quantised weight, scales included, over those of a 16-bit one.
+_SHARES = {"int8": 0.502, "nf4": 0.259}
 _SIZES = (1024, 896, 768, 640, 512, 448, 384, 320, 256)
 
 
@@ -72,7 +75,8 @@ def gpu_training_memory(
         family: Name of a `Family`.
         resolution: Side in pixels.
         settings: Of `TrainConfig` by name; used are gradient_checkpointing, train_text_encoder,
-            train_text_encoder_ti, optimizer, offload and cache_latents, with their defaults.
+            train_text_encoder_ti, optimizer, offload, cache_latents, quantize and
+            quantize_convolutions, with their defaults.
         batch: Images per step, class images counted.
         precision: ``"bf16"``, ``"fp16"`` or ``"no"`` (float32).
 
@@ -85,9 +89,10 @@ def gpu_training_memory(
     factor = 2 if precision == "no" else 1
     stays, trained = settings.get("offload") == "none", settings.get("train_text_encoder")
     has_words = settings.get("train_text_encoder_ti")
-    gib = factor * table.unet
+    is_whole = settings.get("quantize_convolutions")
+    gib = _weights(table.unet, table.unet if is_whole else table.unet_linear, settings, factor)
     if trained or has_words or stays:
-        gib += factor * table.text_encoders
+        gib += _weights(table.text_encoders, table.text_linear, settings, factor)
     if stays or not settings.get("cache_latents", True):
         gib += table.vae * (1 if table.vae_is_float32 else factor)
     is_8bit = settings.get("optimizer") == "adamw8bit"
@@ -97,6 +102,12 @@ def gpu_training_memory(
     activations = table.recomputed if recomputes else table.activations
     pixels = resolution**2 * batch / table.resolution**2
     return PROCESS_GIB + gib + factor * activations * pixels
+
+
+def _weights(gib: float, quantised: float, settings: Mapping[str, Any], factor: int) -> float:
+    """Weights of a module, of which a part may be quantised; both are given in 16 bits."""
+    share = _SHARES.get(str(settings.get("quantize")))
+    return factor * gib if share is None else factor * (gib - quantised) + share * quantised
 
 
 def _on_the_line(rows: list[MemoryRow], pixels: int) -> float:
@@ -157,10 +168,11 @@ def _free_memory(kind: str) -> float:
 def fitting_settings(
     family: str, resolution: int, device: Device, *, batch: int = 1
 ) -> dict[str, Any]:
-    """Precision, gradient checkpointing and optimizer that fit a device's free memory.
+    """Precision, gradient checkpointing, optimizer, quantised base that fit a device's free memory.
 
-    The quicker settings are kept while they fit: checkpointing, then 8-bit Adam, and on a CPU
-    bfloat16 come when memory asks for them. What still does not fit gets the smallest settings.
+    The quicker settings are kept while they fit: checkpointing, then 8-bit Adam, on a GPU a base in
+    8 and in 4 bits, and on a CPU bfloat16 come when memory asks for them. What still does not fit
+    gets the smallest settings.
 
     Args:
         family: Of the base model; one that is not in the table gets safe settings.
@@ -182,6 +194,8 @@ def fitting_settings(
         return choices[1]
     if device.has_8bit_adam:
         choices.append(choices[-1] | {"optimizer": "adamw8bit"})
+    if devices.has_own_memory(device.kind):
+        choices += [choices[-1] | {"quantize": kind} for kind in QUANTISATIONS]
     fitting = (c for c in choices if _fits(family, resolution, c, device, batch))
     return next(fitting, choices[-1])
 
@@ -260,6 +274,13 @@ def what_would_fit(
             changed[name] = value
         if changes and _fits(family, resolution, changed, device, batch):
             return " and ".join(changes)
+    may_quantise = devices.has_own_memory(device.kind) and changed.get("sharding") != "fsdp"
+    if may_quantise and changed.get("quantize", "none") == "none":
+        plain = changes
+        for kind in QUANTISATIONS:
+            changed["quantize"], changes = kind, [*plain, f"quantize {kind}"]
+            if _fits(family, resolution, changed, device, batch):
+                return " and ".join(changes)
     if batch > 1:
         changes.append(smaller_batch)
     for size in (resolution, *(size for size in _SIZES if size < resolution)):

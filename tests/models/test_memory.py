@@ -210,17 +210,54 @@ def test_settings_follow_the_free_memory_step_by_step() -> None:
     plain = needed_memory("sdxl", 1024, HALF, A100)
     saving = needed_memory("sdxl", 1024, HALF | {"gradient_checkpointing": True}, A100)
 
-    def chosen(free: float, *, adam: bool = True) -> tuple[bool, str]:
+    low = HALF | {"gradient_checkpointing": True, "optimizer": "adamw8bit"}
+    eight, int8, nf4 = (
+        needed_memory("sdxl", 1024, low | {"quantize": kind}, A100)
+        for kind in ("none", "int8", "nf4")
+    )
+
+    def chosen(free: float, *, adam: bool = True) -> tuple[bool, str, str]:
         found = fitting_settings("sdxl", 1024, card(free, adam=adam))
         assert found["mixed_precision"] == "bf16"
-        return found["gradient_checkpointing"], found["optimizer"]
+        kind = found.get("quantize", "none")
+        return found["gradient_checkpointing"], found["optimizer"], kind
 
-    assert chosen(plain) == (False, "adamw")
-    assert chosen(plain - 0.01) == (True, "adamw")
-    assert chosen(saving) == (True, "adamw")
-    assert chosen(saving - 0.01) == (True, "adamw8bit")
-    assert chosen(saving - 0.01, adam=False) == (True, "adamw")
-    assert chosen(1.0) == (True, "adamw8bit")
+    assert chosen(plain) == (False, "adamw", "none")
+    assert chosen(plain - 0.01) == (True, "adamw", "none")
+    assert chosen(saving) == (True, "adamw", "none")
+    assert chosen(saving - 0.01) == (True, "adamw8bit", "none")
+    assert chosen(saving - 0.01, adam=False) == (True, "adamw", "int8")
+    assert chosen(eight - 0.01) == (True, "adamw8bit", "int8")
+    assert chosen(int8) == (True, "adamw8bit", "int8")
+    assert chosen(int8 - 0.01) == (True, "adamw8bit", "nf4")
+    assert chosen(nf4) == (True, "adamw8bit", "nf4")
+    assert chosen(1.0) == (True, "adamw8bit", "nf4")
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_quantised_base_takes_the_bytes_of_its_codes(family: str) -> None:
+    """A byte, or half of one, and 8 bits for 64 numbers, in place of two; not all is quantised."""
+    table = FAMILIES[family].gpu_memory
+    size = table.resolution
+
+    def saves(precision: str = "bf16", **settings: object) -> float:
+        plain, small = (
+            gpu_training_memory(family, size, {**settings, "quantize": kind}, precision=precision)
+            for kind in ("none", settings["quantize"])
+        )
+        return plain - small
+
+    for kind, bits in (("int8", 8), ("nf4", 4 + 8 / 64)):
+        share = 1 - bits / 16
+        unet, whole = table.unet_linear, table.unet
+        assert saves(quantize=kind) == pytest.approx(share * unet, abs=0.02)
+        every = saves(quantize=kind, quantize_convolutions=True)
+        assert every == pytest.approx(share * whole, abs=0.02)
+        text = saves(quantize=kind, train_text_encoder=True)
+        assert text == pytest.approx(share * (unet + table.text_linear), abs=0.02)
+        # Codes of a model in float32 take no more.
+        single = saves("no", quantize=kind)
+        assert single == pytest.approx((1 + share) * unet, abs=0.02)
 
 
 def test_a_cpu_goes_to_bfloat16_where_float32_does_not_fit() -> None:
@@ -250,9 +287,18 @@ def test_what_to_change_is_said_and_then_fits() -> None:
     saved = needed_memory("sdxl", 1024, saving, A100)
     said = what_would_fit("sdxl", 1024, single, card(saved))
     assert said == "mixed_precision bf16 and gradient_checkpointing on"
+    for kind in ("int8", "nf4"):
+        small = saving | {"quantize": kind}
+        needed = needed_memory("sdxl", 1024, small, A100)
+        assert what_would_fit("sdxl", 1024, saving, card(needed)) == f"quantize {kind}"
+    smaller = needed_memory("sdxl", 768, small, A100)
+    assert what_would_fit("sdxl", 1024, small, card(smaller)) == "resolution 768"
+    said = what_would_fit("sdxl", 1024, saving, card(smaller))
+    assert said == "quantize nf4 and resolution 768"
+    assert what_would_fit("sdxl", 1024, small, card(needed), batch=4) == "train_batch_size 1"
+    sharded = saving | {"sharding": "fsdp"}
     smaller = needed_memory("sdxl", 768, saving, A100)
-    assert what_would_fit("sdxl", 1024, saving, card(smaller)) == "resolution 768"
-    assert what_would_fit("sdxl", 1024, saving, card(saved), batch=4) == "train_batch_size 1"
+    assert what_would_fit("sdxl", 1024, sharded, card(smaller)) == "resolution 768"
     assert what_would_fit("sdxl", 1024, saving, card(0.5)) == ""
 
 

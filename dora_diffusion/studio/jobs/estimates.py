@@ -18,7 +18,7 @@ from dora_diffusion.studio.jobs.snapshot import Job
 # What step time and memory depend on most.
 _SAME = (
     "pretrained_model_name_or_path", "resolution", "train_batch_size", "train_text_encoder",
-    "train_text_encoder_ti", "teach", "anchors",
+    "train_text_encoder_ti", "teach", "anchors", "quantize", "quantize_convolutions",
     "gradient_accumulation_steps", "with_prior_preservation", "prior_preservation_mode",
     "unmasked_prior",
     "mixed_precision", "gradient_checkpointing", "compile", "offload", "cache_latents", "optimizer",
