@@ -17,7 +17,7 @@ from dora_diffusion.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 # Their names in Python, where the registry has another.
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}
+IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "prodigy-plus-schedule-free": "prodigyplus"}
 # Installed by hand, and in no extra: a tracker with accounts.
 BY_HAND = ("wandb",)
 
@@ -157,6 +157,16 @@ def training(tmp_path: Path) -> list[str]:
             ["--optimizer", "prodigy", "--learning_rate", "1"],
             "the optimizer prodigy needs prodigyopt, which is not installed; "
             "run 'pip install prodigyopt' or use --optimizer adamw",
+        ),
+        (
+            ["--optimizer", "adamw-schedule-free"],
+            "the optimizer adamw-schedule-free needs schedulefree, which is not installed; "
+            "run 'pip install schedulefree' or use --optimizer adamw",
+        ),
+        (
+            ["--optimizer", "prodigy-schedule-free", "--learning_rate", "1"],
+            "the optimizer prodigy-schedule-free needs prodigy-plus-schedule-free, which is not "
+            "installed; run 'pip install prodigy-plus-schedule-free' or use --optimizer adamw",
         ),
         (
             ["--report_to", "tensorboard"],

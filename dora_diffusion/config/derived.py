@@ -230,10 +230,10 @@ def unusual_rates(config: TrainConfig) -> list[str]:
     least, most = _FULL if config.is_full else _ADAPTER
     if config.parametrization == "vera" and not config.is_full:
         (least, most), what = _VERA, "VeRA"
-    if name == "prodigy":
+    if config.is_prodigy:
         least, most = _PRODIGY
     rates = {"learning_rate": (config.unet_lr, most)}
-    if config.train_text_encoder and name != "prodigy":
+    if config.train_text_encoder and not config.is_prodigy:
         rates["text_encoder_lr"] = (config.text_encoder_lr, most)
     if not config.is_full:
         # Each stands for a part of the adapter that takes larger steps.
@@ -284,7 +284,11 @@ def _differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, 
         old, new = before.get(setting.name, setting.default), getattr(now, setting.name)
         if setting.resume == "ignored" or setting.inactive_reason(now) or _same(setting, old, new):
             continue
-        if setting.resume == "free":
+        # A schedule-free average is defined by beta1.
+        is_free = setting.resume == "free" and not (
+            setting.name == "adam_beta1" and now.is_schedule_free
+        )
+        if is_free:
             allowed[setting.name] = (old, new)
         # Otherwise the checkpoint says what was given, not what followed from it.
         elif old is not None or setting.name not in (*DERIVED, *_BY_MODEL):

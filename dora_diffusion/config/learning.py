@@ -16,7 +16,9 @@ from dora_diffusion.config.fields import AnyOf, Condition, Need, flag
 
 METHODS = ("dora", "lora", "full")
 FULL_WEIGHTS = ("all", "targets")
-OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "muon")
+PRODIGIES = ("prodigy", "prodigy-schedule-free")
+SCHEDULE_FREE = ("adamw-schedule-free", "prodigy-schedule-free")
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "muon", *SCHEDULE_FREE)
 LR_SCHEDULES = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
 )  # fmt: skip
@@ -25,7 +27,7 @@ _TEXT_ENCODER = Need("train_text_encoder")
 _ADAPTER = Need("method", ("dora", "lora"))
 _FULL = Need("method", ("full",))
 _TARGETED = AnyOf((_ADAPTER, Need("full_weights", ("targets",))))
-_ADAM = Need("optimizer", ("adamw", "adamw8bit", "prodigy", "muon"))
+_ADAM = Need("optimizer", tuple(name for name in OPTIMIZERS if name != "adafactor"))
 _RANKED = Need("parametrization", ("low-rank", "adalora"))
 _LOW_RANK = Need("parametrization", ("low-rank",))
 _VERA = Need("parametrization", ("vera",))
@@ -257,7 +259,7 @@ class OptimizerSettings:
         resume="free",
         needs=(
             _TEXT_ENCODER,
-            Need("optimizer", ("adamw", "adamw8bit", "adafactor", "muon")),
+            Need("optimizer", tuple(name for name in OPTIMIZERS if name not in PRODIGIES)),
             _rate("text_encoder_lr", "no text encoder"),
         ),
         least=0,
@@ -300,7 +302,9 @@ class OptimizerSettings:
     )
     optimizer: str = flag(
         "adamw",
-        "Optimizer. muon: torch's Muon for A and B, at AdamW's rates, and AdamW for all else.",
+        "Optimizer. muon: torch's Muon for A and B, at AdamW's rates, and AdamW for all else. "
+        "schedule-free: an average of the weights takes the place of a schedule "
+        "(arXiv:2405.15682); it is what is sampled, validated and saved.",
         choices=OPTIMIZERS,
     )
     use_8bit_adam: bool = flag(False, "The same as --optimizer adamw8bit (needs bitsandbytes).")
@@ -329,7 +333,7 @@ class OptimizerSettings:
         None,
         "Decay of Prodigy's estimate of the step size.",
         derived="the square root of adam_beta2",
-        needs=(_PRODIGY,),
+        needs=(Need("optimizer", PRODIGIES),),
         least=0,
     )
     prodigy_decouple: bool = flag(

@@ -170,8 +170,8 @@ _WORDS = Need("train_text_encoder_ti")
 
 def _embedding_rate(config: Any) -> str | None:
     """A rate above 0, and another optimizer than Prodigy."""
-    if config.optimizer_name == "prodigy":
-        return "optimizer is prodigy"
+    if config.is_prodigy:
+        return f"optimizer is {config.optimizer_name}"
     return "it is 0: no new word is trained" if config.embedding_lr == 0 else None
 
 

@@ -87,8 +87,10 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             f"{' and '.join(self.weightings)} both weight the loss by timestep; leave one out",
             next(reversed(self.weightings), ""),
         )
-        if self.optimizer_name == "prodigy":
+        if self.is_prodigy:
             self._check_prodigy()
+        if self.is_schedule_free:
+            self._check_schedule_free()
         require(
             self.optimizer_name != "muon" or not (self.is_full or self.parametrization == "vera"),
             "muon is for A and B of an adapter, which neither method full nor VeRA trains; use "
@@ -250,6 +252,31 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             "optimizer",
         )
 
+    def _check_schedule_free(self) -> None:
+        name = self.optimizer_name
+        require(
+            self.lr_scheduler.startswith("constant"),
+            f"lr_scheduler is {self.lr_scheduler}, and {name} takes no schedule, only a warm-up; "
+            "leave it out",
+            "lr_scheduler",
+        )
+        require(
+            self.ema_decay is None,
+            f"{name} averages the weights itself; leave ema_decay out",
+            "ema_decay",
+        )
+        require(
+            self.adam_beta1 > 0,
+            f"adam_beta1 is {self.adam_beta1:g}; for {name} it must be greater than 0",
+            "adam_beta1",
+        )
+        require(
+            self.is_full or self.parametrization != "adalora",
+            f"AdaLoRA switches triplets off, which {name} would bring back by its average; use "
+            "optimizer adamw",
+            "optimizer",
+        )
+
     def _check_allocation(self) -> None:
         require(
             (self.target_rank or 0) <= self.rank,
@@ -378,6 +405,16 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
     def optimizer_name(self) -> str:
         """The optimizer, with ``use_8bit_adam`` taken into account."""
         return "adamw8bit" if self.use_8bit_adam else self.optimizer
+
+    @property
+    def is_prodigy(self) -> bool:
+        """True if the optimizer finds the learning rate."""
+        return self.optimizer_name in learning.PRODIGIES
+
+    @property
+    def is_schedule_free(self) -> bool:
+        """True if the optimizer averages the weights."""
+        return self.optimizer_name in learning.SCHEDULE_FREE
 
     @property
     def lr_schedule(self) -> str:

@@ -324,7 +324,6 @@ def _unsupported(config: TrainConfig) -> dict[str, bool]:
         "parametrization": config.parametrization != "low-rank",
         "init": config.init == "pissa",
         "lora_dropout": config.lora_dropout > 0,
-        "optimizer": config.optimizer_name != "adamw",
         "train_text_encoder_ti": config.train_text_encoder_ti,
         "text_encoder_targets": encodes and "token-embedding" in config.text_encoder_targets,
         # A caption in chunks is several rows of a text encoder, and a dropped one none.

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from dora_diffusion.adapters.inject import disabled
-from dora_diffusion.config import TrainConfig
+from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.components import Components
 from dora_diffusion.numerics.loss import huber_delta
@@ -29,6 +30,7 @@ from dora_diffusion.training.engine.objective import (
     losses_of,
     noisy_batches,
 )
+from dora_diffusion.training.engine.optimizer import _LIBRARIES, optimizer_library
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import Session, open_session
@@ -55,6 +57,15 @@ def make_config(model, photos, output_dir, **kwargs):
         "seed": 3,
     }
     return TrainConfig(**{**settings, **kwargs})
+
+
+def needs_library(optimizer: str) -> None:
+    """Skip a test where an optimizer's library is not installed."""
+    try:
+        optimizer_library(optimizer)
+    except ConfigError as error:
+        package = _LIBRARIES.get(optimizer)
+        pytest.skip(f"{package} is not installed" if package else f"this torch: {error}")
 
 
 def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Session:

@@ -33,7 +33,13 @@ WORDS = "words"
 _MATRICES = ("down", "up")
 
 # Not everybody needs them, and they are installed apart.
-_LIBRARIES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+_LIBRARIES = {
+    "adamw8bit": "bitsandbytes",
+    "prodigy": "prodigyopt",
+    "adamw-schedule-free": "schedulefree",
+    "prodigy-schedule-free": "prodigy-plus-schedule-free",
+}
+_MODULES = {"prodigy-plus-schedule-free": "prodigyplus"}
 
 
 def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> Groups:
@@ -97,7 +103,7 @@ def weight_groups(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> G
 
 def _rate_and_decay(component: str, config: TrainConfig) -> tuple[float, float]:
     """Learning rate and weight decay of a component."""
-    has_own_rate = component != "unet" and config.optimizer_name != "prodigy"
+    has_own_rate = component != "unet" and not config.is_prodigy
     rate = config.text_encoder_lr if has_own_rate else config.unet_lr
     decay = config.adam_weight_decay
     if component != "unet" and config.adam_weight_decay_text_encoder is not None:
@@ -133,6 +139,20 @@ def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimize
             use_bias_correction=config.prodigy_use_bias_correction,
             safeguard_warmup=config.prodigy_safeguard_warmup,
         )
+    if name == "adamw-schedule-free":
+        library = optimizer_library(name)
+        optimizer: Any = library.AdamWScheduleFree(groups, betas=betas, eps=config.adam_epsilon)
+        optimizer.train()
+        return optimizer  # type: ignore[no-any-return]
+    if name == "prodigy-schedule-free":
+        library = optimizer_library(name)
+        return library.ProdigyPlusScheduleFree(  # type: ignore[no-any-return]
+            groups,
+            betas=betas,
+            beta3=config.prodigy_beta3,
+            eps=config.adam_epsilon,
+            split_groups=False,  # One step size for all, as Prodigy has it.
+        )
     from transformers.optimization import Adafactor
 
     # Each group has its own rate; the polynomial schedule takes that of AdamW's defaults for scale.
@@ -158,18 +178,18 @@ def optimizer_library(name: str) -> Any:
     Raises:
         ConfigError: If it is not installed, or torch is too old.
     """
-    module = _LIBRARIES.get(name, "torch.optim")
+    package = _LIBRARIES.get(name, "torch.optim")
     if name == "muon" and not hasattr(torch.optim, "Muon"):
         raise ConfigError(
             f"the optimizer muon needs torch 2.9 or newer, and this is {torch.__version__}; "
             "update torch, or use --optimizer adamw"
         )
     try:
-        return import_module(module)
+        return import_module(_MODULES.get(package, package))
     except ImportError as error:
         raise ConfigError(
-            f"the optimizer {name} needs {module}, which is not installed; "
-            f"run 'pip install {module}' or use --optimizer adamw"
+            f"the optimizer {name} needs {package}, which is not installed; "
+            f"run 'pip install {package}' or use --optimizer adamw"
         ) from error
 
 
@@ -227,12 +247,23 @@ def restore_optimizer(optimizer: Any, lr_schedule: Any, state: Mapping[str, Any]
         optimizer.load_state_dict(state["optimizer"])
     except ValueError as error:
         raise ConfigError(f"the checkpoint's optimizer does not fit this run's: {error}") from error
+    _restore_dtypes(optimizer, state["optimizer"]["state"])
     lr_schedule.load_state_dict(state["lr_schedule"])
     plain = getattr(lr_schedule, "scheduler", lr_schedule)
     plain.base_lrs = [group["initial_lr"] for group in fresh]
     for group, values, factor in zip(optimizer.param_groups, fresh, plain.lr_lambdas, strict=True):
         group.update(values)
         group["lr"] = values["initial_lr"] * factor(plain.last_epoch)
+
+
+def _restore_dtypes(optimizer: Any, saved: Mapping[int, Mapping[str, Any]]) -> None:
+    """Restore what an optimizer keeps in bfloat16, which torch reads in its parameter's dtype."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, moments in saved.items():
+        own = optimizer.state[parameters[index]]
+        for key, value in moments.items():
+            if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
+                own[key] = own[key].to(value.dtype)
 
 
 class SteppedParameters:

@@ -31,7 +31,7 @@ from dora_diffusion.training.engine.accelerator import (
     shard,
     shards_model,
 )
-from dora_diffusion.training.engine.averaging import MovingAverage
+from dora_diffusion.training.engine.averaging import Average, MovingAverage, ScheduleFreeAverage
 from dora_diffusion.training.engine.objective import (
     Conditioner,
     InputSource,
@@ -227,7 +227,7 @@ class Learner:
     words: TrainedWords
     allocation: RankAllocation | None = None
     preconditioner: Preconditioner | None = None
-    average: MovingAverage | None = None
+    average: Average | None = None
     adapters: Sequence[LayerAdapter] = ()
     batches: int = 0
     is_whole: bool = True
@@ -374,7 +374,8 @@ def build_learner(
     # Before Accelerate takes the optimizer's `step`, which the schedule marks as its own.
     schedule = build_lr_schedule(optimizer, config)
     optimizer = accelerator.prepare_optimizer(optimizer)
-    allocation, preconditioner, average = None, None, None
+    allocation, preconditioner = None, None
+    average: Average | None = None
     if config.parametrization == "adalora" and not config.is_full:
         allocation = build_allocation(weights.modules, config)
     adapters = [each for model in weights.modules.values() for each in layer_adapters(model)]
@@ -382,6 +383,8 @@ def build_learner(
         preconditioner = Preconditioner(adapters, config.precondition_damping)
     if config.ema_decay is not None:
         average = MovingAverage(parameters, config.ema_decay)
+    elif config.is_schedule_free:
+        average = ScheduleFreeAverage(parameters, optimizer)
     is_low_rank = config.parametrization == "low-rank" and config.init != "pissa"
     is_limited = config.scale_weight_norms and is_low_rank
     return Learner(

@@ -143,7 +143,7 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
         step.allocation.load_state_dict(state["allocation"])
     step.restore_optimizer(state)
     if step.average is not None:
-        step.average.restore()
+        step.average.leave()
         _copy(state["live"], session.weights.parameters())
     session.sampler.load_state_dict(state["sampler"])
     session.probe.load_state_dict(state["probe"])

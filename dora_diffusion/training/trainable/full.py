@@ -46,8 +46,12 @@ from dora_diffusion.training.trainable.adapters import (
 )
 from dora_diffusion.training.trainable.words import TrainedWords
 
-# Bytes of float32 per parameter that an optimizer keeps; adamw8bit quantises its two moments.
-_MOMENTS = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0}
+# Bytes of float32 per parameter that an optimizer keeps; adamw8bit quantises its two moments, and
+# the last one keeps rows and columns of one.
+_MOMENTS = {
+    "adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0, "adamw-schedule-free": 8,
+    "prodigy-schedule-free": 4,
+}  # fmt: skip
 
 MUCH = 0.9
 """Share of what was learned that a file should keep."""
@@ -61,7 +65,8 @@ class FullReport:
         tensors: Number of trained tensors.
         parameters: Numbers in them.
         model_bytes: Size of the model on disk.
-        checkpoint_bytes: Of a checkpoint: the model, what trains in float32, and moments.
+        checkpoint_bytes: Of a checkpoint: the model, what trains and its average in float32, and
+            moments.
     """
 
     tensors: int
@@ -271,7 +276,8 @@ def select_weights(components: Components, config: TrainConfig) -> FullWeights:
     with open_model(BaseModel(components.source, config.variant)) as stored:
         specs = MergedModel(stored, (), _dtype(config)).specs
         size = sum(spec.nbytes for spec in specs.values())
-    checkpoint = size + count * (4 + _MOMENTS[config.optimizer_name])
+    is_averaged = config.is_schedule_free or config.ema_decay is not None
+    checkpoint = size + count * (4 + 4 * is_averaged + _MOMENTS[config.optimizer_name])
     report = FullReport(len(trained), count, size, checkpoint)
     _check_disk(config, report)
     return FullWeights(components, modules, trained, config, report, base)

@@ -55,8 +55,7 @@ class TrainedWords:
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """A parameter group for each text encoder: vectors never decay."""
-        is_prodigy = config.optimizer_name == "prodigy"
-        rate = config.unet_lr if is_prodigy else config.embedding_lr
+        rate = config.unet_lr if config.is_prodigy else config.embedding_lr
         return [
             {"name": f"{c}/{WORDS}", "params": [table.rows], "lr": rate, "weight_decay": 0.0}
             for c, table in self.tables.items()

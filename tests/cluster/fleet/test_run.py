@@ -223,7 +223,7 @@ def test_a_pack_is_one_task_and_each_of_it_nearly_what_it_is_alone(serial, subje
     given = {
         "wild": replace(subjects[NAMES[0]], learning_rate=1e30),
         NAMES[0]: subjects[NAMES[0]],
-        "prodigal": replace(subjects[NAMES[0]], optimizer="adafactor"),
+        "prodigal": replace(subjects[NAMES[0]], lora_dropout=0.1),
         NAMES[1]: subjects[NAMES[1]],
     }
     fleet = run_fleet(given, tmp_path, pack=3)

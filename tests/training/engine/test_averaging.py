@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.inject import layer_adapters
-from dora_diffusion.config import TrainConfig
+from dora_diffusion.config import ConfigError, TrainConfig, differences
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training import loop
@@ -24,7 +25,7 @@ from dora_diffusion.training.results import write
 from dora_diffusion.training.results.checkpoint import read_state
 from dora_diffusion.training.results.validation import Validation
 from dora_diffusion.training.session import Session, open_session
-from tests.training.helpers import accelerator_of_fp16, losses, names
+from tests.training.helpers import accelerator_of_fp16, losses, names, needs_library
 
 Values = dict[str, Tensor]
 WORDS = {
@@ -43,6 +44,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon", "targets": ["attention+conv"]},
     "adalora": ALLOCATED,
     "full": {"method": "full", "full_weights": "targets", "learning_rate": 1e-4},
+}
+
+
+AVERAGES: dict[str, dict[str, Any]] = {
+    "ema": {"ema_decay": 0.9},
+    "adamw": {"optimizer": "adamw-schedule-free", "lr_warmup_steps": 2},
+    "prodigy": {"optimizer": "prodigy-schedule-free", "learning_rate": 1.0},
 }
 
 
@@ -111,8 +119,10 @@ def test_triplets_that_are_switched_off_are_so_in_the_average(
     assert sum(ranks) <= 2 * len(list(layer_adapters(unet))) + ranks.count(1)
 
 
-def test_a_step_that_fp16_skips_leaves_it(run: Callable[..., TrainConfig]) -> None:
-    config = run(mixed_precision="fp16", ema_decay=0.5)
+@pytest.mark.parametrize("average", AVERAGES)
+def test_a_step_that_fp16_skips_leaves_it(average: str, run: Callable[..., TrainConfig]) -> None:
+    needs_library(AVERAGES[average].get("optimizer", "adamw"))
+    config = run(mixed_precision="fp16", **AVERAGES[average])
     accelerator = accelerator_of_fp16(config, scale=2.0**60)
     session = open_session(config, subjects_of(config), accelerator)
     before = values(session)
@@ -122,6 +132,62 @@ def test_a_step_that_fp16_skips_leaves_it(run: Callable[..., TrainConfig]) -> No
     session.step(2)
     assert all(value.isfinite().all() for value in used(session).values())
     assert not are_equal(used(session), before)
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_average_of_schedule_free_adamw_is_the_mean_of_its_z(
+    warmup: int, run: Callable[..., TrainConfig]
+) -> None:
+    """Weighted by the square of the greatest rate so far (arXiv:2405.15682, section 4)."""
+    needs_library("adamw-schedule-free")
+    session = session_of(run(optimizer="adamw-schedule-free", lr_warmup_steps=warmup))
+    names_of = {id(p): name for name, p in session.weights.parameters().items()}
+    sums = {name: torch.zeros_like(value).double() for name, value in values(session).items()}
+    total = 0.0
+    for step in range(1, 5):
+        weight = min(1.0, (step - 1) / warmup) ** 2 if warmup else 1.0
+        session.step(step)
+        for parameter, state in session.learner.optimizer.state.items():
+            sums[names_of[id(parameter)]] += weight * state["z"].double()
+        total += weight
+        for name, value in used(session).items() if total else ():
+            torch.testing.assert_close(value.double(), sums[name] / total, rtol=1e-4, atol=1e-6)
+    assert not are_equal(used(session), values(session))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            {"lr_scheduler": "cosine"},
+            "lr_scheduler is cosine, and adamw-schedule-free takes",
+        ),
+        (
+            {"ema_decay": 0.9},
+            "adamw-schedule-free averages the weights itself; leave",
+        ),
+        ({"adam_beta1": 0.0}, "adam_beta1 is 0; for adamw-schedule-free it must be greater than 0"),
+        (
+            {"parametrization": "adalora"},
+            "AdaLoRA switches triplets off, which adamw-sch",
+        ),
+    ],
+)
+def test_what_a_schedule_free_run_cannot_have(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(optimizer="adamw-schedule-free", **settings)
+    assert str(error.value).startswith(reason)
+    assert "\n" not in str(error.value)
+
+
+def test_the_beta1_of_a_schedule_free_run_stays() -> None:
+    """Its average is defined by it, and other runs may change it."""
+    for optimizer, refused in (("adamw-schedule-free", True), ("adamw", False)):
+        before = TrainConfig(optimizer=optimizer)
+        found = differences(before.to_dict(), replace(before, adam_beta1=0.8))
+        assert [list(part) for part in found] == [
+            ["adam_beta1"] * refused, ["adam_beta1"] * (not refused)
+        ]  # fmt: skip
 
 
 @pytest.fixture
@@ -157,32 +223,25 @@ def written(folder: Path) -> set[bytes]:
     return {tensor.numpy().tobytes() for tensor in tensors}
 
 
-AVERAGES: dict[str, dict[str, Any]] = {"ema": {"ema_decay": 0.9}}
-
-
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("kind", ["text encoder", "words", "full"])
 def test_what_is_used_is_what_is_saved(
     kind: str, average: str, run: Callable[..., TrainConfig], uses: Any, tmp_path: Path
 ) -> None:
-    """And a run that only looks at its weights more often learns the same."""
+    """And a run that looks at its weights less often learns the same."""
+    needs_library(AVERAGES[average].get("optimizer", "adamw"))
     config = run(
         **{"checkpointing_steps": 2, "validation_split": 1, "validation_loss_steps": 1,
            "num_validation_images": 1, "validation_steps": 2, "validation_inference_steps": 1,
-           **AVERAGES[average], **KINDS[kind]}
+           **KINDS[kind], **AVERAGES[average]}
     )  # fmt: skip
     train(config)
     states = {step: read_state(tmp_path / "out" / f"checkpoint-{step}") for step in (2, 4)}
     at = dict(uses)
     by_step = [at["validated 2"], at["validated 4"]]
     for state, validated in zip(states.values(), by_step, strict=True):
-        assert are_equal(
-            validated,
-            state["parameters"]
-            if kind == "full"
-            else {name: state["parameters"][name] for name in validated},
-        )
-        assert not are_equal(validated, state["live"])
+        assert are_equal(validated, state["parameters"])
+    assert not are_equal(by_step[1], states[4]["live"])
     sampled = [value for what, value in uses if what == "sampled"]
     assert len(sampled) == 3  # At step 2, of the result, and of the base.
     assert are_equal(sampled[0], at["validated 2"])
@@ -202,8 +261,9 @@ def test_what_is_used_is_what_is_saved(
         assert are_equal(state[part], states[4][part])
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-@pytest.mark.parametrize("kind", ["text encoder", "words", "adalora", "full"])
+@pytest.mark.parametrize(
+    ("average", "kind"), [*product(AVERAGES, ["text encoder", "words", "full"]), ("ema", "adalora")]
+)
 def test_a_resumed_run_is_the_whole_one(
     kind: str,
     average: str,
@@ -212,9 +272,10 @@ def test_a_resumed_run_is_the_whole_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """To the last bit: where it was stopped, and from the checkpoint of an error."""
+    needs_library(AVERAGES[average].get("optimizer", "adamw"))
     config = run(
         **{"checkpointing_steps": 2, "output_dir": str(tmp_path / "whole"),
-           **AVERAGES[average], **KINDS[kind]}
+           **KINDS[kind], **AVERAGES[average]}
     )  # fmt: skip
     train(config)
     parted = replace(config, output_dir=str(tmp_path / "parted"))

@@ -202,7 +202,10 @@ def test_it_is_told(run, folders) -> None:
 
 
 VARIANTS = {
-    "text encoders": ("sdxl", {"train_text_encoder": True, "cache_latents": False}),
+    "text encoders": (
+        "sdxl",
+        {"train_text_encoder": True, "cache_latents": False, "ema_decay": 0.9},
+    ),
     "full": ("sd1", {"method": "full", "learning_rate": 1e-4, "targets": ["full"]}),
     "bf16": ("sd1", {"mixed_precision": "bf16", "gradient_checkpointing": True}),
     "inpainting": ("sd1_inpainting", {"parametrization": "vera", "vera_rank": 4}),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from dora_diffusion.adapters.state import load_adapter
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.config.learning import OPTIMIZERS
+from dora_diffusion.config.learning import OPTIMIZERS, PRODIGIES
 from dora_diffusion.export import convert_adapter, export_checkpoint, inspect_adapter
 from dora_diffusion.export.derive import combine_adapters
 from dora_diffusion.export.files import open_model
@@ -39,7 +39,7 @@ from dora_diffusion.training.results.write import result_metadata
 from dora_diffusion.training.session import open_session
 from dora_diffusion.training.trainable.words import TrainedWords, add_words
 from tests.formats.layouts.helpers import load_pipeline
-from tests.training.helpers import SAMPLES, assert_same_adapter, make_config
+from tests.training.helpers import SAMPLES, assert_same_adapter, make_config, needs_library
 
 WORDS = {
     "instance_prompt": "a photo of a <s1> mug", "token": "<s1>", "train_text_encoder_ti": True,
@@ -280,9 +280,8 @@ def test_no_optimizer_moves_a_word_after_its_last_step(
     sd1_folder: Path, named: Path, tmp_path: Path, optimizer: str
 ) -> None:
     """Whatever momentum is left, in one go and resumed on either side of that step."""
-    library = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}.get(optimizer, "torch")
-    pytest.importorskip(library)
-    rate = 1.0 if optimizer == "prodigy" else 1e-3
+    needs_library(optimizer)
+    rate = 1.0 if optimizer in PRODIGIES else 1e-3
     config = make_config(
         sd1_folder, named, tmp_path / "whole", **WORDS, optimizer=optimizer, learning_rate=rate,
         max_train_steps=5, checkpointing_steps=1, train_text_encoder_ti_frac=0.5,
