@@ -132,7 +132,10 @@ class Session:
         # A sampler of its own: the run's stays where it is.
         batches = iterate_batches(self.dataset, replace(self.sampler))
         source = replace(self.learner.inputs, batches=batches)
-        return start_from_gradient(self.learner, adapters, [source(k) for k in range(count)])
+        drift = start_from_gradient(self.learner, adapters, [source(k) for k in range(count)])
+        if self.learner.average is not None:
+            self.learner.average.leave()  # It starts there too.
+        return drift
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

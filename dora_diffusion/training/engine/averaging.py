@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from dora_diffusion.training.engine.optimizer import SteppedParameters
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.training.engine.optimizer import SteppedParameters, role_of
 
 
 class Average:
@@ -70,9 +71,9 @@ class MovingAverage(Average):
     def update(self, step: int) -> None:
         decay = min(self._decay, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(self._average, list(self._parameters), step)
-        names = (group["name"] for group in self._parameters.groups for _ in group["params"])
-        for name, average, live in zip(names, self._average, self._parameters, strict=True):
-            if name.endswith("/diagonal"):  # A triplet that is switched off is so in the average.
+        roles = (role_of(group) for group in self._parameters.groups for _ in group["params"])
+        for role, average, live in zip(roles, self._average, self._parameters, strict=True):
+            if role == "diagonal":  # A triplet that is switched off is so in the average.
                 average.masked_fill_(live == 0, 0)
 
     def enter(self) -> None:
@@ -99,6 +100,15 @@ class ScheduleFreeAverage(Average):
 
     def leave(self) -> None:
         self._optimizer.train()
+
+
+def build_average(
+    parameters: SteppedParameters, optimizer: Any, config: TrainConfig
+) -> Average | None:
+    """The average that a run asks for; None: it uses what it trains."""
+    if config.is_schedule_free:
+        return ScheduleFreeAverage(parameters, optimizer)
+    return None if config.ema_decay is None else MovingAverage(parameters, config.ema_decay)
 
 
 @torch.no_grad()

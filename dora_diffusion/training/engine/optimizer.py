@@ -75,6 +75,11 @@ def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> G
     return groups
 
 
+def role_of(group: Mapping[str, Any]) -> str:
+    """The role of a group's parameters: ``"up"`` of ``"unet/up of mid_block.*"``."""
+    return str(group["name"]).partition("/")[2].partition(" ")[0]
+
+
 def _by_pattern(model: nn.Module, config: TrainConfig) -> dict[str, list[nn.Module]]:
     """A component's adapters by the pattern of ``lr_pattern`` that names their layer, or none."""
     parts: dict[str, list[nn.Module]] = {}
@@ -219,7 +224,7 @@ def build_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> 
         power=config.lr_power,
     )
     for number, group in enumerate(optimizer.param_groups):
-        if group["name"].endswith(f"/{WORDS}") and config.word_steps < steps:
+        if role_of(group) == WORDS and config.word_steps < steps:
             factor = schedule.lr_lambdas[number]
             schedule.lr_lambdas[number] = _until(config.word_steps, factor)
     return schedule
@@ -333,7 +338,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def _has_matrices(group: Mapping[str, Any]) -> bool:
-    return str(group["name"]).rpartition("/")[2] in _MATRICES
+    return role_of(group) in _MATRICES
 
 
 class FlatParameters(SteppedParameters):
@@ -477,3 +482,21 @@ class LocalParameters(SteppedParameters):
             for index, moments in sorted(state["state"].items())
         }
         return {**state, "state": changed}
+
+
+def stepped_parameters(groups: Groups, config: TrainConfig, *, shards: bool) -> SteppedParameters:
+    """The form in which a run's optimizer sees the parameters that train.
+
+    AdamW treats every number alike, whatever parameter it belongs to. Muon knows matrices,
+    Adafactor rows and columns, Prodigy each parameter's start, the 8-bit AdamW quantises no small
+    ones, which keeps the magnitudes' moments whole, and the schedule-free one's own average must
+    know those without a gradient. A model's own weights are few and large.
+
+    Args:
+        groups: The parameter groups.
+        config: Method and optimizer.
+        shards: Whether the model is sharded.
+    """
+    if not config.is_full and config.optimizer_name in ("adamw", "muon"):
+        return FlatParameters(groups, keeps_matrices=config.optimizer_name == "muon")
+    return LocalParameters(groups) if shards and config.is_full else SteppedParameters(groups)

@@ -31,7 +31,7 @@ from dora_diffusion.training.engine.accelerator import (
     shard,
     shards_model,
 )
-from dora_diffusion.training.engine.averaging import Average, MovingAverage, ScheduleFreeAverage
+from dora_diffusion.training.engine.averaging import Average, build_average
 from dora_diffusion.training.engine.objective import (
     Conditioner,
     InputSource,
@@ -42,13 +42,12 @@ from dora_diffusion.training.engine.objective import (
     noisy_batches,
 )
 from dora_diffusion.training.engine.optimizer import (
-    FlatParameters,
-    LocalParameters,
     SteppedParameters,
     build_lr_schedule,
     build_optimizer,
     learning_rates,
     restore_optimizer,
+    stepped_parameters,
 )
 from dora_diffusion.training.engine.preconditioning import Preconditioner
 from dora_diffusion.training.results.metrics import require_finite
@@ -360,31 +359,18 @@ def build_learner(
         list(weights.words.parameters().values()),
         config.slider_guidance,
     )
-    groups = weights.groups(config)
-    parameters = SteppedParameters(groups)
-    # AdamW treats every number alike, whatever parameter it belongs to. Adafactor knows rows and
-    # columns, Prodigy each parameter's start, and the 8-bit one quantises no small ones, which
-    # keeps the magnitudes' moments whole. A model's own weights are few and large.
-    if not config.is_full and config.optimizer_name in ("adamw", "muon"):
-        keeps_matrices = config.optimizer_name == "muon"
-        parameters = FlatParameters(groups, keeps_matrices=keeps_matrices)
-    elif shards and config.is_full:
-        parameters = LocalParameters(groups)
+    parameters = stepped_parameters(weights.groups(config), config, shards=shards)
     optimizer = build_optimizer(parameters.groups, config)
     # Before Accelerate takes the optimizer's `step`, which the schedule marks as its own.
     schedule = build_lr_schedule(optimizer, config)
     optimizer = accelerator.prepare_optimizer(optimizer)
     allocation, preconditioner = None, None
-    average: Average | None = None
     if config.parametrization == "adalora" and not config.is_full:
         allocation = build_allocation(weights.modules, config)
     adapters = [each for model in weights.modules.values() for each in layer_adapters(model)]
     if config.preconditions:
         preconditioner = Preconditioner(adapters, config.precondition_damping)
-    if config.ema_decay is not None:
-        average = MovingAverage(parameters, config.ema_decay)
-    elif config.is_schedule_free:
-        average = ScheduleFreeAverage(parameters, optimizer)
+    average = build_average(parameters, optimizer, config)
     is_low_rank = config.parametrization == "low-rank" and config.init != "pissa"
     is_limited = config.scale_weight_norms and is_low_rank
     return Learner(

@@ -108,10 +108,26 @@ def test_a_decay_of_0_is_what_trains(run: Callable[..., TrainConfig]) -> None:
         assert are_equal(used(session), values(session))
 
 
+def test_it_begins_where_the_run_does(run: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Also where that is found by the gradient of the first batches."""
+    settings = {"start": {"learning_rate": 0.0}, "live": {"ema_decay": 0.0},
+                "average": {"ema_decay": 0.9}}  # fmt: skip
+    for name, changes in settings.items():
+        config = run(init="lora-one", method="lora", max_train_steps=1, **changes)
+        train(replace(config, output_dir=str(tmp_path / name)))
+    start, live, average = (read_adapter(tmp_path / name).layers for name in settings)
+    for name, layer in average.items():
+        for part in ("down", "up"):
+            first, last = (getattr(own[name], part) for own in (start, live))
+            torch.testing.assert_close(
+                getattr(layer, part), first + 9 / 11 * (last - first), rtol=1e-5, atol=1e-7
+            )
+
+
 def test_triplets_that_are_switched_off_are_so_in_the_average(
     run: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
-    config = run(**ALLOCATED, ema_decay=0.9)
+    config = run(**ALLOCATED, ema_decay=0.9, lr_pattern={"mid_block.*": 2e-3})
     train(config)
     ranks = [layer.rank for layer in read_adapter(tmp_path / "out").layers.values()]
     session = session_of(config)

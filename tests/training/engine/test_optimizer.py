@@ -239,7 +239,7 @@ def test_muon_makes_orthogonal_updates_of_matrices_and_adamw_the_others(weight_d
     before = [p.detach().clone() for p in parameters(own)]
     members, expected = parameters(own), parameters(plain)
     for group in (*own, *plain):
-        group |= {"name": f"unet/{group['name']}", "weight_decay": weight_decay}
+        group |= {"name": f"unet/{group['name']} of mid_block/*", "weight_decay": weight_decay}
     flat = FlatParameters(own, keeps_matrices=True)
     assert [[tuple(p.shape) for p in group["params"]] for group in flat.groups] == [
         [(3, 5), (2, 36)], [(13,)],
