@@ -32,7 +32,7 @@ def preconditioned(
     grams = [torch.baddbmm(damped, up.mT, up), torch.baddbmm(damped, down, down.mT)]
     # Without a check for errors, which would wait for a GPU: damped, they can be inverted.
     of_up, of_down = torch.linalg.inv_ex(torch.cat(grams)).inverse.chunk(2)
-    return of_up @ down_grad, up_grad @ of_down
+    return torch.bmm(of_up, down_grad), torch.bmm(up_grad, of_down)
 
 
 class Preconditioner:
