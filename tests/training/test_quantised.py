@@ -38,6 +38,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pissa": {"init": "pissa"},
     "lora-one": {"init": "lora-one"},
     "dropout": {"lora_dropout": 0.3},
+    "patterns": {
+        "rank_pattern": {"to_k": 3},
+        "alpha_pattern": {"to_k": 6.0},
+        "lr_pattern": {"mid_block.*": 5e-3},
+    },
     "rank dropout": {"rank_dropout": 0.5, "scale_weight_norms": 1e-3},
     "masks": {"masked_loss": True},
     "start": {"init_adapter": "made below", "targets": ["full"], "rank": 4, "conv_rank": 4},

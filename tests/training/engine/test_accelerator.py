@@ -103,6 +103,10 @@ def run(command: list[str], config: dict, tmp_path: Path, fails: str) -> Path:
         pytest.param({"ema_decay": 0.5, "precondition": True}, id="dora"),
         pytest.param({"init": "pissa"}, id="pissa", marks=pytest.mark.slow),
         pytest.param(
+            {"init": "lora-one", "scale_weight_norms": 0.01, "lr_pattern": {"mid_block.*": 2e-3}},
+            id="lora-one", marks=pytest.mark.slow,
+        ),
+        pytest.param(
             {"parametrization": "adalora", "rank": 4, "allocation_interval": 1},
             id="adalora", marks=pytest.mark.slow,
         ),
@@ -157,7 +161,9 @@ def test_two_processes_agree_with_one(sd1_folder, tmp_path, variant):
     assert list(losses(two)) == [1, 2, 3]
     alone, shared = (losses(folder, "validation_loss") for folder in (one, two))
     assert list(alone) == list(shared) == [0, 3]
-    assert alone[0] == shared[0]
+    # A start from the gradient is summed over processes.
+    rounding = 1e-6 if variant.get("init") == "lora-one" else 0
+    assert alone[0] == pytest.approx(shared[0], rel=rounding, abs=0)
     assert alone[3] == pytest.approx(shared[3], rel=1e-4)
     words, others = (read_adapter(folder).tokens for folder in (one, two))
     assert list(words) == list(others) == ([variant["token"]] if "token" in variant else [])
