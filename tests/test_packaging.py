@@ -90,8 +90,8 @@ def test_the_forms_ask_for_the_environment() -> None:
     for name in ("bug", "question"):
         text = (ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text(encoding="utf-8")
         fields = {field["id"]: field for field in yaml.safe_load(text)["body"]}
-        assert "dora-diffusion env" in fields["environment"]["attributes"]["label"]
-    assert "env" in cli.build_parser()._subparsers._group_actions[0].choices
+        assert "dora-diffusion doctor" in fields["environment"]["attributes"]["label"]
+    assert "doctor" in cli.build_parser()._subparsers._group_actions[0].choices
 
 
 def dockerfile() -> list[tuple[str, str]]:

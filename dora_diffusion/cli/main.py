@@ -42,7 +42,7 @@ COMMANDS = {
     "demo": "train, evaluate and merge a sample subject",
     "prepare": "check photos, write captions and masks",
     "samples": "copy the sample subjects: photos, captions, settings",
-    "env": "print versions and devices, for a bug report",
+    "doctor": "check the installation and a base model, and describe them for a bug report",
 }
 HOMES = {
     "cli.commands.train": ("train",),
@@ -53,7 +53,7 @@ HOMES = {
     "cli.commands.adapters": ("convert", "extract", "combine"),
     "cli.commands.inspect": ("inspect",),
     "cli.commands.prepare": ("prepare",),
-    "cli.commands.project": ("samples", "env"),
+    "cli.commands.project": ("samples", "doctor"),
     "cluster.commands": ("fleet", "serve"),
     "lab.commands": ("analyze", "compare", "demo"),
     "lab.simulation.command": ("simulate",),

@@ -350,12 +350,16 @@ def detect_folder_family(folder: Path) -> Family:
     """Detect the family of a diffusers pipeline folder.
 
     Raises:
-        UnsupportedModelError: If it is another kind of model.
+        UnsupportedModelError: If it is another kind of model, or a configuration file is damaged.
         OSError: If a configuration file is missing.
     """
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    unet_config = folder / "unet" / "config.json"
-    config = json.loads(unet_config.read_text(encoding="utf-8")) if unet_config.is_file() else {}
+    read, unet = list[Any](), folder / "unet" / "config.json"
+    for file in (folder / "model_index.json", *([unet] if unet.is_file() else [])):
+        try:
+            read.append(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, RecursionError) as error:
+            raise UnsupportedModelError(f"{file} is damaged; download the model again") from error
+    index, config = [*read, {}][:2]
     return detect_family(index, config, str(folder))
 
 

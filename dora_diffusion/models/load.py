@@ -9,8 +9,9 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -35,6 +36,7 @@ from dora_diffusion.formats.checkpoint.models import (
 from dora_diffusion.formats.checkpoint.schedule import (
     EPSILON,
     NoiseSchedule,
+    Statement,
     choose_schedule,
     statements_on,
     usual_of,
@@ -43,7 +45,7 @@ from dora_diffusion.formats.checkpoint.weights import require_unquantised
 from dora_diffusion.formats.files.stream import PICKLED, TensorReader, read_header
 from dora_diffusion.formats.names.modules import BUFFERS, canonical
 from dora_diffusion.models import embedded
-from dora_diffusion.models.components import Components, cast_to_weight
+from dora_diffusion.models.components import Components, cast_to_weight, check_vocabulary
 from dora_diffusion.models.configuration import (
     empty_module,
     is_released,
@@ -82,19 +84,7 @@ def load_components(
         ValueError: If its files are incomplete or do not belong together.
     """
     base = BaseModel.of(model)
-    path = Path(base.path).expanduser()
-    if path.suffix in PICKLED:
-        raise ModelNotFoundError(
-            f"{path} is a pickle, which can run code when opened; convert it to .safetensors first"
-        )
-    with quiet_libraries(), contextlib.ExitStack() as stack:
-        file, source = None, path
-        if path.suffix == ".safetensors" and path.is_file():
-            with plain_errors(str(path)):
-                reader = stack.enter_context(TensorReader(path))
-            file = CheckpointFile(reader)
-        else:
-            source = resolve_folder(base)
+    with quiet_libraries(), _opened(base) as (file, source):
         components = _load(file, source, base, dtype, adapters)
     if components.vae.dtype != dtype:
         vae = components.vae
@@ -115,6 +105,97 @@ def set_tiles(vae: Any, size: int) -> None:
     vae.tile_latent_min_size = size // 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+@contextlib.contextmanager
+def _opened(base: BaseModel) -> Iterator[tuple[CheckpointFile | None, Path]]:
+    """The single file that a model is, or None, and where the model is."""
+    path = Path(base.path).expanduser()
+    if path.suffix in PICKLED:
+        raise ModelNotFoundError(
+            f"{path} is a pickle, which can run code when opened; convert it to .safetensors first"
+        )
+    if path.suffix != ".safetensors" or not path.is_file():
+        yield None, resolve_folder(base)
+        return
+    with contextlib.ExitStack() as stack:
+        with plain_errors(str(path)):
+            reader = stack.enter_context(TensorReader(path))
+        yield CheckpointFile(reader), path
+
+
+def check_components(model: AnyModel) -> dict[str, str]:
+    """Check whether a model is whole, without reading a weight.
+
+    Of each module, the tensors' names and shapes are compared with its configuration, and the sizes
+    of its files with what their headers say; tokenizers are loaded.
+
+    Returns:
+        By component what is wrong with it; empty where nothing is.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError, ValueError: If it cannot be told what its
+            components should be, as `load_components`.
+    """
+    base, problems = BaseModel.of(model), dict[str, str]()
+    with quiet_libraries(), _opened(base) as (file, source):
+        plan = _planned(file, source, base, ())
+        names, modules = plan.family.text_encoder_names, dict[str, Any]()
+        encoders = dict(zip(plan.family.tokenizer_names, names, strict=True))
+        for name in ("unet", "vae", *names, *encoders):
+            try:
+                if name not in encoders:
+                    modules[name] = _module_of(file, plan, name, None, base)
+                elif encoder := modules.get(encoders[name]):
+                    check_vocabulary(_load_tokenizer(plan.folder / name), encoder, name)
+                problems[name] = ""
+            except (ValueError, OSError) as error:
+                problems[name] = str(error)
+    return problems
+
+
+class _Plan(NamedTuple):
+    """What a model is made as.
+
+    Attributes:
+        family: Its family.
+        folder: Of its configuration.
+        schedule: How its noise schedule is meant.
+        stated: As in `Components`.
+    """
+
+    family: Family
+    folder: Path
+    schedule: NoiseSchedule
+    stated: tuple[Sequence[Statement], Sequence[Statement]]
+
+
+def _planned(
+    file: CheckpointFile | None, source: Path, base: BaseModel, adapters: Sequence[AdapterMetadata]
+) -> _Plan:
+    given: Path | None = source
+    if file is not None:
+        given = None if base.model_config is None else resolve_folder(base.model_config)
+    family = detect_folder_family(source) if file is None else file.family
+    configured = [by_scheduler(read_json(given / _SCHEDULER))] if given else usual_of(family)
+    own = configured if file is None else file.statements()
+    usual = [] if file is None else configured
+    schedule = choose_schedule(str(base.path), statements_on(base, own, usual, adapters))
+    require_prediction(source.name, family, schedule)
+    folder = given or released_folder(family, schedule.prediction_type)
+    return _Plan(family, folder, schedule, (own, usual))
+
+
+def _module_of(
+    file: CheckpointFile | None, plan: _Plan, part: str, dtype: torch.dtype | None, base: BaseModel
+) -> Any:
+    """A module of a model; without a dtype it stays empty, and its weights are not read."""
+    folder, kind = plan.folder, module_classes(plan.family)[part]
+    if part == "vae" and dtype is not None:
+        dtype = _vae_dtype(folder / part, dtype, plan.family)
+    if file is not None:
+        return _module_of_file(file, folder, part, kind, dtype, base)
+    return _module_of_folder(folder / part, part, kind, dtype, base)
+
+
 def _load(
     file: CheckpointFile | None,
     source: Path,
@@ -128,36 +209,21 @@ def _load(
         UnsupportedModelError: If it is not a model of a supported family.
         ValueError: If it is damaged or does not fit its configuration.
     """
-    given: Path | None = source
-    if file is not None:
-        given = None if base.model_config is None else resolve_folder(base.model_config)
-    family = detect_folder_family(source) if file is None else file.family
-    configured = [by_scheduler(read_json(given / _SCHEDULER))] if given else usual_of(family)
-    own = configured if file is None else file.statements()
-    usual = [] if file is None else configured
-    schedule = choose_schedule(str(base.path), statements_on(base, own, usual, adapters))
-    require_prediction(source.name, family, schedule)
-    folder = given or released_folder(family, schedule.prediction_type)
-    kinds, index = module_classes(family), read_json(folder / "model_index.json")
-
-    def load(part: str) -> Any:
-        kept = _vae_dtype(folder / part, dtype, family) if part == "vae" else dtype
-        if file is not None:
-            return _module_of_file(file, folder, part, kinds[part], kept, base)
-        return _module_of_folder(folder / part, part, kinds[part], kept, base)
-
+    plan = _planned(file, source, base, adapters)
+    family, folder, load = plan.family, plan.folder, partial(_module_of, file, plan)
+    index, own_vae = read_json(folder / "model_index.json"), partial(load_vae, base.vae or "")
     return Components(
         family=family,
-        unet=load("unet"),
-        vae=load("vae") if base.vae is None else load_vae(base.vae, dtype=dtype, family=family),
-        text_encoders=tuple(load(part) for part in family.text_encoder_names),
+        unet=load("unet", dtype, base),
+        vae=load("vae", dtype, base) if base.vae is None else own_vae(dtype=dtype, family=family),
+        text_encoders=tuple(load(part, dtype, base) for part in family.text_encoder_names),
         tokenizers=tuple(_load_tokenizer(folder / part) for part in family.tokenizer_names),
         name=str(base.path),
         asked=base,
         zeros_for_empty_prompt=family.zeros_for_empty_prompt(index),
         source=str(source),
-        stated=(own, usual),
-        **_schedulers(read_json(folder / _SCHEDULER), schedule),
+        stated=plan.stated,
+        **_schedulers(read_json(folder / _SCHEDULER), plan.schedule),
         **_reading(source),
     )
 
@@ -169,7 +235,7 @@ def _vae_dtype(folder: Path, dtype: torch.dtype, family: Family | None) -> torch
 
 
 def _module_of_folder(
-    folder: Path, part: str, kind: str, dtype: torch.dtype, base: BaseModel
+    folder: Path, part: str, kind: str, dtype: torch.dtype | None, base: BaseModel
 ) -> Any:
     """A module of a component's folder.
 
@@ -192,7 +258,7 @@ def _module_of_file(
     folder: Path,
     part: str,
     kind: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     base: BaseModel,
 ) -> Any:
     """A module of a single file, made as a folder configures it.
@@ -221,10 +287,12 @@ def _fill(
     module: Any,
     part: str,
     weights: CheckpointFile | Component,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     base: BaseModel,
 ) -> str:
     """Fill a module with its weights; returns what is wrong with them, empty if nothing is.
+
+    Without a dtype they are only compared with it.
 
     Raises:
         UnsupportedModelError: If they are quantised already.
@@ -236,6 +304,8 @@ def _fill(
         return f"it lacks {listing(lacking, 3)}"
     if other := [n for key, n in wanted.items() if weights.specs[n].shape != shapes[key]]:
         return f"{listing(other, 3)} differ"
+    if dtype is None:
+        return ""
     quantised = () if part == "vae" else quantised_layers(base)
     state = {}
     for key, name in wanted.items():

@@ -1,4 +1,4 @@
-"""Commands about the project itself: ``samples`` to train on, ``env`` for a bug report."""
+"""Commands about the project itself: ``samples`` to train on, ``doctor`` for the installation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dora_diffusion.cli.console.tables import print_json
+from dora_diffusion.cli.settings import AnyBase
+from dora_diffusion.config.base import OfModel
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.fields import flag
 from dora_diffusion.models.embedded import samples_folder
@@ -44,19 +46,24 @@ def copy_samples(folder: Path) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EnvSettings(CommandSettings):
-    """Settings of ``env``."""
+class DoctorSettings(AnyBase):
+    """Settings of ``doctor``."""
 
-    runs_dir: Path = flag(Path("runs"), "The app's folder of runs and photos.")
+    model_config: str | None = flag(
+        None,
+        "Diffusers folder with the configuration of a single-file base.",
+        needs=(OfModel("base", "base", "file"),),
+    )
+    runs_dir: Path = flag(Path("runs"), "The app's folder of runs and photos, or another output.")
     json: bool = flag(False, "Print JSON.")
 
     def perform(self) -> int:
-        """Print versions, machine, devices, extras, caches and settings, without secrets."""
+        """Print what was found, without secrets. Returns 1 where something would fail."""
         from dora_diffusion.cli.console.environment import describe_environment
 
-        environment = describe_environment(self.runs_dir)
+        environment = describe_environment(self.runs_dir, self.base_model)
         if self.json:
             print_json(asdict(environment))
         else:
             print(environment)
-        return 0
+        return int(any(finding.state == "PROBLEM" for finding in environment.findings))

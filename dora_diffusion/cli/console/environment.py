@@ -1,4 +1,4 @@
-"""Description of an installation for a bug report, in one paste without secrets."""
+"""Examination of an installation: what it is, what is wrong, and what mends it; no secrets."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
 from dora_diffusion import __version__
 from dora_diffusion.cli.console.tables import rows_text
+from dora_diffusion.config.base import BaseModel
 
 _ROOT = Path(__file__).parents[3]
 _PROJECT = "dora-diffusion"
@@ -55,6 +56,22 @@ _HARMLESS = re.compile(
 _SECRET = re.compile("TOKEN$|KEY|AUTH|SECRET|PASS", re.IGNORECASE)
 _CASE = re.IGNORECASE if os.name == "nt" else re.RegexFlag(0)
 _SECONDS, _IMPORT_SECONDS = 10, 180
+_PACKAGES = "packages"
+_TRIAL = "dora_diffusion.cli.console.trial"
+_TRIALS = {f"{_TRIAL}:describe_device": "device", f"{_TRIAL}:train_and_sample": "training"}
+# The newest that all tests ran with; the oldest are the bounds of pyproject.toml.
+_TESTED = {
+    "torch": "2.13", "diffusers": "0.42", "transformers": "5.24", "accelerate": "1.15",
+    "gradio": "6.31", "huggingface_hub": "2.4", "numpy": "2.4", "pillow": "12.3",
+}  # fmt: skip
+# What has another folder taken.
+_ELSEWHERE = {
+    "hub's cache": "set HF_HOME to a folder of yours",
+    "runs": "choose another folder with --runs_dir, and --output_dir of a run",
+    "temporary files": "set TMPDIR to a folder of yours",
+}
+_LITTLE = 2**29
+Answers = dict[str, tuple[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -67,16 +84,51 @@ class Package:
     version: str | None
 
     @property
-    def problem(self) -> str:
-        """Problem that shows without an import: a missing requirement, or a wrong version."""
+    def requirement(self) -> str:
+        """The words that pip takes for it."""
+        return f"'{self.name}{self.bounds}'"
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Findings that need no import: it is missing, of a wrong version, or newer than tested."""
+        mend = f"pip install {self.requirement}"
         if self.version is None:
-            return "" if self.extra else f"{self.name} is not installed"
+            return [] if self.extra else [Finding(_PACKAGES, f"{self.name} is not installed", mend)]
         with contextlib.suppress(ImportError, ValueError):  # then nobody can say
             from packaging.specifiers import SpecifierSet
+            from packaging.version import Version
 
             if not SpecifierSet(self.bounds).contains(self.version, prereleases=True):
-                return f"{self.name} {self.version} is installed, and {self.bounds} is needed"
-        return ""
+                found = f"{self.name} {self.version} is installed, and {self.bounds} is needed"
+                return [Finding(_PACKAGES, found, mend)]
+            tested = _TESTED.get(self.name)
+            if tested and Version(self.version).release[:2] > Version(tested).release[:2]:
+                found = f"{self.name} {self.version} is newer than {tested}, the newest tested"
+                mend = f"if something fails, pip install '{self.name}=={tested}.*'"
+                return [Finding(_PACKAGES, found, mend, fails=False)]
+        return []
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at, what was found there, and what mends it.
+
+    Attributes:
+        check: What was looked at.
+        found: What was found.
+        mend: What to do; empty where nothing is wrong.
+        fails: Whether something fails until then.
+    """
+
+    check: str
+    found: str
+    mend: str = ""
+    fails: bool = True
+
+    @property
+    def state(self) -> str:
+        """``"ok"``, ``"PROBLEM"``, or ``"note"``: nothing fails of it."""
+        return ("PROBLEM" if self.fails else "note") if self.mend else "ok"
 
 
 @dataclass(frozen=True)
@@ -89,7 +141,7 @@ class Environment:
         facts: Version, Python, system, processor, memory and torch's build, by name.
         devices: The accelerators that torch can use.
         packages: What is required, what extras bring, and others that matter.
-        problems: What is missing, too old, or cannot be imported.
+        findings: What was looked at, and what to do where that is wrong.
         folders: Caches and results: where, and the free space there.
         variables: Environment variables with an effect; None for a value that is not shown.
     """
@@ -97,15 +149,17 @@ class Environment:
     facts: Mapping[str, str]
     devices: tuple[str, ...]
     packages: tuple[Package, ...]
-    problems: tuple[str, ...]
+    findings: tuple[Finding, ...]
     folders: Mapping[str, str]
     variables: Mapping[str, str | None]
 
     def __str__(self) -> str:
-        """The rows of `dora-diffusion env`."""
+        """The rows of `dora-diffusion doctor`."""
         rows = list(self.facts.items())
         rows += [("device", device) for device in self.devices or ["none but the processor"]]
-        rows += [("PROBLEM", problem) for problem in self.problems]
+        for each in self.findings:
+            mend = f"; to mend it: {each.mend}" if each.mend else ""
+            rows.append((each.state, f"{each.check}: {each.found}{mend}"))
         for extra in dict.fromkeys(package.extra for package in self.packages):
             found = [p for p in self.packages if p.extra == extra]
             versions = ", ".join(f"{p.name} {p.version or 'is not installed'}" for p in found)
@@ -116,11 +170,17 @@ class Environment:
         return rows_text(rows)
 
 
-def describe_environment(runs_dir: str | Path = "runs") -> Environment:
-    """Describe the environment: versions, machine, devices, extras, caches and settings.
+def describe_environment(
+    runs_dir: str | Path = "runs", base: BaseModel | None = None
+) -> Environment:
+    """Examine the environment: versions, machine, devices, folders, a base model, and one step.
 
     It answers also where a package is missing, or fails, ends Python or hangs when it is imported:
-    that is tried in a process of its own, and takes some seconds. ``runs_dir`` is the app's.
+    that is tried in a process of its own, without network, and takes up to a minute.
+
+    Args:
+        runs_dir: The app's folder, or another one that runs are to be written to.
+        base: A base model whose files are looked at.
     """
     found = packages()
     tried = {
@@ -128,20 +188,10 @@ def describe_environment(runs_dir: str | Path = "runs") -> Environment:
         for package in found
         if package.version and package.extra not in _NOT_TRIED
     }
-    answers = ask([*tried, *_QUESTIONS])
+    model = "" if base is None else f"{_TRIAL}:check_components {json.dumps(asdict(base))}"
+    answers = ask([*tried, *_QUESTIONS, *_TRIALS, *filter(None, [model])])
     build, cpu, threads, devices, cache = (answers[name][1] for name in _QUESTIONS)
-    problems = [package.problem for package in found if package.problem]
-    problems += [
-        f"{package.name} {package.version} cannot be imported: {answers[module][0]}"
-        for module, package in tried.items()
-        if answers[module][0]
-    ]
     driver = _output("nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader")
-    if driver and build == "the CPU":
-        problems.append(
-            "this torch is built for the CPU and cannot use the NVIDIA GPU: install the one for "
-            "CUDA, as https://pytorch.org/get-started/locally shows"
-        )
     # Its name as the system's own program tells it.
     told = re.search(r"(?<=Model name:).+", _output("lscpu"))
     name = told[0].strip() if told else _output("sysctl", "-n", "machdep.cpu.brand_string")
@@ -162,11 +212,20 @@ def describe_environment(runs_dir: str | Path = "runs") -> Environment:
         "NVIDIA driver": "; ".join(driver.splitlines()),
     }  # fmt: skip
     folders = {"hub's cache": cache, "runs": runs_dir, "temporary files": tempfile.gettempdir()}
+    findings = _of_packages(found, tried, answers)
+    if driver and build == "the CPU":
+        mend = "install the one for CUDA, as https://pytorch.org/get-started/locally shows"
+        unused = "this torch is built for the CPU and cannot use the NVIDIA GPU"
+        findings.append(Finding("device", unused, mend))
+    findings += _of_trials(answers)
+    findings += [each for name, path in folders.items() if path for each in _of_folder(name, path)]
+    if base is not None:
+        findings += _of_base(base, *answers[model])
     return Environment(
         {name: without_names(text) for name, text in facts.items() if text},
         ("unknown",) if devices is None else tuple(devices),
         tuple(found),
-        tuple(map(without_names, problems)),
+        tuple(replace(f, found=without_names(f.found)) for f in findings),
         {name: _folder(path) for name, path in folders.items() if path},
         {
             # The value only of those whose value is harmless.
@@ -175,6 +234,60 @@ def describe_environment(runs_dir: str | Path = "runs") -> Environment:
             if _VARIABLES.match(name.upper())
         },
     )
+
+
+def _of_packages(
+    found: Sequence[Package], tried: Mapping[str, Package], answers: Answers
+) -> list[Finding]:
+    findings = [finding for package in found for finding in package.findings]
+    for module, package in tried.items():
+        if problem := answers[module][0]:
+            what = f"{package.name} {package.version} cannot be imported: {problem}"
+            mend = f"pip install --force-reinstall {package.requirement}"
+            findings.append(Finding(_PACKAGES, what, mend))
+    whole = f"{len(tried)} are of versions that fit, and can be imported"
+    return findings or [Finding(_PACKAGES, whole)]
+
+
+def _of_trials(answers: Answers) -> list[Finding]:
+    findings = []
+    for name, check in _TRIALS.items():
+        problem, told = answers[name]
+        mend = "mend what is above; if nothing is, report it with all of this" if problem else ""
+        findings.append(Finding(check, problem or told or "not tried", mend))
+    return findings
+
+
+def _of_base(base: BaseModel, problem: str, parts: Mapping[str, str] | None) -> list[Finding]:
+    """Findings of a base model by its components, or why it has none."""
+    if parts is None:
+        problem = problem.partition(": ")[2] or "not tried"
+        mend = "give a folder, a file, or a model that is in the hub's cache"
+        return [Finding("base model", problem, mend)]
+    wrong = [
+        Finding("base model", f"{part}: {text}", "download the model again, or give another one")
+        for part, text in parts.items()
+        if text
+    ]
+    whole = f"{base.path} is whole: {', '.join(parts)}"
+    return wrong or [Finding("base model", whole)]
+
+
+def _of_folder(name: str, path: str | Path) -> Iterator[Finding]:
+    """Findings of a folder, or of the one that it will be made in: written to, and its space."""
+    where = Path(os.path.realpath(path))
+    there, mend = next((p for p in (where, *where.parents) if p.exists()), where), _ELSEWHERE[name]
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            free = shutil.disk_usage(there).free
+    except OSError as error:
+        yield Finding(name, f"{there} cannot be written to: {error.strerror or error}", mend)
+        return
+    if free < _LITTLE:
+        found = f"{there} has {free / 2**30:.1f} GiB free"
+        yield Finding(name, found, f"free some space, or {mend}")
+    else:
+        yield Finding(name, f"{there} can be written to")
 
 
 def packages() -> list[Package]:
@@ -203,20 +316,21 @@ def _version(name: str) -> str | None:
     return None
 
 
-def ask(names: Sequence[str]) -> dict[str, tuple[str, Any]]:
+def ask(names: Sequence[str]) -> Answers:
     """Import and answer names in another process, see `answer`; one that dies is replaced.
 
     Returns:
         By name: what went wrong, or an empty text, and the answer. After one that never answers
         the others are not tried.
     """
-    answers: dict[str, tuple[str, Any]] = {}
+    answers: Answers = {}
     code = "from dora_diffusion.cli.console import environment; environment.answer()"
     while left := [name for name in names if name not in answers]:
         try:
             done = subprocess.run(
                 [sys.executable, "-c", code, *left], capture_output=True,
                 stdin=subprocess.DEVNULL, timeout=_IMPORT_SECONDS, check=False,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
             )  # fmt: skip
             printed, end = done.stdout, f"it ends Python, with exit code {done.returncode}"
         except subprocess.TimeoutExpired as error:
@@ -238,12 +352,14 @@ def answer() -> None:
 
 
 def _answer(name: str) -> tuple[str, Any]:
-    module, _, attribute = name.partition(":")
+    place, _, given = name.partition(" ")
+    module, _, attribute = place.partition(":")
+    arguments = [BaseModel(**json.loads(given))] if given else []
     try:
         found = import_module(module)
         found = getattr(found, attribute) if attribute else found
-        is_asked = name in _QUESTIONS
-        return "", (found() if callable(found) else found) if is_asked else None
+        is_asked = place in _QUESTIONS or module == _TRIAL
+        return "", (found(*arguments) if callable(found) else found) if is_asked else None
     except (Exception, SystemExit) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}", None
 

@@ -88,7 +88,7 @@ def explain(error: Exception, command: str = "") -> tuple[int, str | None]:
     if isinstance(error, ImportError) and not (error.name or "").startswith("dora_diffusion"):
         return FAILED, (
             f"{_one_line(str(error))}; a package is missing or does not fit the others: "
-            "`dora-diffusion env` says which, and installing again repairs it"
+            "`dora-diffusion doctor` says which, and installing again repairs it"
         )
     known = isinstance(error, (ValueError, OSError)) or type(error).__name__ == "TrainingError"
     return FAILED, _one_line(str(error)) if known and str(error) else None
@@ -117,7 +117,7 @@ def asking_for_report(error: Exception | str, place: str = "") -> str:
         text = f"{text[:_LONG].rstrip()} ..."
     return (
         f"unexpected {text}; this is a bug: please report it, with the traceback{place} and with "
-        'what `dora-diffusion env` prints (in the app: "For a bug report")'
+        'what `dora-diffusion doctor` prints (in the app: "For a bug report")'
     )
 
 

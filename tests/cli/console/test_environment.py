@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from dora_diffusion import __version__
 from dora_diffusion.cli.console import environment as module
 from dora_diffusion.cli.console.environment import (
+    Environment,
     Package,
     ask,
     describe_environment,
@@ -28,7 +30,11 @@ from dora_diffusion.cli.console.environment import (
 whole = packages  # `quick` replaces it
 ROOT = Path(__file__).parents[3]
 BUILD, CPU, THREADS, DEVICES, CACHE = module._QUESTIONS
-GOOD = {BUILD: "the CPU", CPU: "AVX2", THREADS: 4, DEVICES: [], CACHE: "/hub"}
+DEVICE, TRAINING = module._TRIALS
+GOOD = {
+    BUILD: "the CPU", CPU: "AVX2", THREADS: 4, DEVICES: [], CACHE: "/hub",
+    DEVICE: "cpu in float32", TRAINING: "one step",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +62,10 @@ def rows(text: object) -> list[list[str]]:
     return [re.split(r"  +", line, maxsplit=1) for line in str(text).splitlines()]
 
 
+def wrong(environment: Environment) -> list[tuple[str, str, str]]:
+    return [(f.check, f.found, f.mend) for f in environment.findings if f.state == "PROBLEM"]
+
+
 def test_each_fact_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     devices = ["cuda:0 NVIDIA A, 8.0 GiB", "cuda:1 NVIDIA B, 6.0 GiB"]
     answers(monkeypatch, {}, {BUILD: "CUDA 12.8", DEVICES: devices})
@@ -75,7 +85,11 @@ def test_each_fact_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [row for row in shown if row[-1] == "HF_HOME is set"] != []
     assert re.fullmatch(r".*, \d+\.\d GiB free", shown[names.index("runs")][1])
     assert re.fullmatch(r"\d+\.\d GiB, \d+\.\d GiB free", shown[names.index("memory")][1])
-    assert "PROBLEM" not in names
+    states = [row for row in names if row in ("ok", "note", "PROBLEM")]
+    assert states == ["ok"]
+    assert [finding.check for finding in describe_environment(tmp_path).findings] == [
+        "packages", "device", "training", "hub's cache", "runs", "temporary files",
+    ]  # fmt: skip
 
 
 def test_json_says_the_same(tmp_path: Path) -> None:
@@ -85,7 +99,11 @@ def test_json_says_the_same(tmp_path: Path) -> None:
     assert facts["packages"] == [
         {"name": "torch", "extra": "", "bounds": ">=2", "version": "2.5"}
     ]  # fmt: skip
-    assert facts["problems"] == facts["devices"] == []
+    assert facts["devices"] == []
+    assert facts["findings"][0] == {
+        "check": "packages", "found": "1 are of versions that fit, and can be imported", "mend": "",
+        "fails": True,
+    }  # fmt: skip
     assert facts["folders"]["hub's cache"].startswith("/hub, ")
     assert facts["folders"]["hub's cache"].endswith("GiB free, not there yet")
 
@@ -96,12 +114,21 @@ def test_a_broken_torch_is_told_of_and_all_else_too(
     home = tmp_path / "ann"
     monkeypatch.setenv("HOME", str(home))
     broken = f"OSError: {home}/lib/libtorch.so: cannot open"
-    names = (BUILD, CPU, THREADS, DEVICES)
+    names = (BUILD, CPU, THREADS, DEVICES, DEVICE, TRAINING)
     answers(monkeypatch, dict.fromkeys(("torch", *names), broken), dict.fromkeys(names))
     environment = describe_environment(tmp_path)
-    assert environment.problems == (
-        "torch 2.5 cannot be imported: OSError: ~/lib/libtorch.so: cannot open",
-    )
+    assert wrong(environment) == [
+        (
+            "packages",
+            "torch 2.5 cannot be imported: OSError: ~/lib/libtorch.so: cannot open",
+            "pip install --force-reinstall 'torch>=2'",
+        ),
+        *(
+            (check, "OSError: ~/lib/libtorch.so: cannot open", "mend what is above; if nothing is, "
+             "report it with all of this")
+            for check in ("device", "training")
+        ),
+    ]  # fmt: skip
     shown = rows(environment)
     assert ["torch for", "unknown"] in shown
     assert ["device", "unknown"] in shown
@@ -115,9 +142,11 @@ def test_an_nvidia_gpu_beside_a_torch_for_the_cpu_is_a_problem(
     monkeypatch.setattr(module, "_output", lambda *c: gpu if c[0] == "nvidia-smi" else "")
     environment = describe_environment(tmp_path)
     assert environment.facts["NVIDIA driver"] == gpu
-    assert "built for the CPU and cannot use the NVIDIA GPU" in environment.problems[0]
+    ((_, found, mend),) = wrong(environment)
+    assert "built for the CPU and cannot use the NVIDIA GPU" in found
+    assert mend.startswith("install the one for CUDA, as https://pytorch.org/")
     answers(monkeypatch, {}, {BUILD: "CUDA 12.8"})
-    assert describe_environment(tmp_path).problems == ()
+    assert wrong(describe_environment(tmp_path)) == []
 
 
 def test_no_psutil_is_no_reason_to_say_nothing(
@@ -155,10 +184,11 @@ def test_the_whole_command_shows_every_requirement_and_nothing_private(tmp_path:
     private = {"HOME": str(home), "HF_HOME": str(home / "hub"), "TMPDIR": "/tmp/telling-name"}
     path = os.pathsep.join([str(ROOT), str(stubs)])
     done = subprocess.run(
-        [sys.executable, "-m", "dora_diffusion", "env", "--runs_dir", str(home / "runs")],
+        [sys.executable, "-m", "dora_diffusion", "doctor", "--runs_dir", str(home / "runs")],
         env={**SECRETS, **private, "PYTHONPATH": path, "PATH": os.defpath},
-        cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8",
+        cwd=ROOT, capture_output=True, text=True, check=False, encoding="utf-8",
     )  # fmt: skip
+    assert done.returncode == 1
     assert "telling" not in done.stdout + done.stderr
     shown = rows(done.stdout)
     hidden = {"HF_HUB_OFFLINE", "PIP_INDEX_URL", "LOGNAME", "USER"}
@@ -179,7 +209,8 @@ def test_the_whole_command_shows_every_requirement_and_nothing_private(tmp_path:
     for name, reason in (
         ("torch", "OSError: DLL load failed"), ("gradio", "it ends Python, with exit code 9")
     ):  # fmt: skip
-        assert any(re.match(rf"{name} \S+ cannot .*: {reason}$", problem) for problem in problems)
+        found = rf"(packages: )?{name} \S+ cannot .*: {reason}; to mend it: pip install .*'{name}>="
+        assert any(re.match(found, problem) for problem in problems)
 
 
 @pytest.mark.parametrize(("python", "named"), [((3, 10), True), ((3, 11), False), ((3, 14), False)])
@@ -266,21 +297,50 @@ def test_requirements_are_those_of_the_metadata(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("extra", "bounds", "version", "problem"),
+    ("extra", "bounds", "version", "state", "found"),
     [
-        ("", ">=2.4", "2.4.0+cpu", ""),
-        ("", ">=2.4", "2.10.0.dev1", ""),
-        ("", ">=2.4", "2.3.9", "torch 2.3.9 is installed, and >=2.4 is needed"),
-        ("heic", ">=2.4", "2.3.9", "torch 2.3.9 is installed, and >=2.4 is needed"),
-        ("", ">=2.4", None, "torch is not installed"),
-        ("heic", ">=2.4", None, ""),
-        ("", "", "1", ""),
+        ("", ">=2.4", "2.4.0+cpu", "", ""),
+        ("", ">=2.4", "2.10.0.dev1", "", ""),
+        ("", ">=2.4", "2.3.9", "PROBLEM", "torch 2.3.9 is installed, and >=2.4 is needed"),
+        ("heic", ">=2.4", "2.3.9", "PROBLEM", "torch 2.3.9 is installed, and >=2.4 is needed"),
+        ("", ">=2.4", None, "PROBLEM", "torch is not installed"),
+        ("heic", ">=2.4", None, "", ""),
+        ("", "", "1", "", ""),
+        ("", ">=2.4", "2.11.3", "", ""),
+        ("", ">=2.4", "2.12.0", "note", "torch 2.12.0 is newer than 2.11, the newest tested"),
+        ("", ">=2.4", "3.0", "note", "torch 3.0 is newer than 2.11, the newest tested"),
     ],
 )
-def test_what_is_missing_or_too_old_is_a_problem(
-    extra: str, bounds: str, version: str | None, problem: str
+def test_what_is_missing_too_old_or_newer_than_tested_is_told(
+    extra: str, bounds: str, version: str | None, state: str, found: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(module, "_TESTED", {"torch": "2.11"})
+    findings = Package("torch", extra, bounds, version).findings
+    assert [(f.state, f.found) for f in findings] == ([(state, found)] if state else [])
+    assert all("'torch" in finding.mend for finding in findings)
+
+
+def test_the_versions_that_were_tested_are_within_the_bounds() -> None:
+    bounds = {package.name: package.bounds for package in whole() if not package.extra}
+    for name, version in module._TESTED.items():
+        assert SpecifierSet(bounds[name]).contains(version), name
+
+
+@pytest.mark.parametrize("name", list(module._ELSEWHERE))
+def test_a_folder_that_cannot_be_written_to_or_is_full_is_a_problem(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert Package("torch", extra, bounds, version).problem == problem
+    place = tmp_path / "not" / "there"
+    assert [f.state for f in module._of_folder(name, place)] == ["ok"]
+    assert list(tmp_path.iterdir()) == [], "nothing is left of the trial"
+    monkeypatch.setattr(module, "_LITTLE", 2**80)
+    (full,) = module._of_folder(name, place)
+    assert (full.state, full.mend) == ("PROBLEM", f"free some space, or {module._ELSEWHERE[name]}")
+    (tmp_path / "not").write_text("a file")
+    (found,) = module._of_folder(name, place)
+    assert found.found.startswith(f"{tmp_path / 'not'} cannot be written to: ")
+    assert (found.state, found.mend) == ("PROBLEM", module._ELSEWHERE[name])
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def test_a_defect_keeps_its_traceback_and_ends_with_asking_for_a_report(capsys):
     assert lines[0] == "Traceback (most recent call last):"
     assert lines[-3:-1] == ["TypeError: a", "defect"]
     assert lines[-1].startswith("error: unexpected TypeError: a defect; this is a bug: please ")
-    assert "what `dora-diffusion env` prints" in lines[-1]
+    assert "what `dora-diffusion doctor` prints" in lines[-1]
 
 
 def test_an_installation_that_is_not_whole_is_no_bug(capsys):
@@ -76,7 +76,7 @@ def test_an_installation_that_is_not_whole_is_no_bug(capsys):
     assert ending(missing) == 1
     line = capsys.readouterr().err
     assert line.startswith("error: No module named 'numpy'; a package is missing or does not fit")
-    assert "`dora-diffusion env` says which" in line
+    assert "`dora-diffusion doctor` says which" in line
     assert line.count("\n") == 1
     ending(ImportError("cannot import name 'x'", name="dora_diffusion.cli.main"))
     assert "this is a bug" in last_line(capsys)
@@ -86,7 +86,7 @@ def test_a_long_message_of_a_defect_is_cut():
     line = errors.asking_for_report(RuntimeError("a key is missing " * 999))
     assert line.startswith("unexpected RuntimeError: a key is missing a key ")
     assert len(line) < 600
-    assert "dora-diffusion env" in line
+    assert "dora-diffusion doctor" in line
 
 
 def test_a_defect_s_kind_is_enough_where_others_read_it():
