@@ -254,10 +254,9 @@ def open_session(
     place = accelerator.process_index, accelerator.num_processes
     inputs = InputSource(config, components, batches, *place)
     learner = build_learner(config, accelerator, components, weights, inputs)
-    probe = Probe(components, weights, dataset.captions, is_sharded=shards_model(accelerator))
     return Session(
-        config, subjects, accelerator, components, weights, dataset, sampler, learner, probe,
-        validation,
+        config, subjects, accelerator, components, weights, dataset, sampler, learner,
+        Probe(components, weights, dataset.captions, shards_model(accelerator)), validation,
     )  # fmt: skip
 
 

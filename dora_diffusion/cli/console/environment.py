@@ -192,10 +192,6 @@ def describe_environment(
     answers = ask([*tried, *_QUESTIONS, *_TRIALS, *filter(None, [model])])
     build, cpu, threads, devices, cache = (answers[name][1] for name in _QUESTIONS)
     driver = _output("nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader")
-    # Its name as the system's own program tells it.
-    told = re.search(r"(?<=Model name:).+", _output("lscpu"))
-    name = told[0].strip() if told else _output("sysctl", "-n", "machdep.cpu.brand_string")
-    name = name or platform.processor() or platform.machine()
     memory = "unknown (no psutil)"
     with contextlib.suppress(ImportError):
         from psutil import virtual_memory as now
@@ -207,7 +203,7 @@ def describe_environment(
     facts = {
         "dora-diffusion": f"{__version__} {commit}", "system": platform.platform(),
         "Python": f"{platform.python_version()}: {sys.executable}",
-        "processor": f"{name}, {os.cpu_count()} cores, {cpu}, {threads} threads",
+        "processor": f"{_processor()}, {os.cpu_count()} cores, {cpu}, {threads} threads",
         "memory": memory, "torch for": build or "unknown",
         "NVIDIA driver": "; ".join(driver.splitlines()),
     }  # fmt: skip
@@ -373,6 +369,13 @@ def _output(*command: str) -> str:
         )  # fmt: skip
         return done.stdout.strip()
     return ""
+
+
+def _processor() -> str:
+    """The processor's name, as the system's own program tells it."""
+    told = re.search(r"(?<=Model name:).+", _output("lscpu"))
+    name = told[0].strip() if told else _output("sysctl", "-n", "machdep.cpu.brand_string")
+    return name or platform.processor() or platform.machine()
 
 
 def _folder(path: str | Path) -> str:

@@ -88,7 +88,6 @@ class Probe:
         components: Components,
         weights: TrainedWeights,
         captions: Sequence[str],
-        *,
         is_sharded: bool = False,
     ) -> None:
         self.effect: Effect | None = None
