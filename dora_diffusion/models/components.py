@@ -218,24 +218,31 @@ class Components:
             for module, is_training in modes:
                 module.train(is_training)
 
-    def pipeline(self, scheduler: str | None = None) -> Any:
+    def pipeline(self, scheduler: str | None = None, task: str = "") -> Any:
         """Build the family's pipeline from these same modules.
 
         Args:
             scheduler: A name of `SCHEDULERS`; None is the model's own.
+            task: What Diffusers' ``AutoPipelineFor...`` makes of it: ``"Image2Image"`` or
+                ``"Inpainting"``; empty is the family's own.
 
         Returns:
-            `Family.pipeline_class` without a safety checker or watermark, its progress bar off. It
-            shares the modules: what is trained shows at once.
+            `Family.pipeline_class`, or that of the task, without a safety checker or watermark, its
+            progress bar off. It shares the modules: what is trained shows at once.
         """
         import diffusers
 
+        options = self.family.pipeline_options(self.zeros_for_empty_prompt)
         pipeline = getattr(diffusers, self.family.pipeline_class)(
             **self.modules(),
             **dict(zip(self.family.tokenizer_names, self.tokenizers, strict=True)),
             scheduler=self.sampling_scheduler(scheduler),
-            **self.family.pipeline_options(self.zeros_for_empty_prompt),
+            **options,
         )
+        if task:
+            # With the options again: not all of them are in the configuration that it copies.
+            auto = getattr(diffusers, f"AutoPipelineFor{task}")
+            pipeline = auto.from_pipe(pipeline, **options)
         pipeline.set_progress_bar_config(disable=True)
         # Diffusers' own finds words of several vectors in lower case only.
         pipeline.maybe_convert_prompt = lambda prompt, tokenizer: (

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.config.wording import quoted
+from dora_diffusion.models.emphasis import Chunk, weigh_states, weighted_chunks
 from dora_diffusion.models.offload import computing_device, send
 from dora_diffusion.models.words import own_words, write_out_words
 
@@ -139,6 +140,50 @@ def encode_prompts(
     ids, masks = [t.input_ids for t in tokens], [t.attention_mask for t in tokens]
     encoded = encode_tokens(components.family, components.text_encoders, ids, masks, skip)
     return _joined(encoded, counts) if is_long else encoded
+
+
+def encode_weighted(
+    components: Components,
+    prompts: Sequence[str],
+    *,
+    clip_skip: int | None = None,
+    adapters: Sequence[str | None] | None = None,
+) -> Conditioning:
+    """Encode prompts with their weights (`models.emphasis`); all else as `encode_prompts` does.
+
+    The pooled output is that of the first chunk without weights. The limit of tokens is of each
+    part between breaks.
+
+    Raises:
+        ConfigError: If a weight is no number.
+    """
+    adapters = adapters or [None] * len(prompts)
+    skip, encoded = components.clip_skip if clip_skip is None else clip_skip, list[Conditioning]()
+    by_encoder = [
+        [
+            weighted_chunks(tokenizer, prompt, own_words(encoder, adapter), components.most_chunks)
+            for prompt, adapter in zip(prompts, adapters, strict=True)
+        ]
+        for encoder, tokenizer in zip(components.text_encoders, components.tokenizers, strict=True)
+    ]
+    counts = [max(map(len, chunks)) for chunks in zip(*by_encoder, strict=True)]
+    pairs = zip(components.text_encoders, components.tokenizers, by_encoder, strict=True)
+    for encoder, tokenizer, own in pairs:
+        (start, _, end), rows = _content(tokenizer, ""), list[Chunk]()
+        for chunks, count in zip(own, counts, strict=True):
+            rows += [*chunks, *[Chunk([], [])] * (count - len(chunks))]
+        tokens = tokenizer.pad(
+            {"input_ids": [[start, *row.ids, end] for row in rows]},
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        )
+        ids, masks = [tokens.input_ids], [tokens.attention_mask]
+        part = encode_tokens(components.family, [encoder], ids, masks, skip)
+        states = weigh_states(part.encoder_hidden_states, [row.weights for row in rows])
+        encoded.append(Conditioning(states, part.pooled))
+    states = torch.cat([part.encoder_hidden_states for part in encoded], dim=-1)
+    return _joined(Conditioning(states, encoded[-1].pooled), counts)
 
 
 def _joined(chunks: Conditioning, counts: Sequence[int]) -> Conditioning:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,18 @@ from dora_diffusion.config.base import AnyModel
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.prompts import PIXELS
 from dora_diffusion.config.run import SampleSettings
+from dora_diffusion.config.wording import quoted
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.formats.adapter.metadata import (
     READING,
     AdapterMetadata,
-    agreed_reading,
-    join_triggers,
     split_triggers,
     stated_reading,
 )
 from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.models.components import Components
+from dora_diffusion.models.emphasis import has_editing, has_weights, plain_parts
 from dora_diffusion.models.load import load_components, quiet_libraries
 from dora_diffusion.models.memory import auto_precision, describe_device
 from dora_diffusion.models.offload import in_turns, place
@@ -42,15 +44,18 @@ from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.models.text import (
     Conditioning,
     chunk_count,
-    encode_negative,
     encode_prompts,
     encode_unconditional,
+    encode_weighted,
     warn_of_truncation,
 )
 from dora_diffusion.models.words import have_own_words
 from dora_diffusion.numerics.devices import default_device
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.stack import AdapterUse, Schedule, attach_stack, scheduled
+
+DENOISE = 0.75
+MOST_HIRES = 4
 
 
 class BrokenImageError(ValueError):
@@ -68,11 +73,21 @@ class SamplingSettings:
         width: Pixels; None is what the model was trained at.
         height: Pixels.
         negative_prompt: What to steer away from.
-        image: What an inpainting model paints into, cut to the size from the middle. Without it
-            the whole image is painted, as by a text-to-image model.
+        image: What is painted over, or into where there is a mask; cut to the size from the middle.
+            Without it an inpainting model paints the whole image, as a text-to-image model does.
         mask_image: White where to paint, of the image's size.
         guidance_rescale: Share of the guided prediction that is brought back to the standard
             deviation of the unguided one (arXiv:2305.08891, section 3.4; 0.7 there); 0 is none.
+        denoise: Share of the steps that are done on the image, from as much noise (Diffusers'
+            ``strength``, A1111's denoising strength). None is `DENOISE`; of an inpainting model
+            what its pipeline takes.
+        hires: Factor of both sides for a second pass, which paints over the enlarged image of the
+            first one; None is no second pass.
+        hires_denoise: ``denoise`` of the second pass.
+        hires_steps: ``steps`` of the second pass; None is as many.
+        strength_schedules: By name of an adapter (`stack.name_of`), how its strength changes over
+            the steps of each pass; of adapters that are on for all images.
+        prompt_weights: Read weights and breaks in prompts, as A1111 does (`models.emphasis`).
 
     Raises:
         ValueError: If a value cannot work.
@@ -87,13 +102,19 @@ class SamplingSettings:
     image: Image.Image | None = field(default=None, repr=False)
     mask_image: Image.Image | None = field(default=None, repr=False)
     guidance_rescale: float = 0.0
+    denoise: float | None = None
+    hires: float | None = None
+    hires_denoise: float = 0.5
+    hires_steps: int | None = None
+    strength_schedules: Mapping[str, Schedule] = field(default_factory=dict)
+    prompt_weights: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "width", "height"):
+        for name in ("steps", "width", "height", "hires_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-            if value is not None and name != "steps" and value % PIXELS:
+            if value is not None and "steps" not in name and value % PIXELS:
                 more = (value // PIXELS + 1) * PIXELS
                 raise ValueError(
                     f"{name} is {value}; it must be a multiple of {PIXELS}, such as {more}"
@@ -109,11 +130,30 @@ class SamplingSettings:
                 f"scheduler is {self.scheduler!r}; it must be one of {', '.join(SCHEDULERS)}"
             )
         sizes = [each and each.size for each in (self.image, self.mask_image)]
-        if sizes[0] != sizes[1]:
+        if self.mask_image is not None and sizes[0] != sizes[1]:
             raise ValueError(
-                f"image and mask_image belong together, of one size; they are {sizes[0]} and "
-                f"{sizes[1]}"
+                f"a mask_image belongs to an image of its size; they are {sizes[1]} and {sizes[0]}"
             )
+        self._check_passes()
+
+    def _check_passes(self) -> None:
+        """Check what paints over an image, in one pass or as the second one."""
+        if self.hires is not None and self.image is not None:
+            raise ValueError("hires is of images from text alone; leave it out, or image")
+        if self.hires is not None and not 1 < self.hires <= MOST_HIRES:
+            raise ValueError(
+                f"hires is {self.hires:g}; it must be above 1 and at most {MOST_HIRES}"
+            )
+        passes = [("denoise", self.denoise, self.steps)]
+        if self.hires is not None:
+            passes += [("hires_denoise", self.hires_denoise, self.hires_steps or self.steps)]
+        for name, share, steps in passes:
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"{name} is {share:g}; it must be above 0 and at most 1")
+            if share is not None and int(steps * share) < 1:
+                raise ValueError(
+                    f"{name} {share:g} of {steps} steps is less than one step; raise one of them"
+                )
 
 
 def load_adapted(
@@ -159,9 +199,8 @@ def load_adapted(
     if compile:
         require_compiler(device)
     if isinstance(adapter, str | Path):
-        uses: Sequence[AdapterUse] = [AdapterUse(adapter, Strengths.of(strength))]
-    else:
-        uses = adapter or ()
+        adapter = [AdapterUse(adapter, Strengths.of(strength))]
+    uses = adapter or ()
     facts = [read_metadata(use.path) for use in uses]
     loaded = load_components(base, dtype=dtype, adapters=facts)
     components = place(loaded.reading(clip_skip, max_token_length), device, offload)
@@ -169,14 +208,9 @@ def load_adapted(
         compile_blocks(components.unet)
     if not uses:
         return components, AdapterMetadata()
-    stated = [read.metadata for read in attach_stack(components, uses, alpha)]
+    metadata = attach_stack(components, uses, alpha)
     for model in components.adaptable().values():
         model.eval()
-    metadata = stated[0]
-    if len(stated) > 1:
-        trigger = join_triggers(each.trigger for each in stated)
-        extra = agreed_reading([each.extra for each in stated])
-        metadata = AdapterMetadata(stated[0].family, trigger=trigger, extra=extra)
     return as_stated(components, metadata, clip_skip, max_token_length), metadata
 
 
@@ -217,7 +251,6 @@ def generate_images(
     settings: SamplingSettings | None = None,
     *,
     adapters: Sequence[str | None] | None = None,
-    schedules: Mapping[str, Schedule] | None = None,
     batch_size: int = 4,
     on_step: Callable[[int, int], None] | None = None,
     require_finite: bool = False,
@@ -234,49 +267,118 @@ def generate_images(
         settings: Steps, guidance, size, and what an inpainting model paints into.
         adapters: The name of each image's adapter, None for the base, as `load_adapter` or an
             `AdapterPool` named them: a batch shares the base's products, and the noise schedule.
-        schedules: By name of an adapter (`stack.name_of`), how its strength changes over the steps
-            of each image; of adapters that are on for all images.
         batch_size: Images at once.
         on_step: Called with (steps done, steps in all).
         require_finite: Refuse images that hold NaN, which becomes black, or are black all over.
 
     Raises:
         ValueError: If prompts or adapters are not one per seed, or the model lacks an adapter.
-        ConfigError: If a text-to-image model is to paint into an image.
+        ConfigError: If the model's pipeline lacks what the settings ask for.
         BrokenImageError: If an image is refused.
 
     Warns:
         UserWarning: Once for each prompt beyond the token limit, naming the text that was cut.
     """
-    if adapters and schedules:
-        raise ValueError("strength schedules are of adapters that are on for all images")
-    prompt = _per_seed(prompt, seeds, adapters)
     settings = settings or SamplingSettings()
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    negatives, own = [settings.negative_prompt] * len(adapters or "1"), adapters or ()
-    warn_of_truncation(components, [*prompts, *negatives], [*own, *own])
+    prompt = _per_seed(prompt, seeds, adapters)
+    _warn_of_prompts(components, prompt, settings, adapters)
     images: list[Image.Image] = []
     batches = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
-    with (
-        components.eval_mode(),
-        torch.no_grad(),
-        nullcontext() if adapters else _norms_kept(components),
-        _autoencoder_as_loaded(components.vae),
-        quiet_libraries(),
-        scheduled(components.adaptable(), schedules or {}) as set_share,
-    ):
-        pipeline = components.pipeline(settings.scheduler)
-        for number, batch in enumerate(batches):
+    with _sampling(components, settings, is_mixed=bool(adapters)) as set_share:
+        passes = _passes(components, settings)
+        for done, (batch, turn) in enumerate(product(batches, passes)):
+            pipeline, current = turn
+            if turn is passes[0]:
+                made: list[Image.Image] = []
             set_share(0.0)
-            report = _reporter(on_step, set_share, number, len(batches))
+            report = _reporter(on_step, set_share, done, len(batches) * len(passes))
             wanted = prompt if isinstance(prompt, str) else list(prompt[batch])
             rows = adapters and adapters[batch]
             with _norms_kept(components, rows) if rows else nullcontext():
-                pixels = _sample(pipeline, components, wanted, seeds[batch], settings, report, rows)
+                pixels = _sample(
+                    pipeline, components, wanted, seeds[batch], current, report, rows, made
+                )
             if require_finite:
                 _require_finite(pixels, seeds[batch])
-            images += pipeline.image_processor.numpy_to_pil(np.nan_to_num(pixels))
+            made = pipeline.image_processor.numpy_to_pil(np.nan_to_num(pixels))
+            images += made if turn is passes[-1] else []
     return images
+
+
+@contextmanager
+def _sampling(
+    components: Components, settings: SamplingSettings, *, is_mixed: bool
+) -> Iterator[Callable[[float], None]]:
+    """Open the scopes of all batches. Yields what `scheduled` does.
+
+    Raises:
+        ValueError: If rows that name their adapters are to have schedules too.
+    """
+    if is_mixed and settings.strength_schedules:
+        raise ValueError("strength schedules are of adapters that are on for all images")
+    with (
+        components.eval_mode(),
+        torch.no_grad(),
+        nullcontext() if is_mixed else _norms_kept(components),
+        _autoencoder_as_loaded(components.vae),
+        quiet_libraries(),
+        scheduled(components.adaptable(), settings.strength_schedules) as set_share,
+    ):
+        yield set_share
+
+
+def _passes(
+    components: Components, settings: SamplingSettings
+) -> list[tuple[Any, SamplingSettings]]:
+    """The pipelines that make an image one after the other, each with its settings.
+
+    Raises:
+        ConfigError: If an inpainting model is to do without a mask.
+    """
+    inpaints, task = bool(components.family.image_arguments), ""
+    lacks = settings.image is not None and settings.mask_image is None
+    require(
+        not (inpaints and (lacks or settings.hires)),
+        f"{components.name} is an inpainting model, which paints into an image by a mask; give "
+        "image and mask_image (white where to paint), and no hires",
+    )
+    if settings.image is not None and not inpaints:
+        task = "Image2Image" if lacks else "Inpainting"
+    passes = [(components.pipeline(settings.scheduler, task), settings)]
+    if settings.hires:
+        height, width = (
+            int(side * settings.hires) // PIXELS * PIXELS for side in _size(components, settings)
+        )
+        second = replace(
+            settings, width=width, height=height, denoise=settings.hires_denoise, hires=None,
+            steps=settings.hires_steps or settings.steps,
+        )  # fmt: skip
+        passes += [(components.pipeline(settings.scheduler, "Image2Image"), second)]
+    return passes
+
+
+def _warn_of_prompts(
+    components: Components,
+    prompt: str | Sequence[str],
+    settings: SamplingSettings,
+    adapters: Sequence[str | None] | None,
+) -> None:
+    """Warn of what of the prompts is not read."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts += [settings.negative_prompt] * len(adapters or "1")
+    own = [*(adapters or ()), *(adapters or ())]
+    if settings.prompt_weights:
+        for text in {text for text in prompts if has_editing(text)}:
+            warnings.warn(
+                "[a:b:0.5] and [a|b], which change a prompt over the steps in web UIs, are read as "
+                f"text here: {quoted(text)}",
+                stacklevel=3,
+            )
+        pairs = [
+            (part, name) for text, name in zip_longest(prompts, own) for part in plain_parts(text)
+        ]
+        prompts, own = [part for part, _ in pairs], [name for _, name in pairs]
+    warn_of_truncation(components, prompts, own)
 
 
 def _per_seed(
@@ -307,27 +409,42 @@ def _norms_kept(
     return scope(*models)
 
 
-def _painted(components: Components, settings: SamplingSettings, count: int) -> dict[str, Any]:
-    """Return the pipeline's arguments to paint into ``count`` images; none for other models.
+def _painted(
+    components: Components,
+    settings: SamplingSettings,
+    count: int,
+    enlarged: Sequence[Image.Image],
+) -> dict[str, Any]:
+    """Return the pipeline's arguments to paint over or into images; none without any.
 
-    Raises:
-        ConfigError: If there is an image, and the model is not an inpainting model.
+    Args:
+        components: The model.
+        settings: With the image and the mask.
+        count: Images of the batch.
+        enlarged: Those of the first pass, to be painted over at the size of this one.
     """
-    image, mask = settings.image, settings.mask_image
-    if not components.family.image_arguments:
-        require(
-            image is None,
-            f"{components.name} is a text-to-image model, which paints into no image; leave image "
-            "and mask_image out, or take an inpainting model",
-        )
-        return {}
-    size, options = _size(components, settings), {}
-    if image is None or mask is None:
+    image, mask, inpaints = settings.image, settings.mask_image, components.family.image_arguments
+    size, options = _size(components, settings), dict[str, Any]()
+    if enlarged:
+        larger = [each.resize(size[::-1], Image.Resampling.LANCZOS) for each in enlarged]
+        return {"image": larger, "strength": settings.denoise}
+    if image is None:
+        if not inpaints:
+            return {}
         image, mask = Image.new("RGB", size[::-1]), Image.new("L", size[::-1], 255)
         options = {"strength": 1.0}
+    elif settings.denoise is not None or not inpaints:
+        options = {"strength": DENOISE if settings.denoise is None else settings.denoise}
     crop = plan_crop((image.height, image.width), size, multiple=components.vae_factor)
-    cuts = cut(image.convert("RGB"), crop), cut(mask.convert("L"), crop)
-    return {"image": [cuts[0]] * count, "mask_image": [cuts[1]] * count, **options}
+    if mask is not None:
+        options["mask_image"] = [cut(mask.convert("L"), crop)] * count
+    return {"image": [cut(image.convert("RGB"), crop)] * count, **options}
+
+
+def sampled_size(components: Components, settings: SamplingSettings) -> tuple[int, int]:
+    """Width and height of an image's first pass, in pixels."""
+    height, width = _size(components, settings)
+    return width, height
 
 
 def _size(components: Components, settings: SamplingSettings) -> tuple[int, int]:
@@ -360,27 +477,28 @@ def _sample(
     settings: SamplingSettings,
     report: Callable[..., dict[str, Any]],
     adapters: Sequence[str | None] | None,
+    enlarged: Sequence[Image.Image],
 ) -> np.ndarray:
     """Pixels ``(B, H, W, 3)`` in [0, 1], or NaN."""
-    height, width = _size(components, settings)
-    painted = _painted(components, settings, len(seeds))
-    if painted and isinstance(prompt, str):
+    painted = _painted(components, settings, len(seeds), enlarged)
+    known = inspect.signature(pipeline.__call__).parameters
+    if "height" in known:  # Of the others, the image has a size.
+        painted["height"], painted["width"] = _size(components, settings)
+    if "image" in painted and isinstance(prompt, str):
         # Each image of a batch draws its own latents of what it is painted into.
         prompt = [prompt] * len(seeds)
     if settings.guidance_rescale:
         name = "guidance_rescale"
         require(
-            name in inspect.signature(pipeline.__call__).parameters,
+            name in known,
             f"{name} is not in Diffusers' pipeline of {components.family.title}; leave it out",
             name,
         )
         painted[name] = settings.guidance_rescale
     pixels: np.ndarray = pipeline(
-        **_prompts(components, prompt, settings.negative_prompt, len(seeds), adapters),
+        **_prompts(components, prompt, settings, len(seeds), adapters),
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
-        width=width,
-        height=height,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         callback_on_step_end=report,
         output_type="np",
@@ -392,20 +510,23 @@ def _sample(
 def _prompts(
     components: Components,
     prompt: str | list[str],
-    negative: str,
+    settings: SamplingSettings,
     count: int,
     adapters: Sequence[str | None] | None,
 ) -> dict[str, Any]:
     """Return the pipeline's arguments for ``count`` images: prompts as they are, or encoded.
 
-    Encoded are those that it would cut, those of adapters with tokens of their own, and with clip
-    skip, for which Diffusers' pipelines need a `text_model` that Transformers 5 has not.
+    Encoded are those that it would cut, those with weights or with an adapter's own tokens, and
+    with clip skip, for which Diffusers' pipelines need a `text_model` that Transformers 5 has not.
     """
     prompts = [prompt] * count if isinstance(prompt, str) else prompt
+    negative = settings.negative_prompt
+    is_weighted = settings.prompt_weights and any(map(has_weights, [*prompts, negative]))
     is_short = components.most_chunks == 1 or all(
         chunk_count(components, text) == 1 for text in dict.fromkeys([*prompts, negative])
     )
-    if is_short and not components.clip_skip and not have_own_words(components, adapters or ()):
+    has_own = have_own_words(components, adapters or ())
+    if is_short and not (components.clip_skip or has_own or is_weighted):
         negatives: Any = negative or None
         if negative and not isinstance(prompt, str):
             negatives = [negative] * count
@@ -414,12 +535,14 @@ def _prompts(
             "negative_prompt": negatives,
             "num_images_per_prompt": count if isinstance(prompt, str) else 1,
         }
+    encode = encode_weighted if is_weighted else encode_prompts
     against = (
-        encode_negative(components, [negative] * count, adapters)
+        # As Diffusers' pipelines read them: without clip skip.
+        encode(components, [negative] * count, clip_skip=0, adapters=adapters)
         if negative
         else encode_unconditional(components, count)
     )
-    both = Conditioning.cat([encode_prompts(components, prompts, adapters=adapters), against])
+    both = Conditioning.cat([encode(components, prompts, adapters=adapters), against])
     parts = {"prompt_embeds": both.encoder_hidden_states, "pooled_prompt_embeds": both.pooled}
     return {
         prefix + name: rows

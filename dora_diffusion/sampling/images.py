@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -22,13 +23,16 @@ from dora_diffusion.formats.adapter.stored import find_adapter
 from dora_diffusion.formats.files.atomic import atomic_file
 from dora_diffusion.formats.files.stream import file_hash
 from dora_diffusion.formats.layouts.dotted import DIFFUSERS, PEFT_FILE
+from dora_diffusion.models.emphasis import has_weights
 from dora_diffusion.models.schedulers import SCHEDULERS, scheduler_of
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
 from dora_diffusion.sampling.comfyui import workflow_parameters
-from dora_diffusion.sampling.generate import SamplingSettings
+from dora_diffusion.sampling.generate import DENOISE, SamplingSettings
 
 BATCH_SIZE, BATCH_POSITION = "Batch size", "Batch pos"
 TOKEN_LENGTH, LOADED = "Max token length", "Loaded with"
+_UPSCALER, _LANCZOS = "Hires upscaler", "Lanczos"
+INIT_IMAGE = "Init image hash"
 LAYERS, SCHEDULE = "Layer strength", "Strength schedule"
 OWN_VERSION = "dora_diffusion "
 _CHUNK, _WORKFLOW = "parameters", "prompt"
@@ -48,14 +52,15 @@ _SETTINGS: Mapping[str, tuple[str, type]] = {
     "Sampler": ("scheduler", str), "Guidance rescale": ("guidance_rescale", float),
     "Direction strength": ("direction_strength", float),
     "Magnitude strength": ("magnitude_strength", float), "Clip skip": ("clip_skip", int),
-    TOKEN_LENGTH: ("max_token_length", int),
+    TOKEN_LENGTH: ("max_token_length", int), "Denoising strength": ("denoise", float),
+    "Hires upscale": ("hires", float), "Hires steps": ("hires_steps", int),
 }  # fmt: skip
 # The same of several values, with what is between them.
 _LISTS = {LAYERS: ("layer_strength", ", "), SCHEDULE: ("strength_schedule", " | ")}
 # Fields that say what was there, or are of a setting that another field gives.
 _FACTS = (
     "Model", "Model hash", "Version", "Adapter", "Adapter strength", "Lora hashes", BATCH_SIZE,
-    BATCH_POSITION, LOADED,
+    BATCH_POSITION, LOADED, INIT_IMAGE,
 )  # fmt: skip
 
 
@@ -156,6 +161,9 @@ def parameters_text(
         **_model_fields(model, hash_model),
         **(extra or {}),
     }
+    fields |= painted_fields(settings)
+    if not settings.prompt_weights and any(map(has_weights, (prompt, settings.negative_prompt))):
+        fields["Emphasis"] = "None"
     strengths = adapters[0].strengths if adapters else Strengths()
     numbers = {
         "Direction strength": (strengths.direction_strength, 1),
@@ -168,6 +176,23 @@ def parameters_text(
     fields["Version"] = OWN_VERSION + __version__
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items()))
     return "\n".join(lines)
+
+
+def painted_fields(settings: SamplingSettings) -> dict[str, str]:
+    """Return the fields of what was painted over, or into."""
+    fields = {}
+    if settings.image is not None:
+        pixels = settings.image.convert("RGB").tobytes()
+        fields[INIT_IMAGE] = hashlib.md5(pixels, usedforsecurity=False).hexdigest()
+    denoise = settings.hires_denoise if settings.hires else settings.denoise
+    if settings.image is not None and denoise is None:
+        denoise = DENOISE
+    if denoise is not None:
+        fields = {"Denoising strength": _number(denoise), **fields}
+    if settings.hires:
+        fields |= {"Hires upscale": _number(settings.hires), _UPSCALER: _LANCZOS}
+        fields |= {"Hires steps": str(settings.hires_steps)} if settings.hires_steps else {}
+    return fields
 
 
 def _one_paragraph(text: str) -> str:
@@ -253,10 +278,15 @@ def settings_of(fields: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
                 values[setting] = text.split(separator)
             elif setting and (setting != "scheduler" or text in SCHEDULERS):
                 values[setting] = kind(text)
-            elif name not in _FACTS:
+            elif name not in _FACTS and (name, text) != (_UPSCALER, _LANCZOS):
                 unread.append(f"{name}: {text}")
         except ValueError:
             unread.append(f"{name}: {text}")
+    if fields.get("Emphasis") == "None":
+        values["prompt_weights"] = False
+        unread.remove("Emphasis: None")
+    if "hires" in values and "denoise" in values:
+        values["hires_denoise"] = values.pop("denoise")
     values["prompt"] = _OTHER_TAG.sub("", values.get("prompt", ""))
     return values, unread
 

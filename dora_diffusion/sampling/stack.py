@@ -19,7 +19,11 @@ from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers
 from dora_diffusion.adapters.state import attach_file
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.embeddings import Vectors, are_equal
-from dora_diffusion.formats.adapter.file import AdapterFile
+from dora_diffusion.formats.adapter.metadata import (
+    AdapterMetadata,
+    agreed_reading,
+    join_triggers,
+)
 from dora_diffusion.formats.names.modules import canonical
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.words import add_tokens
@@ -88,7 +92,7 @@ def name_of(number: int) -> str:
 
 def attach_stack(
     components: Components, uses: Sequence[AdapterUse], alpha: float | None = None
-) -> list[AdapterFile]:
+) -> AdapterMetadata:
     """Put adapters and their trained tokens on a model: ``W + sum_i strength_i * (W'_i - W)``.
 
     So does a merge (`numerics.merging`), and no weight is written: the base may be quantised.
@@ -97,6 +101,9 @@ def attach_stack(
         components: The model.
         uses: The adapters, which are named by `name_of`.
         alpha: What the only one was trained with, for a file that does not say it.
+
+    Returns:
+        The metadata of the only one; of several what they agree in, and all trigger words.
 
     Raises:
         AdapterFormatError, ValueError: If one cannot be read or does not fit, or a pattern matches
@@ -107,7 +114,7 @@ def attach_stack(
     """
     if alpha is not None and len(uses) > 1:
         raise ValueError("alpha is given for several adapters; give each file its own (convert)")
-    models, read = components.adaptable(), list[AdapterFile]()
+    models, read = components.adaptable(), list[AdapterMetadata]()
     tokens: dict[str, Vectors] = {}
     patterns = dict.fromkeys(pattern for use in uses for pattern in use.layers)
     for number, use in enumerate(uses):
@@ -125,14 +132,18 @@ def attach_stack(
         tokens |= adapter.tokens
         for pattern in _set_strengths(models, use, name):
             patterns.pop(pattern, None)
-        read.append(adapter)
+        read.append(adapter.metadata)
     if patterns:
         raise ValueError(
             f"the pattern {next(iter(patterns))!r} matches no layer with an adapter; there is "
-            f"{next(iter(read[0].layers), 'none')}, and patterns such as 'unet.up_blocks.*'"
+            f"{next(iter(adapter.layers), 'none')}, and patterns such as 'unet.up_blocks.*'"
         )
     add_tokens(components, tokens)
-    return read
+    if len(read) == 1:
+        return read[0]
+    trigger = join_triggers(each.trigger for each in read)
+    extra = agreed_reading([each.extra for each in read])
+    return AdapterMetadata(read[0].family, trigger=trigger, extra=extra)
 
 
 def _set_strengths(models: Mapping[str, nn.Module], use: AdapterUse, name: str) -> set[str]:

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from dora_diffusion.cli import main as cli
 from dora_diffusion.config import ConfigError, Setting
 from dora_diffusion.config.base import _NAMES, BaseModel
 from dora_diffusion.config.command import CommandSettings
+from dora_diffusion.sampling.images import save_image
 
 ROOT = Path(__file__).parents[2]
 KINDS: dict[str, type[CommandSettings]] = {
@@ -27,6 +29,14 @@ OTHERS: dict[str, Any] = {
     "max_token_length": 150, "host": "localhost", "allowed_hosts": ["studio.example"],
     "auth": "Ann:a password",
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _an_image_to_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a command reads before any other setting is checked."""
+    text = "a dog\nSteps: 2, CFG scale: 7, Seed: 3"
+    image = save_image(Image.new("RGB", (8, 8)), tmp_path / "image.png", text)
+    monkeypatch.setitem(OTHERS, "repeat", str(image))
 
 
 def moved(setting: Setting) -> Any:

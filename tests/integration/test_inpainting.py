@@ -374,17 +374,23 @@ def test_an_autoencoder_that_overflows_is_not_rounded(sdxl_inpainting_folder: Pa
 
 @pytest.mark.parametrize(
     ("missing", "changes"),
-    [("mask_image", {}), ("image", {}), ("", {"mask_image": Image.new("L", (64, 32))})],
+    [("image", {}), ("", {"mask_image": Image.new("L", (64, 32))})],
 )
-def test_image_and_mask_belong_together(missing: str, changes: dict[str, Any]) -> None:
+def test_a_mask_belongs_to_an_image(missing: str, changes: dict[str, Any]) -> None:
     images = {name: value for name, value in (painting() | changes).items() if name != missing}
-    with pytest.raises(ValueError, match="image and mask_image belong together, of one size"):
+    with pytest.raises(ValueError, match="a mask_image belongs to an image of its size"):
         SamplingSettings(**images)
 
 
-def test_a_text_to_image_model_paints_into_no_image(sd1_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="is a text-to-image model, which paints into no image"):
-        generate_images(load_components(sd1_folder), PROMPT, [1], replace(SETTINGS, **painting()))
+@pytest.mark.parametrize("changes", [{"mask_image": None}, {"image": None, "mask_image": None}])
+def test_an_inpainting_model_paints_by_a_mask(
+    changes: dict[str, Any], sd1_inpainting_folder: Path
+) -> None:
+    components = load_components(sd1_inpainting_folder)
+    settings = replace(SETTINGS, **(painting() | changes))
+    hires = {} if settings.image else {"hires": 2.0}
+    with pytest.raises(ConfigError, match="is an inpainting model, which paints into an image by"):
+        generate_images(components, PROMPT, [1], replace(settings, **hires))
 
 
 def test_the_command_asks_for_image_and_mask(

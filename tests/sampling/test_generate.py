@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.schedulers import SCHEDULERS
+from dora_diffusion.models.text import encode_weighted
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.generate import (
     BrokenImageError,
@@ -374,3 +376,34 @@ def test_guidance_rescale_is_refused_where_there_is_none(sd1_inpainting_folder):
         generate_images(components, PROMPT, [0], SamplingSettings(1, guidance_rescale=0.5))
     with pytest.raises(ValueError, match="between 0 and 1"):
         SamplingSettings(guidance_rescale=1.5)
+
+
+@pytest.mark.parametrize("family", ["sd1_folder", "sdxl_folder"])
+def test_weighted_prompts_are_the_pipelines_image_of_their_states(family, request):
+    components = load_components(request.getfixturevalue(family))
+    settings = SamplingSettings(
+        steps=3, guidance_scale=4.0, negative_prompt="a (cat:0.5)", prompt_weights=True
+    )
+    prompt = "a (red:1.4) dog BREAK on [grass]"
+    (image,) = generate_images(components, prompt, [11], settings)
+    with torch.no_grad():
+        states = encode_weighted(components, [prompt])
+        against = encode_weighted(components, [settings.negative_prompt])
+        embeds = {
+            "prompt_embeds": states.encoder_hidden_states,
+            # Attention to states that are there twice is that to the states.
+            "negative_prompt_embeds": against.encoder_hidden_states.repeat(1, 2, 1),
+        }
+        if states.pooled is not None:
+            embeds["pooled_prompt_embeds"] = states.pooled
+            embeds["negative_pooled_prompt_embeds"] = against.pooled
+        (expected,) = components.pipeline()(
+            **embeds, num_inference_steps=3, guidance_scale=4.0,
+            generator=torch.Generator().manual_seed(11),
+        ).images  # fmt: skip
+    assert np.abs(pixels([image]) - pixels([expected])).max() <= 1
+    as_text = replace(settings, prompt_weights=False)
+    assert (
+        np.abs(pixels(generate_images(components, prompt, [11], as_text)) - pixels([image])).max()
+        > 1
+    )

@@ -121,9 +121,9 @@ def test_a_schedule_switches_between_steps(sd1_folder, files):
     stacked, _ = load_adapted(sd1_folder, uses, clip_skip=0)
     schedules = {"default": [(0.0, 0.4), (0.5, 1.0)], "default_1": [(0, 0), (0.25, 1), (0.75, 0)]}
     by_step = {"default": [0.4, 0.4, 1, 1], "default_1": [0, 1, 1, 0]}
-    settings = dataclasses.replace(QUICK, steps=4)
     seeds = [3, 4]  # The second begins as the first did.
-    images = generate_images(stacked, PROMPT, seeds, settings, schedules=schedules, batch_size=1)
+    settings = dataclasses.replace(QUICK, steps=4, strength_schedules=schedules)
+    images = generate_images(stacked, PROMPT, seeds, settings, batch_size=1)
     parts = [
         (name, part, part.strengths)
         for name in by_step
@@ -148,18 +148,17 @@ def test_a_schedule_switches_between_steps(sd1_folder, files):
     for _, part, own in parts:
         part.strengths = own
     for constant in (0.4, 1.0):
-        (other,) = generate_images(
-            stacked, PROMPT, seeds[:1], settings, schedules={"default": [(0, constant)]}
-        )
+        constantly = dataclasses.replace(settings, strength_schedules={"default": [(0, constant)]})
+        (other,) = generate_images(stacked, PROMPT, seeds[:1], constantly)
         assert np.abs(pixels([other]) - pixels(images[:1])).max() > 1
 
 
 def test_a_constant_schedule_is_the_strength_and_what_was_set_is_back(sd1_folder, files):
     stacked, _ = load_adapted(sd1_folder, files[0])
     half, _ = load_adapted(sd1_folder, files[0], strength=0.5)
-    schedules = {"default": [(0, 0.5)]}
+    halved = dataclasses.replace(QUICK, strength_schedules={"default": [(0, 0.5)]})
     images = [
-        generate_images(stacked, PROMPT, [3], QUICK, schedules=schedules),
+        generate_images(stacked, PROMPT, [3], halved),
         generate_images(half, PROMPT, [3], QUICK),
     ]
     assert np.array_equal(*map(pixels, images))
@@ -170,11 +169,12 @@ def test_a_constant_schedule_is_the_strength_and_what_was_set_is_back(sd1_folder
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate_images(stacked, PROMPT, [3], QUICK, schedules=schedules, on_step=fail)
+        generate_images(stacked, PROMPT, [3], halved, on_step=fail)
     assert {adapter.strengths for adapter in adapters} == {Strengths()}
     for name, rows in (("default_1", None), ("default", ["default"])):
+        settings = dataclasses.replace(QUICK, strength_schedules={name: [(0, 1)]})
         with pytest.raises(ValueError, match=r"no adapter named 'default_1'|are of adapters that"):
-            generate_images(stacked, PROMPT, [3], QUICK, schedules={name: [(0, 1)]}, adapters=rows)
+            generate_images(stacked, PROMPT, [3], settings, adapters=rows)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,10 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
     prompt: str | None = flag(
         None, "Prompt; required, unless each entry of --adapters_file has one."
     )
+    prompt_weights: bool = flag(
+        True,
+        "Read (word:1.2), (word), [word] and BREAK in prompts, as A1111 does; \\( is a bracket.",
+    )
     wildcards: bool = flag(
         False, "Draw {a|b} and __file__ of the prompt by each image's seed; \\{ is a brace."
     )
@@ -85,11 +89,32 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         "Image to repeat (PNG, JPEG, WebP) with the prompt, seed and settings in it, of this "
         "program, A1111 or a plain workflow of ComfyUI. Flags take precedence.",
     )
-    image: str | None = flag(None, "Of an inpainting model: image to paint into, cut to the size.")
+    image: str | None = flag(
+        None, "Image to paint over, or into with a mask, cut to the size from the middle."
+    )
     mask_image: str | None = flag(
         None,
         "Image of the same size as --image, white where to paint.",
         flags=("--mask_image", "--mask"),
+    )
+    denoise: float | None = flag(
+        None,
+        "Denoising strength (strength in Diffusers): how much of --image is painted over, above 0 "
+        "to 1. Default: 0.75; of an inpainting model all.",
+        needs=(Need("image"),),
+    )
+    hires: float | None = flag(
+        None,
+        "Second pass at sides that are so many times as long, such as 1.5, over the enlarged image "
+        "of the first one (Hires. fix). Default: none.",
+    )
+    hires_denoise: float = flag(
+        0.5, "Denoising strength of the second pass.", needs=(Need("hires"),)
+    )
+    hires_steps: int | None = flag(
+        None,
+        "Denoising steps of the second pass, of which that share is done. Default: --steps.",
+        needs=(Need("hires"),),
     )
     negative_prompt: str = flag("", "Negative prompt.")
     seed: int | None = flag(None, "Seed of the first image. Default: random, shown.")
@@ -117,7 +142,8 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         """Make them of what a command line gives, over a YAML file, over an image to repeat.
 
         Raises:
-            ConfigError, PhotoError: If one of these cannot be read, or a value is not valid.
+            ConfigError, PhotoError: If one of these cannot be read, a value is not valid, or the
+                image was made with adapters and they are not given.
         """
         values = {**(read_config_file(file) if file else {}), **given}
         image = values.get("repeat")
@@ -125,8 +151,14 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
             return super().read(given, file)
         found, strengths = repeated_settings(str(image))
         found = {name: value for name, value in found.items() if name not in values}
-        if words := values.get("adapter"):
-            words = [words] if isinstance(words, str) else words
+        words = values.get("adapter") or []
+        words = [words] if isinstance(words, str) else words
+        require(
+            len(words) >= len(strengths),
+            f"{Path(str(image)).name} was made with the adapter{'s' * (len(strengths) > 1)} "
+            f"{', '.join(strengths)}; give each one's file with --adapter",
+        )
+        if strengths:
             given = {**given, "adapter": _with_strengths(words, strengths)}
         return super().read({**found, **given}, file)
 
@@ -134,10 +166,12 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         """Generate images, and write them with what made them."""
         rows = _rows(self)
         from dora_diffusion.numerics.weights import Strengths
+        from dora_diffusion.sampling.generate import sampled_size
         from dora_diffusion.sampling.images import UsedAdapter, parameters_text, save_image
         from dora_diffusion.sampling.pool import AdapterPool
 
-        settings, repeated, uses = _settings(self), _Repeated.of(self), self.uses()
+        settings, uses = _settings(self), self.uses()
+        repeated = _Repeated.of(self, settings)
         components, metadata = self.load(uses, offload=self.offload)
         components = repeated.reading(components, self)
         lacking = [
@@ -157,6 +191,7 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         else:
             told = {None: metadata}
         _warn_of_triggers(rows, told, self)
+        size = sampled_size(components, settings)
         images = self._sample(rows, components, pool, settings, repeated)
         for number, (row, image) in enumerate(zip(rows, images, strict=True)):
             used = [UsedAdapter.of(use.path, use.strengths) for use in uses]
@@ -164,7 +199,7 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
                 used = [UsedAdapter.of(row.adapter, Strengths(row.strength))]
             extra = self._facts(number, len(rows), readings[row.adapter], repeated)
             text = parameters_text(
-                row.prompt, row.seed, settings, image.size, self.base, used, extra=extra
+                row.prompt, row.seed, settings, size, self.base, used, extra=extra
             )
             save_image(image, row.path, text)
             print(f"{row.path} (seed {row.seed})")
@@ -205,7 +240,6 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
     ) -> list[Image]:
         from dora_diffusion.sampling.generate import generate_images
         from dora_diffusion.sampling.pool import ImageRow
-        from dora_diffusion.sampling.stack import name_of
 
         shared: dict[str, Any] = {"batch_size": self.batch_size, "require_finite": True}
         with progress("generating images", "step") as show:
@@ -225,7 +259,6 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
                 [row.prompt for row in rows] if self.wildcards else rows[0].prompt,
                 seeds,
                 settings,
-                schedules={name_of(n): use.schedule for n, use in enumerate(self.uses())},
                 on_step=lambda done, steps: show(done * len(rows), steps * len(rows)),
                 **shared,
             )
@@ -326,11 +359,11 @@ class _Repeated:
     position: int = 0
 
     @classmethod
-    def of(cls, args: GenerateSettings) -> _Repeated:
+    def of(cls, args: GenerateSettings, settings: SamplingSettings) -> _Repeated:
         """Read the image, and warn of another base or adapter than it was made with.
 
         Raises:
-            ConfigError: If it was made with an adapter, and none is given.
+            ConfigError: If it was made over an image, and none is given.
         """
         if args.repeat is None:
             return cls({})
@@ -342,15 +375,10 @@ class _Repeated:
         )
 
         name, fields = Path(args.repeat).name, read_fields(args.repeat)
-        names, model = [*_strengths_of(fields)], fields.get("Model", model_name(args.base))
-        require(
-            len(args.adapter or []) >= len(names),
-            f"{name} was made with the adapter{'s' * (len(names) > 1)} {', '.join(names)}; give "
-            "each one's file with --adapter",
-        )
+        model = fields.get("Model", model_name(args.base))
         if model != model_name(args.base):
             warnings.warn(f"{name} was made with the model {model}, not {args.base}", stacklevel=3)
-        cls._check_adapter(name, fields, args)
+        cls._check_files(name, fields, args, settings)
         place = [fields.get(key, "") for key in (BATCH_SIZE, BATCH_POSITION)]
         size, position = (int(text) if text.isdecimal() else 0 for text in place)
         is_alone = args.num_images == 1 and fields.get("Seed") == str(args.seed)
@@ -359,9 +387,18 @@ class _Repeated:
         return cls(fields)
 
     @staticmethod
-    def _check_adapter(name: str, fields: Mapping[str, str], args: GenerateSettings) -> None:
-        from dora_diffusion.sampling.images import UsedAdapter
+    def _check_files(
+        name: str, fields: Mapping[str, str], args: GenerateSettings, settings: SamplingSettings
+    ) -> None:
+        from dora_diffusion.sampling.images import INIT_IMAGE, UsedAdapter, painted_fields
 
+        known = fields.get(INIT_IMAGE)
+        require(
+            not known or args.image is not None,
+            f"{name} was made over another image; give that with --image, and its mask",
+        )
+        if known and painted_fields(settings)[INIT_IMAGE] != known:
+            warnings.warn(f"{name} was made over another image than {args.image}", stacklevel=4)
         known = fields.get("Lora hashes", "")
         for use in args.uses() if known else []:
             own = UsedAdapter.of(use.path).hash
@@ -415,11 +452,14 @@ def _warn_of_triggers(
 def _settings(args: GenerateSettings) -> SamplingSettings:
     from dora_diffusion.data.images import open_photo
     from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.sampling.stack import name_of
 
-    given: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(SamplingSettings)}
+    names = [field.name for field in fields(SamplingSettings)]
+    given: dict[str, Any] = {name: getattr(args, name) for name in names if hasattr(args, name)}
     for name in ("image", "mask_image"):
         given[name] = None if given[name] is None else open_photo(given[name])
-    return SamplingSettings(**given)
+    schedules = {name_of(n): use.schedule for n, use in enumerate(args.uses()) if use.schedule}
+    return SamplingSettings(**given, strength_schedules=schedules)
 
 
 def _drawn(args: GenerateSettings) -> Callable[[str, int], str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -479,3 +481,84 @@ def test_strengths_without_an_adapter_have_no_effect(sd1_folder, tmp_path, capsy
     error = capsys.readouterr().err
     for name in ("layer_strength", "strength_schedule"):
         assert f"{name} has no effect because no adapter is given" in error
+
+
+def test_second_passes_and_images_over_others_are_repeated(sd1_folder, tmp_path, capsys):
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    hires = ("--hires", "1.5", "--hires_denoise", "0.55", "--hires_steps", "3", "--seed", "4")
+    assert run(sd1_folder, first, *hires, "--width", "48") == 0
+    fields = parse_parameters(read_parameters(first))
+    assert pixels(first).shape == (96, 72, 3)
+    assert (fields["Size"], fields["Hires upscale"], fields["Hires steps"]) == ("48x64", "1.5", "3")
+    assert fields["Denoising strength"] == "0.55"
+    assert repeat(sd1_folder, first, again) == 0
+    assert np.array_equal(pixels(first), pixels(again))
+    assert read_parameters(first) == read_parameters(again)
+    image = ("--image", str(first), "--denoise", "0.6", "--seed", "4", "--steps", "3")
+    over = tmp_path / "over.png"
+    assert run(sd1_folder, over, *image) == 0
+    assert "Hires" not in read_parameters(over)
+    assert repeat(sd1_folder, over, tmp_path / "b.png", "--image", first) == 0
+    assert np.array_equal(pixels(over), pixels(tmp_path / "b.png"))
+    assert "warning" not in capsys.readouterr().err
+    assert repeat(sd1_folder, over, tmp_path / "b.png", "--image", over) == 0
+    assert "over.png was made over another image than" in capsys.readouterr().err
+    assert repeat(sd1_folder, over, tmp_path / "b.png") == 1
+    assert "over.png was made over another image; give that with --image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--hires", "9"), "hires is 9; it must be above 1 and at most 4"),
+        (("--hires", "2", "--image", "{image}"), "hires is of images from text alone"),
+        (("--image", "{image}", "--denoise", "0"), "denoise is 0; it must be above 0"),
+        (("--image", "{image}", "--denoise", "0.3"), "denoise 0.3 of 2 steps is less than one"),
+        (("--mask", "{image}"), "a mask_image belongs to an image of its size"),
+        (("--image", "{bomb}"), "bomb.png: 40000 x 40000 is"),
+    ],
+    ids=str,
+)
+def test_paintings_that_cannot_be_are_one_line(flags, message, sd1_folder, tmp_path, last_line):
+    image = save_image(Image.new("RGB", (64, 64)), tmp_path / "image.png")
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk
+    data = bytes(4) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    (tmp_path / "bomb.png").write_bytes(bomb + struct.pack(">I", zlib.crc32(chunk)) + data)
+    words = [word.format(image=image, bomb=tmp_path / "bomb.png") for word in flags]
+    assert run(sd1_folder, tmp_path / "x.png", *words) == 1
+    line = last_line()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_weights_are_read_and_repeated_and_can_be_text(sd1_folder, tmp_path, capsys):
+    first, again, text = (tmp_path / name for name in ("first.png", "again.png", "text.png"))
+    prompt = ("--prompt", "a (red:1.4) dog BREAK on [grass]", "--negative_prompt", "a (cat)")
+    assert run(sd1_folder, first, *prompt, "--seed", "4") == 0
+    assert run(sd1_folder, text, *prompt, "--seed", "4", "--no-prompt_weights") == 0
+    assert "Emphasis" not in read_parameters(first)
+    assert parse_parameters(read_parameters(text))["Emphasis"] == "None"
+    assert not np.array_equal(pixels(first), pixels(text))
+    for source in (first, text):
+        assert repeat(sd1_folder, source, again) == 0
+        assert np.array_equal(pixels(source), pixels(again))
+        assert read_parameters(source) == read_parameters(again)
+    assert "warning" not in capsys.readouterr().err
+    # Without brackets they change nothing.
+    plain = ("--prompt", "a red dog, on grass", "--seed", "4", "--overwrite")
+    assert run(sd1_folder, first, *plain) == run(sd1_folder, text, *plain, "--no-prompt_weights")
+    assert first.read_bytes() == text.read_bytes()
+    assert run(sd1_folder, first, "--prompt", "a (dog:1.2.3)", "--overwrite") == 1
+    assert "the weight 1.2.3 in the prompt 'a (dog:1.2.3)' is no number" in capsys.readouterr().err
+    assert run(sd1_folder, first, "--prompt", "a [cat:dog:0.5]", "--overwrite") == 0
+    assert "[a:b:0.5] and [a|b], which change a prompt over" in capsys.readouterr().err
+
+
+def test_tokens_of_weights_are_not_counted_as_the_prompts(sd1_folder, tmp_path, capsys):
+    prompt = "(dog:1.2) " * 40
+    assert run(sd1_folder, tmp_path / "a.png", "--prompt", prompt) == 0
+    assert "longer than" not in capsys.readouterr().err
+    assert run(sd1_folder, tmp_path / "b.png", "--prompt", prompt * 2) == 0
+    error = capsys.readouterr().err
+    assert "it will not see the end: 'dog dog dog dog dog'" in error

@@ -1,0 +1,179 @@
+"""Images over and into others, and second passes: those of Diffusers' pipelines called by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
+from dora_diffusion.config import AdapterConfig, ConfigError
+from dora_diffusion.models.load import load_components
+from dora_diffusion.sampling.generate import SamplingSettings, generate_images, sampled_size
+
+PROMPT, NEGATIVE = "a photo of a sks dog", "a blurry cat"
+SETTINGS = SamplingSettings(5, 4.0, negative_prompt=NEGATIVE)
+PIPELINES = {
+    ("sd1", "image"): diffusers.StableDiffusionImg2ImgPipeline,
+    ("sd1", "mask"): diffusers.StableDiffusionInpaintPipeline,
+    ("sd1", "text"): diffusers.StableDiffusionPipeline,
+    ("sdxl", "image"): diffusers.StableDiffusionXLImg2ImgPipeline,
+    ("sdxl", "mask"): diffusers.StableDiffusionXLInpaintPipeline,
+    ("sdxl", "text"): diffusers.StableDiffusionXLPipeline,
+}
+
+
+@pytest.fixture(params=["sd1", "sdxl"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def folder(family, request):
+    return request.getfixturevalue(f"{family}_folder")
+
+
+def photo(width=64, height=64, seed=0):
+    values = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    return Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR)
+
+
+def mask(width=64, height=64):
+    image = Image.new("L", (width, height))
+    image.paste(255, (8, 16, 40, 56))
+    return image
+
+
+def difference(first, second):
+    return np.abs(np.asarray(first, np.int16) - np.asarray(second, np.int16)).max()
+
+
+def by_hand(folder, family, task, seed, **options):
+    """The image of Diffusers' own pipeline, loaded from the folder."""
+    extra = {"add_watermarker": False} if family == "sdxl" else {}
+    pipeline = PIPELINES[family, task].from_pretrained(folder, **extra)
+    pipeline.set_progress_bar_config(disable=True)
+    if family == "sdxl":
+        # As `generate_images` decodes: at the autoencoder's own precision.
+        pipeline.vae.register_to_config(force_upcast=False)
+    (image,) = pipeline(
+        PROMPT, negative_prompt=NEGATIVE, guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(seed), **options,
+    ).images  # fmt: skip
+    return image
+
+
+@pytest.mark.parametrize("denoise", [None, 0.2, 1.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_images_are_those_of_the_pipelines_called_by_hand(masked, denoise, family, folder):
+    settings = replace(SETTINGS, image=photo(), denoise=denoise)
+    options = {"image": photo(), "strength": 0.75 if denoise is None else denoise}
+    if masked:
+        settings = replace(settings, mask_image=mask())
+        options |= {"mask_image": mask(), "width": 64, "height": 64}
+    components = load_components(folder)
+    first, second = generate_images(components, PROMPT, [5, 6], settings, batch_size=1)
+    task = "mask" if masked else "image"
+    expected = by_hand(folder, family, task, 5, num_inference_steps=5, **options)
+    assert difference(first, expected) == 0
+    # Each seed gives its image in a batch too.
+    together = generate_images(components, PROMPT, [5, 6], settings)
+    assert max(map(difference, together, (first, second))) <= 1
+    if denoise != 0.2 or not masked:
+        assert difference(first, second) > 1
+
+
+def test_a_second_pass_is_image_to_image_over_the_enlarged_first(family, folder):
+    settings = replace(SETTINGS, width=48, height=64, hires=1.6, hires_denoise=0.5, hires_steps=4)
+    components = load_components(folder)
+    done = []
+    first, second = generate_images(
+        components, PROMPT, [5, 6], settings, batch_size=1, on_step=lambda *n: done.append(n)
+    )
+    assert (first.size, sampled_size(components, settings)) == ((72, 96), (48, 64))
+    small = by_hand(folder, family, "text", 5, num_inference_steps=5, width=48, height=64)
+    larger = small.resize((72, 96), Image.Resampling.LANCZOS)
+    expected = by_hand(
+        folder, family, "image", 5, image=larger, strength=0.5, num_inference_steps=4
+    )
+    assert difference(first, expected) == 0
+    assert difference(larger, expected) > 3
+    assert difference(first, second) > 3
+    shares = [step / steps for step, steps in done]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    together = generate_images(components, PROMPT, [5, 6], settings)
+    assert max(map(difference, together, (first, second))) <= 1
+
+
+def test_what_is_painted_over_is_cut_from_the_middle(sd1_folder):
+    components = load_components(sd1_folder)
+    for extra, wide in (({}, {}), ({"mask_image": mask()}, {"mask_image": mask(96)})):
+        cut = {"image": photo(96).crop((16, 0, 80, 64)), **extra}
+        if extra:
+            cut["mask_image"] = mask(96).crop((16, 0, 80, 64))
+        images = [
+            generate_images(components, PROMPT, [1], replace(SETTINGS, **given))[0]
+            for given in (cut, {"image": photo(96), **wide})
+        ]
+        assert difference(*images) == 0
+
+
+def test_rows_of_several_adapters_are_painted_too(sd1_folder):
+    components = load_components(sd1_folder)
+    for number, name in enumerate(("a", "b")):
+        generator = torch.Generator().manual_seed(number)
+        config = AdapterConfig(targets=("attention",), rank=2)
+        inject_adapters(components.unet, config, name=name, generator=generator)
+        with torch.no_grad():
+            for parameter in adapter_parameters(components.unet, name):
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    for changes in ({"image": photo()}, {"hires": 1.5}):
+        settings = replace(SETTINGS, **changes)
+        mixed = generate_images(components, PROMPT, [5, 5, 5], settings, adapters=["a", None, "b"])
+        for image, name in zip(mixed, ("a", None, "b"), strict=True):
+            (alone,) = generate_images(components, PROMPT, [5], settings, adapters=[name])
+            assert difference(image, alone) <= 1
+        assert difference(mixed[0], mixed[1]) > 1
+
+
+def test_an_autoencoder_that_overflows_stays_in_float32(sdxl_folder):
+    components = load_components(sdxl_folder, dtype=torch.bfloat16)
+    for changes in ({"image": photo()}, {"image": photo(), "mask_image": mask()}, {"hires": 2.0}):
+        settings = replace(SETTINGS, **changes)
+        (image,) = generate_images(components, PROMPT, [1], settings, require_finite=True)
+        assert components.vae.dtype == torch.float32
+        assert image.size == ((128, 128) if "hires" in changes else (64, 64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hires": 1.0}, "hires is 1; it must be above 1 and at most 4"),
+        ({"hires": 100.0}, "hires is 100; it must be above 1"),
+        ({"hires": float("nan")}, "hires is nan"),
+        ({"hires": 2.0, "image": photo()}, "hires is of images from text alone"),
+        ({"hires": 2.0, "hires_denoise": 0.0}, "hires_denoise is 0; it must be above 0"),
+        ({"hires": 2.0, "hires_denoise": 0.1}, "hires_denoise 0.1 of 5 steps is less than one"),
+        ({"hires": 2.0, "hires_steps": 0}, "hires_steps is 0; it must be at least 1"),
+        ({"image": photo(), "denoise": 1.5}, "denoise is 1.5; it must be above 0 and at most 1"),
+        ({"image": photo(), "denoise": 0.1}, "denoise 0.1 of 5 steps is less than one step"),
+        ({"image": photo(), "denoise": float("nan")}, "denoise is nan"),
+        ({"mask_image": mask()}, "a mask_image belongs to an image of its size"),
+    ],
+    ids=str,
+)
+def test_passes_that_cannot_be_are_one_line(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        replace(SETTINGS, **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_guidance_rescale_is_refused_where_a_pipeline_has_none(sd1_folder):
+    settings = replace(SETTINGS, image=photo(), guidance_rescale=0.5)
+    with pytest.raises(ConfigError, match="guidance_rescale is not in Diffusers' pipeline of"):
+        generate_images(load_components(sd1_folder), PROMPT, [1], settings)
