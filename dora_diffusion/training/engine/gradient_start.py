@@ -59,8 +59,6 @@ def start_from_gradient(
         layers = [layer for layer, _, _ in own.layers]
         for layer, adapter, sketch in zip(layers, own.of_name(), sketches, strict=True):
             _start(layer, adapter, *sketch)
-        if learner.average is not None:
-            learner.average.restore()
         return _drift(learner, own, batches)
 
 

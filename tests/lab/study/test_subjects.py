@@ -50,7 +50,7 @@ def test_a_study_may_draw_a_subject_that_is_in_no_list() -> None:
     [
         ({"kind": "mug", "seed": 4, "mark": "anchor"}, "embedded:tiny-sd", "pattern 'anchor'"),
         ({"kind": "mug", "mark": "star"}, "embedded:tiny-sd", "'seed'"),
-        ({"kind": "mug", "seed": 4, "mark": "star", "sise": 2}, "embedded:tiny-sd", "'sise'"),
+        ({"kind": "mug", "seed": 4, "mark": "star", "length": 2}, "embedded:tiny-sd", "'length'"),
         ({"kind": "mug", "seed": "four", "mark": "star"}, "embedded:tiny-sd", "cannot draw"),
         ({"kind": "mug", "seed": 4, "mark": "star"}, "some/model", "does not know"),
         ("cross_mag", "embedded:tiny-sd", "kind, seed and mark"),
