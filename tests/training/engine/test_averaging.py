@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -23,6 +24,7 @@ from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.results import write
 from dora_diffusion.training.results.checkpoint import read_state
+from dora_diffusion.training.results.metrics import TrainingError
 from dora_diffusion.training.results.validation import Validation
 from dora_diffusion.training.session import Session, open_session
 from tests.training.helpers import accelerator_of_fp16, losses, names, needs_library
@@ -114,7 +116,8 @@ def test_it_begins_where_the_run_does(run: Callable[..., TrainConfig], tmp_path:
                 "average": {"ema_decay": 0.9}}  # fmt: skip
     for name, changes in settings.items():
         config = run(init="lora-one", method="lora", max_train_steps=1, **changes)
-        train(replace(config, output_dir=str(tmp_path / name)))
+        with contextlib.suppress(TrainingError):  # A rate of 0 moves nothing from its start.
+            train(replace(config, output_dir=str(tmp_path / name)))
     start, live, average = (read_adapter(tmp_path / name).layers for name in settings)
     for name, layer in average.items():
         for part in ("down", "up"):
