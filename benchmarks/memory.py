@@ -49,9 +49,12 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.subject import PRIOR_MODES
+from dora_diffusion.data.crops import apply_crop, plan_crop
+from dora_diffusion.data.images import decode_photo
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import predict
-from dora_diffusion.models.load import quantised_layers, set_tiles
+from dora_diffusion.models.load import load_vae, quantised_layers, set_tiles
+from dora_diffusion.models.locate import resolve_folder
 from dora_diffusion.models.memory import PROCESS_GIB
 from dora_diffusion.models.text import Conditioning, encode_tokens
 from dora_diffusion.numerics.quantised import quantise
@@ -72,11 +75,7 @@ CARD_FLAGS = (
     f"--with_prior_preservation {_SAVING}",
     f"{_SAVING} --sample_batch_size 1",
     f"--with_prior_preservation {_SAVING} --quantize int8",
-    f"--with_prior_preservation {_SAVING} --quantize int8 --quantize_convolutions",
-    f"--with_prior_preservation {_SAVING} --quantize nf4",
-    f"--with_prior_preservation {_SAVING} --quantize nf4 --quantize_convolutions",
     f"{_SAVING} --quantize nf4 --sample_batch_size 1",
-    f"{_SAVING} --quantize nf4 --quantize_convolutions --sample_batch_size 1",
 )
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 SIZES = {"sd1": (512, 768), "sdxl": (768, 1024)}
@@ -345,6 +344,27 @@ def print_steps(args: argparse.Namespace) -> None:
     print(markdown(header, rows))
 
 
+def print_tiles(args: argparse.Namespace) -> None:
+    """How far tiles of the embedded VAE are from whole images: two photos, of twice a tile."""
+    name, (size,) = "embedded:tiny-sd", args.resolution or [128]
+    vae = load_vae(str(resolve_folder(name)))
+    photos = [decode_photo(path).image for path in sorted(Path(args.photos).glob("*.jpg"))[:2]]
+    crops = [plan_crop((photo.height, photo.width), size, multiple=8) for photo in photos]
+    pixels = torch.stack([apply_crop(*pair) for pair in zip(photos, crops, strict=True)])
+    found: list[Tensor] = []
+    for tile in (0, size // 2):
+        set_tiles(vae, tile)
+        with torch.no_grad():
+            latents = vae.encode(pixels).latent_dist.mode()
+            found += [latents, vae.decode(found[0] if found else latents).sample]
+    moved, off = found[2] - found[0], 127.5 * (found[3] - found[1]).abs()
+    own = 127.5 * (found[1] - pixels).abs().mean()
+    share = f"{moved.norm() / found[0].norm():.3f}"
+    row = [name, size, size // 2, share, f"{off.mean():.1f}", f"{off.max():.0f}", f"{own:.1f}"]
+    header = ["VAE", "px", "tile", "latents", "image, mean of 255", "largest", "VAE's own"]
+    print(markdown(header, [row]))
+
+
 def print_sampling(args: argparse.Namespace) -> None:
     """The table of sampling and caching."""
     rows: list[list[object]] = []
@@ -471,15 +491,18 @@ def main() -> None:
     parser.add_argument("--prior", choices=("none", *PRIOR_MODES), default="none")
     parser.add_argument("--cards", action="store_true", help="the table of cards in README instead")
     parser.add_argument("--sampling", action="store_true", help="of sampling and encoding instead")
+    parser.add_argument("--tiles", action="store_true", help="what tiles of the VAE change instead")
     parser.add_argument("--resident", type=Path, help="train on the CPU; folder of the models")
     parser.add_argument("--limit", type=float, default=16.5, help="GiB, with --resident")
-    parser.add_argument("--photos", default="samples/bolt_mug", help="with --resident")
+    parser.add_argument("--photos", default="samples/bolt_mug", help="with --resident, --tiles")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     if args.resident is not None:
         print_resident(args)
     elif args.cards:
         print_cards(args)
+    elif args.tiles:
+        print_tiles(args)
     elif args.sampling:
         print_sampling(args)
     else:

@@ -139,9 +139,7 @@ def class_images(
 
     # How prompts are read and images decoded, where that is not as usual.
     names = ("clip_skip", "max_token_length", "vae_tile_size")
-    other = [
-        (name, v) for name in names if (v := getattr(config, name)) != getattr(TrainConfig, name)
-    ]
+    other = {n: v for n in names if (v := getattr(config, n)) != getattr(TrainConfig, n)}
     with accelerator.main_process_first():
         identity = f"{components.identity()} {settings}{other or ''}"
         named = ensure_class_images(config, prompts, identity, generate, announcer.on_image)
