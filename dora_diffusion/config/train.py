@@ -305,6 +305,12 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         return [self.of_entry(place) for place in places] or [self]
 
     @property
+    def limits_norms(self) -> bool:
+        """True if the norm of each update has a limit: A and B train themselves."""
+        is_low_rank = self.parametrization == "low-rank" and self.init != "pissa"
+        return self.scale_weight_norms is not None and is_low_rank
+
+    @property
     def preconditions(self) -> bool:
         """True if gradients of A and B are preconditioned."""
         return self.precondition and self.parametrization == "low-rank" and not self.is_full

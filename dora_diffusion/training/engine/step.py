@@ -280,7 +280,7 @@ class Learner:
             if effective_rates is not None:
                 self.allocation.make_orthogonal(max(effective_rates.values()))
             self.allocation.after_step(step)
-        if self.adapters and self.config.scale_weight_norms:
+        if self.adapters and self.config.scale_weight_norms is not None:
             limit_norms(self.adapters, self.config.scale_weight_norms)
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -371,11 +371,9 @@ def build_learner(
     if config.preconditions:
         preconditioner = Preconditioner(adapters, config.precondition_damping)
     average = build_average(parameters, optimizer, config)
-    is_low_rank = config.parametrization == "low-rank" and config.init != "pissa"
-    is_limited = config.scale_weight_norms and is_low_rank
     return Learner(
         config, accelerator, weights.modules, objective, parameters, optimizer, schedule, inputs,
-        weights.words, allocation, preconditioner, average, adapters if is_limited else (),
+        weights.words, allocation, preconditioner, average, adapters if config.limits_norms else (),
     )  # fmt: skip
 
 
