@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from dora_diffusion.cli.console.tables import shown_command
@@ -47,6 +46,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     for group in dict.fromkeys(SETTINGS[name].group for name in ADVANCED)
 }
 
+PROMPTS = ("target", "positive", "negative", "anchors")
+"""Settings of a slider with a field of their own, for a prompt in each line."""
 # Settings with a field of their own on the page, as it is labelled there.
 LABELS: Mapping[str, str] = {
     "pretrained_model_name_or_path": "Base model", "init_adapter": "Start from",
@@ -110,7 +111,6 @@ def make_config(
     prompts: Sequence[str],
     advanced: Mapping[str, Any],
     others: Sequence[Mapping[str, Any]] = (),
-    slider: Mapping[str, str] = MappingProxyType({}),
 ) -> TrainConfig:
     """The settings of a run.
 
@@ -123,17 +123,17 @@ def make_config(
         class_word: What the subject is.
         prompts: Prompts of the sample images; ``{subject}`` stands for token and class word, of
             each subject in its turn.
-        advanced: Values by setting name, as the page's fields give them.
+        advanced: Values by setting name, as the page's fields give them; of a slider, which has no
+            subject, its `PROMPTS` too.
         others: Entries of `TrainConfig.dataset_config` for subjects beside it, with their token
             and class word.
-        slider: Prompts of a slider by setting, one a line, in the place of any subject.
 
     Raises:
         RequestError, ConfigError: If a value cannot work, in one line.
     """
     taught: dict[str, Any]
-    if slider:
-        taught = {name: _lines(text, name) for name, text in slider.items()}
+    if advanced.get("teach") == "slider":
+        taught = {name: _lines(advanced.get(name, ""), name) for name in PROMPTS}
         shown = [line for line in _lines("\n".join(prompts)) if "{subject}" not in line]
         return _config(model, output_dir, shown, advanced, taught)
     token = clean_text(token, 50, "token")

@@ -50,8 +50,7 @@ def config(**changes: object) -> TrainConfig:
 
 def made_of(model: str, values: Mapping[str, Any]) -> TrainConfig:
     """Settings of a dog, or of a slider where that is taught."""
-    slider = SLIDER if values["teach"] == "slider" else {}
-    return make_config(model, Path("p"), Path("o"), "sks", "dog", [], values, slider=slider)
+    return make_config(model, Path("p"), Path("o"), "sks", "dog", [], {**SLIDER, **values})
 
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"

@@ -32,13 +32,13 @@ _OF_ADAPTER = (
     "method", "use_dora", "norm_axis", "rank", "conv_rank", "targets", "train_text_encoder",
     "text_encoder_targets",
 )  # fmt: skip
-_SLIDER = {
-    "target": "What it changes, such as a photo of a mug.",
-    "positive": "At strength 3, such as a photo of a large mug.",
-    "negative": "At strength -3, such as a photo of a small mug.",
-    "anchors": "Optional: prompts that stay as they are.",
-}
-"""Fields of a slider, with what to write."""
+_SLIDER = (
+    "What it changes, such as a photo of a mug.",
+    "At strength 3, such as a photo of a large mug.",
+    "At strength -3, such as a photo of a small mug.",
+    "Optional: prompts that stay as they are.",
+)
+"""What to write into the fields of a slider."""
 _PROMPTS = "a photo of a {subject} in the snow\na photo of a {subject} at night"
 
 
@@ -86,7 +86,7 @@ class TrainTab:
             self.slider = [
                 gr.Textbox(label=name, info=text, lines=1, max_length=4000,
                            elem_id=f"slider-{name}")
-                for name, text in _SLIDER.items()
+                for name, text in zip(settings.PROMPTS, _SLIDER, strict=True)
             ]  # fmt: skip
         # Ids are looked up where they are used: see `id_dropdown`.
         self.others = gr.Dropdown(
@@ -292,7 +292,7 @@ def read_form(
     config = settings.make_config(
         context.allowed_model(model), learned[0].folder if learned else Path(),
         context.workspace.root / "new-run", token, class_word, str(prompts).splitlines()[:8],
-        chosen, entries, {} if learned else dict(zip(_SLIDER, map(str, of_slider), strict=False)),
+        chosen | dict(zip(settings.PROMPTS, map(str, of_slider), strict=False)), entries,
     )  # fmt: skip
     context.check_paths(config)
     check_model(config, ask_hub=ask_hub)
