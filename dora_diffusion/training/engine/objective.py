@@ -184,10 +184,7 @@ def draw_inputs(
     return StepInputs(
         sent(latents), sent(noise), sent(timesteps), batch.captions, sent(ids), photos,
         batch.class_captions, sent(mask), sent(torch.cat(conditions) if conditions else None),
-        sent(batch.weights), unmasked, [
-            _draw_ends(config, caption, generator)
-            for caption, generator in zip(batch.captions[:photos], generators, strict=False)
-        ] if config.is_slider else (),
+        sent(batch.weights), unmasked, _draw_ends(config, batch.captions[:photos], generators),
     )  # fmt: skip
 
 
@@ -237,10 +234,15 @@ def _draw_noise(
     return torch.stack(noise)
 
 
-def _draw_ends(config: TrainConfig, target: str, generator: torch.Generator) -> tuple[str, str]:
-    """Draw one of a target's pairs."""
-    pairs = [ends for prompt, ends in config.slider_pairs if prompt == target]
-    return pairs[int(torch.randint(len(pairs), (), generator=generator))]
+def _draw_ends(
+    config: TrainConfig, targets: Sequence[str], generators: Sequence[torch.Generator]
+) -> list[tuple[str, str]]:
+    """Draw one of the pairs of each target; none where no slider is taught."""
+    drawn = []
+    for target, generator in zip(targets if config.is_slider else (), generators, strict=False):
+        pairs = [ends for prompt, ends in config.slider_pairs if prompt == target]
+        drawn.append(pairs[int(torch.randint(len(pairs), (), generator=generator))])
+    return drawn
 
 
 class Conditioner:
