@@ -31,7 +31,7 @@ from dora_diffusion.config.fields import (
 )
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.formats.files.atomic import require_writable
-from dora_diffusion.models.schedulers import SCHEDULERS
+from dora_diffusion.models.schedulers import A1111_NAMES, SCHEDULERS
 
 if TYPE_CHECKING:
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
@@ -142,7 +142,11 @@ class Sampling(CommandSettings):
 
     steps: int = flag(SampleSettings.validation_inference_steps, "Denoising steps.")
     scheduler: str | None = flag(
-        None, "Scheduler. Default: the model's own.", choices=tuple(SCHEDULERS)
+        None,
+        "Scheduler, by these names or by A1111's, such as 'DPM++ 2M Karras'. Default: the model's "
+        "own.",
+        choices=tuple(SCHEDULERS),
+        aliases=A1111_NAMES,
     )
     batch_size: int = flag(8, "Batch size.", least=1)
 

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -181,6 +181,7 @@ class Setting:
         metavar: Placeholder of its value in the help.
         positional: Whether it is given by its place, without a flag.
         repeated: Whether several flags add up to one list.
+        aliases: Other names of choices, in lower case.
     """
 
     name: str
@@ -202,6 +203,7 @@ class Setting:
     metavar: str = ""
     positional: bool = False
     repeated: bool = False
+    aliases: Mapping[str, str] = field(default_factory=dict)
     is_map: bool = False
 
     @classmethod
@@ -324,6 +326,7 @@ class Setting:
         choices, word = self.choices or (), str(value).lower()
         if word == "none" and self.default is None:
             return None
+        word = self.aliases.get(word, word)
         names = [word, precision_name(word), dtype_name(word)]
         names += [word.replace("_", "-"), word.replace("-", "_")]
         return next((name for name in names if name in choices), value)

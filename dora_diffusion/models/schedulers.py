@@ -23,18 +23,32 @@ class SamplingScheduler(NamedTuple):
 
 
 _DPM = {"algorithm_type": "dpmsolver++"}
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
+_KARRAS = {"use_karras_sigmas": True}
 
 SCHEDULERS: Mapping[str, SamplingScheduler] = {
     "ddim": SamplingScheduler("DDIMScheduler", "DDIM"),
     "ddpm": SamplingScheduler("DDPMScheduler", "DDPM"),
     "pndm": SamplingScheduler("PNDMScheduler", "PLMS", {"skip_prk_steps": True}),
     "heun": SamplingScheduler("HeunDiscreteScheduler", "Heun"),
+    "dpm2": SamplingScheduler("KDPM2DiscreteScheduler", "DPM2", schedule="Uniform"),
+    "dpm2_karras": SamplingScheduler("KDPM2DiscreteScheduler", "DPM2", _KARRAS, "Karras"),
+    "dpm2_a": SamplingScheduler("KDPM2AncestralDiscreteScheduler", "DPM2 a", schedule="Uniform"),
+    "dpm2_a_karras": SamplingScheduler(
+        "KDPM2AncestralDiscreteScheduler", "DPM2 a", _KARRAS, "Karras"
+    ),
     "euler": SamplingScheduler("EulerDiscreteScheduler", "Euler"),
+    "euler_karras": SamplingScheduler("EulerDiscreteScheduler", "Euler", _KARRAS, "Karras"),
     "euler_a": SamplingScheduler("EulerAncestralDiscreteScheduler", "Euler a"),
     "dpm++": SamplingScheduler("DPMSolverMultistepScheduler", "DPM++ 2M", _DPM, "Uniform"),
     "dpm++_karras": SamplingScheduler(
-        "DPMSolverMultistepScheduler", "DPM++ 2M", _DPM | {"use_karras_sigmas": True}, "Karras"
+        "DPMSolverMultistepScheduler", "DPM++ 2M", _DPM | _KARRAS, "Karras"
     ),
+    "dpm++_sde": SamplingScheduler("DPMSolverMultistepScheduler", "DPM++ 2M SDE", _SDE, "Uniform"),
+    "dpm++_sde_karras": SamplingScheduler(
+        "DPMSolverMultistepScheduler", "DPM++ 2M SDE", _SDE | _KARRAS, "Karras"
+    ),
+    "lcm": SamplingScheduler("LCMScheduler", "LCM"),
     "unipc": SamplingScheduler("UniPCMultistepScheduler", "UniPC"),
 }
 
@@ -49,13 +63,23 @@ def scheduler_of(sampler: str, schedule: str | None = None) -> str | None:
     if sampler.endswith(" Karras"):
         sampler, schedule = sampler.removesuffix(" Karras"), "Karras"
     own = {each.schedule: name for name, each in SCHEDULERS.items() if each.a1111 == sampler}
-    # A1111 itself chooses Karras for the samplers of which there are both here.
-    other = {None: "Uniform", "Automatic": "Karras", "Uniform": "Automatic", "Normal": "Uniform"}
-    return own.get(
-        schedule or "",
-        own.get(other.get(schedule, ""), own.get("Automatic") if schedule in other else None),
-    )
+    alike: Mapping[str | None, tuple[str, ...]] = {
+        None: ("Automatic", "Uniform"),
+        # What it chooses itself; with SDE exponential levels, which are not here.
+        "Automatic": ("Automatic", "" if sampler.endswith("SDE") else "Karras"),
+        "Uniform": ("Uniform", "Automatic"),
+        "Normal": ("Uniform", "Automatic"),
+    }
+    levels_of = alike.get(schedule, (str(schedule),))
+    return next((own[levels] for levels in levels_of if levels in own), None)
 
+
+A1111_NAMES: Mapping[str, str] = {
+    text.lower(): name
+    for name, each in reversed([*SCHEDULERS.items()])
+    for text in (each.a1111, f"{each.a1111} {each.schedule}")
+}
+"""A1111's names of samplers, with their noise levels or without, in lower case -> ours."""
 
 # Those of Diffusers that know a noise schedule whose last timestep is pure noise. Where sigma would
 # be infinite there, they take a finite one.

@@ -468,6 +468,12 @@ def test_a_comment_is_where_the_standard_has_it(tmp_path):
         ("Euler", None, "euler"),
         ("Euler a", "Uniform", "euler_a"),
         ("Euler", "Align Your Steps", None),
+        ("DPM++ 2M SDE", "Automatic", None),
+        ("DPM++ 2M SDE Exponential", None, None),
+        ("DPM++ 2M SDE", None, "dpm++_sde"),
+        ("DPM2 a Karras", None, "dpm2_a_karras"),
+        ("DPM2", "Normal", "dpm2"),
+        ("Euler a", "Karras", None),
         ("Restart", None, None),
     ],
 )

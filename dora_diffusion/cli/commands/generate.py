@@ -291,7 +291,7 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
 
 # Settings of a base that change the numbers, beside its name.
 _LOADED = (
-    "variant", "revision", "dtype", "compile", "quantize", "quantize_convolutions",
+    "variant", "revision", "dtype", "compile", "quantize", "quantize_convolutions", "vae_tile_size",
     "prediction_type", "zero_terminal_snr", "alpha",
 )  # fmt: skip
 _MOST_REPEATED = 64

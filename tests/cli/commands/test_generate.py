@@ -18,6 +18,7 @@ from dora_diffusion.config import AdapterConfig
 from dora_diffusion.data.captions import CaptionRules, Wildcards
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.load import load_components
+from dora_diffusion.models.schedulers import A1111_NAMES, SCHEDULERS
 from dora_diffusion.sampling.images import parse_parameters, read_parameters, save_image
 
 
@@ -562,3 +563,21 @@ def test_tokens_of_weights_are_not_counted_as_the_prompts(sd1_folder, tmp_path, 
     assert run(sd1_folder, tmp_path / "b.png", "--prompt", prompt * 2) == 0
     error = capsys.readouterr().err
     assert "it will not see the end: 'dog dog dog dog dog'" in error
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [("DPM++ 2M Karras", "dpm++_karras"), ("Euler a", "euler_a"), ("DPM++ 2M", "dpm++"),
+     ("dpm++ 2m sde karras", "dpm++_sde_karras"), ("unipc", "unipc")],
+)  # fmt: skip
+def test_samplers_have_a1111s_names_too(word, name, sd1_folder, tmp_path):
+    path = tmp_path / "x.png"
+    assert run(sd1_folder, path, "--seed", "1", "--scheduler", word) == 0
+    assert parse_parameters(read_parameters(path))["Sampler"] == name
+
+
+def test_every_name_of_a1111_is_of_one_sampler():
+    for name, each in SCHEDULERS.items():
+        assert A1111_NAMES[f"{each.a1111} {each.schedule}".lower()] == name
+        assert SCHEDULERS[A1111_NAMES[each.a1111.lower()]].a1111 == each.a1111
+        assert name not in A1111_NAMES or A1111_NAMES[name] == name
