@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.families import USUAL
+from dora_diffusion.config.presets import preset_settings
 from dora_diffusion.evaluation.measures import MEASURES
 from dora_diffusion.lab.study import run as module
 from dora_diffusion.lab.study import trials as keys
@@ -22,6 +24,8 @@ from dora_diffusion.lab.study.run import chosen_rate, run_study
 from dora_diffusion.lab.study.subjects import find_subject
 from dora_diffusion.lab.study.trials import Trial, base_digest, trials_of
 from tests.lab.study.helpers import record, study
+
+RECORDED = {"comparison": 218, "comparison-snr": 40, "fast-race": 80, "fast": 40}
 
 
 @pytest.fixture
@@ -297,7 +301,7 @@ def test_a_file_that_holds_no_records_is_said(performed, tmp_path, text):
         run_study(study(), tmp_path)
 
 
-@pytest.mark.parametrize(("name", "count"), [("comparison", 218), ("comparison-snr", 40)])
+@pytest.mark.parametrize(("name", "count"), RECORDED.items())
 def test_the_documents_records_are_of_the_documents_study(name, count):
     """A default that changes would make them void: the study says all that it needs."""
     docs = Path(__file__).parents[3] / "docs" / "measurements"
@@ -306,15 +310,31 @@ def test_the_documents_records_are_of_the_documents_study(name, count):
     methods[BASE] = TrainConfig()
     base = base_digest(BaseModel(shown.base))
     records = json.loads((docs / f"{name}-records.json").read_text(encoding="utf-8"))
+    given = [*shown.subjects, *(shown.tune.subjects if shown.tune else ())]
+    subjects = {one.name: one for one in (find_subject(of, shown.base, []) for of in given)}
     for made in records:
         config = methods[made["method"]]
         if made["method"] != BASE:
             config = dataclasses.replace(config, learning_rate=made["learning_rate"])
-        subject = find_subject(made["subject"], shown.base, [])
-        trial = Trial(made["row"], made["method"], config, subject, made["seed"], base, shown.asked)
+        drawn = subjects[made["subject"]], made["seed"]
+        trial = Trial(made["row"], made["method"], config, *drawn, base, shown.asked)
         assert trial.digest == made["digest"], made["row"]
         assert {**trial.settings, **made["settings"]} == trial.settings
     assert len(records) == count
+
+
+def test_the_fast_preset_is_what_was_measured():
+    docs = Path(__file__).parents[3] / "docs" / "measurements"
+    shown = Study.from_dict(yaml.safe_load((docs / "fast-new.yaml").read_text(encoding="utf-8")))
+    (measured,) = (shown.training(one).to_dict() for one in shown.methods if one.name == "fast")
+    (rate,) = (one.learning_rates for one in shown.methods if one.name == "fast")
+    preset = preset_settings("fast", USUAL, is_embedded=True)
+    started = TrainConfig.from_dict({**preset, "output_dir": measured["output_dir"]}).to_dict()
+    other = {name for name, value in started.items() if measured[name] != value}
+    # Toy photos are square, and 0 is what follows for a model that predicts v.
+    idle = {"center_crop", "snr_gamma", "validation_steps", "checkpointing_steps"}
+    assert other - idle == {"learning_rate"}
+    assert (started["learning_rate"],) == rate
 
 
 def stop():
