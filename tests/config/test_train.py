@@ -94,7 +94,7 @@ def test_who_reads_a_setting_is_found_by_its_name() -> None:
         if not {"app", "commands", "flag_map.py"} & set(path.relative_to(package).parts)
     )
     # Weightings are read by the names of their table.
-    read = {*re.findall(r"\b(?:config|self)(?=\.(\w+))", text), *WEIGHTINGS}
+    read = {*re.findall(r"\b(?:config|self|base)(?=\.(\w+))", text), *WEIGHTINGS}
     assert [setting.name for setting in settings() if setting.name not in read] == []
 
 
