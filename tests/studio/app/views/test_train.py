@@ -148,7 +148,7 @@ def test_the_plan_says_what_will_not_fit_and_what_to_change(
         monkeypatch.setattr(context, "device", lambda: device)
         return html.unescape(handler(context, "plan")(*asked(context, subject, sdxl, **changes))[0])
 
-    one = {"train_batch_size": "1"}
+    one = {"train_batch_size": "1", "with_prior_preservation": False}
     half = one | {"mixed_precision": "bf16", "gradient_checkpointing": True}
     settings = {"mixed_precision": "bf16", "gradient_checkpointing": True}
     needed = needed_memory("sdxl", 1024, settings, Device("cuda", "a card", 1.0))
