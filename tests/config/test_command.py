@@ -26,8 +26,8 @@ KINDS: dict[str, type[CommandSettings]] = {
 """Of all commands but those of training."""
 # Of these, what any other setting's value cannot be.
 OTHERS: dict[str, Any] = {
-    "max_token_length": 150, "vae_tile_size": 64, "host": "localhost", "allowed_hosts": ["studio.example"],
-    "auth": "Ann:a password",
+    "max_token_length": 150, "vae_tile_size": 64, "host": "localhost", "auth": "Ann:a password",
+    "allowed_hosts": ["studio.example"],
 }  # fmt: skip
 
 
