@@ -200,7 +200,7 @@ def test_it_trains_on_a_sample_from_an_empty_folder(installed):
     said = installed.run("dora-diffusion", "samples", "mine")
     command = "dora-diffusion train --config mine/bolt_mug/config.yaml"
     assert command in said.splitlines()
-    less = "--max_train_steps 1 --num_validation_images 1 --validation_inference_steps 1"
+    less = "--max_train_steps 2 --num_validation_images 1 --validation_inference_steps 1"
     installed.run(*command.split(), *less.split())
     results = installed.empty / "dreambooth-output" / "bolt_mug"
     assert (results / "pytorch_lora_weights.safetensors").is_file()

@@ -31,12 +31,6 @@ SCHEDULERS: Mapping[str, SamplingScheduler] = {
     "ddpm": SamplingScheduler("DDPMScheduler", "DDPM"),
     "pndm": SamplingScheduler("PNDMScheduler", "PLMS", {"skip_prk_steps": True}),
     "heun": SamplingScheduler("HeunDiscreteScheduler", "Heun"),
-    "dpm2": SamplingScheduler("KDPM2DiscreteScheduler", "DPM2", schedule="Uniform"),
-    "dpm2_karras": SamplingScheduler("KDPM2DiscreteScheduler", "DPM2", _KARRAS, "Karras"),
-    "dpm2_a": SamplingScheduler("KDPM2AncestralDiscreteScheduler", "DPM2 a", schedule="Uniform"),
-    "dpm2_a_karras": SamplingScheduler(
-        "KDPM2AncestralDiscreteScheduler", "DPM2 a", _KARRAS, "Karras"
-    ),
     "euler": SamplingScheduler("EulerDiscreteScheduler", "Euler"),
     "euler_karras": SamplingScheduler("EulerDiscreteScheduler", "Euler", _KARRAS, "Karras"),
     "euler_a": SamplingScheduler("EulerAncestralDiscreteScheduler", "Euler a"),

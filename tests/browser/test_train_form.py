@@ -16,7 +16,7 @@ import yaml
 
 from dora_diffusion.config import PRESETS
 from dora_diffusion.models.memory import Device
-from dora_diffusion.studio.app.settings import ADVANCED, GROUPS, preset_values
+from dora_diffusion.studio.app.settings import ADVANCED, GROUPS, PROMPTS, preset_values
 from dora_diffusion.studio.jobs.queue import Lock
 from dora_diffusion.studio.jobs.store import Workspace
 from dora_diffusion.studio.jobs.subjects import take_sample
@@ -197,9 +197,9 @@ def test_many_fields_that_change_together_ask_for_one_plan(visit: Callable[..., 
         if "queue/join" in request.url:
             values = json.loads(request.post_data)["data"]
             # The subject, the model, token, class and prompts come before the settings, other
-            # subjects behind them.
-            if len(values) == 6 + len(ADVANCED):
-                asked.append(values[5:-1])
+            # subjects and a slider's prompts behind them.
+            if len(values) == 6 + len(ADVANCED) + len(PROMPTS):
+                asked.append(values[5:][: len(ADVANCED)])
 
     page.page.on("request", note)
     page.choose("#base-model", f"{SDXL} ·")

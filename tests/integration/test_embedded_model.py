@@ -64,7 +64,7 @@ def test_it_trains_samples_merges_and_reloads(trained: Path, tmp_path: Path) -> 
     assert np.abs(image(tmp_path / "half", tmp_path / "half.png") - adapted).mean() < 1
     text = read_parameters(tmp_path / "adapted.png")
     assert text is not None
-    assert f'Model: "{BASE}", Adapter: output' in text
+    assert f'Model: "{BASE}", Lora hashes: "output: ' in text
 
 
 def test_the_result_says_how_it_was_made(trained: Path) -> None:

@@ -471,8 +471,9 @@ def test_a_comment_is_where_the_standard_has_it(tmp_path):
         ("DPM++ 2M SDE", "Automatic", None),
         ("DPM++ 2M SDE Exponential", None, None),
         ("DPM++ 2M SDE", None, "dpm++_sde"),
-        ("DPM2 a Karras", None, "dpm2_a_karras"),
-        ("DPM2", "Normal", "dpm2"),
+        ("Euler", "Normal", "euler"),
+        # Diffusers' has timesteps in float64, which Apple's GPUs do not compute.
+        ("DPM2", "Normal", None),
         ("Euler a", "Karras", None),
         ("Restart", None, None),
     ],

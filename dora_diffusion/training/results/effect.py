@@ -9,7 +9,7 @@ training step of one image of 1024 pixels; it holds one layer's weight in float3
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,14 +148,17 @@ class Probe:
     @contextmanager
     def _computing(self) -> Iterator[None]:
         components = self._components
-        wide = nullcontext() if self._is_sharded else _Float32()
         scope = norm_scope(*components.adaptable().values())
-        with torch.no_grad(), components.eval_mode(), uncompiled(), scope, wide:
+        with torch.no_grad(), components.eval_mode(), uncompiled(), scope:
             yield
+
+    def _wide(self) -> AbstractContextManager[object]:
+        """Compute in float32; what moves weights stays outside, or they would stay so."""
+        return nullcontext() if self._is_sharded else _Float32()
 
     def _encoded(self) -> Conditioning:
         components = self._components
-        with on_device(components.device, *components.text_encoders):
+        with on_device(components.device, *components.text_encoders), self._wide():
             return encode_prompts(components, self._captions)
 
     def _predicted(self, hidden: Conditioning) -> Tensor:
@@ -168,13 +171,15 @@ class Probe:
         steps = components.scheduler.config.num_train_timesteps
         crop = plan_crop((side, side), side, multiple=components.vae_factor)
         ids = time_ids(components.family, [crop] * len(_TIMESTEPS))
-        return predict(
-            components.unet,
-            noise.to(device),
-            torch.tensor([int(place * steps) for place in _TIMESTEPS], device=device),
-            hidden,
-            None if ids is None else ids.to(device),
-        )
+        timesteps = torch.tensor([int(place * steps) for place in _TIMESTEPS], device=device)
+        with self._wide():
+            return predict(
+                components.unet,
+                noise.to(device),
+                timesteps,
+                hidden,
+                None if ids is None else ids.to(device),
+            )
 
 
 def _distance(a: Conditioning, b: Conditioning) -> float:

@@ -125,7 +125,7 @@ def test_every_command_that_takes_a_base_takes_variant_and_revision():
     assert all({"variant", "revision"} <= dests[name] for name in taking)
     # Those open it in a training or in replicas.
     assert taking == {line.split()[0] for line in TAKING_A_BASE.values()} | {
-        "train", "fleet", "serve",
+        "train", "fleet", "serve", "doctor",
     }  # fmt: skip
 
 

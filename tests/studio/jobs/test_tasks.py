@@ -188,7 +188,7 @@ def test_a_command_that_says_so_has_a_button_with_its_settings(
         button, fields = LibraryTab().buttons["shrink"]
     assert (button.value, [field.label for field in fields]) == (
         "Shrink",
-        ["rank", "layers", "keep"],
+        ["Rank", "Layers", "Keep"],
     )
     assert [field.value for field in fields] == ["4", "*", False]
 
