@@ -165,7 +165,7 @@ def test_the_target_stays_the_untrained_model_s(
 
     monkeypatch.setattr(Objective, "losses", note)
     steps_of(config, 3)
-    inputs, _, model_pred, _, unmasked = seen[-1]
+    inputs, _, model_pred, _, unmasked, *_ = seen[-1]
     [own], _ = noisy_batches([session_of(config).learner.objective], [inputs])
     part = own.unmasked()
     assert part is not None

@@ -93,7 +93,7 @@ def test_help_lists_settings_under_their_headings_those_that_matter_first_alone(
     text, headings, names = shown(capsys, "--help")
     assert text.startswith("usage: dora-diffusion train [--config FILE] [--SETTING VALUE ...]\n")
     expected = [
-        "Model", "Subject", "Data", "Adapter", "Optimization", "Memory and precision",
+        "Model", "Subject", "Slider", "Data", "Adapter", "Optimization", "Memory and precision",
         "Validation", "Output",
     ]  # fmt: skip
     assert headings == expected

@@ -16,6 +16,7 @@ from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.events import (
     ClassImagesAnnounced,
     ClassImagesProgress,
+    EffectMeasured,
     ModelLoading,
     StepDone,
     TrainingEnded,
@@ -74,7 +75,7 @@ def test_a_run_shows_class_images_before_its_first_step(tiny_run, capsys):
     kinds = list(dict.fromkeys(type(event) for event in events))
     assert kinds == [
         ModelLoading, ClassImagesAnnounced, ClassImagesProgress, TrainingStarted, StepDone,
-        TrainingEnded,
+        EffectMeasured, TrainingEnded,
     ]  # fmt: skip
     # The number before any is made, and the time while the first batch is.
     first, timed = (e for e in events if isinstance(e, ClassImagesAnnounced))
