@@ -154,7 +154,7 @@ def test_the_next_steps_are_commands_that_the_parser_takes(
     assert (image.prompt, image.output) == ("a photo of Ann's sks dog", "my dogs.png")
     trained = (image.base, image.adapter)
     whole = ("my dogs", None)
-    assert trained == (whole if file == "model" else ("my models/base", "my dogs"))
+    assert trained == (whole if file == "model" else ("my models/base", ["my dogs"]))
     assert image.variant == settings.get("variant")
     if not to:
         assert steps["ComfyUI"][:2] == ["copy", str(Path("my dogs", file))]
