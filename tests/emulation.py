@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 LOW = (torch.bfloat16, torch.float16)
 TO_PYTHON = (Tensor.numpy, Tensor.__array__)
@@ -128,7 +128,11 @@ class EmulatedGPU:
             return tensor.untyped_storage()._cdata in self._pinned
 
     def take(self, tensor: Tensor, on: bool = True) -> Tensor:
-        """Have a tensor's storage be on the device, or not any more."""
+        """Have a tensor's storage be on the device, or not any more; of a wrapper its parts'."""
+        with torch._C.DisableTorchFunction():
+            if is_traceable_wrapper_subclass(tensor):
+                for name in tensor.__tensor_flatten__()[0]:
+                    self.take(getattr(tensor, name), on)
         if not on:
             with torch._C.DisableTorchFunction():
                 self._storages.pop(tensor.untyped_storage()._cdata, None)

@@ -162,7 +162,7 @@ def set_up_run(page: Visit, steps: int) -> None:
     page.wait("document.querySelector('#class-word input, #class-word textarea')?.value === 'mug'")
     page.check("Fast")
     # What is typed before the preset has been filled in would be written over.
-    page.wait_text("#plan", "--max_train_steps 120 ")
+    page.wait_text("#plan", "--max_train_steps 50 ")
     page.unfold("Advanced settings", "Optimization", "Validation", "Output")
     for name, value in (
         ("max_train_steps", steps),

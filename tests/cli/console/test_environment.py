@@ -337,7 +337,7 @@ def test_a_folder_that_cannot_be_written_to_or_is_full_is_a_problem(
     monkeypatch.setattr(module, "_LITTLE", 2**80)
     (full,) = module._of_folder(name, place)
     assert (full.state, full.mend) == ("PROBLEM", f"free some space, or {module._ELSEWHERE[name]}")
-    (tmp_path / "not").write_text("a file")
+    (tmp_path / "not").write_text("a file", encoding="utf-8")
     (found,) = module._of_folder(name, place)
     assert found.found.startswith(f"{tmp_path / 'not'} cannot be written to: ")
     assert (found.state, found.mend) == ("PROBLEM", module._ELSEWHERE[name])

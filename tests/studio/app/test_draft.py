@@ -90,4 +90,4 @@ def test_a_slider_is_widened_to_what_an_image_or_an_earlier_visit_says(blocks: g
         for field, update in updates
         if "value" in update
     }
-    assert limits == {"Strength": (0, 2.5, 2.5), "Direction": (-1, -1, 2), "Magnitude": (0, 0.5, 2)}
+    assert limits == {"Strength": (-3, 2.5, 3), "Direction": (-1, -1, 2), "Magnitude": (0, 0.5, 2)}

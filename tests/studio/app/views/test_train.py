@@ -158,12 +158,14 @@ def test_the_plan_says_what_will_not_fit_and_what_to_change(
     assert "Memory is from runs at full size" in fits
     assert f"{needed:.1f} GiB, {needed + 1:.1f} GiB free" in fits
     assert f"This will not fit: it takes about {needed:.1f} GiB" in short
-    assert "Set resolution" in short
+    assert "Set quantize int8." in short
     assert "Set mixed_precision bf16 and gradient_checkpointing on." in said(
         needed, mixed_precision="no", gradient_checkpointing=False, **one
     )
     five = half | {"train_batch_size": "5", "with_prior_preservation": True}
-    assert "Set train_batch_size 1 and with_prior_preservation off." in said(needed, **five)
+    assert "Set quantize nf4 and train_batch_size 1 and with_prior_preservation off." in said(
+        needed, **five
+    )
 
 
 def test_the_plan_warns_of_a_subject_that_the_toy_world_does_not_know(
@@ -227,7 +229,7 @@ def test_a_real_subject_gets_a_model_of_this_machine_that_fits(
     toy = Base(EMBEDDED, "sd1", "toy")
 
     def chosen(
-        found: list[Base], word: str, *, free: float | None = 5.0, settled: str = "",
+        found: list[Base], word: str, *, free: float | None = 2.4, settled: str = "",
         model: str = EMBEDDED, kind: str = "cuda",
     ) -> Any:  # fmt: skip
         monkeypatch.setattr(context, "bases", lambda: found)
@@ -245,7 +247,7 @@ def test_a_real_subject_gets_a_model_of_this_machine_that_fits(
         return None
 
     every = [toy, sdxl, sd1, download]
-    assert chosen(every, "dog") == one  # 5 GiB do not hold SDXL
+    assert chosen(every, "dog") == one  # 2.4 GiB do not hold SDXL, in 4 bits either
     assert chosen(every, "dog", free=40.0) == xl
     assert chosen(every, "dog", free=40.0, kind="cpu") == one
     assert chosen([sd1, sdxl], "dog", free=None) == one  # the first
