@@ -146,7 +146,7 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
         step.average.leave()
         _copy(state["live"], session.weights.parameters())
     session.sampler.load_state_dict(state["sampler"])
-    session.probe.load_state_dict(state["probe"])
+    session.probe.load_state_dict(state.get("probe", {}))
     step.batches = int(state["batches"])
     if state["scaler"] is not None and session.accelerator.scaler is not None:
         session.accelerator.scaler.load_state_dict(state["scaler"])

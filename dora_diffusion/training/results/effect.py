@@ -101,9 +101,13 @@ class Probe:
         return {"captions": self._captions, "before": self._before, "dtype": str(self._dtype)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Compare with what the run began with; in another precision with the base model."""
-        self._captions, self._before = state["captions"], state["before"]
-        if state["dtype"] != str(self._dtype):
+        """Compare with what the run began with.
+
+        Compare with the base model in another precision, and where a checkpoint does not know it.
+        """
+        self._captions = state.get("captions", self._captions)
+        self._before = state.get("before", {})
+        if state.get("dtype") != str(self._dtype):
             with self._weights.base_weights():
                 self._before = {}
                 self.begin()

@@ -92,7 +92,7 @@ def start_run(session: Session, output_dir: Path) -> tuple[Session, RunStart]:
         changed = {}
     elif changed:
         segments.append(segment(step + 1, config.to_dict()))
-    conditions = list(state["conditions"])
+    conditions = list(state.get("conditions") or [{"from_step": 1, **now}])
     if line := changed_conditions(path.name, conditions[-1], now):
         warnings.warn(line, stacklevel=4)
     if step < session.total_steps and conditions[-1] | now != conditions[-1]:
