@@ -259,7 +259,7 @@ def _file(path: Any, folder: int = -1) -> str:
 def _check_name(path: str) -> None:
     """Refuse a name that Windows does not have, and one that differs in case alone."""
     folder, name = os.path.split(path)
-    if not is_name(name):
+    if name and not is_name(name):  # The root of a disk has none.
         raise OSError(errno.EINVAL, "The filename, directory name is incorrect", path)
     if not os.path.lexists(path) and os.path.isdir(folder):
         for other in os.listdir(folder):
