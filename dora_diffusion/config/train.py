@@ -276,6 +276,12 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             "optimizer adamw",
             "optimizer",
         )
+        require(
+            self.is_full or not self.limits_norms,
+            f"scale_weight_norms limits what trains, and {name} uses an average of other weights, "
+            "which stay larger; leave it out, or use optimizer adamw",
+            "scale_weight_norms",
+        )
 
     def _check_allocation(self) -> None:
         require(

@@ -190,6 +190,7 @@ def test_the_average_of_schedule_free_adamw_is_the_mean_of_its_z(
             {"parametrization": "adalora"},
             "AdaLoRA switches triplets off, which adamw-sch",
         ),
+        ({"scale_weight_norms": 1.0}, "scale_weight_norms limits what trains, and adamw-sch"),
     ],
 )
 def test_what_a_schedule_free_run_cannot_have(settings: dict[str, Any], reason: str) -> None:
