@@ -247,9 +247,10 @@ class Setting:
         if value is None:
             return
         if self.is_map:
-            wanted = "a mapping, of patterns to values"
             require(
-                isinstance(value, dict), f"{self.name} is {value!r}; it must be {wanted}", self.name
+                isinstance(value, dict),
+                f"{self.name} is {value!r}; it must be a mapping, of patterns to values",
+                self.name,
             )
             value = list(value.values())
         if self.is_list:

@@ -153,7 +153,7 @@ def check_components(model: AnyModel) -> dict[str, str]:
 
 
 class _Plan(NamedTuple):
-    """What a model is made as.
+    """The form that a model is made in.
 
     Attributes:
         family: Its family.

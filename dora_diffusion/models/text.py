@@ -264,10 +264,15 @@ def encode_unconditional(components: Components, count: int = 1) -> Conditioning
 
 
 def encode_negative(
-    components: Components, prompts: Sequence[str], adapters: Sequence[str | None] | None = None
+    components: Components,
+    prompts: Sequence[str],
+    adapters: Sequence[str | None] | None = None,
+    *,
+    weighted: bool = False,
 ) -> Conditioning:
     """Encode negative prompts, which Diffusers' pipelines read without clip skip."""
-    return encode_prompts(components, prompts, clip_skip=0, adapters=adapters)
+    encode = encode_weighted if weighted else encode_prompts
+    return encode(components, prompts, clip_skip=0, adapters=adapters)
 
 
 def truncated_text(

@@ -211,7 +211,7 @@ class MaskedOperation(Operation):
         return self.op.scale_input(x, vector)
 
     def down_project(self, x: Any, down: Tensor) -> Tensor:
-        """What ``down`` makes, times the mask."""
+        """The product with ``down``, times the mask."""
         made, mask = self.op.down_project(x, down), self.mask
         channels = made.ndim - len(self.shape) + self.shape.index(-1)
         shape = [len(mask), *[1] * (made.ndim - 1)]

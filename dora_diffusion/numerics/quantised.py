@@ -242,7 +242,7 @@ class NF4Weight(PackedWeight):
 
 
 def _restored(rows: Tensor, quantised: Tensor) -> Tensor:
-    """What each row of a quantised weight is multiplied with to have its norm back, ``(rows,)``."""
+    """The factors that give the rows of a quantised weight their norm back, ``(rows,)``."""
     norms = (torch.linalg.vector_norm(each, dim=1) for each in (rows, quantised))
     return torch.div(*(norm.clamp_min(_TINY) for norm in norms))
 

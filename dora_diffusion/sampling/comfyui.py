@@ -1,4 +1,4 @@
-"""Settings of ComfyUI's images: the plain ones of its workflows, as A1111 would write them."""
+"""Settings of ComfyUI's images: the plain ones of its workflows, by A1111's names."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ _SILENT = {"SaveImage", "PreviewImage", "VAEDecode", "Note", "MarkdownNote"}
 _MOST_NODES = 1000
 
 
-def workflow_parameters(text: str) -> str | None:
-    """The ``parameters`` text of a plain workflow: one KSampler, its model, adapters and prompts.
+def workflow_parameters(text: str) -> tuple[str, str, dict[str, str]] | None:
+    """The settings of a plain workflow: one KSampler, its model, adapters and prompts.
 
     Args:
         text: The JSON of an image's ``prompt`` chunk: nodes by number, each with its
             ``class_type`` and its ``inputs``, of which a list is [number of a node, output].
 
     Returns:
-        The text, in which ``Other nodes`` names what it does not say; None of any other JSON.
+        The prompt with tags of adapters, the negative prompt, and the fields of A1111's text, in
+        which ``Other nodes`` names what these do not say; None of any other JSON.
     """
     try:
         nodes = json.loads(text)
@@ -64,15 +65,8 @@ def workflow_parameters(text: str) -> str | None:
         "Denoising strength": "" if denoise == 1 else denoise,
         "Other nodes": ", ".join(sorted(graph.unseen())),
     }
-    kept = {name: value for name, value in fields.items() if value not in ("", None)}
-    line = ", ".join(f"{name}: {_quoted(value)}" for name, value in kept.items())
-    lines = [" ".join([prompts[0], *tags]).strip()]
-    return "\n".join([*lines, *[f"Negative prompt: {prompts[1]}"] * bool(prompts[1]), line])
-
-
-def _quoted(value: Any) -> str:
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
+    kept = {name: str(value) for name, value in fields.items() if value not in ("", None)}
+    return " ".join([prompts[0], *tags]).strip(), prompts[1], kept
 
 
 class _Graph:

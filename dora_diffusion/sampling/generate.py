@@ -44,6 +44,7 @@ from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.models.text import (
     Conditioning,
     chunk_count,
+    encode_negative,
     encode_prompts,
     encode_unconditional,
     encode_weighted,
@@ -537,8 +538,7 @@ def _prompts(
         }
     encode = encode_weighted if is_weighted else encode_prompts
     against = (
-        # As Diffusers' pipelines read them: without clip skip.
-        encode(components, [negative] * count, clip_skip=0, adapters=adapters)
+        encode_negative(components, [negative] * count, adapters, weighted=is_weighted)
         if negative
         else encode_unconditional(components, count)
     )

@@ -147,9 +147,7 @@ def parameters_text(
         extra: Further fields by name.
         hash_model: Add the hash of a base of one file, which is read whole once.
     """
-    lines = [" ".join([_one_paragraph(prompt), *(adapter.tag for adapter in adapters)]).strip()]
-    if negative := _one_paragraph(settings.negative_prompt):
-        lines.append(f"{_NEGATIVE} {negative}")
+    shown = " ".join([_one_paragraph(prompt), *(adapter.tag for adapter in adapters)]).strip()
     fields: dict[str, object] = {"Steps": settings.steps}
     if settings.scheduler is not None:
         scheduler = SCHEDULERS[settings.scheduler]
@@ -174,6 +172,12 @@ def parameters_text(
     if known := [f"{adapter.tag_name}: {adapter.hash}" for adapter in adapters if adapter.hash]:
         fields["Lora hashes"] = ", ".join(known)
     fields["Version"] = OWN_VERSION + __version__
+    return _written(shown, _one_paragraph(settings.negative_prompt), fields)
+
+
+def _written(prompt: str, negative: str, fields: Mapping[str, object]) -> str:
+    """The ``parameters`` text of prompts and fields."""
+    lines = [prompt, *[f"{_NEGATIVE} {negative}"] * bool(negative)]
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items()))
     return "\n".join(lines)
 
@@ -338,8 +342,8 @@ def read_parameters(path: str | Path) -> str | None:
         image = Image.open(path)
     with image:
         text, workflow = image.info.get(_CHUNK), image.info.get(_WORKFLOW)
-        if text is None and workflow is not None:
-            text = workflow_parameters(str(workflow))
+        if text is None and workflow is not None and (found := workflow_parameters(str(workflow))):
+            text = _written(*found)
         return _comment(image) if text is None else str(text)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -53,14 +54,14 @@ def test_the_report_counts_parameters_as_the_paper_does(net):
     assert str(report) == "2 layers adapted (1 Linear, 1 Conv2d), 148 parameters"
 
 
-def peft_twin(net: nn.Module, ours: nn.Module, dropout: float = 0.0) -> nn.Module:
+def peft_twin(net: nn.Module, ours: nn.Module, **settings: Any) -> nn.Module:
     """The same adapter in PEFT."""
     from peft import LoraConfig, inject_adapter_in_model
 
     names = [path for path, _ in adapted_layers(ours)]
+    settings = {"r": 3, "lora_alpha": 5.0, **settings}
     twin = inject_adapter_in_model(
-        LoraConfig(r=3, lora_alpha=5.0, use_dora=True, target_modules=names, lora_dropout=dropout),
-        copy.deepcopy(net),
+        LoraConfig(use_dora=True, target_modules=names, **settings), copy.deepcopy(net)
     )
     with torch.no_grad():
         for path, layer in adapted_layers(ours):
@@ -74,8 +75,6 @@ def peft_twin(net: nn.Module, ours: nn.Module, dropout: float = 0.0) -> nn.Modul
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_ranks_and_scales_by_pattern_are_pefts(net, x, rslora):
-    from peft import LoraConfig, inject_adapter_in_model
-
     pattern = {
         "rank_pattern": {"square": 5, "point": 2},
         "alpha_pattern": {"wide": 7.0, "square": 2.0},
@@ -84,19 +83,10 @@ def test_ranks_and_scales_by_pattern_are_pefts(net, x, rslora):
     config = AdapterConfig(("full",), rank=3, alpha=4.0, conv_alpha=4.0, rslora=rslora, **pattern)
     inject_adapters(ours, config)
     move(ours)
-    names = [path for path, _ in adapted_layers(ours)]
-    settings = LoraConfig(
-        r=3, lora_alpha=4.0, use_rslora=rslora, use_dora=True, target_modules=names, **pattern
-    )
-    twin = inject_adapter_in_model(settings, copy.deepcopy(net))
-    with torch.no_grad():
-        for path, layer in adapted_layers(ours):
-            theirs, adapter = twin.get_submodule(path), layer.adapters["default"]
-            theirs.lora_A["default"].weight.copy_(adapter.down)
-            theirs.lora_B["default"].weight.copy_(adapter.up)
-            magnitude = theirs.lora_magnitude_vector["default"].weight
-            magnitude.copy_(adapter.magnitude.view_as(magnitude))
-            assert adapter.weights().scale == pytest.approx(theirs.scaling["default"])
+    twin = peft_twin(net, ours, lora_alpha=4.0, use_rslora=rslora, **pattern)
+    for path, layer in adapted_layers(ours):
+        scale = twin.get_submodule(path).scaling["default"]
+        assert layer.adapters["default"].weights().scale == pytest.approx(scale)
     y = twin(x)
     torch.testing.assert_close(ours(x), y, rtol=0, atol=1e-6 * y.abs().max().item())
 
@@ -134,7 +124,7 @@ def test_dropout_agrees_with_peft(x):
     ours = copy.deepcopy(net)
     inject_adapters(ours, everything(dropout=0.4))
     move(ours)
-    twin = peft_twin(net, ours, dropout=0.4)
+    twin = peft_twin(net, ours, lora_dropout=0.4)
     x = torch.randn(50, 8)
     torch.manual_seed(7)
     mine = ours(x)

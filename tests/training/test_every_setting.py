@@ -257,7 +257,7 @@ ALONE: dict[str, Any] = {
     "instance_prompt": "a sks dog", "full_weights": "targets", "model_config": "{sd1}",
     "revision": "main", "offload": "model", "sharding": "fsdp", "teach": "slider",
 }  # fmt: skip
-"""What acts only beside others, or not here at all; `output_dir` always acts."""
+"""Settings that act only beside others, or not here at all; `output_dir` always acts."""
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "start": {"init_adapter": "made below", "targets": ["full"], "rank": 4, "conv_rank": 4},
     "words": {"train_text_encoder_ti": True, "token": "mug", "instance_prompt": "a mug"},
     "accumulation": {"gradient_accumulation_steps": 2},
-    "pictures": {"num_validation_images": 1},
+    "images": {"num_validation_images": 1},
 }
 
 
@@ -58,7 +58,7 @@ def quantised_modules(model: nn.Module) -> list[nn.Module]:
 
 @pytest.fixture(scope="module")
 def dequantised(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Folder of the model whose weights are those that a quantised one stands for, in a dtype."""
+    """Folder of the model that has the dequantised weights, in a dtype."""
     made: dict[str, Path] = {}
 
     def folder(config: TrainConfig) -> Path:
@@ -108,7 +108,7 @@ def test_a_run_is_that_of_the_dequantised_model(
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     images = [sorted((run.output_dir / "samples").rglob("*.png")) for run in (found, wanted)]
-    assert bool(images[0]) == (name == "pictures")
+    assert bool(images[0]) == (name == "images")
     for own, same in zip(*images, strict=True):
         assert np.array_equal(np.asarray(Image.open(own)), np.asarray(Image.open(same)))
 

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dora_diffusion import generate_images, load_components, set_strength
+from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.cli.console.training import what_trains
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
@@ -26,6 +27,7 @@ from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.engine.objective import StepInputs
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import TrainResult, check_pack, train
+from dora_diffusion.training.results.write import SampleWriter
 from dora_diffusion.training.session import open_session
 from tests.training.helpers import find, losses, names
 
@@ -273,12 +275,25 @@ def test_samples_are_a_strip_of_the_written_file(sd1_folder: Path, tmp_path: Pat
     assert metadata.trigger == ""
 
 
-def test_samples_in_between_change_nothing(sd1_folder: Path, tmp_path: Path) -> None:
+def test_samples_in_between_change_nothing(
+    sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strengths: set[float] = set()
+    real = SampleWriter.at_step
+
+    def note(self: SampleWriter, step: int) -> Any:
+        made = real(self, step)
+        for model in self._session.weights.modules.values():
+            strengths.update(part.strengths.strength for part in layer_adapters(model))
+        return made
+
+    monkeypatch.setattr(SampleWriter, "at_step", note)
     plain = slider(sd1_folder, tmp_path / "plain", method="dora")
     sampled = replace(
         plain, output_dir=str(tmp_path / "sampled"), num_validation_images=1, validation_steps=1
     )
     assert_same_file(train(plain), train(sampled))
+    assert strengths == {1.0}
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

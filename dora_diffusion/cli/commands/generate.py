@@ -346,7 +346,7 @@ def _with_strengths(words: Sequence[str], strengths: Mapping[str, str]) -> list[
 
 @dataclass(frozen=True)
 class _Repeated:
-    """What an image to repeat says that no setting holds.
+    """Facts of an image to repeat that no setting holds.
 
     Attributes:
         fields: Its text; empty where none is to be repeated.

@@ -111,7 +111,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, what was found there, and what mends it.
+    """Result of a look at one thing, and what mends it.
 
     Attributes:
         check: What was looked at.

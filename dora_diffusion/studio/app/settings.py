@@ -31,11 +31,12 @@ EMBEDDED = EMBEDDED_MODELS[0]
 DATASET_FILE = "subjects.yaml"
 
 # Fields of their own on the page, and what the app itself decides: where a run lies, when it
+PROMPTS = ("target", "positive", "negative", "anchors")
+"""Settings of a slider with a field of their own, for a prompt in each line."""
 # resumes, and (in the Library) whether it is published. use_8bit_adam is an optimizer's other name.
 _NOT_ADVANCED = frozenset((
     "pretrained_model_name_or_path", "dataset_config", "instance_data_dir", "instance_prompt",
-    "token", "class_word", "target", "positive", "negative", "anchors",
-    "validation_prompt", "output_dir", "overwrite_output_dir",
+    "token", "class_word", *PROMPTS, "validation_prompt", "output_dir", "overwrite_output_dir",
     "resume_from_checkpoint", "logging_dir", "push_to_hub", "hub_model_id", "use_8bit_adam",
 ))  # fmt: skip
 SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in settings()}
@@ -46,8 +47,6 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     for group in dict.fromkeys(SETTINGS[name].group for name in ADVANCED)
 }
 
-PROMPTS = ("target", "positive", "negative", "anchors")
-"""Settings of a slider with a field of their own, for a prompt in each line."""
 # Settings with a field of their own on the page, as it is labelled there.
 LABELS: Mapping[str, str] = {
     "pretrained_model_name_or_path": "Base model", "init_adapter": "Start from",

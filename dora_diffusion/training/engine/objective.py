@@ -434,7 +434,7 @@ class NoisyBatch(NamedTuple):
         return self._replace(inputs=inputs, latents=self.latents[rows], rows=rows)
 
     def of_slider(self) -> list[NoisyBatch]:
-        """What a slider's target is made of: all, and the photos with the prompts of both ends."""
+        """Sources of a slider's target: all rows, and the photos with the prompts of both ends."""
         sides = [self._part(dict(enumerate(side))) for side in zip(*self.inputs.ends, strict=True)]
         return [self, *filter(None, sides)] if sides else []
 

@@ -122,8 +122,8 @@ def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimize
     Raises:
         ConfigError: If the optimizer's library is not installed.
     """
-    betas = (config.adam_beta1, config.adam_beta2)
-    name = config.optimizer_name
+    betas, name = (config.adam_beta1, config.adam_beta2), config.optimizer_name
+    library = optimizer_library(name)
     if name in ("adamw", "muon"):
         # One kernel that updates every parameter is the fastest for many small ones.
         kinds = {parameter.device.type for group in groups for parameter in group["params"]}
@@ -131,10 +131,8 @@ def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimize
         chosen = torch.optim.AdamW if name == "adamw" else MuonAndAdamW
         return chosen(groups, betas=betas, eps=config.adam_epsilon, **{kind: True})
     if name == "adamw8bit":
-        library = optimizer_library(name)
         return library.optim.AdamW8bit(groups, betas=betas, eps=config.adam_epsilon)  # type: ignore[no-any-return]
     if name == "prodigy":
-        library = optimizer_library(name)
         return library.Prodigy(  # type: ignore[no-any-return]
             groups,
             betas=betas,
@@ -145,12 +143,10 @@ def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimize
             safeguard_warmup=config.prodigy_safeguard_warmup,
         )
     if name == "adamw-schedule-free":
-        library = optimizer_library(name)
         optimizer: Any = library.AdamWScheduleFree(groups, betas=betas, eps=config.adam_epsilon)
         optimizer.train()
         return optimizer  # type: ignore[no-any-return]
     if name == "prodigy-schedule-free":
-        library = optimizer_library(name)
         return library.ProdigyPlusScheduleFree(  # type: ignore[no-any-return]
             groups,
             betas=betas,

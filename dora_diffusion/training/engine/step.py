@@ -108,7 +108,7 @@ class TrainingEngine:
         return outcomes
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What all adapters of the stack train."""
+        """The parameters of all adapters of the stack."""
         return (p for own in self.stack.adapters for a in own for p in a.parameters())
 
     def accumulate(self, batches: Sequence[StepInputs]) -> None:

@@ -106,11 +106,12 @@ class Probe:
         Compare with the base model in another precision, and where a checkpoint does not know it.
         """
         self._captions = state.get("captions", self._captions)
-        self._before = state.get("before", {})
-        if state.get("dtype") != str(self._dtype):
-            with self._weights.base_weights():
-                self._before = {}
-                self.begin()
+        if state.get("dtype") == str(self._dtype):
+            self._before = state["before"]
+            return
+        with self._weights.base_weights():
+            self._before = {}
+            self.begin()
 
     def begin(self) -> None:
         """Compute what there is before the first step, where it is not known yet."""

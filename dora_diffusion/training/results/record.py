@@ -26,7 +26,7 @@ _OF_SETTINGS = ("weights",)
 
 
 def conditions_of(components: Components, accelerator: Any) -> Conditions:
-    """What the bits of a step depend on here, by name: versions, device, threads and flags."""
+    """Conditions of a step's bits here, by name: versions, device, threads and flags."""
     kind, weight = components.device.type, next(components.unet.parameters())
     name = device_name(kind)
     if kind == "cpu":

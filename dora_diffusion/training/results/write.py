@@ -318,6 +318,8 @@ class SampleWriter:
 
     def _images(self) -> list[Image.Image]:
         """Sample all images, prompt by prompt and seed by seed, each at all strengths."""
+        if not self._strengths:
+            return self._images_at_strength()
         models, made = self._session.weights.modules.values(), []
         try:
             for strength in self._strengths:
@@ -325,11 +327,9 @@ class SampleWriter:
                     set_strength(model, strength)
                 made.append(self._images_at_strength())
         finally:
-            for model in models if self._strengths else ():
+            for model in models:
                 set_strength(model, 1.0)
-        return [
-            image for row in zip(*made, strict=True) for image in row
-        ] or self._images_at_strength()
+        return [image for row in zip(*made, strict=True) for image in row]
 
     def _images_at_strength(self) -> list[Image.Image]:
         """Sample all images with the model as it is, prompt by prompt."""

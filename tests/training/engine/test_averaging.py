@@ -212,7 +212,7 @@ def test_the_beta1_of_a_schedule_free_run_stays() -> None:
 
 @pytest.fixture
 def uses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Values]]:
-    """What is validated and sampled, and the weights that it is done with."""
+    """Notes of what is validated and sampled, and of the weights that it is done with."""
     sessions: list[Session] = []
     found: list[tuple[str, Values]] = []
     opened, generate, measure = loop.open_session, write.generate_images, Validation.measure
@@ -236,7 +236,7 @@ def uses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Values]]:
 
 
 def written(folder: Path) -> set[bytes]:
-    """What an adapter's file holds."""
+    """The tensors of an adapter's file."""
     adapter = read_adapter(folder)
     tensors = [t for own in adapter.layers.values() for t in (own.down, own.up, own.magnitude)]
     tensors += [rows for vectors in adapter.tokens.values() for rows in vectors.values()]

@@ -52,7 +52,7 @@ def dense(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, m: torch.T
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_the_effect_is_that_of_a_dense_model(family, request, photos, tmp_path):
-    """A plain UNet, its weights computed from the file by hand, at inputs that are made again."""
+    """A plain UNet, its weights computed from the file by hand, at the same inputs."""
     model = request.getfixturevalue(f"{family}_folder")
     config = make_config(model, photos, tmp_path / "out", targets=["cross-attention"])
     effect = effect_of(config)

@@ -1,4 +1,4 @@
-"""What the bits of a run depend on is recorded, and is said where a run is resumed with another."""
+"""The record of what a run's bits depend on, and what resuming with another says."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_run_records_versions_device_and_flags(tiny_run, tmp_path):
 
 @pytest.fixture
 def half(tiny_run):
-    """The settings of a run of one step with a checkpoint, as it goes on to its second."""
+    """The settings of a run of one step with a checkpoint, as it continues to its second."""
     config = tiny_run(max_train_steps=1, checkpointing_steps=1)
     train(config)
     return replace(config, max_train_steps=2, resume_from_checkpoint="latest")

@@ -38,7 +38,7 @@ _SLIDER = (
     "At strength -3, such as a photo of a small mug.",
     "Optional: prompts that stay as they are.",
 )
-"""What to write into the fields of a slider."""
+"""Hints at the fields of a slider."""
 _PROMPTS = "a photo of a {subject} in the snow\na photo of a {subject} at night"
 
 
