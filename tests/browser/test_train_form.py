@@ -157,6 +157,28 @@ def test_a_page_that_is_loaded_again_logs_no_error(visit: Callable[..., Visit]) 
     assert page.page.locator("footer").get_by_text("Settings").count() == 0
 
 
+def test_a_stream_that_the_page_gives_up_is_no_lost_connection(
+    visit: Callable[..., Visit],
+) -> None:
+    stream = """async () => {
+        const control = new AbortController();
+        const headers = {Accept: 'text/event-stream'};
+        const url = 'gradio_api/heartbeat/some-session';
+        const answer = await fetch(new Request(url, {headers, signal: control.signal}));
+        control.abort();
+        return new TextDecoder().decode((await answer.body.getReader().read()).value);
+    }"""
+    page = visit()
+    assert page.page.evaluate(stream).startswith("data:")
+    # Anything else can be given up.
+    other = """async () => {
+        const control = new AbortController();
+        control.abort();
+        return fetch('config', {signal: control.signal}).catch((error) => error.name);
+    }"""
+    assert page.page.evaluate(other) == "AbortError"
+
+
 def test_a_reload_keeps_the_form(visit: Callable[..., Visit], app: App) -> None:
     page = visit()
     page.tab("Train")

@@ -1,10 +1,11 @@
 // Scripts of the page; those of captions and of the photo editor lie beside this one.
 {
-  // A page that is left has its streams ended by the browser. Gradio does so first, and logs errors.
-  const abort = AbortController.prototype.abort;
-  AbortController.prototype.abort = function (...reason) {
-    if (window.event?.type !== 'beforeunload') abort.apply(this, reason);
-  };
+  // The server and the browser end streams. Gradio does so too, when a page is left and by what came
+  // on an earlier stream, and then takes its own end of a stream for a connection that is lost.
+  const {fetch} = window;
+  const isStream = (request) => request.headers?.get('Accept') === 'text/event-stream';
+  window.fetch = (request, options) =>
+    fetch.call(window, request, isStream(request) ? {...options, signal: null} : options);
 }
 
 document.addEventListener('input', ({target}) => {
