@@ -7,8 +7,9 @@ which asks torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from dora_diffusion.config.base import QUANTISATIONS
@@ -242,51 +243,67 @@ def what_would_fit(
     device: Device,
     *,
     batch: int = 1,
-    smaller_batch: str = "train_batch_size 1",
+    without_prior: str = "",
 ) -> str:
-    """Return changes by which settings would fit a device; empty if nothing of it helps.
+    """Return the fewest changes by which settings would fit a device; empty if nothing helps.
+
+    A kind of change is proposed only where those before it are not enough: what costs time, then a
+    base in fewer bits, then fewer images per step, then smaller ones.
 
     Args:
         family: Of the base model.
         resolution: Side in pixels.
         settings: The settings that do not fit.
         device: What it would train on.
-        batch: Images per step, class images counted.
-        smaller_batch: What makes a batch of one.
+        batch: Photos per step.
+        without_prior: What leaves out the second image that a step has for each photo; empty where
+            there is none.
     """
+    settings = {**settings, "train_batch_size": batch, "prior": bool(without_prior)}
+    if settings["mixed_precision"] == "auto":
+        settings["mixed_precision"] = auto_precision(device)
+    possible: list[tuple[str, Any]] = []
+
+    def fewest(size: int) -> str:
+        for chosen in (c for n in range(len(possible) + 1) for c in combinations(possible, n)):
+            changed = settings | dict(chosen)
+            images = changed["train_batch_size"] * (1 + changed["prior"])
+            if _fits(family, size, changed, device, images):
+                said = [f"{name} {'on' if value is True else value}" for name, value in chosen]
+                said = [without_prior if text == "prior False" else text for text in said]
+                return " and ".join([*said, *([f"resolution {size}"] if size < resolution else [])])
+        return ""
+
+    for changes in _changes(settings, device):
+        possible += changes
+        if found := fewest(resolution):
+            return found
+    return next(filter(None, (fewest(size) for size in _SIZES if size < resolution)), "")
+
+
+def _changes(settings: Mapping[str, Any], device: Device) -> Iterator[list[tuple[str, Any]]]:
+    """The changes of `what_would_fit` that take memory from settings, one kind after the other."""
     # A CPU computes bfloat16 too, slowly: `auto` does not take it.
     half = "bf16" if device.kind == "cpu" else auto_precision(device)
-    changes: list[str] = []
-    changed = dict(settings)
-    if changed["mixed_precision"] == "auto":
-        changed["mixed_precision"] = auto_precision(device)
-    for name, value, saves in (
-        (
-            "offload",
-            "auto",
-            changed.get("offload") == "none" and devices.has_own_memory(device.kind),
-        ),
-        ("mixed_precision", half, changed["mixed_precision"] == "no" != half),
-        ("gradient_checkpointing", True, not changed["gradient_checkpointing"]),
-    ):
-        if saves:
-            changes.append(f"{name} {'on' if value is True else value}")
-            changed[name] = value
-        if changes and _fits(family, resolution, changed, device, batch):
-            return " and ".join(changes)
-    may_quantise = devices.has_own_memory(device.kind) and changed.get("sharding") != "fsdp"
-    if may_quantise and changed.get("quantize", "none") == "none":
-        plain = changes
-        for kind in QUANTISATIONS:
-            changed["quantize"], changes = kind, [*plain, f"quantize {kind}"]
-            if _fits(family, resolution, changed, device, batch):
-                return " and ".join(changes)
-    if batch > 1:
-        changes.append(smaller_batch)
-    for size in (resolution, *(size for size in _SIZES if size < resolution)):
-        if _fits(family, size, changed, device, 1):
-            return " and ".join([*changes, *([f"resolution {size}"] if size < resolution else [])])
-    return ""
+    owns, kinds = devices.has_own_memory(device.kind), ("none", *QUANTISATIONS)
+    is_sharded, is_adam = settings.get("sharding") == "fsdp", settings.get("optimizer") == "adamw"
+    more = kinds[kinds.index(settings.get("quantize", "none")) + 1 :]
+    slower = (
+        ("offload", "auto", owns and settings.get("offload") == "none"),
+        ("mixed_precision", half, settings["mixed_precision"] == "no" != half),
+        ("gradient_checkpointing", True, not settings["gradient_checkpointing"]),
+        ("optimizer", "adamw8bit", is_adam and device.has_8bit_adam),
+    )
+    fewer_bits = (
+        *(("quantize", kind, owns and not is_sharded) for kind in more),
+        ("quantize_convolutions", True, owns and not settings.get("quantize_convolutions")),
+    )
+    fewer_images = (
+        ("train_batch_size", 1, settings["train_batch_size"] > 1),
+        ("prior", False, settings["prior"]),
+    )
+    for kind in (slower, fewer_bits, fewer_images):
+        yield [(name, value) for name, value, saves in kind if saves]
 
 
 def _fits(

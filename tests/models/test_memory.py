@@ -287,19 +287,62 @@ def test_what_to_change_is_said_and_then_fits() -> None:
     saved = needed_memory("sdxl", 1024, saving, A100)
     said = what_would_fit("sdxl", 1024, single, card(saved))
     assert said == "mixed_precision bf16 and gradient_checkpointing on"
+    eight = needed_memory("sdxl", 1024, saving | {"optimizer": "adamw8bit"}, A100)
+    assert what_would_fit("sdxl", 1024, saving, card(eight, adam=True)) == "optimizer adamw8bit"
+    assert what_would_fit("sdxl", 1024, saving, card(eight)) == "quantize int8"
     for kind in ("int8", "nf4"):
-        small = saving | {"quantize": kind}
-        needed = needed_memory("sdxl", 1024, small, A100)
+        some = saving | {"quantize": kind}
+        needed = needed_memory("sdxl", 1024, some, A100)
         assert what_would_fit("sdxl", 1024, saving, card(needed)) == f"quantize {kind}"
+    eight_bits = saving | {"quantize": "int8"}
+    assert what_would_fit("sdxl", 1024, eight_bits, card(needed)) == "quantize nf4"
+    small = some | {"quantize_convolutions": True}
+    least = needed_memory("sdxl", 1024, small, A100)
+    assert what_would_fit("sdxl", 1024, some, card(least)) == "quantize_convolutions on"
     smaller = needed_memory("sdxl", 768, small, A100)
     assert what_would_fit("sdxl", 1024, small, card(smaller)) == "resolution 768"
     said = what_would_fit("sdxl", 1024, saving, card(smaller))
-    assert said == "quantize nf4 and resolution 768"
-    assert what_would_fit("sdxl", 1024, small, card(needed), batch=4) == "train_batch_size 1"
-    sharded = saving | {"sharding": "fsdp"}
+    assert said == "quantize nf4 and quantize_convolutions on and resolution 768"
+    assert what_would_fit("sdxl", 1024, small, card(least), batch=4) == "train_batch_size 1"
     smaller = needed_memory("sdxl", 768, saving, A100)
+    sharded = saving | {"sharding": "fsdp"}
     assert what_would_fit("sdxl", 1024, sharded, card(smaller)) == "resolution 768"
     assert what_would_fit("sdxl", 1024, saving, card(0.5)) == ""
+
+
+CHANGES: dict[str, dict[str, object]] = {
+    "mixed_precision bf16": {"mixed_precision": "bf16"},
+    "gradient_checkpointing on": {"gradient_checkpointing": True},
+    "quantize int8": {"quantize": "int8"},
+    "quantize nf4": {"quantize": "nf4"},
+    "quantize_convolutions on": {"quantize_convolutions": True},
+    "train_batch_size 1": {},
+    "no prior": {},
+}
+
+
+@pytest.mark.parametrize("free", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 14.0, 20.0, 30.0])
+@pytest.mark.parametrize("start", [HALF, HALF | {"mixed_precision": "no"}], ids=["half", "single"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_nothing_is_proposed_that_is_not_needed(family: str, start: object, free: float) -> None:
+    """What is proposed for a batch of four with a prior fits, and without any part of it not."""
+
+    def fits(changes: list[str]) -> bool:
+        size, settings = 1024, dict(start)
+        for change in changes:
+            settings |= CHANGES.get(change, {})
+            size = int(change.split()[1]) if change.startswith("resolution") else size
+        photos = 1 if "train_batch_size 1" in changes else 4
+        images = photos * (1 if "no prior" in changes else 2)
+        return needed_memory(family, size, settings, A100, batch=images) <= free
+
+    said = what_would_fit(family, 1024, start, card(free), batch=4, without_prior="no prior")
+    changes = said.split(" and ") if said else []
+    everything = [name for name in CHANGES if name != "quantize int8"]
+    assert bool(changes) == (not fits([]) and fits([*everything, "resolution 256"]))
+    assert not changes or fits(changes)
+    for left_out in changes:
+        assert not fits([change for change in changes if change != left_out])
 
 
 def test_a_change_without_effect_is_not_proposed() -> None:

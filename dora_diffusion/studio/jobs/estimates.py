@@ -92,12 +92,11 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
     )
     if not cost.will_not_fit or not family:
         return cost
-    smaller = ["train_batch_size 1"] if config.train_batch_size > 1 else []
-    prior = "no anchors" if config.is_slider else "with_prior_preservation off"
-    smaller += [prior] if config.holds_prior else []
+    off = "no anchors" if config.is_slider else "with_prior_preservation off"
     change = what_would_fit(
-        family, size, settings, device, batch=batch, smaller_batch=" and ".join(smaller)
-    )
+        family, size, settings, device,
+        batch=config.train_batch_size, without_prior=off if config.holds_prior else "",
+    )  # fmt: skip
     return dataclasses.replace(cost, change=change)
 
 

@@ -163,9 +163,7 @@ def test_the_plan_says_what_will_not_fit_and_what_to_change(
         needed, mixed_precision="no", gradient_checkpointing=False, **one
     )
     five = half | {"train_batch_size": "5", "with_prior_preservation": True}
-    assert "Set quantize nf4 and train_batch_size 1 and with_prior_preservation off." in said(
-        needed, **five
-    )
+    assert "Set quantize int8 and train_batch_size 1." in said(needed, **five)
 
 
 def test_the_plan_warns_of_a_subject_that_the_toy_world_does_not_know(
