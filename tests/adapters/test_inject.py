@@ -26,6 +26,7 @@ from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.adapters.targets import TargetError, match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.dora import adapted_weight
+from dora_diffusion.numerics.quantised import QUANTISATIONS, quantise
 from tests.adapters.helpers import (
     AXES,
     Net,
@@ -559,3 +560,47 @@ def test_layers_that_share_a_weight_merge_one_after_the_other(monkeypatch):
         expected = adapted_weight(expected, layer.adapters["default"].weights())
     merge_adapters(model)
     torch.testing.assert_close(first.weight, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", QUANTISATIONS)
+def test_a_quantised_base_agrees_with_peft_on_bitsandbytes(kind):
+    """On a weight that the codes of both represent; in training, where theirs stay as they are."""
+    library = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    torch.manual_seed(0)
+    ours, layers = nn.Sequential(nn.Linear(128, 96)), library.nn
+    packed = quantise(ours[0].weight, kind)
+    values = {"weight": packed.dense(), "bias": ours[0].bias.detach()}
+    if kind == "nf4":
+        other = layers.Linear4bit(128, 96, torch.float32, compress_statistics=False)
+        other.weight = layers.Params4bit(
+            values["weight"], quant_type="nf4", compress_statistics=False, module=other
+        )
+        other.bias = nn.Parameter(values["bias"])
+    else:
+        other = layers.Linear8bitLt(128, 96, has_fp16_weights=False)
+        other.load_state_dict(values)
+    net = nn.Sequential(other.to("cpu"))
+    if kind == "int8":
+        net[0].weight.SCB = 127 * packed.scale  # theirs is of the weight in float16
+    net.is_loaded_in_4bit, net.is_loaded_in_8bit = kind == "nf4", kind == "int8"
+    assert torch.equal(net[0].weight.data.view(-1), packed.codes.view(-1))
+
+    ours[0].weight = nn.Parameter(packed, requires_grad=False)
+    inject_adapters(ours, AdapterConfig(("0",), rank=3, alpha=5.0))
+    move(ours)
+    twin = peft_twin(net, ours).train()
+    mine, theirs = ours[0].adapters["default"], twin[0]
+    x, upstream = torch.randn(5, 7, 128), torch.randn(5, 7, 96)
+    own, same = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, wanted = ours(own), twin(same)
+    y.backward(upstream)
+    wanted.backward(upstream)
+    magnitude = theirs.lora_magnitude_vector["default"].weight.grad
+    for found, expected in (
+        (y, wanted),
+        (own.grad, same.grad),
+        (mine.down.grad, theirs.lora_A["default"].weight.grad),
+        (mine.up.grad, theirs.lora_B["default"].weight.grad),
+        (mine.magnitude.grad, magnitude.view_as(mine.magnitude)),
+    ):
+        assert (found - expected).norm() <= 1e-6 * expected.norm()
