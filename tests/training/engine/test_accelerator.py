@@ -198,11 +198,15 @@ def test_processes_wait_as_long_as_class_images_take(sd1_folder, photos, tmp_pat
     assert accelerator.init_handler.timeout.total_seconds() > 3600
 
 
-@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_grad_norm": 1.0}, {"max_grad_norm": 0.0},
+     {"quantize": "nf4", "quantize_convolutions": True}],
+)  # fmt: skip
 def test_float16_with_its_gradient_scaler_stays_near_float32(
-    max_grad_norm, sd1_folder, photos, tmp_path, monkeypatch
+    settings, sd1_folder, photos, tmp_path, monkeypatch
 ):
-    exact = make_config(sd1_folder, photos, tmp_path / "fp32", max_grad_norm=max_grad_norm)
+    exact = make_config(sd1_folder, photos, tmp_path / "fp32", **settings)
     train(exact)
     accelerator = accelerator_of_fp16(exact)
     monkeypatch.setattr("dora_diffusion.training.loop.make_accelerator", lambda _: accelerator)
