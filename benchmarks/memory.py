@@ -75,6 +75,8 @@ CARD_FLAGS = (
     f"--with_prior_preservation {_SAVING}",
     f"{_SAVING} --sample_batch_size 1",
     f"--with_prior_preservation {_SAVING} --quantize int8",
+    f"--with_prior_preservation {_SAVING} --quantize int8 --quantize_convolutions",
+    f"--with_prior_preservation {_SAVING} --quantize nf4 --quantize_convolutions",
     f"{_SAVING} --quantize nf4 --sample_batch_size 1",
 )
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
