@@ -16,13 +16,22 @@ from torch import Tensor
 
 from dora_diffusion.adapters.kinds import layer_groups
 from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, LayoutCache, Ready
-from dora_diffusion.adapters.layout import Rows
+from dora_diffusion.adapters.layout import Rows, layouts_of
 from dora_diffusion.adapters.plan import Plan
-from dora_diffusion.numerics.dora import Factors, direction_of, dora_forward, sum_of_adapters
+from dora_diffusion.numerics.dora import (
+    Factors,
+    direction_of,
+    dora_forward,
+    gain,
+    sum_of_adapters,
+)
 from dora_diffusion.numerics.operation import MaskedOperation, Operation, RowOperation, dropout
+from dora_diffusion.numerics.weights import LayerWeights
 
 BASE: Rows = ()
 """Rows of a batch that have no adapter, however many they are."""
+Masks = Sequence[Tensor | None]
+"""Of each layer a number for each rank of each row, ``(N, r)`` or ``(1, r)``; None: all are 1."""
 
 
 class AdapterStack:
@@ -55,7 +64,8 @@ class AdapterStack:
                 )
         self.layers, self.adapters = layers, adapters
         self.rows: Rows = BASE
-        self.masks: Sequence[Tensor] = ()
+        self.masks: Masks = ()
+        self.norm_changes: Masks = ()
         each = zip(layers, adapters, strict=True)
         self._places = [StackPlace(self, *parts) for parts in each]
         self._layouts = LayoutCache()
@@ -98,20 +108,29 @@ class AdapterStack:
             self._plans = []
 
     @contextmanager
-    def of(self, rows: int | Sequence[int], masks: Sequence[Tensor] = ()) -> Iterator[None]:
+    def of(
+        self, rows: int | Sequence[int], masks: Masks = (), active: Masks = ()
+    ) -> Iterator[None]:
         """Use these adapters for the rows of a batch inside the block, backward passes included.
+
+        A masked row of a DoRA computes ``g (W + s B M A)``, with the norm of the whole update
+        ``W + s B A`` in its gain, as it is without a mask: what dropout takes away is made up for
+        in the mean. Where ranks are left out for good, as T-LoRA does by timestep, its norm is
+        that of what is applied: of ``W + s B M' A`` with ``active`` as M', so that each row is the
+        DoRA of its own ranks. All norms are constants for the gradient.
 
         Args:
             rows: The adapter of each row; a number where all have it, however many they are; `BASE`
                 for none.
-            masks: Of each layer ``(N, r)`` or ``(1, r)``, by which each rank of the rows is
-                multiplied (`MaskedOperation`); none: they are as they are.
+            masks: By what each rank of the rows is multiplied (`MaskedOperation`).
+            active: What of this is in the norm, of those layers a row for each of the batch.
         """
-        before = self.rows, self.masks
+        before = self.rows, self.masks, self.norm_changes
+        changes = self._norm_changes(rows, active) if any(own is not None for own in active) else ()
         if not isinstance(rows, int):
             rows = rows[0] if len(set(rows)) == 1 else tuple(rows)
         try:
-            self._choose(rows, masks)
+            self._choose(rows, masks, changes)
             # Before a layer asks, which could then not have all of it ready.
             if isinstance(rows, int) and self._dtype is not None and not any(self._made[rows][0]):
                 self.make(self._dtype)
@@ -119,16 +138,48 @@ class AdapterStack:
         finally:
             self._choose(*before)
 
-    def _choose(self, rows: Rows, masks: Sequence[Tensor] = ()) -> None:
+    def _choose(self, rows: Rows, masks: Masks = (), norm_changes: Masks = ()) -> None:
         for place in self._places if self.masks else ():
-            place.mask = None
-        self.rows, self.masks = rows, masks
+            place.mask = place.norm_change = None
+        self.rows, self.masks, self.norm_changes = rows, masks, norm_changes
         if rows not in self._made:
             self._made[rows] = [({}, {}) for _ in self.layers]
         for layer, place, made in zip(self.layers, self._places, self._made[rows], strict=True):
             place.factors_by_dtype, vars(layer)["_ready"] = made
-        for number, mask in enumerate(masks):  # No layer computes past its place.
-            self._places[number].mask, vars(self.layers[number])["_ready"] = mask, {}
+        for layer, place, mask in zip(self.layers, self._places, masks, strict=False):
+            if mask is not None:  # Nor does the layer compute past its place.
+                place.mask, vars(layer)["_ready"] = mask, {}
+        for place, change in zip(self._places, norm_changes, strict=False):
+            place.norm_change = change
+
+    @torch.no_grad()
+    def _norm_changes(self, rows: int | Sequence[int], active: Masks) -> Masks:
+        """`Factors.norm_change` of each layer, from norms as of an adapter for each row."""
+        whole: dict[int, Sequence[Tensor]] = {}
+        for plan in self._plans:
+            if plan.norm is not None:
+                norms, count = torch.split(plan.norm, plan.layout.sizes), plan.layout.count
+                for place, number in enumerate(plan.layout.numbers):
+                    whole[number] = norms[place * count : (place + 1) * count]
+        numbers, sites, owners = [], [], list[int]()
+        for number, masks in enumerate(active):
+            if masks is not None and number in whole:
+                site = self.layers[number].site(self.adapters[number])
+                owners = [rows] * len(masks) if isinstance(rows, int) else list(rows)
+                each = zip(owners, masks, strict=True)
+                adapters = [_masked(site.adapters[k], mask) for k, mask in each]
+                numbers.append(number)
+                sites.append(site._replace(adapters=adapters))
+        made: list[Tensor | None] = [None] * len(self.layers)
+        for layout in layouts_of(sites).values():
+            own = [numbers[place] for place in layout.numbers]
+            norm = Plan(layout).norm
+            assert norm is not None
+            change = gain(torch.cat([whole[n][k] for n in own for k in owners]), norm).sub_(1)
+            parts = torch.split(change, [len(owners) * width for width in layout.widths])
+            for number, part in zip(own, parts, strict=True):
+                made[number] = part.view(len(owners), -1)
+        return made
 
     def make(self, dtype: torch.dtype) -> None:
         """Make the factors of all layers in a dtype, for the rows of now."""
@@ -142,6 +193,16 @@ class AdapterStack:
                     ready[dtype] = place.op, place.matrix, place.layer.bias, own
 
 
+def _masked(weights: LayerWeights, mask: Tensor) -> LayerWeights:
+    """Weights with a row's mask ``(r,)`` in A; PiSSA's, of twice the rank, repeat it."""
+    mask = mask.repeat(max(1, weights.rank // len(mask)))[: weights.rank]
+    return dataclasses.replace(weights, down=weights.down * _along_rank(mask, weights.down))
+
+
+def _along_rank(mask: Tensor, down: Tensor) -> Tensor:
+    return mask.view(-1, *[1] * (down.ndim - 1))
+
+
 class StackPlace:
     """A layer in a stack.
 
@@ -153,6 +214,7 @@ class StackPlace:
     Attributes:
         factors_by_dtype: Its factors for the rows of now, as far as they were made.
         mask: By what each rank of the rows of now is multiplied; None: as they are.
+        norm_change: `Factors.norm_change` of the rows of now.
         by_name: Itself by the name of a single adapter that is on the layer, which is what compiled
             blocks know.
         op: What the weight does to an input.
@@ -167,6 +229,7 @@ class StackPlace:
         self.stack, self.layer, self.adapters = stack, layer, adapters
         self.factors_by_dtype: dict[torch.dtype, Factors] = {}
         self.mask: Tensor | None = None
+        self.norm_change: Tensor | None = None
 
     def settle(self) -> None:
         """Find out what no step changes."""
@@ -205,6 +268,8 @@ class StackPlace:
             return cast(Tensor, super(AdaptedLayer, layer).forward(x))
         inputs, matrix, bias = layer.operands(x)
         op, factors, mask = layer.operation(), self.factors(inputs.dtype), self.mask
+        if self.norm_change is not None:
+            factors = factors._replace(norm_change=self.norm_change)
         expected = len(rows) if not isinstance(rows, int) else 1 if mask is None else len(mask)
         if expected not in (len(x), 1):
             raise ValueError(f"a layer is called with a batch of {len(x)} and not {expected} rows")
@@ -213,7 +278,7 @@ class StackPlace:
             if mask is None or factors.direction is None:
                 op = op if mask is None else MaskedOperation(op, mask)
                 return self._alone(op, inputs, matrix, bias, factors)
-            masked = [self._masked(factors, rows, own) for own in mask]
+            masked = [self._masked(factors, rows, row) for row in range(len(mask))]
             if len(masked) == 1:
                 return self._alone(op, inputs, matrix, bias, masked[0])
             each = ((inputs[row, None], own) for row, own in enumerate(masked))  # type: ignore[index]
@@ -235,13 +300,17 @@ class StackPlace:
         dropped = dropout(x, p, training=True)
         return sum_of_adapters(op, x, matrix, bias, [(factors, 1.0, dropped)])
 
-    def _masked(self, factors: Factors, k: int, mask: Tensor) -> Factors:
-        """Factors of an adapter with a row's mask ``(r,)`` in A, and in the direction."""
-        weights, down = self.adapters[k].scaled_weights(), factors.down
-        mask = mask.repeat(len(down) // len(mask)).view(-1, *[1] * (down.ndim - 1))
-        weights = dataclasses.replace(weights, down=weights.down * mask[: weights.rank])
-        made = direction_of(self.layer.dense(), weights, down.dtype)
-        return factors._replace(down=down * mask.to(down.dtype), direction=made)
+    def _masked(self, factors: Factors, k: int, row: int) -> Factors:
+        """Factors of an adapter with a row's mask in A, and in the direction."""
+        down, change = factors.down, factors.norm_change
+        mask = down.new_ones(len(down)) if self.mask is None else self.mask[row]
+        weights = _masked(self.adapters[k].scaled_weights(), mask)
+        mask = _along_rank(mask.repeat(len(down) // len(mask)), down).to(down.dtype)
+        return factors._replace(
+            down=down * mask,
+            direction=direction_of(self.layer.dense(), weights, down.dtype),
+            norm_change=None if change is None else change[row, None],
+        )
 
     def _direct_rows(
         self, rows: tuple[int, ...], op: Operation, x: Tensor, matrix: Tensor, bias: Tensor | None,
@@ -259,6 +328,5 @@ class StackPlace:
                 shift=None if factors.shift is None else factors.shift[row],
                 shift_numerator=None,
             )
-            mask = own.down.new_ones(len(own.down)) if self.mask is None else self.mask[row]
-            made.append(dora_forward(op, x[row, None], matrix, bias, self._masked(own, k, mask)))
+            made.append(dora_forward(op, x[row, None], matrix, bias, self._masked(own, k, row)))
         return torch.cat(made)

@@ -190,6 +190,15 @@ class AdapterSettings:
         least=0,
         below=1,
     )
+    tlora_min_rank: int | None = flag(
+        None,
+        "T-LoRA (arXiv:2507.05964), for a subject with one photo: ranks of a UNet layer that train "
+        "at the noisiest timestep; more do, evenly, with less noise, and all without. Each row of "
+        "a batch masks the last ranks by its own timestep. Only training does: samples and files "
+        "use all ranks at every timestep.",
+        needs=(_ADAPTER, _LOW_RANK),
+        above=0,
+    )
     scale_weight_norms: float | None = flag(
         None,
         "Largest Frobenius norm of a layer's update s B A: after each step a larger one is scaled "

@@ -111,11 +111,19 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
     def _check_data(self) -> None:
         require_token_length(self.max_token_length)
         require_tile_size(self.vae_tile_size)
+        for name in ("rank_dropout", "tlora_min_rank"):
+            require(
+                not (self.compile and getattr(self, name)),
+                f"{name} masks ranks in each step, which compiled blocks would not see; leave "
+                f"one of {name} and compile out",
+                name,
+            )
+        ranks = max(self.rank, self.conv_rank, *self.rank_pattern.values())
         require(
-            not (self.compile and self.rank_dropout),
-            "rank_dropout draws masks for each step, which compiled blocks would not see; leave "
-            "one of rank_dropout and compile out",
-            "rank_dropout",
+            (self.least_rank or 0) < ranks,
+            f"tlora_min_rank is {self.tlora_min_rank}, and no layer has more than {ranks} ranks: "
+            "none would ever be masked; make it smaller, or raise rank",
+            "tlora_min_rank",
         )
         require(
             bool(self.caption_separator),
@@ -315,6 +323,12 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         """True if the norm of each update has a limit: A and B train themselves."""
         is_low_rank = self.parametrization == "low-rank" and self.init != "pissa"
         return self.scale_weight_norms is not None and is_low_rank
+
+    @property
+    def least_rank(self) -> int | None:
+        """Ranks that T-LoRA leaves active at the noisiest timestep; None: all."""
+        is_low_rank = self.parametrization == "low-rank" and not self.is_full
+        return self.tlora_min_rank if is_low_rank else None
 
     @property
     def preconditions(self) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dora_diffusion.numerics.operation import Operation
+from dora_diffusion.numerics.operation import Operation, by_row
 from dora_diffusion.numerics.precision import full_precision, upcast, upcast_dtype
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
@@ -129,6 +129,8 @@ class Factors(NamedTuple):
         is_direct: Whether ``y / g`` is no good for the gradient of m, so that the layer multiplies
             by ``gain`` in the graph: |g| is too small, or the next module overwrites y.
         direction: ``W + s B A`` of a direct layer on the output axis, else None.
+        norm_change: ``norm(W + s B A) / norm - 1`` of each row of a batch, ``(N, n)``, where a row
+            has a norm of its own (`AdapterStack.of`); None: none has.
     """
 
     down: Tensor
@@ -139,6 +141,7 @@ class Factors(NamedTuple):
     axis: NormAxis = "output"
     is_direct: bool = False
     direction: Tensor | None = None
+    norm_change: Tensor | None = None
 
 
 def factors_of(
@@ -195,6 +198,7 @@ def dora_forward(
     """
     f = factors
     if f.gain is not None and f.axis == "input":
+        x = _with_norms(op, x, None, f.norm_change)
         gx = op.scale_input(x, f.gain) if f.is_direct else _Scale.apply(op, None, x, f.gain, None)
         x, base = gx.to(x.dtype), None
     base = op.apply(x, weight, bias) if base is None else base
@@ -203,11 +207,22 @@ def dora_forward(
         return base + low_rank
     gain, shift_numerator = (f.gain.detach(), None) if f.is_direct else (f.gain, f.shift_numerator)
     y: Tensor = _Scale.apply(op, low_rank, base, gain, shift_numerator)
-    if f.direction is None:
+    if f.direction is not None:
+        with torch.no_grad():
+            unscaled = op.apply(x, f.direction)
+        y = y + ((f.gain - gain).view(op.shape) * unscaled).to(y.dtype)  # 0, with the gradient of m
+    return _with_norms(op, y, bias, f.norm_change)
+
+
+def _with_norms(op: Operation, y: Any, bias: Tensor | None, change: Tensor | None) -> Any:
+    """``b + (1 + change) (y - b)`` of each row: an output, or input, with its own norm in the gain.
+
+    Norms are constants of the graph, so that A, B and m get the gradients of this gain.
+    """
+    if change is None:
         return y
-    with torch.no_grad():
-        unscaled = op.apply(x, f.direction)
-    return y + ((f.gain - gain).view(op.shape) * unscaled).to(y.dtype)  # 0, with the gradient of m
+    scaled = y if bias is None else y - by_row(op, bias[None], y)
+    return y + (by_row(op, change, y) * scaled).to(y.dtype)
 
 
 def sum_of_adapters(

@@ -191,13 +191,39 @@ def dropout(x: Tensor | OneHot, p: float, training: bool) -> Tensor | OneHot:
     return F.dropout(x, p, training)
 
 
+def timestep_ranks(timesteps: Tensor, num_train_timesteps: int, rank: int, least: int) -> Tensor:
+    """T-LoRA's active ranks, ``floor((T - t) / T (r - r_min)) + r_min`` (arXiv:2507.05964, 4.1).
+
+    Args:
+        timesteps: t, ``(B,)`` int64, from 0, where all ranks are active.
+        num_train_timesteps: T.
+        rank: r of the layer.
+        least: r_min, no more than r.
+
+    Returns:
+        ``(B,)`` int64.
+    """
+    left = num_train_timesteps - timesteps
+    return (left * (rank - least)).div(num_train_timesteps, rounding_mode="floor") + least
+
+
+def by_row(op: Operation, vectors: Tensor, activation: Tensor) -> Tensor:
+    """View ``(N, c)`` to multiply an activation of N rows; ``(1, c)`` is for any number.
+
+    Channels that are several times as many, as with groups, repeat it.
+    """
+    channels = activation.ndim - len(op.shape) + op.shape.index(-1)
+    shape = [len(vectors), *[1] * (activation.ndim - 1)]
+    shape[channels] = -1
+    return vectors.repeat(1, activation.shape[channels] // vectors.shape[1]).view(shape)
+
+
 class MaskedOperation(Operation):
     """Another operation, of which what A makes is multiplied by a number for each rank and row.
 
     Args:
         op: The other.
-        mask: ``(N, r)`` for a batch of N rows, or ``(1, r)`` for any. Ranks that are several times
-            as many, as with groups, repeat it.
+        mask: Of each row, as `by_row` takes it.
     """
 
     def __init__(self, op: Operation, mask: Tensor) -> None:
@@ -212,12 +238,8 @@ class MaskedOperation(Operation):
 
     def down_project(self, x: Any, down: Tensor) -> Tensor:
         """The product with ``down``, times the mask."""
-        made, mask = self.op.down_project(x, down), self.mask
-        channels = made.ndim - len(self.shape) + self.shape.index(-1)
-        shape = [len(mask), *[1] * (made.ndim - 1)]
-        shape[channels] = -1
-        repeated = mask.repeat(1, made.shape[channels] // mask.shape[1])
-        return made * repeated.view(shape).to(made.dtype)
+        made = self.op.down_project(x, down)
+        return made * by_row(self, self.mask, made).to(made.dtype)
 
 
 # Pixels from which on a CPU takes less time for a convolution of each row than for groups.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.stack import AdapterStack
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.dora import adapted_norm, low_rank_delta, per_channel
-from dora_diffusion.numerics.weights import Strengths
+from dora_diffusion.numerics.weights import LayerWeights, Strengths
 
 
 def make(ranks: list[int], **settings: object) -> tuple[nn.Module, list[list[LayerAdapter]]]:
@@ -122,12 +124,15 @@ def test_rows_and_gradients_are_those_of_each_adapter_by_itself(
 )
 @pytest.mark.parametrize("rows", [[0, 0, 0], [1, 0, 1]], ids=str)
 @pytest.mark.parametrize("tiny_gain", [False, True])
-@pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.parametrize("kind", ["", "shared", "active"])
 def test_masks_leave_out_ranks_of_each_row(
-    settings: dict[str, object], rows: list[int], tiny_gain: bool, is_shared: bool
+    settings: dict[str, object], rows: list[int], tiny_gain: bool, kind: str
 ) -> None:
-    """Against weights ``g (W + s B diag(mask) A)`` of each row, with the norm of the whole."""
-    is_one = len(set(rows)) == 1
+    """Against weights ``g (W + s B diag(mask) A)`` of each row.
+
+    With the norm of the whole update, or of those ranks that are active, whatever else masks them.
+    """
+    is_one, is_shared = len(set(rows)) == 1, kind == "shared"
     if not is_one and ("init" in settings or "parametrization" in settings or is_shared):
         return
     settings = {"conv_rank": 3, **settings} if "parametrization" in settings else settings
@@ -144,6 +149,14 @@ def test_masks_leave_out_ranks_of_each_row(
         torch.rand(1 if is_shared else 3, max(a.down.shape[0] for a in own), generator=generator)
         for own in zip(*adapters, strict=True)
     ]
+    # The last layer has none; the others leave a row 1 rank, 2, and all.
+    active: list[Tensor | None] = [
+        (torch.arange(mask.shape[1]) < torch.tensor([1, 2, 9])[:, None]).float()
+        for mask in masks[:-1]
+        if kind == "active"
+    ]
+    active.append(None)
+    masks = [m if a is None else m * a for m, a in zip_longest(masks, active)]
     plain = copy.deepcopy(model)
     remove_adapters(plain)
     outputs = []
@@ -151,12 +164,18 @@ def test_masks_leave_out_ranks_of_each_row(
         weights = {}
         for number, (path, layer) in enumerate(layers):
             own = adapters[k][number].weights()
-            mask = masks[number][row % len(masks[number])].double()
-            mask = mask[: adapters[k][number].down.shape[0]]
-            mask = mask.repeat(own.rank // len(mask)).view(-1, *[1] * (own.down.ndim - 1))
-            changed = layer.weight + low_rank_delta(own.down * mask, own.up, own.scale)
+            rank = adapters[k][number].down.shape[0]
+
+            def masked(mask: Tensor, own: LayerWeights = own, rank: int = rank) -> LayerWeights:
+                mask = mask[:rank].double().repeat(own.rank // rank)
+                return replace(own, down=own.down * mask.view(-1, *[1] * (own.down.ndim - 1)))
+
+            applied = masked(masks[number][row % len(masks[number])])
+            changed = layer.weight + low_rank_delta(applied.down, own.up, own.scale)
             if own.magnitude is not None:
-                gain = own.magnitude / adapted_norm(layer.weight, own).clamp_min(1e-30)
+                limits = active[number] if number < len(active) else None
+                normed = own if limits is None else masked(limits[row])
+                gain = own.magnitude / adapted_norm(layer.weight, normed).clamp_min(1e-30)
                 changed = per_channel(gain, changed.ndim, own.norm_axis) * changed
             weights[f"{path}.weight"] = changed
         outputs.append(torch.func.functional_call(plain, weights, (x[row, None],)))
@@ -164,7 +183,7 @@ def test_masks_leave_out_ranks_of_each_row(
     trained = [p for own in adapters for p in parameters(own)]
     gradients = torch.autograd.grad((wanted * up).sum(), trained)
     stack = stacked(model, adapters)
-    with stack.scope(), stack.of(rows, masks):
+    with stack.scope(), stack.of(rows, masks, active):
         made = model(x)
         (made * up).sum().backward()
         unmasked = stack.of(rows)

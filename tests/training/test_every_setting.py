@@ -164,6 +164,7 @@ CASES: dict[str, Case] = {
     "gradient_batches": Case(1, {"init": "lora-one"}),
     "lora_dropout": Case(0.5),
     "rank_dropout": Case(0.5),
+    "tlora_min_rank": Case(1),
     "scale_weight_norms": Case(1e-3),
     "use_dora": Case(False),
     "norm_axis": Case("input"),

@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"to_k": 6.0},
         "lr_pattern": {"mid_block.*": 5e-3},
     },
-    "rank dropout": {"rank_dropout": 0.5, "scale_weight_norms": 1e-3},
+    "masked ranks": {"rank_dropout": 0.5, "tlora_min_rank": 1, "scale_weight_norms": 1e-3},
     "masks": {"masked_loss": True},
     "start": {"init_adapter": "made below", "targets": ["full"], "rank": 4, "conv_rank": 4},
     "words": {"train_text_encoder_ti": True, "token": "mug", "instance_prompt": "a mug"},

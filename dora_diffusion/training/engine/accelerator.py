@@ -191,6 +191,9 @@ def _check_settings(config: TrainConfig) -> None:
         f"needs torch 2.7 or newer, this is {torch.__version__}": release < (2, 7),
         "excludes compile: compiled blocks do not gather their weights": config.compile,
         "excludes quantize: codes are not cut into parts": config.quantize != "none",
+        "excludes tlora_min_rank: each process would take norms of other ranks": (
+            config.least_rank is not None
+        ),
         "excludes init lora-one, which starts from whole weights": (
             not is_full and config.init == "lora-one"
         ),

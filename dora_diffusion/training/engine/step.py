@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import DetachedAdapters, layer_adapters
 from dora_diffusion.adapters.layers import LayerAdapter
-from dora_diffusion.adapters.stack import BASE, AdapterStack
+from dora_diffusion.adapters.stack import BASE, AdapterStack, Masks
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.offload import send
 from dora_diffusion.numerics.loss import huber_delta
+from dora_diffusion.numerics.operation import timestep_ranks
 from dora_diffusion.training.engine.accelerator import (
     average_gradients,
     shard,
@@ -116,7 +118,7 @@ class TrainingEngine:
         self.learners[0].begin(1)
         with self.stack.scope():
             for inputs in batches:
-                for _ in self._backward({0: inputs}):
+                for _ in self._backward({0: inputs}, is_masked=False):
                     pass
 
     def _draw(self, turn: int, outcomes: list[Outcome]) -> dict[int, StepInputs]:
@@ -131,16 +133,18 @@ class TrainingEngine:
                     outcomes[k] = error
         return given
 
-    def _backward(self, group: Mapping[int, StepInputs]) -> Iterator[tuple[int, Tensor]]:
+    def _backward(
+        self, group: Mapping[int, StepInputs], *, is_masked: bool = True
+    ) -> Iterator[tuple[int, Tensor]]:
         """Losses and gradients of batches of one size: ``(total, prior)`` of each, detached."""
         accelerator, chosen = self.learners[0].accelerator, [self.learners[k] for k in group]
         own, held = noisy_batches([learner.objective for learner in chosen], list(group.values()))
         pairs = [*zip(group, own, strict=True), *zip(group, held, strict=True)]
         rows = [k for k, batch in pairs if batch is not None for _ in batch.inputs.captions]
         totals = []
-        masks = self._masks([(k, batch) for k, batch in pairs if batch is not None])
+        masked = [(k, batch) for k, batch in pairs if batch is not None and is_masked]
         # Backward inside, since blocks may be recomputed.
-        with self.stack.of(rows, masks):
+        with self.stack.of(rows, *self._masks(masked)):
             with accelerator.autocast():
                 losses = losses_of(own, held, partial(self.stack.of, BASE))
                 for learner, (subject, prior) in zip(chosen, losses, strict=True):
@@ -150,34 +154,62 @@ class TrainingEngine:
         for k, total, (_, prior) in zip(group, totals, losses, strict=True):
             yield k, torch.stack([total.detach(), prior.detach()])
 
-    def _masks(self, batches: Sequence[tuple[int, NoisyBatch]]) -> list[Tensor]:
-        """Rank dropout of each layer for batches of some runs, as `AdapterStack.of` takes it.
+    def _masks(self, batches: Sequence[tuple[int, NoisyBatch]]) -> tuple[Masks, Masks]:
+        """Masks of each layer for batches of some runs, and the ranks that T-LoRA leaves active.
 
-        Drawn by seed and batch, from nothing that another run draws from. A text encoder has one
-        mask for all rows of a batch: a caption may be several of its rows.
+        As `AdapterStack.of` takes both. A text encoder has one mask for all rows of a batch, since
+        a caption may be several of its rows, and no timestep: all its ranks are active.
         """
-        if not any(self.learners[k].config.rank_dropout for k, _ in batches):
-            return []
+        configs = [self.learners[k].config for k, _ in batches]
+        drops = any(config.rank_dropout for config in configs)
+        if not (drops or any(config.least_rank for config in configs)):
+            return (), ()
         ranks = [[adapter.down.shape[0] for adapter in own] for own in self.stack.adapters]
-        made: list[list[Tensor]] = [[] for _ in ranks]
+        kept: list[list[Tensor]] = [[] for _ in ranks]
+        active: list[list[Tensor]] = [[] for _ in ranks]
         first: dict[int, Tensor] = {}
         for k, batch in batches:
-            learner, own = self.learners[k], [each[k] for each in ranks]
-            place = learner.config.seed, learner.batches, learner.accelerator.process_index
-            generator = generator_for("ranks", *place, "held" if k in first else "")
-            drawn = torch.rand(len(batch.inputs.captions), sum(own), generator=generator)
-            p = learner.config.rank_dropout
-            kept = send((drawn >= p) / (1 - p), batch.latents.device)
-            shared = first.setdefault(k, kept[:1]).expand_as(kept)
-            parts = zip(kept.split(own, 1), shared.split(own, 1), self._has_rows, strict=True)
+            own = [each[k] for each in ranks]
+            drawn = self._drop(k, batch, sum(own), "held" if k in first else "")
+            shared = first.setdefault(k, drawn[:1]).expand_as(drawn)
+            by_rank = {rank: self._active(k, batch, rank) for rank in {*own}}
+            parts = zip(drawn.split(own, 1), shared.split(own, 1), self._has_rows, strict=True)
             for layer, (by_row, alike, has_rows) in enumerate(parts):
-                mask = by_row if has_rows else alike
-                made[layer].append(F.pad(mask, (0, max(ranks[layer]) - own[layer])))
-        is_one = len(first) == 1
-        return [
-            masks[0][:1] if is_one and not has_rows else torch.cat(masks)
-            for masks, has_rows in zip(made, self._has_rows, strict=True)
-        ]
+                fill = 0, max(ranks[layer]) - own[layer]
+                kept[layer].append(F.pad(by_row if has_rows else alike, fill))
+                active[layer].append(F.pad(by_rank[own[layer]], fill))
+        masks, chosen = list[Tensor | None](), list[Tensor | None]()
+        for layer, has_rows in enumerate(self._has_rows):
+            masks.append(None)
+            chosen.append(None)
+            if drops:
+                is_one = len(first) == 1 and not has_rows
+                masks[layer] = kept[layer][0][:1] if is_one else torch.cat(kept[layer])
+            pairs = zip(configs, batches, strict=True)
+            if has_rows and any((c.least_rank or inf) < ranks[layer][k] for c, (k, _) in pairs):
+                chosen[layer] = limited = torch.cat(active[layer])
+                mask = masks[layer]
+                masks[layer] = limited if mask is None else mask * limited
+        return masks, chosen
+
+    def _drop(self, k: int, batch: NoisyBatch, ranks: int, part: str) -> Tensor:
+        """Rank dropout of a run's batch, ``(B, ranks)``, from nothing that another run draws from.
+
+        Drawn by seed and batch.
+        """
+        learner, p = self.learners[k], self.learners[k].config.rank_dropout
+        place = learner.config.seed, learner.batches, learner.accelerator.process_index
+        generator = generator_for("ranks", *place, part)
+        drawn = torch.rand(len(batch.inputs.captions), ranks, generator=generator)
+        return send((drawn >= p) / (1 - p), batch.latents.device)
+
+    def _active(self, k: int, batch: NoisyBatch, rank: int) -> Tensor:
+        """1 where a row's timestep leaves a rank active, else 0: ``(B, rank)``."""
+        learner, timesteps = self.learners[k], batch.inputs.timesteps
+        steps = learner.objective.components.scheduler.config.num_train_timesteps
+        least = min(learner.config.least_rank or rank, rank)
+        limits = timestep_ranks(timesteps, steps, rank, least)
+        return (torch.arange(rank, device=limits.device) < limits[:, None]).float()
 
 
 def _turns(learner: Learner) -> int:

@@ -1,9 +1,11 @@
-"""Rank dropout, and updates whose norm is limited: runs that stop, resume and share a model."""
+"""Masked ranks, and updates whose norm is limited: runs that stop, resume and share a model."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dora_diffusion.adapters.inject import AdapterConfig, inject_adapters, layer_adapters
-from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.adapters.inject import (
+    AdapterConfig,
+    DetachedAdapters,
+    inject_adapters,
+    layer_adapters,
+)
+from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.engine.objective import noisy_batches
 from dora_diffusion.training.engine.step import TrainingEngine, limit_norms
+from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import train, train_pack
+from dora_diffusion.training.session import open_session
 from tests.adapters.helpers import Net, move
 from tests.training.helpers import (
     assert_same_adapter,
@@ -26,13 +36,18 @@ from tests.training.helpers import (
     warnings_of,
 )
 
-LIMITED = {"rank_dropout": 0.4, "scale_weight_norms": 2e-3}
+LIMITED = {"rank_dropout": 0.4, "scale_weight_norms": 2e-3, "tlora_min_rank": 1}
 LAYERS = {"targets": ["cross-attention", "*.resnets.0.conv1"], "rank": 4, "conv_rank": 3}
 BESIDE: dict[str, dict[str, Any]] = {
     "prior": {"with_prior_preservation": True, "gradient_accumulation_steps": 2},
     "text encoders": {"train_text_encoder": True, "max_token_length": 150, "lora_dropout": 0.2},
     "pissa": {"init": "pissa", "scale_weight_norms": None},
-    "adalora": {"parametrization": "adalora", "scale_weight_norms": None, "allocation_warmup": 0},
+    "adalora": {
+        "parametrization": "adalora",
+        "scale_weight_norms": None,
+        "tlora_min_rank": None,
+        "allocation_warmup": 0,
+    },
     "input axis": {"norm_axis": "input", "train_batch_size": 2},
     "low precision": {"mixed_precision": "bf16"},
 }
@@ -74,6 +89,7 @@ def test_members_of_a_pack_drop_what_they_would_alone(
             "none": {},
             "both": {**LIMITED, "with_prior_preservation": True},
             "dropout": {"rank_dropout": 0.7, "seed": 4, "rank_pattern": {"to_k": 6}},
+            "timesteps": {"tlora_min_rank": 2, "rank_pattern": {"to_q": 5}, "train_batch_size": 2},
         }.items()
     }
     assert not train_pack(configs).failures
@@ -90,10 +106,11 @@ def test_masks_differ_by_row_batch_and_seed_and_keep_the_mean(
     engine, learner = TrainingEngine([session.learner]), session.learner
     own, held = noisy_batches([learner.objective], [learner.inputs(0)])
     pairs = [(0, own[0]), (0, held[0])]
-    drawn = engine._masks(pairs)
-    again = engine._masks(pairs)
+    drawn, _ = engine._masks(pairs)
+    again, _ = engine._masks(pairs)
     learner.batches += 1
-    later = engine._masks(pairs)
+    later, active = engine._masks(pairs)
+    assert {*active} == {None}
     layers = zip(drawn, again, later, engine._has_rows, engine.stack.adapters, strict=True)
     rows = []
     for mask, same_mask, other, has_rows, (adapter,) in layers:
@@ -107,6 +124,43 @@ def test_masks_differ_by_row_batch_and_seed_and_keep_the_mean(
         assert not torch.equal(masks[first], masks[second])
     assert not torch.equal(masks, others)
     assert float(masks.mean()) == pytest.approx(1.0, abs=0.2)
+
+
+def test_a_timestep_leaves_the_first_ranks_of_the_unet_active(
+    sd1_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    settings = {"train_batch_size": 3, "with_prior_preservation": True, "train_text_encoder": True}
+    settings |= {**LAYERS, "rank": 5, "rank_pattern": {"to_k": 7}, "tlora_min_rank": 3}
+    session = open_run(sd1_folder, photos, tmp_path, **settings)
+    engine, learner = TrainingEngine([session.learner]), session.learner
+    own, held = noisy_batches([learner.objective], [learner.inputs(0)])
+    masks, active = engine._masks([(0, own[0]), (0, held[0])])
+    timesteps = [t for batch in (own[0], held[0]) for t in batch.inputs.timesteps.tolist()]
+    assert len(timesteps) == 6
+    found = set()
+    each = zip(masks, active, engine._has_rows, engine.stack.adapters, strict=True)
+    for mask, chosen, has_rows, (adapter,) in each:
+        rank = adapter.down.shape[0]
+        found.add((rank, has_rows, mask is None))
+        assert mask is chosen
+        if mask is not None:
+            counts = [math.floor(Fraction(1000 - t, 1000) * (rank - 3)) + 3 for t in timesteps]
+            assert mask.tolist() == [[1.0] * n + [0.0] * (rank - n) for n in counts]
+    # No layer of as few ranks, and none of a text encoder, is masked.
+    assert found == {(3, True, True), (5, True, False), (7, True, False), (5, False, True)}
+
+
+@pytest.mark.parametrize("mask", [{"rank_dropout": 0.5}, {"tlora_min_rank": 1}], ids=str)
+def test_a_start_from_the_gradient_is_masked_by_none(
+    sd1_folder: Path, photos: Path, tmp_path: Path, mask: dict[str, Any]
+) -> None:
+    starts = []
+    for own in ({}, mask):
+        config = make_config(sd1_folder, photos, tmp_path, init="lora-one", **LAYERS, **own)
+        session = open_session(config, subjects_of(config), make_accelerator(config))
+        session.start_from_gradient(DetachedAdapters.of(*session.weights.modules.values()))
+        starts.append([p.detach().clone() for p in session.weights.parameters().values()])
+    torch.testing.assert_close(*starts, rtol=0, atol=0)
 
 
 def sd_scripts_limit(down: torch.Tensor, up: torch.Tensor, scale: float, limit: float) -> float:
@@ -163,7 +217,15 @@ def test_what_has_no_effect_or_cannot_be_is_said(
     )
     assert "scale_weight_norms has no effect because init is pissa" in warnings_of(config)
     assert any(bool(layer.up.any()) for layer in read_adapter(tmp_path).layers.values())
-    with pytest.raises(ConfigError, match="leave one of rank_dropout and compile out"):
-        TrainConfig(rank_dropout=0.1, compile=True)
+    for name, value in {"rank_dropout": 0.1, "tlora_min_rank": 1}.items():
+        with pytest.raises(ConfigError, match=f"leave one of {name} and compile out"):
+            TrainConfig(**{name: value}, compile=True)
+    with pytest.raises(ConfigError, match="tlora_min_rank is 6, and no layer has more than 6"):
+        TrainConfig(tlora_min_rank=6, rank=4, conv_rank=2, rank_pattern={"to_k": 6})
+    for other in ({"parametrization": "adalora"}, {"parametrization": "vera"}, {"method": "full"}):
+        beside = TrainConfig(**other, tlora_min_rank=4)
+        [reason] = without_effect(beside, {"tlora_min_rank"}).values()
+        assert "tlora_min_rank has no effect because" in reason
+        assert beside.least_rank is None
     with pytest.raises(ConfigError, match=r"rank_dropout is 1\.0; it must be less than 1"):
         TrainConfig(rank_dropout=1.0)

@@ -245,6 +245,7 @@ def test_whatever_is_shared_is_trained_as_by_processes_with_whole_models(small_m
         ),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
         ({"sharding": "fsdp", "compile": True}, {}, "excludes compile"),
+        ({"sharding": "fsdp", "tlora_min_rank": 1}, {}, "excludes tlora_min_rank"),
         ({"sharding": "fsdp", "offload": "model"}, {}, "excludes offload model"),
         (
             {"sharding": "fsdp", "method": "full", "use_8bit_adam": True},
