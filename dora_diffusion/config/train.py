@@ -193,11 +193,12 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             prompts = [" ".join(prompt.split()) for prompt in getattr(self, name)]
             object.__setattr__(self, name, prompts)
             require(
-                all(prompts) and bool(prompts or name == "anchors"),
-                f"teach slider has {'an empty' if prompts else 'no'} {name}; a slider needs "
-                "--target, --positive and --negative, each a prompt",
+                bool(prompts) or name == "anchors",
+                f"teach slider has no {name}; a slider needs --target, --positive and --negative, "
+                "each a prompt",
                 name,
             )
+            require(all(prompts), f"{name} has an empty prompt; write it, or leave it out", name)
         count = len(self.positive)
         require(
             len(self.negative) == count,
@@ -219,7 +220,8 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
                 "negative",
             )
         moved = {*self.target, *self.positive, *self.negative}
-        both = [prompt for prompt in self.anchors if prompt in moved]
+        read = {prompt.lower() for prompt in moved}
+        both = [prompt for prompt in self.anchors if prompt.lower() in read]
         require(
             not both,
             f"anchors holds {quoted(''.join(both[:1]))}, which the slider moves; leave it out",

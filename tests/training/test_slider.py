@@ -18,10 +18,18 @@ from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.cli.console.training import what_trains
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.subject import OF_IMAGES, SLIDER_STRENGTHS
 from dora_diffusion.config.train import settings
 from dora_diffusion.export.checkpoint import export_checkpoint
+from dora_diffusion.export.convert import convert_adapter
+from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.adapter.inspect import report_on
+from dora_diffusion.formats.layouts import FOLDERS, TARGETS
+from dora_diffusion.formats.names.kohya import kohya_name
+from dora_diffusion.formats.names.modules import canonical
+from dora_diffusion.numerics.merging import merge_tensor
+from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
 from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.engine.objective import StepInputs
@@ -29,6 +37,7 @@ from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import TrainResult, check_pack, train
 from dora_diffusion.training.results.write import SampleWriter
 from dora_diffusion.training.session import open_session
+from tests.formats.layouts.test_compatibility import comfyui
 from tests.training.helpers import find, losses, names
 
 TARGET, HIGH, LOW = "a photo of a dog", "a photo of a red dog", "a photo of a toy"
@@ -205,12 +214,13 @@ def test_settings_of_sliders_have_no_effect_on_a_subject() -> None:
         ({"negative": []}, "teach slider has no negative"),
         ({"positive": []}, "teach slider has no positive"),
         ({"target": []}, "teach slider has no target"),
-        ({"negative": [" "]}, "teach slider has an empty negative"),
-        ({"anchors": [""]}, "teach slider has an empty anchors"),
+        ({"negative": [" "]}, "negative has an empty prompt; write it, or leave it out"),
+        ({"anchors": ["a cat", ""]}, "anchors has an empty prompt; write it, or leave it out"),
         ({"positive": ["a", "b"]}, "positive has 2 prompts and negative 1"),
         ({"target": ["a", "b"]}, "target has 2 prompts for 1 pair"),
         ({"negative": [" A photo of a  RED dog"]}, "positive and negative are both 'a photo"),
         ({"anchors": [HIGH]}, "anchors holds 'a photo of a red dog', which the slider moves"),
+        ({"anchors": [TARGET.title()]}, "anchors holds 'A Photo Of A Dog', which the slider moves"),
         ({"num_class_images": 2}, "num_class_images is 2; this slider has 3 different prompts"),
         ({"instance_data_dir": "photos"}, "instance_data_dir is set, and teach slider learns"),
         ({"dataset_config": [{"instance_data_dir": "photos"}]}, "entry 1: instance_data_dir is"),
@@ -224,6 +234,14 @@ def test_what_makes_no_slider_is_refused_in_a_line(changes: dict[str, Any], mess
     with pytest.raises(ConfigError, match=message) as caught:
         TrainConfig(**{**PROMPTS, **changes})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["target", "positive", "negative"])
+def test_prompts_of_a_slider_that_is_not_asked_for_lead_to_it(name: str) -> None:
+    with pytest.raises(ConfigError, match="folder of subject photos, or give --teach slider"):
+        subjects_of(TrainConfig(**{name: ["a"]}))
+    with pytest.raises(ConfigError, match=r"folder of subject photos$"):
+        subjects_of(TrainConfig())
 
 
 def test_prompts_that_are_read_alike_are_refused(sd1_folder: Path, tmp_path: Path) -> None:
@@ -328,6 +346,58 @@ def test_a_merged_model_is_the_live_one_and_three_times_the_opposite_change(
         change = layer.merged() - start
         assert change.norm() > 1e-4 * start.norm()
         torch.testing.assert_close(weight - start, -3 * change, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_file_of_every_program_merges_to_the_attached_slider(
+    method: str, sd1_folder: Path, tmp_path: Path
+) -> None:
+    both: dict[str, Any] = {"train_text_encoder": True, "text_encoder_lr": 5e-3}
+    adapter = train(slider(sd1_folder, tmp_path / "run", method=method, **both)).adapter
+    networks = load_adapted(sd1_folder, adapter)[0].adaptable()
+    layers = {
+        canonical(component, name): layer
+        for component, network in networks.items()
+        for name, layer in adapted_layers(network)
+    }
+    attached = {}
+    for strength in (-3.0, -0.5):
+        for network in networks.values():
+            set_strength(network, strength)
+        attached[strength] = {name: layer.merged() for name, layer in layers.items()}
+    assert {name.partition(".")[0] for name in layers} == {"unet", "text_encoder"}
+    written = set[str]()
+    for target in TARGETS:
+        output = tmp_path / (target if target in FOLDERS else f"{target}.safetensors")
+        more = {"rank": 64} if target == "dora" else {}
+        report = convert_adapter(adapter, output, target, base=sd1_folder, **more)
+        if report.target in written:  # several programs read one format
+            continue
+        written.add(report.target)
+        # What is made for one base is read by programs alone, which scale the whole change.
+        is_read = report.target not in ("comfyui", "dense")
+        file = read_adapter(report.path) if is_read else None
+        tensors = {} if file else load_file(report.path)
+        for name, live in layers.items():
+            base = live.dense()
+            changed = None if file else comfyui(base.double(), tensors_of(name, tensors))
+            for strength, weights in attached.items():
+                if file:
+                    found = merge_tensor(base, [(file.layers[name], Strengths(strength))])
+                else:
+                    found = base + strength * (changed - base)
+                error = (found - weights[name]).norm() / (weights[name] - base).norm()
+                assert error < 1e-3, (target, strength, name)
+        if file and target != "peft":  # whose files have no metadata of ours
+            assert file.layers.keys() == layers.keys(), target
+            assert json.loads(file.metadata.extra["slider"]) == [[TARGET, HIGH, LOW]]
+    assert written >= {"kohya", "diffusers", "peft", "dense", "dora"}
+
+
+def tensors_of(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A layer's tensors of a file that web UIs read, without its name in their keys."""
+    prefix = f"{kohya_name(name, FAMILIES['sd1'])}."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def test_wildcards_are_of_sample_prompts_alone(sd1_folder: Path, tmp_path: Path) -> None:

@@ -122,7 +122,11 @@ def _subject_of(config: TrainConfig) -> Subject:
     if config.is_slider:
         return Subject("", "", config)
     if not config.instance_data_dir:
-        raise ConfigError("instance_data_dir is not set; name the folder of subject photos")
+        is_slider = config.target or config.positive or config.negative
+        raise ConfigError(
+            "instance_data_dir is not set; name the folder of subject photos"
+            + (", or give --teach slider to learn from prompts alone" if is_slider else "")
+        )
     token, prompt = config.token.strip(), config.instance_prompt or ""
     if not prompt and token:
         raise ConfigError(
