@@ -29,7 +29,6 @@ from dora_diffusion.config.fields import (
     flag,
     require_token_length,
 )
-from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.models.schedulers import A1111_NAMES, SCHEDULERS
 
@@ -140,7 +139,6 @@ def check_results(output: str | Path, what: str, *, exists: bool, overwrite: boo
 class Sampling(CommandSettings):
     """Settings of image sampling."""
 
-    steps: int = flag(SampleSettings.validation_inference_steps, "Denoising steps.")
     scheduler: str | None = flag(
         None,
         "Scheduler, by these names or by A1111's, such as 'DPM++ 2M Karras'. Default: the model's "

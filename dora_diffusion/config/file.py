@@ -9,6 +9,7 @@ from typing import Any
 
 from dora_diffusion.config.fields import ConfigError, require
 
+_MOST_BYTES = 2**24
 SEGMENTS = "segments"
 """Key under which a resumed run records what changed at which step; no setting."""
 
@@ -59,7 +60,7 @@ def _parse(path: str | Path) -> tuple[Any, Any]:
     """Parse a YAML file, as values and as nodes that know their lines."""
     import yaml
 
-    text = _read_text(path)
+    text = read_text(path, "the config file")
     try:
         return yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -72,13 +73,33 @@ def _parse(path: str | Path) -> tuple[Any, Any]:
         ) from error
 
 
-def _read_text(path: str | Path) -> str:
+def read_text(path: str | Path, what: str, setting: str = "") -> str:
+    """Read a text file that a person wrote, with lines that end in a newline alone.
+
+    Args:
+        path: The file.
+        what: Its name in messages.
+        setting: The setting that names it.
+
+    Raises:
+        ConfigError: If it cannot be read, has more than 16 MiB, or is not UTF-8 text.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        with Path(path).expanduser().open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the config file {path} is not UTF-8 text; save it as UTF-8") from error
+        raise ConfigError(f"cannot read {what} {path}: {error.strerror}", setting) from error
+    require(
+        len(data) <= _MOST_BYTES,
+        f"{what} {path} is larger than {_MOST_BYTES >> 20} MiB; give a text file",
+        setting,
+    )
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    require("\0" not in text, f"{what} {path} is not UTF-8 text; save it as UTF-8", setting)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _lines(path: str | Path, root: Any) -> dict[str, int]:

@@ -1,15 +1,19 @@
-"""Sample prompts: a line each, with options as sd-scripts' files of prompts have them."""
+"""Prompts of files: sample prompts with sd-scripts' options, and styles as A1111 has them."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dora_diffusion.config.fields import ConfigError, require
-from dora_diffusion.config.wording import quoted
+from dora_diffusion.config.file import read_text
+from dora_diffusion.config.wording import did_you_mean, listing, quoted
 
 # Letters after "--" -> attribute, what it is, and what an image of a latent model can have.
 _NUMBERS: dict[str, tuple[str, type, float]] = {
@@ -108,13 +112,7 @@ def read_prompts(file: str | Path) -> list[str]:
     Raises:
         ConfigError: If it cannot be read, has no prompt, or a line cannot work; with its number.
     """
-    try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text; save it as UTF-8"
-        raise ConfigError(
-            f"cannot read sample_prompts {file}: {reason}", "sample_prompts"
-        ) from error
+    lines = read_text(file, "sample_prompts", "sample_prompts").splitlines()
     prompts = {
         n: line.strip() for n, line in enumerate(lines, 1) if not re.match(r"\s*(#|$)", line)
     }
@@ -125,3 +123,61 @@ def read_prompts(file: str | Path) -> list[str]:
         except ConfigError as error:
             raise ConfigError(f"{file}, line {number}: {error}", "sample_prompts") from error
     return list(prompts.values())
+
+
+class Style(NamedTuple):
+    """A style of A1111: texts for the prompt and for the negative one, see `with_styles`."""
+
+    prompt: str
+    negative_prompt: str
+
+
+def read_styles(file: str | Path, names: Sequence[str]) -> list[Style]:
+    """The styles of these names, in their order, of a file such as A1111's ``styles.csv``.
+
+    Its columns are name, prompt (of old files text) and negative_prompt; of rows with one name, the
+    last one is taken.
+
+    Raises:
+        ConfigError: If it cannot be read, has no such columns, or lacks a style.
+    """
+    text = read_text(file, "styles", "styles")
+    table = csv.DictReader(io.StringIO(text), skipinitialspace=True)
+    try:
+        rows = list(table)
+    except csv.Error as error:
+        raise ConfigError(f"styles {file}, line {table.line_num}: {error}", "styles") from error
+    column = next((name for name in ("prompt", "text") if name in (table.fieldnames or ())), "")
+    require(
+        bool(column) and "name" in (table.fieldnames or ()),
+        f"styles {file} must begin with the line name,prompt,negative_prompt",
+        "styles",
+    )
+    styles = {
+        row["name"]: Style(row[column] or "", row.get("negative_prompt") or "") for row in rows
+    }
+    for name in names:
+        require(
+            name in styles,
+            f"styles {file} has no style {name!r}{did_you_mean(name, styles)}; there are "
+            f"{listing(filter(None, styles), 8)}",
+            "style",
+        )
+    return [styles[name] for name in names]
+
+
+def with_styles(prompt: str, texts: Iterable[str]) -> str:
+    """A prompt with one style after the other, as A1111 applies them.
+
+    A style's text takes the prompt at its ``{prompt}``, or follows it after a comma.
+
+    Example:
+        >>> with_styles("a dog", ["ink drawing", "{prompt} on paper"])
+        'a dog, ink drawing on paper'
+    """
+    for text in texts:
+        if "{prompt}" in text:
+            prompt = text.replace("{prompt}", prompt)
+        else:
+            prompt = ", ".join(filter(None, (prompt.strip(), text.strip())))
+    return prompt

@@ -16,6 +16,7 @@ from urllib.parse import quote, unquote
 import torch
 
 from dora_diffusion.config.fields import ConfigError
+from dora_diffusion.config.file import read_text
 from dora_diffusion.config.wording import framed, quoted, whole_word
 from dora_diffusion.data.sampler import generator_for
 
@@ -189,12 +190,7 @@ class Wildcards:
                 raise ConfigError(
                     f"the wildcard __{name}__ has no file {name}.txt in {self.folder}"
                 )
-            try:
-                text = path.read_text(encoding="utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise ConfigError(
-                    f"{path}: the wildcards are not UTF-8 text; save it as UTF-8"
-                ) from error
+            text = read_text(path, "the wildcard file", "wildcard_dir")
             lines = (" ".join(line.split()) for line in text.splitlines())
             texts = [line for line in lines if line and not line.startswith("#")]
             if not texts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ class SamplingScheduler(NamedTuple):
 _DPM = {"algorithm_type": "dpmsolver++"}
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
 _KARRAS = {"use_karras_sigmas": True}
+_TRAILING = {"timestep_spacing": "trailing"}
 
 SCHEDULERS: Mapping[str, SamplingScheduler] = {
     "ddim": SamplingScheduler("DDIMScheduler", "DDIM"),
@@ -33,7 +35,13 @@ SCHEDULERS: Mapping[str, SamplingScheduler] = {
     "heun": SamplingScheduler("HeunDiscreteScheduler", "Heun"),
     "euler": SamplingScheduler("EulerDiscreteScheduler", "Euler"),
     "euler_karras": SamplingScheduler("EulerDiscreteScheduler", "Euler", _KARRAS, "Karras"),
+    "euler_trailing": SamplingScheduler(
+        "EulerDiscreteScheduler", "Euler", _TRAILING, "SGM Uniform"
+    ),
     "euler_a": SamplingScheduler("EulerAncestralDiscreteScheduler", "Euler a"),
+    "euler_a_trailing": SamplingScheduler(
+        "EulerAncestralDiscreteScheduler", "Euler a", _TRAILING, "SGM Uniform"
+    ),
     "dpm++": SamplingScheduler("DPMSolverMultistepScheduler", "DPM++ 2M", _DPM, "Uniform"),
     "dpm++_karras": SamplingScheduler(
         "DPMSolverMultistepScheduler", "DPM++ 2M", _DPM | _KARRAS, "Karras"
@@ -93,3 +101,57 @@ def to_zero_snr(config: Mapping[str, Any]) -> dict[str, Any]:
     is_able = config.get("_class_name") in _TO_ZERO_SNR
     others = {} if is_able else {"_class_name": "DDIMScheduler"}
     return {**config, "timestep_spacing": "trailing", **others}
+
+
+class FewSteps(NamedTuple):
+    """Settings of sampling for a model, or with an adapter, that was distilled to few steps.
+
+    Attributes:
+        kind: What shows it.
+        steps: Denoising steps.
+        guidance_scale: 1 is none, where guidance was distilled away.
+        scheduler: A name of `SCHEDULERS`; None is the model's own.
+    """
+
+    kind: str
+    steps: int = 4
+    guidance_scale: float = 1.0
+    scheduler: str | None = None
+
+
+# What the names of released files and folders begin with.
+_RELEASED: Mapping[str, FewSteps] = {
+    r"lcm[-_]lora": FewSteps("LCM", scheduler="lcm"),
+    r"sd_?xl[-_]turbo": FewSteps("Turbo", scheduler="euler_a_trailing"),
+    r"sd[-_]turbo": FewSteps("Turbo", scheduler="euler_trailing"),
+    r"sdxl[-_]lightning[-_]([248])step": FewSteps("Lightning", scheduler="euler_trailing"),
+}
+
+
+def few_steps_of_name(name: str) -> FewSteps | None:
+    """The settings that a model or adapter was released for, by its name; None of any other."""
+    for pattern, few in _RELEASED.items():
+        if match := re.match(pattern, name, re.IGNORECASE):
+            return few._replace(steps=int(match[1])) if match.groups() else few
+    return None
+
+
+def few_steps_of_model(config: Mapping[str, Any], *, guidance_is_input: bool) -> FewSteps | None:
+    """The settings that a model's configuration shows it to be distilled for; None of any other.
+
+    Args:
+        config: Its scheduler's, with ``_class_name``.
+        guidance_is_input: Whether the UNet has a ``time_cond_proj_dim``: the guidance scale is one
+            of its inputs, 8 as released (arXiv:2310.04378), and costs no second pass.
+    """
+    name = config.get("_class_name")
+    if guidance_is_input:
+        return FewSteps("LCM", 4, 8.0, None if name == "LCMScheduler" else "lcm")
+    if name == "LCMScheduler":
+        return FewSteps("LCM")
+    is_euler = name in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+    # Of a schedule that ends in pure noise, trailing timesteps say nothing else.
+    is_zero_snr = config.get("rescale_betas_zero_snr")
+    if is_euler and config.get("timestep_spacing") == "trailing" and not is_zero_snr:
+        return FewSteps("trailing timesteps, as Turbo models have")
+    return None

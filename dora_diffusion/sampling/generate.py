@@ -40,7 +40,12 @@ from dora_diffusion.models.load import load_components, quiet_libraries
 from dora_diffusion.models.memory import auto_precision, describe_device
 from dora_diffusion.models.offload import in_turns, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, require_computes
-from dora_diffusion.models.schedulers import SCHEDULERS
+from dora_diffusion.models.schedulers import (
+    SCHEDULERS,
+    FewSteps,
+    few_steps_of_model,
+    few_steps_of_name,
+)
 from dora_diffusion.models.text import (
     Conditioning,
     chunk_count,
@@ -237,6 +242,26 @@ def as_stated(components: Components, metadata: AdapterMetadata, *given: int | N
     pairs = zip(READING, given, strict=True)
     left = (stated.get(name) if value is None else None for name, value in pairs)
     return components.reading(*left, is_told=False)
+
+
+def few_steps(components: Components, adapters: Sequence[str] = ()) -> tuple[str, FewSteps] | None:
+    """Find an adapter or a model that was distilled to few denoising steps (LCM, Turbo, Lightning).
+
+    Args:
+        components: The model: its scheduler, its UNet and its name may show it.
+        adapters: Names of the adapters on it (`UsedAdapter.name`), which come first.
+
+    Returns:
+        The name of what shows it, and the settings of sampling that it needs; None where nothing
+        does.
+    """
+    for name in adapters:
+        if few := few_steps_of_name(name):
+            return name, few
+    is_input = bool(components.unet.config.time_cond_proj_dim)
+    few = few_steps_of_model(components.scheduler_config, guidance_is_input=is_input)
+    few = few or few_steps_of_name(Path(components.name).name)
+    return few and (components.name, few)
 
 
 def lacks_trigger(prompt: str, metadata: AdapterMetadata) -> bool:

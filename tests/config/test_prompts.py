@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
+from dora_diffusion.config.prompts import (
+    SamplePrompt,
+    parse_prompt,
+    read_prompts,
+    read_styles,
+    with_styles,
+)
 
 
 def test_options_are_read_as_sd_scripts_has_them() -> None:
@@ -55,10 +61,7 @@ def test_a_file_holds_a_prompt_a_line(tmp_path: Path) -> None:
     ("text", "message"),
     [
         (None, "cannot read sample_prompts .*prompts.txt: No such file"),
-        (
-            b"\xff\xfe\xff",
-            "cannot read sample_prompts .*: it is not UTF-8 text; save it as UTF-8",
-        ),
+        (b"\xff\xfe\xff", "sample_prompts .*prompts.txt is not UTF-8 text; save it as UTF-8"),
         (b"# nothing\n\n", "sample_prompts .*prompts.txt has no prompt"),
         (b"a dog\n\na cat --w x\n", r"prompts.txt, line 3: the sample prompt 'a cat --w x'"),
         (b"--n blurry\n", "line 1: the sample prompt '--n blurry' has no text before its options"),
@@ -72,3 +75,70 @@ def test_a_file_that_cannot_be_used_is_refused(
         file.write_bytes(text)
     with pytest.raises(ConfigError, match=message):
         read_prompts(file)
+
+
+STYLES = """\ufeffname,prompt,negative_prompt
+ink, ink drawing ,"color, \"\"photo\"\""
+paper,"{prompt}, on\npaper. {prompt}!",{prompt} -- glossy
+only negative,,blurry
+ink twice,first,
+ink twice,"second ",
+short
+"""
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_styles_are_applied_one_after_the_other(newline: str, tmp_path: Path) -> None:
+    (tmp_path / "styles.csv").write_bytes(STYLES.replace("\n", newline).encode())
+    cases = {
+        (): ("a dog ", "cat"),
+        ("ink",): ("a dog, ink drawing", 'cat, color, "photo"'),
+        ("paper",): ("a dog , on\npaper. a dog !", "cat -- glossy"),
+        ("ink", "paper"): (
+            "a dog, ink drawing, on\npaper. a dog, ink drawing!",
+            'cat, color, "photo" -- glossy',
+        ),
+        ("paper", "ink"): (
+            "a dog , on\npaper. a dog !, ink drawing",
+            'cat -- glossy, color, "photo"',
+        ),
+        ("only negative",): ("a dog", "cat, blurry"),
+        ("ink twice", "short"): ("a dog, second", "cat"),
+    }
+    for names, expected in cases.items():
+        styles = read_styles(tmp_path / "styles.csv", names)
+        prompt = with_styles("a dog ", [style.prompt for style in styles])
+        negative = with_styles("cat", [style.negative_prompt for style in styles])
+        assert (prompt, negative) == expected
+    (style,) = read_styles(tmp_path / "styles.csv", ["ink"])
+    assert with_styles(" ", style[:1]) == "ink drawing"
+
+
+def test_old_files_of_styles_are_read(tmp_path: Path) -> None:
+    (tmp_path / "styles.csv").write_text("name,text\nink,an ink drawing\n", encoding="utf-8")
+    assert read_styles(tmp_path / "styles.csv", ["ink"]) == [("an ink drawing", "")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot read styles .*styles.csv: No such file"),
+        (b"\x89PNG\r\n\x1a\n", "styles .*styles.csv is not UTF-8 text; save it as UTF-8"),
+        (b"name,prompt\0", "styles .*styles.csv is not UTF-8 text"),
+        (b"", "styles .*styles.csv must begin with the line name,prompt,negative_prompt"),
+        (b"ink,an ink drawing,\n", "must begin with the line name,prompt,negative_prompt"),
+        (b"name,prompt\nink," + b"x" * 200_000, "styles.csv, line 2: field larger than"),
+        (b"name,prompt\nInk,x\noil,x\n", "no style 'ink' .did you mean Ink.?; there are Ink, oil"),
+        (bytes([65]) * (2**24 + 1), "styles .*styles.csv is larger than 16 MiB; give a text file"),
+    ],
+    ids=["missing", "image", "null", "empty", "headless", "long", "unknown", "large"],
+)
+def test_a_file_of_styles_that_cannot_be_used_is_refused(
+    tmp_path: Path, text: bytes | None, message: str
+) -> None:
+    file = tmp_path / "styles.csv"
+    if text is not None:
+        file.write_bytes(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        read_styles(file, ["ink"])
+    assert "\n" not in str(error.value)

@@ -16,6 +16,7 @@ from dora_diffusion.cli.console.tables import print_json
 from dora_diffusion.cli.settings import AdaptedModel, Sampling, check_results
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import REQUIRED, flag
+from dora_diffusion.config.file import read_text
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import counted
 from dora_diffusion.formats.adapter.metadata import CAPTIONS, OWN
@@ -64,6 +65,7 @@ class EvaluateSettings(Sampling, AdaptedModel):
     wildcard_dir: str | None = flag(
         None, "Folder of the wildcard files that captions name, as in training."
     )
+    steps: int = flag(SampleSettings.validation_inference_steps, "Denoising steps.")
     num_seeds: int = flag(4, "Images per prompt, one per seed.", least=1)
     seed: int = flag(0, "Random seed of the first image.")
     guidance_scale: float | None = flag(
@@ -279,7 +281,7 @@ class PhotoFolder:
             )
         names = args.metric_model or ([LITE] if lite_is_installed() else [])
         models = [open_metric_model(name) for name in names]
-        text = Path(args.prompts).read_text(encoding="utf-8") if args.prompts else ""
+        text = read_text(args.prompts, "prompts", "prompts") if args.prompts else ""
         prompts = [line.strip() for line in text.splitlines() if line.strip()] or PROMPTS
         class_word = args.class_word or trigger.partition(" ")[2]
         trained_on = read_photo_record(args.adapter) or ()

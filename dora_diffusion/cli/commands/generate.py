@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dora_diffusion.cli.console.progress import progress
+from dora_diffusion.cli.console.progress import progress, say
 from dora_diffusion.cli.settings import (
     AdaptedModel,
     Overwrite,
@@ -23,6 +25,7 @@ from dora_diffusion.cli.settings import (
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import REQUIRED, TOKENS_PER_CHUNK, Need, flag, require
 from dora_diffusion.config.file import read_config_file, read_yaml
+from dora_diffusion.config.prompts import Style, read_styles, with_styles
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.files.atomic import require_writable
@@ -75,6 +78,17 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         True,
         "Read (word:1.2), (word), [word] and BREAK in prompts, as A1111 does; \\( is a bracket.",
     )
+    styles: str | None = flag(
+        None,
+        "File of styles as A1111 has them (styles.csv: name, prompt, negative_prompt).",
+        needs=(Need("style"),),
+    )
+    style: list[str] = flag(
+        [],
+        "Styles of that file, in their order: a style's text takes the prompt at its {prompt}, or "
+        "follows it after a comma; the negative prompt alike.",
+        repeated=True,
+    )
     wildcards: bool = flag(
         False, "Draw {a|b} and __file__ of the prompt by each image's seed; \\{ is a brace."
     )
@@ -120,8 +134,15 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
     seed: int | None = flag(None, "Seed of the first image. Default: random, shown.")
     num_images: int = flag(1, "Number of images, one per seed.", least=1)
     batch_size: int = flag(4, "Batch size.", least=1)
-    guidance_scale: float = flag(
-        SampleSettings.validation_guidance_scale, "Guidance scale (CFG scale)."
+    steps: int | None = flag(
+        None,
+        f"Denoising steps. Default: {SampleSettings.validation_inference_steps}; of LCM, Turbo and "
+        "Lightning models and adapters what they are for, as of guidance and scheduler.",
+    )
+    guidance_scale: float | None = flag(
+        None,
+        "Guidance scale (CFG scale); 1 is none. Default: "
+        f"{SampleSettings.validation_guidance_scale}.",
     )
     guidance_rescale: float = flag(
         0.0,
@@ -162,6 +183,19 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
             given = {**given, "adapter": _with_strengths(words, strengths)}
         return super().read({**found, **given}, file)
 
+    @cached_property
+    def chosen_styles(self) -> list[Style]:
+        """The styles that are asked for.
+
+        Raises:
+            ConfigError: If there is no such file or style.
+        """
+        require(
+            not self.style or self.styles is not None,
+            "style is given without a file of styles; give A1111's styles.csv with --styles",
+        )
+        return read_styles(self.styles, self.style) if self.styles and self.style else []
+
     def perform(self) -> int:
         """Generate images, and write them with what made them."""
         rows = _rows(self)
@@ -174,6 +208,7 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         repeated = _Repeated.of(self, settings)
         components, metadata = self.load(uses, offload=self.offload)
         components = repeated.reading(components, self)
+        settings = self._distilled(settings, components, uses)
         lacking = [
             name for name in components.family.image_arguments if getattr(self, name) is None
         ]
@@ -204,6 +239,28 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
             save_image(image, row.path, text)
             print(f"{row.path} (seed {row.seed})")
         return 0
+
+    def _distilled(
+        self, settings: SamplingSettings, components: Components, uses: Sequence[AdapterUse]
+    ) -> SamplingSettings:
+        """The settings, those that are not given as a distilled model or adapter needs them."""
+        from dora_diffusion.sampling.generate import few_steps
+        from dora_diffusion.sampling.images import UsedAdapter
+
+        found = few_steps(components, [UsedAdapter.of(use.path).name for use in uses])
+        if found is None:
+            return settings
+        name, few = found
+        names = ("steps", "guidance_scale", "scheduler")
+        chosen = {n: getattr(few, n) for n in names if getattr(self, n) is None and getattr(few, n)}
+        if chosen:
+            values = ", ".join(f"{setting} {value}" for setting, value in chosen.items())
+            flags = ", ".join(f"--{setting}" for setting in chosen)
+            say(
+                f"{name} is for few steps ({few.kind}): {values}; {flags} take precedence",
+                sys.stderr,
+            )
+        return replace(settings, **chosen)
 
     def uses(self) -> list[AdapterUse]:
         """The adapters that are on for all images, with their strengths.
@@ -455,9 +512,11 @@ def _settings(args: GenerateSettings) -> SamplingSettings:
     from dora_diffusion.sampling.stack import name_of
 
     names = [field.name for field in fields(SamplingSettings)]
-    given: dict[str, Any] = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    for name in ("image", "mask_image"):
-        given[name] = None if given[name] is None else open_photo(given[name])
+    given: dict[str, Any] = {name: getattr(args, name, None) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    given |= {n: open_photo(given[n]) for n in ("image", "mask_image") if n in given}
+    negatives = [style.negative_prompt for style in args.chosen_styles]
+    given["negative_prompt"] = with_styles(args.negative_prompt, negatives)
     schedules = {name_of(n): use.schedule for n, use in enumerate(args.uses()) if use.schedule}
     return SamplingSettings(**given, strength_schedules=schedules)
 
@@ -502,7 +561,7 @@ def _rows(args: GenerateSettings) -> list[_Row]:
         require(prompt is not None, f"{place} has no prompt; say with --prompt what to show")
         suffix = f"-{number + 1}" if args.adapters_file else f"-{seed}" if len(entries) > 1 else ""
         adapter = entry.get("adapter")
-        text = drawn(str(prompt), seed)
+        text = drawn(with_styles(str(prompt), [style.prompt for style in args.chosen_styles]), seed)
         require(
             "<lora:" not in text,
             f"the prompt {quoted(text)} holds <lora:...>, as web UIs load an adapter; give its "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import shutil
 import struct
 import zlib
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -332,6 +335,55 @@ def test_without_a_prompt_nothing_is_made(tmp_path, capsys):
     assert "entry 2 of" in capsys.readouterr().err
 
 
+def test_images_of_styles_are_those_of_the_prompts_that_they_give(generate, tmp_path):
+    (tmp_path / "styles.csv").write_text(
+        'name,prompt,negative_prompt\nink,an {old|new} ink drawing of {prompt},photo\n'
+        'fog,"fog, haze","{prompt}, sun"\n',
+        encoding="utf-8",
+    )  # fmt: skip
+    one, other = tmp_path / "one.png", tmp_path / "other.png"
+    styles = {"styles": tmp_path / "styles.csv", "style": "fog", "negative_prompt": "cat"}
+    assert generate(**styles, output=one) == (0, "")
+    assert generate(prompt="a dog, fog, haze", negative_prompt="cat, sun", output=other)[0] == 0
+    assert one.read_bytes() == other.read_bytes()
+    # In the order that they are given in, and before wildcards are drawn.
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        yaml.safe_dump({**styles, "style": ["ink", "fog"]} | {"styles": str(styles["styles"])}),
+        encoding="utf-8",
+    )
+    assert generate(config=config, wildcards=True) == (0, "")
+    facts = parse_parameters(read_parameters(tmp_path / "image.png"))
+    drawn = CaptionRules(wildcards=Wildcards()).draw_prompt("an {old|new} ink drawing of a dog", 3)
+    assert facts["Prompt"] == f"{drawn}, fog, haze"
+    assert facts["Negative prompt"] == "cat, photo, sun"
+    # The entries of an adapters file have them too.
+    rows = adapters_file(tmp_path, {"prompt": "a mug"}, None)
+    assert generate(**styles, adapters_file=rows) == (0, "")
+    said = [
+        parse_parameters(read_parameters(tmp_path / f"image-{n}.png"))["Prompt"] for n in (1, 2)
+    ]
+    assert said == ["a mug, fog, haze", "a dog, fog, haze"]
+
+
+def test_styles_that_cannot_be_are_one_line(generate, tmp_path, capsys):
+    (tmp_path / "styles.csv").write_text("name,prompt\nink,<lora:ink:1>\n", encoding="utf-8")
+    file = tmp_path / "styles.csv"
+    assert "give A1111's styles.csv with --styles" in generate(style="ink")[1]
+    assert (
+        "has no style 'Ink' (did you mean ink?); there are ink"
+        in generate(styles=file, style="Ink")[1]
+    )
+    assert "holds <lora:...>, as web UIs load an adapter" in generate(styles=file, style="ink")[1]
+    assert (
+        main(
+            ["generate", "--base=x", "--prompt=x", f"--output={tmp_path}/x.png", f"--styles={file}"]
+        )
+        == 1
+    )
+    assert "styles has no effect because style is not set" in capsys.readouterr().err
+
+
 def test_wildcards_are_drawn_by_each_images_seed(generate, tmp_path):
     (tmp_path / "place.txt").write_text("on grass\non the sand\n", encoding="utf-8")
     prompt = "a {red|blue|green} dog __place__"
@@ -581,3 +633,88 @@ def test_every_name_of_a1111_is_of_one_sampler():
         assert A1111_NAMES[f"{each.a1111} {each.schedule}".lower()] == name
         assert SCHEDULERS[A1111_NAMES[each.a1111.lower()]].a1111 == each.a1111
         assert name not in A1111_NAMES or A1111_NAMES[name] == name
+
+
+def few_step_model(sd1_folder, folder, scheduler, **unet):
+    """A copy of a model with another scheduler, and a UNet of its own where that is changed."""
+    shutil.copytree(sd1_folder, folder)
+    # Diffusers takes the class from the index.
+    index = {"scheduler": ["diffusers", scheduler["_class_name"]]}
+    for name, change in (
+        ("scheduler/scheduler_config.json", scheduler),
+        ("model_index.json", index),
+    ):
+        values = json.loads((folder / name).read_text(encoding="utf-8")) | change
+        (folder / name).write_text(json.dumps(values), encoding="utf-8")
+    if unet:
+        config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        torch.manual_seed(0)
+        shutil.rmtree(folder / "unet")
+        diffusers.UNet2DConditionModel.from_config(config | unet).save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "unet", "guidance"),
+    [
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, {}, 1),
+        ({"_class_name": "LCMScheduler"}, {"time_cond_proj_dim": 16}, 8),
+    ],
+    ids=["turbo", "lcm"],
+)
+def test_few_step_models_are_sampled_as_they_are_for(
+    scheduler, unet, guidance, sd1_folder, tmp_path, capsys
+):
+    """The image is that of Diffusers' own pipeline, and what is given counts more."""
+    model = few_step_model(sd1_folder, tmp_path / "model", scheduler, **unet)
+    flags = ["generate", f"--base={model}", "--prompt=a dog", "--seed=3"]
+
+    def made(name, *more):
+        assert main([*flags, f"--output={tmp_path / name}", *more]) == 0
+        said = [line for line in capsys.readouterr().err.splitlines() if "few steps" in line]
+        return parse_parameters(read_parameters(tmp_path / name)), said
+
+    facts, said = made("a.png")
+    assert (facts["Steps"], facts["CFG scale"]) == ("4", str(guidance))
+    assert "Sampler" not in facts
+    (line,) = said
+    assert line.startswith(f"{model} is for few steps (")
+    assert line.endswith(
+        f"steps 4, guidance_scale {guidance:.1f}; --steps, --guidance_scale take precedence"
+    )
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    generator = torch.Generator().manual_seed(3)
+    (expected,) = pipeline(
+        "a dog", num_inference_steps=4, guidance_scale=guidance, generator=generator
+    ).images
+    assert np.array_equal(pixels(tmp_path / "a.png"), np.asarray(expected, np.int16))
+    facts, (line,) = made("b.png", "--steps=3")
+    assert (facts["Steps"], facts["CFG scale"]) == ("3", str(guidance))
+    assert line.endswith(f": guidance_scale {guidance:.1f}; --guidance_scale take precedence")
+    facts, said = made("c.png", "--steps=3", "--guidance_scale=2")
+    assert (facts["Steps"], facts["CFG scale"], said) == ("3", "2", [])
+    assert repeat(model, tmp_path / "a.png", tmp_path / "d.png") == 0
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "d.png"))
+
+
+def test_few_step_adapters_are_known_by_their_released_names(
+    sd1_folder, random_adapter, tmp_path, capsys
+):
+    layers = random_adapter(sd1_folder, seed=1, every=3)
+    names = "sdxl_lightning_2step_lora", "lcm-lora-sdv1-5", "lightning"
+    files = [
+        write_adapter(tmp_path / f"{name}.safetensors", AdapterFile(layers, AdapterMetadata("sd1")))
+        for name in names
+    ]
+    said = []
+    for number, file in enumerate(files):
+        path = tmp_path / f"{number}.png"
+        flags = ["--base", str(sd1_folder), "--prompt=x", "--seed=3", "--adapter", f"{file}:0.1"]
+        assert main(["generate", *flags, f"--output={path}", *["--steps=3"] * (number == 2)]) == 0
+        facts = parse_parameters(read_parameters(path))
+        said.append([facts.get(name) for name in ("Steps", "CFG scale", "Sampler")])
+    assert said == [["2", "1", "euler_trailing"], ["4", "1", "lcm"], ["3", "7.5", None]]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "few steps" in line]
+    assert lines[0].startswith("sdxl_lightning_2step_lora is for few steps (Lightning): steps 2, ")
+    assert lines[1].endswith("; --steps, --guidance_scale, --scheduler take precedence")
+    assert len(lines) == 2
