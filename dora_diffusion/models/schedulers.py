@@ -122,7 +122,7 @@ class FewSteps(NamedTuple):
 # What the names of released files and folders begin with.
 _RELEASED: Mapping[str, FewSteps] = {
     r"lcm[-_]lora": FewSteps("LCM", scheduler="lcm"),
-    r"sd_?xl[-_]turbo": FewSteps("Turbo", scheduler="euler_a_trailing"),
+    r"sdxl[-_]turbo|sd_xl_turbo": FewSteps("Turbo", scheduler="euler_a_trailing"),
     r"sd[-_]turbo": FewSteps("Turbo", scheduler="euler_trailing"),
     r"sdxl[-_]lightning[-_]([248])step": FewSteps("Lightning", scheduler="euler_trailing"),
 }
