@@ -214,3 +214,32 @@ def test_adapters_are_not_merged_into_codes() -> None:
     with pytest.raises(RuntimeError, match="cannot be changed"):
         model[1].merge(model[1].merged())
     assert not model[1].is_merged
+
+
+@pytest.mark.parametrize(
+    ("kind", "most", "otherwise"), [("int8", 0.002, 0.005), ("nf4", 0.02, 0.1)]
+)
+def test_an_adapter_of_the_codes_is_one_of_the_dense_weight(
+    kind: Any, most: float, otherwise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How much of an update by 5% is another one there; by far more if rows lost their norms."""
+    matrix = weight((512, 640)).double()
+    change = weight((512, 8), seed=1).double() @ weight((8, 640), seed=2).double()
+    change *= 0.05 * matrix.norm() / change.norm()
+
+    def off() -> float:
+        codes = quantise(matrix.float(), kind).dense(torch.float64)
+        magnitude = 1.01 * codes.norm(dim=1, keepdim=True)
+
+        def update(base: Tensor) -> Tensor:
+            moved = base + change
+            return magnitude * moved / moved.norm(dim=1, keepdim=True) - base
+
+        here, there = update(matrix), update(codes)
+        return float((here - there).norm() / there.norm())
+
+    assert off() < most
+    monkeypatch.setattr(
+        "dora_diffusion.numerics.quantised._restored", lambda rows, _: torch.ones(len(rows))
+    )
+    assert off() > otherwise
