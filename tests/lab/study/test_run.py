@@ -25,7 +25,14 @@ from dora_diffusion.lab.study.subjects import find_subject
 from dora_diffusion.lab.study.trials import Trial, base_digest, trials_of
 from tests.lab.study.helpers import record, study
 
-RECORDED = {"comparison": 218, "comparison-snr": 40, "fast-race": 75, "fast": 48, "fast-new": 16}
+RECORDED = {
+    "quantised": 24,
+    "comparison": 218,
+    "comparison-snr": 40,
+    "fast-race": 75,
+    "fast": 48,
+    "fast-new": 16,
+}
 
 
 @pytest.fixture
