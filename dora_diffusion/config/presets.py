@@ -34,8 +34,13 @@ _FAST: Mapping[str, Any] = {
     "lr_warmup_steps": 3, "ema_decay": 0.99, "train_batch_size": 10,
     "with_prior_preservation": True,
 }  # fmt: skip
+_WORD: Mapping[str, Any] = {
+    "token": "<sks>", "train_text_encoder_ti": True, "num_new_tokens_per_abstraction": 1,
+    "initializer_concept": ["sks"],
+}  # fmt: skip
 PRESETS: Mapping[str, Preset] = {
     "fast": Preset(0.5, 50, embedded=_FAST),
+    "fast-word": Preset(0.5, 50, _WORD, embedded={**_FAST, "embedding_lr": 1e-2}),
     "balanced": Preset(1, 300, released={"with_prior_preservation": True}),
     "quality": Preset(1.5, 600, released={"with_prior_preservation": True, "rank": 16}),
     "style": Preset(

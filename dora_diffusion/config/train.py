@@ -180,12 +180,14 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             "all or one for each, none of them empty",
             "initializer_concept",
         )
-        require(
-            not any(whole_word(word).search(concept) for word in words for concept in concepts),
-            "initializer_concept holds a new word, which has no vectors to start from; give a "
-            "word that the model has",
-            "initializer_concept",
-        )
+        for word in words:
+            require(
+                not any(map(whole_word(word).search, concepts)),
+                f"initializer_concept holds the new word {word!r}, which has no vectors to start "
+                "from; give a word that the model has, or choose another new word, such as "
+                f"{f'<{word}>'!r}, with --token and in the prompts",
+                "initializer_concept",
+            )
 
     def _check_slider(self) -> None:
         for name in ("target", "positive", "negative", "anchors"):

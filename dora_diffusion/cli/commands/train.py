@@ -113,8 +113,9 @@ def add_settings(parser: Parser) -> None:
         choices=PRESETS,
         help="Settings to start from; the file's and flags given here take precedence. fast, "
         "balanced, quality: steps, prior preservation, rank; on an embedded model, fast is what "
-        "reached in 50 steps what is usual after 200, measured on tiny-sd. style: no token, "
-        "captions as they are. slider: from prompts, without images.",
+        "reached in 50 steps what is usual after 200, measured on tiny-sd. fast-word: the same "
+        "with a new word that starts from sks, <sks> unless --token names another. style: no "
+        "token, captions as they are. slider: from prompts, without images.",
     )
     parser.add_argument(
         "--dry_run",

@@ -383,7 +383,8 @@ def test_a_preset_is_the_same_for_a_flag_a_file_and_the_app(name, sd1_folder, tm
         fitted = {"mixed_precision", "gradient_checkpointing", "optimizer"}
         app = {n: v for n, v in preset_values(name, model).items() if n not in fitted}
         assert {n: by_flag[n] for n in app} == app
-    steps = {"fast": 400, "balanced": 800, "quality": 1200, "style": 1200, "slider": 400}
+    steps = {"fast": 400, "fast-word": 400, "balanced": 800, "quality": 1200, "style": 1200,
+             "slider": 400}  # fmt: skip
     base[1] = str(sd1_folder)
     assert parsed("--preset", name, *base).max_train_steps == steps[name]
 

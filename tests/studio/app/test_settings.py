@@ -50,7 +50,8 @@ def config(**changes: object) -> TrainConfig:
 
 def made_of(model: str, values: Mapping[str, Any]) -> TrainConfig:
     """Settings of a dog, or of a slider where that is taught."""
-    return make_config(model, Path("p"), Path("o"), "sks", "dog", [], {**SLIDER, **values})
+    token = "<sks>" if values["train_text_encoder_ti"] else "sks"
+    return make_config(model, Path("p"), Path("o"), token, "dog", [], {**SLIDER, **values})
 
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"

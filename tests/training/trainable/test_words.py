@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from dora_diffusion.adapters.state import load_adapter
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.families import USUAL
 from dora_diffusion.config.learning import OPTIMIZERS, PRODIGIES
+from dora_diffusion.config.presets import preset_settings
 from dora_diffusion.export import convert_adapter, export_checkpoint, inspect_adapter
 from dora_diffusion.export.derive import combine_adapters
 from dora_diffusion.export.files import open_model
@@ -212,6 +214,31 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(
     assert all(torch.equal(tensor, states[2][name]) for name, tensor in states[1].items())
     assert not torch.equal(*(state["text_encoder.words"] for state in states[:2]))
     assert_same_adapter(whole, tmp_path)
+
+
+def test_the_preset_with_a_word_resumes_and_its_file_shows_the_word(
+    sd1_folder: Path, tmp_path: Path
+) -> None:
+    prompt, plain = "a photo of a <sks> mug", "a photo of a sks mug"
+    photos = caption(Path(shutil.copytree(SAMPLES / "bolt_mug", tmp_path / "photos")), prompt)
+    preset = preset_settings("fast-word", USUAL, is_embedded=True)
+    preset |= {"max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 2}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    config = make_config(sd1_folder, photos, whole, **preset | {"instance_prompt": prompt})
+    train(config)
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    train(replace(config, output_dir=str(resumed), resume_from_checkpoint="latest"))
+    assert_same_adapter(whole, resumed)
+    tokens = read_adapter(whole).tokens
+    assert list(tokens) == ["<sks>"]
+    assert are_equal(tokens["<sks>"], read_adapter(resumed).tokens["<sks>"])
+    assert all(layer.startswith("unet.up_blocks.") for layer in read_adapter(whole).layers)
+    pipeline = load_adapted(sd1_folder, whole, device="cpu")[0].pipeline()
+    shown, without_word = image(pipeline, prompt), image(pipeline, plain)
+    shutil.rmtree(whole / "embeddings")
+    alone = load_adapted(sd1_folder, whole, device="cpu")[0].pipeline()
+    np.testing.assert_array_equal(image(alone, plain), without_word)
+    assert min(np.abs(shown - image(alone, text)).max() for text in (prompt, plain)) > 1e-3
 
 
 def test_full_fine_tuning_writes_a_model_that_knows_the_word(
@@ -421,7 +448,8 @@ def test_a_concept_that_is_spelled_is_said(sd1_folder: Path, named: Path, tmp_pa
         ({"new_words": ["a.b"]}, "without spaces, dots and slashes"),
         ({"initializer_concept": ["dog", "cat"]}, "initializer_concept has 2 for 1 new words"),
         ({"initializer_concept": [" "]}, "none of them empty"),
-        ({"token": "<a>", "initializer_concept": ["a <a>"]}, "holds a new word, which has no"),
+        ({"token": "<a>", "initializer_concept": ["a <a>"]}, "the new word '<a>', which has no"),
+        ({"token": "sks", "initializer_concept": ["sks"]}, "such as '<sks>', with --token and in"),
         ({"train_text_encoder": True, "text_encoder_targets": ["token-embedding"]},
          "which text_encoder_targets gives an adapter; leave token-embedding out"),
         ({"train_text_encoder_ti_frac": 0.0}, "must be greater than 0"),

@@ -81,12 +81,16 @@ def test_a_setting_without_effect_is_said_and_presets_have_none(
 ) -> None:
     def said(model: str, preset: str, **changes: Any) -> str:
         values = {name: setting_text(v) for name, v in preset_values(preset, model).items()}
-        asked = [subject, model, "sks", "mug", "", *(values | changes).values()]
+        token = "<sks>" if preset == "fast-word" else "sks"
+        asked = [subject, model, token, "mug", "", *(values | changes).values()]
         return html.unescape(handler(context, "plan")(*asked)[0])
 
     for model in (EMBEDDED, "stabilityai/stable-diffusion-xl-base-1.0"):
         for preset in PRESETS:
             assert "has no effect" not in said(model, preset)
+    assert "new word 'sks', which has no vectors to start from" in said(
+        EMBEDDED, "fast", train_text_encoder_ti=True, initializer_concept="sks"
+    )
     changed = said(EMBEDDED, "fast", keep_tags="3")
     assert "keep_tags has no effect because shuffle_tags is off and tag_dropout is 0.0" in changed
 
