@@ -29,7 +29,7 @@ RECORDED = {
     "quantised": 24,
     "comparison": 218,
     "comparison-snr": 40,
-    "fast-race": 75,
+    "fast-race": 116,
     "fast": 48,
     "fast-new": 16,
 }
