@@ -58,6 +58,7 @@ from dora_diffusion.models.text import (
 from dora_diffusion.models.words import have_own_words
 from dora_diffusion.numerics.devices import default_device
 from dora_diffusion.numerics.weights import Strengths
+from dora_diffusion.sampling.detail import Detail, find_region
 from dora_diffusion.sampling.stack import AdapterUse, Schedule, attach_stack, scheduled
 
 DENOISE = 0.75
@@ -93,6 +94,7 @@ class SamplingSettings:
         hires_steps: ``steps`` of the second pass; None is as many.
         strength_schedules: By name of an adapter (`stack.name_of`), how its strength changes over
             the steps of each pass; of adapters that are on for all images.
+        detail: What of each finished image is painted again in more detail.
         prompt_weights: Read weights and breaks in prompts, as A1111 does (`models.emphasis`).
 
     Raises:
@@ -114,6 +116,7 @@ class SamplingSettings:
     hires_steps: int | None = None
     strength_schedules: Mapping[str, Schedule] = field(default_factory=dict)
     prompt_weights: bool = False
+    detail: Detail | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "width", "height", "hires_steps"):
@@ -153,6 +156,8 @@ class SamplingSettings:
         passes = [("denoise", self.denoise, self.steps)]
         if self.hires is not None:
             passes += [("hires_denoise", self.hires_denoise, self.hires_steps or self.steps)]
+        if self.detail is not None:
+            passes += [("detail_denoise", self.detail.denoise, self.steps)]
         for name, share, steps in passes:
             if share is not None and not 0 < share <= 1:
                 raise ValueError(f"{name} is {share:g}; it must be above 0 and at most 1")
@@ -303,11 +308,80 @@ def generate_images(
         BrokenImageError: If an image is refused.
 
     Warns:
-        UserWarning: Once for each prompt beyond the token limit, naming the text that was cut.
+        UserWarning: Once for each prompt beyond the token limit, naming the text that was cut; and
+            of each image in which the detail pass found nothing.
     """
     settings = settings or SamplingSettings()
     prompt = _per_seed(prompt, seeds, adapters)
     _warn_of_prompts(components, prompt, settings, adapters)
+    parts = 1 + len(seeds) * (settings.detail is not None)
+    sample = partial(
+        _sample_batches, components, batch_size=batch_size, require_finite=require_finite
+    )
+    images = sample(prompt, seeds, settings, adapters, _part(on_step, 0, parts))
+    for number, seed in enumerate(seeds if settings.detail else ()):
+        own = prompt if isinstance(prompt, str) else prompt[number]
+        row = adapters and [adapters[number]]
+        show = _part(on_step, number + 1, parts)
+        images[number] = _with_detail(
+            components, sample, images[number], own, seed, settings, row, show
+        )
+    return images
+
+
+def _with_detail(
+    components: Components,
+    sample: Callable[..., list[Image.Image]],
+    image: Image.Image,
+    prompt: str,
+    seed: int,
+    settings: SamplingSettings,
+    adapter: Sequence[str | None] | None,
+    on_step: Callable[[int, int], None] | None,
+) -> Image.Image:
+    """An image after its detail pass; as it is where nothing is found."""
+    detail = settings.detail
+    assert detail is not None
+    region = find_region(image, detail, components.default_resolution)
+    if region is None:
+        warnings.warn(
+            f"no {detail.label or 'subject'} was found in the image of seed {seed}; it has no "
+            "detail pass",
+            stacklevel=3,
+        )
+        return image
+    closer = replace(
+        settings, image=region.crop(image), mask_image=region.mask, width=region.size[0],
+        height=region.size[1], denoise=detail.denoise, hires=None, detail=None,
+    )  # fmt: skip
+    text = detail.prompt or prompt
+    # Text encoders may be adapted too: a row needs its own prompt.
+    (painted,) = sample([text] if adapter else text, [seed], closer, adapter, on_step)
+    return region.put_back(painted, image)
+
+
+def _part(
+    on_step: Callable[[int, int], None] | None, number: int, parts: int
+) -> Callable[[int, int], None] | None:
+    """Return what shows the steps of one of several parts of a work."""
+    if on_step is None:
+        return None
+    show = on_step
+    return lambda done, steps: show(number * steps + done, parts * steps)
+
+
+def _sample_batches(
+    components: Components,
+    prompt: str | Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    adapters: Sequence[str | None] | None,
+    on_step: Callable[[int, int], None] | None,
+    *,
+    batch_size: int,
+    require_finite: bool,
+) -> list[Image.Image]:
+    """The images of `generate_images`, without a detail pass."""
     images: list[Image.Image] = []
     batches = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
     with _sampling(components, settings, is_mixed=bool(adapters)) as set_share:
@@ -393,6 +467,8 @@ def _warn_of_prompts(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     prompts += [settings.negative_prompt] * len(adapters or "1")
     own = [*(adapters or ()), *(adapters or ())]
+    if settings.detail is not None and settings.detail.prompt:
+        prompts, own = [*prompts, settings.detail.prompt], [*own, None]
     if settings.prompt_weights:
         for text in {text for text in prompts if has_editing(text)}:
             warnings.warn(

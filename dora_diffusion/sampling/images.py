@@ -54,6 +54,9 @@ _SETTINGS: Mapping[str, tuple[str, type]] = {
     "Magnitude strength": ("magnitude_strength", float), "Clip skip": ("clip_skip", int),
     TOKEN_LENGTH: ("max_token_length", int), "Denoising strength": ("denoise", float),
     "Hires upscale": ("hires", float), "Hires steps": ("hires_steps", int),
+    "Detail model": ("detail", str), "Detail label": ("detail_label", str),
+    "Detail prompt": ("detail_prompt", str), "Detail padding": ("detail_padding", int),
+    "Detail denoising strength": ("detail_denoise", float),
 }  # fmt: skip
 # The same of several values, with what is between them.
 _LISTS = {LAYERS: ("layer_strength", ", "), SCHEDULE: ("strength_schedule", " | ")}
@@ -196,6 +199,15 @@ def painted_fields(settings: SamplingSettings) -> dict[str, str]:
     if settings.hires:
         fields |= {"Hires upscale": _number(settings.hires), _UPSCALER: _LANCZOS}
         fields |= {"Hires steps": str(settings.hires_steps)} if settings.hires_steps else {}
+    if (detail := settings.detail) is not None:
+        texts = {
+            "model": without_path(detail.model),
+            "label": detail.label,
+            "prompt": detail.prompt,
+        }
+        fields |= {f"Detail {name}": text for name, text in texts.items() if text}
+        fields["Detail denoising strength"] = _number(detail.denoise)
+        fields["Detail padding"] = str(detail.padding)
     return fields
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
     from dora_diffusion.models.components import Components
+    from dora_diffusion.sampling.detail import Detail
     from dora_diffusion.sampling.generate import SamplingSettings
     from dora_diffusion.sampling.pool import AdapterPool
     from dora_diffusion.sampling.stack import AdapterUse
@@ -130,6 +131,29 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         "Denoising steps of the second pass, of which that share is done. Default: --steps.",
         needs=(Need("hires"),),
     )
+    detail: str | None = flag(
+        None,
+        "Model that finds a face or subject in each finished image, which is enlarged to the "
+        "model's size, painted over and put back: rembg, rembg:MODEL, or a segmentation model "
+        "(folder or hub id).",
+    )
+    detail_label: str | None = flag(
+        None,
+        "Which of a segmentation model's labels that is, such as face.",
+        needs=(Need("detail"),),
+    )
+    detail_prompt: str | None = flag(
+        None, "Prompt of the detail pass. Default: the image's.", needs=(Need("detail"),)
+    )
+    detail_denoise: float = flag(
+        0.4, "Denoising strength of the detail pass.", needs=(Need("detail"),), above=0, most=1
+    )
+    detail_padding: int = flag(
+        32,
+        "Pixels around what is found that the detail pass sees too.",
+        needs=(Need("detail"),),
+        least=16,
+    )
     negative_prompt: str = flag("", "Negative prompt.")
     seed: int | None = flag(None, "Seed of the first image. Default: random, shown.")
     num_images: int = flag(1, "Number of images, one per seed.", least=1)
@@ -172,6 +196,12 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
             return super().read(given, file)
         found, strengths = repeated_settings(str(image))
         found = {name: value for name, value in found.items() if name not in values}
+        model = str(found.get("detail", ""))
+        require(
+            not model or model.startswith("rembg") or "/" in model or Path(model).is_dir(),
+            f"{Path(str(image)).name} was made with the detail model {model}; give its folder with "
+            "--detail",
+        )
         words = values.get("adapter") or []
         words = [words] if isinstance(words, str) else words
         require(
@@ -515,10 +545,28 @@ def _settings(args: GenerateSettings) -> SamplingSettings:
     given: dict[str, Any] = {name: getattr(args, name, None) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     given |= {n: open_photo(given[n]) for n in ("image", "mask_image") if n in given}
+    if args.detail:
+        given["detail"] = _detail(args)
     negatives = [style.negative_prompt for style in args.chosen_styles]
     given["negative_prompt"] = with_styles(args.negative_prompt, negatives)
     schedules = {name_of(n): use.schedule for n, use in enumerate(args.uses()) if use.schedule}
     return SamplingSettings(**given, strength_schedules=schedules)
+
+
+def _detail(args: GenerateSettings) -> Detail:
+    """Open the detail pass.
+
+    Raises:
+        PrepareError, ModelNotFoundError: If its model gives no masks, or is not there.
+    """
+    from dora_diffusion.data.prepare import open_masker
+    from dora_diffusion.sampling.detail import Detail
+
+    model, label = args.detail or "", args.detail_label or ""
+    texts = {"prompt": args.detail_prompt or "", "model": model, "label": label}
+    return Detail(
+        open_masker(model, label=label), args.detail_denoise, args.detail_padding, **texts
+    )
 
 
 def _drawn(args: GenerateSettings) -> Callable[[str, int], str]:

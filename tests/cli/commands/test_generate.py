@@ -718,3 +718,88 @@ def test_few_step_adapters_are_known_by_their_released_names(
     assert lines[0].startswith("sdxl_lightning_2step_lora is for few steps (Lightning): steps 2, ")
     assert lines[1].endswith("; --steps, --guidance_scale, --scheduler take precedence")
     assert len(lines) == 2
+
+
+def masker(monkeypatch, box):
+    """Have every model find the same box, and return the models that were opened."""
+    from dora_diffusion.data import prepare
+
+    opened = []
+
+    def open_masker(name, *, label=""):
+        opened.append((name, label))
+        return boxed
+
+    def boxed(image):
+        mask = Image.new("L", image.size)
+        mask.paste(255, box)
+        return mask
+
+    monkeypatch.setattr(prepare, "open_masker", open_masker)
+    return opened
+
+
+def test_details_are_painted_said_and_repeated(sd1_folder, tmp_path, monkeypatch, capsys):
+    plain, first, again = (tmp_path / name for name in ("plain.png", "first.png", "again.png"))
+    opened = masker(monkeypatch, (20, 20, 40, 44))
+    detail = ("--detail", "rembg:isnet", "--detail_label", "face", "--detail_denoise", "0.6")
+    more = ("--seed", "4", "--width", "96", "--steps", "3")
+    assert run(sd1_folder, plain, *more) == 0
+    assert run(sd1_folder, first, *more, *detail, "--detail_prompt", "a, b") == 0
+    fields = parse_parameters(read_parameters(first))
+    assert {name: text for name, text in fields.items() if name.startswith("Detail")} == {
+        "Detail model": "rembg:isnet", "Detail label": "face", "Detail prompt": "a, b",
+        "Detail denoising strength": "0.6", "Detail padding": "32",
+    }  # fmt: skip
+    changed = (pixels(first) != pixels(plain)).any(axis=2)
+    assert changed[25:40, 25:35].any()
+    assert not changed[:, 60:].any()
+    assert repeat(sd1_folder, first, again) == 0
+    assert np.array_equal(pixels(first), pixels(again))
+    assert read_parameters(first) == read_parameters(again)
+    assert opened == [("rembg:isnet", "face")] * 2
+    assert "warning" not in capsys.readouterr().err
+    # A folder's path is not in the image, and must be given again.
+    (tmp_path / "seg").mkdir()
+    local = ("--detail", str(tmp_path / "seg"))
+    assert run(sd1_folder, first, *more, *local, "--overwrite") == 0
+    assert parse_parameters(read_parameters(first))["Detail model"] == "seg"
+    assert repeat(sd1_folder, first, again) == 1
+    error = capsys.readouterr().err
+    assert "first.png was made with the detail model seg; give its folder with --detail" in error
+    assert repeat(sd1_folder, first, again, *local) == 0
+    assert np.array_equal(pixels(first), pixels(again))
+
+
+def test_without_a_subject_an_image_stays_and_it_is_said(sd1_folder, tmp_path, monkeypatch, capsys):
+    plain, other = tmp_path / "plain.png", tmp_path / "other.png"
+    masker(monkeypatch, (0, 0, 0, 0))
+    assert run(sd1_folder, plain, "--seed", "4", "--steps", "3") == 0
+    assert run(sd1_folder, other, "--seed", "4", "--steps", "3", "--detail", "rembg") == 0
+    assert np.array_equal(pixels(plain), pixels(other))
+    assert "no subject was found in the image of seed 4; it has no det" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--detail", "./nowhere"), "nowhere does not exist; give a model's folder, or a hub id"),
+        (
+            ("--detail", "rembg", "--detail_denoise", "0"),
+            "detail_denoise is 0.0; it must be greater",
+        ),
+        (
+            ("--detail", "rembg", "--detail_denoise", "2"),
+            "detail_denoise is 2.0; it must be at most 1",
+        ),
+        (
+            ("--detail", "rembg", "--detail_padding", "8"),
+            "detail_padding is 8; it must be at least 16",
+        ),
+    ],
+)
+def test_details_that_cannot_be_are_one_line(flags, message, sd1_folder, tmp_path, last_line):
+    assert run(sd1_folder, tmp_path / "x.png", *flags) == 1
+    line = last_line()
+    assert line.startswith("error: ")
+    assert message in line
