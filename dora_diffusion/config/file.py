@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.fields import ConfigError, require
 
-_MOST_BYTES = 2**24
+_MOST_BYTES, _MOST_VALUES = 2**24, 100_000
 SEGMENTS = "segments"
 """Key under which a resumed run records what changed at which step; no setting."""
 
@@ -62,8 +63,14 @@ def _parse(path: str | Path) -> tuple[Any, Any]:
 
     text = read_text(path, "the config file")
     try:
-        return yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        require(
+            _size(root, {}) <= _MOST_VALUES,
+            f"{path} has more than {_MOST_VALUES} values, with those that aliases repeat; write "
+            "fewer",
+        )
+        return yaml.safe_load(text), root
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark else str(path)
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -71,6 +78,16 @@ def _parse(path: str | Path) -> tuple[Any, Any]:
             f"{place}: this is not valid YAML ({what}); write 'setting: value', and quote a value "
             "that holds ': ' or begins with a sign"
         ) from error
+
+
+def _size(node: Any, known: dict[int, float]) -> float:
+    """Number of a YAML node's values, each as often as aliases repeat it; inf inside of itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        inner = node.value if isinstance(getattr(node, "value", None), list) else []
+        parts = (p for item in inner for p in (item if isinstance(item, tuple) else (item,)))
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def read_text(path: str | Path, what: str, setting: str = "") -> str:

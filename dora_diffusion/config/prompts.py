@@ -15,10 +15,15 @@ from dora_diffusion.config.fields import ConfigError, require
 from dora_diffusion.config.file import read_text
 from dora_diffusion.config.wording import did_you_mean, listing, quoted
 
+PIXELS = 8
+"""Pixels of which width and height are multiples."""
+MOST_SIDE, MOST_STEPS = 8192, 1000
+"""Limits of an image's sides in pixels, and of denoising steps."""
 # Letters after "--" -> attribute, what it is, and what an image of a latent model can have.
-_NUMBERS: dict[str, tuple[str, type, float]] = {
-    "d": ("seed", int, 0), "w": ("width", int, 8), "h": ("height", int, 8),
-    "s": ("steps", int, 1), "l": ("guidance_scale", float, 0),
+_NUMBERS: dict[str, tuple[str, type, float, float]] = {
+    "d": ("seed", int, 0, math.inf), "w": ("width", int, PIXELS, MOST_SIDE),
+    "h": ("height", int, PIXELS, MOST_SIDE), "s": ("steps", int, 1, MOST_STEPS),
+    "l": ("guidance_scale", float, 0, math.inf),
 }  # fmt: skip
 _TEXTS = {"n": "negative", "ss": "scheduler"}
 _DRIFT = "drift"
@@ -26,8 +31,8 @@ OPTIONS = (*_NUMBERS, *_TEXTS, _DRIFT)
 """Options that may stand behind ``--`` in a line."""
 # sd-scripts' names of schedulers -> ours.
 _SCHEDULERS = {"k_euler": "euler", "k_euler_a": "euler_a", "dpmsolver++": "dpm++"}
-PIXELS = 8
-"""Pixels of which width and height are multiples."""
+MOST_CHARACTERS = 100_000
+"""Characters of a prompt, whatever styles and wildcards make of it."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +96,14 @@ def _option(key: str, value: str, line: str) -> tuple[str, Any]:
         f"{place} is not an option here; there is --n (negative prompt), --d (seed), --w, --h, --l "
         "(guidance scale), --s (steps), --ss (scheduler) and --drift",
     )
-    name, kind, least = _NUMBERS[key]
+    name, kind, least, most = _NUMBERS[key]
     wanted = "a whole number" if kind is int else "a number"
     try:
         number = kind(value)
     except ValueError as error:
         raise ConfigError(f"{place} is {value!r}; it must be {wanted}") from error
     require(least <= number < math.inf, f"{place} is {value}; it must be at least {least:g}")
+    require(number <= most, f"{place} is {value}; it must be at most {most:g}")
     is_side = name in ("width", "height")
     require(
         not is_side or number % PIXELS == 0,
@@ -146,7 +152,9 @@ def read_styles(file: str | Path, names: Sequence[str]) -> list[Style]:
     try:
         rows = list(table)
     except csv.Error as error:
-        raise ConfigError(f"styles {file}, line {table.line_num}: {error}", "styles") from error
+        raise ConfigError(
+            f"styles {file}, line {table.reader.line_num}: {error}", "styles"
+        ) from error
     column = next((name for name in ("prompt", "text") if name in (table.fieldnames or ())), "")
     require(
         bool(column) and "name" in (table.fieldnames or ()),
@@ -171,13 +179,25 @@ def with_styles(prompt: str, texts: Iterable[str]) -> str:
 
     A style's text takes the prompt at its ``{prompt}``, or follows it after a comma.
 
+    Raises:
+        ConfigError: If it has more than `MOST_CHARACTERS`.
+
     Example:
         >>> with_styles("a dog", ["ink drawing", "{prompt} on paper"])
         'a dog, ink drawing on paper'
     """
+    _require_short(len(prompt))
     for text in texts:
+        _require_short(len(text) + len(prompt) * max(1, text.count("{prompt}")))
         if "{prompt}" in text:
             prompt = text.replace("{prompt}", prompt)
         else:
             prompt = ", ".join(filter(None, (prompt.strip(), text.strip())))
     return prompt
+
+
+def _require_short(length: int) -> None:
+    require(
+        length <= MOST_CHARACTERS,
+        f"a prompt of {length} characters is too long; the most are {MOST_CHARACTERS}",
+    )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dora_diffusion.config.fields import DTYPES, PRECISIONS, AnyOf, Need, flag
+from dora_diffusion.config.prompts import MOST_STEPS
 from dora_diffusion.config.subject import prior_or_slider
 
 OFFLOADS = ("auto", "none", "model")
@@ -127,6 +128,7 @@ class SampleSettings:
         resume="free",
         needs=(AnyOf((_SAMPLES, prior_or_slider)),),
         above=0,
+        most=MOST_STEPS,
     )
     validation_guidance_scale: float = flag(
         7.5,

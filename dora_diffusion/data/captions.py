@@ -9,14 +9,16 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 import torch
 
-from dora_diffusion.config.fields import ConfigError
+from dora_diffusion.config.fields import ConfigError, require
 from dora_diffusion.config.file import read_text
+from dora_diffusion.config.prompts import MOST_CHARACTERS
 from dora_diffusion.config.wording import framed, quoted, whole_word
 from dora_diffusion.data.sampler import generator_for
 
@@ -46,10 +48,10 @@ def read_caption(photo: str | Path, default: str, *, per_line: bool = False) -> 
 
 # Backslashes before other characters are those of tags: saber \(fate\).
 _PIECE = re.compile(
-    r"\\(?P<escaped>[{}|]|__)|__(?P<file>[^\W_](?:[\w ./-]*?[^\W_])?)__|(?P<mark>[{}|])"
+    r"\\(?P<escaped>[{}|]|__)|__(?P<file>[^\W_](?:[\w ./-]{0,200}?[^\W_])?)__|(?P<mark>[{}|])"
     r"|[^\\{}|_]+|."
 )
-WILD = re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*\}|(?<!\\)__[^\W_](?:[\w ./-]*?[^\W_])?__")
+WILD = re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*\}|(?<!\\)__[^\W_](?:[\w ./-]{0,200}?[^\W_])?__")
 """Pattern of a wildcard."""
 # Of a text with more alternatives, the first ones.
 MOST_VARIANTS = 1000
@@ -61,11 +63,20 @@ class Choice:
 
     alternatives: tuple[Template, ...]
 
+    @cached_property
+    def longest(self) -> int:
+        """Parts and characters of the longest alternative."""
+        return max(map(_length, self.alternatives))
+
 
 Template = tuple["str | Choice", ...]
 """A text taken apart: what is said, and what is chosen, in order."""
 
 Pick = Callable[[Choice], Template]
+
+
+def _length(template: Template) -> int:
+    return sum(1 + (len(p) if isinstance(p, str) else p.longest) for p in template)
 
 
 def render(template: Sequence[str | Choice], pick: Pick) -> str:
@@ -149,8 +160,8 @@ class Wildcards:
             within: Names of the files that it is from, each a line of the one before.
 
         Raises:
-            ConfigError: If a brace lacks its other half, or a file is missing, empty, damaged or
-                names itself.
+            ConfigError: If a brace lacks its other half, a file is missing, empty, damaged or
+                names itself, or texts of more than `MOST_CHARACTERS` could be drawn.
         """
         if text in self._templates:
             return self._templates[text]
@@ -172,8 +183,13 @@ class Wildcards:
             groups[-1][-1].append(part)
         if len(groups) > 1:
             raise ConfigError(rf"{quoted(text)} has {{ without }}; the character is \{{")
-        self._templates[text] = tuple(groups[0][0])
-        return self._templates[text]
+        template = tuple(groups[0][0])
+        require(
+            _length(template) <= MOST_CHARACTERS,
+            f"the wildcards of {quoted(text)} can give more than {MOST_CHARACTERS} characters",
+        )
+        self._templates[text] = template
+        return template
 
     def _file(self, name: str, within: tuple[str, ...]) -> Choice:
         if name in within:

@@ -50,6 +50,8 @@ DECODE_ERRORS = (
 _KEPT: ContextVar[dict[tuple[Path, int, int], bytes] | None] = ContextVar("kept", default=None)
 # In all: more than any photos that a subject should have.
 _MOST_KEPT_BYTES = 2**28
+# Of one file, which is read whole.
+_MOST_BYTES = 2**29
 
 
 class PhotoError(ValueError):
@@ -124,14 +126,17 @@ def read_bytes(path: Path) -> bytes:
     """Read a file.
 
     Raises:
-        PhotoError: If that fails or it is empty.
+        PhotoError: If that fails, or it is empty, larger than 512 MiB or no file.
     """
     kept = _KEPT.get()
     try:
+        now = path.stat()
+        if now.st_size > _MOST_BYTES or not (path.is_file() or path.is_dir()):
+            reason = f"larger than {_MOST_BYTES >> 20} MiB" if path.is_file() else "not a file"
+            raise PhotoError(f"{path.name}: {reason}; remove or replace it")
         if kept is None:
             data = path.read_bytes()
         else:
-            now = path.stat()
             key = path.absolute(), now.st_mtime_ns, now.st_size
             if key in kept:
                 return kept[key]

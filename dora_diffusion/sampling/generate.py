@@ -22,7 +22,7 @@ from dora_diffusion.adapters.inject import require_adapters
 from dora_diffusion.adapters.scope import norm_scope, row_scope
 from dora_diffusion.config.base import AnyModel
 from dora_diffusion.config.fields import require
-from dora_diffusion.config.prompts import PIXELS
+from dora_diffusion.config.prompts import MOST_SIDE, MOST_STEPS, PIXELS
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.data.captions import contains_token
@@ -123,6 +123,9 @@ class SamplingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+            most = MOST_STEPS if "steps" in name else MOST_SIDE
+            if value is not None and value > most:
+                raise ValueError(f"{name} is {value}; it must be at most {most}")
             if value is not None and "steps" not in name and value % PIXELS:
                 more = (value // PIXELS + 1) * PIXELS
                 raise ValueError(
@@ -153,6 +156,10 @@ class SamplingSettings:
             raise ValueError(
                 f"hires is {self.hires:g}; it must be above 1 and at most {MOST_HIRES}"
             )
+        for name in ("width", "height"):
+            side = getattr(self, name)
+            if side is not None and side * (self.hires or 1) > MOST_SIDE:
+                raise ValueError(f"hires {self.hires:g} of a {name} of {side} is above {MOST_SIDE}")
         passes = [("denoise", self.denoise, self.steps)]
         if self.hires is not None:
             passes += [("hires_denoise", self.hires_denoise, self.hires_steps or self.steps)]

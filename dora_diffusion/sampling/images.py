@@ -351,7 +351,7 @@ def read_parameters(path: str | Path) -> str | None:
     """The parameters text of an image file; of one of ComfyUI, the text that says the same."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Of many pixels, which are not decoded.
-        image = Image.open(path)
+        image = Image.open(path, formats=("PNG", "JPEG", "WEBP"))
     with image:
         text, workflow = image.info.get(_CHUNK), image.info.get(_WORKFLOW)
         if text is None and workflow is not None and (found := workflow_parameters(str(workflow))):

@@ -31,6 +31,8 @@ def test_options_are_read_as_sd_scripts_has_them() -> None:
     [
         ("--w 700", "--w is 700; it must be a multiple of 8"),
         ("--h 0", "--h is 0; it must be at least 8"),
+        ("--h 8200", "--h is 8200; it must be at most 8192"),
+        ("--s 1001", "--s is 1001; it must be at most 1000"),
         ("--d x", "--d is 'x'; it must be a whole number"),
         ("--l nan", "--l is nan; it must be at least 0"),
         ("--s", "--s is ''; it must be a whole number"),
@@ -128,7 +130,7 @@ def test_old_files_of_styles_are_read(tmp_path: Path) -> None:
         (b"", "styles .*styles.csv must begin with the line name,prompt,negative_prompt"),
         (b"ink,an ink drawing,\n", "must begin with the line name,prompt,negative_prompt"),
         (b"name,prompt\nink," + b"x" * 200_000, "styles.csv, line 2: field larger than"),
-        (b"name,prompt\nInk,x\noil,x\n", "no style 'ink' .did you mean Ink.?; there are Ink, oil"),
+        (b"name,prompt\nInk,x\noil,x\n", "no style 'ink' .did you mean Ink..; there are Ink, oil"),
         (bytes([65]) * (2**24 + 1), "styles .*styles.csv is larger than 16 MiB; give a text file"),
     ],
     ids=["missing", "image", "null", "empty", "headless", "long", "unknown", "large"],

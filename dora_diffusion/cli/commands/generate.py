@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import secrets
 import sys
 import warnings
@@ -156,7 +157,7 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
     )
     negative_prompt: str = flag("", "Negative prompt.")
     seed: int | None = flag(None, "Seed of the first image. Default: random, shown.")
-    num_images: int = flag(1, "Number of images, one per seed.", least=1)
+    num_images: int = flag(1, "Number of images, one per seed.", least=1, most=10_000)
     batch_size: int = flag(4, "Batch size.", least=1)
     steps: int | None = flag(
         None,
@@ -402,7 +403,7 @@ def repeated_settings(file: str) -> tuple[dict[str, Any], dict[str, str]]:
         values["clip_skip"] = 0
     # Web UIs read all of a prompt.
     values.setdefault("max_token_length", TOKENS_PER_CHUNK if is_own else 0)
-    with contextlib.suppress(ValueError, AttributeError):
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):
         loaded = json.loads(fields.get(LOADED, "{}"))
         values |= {name: value for name, value in loaded.items() if name in _LOADED}
     if unread:
@@ -591,6 +592,7 @@ def _rows(args: GenerateSettings) -> list[_Row]:
     Raises:
         ConfigError: If torch cannot take one of the seeds, an entry cannot be, or a file cannot be
             written.
+        FileNotFoundError: If an entry's adapter is not there.
     """
     output = Path(args.output)
     require(
@@ -600,6 +602,7 @@ def _rows(args: GenerateSettings) -> list[_Row]:
     first = secrets.randbelow(2**32) if args.seed is None else args.seed
     if not 0 <= first <= 2**63 - len(entries):
         raise ConfigError(f"seed is {first}; it must be between 0 and 2**63 - num_images")
+    from dora_diffusion.formats.adapter.stored import find_adapter
     from dora_diffusion.numerics.weights import require_strength
 
     rows, drawn = [], _drawn(args)
@@ -610,11 +613,12 @@ def _rows(args: GenerateSettings) -> list[_Row]:
         suffix = f"-{number + 1}" if args.adapters_file else f"-{seed}" if len(entries) > 1 else ""
         adapter = entry.get("adapter")
         text = drawn(with_styles(str(prompt), [style.prompt for style in args.chosen_styles]), seed)
-        require(
-            "<lora:" not in text,
-            f"the prompt {quoted(text)} holds <lora:...>, as web UIs load an adapter; give its "
-            "file with --adapter",
-        )
+        for words in (text, args.detail_prompt or ""):
+            require(
+                not re.search("<(lora|lyco|hypernet):", words),
+                f"the prompt {quoted(words)} holds <lora:...>, as web UIs load an adapter; give "
+                "its file with --adapter",
+            )
         require(
             not text.strip().startswith("Negative prompt:"),
             "the prompt begins with 'Negative prompt:'; give that with --negative_prompt",
@@ -623,6 +627,8 @@ def _rows(args: GenerateSettings) -> list[_Row]:
         require_strength(f"strength of {place}", strength)
         path = output.with_stem(output.stem + suffix)
         rows.append(_Row(text, seed, adapter, strength, path))
+    for adapter in {row.adapter for row in rows if row.adapter}:
+        find_adapter(adapter)
     existing = next((row.path for row in rows if row.path.exists()), None)
     if existing and not args.overwrite:
         raise ConfigError(

@@ -215,6 +215,8 @@ def test_strengths_of_the_command_are_not_those_of_an_adapters_file(
         (("--adapter", "{broken}"), "broken.safetensors"),
         (("--output", "x.gif"), "x.gif must end in .png, .jpg"),
         (("--prompt", "a <lora:x:1> mug"), "give its file with --adapter"),
+        (("--prompt", "a <lyco:x:1> mug"), "give its file with --adapter"),
+        (("--detail", "rembg", "--detail_prompt", "<lora:x:1>"), "give its file with --adapter"),
         (("--prompt", "Negative prompt: x"), "give that with --negative_prompt"),
         (("--repeat", "nowhere.png"), "nowhere.png cannot be read"),
         (("--repeat", "{broken}"), "broken.safetensors cannot be read"),
