@@ -8,11 +8,13 @@ GitHub and the site show them. The Python interface is put in as the site is bui
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import inspect
 import itertools
 import re
 import runpy
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from dora_diffusion.config import Setting, settings
 from dora_diffusion.config.base import OfModel
 from dora_diffusion.config.fields import AnyOf, Condition, Need
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
+from dora_diffusion.studio import client
 
 DOCS = Path(__file__).parents[1] / "docs"
 _PART = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(?:.*\n)*?(?=<!-- end -->)")
@@ -303,6 +306,26 @@ def diffusers_flags() -> str:
     return "\n".join(parts)
 
 
+def routes() -> str:
+    """List the routes of the app's HTTP API."""
+    from dora_diffusion.studio.app.api import make_api
+    from dora_diffusion.studio.app.context import Context
+    from dora_diffusion.studio.app.launch import Launch
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = make_api(Context(Launch(runs_dir=Path(folder)))).openapi()["paths"]
+    rows = ["| request | body | what it does |", "|---|---|---|"]
+    for path, methods in paths.items():
+        for method, route in methods.items():
+            body = route.get("requestBody", {}).get("content", {}).get("application/json", {})
+            kind = body.get("schema", {}).get("$ref", "").rpartition("/")[2]
+            fields = dataclasses.fields(getattr(client, kind)) if kind else ()
+            names = ", ".join(f"`{field.name}`" for field in fields)
+            body = names or ("the file" if method == "put" else "")
+            rows.append(f"| `{method.upper()} {path}` | {body} | {plain(route['description'])} |")
+    return "\n".join(rows)
+
+
 TEXTS: dict[str, Callable[[], str]] = {
     "adapter-verdicts": adapter_verdicts,
     "commands": commands,
@@ -310,6 +333,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     "measures": measures,
     "model-verdicts": model_verdicts,
     "programs": programs,
+    "routes": routes,
     "settings": setting_groups,
     **{
         f"scale-{table}": partial(scale, table)

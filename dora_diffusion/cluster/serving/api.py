@@ -230,7 +230,7 @@ def make_app(service: Service, token: str | None) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def refuse_values(_: Any, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse({"detail": "; ".join(map(_value_line, error.errors()))}, 422)
+        return JSONResponse({"detail": "; ".join(map(value_line, error.errors()))}, 422)
 
     _add_routes(app, service)
     return app
@@ -284,7 +284,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-def _value_line(error: Mapping[str, Any]) -> str:
+def value_line(error: Mapping[str, Any]) -> str:
     """Describe what is wrong with a value, after the field's name."""
     _, *field = error["loc"]
     if error["type"] == "json_invalid":

@@ -8,12 +8,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from dora_diffusion.cli.console.errors import asking_for_report, explain, explain_to_all
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.families import FAMILIES
+from dora_diffusion.data.photos import mask_path
 from dora_diffusion.models.locate import model_info
 from dora_diffusion.models.memory import Device, describe_device, fitting_settings, needed_memory
 from dora_diffusion.studio.app.launch import Launch
@@ -22,14 +25,23 @@ from dora_diffusion.studio.app.settings import (
     EMBEDDED,
     EMBEDDED_MODELS,
     SETTINGS,
+    make_config,
     sentence,
 )
-from dora_diffusion.studio.jobs.bases import Base, bases, named_bases, on_this_machine
+from dora_diffusion.studio.jobs.bases import (
+    Base,
+    bases,
+    check_model,
+    named_bases,
+    on_this_machine,
+)
 from dora_diffusion.studio.jobs.image_generator import ImageGenerator
-from dora_diffusion.studio.jobs.queue import JobQueue
+from dora_diffusion.studio.jobs.queue import PERSON, JobQueue
 from dora_diffusion.studio.jobs.snapshot import Job, adapter_of, chosen_adapter, read_run, snapshot
 from dora_diffusion.studio.jobs.store import UserError, Workspace, ids_in
-from dora_diffusion.training.inputs.subject import outside_toy_world
+from dora_diffusion.studio.jobs.subjects import StoredSubject, read_subject
+from dora_diffusion.training.inputs.subject import outside_toy_world, subjects_of
+from dora_diffusion.training.results.write import check_prompts
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 _FRESH_SECONDS = 0.8
@@ -121,6 +133,75 @@ class Context:
         name = str(choice or "").strip()
         return str(chosen_adapter(self.job(name))) if name in ids_in(self.workspace.root) else name
 
+    def learned(self, ids: Sequence[object], words: str | None = None) -> list[StoredSubject]:
+        """The subjects that a run learns, by their ids.
+
+        Args:
+            ids: The first is the run's own; none where there is no subject yet.
+            words: Its token and class, if not those that are kept with it; a style has none.
+
+        Raises:
+            UserError: If one is gone, or the first has no photos or lacks captions.
+        """
+        if not ids or not ids[0]:
+            raise UserError(
+                "there is no subject yet: add photos in the Subject tab, or take a sample"
+            )
+        learned = [read_subject(self.workspace, each) for each in ids]
+        photos = learned[0].photos
+        if not photos:
+            raise UserError("the subject has no photos yet; add some in the Subject tab")
+        if words is None:
+            words = learned[0].token + learned[0].class_word
+        if not words.strip() and not all(photo.with_suffix(".txt").is_file() for photo in photos):
+            raise UserError(
+                "the token must be one rare word, such as sks; a style needs neither token nor "
+                "class, but a caption for every image"
+            )
+        return learned
+
+    def run_config(
+        self, model: Any, learned: Sequence[StoredSubject], token: Any, class_word: Any,
+        prompts: str, chosen: Mapping[str, Any], *, ask_hub: bool = False,
+    ) -> TrainConfig:  # fmt: skip
+        """The settings of a run, checked as far as can be before it.
+
+        Args:
+            model: Base model.
+            learned: Its subjects; none of a slider.
+            token: Of the first one, as ``class_word``.
+            class_word: What the first one is.
+            prompts: Prompts of the sample images, one per line.
+            chosen: Values by setting name, as `make_config` takes them.
+            ask_hub: Ask the hub for models that are not on this machine.
+
+        Raises:
+            UserError, ConfigError: If a run could not begin with it.
+        """
+        masked = any(mask_path(photo).exists() for each in learned for photo in each.photos)
+        entries = [
+            {"instance_data_dir": str(each.folder), "token": each.token,
+             "class_word": each.class_word}
+            for each in learned[1:]
+        ]  # fmt: skip
+        config = make_config(
+            self.allowed_model(model), learned[0].folder if learned else Path(),
+            self.workspace.root / "new-run", token, class_word, prompts.splitlines()[:8],
+            {
+                **chosen,
+                "init_adapter": self.starting_adapter(chosen["init_adapter"]),
+                # Whoever paints a mask wants it used.
+                "masked_loss": masked or chosen["masked_loss"],
+            },
+            entries,
+        )  # fmt: skip
+        self.check_paths(config)
+        check_model(config, ask_hub=ask_hub)
+        check_prompts(config.with_sample_prompts())
+        # The worker would refuse a subject without a name. The plan speaks of sample prompts.
+        subjects_of(replace(config, validation_prompt=[]))
+        return config
+
     def check_paths(self, config: TrainConfig) -> None:
         """Refuse other models and folders than those that whoever started the app has named.
 
@@ -148,12 +229,17 @@ class Context:
 
 
 def plain(handler: Handler) -> Handler:
-    """Show what a handler raises as one plain line; a defect keeps its traceback on the server."""
+    """Show what a handler raises as one plain line; a defect keeps its traceback on the server.
+
+    The handler knows by `PERSON` who is logged in.
+    """
 
     @functools.wraps(handler)
     def run(*args: Any, **kwargs: Any) -> Any:
         import gradio as gr
+        from gradio.context import LocalContext
 
+        PERSON.set(getattr(LocalContext.request.get(None), "username", None) or "")
         try:
             return handler(*args, **kwargs)
         except gr.Error:

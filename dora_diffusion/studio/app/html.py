@@ -14,7 +14,7 @@ from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.numerics.devices import has_own_memory
 from dora_diffusion.studio.app.settings import with_labels
 from dora_diffusion.studio.jobs.estimates import Estimate
-from dora_diffusion.studio.jobs.queue import stop_asked
+from dora_diffusion.studio.jobs.queue import PERSON, stop_asked
 from dora_diffusion.studio.jobs.records import JOBS, KINDS, log_warnings, printed
 from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.store import read_json
@@ -149,10 +149,17 @@ def queue_list(jobs: Sequence[Job]) -> str:
     """All jobs in one line each, newest first."""
     rows = "".join(
         f"<li>{state_pill(job)}<span>{esc(job.title)}</span>"
-        f"<span class='dd-quiet'>{esc(job.made[5:])}</span></li>"
+        f"<span class='dd-quiet'>{esc(' · '.join(filter(None, _turn(job))))}</span></li>"
         for job in jobs[:12]
     )
     return f"<ul class='dd-list'>{rows}</ul>" if rows else ""
+
+
+def _turn(job: Job) -> tuple[str, str, str]:
+    """Return a job's place in the queue, who asked for it, and when."""
+    owner = "you" if job.record.owner == PERSON.get() else job.record.owner
+    place = f"number {job.position}" if job.position else ""
+    return place, owner if job.record.owner else "", job.made[5:]
 
 
 def log_view(text: str) -> str:

@@ -39,7 +39,9 @@ class Launch(CommandSettings):
         metavar="NAME",
     )
     auth: str | None = flag(
-        None, f"Login; or set {AUTH_VARIABLE}. {SHARED}", metavar="NAME:PASSWORD"
+        None,
+        f"Logins, with commas between several; or set {AUTH_VARIABLE}. {SHARED}",
+        metavar="NAME:PASSWORD",
     )
     runs_dir: Path = flag(Workspace.default_root(), "Folder of runs and photos.")
     models: list[str] = flag(
@@ -71,7 +73,7 @@ class Launch(CommandSettings):
                     f"allowed_host is {name!r}; it must be a name such as studio.example.org, "
                     "without https:// and port"
                 )
-        if self.login is None and self.is_open:
+        if not self.logins and self.is_open:
             what = "--share" if self.share else f"--host {self.host}"
             if not self.share and is_loopback(self.host):
                 what = f"--allowed_host {' '.join(self._proxied)}"
@@ -81,21 +83,22 @@ class Launch(CommandSettings):
             )
 
     @property
-    def login(self) -> tuple[str, str] | None:
-        """Name and password that are asked for.
+    def logins(self) -> dict[str, str]:
+        """Passwords that are asked for, by name; empty where none is.
 
         Raises:
-            ConfigError: If that is none, or the password is short.
+            ConfigError: If one is none, a password is short, or a name is there twice.
         """
-        text = self.auth or os.environ.get(AUTH_VARIABLE)
-        if not text:
-            return None
-        name, _, password = text.partition(":")
-        if not name or len(password) < 8:
-            raise ConfigError(
-                "--auth must be NAME:PASSWORD, with a password of at least 8 characters"
-            )
-        return name, password
+        text, logins = self.auth or os.environ.get(AUTH_VARIABLE), dict[str, str]()
+        for login in text.split(",") if text else ():
+            name, _, password = login.partition(":")
+            if not name or len(password) < 8 or name in logins:
+                raise ConfigError(
+                    "--auth must be NAME:PASSWORD, with a password of at least 8 characters and no "
+                    "comma; of several people NAME:PASSWORD,NAME:PASSWORD, each with another name"
+                )
+            logins[name] = password
+        return logins
 
     @property
     def is_open(self) -> bool:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from dora_diffusion.models.embedded import samples_folder
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import SHARED, Launch
+from dora_diffusion.studio.client import ROOT
 from dora_diffusion.studio.jobs.records import LOG
 from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.uploads import MAX_BYTES
@@ -36,7 +37,7 @@ def serve(launch: Launch) -> None:
     context, blocks, address = start(launch)
     try:
         print(f"open {address}", flush=True)
-        if launch.login:
+        if launch.logins:
             print(f"This app asks for a name and a password. {SHARED}", flush=True)
         if launch.browser:
             webbrowser.open(address)
@@ -102,7 +103,9 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
     # Not `launch(run_history=False)`: earlier releases have neither the history nor the argument.
     os.environ["GRADIO_RUN_HISTORY"] = "False"
     from starlette.middleware import Middleware
+    from starlette.routing import Mount
 
+    from dora_diffusion.studio.app.api import make_api
     from dora_diffusion.studio.app.page import build_page
     from dora_diffusion.studio.app.serve import HEAD, make_theme, spoken_words
 
@@ -112,7 +115,7 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
         server_name=launch.host,
         server_port=launch.port,
         share=launch.share,
-        auth=launch.login,
+        auth=list(launch.logins.items()) or None,
         prevent_thread_lock=True,
         quiet=True,
         show_error=True,
@@ -127,7 +130,10 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        app_kwargs={"middleware": [Middleware(Guard, launch=launch, shared=share_names)]},
+        app_kwargs={
+            "middleware": [Middleware(Guard, launch=launch, shared=share_names)],
+            "routes": [Mount(ROOT, make_api(context))],
+        },
         theme=make_theme(),
         css_paths=[STYLE],
         head=HEAD,

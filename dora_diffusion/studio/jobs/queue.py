@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 
 import psutil
@@ -24,12 +25,14 @@ from dora_diffusion import system
 from dora_diffusion.cli.console.errors import explain_to_all
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.studio.jobs import records, store
-from dora_diffusion.studio.jobs.store import DamagedFile, UserError, Workspace
+from dora_diffusion.studio.jobs.store import BusyError, DamagedFile, UserError, Workspace
 
 KILL_AFTER_SECONDS = 30.0
 _MOST_JOBS_WAITING = 50
 _LEAVING_SECONDS = 30.0
 _WORKER_MODULE = "dora_diffusion.studio.worker"
+PERSON: ContextVar[str] = ContextVar("person", default="")
+"""Name of who asks, the owner of the jobs that are made; empty where the app has no logins."""
 
 
 def create_job(
@@ -47,10 +50,10 @@ def create_job(
         Its id.
 
     Raises:
-        UserError: If too many jobs wait.
+        BusyError: If too many jobs wait.
     """
     if sum(map(is_waiting, Workspace(folder.parent).job_folders)) >= _MOST_JOBS_WAITING:
-        raise UserError("the queue is full; wait for a run to end, or remove one")
+        raise BusyError("the queue is full; wait for a run to end, or remove one")
     # Under another name until it is whole: the queue must never see half a job.
     draft = folder.with_name(f".new-{folder.name}")
     draft.mkdir(parents=True)
@@ -62,8 +65,8 @@ def create_job(
             shutil.copytree(content, draft / name)
         else:
             shutil.copyfile(content, draft / name)
-    now = time.time()
-    records.write_record(draft, dataclasses.replace(record, created=now, queued=now))
+    now, owner = time.time(), PERSON.get()
+    records.write_record(draft, dataclasses.replace(record, owner=owner, created=now, queued=now))
     system.replace(draft, folder)
     return folder.name
 

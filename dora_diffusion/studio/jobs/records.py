@@ -79,6 +79,7 @@ class JobRecord:
         output: What it makes, which must be there in the end; a run's is known.
         trigger: Trigger words of what it makes; a run tells its own.
         sample: The project's sample that a run learns, if any.
+        owner: Name of who asked for it; empty where the app has no logins.
         created: When it was asked for.
         queued: When it was last put at the end of the queue.
     """
@@ -91,6 +92,7 @@ class JobRecord:
     output: str = ""
     trigger: str = ""
     sample: str = ""
+    owner: str = ""
     created: float = 0.0
     queued: float = 0.0
 

@@ -36,6 +36,14 @@ class UserError(ValueError):
     """Error of a request that cannot be done; one plain line with what to do."""
 
 
+class MissingError(UserError):
+    """What was asked for is not there, or no longer."""
+
+
+class BusyError(UserError):
+    """Too much is asked for at once; later it can be done."""
+
+
 class DamagedFile(UserError):
     """A file of the runs folder is there and cannot be read, or does not hold what it should."""
 
@@ -177,24 +185,24 @@ def look_up(folder: Path, name: object, what: str) -> Path:
     """The sub-folder that an id names. Ids are compared with what is there, never joined unseen.
 
     Raises:
-        UserError: If there is none.
+        MissingError: If there is none.
     """
     if isinstance(name, str) and name in ids_in(folder):
         return folder / name
-    raise UserError(f"this {what} no longer exists; choose another one")
+    raise MissingError(f"this {what} no longer exists; choose another one")
 
 
 def confined(folder: Path, name: object) -> Path:
     """A file of a folder by its bare name, after links are followed.
 
     Raises:
-        UserError: If the name is not that of a file inside the folder.
+        MissingError: If the name is not that of a file inside the folder.
     """
     if isinstance(name, str) and name in os.listdir(folder):
         path = (folder / name).resolve()
         if path.is_file() and path.parent == folder.resolve():
             return folder / name
-    raise UserError("this file no longer exists; choose another one")
+    raise MissingError("this file no longer exists; choose another one")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

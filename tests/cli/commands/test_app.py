@@ -28,7 +28,7 @@ def _no_auth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_default_is_this_machine_alone() -> None:
     launch = parse_launch([])
-    assert (launch.host, launch.share, launch.login) == ("127.0.0.1", False, None)
+    assert (launch.host, launch.share, launch.logins) == ("127.0.0.1", False, {})
     assert not launch.is_open
 
 
@@ -56,7 +56,7 @@ def test_a_bad_password_is_refused(auth: str) -> None:
 
 def test_a_password_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DORA_DIFFUSION_AUTH", "ann:long:enough")
-    assert parse_launch(["--share"]).login == ("ann", "long:enough")
+    assert parse_launch(["--share"]).logins == {"ann": "long:enough"}
 
 
 def test_model_folders_are_named_on_the_command_line() -> None:

@@ -19,10 +19,12 @@ import httpx
 
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
+from dora_diffusion.studio.client import ApiError, Client
 from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs.queue import JobQueue
 from dora_diffusion.studio.jobs.store import UserError, Workspace
-from dora_diffusion.studio.jobs.subjects import new_subject
-from tests.studio.jobs.helpers import make, pretend_running
+from dora_diffusion.studio.jobs.subjects import add_photos, new_subject
+from tests.studio.jobs.helpers import make, photo, pretend_running
 from tests.waiting import WAIT_SECONDS
 
 SAMPLES = Path(__file__).resolve().parents[3] / "samples"
@@ -165,6 +167,7 @@ def requests_of(served: Served) -> list[tuple[str, str, dict[str, Any]]]:
         ("POST", "gradio_api/queue/join", {"json": join}),
         ("POST", "gradio_api/run/predict", {"json": join}),
         ("POST", "gradio_api/upload", {"files": {"files": ("a.png", b"x")}}),
+        ("GET", "api/v1/jobs", {}), ("POST", "api/v1/subjects", {"json": {"title": "Rex"}}),
     ]  # fmt: skip
 
 
@@ -411,6 +414,10 @@ def test_without_the_password_nothing_is_given_out(locked: Served) -> None:
     picture.write_bytes(b"x")
     for address in ("config", f"gradio_api/file={picture.resolve()}", "gradio_api/info"):
         assert locked.client.get(address).status_code == 401
+    with pytest.raises(ApiError, match="give a name and a password") as caught:
+        Client(locked.url, ("ann", "correct hors")).jobs()
+    assert caught.value.status == 401
+    assert Client(locked.url, ("ann", "correct horse")).jobs() == []
     body = {"data": [], "fn_index": 0, "session_hash": "a"}
     assert locked.client.post("gradio_api/queue/join", json=body).status_code == 401
     upload = locked.client.post("gradio_api/upload", files={"files": ("a.png", b"x")})
@@ -420,3 +427,18 @@ def test_without_the_password_nothing_is_given_out(locked: Served) -> None:
     right = {"username": "ann", "password": "correct horse"}
     assert locked.client.post("login", data=right).status_code == 200
     assert locked.client.get("config").status_code == 200
+
+
+def test_a_page_s_job_is_that_of_who_is_logged_in(
+    locked: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(JobQueue, "tick", lambda self: None)  # starts no worker
+    workspace = locked.context.workspace
+    subject = new_subject(workspace, "Rex", "dog")
+    add_photos(workspace, subject, [photo(tmp_path / "a.jpg")])
+    locked.client.post("login", data={"username": "ann", "password": "correct horse"})
+    locked.call("_connect_look.<locals>.look", [subject, "embedded:tiny-sd", ""])
+    (folder,) = workspace.job_folders
+    assert records.read_record(folder).owner == "ann"
+    (job,) = Client(locked.url, ("ann", "correct horse")).queue()
+    assert (job.kind, job.owner, job.is_mine, job.position) == ("prepare", "ann", True, 1)

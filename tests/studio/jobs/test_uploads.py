@@ -117,18 +117,18 @@ def test_an_animation_gives_its_first_frame(tmp_path: Path, folder: Path) -> Non
         assert image.getpixel((5, 5))[0] > 200
 
 
-@pytest.mark.parametrize(
-    ("content", "name"),
-    [
-        (b"<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>", "a.svg"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "a.png"),
-        (b"GIF89a" + b"\0" * 40, "a.jpg"),
-        (b"just text", "a.jpg"),
-        (b"", "a.jpg"),
-        (b"\xff\xd8\xff\xe0" + b"\0" * 64, "a.jpg"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "a.png"),
-    ],
-)
+NO_PHOTOS = [
+    (b"<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>", "a.svg"),
+    (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "a.png"),
+    (b"GIF89a" + b"\0" * 40, "a.jpg"),
+    (b"just text", "a.jpg"),
+    (b"", "a.jpg"),
+    (b"\xff\xd8\xff\xe0" + b"\0" * 64, "a.jpg"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n", "a.png"),
+]
+
+
+@pytest.mark.parametrize(("content", "name"), NO_PHOTOS)
 def test_what_is_no_photo_is_refused_whatever_its_name(
     tmp_path: Path, folder: Path, content: bytes, name: str
 ) -> None:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from dora_diffusion.config import PRESETS, TrainConfig
 from dora_diffusion.data.captions import contains_token
-from dora_diffusion.data.photos import mask_path
 from dora_diffusion.studio.app import html, settings
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import run, ui
 from dora_diffusion.studio.app.views.subject import SubjectTab
-from dora_diffusion.studio.jobs.bases import check_model
 from dora_diffusion.studio.jobs.estimates import announced_class_images, estimate
 from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.store import UserError
 from dora_diffusion.studio.jobs.subjects import StoredSubject, keep_words, read_subject, subjects_in
 from dora_diffusion.studio.jobs.tasks import NAME_LIMIT, start_training
-from dora_diffusion.training.inputs.subject import outside_toy_world, subjects_of
-from dora_diffusion.training.results.write import check_prompts
+from dora_diffusion.training.inputs.subject import outside_toy_world
 
 _CHOOSE_ANOTHER = "Choose Stable Diffusion 1.5, SDXL or a model of yours under Base model."
 _NEW_ADAPTER = ("none: a new adapter", "")
@@ -281,42 +276,12 @@ def read_form(
     chosen = dict(zip(settings.ADVANCED, advanced, strict=True))
     learned: list[StoredSubject] = []
     if chosen["teach"] != "slider":
-        learned = _learned(context, subject_id, other_ids, has_word=f"{token}{class_word}".strip())
-    chosen["init_adapter"] = context.starting_adapter(chosen["init_adapter"])
-    # Whoever paints a mask wants it used.
-    chosen["masked_loss"] |= any(mask_path(p).exists() for each in learned for p in each.photos)
-    entries = [
-        {"instance_data_dir": str(each.folder), "token": each.token, "class_word": each.class_word}
-        for each in learned[1:]
-    ]
-    config = settings.make_config(
-        context.allowed_model(model), learned[0].folder if learned else Path(),
-        context.workspace.root / "new-run", token, class_word, str(prompts).splitlines()[:8],
-        chosen | dict(zip(settings.PROMPTS, map(str, of_slider), strict=False)), entries,
-    )  # fmt: skip
-    context.check_paths(config)
-    check_model(config, ask_hub=ask_hub)
-    check_prompts(config.with_sample_prompts())
-    # The worker would refuse a subject without a name. Of sample prompts the plan speaks itself.
-    subjects_of(dataclasses.replace(config, validation_prompt=[]))
+        learned = context.learned([subject_id, *(other_ids or ())], f"{token}{class_word}")
+    chosen |= dict(zip(settings.PROMPTS, map(str, of_slider), strict=False))
+    config = context.run_config(
+        model, learned, token, class_word, str(prompts), chosen, ask_hub=ask_hub
+    )
     return config, learned
-
-
-def _learned(
-    context: Context, subject_id: str | None, other_ids: Sequence[str], *, has_word: str
-) -> list[StoredSubject]:
-    """The subjects that are learned, the one that is chosen in the Subject tab first."""
-    if not subject_id:
-        raise UserError("there is no subject yet: add photos in the Subject tab, or take a sample")
-    subject = read_subject(context.workspace, subject_id)
-    if not subject.photos:
-        raise UserError("the subject has no photos yet; add some in the Subject tab")
-    if not has_word and not all(p.with_suffix(".txt").is_file() for p in subject.photos):
-        raise UserError(
-            "the token must be one rare word, such as sks; a style needs neither token nor class, "
-            "but a caption for every image"
-        )
-    return [subject, *(read_subject(context.workspace, each) for each in other_ids or ())]
 
 
 def _connect_words(context: Context, tab: TrainTab, subjects: SubjectTab, restored: Any) -> None:

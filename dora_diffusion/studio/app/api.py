@@ -1,0 +1,354 @@
+"""The app's HTTP API: what the pages do, with the same checks, logins and limits.
+
+The routes are below `client.ROOT`, beside Gradio's own. What they answer are the dataclasses of
+`dora_diffusion.studio.client`; an error is ``{"detail": LINE}``.
+"""
+
+from __future__ import annotations
+
+import hmac
+import shutil
+import threading
+from base64 import b64encode
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from starlette.concurrency import run_in_threadpool
+
+from dora_diffusion.cli.commands.generate import GenerateSettings
+from dora_diffusion.cli.console.errors import explain_to_all
+from dora_diffusion.cluster.serving.api import value_line
+from dora_diffusion.config.wording import did_you_mean
+from dora_diffusion.studio.app.context import Context
+from dora_diffusion.studio.app.settings import (
+    ADVANCED,
+    EMBEDDED,
+    PROMPTS,
+    SETTINGS,
+    preset_values,
+    setting_text,
+)
+from dora_diffusion.studio.app.views.generate import OWN, make_request
+from dora_diffusion.studio.client import (
+    NewConversion,
+    NewImages,
+    NewSubject,
+    NewTraining,
+    RemoteImage,
+    RemoteJob,
+    RemoteSubject,
+)
+from dora_diffusion.studio.jobs import subjects, tasks
+from dora_diffusion.studio.jobs.queue import PERSON, delete_job, requeue_job, stop_job
+from dora_diffusion.studio.jobs.records import log_tail
+from dora_diffusion.studio.jobs.snapshot import Job, adapter_of, chosen_adapter
+from dora_diffusion.studio.jobs.store import (
+    BusyError,
+    MissingError,
+    UserError,
+    clean_text,
+    confined,
+    new_id,
+)
+from dora_diffusion.studio.jobs.uploads import MAX_BYTES
+
+MOST_BYTES = 2**20
+"""Of a request's body, but for a photo."""
+MOST_WAITING = 8
+"""Requests for images at once."""
+# Of images: settings of `generate`, with the fields of the Generate tab that are called otherwise.
+_SHOWN_AS = {
+    "num_images": "count", "direction_strength": "direction", "magnitude_strength": "magnitude",
+}  # fmt: skip
+_UNSET = {
+    "negative_prompt": "", "seed": -1, "num_images": 1, "strength": 1.0, "direction_strength": 1.0,
+    "magnitude_strength": 1.0, "steps": None, "scheduler": OWN, "guidance_scale": "", "width": "",
+    "height": "", "max_token_length": "", "clip_skip": "",
+}  # fmt: skip
+_MODEL, _SAMPLES = "pretrained_model_name_or_path", "validation_prompt"
+_MISSING: dict[int | str, dict[str, Any]] = {404: {"description": "It is not there."}}
+
+
+def make_api(context: Context) -> FastAPI:
+    """The API of an app."""
+    api = FastAPI(
+        title="DoRA studio",
+        version="1",
+        description="Photos, training runs and images of the app.",
+        redirect_slashes=False,
+        # Its pages would load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
+    api.add_middleware(_Access, logins=context.launch.logins)
+
+    async def refuse(_: Request, error: Exception) -> JSONResponse:
+        known = ((MissingError, 404), (BusyError, 429), (ValueError, 422), (OSError, 422))
+        status = next((code for kind, code in known if isinstance(error, kind)), 500)
+        return JSONResponse({"detail": explain_to_all(error, "generate")}, status)
+
+    async def refuse_values(_: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse({"detail": "; ".join(map(value_line, error.errors()))}, 422)
+
+    for kind in (ValueError, OSError, Exception):
+        api.add_exception_handler(kind, refuse)
+    api.add_exception_handler(RequestValidationError, refuse_values)  # type: ignore[arg-type]
+
+    @api.get("/openapi.json")
+    def describe() -> dict[str, Any]:
+        """Describe these routes in OpenAPI's format."""
+        return api.openapi()
+
+    for add in (_add_subjects, _add_jobs, _add_files, _add_images):
+        add(api, context)
+    return api
+
+
+class _Access:
+    """ASGI middleware: know who asks; refuse others, and bodies that are too large, unread.
+
+    Args:
+        app: What answers all other requests.
+        logins: Passwords by name; without any, nobody is asked for one.
+    """
+
+    def __init__(self, app: Any, logins: Mapping[str, str]) -> None:
+        self._app = app
+        self._basic = {b64encode(f"{n}:{word}".encode()): n for n, word in logins.items()}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and (refusal := self._refusal(scope)):
+            await refusal(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Any) -> JSONResponse | None:
+        headers, most = dict(scope["headers"]), MOST_BYTES
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        is_right = partial(hmac.compare_digest, given.strip())
+        names = [name for wanted, name in self._basic.items() if is_right(wanted)]
+        if self._basic and not (names and scheme.lower() == b"basic"):
+            line = "give a name and a password of the app, as HTTP Basic"
+            return JSONResponse({"detail": line}, 401, {"WWW-Authenticate": "Basic"})
+        PERSON.set("".join(names))
+        if scope["method"] == "PUT":
+            most = MAX_BYTES
+        length = headers.get(b"content-length", b"0")
+        if b"transfer-encoding" in headers or not length.isdigit() or int(length) > most:
+            line = f"a request has a Content-Length, here of at most {most} bytes"
+            return JSONResponse({"detail": line}, 413)
+        return None
+
+
+def _add_subjects(api: FastAPI, context: Context) -> None:
+    workspace = context.workspace
+
+    def shown(subject_id: object) -> RemoteSubject:
+        stored = subjects.read_subject(workspace, subject_id)
+        names = tuple(photo.name for photo in stored.photos)
+        return RemoteSubject(stored.id, stored.title, stored.class_word, stored.token, names)
+
+    @api.get("/subjects")
+    def list_subjects() -> list[RemoteSubject]:
+        """List the subjects, newest first."""
+        return [shown(each.id) for each in subjects.subjects_in(workspace)]
+
+    @api.post("/subjects", status_code=201)
+    def make_subject(new: NewSubject) -> RemoteSubject:
+        """Make a subject without photos."""
+        title = clean_text(new.title, tasks.NAME_LIMIT, "name")
+        if not title:
+            raise UserError("give the new subject a name first")
+        subject_id = subjects.new_subject(workspace, title)
+        subjects.keep_words(workspace, subject_id, new.class_word, new.token)
+        return shown(subject_id)
+
+    @api.put("/subjects/{subject}/photos/{name}", responses=_MISSING)
+    async def add_photo(subject: str, name: str, request: Request) -> RemoteSubject:
+        """Add a photo, the body, or a caption: text named like its photo, ending in `.txt`."""
+        await run_in_threadpool(workspace.subject, subject)
+        is_name = PureWindowsPath(name).name == name != ".." and name.isprintable()
+        if not is_name or len(name.encode()) > 200:
+            raise UserError(f"{name[:80]!r} is not the name of a file")
+        folder = workspace.cache / new_id()
+        folder.mkdir()
+        try:
+            with (folder / name).open("wb") as file:
+                async for part in request.stream():
+                    file.write(part)
+            add = subjects.add_photos
+            added = await run_in_threadpool(add, workspace, subject, [folder / name])
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if added.refused:
+            raise UserError(added.refused[0])
+        return shown(subject)
+
+    @api.delete("/subjects/{subject}", status_code=204, responses=_MISSING)
+    def delete_subject(subject: str) -> None:
+        """Delete a subject; runs keep what they have of it."""
+        subjects.delete_subject(workspace, subject)
+
+
+def _add_jobs(api: FastAPI, context: Context) -> None:
+    workspace = context.workspace
+
+    def now(job_id: str) -> RemoteJob:
+        workspace.job(job_id)
+        found = (job for job in context.queued() if job.id == job_id)
+        return _shown(next(found, None) or context.job(job_id))
+
+    @api.post("/trainings", status_code=201)
+    def train(new: NewTraining) -> RemoteJob:
+        """Append a training run to the queue."""
+        config, learned = _training(context, new)
+        return now(tasks.start_training(workspace, config, learned, new.name))
+
+    @api.get("/jobs")
+    def list_jobs() -> list[RemoteJob]:
+        """List all jobs, newest first."""
+        return [_shown(job) for job in context.jobs()]
+
+    @api.get("/queue")
+    def list_queue() -> list[RemoteJob]:
+        """List the job that runs, then those that wait, in the order of their turns."""
+        jobs = [job for job in context.jobs(fresh=True) if not job.has_ended]
+        return [_shown(job) for job in sorted(jobs, key=lambda job: job.position)]
+
+    @api.get("/jobs/{job}", responses=_MISSING)
+    def show_job(job: str) -> RemoteJob:
+        """Show a job as it is now."""
+        return now(job)
+
+    @api.get("/jobs/{job}/log", responses=_MISSING, response_class=PlainTextResponse)
+    def show_log(job: str) -> str:
+        """Show the last lines that a job printed."""
+        return log_tail(workspace.job(job))
+
+    @api.post("/jobs/{job}/stop", responses=_MISSING)
+    def stop(job: str) -> RemoteJob:
+        """Ask a running job to save and leave; remove a waiting one from the queue."""
+        stop_job(workspace.job(job))
+        return now(job)
+
+    @api.post("/jobs/{job}/resume", responses=_MISSING)
+    def resume(job: str) -> RemoteJob:
+        """Return a job that ended to the queue: a training resumes from its last checkpoint."""
+        requeue_job(workspace.job(job))
+        return now(job)
+
+    @api.delete("/jobs/{job}", status_code=204, responses=_MISSING)
+    def delete(job: str) -> None:
+        """Delete a job with everything it made."""
+        delete_job(workspace, job)
+        context.jobs(fresh=True)
+
+    @api.post("/jobs/{job}/conversions", status_code=201, responses=_MISSING)
+    def convert(job: str, new: NewConversion) -> RemoteJob:
+        """Append to the queue: write a run's adapter as a program needs it."""
+        return now(tasks.start_conversion(workspace, context.job(job), new.program))
+
+
+def _shown(job: Job) -> RemoteJob:
+    return RemoteJob(
+        id=job.id, kind=job.kind, title=job.title, state=job.shown_state,
+        phase=job.progress.phase, step=job.step, total=job.total,
+        remaining_seconds=job.remaining_seconds, cause=job.cause, position=job.position,
+        owner=job.record.owner, is_mine=job.record.owner == PERSON.get(),
+        checkpoints=job.checkpoints, samples=tuple(path.name for path in job.samples),
+        has_adapter=adapter_of(job) is not None, trigger=job.trigger,
+    )  # fmt: skip
+
+
+def _training(context: Context, new: NewTraining) -> tuple[Any, list[subjects.StoredSubject]]:
+    """The settings of a run that is asked for, and its subjects.
+
+    Raises:
+        UserError, ConfigError: If a run could not begin with it.
+    """
+    given = dict[str, Any]()
+    for name, value in new.settings.items():
+        if name not in (*ADVANCED, *PROMPTS, _MODEL, _SAMPLES):
+            own = "is set by the app itself, or by a subject; leave it out"
+            none = f"is no setting{did_you_mean(name, SETTINGS)}"
+            raise UserError(f"{name[:80]} {own if name in SETTINGS else none}")
+        given[name] = SETTINGS[name].cast(value)
+    model = context.allowed_model(given.pop(_MODEL, EMBEDDED))
+    prompts = "\n".join(given.pop(_SAMPLES, ()))
+    chosen = preset_values(new.preset, model, context.device()) | given
+    texts = {name: setting_text(value) for name, value in chosen.items()}
+    texts |= {name: "\n".join(given.get(name, ())) for name in PROMPTS}
+    learned = list[subjects.StoredSubject]()
+    if chosen["teach"] != "slider":
+        learned = context.learned(new.subjects)
+    elif new.subjects:
+        raise UserError("a slider learns from prompts alone; leave subjects out")
+    token, word = (learned[0].token, learned[0].class_word) if learned else ("", "")
+    config = context.run_config(model, learned, token, word, prompts, texts, ask_hub=True)
+    return config, learned
+
+
+def _add_files(api: FastAPI, context: Context) -> None:
+    workspace = context.workspace
+    options: dict[str, Any] = {"response_class": FileResponse, "responses": _MISSING}
+
+    @api.get("/jobs/{job}/adapter", **options)
+    def fetch_adapter(job: str, checkpoint: str = "") -> FileResponse:
+        """Fetch the adapter that is selected for a run, or that of a checkpoint."""
+        path = chosen_adapter(context.job(job), checkpoint)
+        return FileResponse(path, filename=path.name)
+
+    @api.get("/jobs/{job}/samples/{name}", **options)
+    def fetch_sample(job: str, name: str) -> FileResponse:
+        """Fetch a sample image of a run."""
+        samples = {path.name: path for path in context.job(job).samples}
+        if name not in samples:
+            raise MissingError("this file no longer exists; choose another one")
+        return FileResponse(samples[name])
+
+    @api.get("/jobs/{job}/output", **options)
+    def fetch_output(job: str) -> FileResponse:
+        """Fetch the file that a job has made, such as a conversion."""
+        path = Path(context.job(job).record.output)
+        if not path.is_file() or workspace.exports.resolve() not in path.resolve().parents:
+            raise MissingError("this job has made no file; wait until it is done")
+        return FileResponse(path, filename=path.name)
+
+    @api.get("/images/{name}", **options)
+    def fetch_image(name: str) -> FileResponse:
+        """Fetch a generated image, which says how it was made."""
+        return FileResponse(confined(workspace.images, name))
+
+
+def _form(new: NewImages) -> dict[str, Any]:
+    """Fields of the Generate tab from settings of ``generate``."""
+    known, form = {setting.name: setting for setting in GenerateSettings.settings()}, dict(_UNSET)
+    for name, value in new.settings.items():
+        if name not in _UNSET:
+            raise UserError(f"{name[:80]} is no setting of images{did_you_mean(name, _UNSET)}")
+        if value is not None:
+            form[name] = known[name].cast(value)
+            known[name].check(form[name])
+    return {"prompt": new.prompt, **{_SHOWN_AS.get(name, name): v for name, v in form.items()}}
+
+
+def _add_images(api: FastAPI, context: Context) -> None:
+    waiting = threading.Semaphore(MOST_WAITING)
+
+    @api.post("/images", status_code=201)
+    def generate(new: NewImages) -> list[RemoteImage]:
+        """Generate images; they wait until no job runs."""
+        request = make_request(context, new.model, _form(new))
+        if not waiting.acquire(blocking=False):
+            raise BusyError(f"{MOST_WAITING} requests for images wait already; try again later")
+        try:
+            made = context.generator.make(request)
+        finally:
+            waiting.release()
+        return [RemoteImage(i.path.name, i.seed, i.parameters, i.unread) for i in made]
