@@ -450,15 +450,18 @@ def require_token(captions: Sequence[str], token: str) -> None:
 
 @dataclass(frozen=True)
 class CaptionEdit:
-    """A change that is made to every caption: a text for all, find and replace, a prefix.
+    """A change that is made to every caption: a text for all, find and replace, tags, a prefix.
 
     In this order, each line of a caption by itself. A photo without a caption gets ``text``, and
-    nothing else, so that the instance prompt stays its caption.
+    nothing else, so that the instance prompt stays its caption. Tags are what commas separate.
 
     Attributes:
         text: The caption of every photo; None keeps their own.
         find: What is replaced, letter by letter.
         replace: What takes its place.
+        remove_tag: A tag that is taken out.
+        first_tag: A tag that becomes the first one.
+        add_tag: A tag that becomes the last one where it is missing.
         prefix: Put in front of every line that does not begin with it.
 
     Raises:
@@ -467,11 +470,16 @@ class CaptionEdit:
     Example:
         >>> CaptionEdit(find="brown dog", replace="dog", prefix="sks dog,")("a brown dog on grass")
         'sks dog, a dog on grass'
+        >>> CaptionEdit(remove_tag="sun", first_tag="sks dog", add_tag="photo")("grass, sun, dog")
+        'sks dog, grass, dog, photo'
     """
 
     text: str | None = None
     find: str = ""
     replace: str = ""
+    remove_tag: str = ""
+    first_tag: str = ""
+    add_tag: str = ""
     prefix: str = ""
 
     def __post_init__(self) -> None:
@@ -481,7 +489,7 @@ class CaptionEdit:
 
     def __bool__(self) -> bool:
         """Return whether the edit changes anything."""
-        return self.text is not None or bool(self.find or self.prefix)
+        return self != CaptionEdit()
 
     def __call__(self, caption: str) -> str:
         """The caption as it is afterwards; its lines are captions of their own."""
@@ -491,9 +499,21 @@ class CaptionEdit:
     def _line(self, line: str) -> str:
         if self.find:
             line = " ".join(line.replace(self.find, self.replace).split())
+        line = self._tags(line) if line else line
         if line and self.prefix and not line.startswith(self.prefix.strip()):
             line = framed(self.prefix, line, "")
         return line
+
+    def _tags(self, line: str) -> str:
+        """A line with its tags changed; without a change, letter by letter what it was."""
+        first, last = self.first_tag.strip(), self.add_tag.strip()
+        tags = before = [tag for text in line.split(",") if (tag := text.strip())]
+        tags = [tag for tag in tags if tag != self.remove_tag.strip()]
+        if first:
+            tags = [first, *(tag for tag in tags if tag != first)]
+        if last and last not in tags:
+            tags = [*tags, last]
+        return line if tags == before else ", ".join(tags)
 
 
 def with_trigger(caption: str, token: str, class_word: str) -> str:

@@ -53,6 +53,9 @@ class PrepareSettings(CommandSettings):
     replace: str | None = flag(
         None, "Replacement of the text found. Default: nothing.", needs=(_given("find"),)
     )
+    remove_tag: str | None = flag(None, "Tag to take out of every caption.")
+    first_tag: str | None = flag(None, "Tag to put first in every caption that there is.")
+    add_tag: str | None = flag(None, "Tag to append to every caption that lacks it.")
     caption_prefix: str | None = flag(
         None, "Text in front of every caption that does not begin with it."
     )
@@ -138,8 +141,10 @@ def _edit(args: PrepareSettings) -> CaptionEdit:
     """Return the edit of captions; a replacement of nothing is warned of."""
     from dora_diffusion.data.captions import CaptionEdit
 
-    find, prefix = args.find or "", args.caption_prefix or ""
-    return CaptionEdit(args.caption, find, (args.replace or "") if find else "", prefix)
+    tags = (args.remove_tag, args.first_tag, args.add_tag)
+    replace = args.replace if args.find else ""
+    parts = (args.find, replace, *tags, args.caption_prefix)
+    return CaptionEdit(args.caption, *(part or "" for part in parts))
 
 
 def _plan(args: PrepareSettings, name: str, paths: Sequence[Path]) -> Preparation:

@@ -5,11 +5,19 @@ const read = () => JSON.parse(localStorage.getItem(KEPT) ?? '{}');
 const keep = (typed) => localStorage.setItem(KEPT, JSON.stringify(typed));
 const fields = () => [...element.querySelectorAll('textarea')];
 const send = () => { if (Object.keys(read()).length) trigger('input', { typed: read() }); };
+// The field that is typed in: where the rows are drawn anew meanwhile, the next letter goes there.
+let current = null;
 
 function begin() {
-  const typed = read();
+  const typed = read(), before = current;
   // A field that was typed in keeps its text when the one that it is drawn with changes.
   for (const field of fields()) field.value = typed[field.dataset.photo] ?? field.defaultValue;
+  const same = before && !before.isConnected
+    && fields().find((field) => field.dataset.photo === before.dataset.photo);
+  if (same) {
+    same.focus();
+    same.setSelectionRange(before.selectionStart, before.selectionEnd);
+  }
   send();
 }
 
@@ -22,14 +30,24 @@ window.ddCaptionsWritten = (written) => {
 element.addEventListener('input', ({ target }) => {
   if (target.dataset.photo) keep({ ...read(), [target.dataset.photo]: target.value });
 });
-element.addEventListener('focusout', send);
-// Enter moves to the next photo; with Shift it begins a line, which is a caption of its own.
-element.addEventListener('keydown', (event) => {
-  const place = fields().indexOf(event.target);
-  if (event.key !== 'Enter' || event.shiftKey || event.isComposing || place < 0) return;
-  event.preventDefault();
-  (fields()[place + 1] ?? event.target).focus();
+element.addEventListener('focusin', ({ target }) => { if (target.dataset.photo) current = target; });
+element.addEventListener('focusout', ({ target }) => {
+  setTimeout(() => { if (target === current && target.isConnected) current = null; });
   send();
+});
+// Enter moves to the next photo; with Shift it begins a line, which is a caption of its own. Arrows
+// move from the ends of a text, as if all of them were one.
+element.addEventListener('keydown', (event) => {
+  const { target, key } = event, place = fields().indexOf(target);
+  if (place < 0 || event.shiftKey || event.isComposing) return;
+  const isAt = (end) => target.selectionStart === end && target.selectionEnd === end;
+  const isDown = key === 'Enter' || (key === 'ArrowDown' && isAt(target.value.length));
+  if (!isDown && !(key === 'ArrowUp' && isAt(0))) return;
+  event.preventDefault();
+  const next = fields()[place + (isDown ? 1 : -1)] ?? target, end = isDown ? next.value.length : 0;
+  next.focus();
+  next.setSelectionRange(end, end);
+  if (next === target) send();
 });
 watch('value', begin);
 begin();

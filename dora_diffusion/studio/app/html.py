@@ -57,10 +57,10 @@ def pill(text: str, kind: str = "") -> str:
     return f"<span class='dd-pill{shade}'>{esc(text)}</span>"
 
 
-def button(text: str, action: str, value: str) -> str:
+def button(text: str, action: str, value: str, kind: str = "dd-button") -> str:
     """A button that `dora_diffusion.studio.app.views.ui.CLICKS` listens to."""
     data = f"data-do='{esc(action)}' data-value='{esc(value)}'"
-    return f"<button class='dd-button' {data}>{esc(text)}</button>"
+    return f"<button class='{kind}' {data}>{esc(text)}</button>"
 
 
 def picture_card(path: Any, action: str, value: str, text: str) -> str:

@@ -53,6 +53,8 @@ window.studio = {
     return {subject: subject ?? '', class_word: words[0], token: words[1]};
   },
 
+  showMasks: (on) => { document.documentElement.classList.toggle('dd-no-masks', !on); },
+
   // What somebody typed since then, by the field's id.
   letters: {},
 

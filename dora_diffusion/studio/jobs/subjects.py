@@ -36,6 +36,7 @@ from dora_diffusion.studio.jobs.uploads import Upload, original_of, shown, store
 
 CAPTION_LIMIT = 1000
 PREVIEW_SIDE = 320
+_LEFT_OUT = (196, 71, 26)
 _SUBJECT = "subject.json"
 
 
@@ -278,23 +279,39 @@ def delete_subject(workspace: Workspace, subject_id: object) -> bool:
     return store.remove_folder(workspace.subject(subject_id))
 
 
-def training_crop(photo: Path, side: int = PREVIEW_SIDE) -> Image.Image:
+def training_crop(photo: Path, side: int = PREVIEW_SIDE, *, masked: bool = True) -> Image.Image:
     """Return a photo's training crop (the middle square), at a given size; masked parts dim."""
+    crop, mask = _crop(photo, *_stamps(photo), side)
+    if mask is None or not masked:
+        return crop
+    return Image.composite(crop, crop.point(lambda value: value // 4), mask)
+
+
+def mask_overlay(photo: Path, side: int) -> Image.Image | None:
+    """Return an image (RGBA) to lay over a training crop: coloured where its mask leaves it out."""
+    mask = _crop(photo, *_stamps(photo), side)[1]
+    if mask is None:
+        return None
+    overlay = Image.new("RGBA", mask.size, _LEFT_OUT)
+    overlay.putalpha(mask.point(lambda value: (255 - value) * 3 // 5))
+    return overlay
+
+
+def _stamps(photo: Path) -> tuple[int, int]:
     mask = mask_path(photo)
-    return _crop(
-        photo, photo.stat().st_mtime_ns, mask.stat().st_mtime_ns if mask.exists() else 0, side
-    )
+    return photo.stat().st_mtime_ns, mask.stat().st_mtime_ns if mask.exists() else 0
 
 
 @functools.lru_cache(maxsize=256)
-def _crop(photo: Path, modified: int, mask_modified: int, side: int) -> Image.Image:
-    image = open_photo(photo)
+def _crop(
+    photo: Path, modified: int, mask_modified: int, side: int
+) -> tuple[Image.Image, Image.Image | None]:
+    """Return the crop of a photo, and of its mask ("L"), if it has one."""
+    image, mask = open_photo(photo), None
     record = plan_crop((image.height, image.width), side)
-    crop = cut(image, record)
     if mask_modified:
-        mask = open_photo(mask_path(photo)).convert("L").resize(image.size)
-        crop = Image.composite(crop, crop.point(lambda value: value // 4), cut(mask, record))
-    return crop
+        mask = cut(open_photo(mask_path(photo)).convert("L").resize(image.size), record)
+    return cut(image, record), mask
 
 
 def photo_warnings(subject: StoredSubject, resolution: int) -> dict[str, list[str]]:

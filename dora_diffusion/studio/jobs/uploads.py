@@ -207,11 +207,11 @@ def read_mask(address: object) -> Image.Image | None:
 
 
 def data_uri(image: Image.Image, side: int = EDITOR_SIDE) -> str:
-    """An image as a JPEG in a data URI, no larger than ``side``."""
-    buffer = io.BytesIO()
+    """An image in a data URI, no larger than ``side``: a JPEG, with transparency a PNG."""
+    buffer, kind = io.BytesIO(), "png" if image.mode == "RGBA" else "jpeg"
     image.thumbnail((side, side))
-    image.save(buffer, format="JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    image.save(buffer, format=kind, quality=88)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def restore_original(photo: Path) -> None:

@@ -107,6 +107,10 @@ def test_several_subjects_have_a_folder_each_and_their_imbalance_is_said(folder,
         (["--find", "mug"], ["a on grass", "red", ""]),
         (["--caption_prefix", "sks,"], ["sks, a mug on grass", "sks, red mug", ""]),
         (
+            ["--remove_tag", "red mug", "--first_tag", "sks", "--add_tag", "photo"],
+            ["sks, a mug on grass, photo", "sks, photo", ""],
+        ),
+        (
             ["--find", "a mug", "--replace", "mug", "--caption_prefix", "a sks"],
             ["a sks mug on grass", "a sks red mug", ""],
         ),

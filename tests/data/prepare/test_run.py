@@ -237,8 +237,15 @@ EDITS = {
     "replace": (CaptionEdit(find="mug", replace="cup"), ["a cup, cups", "red\na cup", ""]),
     "remove": (CaptionEdit(find="a mug"), [", mugs", "red", ""]),
     "prefix": (CaptionEdit(prefix="red,"), ["red, a mug, mugs", "red, red\nred, a mug", ""]),
+    "remove a tag": (CaptionEdit(remove_tag="mugs"), ["a mug", "red\na mug", ""]),
+    "first tag": (CaptionEdit(first_tag="mugs "), ["mugs, a mug", "mugs, red\nmugs, a mug", ""]),
+    "add a tag": (CaptionEdit(add_tag="mugs"), ["a mug, mugs", "red, mugs\na mug, mugs", ""]),
+    "last tag": (CaptionEdit(remove_tag="a mug"), ["mugs", "red", ""]),
     "all": (
-        CaptionEdit(text="a mug", find="a ", replace="one ", prefix="sks,"), ["sks, one mug"] * 3
+        CaptionEdit(
+            text="a mug", find="a ", replace="one ", remove_tag="sun", first_tag="red",
+            add_tag="one mug", prefix="sks,",
+        ), ["sks, red, one mug"] * 3,
     ),
 }  # fmt: skip
 

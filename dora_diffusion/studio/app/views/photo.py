@@ -1,29 +1,27 @@
-"""A photo of the subject: crop, mask and caption; and the view of all of them."""
+"""A photo of the subject: crop and mask; and what is shown of all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from dora_diffusion.config.wording import counted
-from dora_diffusion.data.captions import CaptionEdit, read_caption
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import mask_path
 from dora_diffusion.models.locate import model_info
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import EMBEDDED
-from dora_diffusion.studio.app.views import ui
+from dora_diffusion.studio.app.views import captions, ui
 from dora_diffusion.studio.jobs import subjects, uploads
 from dora_diffusion.studio.jobs.store import UserError
 
-_LARGEST_SIDE, _ROW_SIDE = 8192, 96
-_EDITOR, _TOOLS, _CAPTIONS = (
+_LARGEST_SIDE = 8192
+_EDITOR, _TOOLS = (
     (Path(__file__).parents[1] / name).read_text(encoding="utf-8")
-    for name in ("editor.js", "editor.html", "captions.js")
+    for name in ("editor.js", "editor.html")
 )
 
 
@@ -133,123 +131,5 @@ def subject_view(subject: subjects.StoredSubject | None, side: int, message: str
         gr.update(visible=False),
         "",
         gr.update(visible=bool(crops)),
-        caption_rows(subject),
+        *captions.shown(subject),
     ]
-
-
-class CaptionsView:
-    """The fields of the captions."""
-
-    def __init__(self) -> None:
-        with gr.Column(visible=False, elem_id="captions") as self.box:
-            text = (
-                "What is around the subject, with the token: a photo of a sks mug on the grass. "
-                "Kept as you type; Enter moves to the next photo. Empty: the instance prompt."
-            )
-            ui.html_block(html.heading("", "Captions", text))
-            self.rows = ui.html_block(elem_id="caption-rows", js_on_load=_CAPTIONS)
-            self.message = ui.html_block(elem_id="captions-said")
-            # What the server has written, for the page to forget.
-            self.written = gr.JSON(visible=False)
-            with gr.Accordion("Captions of all photos at once", open=False):
-                self._add_tools()
-
-    def _add_tools(self) -> None:
-        def caption(label: str, name: str, **options: Any) -> Any:
-            return ui.line(label, name, max_length=subjects.CAPTION_LIMIT, **options)
-
-        def button(label: str, **fields: Any) -> tuple[Any, dict[str, Any]]:
-            return ui.button(label), fields
-
-        about = "Empty removes all captions."
-        text = caption("Caption of every photo", "caption-all", info=about)
-        write = button("Write it for all photos", text=text)
-        with gr.Row():
-            find = caption("Find", "caption-find", min_width=140)
-            replace = caption("Replace by", "caption-replace", min_width=140)
-        substitute = button("Replace in all captions", find=find, replace=replace)
-        about = "In front of every caption that does not begin with it, such as the token."
-        prefix = caption("Prefix", "caption-prefix", info=about)
-        # Each with its fields, by the names of `CaptionEdit`.
-        self.edits = [write, substitute, button("Put it in front of all captions", prefix=prefix)]
-        self.undo = ui.button("Undo the last change of all", "caption-undo")
-        self.model = caption(
-            "Captioning model", "caption-model",
-            placeholder="Salesforce/blip-image-captioning-base",
-            info="A folder or hub id: an image-to-text model of Transformers (BLIP, GIT, LLaVA "
-            "...) or a WD tagger. It captions the photos that have none, with token and class.",
-        )  # fmt: skip
-        self.automatic = ui.button("Write missing captions with the model")
-
-
-def connect_captions(context: Context, tab: CaptionsView, pick: Any) -> None:
-    """Connect the fields; ``pick`` holds the id of the subject."""
-    workspace = context.workspace
-
-    def save(event: gr.EventData) -> list[Any]:
-        """Write what was typed, whatever photo is shown by now."""
-        typed, written, problems = getattr(event, "typed", None), dict[str, str](), list[str]()
-        for place, text in typed.items() if isinstance(typed, dict) else ():
-            subject_id, _, photo = str(place).partition("/")
-            try:
-                subjects.save_caption(workspace, subject_id, photo, text)
-            except UserError as error:
-                if "no longer exists" not in str(error):  # with its photo, a caption goes too
-                    problems.append(f"{photo}: {error}")
-                    continue
-            written[place] = text
-        return [html.notes(problems, "bad") or html.note("Saved", "good"), written]
-
-    def change(names: Iterable[str]) -> Callable[..., list[Any]]:
-        """A button that changes the captions of all photos."""
-
-        def run(subject_id: str | None, *values: str) -> list[Any]:
-            texts = (value or "" for value in values)
-            edit = CaptionEdit(**dict(zip(names, texts, strict=True)))
-            subject = subjects.read_subject(workspace, subject_id)
-            if not edit:
-                raise UserError("write what to change first")
-            new = {name: edit(caption) for name, caption in subjects.captions_of(subject).items()}
-            return done(subject, subjects.write_captions(workspace, subject.id, new))
-
-        return run
-
-    def undo(subject_id: str | None) -> list[Any]:
-        subject = subjects.read_subject(workspace, subject_id)
-        return done(subject, subjects.undo_captions(workspace, subject.id))
-
-    def done(subject: subjects.StoredSubject, count: int) -> list[Any]:
-        text = f"{counted(count, 'caption')} changed" if count else "No caption changed"
-        return [caption_rows(subject), html.note(text, "good" if count else "info")]
-
-    # One after the other, and each: what was typed last is written last.
-    saved = ui.on(
-        tab.rows.input, save, None, [tab.message, tab.written],
-        trigger_mode="multiple", concurrency_limit=1,
-    )  # fmt: skip
-    ui.on(saved.success, None, [tab.written], None, js="(done) => window.ddCaptionsWritten(done)")
-    outputs = [tab.rows, tab.message]
-    for button, fields in tab.edits:
-        ui.on(button.click, change(fields), [pick, *fields.values()], outputs, show="minimal")
-    ui.on(tab.undo.click, undo, [pick], outputs, show="minimal")
-
-
-def caption_rows(subject: subjects.StoredSubject | None) -> str:
-    """A row for each photo: its crop, and a field for its caption."""
-    return "".join(_row(subject, photo) for photo in subject.photos) if subject else ""
-
-
-def _row(subject: subjects.StoredSubject, photo: Path) -> str:
-    caption, damage = "", ""
-    try:
-        caption = read_caption(photo, "", per_line=True)
-    except (ValueError, OSError) as error:
-        damage = html.note(f"{error}; what you write here takes its place", "warn")
-    crop = ui.image_or_blank("", subjects.training_crop, photo, _ROW_SIDE)[0]
-    return (
-        f"<label class='dd-caption'><img src='{uploads.data_uri(crop)}' "
-        f"alt='{html.esc(photo.name)}'>"
-        f"<textarea rows='2' maxlength='{subjects.CAPTION_LIMIT}' aria-label='Caption of "
-        f"{html.esc(photo.name)}' data-photo='{html.esc(f'{subject.id}/{photo.name}')}'>"
-        f"{html.esc(caption)}</textarea></label>{damage}"
-    )

@@ -13,7 +13,7 @@ from dora_diffusion.data.checks import WANTED
 from dora_diffusion.models.embedded import samples_folder
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
-from dora_diffusion.studio.app.views import photo, ui
+from dora_diffusion.studio.app.views import captions, photo, ui
 from dora_diffusion.studio.jobs import subjects
 from dora_diffusion.studio.jobs.queue import stop_job
 from dora_diffusion.studio.jobs.snapshot import Job
@@ -33,6 +33,10 @@ class SubjectTab:
                 self._add_photos()
             with gr.Column(scale=7, min_width=320):
                 self._add_crops()
+        self.captions = captions.CaptionsView()
+        self.to_train = ui.button(
+            "Next: train on these photos", "to-train", variant="primary", visible=False, size="lg"
+        )
 
     def _add_photos(self) -> None:
         text = "Of one subject, with .txt captions beside them. They stay on this machine."
@@ -70,12 +74,8 @@ class SubjectTab:
         )
         self.names = gr.State([])
         self.editing = photo.PhotoView()
-        self.captions = photo.CaptionsView()
         self.look = ui.button("Check photos", "look")
         self.looked = ui.html_block(elem_id="looked", js_on_load=ui.CLICKS)
-        self.to_train = ui.button(
-            "Next: train on these photos", "to-train", variant="primary", visible=False, size="lg"
-        )
 
 
 def connect(context: Context, tab: SubjectTab, restored: Any, size: list[Any]) -> None:
@@ -90,7 +90,7 @@ def connect(context: Context, tab: SubjectTab, restored: Any, size: list[Any]) -
     workspace = context.workspace
     view = [
         tab.gallery, tab.blank, tab.names, tab.report, tab.to_train, tab.editing.box,
-        tab.editing.chosen, tab.captions.box, tab.captions.rows,
+        tab.editing.chosen, tab.captions.box, tab.captions.tags, tab.captions.rows,
     ]  # fmt: skip
     asked, outputs = [tab.pick, *size], [tab.pick, tab.place, *view]
 
@@ -120,7 +120,7 @@ def connect(context: Context, tab: SubjectTab, restored: Any, size: list[Any]) -
     ui.on(restored.then, load, asked, outputs)
     _connect_new(context, tab, size, outputs)
     _connect_look(context, tab, asked)
-    photo.connect_captions(context, tab.captions, tab.pick)
+    captions.connect(context, tab.captions, tab.pick)
     photo.connect(context, tab.editing, asked, view)
 
 
@@ -222,22 +222,22 @@ def _connect_look(context: Context, tab: SubjectTab, asked: list[Any]) -> None:
         start_look(context.workspace, subject, side, context.allowed_model(name))
         return looked(subject_id)
 
-    def reread(subject_id: str | None) -> Any:
+    def reread(subject_id: str | None) -> list[Any]:
         """The captions that a job has written meanwhile."""
         stored = subjects.read_subject(context.workspace, subject_id) if subject_id else None
         jobs = looks_at(context.jobs(), stored) if stored else []
-        return photo.caption_rows(stored) if jobs and jobs[0].has_ended else gr.skip()
+        return captions.shown(stored) if jobs and jobs[0].has_ended else [gr.skip()] * 2
 
     def stop(subject_id: str | None, event: gr.EventData) -> str:
         stop_job(context.workspace.job(ui.clicked(event)[1]))
         return looked(subject_id)
 
     ui.on(tab.look.click, look, asked, [tab.looked], show="minimal")
-    captions, (pick, *size) = tab.captions, asked
-    named = [pick, captions.model, *size]
-    ui.on(captions.automatic.click, automatic, named, [tab.looked], show="minimal")
+    view, (pick, *size) = tab.captions, asked
+    named = [pick, view.model, *size]
+    ui.on(view.automatic.click, automatic, named, [tab.looked], show="minimal")
     ui.on(tab.looked.click, stop, [tab.pick], [tab.looked])
-    ui.on(tab.looked.change, reread, [tab.pick], [captions.rows])
+    ui.on(tab.looked.change, reread, [tab.pick], [view.tags, view.rows])
 
 
 def refresh(context: Context, jobs: Sequence[Job], subject_id: str | None) -> dict[str, str]:

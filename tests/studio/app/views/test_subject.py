@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import json
 import shutil
 import subprocess
@@ -18,11 +20,13 @@ import gradio
 from dora_diffusion.cli import main as cli
 from dora_diffusion.data.captions import with_trigger
 from dora_diffusion.data.images import open_photo
+from dora_diffusion.data.photos import mask_path
 from dora_diffusion.data.prepare import open_captioner
 from dora_diffusion.studio import app
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.settings import EMBEDDED
+from dora_diffusion.studio.app.views import captions
 from dora_diffusion.studio.app.views import subject as tab
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.store import ids_in
@@ -35,6 +39,7 @@ from dora_diffusion.studio.jobs.subjects import (
     save_caption,
     subjects_in,
     take_sample,
+    training_crop,
 )
 from tests.studio.app.views.helpers import handler
 
@@ -150,9 +155,9 @@ def test_the_page_asks_before_photos_join_a_sample() -> None:
     assert sent("Bolt mug", False, []) == [[[], "id", "name", 1], []]
 
 
-def saved(context: Context, typed: Any) -> list[Any]:
+def saved(context: Context, typed: Any, shown: Any = None) -> list[Any]:
     event = gradio.EventData(None, {"typed": typed})
-    return handler(context, "save", "photo")(event)
+    return handler(context, "save", "captions")(shown, event)
 
 
 def test_a_caption_goes_to_its_own_photo_whatever_is_shown(
@@ -164,14 +169,15 @@ def test_a_caption_goes_to_its_own_photo_whatever_is_shown(
         f"{subject}/001.jpg": "of the first", f"{other}/001.jpg": "of the other",
         f"{subject}/009.jpg": "of none", "../x/001.jpg": "evil", f"{other}/../001.jpg": "evil",
     }  # fmt: skip
-    message, written = saved(context, typed)
+    message, written, tags = saved(context, typed, subject)
     assert "Saved" in message
+    assert "of the first 1" in tags
     assert written == typed  # the page forgets those of photos that are gone, too
     assert captions_of(read_subject(context.workspace, subject))["001.jpg"] == "of the first"
     assert captions_of(read_subject(context.workspace, other)) == {"001.jpg": "of the other"}
     # What cannot be saved stays in the page, and is said.
-    message, written = saved(context, {f"{subject}/001.jpg": "x" * 1001})
-    assert written == {}
+    message, written, tags = saved(context, {f"{subject}/001.jpg": "x" * 1001}, "of none")
+    assert (written, tags) == ({}, "")
     assert "001.jpg: the caption has 1001 characters" in message
     assert captions_of(read_subject(context.workspace, subject))["001.jpg"] == "of the first"
     for nothing in (None, [], "x", 3):
@@ -183,23 +189,37 @@ def test_captions_of_all_photos_are_changed_by_buttons(
 ) -> None:
     add_photos(context.workspace, subject, [make_photo(tmp_path / f"{n}.jpg") for n in "bc"])
     save_caption(context.workspace, subject, "002.jpg", "a <mug> on grass")
-    write, substitute, add_prefix = (handler(context, "run", "photo", nth) for nth in range(3))
+    substitute, first, append, remove, write, add_prefix = (
+        handler(context, "run", "captions", nth) for nth in range(6)
+    )
 
     def now() -> list[str]:
         return list(captions_of(read_subject(context.workspace, subject)).values())
 
-    rows, message = add_prefix(subject, "night,")
+    tags, rows, message = add_prefix(subject, "night,")
     assert now() == ["", "night, a <mug> on grass", ""]
     assert "night, a &lt;mug&gt; on grass</textarea>" in rows
     assert "1 caption changed" in message
-    assert "No caption changed" in substitute(subject, "dog", "cat")[1]
+    assert "data-value='a &lt;mug&gt; on grass'>a &lt;mug&gt; on grass 1</button>" in tags
+    assert "No caption changed" in substitute(subject, "dog", "cat")[2]
     substitute(subject, "grass", "sand")
     assert now() == ["", "night, a <mug> on sand", ""]
     write(subject, "a sks mug")
     assert now() == ["a sks mug"] * 3
-    handler(context, "undo", "photo")(subject)
+    handler(context, "undo", "captions")(subject)
     assert now() == ["", "night, a <mug> on sand", ""]
-    for change, values in ((substitute, ("", "")), (add_prefix, ("",)), (substitute, ("", "x"))):
+    save_caption(context.workspace, subject, "001.jpg", "sun, grass")
+    assert "night</button>" not in remove(subject, "night")[0]
+    assert now() == ["sun, grass", "a <mug> on sand", ""]
+    assert "photo 2</button>" in append(subject, "photo")[0]
+    first(subject, "photo")
+    assert now() == ["photo, sun, grass", "photo, a <mug> on sand", ""]
+    for photo in ("001.jpg", "002.jpg"):
+        save_caption(context.workspace, subject, photo, "")
+    assert "No caption changed" in append(subject, "photo")[2]
+    save_caption(context.workspace, subject, "002.jpg", "night, a <mug> on sand")
+    nothing = [(button, ("",)) for button in (first, append, remove, add_prefix)]
+    for change, values in (*nothing, (substitute, ("", "")), (substitute, ("", "x"))):
         with pytest.raises(gradio.Error, match=r"Write what to change first|nothing to find"):
             change(subject, *values)
     with pytest.raises(gradio.Error, match="at most 1000"):
@@ -226,13 +246,13 @@ def test_a_model_writes_the_captions_that_are_missing(
     records.write_result(folder, records.JobResult(0))
     context.jobs(fresh=True)
     stored = read_subject(context.workspace, subject)
-    captions = captions_of(stored)
+    written = captions_of(stored)
     expected = with_trigger(
         open_captioner(str(models(kind)))(open_photo(stored.photos[0])), "sks", "mug"
     )
-    assert captions == {"001.jpg": expected, "002.jpg": "by hand"}
+    assert written == {"001.jpg": expected, "002.jpg": "by hand"}
     assert "sks" in expected
-    rows = handler(context, "reread", "subject")(subject)
+    rows = handler(context, "reread", "subject")(subject)[1]
     assert html.escape(expected) in rows
 
 
@@ -246,3 +266,27 @@ def test_a_shared_app_captions_with_no_model_but_its_own(
         with pytest.raises(gradio.Error, match="offers only"):
             start(subject, name, EMBEDDED, "")
     assert "waiting" in start(subject, "org/captions", EMBEDDED, "").lower()
+
+
+def test_a_mask_lies_over_the_photo_where_it_leaves_it_out(context: Context, subject: str) -> None:
+    stored = read_subject(context.workspace, subject)
+    assert "dd-mask" not in captions.shown(stored)[1]
+    (photo,) = stored.photos
+    mask = Image.new("L", open_photo(photo).size, 0)
+    mask.paste(255, (mask.width // 2, 0, mask.width, mask.height))
+    mask.save(mask_path(photo))
+    rows = captions.shown(stored)[1]
+    _, crop, overlay = rows.split("src='")
+    assert overlay.startswith("data:image/png;base64,")
+    alpha = _image_of(overlay).getchannel("A")
+    # The middle square of 80 x 64: the left half is left out, the right half is the subject.
+    assert (alpha.getpixel((20, 96)), alpha.getpixel((170, 96))) == (153, 0)
+    whole = training_crop(photo, 192, masked=False).convert("L").getpixel((20, 96))
+    assert abs(_image_of(crop).convert("L").getpixel((20, 96)) - whole) < 40  # as bright as it is
+    mask_path(photo).write_bytes(b"x")
+    assert "dd-mask" not in captions.shown(stored)[1]
+
+
+def _image_of(markup: str) -> Image.Image:
+    content = markup.partition("base64,")[2].partition("'")[0]
+    return Image.open(io.BytesIO(base64.b64decode(content)))
