@@ -13,6 +13,7 @@ from typing import Any
 
 from dora_diffusion.adapters.inject import DetachedAdapters
 from dora_diffusion.data.photos import write_photo_record
+from dora_diffusion.formats.files.runs import REQUESTS, SAMPLE
 from dora_diffusion.training import events
 from dora_diffusion.training.engine.accelerator import SharedFlags, set_by_any, shards_model
 from dora_diffusion.training.results.checkpoint import (
@@ -109,6 +110,7 @@ class Run:
         self.stop = stop
         self.step = start.step
         self.is_begun = False
+        self._sampled_at = -1
         self._any_set = SharedFlags(session.accelerator)
         self.trackers = Trackers(session.accelerator, bool(config.report_to))
         self.samples = SampleWriter(session, output_dir, self.trackers, on_event, stop)
@@ -170,15 +172,31 @@ class Run:
             self._checkpoint(self.step, is_best=True)
 
     def is_over(self) -> bool:
-        """Return whether no step follows; saves the checkpoint in between that is overdue."""
-        stopping, overdue = self._any_set(
-            self.stop.requested, self.is_main and self.saver.is_overdue()
-        )
+        """Return whether no step follows; samples and saves what is asked for, or overdue."""
+        has_stepped = self.step > self.start.step
+        sampling, saving = (self.is_main and has_stepped and self._asked(n) for n in REQUESTS)
+        overdue = self.is_main and has_stepped and self.saver.is_overdue()
+        flags = self._any_set(self.stop.requested, sampling, saving, overdue)
+        stopping, sampling, saving, overdue = flags
         if stopping or self._is_complete(self.step):
             return True
-        if overdue and self.step > self.start.step:
-            self._checkpoint(self.step, interim=True)
+        if sampling:
+            self._sample(self.step)
+        if saving or overdue:
+            self._checkpoint(self.step, interim=not saving)
         return False
+
+    def _asked(self, name: str) -> bool:
+        """Return whether a file in the run's folder asks for something; it is answered once."""
+        file = self.output_dir / name
+        if not file.exists():
+            return False
+        file.unlink(missing_ok=True)
+        if name == SAMPLE and not self.session.config.num_validation_images:
+            warnings.warn(
+                f"{SAMPLE} asks for sample images, and num_validation_images is 0", stacklevel=3
+            )
+        return True
 
     def take(self, record: Mapping[str, Any]) -> None:
         """Log the step that was done; validate, sample and save where these are due."""
@@ -385,6 +403,9 @@ class Run:
         )
 
     def _sample(self, step: int) -> None:
+        if step == self._sampled_at:
+            return
+        self._sampled_at = step
         self.log.flush()
         if (self.is_main or self.shards) and self.session.config.num_validation_images:
             with self.session.in_use():

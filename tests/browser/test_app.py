@@ -208,6 +208,26 @@ def test_progress_is_the_same_after_a_reload_and_in_a_second_tab(
             "at => Number(/step (\\d+)/.exec(document.querySelector('#status').innerText)[1]) > at",
             step,
         )
+    # Saved and sampled when it is asked for, and flipped through by the keys.
+    first.click("#save-now")
+    first.click("#sample-now")
+
+    def sampled_between() -> int:
+        names = (path.stem for path in (app.runs / started / "samples").glob("step-*.png"))
+        steps = [step for name in names if (step := int(name.removeprefix("step-"))) % 4]
+        if not steps:  # the step at which it was asked for is one of the settings', too
+            first.click("#sample-now")
+        return steps[0] if steps else 0
+
+    title = f"step {app.until(sampled_between)}"
+    first.wait("title => [...document.querySelectorAll('#samples option')]"
+               ".some(option => option.text === title)", title)  # fmt: skip
+    first.page.focus("#samples input")
+    for key, place in (("Home", 0), ("ArrowRight", 1)):
+        first.page.keyboard.press(key)
+        first.wait(f"document.querySelector('#samples output').innerText === "
+                   f"document.querySelectorAll('#samples option')[{place}].text")  # fmt: skip
+    first.wait("document.querySelector('#samples img').naturalWidth > 0")
     # It is killed later, from a checkpoint: until then it need not take a core.
     app.until(lambda: bool(state_of(app, started).checkpoints))
     (worker,) = app.workers()

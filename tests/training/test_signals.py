@@ -1,4 +1,4 @@
-"""Signals: what the first and the second one do, in which phase, and with which words."""
+"""Signals, and files that ask for something: what each does, in which phase, in which words."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import sys
 import pytest
 import yaml
 
+from dora_diffusion.formats.files.runs import REQUESTS
 from dora_diffusion.system import BREAK, HANGUP, STOP_SIGNALS, let_break_interrupt
-from dora_diffusion.training.events import SampleSaved, SamplingProgress, StepDone
+from dora_diffusion.training.events import CheckpointSaved, SampleSaved, SamplingProgress, StepDone
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.results.checkpoint import CheckpointSaver
 from dora_diffusion.training.signals import Stopped, StopRequest
+from tests.training.helpers import assert_same_adapter, losses
 
 needs_hangup = pytest.mark.skipif(HANGUP is None, reason="closed terminals send no signal")
 
@@ -218,3 +220,40 @@ def test_a_closed_terminal_leaves_a_checkpoint(tiny_run, tmp_path):
     assert log.read_text(encoding="utf-8").endswith("}\n")
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     assert (checkpoint / "training_state.pt").is_file()
+
+
+def test_files_in_the_folder_save_and_sample_once_and_change_nothing(tiny_run, tmp_path):
+    settings = {"max_train_steps": 6, "num_validation_images": 1, "lora_dropout": 0.1,
+                "ema_decay": 0.5}  # fmt: skip
+    train(tiny_run(output_dir=str(tmp_path / "whole"), **settings))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "SAVE").touch()  # of an earlier run
+    events = []
+
+    def ask(event):
+        events.append(event)
+        if isinstance(event, StepDone) and event.step == 2:
+            for name in REQUESTS:
+                (tmp_path / "out" / name).touch()
+
+    train(tiny_run(**settings), ask)
+    (checkpoint,) = (event for event in events if isinstance(event, CheckpointSaved))
+    assert 2 <= checkpoint.step < 6
+    samples = tmp_path / "out" / "samples"
+    assert [path.name for path in samples.glob("step-*")] == [f"step-{checkpoint.step:06d}.png"]
+    assert not any((tmp_path / "out" / name).exists() for name in REQUESTS)
+    assert_same_adapter(tmp_path / "whole", tmp_path / "out")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "out")
+    train(tiny_run(resume_from_checkpoint=str(checkpoint.path), overwrite_output_dir=True,
+                   **settings))  # fmt: skip
+    assert_same_adapter(tmp_path / "whole", tmp_path / "out")
+
+
+def test_samples_that_no_setting_has_are_said(tiny_run, tmp_path):
+    def ask(event):
+        if isinstance(event, StepDone) and event.step == 1:
+            (tmp_path / "out" / "SAMPLE").touch()
+
+    with pytest.warns(UserWarning, match="SAMPLE asks for .* num_validation_images is 0"):
+        train(tiny_run(), ask)
+    assert not (tmp_path / "out" / "samples").exists()

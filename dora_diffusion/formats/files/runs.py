@@ -13,6 +13,9 @@ _LONGEST = 60
 # Windows keeps them for devices, whatever suffix they have.
 _DEVICE = re.compile(r"con|nul|aux|prn|com\d|lpt\d")
 RESULT_NAME = "result"
+SAMPLE, SAVE = "SAMPLE", "SAVE"
+REQUESTS = (SAMPLE, SAVE)
+"""Files that ask a run for something after its current step; it removes them."""
 # How they rank, and what the model without any of them is called there.
 COMPARISON, BASE_NAME = "comparison.json", "base"
 # More rows than a page can show, and a comparison that takes longer than the run.

@@ -11,13 +11,16 @@ from urllib.parse import quote
 
 from dora_diffusion.config.wording import duration
 from dora_diffusion.formats.adapter.metadata import split_triggers
+from dora_diffusion.formats.files import runs
 from dora_diffusion.numerics.devices import has_own_memory
 from dora_diffusion.studio.app.settings import with_labels
 from dora_diffusion.studio.jobs.estimates import Estimate
 from dora_diffusion.studio.jobs.queue import PERSON, stop_asked
-from dora_diffusion.studio.jobs.records import JOBS, KINDS, log_warnings, printed
+from dora_diffusion.studio.jobs.records import JOBS, KINDS, log_warnings, printed, read_validation
 from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.store import read_json
+
+_LAST_LINES = 6
 
 
 def esc(value: object) -> str:
@@ -106,6 +109,8 @@ def status_card(job: Job, *, stop: bool = False) -> str:
         done = f"{job.step / 2**20:.1f} of {job.total / 2**20:.1f} MB"
     lines = [done] * (job.kind == "train" or bool(job.progress.unit)) + _live_facts(job)
     cause = note(job.cause, "bad") + notes(job.damage, "bad")
+    if job.cause and (last := printed(job.folder)[-_LAST_LINES:]):
+        cause += log_view("\n".join(last))
     cause += notes(log_warnings(job.folder), "warn")
     if job.state == "done" and job.settings.get("keep_best"):
         cause += note(
@@ -127,6 +132,9 @@ def _live_facts(job: Job) -> list[str]:
     if job.state == "waiting":
         return [f"number {job.position} in the queue"]
     parts = []
+    if losses := read_validation(job.folder):
+        step, loss = list(losses.items())[-1]
+        parts.append(f"held-out loss {loss:.4f} at step {step}")
     if job.kind == "train" and job.base:
         parts.append(job.trigger)
         base, device = Path(job.base), job.progress.device_name
@@ -138,6 +146,8 @@ def _live_facts(job: Job) -> list[str]:
             parts.append(f"about {duration(job.remaining_seconds)} left")
         if stop_asked(job.folder) is not None:
             parts.append("asked to save and stop")
+        asked = {runs.SAVE: "asked to save", runs.SAMPLE: "asked for sample images"}
+        parts += [text for name, text in asked.items() if (job.folder / name).exists()]
     elif job.result and job.result.seconds is not None:
         parts.append(f"took {duration(job.result.seconds)}")
     if job.step_seconds is not None:
@@ -170,7 +180,8 @@ def log_view(text: str) -> str:
 
 
 def command(text: str, label: str = "The same run on the command line") -> str:
-    return f"<div class='dd-command'><span>{esc(label)}</span><pre>{esc(text)}</pre></div>"
+    copy = "<button class='dd-tool' data-copy>Copy</button>"
+    return f"<div class='dd-command'><span>{esc(label)}</span>{copy}<pre>{esc(text)}</pre></div>"
 
 
 def estimate_card(value: Estimate, steps: int | None) -> str:

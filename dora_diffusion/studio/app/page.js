@@ -13,6 +13,16 @@ document.addEventListener('input', ({target}) => {
   if (id) studio.letters[id] = target.value;
 }, true);
 
+document.addEventListener('click', ({target}) => {
+  const text = target.closest?.('[data-copy]') && target.parentElement.querySelector('pre');
+  if (!text) return;
+  getSelection().selectAllChildren(text);
+  // Not every address is one that may write to the clipboard: there, what is selected is copied.
+  if (navigator.clipboard) navigator.clipboard.writeText(text.textContent);
+  else document.execCommand('copy');
+  target.textContent = 'Copied';
+});
+
 window.studio = {
   // Buttons inside of HTML say what to do (data-do) and with what (data-value).
   clicks(element, trigger) {
@@ -51,6 +61,34 @@ window.studio = {
     if (!window.ddRestored || !isTyped) return kept;
     studio.letters = {};
     return {subject: subject ?? '', class_word: words[0], token: words[1]};
+  },
+
+  // Images of a <datalist>, one at a time, by a slider. It stays at its step while others come.
+  flip(element, watch) {
+    let chosen = null;
+    const show = () => {
+      const options = [...element.querySelectorAll('option')], range = element.querySelector('input');
+      if (!range) return;
+      const { dataset, text } = options[range.value];
+      Object.assign(element.querySelector('img'), { src: dataset.image, alt: `Samples: ${text}` });
+      element.querySelector('a').href = dataset.image;
+      element.querySelector('output').textContent = text;
+      range.setAttribute('aria-valuetext', text);
+      // So that the next one is there when it is asked for.
+      for (const near of [-1, 1]) new Image().src = options[+range.value + near]?.dataset.image ?? '';
+    };
+    const begin = () => {
+      const options = [...element.querySelectorAll('option')], range = element.querySelector('input');
+      const place = options.findIndex(({ text }) => text === chosen);
+      if (place >= 0) range.value = place;
+      show();
+    };
+    element.addEventListener('input', ({ target }) => {
+      chosen = +target.value === +target.max ? null : element.querySelectorAll('option')[target.value].text;
+      show();
+    });
+    watch('value', begin);
+    begin();
   },
 
   showMasks: (on) => { document.documentElement.classList.toggle('dd-no-masks', !on); },

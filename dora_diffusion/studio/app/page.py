@@ -60,10 +60,10 @@ def build_page(context: Context) -> gr.Blocks:
         # What a refresh may change, by the names that the tabs' functions use.
         fields = {
             "header": header, "run": shown.run, "status": shown.status, "loss": shown.loss,
-            "log": shown.log, "jobs": shown.jobs, "samples": shown.samples, "stop": shown.stop,
-            "kill": shown.kill, "resume": shown.resume, "remove": shown.remove, "next": shown.next,
-            "extend": shown.extend, "details": shown.details, "chooser": shown.chooser,
-            "chooser_start": shown.rank, "chooser_cards": shown.cards,
+            "log": shown.log, "jobs": shown.jobs, "samples": shown.samples, "now": shown.now,
+            "stop": shown.stop, "kill": shown.kill, "resume": shown.resume, "remove": shown.remove,
+            "next": shown.next, "extend": shown.extend, "details": shown.details,
+            "chooser": shown.chooser, "chooser_start": shown.rank, "chooser_cards": shown.cards,
             "adapter": generating.adapter, "history": generating.history, "turn": generating.turn,
             "library": stored.gallery, "library_run": stored.run,
             "library_side": stored.side, "tasks": stored.tasks, "study": comparing.study,

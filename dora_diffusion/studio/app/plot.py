@@ -54,7 +54,8 @@ def loss_plot(
         "<i class='dd-raw'></i>loss of each step <i class='dd-smooth'></i>smoothed: "
         f"<b>{smooth[-1]:.4f}</b>",
     )
-    return training + (_validation_plot(steps, validation) if validation else "")
+    held_out = _validation_plot(steps, validation) if validation else ""
+    return f"<div class='dd-plots'>{training}{held_out}</div>"
 
 
 def _validation_plot(steps: Sequence[int], losses: Mapping[int, float]) -> str:

@@ -106,6 +106,17 @@ def stop_job(folder: Path) -> None:
         (folder / records.STOP).write_text(f"{time.time()}\n", encoding="utf-8")
 
 
+def ask_job(folder: Path, name: str) -> None:
+    """Ask a training run for something of `formats.files.runs.REQUESTS` after its step.
+
+    Raises:
+        UserError: If it does not run.
+    """
+    if not is_running(folder):
+        raise UserError("this run is not training now; resume it first")
+    (folder / name).touch()
+
+
 def stop_asked(folder: Path) -> float | None:
     """Return the time when the job was asked to stop, or None."""
     try:

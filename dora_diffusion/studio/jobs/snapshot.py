@@ -20,10 +20,7 @@ from dora_diffusion.studio.jobs.store import DamagedFile, UserError, Workspace
 
 Part = TypeVar("Part")
 _REMOVE = ", or remove this run"
-_KILLED = (
-    "the process ended unexpectedly (killed, or the machine ran out of memory); "
-    "Resume continues from the last checkpoint"
-)
+_KILLED = "the process ended unexpectedly (killed, or the machine ran out of memory); "
 
 
 @dataclass(frozen=True)
@@ -255,7 +252,9 @@ def _state(
         return "stopped", ""
     cause = records.last_error(folder)
     if result is None or result.code is None:
-        return "crashed", cause or _KILLED
+        is_run = record.kind == "train"
+        end = "Resume continues from the last checkpoint" if is_run else "start it again"
+        return "crashed", cause or f"{_KILLED}{end}"
     return "failed", cause or "it failed without saying why; the log may help"
 
 

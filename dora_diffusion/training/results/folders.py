@@ -11,7 +11,12 @@ from pathlib import Path
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, embeddings_of
-from dora_diffusion.formats.files.runs import ADAPTER_FILES, PIPELINE_NAME, pipeline_in
+from dora_diffusion.formats.files.runs import (
+    ADAPTER_FILES,
+    PIPELINE_NAME,
+    REQUESTS,
+    pipeline_in,
+)
 from dora_diffusion.training.results.checkpoint import (
     checkpoints_in,
     find_checkpoint,
@@ -176,6 +181,8 @@ def holds_result(folder: Path) -> bool:
 
 def clear_folder(folder: Path, step: int) -> None:
     """Remove what an earlier run left after a step, so that nothing takes it for this one's."""
+    for name in REQUESTS:
+        (folder / name).unlink(missing_ok=True)
     unfinished = [*folder.glob(".checkpoint-*.tmp"), *folder.glob(f"{UNFINISHED}*")]
     for old in [*folders_after(folder, step), *unfinished]:
         shutil.rmtree(old, ignore_errors=True)

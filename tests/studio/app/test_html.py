@@ -62,6 +62,24 @@ def test_a_run_names_its_model_and_device_and_says_once_what_the_model_does_not_
     assert "Name another “Base model”." in card()
 
 
+def test_a_job_that_failed_shows_the_last_lines_of_its_last_attempt(workspace: Workspace) -> None:
+    for folder in (started_run(workspace, 2), about(started_run(workspace, 2), "export")):
+        lines = "".join(f"line <{number}>\n" for number in range(9))
+        log = f"--- first ---\nearlier\n\n--- again ---\n{lines}error: the disk is full\n"
+        (folder / records.LOG).write_text(log, encoding="utf-8")
+        write_json(folder / records.RESULT, {"code": 1})
+        job = read_job(folder)
+        assert job is not None
+        card = html.status_card(job)
+        assert "dd-bad'>the disk is full</div>" in card
+        assert "<pre>line &lt;4&gt;\nline &lt;5&gt;" in card
+        assert card.count("error: the disk is full") == 1
+        write_json(folder / records.RESULT, {"code": 143})  # stopped: nothing is wrong
+        job = read_job(folder)
+        assert job is not None
+        assert "<pre>" not in html.status_card(job)
+
+
 @pytest.mark.parametrize(("code", "share"), [(0, "100.0%"), (1, "0.0%")])
 def test_the_bar_of_a_job_without_units_is_full_when_it_is_done(
     workspace: Workspace, tmp_path: Path, code: int, share: str

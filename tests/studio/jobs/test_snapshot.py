@@ -23,6 +23,7 @@ from dora_diffusion.studio.jobs.store import (
 )
 from tests.studio.jobs.helpers import (
     DAMAGES,
+    about,
     damage,
     forbid,
     make,
@@ -52,7 +53,10 @@ def test_a_dead_process_is_a_crash_with_its_cause(
 def test_a_crash_without_a_word_says_what_to_do(workspace: Workspace) -> None:
     folder = make(workspace)
     write_json(folder / records.WORKER, {"pid": 2**22 + 1, "start": "1"})
-    assert "Resume" in seen(folder).cause
+    assert seen(folder).cause.endswith("Resume continues from the last checkpoint")
+    other = about(folder, "export")  # which no button resumes
+    write_json(other / records.WORKER, {"pid": 2**22 + 1, "start": "1"})
+    assert seen(other).cause.endswith("; start it again")
 
 
 def test_another_process_with_the_same_pid_is_not_the_worker(workspace: Workspace) -> None:

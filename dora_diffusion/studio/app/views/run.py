@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import save_file_to_cache
 
-from dora_diffusion.data.images import open_photo
+from dora_diffusion.config import TrainConfig
 from dora_diffusion.evaluation.ranking import RankedCheckpoint, Ranking
+from dora_diffusion.formats.files import runs
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.plot import loss_plot
+from dora_diffusion.studio.app.settings import command_line
 from dora_diffusion.studio.app.views import ui
 from dora_diffusion.studio.jobs import tasks
-from dora_diffusion.studio.jobs.queue import delete_job, kill_job, requeue_job, stop_job
+from dora_diffusion.studio.jobs.queue import (
+    ask_job,
+    delete_job,
+    kill_job,
+    requeue_job,
+    stop_job,
+)
 from dora_diffusion.studio.jobs.records import log_tail, log_warnings, read_metrics, read_validation
 from dora_diffusion.studio.jobs.snapshot import Job, choose, read_ranking
 from dora_diffusion.studio.jobs.store import REMAINS, DamagedFile
@@ -24,7 +35,7 @@ _NOTHING = html.empty(
     "Nothing trained yet",
     "Choose a subject, say what it is, and start: progress, loss and sample images appear here.",
 )
-_CONTROLS = ("run", "status", "stop", "kill", "resume", "remove", "extend")
+_CONTROLS = ("run", "status", "now", "stop", "kill", "resume", "remove", "extend")
 
 
 class RunView:
@@ -39,6 +50,9 @@ class RunView:
             self.stop = ui.button("Stop and save", "stop", visible=False)
             self.kill = ui.button("Kill", visible=False, variant="stop")
             self.resume = ui.button("Resume", "resume", visible=False, variant="primary")
+        with gr.Row(visible=False) as self.now:
+            self.save = ui.button("Save now", "save-now")
+            self.sample = ui.button("Sample now", "sample-now")
         self.message = ui.html_block(elem_id="run-said")
         with gr.Row(visible=False) as self.next:
             text = "Generate images with it"
@@ -48,9 +62,7 @@ class RunView:
             self.more = gr.Number(100, label="More steps", precision=0, minimum=1, elem_id="more")
             self.extend_by = ui.button("Continue with more steps", "continue")
         self.loss = ui.html_block(elem_id="loss")
-        self.samples = ui.gallery(
-            columns=2, buttons=["fullscreen"], visible=False, format="png", elem_id="samples"
-        )
+        self.samples = ui.html_block(elem_id="samples", js_on_load="studio.flip(element, watch)")
         text = (
             "More steps raise the similarity to the subject, and language drift with it. Ranking "
             "asks every checkpoint for the same images at the same seeds and measures both."
@@ -91,13 +103,16 @@ def connect(context: Context, view: RunView) -> None:
             return [nothing, gr.skip(), gr.skip()]
         job = context.job(job_id)
         called = gr.update(placeholder=job.title)
-        return [html.command(job.record.command, "What runs"), "", called]
+        return [_commands(job), "", called]
 
     outputs = [view.message, *(getattr(view, name) for name in _CONTROLS)]
     # Of stopping and resuming the card tells, as long as it is true.
     ui.on(view.stop.click, _act(context, stop_job), [view.run], outputs)
     ui.on(view.resume.click, _act(context, requeue_job), [view.run], outputs)
     ui.on(view.kill.click, _act(context, kill_job, "The run was killed"), [view.run], outputs)
+    for button, name in ((view.save, runs.SAVE), (view.sample, runs.SAMPLE)):
+        asking = _act(context, functools.partial(ask_job, name=name))
+        ui.on(button.click, asking, [view.run], outputs)
     ui.on(view.extend_by.click, _act(context, tasks.continue_run), [view.run, view.more], outputs)
     question = "Remove this run with everything it made?"
     removed = _act(context, remove, "The run was removed")
@@ -106,6 +121,16 @@ def connect(context: Context, view: RunView) -> None:
     ui.on(named, rename, [view.run, view.name], [*outputs, view.name])
     ui.on(view.run.change, command, [view.run], [view.command, view.message, view.name])
     _connect_chooser(context, view)
+
+
+def _commands(job: Job) -> str:
+    """The line that runs, and for a training the same with its settings as flags."""
+    text = html.command(job.record.command, "What runs")
+    with contextlib.suppress(ValueError):  # of another version
+        if job.kind == "train" and job.settings:
+            line = command_line(TrainConfig.from_dict(job.settings))
+            text += html.command(line, "The same with every setting that is not a default")
+    return text
 
 
 def _act(
@@ -144,15 +169,15 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
     choices = run_choices(jobs)
     value = job.id if job else None
 
-    samples = job.samples if job else ()
-    stamps = tuple((str(path), path.stat().st_mtime_ns) for path in samples)
+    is_training = bool(job and job.state == "running" and job.progress.phase == "training")
     return {
         "run": ui.choosing(choices, value, run, visible=bool(choices)),
         "status": html.status_card(job) if job else _NOTHING,
         "loss": loss_plot(read_metrics(job.folder), read_validation(job.folder)) if job else "",
         "log": html.log_view(log_tail(job.folder)) if job else "",
         "jobs": html.queue_list(jobs),
-        "samples": (stamps, lambda: _sample_gallery(samples)),
+        "samples": _flip(job.samples, context.workspace.cache) if job else "",
+        "now": ui.changing(visible=is_training),
         "stop": ui.changing(
             value="Remove from queue" if waits else "Stop and save",
             visible=waits or bool(job and job.state == "running"),
@@ -172,18 +197,52 @@ def _never_began(job: Job) -> bool:
     return job.state == "stopped" and not job.step
 
 
-def _sample_gallery(samples: Sequence[Path]) -> Any:
-    images = [
-        ui.image_or_blank(_sample_title(path.stem), open_photo, path, limited=False)
-        for path in samples[:9]
-    ]
-    return gr.update(value=images, visible=bool(images))
+def _flip(samples: Sequence[Path], cache: Path) -> str:
+    """Sample images to flip through by a slider, from the base model to the result.
+
+    Args:
+        samples: Sheets of the same prompts and seeds.
+        cache: Gradio's folder: a run's own folder is not given out.
+    """
+    order = {"base": -1, "adapted": 1}
+    sheets = sorted(samples, key=lambda path: (order.get(path.stem, 0), path.stem))
+    if not sheets:
+        return ""
+    addresses = [html.address(_given_out(path, cache)) for path in sheets]
+    titles = [html.esc(_sample_title(path.stem)) for path in sheets]
+    options = "".join(
+        f"<option data-image='{address}'>{title}</option>"
+        for address, title in zip(addresses, titles, strict=True)
+    )
+    last = len(sheets) - 1
+    return (
+        f"<figure class='dd-flip'><a target='_blank' rel='noopener'><img alt=''></a><figcaption>"
+        f"<input type='range' min='0' max='{last}' value='{last}' aria-label='Step of the sample "
+        f"images'><output></output></figcaption><datalist>{options}</datalist>"
+        f"{html.quiet('Drag, or use the arrow keys: prompts and seeds are the same at each step.')}"
+        "</figure>"
+    )
+
+
+def _given_out(path: Path, cache: Path) -> Path:
+    """A copy of an image in a folder that the server gives out."""
+    stamp = path.stat().st_mtime_ns
+    copy = _copied(path, stamp, cache)
+    if not copy.exists():  # Gradio deletes what is a day old.
+        _copied.cache_clear()
+        copy = _copied(path, stamp, cache)
+    return copy
+
+
+@functools.lru_cache(maxsize=1024)
+def _copied(path: Path, modified: int, cache: Path) -> Path:
+    return Path(save_file_to_cache(path, str(cache)))
 
 
 def _sample_title(name: str) -> str:
     if name.startswith("step-") and name[5:].isdecimal():
         return f"step {int(name.removeprefix('step-'))}"
-    return {"adapted": "with the adapter", "base": "without it, same seeds"}.get(name, name)
+    return {"adapted": "the result", "base": "the base model"}.get(name, name)
 
 
 def _connect_chooser(context: Context, view: RunView) -> None:
