@@ -47,8 +47,37 @@ PRESETS: Mapping[str, Preset] = {
         1.5, 400, {"token": "", "aspect_ratio_buckets": True, "caption_dropout": 0.05}
     ),
     "slider": Preset(0.5, 100, {"teach": "slider", "method": "lora"}),
+    "object": Preset(0.75, 300),
+    "pet": Preset(1, 300, released={"with_prior_preservation": True, "random_flip": True}),
+    "face": Preset(1.5, 600, released={
+        "rank": 16, "train_text_encoder": True, "with_prior_preservation": True,
+        "prior_preservation_mode": "images", "num_class_images": 200,
+    }),
+    "one-photo": Preset(0.5, 150, released={"with_prior_preservation": True, "random_flip": True}),
 }  # fmt: skip
 """Presets, by the name that ``--preset`` takes."""
+_PRACTICE = "Published practice for DreamBooth with LoRA, not measured here."
+ABOUT: Mapping[str, tuple[str, str]] = {
+    "fast": ("Half the steps.", "On an embedded model, what 50 steps reach was measured on "
+             "tiny-sd; not measured on others."),
+    "fast-word": ("Fast with a new word that starts from sks, <sks> unless you name another.",
+                  "On an embedded model, measured on tiny-sd; not measured on others."),
+    "balanced": ("The usual number of steps.", _PRACTICE),
+    "quality": ("More steps and parameters.", _PRACTICE),
+    "style": ("Drawings or an artist's look: no token, captions as they are.",
+              "Measured on tiny-sd with 20 drawings; not on real weights."),
+    "slider": ("More or less of something, from prompts without images.",
+               "Measured on tiny-sd; not on real weights."),
+    "object": ("A thing or a product: few steps, no mirrored photos, which lettering would show.",
+               _PRACTICE),
+    "pet": ("An animal: mirrored photos too, and others of its class stay as they were.",
+            _PRACTICE),
+    "face": ("A person: more steps, the text encoder too, and 200 images of the class beside.",
+             _PRACTICE),
+    "one-photo": ("A single photo: half the steps, since one is soon learned by heart. Take the "
+                  "earliest checkpoint that is like it.", "Not measured."),
+}  # fmt: skip
+"""What a preset is for, and what it was measured on, by its name."""
 # The embedded models are small: they take larger steps (as in samples/*/config.yaml).
 EMBEDDED: Mapping[str, Any] = {
     "learning_rate": 2e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 10, "conv_rank": 8,

@@ -14,6 +14,7 @@ from typing import Any
 
 from dora_diffusion.config.base import QUANTISATIONS
 from dora_diffusion.config.families import FAMILIES, GpuMemory, MemoryRow
+from dora_diffusion.config.fields import require
 from dora_diffusion.numerics import devices
 
 # Of a process that holds no model, or a GPU's context: this does not double in float32.
@@ -24,6 +25,7 @@ _EIGHT_BIT_SAVES_GIB = 0.1
 _MARGIN = 1.1
 # Bytes of a quantised weight, scales included, over those of a 16-bit one.
 _SHARES = {"int8": 0.502, "nf4": 0.259}
+_MOST_GIB = 10_000
 _SIZES = (1024, 896, 768, 640, 512, 448, 384, 320, 256)
 
 
@@ -142,6 +144,20 @@ class Device:
     has_gradient_scaler: bool = True
 
 
+def gpu_of(memory: str) -> Device:
+    """A GPU with so many GiB of memory, of which a screen takes half a GiB.
+
+    Raises:
+        ConfigError: If that is not a number above 0.
+    """
+    try:
+        gib = float(memory)
+    except ValueError:
+        gib = 0.0
+    require(0 < gib < _MOST_GIB, f"memory is {memory!r}; give GiB, such as 8, or auto", "memory")
+    return Device("cuda", f"a GPU of {gib:g} GiB", gib - 0.5, has_8bit_adam=True)
+
+
 def describe_device() -> Device:
     """The default device, as it is now."""
     kind = devices.default_device()
@@ -172,8 +188,8 @@ def fitting_settings(
     """Precision, gradient checkpointing, optimizer, quantised base that fit a device's free memory.
 
     The quicker settings are kept while they fit: checkpointing, then 8-bit Adam, on a GPU a base in
-    8 and in 4 bits, and on a CPU bfloat16 come when memory asks for them. What still does not fit
-    gets the smallest settings.
+    8 and in 4 bits, on a CPU bfloat16, and last up to half the resolution come when memory asks for
+    them. What still does not fit gets the smallest settings.
 
     Args:
         family: Of the base model; one that is not in the table gets safe settings.
@@ -197,7 +213,10 @@ def fitting_settings(
         choices.append(choices[-1] | {"optimizer": "adamw8bit"})
     if devices.has_own_memory(device.kind):
         choices += [choices[-1] | {"quantize": kind} for kind in QUANTISATIONS]
-    fitting = (c for c in choices if _fits(family, resolution, c, device, batch))
+    # Below half its size a model draws little that can be learned from.
+    sizes = (size for size in _SIZES if resolution // 2 <= size < resolution)
+    every = [*choices, *(choices[-1] | {"resolution": size} for size in sizes)]
+    fitting = (c for c in every if _fits(family, c.get("resolution", resolution), c, device, batch))
     return next(fitting, choices[-1])
 
 

@@ -219,7 +219,7 @@ class Visit:
         self.act(lambda limit: self.page.locator(selector).first.fill(value, timeout=limit))
 
     def check(self, label: str) -> None:
-        box = self.page.get_by_label(label).first  # "Fast", not "Fast-word"
+        box = self.page.get_by_label(label).first  # "Fast", not "Fast word"
         self.act(lambda limit: box.check(timeout=limit))
 
     def choose(self, selector: str, text: str = "", nth: int = 0) -> None:

@@ -106,7 +106,7 @@ def test_every_preset_of_every_base_is_trained_as_it_is_shown(
     for base, preset in pairs:
         page.choose("#base-model", f"{base} ·")
         page.fill("#token input, #token textarea", "<sks>" if preset == "fast-word" else "sks")
-        page.check(preset.capitalize())
+        page.check(preset.replace("-", " ").capitalize())
         # What memory is free decides some of them.
         devices = [Device(free_gib=free) for free in (None, 0, *range(1, 40), 1e9)]
         wanted = [preset_values(preset, base, device) for device in devices]

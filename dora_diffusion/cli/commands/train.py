@@ -25,7 +25,7 @@ from dora_diffusion.config.derived import overridden
 from dora_diffusion.config.families import FAMILIES, USUAL
 from dora_diffusion.config.fields import require_choice
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
-from dora_diffusion.config.presets import preset_settings
+from dora_diffusion.config.presets import ABOUT, preset_settings
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.models.locate import is_embedded
@@ -111,11 +111,15 @@ def add_settings(parser: Parser) -> None:
     parser.add_argument(
         "--preset",
         choices=PRESETS,
-        help="Settings to start from; the file's and flags given here take precedence. fast, "
-        "balanced, quality: steps, prior preservation, rank; on an embedded model, fast is what "
-        "reached in 50 steps what is usual after 200, measured on tiny-sd. fast-word: the same "
-        "with a new word that starts from sks, <sks> unless --token names another. style: no "
-        "token, captions as they are. slider: from prompts, without images.",
+        help="Settings to start from; the file's and flags given here take precedence. "
+        + " ".join(f"{name}: {' '.join(about)}" for name, about in ABOUT.items()),
+    )
+    parser.add_argument(
+        "--memory",
+        metavar="GIB",
+        help="Precision, gradient checkpointing, optimizer, quantised base and resolution that "
+        "fit this memory, where they are not given: GiB of a GPU, or auto for what is free on "
+        "this machine. By counted memory, not yet measured on GPUs.",
     )
     parser.add_argument(
         "--dry_run",
@@ -218,13 +222,15 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     """
     names = {setting.name for setting in settings()}
     values, lines = read_config_lines(args.config) if args.config else ({}, {})
-    named = values.pop("preset", None)
-    preset = args.preset or named
+    named, memory = values.pop("preset", None), values.pop("memory", None)
+    preset, memory = args.preset or named, args.memory or memory
     values = _settings_of(args.config, values, lines, names)
     given = {name: value for name, value in vars(args).items() if name in names}
     values = overridden(values, given)
     if preset is not None:
         values = _preset(str(preset), values | given) | values
+    if memory is not None:
+        values = _fitting(str(memory), values | given) | values
     try:
         config = TrainConfig.from_dict(values | given)
     except ConfigError as error:
@@ -256,6 +262,30 @@ def _preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
             stacklevel=1,
         )
     return preset
+
+
+def _fitting(memory: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that fit a memory, in GiB or ``auto``.
+
+    Raises:
+        ConfigError: If it is neither.
+
+    Warns:
+        UserWarning: If the model is an embedded one, which fits anywhere.
+    """
+    from dora_diffusion.models.locate import model_info
+    from dora_diffusion.models.memory import describe_device, fitting_settings, gpu_of
+
+    device = describe_device() if memory == "auto" else gpu_of(memory)
+    given = TrainConfig().to_dict() | values
+    model = str(given["pretrained_model_name_or_path"])
+    if is_embedded(model):
+        warnings.warn(f"memory has no effect because {model} fits anywhere", stacklevel=1)
+        return {}
+    info = model_info(model)
+    batch = int(given["train_batch_size"]) * (2 if given["with_prior_preservation"] else 1)
+    family, size = info.family if info.has_released_shape else "", given["resolution"]
+    return fitting_settings(family, size or info.resolution, device, batch=batch)
 
 
 def _settings_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -17,8 +18,10 @@ import yaml
 from PIL import Image
 
 from dora_diffusion.cli import main as cli
-from dora_diffusion.cli.commands.train import train_config
+from dora_diffusion.cli.commands.parser import Parser
+from dora_diffusion.cli.commands.train import add_settings, train_config
 from dora_diffusion.config import PRESETS, ConfigError, TrainConfig
+from dora_diffusion.config.presets import ABOUT
 from dora_diffusion.export.hub import HubError
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.numerics.devices import default_device
@@ -383,10 +386,62 @@ def test_a_preset_is_the_same_for_a_flag_a_file_and_the_app(name, sd1_folder, tm
         fitted = {"mixed_precision", "gradient_checkpointing", "optimizer"}
         app = {n: v for n, v in preset_values(name, model).items() if n not in fitted}
         assert {n: by_flag[n] for n in app} == app
-    steps = {"fast": 400, "fast-word": 400, "balanced": 800, "quality": 1200, "style": 1200,
-             "slider": 400}  # fmt: skip
+    steps = {
+        "fast": 400, "fast-word": 400, "balanced": 800, "quality": 1200, "style": 1200,
+        "slider": 400, "object": 600, "pet": 800, "face": 1200, "one-photo": 400,
+    }  # fmt: skip
     base[1] = str(sd1_folder)
     assert parsed("--preset", name, *base).max_train_steps == steps[name]
+
+
+def test_a_preset_says_what_it_was_measured_on():
+    add_settings(parser := Parser())
+    help_of_preset = next(a.help for a in parser._actions if "--preset" in a.option_strings)
+    for name in PRESETS:
+        assert re.search("[Mm]easured", ABOUT[name][1]), name
+        assert f"{name}: {ABOUT[name][0]}" in help_of_preset
+
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+@pytest.mark.parametrize("where", ["flag", "file"])
+def test_a_memory_chooses_what_fits_it_and_nothing_that_is_given(where, tmp_path):
+    file = tmp_path / "run.yaml"
+
+    def fitted(gib, *flags):
+        file.write_text(f"memory: {gib}\n", encoding="utf-8")
+        asked = ["--memory", str(gib)] if where == "flag" else ["--config", str(file)]
+        return parsed("--pretrained_model_name_or_path", SDXL, *asked, *flags)
+
+    names = ("gradient_checkpointing", "optimizer", "quantize", "resolution")
+
+    def values(*asked):
+        return tuple(getattr(fitted(*asked), name) for name in names)
+
+    # The rows of docs/howto/out-of-memory.md, with their margins.
+    assert values(16) == (False, "adamw", "none", None)
+    assert values(12) == (True, "adamw", "none", None)
+    assert values(6) == (True, "adamw8bit", "int8", None)
+    assert values(4) == (True, "adamw8bit", "nf4", None)
+    assert values(3.5) == (True, "adamw8bit", "nf4", 768)
+    # What does not fit at half the size gets the smallest settings: it is said later.
+    assert values(2) == (True, "adamw8bit", "nf4", None)
+    # A class image is another one of the batch, and what is given is kept.
+    assert values(16, "--preset", "pet") == (True, "adamw", "none", None)
+    assert values(6, "--quantize", "nf4", "--optimizer", "adamw") == (True, "adamw", "nf4", None)
+
+
+@pytest.mark.parametrize("memory", ["0", "-1", "nan", "much", "1e9"])
+def test_a_memory_that_is_none_is_refused(memory):
+    with pytest.raises(ConfigError, match=f"memory is '{memory}'; give GiB, such as 8, or auto"):
+        parsed("--pretrained_model_name_or_path", SDXL, f"--memory={memory}")
+
+
+def test_a_memory_does_nothing_to_a_toy_model():
+    with pytest.warns(UserWarning, match="memory has no effect because embedded:tiny-sd fits"):
+        config = parsed("--memory", "4", "--pretrained_model_name_or_path", "embedded:tiny-sd")
+    assert config.quantize == "none"
 
 
 def test_a_preset_of_a_model_elsewhere_says_what_it_takes_it_for(tmp_path):

@@ -123,7 +123,7 @@ def test_presets_start_from_the_defaults_of_the_command_line(model: str) -> None
     """What is not about the preset or the device is what `train` does without a flag."""
     fitted = {"mixed_precision", "gradient_checkpointing", "optimizer"}
     about = {"max_train_steps", "with_prior_preservation", "rank"}
-    about |= {name for preset in PRESETS.values() for name in preset.settings}
+    about |= {n for preset in PRESETS.values() for n in (*preset.settings, *preset.released)}
     default = TrainConfig().to_dict()
     for preset in PRESETS:
         values = preset_values(preset, model)

@@ -8,7 +8,9 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.config import PRESETS, TrainConfig
+from dora_diffusion.config.presets import ABOUT
 from dora_diffusion.data.captions import contains_token
+from dora_diffusion.models.memory import gpu_of
 from dora_diffusion.studio.app import html, settings
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import run, ui
@@ -91,8 +93,16 @@ class TrainTab:
         )  # fmt: skip
 
     def _add_model(self, context: Context) -> None:
-        presets = [(name.capitalize(), name) for name in PRESETS]
+        presets = [(name.replace("-", " ").capitalize(), name) for name in PRESETS]
         self.preset = gr.Radio(presets, value="balanced", label="Preset", elem_id="preset")
+        self.about = ui.html_block(_about("balanced"), elem_id="preset-about")
+        cards = [(f"a GPU of {gib} GB", str(gib)) for gib in (4, 6, 8, 10, 12, 16, 24)]
+        self.memory = gr.Dropdown(
+            [("this machine, as measured now", ""), *cards], value="", label="Memory",
+            elem_id="memory",
+            info="A preset gets precision, quantised base and resolution that fit it. What a GPU "
+            "needs was counted, not yet measured on one. The panel below is about this machine.",
+        )  # fmt: skip
         self.model = gr.Dropdown(
             [(base.label, base.name) for base in context.bases()],
             value=settings.EMBEDDED,
@@ -221,9 +231,10 @@ def _connect_presets(context: Context, tab: TrainTab) -> None:
     """Fill in what a preset, or another base model, stands for."""
     fields = [tab.advanced[name] for name in settings.ADVANCED]
 
-    def use_preset(preset: str, model: str, filled: Any, *shown: Any) -> list[Any]:
+    def use_preset(preset: str, model: str, memory: str, filled: Any, *shown: Any) -> list[Any]:
         """The preset's values, but for those that were typed: they are a person's."""
-        values = settings.preset_values(preset, context.allowed_model(model), context.device())
+        device = gpu_of(memory) if memory else context.device()
+        values = settings.preset_values(preset, context.allowed_model(model), device)
         texts = {name: settings.setting_text(value) for name, value in values.items()}
         before = filled if isinstance(filled, dict) else {}
         updates = [
@@ -234,7 +245,7 @@ def _connect_presets(context: Context, tab: TrainTab) -> None:
         ]
         return [texts, *updates]
 
-    def suggest(word: str | None, settled: str, preset: str, model: str, *filled: Any) -> list[Any]:
+    def suggest(word: str | None, settled: str, preset: str, model: str, *more: Any) -> list[Any]:
         word = word or ""  # a page sends text; anybody can send anything
         suggested = context.suggested_base(model, word) if word != settled else ""
         if not suggested:
@@ -243,17 +254,23 @@ def _connect_presets(context: Context, tab: TrainTab) -> None:
             f"Base model set to {suggested}, which is on this machine: the embedded models are "
             f"toys that know no {word.strip()}."
         )
-        filled_in = use_preset(preset, suggested, *filled)
+        filled_in = use_preset(preset, suggested, *more)
         return [word, suggested, html.note(text, "info"), *filled_in]
 
     filled = [tab.filled, *fields]
-    words = [tab.class_word, tab.settled, tab.preset, tab.model, *filled]
+    words = [tab.class_word, tab.settled, tab.preset, tab.model, tab.memory, *filled]
     ui.on(tab.class_word.blur, suggest, words, [tab.settled, tab.model, tab.message, *filled])
     ui.on(tab.model.input, lambda word: word, [tab.class_word], [tab.settled])
     # The last choice counts, also while an earlier one is still being filled in.
-    chosen = [tab.preset.input, tab.model.input]
-    asked = [tab.preset, tab.model, *filled]
+    chosen = [tab.preset.input, tab.model.input, tab.memory.input]
+    asked = [tab.preset, tab.model, tab.memory, *filled]
+    ui.on(tab.preset.change, _about, [tab.preset], [tab.about])
     ui.on(chosen, use_preset, asked, filled, trigger_mode="always_last")
+
+
+def _about(preset: str) -> str:
+    """What a preset is for, and what it was measured on."""
+    return html.quiet(" ".join(ABOUT.get(preset, ("", "Not measured."))).strip())
 
 
 def refresh(jobs: Sequence[Job]) -> dict[str, Any]:

@@ -236,7 +236,9 @@ def test_a_real_subject_gets_a_model_of_this_machine_that_fits(
     ) -> Any:  # fmt: skip
         monkeypatch.setattr(context, "bases", lambda: found)
         monkeypatch.setattr(context, "device", lambda: Device(kind, "a card", free))
-        remembered, base, said, filled, *values = suggest(word, settled, "balanced", model, *FILLED)
+        remembered, base, said, filled, *values = suggest(
+            word, settled, "balanced", model, "", *FILLED
+        )
         assert remembered == word
         assert len(values) == len(ADVANCED)
         if isinstance(base, str):
@@ -310,9 +312,21 @@ def test_a_setting_that_was_typed_survives_preset_base_and_suggestion(context: C
         filled = list(FILLED)
         value = filled[1 + place]
         filled[1 + place] = not value if isinstance(value, bool) else "typed"
-        _, *updates = use_preset("quality", EMBEDDED, *filled)
+        _, *updates = use_preset("quality", EMBEDDED, "", *filled)
         changed = {ADVANCED[i] for i, update in enumerate(updates) if update != gradio.skip()}
         assert changed == {*ADVANCED} - {name, "init_adapter"}, name
+
+
+def test_a_preset_fits_the_memory_that_is_asked_for(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(context, "device", lambda: Device("cuda", "a card", 78.0))
+    use_preset = handler(context, "use_preset")
+    sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
+    for memory, expected in (("", "none"), ("6", "int8"), ("4", "nf4"), ("24", "none")):
+        assert use_preset("object", sdxl, memory, *FILLED)[0]["quantize"] == expected
+    with pytest.raises(gradio.Error, match="give GiB"):
+        use_preset("object", sdxl, "x", *FILLED)
 
 
 def test_a_message_keeps_the_letters_of_a_model_s_name(
@@ -367,7 +381,7 @@ def test_a_shared_app_looks_at_no_other_model(
     assert photo.side(context, sdxl, "") == 64
     assert photo.side(context, sdxl, "300") == 300
     with pytest.raises(gradio.Error, match="offers only"):
-        handler(context, "use_preset")("fast", sdxl, *FILLED)
+        handler(context, "use_preset")("fast", sdxl, "", *FILLED)
 
 
 def test_several_subjects_are_one_run_each_with_its_own_words(
