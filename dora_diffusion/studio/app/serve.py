@@ -19,7 +19,7 @@ from dora_diffusion.studio.app.launch import SHARED, Launch
 from dora_diffusion.studio.client import ROOT
 from dora_diffusion.studio.jobs.records import LOG
 from dora_diffusion.studio.jobs.snapshot import Job
-from dora_diffusion.studio.jobs.uploads import MAX_BYTES
+from dora_diffusion.studio.jobs.uploads import MAX_FILE
 from dora_diffusion.system import INTERRUPTS
 
 STYLE = Path(__file__).with_name("style.css")
@@ -124,7 +124,7 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
             str(path.resolve())
             for path in (context.workspace.images, context.workspace.exports, samples_folder())
         ],
-        max_file_size=MAX_BYTES,
+        max_file_size=MAX_FILE,
         # Gradio's "Settings" would offer to record the screen.
         footer_links=[],
         ssr_mode=False,

@@ -276,7 +276,10 @@ def remove_photo(workspace: Workspace, subject_id: object, photo: object) -> Non
 
 def delete_subject(workspace: Workspace, subject_id: object) -> bool:
     """Delete a subject; runs keep what they have of it. Whether it is gone: see `remove_folder`."""
-    return store.remove_folder(workspace.subject(subject_id))
+    folder = workspace.subject(subject_id)
+    if folder.name in store.ids_in(workspace.exports):
+        store.remove_folder(workspace.exports / folder.name)
+    return store.remove_folder(folder)
 
 
 def training_crop(photo: Path, side: int = PREVIEW_SIDE, *, masked: bool = True) -> Image.Image:

@@ -21,6 +21,8 @@ from dora_diffusion.studio.jobs.queue import holding
 from dora_diffusion.studio.jobs.store import UserError
 
 MAX_BYTES = 100 * 2**20
+MAX_FILE = 2 * 2**30
+"""Of an adapter, and of a data set; one of rank 128 for SDXL has 0.9 GB."""
 MAX_PHOTOS = 50
 JPEG_QUALITY = 95
 

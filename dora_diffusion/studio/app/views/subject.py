@@ -15,11 +15,12 @@ from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import captions, photo, ui
 from dora_diffusion.studio.jobs import subjects
+from dora_diffusion.studio.jobs.datasets import export_dataset, import_dataset
 from dora_diffusion.studio.jobs.queue import stop_job
 from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.store import REMAINS, UserError, Workspace, clean_text
 from dora_diffusion.studio.jobs.tasks import looks_at, start_look
-from dora_diffusion.studio.jobs.uploads import MAX_BYTES, MAX_PHOTOS
+from dora_diffusion.studio.jobs.uploads import MAX_BYTES, MAX_PHOTOS, Upload
 
 _EMPTY = html.empty("No photos yet", f"Add {WANTED}. Or take a sample.")
 
@@ -50,15 +51,23 @@ class SubjectTab:
         self.place = ui.html_block(_place(None), elem_id="upload-to")
         self.upload = gr.File(
             file_count="multiple",
-            file_types=["image", ".heic", ".heif", ".txt"],
+            file_types=["image", ".heic", ".heif", ".txt", ".zip"],
             label=f"Add photos: JPEG, PNG or WebP, up to {MAX_BYTES // 2**20} MB each, "
-            f"{MAX_PHOTOS} at most",
+            f"{MAX_PHOTOS} at most; or a data set as .zip",
             height=150,
             elem_id="upload",
         )
         self.report = ui.html_block(elem_id="report")
         cards = _sample_cards(samples_folder())
         self.samples = ui.html_block(cards, elem_id="samples-to-take", js_on_load=ui.CLICKS)
+        with gr.Accordion("Data set as one file", open=False):
+            text = (
+                "The photos of this subject with their captions and masks, to keep or to give "
+                "away. Add such a .zip above to get them back, as a new subject."
+            )
+            ui.html_block(html.quiet(text))
+            self.export = ui.button("Make a .zip", "export-dataset")
+            self.exported = ui.html_block(elem_id="exported-dataset")
         with gr.Accordion("New subject, or delete this one", open=False):
             self.name = gr.Textbox(label="Name of the new subject", max_lines=1, max_length=60)
             with gr.Row():
@@ -120,6 +129,12 @@ def connect(context: Context, tab: SubjectTab, restored: Any, size: list[Any]) -
     ui.on(restored.then, load, asked, outputs)
     _connect_new(context, tab, size, outputs)
     _connect_look(context, tab, asked)
+
+    def export(subject_id: str | None) -> str:
+        return html.download(export_dataset(workspace, subject_id), "Download the data set")
+
+    ui.on(tab.export.click, export, [tab.pick], [tab.exported], show="minimal")
+    ui.on(tab.pick.change, lambda: "", None, [tab.exported])
     captions.connect(context, tab.captions, tab.pick)
     photo.connect(context, tab.editing, asked, view)
 
@@ -175,6 +190,13 @@ def _upload(
     workspace: Workspace, files: list[str], subject_id: str | None, name: str
 ) -> tuple[str | None, str, bool]:
     """Add photos to a subject, or to a new one; its id, what to say, and whether it is there."""
+    zips = [file for file in files if file.lower().endswith(".zip")]
+    if zips:
+        if len(files) > 1:
+            raise UserError("add a data set (.zip) by itself")
+        made, result = import_dataset(workspace, Path(zips[0]))
+        title = subjects.read_subject(workspace, made).title
+        return made, _told(result, f"the new subject {title}"), True
     is_new = not subject_id
     if is_new:
         titles = {subject.title for subject in subjects.subjects_in(workspace)}
@@ -183,18 +205,19 @@ def _upload(
         subject_id = subjects.new_subject(workspace, clean_text(name, 60, "name") or free)
     stored = subjects.read_subject(workspace, subject_id)
     result = subjects.add_photos(workspace, stored.id, files)
-    refused = html.notes(result.refused, "bad")
     if is_new and not result.accepted:
         subjects.delete_subject(workspace, stored.id)
-        return None, refused, False
-    added = [
-        counted(len(names), noun)
-        for noun, names in (("photo", result.accepted), ("caption", result.captions))
-        if names
-    ]
+        return None, html.notes(result.refused, "bad"), False
     kind = "the new subject" if is_new else "the subject"
-    text = f"{' and '.join(added)} added to {kind} {stored.title}" if added else ""
-    return stored.id, html.note(text, "good") + refused, True
+    return stored.id, _told(result, f"{kind} {stored.title}"), True
+
+
+def _told(result: Upload, where: str) -> str:
+    """What was added to a subject, and a line for each file that was not."""
+    counts = {"photo": len(result.accepted), "caption": len(result.captions)}
+    added = [counted(count, noun) for noun, count in counts.items() if count]
+    text = f"{' and '.join(added)} added to {where}" if added else ""
+    return html.note(text, "good") + html.notes(result.refused, "bad")
 
 
 def _connect_look(context: Context, tab: SubjectTab, asked: list[Any]) -> None:
