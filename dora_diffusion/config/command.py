@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from dora_diffusion.config.fields import ConfigError, Setting, require
@@ -29,6 +30,8 @@ class AsJob(NamedTuple):
         about: What it makes, under the heading.
         output: End of its output's name, with the suffix; ``{NAME}`` is a setting. Empty: none.
         asked: The settings that have a field there.
+        fixed: Settings that make it what it is.
+        with_other: Whether it is about a second adapter, too.
     """
 
     command: str
@@ -39,6 +42,8 @@ class AsJob(NamedTuple):
     about: str = ""
     output: str = ""
     asked: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = MappingProxyType({})
+    with_other: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +52,14 @@ class CommandSettings:
 
     Attributes:
         job: How the app has it done; None where it does not.
+        more_jobs: What else the app does by it, by name.
 
     Raises:
         ConfigError: If a value cannot work.
     """
 
     job: ClassVar[AsJob | None] = None
+    more_jobs: ClassVar[Mapping[str, AsJob]] = MappingProxyType({})
 
     def __post_init__(self) -> None:
         for setting in self.settings():

@@ -315,6 +315,71 @@ def test_captions_of_all_photos_are_changed_on_the_page(
     assert [row.input_value() for row in rows.all()] == before
 
 
+def test_captions_are_edited_by_keys_and_by_tags(visit: Callable[..., Visit], app: App) -> None:
+    page = visit()
+    stored = subjects_in(Workspace(app.runs))[0]
+    page.wait_for("#caption-rows textarea")
+    rows = page.page.locator("#caption-rows textarea")
+
+    def is_in(place: int) -> None:
+        page.wait("([place]) => document.activeElement === "
+                  "document.querySelectorAll('#caption-rows textarea')[place]", [place])  # fmt: skip
+
+    def are(*texts: str) -> None:
+        page.wait("(texts) => texts.every((text, place) => text === "
+                  "document.querySelectorAll('#caption-rows textarea')[place].value)",
+                  list(texts))  # fmt: skip
+
+    rows.first.fill("night, a sks mug")
+    for key, place in (("ArrowDown", 1), ("Tab", 2), ("Enter", 3), ("Home", 3), ("ArrowUp", 2)):
+        page.page.keyboard.press(key)
+        is_in(place)
+    page.wait_text("#caption-tags", "night 1")
+    page.click("#caption-tags [data-value=night]")
+    page.wait("document.querySelector('#caption-tag').querySelector('input, textarea').value"
+              " === 'night'")  # fmt: skip
+    # What is typed and what a button does to it come one after the other.
+    rows.nth(1).fill("a sks mug at sea")
+    page.click("#tag-append")
+    are("night, a sks mug", "a sks mug at sea, night")
+    page.click("#tag-first")
+    are("night, a sks mug", "night, a sks mug at sea")
+    page.click("#tag-remove")
+    are("a sks mug", "a sks mug at sea")
+    # The subject changes while somebody types.
+    rows.first.fill("typed before the subject was changed")
+    page.choose("#subject", "Ring robot")
+    page.wait("([id]) => ![...document.querySelectorAll('#caption-rows textarea')]"
+              ".some((row) => row.dataset.photo.startsWith(id))", [stored.id])  # fmt: skip
+    app.until(lambda: captions_of(stored)["001.jpg"] == "typed before the subject was changed")
+
+
+def test_the_library_keeps_names_stars_and_notes_and_takes_adapters(
+    visit: Callable[..., Visit], app: App
+) -> None:
+    page = visit()
+    page.tab("Library")
+    page.unfold("Name, stars and note")
+    page.page.locator("#library-stars label").nth(3).click()
+    page.fill("#library-note textarea", "good at night")
+
+    def noted() -> bool:
+        jobs = (job for job in app.jobs() if job.record.note == "good at night")
+        return any(job.record.stars == 3 for job in jobs)
+
+    app.until(noted)
+    page.fill("#library-name input, #library-name textarea", "Rex")
+    page.click("#library-rename")
+    page.wait_text("#library-facts", "Rex[^]*programs")
+    page.wait_text("#library", "Rex ★★★")
+    page.unfold("Import an adapter made elsewhere")
+    kohya = ADAPTER.with_name("kohya-dora-output.safetensors")
+    page.page.set_input_files("#import-file input[type=file]", kohya)
+    page.wait_text("#import-said", "kohya-dora-output is in the library")
+    page.wait_text("#library-facts", "kohya-dora-output[^]*format\\s*kohya")
+    page.wait("document.querySelector('#library-note textarea').value === ''")
+
+
 def test_photos_that_are_added_beside_a_sample_are_a_subject_of_their_own(
     visit: Callable[..., Visit], app: App, tmp_path: Path
 ) -> None:

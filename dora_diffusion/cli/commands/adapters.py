@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.console.progress import progress, tell
@@ -77,6 +78,14 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
     """Settings of ``convert``."""
 
     job = AsJob("convert", "converting", "Convert")
+    more_jobs = MappingProxyType({
+        "resize": AsJob(
+            "convert", "converting", "Resize", heading="Resize: a smaller file",
+            about="The nearest adapter of a smaller rank, and how near it is.",
+            output="resized.safetensors", asked=("rank", "conv_rank", "energy"),
+            fixed={"to": "dora"},
+        ),
+    })  # fmt: skip
 
     input: str = flag(REQUIRED, "An adapter file or folder.", positional=True)
     output: str = flag(
@@ -162,6 +171,8 @@ class Fit(Written, Limits, RequiredBase):
 class ExtractSettings(Fit):
     """Settings of ``extract``."""
 
+    job = AsJob("extract", "extracting", "Extract")
+
     tuned: str = flag(
         REQUIRED,
         "The fine-tuned model, of the same architecture: a Diffusers folder, hub id or single "
@@ -202,6 +213,13 @@ class ExtractSettings(Fit):
 @dataclass(frozen=True, kw_only=True)
 class CombineSettings(Alpha, Fit):
     """Settings of ``combine``."""
+
+    job = AsJob(
+        "combine", "combining", "Combine", heading="Combine with another adapter",
+        about="One adapter that does what two of one base model do together, and how near it is.",
+        output="combined.safetensors", asked=("rank", "conv_rank", "energy", "method"),
+        with_other=True,
+    )  # fmt: skip
 
     adapters: list[str] = flag(
         REQUIRED,

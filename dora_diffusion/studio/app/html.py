@@ -291,7 +291,13 @@ def _result(job: Job, output: Path) -> str:
     link = "".join(download(file, f"Download {file.name}") for file in files)
     lines = [line.replace(str(output), output.name) for line in printed(job.folder)]
     kinds = ["warn" if "wrong: " in line else "info" for line in lines]
-    return link + "".join(map(note, lines, kinds))
+    add = button("Add to the library", "add", job.id) if is_adapter(job) else ""
+    return link + add + "".join(map(note, lines, kinds))
+
+
+def is_adapter(job: Job) -> bool:
+    """Return whether a job makes an adapter to go on with, and not one for another program."""
+    return job.kind in ("combine", "extract") or job.record.output.endswith("resized.safetensors")
 
 
 def _look(lines: Sequence[str]) -> str:

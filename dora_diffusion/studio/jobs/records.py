@@ -30,13 +30,17 @@ from typing import IO, Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from dora_diffusion.cli.commands.adapters import ConvertSettings
+from dora_diffusion.cli.commands.adapters import (
+    CombineSettings,
+    ConvertSettings,
+    ExtractSettings,
+)
 from dora_diffusion.cli.commands.prepare import PrepareSettings
 from dora_diffusion.cli.commands.rank_checkpoints import RankCheckpointsSettings
 from dora_diffusion.cli.commands.results import ExportSettings, PushSettings
 from dora_diffusion.cli.console.errors import asking_for_report
 from dora_diffusion.cli.console.tables import shown_command
-from dora_diffusion.config.command import CommandSettings
+from dora_diffusion.config.command import AsJob, CommandSettings
 from dora_diffusion.lab.commands import AnalyzeSettings, CompareSettings
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.studio.jobs.store import DamagedFile, read_object, write_json
@@ -47,14 +51,24 @@ STOPPED_CODE = 128 + signal.SIGTERM
 JOBS: Mapping[str, type[CommandSettings]] = {
     kind.job.command: kind
     for kind in (
-        ExportSettings, ConvertSettings, AnalyzeSettings, RankCheckpointsSettings, PushSettings,
-        CompareSettings, PrepareSettings,
+        ExportSettings, ConvertSettings, CombineSettings, ExtractSettings, AnalyzeSettings,
+        RankCheckpointsSettings, PushSettings, CompareSettings, PrepareSettings,
     )
     if kind.job is not None
 }  # fmt: skip
 """The commands that the app has done as jobs, besides ``train``."""
+FORMS: Mapping[str, tuple[type[CommandSettings], AsJob]] = {
+    name: (kind, job)
+    for command, kind in JOBS.items()
+    for name, job in {command: kind.job, **kind.more_jobs}.items()
+    if job and job.heading
+}
+"""What has a form in the Library, by name."""
+IMPORT = "import"
+"""Kind of an adapter that was made elsewhere: a run that has ended."""
 # The commands that a job may run, and what the page says of one that runs.
 KINDS = {"train": "training", **{name: kind.job.state for name, kind in JOBS.items() if kind.job}}
+KINDS[IMPORT] = "importing"
 # Progress that changes often is written twice a second at most.
 _PROGRESS_SECONDS = 0.5
 _LOG_BYTES = 60_000
@@ -80,6 +94,8 @@ class JobRecord:
         trigger: Trigger words of what it makes; a run tells its own.
         sample: The project's sample that a run learns, if any.
         owner: Name of who asked for it; empty where the app has no logins.
+        note: What somebody has written about it.
+        stars: How good they find it, 0 (not said) to 5.
         created: When it was asked for.
         queued: When it was last put at the end of the queue.
     """
@@ -93,6 +109,8 @@ class JobRecord:
     trigger: str = ""
     sample: str = ""
     owner: str = ""
+    note: str = ""
+    stars: int = 0
     created: float = 0.0
     queued: float = 0.0
 

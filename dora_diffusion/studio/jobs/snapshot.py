@@ -79,6 +79,11 @@ class Job:
         return self.record.kind
 
     @property
+    def is_run(self) -> bool:
+        """True if it has trained an adapter, here or elsewhere."""
+        return self.kind in ("train", records.IMPORT)
+
+    @property
     def title(self) -> str:
         """Name on the page."""
         return self.record.title
@@ -136,7 +141,7 @@ class Job:
     @property
     def has_result(self) -> bool:
         """True if it has ended with an adapter: fine-tuning of the model itself has none."""
-        return self.kind == "train" and self.state == "done" and not runs.pipeline_in(self.folder)
+        return self.is_run and self.state == "done" and not runs.pipeline_in(self.folder)
 
     @property
     def candidates(self) -> tuple[str, ...]:
@@ -260,7 +265,7 @@ def _state(
 
 def _unusable_result(folder: Path, record: records.JobRecord) -> str:
     """Return why a job that says it is done is not: its result must be there, and open."""
-    if record.kind != "train":
+    if record.kind not in ("train", records.IMPORT):
         output = Path(record.output)
         return "" if not record.output or output.exists() else f"{output.name} is gone"
     if runs.pipeline_in(folder):  # the model itself was trained

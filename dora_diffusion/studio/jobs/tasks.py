@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import filecmp
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.cli.commands.adapters import ConvertSettings
+from dora_diffusion.cli.commands.adapters import ConvertSettings, ExtractSettings
 from dora_diffusion.cli.commands.prepare import PrepareSettings
 from dora_diffusion.cli.commands.rank_checkpoints import RankCheckpointsSettings
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.config.families import FAMILIES, USUAL
 from dora_diffusion.config.wording import whole_word
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.formats.files.runs import file_stem
+from dora_diffusion.formats.files.runs import ADAPTER_FILES, file_stem
 from dora_diffusion.formats.layouts import CONVERSIONS, FOLDERS, PROGRAMS
 from dora_diffusion.lab.commands import CompareSettings
 from dora_diffusion.models.locate import is_embedded
@@ -25,14 +27,16 @@ from dora_diffusion.numerics.weights import require_strength
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.bases import path_here
 from dora_diffusion.studio.jobs.queue import create_job, delete_job, requeue_job
-from dora_diffusion.studio.jobs.records import JOBS
+from dora_diffusion.studio.jobs.records import FORMS
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter, read_job, snapshot
 from dora_diffusion.studio.jobs.store import UserError, Workspace, clean_text
 from dora_diffusion.studio.jobs.subjects import StoredSubject
+from dora_diffusion.studio.jobs.uploads import MAX_FILE, shown
 
 NAME_LIMIT = 60
 MOST_STEPS = 1_000_000
 MOST_TEXT = 1000
+MOST_STARS = 5
 STUDY, TOKEN = "study.yaml", "sks"
 
 
@@ -165,6 +169,64 @@ def rename_run(workspace: Workspace, job_id: object, name: object) -> None:
         records.write_record(job, dataclasses.replace(record, title=called))
 
 
+def annotate_run(workspace: Workspace, job_id: object, note: object, stars: object) -> None:
+    """Keep what somebody thinks of a run.
+
+    Raises:
+        UserError: If there is no such run, or the note is too long.
+    """
+    folder = workspace.job(job_id)
+    lines = (clean_text(line, MOST_TEXT, "note") for line in str(note or "").splitlines())
+    text = "\n".join(lines)
+    if len(text) > MOST_TEXT:
+        raise UserError(f"the note has {len(text)} characters; at most {MOST_TEXT} are taken")
+    known = stars if isinstance(stars, int) and 0 <= stars <= MOST_STARS else 0
+    record = dataclasses.replace(records.read_record(folder), note=text, stars=known)
+    records.write_record(folder, record)
+
+
+def import_adapter(
+    workspace: Workspace, file: Path, name: object, base: str, allowed: Callable[[str], str]
+) -> str:
+    """Make a run of an adapter that was made elsewhere, kept byte by byte. Returns its id.
+
+    Args:
+        workspace: The runs folder.
+        file: A .safetensors file in any key format.
+        name: What it is called; empty: by its file.
+        base: What it was trained on; empty: what the file says, else its family's released model.
+        allowed: Returns the name of a base that may be loaded, or raises an error.
+
+    Raises:
+        UserError: If it is no ordinary file, too large, or of another kind.
+        AdapterFormatError: If it is no adapter, with the reason.
+    """
+    from dora_diffusion.formats.adapter.inspect import report_on
+
+    if file.is_symlink() or not file.is_file():
+        raise UserError(f"{shown(file.name)}: not an ordinary file")
+    if file.suffix.lower() != ".safetensors":
+        raise UserError(
+            f"{shown(file.name)}: only .safetensors files are taken; other kinds can run a program"
+        )
+    if file.stat().st_size > MAX_FILE:
+        raise UserError(f"{shown(file.name)} is larger than {MAX_FILE // 2**20} MB")
+    metadata = report_on(file).metadata
+    # Others name a file of their own machine.
+    stated = metadata.base_model if metadata.format_version else ""
+    base = base or stated or FAMILIES.get(metadata.family, USUAL).released_id
+    record = records.JobRecord(
+        [records.IMPORT, shown(file.name)],
+        clean_text(name, NAME_LIMIT, "name") or shown(file.stem, NAME_LIMIT),
+        base=allowed(base),
+        trigger=metadata.trigger,
+    )
+    now = time.time()
+    result = dataclasses.asdict(records.JobResult(0, now, now))
+    files: dict[str, str | Path] = {records.RESULT: json.dumps(result), ADAPTER_FILES[0]: file}
+    return create_job(workspace.new_job(), record, files)
+
+
 def can_continue(job: Job) -> bool:
     """Return whether a run is finished and has a checkpoint of its last step."""
     return job.state == "done" and f"checkpoint-{job.step}" in job.checkpoints
@@ -191,32 +253,50 @@ def continue_run(folder: Path, more: object) -> None:
     requeue_job(folder)
 
 
-def start_task(command: str, workspace: Workspace, run: Job, *values: object) -> str:
-    """Queue a job that has a button in the Library. Returns its id.
+def start_task(name: str, workspace: Workspace, run: Job, *values: object) -> str:
+    """Queue a job that has a form in the Library. Returns its id.
 
-    Its settings called base, variant, revision, vae, adapter, folder, source, title, output and
-    overwrite are filled in, as far as it has them.
+    Its settings called base, variant, revision, vae, adapter, input, adapters, folder, source,
+    title, output and overwrite are filled in, as far as it has them.
 
     Args:
-        command: Its name, of `JOBS`.
+        name: Of `FORMS`.
         workspace: The runs folder.
         run: What it is about.
-        values: Of its fields, in their order; empty ones are the defaults.
+        values: Of its fields, in their order; empty ones are the defaults. The first one is another
+            run where it is about two.
 
     Raises:
-        UserError: If the run has no adapter.
+        UserError: If a run has no adapter, or the two have not one base model.
         ConfigError: If a value cannot work.
         HubError: If publishing could not begin: no token, offline, or no name.
     """
     from dora_diffusion.export import hub
 
-    kind = JOBS[command]
-    job = kind.job
-    assert job is not None
+    is_imported = run.kind == records.IMPORT
+    if name == "push" and is_imported:
+        raise UserError("this adapter was imported; publish the runs that you trained")
+    kind, job = FORMS[name]
+    adapter = str(chosen_adapter(run))
     filled = {
-        **_of_base(run, "vae"), "adapter": str(chosen_adapter(run)), "folder": str(run.folder),
-        "source": [str(run.folder)], "title": [run.title], "overwrite": True,
+        **_of_base(run, "vae"), "adapter": adapter, "input": adapter, "folder": str(run.folder),
+        "source": [adapter if is_imported else str(run.folder)], "title": [run.title],
+        "overwrite": True, **job.fixed,
     }  # fmt: skip
+    if kind is ConvertSettings and path_here(run.base_model) is None:
+        filled |= dict.fromkeys(("base", "variant", "revision"))  # It is not downloaded for it.
+    about, values = run.title, list(values)
+    if job.with_other:
+        other = values.pop(0)
+        if not isinstance(other, Job):
+            raise UserError("choose another adapter of the library first")
+        if other.base != run.base:
+            raise UserError(
+                f"{run.title} was trained on {run.base}, and {other.title} on {other.base}; choose "
+                "two of one base model"
+            )
+        filled["adapters"] = [adapter, str(chosen_adapter(other))]
+        about = f"{run.title} and {other.title}"
     fields = [setting for setting in kind.settings() if setting.name in job.asked]
     for setting, value in zip(fields, values, strict=True):
         text = clean_text(value, MOST_TEXT, setting.name) if isinstance(value, str) else value
@@ -224,16 +304,33 @@ def start_task(command: str, workspace: Workspace, run: Job, *values: object) ->
             filled[setting.name] = setting.cast(str(text).split() if setting.is_list else text)
         elif not setting.is_required:
             filled[setting.name] = setting.default
-    if command == "push":
+    if name == "push":
         hub.check(str(filled.get("repository", "")))
     require_strength("strength", float(filled.get("strength", 1.0)))
     # What is in the file, so that no result replaces another one.
-    name = file_name(run, job.output.format_map(filled))
-    output = str(workspace.exports / run.id / name) if job.output else ""
-    settings, title = kind.read({**filled, "output": output}), f"{job.verb} {run.title}"
-    trigger = run.trigger if command == "export" else ""  # of what can be prompted
-    about = {"run": run.id, "base": run.base, "output": output, "trigger": trigger}
-    return _start(workspace.new_job(), settings, title, **about)
+    end = job.output.format_map(filled)
+    folder = workspace.new_job()
+    if job.with_other or job.fixed:  # by more than a name can say
+        end = f"{folder.name[-6:]}-{end}"
+    output = str(workspace.exports / run.id / file_name(run, end)) if job.output else ""
+    settings = kind.read({**filled, "output": output})
+    trigger = run.trigger if name == "export" else ""  # of what can be prompted
+    record = {"run": run.id, "base": run.base, "output": output, "trigger": trigger}
+    return _start(folder, settings, f"{job.verb} {about}", **record)
+
+
+def start_extraction(workspace: Workspace, base: str, tuned: str, rank: object) -> str:
+    """Queue a job that makes an adapter of a fine-tuned model. Returns its id.
+
+    Raises:
+        ConfigError: If a value cannot work.
+    """
+    folder = workspace.new_job()
+    name = f"{file_stem(Path(tuned).stem, 'model')}-extracted.safetensors"
+    output = str(workspace.exports / folder.name / name)
+    given = {"base": base, "tuned": tuned, "rank": rank, "output": output}
+    title = f"Extract {Path(tuned).name}"[:NAME_LIMIT]
+    return _start(folder, ExtractSettings.read(given), title, base=base, output=output)
 
 
 def start_ranking(workspace: Workspace, run: Job) -> str:

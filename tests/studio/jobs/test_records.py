@@ -51,13 +51,13 @@ def test_the_line_that_is_shown_is_the_arguments_and_what_the_worker_sets() -> N
 STATES = {
     "train": "training", "export": "merging", "convert": "converting", "analyze": "analyzing",
     "rank-checkpoints": "ranking", "push": "publishing", "compare": "comparing",
-    "prepare": "looking at photos",
+    "prepare": "looking at photos", "combine": "combining", "extract": "extracting",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("command", STATES)
 def test_every_kind_of_job_is_a_command_that_the_page_knows(tmp_path: Path, command: str) -> None:
-    assert records.KINDS == STATES
+    assert records.KINDS == {**STATES, records.IMPORT: "importing"}
     write_record(tmp_path, JobRecord((command, "--json"), "Made of Dog"))
     assert read_record(tmp_path).kind == command
     job: Any = SimpleNamespace(kind=command, state="running", shown_state="running")
@@ -72,7 +72,7 @@ def test_what_is_made_of_runs_is_listed(workspace: Workspace) -> None:
         create_job(workspace.new_job(), record)
     listed = task_list(snapshot(workspace.root))
     shown = {command for command in STATES if f"<h3>{command} Dog</h3>" in listed}
-    assert shown == {"export", "convert", "analyze", "push"}
+    assert shown == {"export", "convert", "combine", "extract", "analyze", "push"}
 
 
 @pytest.mark.parametrize(

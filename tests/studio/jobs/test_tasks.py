@@ -183,12 +183,12 @@ def test_a_command_that_says_so_has_a_button_with_its_settings(
 
     # What importing `dora_diffusion.studio.jobs.records` does of those that there are.
     monkeypatch.setitem(records.KINDS, "shrink", "shrinking")
-    monkeypatch.setitem(tasks.JOBS, "shrink", ShrinkSettings)  # type: ignore[arg-type]
+    monkeypatch.setitem(tasks.FORMS, "shrink", (ShrinkSettings, ShrinkSettings.job))  # type: ignore[arg-type]
     with gr.Blocks():
         button, fields = LibraryTab().buttons["shrink"]
     assert (button.value, [field.label for field in fields]) == (
         "Shrink",
-        ["Rank", "Layers", "Keep"],
+        ["Rank, to shrink", "Layers", "Keep"],  # resizing asks for a rank, too
     )
     assert [field.value for field in fields] == ["4", "*", False]
 
@@ -352,3 +352,42 @@ def test_the_model_card_can_be_downloaded(finished: tuple[Workspace, str]) -> No
     card = tasks.write_card(finished[0], job)
     assert card.name == f"sks-dog-{job.id[:15]}-step-3-README.md"
     assert "sks dog" in card.read_text(encoding="utf-8")
+
+
+def test_a_smaller_file_is_a_conversion_of_the_nearest_rank(workspace: Workspace) -> None:
+    run = run_of(workspace)
+    args = parsed(tasks.start_task("resize", workspace, run, "4", "", "0.9"), workspace)
+    assert (args.input, args.to) == (str(chosen_adapter(run)), "dora")
+    assert (args.rank, args.conv_rank, args.energy, args.base) == (4, None, 0.9, run.base)
+    again = parsed(tasks.start_task("resize", workspace, run, "2", "", ""), workspace)
+    assert args.output != again.output
+    # A base that would be downloaded for it is left out.
+    far = run_of(workspace, pretrained_model_name_or_path="org/model")
+    assert parsed(tasks.start_task("resize", workspace, far, "4", "", ""), workspace).base is None
+
+
+def test_two_adapters_of_one_base_are_combined(workspace: Workspace) -> None:
+    first, second = run_of(workspace), run_of(workspace)
+    job = seen(
+        workspace.root / tasks.start_task("combine", workspace, first, second, "8", "", "", "lora")
+    )
+    assert job.title == f"Combine {first.title} and {second.title}"
+    args = parsed(job.id, workspace)
+    assert args.adapters == [str(chosen_adapter(one)) for one in (first, second)]
+    assert (args.base, args.rank, args.method) == (first.base, 8, "lora")
+    far = run_of(workspace, pretrained_model_name_or_path="org/model")
+    for other, reason in ((None, "choose another adapter"), (far, "choose two of one base model")):
+        with pytest.raises(UserError, match=reason):
+            tasks.start_task("combine", workspace, first, other, "", "", "", "dora")
+
+
+def test_a_fine_tuned_model_gives_an_adapter(workspace: Workspace) -> None:
+    job = seen(
+        workspace.root / tasks.start_extraction(workspace, "org/base", "/a/tuned.safetensors", "16")
+    )
+    args = parsed(job.id, workspace)
+    assert (args.base, args.tuned, args.rank) == ("org/base", "/a/tuned.safetensors", 16)
+    assert Path(args.output).name == "tuned-extracted.safetensors"
+    assert Path(args.output).is_relative_to(workspace.exports / job.id)
+    with pytest.raises(ConfigError, match="rank is 'many'"):
+        tasks.start_extraction(workspace, "org/base", "x", "many")

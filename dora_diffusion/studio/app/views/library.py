@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from dora_diffusion.cli.commands.adapters import where_it_works
 from dora_diffusion.config.command import AsJob, CommandSettings
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.studio.app import html
@@ -17,10 +18,12 @@ from dora_diffusion.studio.app.html import task_list
 from dora_diffusion.studio.app.views import ui
 from dora_diffusion.studio.jobs import tasks
 from dora_diffusion.studio.jobs.queue import delete_job, stop_job
-from dora_diffusion.studio.jobs.records import JOBS
+from dora_diffusion.studio.jobs.records import FORMS, IMPORT
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import REMAINS, UserError
 from dora_diffusion.studio.jobs.subjects import photos_in
+from dora_diffusion.studio.jobs.tasks import MOST_STARS
+from dora_diffusion.studio.jobs.uploads import MAX_FILE
 
 _NOTHING = html.empty(
     "The library is empty", "A run appears here when it is done. Start one in the Train tab."
@@ -40,14 +43,57 @@ class LibraryTab:
                 )
                 self.run = ui.id_dropdown(label="Run", elem_id="library-run")
                 self.details = ui.html_block(_NOTHING, elem_id="library-facts")
+                self._add_import()
             with gr.Column(scale=5, min_width=320, visible=False) as self.side:
+                self._add_notes()
                 self._add_export()
                 self.buttons: dict[str, tuple[Any, list[Any]]] = {}
-                for kind in JOBS.values():
-                    if kind.job and kind.job.heading:
-                        self._add_task(kind, kind.job)
+                self.other = ui.id_dropdown(
+                    label="Another adapter", elem_id="other-adapter", render=False
+                )
+                for name, (kind, job) in FORMS.items():
+                    self._add_task(name, kind, job)
                 self.tasks = ui.html_block(elem_id="tasks", js_on_load=ui.CLICKS)
                 self._add_delete()
+
+    def _add_import(self) -> None:
+        with gr.Accordion("Import an adapter made elsewhere", open=False):
+            text = (
+                "A .safetensors file of kohya's scripts, ComfyUI, PEFT, Diffusers or another "
+                "trainer. It is kept as it is, and can be used like a run of yours."
+            )
+            ui.html_block(html.quiet(text))
+            self.file = gr.File(
+                label=f"Adapter, up to {MAX_FILE // 2**30} GB", file_types=[".safetensors"],
+                height=110, elem_id="import-file",
+            )  # fmt: skip
+            self.base = ui.line(
+                "Base model it was trained on", "import-base",
+                placeholder="default: what the file says, or the first of its family",
+            )  # fmt: skip
+            self.imported = ui.html_block(elem_id="import-said")
+
+        with gr.Accordion("Extract an adapter from a fine-tuned model", open=False):
+            text = "The nearest adapter to what fine-tuning changed of a model, and how near it is."
+            ui.html_block(html.quiet(text))
+            hint = "a Diffusers folder, hub id or .safetensors file"
+            self.tuned = ui.line("Fine-tuned model", "extract-tuned", placeholder=hint)
+            self.tuned_base = ui.line("Its base model", "extract-base", placeholder=hint)
+            self.tuned_rank = ui.line("Largest rank", "extract-rank", "32")
+            self.extract = ui.button("Extract", "extract")
+
+    def _add_notes(self) -> None:
+        with gr.Accordion("Name, stars and note", open=False):
+            with gr.Row(equal_height=True):
+                limit = tasks.NAME_LIMIT
+                self.name = ui.line("New name", "library-name", max_length=limit)
+                self.rename = ui.button("Rename it", "library-rename")
+            stars = [("none", 0), *(("★" * count, count) for count in range(1, MOST_STARS + 1))]
+            self.stars = gr.Radio(stars, value=0, label="Stars", elem_id="library-stars")
+            self.note = gr.Textbox(
+                label="Note", lines=2, max_length=tasks.MOST_TEXT, elem_id="library-note",
+                info="Kept as you type: which prompts it is good at, at what strength.",
+            )  # fmt: skip
 
     def _add_export(self) -> None:
         ui.html_block(html.heading("", "Export", "An adapter for your program, or one model."))
@@ -61,18 +107,24 @@ class LibraryTab:
         self.convert = ui.button("Prepare the download", "convert", variant="primary", size="lg")
         self.files = ui.html_block(elem_id="files")
 
-    def _add_task(self, kind: type[CommandSettings], job: AsJob) -> None:
+    def _add_task(self, name: str, kind: type[CommandSettings], job: AsJob) -> None:
         """A button for a kind of job, with a field for each setting that it asks for."""
         with gr.Accordion(job.heading, open=False):
             ui.html_block(html.quiet(job.about))
             asked = [setting for setting in kind.settings() if setting.name in job.asked]
             labels = [setting.name.replace("_", " ").capitalize() for setting in asked]
-            fields = [
+            taken = [field.label for _, fields in self.buttons.values() for field in fields]
+            # A label is what the browser keeps a field by.
+            own = [f"{name}, to {job.verb.lower()}" if name in taken else name for name in labels]
+            fields = [self.other] if job.with_other else []
+            if job.with_other:
+                self.other.render()
+            fields += [
                 ui.setting_field(setting, setting.default, label)
-                for setting, label in zip(asked, labels, strict=True)
+                for setting, label in zip(asked, own, strict=True)
             ]
-            button = ui.button(job.verb, job.command)
-        self.buttons[job.command] = button, fields
+            button = ui.button(job.verb, name)
+        self.buttons[name] = button, fields
 
     def _add_delete(self) -> None:
         with gr.Accordion("Delete", open=False):
@@ -94,7 +146,29 @@ def connect(context: Context, tab: LibraryTab) -> None:
         return ids[event.index] if isinstance(event.index, int) and event.index < len(ids) else None
 
     def show(job_id: str | None) -> list[Any]:
-        return [_facts(context.job(job_id)) if job_id else _NOTHING, ""]
+        if not job_id:
+            return [_NOTHING, "", 0, "", gr.skip()]
+        job = context.job(job_id)
+        name = gr.update(placeholder=job.title)
+        return [_facts(job), "", job.record.stars, job.record.note, name]
+
+    def annotate(job_id: str | None, stars: Any, note: Any) -> None:
+        if job_id:
+            tasks.annotate_run(workspace, job_id, note, stars)
+
+    def rename(job_id: str | None, name: str) -> list[Any]:
+        tasks.rename_run(workspace, job_id, name)
+        parts = refresh(context.jobs(fresh=True), job_id)
+        shown = [ui.filled(parts[name]) for name in ("library", "library_run")]
+        return [*shown, _facts(context.job(job_id)), gr.update(value="", placeholder=name)]
+
+    def take(file: str | None, base: str) -> list[Any]:
+        if not file:
+            return [gr.skip()] * 4
+        made = tasks.import_adapter(
+            workspace, Path(file), "", str(base or "").strip(), context.allowed_model
+        )
+        return [None, *shown(made)]
 
     def delete(job_id: str) -> list[Any]:
         context.generator.release()  # Windows deletes no model that is mapped into memory.
@@ -114,28 +188,70 @@ def connect(context: Context, tab: LibraryTab) -> None:
                 )
             if command == "convert":
                 tasks.start_conversion(workspace, context.job(job_id), *values)
-            else:
-                tasks.start_task(command, workspace, context.job(job_id), *values)
+                return html.task_list(context.queued())
+            if FORMS[command][1].with_other:
+                other, *values = values
+                values = [context.job(other) if other else None, *values]
+            tasks.start_task(command, workspace, context.job(job_id), *values)
             return html.task_list(context.queued())
 
         return run
 
     def card(job_id: str | None) -> str:
+        if context.job(job_id).kind == IMPORT:  # There are no settings to tell of.
+            return ""
         return html.download(tasks.write_card(workspace, context.job(job_id)), "Model card")
 
-    def stop(event: gr.EventData) -> str:
-        stop_job(workspace.job(ui.clicked(event)[1]))
-        return html.task_list(context.jobs(fresh=True))
+    def extract(base: str, tuned: str, rank: str) -> str:
+        models = [str(name or "").strip() for name in (base, tuned)]
+        if not all(models):
+            raise UserError("name the fine-tuned model and its base model first")
+        tasks.start_extraction(workspace, *map(context.allowed_model, models), rank)
+        return html.task_list(context.queued())
+
+    def press(event: gr.EventData) -> list[Any]:
+        """Stop a job, or take what it has made into the library."""
+        what, job_id = ui.clicked(event)
+        if what != "add":
+            stop_job(workspace.job(job_id))
+            return [html.task_list(context.jobs(fresh=True)), *[gr.skip()] * 3]
+        job = context.job(job_id)
+        if job.state != "done" or not html.is_adapter(job):
+            raise UserError("this job has made no adapter")
+        verb, _, about = job.title.partition(" ")
+        name = f"{about[: tasks.NAME_LIMIT - 12]}, {verb.lower().rstrip('e')}ed"
+        file = Path(job.record.output)
+        taken = tasks.import_adapter(workspace, file, name, job.base, context.allowed_model)
+        return [gr.skip(), *shown(taken)]
+
+    def shown(run: str) -> list[Any]:
+        parts = refresh(context.jobs(fresh=True), run)
+        said = html.note(f"{context.job(run).title} is in the library", "good")
+        return [said, *(ui.filled(parts[name]) for name in ("library", "library_run"))]
 
     ui.on(tab.gallery.select, choose, None, [tab.run])
-    ui.on(tab.run.change, show, [tab.run], [tab.details, tab.files])
+    named = [tab.rename.click, tab.name.submit]
+    renamed = [tab.gallery, tab.run, tab.details, tab.name]
+    ui.on(named, rename, [tab.run, tab.name], renamed)
+    # One after the other: what was typed last is written last.
+    thoughts = [tab.run, tab.stars, tab.note]
+    ui.on(
+        [tab.stars.input, tab.note.input], annotate, thoughts, None,
+        trigger_mode="always_last", concurrency_limit=1, concurrency_id="notes",
+    )  # fmt: skip
+    added = [tab.file, tab.imported, tab.gallery, tab.run]
+    ui.on(tab.file.upload, take, [tab.file, tab.base], added, show="minimal")
+    told = [tab.details, tab.files, tab.stars, tab.note, tab.name]
+    ui.on(tab.run.change, show, [tab.run], told)
     question = "Delete this run with everything it made?"
     ui.on(tab.delete.click, delete, [tab.run], [tab.gallery, tab.run, tab.files], confirm=question)
     ui.on(tab.convert.click, card, [tab.run], [tab.files])
     buttons = {"convert": (tab.convert, [tab.target]), **tab.buttons}
     for command, (button, fields) in buttons.items():
         ui.on(button.click, task(command), [tab.run, *fields], [tab.tasks], show="minimal")
-    ui.on(tab.tasks.click, stop, None, [tab.tasks])
+    ui.on(tab.tasks.click, press, None, [tab.tasks, tab.imported, tab.gallery, tab.run])
+    tuned = [tab.tuned_base, tab.tuned, tab.tuned_rank]
+    ui.on(tab.extract.click, extract, tuned, [tab.tasks], show="minimal")
 
 
 def _listed(jobs: Sequence[Job]) -> list[Job]:
@@ -145,10 +261,10 @@ def _listed(jobs: Sequence[Job]) -> list[Job]:
 def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
     """Return the timer's update of this tab."""
     runs = _listed(jobs)
-    marks = tuple((job.id, job.title, job.shown_state, _image(job)) for job in runs)
+    marks = tuple((job.id, _starred(job), job.shown_state, _image(job)) for job in runs)
     ids = [job.id for job in runs]
     value = chosen if chosen in ids else next(iter(ids), None)
-    choices = [(f"{job.label} · {job.shown_state}", job.id) for job in runs]
+    choices = [(f"{_starred(job, job.label)} · {job.shown_state}", job.id) for job in runs]
     return {
         "library": (
             marks,
@@ -161,9 +277,14 @@ def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
             ),
         ),
         "library_run": ui.choosing(choices, value, chosen, visible=bool(runs)),
-        "library_side": ui.changing(visible=bool(runs)),
+        "library_other": ui.changing(choices=[c for c in choices if c[1] != value]),
+        "library_side": ui.changing(visible=bool(runs or task_list(jobs))),
         "tasks": task_list(jobs),
     }
+
+
+def _starred(job: Job, text: str = "") -> str:
+    return f"{text or job.title} {'★' * min(MOST_STARS, job.record.stars)}".rstrip()
 
 
 def _image(job: Job) -> Path | None:
@@ -199,15 +320,23 @@ def _facts(job: Job) -> str:
     from dora_diffusion.export import inspect_adapter
 
     report = inspect_adapter(chosen_adapter(job))
+    axis = f", norm on the {report.norm_axis} axis" if report.norm_axis else ""
+    exact, wrong = where_it_works(report.tools)
     details = {
         "trigger words": job.trigger,
         "base model": job.base,
-        "method": f"{report.method}, rank {report.rank}, norm on the {report.norm_axis} axis",
+        "method": f"{report.method}, rank {report.rank}{axis}",
+        "alpha": report.alpha,
         "layers": ", ".join(f"{count} {name}" for name, count in report.layers.items()),
-        "steps": f"{job.step_of(job.stands)} of {job.total}",
+        "kinds": ", ".join(f"{count} {name}" for name, count in report.kinds.items()),
+        "parameters": f"{report.parameters:,}",
+        "steps": f"{job.step_of(job.stands)} of {job.total}" if job.total else "",
         "size": f"{report.nbytes / 2**20:.1f} MB",
+        "format": report.key_format,
+        "programs": "; ".join([*exact, *([f"wrong in {wrong}"] if wrong else [])]),
         "made": job.made,
     }
+    details = {name: text for name, text in details.items() if text}
     return (
         f"<div class='dd-card'><div class='dd-row'><h3>{html.esc(job.title)}</h3>"
         f"{html.state_pill(job)}</div><p></p>{html.definitions(details)}"

@@ -217,6 +217,8 @@ def _connect_others(context: Context, tab: TrainTab, pick: Any, opened: Any) -> 
         job = next((job for job in context.jobs() if choice and job.id == choice), None)
         if job is None:
             return [gr.skip()] * (1 + len(_OF_ADAPTER))
+        if not job.settings:  # It was made elsewhere.
+            return [job.base or gr.skip(), *[gr.skip()] * len(_OF_ADAPTER)]
         values = TrainConfig().to_dict() | dict(job.settings)
         texts = (settings.setting_text(values[name]) for name in _OF_ADAPTER)
         return [job.base, *(gr.update(value=text) for text in texts)]
@@ -275,7 +277,7 @@ def _about(preset: str) -> str:
 
 def refresh(jobs: Sequence[Job]) -> dict[str, Any]:
     """Return the timer's update of this tab's form: the runs to start from."""
-    runs = [(job.label, job.id) for job in jobs if job.kind == "train" and job.stands]
+    runs = [(job.label, job.id) for job in jobs if job.is_run and job.stands]
     return {"start": ui.changing(choices=[_NEW_ADAPTER, *runs])}
 
 

@@ -1,17 +1,28 @@
-"""The Library tab's thumbnails."""
+"""The Library tab: thumbnails, what is kept of runs, and adapters that are taken in."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+pytest.importorskip("gradio", reason="gradio is not installed")
+import gradio
+
 from dora_diffusion.data.sheets import labelled_sheet
 from dora_diffusion.sampling.images import save_image
+from dora_diffusion.studio.app import html
+from dora_diffusion.studio.app.context import Context
+from dora_diffusion.studio.app.launch import Launch
+from dora_diffusion.studio.app.views import library
 from dora_diffusion.studio.app.views.library import _thumbnail
+from dora_diffusion.studio.jobs import records, tasks
+from dora_diffusion.studio.jobs.store import write_json
+from tests.studio.app.views.helpers import handler
 
-pytest.importorskip("gradio", reason="gradio is not installed")
+KOHYA = Path(__file__).parents[3] / "formats/golden/0.1.0/kohya-dora-output.safetensors"
 
 
 def test_of_a_sheet_one_image_is_shown_without_its_labels(tmp_path: Path) -> None:
@@ -26,3 +37,51 @@ def test_of_a_sheet_one_image_is_shown_without_its_labels(tmp_path: Path) -> Non
 def test_of_a_photo_a_square_is_shown(tmp_path: Path) -> None:
     Image.new("RGB", (90, 60), (9, 8, 7)).save(tmp_path / "001.png")
     assert _thumbnail(tmp_path / "001.png").getcolors() == [(256 * 256, (9, 8, 7))]
+
+
+def test_a_run_has_stars_a_note_and_what_is_known_of_its_file(context: Context) -> None:
+    take, annotate, show = (handler(context, n, "library") for n in ("take", "annotate", "show"))
+    cleared, said, gallery, chosen = take(str(KOHYA), "")
+    (job,) = context.jobs(fresh=True)
+    assert (cleared, chosen["value"]) == (None, job.id)
+    assert "kohya-dora-output is in the library" in said
+    annotate(job.id, 4, "good at night")
+    details, _, stars, note, name = show(job.id)
+    assert (stars, note, name["placeholder"]) == (4, "good at night", "kohya-dora-output")
+    for text in ("<dd>kohya</dd>", "DoRA, rank", "<dt>programs</dt>", "<dt>parameters</dt>"):
+        assert text in details
+    parts = library.refresh(context.jobs(fresh=True), None)
+    assert parts["library_run"][0]["choices"][0][0].startswith("kohya-dora-output · ")
+    assert "★★★★ · done" in parts["library_run"][0]["choices"][0][0]
+    assert parts["library_side"][0]["visible"]
+
+
+def test_a_shared_app_takes_no_adapter_of_a_model_that_it_does_not_offer(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(context, "launch", Launch(share=True, auth="ann:correct horse"))
+    for base in ("", "/home/ann/model"):
+        with pytest.raises(gradio.Error, match="offers only"):
+            handler(context, "take", "library")(str(KOHYA), base)
+    assert context.jobs(fresh=True) == ()
+    with pytest.raises(gradio.Error, match="offers only"):
+        handler(context, "extract", "library")("org/model", "/home/ann/model", "8")
+
+
+def test_what_was_combined_is_taken_into_the_library(context: Context) -> None:
+    press = handler(context, "press", "library")
+    runs = [
+        tasks.import_adapter(context.workspace, KOHYA, name, "org/model", str) for name in "ab"
+    ]
+    first, second = map(context.job, runs)
+    made = context.job(tasks.start_task("combine", context.workspace, first, second, "", "", "", "dora"))
+    event = gradio.EventData(None, {"what": "add", "value": made.id})
+    with pytest.raises(gradio.Error, match="has made no adapter"):
+        press(event)
+    Path(made.record.output).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(KOHYA, made.record.output)
+    write_json(made.folder / records.RESULT, {"code": 0})
+    assert "data-do='add'" in html.task_card(context.job(made.id))
+    assert "a and b, combined is in the library" in press(event)[1]
+    newest = context.jobs(fresh=True)[0]
+    assert (newest.title, newest.base, newest.stands) == ("a and b, combined", "org/model", "result")
