@@ -232,7 +232,7 @@ def load_adapted(
     return as_stated(components, metadata, clip_skip, max_token_length), metadata
 
 
-def load_model(base: AnyModel, adapter: Path | None) -> Components:
+def load_model(base: AnyModel, adapter: Path | Sequence[AdapterUse] | None) -> Components:
     """A model to sample from as a run loaded it, in half precision on a GPU.
 
     Raises:

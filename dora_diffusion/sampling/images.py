@@ -17,22 +17,26 @@ from typing import Any, NamedTuple
 from PIL import ExifTags, Image, PngImagePlugin
 
 from dora_diffusion import __version__
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK
 from dora_diffusion.data.images import DECODE_ERRORS, PhotoError, open_photo
 from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.formats.adapter.stored import find_adapter
 from dora_diffusion.formats.files.atomic import atomic_file
+from dora_diffusion.formats.files.runs import ADAPTER_FILES, CHECKPOINT
 from dora_diffusion.formats.files.stream import file_hash
-from dora_diffusion.formats.layouts.dotted import DIFFUSERS, PEFT_FILE
+from dora_diffusion.formats.layouts.dotted import PEFT_FILE
+from dora_diffusion.models.components import Components
 from dora_diffusion.models.emphasis import has_weights
 from dora_diffusion.models.schedulers import SCHEDULERS, scheduler_of
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
 from dora_diffusion.sampling.comfyui import workflow_parameters
 from dora_diffusion.sampling.generate import DENOISE, SamplingSettings
+from dora_diffusion.sampling.stack import AdapterUse
 
 BATCH_SIZE, BATCH_POSITION = "Batch size", "Batch pos"
 TOKEN_LENGTH, LOADED = "Max token length", "Loaded with"
 _UPSCALER, _LANCZOS = "Hires upscaler", "Lanczos"
-INIT_IMAGE = "Init image hash"
+INIT_IMAGE, MASK_IMAGE = "Init image hash", "Mask image hash"
 LAYERS, SCHEDULE = "Layer strength", "Strength schedule"
 OWN_VERSION = "dora_diffusion "
 _CHUNK, _WORKFLOW = "parameters", "prompt"
@@ -63,7 +67,7 @@ _LISTS = {LAYERS: ("layer_strength", ", "), SCHEDULE: ("strength_schedule", " | 
 # Fields that say what was there, or are of a setting that another field gives.
 _FACTS = (
     "Model", "Model hash", "Version", "Adapter", "Adapter strength", "Lora hashes", BATCH_SIZE,
-    BATCH_POSITION, LOADED, INIT_IMAGE,
+    BATCH_POSITION, LOADED, INIT_IMAGE, MASK_IMAGE,
 )  # fmt: skip
 
 
@@ -82,11 +86,16 @@ class UsedAdapter(NamedTuple):
 
     @classmethod
     def of(cls, path: str | Path, strengths: Strengths = MergeStrengths()) -> UsedAdapter:  # noqa: B008 - frozen
-        """Name an adapter's file by its stem, the file of a folder by the folder; no path stays."""
+        """Name an adapter's file by its stem, the file of a folder by the folder; no path stays.
+
+        A run's checkpoint has the run's name too: ``my-mug-checkpoint-100``.
+        """
         place = Path(path).expanduser().resolve()
-        if place.name in (DIFFUSERS.file_name, PEFT_FILE):
+        if place.name in (*ADAPTER_FILES, PEFT_FILE):
             place = place.parent
         name = without_path(str(place)).removesuffix(".safetensors")
+        if CHECKPOINT.fullmatch(place.name):
+            name = f"{place.parent.name}-{name}"
         file = find_adapter(path)
         return cls(name, strengths, content_hash(file.resolve(), *_version(file)))
 
@@ -189,8 +198,9 @@ def painted_fields(settings: SamplingSettings) -> dict[str, str]:
     """Return the fields of what was painted over, or into."""
     fields = {}
     if settings.image is not None:
-        pixels = settings.image.convert("RGB").tobytes()
-        fields[INIT_IMAGE] = hashlib.md5(pixels, usedforsecurity=False).hexdigest()
+        fields[INIT_IMAGE] = pixel_hash(settings.image, "RGB")
+    if settings.mask_image is not None:
+        fields[MASK_IMAGE] = pixel_hash(settings.mask_image, "L")
     denoise = settings.hires_denoise if settings.hires else settings.denoise
     if settings.image is not None and denoise is None:
         denoise = DENOISE
@@ -208,6 +218,40 @@ def painted_fields(settings: SamplingSettings) -> dict[str, str]:
         fields |= {f"Detail {name}": text for name, text in texts.items() if text}
         fields["Detail denoising strength"] = _number(detail.denoise)
         fields["Detail padding"] = str(detail.padding)
+    return fields
+
+
+def pixel_hash(image: Image.Image, mode: str) -> str:
+    """The MD5 of an image's pixels in a mode of Pillow, in hexadecimal."""
+    return hashlib.md5(image.convert(mode).tobytes(), usedforsecurity=False).hexdigest()
+
+
+def model_fields(
+    components: Components, uses: Sequence[AdapterUse], batch_size: int = 1, position: int = 0
+) -> dict[str, object]:
+    """Return the fields of an image's text that the loaded model and its adapters tell.
+
+    Args:
+        components: The model, as it reads prompts.
+        uses: Its adapters.
+        batch_size: Images of the batch that it was sampled in.
+        position: Its place there.
+    """
+    fields: dict[str, object] = dict(components.clip_skip_parameter)
+    if components.max_token_length != TOKENS_PER_CHUNK:
+        fields[TOKEN_LENGTH] = components.max_token_length
+    if batch_size > 1:
+        fields |= {BATCH_SIZE: batch_size, BATCH_POSITION: position}
+    layers = dict.fromkeys(pair for use in uses for pair in use.layers.items())
+    if layers:
+        fields[LAYERS] = ", ".join(f"{name}:{_number(factor)}" for name, factor in layers)
+    schedules = [
+        ", ".join(f"{_number(start)}:{_number(factor)}" for start, factor in changes)
+        for changes in (use.schedule or [(0, 1)] for use in uses)
+    ]
+    if any(use.schedule for use in uses):
+        alike = len({*schedules}) == 1
+        fields[SCHEDULE] = " | ".join(schedules[:1] if alike else schedules)
     return fields
 
 

@@ -116,11 +116,9 @@ def attach_stack(
         raise ValueError("alpha is given for several adapters; give each file its own (convert)")
     models, read = components.adaptable(), list[AdapterMetadata]()
     tokens: dict[str, Vectors] = {}
-    patterns = dict.fromkeys(pattern for use in uses for pattern in use.layers)
     for number, use in enumerate(uses):
-        name = name_of(number)
         adapter = attach_file(
-            models, use.path, name=name, family=components.family.name, alpha=alpha
+            models, use.path, name=name_of(number), family=components.family.name, alpha=alpha
         )
         for token, vectors in adapter.tokens.items():
             if token in tokens and not are_equal(tokens[token], vectors):
@@ -130,14 +128,8 @@ def attach_stack(
                     stacklevel=3,
                 )
         tokens |= adapter.tokens
-        for pattern in _set_strengths(models, use, name):
-            patterns.pop(pattern, None)
         read.append(adapter.metadata)
-    if patterns:
-        raise ValueError(
-            f"the pattern {next(iter(patterns))!r} matches no layer with an adapter; there is "
-            f"{next(iter(adapter.layers), 'none')}, and patterns such as 'unet.up_blocks.*'"
-        )
+    set_strengths(models, uses)
     add_tokens(components, tokens)
     if len(read) == 1:
         return read[0]
@@ -146,21 +138,39 @@ def attach_stack(
     return AdapterMetadata(read[0].family, trigger=trigger, extra=extra)
 
 
-def _set_strengths(models: Mapping[str, nn.Module], use: AdapterUse, name: str) -> set[str]:
-    """Set an adapter's strengths on each layer. Returns the patterns that match one."""
-    own, matched = MergeStrengths.of(use.strengths), set[str]()
+def set_strengths(models: Mapping[str, nn.Module], uses: Sequence[AdapterUse]) -> None:
+    """Set the strengths of adapters that `attach_stack` has put on a model, on each layer.
+
+    Args:
+        models: The models by component.
+        uses: The adapters, in the order in which they were attached.
+
+    Raises:
+        ValueError: If a pattern matches no layer of any.
+    """
+    unmatched = dict.fromkeys(pattern for use in uses for pattern in use.layers)
+    key = "none"
     for component, model in models.items():
-        share = own.unet_strength if component == "unet" else own.text_encoder_strength
         for path, layer in adapted_layers(model):
-            if name in layer.adapters:
-                key = canonical(component, path)
+            key = canonical(component, path)
+            for number, use in enumerate(uses):
+                if name_of(number) not in layer.adapters:
+                    continue
                 matching = [pattern for pattern in use.layers if fnmatchcase(key, pattern)]
+                for pattern in matching:
+                    unmatched.pop(pattern, None)
+                own = MergeStrengths.of(use.strengths)
+                share = own.unet_strength if component == "unet" else own.text_encoder_strength
                 factor = math.prod(use.layers[pattern] for pattern in matching)
-                matched |= {*matching}
-                strength = own.strength * share * factor
-                part = cast("LayerAdapter", layer.adapters[name])
-                part.strengths = Strengths(strength, own.direction_strength, own.magnitude_strength)
-    return matched
+                part = cast("LayerAdapter", layer.adapters[name_of(number)])
+                part.strengths = Strengths(
+                    own.strength * share * factor, own.direction_strength, own.magnitude_strength
+                )
+    if unmatched:
+        raise ValueError(
+            f"the pattern {next(iter(unmatched))!r} matches no layer with an adapter; there is "
+            f"{key}, and patterns such as 'unet.up_blocks.*'"
+        )
 
 
 @contextmanager

@@ -395,7 +395,7 @@ def test_pictures_repeat_compare_and_say_how_they_were_made(
     with Image.open(grid) as image:
         assert image.width >= 2 * 64 + 2  # two strengths
         assert image.height > 2 * 64  # two checkpoints, under labels
-    page.press("button", "Load settings from a PNG")
+    page.press("button", "Load settings from an image")
     page.fill("#seed input", "99")
     page.page.set_input_files("#load-png input[type=file]", first)
     page.wait("document.querySelector('#seed input').value === '7'")

@@ -358,22 +358,16 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         """Return the fields of an image's text besides those of `SamplingSettings`."""
         from dora_diffusion.sampling import images
 
-        facts: dict[str, object] = dict(components.clip_skip_parameter)
-        if components.max_token_length != TOKENS_PER_CHUNK:
-            facts[images.TOKEN_LENGTH] = components.max_token_length
         start = number - number % self.batch_size
         size, place = min(self.batch_size, count - start), number - start
         if repeated.batch > 1:
             size, place = repeated.batch, repeated.position
-        if size > 1 and not self.adapters_file:
-            facts |= {images.BATCH_SIZE: size, images.BATCH_POSITION: place}
+        facts = images.model_fields(
+            components, self.uses(), 1 if self.adapters_file else size, place
+        )
         loaded = {s.name: getattr(self, s.name) for s in self.settings() if s.name in _LOADED}
         usual = {s.name: s.default for s in self.settings()}
         moved = {name: value for name, value in loaded.items() if value != usual[name]}
-        if self.layer_strength:
-            facts[images.LAYERS] = ", ".join(self.layer_strength)
-        if self.strength_schedule:
-            facts[images.SCHEDULE] = " | ".join(self.strength_schedule)
         return facts | ({images.LOADED: json.dumps(moved)} if moved else {})
 
 
@@ -478,15 +472,21 @@ class _Repeated:
     def _check_files(
         name: str, fields: Mapping[str, str], args: GenerateSettings, settings: SamplingSettings
     ) -> None:
-        from dora_diffusion.sampling.images import INIT_IMAGE, UsedAdapter, painted_fields
+        from dora_diffusion.sampling.images import (
+            INIT_IMAGE,
+            MASK_IMAGE,
+            UsedAdapter,
+            painted_fields,
+        )
 
-        known = fields.get(INIT_IMAGE)
         require(
-            not known or args.image is not None,
+            INIT_IMAGE not in fields or args.image is not None,
             f"{name} was made over another image; give that with --image, and its mask",
         )
-        if known and painted_fields(settings)[INIT_IMAGE] != known:
-            warnings.warn(f"{name} was made over another image than {args.image}", stacklevel=4)
+        painted = painted_fields(settings)
+        for key, given in ((INIT_IMAGE, args.image), (MASK_IMAGE, f"the mask {args.mask_image}")):
+            if key in fields and painted.get(key) != fields[key]:
+                warnings.warn(f"{name} was made over another image than {given}", stacklevel=4)
         known = fields.get("Lora hashes", "")
         for use in args.uses() if known else []:
             own = UsedAdapter.of(use.path).hash

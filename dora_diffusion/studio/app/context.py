@@ -36,6 +36,7 @@ from dora_diffusion.studio.jobs.bases import (
     on_this_machine,
 )
 from dora_diffusion.studio.jobs.image_generator import ImageGenerator
+from dora_diffusion.studio.jobs.image_store import ImageStore
 from dora_diffusion.studio.jobs.queue import PERSON, JobQueue
 from dora_diffusion.studio.jobs.snapshot import Job, adapter_of, chosen_adapter, read_run, snapshot
 from dora_diffusion.studio.jobs.store import UserError, Workspace, ids_in
@@ -55,6 +56,7 @@ class Context:
         # Absolute: jobs keep paths, and may resume from another working directory.
         self.workspace = Workspace(launch.runs_dir.resolve()).make()
         self.generator = ImageGenerator(self.workspace)
+        self.images = ImageStore(self.workspace)
         self.queue = JobQueue(self.workspace, before_start=self.generator.release)
         self._lock = threading.Lock()
         self._jobs: tuple[Job, ...] = ()

@@ -1,10 +1,12 @@
 // Crop and mask of one photo, drawn on a canvas. Runs when its gr.HTML is first shown:
 // `element`, `trigger` and `watch` are Gradio's. What is sent is a crop in fractions of the
-// photo, and the mask as a small PNG. Both are kept in the browser until they are used.
+// photo, and the mask as a small PNG. Both are kept in the browser until they are used. An editor
+// without a tool to crop is of a mask alone, which `studio.mask` reads when an image is made.
 const state = { tool: 'crop', box: null, painted: false, from: null, image: null, mask: null };
 const paper = () => element.querySelector('canvas');
 // x, y, width and height in percent of the photo.
 const fields = () => [...element.querySelectorAll('[data-side]')];
+const painted = () => (state.painted ? state.mask.toDataURL('image/png') : '');
 
 const KEPT = 'dora-studio-drawn', MOST = 5;
 const drawn = () => JSON.parse(localStorage.getItem(KEPT) ?? '[]')
@@ -12,9 +14,9 @@ const drawn = () => JSON.parse(localStorage.getItem(KEPT) ?? '[]')
 
 function keep() {
   const { version } = paper().dataset;
-  const mask = state.painted ? state.mask.toDataURL('image/png') : '';
   const others = drawn().slice(1 - MOST);
-  localStorage.setItem(KEPT, JSON.stringify([...others, { version, box: state.box, mask }]));
+  const now = { version, box: state.box, mask: painted() };
+  localStorage.setItem(KEPT, JSON.stringify([...others, now]));
 }
 
 function forget() {
@@ -22,13 +24,14 @@ function forget() {
 }
 
 function takeUp() {
+  const { version: own, mask: given } = paper().dataset;
   const kept = JSON.parse(localStorage.getItem(KEPT) ?? '[]')
-    .find(({ version }) => version === paper().dataset.version);
+    .find(({ version }) => version === own) ?? (given && { box: null, mask: given });
   if (!kept) return;
   state.box = kept.box;
   const mask = new Image();
   mask.onload = () => {
-    state.mask.getContext('2d').drawImage(mask, 0, 0);
+    state.mask.getContext('2d').drawImage(mask, 0, 0, state.mask.width, state.mask.height);
     state.painted = true;
     draw();
   };
@@ -46,8 +49,9 @@ function begin() {
     mask.width = image.width;
     mask.height = image.height;
     Object.assign(state, { image, mask, box: null, painted: false, from: null });
+    canvas.painted = painted;
     takeUp();
-    choose('crop');
+    choose(element.querySelector('[data-tool]').dataset.tool);
   };
   image.src = canvas.dataset.photo;
 }
@@ -95,6 +99,18 @@ function draw(typed = null) {
   pen.strokeStyle = '#ffffff';
   pen.lineWidth = Math.max(2, canvas.width / 300);
   pen.strokeRect(left, top, right - left, bottom - top);
+}
+
+// The rectangle that is typed, for those who do not paint by hand; all of it without one.
+function fill() {
+  const { width, height } = paper(), [left, top, right, bottom] = state.box ?? [0, 0, width, height];
+  const pen = state.mask.getContext('2d');
+  pen.globalCompositeOperation = 'source-over';
+  pen.fillStyle = '#e35d2b';
+  pen.fillRect(left, top, right - left, bottom - top);
+  Object.assign(state, { box: null, painted: true });
+  keep();
+  draw();
 }
 
 function at(event) {
@@ -151,15 +167,19 @@ element.addEventListener('click', (event) => {
   const button = event.target.closest('[data-tool], [data-do]');
   if (!button) return;
   if (button.dataset.tool) return choose(button.dataset.tool);
+  if (button.dataset.do === 'fill') return fill();
   if (button.dataset.do !== 'apply') forget();
-  if (button.dataset.do === 'clear') return begin();
+  if (button.dataset.do === 'clear') {
+    paper().dataset.mask = '';
+    return begin();
+  }
+  if (button.dataset.do === 'drop') return trigger('click', { what: 'drop' });
   if (button.dataset.do === 'restore') return trigger('click', { what: 'restore' });
   const { width, height } = paper();
   const crop = state.box && [
     state.box[0] / width, state.box[1] / height, state.box[2] / width, state.box[3] / height,
   ];
-  const mask = state.painted ? state.mask.toDataURL('image/png') : '';
-  trigger('click', { what: 'apply', crop, mask });
+  trigger('click', { what: 'apply', crop, mask: painted() });
 });
 watch('value', begin);
 begin();

@@ -67,10 +67,11 @@ def button(text: str, action: str, value: str, kind: str = "dd-button") -> str:
 
 
 def picture_card(path: Any, action: str, value: str, text: str) -> str:
-    """An image with its name below, to press as a `button`."""
+    """An image with its name below, to press as a `button`; no image where it is damaged."""
+    shown = image(path, "") if path else "<i>damaged</i>"
     return (
         f"<button class='dd-sample' data-do='{esc(action)}' data-value='{esc(value)}' "
-        f"title='{esc(text)}'>{image(path, '')}<span>{esc(text)}</span></button>"
+        f"title='{esc(text)}'>{shown}<span>{esc(text)}</span></button>"
     )
 
 

@@ -96,8 +96,24 @@ window.studio = {
   // What somebody typed since then, by the field's id.
   letters: {},
 
+  // What is searched for among all images, and what lists them (gallery.js).
+  search: {},
+  look(search) { studio.search = search; studio.find?.(); },
+
   // Until the fields that change together have all changed.
   settle: () => new Promise((done) => setTimeout(done, 50)),
+
+  // What is painted on the image to start from, in the place of the last value.
+  mask: (...values) =>
+    [...values.slice(0, -1), document.querySelector('#start-image canvas')?.painted?.() ?? ''],
+
+  copy(selector) {
+    const place = document.querySelector(selector);
+    if (navigator.clipboard) return navigator.clipboard.writeText(place.innerText);
+    // Without https, on another machine's address.
+    getSelection().selectAllChildren(place);
+    document.execCommand('copy');
+  },
 
   // The id, or none where it is not confirmed.
   confirmed: (question) => (id, ...rest) => [confirm(question) ? id : '', ...rest],

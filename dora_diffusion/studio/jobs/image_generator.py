@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from PIL import UnidentifiedImageError
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.numerics.threads import one_thread
-from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.studio.jobs.queue import holding, is_running
 from dora_diffusion.studio.jobs.store import UserError, Workspace, new_id
 
@@ -28,12 +23,13 @@ if TYPE_CHECKING:
 
     from dora_diffusion.models.components import Components
     from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.sampling.stack import AdapterUse
 
 MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID = 16, 200, 2048, 48
+# Images that are sampled at once.
+_AT_ONCE = 4
 SEED_LIMIT = 2**32
-MOST_RECENT = 24
 Step = Callable[[int, int], None]
-_About = tuple[tuple[str, ...], dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -42,28 +38,29 @@ class GenerationRequest:
 
     Attributes:
         base: The base model.
-        adapter: The adapter file; None is the base model alone.
+        adapters: The adapters with their strengths; none is the base model alone.
         prompt: What to show.
         settings: How to sample.
         seed: Of the first image; -1 draws one.
         count: Images, at consecutive seeds.
-        strengths: Of the adapter.
         clip_skip: Instead of what the adapter says.
         max_token_length: Instead of what the adapter says.
+        batch: For an image that is repeated: images of its batch, which round its products, and its
+            place there.
 
     Raises:
         UserError: If a value is out of its limits.
     """
 
     base: BaseModel
-    adapter: Path | None
+    adapters: tuple[AdapterUse, ...]
     prompt: str
     settings: SamplingSettings
     seed: int = -1
     count: int = 1
-    strengths: Strengths = field(default_factory=Strengths)
     clip_skip: int | None = None
     max_token_length: int | None = None
+    batch: tuple[int, int] = (1, 0)
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -71,12 +68,16 @@ class GenerationRequest:
         for name, value, low, high in (
             ("images", self.count, 1, MAX_BATCH),
             ("steps", self.settings.steps, 1, MAX_STEPS),
+            ("steps of the second pass", self.settings.hires_steps or 1, 1, MAX_STEPS),
             ("width", self.settings.width or 8, 8, MAX_SIDE),
             ("height", self.settings.height or 8, 8, MAX_SIDE),
             ("seed", self.seed, -1, SEED_LIMIT - 1),
         ):
             if not low <= value <= high:
                 raise UserError(f"{name} is {value}; it must be between {low} and {high}")
+        paths = [use.path for use in self.adapters]
+        if len({*paths}) < len(paths):
+            raise UserError("the same adapter is chosen twice; choose it once, more strongly")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,20 @@ class GeneratedImage:
     seed: int
     parameters: str
     unread: tuple[str, ...] = ()
+
+
+class _About(NamedTuple):
+    """Facts about images that only the loaded model tells.
+
+    Attributes:
+        unread: A line for each prompt that is longer than it reads, with the truncated end.
+        size: Width and height of the first pass.
+        components: The model.
+    """
+
+    unread: tuple[str, ...]
+    size: tuple[int, int]
+    components: Components
 
 
 class ImageGenerator:
@@ -133,12 +148,19 @@ class ImageGenerator:
         Raises:
             UserError: If it was withdrawn meanwhile.
         """
-        seeds = _seeds(request)
+        seeds, (size, place) = _seeds(request), request.batch
+        if size > 1:
+            seeds = [seeds[0] - place + number for number in range(size)]
         with self._device(request.base):
-            images = self._sample(request, seeds, on_step)
+            images = self._sample(request, seeds, on_step, max(size, _AT_ONCE))
             about = _about(request, self._model(request))
-        made = zip(seeds, images, strict=True)
-        return [self._write(request, seed, image, about) for seed, image in made]
+        made = []
+        for number, (seed, image) in enumerate(zip(seeds, images, strict=True)):
+            if size == 1 or number == place:
+                start = 0 if size > 1 else number - number % _AT_ONCE
+                batch = size if size > 1 else min(_AT_ONCE, len(seeds) - start)
+                made.append(self._write(request, seed, image, about, batch, number - start))
+        return made
 
     def compare(
         self, request: GenerationRequest, on_step: Step | None = None
@@ -153,7 +175,7 @@ class ImageGenerator:
             (adapted,) = self._sample(request, [seed], on_step)
             about = _about(request, self._model(request))
         return (
-            self._write(replace(request, adapter=None), seed, base, about),
+            self._write(replace(request, adapters=()), seed, base, about),
             self._write(request, seed, adapted, about),
         )
 
@@ -175,35 +197,50 @@ class ImageGenerator:
         cells = len(adapters) * len(strengths)
         if not 1 <= cells <= MAX_GRID:
             raise UserError(f"the grid has {cells} images; it can have 1 to {MAX_GRID}")
-        seed = _seeds(request)[0]
+        use, seed = request.adapters[0], _seeds(request)[0]
+        if len(request.adapters) > 1 or use.layers or use.schedule:
+            raise UserError(
+                "a grid has one adapter in each image, at one strength; choose no more adapters, "
+                "and empty the strengths of layers and steps"
+            )
         rows = [
-            ImageRow(request.prompt, seed, (adapter, replace(request.strengths, strength=strength)))
+            ImageRow(request.prompt, seed, (adapter, replace(use.strengths, strength=strength)))
             for adapter in adapters.values()
             for strength in strengths
         ]
         reading = {"clip_skip": request.clip_skip, "max_token_length": request.max_token_length}
         with self._device(request.base):
-            base = self._model(replace(request, adapter=None))
+            base = self._model(replace(request, adapters=()))
             pool = AdapterPool(base, budget=None, **reading)
             try:
                 images = pool.generate(rows, request.settings, on_step=on_step, require_finite=True)
                 own = pool.own_words(rows[0].adapter)
-                about = _about(request, pool.components_for(request.adapter), own)
+                about = _about(request, pool.components_for(use.path), own)
             finally:
                 pool.clear()
         columns = [f"{strength:g}" for strength in strengths]
         title = f"Seed {seed}; above each column, the strength"
         sheet = labelled_sheet(images, title, list(adapters), columns)
-        return self._write(request, seed, sheet, about, images[0].size)
+        return self._write(request, seed, sheet, about)
 
     def _sample(
-        self, request: GenerationRequest, seeds: list[int], on_step: Step | None = None
+        self,
+        request: GenerationRequest,
+        seeds: list[int],
+        on_step: Step | None = None,
+        batch_size: int = 1,
     ) -> list[Image]:
-        from dora_diffusion.sampling.generate import generate_images
+        from dora_diffusion.sampling.generate import generate_images, sampled_size
 
+        components, settings = self._model(request), request.settings
+        longest = max(sampled_size(components, settings)) * (settings.hires or 1)
+        if longest > MAX_SIDE:
+            raise UserError(
+                f"the second pass would be {longest:.0f} pixels long; at most {MAX_SIDE} are made"
+            )
         return generate_images(
-            self._model(request), request.prompt, seeds, request.settings,
-            on_step=on_step, require_finite=True,
+            components, request.prompt, seeds, settings,
+            batch_size=batch_size, on_step=on_step, require_finite=True,
         )  # fmt: skip
 
     @contextmanager
@@ -230,82 +267,65 @@ class ImageGenerator:
         return self.is_waiting
 
     def _model(self, request: GenerationRequest) -> Any:
-        """The model with the adapter at its strengths; reloaded only if another is asked for."""
-        from dora_diffusion.adapters.inject import layer_adapters, set_strength
+        """The model with the adapters at their strengths; reloaded only if others are asked for."""
         from dora_diffusion.sampling.generate import load_model
+        from dora_diffusion.sampling.stack import set_strengths
 
-        adapter, strengths = request.adapter, request.strengths
-        key = (request.base, adapter, adapter and adapter.stat().st_mtime_ns)
+        uses = request.adapters
+        key = (request.base, [(use.path, Path(use.path).stat().st_mtime_ns) for use in uses])
         if self._loaded != key:
             # Two large models may not fit beside each other.
             self._loaded = self._components = None
-            self._components = load_model(request.base, adapter)
+            self._components = load_model(request.base, uses)
             self._loaded = key
-        for model in self._components.adaptable().values():
-            if any(layer_adapters(model)):
-                set_strength(model, strengths)
+        set_strengths(self._components.adaptable(), uses)
         return self._components.reading(request.clip_skip, request.max_token_length)
 
     def _write(
-        self, request: GenerationRequest, seed: int, image: Image, about: _About, size: Any = None
+        self,
+        request: GenerationRequest,
+        seed: int,
+        image: Image,
+        about: _About,
+        batch_size: int = 1,
+        position: int = 0,
     ) -> GeneratedImage:
-        """Save an image; ``size`` is that of each in a sheet."""
-        from dora_diffusion.sampling.images import UsedAdapter, parameters_text, save_image
+        """Save an image with what made it; it has a place in a batch."""
+        from dora_diffusion.sampling.images import (
+            UsedAdapter,
+            model_fields,
+            parameters_text,
+            save_image,
+        )
 
-        unread, more = about
-        adapters = request.adapter and [UsedAdapter.of(request.adapter, request.strengths)]
+        uses, base = request.adapters, str(request.base.path)
         text = parameters_text(
-            request.prompt, seed, request.settings, size or image.size, str(request.base.path),
-            adapters or (), extra=more,
+            request.prompt, seed, request.settings, about.size, base,
+            [UsedAdapter.of(use.path, use.strengths) for use in uses],
+            extra=model_fields(about.components, uses, batch_size, position),
         )  # fmt: skip
         path = save_image(image, self.workspace.images / f"{new_id()}-{seed}.png", text)
-        return GeneratedImage(path, seed, text, unread)
+        return GeneratedImage(path, seed, text, about.unread)
 
 
 def _about(
     request: GenerationRequest, components: Components, own: Mapping[str, str] | None = None
 ) -> _About:
-    """Return the facts about images that only the loaded model tells.
-
-    Returns:
-        A line for each prompt that is longer than it reads, with the truncated end; and further
-        fields of what made them.
-    """
+    from dora_diffusion.models.emphasis import plain_parts
     from dora_diffusion.models.text import token_limit, truncated_text
+    from dora_diffusion.sampling.generate import sampled_size
 
-    limit = token_limit(components)
-    prompts = {"prompt": request.prompt, "negative prompt": request.settings.negative_prompt}
+    limit, settings = token_limit(components), request.settings
+    prompts = {"prompt": request.prompt, "negative prompt": settings.negative_prompt}
     unread = []
     for name, prompt in prompts.items():
-        end = truncated_text(components.tokenizers[0], prompt, components.most_chunks, own)
-        if end:
-            unread.append(f"The {name} is longer than {limit}; it did not see the end: {end}")
-    return tuple(unread), components.clip_skip_parameter
+        for part in plain_parts(prompt) if settings.prompt_weights else [prompt]:
+            end = truncated_text(components.tokenizers[0], part, components.most_chunks, own)
+            if end:
+                unread.append(f"The {name} is longer than {limit}; it did not see the end: {end}")
+    return _About(tuple(unread), sampled_size(components, settings), components)
 
 
 def _seeds(request: GenerationRequest) -> list[int]:
     first = random.randrange(SEED_LIMIT - MAX_BATCH) if request.seed < 0 else request.seed
     return [first + number for number in range(request.count)]
-
-
-def recent_images(workspace: Workspace) -> list[GeneratedImage]:
-    """The newest images of a runs folder with what made them, newest first."""
-    files = sorted(
-        (entry.stat().st_mtime_ns, entry.path)
-        for entry in os.scandir(workspace.images)
-        if entry.name.endswith(".png") and entry.is_file(follow_symlinks=False)
-    )
-    return [read_image(Path(path), modified) for modified, path in files[: -MOST_RECENT - 1 : -1]]
-
-
-@functools.lru_cache(maxsize=256)
-def read_image(path: Path, modified: int) -> GeneratedImage:
-    """An image as its file tells of it, read once for each time that it was written."""
-    from dora_diffusion.sampling.images import parse_parameters, read_parameters
-
-    try:
-        text = read_parameters(path) or ""
-    except (SyntaxError, ValueError, UnidentifiedImageError):
-        text = ""
-    seed = parse_parameters(text).get("Seed", "")
-    return GeneratedImage(path, int(seed) if seed.isdecimal() else 0, text)

@@ -5,7 +5,7 @@
     runs/
       <job id>/      one job (see `dora_diffusion.studio.jobs.records`)
       subjects/<id>/ photos, captions and masks of a subject
-      images/        generated images
+      images/        generated images (see `dora_diffusion.studio.jobs.image_store`)
       exports/<id>/  converted adapters and merged checkpoints, for download
       cache/         Gradio's uploads
 """
@@ -84,6 +84,21 @@ class Workspace:
         return self.root / "images"
 
     @property
+    def inputs(self) -> Path:
+        """Folder of images and masks that others are painted over or into."""
+        return self.images / "inputs"
+
+    @property
+    def favourites(self) -> Path:
+        """Folder with an empty file for each generated image that is marked."""
+        return self.images / "favourites"
+
+    @property
+    def thumbnails(self) -> Path:
+        """Folder of small JPEGs of generated images."""
+        return self.images / "thumbnails"
+
+    @property
     def exports(self) -> Path:
         """Folder of files to take away."""
         return self.root / "exports"
@@ -105,7 +120,10 @@ class Workspace:
 
     def make(self) -> Workspace:
         """Create the folders."""
-        for folder in (self.root, self.subjects, self.images, self.exports, self.cache):
+        for folder in (
+            self.root, self.subjects, self.images, self.inputs, self.favourites, self.thumbnails,
+            self.exports, self.cache,
+        ):  # fmt: skip
             folder.mkdir(parents=True, exist_ok=True)
         return self
 

@@ -25,6 +25,8 @@ MAX_FILE = 2 * 2**30
 """Of an adapter, and of a data set; one of rank 128 for SDXL has 0.9 GB."""
 MAX_PHOTOS = 50
 JPEG_QUALITY = 95
+# Formats in which images say how they were made.
+_STATING = ("PNG", "JPEG", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -114,26 +116,28 @@ def next_number(folder: Path) -> int:
     return max(taken, default=0) + 1
 
 
-def read_generation_settings(file: Path) -> dict[str, str]:
-    """The generation settings of a PNG that somebody uploads.
+def read_generation_settings(file: Path) -> str:
+    """The generation parameters of an image that somebody uploads.
 
     Raises:
-        UserError: If it is not an image of ours or A1111's.
+        UserError: If it is not an image of ours, A1111's or ComfyUI's.
     """
-    from dora_diffusion.sampling.images import parse_parameters, read_parameters
+    from dora_diffusion.sampling.images import read_parameters
 
     if file.stat().st_size > MAX_BYTES:
         raise UserError(f"the file is larger than {MAX_BYTES // 2**20} MB")
     # Not as a photo is opened: a grid may be a strip. Only the header is read, and no pixel.
-    if images.sniff_format(file.read_bytes()) != "PNG":
-        raise UserError("this file cannot be read as a PNG, whatever its name says")
+    if images.sniff_format(file.read_bytes()) not in _STATING:
+        raise UserError(
+            "this file cannot be read as a PNG, JPEG or WebP image, whatever its name says"
+        )
     try:
         text = read_parameters(file)
-    except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
-        raise UserError("this file cannot be read as a PNG; it is damaged or too large") from error
+    except (*images.DECODE_ERRORS, DecompressionBombError) as error:
+        raise UserError("this image cannot be read; it is damaged or too large") from error
     if not text:
         raise UserError("this image does not say how it was made (it has no parameters text)")
-    return parse_parameters(text[:20_000])
+    return text[:20_000]
 
 
 def original_of(photo: Path) -> Path:
@@ -214,6 +218,16 @@ def data_uri(image: Image.Image, side: int = EDITOR_SIDE) -> str:
     image.thumbnail((side, side))
     image.save(buffer, format=kind, quality=88)
     return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def mask_uri(mask: Image.Image, side: int = EDITOR_SIDE) -> str:
+    """A mask ("L") as a PNG in a data URI, as `read_mask` takes it: painted where it is bright."""
+    buffer = io.BytesIO()
+    mask.thumbnail((side, side))
+    paint = Image.new("RGBA", mask.size, "#e35d2b")
+    paint.putalpha(mask)
+    paint.save(buffer, format="PNG")
+    return _PNG + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def restore_original(photo: Path) -> None:

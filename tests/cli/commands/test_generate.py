@@ -560,6 +560,16 @@ def test_second_passes_and_images_over_others_are_repeated(sd1_folder, tmp_path,
     assert "over.png was made over another image than" in capsys.readouterr().err
     assert repeat(sd1_folder, over, tmp_path / "b.png") == 1
     assert "over.png was made over another image; give that with --image" in capsys.readouterr().err
+    mask, whole, into = (tmp_path / f"{name}.png" for name in ("mask", "whole", "into"))
+    Image.new("L", (72, 96), 255).save(whole)
+    Image.linear_gradient("L").resize((72, 96)).point(lambda v: 255 * (v > 128)).save(mask)
+    assert run(sd1_folder, into, *image, "--mask", str(mask)) == 0
+    again = ("--image", first, "--mask", mask)
+    assert repeat(sd1_folder, into, tmp_path / "b.png", *again) == 0
+    assert np.array_equal(pixels(into), pixels(tmp_path / "b.png"))
+    assert "warning" not in capsys.readouterr().err
+    assert repeat(sd1_folder, into, tmp_path / "b.png", *again[:3], whole) == 0
+    assert "into.png was made over another image than the mask" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

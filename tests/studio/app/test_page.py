@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio
 
+from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
@@ -272,7 +273,8 @@ def test_no_setting_is_called_by_its_raw_name_but_among_the_advanced_ones(
     app: tuple[Context, dict[str, Any]],
 ) -> None:
     blocks = build_page(app[0])
-    raw = re.compile(rf"\b({'|'.join(name for name in SETTINGS if '_' in name)})\b")
+    names = {*SETTINGS, *(setting.name for setting in GenerateSettings.settings())}
+    raw = re.compile(rf"\b({'|'.join(name for name in names if '_' in name)})\b")
     seen = 0
     for part in blocks.blocks.values():
         inside, parent = False, part

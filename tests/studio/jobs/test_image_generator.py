@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,21 @@ from dora_diffusion.data.sheets import labelled_sheet
 from dora_diffusion.formats.adapter.file import read_adapter, write_adapter
 from dora_diffusion.models.load import load_vae
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.sampling.generate import BrokenImageError, SamplingSettings, load_model
+from dora_diffusion.sampling.generate import (
+    BrokenImageError,
+    SamplingSettings,
+    generate_images,
+    load_adapted,
+    load_model,
+)
 from dora_diffusion.sampling.images import parse_parameters
+from dora_diffusion.sampling.stack import AdapterUse, name_of
 from dora_diffusion.studio.jobs.image_generator import (
     GeneratedImage,
     GenerationRequest,
     ImageGenerator,
 )
+from dora_diffusion.studio.jobs.image_store import ImageStore
 from dora_diffusion.studio.jobs.queue import Lock
 from dora_diffusion.studio.jobs.snapshot import adapter_of
 from dora_diffusion.studio.jobs.store import UserError, Workspace
@@ -52,10 +61,19 @@ def ask(finished: tuple[Workspace, str], **changes: Any) -> GenerationRequest:
     values = {"steps": 2, "width": 64, "height": 64} | changes
     request = {name: values.pop(name) for name in ("seed", "count") if name in values}
     strengths = {name: values.pop(name) for name in STRENGTHS if name in values}
+    use = AdapterUse(adapter_of(job) or "", Strengths(**strengths))
     return GenerationRequest(
-        BaseModel(job.base), adapter_of(job), prompt, SamplingSettings(**values),
-        strengths=Strengths(**strengths), **({"seed": 5} | request),
+        BaseModel(job.base), (use,), prompt, SamplingSettings(**values),
+        **({"seed": 5} | request),
     )  # fmt: skip
+
+
+def with_adapter(request: GenerationRequest, file: Path, **strengths: float) -> GenerationRequest:
+    return replace(request, adapters=(AdapterUse(file, Strengths(**strengths)),))
+
+
+def fields_of(image: GeneratedImage) -> dict[str, str]:
+    return parse_parameters(read_generation_settings(image.path))
 
 
 def pixels(path: Path) -> bytes:
@@ -68,7 +86,7 @@ def test_one_seed_gives_the_same_pixels_and_the_file_says_how(
 ) -> None:
     (first,), (second,) = studio.make(ask(finished)), studio.make(ask(finished))
     assert pixels(first.path) == pixels(second.path)
-    found = read_generation_settings(first.path)
+    found = fields_of(first)
     assert (found["Prompt"], found["Seed"], found["Steps"]) == ("a photo of a sks dog", "5", "2")
     assert found["Adapter strength"] == "1"
     assert str(finished[0].root) not in first.parameters
@@ -90,35 +108,80 @@ def test_direction_and_magnitude_are_written_into_the_file(
     finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
     (picture,) = studio.make(ask(finished, direction_strength=0.5, magnitude_strength=0.0))
-    found = read_generation_settings(picture.path)
+    found = fields_of(picture)
     assert (found["Direction strength"], found["Magnitude strength"]) == ("0.5", "0")
 
 
-def test_the_page_reads_an_adapters_strengths_back(
+def test_several_adapters_images_to_start_from_and_second_passes_are_the_library_s(
     finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
-    pytest.importorskip("gradio", reason="gradio is not installed")
-    from dora_diffusion.studio.app.views.generate import field_value
+    """What the page makes is what the library makes of the same settings, bit for bit."""
+    job, plain = job_of(finished), ask(finished, scheduler="euler")
+    result, early = adapter_of(job), adapter_of(job, "checkpoint-2")
+    assert result is not None
+    assert early is not None
+    uses = (
+        AdapterUse(result, Strengths(0.7, 0.9), {"unet.*attn2*": 0.5}),
+        AdapterUse(early, Strengths(-0.5, 0.9), {"unet.*attn2*": 0.5}, [(0.0, 1.0), (0.5, 0.0)]),
+    )
+    source = Image.effect_noise((80, 64), 60).convert("RGB")
+    mask = Image.new("L", source.size)
+    mask.paste(255, (0, 0, 40, 64))
+    quick = replace(plain.settings, strength_schedules={name_of(1): uses[1].schedule})
+    wanted = {
+        "several": quick,
+        "over": replace(quick, image=source, denoise=0.6),
+        "into": replace(quick, image=source, mask_image=mask, denoise=0.6),
+        "hires": replace(quick, hires=1.5, width=48),
+    }
+    studio.make(plain)  # with another adapter before
+    components = load_adapted(BaseModel(job.base), uses, device="cpu")[0]
+    for name, settings in wanted.items():
+        (made,) = studio.make(replace(plain, adapters=uses, settings=settings))
+        (image,) = generate_images(components, plain.prompt, [5], settings)
+        assert pixels(made.path) == image.tobytes(), name
+        fields = fields_of(made)
+        assert fields["Adapter"] == f"{finished[1]}, {finished[1]}-checkpoint-2"
+        assert fields["Adapter strength"] == "0.7, -0.5"
+        assert fields["Layer strength"] == "unet.*attn2*:0.5"
+        assert fields["Strength schedule"] == "0:1 | 0:1, 0.5:0"
+        assert ("Init image hash" in fields) == (settings.image is not None)
+        assert ("Mask image hash" in fields) == (name == "into")
+        assert fields["Size"] == ("48x64" if name == "hires" else "64x64")
+    # The other way round, on the model that is loaded: nothing of the one before stays.
+    (alone,) = studio.make(replace(plain, adapters=uses[:1]))
+    (full,) = studio.make(with_adapter(plain, result))
+    assert pixels(full.path) == pixels(studio.make(plain)[0].path) != pixels(alone.path)
+    with pytest.raises(UserError, match="would be 2400 pixels long; at most 2048"):
+        studio.make(replace(plain, settings=replace(plain.settings, width=1600, hires=1.5)))
+    with pytest.raises(UserError, match="empty the strengths of layers and steps"):
+        studio.grid(replace(plain, adapters=uses[:1]), {"a": early}, [1.0], lambda *_: None)
 
-    def fields(image: GeneratedImage) -> list[Any]:
-        found = read_generation_settings(image.path)
-        return [field_value(name, found) for name in ("strength", "direction", "magnitude")]
 
-    adapted = ask(finished, strength=0.75, direction_strength=0.5)
-    assert fields(studio.make(adapted)[0]) == [0.75, 0.5, 1]
-    assert fields(studio.make(ask(finished))[0]) == [1, 1, 1]
-    assert fields(studio.compare(adapted)[0]) == [None, None, None]
+def test_an_image_of_a_batch_is_made_again_in_its_batch(
+    finished: tuple[Workspace, str], studio: ImageGenerator
+) -> None:
+    six = studio.make(replace(ask(finished), count=6))
+    fields = [fields_of(image) for image in six]
+    batches = [(one.get("Batch size"), one.get("Batch pos")) for one in fields]
+    assert batches == [*(("4", str(n)) for n in range(4)), ("2", "0"), ("2", "1")]
+    for place in (2, 5):
+        size, position = (int(text or 0) for text in batches[place])
+        asked = replace(ask(finished), seed=six[place].seed, batch=(size, position))
+        (again,) = studio.make(asked)
+        assert again.parameters == six[place].parameters
+        assert pixels(again.path) == pixels(six[place].path)
 
 
 def test_the_page_says_what_of_a_long_prompt_was_not_read(
     finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
     pytest.importorskip("gradio", reason="gradio is not installed")
-    from dora_diffusion.studio.app.views.generate import _results
+    from dora_diffusion.studio.app.views.results import _one
 
     short = ask(finished)
     long = ask(finished, prompt="a photo of a sks dog" + " on grass" * 60 + " by the <lake>")
-    adapters = {"result": short.adapter}
+    adapters = {"result": Path(short.adapters[0].path)}
     for pictures in (
         studio.make(long),
         studio.compare(long),
@@ -128,7 +191,8 @@ def test_the_page_says_what_of_a_long_prompt_was_not_read(
             (line,) = picture.unread
             assert line.startswith("The prompt is longer than the model's 77 tokens; it did not")
             assert line.endswith("by the < lake >")
-    assert "by the &lt; lake &gt;" in _results(pictures)[-1]
+    context: Any = SimpleNamespace(images=ImageStore(finished[0]))
+    assert "by the &lt; lake &gt;" in _one(context, pictures[0])[0]
     (negative,) = studio.make(ask(finished, negative_prompt="blurred, " * 80))[0].unread
     assert negative.startswith("The negative prompt is longer")
     (plain,), (cut,) = studio.make(short), studio.make(long)
@@ -140,19 +204,18 @@ def test_the_page_says_what_of_a_long_prompt_was_not_read(
     assert pixels(skips.path) != pixels(plain.path)
     found = [parse_parameters(image.parameters).get("Clip skip") for image in (plain, skips)]
     assert found == [None, "2"]
-    assert "longer than" not in _results(studio.compare(short), is_pair=True)[-1]
+    assert "longer than" not in _one(context, studio.compare(short)[1])[0]
 
 
 def test_what_a_grid_did_not_see_is_counted_by_the_adapter_s_own_words(
     finished: tuple[Workspace, str], studio: ImageGenerator, tmp_path: Path
 ) -> None:
     request = ask(finished, prompt="a <toy>" + " dog" * 60)
-    assert request.adapter is not None
-    adapter = read_adapter(request.adapter)
+    adapter = read_adapter(request.adapters[0].path)
     width = studio._model(request).text_encoders[0].config.hidden_size
     tokens = {"<toy>": {"text_encoder": torch.randn(30, width)}}
     file = write_adapter(tmp_path / "toy.safetensors", replace(adapter, tokens=tokens), "kohya")
-    request = replace(request, adapter=file)
+    request = with_adapter(request, file)
     (made,) = studio.make(request)
     assert made.unread[0].endswith("the end: " + " ".join(["dog"] * 16))
     assert studio.grid(request, {"toy": file}, [1.0], lambda *_: None).unread == made.unread
@@ -172,7 +235,7 @@ def test_images_that_would_be_black_are_refused_in_words(
         broken,
         metadata,
     )
-    asked = replace(ask(finished), adapter=broken)
+    asked = with_adapter(ask(finished), broken)
     before = sorted(pictures.glob("*"))
     for make in (
         studio.make,
@@ -199,7 +262,7 @@ def test_a_grid_has_a_cell_per_checkpoint_and_strength(
     assert steps == [4, 8, 12]
     assert not any(layer_adapters(studio._components.unet))
     cells = [
-        Image.open(studio.make(replace(ask(finished, strength=strength), adapter=adapter))[0].path)
+        Image.open(studio.make(with_adapter(ask(finished), adapter, strength=strength))[0].path)
         for adapter in adapters.values()
         for strength in (0.0, 1.0)
     ]
@@ -209,7 +272,7 @@ def test_a_grid_has_a_cell_per_checkpoint_and_strength(
     with Image.open(picture.path) as image:
         assert image.size == wanted.size
         assert np.ptp(np.asarray(image, np.int16) - np.asarray(wanted, np.int16)) <= 2
-    assert read_generation_settings(picture.path)["Size"] == "64x64"
+    assert fields_of(picture)["Size"] == "64x64"
 
 
 def test_pictures_wait_their_turn_while_a_run_has_the_device_and_can_be_withdrawn(

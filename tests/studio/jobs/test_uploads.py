@@ -210,4 +210,14 @@ def test_only_pictures_that_say_how_they_were_made_load(tmp_path: Path) -> None:
 
 def test_settings_load_from_a_grid_that_is_a_strip(tmp_path: Path) -> None:
     path = save_image(Image.new("RGB", (640, 20)), tmp_path / "a.png", "a dog\nSteps: 3, Seed: 7")
-    assert read_generation_settings(path)["Seed"] == "7"
+    assert read_generation_settings(path) == "a dog\nSteps: 3, Seed: 7"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_settings_load_from_every_format_that_states_them(tmp_path: Path, suffix: str) -> None:
+    text = "a dog\nSteps: 3, Seed: 7"
+    path = save_image(Image.new("RGB", (32, 32)), tmp_path / f"a{suffix}", text)
+    assert read_generation_settings(path) == text
+    (tmp_path / f"b{suffix}").write_bytes(path.read_bytes()[:40])
+    with pytest.raises(UserError, match=r"damaged or too large|does not say how"):
+        read_generation_settings(tmp_path / f"b{suffix}")

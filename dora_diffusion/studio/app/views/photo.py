@@ -19,7 +19,7 @@ from dora_diffusion.studio.jobs import subjects, uploads
 from dora_diffusion.studio.jobs.store import UserError
 
 _LARGEST_SIDE = 8192
-_EDITOR, _TOOLS = (
+EDITOR, _TOOLS = (
     (Path(__file__).parents[1] / name).read_text(encoding="utf-8")
     for name in ("editor.js", "editor.html")
 )
@@ -35,7 +35,7 @@ class PhotoView:
             with gr.Row():
                 self.edit = ui.button("Crop or mask it", "edit")
                 self.drop = ui.button("Remove photo")
-            self.editor = ui.html_block(elem_id="editor", js_on_load=_EDITOR)
+            self.editor = ui.html_block(elem_id="editor", js_on_load=EDITOR)
 
 
 def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,17 +12,22 @@ import pytest
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio
+import numpy as np
 from PIL import Image
 
 from dora_diffusion.sampling.images import save_image
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import generate
-from dora_diffusion.studio.app.views.generate import refresh
-from dora_diffusion.studio.jobs.image_generator import MOST_RECENT
+from dora_diffusion.studio.app.views.generate import GenerateTab, refresh
+from dora_diffusion.studio.app.views.request import MORE, restore
+from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs.image_generator import GeneratedImage
 from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.store import UserError
-from tests.studio.app.views.helpers import handler
-from tests.studio.jobs.helpers import seen, started_run
+from tests.studio.app.views.helpers import handler, handlers
+from tests.studio.jobs.helpers import ended_run, photo, seen, started_run
+
+ADAPTER = Path(__file__).parents[3] / "formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
 
 
 def test_a_template_that_is_opened_and_left_keeps_the_prompt(context: Context) -> None:
@@ -59,10 +65,11 @@ def test_images_are_made_of_the_newest_result_where_nothing_is_chosen(
 
     monkeypatch.setattr(generate, "make_request", make_request)
     with gradio.Blocks():
-        fields = [None] * len(generate.GenerateTab(context).form)
+        fields = [None] * (len(generate.GenerateTab(context).fields) + 2)
+    find = handlers(context)
     for name, more in (("make", []), ("compare", []), ("grid", ["1"])):
         with pytest.raises(gradio.Error):
-            handler(context, name, "generate")(None, *more, *fields)
+            find(name, "generate")(None, *more, *fields)
     assert asked == [f"base/{context.models[0]}"] * 3
 
 
@@ -84,36 +91,181 @@ def test_the_page_says_what_images_wait_for(
     assert not context.generator._waits_on()
 
 
-def test_images_of_earlier_visits_are_there_newest_first_and_show_their_settings(
-    context: Context,
-) -> None:
-    def history() -> str:
-        return str(refresh(context, (), None)["history"])
+@pytest.fixture
+def made(context: Context, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The requests that images were made of; each image is one gray one."""
+    asked: list[Any] = []
 
-    folder = context.workspace.images
-    assert "No images yet" in history()
-    for number in range(MOST_RECENT + 1):
-        text = f"a <mug> {number}\nSteps: 2, Seed: {number}, Size: 8x8"
-        path = save_image(Image.new("RGB", (8, 8)), folder / f"{number}.png", text)
-        os.utime(path, (1e9 + number, 1e9 + number))
-    (folder / ".part.png").symlink_to("/etc/passwd")
-    (folder / "damaged.png").write_bytes(b"no image")
-    shown = history()
-    names = [f"{number}.png" for number in range(MOST_RECENT, 1, -1)]
-    assert [shown.index(f"data-value='{name}'") for name in ["damaged.png", *names]] == sorted(
-        shown.index(f"data-value='{name}'") for name in ["damaged.png", *names]
+    def make(request: Any, on_step: Any = None) -> list[GeneratedImage]:
+        asked.append(request)
+        text = f"{request.prompt}\nSteps: 2, Seed: {request.seed}"
+        path = context.workspace.images / f"made-{len(asked)}.png"
+        return [GeneratedImage(save_image(Image.new("RGB", (8, 8)), path, text), 0, text)]
+
+    monkeypatch.setattr(context.generator, "make", make)
+    return asked
+
+
+def stored(context: Context, name: str, text: str, side: int = 64) -> str:
+    image = Image.effect_noise((side, side), 60).convert("RGB")
+    save_image(image, context.workspace.images / name, text)
+    return name
+
+
+OWN = "Model: embedded:tiny-sd, Version: dora_diffusion 0.1.0"
+
+
+def test_an_image_s_menu_makes_it_again_varies_it_and_enlarges_it(
+    context: Context, made: list[Any]
+) -> None:
+    find = handlers(context)
+    text = (
+        "a (red:1.2) mug\nNegative prompt: blurred\n"
+        f"Steps: 3, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 2.5, Seed: 7, "
+        f"Size: 64x72, Batch size: 4, Batch pos: 2, Guidance rescale: 0.5, {OWN}"
     )
-    assert shown.count("<img") == MOST_RECENT
-    assert "a &lt;mug&gt; 24" in shown
-    show = handler(context, "show", "generate")
+    name = stored(context, "a.png", text)
+    for nth, (seed, batch, hires) in enumerate(((7, (4, 2), None), (-1, (1, 0), None),
+                                                (7, (1, 0), 1.5))):  # fmt: skip
+        filled = find("run", "results", nth)(name)
+        asked = made.pop()
+        assert (asked.seed, asked.batch, asked.settings.hires) == (seed, batch, hires)
+        assert (asked.prompt, asked.settings.negative_prompt) == ("a (red:1.2) mug", "blurred")
+        assert asked.base.path == "embedded:tiny-sd"
+        same = asked.settings
+        assert (same.steps, same.guidance_scale, same.guidance_rescale) == (3, 2.5, 0.5)
+        assert (same.width, same.height, same.scheduler) == (64, 72, "dpm++_karras")
+        assert (asked.count, asked.adapters, asked.clip_skip) == (1, (), None)
+        # The fields say it too, and the new image is shown.
+        assert filled[0] == "base/embedded:tiny-sd"
+        assert {"a (red:1.2) mug", "blurred", seed} <= {
+            one["value"] for one in filled if isinstance(one, dict) and "value" in one
+            and isinstance(one["value"], (str, int))
+        }  # fmt: skip
+        assert "made-1.png" in filled[-4:]
+    large = stored(context, "b.png", f"a mug\nSteps: 3, Seed: 7, Hires upscale: 2, {OWN}")
+    with pytest.raises(gradio.Error, match="done once; start from this image"):
+        find("run", "results", 2)(large)
+
+
+def test_what_of_an_image_is_not_here_is_said_and_not_made(
+    context: Context, made: list[Any]
+) -> None:
+    find = handlers(context)
+    text = (
+        "a mug <lora:other:0.4:0.8>\nSteps: 3, Sampler: Euler, Seed: 7, Model: dreamer, ENSD: 5, "
+        "Init image hash: 0123456789abcdef0123456789abcdef, Denoising strength: 0.6"
+    )
+    name = stored(context, "a.png", text)
+    *filled, _ = find("run", "results", 0)(name)
+    assert made == []
+    said = next(one for one in filled if "Not as in the image" in str(one))
+    for line in ("ENSD: 5", "the adapter other, which is no run here", "Image to start from"):
+        assert line in said
+    with gradio.Blocks():
+        names = ["choice", *GenerateTab(context).fields]
+    values = dict(zip(names, filled, strict=False))
+    assert values["choice"] == gradio.skip()
+    assert (values["denoise"]["value"], values["scheduler"]["value"]) == (0.6, "euler")
+    with pytest.raises(gradio.Error, match="does not say how it was made"):
+        find("use", "results")(stored(context, "b.png", ""))
+
+
+def test_an_adapter_s_image_chooses_the_run_and_its_strengths(
+    context: Context, tmp_path: Path
+) -> None:
+    job = ended_run(context.workspace, (4,), 8, code=0)
+    (job.folder / records.SETTINGS).write_text(
+        "pretrained_model_name_or_path: embedded:tiny-sd\n", encoding="utf-8"
+    )
+    for folder in (job.folder, job.folder / "checkpoint-4"):
+        shutil.copyfile(ADAPTER, folder / "pytorch_lora_weights.safetensors")
+    context.jobs(fresh=True)
+    tags = f"<lora:{job.id}-checkpoint-4:0.7> <lora:{job.id}:-0.5>"
+    more = 'Layer strength: "unet.*:0.5, *a:0", Strength schedule: "0:1 | 0:0, 0.5:1"'
+    known = restore(
+        context, f"a mug {tags}\nSteps: 3, Seed: 7, Direction strength: 0.5, {more}, {OWN}"
+    )
+    assert known.unread == ()
+    assert (known.choice, known.form["strength"]) == (f"{job.id}/checkpoint-4", 0.7)
+    (second, (strength, _)), *_ = MORE.items()
+    assert (known.form[second], known.form[strength]) == (job.id, -0.5)
+    assert (known.form["direction_strength"], known.form["magnitude_strength"]) == (0.5, 1)
+    assert known.form["layer_strength"] == "unet.*:0.5 *a:0"
+    assert known.form["strength_schedule"] == "0:1 | 0:0, 0.5:1"
+    # What was trained further since is another adapter.
+    hashes = f"Lora hashes: {job.id}: 0123456789ab"
+    text = f'a mug <lora:{job.id}:1>\nSteps: 3, Seed: 7, "{hashes}", {OWN}'
+    (line,) = restore(context, text.replace(f'"{hashes}"', 'Lora hashes: "x: 012345"')).unread
+    assert "trained further" in line
+
+
+def test_reading_of_prompts_is_stated_where_the_adapter_does_not(context: Context) -> None:
+    def read(more: str) -> tuple[str, str]:
+        form = restore(context, f"a mug\nSteps: 3, Seed: 7, {more}").form
+        return form["clip_skip"], form["max_token_length"]
+
+    assert read(OWN) == ("", "")
+    assert read(f"Clip skip: 2, Max token length: 150, {OWN}") == ("1", "150")
+    known = restore(
+        context, f"a mug\nSteps: 3, Seed: 7, CFG scale: nan, Denoising strength: inf, {OWN}"
+    )
+    assert (known.form["guidance_scale"], known.form["denoise"]) == ("", 0.75)
+    (line,) = restore(context, f"a\nSteps: 3, Init image hash: ../../.device.lock, {OWN}").unread
+    assert line.startswith("Image to start from: it is not here")
+    # Web UIs read all of a prompt.
+    assert read("Model: embedded:tiny-sd") == ("", "0")
+
+
+def test_an_image_is_started_from(context: Context, tmp_path: Path) -> None:
+    find = handlers(context)
+    name = stored(context, "a.png", f"a mug\nSteps: 3, Seed: 7, {OWN}")
+    pixels = read_image(context.workspace.images / name)
+    *filled, box = find("begin", "results")(name)
+    assert box["open"]
+    image, _, editor = find("take", "start")(name)
+    assert image in filled
+    assert "data-tool='paint'" in editor
+    assert np.array_equal(read_image(context.workspace.inputs / f"{image}.png"), pixels)
+    file = photo(tmp_path / "turned.jpg", (64, 48), exif=Image.Exif())
+    uploaded, *_ = find("upload", "start")(str(file))
+    assert len([*context.workspace.inputs.iterdir()]) == 2
+    assert read_image(context.workspace.inputs / f"{uploaded}.png").shape == (48, 64, 3)
+    (tmp_path / "no.jpg").write_bytes(b"text")
+    with pytest.raises(gradio.Error, match="not a JPEG"):
+        find("upload", "start")(str(tmp_path / "no.jpg"))
+    with pytest.raises(gradio.Error, match="No image is shown"):
+        find("take", "start")("")
+    assert find("drop", "start")()[:2] == ["", ""]
+
+
+def read_image(path: Path) -> Any:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_a_card_shows_its_image_with_its_settings(context: Context) -> None:
+    find = handlers(context)
+    stored(context, "7.png", "a <mug>\nSteps: 2, Seed: 7, Size: 8x8")
+    show = find("show", "generate")
+    (context.workspace.images / ".part.png").symlink_to("/etc/passwd")
 
     def clicked(name: str) -> list[Any]:
         event: Any = SimpleNamespace(what="show", value=name)
         return show(event)
 
-    _, pictures, settings = clicked("7.png")
-    assert pictures["value"] == [(str(folder / "7.png"), "seed 7")]
+    _, images, settings, shown, names, menu, star = clicked("7.png")
+    assert images["value"] == [(str(context.workspace.images / "7.png"), "seed 7")]
     assert "Steps: 2, Seed: 7" in settings
+    assert (shown, names, menu["visible"], star) == ("7.png", ["7.png"], True, "☆ Favourite")
+    assert find("star", "results")("7.png") == "★ Favourite"
+    assert clicked("7.png")[-1] == "★ Favourite"
     for name in ("../.device.lock", ".part.png", "none.png"):
         with pytest.raises(gradio.Error, match="no longer exists"):
             clicked(name)
+    # Not without a yes, which the page's script gives by the name.
+    assert find("delete", "results")("") == [gradio.skip()] * 7
+    assert (context.workspace.images / "7.png").exists()
+    find("delete", "results")("7.png")
+    assert not (context.workspace.images / "7.png").exists()
+    assert context.images.favourites() == set()

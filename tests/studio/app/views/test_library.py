@@ -41,7 +41,7 @@ def test_of_a_photo_a_square_is_shown(tmp_path: Path) -> None:
 
 def test_a_run_has_stars_a_note_and_what_is_known_of_its_file(context: Context) -> None:
     take, annotate, show = (handler(context, n, "library") for n in ("take", "annotate", "show"))
-    cleared, said, gallery, chosen = take(str(KOHYA), "")
+    cleared, said, _, chosen = take(str(KOHYA), "")
     (job,) = context.jobs(fresh=True)
     assert (cleared, chosen["value"]) == (None, job.id)
     assert "kohya-dora-output is in the library" in said
@@ -70,11 +70,11 @@ def test_a_shared_app_takes_no_adapter_of_a_model_that_it_does_not_offer(
 
 def test_what_was_combined_is_taken_into_the_library(context: Context) -> None:
     press = handler(context, "press", "library")
-    runs = [
-        tasks.import_adapter(context.workspace, KOHYA, name, "org/model", str) for name in "ab"
-    ]
+    runs = [tasks.import_adapter(context.workspace, KOHYA, name, "org/model", str) for name in "ab"]
     first, second = map(context.job, runs)
-    made = context.job(tasks.start_task("combine", context.workspace, first, second, "", "", "", "dora"))
+    made = context.job(
+        tasks.start_task("combine", context.workspace, first, second, "", "", "", "dora")
+    )
     event = gradio.EventData(None, {"what": "add", "value": made.id})
     with pytest.raises(gradio.Error, match="has made no adapter"):
         press(event)
@@ -84,4 +84,8 @@ def test_what_was_combined_is_taken_into_the_library(context: Context) -> None:
     assert "data-do='add'" in html.task_card(context.job(made.id))
     assert "a and b, combined is in the library" in press(event)[1]
     newest = context.jobs(fresh=True)[0]
-    assert (newest.title, newest.base, newest.stands) == ("a and b, combined", "org/model", "result")
+    assert (newest.title, newest.base, newest.stands) == (
+        "a and b, combined",
+        "org/model",
+        "result",
+    )

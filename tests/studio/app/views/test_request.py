@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+pytest.importorskip("gradio", reason="gradio is not installed")
+import gradio as gr
+from PIL import Image
+
+from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.numerics.weights import STRENGTH_LIMIT
+from dora_diffusion.numerics.weights import STRENGTH_LIMIT, Strengths
+from dora_diffusion.sampling.images import painted_fields
+from dora_diffusion.studio.app.context import Context
+from dora_diffusion.studio.app.views.generate import GenerateTab
+from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs.image_generator import GenerationRequest
+from dora_diffusion.studio.jobs.image_store import keep_input
 from dora_diffusion.studio.jobs.store import UserError
+from tests.studio.jobs.helpers import ended_run
+
+ADAPTER = Path(__file__).parents[3] / "formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -26,15 +44,14 @@ def test_a_size_is_refused_as_on_the_command_line(text: str, next_size: int) -> 
         _asked(width=text)
 
 
-@pytest.mark.parametrize("name", ["strength", "direction", "magnitude"])
-def test_the_limits_of_strengths_are_the_library_s(name: str) -> None:
+@pytest.mark.parametrize("name", ["strength", "direction_strength", "magnitude_strength"])
+def test_the_limits_of_strengths_are_the_library_s(run: SimpleNamespace, name: str) -> None:
     for value in (-STRENGTH_LIMIT, STRENGTH_LIMIT):
-        strengths = _asked(**{name: value}).strengths
-        assert value in (
-            strengths.strength, strengths.direction_strength, strengths.magnitude_strength
-        )  # fmt: skip
-        with pytest.raises(ValueError, match=f"must be between -{STRENGTH_LIMIT} and"):
-            _asked(**{name: 1.01 * value})
+        (use,) = run.asked(**{name: value}).adapters
+        assert getattr(use.strengths, name) == value
+        with pytest.raises(ValueError, match=f"must be between -{STRENGTH_LIMIT} and") as wrong:
+            run.asked(**{name: 1.01 * value})
+        assert name == "strength" or name not in str(wrong.value)
 
 
 @pytest.mark.parametrize("text", ["0", "-8", "wide", "1.5"])
@@ -74,7 +91,7 @@ def test_a_guidance_that_is_none_is_refused(text: str) -> None:
 def test_a_run_s_guidance_is_that_of_its_samples(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, float]
 ) -> None:
-    request = pytest.importorskip("dora_diffusion.studio.app.views.generate")
+    request = pytest.importorskip("dora_diffusion.studio.app.views.request")
     monkeypatch.setattr(request, "chosen_adapter", lambda job, name: None)
     base = BaseModel("embedded:tiny-sd")
     run = SimpleNamespace(base=base.path, base_model=base, trigger="sks mug", settings=settings)
@@ -82,20 +99,167 @@ def test_a_run_s_guidance_is_that_of_its_samples(
     assert guidance == settings.get("validation_guidance_scale", 3.5)
 
 
+@pytest.fixture
+def run(context: Context) -> SimpleNamespace:
+    """A run with a result and a checkpoint of the embedded model, and requests of its fields."""
+    job = ended_run(context.workspace, (4,), 8, code=0)
+    (job.folder / records.SETTINGS).write_text(
+        "pretrained_model_name_or_path: embedded:tiny-sd\ntoken: sks\nclass_word: mug\n",
+        encoding="utf-8",
+    )
+    for folder in (job.folder, job.folder / "checkpoint-4"):
+        shutil.copyfile(ADAPTER, folder / "pytorch_lora_weights.safetensors")
+    from dora_diffusion.studio.app.views.request import UNSET, make_request
+
+    plain = {**UNSET, "prompt": "a {subject}", "seed": 1, "steps": 4}
+
+    def asked(**changes: object) -> GenerationRequest:
+        return make_request(context, job.id, {**plain, **changes})
+
+    return SimpleNamespace(id=job.id, folder=job.folder, asked=asked, context=context)
+
+
+def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
+    from dora_diffusion.sampling.generate import DENOISE
+    from dora_diffusion.studio.app.views.request import LABELS, MORE, UNSET
+
+    # Of the file, the model and the machine, which are a run's and the app's own; and prompts that
+    # are drawn, and files of many adapters, which are the command line's.
+    others = {
+        "adapter", "adapters_file", "base", "variant", "revision", "dtype", "model_config",
+        "compile", "quantize", "quantize_convolutions", "vae_tile_size", "prediction_type",
+        "zero_terminal_snr", "alpha", "output", "overwrite", "repeat", "offload", "batch_size",
+        "wildcards", "wildcard_dir", "styles", "style",
+    }  # fmt: skip
+    settings = {setting.name: setting for setting in GenerateSettings.settings()}
+    assert {*LABELS} | others == {*settings}
+    assert not {*LABELS} & others
+    for name in ("guidance_rescale", "prompt_weights", "hires_denoise", "strength"):
+        assert UNSET[name] == settings[name].default
+    assert UNSET["denoise"] == DENOISE
+    with gr.Blocks():
+        tab = GenerateTab(SimpleNamespace())
+    assert {*tab.fields} == ({*LABELS} - {"image", "mask_image"}) | {*MORE} | {
+        strength for strength, _ in MORE.values()
+    }
+    labels = {name: field.label for name, field in tab.fields.items() if name in LABELS}
+    assert labels == {name: LABELS[name] for name in labels}
+
+
+def strengths_of(asked: GenerationRequest) -> Any:
+    return asked.adapters[0].strengths
+
+
+# A value of each field that is not the default -> what of the request is then another.
+CHANGED: dict[str, tuple[object, Any]] = {
+    "prompt": ("a dog", lambda asked: asked.prompt == "a dog"),
+    "negative_prompt": ("blurred", lambda asked: asked.settings.negative_prompt == "blurred"),
+    "seed": (7, lambda asked: asked.seed == 7),
+    "num_images": (3, lambda asked: asked.count == 3),
+    "strength": (0.5, lambda asked: asked.adapters[0].strengths.strength == 0.5),
+    "direction_strength": (0.5, lambda asked: strengths_of(asked).direction_strength == 0.5),
+    "magnitude_strength": (0.5, lambda asked: strengths_of(asked).magnitude_strength == 0.5),
+    "layer_strength": ("unet.*:0.5 *a:0", lambda asked: asked.adapters[0].layers
+                       == {"unet.*": 0.5, "*a": 0.0}),
+    "strength_schedule": ("0:0.4, 0.5:1", lambda asked: asked.adapters[0].schedule
+                          == [(0.0, 0.4), (0.5, 1.0)]
+                          and asked.settings.strength_schedules
+                          == {"default": asked.adapters[0].schedule}),
+    "steps": (9, lambda asked: asked.settings.steps == 9),
+    "scheduler": ("euler", lambda asked: asked.settings.scheduler == "euler"),
+    "guidance_scale": ("3", lambda asked: asked.settings.guidance_scale == 3),
+    "guidance_rescale": (0.7, lambda asked: asked.settings.guidance_rescale == 0.7),
+    "width": ("72", lambda asked: asked.settings.width == 72),
+    "height": ("80", lambda asked: asked.settings.height == 80),
+    "max_token_length": ("150", lambda asked: asked.max_token_length == 150),
+    "clip_skip": ("1", lambda asked: asked.clip_skip == 1),
+    "prompt_weights": (False, lambda asked: not asked.settings.prompt_weights),
+    "hires": (1.5, lambda asked: asked.settings.hires == 1.5),
+    "hires_denoise": (0.25, lambda asked: asked.settings.hires_denoise == 0.25),
+    "hires_steps": ("3", lambda asked: asked.settings.hires_steps == 3),
+}  # fmt: skip
+
+
+def test_no_field_is_ignored(run: SimpleNamespace) -> None:
+    from dora_diffusion.studio.app.views.request import LABELS, MORE
+
+    assert {*CHANGED} == {*LABELS} - {"image", "mask_image", "denoise"}
+    usual = run.asked()
+    for name, (value, is_there) in CHANGED.items():
+        assert is_there(run.asked(**{name: value})), name
+        assert not is_there(usual), name
+    second, third, _ = MORE
+    several = run.asked(
+        **{second: f"{run.id}/checkpoint-4", MORE[second][0]: -0.5}, strength=0.7,
+        direction_strength=0.9, layer_strength="*:0.5", strength_schedule="0:1 | 0:0, 0.5:1",
+    )  # fmt: skip
+    assert [Path(use.path).parent.name for use in several.adapters] == [run.id, "checkpoint-4"]
+    assert [use.strengths for use in several.adapters] == [
+        Strengths(0.7, 0.9),
+        Strengths(-0.5, 0.9),
+    ]
+    assert [use.schedule for use in several.adapters] == [[(0, 1)], [(0, 0), (0.5, 1)]]
+    assert [*several.settings.strength_schedules] == ["default", "default_1"]
+    with pytest.raises(UserError, match="the same adapter is chosen twice"):
+        run.asked(**{third: run.id})
+    with pytest.raises(UserError, match="has 2 parts, for 1 adapters"):
+        run.asked(strength_schedule="0:1 | 0:0")
+    with pytest.raises(UserError, match="no adapter is chosen; empty the strengths of layers"):
+        _asked(layer_strength="unet.*:0.5")
+
+
+def painted(size: tuple[int, int] = (32, 24)) -> str:
+    """What the page sends of a mask whose left half is painted."""
+    mask = Image.new("RGBA", size)
+    mask.paste("#e35d2b", (0, 0, size[0] // 2, size[1]))
+    data = io.BytesIO()
+    mask.save(data, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def test_an_image_to_start_from_is_kept_with_its_mask(run: SimpleNamespace) -> None:
+    source = Image.effect_noise((64, 48), 60).convert("RGB")
+    name = keep_input(run.context.workspace, source)
+    over = run.asked(image=name, denoise=0.6).settings
+    assert (over.image.tobytes(), over.mask_image, over.denoise) == (source.tobytes(), None, 0.6)
+    assert run.asked(denoise=0.6).settings.denoise is None  # of nothing
+    into = run.asked(image=name, mask_image=painted()).settings
+    half = Image.new("L", (64, 48))
+    half.paste(255, (0, 0, 32, 48))
+    assert np.abs(np.asarray(into.mask_image, int) - np.asarray(half)).max(0).nonzero()[0].size <= 4
+    assert {*np.unique(into.mask_image)} == {0, 255}
+    # As the file of an image states them.
+    again = run.asked(image=name, mask_image=painted_fields(into)["Mask image hash"]).settings
+    assert painted_fields(again) == painted_fields(into)
+    empty = Image.new("RGBA", (8, 8))
+    empty.save(data := io.BytesIO(), format="PNG")
+    nothing = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    assert run.asked(image=name, mask_image=nothing).settings.mask_image is None
+    with pytest.raises(UserError, match="a second pass is of images from text alone"):
+        run.asked(image=name, hires=1.5)
+    for gone in ("0" * 32, "../../etc/passwd", "x"):
+        with pytest.raises(UserError, match="no longer here; choose it again"):
+            run.asked(image=gone)
+    with pytest.raises(UserError, match="mask could not be read"):
+        run.asked(image=name, mask_image="data:image/png;base64,AAAA")
+    with pytest.raises(
+        UserError, match=r"“Second pass denoising strength” 0\.1 of 4 steps is less"
+    ):
+        run.asked(hires=1.5, hires_denoise=0.1)
+    with pytest.raises(UserError, match=r"the prompt holds <lora:\.\.\.>"):
+        run.asked(prompt="a mug <lora:mug:1>")
+
+
 def _context(**parts: Any) -> Any:
-    return SimpleNamespace(allowed_model=lambda name: name, **parts)
+    return SimpleNamespace(allowed_model=lambda name: name, workspace=None, **parts)
 
 
 def _asked(model: str = "embedded:tiny-sd", **changes: object) -> Any:
     pytest.importorskip("gradio", reason="gradio is not installed")
-    from dora_diffusion.studio.app.views.generate import BASE, make_request
+    from dora_diffusion.studio.app.views.request import BASE, UNSET, make_request
 
-    form: dict[str, Any] = {
-        "prompt": "a mug", "negative_prompt": "", "seed": 1, "count": 1, "steps": 2,
-        "guidance_scale": 2, "scheduler": None, "width": "", "height": "", "strength": 1,
-        "direction": 1, "magnitude": 1,
-    }  # fmt: skip
-    return make_request(_context(), f"{BASE}/{model}", form | changes)
+    form = {**UNSET, "prompt": "a mug", "seed": 1, "steps": 2, "guidance_scale": 2}
+    return make_request(_context(), f"{BASE}/{model}", {**form, **changes})
 
 
 def test_how_prompts_are_read_is_the_run_s_unless_asked_for() -> None:

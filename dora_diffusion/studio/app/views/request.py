@@ -1,0 +1,393 @@
+"""The Generate tab's fields as a request, and an image's own settings as fields."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_diffusion.cli.settings import adapter_and_strength
+from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.families import FAMILIES
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK, ConfigError
+from dora_diffusion.config.run import SampleSettings
+from dora_diffusion.formats.adapter.metadata import agreed_reading, split_triggers, stated_reading
+from dora_diffusion.formats.adapter.stored import read_metadata
+from dora_diffusion.formats.files.runs import RESULT_NAME
+from dora_diffusion.models.locate import model_info
+from dora_diffusion.numerics.weights import Strengths
+from dora_diffusion.studio.app.context import Context
+from dora_diffusion.studio.app.settings import PROMPT_LIMIT, default_guidance
+from dora_diffusion.studio.jobs.bases import path_here
+from dora_diffusion.studio.jobs.image_generator import MAX_BATCH, GenerationRequest
+from dora_diffusion.studio.jobs.image_store import input_path, keep_input, read_input
+from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
+from dora_diffusion.studio.jobs.store import UserError, clean_text
+from dora_diffusion.studio.jobs.uploads import read_mask
+
+if TYPE_CHECKING:
+    from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.sampling.stack import AdapterUse
+
+OWN = "the model's own"
+DENOISE, HIRES_DENOISE = 0.75, 0.5
+BASE, MERGED = "base", "merged"
+# Of `GenerateSettings`, the settings that have a field, as it is labelled. Each keeps its name.
+LABELS: Mapping[str, str] = {
+    "prompt": "Prompt", "negative_prompt": "Negative prompt", "seed": "Seed",
+    "num_images": "Images", "strength": "Strength", "direction_strength": "Direction",
+    "magnitude_strength": "Magnitude", "layer_strength": "Strength of layers",
+    "strength_schedule": "Strength over the steps", "steps": "Steps", "scheduler": "Scheduler",
+    "guidance_scale": "Guidance (CFG)", "guidance_rescale": "Guidance rescale", "width": "Width",
+    "height": "Height", "max_token_length": "Tokens read (75, 150, ...; 0: all)",
+    "clip_skip": "Clip skip, as Diffusers counts",
+    "prompt_weights": "Weights in prompts: (word:1.2), [word], BREAK",
+    "image": "Image to start from", "mask_image": "Mask", "denoise": "Denoising strength",
+    "hires": "Second pass, times as large", "hires_denoise": "Second pass denoising strength",
+    "hires_steps": "Second pass steps",
+}  # fmt: skip
+# Adapters beside the first: names of their fields and of their strengths', and labels.
+MORE: Mapping[str, tuple[str, str]] = {
+    f"adapter_{word}": (f"strength_{word}", word.capitalize())
+    for word in ("second", "third", "fourth")
+}
+# Values of fields where an image does not state another; of all others, empty text.
+UNSET: Mapping[str, Any] = {
+    **dict.fromkeys(LABELS, ""),
+    **dict.fromkeys(("strength", "direction_strength", "magnitude_strength", "num_images"), 1),
+    "seed": -1, "steps": SampleSettings.validation_inference_steps, "scheduler": OWN,
+    "guidance_rescale": 0, "prompt_weights": True, "denoise": DENOISE, "hires": 1,
+    "hires_denoise": HIRES_DENOISE,
+    **dict.fromkeys(MORE, ""), **{strength: 1 for strength, _ in MORE.values()},
+}  # fmt: skip
+_NAME = re.compile(rf"\b({'|'.join(name for name in LABELS if '_' in name)})\b")
+
+
+def make_request(
+    context: Context, choice: str | None, form: Mapping[str, Any]
+) -> GenerationRequest:
+    """Return the request that the fields ask for.
+
+    Raises:
+        UserError: If the run is gone or a value is out of its limits.
+    """
+    base, adapter, trigger, usual_guidance = _model(context, str(choice or BASE))
+    if path_here(base) is None:
+        raise UserError(
+            f"{base.path} is not on this machine, and no image waits for a download: get it by "
+            f"'hf download {base.path}', or by training on it"
+        )
+    first = next(iter(split_triggers(trigger)), "")
+    prompt = clean_text(form["prompt"], PROMPT_LIMIT, "prompt").replace("{subject}", first)
+    if "<lora:" in prompt:
+        raise UserError(
+            "the prompt holds <lora:...>, as web UIs load an adapter; choose it as a run or "
+            "checkpoint, or as one of more adapters"
+        )
+    adapters = [(adapter, form["strength"])] if adapter else []
+    for name, (strength, _) in MORE.items():
+        if form.get(name):
+            run, _, checkpoint = str(form[name]).partition("/")
+            adapters.append((chosen_adapter(context.job(run), checkpoint), form[strength]))
+    guidance = _number(form, "guidance_scale", "a number from 0 to 30", float, most=30)
+    try:
+        uses = _uses(adapters, form)
+        settings = _settings(context, form, uses, usual_guidance if guidance is None else guidance)
+    except (ConfigError, ValueError) as error:
+        raise UserError(_NAME.sub(lambda name: f"“{LABELS[name[1]]}”", str(error))) from error
+    return GenerationRequest(
+        base=base,
+        adapters=tuple(uses),
+        prompt=prompt,
+        settings=settings,
+        seed=int(-1 if form["seed"] is None else form["seed"]),
+        count=int(form["num_images"] or 1),
+        clip_skip=_number(form, "clip_skip", "a whole number"),
+        max_token_length=_number(form, "max_token_length", "a whole number"),
+    )
+
+
+def _uses(adapters: Sequence[tuple[Path, Any]], form: Mapping[str, Any]) -> list[AdapterUse]:
+    """The adapters with their strengths, as `GenerateSettings.uses` has them."""
+    from dora_diffusion.sampling.stack import AdapterUse, parse_schedule
+
+    layers = dict(adapter_and_strength(word) for word in str(form["layer_strength"] or "").split())
+    texts = [text for text in str(form["strength_schedule"] or "").split("|") if text.strip()]
+    if (layers or texts) and not adapters:
+        raise UserError("no adapter is chosen; empty the strengths of layers and over the steps")
+    if len(texts) not in (0, 1, len(adapters)):
+        raise UserError(
+            f"the strength over the steps has {len(texts)} parts, for {len(adapters)} adapters; "
+            "write one, or one for each, with | between them"
+        )
+    schedules = [parse_schedule(text) for text in texts] or [()]
+    parts = [float(form[name]) for name in ("direction_strength", "magnitude_strength")]
+    return [
+        AdapterUse(
+            path, Strengths(float(strength), *parts), layers,
+            schedules[min(number, len(schedules) - 1)],
+        )
+        for number, (path, strength) in enumerate(adapters)
+    ]  # fmt: skip
+
+
+def _settings(
+    context: Context, form: Mapping[str, Any], uses: Sequence[AdapterUse], guidance: float
+) -> SamplingSettings:
+    """The fields as `SamplingSettings`."""
+    from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.sampling.stack import name_of
+
+    image, mask = read_input(context.workspace, form["image"]), None
+    if image is not None:
+        mask = _mask(context, form["mask_image"], image.size)
+    hires = float(form["hires"] or 1)
+    if image is not None and hires != 1:
+        raise UserError(
+            "a second pass is of images from text alone; set it to 1, or remove the image to start "
+            "from"
+        )
+    return SamplingSettings(
+        steps=int(form["steps"] or SamplingSettings.steps),
+        guidance_scale=guidance,
+        scheduler=None if form["scheduler"] == OWN else form["scheduler"],
+        width=_number(form, "width", "pixels, such as 512", least=1),
+        height=_number(form, "height", "pixels, such as 512", least=1),
+        negative_prompt=clean_text(form["negative_prompt"], PROMPT_LIMIT, "negative prompt"),
+        image=image,
+        mask_image=mask,
+        guidance_rescale=float(form["guidance_rescale"] or 0),
+        denoise=float(form["denoise"]) if image is not None else None,
+        hires=hires if hires != 1 else None,
+        hires_denoise=float(form["hires_denoise"]),
+        hires_steps=_number(form, "hires_steps", "a whole number", least=1),
+        strength_schedules={name_of(n): use.schedule for n, use in enumerate(uses) if use.schedule},
+        prompt_weights=bool(form["prompt_weights"]),
+    )
+
+
+def _mask(context: Context, value: object, size: tuple[int, int]) -> Any:
+    """The mask that was painted, or is kept under a name; None where nothing is painted."""
+    if not str(value or "").startswith("data:"):
+        kept = read_input(context.workspace, value)
+        return kept and kept.convert("L")
+    mask = read_mask(value)
+    if mask is None or not mask.getbbox():
+        return None
+    mask = mask.resize(size).point(lambda value: 255 if value > 32 else 0)
+    keep_input(context.workspace, mask)
+    return mask
+
+
+def _number(
+    form: Mapping[str, Any],
+    name: str,
+    wanted: str,
+    kind: type = int,
+    least: float = 0,
+    most: float = math.inf,
+) -> Any:
+    """The number of a field; None where it is empty."""
+    text = str(form.get(name) or "").strip()
+    if not text:
+        return None
+    with contextlib.suppress(ValueError):
+        if least <= (number := kind(text)) <= most:
+            return number
+    called = name.removesuffix("_scale").replace("_", " ")
+    raise UserError(f"the {called} is {text!r}; write {wanted}, or leave it empty")
+
+
+def choices(context: Context, jobs: Sequence[Job]) -> list[tuple[str, str]]:
+    """Return the choices of what to make images with, and labels: the newest result first."""
+    return [
+        *adapter_choices(jobs),
+        *(
+            (f"{job.label} (one file)", f"{MERGED}/{job.id}")
+            for job in jobs
+            if job.kind == "export" and job.state == "done"
+        ),
+        *((f"{name} alone", f"{BASE}/{name}") for name in context.models),
+    ]
+
+
+def adapter_choices(jobs: Sequence[Job]) -> list[tuple[str, str]]:
+    """Return the runs and checkpoints with an adapter, the newest first."""
+    listed = []
+    for job in (job for job in jobs if job.stands):
+        # The selected adapter, then the others, newest first.
+        chosen = ", chosen" if job.chosen else ""
+        listed.append((f"{job.label} · step {job.step_of(job.stands)}{chosen}", job.id))
+        listed += [
+            (f"{job.label} · step {job.step_of(name)}", f"{job.id}/{name}")
+            for name in reversed(_names(job))
+            if name != job.stands
+        ]
+    return listed
+
+
+def _names(job: Job) -> list[str]:
+    """The names of a run's adapters."""
+    return [*job.checkpoints, *([RESULT_NAME] if job.has_result else [])]
+
+
+def _model(context: Context, choice: str) -> tuple[BaseModel, Path | None, str, float]:
+    """A base model alone, a merged model, or a run with the name of its checkpoint.
+
+    Returns:
+        The base, the adapter, the trigger words, and the usual guidance scale.
+    """
+    kind, _, name = choice.partition("/")
+    if kind == BASE:
+        base = BaseModel(context.allowed_model(name))
+        return base, None, "mug", default_guidance(name)
+    if kind == MERGED:
+        job = context.job(name)
+        if job.kind != "export" or job.state != "done":
+            raise UserError("this merged model no longer exists; choose another one")
+        # A file's configuration is its base's, or what its base was loaded with.
+        own = context.job(job.record.run).settings.get("model_config")
+        config = own or (None if job.base.endswith(".safetensors") else job.base)
+        base = BaseModel(job.record.output, model_config=config)
+        return base, None, job.trigger, default_guidance(job.base)
+    job = context.job(kind)
+    base = replace(job.base_model, path=context.allowed_model(job.base))
+    guidance = float(job.settings.get("validation_guidance_scale") or default_guidance(job.base))
+    return base, chosen_adapter(job, name), job.trigger, guidance
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What an image's text gives.
+
+    Attributes:
+        choice: The run, checkpoint or model; None where none here is the image's.
+        form: The fields' values by name; all of them, those that are not stated unset.
+        batch: Images of its batch, and its place there.
+        unread: A line for each thing that another image would be made without.
+    """
+
+    choice: str | None
+    form: Mapping[str, Any]
+    batch: tuple[int, int]
+    unread: tuple[str, ...]
+
+
+def restore(context: Context, text: str) -> Restored:
+    """The fields' values of an image's generation parameters."""
+    from dora_diffusion.sampling import images
+
+    fields = images.parse_parameters(text)
+    values, others = images.settings_of(fields)
+    unread = [f"no field here: {other}" for other in others]
+    form = {**UNSET, **{name: _shown(name, value) for name, value in values.items()}}
+    adapters = _adapters_of(context, fields, unread)
+    form["strength"], *_ = [*adapters.values(), 1]
+    further = [*adapters.items()][1:]
+    for (name, (strength_name, _)), (adapter, strength) in zip(MORE.items(), further, strict=False):
+        form |= {name: adapter, strength_name: strength}
+    choice = next(iter(adapters), None) or _base_of(context, fields, unread)
+    if adapters and "Model" in fields:
+        base = str(_model(context, next(iter(adapters)))[0].path)
+        if images.model_name(base) != fields["Model"]:
+            unread.append(f"the model {fields['Model']}: the adapter's is {base}")
+    if images.LOADED in fields:
+        unread.append(f"loaded with {fields[images.LOADED]}")
+    form |= _reading_of(context, adapters, choice, fields)
+    for name, key in (("image", images.INIT_IMAGE), ("mask_image", images.MASK_IMAGE)):
+        form[name] = fields.get(key, "")
+        if form[name] and input_path(context.workspace, form[name]) is None:
+            unread.append(f"{LABELS[name]}: it is not here, choose or paint it")
+            form[name] = ""
+    place = [fields.get(key, "") for key in (images.BATCH_SIZE, images.BATCH_POSITION)]
+    size, position = (int(part) if part.isdecimal() else 0 for part in place)
+    is_batch = position < size <= MAX_BATCH and position <= form["seed"]
+    batch = (size, position) if is_batch else (1, 0)
+    return Restored(choice, form, batch, tuple(unread))
+
+
+def _shown(name: str, value: Any) -> Any:
+    """A setting's value as its field has it."""
+    if isinstance(value, list):
+        return (" | " if name == "strength_schedule" else " ").join(value)
+    if isinstance(value, float):
+        value = (
+            UNSET[name] if not math.isfinite(value) else int(value) if value.is_integer() else value
+        )
+    return value if isinstance(UNSET[name], (bool, int, float)) else str(value)
+
+
+def _adapters_of(
+    context: Context, fields: Mapping[str, str], unread: list[str]
+) -> dict[str, float]:
+    """The strengths of an image's adapters by the choice that each is here."""
+    from dora_diffusion.sampling.images import UsedAdapter
+
+    if "Adapter" not in fields:
+        return {}
+    known = {
+        job.id if own == RESULT_NAME else f"{job.id}-{own}": (job, own)
+        for job in context.jobs()
+        for own in _names(job)
+    }
+    found, hashes = dict[str, float](), fields.get("Lora hashes", "")
+    names, strengths = (fields[key].split(", ") for key in ("Adapter", "Adapter strength"))
+    for name, text in zip(names, strengths, strict=True):
+        strength = text.split(":")
+        if name not in known or len(found) > len(MORE):
+            unread.append(f"the adapter {name}, which is no run here: choose it")
+            continue
+        job, own = known[name]
+        if len({*strength}) > 1:
+            unread.append(f"strengths {text} of text encoders and UNet: {strength[-1]} is of both")
+        used = UsedAdapter.of(chosen_adapter(job, own))
+        if hashes and used.hash and used.hash not in hashes:
+            unread.append(f"the adapter {name} as it was then: it was trained further")
+        with contextlib.suppress(ValueError):
+            found[job.id if own == job.stands else f"{job.id}/{own}"] = float(strength[-1])
+    return found
+
+
+def _base_of(context: Context, fields: Mapping[str, str], unread: list[str]) -> str | None:
+    """The choice of the model that an image without adapters was made with."""
+    from dora_diffusion.sampling.images import model_name
+
+    model = fields.get("Model", "")
+    for choice in (choice for _, choice in choices(context, context.jobs())):
+        kind, _, name = choice.partition("/")
+        path = context.job(name).record.output if kind == MERGED else name
+        if kind in (BASE, MERGED) and model_name(path) == model:
+            return choice
+    if "Adapter" not in fields:
+        unread.append(f"the model {model or 'is not stated'}: choose it")
+    return None
+
+
+def _reading_of(
+    context: Context, adapters: Iterable[str], choice: str | None, fields: Mapping[str, str]
+) -> dict[str, str]:
+    """Return how an image's prompts were read, where its adapters do not say the same."""
+    from dora_diffusion.sampling.images import OWN_VERSION, TOKEN_LENGTH
+
+    is_own = fields.get("Version", "").startswith(OWN_VERSION)
+    read, text = (
+        {"max_token_length": TOKENS_PER_CHUNK if is_own else 0},
+        fields.get("Clip skip", ""),
+    )
+    with contextlib.suppress(KeyError, ValueError):
+        read["max_token_length"] = int(fields.get(TOKEN_LENGTH, read["max_token_length"]))
+        if choice and (is_own or text):
+            family = FAMILIES[model_info(str(_model(context, choice)[0].path)).family]
+            first = family.web_ui_clip_skip(0)
+            read["clip_skip"] = max(0, int(text or first) - first)
+    files = [_model(context, name)[1] for name in adapters]
+    agreed = agreed_reading([read_metadata(file).extra for file in files if file])
+    stated = {"clip_skip": 0, "max_token_length": TOKENS_PER_CHUNK, **stated_reading(agreed)}
+    return {
+        name: "" if read.get(name, stated[name]) == stated[name] else str(read[name])
+        for name in stated
+    }

@@ -1,0 +1,194 @@
+"""The images that are shown, how they were made, and what can be done with one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+
+from dora_diffusion.studio.app import html
+from dora_diffusion.studio.app.context import Context
+from dora_diffusion.studio.app.views import ui
+from dora_diffusion.studio.app.views.request import Restored, make_request, restore
+from dora_diffusion.studio.app.views.start import input_of, start_image
+from dora_diffusion.studio.jobs.image_generator import GeneratedImage
+from dora_diffusion.studio.jobs.store import UserError
+
+DEVICE: dict[str, Any] = {"show": "full", "concurrency_id": "device", "concurrency_limit": 1}
+HIRES = 1.5
+_STARS = {True: "★ Favourite", False: "☆ Favourite"}
+
+
+class ResultsView:
+    """The fields of the results.
+
+    Attributes:
+        shown: Holds the name of the image that the menu is of.
+        filled: The fields that `show_images` fills.
+    """
+
+    def __init__(self) -> None:
+        ui.html_block(html.heading("", "Results", "Every PNG contains its generation settings."))
+        hidden: dict[str, Any] = {"visible": False, "format": "png"}
+        self.slider = gr.ImageSlider(
+            show_label=False, interactive=False, type="filepath", buttons=["fullscreen"],
+            elem_id="slider", **hidden,
+        )  # fmt: skip
+        buttons = ["download", "fullscreen"]
+        self.gallery = ui.gallery(columns=2, buttons=buttons, elem_id="images", **hidden)
+        self.shown, self.names = gr.Textbox(visible=False, interactive=False), gr.State([])
+        with gr.Column(visible=False, elem_id="image-menu") as self.menu:
+            with gr.Row():
+                self.again = _button("Same again", "image-again")
+                self.vary = _button("Another seed", "image-vary")
+                self.hires = _button("Larger (hires)", "image-hires")
+                self.start = _button("Image to image, inpainting", "image-start")
+            with gr.Row():
+                self.use = _button("Use its settings", "image-use")
+                self.copy = _button("Copy its settings", "image-copy")
+                self.star = _button(_STARS[False], "image-star")
+                self.delete = _button("Delete", "image-delete", variant="stop")
+        self.parameters = ui.html_block(elem_id="parameters")
+        self.filled = [
+            self.slider, self.gallery, self.parameters, self.shown, self.names, self.menu,
+            self.star,
+        ]  # fmt: skip
+
+
+def _button(text: str, name: str, **options: Any) -> Any:
+    return ui.button(text, name, size="sm", min_width=120, **options)
+
+
+def on_step(progress: Any) -> Any:
+    return lambda *done: progress(done, desc="Generating images", unit="steps")
+
+
+def show_images(
+    context: Context, images: Sequence[GeneratedImage], *, is_pair: bool = False, columns: int = 2
+) -> list[Any]:
+    """Return images, or the two of a pair on a slider, and how they were made, with the menu."""
+    paths = [str(image.path) for image in images]
+    listed = [] if is_pair else [(str(image.path), f"seed {image.seed}") for image in images]
+    last = images[-1] if is_pair else images[0]
+    return [
+        gr.update(value=tuple(paths) if is_pair else None, visible=is_pair),
+        gr.update(value=listed, visible=not is_pair, columns=columns),
+        *_one(context, last, is_pair=is_pair)[:2],
+        [image.path.name for image in images],
+        gr.update(visible=True),
+        _one(context, last)[2],
+    ]
+
+
+def _one(context: Context, image: GeneratedImage, *, is_pair: bool = False) -> list[Any]:
+    """How an image was made, its name, and its star."""
+    caption = "Left: the base model. Right: with the adapter, at the same seed." if is_pair else ""
+    name = image.path.name
+    return [
+        html.note(caption, "info")
+        + html.notes(image.unread, "warn")
+        + html.command(image.parameters, "Generation settings (also in the PNG)"),
+        name,
+        _STARS[name in context.images.favourites()],
+    ]
+
+
+def _restored(context: Context, name: object) -> Restored:
+    """The settings of a generated image."""
+    image = context.images.read(name)
+    if not image.parameters:
+        raise UserError("this image does not say how it was made")
+    return restore(context, image.parameters)
+
+
+def connect(context: Context, tab: ResultsView, form: Any) -> None:
+    """Connect the menu; ``form`` is the tab's fields, as `fill` takes them."""
+    _connect_remaking(context, tab, form)
+
+    def begin(name: str) -> list[Any]:
+        known = _restored(context, name)
+        values = {**known.form, "image": input_of(context, name), "mask_image": "", "hires": 1}
+        return [*fill(context, form, replace(known, form=values)), gr.update(open=True)]
+
+    def use(name: str) -> list[Any]:
+        return fill(context, form, _restored(context, name))
+
+    def star(name: str) -> str:
+        return _STARS[context.images.toggle_favourite(name)]
+
+    def delete(name: str) -> list[Any]:
+        context.images.delete(name)
+        hidden = gr.update(value=None, visible=False)
+        said = html.note(f"{name} deleted")
+        return [hidden, hidden, said, "", [], gr.update(visible=False), gr.skip()]
+
+    def choose(names: list[str], event: gr.SelectData) -> list[Any]:
+        if not isinstance(event.index, int) or not 0 <= event.index < len(names):
+            raise UserError("this image no longer exists; choose another one")
+        return _one(context, context.images.read(names[event.index]))
+
+    shown = [tab.shown]
+    ui.on(tab.start.click, begin, shown, [*form.filled, form.start_box], show="minimal")
+    ui.on(tab.use.click, use, shown, form.filled)
+    ui.on(tab.copy.click, lambda: gr.Info("Copied"), js="() => studio.copy('#parameters pre')")
+    ui.on(tab.star.click, star, shown, [tab.star])
+    question = "Delete this image? There is no copy of it."
+    ui.on(tab.delete.click, delete, shown, tab.filled, confirm=question)
+    ui.on(tab.gallery.select, choose, [tab.names], [tab.parameters, tab.shown, tab.star])
+
+
+def _connect_remaking(context: Context, tab: ResultsView, form: Any) -> None:
+    """Connect what makes another image of the one that is shown, by its own settings."""
+
+    def remake(change: Callable[[dict[str, Any]], Any]) -> Callable[..., list[Any]]:
+        """An image like the one that is shown; only its settings where a part of it is not here."""
+
+        def run(name: str, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
+            known = _restored(context, name)
+            values = dict(known.form)
+            batch = change(values) or known.batch
+            filled = fill(context, form, replace(known, form=values))
+            if known.unread:
+                return [*filled, *[gr.skip()] * len(tab.filled)]
+            asked = replace(make_request(context, known.choice, values), batch=batch)
+            images = context.generator.make(asked, on_step(progress))
+            return [*filled, *show_images(context, images)]
+
+        return run
+
+    def vary(values: dict[str, Any]) -> tuple[int, int]:
+        values["seed"] = -1
+        return 1, 0
+
+    def enlarge(values: dict[str, Any]) -> tuple[int, int]:
+        if values["hires"] != 1 or values["image"]:
+            raise UserError(
+                "a second pass is of images from text alone, and done once; start from this image "
+                "instead, at a larger width and height"
+            )
+        values["hires"] = HIRES
+        return 1, 0
+
+    filled = [*form.filled, *tab.filled]
+    for button, change in (
+        (tab.again, lambda values: None), (tab.vary, vary), (tab.hires, enlarge)
+    ):  # fmt: skip
+        ui.on(button.click, remake(change), [tab.shown], filled, **DEVICE)
+
+
+def fill(context: Context, form: Any, known: Restored) -> list[Any]:
+    """Return an image's settings as the fields of a form, and what of them is not here.
+
+    Args:
+        context: The app.
+        form: The tab, with its ``fields`` by name besides those of the image to start from.
+        known: The settings.
+    """
+    return [
+        known.choice or gr.skip(),
+        *(ui.holding(field, known.form[name]) for name, field in form.fields.items()),
+        *start_image(context, known.form["image"], known.form["mask_image"]),
+        html.notes((f"Not as in the image: {line}" for line in known.unread), "warn"),
+    ]

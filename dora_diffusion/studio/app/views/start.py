@@ -1,0 +1,89 @@
+"""The image that others start from: painted over whole, or into where a mask is painted on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from dora_diffusion.data.images import open_photo
+from dora_diffusion.studio.app import html
+from dora_diffusion.studio.app.context import Context
+from dora_diffusion.studio.app.views import ui
+from dora_diffusion.studio.app.views.photo import EDITOR
+from dora_diffusion.studio.jobs import uploads
+from dora_diffusion.studio.jobs.image_store import keep_input, read_input
+from dora_diffusion.studio.jobs.store import UserError, confined
+
+_TOOLS = (Path(__file__).parents[1] / "mask.html").read_text(encoding="utf-8")
+_NONE = html.empty(
+    "No image to start from",
+    "Without one, images are made from text alone. Upload one, or take the image that is shown.",
+)
+
+
+class StartView:
+    """The fields of the image to start from.
+
+    Attributes:
+        image: Holds the name under which the image is kept; empty for none.
+        mask: Holds the name of a mask; `studio.mask` sends what is painted in its place.
+        filled: The fields that `start_image` fills.
+    """
+
+    def __init__(self) -> None:
+        hidden: dict[str, Any] = {"visible": False, "interactive": False}
+        self.image, self.mask = gr.Textbox(**hidden), gr.Textbox(**hidden)
+        options: dict[str, Any] = {"height": 120, "elem_id": "start-upload"}
+        label = "An image to paint over (image to image), or into (inpainting)"
+        self.upload = gr.File(label=label, file_types=["image"], **options)
+        self.take = ui.button("Take the image that is shown", "start-take")
+        self.editor = ui.html_block(_NONE, elem_id="start-image", js_on_load=EDITOR)
+        self.filled = [self.image, self.mask, self.editor]
+
+
+def connect(context: Context, tab: StartView, shown: Any) -> None:
+    """Connect the fields; ``shown`` holds the name of the image that is shown."""
+
+    def upload(file: str | None) -> list[Any]:
+        if not file:
+            return [gr.skip()] * len(tab.filled)
+        if Path(file).stat().st_size > uploads.MAX_BYTES:
+            raise UserError(f"the file is larger than {uploads.MAX_BYTES // 2**20} MB")
+        return start_image(context, keep_input(context.workspace, open_photo(file)))
+
+    def take(name: str) -> list[Any]:
+        if not name:
+            raise UserError("no image is shown; make one, or choose one below")
+        return start_image(context, input_of(context, name))
+
+    def drop() -> list[Any]:
+        return start_image(context, "")
+
+    ui.on(tab.upload.upload, upload, [tab.upload], tab.filled, show="minimal")
+    ui.on(tab.take.click, take, [shown], tab.filled, show="minimal")
+    ui.on(tab.editor.click, drop, None, tab.filled)
+
+
+def input_of(context: Context, name: object) -> str:
+    """Keep a generated image to start from; returns the name that it is kept under."""
+    path = confined(context.workspace.images, name)
+    return keep_input(context.workspace, open_photo(path))
+
+
+def start_image(context: Context, image: str, mask: str = "") -> list[Any]:
+    """Return the fields of an image to start from, and of its mask, by the names they are kept."""
+    photo = read_input(context.workspace, image)
+    if photo is None:
+        return ["", "", _NONE]
+    painted = read_input(context.workspace, mask)
+    return [
+        image,
+        mask,
+        _TOOLS.format(
+            photo=uploads.data_uri(photo),
+            version=html.esc(f"start/{image}/{mask}"),
+            mask=uploads.mask_uri(painted.convert("L")) if painted else "",
+        ),
+    ]

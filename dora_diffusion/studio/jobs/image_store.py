@@ -1,0 +1,257 @@
+"""The images of a runs folder with what made them, and the images that they are painted over.
+
+::
+
+    images/
+      <id>-<seed>.png    generated images, each with its generation parameters
+      favourites/        an empty file for each that was marked
+      inputs/<md5>.png   images and masks that were painted over or into, by their pixels
+      thumbnails/        a small JPEG of each that was listed
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from PIL.Image import DecompressionBombError
+
+from dora_diffusion.data.images import DECODE_ERRORS, PhotoError, open_photo
+from dora_diffusion.formats.files.atomic import atomic_file
+from dora_diffusion.studio.jobs.image_generator import GeneratedImage
+from dora_diffusion.studio.jobs.store import UserError, Workspace, confined
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PAGE = 60
+_THUMBNAIL_SIDE = 320
+_HASH = re.compile(r"[0-9a-f]{32}")
+_DATE = re.compile(r"(\d{4}(-\d\d(-\d\d)?)?)?")
+
+
+class _Entry(NamedTuple):
+    """An image in the list."""
+
+    name: str
+    modified: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched for among images.
+
+    Attributes:
+        words: Words that all are in the prompt, the negative prompt or an adapter's name.
+        run: Id of a run whose adapter was used.
+        since: The first day, ``2026-11-29``, or the first month or year.
+        until: The last one.
+        only_favourites: Leave out images without a mark.
+
+    Raises:
+        UserError: If a date is none.
+    """
+
+    words: str = ""
+    run: str = ""
+    since: str = ""
+    until: str = ""
+    only_favourites: bool = False
+
+    def __post_init__(self) -> None:
+        for date in (self.since, self.until):
+            if not _DATE.fullmatch(date):
+                raise UserError(f"{date!r} is no date; write it as 2026-11-29, 2026-11 or 2026")
+
+    def holds_date(self, modified: int) -> bool:
+        day = time.strftime("%Y-%m-%d", time.localtime(modified / 1e9))
+        return self.since <= day and (not self.until or day[: len(self.until)] <= self.until)
+
+    def holds_text(self, text: str) -> bool:
+        # Without the last line, of further settings.
+        body = text.rpartition("\n")[0].casefold()
+        return f"<lora:{self.run}" * bool(self.run) in body and all(
+            word in body for word in self.words.casefold().split()
+        )
+
+
+class ImageStore:
+    """The images of a runs folder. The list, and what a file says, are read once for each change.
+
+    Args:
+        workspace: The runs folder.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self._lock = threading.Lock()
+        self._listed: tuple[int, list[_Entry]] = (-1, [])
+        self._texts: dict[_Entry, str] = {}
+
+    @property
+    def stamp(self) -> str:
+        """A text that is another one when an image or a mark was added or removed."""
+        folders = (self.workspace.images, self.workspace.favourites)
+        return "-".join(str(folder.stat().st_mtime_ns) for folder in folders)
+
+    def entries(self) -> list[_Entry]:
+        """All images, newest first."""
+        folder = self.workspace.images
+        with self._lock:
+            changed = folder.stat().st_mtime_ns
+            if self._listed[0] != changed:
+                found = [
+                    (entry.stat().st_mtime_ns, entry.name)
+                    for entry in os.scandir(folder)
+                    if entry.name.endswith(".png") and entry.is_file(follow_symlinks=False)
+                ]
+                self._listed = changed, [_Entry(n, t) for t, n in sorted(found, reverse=True)]
+                listed = {*self._listed[1]}
+                self._texts = {e: text for e, text in self._texts.items() if e in listed}
+            return self._listed[1]
+
+    def text(self, entry: _Entry) -> str:
+        """An image's generation parameters; empty where it has none or is damaged."""
+        from dora_diffusion.sampling.images import read_parameters
+
+        if entry not in self._texts:
+            try:
+                text = read_parameters(self.workspace.images / entry.name) or ""
+            except (*DECODE_ERRORS, DecompressionBombError):
+                text = ""
+            self._texts[entry] = text
+        return self._texts[entry]
+
+    def search(self, search: Search) -> list[_Entry]:
+        """The images that are searched for, newest first."""
+        marked = self.favourites() if search.only_favourites else frozenset()
+        return [
+            entry
+            for entry in self.entries()
+            if search.holds_date(entry.modified)
+            and (not search.only_favourites or entry.name in marked)
+            and (not (search.words or search.run) or search.holds_text(self.text(entry)))
+        ]
+
+    def prompts(self, most: int) -> list[str]:
+        """The different prompts of the newest images, newest first."""
+        from dora_diffusion.sampling.images import parse_parameters
+
+        read = (parse_parameters(self.text(entry)) for entry in self.entries()[:PAGE])
+        return [*dict.fromkeys(filter(None, (fields["Prompt"] for fields in read)))][:most]
+
+    def thumbnail(self, entry: _Entry) -> Path | None:
+        """A small JPEG of an image, made the first time; None where the image is damaged."""
+        from PIL import Image
+
+        path = self.workspace.thumbnails / f"{entry.name}.jpg"
+        if path.is_file() and path.stat().st_mtime_ns >= entry.modified:
+            return path
+        try:
+            with Image.open(self.workspace.images / entry.name) as image:
+                small = image.convert("RGB")
+        except (*DECODE_ERRORS, DecompressionBombError):
+            return None
+        small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+        with atomic_file(path) as temporary:
+            small.save(temporary, format="JPEG", quality=85)
+        return path
+
+    def read(self, name: object) -> GeneratedImage:
+        """An image by the name of its file.
+
+        Raises:
+            UserError: If there is none.
+        """
+        from dora_diffusion.sampling.images import parse_parameters
+
+        path = confined(self.workspace.images, name)
+        text = self.text(_Entry(path.name, path.stat().st_mtime_ns))
+        seed = parse_parameters(text).get("Seed", "")
+        return GeneratedImage(path, int(seed) if seed.isdecimal() else 0, text)
+
+    def favourites(self) -> frozenset[str]:
+        """The names of the images that are marked."""
+        return frozenset(os.listdir(self.workspace.favourites))
+
+    def toggle_favourite(self, name: object) -> bool:
+        """Mark an image, or no longer. Returns whether it is marked now.
+
+        Raises:
+            UserError: If there is no such image.
+        """
+        mark = self.workspace.favourites / confined(self.workspace.images, name).name
+        if mark.exists():
+            mark.unlink()
+            return False
+        mark.touch()
+        return True
+
+    def delete(self, name: object) -> None:
+        """Delete an image with its mark and thumbnail, and with what it alone was painted over.
+
+        Raises:
+            UserError: If there is no such image.
+        """
+        image = self.read(name)
+        inputs = {*_inputs_of(image.parameters)}
+        image.path.unlink()
+        (self.workspace.favourites / image.path.name).unlink(missing_ok=True)
+        (self.workspace.thumbnails / f"{image.path.name}.jpg").unlink(missing_ok=True)
+        if inputs:
+            for entry in self.entries():
+                inputs -= {*_inputs_of(self.text(entry))}
+        for unused in inputs:
+            (self.workspace.inputs / f"{unused}.png").unlink(missing_ok=True)
+
+
+def _inputs_of(text: str) -> Iterator[str]:
+    """The hashes of an image's inputs."""
+    from dora_diffusion.sampling.images import INIT_IMAGE, MASK_IMAGE, parse_parameters
+
+    fields = parse_parameters(text)
+    return (fields[key] for key in (INIT_IMAGE, MASK_IMAGE) if _HASH.fullmatch(fields.get(key, "")))
+
+
+def keep_input(workspace: Workspace, image: Image) -> str:
+    """Keep an image, or a mask ("L"), to paint over: under the name of its pixels, once.
+
+    Returns:
+        Its name, which is the hash that images made of it state (`images.painted_fields`).
+    """
+    from dora_diffusion.sampling.images import pixel_hash, save_image
+
+    name = pixel_hash(image, image.mode)
+    path = workspace.inputs / f"{name}.png"
+    if not path.exists():
+        save_image(image, path)
+    return name
+
+
+def input_path(workspace: Workspace, name: object) -> Path | None:
+    """The file of an image or a mask that was kept; None where it is not here."""
+    path = workspace.inputs / f"{name}.png"
+    return path if _HASH.fullmatch(str(name)) and path.is_file() else None
+
+
+def read_input(workspace: Workspace, name: object) -> Image | None:
+    """An image or a mask that was kept; None without a name.
+
+    Raises:
+        UserError: If it is gone.
+    """
+    if not name:
+        return None
+    path = input_path(workspace, name)
+    if path is None:
+        raise UserError("the image to start from is no longer here; choose it again")
+    try:
+        return open_photo(path)
+    except PhotoError as error:
+        raise UserError(f"the image to start from cannot be read ({error})") from error

@@ -1,0 +1,135 @@
+"""Images as a person keeps and changes them: several adapters, image to image, masks, the menu.
+
+No run begins: what made the adapters is there, and another app leads the queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.models.embedded import model_folder
+from dora_diffusion.sampling.images import parse_parameters, read_parameters
+from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs.queue import Lock
+from dora_diffusion.studio.jobs.store import Workspace, write_json
+from tests.browser.test_app import images_of, press, set_slider, set_up_images
+from tests.studio.jobs.helpers import METRICS, make
+
+Visit = App = Any
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, random_adapter: Callable[..., Any]
+) -> Iterator[Path]:
+    """Two runs with an adapter each of the embedded model."""
+    workspace = Workspace(tmp_path_factory.mktemp("images") / "runs").make()
+    lock = Lock(workspace.queue_lock)
+    assert lock.take()
+    for seed, title in enumerate(("first", "second")):
+        model = {"pretrained_model_name_or_path": "embedded:tiny-sd", "max_train_steps": 3}
+        folder = make(workspace, title, token="sks", class_word="mug", **model)
+        (folder / "metrics.jsonl").write_text(METRICS.format(step=3), encoding="utf-8")
+        layers = random_adapter(model_folder("tiny-sd"), seed=seed, every=9)
+        adapter = AdapterFile(layers, AdapterMetadata("sd1", trigger="sks mug"))
+        write_adapter(folder / "pytorch_lora_weights.safetensors", adapter)
+        write_json(folder / records.RESULT, {"code": 0})
+    yield workspace.root
+    lock.free()
+
+
+def fields_of(path: Path) -> dict[str, str]:
+    return parse_parameters(read_parameters(path) or "")
+
+
+def pixels(path: Path) -> Any:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"), np.int16)
+
+
+def test_images_are_made_of_several_adapters_and_of_one_another(
+    visit: Callable[..., Visit], app: App
+) -> None:
+    page = visit()
+    page.tab("Generate")
+    page.wait_text("#history", "No images yet[^]*Generate images")
+    page.wait("document.querySelector('#adapter input').value.includes('second')")
+    set_up_images(page)
+    page.press("button", "More adapters")
+    page.choose("#adapter_second", "first")
+    set_slider(page, "Second strength", "-0.5")
+    (first,) = press(page, app, "#make")
+    second, other = sorted(folder.name for folder in app.runs.glob("2*"))
+    assert fields_of(first)["Adapter"] == f"{other}, {second}"
+    assert fields_of(first)["Adapter strength"] == "1, -0.5"
+    (again,) = press(page, app, "#image-again")
+    assert again.read_bytes() == first.read_bytes()
+    (varied,) = press(page, app, "#image-vary")
+    assert (pixels(varied) != pixels(first)).any()
+    assert fields_of(varied)["Seed"] != "7"
+    (large,) = press(page, app, "#image-hires")
+    assert pixels(large).shape[0] == 1.5 * pixels(first).shape[0]
+    # The first one again, from the list of all; then into its left half, without a mouse.
+    page.click(f"#history [data-value='{first.name}']")
+    page.wait_text("#parameters", "Seed: 7,")
+    page.click("#image-start")
+    page.wait_for("#start-image canvas")
+    for side, value in (("left", "0"), ("top", "0"), ("width", "50"), ("height", "100")):
+        page.fill(f"#start-image [data-side={side}]", value)
+    page.page.locator("#start-image [data-do=fill]").press("Enter")
+    set_slider(page, "Denoising strength", "1")
+    (into,) = press(page, app, "#make")
+    assert {"Init image hash", "Mask image hash"} <= {*fields_of(into)}
+    middle = pixels(first).shape[1] // 2
+    change = np.abs(pixels(into) - pixels(first)).mean((0, 2))
+    assert change[: middle - 8].mean() > 4 * change[middle + 8 :].mean()
+    page.click("#start-image [data-do=clear]")
+    (over,) = press(page, app, "#make")
+    assert "Mask image hash" not in fields_of(over)
+    assert fields_of(over)["Init image hash"] == fields_of(into)["Init image hash"]
+    # What was painted into is made again with its mask.
+    page.click(f"#history [data-value='{into.name}']")
+    page.wait_text("#parameters", "Mask image hash")
+    (same,) = press(page, app, "#image-again")
+    assert same.read_bytes() == into.read_bytes()
+
+
+def cards(page: Visit, count: int) -> None:
+    page.wait("n => document.querySelectorAll('#history .dd-sample').length === n", count)
+
+
+def test_images_are_found_marked_copied_and_deleted(visit: Callable[..., Visit], app: App) -> None:
+    page = visit()
+    page.tab("Generate")
+    count = len(images_of(app))
+    assert count > 5
+    cards(page, count)
+    newest = max(images_of(app), key=lambda path: path.stat().st_mtime_ns)
+    page.click("#history .dd-sample")
+    page.wait_for(f"#images img[src*='{newest.name}']")
+    page.click("#image-star")
+    page.wait_text("#image-star", "★")
+    page.wait_text("#history .dd-sample", "★")
+    page.press("button", "Search")
+    page.check("Favourites only")
+    cards(page, 1)
+    page.fill("#find-words input, #find-words textarea", "elephant")
+    page.wait_text("#history", "Nothing found")
+    page.fill("#find-words input, #find-words textarea", "sks MUG")
+    cards(page, 1)
+    page.page.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text }")
+    page.click("#image-copy")
+    page.wait("window.copied?.includes('Steps: 2')")
+    assert "Copied" in page.toast()
+    page.click("#image-delete")
+    app.until(lambda: not newest.exists())
+    page.wait_text("#history", "Nothing found")
+    page.wait("!document.querySelector('#image-menu')?.checkVisibility()")
+    assert len(images_of(app)) == count - 1
