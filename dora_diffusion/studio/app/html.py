@@ -297,7 +297,7 @@ def _result(job: Job, output: Path) -> str:
 
 
 def is_adapter(job: Job) -> bool:
-    """Return whether a job makes an adapter to work with further, and not one for another program."""
+    """Return whether a job makes an adapter to work with, and not one for another program."""
     return job.kind in ("combine", "extract") or job.record.output.endswith("resized.safetensors")
 
 
