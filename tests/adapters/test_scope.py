@@ -387,4 +387,10 @@ def test_gradients_are_there_inside_of_a_scope_after_each_pass(net, x, settings)
         net(x).square().mean().backward()
         twice = [parameter.grad for parameter in parameters]
         torch.testing.assert_close(twice, [2 * gradient for gradient in once])
+        layer = net.square
+        found = torch.autograd.grad(layer(torch.ones(2, 10)).sum(), parameters, allow_unused=True)
     assert len(seen) == 2 * len(parameters)
+    # Of a pass through one layer the others have none, whatever earlier ones have reached.
+    reached = {id(parameter) for parameter in layer.adapters.parameters()}
+    if "parametrization" not in settings:  # It gives what it makes of no gradient zeros.
+        assert [g is not None for g in found] == [id(p) in reached for p in parameters]

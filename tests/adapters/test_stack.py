@@ -208,7 +208,7 @@ def stacked(model: nn.Module, adapters: list[list[LayerAdapter]]) -> AdapterStac
     return AdapterStack(layers, list(zip(*adapters, strict=True)))
 
 
-@pytest.mark.parametrize("change", ["dtype", "strengths", "bias"])
+@pytest.mark.parametrize("change", ["dtype", "strengths", "bias", "weight"])
 def test_what_changes_between_steps_counts_from_the_next_one(change: str) -> None:
     model, adapters = make([2, 3])
     stack, x = stacked(model, adapters), torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -219,6 +219,8 @@ def test_what_changes_between_steps_counts_from_the_next_one(change: str) -> Non
     if change == "bias":
         with torch.no_grad():
             model[4].bias.add_(1)
+    if change == "weight":
+        model[4].weight = nn.Parameter(model[4].weight.detach().roll(1, 0), requires_grad=False)
     for adapter in adapters[0] if change == "strengths" else ():
         adapter.strengths = Strengths(1.0, 1.5, 0.5)
     with stack.scope(), stack.of(0):

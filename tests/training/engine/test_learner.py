@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from dora_diffusion.numerics import loss
 from dora_diffusion.numerics.loss import loss_weight
 from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.engine.objective import draw_inputs
+from dora_diffusion.training.engine.step import _of_one_size
 from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.results.metrics import TrainingError
 from dora_diffusion.training.session import Session, open_session
 from tests.training.helpers import accelerator_of_fp16, losses_by, objective_of, open_run
 
@@ -114,6 +117,40 @@ def test_steps_differ_and_a_seed_repeats_them(sd1_folder, shaped_photos, tmp_pat
     assert first == two_losses("b", 3)
     assert first[0] != first[1]
     assert first[0] != two_losses("c", 4)[0]
+
+
+def test_each_step_draws_dropout_from_a_seed_of_its_own(tiny_run) -> None:
+    seeds = []
+    for seed in (3, 3, 4):
+        config = tiny_run(seed=seed)
+        learner = open_session(config, subjects_of(config), make_accelerator(config)).learner
+        for step in (1, 2, 1):
+            learner.begin(step)
+            seeds.append(torch.initial_seed())
+    first, second, again = seeds[:3]
+    assert first == again != second
+    assert seeds[3:6] == seeds[:3]
+    assert not {*seeds[6:]} & {*seeds[:3]}
+
+
+def test_a_loss_that_is_not_finite_moves_nothing(tiny_run) -> None:
+    config = tiny_run()
+    session = open_session(config, subjects_of(config), make_accelerator(config))
+    learner, draw = session.learner, session.learner.inputs
+    learner.inputs = lambda number: replace(draw(number), weights=torch.tensor([torch.nan]))
+    parameters = session.weights.parameters()
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with pytest.raises(TrainingError, match="loss"):
+        session.step(1)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in parameters.items())
+    assert not learner.optimizer.state
+
+
+def test_batches_of_one_size_are_computed_together() -> None:
+    shapes = {0: (2, 4, 8, 8), 1: (2, 4, 8, 16), 2: (1, 4, 8, 8)}
+    given = {k: SimpleNamespace(latents=torch.empty(shape)) for k, shape in shapes.items()}
+    groups = list(_of_one_size(given))  # type: ignore[arg-type]
+    assert groups == [{0: given[0], 2: given[2]}, {1: given[1]}]
 
 
 def test_in_fp16_gradients_are_unscaled_before_their_norm_is_measured_and_limited(tiny_run) -> None:

@@ -175,13 +175,15 @@ def test_only_the_vectors_of_the_word_move(sdxl_folder: Path, named: Path, tmp_p
     before = load_components(sdxl_folder)
     words = session.weights.words
     seen = [{name: rows.clone() for name, rows in words.parameters().items()}]
-    encoded = []
+    encoded, trains = [], []
     condition = session.learner.objective.condition
     encode = condition._encode
     condition._encode = lambda captions: encoded.append(list(captions)) or encode(captions)
     for step in (1, 2, 3):
         record = session.step(step)
         seen.append({name: rows.clone() for name, rows in words.parameters().items()})
+        trains.append({table.trains for table in words.tables.values()})
+    assert trains == [{True}, {True}, {False}]
     for name in words.parameters():
         first, one, two, three = (rows[name] for rows in seen)
         assert (first - one).abs().min() > 0
@@ -198,6 +200,21 @@ def test_only_the_vectors_of_the_word_move(sdxl_folder: Path, named: Path, tmp_p
     # The class caption is encoded once, and captions with the word in every step.
     assert encoded.count(["a photo of a mug"]) == 1
     assert encoded.count([PROMPT]) == 3
+
+
+def test_a_batch_without_the_word_gives_it_a_gradient_of_zero(
+    sd1_folder: Path, named: Path, tmp_path: Path
+) -> None:
+    """Not none, which processes that share gradients could not average."""
+    config = make_config(sd1_folder, named, tmp_path, **WORDS)
+    session = open_session(config, subjects_of(config), make_accelerator(config))
+    learner, draw = session.learner, session.learner.inputs
+    learner.inputs = lambda number: replace(draw(number), captions=["a mug"])  # type: ignore[assignment]
+    learner.update = lambda *_: {}  # type: ignore[method-assign]
+    session.step(1)
+    (rows,) = session.weights.words.parameters().values()
+    assert rows.grad is not None
+    assert not rows.grad.any()
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(
