@@ -221,8 +221,9 @@ def _with_norms(op: Operation, y: Any, bias: Tensor | None, change: Tensor | Non
     """
     if change is None:
         return y
-    scaled = y if bias is None else y - by_row(op, bias[None], y)
-    return y + (by_row(op, change, y) * scaled).to(y.dtype)
+    factor = by_row(op, 1 + change, y)
+    made = y * factor if bias is None else torch.addcmul(by_row(op, -change * bias, y), y, factor)
+    return made.to(y.dtype)
 
 
 def sum_of_adapters(
