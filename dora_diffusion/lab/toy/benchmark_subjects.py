@@ -101,7 +101,13 @@ class BenchmarkSubject:
 
 
 def draw_subject(
-    kind: str, seed: int, *, mark: str, color: str | None = None, word: str | None = None
+    kind: str,
+    seed: int,
+    *,
+    mark: str,
+    color: str | None = None,
+    word: str | None = None,
+    photos: int = PHOTOS,
 ) -> BenchmarkSubject:
     """Draw a subject: the same seed is the same subject on every machine.
 
@@ -111,10 +117,13 @@ def draw_subject(
         mark: The emblem or pattern on its body.
         color: Palette name of the body; None draws a colour without a name.
         word: The class word; None says that the models have none.
+        photos: How many there are, at most five; fewer are the first of them.
 
     Raises:
-        ValueError: No such class, emblem, pattern or colour.
+        ValueError: No such class, emblem, pattern or colour, or another number of photos.
     """
+    if not 1 <= photos <= PHOTOS:
+        raise ValueError(f"photos is {photos}; it must be from 1 to {PHOTOS}")
     find_shape(kind)  # Refuses what is none.
     for what, name, known in (
         ("colour", color, (*COLORS, None)),
@@ -139,9 +148,10 @@ def draw_subject(
     )
     places = generator.choice(list(BACKGROUNDS), PHOTOS, replace=False)
     name = f"{mark}_{'nonsense' if kind.startswith('random-') else kind}"
+    name += f"_{photos}" if photos < PHOTOS else ""
     return BenchmarkSubject(
         SampleSubject(name, word or NO_WORD, subject),
-        tuple(str(place) for place in places),
+        tuple(str(place) for place in places[:photos]),
         word is not None,
     )
 
@@ -197,7 +207,7 @@ def find_subject(name: str) -> BenchmarkSubject:
 def write_photos(
     subject: BenchmarkSubject, folder: Path, *, with_masks: bool = False
 ) -> list[Path]:
-    """Render a subject's five photos with a caption file each; returns the photos.
+    """Render a subject's photos with a caption file each; returns the photos.
 
     Args:
         subject: What they show.

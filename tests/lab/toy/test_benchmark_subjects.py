@@ -69,12 +69,18 @@ def test_a_seed_is_a_subject():
     assert again == find_subject("cross_mug")
     other = draw_subject("mug", 5, mark="cross", word="mug", color="purple")
     assert other.sample.subject.accent != again.sample.subject.accent
+    two = draw_subject("mug", 4, mark="cross", word="mug", color="purple", photos=2)
+    assert two.sample.subject == again.sample.subject
+    assert two.photo_backgrounds == again.photo_backgrounds[:2]
+    assert (two.name, len(two.held_out_backgrounds)) == ("cross_mug_2", len(BACKGROUNDS) - 2)
     # The draw itself, so that another numpy that draws otherwise is noticed.
     assert REPORTED[0].sample.subject.body == pytest.approx(ROBOT_BODY, abs=1e-12)
     for wrong, said in (
         ({"color": "mauve"}, "no colour 'mauve'; there are red, .*, black$"),
         ({"mark": "anchor"}, "no emblem or pattern 'anchor'; there are star, .*, checked$"),
         ({"kind": "zeppelin"}, "no class 'zeppelin'"),
+        ({"photos": 0}, "photos is 0; it must be from 1 to 5"),
+        ({"photos": 6}, "photos is 6; it must be from 1 to 5"),
     ):
         with pytest.raises(ValueError, match=said):
             draw_subject(**{"kind": "mug", "seed": 4, "mark": "cross", **wrong})
