@@ -85,7 +85,7 @@ class Trial:
         leaves it as it is; `known_record` compares these.
         """
         defaults = _compared(TrainConfig().to_dict())
-        moved = {name: v for name, v in self.settings.items() if v != defaults[name]}
+        moved = {name: v for name, v in self.settings.items() if v != defaults.get(name)}
         parts = {
             "record": RECORD,
             "is_base": self.method == BASE,

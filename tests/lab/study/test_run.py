@@ -143,11 +143,14 @@ def test_keys_depend_on_all_that_figures_do(tmp_path):
         dataclasses.replace(first, seed=1),
         dataclasses.replace(first, base="another"),
         dataclasses.replace(first, asked=dataclasses.replace(first.asked, inference_steps=7)),
-        dataclasses.replace(first, config=dataclasses.replace(first.config, learning_rate=5e-3)),
+        *(
+            dataclasses.replace(first, config=dataclasses.replace(first.config, **moved))
+            for moved in ({"learning_rate": 5e-3}, {"init_adapter": "a"}, {"init_adapter": "b"})
+        ),
         dataclasses.replace(first, subject=_subject("bolt_mug")),
         dataclasses.replace(first, method="base"),
     ]
-    assert len({t.digest for t in [first, *others]}) == 7
+    assert len({t.digest for t in [first, *others]}) == 9
     moved = dataclasses.replace(first.config, output_dir="elsewhere", seed=8, logging_dir="x")
     assert dataclasses.replace(first, config=moved, row="name").digest == first.digest
 
