@@ -120,7 +120,11 @@ class Trial:
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        return {**record, "row": self.row, "method": self.method} if same else None
+        if not same:
+            return None
+        # One that was made short has only the settings that are not the default's.
+        settings = {**current, **record["settings"]}
+        return {**record, "row": self.row, "method": self.method, "settings": settings}
 
 
 def record_file(output: Path, digest: str) -> Path:

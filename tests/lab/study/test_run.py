@@ -118,6 +118,20 @@ def test_a_damaged_record_is_made_again(performed, tmp_path, damage):
     assert json.loads(file.read_text(encoding="utf-8"))["digest"] == performed[-1].digest
 
 
+def test_a_record_without_settings_at_their_default_is_reported_as_a_whole_one(
+    performed, tmp_path
+):
+    whole = run_study(study(), tmp_path).records
+    default = TrainConfig().to_dict()
+    for trial in performed:
+        short = json.loads(trial.file(tmp_path).read_text(encoding="utf-8"))
+        short["settings"] = {k: v for k, v in short["settings"].items() if v != default[k]}
+        trial.file(tmp_path).write_text(json.dumps(short), encoding="utf-8")
+    again = run_study(study(), tmp_path)
+    assert again.records == whole
+    write_report(again, tmp_path)
+
+
 def test_a_default_that_has_changed_makes_a_record_void(performed, tmp_path):
     """The key leaves settings at their default out; the record has them."""
     run_study(study(), tmp_path)
