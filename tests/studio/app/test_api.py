@@ -161,7 +161,8 @@ def test_bombs_and_strips_are_refused(served: Served, subject: str, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "name",
-    ["..%2F..%2Fjob.json", "%2e%2e", "%2e", "..", "..%5C..%5Ca.jpg%2F", "a%00.jpg", "a%0A.jpg",
+    ["..%2F..%2Fjob.json", "%2e%2e", "%2e", "..", "..%5Ca.jpg", "C%3Aa.jpg", "..%5C..%5Ca.jpg%2F",
+     "a%00.jpg", "a%0A.jpg",
      "x" * 300 + ".jpg", "%2Fetc%2Fpasswd", "a%2Fb.jpg", "%1B%5B31m.jpg"],
 )  # fmt: skip
 def test_a_name_leads_nowhere(name: str, served: Served, subject: str, tmp_path: Path) -> None:
@@ -230,6 +231,7 @@ def test_a_preset_is_the_page_s(preset: str, served: Served, subject: str) -> No
     job = served.ann.train([] if is_slider else [subject], given, preset, "One")
     assert (job.title, job.state, job.position) == ("One", "waiting", 1)
     got = context.job(job.id).settings
+    assert (got["rank"], got["seed"]) == (3, 9)
     own = {"output_dir", "instance_data_dir"}  # of the job
     assert {name for name, value in wanted.to_dict().items() if got[name] != value} <= own
 
