@@ -132,8 +132,8 @@ def read_bytes(path: Path) -> bytes:
     try:
         now = path.stat()
         if now.st_size > _MOST_BYTES or not (path.is_file() or path.is_dir()):
-            reason = f"larger than {_MOST_BYTES >> 20} MiB" if path.is_file() else "not a file"
-            raise PhotoError(f"{path.name}: {reason}; remove or replace it")
+            what = f"larger than {_MOST_BYTES >> 20} MiB" if path.is_file() else "not a file"
+            raise PhotoError(f"{path.name}: {what}; remove or replace it")
         if kept is None:
             data = path.read_bytes()
         else:

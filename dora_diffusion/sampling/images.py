@@ -71,6 +71,28 @@ _FACTS = (
 )  # fmt: skip
 
 
+def adapter_name(path: str | Path) -> str:
+    """Name an adapter's file by its stem, the file of a folder by the folder; no path stays.
+
+    A run's checkpoint has the run's name too: ``my-mug-checkpoint-100``.
+    """
+    place = Path(path).expanduser().resolve()
+    if place.name in (*ADAPTER_FILES, PEFT_FILE):
+        place = place.parent
+    name = without_path(str(place)).removesuffix(".safetensors")
+    return f"{place.parent.name}-{name}" if CHECKPOINT.fullmatch(place.name) else name
+
+
+def tag_name(name: str) -> str:
+    """A name without what separates names in texts."""
+    return re.sub(r"[<>:,\n]", "_", name)
+
+
+def split_tags(prompt: str) -> tuple[str, list[tuple[str, str]]]:
+    """A prompt without its ``<lora:NAME:STRENGTH>``, and of each the name and ``:STRENGTH``."""
+    return _TAG.sub("", prompt).strip(), _TAG.findall(prompt)
+
+
 class UsedAdapter(NamedTuple):
     """An adapter as an image's text names it.
 
@@ -86,18 +108,9 @@ class UsedAdapter(NamedTuple):
 
     @classmethod
     def of(cls, path: str | Path, strengths: Strengths = MergeStrengths()) -> UsedAdapter:  # noqa: B008 - frozen
-        """Name an adapter's file by its stem, the file of a folder by the folder; no path stays.
-
-        A run's checkpoint has the run's name too: ``my-mug-checkpoint-100``.
-        """
-        place = Path(path).expanduser().resolve()
-        if place.name in (*ADAPTER_FILES, PEFT_FILE):
-            place = place.parent
-        name = without_path(str(place)).removesuffix(".safetensors")
-        if CHECKPOINT.fullmatch(place.name):
-            name = f"{place.parent.name}-{name}"
+        """Name an adapter's file by `adapter_name`."""
         file = find_adapter(path)
-        return cls(name, strengths, content_hash(file.resolve(), *_version(file)))
+        return cls(adapter_name(path), strengths, content_hash(file.resolve(), *_version(file)))
 
     @property
     def tag(self) -> str:
@@ -110,7 +123,7 @@ class UsedAdapter(NamedTuple):
     @property
     def tag_name(self) -> str:
         """The name without what separates names."""
-        return re.sub(r"[<>:,\n]", "_", self.name)
+        return tag_name(self.name)
 
 
 def _version(file: Path) -> tuple[int, int]:
@@ -305,8 +318,8 @@ def parse_parameters(text: str) -> dict[str, str]:
         else:
             parts[0].append(line)
     prompt, negative = ("\n".join(lines).strip() for lines in parts)
-    tags = _TAG.findall(prompt)
-    fields = {"Prompt": _TAG.sub("", prompt).strip(), "Negative prompt": negative}
+    prompt, tags = split_tags(prompt)
+    fields = {"Prompt": prompt, "Negative prompt": negative}
     if tags:
         fields["Adapter"] = ", ".join(name for name, _ in tags)
         fields["Adapter strength"] = ", ".join(shares[1:] or "1" for _, shares in tags)

@@ -97,6 +97,7 @@ DETAIL = (
 )
 ELSEWHERE = {
     "adapter": STACKED,
+    "adapter_dir": "cli/commands/test_generate.py::test_prompts_may_name_adapters_of_a_folder",
     "strength": STACKED,
     "direction_strength": "sampling/test_generate.py::test_the_knobs_reach_every_layer",
     "magnitude_strength": "sampling/test_generate.py::test_the_knobs_reach_every_layer",

@@ -28,7 +28,7 @@ from dora_diffusion.config.fields import REQUIRED, TOKENS_PER_CHUNK, Need, flag,
 from dora_diffusion.config.file import read_config_file, read_yaml
 from dora_diffusion.config.prompts import Style, read_styles, with_styles
 from dora_diffusion.config.run import SampleSettings
-from dora_diffusion.config.wording import quoted
+from dora_diffusion.config.wording import did_you_mean, listing, quoted
 from dora_diffusion.formats.files.atomic import require_writable
 
 if TYPE_CHECKING:
@@ -72,6 +72,12 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         None,
         "Many adapters at once: a YAML list with an entry for each image, a file, or adapter, "
         "prompt, seed and strength. Images of a batch share the product with the base's weights.",
+    )
+    adapter_dir: str | None = flag(
+        None,
+        "Folder of adapters that the prompt may name as in web UIs: <lora:NAME:0.8> applies "
+        "NAME.safetensors of it, or of its folder NAME; --repeat finds an image's adapters there.",
+        needs=(lambda config: "the prompt names no adapter",),
     )
     prompt: str | None = flag(
         None, "Prompt; required, unless each entry of --adapters_file has one."
@@ -194,7 +200,7 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         values = {**(read_config_file(file) if file else {}), **given}
         image = values.get("repeat")
         if not image:
-            return super().read(given, file)
+            return super().read(given, file)._named_adapters()
         found, strengths = repeated_settings(str(image))
         found = {name: value for name, value in found.items() if name not in values}
         model = str(found.get("detail", ""))
@@ -205,6 +211,9 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         )
         words = values.get("adapter") or []
         words = [words] if isinstance(words, str) else words
+        if strengths and not words and values.get("adapter_dir"):
+            words = [_named(values["adapter_dir"], name) for name in strengths]
+            given = {**given, "adapter_dir": None}
         require(
             len(words) >= len(strengths),
             f"{Path(str(image)).name} was made with the adapter{'s' * (len(strengths) > 1)} "
@@ -212,7 +221,28 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         )
         if strengths:
             given = {**given, "adapter": _with_strengths(words, strengths)}
-        return super().read({**found, **given}, file)
+        return super().read({**found, **given}, file)._named_adapters()
+
+    def _named_adapters(self) -> Self:
+        """The settings with the adapters that the prompt names in place of their tags.
+
+        Raises:
+            ConfigError: If a style or an adapter is not there.
+        """
+        if self.adapter_dir is None or self.prompt is None:
+            return self
+        from dora_diffusion.sampling.images import split_tags
+
+        styles = self.chosen_styles
+        prompt, tags = split_tags(with_styles(self.prompt, [style.prompt for style in styles]))
+        if not tags:
+            return self
+        negative = with_styles(self.negative_prompt, [style.negative_prompt for style in styles])
+        words = [f"{_named(self.adapter_dir, name)}{shares}" for name, shares in tags]
+        return replace(
+            self, prompt=prompt, negative_prompt=negative, styles=None, style=[], adapter_dir=None,
+            adapter=[*(self.adapter or []), *words],
+        )  # fmt: skip
 
     @cached_property
     def chosen_styles(self) -> list[Style]:
@@ -276,9 +306,9 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
     ) -> SamplingSettings:
         """The settings, those that are not given as a distilled model or adapter needs them."""
         from dora_diffusion.sampling.generate import few_steps
-        from dora_diffusion.sampling.images import UsedAdapter
+        from dora_diffusion.sampling.images import adapter_name
 
-        found = few_steps(components, [UsedAdapter.of(use.path).name for use in uses])
+        found = few_steps(components, [adapter_name(use.path) for use in uses])
         if found is None:
             return settings
         name, few = found
@@ -405,6 +435,27 @@ def repeated_settings(file: str) -> tuple[dict[str, Any], dict[str, str]]:
             f"of {Path(file).name}, this has no meaning here: {'; '.join(unread)}", stacklevel=2
         )
     return values, _strengths_of(fields)
+
+
+def _named(folder: str, name: str) -> str:
+    """The file of an adapter of a folder, by its name in texts.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    from dora_diffusion.sampling.images import adapter_name, tag_name
+
+    place = Path(folder).expanduser()
+    require(place.is_dir(), f"adapter_dir {folder} is not a folder; give one of adapters")
+    # What is directly there comes last, and counts.
+    files = [*sorted(place.glob("*/*.safetensors")), *sorted(place.glob("*.safetensors"))]
+    known = {tag_name(adapter_name(file)): str(file) for file in files}
+    require(
+        name in known,
+        f"adapter_dir {folder} has no adapter {name!r}{did_you_mean(name, known)}; there are "
+        f"{listing(known, 8) or 'none'}",
+    )
+    return known[name]
 
 
 def _strengths_of(fields: Mapping[str, str]) -> dict[str, str]:
@@ -617,7 +668,7 @@ def _rows(args: GenerateSettings) -> list[_Row]:
             require(
                 not re.search("<(lora|lyco|hypernet):", words),
                 f"the prompt {quoted(words)} holds <lora:...>, as web UIs load an adapter; give "
-                "its file with --adapter",
+                "its file with --adapter, or its folder with --adapter_dir",
             )
         require(
             not text.strip().startswith("Negative prompt:"),

@@ -815,3 +815,40 @@ def test_details_that_cannot_be_are_one_line(flags, message, sd1_folder, tmp_pat
     line = last_line()
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_prompts_may_name_adapters_of_a_folder(sd1_folder, random_adapter, tmp_path, capsys):
+    folder, image, other = tmp_path / "my", tmp_path / "a.png", tmp_path / "b.png"
+    files = [folder / "my ink.v2.safetensors", folder / "dog" / "pytorch_lora_weights.safetensors"]
+    for seed, file in enumerate(files, start=1):
+        file.parent.mkdir(exist_ok=True)
+        layers = random_adapter(sd1_folder, seed=seed, every=3)
+        write_adapter(file, AdapterFile(layers, AdapterMetadata("sd1")))
+    (tmp_path / "styles.csv").write_text("name,prompt\nink,<lora:my ink.v2:0.2:0.1> ink\n", "utf-8")
+    more = ("--seed", "4", "--guidance_scale", "2")
+    named = ("--prompt", "a <lora:dog:0.3> mug", "--styles", str(tmp_path / "styles.csv"))
+    named += ("--style", "ink", "--adapter_dir", str(folder))
+    given = ("--prompt", "a mug, ink", "--adapter", f"{files[1]}:0.3", f"{files[0]}:0.2:0.1")
+    assert run(sd1_folder, image, *more, *named) == 0
+    assert run(sd1_folder, other, *more, *given) == 0
+    assert image.read_bytes() == other.read_bytes()
+    assert "a mug, ink <lora:dog:0.3> <lora:my ink.v2:0.2:0.1>" in read_parameters(image)
+    # Whose image names them, it is repeated without naming their files again.
+    assert repeat(sd1_folder, image, other, "--adapter_dir", folder) == 0
+    assert image.read_bytes() == other.read_bytes()
+    assert "no effect" not in capsys.readouterr().err
+    assert run(sd1_folder, image, *more, "--overwrite", "--adapter_dir", str(folder)) == 0
+    assert (
+        "adapter_dir has no effect because the prompt names no adapter" in capsys.readouterr().err
+    )
+    for prompt, message in (
+        ("<lora:Dog:1>", "has no adapter 'Dog' (did you mean dog?); there are dog, my ink.v2"),
+        ("<lora:../my/dog:1>", "has no adapter '../my/dog'"),
+        ("<lora:dog:te=1>", "there is no adapter at"),
+        ("<lyco:dog:1>", "holds <lora:...>, as web UIs load"),
+    ):
+        flags = ("--prompt", prompt, "--adapter_dir", str(folder), "--overwrite")
+        assert run(sd1_folder, image, *flags) == 1
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert run(sd1_folder, image, "--prompt", "<lora:x:1>", "--adapter_dir", str(image)) == 1
+    assert "is not a folder; give one of adapters" in capsys.readouterr().err
