@@ -428,6 +428,7 @@ def _sampling(
         torch.no_grad(),
         nullcontext() if is_mixed else _norms_kept(components),
         _autoencoder_as_loaded(components.vae),
+        _any_channels(components) if settings.mask_image else nullcontext(),
         quiet_libraries(),
         scheduled(components.adaptable(), settings.strength_schedules) as set_share,
     ):
@@ -576,6 +577,21 @@ def _autoencoder_as_loaded(vae: Any) -> Iterator[None]:
     finally:
         vae.use_slicing = slices
         vae.register_to_config(force_upcast=upcasts)
+
+
+@contextmanager
+def _any_channels(components: Components) -> Iterator[None]:
+    """Have Diffusers' inpainting pipelines take latents of any number of channels.
+
+    They know a UNet that is no inpainting model by its 4, and compute with the autoencoder's.
+    """
+    unet, channels = components.unet, components.unet.config.in_channels
+    if not components.family.image_arguments:
+        unet.register_to_config(in_channels=4)
+    try:
+        yield
+    finally:
+        unet.register_to_config(in_channels=channels)
 
 
 def _sample(

@@ -110,6 +110,33 @@ def test_a_second_pass_is_image_to_image_over_the_enlarged_first(family, folder)
     assert max(map(difference, together, (first, second))) <= 1
 
 
+@pytest.mark.parametrize("name", ["embedded:tiny-sd", "embedded:tiny-sdxl"])
+def test_latents_of_any_channels_are_painted_into(name):
+    """Under a white mask it is image to image; where the mask is black, the image stays."""
+    components = load_components(name)
+    channels = components.unet.config.in_channels
+    assert channels != 4
+    side = components.default_resolution
+    settings = replace(SETTINGS, image=photo(side, side), denoise=0.6, width=side, height=side)
+    white, half = Image.new("L", (side, side), 255), Image.new("L", (side, side))
+    half.paste(255, (0, 0, side // 2, side))
+    (over,) = generate_images(components, PROMPT, [5], settings)
+    (all_of_it,) = generate_images(components, PROMPT, [5], replace(settings, mask_image=white))
+    assert difference(over, all_of_it) <= 1
+    (partly,) = generate_images(components, PROMPT, [5], replace(settings, mask_image=half))
+    assert components.unet.config.in_channels == channels
+    pixels = torch.from_numpy(np.asarray(photo(side, side), np.float32)).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        latents = components.vae.encode(pixels / 127.5 - 1).latent_dist.mode()
+        kept = components.vae.decode(latents).sample[0].permute(1, 2, 0).add(1).mul(127.5)
+    right = slice(3 * side // 4, None)
+    away = [
+        np.abs(np.asarray(image, np.float32) - kept.clamp(0, 255).numpy())[:, right].mean()
+        for image in (partly, over)
+    ]
+    assert away[0] < 0.2 * away[1]
+
+
 def test_what_is_painted_over_is_cut_from_the_middle(sd1_folder):
     components = load_components(sd1_folder)
     for extra, wide in (({}, {}), ({"mask_image": mask()}, {"mask_image": mask(96)})):
