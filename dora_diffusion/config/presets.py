@@ -14,6 +14,8 @@ class Preset:
     """Settings of a run under one name; every other setting has its default.
 
     Attributes:
+        about: What it is for.
+        measured: What it was measured on.
         steps: Optimizer steps, as a share of the family's usual number.
         embedded_steps: Optimizer steps on an embedded model.
         settings: Of every model.
@@ -21,6 +23,8 @@ class Preset:
         embedded: Of embedded models, over `EMBEDDED`.
     """
 
+    about: str
+    measured: str
     steps: float
     embedded_steps: int
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -38,46 +42,54 @@ _WORD: Mapping[str, Any] = {
     "token": "<sks>", "train_text_encoder_ti": True, "num_new_tokens_per_abstraction": 1,
     "initializer_concept": ["sks"],
 }  # fmt: skip
+_PRACTICE = "Published practice for DreamBooth with LoRA, not measured here."
+_TINY = "On an embedded model, measured on tiny-sd; not measured on others."
 PRESETS: Mapping[str, Preset] = {
-    "fast": Preset(0.5, 50, embedded=_FAST),
-    "fast-word": Preset(0.5, 50, _WORD, embedded={**_FAST, "embedding_lr": 1e-2}),
-    "balanced": Preset(1, 300, released={"with_prior_preservation": True}),
-    "quality": Preset(1.5, 600, released={"with_prior_preservation": True, "rank": 16}),
-    "style": Preset(
-        1.5, 400, {"token": "", "aspect_ratio_buckets": True, "caption_dropout": 0.05}
+    "fast": Preset("Half the steps.", _TINY, 0.5, 50, embedded=_FAST),
+    "fast-word": Preset(
+        "Fast with a new word that starts from sks, <sks> unless you name another.", _TINY,
+        0.5, 50, _WORD, embedded={**_FAST, "embedding_lr": 1e-2},
     ),
-    "slider": Preset(0.5, 100, {"teach": "slider", "method": "lora"}),
-    "object": Preset(0.75, 300),
-    "pet": Preset(1, 300, released={"with_prior_preservation": True, "random_flip": True}),
-    "face": Preset(1.5, 600, released={
-        "rank": 16, "train_text_encoder": True, "with_prior_preservation": True,
-        "prior_preservation_mode": "images", "num_class_images": 200,
-    }),
-    "one-photo": Preset(0.5, 150, released={"with_prior_preservation": True, "random_flip": True}),
+    "balanced": Preset(
+        "The usual number of steps.", _PRACTICE, 1, 300, released={"with_prior_preservation": True}
+    ),
+    "quality": Preset(
+        "More steps and parameters.", _PRACTICE, 1.5, 600,
+        released={"with_prior_preservation": True, "rank": 16},
+    ),
+    "style": Preset(
+        "Drawings or an artist's look: no token, captions as they are.",
+        "Measured on tiny-sd with 20 drawings; not on real weights.", 1.5, 400,
+        {"token": "", "aspect_ratio_buckets": True, "caption_dropout": 0.05},
+    ),
+    "slider": Preset(
+        "More or less of something, from prompts without images.",
+        "Measured on tiny-sd; not on real weights.", 0.5, 100,
+        {"teach": "slider", "method": "lora"},
+    ),
+    "object": Preset(
+        "A thing or a product: few steps, no mirrored photos, which lettering would show.",
+        _PRACTICE, 0.75, 300,
+    ),
+    "pet": Preset(
+        "An animal: mirrored photos too, and others of its class stay as they were.", _PRACTICE,
+        1, 300, released={"with_prior_preservation": True, "random_flip": True},
+    ),
+    "face": Preset(
+        "A person: more steps, the text encoder too, and 200 images of the class beside.",
+        _PRACTICE, 1.5, 600,
+        released={
+            "rank": 16, "train_text_encoder": True, "with_prior_preservation": True,
+            "prior_preservation_mode": "images", "num_class_images": 200,
+        },
+    ),
+    "one-photo": Preset(
+        "A single photo: half the steps, since one is soon learned by heart. Take the earliest "
+        "checkpoint that is like it.", "Not measured.", 0.5, 150,
+        released={"with_prior_preservation": True, "random_flip": True},
+    ),
 }  # fmt: skip
 """Presets, by the name that ``--preset`` takes."""
-_PRACTICE = "Published practice for DreamBooth with LoRA, not measured here."
-ABOUT: Mapping[str, tuple[str, str]] = {
-    "fast": ("Half the steps.", "On an embedded model, what 50 steps reach was measured on "
-             "tiny-sd; not measured on others."),
-    "fast-word": ("Fast with a new word that starts from sks, <sks> unless you name another.",
-                  "On an embedded model, measured on tiny-sd; not measured on others."),
-    "balanced": ("The usual number of steps.", _PRACTICE),
-    "quality": ("More steps and parameters.", _PRACTICE),
-    "style": ("Drawings or an artist's look: no token, captions as they are.",
-              "Measured on tiny-sd with 20 drawings; not on real weights."),
-    "slider": ("More or less of something, from prompts without images.",
-               "Measured on tiny-sd; not on real weights."),
-    "object": ("A thing or a product: few steps, no mirrored photos, which lettering would show.",
-               _PRACTICE),
-    "pet": ("An animal: mirrored photos too, and others of its class stay as they were.",
-            _PRACTICE),
-    "face": ("A person: more steps, the text encoder too, and 200 images of the class beside.",
-             _PRACTICE),
-    "one-photo": ("A single photo: half the steps, since one is soon learned by heart. Take the "
-                  "earliest checkpoint that is like it.", "Not measured."),
-}  # fmt: skip
-"""What a preset is for, and what it was measured on, by its name."""
 # The embedded models are small: they take larger steps (as in samples/*/config.yaml).
 EMBEDDED: Mapping[str, Any] = {
     "learning_rate": 2e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 10, "conv_rank": 8,

@@ -202,7 +202,7 @@ def fitting_settings(
     """
     first = auto_precision(device)
     precisions = (first, "bf16") if device.kind == "cpu" else (first,)
-    choices = [
+    choices: list[dict[str, Any]] = [
         {"mixed_precision": precision, "gradient_checkpointing": on, "optimizer": "adamw"}
         for precision in precisions
         for on in (False, True)

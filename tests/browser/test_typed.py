@@ -322,8 +322,8 @@ def test_captions_are_edited_by_keys_and_by_tags(visit: Callable[..., Visit], ap
     rows = page.page.locator("#caption-rows textarea")
 
     def is_in(place: int) -> None:
-        field = "document.querySelectorAll('#caption-rows textarea')[place]"
-        page.wait(f"([place]) => document.activeElement === {field}", [place])
+        row = f"document.querySelectorAll('#caption-rows textarea')[{place}]"
+        page.wait(f"document.activeElement === {row}")
 
     def are(*texts: str) -> None:
         page.wait("(texts) => texts.every((text, place) => text === "

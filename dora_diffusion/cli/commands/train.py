@@ -25,7 +25,7 @@ from dora_diffusion.config.derived import overridden
 from dora_diffusion.config.families import FAMILIES, USUAL
 from dora_diffusion.config.fields import require_choice
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
-from dora_diffusion.config.presets import ABOUT, preset_settings
+from dora_diffusion.config.presets import preset_settings
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.models.locate import is_embedded
@@ -112,7 +112,7 @@ def add_settings(parser: Parser) -> None:
         "--preset",
         choices=PRESETS,
         help="Settings to start from; the file's and flags given here take precedence. "
-        + " ".join(f"{name}: {' '.join(about)}" for name, about in ABOUT.items()),
+        + " ".join(f"{name}: {one.about} {one.measured}" for name, one in PRESETS.items()),
     )
     parser.add_argument(
         "--memory",
@@ -277,7 +277,7 @@ def _fitting(memory: str, values: Mapping[str, Any]) -> dict[str, Any]:
     from dora_diffusion.models.memory import describe_device, fitting_settings, gpu_of
 
     device = describe_device() if memory == "auto" else gpu_of(memory)
-    given = TrainConfig().to_dict() | values
+    given = {**TrainConfig().to_dict(), **values}
     model = str(given["pretrained_model_name_or_path"])
     if is_embedded(model):
         warnings.warn(f"memory has no effect because {model} fits anywhere", stacklevel=1)

@@ -273,50 +273,57 @@ def start_task(name: str, workspace: Workspace, run: Job, *values: object) -> st
     """
     from dora_diffusion.export import hub
 
-    is_imported = run.kind == records.IMPORT
-    if name == "push" and is_imported:
-        raise UserError("this adapter was imported; publish the runs that you trained")
     kind, job = FORMS[name]
-    adapter = str(chosen_adapter(run))
-    filled = {
-        **_of_base(run, "vae"), "adapter": adapter, "input": adapter, "folder": str(run.folder),
-        "source": [adapter if is_imported else str(run.folder)], "title": [run.title],
-        "overwrite": True, **job.fixed,
-    }  # fmt: skip
-    if kind is ConvertSettings and path_here(run.base_model) is None:
-        filled |= dict.fromkeys(("base", "variant", "revision"))  # It is not downloaded for it.
-    about, values = run.title, list(values)
-    if job.with_other:
-        other = values.pop(0)
-        if not isinstance(other, Job):
-            raise UserError("choose another adapter of the library first")
-        if other.base != run.base:
-            raise UserError(
-                f"{run.title} was trained on {run.base}, and {other.title} on {other.base}; choose "
-                "two of one base model"
-            )
-        filled["adapters"] = [adapter, str(chosen_adapter(other))]
-        about = f"{run.title} and {other.title}"
+    others = [] if not job.with_other else [_of_one_base(run, values[0])]
+    filled, titles = _about(kind, run, others), [one.title for one in (run, *others)]
+    if name == "push" and run.kind == records.IMPORT:
+        raise UserError("this adapter was imported; publish the runs that you trained")
     fields = [setting for setting in kind.settings() if setting.name in job.asked]
-    for setting, value in zip(fields, values, strict=True):
+    for setting, value in zip(fields, values[len(others) :], strict=True):
         text = clean_text(value, MOST_TEXT, setting.name) if isinstance(value, str) else value
         if text not in ("", None):
             filled[setting.name] = setting.cast(str(text).split() if setting.is_list else text)
         elif not setting.is_required:
             filled[setting.name] = setting.default
+    filled |= job.fixed
     if name == "push":
         hub.check(str(filled.get("repository", "")))
     require_strength("strength", float(filled.get("strength", 1.0)))
     # What is in the file, so that no result replaces another one.
-    end = job.output.format_map(filled)
-    folder = workspace.new_job()
-    if job.with_other or job.fixed:  # by more than a name can say
+    folder, end = workspace.new_job(), job.output.format_map(filled)
+    if others or job.fixed:  # more than a name can say
         end = f"{folder.name[-6:]}-{end}"
     output = str(workspace.exports / run.id / file_name(run, end)) if job.output else ""
     settings = kind.read({**filled, "output": output})
     trigger = run.trigger if name == "export" else ""  # of what can be prompted
-    record = {"run": run.id, "base": run.base, "output": output, "trigger": trigger}
-    return _start(folder, settings, f"{job.verb} {about}", **record)
+    about = {"run": run.id, "base": run.base, "output": output, "trigger": trigger}
+    return _start(folder, settings, f"{job.verb} {' and '.join(titles)}", **about)
+
+
+def _of_one_base(run: Job, other: object) -> Job:
+    """Another run, whose adapter is one of the same base model."""
+    if not isinstance(other, Job):
+        raise UserError("choose another adapter of the library first")
+    if other.base != run.base:
+        raise UserError(
+            f"{run.title} was trained on {run.base}, and {other.title} on {other.base}; choose "
+            "two of one base model"
+        )
+    return other
+
+
+def _about(kind: type[CommandSettings], run: Job, others: Sequence[Job]) -> dict[str, Any]:
+    """The settings of a command that follow from the runs that it is about."""
+    adapter = str(chosen_adapter(run))
+    filled = {
+        **_of_base(run, "vae"), "adapter": adapter, "input": adapter, "folder": str(run.folder),
+        "source": [adapter if run.kind == records.IMPORT else str(run.folder)],
+        "adapters": [adapter, *(str(chosen_adapter(other)) for other in others)],
+        "title": [run.title], "overwrite": True,
+    }  # fmt: skip
+    if kind is ConvertSettings and path_here(run.base_model) is None:
+        filled |= dict.fromkeys(("base", "variant", "revision"))  # It is not downloaded for it.
+    return filled
 
 
 def start_extraction(workspace: Workspace, base: str, tuned: str, rank: object) -> str:

@@ -21,7 +21,6 @@ from dora_diffusion.cli import main as cli
 from dora_diffusion.cli.commands.parser import Parser
 from dora_diffusion.cli.commands.train import add_settings, train_config
 from dora_diffusion.config import PRESETS, ConfigError, TrainConfig
-from dora_diffusion.config.presets import ABOUT
 from dora_diffusion.export.hub import HubError
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.numerics.devices import default_device
@@ -397,9 +396,9 @@ def test_a_preset_is_the_same_for_a_flag_a_file_and_the_app(name, sd1_folder, tm
 def test_a_preset_says_what_it_was_measured_on():
     add_settings(parser := Parser())
     help_of_preset = next(a.help for a in parser._actions if "--preset" in a.option_strings)
-    for name in PRESETS:
-        assert re.search("[Mm]easured", ABOUT[name][1]), name
-        assert f"{name}: {ABOUT[name][0]}" in help_of_preset
+    for name, preset in PRESETS.items():
+        assert re.search("[Mm]easured", preset.measured), name
+        assert f"{name}: {preset.about} {preset.measured}" in help_of_preset
 
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"

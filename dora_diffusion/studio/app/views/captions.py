@@ -48,11 +48,11 @@ class CaptionsView:
         self.edits.append((button, fields))
 
     def _add_tools(self) -> None:
-        with gr.Row(equal_height=True, elem_classes="dd-tool-row"):
+        with gr.Row(elem_classes="dd-tool-row"):
             find = _caption("Find", "caption-find", min_width=140)
             replace = _caption("Replace by", "caption-replace", min_width=140)
             self._add_button("Replace in all captions", find=find, replace=replace)
-        with gr.Row(equal_height=True, elem_classes="dd-tool-row"):
+        with gr.Row(elem_classes="dd-tool-row"):
             self.tag = _caption("Tag", "caption-tag", min_width=140)
             self._add_button("Put first", "tag-first", first_tag=self.tag)
             self._add_button("Append", "tag-append", add_tag=self.tag)

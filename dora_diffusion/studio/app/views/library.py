@@ -12,6 +12,7 @@ import gradio as gr
 from dora_diffusion.cli.commands.adapters import where_it_works
 from dora_diffusion.config.command import AsJob, CommandSettings
 from dora_diffusion.data.images import open_photo
+from dora_diffusion.formats.adapter.inspect import numbers
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.html import task_list
@@ -152,24 +153,6 @@ def connect(context: Context, tab: LibraryTab) -> None:
         name = gr.update(placeholder=job.title)
         return [_facts(job), "", job.record.stars, job.record.note, name]
 
-    def annotate(job_id: str | None, stars: Any, note: Any) -> None:
-        if job_id:
-            tasks.annotate_run(workspace, job_id, note, stars)
-
-    def rename(job_id: str | None, name: str) -> list[Any]:
-        tasks.rename_run(workspace, job_id, name)
-        parts = refresh(context.jobs(fresh=True), job_id)
-        shown = [ui.filled(parts[name]) for name in ("library", "library_run")]
-        return [*shown, _facts(context.job(job_id)), gr.update(value="", placeholder=name)]
-
-    def take(file: str | None, base: str) -> list[Any]:
-        if not file:
-            return [gr.skip()] * 4
-        made = tasks.import_adapter(
-            workspace, Path(file), "", str(base or "").strip(), context.allowed_model
-        )
-        return [None, *shown(made)]
-
     def delete(job_id: str) -> list[Any]:
         context.generator.release()  # Windows deletes no model that is mapped into memory.
         text = "Deleted" + ("" if delete_job(workspace, job_id) else REMAINS)
@@ -189,10 +172,10 @@ def connect(context: Context, tab: LibraryTab) -> None:
             if command == "convert":
                 tasks.start_conversion(workspace, context.job(job_id), *values)
                 return html.task_list(context.queued())
-            if FORMS[command][1].with_other:
-                other, *values = values
-                values = [context.job(other) if other else None, *values]
-            tasks.start_task(command, workspace, context.job(job_id), *values)
+            given = list(values)
+            if FORMS[command][1].with_other and given[0]:
+                given[0] = context.job(given[0])
+            tasks.start_task(command, workspace, context.job(job_id), *given)
             return html.task_list(context.queued())
 
         return run
@@ -202,11 +185,61 @@ def connect(context: Context, tab: LibraryTab) -> None:
             return ""
         return html.download(tasks.write_card(workspace, context.job(job_id)), "Model card")
 
+    ui.on(tab.gallery.select, choose, None, [tab.run])
+    told = [tab.details, tab.files, tab.stars, tab.note, tab.name]
+    ui.on(tab.run.change, show, [tab.run], told)
+    question = "Delete this run with everything it made?"
+    ui.on(tab.delete.click, delete, [tab.run], [tab.gallery, tab.run, tab.files], confirm=question)
+    ui.on(tab.convert.click, card, [tab.run], [tab.files])
+    buttons = {"convert": (tab.convert, [tab.target]), **tab.buttons}
+    for command, (button, fields) in buttons.items():
+        ui.on(button.click, task(command), [tab.run, *fields], [tab.tasks], show="minimal")
+    _connect_thoughts(context, tab)
+    _connect_intake(context, tab)
+
+
+def _connect_thoughts(context: Context, tab: LibraryTab) -> None:
+    """Keep a run's name, stars and note."""
+    workspace = context.workspace
+
+    def annotate(job_id: str | None, stars: Any, note: Any) -> None:
+        if job_id:
+            tasks.annotate_run(workspace, job_id, note, stars)
+
+    def rename(job_id: str | None, name: str) -> list[Any]:
+        tasks.rename_run(workspace, job_id, name)
+        parts = refresh(context.jobs(fresh=True), job_id)
+        shown = [ui.filled(parts[name]) for name in ("library", "library_run")]
+        return [*shown, _facts(context.job(job_id)), gr.update(value="", placeholder=name)]
+
+    named = [tab.rename.click, tab.name.submit]
+    renamed = [tab.gallery, tab.run, tab.details, tab.name]
+    ui.on(named, rename, [tab.run, tab.name], renamed)
+    # One after the other: what was typed last is written last.
+    thoughts = [tab.run, tab.stars, tab.note]
+    ui.on(
+        [tab.stars.input, tab.note.input], annotate, thoughts, None,
+        trigger_mode="always_last", concurrency_limit=1, concurrency_id="notes",
+    )  # fmt: skip
+
+
+def _connect_intake(context: Context, tab: LibraryTab) -> None:
+    """Take in adapters: uploaded, extracted, or what another job has made."""
+    workspace = context.workspace
+
+    def take(file: str | None, base: str) -> list[Any]:
+        if not file:
+            return [gr.skip()] * 4
+        made = tasks.import_adapter(
+            workspace, Path(file), "", str(base or "").strip(), context.allowed_model
+        )
+        return [None, *shown(made)]
+
     def extract(base: str, tuned: str, rank: str) -> str:
-        models = [str(name or "").strip() for name in (base, tuned)]
-        if not all(models):
+        if not (base or "").strip() or not (tuned or "").strip():
             raise UserError("name the fine-tuned model and its base model first")
-        tasks.start_extraction(workspace, *map(context.allowed_model, models), rank)
+        models = context.allowed_model(base), context.allowed_model(tuned)
+        tasks.start_extraction(workspace, *models, rank)
         return html.task_list(context.queued())
 
     def press(event: gr.EventData) -> list[Any]:
@@ -227,28 +260,11 @@ def connect(context: Context, tab: LibraryTab) -> None:
     def shown(run: str) -> list[Any]:
         parts = refresh(context.jobs(fresh=True), run)
         said = html.note(f"{context.job(run).title} is in the library", "good")
-        return [said, *(ui.filled(parts[name]) for name in ("library", "library_run"))]
+        chosen = gr.update(**parts["library_run"][0], value=run)
+        return [said, ui.filled(parts["library"]), chosen]
 
-    ui.on(tab.gallery.select, choose, None, [tab.run])
-    named = [tab.rename.click, tab.name.submit]
-    renamed = [tab.gallery, tab.run, tab.details, tab.name]
-    ui.on(named, rename, [tab.run, tab.name], renamed)
-    # One after the other: what was typed last is written last.
-    thoughts = [tab.run, tab.stars, tab.note]
-    ui.on(
-        [tab.stars.input, tab.note.input], annotate, thoughts, None,
-        trigger_mode="always_last", concurrency_limit=1, concurrency_id="notes",
-    )  # fmt: skip
     added = [tab.file, tab.imported, tab.gallery, tab.run]
     ui.on(tab.file.upload, take, [tab.file, tab.base], added, show="minimal")
-    told = [tab.details, tab.files, tab.stars, tab.note, tab.name]
-    ui.on(tab.run.change, show, [tab.run], told)
-    question = "Delete this run with everything it made?"
-    ui.on(tab.delete.click, delete, [tab.run], [tab.gallery, tab.run, tab.files], confirm=question)
-    ui.on(tab.convert.click, card, [tab.run], [tab.files])
-    buttons = {"convert": (tab.convert, [tab.target]), **tab.buttons}
-    for command, (button, fields) in buttons.items():
-        ui.on(button.click, task(command), [tab.run, *fields], [tab.tasks], show="minimal")
     ui.on(tab.tasks.click, press, None, [tab.tasks, tab.imported, tab.gallery, tab.run])
     tuned = [tab.tuned_base, tab.tuned, tab.tuned_rank]
     ui.on(tab.extract.click, extract, tuned, [tab.tasks], show="minimal")
@@ -315,6 +331,15 @@ def _thumbnail(path: Path | None) -> Any:
     return image.crop((0, 0, side, side)).resize((_THUMBNAIL, _THUMBNAIL))
 
 
+def _range(text: str) -> str:
+    """A figure of all layers, or from the least to the most where they differ."""
+    values = numbers(text)
+    if not isinstance(values, dict) or not values:
+        return text
+    least, most = min(values.values()), max(values.values())
+    return f"{least:g} to {most:g}, by layer"
+
+
 def _facts(job: Job) -> str:
     """Return the facts about a run's result, by its adapter file."""
     from dora_diffusion.export import inspect_adapter
@@ -325,8 +350,8 @@ def _facts(job: Job) -> str:
     details = {
         "trigger words": job.trigger,
         "base model": job.base,
-        "method": f"{report.method}, rank {report.rank}{axis}",
-        "alpha": report.alpha,
+        "method": f"{report.method}, rank {_range(report.rank)}{axis}",
+        "alpha": _range(report.alpha),
         "layers": ", ".join(f"{count} {name}" for name, count in report.layers.items()),
         "kinds": ", ".join(f"{count} {name}" for name, count in report.kinds.items()),
         "parameters": f"{report.parameters:,}",

@@ -40,7 +40,10 @@ class SubjectTab:
         )
 
     def _add_photos(self) -> None:
-        text = "Of one subject, with .txt captions beside them. They stay on this machine."
+        text = (
+            "Of one subject, as JPEG, PNG or WebP, with .txt captions beside them. They stay on "
+            "this machine."
+        )
         ui.html_block(html.heading("1", "Photos", text))
         self.pick = ui.id_dropdown(
             label="Subject",
@@ -52,8 +55,7 @@ class SubjectTab:
         self.upload = gr.File(
             file_count="multiple",
             file_types=["image", ".heic", ".heif", ".txt", ".zip"],
-            label=f"Add photos: JPEG, PNG or WebP, up to {MAX_BYTES // 2**20} MB each, "
-            f"{MAX_PHOTOS} at most; or a data set as .zip",
+            label=f"Up to {MAX_PHOTOS} photos of {MAX_BYTES // 2**20} MB, or a data set (.zip)",
             height=150,
             elem_id="upload",
         )

@@ -8,7 +8,6 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.config import PRESETS, TrainConfig
-from dora_diffusion.config.presets import ABOUT
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.models.memory import gpu_of
 from dora_diffusion.studio.app import html, settings
@@ -272,7 +271,8 @@ def _connect_presets(context: Context, tab: TrainTab) -> None:
 
 def _about(preset: str) -> str:
     """What a preset is for, and what it was measured on."""
-    return html.quiet(" ".join(ABOUT.get(preset, ("", "Not measured."))).strip())
+    known = PRESETS.get(preset)
+    return html.quiet(f"{known.about} {known.measured}" if known else "")
 
 
 def refresh(jobs: Sequence[Job]) -> dict[str, Any]:
