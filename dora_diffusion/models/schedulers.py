@@ -22,6 +22,12 @@ class SamplingScheduler(NamedTuple):
     settings: Mapping[str, Any] = {}
     schedule: str = "Automatic"
 
+    @property
+    def title(self) -> str:
+        """The name that users of A1111 know: ``DPM++ 2M Karras``."""
+        usual = self.schedule in ("Automatic", "Uniform")
+        return self.a1111 if usual else f"{self.a1111} {self.schedule}"
+
 
 _DPM = {"algorithm_type": "dpmsolver++"}
 _SDE = {"algorithm_type": "sde-dpmsolver++"}

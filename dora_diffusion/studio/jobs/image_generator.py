@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.models.locate import is_embedded
+from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.numerics.threads import one_thread
 from dora_diffusion.studio.jobs.queue import holding, is_running
@@ -84,25 +85,26 @@ class GenerationRequest:
 class GeneratedImage:
     """An image with the file it was written to.
 
-    ``unread`` says which ends of the prompts the model did not see, a line each.
+    ``notes`` says what may be wrong with it, a line each.
     """
 
     path: Path
     seed: int
     parameters: str
-    unread: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class _About(NamedTuple):
     """Facts about images that only the loaded model tells.
 
     Attributes:
-        unread: A line for each prompt that is longer than it reads, with the truncated end.
+        notes: A line for each prompt that is longer than it reads, with the truncated end, and for
+            settings that a distilled model is not for.
         size: Width and height of the first pass.
         components: The model.
     """
 
-    unread: tuple[str, ...]
+    notes: tuple[str, ...]
     size: tuple[int, int]
     components: Components
 
@@ -305,7 +307,7 @@ class ImageGenerator:
             extra=model_fields(about.components, uses, batch_size, position),
         )  # fmt: skip
         path = save_image(image, self.workspace.images / f"{new_id()}-{seed}.png", text)
-        return GeneratedImage(path, seed, text, about.unread)
+        return GeneratedImage(path, seed, text, about.notes)
 
 
 def _about(
@@ -313,17 +315,27 @@ def _about(
 ) -> _About:
     from dora_diffusion.models.emphasis import plain_parts
     from dora_diffusion.models.text import token_limit, truncated_text
-    from dora_diffusion.sampling.generate import sampled_size
+    from dora_diffusion.sampling.generate import few_steps, sampled_size
+    from dora_diffusion.sampling.images import UsedAdapter
 
     limit, settings = token_limit(components), request.settings
     prompts = {"prompt": request.prompt, "negative prompt": settings.negative_prompt}
-    unread = []
+    notes = []
     for name, prompt in prompts.items():
         for part in plain_parts(prompt) if settings.prompt_weights else [prompt]:
             end = truncated_text(components.tokenizers[0], part, components.most_chunks, own)
             if end:
-                unread.append(f"The {name} is longer than {limit}; it did not see the end: {end}")
-    return _About(tuple(unread), sampled_size(components, settings), components)
+                notes.append(f"The {name} is longer than {limit}; it did not see the end: {end}")
+    found = few_steps(components, [UsedAdapter.of(use.path).name for use in request.adapters])
+    if found is not None:
+        name, few = found
+        if settings.steps > 2 * few.steps or settings.guidance_scale != few.guidance_scale:
+            scheduler = f", scheduler {SCHEDULERS[few.scheduler].title}" if few.scheduler else ""
+            notes.append(
+                f"{name} is for few steps ({few.kind}): set steps {few.steps}, guidance "
+                f"{few.guidance_scale:g}{scheduler}"
+            )
+    return _About(tuple(notes), sampled_size(components, settings), components)
 
 
 def _seeds(request: GenerationRequest) -> list[int]:

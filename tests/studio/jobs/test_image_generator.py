@@ -188,23 +188,41 @@ def test_the_page_says_what_of_a_long_prompt_was_not_read(
         [studio.grid(long, adapters, [1.0], lambda *_: None)],
     ):
         for picture in pictures:
-            (line,) = picture.unread
+            (line,) = picture.notes
             assert line.startswith("The prompt is longer than the model's 77 tokens; it did not")
             assert line.endswith("by the < lake >")
     context: Any = SimpleNamespace(images=ImageStore(finished[0]))
     assert "by the &lt; lake &gt;" in _one(context, pictures[0])[0]
-    (negative,) = studio.make(ask(finished, negative_prompt="blurred, " * 80))[0].unread
+    (negative,) = studio.make(ask(finished, negative_prompt="blurred, " * 80))[0].notes
     assert negative.startswith("The negative prompt is longer")
     (plain,), (cut,) = studio.make(short), studio.make(long)
-    assert plain.unread == ()
+    assert plain.notes == ()
     (whole,) = studio.make(replace(long, max_token_length=0))
-    assert whole.unread == ()
+    assert whole.notes == ()
     assert pixels(whole.path) != pixels(cut.path)
     (skips,) = studio.make(replace(short, clip_skip=1))
     assert pixels(skips.path) != pixels(plain.path)
     found = [parse_parameters(image.parameters).get("Clip skip") for image in (plain, skips)]
     assert found == [None, "2"]
     assert "longer than" not in _one(context, studio.compare(short)[1])[0]
+
+
+def test_an_adapter_that_is_for_few_steps_says_so_where_there_are_more(
+    finished: tuple[Workspace, str], studio: ImageGenerator, tmp_path: Path
+) -> None:
+    plain = ask(finished)
+    file = tmp_path / "lcm-lora-sdv1-5.safetensors"
+    file.write_bytes(Path(plain.adapters[0].path).read_bytes())
+    request = with_adapter(plain, file)
+    (made,) = studio.make(request)
+    line = "lcm-lora-sdv1-5 is for few steps (LCM): set steps 4, guidance 1, scheduler LCM"
+    assert made.notes == (line,)
+    for settings, notes in (
+        (replace(plain.settings, guidance_scale=1.0), ()),
+        (replace(plain.settings, guidance_scale=1.0, steps=9), (line,)),
+    ):
+        (made,) = studio.make(replace(request, settings=settings))
+        assert made.notes == notes
 
 
 def test_what_a_grid_did_not_see_is_counted_by_the_adapter_s_own_words(
@@ -217,8 +235,8 @@ def test_what_a_grid_did_not_see_is_counted_by_the_adapter_s_own_words(
     file = write_adapter(tmp_path / "toy.safetensors", replace(adapter, tokens=tokens), "kohya")
     request = with_adapter(request, file)
     (made,) = studio.make(request)
-    assert made.unread[0].endswith("the end: " + " ".join(["dog"] * 16))
-    assert studio.grid(request, {"toy": file}, [1.0], lambda *_: None).unread == made.unread
+    assert made.notes[0].endswith("the end: " + " ".join(["dog"] * 16))
+    assert studio.grid(request, {"toy": file}, [1.0], lambda *_: None).notes == made.notes
 
 
 def test_images_that_would_be_black_are_refused_in_words(

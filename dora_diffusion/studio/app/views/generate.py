@@ -125,7 +125,8 @@ class GenerateTab:
         with gr.Accordion("Steps, guidance, scheduler, size", open=False):
             self._add_slider("steps", 1, 100, 1)
             options: dict[str, Any] = {"value": OWN, "label": LABELS["scheduler"]}
-            self.fields["scheduler"] = gr.Dropdown([OWN, *SCHEDULERS], **options)
+            titled = [(each.title, name) for name, each in SCHEDULERS.items()]
+            self.fields["scheduler"] = gr.Dropdown([(OWN, OWN), *titled], **options)
             for row in (
                 (("guidance_scale", "the run's"), ("width", "the model's"),
                  ("height", "the model's")),

@@ -88,7 +88,7 @@ def _one(context: Context, image: GeneratedImage, *, is_pair: bool = False) -> l
     name = image.path.name
     return [
         html.note(caption, "info")
-        + html.notes(image.unread, "warn")
+        + html.notes(image.notes, "warn")
         + html.command(image.parameters, "Generation settings (also in the PNG)"),
         name,
         _STARS[name in context.images.favourites()],

@@ -18,6 +18,7 @@ from PIL import Image
 
 from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.config.base import BaseModel
+from dora_diffusion.models.schedulers import A1111_NAMES, SCHEDULERS
 from dora_diffusion.numerics.weights import STRENGTH_LIMIT, Strengths
 from dora_diffusion.sampling.images import painted_fields
 from dora_diffusion.studio.app.context import Context
@@ -144,6 +145,10 @@ def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
     }
     labels = {name: field.label for name, field in tab.fields.items() if name in LABELS}
     assert labels == {name: LABELS[name] for name in labels}
+    # Schedulers by the names that users of A1111 know, none of them twice.
+    (_, *titles) = tab.fields["scheduler"].choices
+    assert [name for _, name in titles] == [*SCHEDULERS]
+    assert [A1111_NAMES[title.lower()] for title, _ in titles] == [*SCHEDULERS]
 
 
 def strengths_of(asked: GenerationRequest) -> Any:
