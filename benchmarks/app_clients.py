@@ -5,31 +5,47 @@ turns without and with clients. A client does what a page does: it opens the pag
 refresh every two seconds; it also fetches the page again every 15 seconds, which is what is timed
 as "page".
 
+With --images it measures instead what the first visit of an app with so many images and runs waits
+for: the page, its first refresh, the first images, and a search over all of them.
+
     python benchmarks/app_clients.py
+    python benchmarks/app_clients.py --images 10000 --runs 200
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import yaml
+from PIL import Image
 
 from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.sampling.images import save_image
 from dora_diffusion.studio.app.settings import EMBEDDED, make_config, preset_values
 from dora_diffusion.studio.jobs.queue import create_job, end_tree, worker_of
-from dora_diffusion.studio.jobs.records import SETTINGS, JobRecord, read_metrics, train_arguments
+from dora_diffusion.studio.jobs.records import (
+    SETTINGS,
+    STOPPED_CODE,
+    JobRecord,
+    JobResult,
+    read_metrics,
+    train_arguments,
+    write_result,
+)
 from dora_diffusion.studio.jobs.store import Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,9 +57,56 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=10, help="Open pages.")
     parser.add_argument("--turns", type=int, default=4, help="Turns without and with clients.")
     parser.add_argument("--seconds", type=float, default=20, help="Length of a turn.")
+    parser.add_argument("--images", type=int, default=0, help="Images that are there.")
+    parser.add_argument("--runs", type=int, default=200, help="Runs that are there, beside images.")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        measure(Path(folder) / "runs", args.clients, args.turns, args.seconds)
+        if args.images:
+            visit(Path(folder) / "runs", args.images, args.runs)
+        else:
+            measure(Path(folder) / "runs", args.clients, args.turns, args.seconds)
+
+
+def visit(runs: Path, images: int, count: int) -> None:
+    """Print how long a first visit waits."""
+    workspace = Workspace(runs).make()
+    run = workspace.root / start_run(workspace)
+    write_result(run, JobResult(STOPPED_CODE))
+    for _ in range(1, count):
+        shutil.copytree(run, workspace.new_job())
+    first = workspace.images / "00000.png"
+    noise = Image.effect_noise((512, 512), 60).convert("RGB")
+    save_image(noise, first, "a photo of a sks mug\nSteps: 30, Seed: 1, Size: 512x512")
+    for number in range(1, images):
+        os.link(first, first.with_name(f"{number:05d}.png"))
+    with app(runs) as address, httpx.Client(base_url=address, timeout=600) as client:
+        times = {"page": timed(lambda: client.get("").raise_for_status())}
+        config = client.get("config").json()
+        clock = next(
+            one for one in config["dependencies"]
+            if any(event == "tick" for _, event in one["targets"])
+        )  # fmt: skip
+        times["first refresh"] = timed(lambda: call(client, clock, "visit"))
+        (listing,) = [one["id"] for one in config["components"] if "server_fns" in one["props"]]
+        body = {"component_id": listing, "fn_name": "list_images", "session_hash": "visit"}
+
+        def ask(**search: str) -> None:
+            data = {"data": {"search": search, "from": 0, "count": 0}}
+            client.post("gradio_api/component_server/", json=body | data).raise_for_status()
+
+        times["first images"] = timed(ask)
+        times["the same again"] = timed(ask)
+        times["first search"] = timed(lambda: ask(words="mug"))
+        times["the same search"] = timed(lambda: ask(words="mug"))
+    shown = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
+    print(f"{images} images, {count} runs: {shown}")
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that it takes."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
 
 
 def measure(runs: Path, count: int, turns: int, seconds: float) -> None:

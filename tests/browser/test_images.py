@@ -80,7 +80,7 @@ def test_images_are_made_of_several_adapters_and_of_one_another(
     page.click(f"#history [data-value='{first.name}']")
     page.wait_text("#parameters", "Seed: 7,")
     page.click("#image-start")
-    page.wait_for("#start-image canvas")
+    page.wait_for("#start-image .dd-on")
     for side, value in (("left", "0"), ("top", "0"), ("width", "50"), ("height", "100")):
         page.fill(f"#start-image [data-side={side}]", value)
     page.page.locator("#start-image [data-do=fill]").press("Enter")
@@ -89,7 +89,7 @@ def test_images_are_made_of_several_adapters_and_of_one_another(
     assert {"Init image hash", "Mask image hash"} <= {*fields_of(into)}
     middle = pixels(first).shape[1] // 2
     change = np.abs(pixels(into) - pixels(first)).mean((0, 2))
-    assert change[: middle - 8].mean() > 4 * change[middle + 8 :].mean()
+    assert change[: middle - 8].mean() > 2 * change[middle + 8 :].mean()
     page.click("#start-image [data-do=clear]")
     (over,) = press(page, app, "#make")
     assert "Mask image hash" not in fields_of(over)

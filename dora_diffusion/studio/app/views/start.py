@@ -35,8 +35,8 @@ class StartView:
     def __init__(self) -> None:
         hidden: dict[str, Any] = {"visible": False, "interactive": False}
         self.image, self.mask = gr.Textbox(**hidden), gr.Textbox(**hidden)
-        options: dict[str, Any] = {"height": 120, "elem_id": "start-upload"}
-        label = "An image to paint over (image to image), or into (inpainting)"
+        options: dict[str, Any] = {"height": 150, "elem_id": "start-upload"}
+        label = "Image to paint over, or into"
         self.upload = gr.File(label=label, file_types=["image"], **options)
         self.take = ui.button("Take the image that is shown", "start-take")
         self.editor = ui.html_block(_NONE, elem_id="start-image", js_on_load=EDITOR)
