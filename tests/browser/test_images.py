@@ -99,6 +99,21 @@ def test_images_are_made_of_several_adapters_and_of_one_another(
     page.wait_text("#parameters", "Mask image hash")
     (same,) = press(page, app, "#image-again")
     assert same.read_bytes() == into.read_bytes()
+    page.press("button", "Search")
+    assert serious(page) == []
+
+
+def serious(page: Visit) -> list[str]:
+    """What axe-core finds on the page, in both schemes, that keeps people from using it."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    found = []
+    for scheme in ("dark", "light"):
+        page.page.emulate_media(color_scheme=scheme)
+        page.settle()
+        for one in axe.run(page.page).response["violations"]:
+            if one["impact"] in ("serious", "critical"):
+                found += [f"{scheme}: {one['id']}: {node['html']}" for node in one["nodes"]]
+    return found
 
 
 def cards(page: Visit, count: int) -> None:
