@@ -148,6 +148,13 @@ class SamplingSettings:
             )
         self._check_passes()
 
+    @property
+    def stated_denoise(self) -> float | None:
+        """Denoising strength in an image's text: of the second pass where there is one."""
+        if self.hires:
+            return self.hires_denoise
+        return DENOISE if self.image is not None and self.denoise is None else self.denoise
+
     def _check_passes(self) -> None:
         """Check what paints over an image, in one pass or as the second one."""
         if self.hires is not None and self.image is not None:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import ExifTags, Image, PngImagePlugin
 
@@ -25,13 +25,16 @@ from dora_diffusion.formats.files.atomic import atomic_file
 from dora_diffusion.formats.files.runs import ADAPTER_FILES, CHECKPOINT
 from dora_diffusion.formats.files.stream import file_hash
 from dora_diffusion.formats.layouts.dotted import PEFT_FILE
-from dora_diffusion.models.components import Components
 from dora_diffusion.models.emphasis import has_weights
 from dora_diffusion.models.schedulers import SCHEDULERS, scheduler_of
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
 from dora_diffusion.sampling.comfyui import workflow_parameters
-from dora_diffusion.sampling.generate import DENOISE, SamplingSettings
-from dora_diffusion.sampling.stack import AdapterUse
+
+# Files are read and listed without model code, which takes seconds to import.
+if TYPE_CHECKING:
+    from dora_diffusion.models.components import Components
+    from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.sampling.stack import AdapterUse
 
 BATCH_SIZE, BATCH_POSITION = "Batch size", "Batch pos"
 TOKEN_LENGTH, LOADED = "Max token length", "Loaded with"
@@ -214,11 +217,8 @@ def painted_fields(settings: SamplingSettings) -> dict[str, str]:
         fields[INIT_IMAGE] = pixel_hash(settings.image, "RGB")
     if settings.mask_image is not None:
         fields[MASK_IMAGE] = pixel_hash(settings.mask_image, "L")
-    denoise = settings.hires_denoise if settings.hires else settings.denoise
-    if settings.image is not None and denoise is None:
-        denoise = DENOISE
-    if denoise is not None:
-        fields = {"Denoising strength": _number(denoise), **fields}
+    if settings.stated_denoise is not None:
+        fields = {"Denoising strength": _number(settings.stated_denoise), **fields}
     if settings.hires:
         fields |= {"Hires upscale": _number(settings.hires), _UPSCALER: _LANCZOS}
         fields |= {"Hires steps": str(settings.hires_steps)} if settings.hires_steps else {}

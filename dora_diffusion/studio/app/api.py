@@ -33,7 +33,7 @@ from dora_diffusion.studio.app.settings import (
     preset_values,
     setting_text,
 )
-from dora_diffusion.studio.app.views.generate import OWN, make_request
+from dora_diffusion.studio.app.views.request import LABELS, UNSET, make_request, shown_value
 from dora_diffusion.studio.client import (
     NewConversion,
     NewImages,
@@ -61,15 +61,9 @@ MOST_BYTES = 2**20
 """Of a request's body, but for a photo."""
 MOST_WAITING = 8
 """Requests for images at once."""
-# Of images: settings of `generate`, with the fields of the Generate tab that are called otherwise.
-_SHOWN_AS = {
-    "num_images": "count", "direction_strength": "direction", "magnitude_strength": "magnitude",
-}  # fmt: skip
-_UNSET = {
-    "negative_prompt": "", "seed": -1, "num_images": 1, "strength": 1.0, "direction_strength": 1.0,
-    "magnitude_strength": 1.0, "steps": None, "scheduler": OWN, "guidance_scale": "", "width": "",
-    "height": "", "max_token_length": "", "clip_skip": "",
-}  # fmt: skip
+# Fields of the Generate tab that are no settings of images here: no other image is uploaded.
+_NOT_TAKEN = {"prompt", "image", "mask_image", "denoise"}
+_TAKEN = [name for name in LABELS if name not in _NOT_TAKEN]
 _MODEL, _SAMPLES = "pretrained_model_name_or_path", "validation_prompt"
 _MISSING: dict[int | str, dict[str, Any]] = {404: {"description": "It is not there."}}
 
@@ -328,14 +322,16 @@ def _add_files(api: FastAPI, context: Context) -> None:
 
 def _form(new: NewImages) -> dict[str, Any]:
     """Fields of the Generate tab from settings of ``generate``."""
-    known, form = {setting.name: setting for setting in GenerateSettings.settings()}, dict(_UNSET)
+    known = {setting.name: setting for setting in GenerateSettings.settings()}
+    form = {**UNSET, "prompt": new.prompt}
     for name, value in new.settings.items():
-        if name not in _UNSET:
-            raise UserError(f"{name[:80]} is no setting of images{did_you_mean(name, _UNSET)}")
+        if name not in _TAKEN:
+            raise UserError(f"{name[:80]} is no setting of images{did_you_mean(name, _TAKEN)}")
         if value is not None:
-            form[name] = known[name].cast(value)
-            known[name].check(form[name])
-    return {"prompt": new.prompt, **{_SHOWN_AS.get(name, name): v for name, v in form.items()}}
+            given = known[name].cast(value)
+            known[name].check(given)
+            form[name] = shown_value(name, given)
+    return form
 
 
 def _add_images(api: FastAPI, context: Context) -> None:
@@ -351,4 +347,4 @@ def _add_images(api: FastAPI, context: Context) -> None:
             made = context.generator.make(request)
         finally:
             waiting.release()
-        return [RemoteImage(i.path.name, i.seed, i.parameters, i.unread) for i in made]
+        return [RemoteImage(i.path.name, i.seed, i.parameters, i.notes) for i in made]

@@ -374,9 +374,9 @@ def test_settings_of_images_are_checked(served: Served, monkeypatch: pytest.Monk
     for settings, words in (
         ({"output": "x"}, "output is no setting of images"),
         ({"stesp": 3}, r"stesp is no setting of images \(did you mean steps\?\)"),
-        *(({name: {"a": [1]}}, name) for name in app_api._UNSET),
-        ({"steps": 10**9}, "steps is 1000000000; it must be between 1 and 200"),
-        ({"width": 10**9}, "width is 1000000000; it must be between 8 and 2048"),
+        *(({name: {"a": [1]}}, name) for name in app_api._TAKEN),
+        ({"steps": 201}, "steps is 201; it must be between 1 and 200"),
+        ({"width": 2056}, "width is 2056; it must be between 8 and 2048"),
         ({"num_images": 17}, "images is 17"),
     ):  # fmt: skip
         with pytest.raises(ApiError, match=words) as caught:
@@ -386,7 +386,7 @@ def test_settings_of_images_are_checked(served: Served, monkeypatch: pytest.Monk
         served.ann.generate("../x", "a mug")
     with pytest.raises(ApiError, match="write a prompt"):
         served.ann.generate(f"base/{EMBEDDED}", " ")
-    assert not list(served.context.workspace.images.iterdir())
+    assert not list(served.context.workspace.images.glob("*.png"))
 
 
 def test_a_crowd_that_waits_for_images_is_limited(
@@ -404,7 +404,6 @@ def test_files_outside_are_not_given_out(name: str, served: Served, tmp_path: Pa
     images = served.context.workspace.images
     (tmp_path / "secret").write_text("secret", encoding="utf-8")
     (images / "link.png").symlink_to(tmp_path / "secret")
-    (images / "inputs").mkdir()
     job = make(served.context.workspace)
     for address in (f"images/{name}", f"jobs/{job.name}/samples/{name}"):
         answer = served.ask("GET", address)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,12 @@ def test_images_are_found_by_words_run_date_and_mark(
     os.utime(store.workspace.images / "f.png", (1e9, 1e9))
     opened = list[str]()
     open_image = Image.open
-    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or open_image(path))
+
+    def counting(path: Any, **options: Any) -> Any:
+        opened.append(path)
+        return open_image(path, **options)
+
+    monkeypatch.setattr(Image, "open", counting)
     assert names(store) == ["d.png", "c.png", "b.png", "a.png", "f.png"]
     assert names(store, words="RED") == ["b.png", "a.png"]
     assert names(store, words="dog red") == ["b.png"]
@@ -122,6 +129,13 @@ def test_ten_thousand_images_are_listed_by_opening_one_page_of_them(
     add(store, "new.png", "another\nSteps: 3, Seed: 1")
     assert page_of(store, {})["total"] == COUNT + 1
     assert len(opened) == 2
+
+
+def test_files_are_read_without_model_code() -> None:
+    """The first page that shows images would wait for it."""
+    code = "import sys, dora_diffusion.studio.jobs.image_store, dora_diffusion.sampling.images"
+    check = f"{code}; sys.exit('diffusers' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("asked", [None, [], {"search": 3, "from": -5, "count": "x"},

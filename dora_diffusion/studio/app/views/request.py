@@ -284,7 +284,7 @@ def restore(context: Context, text: str) -> Restored:
     fields = images.parse_parameters(text)
     values, others = images.settings_of(fields)
     unread = [f"no field here: {other}" for other in others]
-    form = {**UNSET, **{name: _shown(name, value) for name, value in values.items()}}
+    form = {**UNSET, **{name: shown_value(name, value) for name, value in values.items()}}
     adapters = _adapters_of(context, fields, unread)
     form["strength"], *_ = [*adapters.values(), 1]
     further = [*adapters.items()][1:]
@@ -310,7 +310,7 @@ def restore(context: Context, text: str) -> Restored:
     return Restored(choice, form, batch, tuple(unread))
 
 
-def _shown(name: str, value: Any) -> Any:
+def shown_value(name: str, value: Any) -> Any:
     """A setting's value as its field has it."""
     if isinstance(value, list):
         return (" | " if name == "strength_schedule" else " ").join(value)
