@@ -61,6 +61,7 @@ if __name__ == "__main__":
                 "studio/app/*.js",
                 "studio/app/*.json",
                 "models/released/*",
+                "sampling/*.html",
                 "formats/**/*.json",
                 "formats/**/*.yaml",
             ],

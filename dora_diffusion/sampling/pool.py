@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from dora_diffusion.adapters.inject import layer_adapters, remove_adapters, set_strength
+from dora_diffusion.adapters.inject import layer_adapters, remove_adapters
 from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.adapters.scope import FixedNorms
 from dora_diffusion.adapters.state import attach_file
@@ -21,9 +21,10 @@ from dora_diffusion.formats.checkpoint.schedule import PREDICTION
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import reschedule
 from dora_diffusion.models.words import add_own_tokens, own_words, remove_own_tokens
-from dora_diffusion.numerics.weights import Strengths
+from dora_diffusion.numerics.weights import MergeStrengths, Strengths
 from dora_diffusion.sampling.generate import SamplingSettings, as_stated, generate_images
 from dora_diffusion.sampling.images import content_hash
+from dora_diffusion.sampling.stack import AdapterUse, set_strengths
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,14 +34,14 @@ class PinnedAdapter(NamedTuple):
     """An adapter as its file was when `AdapterPool.pin` read it; see `UsedAdapter.hash`."""
 
     key: tuple[object, ...]
-    path: str | Path
-    strengths: Strengths
+    use: AdapterUse
     metadata: AdapterMetadata
     hash: str = ""
 
 
-Wanted = str | Path | tuple[str | Path, float | Strengths] | PinnedAdapter | None
-"""An adapter file or a run's folder, or that with its strength or strengths; None is the base."""
+Wanted = str | Path | tuple[str | Path, float | Strengths] | AdapterUse | PinnedAdapter | None
+"""An adapter file or a run's folder, or that with its strength or strengths, those of layers too;
+None is the base."""
 
 
 class ImageRow(NamedTuple):
@@ -168,8 +169,10 @@ class AdapterPool:
         wanted = {reference.key: reference for reference in references if reference}
         for key, reference in wanted.items():
             if key not in self._loaded:
-                if _reference((reference.path, reference.strengths)).key != key:
-                    raise ValueError(f"{reference.path} was replaced while it was used; ask again")
+                if _reference(reference.use).key != key:
+                    raise ValueError(
+                        f"{reference.use.path} was replaced while it was used; ask again"
+                    )
                 self._loaded[key] = self._load(reference)
             self._loaded.move_to_end(key)
             self._make_room(wanted)
@@ -199,7 +202,7 @@ class AdapterPool:
             return AdapterMetadata()
         if isinstance(adapter, PinnedAdapter):
             return adapter.metadata
-        return read_metadata(adapter[0] if isinstance(adapter, tuple) else adapter)
+        return read_metadata(_reference(adapter).use.path)
 
     def own_words(self, adapter: Wanted) -> Mapping[str, str]:
         """The tokens that only the prompts of an adapter have, as `models.words.own_words` does.
@@ -241,16 +244,14 @@ class AdapterPool:
         models, name = self.components.adaptable(), f"pool{self.loads}"
         self.loads += 1
         family = self.components.family.name
-        read = attach_file(models, adapter.path, name=name, family=family)
+        read = attach_file(models, adapter.use.path, name=name, family=family)
         try:
             add_own_tokens(self.components, name, read.tokens)
+            set_strengths(models, [adapter.use], [name])
         except ValueError:
             self._drop(name)
             raise
         parts = [part for model in models.values() for part in layer_adapters(model, name)]
-        for model in models.values():
-            if any(layer_adapters(model, name)):
-                set_strength(model, adapter.strengths, name=name)
         return _Loaded(name, sum(map(self._bytes, parts)), read.metadata)
 
     def _bytes(self, part: LayerAdapter) -> int:
@@ -289,14 +290,15 @@ def reading_of(components: Components) -> tuple[object, ...]:
     return settings, components.clip_skip, components.max_token_length
 
 
-def _reference(
-    adapter: str | Path | tuple[str | Path, float | Strengths] | PinnedAdapter,
-) -> PinnedAdapter:
+def _reference(adapter: Wanted) -> PinnedAdapter:
     """An adapter with its key, which is its file as it is now, and its strengths."""
     if isinstance(adapter, PinnedAdapter):
         return adapter
-    path, strength = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
-    file, strengths = find_adapter(path), Strengths.of(strength)
+    if not isinstance(adapter, AdapterUse):
+        path, strength = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
+        adapter = AdapterUse(cast("str | Path", path), MergeStrengths.of(strength))
+    file = find_adapter(adapter.path)
     status = file.stat()
-    key = (file.resolve(), status.st_mtime_ns, status.st_size, strengths)
-    return PinnedAdapter(key, path, strengths, AdapterMetadata())
+    strengths = MergeStrengths.of(adapter.strengths), *adapter.layers.items()
+    key = (file.resolve(), status.st_mtime_ns, status.st_size, *strengths)
+    return PinnedAdapter(key, adapter, AdapterMetadata())

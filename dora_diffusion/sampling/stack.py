@@ -138,23 +138,27 @@ def attach_stack(
     return AdapterMetadata(read[0].family, trigger=trigger, extra=extra)
 
 
-def set_strengths(models: Mapping[str, nn.Module], uses: Sequence[AdapterUse]) -> None:
-    """Set the strengths of adapters that `attach_stack` has put on a model, on each layer.
+def set_strengths(
+    models: Mapping[str, nn.Module], uses: Sequence[AdapterUse], names: Sequence[str] = ()
+) -> None:
+    """Set the strengths of adapters on each layer.
 
     Args:
         models: The models by component.
-        uses: The adapters, in the order in which they were attached.
+        uses: The adapters, in the order in which `attach_stack` has put them on a model.
+        names: Their names there, where those are others.
 
     Raises:
         ValueError: If a pattern matches no layer of any.
     """
+    names = names or [name_of(number) for number in range(len(uses))]
     unmatched = dict.fromkeys(pattern for use in uses for pattern in use.layers)
     key = "none"
     for component, model in models.items():
         for path, layer in adapted_layers(model):
             key = canonical(component, path)
-            for number, use in enumerate(uses):
-                if name_of(number) not in layer.adapters:
+            for name, use in zip(names, uses, strict=True):
+                if name not in layer.adapters:
                     continue
                 matching = [pattern for pattern in use.layers if fnmatchcase(key, pattern)]
                 for pattern in matching:
@@ -162,7 +166,7 @@ def set_strengths(models: Mapping[str, nn.Module], uses: Sequence[AdapterUse]) -
                 own = MergeStrengths.of(use.strengths)
                 share = own.unet_strength if component == "unet" else own.text_encoder_strength
                 factor = math.prod(use.layers[pattern] for pattern in matching)
-                part = cast("LayerAdapter", layer.adapters[name_of(number)])
+                part = cast("LayerAdapter", layer.adapters[name])
                 part.strengths = Strengths(
                     own.strength * share * factor, own.direction_strength, own.magnitude_strength
                 )

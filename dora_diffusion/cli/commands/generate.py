@@ -8,7 +8,7 @@ import re
 import secrets
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -105,7 +105,18 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         "Folder of wildcard files: __colours__ is a line of its colours.txt.",
         needs=(Need("wildcards"),),
     )
-    output: str = flag(REQUIRED, "Image file: X.png, X.jpg or X.webp.")
+    output: str = flag(REQUIRED, "Image file: X.png, X.jpg or X.webp; with --grid, a folder.")
+    grid: list[str] = flag(
+        [],
+        "Image for each combination of values, as a web page and a sheet: strength=0.5, 0.75, .., "
+        "1.25; 'scheduler=ddim, euler'; 'replace=red, blue' in the prompt. An axis is a setting, "
+        "size, replace, unet_strength or text_encoder_strength; A=1, 2 & B=3, 4 move together; "
+        "SKIP: before a value leaves it out; values that hold commas have || between. Cells that "
+        "are there already are kept.",
+        metavar="AXIS=VALUES",
+        repeated=True,
+    )
+    grid_limit: int = flag(100, "Most images of a grid.", least=1, needs=(Need("grid"),))
     repeat: str | None = flag(
         None,
         "Image to repeat (PNG, JPEG, WebP) with the prompt, seed and settings in it, of this "
@@ -257,19 +268,70 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         )
         return read_styles(self.styles, self.style) if self.styles and self.style else []
 
+    def without_effect(self) -> dict[str, str]:
+        """Settings that have no effect, and why; of a grid those that have none in any cell.
+
+        Raises:
+            ConfigError: If the grid cannot be.
+        """
+        if not self.grid:
+            return super().without_effect()
+        from dora_diffusion.cli.axes import plan_grid
+
+        cells, known = plan_grid(self).cells.values(), {s.name: s for s in self.settings()}
+        reasons = {n: why for cell in cells for n, why in cell.without_effect().items()}
+        is_idle = {n: all(known[n].inactive_reason(cell) for cell in cells) for n in reasons}
+        return {name: reason for name, reason in reasons.items() if is_idle[name]}
+
     def perform(self) -> int:
         """Generate images, and write them with what made them."""
-        rows = _rows(self)
+        if self.grid:
+            from dora_diffusion.cli.commands.grid import make_grid
+
+            return make_grid(self)
+        rows = image_rows(self)
         from dora_diffusion.numerics.weights import Strengths
         from dora_diffusion.sampling.generate import sampled_size
-        from dora_diffusion.sampling.images import UsedAdapter, parameters_text, save_image
         from dora_diffusion.sampling.pool import AdapterPool
+        from dora_diffusion.sampling.stack import AdapterUse
 
-        settings, uses = _settings(self), self.uses()
-        repeated = _Repeated.of(self, settings)
+        settings, uses = sampling_settings(self), self.uses()
+        repeated = Repeated.of(self, settings)
+        components, metadata = self.load_repeated(uses, repeated)
+        settings, line = self.distilled(settings, components, uses)
+        if line:
+            say(line, sys.stderr)
+        pool = AdapterPool(components, **self.reading)
+        readings = {row.adapter: components for row in rows}
+        told = {None: metadata}
+        if self.adapters_file:
+            readings = {row.adapter: pool.components_for(row.adapter) for row in rows}
+            told = {row.adapter: pool.metadata(row.adapter) for row in rows}
+        warn_of_triggers((row.prompt, told[row.adapter]) for row in rows)
+        size = sampled_size(components, settings)
+        images = self._sample(rows, components, pool, settings, repeated)
+        for number, (row, image) in enumerate(zip(rows, images, strict=True)):
+            used = [AdapterUse(row.adapter, Strengths(row.strength))] if row.adapter else uses
+            extra = self.facts(number, len(rows), readings[row.adapter], repeated)
+            self.write_image(image, row, settings, size, used, extra)
+            print(f"{row.path} (seed {row.seed})")
+        return 0
+
+    @property
+    def reading(self) -> dict[str, int | None]:
+        """How prompts are read, where that is given."""
+        return {"clip_skip": self.clip_skip, "max_token_length": self.max_token_length}
+
+    def load_repeated(
+        self, uses: Sequence[AdapterUse], repeated: Repeated
+    ) -> tuple[Components, AdapterMetadata]:
+        """Load the model, which reads prompts as the image to repeat has it.
+
+        Raises:
+            ConfigError: If it is an inpainting model, and there is nothing to paint into.
+        """
         components, metadata = self.load(uses, offload=self.offload)
         components = repeated.reading(components, self)
-        settings = self._distilled(settings, components, uses)
         lacking = [
             name for name in components.family.image_arguments if getattr(self, name) is None
         ]
@@ -278,50 +340,48 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
             f"{self.base} is an inpainting model: give --image, and --mask_image of the same size, "
             "white where to paint (all white to paint the whole image)",
         )
-        reading = {"clip_skip": self.clip_skip, "max_token_length": self.max_token_length}
-        pool = AdapterPool(components, **reading)
-        readings = {row.adapter: components for row in rows}
-        if self.adapters_file:
-            readings = {row.adapter: pool.components_for(row.adapter) for row in rows}
-            told = {row.adapter: pool.metadata(row.adapter) for row in rows}
-        else:
-            told = {None: metadata}
-        _warn_of_triggers(rows, told, self)
-        size = sampled_size(components, settings)
-        images = self._sample(rows, components, pool, settings, repeated)
-        for number, (row, image) in enumerate(zip(rows, images, strict=True)):
-            used = [UsedAdapter.of(use.path, use.strengths) for use in uses]
-            if row.adapter:
-                used = [UsedAdapter.of(row.adapter, Strengths(row.strength))]
-            extra = self._facts(number, len(rows), readings[row.adapter], repeated)
-            text = parameters_text(
-                row.prompt, row.seed, settings, size, self.base, used, extra=extra
-            )
-            save_image(image, row.path, text)
-            print(f"{row.path} (seed {row.seed})")
-        return 0
+        return components, metadata
 
-    def _distilled(
+    def write_image(
+        self,
+        image: Image,
+        row: Row,
+        settings: SamplingSettings,
+        size: tuple[int, int],
+        uses: Sequence[AdapterUse],
+        extra: Mapping[str, object],
+    ) -> str:
+        """Write an image with what made it, which is returned."""
+        from dora_diffusion.sampling.images import UsedAdapter, parameters_text, save_image
+
+        used = [UsedAdapter.of(use.path, use.strengths) for use in uses]
+        text = parameters_text(row.prompt, row.seed, settings, size, self.base, used, extra=extra)
+        save_image(image, row.path, text)
+        return text
+
+    def distilled(
         self, settings: SamplingSettings, components: Components, uses: Sequence[AdapterUse]
-    ) -> SamplingSettings:
-        """The settings, those that are not given as a distilled model or adapter needs them."""
+    ) -> tuple[SamplingSettings, str]:
+        """The settings, those that are not given as a distilled model or adapter needs them.
+
+        Returns:
+            The settings, and a line that says so; empty where nothing was chosen.
+        """
         from dora_diffusion.sampling.generate import few_steps
         from dora_diffusion.sampling.images import adapter_name
 
         found = few_steps(components, [adapter_name(use.path) for use in uses])
         if found is None:
-            return settings
+            return settings, ""
         name, few = found
         names = ("steps", "guidance_scale", "scheduler")
         chosen = {n: getattr(few, n) for n in names if getattr(self, n) is None and getattr(few, n)}
-        if chosen:
-            values = ", ".join(f"{setting} {value}" for setting, value in chosen.items())
-            flags = ", ".join(f"--{setting}" for setting in chosen)
-            say(
-                f"{name} is for few steps ({few.kind}): {values}; {flags} take precedence",
-                sys.stderr,
-            )
-        return replace(settings, **chosen)
+        if not chosen:
+            return settings, ""
+        values = ", ".join(f"{setting} {value}" for setting, value in chosen.items())
+        flags = ", ".join(f"--{setting}" for setting in chosen)
+        line = f"{name} is for few steps ({few.kind}): {values}; {flags} take precedence"
+        return replace(settings, **chosen), line
 
     def uses(self) -> list[AdapterUse]:
         """The adapters that are on for all images, with their strengths.
@@ -350,11 +410,11 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
 
     def _sample(
         self,
-        rows: Sequence[_Row],
+        rows: Sequence[Row],
         components: Components,
         pool: AdapterPool,
         settings: SamplingSettings,
-        repeated: _Repeated,
+        repeated: Repeated,
     ) -> list[Image]:
         from dora_diffusion.sampling.generate import generate_images
         from dora_diffusion.sampling.pool import ImageRow
@@ -382,8 +442,8 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
             )
             return images[repeated.position :][: len(rows)]
 
-    def _facts(
-        self, number: int, count: int, components: Components, repeated: _Repeated
+    def facts(
+        self, number: int, count: int, components: Components, repeated: Repeated
     ) -> dict[str, object]:
         """Return the fields of an image's text besides those of `SamplingSettings`."""
         from dora_diffusion.sampling import images
@@ -478,7 +538,7 @@ def _with_strengths(words: Sequence[str], strengths: Mapping[str, str]) -> list[
 
 
 @dataclass(frozen=True)
-class _Repeated:
+class Repeated:
     """Facts of an image to repeat that no setting holds.
 
     Attributes:
@@ -492,7 +552,7 @@ class _Repeated:
     position: int = 0
 
     @classmethod
-    def of(cls, args: GenerateSettings, settings: SamplingSettings) -> _Repeated:
+    def of(cls, args: GenerateSettings, settings: SamplingSettings) -> Repeated:
         """Read the image, and warn of another base or adapter than it was made with.
 
         Raises:
@@ -556,10 +616,10 @@ class _Repeated:
         return components.reading(max(0, own), None, is_told=False)
 
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """One image."""
 
     prompt: str
@@ -569,26 +629,22 @@ class _Row(NamedTuple):
     path: Path
 
 
-def _warn_of_triggers(
-    rows: Sequence[_Row], told: Mapping[str | None, AdapterMetadata], args: GenerateSettings
-) -> None:
+def warn_of_triggers(prompts: Iterable[tuple[str, AdapterMetadata]]) -> None:
     """Warn, before it takes time, of prompts that lack their adapter's trigger word."""
     from dora_diffusion.sampling.generate import lacks_trigger
 
-    lacking = {
-        row.prompt: told[row.adapter].trigger
-        for row in rows
-        if lacks_trigger(row.prompt, told[row.adapter])
-    }
+    pairs = list(prompts)
+    are_several = len({prompt for prompt, _ in pairs}) > 1
+    lacking = {prompt: m.trigger for prompt, m in pairs if lacks_trigger(prompt, m)}
     for prompt, trigger in lacking.items():
-        which = f"the prompt {quoted(prompt)}" if args.adapters_file else "the prompt"
+        which = f"the prompt {quoted(prompt)}" if are_several else "the prompt"
         warnings.warn(
             f"{which} lacks the adapter's trigger word; write {trigger!r} to get the subject",
             stacklevel=2,
         )
 
 
-def _settings(args: GenerateSettings) -> SamplingSettings:
+def sampling_settings(args: GenerateSettings) -> SamplingSettings:
     from dora_diffusion.data.images import open_photo
     from dora_diffusion.sampling.generate import SamplingSettings
     from dora_diffusion.sampling.stack import name_of
@@ -634,7 +690,7 @@ def _drawn(args: GenerateSettings) -> Callable[[str, int], str]:
     return CaptionRules(wildcards=Wildcards(args.wildcard_dir)).draw_prompt
 
 
-def _rows(args: GenerateSettings) -> list[_Row]:
+def image_rows(args: GenerateSettings) -> list[Row]:
     """The images that are asked for, each with its file.
 
     One image gets the name that was asked for, several their seed behind it, those of an adapters
@@ -646,9 +702,7 @@ def _rows(args: GenerateSettings) -> list[_Row]:
         FileNotFoundError: If an entry's adapter is not there.
     """
     output = Path(args.output)
-    require(
-        output.suffix.lower() in _SUFFIXES, f"output {output} must end in {', '.join(_SUFFIXES)}"
-    )
+    require(output.suffix.lower() in SUFFIXES, f"output {output} must end in {', '.join(SUFFIXES)}")
     entries = _entries(args) if args.adapters_file else [{}] * args.num_images
     first = secrets.randbelow(2**32) if args.seed is None else args.seed
     if not 0 <= first <= 2**63 - len(entries):
@@ -677,7 +731,7 @@ def _rows(args: GenerateSettings) -> list[_Row]:
         strength = entry.get("strength", 1.0)
         require_strength(f"strength of {place}", strength)
         path = output.with_stem(output.stem + suffix)
-        rows.append(_Row(text, seed, adapter, strength, path))
+        rows.append(Row(text, seed, adapter, strength, path))
     for adapter in {row.adapter for row in rows if row.adapter}:
         find_adapter(adapter)
     existing = next((row.path for row in rows if row.path.exists()), None)

@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 from dora_diffusion.config import Setting
 from dora_diffusion.config.wording import closest, counted
 
-_SWITCH = {"true": True, "yes": True, "on": True, "1": True}
-_SWITCH |= {"false": False, "no": False, "off": False, "0": False}
+SWITCH_WORDS = {"true": True, "yes": True, "on": True, "1": True}
+SWITCH_WORDS |= {"false": False, "no": False, "off": False, "0": False}
 # What people type for the flags of the other commands.
-_OTHER_NAMES = {
+OTHER_NAMES = {
     "model": "base", "checkpoint": "base", "lora": "adapter", "out": "output", "n": "num_images",
     "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "num_inference_steps": "steps",
     "sampler": "scheduler", "format": "to", "negative": "negative_prompt", "weight": "strength",
@@ -72,7 +72,7 @@ class SwitchAction(argparse.Action):
     ) -> None:
         """Set the value."""
         negated = str(option_string).startswith("--no-")
-        value = True if values is None else _SWITCH.get(str(values).lower())
+        value = True if values is None else SWITCH_WORDS.get(str(values).lower())
         if value is None or (negated and values is not None):
             parser.error(
                 f"{option_string} takes no value {values!r}; write --{self.dest} or "
@@ -164,7 +164,7 @@ class Parser(argparse.ArgumentParser):
         closed = []
         for word, after in zip(words, [*words, ""][1:], strict=True):
             is_switch = isinstance(self._option_string_actions.get(word), SwitchAction)
-            if is_switch and after.lower() not in _SWITCH:
+            if is_switch and after.lower() not in SWITCH_WORDS:
                 word = f"--{word[5:]}=false" if word.startswith("--no-") else f"{word}=true"
             closed.append(word)
         return closed
@@ -191,7 +191,7 @@ class Parser(argparse.ArgumentParser):
     def _near_flag(self, name: str) -> str | None:
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
         known = [flag[2:] for flag in flags if not flag.startswith("--no-")]
-        meant = _OTHER_NAMES.get(name)
+        meant = OTHER_NAMES.get(name)
         return meant if meant in known else closest(name, known)
 
     def error(self, message: str) -> NoReturn:

@@ -1,0 +1,336 @@
+"""Axes of a grid: lists of values for settings of `generate`, and the product of them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
+from functools import partial
+from glob import glob
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from dora_diffusion.cli.commands.parser import OTHER_NAMES, SWITCH_WORDS
+from dora_diffusion.cli.settings import adapter_and_strengths
+from dora_diffusion.config.fields import ConfigError, Setting, require
+from dora_diffusion.config.wording import did_you_mean, quoted
+
+if TYPE_CHECKING:
+    from dora_diffusion.cli.commands.generate import GenerateSettings
+
+SIZE, REPLACE = "size", "replace"
+_PARTS = {"unet_strength": 2, "text_encoder_strength": 1}
+SPECIAL = (SIZE, REPLACE, *_PARTS)
+"""Axes that are no settings of their own."""
+
+NO_AXES = (
+    "output", "overwrite", "repeat", "num_images", "batch_size", "adapters_file", "offload", "grid",
+    "grid_limit",
+)  # fmt: skip
+"""Settings that do not change an image, or make several."""
+
+_NAMES = {**OTHER_NAMES, "prompt_s/r": REPLACE, "prompt_sr": REPLACE, "prompt_replace": REPLACE}
+_PATHS = (
+    "adapter",
+    "base",
+    "image",
+    "mask_image",
+    "model_config",
+    "wildcard_dir",
+    "styles",
+    "detail",
+)
+# Each image needs one.
+_NEVER_NONE = ("prompt", "seed")
+_SKIP, _RANGE, _MOST = "SKIP:", "..", 10_000
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a value of an axis does to the settings.
+
+    Attributes:
+        label: The value, as it is shown.
+        key: Equal for values that are the same.
+        targets: What is set.
+        apply: Returns settings with the value.
+        acts: Returns whether the value can have an effect on settings.
+        idle: What to say where none of them has any.
+        order: Changes of a lower order come first.
+    """
+
+    label: str
+    key: Any
+    targets: tuple[str, ...]
+    apply: Callable[[Any], Any]
+    acts: Callable[[Any], bool] = lambda settings: True
+    idle: str = ""
+    order: int = 0
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis: its name, and the changes of each value, one for each setting that moves."""
+
+    name: str
+    points: tuple[tuple[Change, ...], ...]
+
+    @property
+    def labels(self) -> list[str]:
+        """A text for each value."""
+        return [" · ".join(change.label or "(empty)" for change in point) for point in self.points]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Axes, and the settings of each cell by the index of its value on each axis."""
+
+    axes: tuple[Axis, ...]
+    cells: Mapping[tuple[int, ...], GenerateSettings]
+
+
+def plan_grid(settings: GenerateSettings) -> Grid:
+    """Read the axes of ``settings.grid``, and make the settings of all cells.
+
+    Raises:
+        ConfigError: If an axis or value cannot be, or there are more cells than ``grid_limit``.
+    """
+    known = {setting.name: setting for setting in settings.settings()}
+    axes = tuple(read_axis(word, known) for word in settings.grid)
+    targets = [target for axis in axes for c in axis.points[0] for target in c.targets]
+    twice = next((target for target in targets if targets.count(target) > 1), "")
+    require(not twice, f"the grid has {twice} twice; give it one axis", "grid")
+    count, limit = math.prod(len(axis.points) for axis in axes), settings.grid_limit
+    require(
+        count <= limit,
+        f"the grid has {count:,} images, more than grid_limit, {limit:,}; add --grid_limit {count} "
+        "to make them, or leave values out",
+        "grid_limit",
+    )
+    plain = replace(settings, grid=[], grid_limit=known["grid_limit"].default)
+    idle, cells = dict[str, bool](), dict[tuple[int, ...], Any]()
+    for index in product(*(range(len(axis.points)) for axis in axes)):
+        cell = plain
+        changes = [c for axis, at in zip(axes, index, strict=True) for c in axis.points[at]]
+        for change in sorted(changes, key=lambda change: change.order):
+            if change.idle:
+                idle[change.idle] = idle.get(change.idle, True) and not change.acts(cell)
+            cell = change.apply(cell)
+        cells[index] = cell
+    message = next((text for text, is_idle in idle.items() if is_idle), "")
+    require(not message, message, "grid")
+    return Grid(axes, cells)
+
+
+def read_axis(word: str, known: Mapping[str, Setting]) -> Axis:
+    """Read ``AXIS=VALUES``, or several with ``&`` between, which move together.
+
+    Args:
+        word: The text. Values have commas between, or ``||`` where they hold commas themselves.
+        known: The command's settings by name.
+
+    Raises:
+        ConfigError: If it is not that, or nothing is left of it.
+    """
+    parts = [_read_part(part, known) for part in re.split(r"\s&\s+(?=\w+\s*=)", word)]
+    name = " & ".join(name for name, _ in parts)
+    lengths = [len(values) for _, values in parts]
+    require(
+        len(set(lengths)) == 1,
+        f"{name} move together, and have {' and '.join(map(str, lengths))} values; give as many "
+        "of each",
+        "grid",
+    )
+    rows = zip(*(values for _, values in parts), strict=True)
+    points = [
+        tuple(c for c, _ in row) for row in rows if not any(is_skipped for _, is_skipped in row)
+    ]
+    require(bool(points), f"{_SKIP} leaves no value of the axis {name}", "grid")
+    keys = [tuple(change.key for change in point) for point in points]
+    labels = Axis(name, tuple(points)).labels
+    same = next((label for n, label in enumerate(labels) if keys[n] in keys[:n]), None)
+    require(same is None, f"the axis {name} has the value {same!r} twice; leave one out", "grid")
+    return Axis(name, tuple(points))
+
+
+def _read_part(text: str, known: Mapping[str, Setting]) -> tuple[str, list[tuple[Change, bool]]]:
+    """An axis's name, and its changes, each with whether it is to be skipped."""
+    given, sign, values = text.partition("=")
+    require(
+        bool(sign and given.strip()),
+        f"grid is {quoted(text)}; it must be AXIS=VALUES, such as 'strength=0.5, 0.75, .., 1.25'",
+        "grid",
+    )
+    name = _known_name(given, known)
+    words = [word.strip() for word in values.split("||" if "||" in values else ",")]
+    is_skipped = [word.startswith(_SKIP) for word in words]
+    words = [word.removeprefix(_SKIP).strip() for word in words]
+    may_be_empty = name in ("negative_prompt", REPLACE)
+    require(
+        words != [""] and bool(words[0] or name != REPLACE) and (all(words) or may_be_empty),
+        f"the axis {name} has an empty value: {quoted(text)}; put an axis with spaces in quotes",
+        "grid",
+    )
+    try:
+        pairs = list(_expanded(name, list(zip(words, is_skipped, strict=True)), known))
+        changes = _changes(name, [word for word, _ in pairs], known)
+    except ConfigError as error:
+        raise ConfigError(f"the axis {name}: {error}", "grid") from error
+    shown = f"{REPLACE} {quoted(words[0])}" if name == REPLACE else name
+    return shown, list(zip(changes, (skip for _, skip in pairs), strict=True))
+
+
+def _known_name(given: str, known: Mapping[str, Setting]) -> str:
+    """The axis that is meant.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    word = given.strip().lstrip("-").lower().replace("-", "_").replace(" ", "_")
+    name = word if word in known else _NAMES.get(word, word)
+    reason = "give its seeds with seed=1, 2, .., 4" if name == "num_images" else "leave it out"
+    require(name not in NO_AXES, f"{name} is no axis of a grid; {reason}", "grid")
+    names = [*SPECIAL, *(name for name in known if name not in NO_AXES)]
+    require(
+        name in names,
+        f"the grid has no axis {given.strip()!r}{did_you_mean(word, names)}; an axis is a setting "
+        f"of generate, or {', '.join(SPECIAL)}",
+        "grid",
+    )
+    return name
+
+
+def _expanded(
+    name: str, words: Sequence[tuple[str, bool]], known: Mapping[str, Setting]
+) -> Iterator[tuple[str, bool]]:
+    """The values with those of ranges and of file patterns.
+
+    Raises:
+        ConfigError: If a range has no step or misses its end, or a pattern matches nothing.
+    """
+    is_number = name in _PARTS or (name in known and known[name].kind in (int, float))
+    for at, (word, is_skipped) in enumerate(words):
+        if word == _RANGE and is_number:
+            around = [text for text, _ in words[max(0, at - 2) : at] + list(words[at + 1 : at + 2])]
+            yield from ((value, False) for value in _between(around))
+        elif name == "adapter" and "*" in word and " + " not in word:
+            path, strengths = re.fullmatch(r"(.*?)((?::[-+.\deE]+){0,2})", word).groups()  # type: ignore[union-attr]
+            matches = sorted(glob(path), key=_natural)
+            require(bool(matches), f"{quoted(path)} matches no file or folder")
+            yield from ((match + strengths, is_skipped) for match in matches)
+        else:
+            yield word, is_skipped
+
+
+def _between(around: Sequence[str]) -> Iterator[str]:
+    """The numbers of a range behind its second, and before its last."""
+    example = "write two numbers, '..' and the last one, such as 0.5, 0.75, .., 1.25"
+    try:
+        first, second, last = map(Decimal, around)
+        count = (last - second) / (second - first)
+        is_ahead = count > 0
+    except (ValueError, ArithmeticError, InvalidOperation):
+        raise ConfigError(f"the range has no step; {example}") from None
+    require(not count > _MOST, f"the range to {last} has more than {_MOST:,} values")
+    require(
+        is_ahead and count == int(count),
+        f"the range {first}, {second}, .. does not come to {last}; {example}",
+    )
+    return (f"{(second + n * (second - first)).normalize():f}" for n in range(1, int(count)))
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """A key by which checkpoint-2 comes before checkpoint-10."""
+    return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", path)]
+
+
+def _changes(name: str, words: Sequence[str], known: Mapping[str, Setting]) -> list[Change]:
+    """The change of each value.
+
+    Raises:
+        ConfigError: If one is of another type than the setting, or out of its range.
+    """
+    if name == REPLACE:
+        return [_replacement(words[0], word) for word in words]
+    if name in _PARTS:
+        need = f"the axis {name} needs an adapter, and none is given"
+        numbers = [_value(replace(known["strength"], name=name), word) for word in words]
+        return [
+            Change(word, value, (name,), partial(_with_share, _PARTS[name], value),
+                   lambda settings: bool(settings.adapter), need, 1)
+            for word, value in zip(words, numbers, strict=True)
+        ]  # fmt: skip
+    if name == SIZE:
+        sizes = [re.fullmatch(r"(\d{1,6})\s*[xX]\s*(\d{1,6})", word) for word in words]
+        wrong = next((w for w, size in zip(words, sizes, strict=True) if not size), None)
+        require(wrong is None, f"size is {wrong!r}; write width and height, such as 512x768")
+        pairs = [tuple(map(int, size.groups())) for size in sizes if size]
+        return [
+            Change(f"{width}x{height}", (width, height), ("width", "height"),
+                   partial(replace, width=width, height=height))
+            for width, height in pairs
+        ]  # fmt: skip
+    values = [_value(known[name], word) for word in words]
+    labels = _without_folders(words) if name in _PATHS else words
+    return [
+        Change(label, repr(value), (name,), partial(replace, **{name: value}))
+        for label, value in zip(labels, values, strict=True)
+    ]
+
+
+def _value(setting: Setting, word: str) -> Any:
+    """A value of a setting as a command line has it; a list's has `` + `` between its entries."""
+    if word.lower() == "none" and setting.default is None and setting.name not in _NEVER_NONE:
+        return None
+    given: Any = word
+    if setting.kind is bool:
+        given = SWITCH_WORDS.get(word.lower(), word)
+    elif setting.is_list:
+        given = [] if word.lower() == "none" else [part.strip() for part in word.split(" + ")]
+    value = setting.cast(given)
+    setting.check(value)
+    return value
+
+
+def _replacement(search: str, word: str) -> Change:
+    """Put a word in the place of another one in prompt and negative prompt, as A1111 does."""
+
+    def texts(settings: Any) -> dict[str, str]:
+        pairs = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt}
+        return {name: text for name, text in pairs.items() if search in (text or "")}
+
+    def apply(settings: Any) -> Any:
+        found = texts(settings)
+        return replace(settings, **{n: text.replace(search, word) for n, text in found.items()})
+
+    idle = f"the axis {REPLACE} does not find {search!r}, its first value, in the prompt"
+    acts = lambda settings: bool(texts(settings))  # noqa: E731
+    return Change(word, word, (f"{REPLACE} of {search!r}",), apply, acts, idle, 2)
+
+
+def _with_share(part: int, value: float, settings: Any) -> Any:
+    """Settings whose adapters act with a strength on a part, a place in FILE:0.5:0.8."""
+    words = []
+    for word in settings.adapter or ():
+        fields: list[Any] = [*adapter_and_strengths(word)]
+        fields[part] = value
+        words.append(":".join(map(str, fields)))
+    return replace(settings, adapter=words) if words else settings
+
+
+def _without_folders(words: Sequence[str]) -> list[str]:
+    """Paths by as many of their last names as tell them apart: no folder of this machine."""
+    entries = [word.split(" + ") for word in words]
+    paths = list(dict.fromkeys(adapter_and_strengths(e)[0] for each in entries for e in each))
+    parts = [re.split(r"[/\\]", path.rstrip("/\\")) for path in paths]
+    cuts = (["/".join(part[-n:]) for part in parts] for n in range(1, 1 + max(map(len, parts))))
+    names = dict(
+        zip(paths, next((cut for cut in cuts if len({*cut}) == len(cut)), paths), strict=True)
+    )
+    labels = []
+    for each in entries:
+        found = [adapter_and_strengths(entry)[0] for entry in each]
+        labels.append(" + ".join(names[p] + e[len(p) :] for p, e in zip(found, each, strict=True)))
+    return labels

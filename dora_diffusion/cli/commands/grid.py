@@ -1,0 +1,357 @@
+"""``dora-diffusion generate --grid``: the cells that are not there yet, a page and a sheet of all.
+
+The folder of a grid::
+
+    index.html       the page
+    sheet.png        the same as one image
+    grid.json        axes, cells and how each was made
+    images/ID.png    a cell, by a digest of what makes its image
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dora_diffusion.cli.axes import NO_AXES, plan_grid
+from dora_diffusion.cli.commands.generate import (
+    SUFFIXES,
+    GenerateSettings,
+    Repeated,
+    Row,
+    image_rows,
+    sampling_settings,
+    warn_of_triggers,
+)
+from dora_diffusion.cli.console.progress import progress, say
+from dora_diffusion.cli.settings import Model
+from dora_diffusion.config.fields import require
+from dora_diffusion.config.wording import counted
+from dora_diffusion.data.images import DECODE_ERRORS, PhotoError, open_photo
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata, join_triggers
+from dora_diffusion.formats.adapter.stored import read_metadata
+from dora_diffusion.formats.files.atomic import require_writable
+from dora_diffusion.numerics.devices import release_memory
+from dora_diffusion.sampling.generate import SamplingSettings, generate_images, sampled_size
+from dora_diffusion.sampling.images import (
+    UsedAdapter,
+    parameters_text,
+    parse_parameters,
+    read_fields,
+    read_parameters,
+)
+from dora_diffusion.sampling.page import PAGE, RECORD, GridRecord
+from dora_diffusion.sampling.pool import AdapterPool, ImageRow, reading_of
+from dora_diffusion.sampling.stack import AdapterUse, set_strengths
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from dora_diffusion.models.components import Components
+
+Show = Callable[[int, int], None]
+_MODEL = (*(setting.name for setting in Model.settings()), "alpha")
+# Those of each row of a batch.
+_OWN = {"prompt", "seed", "adapter", "strength", "direction_strength", "magnitude_strength",
+        "layer_strength", "wildcards", "wildcard_dir"}  # fmt: skip
+_ALIKE = {setting.name for setting in GenerateSettings.settings()} - _OWN - {*NO_AXES}
+# What an image's text may say of settings that were not given.
+_CHOSEN = {"steps": "Steps", "guidance_scale": "CFG scale", "scheduler": "Sampler"}
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A cell.
+
+    Attributes:
+        settings: Its settings, those that have no effect at their default, with its file.
+        row: Its prompt, with drawn wildcards, and its seed.
+        uses: Its adapters.
+    """
+
+    settings: GenerateSettings
+    row: Row
+    uses: tuple[AdapterUse, ...]
+
+    @classmethod
+    def of(cls, settings: GenerateSettings, folder: Path, clip_skip: str) -> _Cell:
+        """Make a cell of its settings.
+
+        Raises:
+            ConfigError, ValueError, OSError: If an image cannot be made of them.
+        """
+        defaults = {setting.name: setting.default for setting in settings.settings()}
+        idle = {name: defaults[name] for name in settings.without_effect()}
+        output = folder / "images" / "cell.png"
+        settings = replace(settings, **idle, output=str(output), overwrite=True)
+        (row,) = image_rows(settings)
+        uses = tuple(settings.uses())
+        path = output.with_stem(_digest(settings, row, uses, clip_skip))
+        return cls(replace(settings, output=str(path)), row._replace(path=path), uses)
+
+    @property
+    def is_pooled(self) -> bool:
+        """True if it may share a batch with cells of other adapters."""
+        s = self.settings
+        return len(self.uses) < 2 and not (s.strength_schedule or s.compile or s.alpha is not None)
+
+    @property
+    def model_key(self) -> tuple[object, ...]:
+        """Equal for cells that one loaded model makes, strengths aside."""
+        paths = None if self.is_pooled else [str(use.path) for use in self.uses]
+        return (*(repr(getattr(self.settings, name)) for name in _MODEL), repr(paths))
+
+    @property
+    def batch_key(self) -> tuple[object, ...]:
+        """Equal for cells that one batch may hold."""
+        own = () if self.is_pooled else self.uses
+        return (*(repr(getattr(self.settings, name)) for name in sorted(_ALIKE)), repr(own))
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        """Place among the cells: models, then samplings, then adapters change the least."""
+        return self.model_key, self.batch_key, repr(self.uses), self.row.prompt, self.row.seed
+
+
+class _Loaded(NamedTuple):
+    """A cell with its model, as its adapter has that read, and the settings of sampling."""
+
+    cell: _Cell
+    components: Components
+    sampling: SamplingSettings
+
+    def key(self) -> tuple[object, ...]:
+        """Equal for cells of one batch."""
+        sampling = self.sampling
+        chosen = repr((sampling.steps, sampling.guidance_scale, sampling.scheduler))
+        return (*self.cell.batch_key, chosen, repr(reading_of(self.components)))
+
+
+class GridRun:
+    """The cells of a grid.
+
+    Args:
+        args: With the axes, and the folder as ``output``.
+
+    Attributes:
+        record: The page's data.
+        missing: Cells that are to be made.
+
+    Raises:
+        ConfigError, ValueError, OSError: If a cell cannot be; nothing is loaded or written then.
+    """
+
+    def __init__(self, args: GenerateSettings) -> None:
+        self.folder = Path(args.output)
+        _require_folder(args, self.folder)
+        if args.seed is None:
+            known = GridRecord.seed_of(self.folder)
+            args = replace(args, seed=secrets.randbelow(2**32) if known is None else known)
+        grid = plan_grid(args)
+        first = next(iter(grid.cells.values()))
+        self.repeated = Repeated.of(first, sampling_settings(first))
+        clip_skip = self.repeated.fields.get("Clip skip", "")
+        cells = [_Cell.of(cell, self.folder, clip_skip) for cell in grid.cells.values()]
+        self.record = GridRecord(
+            {axis.name: axis.labels for axis in grid.axes},
+            [f"images/{cell.row.path.name}" for cell in cells],
+            int(args.seed or 0),
+        )
+        unique = {cell.row.path: cell for cell in cells}
+        own = {cell.batch_key: cell.settings for cell in cells}
+        self._samplings = {key: sampling_settings(settings) for key, settings in own.items()}
+        warn_of_triggers(_triggers(unique.values()))
+        made = {path for path, cell in unique.items() if not args.overwrite and self._is_made(cell)}
+        for path in made:
+            self.record.texts[f"images/{path.name}"] = read_parameters(path) or ""
+        missing = [cell for path, cell in unique.items() if path not in made]
+        self.missing = sorted(missing, key=lambda cell: cell.order)
+        self._batch_size, self._steps = args.batch_size, 0
+
+    def _is_made(self, cell: _Cell) -> bool:
+        """Return whether its file is whole, and says what it is to say."""
+        sampling, used = self._samplings[cell.batch_key], _named(cell.uses)
+        try:
+            found = read_fields(cell.row.path)
+            open_photo(cell.row.path, limited=False)
+            width, height = map(int, found.get("Size", "").split("x"))
+        except (*DECODE_ERRORS, PhotoError, ValueError):
+            return False
+        size = (sampling.width or width, sampling.height or height)
+        row = cell.row
+        text = parameters_text(row.prompt, row.seed, sampling, size, cell.settings.base, used)
+        expected = parse_parameters(text)
+        for name, field in _CHOSEN.items():
+            if getattr(cell.settings, name) is None:
+                expected.pop(field, None)
+        return expected.items() <= found.items()
+
+    def make(self, show: Show) -> None:
+        """Make the missing cells, and write page and sheet; what was made before a stop stays.
+
+        Args:
+            show: Called with (steps done, steps in all).
+        """
+        try:
+            for _, cells in groupby(self.missing, key=lambda cell: cell.model_key):
+                self._make_alike(list(cells), show)
+                release_memory()
+        finally:
+            if self.record.texts:
+                self.record.write(self.folder)
+        self.record.write_sheet(self.folder)
+
+    def _make_alike(self, cells: Sequence[_Cell], show: Show) -> None:
+        """Make cells of one model, and write each when its batch is done."""
+        first, total = cells[0], sum(self._samplings[c.batch_key].steps for c in self.missing)
+        uses = () if first.is_pooled else first.uses
+        components, _ = first.settings.load_repeated(uses, self.repeated)
+        pool = AdapterPool(components, budget=None, **first.settings.reading)
+        sample = self._sample_mixed if first.is_pooled else self._sample_stack
+        for loaded in self._batches(cells, pool):
+            steps, done = sum(self._samplings[c.cell.batch_key].steps for c in loaded), self._steps
+
+            def on_step(now: int, of: int, steps: int = steps, done: int = done) -> None:
+                show(done + steps * now // of, total)
+
+            images = sample([each.cell for each in loaded], loaded[0].sampling, pool, on_step)
+            for each, image in zip(loaded, images, strict=True):
+                self._write(each, image)
+            self._steps += steps
+
+    def _batches(self, cells: Sequence[_Cell], pool: AdapterPool) -> Iterator[list[_Loaded]]:
+        """Cells that are sampled alike, whose adapters have prompts and noise read alike too."""
+        loaded, lines = [], dict[str, None]()
+        for cell in cells:
+            components = pool.components_for(_only(cell)) if cell.is_pooled else pool.components
+            sampling = self._samplings[cell.batch_key]
+            sampling, line = cell.settings.distilled(sampling, components, cell.uses)
+            loaded.append(_Loaded(cell, components, sampling))
+            lines[line] = None
+        for line in filter(None, lines):
+            say(line, sys.stderr)
+        for _, alike in groupby(sorted(loaded, key=_Loaded.key), key=_Loaded.key):
+            group, size = list(alike), self._batch_size
+            yield from (group[at : at + size] for at in range(0, len(group), size))
+
+    def _sample_mixed(
+        self, batch: Sequence[_Cell], sampling: SamplingSettings, pool: AdapterPool, on_step: Show
+    ) -> list[Image]:
+        rows = [ImageRow(cell.row.prompt, cell.row.seed, _only(cell)) for cell in batch]
+        shared: dict[str, Any] = {"batch_size": len(rows), "require_finite": True}
+        return pool.generate(rows, sampling, on_step=on_step, **shared)
+
+    def _sample_stack(
+        self, batch: Sequence[_Cell], sampling: SamplingSettings, pool: AdapterPool, on_step: Show
+    ) -> list[Image]:
+        set_strengths(pool.components.adaptable(), batch[0].uses)
+        prompts = [cell.row.prompt for cell in batch]
+        return generate_images(
+            replace(pool.components, norms=None),
+            prompts if len(prompts) > 1 else prompts[0],
+            [cell.row.seed for cell in batch],
+            sampling,
+            batch_size=len(batch),
+            on_step=on_step,
+            require_finite=True,
+        )
+
+    def _write(self, loaded: _Loaded, image: Image) -> None:
+        if not self.record.texts:  # Now it is known that the model and adapters can be used.
+            self.record.write(self.folder)
+        cell, components, sampling = loaded
+        text = cell.settings.write_image(
+            image, cell.row, sampling, sampled_size(components, sampling), cell.uses,
+            cell.settings.facts(0, 1, components, Repeated({})),
+        )  # fmt: skip
+        self.record.texts[f"images/{cell.row.path.name}"] = text
+
+
+def make_grid(args: GenerateSettings) -> int:
+    """Make what is missing of a grid. Returns the exit code."""
+    run = GridRun(args)
+    with progress("generating images", "step") as show:
+        run.make(show)
+    files, new = len(set(run.record.files)), len(run.missing)
+    more = "" if new == files else f", {new} of them new"
+    print(f"{run.folder / PAGE} ({counted(files, 'image')}{more}; seed {run.record.seed})")
+    return 0
+
+
+def _only(cell: _Cell) -> AdapterUse | None:
+    return cell.uses[0] if cell.uses else None
+
+
+def _require_folder(args: GenerateSettings, folder: Path) -> None:
+    """Refuse what a grid cannot be with, and a folder of other files.
+
+    Raises:
+        ConfigError, OSError: If so.
+    """
+    require(args.adapters_file is None, "grid and adapters_file are both given; leave one out")
+    require(
+        args.num_images == 1,
+        f"num_images is {args.num_images}; of a grid give seeds: --grid seed=1,2",
+        "num_images",
+    )
+    require(
+        folder.suffix.lower() not in SUFFIXES or folder.is_dir(),
+        f"output {folder} must be a folder with grid: of its page, sheet and images",
+        "output",
+    )
+    is_other = folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file()
+    require(not is_other, f"{folder} holds other files; choose another --output", "output")
+    require_writable(folder, is_folder=True)
+
+
+def _named(uses: Sequence[AdapterUse]) -> list[UsedAdapter]:
+    return [UsedAdapter.of(use.path, use.strengths) for use in uses]
+
+
+def _triggers(cells: Iterable[_Cell]) -> Iterator[tuple[str, AdapterMetadata]]:
+    """Each prompt with the trigger words of its adapters."""
+    known: dict[str, str] = {}
+    for cell in cells:
+        for path in {str(use.path) for use in cell.uses} - known.keys():
+            known[path] = read_metadata(path).trigger
+        trigger = join_triggers(known[str(use.path)] for use in cell.uses)
+        yield cell.row.prompt, AdapterMetadata(trigger=trigger)
+
+
+def _digest(
+    settings: GenerateSettings, row: Row, uses: Sequence[AdapterUse], clip_skip: str
+) -> str:
+    """A digest of what makes an image: settings, and the contents of files that they name."""
+    defaults = {setting.name: setting.default for setting in settings.settings()}
+    facts = {name: getattr(settings, name) for name in defaults if name not in NO_AXES}
+    facts = {name: value for name, value in facts.items() if value != defaults[name]}
+    facts |= {"prompt": row.prompt, "seed": row.seed, "style": settings.chosen_styles}
+    facts |= dict.fromkeys(("wildcards", "wildcard_dir", "styles"))
+    facts |= {"base": _files_of(settings.base), "clip": clip_skip}
+    facts["adapter"] = [
+        (used.name, used.hash or _files_of(str(use.path)), vars(use.strengths))
+        for use, used in zip(uses, _named(uses), strict=True)
+    ]
+    if path := facts.get("detail"):
+        facts["detail"] = _files_of(path)
+    for name in ("image", "mask_image"):
+        if path := facts.get(name):
+            facts[name] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+    text = json.dumps(facts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _files_of(name: str) -> list[Any]:
+    """A model by its name on the hub, or by its files, as they are now."""
+    path = Path(name).expanduser()
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    states = [(str(file.relative_to(path)), file.stat()) for file in files if file.is_file()]
+    found = [(name, status.st_size, status.st_mtime_ns) for name, status in states]
+    return [str(path.resolve()) if found else name, found]

@@ -1,0 +1,285 @@
+"""``dora-diffusion generate --grid``: its cells are plain images, made once, also after a stop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dora_diffusion.cli.main import main
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.sampling import generate as sampling
+from dora_diffusion.sampling.generate import SamplingSettings
+from dora_diffusion.sampling.images import parse_parameters, read_parameters
+from dora_diffusion.sampling.page import PAGE, RECORD, SHEET
+
+
+@pytest.fixture(scope="module")
+def adapters(sd1_folder, random_adapter, tmp_path_factory):
+    """A DoRA with a text encoder, which reads prompts by a layer less, and a LoRA."""
+    folder, files = tmp_path_factory.mktemp("adapters"), []
+    for seed, axis in enumerate(("output", None), start=1):
+        layers = random_adapter(sd1_folder, axis=axis, seed=seed, every=4, mixed_ranks=True)
+        extra = {"clip_skip": "1"} if axis else {}
+        file = AdapterFile(layers, AdapterMetadata("sd1", trigger="dog", extra=extra))
+        files.append(str(write_adapter(folder / f"{seed}.safetensors", file)))
+    return files
+
+
+@pytest.fixture
+def generate(sd1_folder):
+    """Run the command into a folder or file. Returns the exit code."""
+
+    def run(output, *words, **flags):
+        flags = {"base": sd1_folder, "prompt": "a red dog", "seed": 3, "steps": 2, **flags}
+        named = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+        return main(["generate", *named, "--output", str(output), *map(str, words)])
+
+    return run
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The seeds of each batch that a pipeline samples from now on."""
+    found, sample = [], sampling._sample
+
+    def count(pipeline, components, prompt, seeds, *more):
+        found.append(list(seeds))
+        return sample(pipeline, components, prompt, seeds, *more)
+
+    monkeypatch.setattr(sampling, "_sample", count)
+    return found
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image, np.int16)
+
+
+def record_of(folder):
+    return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+
+
+def test_each_cell_is_the_plain_image_of_its_settings_and_repeats_to_the_same_bytes(
+    generate, adapters, sd1_folder, tmp_path, batches, capsys
+):
+    """Bit for bit, where each is a batch; with strengths of components and layers."""
+    first, second = adapters
+    grid, values = tmp_path / "grid", (None, f"{first}:0.5:0.8", second)
+    flags = {"layer_strength": "unet.mid_block.*:0.5", "batch_size": 1}
+    assert generate(grid, "--grid", f"adapter=none, {', '.join(values[1:])}", **flags) == 0
+    assert batches == [[3]] * 3
+    assert f"{grid / PAGE} (3 images; seed 3)" in capsys.readouterr().out
+    record, seen = record_of(grid), set()
+    plain, again = tmp_path / "plain.png", tmp_path / "again.png"
+    for adapter, file in zip(values, record["files"], strict=True):
+        own = {"adapter": adapter, **flags} if adapter else {}
+        assert generate(plain, "--overwrite", **own) == 0
+        assert plain.read_bytes() == (grid / file).read_bytes()
+        assert read_parameters(plain) == record["texts"][file]
+        seen.add(pixels(plain).tobytes())
+    more = ["--adapter", first, "--output", again]
+    file = grid / record["files"][1]
+    assert main(["generate", *map(str, ["--base", sd1_folder, "--repeat", file, *more])]) == 0
+    assert again.read_bytes() == file.read_bytes()
+    assert len(seen) == 3
+    with Image.open(grid / SHEET) as sheet:
+        assert sheet.width == 3 * 66 - 2
+
+
+def test_one_batch_holds_several_adapters_and_prompts_up_to_rounding(
+    generate, adapters, tmp_path, batches
+):
+    first, second = adapters
+    grid, plain, values = tmp_path / "grid", tmp_path / "plain.png", (None, second, first)
+    axes = [f"adapter=none, {second}, {first}", "replace=red, toy"]
+    assert generate(grid, "--grid", *axes, batch_size=4) == 0
+    # The DoRA has a layer of the text encoder left out, so that its cells are a batch apart.
+    assert batches == [[3, 3], [3, 3, 3, 3]] or batches == [[3, 3, 3, 3], [3, 3]]
+    files = record_of(grid)["files"]
+    for adapter, file in zip(values, files[1::2], strict=True):
+        assert generate(plain, "--overwrite", adapter=adapter, prompt="a toy dog") == 0
+        assert read_parameters(plain) == read_parameters(grid / file)
+        assert np.abs(pixels(grid / file) - pixels(plain)).max() <= 1
+    assert len({pixels(grid / file).tobytes() for file in files}) == 6
+
+
+def test_stacks_and_schedules_are_plain_images_too_of_one_loaded_model(
+    generate, adapters, tmp_path, monkeypatch
+):
+    """Several adapters, whose strengths alone change, are not loaded again."""
+    first, second = adapters
+    loads, load = [], sampling.load_components
+    monkeypatch.setattr(
+        sampling, "load_components", lambda *a, **k: loads.append(1) or load(*a, **k)
+    )
+    grid, plain = tmp_path / "grid", tmp_path / "plain.png"
+    stack, schedule = [f"{first}:0.7", f"{second}:0.5"], "0:0.2,0.5:1"
+    axes = [f"adapter={' + '.join(stack)}", f"strength=0.5||1 & strength_schedule=0:1||{schedule}"]
+    assert generate(grid, "--grid", *axes, batch_size=1) == 0
+    assert len(loads) == 1
+    files = record_of(grid)["files"]
+    for file, own in zip(files, ({"strength": 0.5}, {"strength_schedule": schedule}), strict=True):
+        assert generate(plain, "--overwrite", "--adapter", *stack, **own) == 0
+        assert pixels(plain).tobytes() == pixels(grid / file).tobytes()
+        wanted, found = (parse_parameters(read_parameters(path)) for path in (plain, grid / file))
+        assert found == {"Strength schedule": "0:1"} | wanted
+    assert pixels(grid / files[0]).tobytes() != pixels(grid / files[1]).tobytes()
+
+
+def test_bases_and_all_that_changes_sampling_are_plain_images(generate, sd2_folder, tmp_path):
+    grid, plain = tmp_path / "grid", tmp_path / "plain.png"
+    axes = [f"base={sd2_folder} & size=64x72", "clip_skip=0, 1 & scheduler=none, lcm"]
+    assert generate(grid, "--grid", *axes, batch_size=1) == 0
+    for at, file in enumerate(record_of(grid)["files"]):
+        own = {"base": sd2_folder, "width": 64, "height": 72, "clip_skip": at,
+               "scheduler": (None, "lcm")[at]}  # fmt: skip
+        assert generate(plain, "--overwrite", **own) == 0
+        assert plain.read_bytes() == (grid / file).read_bytes()
+    with Image.open(grid / SHEET) as sheet:
+        assert parse_parameters(sheet.info["parameters"])["Size"] == "64x72"
+
+
+def test_a_grid_is_continued_and_grows_by_its_new_cells_alone(
+    generate, adapters, tmp_path, batches, monkeypatch, capsys
+):
+    grid, axes = tmp_path / "grid", ["seed=1, 2, 3", f"adapter=none, {adapters[1]}"]
+    flags, asked = {"batch_size": 2, "seed": None}, []
+
+    def stop(*args):
+        asked.append(1)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return sample(*args)
+
+    sample = sampling._sample
+    monkeypatch.setattr(sampling, "_sample", stop)
+    assert generate(grid, "--grid", *axes, **flags) == 130
+    files = record_of(grid)["files"]
+    made = sorted(file for file in files if (grid / file).exists())
+    assert len(made) == 4
+    assert sorted(record_of(grid)["texts"]) == made
+    assert (grid / PAGE).exists()
+    assert not (grid / SHEET).exists()
+    times = {file: (grid / file).stat().st_mtime_ns for file in made}
+    monkeypatch.setattr(sampling, "_sample", sample)
+    batches.clear()
+    assert generate(grid, "--grid", *axes, **flags) == 0
+    assert sum(map(len, batches)) == 2
+    assert "6 images, 2 of them new" in capsys.readouterr().out
+    assert {file: (grid / file).stat().st_mtime_ns for file in made} == times
+    # The same again, another order, a value less or more, one twice by its name: nothing twice.
+    for words, new in (
+        (axes, 0), (axes[::-1], 0), (["seed=3, SKIP:2, 1", axes[1]], 0),
+        (["seed=2, 3, 4", axes[1]], 2), (["seed=1, 2", "steps=2, 1"], 2),
+        ([axes[0], f"adapter=none, {adapters[1]}", "strength=1, 0.5"], 3),
+    ):  # fmt: skip
+        batches.clear()
+        assert generate(grid, "--grid", *words, **flags) == 0
+        assert sum(map(len, batches)) == new, words
+    # A damaged, replaced or changed file is made again; so is everything that is asked for.
+    (grid / files[0]).write_bytes((grid / files[0]).read_bytes()[:-300])
+    (grid / files[1]).write_bytes((grid / files[2]).read_bytes())
+    (grid / files[3]).unlink()
+    batches.clear()
+    assert generate(grid, "--grid", *axes, **flags) == 0
+    assert sum(map(len, batches)) == 3
+    batches.clear()
+    assert generate(grid, "--grid", *axes, "--overwrite", **flags) == 0
+    assert sum(map(len, batches)) == 6
+
+
+def test_an_adapter_that_was_trained_on_is_another_one(
+    generate, random_adapter, sd1_folder, tmp_path, batches
+):
+    file, grid = tmp_path / "own.safetensors", tmp_path / "grid"
+    for seed, new in ((1, 1), (1, 0), (2, 1)):
+        layers = random_adapter(sd1_folder, seed=seed, every=9)
+        write_adapter(file, AdapterFile(layers, AdapterMetadata("sd1")))
+        batches.clear()
+        assert generate(grid, "--grid", "steps=1", adapter=file) == 0
+        assert len(batches) == new
+
+
+def test_a_random_seed_is_one_for_all_cells_and_stays(generate, tmp_path, batches):
+    grid = tmp_path / "grid"
+    for new in (2, 0):
+        batches.clear()
+        assert generate(grid, "--grid", "steps=1, 2", seed=None) == 0
+        assert sum(map(len, batches)) == new
+    texts = record_of(grid)["texts"].values()
+    assert {parse_parameters(text)["Seed"] for text in texts} == {str(record_of(grid)["seed"])}
+
+
+def test_settings_that_follow_from_an_adapter_are_those_of_its_cells_alone(
+    generate, adapters, tmp_path, batches, capsys
+):
+    few = shutil.copy(adapters[1], tmp_path / "lcm-lora-own.safetensors")
+    grid, plain = tmp_path / "grid", tmp_path / "plain.png"
+    given = {"steps": None, "scheduler": "ddim", "width": 16, "height": 16}
+    for new in (3, 0):
+        batches.clear()
+        assert generate(grid, "--grid", f"adapter={few}, none, {few}:0.5", **given) == 0
+        assert sum(map(len, batches)) == new
+        said = capsys.readouterr().err
+        assert said.count("lcm-lora-own is for few steps") == (new > 0)
+    texts = [read_parameters(grid / file) for file in record_of(grid)["files"]]
+    assert generate(plain, adapter=few, **given) == 0
+    assert texts[0] == read_parameters(plain)
+    steps = [parse_parameters(text)["Steps"] for text in texts]
+    assert steps[0] == steps[2] != steps[1] == str(SamplingSettings.steps)
+
+
+def test_a_grid_around_an_image_has_its_settings(generate, adapters, tmp_path, capsys):
+    first, grid = tmp_path / "first.png", tmp_path / "grid"
+    own = {"adapter": f"{adapters[0]}:0.7", "guidance_scale": 4.5, "scheduler": "ddim"}
+    assert generate(first, **own) == 0
+    bare = {"prompt": None, "seed": None, "steps": None, "adapter": adapters[0], "batch_size": 1}
+    assert generate(grid, "--repeat", first, "--grid", "cfg=4.5, 6", **bare) == 0
+    same, other = (grid / file for file in record_of(grid)["files"])
+    assert same.read_bytes() == first.read_bytes()
+    expected = parse_parameters(read_parameters(first)) | {"CFG scale": "6"}
+    assert parse_parameters(read_parameters(other)) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "flags", "message"),
+    [
+        (["steps=1, x"], {}, "the axis steps: steps is 'x'; it must be a whole number"),
+        (["steps=0, 1"], {}, "steps is 0; it must be at least 1"),
+        (["size=33x64"], {}, "width is 33; it must be a multiple of 8"),
+        (["strength=70"], {"adapter": "{adapter}"}, "strength is 70; it must be between"),
+        (["adapter=nowhere"], {}, "there is no adapter at nowhere"),
+        (["image=nowhere.png"], {}, "nowhere.png"),
+        (["base=./nowhere"], {}, "nowhere does not exist"),
+        (["seed=-1"], {}, "seed is -1"),
+        (["prompt=<lora:x:1> a"], {}, "give its file with --adapter"),
+        (["steps=1, 2"], {"prompt": None}, "generate has no prompt"),
+        (["steps=1, 2"], {"num_images": 2}, "num_images is 2; of a grid give seeds"),
+        (["steps=1, 2"], {"adapters_file": "x.yaml"}, "grid and adapters_file are both given"),
+        (["steps=1, 2", "seed=1, 2, .., 99"], {}, "the grid has 198 images, more than grid_limit"),
+        (["layer_strength=nothing.*:0"], {"adapter": "{adapter}"}, "'nothing.*' matches no layer"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_nothing_is_written(
+    words, flags, message, generate, adapters, tmp_path, last_line
+):
+    flags = {name: str(value).format(adapter=adapters[0]) if value else None
+             for name, value in flags.items()}  # fmt: skip
+    assert generate(tmp_path / "new" / "grid", "--grid", *words, **flags) == 1
+    line = last_line()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_other_things_is_left_alone(generate, tmp_path, last_line):
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+    assert generate(tmp_path, "--grid", "steps=1") == 1
+    assert "holds other files; choose another --output" in last_line()
+    assert generate(tmp_path / "x.png", "--grid", "steps=1") == 1
+    assert "x.png must be a folder with grid" in last_line()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
