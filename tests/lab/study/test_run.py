@@ -118,9 +118,7 @@ def test_a_damaged_record_is_made_again(performed, tmp_path, damage):
     assert json.loads(file.read_text(encoding="utf-8"))["digest"] == performed[-1].digest
 
 
-def test_a_record_without_settings_at_their_default_is_reported_as_a_whole_one(
-    performed, tmp_path
-):
+def test_a_record_without_settings_at_their_default_is_reported_as_a_whole_one(performed, tmp_path):
     whole = run_study(study(), tmp_path).records
     default = TrainConfig().to_dict()
     for trial in performed:
