@@ -40,6 +40,7 @@ from dora_diffusion.training.events import (
 from dora_diffusion.training.inputs import dataset
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import train
+from dora_diffusion.training.results import effect
 from dora_diffusion.training.session import Session, open_session
 from dora_diffusion.training.trainable import adapters
 from tests.apple import DEVICE, AppleGPU
@@ -275,6 +276,27 @@ def test_each_module_is_on_the_device_while_it_computes(
         assert all(places == {"unet"} for places in seen[event.__name__]), event
     assert len(seen[StepDone.__name__]) == 2
     assert seen["end"] == [{"unet"}]
+
+
+def test_the_effect_is_measured_with_one_module_on_the_device_at_a_time(
+    gpu: AppleGPU, run, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a card that has room for a step has none for it."""
+    config = run(sd1_folder, "out")
+    session = open_session(config, subjects_of(config), make_accelerator(config))
+    seen: list[tuple[str, set[str]]] = []
+    for name in ("encode_prompts", "predict"):
+        original = getattr(effect, name)
+
+        def note(*args: Any, name: str = name, original: Any = original) -> Any:
+            seen.append((name, on_gpu(session)))
+            return original(*args)
+
+        monkeypatch.setattr(effect, name, note)
+    session.probe.begin()
+    session.probe.measure()
+    assert seen == [("encode_prompts", {"text_encoder"}), ("predict", {"unet"})] * 2
+    assert on_gpu(session) == {"unet"}
 
 
 def test_encoders_that_train_or_whose_results_are_not_cached_stay(

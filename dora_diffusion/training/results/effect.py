@@ -3,18 +3,19 @@
 The inputs are noise at three timesteps, 128 pixels wide or less, and three captions of the run.
 Whatever the run's precision, they are computed in float32: in half precision, rounding alone moves
 a prediction by more than a short run does. Of SDXL, a measurement has 3% of the operations of a
-training step of one image of 1024 pixels; it holds one layer's weight in float32 at a time.
+training step of one image of 1024 pixels. It takes less memory than a step: one layer's weight is
+float32 at a time, and offloaded text encoders are on the device while the UNet is not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -24,7 +25,7 @@ from dora_diffusion.data.crops import plan_crop
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import predict
-from dora_diffusion.models.offload import on_device
+from dora_diffusion.models.offload import HOST, on_device
 from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
 from dora_diffusion.training.trainable.full import TrainedWeights
 
@@ -116,29 +117,27 @@ class Probe:
     def begin(self) -> None:
         """Compute what there is before the first step, where it is not known yet."""
         if not self._before:
-            with self._computing():
-                hidden = self._encoded()
-                made = {"prediction": self._predicted(hidden)}
+            hidden = self._encoded()
+            made = {"prediction": self._predicted(hidden)}
             kept = hidden.tensors() if self._trains_text else {}
             self._before = {name: tensor.cpu() for name, tensor in (made | kept).items()}
 
     def measure(self) -> Effect:
         """Compute the effect of all steps, whose weights are on the model."""
         before, text, words = self._before, None, None
-        with self._computing():
-            hidden = self._encoded()
-            moved = unet = _relative(self._predicted(hidden), before["prediction"])
-            if self._trains_text:
-                names = ("encoder_hidden_states", "pooled")
-                at_first = Conditioning(*map(before.get, names))  # type: ignore[arg-type]
-                device = hidden.encoder_hidden_states.device
-                unet = _relative(self._predicted(at_first.to(device)), before["prediction"])
-                with self._weights.words.at_start():
-                    without = self._encoded()
-                if self._weights.modules.keys() - {"unet"}:
-                    text = _distance(without, at_first)
-                if self._weights.words.tables:
-                    words = _distance(hidden, without)
+        hidden = self._encoded()
+        moved = unet = _relative(self._predicted(hidden), before["prediction"])
+        if self._trains_text:
+            names = ("encoder_hidden_states", "pooled")
+            at_first = Conditioning(*map(before.get, names))  # type: ignore[arg-type]
+            device = hidden.encoder_hidden_states.device
+            unet = _relative(self._predicted(at_first.to(device)), before["prediction"])
+            with self._weights.words.at_start():
+                without = self._encoded()
+            if self._weights.modules.keys() - {"unet"}:
+                text = _distance(without, at_first)
+            if self._weights.words.tables:
+                words = _distance(hidden, without)
         self.effect = Effect(moved, unet, text, words)
         return self.effect
 
@@ -151,19 +150,18 @@ class Probe:
         return bool(self._weights.modules.keys() - {"unet"} or self._weights.words.tables)
 
     @contextmanager
-    def _computing(self) -> Iterator[None]:
-        components = self._components
-        scope = norm_scope(*components.adaptable().values())
-        with torch.no_grad(), components.eval_mode(), uncompiled(), scope:
+    def _computing(self, *modules: nn.Module) -> Iterator[None]:
+        """Compute in float32; what moves weights stays outside, or they would stay so."""
+        evaluating, scope = self._components.eval_mode(), norm_scope(*modules)
+        wide = nullcontext() if self._is_sharded else _Float32()
+        with torch.no_grad(), evaluating, uncompiled(), scope, wide:
             yield
 
-    def _wide(self) -> AbstractContextManager[object]:
-        """Compute in float32; what moves weights stays outside, or they would stay so."""
-        return nullcontext() if self._is_sharded else _Float32()
-
     def _encoded(self) -> Conditioning:
-        components = self._components
-        with on_device(components.device, *components.text_encoders), self._wide():
+        components, encoders = self._components, self._components.text_encoders
+        away = [components.unet] if components.offload_to is not None else []
+        present = on_device(components.device, *encoders)
+        with on_device(HOST, *away), present, self._computing(*encoders):
             return encode_prompts(components, self._captions)
 
     def _predicted(self, hidden: Conditioning) -> Tensor:
@@ -176,12 +174,12 @@ class Probe:
         steps = components.scheduler.config.num_train_timesteps
         crop = plan_crop((side, side), side, multiple=components.vae_factor)
         ids = time_ids(components.family, [crop] * len(_TIMESTEPS))
-        timesteps = torch.tensor([int(place * steps) for place in _TIMESTEPS], device=device)
-        with self._wide():
+        timesteps = torch.tensor([int(place * steps) for place in _TIMESTEPS])
+        with self._computing(components.unet):
             return predict(
                 components.unet,
                 noise.to(device),
-                timesteps,
+                timesteps.to(device),
                 hidden,
                 None if ids is None else ids.to(device),
             )
