@@ -143,13 +143,21 @@ class NewImages:
     Attributes:
         model: A run's id, ``RUN/CHECKPOINT``, ``merged/JOB`` or ``base/MODEL``.
         prompt: What to show; ``{subject}`` becomes the run's trigger words.
-        settings: Fields of the Generate tab by name.
+        settings: Settings of ``generate`` that the Generate tab has, by name; further adapters are
+            ``adapter_second``, ``strength_second`` and so on.
     """
 
     __pydantic_config__ = _STRICT
     model: str
     prompt: str
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NewInput:
+    """The name of an uploaded image, for the settings ``image`` and ``mask_image``."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -329,6 +337,12 @@ class Client:
         """Images; they wait for a job that runs. See `NewImages`."""
         new = {"model": model, "prompt": prompt, "settings": settings or {}}
         return self._ask("POST", "images", list[RemoteImage], json=new)
+
+    def upload_input(self, file: str | Path) -> str:
+        """Upload an image to start from, or a mask; its name is for ``image``, ``mask_image``."""
+        path = Path(file)
+        address = f"inputs/{quote(path.name, safe='')}"
+        return self._ask("PUT", address, NewInput, content=path.read_bytes()).name
 
     def fetch_image(self, name: str, output: str | Path) -> Path:
         """Write a generated image to a file, bit for bit."""

@@ -6,11 +6,13 @@ The routes are below `client.ROOT`, beside Gradio's own. What they answer are th
 
 from __future__ import annotations
 
+import dataclasses
 import hmac
 import shutil
 import threading
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -24,6 +26,7 @@ from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.cli.console.errors import explain_to_all
 from dora_diffusion.cluster.serving.api import value_line
 from dora_diffusion.config.wording import did_you_mean
+from dora_diffusion.data.images import open_photo
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import (
     ADVANCED,
@@ -33,10 +36,11 @@ from dora_diffusion.studio.app.settings import (
     preset_values,
     setting_text,
 )
-from dora_diffusion.studio.app.views.request import LABELS, UNSET, make_request, shown_value
+from dora_diffusion.studio.app.views.request import UNSET, make_request, shown_value
 from dora_diffusion.studio.client import (
     NewConversion,
     NewImages,
+    NewInput,
     NewSubject,
     NewTraining,
     RemoteImage,
@@ -44,6 +48,7 @@ from dora_diffusion.studio.client import (
     RemoteSubject,
 )
 from dora_diffusion.studio.jobs import subjects, tasks
+from dora_diffusion.studio.jobs.image_store import keep_input
 from dora_diffusion.studio.jobs.queue import PERSON, delete_job, requeue_job, stop_job
 from dora_diffusion.studio.jobs.records import log_tail
 from dora_diffusion.studio.jobs.snapshot import Job, adapter_of, chosen_adapter
@@ -51,6 +56,7 @@ from dora_diffusion.studio.jobs.store import (
     BusyError,
     MissingError,
     UserError,
+    Workspace,
     clean_text,
     confined,
     new_id,
@@ -61,9 +67,6 @@ MOST_BYTES = 2**20
 """Of a request's body, but for a photo."""
 MOST_WAITING = 8
 """Requests for images at once."""
-# Fields of the Generate tab that are no settings of images here: no other image is uploaded.
-_NOT_TAKEN = {"prompt", "image", "mask_image", "denoise"}
-_TAKEN = [name for name in LABELS if name not in _NOT_TAKEN]
 _MODEL, _SAMPLES = "pretrained_model_name_or_path", "validation_prompt"
 _MISSING: dict[int | str, dict[str, Any]] = {404: {"description": "It is not there."}}
 
@@ -140,6 +143,23 @@ class _Access:
         return None
 
 
+@asynccontextmanager
+async def _received(workspace: Workspace, name: str, request: Request) -> AsyncIterator[Path]:
+    """The body of a request as a file of a name, which is there inside the block."""
+    is_name = PureWindowsPath(name).name == name != ".." and name.isprintable()
+    if not is_name or len(name.encode()) > 200:
+        raise UserError(f"{name[:80]!r} is not the name of a file")
+    folder = workspace.cache / new_id()
+    folder.mkdir()
+    try:
+        with (folder / name).open("wb") as file:
+            async for part in request.stream():
+                file.write(part)
+        yield folder / name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _add_subjects(api: FastAPI, context: Context) -> None:
     workspace = context.workspace
 
@@ -167,19 +187,8 @@ def _add_subjects(api: FastAPI, context: Context) -> None:
     async def add_photo(subject: str, name: str, request: Request) -> RemoteSubject:
         """Add a photo, the body, or a caption: text named like its photo, ending in `.txt`."""
         await run_in_threadpool(workspace.subject, subject)
-        is_name = PureWindowsPath(name).name == name != ".." and name.isprintable()
-        if not is_name or len(name.encode()) > 200:
-            raise UserError(f"{name[:80]!r} is not the name of a file")
-        folder = workspace.cache / new_id()
-        folder.mkdir()
-        try:
-            with (folder / name).open("wb") as file:
-                async for part in request.stream():
-                    file.write(part)
-            add = subjects.add_photos
-            added = await run_in_threadpool(add, workspace, subject, [folder / name])
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        async with _received(workspace, name, request) as file:
+            added = await run_in_threadpool(subjects.add_photos, workspace, subject, [file])
         if added.refused:
             raise UserError(added.refused[0])
         return shown(subject)
@@ -323,19 +332,29 @@ def _add_files(api: FastAPI, context: Context) -> None:
 def _form(new: NewImages) -> dict[str, Any]:
     """Fields of the Generate tab from settings of ``generate``."""
     known = {setting.name: setting for setting in GenerateSettings.settings()}
-    form = {**UNSET, "prompt": new.prompt}
+    form, offered = {**UNSET, "prompt": new.prompt}, UNSET.keys() - {"prompt"}
     for name, value in new.settings.items():
-        if name not in _TAKEN:
-            raise UserError(f"{name[:80]} is no setting of images{did_you_mean(name, _TAKEN)}")
+        if name not in offered:
+            raise UserError(f"{name[:80]} is no setting of images{did_you_mean(name, offered)}")
+        # The further adapters have a field each, and are chosen like the first one.
+        like = name if name in known else name.partition("_")[0].replace("adapter", "prompt")
+        setting = dataclasses.replace(known[like], name=name)
         if value is not None:
-            given = known[name].cast(value)
-            known[name].check(given)
-            form[name] = shown_value(name, given)
+            cast = setting.cast(value)
+            setting.check(cast)
+            form[name] = shown_value(name, cast)
     return form
 
 
 def _add_images(api: FastAPI, context: Context) -> None:
     waiting = threading.Semaphore(MOST_WAITING)
+
+    @api.put("/inputs/{name}", status_code=201)
+    async def add_input(name: str, request: Request) -> NewInput:
+        """Add an image to start from, or a mask, the body: its name is for settings of images."""
+        async with _received(context.workspace, name, request) as file:
+            image = await run_in_threadpool(open_photo, file)
+            return NewInput(await run_in_threadpool(keep_input, context.workspace, image))
 
     @api.post("/images", status_code=201)
     def generate(new: NewImages) -> list[RemoteImage]:

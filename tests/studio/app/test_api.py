@@ -18,6 +18,7 @@ from starlette.routing import Mount
 
 from dora_diffusion import generate_images
 from dora_diffusion.config import PRESETS
+from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import is_photo
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
@@ -33,6 +34,7 @@ from dora_diffusion.studio.app.settings import (
     preset_values,
     setting_text,
 )
+from dora_diffusion.studio.app.views.request import UNSET
 from dora_diffusion.studio.app.views.train import read_form
 from dora_diffusion.studio.client import ROOT, ApiError, Client
 from dora_diffusion.studio.jobs import queue, records
@@ -140,8 +142,9 @@ def test_what_is_no_photo_is_refused_and_nothing_is_left(
     content: bytes, name: str, served: Served, subject: str, tmp_path: Path
 ) -> None:
     before = served.files
-    answer = served.ask("PUT", f"subjects/{subject}/photos/{name}", content=content)
-    assert (answer.status_code, name in answer.json()["detail"]) == (422, True)
+    for address in (f"subjects/{subject}/photos/{name}", f"inputs/{name}"):
+        answer = served.ask("PUT", address, content=content)
+        assert (answer.status_code, name in answer.json()["detail"]) == (422, True)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ApiError, match=re.escape(name)):
         served.ann.upload("Other", [tmp_path / name])
@@ -156,6 +159,8 @@ def test_bombs_and_strips_are_refused(served: Served, subject: str, tmp_path: Pa
     ):  # fmt: skip
         with pytest.raises(ApiError, match=words):
             served.ann.add_photos(subject, [file])
+        with pytest.raises(ApiError, match=words):
+            served.ann.upload_input(file)
     assert served.files == before
 
 
@@ -168,9 +173,10 @@ def test_bombs_and_strips_are_refused(served: Served, subject: str, tmp_path: Pa
 def test_a_name_leads_nowhere(name: str, served: Served, subject: str, tmp_path: Path) -> None:
     before, content = served.files, photo(tmp_path / "c.jpg").read_bytes()
     outside = {path for path in tmp_path.rglob("*") if "runs" not in path.parts}
-    answer = served.ask("PUT", f"subjects/{subject}/photos/{name}", content=content)
-    assert answer.status_code in (404, 405, 422), answer.text
-    assert "\x1b" not in answer.text
+    for address in (f"subjects/{subject}/photos/{name}", f"inputs/{name}"):
+        answer = served.ask("PUT", address, content=content)
+        assert answer.status_code in (404, 405, 422), answer.text
+        assert "\x1b" not in answer.text
     assert served.files == before
     assert {path for path in tmp_path.rglob("*") if "runs" not in path.parts} == outside
 
@@ -220,13 +226,15 @@ def test_captions_find_their_photos_and_what_is_refused_is_told(
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_the_page_s(preset: str, served: Served, subject: str) -> None:
+def test_a_preset_is_the_page_s(preset: str, served: Served, tmp_path: Path) -> None:
+    photos = [photo(tmp_path / "a.jpg")]
+    subject = served.ann.upload("Rex", photos, class_word="dog", token="<sks>").id
     context, is_slider = served.context, preset == "slider"
     prompts = {"target": "a mug", "positive": "a large mug", "negative": "a small mug"}
     values = preset_values(preset, EMBEDDED, context.device()) | {"rank": 3, "seed": 9}
     texts = [setting_text(values[name]) for name in ADVANCED]
     lines = [prompts.get(name, "") for name in PROMPTS] if is_slider else []
-    wanted, _ = read_form(context, subject, EMBEDDED, "sks", "dog", "", *texts, (), *lines)
+    wanted, _ = read_form(context, subject, EMBEDDED, "<sks>", "dog", "", *texts, (), *lines)
     given = {"rank": 3, "seed": "9", **({n: [p] for n, p in prompts.items()} if is_slider else {})}
     job = served.ann.train([] if is_slider else [subject], given, preset, "One")
     assert (job.title, job.state, job.position) == ("One", "waiting", 1)
@@ -361,6 +369,15 @@ def test_what_is_uploaded_trained_and_generated_is_what_the_library_makes(
             with Image.open(fetched) as opened:
                 assert opened.tobytes() == own.tobytes()
                 assert opened.text["parameters"] == image.parameters  # type: ignore[attr-defined]
+    start = {"seed": 7, "steps": 4, "image": ann.upload_input(sample), "denoise": 0.5}
+    (image,) = ann.generate(run.id, "a photo of a {subject}", start)
+    settings = SamplingSettings(
+        steps=4, image=open_photo(sample), denoise=0.5, guidance_scale=run_guidance(served, run.id)
+    )
+    components, _ = load_adapted(sd1_folder, adapter)
+    [wanted] = generate_images(components, "a photo of a sks dog", [7], settings)
+    with Image.open(ann.fetch_image(image.name, tmp_path / image.name)) as opened:
+        assert opened.tobytes() == wanted.tobytes()
     with pytest.raises(ApiError, match="has made no file"):
         ann.fetch_output(run.id, tmp_path / "none")
     conversion = ann.convert(run.id, "kohya")
@@ -370,13 +387,18 @@ def test_what_is_uploaded_trained_and_generated_is_what_the_library_makes(
     assert not (tmp_path / "none").exists()
 
 
+def run_guidance(served: Served, run: str) -> float:
+    return float(served.context.job(run).settings["validation_guidance_scale"])
+
+
 def test_settings_of_images_are_checked(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     for settings, words in (
         ({"output": "x"}, "output is no setting of images"),
         ({"stesp": 3}, r"stesp is no setting of images \(did you mean steps\?\)"),
-        *(({name: {"a": [1]}}, name) for name in app_api._TAKEN),
-        ({"steps": 201}, "steps is 201; it must be between 1 and 200"),
-        ({"width": 2056}, "width is 2056; it must be between 8 and 2048"),
+        *(({name: {"a": [1]}}, name) for name in UNSET if name != "prompt"),
+        ({"steps": 10**9}, "steps is 1000000000; it must be at most 1000"),
+        ({"steps": 500}, "steps is 500; it must be between 1 and 200"),
+        ({"width": 4096}, "width is 4096; it must be between 8 and 2048"),
         ({"num_images": 17}, "images is 17"),
     ):  # fmt: skip
         with pytest.raises(ApiError, match=words) as caught:
@@ -386,7 +408,7 @@ def test_settings_of_images_are_checked(served: Served, monkeypatch: pytest.Monk
         served.ann.generate("../x", "a mug")
     with pytest.raises(ApiError, match="write a prompt"):
         served.ann.generate(f"base/{EMBEDDED}", " ")
-    assert not list(served.context.workspace.images.glob("*.png"))
+    assert served.files == set()
 
 
 def test_a_crowd_that_waits_for_images_is_limited(
@@ -404,6 +426,7 @@ def test_files_outside_are_not_given_out(name: str, served: Served, tmp_path: Pa
     images = served.context.workspace.images
     (tmp_path / "secret").write_text("secret", encoding="utf-8")
     (images / "link.png").symlink_to(tmp_path / "secret")
+    (images / "inputs").mkdir(exist_ok=True)
     job = make(served.context.workspace)
     for address in (f"images/{name}", f"jobs/{job.name}/samples/{name}"):
         answer = served.ask("GET", address)
