@@ -26,8 +26,8 @@ SPECIAL = (SIZE, REPLACE, *_PARTS)
 """Axes that are no settings of their own."""
 
 NO_AXES = (
-    "output", "overwrite", "repeat", "num_images", "batch_size", "adapters_file", "offload", "grid",
-    "grid_limit",
+    "output", "overwrite", "repeat", "num_images", "batch_size", "adapters_file", "adapter_dir",
+    "offload", "grid", "grid_limit",
 )  # fmt: skip
 """Settings that do not change an image, or make several."""
 

@@ -90,6 +90,10 @@ CASES["style"] = CASES["styles"]
 STACKED = "sampling/test_stack.py::test_a_stack_is_the_exported_merge_of_the_same_adapters"
 PAINTED = "sampling/test_painting.py::test_images_are_those_of_the_pipelines_called_by_hand"
 ENLARGED = "sampling/test_painting.py::test_a_second_pass_is_image_to_image_over_the_enlarged_first"
+GRID = (
+    "cli/commands/test_grid.py"
+    "::test_each_cell_is_the_plain_image_of_its_settings_and_repeats_to_the_same_bytes"
+)
 READ = "sampling/test_generate.py::test_prompts_are_read_as_the_adapter_says"
 DETAIL = (
     "sampling/test_detail.py"
@@ -107,6 +111,8 @@ ELSEWHERE = {
     "image": PAINTED,
     "mask_image": PAINTED,
     "denoise": PAINTED,
+    "grid": GRID,
+    "grid_limit": GRID,
     "hires": ENLARGED,
     "hires_denoise": ENLARGED,
     "hires_steps": ENLARGED,
