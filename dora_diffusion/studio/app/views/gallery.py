@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.config.wording import counted
+from dora_diffusion.sampling.images import parse_parameters
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import sentence
@@ -96,7 +97,7 @@ def page_of(images: ImageStore, asked: object) -> dict[str, Any]:
     marked = images.favourites()
     cards = []
     for entry in listed:
-        prompt = images.text(entry).partition("\n")[0] or entry.name
+        prompt = parse_parameters(images.text(entry))["Prompt"] or entry.name
         star = "★ " if entry.name in marked else ""
         small = images.thumbnail(entry)
         cards.append(html.picture_card(small, "show", entry.name, star + prompt))

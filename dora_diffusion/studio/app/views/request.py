@@ -283,8 +283,10 @@ def restore(context: Context, text: str) -> Restored:
 
     fields = images.parse_parameters(text)
     values, others = images.settings_of(fields)
+    others += [f"{name} {value}" for name, value in values.items() if name not in UNSET]
     unread = [f"no field here: {other}" for other in others]
-    form = {**UNSET, **{name: shown_value(name, value) for name, value in values.items()}}
+    given = {name: shown_value(name, values[name]) for name in values if name in UNSET}
+    form = {**UNSET, **given}
     adapters = _adapters_of(context, fields, unread)
     form["strength"], *_ = [*adapters.values(), 1]
     further = [*adapters.items()][1:]

@@ -131,7 +131,7 @@ def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
         "compile", "quantize", "quantize_convolutions", "vae_tile_size", "prediction_type",
         "zero_terminal_snr", "alpha", "output", "overwrite", "repeat", "offload", "batch_size",
         "wildcards", "wildcard_dir", "styles", "style", "detail", "detail_label", "detail_prompt",
-        "detail_denoise", "detail_padding",
+        "detail_denoise", "detail_padding", "grid", "grid_limit", "adapter_dir",
     }  # fmt: skip
     settings = {setting.name: setting for setting in GenerateSettings.settings()}
     assert {*LABELS} | others == {*settings}
