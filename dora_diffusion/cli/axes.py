@@ -10,15 +10,12 @@ from decimal import Decimal, InvalidOperation
 from functools import partial
 from glob import glob
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dora_diffusion.cli.commands.parser import OTHER_NAMES, SWITCH_WORDS
 from dora_diffusion.cli.settings import adapter_and_strengths
 from dora_diffusion.config.fields import ConfigError, Setting, require
 from dora_diffusion.config.wording import did_you_mean, quoted
-
-if TYPE_CHECKING:
-    from dora_diffusion.cli.commands.generate import GenerateSettings
 
 SIZE, REPLACE = "size", "replace"
 _PARTS = {"unet_strength": 2, "text_encoder_strength": 1}
@@ -85,14 +82,17 @@ class Axis:
 
 @dataclass(frozen=True)
 class Grid:
-    """Axes, and the settings of each cell by the index of its value on each axis."""
+    """Axes, and the `GenerateSettings` of each cell by the index of its value on each axis."""
 
     axes: tuple[Axis, ...]
-    cells: Mapping[tuple[int, ...], GenerateSettings]
+    cells: Mapping[tuple[int, ...], Any]
 
 
-def plan_grid(settings: GenerateSettings) -> Grid:
+def plan_grid(settings: Any) -> Grid:
     """Read the axes of ``settings.grid``, and make the settings of all cells.
+
+    Args:
+        settings: `GenerateSettings`.
 
     Raises:
         ConfigError: If an axis or value cannot be, or there are more cells than ``grid_limit``.
@@ -128,7 +128,8 @@ def read_axis(word: str, known: Mapping[str, Setting]) -> Axis:
     """Read ``AXIS=VALUES``, or several with ``&`` between, which move together.
 
     Args:
-        word: The text. Values have commas between, or ``||`` where they hold commas themselves.
+        word: The text. Values have commas between, or ``||`` where they hold commas themselves,
+            which may end the last one too.
         known: The command's settings by name.
 
     Raises:
@@ -164,7 +165,9 @@ def _read_part(text: str, known: Mapping[str, Setting]) -> tuple[str, list[tuple
         "grid",
     )
     name = _known_name(given, known)
-    words = [word.strip() for word in values.split("||" if "||" in values else ",")]
+    # The last value may be followed by it too, as the only one that holds a comma must be.
+    separator = "||" if "||" in values else ","
+    words = [word.strip() for word in values.rstrip().removesuffix("||").split(separator)]
     is_skipped = [word.startswith(_SKIP) for word in words]
     words = [word.removeprefix(_SKIP).strip() for word in words]
     may_be_empty = name in ("negative_prompt", REPLACE)

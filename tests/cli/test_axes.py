@@ -62,7 +62,9 @@ def test_the_product_has_each_combination_that_is_not_skipped(data):
         if all(is_skipped):
             is_skipped[0] = False
         pairs = list(zip(texts, is_skipped, strict=True))
-        words.append(f"{name}=" + " || ".join(("SKIP:" if skip else "") + t for t, skip in pairs))
+        words.append(
+            f"{name}=" + " || ".join(("SKIP:" if skip else "") + t for t, skip in pairs) + " ||"
+        )
         kept.append([text for text, skip in pairs if not skip])
     if not words:
         return

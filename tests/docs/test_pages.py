@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import pkgutil
 import re
@@ -46,7 +47,7 @@ ANY_LENGTH = ("docs/reference/", "docs/measurements/", "README.md", "CONTRIBUTIN
 
 def own_command(words: list[str]) -> list[str] | None:
     """What our own parser is given by a command; None for other programs."""
-    words = [word for word in words if not re.match(r"^\w+=", word)]
+    words = list(itertools.dropwhile(lambda word: re.match(r"\w+=", word), words))
     scripts = {"train_dreambooth_dora.py": "train", "app.py": "app"}
     if "dora_diffusion" in words[:9] and "-m" in words:
         return words[words.index("dora_diffusion") + 1 :]

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -286,9 +287,9 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
     def perform(self) -> int:
         """Generate images, and write them with what made them."""
         if self.grid:
-            from dora_diffusion.cli.commands.grid import make_grid
-
-            return make_grid(self)
+            # By its name: it makes each cell by what is here.
+            code: int = import_module("dora_diffusion.cli.commands.grid").make_grid(self)
+            return code
         rows = image_rows(self)
         from dora_diffusion.numerics.weights import Strengths
         from dora_diffusion.sampling.generate import sampled_size

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from dora_diffusion.models.components import Components
 
 Show = Callable[[int, int], None]
+Load = Callable[[GenerateSettings, Sequence[AdapterUse]], "Components"]
 _MODEL = (*(setting.name for setting in Model.settings()), "alpha")
 # Those of each row of a batch.
 _OWN = {"prompt", "seed", "adapter", "strength", "direction_strength", "magnitude_strength",
@@ -120,7 +121,7 @@ class _Cell:
         return self.model_key, self.batch_key, repr(self.uses), self.row.prompt, self.row.seed
 
 
-class _Loaded(NamedTuple):
+class _Ready(NamedTuple):
     """A cell with its model, as its adapter has that read, and the settings of sampling."""
 
     cell: _Cell
@@ -139,16 +140,18 @@ class GridRun:
 
     Args:
         args: With the axes, and the folder as ``output``.
+        load: Loads the model of some settings with adapters on it; None: as `generate` does.
 
     Attributes:
         record: The page's data.
         missing: Cells that are to be made.
+        samplings: What cells are sampled with, by their `_Cell.batch_key`.
 
     Raises:
         ConfigError, ValueError, OSError: If a cell cannot be; nothing is loaded or written then.
     """
 
-    def __init__(self, args: GenerateSettings) -> None:
+    def __init__(self, args: GenerateSettings, load: Load | None = None) -> None:
         self.folder = Path(args.output)
         _require_folder(args, self.folder)
         if args.seed is None:
@@ -157,6 +160,7 @@ class GridRun:
         grid = plan_grid(args)
         first = next(iter(grid.cells.values()))
         self.repeated = Repeated.of(first, sampling_settings(first))
+        self._load: Load = load or self._loaded
         clip_skip = self.repeated.fields.get("Clip skip", "")
         cells = [_Cell.of(cell, self.folder, clip_skip) for cell in grid.cells.values()]
         self.record = GridRecord(
@@ -166,7 +170,7 @@ class GridRun:
         )
         unique = {cell.row.path: cell for cell in cells}
         own = {cell.batch_key: cell.settings for cell in cells}
-        self._samplings = {key: sampling_settings(settings) for key, settings in own.items()}
+        self.samplings = {key: sampling_settings(settings) for key, settings in own.items()}
         warn_of_triggers(_triggers(unique.values()))
         made = {path for path, cell in unique.items() if not args.overwrite and self._is_made(cell)}
         for path in made:
@@ -175,9 +179,12 @@ class GridRun:
         self.missing = sorted(missing, key=lambda cell: cell.order)
         self._batch_size, self._steps = args.batch_size, 0
 
+    def _loaded(self, settings: GenerateSettings, uses: Sequence[AdapterUse]) -> Components:
+        return settings.load_repeated(uses, self.repeated)[0]
+
     def _is_made(self, cell: _Cell) -> bool:
         """Return whether its file is whole, and says what it is to say."""
-        sampling, used = self._samplings[cell.batch_key], _named(cell.uses)
+        sampling, used = self.samplings[cell.batch_key], _named(cell.uses)
         try:
             found = read_fields(cell.row.path)
             open_photo(cell.row.path, limited=False)
@@ -210,34 +217,40 @@ class GridRun:
 
     def _make_alike(self, cells: Sequence[_Cell], show: Show) -> None:
         """Make cells of one model, and write each when its batch is done."""
-        first, total = cells[0], sum(self._samplings[c.batch_key].steps for c in self.missing)
+        first, total = cells[0], sum(self.samplings[c.batch_key].steps for c in self.missing)
         uses = () if first.is_pooled else first.uses
-        components, _ = first.settings.load_repeated(uses, self.repeated)
+        components = self._load(first.settings, uses)
         pool = AdapterPool(components, budget=None, **first.settings.reading)
         sample = self._sample_mixed if first.is_pooled else self._sample_stack
-        for loaded in self._batches(cells, pool):
-            steps, done = sum(self._samplings[c.cell.batch_key].steps for c in loaded), self._steps
+        try:
+            for loaded in self._batches(cells, pool):
+                steps, done = (
+                    sum(self.samplings[c.cell.batch_key].steps for c in loaded),
+                    self._steps,
+                )
 
-            def on_step(now: int, of: int, steps: int = steps, done: int = done) -> None:
-                show(done + steps * now // of, total)
+                def on_step(now: int, of: int, steps: int = steps, done: int = done) -> None:
+                    show(done + steps * now // of, total)
 
-            images = sample([each.cell for each in loaded], loaded[0].sampling, pool, on_step)
-            for each, image in zip(loaded, images, strict=True):
-                self._write(each, image)
-            self._steps += steps
+                images = sample([each.cell for each in loaded], loaded[0].sampling, pool, on_step)
+                for each, image in zip(loaded, images, strict=True):
+                    self._write(each, image)
+                self._steps += steps
+        finally:
+            pool.clear()
 
-    def _batches(self, cells: Sequence[_Cell], pool: AdapterPool) -> Iterator[list[_Loaded]]:
+    def _batches(self, cells: Sequence[_Cell], pool: AdapterPool) -> Iterator[list[_Ready]]:
         """Cells that are sampled alike, whose adapters have prompts and noise read alike too."""
         loaded, lines = [], dict[str, None]()
         for cell in cells:
             components = pool.components_for(_only(cell)) if cell.is_pooled else pool.components
-            sampling = self._samplings[cell.batch_key]
+            sampling = self.samplings[cell.batch_key]
             sampling, line = cell.settings.distilled(sampling, components, cell.uses)
-            loaded.append(_Loaded(cell, components, sampling))
+            loaded.append(_Ready(cell, components, sampling))
             lines[line] = None
         for line in filter(None, lines):
             say(line, sys.stderr)
-        for _, alike in groupby(sorted(loaded, key=_Loaded.key), key=_Loaded.key):
+        for _, alike in groupby(sorted(loaded, key=_Ready.key), key=_Ready.key):
             group, size = list(alike), self._batch_size
             yield from (group[at : at + size] for at in range(0, len(group), size))
 
@@ -263,7 +276,7 @@ class GridRun:
             require_finite=True,
         )
 
-    def _write(self, loaded: _Loaded, image: Image) -> None:
+    def _write(self, loaded: _Ready, image: Image) -> None:
         if not self.record.texts:  # Now it is known that the model and adapters can be used.
             self.record.write(self.folder)
         cell, components, sampling = loaded
