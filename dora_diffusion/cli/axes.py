@@ -36,6 +36,7 @@ _PATHS = (
     "mask_image",
     "model_config",
     "wildcard_dir",
+    "adapter_dir",
     "styles",
     "detail",
 )
@@ -65,6 +66,10 @@ class Change:
     acts: Callable[[Any], bool] = lambda settings: True
     idle: str = ""
     order: int = 0
+
+
+# The adapters that a cell's prompt names, when its words are replaced.
+_NAMED = Change("", None, (), lambda settings: settings.named_adapters(), order=2)
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def plan_grid(settings: Any) -> Grid:
     for index in product(*(range(len(axis.points)) for axis in axes)):
         cell = plain
         changes = [c for axis, at in zip(axes, index, strict=True) for c in axis.points[at]]
-        for change in sorted(changes, key=lambda change: change.order):
+        for change in sorted([*changes, _NAMED], key=lambda change: change.order):
             if change.idle:
                 idle[change.idle] = idle.get(change.idle, True) and not change.acts(cell)
             cell = change.apply(cell)
@@ -216,7 +221,7 @@ def _expanded(
     is_number = name in _PARTS or (name in known and known[name].kind in (int, float))
     for at, (word, is_skipped) in enumerate(words):
         if word == _RANGE and is_number:
-            around = [text for text, _ in words[max(0, at - 2) : at] + list(words[at + 1 : at + 2])]
+            around = [text for text, _ in [*words[max(0, at - 2) : at], *words[at + 1 : at + 2]]]
             yield from ((value, False) for value in _between(around))
         elif name == "adapter" and "*" in word and " + " not in word:
             path, strengths = re.fullmatch(r"(.*?)((?::[-+.\deE]+){0,2})", word).groups()  # type: ignore[union-attr]
@@ -262,7 +267,7 @@ def _changes(name: str, words: Sequence[str], known: Mapping[str, Setting]) -> l
         numbers = [_value(replace(known["strength"], name=name), word) for word in words]
         return [
             Change(word, value, (name,), partial(_with_share, _PARTS[name], value),
-                   lambda settings: bool(settings.adapter), need, 1)
+                   lambda settings: bool(settings.adapter), need, 3)
             for word, value in zip(words, numbers, strict=True)
         ]  # fmt: skip
     if name == SIZE:
@@ -310,7 +315,7 @@ def _replacement(search: str, word: str) -> Change:
 
     idle = f"the axis {REPLACE} does not find {search!r}, its first value, in the prompt"
     acts = lambda settings: bool(texts(settings))  # noqa: E731
-    return Change(word, word, (f"{REPLACE} of {search!r}",), apply, acts, idle, 2)
+    return Change(word, word, (f"{REPLACE} of {search!r}",), apply, acts, idle, 1)
 
 
 def _with_share(part: int, value: float, settings: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -14,7 +15,7 @@ from PIL import Image
 
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.sheets import labelled_sheet
-from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.formats.files.atomic import atomic_file, save_text
 from dora_diffusion.sampling.images import save_image
 
 PAGE, SHEET, RECORD = "index.html", "sheet.png", "grid.json"
@@ -56,6 +57,13 @@ class GridRecord:
         save_text(folder / RECORD, json.dumps(record, indent=1))
         return save_text(folder / PAGE, page({"title": folder.resolve().name, **record}))
 
+    def pack(self, folder: Path, archive: Path) -> Path:
+        """Put the page with all images into a zip, which is returned."""
+        with atomic_file(archive) as temporary, zipfile.ZipFile(temporary, "w") as packed:
+            for name in (PAGE, SHEET, RECORD, *dict.fromkeys(self.files)):
+                packed.write(folder / name, f"{folder.name}/{name}")
+        return archive
+
     def write_sheet(self, folder: Path) -> Path:
         """Write all cells as one image: the first axis across, the others down.
 
@@ -83,8 +91,8 @@ def _opened(files: Sequence[Path]) -> list[Image.Image]:
     """Images, all smaller by one factor where a sheet of them would be too large."""
     sizes = {}
     for file in dict.fromkeys(files):
-        with Image.open(file) as image:
-            sizes[file] = image.size
+        with Image.open(file) as header:
+            sizes[file] = header.size
     total = sum(math.prod(sizes[file]) for file in files)
     factor = min(1.0, (_MOST_PIXELS / total) ** 0.5)
     images = {}

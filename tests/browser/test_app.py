@@ -390,7 +390,7 @@ def test_pictures_repeat_compare_and_say_how_they_were_made(
     (zero,) = press(page, app, "#make")
     assert pixels(zero) == pixels(base) != pixels(first)
     page.press("button", "Grid of checkpoints")
-    page.fill("#grid-strengths input, #grid-strengths textarea", "0, 1")
+    page.fill("#grid-values-2 input, #grid-values-2 textarea", "0, 1")
     (grid,) = press(page, app, "#grid")
     with Image.open(grid) as image:
         assert image.width >= 2 * 64 + 2  # two strengths

@@ -212,7 +212,7 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         values = {**(read_config_file(file) if file else {}), **given}
         image = values.get("repeat")
         if not image:
-            return super().read(given, file)._named_adapters()
+            return super().read(given, file).named_adapters()
         found, strengths = repeated_settings(str(image))
         found = {name: value for name, value in found.items() if name not in values}
         model = str(found.get("detail", ""))
@@ -233,15 +233,17 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
         )
         if strengths:
             given = {**given, "adapter": _with_strengths(words, strengths)}
-        return super().read({**found, **given}, file)._named_adapters()
+        return super().read({**found, **given}, file).named_adapters()
 
-    def _named_adapters(self) -> Self:
+    def named_adapters(self) -> Self:
         """The settings with the adapters that the prompt names in place of their tags.
+
+        Of a grid each cell has its own.
 
         Raises:
             ConfigError: If a style or an adapter is not there.
         """
-        if self.adapter_dir is None or self.prompt is None:
+        if self.adapter_dir is None or self.prompt is None or self.grid:
             return self
         from dora_diffusion.sampling.images import split_tags
 
@@ -304,7 +306,7 @@ class GenerateSettings(Overwrite, Sampling, AdaptedModel):
             say(line, sys.stderr)
         pool = AdapterPool(components, **self.reading)
         readings = {row.adapter: components for row in rows}
-        told = {None: metadata}
+        told: dict[str | None, AdapterMetadata] = {None: metadata}
         if self.adapters_file:
             readings = {row.adapter: pool.components_for(row.adapter) for row in rows}
             told = {row.adapter: pool.metadata(row.adapter) for row in rows}

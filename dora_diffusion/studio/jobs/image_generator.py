@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from PIL.Image import open as open_image
+
 from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.fields import ConfigError
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.numerics.threads import one_thread
+from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.studio.jobs.queue import holding, is_running
 from dora_diffusion.studio.jobs.store import UserError, Workspace, new_id
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from dora_diffusion.cli.commands.generate import GenerateSettings
     from dora_diffusion.models.components import Components
     from dora_diffusion.sampling.generate import SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
@@ -182,48 +188,89 @@ class ImageGenerator:
         )
 
     def grid(
-        self,
-        request: GenerationRequest,
-        adapters: dict[str, Path],
-        strengths: list[float],
-        on_step: Step,
-    ) -> GeneratedImage:
-        """One seed over checkpoints (rows) and strengths (columns), in batches of several adapters.
+        self, request: GenerationRequest, axes: Sequence[str], on_step: Step
+    ) -> tuple[GeneratedImage, Path]:
+        """An image for each combination of values, as ``generate --grid`` makes them.
+
+        What was made before for the same request, of these axes or others, is taken again.
+
+        Args:
+            request: What all have in common; its seed is one for all.
+            axes: As `cli.axes` reads them.
+            on_step: Called with (steps done, steps in all).
+
+        Returns:
+            The sheet, and a zip of the web page with all images.
 
         Raises:
-            UserError: If the grid is empty or too large, or it was withdrawn meanwhile.
+            UserError, ConfigError, ValueError: If a cell cannot be, there are too many, or it was
+                withdrawn meanwhile.
         """
-        from dora_diffusion.data.sheets import labelled_sheet
-        from dora_diffusion.sampling.pool import AdapterPool, ImageRow
+        from dora_diffusion.cli.commands.grid import GridRun
+        from dora_diffusion.sampling.images import save_image
+        from dora_diffusion.sampling.page import SHEET
 
-        cells = len(adapters) * len(strengths)
-        if not 1 <= cells <= MAX_GRID:
-            raise UserError(f"the grid has {cells} images; it can have 1 to {MAX_GRID}")
-        use, seed = request.adapters[0], _seeds(request)[0]
-        if len(request.adapters) > 1 or use.layers or use.schedule:
-            raise UserError(
-                "a grid has one adapter in each image, at one strength; choose no more adapters, "
-                "and empty the strengths of layers and steps"
-            )
-        rows = [
-            ImageRow(request.prompt, seed, (adapter, replace(use.strengths, strength=strength)))
-            for adapter in adapters.values()
-            for strength in strengths
-        ]
-        reading = {"clip_skip": request.clip_skip, "max_token_length": request.max_token_length}
+        def load(settings: GenerateSettings, uses: Sequence[AdapterUse]) -> Components:
+            reading: dict[str, Any] = settings.reading
+            components: Components = self._model(replace(request, adapters=tuple(uses), **reading))
+            return components
+
+        request = replace(request, seed=_seeds(request)[0])
+        try:
+            run = GridRun(self._grid_settings(request, axes), load)
+        except ConfigError as error:
+            if error.setting != "grid_limit":
+                raise
+            text = f"the grid has too many images; {MAX_GRID} can be made at once"
+            raise UserError(text) from None
+        for sampling in run.samplings.values():
+            replace(request, settings=sampling)  # Within the limits of any image.
         with self._device(request.base):
-            base = self._model(replace(request, adapters=()))
-            pool = AdapterPool(base, budget=None, **reading)
-            try:
-                images = pool.generate(rows, request.settings, on_step=on_step, require_finite=True)
-                own = pool.own_words(rows[0].adapter)
-                about = _about(request, pool.components_for(use.path), own)
-            finally:
-                pool.clear()
-        columns = [f"{strength:g}" for strength in strengths]
-        title = f"Seed {seed}; above each column, the strength"
-        sheet = labelled_sheet(images, title, list(adapters), columns)
-        return self._write(request, seed, sheet, about)
+            run.make(on_step)
+            notes = _about(request, self._model(request)).notes
+        first = run.record.texts[run.record.files[0]]
+        with open_image(run.folder / SHEET) as sheet:
+            path = self.workspace.images / f"{new_id()}-{request.seed}.png"
+            save_image(sheet, path, first)
+        archive = run.record.pack(run.folder, self.workspace.exports / f"{run.folder.name}.zip")
+        return GeneratedImage(path, request.seed, first, notes), archive
+
+    def _grid_settings(self, request: GenerationRequest, axes: Sequence[str]) -> GenerateSettings:
+        """A request as the settings of `generate`, in a folder of its own."""
+        from dora_diffusion.cli.commands.generate import GenerateSettings
+        from dora_diffusion.sampling.images import pixel_hash, save_image
+
+        sampling, uses = vars(request.settings), request.adapters
+        known = {setting.name: setting for setting in GenerateSettings.settings()}
+        values = {n: v for n, v in sampling.items() if n in known and v is not None}
+        for name in ("image", "mask_image"):
+            if image := values.get(name):
+                # Where it was kept when it was chosen.
+                path = self.workspace.inputs / f"{pixel_hash(image, image.mode)}.png"
+                values[name] = str(path if path.exists() else save_image(image, path))
+        if len(uses) == 1:
+            values |= vars(Strengths.of(uses[0].strengths))
+            values["adapter"] = [str(uses[0].path)]
+        elif uses:
+            values["adapter"] = [f"{use.path}:{use.strengths.strength}" for use in uses]
+            values |= {**vars(Strengths.of(uses[0].strengths)), "strength": 1.0}
+        if uses:
+            layers = uses[0].layers.items()
+            values["layer_strength"] = [f"{name}:{factor}" for name, factor in layers]
+        if any(use.schedule for use in uses):
+            schedules = [use.schedule or [(0, 1)] for use in uses]
+            values["strength_schedule"] = [
+                ", ".join(f"{start}:{factor}" for start, factor in each) for each in schedules
+            ]
+        base = {n: v for n, v in vars(request.base).items() if n in known and v is not None}
+        common = {
+            **base, **values, "base": str(request.base.path), "prompt": request.prompt,
+            "seed": request.seed, "clip_skip": request.clip_skip,
+            "max_token_length": request.max_token_length,
+        }  # fmt: skip
+        name = hashlib.sha256(repr((request.base, common)).encode()).hexdigest()[:12]
+        output = str(self.workspace.root / "grids" / f"grid-{name}")
+        return GenerateSettings(**common, output=output, grid=list(axes), grid_limit=MAX_GRID)
 
     def _sample(
         self,
@@ -310,9 +357,7 @@ class ImageGenerator:
         return GeneratedImage(path, seed, text, about.notes)
 
 
-def _about(
-    request: GenerationRequest, components: Components, own: Mapping[str, str] | None = None
-) -> _About:
+def _about(request: GenerationRequest, components: Components) -> _About:
     from dora_diffusion.models.emphasis import plain_parts
     from dora_diffusion.models.text import token_limit, truncated_text
     from dora_diffusion.sampling.generate import few_steps, sampled_size
@@ -323,7 +368,7 @@ def _about(
     notes = []
     for name, prompt in prompts.items():
         for part in plain_parts(prompt) if settings.prompt_weights else [prompt]:
-            end = truncated_text(components.tokenizers[0], part, components.most_chunks, own)
+            end = truncated_text(components.tokenizers[0], part, components.most_chunks)
             if end:
                 notes.append(f"The {name} is longer than {limit}; it did not see the end: {end}")
     found = few_steps(components, [UsedAdapter.of(use.path).name for use in request.adapters])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.data.sheets import labelled_sheet
-from dora_diffusion.formats.adapter.file import read_adapter, write_adapter
 from dora_diffusion.models.load import load_vae
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.generate import (
@@ -154,8 +153,12 @@ def test_several_adapters_images_to_start_from_and_second_passes_are_the_library
     assert pixels(full.path) == pixels(studio.make(plain)[0].path) != pixels(alone.path)
     with pytest.raises(UserError, match="would be 2400 pixels long; at most 2048"):
         studio.make(replace(plain, settings=replace(plain.settings, width=1600, hires=1.5)))
-    with pytest.raises(UserError, match="empty the strengths of layers and steps"):
-        studio.grid(replace(plain, adapters=uses[:1]), {"a": early}, [1.0], lambda *_: None)
+    # Cells of a grid have them all too.
+    grid, _ = studio.grid(
+        replace(plain, adapters=uses, settings=wanted["into"]), ["strength=1"], lambda *_: None
+    )
+    alone = studio.make(replace(plain, adapters=uses, settings=wanted["into"]))[0]
+    assert grid.parameters == alone.parameters
 
 
 def test_an_image_of_a_batch_is_made_again_in_its_batch(
@@ -181,11 +184,10 @@ def test_the_page_says_what_of_a_long_prompt_was_not_read(
 
     short = ask(finished)
     long = ask(finished, prompt="a photo of a sks dog" + " on grass" * 60 + " by the <lake>")
-    adapters = {"result": Path(short.adapters[0].path)}
     for pictures in (
         studio.make(long),
         studio.compare(long),
-        [studio.grid(long, adapters, [1.0], lambda *_: None)],
+        [studio.grid(long, ["strength=1"], lambda *_: None)[0]],
     ):
         for picture in pictures:
             (line,) = picture.notes
@@ -225,20 +227,6 @@ def test_an_adapter_that_is_for_few_steps_says_so_where_there_are_more(
         assert made.notes == notes
 
 
-def test_what_a_grid_did_not_see_is_counted_by_the_adapter_s_own_words(
-    finished: tuple[Workspace, str], studio: ImageGenerator, tmp_path: Path
-) -> None:
-    request = ask(finished, prompt="a <toy>" + " dog" * 60)
-    adapter = read_adapter(request.adapters[0].path)
-    width = studio._model(request).text_encoders[0].config.hidden_size
-    tokens = {"<toy>": {"text_encoder": torch.randn(30, width)}}
-    file = write_adapter(tmp_path / "toy.safetensors", replace(adapter, tokens=tokens), "kohya")
-    request = with_adapter(request, file)
-    (made,) = studio.make(request)
-    assert made.notes[0].endswith("the end: " + " ".join(["dog"] * 16))
-    assert studio.grid(request, {"toy": file}, [1.0], lambda *_: None).notes == made.notes
-
-
 def test_images_that_would_be_black_are_refused_in_words(
     finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
@@ -258,7 +246,7 @@ def test_images_that_would_be_black_are_refused_in_words(
     for make in (
         studio.make,
         studio.compare,
-        lambda one: studio.grid(one, {"x": broken}, [1.0], lambda *_: None),
+        lambda one: studio.grid(one, ["strength=1"], lambda *_: None),
     ):
         with pytest.raises(BrokenImageError, match=r"not finite|black all"):
             make(asked)
@@ -266,31 +254,42 @@ def test_images_that_would_be_black_are_refused_in_words(
     assert sorted(pictures.glob("*")) == before
 
 
-def test_a_grid_has_a_cell_per_checkpoint_and_strength(
+def test_a_grid_is_a_sheet_and_a_page_of_images_that_are_made_once(
     finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
     job = job_of(finished)
-    result, early = adapter_of(job), adapter_of(job, "checkpoint-2")
-    assert result is not None
-    assert early is not None
-    steps: list[int] = []
-    adapters = {"checkpoint-2": early, "result": result}
-    picture = studio.grid(ask(finished), adapters, [0.0, 1.0], lambda done, _: steps.append(done))
-    # In one batch, of one model that is its base again; PNDM takes a step more than asked.
-    assert steps == [4, 8, 12]
-    assert not any(layer_adapters(studio._components.unet))
+    adapters = [adapter_of(job), adapter_of(job, "checkpoint-2")]
+    axes = [f"adapter={' || '.join(map(str, adapters))} ||", "strength=0, 1"]
+    steps: list[tuple[int, int]] = []
+    sheet, archive = studio.grid(ask(finished), axes, lambda *done: steps.append(done))
+    # In one batch, and of one model, which is then that of the request.
+    assert steps[-1] == (8, 8)
     cells = [
-        Image.open(studio.make(with_adapter(ask(finished), adapter, strength=strength))[0].path)
-        for adapter in adapters.values()
+        studio.make(with_adapter(ask(finished), adapter, strength=strength))[0]
         for strength in (0.0, 1.0)
+        for adapter in adapters
     ]
-    # Names of checkpoints are longer than a small image is wide: each has a line of its own.
-    title = f"Seed {picture.seed}; above each column, the strength"
-    wanted = labelled_sheet(cells, title, ["checkpoint-2", "result"], ["0", "1"])
-    with Image.open(picture.path) as image:
-        assert image.size == wanted.size
-        assert np.ptp(np.asarray(image, np.int16) - np.asarray(wanted, np.int16)) <= 2
-    assert fields_of(picture)["Size"] == "64x64"
+    with zipfile.ZipFile(archive) as packed:
+        names = packed.namelist()
+        record = json.loads(packed.read(f"{archive.stem}/grid.json"))
+        assert names[:2] == [f"{archive.stem}/index.html", f"{archive.stem}/sheet.png"]
+        files = [Image.open(packed.open(f"{archive.stem}/{name}")) for name in record["files"]]
+        images = [np.asarray(image, np.int16) for image in files]
+    by_row = [images[0], images[2], images[1], images[3]]
+    for image, cell in zip(by_row, cells, strict=True):
+        assert np.abs(image - np.asarray(Image.open(cell.path), np.int16)).max() <= 1
+    assert str(finished[0].root) not in json.dumps(record)
+    assert sheet.parameters == cells[0].parameters == record["texts"][record["files"][0]]
+    assert sheet.path.parent == finished[0].images
+    # The same request, a value more: what is there stays.
+    steps.clear()
+    again, other = studio.grid(ask(finished), [axes[0]], lambda *done: steps.append(done))
+    assert (steps, other) == ([], archive)
+    assert again.parameters == replace(cells[2]).parameters
+    with pytest.raises(UserError, match="the grid has too many images; 48 can be made at once"):
+        studio.grid(ask(finished), ["seed=1, 2, .., 49"], lambda *_: None)
+    with pytest.raises(UserError, match="steps is 500; it must be between 1 and 200"):
+        studio.grid(ask(finished), ["steps=500"], lambda *_: None)
 
 
 def test_pictures_wait_their_turn_while_a_run_has_the_device_and_can_be_withdrawn(

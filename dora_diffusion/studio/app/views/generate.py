@@ -1,4 +1,4 @@
-"""The Generate tab: images, base against adapted, and the grid of checkpoints and strengths."""
+"""The Generate tab: images, base against adapted, and grids."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from typing import Any
 
 import gradio as gr
 
+from dora_diffusion.config.fields import ConfigError
+from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import PROMPT_LIMIT
-from dora_diffusion.studio.app.views import gallery, results, start, ui
+from dora_diffusion.studio.app.views import gallery, grid, results, start, ui
 from dora_diffusion.studio.app.views.request import (
     BASE,
     LABELS,
     MORE,
     OWN,
+    SUBJECT,
     UNSET,
     adapter_choices,
     choices,
+    in_words,
     make_request,
     restore,
 )
 from dora_diffusion.studio.app.views.results import DEVICE, on_step, show_images
 from dora_diffusion.studio.jobs import image_generator
-from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
+from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.store import UserError
 from dora_diffusion.studio.jobs.uploads import read_generation_settings
 
@@ -144,9 +148,7 @@ class GenerateTab:
         self.turn = ui.html_block(elem_id="turn", js_on_load=ui.CLICKS)
         self.make = ui.button("Generate images", "make", variant="primary", size="lg")
         self.compare = ui.button("Side by side with the base", "side-by-side")
-        with gr.Accordion("Grid of checkpoints and strengths", open=False):
-            self.grid_strengths = ui.line("Strengths", "grid-strengths", "0, 0.5, 1, 1.5")
-            self.grid = ui.button("Make the grid", "grid")
+        self.grid = grid.GridView()
         with gr.Accordion("Load settings from an image", open=False):
             text = "An image made here, or by A1111, Forge or ComfyUI"
             options = {"height": 120, "elem_id": "load-png"}
@@ -183,16 +185,18 @@ def connect(context: Context, tab: GenerateTab) -> None:
         images = context.generator.compare(asked, on_step(progress))
         return show_images(context, images, is_pair=True)
 
-    def grid(
-        choice: str | None, text: str, *values: Any, progress: Any = gr.Progress()  # noqa: B008
-    ) -> list[Any]:  # fmt: skip
-        asked = request(choice, values, "choose a run: the grid shows its checkpoints")
-        job = context.job(_given(context, choice).partition("/")[0])
-        adapters = {
-            f"step {job.step_of(name)}": chosen_adapter(job, name) for name in job.candidates
-        }
-        sheet = context.generator.grid(asked, adapters, numbers(text), on_step(progress))
-        return show_images(context, [sheet], columns=1)
+    def make_grid(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
+        count = len(tab.grid.fields)
+        asked, given = request(choice, values[count:]), _given(context, choice)
+        job = context.job(given.partition("/")[0]) if asked.adapters else None
+        subject = next(iter(split_triggers(job.trigger)), "") if job else SUBJECT
+        try:
+            axes = grid.grid_axes(values[:count], job, subject)
+            sheet, page = context.generator.grid(asked, axes, on_step(progress))
+        except ConfigError as error:
+            raise UserError(in_words(error)) from error
+        link = html.download(page, "The grid as a web page, with all images")
+        return [*show_images(context, [sheet], columns=1), link]
 
     def withdraw() -> None:
         context.generator.withdraw()
@@ -201,7 +205,8 @@ def connect(context: Context, tab: GenerateTab) -> None:
     drawn: dict[str, Any] = {"js": "studio.mask", **DEVICE}
     ui.on(tab.make.click, make, asked, shown, **drawn)
     ui.on(tab.compare.click, compare, asked, shown, **drawn)
-    ui.on(tab.grid.click, grid, [tab.adapter, tab.grid_strengths, *fields], shown, **drawn)
+    of_grid = [tab.adapter, *tab.grid.fields, *fields]
+    ui.on(tab.grid.make.click, make_grid, of_grid, [*shown, tab.grid.files], **drawn)
     ui.on(tab.turn.click, withdraw)
     gallery.connect(tab.gallery)
     start.connect(context, tab.start, tab.results.shown)
@@ -261,15 +266,3 @@ def _turn(busy: Job | None, context: Context) -> str:
         return html.note(f"Images wait {what}.")
     text = f"Waiting {what}. The images are made then, and are in the list of all images."
     return html.note(text) + html.button("Stop waiting", "withdraw", "")
-
-
-def numbers(text: str) -> list[float]:
-    """Numbers that commas or spaces part.
-
-    Raises:
-        UserError: If something else is among them.
-    """
-    try:
-        return [float(part) for part in str(text).replace(",", " ").split()]
-    except ValueError:
-        raise UserError(f"the strengths are {text!r}; write numbers such as 0, 0.5, 1") from None

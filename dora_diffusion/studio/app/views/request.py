@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dora_diffusion.sampling.stack import AdapterUse
 
 OWN = "the model's own"
+SUBJECT = "mug"
 DENOISE, HIRES_DENOISE = 0.75, 0.5
 BASE, MERGED = "base", "merged"
 # Of `GenerateSettings`, the settings that have a field, as it is labelled. Each keeps its name.
@@ -98,7 +99,7 @@ def make_request(
         uses = _uses(adapters, form)
         settings = _settings(context, form, uses, usual_guidance if guidance is None else guidance)
     except (ConfigError, ValueError) as error:
-        raise UserError(_NAME.sub(lambda name: f"“{LABELS[name[1]]}”", str(error))) from error
+        raise UserError(in_words(error)) from error
     return GenerationRequest(
         base=base,
         adapters=tuple(uses),
@@ -109,6 +110,11 @@ def make_request(
         clip_skip=_number(form, "clip_skip", "a whole number"),
         max_token_length=_number(form, "max_token_length", "a whole number"),
     )
+
+
+def in_words(error: Exception) -> str:
+    """An error with settings as their fields are labelled."""
+    return _NAME.sub(lambda name: f"“{LABELS[name[1]]}”", str(error))
 
 
 def _uses(adapters: Sequence[tuple[Path, Any]], form: Mapping[str, Any]) -> list[AdapterUse]:
@@ -244,7 +250,7 @@ def _model(context: Context, choice: str) -> tuple[BaseModel, Path | None, str, 
     kind, _, name = choice.partition("/")
     if kind == BASE:
         base = BaseModel(context.allowed_model(name))
-        return base, None, "mug", default_guidance(name)
+        return base, None, SUBJECT, default_guidance(name)
     if kind == MERGED:
         job = context.job(name)
         if job.kind != "export" or job.state != "done":

@@ -65,9 +65,11 @@ def test_images_are_made_of_the_newest_result_where_nothing_is_chosen(
 
     monkeypatch.setattr(generate, "make_request", make_request)
     with gradio.Blocks():
-        fields = [None] * (len(generate.GenerateTab(context).fields) + 2)
+        tab = generate.GenerateTab(context)
+        fields = [None] * (len(tab.fields) + 2)
     find = handlers(context)
-    for name, more in (("make", []), ("compare", []), ("grid", ["1"])):
+    grid: list[Any] = [None] * len(tab.grid.fields)
+    for name, more in (("make", []), ("compare", []), ("make_grid", grid)):
         with pytest.raises(gradio.Error):
             find(name, "generate")(None, *more, *fields)
     assert asked == [f"base/{context.models[0]}"] * 3
