@@ -386,24 +386,37 @@ def print_steps(args: argparse.Namespace) -> None:
 
 
 def print_tiles(args: argparse.Namespace) -> None:
-    """How far tiles of the embedded VAE are from whole images: two photos, of twice a tile."""
-    name, (size,) = "embedded:tiny-sd", args.resolution or [128]
-    vae = load_vae(str(resolve_folder(name)))
-    photos = [decode_photo(path).image for path in sorted(Path(args.photos).glob("*.jpg"))[:2]]
+    """How far tiles of VAEs are from whole images: of the embedded one, or of SDXL's shape."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    if args.tiles == "sdxl":
+        rows = [["SDXL's shape, random", *tiled(AutoencoderKL(**VAE), 1024, args.photos, 1)]]
+    else:
+        trained = load_vae(str(resolve_folder("embedded:tiny-sd")))
+        random = AutoencoderKL.from_config(trained.config)
+        pairs = {"embedded": trained, "embedded's shape, random": random}
+        rows = [[name, *tiled(vae, 128, args.photos, 2)] for name, vae in pairs.items()]
+    header = ["VAE", "px", "tile", "latents", "image", "mean of 255", "largest", "VAE's own"]
+    print(markdown(header, rows))
+
+
+def tiled(vae: Any, size: int, folder: str, count: int) -> list[object]:
+    """A row of `print_tiles`: some photos of twice a tile, whole and in tiles."""
+    photos = [decode_photo(path).image for path in sorted(Path(folder).glob("*.jpg"))[:count]]
     crops = [plan_crop((photo.height, photo.width), size, multiple=8) for photo in photos]
     pixels = torch.stack([apply_crop(*pair) for pair in zip(photos, crops, strict=True)])
     found: list[Tensor] = []
     for tile in (0, size // 2):
-        set_tiles(vae, tile)
+        set_tiles(vae.eval(), tile)
         with torch.no_grad():
             latents = vae.encode(pixels).latent_dist.mode()
             found += [latents, vae.decode(found[0] if found else latents).sample]
     moved, off = found[2] - found[0], 127.5 * (found[3] - found[1]).abs()
     own = 127.5 * (found[1] - pixels).abs().mean()
-    share = f"{moved.norm() / found[0].norm():.3f}"
-    row = [name, size, size // 2, share, f"{off.mean():.1f}", f"{off.max():.0f}", f"{own:.1f}"]
-    header = ["VAE", "px", "tile", "latents", "image, mean of 255", "largest", "VAE's own"]
-    print(markdown(header, [row]))
+    image = (found[3] - found[1]).norm() / (found[1] - found[1].mean()).norm()
+    shares = (f"{share:.3f}" for share in (moved.norm() / found[0].norm(), image))
+    return [size, size // 2, *shares, f"{off.mean():.1f}", f"{off.max():.0f}", f"{own:.1f}"]
 
 
 def print_sampling(args: argparse.Namespace) -> None:
@@ -535,7 +548,10 @@ def main() -> None:
     parser.add_argument("--prior", choices=("none", *PRIOR_MODES), default="none")
     parser.add_argument("--cards", action="store_true", help="the table of cards in README instead")
     parser.add_argument("--sampling", action="store_true", help="of sampling and encoding instead")
-    parser.add_argument("--tiles", action="store_true", help="what tiles of the VAE change instead")
+    parser.add_argument(
+        "--tiles", choices=("embedded", "sdxl"), nargs="?", const="embedded",
+        help="what tiles change instead: of the embedded VAE, or of SDXL's shape",
+    )  # fmt: skip
     parser.add_argument("--resident", type=Path, help="train on the CPU; folder of the models")
     parser.add_argument("--limit", type=float, default=16.5, help="GiB, with --resident")
     parser.add_argument("--photos", default="samples/bolt_mug", help="with --resident, --tiles")
