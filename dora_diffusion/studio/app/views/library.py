@@ -90,6 +90,7 @@ class LibraryTab:
                 self.name = ui.line("New name", "library-name", max_length=limit)
                 self.rename = ui.button("Rename it", "library-rename")
             stars = [("none", 0), *(("★" * count, count) for count in range(1, MOST_STARS + 1))]
+            self.shown = gr.State("")
             self.stars = gr.Radio(stars, value=0, label="Stars", elem_id="library-stars")
             self.note = gr.Textbox(
                 label="Note", lines=2, max_length=tasks.MOST_TEXT, elem_id="library-note",
@@ -146,12 +147,14 @@ def connect(context: Context, tab: LibraryTab) -> None:
         ids = [job.id for job in _listed(context.jobs())]
         return ids[event.index] if isinstance(event.index, int) and event.index < len(ids) else None
 
-    def show(job_id: str | None) -> list[Any]:
+    def show(job_id: str | None, before: str) -> list[Any]:
         if not job_id:
-            return [_NOTHING, "", 0, "", gr.skip()]
+            return [_NOTHING, "", 0, "", gr.skip(), ""]
         job = context.job(job_id)
         name = gr.update(placeholder=job.title)
-        return [_facts(job), "", job.record.stars, job.record.note, name]
+        # Of the same run under another label, somebody may be typing them.
+        thoughts = [gr.skip()] * 2 if job_id == before else [job.record.stars, job.record.note]
+        return [_facts(job), "", *thoughts, name, job_id]
 
     def delete(job_id: str) -> list[Any]:
         context.generator.release()  # Windows deletes no model that is mapped into memory.
@@ -186,8 +189,8 @@ def connect(context: Context, tab: LibraryTab) -> None:
         return html.download(tasks.write_card(workspace, context.job(job_id)), "Model card")
 
     ui.on(tab.gallery.select, choose, None, [tab.run])
-    told = [tab.details, tab.files, tab.stars, tab.note, tab.name]
-    ui.on(tab.run.change, show, [tab.run], told)
+    told = [tab.details, tab.files, tab.stars, tab.note, tab.name, tab.shown]
+    ui.on(tab.run.change, show, [tab.run, tab.shown], told)
     question = "Delete this run with everything it made?"
     ui.on(tab.delete.click, delete, [tab.run], [tab.gallery, tab.run, tab.files], confirm=question)
     ui.on(tab.convert.click, card, [tab.run], [tab.files])
@@ -219,7 +222,7 @@ def _connect_thoughts(context: Context, tab: LibraryTab) -> None:
     thoughts = [tab.run, tab.stars, tab.note]
     ui.on(
         [tab.stars.input, tab.note.input], annotate, thoughts, None,
-        trigger_mode="always_last", concurrency_limit=1, concurrency_id="notes",
+        trigger_mode="multiple", concurrency_limit=1, concurrency_id="notes",
     )  # fmt: skip
 
 

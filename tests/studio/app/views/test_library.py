@@ -46,7 +46,9 @@ def test_a_run_has_stars_a_note_and_what_is_known_of_its_file(context: Context) 
     assert (cleared, chosen["value"]) == (None, job.id)
     assert "kohya-dora-output is in the library" in said
     annotate(job.id, 4, "good at night")
-    details, _, stars, note, name = show(job.id)
+    details, _, stars, note, name, seen = show(job.id, "")
+    # The same run under another label leaves what is typed meanwhile.
+    assert show(job.id, seen)[2:4] == [gradio.skip()] * 2
     assert (stars, note, name["placeholder"]) == (4, "good at night", "kohya-dora-output")
     for text in ("<dd>kohya</dd>", "DoRA, rank", "<dt>programs</dt>", "<dt>parameters</dt>"):
         assert text in details
