@@ -354,32 +354,6 @@ def test_captions_are_edited_by_keys_and_by_tags(visit: Callable[..., Visit], ap
     app.until(lambda: captions_of(stored)["001.jpg"] == "typed before the subject was changed")
 
 
-def test_the_library_keeps_names_stars_and_notes_and_takes_adapters(
-    visit: Callable[..., Visit], app: App
-) -> None:
-    page = visit()
-    page.tab("Library")
-    page.unfold("Name, stars and note")
-    page.page.locator("#library-stars label").nth(3).click()
-    page.fill("#library-note textarea", "good at night")
-
-    def noted() -> bool:
-        jobs = (job for job in app.jobs() if job.record.note == "good at night")
-        return any(job.record.stars == 3 for job in jobs)
-
-    app.until(noted)
-    page.fill("#library-name input, #library-name textarea", "Rex")
-    page.click("#library-rename")
-    page.wait_text("#library-facts", "Rex[^]*programs")
-    page.wait_text("#library", "Rex ★★★")
-    page.unfold("Import an adapter made elsewhere")
-    kohya = ADAPTER.with_name("kohya-dora-output.safetensors")
-    page.page.set_input_files("#import-file input[type=file]", kohya)
-    page.wait_text("#import-said", "kohya-dora-output is in the library")
-    page.wait_text("#library-facts", "kohya-dora-output[^]*format\\s*kohya")
-    page.wait("document.querySelector('#library-note textarea').value === ''")
-
-
 def test_photos_that_are_added_beside_a_sample_are_a_subject_of_their_own(
     visit: Callable[..., Visit], app: App, tmp_path: Path
 ) -> None:

@@ -152,9 +152,11 @@ def connect(context: Context, tab: LibraryTab) -> None:
             return [_NOTHING, "", 0, "", gr.skip(), ""]
         job = context.job(job_id)
         name = gr.update(placeholder=job.title)
-        # Of the same run under another label, somebody may be typing them.
-        thoughts = [gr.skip()] * 2 if job_id == before else [job.record.stars, job.record.note]
-        return [_facts(job), "", *thoughts, name, job_id]
+        stored = [job.record.stars, job.record.note]
+        # Of the same run under another label, somebody may be typing them; of a page that was
+        # loaded again, what the browser has kept is newer than nothing.
+        is_typed = job_id == before or not (before or any(stored))
+        return [_facts(job), "", *([gr.skip()] * 2 if is_typed else stored), name, job_id]
 
     def delete(job_id: str) -> list[Any]:
         context.generator.release()  # Windows deletes no model that is mapped into memory.
@@ -221,7 +223,7 @@ def _connect_thoughts(context: Context, tab: LibraryTab) -> None:
     # One after the other: what was typed last is written last.
     thoughts = [tab.run, tab.stars, tab.note]
     ui.on(
-        [tab.stars.input, tab.note.input], annotate, thoughts, None,
+        [tab.stars.input, tab.note.input, tab.note.blur], annotate, thoughts, None,
         trigger_mode="multiple", concurrency_limit=1, concurrency_id="notes",
     )  # fmt: skip
 
