@@ -62,8 +62,6 @@ from dora_diffusion.sampling.detail import Detail, find_region
 from dora_diffusion.sampling.stack import AdapterUse, Schedule, attach_stack, scheduled
 
 DENOISE = 0.75
-# Of a model that is not made for it.
-_MASKED_CHANNELS = 4
 MOST_HIRES = 4
 
 
@@ -461,12 +459,6 @@ def _passes(
     )
     if settings.image is not None and not inpaints:
         task = "Image2Image" if lacks else "Inpainting"
-    channels = components.unet.config.in_channels
-    require(
-        task != "Inpainting" or channels == _MASKED_CHANNELS,
-        f"{components.name} has latents of {channels} channels, and Diffusers' pipelines paint by "
-        f"a mask into those of {_MASKED_CHANNELS} alone; leave out the mask, or take another model",
-    )
     passes = [(components.pipeline(settings.scheduler, task), settings)]
     if settings.hires:
         height, width = (

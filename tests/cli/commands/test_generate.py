@@ -597,15 +597,6 @@ def test_paintings_that_cannot_be_are_one_line(flags, message, sd1_folder, tmp_p
     assert message in line
 
 
-def test_a_mask_needs_latents_that_diffusers_paints_into(tmp_path, last_line):
-    image = save_image(Image.new("RGB", (64, 64)), tmp_path / "image.png")
-    painted = ("--image", str(image), "--mask", str(image), "--prompt", "a mug", "--steps", "2")
-    words = ["generate", "--base", "embedded:tiny-sd", *painted, "--output", tmp_path / "x.png"]
-    assert main([*map(str, words)]) == 1
-    assert "has latents of 8 channels" in last_line()
-    assert not (tmp_path / "x.png").exists()
-
-
 def test_weights_are_read_and_repeated_and_can_be_text(sd1_folder, tmp_path, capsys):
     first, again, text = (tmp_path / name for name in ("first.png", "again.png", "text.png"))
     prompt = ("--prompt", "a (red:1.4) dog BREAK on [grass]", "--negative_prompt", "a (cat)")
