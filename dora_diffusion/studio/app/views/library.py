@@ -151,10 +151,8 @@ def connect(context: Context, tab: LibraryTab) -> None:
         if not job_id:
             return [_NOTHING, "", 0, "", gr.skip(), ""]
         job = context.job(job_id)
-        name = gr.update(placeholder=job.title)
-        stored = [job.record.stars, job.record.note]
-        # Of the same run under another label, somebody may be typing them; of a page that was
-        # loaded again, what the browser has kept is newer than nothing.
+        name, stored = gr.update(placeholder=job.title), [job.record.stars, job.record.note]
+        # Somebody may be typing them, or have typed them before the page was loaded again.
         is_typed = job_id == before or not (before or any(stored))
         return [_facts(job), "", *([gr.skip()] * 2 if is_typed else stored), name, job_id]
 
@@ -174,13 +172,13 @@ def connect(context: Context, tab: LibraryTab) -> None:
                     "a shared app does not publish, since that would be in the name of whoever "
                     "runs it; download the adapter instead"
                 )
-            if command == "convert":
-                tasks.start_conversion(workspace, context.job(job_id), *values)
-                return html.task_list(context.queued())
             given = list(values)
-            if FORMS[command][1].with_other and given[0]:
-                given[0] = context.job(given[0])
-            tasks.start_task(command, workspace, context.job(job_id), *given)
+            if command == "convert":
+                tasks.start_conversion(workspace, context.job(job_id), *given)
+            else:
+                if FORMS[command][1].with_other and given[0]:
+                    given[0] = context.job(given[0])
+                tasks.start_task(command, workspace, context.job(job_id), *given)
             return html.task_list(context.queued())
 
         return run
