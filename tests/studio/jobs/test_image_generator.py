@@ -325,7 +325,7 @@ def test_pictures_wait_their_turn_while_a_run_has_the_device_and_can_be_withdraw
 
 @pytest.mark.parametrize(
     "changes",
-    [{"prompt": ""}, {"count": 99}, {"steps": 999}, {"width": 10_000}, {"seed": -2}],
+    [{"prompt": ""}, {"count": 99}, {"steps": 999}, {"width": 4096}, {"seed": -2}],
 )
 def test_requests_have_limits(finished: tuple[Workspace, str], changes: dict[str, Any]) -> None:
     with pytest.raises(UserError):
