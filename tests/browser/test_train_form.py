@@ -158,26 +158,21 @@ def test_a_page_that_is_loaded_again_logs_no_error(visit: Callable[..., Visit]) 
     assert page.page.locator("footer").get_by_text("Settings").count() == 0
 
 
-def test_a_stream_that_the_page_gives_up_is_no_lost_connection(
-    visit: Callable[..., Visit],
-) -> None:
-    stream = """async () => {
-        const control = new AbortController();
-        const headers = {Accept: 'text/event-stream'};
-        const url = 'gradio_api/heartbeat/some-session';
-        const answer = await fetch(new Request(url, {headers, signal: control.signal}));
-        control.abort();
-        return new TextDecoder().decode((await answer.body.getReader().read()).value);
-    }"""
+def test_a_page_that_is_left_asks_nothing_more(visit: Callable[..., Visit]) -> None:
+    """It would open new streams, which lose their session with the old ones."""
     page = visit()
-    assert page.page.evaluate(stream).startswith("data:")
-    # Anything else can be given up.
-    other = """async () => {
-        const control = new AbortController();
-        control.abort();
-        return fetch('config', {signal: control.signal}).catch((error) => error.name);
-    }"""
-    assert page.page.evaluate(other) == "AbortError"
+    page.page.evaluate("dispatchEvent(new Event('beforeunload'))")
+    asked: list[str] = []
+    page.page.on("request", lambda request: asked.append(request.url))
+    answered = "fetch('config').then(() => { window.answered = true; })"
+    page.page.evaluate(f"() => {{ {answered} }}")
+    page.page.evaluate("() => new Promise((done) => requestAnimationFrame(done))")
+    assert asked == []
+    # Whoever has stayed is answered.
+    page.page.keyboard.press("Shift")
+    page.wait("window.answered")
+    assert any(url.endswith("/config") for url in asked)
+    page.wrong.clear()  # Gradio thinks that its streams were closed, and has opened others.
 
 
 def test_a_reload_keeps_the_form(visit: Callable[..., Visit], app: App) -> None:

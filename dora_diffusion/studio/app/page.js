@@ -1,11 +1,24 @@
 // Scripts of the page; those of captions and of the photo editor lie beside this one.
 {
-  // The server and the browser end streams. Gradio does so too, when a page is left and by what came
-  // on an earlier stream, and then takes its own end of a stream for a connection that is lost.
+  // The browser ends the streams of a page that is left. Gradio closes them before, which is undone,
+  // and opens others for what is asked until the next page comes: this waits until somebody is seen
+  // to have stayed here.
+  let stays;
+  addEventListener('beforeunload', () => {
+    stays = new Promise((done) => {
+      for (const type of ['pointerdown', 'keydown'])
+        addEventListener(type, done, {capture: true, once: true});
+    });
+  });
+  const {abort} = AbortController.prototype;
+  AbortController.prototype.abort = function (...reason) {
+    if (window.event?.type !== 'beforeunload') abort.apply(this, reason);
+  };
   const {fetch} = window;
-  const isStream = (request) => request.headers?.get('Accept') === 'text/event-stream';
-  window.fetch = (request, options) =>
-    fetch.call(window, request, isStream(request) ? {...options, signal: null} : options);
+  window.fetch = async (...request) => {
+    await stays;
+    return fetch(...request);
+  };
 }
 
 document.addEventListener('input', ({target}) => {

@@ -34,7 +34,9 @@ RUN = "20261125-020304-abcdef"
 
 def test_what_was_asked_for_is_read_back(tmp_path: Path) -> None:
     words = ["export", "--base", "b", "--output", "o"]
-    record = JobRecord(words, "Merge it", RUN, "b", "o", "sks mug", "bolt_mug", 1.5, 2.5)
+    record = JobRecord(
+        words, "Merge it", RUN, "b", "o", "sks mug", "bolt_mug", "Ann", "of mine", 3, 1.5, 2.5
+    )
     write_record(tmp_path, record)
     assert read_record(tmp_path) == record
     values = json.loads((tmp_path / records.JOB).read_text(encoding="utf-8"))

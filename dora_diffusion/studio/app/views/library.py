@@ -205,8 +205,8 @@ def _connect_thoughts(context: Context, tab: LibraryTab) -> None:
     """Keep a run's name, stars and note."""
     workspace = context.workspace
 
-    def annotate(job_id: str | None, stars: Any, note: Any) -> None:
-        if job_id:
+    def annotate(job_id: str | None, shown: str, stars: Any, note: Any) -> None:
+        if job_id and job_id == shown:  # and not those of the run before
             tasks.annotate_run(workspace, job_id, note, stars)
 
     def rename(job_id: str | None, name: str) -> list[Any]:
@@ -218,11 +218,9 @@ def _connect_thoughts(context: Context, tab: LibraryTab) -> None:
     named = [tab.rename.click, tab.name.submit]
     renamed = [tab.gallery, tab.run, tab.details, tab.name]
     ui.on(named, rename, [tab.run, tab.name], renamed)
-    # One after the other: what was typed last is written last.
-    thoughts = [tab.run, tab.stars, tab.note]
     ui.on(
-        [tab.stars.input, tab.note.input, tab.note.blur], annotate, thoughts, None,
-        trigger_mode="multiple", concurrency_limit=1, concurrency_id="notes",
+        [tab.stars.change, tab.note.change], annotate, [tab.run, tab.shown, tab.stars, tab.note],
+        trigger_mode="always_last", concurrency_limit=1, concurrency_id="notes",
     )  # fmt: skip
 
 

@@ -47,7 +47,8 @@ def test_a_run_has_stars_a_note_and_what_is_known_of_its_file(context: Context) 
     assert "kohya-dora-output is in the library" in said
     assert show(job.id, "")[2:4] == [gradio.skip()] * 2  # what a browser kept stays
     assert show(job.id, "another")[2:4] == [0, ""]
-    annotate(job.id, 4, "good at night")
+    annotate(job.id, "another", 1, "of another")
+    annotate(job.id, job.id, 4, "good at night")
     details, _, stars, note, name, seen = show(job.id, "")
     # The same run under another label leaves what is typed meanwhile.
     assert show(job.id, seen)[2:4] == [gradio.skip()] * 2
