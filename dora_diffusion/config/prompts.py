@@ -138,14 +138,14 @@ class Style(NamedTuple):
     negative_prompt: str
 
 
-def read_styles(file: str | Path, names: Sequence[str]) -> list[Style]:
-    """The styles of these names, in their order, of a file such as A1111's ``styles.csv``.
+def styles_in(file: str | Path) -> dict[str, Style]:
+    """The styles of a file such as A1111's ``styles.csv``, by their names.
 
     Its columns are name, prompt (of old files text) and negative_prompt; of rows with one name, the
     last one is taken.
 
     Raises:
-        ConfigError: If it cannot be read, has no such columns, or lacks a style.
+        ConfigError: If it cannot be read, or has no such columns.
     """
     text = read_text(file, "styles", "styles")
     table = csv.DictReader(io.StringIO(text), skipinitialspace=True)
@@ -161,9 +161,16 @@ def read_styles(file: str | Path, names: Sequence[str]) -> list[Style]:
         f"styles {file} must begin with the line name,prompt,negative_prompt",
         "styles",
     )
-    styles = {
-        row["name"]: Style(row[column] or "", row.get("negative_prompt") or "") for row in rows
-    }
+    return {row["name"]: Style(row[column] or "", row.get("negative_prompt") or "") for row in rows}
+
+
+def read_styles(file: str | Path, names: Sequence[str]) -> list[Style]:
+    """The styles of these names, in their order, of a file as `styles_in` reads it.
+
+    Raises:
+        ConfigError: If it cannot be read, or lacks a style.
+    """
+    styles = styles_in(file)
     for name in names:
         require(
             name in styles,

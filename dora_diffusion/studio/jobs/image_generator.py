@@ -52,6 +52,7 @@ class GenerationRequest:
         count: Images, at consecutive seeds.
         clip_skip: Instead of what the adapter says.
         max_token_length: Instead of what the adapter says.
+        wildcards: Draw the prompt's wildcards by each image's seed.
         batch: For an image that is repeated: images of its batch, which round its products, and its
             place there.
 
@@ -67,6 +68,7 @@ class GenerationRequest:
     count: int = 1
     clip_skip: int | None = None
     max_token_length: int | None = None
+    wildcards: bool = False
     batch: tuple[int, int] = (1, 0)
 
     def __post_init__(self) -> None:
@@ -159,16 +161,32 @@ class ImageGenerator:
         seeds, (size, place) = _seeds(request), request.batch
         if size > 1:
             seeds = [seeds[0] - place + number for number in range(size)]
+        # A batch is repeated with one prompt, so that drawn ones are sampled one by one.
+        at_once = 1 if request.wildcards else _AT_ONCE
+        asked = self._drawn(request, seeds)
         with self._device(request.base):
-            images = self._sample(request, seeds, on_step, max(size, _AT_ONCE))
-            about = _about(request, self._model(request))
+            images = self._sample(asked, seeds, on_step, max(size, at_once))
+            about = _about(asked, self._model(request))
         made = []
         for number, (seed, image) in enumerate(zip(seeds, images, strict=True)):
             if size == 1 or number == place:
-                start = 0 if size > 1 else number - number % _AT_ONCE
-                batch = size if size > 1 else min(_AT_ONCE, len(seeds) - start)
-                made.append(self._write(request, seed, image, about, batch, number - start))
+                start = 0 if size > 1 else number - number % at_once
+                batch = size if size > 1 else min(at_once, len(seeds) - start)
+                one = asked[number]
+                made.append(self._write(one, seed, image, about, batch, number - start))
         return made
+
+    def _drawn(self, request: GenerationRequest, seeds: list[int]) -> list[GenerationRequest]:
+        """The request of each image, with the prompt that its seed draws.
+
+        Raises:
+            ConfigError, UserError: If wildcards cannot be drawn, or nothing is.
+        """
+        from dora_diffusion.data.captions import CaptionRules, Wildcards
+
+        folder = self.workspace.wildcards
+        rules = CaptionRules(wildcards=Wildcards(folder) if request.wildcards else None)
+        return [replace(request, prompt=rules.draw_prompt(request.prompt, s)) for s in seeds]
 
     def compare(
         self, request: GenerationRequest, on_step: Step | None = None
@@ -177,18 +195,23 @@ class ImageGenerator:
         from dora_diffusion.adapters.inject import disabled
 
         seed = _seeds(request)[0]
+        (request,) = asked = self._drawn(request, [seed])
         with self._device(request.base):
             with disabled(*self._model(request).adaptable().values()):
-                (base,) = self._sample(request, [seed], on_step)
-            (adapted,) = self._sample(request, [seed], on_step)
-            about = _about(request, self._model(request))
+                (base,) = self._sample(asked, [seed], on_step)
+            (adapted,) = self._sample(asked, [seed], on_step)
+            about = _about(asked, self._model(request))
         return (
             self._write(replace(request, adapters=()), seed, base, about),
             self._write(request, seed, adapted, about),
         )
 
     def grid(
-        self, request: GenerationRequest, axes: Sequence[str], on_step: Step
+        self,
+        request: GenerationRequest,
+        axes: Sequence[str],
+        on_step: Step,
+        style: Sequence[str] = (),
     ) -> tuple[GeneratedImage, Path]:
         """An image for each combination of values, as ``generate --grid`` makes them.
 
@@ -198,6 +221,7 @@ class ImageGenerator:
             request: What all have in common; its seed is one for all.
             axes: As `cli.axes` reads them.
             on_step: Called with (steps done, steps in all).
+            style: Styles that each cell's prompts are given.
 
         Returns:
             The sheet, and a zip of the web page with all images.
@@ -207,7 +231,7 @@ class ImageGenerator:
                 withdrawn meanwhile.
         """
         from dora_diffusion.cli.commands.grid import GridRun
-        from dora_diffusion.sampling.images import save_image
+        from dora_diffusion.sampling.images import parse_parameters, save_image
         from dora_diffusion.sampling.page import SHEET
 
         def load(settings: GenerateSettings, uses: Sequence[AdapterUse]) -> Components:
@@ -217,7 +241,7 @@ class ImageGenerator:
 
         request = replace(request, seed=_seeds(request)[0])
         try:
-            run = GridRun(self._grid_settings(request, axes), load)
+            run = GridRun(self._grid_settings(request, axes, style), load)
         except ConfigError as error:
             if error.setting != "grid_limit":
                 raise
@@ -227,7 +251,9 @@ class ImageGenerator:
             replace(request, settings=sampling)  # Within the limits of any image.
         with self._device(request.base):
             run.make(on_step)
-            notes = _about(request, self._model(request)).notes
+            read = (parse_parameters(text)["Prompt"] for text in run.record.texts.values())
+            asked = [replace(request, prompt=text) for text in read if text]
+            notes = _about(asked or [request], self._model(request)).notes
         first = run.record.texts[run.record.files[0]]
         with open_image(run.folder / SHEET) as sheet:
             path = self.workspace.images / f"{new_id()}-{request.seed}.png"
@@ -235,7 +261,9 @@ class ImageGenerator:
         archive = run.record.pack(run.folder, self.workspace.exports / f"{run.folder.name}.zip")
         return GeneratedImage(path, request.seed, first, notes), archive
 
-    def _grid_settings(self, request: GenerationRequest, axes: Sequence[str]) -> GenerateSettings:
+    def _grid_settings(
+        self, request: GenerationRequest, axes: Sequence[str], style: Sequence[str]
+    ) -> GenerateSettings:
         """A request as the settings of `generate`, in a folder of its own."""
         from dora_diffusion.cli.commands.generate import GenerateSettings
         from dora_diffusion.sampling.images import pixel_hash, save_image
@@ -267,6 +295,8 @@ class ImageGenerator:
             **base, **values, "base": str(request.base.path), "prompt": request.prompt,
             "seed": request.seed, "clip_skip": request.clip_skip,
             "max_token_length": request.max_token_length,
+            "styles": str(self.workspace.styles), "style": [*style],
+            "wildcards": request.wildcards, "wildcard_dir": str(self.workspace.wildcards),
         }  # fmt: skip
         name = hashlib.sha256(repr((request.base, common)).encode()).hexdigest()[:12]
         output = str(self.workspace.root / "grids" / f"grid-{name}")
@@ -274,21 +304,23 @@ class ImageGenerator:
 
     def _sample(
         self,
-        request: GenerationRequest,
+        asked: Sequence[GenerationRequest],
         seeds: list[int],
         on_step: Step | None = None,
         batch_size: int = 1,
     ) -> list[Image]:
+        """An image for each seed: the requests differ in their prompts alone."""
         from dora_diffusion.sampling.generate import generate_images, sampled_size
 
-        components, settings = self._model(request), request.settings
+        components, settings = self._model(asked[0]), asked[0].settings
+        prompts = [one.prompt for one in asked]
         longest = max(sampled_size(components, settings)) * (settings.hires or 1)
         if longest > MAX_SIDE:
             raise UserError(
                 f"the second pass would be {longest:.0f} pixels long; at most {MAX_SIDE} are made"
             )
         return generate_images(
-            components, request.prompt, seeds, settings,
+            components, prompts if asked[0].wildcards else prompts[0], seeds, settings,
             batch_size=batch_size, on_step=on_step, require_finite=True,
         )  # fmt: skip
 
@@ -357,16 +389,16 @@ class ImageGenerator:
         return GeneratedImage(path, seed, text, about.notes)
 
 
-def _about(request: GenerationRequest, components: Components) -> _About:
+def _about(asked: Sequence[GenerationRequest], components: Components) -> _About:
     from dora_diffusion.models.emphasis import plain_parts
     from dora_diffusion.models.text import token_limit, truncated_text
     from dora_diffusion.sampling.generate import few_steps, sampled_size
     from dora_diffusion.sampling.images import UsedAdapter
 
-    limit, settings = token_limit(components), request.settings
-    prompts = {"prompt": request.prompt, "negative prompt": settings.negative_prompt}
+    limit, request, settings = token_limit(components), asked[0], asked[0].settings
+    prompts = [*dict.fromkeys(("prompt", one.prompt) for one in asked)]
     notes = []
-    for name, prompt in prompts.items():
+    for name, prompt in [*prompts, ("negative prompt", settings.negative_prompt)]:
         for part in plain_parts(prompt) if settings.prompt_weights else [prompt]:
             end = truncated_text(components.tokenizers[0], part, components.most_chunks)
             if end:

@@ -7,6 +7,8 @@
       subjects/<id>/ photos, captions and masks of a subject
       images/        generated images (see `dora_diffusion.studio.jobs.image_store`)
       exports/<id>/  converted adapters and merged checkpoints, for download
+      styles.csv     styles that prompts may be given, as A1111 has them
+      wildcards/     files of wildcards: a line of colours.txt is drawn for __colours__
       cache/         Gradio's uploads
 """
 
@@ -104,6 +106,16 @@ class Workspace:
         return self.root / "exports"
 
     @property
+    def styles(self) -> Path:
+        """File of styles; there is none until somebody adds one."""
+        return self.root / "styles.csv"
+
+    @property
+    def wildcards(self) -> Path:
+        """Folder of files of wildcards."""
+        return self.root / "wildcards"
+
+    @property
     def cache(self) -> Path:
         """Folder of Gradio's uploads."""
         return self.root / "cache"
@@ -122,7 +134,7 @@ class Workspace:
         """Create the folders."""
         for folder in (
             self.root, self.subjects, self.images, self.inputs, self.favourites, self.thumbnails,
-            self.exports, self.cache,
+            self.exports, self.wildcards, self.cache,
         ):  # fmt: skip
             folder.mkdir(parents=True, exist_ok=True)
         return self

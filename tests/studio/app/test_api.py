@@ -400,6 +400,8 @@ def test_settings_of_images_are_checked(served: Served, monkeypatch: pytest.Monk
         ({"steps": 500}, "steps is 500; it must be between 1 and 200"),
         ({"width": 4096}, "width is 4096; it must be between 8 and 2048"),
         ({"num_images": 17}, "images is 17"),
+        ({"style": ["ink"]}, "cannot read styles"),
+        ({"style": ["ink"], "wildcards": "perhaps"}, "wildcards is 'perhaps'"),
     ):  # fmt: skip
         with pytest.raises(ApiError, match=words) as caught:
             served.ann.generate(f"base/{EMBEDDED}", "a mug", settings)

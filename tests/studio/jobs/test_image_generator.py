@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.config.base import BaseModel
+from dora_diffusion.data.captions import CaptionRules, Wildcards
 from dora_diffusion.models.load import load_vae
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.generate import (
@@ -174,6 +175,57 @@ def test_an_image_of_a_batch_is_made_again_in_its_batch(
         (again,) = studio.make(asked)
         assert again.parameters == six[place].parameters
         assert pixels(again.path) == pixels(six[place].path)
+
+
+def test_wildcards_are_drawn_by_each_image_s_seed(
+    finished: tuple[Workspace, str], studio: ImageGenerator
+) -> None:
+    words = finished[0].wildcards / "sea" / "fish.txt"
+    words.parent.mkdir(parents=True, exist_ok=True)
+    words.write_text("cod\n# none\neel\n", encoding="utf-8")
+    plain = ask(finished, prompt="a {red|blue} __sea/fish__ of sks dog")
+    drawing = replace(plain, wildcards=True, count=6)
+    rules = CaptionRules(wildcards=Wildcards(finished[0].wildcards))
+    wanted = [rules.draw_prompt(plain.prompt, seed) for seed in range(5, 11)]
+    assert len({*wanted}) > 1
+    made = studio.make(drawing)
+    assert [fields_of(image)["Prompt"] for image in made] == wanted
+    # Each is repeated by what its file says, bit for bit.
+    for image in made[:2]:
+        assert "Batch size" not in fields_of(image)
+        prompt = fields_of(image)["Prompt"]
+        (again,) = studio.make(replace(plain, prompt=prompt, seed=image.seed))
+        assert again.parameters == image.parameters
+        assert pixels(again.path) == pixels(image.path)
+    assert [fields_of(one)["Prompt"] for one in studio.compare(drawing)] == wanted[:1] * 2
+    (text,) = studio.make(plain)
+    assert fields_of(text)["Prompt"] == plain.prompt
+    cells, _ = studio.grid(drawing, ["strength=1"], lambda *_: None)
+    assert cells.parameters == made[0].parameters
+    with pytest.raises(ValueError, match="the wildcard __sea/bird__ has no file"):
+        studio.make(replace(drawing, prompt="a __sea/bird__"))
+    before = sorted(finished[0].images.iterdir())
+    with pytest.raises(UserError, match="write a prompt"):
+        studio.make(replace(drawing, prompt="{|}"))
+    assert sorted(finished[0].images.iterdir()) == before
+
+
+def test_a_grid_s_cells_have_the_styles_that_are_chosen(
+    finished: tuple[Workspace, str], studio: ImageGenerator
+) -> None:
+    text = 'name,prompt,negative_prompt\nink,"{prompt}, ink",photo\nsea,sea,\n'
+    finished[0].styles.write_text(text, encoding="utf-8")
+    plain = ask(finished, negative_prompt="cat")
+    cells = {
+        "prompt=a dog": ("a dog, ink", "cat, photo"),
+        "style=sea": (f"{plain.prompt}, sea", "cat"),
+    }
+    for axis, (prompt, negative) in cells.items():
+        sheet, _ = studio.grid(plain, [axis], lambda *_: None, ["ink"])
+        wanted = replace(
+            plain, prompt=prompt, settings=replace(plain.settings, negative_prompt=negative)
+        )
+        assert sheet.parameters == studio.make(wanted)[0].parameters
 
 
 def test_the_page_says_what_of_a_long_prompt_was_not_read(

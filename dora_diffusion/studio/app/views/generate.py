@@ -14,7 +14,7 @@ from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import PROMPT_LIMIT
-from dora_diffusion.studio.app.views import gallery, grid, results, start, ui
+from dora_diffusion.studio.app.views import gallery, grid, results, start, ui, words
 from dora_diffusion.studio.app.views.request import (
     BASE,
     LABELS,
@@ -58,6 +58,8 @@ class GenerateTab:
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 self._add_prompt()
+                self.words = words.WordsView()
+                self.fields |= self.words.fields
                 self._add_strengths()
                 with gr.Accordion("Start from an image", open=False) as self.start_box:
                     self.start = start.StartView()
@@ -187,12 +189,15 @@ def connect(context: Context, tab: GenerateTab) -> None:
 
     def make_grid(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         count = len(tab.grid.fields)
-        asked, given = request(choice, values[count:]), _given(context, choice)
+        form, given = dict(zip(names, values[count:], strict=True)), _given(context, choice)
+        # Its axes are of the prompts as they are typed; each cell's are given the styles.
+        asked = make_request(context, given, {**form, "style": ()})
         job = context.job(given.partition("/")[0]) if asked.adapters else None
         subject = next(iter(split_triggers(job.trigger)), "") if job else SUBJECT
         try:
             axes = grid.grid_axes(values[:count], job, subject)
-            sheet, page = context.generator.grid(asked, axes, on_step(progress))
+            chosen = [str(style) for style in form["style"] or ()]
+            sheet, page = context.generator.grid(asked, axes, on_step(progress), chosen)
         except ConfigError as error:
             raise UserError(in_words(error)) from error
         link = html.download(page, "The grid as a web page, with all images")
@@ -209,6 +214,7 @@ def connect(context: Context, tab: GenerateTab) -> None:
     ui.on(tab.grid.make.click, make_grid, of_grid, [*shown, tab.grid.files], **drawn)
     ui.on(tab.turn.click, withdraw)
     gallery.connect(tab.gallery)
+    words.connect(context, tab.words)
     start.connect(context, tab.start, tab.results.shown)
     results.connect(context, tab.results, tab)
     _connect_choices(context, tab)
@@ -246,6 +252,7 @@ def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[s
         **{name: ui.changing(choices=adapters) for name in MORE},
         "template": ui.changing(choices=[*_TEMPLATES, *context.images.prompts(MOST_PROMPTS)]),
         **gallery.refresh(context.images, jobs),
+        **words.refresh(context.workspace),
         "turn": _turn(next((job for job in jobs if job.is_active), None), context),
     }
 

@@ -14,6 +14,7 @@ from dora_diffusion.cli.settings import adapter_and_strength
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, ConfigError
+from dora_diffusion.config.prompts import read_styles, with_styles
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.formats.adapter.metadata import agreed_reading, split_triggers, stated_reading
 from dora_diffusion.formats.adapter.stored import read_metadata
@@ -49,7 +50,8 @@ LABELS: Mapping[str, str] = {
     "prompt_weights": "Weights in prompts: (word:1.2), [word], BREAK",
     "image": "Image to start from", "mask_image": "Mask", "denoise": "Denoising strength",
     "hires": "Second pass, times as large", "hires_denoise": "Second pass denoising strength",
-    "hires_steps": "Second pass steps",
+    "hires_steps": "Second pass steps", "style": "Styles",
+    "wildcards": "Draw {a|b} and __file__ of the prompt, by each image's seed",
 }  # fmt: skip
 # Adapters beside the first: names of their fields and of their strengths', and labels.
 MORE: Mapping[str, tuple[str, str]] = {
@@ -62,7 +64,7 @@ UNSET: Mapping[str, Any] = {
     **dict.fromkeys(("strength", "direction_strength", "magnitude_strength", "num_images"), 1),
     "seed": -1, "steps": SampleSettings.validation_inference_steps, "scheduler": OWN,
     "guidance_rescale": 0, "prompt_weights": True, "denoise": DENOISE, "hires": 1,
-    "hires_denoise": HIRES_DENOISE,
+    "hires_denoise": HIRES_DENOISE, "style": [], "wildcards": False,
     **dict.fromkeys(MORE, ""), **{strength: 1 for strength, _ in MORE.values()},
 }  # fmt: skip
 _NAME = re.compile(rf"\b({'|'.join(name for name in LABELS if '_' in name)})\b")
@@ -82,8 +84,8 @@ def make_request(
             f"{base.path} is not on this machine, and no image waits for a download: get it by "
             f"'hf download {base.path}', or by training on it"
         )
-    first = next(iter(split_triggers(trigger)), "")
-    prompt = clean_text(form["prompt"], PROMPT_LIMIT, "prompt").replace("{subject}", first)
+    prompt = _styled(context, form, "prompt")
+    prompt = prompt.replace("{subject}", next(iter(split_triggers(trigger)), ""))
     if "<lora:" in prompt:
         raise UserError(
             "the prompt holds <lora:...>, as web UIs load an adapter; choose it as a run or "
@@ -108,8 +110,21 @@ def make_request(
         seed=int(-1 if form["seed"] is None else form["seed"]),
         count=int(form["num_images"] or 1),
         clip_skip=_number(form, "clip_skip", "a whole number"),
+        wildcards=bool(form["wildcards"]),
         max_token_length=_number(form, "max_token_length", "a whole number"),
     )
+
+
+def _styled(context: Context, form: Mapping[str, Any], name: str) -> str:
+    """A prompt, or the negative one, with the styles that are chosen.
+
+    Raises:
+        UserError, ConfigError: If it is too long, or a style is not there.
+    """
+    chosen = [str(style) for style in form["style"] or ()]
+    styles = read_styles(context.workspace.styles, chosen) if chosen else []
+    text = with_styles(str(form[name] or ""), [getattr(style, name) for style in styles])
+    return clean_text(text, PROMPT_LIMIT, LABELS[name].lower())
 
 
 def in_words(error: Exception) -> str:
@@ -163,7 +178,7 @@ def _settings(
         scheduler=None if form["scheduler"] == OWN else form["scheduler"],
         width=_number(form, "width", "pixels, such as 512", least=1),
         height=_number(form, "height", "pixels, such as 512", least=1),
-        negative_prompt=clean_text(form["negative_prompt"], PROMPT_LIMIT, "negative prompt"),
+        negative_prompt=_styled(context, form, "negative_prompt"),
         image=image,
         mask_image=mask,
         guidance_rescale=float(form["guidance_rescale"] or 0),
@@ -320,6 +335,8 @@ def restore(context: Context, text: str) -> Restored:
 
 def shown_value(name: str, value: Any) -> Any:
     """A setting's value as its field has it."""
+    if name == "style":
+        return value
     if isinstance(value, list):
         return (" | " if name == "strength_schedule" else " ").join(value)
     if isinstance(value, float):

@@ -124,19 +124,21 @@ def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
     from dora_diffusion.sampling.generate import DENOISE
     from dora_diffusion.studio.app.views.request import LABELS, MORE, UNSET
 
-    # Of the file, the model and the machine, which are a run's and the app's own; and prompts that
-    # are drawn, and files of many adapters, which are the command line's.
+    # Of the file, the model and the machine, which are a run's and the app's own; and files of many
+    # adapters, which are the command line's. Files of styles and wildcards are the runs folder's.
     others = {
         "adapter", "adapters_file", "base", "variant", "revision", "dtype", "model_config",
         "compile", "quantize", "quantize_convolutions", "vae_tile_size", "prediction_type",
         "zero_terminal_snr", "alpha", "output", "overwrite", "repeat", "offload", "batch_size",
-        "wildcards", "wildcard_dir", "styles", "style", "detail", "detail_label", "detail_prompt",
+        "wildcard_dir", "styles", "detail", "detail_label", "detail_prompt",
         "detail_denoise", "detail_padding", "grid", "grid_limit", "adapter_dir",
     }  # fmt: skip
     settings = {setting.name: setting for setting in GenerateSettings.settings()}
     assert {*LABELS} | others == {*settings}
     assert not {*LABELS} & others
-    for name in ("guidance_rescale", "prompt_weights", "hires_denoise", "strength"):
+    for name in (
+        "guidance_rescale", "prompt_weights", "hires_denoise", "strength", "style", "wildcards",
+    ):  # fmt: skip
         assert UNSET[name] == settings[name].default
     assert UNSET["denoise"] == DENOISE
     with gr.Blocks():
@@ -150,6 +152,9 @@ def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
     (_, *titles) = tab.fields["scheduler"].choices
     assert [name for _, name in titles] == [*SCHEDULERS]
     assert [A1111_NAMES[title.lower()] for title, _ in titles] == [*SCHEDULERS]
+
+
+STYLES = 'name,prompt,negative_prompt\nink,ink,photo\npaper,"{prompt}\n  on paper",\n'
 
 
 def strengths_of(asked: GenerationRequest) -> Any:
@@ -183,6 +188,9 @@ CHANGED: dict[str, tuple[object, Any]] = {
     "hires": (1.5, lambda asked: asked.settings.hires == 1.5),
     "hires_denoise": (0.25, lambda asked: asked.settings.hires_denoise == 0.25),
     "hires_steps": ("3", lambda asked: asked.settings.hires_steps == 3),
+    "style": (["paper", "ink"], lambda asked: (asked.prompt, asked.settings.negative_prompt)
+              == ("a sks mug on paper, ink", "photo")),
+    "wildcards": (True, lambda asked: asked.wildcards),
 }  # fmt: skip
 
 
@@ -190,6 +198,7 @@ def test_no_field_is_ignored(run: SimpleNamespace) -> None:
     from dora_diffusion.studio.app.views.request import LABELS, MORE
 
     assert {*CHANGED} == {*LABELS} - {"image", "mask_image", "denoise"}
+    run.context.workspace.styles.write_text(STYLES, encoding="utf-8")
     usual = run.asked()
     for name, (value, is_there) in CHANGED.items():
         assert is_there(run.asked(**{name: value})), name
@@ -254,6 +263,34 @@ def test_an_image_to_start_from_is_kept_with_its_mask(run: SimpleNamespace) -> N
         run.asked(hires=1.5, hires_denoise=0.1)
     with pytest.raises(UserError, match=r"the prompt holds <lora:\.\.\.>"):
         run.asked(prompt="a mug <lora:mug:1>")
+
+
+def test_styles_are_of_the_prompt_once(run: SimpleNamespace) -> None:
+    from dora_diffusion.studio.app.views.request import PROMPT_LIMIT, make_request, restore
+
+    with pytest.raises(ValueError, match=r"cannot read styles .*styles\.csv"):
+        run.asked(style=["ink"])
+    styles = run.context.workspace.styles
+    styles.write_text(STYLES + "own,<lora:x:1>,\nlong," + "x" * PROMPT_LIMIT + ",\n", "utf-8")
+    for name, words in (
+        ("pink", "no style 'pink' .did you mean ink"), ("own", r"the prompt holds <lora:\.\.\.>"),
+        ("long", "the prompt has .* characters"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            run.asked(style=[name])
+    asked = run.asked(style=["ink", "paper"], negative_prompt="blurred")
+    assert (asked.prompt, asked.settings.negative_prompt) == (
+        "a sks mug, ink on paper",
+        "blurred, photo",
+    )
+    # An image's file has the prompt that this gives: its settings ask for the same.
+    text = f"{asked.prompt}\nNegative prompt: {asked.settings.negative_prompt}\nSteps: 4, Seed: 1"
+    form = restore(run.context, text).form
+    assert form["style"] == []
+    again = make_request(run.context, run.id, form)
+    assert (again.prompt, again.settings.negative_prompt) == (
+        asked.prompt, asked.settings.negative_prompt
+    )  # fmt: skip
 
 
 def _context(**parts: Any) -> Any:

@@ -1,0 +1,117 @@
+"""Styles and wildcards of the Generate tab: what is uploaded, kept and refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gradio", reason="gradio is not installed")
+import gradio
+
+from dora_diffusion.config.prompts import read_styles
+from dora_diffusion.studio.app.context import Context
+from dora_diffusion.studio.app.views import words
+from dora_diffusion.studio.app.views.generate import GenerateTab
+from dora_diffusion.studio.app.views.request import SUBJECT, UNSET
+from dora_diffusion.studio.jobs.store import UserError
+from tests.studio.app.views.helpers import handler
+
+STYLES = "name,prompt,negative_prompt\nink,{prompt} in ink,photo\n"
+
+
+def shown(context: Context) -> tuple[list[str], str]:
+    """The styles to choose from, and what the tab says is kept."""
+    parts = words.refresh(context.workspace)
+    return [name for _, name in parts["style"][0]["choices"]], parts["words"]
+
+
+def test_what_is_uploaded_is_kept_and_offered(context: Context, tmp_path: Path) -> None:
+    upload = handler(context, "upload", "words")
+    assert shown(context)[0] == []
+    assert "Upload a styles.csv" in shown(context)[1]
+    files = {"my styles.csv": STYLES, "colours.txt": "red\nblue\n", "fish.txt": "# of it\ncod"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    cleared, choices, said = upload([str(tmp_path / name) for name in files])
+    assert (cleared, choices["choices"]) == (None, [("ink", "ink")])
+    assert said == shown(context)[1]
+    assert "1 style; wildcards __colours__, __fish__." in said
+    assert read_styles(context.workspace.styles, ["ink"]) == [("{prompt} in ink", "photo")]
+    # Another file of styles replaces it; those of wildcards are added.
+    (tmp_path / "b.csv").write_text("name,text\noil,oil\n,none\n", encoding="utf-8")
+    upload([str(tmp_path / "b.csv")])
+    assert shown(context)[0] == ["oil"]
+    assert "__colours__" in shown(context)[1]
+    assert upload(None) == [gradio.skip()] * 3
+    context.workspace.styles.write_bytes(b"\xff")
+    names, said = shown(context)
+    assert names == []
+    assert "is not UTF-8 text; save it as UTF-8" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("styles.csv", b"ink,an ink drawing,\n", "styles.csv must begin with the line name,"),
+        ("styles.csv", b"name,prompt\n", "styles.csv is empty; write a style"),
+        ("styles.csv", b"\x89PNG", "styles.csv is not UTF-8 text"),
+        ("styles.csv", bytes([65]) * (2**24 + 1), "larger than 16 MiB"),
+        ("c.txt", b"# red\n \n", "c.txt is empty; write"),
+        ("c.txt", b"\xff\xfe", "c.txt is not UTF-8 text"),
+        ("_.txt", b"red", "_.txt cannot be named in a prompt"),
+        ("..txt", b"red", "cannot be named in a prompt"),
+        ("a|b.txt", b"red", "cannot be named in a prompt"),
+        ("a\x1b[31m.txt", b"red", r"a.\[31m.txt cannot be named"),
+    ],
+)  # fmt: skip
+def test_what_no_prompt_can_use_is_refused_and_nothing_is_lost(
+    context: Context, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    workspace = context.workspace
+    workspace.styles.write_text(STYLES, encoding="utf-8")
+    (workspace.wildcards / "c.txt").write_text("green", encoding="utf-8")
+    (tmp_path / "good.txt").write_text("red", encoding="utf-8")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(gradio.Error, match=message) as error:
+        handler(context, "upload", "words")([str(tmp_path / "good.txt"), str(tmp_path / name)])
+    assert str(tmp_path) not in str(error.value)
+    assert workspace.styles.read_text(encoding="utf-8") == STYLES
+    kept = {path.name: path.read_text(encoding="utf-8") for path in workspace.wildcards.iterdir()}
+    assert kept == {"c.txt": "green"}
+
+
+def test_a_grid_s_prompts_are_given_the_styles_once(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context.workspace.styles.write_text(STYLES, encoding="utf-8")
+    asked = []
+
+    def grid(request: Any, axes: Any, on_step: Any, style: Any) -> None:
+        asked.append((request.prompt, request.settings.negative_prompt, axes, style))
+        raise UserError("enough")
+
+    monkeypatch.setattr(context.generator, "grid", grid)
+    with gradio.Blocks():
+        tab = GenerateTab(context)
+    form = {**UNSET, "prompt": "a {subject}", "style": ["ink"], "negative_prompt": "dull"}
+    values = [form[name] for name in (*tab.fields, "image", "mask_image")]
+    axes = ["style", "ink", None, None, None, None]
+    with pytest.raises(gradio.Error, match="Enough"):
+        handler(context, "make_grid", "generate")("base/embedded:tiny-sd", *axes, *values)
+    assert asked == [(f"a {SUBJECT}", "dull", ["style=ink"], ["ink"])]
+
+
+def test_files_of_wildcards_have_a_limit(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(words, "MOST_FILES", 1)
+    upload: Any = handler(context, "upload", "words")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("red", encoding="utf-8")
+    with pytest.raises(gradio.Error, match="At most 1 files of wildcards are kept"):
+        upload([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
+    upload([str(tmp_path / "a.txt")])
+    upload([str(tmp_path / "a.txt")])
+    assert [path.name for path in context.workspace.wildcards.iterdir()] == ["a.txt"]
