@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 FEATHER = 4
 """Radius in pixels of the blur by which a mask's edge is softened."""
+NO_PASS = "it has no detail pass"
+"""End of the warning of an image in which nothing is found."""
 _LEAST_PADDING = 4 * FEATHER  # The blur ends within, so that a crop has no edge.
 
 

@@ -58,7 +58,7 @@ from dora_diffusion.models.text import (
 from dora_diffusion.models.words import have_own_words
 from dora_diffusion.numerics.devices import default_device
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.sampling.detail import Detail, find_region
+from dora_diffusion.sampling.detail import NO_PASS, Detail, find_region
 from dora_diffusion.sampling.stack import AdapterUse, Schedule, attach_stack, scheduled
 
 DENOISE = 0.75
@@ -359,8 +359,7 @@ def _with_detail(
     region = find_region(image, detail, components.default_resolution)
     if region is None:
         warnings.warn(
-            f"no {detail.label or 'subject'} was found in the image of seed {seed}; it has no "
-            "detail pass",
+            f"no {detail.label or 'subject'} was found in the image of seed {seed}; {NO_PASS}",
             stacklevel=3,
         )
         return image

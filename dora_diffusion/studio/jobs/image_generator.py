@@ -6,6 +6,7 @@ import gc
 import hashlib
 import random
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -165,8 +166,9 @@ class ImageGenerator:
         at_once = 1 if request.wildcards else _AT_ONCE
         asked = self._drawn(request, seeds)
         with self._device(request.base):
-            images = self._sample(asked, seeds, on_step, max(size, at_once))
-            about = _about(asked, self._model(request))
+            with _untouched() as lines:
+                images = self._sample(asked, seeds, on_step, max(size, at_once))
+            about = _about(asked, self._model(request), lines)
         made = []
         for number, (seed, image) in enumerate(zip(seeds, images, strict=True)):
             if size == 1 or number == place:
@@ -197,10 +199,11 @@ class ImageGenerator:
         seed = _seeds(request)[0]
         (request,) = asked = self._drawn(request, [seed])
         with self._device(request.base):
-            with disabled(*self._model(request).adaptable().values()):
-                (base,) = self._sample(asked, [seed], on_step)
-            (adapted,) = self._sample(asked, [seed], on_step)
-            about = _about(asked, self._model(request))
+            with _untouched() as lines:
+                with disabled(*self._model(request).adaptable().values()):
+                    (base,) = self._sample(asked, [seed], on_step)
+                (adapted,) = self._sample(asked, [seed], on_step)
+            about = _about(asked, self._model(request), lines)
         return (
             self._write(replace(request, adapters=()), seed, base, about),
             self._write(request, seed, adapted, about),
@@ -250,10 +253,11 @@ class ImageGenerator:
         for sampling in run.samplings.values():
             replace(request, settings=sampling)  # Within the limits of any image.
         with self._device(request.base):
-            run.make(on_step)
+            with _untouched() as lines:
+                run.make(on_step)
             read = (parse_parameters(text)["Prompt"] for text in run.record.texts.values())
             asked = [replace(request, prompt=text) for text in read if text]
-            notes = _about(asked or [request], self._model(request)).notes
+            notes = _about(asked or [request], self._model(request), lines).notes
         first = run.record.texts[run.record.files[0]]
         with open_image(run.folder / SHEET) as sheet:
             path = self.workspace.images / f"{new_id()}-{request.seed}.png"
@@ -271,6 +275,9 @@ class ImageGenerator:
         sampling, uses = vars(request.settings), request.adapters
         known = {setting.name: setting for setting in GenerateSettings.settings()}
         values = {n: v for n, v in sampling.items() if n in known and v is not None}
+        if detail := values.pop("detail", None):
+            own = {n: getattr(detail, n) or None for n in ("label", "prompt", "denoise", "padding")}
+            values |= {"detail": detail.model, **{f"detail_{n}": v for n, v in own.items()}}
         for name in ("image", "mask_image"):
             if image := values.get(name):
                 # Where it was kept when it was chosen.
@@ -389,7 +396,22 @@ class ImageGenerator:
         return GeneratedImage(path, seed, text, about.notes)
 
 
-def _about(asked: Sequence[GenerationRequest], components: Components) -> _About:
+@contextmanager
+def _untouched() -> Iterator[list[str]]:
+    """Gather, behind the block, what sampling warns of images without a detail pass."""
+    from dora_diffusion.sampling.detail import NO_PASS
+
+    lines = list[str]()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        yield lines
+    found = (str(warning.message) for warning in told)
+    lines += dict.fromkeys(f"{s[:1].upper()}{s[1:]}" for s in found if s.endswith(NO_PASS))
+
+
+def _about(
+    asked: Sequence[GenerationRequest], components: Components, lines: Sequence[str]
+) -> _About:
     from dora_diffusion.models.emphasis import plain_parts
     from dora_diffusion.models.text import token_limit, truncated_text
     from dora_diffusion.sampling.generate import few_steps, sampled_size
@@ -412,7 +434,7 @@ def _about(asked: Sequence[GenerationRequest], components: Components) -> _About
                 f"{name} is for few steps ({few.kind}): set steps {few.steps}, guidance "
                 f"{few.guidance_scale:g}{scheduler}"
             )
-    return _About(tuple(notes), sampled_size(components, settings), components)
+    return _About((*notes, *lines), sampled_size(components, settings), components)
 
 
 def _seeds(request: GenerationRequest) -> list[int]:

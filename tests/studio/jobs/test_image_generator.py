@@ -23,6 +23,7 @@ from dora_diffusion.config.base import BaseModel
 from dora_diffusion.data.captions import CaptionRules, Wildcards
 from dora_diffusion.models.load import load_vae
 from dora_diffusion.numerics.weights import Strengths
+from dora_diffusion.sampling.detail import Detail
 from dora_diffusion.sampling.generate import (
     BrokenImageError,
     SamplingSettings,
@@ -226,6 +227,40 @@ def test_a_grid_s_cells_have_the_styles_that_are_chosen(
             plain, prompt=prompt, settings=replace(plain.settings, negative_prompt=negative)
         )
         assert sheet.parameters == studio.make(wanted)[0].parameters
+
+
+def test_a_detail_pass_is_the_library_s_and_it_is_said_where_there_is_none(
+    finished: tuple[Workspace, str], studio: ImageGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def boxed(image: Image.Image, box: tuple[int, int, int, int] = (8, 8, 40, 44)) -> Image.Image:
+        mask = Image.new("L", image.size)
+        mask.paste(255, box)
+        return mask
+
+    def blank(image: Image.Image) -> Image.Image:
+        return Image.new("L", image.size)
+
+    plain, job = ask(finished), job_of(finished)
+    detail = Detail(boxed, 0.6, 16, "a sks dog, close", "rembg:isnet", "dog")
+    asked = replace(plain, settings=replace(plain.settings, detail=detail))
+    (made,) = studio.make(asked)
+    components, _ = load_adapted(job.base, plain.adapters[0].path, device="cpu")
+    (wanted,) = generate_images(components, plain.prompt, [5], asked.settings)
+    assert pixels(made.path) == wanted.tobytes() != pixels(studio.make(plain)[0].path)
+    assert made.notes == ()
+    assert fields_of(made)["Detail model"] == "rembg:isnet"
+    opened = []
+    monkeypatch.setattr(
+        "dora_diffusion.data.prepare.open_masker",
+        lambda name, *, label: opened.append((name, label)) or boxed,
+    )
+    sheet, _ = studio.grid(asked, ["strength=1"], lambda *_: None)
+    assert sheet.parameters == made.parameters
+    assert {*opened} == {("rembg:isnet", "dog")}
+    nothing = replace(asked, settings=replace(plain.settings, detail=replace(detail, mask=blank)))
+    line = "No dog was found in the image of seed {}; it has no detail pass"
+    assert studio.make(replace(nothing, count=2))[0].notes == (line.format(5), line.format(6))
+    assert studio.compare(nothing)[1].notes == (line.format(5),)
 
 
 def test_the_page_says_what_of_a_long_prompt_was_not_read(

@@ -13,7 +13,7 @@ from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
-from dora_diffusion.studio.app.settings import PROMPT_LIMIT
+from dora_diffusion.studio.app.settings import NAME_LIMIT, PROMPT_LIMIT
 from dora_diffusion.studio.app.views import gallery, grid, results, start, ui, words
 from dora_diffusion.studio.app.views.request import (
     BASE,
@@ -128,6 +128,17 @@ class GenerateTab:
             self._add_slider("hires", 1, 4, 0.25, info=text)
             self._add_slider("hires_denoise", 0.05, 1, 0.05)
             self._add_line("hires_steps", "as the first pass")
+        with gr.Accordion("Detail pass, for faces and subjects", open=False):
+            text = (
+                "A face or subject is found in each finished image, enlarged, painted over and put "
+                "back. Name rembg, or a segmentation model: its folder or hub id."
+            )
+            ui.html_block(html.quiet(text))
+            self._add_line("detail", "no detail pass", max_length=NAME_LIMIT)
+            self._add_line("detail_label", "the only one", max_length=NAME_LIMIT)
+            self._add_line("detail_prompt", "the image's", max_length=PROMPT_LIMIT)
+            self._add_slider("detail_denoise", 0.05, 1, 0.05)
+            self._add_slider("detail_padding", 16, 256, 8)
         with gr.Accordion("Steps, guidance, scheduler, size", open=False):
             self._add_slider("steps", 1, 100, 1)
             options: dict[str, Any] = {"value": OWN, "label": LABELS["scheduler"]}

@@ -19,7 +19,7 @@ from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.formats.adapter.metadata import agreed_reading, split_triggers, stated_reading
 from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.formats.files.runs import RESULT_NAME
-from dora_diffusion.models.locate import model_info
+from dora_diffusion.models.locate import cached_models, looks_local, model_info
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import PROMPT_LIMIT, default_guidance
@@ -31,6 +31,7 @@ from dora_diffusion.studio.jobs.store import UserError, clean_text
 from dora_diffusion.studio.jobs.uploads import read_mask
 
 if TYPE_CHECKING:
+    from dora_diffusion.sampling.detail import Detail
     from dora_diffusion.sampling.generate import SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
@@ -52,6 +53,10 @@ LABELS: Mapping[str, str] = {
     "hires": "Second pass, times as large", "hires_denoise": "Second pass denoising strength",
     "hires_steps": "Second pass steps", "style": "Styles",
     "wildcards": "Draw {a|b} and __file__ of the prompt, by each image's seed",
+    "detail": "Model that finds the face or subject", "detail_label": "Label that it finds",
+    "detail_prompt": "Prompt of the detail pass",
+    "detail_denoise": "Denoising strength of the detail pass",
+    "detail_padding": "Pixels around what is found",
 }  # fmt: skip
 # Adapters beside the first: names of their fields and of their strengths', and labels.
 MORE: Mapping[str, tuple[str, str]] = {
@@ -64,7 +69,8 @@ UNSET: Mapping[str, Any] = {
     **dict.fromkeys(("strength", "direction_strength", "magnitude_strength", "num_images"), 1),
     "seed": -1, "steps": SampleSettings.validation_inference_steps, "scheduler": OWN,
     "guidance_rescale": 0, "prompt_weights": True, "denoise": DENOISE, "hires": 1,
-    "hires_denoise": HIRES_DENOISE, "style": [], "wildcards": False,
+    "hires_denoise": HIRES_DENOISE, "style": [], "wildcards": False, "detail_denoise": 0.4,
+    "detail_padding": 32,
     **dict.fromkeys(MORE, ""), **{strength: 1 for strength, _ in MORE.values()},
 }  # fmt: skip
 _NAME = re.compile(rf"\b({'|'.join(name for name in LABELS if '_' in name)})\b")
@@ -84,9 +90,12 @@ def make_request(
             f"{base.path} is not on this machine, and no image waits for a download: get it by "
             f"'hf download {base.path}', or by training on it"
         )
-    prompt = _styled(context, form, "prompt")
-    prompt = prompt.replace("{subject}", next(iter(split_triggers(trigger)), ""))
-    if "<lora:" in prompt:
+    closer = clean_text(form["detail_prompt"], PROMPT_LIMIT, "prompt of the detail pass")
+    first = next(iter(split_triggers(trigger)), "")
+    texts = (_styled(context, form, "prompt"), closer)
+    prompt, closer = (text.replace("{subject}", first) for text in texts)
+    form = {**form, "detail_prompt": closer}
+    if "<lora:" in f"{prompt} {closer}":
         raise UserError(
             "the prompt holds <lora:...>, as web UIs load an adapter; choose it as a run or "
             "checkpoint, or as one of more adapters"
@@ -159,7 +168,7 @@ def _uses(adapters: Sequence[tuple[Path, Any]], form: Mapping[str, Any]) -> list
 def _settings(
     context: Context, form: Mapping[str, Any], uses: Sequence[AdapterUse], guidance: float
 ) -> SamplingSettings:
-    """The fields as `SamplingSettings`."""
+    """The fields as `SamplingSettings`; the model of a detail pass is opened."""
     from dora_diffusion.sampling.generate import SamplingSettings
     from dora_diffusion.sampling.stack import name_of
 
@@ -188,7 +197,32 @@ def _settings(
         hires_steps=_number(form, "hires_steps", "a whole number", least=1),
         strength_schedules={name_of(n): use.schedule for n, use in enumerate(uses) if use.schedule},
         prompt_weights=bool(form["prompt_weights"]),
+        detail=_detail(context, form),
     )
+
+
+def _detail(context: Context, form: Mapping[str, Any]) -> Detail | None:
+    """The detail pass; None where no model is named.
+
+    Raises:
+        UserError: If the model may not be loaded, or is not on this machine.
+        ValueError: If it gives no masks, or a value cannot work.
+    """
+    name = str(form["detail"] or "").strip()
+    if not name:
+        return None
+    from dora_diffusion.data.prepare import open_masker
+    from dora_diffusion.sampling.detail import Detail
+
+    name = context.allowed_model(name)
+    is_here = name.partition(":")[0] == "rembg" or Path(name).expanduser().is_dir()
+    if not (is_here or looks_local(name) or name in cached_models()):
+        raise UserError(f"{name} is not on this machine; get it by 'hf download {name}'")
+    label = str(form["detail_label"] or "").strip()
+    return Detail(
+        open_masker(name, label=label), float(form["detail_denoise"]), int(form["detail_padding"]),
+        form["detail_prompt"], name, label,
+    )  # fmt: skip
 
 
 def _mask(context: Context, value: object, size: tuple[int, int]) -> Any:
@@ -326,6 +360,10 @@ def restore(context: Context, text: str) -> Restored:
         if form[name] and input_path(context.workspace, form[name]) is None:
             unread.append(f"{LABELS[name]}: it is not here, choose or paint it")
             form[name] = ""
+    model = str(form["detail"])
+    if model and not model.startswith("rembg") and "/" not in model:
+        unread.append(f"{LABELS['detail']}: {model} is a folder's name; give its path")
+        form["detail"] = ""
     place = [fields.get(key, "") for key in (images.BATCH_SIZE, images.BATCH_POSITION)]
     size, position = (int(part) if part.isdecimal() else 0 for part in place)
     is_batch = position < size <= MAX_BATCH and position <= form["seed"]

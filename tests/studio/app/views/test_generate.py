@@ -215,8 +215,6 @@ def test_reading_of_prompts_is_stated_where_the_adapter_does_not(context: Contex
     assert (known.form["guidance_scale"], known.form["denoise"]) == ("", 0.75)
     (line,) = restore(context, f"a\nSteps: 3, Init image hash: ../../.device.lock, {OWN}").unread
     assert line.startswith("Image to start from: it is not here")
-    (line,) = restore(context, f"a\nSteps: 3, Detail model: rembg, {OWN}").unread
-    assert line == "no field here: detail rembg"
     # Web UIs read all of a prompt.
     assert read("Model: embedded:tiny-sd") == ("", "0")
 

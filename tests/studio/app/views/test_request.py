@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from dora_diffusion.models.schedulers import A1111_NAMES, SCHEDULERS
 from dora_diffusion.numerics.weights import STRENGTH_LIMIT, Strengths
 from dora_diffusion.sampling.images import painted_fields
 from dora_diffusion.studio.app.context import Context
+from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.views.generate import GenerateTab
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.image_generator import GenerationRequest
@@ -29,6 +31,7 @@ from dora_diffusion.studio.jobs.image_store import keep_input
 from dora_diffusion.studio.jobs.store import UserError
 from tests.studio.jobs.helpers import ended_run
 
+OWN = "Model: embedded:tiny-sd, Version: dora_diffusion 0.1.0"
 ADAPTER = Path(__file__).parents[3] / "formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
 
 
@@ -130,14 +133,14 @@ def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
         "adapter", "adapters_file", "base", "variant", "revision", "dtype", "model_config",
         "compile", "quantize", "quantize_convolutions", "vae_tile_size", "prediction_type",
         "zero_terminal_snr", "alpha", "output", "overwrite", "repeat", "offload", "batch_size",
-        "wildcard_dir", "styles", "detail", "detail_label", "detail_prompt",
-        "detail_denoise", "detail_padding", "grid", "grid_limit", "adapter_dir",
+        "wildcard_dir", "styles", "grid", "grid_limit", "adapter_dir",
     }  # fmt: skip
     settings = {setting.name: setting for setting in GenerateSettings.settings()}
     assert {*LABELS} | others == {*settings}
     assert not {*LABELS} & others
     for name in (
         "guidance_rescale", "prompt_weights", "hires_denoise", "strength", "style", "wildcards",
+        "detail_denoise", "detail_padding",
     ):  # fmt: skip
         assert UNSET[name] == settings[name].default
     assert UNSET["denoise"] == DENOISE
@@ -197,7 +200,8 @@ CHANGED: dict[str, tuple[object, Any]] = {
 def test_no_field_is_ignored(run: SimpleNamespace) -> None:
     from dora_diffusion.studio.app.views.request import LABELS, MORE
 
-    assert {*CHANGED} == {*LABELS} - {"image", "mask_image", "denoise"}
+    details = {name for name in LABELS if name.startswith("detail")}
+    assert {*CHANGED} == {*LABELS} - {"image", "mask_image", "denoise"} - details
     run.context.workspace.styles.write_text(STYLES, encoding="utf-8")
     usual = run.asked()
     for name, (value, is_there) in CHANGED.items():
@@ -263,6 +267,57 @@ def test_an_image_to_start_from_is_kept_with_its_mask(run: SimpleNamespace) -> N
         run.asked(hires=1.5, hires_denoise=0.1)
     with pytest.raises(UserError, match=r"the prompt holds <lora:\.\.\.>"):
         run.asked(prompt="a mug <lora:mug:1>")
+
+
+def test_a_detail_pass_is_that_of_its_fields(
+    run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dora_diffusion.studio.app.views.request import LABELS, make_request, restore
+
+    opened = []
+
+    def open_masker(name: str, *, label: str = "") -> Any:
+        opened.append((name, label))
+        return lambda image: Image.new("L", image.size)
+
+    monkeypatch.setattr("dora_diffusion.data.prepare.open_masker", open_masker)
+    values = {
+        "detail": "rembg:isnet", "detail_label": "face", "detail_prompt": "a, {subject}",
+        "detail_denoise": 0.6, "detail_padding": 40,
+    }  # fmt: skip
+    assert {*values} == {name for name in LABELS if name.startswith("detail")}
+    assert run.asked(**{**values, "detail": " "}).settings.detail is None
+    assert opened == []
+    settings = run.asked(**values).settings
+    made = settings.detail
+    assert opened == [("rembg:isnet", "face")]
+    told = (made.model, made.label, made.prompt, made.denoise, made.padding)
+    assert told == ("rembg:isnet", "face", "a, sks mug", 0.6, 40)
+    with pytest.raises(UserError, match="“Pixels around what is found” is 3; it must be at least"):
+        run.asked(**values | {"detail_padding": 3})
+    with pytest.raises(UserError, match=r"the prompt holds <lora:\.\.\.>"):
+        run.asked(**values | {"detail_prompt": "<lora:x:1>"})
+    with pytest.raises(UserError, match=r"org/seg is not on this machine.*hf download org/seg"):
+        run.asked(**values | {"detail": "org/seg"})
+
+    # An image's file asks for the same, but for the path of a folder.
+    def restored(model: str) -> Any:
+        last = painted_fields(replace(settings, detail=replace(made, model=model)))
+        texts = ", ".join(f'{name}: "{text}"' for name, text in last.items())
+        return restore(run.context, f"a mug\nSteps: 4, Seed: 1, {texts}, {OWN}")
+
+    known = restored("rembg:isnet")
+    assert known.unread == ()
+    again = make_request(run.context, run.id, known.form).settings
+    assert painted_fields(again) == painted_fields(settings)
+    known = restored("/home/ann/seg")
+    (line,) = known.unread
+    assert line == "Model that finds the face or subject: seg is a folder's name; give its path"
+    assert known.form["detail"] == ""
+    # A shared app loads no model that it does not offer.
+    monkeypatch.setattr(run.context, "launch", Launch(share=True, auth="ann:correct horse"))
+    with pytest.raises(UserError, match="this app is shared, and offers only"):
+        run.asked(**values)
 
 
 def test_styles_are_of_the_prompt_once(run: SimpleNamespace) -> None:
