@@ -256,7 +256,7 @@ def outside(link: str) -> str:
 
 
 def download(path: Any, label: str) -> str:
-    """A link to a file of the exports folder, which the server may give out."""
+    """A link to a file in a folder that the server may give out."""
     mib = path.stat().st_size / 2**20
     size = f"{mib:.1f} MB" if mib >= 0.1 else f"{mib * 1024:.1f} kB"
     return (

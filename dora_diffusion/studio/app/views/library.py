@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from dora_diffusion.formats.adapter.inspect import numbers
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.html import task_list
+from dora_diffusion.studio.app.settings import PROMPT_LIMIT
 from dora_diffusion.studio.app.views import ui
+from dora_diffusion.studio.app.views.request import UNSET, make_request
+from dora_diffusion.studio.app.views.results import DEVICE, on_step, pair_slider
 from dora_diffusion.studio.jobs import tasks
 from dora_diffusion.studio.jobs.queue import delete_job, stop_job
 from dora_diffusion.studio.jobs.records import FORMS, IMPORT
@@ -52,6 +56,7 @@ class LibraryTab:
                 self.other = ui.id_dropdown(
                     label="Another adapter", elem_id="other-adapter", render=False
                 )
+                self._add_comparison()
                 for name, (kind, job) in FORMS.items():
                     self._add_task(name, kind, job)
                 self.tasks = ui.html_block(elem_id="tasks", js_on_load=ui.CLICKS)
@@ -108,6 +113,20 @@ class LibraryTab:
         )
         self.convert = ui.button("Prepare the download", "convert", variant="primary", size="lg")
         self.files = ui.html_block(elem_id="files")
+
+    def _add_comparison(self) -> None:
+        with gr.Accordion("Compare two adapters", open=False):
+            text = "An image of each at one seed: left this run, right the other one."
+            ui.html_block(html.quiet(text))
+            self.rival = ui.id_dropdown(label="Compare with", elem_id="rival")
+            self.prompt = gr.Textbox(
+                "a photo of a {subject}", label="Prompt", max_length=PROMPT_LIMIT,
+                elem_id="rival-prompt", info="{subject} becomes each run's own trigger words.",
+            )  # fmt: skip
+            self.seed = gr.Number(-1, precision=0, label="Seed", info="-1 is random.")
+            self.compare = ui.button("Compare them", "rival-compare")
+            self.pair = pair_slider("rival-slider")
+            self.compared = ui.html_block(elem_id="rival-images")
 
     def _add_task(self, name: str, kind: type[CommandSettings], job: AsJob) -> None:
         """A button for a kind of job, with a field for each setting that it asks for."""
@@ -197,8 +216,39 @@ def connect(context: Context, tab: LibraryTab) -> None:
     buttons = {"convert": (tab.convert, [tab.target]), **tab.buttons}
     for command, (button, fields) in buttons.items():
         ui.on(button.click, task(command), [tab.run, *fields], [tab.tasks], show="minimal")
-    _connect_thoughts(context, tab)
-    _connect_intake(context, tab)
+    for connect_part in (_connect_comparison, _connect_thoughts, _connect_intake):
+        connect_part(context, tab)
+
+
+def _connect_comparison(context: Context, tab: LibraryTab) -> None:
+    """Make the same image with two adapters."""
+
+    def compare(
+        run: str | None,
+        rival: str | None,
+        prompt: str,
+        seed: Any,
+        progress: Any = gr.Progress(),  # noqa: B008
+    ) -> list[Any]:
+        if not rival or rival == run:
+            raise UserError("choose another adapter to compare with; there must be two of them")
+        names = [context.job(each).title for each in (run, rival)]
+        form = {**UNSET, "prompt": prompt, "seed": seed}
+        asked = [make_request(context, each, form) for each in (run, rival)]
+        made = context.generator.make(asked[0], on_step(progress))
+        made += context.generator.make(replace(asked[1], seed=made[0].seed), on_step(progress))
+        links = [
+            html.download(image.path, f"{side}: {name}, seed {image.seed}")
+            for side, name, image in zip(("Left", "Right"), names, made, strict=True)
+        ]
+        notes = html.notes(dict.fromkeys(line for image in made for line in image.notes), "warn")
+        paths = tuple(str(image.path) for image in made)
+        return [gr.update(value=paths, visible=True), notes + "".join(links)]
+
+    asked = [tab.run, tab.rival, tab.prompt, tab.seed]
+    ui.on(
+        [tab.compare.click, tab.prompt.submit], compare, asked, [tab.pair, tab.compared], **DEVICE
+    )
 
 
 def _connect_thoughts(context: Context, tab: LibraryTab) -> None:
@@ -294,7 +344,10 @@ def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
             ),
         ),
         "library_run": ui.choosing(choices, value, chosen, visible=bool(runs)),
-        "library_other": ui.changing(choices=[c for c in choices if c[1] != value]),
+        **dict.fromkeys(
+            ("library_other", "library_rival"),
+            ui.changing(choices=[c for c in choices if c[1] != value]),
+        ),
         "library_side": ui.changing(visible=bool(runs or task_list(jobs))),
         "tasks": task_list(jobs),
     }

@@ -32,10 +32,7 @@ class ResultsView:
     def __init__(self) -> None:
         ui.html_block(html.heading("", "Results", "Every PNG contains its generation settings."))
         hidden: dict[str, Any] = {"visible": False, "format": "png"}
-        self.slider = gr.ImageSlider(
-            show_label=False, interactive=False, type="filepath", buttons=["fullscreen"],
-            elem_id="slider", **hidden,
-        )  # fmt: skip
+        self.slider = pair_slider("slider")
         buttons = ["download", "fullscreen"]
         self.gallery = ui.gallery(columns=2, buttons=buttons, elem_id="images", **hidden)
         self.shown, self.names = gr.Textbox(visible=False, interactive=False), gr.State([])
@@ -55,6 +52,14 @@ class ResultsView:
             self.slider, self.gallery, self.parameters, self.shown, self.names, self.menu,
             self.star,
         ]  # fmt: skip
+
+
+def pair_slider(name: str) -> Any:
+    """Two images, one over the other; hidden while there are none."""
+    options: dict[str, Any] = {"type": "filepath", "buttons": ["fullscreen"], "format": "png"}
+    return gr.ImageSlider(
+        show_label=False, interactive=False, visible=False, elem_id=name, **options
+    )
 
 
 def _button(text: str, name: str, **options: Any) -> Any:

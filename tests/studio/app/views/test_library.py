@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -19,6 +21,7 @@ from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.views import library
 from dora_diffusion.studio.app.views.library import _thumbnail
 from dora_diffusion.studio.jobs import records, tasks
+from dora_diffusion.studio.jobs.image_generator import GeneratedImage
 from dora_diffusion.studio.jobs.store import write_json
 from tests.studio.app.views.helpers import handler
 
@@ -73,6 +76,45 @@ def test_a_shared_app_takes_no_adapter_of_a_model_that_it_does_not_offer(
     assert context.jobs(fresh=True) == ()
     with pytest.raises(gradio.Error, match="offers only"):
         handler(context, "extract", "library")("org/model", "/home/ann/model", "8")
+
+
+def test_two_adapters_are_compared_at_one_seed(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, asked = context.workspace, list[Any]()
+    first, second = (
+        tasks.import_adapter(workspace, KOHYA, name, "embedded:tiny-sd", str) for name in "ab"
+    )
+
+    def make(request: Any, on_step: Any) -> list[GeneratedImage]:
+        asked.append(request)
+        path = workspace.images / f"made-{len(asked)}.png"
+        note = (f"of {len(asked)}", "of both")
+        return [GeneratedImage(save_image(Image.new("RGB", (8, 8)), path), 77, "", note)]
+
+    monkeypatch.setattr(context.generator, "make", make)
+    compare = handler(context, "compare", "library")
+    slider, said = compare(first, second, "a {subject}", -1)
+    assert [request.seed for request in asked] == [-1, 77]
+    made = [one for request in asked for one in request.adapters]
+    assert [Path(use.path).parent.name for use in made] == [first, second]
+    plain = replace(asked[0], adapters=asked[1].adapters, seed=77)
+    assert plain == asked[1]
+    images = [workspace.images / f"made-{number}.png" for number in (1, 2)]
+    assert slider["value"] == tuple(map(str, images))
+    assert slider["visible"]
+    for path, label in zip(images, ("Left: a, seed 77", "Right: b, seed 77"), strict=True):
+        assert f"href='{html.address(path)}' download='{path.name}'>{label} " in said
+    assert [said.count(text) for text in ("of 1", "of 2", "of both")] == [1, 1, 1]
+    # Nothing is made unless both can be.
+    for rival in (None, "", first, "gone"):
+        with pytest.raises(gradio.Error, match=r"Choose another adapter|no longer exists"):
+            compare(first, rival, "a mug", 1)
+    with pytest.raises(gradio.Error, match="Write a prompt"):
+        compare(first, second, " ", 1)
+    assert len(asked) == 2
+    parts = library.refresh(context.jobs(fresh=True), second)
+    assert [value for _, value in parts["library_rival"][0]["choices"]] == [first]
 
 
 def test_what_was_combined_is_taken_into_the_library(context: Context) -> None:
