@@ -117,8 +117,8 @@ class GenerateTab:
                     self.more[name] = ui.id_dropdown(label=f"{word} adapter", **options)
                     self._add_slider(strength, -3, 3, 0.05, label=f"{word} strength", min_width=165)
             self.fields |= self.more
-            options = {"max_length": PROMPT_LIMIT, "info": "Factors by names that inspect shows."}
-            self._add_line("layer_strength", "unet.up_blocks.*:0.5 text_encoder.*:0", **options)
+            options = {"max_length": PROMPT_LIMIT, "info": "Factors by layers' names."}
+            self._add_line("layer_strength", "unet.up_blocks.*:0.5 text_encoder*:0", **options)
             options["info"] = "From a share of the steps on; with | between, one for each adapter."
             self._add_line("strength_schedule", "0:0.4, 0.5:1", **options)
 

@@ -342,7 +342,8 @@ def restore(context: Context, text: str) -> Restored:
     unread = [f"no field here: {other}" for other in others]
     given = {name: shown_value(name, values[name]) for name in values if name in UNSET}
     form = {**UNSET, **given}
-    adapters = _adapters_of(context, fields, unread)
+    adapters, layers = _adapters_of(context, fields, unread)
+    form["layer_strength"] = f"{form['layer_strength']} {layers}".strip()
     form["strength"], *_ = [*adapters.values(), 1]
     further = [*adapters.items()][1:]
     for (name, (strength_name, _)), (adapter, strength) in zip(MORE.items(), further, strict=False):
@@ -386,33 +387,43 @@ def shown_value(name: str, value: Any) -> Any:
 
 def _adapters_of(
     context: Context, fields: Mapping[str, str], unread: list[str]
-) -> dict[str, float]:
-    """The strengths of an image's adapters by the choice that each is here."""
+) -> tuple[dict[str, float], str]:
+    """The strengths of an image's adapters by the choice that each is here.
+
+    Returns:
+        These, and the share that text encoders have of them as a strength of layers; empty: all.
+    """
     from dora_diffusion.sampling.images import UsedAdapter
 
     if "Adapter" not in fields:
-        return {}
+        return {}, ""
     known = {
         job.id if own == RESULT_NAME else f"{job.id}-{own}": (job, own)
         for job in context.jobs()
         for own in _names(job)
     }
-    found, hashes = dict[str, float](), fields.get("Lora hashes", "")
+    found, shares, hashes = dict[str, float](), set[float](), fields.get("Lora hashes", "")
     names, strengths = (fields[key].split(", ") for key in ("Adapter", "Adapter strength"))
     for name, text in zip(names, strengths, strict=True):
-        strength = text.split(":")
         if name not in known or len(found) > len(MORE):
             unread.append(f"the adapter {name}, which is no run here: choose it")
             continue
         job, own = known[name]
-        if len({*strength}) > 1:
-            unread.append(f"strengths {text} of text encoders and UNet: {strength[-1]} is of both")
         used = UsedAdapter.of(chosen_adapter(job, own))
         if hashes and used.hash and used.hash not in hashes:
             unread.append(f"the adapter {name} as it was then: it was trained further")
         with contextlib.suppress(ValueError):
-            found[job.id if own == job.stands else f"{job.id}/{own}"] = float(strength[-1])
-    return found
+            encoders, *_, unet = map(float, text.split(":") * 2)
+            found[job.id if own == job.stands else f"{job.id}/{own}"] = unet
+            share = encoders / unet if unet else math.inf
+            shares.add(1.0 if encoders == unet else round(share, 9) + 0)
+    if len(shares) > 1 or math.inf in shares:
+        unread.append(
+            f"strengths {fields['Adapter strength']} of text encoders and UNet: the UNet's are of "
+            "both"
+        )
+        shares.clear()
+    return found, "".join(f"text_encoder*:{share:.9g}" for share in shares - {1.0})
 
 
 def _base_of(context: Context, fields: Mapping[str, str], unread: list[str]) -> str | None:

@@ -127,8 +127,7 @@ def filled(part: Any) -> Any:
 # Not by a class statement, for which Gradio's metaclass writes a .pyi file beside this one.
 _IdDropdown: Any = ABCMeta.__new__(
     type(gr.Dropdown), "Dropdown", (gr.Dropdown,),
-    {"preprocess": lambda self, payload:
-         payload if isinstance(payload, list if self.multiselect else str) else None,
+    {"preprocess": lambda self, payload: payload if isinstance(payload, str) else None,
      "__module__": gr.Dropdown.__module__},
 )  # fmt: skip
 
