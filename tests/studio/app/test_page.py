@@ -281,8 +281,10 @@ def test_no_setting_is_called_by_its_raw_name_but_among_the_advanced_ones(
         while parent is not None:
             inside |= str(getattr(parent, "label", "")).startswith("Advanced settings")
             parent = parent.parent
-        shown = ("label", "info", "placeholder", "value", "choices")
-        texts = [text for name in shown for text in _texts(getattr(part, name, None))]
+        # Of a choice its label is shown, and not its value.
+        choices = [label for label, _ in getattr(part, "choices", None) or ()]
+        shown = [getattr(part, name, None) for name in ("label", "info", "placeholder", "value")]
+        texts = [*_texts(shown), *_texts(choices)]
         seen += len(texts)
         # There, a name is the label of the field beside it.
         unknown = raw if not inside else re.compile(rf"\b({'|'.join(LABELS)})\b")
