@@ -41,11 +41,11 @@ def read_config_lines(path: str | Path) -> tuple[dict[str, Any], Mapping[str, in
     Raises:
         ConfigError: As `read_config_file` does.
     """
-    values, root = _parse(path)
+    values, keys = _parse(path)
     values = {} if values is None else values
     require(isinstance(values, dict), f"{path} must hold 'setting: value' lines")
     given = {str(key): value for key, value in values.items() if key != SEGMENTS}
-    return given, _lines(path, root)
+    return given, _lines(path, keys)
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -57,19 +57,24 @@ def read_yaml(path: str | Path) -> Any:
     return _parse(path)[0]
 
 
-def _parse(path: str | Path) -> tuple[Any, Any]:
-    """Parse a YAML file, as values and as nodes that know their lines."""
+def _parse(path: str | Path) -> tuple[Any, list[tuple[str, int]]]:
+    """Parse a YAML file: its value, and the keys of the outermost mapping, each with its line."""
     import yaml
 
     text = read_text(path, "the config file")
+    # Many times as fast, where PyYAML was built with libyaml.
+    kind: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        loader = kind(text)
+        root = loader.get_single_node()
         require(
             _size(root, {}) <= _MOST_VALUES,
             f"{path} has more than {_MOST_VALUES} values, with those that aliases repeat; write "
             "fewer",
         )
-        return yaml.safe_load(text), root
+        pairs = root.value if isinstance(root, yaml.MappingNode) else ()
+        keys = [(key.value, key.start_mark.line + 1) for key, _ in pairs]
+        return (None if root is None else loader.construct_document(root)), keys
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark else str(path)
@@ -119,15 +124,13 @@ def read_text(path: str | Path, what: str, setting: str = "") -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _lines(path: str | Path, root: Any) -> dict[str, int]:
+def _lines(path: str | Path, keys: list[tuple[str, int]]) -> dict[str, int]:
     """The line of every key of the outermost mapping."""
     lines: dict[str, int] = {}
-    for key, _ in getattr(root, "value", None) or ():
-        line = key.start_mark.line + 1
-        if key.value in lines:
+    for key, line in keys:
+        if key in lines:
             raise ConfigError(
-                f"{path}, line {line}: {key.value} is already set in line {lines[key.value]}; "
-                "keep one of them"
+                f"{path}, line {line}: {key} is already set in line {lines[key]}; keep one of them"
             )
-        lines[key.value] = line
+        lines[key] = line
     return lines

@@ -5,8 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dora_diffusion.config import ConfigError, read_config_file, read_config_lines
+
+
+@pytest.fixture(autouse=True, params=["CSafeLoader", "SafeLoader"])
+def loader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyYAML as it is built with libyaml, and without."""
+    if request.param == "SafeLoader":
+        monkeypatch.delattr(yaml, "CSafeLoader", raising=False)
+    elif not hasattr(yaml, "CSafeLoader"):
+        pytest.skip("PyYAML was built without libyaml")
 
 
 def test_lines_are_counted_from_one(tmp_path: Path) -> None:
@@ -15,6 +25,15 @@ def test_lines_are_counted_from_one(tmp_path: Path) -> None:
     values, lines = read_config_lines(file)
     assert values == {"rank": 4, "targets": ["attention"], "seed": 1}
     assert lines == {"rank": 2, "targets": 4, "seed": 6}
+
+
+def test_what_an_alias_merges_may_be_set_again(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    text = "_base: &base\n  rank: 4\n  seed: 3\n<<: *base\nrank: 8\n"
+    file.write_text(text, encoding="utf-8")
+    values, lines = read_config_lines(file)
+    assert values == yaml.safe_load(text) == {"_base": {"rank": 4, "seed": 3}, "rank": 8, "seed": 3}
+    assert lines == {"_base": 1, "<<": 4, "rank": 5}
 
 
 def test_what_a_resumed_run_records_is_no_setting(tmp_path: Path) -> None:
@@ -29,6 +48,9 @@ def test_what_a_resumed_run_records_is_no_setting(tmp_path: Path) -> None:
         ("rank: 4\nprompt: 'a\n", "line 3: this is not valid YAML"),
         ("rank: 4\n\trank: 5\n", "line 2: this is not valid YAML"),
         ("rank: 4\nrank: 5\n", "line 2: rank is already set in line 1; keep one of them"),
+        ("rank: " + "[" * 200_000, "this is not valid YAML"),
+        ("- " * 200_000, "this is not valid YAML"),
+        ("rank: \x07", "this is not valid YAML"),
         ("just words", "must hold 'setting: value' lines"),
     ],
 )

@@ -109,6 +109,8 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
     from dora_diffusion.studio.app.page import build_page
     from dora_diffusion.studio.app.serve import HEAD, make_theme, spoken_words
 
+    # Many runs take a second to read, which the first page would wait for.
+    threading.Thread(target=context.jobs, name="first-look", daemon=True).start()
     blocks, share_names = build_page(context), set[str]()
     blocks.queue(default_concurrency_limit=8, max_size=200)
     _, local, shared = blocks.launch(

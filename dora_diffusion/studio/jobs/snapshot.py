@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from dora_diffusion.studio.jobs.store import DamagedFile, UserError, Workspace
 
 Part = TypeVar("Part")
 _REMOVE = ", or remove this run"
+# Jobs that have ended, each with what it was read from: many are listed, and few change.
+_ENDED: dict[Path, tuple[object, Job]] = {}
 _KILLED = "the process ended unexpectedly (killed, or the machine ran out of memory); "
 
 
@@ -164,13 +167,22 @@ def snapshot(runs_dir: Path) -> tuple[Job, ...]:
     """All jobs, newest first, as the disk and the process table tell them now."""
     workspace = Workspace(runs_dir)
     places = {folder: place for place, folder in enumerate(queue.waiting_jobs(workspace), start=1)}
-    folders = reversed(workspace.job_folders)
+    folders = workspace.job_folders[::-1]
+    for folder in _ENDED.keys() - {*folders}:
+        _ENDED.pop(folder, None)
     jobs = (read_job(folder, places.get(folder, 0)) for folder in folders)
     return tuple(job for job in jobs if job is not None)
 
 
 def read_job(folder: Path, position: int = 0) -> Job | None:
-    """One job; None if the folder is gone. What it cannot read makes it a damaged one."""
+    """One job; None if the folder is gone. What it cannot read makes it a damaged one.
+
+    The files of one that has ended are read again when one of them was written.
+    """
+    stamp = _stamp(folder)
+    known, ended = _ENDED.get(folder, (None, None))
+    if ended is not None and known == (stamp, _has_output(ended.record)):
+        return ended
     try:
         job = _read_job(folder, position)
     except Exception as error:  # Whatever is in its folder, the other runs are shown.
@@ -178,8 +190,27 @@ def read_job(folder: Path, position: int = 0) -> Job | None:
         record = records.JobRecord(("train",), title="Damaged run")
         nothing = records.JobProgress()
         job = Job(folder, record, "damaged", {}, nothing, None, damage=(f"{line}{_REMOVE}",))
+    if stamp is not None and job.result is not None and not job.damage:
+        _ENDED[folder] = (stamp, _has_output(job.record)), job
     # Deleted while it was read: the files that were no longer there would look like a crash.
     return job if folder.exists() else None
+
+
+def _stamp(folder: Path) -> tuple[object, ...] | None:
+    """Another value when a file of a job was written, made or removed; None if that is unknown.
+
+    A folder inside of it is another one when something is added to it, or removed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            files = [(entry.name, entry.stat()) for entry in entries]
+    except OSError:
+        return None
+    return tuple((name, of.st_mtime_ns, of.st_size, of.st_ino) for name, of in files)
+
+
+def _has_output(record: records.JobRecord) -> bool:
+    return not record.output or Path(record.output).exists()
 
 
 def _read_job(folder: Path, position: int) -> Job:
@@ -266,8 +297,7 @@ def _state(
 def _unusable_result(folder: Path, record: records.JobRecord) -> str:
     """Return why a job that says it is done is not: its result must be there, and open."""
     if record.kind not in ("train", records.IMPORT):
-        output = Path(record.output)
-        return "" if not record.output or output.exists() else f"{output.name} is gone"
+        return "" if _has_output(record) else f"{Path(record.output).name} is gone"
     if runs.pipeline_in(folder):  # the model itself was trained
         return ""
     file = runs.result_adapter(folder)

@@ -21,12 +21,13 @@ from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.client import ApiError, Client
 from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs import snapshot as snapshots
 from dora_diffusion.studio.jobs.queue import JobQueue
 from dora_diffusion.studio.jobs.store import UserError, Workspace
 from dora_diffusion.studio.jobs.subjects import add_photos, new_subject
 from dora_diffusion.studio.jobs.uploads import MAX_FILE
-from tests.studio.jobs.helpers import make, photo, pretend_running
-from tests.waiting import WAIT_SECONDS
+from tests.studio.jobs.helpers import ended_run, make, photo, pretend_running
+from tests.waiting import WAIT_SECONDS, wait_until
 
 SAMPLES = Path(__file__).resolve().parents[3] / "samples"
 
@@ -105,6 +106,16 @@ def test_the_page_is_served(served: Served) -> None:
     answer = served.client.get("")
     assert answer.status_code == 200
     assert "DoRA studio" in answer.text
+
+
+def test_runs_are_read_before_a_page_asks_for_them(tmp_path: Path) -> None:
+    run = ended_run(Workspace(tmp_path / "runs").make(), (2,), 4).folder
+    snapshots._ENDED.clear()
+    one = Served(Launch(runs_dir=tmp_path / "runs"))
+    try:
+        wait_until(lambda: run.resolve() in snapshots._ENDED)
+    finally:
+        one.blocks.close(verbose=False)
 
 
 def test_screen_readers_hear_words_and_no_names_of_words(served: Served) -> None:

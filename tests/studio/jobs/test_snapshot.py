@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dora_diffusion.studio.jobs import queue as jobs
 from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs import snapshot as snapshots
 from dora_diffusion.studio.jobs.queue import _WORKER_MODULE, worker_of
-from dora_diffusion.studio.jobs.snapshot import read_job, snapshot
+from dora_diffusion.studio.jobs.snapshot import choose, read_job, snapshot
 from dora_diffusion.studio.jobs.store import (
     UserError,
     Workspace,
@@ -25,6 +29,7 @@ from tests.studio.jobs.helpers import (
     DAMAGES,
     about,
     damage,
+    ended_run,
     forbid,
     make,
     pretend_running,
@@ -266,3 +271,89 @@ def test_a_job_that_is_deleted_while_it_is_read_is_not_a_crash(
 
     monkeypatch.setattr(records, "read_result", read_too_late)
     assert read_job(folder) is None
+
+
+def _rename(folder: Path) -> None:
+    record = records.read_record(folder)
+    records.write_record(folder, dataclasses.replace(record, title="another"))
+
+
+def _sample(name: str) -> Callable[[Path], None]:
+    def add(folder: Path) -> None:
+        (folder / "samples").mkdir(exist_ok=True)
+        (folder / "samples" / name).touch()
+
+    return add
+
+
+def _append(name: str, text: str) -> Callable[[Path], None]:
+    def append(folder: Path) -> None:
+        with (folder / name).open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    return append
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "title": _rename,
+    "choice": lambda folder: choose(seen(folder), "checkpoint-2"),
+    "checkpoint": lambda folder: remove_folder(folder / "checkpoint-4"),
+    "adapter": lambda folder: os.remove(
+        folder / "checkpoint-2" / "pytorch_lora_weights.safetensors"
+    ),
+    "samples": _sample("adapted.png"),
+    "sample": _sample("step-2.png"),
+    "metrics": _append("metrics.jsonl", '{"step": 9, "loss": 1, "seconds": 3}\n'),
+    "settings": _append(records.SETTINGS, "token: new\n"),
+    "progress": lambda folder: write_json(folder / records.PROGRESS, {"total_steps": 7}),
+    "result": lambda folder: records.write_result(folder, records.JobResult(1)),
+    "log": _append(records.LOG, "error: the disk is full\n"),
+    "damage": lambda folder: damage(folder / records.PROGRESS, DAMAGES["word"]),
+    "mending": lambda folder: write_json(folder / records.PROGRESS, {}),
+    "resume": jobs.requeue_job,
+}
+
+
+def test_of_many_jobs_only_what_changed_is_read_again(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [ended_run(workspace, (2, 4), 4) for _ in range(20)]
+    folder = runs[7].folder
+    (folder / records.SETTINGS).write_text("max_train_steps: 4\n", encoding="utf-8")
+    before = snapshot(workspace.root)
+    opened = list[Path]()
+    open_file = io.open
+
+    def counting(path: Path, *args: object, **options: object) -> object:
+        opened.append(Path(path))
+        return open_file(path, *args, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(io, "open", counting)
+    assert snapshot(workspace.root) == before
+    assert opened == []
+    for name, change in CHANGES.items():
+        change(folder)
+        opened.clear()
+        now = snapshot(workspace.root)
+        assert now != before, name
+        assert {path.relative_to(folder).parts[0] for path in opened} >= {records.JOB}, name
+        # As a new process, which knows of nothing, reads them.
+        monkeypatch.setattr(snapshots, "_ENDED", {})
+        assert snapshot(workspace.root) == now, name
+        before = now
+    jobs.delete_job(workspace, runs[3].id)
+    assert len(snapshot(workspace.root)) == len(runs) - 1
+    assert {*snapshots._ENDED} == {run.folder for run in runs} - {runs[3].folder, folder}
+
+
+def test_a_job_whose_output_was_deleted_is_not_done_any_more(workspace: Workspace) -> None:
+    run = ended_run(workspace, (2,), 4)
+    output = workspace.exports / "merged.safetensors"
+    output.touch()
+    folder = about(run.folder, "export", output=str(output))
+    write_json(folder / records.RESULT, {"code": 0})
+    assert [seen(folder).state for _ in range(2)] == ["done"] * 2
+    output.unlink()
+    assert (seen(folder).state, seen(folder).cause) == ("failed", "merged.safetensors is gone")
+    output.touch()
+    assert seen(folder).state == "done"
