@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,21 @@ def test_durations_read_well() -> None:
     assert [html.duration(x) for x in (None, 0.4, 75, 3720)] == [
         "unknown", "0 s", "1 min 15 s", "1 h 2 min",
     ]  # fmt: skip
+
+
+APP = Path(html.__file__).parent
+STYLES = {name: (APP / name).read_text(encoding="utf-8") for name in ("style.css", "phone.css")}
+
+
+@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+def test_there_is_one_type_scale_one_grid_of_spacing_and_one_accent(style: str) -> None:
+    lengths = re.findall(r"font-size: ([\d.]+)rem", style)
+    assert lengths
+    assert {*map(float, lengths)} <= {0.8, 0.9, 1.1, 1.4, 1.7}
+    spaces = re.findall(r"(?:padding|margin|gap|top|right)[\w-]*: ([^;}]*)", style)
+    steps = {float(each) * 4 for value in spaces for each in re.findall(r"([\d.]+)rem", value)}
+    assert steps
+    assert all(step.is_integer() for step in steps)
+    # Colours have names, which the dark scheme changes; and white, or near black, is on the accent.
+    rules = re.sub(r"(?m)^(:root|\.dark) \{[^}]*\}", "", style)
+    assert {*re.findall(r"#[0-9a-f]{3,8}\b", rules)} <= {"#fff", "#2a120a", "#453e37"}
