@@ -6,7 +6,8 @@ refresh every two seconds; it also fetches the page again every 15 seconds, whic
 as "page".
 
 With --images it measures instead what the first visit of an app with so many images and runs waits
-for: the page, its first refresh, the first images, and a search over all of them.
+for: the page, its first refresh, the first images and runs, and a search over all images; and the
+memory of the server before and after --refreshes, each of which reads all runs, one of them new.
 
     python benchmarks/app_clients.py
     python benchmarks/app_clients.py --images 10000 --runs 200
@@ -15,6 +16,7 @@ for: the page, its first refresh, the first images, and a search over all of the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import yaml
 from PIL import Image
 
@@ -43,7 +46,9 @@ from dora_diffusion.studio.jobs.records import (
     JobRecord,
     JobResult,
     read_metrics,
+    read_record,
     train_arguments,
+    write_record,
     write_result,
 )
 from dora_diffusion.studio.jobs.store import Workspace
@@ -59,27 +64,27 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="Length of a turn.")
     parser.add_argument("--images", type=int, default=0, help="Images that are there.")
     parser.add_argument("--runs", type=int, default=200, help="Runs that are there, beside images.")
+    parser.add_argument("--refreshes", type=int, default=1000, help="Refreshes, beside images.")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.images:
-            visit(Path(folder) / "runs", args.images, args.runs)
+            visit(Path(folder) / "runs", args.images, args.runs, args.refreshes)
         else:
             measure(Path(folder) / "runs", args.clients, args.turns, args.seconds)
 
 
-def visit(runs: Path, images: int, count: int) -> None:
-    """Print how long a first visit waits."""
+def visit(runs: Path, images: int, count: int, refreshes: int) -> None:
+    """Print how long a first visit waits, and what refreshes take of memory."""
     workspace = Workspace(runs).make()
-    run = workspace.root / start_run(workspace)
-    write_result(run, JobResult(STOPPED_CODE))
-    for _ in range(1, count):
-        shutil.copytree(run, workspace.new_job())
     first = workspace.images / "00000.png"
     noise = Image.effect_noise((512, 512), 60).convert("RGB")
     save_image(noise, first, "a photo of a sks mug\nSteps: 30, Seed: 1, Size: 512x512")
+    run = end_run(workspace.root / start_run(workspace), noise)
+    for _ in range(1, count):
+        shutil.copytree(run, workspace.new_job(), copy_function=os.link)
     for number in range(1, images):
         os.link(first, first.with_name(f"{number:05d}.png"))
-    with app(runs) as address, httpx.Client(base_url=address, timeout=600) as client:
+    with app(runs) as (address, pid), httpx.Client(base_url=address, timeout=600) as client:
         times = {"page": timed(lambda: client.get("").raise_for_status())}
         config = client.get("config").json()
         clock = next(
@@ -87,19 +92,57 @@ def visit(runs: Path, images: int, count: int) -> None:
             if any(event == "tick" for _, event in one["targets"])
         )  # fmt: skip
         times["first refresh"] = timed(lambda: call(client, clock, "visit"))
-        (listing,) = [one["id"] for one in config["components"] if "server_fns" in one["props"]]
-        body = {"component_id": listing, "fn_name": "list_images", "session_hash": "visit"}
+        ids = {one["props"].get("elem_id"): one["id"] for one in config["components"]}
+        body = {"fn_name": "list_page", "session_hash": "visit"}
 
-        def ask(**search: str) -> None:
-            data = {"data": {"search": search, "from": 0, "count": 0}}
-            client.post("gradio_api/component_server/", json=body | data).raise_for_status()
+        def ask(listed: str = "history", **search: str) -> None:
+            data = {"search": search, "from": 0, "count": 0}
+            asked = body | {"component_id": ids[listed], "data": data}
+            client.post("gradio_api/component_server/", json=asked).raise_for_status()
 
         times["first images"] = timed(ask)
         times["the same again"] = timed(ask)
         times["first search"] = timed(lambda: ask(words="mug"))
         times["the same search"] = timed(lambda: ask(words="mug"))
+        times["first runs"] = timed(lambda: ask("library"))
+
+        def refresh(number: int) -> None:
+            record = read_record(run)
+            write_record(run, dataclasses.replace(record, note=f"note {number}"))
+            client.get("api/v1/queue").raise_for_status()  # It reads all runs.
+            call(client, clock, "visit")
+
+        grown = memory_growth(pid, refresh, refreshes)
     shown = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
-    print(f"{images} images, {count} runs: {shown}")
+    print(f"{images} images, {count} runs: {shown}; {grown}")
+
+
+def end_run(folder: Path, image: Image.Image) -> Path:
+    """Give a run what one that was stopped at step 300 has. Returns its folder."""
+    lines = (f'{{"step": {n}, "loss": 0.1, "seconds": 0.2}}\n' for n in range(1, 301))
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "samples").mkdir()
+    save_image(image, folder / "samples" / "step-300.png")
+    for step in (100, 200, 300):
+        (folder / f"checkpoint-{step}").mkdir()
+        (folder / f"checkpoint-{step}" / "pytorch_lora_weights.safetensors").touch()
+    write_result(folder, JobResult(STOPPED_CODE))
+    return folder
+
+
+def memory_growth(pid: int, refresh: Callable[[int], Any], count: int) -> str:
+    """Refresh, and describe how the resident memory of a process has changed meanwhile."""
+
+    def mib() -> float:
+        return psutil.Process(pid).memory_info().rss / 2**20
+
+    for number in range(100):
+        refresh(number)
+    before, begun = mib(), time.perf_counter()
+    for number in range(count):
+        refresh(number)
+    pace = (time.perf_counter() - begun) / max(1, count)
+    return f"memory {before:.0f} MiB, after {count} refreshes of {pace:.3f} s {mib():.0f} MiB"
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -111,7 +154,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 def measure(runs: Path, count: int, turns: int, seconds: float) -> None:
     workspace = Workspace(runs).make()
-    with app(runs) as address:
+    with app(runs) as (address, _):
         job = workspace.root / start_run(workspace)
         while len(read_metrics(job)) < 20:
             time.sleep(0.5)
@@ -142,15 +185,15 @@ def measure(runs: Path, count: int, turns: int, seconds: float) -> None:
 
 
 @contextmanager
-def app(runs: Path) -> Iterator[str]:
-    """The app as ``python app.py`` starts it."""
+def app(runs: Path) -> Iterator[tuple[str, int]]:
+    """The app as ``python app.py`` starts it: its address and process id."""
     process = subprocess.Popen(
         [sys.executable, "app.py", "--runs_dir", str(runs)],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
      encoding="utf-8")  # fmt: skip
     assert process.stdout is not None
     try:
-        yield process.stdout.readline().split()[1]
+        yield process.stdout.readline().split()[1], process.pid
     finally:
         process.terminate()
         process.wait()

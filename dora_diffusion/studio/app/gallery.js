@@ -1,5 +1,5 @@
-// All images, a page at a time as they are scrolled. Runs when its gr.HTML is first shown: `element`,
-// `trigger`, `watch` and `server` are Gradio's. The cards stay when the clock says that there are
+// All images, or all runs, a page at a time as they are scrolled. Runs when its gr.HTML is first shown:
+// `element`, `trigger`, `watch` and `server` are Gradio's. The cards stay when the clock says that there are
 // others: as many as are shown are then asked for again.
 const grid = document.createElement('div'), end = document.createElement('div');
 grid.className = 'dd-samples';
@@ -7,7 +7,7 @@ let asked = 0, shown = 0, total = 0;
 
 async function load(from, count) {
   const turn = ++asked;
-  const page = await server.list_images({ search: studio.search, from, count }).catch(() => null);
+  const page = await server.list_page({ search: studio.search, from, count }).catch(() => null);
   // The app has ended, or somebody has typed on meanwhile.
   if (!page || turn !== asked) return;
   if (from) grid.insertAdjacentHTML('beforeend', page.cards);
@@ -32,6 +32,6 @@ function begin() {
 }
 
 studio.clicks(element, trigger);
-studio.find = () => { shown = 0; load(0, 0); };
+if (element.closest('#history')) studio.find = () => { shown = 0; load(0, 0); };
 watch('value', begin);
 begin();

@@ -66,9 +66,9 @@ def button(text: str, action: str, value: str, kind: str = "dd-button") -> str:
     return f"<button class='{kind}' {data}>{esc(text)}</button>"
 
 
-def picture_card(path: Any, action: str, value: str, text: str) -> str:
-    """An image with its name below, to press as a `button`; no image where it is damaged."""
-    shown = image(path, "") if path else "<i>damaged</i>"
+def picture_card(path: Any, action: str, value: str, text: str, otherwise: str = "damaged") -> str:
+    """An image with its name below, to press as a `button`; without one, why there is none."""
+    shown = image(path, "") if path else f"<i>{esc(otherwise)}</i>"
     return (
         f"<button class='dd-sample' data-do='{esc(action)}' data-value='{esc(value)}' "
         f"title='{esc(text)}'>{shown}<span>{esc(text)}</span></button>"

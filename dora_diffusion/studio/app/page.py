@@ -39,7 +39,7 @@ def build_page(context: Context) -> gr.Blocks:
             with gr.Tab("Generate", id="generate", render_children=True):
                 generating = generate.GenerateTab(context)
             with gr.Tab("Library", id="library", render_children=True):
-                stored = library.LibraryTab()
+                stored = library.LibraryTab(context)
             with gr.Tab("Compare", id="compare", render_children=True):
                 comparing = compare.CompareTab(context)
         add_report(context)

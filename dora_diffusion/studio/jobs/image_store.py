@@ -6,7 +6,7 @@
       <id>-<seed>.png    generated images, each with its generation parameters
       favourites/        an empty file for each that was marked
       inputs/<md5>.png   images and masks that were painted over or into, by their pixels
-      thumbnails/        a small JPEG of each that was listed
+      thumbnails/        a small JPEG of each that was listed, and of each run
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,7 +30,8 @@ from dora_diffusion.studio.jobs.store import UserError, Workspace, confined
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PAGE = 60
+PAGE = 24
+_RECENT = 60
 _THUMBNAIL_SIDE = 320
 _HASH = re.compile(r"[0-9a-f]{32}")
 _DATE = re.compile(r"(\d{4}(-\d\d(-\d\d)?)?)?")
@@ -143,25 +144,13 @@ class ImageStore:
         """The different prompts of the newest images, newest first."""
         from dora_diffusion.sampling.images import parse_parameters
 
-        read = (parse_parameters(self.text(entry)) for entry in self.entries()[:PAGE])
+        read = (parse_parameters(self.text(entry)) for entry in self.entries()[:_RECENT])
         return [*dict.fromkeys(filter(None, (fields["Prompt"] for fields in read)))][:most]
 
     def thumbnail(self, entry: _Entry) -> Path | None:
-        """A small JPEG of an image, made the first time; None where the image is damaged."""
-        from PIL import Image
-
+        """A small JPEG of an image; see `kept_thumbnail`."""
         path = self.workspace.thumbnails / f"{entry.name}.jpg"
-        if path.is_file() and path.stat().st_mtime_ns >= entry.modified:
-            return path
-        try:
-            with Image.open(self.workspace.images / entry.name) as image:
-                small = image.convert("RGB")
-        except (*DECODE_ERRORS, DecompressionBombError):
-            return None
-        small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-        with atomic_file(path) as temporary:
-            small.save(temporary, format="JPEG", quality=85)
-        return path
+        return kept_thumbnail(self.workspace.images / entry.name, path, _pixels)
 
     def read(self, name: object) -> GeneratedImage:
         """An image by the name of its file.
@@ -209,6 +198,33 @@ class ImageStore:
                 inputs -= {*_inputs_of(self.text(entry))}
         for unused in inputs:
             (self.workspace.inputs / f"{unused}.png").unlink(missing_ok=True)
+
+
+def _pixels(path: Path) -> Image:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def kept_thumbnail(source: Path, path: Path, read: Callable[[Path], Image]) -> Path | None:
+    """A small JPEG of an image, made the first time; None where the image is damaged.
+
+    Args:
+        source: The image.
+        path: Where the small one is kept.
+        read: Reads the image.
+    """
+    try:
+        if path.is_file() and path.stat().st_mtime_ns >= source.stat().st_mtime_ns:
+            return path
+        small = read(source)
+    except (*DECODE_ERRORS, DecompressionBombError):
+        return None
+    small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    with atomic_file(path) as temporary:
+        small.save(temporary, format="JPEG", quality=85)
+    return path
 
 
 def _inputs_of(text: str) -> Iterator[str]:

@@ -188,6 +188,7 @@ def delete_job(workspace: Workspace, job_id: str) -> bool:
     gone = [_remove_job(job) for job in (*about_it, folder)]
     if job_id in store.ids_in(workspace.exports):
         gone.append(store.remove_folder(workspace.exports / job_id))
+    (workspace.thumbnails / f"{job_id}.jpg").unlink(missing_ok=True)
     return all(gone)
 
 

@@ -20,6 +20,7 @@ from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.page import _changes, build_page, read_again_if_deleted
 from dora_diffusion.studio.app.settings import _NOT_ADVANCED, LABELS, SETTINGS, sentence
+from dora_diffusion.studio.app.views.library import page_of
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.snapshot import snapshot
 from dora_diffusion.studio.jobs.store import Workspace, write_json
@@ -202,19 +203,22 @@ def test_of_a_subject_with_a_broken_photo_the_others_are_shown(
     assert choose(subject, [f"00{n}.jpg" for n in range(1, 6)], event)[0] == "004.jpg"
 
 
-def test_a_run_without_any_image_does_not_shift_the_choice(
+def test_a_run_is_chosen_by_its_card_where_one_has_no_image(
     context: Context, handler: Callable[[str], Any], shown: Callable[[str | None], str]
 ) -> None:
-    """The gallery is asked by place: a missing image would choose, and delete, another run."""
     runs = [ended_run(context.workspace, (50,), 120) for _ in range(2)]
     newest, oldest = [job.folder for job in snapshot(context.workspace.root)]
     (oldest / "photos").mkdir()
     photo(oldest / "photos" / "001.jpg")
-    page = shown(runs[0].id)
-    assert "there is no image of it" in page
+    assert ">2 runs<" in shown(runs[0].id)
+    first, second = page_of(context, {})["cards"].split("</button>")[:2]
+    assert f"data-value='{newest.name}'" in first
+    assert "no image" in first
+    assert f"data-value='{oldest.name}'" in second
+    assert f"thumbnails/{oldest.name}.jpg" in second
     choose = handler("library.connect.<locals>.choose")
-    event = gradio.SelectData(None, {"index": 1, "value": ""})
-    assert choose(event) == oldest.name != newest.name
+    for job_id, chosen in ((oldest.name, oldest.name), ("../x", gradio.skip())):
+        assert choose(gradio.EventData(None, {"what": "show", "value": job_id})) == chosen
 
 
 def test_a_tab_that_fails_leaves_the_others_and_is_said(

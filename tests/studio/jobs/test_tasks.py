@@ -179,13 +179,16 @@ def test_a_command_that_says_so_has_a_button_with_its_settings(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gr = pytest.importorskip("gradio", reason="gradio is not installed")
+    from dora_diffusion.studio.app.context import Context
+    from dora_diffusion.studio.app.launch import Launch
     from dora_diffusion.studio.app.views.library import LibraryTab
 
     # What importing `dora_diffusion.studio.jobs.records` does of those that there are.
     monkeypatch.setitem(records.KINDS, "shrink", "shrinking")
     monkeypatch.setitem(tasks.FORMS, "shrink", (ShrinkSettings, ShrinkSettings.job))  # type: ignore[arg-type]
     with gr.Blocks():
-        button, fields = LibraryTab().buttons["shrink"]
+        tab = LibraryTab(Context(Launch(runs_dir=workspace.root)))
+        button, fields = tab.buttons["shrink"]
     assert (button.value, [field.label for field in fields]) == (
         "Shrink",
         ["Rank, to shrink", "Layers", "Keep"],  # resizing asks for a rank, too

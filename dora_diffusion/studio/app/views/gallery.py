@@ -18,8 +18,8 @@ from dora_diffusion.studio.jobs.image_store import PAGE, ImageStore, Search
 from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.store import UserError
 
-MOST_PAGES = 20
-_SCRIPT = (Path(__file__).parents[1] / "gallery.js").read_text(encoding="utf-8")
+MOST_PAGES = 50
+SCRIPT = (Path(__file__).parents[1] / "gallery.js").read_text(encoding="utf-8")
 _EMPTY = html.empty(
     "No images yet",
     "Choose a run and press Generate images. Side by side shows one seed without and with it.",
@@ -30,7 +30,7 @@ class GalleryView:
     """The fields of the search, by the names of `Search`, and the list."""
 
     def __init__(self, context: Context) -> None:
-        def list_images(asked: Any) -> dict[str, Any]:
+        def list_page(asked: Any) -> dict[str, Any]:
             return page_of(context.images, asked)
 
         text = "Newest first, from earlier visits too. All are in runs/images."
@@ -49,7 +49,7 @@ class GalleryView:
             "only_favourites": marked,
         }  # fmt: skip
         self.list = ui.html_block(
-            _EMPTY, elem_id="history", js_on_load=_SCRIPT, server_functions=[list_images]
+            _EMPTY, elem_id="history", js_on_load=SCRIPT, server_functions=[list_page]
         )
 
 
@@ -69,6 +69,14 @@ def refresh(images: ImageStore, jobs: Sequence[Job]) -> dict[str, Any]:
     return {"history": text if count else _EMPTY, "find_run": ui.changing(choices=runs)}
 
 
+def asked_for(asked: object) -> slice:
+    """The part of a list that a browser asks for, see `page_of`."""
+    asked = asked if isinstance(asked, dict) else {}
+    numbers = (asked.get("from"), asked.get("count"))
+    start, count = (n if type(n) is int and n > 0 else 0 for n in numbers)
+    return slice(start, start + min(count or PAGE, MOST_PAGES * PAGE))
+
+
 def page_of(images: ImageStore, asked: object) -> dict[str, Any]:
     """A page of cards.
 
@@ -83,8 +91,6 @@ def page_of(images: ImageStore, asked: object) -> dict[str, Any]:
     asked = asked if isinstance(asked, dict) else {}
     given = asked.get("search")
     given = given if isinstance(given, dict) else {}
-    numbers = (asked.get("from"), asked.get("count"))
-    start, count = (n if type(n) is int and n > 0 else 0 for n in numbers)
     texts = {
         name: str(given.get(name) or "").strip() for name in ("words", "run", "since", "until")
     }
@@ -93,7 +99,7 @@ def page_of(images: ImageStore, asked: object) -> dict[str, Any]:
     except UserError as error:
         return {"cards": html.note(sentence(str(error)), "bad"), "count": 0, "total": 0}
     found = images.search(search)
-    listed = found[start : start + min(count or PAGE, MOST_PAGES * PAGE)]
+    listed = found[asked_for(asked)]
     marked = images.favourites()
     cards = []
     for entry in listed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +12,18 @@ import gradio as gr
 
 from dora_diffusion.cli.commands.adapters import where_it_works
 from dora_diffusion.config.command import AsJob, CommandSettings
+from dora_diffusion.config.wording import counted
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.formats.adapter.inspect import numbers
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.html import task_list
 from dora_diffusion.studio.app.settings import PROMPT_LIMIT
-from dora_diffusion.studio.app.views import ui
+from dora_diffusion.studio.app.views import gallery, ui
 from dora_diffusion.studio.app.views.request import UNSET, make_request
 from dora_diffusion.studio.app.views.results import DEVICE, on_step, pair_slider
 from dora_diffusion.studio.jobs import tasks
+from dora_diffusion.studio.jobs.image_store import kept_thumbnail
 from dora_diffusion.studio.jobs.queue import delete_job, stop_job
 from dora_diffusion.studio.jobs.records import FORMS, IMPORT
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
@@ -39,12 +41,15 @@ _THUMBNAIL = 256
 class LibraryTab:
     """The tab's fields."""
 
-    def __init__(self) -> None:
+    def __init__(self, context: Context) -> None:
+        def list_page(asked: Any) -> dict[str, Any]:
+            return page_of(context, asked)
+
         with gr.Row(equal_height=False):
             with gr.Column(scale=6, min_width=320):
                 ui.html_block(html.heading("6", "Library", "Everything you have trained."))
-                self.gallery = ui.gallery(
-                    columns=3, allow_preview=False, format="jpeg", elem_id="library"
+                self.gallery = ui.html_block(
+                    elem_id="library", js_on_load=gallery.SCRIPT, server_functions=[list_page]
                 )
                 self.run = ui.id_dropdown(label="Run", elem_id="library-run")
                 self.details = ui.html_block(_NOTHING, elem_id="library-facts")
@@ -162,9 +167,10 @@ def connect(context: Context, tab: LibraryTab) -> None:
     """Connect the fields to their actions."""
     workspace = context.workspace
 
-    def choose(event: gr.SelectData) -> Any:
-        ids = [job.id for job in _listed(context.jobs())]
-        return ids[event.index] if isinstance(event.index, int) and event.index < len(ids) else None
+    def choose(event: gr.EventData) -> Any:
+        _, job_id = ui.clicked(event)
+        is_listed = any(job.id == job_id for job in _listed(context.jobs()))
+        return job_id if is_listed else gr.skip()
 
     def show(job_id: str | None, before: str) -> list[Any]:
         if not job_id:
@@ -207,7 +213,7 @@ def connect(context: Context, tab: LibraryTab) -> None:
             return ""
         return html.download(tasks.write_card(workspace, context.job(job_id)), "Model card")
 
-    ui.on(tab.gallery.select, choose, None, [tab.run])
+    ui.on(tab.gallery.click, choose, None, [tab.run])
     told = [tab.details, tab.files, tab.stars, tab.note, tab.name, tab.shown]
     ui.on(tab.run.change, show, [tab.run, tab.shown], told)
     question = "Delete this run with everything it made?"
@@ -328,21 +334,14 @@ def _listed(jobs: Sequence[Job]) -> list[Job]:
 def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
     """Return the timer's update of this tab."""
     runs = _listed(jobs)
-    marks = tuple((job.id, _starred(job), job.shown_state, _image(job)) for job in runs)
+    # The page asks for cards again when this is another text (gallery.js).
+    stamp = zlib.crc32(repr([(job.id, _card_text(job)) for job in runs]).encode())
+    count = f"<p class='dd-quiet' data-stamp='{stamp}'>{counted(len(runs), 'run')}</p>"
     ids = [job.id for job in runs]
     value = chosen if chosen in ids else next(iter(ids), None)
     choices = [(f"{_starred(job, job.label)} · {job.shown_state}", job.id) for job in runs]
     return {
-        "library": (
-            marks,
-            lambda: gr.update(
-                value=[
-                    ui.image_or_blank(f"{title} · {shown_state}", _thumbnail, path)
-                    for _, title, shown_state, path in marks
-                ],
-                visible=bool(runs),
-            ),
-        ),
+        "library": count if runs else "",
         "library_run": ui.choosing(choices, value, chosen, visible=bool(runs)),
         **dict.fromkeys(
             ("library_other", "library_rival"),
@@ -351,6 +350,24 @@ def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
         "library_side": ui.changing(visible=bool(runs or task_list(jobs))),
         "tasks": task_list(jobs),
     }
+
+
+def page_of(context: Context, asked: object) -> dict[str, Any]:
+    """A page of the runs as cards; asked for and given as `gallery.page_of` has it."""
+    runs = _listed(context.jobs())
+    listed = runs[gallery.asked_for(asked)]
+    cards = []
+    for job in listed:
+        source = _image(job)
+        kept = context.workspace.thumbnails / f"{job.id}.jpg"
+        small = kept_thumbnail(source, kept, _thumbnail) if source else None
+        why = "damaged" if source else "no image"
+        cards.append(html.picture_card(small, "show", job.id, _card_text(job), why))
+    return {"cards": "".join(cards), "count": len(listed), "total": len(runs)}
+
+
+def _card_text(job: Job) -> str:
+    return f"{_starred(job)} · {job.shown_state}"
 
 
 def _starred(job: Job, text: str = "") -> str:
@@ -367,14 +384,11 @@ def _image(job: Job) -> Path | None:
         return None
 
 
-@functools.lru_cache(maxsize=256)
-def _thumbnail(path: Path | None) -> Any:
+def _thumbnail(path: Path) -> Any:
     """A photo's upper square, or one image of a sheet, whose text says how large they are."""
     from dora_diffusion.data.sheets import one_image
     from dora_diffusion.sampling.images import parse_parameters, read_parameters
 
-    if path is None:
-        raise ValueError("there is no image of it")
     image = open_photo(path, limited=False)
     text = read_parameters(path) if path.suffix == ".png" else None
     fields = parse_parameters(text) if text else {}

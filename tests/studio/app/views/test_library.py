@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,11 @@ from dora_diffusion.studio.app.views import library
 from dora_diffusion.studio.app.views.library import _thumbnail
 from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage
+from dora_diffusion.studio.jobs.image_store import PAGE
+from dora_diffusion.studio.jobs.queue import delete_job
 from dora_diffusion.studio.jobs.store import write_json
 from tests.studio.app.views.helpers import handler
+from tests.studio.jobs.helpers import ended_run
 
 KOHYA = Path(__file__).parents[3] / "formats/golden/0.1.0/kohya-dora-output.safetensors"
 
@@ -40,6 +44,52 @@ def test_of_a_sheet_one_image_is_shown_without_its_labels(tmp_path: Path) -> Non
 def test_of_a_photo_a_square_is_shown(tmp_path: Path) -> None:
     Image.new("RGB", (90, 60), (9, 8, 7)).save(tmp_path / "001.png")
     assert _thumbnail(tmp_path / "001.png").getcolors() == [(256 * 256, (9, 8, 7))]
+
+
+def test_two_hundred_runs_are_listed_by_opening_one_page_of_their_images(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = tmp_path / "photo.jpg"
+    Image.effect_noise((640, 480), 80).convert("RGB").save(image)
+    run = ended_run(context.workspace, (2,), 4).folder
+    (run / "photos").mkdir()
+    os.link(image, run / "photos" / "001.jpg")
+    for _ in range(199):
+        shutil.copytree(run, context.workspace.new_job(), copy_function=os.link)
+    opened, scanned = list[Path](), list[str]()
+    read, scan = library._thumbnail, os.scandir
+
+    def counting(path: Path) -> Any:
+        opened.append(path)
+        return read(path)
+
+    jobs = context.jobs(fresh=True)
+    monkeypatch.setattr(library, "_thumbnail", counting)
+    monkeypatch.setattr(os, "scandir", lambda path: scanned.append(str(path)) or scan(path))
+    monkeypatch.setattr(context, "jobs", lambda: jobs)
+    # The clock looks at none of them, and not into their folders.
+    parts = library.refresh(jobs, None)
+    assert len(parts["library_run"][0]["choices"]) == 200
+    assert (opened, scanned) == ([], [])
+    page = library.page_of(context, {"from": 0, "count": 0})
+    assert (page["count"], page["total"]) == (PAGE, 200)
+    assert len(opened) == PAGE
+    assert page["cards"].count("thumbnails/") == PAGE
+    small = context.workspace.thumbnails
+    assert sorted(os.listdir(small)) == sorted(f"{job.id}.jpg" for job in jobs[:PAGE])
+    opened.clear()
+    assert library.page_of(context, {"from": 0, "count": 0}) == page
+    assert opened == []
+    assert library.page_of(context, {"from": 2 * PAGE, "count": 0})["count"] == PAGE
+    assert len(opened) == PAGE
+    # A name, stars or a state that is another one is another text, for which cards are asked again.
+    again = [replace(jobs[0], record=replace(jobs[0].record, stars=3)), *jobs[1:]]
+    assert library.refresh(again, None)["library"] != parts["library"]
+    assert library.refresh(jobs, None)["library"] == parts["library"]
+    assert library.refresh([], None)["library"] == ""
+    delete_job(context.workspace, jobs[0].id)
+    assert not (small / f"{jobs[0].id}.jpg").exists()
+    assert (small / f"{jobs[1].id}.jpg").exists()
 
 
 def test_a_run_has_stars_a_note_and_what_is_known_of_its_file(context: Context) -> None:
