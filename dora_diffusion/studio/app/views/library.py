@@ -169,8 +169,7 @@ def connect(context: Context, tab: LibraryTab) -> None:
 
     def choose(event: gr.EventData) -> Any:
         _, job_id = ui.clicked(event)
-        is_listed = any(job.id == job_id for job in _listed(context.jobs()))
-        return job_id if is_listed else gr.skip()
+        return job_id if job_id in {job.id for job in _listed(context.jobs())} else gr.skip()
 
     def show(job_id: str | None, before: str) -> list[Any]:
         if not job_id:
