@@ -80,6 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     workspace = Workspace(tmp_path_factory.mktemp("typed") / "runs").make()
     lock = Lock(workspace.queue_lock)
     assert lock.take()
+    (workspace.root / "styles.csv").write_text("name,prompt\nink,in ink\nnight,at night\n", "utf-8")
     for name in ("heart_teapot", "ring_robot", "bolt_mug"):
         take_sample(workspace, ROOT / "samples", name)
     for title in ("first", "second"):
