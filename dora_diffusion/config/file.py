@@ -57,13 +57,13 @@ def read_yaml(path: str | Path) -> Any:
     return _parse(path)[0]
 
 
-def _parse(path: str | Path) -> tuple[Any, list[tuple[str, int]]]:
+def _parse(path: str | Path, kind: Any = None) -> tuple[Any, list[tuple[str, int]]]:
     """Parse a YAML file: its value, and the keys of the outermost mapping, each with its line."""
     import yaml
 
     text = read_text(path, "the config file")
     # Many times as fast, where PyYAML was built with libyaml.
-    kind: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    kind = kind or getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         loader = kind(text)
         root = loader.get_single_node()
@@ -76,6 +76,8 @@ def _parse(path: str | Path) -> tuple[Any, list[tuple[str, int]]]:
         keys = [(key.value, key.start_mark.line + 1) for key, _ in pairs]
         return (None if root is None else loader.construct_document(root)), keys
     except (yaml.YAMLError, RecursionError) as error:
+        if kind is not yaml.SafeLoader:  # Its messages are the same everywhere.
+            return _parse(path, yaml.SafeLoader)
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark else str(path)
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
