@@ -153,7 +153,7 @@ def test_the_page_asks_before_photos_join_a_sample() -> None:
         place = json.dumps(sample and {"dataset": {"sample": sample}})
         script = (
             f"const asked = []; document = {{querySelector: () => ({place})}};"
-            "document.addEventListener = () => {};"
+            "addEventListener = document.addEventListener = () => {};"
             f"confirm = (text) => {{ asked.push(text); return {json.dumps(answer)}; }};"
             f"const window = globalThis; {script_of_page}"
             f"const sent = studio.join({json.dumps(files)}, 'id', 'name', 1);"
