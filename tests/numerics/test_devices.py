@@ -27,6 +27,7 @@ OF_ONE_VENDOR = {
     "dora_diffusion/adapters/layout.py": "an event to read behind; others read at once",
     "dora_diffusion/training/engine/step.py": "a fused optimizer that CUDA can hold back",
     "dora_diffusion/models/precision.py": "what Apple's GPU needs for bfloat16",
+    "dora_diffusion/models/memory.py": "a GPU of so much memory: taken to be CUDA",
     "dora_diffusion/training/results/record.py": "a switch of cuDNN, which changes bits",
     "dora_diffusion/cli/console/environment.py": "NVIDIA's program, variables of each vendor",
     "dora_diffusion/adapters/compiled.py": "what to install so that torch compiles for a device",
