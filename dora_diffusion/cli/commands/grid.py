@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dora_diffusion.cli.axes import NO_AXES, plan_grid
-from dora_diffusion.cli.commands.generate import (
+from dora_diffusion.cli.console.progress import progress, say
+from dora_diffusion.cli.requested_images import (
     SUFFIXES,
-    GenerateSettings,
     Repeated,
+    RequestedImages,
     Row,
     image_rows,
     sampling_settings,
     warn_of_triggers,
 )
-from dora_diffusion.cli.console.progress import progress, say
 from dora_diffusion.cli.settings import Model
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.wording import counted
@@ -57,12 +57,12 @@ if TYPE_CHECKING:
     from dora_diffusion.models.components import Components
 
 Show = Callable[[int, int], None]
-Load = Callable[[GenerateSettings, Sequence[AdapterUse]], "Components"]
+Load = Callable[[RequestedImages, Sequence[AdapterUse]], "Components"]
 _MODEL = (*(setting.name for setting in Model.settings()), "alpha")
 # Those of each row of a batch.
 _OWN = {"prompt", "seed", "adapter", "strength", "direction_strength", "magnitude_strength",
         "layer_strength", "wildcards", "wildcard_dir"}  # fmt: skip
-_ALIKE = {setting.name for setting in GenerateSettings.settings()} - _OWN - {*NO_AXES}
+_ALIKE = {setting.name for setting in RequestedImages.settings()} - _OWN - {*NO_AXES}
 # What an image's text may say of settings that were not given.
 _CHOSEN = {"steps": "Steps", "guidance_scale": "CFG scale", "scheduler": "Sampler"}
 
@@ -77,12 +77,12 @@ class _Cell:
         uses: Its adapters.
     """
 
-    settings: GenerateSettings
+    settings: RequestedImages
     row: Row
     uses: tuple[AdapterUse, ...]
 
     @classmethod
-    def of(cls, settings: GenerateSettings, folder: Path, clip_skip: str) -> _Cell:
+    def of(cls, settings: RequestedImages, folder: Path, clip_skip: str) -> _Cell:
         """Make a cell of its settings.
 
         Raises:
@@ -151,7 +151,7 @@ class GridRun:
         ConfigError, ValueError, OSError: If a cell cannot be; nothing is loaded or written then.
     """
 
-    def __init__(self, args: GenerateSettings, load: Load | None = None) -> None:
+    def __init__(self, args: RequestedImages, load: Load | None = None) -> None:
         self.folder = Path(args.output)
         _require_folder(args, self.folder)
         if args.seed is None:
@@ -179,7 +179,7 @@ class GridRun:
         self.missing = sorted(missing, key=lambda cell: cell.order)
         self._batch_size, self._steps = args.batch_size, 0
 
-    def _loaded(self, settings: GenerateSettings, uses: Sequence[AdapterUse]) -> Components:
+    def _loaded(self, settings: RequestedImages, uses: Sequence[AdapterUse]) -> Components:
         return settings.load_repeated(uses, self.repeated)[0]
 
     def _is_made(self, cell: _Cell) -> bool:
@@ -287,7 +287,7 @@ class GridRun:
         self.record.texts[f"images/{cell.row.path.name}"] = text
 
 
-def make_grid(args: GenerateSettings) -> int:
+def make_grid(args: RequestedImages) -> int:
     """Make what is missing of a grid. Returns the exit code."""
     run = GridRun(args)
     with progress("generating images", "step") as show:
@@ -302,7 +302,7 @@ def _only(cell: _Cell) -> AdapterUse | None:
     return cell.uses[0] if cell.uses else None
 
 
-def _require_folder(args: GenerateSettings, folder: Path) -> None:
+def _require_folder(args: RequestedImages, folder: Path) -> None:
     """Refuse what a grid cannot be with, and a folder of other files.
 
     Raises:
@@ -338,9 +338,7 @@ def _triggers(cells: Iterable[_Cell]) -> Iterator[tuple[str, AdapterMetadata]]:
         yield cell.row.prompt, AdapterMetadata(trigger=trigger)
 
 
-def _digest(
-    settings: GenerateSettings, row: Row, uses: Sequence[AdapterUse], clip_skip: str
-) -> str:
+def _digest(settings: RequestedImages, row: Row, uses: Sequence[AdapterUse], clip_skip: str) -> str:
     """A digest of what makes an image: settings, and the contents of files that they name."""
     defaults = {setting.name: setting.default for setting in settings.settings()}
     facts = {name: getattr(settings, name) for name in defaults if name not in NO_AXES}

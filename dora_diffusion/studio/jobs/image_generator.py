@@ -28,7 +28,7 @@ from dora_diffusion.studio.jobs.store import UserError, Workspace, new_id
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dora_diffusion.cli.commands.generate import GenerateSettings
+    from dora_diffusion.cli.requested_images import RequestedImages
     from dora_diffusion.models.components import Components
     from dora_diffusion.sampling.generate import SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
@@ -237,7 +237,7 @@ class ImageGenerator:
         from dora_diffusion.sampling.images import parse_parameters, save_image
         from dora_diffusion.sampling.page import SHEET
 
-        def load(settings: GenerateSettings, uses: Sequence[AdapterUse]) -> Components:
+        def load(settings: RequestedImages, uses: Sequence[AdapterUse]) -> Components:
             reading: dict[str, Any] = settings.reading
             components: Components = self._model(replace(request, adapters=tuple(uses), **reading))
             return components
@@ -267,13 +267,13 @@ class ImageGenerator:
 
     def _grid_settings(
         self, request: GenerationRequest, axes: Sequence[str], style: Sequence[str]
-    ) -> GenerateSettings:
+    ) -> RequestedImages:
         """A request as the settings of `generate`, in a folder of its own."""
-        from dora_diffusion.cli.commands.generate import GenerateSettings
+        from dora_diffusion.cli.requested_images import RequestedImages
         from dora_diffusion.sampling.images import pixel_hash, save_image
 
         sampling, uses = vars(request.settings), request.adapters
-        known = {setting.name: setting for setting in GenerateSettings.settings()}
+        known = {setting.name: setting for setting in RequestedImages.settings()}
         values = {n: v for n, v in sampling.items() if n in known and v is not None}
         if detail := values.pop("detail", None):
             own = {n: getattr(detail, n) or None for n in ("label", "prompt", "denoise", "padding")}
@@ -307,7 +307,7 @@ class ImageGenerator:
         }  # fmt: skip
         name = hashlib.sha256(repr((request.base, common)).encode()).hexdigest()[:12]
         output = str(self.workspace.root / "grids" / f"grid-{name}")
-        return GenerateSettings(**common, output=output, grid=list(axes), grid_limit=MAX_GRID)
+        return RequestedImages(**common, output=output, grid=list(axes), grid_limit=MAX_GRID)
 
     def _sample(
         self,
