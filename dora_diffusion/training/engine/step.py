@@ -57,6 +57,8 @@ from dora_diffusion.training.trainable.allocation import RankAllocation, build_a
 from dora_diffusion.training.trainable.full import FullWeights, TrainedWeights
 from dora_diffusion.training.trainable.words import TrainedWords
 
+Batches = Sequence[tuple[int, NoisyBatch]]
+"""Noisy batches, each with the place of its run."""
 Outcome = dict[str, Any] | Exception
 """The record of a run's step, or what went wrong in it alone: then nothing of it was changed."""
 
@@ -154,57 +156,67 @@ class TrainingEngine:
         for k, total, (_, prior) in zip(group, totals, losses, strict=True):
             yield k, torch.stack([total.detach(), prior.detach()])
 
-    def _masks(self, batches: Sequence[tuple[int, NoisyBatch]]) -> tuple[Masks, Masks]:
+    def _masks(self, batches: Batches) -> tuple[Masks, Masks]:
         """Masks of each layer for batches of some runs, and the ranks that T-LoRA leaves active.
 
         As `AdapterStack.of` takes both. A text encoder has one mask for all rows of a batch, since
         a caption may be several of its rows, and no timestep: all its ranks are active.
         """
         configs = [self.learners[k].config for k, _ in batches]
-        drops = any(config.rank_dropout for config in configs)
-        if not (drops or any(config.least_rank for config in configs)):
+        drops, limits = (
+            any(getattr(c, n) for c in configs) for n in ("rank_dropout", "least_rank")
+        )
+        if not (drops or limits):
             return (), ()
         ranks = [[adapter.down.shape[0] for adapter in own] for own in self.stack.adapters]
-        kept: list[list[Tensor]] = [[] for _ in ranks]
-        active: list[list[Tensor]] = [[] for _ in ranks]
+        if not limits:
+            return self._kept(batches, ranks), [None] * len(ranks)
+        active = self._active(batches, ranks)
+        if not drops:
+            return active, active
+        both = zip(self._kept(batches, ranks), active, strict=True)
+        return [mask if own is None else mask * own for mask, own in both], active
+
+    def _kept(self, batches: Batches, ranks: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Rank dropout of each layer, by seed and batch: no other run draws from it."""
+        made: list[list[Tensor]] = [[] for _ in ranks]
         first: dict[int, Tensor] = {}
         for k, batch in batches:
-            own = [each[k] for each in ranks]
-            drawn = self._drop(k, batch, sum(own), "held" if k in first else "")
-            shared = first.setdefault(k, drawn[:1]).expand_as(drawn)
-            by_rank = {rank: self._active(k, batch, rank) for rank in {*own}}
-            parts = zip(drawn.split(own, 1), shared.split(own, 1), self._has_rows, strict=True)
+            learner, own = self.learners[k], [each[k] for each in ranks]
+            place = learner.config.seed, learner.batches, learner.accelerator.process_index
+            generator = generator_for("ranks", *place, "held" if k in first else "")
+            drawn = torch.rand(len(batch.inputs.captions), sum(own), generator=generator)
+            p = learner.config.rank_dropout
+            kept = send((drawn >= p) / (1 - p), batch.latents.device)
+            shared = first.setdefault(k, kept[:1]).expand_as(kept)
+            parts = zip(kept.split(own, 1), shared.split(own, 1), self._has_rows, strict=True)
             for layer, (by_row, alike, has_rows) in enumerate(parts):
-                fill = 0, max(ranks[layer]) - own[layer]
-                kept[layer].append(F.pad(by_row if has_rows else alike, fill))
-                active[layer].append(F.pad(by_rank[own[layer]], fill))
-        masks, chosen = list[Tensor | None](), list[Tensor | None]()
-        for layer, has_rows in enumerate(self._has_rows):
-            masks.append(None)
-            chosen.append(None)
-            if drops:
-                is_one = len(first) == 1 and not has_rows
-                masks[layer] = kept[layer][0][:1] if is_one else torch.cat(kept[layer])
-            pairs = zip(configs, batches, strict=True)
-            if has_rows and any((c.least_rank or inf) < ranks[layer][k] for c, (k, _) in pairs):
-                chosen[layer] = limited = torch.cat(active[layer])
-                mask = masks[layer]
-                masks[layer] = limited if mask is None else mask * limited
-        return masks, chosen
+                mask = by_row if has_rows else alike
+                made[layer].append(F.pad(mask, (0, max(ranks[layer]) - own[layer])))
+        is_one = len(first) == 1
+        return [
+            masks[0][:1] if is_one and not has_rows else torch.cat(masks)
+            for masks, has_rows in zip(made, self._has_rows, strict=True)
+        ]
 
-    def _drop(self, k: int, batch: NoisyBatch, ranks: int, part: str) -> Tensor:
-        """Rank dropout of a run's batch, ``(B, ranks)``, from nothing that another run draws from.
+    def _active(self, batches: Batches, ranks: Sequence[Sequence[int]]) -> Masks:
+        """1 where a row's timestep leaves a rank active, else 0; None for a layer without masks."""
+        least = [self.learners[k].config.least_rank or inf for k, _ in batches]
+        made = dict[tuple[int, int], Tensor]()
+        active = list[Tensor | None]()
+        for own, has_rows in zip(ranks, self._has_rows, strict=True):
+            if not has_rows or all(own[k] <= m for (k, _), m in zip(batches, least, strict=True)):
+                active.append(None)
+                continue
+            for number, (k, batch) in enumerate(batches):
+                if (number, own[k]) not in made:
+                    made[number, own[k]] = self._active_ranks(k, batch, own[k])
+            parts = (made[number, own[k]] for number, (k, _) in enumerate(batches))
+            active.append(torch.cat([F.pad(p, (0, max(own) - p.shape[1])) for p in parts]))
+        return active
 
-        Drawn by seed and batch.
-        """
-        learner, p = self.learners[k], self.learners[k].config.rank_dropout
-        place = learner.config.seed, learner.batches, learner.accelerator.process_index
-        generator = generator_for("ranks", *place, part)
-        drawn = torch.rand(len(batch.inputs.captions), ranks, generator=generator)
-        return send((drawn >= p) / (1 - p), batch.latents.device)
-
-    def _active(self, k: int, batch: NoisyBatch, rank: int) -> Tensor:
-        """1 where a row's timestep leaves a rank active, else 0: ``(B, rank)``."""
+    def _active_ranks(self, k: int, batch: NoisyBatch, rank: int) -> Tensor:
+        """Of a layer of a rank, ``(B, rank)``."""
         learner, timesteps = self.learners[k], batch.inputs.timesteps
         steps = learner.objective.components.scheduler.config.num_train_timesteps
         least = min(learner.config.least_rank or rank, rank)
