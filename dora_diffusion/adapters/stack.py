@@ -126,7 +126,7 @@ class AdapterStack:
             active: What of this is in the norm, of those layers a row for each of the batch.
         """
         before = self.rows, self.masks, self.norm_changes
-        changes = self._norm_changes(rows, active) if any(own is not None for own in active) else ()
+        changes = self._norm_changes(rows, active) if active else ()
         if not isinstance(rows, int):
             rows = rows[0] if len(set(rows)) == 1 else tuple(rows)
         try:
@@ -155,6 +155,8 @@ class AdapterStack:
     @torch.no_grad()
     def _norm_changes(self, rows: int | Sequence[int], active: Masks) -> Masks:
         """`Factors.norm_change` of each layer, from norms as of an adapter for each row."""
+        if all(masks is None for masks in active):
+            return ()
         whole: dict[int, Sequence[Tensor]] = {}
         for plan in self._plans:
             if plan.norm is not None:

@@ -198,7 +198,8 @@ def dora_forward(
     """
     f = factors
     if f.gain is not None and f.axis == "input":
-        x = _with_norms(op, x, None, f.norm_change)
+        if f.norm_change is not None:
+            x = _with_norms(op, x, None, f.norm_change)
         gx = op.scale_input(x, f.gain) if f.is_direct else _Scale.apply(op, None, x, f.gain, None)
         x, base = gx.to(x.dtype), None
     base = op.apply(x, weight, bias) if base is None else base
@@ -211,16 +212,14 @@ def dora_forward(
         with torch.no_grad():
             unscaled = op.apply(x, f.direction)
         y = y + ((f.gain - gain).view(op.shape) * unscaled).to(y.dtype)  # 0, with the gradient of m
-    return _with_norms(op, y, bias, f.norm_change)
+    return y if f.norm_change is None else _with_norms(op, y, bias, f.norm_change)
 
 
-def _with_norms(op: Operation, y: Any, bias: Tensor | None, change: Tensor | None) -> Any:
+def _with_norms(op: Operation, y: Any, bias: Tensor | None, change: Tensor) -> Any:
     """``b + (1 + change) (y - b)`` of each row: an output, or input, with its own norm in the gain.
 
     Norms are constants of the graph, so that A, B and m get the gradients of this gain.
     """
-    if change is None:
-        return y
     factor = by_row(op, 1 + change, y)
     made = y * factor if bias is None else torch.addcmul(by_row(op, -change * bias, y), y, factor)
     return made.to(y.dtype)

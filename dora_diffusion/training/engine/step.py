@@ -86,6 +86,8 @@ class TrainingEngine:
         self.stack = AdapterStack(layers, list(each))
         of_unet = set(map(id, learners[0].objective.components.unet.modules()))
         self._has_rows = [id(layer) in of_unet for layer in layers]
+        configs = [learner.config for learner in learners]
+        self._has_masks = any(config.rank_dropout or config.least_rank for config in configs)
 
     def __call__(self, steps: Sequence[int]) -> list[Outcome]:
         """Run a step of each run.
@@ -162,6 +164,8 @@ class TrainingEngine:
         As `AdapterStack.of` takes both. A text encoder has one mask for all rows of a batch, since
         a caption may be several of its rows, and no timestep: all its ranks are active.
         """
+        if not self._has_masks:
+            return (), ()
         configs = [self.learners[k].config for k, _ in batches]
         drops, limits = (
             any(getattr(c, n) for c in configs) for n in ("rank_dropout", "least_rank")
