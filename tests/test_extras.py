@@ -44,8 +44,8 @@ EXTRAS = ("completion", "heic", "tensorboard", "optimizers", "prepare", "ray")
 OPTIONAL = import_names([*BY_HAND, *(line for extra in EXTRAS for line in stated(extra))])
 # Comes with the requirements; where it does not, versions are not compared.
 BROUGHT_ALONG = {
-    "fastapi", "grpc", "packaging", "prometheus_client", "pydantic", "starlette", "tokenizers",
-    "typing_extensions", "uvicorn",
+    "fastapi", "grpc", "httpx", "packaging", "prometheus_client", "pydantic", "starlette",
+    "tokenizers", "typing_extensions", "uvicorn",
 }  # fmt: skip
 
 

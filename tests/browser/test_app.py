@@ -79,7 +79,7 @@ def test_uploads_are_checked_file_by_file(
     assert re.search(r"001\.jpg and 005\.jpg are nearly the same photo", report)
     assert "006.jpg: looks blurred" in report
     assert "004.jpg: 60 x 120 is smaller" in report
-    assert page.page.locator("#crops img").count() == 6
+    page.wait("document.querySelectorAll('#crops img').length === 6")
     (stored,) = (app.runs / "subjects").glob("2*/photos")
     with Image.open(stored / "004.jpg") as image:
         assert image.size == (60, 120)

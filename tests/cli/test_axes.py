@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_diffusion.cli.axes import NO_AXES, SPECIAL, plan_grid, read_axis
@@ -47,7 +47,6 @@ AXES = {
 }
 
 
-@settings(max_examples=25)
 @given(st.data())
 def test_the_product_has_each_combination_that_is_not_skipped(data):
     names = data.draw(st.lists(st.sampled_from(sorted(AXES)), unique=True, min_size=1, max_size=3))

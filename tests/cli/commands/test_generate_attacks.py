@@ -102,7 +102,7 @@ def refused(tmp_path, monkeypatch, capfd):
     return run
 
 
-@pytest.mark.skipif(os.name == "nt", reason="links and /dev/zero")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no /dev/zero")
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("flag", FLAGS)
 def test_hostile_files_are_one_line(flag, kind, refused, tmp_path):
