@@ -56,6 +56,9 @@ def on(
         asked = confirmed
     register = functools.partial(gr.on, event) if isinstance(event, list) else event
     shown = {"api_visibility": "private", "show_progress": show}
+    if show == "hidden":
+        # The page would look in all of itself for each output, at each step of each event.
+        shown["show_progress_on"] = []
     return register(asked and plain(asked), inputs, outputs, **shown, **options)
 
 
