@@ -32,6 +32,7 @@ _NOT_TRIED = ("test", "bare-test", "lint", "benchmarks", "none")
 _IMPORTED_AS = {
     "pillow": "PIL", "pyyaml": "yaml", "diffusers": "diffusers:StableDiffusionXLPipeline",
     "transformers": "transformers:CLIPTextModel", "tensorboard": "torch.utils.tensorboard",
+    "prodigy-plus-schedule-free": "prodigyplus",
 }  # fmt: skip
 _QUESTIONS = (
     "dora_diffusion.numerics.devices:built_for", "torch.backends.cpu:get_cpu_capability",

@@ -102,8 +102,8 @@ def status_card(job: Job, *, stop: bool = False) -> str:
     """State, progress, time left, and what went wrong; with a button that stops it if asked."""
     share = min(1.0, job.step / job.total) if job.total else float(job.state == "done")
     bar = (
-        f"<div class='dd-bar' role='progressbar' aria-valuenow='{share:.0%}'>"
-        f"<div style='width:{share:.1%}'></div></div>"
+        f"<div class='dd-bar' role='progressbar' aria-label='Done' "
+        f"aria-valuenow='{100 * share:.0f}'><div style='width:{share:.1%}'></div></div>"
     )
     done = f"{job.progress.unit or 'step'} {job.step} of {job.total or '?'}"
     if job.progress.unit == "B":
@@ -177,12 +177,13 @@ def log_view(text: str) -> str:
     """The log's tail; scrolled to its end by its layout."""
     if not text:
         return empty("Nothing logged yet", "What the run prints appears here.")
-    return f"<div class='dd-log'><pre>{esc(text)}</pre></div>"
+    return f"<div class='dd-log' tabindex=0><pre>{esc(text)}</pre></div>"
 
 
 def command(text: str, label: str = "The same run on the command line") -> str:
     copy = "<button class='dd-tool' data-copy>Copy</button>"
-    return f"<div class='dd-command'><span>{esc(label)}</span>{copy}<pre>{esc(text)}</pre></div>"
+    pre = f"<pre tabindex=0>{esc(text)}</pre>"
+    return f"<div class='dd-command'><span>{esc(label)}</span>{copy}{pre}</div>"
 
 
 def estimate_card(value: Estimate, steps: int | None) -> str:

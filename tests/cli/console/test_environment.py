@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -278,6 +278,16 @@ def test_what_is_tried_of_a_package_is_there() -> None:
         imported, _, attribute = name.partition(":")
         if find_spec(imported.partition(".")[0]):
             assert not attribute or attribute in dir(import_module(imported)), name
+
+
+def test_each_package_is_tried_by_a_name_that_it_has() -> None:
+    owners = metadata.packages_distributions()
+    for package in whole():
+        if not package.version or package.extra in module._NOT_TRIED:
+            continue
+        name = module._IMPORTED_AS.get(package.name, package.name.replace("-", "_"))
+        own = {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners[re.match(r"\w+", name)[0]]}
+        assert package.name.replace("_", "-") in own or name == "torch.utils.tensorboard"
 
 
 def test_requirements_are_those_of_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:

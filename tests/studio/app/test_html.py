@@ -9,6 +9,7 @@ import pytest
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.studio.app import html
+from dora_diffusion.studio.app.serve import THEME
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.records import log_tail
 from dora_diffusion.studio.jobs.snapshot import read_job, snapshot
@@ -139,3 +140,27 @@ def test_there_is_one_type_scale_one_grid_of_spacing_and_one_accent(style: str) 
     # Colours have names, which the dark scheme changes; and white, or near black, is on the accent.
     rules = re.sub(r"(?m)^(:root|\.dark) \{[^}]*\}", "", style)
     assert {*re.findall(r"#[0-9a-f]{3,8}\b", rules)} <= {"#fff", "#2a120a", "#453e37"}
+
+
+def luminance(color: str) -> float:
+    """Relative luminance (WCAG 2.2) of ``#rrggbb``."""
+    parts = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize(("scheme", "body"), [(":root", 0), (".dark", 1)])
+def test_every_text_is_read_on_everything_that_is_behind_it(scheme: str, body: int) -> None:
+    """Contrast of at least 4.5 (WCAG 2.2, 1.4.3), also of states that no test in a browser has."""
+    block = STYLES["style.css"].partition(f"{scheme} {{")[2].partition("}")[0]
+    colors = dict(re.findall(r"--dd-([\w-]+): (#\w{6})", block))
+    page = THEME["day_and_night"]["body_background_fill"][body]
+    pairs = [(name, f"{name}-soft") for name in ("good", "warn", "bad", "blue")]
+    pairs += [(name, under) for name in ("ink", "quiet", "accent") for under in ("paper", "soft")]
+    grounds = [(text, colors[ground]) for text, ground in pairs]
+    grounds += [(name, page) for name in ("ink", "quiet", "accent", "good", "warn", "bad")]
+    for name, ground in grounds:
+        dark, light = sorted([luminance(colors[name]), luminance(ground)])
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, ground)

@@ -76,7 +76,7 @@ class LibraryTab:
             ui.html_block(html.quiet(text))
             self.file = gr.File(
                 label=f"Adapter, up to {MAX_FILE // 2**30} GB", file_types=[".safetensors"],
-                height=110, elem_id="import-file",
+                height=150, elem_id="import-file",
             )  # fmt: skip
             self.base = ui.line(
                 "Base model it was trained on", "import-base",

@@ -80,7 +80,7 @@ class TrainTab:
             text = "For the preset Slider. One prompt per line, pairs in the same order."
             ui.html_block(html.quiet(text))
             self.slider = [
-                gr.Textbox(label=name, info=text, lines=1, max_length=4000,
+                gr.Textbox(label=name.capitalize(), info=text, lines=1, max_length=4000,
                            elem_id=f"slider-{name}")
                 for name, text in zip(settings.PROMPTS, _SLIDER, strict=True)
             ]  # fmt: skip

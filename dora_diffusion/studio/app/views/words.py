@@ -46,7 +46,7 @@ class WordsView:
             self.kept = ui.html_block(_NONE, elem_id="words-kept")
             self.upload = gr.File(
                 label="styles.csv, which replaces the one before, or files of wildcards (.txt)",
-                file_count="multiple", file_types=[".csv", ".txt"], height=110,
+                file_count="multiple", file_types=[".csv", ".txt"], height=150,
                 elem_id="words-upload",
             )  # fmt: skip
         self.fields = {"style": style, "wildcards": wildcards}
