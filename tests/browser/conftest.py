@@ -154,7 +154,11 @@ class Visit:
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on("request", self._request)
         self.page.on("dialog", lambda dialog: dialog.accept())
-        self.page.goto(app.url)
+        self.open()
+
+    def open(self) -> None:
+        """Open the page, or open it again."""
+        self.page.goto(self.app.url, wait_until="commit")
         self._wait_for_load()
 
     def _wait_for_load(self) -> None:
@@ -292,7 +296,7 @@ class Visit:
 
     def reload(self) -> None:
         """Load the page again, which cuts off what it was asking for."""
-        self.page.reload()
+        self.page.reload(wait_until="commit")
         self._wait_for_load()
 
     def close(self) -> None:

@@ -40,7 +40,7 @@ class CompareTab:
                 text = "Each is trained on the same subjects and seeds, and measured."
                 ui.html_block(html.heading("7", "Compare methods", text))
                 self.subjects = gr.CheckboxGroup([], label="Subjects", elem_id="study-subjects")
-                names = [(name.replace("full", "full fine-tuning"), name) for name in _METHODS]
+                names = list(zip(("DoRA", "LoRA", "Full fine-tuning"), _METHODS, strict=True))
                 self.methods = gr.CheckboxGroup(names, value=["dora", "lora"], label="Methods")
                 with gr.Row():
                     self.seeds = gr.Slider(1, _MOST_SEEDS, 2, step=1, label="Seeds", min_width=140)
