@@ -32,6 +32,16 @@ def listing(names: Iterable[str], limit: int = 10) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def number_text(value: float) -> str:
+    """The shortest text that reads as the same number.
+
+    Example:
+        >>> number_text(2.0), number_text(0.1)
+        ('2', '0.1')
+    """
+    return str(int(value)) if value == int(value) else repr(float(value))
+
+
 def pixels(sides: Iterable[int]) -> str:
     """Sides of images as a text: ``"512, 768 px"``; empty where there are none."""
     return f"{text} px" if (text := ", ".join(map(str, sides))) else ""

@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from dora_diffusion import __version__
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK
+from dora_diffusion.config.wording import number_text
 from dora_diffusion.data.images import DECODE_ERRORS, PhotoError, open_photo
 from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.formats.adapter.stored import find_adapter
@@ -120,7 +121,7 @@ class UsedAdapter(NamedTuple):
         """The ``<lora:NAME:STRENGTH>`` of prompts; of two, that of the text encoders is first."""
         own = MergeStrengths.of(self.strengths)
         shares = [own.text_encoder_strength, own.unet_strength]
-        numbers = [_number(own.strength * share) for share in shares]
+        numbers = [number_text(own.strength * share) for share in shares]
         return f"<lora:{self.tag_name}:{':'.join(dict.fromkeys(numbers))}>"
 
     @property
@@ -181,7 +182,7 @@ def parameters_text(
         scheduler = SCHEDULERS[settings.scheduler]
         fields |= {"Sampler": scheduler.a1111, "Schedule type": scheduler.schedule}
     fields |= {
-        "CFG scale": _number(settings.guidance_scale),
+        "CFG scale": number_text(settings.guidance_scale),
         "Seed": seed,
         "Size": f"{size[0]}x{size[1]}",
         **_model_fields(model, hash_model),
@@ -196,7 +197,9 @@ def parameters_text(
         "Magnitude strength": (strengths.magnitude_strength, 1),
         "Guidance rescale": (settings.guidance_rescale, 0),
     }
-    fields |= {name: _number(value) for name, (value, usual) in numbers.items() if value != usual}
+    fields |= {
+        name: number_text(value) for name, (value, usual) in numbers.items() if value != usual
+    }
     if known := [f"{adapter.tag_name}: {adapter.hash}" for adapter in adapters if adapter.hash]:
         fields["Lora hashes"] = ", ".join(known)
     fields["Version"] = OWN_VERSION + __version__
@@ -218,9 +221,9 @@ def painted_fields(settings: SamplingSettings) -> dict[str, str]:
     if settings.mask_image is not None:
         fields[MASK_IMAGE] = pixel_hash(settings.mask_image, "L")
     if settings.stated_denoise is not None:
-        fields = {"Denoising strength": _number(settings.stated_denoise), **fields}
+        fields = {"Denoising strength": number_text(settings.stated_denoise), **fields}
     if settings.hires:
-        fields |= {"Hires upscale": _number(settings.hires), _UPSCALER: _LANCZOS}
+        fields |= {"Hires upscale": number_text(settings.hires), _UPSCALER: _LANCZOS}
         fields |= {"Hires steps": str(settings.hires_steps)} if settings.hires_steps else {}
     if (detail := settings.detail) is not None:
         texts = {
@@ -229,7 +232,7 @@ def painted_fields(settings: SamplingSettings) -> dict[str, str]:
             "prompt": detail.prompt,
         }
         fields |= {f"Detail {name}": text for name, text in texts.items() if text}
-        fields["Detail denoising strength"] = _number(detail.denoise)
+        fields["Detail denoising strength"] = number_text(detail.denoise)
         fields["Detail padding"] = str(detail.padding)
     return fields
 
@@ -250,33 +253,22 @@ def model_fields(
         batch_size: Images of the batch that it was sampled in.
         position: Its place there.
     """
+    from dora_diffusion.sampling.stack import strength_texts
+
     fields: dict[str, object] = dict(components.clip_skip_parameter)
     if components.max_token_length != TOKENS_PER_CHUNK:
         fields[TOKEN_LENGTH] = components.max_token_length
     if batch_size > 1:
         fields |= {BATCH_SIZE: batch_size, BATCH_POSITION: position}
-    layers = dict.fromkeys(pair for use in uses for pair in use.layers.items())
-    if layers:
-        fields[LAYERS] = ", ".join(f"{name}:{_number(factor)}" for name, factor in layers)
-    schedules = [
-        ", ".join(f"{_number(start)}:{_number(factor)}" for start, factor in changes)
-        for changes in (use.schedule or [(0, 1)] for use in uses)
-    ]
-    if any(use.schedule for use in uses):
-        alike = len({*schedules}) == 1
-        fields[SCHEDULE] = " | ".join(schedules[:1] if alike else schedules)
-    return fields
+    texts = strength_texts(uses)
+    listed = {name: separator.join(texts[key]) for name, (key, separator) in _LISTS.items()}
+    return fields | {name: text for name, text in listed.items() if text}
 
 
 def _one_paragraph(text: str) -> str:
     """Strip each line, as readers do, and join a line that they would take for another field."""
     lines = "\n".join(line.strip() for line in text.strip().split("\n"))
     return re.sub(rf"\n(?={_NEGATIVE})", " ", lines)
-
-
-def _number(value: float) -> str:
-    """The shortest text that reads as the same number."""
-    return str(int(value)) if value == int(value) else repr(float(value))
 
 
 def model_name(model: str) -> str:

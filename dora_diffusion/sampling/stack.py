@@ -17,7 +17,7 @@ from torch import nn
 from dora_diffusion.adapters.inject import DEFAULT_NAME, layer_adapters
 from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers
 from dora_diffusion.adapters.state import attach_file
-from dora_diffusion.config.wording import listing
+from dora_diffusion.config.wording import listing, number_text
 from dora_diffusion.formats.adapter.embeddings import Vectors, are_equal
 from dora_diffusion.formats.adapter.metadata import (
     AdapterMetadata,
@@ -83,6 +83,27 @@ def parse_schedule(text: str) -> Schedule:
             f"the strength schedule is {text!r}; write a share of the steps and a factor of the "
             "strength for each change, such as '0:0.4, 0.5:1'"
         ) from None
+
+
+def strength_texts(uses: Sequence[AdapterUse]) -> dict[str, list[str]]:
+    """The strengths on layers and over the steps as settings of ``generate``, by their names.
+
+    Both are empty where there are none; a schedule that all share is there once.
+
+    Example:
+        >>> strength_texts([AdapterUse("dog", layers={"unet.*": 0.5}, schedule=[(0, 0.4)])])
+        {'layer_strength': ['unet.*:0.5'], 'strength_schedule': ['0:0.4']}
+    """
+    layers = dict.fromkeys(pair for use in uses for pair in use.layers.items())
+    has_schedule = any(use.schedule for use in uses)
+    schedules = [
+        ", ".join(f"{number_text(start)}:{number_text(factor)}" for start, factor in changes)
+        for changes in (use.schedule or [(0, 1)] for use in uses if has_schedule)
+    ]
+    return {
+        "layer_strength": [f"{name}:{number_text(factor)}" for name, factor in layers],
+        "strength_schedule": schedules[:1] if len({*schedules}) == 1 else schedules,
+    }
 
 
 def name_of(number: int) -> str:

@@ -16,7 +16,7 @@ from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, wr
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
 from dora_diffusion.sampling.generate import SamplingSettings, generate_images, load_adapted
-from dora_diffusion.sampling.stack import AdapterUse, name_of, parse_schedule
+from dora_diffusion.sampling.stack import AdapterUse, name_of, parse_schedule, strength_texts
 
 QUICK = SamplingSettings(steps=3, guidance_scale=4.0, scheduler="euler")
 PROMPT = "a photo of a sks dog"
@@ -206,3 +206,16 @@ def test_what_cannot_be_stacked_is_said(sd1_folder, files):
         load_adapted(sd1_folder, uses_of(files), alpha=4.0)
     with pytest.raises(ValueError, match="the strength at x is 70"):
         AdapterUse(files[0], layers={"x": 70})
+
+
+def test_strengths_as_texts_are_those_that_are_read_again():
+    """As settings: no digit is lost, and a schedule that all share is there once."""
+    layers, schedule = {"unet.*": 0.1 + 0.2, "*": 2.0}, [(0.0, 1 / 3), (0.5, 1.0)]
+    alike = [AdapterUse(name, layers=layers, schedule=schedule) for name in ("dog", "cat")]
+    texts = strength_texts(alike)
+    assert texts["layer_strength"] == ["unet.*:0.30000000000000004", "*:2"]
+    assert [parse_schedule(text) for text in texts["strength_schedule"]] == [schedule]
+    texts = strength_texts([alike[0], AdapterUse("cat")])
+    assert [parse_schedule(text) for text in texts["strength_schedule"]] == [schedule, [(0, 1)]]
+    assert strength_texts([AdapterUse("dog"), AdapterUse("cat")]) == strength_texts([])
+    assert strength_texts([]) == {"layer_strength": [], "strength_schedule": []}

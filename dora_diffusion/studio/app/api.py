@@ -48,7 +48,7 @@ from dora_diffusion.studio.client import (
     RemoteSubject,
 )
 from dora_diffusion.studio.jobs import subjects, tasks
-from dora_diffusion.studio.jobs.image_store import keep_input
+from dora_diffusion.studio.jobs.inputs import keep_input
 from dora_diffusion.studio.jobs.queue import PERSON, delete_job, requeue_job, stop_job
 from dora_diffusion.studio.jobs.records import log_tail
 from dora_diffusion.studio.jobs.snapshot import Job, adapter_of, chosen_adapter

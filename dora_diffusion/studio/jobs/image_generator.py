@@ -22,6 +22,7 @@ from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.numerics.threads import one_thread
 from dora_diffusion.numerics.weights import Strengths
+from dora_diffusion.studio.jobs.inputs import input_path, keep_input
 from dora_diffusion.studio.jobs.queue import holding, is_running
 from dora_diffusion.studio.jobs.store import UserError, Workspace, new_id
 
@@ -270,7 +271,7 @@ class ImageGenerator:
     ) -> RequestedImages:
         """A request as the settings of `generate`, in a folder of its own."""
         from dora_diffusion.cli.requested_images import RequestedImages
-        from dora_diffusion.sampling.images import pixel_hash, save_image
+        from dora_diffusion.sampling.stack import strength_texts
 
         sampling, uses = vars(request.settings), request.adapters
         known = {setting.name: setting for setting in RequestedImages.settings()}
@@ -280,23 +281,14 @@ class ImageGenerator:
             values |= {"detail": detail.model, **{f"detail_{n}": v for n, v in own.items()}}
         for name in ("image", "mask_image"):
             if image := values.get(name):
-                # Where it was kept when it was chosen.
-                path = self.workspace.inputs / f"{pixel_hash(image, image.mode)}.png"
-                values[name] = str(path if path.exists() else save_image(image, path))
+                values[name] = str(input_path(self.workspace, keep_input(self.workspace, image)))
         if len(uses) == 1:
             values |= vars(Strengths.of(uses[0].strengths))
             values["adapter"] = [str(uses[0].path)]
         elif uses:
             values["adapter"] = [f"{use.path}:{use.strengths.strength}" for use in uses]
             values |= {**vars(Strengths.of(uses[0].strengths)), "strength": 1.0}
-        if uses:
-            layers = uses[0].layers.items()
-            values["layer_strength"] = [f"{name}:{factor}" for name, factor in layers]
-        if any(use.schedule for use in uses):
-            schedules = [use.schedule or [(0, 1)] for use in uses]
-            values["strength_schedule"] = [
-                ", ".join(f"{start}:{factor}" for start, factor in each) for each in schedules
-            ]
+        values |= strength_texts(uses)
         base = {n: v for n, v in vars(request.base).items() if n in known and v is not None}
         common = {
             **base, **values, "base": str(request.base.path), "prompt": request.prompt,

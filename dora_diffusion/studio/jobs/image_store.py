@@ -15,16 +15,17 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from PIL.Image import DecompressionBombError
 
-from dora_diffusion.data.images import DECODE_ERRORS, PhotoError, open_photo
+from dora_diffusion.data.images import DECODE_ERRORS
 from dora_diffusion.formats.files.atomic import atomic_file
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage
+from dora_diffusion.studio.jobs.inputs import hashes_of
 from dora_diffusion.studio.jobs.store import UserError, Workspace, confined
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 PAGE = 24
 _RECENT = 60
 _THUMBNAIL_SIDE = 320
-_HASH = re.compile(r"[0-9a-f]{32}")
 _DATE = re.compile(r"(\d{4}(-\d\d(-\d\d)?)?)?")
 
 
@@ -46,7 +46,7 @@ class _Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched for among images.
+    """Conditions of a search among images.
 
     Attributes:
         words: Words that all are in the prompt, the negative prompt or an adapter's name.
@@ -189,13 +189,13 @@ class ImageStore:
             UserError: If there is no such image.
         """
         image = self.read(name)
-        inputs = {*_inputs_of(image.parameters)}
+        inputs = {*hashes_of(image.parameters)}
         image.path.unlink()
         (self.workspace.favourites / image.path.name).unlink(missing_ok=True)
         (self.workspace.thumbnails / f"{image.path.name}.jpg").unlink(missing_ok=True)
         if inputs:
             for entry in self.entries():
-                inputs -= {*_inputs_of(self.text(entry))}
+                inputs -= {*hashes_of(self.text(entry))}
         for unused in inputs:
             (self.workspace.inputs / f"{unused}.png").unlink(missing_ok=True)
 
@@ -225,49 +225,3 @@ def kept_thumbnail(source: Path, path: Path, read: Callable[[Path], Image]) -> P
     with atomic_file(path) as temporary:
         small.save(temporary, format="JPEG", quality=85)
     return path
-
-
-def _inputs_of(text: str) -> Iterator[str]:
-    """The hashes of an image's inputs."""
-    from dora_diffusion.sampling.images import INIT_IMAGE, MASK_IMAGE, parse_parameters
-
-    fields = parse_parameters(text)
-    return (fields[key] for key in (INIT_IMAGE, MASK_IMAGE) if _HASH.fullmatch(fields.get(key, "")))
-
-
-def keep_input(workspace: Workspace, image: Image) -> str:
-    """Keep an image, or a mask ("L"), to paint over: under the name of its pixels, once.
-
-    Returns:
-        Its name, which is the hash that images made of it state (`images.painted_fields`).
-    """
-    from dora_diffusion.sampling.images import pixel_hash, save_image
-
-    name = pixel_hash(image, image.mode)
-    path = workspace.inputs / f"{name}.png"
-    if not path.exists():
-        save_image(image, path)
-    return name
-
-
-def input_path(workspace: Workspace, name: object) -> Path | None:
-    """The file of an image or a mask that was kept; None where it is not here."""
-    path = workspace.inputs / f"{name}.png"
-    return path if _HASH.fullmatch(str(name)) and path.is_file() else None
-
-
-def read_input(workspace: Workspace, name: object) -> Image | None:
-    """An image or a mask that was kept; None without a name.
-
-    Raises:
-        UserError: If it is gone.
-    """
-    if not name:
-        return None
-    path = input_path(workspace, name)
-    if path is None:
-        raise UserError("the image to start from is no longer here; choose it again")
-    try:
-        return open_photo(path)
-    except PhotoError as error:
-        raise UserError(f"the image to start from cannot be read ({error})") from error

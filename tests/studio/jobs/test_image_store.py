@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.sampling.images import INIT_IMAGE, MASK_IMAGE, save_image
-from dora_diffusion.studio.jobs.image_store import PAGE, ImageStore, Search, keep_input, read_input
+from dora_diffusion.studio.jobs.image_store import PAGE, ImageStore, Search
+from dora_diffusion.studio.jobs.inputs import keep_input, read_input
 from dora_diffusion.studio.jobs.store import UserError, Workspace
 
 COUNT = 10_000

@@ -25,7 +25,7 @@ from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import PROMPT_LIMIT, default_guidance
 from dora_diffusion.studio.jobs.bases import path_here
 from dora_diffusion.studio.jobs.image_generator import MAX_BATCH, GenerationRequest
-from dora_diffusion.studio.jobs.image_store import input_path, keep_input, read_input
+from dora_diffusion.studio.jobs.inputs import input_path, keep_input, read_input
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import UserError, clean_text
 from dora_diffusion.studio.jobs.uploads import read_mask
@@ -317,7 +317,7 @@ def _model(context: Context, choice: str) -> tuple[BaseModel, Path | None, str, 
 
 @dataclass(frozen=True)
 class Restored:
-    """What an image's text gives.
+    """Fields and their values that an image's text gives.
 
     Attributes:
         choice: The run, checkpoint or model; None where none here is the image's.

@@ -13,7 +13,7 @@ from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import ui
 from dora_diffusion.studio.app.views.photo import EDITOR
 from dora_diffusion.studio.jobs import uploads
-from dora_diffusion.studio.jobs.image_store import keep_input, read_input
+from dora_diffusion.studio.jobs.inputs import keep_input, read_input
 from dora_diffusion.studio.jobs.store import UserError, confined
 
 _TOOLS = (Path(__file__).parents[1] / "mask.html").read_text(encoding="utf-8")

@@ -27,7 +27,7 @@ from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.views.generate import GenerateTab
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.image_generator import GenerationRequest
-from dora_diffusion.studio.jobs.image_store import keep_input
+from dora_diffusion.studio.jobs.inputs import keep_input
 from dora_diffusion.studio.jobs.store import UserError
 from tests.studio.jobs.helpers import ended_run
 
@@ -228,7 +228,7 @@ def test_no_field_is_ignored(run: SimpleNamespace) -> None:
 
 
 def painted(size: tuple[int, int] = (32, 24)) -> str:
-    """What the page sends of a mask whose left half is painted."""
+    """A mask whose left half is painted, as the page sends it."""
     mask = Image.new("RGBA", size)
     mask.paste("#e35d2b", (0, 0, size[0] // 2, size[1]))
     data = io.BytesIO()
