@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say of a build: the sample subjects, and the package page."""
+"""Parts of a build that pyproject.toml cannot state: the sample subjects, and the package page."""
 
 from __future__ import annotations
 

@@ -386,7 +386,7 @@ def print_steps(args: argparse.Namespace) -> None:
 
 
 def print_tiles(args: argparse.Namespace) -> None:
-    """How far tiles of VAEs are from whole images: of the embedded one, or of SDXL's shape."""
+    """Difference between VAE tiles and whole images: of the embedded VAE, or of SDXL's shape."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)

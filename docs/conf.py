@@ -1,4 +1,4 @@
-"""How the site is built: `make docs`.
+"""Build of the site: `make docs`.
 
 Sphinx with Furo and MyST, because they are maintained, build without a network and fail on every
 warning, and because Sphinx reads docstrings and has a search of its own. Material for MkDocs is in
@@ -90,7 +90,7 @@ def complete(app: Sphinx, document: str, source: list[str]) -> None:
 def open_to_all(
     app: Sphinx, page: str, template: str, context: dict[str, Any], tree: object
 ) -> None:
-    """Let a keyboard scroll wide code and tables, and say how deep a heading of the list is.
+    """Make wide code and tables scroll by keyboard, and say how deep a heading of the list is.
 
     The parameters of a long signature are not a list of definitions, whatever Sphinx makes of them.
     """

@@ -113,7 +113,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """What was skipped, by reason, each with the place where it runs."""
+    """List skipped tests by reason, each with the place where it runs."""
     skipped = terminalreporter.stats.get("skipped", [])
     reasons = [str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped]
     for line in summary(reasons):
@@ -479,7 +479,7 @@ def random_layer(
 
 
 def is_adaptable(name: str, components: Iterable[str]) -> bool:
-    """Whether a weight belongs to a Linear or Conv2d of these components."""
+    """Return whether a weight belongs to a Linear or Conv2d of these components."""
     return name.split(".")[0] in components and "embeddings" not in name
 
 

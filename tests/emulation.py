@@ -112,7 +112,7 @@ class EmulatedGPU:
         """Raise what the device raises for a dtype that it lacks."""
 
     def kernel(self, name: str) -> Any:
-        """What computes an operator that a CPU lacks, or does otherwise; None for the CPU's."""
+        """The kernel of an operator that a CPU lacks, or does otherwise; None for the CPU's."""
         return _gradients_in_float32 if name == "convolution_backward" else None
 
     def stream(self, device: Any = None) -> Any:
@@ -152,7 +152,7 @@ class EmulatedGPU:
         return copy
 
     def finish_copies(self, until: int | None = None) -> None:
-        """Let copies arrive: all of them, or those begun before an event."""
+        """Complete copies: all of them, or those begun before an event."""
         with torch._C.DisableTorchFunction():
             for number, copy, value in self._copies:
                 if until is None or number <= until:
@@ -188,7 +188,7 @@ def _gradients_in_float32(grad: Tensor, x: Tensor, weight: Tensor, *args: Any) -
 
 
 class OneDNN(TorchDispatchMode):
-    """What oneDNN does in bfloat16 on some CPUs: a weight's gradient is NaN in taps of padding."""
+    """Emulate oneDNN in bfloat16 on some CPUs: a weight's gradient is NaN in taps of padding."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -232,7 +232,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 class _Operators(TorchDispatchMode):
-    """What the device is asked to compute."""
+    """Operations that the device is asked to compute."""
 
     def __init__(self, gpu: EmulatedGPU, names: _Names) -> None:
         super().__init__()
@@ -297,14 +297,14 @@ class _Operators(TorchDispatchMode):
 
 
 def _looks_up(base: str, args: Any, gpu: EmulatedGPU) -> bool:
-    """Whether indices are on the host, or have to be counted first."""
+    """Return whether indices are on the host, or have to be counted first."""
     if not base.lstrip("_").startswith("index"):
         return False
     return any(i is not None and (not gpu.holds(i) or i.dtype == torch.bool) for i in args[1])
 
 
 class _Names(TorchFunctionMode):
-    """Where Python names a device."""
+    """Calls in which Python names a device."""
 
     def __init__(self, gpu: EmulatedGPU) -> None:
         super().__init__()
@@ -333,7 +333,7 @@ class _Names(TorchFunctionMode):
         return self._call(func, args, kwargs)
 
     def _about(self, func, tensor):
-        """What a tensor on the device says of itself; None if it is not asked."""
+        """The answer of a tensor on the device about itself; None if that is not asked."""
         gpu = self.gpu
         if func == Tensor.device.__get__:  # a new wrapper at each look
             return gpu.device

@@ -24,7 +24,7 @@ _SUMS = (F.softmax, torch.softmax, Tensor.softmax, torch.sum, Tensor.sum, torch.
 
 
 class _Event:
-    """What was started before it has arrived when `synchronize` returns."""
+    """Event: copies that were started before it have arrived when `synchronize` returns."""
 
     def __init__(self, gpu: NvidiaGPU, **kwargs: Any) -> None:
         self.gpu, self.copies = gpu, 0

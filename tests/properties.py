@@ -1,4 +1,4 @@
-"""How many examples a property test tries, beside the profiles of `conftest.py`."""
+"""Number of examples of a property test, beside the profiles of `conftest.py`."""
 
 from __future__ import annotations
 

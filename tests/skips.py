@@ -1,4 +1,4 @@
-"""Why a test is skipped, and where it does run: the table of docs/contributing/tests.md."""
+"""Reasons of skipped tests, and where they run: the table of docs/contributing/tests.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "contributing" / "tests.md"
 
 
 def places() -> dict[str, str]:
-    """Where each reason's tests run, by the table's reasons, in its order."""
+    """Places where each reason's tests run, by the table's reasons, in its order."""
     section = PAGE.read_text(encoding="utf-8").partition("\n## Skips\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.MULTILINE)
     return {one: place for reasons, place in rows[1:] for one in reasons.split(" / ")}

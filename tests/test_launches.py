@@ -1,4 +1,4 @@
-"""How many operations a step dispatches to a GPU, counted exactly on a device of fake tensors."""
+"""Number of operations a step dispatches to a GPU, exact, on a device of fake tensors."""
 
 from __future__ import annotations
 

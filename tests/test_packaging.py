@@ -26,7 +26,7 @@ def jobs(path: Path) -> dict[str, Any]:
 
 
 def commands(job: dict[str, Any]) -> list[str]:
-    """What a job runs, with every value of its matrix put in."""
+    """Commands of a job, with every value of its matrix put in."""
     matrix = job.get("strategy", {}).get("matrix", {})
     values = [row for key, rows in matrix.items() if key == "include" for row in rows]
     values += [{key: value} for key, rows in matrix.items() if key != "include" for value in rows]

@@ -23,7 +23,7 @@ KEYWORDS = ("start_new_session", "preexec_fn", "process_group", "pass_fds")
 
 
 def posix_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """What a module uses that Windows has not, with its line."""
+    """Names that a module uses and Windows lacks, with their lines."""
     for node in ast.walk(tree):
         match node:
             case ast.Import(names):

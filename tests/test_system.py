@@ -1,4 +1,4 @@
-"""Where operating systems differ: files that are in use, detached processes, memory."""
+"""Differences of operating systems: files that are in use, detached processes, memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def in_use(number: int = 32) -> PermissionError:
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What would be waited."""
+    """Seconds that would be waited."""
     slept: list[float] = []
     monkeypatch.setattr(system.time, "sleep", slept.append)
     return slept

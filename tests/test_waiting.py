@@ -1,4 +1,4 @@
-"""How tests wait: for events, with an end for what hangs, never by a machine's speed."""
+"""Tests wait for events, with an end for what hangs, never by a machine's speed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_what_can_no_longer_come_is_not_waited_for(pauses: list[float]) -> None:
 LIMITED = {
     "acquire", "communicate", "join", "set_default_timeout", "sleep", "wait", "wait_for_timeout",
 }  # fmt: skip
-"""What takes a time as its first argument."""
+"""Names of functions that take a time as their first argument."""
 
 
 def limits_of(source: str) -> Iterator[tuple[int, str]]:

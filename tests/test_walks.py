@@ -1,4 +1,4 @@
-"""How many modules and functions a walk through the package enters, and that it stays short."""
+"""Number of modules and functions that a walk through the package enters; it stays short."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def modules_entered(walk: Callable[[], Any]) -> tuple[set[str], set[str]]:
 
 
 def walk_of(*words: str | Path) -> tuple[set[str], set[str]]:
-    """That of a command, from its words on."""
+    """The walk of a command, from its words on."""
     return modules_entered(lambda: cli.main([str(word) for word in words]))
 
 

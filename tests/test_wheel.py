@@ -1,4 +1,4 @@
-"""What people install: the source distribution, and from it the wheel, used in an empty folder."""
+"""Installation: the source distribution, and from it the wheel, used in an empty folder."""
 
 from __future__ import annotations
 

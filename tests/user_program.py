@@ -1,4 +1,4 @@
-"""What a user writes; `test_public_api` has mypy check it strictly."""
+"""A user's program; `test_public_api` has mypy check it strictly."""
 
 from pathlib import Path
 

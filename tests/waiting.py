@@ -13,12 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 WAIT_SECONDS = float(os.environ.get("WAIT", 900))
-"""When something that does not move is given up; WAIT=60 for who looks at a test that hangs."""
+"""Seconds after which a wait is given up; WAIT=60 for who looks at a test that hangs."""
 PAUSE_SECONDS = 0.1
 
 
 STAY = f"import time; print('ready', flush=True); time.sleep({WAIT_SECONDS})"
-"""What a process does that must be there until a test ends it."""
+"""Code of a process that must be there until a test ends it."""
 
 
 def wait_until(

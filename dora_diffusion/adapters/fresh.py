@@ -100,7 +100,7 @@ def _rank_and_alpha(path: str, module: nn.Module, config: AdapterConfig) -> tupl
 
 
 def _own_alpha(path: str, module: nn.Module, config: AdapterConfig) -> float | None:
-    """That of ``alpha_pattern``."""
+    """The alpha of a layer in ``alpha_pattern``; None where no pattern names it."""
     return config.alpha_pattern.get(first_naming(config.alpha_pattern, path, module))
 
 

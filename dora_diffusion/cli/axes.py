@@ -47,7 +47,7 @@ _SKIP, _RANGE, _MOST = "SKIP:", "..", 10_000
 
 @dataclass(frozen=True)
 class Change:
-    """What a value of an axis does to the settings.
+    """A change that a value of an axis makes to the settings.
 
     Attributes:
         label: The value, as it is shown.

@@ -284,7 +284,7 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
 
     @property
     def reading(self) -> dict[str, int | None]:
-        """How prompts are read, where that is given."""
+        """Clip skip and token length by which prompts are read, where they are given."""
         return {"clip_skip": self.clip_skip, "max_token_length": self.max_token_length}
 
     def load_repeated(

@@ -137,7 +137,7 @@ def weighted_chunks(
 
 
 def _ends(commas: Sequence[bool]) -> list[int]:
-    """Where each chunk of tokens ends, of which these are commas; one at least."""
+    """The end of each chunk of tokens, of which these are commas; one at least."""
     ends: list[int] = []
     while len(commas) - (start := ends[-1] if ends else 0) > TOKENS_PER_CHUNK:
         end = start + TOKENS_PER_CHUNK

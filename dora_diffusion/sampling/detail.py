@@ -23,7 +23,7 @@ _LEAST_PADDING = 4 * FEATHER  # The blur ends within, so that a crop has no edge
 
 @dataclass(frozen=True)
 class Detail:
-    """What is painted again in more detail, and how.
+    """Settings of the detail pass: the model that finds the region, and how it is painted over.
 
     Attributes:
         mask: Finds it: an RGB image -> "L" of its size, bright where it is (`open_masker`).

@@ -137,7 +137,7 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True)
 class EffectMeasured(Event):
-    """How far what was written moves the model."""
+    """Distance by which the written adapter moves the model."""
 
     effect: Effect
 

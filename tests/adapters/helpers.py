@@ -1,4 +1,4 @@
-"""What the tests of adapters share."""
+"""Helpers of the tests of adapters."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def kept_by(
 
 
 def prepared(model: nn.Module) -> Iterator[torch.Tensor]:
-    """What an open scope's plan has made for a model that computes in its weights' dtype."""
+    """Factors that an open scope's plan has made for a model computing in its weights' dtype."""
     for _, layer in adapted_layers(model):
         for scales in (layer._scales_cache or {}).values():
             factors = scales.factors(layer.weight.dtype)

@@ -19,7 +19,7 @@ SECOND = torch.tensor([False, False, False, True, False])
 
 
 class Event:
-    """What CUDA's events do: a copy may be read after it."""
+    """Stand-in for CUDA's events: a copy may be read after it."""
 
     waited = 0
 

@@ -1,4 +1,4 @@
-"""What layers keep for the backward pass, and norms that are never from old parameters."""
+"""Tensors that layers keep for the backward pass, and norms that are never from old parameters."""
 
 from __future__ import annotations
 
@@ -340,7 +340,7 @@ def unet_keeps(adapt) -> int:
 
 
 def test_a_unet_keeps_the_outputs_of_its_layers_beyond_what_it_keeps_with_peft_lora():
-    """Where nothing else keeps them; measured at full size by benchmarks/live_bytes.py."""
+    """Measured where nothing else keeps them; at full size by benchmarks/live_bytes.py."""
     from peft import LoraConfig, inject_adapter_in_model
 
     def ours(model: nn.Module) -> None:

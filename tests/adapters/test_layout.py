@@ -25,7 +25,7 @@ def test_what_is_joined_comes_apart_again(count):
 
 
 def test_an_empty_tensor_keeps_its_shape_with_torch_2_6(monkeypatch):
-    """Which gives it the shape (0,)."""
+    """Sharding gives it the shape (0,)."""
     plain = layout._unflatten_dense_tensors
 
     def old(flat, tensors):

@@ -233,7 +233,7 @@ def test_what_cannot_be_is_refused():
 
 
 def test_layers_that_are_batched_are_not_computed_adapter_by_adapter(monkeypatch):
-    """What the others are computed by is a second way to the same numbers."""
+    """The path of the other rows is a second way to the same numbers."""
     model = adapted(kinds=("[toc]*",) * 4)
     ids, images = inputs(6)
     by_itself = []

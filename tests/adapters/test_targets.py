@@ -1,4 +1,4 @@
-"""Which layers the presets and patterns name."""
+"""Layers that the presets and patterns name."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class App:
                 assert job.state not in BAD_STATES, f"{job.title} has {job.state}: {job.cause}"
 
     def _moved(self) -> object:
-        """What changes while a job goes on."""
+        """State that changes while a job runs."""
         return [(job.id, job.state, job.step, job.progress.phase) for job in self.jobs()]
 
 
@@ -312,7 +312,7 @@ def app_class() -> type[App]:
 
 @pytest.fixture(scope="module")
 def app_environment() -> dict[str, str]:
-    """What a module adds to the environment of its app."""
+    """Variables that a module adds to the environment of its app."""
     return {}
 
 

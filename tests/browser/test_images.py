@@ -104,7 +104,7 @@ def test_images_are_made_of_several_adapters_and_of_one_another(
 
 
 def serious(page: Visit) -> list[str]:
-    """What axe-core finds on the page, in both schemes, that keeps people from using it."""
+    """Serious violations that axe-core finds on the page, in both schemes."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     found = []
     for scheme in ("dark", "light"):

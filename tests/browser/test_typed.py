@@ -135,7 +135,7 @@ class Form:
         return dict(zip(self.fields, self.page.page.evaluate(SHOWN, [fields]), strict=True))
 
     def settled(self) -> dict[str, str | None]:
-        """What is shown once no answer changes it any more."""
+        """The page's text once no answer changes it any more."""
         seen: list[Any] = []
 
         def look() -> bool:

@@ -1,4 +1,4 @@
-"""What ends a wait for the app: a run that has failed, an app that has ended; no run that moves."""
+"""Ends of a wait for the app: a run that has failed, an app that has ended; no run that moves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows from settings: defaults, no effect, usual rates, what a resumed run may change."""
+"""Values that follow from settings: defaults, no effect, usual rates, changes of a resumed run."""
 
 from __future__ import annotations
 

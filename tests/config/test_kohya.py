@@ -333,7 +333,7 @@ def theirs(text: str, prefix: str, suffix: str, draws: bool) -> set[str]:
 
 
 def tokens(caption: str) -> str:
-    """What a tokenizer sees: words and punctuation."""
+    """Tokens of a caption: words and punctuation."""
     return " ".join(re.findall(r"\w+|[^\w\s]", caption))
 
 

@@ -1,4 +1,4 @@
-"""What `TrainConfig` refuses, and what every field says of itself."""
+"""Values that `TrainConfig` refuses, and the help of every field."""
 
 from __future__ import annotations
 

@@ -81,3 +81,17 @@ def test_documents_and_code_speak_the_words_of_the_field() -> None:
         for words, instead in DIALECT.items():
             match = re.search(rf"(?i)\b{words}", text)
             assert not match, f"{path}: {match[0]!r}: say {instead}"
+
+
+# What begins a clause, and neither a verb nor a noun phrase.
+CLAUSE = r"How|Let|See that|That|What|Whether|When|Where|Which|Who|Why"
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun_phrase() -> None:
+    """Those of modules, classes, functions and values, of the package and all beside it."""
+    folders = ("benchmarks", "docs", "dora_diffusion", "notebooks", "samples", "tests", "tools")
+    paths = [*ROOT.glob("*.py"), *(p for name in folders for p in ROOT.glob(f"{name}/**/*.py"))]
+    assert len(paths) > 600
+    for path in paths:
+        found = re.findall(rf'(?m)^ *"""((?:{CLAUSE})\b.*)', path.read_text(encoding="utf-8"))
+        assert not found, f"{path}: {found}"

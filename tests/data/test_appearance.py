@@ -1,4 +1,4 @@
-"""What photos look like, against a plain computation in numpy."""
+"""Statistics of photos' appearance, against a plain computation in numpy."""
 
 from __future__ import annotations
 

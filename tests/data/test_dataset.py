@@ -252,7 +252,7 @@ def test_jpeg_photos_make_batches(samples_root: Path) -> None:
 
 
 def test_contents_are_names_digests_captions_and_masks_in_order(photos: Path) -> None:
-    """What a checkpoint compares when it is resumed."""
+    """Facts of a data set that a checkpoint compares when it is resumed."""
     Image.new("L", (60, 40), 255).save(photos / "01.mask.png")
     (photos / "01.txt").write_text("a sks cat", encoding="utf-8")
     draws = SampleTransform(32)

@@ -34,7 +34,7 @@ WATCHED: list[list[Path]] = []
 
 @functools.cache  # A hook cannot be taken out again.
 def watch_files() -> None:
-    """Let Python itself tell of each file that is opened, by whatever library."""
+    """List each file that is opened, by whatever library, as Python itself tells."""
 
     def hook(event: str, arguments: tuple) -> None:
         if WATCHED and event == "open" and isinstance(arguments[0], (str, Path)):

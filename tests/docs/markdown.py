@@ -55,7 +55,7 @@ class Page:
 
     @cached_property
     def shown(self) -> str:
-        """What a reader of the site sees: with what is generated and included."""
+        """The page as a reader of the site sees it: with what is generated and included."""
         include = re.compile(r"^```\{include\} (\S+)\n(?:.*\n)*?```$", re.MULTILINE)
         text = site.expanded(self.source)
         return include.sub(
@@ -96,7 +96,7 @@ class Page:
 
     @cached_property
     def image_texts(self) -> list[str]:
-        """What is said in place of each of its images."""
+        """The alternative text of each of its images."""
         texts = [match["text"] for match in _LINK.finditer(self.prose) if match["image"]]
         tags = re.findall(r"<img [^>]*>", self.prose)
         return texts + [(re.findall(r'alt="([^"]*)"', tag) or [""])[0] for tag in tags]

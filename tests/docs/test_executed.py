@@ -1,4 +1,4 @@
-"""What README and the pages of the site show is run: every ``bash`` and ``python`` block.
+"""Run each ``bash`` and ``python`` block that README and the pages of the site show.
 
 The blocks of a page run in their order, in one shell and one folder that has nothing but a copy of
 ``samples``. A ``text`` block right below one is what it prints, errors too; ``...`` stands for
@@ -27,7 +27,7 @@ from tests.docs.markdown import PAGES, ROOT, Block, Page
 from tests.waiting import WAIT_SECONDS
 
 SECONDS = 2 * WAIT_SECONDS
-"""When a page that has stopped moving is ended."""
+"""Seconds after which a page that has stopped moving is ended."""
 MARK = "\x1e"
 # Of the others, `make test` checks what they name.
 QUICK = {"docs/reference/exit-codes.md"}
@@ -64,7 +64,7 @@ def examples_of(page: Page) -> list[Example]:
 
 
 def matches(expected: str, printed: str) -> bool:
-    """Whether a text is what is shown, where ``...`` stands for anything."""
+    """Return whether a text is what is shown, where ``...`` stands for anything."""
     lines = [re.sub(r".*\r", "", line).rstrip() for line in printed.strip().split("\n")]
     wanted = [line.rstrip() for line in expected.strip().splitlines()]
     parts = map(re.escape, "\n".join(wanted).split("..."))
@@ -97,7 +97,7 @@ def script_of(examples: list[Example], folder: Path) -> str:
 
 
 def outputs_of(examples: list[Example], folder: Path) -> tuple[list[str], int]:
-    """What each block printed, up to one that failed, and the script's exit code."""
+    """The output of each block, up to one that failed, and the script's exit code."""
     shutil.copytree(ROOT / "samples", folder / "samples")
     script, log = folder.parent / "script", folder.parent / "log"
     script.write_text(script_of(examples, folder), encoding="utf-8")

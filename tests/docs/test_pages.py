@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING and the pages of the site name is there; read from the Markdown."""
+"""Names in README, CONTRIBUTING and the pages of the site are there; read from the Markdown."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ANY_LENGTH = ("docs/reference/", "docs/measurements/", "README.md", "CONTRIBUTIN
 
 
 def own_command(words: list[str]) -> list[str] | None:
-    """What our own parser is given by a command; None for other programs."""
+    """Arguments that a command gives our own parser; None for other programs."""
     words = list(itertools.dropwhile(lambda word: re.match(r"\w+=", word), words))
     scripts = {"train_dreambooth_dora.py": "train", "app.py": "app"}
     if "dora_diffusion" in words[:9] and "-m" in words:
@@ -144,7 +144,7 @@ STATED = [
     ),
     re.compile(r"^\| `--(?P<name>[a-z_]+)` \| (?P<value>[\d.e+-]+)(?=[^|]*\|.*{default})", re.M),
 ]
-"""How pages state a default; the last is a row of a table whose second column is `default`."""
+"""Patterns by which pages state a default; the last is a row of a table with a `default` column."""
 
 
 def stated_defaults(page: Page) -> list[dict[str, str | None]]:

@@ -1,4 +1,4 @@
-"""What stands in place of a network that knows photographs."""
+"""Stand-ins for networks that know photographs."""
 
 from __future__ import annotations
 

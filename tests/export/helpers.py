@@ -1,4 +1,4 @@
-"""What the tests of export share."""
+"""Helpers of the tests of export."""
 
 from __future__ import annotations
 

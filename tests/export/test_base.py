@@ -1,4 +1,4 @@
-"""Which models are opened as a base."""
+"""Models that are opened as a base."""
 
 from __future__ import annotations
 

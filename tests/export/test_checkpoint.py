@@ -69,7 +69,7 @@ def test_a_single_file_base_merges_as_the_folder_does(
 def test_without_an_adapter_a_model_changes_its_layout_alone(
     tmp_path: Path, sd1_folder: Path
 ) -> None:
-    """What a whole training left: folder, file and folder again, with what it says of itself."""
+    """Results of a whole training: folder, file and folder again, with their metadata."""
     facts = AdapterMetadata("sd1", trigger="sks dog", extra={"training_steps": "7"})
     trained = {"unet.conv_in.bias": lambda: torch.ones(32)}
     folder = export_trained(BaseModel(sd1_folder), trained, tmp_path / "run" / "model", facts)

@@ -223,7 +223,7 @@ def test_trained_tokens_of_all_adapters_are_kept(
 def test_a_token_with_two_meanings_is_refused(
     tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
 ) -> None:
-    """What the message says to do helps."""
+    """The advice of the message helps."""
     pairs = [
         (with_token(tmp_path / name, sd1_folder, random_adapter, "<s1>", vectors), 1.0)
         for name, vectors in (("a.safetensors", torch.zeros(32)), ("b.safetensors", torch.ones(32)))

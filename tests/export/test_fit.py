@@ -1,4 +1,4 @@
-"""How layers are fitted: settings, ranks, and the sum of errors."""
+"""Fit of layers: settings, ranks, and the sum of errors."""
 
 from __future__ import annotations
 

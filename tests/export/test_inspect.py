@@ -1,4 +1,4 @@
-"""What is reported of an adapter, as a table and as JSON."""
+"""The report on an adapter, as a table and as JSON."""
 
 from __future__ import annotations
 

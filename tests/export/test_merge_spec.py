@@ -1,4 +1,4 @@
-"""What is merged how strongly, and its record."""
+"""Adapters and strengths of a merge, and its record."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ MakeAdapter = Callable[..., dict[str, LayerWeights]]
 
 
 def codes_of(kind: str, key: str, weight: Tensor) -> dict[str, Tensor]:
-    """How programs store a quantised weight."""
+    """A quantised weight as programs store it."""
     name, codes = key.removesuffix(".weight"), weight.to(torch.int8)
     if kind == "bitsandbytes nf4":
         halves = torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""What a merged model says of itself."""
+"""Metadata of a merged model."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_prediction_type_of_a_single_file_is_kept(
 def test_a_merged_model_reads_prompts_as_its_adapters_do(
     tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
 ) -> None:
-    """Where they agree; one that is merged into it later changes nothing of that."""
+    """Kept where they agree; one that is merged into it later changes nothing of that."""
     layers, paths = random_adapter(sd1_folder, every=20), {}
     for name, extra in {"skips": {"clip_skip": "1", "max_token_length": "0"}, "plain": {}}.items():
         facts = AdapterMetadata("sd1", extra=extra)

@@ -1,4 +1,4 @@
-"""What runs on emulated GPUs are made of, and compared with."""
+"""Parts of runs on emulated GPUs, and what they are compared with."""
 
 from __future__ import annotations
 

@@ -255,7 +255,7 @@ def test_fp16_says_nothing_about_the_order_of_its_steps(run, sd1_folder, recwarn
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """What bitsandbytes' does where it matters here.
+    """Stand-in for bitsandbytes', where it matters here.
 
     It takes parameters on CUDA only; moments of large ones are whole numbers with a scale for each
     block, those of others float32.

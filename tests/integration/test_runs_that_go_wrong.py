@@ -1,4 +1,4 @@
-"""What goes wrong for users: photos, names, memory and signals, as the command line tells it.
+"""Users' errors: photos, names, memory and signals, as the command line tells them.
 
 Each failure is exit code and one line; each warning is a line, and the run continues.
 """

@@ -157,7 +157,7 @@ def single_file_pipeline(file: Path, config: Path, family: str) -> Any:
 
 
 def test_the_adapter_has_moved_everywhere(run: Run) -> None:
-    """What follows proves nothing with an adapter that does nothing."""
+    """The other tests prove nothing with an adapter that does nothing."""
     layers = read_adapter(run.adapter).layers
     parts = {name.split(".")[0] for name in layers}
     encoders = {"text_encoder"} | ({"text_encoder_2"} if run.family == "sdxl" else set())
@@ -255,7 +255,7 @@ def test_an_sdxl_that_encodes_the_empty_prompt_is_sampled_as_diffusers_does(
 
 
 def test_the_run_leaves_no_local_path_behind(run: Run, samples_root: Path) -> None:
-    """What is shared (the adapter and its card) does not name this computer's folders."""
+    """Shared files (the adapter and its card) do not name this computer's folders."""
     for private in (str(run.output.parent), str(run.base), str(samples_root)):
         assert private.encode() not in run.adapter.read_bytes()
         assert private not in (run.output / "README.md").read_text(encoding="utf-8")

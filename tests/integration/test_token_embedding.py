@@ -62,7 +62,7 @@ def dense(folder: Path, adapter: Path, name: str) -> tuple[Tensor, Tensor]:
 
 
 def loaded(folder: Path, adapter: Path, component: str) -> Tensor:
-    """What Diffusers makes of the table."""
+    """Diffusers' embedding of the table."""
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)

@@ -1,4 +1,4 @@
-"""Which attention computes: torch's own, which picks flash or memory-efficient kernels on a GPU."""
+"""Attention is torch's own, which picks flash or memory-efficient kernels on a GPU."""
 
 from __future__ import annotations
 

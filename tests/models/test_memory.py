@@ -1,4 +1,4 @@
-"""What training takes of memory: the measured rows, what follows from them, and what fits."""
+"""Memory estimate of training: the measured rows, what follows from them, and what fits."""
 
 from __future__ import annotations
 
@@ -325,7 +325,7 @@ CHANGES: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("start", [HALF, HALF | {"mixed_precision": "no"}], ids=["half", "single"])
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_nothing_is_proposed_that_is_not_needed(family: str, start: object, free: float) -> None:
-    """What is proposed for a batch of four with a prior fits, and without any part of it not."""
+    """The proposal for a batch of four with a prior fits, and without any part of it does not."""
 
     def fits(changes: list[str]) -> bool:
         size, settings = 1024, dict(start)

@@ -36,7 +36,7 @@ def images() -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def processed(clip_folder: Path, images: list[Image.Image]) -> torch.Tensor:
-    """What transformers' own image processor makes of them."""
+    """The output of transformers' own image processor."""
     pytest.importorskip("torchvision")
     from transformers import AutoImageProcessor
 

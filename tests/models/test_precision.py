@@ -1,4 +1,4 @@
-"""What `auto` means on each device."""
+"""Meaning of `auto` on each device."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_emulated_bfloat16_is_none(monkeypatch):
 
 
 def test_memory_and_models_state_one_rule(monkeypatch):
-    """What `auto` means on a device is decided in one place."""
+    """The meaning of `auto` on a device is decided in one place."""
     monkeypatch.setattr(precision, "auto_precision", lambda device: "fp16")
     assert precision.auto_dtype("cpu") == torch.float16
 

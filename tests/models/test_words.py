@@ -91,7 +91,7 @@ def ids_of_parts(tokenizer: Any, text: str) -> list[int]:
 
 
 def ids_read(components: Components, prompt: str, read: Callable[[], object]) -> list[list[int]]:
-    """What each text encoder is given of the first prompt, without start, end and padding."""
+    """Tokens of the first prompt for each text encoder, without start, end and padding."""
     seen: list[Tensor] = []
     hooks = [
         encoder.get_input_embeddings().register_forward_pre_hook(

@@ -1,4 +1,4 @@
-"""Which device is used and what it can do; and that no other module asks torch."""
+"""Choice and abilities of the device; and that no other module asks torch."""
 
 from __future__ import annotations
 

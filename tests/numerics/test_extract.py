@@ -53,7 +53,7 @@ def distance(weight: Tensor, tuned: Tensor, layer: LayerWeights) -> float:
 
 
 def least_distance(weight: Tensor, tuned: Tensor, rank: int, axis: NormAxis) -> float:
-    """That of the best ``D W + E``, by 400 turns of the two closed forms in NumPy's float64."""
+    """Error of the best ``D W + E``, by 400 turns of the two closed forms in NumPy's float64."""
     base, wanted = array(weight), array(tuned)
     others = tuple(d for d in range(base.ndim) if d != (axis == "input"))
     scale = np.ones([1 if d in others else n for d, n in enumerate(base.shape)])

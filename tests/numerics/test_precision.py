@@ -1,4 +1,4 @@
-"""What torch is set to round, by either of its ways to set it; and what rounding must not lose."""
+"""Precision that torch is set to, by either of its ways; and what rounding must not lose."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ if HAS_NEW:
 
 @pytest.mark.parametrize("name", [*OLDER, *NEWER])
 def test_what_is_set_is_read_whichever_way_it_was_set(name: str) -> None:
-    """Where the newer way was used, the older one raises."""
+    """The older way raises where the newer one was used."""
     apply, expected = (OLDER | NEWER)[name]
     apply()
     assert tuple(rounds_float32(device) for device in DEVICES) == expected
@@ -220,7 +220,7 @@ def tensor_float(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def share(found: Tensor, wanted: Tensor) -> float:
-    """How much of a wanted change is there: noise averages out, a lost update does not."""
+    """Share of a wanted change that is there: noise averages out, a lost update does not."""
     return ((found * wanted).sum() / wanted.square().sum()).item()
 
 

@@ -222,7 +222,7 @@ def test_adapters_are_not_merged_into_codes() -> None:
 def test_an_adapter_of_the_codes_is_one_of_the_dense_weight(
     kind: Any, most: float, otherwise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How much of an update by 5% is another one there; by far more if rows lost their norms."""
+    """Relative error of an update by 5%; far more if rows lost their norms."""
     matrix = weight((512, 640)).double()
     change = weight((512, 8), seed=1).double() @ weight((8, 640), seed=2).double()
     change *= 0.05 * matrix.norm() / change.norm()

@@ -94,7 +94,7 @@ def install() -> None:
 
 
 def is_installed() -> bool:
-    """Whether this process emulates Windows."""
+    """Return whether this process emulates Windows."""
     return "sitecustomize" in sys.modules and hasattr(sys.modules["sitecustomize"], "windows")
 
 
@@ -102,7 +102,7 @@ def is_installed() -> bool:
 
 
 def _is_ours(frame: FrameType | None) -> bool:
-    """Whether code is this project's, or a program that a test gives to ``python -c``."""
+    """Return whether code is this project's, or a program that a test gives to ``python -c``."""
     if frame is None:
         return False
     name = str(frame.f_globals.get("__name__"))
@@ -117,7 +117,7 @@ def _is_ours(frame: FrameType | None) -> bool:
 
 
 def _asked_by_us(*between: str) -> bool:
-    """Whether this project called, through whatever libraries do others' work."""
+    """Return whether this project called, through whatever libraries do others' work."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and _top(frame) in _BETWEEN | {*between}:
         frame = frame.f_back
@@ -268,7 +268,7 @@ def _check_name(path: str) -> None:
 
 
 def is_name(name: str) -> bool:
-    """Whether Windows lets a file be called so."""
+    """Return whether Windows lets a file be called so."""
     return bool(name) and not _FORBIDDEN.search(name) and not _DEVICE.fullmatch(name)
 
 

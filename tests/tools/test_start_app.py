@@ -19,7 +19,7 @@ PROJECT = 'dependencies = [\n    "torch>=2.4",\n    "torchvision",\n]\n'
 
 
 class Machine:
-    """What a machine does with the programs that are started on it.
+    """Stand-ins for the programs that are started on a machine.
 
     Attributes:
         ran: The programs that were run, as their words.

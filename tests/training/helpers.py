@@ -1,4 +1,4 @@
-"""What several tests of training share: settings, and readers of what a run leaves."""
+"""Helpers of several tests of training: settings, and readers of what a run leaves."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def losses_by(objective: Objective, inputs: StepInputs) -> tuple[torch.Tensor, t
 
 
 def accelerator_of_fp16(config: TrainConfig, scale: float = 2.0**10) -> Any:
-    """What Accelerate sets up on a GPU for fp16, on this CPU: autocast and a gradient scaler."""
+    """Set up fp16 as Accelerate does on a GPU, on this CPU: autocast and a gradient scaler."""
     accelerator = make_accelerator(replace(config, mixed_precision="no"))
     accelerator.state._mixed_precision = "fp16"
     accelerator.native_amp = True
@@ -172,7 +172,7 @@ def no_room(monkeypatch, free: int, real=shutil.disk_usage) -> None:
 
 
 def find(sheet: Image.Image, image: Image.Image, within: int = 0) -> list[tuple[int, int]]:
-    """Where an image lies in a sheet, to so many of 255: (left, top) of each place."""
+    """Places of an image in a sheet, to so many of 255: (left, top) of each."""
     whole, part = (np.asarray(each.convert("RGB"), np.int16) for each in (sheet, image))
     height, width = part.shape[:2]
     return [

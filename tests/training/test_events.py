@@ -1,4 +1,4 @@
-"""What a run tells: kinds, order and numbers."""
+"""Events of a run: kinds, order and numbers."""
 
 from __future__ import annotations
 

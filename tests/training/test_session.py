@@ -1,4 +1,4 @@
-"""What a session opens, and what it offloads."""
+"""Models that a session opens, and those that it offloads."""
 
 from __future__ import annotations
 

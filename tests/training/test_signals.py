@@ -158,7 +158,7 @@ def test_a_signal_ends_sampling_and_the_run_is_saved(tiny_run, tmp_path):
                                      (signal.SIGTERM, signal.SIGINT)])  # fmt: skip
 @pytest.mark.parametrize("second", ["in the step", "in the checkpoint"])
 def test_two_signals_lose_no_step(second, numbers, tiny_run, tmp_path, monkeypatch):
-    """Whether the second one comes before saving or within it."""
+    """The second one comes before saving, or within it."""
     save = CheckpointSaver.save
 
     def interrupted_save(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""How far a photo's walk through a run is: the modules that it enters, the functions it calls."""
+"""Length of a photo's walk through a run: the modules it enters, the functions it calls."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def _measured(session: Any, sizes: list[dict[str, int]]) -> Any:
 
 
 def layers() -> dict[str, Any]:
-    """How far gradients through sharded layers are from those through whole ones, and their parts.
+    """Error of gradients through sharded layers against whole ones, and their parts.
 
     Three and five outputs over two processes; an activation in place, after which a layer's output
     is no good for the gradient of m.

@@ -63,7 +63,7 @@ FORMS: Mapping[str, tuple[type[CommandSettings], AsJob]] = {
     for name, job in {command: kind.job, **kind.more_jobs}.items()
     if job and job.heading
 }
-"""What has a form in the Library, by name."""
+"""Kinds of jobs that have a form in the Library, by name."""
 IMPORT = "import"
 """Kind of an adapter that was made elsewhere: a run that has ended."""
 # The commands that a job may run, and what the page says of one that runs.

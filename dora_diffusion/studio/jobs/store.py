@@ -39,7 +39,7 @@ class UserError(ValueError):
 
 
 class MissingError(UserError):
-    """What was asked for is not there, or no longer."""
+    """Error for a run, subject or file that is not there, or no longer."""
 
 
 class BusyError(UserError):

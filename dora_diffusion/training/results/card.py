@@ -127,7 +127,7 @@ def _method(config: TrainConfig) -> tuple[str, str]:
 def _use(
     config: TrainConfig, family: Family, base: str, written: Path, prompt: str, call: str
 ) -> str:
-    """How to use a result on the command line, and in Diffusers, where it is called so."""
+    """Use of a result on the command line, and in Diffusers, where it is called so."""
     loaded = {name: str(v) for name in ("variant", "revision") if (v := getattr(config, name))}
     model = shlex.quote(base) + "".join(f" --{n} {shlex.quote(v)}" for n, v in loaded.items())
     options = [_literal(base), *(f"{name}={_literal(value)}" for name, value in loaded.items())]

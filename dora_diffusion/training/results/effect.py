@@ -1,4 +1,4 @@
-"""How far a run has moved its model: predictions at fixed inputs, before the first step and after.
+"""Distance that a run has moved its model: predictions at fixed inputs, before and after.
 
 The inputs are noise at three timesteps, 128 pixels wide or less, and three captions of the run.
 Whatever the run's precision, they are computed in float32: in half precision, rounding alone moves
@@ -39,7 +39,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Effect:
-    """How far training moved a model at fixed inputs, as ``|after - before| / |before|``.
+    """Change of a model's predictions at fixed inputs, as ``|after - before| / |before|``.
 
     Attributes:
         prediction: The UNet's predictions, by all that was trained.

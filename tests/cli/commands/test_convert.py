@@ -83,7 +83,7 @@ def test_an_approximation_says_its_error(trained, sd1_folder, tmp_path, capsys, 
 def test_a_plain_lora_is_not_described_as_a_dora(
     lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """How exact a file is, the verdicts say, which know what it holds."""
+    """The verdicts say how exact a file is: they know what it holds."""
     output = tmp_path / "k.safetensors"
     assert main(["convert", str(lora), str(output), "--to", "kohya", "--family", "sd1"]) == 0
     first, *others = capsys.readouterr().out.splitlines()

@@ -16,7 +16,7 @@ ADAPTER = "pytorch_lora_weights.safetensors"
 
 @pytest.fixture
 def pushed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What was given to the hub."""
+    """Files and names that were given to the hub."""
     calls: list[tuple[Any, ...]] = []
 
     def push(folder: Path, repository: str, **options: Any) -> str:

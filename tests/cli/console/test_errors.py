@@ -1,4 +1,4 @@
-"""How errors end a command: exit codes, and one plain line."""
+"""Errors that end a command: exit codes, and one plain line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a terminal shows: every line of ours on a line of its own, never on a progress bar's."""
+"""Lines on a terminal: each of ours on a line of its own, never on a progress bar's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a cluster is open to other users of the machine: a token, a folder, ports."""
+"""Access of other users of the machine to a cluster: a token, a folder, ports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no modes of
 
 @pytest.fixture
 def started(monkeypatch, tmp_path):
-    """What Ray is started with, instead of Ray; a home folder without a token."""
+    """Arguments that Ray is started with, instead of Ray; a home folder without a token."""
     ray = pytest.importorskip("ray")
     from ray._private import ray_constants, services
 

@@ -1,4 +1,4 @@
-"""What a worker fetches of a subject from a URL: its own files, and nothing beside its folder."""
+"""Files that a worker fetches from a URL: the subject's own, and nothing beside its folder."""
 
 from __future__ import annotations
 

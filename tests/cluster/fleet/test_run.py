@@ -426,7 +426,7 @@ def test_an_address_that_does_not_answer_is_said():
 
 @pytest.mark.parametrize("mode", [None, "token"])
 def test_a_cluster_that_refuses_may_want_a_token(monkeypatch, mode):
-    """Which Ray does not show to a cluster of a name unless it is told to."""
+    """Ray does not show it to a cluster of a name unless it is told to."""
     ray = pytest.importorskip("ray")
 
     def refuse(**options):

@@ -35,7 +35,7 @@ def ray_with(free: dict[str, float]) -> SimpleNamespace:
 def test_a_cluster_without_room_is_said_once(
     monkeypatch: pytest.MonkeyPatch, free: dict[str, float], expected: list[str]
 ) -> None:
-    """What is short, and how much of it is free; nothing where the first worker has room."""
+    """Name the resource that is short, and what of it is free; nothing where there is room."""
     monkeypatch.setattr(cluster, "ray_library", lambda: ray_with(free))
     monkeypatch.setattr(cluster, "connect", lambda address: lambda: None)
     with (

@@ -1,4 +1,4 @@
-"""Which requests are answered together, when, and what leaves the queue."""
+"""Requests that are answered together, when, and what leaves the queue."""
 
 from __future__ import annotations
 

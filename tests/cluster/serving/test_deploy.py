@@ -1,4 +1,4 @@
-"""What is refused before Ray starts; and Ray itself, once, with a replica that is killed."""
+"""Settings refused before Ray starts; and Ray itself, once, with a replica that is killed."""
 
 from __future__ import annotations
 

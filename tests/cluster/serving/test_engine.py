@@ -1,4 +1,4 @@
-"""What a replica answers: each request its adapter's image, and what is wrong to itself alone."""
+"""Answers of a replica: each request its adapter's image, and what is wrong to itself alone."""
 
 from __future__ import annotations
 

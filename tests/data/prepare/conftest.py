@@ -28,7 +28,7 @@ LAYERS = {
 
 
 def true_mask(scene: Scene, size: tuple[int, int]) -> Image.Image:
-    """How much of each pixel the subject hides: painted over white and over black."""
+    """Share of each pixel that the subject hides: painted over white and over black."""
     width, height = size
     pixel = 2 / min(size)
     x, y = np.meshgrid(

@@ -1,4 +1,4 @@
-"""What is said of photos, against plain computations and photos that are known to be alike."""
+"""Findings on photos, against plain computations and photos that are known to be alike."""
 
 from __future__ import annotations
 

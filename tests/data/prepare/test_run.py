@@ -1,4 +1,4 @@
-"""What is written: against the toy renderer's true masks, and the files that were there."""
+"""Files of a preparation, against the toy renderer's true masks and the files that were there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of formats/adapter share."""
+"""Helpers of the tests of formats/adapter."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ MODEL = Held({
 
 
 def read_or_refused(path: Path, with_model: bool) -> None:
-    """What is read is whole; what is not is refused in our own words."""
+    """Check that a file is read whole, or refused in our own words."""
     try:
         adapter = read_adapter(path, MODEL if with_model else None)
         report_on(path)

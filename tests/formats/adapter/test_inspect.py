@@ -1,4 +1,4 @@
-"""What an adapter file is, and whether it fits a base."""
+"""Kind and content of adapter files, and their fit to a base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What files say of themselves: tags, thumbnails, hashes, no local paths."""
+"""Metadata of files: tags, thumbnails, hashes, no local paths."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_local_names_stay_here(tmp_path: Path, sd1_folder: Path, adapter: Adapte
 
 @pytest.mark.parametrize("target", ["kohya", "diffusers", "peft"])
 def test_the_captions_tags_go_along(tmp_path: Path, adapter: AdapterFile, target: str) -> None:
-    """How often each was trained with, as web UIs count them; and what is added by hand."""
+    """Counts of each in training, as web UIs have them; and what is added by hand."""
     counts = {"sks dog": 4, "grass": 2}
     facts = dataclasses.replace(adapter.metadata, tag_frequency=counts)
     path = write_adapter(tmp_path / "a", dataclasses.replace(adapter, metadata=facts), target)

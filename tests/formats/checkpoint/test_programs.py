@@ -1,4 +1,4 @@
-"""What other programs take whole models for, and the YAML by which A1111 builds one."""
+"""Other programs' detection of whole models, and the YAML by which A1111 builds one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DOCS = Path(__file__).resolve().parents[3] / "docs"
 def model(
     family: str, prediction: str, *, zero: bool = False, one: bool = True, width: int = 320
 ) -> Any:
-    """What the functions ask of a stored model."""
+    """The part of a stored model that the functions read."""
     settings = {"prediction_type": prediction, "rescale_betas_zero_snr": zero}
     spec = TensorSpec(torch.float16, (width, 4, 3, 3))
     return SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Who decides what a model predicts, and whether its schedule ends in pure noise."""
+"""Sources of a model's prediction type, and of a schedule that ends in pure noise."""
 
 from __future__ import annotations
 

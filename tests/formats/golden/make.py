@@ -87,7 +87,7 @@ def describe(
     target: str, axis: str | None, ranks_differ: bool, dtype: str,
     shapes: dict[str, tuple[int, ...]],
 ) -> dict[str, Any]:  # fmt: skip
-    """What a file is to hold, in plain words and numbers."""
+    """Expected content of a file, in plain words and numbers."""
     layers = {}
     for index, (name, shape) in enumerate(shapes.items()):
         rank = 1 + index % 3 if ranks_differ else 2

@@ -1,4 +1,4 @@
-"""What the tests of formats/layouts share."""
+"""Helpers of the tests of formats/layouts."""
 
 from __future__ import annotations
 

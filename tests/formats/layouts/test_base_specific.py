@@ -42,7 +42,7 @@ def kohya_weights(
 
 
 def comfyui_merge(weight: Tensor, tensors: dict[str, Tensor], prefix: str) -> Tensor:
-    """What ComfyUI 0.3.64 computes, in its own order: W + delta, times m / norm."""
+    """Compute as ComfyUI 0.3.64 does, in its own order: W + delta, times m / norm."""
     up, down = tensors[f"{prefix}.lora_up.weight"], tensors[f"{prefix}.lora_down.weight"]
     scale = tensors[f"{prefix}.alpha"] / down.shape[0]
     changed = weight + scale * (up.flatten(1) @ down.flatten(1)).view_as(weight)
@@ -86,7 +86,7 @@ def test_comfyui_computes_the_merge(
 def test_the_standard_output_axis_is_wrong_in_comfyui(
     tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
 ) -> None:
-    """Why there is a `comfyui` target at all."""
+    """The reason for the `comfyui` target."""
     layers = random_adapter(sd1_folder, every=3)
     file = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")), "kohya")
     tensors = load_file(file)

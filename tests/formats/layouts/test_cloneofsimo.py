@@ -96,7 +96,7 @@ def test_what_is_said_of_it(
 
 
 def test_diffusers_reads_nothing_of_it(file: Path, sd1_folder: Path) -> None:
-    """Which is why it is to be converted."""
+    """The reason to convert it."""
     pipeline = load_pipeline(sd1_folder)
     before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
     with pytest.raises(Exception, match=r"Invalid LoRA checkpoint|target modules|not found"):
@@ -277,7 +277,7 @@ def test_tokens_of_another_width_are_refused(tmp_path: Path, file: Path, sd1_fol
 
 
 def test_its_alpha_is_its_rank(file: Path) -> None:
-    """Which is not a guess: it trained at scale 1."""
+    """No guess: it trained at scale 1."""
     adapter = read_adapter(file)
     assert {layer.scale for layer in adapter.layers.values()} == {1.0}
     assert not adapter.assumptions

@@ -1,4 +1,4 @@
-"""Which programs compute a file as it was trained, shown with the program or its formula."""
+"""Programs that compute a file as it was trained, shown with the program or its formula."""
 
 from __future__ import annotations
 
@@ -212,12 +212,12 @@ def test_exact_targets(tmp_path: Path, axis: str | None, target: str, formula: F
     ],
 )
 def test_wrong_uses(tmp_path: Path, axis: str, target: str, formula: Formula, least: float) -> None:
-    """Why files have targets: each of these loads without an error."""
+    """The reason for targets: each of these loads without an error."""
     assert min(errors(tmp_path, axis, target, formula)) > least
 
 
 def test_a_scale_beside_the_norm_is_wrong_in_older_a1111(tmp_path: Path) -> None:
-    """Why input-axis files are written with alpha = rank."""
+    """The reason to write input-axis files with alpha = rank."""
     weight = base_weights()[f"unet.{BLOCK}.attn1.to_q"].double()
     layer = adapter("input").layers[f"unet.{BLOCK}.attn1.to_q"]
     assert layer.magnitude is not None

@@ -70,7 +70,7 @@ def test_diffusers_loads_plain_lora(
 def test_a_bare_magnitude_key_is_lost_by_diffusers(
     tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
 ) -> None:
-    """Why text-encoder magnitudes are named `.lora_magnitude_vector.weight`.
+    """The reason for the name `.lora_magnitude_vector.weight` of text-encoder magnitudes.
 
     If this fails, diffusers reads both names and docs/understand/programs.md is out of date.
     """

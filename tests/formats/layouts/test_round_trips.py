@@ -51,7 +51,7 @@ def meant(weight: Tensor, layer: LayerWeights) -> Tensor:
 
 
 def kind_of(name: str, layer: LayerWeights) -> str:
-    """What a layer is, in the words in which formats treat them differently."""
+    """The kind of a layer, in the words in which formats treat them differently."""
     out, into, *kernel = layer.weight_shape
     shape = "square" if out == into else "oblong"
     component = name.partition(".")[0]

@@ -163,7 +163,7 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "vera" / "vera.safetensors"
 
 
 def golden_layers() -> dict[str, VeraLayer]:
-    """What was written there: the golden files' numbers between projections from the seed 5."""
+    """Reference of its content: the golden files' numbers between projections from the seed 5."""
     shared = Projections.of(SHAPES.values(), 3, 5)
     return {
         name: VeraLayer(

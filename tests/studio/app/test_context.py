@@ -1,4 +1,4 @@
-"""What a handler raises, as the page shows it."""
+"""Errors of handlers, as the page shows them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the browser keeps of the page, and what of it is believed."""
+"""Draft of the page that the browser keeps, and what of it is believed."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_only_values_that_a_field_can_have_are_believed(name: str) -> None:
 
 
 def restoring(blocks: gr.Blocks) -> Any:
-    """What fills the fields when the page is loaded."""
+    """The handler that fills the fields when the page is loaded."""
     [one] = [one for one in blocks.fns.values() if getattr(one.fn, "__name__", "") == "restore"]
     return one
 

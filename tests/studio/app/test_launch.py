@@ -1,4 +1,4 @@
-"""Who may reach the app, and what it lets them do."""
+"""Access to the app, and what it lets people do."""
 
 from __future__ import annotations
 

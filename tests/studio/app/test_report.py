@@ -1,4 +1,4 @@
-"""What the page gives for a bug report."""
+"""The page's text for a bug report."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ def test_this_machine_s_own_page_can(served: Served, name: str) -> None:
 
 
 def asked(guard: Any, kind: str, **headers: str) -> list[dict[str, Any]]:
-    """What the guard itself sends; nothing where it lets a request pass."""
+    """Messages that the guard itself sends; none where it lets a request pass."""
     sent: list[dict[str, Any]] = []
 
     async def send(message: dict[str, Any]) -> None:
@@ -286,7 +286,7 @@ HOSTILE = (
 
 
 def filled(field: Any, value: object) -> object:
-    """What to send in a field: numbers and fixed choices as the page has them, else the value."""
+    """The value to send in a field: numbers and fixed choices as the page has them."""
     is_free = not hasattr(field, "choices") or not field.choices
     return value if is_free and type(field).__name__ in FREE else field.value
 

@@ -120,7 +120,7 @@ def test_balanced_takes_as_many_steps_as_the_command_line(model: str, family: st
 
 @pytest.mark.parametrize("model", ["stable-diffusion-v1-5/stable-diffusion-v1-5", SDXL])
 def test_presets_start_from_the_defaults_of_the_command_line(model: str) -> None:
-    """What is not about the preset or the device is what `train` does without a flag."""
+    """Values that neither preset nor device sets are those of `train` without a flag."""
     fitted = {"mixed_precision", "gradient_checkpointing", "optimizer"}
     about = {"max_train_steps", "with_prior_preservation", "rank"}
     about |= {n for preset in PRESETS.values() for n in (*preset.settings, *preset.released)}

@@ -168,7 +168,7 @@ def damage(path: Path, content: bytes | None) -> None:
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Let nothing below a folder be opened or looked at, as its permissions would for others."""
+    """Refuse to open or look at anything below a folder, as its permissions would for others."""
 
     def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Any, *args: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What is known of a base model before it is loaded, and what is refused."""
+"""Facts of a base model before it is loaded, and models that are refused."""
 
 from __future__ import annotations
 

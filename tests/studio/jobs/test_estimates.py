@@ -1,4 +1,4 @@
-"""What a run will cost, measured in earlier runs."""
+"""Estimates of a run's time, measured in earlier runs."""
 
 from __future__ import annotations
 

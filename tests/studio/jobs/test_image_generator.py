@@ -116,7 +116,7 @@ def test_direction_and_magnitude_are_written_into_the_file(
 def test_several_adapters_images_to_start_from_and_second_passes_are_the_library_s(
     finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
-    """What the page makes is what the library makes of the same settings, bit for bit."""
+    """Images of the page are those of the library with the same settings, bit for bit."""
     job, plain = job_of(finished), ask(finished, scheduler="euler")
     result, early = adapter_of(job), adapter_of(job, "checkpoint-2")
     assert result is not None

@@ -1,4 +1,4 @@
-"""Whether a process is the one that was started, and locks that die with their holder."""
+"""Identity of a process that was started, and locks that die with their holder."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ def test_the_queue_has_an_end(workspace: Workspace, monkeypatch: pytest.MonkeyPa
 
 
 def starting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let no worker be started but noted; returns the titles of those that were."""
+    """Note workers instead of starting them; returns the titles of those that were."""
     started: list[str] = []
 
     def start(folder: Path) -> subprocess.Popen[bytes]:

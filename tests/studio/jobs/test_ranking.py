@@ -1,4 +1,4 @@
-"""What a comparison suggests, and what of it is shown."""
+"""The checkpoint that a comparison suggests, and what of it is shown."""
 
 from __future__ import annotations
 

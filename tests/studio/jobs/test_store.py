@@ -61,7 +61,7 @@ def test_runs_lie_where_the_app_is_started_and_on_windows_with_the_users_data(
 
 
 def in_use(*_: object, **__: object) -> None:
-    """What Windows says of a file that another program has open."""
+    """Windows' error of a file that another program has open."""
     error = PermissionError(13, "used by another process")
     error.winerror = 32  # type: ignore[attr-defined]
     raise error

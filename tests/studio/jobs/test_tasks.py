@@ -1,4 +1,4 @@
-"""What the page starts: arguments of commands, queued with a copy of what they need."""
+"""Commands that the page starts: their arguments, queued with a copy of what they need."""
 
 from __future__ import annotations
 

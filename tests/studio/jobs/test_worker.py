@@ -123,7 +123,7 @@ def test_a_merge_loads_and_counts_bytes(finished: tuple[Workspace, str]) -> None
 
 
 def header_bytes(file: Path) -> int:
-    """What a safetensors file holds before its tensors."""
+    """The header of a safetensors file."""
     return 8 + int.from_bytes(file.read_bytes()[:8], "little")
 
 

@@ -1,4 +1,4 @@
-"""What the grids, the walk and the arrows show."""
+"""Content of the grids, the walk and the arrows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tiny-sdxl makes of the sizes and crops that it is told, and how that is measured."""
+"""Effect on tiny-sdxl of the sizes and crops that it is told, and how that is measured."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_it_looks_at_its_sizes(tiny_sdxl: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("wide", [False, True])
 def test_it_looks_at_its_crops(tiny_sdxl: Any, wide: bool) -> None:
-    """What a tall photo has in its middle, its lower part has further up; a wide one alike."""
+    """The middle of a tall photo is further up in its lower part; a wide one alike."""
     size = (SIDE, 3 * SIDE // 2) if wide else (3 * SIDE // 2, SIDE)
     first, last = (
         images(

@@ -1,4 +1,4 @@
-"""What a card says about the training: minutes, steps and machines of all its parts."""
+"""Training on a model's card: minutes, steps and machines of all its parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Accelerate sets up: precision, patience, and processes that agree."""
+"""Set-up by Accelerate: precision, patience, and processes that agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step is computed from, row by row; conditioning against Diffusers' own pipelines."""
+"""Inputs of a step, row by row; conditioning against Diffusers' own pipelines."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ HEIGHT, WIDTH = 128, 96
 
 @dataclass(frozen=True)
 class Case:
-    """What one comparison sets."""
+    """Settings of one comparison."""
 
     family: str
     text_encoders: bool = False
@@ -63,7 +63,7 @@ class Case:
 
     @property
     def schedule(self) -> dict[str, Any]:
-        """What is asked of the noise schedule, where that is not the folder's own."""
+        """The noise schedule that is asked for, where that is not the folder's own."""
         asked = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
         return asked if self.zero_snr else {}
 

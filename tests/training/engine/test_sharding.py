@@ -81,7 +81,7 @@ def train_by_two(configs: list[TrainConfig], folder: Path) -> list[dict[str, Any
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """What a run or checkpoint has learned."""
+    """Trained parameters of a run or checkpoint."""
     if (folder / "model").is_dir() or (folder / "model_index.json").is_file():
         place = folder / "model" if (folder / "model").is_dir() else folder
         with open_model(str(place)) as model:

@@ -256,7 +256,7 @@ def test_wildcards_are_refused_before_a_model_is_loaded(config, photos, monkeypa
 
 
 def test_another_line_of_a_wildcard_file_is_another_caption(config, photos, tmp_path):
-    """What a checkpoint keeps of a photo tells of its caption's alternatives."""
+    """A checkpoint's record of a photo tells of its caption's alternatives."""
     (tmp_path / "place.txt").write_text("grass\n", encoding="utf-8")
     (photos / "02.txt").write_text("a sks mug on __place__", encoding="utf-8")
     wild = replace(config, wildcards=True, wildcard_dir=str(tmp_path))

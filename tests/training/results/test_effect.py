@@ -1,4 +1,4 @@
-"""How far a run has moved its model, and what happens to one that has moved nothing."""
+"""Distance that a run has moved its model, and what happens to one that has moved nothing."""
 
 from __future__ import annotations
 

@@ -210,7 +210,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(sd1_folder, photos, tmp_path):
 
 
 def test_a_damaged_line_is_left_out_with_a_warning(tmp_path):
-    """What a crash or an editor has left of a line costs the run none of the others."""
+    """The rest of a line that a crash or an editor has left costs the run none of the others."""
     path = tmp_path / "metrics.jsonl"
     whole = [json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (1, 2, 4)]
     path.write_text(

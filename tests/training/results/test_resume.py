@@ -80,7 +80,7 @@ def test_fewer_steps_than_the_checkpoint_has_is_an_error(copied, tmp_path):
 
 
 def test_as_many_steps_write_the_result_again(copied, tmp_path):
-    """What a run needs that ended between its last step and its result."""
+    """The state of a run that ended between its last step and its result."""
     (adapter,) = (tmp_path / "out").glob("*.safetensors")
     before = adapter.read_bytes()
     adapter.unlink()

@@ -128,7 +128,7 @@ def other(sd1_folder, tmp_path_factory):
 
 
 def predictions(components):
-    """What text encoder and UNet compute."""
+    """Outputs of text encoder and UNet."""
     ids, latents = torch.arange(77)[None] % 50, torch.linspace(-1, 1, 256).view(1, 4, 8, 8)
     with torch.no_grad(), norm_scope(*components.adaptable().values()), components.eval_mode():
         states = components.text_encoders[0](ids).last_hidden_state

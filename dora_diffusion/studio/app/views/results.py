@@ -88,7 +88,7 @@ def show_images(
 
 
 def _one(context: Context, image: GeneratedImage, *, is_pair: bool = False) -> list[Any]:
-    """How an image was made, its name, and its star."""
+    """The settings of an image, its name, and its star."""
     caption = "Left: the base model. Right: with the adapter, at the same seed." if is_pair else ""
     name = image.path.name
     return [

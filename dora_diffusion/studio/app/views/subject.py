@@ -215,7 +215,7 @@ def _upload(
 
 
 def _told(result: Upload, where: str) -> str:
-    """What was added to a subject, and a line for each file that was not."""
+    """The photos that were added to a subject, and a line for each file that was not."""
     counts = {"photo": len(result.accepted), "caption": len(result.captions)}
     added = [counted(count, noun) for noun, count in counts.items() if count]
     text = f"{' and '.join(added)} added to {where}" if added else ""

@@ -270,7 +270,7 @@ def _connect_presets(context: Context, tab: TrainTab) -> None:
 
 
 def _about(preset: str) -> str:
-    """What a preset is for, and what it was measured on."""
+    """Purpose of a preset, and what it was measured on."""
     known = PRESETS.get(preset)
     return html.quiet(f"{known.about} {known.measured}" if known else "")
 

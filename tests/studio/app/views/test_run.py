@@ -25,7 +25,7 @@ from tests.studio.jobs.helpers import ended_run, make, started_run
 
 
 def shown(context: Context, run: str | None = None) -> dict[str, Any]:
-    """What the clock would send; fields that are updated as their options."""
+    """Updates that the clock would send; fields that are updated as their options."""
     parts = refresh(context, context.jobs(fresh=True), run)
     return {name: part[0] if isinstance(part, tuple) else part for name, part in parts.items()}
 

@@ -46,7 +46,7 @@ FILLED = [
 
 
 def fields(subject: str, prompts: str) -> list[Any]:
-    """What the page sends: list settings as words."""
+    """Values as the page sends them: list settings as words."""
     values = preset_values("fast", EMBEDDED)
     shown = [setting_text(values[name]) for name in ADVANCED]
     return [subject, EMBEDDED, "sks", "mug", prompts, *shown]
