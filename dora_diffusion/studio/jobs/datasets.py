@@ -22,6 +22,7 @@ from dora_diffusion.studio.jobs.uploads import (
     MAX_FILE,
     MAX_PHOTOS,
     Upload,
+    require_file,
     shown,
 )
 
@@ -60,8 +61,7 @@ def import_dataset(workspace: Workspace, file: Path) -> tuple[str, Upload]:
         UserError: If it is no such zip, is too large, or holds no photo that can be taken; nothing
             is kept then.
     """
-    if file.is_symlink() or not file.is_file() or file.stat().st_size > MAX_FILE:
-        raise UserError(f"{shown(file.name)}: not an ordinary file of {MAX_FILE // 2**20} MB")
+    require_file(file, MAX_FILE)
     with tempfile.TemporaryDirectory(dir=workspace.cache) as folder:
         try:
             with zipfile.ZipFile(file) as archive:

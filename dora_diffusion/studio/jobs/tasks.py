@@ -31,7 +31,7 @@ from dora_diffusion.studio.jobs.records import FORMS
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter, read_job, snapshot
 from dora_diffusion.studio.jobs.store import UserError, Workspace, clean_text
 from dora_diffusion.studio.jobs.subjects import StoredSubject
-from dora_diffusion.studio.jobs.uploads import MAX_FILE, shown
+from dora_diffusion.studio.jobs.uploads import MAX_FILE, require_file, shown
 
 NAME_LIMIT = 60
 MOST_STEPS = 1_000_000
@@ -203,14 +203,11 @@ def import_adapter(
     """
     from dora_diffusion.formats.adapter.inspect import report_on
 
-    if file.is_symlink() or not file.is_file():
-        raise UserError(f"{shown(file.name)}: not an ordinary file")
     if file.suffix.lower() != ".safetensors":
         raise UserError(
             f"{shown(file.name)}: only .safetensors files are taken; other kinds can run a program"
         )
-    if file.stat().st_size > MAX_FILE:
-        raise UserError(f"{shown(file.name)} is larger than {MAX_FILE // 2**20} MB")
+    require_file(file, MAX_FILE)
     metadata = report_on(file).metadata
     # Others name a file of their own machine.
     stated = metadata.base_model if metadata.format_version else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,9 +89,20 @@ def shown(text: str, limit: int = 300) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)[:limit]
 
 
-def _store(file: Path, folder: Path) -> Path:
+def require_file(file: Path, limit: float = math.inf) -> None:
+    """Refuse what is no ordinary file, or has more bytes than ``limit``.
+
+    Raises:
+        UserError: If it is so.
+    """
     if file.is_symlink() or not file.is_file():
-        raise UserError(f"{file.name}: not an ordinary file")
+        raise UserError(f"{shown(file.name)}: not an ordinary file")
+    if file.stat().st_size > limit:
+        raise UserError(f"{shown(file.name)} is larger than {limit // 2**20:.0f} MB")
+
+
+def _store(file: Path, folder: Path) -> Path:
+    require_file(file)
     size = file.stat().st_size
     if size > MAX_BYTES:
         raise UserError(
@@ -124,8 +136,7 @@ def read_generation_settings(file: Path) -> str:
     """
     from dora_diffusion.sampling.images import read_parameters
 
-    if file.stat().st_size > MAX_BYTES:
-        raise UserError(f"the file is larger than {MAX_BYTES // 2**20} MB")
+    require_file(file, MAX_BYTES)
     # Not as a photo is opened: a grid may be a strip. Only the header is read, and no pixel.
     if images.sniff_format(file.read_bytes()) not in _STATING:
         raise UserError(

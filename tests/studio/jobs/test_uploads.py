@@ -7,6 +7,7 @@ import os
 import struct
 import threading
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from PIL import Image, ImageStat
 from dora_diffusion.data.photos import mask_path
 from dora_diffusion.sampling.images import save_image
 from dora_diffusion.studio.jobs import uploads
-from dora_diffusion.studio.jobs.store import UserError
+from dora_diffusion.studio.jobs.datasets import import_dataset
+from dora_diffusion.studio.jobs.store import UserError, Workspace
+from dora_diffusion.studio.jobs.tasks import import_adapter
 from dora_diffusion.studio.jobs.uploads import edit_photo, read_generation_settings, store_photos
 from tests.studio.jobs.helpers import photo
 
@@ -155,6 +158,39 @@ def test_a_large_file_is_refused_unread(
 ) -> None:
     monkeypatch.setattr(uploads, "MAX_BYTES", 1000)
     assert "above the limit" in refused(photo(tmp_path / "a.png"), folder)
+
+
+TAKEN: dict[str, Callable[[Workspace, Path], object]] = {
+    "a.png": lambda workspace, file: read_generation_settings(file),
+    "a.zip": import_dataset,
+    "a.safetensors": lambda workspace, file: import_adapter(workspace, file, "", "", str),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_links_folders_and_large_files_are_refused_wherever_one_is_taken(
+    workspace: Workspace, tmp_path: Path, name: str
+) -> None:
+    file = tmp_path / name
+    lines = [_refused(workspace, file)]
+    file.mkdir()
+    lines.append(_refused(workspace, file))
+    file.rmdir()
+    (tmp_path / "real").write_bytes(b"text")
+    file.symlink_to(tmp_path / "real")
+    lines.append(_refused(workspace, file))
+    assert {*lines} == {f"{name}: not an ordinary file"}
+    file.unlink()
+    limit = uploads.MAX_BYTES if name == "a.png" else uploads.MAX_FILE
+    with file.open("wb") as sparse:
+        sparse.truncate(limit + 1)
+    assert _refused(workspace, file) == f"{name} is larger than {limit // 2**20} MB"
+
+
+def _refused(workspace: Workspace, file: Path) -> str:
+    with pytest.raises(UserError) as refusal:
+        TAKEN[file.name](workspace, file)
+    return str(refusal.value)
 
 
 def test_a_link_is_refused(tmp_path: Path, folder: Path) -> None:

@@ -49,8 +49,7 @@ def connect(context: Context, tab: StartView, shown: Any) -> None:
     def upload(file: str | None) -> list[Any]:
         if not file:
             return [gr.skip()] * len(tab.filled)
-        if Path(file).stat().st_size > uploads.MAX_BYTES:
-            raise UserError(f"the file is larger than {uploads.MAX_BYTES // 2**20} MB")
+        uploads.require_file(Path(file), uploads.MAX_BYTES)
         return start_image(context, keep_input(context.workspace, open_photo(file)))
 
     def take(name: str) -> list[Any]:
