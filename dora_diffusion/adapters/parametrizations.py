@@ -1,7 +1,7 @@
 """Adapters whose A and B are made from other tensors that train: how they start, and are made.
 
 A `LayerAdapter` trains ``down`` and ``up``. Without a parametrization these are A and B. The
-formula of `numerics.dora` sees A and B alone: norms, merges and files need not know of this.
+formula of `numerics.dora` sees A and B alone: norms, merges and files do not depend on this.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def rounds_float32(device_type: str) -> bool:
 def _setting(device_type: str) -> Any:
     """The object with the setting ``fp32_precision``; None before torch 2.9, which has none.
 
-    It also knows of the older switches, which in their turn cannot be read once this one was set:
+    It covers the older switches too, which in their turn cannot be read once this one was set:
     `torch.backends.cuda.matmul.allow_tf32` raises a RuntimeError then.
     """
     library = {"cuda": "cuda", "cpu": "mkldnn"}.get(device_type, "")

@@ -310,7 +310,7 @@ def _product(
 
 
 class _Product(torch.autograd.Function):
-    """A product that keeps the codes, and makes the dense weight again in the backward pass."""
+    """A product that keeps the codes, and recomputes the dense weight in the backward pass."""
 
     @staticmethod
     def forward(

@@ -468,7 +468,7 @@ def test_a_float64_model_is_adapted_in_float64(net, x, axis):
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_convolutions_take_one_picture_and_none(net, x, axis):
+def test_convolutions_take_one_image_and_none(net, x, axis):
     inject_adapters(net, everything(norm_axis=axis))
     move(net)
     convs = nn.Sequential(net.conv, net.down, net.point)

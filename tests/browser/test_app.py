@@ -110,7 +110,7 @@ def test_a_photo_gets_a_caption_a_crop_and_a_mask(visit: Callable[..., Visit], a
     box = canvas.bounding_box()
 
     def drag(*points: float) -> None:
-        """From and to, as fractions of the picture."""
+        """From and to, as fractions of the image."""
         x0, x1 = (box["x"] + box["width"] * at for at in points[::2])
         y0, y1 = (box["y"] + box["height"] * at for at in points[1::2])
         page.page.mouse.move(x0, y0)
@@ -321,9 +321,9 @@ def test_checkpoints_are_compared_and_one_is_chosen(
     assert len(re.findall(r"similarity to the true subject\s+-?[01]\.\d\d", shown)) == 3
     assert len(re.findall(r"drift\s+[01]\.\d\d", shown)) == 2
     for place in range(3):
-        for picture in page.page.locator("#checkpoints .dd-choice").nth(place).locator("img").all():
-            picture.scroll_into_view_if_needed()
-            page.wait("e => e.naturalWidth > 0", arg=picture.element_handle())
+        for image in page.page.locator("#checkpoints .dd-choice").nth(place).locator("img").all():
+            image.scroll_into_view_if_needed()
+            page.wait("e => e.naturalWidth > 0", arg=image.element_handle())
     assert "in use" in page.page.locator(".dd-choice").nth(2).inner_text()
     page.click(".dd-choice:nth-child(2) [data-do=use]")
     page.wait_for(".dd-choice.dd-in-use:nth-child(2)")
@@ -350,7 +350,7 @@ def _filled(page: Visit, field: Any, value: str) -> bool:
 
 
 def press(page: Visit, app: App, selector: str, count: int = 1) -> list[Path]:
-    """Click a button of the Generate tab; the new pictures, once the page shows the last."""
+    """Click a button of the Generate tab; the new images, once the page shows the last."""
     before = set(images_of(app))
     page.click(selector)
     app.until(lambda: len(images_of(app)) == len(before) + count)
@@ -370,7 +370,7 @@ def set_up_images(page: Visit) -> None:
     set_slider(page, "Images", "1")
 
 
-def test_pictures_repeat_compare_and_say_how_they_were_made(
+def test_images_repeat_compare_and_say_how_they_were_made(
     visit: Callable[..., Visit], app: App, second: str
 ) -> None:
     from dora_diffusion.sampling.images import parse_parameters, read_parameters
@@ -448,7 +448,7 @@ def test_methods_are_compared_from_a_form(
     assert app.jobs()[0].kind == "compare"
 
 
-def test_a_merged_model_can_be_loaded_and_makes_the_adapter_s_pictures(
+def test_a_merged_model_can_be_loaded_and_makes_the_adapter_s_images(
     visit: Callable[..., Visit], app: App, second: str
 ) -> None:
     page = visit()

@@ -94,7 +94,7 @@ def test_images_are_made_of_several_adapters_and_of_one_another(
     (over,) = press(page, app, "#make")
     assert "Mask image hash" not in fields_of(over)
     assert fields_of(over)["Init image hash"] == fields_of(into)["Init image hash"]
-    # What was painted into is made again with its mask.
+    # An image that was painted into is repeated with its mask.
     page.click(f"#history [data-value='{into.name}']")
     page.wait_text("#parameters", "Mask image hash")
     (same,) = press(page, app, "#image-again")

@@ -14,7 +14,7 @@ from tests.export.helpers import MakeAdapter
 
 OLD_CARD = """---
 license: creativeml-openrail-m
-datasets: [somebody/pictures]
+datasets: [somebody/images]
 model-index: [{name: base}]
 ---
 # The base

@@ -98,7 +98,7 @@ def run_folder(tmp_path: Path) -> Path:
     (folder / "README.md").write_text("# sks mug\n", encoding="utf-8")
     (folder / "log.txt").write_text("secret log", encoding="utf-8")
     (folder / "metrics.jsonl").write_text('{"step": 1}\n', encoding="utf-8")
-    (folder / "samples" / "adapted.png").write_bytes(b"picture")
+    (folder / "samples" / "adapted.png").write_bytes(b"image")
     (folder / "config.yaml").write_text(
         f"instance_data_dir: {folder}/photos\noutput_dir: {folder}\nrank: 8\n"
         "pretrained_model_name_or_path: org/model\n",

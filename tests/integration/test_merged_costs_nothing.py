@@ -64,8 +64,8 @@ def operations(pipeline: Any) -> tuple[list[tuple[Any, ...]], torch.Tensor]:
     pipeline.set_progress_bar_config(disable=True)
     dict(components(pipeline))
     with Operations() as mode, torch.no_grad():
-        picture = outputs(pipeline)
-    return mode.seen, picture
+        image = outputs(pipeline)
+    return mode.seen, image
 
 
 def anatomy(pipeline: Any) -> dict[str, tuple[Any, ...]]:

@@ -1,8 +1,8 @@
 """The result is the same everywhere: one adapter, trained on photos, in every program.
 
-The picture of the output folder in our own sampler is the reference. Diffusers' pipeline with the
+The image of the output folder in our own sampler is the reference. Diffusers' pipeline with the
 folder as a LoRA, the merged folder, the merged single file and the converted files must give it.
-Latents are compared before the VAE, because pictures hide differences below 1/255.
+Latents are compared before the VAE, because images hide differences below 1/255.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ROUNDING = 1e-4
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training run and the pictures that it stands for."""
+    """A finished training run and the images that it stands for."""
 
     family: str
     base: Path
@@ -83,7 +83,7 @@ def our_latents(components: Components, prompt: str) -> torch.Tensor:
     return sample_latents(components.pipeline(), prompt)
 
 
-def pictures(components: Components, prompt: str) -> np.ndarray:
+def images(components: Components, prompt: str) -> np.ndarray:
     settings = SamplingSettings(steps=STEPS, guidance_scale=GUIDANCE, width=SIZE, height=SIZE)
     return np.asarray(generate_images(components, prompt, [SEED], settings)[0], dtype=np.int16)
 
@@ -196,18 +196,18 @@ def test_diffusers_loads_the_output_folder_as_it_is(run: Run) -> None:
     assert difference(sample_latents(pipeline, run.prompt), run.latents) < ROUNDING
 
 
-def test_the_merged_folder_gives_the_picture(run: Run, tmp_path: Path) -> None:
+def test_the_merged_folder_gives_the_image(run: Run, tmp_path: Path) -> None:
     merged = export_checkpoint(run.base, run.output, tmp_path / "merged")
     latents = sample_latents(diffusers_pipeline(merged), run.prompt)
     assert difference(latents, run.latents) < ROUNDING
     adapted, _ = load_adapted(run.base, run.output)
-    ours, reloaded = pictures(adapted, run.prompt), pictures(load_components(merged), run.prompt)
+    ours, reloaded = images(adapted, run.prompt), images(load_components(merged), run.prompt)
     # Latents that differ in their last bits may fall on either side of a step of 1 in 255.
     assert np.abs(ours - reloaded).max() <= 1
-    assert np.abs(ours - pictures(load_components(run.base), run.prompt)).max() > 3
+    assert np.abs(ours - images(load_components(run.base), run.prompt)).max() > 3
 
 
-def test_the_merged_single_file_gives_the_picture(run: Run, tmp_path: Path) -> None:
+def test_the_merged_single_file_gives_the_image(run: Run, tmp_path: Path) -> None:
     file = export_checkpoint(run.base, run.output, tmp_path / "merged.safetensors")
     pipeline = single_file_pipeline(file, run.base, run.family)
     # Which sampler a single file asks for, it cannot say.
@@ -217,7 +217,7 @@ def test_the_merged_single_file_gives_the_picture(run: Run, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("target", ["kohya", "peft"])
-def test_converted_files_give_the_picture(run: Run, target: str, tmp_path: Path) -> None:
+def test_converted_files_give_the_image(run: Run, target: str, tmp_path: Path) -> None:
     output = tmp_path / ("adapter.safetensors" if target == "kohya" else "adapter")
     report = convert_adapter(run.output, output, target, base=run.base)
     adapted, _ = load_adapted(run.base, report.path)

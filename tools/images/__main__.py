@@ -1,4 +1,4 @@
-"""The images of ``docs/images``, made again: ``python -m tools.images`` or with some names.
+"""Drawing of the images of ``docs/images``: ``python -m tools.images`` or with some names.
 
     python -m tools.images                       # all of them; about 20 minutes on two cores
     python -m tools.images house walk            # seconds

@@ -135,7 +135,7 @@ class Stage:
 
 STAGES: dict[str, tuple[Stage, ...]] = {
     "tiny-sd": (
-        Stage("pictures", _images),
+        Stage("images", _images),
         Stage("instrument", _instrument, 0.07, kept=True),
         Stage("vae", _vae, 0.23, kept=True),
         Stage("latents", _sd_latents),

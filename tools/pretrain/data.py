@@ -87,8 +87,8 @@ def _render_range(bounds: tuple[int, int]) -> tuple[int, NDArray[np.uint8]]:
 
 
 def write_images(folder: Path, processes: int = 2) -> Path:
-    """Render the training set to ``folder/pictures.npy``: (n, 64, 64, 3) uint8, about 1.5 GB."""
-    path, total, chunk = folder / "pictures.npy", CAPTIONED + NONSENSE, 500
+    """Render the training set to ``folder/images.npy``: (n, 64, 64, 3) uint8, about 1.5 GB."""
+    path, total, chunk = folder / "images.npy", CAPTIONED + NONSENSE, 500
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,4 +105,4 @@ def write_images(folder: Path, processes: int = 2) -> Path:
 
 def open_images(folder: Path) -> Tensor:
     """The rendered training set, memory-mapped copy-on-write: (n, 64, 64, 3) uint8."""
-    return torch.from_numpy(np.load(folder / "pictures.npy", mmap_mode="c"))
+    return torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c"))

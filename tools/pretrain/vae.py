@@ -53,7 +53,7 @@ def reconstruction_loss(pixels: Tensor, rebuilt: Tensor) -> Tensor:
 
 
 def train_vae(folder: Path, minutes: float) -> Any:
-    """Train on ``folder/pictures.npy``; the result is in ``folder/vae``, latents of unit variance.
+    """Train on ``folder/images.npy``; the result is in ``folder/vae``, latents of unit variance.
 
     The first part sees 32x32 crops: four times as many images a second, and a convolutional
     network does not mind.

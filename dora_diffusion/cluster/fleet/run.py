@@ -155,7 +155,7 @@ class _Book:
             self.write()
 
     def end_task(self, done: TaskReport) -> None:
-        """Record the subjects of a task, with what the worker does not know of itself."""
+        """Record the subjects of a task, with facts that the worker does not know."""
         made: list[SubjectRecord] = done.value or [
             replace(subject.record, status=FAILED, cause=cause_of(done.error or RuntimeError()))
             for subject in done.task.payload

@@ -66,7 +66,7 @@ def button(text: str, action: str, value: str, kind: str = "dd-button") -> str:
     return f"<button class='{kind}' {data}>{esc(text)}</button>"
 
 
-def picture_card(path: Any, action: str, value: str, text: str, otherwise: str = "damaged") -> str:
+def image_card(path: Any, action: str, value: str, text: str, otherwise: str = "damaged") -> str:
     """An image with its name below, to press as a `button`; without one, why there is none."""
     shown = image(path, "") if path else f"<i>{esc(otherwise)}</i>"
     return (

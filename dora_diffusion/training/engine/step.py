@@ -323,7 +323,7 @@ class Learner:
             self.preconditioner()
         self.is_whole = False
         self.optimizer.step()
-        # Where fp16 overflowed there was no step, which Accelerate does not know of a fused one.
+        # Where fp16 overflowed there was no step; Accelerate does not tell so of a fused optimizer.
         if self.allocation is not None and self._loss_scale() >= scale:
             if effective_rates is not None:
                 self.allocation.make_orthogonal(max(effective_rates.values()))

@@ -180,7 +180,7 @@ def test_a_grid_is_continued_and_grows_by_its_new_cells_alone(
         batches.clear()
         assert generate(grid, "--grid", *words, **flags) == 0
         assert sum(map(len, batches)) == new, words
-    # A damaged, replaced or changed file is made again; so is everything that is asked for.
+    # A damaged, replaced or changed file is replaced; so is everything that is asked for.
     (grid / files[0]).write_bytes((grid / files[0]).read_bytes()[:-300])
     (grid / files[1]).write_bytes((grid / files[2]).read_bytes())
     (grid / files[3]).unlink()

@@ -133,9 +133,9 @@ def test_an_alpha_that_is_assumed_is_said(
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"verified, assuming that this is right: broken.safetensors: {said}"
     )
-    picture = ["--prompt", "x", "--output", str(tmp_path / "x.png"), "--steps", "1"]
+    image = ["--prompt", "x", "--output", str(tmp_path / "x.png"), "--steps", "1"]
     size = ["--width", "64", "--height", "64"]
-    assert main(["generate", *common, *picture, *size]) == 0
+    assert main(["generate", *common, *image, *size]) == 0
     assert f"warning: broken.safetensors: {said}" in capsys.readouterr().err
     other = ["generate", *common, "--prompt", "x", "--output", str(tmp_path / "y.png"), *size]
     seed = ["--seed", "1", "--steps", "1"]

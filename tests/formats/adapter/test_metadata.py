@@ -32,7 +32,7 @@ from dora_diffusion.formats.files.stream import read_header
 
 
 def test_tags_and_thumbnail_go_along(tmp_path: Path, adapter: AdapterFile) -> None:
-    """Into every target and back; the picture small, and without a photo's own metadata."""
+    """Into every target and back; the image small, and without a photo's own metadata."""
     photo = tmp_path / "private place.jpg"
     exif = Image.Exif()
     exif[0x010F] = "secret camera"
@@ -45,10 +45,10 @@ def test_tags_and_thumbnail_go_along(tmp_path: Path, adapter: AdapterFile) -> No
     assert fields["modelspec.tags"] == "dog, pet"
     assert json.loads(fields["ss_tag_frequency"]) == {"images": {"sks dog": 1, "dog": 1, "pet": 1}}
     head, _, data = fields["modelspec.thumbnail"].partition(",")
-    picture = Image.open(io.BytesIO(base64.b64decode(data)))
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
     assert head == "data:image/jpeg;base64"
-    assert (picture.format, picture.size) == ("JPEG", (256, 171))
-    assert not picture.getexif()
+    assert (image.format, image.size) == ("JPEG", (256, 171))
+    assert not image.getexif()
     assert not any(str(tmp_path) in text or "private" in text for text in fields.values())
     assert fields["modelspec.implementation"] == "diffusers"
     for target in ("diffusers", "peft", "kohya"):
@@ -116,8 +116,8 @@ def test_the_tags_of_other_programs_are_read(tmp_path: Path, adapter: AdapterFil
 
 
 def test_rewriting_is_stable_with_all_facts(tmp_path: Path, adapter: AdapterFile) -> None:
-    """Write, read, write: the same bytes, hashes and pictures included."""
-    thumbnail = "data:image/png;base64," + base64.b64encode(b"picture").decode()
+    """Write, read, write: the same bytes, hashes and images included."""
+    thumbnail = "data:image/png;base64," + base64.b64encode(b"image").decode()
     facts = AdapterMetadata(
         "sd1", "some/model", "sks dog", (512,), tags=("dog",), thumbnail=thumbnail
     )

@@ -54,7 +54,7 @@ def chosen(
         ),
         ({"keys": ("v_pred", "ztsnr"), "prediction_type": E}, E, False, "the flags given"),
         ({"keys": ("v_pred", "ztsnr"), "zero_terminal_snr": False}, V, False, ""),
-        # An adapter knows of a silent file, and of the base that it was trained from.
+        # An adapter's metadata tells it of a silent file, and of the base that it was trained from.
         ({"adapter": AdapterMetadata(extra=ADAPTER)}, V, True, "the adapter's metadata"),
         ({"adapter": AdapterMetadata(extra=ADAPTER), "prediction_type": E}, E, False, "usual"),
         ({"adapter": AdapterMetadata(extra=ADAPTER), "config": {}}, E, False, "scheduler's"),

@@ -118,7 +118,7 @@ def test_lycoris_finds_no_layer_without_the_prefix(
 def test_lycoris_untold_of_the_input_axis(
     tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
 ) -> None:
-    """An error, not a wrong picture. If this fails, docs/understand/programs.md is out of date."""
+    """An error, not a wrong image. If this fails, docs/understand/programs.md is out of date."""
     from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
 
     layers = random_adapter(sd1_folder, axis="input", every=9, components=["unet"])

@@ -123,7 +123,7 @@ def test_screen_readers_hear_words_and_no_names_of_words(served: Served) -> None
     assert words == {"common.complete": "Complete"}
 
 
-def test_exports_and_pictures_are_given_out_and_nothing_else(served: Served) -> None:
+def test_exports_and_images_are_given_out_and_nothing_else(served: Served) -> None:
     workspace = served.context.workspace
     job_id = make(workspace, "secret").name
     export = workspace.exports / "a.safetensors"
@@ -424,9 +424,9 @@ def test_who_starts_it_with_a_password_is_told_what_it_shares(
 
 
 def test_without_the_password_nothing_is_given_out(locked: Served) -> None:
-    picture = locked.context.workspace.images / "a.png"
-    picture.write_bytes(b"x")
-    for address in ("config", f"gradio_api/file={picture.resolve()}", "gradio_api/info"):
+    image = locked.context.workspace.images / "a.png"
+    image.write_bytes(b"x")
+    for address in ("config", f"gradio_api/file={image.resolve()}", "gradio_api/info"):
         assert locked.client.get(address).status_code == 401
     with pytest.raises(ApiError, match="give a name and a password") as caught:
         Client(locked.url, ("ann", "correct hors")).jobs()

@@ -1,4 +1,4 @@
-"""The page's choices become settings, and settings become a command that makes them again."""
+"""The page's choices become settings, and settings become a command with the same."""
 
 from __future__ import annotations
 

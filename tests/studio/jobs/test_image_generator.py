@@ -108,8 +108,8 @@ def test_strength_0_is_the_base_and_1_is_not(
 def test_direction_and_magnitude_are_written_into_the_file(
     finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
-    (picture,) = studio.make(ask(finished, direction_strength=0.5, magnitude_strength=0.0))
-    found = fields_of(picture)
+    (image,) = studio.make(ask(finished, direction_strength=0.5, magnitude_strength=0.0))
+    found = fields_of(image)
     assert (found["Direction strength"], found["Magnitude strength"]) == ("0.5", "0")
 
 
@@ -271,17 +271,17 @@ def test_the_page_says_what_of_a_long_prompt_was_not_read(
 
     short = ask(finished)
     long = ask(finished, prompt="a photo of a sks dog" + " on grass" * 60 + " by the <lake>")
-    for pictures in (
+    for images in (
         studio.make(long),
         studio.compare(long),
         [studio.grid(long, ["strength=1"], lambda *_: None)[0]],
     ):
-        for picture in pictures:
-            (line,) = picture.notes
+        for image in images:
+            (line,) = image.notes
             assert line.startswith("The prompt is longer than the model's 77 tokens; it did not")
             assert line.endswith("by the < lake >")
     context: Any = SimpleNamespace(images=ImageStore(finished[0]))
-    assert "by the &lt; lake &gt;" in _one(context, pictures[0])[0]
+    assert "by the &lt; lake &gt;" in _one(context, images[0])[0]
     (negative,) = studio.make(ask(finished, negative_prompt="blurred, " * 80))[0].notes
     assert negative.startswith("The negative prompt is longer")
     (plain,), (cut,) = studio.make(short), studio.make(long)
@@ -317,7 +317,7 @@ def test_an_adapter_that_is_for_few_steps_says_so_where_there_are_more(
 def test_images_that_would_be_black_are_refused_in_words(
     finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
-    job, pictures = job_of(finished), finished[0].images
+    job, images = job_of(finished), finished[0].images
     file = adapter_of(job)
     assert file is not None
     broken = file.with_name("broken.safetensors")
@@ -329,7 +329,7 @@ def test_images_that_would_be_black_are_refused_in_words(
         metadata,
     )
     asked = with_adapter(ask(finished), broken)
-    before = sorted(pictures.glob("*"))
+    before = sorted(images.glob("*"))
     for make in (
         studio.make,
         studio.compare,
@@ -338,7 +338,7 @@ def test_images_that_would_be_black_are_refused_in_words(
         with pytest.raises(BrokenImageError, match=r"not finite|black all"):
             make(asked)
     broken.unlink()
-    assert sorted(pictures.glob("*")) == before
+    assert sorted(images.glob("*")) == before
 
 
 def test_a_grid_is_a_sheet_and_a_page_of_images_that_are_made_once(
@@ -379,7 +379,7 @@ def test_a_grid_is_a_sheet_and_a_page_of_images_that_are_made_once(
         studio.grid(ask(finished), ["steps=500"], lambda *_: None)
 
 
-def test_pictures_wait_their_turn_while_a_run_has_the_device_and_can_be_withdrawn(
+def test_images_wait_their_turn_while_a_run_has_the_device_and_can_be_withdrawn(
     finished: tuple[Workspace, str], studio: ImageGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studio.make(ask(finished))

@@ -84,7 +84,7 @@ def test_a_crop_that_is_none_changes_nothing(
 @pytest.mark.parametrize(
     "mask", ["x", "data:image/svg+xml,<svg/>", "data:image/png;base64,AAAA", 5, ["a"], "a" * 2**23]
 )
-def test_a_mask_that_is_no_picture_is_refused(mask: object) -> None:
+def test_a_mask_that_is_no_image_is_refused(mask: object) -> None:
     with pytest.raises(UserError, match="paint it again"):
         read_mask(mask)
 

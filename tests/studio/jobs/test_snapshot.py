@@ -337,7 +337,7 @@ def test_of_many_jobs_only_what_changed_is_read_again(
         now = snapshot(workspace.root)
         assert now != before, name
         assert {path.relative_to(folder).parts[0] for path in opened} >= {records.JOB}, name
-        # As a new process, which knows of nothing, reads them.
+        # As a new process, without a cache, reads them.
         monkeypatch.setattr(snapshots, "_ENDED", {})
         assert snapshot(workspace.root) == now, name
         before = now

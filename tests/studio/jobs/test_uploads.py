@@ -94,7 +94,7 @@ def test_a_crop_of_a_large_photo_is_that_of_what_was_seen(
     assert red > 250 > 5 > max(green, blue)
 
 
-def test_what_is_appended_to_a_picture_is_not_kept(tmp_path: Path, folder: Path) -> None:
+def test_what_is_appended_to_an_image_is_not_kept(tmp_path: Path, folder: Path) -> None:
     source = photo(tmp_path / "a.jpg")
     source.write_bytes(source.read_bytes() + b"PK\x03\x04<script>alert(1)</script>")
     (stored,) = store_photos([source], folder).accepted
@@ -236,7 +236,7 @@ def test_names_from_outside_cannot_write_on_the_terminal() -> None:
     assert uploads.shown("a\x1b[31m\n.jpg") == "a?[31m?.jpg"
 
 
-def test_only_pictures_that_say_how_they_were_made_load(tmp_path: Path) -> None:
+def test_only_images_that_say_how_they_were_made_load(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"text")
     for name, match in (("a.png", "does not say"), ("b.png", "cannot be read")):

@@ -106,7 +106,7 @@ def page_of(images: ImageStore, asked: object) -> dict[str, Any]:
         prompt = parse_parameters(images.text(entry))["Prompt"] or entry.name
         star = "★ " if entry.name in marked else ""
         small = images.thumbnail(entry)
-        cards.append(html.picture_card(small, "show", entry.name, star + prompt))
+        cards.append(html.image_card(small, "show", entry.name, star + prompt))
     if not found and images.entries():
         cards = [html.empty("Nothing found", "Search for other words, or empty a field.")]
     return {"cards": "".join(cards), "count": len(listed), "total": len(found)}

@@ -63,7 +63,7 @@ class GenerateTab:
                 self._add_strengths()
                 with gr.Accordion("Start from an image", open=False) as self.start_box:
                     self.start = start.StartView()
-                    text = "How much of the image, or of what is painted on it, is made again."
+                    text = "How much of the image, or of its masked region, is painted over."
                     self._add_slider("denoise", 0.05, 1, 0.05, info=text)
                 self._add_sampling()
                 self._add_actions()

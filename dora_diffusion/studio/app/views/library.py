@@ -361,7 +361,7 @@ def page_of(context: Context, asked: object) -> dict[str, Any]:
         kept = context.workspace.thumbnails / f"{job.id}.jpg"
         small = kept_thumbnail(source, kept, _thumbnail) if source else None
         why = "damaged" if source else "no image"
-        cards.append(html.picture_card(small, "show", job.id, _card_text(job), why))
+        cards.append(html.image_card(small, "show", job.id, _card_text(job), why))
     return {"cards": "".join(cards), "count": len(listed), "total": len(runs)}
 
 

@@ -288,7 +288,7 @@ def _place(subject: subjects.StoredSubject | None) -> str:
 def _sample_cards(samples: Path) -> str:
     """The project's samples as images to press; nothing where the app was started elsewhere."""
     cards = "".join(
-        html.picture_card(
+        html.image_card(
             samples / name / "01.jpg", "take", name, name.replace("_", " ").capitalize()
         )
         for name in subjects.sample_names(samples)
