@@ -24,7 +24,7 @@ from dora_diffusion.cli.settings import (
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import REQUIRED, TOKENS_PER_CHUNK, Need, flag, require
 from dora_diffusion.config.file import read_config_file, read_yaml
-from dora_diffusion.config.prompts import Style, read_styles, with_styles
+from dora_diffusion.config.prompts import DENOISE, Style, read_styles, with_styles
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import did_you_mean, listing, quoted
 from dora_diffusion.formats.files.atomic import require_writable
@@ -130,7 +130,7 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
     denoise: float | None = flag(
         None,
         "Denoising strength (strength in Diffusers): how much of --image is painted over, above 0 "
-        "to 1. Default: 0.75; of an inpainting model all.",
+        f"to 1. Default: {DENOISE}; of an inpainting model all.",
         needs=(Need("image"),),
     )
     hires: float | None = flag(

@@ -19,6 +19,8 @@ PIXELS = 8
 """Pixels of which width and height are multiples."""
 MOST_SIDE, MOST_STEPS = 8192, 1000
 """Limits of an image's sides in pixels, and of denoising steps."""
+DENOISE = 0.75
+"""Usual denoising strength of an image that is painted over."""
 # Letters after "--" -> attribute, what it is, and what an image of a latent model can have.
 _NUMBERS: dict[str, tuple[str, type, float, float]] = {
     "d": ("seed", int, 0, math.inf), "w": ("width", int, PIXELS, MOST_SIDE),

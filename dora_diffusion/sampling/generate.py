@@ -22,7 +22,7 @@ from dora_diffusion.adapters.inject import require_adapters
 from dora_diffusion.adapters.scope import norm_scope, row_scope
 from dora_diffusion.config.base import AnyModel
 from dora_diffusion.config.fields import require
-from dora_diffusion.config.prompts import MOST_SIDE, MOST_STEPS, PIXELS
+from dora_diffusion.config.prompts import DENOISE, MOST_SIDE, MOST_STEPS, PIXELS
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.data.captions import contains_token
@@ -61,7 +61,6 @@ from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.detail import NO_PASS, Detail, find_region
 from dora_diffusion.sampling.stack import AdapterUse, Schedule, attach_stack, scheduled
 
-DENOISE = 0.75
 MOST_HIRES = 4
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.cli.settings import adapter_and_strength
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, ConfigError
-from dora_diffusion.config.prompts import read_styles, with_styles
+from dora_diffusion.config.prompts import DENOISE, read_styles, with_styles
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.formats.adapter.metadata import agreed_reading, split_triggers, stated_reading
 from dora_diffusion.formats.adapter.stored import read_metadata
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 OWN = "the model's own"
 SUBJECT = "mug"
-DENOISE, HIRES_DENOISE = 0.75, 0.5
 BASE, MERGED = "base", "merged"
 # Of `GenerateSettings`, the settings that have a field, as it is labelled. Each keeps its name.
 LABELS: Mapping[str, str] = {
@@ -63,14 +63,12 @@ MORE: Mapping[str, tuple[str, str]] = {
     f"adapter_{word}": (f"strength_{word}", word.capitalize())
     for word in ("second", "third", "fourth")
 }
-# Values of fields where an image does not state another; of all others, empty text.
+_DEFAULTS = {setting.name: setting.default for setting in RequestedImages.settings()}
+# Values of fields where an image does not state another.
 UNSET: Mapping[str, Any] = {
-    **dict.fromkeys(LABELS, ""),
-    **dict.fromkeys(("strength", "direction_strength", "magnitude_strength", "num_images"), 1),
+    **{name: "" if _DEFAULTS[name] in (None, []) else _DEFAULTS[name] for name in LABELS},
     "seed": -1, "steps": SampleSettings.validation_inference_steps, "scheduler": OWN,
-    "guidance_rescale": 0, "prompt_weights": True, "denoise": DENOISE, "hires": 1,
-    "hires_denoise": HIRES_DENOISE, "style": [], "wildcards": False, "detail_denoise": 0.4,
-    "detail_padding": 32,
+    "denoise": DENOISE, "hires": 1, "style": [],
     **dict.fromkeys(MORE, ""), **{strength: 1 for strength, _ in MORE.values()},
 }  # fmt: skip
 _NAME = re.compile(rf"\b({'|'.join(name for name in LABELS if '_' in name)})\b")

@@ -19,6 +19,7 @@ from PIL import Image
 
 from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.prompts import DENOISE
 from dora_diffusion.models.schedulers import A1111_NAMES, SCHEDULERS
 from dora_diffusion.numerics.weights import STRENGTH_LIMIT, Strengths
 from dora_diffusion.sampling.images import painted_fields
@@ -124,7 +125,6 @@ def run(context: Context) -> SimpleNamespace:
 
 
 def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
-    from dora_diffusion.sampling.generate import DENOISE
     from dora_diffusion.studio.app.views.request import LABELS, MORE, UNSET
 
     # Of the file, the model and the machine, which are a run's and the app's own; and files of many
