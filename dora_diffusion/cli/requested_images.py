@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
     from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.detail import Detail
     from dora_diffusion.sampling.generate import SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
@@ -577,6 +576,7 @@ def warn_of_triggers(prompts: Iterable[tuple[str, AdapterMetadata]]) -> None:
 
 def sampling_settings(args: RequestedImages) -> SamplingSettings:
     from dora_diffusion.data.images import open_photo
+    from dora_diffusion.sampling.detail import Detail
     from dora_diffusion.sampling.generate import SamplingSettings
     from dora_diffusion.sampling.stack import name_of
 
@@ -585,27 +585,14 @@ def sampling_settings(args: RequestedImages) -> SamplingSettings:
     given = {name: value for name, value in given.items() if value is not None}
     given |= {n: open_photo(given[n]) for n in ("image", "mask_image") if n in given}
     if args.detail:
-        given["detail"] = _detail(args)
+        given["detail"] = Detail.open(
+            args.detail, args.detail_label or "", denoise=args.detail_denoise,
+            padding=args.detail_padding, prompt=args.detail_prompt or "",
+        )  # fmt: skip
     negatives = [style.negative_prompt for style in args.chosen_styles]
     given["negative_prompt"] = with_styles(args.negative_prompt, negatives)
     schedules = {name_of(n): use.schedule for n, use in enumerate(args.uses()) if use.schedule}
     return SamplingSettings(**given, strength_schedules=schedules)
-
-
-def _detail(args: RequestedImages) -> Detail:
-    """Open the detail pass.
-
-    Raises:
-        PrepareError, ModelNotFoundError: If its model gives no masks, or is not there.
-    """
-    from dora_diffusion.data.prepare import open_masker
-    from dora_diffusion.sampling.detail import Detail
-
-    model, label = args.detail or "", args.detail_label or ""
-    texts = {"prompt": args.detail_prompt or "", "model": model, "label": label}
-    return Detail(
-        open_masker(model, label=label), args.detail_denoise, args.detail_padding, **texts
-    )
 
 
 def _drawn(args: RequestedImages) -> Callable[[str, int], str]:

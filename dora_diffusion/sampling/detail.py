@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image, ImageFilter
 
@@ -43,6 +43,22 @@ class Detail:
     prompt: str = ""
     model: str = ""
     label: str = ""
+
+    @classmethod
+    def open(cls, model: str, label: str, **settings: Any) -> Detail:
+        """Open the model that makes the mask.
+
+        Args:
+            model: As `open_masker` takes it.
+            label: Of what it is to find; empty: the only one.
+            settings: Denoising strength, padding and prompt.
+
+        Raises:
+            PrepareError, ModelNotFoundError: If it gives no masks, or is not there.
+        """
+        from dora_diffusion.data.prepare import open_masker
+
+        return cls(open_masker(model, label=label), model=model, label=label, **settings)
 
     def __post_init__(self) -> None:
         require(

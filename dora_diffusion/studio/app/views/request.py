@@ -209,17 +209,15 @@ def _detail(context: Context, form: Mapping[str, Any]) -> Detail | None:
     name = str(form["detail"] or "").strip()
     if not name:
         return None
-    from dora_diffusion.data.prepare import open_masker
     from dora_diffusion.sampling.detail import Detail
 
     name = context.allowed_model(name)
     is_here = name.partition(":")[0] == "rembg" or Path(name).expanduser().is_dir()
     if not (is_here or looks_local(name) or name in cached_models()):
         raise UserError(f"{name} is not on this machine; get it by 'hf download {name}'")
-    label = str(form["detail_label"] or "").strip()
-    return Detail(
-        open_masker(name, label=label), float(form["detail_denoise"]), int(form["detail_padding"]),
-        form["detail_prompt"], name, label,
+    return Detail.open(
+        name, str(form["detail_label"] or "").strip(), denoise=float(form["detail_denoise"]),
+        padding=int(form["detail_padding"]), prompt=form["detail_prompt"],
     )  # fmt: skip
 
 
