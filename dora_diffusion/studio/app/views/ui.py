@@ -55,7 +55,7 @@ def on(
 
         asked = confirmed
     register = functools.partial(gr.on, event) if isinstance(event, list) else event
-    shown = {"api_visibility": "private", "show_progress": show}
+    shown: dict[str, Any] = {"api_visibility": "private", "show_progress": show}
     if show == "hidden":
         # The page would look in all of itself for each output, at each step of each event.
         shown["show_progress_on"] = []
