@@ -1,4 +1,4 @@
-"""The page: masthead, five tabs, a footer, and the one clock that keeps them true."""
+"""The page: header, five tabs, a footer, and the one clock that keeps them true."""
 
 from __future__ import annotations
 

@@ -40,12 +40,8 @@ def loss_plot(
     every = -(-len(steps) // _MOST_POINTS)
     ordered = sorted(raw)
     # A few high draws (large noise levels) would flatten the rest.
-    area = _Area(
-        steps[0],
-        steps[-1],
-        ordered[0],
-        max(ordered[int(0.98 * (len(ordered) - 1))], max(smooth)),
-    )
+    most = max(ordered[int(0.98 * (len(ordered) - 1))], max(smooth))
+    area = _Area(steps[0], steps[-1], ordered[0], most)
     lines = area.line(steps[::every], raw[::every], "dd-raw")
     lines += area.line(steps[::every], smooth[::every], "dd-smooth")
     training = area.figure(

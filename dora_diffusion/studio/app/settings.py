@@ -30,9 +30,9 @@ EMBEDDED_MODELS = tuple(f"{EMBEDDED_PREFIX}{name}" for name in MODELS)
 EMBEDDED = EMBEDDED_MODELS[0]
 DATASET_FILE = "subjects.yaml"
 
-# Fields of their own on the page, and what the app itself decides: where a run lies, when it
 PROMPTS = ("target", "positive", "negative", "anchors")
 """Settings of a slider with a field of their own, for a prompt in each line."""
+# Fields of their own on the page, and what the app itself decides: where a run lies, when it
 # resumes, and (in the Library) whether it is published. use_8bit_adam is an optimizer's other name.
 _NOT_ADVANCED = frozenset((
     "pretrained_model_name_or_path", "dataset_config", "instance_data_dir", "instance_prompt",
@@ -128,7 +128,7 @@ def make_config(
             and class word.
 
     Raises:
-        RequestError, ConfigError: If a value cannot work, in one line.
+        UserError, ConfigError: If a value cannot work, in one line.
     """
     taught: dict[str, Any]
     if advanced.get("teach") == "slider":

@@ -177,24 +177,18 @@ def connect(context: Context, tab: GenerateTab) -> None:
     names = [*tab.fields, "image", "mask_image"]
     fields = [*tab.fields.values(), tab.start.image, tab.start.mask]
 
-    def request(
-        choice: str | None, values: Sequence[Any], without: str = ""
-    ) -> image_generator.GenerationRequest:
-        """The request of the fields; ``without`` says what to do where there is no adapter."""
+    def request(choice: str | None, values: Sequence[Any]) -> image_generator.GenerationRequest:
         form = dict(zip(names, values, strict=True))
-        asked = make_request(context, _given(context, choice), form)
-        if without and not asked.adapters:
-            raise UserError(without)
-        return asked
+        return make_request(context, _given(context, choice), form)
 
     def make(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         images = context.generator.make(request(choice, values), on_step(progress))
         return show_images(context, images)
 
     def compare(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
-        asked = request(
-            choice, values, "choose a run or a checkpoint to compare with its base model"
-        )
+        asked = request(choice, values)
+        if not asked.adapters:
+            raise UserError("choose a run or a checkpoint to compare with its base model")
         images = context.generator.compare(asked, on_step(progress))
         return show_images(context, images, is_pair=True)
 

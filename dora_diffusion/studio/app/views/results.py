@@ -76,14 +76,15 @@ def show_images(
     """Return images, or the two of a pair on a slider, and how they were made, with the menu."""
     paths = [str(image.path) for image in images]
     listed = [] if is_pair else [(str(image.path), f"seed {image.seed}") for image in images]
-    last = images[-1] if is_pair else images[0]
+    parameters, name, star = _one(context, images[-1 if is_pair else 0], is_pair=is_pair)
     return [
         gr.update(value=tuple(paths) if is_pair else None, visible=is_pair),
         gr.update(value=listed, visible=not is_pair, columns=columns),
-        *_one(context, last, is_pair=is_pair)[:2],
+        parameters,
+        name,
         [image.path.name for image in images],
         gr.update(visible=True),
-        _one(context, last)[2],
+        star,
     ]
 
 

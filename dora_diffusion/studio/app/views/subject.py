@@ -228,24 +228,16 @@ def _connect_look(context: Context, tab: SubjectTab, asked: list[Any]) -> None:
     def looked(subject_id: str | None) -> str:
         return refresh(context, context.queued(), subject_id)["looked"]
 
-    def look(subject_id: str | None, *chosen: Any) -> str:
-        subject, side = (
-            subjects.read_subject(context.workspace, subject_id),
-            photo.side(context, *chosen),
-        )
-        start_look(context.workspace, subject, side)
+    def look(subject_id: str | None, *chosen: Any, model: str = "") -> str:
+        subject = subjects.read_subject(context.workspace, subject_id)
+        start_look(context.workspace, subject, photo.side(context, *chosen), model)
         return looked(subject_id)
 
     def automatic(subject_id: str | None, model: str, *chosen: Any) -> str:
         name = str(model or "").strip()
         if not name:
             raise UserError("name a captioning model first: a folder, or a hub id")
-        subject, side = (
-            subjects.read_subject(context.workspace, subject_id),
-            photo.side(context, *chosen),
-        )
-        start_look(context.workspace, subject, side, context.allowed_model(name))
-        return looked(subject_id)
+        return look(subject_id, *chosen, model=context.allowed_model(name))
 
     def reread(subject_id: str | None) -> list[Any]:
         """The captions that a job has written meanwhile."""

@@ -287,7 +287,7 @@ def read_form(
     """The form as settings, checked as far as can be before a run, and the subjects.
 
     Raises:
-        RequestError, ConfigError: If a run could not begin with it.
+        UserError, ConfigError: If a run could not begin with it.
     """
     model, token, class_word, prompts, *rest = values
     advanced, rest = rest[: len(settings.ADVANCED)], rest[len(settings.ADVANCED) :]
