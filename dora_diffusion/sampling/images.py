@@ -424,15 +424,22 @@ def _comment(image: Image.Image) -> str | None:
         return None
 
 
+@lru_cache(maxsize=1)
+def _read_text(file: Path, written: int, size: int) -> str | None:
+    """The `read_parameters` of a file as it was at a time: of an image to repeat, asked twice."""
+    return read_parameters(file)
+
+
 def read_fields(path: str | Path) -> dict[str, str]:
     """Read what a file says of how it was made, as `parse_parameters` returns it.
 
     Raises:
         PhotoError: If it is no image, or says nothing.
     """
-    name = Path(path).name
+    file = Path(path)
+    name = file.name
     try:
-        text = read_parameters(path)
+        text = _read_text(file, *_version(file))
     except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or "it is no image, damaged or too large"
         raise PhotoError(f"{name} cannot be read ({reason}); choose a PNG, JPEG or WebP") from error

@@ -16,7 +16,10 @@ import torch
 import yaml
 from PIL import Image
 
+from dora_diffusion.cli.axes import plan_grid
+from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.cli.main import main
+from dora_diffusion.cli.requested_images import Repeated, sampling_settings
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.data.captions import CaptionRules, Wildcards
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
@@ -433,6 +436,28 @@ def test_an_image_is_repeated_bit_for_bit(sd1_folder, trained, tmp_path, capsys)
     assert repeat(sd1_folder, first, again) == 1
     error = capsys.readouterr().err
     assert f"first.png was made with the adapter {trained.name}; give each one's file with" in error
+
+
+@pytest.mark.parametrize("axes", [[], ["steps=1, 2"]])
+def test_an_image_to_repeat_is_read_once(axes, tmp_path, monkeypatch):
+    """For its settings, and for what no setting holds; one that was replaced is read again."""
+    text = "a dog\nSteps: 2, Seed: 3, Clip skip: 2, Model: dogs, Version: dora_diffusion 0.1.0"
+    image, read = save_image(Image.new("RGB", (8, 8)), tmp_path / "a.png", text), []
+
+    def read_once(path):
+        read.append(path)
+        return read_parameters(path)
+
+    monkeypatch.setattr("dora_diffusion.sampling.images.read_parameters", read_once)
+    given = {"base": "cats", "output": tmp_path / "b", "repeat": image, "grid": axes}
+    settings = GenerateSettings.read(given)
+    for cell in plan_grid(settings).cells.values() if axes else [settings]:
+        with pytest.warns(UserWarning, match="made with the model dogs, not cats"):
+            repeated = Repeated.of(cell, sampling_settings(cell))
+        assert repeated.fields == parse_parameters(text)
+    assert read == [image]
+    save_image(Image.new("RGB", (8, 8)), image, text.replace("a dog", "two dogs"))
+    assert GenerateSettings.read(given).prompt == "two dogs"
 
 
 def test_an_image_of_a_batch_is_repeated_bit_for_bit(sd1_folder, tmp_path):
