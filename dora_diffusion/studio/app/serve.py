@@ -107,7 +107,6 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
 
     from dora_diffusion.studio.app.api import make_api
     from dora_diffusion.studio.app.page import build_page
-    from dora_diffusion.studio.app.serve import HEAD, make_theme, spoken_words
 
     # Many runs take a second to read, which the first page would wait for.
     threading.Thread(target=context.jobs, name="first-look", daemon=True).start()
