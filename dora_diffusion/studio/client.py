@@ -109,6 +109,21 @@ class RemoteImage:
 
 
 @dataclass(frozen=True)
+class RemotePromptFile:
+    """A file of styles, or of wildcards.
+
+    Attributes:
+        name: ``styles.csv``, or a name such as ``colours.txt``.
+        names: Of its styles, or of the wildcard as a prompt has it: ``__colours__``.
+        problem: Why nothing of it can be used.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class NewSubject:
     """Request for a subject."""
 
@@ -236,8 +251,7 @@ class Client:
         # A caption is that of a photo which is there.
         for file in sorted(map(Path, files), key=lambda path: path.suffix == ".txt"):
             try:
-                address = f"subjects/{subject_id}/photos/{quote(file.name, safe='')}"
-                subject = self._ask("PUT", address, RemoteSubject, content=file.read_bytes())
+                subject = self._upload(f"subjects/{subject_id}/photos", file, RemoteSubject)
             except ApiError as error:
                 if error.status not in (413, 422):
                     raise
@@ -340,9 +354,19 @@ class Client:
 
     def upload_input(self, file: str | Path) -> str:
         """Upload an image to start from, or a mask; its name is for ``image``, ``mask_image``."""
-        path = Path(file)
-        address = f"inputs/{quote(path.name, safe='')}"
-        return self._ask("PUT", address, NewInput, content=path.read_bytes()).name
+        return self._upload("inputs", file, NewInput).name
+
+    def upload_prompt_file(self, file: str | Path) -> RemotePromptFile:
+        """Upload styles (``.csv``), which replace those before, or wildcards (``.txt``)."""
+        return self._upload("prompt-files", file, RemotePromptFile)
+
+    def prompt_files(self) -> list[RemotePromptFile]:
+        """All files of styles and wildcards."""
+        return self._ask("GET", "prompt-files", list[RemotePromptFile])
+
+    def delete_prompt_file(self, name: str) -> None:
+        """Delete a file of styles or wildcards."""
+        self._send("DELETE", f"prompt-files/{quote(name, safe='')}")
 
     def fetch_image(self, name: str, output: str | Path) -> Path:
         """Write a generated image to a file, bit for bit."""
@@ -366,6 +390,11 @@ class Client:
         with atomic_file(path) as temporary:
             temporary.write_bytes(content)
         return path
+
+    def _upload(self, address: str, file: str | Path, kind: type[Answer]) -> Answer:
+        path = Path(file)
+        content = path.read_bytes()
+        return self._ask("PUT", f"{address}/{quote(path.name, safe='')}", kind, content=content)
 
     def _ask(self, method: str, address: str, kind: type[Answer], **body: Any) -> Answer:
         return TypeAdapter(kind).validate_json(self._send(method, address, **body).content)

@@ -36,6 +36,7 @@ from dora_diffusion.studio.app.settings import (
     preset_values,
     setting_text,
 )
+from dora_diffusion.studio.app.views import words
 from dora_diffusion.studio.app.views.request import UNSET, make_request, shown_value
 from dora_diffusion.studio.client import (
     NewConversion,
@@ -45,6 +46,7 @@ from dora_diffusion.studio.client import (
     NewTraining,
     RemoteImage,
     RemoteJob,
+    RemotePromptFile,
     RemoteSubject,
 )
 from dora_diffusion.studio.jobs import subjects, tasks
@@ -102,7 +104,7 @@ def make_api(context: Context) -> FastAPI:
         """Describe these routes in OpenAPI's format."""
         return api.openapi()
 
-    for add in (_add_subjects, _add_jobs, _add_files, _add_images):
+    for add in (_add_subjects, _add_jobs, _add_files, _add_images, _add_prompt_files):
         add(api, context)
     return api
 
@@ -367,3 +369,24 @@ def _add_images(api: FastAPI, context: Context) -> None:
         finally:
             waiting.release()
         return [RemoteImage(i.path.name, i.seed, i.parameters, i.notes) for i in made]
+
+
+def _add_prompt_files(api: FastAPI, context: Context) -> None:
+    workspace = context.workspace
+
+    @api.get("/prompt-files")
+    def list_prompt_files() -> list[RemotePromptFile]:
+        """List the files of styles and wildcards, with the names that each gives."""
+        return words.list_words(workspace)
+
+    @api.put("/prompt-files/{name}")
+    async def keep_prompt_file(name: str, request: Request) -> RemotePromptFile:
+        """Keep wildcards (`.txt`), the body, or styles (`.csv`), which replace those before."""
+        async with _received(workspace, name, request) as file:
+            (kept,) = await run_in_threadpool(words.keep_words, workspace, [file])
+        return kept
+
+    @api.delete("/prompt-files/{name:path}", status_code=204, responses=_MISSING)
+    def delete_prompt_file(name: str) -> None:
+        """Delete a file of styles or wildcards."""
+        words.delete_words(workspace, name)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -22,6 +23,7 @@ from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import is_photo
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
+from dora_diffusion.sampling.images import parse_parameters
 from dora_diffusion.studio.app import api as app_api
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
@@ -36,11 +38,13 @@ from dora_diffusion.studio.app.settings import (
 )
 from dora_diffusion.studio.app.views.request import UNSET
 from dora_diffusion.studio.app.views.train import read_form
-from dora_diffusion.studio.client import ROOT, ApiError, Client
+from dora_diffusion.studio.app.views.words import list_words
+from dora_diffusion.studio.client import ROOT, ApiError, Client, RemotePromptFile
 from dora_diffusion.studio.jobs import queue, records
 from dora_diffusion.studio.jobs.queue import PERSON
 from dora_diffusion.studio.jobs.subjects import read_subject
 from tests.shallow import *  # noqa: F403
+from tests.studio.app.views.test_words import NO_WORDS
 from tests.studio.jobs.helpers import make, perform, photo
 from tests.studio.jobs.test_uploads import NO_PHOTOS, huge_png
 
@@ -93,7 +97,7 @@ def routes(served: Served) -> Iterator[tuple[str, str]]:
     for route in served.api.routes:
         assert isinstance(route, APIRoute)
         for method in route.methods:
-            yield method, re.sub(r"{\w+}", "x", route.path.lstrip("/"))
+            yield method, re.sub(r"{\w+}", "x", route.path_format.lstrip("/"))
 
 
 def test_every_route_asks_for_the_login(served: Served) -> None:
@@ -167,14 +171,23 @@ def test_bombs_and_strips_are_refused(served: Served, subject: str, tmp_path: Pa
 @pytest.mark.parametrize(
     "name",
     ["..%2F..%2Fjob.json", "%2e%2e", "%2e", "..", "..%5Ca.jpg", "C%3Aa.jpg", "..%5C..%5Ca.jpg%2F",
-     "a%00.jpg", "a%0A.jpg",
-     "x" * 300 + ".jpg", "%2Fetc%2Fpasswd", "a%2Fb.jpg", "%1B%5B31m.jpg"],
+     "a%00.jpg", "a%0A.jpg", "..%2Fstyles.csv", "..%2Fwildcards%2Fa.txt", ".%2Fa.txt", "%2Fa.txt",
+     "x" * 300 + ".jpg", "{outside}", "a%2Fb.jpg", "%1B%5B31m.jpg"],
 )  # fmt: skip
 def test_a_name_leads_nowhere(name: str, served: Served, subject: str, tmp_path: Path) -> None:
     before, content = served.files, photo(tmp_path / "c.jpg").read_bytes()
+    # An absolute path, of this test: what is broken may delete it.
+    (tmp_path / "own.txt").write_text("own", encoding="utf-8")
+    name = name.format(outside=quote(str(tmp_path / "own.txt"), safe=""))
     outside = {path for path in tmp_path.rglob("*") if "runs" not in path.parts}
-    for address in (f"subjects/{subject}/photos/{name}", f"inputs/{name}"):
-        answer = served.ask("PUT", address, content=content)
+    (served.context.workspace.wildcards / "a.txt").write_text("red", encoding="utf-8")
+    before |= {"wildcards/a.txt"}
+    asked = [("PUT", f"{part}/{name}") for part in (f"subjects/{subject}/photos", "inputs")]
+    asked += [(method, f"prompt-files/{n}") for n in (name, re.sub(r"jpg|json", "txt", name))
+              for method in ("PUT", "DELETE")]  # fmt: skip
+    for method, address in asked:
+        more = {"content": content} if method == "PUT" else {}
+        answer = served.ask(method, address, **more)
         assert answer.status_code in (404, 405, 422), answer.text
         assert "\x1b" not in answer.text
     assert served.files == before
@@ -220,6 +233,90 @@ def test_captions_find_their_photos_and_what_is_refused_is_told(
     assert [each.id for each in served.bob.subjects()] == [made.id]
     served.bob.delete_subject(made.id)
     assert served.ann.subjects() == []
+
+
+# Styles and wildcards
+
+
+def test_wildcards_and_styles_are_kept_listed_drawn_and_deleted(
+    served: Served, sd1_folder: Path, tmp_path: Path
+) -> None:
+    ann, workspace = served.ann, served.context.workspace
+    assert ann.prompt_files() == []
+    for name, text in (
+        ("colours.TXT", "# of it\r\nteal\n"),
+        ("my styles.csv", "name,prompt,negative_prompt\nink,{prompt} in ink,photo\noil,oil,\n"),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    colours = ann.upload_prompt_file(tmp_path / "colours.TXT")
+    styles = ann.upload_prompt_file(str(tmp_path / "my styles.csv"))
+    assert colours == RemotePromptFile("colours.txt", ("__colours__",))
+    assert styles == RemotePromptFile("styles.csv", ("ink", "oil"))
+    (workspace.wildcards / "sea").mkdir()
+    (workspace.wildcards / "sea" / "fish.txt").write_text("cod", encoding="utf-8")
+    fish = RemotePromptFile("sea/fish.txt", ("__sea/fish__",))
+    # The same files in the page.
+    assert served.bob.prompt_files() == [styles, colours, fish] == list_words(workspace)
+    settings = {"wildcards": True, "style": ["ink"], "steps": 1, "seed": 1, "negative_prompt": "x",
+                "width": 32, "height": 32, "num_images": 1}  # fmt: skip
+    prompt = "a __colours__ mug, __sea/fish__"
+    (image,) = ann.generate(f"base/{sd1_folder}", prompt, settings)
+    said = parse_parameters(image.parameters)
+    assert (said["Prompt"], said["Negative prompt"]) == ("a teal mug, cod in ink", "x, photo")
+    for name in ("sea/fish.txt", "styles.csv"):
+        served.bob.delete_prompt_file(name)
+        with pytest.raises(ApiError, match="this file no longer exists") as caught:
+            ann.delete_prompt_file(name)
+        assert caught.value.status == 404
+    assert ann.prompt_files() == [colours]
+    for more in ({}, {"style": []}):
+        with pytest.raises(ApiError, match=r"the wildcard __sea/fish__ has no file"):
+            ann.generate(f"base/{sd1_folder}", prompt, {**settings, "style": [], **more})
+
+
+def test_no_link_is_followed_and_what_no_prompt_can_name_is_not_listed(
+    served: Served, tmp_path: Path
+) -> None:
+    workspace, outside = served.context.workspace, tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.txt").write_text("secret", encoding="utf-8")
+    (workspace.wildcards / "folder").symlink_to(outside)
+    (workspace.wildcards / "link.txt").symlink_to(outside / "secret.txt")
+    for name in ("a\x1b.txt", "\udcff.txt", "_.txt", "<b>.txt"):
+        (workspace.wildcards / name).write_text("red", encoding="utf-8")
+    workspace.styles.write_bytes(b"\xff")
+    (tmp_path / "link.txt").write_text("blue", encoding="utf-8")
+    styles, link = served.ann.prompt_files()
+    assert (styles.names, styles.problem) == (
+        (), "styles styles.csv is not UTF-8 text; save it as UTF-8"
+    )  # fmt: skip
+    assert link.name == "link.txt"
+    assert served.ann.upload_prompt_file(tmp_path / "link.txt") == link
+    assert (workspace.wildcards / "link.txt").read_text(encoding="utf-8") == "blue"
+    (workspace.wildcards / "link.txt").unlink()
+    (workspace.wildcards / "link.txt").symlink_to(outside / "secret.txt")
+    for name in ("link.txt", "styles.csv"):
+        served.ann.delete_prompt_file(name)
+    with pytest.raises(ApiError, match="no longer exists"):
+        served.ann.delete_prompt_file("folder/secret.txt")
+    assert served.ann.prompt_files() == []
+    assert (outside / "secret.txt").read_text(encoding="utf-8") == "secret"
+
+
+@pytest.mark.parametrize(("name", "content", "message"), NO_WORDS)
+def test_what_no_prompt_can_use_is_not_kept(
+    name: str, content: bytes, message: str, served: Served
+) -> None:
+    workspace = served.context.workspace
+    workspace.styles.write_text("name,prompt\nink,ink\n", encoding="utf-8")
+    (workspace.wildcards / "c.txt").write_text("green", encoding="utf-8")
+    before = {name: (workspace.root / name).read_bytes() for name in served.files}
+    answer = served.ask("PUT", f"prompt-files/{quote(name, safe='')}", content=content)
+    line = answer.json()["detail"]
+    assert answer.status_code == 422
+    assert re.search(message, line) or ("\x1b" in name and "is not the name of a file" in line)
+    assert str(workspace.root) not in line
+    assert {name: (workspace.root / name).read_bytes() for name in served.files} == before
 
 
 # Trainings

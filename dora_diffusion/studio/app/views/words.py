@@ -15,12 +15,13 @@ from dora_diffusion.config.file import read_text
 from dora_diffusion.config.prompts import styles_in
 from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.data.captions import WILD
-from dora_diffusion.formats.files.atomic import atomic_file
+from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import ui
 from dora_diffusion.studio.app.views.request import LABELS
-from dora_diffusion.studio.jobs.store import UserError, Workspace
+from dora_diffusion.studio.client import RemotePromptFile
+from dora_diffusion.studio.jobs.store import MissingError, UserError, Workspace
 from dora_diffusion.studio.jobs.uploads import shown
 
 MOST_FILES = 1000
@@ -66,12 +67,15 @@ def connect(context: Context, tab: WordsView) -> None:
     ui.on(tab.upload.upload, upload, [tab.upload], filled, show="minimal")
 
 
-def keep_words(workspace: Workspace, files: Sequence[Path]) -> None:
+def keep_words(workspace: Workspace, files: Sequence[Path]) -> list[RemotePromptFile]:
     """Keep files of styles and of wildcards, all of them or none.
 
     Args:
         workspace: The runs folder.
-        files: Of styles if they end in ``.csv``, else of wildcards, which keep their names.
+        files: Of styles if they end in ``.csv``, of wildcards, which keep their names, in ``.txt``.
+
+    Returns:
+        What is kept, as `list_words` gives it.
 
     Raises:
         UserError: If one cannot be read, holds nothing, or has a name that no prompt can have; or
@@ -79,8 +83,13 @@ def keep_words(workspace: Workspace, files: Sequence[Path]) -> None:
     """
     kept = dict[Path, str]()
     for file in files:
+        suffix = file.suffix.lower()
+        if suffix not in (".csv", ".txt"):
+            raise UserError(
+                f"{shown(file.name)} is neither a file of styles (.csv) nor one of wildcards (.txt)"
+            )
         try:
-            text, is_styles = read_text(file, "the file"), file.suffix.lower() == ".csv"
+            text, is_styles = read_text(file, "the file"), suffix == ".csv"
             is_empty = not (styles_in(file) if is_styles else _LINE.search(text))
         except ConfigError as error:
             raise UserError(str(error).replace(str(file), file.name)) from error
@@ -93,31 +102,63 @@ def keep_words(workspace: Workspace, files: Sequence[Path]) -> None:
             )
         kept[workspace.styles if is_styles else workspace.wildcards / f"{file.stem}.txt"] = text
     if len({*_files(workspace), *kept}) > MOST_FILES:
-        raise UserError(f"at most {MOST_FILES} files of wildcards are kept; delete some")
+        raise UserError(f"at most {MOST_FILES} files of styles and wildcards are kept; delete some")
     for path, text in kept.items():
-        with atomic_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        save_text(path, text)
+    return [_described(workspace, path) for path in kept]
+
+
+def delete_words(workspace: Workspace, name: object) -> None:
+    """Delete a file of styles or of wildcards.
+
+    Raises:
+        MissingError: If it is not the name of one, as `list_words` gives them.
+    """
+    paths = {_described(workspace, path).name: path for path in _files(workspace)}
+    if name not in paths:
+        raise MissingError("this file no longer exists; choose another one")
+    paths[str(name)].unlink(missing_ok=True)
+
+
+def list_words(workspace: Workspace) -> list[RemotePromptFile]:
+    """List the files of styles and wildcards, the styles first."""
+    return [_described(workspace, path) for path in _files(workspace)]
 
 
 def _files(workspace: Workspace) -> list[Path]:
-    return sorted(workspace.wildcards.rglob("*.txt"))
+    """The file of styles, if there is one, and those of wildcards that a prompt can name."""
+    found = (path for path in workspace.wildcards.rglob("*.txt") if not path.is_dir())
+    texts = sorted(path for path in found if WILD.fullmatch(_wildcard(workspace, path)))
+    return [workspace.styles, *texts] if workspace.styles.is_file() else texts
+
+
+def _wildcard(workspace: Workspace, path: Path) -> str:
+    return f"__{path.relative_to(workspace.wildcards).with_suffix('').as_posix()}__"
+
+
+def _described(workspace: Workspace, path: Path) -> RemotePromptFile:
+    if path != workspace.styles:
+        name = path.relative_to(workspace.wildcards).as_posix()
+        return RemotePromptFile(name, (_wildcard(workspace, path),))
+    try:
+        return RemotePromptFile(path.name, _style_names(path, path.stat().st_mtime_ns))
+    except ConfigError as error:
+        return RemotePromptFile(path.name, (), str(error).replace(str(path), path.name))
 
 
 @functools.lru_cache(maxsize=8)
-def _style_names(file: Path, written: int) -> list[str]:
-    return [*filter(None, styles_in(file))]
+def _style_names(file: Path, written: int) -> tuple[str, ...]:
+    return tuple(filter(None, styles_in(file)))
 
 
 def refresh(workspace: Workspace) -> dict[str, Any]:
     """Return the timer's update: the styles to choose from, and what is kept."""
-    names, wrong = list[str](), ""
-    if workspace.styles.exists():
-        try:
-            names = _style_names(workspace.styles, workspace.styles.stat().st_mtime_ns)
-        except ConfigError as error:
-            wrong = html.note(str(error), "bad")
-    files = [f.relative_to(workspace.wildcards).with_suffix("") for f in _files(workspace)]
-    lines = [counted(len(names), "style")] if names else []
-    lines += [f"wildcards {listing((f'__{f.as_posix()}__' for f in files), 8)}"] if files else []
+    files = list_words(workspace)
+    wrong = html.notes((file.problem for file in files), "bad")
+    own = workspace.styles.name
+    styles = [name for file in files if file.name == own for name in file.names]
+    wild = [name for file in files if file.name != own for name in file.names]
+    lines = [counted(len(styles), "style")] if styles else []
+    lines += [f"wildcards {listing(wild, 8)}"] if wild else []
     said = html.quiet(f"{'; '.join(lines)}. They are in {workspace.root.name}.") if lines else _NONE
-    return {"style": ui.changing(choices=[(name, name) for name in names]), "words": wrong + said}
+    return {"style": ui.changing(choices=[(name, name) for name in styles]), "words": wrong + said}

@@ -51,21 +51,26 @@ def test_what_is_uploaded_is_kept_and_offered(context: Context, tmp_path: Path) 
     assert "is not UTF-8 text; save it as UTF-8" in said
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("styles.csv", b"ink,an ink drawing,\n", "styles.csv must begin with the line name,"),
-        ("styles.csv", b"name,prompt\n", "styles.csv is empty; write a style"),
-        ("styles.csv", b"\x89PNG", "styles.csv is not UTF-8 text"),
-        ("styles.csv", bytes([65]) * (2**24 + 1), "larger than 16 MiB"),
-        ("c.txt", b"# red\n \n", "c.txt is empty; write"),
-        ("c.txt", b"\xff\xfe", "c.txt is not UTF-8 text"),
-        ("_.txt", b"red", "_.txt cannot be named in a prompt"),
-        ("..txt", b"red", "cannot be named in a prompt"),
-        ("a|b.txt", b"red", "cannot be named in a prompt"),
-        ("a\x1b[31m.txt", b"red", r"a.\[31m.txt cannot be named"),
-    ],
-)  # fmt: skip
+NO_WORDS = [
+    ("styles.csv", b"ink,an ink drawing,\n", "styles.csv must begin with the line name,"),
+    ("styles.csv", b"name,prompt\n", "styles.csv is empty; write a style"),
+    ("styles.csv", b"name,prompt\nink," + b"x" * 2**18, "styles.csv, line 2: field larger than"),
+    ("styles.csv", b"\x89PNG", "styles.csv is not UTF-8 text"),
+    ("styles.csv", bytes([65]) * (2**24 + 1), "larger than 16 MiB"),
+    ("c.txt", b"# red\n \n", "c.txt is empty; write"),
+    ("c.txt", b"", "c.txt is empty; write"),
+    ("c.txt", b"\xff\xfe", "c.txt is not UTF-8 text"),
+    ("c.txt", b"red\0", "c.txt is not UTF-8 text"),
+    ("c.jpg", b"red", r"c.jpg is neither a file of styles \(.csv\) nor one of wildcards"),
+    ("c", b"red", "c is neither a file of styles"),
+    ("_.txt", b"red", "_.txt cannot be named in a prompt"),
+    ("..txt", b"red", "cannot be named in a prompt"),
+    ("a|b.txt", b"red", "cannot be named in a prompt"),
+    ("a\x1b[31m.txt", b"red", r"a.\[31m.txt cannot be named"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), NO_WORDS)
 def test_what_no_prompt_can_use_is_refused_and_nothing_is_lost(
     context: Context, tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
@@ -110,7 +115,7 @@ def test_files_of_wildcards_have_a_limit(
     upload: Any = handler(context, "upload", "words")
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("red", encoding="utf-8")
-    with pytest.raises(gradio.Error, match="At most 1 files of wildcards are kept"):
+    with pytest.raises(gradio.Error, match="At most 1 files of styles and wildcards are kept"):
         upload([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
     upload([str(tmp_path / "a.txt")])
     upload([str(tmp_path / "a.txt")])
