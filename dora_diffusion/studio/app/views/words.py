@@ -45,6 +45,9 @@ class WordsView:
             style = gr.Dropdown([], label=LABELS["style"], elem_id="style", info=text, **options)
             wildcards = gr.Checkbox(label=LABELS["wildcards"], elem_id="wildcards")
             self.kept = ui.html_block(_NONE, elem_id="words-kept")
+            with gr.Row(visible=False) as self.row:
+                self.file = ui.id_dropdown(label="Files that are kept", elem_id="words-file")
+                self.delete = ui.button("Delete this file", "words-delete", variant="stop")
             self.upload = gr.File(
                 label="styles.csv, which replaces the one before, or files of wildcards (.txt)",
                 file_count="multiple", file_types=[".csv", ".txt"], height=150,
@@ -54,17 +57,27 @@ class WordsView:
 
 
 def connect(context: Context, tab: WordsView) -> None:
-    """Connect the upload."""
+    """Connect the upload, and the deletion of what was uploaded."""
+
+    def now() -> list[Any]:
+        parts = refresh(context.workspace)
+        file = gr.update(**parts["words_file"][0], value=None)
+        return [ui.filled(parts["style"]), parts["words"], ui.filled(parts["words_row"]), file]
 
     def upload(files: list[str] | None) -> list[Any]:
         if not files:
-            return [gr.skip()] * 3
+            return [gr.skip()] * (1 + len(outputs))
         keep_words(context.workspace, [Path(file) for file in files])
-        parts = refresh(context.workspace)
-        return [None, ui.filled(parts["style"]), parts["words"]]
+        return [None, *now()]
 
-    filled = [tab.upload, tab.fields["style"], tab.kept]
-    ui.on(tab.upload.upload, upload, [tab.upload], filled, show="minimal")
+    def delete(name: str) -> list[Any]:
+        delete_words(context.workspace, name)
+        return now()
+
+    outputs = [tab.fields["style"], tab.kept, tab.row, tab.file]
+    ui.on(tab.upload.upload, upload, [tab.upload], [tab.upload, *outputs], show="minimal")
+    question = "Delete this file? There is no copy of it in the app."
+    ui.on(tab.delete.click, delete, [tab.file], outputs, confirm=question)
 
 
 def keep_words(workspace: Workspace, files: Sequence[Path]) -> list[RemotePromptFile]:
@@ -115,7 +128,7 @@ def delete_words(workspace: Workspace, name: object) -> None:
         MissingError: If it is not the name of one, as `list_words` gives them.
     """
     paths = {_described(workspace, path).name: path for path in _files(workspace)}
-    if name not in paths:
+    if str(name) not in paths:
         raise MissingError("this file no longer exists; choose another one")
     paths[str(name)].unlink(missing_ok=True)
 
@@ -152,7 +165,7 @@ def _style_names(file: Path, written: int) -> tuple[str, ...]:
 
 
 def refresh(workspace: Workspace) -> dict[str, Any]:
-    """Return the timer's update: the styles to choose from, and what is kept."""
+    """Return the timer's update: the styles to choose from, and the files that are kept."""
     files = list_words(workspace)
     wrong = html.notes((file.problem for file in files), "bad")
     own = workspace.styles.name
@@ -161,4 +174,9 @@ def refresh(workspace: Workspace) -> dict[str, Any]:
     lines = [counted(len(styles), "style")] if styles else []
     lines += [f"wildcards {listing(wild, 8)}"] if wild else []
     said = html.quiet(f"{'; '.join(lines)}. They are in {workspace.root.name}.") if lines else _NONE
-    return {"style": ui.changing(choices=[(name, name) for name in styles]), "words": wrong + said}
+    return {
+        "style": ui.changing(choices=[(name, name) for name in styles]),
+        "words": wrong + said,
+        "words_row": ui.changing(visible=bool(files)),
+        "words_file": ui.changing(choices=[(file.name, file.name) for file in files]),
+    }

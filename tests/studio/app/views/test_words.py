@@ -34,8 +34,10 @@ def test_what_is_uploaded_is_kept_and_offered(context: Context, tmp_path: Path) 
     files = {"my styles.csv": STYLES, "colours.txt": "red\nblue\n", "fish.txt": "# of it\ncod"}
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    cleared, choices, said = upload([str(tmp_path / name) for name in files])
+    cleared, choices, said, row, kept = upload([str(tmp_path / name) for name in files])
     assert (cleared, choices["choices"]) == (None, [("ink", "ink")])
+    assert (row["visible"], kept["value"]) == (True, None)
+    assert [value for _, value in kept["choices"]] == ["styles.csv", "colours.txt", "fish.txt"]
     assert said == shown(context)[1]
     assert "1 style; wildcards __colours__, __fish__." in said
     assert read_styles(context.workspace.styles, ["ink"]) == [("{prompt} in ink", "photo")]
@@ -44,11 +46,40 @@ def test_what_is_uploaded_is_kept_and_offered(context: Context, tmp_path: Path) 
     upload([str(tmp_path / "b.csv")])
     assert shown(context)[0] == ["oil"]
     assert "__colours__" in shown(context)[1]
-    assert upload(None) == [gradio.skip()] * 3
+    assert upload(None) == [gradio.skip()] * 5
     context.workspace.styles.write_bytes(b"\xff")
     names, said = shown(context)
     assert names == []
     assert "is not UTF-8 text; save it as UTF-8" in said
+
+
+def test_a_file_is_deleted_where_it_is_confirmed_and_no_other(context: Context) -> None:
+    workspace, delete = context.workspace, handler(context, "delete", "words")
+    workspace.styles.write_text(STYLES, encoding="utf-8")
+    texts = [workspace.wildcards / name for name in ("colours.txt", "sea/fish.txt")]
+    for path in texts:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("red", encoding="utf-8")
+    outside = workspace.root / "notes.txt"
+    outside.write_text("mine", encoding="utf-8")
+    assert delete("") == [gradio.skip()] * 4  # it is not confirmed
+    for name in ("../notes.txt", str(outside), "colours", "__colours__", ["colours.txt"]):
+        with pytest.raises(gradio.Error, match="This file no longer exists"):
+            delete(name)
+    for name, left in (
+        ("sea/fish.txt", ["styles.csv", "colours.txt"]), ("styles.csv", ["colours.txt"]),
+        ("colours.txt", []),
+    ):  # fmt: skip
+        choices, said, row, kept = delete(name)
+        assert [value for _, value in kept["choices"]] == left
+        assert (kept["value"], row["visible"], said) == (None, bool(left), shown(context)[1])
+        assert bool(choices["choices"]) == ("styles.csv" in left)
+        files = [workspace.styles, *texts]
+        there = [path for path in files if path.exists()]
+        assert [path.name for path in there] == [Path(name).name for name in left]
+    assert outside.read_text(encoding="utf-8") == "mine"
+    with pytest.raises(gradio.Error, match="This file no longer exists"):
+        delete("colours.txt")
 
 
 NO_WORDS = [
