@@ -53,7 +53,8 @@ class GridRecord:
             DiskFullError: If there is no room; a page that was there is unchanged.
         """
         axes = [{"name": name, "values": list(labels)} for name, labels in self.axes.items()]
-        record = {"seed": self.seed, "axes": axes, "files": list(self.files), "texts": self.texts}
+        texts = {file: self.texts[file] for file in self.files if file in self.texts}
+        record = {"seed": self.seed, "axes": axes, "files": list(self.files), "texts": texts}
         save_text(folder / RECORD, json.dumps(record, indent=1))
         return save_text(folder / PAGE, page({"title": folder.resolve().name, **record}))
 

@@ -37,7 +37,7 @@ from dora_diffusion.config.wording import counted
 from dora_diffusion.data.images import DECODE_ERRORS, PhotoError, open_photo
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, join_triggers
 from dora_diffusion.formats.adapter.stored import read_metadata
-from dora_diffusion.formats.files.atomic import require_writable
+from dora_diffusion.formats.files.atomic import leftovers, require_writable
 from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.sampling.generate import SamplingSettings, generate_images, sampled_size
 from dora_diffusion.sampling.images import (
@@ -206,6 +206,9 @@ class GridRun:
         Args:
             show: Called with (steps done, steps in all).
         """
+        for folder in (self.folder, self.folder / "images"):
+            for path in leftovers(folder):
+                path.unlink(missing_ok=True)
         try:
             for _, cells in groupby(self.missing, key=lambda cell: cell.model_key):
                 self._make_alike(list(cells), show)
@@ -319,8 +322,12 @@ def _require_folder(args: RequestedImages, folder: Path) -> None:
         f"output {folder} must be a folder with grid: of its page, sheet and images",
         "output",
     )
-    is_other = folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file()
-    require(not is_other, f"{folder} holds other files; choose another --output", "output")
+    there = {*folder.iterdir()} - {*leftovers(folder)} if folder.is_dir() else set()
+    require(
+        not there or (folder / RECORD).is_file(),
+        f"{folder} holds other files; choose another --output",
+        "output",
+    )
     require_writable(folder, is_folder=True)
 
 

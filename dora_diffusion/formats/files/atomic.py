@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from typing import IO
 from dora_diffusion import system
 
 _SYNCED_BYTES = 2**26
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
 class DiskFullError(OSError):
@@ -57,6 +59,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove(temporary, new_folders)
         raise
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary files of `atomic_file` in a folder: of who was killed, or still writes."""
+    return [path for path in folder.glob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
 
 
 def _remove(temporary: Path, folders: Iterable[Path]) -> None:

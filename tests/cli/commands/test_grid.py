@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,10 +14,28 @@ from PIL import Image
 
 from dora_diffusion.cli.main import main
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.formats.files.atomic import atomic_file
 from dora_diffusion.sampling import generate as sampling
 from dora_diffusion.sampling.generate import SamplingSettings
 from dora_diffusion.sampling.images import parse_parameters, read_parameters
 from dora_diffusion.sampling.page import PAGE, RECORD, SHEET
+from tests.waiting import STAY
+
+# Stops while the fifth image is written: its temporary file is there, under half of its bytes.
+_HELD = f"""
+import sys
+from dora_diffusion import system
+from dora_diffusion.cli.main import main
+replace, images = system.replace, []
+def held(source, target):
+    images.extend([target] * (target.parent.name == "images"))
+    if len(images) == 5:
+        source.write_bytes(source.read_bytes()[:99])
+        {STAY}
+    replace(source, target)
+system.replace = held
+main(sys.argv[1:])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +164,8 @@ def test_bases_and_all_that_changes_sampling_are_plain_images(generate, sd2_fold
         assert parse_parameters(sheet.info["parameters"])["Size"] == "64x72"
 
 
-def test_a_grid_is_continued_and_grows_by_its_new_cells_alone(
-    generate, adapters, tmp_path, batches, monkeypatch, capsys
-):
-    grid, axes = tmp_path / "grid", ["seed=1, 2, 3", f"adapter=none, {adapters[1]}"]
-    flags, asked = {"batch_size": 2, "seed": None}, []
+def interrupted(words, monkeypatch):
+    asked, sample = [], sampling._sample
 
     def stop(*args):
         asked.append(1)
@@ -155,22 +173,74 @@ def test_a_grid_is_continued_and_grows_by_its_new_cells_alone(
             raise KeyboardInterrupt
         return sample(*args)
 
-    sample = sampling._sample
-    monkeypatch.setattr(sampling, "_sample", stop)
-    assert generate(grid, "--grid", *axes, **flags) == 130
-    files = record_of(grid)["files"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "_sample", stop)
+        assert main(words) == 130
+
+
+def killed(words, monkeypatch):
+    process = subprocess.Popen(
+        [sys.executable, "-c", _HELD, *words], stdout=subprocess.PIPE, text=True, encoding="utf-8",
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == "ready\n"
+    finally:
+        process.kill()  # without a chance to clean up
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("stop", [interrupted, killed])
+def test_a_grid_that_was_stopped_continues(
+    stop, generate, sd1_folder, adapters, tmp_path, batches, monkeypatch, capsys
+):
+    grid, whole = tmp_path / "stopped" / "grid", tmp_path / "whole" / "grid"
+    axes = ["seed=1, 2, 3", f"adapter=none, {adapters[1]}"]
+    words = ["generate", "--base", sd1_folder, "--prompt", "a red dog", "--steps", "2"]
+    words += ["--batch_size", "2", "--output", grid, "--grid", *axes]
+    stop([str(word) for word in words], monkeypatch)
+    record = record_of(grid)
+    files = record["files"]
     made = sorted(file for file in files if (grid / file).exists())
     assert len(made) == 4
-    assert sorted(record_of(grid)["texts"]) == made
+    # Whoever is killed says nothing of what was made; the page has all images that are there.
+    assert sorted(record["texts"]) == (made if stop is interrupted else [])
     assert (grid / PAGE).exists()
     assert not (grid / SHEET).exists()
-    times = {file: (grid / file).stat().st_mtime_ns for file in made}
-    monkeypatch.setattr(sampling, "_sample", sample)
+    assert len([*grid.rglob("*.tmp")]) == (stop is killed)
+    kept = {file: ((grid / file).stat().st_mtime_ns, (grid / file).read_bytes()) for file in made}
     batches.clear()
+    flags = {"batch_size": 2, "seed": None}
     assert generate(grid, "--grid", *axes, **flags) == 0
     assert sum(map(len, batches)) == 2
     assert "6 images, 2 of them new" in capsys.readouterr().out
-    assert {file: (grid / file).stat().st_mtime_ns for file in made} == times
+    now = {file: ((grid / file).stat().st_mtime_ns, (grid / file).read_bytes()) for file in made}
+    assert now == kept
+    # As one that was never stopped, to the last byte.
+    assert generate(whole, "--grid", *axes, **{**flags, "seed": record["seed"]}) == 0
+    found = ({str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
+             for folder in (grid, whole))  # fmt: skip
+    assert next(found) == next(found)
+
+
+def test_a_grid_begins_where_one_was_killed_before_its_record(generate, tmp_path, batches):
+    grid = tmp_path / "grid"
+    with atomic_file(grid / RECORD) as temporary:
+        temporary.write_bytes(b"{")
+        left = shutil.copyfile(temporary, tmp_path / temporary.name)
+    (grid / RECORD).unlink()
+    shutil.move(left, temporary)
+    assert generate(grid, "--grid", "steps=1") == 0
+    assert sum(map(len, batches)) == 1
+    assert not temporary.exists()
+
+
+def test_a_grid_grows_by_its_new_cells_alone(generate, adapters, tmp_path, batches):
+    grid, axes = tmp_path / "grid", ["seed=1, 2, 3", f"adapter=none, {adapters[1]}"]
+    flags = {"batch_size": 2, "seed": None}
+    assert generate(grid, "--grid", *axes, **flags) == 0
+    files = record_of(grid)["files"]
     # The same again, another order, a value less or more, one twice by its name: nothing twice.
     for words, new in (
         (axes, 0), (axes[::-1], 0), (["seed=3, SKIP:2, 1", axes[1]], 0),
