@@ -397,6 +397,10 @@ def _segmenter(folder: Path, label: str) -> Masker:
             device=default_device(),
             model_kwargs={"use_safetensors": True},
         )
+    processor = segment.image_processor
+    if getattr(processor, "do_center_crop", False):
+        # The mask of a crop would be stretched over the whole image.
+        processor.size, processor.do_center_crop = processor.crop_size, False
     wanted = _subject_labels(folder.name, set(segment.model.config.id2label.values()), label)
 
     def mask(image: Image.Image) -> Image.Image:

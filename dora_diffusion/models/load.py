@@ -455,6 +455,9 @@ def plain_errors(name: str, hint: str = "it is missing or damaged") -> Iterator[
         yield
     except UnsupportedModelError:
         raise
+    except ImportError as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{name} needs a package that is missing: {text}") from error
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         detail = str(error).strip().splitlines()
         raise ValueError(f"{name} could not be loaded ({hint}): {''.join(detail[:1])}") from error

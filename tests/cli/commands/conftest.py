@@ -12,6 +12,7 @@ import torch
 from dora_diffusion.cli import main as cli
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from dora_diffusion.numerics.weights import LayerWeights
+from tests.data.prepare.conftest import models  # noqa: F401 (a fixture)
 from tests.shallow import *  # noqa: F403
 
 SAMPLE = Path(__file__).parents[3] / "samples" / "bolt_mug"

@@ -14,17 +14,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from dora_diffusion.cli.axes import plan_grid
 from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.cli.main import main
 from dora_diffusion.cli.requested_images import Repeated, sampling_settings
 from dora_diffusion.config import AdapterConfig
+from dora_diffusion.data import prepare
 from dora_diffusion.data.captions import CaptionRules, Wildcards
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.schedulers import A1111_NAMES, SCHEDULERS
+from dora_diffusion.sampling.detail import FEATHER
 from dora_diffusion.sampling.images import parse_parameters, read_parameters, save_image
 
 
@@ -759,8 +761,6 @@ def test_few_step_adapters_are_known_by_their_released_names(
 
 def masker(monkeypatch, box):
     """Have every model find the same box, and return the models that were opened."""
-    from dora_diffusion.data import prepare
-
     opened = []
 
     def open_masker(name, *, label=""):
@@ -806,6 +806,51 @@ def test_details_are_painted_said_and_repeated(sd1_folder, tmp_path, monkeypatch
     assert "first.png was made with the detail model seg; give its folder with --detail" in error
     assert repeat(sd1_folder, first, again, *local) == 0
     assert np.array_equal(pixels(first), pixels(again))
+
+
+@pytest.mark.parametrize("kind", ["segformer", "detr"])
+def test_a_detail_pass_by_a_segmentation_model_paints_its_mask(kind, sd1_folder, models, tmp_path):
+    plain, detailed = tmp_path / "plain.png", tmp_path / "detailed.png"
+    more = ("--seed", "4", "--width", "96", "--height", "72")
+    detail = ("--detail", str(models(kind)), "--detail_label", "dog", "--detail_denoise", "1")
+    assert run(sd1_folder, plain, *more) == 0
+    assert run(sd1_folder, detailed, *more, *detail) == 0
+    with Image.open(plain) as image:
+        mask = prepare.open_masker(str(models(kind)), label="dog")(image.convert("RGB"))
+    assert mask.getbbox() is not None
+    reached = np.asarray(mask.filter(ImageFilter.GaussianBlur(FEATHER))) > 0
+    changed = (pixels(detailed) != pixels(plain)).any(axis=2)
+    assert changed.shape == (72, 96)
+    assert changed[np.asarray(mask) == 255].mean() > 0.5
+    assert not changed[~reached].any()
+    fields = parse_parameters(read_parameters(detailed))
+    assert (fields["Detail model"], fields["Detail label"]) == (kind, "dog")
+
+
+def test_segmentation_models_that_cannot_be_are_one_line(sd1_folder, models, tmp_path, last_line):
+    bare, unnamed = (
+        shutil.copytree(models("segformer"), tmp_path / name) for name in ("bare", "unnamed")
+    )
+    (bare / "preprocessor_config.json").unlink()
+    config = json.loads((unnamed / "config.json").read_text(encoding="utf-8"))
+    del config["id2label"], config["label2id"]
+    (unnamed / "config.json").write_text(json.dumps({**config, "num_labels": 3}), encoding="utf-8")
+    labels = "of its labels the subject is: label_0, label_1, label_2"
+    for folder, label, message in (
+        (models("segformer"), "dgo", r"knows no 'dgo' (did you mean dog?); say which of its"),
+        (models("segformer"), "", "knows many things; say which of its labels the subject is"),
+        (unnamed, "", f"knows many things; say which {labels}"),
+        (unnamed, "dog", f"knows no 'dog'; say which {labels}"),
+        (models("vit"), "", "is a vit model, which gives no masks; give a segmentation model"),
+        (bare, "dog", f"{bare} could not be loaded (it is missing or damaged): "),
+        (tmp_path, "dog", f"{tmp_path} could not be loaded (it is missing or damaged): "),
+    ):
+        asked = ("--detail", str(folder), *(("--detail_label", label) if label else ()))
+        assert run(sd1_folder, tmp_path / "x.png", *asked) == 1
+        line = last_line()
+        assert line.startswith("error: ")
+        assert message in line
+        assert not (tmp_path / "x.png").exists()
 
 
 def test_without_a_subject_an_image_stays_and_it_is_said(sd1_folder, tmp_path, monkeypatch, capsys):

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from transformers.utils.import_utils import BACKENDS_MAPPING
 
 from dora_diffusion.lab.toy.benchmark_subjects import SAMPLE_BACKGROUNDS, SAMPLE_SUBJECTS
 from dora_diffusion.lab.toy.world import Scene, _paint_subject, render
@@ -25,6 +27,11 @@ LAYERS = {
     "num_attention_heads": 2,
     "intermediate_size": 32,
 }
+
+
+def with_scipy() -> Any:
+    """Lets models be built whose loss, which nothing here computes, needs scipy."""
+    return patch.dict(BACKENDS_MAPPING, scipy=(lambda: True, ""))
 
 
 def true_mask(scene: Scene, size: tuple[int, int]) -> Image.Image:
@@ -226,6 +233,60 @@ def _detr() -> tuple[Any, Any]:
     return model, DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 128})
 
 
+def _mobilevit() -> tuple[Any, Any]:
+    """A model whose processor cuts the middle of an image out."""
+    from transformers import (
+        MobileViTConfig,
+        MobileViTForSemanticSegmentation,
+        MobileViTImageProcessor,
+    )
+
+    config = MobileViTConfig(
+        image_size=64,
+        hidden_sizes=[8, 8, 8],
+        neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 8],
+        num_attention_heads=2,
+        aspp_out_channels=8,
+        id2label={0: "background", 1: "dog", 2: "cat"},
+    )
+    size = {"height": 64, "width": 64}
+    processor = MobileViTImageProcessor(size={"shortest_edge": 72}, crop_size=size)
+    return MobileViTForSemanticSegmentation(config), processor
+
+
+def _mask2former() -> tuple[Any, Any]:
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessor,
+        SwinConfig,
+    )
+
+    backbone = SwinConfig(
+        image_size=32,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 1, 1],
+        window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    sides = ("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim")
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        **dict.fromkeys((*sides, "dim_feedforward"), 32),
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=4,
+        id2label={0: "wall", 1: "dog;hound", 2: "cat"},
+    )
+    with with_scipy():
+        model = Mask2FormerForUniversalSegmentation(config)
+    with torch.no_grad():  # a random one is sure of nothing
+        model.class_predictor.bias.copy_(torch.tensor([0.0, 20.0, 0.0, 0.0]))
+    return model, Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 128})
+
+
 def _vit() -> tuple[Any, Any]:
     from transformers import ViTConfig, ViTModel
 
@@ -238,5 +299,7 @@ BUILDERS = {
     "llava": _llava,
     "segformer": _segformer,
     "detr": _detr,
+    "mobilevit": _mobilevit,
+    "mask2former": _mask2former,
     "vit": _vit,
 }

@@ -9,10 +9,13 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
+from transformers.utils.import_utils import BACKENDS_MAPPING
 
 from dora_diffusion.data import prepare as prepare_models
 from dora_diffusion.data.prepare import PrepareError, open_captioner, open_masker
+from tests.data.prepare.conftest import with_scipy
 
 
 @pytest.fixture
@@ -138,6 +141,45 @@ def test_of_two_labels_the_subject_is_the_one_that_is_not_the_background(models,
     assert np.asarray(mask).tolist() == (255 * expected.int()).tolist()
 
 
+def bright(self, pixel_values, **_):
+    """Outputs of a model that is sure of its label 1 where an image is bright, of 0 elsewhere."""
+    from transformers.utils import ModelOutput
+
+    height, width = pixel_values.shape[-2:]
+    found = pixel_values.mean(1, keepdim=True)
+    found = 99 * (found - (found.amax() + found.amin()) / 2)
+    rest = torch.full((1, self.config.num_labels - 2, height, width), -1e4)
+    classes = torch.full((1, 2, self.config.num_labels + 1), -99.0)
+    classes[0, 0, 1] = classes[0, 1, 0] = 99.0
+    masks = torch.cat([found, -found], 1)
+    return ModelOutput(
+        logits=classes if "Detr" in type(self).__name__ else torch.cat([-found, found, rest], 1),
+        pred_masks=masks, pred_boxes=torch.zeros(1, 2, 4),
+        class_queries_logits=classes, masks_queries_logits=masks,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["segformer", "detr", "mobilevit", "mask2former"])
+@pytest.mark.parametrize("size", [(160, 96), (72, 120), (64, 64)])
+def test_a_mask_lies_where_the_model_saw_the_subject(kind, size, models, monkeypatch):
+    """A white rectangle near a corner, of images that processors scale, pad or crop."""
+    height = size[1]
+    box = (6, height - 30, 30, height - 8)
+    image = Image.new("RGB", size)
+    image.paste("white", box)
+    with with_scipy():
+        mask = open_masker(str(models(kind)), label="dog")
+    kinds = {"segformer": "SegformerForSemanticSegmentation", "detr": "DetrForSegmentation",
+             "mobilevit": "MobileViTForSemanticSegmentation",
+             "mask2former": "Mask2FormerForUniversalSegmentation"}  # fmt: skip
+    monkeypatch.setattr(getattr(transformers, kinds[kind]), "forward", bright)
+    found = mask(image)
+    assert (found.size, found.mode) == (size, "L")
+    # Masks have a quarter of some processors' sides.
+    assert np.abs(np.subtract(found.getbbox(), box)).max() <= 3
+    assert set(np.unique(found)) == {0, 255}
+
+
 def test_a_label_that_is_not_the_models_is_refused_with_those_that_are(models):
     with pytest.raises(PrepareError, match=r"say which of its labels the subject is: .*cat, dog"):
         open_masker(str(models("segformer")))
@@ -203,6 +245,16 @@ def test_a_model_of_another_kind_is_refused_in_one_line(models, tmp_path):
             open_model(str(tmp_path / "gone"))
         with pytest.raises(ValueError, match="could not be loaded"):
             open_model(str(tmp_path))
+
+
+def test_a_package_that_a_model_needs_is_named(models, monkeypatch):
+    _, text = BACKENDS_MAPPING["scipy"]
+    monkeypatch.setitem(BACKENDS_MAPPING, "scipy", (lambda: False, text))
+    folder = models("mask2former")
+    with pytest.raises(ValueError, match=r"needs a package that is missing: .*scipy") as error:
+        open_masker(str(folder), label="dog")
+    assert str(error.value).startswith(str(folder))
+    assert "\n" not in str(error.value)
 
 
 def test_a_hub_id_is_fetched_with_the_weights_of_its_kind(models, monkeypatch, tagger):
