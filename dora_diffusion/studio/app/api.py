@@ -63,12 +63,14 @@ from dora_diffusion.studio.jobs.store import (
     confined,
     new_id,
 )
-from dora_diffusion.studio.jobs.uploads import MAX_BYTES
+from dora_diffusion.studio.jobs.uploads import MAX_BYTES, shown
 
 MOST_BYTES = 2**20
 """Of a request's body, but for a photo."""
 MOST_WAITING = 8
 """Requests for images at once."""
+# Characters of an error.
+_LONGEST = 1000
 _MODEL, _SAMPLES = "pretrained_model_name_or_path", "validation_prompt"
 _MISSING: dict[int | str, dict[str, Any]] = {404: {"description": "It is not there."}}
 
@@ -90,10 +92,11 @@ def make_api(context: Context) -> FastAPI:
     async def refuse(_: Request, error: Exception) -> JSONResponse:
         known = ((MissingError, 404), (BusyError, 429), (ValueError, 422), (OSError, 422))
         status = next((code for kind, code in known if isinstance(error, kind)), 500)
-        return JSONResponse({"detail": explain_to_all(error, "generate")}, status)
+        return JSONResponse({"detail": shown(explain_to_all(error, "generate"), _LONGEST)}, status)
 
     async def refuse_values(_: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse({"detail": "; ".join(map(value_line, error.errors()))}, 422)
+        line = "; ".join(map(value_line, error.errors()))
+        return JSONResponse({"detail": shown(line, _LONGEST)}, 422)
 
     for kind in (ValueError, OSError, Exception):
         api.add_exception_handler(kind, refuse)
@@ -165,15 +168,15 @@ async def _received(workspace: Workspace, name: str, request: Request) -> AsyncI
 def _add_subjects(api: FastAPI, context: Context) -> None:
     workspace = context.workspace
 
-    def shown(subject_id: object) -> RemoteSubject:
-        stored = subjects.read_subject(workspace, subject_id)
-        names = tuple(photo.name for photo in stored.photos)
-        return RemoteSubject(stored.id, stored.title, stored.class_word, stored.token, names)
+    def stored(subject_id: object) -> RemoteSubject:
+        found = subjects.read_subject(workspace, subject_id)
+        names = tuple(photo.name for photo in found.photos)
+        return RemoteSubject(found.id, found.title, found.class_word, found.token, names)
 
     @api.get("/subjects")
     def list_subjects() -> list[RemoteSubject]:
         """List the subjects, newest first."""
-        return [shown(each.id) for each in subjects.subjects_in(workspace)]
+        return [stored(each.id) for each in subjects.subjects_in(workspace)]
 
     @api.post("/subjects", status_code=201)
     def make_subject(new: NewSubject) -> RemoteSubject:
@@ -183,7 +186,7 @@ def _add_subjects(api: FastAPI, context: Context) -> None:
             raise UserError("give the new subject a name first")
         subject_id = subjects.new_subject(workspace, title)
         subjects.keep_words(workspace, subject_id, new.class_word, new.token)
-        return shown(subject_id)
+        return stored(subject_id)
 
     @api.put("/subjects/{subject}/photos/{name}", responses=_MISSING)
     async def add_photo(subject: str, name: str, request: Request) -> RemoteSubject:
@@ -193,7 +196,7 @@ def _add_subjects(api: FastAPI, context: Context) -> None:
             added = await run_in_threadpool(subjects.add_photos, workspace, subject, [file])
         if added.refused:
             raise UserError(added.refused[0])
-        return shown(subject)
+        return stored(subject)
 
     @api.delete("/subjects/{subject}", status_code=204, responses=_MISSING)
     def delete_subject(subject: str) -> None:

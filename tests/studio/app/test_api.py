@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -40,8 +41,9 @@ from dora_diffusion.studio.app.views.request import UNSET
 from dora_diffusion.studio.app.views.train import read_form
 from dora_diffusion.studio.app.views.words import list_words
 from dora_diffusion.studio.client import ROOT, ApiError, Client, RemotePromptFile
-from dora_diffusion.studio.jobs import queue, records
+from dora_diffusion.studio.jobs import queue, records, tasks
 from dora_diffusion.studio.jobs.queue import PERSON
+from dora_diffusion.studio.jobs.store import UserError
 from dora_diffusion.studio.jobs.subjects import read_subject
 from tests.shallow import *  # noqa: F403
 from tests.studio.app.views.test_words import NO_WORDS
@@ -530,3 +532,114 @@ def test_files_outside_are_not_given_out(name: str, served: Served, tmp_path: Pa
     for address in (f"images/{name}", f"jobs/{job.name}/samples/{name}"):
         answer = served.ask("GET", address)
         assert (answer.status_code, "secret" in answer.text) == (404, False)
+
+
+# What is no request
+
+# JSON that no field is, or none should be, and which other languages write.
+WRONG = [
+    "NaN",
+    "-Infinity",
+    f"1{'0' * 400}",
+    '"a\\u0000b\\u001b[31m"',
+    '"\\ud800"',
+    "-1",
+    "[NaN]",
+    "true",
+]
+KINDS = {"string": '"', "array": "[", "object": "{"}
+BODIES = ["", "{", "[]", "null", "NaN", "\0", "[" * 10**5, "9" * 5000, '{"a\\u0000\\nb": 1}']
+BODIES += ['{"\\u001b[31m": {}}', '{"settings": {"\\u001b[31m": 1}}', f'{{"{"x" * 5000}": 1}}']
+
+
+@pytest.fixture
+def refusing(
+    served: Served, subject: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str, str, str | None], str]]:
+    """Asks what must be refused by one line: method, address and JSON. Nothing may change."""
+
+    def begin(*args: Any, **options: Any) -> None:
+        raise UserError("it could begin")
+
+    monkeypatch.setattr(served.context.generator, "make", begin)
+    monkeypatch.setattr(tasks, "start_training", begin)
+    monkeypatch.setattr(tasks, "start_conversion", begin)
+
+    def tree() -> dict[str, bytes]:
+        root = served.context.workspace.root
+        files = (path for path in root.rglob("*") if path.name[:1] != ".")
+        return {str(path): path.read_bytes() if path.is_file() else b"" for path in files}
+
+    def ask(method: str, address: str, body: str | None = None) -> str:
+        kind = {"Content-Type": "application/json"}
+        answer = served.ask(method, address, content=(body or "").encode(), headers=kind)
+        asked = (method, address[:99], body and body[:99])
+        assert 400 <= answer.status_code < 500, asked
+        line = answer.json()["detail"]
+        assert 0 < len(line) <= 1000, asked
+        assert line.isprintable(), asked
+        assert "this is a bug" not in line, asked
+        return str(line)
+
+    make(served.context.workspace)
+    served.context.jobs(fresh=True)
+    before = tree()
+    yield ask
+    assert tree() == before
+
+
+def test_no_field_of_another_type_is_more_than_a_line(
+    served: Served, subject: str, refusing: Callable[[str, str, str | None], str]
+) -> None:
+    (job,) = served.ann.jobs()
+    good = {"model": f"base/{EMBEDDED}", "prompt": "a mug", "title": "", "subjects": [subject],
+            "program": "no program"}  # fmt: skip
+    described = served.api.openapi()
+    asked = 0
+    for path, methods in described["paths"].items():
+        content = methods.get("post", {}).get("requestBody", {}).get("content", {})
+        if not content:
+            continue
+        name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        fields = described["components"]["schemas"][name]["properties"]
+        address = path.lstrip("/").format(job=job.id)
+        for field, kind in fields.items():
+            others = {one: good[one] for one in fields if one in good and one != field}
+            for wrong in (*WRONG, "{}", "[]", "null", '""', "[null]"):
+                if not wrong.startswith(KINDS[kind["type"]]) or wrong == "[null]":
+                    start = json.dumps(others)[:-1] + (", " if others else "")
+                    assert field in refusing("POST", address, f'{start}"{field}": {wrong}}}')
+                    asked += 1
+        for body in BODIES:
+            refusing("POST", address, body)
+    assert asked > 100
+
+
+def test_no_value_of_a_setting_is_more_than_a_line(
+    subject: str, refusing: Callable[[str, str, str | None], str]
+) -> None:
+    # Lists and objects are those of `test_every_setting_of_the_page_can_be_given_and_no_other`.
+    of_runs = [name for name in ADVANCED if SETTINGS[name].kind in (int, float)]
+    for start, address, names in (
+        (f'"model": "base/{EMBEDDED}", "prompt": "a mug"', "images", [*UNSET]),
+        (f'"subjects": ["{subject}"]', "trainings", of_runs),
+    ):
+        for at, name in enumerate(names):  # each with another value
+            wrong = WRONG[at % len(WRONG)]
+            refusing("POST", address, f'{{{start}, "settings": {{"{name}": {wrong}}}}}')
+
+
+def test_no_path_leads_to_more_than_a_line(
+    served: Served, subject: str, refusing: Callable[[str, str, str | None], str]
+) -> None:
+    (job,) = served.ann.jobs()
+    good = {"subject": subject, "job": job.id, "name": "a.txt"}
+    for route in served.api.routes:
+        assert isinstance(route, APIRoute)
+        for parameter in re.findall(r"{(\w+)}", route.path_format):
+            for wrong in ("%2e%2e", "a%00", "%1B%5B31m", "%ff", "x" * 5000, "..%2fjob.json"):
+                address = route.path_format.lstrip("/").format(**{**good, parameter: wrong})
+                for method in route.methods:
+                    refusing(method, address, "{}" if method == "POST" else None)
+    for wrong in ("..", "a%00", "%1B%5B31m", "x" * 5000):
+        refusing("GET", f"jobs/{job.id}/adapter?checkpoint={wrong}", None)
