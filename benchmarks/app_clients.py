@@ -112,9 +112,36 @@ def visit(runs: Path, images: int, count: int, refreshes: int) -> None:
             client.get("api/v1/queue").raise_for_status()  # It reads all runs.
             call(client, clock, "visit")
 
+        times |= in_browser(address)
         grown = memory_growth(pid, refresh, refreshes)
     shown = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
     print(f"{images} images, {count} runs: {shown}; {grown}")
+
+
+def in_browser(address: str) -> dict[str, float]:
+    """Seconds until Chromium has drawn what a first visit sees; none without it."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        return {}
+    from playwright.sync_api import sync_playwright
+
+    options = {"executable_path": chromium, "args": ["--headless", "--no-sandbox"]}
+    drawn = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    with sync_playwright() as driver, driver.chromium.launch(**options) as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto(address, wait_until="commit")
+        page.wait_for_function("document.querySelector('#upload')")
+        page.wait_for_function("!document.querySelector('.dd-connecting')")
+        millis = (
+            "performance.now()",
+            "performance.getEntriesByName('first-contentful-paint')[0].startTime",
+        )
+        usable, painted = (page.evaluate(script) / 1000 for script in millis)
+        times = {"first paint": painted, "usable": usable}
+        for name in ("Train", "Generate", "Library", "Compare", "Subject"):
+            tab = page.get_by_role("tab", name=name, exact=True)
+            times[f"tab {name}"] = timed(lambda tab=tab: (tab.click(), page.evaluate(drawn)))
+    return times
 
 
 def end_run(folder: Path, image: Image.Image) -> Path:
