@@ -264,7 +264,8 @@ def start_task(name: str, workspace: Workspace, run: Job, *values: object) -> st
             run where it is about two.
 
     Raises:
-        UserError: If a run has no adapter, or the two have not one base model.
+        UserError: If a run has no adapter, the two have not one base model, or nothing is said of
+            the size that an adapter is to have.
         ConfigError: If a value cannot work.
         HubError: If publishing could not begin: no token, offline, or no name.
     """
@@ -283,6 +284,8 @@ def start_task(name: str, workspace: Workspace, run: Job, *values: object) -> st
         elif not setting.is_required:
             filled[setting.name] = setting.default
     filled |= job.fixed
+    if name == "resize" and not any(filled[setting.name] for setting in fields):
+        raise UserError("give a smaller rank, or an energy, first")
     if name == "push":
         hub.check(str(filled.get("repository", "")))
     require_strength("strength", float(filled.get("strength", 1.0)))
