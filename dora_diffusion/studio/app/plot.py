@@ -9,7 +9,7 @@ from typing import Any
 from dora_diffusion.studio.app.html import empty
 
 _WIDTH, _HEIGHT = 640, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 14, 28
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 12, 14, 28
 _MOST_POINTS = 400
 
 
@@ -101,7 +101,7 @@ class _Area:
 
 def _axes(low: float, high: float, steps: Sequence[int]) -> str:
     parts = []
-    for share in (0.0, 0.5, 1.0):
+    for share in (0.0, 0.5, 1.0) if high > low else (0.0,):
         y = _TOP + (1 - share) * (_HEIGHT - _TOP - _BOTTOM)
         value = low + share * (high - low)
         parts.append(f"<line x1='{_LEFT}' x2='{_WIDTH - _RIGHT}' y1='{y:.0f}' y2='{y:.0f}'/>")

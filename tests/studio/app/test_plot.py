@@ -40,3 +40,11 @@ def test_the_validation_loss_has_a_scale_of_its_own_and_a_mark_at_its_lowest() -
     assert heights[0] == pytest.approx(bottom + (top - bottom) / 2), "from 0.25 to 0.75"
     assert f"cy='{bottom:.1f}'" in drawn
     assert "lowest at step 2: <b>0.2500</b>, the base's is 0.5000" in drawn
+
+
+def test_one_loss_has_one_label() -> None:
+    records = [{"step": i, "loss": float(i)} for i in range(1, 4)]
+    training, held_out = loss_plot(records, {0: 0.5}).split("Validation loss, ")
+    labels = [re.findall(r"text-anchor='end'>([\d.]+)<", part) for part in (training, held_out)]
+    assert len(labels[0]) == 3
+    assert labels[1] == ["0.500"]
