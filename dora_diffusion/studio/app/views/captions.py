@@ -57,7 +57,7 @@ class CaptionsView:
             self._add_button("Put first", "tag-first", first_tag=self.tag)
             self._add_button("Append", "tag-append", add_tag=self.tag)
             self._add_button("Remove from all", "tag-remove", remove_tag=self.tag)
-            self.undo = ui.button("Undo the last change of all", "caption-undo", min_width=140)
+            self.undo = ui.button("Undo the last change of all", "caption-undo", min_width=240)
         self.tags = ui.html_block(elem_id="caption-tags", js_on_load=ui.CLICKS)
 
     def _add_texts(self) -> None:

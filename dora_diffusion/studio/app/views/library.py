@@ -95,7 +95,7 @@ class LibraryTab:
 
     def _add_notes(self) -> None:
         with gr.Accordion("Name, stars and note", open=False):
-            with gr.Row(equal_height=True):
+            with gr.Row(elem_classes="dd-tool-row"):
                 limit = tasks.NAME_LIMIT
                 self.name = ui.line("New name", "library-name", max_length=limit)
                 self.rename = ui.button("Rename it", "library-rename")

@@ -58,7 +58,7 @@ class RunView:
             text = "Generate images with it"
             self.to_generate = ui.button(text, "to-generate", variant="primary")
             self.to_library = ui.button("Export it", "to-library")
-        with gr.Row(visible=False, equal_height=True) as self.extend:
+        with gr.Row(visible=False, elem_classes="dd-tool-row") as self.extend:
             self.more = gr.Number(100, label="More steps", precision=0, minimum=1, elem_id="more")
             self.extend_by = ui.button("Continue with more steps", "continue")
         self.loss = ui.html_block(elem_id="loss")

@@ -45,7 +45,7 @@ class WordsView:
             style = gr.Dropdown([], label=LABELS["style"], elem_id="style", info=text, **options)
             wildcards = gr.Checkbox(label=LABELS["wildcards"], elem_id="wildcards")
             self.kept = ui.html_block(_NONE, elem_id="words-kept")
-            with gr.Row(visible=False) as self.row:
+            with gr.Row(visible=False, elem_classes="dd-tool-row") as self.row:
                 self.file = ui.id_dropdown(label="Files that are kept", elem_id="words-file")
                 self.delete = ui.button("Delete this file", "words-delete", variant="stop")
             self.upload = gr.File(
