@@ -113,6 +113,11 @@ window.studio = {
   search: {},
   look(search) { studio.search = search; studio.find?.(); },
 
+  // What a button fills elsewhere on the page, once it is drawn there.
+  reveal(id, block = 'center') {
+    setTimeout(() => document.getElementById(id)?.scrollIntoView({block}), 300);
+  },
+
   // Until the fields that change together have all changed.
   settle: () => new Promise((done) => setTimeout(done, 50)),
 

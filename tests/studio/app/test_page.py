@@ -307,3 +307,15 @@ def test_a_message_calls_a_setting_as_its_field_is_called(
     told = message if label == name else f"“{label}” is wrong; see “{label}”"
     assert html.note(message) == f"<div class='dd-note dd-info'>{told}</div>"
     assert sentence(message) == told
+
+
+def test_a_wait_for_images_is_shown_on_results_and_not_on_fields(tmp_path: Path) -> None:
+    page = build_page(Context(Launch(runs_dir=tmp_path / "runs")))
+    waits = [function for function in page.fns.values() if function.show_progress == "full"]
+    signs = [function.show_progress_on or function.outputs for function in waits]
+    assert len(waits) >= 7
+    assert {type(sign).__name__ for each in signs for sign in each} == {
+        "HTML", "Gallery", "ImageSlider"
+    }  # fmt: skip
+    beside = ["turn" in {sign.elem_id for sign in each} for each in signs]
+    assert sum(beside) == 3, "of the buttons below the form: images, side by side, grid"

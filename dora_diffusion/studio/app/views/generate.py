@@ -212,7 +212,9 @@ def connect(context: Context, tab: GenerateTab) -> None:
         context.generator.withdraw()
 
     asked, shown = [tab.adapter, *fields], tab.results.filled
-    drawn: dict[str, Any] = {"js": "studio.mask", **DEVICE}
+    # Beside the button too: the results are above, out of sight of who presses it.
+    signs = [tab.turn, *tab.results.signs]
+    drawn: dict[str, Any] = {"js": "studio.mask", "show_progress_on": signs, **DEVICE}
     ui.on(tab.make.click, make, asked, shown, **drawn)
     ui.on(tab.compare.click, compare, asked, shown, **drawn)
     of_grid = [tab.adapter, *tab.grid.fields, *fields]
@@ -238,7 +240,8 @@ def _connect_choices(context: Context, tab: GenerateTab) -> None:
         return show_images(context, [context.images.read(ui.clicked(event)[1])])
 
     ui.on(tab.load.upload, load, [tab.load], tab.filled)
-    ui.on(tab.gallery.list.click, show, None, tab.results.filled)
+    shown = ui.on(tab.gallery.list.click, show, None, tab.results.filled)
+    ui.on(shown.success, None, js="() => studio.reveal('image-menu', 'nearest')")
     # Also sent when the list is left with nothing chosen.
     prompt = [tab.fields["prompt"]]
     ui.on(tab.template.input, lambda text: text or gr.skip(), [tab.template], prompt)

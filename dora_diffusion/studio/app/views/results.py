@@ -27,6 +27,7 @@ class ResultsView:
     Attributes:
         shown: Holds the name of the image that the menu is of.
         filled: The fields that `show_images` fills.
+        signs: The fields on which a wait for images is shown.
     """
 
     def __init__(self) -> None:
@@ -48,6 +49,7 @@ class ResultsView:
                 self.star = _button(_STARS[False], "image-star")
                 self.delete = _button("Delete", "image-delete", variant="stop")
         self.parameters = ui.html_block(elem_id="parameters")
+        self.signs = [self.slider, self.gallery, self.parameters]
         self.filled = [
             self.slider, self.gallery, self.parameters, self.shown, self.names, self.menu,
             self.star,
@@ -136,7 +138,8 @@ def connect(context: Context, tab: ResultsView, form: Any) -> None:
         return _one(context, context.images.read(names[event.index]))
 
     shown = [tab.shown]
-    ui.on(tab.start.click, begin, shown, [*form.filled, form.start_box], show="minimal")
+    begun = ui.on(tab.start.click, begin, shown, [*form.filled, form.start_box])
+    ui.on(begun.success, None, js="() => studio.reveal('start-image')")
     ui.on(tab.use.click, use, shown, form.filled)
     ui.on(tab.copy.click, lambda: gr.Info("Copied"), js="() => studio.copy('#parameters pre')")
     ui.on(tab.star.click, star, shown, [tab.star])
@@ -181,7 +184,9 @@ def _connect_remaking(context: Context, tab: ResultsView, form: Any) -> None:
     for button, change in (
         (tab.again, lambda values: None), (tab.vary, vary), (tab.hires, enlarge)
     ):  # fmt: skip
-        ui.on(button.click, remake(change), [tab.shown], filled, **DEVICE)
+        ui.on(
+            button.click, remake(change), [tab.shown], filled, show_progress_on=tab.signs, **DEVICE
+        )
 
 
 def fill(context: Context, form: Any, known: Restored) -> list[Any]:
