@@ -319,3 +319,14 @@ def test_a_wait_for_images_is_shown_on_results_and_not_on_fields(tmp_path: Path)
     }  # fmt: skip
     beside = ["turn" in {sign.elem_id for sign in each} for each in signs]
     assert sum(beside) == 3, "of the buttons below the form: images, side by side, grid"
+
+
+def test_an_event_marks_few_fields_and_none_without_a_sign_of_work(tmp_path: Path) -> None:
+    """The page looks for each field that is marked in all of itself, at each step of an event."""
+    config = build_page(Context(Launch(runs_dir=tmp_path))).get_config_file()
+    for event in config["dependencies"]:
+        marked = event["show_progress_on"]
+        if event["show_progress"] == "hidden":
+            assert marked == [], event["targets"]
+        else:
+            assert len(event["outputs"] if marked is None else marked) < 15, event["targets"]
