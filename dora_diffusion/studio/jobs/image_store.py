@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 import threading
@@ -67,8 +68,13 @@ class Search:
 
     def __post_init__(self) -> None:
         for date in (self.since, self.until):
-            if not _DATE.fullmatch(date):
-                raise UserError(f"{date!r} is no date; write it as 2026-11-29, 2026-11 or 2026")
+            try:
+                if not _DATE.fullmatch(date):
+                    raise ValueError(date)
+                datetime.date.fromisoformat(date + "2026-01-01"[len(date) :])
+            except ValueError:
+                text = f"{date!r} is no date; write it as 2026-11-29, 2026-11 or 2026"
+                raise UserError(text) from None
 
     def holds_date(self, modified: int) -> bool:
         day = time.strftime("%Y-%m-%d", time.localtime(modified / 1e9))

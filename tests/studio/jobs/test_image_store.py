@@ -66,7 +66,7 @@ def test_images_are_found_by_words_run_date_and_mark(
     assert names(store, since="2026-11") == ["d.png", "c.png", "b.png"]
     assert names(store, until="2026-10") == ["a.png", "f.png"]
     assert names(store, until="2026", words="mug") == ["a.png"]
-    for wrong in ("today", "2026-1", "2026-11-01 ", "../x"):
+    for wrong in ("today", "2026-1", "2026-11-01 ", "../x", "2026-13-45", "2026-02-30", "2026-13"):
         with pytest.raises(UserError, match="is no date; write it as 2026-11-29"):
             Search(since=wrong)
     assert len(opened) == 5  # each once, however many searches
