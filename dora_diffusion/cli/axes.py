@@ -16,6 +16,7 @@ from dora_diffusion.cli.commands.parser import OTHER_NAMES, SWITCH_WORDS
 from dora_diffusion.cli.settings import adapter_and_strengths
 from dora_diffusion.config.fields import ConfigError, Setting, require
 from dora_diffusion.config.wording import did_you_mean, quoted
+from dora_diffusion.formats.files.runs import ADAPTER_FILES
 
 SIZE, REPLACE = "size", "replace"
 _PARTS = {"unet_strength": 2, "text_encoder_strength": 1}
@@ -329,10 +330,14 @@ def _with_share(part: int, value: float, settings: Any) -> Any:
 
 
 def _without_folders(words: Sequence[str]) -> list[str]:
-    """Paths by as many of their last names as tell them apart: no folder of this machine."""
+    """Paths by as many of their last names as tell them apart: no folder of this machine.
+
+    An adapter of a run or checkpoint, whose file's name they share, is called by its folder.
+    """
     entries = [word.split(" + ") for word in words]
     paths = list(dict.fromkeys(adapter_and_strengths(e)[0] for each in entries for e in each))
     parts = [re.split(r"[/\\]", path.rstrip("/\\")) for path in paths]
+    parts = [part[:-1] if part[-1] in ADAPTER_FILES and part[:-1] else part for part in parts]
     cuts = (["/".join(part[-n:]) for part in parts] for n in range(1, 1 + max(map(len, parts))))
     names = dict(
         zip(paths, next((cut for cut in cuts if len({*cut}) == len(cut)), paths), strict=True)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dora_diffusion.cli.axes import NO_AXES, SPECIAL, plan_grid, read_axis
 from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.config.fields import ConfigError
+from dora_diffusion.formats.files.runs import ADAPTER_FILES
 
 KNOWN = {setting.name: setting for setting in GenerateSettings.settings()}
 
@@ -239,3 +240,9 @@ def test_what_acts_in_no_cell_is_said():
     assert asked("strength=1, 0.5", "steps=1, 2").without_effect() == idle
     assert asked("steps=1, 2", strength=0.5).without_effect() == idle
     assert asked("adapter=none, a", strength=0.5).without_effect() == {}
+
+
+@pytest.mark.parametrize("file", ADAPTER_FILES)
+def test_an_adapter_of_a_run_or_checkpoint_is_called_by_its_folder(file):
+    word = f"adapter=/runs/dog/checkpoint-5/{file} || /runs/dog/{file} || /runs/cat.safetensors"
+    assert plan_grid(asked(word)).axes[0].labels == ["checkpoint-5", "dog", "cat.safetensors"]
