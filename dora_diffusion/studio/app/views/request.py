@@ -270,9 +270,10 @@ def adapter_choices(jobs: Sequence[Job]) -> list[tuple[str, str]]:
     """Return the runs and checkpoints with an adapter, the newest first."""
     listed = []
     for job in (job for job in jobs if job.stands):
-        # The selected adapter, then the others, newest first.
+        # The selected adapter, then the others, newest first. One made elsewhere has no steps.
         chosen = ", chosen" if job.chosen else ""
-        listed.append((f"{job.label} · step {job.step_of(job.stands)}{chosen}", job.id))
+        steps = job.step_of(job.stands)
+        listed.append((f"{job.label} · step {steps}{chosen}" if steps else job.label, job.id))
         listed += [
             (f"{job.label} · step {job.step_of(name)}", f"{job.id}/{name}")
             for name in reversed(_names(job))

@@ -21,6 +21,7 @@ from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.views import library
 from dora_diffusion.studio.app.views.library import _thumbnail
+from dora_diffusion.studio.app.views.request import adapter_choices
 from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage
 from dora_diffusion.studio.jobs.image_store import PAGE
@@ -126,6 +127,13 @@ def test_a_shared_app_takes_no_adapter_of_a_model_that_it_does_not_offer(
     assert context.jobs(fresh=True) == ()
     with pytest.raises(gradio.Error, match="offers only"):
         handler(context, "extract", "library")("org/model", "/home/ann/model", "8")
+
+
+def test_an_adapter_made_elsewhere_is_offered_without_steps(context: Context) -> None:
+    made = tasks.import_adapter(context.workspace, KOHYA, "a", "org/model", str)
+    (job,) = context.jobs()
+    assert adapter_choices([job]) == [(job.label, made)]
+    assert "step" not in job.label
 
 
 def test_two_adapters_are_compared_at_one_seed(
