@@ -241,7 +241,7 @@ def _connect_choices(context: Context, tab: GenerateTab) -> None:
 
     ui.on(tab.load.upload, load, [tab.load], tab.filled)
     shown = ui.on(tab.gallery.list.click, show, None, tab.results.filled)
-    ui.on(shown.success, None, js="() => studio.reveal('image-menu', 'nearest')")
+    ui.on(shown.success, None, js="() => studio.reveal('images', 'nearest')")
     # Also sent when the list is left with nothing chosen.
     prompt = [tab.fields["prompt"]]
     ui.on(tab.template.input, lambda text: text or gr.skip(), [tab.template], prompt)
