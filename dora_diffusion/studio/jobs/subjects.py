@@ -36,7 +36,6 @@ from dora_diffusion.studio.jobs.uploads import Upload, original_of, shown, store
 
 CAPTION_LIMIT = 1000
 PREVIEW_SIDE = 320
-_LEFT_OUT = (196, 71, 26)
 _SUBJECT = "subject.json"
 
 
@@ -291,11 +290,11 @@ def training_crop(photo: Path, side: int = PREVIEW_SIDE, *, masked: bool = True)
 
 
 def mask_overlay(photo: Path, side: int) -> Image.Image | None:
-    """Return an image (RGBA) to lay over a training crop: coloured where its mask leaves it out."""
+    """Return an image (RGBA) to lay over a training crop: dark where its mask leaves it out."""
     mask = _crop(photo, *_stamps(photo), side)[1]
     if mask is None:
         return None
-    overlay = Image.new("RGBA", mask.size, _LEFT_OUT)
+    overlay = Image.new("RGBA", mask.size)
     overlay.putalpha(mask.point(lambda value: (255 - value) * 3 // 5))
     return overlay
 

@@ -293,9 +293,9 @@ def test_a_mask_lies_over_the_photo_where_it_leaves_it_out(context: Context, sub
     rows = captions.shown(stored)[1]
     _, crop, overlay = rows.split("src='")
     assert overlay.startswith("data:image/png;base64,")
-    alpha = _image_of(overlay).getchannel("A")
+    colour = _image_of(overlay)
     # The middle square of 80 x 64: the left half is left out, the right half is the subject.
-    assert (alpha.getpixel((20, 96)), alpha.getpixel((170, 96))) == (153, 0)
+    assert (colour.getpixel((20, 96)), colour.getpixel((170, 96))) == ((0, 0, 0, 153), (0,) * 4)
     whole = training_crop(photo, 192, masked=False).convert("L").getpixel((20, 96))
     assert abs(_image_of(crop).convert("L").getpixel((20, 96)) - whole) < 40  # as bright as it is
     mask_path(photo).write_bytes(b"x")
