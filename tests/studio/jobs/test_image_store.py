@@ -150,7 +150,13 @@ def test_whatever_is_asked_a_page_is_given(store: ImageStore, asked: Any) -> Non
     page = page_of(store, asked)
     assert (page["count"], page["total"]) == (1, 1)
     assert "a &lt;b&gt;mug" in page["cards"]
-    nothing = page_of(store, {"search": {"words": "dog"}})
+    assert "dd-found" not in page["cards"]
+    add(store, "b.png", "a dog\nSteps: 3, Seed: 1")
+    some = page_of(store, {"search": {"words": "mug"}})
+    assert "1 of 2 images" in some["cards"]
+    assert (some["count"], some["total"]) == (1, 1)
+    assert "dd-found" not in page_of(store, {"search": {"words": "mug"}, "from": 1})["cards"]
+    nothing = page_of(store, {"search": {"words": "dogs"}})
     assert (nothing["count"], nothing["total"]) == (0, 0)
     assert "Nothing found" in nothing["cards"]
     wrong = page_of(store, {"search": {"since": "<i>"}})

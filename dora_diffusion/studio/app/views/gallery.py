@@ -99,9 +99,12 @@ def page_of(images: ImageStore, asked: object) -> dict[str, Any]:
     except UserError as error:
         return {"cards": html.note(sentence(str(error)), "bad"), "count": 0, "total": 0}
     found = images.search(search)
-    listed = found[asked_for(asked)]
     marked = images.favourites()
-    cards = []
+    cards, part = [], asked_for(asked)
+    listed = found[part]
+    if found and search != Search() and not part.start:
+        text = f"{len(found):,} of {counted(len(images.entries()), 'image')}"
+        cards.append(f"<p class='dd-quiet dd-found'>{text}</p>")
     for entry in listed:
         prompt = parse_parameters(images.text(entry))["Prompt"] or entry.name
         star = "★ " if entry.name in marked else ""

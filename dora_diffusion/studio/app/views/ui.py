@@ -98,13 +98,17 @@ def image_or_blank(
 def setting_field(setting: Setting, value: Any, label: str = "") -> Any:
     """The field of a setting: a label or its name on the command line, its help, its choices."""
     text = "" if setting.is_required else setting_text(value)
-    common: dict[str, Any] = {"label": label or setting.name, "info": with_labels(setting.help)}
+    info = with_labels(setting.help)
+    if label:  # and its neighbours have one too
+        info = re.sub(r"--(\w+)", lambda name: name[1].replace("_", " "), info)
+    common: dict[str, Any] = {"label": label or setting.name, "info": info}
     if setting.kind is bool and setting.default is not None:
         return gr.Checkbox(text, **common)
     if choices := shown_choices(setting):
         return gr.Dropdown(choices, value=text, **common)
     limit = 500 if setting.is_list else 40 if setting.kind in (int, float) else 1000
-    hint = "" if setting.is_required else with_labels(f"default: {setting.default_text}")
+    is_told = setting.is_required or (label and "Default:" in info)
+    hint = "" if is_told else with_labels(f"default: {setting.default_text}")
     return gr.Textbox(text, placeholder=hint, max_lines=1, max_length=limit, **common)
 
 
