@@ -471,55 +471,6 @@ def test_publishing_says_what_is_missing(visit: Callable[..., Visit], second: st
     assert "HF_HUB_OFFLINE is set" in page.toast()
 
 
-def test_the_library_takes_in_names_resizes_combines_and_compares(
-    visit: Callable[..., Visit], app: App, second: str
-) -> None:
-    """With an adapter made elsewhere, whose files become adapters of the library."""
-
-    def add(count: int, title: str) -> None:
-        page.wait(f"document.querySelectorAll('#tasks [data-do=add]').length === {count}")
-        page.click("#tasks [data-do=add]")
-        page.wait_text("#import-said", f"{title}.* is in the library")
-        page.wait_text("#library-facts", title)
-
-    page = visit()
-    page.tab("Library")
-    page.wait_text("#library-facts", "sks mug")
-    page.press("button", "Import an adapter")
-    (file,) = (app.runs / second).glob("*.safetensors")
-    page.page.set_input_files("#import-file input[type=file]", file)
-    page.wait_text("#import-said", "is in the library")
-    page.press("button", "Name, stars and note")
-    page.fill("#library-name input, #library-name textarea", "Ann's <mug>")
-    page.click("#library-rename")
-    page.wait_text("#library-facts", "Ann's <mug>")
-    page.check("★★★")
-    page.fill("#library-note textarea", "good at 0.8")
-    (imported,) = (job for job in app.jobs() if job.kind == "import")
-    app.until(
-        lambda: next(
-            (job.record.stars, job.record.note) == (3, "good at 0.8")
-            for job in app.jobs() if job.id == imported.id
-        )
-    )  # fmt: skip
-    page.unfold("Resize: a smaller file")
-    page.click("#resize")
-    assert "a smaller rank, or an energy, first" in page.toast()
-    page.fill("#library-Rank input, #library-Rank textarea", "2")
-    page.click("#resize")
-    add(1, "Ann's <mug>, resized")
-    page.press("button", "Combine with")
-    page.choose("#other-adapter", "Ann's <mug> ")
-    page.click("#combine")
-    add(2, "combined")
-    page.press("button", "Compare two")
-    page.choose("#rival", "Ann's <mug> ")
-    page.fill("#library-Seed input", "7")
-    page.click("#rival-compare")
-    page.wait_text("#rival-images", "Left: .*combined.*, seed 7[^]*Right: Ann's <mug>, seed 7")
-    page.wait("document.querySelectorAll('#rival-slider img').length > 1")
-
-
 def test_a_restart_of_the_app_forgets_nothing(
     visit: Callable[..., Visit], app: App, second: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""The app without a mouse, from a sample subject to an image; and axe-core on every tab."""
+"""From a sample subject to an image without a mouse; the Library; and axe-core on every tab."""
 
 from __future__ import annotations
 
@@ -73,8 +73,59 @@ def test_from_a_sample_to_an_image_by_keys_alone(visit: Callable[..., Visit], ap
     assert (run.state, run.step, run.trigger) == ("done", 4, "sks mug")
 
 
+def test_the_library_takes_in_names_resizes_combines_and_compares(
+    visit: Callable[..., Visit], app: App
+) -> None:
+    """With a file of the run above, which is taken as one that was made elsewhere."""
+
+    def add(count: int, title: str) -> None:
+        page.wait(f"document.querySelectorAll('#tasks [data-do=add]').length === {count}")
+        page.click("#tasks [data-do=add]")
+        page.wait_text("#import-said", f"{title}.* is in the library")
+        page.wait_text("#library-facts", title)
+
+    page = visit()
+    page.tab("Library")
+    page.wait_text("#library-facts", "sks mug")
+    page.press("button", "Import an adapter")
+    (run,) = (job.folder for job in app.jobs() if job.kind == "train")
+    (file,) = run.glob("*.safetensors")
+    page.page.set_input_files("#import-file input[type=file]", file)
+    page.wait_text("#import-said", "is in the library")
+    page.press("button", "Name, stars and note")
+    page.fill("#library-name input, #library-name textarea", "Ann's <mug>")
+    page.click("#library-rename")
+    page.wait_text("#library-facts", "Ann's <mug>")
+    page.check("★★★")
+    page.fill("#library-note textarea", "good at 0.8")
+    (imported,) = (job for job in app.jobs() if job.kind == "import")
+    app.until(
+        lambda: next(
+            (job.record.stars, job.record.note) == (3, "good at 0.8")
+            for job in app.jobs() if job.id == imported.id
+        )
+    )  # fmt: skip
+    page.unfold("Resize: a smaller file")
+    page.click("#resize")
+    assert "a smaller rank, or an energy, first" in page.toast()
+    page.fill("#library-Rank input, #library-Rank textarea", "2")
+    page.click("#resize")
+    add(1, "Ann's <mug>, resized")
+    named = "Ann's <mug> ·"  # and neither of those that were made of it
+    page.press("button", "Combine with")
+    page.choose("#other-adapter", named)
+    page.click("#combine")
+    add(2, "combined")
+    page.press("button", "Compare two")
+    page.choose("#rival", named)
+    page.fill("#library-Seed input", "7")
+    page.click("#rival-compare")
+    page.wait_text("#rival-images", "Left: .*combined.*, seed 7[^]*Right: Ann's <mug>, seed 7")
+    page.wait("document.querySelectorAll('#rival-slider img').length > 1")
+
+
 def test_axe_finds_nothing_serious_on_any_tab(visit: Callable[..., Visit]) -> None:
-    """With a run, an image and a selected subject; after the test above."""
+    """With a run, an image, a selected subject and what the Library has made of the run."""
     page = visit()
     for name in TABS:
         page.tab(name)
