@@ -64,7 +64,7 @@ def examples_of(page: Page) -> list[Example]:
 
 
 def matches(expected: str, printed: str) -> bool:
-    """Return whether a text is what is shown, where ``...`` stands for anything."""
+    """Return whether a text is what is shown, where ``...`` matches anything."""
     lines = [re.sub(r".*\r", "", line).rstrip() for line in printed.strip().split("\n")]
     wanted = [line.rstrip() for line in expected.strip().splitlines()]
     parts = map(re.escape, "\n".join(wanted).split("..."))

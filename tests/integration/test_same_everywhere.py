@@ -48,7 +48,7 @@ ROUNDING = 1e-4
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training run and the images that it stands for."""
+    """A finished training run with its latents, and those of its base."""
 
     family: str
     base: Path

@@ -228,7 +228,7 @@ def test_a_sheet_of_samples_has_a_thumbnail(tmp_path):
 
 
 def test_a_line_of_spaces_is_read_in_steps_that_grow_with_it() -> None:
-    """A stranger's text; searched for names of any length it takes 10 ** 12 steps."""
+    """A text of unknown origin; searched for names of any length it takes 10 ** 12 steps."""
     line = "Steps: 20, CFG scale: 7, Hires steps: 9," + " " * 19_000 + "x"
     assert parse_parameters(f"a dog\n{line}") == {
         "Prompt": "a dog", "Negative prompt": "", "Steps": "20", "CFG scale": "7",

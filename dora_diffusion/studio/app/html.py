@@ -102,7 +102,7 @@ def status_card(job: Job, *, stop: bool = False) -> str:
     """State, progress, time left, and what went wrong; with a button that stops it if asked."""
     share = min(1.0, job.step / job.total) if job.total else float(job.state == "done")
     bar = (
-        f"<div class='dd-bar' role='progressbar' aria-label='Done' "
+        "<div class='dd-bar' role='progressbar' aria-label='Done' "
         f"aria-valuenow='{100 * share:.0f}'><div style='width:{share:.1%}'></div></div>"
     )
     done = f"{job.progress.unit or 'step'} {job.step} of {job.total or '?'}"

@@ -220,7 +220,7 @@ class TrainingEngine:
         return active
 
     def _active_ranks(self, k: int, batch: NoisyBatch, rank: int) -> Tensor:
-        """Of a layer of a rank, ``(B, rank)``."""
+        """1 where a row's timestep leaves a rank of a layer of ``rank`` active: ``(B, rank)``."""
         learner, timesteps = self.learners[k], batch.inputs.timesteps
         steps = learner.objective.components.scheduler.config.num_train_timesteps
         least = min(learner.config.least_rank or rank, rank)

@@ -445,7 +445,8 @@ def _reading_of(
     from dora_diffusion.sampling.images import OWN_VERSION, TOKEN_LENGTH
 
     is_own = fields.get("Version", "").startswith(OWN_VERSION)
-    read, text = {"max_token_length": TOKENS_PER_CHUNK * is_own}, fields.get("Clip skip", "")
+    text = fields.get("Clip skip", "")
+    read = {"max_token_length": TOKENS_PER_CHUNK if is_own else 0}
     with contextlib.suppress(KeyError, ValueError):
         read["max_token_length"] = int(fields.get(TOKEN_LENGTH, read["max_token_length"]))
         if choice and (is_own or text):
