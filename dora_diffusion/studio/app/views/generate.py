@@ -239,12 +239,15 @@ def _connect_choices(context: Context, tab: GenerateTab) -> None:
     def show(event: gr.EventData) -> list[Any]:
         return show_images(context, [context.images.read(ui.clicked(event)[1])])
 
+    def use(text: str | None) -> list[Any]:
+        return [text, None] if text else [gr.skip()] * 2
+
     ui.on(tab.load.upload, load, [tab.load], tab.filled)
     shown = ui.on(tab.gallery.list.click, show, None, tab.results.filled)
     ui.on(shown.success, None, js="() => studio.reveal('images', 'nearest')")
-    # Also sent when the list is left with nothing chosen.
-    prompt = [tab.fields["prompt"]]
-    ui.on(tab.template.input, lambda text: text or gr.skip(), [tab.template], prompt)
+    # A list that is left sends what is chosen again: nothing is, once it is in the prompt.
+    filled = [tab.fields["prompt"], tab.template]
+    ui.on(tab.template.input, use, [tab.template], filled)
 
 
 def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:

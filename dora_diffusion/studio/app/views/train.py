@@ -43,7 +43,8 @@ class TrainTab:
 
     Attributes:
         settled: The class that the base model was last chosen for: no choice is changed twice.
-        filled: What the preset has filled in last, by setting: what differs now was typed.
+        filled: What the preset has filled in last, by setting: what differs now was typed. Of
+            `init_adapter` what fields were filled in for.
         words: The class and token that were typed last, and of which subject.
     """
 
@@ -211,21 +212,27 @@ def _connect_others(context: Context, tab: TrainTab, pick: Any, opened: Any) -> 
         value = [each for each in chosen or () if each in ids and each != subject_id]
         return gr.update(choices=choices, value=value, visible=bool(choices))
 
-    def use_start(choice: str | None) -> list[Any]:
-        """Settings that a run needs to start from an adapter of the library."""
+    def use_start(choice: str | None, filled: Any) -> list[Any]:
+        """Settings that a run needs to start from an adapter of the library, once it is chosen.
+
+        A list that is left with the choice that it had sends it as well.
+        """
+        before = _known(filled)
+        if (choice or "") == before.get("init_adapter", ""):
+            return [gr.skip()] * (2 + len(_OF_ADAPTER))
         job = next((job for job in context.jobs() if choice and job.id == choice), None)
-        if job is None:
-            return [gr.skip()] * (1 + len(_OF_ADAPTER))
-        if not job.settings:  # It was made elsewhere.
-            return [job.base or gr.skip(), *[gr.skip()] * len(_OF_ADAPTER)]
-        values = TrainConfig().to_dict() | dict(job.settings)
-        texts = (settings.setting_text(values[name]) for name in _OF_ADAPTER)
-        return [job.base, *(gr.update(value=text) for text in texts)]
+        texts: list[Any] = [gr.skip()] * len(_OF_ADAPTER)
+        if job and job.settings:  # or it was made elsewhere
+            values = TrainConfig().to_dict() | dict(job.settings)
+            texts = [gr.update(value=settings.setting_text(values[name])) for name in _OF_ADAPTER]
+        return [
+            {**before, "init_adapter": choice or ""}, (job and job.base) or gr.skip(), *texts
+        ]  # fmt: skip
 
     ui.on([pick.change, opened], offer, [pick, tab.others], [tab.others])
-    of_adapter = [tab.model, *(tab.advanced[name] for name in _OF_ADAPTER)]
+    of_adapter = [tab.filled, tab.model, *(tab.advanced[name] for name in _OF_ADAPTER)]
     start_from = tab.advanced["init_adapter"]
-    ui.on(start_from.input, use_start, [start_from], of_adapter)
+    ui.on(start_from.input, use_start, [start_from, tab.filled], of_adapter)
 
 
 def _connect_presets(context: Context, tab: TrainTab) -> None:
@@ -233,16 +240,22 @@ def _connect_presets(context: Context, tab: TrainTab) -> None:
     fields = [tab.advanced[name] for name in settings.ADVANCED]
 
     def use_preset(preset: str, model: str, memory: str, filled: Any, *shown: Any) -> list[Any]:
-        """The preset's values, but for those that were typed: they are a person's."""
+        """The preset's values, but for those that were typed: they are a person's.
+
+        What is there already is not sent again: it may have been typed over meanwhile, as a list
+        that is left sends its choice, changed or not.
+        """
         device = gpu_of(memory) if memory else context.device()
         values = settings.preset_values(preset, context.allowed_model(model), device)
+        before = _known(filled)
         texts = {name: settings.setting_text(value) for name, value in values.items()}
-        before = filled if isinstance(filled, dict) else {}
+        now_shown = ("" if value is None else value for value in shown)
+        texts["init_adapter"] = before.get("init_adapter", "")
         updates = [
-            gr.skip()
-            if name == "init_adapter" or ("" if now is None else now) != before.get(name, now)
-            else gr.update(value=text)
-            for (name, text), now in zip(texts.items(), shown, strict=True)
+            gr.update(value=text)
+            if name != "init_adapter" and text != now == before.get(name, now)
+            else gr.skip()
+            for (name, text), now in zip(texts.items(), now_shown, strict=True)
         ]
         return [texts, *updates]
 
@@ -267,6 +280,11 @@ def _connect_presets(context: Context, tab: TrainTab) -> None:
     asked = [tab.preset, tab.model, tab.memory, *filled]
     ui.on(tab.preset.change, _about, [tab.preset], [tab.about])
     ui.on(chosen, use_preset, asked, filled, trigger_mode="always_last")
+
+
+def _known(filled: Any) -> dict[str, Any]:
+    """What was filled in last, as the browser kept it."""
+    return filled if isinstance(filled, dict) else {}
 
 
 def _about(preset: str) -> str:

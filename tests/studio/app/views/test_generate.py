@@ -31,10 +31,11 @@ ADAPTER = Path(__file__).parents[3] / "formats/golden/0.1.0/diffusers-dora-ranks
 
 
 def test_a_template_that_is_opened_and_left_keeps_the_prompt(context: Context) -> None:
-    use = handler(context, "<lambda>", "generate")
-    assert use("a photo of two {subject}s") == "a photo of two {subject}s"
+    use = handler(context, "use", "generate")
+    # Nothing stays chosen, which would be sent again.
+    assert use("a photo of two {subject}s") == ["a photo of two {subject}s", None]
     for left in (None, ""):
-        assert use(left) == gradio.skip()
+        assert use(left) == [gradio.skip()] * 2
 
 
 def test_the_newest_result_is_chosen_until_somebody_chooses(context: Context) -> None:

@@ -308,13 +308,25 @@ def test_words_typed_before_there_is_a_subject_are_the_first_one_s(context: Cont
 
 def test_a_setting_that_was_typed_survives_preset_base_and_suggestion(context: Context) -> None:
     use_preset = handler(context, "use_preset")
+    values = preset_values("quality", EMBEDDED)
+    before = {n: not v if isinstance(v, bool) else "of a preset" for n, v in values.items()}
     for place, name in enumerate(ADVANCED):
-        filled = list(FILLED)
-        value = filled[1 + place]
-        filled[1 + place] = not value if isinstance(value, bool) else "typed"
-        _, *updates = use_preset("quality", EMBEDDED, "", *filled)
+        shown = list(before.values())
+        shown[place] = values[name] if isinstance(values[name], bool) else "typed"
+        _, *updates = use_preset("quality", EMBEDDED, "", before, *shown)
         changed = {ADVANCED[i] for i, update in enumerate(updates) if update != gradio.skip()}
         assert changed == {*ADVANCED} - {name, "init_adapter"}, name
+
+
+def test_what_a_preset_has_filled_in_is_not_sent_again(context: Context) -> None:
+    """A list of models that is left sends its model as if it had just been chosen."""
+    texts = {n: setting_text(v) for n, v in preset_values("fast", EMBEDDED).items()}
+    texts["init_adapter"] = "20261129-one"
+    use_preset, use_start = handler(context, "use_preset"), handler(context, "use_start")
+    filled, *updates = use_preset("fast", EMBEDDED, "", texts, *texts.values())
+    assert (filled, updates) == (texts, [gradio.skip()] * len(ADVANCED))
+    assert {*map(str, use_start("20261129-one", filled))} == {str(gradio.skip())}
+    assert use_start("", filled)[0]["init_adapter"] == ""
 
 
 def test_a_preset_fits_the_memory_that_is_asked_for(
@@ -431,10 +443,10 @@ def test_a_run_of_the_library_is_started_from_with_its_base_model_and_layers(
     records.write_result(folder, records.JobResult(0))
     shown = train.refresh(context.jobs(fresh=True))["start"][0]["choices"]
     assert [value for _, value in shown] == ["", job_id]
-    model, *values = handler(context, "use_start")(job_id)
-    assert model == EMBEDDED
+    filled, model, *values = handler(context, "use_start")(job_id, {"rank": "8"})
+    assert (filled, model) == ({"rank": "8", "init_adapter": job_id}, EMBEDDED)
     assert values[train._OF_ADAPTER.index("rank")]["value"] == "5"
-    assert handler(context, "use_start")("")[1] == gradio.skip()
+    assert handler(context, "use_start")("", filled)[2] == gradio.skip()
     for launch in (context.launch, Launch(share=True, auth="ann:correct horse")):
         monkeypatch.setattr(context, "launch", launch)
         changes = {"init_adapter": job_id, "seed": str(len(ids_in(context.workspace.root)))}
