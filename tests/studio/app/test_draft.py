@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +11,14 @@ import gradio as gr
 
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
-from dora_diffusion.studio.app.page import build_page
 from dora_diffusion.studio.app.settings import ADVANCED, LABELS
 from dora_diffusion.studio.app.views.ui import LIMIT, can_hold, kept_fields
+from tests.studio.app.views.helpers import built_page
 
 
-@pytest.fixture
-def blocks(tmp_path: Path) -> gr.Blocks:
-    return build_page(Context(Launch(runs_dir=tmp_path / "runs")))
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> gr.Blocks:
+    return built_page(Context(Launch(runs_dir=tmp_path_factory.mktemp("draft") / "runs")))
 
 
 def test_every_field_of_the_page_is_kept_under_a_name_of_its_own(blocks: gr.Blocks) -> None:

@@ -18,13 +18,14 @@ from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
-from dora_diffusion.studio.app.page import _changes, build_page, read_again_if_deleted
+from dora_diffusion.studio.app.page import _changes, read_again_if_deleted
 from dora_diffusion.studio.app.settings import _NOT_ADVANCED, LABELS, SETTINGS, sentence
 from dora_diffusion.studio.app.views.library import page_of
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.snapshot import snapshot
 from dora_diffusion.studio.jobs.store import Workspace, write_json
 from dora_diffusion.studio.jobs.subjects import add_photos, new_subject
+from tests.studio.app.views.helpers import built_page
 from tests.studio.jobs.helpers import DAMAGES, about, damage, ended_run, forbid, photo, started_run
 
 # What the app decides itself, and names that stand for more than one field.
@@ -63,15 +64,16 @@ def test_a_refresh_reads_again_where_a_run_is_deleted_while_it_reads() -> None:
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> tuple[Context, dict[str, Any]]:
-    """An app, and the handlers of its page by their full names."""
+def app(tmp_path_factory: pytest.TempPathFactory) -> tuple[Context, dict[str, Any], Any]:
+    """An app, the handlers of its page by their full names, and the page."""
     context = Context(Launch(runs_dir=tmp_path_factory.mktemp("page") / "runs"))
-    functions = [one.fn for one in build_page(context).fns.values() if one.fn]
-    return context, {f"{fn.__module__}.{fn.__qualname__}": fn for fn in functions}
+    page = built_page(context)
+    functions = [one.fn for one in page.fns.values() if one.fn]
+    return context, {f"{fn.__module__}.{fn.__qualname__}": fn for fn in functions}, page
 
 
 @pytest.fixture
-def context(app: tuple[Context, dict[str, Any]]) -> Context:
+def context(app: tuple[Context, dict[str, Any], Any]) -> Context:
     """The app with nothing in its runs folder."""
     shutil.rmtree(app[0].workspace.root)
     app[0].workspace.make()
@@ -79,7 +81,7 @@ def context(app: tuple[Context, dict[str, Any]]) -> Context:
 
 
 @pytest.fixture
-def handler(app: tuple[Context, dict[str, Any]]) -> Callable[[str], Any]:
+def handler(app: tuple[Context, dict[str, Any], Any]) -> Callable[[str], Any]:
     """A handler by the end of its full name."""
     return lambda name: next(fn for full, fn in app[1].items() if full.endswith(f".{name}"))
 
@@ -260,8 +262,8 @@ def test_what_could_not_be_deleted_is_not_said_to_be(
     assert "goes when the app starts next" in str(handler(*chosen))
 
 
-def test_nothing_is_said_to_be_gone_for_good(context: Context) -> None:
-    page = str(build_page(context).get_config_file())
+def test_nothing_is_said_to_be_gone_for_good(app: Any) -> None:
+    page = str(app[2].get_config_file())
     assert "There is no way back" not in page
     assert "Runs that were trained on it keep copies" in page
 
@@ -274,9 +276,9 @@ def _texts(value: object) -> list[str]:
 
 
 def test_no_setting_is_called_by_its_raw_name_but_among_the_advanced_ones(
-    app: tuple[Context, dict[str, Any]],
+    app: tuple[Context, dict[str, Any], Any],
 ) -> None:
-    blocks = build_page(app[0])
+    blocks = app[2]
     names = {*SETTINGS, *(setting.name for setting in GenerateSettings.settings())}
     raw = re.compile(rf"\b({'|'.join(name for name in names if '_' in name)})\b|--rank")
     seen = 0
@@ -298,9 +300,9 @@ def test_no_setting_is_called_by_its_raw_name_but_among_the_advanced_ones(
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name not in _UNLABELLED])
 def test_a_message_calls_a_setting_as_its_field_is_called(
-    app: tuple[Context, dict[str, Any]], name: str
+    app: tuple[Context, dict[str, Any], Any], name: str
 ) -> None:
-    labels = {getattr(part, "label", None) for part in build_page(app[0]).blocks.values()}
+    labels = {getattr(part, "label", None) for part in app[2].blocks.values()}
     message = f"{name} is wrong; see --{name}"
     label = LABELS.get(name, name)
     assert label in labels
@@ -310,7 +312,7 @@ def test_a_message_calls_a_setting_as_its_field_is_called(
 
 
 def test_a_wait_for_images_is_shown_on_results_and_not_on_fields(tmp_path: Path) -> None:
-    page = build_page(Context(Launch(runs_dir=tmp_path / "runs")))
+    page = built_page(Context(Launch(runs_dir=tmp_path / "runs")))
     waits = [function for function in page.fns.values() if function.show_progress == "full"]
     signs = [function.show_progress_on or function.outputs for function in waits]
     assert len(waits) >= 7
@@ -323,7 +325,7 @@ def test_a_wait_for_images_is_shown_on_results_and_not_on_fields(tmp_path: Path)
 
 def test_an_event_marks_few_fields_and_none_without_a_sign_of_work(tmp_path: Path) -> None:
     """The page looks for each field that is marked in all of itself, at each step of an event."""
-    config = build_page(Context(Launch(runs_dir=tmp_path))).get_config_file()
+    config = built_page(Context(Launch(runs_dir=tmp_path))).get_config_file()
     for event in config["dependencies"]:
         marked = event["show_progress_on"]
         if event["show_progress"] == "hidden":

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from dora_diffusion.studio.app.context import Context
 
 
-def handlers(context: Context) -> Callable[..., Callable[..., list[Any]]]:
-    """Finds handlers of one page: by name, tab (a module of `studio.app.views`) and place."""
+@functools.lru_cache(maxsize=1)
+def built_page(context: Context) -> Any:
+    """The page of an app, built once, without the routes by which it would be served."""
     from dora_diffusion.studio.app.page import build_page
 
-    functions = [one.fn for one in build_page(context).fns.values()]
+    with mock.patch("gradio.blocks.App.create_app"):
+        return build_page(context)
+
+
+def handlers(context: Context) -> Callable[..., Callable[..., list[Any]]]:
+    """Finds handlers of one page: by name, tab (a module of `studio.app.views`) and place."""
+    functions = [one.fn for one in built_page(context).fns.values()]
 
     def find(name: str, tab: str = "train", nth: int | None = None) -> Callable[..., list[Any]]:
         found = [

@@ -34,7 +34,7 @@ from dora_diffusion.studio.jobs.subjects import (
     read_subject,
     save_caption,
 )
-from tests.studio.app.views.helpers import handler
+from tests.studio.app.views.helpers import built_page, handler
 
 GOLDEN = Path(__file__).parents[4] / "tests/formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
 
@@ -97,9 +97,7 @@ def test_a_setting_without_effect_is_said_and_presets_have_none(
 
 def test_no_number_field_can_be_empty(context: Context) -> None:
     """Gradio's turn into 0 as soon as they are unfolded."""
-    from dora_diffusion.studio.app.page import build_page
-
-    blocks = build_page(context).blocks.values()
+    blocks = built_page(context).blocks.values()
     numbers = [block for block in blocks if type(block).__name__ == "Number"]
     assert all(block.value is not None for block in numbers)
     labels = {getattr(block, "label", "") for block in numbers}
@@ -196,10 +194,8 @@ def test_the_plan_announces_class_images(context: Context, subject: str) -> None
 
 def settings_field(context: Context, name: str) -> Any:
     """The field of a setting on the page."""
-    from dora_diffusion.studio.app.page import build_page
-
     fields = [
-        one for one in build_page(context).blocks.values() if getattr(one, "label", 0) == name
+        one for one in built_page(context).blocks.values() if getattr(one, "label", 0) == name
     ]
     (field,) = fields
     return field
@@ -266,8 +262,6 @@ def typed(subject: str, class_word: str, token: str) -> dict[str, str]:
 
 
 def test_class_and_token_stay_with_the_subject(context: Context, subject: str) -> None:
-    from dora_diffusion.studio.app.page import build_page
-
     keep, fill = handler(context, "keep"), handler(context, "fill", nth=0)
     other = new_subject(context.workspace, "Other", "cat")
     keep(subject, " teacup ", "zwx")
@@ -288,7 +282,7 @@ def test_class_and_token_stay_with_the_subject(context: Context, subject: str) -
     # What is in the fields as one is left, and not what another event has made of it by then.
     [fields] = [
         each.inputs
-        for each in build_page(context).fns.values()
+        for each in built_page(context).fns.values()
         if getattr(each.fn, "__name__", "") == "keep"
     ]
     assert [getattr(field, "label", None) for field in fields] == ["Subject", "Class", "Token"]
