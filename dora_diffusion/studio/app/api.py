@@ -36,7 +36,6 @@ from dora_diffusion.studio.app.settings import (
     preset_values,
     setting_text,
 )
-from dora_diffusion.studio.app.views import words
 from dora_diffusion.studio.app.views.request import UNSET, make_request, shown_value
 from dora_diffusion.studio.client import (
     NewConversion,
@@ -49,8 +48,7 @@ from dora_diffusion.studio.client import (
     RemotePromptFile,
     RemoteSubject,
 )
-from dora_diffusion.studio.jobs import subjects, tasks
-from dora_diffusion.studio.jobs.inputs import keep_input
+from dora_diffusion.studio.jobs import inputs, subjects, tasks
 from dora_diffusion.studio.jobs.queue import PERSON, delete_job, requeue_job, stop_job
 from dora_diffusion.studio.jobs.records import log_tail
 from dora_diffusion.studio.jobs.snapshot import Job, adapter_of, chosen_adapter
@@ -359,7 +357,7 @@ def _add_images(api: FastAPI, context: Context) -> None:
         """Add an image to start from, or a mask, the body: its name is for settings of images."""
         async with _received(context.workspace, name, request) as file:
             image = await run_in_threadpool(open_photo, file)
-            return NewInput(await run_in_threadpool(keep_input, context.workspace, image))
+            return NewInput(await run_in_threadpool(inputs.keep_input, context.workspace, image))
 
     @api.post("/images", status_code=201)
     def generate(new: NewImages) -> list[RemoteImage]:
@@ -380,16 +378,16 @@ def _add_prompt_files(api: FastAPI, context: Context) -> None:
     @api.get("/prompt-files")
     def list_prompt_files() -> list[RemotePromptFile]:
         """List the files of styles and wildcards, with the names that each gives."""
-        return words.list_words(workspace)
+        return inputs.list_prompt_files(workspace)
 
     @api.put("/prompt-files/{name}")
     async def keep_prompt_file(name: str, request: Request) -> RemotePromptFile:
         """Keep wildcards (`.txt`), the body, or styles (`.csv`), which replace those before."""
         async with _received(workspace, name, request) as file:
-            (kept,) = await run_in_threadpool(words.keep_words, workspace, [file])
+            (kept,) = await run_in_threadpool(inputs.keep_prompt_files, workspace, [file])
         return kept
 
     @api.delete("/prompt-files/{name:path}", status_code=204, responses=_MISSING)
     def delete_prompt_file(name: str) -> None:
         """Delete a file of styles or wildcards."""
-        words.delete_words(workspace, name)
+        inputs.delete_prompt_file(workspace, name)

@@ -39,15 +39,15 @@ from dora_diffusion.studio.app.settings import (
 )
 from dora_diffusion.studio.app.views.request import UNSET
 from dora_diffusion.studio.app.views.train import read_form
-from dora_diffusion.studio.app.views.words import list_words
 from dora_diffusion.studio.client import ROOT, ApiError, Client, RemotePromptFile
 from dora_diffusion.studio.jobs import queue, records, tasks
+from dora_diffusion.studio.jobs.inputs import list_prompt_files
 from dora_diffusion.studio.jobs.queue import PERSON
 from dora_diffusion.studio.jobs.store import UserError
 from dora_diffusion.studio.jobs.subjects import read_subject
 from tests.shallow import *  # noqa: F403
-from tests.studio.app.views.test_words import NO_WORDS
 from tests.studio.jobs.helpers import make, perform, photo
+from tests.studio.jobs.test_inputs import REFUSED
 from tests.studio.jobs.test_uploads import NO_PHOTOS, huge_png
 
 PEOPLE = {"ann": "correct horse", "bob": "battery: staple"}
@@ -258,7 +258,7 @@ def test_wildcards_and_styles_are_kept_listed_drawn_and_deleted(
     (workspace.wildcards / "sea" / "fish.txt").write_text("cod", encoding="utf-8")
     fish = RemotePromptFile("sea/fish.txt", ("__sea/fish__",))
     # The same files in the page.
-    assert served.bob.prompt_files() == [styles, colours, fish] == list_words(workspace)
+    assert served.bob.prompt_files() == [styles, colours, fish] == list_prompt_files(workspace)
     settings = {"wildcards": True, "style": ["ink"], "steps": 1, "seed": 1, "negative_prompt": "x",
                 "width": 32, "height": 32, "num_images": 1}  # fmt: skip
     prompt = "a __colours__ mug, __sea/fish__"
@@ -305,7 +305,7 @@ def test_no_link_is_followed_and_what_no_prompt_can_name_is_not_listed(
     assert (outside / "secret.txt").read_text(encoding="utf-8") == "secret"
 
 
-@pytest.mark.parametrize(("name", "content", "message"), NO_WORDS)
+@pytest.mark.parametrize(("name", "content", "message"), REFUSED)
 def test_what_no_prompt_can_use_is_not_kept(
     name: str, content: bytes, message: str, served: Served
 ) -> None:

@@ -82,42 +82,6 @@ def test_a_file_is_deleted_where_it_is_confirmed_and_no_other(context: Context) 
         delete("colours.txt")
 
 
-NO_WORDS = [
-    ("styles.csv", b"ink,an ink drawing,\n", "styles.csv must begin with the line name,"),
-    ("styles.csv", b"name,prompt\n", "styles.csv is empty; write a style"),
-    ("styles.csv", b"name,prompt\nink," + b"x" * 2**18, "styles.csv, line 2: field larger than"),
-    ("styles.csv", b"\x89PNG", "styles.csv is not UTF-8 text"),
-    ("styles.csv", bytes([65]) * (2**24 + 1), "larger than 16 MiB"),
-    ("c.txt", b"# red\n \n", "c.txt is empty; write"),
-    ("c.txt", b"", "c.txt is empty; write"),
-    ("c.txt", b"\xff\xfe", "c.txt is not UTF-8 text"),
-    ("c.txt", b"red\0", "c.txt is not UTF-8 text"),
-    ("c.jpg", b"red", r"c.jpg is neither a file of styles \(.csv\) nor one of wildcards"),
-    ("c", b"red", "c is neither a file of styles"),
-    ("_.txt", b"red", "_.txt cannot be named in a prompt"),
-    ("..txt", b"red", "cannot be named in a prompt"),
-    ("a|b.txt", b"red", "cannot be named in a prompt"),
-    ("a\x1b[31m.txt", b"red", r"a.\[31m.txt cannot be named"),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "message"), NO_WORDS)
-def test_what_no_prompt_can_use_is_refused_and_nothing_is_lost(
-    context: Context, tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
-    workspace = context.workspace
-    workspace.styles.write_text(STYLES, encoding="utf-8")
-    (workspace.wildcards / "c.txt").write_text("green", encoding="utf-8")
-    (tmp_path / "good.txt").write_text("red", encoding="utf-8")
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(gradio.Error, match=message) as error:
-        handler(context, "upload", "words")([str(tmp_path / "good.txt"), str(tmp_path / name)])
-    assert str(tmp_path) not in str(error.value)
-    assert workspace.styles.read_text(encoding="utf-8") == STYLES
-    kept = {path.name: path.read_text(encoding="utf-8") for path in workspace.wildcards.iterdir()}
-    assert kept == {"c.txt": "green"}
-
-
 def test_a_grid_s_prompts_are_given_the_styles_once(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,17 +101,3 @@ def test_a_grid_s_prompts_are_given_the_styles_once(
     with pytest.raises(gradio.Error, match="Enough"):
         handler(context, "make_grid", "generate")("base/embedded:tiny-sd", *axes, *values)
     assert asked == [(f"a {SUBJECT}", "dull", ["style=ink"], ["ink"])]
-
-
-def test_files_of_wildcards_have_a_limit(
-    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(words, "MOST_FILES", 1)
-    upload: Any = handler(context, "upload", "words")
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text("red", encoding="utf-8")
-    with pytest.raises(gradio.Error, match="At most 1 files of styles and wildcards are kept"):
-        upload([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
-    upload([str(tmp_path / "a.txt")])
-    upload([str(tmp_path / "a.txt")])
-    assert [path.name for path in context.workspace.wildcards.iterdir()] == ["a.txt"]
