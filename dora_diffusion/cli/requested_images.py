@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import re
-import secrets
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.settings import (
     AdaptedModel,
@@ -21,19 +16,14 @@ from dora_diffusion.cli.settings import (
     adapter_and_strengths,
     needs_adapter,
 )
-from dora_diffusion.config import ConfigError
-from dora_diffusion.config.fields import REQUIRED, TOKENS_PER_CHUNK, Need, flag, require
-from dora_diffusion.config.file import read_config_file, read_yaml
+from dora_diffusion.config.fields import REQUIRED, Need, flag, require
 from dora_diffusion.config.prompts import DENOISE, Style, read_styles, with_styles
 from dora_diffusion.config.run import SampleSettings
-from dora_diffusion.config.wording import did_you_mean, listing, quoted
-from dora_diffusion.formats.files.atomic import require_writable
+from dora_diffusion.config.wording import did_you_mean, listing
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from typing_extensions import Self
 
-    from dora_diffusion.formats.adapter.metadata import AdapterMetadata
     from dora_diffusion.models.components import Components
     from dora_diffusion.sampling.generate import SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
@@ -196,40 +186,6 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
         choices=("none", "model"),
     )
 
-    @classmethod
-    def read(cls, given: Mapping[str, Any], file: str | None = None) -> Self:
-        """Make them of what a command line gives, over a YAML file, over an image to repeat.
-
-        Raises:
-            ConfigError, PhotoError: If one of these cannot be read, a value is not valid, or the
-                image was made with adapters and they are not given.
-        """
-        values = {**(read_config_file(file) if file else {}), **given}
-        image = values.get("repeat")
-        if not image:
-            return super().read(given, file).named_adapters()
-        found, strengths = repeated_settings(str(image))
-        found = {name: value for name, value in found.items() if name not in values}
-        model = str(found.get("detail", ""))
-        require(
-            not model or model.startswith("rembg") or "/" in model or Path(model).is_dir(),
-            f"{Path(str(image)).name} was made with the detail model {model}; give its folder with "
-            "--detail",
-        )
-        words = values.get("adapter") or []
-        words = [words] if isinstance(words, str) else words
-        if strengths and not words and values.get("adapter_dir"):
-            words = [_named(values["adapter_dir"], name) for name in strengths]
-            given = {**given, "adapter_dir": None}
-        require(
-            len(words) >= len(strengths),
-            f"{Path(str(image)).name} was made with the adapter{'s' * (len(strengths) > 1)} "
-            f"{', '.join(strengths)}; give each one's file with --adapter",
-        )
-        if strengths:
-            given = {**given, "adapter": _with_strengths(words, strengths)}
-        return super().read({**found, **given}, file).named_adapters()
-
     def named_adapters(self) -> Self:
         """The settings with the adapters that the prompt names in place of their tags.
 
@@ -247,7 +203,7 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
         if not tags:
             return self
         negative = with_styles(self.negative_prompt, [style.negative_prompt for style in styles])
-        words = [f"{_named(self.adapter_dir, name)}{shares}" for name, shares in tags]
+        words = [f"{adapter_named(self.adapter_dir, name)}{shares}" for name, shares in tags]
         return replace(
             self, prompt=prompt, negative_prompt=negative, styles=None, style=[], adapter_dir=None,
             adapter=[*(self.adapter or []), *words],
@@ -286,43 +242,6 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
         """Clip skip and token length by which prompts are read, where they are given."""
         return {"clip_skip": self.clip_skip, "max_token_length": self.max_token_length}
 
-    def load_repeated(
-        self, uses: Sequence[AdapterUse], repeated: Repeated
-    ) -> tuple[Components, AdapterMetadata]:
-        """Load the model, which reads prompts as the image to repeat has it.
-
-        Raises:
-            ConfigError: If it is an inpainting model, and there is nothing to paint into.
-        """
-        components, metadata = self.load(uses, offload=self.offload)
-        components = repeated.reading(components, self)
-        lacking = [
-            name for name in components.family.image_arguments if getattr(self, name) is None
-        ]
-        require(
-            not lacking,
-            f"{self.base} is an inpainting model: give --image, and --mask_image of the same size, "
-            "white where to paint (all white to paint the whole image)",
-        )
-        return components, metadata
-
-    def write_image(
-        self,
-        image: Image,
-        row: Row,
-        settings: SamplingSettings,
-        size: tuple[int, int],
-        uses: Sequence[AdapterUse],
-        extra: Mapping[str, object],
-    ) -> str:
-        """Write an image with what made it, which is returned."""
-        from dora_diffusion.sampling.images import UsedAdapter, parameters_text, save_image
-
-        used = [UsedAdapter.of(use.path, use.strengths) for use in uses]
-        text = parameters_text(row.prompt, row.seed, settings, size, self.base, used, extra=extra)
-        save_image(image, row.path, text)
-        return text
-
     def distilled(
         self, settings: SamplingSettings, components: Components, uses: Sequence[AdapterUse]
     ) -> tuple[SamplingSettings, str]:
@@ -354,80 +273,18 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
             ConfigError, ValueError: If a strength or schedule cannot be.
         """
         from dora_diffusion.numerics.weights import MergeStrengths
-        from dora_diffusion.sampling.stack import AdapterUse, parse_schedule
+        from dora_diffusion.sampling.stack import uses_of
 
-        words, factors = self.adapter or [], [adapter_and_strength(w) for w in self.layer_strength]
-        schedules = [parse_schedule(text) for text in self.strength_schedule] or [()]
-        require(
-            len(schedules) in (1, len(words)),
-            f"strength_schedule has {len(schedules)} values, for {len(words)} adapters; give one, "
-            "or one for each",
-        )
-        uses = []
-        for number, word in enumerate(words):
+        adapters = []
+        for word in self.adapter or []:
             path, text_encoder, unet = adapter_and_strengths(word)
             shares = {"text_encoder_strength": text_encoder, "unet_strength": unet}
-            strengths = MergeStrengths(**vars(self.strengths), **shares)
-            schedule = schedules[min(number, len(schedules) - 1)]
-            uses.append(AdapterUse(path, strengths, dict(factors), schedule))
-        return uses
-
-    def facts(
-        self, number: int, count: int, components: Components, repeated: Repeated
-    ) -> dict[str, object]:
-        """Return the fields of an image's text besides those of `SamplingSettings`."""
-        from dora_diffusion.sampling import images
-
-        start = number - number % self.batch_size
-        size, place = min(self.batch_size, count - start), number - start
-        if repeated.batch > 1:
-            size, place = repeated.batch, repeated.position
-        facts = images.model_fields(
-            components, self.uses(), 1 if self.adapters_file else size, place
-        )
-        loaded = {s.name: getattr(self, s.name) for s in self.settings() if s.name in _LOADED}
-        usual = {s.name: s.default for s in self.settings()}
-        moved = {name: value for name, value in loaded.items() if value != usual[name]}
-        return facts | ({images.LOADED: json.dumps(moved)} if moved else {})
+            adapters.append((path, MergeStrengths(**vars(self.strengths), **shares)))
+        layers = dict(adapter_and_strength(word) for word in self.layer_strength)
+        return uses_of(adapters, layers, self.strength_schedule)
 
 
-# Settings of a base that change the numbers, beside its name.
-_LOADED = (
-    "variant", "revision", "dtype", "compile", "quantize", "quantize_convolutions", "vae_tile_size",
-    "prediction_type", "zero_terminal_snr", "alpha",
-)  # fmt: skip
-_MOST_REPEATED = 64
-
-
-def repeated_settings(file: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings that an image's text gives, and the strength of each adapter by its name.
-
-    Raises:
-        PhotoError: If the file says nothing of how it was made.
-
-    Warns:
-        UserWarning: Of what has no meaning here.
-    """
-    from dora_diffusion.sampling.images import LOADED, OWN_VERSION, read_fields, settings_of
-
-    fields = read_fields(file)
-    values, unread = settings_of(fields)
-    skip, is_own = values.pop("clip_skip", None), fields.get("Version", "").startswith(OWN_VERSION)
-    if skip is None and is_own:
-        values["clip_skip"] = 0
-    # Web UIs read all of a prompt.
-    values.setdefault("max_token_length", TOKENS_PER_CHUNK if is_own else 0)
-    with contextlib.suppress(ValueError, AttributeError, RecursionError):
-        loaded = json.loads(fields.get(LOADED, "{}"))
-        values |= {name: value for name, value in loaded.items() if name in _LOADED}
-    if unread:
-        warnings.warn(
-            f"of {Path(file).name}, this has no meaning here: {'; '.join(unread)}", stacklevel=2
-        )
-    return values, _strengths_of(fields)
-
-
-def _named(folder: str, name: str) -> str:
+def adapter_named(folder: str, name: str) -> str:
     """The file of an adapter of a folder, by its name in texts.
 
     Raises:
@@ -446,132 +303,6 @@ def _named(folder: str, name: str) -> str:
         f"{listing(known, 8) or 'none'}",
     )
     return known[name]
-
-
-def _strengths_of(fields: Mapping[str, str]) -> dict[str, str]:
-    names, strengths = (fields.get(key, "") for key in ("Adapter", "Adapter strength"))
-    return dict(zip(names.split(", "), strengths.split(", "), strict=True)) if names else {}
-
-
-def _with_strengths(words: Sequence[str], strengths: Mapping[str, str]) -> list[str]:
-    """Adapters with the strengths of an image's by their names, where they have none themselves."""
-    from dora_diffusion.sampling.images import UsedAdapter
-
-    completed = []
-    for word in words:
-        path, *_ = adapter_and_strengths(word)
-        strength = strengths.get(UsedAdapter.of(path).tag_name)
-        if len(words) == len(strengths) == 1:
-            (strength,) = strengths.values()
-        completed.append(word if strength is None or path != word else f"{word}:{strength}")
-    return completed
-
-
-@dataclass(frozen=True)
-class Repeated:
-    """Facts of an image to repeat that no setting holds.
-
-    Attributes:
-        fields: Its text; empty where none is to be repeated.
-        batch: Images of the batch that it is repeated in.
-        position: Its place there.
-    """
-
-    fields: Mapping[str, str]
-    batch: int = 1
-    position: int = 0
-
-    @classmethod
-    def of(cls, args: RequestedImages, settings: SamplingSettings) -> Repeated:
-        """Read the image, and warn of another base or adapter than it was made with.
-
-        Raises:
-            ConfigError: If it was made over an image, and none is given.
-        """
-        if args.repeat is None:
-            return cls({})
-        from dora_diffusion.sampling.images import (
-            BATCH_POSITION,
-            BATCH_SIZE,
-            model_name,
-            read_fields,
-        )
-
-        name, fields = Path(args.repeat).name, read_fields(args.repeat)
-        model = fields.get("Model", model_name(args.base))
-        if model != model_name(args.base):
-            warnings.warn(f"{name} was made with the model {model}, not {args.base}", stacklevel=3)
-        cls._check_files(name, fields, args, settings)
-        place = [fields.get(key, "") for key in (BATCH_SIZE, BATCH_POSITION)]
-        size, position = (int(text) if text.isdecimal() else 0 for text in place)
-        is_alone = args.num_images == 1 and fields.get("Seed") == str(args.seed)
-        if is_alone and position < size <= _MOST_REPEATED and position <= (args.seed or 0):
-            return cls(fields, size, position)
-        return cls(fields)
-
-    @staticmethod
-    def _check_files(
-        name: str, fields: Mapping[str, str], args: RequestedImages, settings: SamplingSettings
-    ) -> None:
-        from dora_diffusion.sampling.images import (
-            INIT_IMAGE,
-            MASK_IMAGE,
-            UsedAdapter,
-            painted_fields,
-        )
-
-        require(
-            INIT_IMAGE not in fields or args.image is not None,
-            f"{name} was made over another image; give that with --image, and its mask",
-        )
-        painted = painted_fields(settings)
-        for key, given in ((INIT_IMAGE, args.image), (MASK_IMAGE, f"the mask {args.mask_image}")):
-            if key in fields and painted.get(key) != fields[key]:
-                warnings.warn(f"{name} was made over another image than {given}", stacklevel=4)
-        known = fields.get("Lora hashes", "")
-        for use in args.uses() if known else []:
-            own = UsedAdapter.of(use.path).hash
-            if own and own not in known:
-                warnings.warn(
-                    f"{name} was made with another adapter file ({known}) than {use.path} ({own})",
-                    stacklevel=4,
-                )
-
-    def reading(self, components: Components, args: RequestedImages) -> Components:
-        """The model, with the image's clip skip, which web UIs count by the model's family."""
-        text = self.fields.get("Clip skip", "")
-        if args.clip_skip is not None or not text.isdecimal():
-            return components
-        own = int(text) - components.family.web_ui_clip_skip(0)
-        return components.reading(max(0, own), None, is_told=False)
-
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
-
-class Row(NamedTuple):
-    """One image."""
-
-    prompt: str
-    seed: int
-    adapter: str | None
-    strength: float
-    path: Path
-
-
-def warn_of_triggers(prompts: Iterable[tuple[str, AdapterMetadata]]) -> None:
-    """Warn, before it takes time, of prompts that lack their adapter's trigger word."""
-    from dora_diffusion.sampling.generate import lacks_trigger
-
-    pairs = list(prompts)
-    are_several = len({prompt for prompt, _ in pairs}) > 1
-    lacking = {prompt: m.trigger for prompt, m in pairs if lacks_trigger(prompt, m)}
-    for prompt, trigger in lacking.items():
-        which = f"the prompt {quoted(prompt)}" if are_several else "the prompt"
-        warnings.warn(
-            f"{which} lacks the adapter's trigger word; write {trigger!r} to get the subject",
-            stacklevel=2,
-        )
 
 
 def sampling_settings(args: RequestedImages) -> SamplingSettings:
@@ -593,103 +324,3 @@ def sampling_settings(args: RequestedImages) -> SamplingSettings:
     given["negative_prompt"] = with_styles(args.negative_prompt, negatives)
     schedules = {name_of(n): use.schedule for n, use in enumerate(args.uses()) if use.schedule}
     return SamplingSettings(**given, strength_schedules=schedules)
-
-
-def _drawn(args: RequestedImages) -> Callable[[str, int], str]:
-    """Return a function that draws a prompt's wildcards by an image's seed.
-
-    Raises:
-        ConfigError: If they cannot be drawn.
-    """
-    if not args.wildcards:
-        return lambda prompt, seed: prompt
-    from dora_diffusion.data.captions import CaptionRules, Wildcards
-
-    return CaptionRules(wildcards=Wildcards(args.wildcard_dir)).draw_prompt
-
-
-def image_rows(args: RequestedImages) -> list[Row]:
-    """The images that are asked for, each with its file.
-
-    One image gets the name that was asked for, several their seed behind it, those of an adapters
-    file their number. Seeds are consecutive, from a random one where none is given.
-
-    Raises:
-        ConfigError: If torch cannot take one of the seeds, an entry cannot be, or a file cannot be
-            written.
-        FileNotFoundError: If an entry's adapter is not there.
-    """
-    output = Path(args.output)
-    require(output.suffix.lower() in SUFFIXES, f"output {output} must end in {', '.join(SUFFIXES)}")
-    entries = _entries(args) if args.adapters_file else [{}] * args.num_images
-    first = secrets.randbelow(2**32) if args.seed is None else args.seed
-    if not 0 <= first <= 2**63 - len(entries):
-        raise ConfigError(f"seed is {first}; it must be between 0 and 2**63 - num_images")
-    from dora_diffusion.formats.adapter.stored import find_adapter
-    from dora_diffusion.numerics.weights import require_strength
-
-    rows, drawn = [], _drawn(args)
-    for number, entry in enumerate(entries):
-        prompt, seed = entry.get("prompt", args.prompt), entry.get("seed", first + number)
-        place = f"entry {number + 1} of {args.adapters_file}" if args.adapters_file else "generate"
-        require(prompt is not None, f"{place} has no prompt; say with --prompt what to show")
-        suffix = f"-{number + 1}" if args.adapters_file else f"-{seed}" if len(entries) > 1 else ""
-        adapter = entry.get("adapter")
-        text = drawn(with_styles(str(prompt), [style.prompt for style in args.chosen_styles]), seed)
-        for words in (text, args.detail_prompt or ""):
-            require(
-                not re.search("<(lora|lyco|hypernet):", words),
-                f"the prompt {quoted(words)} holds <lora:...>, as web UIs load an adapter; give "
-                "its file with --adapter, or its folder with --adapter_dir",
-            )
-        require(
-            not text.strip().startswith("Negative prompt:"),
-            "the prompt begins with 'Negative prompt:'; give that with --negative_prompt",
-        )
-        strength = entry.get("strength", 1.0)
-        require_strength(f"strength of {place}", strength)
-        path = output.with_stem(output.stem + suffix)
-        rows.append(Row(text, seed, adapter, strength, path))
-    for adapter in {row.adapter for row in rows if row.adapter}:
-        find_adapter(adapter)
-    existing = next((row.path for row in rows if row.path.exists()), None)
-    if existing and not args.overwrite:
-        raise ConfigError(
-            f"{existing} exists; choose another --output, or replace it with --overwrite"
-        )
-    for row in rows:
-        require_writable(row.path)
-    return rows
-
-
-def _entries(args: RequestedImages) -> list[dict[str, Any]]:
-    """The entries of the adapters file.
-
-    Raises:
-        ConfigError: If they are not what the flag's help says.
-    """
-    name = args.adapters_file or ""
-    require(args.adapter is None, "adapter and adapters_file are both given; leave out --adapter")
-    require(
-        args.num_images == 1,
-        f"num_images is {args.num_images}, and {name} has an entry for each image; leave it out",
-    )
-    entries = read_yaml(name)
-    require(
-        isinstance(entries, list) and bool(entries),
-        f"{name} must be a list with an entry for each image, such as '- adapter: runs/dog'",
-    )
-    known = {"adapter": str | None, "prompt": str, "seed": int, "strength": int | float}
-    rows: list[Any] = [{"adapter": e} if isinstance(e, str | None) else e for e in entries]
-    for number, entry in enumerate(rows, start=1):
-        where = f"entry {number} of {name}"
-        require(isinstance(entry, dict), f"{where} must be 'adapter: FILE' and what belongs to it")
-        for key, value in entry.items():
-            require(key in known, f"{where}: unknown key {key!r}; there are {', '.join(known)}")
-            require(
-                isinstance(value, known[key]) and not isinstance(value, bool),
-                f"{where}: {key} is {value!r}, which is not allowed",
-            )
-        seed = int(entry.get("seed", 0))
-        require(0 <= seed < 2**63, f"{where}: seed is {seed}; it must be between 0 and 2**63 - 1")
-    return rows

@@ -17,6 +17,7 @@ from torch import nn
 from dora_diffusion.adapters.inject import DEFAULT_NAME, layer_adapters
 from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers
 from dora_diffusion.adapters.state import attach_file
+from dora_diffusion.config.fields import require
 from dora_diffusion.config.wording import listing, number_text
 from dora_diffusion.formats.adapter.embeddings import Vectors, are_equal
 from dora_diffusion.formats.adapter.metadata import (
@@ -83,6 +84,35 @@ def parse_schedule(text: str) -> Schedule:
             f"the strength schedule is {text!r}; write a share of the steps and a factor of the "
             "strength for each change, such as '0:0.4, 0.5:1'"
         ) from None
+
+
+def uses_of(
+    adapters: Sequence[tuple[str | Path, Strengths]],
+    layers: Mapping[str, float],
+    schedules: Sequence[str],
+) -> list[AdapterUse]:
+    """Adapters as settings of ``generate`` have them; `strength_texts` is the way back.
+
+    Args:
+        adapters: Files, and how strongly each acts.
+        layers: Factors of the strength by patterns of layers, which all have.
+        schedules: As `parse_schedule` reads them; one for all, or one for each.
+
+    Raises:
+        ConfigError, ValueError: If there is another number of schedules, or one cannot be.
+    """
+    parsed = [parse_schedule(text) for text in schedules] or [()]
+    require(
+        len(parsed) in (1, len(adapters)),
+        f"strength_schedule has {len(parsed)} values, for {len(adapters)} adapters; give one, or "
+        "one for each",
+    )
+    if len(parsed) == 1:
+        parsed *= len(adapters)
+    return [
+        AdapterUse(path, strengths, layers, schedule)
+        for (path, strengths), schedule in zip(adapters, parsed, strict=True)
+    ]
 
 
 def strength_texts(uses: Sequence[AdapterUse]) -> dict[str, list[str]]:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.console.progress import progress, say
+from dora_diffusion.cli.image_rows import Row, image_rows, warn_of_triggers
+from dora_diffusion.cli.repeat import Repeated, repeated_settings, with_strengths
 from dora_diffusion.cli.requested_images import (
-    Repeated,
     RequestedImages,
-    Row,
-    image_rows,
+    adapter_named,
     sampling_settings,
-    warn_of_triggers,
 )
+from dora_diffusion.config.fields import require
+from dora_diffusion.config.file import read_config_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from typing_extensions import Self
 
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
     from dora_diffusion.models.components import Components
@@ -29,6 +32,40 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class GenerateSettings(RequestedImages):
     """Settings of ``generate``."""
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any], file: str | None = None) -> Self:
+        """Make them of what a command line gives, over a YAML file, over an image to repeat.
+
+        Raises:
+            ConfigError, PhotoError: If one of these cannot be read, a value is not valid, or the
+                image was made with adapters and they are not given.
+        """
+        values = {**(read_config_file(file) if file else {}), **given}
+        image = values.get("repeat")
+        if not image:
+            return super().read(given, file).named_adapters()
+        found, strengths = repeated_settings(str(image))
+        found = {name: value for name, value in found.items() if name not in values}
+        model = str(found.get("detail", ""))
+        require(
+            not model or model.startswith("rembg") or "/" in model or Path(model).is_dir(),
+            f"{Path(str(image)).name} was made with the detail model {model}; give its folder with "
+            "--detail",
+        )
+        words = values.get("adapter") or []
+        words = [words] if isinstance(words, str) else words
+        if strengths and not words and values.get("adapter_dir"):
+            words = [adapter_named(values["adapter_dir"], name) for name in strengths]
+            given = {**given, "adapter_dir": None}
+        require(
+            len(words) >= len(strengths),
+            f"{Path(str(image)).name} was made with the adapter{'s' * (len(strengths) > 1)} "
+            f"{', '.join(strengths)}; give each one's file with --adapter",
+        )
+        if strengths:
+            given = {**given, "adapter": with_strengths(words, strengths)}
+        return super().read({**found, **given}, file).named_adapters()
 
     def perform(self) -> int:
         """Generate images, and write them with what made them."""
@@ -44,7 +81,7 @@ class GenerateSettings(RequestedImages):
 
         settings, uses = sampling_settings(self), self.uses()
         repeated = Repeated.of(self, settings)
-        components, metadata = self.load_repeated(uses, repeated)
+        components, metadata = repeated.load(self, uses)
         settings, line = self.distilled(settings, components, uses)
         if line:
             say(line, sys.stderr)
@@ -59,8 +96,8 @@ class GenerateSettings(RequestedImages):
         images = self._sample(rows, components, pool, settings, repeated)
         for number, (row, image) in enumerate(zip(rows, images, strict=True)):
             used = [AdapterUse(row.adapter, Strengths(row.strength))] if row.adapter else uses
-            extra = self.facts(number, len(rows), readings[row.adapter], repeated)
-            self.write_image(image, row, settings, size, used, extra)
+            extra = repeated.own_fields(self, number, len(rows), readings[row.adapter])
+            row.write(image, settings, size, self.base, used, extra)
             print(f"{row.path} (seed {row.seed})")
         return 0
 

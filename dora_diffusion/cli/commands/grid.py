@@ -22,15 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dora_diffusion.cli.axes import NO_AXES, plan_grid
 from dora_diffusion.cli.console.progress import progress, say
-from dora_diffusion.cli.requested_images import (
-    SUFFIXES,
-    Repeated,
-    RequestedImages,
-    Row,
-    image_rows,
-    sampling_settings,
-    warn_of_triggers,
-)
+from dora_diffusion.cli.image_rows import SUFFIXES, Row, image_rows, warn_of_triggers
+from dora_diffusion.cli.repeat import Repeated
+from dora_diffusion.cli.requested_images import RequestedImages, sampling_settings
 from dora_diffusion.cli.settings import Model
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.wording import counted
@@ -180,7 +174,7 @@ class GridRun:
         self._batch_size, self._steps = args.batch_size, 0
 
     def _loaded(self, settings: RequestedImages, uses: Sequence[AdapterUse]) -> Components:
-        return settings.load_repeated(uses, self.repeated)[0]
+        return self.repeated.load(settings, uses)[0]
 
     def _is_made(self, cell: _Cell) -> bool:
         """Return whether its file is whole, and says what it is to say."""
@@ -283,9 +277,9 @@ class GridRun:
         if not self.record.texts:  # Now it is known that the model and adapters can be used.
             self.record.write(self.folder)
         cell, components, sampling = loaded
-        text = cell.settings.write_image(
-            image, cell.row, sampling, sampled_size(components, sampling), cell.uses,
-            cell.settings.facts(0, 1, components, Repeated({})),
+        text = cell.row.write(
+            image, sampling, sampled_size(components, sampling), cell.settings.base, cell.uses,
+            Repeated({}).own_fields(cell.settings, 0, 1, components),
         )  # fmt: skip
         self.record.texts[f"images/{cell.row.path.name}"] = text
 

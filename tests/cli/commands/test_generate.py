@@ -19,7 +19,8 @@ from PIL import Image, ImageFilter
 from dora_diffusion.cli.axes import plan_grid
 from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.cli.main import main
-from dora_diffusion.cli.requested_images import Repeated, sampling_settings
+from dora_diffusion.cli.repeat import Repeated
+from dora_diffusion.cli.requested_images import sampling_settings
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.data import prepare
 from dora_diffusion.data.captions import CaptionRules, Wildcards

@@ -140,8 +140,8 @@ def in_words(error: Exception) -> str:
 
 
 def _uses(adapters: Sequence[tuple[Path, Any]], form: Mapping[str, Any]) -> list[AdapterUse]:
-    """The adapters with their strengths, as `GenerateSettings.uses` has them."""
-    from dora_diffusion.sampling.stack import AdapterUse, parse_schedule
+    """The adapters with their strengths."""
+    from dora_diffusion.sampling.stack import uses_of
 
     layers = dict(adapter_and_strength(word) for word in str(form["layer_strength"] or "").split())
     texts = [text for text in str(form["strength_schedule"] or "").split("|") if text.strip()]
@@ -152,15 +152,9 @@ def _uses(adapters: Sequence[tuple[Path, Any]], form: Mapping[str, Any]) -> list
             f"the strength over the steps has {len(texts)} parts, for {len(adapters)} adapters; "
             "write one, or one for each, with | between them"
         )
-    schedules = [parse_schedule(text) for text in texts] or [()]
     parts = [float(form[name]) for name in ("direction_strength", "magnitude_strength")]
-    return [
-        AdapterUse(
-            path, Strengths(float(strength), *parts), layers,
-            schedules[min(number, len(schedules) - 1)],
-        )
-        for number, (path, strength) in enumerate(adapters)
-    ]  # fmt: skip
+    strengths = [(path, Strengths(float(strength), *parts)) for path, strength in adapters]
+    return uses_of(strengths, layers, texts)
 
 
 def _settings(

@@ -1,0 +1,169 @@
+"""The images that are asked for, one by one: prompt, seed and file of each."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dora_diffusion.config import ConfigError
+from dora_diffusion.config.fields import require
+from dora_diffusion.config.file import read_yaml
+from dora_diffusion.config.prompts import with_styles
+from dora_diffusion.config.wording import quoted
+from dora_diffusion.formats.files.atomic import require_writable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from dora_diffusion.cli.requested_images import RequestedImages
+    from dora_diffusion.formats.adapter.metadata import AdapterMetadata
+    from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.sampling.stack import AdapterUse
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class Row(NamedTuple):
+    """One image."""
+
+    prompt: str
+    seed: int
+    adapter: str | None
+    strength: float
+    path: Path
+
+    def write(
+        self,
+        image: Image,
+        settings: SamplingSettings,
+        size: tuple[int, int],
+        base: str,
+        uses: Sequence[AdapterUse],
+        extra: Mapping[str, object],
+    ) -> str:
+        """Write the image with what made it, which is returned."""
+        from dora_diffusion.sampling.images import UsedAdapter, parameters_text, save_image
+
+        used = [UsedAdapter.of(use.path, use.strengths) for use in uses]
+        text = parameters_text(self.prompt, self.seed, settings, size, base, used, extra=extra)
+        save_image(image, self.path, text)
+        return text
+
+
+def warn_of_triggers(prompts: Iterable[tuple[str, AdapterMetadata]]) -> None:
+    """Warn, before it takes time, of prompts that lack their adapter's trigger word."""
+    from dora_diffusion.sampling.generate import lacks_trigger
+
+    pairs = list(prompts)
+    are_several = len({prompt for prompt, _ in pairs}) > 1
+    lacking = {prompt: m.trigger for prompt, m in pairs if lacks_trigger(prompt, m)}
+    for prompt, trigger in lacking.items():
+        which = f"the prompt {quoted(prompt)}" if are_several else "the prompt"
+        warnings.warn(
+            f"{which} lacks the adapter's trigger word; write {trigger!r} to get the subject",
+            stacklevel=2,
+        )
+
+
+def _drawn(args: RequestedImages) -> Callable[[str, int], str]:
+    """Return a function that draws a prompt's wildcards by an image's seed.
+
+    Raises:
+        ConfigError: If they cannot be drawn.
+    """
+    if not args.wildcards:
+        return lambda prompt, seed: prompt
+    from dora_diffusion.data.captions import CaptionRules, Wildcards
+
+    return CaptionRules(wildcards=Wildcards(args.wildcard_dir)).draw_prompt
+
+
+def image_rows(args: RequestedImages) -> list[Row]:
+    """The images that are asked for, each with its file.
+
+    One image gets the name that was asked for, several their seed behind it, those of an adapters
+    file their number. Seeds are consecutive, from a random one where none is given.
+
+    Raises:
+        ConfigError: If torch cannot take one of the seeds, an entry cannot be, or a file cannot be
+            written.
+        FileNotFoundError: If an entry's adapter is not there.
+    """
+    output = Path(args.output)
+    require(output.suffix.lower() in SUFFIXES, f"output {output} must end in {', '.join(SUFFIXES)}")
+    entries = _entries(args) if args.adapters_file else [{}] * args.num_images
+    first = secrets.randbelow(2**32) if args.seed is None else args.seed
+    if not 0 <= first <= 2**63 - len(entries):
+        raise ConfigError(f"seed is {first}; it must be between 0 and 2**63 - num_images")
+    from dora_diffusion.formats.adapter.stored import find_adapter
+    from dora_diffusion.numerics.weights import require_strength
+
+    rows, drawn = [], _drawn(args)
+    for number, entry in enumerate(entries):
+        prompt, seed = entry.get("prompt", args.prompt), entry.get("seed", first + number)
+        place = f"entry {number + 1} of {args.adapters_file}" if args.adapters_file else "generate"
+        require(prompt is not None, f"{place} has no prompt; say with --prompt what to show")
+        suffix = f"-{number + 1}" if args.adapters_file else f"-{seed}" if len(entries) > 1 else ""
+        adapter = entry.get("adapter")
+        text = drawn(with_styles(str(prompt), [style.prompt for style in args.chosen_styles]), seed)
+        for words in (text, args.detail_prompt or ""):
+            require(
+                not re.search("<(lora|lyco|hypernet):", words),
+                f"the prompt {quoted(words)} holds <lora:...>, as web UIs load an adapter; give "
+                "its file with --adapter, or its folder with --adapter_dir",
+            )
+        require(
+            not text.strip().startswith("Negative prompt:"),
+            "the prompt begins with 'Negative prompt:'; give that with --negative_prompt",
+        )
+        strength = entry.get("strength", 1.0)
+        require_strength(f"strength of {place}", strength)
+        path = output.with_stem(output.stem + suffix)
+        rows.append(Row(text, seed, adapter, strength, path))
+    for adapter in {row.adapter for row in rows if row.adapter}:
+        find_adapter(adapter)
+    existing = next((row.path for row in rows if row.path.exists()), None)
+    if existing and not args.overwrite:
+        raise ConfigError(
+            f"{existing} exists; choose another --output, or replace it with --overwrite"
+        )
+    for row in rows:
+        require_writable(row.path)
+    return rows
+
+
+def _entries(args: RequestedImages) -> list[dict[str, Any]]:
+    """The entries of the adapters file.
+
+    Raises:
+        ConfigError: If they are not what the flag's help says.
+    """
+    name = args.adapters_file or ""
+    require(args.adapter is None, "adapter and adapters_file are both given; leave out --adapter")
+    require(
+        args.num_images == 1,
+        f"num_images is {args.num_images}, and {name} has an entry for each image; leave it out",
+    )
+    entries = read_yaml(name)
+    require(
+        isinstance(entries, list) and bool(entries),
+        f"{name} must be a list with an entry for each image, such as '- adapter: runs/dog'",
+    )
+    known = {"adapter": str | None, "prompt": str, "seed": int, "strength": int | float}
+    rows: list[Any] = [{"adapter": e} if isinstance(e, str | None) else e for e in entries]
+    for number, entry in enumerate(rows, start=1):
+        where = f"entry {number} of {name}"
+        require(isinstance(entry, dict), f"{where} must be 'adapter: FILE' and what belongs to it")
+        for key, value in entry.items():
+            require(key in known, f"{where}: unknown key {key!r}; there are {', '.join(known)}")
+            require(
+                isinstance(value, known[key]) and not isinstance(value, bool),
+                f"{where}: {key} is {value!r}, which is not allowed",
+            )
+        seed = int(entry.get("seed", 0))
+        require(0 <= seed < 2**63, f"{where}: seed is {seed}; it must be between 0 and 2**63 - 1")
+    return rows

@@ -1,0 +1,195 @@
+"""An image's text: what made it is written there, and read to repeat the image."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_diffusion.cli.settings import adapter_and_strengths
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require
+
+if TYPE_CHECKING:
+    from dora_diffusion.cli.requested_images import RequestedImages
+    from dora_diffusion.formats.adapter.metadata import AdapterMetadata
+    from dora_diffusion.models.components import Components
+    from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.sampling.stack import AdapterUse
+
+# Settings of a base that change the numbers, beside its name.
+_LOADED = (
+    "variant", "revision", "dtype", "compile", "quantize", "quantize_convolutions", "vae_tile_size",
+    "prediction_type", "zero_terminal_snr", "alpha",
+)  # fmt: skip
+_MOST_REPEATED = 64
+
+
+def repeated_settings(file: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings that an image's text gives, and the strength of each adapter by its name.
+
+    Raises:
+        PhotoError: If the file says nothing of how it was made.
+
+    Warns:
+        UserWarning: Of what has no meaning here.
+    """
+    from dora_diffusion.sampling.images import LOADED, OWN_VERSION, read_fields, settings_of
+
+    fields = read_fields(file)
+    values, unread = settings_of(fields)
+    skip, is_own = values.pop("clip_skip", None), fields.get("Version", "").startswith(OWN_VERSION)
+    if skip is None and is_own:
+        values["clip_skip"] = 0
+    # Web UIs read all of a prompt.
+    values.setdefault("max_token_length", TOKENS_PER_CHUNK if is_own else 0)
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):
+        loaded = json.loads(fields.get(LOADED, "{}"))
+        values |= {name: value for name, value in loaded.items() if name in _LOADED}
+    if unread:
+        warnings.warn(
+            f"of {Path(file).name}, this has no meaning here: {'; '.join(unread)}", stacklevel=2
+        )
+    return values, _strengths_of(fields)
+
+
+def _strengths_of(fields: Mapping[str, str]) -> dict[str, str]:
+    names, strengths = (fields.get(key, "") for key in ("Adapter", "Adapter strength"))
+    return dict(zip(names.split(", "), strengths.split(", "), strict=True)) if names else {}
+
+
+def with_strengths(words: Sequence[str], strengths: Mapping[str, str]) -> list[str]:
+    """Adapters with the strengths of an image's by their names, where they have none themselves."""
+    from dora_diffusion.sampling.images import UsedAdapter
+
+    completed = []
+    for word in words:
+        path, *_ = adapter_and_strengths(word)
+        strength = strengths.get(UsedAdapter.of(path).tag_name)
+        if len(words) == len(strengths) == 1:
+            (strength,) = strengths.values()
+        completed.append(word if strength is None or path != word else f"{word}:{strength}")
+    return completed
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Facts of an image to repeat that no setting holds.
+
+    Attributes:
+        fields: Its text; empty where none is to be repeated.
+        batch: Images of the batch that it is repeated in.
+        position: Its place there.
+    """
+
+    fields: Mapping[str, str]
+    batch: int = 1
+    position: int = 0
+
+    @classmethod
+    def of(cls, args: RequestedImages, settings: SamplingSettings) -> Repeated:
+        """Read the image, and warn of another base or adapter than it was made with.
+
+        Raises:
+            ConfigError: If it was made over an image, and none is given.
+        """
+        if args.repeat is None:
+            return cls({})
+        from dora_diffusion.sampling.images import (
+            BATCH_POSITION,
+            BATCH_SIZE,
+            model_name,
+            read_fields,
+        )
+
+        name, fields = Path(args.repeat).name, read_fields(args.repeat)
+        model = fields.get("Model", model_name(args.base))
+        if model != model_name(args.base):
+            warnings.warn(f"{name} was made with the model {model}, not {args.base}", stacklevel=3)
+        cls._check_files(name, fields, args, settings)
+        place = [fields.get(key, "") for key in (BATCH_SIZE, BATCH_POSITION)]
+        size, position = (int(text) if text.isdecimal() else 0 for text in place)
+        is_alone = args.num_images == 1 and fields.get("Seed") == str(args.seed)
+        if is_alone and position < size <= _MOST_REPEATED and position <= (args.seed or 0):
+            return cls(fields, size, position)
+        return cls(fields)
+
+    @staticmethod
+    def _check_files(
+        name: str, fields: Mapping[str, str], args: RequestedImages, settings: SamplingSettings
+    ) -> None:
+        from dora_diffusion.sampling.images import (
+            INIT_IMAGE,
+            MASK_IMAGE,
+            UsedAdapter,
+            painted_fields,
+        )
+
+        require(
+            INIT_IMAGE not in fields or args.image is not None,
+            f"{name} was made over another image; give that with --image, and its mask",
+        )
+        painted = painted_fields(settings)
+        for key, given in ((INIT_IMAGE, args.image), (MASK_IMAGE, f"the mask {args.mask_image}")):
+            if key in fields and painted.get(key) != fields[key]:
+                warnings.warn(f"{name} was made over another image than {given}", stacklevel=4)
+        known = fields.get("Lora hashes", "")
+        for use in args.uses() if known else []:
+            own = UsedAdapter.of(use.path).hash
+            if own and own not in known:
+                warnings.warn(
+                    f"{name} was made with another adapter file ({known}) than {use.path} ({own})",
+                    stacklevel=4,
+                )
+
+    def load(
+        self, args: RequestedImages, uses: Sequence[AdapterUse]
+    ) -> tuple[Components, AdapterMetadata]:
+        """Load the model, which reads prompts as the image has it.
+
+        Raises:
+            ConfigError: If it is an inpainting model, and there is nothing to paint into.
+        """
+        components, metadata = args.load(uses, offload=args.offload)
+        skip = self.fields.get("Clip skip", "")
+        if args.clip_skip is None and skip.isdecimal():
+            # Web UIs count it by the model's family.
+            own = int(skip) - components.family.web_ui_clip_skip(0)
+            components = components.reading(max(0, own), None, is_told=False)
+        lacking = [
+            name for name in components.family.image_arguments if getattr(args, name) is None
+        ]
+        require(
+            not lacking,
+            f"{args.base} is an inpainting model: give --image, and --mask_image of the same size, "
+            "white where to paint (all white to paint the whole image)",
+        )
+        return components, metadata
+
+    def own_fields(
+        self, args: RequestedImages, index: int, count: int, components: Components
+    ) -> dict[str, object]:
+        """Return the fields of an image's text besides those of `SamplingSettings`.
+
+        Args:
+            args: The settings.
+            index: Of the image among those that are made.
+            count: Of these.
+            components: The model.
+        """
+        from dora_diffusion.sampling import images
+
+        start = index - index % args.batch_size
+        size, place = min(args.batch_size, count - start), index - start
+        if self.batch > 1:
+            size, place = self.batch, self.position
+        facts = images.model_fields(
+            components, args.uses(), 1 if args.adapters_file else size, place
+        )
+        loaded = [setting for setting in args.settings() if setting.name in _LOADED]
+        values = {setting.name: getattr(args, setting.name) for setting in loaded}
+        moved = {s.name: values[s.name] for s in loaded if values[s.name] != s.default}
+        return facts | ({images.LOADED: json.dumps(moved)} if moved else {})
