@@ -17,7 +17,16 @@ from dora_diffusion.cli.settings import (
     needs_adapter,
 )
 from dora_diffusion.config.fields import REQUIRED, Need, flag, require
-from dora_diffusion.config.prompts import DENOISE, Style, read_styles, with_styles
+from dora_diffusion.config.prompts import (
+    DENOISE,
+    DETAIL_DENOISE,
+    DETAIL_PADDING,
+    HIRES_DENOISE,
+    LEAST_PADDING,
+    Style,
+    read_styles,
+    with_styles,
+)
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import did_you_mean, listing
 
@@ -128,7 +137,7 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
         "of the first one (Hires. fix). Default: none.",
     )
     hires_denoise: float = flag(
-        0.5, "Denoising strength of the second pass.", needs=(Need("hires"),)
+        HIRES_DENOISE, "Denoising strength of the second pass.", needs=(Need("hires"),)
     )
     hires_steps: int | None = flag(
         None,
@@ -150,13 +159,17 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
         None, "Prompt of the detail pass. Default: the image's.", needs=(Need("detail"),)
     )
     detail_denoise: float = flag(
-        0.4, "Denoising strength of the detail pass.", needs=(Need("detail"),), above=0, most=1
+        DETAIL_DENOISE,
+        "Denoising strength of the detail pass.",
+        needs=(Need("detail"),),
+        above=0,
+        most=1,
     )
     detail_padding: int = flag(
-        32,
+        DETAIL_PADDING,
         "Pixels around what is found that the detail pass sees too.",
         needs=(Need("detail"),),
-        least=16,
+        least=LEAST_PADDING,
     )
     negative_prompt: str = flag("", "Negative prompt.")
     seed: int | None = flag(None, "Seed of the first image. Default: random, shown.")

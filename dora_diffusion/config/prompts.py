@@ -21,6 +21,10 @@ MOST_SIDE, MOST_STEPS = 8192, 1000
 """Limits of an image's sides in pixels, and of denoising steps."""
 DENOISE = 0.75
 """Usual denoising strength of an image that is painted over."""
+HIRES_DENOISE, DETAIL_DENOISE = 0.5, 0.4
+"""Usual denoising strengths of a second pass, and of a detail pass."""
+DETAIL_PADDING, LEAST_PADDING = 32, 16
+"""Usual and least pixels around what a detail pass paints over."""
 # Letters after "--" -> attribute, what it is, and what an image of a latent model can have.
 _NUMBERS: dict[str, tuple[str, type, float, float]] = {
     "d": ("seed", int, 0, math.inf), "w": ("width", int, PIXELS, MOST_SIDE),

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image, ImageFilter
 
 from dora_diffusion.config.fields import require
-from dora_diffusion.config.prompts import PIXELS
+from dora_diffusion.config.prompts import DETAIL_DENOISE, DETAIL_PADDING, LEAST_PADDING, PIXELS
 
 if TYPE_CHECKING:
     from dora_diffusion.data.prepare import Masker
 
-FEATHER = 4
+# The blur ends within the padding, so that a crop has no edge.
+FEATHER = LEAST_PADDING // 4
 """Radius in pixels of the blur by which a mask's edge is softened."""
 NO_PASS = "it has no detail pass"
 """End of the warning of an image in which nothing is found."""
-_LEAST_PADDING = 4 * FEATHER  # The blur ends within, so that a crop has no edge.
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Detail:
     """
 
     mask: Masker = field(repr=False)
-    denoise: float = 0.4
-    padding: int = 32
+    denoise: float = DETAIL_DENOISE
+    padding: int = DETAIL_PADDING
     prompt: str = ""
     model: str = ""
     label: str = ""
@@ -67,8 +67,8 @@ class Detail:
             "detail_denoise",
         )
         require(
-            self.padding >= _LEAST_PADDING,
-            f"detail_padding is {self.padding}; it must be at least {_LEAST_PADDING}",
+            self.padding >= LEAST_PADDING,
+            f"detail_padding is {self.padding}; it must be at least {LEAST_PADDING}",
             "detail_padding",
         )
 

@@ -22,7 +22,7 @@ from dora_diffusion.adapters.inject import require_adapters
 from dora_diffusion.adapters.scope import norm_scope, row_scope
 from dora_diffusion.config.base import AnyModel
 from dora_diffusion.config.fields import require
-from dora_diffusion.config.prompts import DENOISE, MOST_SIDE, MOST_STEPS, PIXELS
+from dora_diffusion.config.prompts import DENOISE, HIRES_DENOISE, MOST_SIDE, MOST_STEPS, PIXELS
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.data.captions import contains_token
@@ -111,7 +111,7 @@ class SamplingSettings:
     guidance_rescale: float = 0.0
     denoise: float | None = None
     hires: float | None = None
-    hires_denoise: float = 0.5
+    hires_denoise: float = HIRES_DENOISE
     hires_steps: int | None = None
     strength_schedules: Mapping[str, Schedule] = field(default_factory=dict)
     prompt_weights: bool = False
