@@ -21,7 +21,9 @@ from urllib.parse import quote
 import httpx
 from pydantic import ConfigDict, TypeAdapter
 
-from dora_diffusion.formats.files.atomic import atomic_file
+from dora_diffusion.cli.console.errors import explain
+from dora_diffusion.formats.files.atomic import atomic_file, require_writable
+from dora_diffusion.studio.jobs.store import UserError
 
 ROOT = "/api/v1"
 Answer = TypeVar("Answer")
@@ -195,6 +197,8 @@ class Client:
     Raises:
         ApiError: By every method, if the app refuses, with its line and status.
         httpx.HTTPError: By every method, if the app cannot be reached.
+        UserError: By every method that is given a path, before anything is sent, if there is no
+            file that can be read, or none can be written.
     """
 
     def __init__(
@@ -220,7 +224,7 @@ class Client:
     def upload(
         self,
         title: str,
-        files: Sequence[str | Path],
+        files: str | Path | Sequence[str | Path],
         class_word: str = "",
         token: str = "sks",
     ) -> RemoteSubject:
@@ -232,6 +236,7 @@ class Client:
         Raises:
             ApiError: If none was; then no subject is left.
         """
+        files = _readable(files)
         new = {"title": title, "class_word": class_word, "token": token}
         subject = self._ask("POST", "subjects", RemoteSubject, json=new)
         try:
@@ -240,7 +245,9 @@ class Client:
             self.delete_subject(subject.id)
             raise
 
-    def add_photos(self, subject_id: str, files: Sequence[str | Path]) -> RemoteSubject:
+    def add_photos(
+        self, subject_id: str, files: str | Path | Sequence[str | Path]
+    ) -> RemoteSubject:
         """Add photos and captions to a subject, one request each.
 
         Raises:
@@ -249,7 +256,7 @@ class Client:
         refused = list[ApiError]()
         subject: RemoteSubject | None = None
         # A caption is that of a photo which is there.
-        for file in sorted(map(Path, files), key=lambda path: path.suffix == ".txt"):
+        for file in sorted(_readable(files), key=lambda path: path.suffix == ".txt"):
             try:
                 subject = self._upload(f"subjects/{subject_id}/photos", file, RemoteSubject)
             except ApiError as error:
@@ -259,7 +266,7 @@ class Client:
                 refused.append(ApiError(error.status, line))
         lines = tuple(map(str, refused))
         if subject is None:
-            raise refused[0] if refused else ValueError("no files were given")
+            raise refused[0]
         return replace(subject, refused=lines)
 
     def subjects(self) -> list[RemoteSubject]:
@@ -386,15 +393,20 @@ class Client:
         return self._fetch(f"jobs/{job_id}/output", output)
 
     def _fetch(self, address: str, output: str | Path) -> Path:
-        content, path = self._send("GET", address).content, Path(output).expanduser()
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(content)
+        path = Path(output).expanduser()
+        try:
+            require_writable(path)
+            content = self._send("GET", address).content
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(content)
+        except OSError as error:
+            raise _file_error(error) from error
         return path
 
     def _upload(self, address: str, file: str | Path, kind: type[Answer]) -> Answer:
-        path = Path(file)
-        content = path.read_bytes()
-        return self._ask("PUT", f"{address}/{quote(path.name, safe='')}", kind, content=content)
+        (path,) = _readable(file)
+        name = quote(path.name, safe="")
+        return self._ask("PUT", f"{address}/{name}", kind, content=path.read_bytes())
 
     def _ask(self, method: str, address: str, kind: type[Answer], **body: Any) -> Answer:
         return TypeAdapter(kind).validate_json(self._send(method, address, **body).content)
@@ -408,3 +420,26 @@ class Client:
         except (ValueError, KeyError, TypeError):
             line = answer.text.strip()[:300] or answer.reason_phrase
         raise ApiError(answer.status_code, line)
+
+
+def _readable(files: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The paths of one file or several, all of which can be read.
+
+    Raises:
+        UserError: If one cannot, or there is none.
+    """
+    paths = [Path(f).expanduser() for f in ([files] if isinstance(files, (str, Path)) else files)]
+    if not paths:
+        raise UserError("no files were given")
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; give the files in it")
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise _file_error(error) from error
+    return paths
+
+
+def _file_error(error: OSError) -> UserError:
+    return UserError(explain(error)[1] or str(error))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -216,6 +218,63 @@ def test_the_upload_s_limits_are_the_page_s(
     monkeypatch.setattr("dora_diffusion.studio.jobs.uploads.MAX_PHOTOS", 2)
     with pytest.raises(ApiError, match="at most 2"):
         served.ann.add_photos(subject, [photo(tmp_path / "c.jpg")])
+
+
+PATHS = [
+    (name, parameter.name)
+    for name, method in inspect.getmembers(Client, inspect.isfunction)
+    for parameter in inspect.signature(method).parameters.values()
+    if "Path" in str(parameter.annotation) and not name.startswith("_")
+]
+
+
+def test_every_method_with_a_path_is_looked_at() -> None:
+    assert {name for name, _ in PATHS} >= {"upload", "upload_input", "fetch_image"}
+    assert {parameter for _, parameter in PATHS} == {"file", "files", "output"}
+
+
+@pytest.mark.parametrize(("method", "parameter"), PATHS)
+def test_a_path_that_cannot_be_used_is_refused_before_anything_is_sent(
+    method: str, parameter: str, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = photo(tmp_path / "good.jpg")
+    asked = list[Any]()
+    monkeypatch.setattr(served.http, "request", lambda *call, **more: asked.append(call))
+    names = [*inspect.signature(getattr(Client, method)).parameters][1:]
+    others = ["x" for name in names[: names.index(parameter)]]
+
+    def refused(path: Any) -> str:
+        with pytest.raises(UserError) as error:
+            getattr(served.ann, method)(*others, path)
+        assert not asked
+        return str(error.value)
+
+    wrong = [tmp_path / "gone.jpg", str(tmp_path), good / "below.jpg"]
+    if parameter == "output":
+        del wrong[0]
+    if parameter == "files":
+        wrong += [[good, path] for path in wrong]
+        assert refused([]) == "no files were given"
+    for path in wrong:
+        named = path[-1] if isinstance(path, list) else path
+        line = refused(path)
+        assert str(good if parameter == "output" and named == wrong[-1] else named) in line
+        assert "Errno" not in line
+        assert "folder" in line or "does not exist" in line or "directory" in line
+
+    def forbid(self: Path, *_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    if parameter != "output":
+        monkeypatch.setattr(Path, "open", forbid)
+        assert refused(good) == f"{good}: Permission denied"
+    assert {*tmp_path.iterdir()} == {good, tmp_path / "runs"}
+
+
+def test_one_file_may_be_given_alone(served: Served, tmp_path: Path) -> None:
+    file = photo(tmp_path / "a.jpg")
+    for one in (file, str(file), [file]):
+        assert len(served.ann.upload("Rex", one).photos) == 1  # type: ignore[arg-type]
 
 
 def test_captions_find_their_photos_and_what_is_refused_is_told(
