@@ -56,7 +56,7 @@ def test_every_family_trains_unet_and_text_encoders_with_prior(family, photos, t
     output = tmp_path / "out"
     assert {path.name for path in output.iterdir()} == {
         "pytorch_lora_weights.safetensors", "config.yaml", "metrics.jsonl", "samples",
-        "README.md", "class_images", "photos.json", "run.json", ".training.lock",
+        "README.md", "class_images", "photos.json", "run.json", ".run.lock",
     }  # fmt: skip
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "sks mug" in card

@@ -15,6 +15,7 @@ import json
 import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -44,6 +45,7 @@ from dora_diffusion.sampling.images import (
 from dora_diffusion.sampling.page import PAGE, RECORD, GridRecord
 from dora_diffusion.sampling.pool import AdapterPool, ImageRow, reading_of
 from dora_diffusion.sampling.stack import AdapterUse, set_strengths
+from dora_diffusion.training.results.folders import LOCK_NAME, locked
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -172,6 +174,7 @@ class GridRun:
         missing = [cell for path, cell in unique.items() if path not in made]
         self.missing = sorted(missing, key=lambda cell: cell.order)
         self._batch_size, self._steps = args.batch_size, 0
+        self._holding, self._is_held = ExitStack(), False
 
     def _loaded(self, settings: RequestedImages, uses: Sequence[AdapterUse]) -> Components:
         return self.repeated.load(settings, uses)[0]
@@ -199,18 +202,29 @@ class GridRun:
 
         Args:
             show: Called with (steps done, steps in all).
+
+        Raises:
+            ConfigError: If another process makes the images of this folder.
         """
-        for folder in (self.folder, self.folder / "images"):
-            for path in leftovers(folder):
-                path.unlink(missing_ok=True)
-        try:
+        with self._holding:
+            # A new folder is made with its first image: model and adapters can be used then.
+            if self.folder.is_dir():
+                self._hold()
+            if self.record.texts:
+                self.record.write(self.folder)
             for _, cells in groupby(self.missing, key=lambda cell: cell.model_key):
                 self._make_alike(list(cells), show)
                 release_memory()
-        finally:
-            if self.record.texts:
-                self.record.write(self.folder)
-        self.record.write_sheet(self.folder)
+            self.record.write_sheet(self.folder)
+
+    def _hold(self) -> None:
+        """Hold the folder's lock: what is unfinished there is of a process that was killed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._holding.enter_context(locked(self.folder, f"output {self.folder}"))
+        self._is_held = True
+        for folder in (self.folder, self.folder / "images"):
+            for path in leftovers(folder):
+                path.unlink(missing_ok=True)
 
     def _make_alike(self, cells: Sequence[_Cell], show: Show) -> None:
         """Make cells of one model, and write each when its batch is done."""
@@ -232,6 +246,8 @@ class GridRun:
                 images = sample([each.cell for each in loaded], loaded[0].sampling, pool, on_step)
                 for each, image in zip(loaded, images, strict=True):
                     self._write(each, image)
+                # Whoever is killed writes nothing more: the page has the images that are there.
+                self.record.write(self.folder)
                 self._steps += steps
         finally:
             pool.clear()
@@ -274,7 +290,9 @@ class GridRun:
         )
 
     def _write(self, loaded: _Ready, image: Image) -> None:
-        if not self.record.texts:  # Now it is known that the model and adapters can be used.
+        if not self._is_held:
+            self._hold()
+        if not self.record.texts:
             self.record.write(self.folder)
         cell, components, sampling = loaded
         text = cell.row.write(
@@ -316,7 +334,8 @@ def _require_folder(args: RequestedImages, folder: Path) -> None:
         f"output {folder} must be a folder with grid: of its page, sheet and images",
         "output",
     )
-    there = {*folder.iterdir()} - {*leftovers(folder)} if folder.is_dir() else set()
+    own = {*leftovers(folder), folder / LOCK_NAME}
+    there = {*folder.iterdir()} - own if folder.is_dir() else set()
     require(
         not there or (folder / RECORD).is_file(),
         f"{folder} holds other files; choose another --output",

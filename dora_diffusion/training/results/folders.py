@@ -23,7 +23,7 @@ from dora_diffusion.training.results.checkpoint import (
     folders_after,
 )
 
-LOCK_NAME = ".training.lock"
+LOCK_NAME = ".run.lock"
 METRICS_NAME, RECORD_NAME = "metrics.jsonl", "run.json"
 # How the names of folders begin in which a result is written, and read back.
 UNFINISHED = ".result-"

@@ -19,6 +19,7 @@ from dora_diffusion.sampling import generate as sampling
 from dora_diffusion.sampling.generate import SamplingSettings
 from dora_diffusion.sampling.images import parse_parameters, read_parameters
 from dora_diffusion.sampling.page import PAGE, RECORD, SHEET
+from dora_diffusion.training.results.folders import locked
 from tests.waiting import STAY
 
 # Stops while the fifth image is written: its temporary file is there, under half of its bytes.
@@ -204,9 +205,10 @@ def test_a_grid_that_was_stopped_continues(
     files = record["files"]
     made = sorted(file for file in files if (grid / file).exists())
     assert len(made) == 4
-    # Whoever is killed says nothing of what was made; the page has all images that are there.
-    assert sorted(record["texts"]) == (made if stop is interrupted else [])
-    assert (grid / PAGE).exists()
+    # The page has all images that are there, of whoever was killed too.
+    assert sorted(record["texts"]) == made
+    shown = (grid / PAGE).read_text(encoding="utf-8").partition('"texts"')[2]
+    assert all(file in shown for file in made)
     assert not (grid / SHEET).exists()
     assert len([*grid.rglob("*.tmp")]) == (stop is killed)
     kept = {file: ((grid / file).stat().st_mtime_ns, (grid / file).read_bytes()) for file in made}
@@ -222,6 +224,19 @@ def test_a_grid_that_was_stopped_continues(
     found = ({str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
              for folder in (grid, whole))  # fmt: skip
     assert next(found) == next(found)
+
+
+def test_one_process_at_a_time_makes_a_grid(generate, tmp_path, batches, last_line):
+    grid = tmp_path / "grid"
+    with atomic_file(grid / "x") as temporary, locked(grid, "it"):
+        temporary.touch()
+        assert generate(grid, "--grid", "steps=1") == 1
+        assert f"another run is writing to output {grid}; wait until it has ended" in last_line()
+        assert temporary.exists()
+        assert not batches
+    (grid / "x").unlink()
+    assert generate(grid, "--grid", "steps=1") == 0
+    assert sum(map(len, batches)) == 1
 
 
 def test_a_grid_begins_where_one_was_killed_before_its_record(generate, tmp_path, batches):

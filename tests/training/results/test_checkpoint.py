@@ -280,7 +280,7 @@ def test_a_file_that_may_not_grow_costs_the_checkpoint_and_not_the_run(tiny_run,
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert read_adapter(result.adapter).layers
     assert checkpoints_in(tmp_path / "out") == []
-    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".training.lock"]
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".run.lock"]
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint_and_says_where_to_resume(
@@ -325,7 +325,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(sd1_folder, photos, tmp_path, mon
         train(replace(config, resume_from_checkpoint="latest", max_train_steps=6))
     monkeypatch.undo()
     assert set(read_adapter(tmp_path / "out" / "checkpoint-4").layers) == set(kept.layers)
-    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".training.lock"]
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".run.lock"]
 
 
 def test_the_best_stays_beside_the_limit_until_another_is_better(saver, tmp_path):

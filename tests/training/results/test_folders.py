@@ -55,7 +55,7 @@ def test_a_second_run_into_a_folder_is_refused_until_the_first_is_gone(
         with pytest.raises(ConfigError, match="another run is writing to output_dir") as error:
             train(replace(config, **changes))
         assert "\n" not in str(error.value)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".training.lock"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".run.lock"]
     other_run.kill()  # without a chance to clean up
     other_run.wait()
     assert train(config).adapter.is_file()
