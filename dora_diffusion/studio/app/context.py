@@ -39,7 +39,7 @@ from dora_diffusion.studio.jobs.image_generator import ImageGenerator
 from dora_diffusion.studio.jobs.image_store import ImageStore
 from dora_diffusion.studio.jobs.queue import PERSON, JobQueue
 from dora_diffusion.studio.jobs.snapshot import Job, adapter_of, chosen_adapter, read_run, snapshot
-from dora_diffusion.studio.jobs.store import UserError, Workspace, ids_in
+from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace, ids_in
 from dora_diffusion.studio.jobs.subjects import StoredSubject, read_subject
 from dora_diffusion.training.inputs.subject import outside_toy_world, subjects_of
 from dora_diffusion.training.results.write import check_prompts
@@ -233,6 +233,8 @@ class Context:
 def plain(handler: Handler) -> Handler:
     """Show what a handler raises as one plain line; a defect keeps its traceback on the server.
 
+    What its user took back is no error, and changes nothing on the page.
+
     The handler knows by `PERSON` who is logged in.
     """
 
@@ -246,6 +248,9 @@ def plain(handler: Handler) -> Handler:
             return handler(*args, **kwargs)
         except gr.Error:
             raise
+        except Withdrawn as end:
+            gr.Info(html.escape(sentence(str(end))), title="")
+            return gr.skip()
         except Exception as error:
             line = explain_to_all(error, "generate")
             if explain(error)[1] is None:

@@ -24,7 +24,7 @@ from dora_diffusion.numerics.threads import one_thread
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.studio.jobs.inputs import input_path, keep_input
 from dora_diffusion.studio.jobs.queue import holding, is_running
-from dora_diffusion.studio.jobs.store import UserError, Workspace, new_id
+from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace, new_id
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -158,7 +158,7 @@ class ImageGenerator:
         """Images at consecutive seeds, written with what made them; a job's end is waited for.
 
         Raises:
-            UserError: If it was withdrawn meanwhile.
+            Withdrawn: If it was withdrawn meanwhile.
         """
         seeds, (size, place) = _seeds(request), request.batch
         if size > 1:
@@ -330,7 +330,7 @@ class ImageGenerator:
             with holding(self.workspace.device_lock, or_wait=self._waits_on) as held:
                 self.is_waiting = False
                 if not held:
-                    raise UserError("the images were cancelled while they waited")
+                    raise Withdrawn("the images were withdrawn; none of them was made")
                 # Not before: while it waits, a run that starts has its model's memory.
                 with self._mine, one_thread() if is_embedded(str(base.path)) else nullcontext():
                     try:

@@ -38,6 +38,10 @@ class UserError(ValueError):
     """Error of a request that cannot be done; one plain line with what to do."""
 
 
+class Withdrawn(UserError):
+    """End of a request that its user took back while it waited; nothing is wrong."""
+
+
 class MissingError(UserError):
     """Error for a run, subject or file that is not there, or no longer."""
 

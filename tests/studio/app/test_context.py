@@ -8,7 +8,7 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio as gr
 
 from dora_diffusion.studio.app.context import plain
-from dora_diffusion.studio.jobs.store import UserError
+from dora_diffusion.studio.jobs.store import UserError, Withdrawn
 
 
 def shown(error: Exception) -> str:
@@ -24,6 +24,18 @@ def shown(error: Exception) -> str:
 def test_what_can_be_mended_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(UserError("no <b>photo</b> yet")) == "No &lt;b&gt;photo&lt;/b&gt; yet"
     assert capsys.readouterr().err == ""
+
+
+def test_what_its_user_took_back_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = list[str]()
+    monkeypatch.setattr(gr, "Info", lambda text, title: told.append(text))
+
+    @plain
+    def handler() -> None:
+        raise Withdrawn("the images were withdrawn")
+
+    assert handler() == gr.skip()
+    assert told == ["The images were withdrawn"]
 
 
 def test_a_defect_asks_for_a_report_and_tells_its_details_on_the_server_alone(

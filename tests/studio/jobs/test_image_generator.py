@@ -41,7 +41,7 @@ from dora_diffusion.studio.jobs.image_generator import (
 from dora_diffusion.studio.jobs.image_store import ImageStore
 from dora_diffusion.studio.jobs.queue import Lock
 from dora_diffusion.studio.jobs.snapshot import adapter_of
-from dora_diffusion.studio.jobs.store import UserError, Workspace
+from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace
 from dora_diffusion.studio.jobs.uploads import read_generation_settings
 from tests.studio.jobs.helpers import (
     job_of,
@@ -397,7 +397,7 @@ def test_images_wait_their_turn_while_a_run_has_the_device_and_can_be_withdrawn(
         studio.release()  # as before a run starts
         assert studio._loaded is None
         studio.withdraw()
-        with pytest.raises(UserError, match="cancelled while they waited"):
+        with pytest.raises(Withdrawn, match="the images were withdrawn; none of them was made"):
             images.result()
         assert not studio.is_waiting
         images = threads.submit(studio.make, ask(finished))
