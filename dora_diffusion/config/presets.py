@@ -18,6 +18,7 @@ class Preset:
         measured: What it was measured on.
         steps: Optimizer steps, as a share of the family's usual number.
         embedded_steps: Optimizer steps on an embedded model.
+        is_of_one: It is made for a single photo, not for several; None where photos do not matter.
         settings: Of every model.
         released: Of models that are not embedded.
         embedded: Of embedded models, over `EMBEDDED`.
@@ -30,6 +31,18 @@ class Preset:
     settings: Mapping[str, Any] = field(default_factory=dict)
     released: Mapping[str, Any] = field(default_factory=dict)
     embedded: Mapping[str, Any] = field(default_factory=dict)
+    is_of_one: bool | None = False
+
+    def photos_advice(self, count: int) -> str:
+        """Return what a number of photos means for it; empty where it is made for them."""
+        if self.is_of_one is None or (count == 1) is self.is_of_one or not count:
+            return ""
+        if self.is_of_one:
+            return (
+                f"{count} photos: this preset is for a single one and stops early; balanced, "
+                "object, pet or face take all of them in"
+            )
+        return "1 photo: this preset is for several; one-photo has half the steps, for a single one"
 
 
 # Measured on tiny-sd alone (docs/measurements/fast.md): other models have other rates.
@@ -65,7 +78,7 @@ PRESETS: Mapping[str, Preset] = {
     "slider": Preset(
         "More or less of something, from prompts without images.",
         "Measured on tiny-sd; not on real weights.", 0.5, 100,
-        {"teach": "slider", "method": "lora"},
+        {"teach": "slider", "method": "lora"}, is_of_one=None,
     ),
     "object": Preset(
         "A thing or a product: few steps, no mirrored photos, which lettering would show.",
@@ -86,7 +99,7 @@ PRESETS: Mapping[str, Preset] = {
     "one-photo": Preset(
         "A single photo: half the steps, since one is soon learned by heart. Take the earliest "
         "checkpoint that is like it.", "Not measured.", 0.5, 150,
-        released={"with_prior_preservation": True, "random_flip": True},
+        released={"with_prior_preservation": True, "random_flip": True}, is_of_one=True,
     ),
 }  # fmt: skip
 """Presets, by the name that ``--preset`` takes."""

@@ -6,6 +6,7 @@ import argparse
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.commands.parser import CONFIG_HELP, Parser, add_flags
@@ -239,7 +240,19 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
             raise ConfigError(f"{place}: {error}", error.setting) from error
         raise
     _warn_of_flags(args, config, given)
+    if preset is not None:
+        _warn_of_photos(str(preset), config)
     return config
+
+
+def _warn_of_photos(preset: str, config: TrainConfig) -> None:
+    """Warn of a preset that is made for another number of photos."""
+    from dora_diffusion.data.photos import is_photo
+
+    named = filter(None, (subject.instance_data_dir for subject in config.subjects))
+    for folder in filter(Path.is_dir, map(Path.expanduser, map(Path, named))):
+        if advice := PRESETS[preset].photos_advice(sum(map(is_photo, folder.iterdir()))):
+            warnings.warn(f"{folder}: {advice}", stacklevel=1)
 
 
 def _preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -393,6 +393,27 @@ def test_a_preset_is_the_same_for_a_flag_a_file_and_the_app(name, sd1_folder, tm
     assert parsed("--preset", name, *base).max_train_steps == steps[name]
 
 
+def test_a_preset_says_that_it_is_for_other_numbers_of_photos(tmp_path, recwarn):
+    advice = {name: [bool(preset.photos_advice(n)) for n in (0, 1, 2, 5, 30)]
+              for name, preset in PRESETS.items()}  # fmt: skip
+    of_several = {"one-photo": [False, False, True, True, True], "slider": [False] * 5}
+    assert advice == {
+        name: of_several.get(name, [False, True, False, False, False]) for name in PRESETS
+    }
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    words = ["--preset", "one-photo", "--instance_data_dir", str(folder), "--token", "sks"]
+    words += ["--class_word", "mug", "--pretrained_model_name_or_path", "embedded:tiny-sd"]
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a sks mug", encoding="utf-8")
+        parsed(*words)
+    lines = [str(w.message) for w in recwarn if str(folder) in str(w.message)]
+    assert [line.partition(": ")[2][:46] for line in lines] == [
+        f"{count} photos: this preset is for a single one and" for count in (2, 3)
+    ]
+
+
 def test_a_preset_says_what_it_was_measured_on():
     add_settings(parser := Parser())
     help_of_preset = next(a.help for a in parser._actions if "--preset" in a.option_strings)

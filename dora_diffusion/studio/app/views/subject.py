@@ -148,7 +148,7 @@ def _show(
     known = subjects.subjects_in(context.workspace)
     newest = next(iter(known), None)
     current = next((each for each in known if each.id == subject_id), newest)
-    choices = [(f"{each.title} ({len(each.photos)} photos)", each.id) for each in known]
+    choices = [(f"{s.title} ({counted(len(s.photos), 'photo')})", s.id) for s in known]
     return [
         gr.update(choices=choices, value=current and current.id, visible=bool(choices)),
         _place(current),

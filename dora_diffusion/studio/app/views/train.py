@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,7 +96,7 @@ class TrainTab:
     def _add_model(self, context: Context) -> None:
         presets = [(name.replace("-", " ").capitalize(), name) for name in PRESETS]
         self.preset = gr.Radio(presets, value="balanced", label="Preset", elem_id="preset")
-        self.about = ui.html_block(_about("balanced"), elem_id="preset-about")
+        self.about = ui.html_block(_about(context, "balanced"), elem_id="preset-about")
         cards = [(f"a GPU of {gib} GB", str(gib)) for gib in (4, 6, 8, 10, 12, 16, 24)]
         self.memory = gr.Dropdown(
             [("this machine, as measured now", ""), *cards], value="", label="Memory",
@@ -197,7 +198,7 @@ def connect(
     shown = [tab.shown.run, tab.message, tab.name]
     ui.on(tab.start.click, start, [tab.name, *asked], shown, show="minimal")
     _connect_others(context, tab, subjects.pick, opened)
-    _connect_presets(context, tab)
+    _connect_presets(context, tab, subjects)
     _connect_words(context, tab, subjects, restored)
     run.connect(context, tab.shown)
 
@@ -235,7 +236,7 @@ def _connect_others(context: Context, tab: TrainTab, pick: Any, opened: Any) -> 
     ui.on(start_from.input, use_start, [start_from, tab.filled], of_adapter)
 
 
-def _connect_presets(context: Context, tab: TrainTab) -> None:
+def _connect_presets(context: Context, tab: TrainTab, subjects: SubjectTab) -> None:
     """Fill in what a preset, or another base model, stands for."""
     fields = [tab.advanced[name] for name in settings.ADVANCED]
 
@@ -278,7 +279,10 @@ def _connect_presets(context: Context, tab: TrainTab) -> None:
     # The last choice counts, also while an earlier one is still being filled in.
     chosen = [tab.preset.input, tab.model.input, tab.memory.input]
     asked = [tab.preset, tab.model, tab.memory, *filled]
-    ui.on(tab.preset.change, _about, [tab.preset], [tab.about])
+    about = [tab.preset, subjects.pick, tab.others]
+    changes = [field.change for field in (*about, subjects.names)]
+    describe = functools.partial(_about, context)
+    ui.on(changes, describe, about, [tab.about], trigger_mode="always_last")
     ui.on(chosen, use_preset, asked, filled, trigger_mode="always_last")
 
 
@@ -287,10 +291,17 @@ def _known(filled: Any) -> dict[str, Any]:
     return filled if isinstance(filled, dict) else {}
 
 
-def _about(preset: str) -> str:
-    """Purpose of a preset, and what it was measured on."""
+def _about(
+    context: Context, preset: str, subject_id: str | None = None, others: Sequence[str] | None = ()
+) -> str:
+    """Purpose of a preset, what it was measured on, and that it is for other numbers of photos."""
     known = PRESETS.get(preset)
-    return html.quiet(f"{known.about} {known.measured}" if known else "")
+    if known is None:
+        return ""
+    learned = [s for s in subjects_in(context.workspace) if s.id in (subject_id, *(others or ()))]
+    lines = ((s.title, known.photos_advice(len(s.photos))) for s in learned)
+    unfit = html.notes((f"{title}: {line}" for title, line in lines if line), "warn")
+    return html.quiet(f"{known.about} {known.measured}") + unfit
 
 
 def refresh(jobs: Sequence[Job]) -> dict[str, Any]:

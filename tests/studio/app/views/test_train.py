@@ -35,6 +35,7 @@ from dora_diffusion.studio.jobs.subjects import (
     save_caption,
 )
 from tests.studio.app.views.helpers import built_page, handler
+from tests.studio.jobs.helpers import photo
 
 GOLDEN = Path(__file__).parents[4] / "tests/formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
 
@@ -298,6 +299,25 @@ def test_words_typed_before_there_is_a_subject_are_the_first_one_s(context: Cont
     assert shown == ["dog", "zwx"]
     assert fill(first, {})[:2] == ["dog", "zwx"]
     assert fill(second, now)[:2] == ["", "sks"]
+
+
+def test_a_preset_for_another_number_of_photos_is_said_beside_it(
+    context: Context, subject: str, tmp_path: Path
+) -> None:
+    about = train._about
+    assert "Mug: 1 photo: this preset is for several" in about(context, "balanced", subject)
+    assert "dd-warn" not in about(context, "one-photo", subject)
+    other = new_subject(context.workspace, "<Rex>")
+    for number in (2, 3):
+        photo(tmp_path / f"{number}.png", (80, 60 + number))
+    add_photos(context.workspace, other, [tmp_path / "2.png", tmp_path / "3.png"])
+    assert "dd-warn" not in about(context, "balanced", other)
+    text = about(context, "one-photo", subject, [other])
+    assert "&lt;Rex&gt;: 2 photos: this preset is for a single one" in text
+    assert "Mug" not in text
+    assert about(context, "none", subject) == ""
+    for name in PRESETS:  # Nothing is learned yet.
+        assert "dd-warn" not in about(context, name, None, None)
 
 
 def test_a_setting_that_was_typed_survives_preset_base_and_suggestion(context: Context) -> None:
