@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -50,6 +51,7 @@ from dora_diffusion.lab.toy.world import (
     render,
 )
 from dora_diffusion.models.components import Components
+from dora_diffusion.models.embedded import model_folder
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.sampling.generate import SamplingSettings
 
@@ -415,6 +417,15 @@ def evaluate_toy(
     )
 
 
+def knows_toy_world(base: str) -> bool:
+    """Return whether a model is embedded, or a folder that came of one and has its vocabulary."""
+    own, known = (
+        folder / "tokenizer" / "vocab.json"
+        for folder in (Path(base).expanduser(), model_folder("tiny-sd"))
+    )
+    return is_embedded(base) or (own.is_file() and own.read_bytes() == known.read_bytes())
+
+
 def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> EvaluationPrompts:
     """A subject of the toy world: its true images are known."""
     subject = find_subject(sample)
@@ -444,7 +455,7 @@ class KnownSubject:
     def measure(
         self, args: EvaluateSettings, trigger: str, captions: str
     ) -> Callable[..., Evaluation]:
-        if not is_embedded(args.base):
+        if not knows_toy_world(args.base):
             warnings.warn(
                 f"{self.subject.name} is a subject of the toy world; its judges know no other "
                 "images than those of the embedded models",
@@ -456,7 +467,7 @@ class KnownSubject:
     def questions(
         self, subjects: Sequence[Subject], settings: SamplingSettings, base: str
     ) -> EvaluationPrompts:
-        if not is_embedded(base):
+        if not knows_toy_world(base):
             raise ConfigError(
                 f"{self.subject.name} is of the toy world, which {base} does not know"
             )

@@ -20,7 +20,14 @@ from dora_diffusion.data.photos import list_photos
 from dora_diffusion.evaluation.denoising import HeldOutImages
 from dora_diffusion.evaluation.measures import Values, seed_means
 from dora_diffusion.evaluation.photos import measure_photos, photo_requests, read_subject, sample
-from dora_diffusion.lab.judges import Group, answer, measure, toy_requests, true_images
+from dora_diffusion.lab.judges import (
+    Group,
+    answer,
+    knows_toy_world,
+    measure,
+    toy_requests,
+    true_images,
+)
 from dora_diffusion.lab.study.config import Asked
 from dora_diffusion.lab.toy.benchmark_subjects import (
     SUBJECTS,
@@ -30,7 +37,6 @@ from dora_diffusion.lab.toy.benchmark_subjects import (
     write_photos,
 )
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.models.metric_models import MetricModel
 from dora_diffusion.sampling.generate import SamplingSettings
 
@@ -55,7 +61,9 @@ def find_subject(given: Any, base: str, metric_models: Sequence[MetricModel]) ->
             f"no toy subject is called {given!r}; there are {', '.join(SUBJECTS)} (of photos, give "
             "photos, held_out and instance_prompt; to draw another one, kind, seed and mark)"
         )
-    require(is_embedded(base), f"{subject.name} is of the toy world, which {base} does not know")
+    require(
+        knows_toy_world(base), f"{subject.name} is of the toy world, which {base} does not know"
+    )
     return ToySource(subject)
 
 

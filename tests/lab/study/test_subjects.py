@@ -8,8 +8,12 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.lab.judges import KNOWN
 from dora_diffusion.lab.study.subjects import PhotoSource, ToySource, find_subject
 from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS
+from dora_diffusion.models.embedded import MODELS, model_folder
+from dora_diffusion.sampling.generate import SamplingSettings
+from dora_diffusion.training.inputs.subject import Subject
 
 
 @pytest.mark.parametrize(("word", "noun"), [("mug", "a sks mug"), ("", "a sks")])
@@ -59,6 +63,20 @@ def test_a_study_may_draw_a_subject_that_is_in_no_list() -> None:
 def test_a_subject_that_cannot_be_drawn_is_refused(given: object, base: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         find_subject(given, base, [])
+
+
+def test_a_folder_with_an_embedded_model_s_vocabulary_knows_the_toy_world(
+    sd1_folder: Path,
+) -> None:
+    known, settings = KNOWN["cross_mug"], SamplingSettings(2, 1.0)
+    learned = [Subject("sks", "mug", TrainConfig())]
+    for folder in map(model_folder, MODELS):
+        assert find_subject("cross_mug", str(folder), []) == ToySource(SUBJECTS["cross_mug"])
+        assert known.questions(learned, settings, str(folder)).requests
+    with pytest.raises(ConfigError, match="does not know"):
+        find_subject("cross_mug", str(sd1_folder), [])
+    with pytest.raises(ConfigError, match="does not know"):
+        known.questions(learned, settings, str(sd1_folder))
 
 
 def test_a_masked_loss_has_masks_beside_the_photos(tmp_path: Path) -> None:
