@@ -19,9 +19,9 @@ from dora_diffusion.export import (
     ExportError,
     export_checkpoint,
     inspect_model,
+    programs,
     verify_checkpoint,
 )
-from dora_diffusion.formats.checkpoint import programs
 from dora_diffusion.models.load import load_components
 
 FAMILIES = ("sd1", "sd2", "sdxl")

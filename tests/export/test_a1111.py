@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.formats.checkpoint.programs import (
+from dora_diffusion.export.programs import (
     a1111_config,
     kind_of,
     schedule_notes,
@@ -22,7 +22,7 @@ from dora_diffusion.models.configuration import released_config
 
 V, EPSILON = "v_prediction", "epsilon"
 TOLD = {*((family, V) for family in FAMILIES), ("sd2", EPSILON)}
-DOCS = Path(__file__).resolve().parents[3] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def model(
