@@ -117,9 +117,9 @@ class DetachedAdapters:
 
     layers: Sequence[tuple[AdaptedLayer, nn.ModuleDict, bool]]
 
-    def of_name(self, name: str = DEFAULT_NAME) -> list[LayerAdapter]:
-        """The adapter of a name on each layer."""
-        return [cast(LayerAdapter, adapters[name]) for _, adapters, _ in self.layers]
+    def trained(self) -> list[LayerAdapter]:
+        """The adapter that trains, on each layer."""
+        return [cast(LayerAdapter, adapters[DEFAULT_NAME]) for _, adapters, _ in self.layers]
 
     def attach(self) -> None:
         """Attach them to their layers, replacing what is there."""

@@ -81,10 +81,10 @@ def adapter_state(components: LiveModules, name: str = DEFAULT_NAME) -> dict[str
     return state
 
 
-def vera_state(components: LiveModules, name: str = DEFAULT_NAME) -> dict[str, VeraLayer]:
+def vera_state(components: LiveModules) -> dict[str, VeraLayer]:
     """The vectors of a VeRA or DVoRA, as `adapter_state` gives the factors; {} of another."""
     state = {}
-    for key, adapter in _adapters(components, name):
+    for key, adapter in _adapters(components, DEFAULT_NAME):
         if isinstance(own := adapter.parametrization, ProjectedParametrization):
             tensors = (adapter.down, adapter.up, adapter.magnitude)
             d, b, m = (None if t is None else t.detach().to("cpu", copy=True) for t in tensors)

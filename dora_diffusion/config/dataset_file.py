@@ -19,12 +19,14 @@ from dora_diffusion.config.wording import did_you_mean, quoted
 
 
 @contextlib.contextmanager
-def naming_entry(place: int, file: str = "dataset_config") -> Iterator[None]:
+def naming_entry(place: int) -> Iterator[None]:
     """Name the entry, counted from 1, in errors of the block."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"{file}, entry {place + 1}: {error}", "dataset_config") from error
+        raise ConfigError(
+            f"dataset_config, entry {place + 1}: {error}", "dataset_config"
+        ) from error
 
 
 def checked_entries(

@@ -104,11 +104,6 @@ class PackedWeight(Tensor):
         """Codes and scales, as they are saved."""
         return {name: getattr(self, name) for name in self.parts}
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of codes and scales; ``nbytes`` are those of the dense weight."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
     def over(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> PackedWeight:
         """Return the same weight over changed tensors."""
         tensors = {name: change(tensor) for name, tensor in self.tensors.items()}

@@ -30,6 +30,7 @@ from dora_diffusion.formats.layouts.layout import (
     Groups,
     Part,
     Shapes,
+    factor_pair,
 )
 from dora_diffusion.formats.layouts.other import group_keys
 from dora_diffusion.formats.names.kohya import (
@@ -162,13 +163,7 @@ def _factors(
     kind: LayerKind,
 ) -> LayerWeights:
     """The layer without its magnitude."""
-    if missing := [part for part in ("down", "up") if part not in parts]:
-        raise AdapterFormatError(f"{name} lacks its {' and '.join(missing)} factor")
-    down, up = parts["down"], parts["up"]
-    if min(down.ndim, up.ndim) < 2:
-        raise AdapterFormatError(
-            f"{name}: low-rank factors of shapes {tuple(down.shape)} and {tuple(up.shape)}"
-        )
+    down, up = factor_pair(name, parts)
     if "mid" in parts:
         down = _without_tucker_core(name, down, parts["mid"])
     # Some programs store the factors of a convolution flat on one side.

@@ -27,6 +27,7 @@ from dora_diffusion.formats.layouts.layout import (
     Part,
     Shapes,
     Tensors,
+    factor_pair,
 )
 from dora_diffusion.formats.names.modules import NAMES, released_layout, split_component
 
@@ -97,13 +98,8 @@ CLONEOFSIMO = CloneOfSimo()
 
 
 def _weight_shape(tensors: Mapping[str, Tensor], layer: str) -> tuple[int, ...]:
-    if missing := [part for part in _FACTORS if f"{layer}:{part}" not in tensors]:
-        raise AdapterFormatError(f"{layer} lacks its {' and '.join(missing)} factor")
-    down, up = (tensors[f"{layer}:{part}"] for part in _FACTORS)
-    if min(down.ndim, up.ndim) < 2:
-        raise AdapterFormatError(
-            f"{layer}: low-rank factors of shapes {tuple(down.shape)} and {tuple(up.shape)}"
-        )
+    keys = {part: f"{layer}:{part}" for part in _FACTORS}
+    down, up = factor_pair(layer, {p: tensors[key] for p, key in keys.items() if key in tensors})
     return (up.shape[0], *down.shape[1:])
 
 

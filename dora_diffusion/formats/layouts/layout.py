@@ -227,6 +227,22 @@ class AdapterLayout:
         return ["programs read few of such files as they are meant: convert it for yours"]
 
 
+def factor_pair(name: str, parts: Mapping[Part, Tensor]) -> tuple[Tensor, Tensor]:
+    """``A`` and ``B`` of a layer of a file, both of two dimensions or more.
+
+    Raises:
+        AdapterFormatError: If there is one of them, or it is of fewer.
+    """
+    if missing := [part for part in ("down", "up") if part not in parts]:
+        raise AdapterFormatError(f"{name} lacks its {' and '.join(missing)} factor")
+    down, up = parts["down"], parts["up"]
+    if min(down.ndim, up.ndim) < 2:
+        raise AdapterFormatError(
+            f"{name}: low-rank factors of shapes {tuple(down.shape)} and {tuple(up.shape)}"
+        )
+    return down, up
+
+
 def with_alpha(layer: LayerWeights, alpha: float) -> LayerWeights:
     """The layer with another alpha and the same ``s B A``: ``B`` makes up for it."""
     factor = layer.alpha / alpha

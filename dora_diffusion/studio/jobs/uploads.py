@@ -223,18 +223,18 @@ def read_mask(address: object) -> Image.Image | None:
         raise UserError("the mask could not be read; paint it again") from error
 
 
-def data_uri(image: Image.Image, side: int = EDITOR_SIDE) -> str:
-    """An image in a data URI, no larger than ``side``: a JPEG, with transparency a PNG."""
+def data_uri(image: Image.Image) -> str:
+    """An image in a data URI, no larger than `EDITOR_SIDE`: a JPEG, with transparency a PNG."""
     buffer, kind = io.BytesIO(), "png" if image.mode == "RGBA" else "jpeg"
-    image.thumbnail((side, side))
+    image.thumbnail((EDITOR_SIDE, EDITOR_SIDE))
     image.save(buffer, format=kind, quality=88)
     return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def mask_uri(mask: Image.Image, side: int = EDITOR_SIDE) -> str:
+def mask_uri(mask: Image.Image) -> str:
     """A mask ("L") as a PNG in a data URI, as `read_mask` takes it: painted where it is bright."""
     buffer = io.BytesIO()
-    mask.thumbnail((side, side))
+    mask.thumbnail((EDITOR_SIDE, EDITOR_SIDE))
     paint = Image.new("RGBA", mask.size, "#e35d2b")
     paint.putalpha(mask)
     paint.save(buffer, format="PNG")

@@ -57,7 +57,7 @@ def start_from_gradient(
         finally:
             own.attach()
         layers = [layer for layer, _, _ in own.layers]
-        for layer, adapter, sketch in zip(layers, own.of_name(), sketches, strict=True):
+        for layer, adapter, sketch in zip(layers, own.trained(), sketches, strict=True):
             _start(layer, adapter, *sketch)
         return _drift(learner, own, batches)
 
@@ -65,7 +65,7 @@ def start_from_gradient(
 def _probes(own: DetachedAdapters, seed: int) -> DetachedAdapters:
     """LoRA in place of adapters, of four times their rank where a layer has as much, with B = 0."""
     generator, made = generator_for("gradient", seed), []
-    for (layer, _, keep_output), adapter in zip(own.layers, own.of_name(), strict=True):
+    for (layer, _, keep_output), adapter in zip(own.layers, own.trained(), strict=True):
         weight = layer.dense()
         out, fan_in = weight.shape[0], weight[0].numel()
         rank = min(OVERSAMPLING * adapter.down.shape[0], out, fan_in)
@@ -82,7 +82,7 @@ def _sketch(
     learner: Learner, probes: DetachedAdapters, batches: Sequence[StepInputs]
 ) -> list[tuple[Tensor, Tensor]]:
     """``G A'`` and ``A`` of each layer, whose orthonormal rows span the leading ones of G."""
-    engine, adapters = TrainingEngine([learner], [probes]), probes.of_name()
+    engine, adapters = TrainingEngine([learner], [probes]), probes.trained()
     for part, other in (("up", "down"), ("down", "up")):
         gradients = _gradients(learner, engine, batches, [getattr(a, part) for a in adapters])
         for adapter, gradient in zip(adapters, gradients, strict=True):

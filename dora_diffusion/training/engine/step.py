@@ -82,7 +82,7 @@ class TrainingEngine:
         if adapters is None:
             adapters = [DetachedAdapters.of(*learners[0].modules.values())]
         layers = [layer for layer, _, _ in adapters[0].layers]
-        each = zip(*(own.of_name() for own in adapters), strict=True)
+        each = zip(*(own.trained() for own in adapters), strict=True)
         self.stack = AdapterStack(layers, list(each))
         of_unet = set(map(id, learners[0].objective.components.unet.modules()))
         self._has_rows = [id(layer) in of_unet for layer in layers]
