@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dora_diffusion.cli.console.progress import say
+from dora_diffusion.cli.console.output import say
 from dora_diffusion.config.base import (
     BASE_HELP,
     BaseModel,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dora_diffusion.cli.commands import train
 from dora_diffusion.cli.commands.parser import Parser, add_flags
-from dora_diffusion.cli.console.tables import print_json
+from dora_diffusion.cli.console.output import print_json
 from dora_diffusion.cli.settings import Model
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.fields import REQUIRED, flag, when

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.cli.console.progress import progress
-from dora_diffusion.cli.console.tables import print_json
+from dora_diffusion.cli.console.output import print_json, progress
 from dora_diffusion.cli.settings import Alpha, RequiredBase, check_results
 from dora_diffusion.cluster.commands import WorkerFlags
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file

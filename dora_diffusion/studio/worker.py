@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from dora_diffusion import system
-from dora_diffusion.cli.console.progress import telling
+from dora_diffusion.cli.console.output import telling
 from dora_diffusion.cli.main import main as main_of_command
 from dora_diffusion.numerics.devices import peak_memory
 from dora_diffusion.studio.jobs import records

@@ -11,8 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.cli.console.progress import progress, tell
-from dora_diffusion.cli.console.tables import print_json
+from dora_diffusion.cli.console.output import print_json, progress, tell
 from dora_diffusion.cli.settings import (
     Alpha,
     AnyBase,

@@ -11,8 +11,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from dora_diffusion.cli.console.progress import progress
-from dora_diffusion.cli.console.tables import print_json
+from dora_diffusion.cli.console.output import print_json, progress
 from dora_diffusion.cli.settings import AdaptedModel, Sampling, check_results
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import REQUIRED, flag

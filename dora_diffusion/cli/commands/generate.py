@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.cli.console.progress import progress, say
+from dora_diffusion.cli.console.output import progress, say
 from dora_diffusion.cli.image_rows import Row, image_rows, warn_of_triggers
 from dora_diffusion.cli.repeat import Repeated, repeated_settings, with_strengths
 from dora_diffusion.cli.requested_images import (

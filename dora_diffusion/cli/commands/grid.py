@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dora_diffusion.cli.axes import NO_AXES, plan_grid
-from dora_diffusion.cli.console.progress import progress, say
+from dora_diffusion.cli.console.output import progress, say
 from dora_diffusion.cli.image_rows import SUFFIXES, Row, image_rows, warn_of_triggers
 from dora_diffusion.cli.repeat import Repeated
 from dora_diffusion.cli.requested_images import RequestedImages, sampling_settings

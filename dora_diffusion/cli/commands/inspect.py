@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dora_diffusion.cli.console.tables import print_json, print_rows
+from dora_diffusion.cli.console.output import print_json, print_rows
 from dora_diffusion.cli.settings import AnyBase
 from dora_diffusion.config.families import FAMILIES, USUAL
 from dora_diffusion.config.fields import REQUIRED, flag

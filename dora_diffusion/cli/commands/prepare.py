@@ -10,8 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.cli.console.progress import progress
-from dora_diffusion.cli.console.tables import print_json
+from dora_diffusion.cli.console.output import print_json, progress
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.command import AsJob, CommandSettings
 from dora_diffusion.config.fields import REQUIRED, Condition, flag, when

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dora_diffusion.cli.console.tables import print_json
+from dora_diffusion.cli.console.output import print_json
 from dora_diffusion.cli.settings import AnyBase
 from dora_diffusion.config.base import OfModel
 from dora_diffusion.config.command import CommandSettings

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_diffusion.cli.commands.evaluate import source_of
-from dora_diffusion.cli.console.progress import progress, tell
+from dora_diffusion.cli.console.output import progress, tell
 from dora_diffusion.cli.settings import AnyBase, Overwrite, check_results
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
 from dora_diffusion.config.command import AsJob

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.cli.console.progress import progress, tell
+from dora_diffusion.cli.console.output import progress, tell
 from dora_diffusion.cli.settings import (
     Alpha,
     Overwrite,

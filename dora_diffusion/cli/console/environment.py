@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion import __version__
-from dora_diffusion.cli.console.tables import rows_text
+from dora_diffusion.cli.console.output import rows_text
 from dora_diffusion.config.base import BaseModel
 
 _ROOT = Path(__file__).parents[3]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dora_diffusion.cli.console.progress import say
+from dora_diffusion.cli.console.output import say
 from dora_diffusion.system import is_windows
 
 FAILED, OUT_OF_MEMORY = 1, 3

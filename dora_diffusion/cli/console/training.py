@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.cli.console.progress import ProgressBar, say, tell
-from dora_diffusion.cli.console.tables import shown_command
+from dora_diffusion.cli.console.output import ProgressBar, say, shown_command, tell
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.config.derived import listed
 from dora_diffusion.config.wording import counted, duration, listing, pixels, quoted

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from dora_diffusion.cli.console.progress import say, tell
+from dora_diffusion.cli.console.output import say, tell
 from dora_diffusion.cluster.fleet.results import FAILED, SubjectRecord
 from dora_diffusion.cluster.fleet.run import Fleet
 from dora_diffusion.config.wording import counted, duration

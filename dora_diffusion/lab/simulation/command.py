@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.cli.console.tables import print_json
+from dora_diffusion.cli.console.output import print_json
 from dora_diffusion.cli.settings import Overwrite, check_results
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import flag, require, when

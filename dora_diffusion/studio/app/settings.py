@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.cli.console.tables import shown_command
+from dora_diffusion.cli.console.output import shown_command
 from dora_diffusion.config import (
     PRESETS,
     Setting,

@@ -39,7 +39,7 @@ from dora_diffusion.cli.commands.prepare import PrepareSettings
 from dora_diffusion.cli.commands.rank_checkpoints import RankCheckpointsSettings
 from dora_diffusion.cli.commands.results import ExportSettings, PushSettings
 from dora_diffusion.cli.console.errors import asking_for_report
-from dora_diffusion.cli.console.tables import shown_command
+from dora_diffusion.cli.console.output import shown_command
 from dora_diffusion.config.command import AsJob, CommandSettings
 from dora_diffusion.lab.commands import AnalyzeSettings, CompareSettings
 from dora_diffusion.models.locate import is_embedded

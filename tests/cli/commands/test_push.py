@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dora_diffusion.cli.console.progress import telling
+from dora_diffusion.cli.console.output import telling
 from dora_diffusion.cli.main import main
 
 ADAPTER = "pytorch_lora_weights.safetensors"

@@ -8,8 +8,8 @@ import shlex
 import pytest
 
 from dora_diffusion import system
-from dora_diffusion.cli.console import tables as shell
-from dora_diffusion.cli.console.tables import shown_command
+from dora_diffusion.cli.console import output as shell
+from dora_diffusion.cli.console.output import shown_command
 
 
 def test_the_documented_example_is_true() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dora_diffusion.cli.console.progress import telling
+from dora_diffusion.cli.console.output import telling
 from dora_diffusion.cli.console.training import TrainProgress, next_steps
 from dora_diffusion.cli.main import build_parser, read_settings
 from dora_diffusion.config import TrainConfig
