@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -122,13 +122,13 @@ class Overwrite(CommandSettings):
     overwrite: bool = flag(False, "Replace an output that exists.")
 
 
-def check_results(output: str | Path, what: str, *, exists: bool, overwrite: bool) -> None:
-    """Refuse a folder of results that cannot be written, or that holds some already.
+def check_results(output: str | Path, what: str, files: Iterable[str], *, overwrite: bool) -> None:
+    """Refuse a folder of results that cannot be written, or that holds one of the files already.
 
     Raises:
         ConfigError: With what to do.
     """
-    if exists and not overwrite:
+    if not overwrite and any((Path(output) / name).exists() for name in files):
         raise ConfigError(
             f"{output} contains {what} already; choose another --output, or --overwrite"
         )

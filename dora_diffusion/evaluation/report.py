@@ -114,11 +114,6 @@ class Evaluation:
         notes += [f"not measured: {note}" for note in self.notes]
         return "\n".join([aligned(rows), "", METHOD + ".", *notes])
 
-    @staticmethod
-    def exists(folder: Path) -> bool:
-        """Return whether a folder holds an evaluation, which `write` would replace."""
-        return any((folder / name).exists() for name in FILES.values())
-
     def write(self, folder: Path) -> dict[str, Path]:
         """Write the `FILES`; returns their paths."""
         files = {

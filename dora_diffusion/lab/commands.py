@@ -82,13 +82,12 @@ class AnalyzeSettings(Alpha, RequiredBase):
 
     def perform(self) -> int:
         """Decompose weights; print tables or JSON, and write both with CSV and plots."""
-        from dora_diffusion.lab.analysis import Analysis, analyze_weights
+        from dora_diffusion.lab.analysis import analyze_weights
         from dora_diffusion.lab.analysis.plots import write_plots
+        from dora_diffusion.lab.analysis.report import FILES
 
         output, titles = Path(self.output), len(self.title)
-        check_results(
-            output, "an analysis", exists=Analysis.exists(output), overwrite=self.overwrite
-        )
+        check_results(output, "an analysis", FILES.values(), overwrite=self.overwrite)
         if titles not in (0, len(self.source)):
             raise ConfigError(f"{titles} titles of {len(self.source)} sources; give one each")
         axis: Any = self.norm_axis

@@ -158,10 +158,9 @@ def _check(args: EvaluateSettings, source: SubjectSource, output: Path) -> None:
     """Refuse what could not be evaluated or written before a model is loaded."""
     if not 0 <= args.seed < 2**32:
         raise ConfigError(f"seed is {args.seed}; it must be between 0 and 2**32 - 1")
-    from dora_diffusion.evaluation.report import Evaluation
+    from dora_diffusion.evaluation.report import FILES
 
-    exists = Evaluation.exists(output)
-    check_results(output, "an evaluation", exists=exists, overwrite=args.overwrite)
+    check_results(output, "an evaluation", FILES.values(), overwrite=args.overwrite)
     if args.prompts and not Path(args.prompts).is_file():
         raise ConfigError(f"prompts {args.prompts} is not a file of prompts, one per line")
     source.check(args)

@@ -51,8 +51,7 @@ class RankCheckpointsSettings(Overwrite, AnyBase):
 
     def perform(self) -> int:
         """Sample the same images from the base and all checkpoints, measure them, suggest one."""
-        exists = (self.output / COMPARISON).exists()
-        check_results(self.output, "a ranking", exists=exists, overwrite=self.overwrite)
+        check_results(self.output, "a ranking", [COMPARISON], overwrite=self.overwrite)
         config = TrainConfig.from_dict(read_config_file(self.run / "config.yaml"))
         adapters = _adapters(self.run, self.checkpoints)
         base = config.base_model

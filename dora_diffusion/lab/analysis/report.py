@@ -369,11 +369,6 @@ class Analysis:
                 })  # fmt: skip
         return text.getvalue()
 
-    @staticmethod
-    def exists(folder: Path) -> bool:
-        """Return whether a folder holds an analysis, which `write` would replace."""
-        return any((folder / name).exists() for name in FILES.values())
-
     def write(self, folder: Path) -> dict[str, Path]:
         """Write the `FILES`; returns their paths."""
         texts = {

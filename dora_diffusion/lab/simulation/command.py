@@ -159,8 +159,7 @@ class SimulateSettings(Overwrite):
 
     def perform(self) -> int:
         """Simulate the queue for each number of workers; print a table, write JSON and a plot."""
-        is_there = (self.output / RESULTS).exists()
-        check_results(self.output, "a simulation", exists=is_there, overwrite=self.overwrite)
+        check_results(self.output, "a simulation", [RESULTS], overwrite=self.overwrite)
         plan, demand = _read(self)
         from dora_diffusion.lab.analysis.plots import save_figure
         from dora_diffusion.lab.simulation import forecasts

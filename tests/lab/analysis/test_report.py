@@ -155,9 +155,7 @@ def test_the_tables_and_the_files(analysis: Analysis, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert METHOD in text
     assert "note: down: rounded" in text
-    assert not Analysis.exists(tmp_path)
     files = analysis.write(tmp_path)
-    assert Analysis.exists(tmp_path)
     assert {path.name for path in files.values()} == set(FILES.values())
     assert json.loads(files["analysis"].read_text(encoding="utf-8")) == json.loads(
         json.dumps(analysis.to_dict())
