@@ -61,7 +61,7 @@ from dora_diffusion.models.locate import (
     resolve_folder,
 )
 from dora_diffusion.models.words import add_tokens
-from dora_diffusion.numerics.quantised import quantise
+from dora_diffusion.numerics.quantised import quantise_rows
 
 _SCHEDULER = Path("scheduler") / "scheduler_config.json"
 
@@ -307,12 +307,14 @@ def _fill(
     if dtype is None:
         return ""
     quantised = () if part == "vae" else quantised_layers(base)
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for key, name in wanted.items():
-        state[key] = _own(weights[name].to(dtype))
         owner, _, own = key.rpartition(".")
         if own == "weight" and isinstance(module.get_submodule(owner), quantised):
-            state[key] = quantise(state[key], base.quantize)
+            rows = partial(weights.rows, name)
+            state[key] = quantise_rows(rows, shapes[key], dtype, base.quantize)
+        else:
+            state[key] = _own(weights[name].to(dtype))
     module.load_state_dict(state, strict=False, assign=True)
     return ""
 

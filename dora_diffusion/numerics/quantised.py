@@ -18,6 +18,7 @@ was trained on the quantised weight is one of the original weight as it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -85,9 +86,9 @@ class PackedWeight(Tensor):
         raise NotImplementedError
 
     @classmethod
-    def joined(cls, chunks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return `tensors` of a weight from what `pack` made of its rows."""
-        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    def finished(cls, made: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return `tensors` of a weight from what `pack` made of all its rows."""
+        return made
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return some rows of the weight, float32 ``(stop - start, n)``."""
@@ -215,8 +216,7 @@ class NF4Weight(PackedWeight):
         return {"codes": codes, "top": top}
 
     @classmethod
-    def joined(cls, chunks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        made = super().joined(chunks)
+    def finished(cls, made: dict[str, Tensor]) -> dict[str, Tensor]:
         top = made.pop("top")
         flat = top.flatten()[None]
         groups = F.pad(flat, (0, -flat.shape[1] % _GROUP), mode="replicate").view(-1, _GROUP)
@@ -268,12 +268,31 @@ def quantise(weight: Tensor, kind: str) -> PackedWeight:
         raise ValueError(f"quantize is {kind!r}; it must be one of {', '.join(QUANTISATIONS)}")
     if isinstance(weight, PackedWeight) or not weight.is_floating_point():
         raise ValueError("a weight that is quantised already cannot be quantised again")
+    flat = weight.detach().flatten(1)
+    return quantise_rows(lambda start, stop: flat[start:stop], weight.shape, weight.dtype, kind)
+
+
+def quantise_rows(
+    load: Callable[[int, int], Tensor], shape: Sequence[int], dtype: torch.dtype, kind: str
+) -> PackedWeight:
+    """Return a weight as codes that is never there as a whole.
+
+    Args:
+        load: Returns rows ``start`` to before ``stop``, ``(stop - start, n)``, in any dtype.
+        shape: The weight's, ``(out, in, *k)``.
+        dtype: To which its numbers are rounded first.
+        kind: One of `QUANTISATIONS`.
+    """
     chosen = Int8Weight if kind == "int8" else NF4Weight
+    step, made = max(1, _CHUNK // math.prod(shape[1:])), dict[str, Tensor]()
     with torch.no_grad():
-        flat = weight.detach().flatten(1)
-        step = max(1, _CHUNK // flat.shape[1])
-        made = chosen.joined([chosen.pack(rows.float()) for rows in torch.split(flat, step)])
-        return chosen(made, weight.shape, weight.dtype, weight.dtype)
+        for start in range(0, shape[0], step):
+            rows = load(start, min(start + step, shape[0])).to(dtype).float()
+            for name, part in chosen.pack(rows).items():
+                if name not in made:
+                    made[name] = part.new_empty(shape[0], *part.shape[1:])
+                made[name][start : start + step] = part
+        return chosen(chosen.finished(made), torch.Size(shape), dtype, dtype)
 
 
 def memory_of(tensor: Tensor) -> list[Tensor]:

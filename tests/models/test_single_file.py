@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import UnsupportedModelError
 from dora_diffusion.export import export_checkpoint
+from dora_diffusion.formats.files.stream import TensorReader
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
+from dora_diffusion.numerics import quantised
+from dora_diffusion.numerics.quantised import PackedWeight, quantise
 
 
 def single_file(folder: Path, tmp_path: Path) -> Path:
@@ -57,6 +60,44 @@ def test_half_precision_keeps_the_fragile_vae_exact(sdxl_folder: Path, tmp_path:
         BaseModel(file, model_config=sdxl_folder, vae=sdxl_folder), dtype=torch.float16
     )
     assert other.vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_weight_is_quantised_from_a_few_of_its_rows_at_a_time(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """To the codes of the whole weight, wherever its rows lie in the file."""
+    folder = request.getfixturevalue(f"{family}_folder")
+    dense, file = load_components(folder, dtype=torch.float16), single_file(folder, tmp_path)
+    expected = {
+        name: quantise(weight, "nf4").tensors
+        for part, module in dense.modules().items()
+        for name, weight in ((f"{part}.{key}", w) for key, w in module.named_parameters())
+        if name.endswith("weight") and weight.ndim in (2, 4)
+    }
+    most = 400
+    monkeypatch.setattr(quantised, "_CHUNK", most)
+    read_rows = TensorReader.rows
+
+    def rows(reader: TensorReader, name: str, start: int, stop: int) -> torch.Tensor:
+        found = read_rows(reader, name, start, stop)
+        assert found.numel() <= max(most, found[0].numel())
+        return found
+
+    monkeypatch.setattr(TensorReader, "rows", rows)
+    options = {"quantize": "nf4", "quantize_convolutions": True}
+    for base in (BaseModel(folder, **options), BaseModel(file, model_config=folder, **options)):
+        loaded = load_components(base, dtype=torch.float16)
+        packed = {
+            f"{part}.{key}": weight
+            for part, module in loaded.modules().items()
+            for key, weight in module.named_parameters()
+            if isinstance(weight, PackedWeight)
+        }
+        assert len(packed) > 50
+        for name, weight in packed.items():
+            for each, tensor in weight.tensors.items():
+                assert torch.equal(tensor, expected[name][each]), name
 
 
 def test_markers_of_v_prediction_win_over_the_configuration(

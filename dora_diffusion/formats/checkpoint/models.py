@@ -178,6 +178,10 @@ class Component:
     def __getitem__(self, name: str) -> Tensor:
         return self.reader[self.key_of[name]]
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Load rows of a weight, ``(stop - start, n)``."""
+        return self.reader.rows(self.key_of[name], start, stop).flatten(1)
+
 
 class PipelineFolder(StoredModel):
     """Lazy access to the weights of a Diffusers folder. Use ``PipelineFolder.open``.
@@ -369,6 +373,14 @@ class CheckpointFile(StoredModel):
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entry_of[name]
         return entry.source(name, self.reader[entry.key])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Load rows of a weight, ``(stop - start, n)``."""
+        entry = self._entry_of[name]
+        if entry.operation == "transpose":
+            return self[name][start:stop]
+        before = entry.sources.index(name) * self.specs[name].shape[0]
+        return self.reader.rows(entry.key, before + start, before + stop).flatten(1)
 
     def statements(self) -> list[Statement]:
         return stated_by_file(self.metadata, self.reader.specs)

@@ -113,7 +113,7 @@ class TensorReader:
     """Lazy access to the tensors of one file, or of all shards of an ``.index.json``.
 
     Use as a context manager. ``specs`` maps every name to its dtype and shape, ``metadata`` is the
-    metadata of the (first) file, and ``reader[name]`` loads one tensor, in any thread.
+    metadata of the (first) file. ``reader[name]`` loads one tensor, in any thread.
 
     Raises:
         TensorFileError: For a broken file, or an index that its shards do not fulfil.
@@ -153,12 +153,21 @@ class TensorReader:
 
     def __getitem__(self, name: str) -> Tensor:
         """Load one tensor."""
-        file, spec = self.file_of[name], self.specs[name]
-        raw = torch.empty(spec.nbytes, dtype=torch.uint8)
+        return self._read(name, 0, self.specs[name])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Load rows of one tensor, from ``start`` to before ``stop``: entries of its first axis."""
+        dtype, (_, *others) = self.specs[name].dtype, self.specs[name].shape
+        before = TensorSpec(dtype, (start, *others)).nbytes
+        return self._read(name, before, TensorSpec(dtype, (stop - start, *others)))
+
+    def _read(self, name: str, before: int, spec: TensorSpec) -> Tensor:
+        """Load what lies in a tensor after some bytes."""
+        file, raw = self.file_of[name], torch.empty(spec.nbytes, dtype=torch.uint8)
         with self._lock:
             if file not in self._handles:
                 self._handles[file] = self._stack.enter_context(file.open("rb"))
-            self._handles[file].seek(self._starts[name])
+            self._handles[file].seek(self._starts[name] + before)
             if self._handles[file].readinto(raw.numpy().data) != spec.nbytes:
                 raise TensorFileError(f"{file.name} was cut short while it was read")
         return raw.view(spec.dtype).view(spec.shape)
