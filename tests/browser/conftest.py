@@ -237,6 +237,12 @@ class Visit:
             field.evaluate("field => field.blur()")
             field.click(timeout=limit)
             option.click(timeout=limit)
+            # A list that is renewed under the mouse has another option in the same place.
+            self.page.wait_for_function(
+                "([s, text]) => document.querySelector(s).value.includes(text)",
+                arg=[f"{selector} input", text],
+                timeout=limit,
+            )
 
         self.act(pick)
 
