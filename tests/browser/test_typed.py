@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ADAPTER = ROOT / "tests/formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
 Visit = App = Any
 # What a person fills; everything else of the page shows or does something.
-KINDS = ("textbox", "number", "slider", "checkbox", "checkboxgroup", "radio", "dropdown")
+TYPED = ("textbox", "number")
+KINDS = (*TYPED, "slider", "checkbox", "checkboxgroup", "radio", "dropdown")
 # Of each field the element that holds its value, whatever kind it is.
 SHOWN = """([fields]) => fields.map(({selector, kind}) => {
   const place = document.querySelector(selector);
@@ -47,22 +48,24 @@ TYPE = """(pairs) => pairs.forEach(([selector, text]) => {
   field.value = text;
   field.dispatchEvent(new Event('input', {bubbles: true}));
 })"""
-CHOOSE = """async ([selector, kind, other]) => {
-  const place = document.querySelector(selector), field = place.querySelector('input');
-  if (kind === 'slider') {
-    const number = place.querySelector('input[type=number]');
-    number.value = other;
-    number.dispatchEvent(new Event('input', {bubbles: true}));
-  } else if (kind === 'dropdown') {
-    field.focus();
-    const others = '[role=option]:not([aria-selected=true])';
-    const option = () => [...place.querySelectorAll(others)].at(-1);
-    for (let i = 0; !option() && i < 600; i++) await new Promise(requestAnimationFrame);
-    option().dispatchEvent(new MouseEvent('mousedown', {bubbles: true, cancelable: true}));
-    await new Promise(requestAnimationFrame);
-    field.blur();
-  } else {
-    (place.querySelector('input:not(:checked)') ?? field).click();
+CHOOSE = """async (fields) => {
+  for (const {selector, kind, other} of fields) {
+    const place = document.querySelector(selector), field = place.querySelector('input');
+    if (kind === 'slider') {
+      const number = place.querySelector('input[type=number]');
+      number.value = other;
+      number.dispatchEvent(new Event('input', {bubbles: true}));
+    } else if (kind === 'dropdown') {
+      field.focus();
+      const others = '[role=option]:not([aria-selected=true])';
+      const option = () => [...place.querySelectorAll(others)].at(-1);
+      for (let i = 0; !option() && i < 600; i++) await new Promise(requestAnimationFrame);
+      option().dispatchEvent(new MouseEvent('mousedown', {bubbles: true, cancelable: true}));
+      await new Promise(requestAnimationFrame);
+      field.blur();
+    } else {
+      (place.querySelector('input:not(:checked)') ?? field).click();
+    }
   }
 }"""
 # Opens one more level of what is folded, until everything is there.
@@ -147,20 +150,27 @@ class Form:
 
     def type_all(self) -> dict[str, str]:
         """Type a number of its own into every field that is typed in; the numbers."""
-        keys = [key for key, field in self.fields.items() if field["kind"] in ("textbox", "number")]
+        keys = [key for key, field in self.fields.items() if field["kind"] in TYPED]
         typed = {key: str(number) for number, key in enumerate(keys, start=11)}
         pairs = [[self.fields[key]["selector"], text] for key, text in typed.items()]
         self.page.page.evaluate(TYPE, pairs)
         return typed
 
-    def choose(self, key: str) -> None:
-        """Give a field that is chosen from another value than it has."""
-        field = self.fields[key]
-        other = ""
-        if field["kind"] == "slider":
-            least, step = field["minimum"], field["step"]
-            other = least + step if field["value"] != least + step else least + 2 * step
-        self.page.page.evaluate(CHOOSE, [field["selector"], field["kind"], str(other)])
+    def choose(self, which: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Give fields that are chosen from another value than they have, tab by tab."""
+        for tab in self.tabs:
+            chosen = []
+            for field in self.fields.values():
+                if field["tab"] != tab or field["kind"] in TYPED or not which(field):
+                    continue
+                other = ""
+                if field["kind"] == "slider":
+                    least, step = field["minimum"], field["step"]
+                    other = str(least + step * (1 + (field["value"] == least + step)))
+                about = {"selector": field["selector"], "kind": field["kind"]}
+                chosen.append({**about, "other": other})
+            self.page.tab(tab)
+            self.page.page.evaluate(CHOOSE, chosen)
 
 
 def test_every_field_keeps_what_is_typed_and_chosen(visit: Callable[..., Visit], app: App) -> None:
@@ -176,13 +186,10 @@ def test_every_field_keeps_what_is_typed_and_chosen(visit: Callable[..., Visit],
     filled = {
         field for one in fills if fill & {t[0] for t in one["targets"]} for field in one["outputs"]
     }
-    for tab in form.tabs:
-        page.tab(tab)
-        for key, field in form.fields.items():
-            if field["tab"] == tab and field["kind"] not in ("textbox", "number"):
-                form.choose(key)
-                if field["id"] in fill:  # in other fields, which are typed in afterwards
-                    form.settled()
+    # What fills other fields comes first.
+    form.choose(lambda field: field["id"] in fill)
+    form.settled()
+    form.choose(lambda field: field["id"] not in fill)
     typed = form.type_all()
     kept = form.settled()
     assert {key: kept[key] for key in typed} == typed
@@ -212,15 +219,24 @@ def test_a_name_half_typed_in_a_dropdown_is_kept(visit: Callable[..., Visit], ap
         and not field.get("multiselect")
     ]  # fmt: skip
     assert len(own) >= 3
+
+    def go_to(key: str) -> tuple[str, str]:
+        page.tab(form.fields[key]["tab"])
+        return f"{form.fields[key]['selector']} input", f"some-org/half-{len(key)}"
+
+    def holds(key: str) -> None:
+        page.wait("([s, text]) => document.querySelector(s)?.value === text", [*go_to(key)])
+
     for key in own:
-        selector, text = f"{form.fields[key]['selector']} input", f"some-org/half-{len(key)}"
-        # It is there after a reload, and stays when the field is left.
-        for step in (lambda: page.fill(selector, text), lambda: page.page.focus(selector)):  # noqa: B023
-            page.tab(form.fields[key]["tab"])
-            step()
-            page.reload()
-            page.tab(form.fields[key]["tab"])
-            page.wait("([s, text]) => document.querySelector(s)?.value === text", [selector, text])
+        page.fill(*go_to(key))
+        page.reload()
+        holds(key)
+    # It stays when the field is left.
+    for key in own:
+        page.page.focus(go_to(key)[0])
+    page.reload()
+    for key in own:
+        holds(key)
 
 
 def test_a_caption_is_kept_by_every_way_out_of_it(visit: Callable[..., Visit], app: App) -> None:
