@@ -44,6 +44,12 @@ def runs(
     lock.free()
 
 
+IN_VIEW = """selector => {
+    const {top, bottom} = document.querySelector(selector).getBoundingClientRect()
+    return top >= 0 && bottom <= innerHeight
+}"""
+
+
 def fields_of(path: Path) -> dict[str, str]:
     return parse_parameters(read_parameters(path) or "")
 
@@ -80,6 +86,7 @@ def test_images_are_made_of_several_adapters_and_of_one_another(
     page.wait_text("#parameters", "Seed: 7,")
     page.click("#image-start")
     page.wait_for("#start-image .dd-on")
+    page.wait(IN_VIEW, "#start-image canvas")
     for side, value in (("left", "0"), ("top", "0"), ("width", "50"), ("height", "100")):
         page.fill(f"#start-image [data-side={side}]", value)
     page.page.locator("#start-image [data-do=fill]").press("Enter")
@@ -101,6 +108,37 @@ def test_images_are_made_of_several_adapters_and_of_one_another(
     assert same.read_bytes() == into.read_bytes()
     page.press("button", "Search")
     assert serious(page) == []
+
+
+def test_no_press_is_early_and_what_acts_out_of_sight_is_said(
+    visit: Callable[..., Visit], app: App
+) -> None:
+    page = visit()
+    page.tab("Generate")
+    set_up_images(page)
+    page.wait_text("#acting", "^Also set above: Steps: 2$")
+    page.reload()
+    page.tab("Generate")
+    page.wait_text("#acting", "^Also set above: Steps: 2$")
+    assert page.page.locator("#generate-Steps").count() == 0
+    # As long as the page fills in what was typed here before.
+    page.page.evaluate("document.querySelector('.dd-pill').classList.add('dd-connecting')")
+    pressed = list[str]()
+    parts = page.page.evaluate("gradio_config.components.map(c => [c.id, c.props.elem_id])")
+    names = dict(parts)
+
+    def note(request: Any) -> None:
+        if request.url.partition("?")[0].endswith("/queue/join"):
+            pressed.append(names.get(request.post_data_json.get("trigger_id"), ""))
+
+    page.page.on("request", note)
+    for name in ("make", "side-by-side"):
+        page.click(f"#{name}")
+        page.page.locator(f"#{name}").press("Enter")
+        page.page.locator(f"#{name}").press(" ")
+    page.page.evaluate("document.querySelector('.dd-pill').classList.remove('dd-connecting')")
+    press(page, app, "#make")
+    assert [name for name in pressed if name in ("make", "side-by-side")] == ["make"]
 
 
 def serious(page: Visit) -> list[str]:

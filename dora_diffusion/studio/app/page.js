@@ -26,6 +26,12 @@ document.addEventListener('input', ({target}) => {
   if (id) studio.letters[id] = target.value;
 }, true);
 
+// What was typed here before is not in the fields yet: a press, by a key too, would send the defaults.
+document.addEventListener('click', (event) => {
+  const isDeaf = event.target.closest?.('.tabitem button:is(.primary, .secondary, .stop)');
+  if (isDeaf && document.querySelector('.dd-connecting')) event.stopImmediatePropagation();
+}, true);
+
 document.addEventListener('click', ({target}) => {
   const text = target.closest?.('[data-copy]') && target.parentElement.querySelector('pre');
   if (!text) return;
@@ -113,9 +119,21 @@ window.studio = {
   search: {},
   look(search) { studio.search = search; studio.find?.(); },
 
-  // What a button fills elsewhere on the page, once it is drawn there.
+  // What a button fills elsewhere on the page, as soon as it is drawn there, and whenever it grows, until
+  // somebody does something.
   reveal(id, block = 'center') {
-    setTimeout(() => document.getElementById(id)?.scrollIntoView({block}), 300);
+    const look = () => {
+      const element = document.getElementById(id);
+      if (!element?.offsetHeight) return;
+      waiting.disconnect();
+      growing.observe(element);
+    };
+    const growing = new ResizeObserver(([{target}]) => target.scrollIntoView({block}));
+    const waiting = new MutationObserver(look);
+    waiting.observe(document.body, {subtree: true, childList: true, attributes: true});
+    for (const type of ['pointerdown', 'keydown', 'wheel', 'touchmove'])
+      addEventListener(type, () => { waiting.disconnect(); growing.disconnect(); }, {capture: true, once: true});
+    look();
   },
 
   // Until the fields that change together have all changed.

@@ -47,7 +47,7 @@ def build_page(context: Context) -> gr.Blocks:
         restored = ui.keep_draft(blocks, {"class": training.class_word, "token": training.token})
         subject.connect(context, subjects, restored, size)
         train.connect(context, training, subjects, train_tab.select, restored)
-        generate.connect(context, generating)
+        generate.connect(context, generating, restored)
         library.connect(context, stored)
         compare.connect(context, comparing)
         shown = training.shown

@@ -17,6 +17,7 @@ from dora_diffusion.studio.app.settings import NAME_LIMIT, PROMPT_LIMIT
 from dora_diffusion.studio.app.views import gallery, grid, results, start, ui, words
 from dora_diffusion.studio.app.views.request import (
     BASE,
+    IN_SIGHT,
     LABELS,
     MORE,
     OWN,
@@ -28,7 +29,7 @@ from dora_diffusion.studio.app.views.request import (
     make_request,
     restore,
 )
-from dora_diffusion.studio.app.views.results import DEVICE, on_step, show_images
+from dora_diffusion.studio.app.views.results import DEVICE, on_step, show_acting, show_images
 from dora_diffusion.studio.jobs import image_generator
 from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.store import UserError
@@ -50,6 +51,7 @@ class GenerateTab:
     Attributes:
         fields: What a request is made of, by name, besides the run and the image to start from.
         more: Of these, the further adapters.
+        acting: What else makes the images, where its fields are folded.
         filled: The fields that `results.fill` fills.
     """
 
@@ -70,7 +72,8 @@ class GenerateTab:
             with gr.Column(scale=6, min_width=320):
                 self.results = results.ResultsView()
                 self.gallery = gallery.GalleryView(context)
-        self.filled = [self.adapter, *self.fields.values(), *self.start.filled, self.said]
+        self.filled = [self.adapter, *self.fields.values(), *self.start.filled, self.said,
+                       self.acting]  # fmt: skip
 
     def _add_prompt(self) -> None:
         ui.html_block(html.heading("5", "Images", "Your subject in new places."))
@@ -158,6 +161,7 @@ class GenerateTab:
             self.fields["prompt_weights"] = gr.Checkbox(UNSET["prompt_weights"], label=label)
 
     def _add_actions(self) -> None:
+        self.acting = ui.html_block(elem_id="acting")
         self.turn = ui.html_block(elem_id="turn", js_on_load=ui.CLICKS)
         self.make = ui.button("Generate images", "make", variant="primary", size="lg")
         self.compare = ui.button("Side by side with the base", "side-by-side")
@@ -171,8 +175,8 @@ class GenerateTab:
         self.said = ui.html_block(elem_id="restored")
 
 
-def connect(context: Context, tab: GenerateTab) -> None:
-    """Connect the fields to their actions."""
+def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
+    """Connect the fields to their actions; ``restored`` is the event of the page being loaded."""
     # The mask is last, see `studio.mask`.
     names = [*tab.fields, "image", "mask_image"]
     fields = [*tab.fields.values(), tab.start.image, tab.start.mask]
@@ -222,8 +226,16 @@ def connect(context: Context, tab: GenerateTab) -> None:
     ui.on(tab.turn.click, withdraw)
     gallery.connect(tab.gallery)
     words.connect(context, tab.words)
-    start.connect(context, tab.start, tab.results.shown)
+    started = start.connect(context, tab.start, tab.results.shown)
     results.connect(context, tab.results, tab)
+
+    def describe(*values: Any) -> str:
+        return show_acting(context, dict(zip(names, values, strict=True)))
+
+    # A folded field is not on the page, and tells of no change: whoever fills it in shows this too.
+    changed = [field.change for name, field in tab.fields.items() if name not in IN_SIGHT]
+    for event in (changed, restored.then, *(event.then for event in started)):
+        ui.on(event, describe, fields, [tab.acting], trigger_mode="always_last")
     _connect_choices(context, tab)
 
 

@@ -21,6 +21,7 @@ from dora_diffusion.formats.adapter.metadata import agreed_reading, split_trigge
 from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.formats.files.runs import RESULT_NAME
 from dora_diffusion.models.locate import cached_models, looks_local, model_info
+from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import PROMPT_LIMIT, default_guidance
@@ -72,6 +73,43 @@ UNSET: Mapping[str, Any] = {
     **dict.fromkeys(MORE, ""), **{strength: 1 for strength, _ in MORE.values()},
 }  # fmt: skip
 _NAME = re.compile(rf"\b({'|'.join(name for name in LABELS if '_' in name)})\b")
+
+
+# Fields that are in sight as the tab opens; all others act out of sight too.
+IN_SIGHT = frozenset((
+    "prompt", "negative_prompt", "seed", "num_images", "strength", "direction_strength",
+    "magnitude_strength",
+))  # fmt: skip
+# Fields that do nothing without another one.
+_DETAILS: Mapping[str, str] = {
+    "denoise": "image", "mask_image": "image", "hires_denoise": "hires", "hires_steps": "hires",
+    **{name: "detail" for name in LABELS if name.startswith("detail_")},
+    **{strength: name for name, (strength, _) in MORE.items()},
+}  # fmt: skip
+
+
+def acting(context: Context, form: Mapping[str, Any]) -> list[str]:
+    """Describe each setting out of sight that changes the images, as its field is labelled."""
+    unset = (None, "", [])
+    changed = {n for n in form.keys() - IN_SIGHT if form[n] not in (*unset, UNSET[n])}
+    acts = [name for name in UNSET if name in changed and _DETAILS.get(name, name) in changed]
+    listed = adapter_choices(context.jobs()) if changed & MORE.keys() else []
+    adapters = {value: label for label, value in listed}
+    return [_described(name, form[name], adapters) for name in acts]
+
+
+def _described(name: str, value: Any, adapters: Mapping[str, str]) -> str:
+    """A setting as its field is labelled, with its value as it is shown there."""
+    if name in MORE:
+        return f"{MORE[name][1]} adapter: {adapters.get(value, value)}"
+    label = LABELS.get(name) or next(f"{w} strength" for s, w in MORE.values() if s == name)
+    if name in ("image", "mask_image") or value is True:
+        return label
+    if name == "scheduler":
+        value = SCHEDULERS[value].title if value in SCHEDULERS else value
+    if value is False:
+        label, value = label.partition(":")[0], "off"
+    return f"{label}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def make_request(
@@ -265,15 +303,24 @@ def adapter_choices(jobs: Sequence[Job]) -> list[tuple[str, str]]:
     listed = []
     for job in (job for job in jobs if job.stands):
         # The selected adapter, then the others, newest first. One made elsewhere has no steps.
-        chosen = ", chosen" if job.chosen else ""
-        steps = job.step_of(job.stands)
-        listed.append((f"{job.label} · step {steps}{chosen}" if steps else job.label, job.id))
+        listed.append((_called(job, job.stands), job.id))
         listed += [
-            (f"{job.label} · step {job.step_of(name)}", f"{job.id}/{name}")
+            (_called(job, name), f"{job.id}/{name}")
             for name in reversed(_names(job))
             if name != job.stands
         ]
     return listed
+
+
+def _called(job: Job, name: str) -> str:
+    """An adapter of a run in a list: at its last step there may be a checkpoint and the result."""
+    steps = job.step_of(name)
+    marks = [f"step {steps}"] if steps else []
+    if steps and name == RESULT_NAME:
+        marks.append("the result")
+    if name == job.chosen:
+        marks.append("chosen")
+    return " · ".join([job.label, ", ".join(marks)] if marks else [job.label])
 
 
 def _names(job: Job) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import gradio as gr
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import ui
-from dora_diffusion.studio.app.views.request import Restored, make_request, restore
+from dora_diffusion.studio.app.views.request import Restored, acting, make_request, restore
 from dora_diffusion.studio.app.views.start import input_of, start_image
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage
 from dora_diffusion.studio.jobs.store import UserError
@@ -202,4 +202,11 @@ def fill(context: Context, form: Any, known: Restored) -> list[Any]:
         *(ui.holding(field, known.form[name]) for name, field in form.fields.items()),
         *start_image(context, known.form["image"], known.form["mask_image"]),
         html.notes((f"Not as in the image: {line}" for line in known.unread), "warn"),
+        show_acting(context, known.form),
     ]
+
+
+def show_acting(context: Context, form: Mapping[str, Any]) -> str:
+    """A line on the settings of folded fields that act; empty where none does."""
+    lines = acting(context, form)
+    return html.note(f"Also set above: {' · '.join(lines)}") if lines else ""

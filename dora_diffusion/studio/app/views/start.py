@@ -43,8 +43,12 @@ class StartView:
         self.filled = [self.image, self.mask, self.editor]
 
 
-def connect(context: Context, tab: StartView, shown: Any) -> None:
-    """Connect the fields; ``shown`` holds the name of the image that is shown."""
+def connect(context: Context, tab: StartView, shown: Any) -> list[Any]:
+    """Connect the fields; ``shown`` holds the name of the image that is shown.
+
+    Returns:
+        The events after which there is another image to start from, or none.
+    """
 
     def upload(file: str | None) -> list[Any]:
         if not file:
@@ -60,9 +64,11 @@ def connect(context: Context, tab: StartView, shown: Any) -> None:
     def drop() -> list[Any]:
         return start_image(context, "")
 
-    ui.on(tab.upload.upload, upload, [tab.upload], tab.filled, show="minimal")
-    ui.on(tab.take.click, take, [shown], tab.filled, show="minimal")
-    ui.on(tab.editor.click, drop, None, tab.filled)
+    return [
+        ui.on(tab.upload.upload, upload, [tab.upload], tab.filled, show="minimal"),
+        ui.on(tab.take.click, take, [shown], tab.filled, show="minimal"),
+        ui.on(tab.editor.click, drop, None, tab.filled),
+    ]
 
 
 def input_of(context: Context, name: object) -> str:

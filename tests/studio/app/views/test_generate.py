@@ -151,6 +151,18 @@ def test_an_image_s_menu_makes_it_again_varies_it_and_enlarges_it(
         find("run", "results", 2)(large)
 
 
+def test_settings_out_of_sight_that_an_image_fills_in_are_said_at_once(context: Context) -> None:
+    """A field that is folded is not on the page, and tells of no change."""
+    find = handlers(context)
+    text = f"a mug\nSteps: 3, Sampler: Euler, Seed: 7, Size: 64x72, Hires upscale: 2, {OWN}"
+    *_, said = find("use", "results")(stored(context, "a.png", text))
+    for line in ("Steps: 3", "Scheduler: Euler", "Width: 64", "times as large: 2"):
+        assert line in said
+    assert "Seed" not in said
+    # Fields that change, a page that is loaded, and an image to start from that comes or goes.
+    assert [bool(find("describe", "generate", nth)) for nth in range(5)] == [True] * 5
+
+
 def test_what_of_an_image_is_not_here_is_said_and_not_made(
     context: Context, made: list[Any]
 ) -> None:

@@ -26,9 +26,11 @@ from dora_diffusion.sampling.images import painted_fields
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.views.generate import GenerateTab
+from dora_diffusion.studio.app.views.request import adapter_choices
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.image_generator import GenerationRequest
 from dora_diffusion.studio.jobs.inputs import keep_input
+from dora_diffusion.studio.jobs.snapshot import choose
 from dora_diffusion.studio.jobs.store import UserError
 from tests.studio.jobs.helpers import ended_run
 
@@ -225,6 +227,80 @@ def test_no_field_is_ignored(run: SimpleNamespace) -> None:
         run.asked(strength_schedule="0:1 | 0:0")
     with pytest.raises(UserError, match="no adapter is chosen; empty the strengths of layers"):
         _asked(layer_strength="unet.*:0.5")
+
+
+def test_what_is_out_of_sight_and_changes_the_images_is_said(run: SimpleNamespace) -> None:
+    from dora_diffusion.studio.app.views.request import IN_SIGHT, LABELS, MORE, UNSET, acting
+
+    with gr.Blocks() as page:
+        tab = GenerateTab(run.context)
+    folded = {
+        name for name, field in tab.fields.items()
+        if any(isinstance(parent, gr.Accordion) and not parent.open for parent in _above(field))
+    }  # fmt: skip
+    assert folded == {*tab.fields} - IN_SIGHT
+    assert len(page.blocks) > len(folded) > 20
+
+    def said(**changes: object) -> list[str]:
+        return acting(run.context, {**UNSET, "prompt": "a {subject}", "seed": 1, **changes})
+
+    second, (strength, _) = next(iter(MORE.items()))
+    other = f"{run.id}/checkpoint-4"
+    changed = {name: value for name, (value, _) in CHANGED.items()} | {
+        "image": "0" * 32, "mask_image": "1" * 32, "denoise": 0.5, "detail": "rembg", second: other,
+        "detail_label": "face", "detail_prompt": "a face", "detail_denoise": 0.9,
+        "detail_padding": 64, **{strength: 0.5 for strength, _ in MORE.values()},
+        **dict.fromkeys([*MORE][1:], run.id),
+    }  # fmt: skip
+    # Each has a line with its label, and those that are in sight have none.
+    assert {*changed} == {*UNSET}
+    assert said() == said(**{name: changed[name] for name in IN_SIGHT}) == []
+    lines = said(**changed)
+    assert len(lines) == len({*UNSET} - IN_SIGHT) == len({*lines})
+    labels = [*LABELS.values(), *(field.label for field in tab.fields.values())]
+    assert all(any(line.startswith(label.partition(":")[0]) for label in labels) for line in lines)
+    # Alone, unless they do something to another one only; whoever empties a field sends nothing.
+    for name in {*UNSET} - IN_SIGHT:
+        is_detail = name in {"denoise", "mask_image"} or name.startswith(
+            ("hires_", "detail_", "strength_") if name != "strength_schedule" else "none"
+        )
+        assert len(said(**{name: changed[name]})) == (not is_detail), name
+        assert said(**{name: None}) == []
+    assert said(style=["noir", "ink"], prompt_weights=False, wildcards=True) == [
+        "Weights in prompts: off", "Styles: noir, ink", LABELS["wildcards"],
+    ]  # fmt: skip
+    assert said(scheduler="dpm++_karras", hires=1.5, hires_steps="3") == [
+        "Scheduler: DPM++ 2M Karras", "Second pass, times as large: 1.5", "Second pass steps: 3",
+    ]  # fmt: skip
+    label = next(text for text, value in adapter_choices(run.context.jobs()) if value == other)
+    assert said(**{second: other, strength: -0.5}) == [
+        f"Second adapter: {label}", "Second strength: -0.5"
+    ]  # fmt: skip
+    assert said(**{second: "gone"}) == ["Second adapter: gone"]
+
+
+def _above(field: Any) -> list[Any]:
+    parents = [field]
+    while parents[-1].parent is not None:
+        parents.append(parents[-1].parent)
+    return parents
+
+
+def test_a_result_and_the_checkpoint_of_its_step_are_told_apart(context: Context) -> None:
+    job = ended_run(context.workspace, (4, 8), 8, code=0)
+    shutil.copyfile(ADAPTER, job.folder / "pytorch_lora_weights.safetensors")
+
+    def listed() -> list[str]:
+        return [label for label, _ in adapter_choices(context.jobs(fresh=True))]
+
+    name = context.jobs(fresh=True)[0].label
+    ends = ["step 8, the result", "step 8", "step 4"]
+    assert listed() == [f"{name} · {end}" for end in ends]
+    choose(context.job(job.id), "checkpoint-4")
+    ends = ["step 4, chosen", "step 8, the result", "step 8"]
+    assert listed() == [f"{name} · {end}" for end in ends]
+    choose(context.job(job.id), "result")
+    assert listed()[0] == f"{name} · step 8, the result, chosen"
 
 
 def painted(size: tuple[int, int] = (32, 24)) -> str:
