@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from dora_diffusion.cli.console.errors import asking_for_report, explain, explain_to_all
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.families import FAMILIES
+from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import mask_path
 from dora_diffusion.models.locate import model_info
 from dora_diffusion.models.memory import Device, describe_device, fitting_settings, needed_memory
@@ -175,7 +176,8 @@ class Context:
             class_word: What the first one is.
             prompts: Prompts of the sample images, one per line.
             chosen: Values by setting name, as `make_config` takes them.
-            ask_hub: Ask the hub for models that are not on this machine.
+            ask_hub: Ask the hub for models that are not on this machine, and look for photos that
+                are of two subjects.
 
         Raises:
             UserError, ConfigError: If a run could not begin with it.
@@ -201,7 +203,17 @@ class Context:
         check_model(config, ask_hub=ask_hub)
         check_prompts(config.with_sample_prompts())
         # The worker would refuse a subject without a name. The plan speaks of sample prompts.
-        subjects_of(replace(config, validation_prompt=[]))
+        named = subjects_of(replace(config, validation_prompt=[]))
+        if ask_hub:  # Not at each change of a field: it reads all photos of several subjects.
+            from dora_diffusion.training.inputs.dataset import list_subjects
+
+            try:
+                list_subjects(named)
+            except PhotoError as error:
+                line = str(error)
+                for each in learned:
+                    line = line.replace(str(each.folder), each.title)
+                raise UserError(line) from error
         return config
 
     def check_paths(self, config: TrainConfig) -> None:

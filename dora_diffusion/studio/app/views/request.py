@@ -140,7 +140,11 @@ def make_request(
     for name, (strength, _) in MORE.items():
         if form.get(name):
             run, _, checkpoint = str(form[name]).partition("/")
-            adapters.append((chosen_adapter(context.job(run), checkpoint), form[strength]))
+            try:
+                path = chosen_adapter(context.job(run), checkpoint)
+            except UserError as error:
+                raise UserError(f"{MORE[name][1]} adapter: {error}") from error
+            adapters.append((path, form[strength]))
     guidance = _number(form, "guidance_scale", "a number from 0 to 30", float, most=30)
     try:
         uses = _uses(adapters, form)
@@ -474,8 +478,7 @@ def _base_of(context: Context, fields: Mapping[str, str], unread: list[str]) -> 
         path = context.job(name).record.output if kind == MERGED else name
         if kind in (BASE, MERGED) and model_name(path) == model:
             return choice
-    if "Adapter" not in fields:
-        unread.append(f"the model {model or 'is not stated'}: choose it")
+    unread.append(f"the model {model or 'is not stated'}: choose it")
     return None
 
 

@@ -175,7 +175,8 @@ def test_what_of_an_image_is_not_here_is_said_and_not_made(
     *filled, _ = find("run", "results", 0)(name)
     assert made == []
     said = next(one for one in filled if "Not as in the image" in str(one))
-    for line in ("ENSD: 5", "the adapter other, which is no run here", "Image to start from"):
+    for line in ("ENSD: 5", "the adapter other, which is no run here", "Image to start from",
+                 "the model dreamer: choose it"):  # fmt: skip
         assert line in said
     with gradio.Blocks():
         names = ["choice", *GenerateTab(context).fields]

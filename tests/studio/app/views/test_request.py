@@ -221,6 +221,8 @@ def test_no_field_is_ignored(run: SimpleNamespace) -> None:
     ]
     assert [use.schedule for use in several.adapters] == [[(0, 1)], [(0, 0), (0.5, 1)]]
     assert [*several.settings.strength_schedules] == ["default", "default_1"]
+    with pytest.raises(UserError, match="Third adapter: this run no longer exists; choose another"):
+        run.asked(**{third: "20260101-000000-abcdef"})
     with pytest.raises(UserError, match="the same adapter is chosen twice"):
         run.asked(**{third: run.id})
     with pytest.raises(UserError, match="has 2 parts, for 1 adapters"):

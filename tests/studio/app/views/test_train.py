@@ -414,7 +414,7 @@ def test_several_subjects_are_one_run_each_with_its_own_words(
     context: Context, subject: str, tmp_path: Path
 ) -> None:
     other = new_subject(context.workspace, "Cat", "cat", "sks")
-    add_photos(context.workspace, other, [tmp_path / "a.png"])
+    add_photos(context.workspace, other, [photo(tmp_path / "b.png")])
     asked = [*fields(subject, "a photo of a {subject} at night"), [other]]
     said = html.unescape(handler(context, "plan")(*asked)[0])
     assert "the token 'sks' means a 'mug' and a 'cat'; give each subject a token of its own" in said
@@ -433,6 +433,20 @@ def test_several_subjects_are_one_run_each_with_its_own_words(
     ]  # fmt: skip
     with pytest.raises(gradio.Error, match="same photos and settings is number 1 in the queue"):
         handler(context, "start")("", *asked)
+
+
+def test_a_photo_of_two_subjects_is_said_before_the_start(
+    context: Context, subject: str, tmp_path: Path
+) -> None:
+    other = new_subject(context.workspace, "Rex")
+    photo(tmp_path / "b.png")
+    add_photos(context.workspace, other, [tmp_path / "b.png", tmp_path / "a.png"])
+    keep_words(context.workspace, other, "dog", "zwx")
+    asked = [*fields(subject, "a photo of a {subject}"), [other]]
+    with pytest.raises(gradio.Error, match=r"Rex/002.jpg is the same photo as Mug/001") as wrong:
+        handler(context, "start")("", *asked)
+    assert "'sks mug' and 'zwx dog'; leave it to one" in html.unescape(str(wrong.value))
+    assert not ids_in(tmp_path / "runs")
 
 
 def test_a_style_needs_captions_and_no_words(context: Context, subject: str) -> None:
