@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import mode
 from typing import TYPE_CHECKING
 
 from dora_diffusion.cli.console.output import print_json, print_rows
@@ -133,6 +133,5 @@ def _one_or_range(text: str) -> str:
     """The value of all layers, or the smallest and the largest; ``--json`` has each."""
     if not text.startswith("{"):
         return text
-    counts = Counter(json.loads(text).values())
-    values = sorted(counts, key=float)
-    return f"{values[0]} to {values[-1]}, mostly {counts.most_common(1)[0][0]}"
+    values = list(json.loads(text).values())
+    return f"{min(values, key=float)} to {max(values, key=float)}, mostly {mode(values)}"

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import mode
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.config import settings
@@ -250,8 +251,8 @@ def _tags_once(trigger: str, tags: Sequence[str]) -> dict[str, int]:
 
 
 def _network_fields(layers: Mapping[str, LayerWeights]) -> dict[str, str]:
-    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
-    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+    rank = mode(layer.rank for layer in layers.values())
+    alpha = mode(layer.alpha for layer in layers.values())
     fields = {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
     axes = {layer.norm_axis for layer in layers.values() if layer.magnitude is not None}
     if not axes:

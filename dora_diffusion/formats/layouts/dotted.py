@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from statistics import mode
 from typing import Any, cast
 
 from torch import Tensor
@@ -298,8 +298,8 @@ class Peft(Dotted):
 
 
 def _config_of(layers: Layers, base: str) -> dict[str, object]:
-    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
-    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+    rank = mode(layer.rank for layer in layers.values())
+    alpha = mode(layer.alpha for layer in layers.values())
     # Only fields that every PEFT with DoRA knows: older versions reject others.
     return {
         "peft_type": "LORA",

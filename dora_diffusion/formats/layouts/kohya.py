@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
+from statistics import mode
 
 import torch
 from torch import Tensor
@@ -150,7 +151,7 @@ def _lora_in_diffusers(layers: Layers) -> str:
     misread: list[str] = []
     for component in dict.fromkeys(name.partition(".")[0] for name in layers):
         part = {name: w for name, w in layers.items() if name.startswith(f"{component}.")}
-        ((alpha, _),) = Counter(layer.alpha for layer in part.values()).most_common(1)
+        alpha = mode(layer.alpha for layer in part.values())
         misread += [n for n, w in part.items() if w.alpha != alpha and _ALPHA_IS_LOST.search(n)]
         if component == "unet":
             continue
