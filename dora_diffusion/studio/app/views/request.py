@@ -90,8 +90,7 @@ _DETAILS: Mapping[str, str] = {
 
 def acting(context: Context, form: Mapping[str, Any]) -> list[str]:
     """Describe each setting out of sight that changes the images, as its field is labelled."""
-    unset = (None, "", [])
-    changed = {n for n in form.keys() - IN_SIGHT if form[n] not in (*unset, UNSET[n])}
+    changed = {n for n in form.keys() - IN_SIGHT if form[n] not in (None, "", [], UNSET[n])}
     acts = [name for name in UNSET if name in changed and _DETAILS.get(name, name) in changed]
     listed = adapter_choices(context.jobs()) if changed & MORE.keys() else []
     adapters = {value: label for label, value in listed}
