@@ -224,8 +224,6 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
     of_grid = [tab.adapter, *tab.grid.fields, *fields]
     ui.on(tab.grid.make.click, make_grid, of_grid, [*shown, tab.grid.files], **drawn)
     ui.on(tab.turn.click, withdraw)
-    gallery.connect(tab.gallery)
-    words.connect(context, tab.words)
     started = start.connect(context, tab.start, tab.results.shown)
     results.connect(context, tab.results, tab)
 
@@ -254,6 +252,8 @@ def _connect_choices(context: Context, tab: GenerateTab) -> None:
     def use(text: str | None) -> list[Any]:
         return [text, None] if text else [gr.skip()] * 2
 
+    gallery.connect(tab.gallery)
+    words.connect(context, tab.words)
     ui.on(tab.load.upload, load, [tab.load], tab.filled)
     shown = ui.on(tab.gallery.list.click, show, None, tab.results.filled)
     ui.on(shown.success, None, js="() => studio.reveal('images', 'nearest')")
