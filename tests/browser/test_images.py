@@ -139,6 +139,14 @@ def test_no_press_is_early_and_what_acts_out_of_sight_is_said(
     page.page.evaluate("document.querySelector('.dd-pill').classList.remove('dd-connecting')")
     press(page, app, "#make")
     assert [name for name in pressed if name in ("make", "side-by-side")] == ["make"]
+    # What waits is taken back, which is no error.
+    lock = Lock(Workspace(app.runs).device_lock)
+    assert lock.take()
+    page.click("#make")
+    page.wait_text("#turn", "Waiting until the device is free")
+    page.click("#turn [data-do=withdraw]")
+    assert "The images were withdrawn; none of them was made" in page.toast()
+    lock.free()
 
 
 def serious(page: Visit) -> list[str]:

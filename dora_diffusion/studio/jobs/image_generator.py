@@ -127,6 +127,7 @@ class ImageGenerator:
 
     Attributes:
         is_waiting: Whether a request waits for the device.
+        is_making: Whether images are made.
     """
 
     def __init__(self, workspace: Workspace) -> None:
@@ -135,7 +136,7 @@ class ImageGenerator:
         self._components: Any = None
         self._mine = threading.Lock()
         self._withdrawn = threading.Event()
-        self.is_waiting = False
+        self.is_waiting = self.is_making = False
 
     def release(self) -> None:
         """Forget the model, so that a worker has the memory. An image in the making is let be."""
@@ -151,8 +152,19 @@ class ImageGenerator:
         release_memory()
 
     def withdraw(self) -> None:
-        """Cancel a request that waits for the device."""
+        """Cancel a request that waits for the device, or whose images are made."""
         self._withdrawn.set()
+
+    def _until_withdrawn(self, on_step: Step | None) -> Step:
+        """Return what is called at each step, and ends the images when they are withdrawn."""
+
+        def step(done: int, total: int) -> None:
+            if self._withdrawn.is_set():
+                raise Withdrawn("the images were stopped; what was not finished is not kept")
+            if on_step is not None:
+                on_step(done, total)
+
+        return step
 
     def make(self, request: GenerationRequest, on_step: Step | None = None) -> list[GeneratedImage]:
         """Images at consecutive seeds, written with what made them; a job's end is waited for.
@@ -231,8 +243,8 @@ class ImageGenerator:
             The sheet, and a zip of the web page with all images.
 
         Raises:
-            UserError, ConfigError, ValueError: If a cell cannot be, there are too many, or it was
-                withdrawn meanwhile.
+            UserError, ConfigError, ValueError: If a cell cannot be, or there are too many.
+            Withdrawn: If it was withdrawn meanwhile; images that are done are continued from.
         """
         from dora_diffusion.cli.commands.grid import GridRun
         from dora_diffusion.sampling.images import parse_parameters, save_image
@@ -255,7 +267,7 @@ class ImageGenerator:
             replace(request, settings=sampling)  # Within the limits of any image.
         with self._device(request.base):
             with _untouched() as lines:
-                run.make(on_step)
+                run.make(self._until_withdrawn(on_step))
             read = (parse_parameters(text)["Prompt"] for text in run.record.texts.values())
             asked = [replace(request, prompt=text) for text in read if text]
             notes = _about(asked or [request], self._model(request), lines).notes
@@ -320,7 +332,7 @@ class ImageGenerator:
             )
         return generate_images(
             components, prompts if asked[0].wildcards else prompts[0], seeds, settings,
-            batch_size=batch_size, on_step=on_step, require_finite=True,
+            batch_size=batch_size, on_step=self._until_withdrawn(on_step), require_finite=True,
         )  # fmt: skip
 
     @contextmanager
@@ -333,9 +345,11 @@ class ImageGenerator:
                     raise Withdrawn("the images were withdrawn; none of them was made")
                 # Not before: while it waits, a run that starts has its model's memory.
                 with self._mine, one_thread() if is_embedded(str(base.path)) else nullcontext():
+                    self.is_making = True
                     try:
                         yield
                     finally:
+                        self.is_making = False
                         # A job that was started meanwhile waits for the device, and the memory.
                         if any(map(is_running, self.workspace.job_folders)):
                             self._forget()

@@ -379,6 +379,42 @@ def test_a_grid_is_a_sheet_and_a_page_of_images_that_are_made_once(
         studio.grid(ask(finished), ["steps=500"], lambda *_: None)
 
 
+def test_images_in_the_making_are_stopped_at_a_step(
+    finished: tuple[Workspace, str], studio: ImageGenerator
+) -> None:
+    def stop(step: int) -> Any:
+        def on_step(done: int, total: int) -> None:
+            assert studio.is_making
+            steps.append(done)
+            if done == step:
+                studio.withdraw()
+
+        return on_step
+
+    steps: list[int] = []
+    asked = ask(finished, steps=4)
+    (wanted,) = studio.make(asked)
+    there = {*finished[0].images.glob("*.png")}
+    for make in (studio.make, studio.compare):
+        steps.clear()
+        with pytest.raises(Withdrawn, match="the images were stopped"):
+            make(asked, stop(2))
+        assert steps == [1, 2]
+        assert {*finished[0].images.glob("*.png")} == there
+    assert not studio.is_making
+    (again,) = studio.make(asked)
+    assert pixels(again.path) == pixels(wanted.path)
+    # Of a grid, what is done is kept.
+    axes = ["steps=2, 3"]
+    with pytest.raises(Withdrawn):
+        studio.grid(asked, axes, stop(3))
+    (folder,) = (finished[0].root / "grids").glob("*/images")
+    (first,) = folder.iterdir()
+    written = first.stat().st_mtime_ns
+    studio.grid(asked, axes, lambda *_: None)
+    assert (first.stat().st_mtime_ns, len([*folder.iterdir()])) == (written, 2)
+
+
 def test_images_wait_their_turn_while_a_run_has_the_device_and_can_be_withdrawn(
     finished: tuple[Workspace, str], studio: ImageGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -286,7 +286,9 @@ def _given(context: Context, choice: str | None) -> str:
 
 
 def _turn(busy: Job | None, context: Context) -> str:
-    """Describe what images wait for, or would wait for."""
+    """Describe what images wait for, or would wait for, with a button that ends them."""
+    if context.generator.is_making:
+        return html.note("Images are being made.") + html.button("Stop", "withdraw", "")
     if busy is None and not context.generator.is_waiting:
         return ""
     left = busy.remaining_seconds if busy else None

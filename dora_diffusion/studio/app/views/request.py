@@ -106,9 +106,9 @@ def _described(name: str, value: Any, adapters: Mapping[str, str]) -> str:
         return label
     if name == "scheduler":
         value = SCHEDULERS[value].title if value in SCHEDULERS else value
-    if value is False:
-        label, value = label.partition(":")[0], "off"
-    return f"{label}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
+    shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+    # Without what the label says of the values that can be.
+    return f"{re.split(r':| [(]', label)[0]}: {'off' if value is False else shown}"
 
 
 def make_request(

@@ -90,6 +90,9 @@ def test_the_page_says_what_images_wait_for(
     for said in (turn(running), turn(job)):
         assert "Waiting until" in said
         assert "data-do='withdraw'" in said
+    monkeypatch.setattr(context.generator, "is_waiting", False)
+    monkeypatch.setattr(context.generator, "is_making", True)
+    assert "data-do='withdraw'>Stop<" in turn(job).replace(" data-value=''", "")
     handler(context, "withdraw", "generate")()
     assert not context.generator._waits_on()
 
