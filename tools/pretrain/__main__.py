@@ -77,6 +77,36 @@ def _sd_card(work: Path, minutes: float) -> None:
     print(write_sd_card())
 
 
+def _epsilon_latents(work: Path, minutes: float) -> None:
+    from tools.pretrain import corpus, latents
+
+    latents.write_captions(work, _tokenizer(work), corpus.SD_EPSILON)
+    latents.write_latents(work, corpus.SD_EPSILON, work / "vae")
+
+
+def _epsilon_diffusion(work: Path, minutes: float) -> None:
+    """Teach tiny-sd's UNet to predict the noise; all else stays, and nothing of it ships."""
+    from tools.pretrain.diffusion import SCHEDULE, train_diffusion
+    from tools.pretrain.sd import TextToImage, export_sd
+
+    torch.manual_seed(3)
+    model = TextToImage(_tokenizer(work))
+    fill_from_package(model, "tiny-sd")
+    model.text_encoder.requires_grad_(False)
+    model.schedule = SCHEDULE | {"prediction_type": "epsilon"}
+    train_diffusion(model, work, minutes, export_sd, 5e-4, knows_words=True)
+
+
+def _epsilon_card(work: Path, minutes: float) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    from dora_diffusion.lab.toy.instrument import load_instrument
+    from tools.pretrain.card import measure_prompts
+
+    pipeline = StableDiffusionPipeline.from_pretrained(work / "pipeline")
+    print(measure_prompts(pipeline, load_instrument(), 100))
+
+
 def _sdxl_latents(work: Path, minutes: float) -> None:
     """Autoencoder and tokenizer are those of the tiny-sd that ships."""
     from dora_diffusion.models.embedded import model_folder
@@ -133,6 +163,9 @@ class Stage:
     kept: bool = False
 
 
+EPSILON = "tiny-sd-epsilon"
+"""Twin of tiny-sd that predicts the noise, made of it for measurements; it does not ship."""
+
 STAGES: dict[str, tuple[Stage, ...]] = {
     "tiny-sd": (
         Stage("images", _images),
@@ -142,6 +175,11 @@ STAGES: dict[str, tuple[Stage, ...]] = {
         Stage("diffusion", _sd_diffusion, 0.7),
         Stage("ship", _sd_ship),
         Stage("card", _sd_card),
+    ),
+    EPSILON: (
+        Stage("latents", _epsilon_latents),
+        Stage("diffusion", _epsilon_diffusion, 1.0),
+        Stage("card", _epsilon_card),
     ),
     "tiny-sdxl": (
         Stage("latents", _sdxl_latents),
@@ -182,7 +220,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--from-shipped",
         action="store_true",
-        help="continue from the diffusion model in the package; the budget is all for that",
+        help="continue from the diffusion model in the package, as tiny-sd-epsilon always does; "
+        "the budget is all for that",
     )
     return parser
 
@@ -197,8 +236,8 @@ def main() -> None:
     if arguments.stage not in (None, *(stage.name for stage in stages)):
         parser.error(f"{arguments.model} has no stage {arguments.stage}")
     arguments.work.mkdir(parents=True, exist_ok=True)
-    if arguments.from_shipped:
-        prepare_to_go_on(arguments.model, arguments.work)
+    if arguments.from_shipped or arguments.model == EPSILON:
+        prepare_to_go_on(arguments.model.removesuffix("-epsilon"), arguments.work)
     if goes_on(arguments.work):
         stages = tuple(stage for stage in stages if not stage.kept)
     shares = sum(stage.share for stage in stages)

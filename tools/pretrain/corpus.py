@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_diffusion.lab.toy.world import Scene
+from dora_diffusion.lab.toy.world import Scene, render
 from tools.pretrain.captions import caption
 from tools.pretrain.data import (
     CAPTIONED,
+    SIZE,
     open_images,
     training_image,
     training_scene,
@@ -69,5 +70,10 @@ def _view_time_ids(index: int) -> tuple[int, ...]:
     return training_view(index).time_ids
 
 
+def _drawn_images(folder: Path, first: int, end: int) -> NDArray[np.uint8]:
+    return np.stack([render(training_scene(index), SIZE) for index in range(first, end)])
+
+
 SD = Corpus(CAPTIONED, _stored_images, training_scene, _plain_captions)
+SD_EPSILON = Corpus(24_000, _drawn_images, training_scene, _plain_captions)
 SDXL = Corpus(40_000, _view_images, _view_scene, _view_captions, _view_time_ids)

@@ -74,7 +74,7 @@ class Denoiser(nn.Module):
         dropped: Tensor,
         time_ids: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Predict the velocity.
+        """Predict what the schedule's ``prediction_type`` names: the velocity or the noise.
 
         Args:
             noisy_latents: (b, c, h, w).
@@ -84,7 +84,7 @@ class Denoiser(nn.Module):
             time_ids: (b, 6) SDXL's sizes, or (b, 0).
 
         Returns:
-            the velocity (b, c, h, w), and the text's states (b, MAX_LENGTH, text_width).
+            the prediction (b, c, h, w), and the text's states (b, MAX_LENGTH, text_width).
         """
         raise NotImplementedError
 
@@ -147,6 +147,8 @@ def diffusion_loss(
         )
     target = training_target(model.schedule["prediction_type"], latents, noise, alpha_bar)
     weight = velocity_weight(alpha_bar, model.low_snr)
+    if model.schedule["prediction_type"] == "epsilon":
+        weight = weight / alpha_bar  # An error of the noise is sqrt(alpha_bar) of the velocity's.
     loss = denoising_loss(prediction, target, weight).mean()
     if not teach_words:
         return loss

@@ -12,7 +12,7 @@ from torch import Tensor
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.models.latents import predict
 from dora_diffusion.models.text import tokenize
-from tools.pretrain.diffusion import SCHEDULE, Denoiser, clip_text_config
+from tools.pretrain.diffusion import Denoiser, clip_text_config
 from tools.pretrain.pipeline import finish_folder
 from tools.pretrain.vae import LATENT_CHANNELS
 
@@ -83,7 +83,9 @@ def export_sd(model: TextToImage, folder: Path, output: Path) -> None:
         text_encoder=copy.deepcopy(model.text_encoder).half(),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         unet=copy.deepcopy(model.unet).half(),
-        scheduler=DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, timestep_spacing="trailing"),
+        scheduler=DDIMScheduler(
+            **model.schedule, set_alpha_to_one=False, timestep_spacing="trailing"
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -133,6 +133,28 @@ def test_loss_and_gradients_are_those_of_the_raw_modules(
         assert difference <= 1e-6 * expected_gradients[key].norm(), key
 
 
+class NoiseOfVelocity(TextToImage):
+    """What a model of the velocity says of the noise: sqrt(a) v + sqrt(1 - a) x."""
+
+    schedule = TextToImage.schedule | {"prediction_type": "epsilon"}
+
+    def forward(self, noisy: Any, t: Any, *conditions: Any) -> Any:
+        velocity, states = super().forward(noisy, t, *conditions)
+        a = DDPMScheduler(**self.schedule).alphas_cumprod[t][:, None, None, None]
+        return a.sqrt() * velocity.float() + (1 - a).sqrt() * noisy, states
+
+
+def test_errors_of_the_noise_count_as_those_of_the_velocity(tokenizer: Any) -> None:
+    data, losses = drawn_data(tokenizer, 16, has_time_ids=False), []
+    for kind in (TextToImage, NoiseOfVelocity):
+        torch.manual_seed(0)
+        model = kind(tokenizer).eval()
+        alphas = DDPMScheduler(**model.schedule).alphas_cumprod
+        draws = torch.Generator().manual_seed(5)
+        losses.append(diffusion.diffusion_loss(model, data, alphas, draws, teach_words=False))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
+
+
 def test_the_weight_fades_outside_of_the_levels_that_decide() -> None:
     snr = torch.tensor([0.0, 0.25, 0.5, 1.0, 11.0, 23.0])
     alpha_bar = snr / (1 + snr)
