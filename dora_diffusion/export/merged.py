@@ -218,31 +218,21 @@ def _open_vae(name: str | Path) -> Iterator[VaeFile]:
     """Open an autoencoder and close its file afterwards.
 
     Args:
-        name: A folder of an autoencoder or of a whole model, a hub id of either, or a
-            ``.safetensors`` file: an autoencoder alone, or a whole checkpoint.
+        name: As of `vae_folder`, or a ``.safetensors`` file: an autoencoder alone, or a whole
+            checkpoint.
 
     Raises:
         ExportError: If it is not an autoencoder.
         ModelNotFoundError: If there is none.
     """
+    from dora_diffusion.models.locate import vae_folder
+
     path = Path(name).expanduser()
     if path.suffix in PICKLED:
         raise ExportError(f"{path.name} is a pickle, which can run code when opened")
     config = None
     if not path.is_file():
-        folder = _folder(name)
+        folder = vae_folder(name)
         path, config = find_weights(folder), folder / "config.json"
     with TensorReader(path) as reader:
         yield VaeFile(reader, config if config and config.is_file() else None)
-
-
-def _folder(name: str | Path) -> Path:
-    from dora_diffusion.models.locate import fetch_snapshot, looks_local, resolve_folder
-
-    path = Path(name).expanduser()
-    if not path.is_dir() and not looks_local(str(name)) and ":" not in str(name):
-        allow = ["config.json", "*.safetensors", "vae/config.json", "vae/*.safetensors"]
-        path = fetch_snapshot(str(name), None, allow, ["*.fp16.*"])
-    elif not (path / "config.json").is_file():
-        path = resolve_folder(name)
-    return path / "vae" if (path / "vae").is_dir() else path

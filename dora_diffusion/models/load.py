@@ -56,9 +56,8 @@ from dora_diffusion.models.configuration import (
 from dora_diffusion.models.locate import (
     EMBEDDED_PREFIX,
     ModelNotFoundError,
-    fetch_snapshot,
-    looks_local,
     resolve_folder,
+    vae_folder,
 )
 from dora_diffusion.models.words import add_tokens
 from dora_diffusion.numerics.quantised import quantise_rows
@@ -363,8 +362,7 @@ def load_vae(
     """Load an autoencoder by itself.
 
     Args:
-        name: A folder of the autoencoder or of a whole pipeline, a hub id of either, or a
-            ``.safetensors`` file in the original layout.
+        name: As of `vae_folder`, or a ``.safetensors`` file in the original layout.
         dtype: Of its weights, unless the family's autoencoders overflow in half precision and
             this one does not say that it is safe (``force_upcast`` false).
         family: The model's family.
@@ -385,12 +383,7 @@ def load_vae(
                 torch_dtype=torch.float32 if wide else dtype,
                 local_files_only=True,
             )
-    if not path.is_dir():
-        if looks_local(str(name)):
-            raise ModelNotFoundError(f"the VAE {name} does not exist; give a folder or a hub id")
-        allow = ["config.json", "*.safetensors", "vae/config.json", "vae/*.safetensors"]
-        path = fetch_snapshot(str(name), None, allow, ["*.fp16.*"])
-    folder = path / "vae" if (path / "vae").is_dir() else path
+    folder = vae_folder(name)
     return _module_of_folder(
         folder, "vae", "AutoencoderKL", _vae_dtype(folder, dtype, family), BaseModel(folder)
     )

@@ -73,6 +73,26 @@ def resolve_folder(model: AnyModel, *, local_only: bool = False) -> Path:
     return _checked_folder(fetch_snapshot(text, base.revision, allow, ignore, local_only))
 
 
+def vae_folder(name: str | Path) -> Path:
+    """Find the folder of an autoencoder.
+
+    Args:
+        name: Its folder, or that of a whole pipeline, a hub id of either, or ``embedded:NAME``.
+
+    Raises:
+        ModelNotFoundError: If there is no such autoencoder.
+    """
+    path = Path(name).expanduser()
+    if is_embedded(str(name)):
+        path = resolve_folder(name)
+    elif not path.is_dir():
+        if looks_local(str(name)):
+            raise ModelNotFoundError(f"the VAE {name} does not exist; give a folder or a hub id")
+        allow = ["config.json", "*.safetensors", "vae/config.json", "vae/*.safetensors"]
+        path = fetch_snapshot(str(name), None, allow, ["*.fp16.*"])
+    return path / "vae" if (path / "vae").is_dir() else path
+
+
 def resolve_adapter(name: str | Path) -> Path:
     """Find the adapter that a name stands for: its file or folder, or a hub id, downloaded once.
 

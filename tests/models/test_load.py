@@ -229,6 +229,9 @@ def test_another_vae(sd1_folder: Path, sdxl_folder: Path) -> None:
     from_pipeline = load_components(BaseModel(sd1_folder, vae=sdxl_folder)).vae
     assert from_pipeline.config.scaling_factor == 0.13025
     assert load_vae(sdxl_folder / "vae").config.scaling_factor == 0.13025
+    embedded = load_components("embedded:tiny-sd").vae.state_dict()
+    for key, weight in load_vae("embedded:tiny-sd").state_dict().items():
+        assert torch.equal(weight, embedded[key])
     with pytest.raises(ModelNotFoundError, match=r"the VAE \./absent does not exist"):
         load_components(BaseModel(sd1_folder, vae="./absent"))
 
