@@ -153,7 +153,9 @@ class Probe:
     def _computing(self, *modules: nn.Module) -> Iterator[None]:
         """Compute in float32; what moves weights stays outside, or they would stay so."""
         evaluating, scope = self._components.eval_mode(), norm_scope(*modules)
-        wide = nullcontext() if self._is_sharded else _Float32()
+        tensors = (t for one in modules for t in (*one.parameters(), *one.buffers()))
+        is_half = any(tensor.dtype in _HALF for tensor in tensors)
+        wide = _Float32() if is_half and not self._is_sharded else nullcontext()
         with torch.no_grad(), evaluating, uncompiled(), scope, wide:
             yield
 
