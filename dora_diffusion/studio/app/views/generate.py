@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,17 +224,26 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
     of_grid = [tab.adapter, *tab.grid.fields, *fields]
     ui.on(tab.grid.make.click, make_grid, of_grid, [*shown, tab.grid.files], **drawn)
     ui.on(tab.turn.click, withdraw)
-    started = start.connect(context, tab.start, tab.results.shown)
+    gallery.connect(tab.gallery)
+    words.connect(context, tab.words)
+    filled = [restored, *start.connect(context, tab.start, tab.results.shown)]
+    _connect_acting(context, tab, dict(zip(names, fields, strict=True)), filled)
     results.connect(context, tab.results, tab)
+    _connect_choices(context, tab)
+
+
+def _connect_acting(
+    context: Context, tab: GenerateTab, form: Mapping[str, Any], filled: Sequence[Any]
+) -> None:
+    """Show what acts out of sight: when a field of ``form`` changes, and after these events."""
 
     def describe(*values: Any) -> str:
-        return show_acting(context, dict(zip(names, values, strict=True)))
+        return show_acting(context, dict(zip(form, values, strict=True)))
 
     # A folded field is not on the page, and tells of no change: whoever fills it in shows this too.
     changed = [field.change for name, field in tab.fields.items() if name not in IN_SIGHT]
-    for event in (changed, restored.then, *(event.then for event in started)):
-        ui.on(event, describe, fields, [tab.acting], trigger_mode="always_last")
-    _connect_choices(context, tab)
+    for event in (changed, *(event.then for event in filled)):
+        ui.on(event, describe, [*form.values()], [tab.acting], trigger_mode="always_last")
 
 
 def _connect_choices(context: Context, tab: GenerateTab) -> None:
@@ -252,8 +261,6 @@ def _connect_choices(context: Context, tab: GenerateTab) -> None:
     def use(text: str | None) -> list[Any]:
         return [text, None] if text else [gr.skip()] * 2
 
-    gallery.connect(tab.gallery)
-    words.connect(context, tab.words)
     ui.on(tab.load.upload, load, [tab.load], tab.filled)
     shown = ui.on(tab.gallery.list.click, show, None, tab.results.filled)
     ui.on(shown.success, None, js="() => studio.reveal('images', 'nearest')")

@@ -287,7 +287,7 @@ def _connect_presets(context: Context, tab: TrainTab, subjects: SubjectTab) -> N
 
 
 def _known(filled: Any) -> dict[str, Any]:
-    """What was filled in last, as the browser kept it."""
+    """Values that were filled in last, as the browser kept them."""
     return filled if isinstance(filled, dict) else {}
 
 
