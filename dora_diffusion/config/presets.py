@@ -45,7 +45,7 @@ class Preset:
         return "1 photo: this preset is for several; one-photo has half the steps, for a single one"
 
 
-# Measured on tiny-sd alone (docs/measurements/fast.md): other models have other rates.
+# Measured on tiny-sd and its twin (docs/measurements/fast.md): other models have other rates.
 _FAST: Mapping[str, Any] = {
     "targets": ["up_blocks.*"], "learning_rate": 5e-3, "lr_scheduler": "constant",
     "lr_warmup_steps": 3, "ema_decay": 0.99, "train_batch_size": 10,
@@ -56,12 +56,15 @@ _WORD: Mapping[str, Any] = {
     "initializer_concept": ["sks"],
 }  # fmt: skip
 _PRACTICE = "Published practice for DreamBooth with LoRA, not measured here."
-_TINY = "On an embedded model, measured on tiny-sd; not measured on others."
+_TINY = (
+    "On an embedded model, measured on tiny-sd and a twin that predicts the noise; not on others."
+)
 PRESETS: Mapping[str, Preset] = {
     "fast": Preset("Half the steps.", _TINY, 0.5, 50, embedded=_FAST),
     "fast-word": Preset(
-        "Fast with a new word that starts from sks, <sks> unless you name another.", _TINY,
-        0.5, 50, _WORD, embedded={**_FAST, "embedding_lr": 1e-2},
+        "Fast with a new word that starts from sks, <sks> unless you name another.",
+        f"{_TINY} On the twin the word gains nothing.", 0.5, 50, _WORD,
+        embedded={**_FAST, "embedding_lr": 1e-2},
     ),
     "balanced": Preset(
         "The usual number of steps.", _PRACTICE, 1, 300, released={"with_prior_preservation": True}
