@@ -134,7 +134,7 @@ def test_loss_and_gradients_are_those_of_the_raw_modules(
 
 
 class NoiseOfVelocity(TextToImage):
-    """What a model of the velocity says of the noise: sqrt(a) v + sqrt(1 - a) x."""
+    """The noise by a model of the velocity: sqrt(a) v + sqrt(1 - a) x."""
 
     schedule = TextToImage.schedule | {"prediction_type": "epsilon"}
 
