@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,7 @@ from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.numerics.threads import one_thread
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.studio.jobs.inputs import input_path, keep_input
-from dora_diffusion.studio.jobs.queue import holding, is_running
+from dora_diffusion.studio.jobs.queue import PERSON, holding, is_running
 from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace, new_id
 
 if TYPE_CHECKING:
@@ -119,15 +120,20 @@ class _About(NamedTuple):
     components: Components
 
 
+@dataclass(eq=False)
+class _Turn:
+    """A request's turn at the device: it waits for it, or its images are made."""
+
+    person: str
+    is_making: bool = False
+    is_withdrawn: bool = False
+
+
 class ImageGenerator:
     """Makes images and keeps the last model loaded.
 
     Args:
         workspace: The runs folder.
-
-    Attributes:
-        is_waiting: Whether a request waits for the device.
-        is_making: Whether images are made.
     """
 
     def __init__(self, workspace: Workspace) -> None:
@@ -135,8 +141,13 @@ class ImageGenerator:
         self._loaded: tuple[Any, ...] | None = None
         self._components: Any = None
         self._mine = threading.Lock()
-        self._withdrawn = threading.Event()
-        self.is_waiting = self.is_making = False
+        self._turns: list[_Turn] = []
+
+    @property
+    def turn(self) -> str:
+        """State of this person's requests: ``"making"``, ``"waiting"`` or empty."""
+        mine = [turn.is_making for turn in self._turns if turn.person == PERSON.get()]
+        return "making" if any(mine) else "waiting" if mine else ""
 
     def release(self) -> None:
         """Forget the model, so that a worker has the memory. An image in the making is let be."""
@@ -152,14 +163,16 @@ class ImageGenerator:
         release_memory()
 
     def withdraw(self) -> None:
-        """Cancel a request that waits for the device, or whose images are made."""
-        self._withdrawn.set()
+        """Cancel the requests of the person who asks: those that wait, and what is being made."""
+        for turn in self._turns:
+            turn.is_withdrawn |= turn.person == PERSON.get()
 
     def _until_withdrawn(self, on_step: Step | None) -> Step:
         """Return what is called at each step, and ends the images when they are withdrawn."""
+        (turn,) = (turn for turn in self._turns if turn.is_making)
 
         def step(done: int, total: int) -> None:
-            if self._withdrawn.is_set():
+            if turn.is_withdrawn:
                 raise Withdrawn("the images were stopped; what was not finished is not kept")
             if on_step is not None:
                 on_step(done, total)
@@ -337,28 +350,27 @@ class ImageGenerator:
 
     @contextmanager
     def _device(self, base: BaseModel) -> Iterator[None]:
-        self._withdrawn.clear()
+        turn = _Turn(PERSON.get())
+        self._turns.append(turn)
         try:
-            with holding(self.workspace.device_lock, or_wait=self._waits_on) as held:
-                self.is_waiting = False
+            with holding(self.workspace.device_lock, or_wait=partial(self._waits_on, turn)) as held:
                 if not held:
                     raise Withdrawn("the images were withdrawn; none of them was made")
                 # Not before: while it waits, a run that starts has its model's memory.
                 with self._mine, one_thread() if is_embedded(str(base.path)) else nullcontext():
-                    self.is_making = True
+                    turn.is_making = True
                     try:
                         yield
                     finally:
-                        self.is_making = False
+                        turn.is_making = False
                         # A job that was started meanwhile waits for the device, and the memory.
                         if any(map(is_running, self.workspace.job_folders)):
                             self._forget()
         finally:
-            self.is_waiting = False
+            self._turns.remove(turn)
 
-    def _waits_on(self) -> bool:
-        self.is_waiting = not self._withdrawn.is_set()
-        return self.is_waiting
+    def _waits_on(self, turn: _Turn) -> bool:
+        return not turn.is_withdrawn
 
     def _model(self, request: GenerationRequest) -> Any:
         """The model with the adapters at their strengths; reloaded only if others are asked for."""

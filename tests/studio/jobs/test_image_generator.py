@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
@@ -39,7 +40,7 @@ from dora_diffusion.studio.jobs.image_generator import (
     ImageGenerator,
 )
 from dora_diffusion.studio.jobs.image_store import ImageStore
-from dora_diffusion.studio.jobs.queue import Lock
+from dora_diffusion.studio.jobs.queue import PERSON, Lock
 from dora_diffusion.studio.jobs.snapshot import adapter_of
 from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace
 from dora_diffusion.studio.jobs.uploads import read_generation_settings
@@ -384,7 +385,7 @@ def test_images_in_the_making_are_stopped_at_a_step(
 ) -> None:
     def stop(step: int) -> Any:
         def on_step(done: int, total: int) -> None:
-            assert studio.is_making
+            assert studio.turn == "making"
             steps.append(done)
             if done == step:
                 studio.withdraw()
@@ -401,14 +402,15 @@ def test_images_in_the_making_are_stopped_at_a_step(
             make(asked, stop(2))
         assert steps == [1, 2]
         assert {*finished[0].images.glob("*.png")} == there
-    assert not studio.is_making
+    assert studio.turn == ""
     (again,) = studio.make(asked)
     assert pixels(again.path) == pixels(wanted.path)
     # Of a grid, what is done is kept.
-    axes = ["steps=2, 3"]
+    axes, grids = ["steps=2, 3"], finished[0].root / "grids"
+    others = {*grids.glob("*/images")}
     with pytest.raises(Withdrawn):
         studio.grid(asked, axes, stop(3))
-    (folder,) = (finished[0].root / "grids").glob("*/images")
+    (folder,) = {*grids.glob("*/images")} - others
     (first,) = folder.iterdir()
     written = first.stat().st_mtime_ns
     studio.grid(asked, axes, lambda *_: None)
@@ -423,24 +425,34 @@ def test_images_wait_their_turn_while_a_run_has_the_device_and_can_be_withdrawn(
     assert lock.take()
     asked: Queue[bool] = Queue()
     keep_waiting = studio._waits_on
-    monkeypatch.setattr(studio, "_waits_on", lambda: asked.put(True) or keep_waiting())
+
+    def withdraw_as(person: str) -> str:
+        PERSON.set(person)
+        studio.withdraw()
+        return studio.turn
+
+    monkeypatch.setattr(studio, "_waits_on", lambda turn: asked.put(True) or keep_waiting(turn))
     monkeypatch.setattr("dora_diffusion.studio.jobs.image_generator.is_running", lambda job: True)
     with ThreadPoolExecutor() as threads:
         images = threads.submit(studio.make, ask(finished))
         asked.get()
-        asked.get()  # By the second time it has been said that it waits.
-        assert studio.is_waiting
+        asked.get()
+        assert studio.turn == "waiting"
+        assert copy_context().run(withdraw_as, "ben") == ""
+        while not asked.empty():
+            asked.get()
+        asked.get()  # It waits on: that was another person.
         studio.release()  # as before a run starts
         assert studio._loaded is None
         studio.withdraw()
         with pytest.raises(Withdrawn, match="the images were withdrawn; none of them was made"):
             images.result()
-        assert not studio.is_waiting
+        assert studio.turn == ""
         images = threads.submit(studio.make, ask(finished))
         asked.get()
         lock.free()
         assert len(images.result()) == 1
-    assert not studio.is_waiting
+    assert studio.turn == ""
     assert studio._loaded is None, "the run that waits now has the memory"
     assert lock.take()
     lock.free()

@@ -293,15 +293,16 @@ def _given(context: Context, choice: str | None) -> str:
 
 
 def _turn(busy: Job | None, context: Context) -> str:
-    """Describe what images wait for, or would wait for, with a button that ends them."""
-    if context.generator.is_making:
+    """Describe what images wait for, or would wait for, with a button that ends one's own."""
+    turn = context.generator.turn
+    if turn == "making":
         return html.note("Images are being made.") + html.button("Stop", "withdraw", "")
-    if busy is None and not context.generator.is_waiting:
+    if busy is None and not turn:
         return ""
     left = busy.remaining_seconds if busy else None
     end = f" (about {html.duration(left)})" if left is not None else ""
     what = f"until {busy.title} has ended{end}" if busy else "until the device is free"
-    if not context.generator.is_waiting:
+    if not turn:
         return html.note(f"Images wait {what}.")
     text = f"Waiting {what}. The images are made then, and are in the list of all images."
     return html.note(text) + html.button("Stop waiting", "withdraw", "")

@@ -21,7 +21,7 @@ from dora_diffusion.studio.app.views import generate
 from dora_diffusion.studio.app.views.generate import GenerateTab, refresh
 from dora_diffusion.studio.app.views.request import MORE, restore
 from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.image_generator import GeneratedImage
+from dora_diffusion.studio.jobs.image_generator import GeneratedImage, _Turn
 from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.store import UserError
 from tests.studio.app.views.helpers import handler, handlers
@@ -86,15 +86,17 @@ def test_the_page_says_what_images_wait_for(
     assert turn(job) == ""
     running = dataclasses.replace(job, state="running")
     assert "Images wait until &lt;mug&gt; has ended (about 12 s)" in turn(running)
-    monkeypatch.setattr(context.generator, "is_waiting", True)
+    own = _Turn("ann")
+    monkeypatch.setattr(context.generator, "_turns", [own])
+    assert turn(job) == ""  # somebody else's
+    own.person = ""
     for said in (turn(running), turn(job)):
         assert "Waiting until" in said
         assert "data-do='withdraw'" in said
-    monkeypatch.setattr(context.generator, "is_waiting", False)
-    monkeypatch.setattr(context.generator, "is_making", True)
+    own.is_making = True
     assert "data-do='withdraw'>Stop<" in turn(job).replace(" data-value=''", "")
     handler(context, "withdraw", "generate")()
-    assert not context.generator._waits_on()
+    assert own.is_withdrawn
 
 
 @pytest.fixture
