@@ -37,7 +37,10 @@ def test_what_no_prompt_can_use_is_refused_and_nothing_is_lost(
     workspace.styles.write_text(STYLES, encoding="utf-8")
     (workspace.wildcards / "c.txt").write_text("green", encoding="utf-8")
     (tmp_path / "good.txt").write_text("red", encoding="utf-8")
-    (tmp_path / name).write_bytes(content)
+    try:
+        (tmp_path / name).write_bytes(content)
+    except OSError:
+        pytest.skip("no file can be called so on this system")
     with pytest.raises(UserError, match=message) as error:
         keep_prompt_files(workspace, [tmp_path / "good.txt", tmp_path / name])
     assert str(tmp_path) not in str(error.value)
