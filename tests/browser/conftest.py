@@ -44,6 +44,25 @@ SETTLED = """() => new Promise(done => {
     }
     frame()
 })"""
+# What was just unfolded gets its values a frame after it is drawn, whatever was typed meanwhile.
+DRAWN = """() => new Promise(done => {
+    let frames = 0
+    const frame = () => ++frames > 3 ? done(true) : requestAnimationFrame(frame)
+    frame()
+})"""
+# A message closes itself: those that came are kept, for whoever looks late.
+MESSAGES = """window.messages = []
+new MutationObserver((changes) => {
+    const added = changes.flatMap((change) => [...change.addedNodes])
+    const parts = added.filter((node) => node.nodeType === Node.ELEMENT_NODE)
+    window.messages.push(...parts.flatMap((part) =>
+        part.matches('.toast-body') ? [part] : [...part.querySelectorAll('.toast-body')]))
+}).observe(document, {subtree: true, childList: true})"""
+TAKE_MESSAGE = """() => {
+    const message = window.messages.shift()
+    message.querySelector('.toast-close').click()
+    return message.textContent
+}"""
 BAD_STATES = ("failed", "crashed")
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -149,6 +168,7 @@ class Visit:
         self.app = app
         self.page = browser.new_page(viewport={"width": width, "height": 900})
         self.page.set_default_timeout(WAIT_SECONDS * 1000)
+        self.page.add_init_script(MESSAGES)
         self.wrong: list[str] = []
         self.page.on("console", self._console)
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
@@ -207,6 +227,10 @@ class Visit:
         """Wait until the page has drawn what it has."""
         self.wait(SETTLED)
 
+    def drawn(self) -> None:
+        """Wait until what was just unfolded has its values."""
+        self.page.evaluate(DRAWN)
+
     def wait_for(self, selector: str) -> None:
         """Wait until an element is to be seen."""
         self.act(lambda limit: self.page.locator(selector).first.wait_for(timeout=limit))
@@ -220,7 +244,12 @@ class Visit:
         element.click()
 
     def fill(self, selector: str, value: str) -> None:
-        self.act(lambda limit: self.page.locator(selector).first.fill(value, timeout=limit))
+        self.fill_in(self.page.locator(selector).first, value)
+
+    def fill_in(self, field: Any, value: str) -> None:
+        self.act(lambda limit: field.wait_for(timeout=limit))
+        self.drawn()
+        self.act(lambda limit: field.fill(value, timeout=limit))
 
     def check(self, label: str) -> None:
         box = self.page.get_by_label(label).first  # "Fast", not "Fast word"
@@ -272,28 +301,22 @@ class Visit:
         return self.text(selector)
 
     def toast(self) -> str:
-        self.wait_for(".toast-wrap .toast-body")
-        text = self.text(".toast-wrap")
-        self.click(".toast-close")
-        return text
+        """Wait for a message and close it, where it has not closed itself; its text."""
+        self.wait("window.messages.length")
+        return str(self.page.evaluate(TAKE_MESSAGE))
 
     def set_text(self, label: str, value: str) -> None:
         field = self.page.get_by_label(label, exact=False).first
-        self.act(lambda limit: field.fill(value, timeout=limit))
+        self.fill_in(field, value)
         field.press("Tab")
 
     def set_setting(self, name: str, value: str, selector: str = "#plan", shown: str = "") -> None:
-        """Type a setting until the page answers: a field that was just unfolded is drawn anew."""
-
-        def action(limit: float) -> None:
-            self.set_text(name, value)
-            self.page.wait_for_function(
-                "([s, text]) => document.querySelector(s)?.innerText.includes(text)",
-                arg=[selector, shown or f"--{name} {value}"],
-                timeout=limit,
-            )
-
-        self.act(action)
+        """Type a setting, and wait for the page's answer to it."""
+        self.set_text(name, value)
+        self.wait(
+            "([s, text]) => document.querySelector(s)?.innerText.includes(text)",
+            [selector, shown or f"--{name} {value}"],
+        )
 
     def unfold(self, *titles: str) -> None:
         """Open accordions, from the outside in."""

@@ -19,6 +19,7 @@ def reach(page: Visit, is_it: str) -> None:
     for _ in range(MOST_STOPS):
         keyboard.press("Tab")
         if page.page.evaluate(f"({is_it})(document.activeElement)"):
+            page.drawn()
             return
     raise AssertionError(f"Tab does not reach {is_it}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 import traceback
@@ -20,7 +19,6 @@ from dora_diffusion.studio.jobs.store import UserError
 
 TICK_SECONDS = 2.0
 _DAY = 24 * 3600
-# By the second one, what was deleted is not in the list of runs any more.
 _READS = 3
 
 
@@ -111,22 +109,21 @@ def _connect_clock(
         problems += [context.queue.problem] if context.queue.problem else []
         return {"header": html.header(jobs, problems), **made}
 
-    @read_again_if_deleted
     def tick(known: dict[str, Any], *chosen: Any) -> list[Any]:
         now = parts(*chosen)
         marks = [now[name][0] for name in others if name in now]
         return [repr(marks), *_changes(known, now, texts)]
 
-    @read_again_if_deleted
     def fill(known: dict[str, Any], *chosen: Any) -> list[Any]:
         return _changes(known, parts(*chosen), others)
 
     outputs = [mark, seen_texts, *texts.values()]
     clock = gr.Timer(TICK_SECONDS)
-    ui.on(clock.tick, tick, [seen_texts, *inputs], outputs, trigger_mode="once")
-    ui.on(restored.then, tick, [seen_texts, *inputs], outputs)
-    filled = [seen_others, *others.values()]
-    ui.on(mark.change, fill, [seen_others, *inputs], filled, trigger_mode="always_last")
+    ticked = read_again_if_deleted(context, tick)
+    ui.on(clock.tick, ticked, [seen_texts, *inputs], outputs, trigger_mode="once")
+    ui.on(restored.then, ticked, [seen_texts, *inputs], outputs)
+    filled, of_others = read_again_if_deleted(context, fill), [seen_others, *others.values()]
+    ui.on(mark.change, filled, [seen_others, *inputs], of_others, trigger_mode="always_last")
 
 
 def whole_tabs(**tabs: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
@@ -150,14 +147,19 @@ def _log_once(error: str) -> None:
     traceback.print_exc(file=sys.stderr)
 
 
-def read_again_if_deleted(handler: Handler) -> Handler:
-    """Make a refresh read again where a file that it was about to read is deleted meanwhile."""
+def read_again_if_deleted(context: Context, handler: Handler) -> Handler:
+    """Make a refresh read again where a file that it was about to read is deleted meanwhile.
+
+    The runs that it knows may be from before that, so they are listed again first.
+    """
 
     @functools.wraps(handler)
     def run(*args: Any) -> Any:
         for _ in range(_READS - 1):
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 return handler(*args)
+            except FileNotFoundError:
+                context.jobs(fresh=True)
         return handler(*args)
 
     return run  # type: ignore[return-value]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -18,7 +19,7 @@ from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
-from dora_diffusion.studio.app.page import _changes, read_again_if_deleted
+from dora_diffusion.studio.app.page import _changes
 from dora_diffusion.studio.app.settings import _NOT_ADVANCED, LABELS, SETTINGS, sentence
 from dora_diffusion.studio.app.views.library import page_of
 from dora_diffusion.studio.jobs import records
@@ -47,20 +48,6 @@ def test_only_what_changed_is_made_and_sent() -> None:
     _, *updates = _changes(seen, {"text": "x", "field": part("b")}, names)
     assert updates == ["x", "made b"]
     assert made == ["a", "b"]
-
-
-def test_a_refresh_reads_again_where_a_run_is_deleted_while_it_reads() -> None:
-    gone = [FileNotFoundError("samples/step-1.png"), FileNotFoundError("log.txt")]
-
-    def read(known: int) -> int:
-        if gone:
-            raise gone.pop()
-        return known + 1
-
-    assert read_again_if_deleted(read)(1) == 2
-    gone = [FileNotFoundError("runs")] * 9  # Not for ever: it may be something else that is gone.
-    with pytest.raises(FileNotFoundError):
-        read_again_if_deleted(read)(1)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +83,30 @@ def shown(context: Context, handler: Callable[[str], Any]) -> Callable[[str | No
         return str([*tick({}, run, None, None, None), *fill({}, run, None, None, None)])
 
     return show
+
+
+@pytest.mark.parametrize("name", ["tick", "fill"])
+def test_a_refresh_reads_again_where_a_run_is_deleted_while_it_reads(
+    context: Context, handler: Callable[[str], Any], name: str
+) -> None:
+    """The list of runs that a refresh begins with may be from before."""
+    run, other = (ended_run(context.workspace, (50,), 120) for _ in range(2))
+    (run.folder / "samples").mkdir()
+    photo(run.folder / "samples" / "adapted.png")
+    assert run.id in [job.id for job in context.jobs(fresh=True)]
+    shutil.rmtree(run.folder)
+    page = str(handler(f"_connect_clock.<locals>.{name}")({}, run.id, None, None, None))
+    assert run.id not in page
+    assert other.id in page
+
+
+def test_a_file_that_is_never_there_is_said(
+    context: Context, handler: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = FileNotFoundError(2, "No such file", "runs")
+    monkeypatch.setattr("dora_diffusion.studio.app.page.run.refresh", Mock(side_effect=error))
+    with pytest.raises(gradio.Error, match="Runs does not exist"):
+        handler("_connect_clock.<locals>.tick")({}, None, None, None, None)
 
 
 @pytest.mark.parametrize("kind", ["empty", "truncated", "binary", "list", "folder"])
