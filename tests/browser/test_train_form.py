@@ -231,6 +231,27 @@ def test_many_fields_that_change_together_ask_for_one_plan(visit: Callable[..., 
     assert asked[-1][list(ADVANCED).index("max_train_steps")] == "1000"
 
 
+TRACKED = """async () => {
+    const scripts = performance.getEntriesByType('resource').map(({name}) => name)
+    const {[0]: script} = scripts.filter((name) => name.includes('/statustracker-'))
+    const States = Object.values(await import(script)).find((one) => one?.prototype?.resolve_args)
+    const states = new States()
+    states.register(1, [10], [11], 'hidden')
+    states.register(2, [10], [11], 'minimal')
+    return [1, 2].map((event) => {
+        states.update({fn_index: event, status: 'pending'})
+        return Object.keys(states.current)
+    })
+}"""
+
+
+def test_an_event_without_a_sign_of_its_work_is_told_to_no_field(
+    visit: Callable[..., Visit],
+) -> None:
+    """Gradio looks through the whole page for each field that is told."""
+    assert visit().page.evaluate(TRACKED) == [[], ["10"]]
+
+
 def test_a_model_that_is_not_there_is_said_before_the_start(
     visit: Callable[..., Visit], app: App
 ) -> None:

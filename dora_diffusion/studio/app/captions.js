@@ -4,7 +4,16 @@ const KEPT = 'dora-studio-captions';
 const read = () => JSON.parse(localStorage.getItem(KEPT) ?? '{}');
 const keep = (typed) => localStorage.setItem(KEPT, JSON.stringify(typed));
 const fields = () => [...element.querySelectorAll('textarea')];
-const send = () => { if (Object.keys(read()).length) trigger('input', { typed: read() }); };
+// One save after the other, then the button that was pressed meanwhile: what is asked at once may come
+// to the server the other way around.
+let saving = false, again = false;
+const waiting = [];
+const send = () => {
+  again = saving;
+  if (saving || !Object.keys(read()).length) return;
+  saving = true;
+  trigger('input', { typed: read() });
+};
 // The field that is typed in: where the rows are drawn anew meanwhile, the next letter goes there.
 let current = null;
 
@@ -25,6 +34,16 @@ window.ddCaptionsWritten = (written) => {
   const typed = read();
   for (const [photo, text] of Object.entries(written)) if (typed[photo] === text) delete typed[photo];
   keep(typed);
+};
+
+window.ddCaptionsAnswered = () => {
+  saving = false;
+  if (again) send();
+  if (!saving) waiting.splice(0).forEach((go) => go());
+};
+window.ddCaptionsSaved = async (...values) => {
+  if (saving) await new Promise((go) => waiting.push(go));
+  return values;
 };
 
 element.addEventListener('input', ({ target }) => {

@@ -131,6 +131,9 @@ def connect(context: Context, tab: CaptionsView, pick: Any) -> None:
         trigger_mode="multiple", **in_turn,
     )  # fmt: skip
     ui.on(saved.success, None, [tab.written], None, js="(done) => window.ddCaptionsWritten(done)")
+    for ended in (saved.then, saved.failure):
+        ui.on(ended, None, js="() => window.ddCaptionsAnswered()")
+    in_turn["js"] = "(...values) => window.ddCaptionsSaved(...values)"
     outputs = [tab.tags, tab.rows, tab.message]
     for button, fields in tab.edits:
         inputs = [pick, *fields.values()]
