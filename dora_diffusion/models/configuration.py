@@ -108,10 +108,11 @@ def empty_module(folder: Path, kind: str) -> Any:
     import diffusers
     import transformers
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
     config = read_json(folder / "config.json")
     # Buffers are not weights, and no file needs to have them.
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         if hasattr(diffusers, kind):
             return getattr(diffusers, kind).from_config(config)
         return getattr(transformers, kind)(transformers.CLIPTextConfig(**config))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES
@@ -39,6 +39,24 @@ def test_released_shapes(family: str, part: str, count: int) -> None:
     module = empty_module(released_folder(of, V) / part, module_classes(of)[part])
     assert sum(parameter.numel() for parameter in module.parameters()) == count
     assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
+
+
+def test_a_module_gets_no_values_before_its_weights(
+    sdxl_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = CLIPTextModelWithProjection.from_pretrained(sdxl_folder / "text_encoder_2")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("values were drawn for a parameter")
+
+    for name in ("normal_", "uniform_"):
+        monkeypatch.setattr(torch.Tensor, name, fail)
+    components = load_components(sdxl_folder)
+    encoder = components.text_encoders[1]
+    for kind in ("named_parameters", "named_buffers"):
+        values, wanted = dict(getattr(encoder, kind)()), dict(getattr(stock, kind)())
+        assert values.keys() == wanted.keys()
+        assert all(torch.equal(values[key], wanted[key]) for key in wanted)
 
 
 def test_what_differs_between_releases() -> None:
