@@ -145,8 +145,10 @@ window.studio = {
     const growing = new ResizeObserver(([{target}]) => target.scrollIntoView({block}));
     const waiting = new MutationObserver(look);
     waiting.observe(document.body, {subtree: true, childList: true, attributes: true});
+    const listeners = new AbortController();
+    const stop = () => { waiting.disconnect(); growing.disconnect(); listeners.abort(); };
     for (const type of ['pointerdown', 'keydown', 'wheel', 'touchmove'])
-      addEventListener(type, () => { waiting.disconnect(); growing.disconnect(); }, {capture: true, once: true});
+      addEventListener(type, stop, {capture: true, signal: listeners.signal});
     look();
   },
 
