@@ -236,11 +236,11 @@ class Client:
         Raises:
             ApiError: If none was; then no subject is left.
         """
-        files = _readable(files)
+        paths = _readable(files)
         new = {"title": title, "class_word": class_word, "token": token}
         subject = self._ask("POST", "subjects", RemoteSubject, json=new)
         try:
-            return self.add_photos(subject.id, files)
+            return self._add_photos(subject.id, paths)
         except BaseException:
             self.delete_subject(subject.id)
             raise
@@ -253,16 +253,19 @@ class Client:
         Raises:
             ApiError: If none of them was taken.
         """
+        return self._add_photos(subject_id, _readable(files))
+
+    def _add_photos(self, subject_id: str, paths: Sequence[Path]) -> RemoteSubject:
         refused = list[ApiError]()
         subject: RemoteSubject | None = None
         # A caption is that of a photo which is there.
-        for file in sorted(_readable(files), key=lambda path: path.suffix == ".txt"):
+        for path in sorted(paths, key=lambda path: path.suffix == ".txt"):
             try:
-                subject = self._upload(f"subjects/{subject_id}/photos", file, RemoteSubject)
+                subject = self._upload(f"subjects/{subject_id}/photos", path, RemoteSubject)
             except ApiError as error:
                 if error.status not in (413, 422):
                     raise
-                line = str(error) if file.name in str(error) else f"{file.name}: {error}"
+                line = str(error) if path.name in str(error) else f"{path.name}: {error}"
                 refused.append(ApiError(error.status, line))
         lines = tuple(map(str, refused))
         if subject is None:
@@ -361,11 +364,11 @@ class Client:
 
     def upload_input(self, file: str | Path) -> str:
         """Upload an image to start from, or a mask; its name is for ``image``, ``mask_image``."""
-        return self._upload("inputs", file, NewInput).name
+        return self._upload("inputs", _readable(file)[0], NewInput).name
 
     def upload_prompt_file(self, file: str | Path) -> RemotePromptFile:
         """Upload styles (``.csv``), which replace those before, or wildcards (``.txt``)."""
-        return self._upload("prompt-files", file, RemotePromptFile)
+        return self._upload("prompt-files", _readable(file)[0], RemotePromptFile)
 
     def prompt_files(self) -> list[RemotePromptFile]:
         """All files of styles and wildcards."""
@@ -403,8 +406,7 @@ class Client:
             raise _file_error(error) from error
         return path
 
-    def _upload(self, address: str, file: str | Path, kind: type[Answer]) -> Answer:
-        (path,) = _readable(file)
+    def _upload(self, address: str, path: Path, kind: type[Answer]) -> Answer:
         name = quote(path.name, safe="")
         return self._ask("PUT", f"{address}/{name}", kind, content=path.read_bytes())
 
