@@ -281,7 +281,7 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise PhotoError(f"{folder}: the photo folder {what}; give a folder of photos")
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    photos, nested = [path for path in entries if is_photo(path)], nested_photos(entries)
+    photos, nested = photos_in(folder), nested_photos(entries)
     named = [path for path in entries if path.name.lower().endswith(PHOTO_SUFFIXES)]
     broken = [path.name for path in named if path.is_symlink() and not path.exists()]
     lost = f"links to files that are not there ({listing(broken, 5)})" if broken else ""
@@ -322,10 +322,16 @@ def nested_photos(entries: Sequence[Path]) -> str:
     return ", ".join(nested[:5]) + (f", and {len(nested) - 5} more folders" if nested[5:] else "")
 
 
+def photos_in(folder: Path) -> list[Path]:
+    """A folder's photos by name; none where there is no folder."""
+    return sorted(filter(is_photo, folder.iterdir())) if folder.is_dir() else []
+
+
 def is_photo(path: Path) -> bool:
-    """Return whether a path is a file that is named like a photo."""
+    """Return whether a path is a file that is named like a photo, and not hidden."""
     name = path.name.lower()
-    return name.endswith(PHOTO_SUFFIXES) and not name.endswith(MASK_SUFFIX) and path.is_file()
+    is_named = name.endswith(PHOTO_SUFFIXES) and not name.startswith(".")
+    return is_named and not name.endswith(MASK_SUFFIX) and path.is_file()
 
 
 def write_photo_record(folder: Path, photos: Iterable[Photo]) -> Path:

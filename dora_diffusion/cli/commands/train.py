@@ -247,11 +247,10 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 
 def _warn_of_photos(preset: str, config: TrainConfig) -> None:
     """Warn of a preset that is made for another number of photos."""
-    from dora_diffusion.data.photos import is_photo
+    from dora_diffusion.data.photos import photos_in
 
-    named = filter(None, (subject.instance_data_dir for subject in config.subjects))
-    for folder in filter(Path.is_dir, map(Path.expanduser, map(Path, named))):
-        if advice := PRESETS[preset].photos_advice(sum(map(is_photo, folder.iterdir()))):
+    for folder in filter(None, (subject.instance_data_dir for subject in config.subjects)):
+        if advice := PRESETS[preset].photos_advice(len(photos_in(Path(folder).expanduser()))):
             warnings.warn(f"{folder}: {advice}", stacklevel=1)
 
 

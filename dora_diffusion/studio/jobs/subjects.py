@@ -28,7 +28,7 @@ from dora_diffusion.data.captions import read_caption
 from dora_diffusion.data.checks import PhotoWarning, check_photos
 from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.data.images import open_photo
-from dora_diffusion.data.photos import is_photo, mask_path, read_photos
+from dora_diffusion.data.photos import mask_path, photos_in, read_photos
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.studio.jobs import store
 from dora_diffusion.studio.jobs.store import DamagedFile, UserError, Workspace
@@ -83,11 +83,6 @@ def read_subject(workspace: Workspace, subject_id: object) -> StoredSubject:
         photos=photos,
         sample=str(values.get("sample") or ""),
     )
-
-
-def photos_in(folder: Path) -> list[Path]:
-    """A subject's photos by name; none where the folder is empty."""
-    return sorted(path for path in folder.iterdir() if is_photo(path)) if folder.is_dir() else []
 
 
 def new_subject(

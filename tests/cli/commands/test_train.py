@@ -404,6 +404,7 @@ def test_a_preset_says_that_it_is_for_other_numbers_of_photos(tmp_path, recwarn)
     folder.mkdir()
     words = ["--preset", "one-photo", "--instance_data_dir", str(folder), "--token", "sks"]
     words += ["--class_word", "mug", "--pretrained_model_name_or_path", "embedded:tiny-sd"]
+    (folder / "._0.png").touch()  # As macOS writes beside a photo.
     for number in range(3):
         Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text("a sks mug", encoding="utf-8")

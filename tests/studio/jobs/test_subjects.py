@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.data.captions import read_caption
-from dora_diffusion.data.photos import mask_path
+from dora_diffusion.data.photos import mask_path, photos_in
 from dora_diffusion.studio.jobs.store import UserError, Workspace
 from dora_diffusion.studio.jobs.subjects import (
     add_photos,
@@ -20,7 +20,6 @@ from dora_diffusion.studio.jobs.subjects import (
     new_subject,
     photo_path,
     photo_warnings,
-    photos_in,
     read_subject,
     remove_photo,
     save_caption,

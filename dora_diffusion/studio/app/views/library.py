@@ -14,6 +14,7 @@ from dora_diffusion.cli.commands.adapters import where_it_works
 from dora_diffusion.config.command import AsJob, CommandSettings
 from dora_diffusion.config.wording import counted
 from dora_diffusion.data.images import open_photo
+from dora_diffusion.data.photos import photos_in
 from dora_diffusion.formats.adapter.inspect import numbers
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
@@ -28,7 +29,6 @@ from dora_diffusion.studio.jobs.queue import delete_job, stop_job
 from dora_diffusion.studio.jobs.records import FORMS, IMPORT
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import REMAINS, UserError
-from dora_diffusion.studio.jobs.subjects import photos_in
 from dora_diffusion.studio.jobs.tasks import MOST_STARS
 from dora_diffusion.studio.jobs.uploads import MAX_FILE
 
