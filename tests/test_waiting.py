@@ -18,7 +18,7 @@ VIRTUAL = "from tests.cluster.serving.helpers import run"
 # Ends a pause that would go on for ever where all is well: a slow machine makes it prove less.
 PAUSES = {"paused.wait(0.2)"}
 # Whose limits are what is tested.
-SETTINGS = {"Deployment"}
+SETTINGS = {"deployment"}
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def _is_time(value: object) -> bool:
         ("time.sleep(0.05)", 1),
         ("asyncio.wait_for(event.wait(), 60.0)", 1),
         ("LONG = 60\nprocess.wait(LONG)", 1),
-        ("Deployment('base', (), timeout=60)", 0),
+        ("deployment(timeout=60)", 0),
         ("program = 'import time; time.sleep(60)'", 1),
         ("process.wait(WAIT_SECONDS)\nbarrier.wait()\nopen(timeout=None, wait=True)", 0),
         ("page.set_default_timeout(0)\n', '.join('ab')\npage.wait('#x')", 0),

@@ -15,6 +15,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import numpy as np
@@ -23,12 +24,17 @@ import pytest
 from PIL import Image
 
 from dora_diffusion import SamplingSettings, generate_images
+from dora_diffusion.cluster.commands import ServeSettings
 from dora_diffusion.cluster.serving import deploy
 from dora_diffusion.cluster.serving.deploy import TOKEN_VARIABLE, Deployment, deployed, read_token
 from dora_diffusion.config import ConfigError
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.sampling.generate import load_adapted
 from tests.waiting import WAIT_SECONDS, wait_until
+
+
+def deployment(base: str = "base", token: str | None = None, **values: Any) -> Deployment:
+    return ServeSettings(base=base, **values).deployment(token)
 
 
 @pytest.mark.parametrize(
@@ -38,27 +44,31 @@ from tests.waiting import WAIT_SECONDS, wait_until
         ({"host": "192.168.1.7"}, "lets others ask this server"),
         ({"host": "::"}, "lets others ask this server"),
         ({"host": "no host"}, "host is 'no host'; it must be an address"),
-        ({"port": 0}, "port is 0; it must be 1 to 65535"),
-        ({"capacity": 0}, "capacity is 0; it must be at least 1"),
-        ({"window": -1}, "window is -1; it must be 0 to 10"),
-        ({"timeout": 0}, "timeout is 0; it must be more than 0"),
-        ({"timeout": math.nan}, "timeout is nan; it must be more than 0"),
-        ({"timeout": math.inf}, "timeout is inf; it must be more than 0, and at most 86400"),
-        ({"window": math.nan}, "window is nan; it must be 0 to 10"),
-        ({"replica_gpus": -1.0}, "replica_gpus is -1.0; it must be a share of one"),
+        ({"port": 0}, "port is 0; it must be at least 1"),
+        ({"port": 65536}, "port is 65536; it must be at most 65535"),
+        ({"queue": 0}, "queue is 0; it must be at least 1"),
+        ({"window": -1}, "window is -1; it must not be negative"),
+        ({"window": 11}, "window is 11; it must be at most 10"),
+        ({"timeout": 0}, "timeout is 0; it must be greater than 0"),
+        ({"timeout": math.nan}, "timeout is nan; it must be a finite number"),
+        ({"timeout": math.inf}, "timeout is inf; it must be a finite number"),
+        ({"timeout": 86401}, "timeout is 86401; it must be at most 86400"),
+        ({"window": math.nan}, "window is nan; it must be a finite number"),
+        ({"replica_gpus": -1.0}, "replica_gpus is -1.0; it must not be negative"),
         ({"replica_gpus": 1.5}, "replica_gpus is 1.5; it must be a share of one"),
-        ({"replica_gpus": math.nan}, "replica_gpus is nan; it must be a share of one"),
+        ({"replica_gpus": math.nan}, "replica_gpus is nan; it must be a finite number"),
         ({"address": "ray://head:10001"}, "run serve on a node of the cluster"),
     ],
     ids=str,
 )
 def test_what_would_be_open_or_cannot_be_is_refused(values, line):
     with pytest.raises(ConfigError, match=line):
-        Deployment("base", (), **values)
-    assert Deployment("base", (), host="0.0.0.0", token="x" * 16).url == "http://0.0.0.0:8000"
-    assert Deployment("base", (), host="::1", port=9).url == "http://[::1]:9"
-    assert Deployment("base", (), replica_gpus=2.0).name != Deployment("base", (), port=9).name
-    assert "xxxx" not in repr(Deployment("base", (), token="x" * 16))
+        deployment(**values)
+    shared = deployment(host="0.0.0.0", token="x" * 16)
+    assert shared.url == "http://0.0.0.0:8000"
+    assert "xxxx" not in repr(shared)
+    assert deployment(host="::1", port=9).url == "http://[::1]:9"
+    assert deployment(replica_gpus=2.0).name != deployment(port=9).name
 
 
 def test_a_token_is_read_from_a_file_or_the_environment(tmp_path, monkeypatch):
@@ -97,7 +107,7 @@ def test_without_ray_a_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(ConfigError, match=r'run pip install "ray\[serve\]"$'),
-        deployed(Deployment("base", ())),
+        deployed(deployment()),
     ):
         pass
 
@@ -126,7 +136,7 @@ def test_on_ray_a_model_that_is_not_there_is_named():
         pytest.raises(
             ConfigError, match=r"not be started: no embedded model is called 'tiny': choose tiny-sd"
         ),
-        deployed(Deployment("embedded:tiny", ())),
+        deployed(deployment("embedded:tiny")),
     ):
         pass
 
@@ -154,7 +164,7 @@ def test_a_replica_answers_in_a_thread_and_stops_for_nobody(monkeypatch):
 
     monkeypatch.setattr(deploy, "_close_door", lambda: None)  # For all of this process.
     monkeypatch.setattr(deploy.Engine, "load", lambda *options: Model())
-    replica = deploy.Replica(Deployment("base", (), timeout=60))
+    replica = deploy.Replica(deployment(timeout=60))
     assert asyncio.run(replica.answer([1, 2])) == [1, 2]
     asyncio.run(leave())
     for seconds, is_hung in ((None, False), (50, False), (61, True)):
@@ -177,7 +187,7 @@ def test_a_replica_has_no_port_that_unpickles_what_anybody_sends(monkeypatch):
         await found.stop(None)
 
     asyncio.run(start())
-    deploy.Replica(Deployment("base", ()))
+    deploy.Replica(deployment())
     asyncio.run(start())
     assert opened[0] > 0
     assert opened[1] == 0
