@@ -15,18 +15,14 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.config.base import AnyModel, BaseModel
-from dora_diffusion.config.families import UnsupportedModelError
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import ExportError, model_name, open_model
 from dora_diffusion.export.metadata import trained_steps
+from dora_diffusion.export.programs import is_model
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter
 from dora_diffusion.formats.adapter.metadata import parse_metadata
 from dora_diffusion.formats.adapter.stored import find_adapter
-from dora_diffusion.formats.checkpoint.models import (
-    PipelineFolder,
-    StoredModel,
-    detect_checkpoint_family,
-)
+from dora_diffusion.formats.checkpoint.models import PipelineFolder, StoredModel
 from dora_diffusion.formats.checkpoint.weights import (
     ModelWeights,
     check_dtype,
@@ -241,27 +237,17 @@ def _trained_steps(source: str | Path) -> int | None:
     path = Path(source).expanduser()
     if path.is_dir() and (folder := pipeline_in(path)):
         return trained_steps(PipelineFolder(folder).metadata)
-    if is_model(source) or (file := find_adapter(source)).suffix != ".safetensors":
+    if names_model(source) or (file := find_adapter(source)).suffix != ".safetensors":
         return None
     steps = parse_metadata(read_header(file).metadata).extra.get("training_steps", "")
     return int(steps) if steps.isdecimal() else None
 
 
-def is_model(source: str | Path) -> bool:
+def names_model(source: str | Path) -> bool:
     """Return whether a source is a whole model: a pipeline's folder, a single file, or a name."""
     path = Path(source).expanduser()
-    if path.is_dir():
-        return pipeline_in(path) is not None
-    if not path.is_file():
-        # A name with a suffix can only be a file that is missing.
-        return path.suffix != ".safetensors"
-    if path.suffix != ".safetensors":
-        return False
-    try:
-        detect_checkpoint_family(read_header(path).specs)
-    except UnsupportedModelError:
-        return False
-    return True
+    # A name with a suffix can only be a file that is missing.
+    return is_model(path) if path.exists() else path.suffix != ".safetensors"
 
 
 @contextlib.contextmanager
@@ -279,7 +265,7 @@ def open_tuned(
         ExportError: If a model does not have the base's layers.
         AdapterFormatError: If an adapter cannot be read, or does not fit the base.
     """
-    if is_model(source):
+    if names_model(source):
         with open_model(source) as model:
             yield TunedModel(model, base)
         return
