@@ -21,7 +21,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dora_diffusion.cluster.fleet.connection import connect, ray_library
-from dora_diffusion.cluster.fleet.queue import Place, Task, TaskReport, Work, Worker, Workers
+from dora_diffusion.cluster.fleet.queue import (
+    Task,
+    TaskReport,
+    Work,
+    Worker,
+    WorkerLocation,
+    Workers,
+)
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.wording import counted
 
@@ -95,13 +102,13 @@ def _portable(error: Exception) -> Exception:
 
 
 @dataclass
-class _Seat:
+class _ActorSlot:
     """An actor, and what it is at: ``call`` is its start, and then its task."""
 
     actor: Any
     created: float
     call: Any
-    place: Place | None = None
+    location: WorkerLocation | None = None
     waited: float = 0.0
     task: Task | None = None
     asked: Any = None
@@ -120,7 +127,7 @@ class RayWorkers(Workers):
     def __init__(self, work: Work, address: str, share: Share) -> None:
         super().__init__(work)
         self._address, self._share = address, share
-        self._seats: list[_Seat] = []
+        self._slots: list[_ActorSlot] = []
         self._failed = 0
 
     def __enter__(self) -> RayWorkers:
@@ -140,8 +147,8 @@ class RayWorkers(Workers):
         return self
 
     def __exit__(self, *error: object) -> None:
-        for seat in self._seats:
-            self._dismiss(seat)
+        for slot in self._slots:
+            self._stop_actor(slot)
         self._leave()
 
     def _wanted(self) -> dict[str, float]:
@@ -165,13 +172,13 @@ class RayWorkers(Workers):
         )
 
     def idle(self, waiting: int) -> int:
-        busy = sum(seat.task is not None for seat in self._seats)
+        busy = sum(slot.task is not None for slot in self._slots)
         limit = self._fitting() if self._share.workers is None else self._share.workers
-        if not self._seats:
+        if not self._slots:
             self._warn_of_shortage()
-        for _ in range(len(self._seats), min(limit, busy + waiting)):
-            self._seats.append(self._hire())
-        return len(self._idle_seats())
+        for _ in range(len(self._slots), min(limit, busy + waiting)):
+            self._slots.append(self._start_actor())
+        return len(self._idle_slots())
 
     def _warn_of_shortage(self) -> None:
         """Warn that the first worker has to wait for what else runs on the cluster."""
@@ -185,10 +192,10 @@ class RayWorkers(Workers):
                     stacklevel=4,
                 )
 
-    def _idle_seats(self) -> list[_Seat]:
-        return [seat for seat in self._seats if seat.call is None]
+    def _idle_slots(self) -> list[_ActorSlot]:
+        return [slot for slot in self._slots if slot.call is None]
 
-    def _hire(self) -> _Seat:
+    def _start_actor(self) -> _ActorSlot:
         actor_class: Any = self._ray.remote(_Actor)
         actor = actor_class.options(
             num_cpus=self._demand.get("CPU", 0),
@@ -197,48 +204,48 @@ class RayWorkers(Workers):
             max_concurrency=2,  # Answers while it works.
             scheduling_strategy="SPREAD",
         ).remote(self._work)
-        return _Seat(actor, time.monotonic(), actor.ready.remote())
+        return _ActorSlot(actor, time.monotonic(), actor.ready.remote())
 
-    def _dismiss(self, seat: _Seat) -> None:
+    def _stop_actor(self, slot: _ActorSlot) -> None:
         with contextlib.suppress(Exception):
-            self._ray.kill(seat.actor)
+            self._ray.kill(slot.actor)
 
-    def start(self, task: Task) -> Place:
-        seat = self._idle_seats()[0]
-        assert seat.place is not None
-        seat.task, seat.told = task, {}
-        seat.call = seat.actor.do.remote(task.payload, seat.waited)
-        seat.waited = 0.0
-        return seat.place
+    def start(self, task: Task) -> WorkerLocation:
+        slot = self._idle_slots()[0]
+        assert slot.location is not None
+        slot.task, slot.told = task, {}
+        slot.call = slot.actor.do.remote(task.payload, slot.waited)
+        slot.waited = 0.0
+        return slot.location
 
     def wait(self) -> list[TaskReport]:
-        calls = [seat.call for seat in self._seats if seat.call is not None]
+        calls = [slot.call for slot in self._slots if slot.call is not None]
         if not calls:
             time.sleep(_WAIT_SECONDS)  # No node is left that one would fit on; some may come.
             return []
         self._ray.wait(calls, num_returns=1, timeout=_WAIT_SECONDS)
-        reports = [report for seat in list(self._seats) for report in self._settle(seat)]
+        reports = [report for slot in list(self._slots) for report in self._settle(slot)]
         self._ask_all()
         return reports
 
     def _is_there(self, reference: Any) -> bool:
         return reference is not None and bool(self._ray.wait([reference], timeout=0)[0])
 
-    def _settle(self, seat: _Seat) -> list[TaskReport]:
+    def _settle(self, slot: _ActorSlot) -> list[TaskReport]:
         """Return the outcome of an actor's task; one that starts has none.
 
         Raises:
             ConfigError: If none starts at all.
         """
-        if not self._is_there(seat.call):
+        if not self._is_there(slot.call):
             return []
         try:
-            answer = self._ray.get(seat.call)
+            answer = self._ray.get(slot.call)
         except Exception as error:  # The actor is gone, alone or with its node.
-            self._seats.remove(seat)
-            self._dismiss(seat)  # It may be there, and out of reach.
-            if seat.task is not None and seat.place is not None:
-                return [TaskReport(seat.task, seat.place, lost=_reason(error))]
+            self._slots.remove(slot)
+            self._stop_actor(slot)  # It may be there, and out of reach.
+            if slot.task is not None and slot.location is not None:
+                return [TaskReport(slot.task, slot.location, lost=_reason(error))]
             self._failed += 1
             if self._failed < _MOST_FAILED:
                 return []
@@ -246,25 +253,25 @@ class RayWorkers(Workers):
                 f"{counted(self._failed, 'worker')} in a row could not start: {_reason(error)}; is "
                 "dora-diffusion of this version installed on every node?"
             ) from error
-        task, seat.call, seat.task = seat.task, None, None
-        if task is None or seat.place is None:
-            seat.place, self._failed = Place(*answer), 0
-            seat.waited = time.monotonic() - seat.created
+        task, slot.call, slot.task = slot.task, None, None
+        if task is None or slot.location is None:
+            slot.location, self._failed = WorkerLocation(*answer), 0
+            slot.waited = time.monotonic() - slot.created
             return []
-        return [TaskReport(task, seat.place, *answer)]
+        return [TaskReport(task, slot.location, *answer)]
 
     def _ask_all(self) -> None:
         """Fetch what busy actors have told, and ask them again; nothing is waited for."""
-        for seat in self._seats:
-            if seat.asked is not None and self._is_there(seat.asked):
+        for slot in self._slots:
+            if slot.asked is not None and self._is_there(slot.asked):
                 with contextlib.suppress(Exception):  # Its task says that it is gone.
-                    seat.told = self._ray.get(seat.asked)
-                seat.asked = None
-            if seat.asked is None and seat.task is not None:
-                seat.asked = seat.actor.told.remote()
+                    slot.told = self._ray.get(slot.asked)
+                slot.asked = None
+            if slot.asked is None and slot.task is not None:
+                slot.asked = slot.actor.told.remote()
 
     def progress(self) -> dict[str, Any]:
-        return {seat.task.name: seat.told for seat in self._seats if seat.task is not None}
+        return {slot.task.name: slot.told for slot in self._slots if slot.task is not None}
 
 
 def _reason(error: Exception) -> str:

@@ -91,7 +91,7 @@ def table_lines(fleet: Fleet) -> list[str]:
         step = "starting"
         if figures:
             step = f"step {figures['step']} of {figures['total']}, loss {figures['loss']:.4f}"
-        lines.append(f"  {name}: {step} ({task.place.worker})")
+        lines.append(f"  {name}: {step} ({task.location.worker})")
     if len(queue.running) > _ROWS:
         lines.append(f"  and {len(queue.running) - _ROWS} more")
     return lines

@@ -28,7 +28,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerLocation:
     """Location of a task: the worker, and the node that it is on."""
 
     worker: str = ""
@@ -41,7 +41,7 @@ class TaskReport:
 
     Attributes:
         task: The task.
-        place: Where it runs, or ran last.
+        location: Where it runs, or ran last.
         value: What the work returned.
         error: What it raised, or that its workers were lost.
         lost: Why its worker is gone, where it is; the task may be done by another one.
@@ -50,7 +50,7 @@ class TaskReport:
     """
 
     task: Task
-    place: Place
+    location: WorkerLocation
     value: Any = None
     error: Exception | None = None
     lost: str = ""
@@ -114,15 +114,15 @@ class Workers:
         """Return how many of the waiting tasks could be started right now."""
         return int(self._task is None)
 
-    def start(self, task: Task) -> Place:
+    def start(self, task: Task) -> WorkerLocation:
         """Start a task on an idle worker."""
         self._task, self._worker.told = task, {}
-        return Place("this process")
+        return WorkerLocation("this process")
 
     def wait(self) -> list[TaskReport]:
         """The tasks that ended, after a while of waiting for one; perhaps none did."""
         assert self._task is not None
-        report = TaskReport(self._task, Place("this process"))
+        report = TaskReport(self._task, WorkerLocation("this process"))
         try:
             report = replace(report, value=self._work(report.task.payload, self._worker))
         except Exception as error:

@@ -125,20 +125,22 @@ def run_fleet(
         ended, left = _sorted_out(configs, results, output)
         fleet.known = frozenset(name for name, record in ended.items() if record.status == DONE)
         fleet.queue.add(_packed(left, pack))
-        book = _Book(fleet, results, list(configs), on_change)
+        recorder = _Recorder(fleet, results, list(configs), on_change)
         try:
             for record in ended.values():
-                book.end(record)
+                recorder.end(record)
             if left:
-                run_tasks(fleet.queue, fleet.workers, book.end_task, lambda: on_change(fleet, None))
+                run_tasks(
+                    fleet.queue, fleet.workers, recorder.end_task, lambda: on_change(fleet, None)
+                )
         finally:
-            book.write()
+            recorder.write()
         fleet.files["page"] = results.write(PAGE_FILE, fleet_page(list(configs), fleet.records))
     return fleet
 
 
 @dataclass(frozen=True)
-class _Book:
+class _Recorder:
     """Recorder of a fleet."""
 
     fleet: Fleet
@@ -165,8 +167,8 @@ class _Book:
                 record,
                 attempts=done.attempts,
                 seconds=round(done.seconds, 3),
-                worker=done.place.worker,
-                node=done.place.node,
+                worker=done.location.worker,
+                node=done.location.node,
             )
             if known.status == DONE:
                 self.results.save(known)

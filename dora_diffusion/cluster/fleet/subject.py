@@ -107,7 +107,7 @@ def _bytes_so_far() -> tuple[int, int]:
     )
 
 
-class _Trainee:
+class _SubjectRun:
     """A subject that is trained here.
 
     Attributes:
@@ -141,7 +141,7 @@ class _Trainee:
         self.results.fetch(name)
         self.config = _in_folder(subject.config, self.folder, resumes=resumes)
 
-    def take(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Record an event, and keep what it wrote."""
         if isinstance(event, ModelLoading) and not self.has_left:
             # Its folder was looked at, and is no other run's.
@@ -184,14 +184,14 @@ def train_subjects(subjects: Sequence[FleetSubject], worker: Worker) -> list[Sub
         KeyboardInterrupt: If a signal stopped them; they resume later.
     """
     meter = _Meter(worker.waited, len(subjects))
-    trainees: dict[str, _Trainee] = {}
+    runs: dict[str, _SubjectRun] = {}
     records: dict[str, SubjectRecord] = {}
 
     def fail(subject: FleetSubject, error: Exception) -> None:
         name, cause = subject.record.name, cause_of(error)
         records[name] = replace(subject.record, status=FAILED, cause=cause)
-        if name in trainees:
-            records[name] = trainees[name].record(meter, caught, status=FAILED, cause=cause)
+        if name in runs:
+            records[name] = runs[name].record(meter, caught, status=FAILED, cause=cause)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
@@ -199,28 +199,28 @@ def train_subjects(subjects: Sequence[FleetSubject], worker: Worker) -> list[Sub
         try:
             for subject in subjects:
                 try:
-                    trainees[subject.record.name] = _Trainee(subject)
+                    runs[subject.record.name] = _SubjectRun(subject)
                 except Exception as error:
                     fail(subject, error)
-            records |= {name: t.done for name, t in trainees.items() if t.done is not None}
-            left = {name: t for name, t in trainees.items() if t.done is None}
+            records |= {name: t.done for name, t in runs.items() if t.done is not None}
+            left = {name: t for name, t in runs.items() if t.done is None}
             made = _train(left, worker)
             for name, failure in made.failures.items():
                 fail(left.pop(name).subject, failure)
-            for name, trainee in left.items():
+            for name, run in left.items():
                 try:
-                    records[name] = trainee.finish(made.results[name], meter, caught)
+                    records[name] = run.finish(made.results[name], meter, caught)
                 except Exception as error:
-                    fail(trainee.subject, error)
+                    fail(run.subject, error)
         finally:
-            for name, trainee in trainees.items():
-                trainee.results.leave(name)
+            for name, run in runs.items():
+                run.results.leave(name)
             gc.collect()  # The runs' modules hold each other.
             devices.release_memory()
     return [records[subject.record.name] for subject in subjects]
 
 
-def _train(trainees: Mapping[str, _Trainee], worker: Worker) -> PackResult:
+def _train(runs: Mapping[str, _SubjectRun], worker: Worker) -> PackResult:
     """Train one by itself, or several as a pack.
 
     Raises:
@@ -230,10 +230,10 @@ def _train(trainees: Mapping[str, _Trainee], worker: Worker) -> PackResult:
     def on_event(name: str, event: Event) -> None:
         if isinstance(event, StepDone):
             worker.tell(step=event.step, total=event.total_steps, loss=event.loss)
-        for trainee in [trainees[name]] if name else trainees.values():  # "": the whole pack
-            trainee.take(event)
+        for run in [runs[name]] if name else runs.values():  # "": the whole pack
+            run.on_event(event)
 
-    configs = {name: trainee.config for name, trainee in trainees.items()}
+    configs = {name: run.config for name, run in runs.items()}
     made = PackResult()
     try:
         if len(configs) > 1:
@@ -245,7 +245,7 @@ def _train(trainees: Mapping[str, _Trainee], worker: Worker) -> PackResult:
         return PackResult({}, dict.fromkeys(configs, error))
     if made.signal_number is not None:
         for name in made.results:
-            trainees[name].keep()
+            runs[name].keep()
         raise KeyboardInterrupt
     return made
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dora_diffusion.cluster.fleet.console import FleetTable, table_lines
-from dora_diffusion.cluster.fleet.queue import Place, Task, TaskReport, WorkQueue
+from dora_diffusion.cluster.fleet.queue import Task, TaskReport, WorkerLocation, WorkQueue
 from dora_diffusion.cluster.fleet.results import SubjectRecord
 from dora_diffusion.cluster.fleet.run import Fleet
 
@@ -17,7 +17,7 @@ class Told:
         self.told = told
 
     def start(self, task):
-        return Place("node-1:42", "node-1")
+        return WorkerLocation("node-1:42", "node-1")
 
     def progress(self):
         return self.told
@@ -35,7 +35,7 @@ def fleet():
     now[0] = 60
     tasks = {name: running.task for name, running in queue.running.items()}
     for name, error in (("a", None), ("b", ValueError("no photos"))):
-        queue.settle(TaskReport(tasks[name], Place(), error=error))
+        queue.settle(TaskReport(tasks[name], WorkerLocation(), error=error))
     records = {
         "old": SubjectRecord("old", "done"),
         "a": SubjectRecord("a", "done", seconds=60, worker="node-1:42", warnings=("idle",)),
@@ -56,7 +56,7 @@ def test_in_a_log_each_subject_is_a_line_and_a_warning_is_said_once(fleet, capsy
     show = FleetTable(is_terminal=False)
     for name in ("old", "a", "b"):
         show(fleet, fleet.records[name])
-    fleet.queue.lost.append(TaskReport(Task("c", None), Place(), lost="its node is gone"))
+    fleet.queue.lost.append(TaskReport(Task("c", None), WorkerLocation(), lost="its node is gone"))
     show(fleet, None)
     show.close()
     assert capsys.readouterr().err.splitlines() == [

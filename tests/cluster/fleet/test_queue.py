@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_diffusion.cluster.fleet.queue import (
-    Place,
     Task,
     TaskReport,
+    WorkerLocation,
     WorkQueue,
     run_tasks,
 )
@@ -42,16 +42,16 @@ class ScriptedWorkers:
         self.busy.append(task)
         self.started.append(task.name)
         self.most = max(self.most, len(self.busy))
-        return Place("a worker")
+        return WorkerLocation("a worker")
 
     def wait(self):
         task = self.busy.pop(0)
         what = self.script[task.name].pop(0)
-        place = Place("a worker", "a node")
+        location = WorkerLocation("a worker", "a node")
         if what == "lost":
-            return [TaskReport(task, place, lost="its node is gone")]
+            return [TaskReport(task, location, lost="its node is gone")]
         error = ValueError("no photos") if what == "error" else None
-        return [TaskReport(task, place, value=None if error else task.payload, error=error)]
+        return [TaskReport(task, location, value=None if error else task.payload, error=error)]
 
     def progress(self):
         return {}
@@ -125,7 +125,7 @@ def test_pace_and_time_left_are_those_of_the_clock():
     queue.start(workers)
     queue.start(workers)
     now[0] += 30
-    ended = [queue.settle(TaskReport(task, Place())) for task in list(workers.busy)]
+    ended = [queue.settle(TaskReport(task, WorkerLocation())) for task in list(workers.busy)]
     assert [one.seconds for one in ended] == [30, 30]
     assert queue.per_hour == 5 * 240
     assert queue.seconds_left == 60
