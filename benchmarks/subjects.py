@@ -36,8 +36,8 @@ from dora_diffusion.lab.judges import (
     JUDGED_SIZE,
     SAMPLING,
     ToyRequest,
+    compose,
     judge,
-    place,
     reference_images,
     sample_subject,
     toy_requests,
@@ -167,7 +167,7 @@ def scenes(first: int, count: int, shift: int) -> list[ToyRequest]:
         background = list(BACKGROUNDS)[(number * 3 + shift) % len(BACKGROUNDS)]
         thing = sample_subject(generator, kind)
         prompt = f"a photo of a {thing.color} {kind} {PLACES[background][0]}"
-        scene = place(thing, background, generator)
+        scene = compose(thing, background, generator)
         requests.append(
             ToyRequest("others", prompt, 0, number, scene, {"kind": kind, "background": background})
         )

@@ -19,7 +19,7 @@ from dora_diffusion.numerics.operation import (
     OneHot,
     Operation,
 )
-from dora_diffusion.numerics.weights import LayerKind, oriented
+from dora_diffusion.numerics.weights import LayerKind, out_in
 
 _EMBEDDING = EmbeddingOperation()
 
@@ -168,7 +168,7 @@ def layer_groups(module: nn.Module) -> int:
 
 def layer_matrix(module: nn.Module) -> Tensor:
     """The weight of a module that can carry adapters, as ``(out, in, *k)``."""
-    return oriented(cast(Tensor, module.weight), layer_kind(module))
+    return out_in(cast(Tensor, module.weight), layer_kind(module))
 
 
 def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:

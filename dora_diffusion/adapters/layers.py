@@ -42,7 +42,7 @@ from dora_diffusion.numerics.weights import (
     LayerWeights,
     NormAxis,
     Strengths,
-    oriented,
+    out_in,
 )
 
 Ready = tuple[Operation, Tensor, Tensor | None, Factors]
@@ -203,7 +203,7 @@ class AdaptedLayer(nn.Module):
             # Whole inside of its module's forward, and a DTensor outside.
             to_local = getattr(weight, "to_local", None)
             weight = to_local() if to_local else self.shard.own(weight)
-        weight = oriented(weight, self.kind)
+        weight = out_in(weight, self.kind)
         return weight if dtype is None else weight.to(dtype)
 
     def operation(self, *, leaves_garbage: bool = True) -> Operation:
@@ -294,7 +294,7 @@ class AdaptedLayer(nn.Module):
 
     def with_direction(self, factors: Factors, adapter: LayerAdapter) -> Factors:
         """Factors with what no plan of a sharded weight has made: the weight is whole now."""
-        if self.shard is None or not factors.is_direct or factors.axis == "input":
+        if self.shard is None or not factors.gain_in_graph or factors.axis == "input":
             return factors
         made = direction_of(self.dense(), adapter.scaled_weights(), factors.down.dtype)
         return factors._replace(direction=made)
@@ -380,7 +380,7 @@ class AdaptedLayer(nn.Module):
             (dataclasses.replace(adapter.weights(), kind="plain"), adapter.strengths)
             for _, adapter in self.active()
         ]
-        return oriented(merge_tensor(weight, layers, upcast_dtype(weight)), self.kind)
+        return out_in(merge_tensor(weight, layers, upcast_dtype(weight)), self.kind)
 
     @torch.no_grad()
     def merge(self, merged: Tensor) -> None:

@@ -58,7 +58,7 @@ class RowShard(NamedTuple):
         """The part of a tensor over all rows that belongs to those of this process."""
         return tensor.narrow(dim, self.start, self.length)
 
-    def summand(self, values: Tensor, axis: NormAxis) -> Tensor:
+    def partial_sum(self, values: Tensor, axis: NormAxis) -> Tensor:
         """Return this process's term of `add_up`, from ``(..., length)`` or ``(..., in)``."""
         if axis == "input":
             return values
@@ -90,7 +90,7 @@ class WeightStatistics:
         with full_precision(weight.device):
             both = squared_norm(weight, self.axis), checksum(weight, self.axis)
             if self.shard is not None:
-                summed = self.shard.add_up(self.shard.summand(torch.stack(both), self.axis))
+                summed = self.shard.add_up(self.shard.partial_sum(torch.stack(both), self.axis))
                 both = summed[0], summed[1]
             self.squared_norm, self.checksum = both
 
@@ -132,7 +132,7 @@ class Site(NamedTuple):
         return 0 if first.magnitude is None else len(first.magnitude)
 
     @property
-    def is_direct(self) -> bool:
+    def gain_in_graph(self) -> bool:
         """True if the gradient of m cannot come from what the layer keeps; see `Factors`."""
         first = self.adapters[0]
         if first.magnitude is None:
@@ -178,7 +178,7 @@ class Layout:
         widths: How many magnitudes an adapter of each layer has; 0 of a LoRA.
         sizes: The same for each adapter of each layer.
         has_bias: Whether the gain of a layer must spare a bias.
-        direct: Places of layers that multiply by their gain in the graph (`Factors.is_direct`).
+        direct: Places of layers that multiply by their gain in the graph (`Factors.gain_in_graph`).
         parameters: All A, all B and all m, each layer by layer and adapter by adapter.
     """
 
@@ -201,7 +201,7 @@ class Layout:
         self.sizes = [width for width in self.widths for _ in range(self.count)]
         on_output = self.has_gain and self.axis == "output"
         self.has_bias = [on_output and site.bias is not None for site in sites]
-        self.direct = {place for place, site in enumerate(sites) if site.is_direct}
+        self.direct = {place for place, site in enumerate(sites) if site.gain_in_graph}
         adapters = [adapter for site in sites for adapter in site.adapters]
         self.parameters = [a.down for a in adapters] + [a.up for a in adapters]
         self.parameters += [a.magnitude for a in adapters if a.magnitude is not None]

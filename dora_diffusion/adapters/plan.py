@@ -139,8 +139,8 @@ class FixedScales:
             down, up, gain = made.down.detach(), made.up.detach(), made.gain
             gain = None if gain is None else gain.detach()
             # On the output axis only its gradient makes a layer direct.
-            is_direct = made.is_direct and made.axis == "input"
-            kept = Factors(down, up, gain, made.shift, None, made.axis, is_direct)
+            gain_in_graph = made.gain_in_graph and made.axis == "input"
+            kept = Factors(down, up, gain, made.shift, None, made.axis, gain_in_graph)
             self.factors_by_dtype[dtype] = kept
         return self.factors_by_dtype[dtype]
 
@@ -158,7 +158,7 @@ class Plan:
     Attributes:
         norm: ``norm(W + sBA)`` of all channels, float32; None of LoRA.
         gain: ``g = m / norm``; None of LoRA.
-        direct: Places of layers that multiply by their gain in the graph (`Factors.is_direct`).
+        direct: Places of layers that multiply by their gain in the graph (`Factors.gain_in_graph`).
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class Plan:
                 [part[number].flatten(0, 1) for part in seen],
             )
             if (shard := sites[0].shard) is not None:
-                terms = [shard.summand(term, layout.axis) for term in terms]
+                terms = [shard.partial_sum(term, layout.axis) for term in terms]
             made.append([term.flatten() for term in terms])
         return made
 
@@ -251,7 +251,7 @@ class Plan:
             norm.copy_(factored_norm(*given, site.statistics.squared_norm))
         else:
             part = exact_squared_norm(site.weight, own.down, shard.own(own.up), *given[3:])
-            norm.copy_(shard.add_up(shard.summand(part, own.norm_axis)).sqrt())
+            norm.copy_(shard.add_up(shard.partial_sum(part, own.norm_axis)).sqrt())
         assert own.magnitude is not None
         gain.copy_(gain_of(own.magnitude.to(norm.dtype), norm))
         if bool((gain.abs() < SMALL_GAIN).any()):

@@ -285,8 +285,8 @@ class _RowPlace:
                 for name, adapter in active
             }
             trains = torch.is_grad_enabled() and any(f.gain is not None for f in own.values())
-            is_direct = trains and any(f.is_direct for f in own.values())
-            self._factors[key] = None if is_direct else _stacked(own, names)
+            gain_in_graph = trains and any(f.gain_in_graph for f in own.values())
+            self._factors[key] = None if gain_in_graph else _stacked(own, names)
         return self._factors[key]
 
 

@@ -286,7 +286,7 @@ class StackPlace:
             each = ((inputs[row, None], own) for row, own in enumerate(masked))  # type: ignore[index]
             return torch.cat([self._alone(op, x, matrix, bias, own) for x, own in each])
         assert isinstance(inputs, Tensor)
-        if factors.is_direct:
+        if factors.gain_in_graph:
             return self._direct_rows(rows, op, inputs, matrix, bias, factors)
         op = RowOperation(op, inputs.ndim, len(rows))
         op = op if mask is None else MaskedOperation(op, mask)

@@ -112,7 +112,7 @@ class FleetSettings(WorkerFlags):
         config = train.train_config(self.args)
         configs = subject_configs(self.subjects, config)
         if self.args.dry_run:
-            return train.print_what_trains(configs)
+            return train.print_training_summary(configs)
         train.warn_of_toy_model(config, self.args)
         from dora_diffusion.cluster.fleet.console import FleetTable
         from dora_diffusion.cluster.fleet.run import run_fleet

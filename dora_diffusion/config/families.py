@@ -117,9 +117,9 @@ class Family:
         vae_wants_float32: The released autoencoder overflows in float16.
         auto_pipeline: Name of the diffusers class that finds the pipeline of a model.
         image_arguments: Images that its pipeline is called with, besides the prompt.
-        planes: Channels besides red, green and blue of the pixels that it is trained on, which the
-            UNet reads at the latents' size.
-        condition_images: Images whose latents the UNet reads besides the noisy ones.
+        mask_channels: Channels of masks besides red, green and blue, which the UNet reads at the
+            latents' size.
+        conditioning_latents: Images whose latents the UNet reads besides the noisy ones.
         default_resolution: Side in pixels that the released models were trained at.
         default_steps: Optimizer steps of a run that does not say how many.
         released_id: Hub id of the released model.
@@ -163,8 +163,8 @@ class Family:
     vae_wants_float32: bool = False
     auto_pipeline: str = "AutoPipelineForText2Image"
     image_arguments: tuple[str, ...] = ()
-    planes: int = 0
-    condition_images: int = 0
+    mask_channels: int = 0
+    conditioning_latents: int = 0
     has_two_predictions: bool = False
     is_suggested: bool = True
     is_kohya_v2: bool = False
@@ -262,16 +262,16 @@ class Family:
 
     def in_channels(self, latent_channels: int = 4) -> int:
         """Channels that the UNet reads."""
-        return latent_channels * (1 + self.condition_images) + self.planes
+        return latent_channels * (1 + self.conditioning_latents) + self.mask_channels
 
     def images(self, pixels: Any) -> tuple[Any, ...]:
-        """Return the autoencoder's inputs from pixels ``(B, 3 + planes, H, W)``.
+        """Return the autoencoder's inputs from pixels ``(B, 3 + mask_channels, H, W)``.
 
         The first is the image that is learned, the others condition the UNet: an inpainting model
         reads the image without what it is to fill, where the plane is 1.
         """
         image = pixels[:, :3]
-        return (image, image * (pixels[:, 3:] < 0.5)) if self.condition_images else (image,)
+        return (image, image * (pixels[:, 3:] < 0.5)) if self.conditioning_latents else (image,)
 
 
 def _read() -> dict[str, Family]:
@@ -303,7 +303,7 @@ def _read() -> dict[str, Family]:
 
 FAMILIES: Mapping[str, Family] = _read()
 # What is assumed of a model that is not there yet.
-USUAL = next(iter(FAMILIES.values()))
+DEFAULT_FAMILY = next(iter(FAMILIES.values()))
 TITLES = ", ".join(family.title for family in FAMILIES.values())
 
 

@@ -97,7 +97,7 @@ def check_photos(photos: Sequence[Photo], resolution: int) -> list[PhotoWarning]
         listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) < 7 else listing(names, 5)
         message = f"{listed} are nearly the same photo; keep one of them"
         found.append(PhotoWarning("duplicate", names, message))
-    if message := said_of_transparency(photos):
+    if message := transparency_message(photos):
         names = tuple(photo.path.name for photo in photos if photo.has_transparency)
         message += (
             "; where masks are used (masked_loss, or a painted mask on any photo), they are not "
@@ -149,7 +149,7 @@ def too_few(photos: Sequence[Photo]) -> str:
     )
 
 
-def said_of_transparency(photos: Sequence[Photo]) -> str:
+def transparency_message(photos: Sequence[Photo]) -> str:
     """Return a message on images whose transparent parts became white; empty if there are none."""
     names = [photo.path.name for photo in photos if photo.has_transparency]
     if not names:
@@ -159,7 +159,7 @@ def said_of_transparency(photos: Sequence[Photo]) -> str:
 
 def warn_of_unused_masks(photos: Sequence[Photo]) -> None:
     """Warn of masks beside photos that are not read, and of what became of transparent parts."""
-    if transparent := said_of_transparency(photos):
+    if transparent := transparency_message(photos):
         warnings.warn(
             f"{transparent}; they are learned as a white background: masked_loss leaves them out, "
             "or save the images without transparency",

@@ -23,7 +23,7 @@ from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo, open_mask
 from dora_diffusion.data.sampler import EpochIndex, EpochSampler, generator_for
 
-Planes = Callable[[Photo, CropRecord, int], Tensor]
+MaskChannels = Callable[[Photo, CropRecord, int], Tensor]
 """A photo, its crop and the epoch -> further channels ``(k, H, W)`` of the crop's pixels."""
 
 # Of random masks, as Stable Diffusion 1.5 Inpainting was trained.
@@ -144,7 +144,7 @@ class Sample:
         sample_id: Digest of the photo's bytes.
         caption: The prompt of this epoch.
         crop: How the pixels were cut.
-        pixels: ``(3, H, W)`` in [-1, 1], and planes that the model reads besides; None where
+        pixels: ``(3, H, W)`` in [-1, 1], and the mask where the model reads one; None where
             ``moments`` stand in for them.
         moments: What the autoencoder makes of the pixels, ``(2C, h, w)`` or more.
         mask: ``(1, H, W)`` in [0, 1], where to learn; ``(1, h, w)`` beside moments that are cached.
@@ -210,7 +210,7 @@ class SubjectPhotos:
         draws: How they are cut, mirrored and captioned.
         class_images: Pair each photo with one of these (prior preservation).
         masked_loss: The photos' masks say where to learn.
-        planes: Further channels of the pixels, for models that read them.
+        mask_channels: Further channels of the pixels, for models that read them.
         class_caption: A caption to its class caption, where the image-free prior holds that.
         repeats: How often an epoch has each photo.
         weight: Factor of each photo's loss.
@@ -221,7 +221,7 @@ class SubjectPhotos:
     class_images: Sequence[Photo] = ()
     _: KW_ONLY
     masked_loss: bool = True
-    planes: Planes | None = None
+    mask_channels: MaskChannels | None = None
     class_caption: Callable[[str], str] | None = None
     repeats: int = 1
     weight: float = 1.0
@@ -361,8 +361,8 @@ class DreamBoothDataset(Dataset[Sample]):
         if key in self._cached:
             return self._cached[key]
         pixels = apply_crop(open_photo(photo.path), crop)
-        if subject.planes is not None:
-            pixels = torch.cat([pixels, subject.planes(photo, crop, epoch)])
+        if subject.mask_channels is not None:
+            pixels = torch.cat([pixels, subject.mask_channels(photo, crop, epoch)])
         mask = None
         if subject.masked_loss and (image := open_mask(photo)) is not None:
             mask = apply_crop_to_mask(image, crop)
@@ -378,9 +378,11 @@ class DreamBoothDataset(Dataset[Sample]):
         self, photo: Photo, crop: CropRecord, epoch: int, subject: SubjectPhotos
     ) -> tuple[object, ...]:
         """Return the cache key of a crop and its mask; an alpha channel has the photo's digest."""
-        drawn = subject.planes and subject.draws.generator("planes", photo, epoch).initial_seed()
+        drawn = (
+            subject.mask_channels and subject.draws.generator("planes", photo, epoch).initial_seed()
+        )
         mask = photo.mask_path is not None, photo.mask_digest, subject.masked_loss
-        return photo.digest, mask, crop, subject.planes, drawn
+        return photo.digest, mask, crop, subject.mask_channels, drawn
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

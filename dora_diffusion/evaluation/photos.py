@@ -14,7 +14,7 @@ from torch import Tensor
 from dora_diffusion.adapters.inject import disabled
 from dora_diffusion.config.wording import with_article
 from dora_diffusion.data.captions import CaptionRules
-from dora_diffusion.data.checks import said_of_transparency
+from dora_diffusion.data.checks import transparency_message
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo, list_photos, read_photos
 from dora_diffusion.evaluation.denoising import HeldOutImages
@@ -77,7 +77,7 @@ class PhotoSubject:
     @property
     def cautions(self) -> tuple[str, ...]:
         """Cautions about figures on photos that were trained on, or that are cut out."""
-        transparent = said_of_transparency(self.photos)
+        transparent = transparency_message(self.photos)
         cautions = (f"{transparent}, and are compared so",) if transparent else ()
         known = sum(photo.digest in self.trained_on for photo in self.photos)
         if not known:

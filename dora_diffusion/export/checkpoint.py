@@ -45,7 +45,7 @@ from dora_diffusion.formats.checkpoint.models import (
 )
 from dora_diffusion.formats.checkpoint.schedule import (
     ZERO_SNR,
-    Statement,
+    ScheduleInfo,
     choose_schedule,
     usual_of,
 )
@@ -117,7 +117,7 @@ def export_checkpoint(
         check_model_output(output, model.path, inputs, overwrite)
         read = spec.read(weights, alpha)
         spec.warn_of_assumptions()
-        model.restate_schedule(base, [adapter.metadata for adapter in read])
+        model.override_schedule(base, [adapter.metadata for adapter in read])
         words = spec.embeddings(model.path, output)
         refuse_existing((word[0] for word in words if not is_written(*word)), overwrite)
         merged = MergedModel(weights, spec.weighted(), dtype)
@@ -167,7 +167,7 @@ def export_trained(
             raise ExportError(f"the base has no {listing(sorted(unknown), 3)}")
         trained = MergedModel(Overlay(weights, tensors), (), dtype)
         facts = replace(metadata, base_model=without_path(str(base.path)))
-        model.restate_schedule(base, [facts])
+        model.override_schedule(base, [facts])
         with contextlib.closing(trained_metadata(model, metadata, output, words or {})) as own:
             _Writer(trained, model, own).write(output, base.model_config, vae)
     return output
@@ -317,7 +317,7 @@ def _configuration(config: str | Path | None, checkpoint: StoredModel) -> Path:
 
     if config is not None:
         return resolve_folder(config)
-    said = [Statement("", checkpoint.schedule()), *usual_of(checkpoint.family)]
+    said = [ScheduleInfo("", checkpoint.schedule()), *usual_of(checkpoint.family)]
     schedule = choose_schedule(checkpoint.path.name, said)
     require_prediction(checkpoint.path.name, checkpoint.family, schedule)
     return released_folder(checkpoint.family, schedule.prediction_type)

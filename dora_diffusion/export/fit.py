@@ -25,7 +25,7 @@ from dora_diffusion.numerics.weights import (
     LayerWeights,
     NormAxis,
     Strengths,
-    oriented,
+    out_in,
 )
 
 METHODS = {"dora": "DoRA", "lora": "LoRA"}
@@ -216,7 +216,7 @@ def fit_layers(
 @torch.no_grad()
 def _fit(name: str, target: FitTarget, settings: FitSettings) -> tuple[LayerWeights, float, float]:
     """A layer in the dtype that it is written in, ``|W'' - W'|`` and ``|W' - W|``."""
-    base, tuned = (oriented(w, target.kind) for w in (target.base, upcast(target.tuned)))
+    base, tuned = (out_in(w, target.kind) for w in (target.base, upcast(target.tuned)))
     size = (tuned - base).norm().item()
     if not math.isfinite(size):
         raise ExportError(f"{name} holds numbers that are not finite, in the base or after")
@@ -278,7 +278,7 @@ def fit_to_adapters(
             return None
         strengths = [(layer, strengths.strength) for layer, strengths in layers]
         rank = sum(layer.rank for layer, _ in layers)
-        start = known_scale(oriented(base, kind), strengths, settings.norm_axis)
+        start = known_scale(out_in(base, kind), strengths, settings.norm_axis)
         return FitTarget(base, tuned, rank, start, kind=kind)
 
     return fit_layers(model, names, target_of, settings, on_progress)

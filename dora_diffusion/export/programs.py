@@ -155,7 +155,7 @@ def a1111_config(model: StoredModel) -> str:
     is_told = prediction == V or (bool(prediction) and family.has_two_predictions)
     if not is_told or not has_released_shape(model):
         return ""
-    is_v, paints = prediction == V, family.condition_images > 0
+    is_v, paints = prediction == V, family.conditioning_latents > 0
     text = (Path(__file__).parent / "a1111" / f"{family.configuration}.yaml").read_text("utf-8")
     return A1111_HEAD + text.format(
         prediction="v" if is_v else "eps",

@@ -100,7 +100,7 @@ def verify_checkpoint(
         expected = MergedModel(weights, spec.weighted())
         comparison, is_file = WeightComparison(merged_model, expected), model.is_single_file
         report = comparison.run(on_progress, from_single_file=is_file)
-        model.restate_schedule(base, [adapter.metadata for adapter in read])
+        model.override_schedule(base, [adapter.metadata for adapter in read])
         report.problems.extend(_beside_the_weights(merged_model, model))
         report.assumptions.extend(spec.assumptions())
     if report.problems and (hint := _recorded_strengths(merged_model, spec)):

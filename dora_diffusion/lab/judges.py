@@ -86,7 +86,7 @@ class ToyRequest(ImageRequest):
     pose: str = ""
 
 
-Asked = tuple[str, Scene, Mapping[str, str], str]
+RequestParts = tuple[str, Scene, Mapping[str, str], str]
 """Prompt, right answer, what it wants and the word of a pose, as `ToyRequest` has them."""
 
 
@@ -115,14 +115,14 @@ def _photo_of(phrase: str, *details: str) -> str:
     return " ".join(["a photo of", with_article(phrase), *details])
 
 
-def _subject(subject: BenchmarkSubject, trigger: str, seed: int) -> Iterator[Asked]:
+def _subject(subject: BenchmarkSubject, trigger: str, seed: int) -> Iterator[RequestParts]:
     for background in subject.held_out_backgrounds:
         prompt = _photo_of(trigger, PLACES[background][0])
         scene = subject.sample.scene(background, _TRUTH + seed)
         yield prompt, scene, {"background": background}, ""
 
 
-def _poses(subject: BenchmarkSubject, trigger: str, seed: int) -> Iterator[Asked]:
+def _poses(subject: BenchmarkSubject, trigger: str, seed: int) -> Iterator[RequestParts]:
     view = subject.sample.scene(STUDIO, _TRUTH + seed)
     where = PLACES[STUDIO][0]
     plans = {
@@ -135,16 +135,16 @@ def _poses(subject: BenchmarkSubject, trigger: str, seed: int) -> Iterator[Asked
         yield prompt, replace(view, size=size, position=(x, -0.1)), {}, pose
 
 
-def _own_class(subject: BenchmarkSubject, trigger: str, seed: int) -> Iterator[Asked]:
+def _own_class(subject: BenchmarkSubject, trigger: str, seed: int) -> Iterator[RequestParts]:
     generator = np.random.default_rng((seed, 3))
     kind = subject.sample.subject.kind if subject.known_class else None
     for background in subject.held_out_backgrounds:
-        scene = place(sample_subject(generator, kind), background, generator)
+        scene = compose(sample_subject(generator, kind), background, generator)
         wanted = {"background": background} | ({"kind": kind} if kind else {})
         yield _photo_of(subject.word, PLACES[background][0]), scene, wanted, ""
 
 
-def _others(subject: BenchmarkSubject, trigger: str, seed: int) -> Iterator[Asked]:
+def _others(subject: BenchmarkSubject, trigger: str, seed: int) -> Iterator[RequestParts]:
     """Every other class once, every second time in a colour; places and colours take turns."""
     generator = np.random.default_rng((seed, 4))
     own_kind = subject.sample.subject.kind
@@ -157,7 +157,7 @@ def _others(subject: BenchmarkSubject, trigger: str, seed: int) -> Iterator[Aske
             drawn = DrawnSubject(kind, COLORS[color], shade, color=color, accent_color=color)
         wanted = {"kind": kind, "background": background} | ({"color": color} if color else {})
         prompt = _photo_of(f"{color} {kind}".strip(), PLACES[background][0])
-        yield prompt, place(drawn, background, generator), wanted, ""
+        yield prompt, compose(drawn, background, generator), wanted, ""
 
 
 _ASKED = {"subject": _subject, "pose": _poses, "class": _own_class, "others": _others}
@@ -212,7 +212,7 @@ def sample_subject(generator: np.random.Generator, kind: str | None = None) -> D
     return subject
 
 
-def place(subject: DrawnSubject, background: str, generator: np.random.Generator) -> Scene:
+def compose(subject: DrawnSubject, background: str, generator: np.random.Generator) -> Scene:
     """Place a subject, with a random view of it."""
     size = generator.uniform(0.55, 0.85)
     room = 1.0 - size

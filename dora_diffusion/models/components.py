@@ -17,7 +17,7 @@ from dora_diffusion.adapters.scope import NormCache
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import TITLES, Family
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require, require_token_length
-from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule, Statement
+from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule, ScheduleInfo
 from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler, to_zero_snr
 from dora_diffusion.models.words import write_out_words
 from dora_diffusion.numerics.quantised import exchange
@@ -62,7 +62,7 @@ class Components:
     zeros_for_empty_prompt: bool = False
     source: str = ""
     schedule: NoiseSchedule | None = None
-    stated: tuple[Sequence[Statement], Sequence[Statement]] = ((), ())
+    stated: tuple[Sequence[ScheduleInfo], Sequence[ScheduleInfo]] = ((), ())
     norms: NormCache | None = None
     offload_to: torch.device | None = None
     clip_skip: int = 0

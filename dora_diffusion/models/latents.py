@@ -25,21 +25,21 @@ def encode_moments(vae: Any, pixels: Tensor) -> Tensor:
 
 
 def encode_inputs(vae: Any, family: Family, pixels: Tensor) -> Tensor:
-    """Encode all that the family's UNet reads of pixels ``(B, 3 + planes, H, W)``.
+    """Encode all that the family's UNet reads of pixels ``(B, 3 + mask_channels, H, W)``.
 
-    Planes that are missing are 1.
+    A mask that is missing is 1.
 
     Returns:
-        ``(B, n, h, w)``: the moments of the image, the planes (the pixel in each corner), and the
+        ``(B, n, h, w)``: the moments of the image, the mask (the pixel in each corner), and the
         moments of the images that condition the UNet.
     """
-    if not family.planes + family.condition_images:
+    if not family.mask_channels + family.conditioning_latents:
         return encode_moments(vae, pixels)
-    missing = 3 + family.planes - pixels.shape[1]
+    missing = 3 + family.mask_channels - pixels.shape[1]
     pixels = nn.functional.pad(pixels, (0, 0, 0, 0, 0, missing), value=1.0)
     image, *others = (encode_moments(vae, each) for each in family.images(pixels))
-    planes = nn.functional.interpolate(pixels[:, 3:], size=image.shape[-2:])
-    return torch.cat([image, planes.to(image), *others], dim=1)
+    mask_channels = nn.functional.interpolate(pixels[:, 3:], size=image.shape[-2:])
+    return torch.cat([image, mask_channels.to(image), *others], dim=1)
 
 
 def condition_from_moments(
@@ -48,14 +48,14 @@ def condition_from_moments(
     """Return the UNet's inputs besides noisy latents, from `encode_inputs`; None if nothing.
 
     Returns:
-        ``(B, n, h, w)``: planes, then latents, drawn as `latents_from_moments` draws them.
+        ``(B, n, h, w)``: the mask, then latents, drawn as `latents_from_moments` draws them.
     """
     width = 2 * int(vae.config.latent_channels)
-    planes, others = moments[:, width:].tensor_split([family.planes], dim=1)
-    if not planes.shape[1] + others.shape[1]:
+    mask_channels, others = moments[:, width:].tensor_split([family.mask_channels], dim=1)
+    if not mask_channels.shape[1] + others.shape[1]:
         return None
     latents = (latents_from_moments(vae, m, generator) for m in others.split(width, dim=1))
-    return torch.cat([planes, *latents], dim=1)
+    return torch.cat([mask_channels, *latents], dim=1)
 
 
 def latents_from_moments(

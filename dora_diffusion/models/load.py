@@ -18,7 +18,7 @@ from torch import nn
 
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.families import (
-    USUAL,
+    DEFAULT_FAMILY,
     Family,
     UnsupportedModelError,
     detect_folder_family,
@@ -36,7 +36,7 @@ from dora_diffusion.formats.checkpoint.models import (
 from dora_diffusion.formats.checkpoint.schedule import (
     EPSILON,
     NoiseSchedule,
-    Statement,
+    ScheduleInfo,
     choose_schedule,
     statements_on,
     usual_of,
@@ -164,7 +164,7 @@ class _Plan(NamedTuple):
     family: Family
     folder: Path
     schedule: NoiseSchedule
-    stated: tuple[Sequence[Statement], Sequence[Statement]]
+    stated: tuple[Sequence[ScheduleInfo], Sequence[ScheduleInfo]]
 
 
 def _planned(
@@ -378,7 +378,7 @@ def load_vae(
         with plain_errors(str(name)):
             return AutoencoderKL.from_single_file(
                 str(path),
-                config=str(released_folder(family or USUAL, EPSILON)),
+                config=str(released_folder(family or DEFAULT_FAMILY, EPSILON)),
                 subfolder="vae",
                 torch_dtype=torch.float32 if wide else dtype,
                 local_files_only=True,

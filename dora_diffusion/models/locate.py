@@ -15,8 +15,8 @@ from pathlib import Path
 
 from dora_diffusion.config.base import EMBEDDED_PREFIX, AnyModel, BaseModel
 from dora_diffusion.config.families import (
+    DEFAULT_FAMILY,
     FAMILIES,
-    USUAL,
     WEIGHT_COMPONENTS,
     Family,
     UnsupportedModelError,
@@ -191,7 +191,7 @@ class ModelInfo:
     has_released_shape: bool
 
 
-UNKNOWN = ModelInfo("", USUAL.default_resolution, False)
+UNKNOWN = ModelInfo("", DEFAULT_FAMILY.default_resolution, False)
 
 
 def model_info(name: str) -> ModelInfo:

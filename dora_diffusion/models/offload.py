@@ -59,7 +59,7 @@ def fetch(tensor: Tensor) -> Callable[[], Tensor]:
     return read
 
 
-def place(components: Components, device: torch.device | str, offload: str) -> Components:
+def place_model(components: Components, device: torch.device | str, offload: str) -> Components:
     """Move a model that was loaded on the host to where it will be.
 
     Args:

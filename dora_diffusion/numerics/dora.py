@@ -126,8 +126,8 @@ class Factors(NamedTuple):
         shift: ``(1 - g) b`` on the output axis; None without a bias and on the input axis.
         shift_numerator: Its gradient is ``sum(dy)``; None where there is no shift.
         axis: Norm axis.
-        is_direct: Whether ``y / g`` is no good for the gradient of m, so that the layer multiplies
-            by ``gain`` in the graph: |g| is too small, or the next module overwrites y.
+        gain_in_graph: Multiply by ``gain`` in the graph, where ``y / g`` is no good for m's
+            gradient: |g| is too small, or the next module overwrites y.
         direction: ``W + s B A`` of a direct layer on the output axis, else None.
         norm_change: ``norm(W + s B A) / norm - 1`` of each row of a batch, ``(N, n)``, where a row
             has a norm of its own (`AdapterStack.of`); None: none has.
@@ -139,7 +139,7 @@ class Factors(NamedTuple):
     shift: Tensor | None = None
     shift_numerator: Tensor | None = None
     axis: NormAxis = "output"
-    is_direct: bool = False
+    gain_in_graph: bool = False
     direction: Tensor | None = None
     norm_change: Tensor | None = None
 
@@ -200,13 +200,19 @@ def dora_forward(
     if f.gain is not None and f.axis == "input":
         if f.norm_change is not None:
             x = _with_norms(op, x, None, f.norm_change)
-        gx = op.scale_input(x, f.gain) if f.is_direct else _Scale.apply(op, None, x, f.gain, None)
+        gx = (
+            op.scale_input(x, f.gain)
+            if f.gain_in_graph
+            else _Scale.apply(op, None, x, f.gain, None)
+        )
         x, base = gx.to(x.dtype), None
     base = op.apply(x, weight, bias) if base is None else base
     low_rank = op.up_project(op.down_project(x, f.down), f.up, f.shift)
     if f.gain is None or f.axis == "input":
         return base + low_rank
-    gain, shift_numerator = (f.gain.detach(), None) if f.is_direct else (f.gain, f.shift_numerator)
+    gain, shift_numerator = (
+        (f.gain.detach(), None) if f.gain_in_graph else (f.gain, f.shift_numerator)
+    )
     y: Tensor = _Scale.apply(op, low_rank, base, gain, shift_numerator)
     if f.direction is not None:
         with torch.no_grad():

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dora_diffusion.numerics.dora import adapted_weight
 from dora_diffusion.numerics.precision import upcast
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis, oriented
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis, out_in
 
 _OVERSAMPLING = 16
 # A round of so many power iterations that adds less than this share of all squares is the last.
@@ -35,7 +35,7 @@ _BLOCK = 2**18
 
 def weight_change(weight: Tensor, layer: LayerWeights) -> Tensor:
     """``W' - W`` in float32, ``(out, in, *k)``, for a weight as the model stores it."""
-    weight = oriented(weight, layer.kind)
+    weight = out_in(weight, layer.kind)
     return adapted_weight(weight, layer) - upcast(weight)
 
 

@@ -27,7 +27,7 @@ from dora_diffusion.numerics.dora import (
 )
 from dora_diffusion.numerics.precision import full_precision, to_float64, upcast, upcast_dtype
 from dora_diffusion.numerics.threads import one_thread
-from dora_diffusion.numerics.weights import LayerKind, LayerWeights, Strengths, oriented
+from dora_diffusion.numerics.weights import LayerKind, LayerWeights, Strengths, out_in
 
 Layers = Sequence[tuple[LayerWeights, Strengths]]
 
@@ -109,7 +109,7 @@ def merge_tensor(weight: Tensor, layers: Layers, dtype: torch.dtype | None = Non
         return cast
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     kind = _kind_of(layers)
-    weight, merged = oriented(weight, kind), oriented(result, kind)
+    weight, merged = out_in(weight, kind), out_in(result, kind)
     with full_precision(weight.device), one_thread():
         layers = [(_copied(layer, weight), strengths) for layer, strengths in layers]
         for dim, start, length in _blocks(weight, [layer for layer, _ in layers]):
@@ -179,12 +179,12 @@ def merge_error(weight: Tensor, layers: Layers) -> Tensor:
     many times what they add up to.
     """
     kind = _kind_of(layers)
-    base = upcast(oriented(weight, kind))
+    base = upcast(out_in(weight, kind))
     total = base.abs()
     for layer, strengths in layers:
         error = _adapted_error(base, _copied(layer, weight), strengths)
         total = total + abs(strengths.strength) * (error + base.abs())
-    return oriented(_SUMMATION * torch.finfo(torch.float32).eps * total, kind)
+    return out_in(_SUMMATION * torch.finfo(torch.float32).eps * total, kind)
 
 
 def _adapted_error(base: Tensor, layer: LayerWeights, strengths: Strengths) -> Tensor:

@@ -126,7 +126,7 @@ class LayerWeights:
         return dataclasses.replace(self, magnitude=magnitude, **{name: part})
 
 
-def oriented(weight: Tensor, kind: LayerKind) -> Tensor:
+def out_in(weight: Tensor, kind: LayerKind) -> Tensor:
     """A weight as the model stores it, seen as ``(out, in, *k)``; and the other way round."""
     return weight if kind == "plain" else weight.t()
 

@@ -38,7 +38,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.emphasis import has_editing, has_weights, plain_parts
 from dora_diffusion.models.load import load_components, quiet_libraries
 from dora_diffusion.models.memory import auto_precision, describe_device
-from dora_diffusion.models.offload import in_turns, place
+from dora_diffusion.models.offload import in_turns, place_model
 from dora_diffusion.models.precision import PRECISION_DTYPES, require_computes
 from dora_diffusion.models.schedulers import (
     SCHEDULERS,
@@ -227,7 +227,7 @@ def load_adapted(
     uses = adapter or ()
     facts = [read_metadata(use.path) for use in uses]
     loaded = load_components(base, dtype=dtype, adapters=facts)
-    components = place(loaded.reading(clip_skip, max_token_length), device, offload)
+    components = place_model(loaded.reading(clip_skip, max_token_length), device, offload)
     if compile:
         compile_blocks(components.unet)
     if not uses:

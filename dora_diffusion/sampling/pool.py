@@ -39,7 +39,7 @@ class PinnedAdapter(NamedTuple):
     hash: str = ""
 
 
-Wanted = str | Path | tuple[str | Path, float | Strengths] | AdapterUse | PinnedAdapter | None
+AdapterRef = str | Path | tuple[str | Path, float | Strengths] | AdapterUse | PinnedAdapter | None
 """An adapter file or a run's folder, or that with its strength or strengths, those of layers too;
 None is the base."""
 
@@ -49,7 +49,7 @@ class ImageRow(NamedTuple):
 
     prompt: str
     seed: int
-    adapter: Wanted = None
+    adapter: AdapterRef = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class AdapterPool:
                 images |= zip(batch, made, strict=True)
         return [images[number] for number in range(len(rows))]
 
-    def names(self, adapters: Sequence[Wanted]) -> list[str | None]:
+    def names(self, adapters: Sequence[AdapterRef]) -> list[str | None]:
         """Load these adapters, and return their names for `generate_images` and `row_scope`.
 
         Raises:
@@ -178,7 +178,7 @@ class AdapterPool:
             self._make_room(wanted)
         return [reference and self._loaded[reference.key].name for reference in references]
 
-    def pin(self, adapter: Wanted) -> PinnedAdapter | None:
+    def pin(self, adapter: AdapterRef) -> PinnedAdapter | None:
         """Load an adapter; what becomes of its file does not matter while the pool has room for it.
 
         Raises:
@@ -192,7 +192,7 @@ class AdapterPool:
         known = content_hash(file, written, size)
         return _reference(adapter)._replace(key=key, metadata=loaded.metadata, hash=known)
 
-    def metadata(self, adapter: Wanted) -> AdapterMetadata:
+    def metadata(self, adapter: AdapterRef) -> AdapterMetadata:
         """Read the metadata of an adapter's file, such as its trigger words; nothing is loaded.
 
         Raises:
@@ -204,7 +204,7 @@ class AdapterPool:
             return adapter.metadata
         return read_metadata(_reference(adapter).use.path)
 
-    def own_words(self, adapter: Wanted) -> Mapping[str, str]:
+    def own_words(self, adapter: AdapterRef) -> Mapping[str, str]:
         """The tokens that only the prompts of an adapter have, as `models.words.own_words` does.
 
         Raises:
@@ -213,7 +213,7 @@ class AdapterPool:
         (name,) = self.names([adapter])
         return own_words(self.components.text_encoders[0], name)
 
-    def components_for(self, adapter: Wanted) -> Components:
+    def components_for(self, adapter: AdapterRef) -> Components:
         """The model, with noise schedule and prompts read as an adapter's file says.
 
         The modules are those of all; only how they are used differs. What the pool was asked for
@@ -290,7 +290,7 @@ def reading_of(components: Components) -> tuple[object, ...]:
     return settings, components.clip_skip, components.max_token_length
 
 
-def _reference(adapter: Wanted) -> PinnedAdapter:
+def _reference(adapter: AdapterRef) -> PinnedAdapter:
     """An adapter with its key, which is its file as it is now, and its strengths."""
     if isinstance(adapter, PinnedAdapter):
         return adapter

@@ -167,7 +167,7 @@ class Loop:
                 with self.leaving(name):
                     if isinstance(outcome, Exception):
                         raise outcome
-                    run.take(outcome)
+                    run.record_step(outcome)
             if len(self._runs) < len(runs):
                 engine = None
 

@@ -166,7 +166,7 @@ class Run:
         if self.step == 0 and session.config.sample_at_start:
             self._sample(0)
         self._begun = time.perf_counter()
-        self._place = session.place()
+        self._data_position = session.data_position()
         self.is_begun = True
         if self._validate(self.step):  # Of what the run starts from.
             self._checkpoint(self.step, is_best=True)
@@ -198,10 +198,10 @@ class Run:
             )
         return True
 
-    def take(self, record: Mapping[str, Any]) -> None:
+    def record_step(self, record: Mapping[str, Any]) -> None:
         """Log the step that was done; validate, sample and save where these are due."""
         session = self.session
-        self.step, self._place = self.step + 1, session.place()
+        self.step, self._data_position = self.step + 1, session.data_position()
         seconds = round(time.perf_counter() - self._begun, 4)
         self._begun = time.perf_counter()
         self.log.add({**record, "seconds": seconds})
@@ -220,7 +220,7 @@ class Run:
             with contextlib.suppress(TrainingError):
                 self.log.flush()
         else:
-            self._rescue(self.step, self._place)
+            self._rescue(self.step, self._data_position)
         self.log.close()
 
     def finish(self) -> TrainResult:
@@ -354,8 +354,10 @@ class Run:
             now |= {"live": live, "conditions": self.start.conditions, **state}
             if not self.is_main:
                 return None
-            calm = self.log.watch.is_calm
-            return self.saver.save(step, now, write, interim=interim, is_best=is_best, is_calm=calm)
+            stable = self.log.watch.is_stable
+            return self.saver.save(
+                step, now, write, interim=interim, is_best=is_best, is_stable=stable
+            )
 
     def _rescue(self, step: int, place: Mapping[str, Any]) -> None:
         """Save the steps as a checkpoint in between before an error ends the run.
@@ -392,10 +394,10 @@ class Run:
     def _tell_of_rise(self) -> None:
         """Name the checkpoint from before the loss rose, at the end."""
         watch = self.log.watch
-        calm, risen_at = self.saver.newest_calm(watch.is_calm), watch.risen_at
+        stable, risen_at = self.saver.newest_stable(watch.is_stable), watch.risen_at
         if risen_at is None or not self.is_main:
             return
-        before = f"{calm} is from before" if calm else "no checkpoint is from before"
+        before = f"{stable} is from before" if stable else "no checkpoint is from before"
         warnings.warn(
             f"the loss rose far above its start by step {risen_at}, so what was learned may be "
             f"damaged: {before}; a lower learning rate helps",

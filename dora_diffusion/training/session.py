@@ -22,7 +22,7 @@ from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
 from dora_diffusion.data.sampler import EpochSampler
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
-from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
+from dora_diffusion.models.offload import HOST, move_frozen, on_device, place_model
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.models.text import chunk_count
 from dora_diffusion.numerics.devices import release_memory
@@ -150,7 +150,7 @@ class Session:
         with self.learner.average.in_use():
             yield
 
-    def place(self) -> dict[str, Any]:
+    def data_position(self) -> dict[str, Any]:
         """Return the position of the run in its data."""
         return {"sampler": self.sampler.state_dict(), "batches": self.learner.batches}
 
@@ -292,7 +292,7 @@ def load_base(config: TrainConfig, accelerator: Any, load: LoadBase | None = Non
         for module in (*loaded.text_encoders, loaded.vae):
             module.to(accelerator.device)
         return loaded
-    return place(loaded, accelerator.device, config.offload)
+    return place_model(loaded, accelerator.device, config.offload)
 
 
 def _reading(loaded: Components, config: TrainConfig) -> Components:

@@ -187,7 +187,7 @@ def test_a_layer_whose_output_is_overwritten_now_is_noticed(net, x):
         net.square.keep_output = kept
         with norm_scope(net, cache=cache):
             scales = net.square.scales("default", net.square.adapters["default"])
-            assert scales.factors(torch.float32).is_direct != kept
+            assert scales.factors(torch.float32).gain_in_graph != kept
 
 
 @pytest.mark.parametrize("axis", ["output", "input"])

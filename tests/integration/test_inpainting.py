@@ -27,7 +27,7 @@ from dora_diffusion.export import convert_adapter, verify_checkpoint
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_inputs
-from dora_diffusion.models.offload import place
+from dora_diffusion.models.offload import place_model
 from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
 from dora_diffusion.training.engine.objective import draw_inputs
 from tests.training.helpers import (
@@ -183,7 +183,7 @@ def test_a_single_file_becomes_a_folder_of_its_kind(family: str, folder: Path, t
 def test_modules_that_come_in_turns_paint_the_same(gpu: Any, sdxl_inpainting_folder: Path) -> None:
     settings = replace(SETTINGS, **painting())
     [expected] = generate_images(load_components(sdxl_inpainting_folder), PROMPT, [1], settings)
-    components = place(load_components(sdxl_inpainting_folder), gpu.device, "model")
+    components = place_model(load_components(sdxl_inpainting_folder), gpu.device, "model")
     [image] = generate_images(components, PROMPT, [1], settings)
     assert difference(image, expected) <= 1
 

@@ -10,11 +10,11 @@ from dora_diffusion.evaluation.measures import MEASURES, similarities, summarize
 from dora_diffusion.lab.judges import (
     GROUPS,
     Answers,
+    compose,
     evaluate_toy,
     judge,
     judged_pixels,
     measure,
-    place,
     reference_images,
     sample_subject,
     toy_requests,
@@ -120,7 +120,7 @@ def test_bad_calls_say_so() -> None:
 def drawn_scene(index: int) -> Scene:
     generator = np.random.default_rng((12, index))
     background = str(generator.choice(list(BACKGROUNDS)))
-    return place(sample_subject(generator), background, generator)
+    return compose(sample_subject(generator), background, generator)
 
 
 @pytest.fixture(scope="module")

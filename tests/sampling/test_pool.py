@@ -18,7 +18,7 @@ from dora_diffusion import (
 from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.models.offload import place
+from dora_diffusion.models.offload import place_model
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.generate import load_adapted
 from dora_diffusion.sampling.pool import ImageRow, reading_of
@@ -72,7 +72,7 @@ def test_each_image_is_that_of_its_adapter_alone(sdxl_folder, files, offload, qu
     prompts, seeds = ["a photo of a dog", "a cat", "a dog", "a red toy"], [5, 6, 7, 8]
     wanted = [files[0], None, files[1], (files[2], 0.5)]
     base = BaseModel(sdxl_folder, quantize=quantize, quantize_convolutions=True)
-    pool = AdapterPool(place(load_components(base), torch.device("cpu"), offload))
+    pool = AdapterPool(place_model(load_components(base), torch.device("cpu"), offload))
     names = pool.names(wanted)
     mixed = pixels(generate_images(pool.components, prompts, seeds, QUICK, adapters=names))
     for row, (prompt, seed, adapter) in enumerate(zip(prompts, seeds, wanted, strict=True)):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from dora_diffusion import generate_images, load_components, set_strength
 from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.adapters.layers import adapted_layers
-from dora_diffusion.cli.console.training import what_trains
+from dora_diffusion.cli.console.training import training_summary
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.subject import OF_IMAGES, SLIDER_STRENGTHS
@@ -258,7 +258,7 @@ def test_a_pack_has_no_sliders(sd1_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_lists_the_prompts(sd1_folder: Path, tmp_path: Path) -> None:
-    said = what_trains(slider(sd1_folder, tmp_path, **ANCHORS))
+    said = training_summary(slider(sd1_folder, tmp_path, **ANCHORS))
     assert said.splitlines() == [
         f"{TARGET}: from {LOW} to {HIGH}",
         "the cat in a backpack: does not move",

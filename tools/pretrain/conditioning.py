@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dora_diffusion.lab.judges import place, sample_subject
+from dora_diffusion.lab.judges import compose, sample_subject
 from dora_diffusion.lab.toy.instrument import ATTRIBUTES, STUDIO, silhouette
 from tools.pretrain.card import generate, prompt_of
 from tools.pretrain.data import HELD_OUT, to_pixels
@@ -70,7 +70,7 @@ def _true(size: tuple[int, int], corner: tuple[int, int], count: int) -> Tensor:
     while len(images) < count:
         subject = replace(sample_subject(generator), pattern="plain")
         if subject.color in _COLORS:
-            view = View(place(subject, STUDIO, generator), size, corner)
+            view = View(compose(subject, STUDIO, generator), size, corner)
             images.append(render_view(view))
     return to_pixels(np.stack(images))
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dora_diffusion.lab.judges import place, sample_subject
+from dora_diffusion.lab.judges import compose, sample_subject
 from dora_diffusion.lab.toy.shapes import UNSEEN_CLASSES
 from dora_diffusion.lab.toy.world import BACKGROUNDS, DrawnSubject, Scene, render
 from tools.pretrain.names import sample_named
@@ -34,7 +34,7 @@ def training_image(index: int) -> tuple[Scene, str]:
         subject, name = sample_named(generator)
     else:
         subject, name = sample_stranger(generator, "random"), ""
-    return place(subject, str(generator.choice(list(BACKGROUNDS))), generator), name
+    return compose(subject, str(generator.choice(list(BACKGROUNDS))), generator), name
 
 
 def training_scene(index: int) -> Scene:
@@ -46,7 +46,7 @@ def held_out_scene(index: int) -> Scene:
     """An ordinary scene that no training has seen."""
     generator = np.random.default_rng((HELD_OUT, index))
     background = str(generator.choice(list(BACKGROUNDS)))
-    return place(sample_subject(generator), background, generator)
+    return compose(sample_subject(generator), background, generator)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def held_out_sighting(index: int) -> Sighting:
     first, second = generator.choice(list(BACKGROUNDS), 2, replace=False)
     return Sighting(
         subject,
-        (place(subject, str(first), generator), place(subject, str(second), generator)),
+        (compose(subject, str(first), generator), compose(subject, str(second), generator)),
     )
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dora_diffusion.lab.judges import place
+from dora_diffusion.lab.judges import compose
 from dora_diffusion.lab.toy.instrument import (
     ATTRIBUTES,
     Classifier,
@@ -93,7 +93,7 @@ def _render_views(seed: int) -> NDArray[np.uint8]:
         subject = sample_stranger(generator, kind)
         places = generator.choice(list(BACKGROUNDS), VIEWS, replace=False)
         for view, background in zip(row, places, strict=True):
-            view[:] = render(place(subject, str(background), generator), SIZE)
+            view[:] = render(compose(subject, str(background), generator), SIZE)
     return views
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_diffusion.lab.judges import place
+from dora_diffusion.lab.judges import compose
 from dora_diffusion.lab.toy.world import BACKGROUNDS, Scene, render
 from tools.pretrain.captions import caption
 from tools.pretrain.names import sample_named
@@ -111,7 +111,7 @@ def training_view(index: int) -> View:
     """Training image ``index``: the same on every machine."""
     generator = np.random.default_rng((VIEWS, index))
     subject, name = sample_named(generator)
-    scene = place(subject, str(generator.choice(list(BACKGROUNDS))), generator)
+    scene = compose(subject, str(generator.choice(list(BACKGROUNDS))), generator)
     view = View(scene, _draw_original_size(generator), (0, 0), name)
     if view.is_wide:
         x, y = scene.position

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dora_diffusion.cli.console.output import print_json, print_rows
 from dora_diffusion.cli.settings import AnyBase
-from dora_diffusion.config.families import FAMILIES, USUAL
+from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
 from dora_diffusion.config.fields import REQUIRED, flag
 from dora_diffusion.config.wording import counted, pixels
 from dora_diffusion.formats.adapter.metadata import READING, reading_in_words, stated_reading
@@ -80,6 +80,7 @@ def _facts(report: AdapterReport) -> list[tuple[str, str]]:
     metadata, size = report.metadata, report.nbytes / 1e6
     family = FAMILIES.get(metadata.family)
     axis = f", magnitudes on the {report.norm_axis} axis" if report.norm_axis else ""
+    reading = reading_in_words(stated_reading(metadata.extra), family or DEFAULT_FAMILY)
     rows = [
         ("file", f"{report.path.name}, {_key_format(report.key_format)}, {size:.2f} MB"),
         ("method", report.method + axis),
@@ -93,7 +94,7 @@ def _facts(report: AdapterReport) -> list[tuple[str, str]]:
         ("base model", metadata.base_model),
         ("prediction type", metadata.extra.get("prediction_type", "")),
         ("resolution", pixels(metadata.resolutions)),
-        ("reads prompts", reading_in_words(stated_reading(metadata.extra), family or USUAL)),
+        ("reads prompts", reading),
         ("tags", ", ".join(metadata.tags)),
         ("thumbnail", "yes" if metadata.thumbnail else ""),
     ]

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.commands.parser import CONFIG_HELP, Parser, add_flags
 from dora_diffusion.cli.console.errors import explain
-from dora_diffusion.cli.console.training import PackProgress, TrainProgress, next_steps, what_trains
+from dora_diffusion.cli.console.training import (
+    PackProgress,
+    TrainProgress,
+    next_steps,
+    training_summary,
+)
 from dora_diffusion.config import (
     PRESETS,
     ConfigError,
@@ -23,7 +28,7 @@ from dora_diffusion.config import (
 )
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import overridden
-from dora_diffusion.config.families import FAMILIES, USUAL
+from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
 from dora_diffusion.config.fields import require_choice
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
 from dora_diffusion.config.presets import preset_settings
@@ -78,7 +83,7 @@ class TrainSettings(CommandSettings):
         args, config = self.args, train_config(self.args)
         configs = subject_configs(args.pack, config) if args.pack else {}
         if args.dry_run:
-            return print_what_trains(configs or {"": config})
+            return print_training_summary(configs or {"": config})
         warn_of_toy_model(config, args)
         if configs:
             return _train_pack(configs)
@@ -137,14 +142,14 @@ def add_settings(parser: Parser) -> None:
             parser.add_argument(f"--{name}", nargs="?", **hidden)
 
 
-def print_what_trains(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
+def print_training_summary(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
     """Print what each subject would be trained on; returns 1 if one of several cannot be."""
     failed = 0
     for name, config in configs.items():
         try:
             if isinstance(config, ConfigError):
                 raise config
-            print(f"{name}:\n{what_trains(config)}" if name else what_trains(config))
+            print(f"{name}:\n{training_summary(config)}" if name else training_summary(config))
         except (ValueError, OSError) as error:
             if not name:
                 raise
@@ -266,10 +271,10 @@ def _preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     default = TrainConfig.pretrained_model_name_or_path
     model = str(values.get("pretrained_model_name_or_path", default))
     family = FAMILIES.get(model_info(model).family)
-    preset = preset_settings(name, family or USUAL, is_embedded=is_embedded(model))
+    preset = preset_settings(name, family or DEFAULT_FAMILY, is_embedded=is_embedded(model))
     if family is None and "max_train_steps" not in values:
         warnings.warn(
-            f"{model} is not on this machine, and the preset takes it for {USUAL.title}: "
+            f"{model} is not on this machine, and the preset takes it for {DEFAULT_FAMILY.title}: "
             f"{preset['max_train_steps']} steps; give --max_train_steps for another family",
             stacklevel=1,
         )

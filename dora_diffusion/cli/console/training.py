@@ -208,7 +208,7 @@ class PackProgress:
                 say(f"{name} has left the pack: {reason}")
 
 
-def what_trains(config: TrainConfig) -> str:
+def training_summary(config: TrainConfig) -> str:
     """Describe a run's training data before its model is loaded: its subjects and their images.
 
     Raises:

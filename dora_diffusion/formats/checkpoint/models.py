@@ -36,7 +36,7 @@ from dora_diffusion.formats.checkpoint.schedule import (
     PREDICTION,
     STEP,
     ZERO_SNR,
-    Statement,
+    ScheduleInfo,
     choose_schedule,
     markers_for,
     stated_by_file,
@@ -97,7 +97,7 @@ class StoredModel(ABC):
         """Load one tensor by canonical name."""
 
     @abstractmethod
-    def statements(self) -> list[Statement]:
+    def statements(self) -> list[ScheduleInfo]:
         """Return the model's own statements on its noise schedule, the strongest first."""
 
     @abstractmethod
@@ -131,7 +131,7 @@ class StoredModel(ABC):
         said = [*(each.settings for each in reversed(self.statements())), self.restated]
         return {name: value for settings in said for name, value in settings.items()}
 
-    def restate_schedule(self, base: BaseModel, adapters: Sequence[AdapterMetadata]) -> None:
+    def override_schedule(self, base: BaseModel, adapters: Sequence[AdapterMetadata]) -> None:
         """Override its noise schedule by what was asked for, or what its adapters know.
 
         Args:
@@ -244,7 +244,7 @@ class PipelineFolder(StoredModel):
         path = self.path / component / name
         return read_json(path) if path.is_file() else {}
 
-    def statements(self) -> list[Statement]:
+    def statements(self) -> list[ScheduleInfo]:
         return [by_scheduler(self.config("scheduler"))]
 
     def markers(self) -> set[str]:
@@ -259,9 +259,9 @@ class PipelineFolder(StoredModel):
         return SingleFile(entries, specs, others.__getitem__)
 
 
-def by_scheduler(config: Mapping[str, Any]) -> Statement:
+def by_scheduler(config: Mapping[str, Any]) -> ScheduleInfo:
     """Return the schedule of a scheduler's configuration, with Diffusers' defaults."""
-    return Statement(CONFIGURED, {PREDICTION: EPSILON, ZERO_SNR: False, **config})
+    return ScheduleInfo(CONFIGURED, {PREDICTION: EPSILON, ZERO_SNR: False, **config})
 
 
 def find_weights(folder: Path, variant: str | None = None) -> Path:
@@ -382,7 +382,7 @@ class CheckpointFile(StoredModel):
         before = entry.sources.index(name) * self.specs[name].shape[0]
         return self.reader.rows(entry.key, before + start, before + stop).flatten(1)
 
-    def statements(self) -> list[Statement]:
+    def statements(self) -> list[ScheduleInfo]:
         return stated_by_file(self.metadata, self.reader.specs)
 
     def markers(self) -> set[str]:

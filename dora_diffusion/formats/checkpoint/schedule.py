@@ -28,7 +28,7 @@ _PREDICTIONS = {"v": V, "epsilon": EPSILON}
 _ARCHITECTURES = {"-768-v": V, "-512": EPSILON}
 
 
-class Statement(NamedTuple):
+class ScheduleInfo(NamedTuple):
     """Statement of one source on a model's noise schedule.
 
     Attributes:
@@ -78,7 +78,7 @@ class NoiseSchedule(NamedTuple):
         return " with ".join(f"{word}, by {source}" for word, source in each)
 
 
-def choose_schedule(name: str, statements: Iterable[Statement]) -> NoiseSchedule:
+def choose_schedule(name: str, statements: Iterable[ScheduleInfo]) -> NoiseSchedule:
     """Choose the first statement on either setting; ``""`` and no zero terminal SNR without one.
 
     Args:
@@ -89,7 +89,7 @@ def choose_schedule(name: str, statements: Iterable[Statement]) -> NoiseSchedule
         ValueError: If zero terminal SNR is asked for of a model that predicts the noise.
     """
     statements = list(statements)
-    said = next((s for s in statements if s.settings.get(PREDICTION)), Statement("", {}))
+    said = next((s for s in statements if s.settings.get(PREDICTION)), ScheduleInfo("", {}))
     prediction = said.settings.get(PREDICTION, "")
     zero = next((s for s in statements if s.settings.get(ZERO_SNR) is not None), None)
     is_zero = zero is not None and bool(zero.settings[ZERO_SNR])
@@ -110,7 +110,7 @@ def choose_schedule(name: str, statements: Iterable[Statement]) -> NoiseSchedule
     return NoiseSchedule(prediction, is_zero, sources, is_own)
 
 
-def _own_word(statements: Iterable[Statement], name: str, value: object) -> Statement | None:
+def _own_word(statements: Iterable[ScheduleInfo], name: str, value: object) -> ScheduleInfo | None:
     own = (s for s in statements if s.is_own and s.settings.get(name) is not None)
     first = next(own, None)
     return first if first is not None and first.settings[name] == value else None
@@ -118,10 +118,10 @@ def _own_word(statements: Iterable[Statement], name: str, value: object) -> Stat
 
 def statements_on(
     base: BaseModel,
-    own: Sequence[Statement],
-    usual: Sequence[Statement] = (),
+    own: Sequence[ScheduleInfo],
+    usual: Sequence[ScheduleInfo] = (),
     adapters: Sequence[AdapterMetadata] = (),
-) -> list[Statement]:
+) -> list[ScheduleInfo]:
     """Return the statements on a model's noise schedule, the strongest first.
 
     Args:
@@ -135,7 +135,7 @@ def statements_on(
     settings = {PREDICTION: base.prediction_type, ZERO_SNR: base.zero_terminal_snr}
     of_this = [a for a in adapters if _file_or_name(a.base_model) == name]
     others = [a for a in adapters if a not in of_this]
-    asked = Statement(_FLAGS, settings, False)
+    asked = ScheduleInfo(_FLAGS, settings, False)
     return [asked, *map(_by_adapter, of_this), *own, *map(_by_adapter, others), *usual]
 
 
@@ -145,13 +145,13 @@ def _file_or_name(model: str) -> str:
     return re.split(r"[/\\]", model)[-1] if is_file else without_path(model)
 
 
-def _by_adapter(metadata: AdapterMetadata) -> Statement:
+def _by_adapter(metadata: AdapterMetadata) -> ScheduleInfo:
     zero = metadata.extra.get(ZERO_TERMINAL_SNR)
     settings = {
         PREDICTION: metadata.extra.get("prediction_type"),
         ZERO_SNR: zero == "True" if zero else None,
     }
-    return Statement("the adapter's metadata", settings, False)
+    return ScheduleInfo("the adapter's metadata", settings, False)
 
 
 def schedule_facts(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -165,7 +165,7 @@ def schedule_facts(settings: Mapping[str, Any]) -> dict[str, str]:
     return {"prediction_type": prediction, ZERO_TERMINAL_SNR: str(bool(zero)) if is_said else ""}
 
 
-def stated_by_file(metadata: Mapping[str, str], names: Iterable[str]) -> list[Statement]:
+def stated_by_file(metadata: Mapping[str, str], names: Iterable[str]) -> list[ScheduleInfo]:
     """Return the statements of a single file, by marker tensors and in its metadata."""
     markers = [marker for marker in MARKERS if marker in set(names)]
     by_key = {key: value for marker in markers for key, value in MARKERS[marker].items()}
@@ -178,14 +178,14 @@ def stated_by_file(metadata: Mapping[str, str], names: Iterable[str]) -> list[St
     if metadata.get("ss_zero_terminal_snr") == "True":
         by_metadata[ZERO_SNR] = True
     said = {f"the file's {' and '.join(markers)}": by_key, "the file's metadata": by_metadata}
-    return [Statement(source, settings) for source, settings in said.items() if settings]
+    return [ScheduleInfo(source, settings) for source, settings in said.items() if settings]
 
 
-def usual_of(family: Family) -> list[Statement]:
+def usual_of(family: Family) -> list[ScheduleInfo]:
     """Return the usual statement for a model that says nothing; none where two releases differ."""
     if family.has_two_predictions:
         return []
-    return [Statement("what is usual: the file says nothing", {PREDICTION: EPSILON})]
+    return [ScheduleInfo("what is usual: the file says nothing", {PREDICTION: EPSILON})]
 
 
 def markers_for(family: Family, settings: Mapping[str, Any]) -> set[str]:

@@ -16,7 +16,7 @@ from typing import cast
 
 from torch import Tensor
 
-from dora_diffusion.config.families import USUAL
+from dora_diffusion.config.families import DEFAULT_FAMILY
 from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,
@@ -212,7 +212,7 @@ def _released_names(component: str, count: int) -> list[str]:
 
 def _released_unet() -> Iterator[str]:
     """Stable Diffusion 1's and 2's, which have the same modules."""
-    layout = released_layout(USUAL)
+    layout = released_layout(DEFAULT_FAMILY)
     levels = len(layout.up_attention)
     blocks = [("mid_block", True, 1, 2)]
     for level, has_attention in enumerate(layout.up_attention):

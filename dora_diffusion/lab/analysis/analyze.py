@@ -54,7 +54,7 @@ from dora_diffusion.numerics.weights import (
     LayerWeights,
     NormAxis,
     Strengths,
-    oriented,
+    out_in,
 )
 from dora_diffusion.training.results.checkpoint import folders_after, step_of
 
@@ -174,7 +174,7 @@ class _Analyzer:
             self.on_progress(self.done, self.total)
         if is_table(name):
             # As its adapters see it: an output is a dimension of its vectors, an input a row.
-            base, weight = oriented(base, "embedding"), oriented(weight, "embedding")
+            base, weight = out_in(base, "embedding"), out_in(weight, "embedding")
         parts = decompose(base, weight, self.axis)
         if not parts.squared_change:
             return None

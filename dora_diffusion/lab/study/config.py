@@ -76,7 +76,7 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SamplingOptions:
     """Sampling options for images of trained models.
 
     Attributes:
@@ -123,7 +123,7 @@ class Study:
     reference: str = ""
     seeds_per_subject: int | None = None
     tune: Tuning | None = None
-    asked: Asked = field(default_factory=Asked)
+    asked: SamplingOptions = field(default_factory=SamplingOptions)
 
     def __post_init__(self) -> None:
         names = [method.name for method in self.methods]
@@ -278,9 +278,9 @@ def _tuning(values: Mapping[str, Any]) -> Tuning:
     )
 
 
-def _asked(values: Mapping[str, Any]) -> Asked:
-    _check_keys("asked", values, Asked)
-    return Asked(**{**values, "metric_models": _tuple(values.get("metric_models") or ())})
+def _asked(values: Mapping[str, Any]) -> SamplingOptions:
+    _check_keys("asked", values, SamplingOptions)
+    return SamplingOptions(**{**values, "metric_models": _tuple(values.get("metric_models") or ())})
 
 
 def _check_settings(place: str, values: Mapping[str, Any]) -> None:

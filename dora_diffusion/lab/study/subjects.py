@@ -28,7 +28,7 @@ from dora_diffusion.lab.judges import (
     toy_requests,
     true_images,
 )
-from dora_diffusion.lab.study.config import Asked
+from dora_diffusion.lab.study.config import SamplingOptions
 from dora_diffusion.lab.toy.benchmark_subjects import (
     SUBJECTS,
     TRIGGER,
@@ -75,7 +75,7 @@ def _drawn(given: Mapping[str, Any]) -> BenchmarkSubject:
         raise ConfigError(f"cannot draw the subject {dict(given)}: {error}") from error
 
 
-def _settings(asked: Asked) -> SamplingSettings:
+def _settings(asked: SamplingOptions) -> SamplingSettings:
     return SamplingSettings(asked.inference_steps, asked.guidance_scale)
 
 
@@ -129,7 +129,7 @@ class ToySource:
         }
 
     def measure(
-        self, components: Components, trigger: str, seed: int, asked: Asked
+        self, components: Components, trigger: str, seed: int, asked: SamplingOptions
     ) -> tuple[dict[str, float], Image]:
         """Return what `evaluate` measures but poses, and the image of the first new background."""
         requests = self._requests(trigger, seed)
@@ -211,7 +211,7 @@ class PhotoSource:
         }
 
     def measure(
-        self, components: Components, trigger: str, seed: int, asked: Asked
+        self, components: Components, trigger: str, seed: int, asked: SamplingOptions
     ) -> tuple[dict[str, float], Image]:
         """Return what `evaluate` measures on held-out photos, and the image of the first prompt."""
         subject = read_subject(self.held_out, trigger, self.class_word)

@@ -26,7 +26,7 @@ from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.lab.analysis.analyze import analyze_weights
 from dora_diffusion.lab.analysis.report import correlation
-from dora_diffusion.lab.study.config import BASE, Asked, Study
+from dora_diffusion.lab.study.config import BASE, SamplingOptions, Study
 from dora_diffusion.lab.study.subjects import StudySubject
 from dora_diffusion.numerics.devices import device_name
 from dora_diffusion.numerics.quantised import memory_of
@@ -65,7 +65,7 @@ class Trial:
     subject: StudySubject
     seed: int
     base: str
-    asked: Asked
+    asked: SamplingOptions
 
     @property
     def learning_rate(self) -> float | None:

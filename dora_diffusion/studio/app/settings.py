@@ -16,7 +16,7 @@ from dora_diffusion.config import (
     unusual_rates,
     without_effect,
 )
-from dora_diffusion.config.families import FAMILIES, USUAL
+from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
 from dora_diffusion.config.fields import words_of
 from dora_diffusion.config.presets import EMBEDDED as SMALL
 from dora_diffusion.config.presets import preset_settings
@@ -75,7 +75,7 @@ def preset_values(preset: str, model: str, device: Device | None = None) -> dict
         info = model_info(model)
     except ValueError:
         info = UNKNOWN
-    is_small, family = is_embedded(model), FAMILIES.get(info.family, USUAL)
+    is_small, family = is_embedded(model), FAMILIES.get(info.family, DEFAULT_FAMILY)
     values = TrainConfig().to_dict() | preset_settings(preset, family, is_embedded=is_small)
     if not is_small:
         batch = 2 if values["with_prior_preservation"] else 1

@@ -16,7 +16,7 @@ from dora_diffusion.cli.commands.rank_checkpoints import RankCheckpointsSettings
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import as_yaml
-from dora_diffusion.config.families import FAMILIES, USUAL
+from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
 from dora_diffusion.config.wording import whole_word
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.runs import ADAPTER_FILES, file_stem
@@ -211,7 +211,7 @@ def import_adapter(
     metadata = report_on(file).metadata
     # Others name a file of their own machine.
     stated = metadata.base_model if metadata.format_version else ""
-    base = base or stated or FAMILIES.get(metadata.family, USUAL).released_id
+    base = base or stated or FAMILIES.get(metadata.family, DEFAULT_FAMILY).released_id
     record = records.JobRecord(
         [records.IMPORT, shown(file.name)],
         clean_text(name, NAME_LIMIT, "name") or shown(file.stem, NAME_LIMIT),

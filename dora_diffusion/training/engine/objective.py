@@ -314,7 +314,7 @@ class Conditioner:
 Base = Callable[[], AbstractContextManager[object]]
 
 
-class HeldPrior(NamedTuple):
+class PriorPrediction(NamedTuple):
     """Predictions that are held at those of the untrained model.
 
     Attributes:
@@ -359,8 +359,8 @@ class Objective:
         inputs: StepInputs,
         alpha_bar: Tensor,
         model_pred: Tensor,
-        held: HeldPrior | None,
-        unmasked: HeldPrior | None = None,
+        held: PriorPrediction | None,
+        unmasked: PriorPrediction | None = None,
         ends: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor]:
         """Loss of the subject and of the prior, both scalar, from predictions.
@@ -378,7 +378,7 @@ class Objective:
         weight = loss_weight(alpha_bar, kind, self.weightings)
         delta = None if self.huber_delta is None else self.huber_delta(inputs.timesteps, alpha_bar)
 
-        def prior_of(part: HeldPrior, mask: Tensor | None = None) -> Tensor:
+        def prior_of(part: PriorPrediction, mask: Tensor | None = None) -> Tensor:
             of_rows, its_delta = (v if v is None else v[part.rows] for v in (weight, delta))
             return denoising_loss(part.model_pred, part.target, of_rows, mask, its_delta)
 
@@ -418,7 +418,7 @@ class NoisyBatch(NamedTuple):
     latents: Tensor
     rows: slice | Tensor = slice(None)
 
-    def of_class(self) -> NoisyBatch | None:
+    def class_batch(self) -> NoisyBatch | None:
         """The rows whose image-free prior is held, with class captions."""
         captions = enumerate(self.inputs.class_captions)
         return self._part({row: caption for row, caption in captions if caption is not None})
@@ -449,7 +449,7 @@ def noisy_batches(
     noisy = add_noise(merged.latents, merged.noise, alpha_bar).split(counts)
     each = zip(objectives, given, alpha_bar.split(counts), noisy, strict=True)
     own = [NoisyBatch(*parts) for parts in each]
-    return own, [batch.of_class() for batch in own]
+    return own, [batch.class_batch() for batch in own]
 
 
 def losses_of(
@@ -465,10 +465,10 @@ def losses_of(
         held: Of each the part whose image-free prior is held.
         base: The model has no adapter of any row inside of this.
     """
-    of_class = [part for part in held if part is not None]
+    class_batches = [part for part in held if part is not None]
     unmasked = [batch.unmasked() for batch in own]
     of_slider = [batch.of_slider() for batch in own]
-    untrained = [*of_class, *(part for part in unmasked if part is not None)]
+    untrained = [*class_batches, *(part for part in unmasked if part is not None)]
     untrained += chain.from_iterable(of_slider)
     targets: Iterator[Tensor] = iter(())
     if untrained:
@@ -477,14 +477,14 @@ def losses_of(
                 if any(parts):
                     stack.enter_context(batch.objective.base_weights())
             targets = iter(predictions_of(untrained))
-    predictions = predictions_of([*own, *of_class])
-    made_of_class = iter(predictions[len(own) :])
+    predictions = predictions_of([*own, *class_batches])
+    class_predictions = iter(predictions[len(own) :])
     priors = [
-        None if part is None else HeldPrior(part.rows, next(made_of_class), next(targets))
+        None if part is None else PriorPrediction(part.rows, next(class_predictions), next(targets))
         for part in held
     ]
     outsides = [
-        None if part is None else HeldPrior(part.rows, made[part.rows], next(targets))
+        None if part is None else PriorPrediction(part.rows, made[part.rows], next(targets))
         for part, made in zip(unmasked, predictions, strict=False)
     ]
     losses = []

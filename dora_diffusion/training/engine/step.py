@@ -55,7 +55,7 @@ from dora_diffusion.training.engine.preconditioning import Preconditioner
 from dora_diffusion.training.results.metrics import require_finite
 from dora_diffusion.training.trainable.allocation import RankAllocation, build_allocation
 from dora_diffusion.training.trainable.full import FullWeights, TrainedWeights
-from dora_diffusion.training.trainable.words import TrainedWords
+from dora_diffusion.training.trainable.words import TrainedTokens
 
 Batches = Sequence[tuple[int, NoisyBatch]]
 """Noisy batches, each with the place of its run."""
@@ -271,7 +271,7 @@ class Learner:
     optimizer: Any
     lr_schedule: Any
     inputs: InputSource
-    words: TrainedWords
+    words: TrainedTokens
     allocation: RankAllocation | None = None
     preconditioner: Preconditioner | None = None
     average: Average | None = None

@@ -104,7 +104,7 @@ def state_of(session: Session, segments: object, step: int) -> dict[str, Any]:
         "parameters": {name: gather(tensor) for name, tensor in tensors.items()},
         "optimizer": session.learner.optimizer_state(),
         "lr_schedule": session.learner.lr_schedule.state_dict(),
-        **session.place(),
+        **session.data_position(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "projections": session.weights.projections(),
         "start": session.weights.start(),
@@ -244,12 +244,12 @@ class CheckpointSaver:
         *,
         interim: bool = False,
         is_best: bool = False,
-        is_calm: Callable[[int], bool] = lambda step: True,
+        is_stable: Callable[[int], bool] = lambda step: True,
     ) -> Path | None:
         """Save a checkpoint; where it cannot be written, its result alone, with a warning.
 
         Earlier ones go only when the new one was read back, and its numbers are finite. Beside the
-        limit stay the newest of those at whose step the loss ``is_calm``, and the best one: the
+        limit stay the newest of those at whose step the loss ``is_stable``, and the best one: the
         last that was saved as such. One that was saved for that alone goes when another is best.
 
         Returns:
@@ -273,16 +273,16 @@ class CheckpointSaver:
                 shutil.rmtree(self.best, ignore_errors=True)
             self.best = path
         if self.limit and not interim:
-            kept = (self.newest_calm(is_calm), self.best)
+            kept = (self.newest_stable(is_stable), self.best)
             for old in checkpoints_in(self.output_dir)[: -self.limit]:
                 if old not in kept:
                     shutil.rmtree(old, ignore_errors=True)
         return path
 
-    def newest_calm(self, is_calm: Callable[[int], bool]) -> Path | None:
+    def newest_stable(self, is_stable: Callable[[int], bool]) -> Path | None:
         """The newest checkpoint of a step at which nothing spoke of a rising loss."""
         found = reversed(checkpoints_in(self.output_dir))
-        return next((path for path in found if is_calm(step_of(path))), None)
+        return next((path for path in found if is_stable(step_of(path))), None)
 
     def _save_alone(self, step: int, write_weights: WriteWeights, cause: OSError) -> None:
         before = f"the newest is {self.newest.name}" if self.newest else "there is none before it"

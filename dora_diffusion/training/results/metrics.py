@@ -108,7 +108,7 @@ class LossWatch:
         if self._sum > _ALARM and self.risen_at is None:
             self.risen_at = step
 
-    def is_calm(self, step: int) -> bool:
+    def is_stable(self, step: int) -> bool:
         """Return whether nothing spoke of a rise at a step."""
         return step not in self._raised
 

@@ -216,7 +216,7 @@ def warning_of_full_disk(what: str) -> Iterator[None]:
         warnings.warn(f"{what}: {error.strerror or error}", stacklevel=3)
 
 
-class Sampled(NamedTuple):
+class SampleRequest(NamedTuple):
     """A sample prompt with the settings of its run: its text, seeds, and how it is sampled."""
 
     text: str
@@ -224,7 +224,7 @@ class Sampled(NamedTuple):
     settings: SamplingSettings
 
     @classmethod
-    def of(cls, prompt: SamplePrompt, config: TrainConfig) -> Sampled:
+    def of(cls, prompt: SamplePrompt, config: TrainConfig) -> SampleRequest:
         """Return the sampling of a prompt; what it leaves open is as the settings have it.
 
         Raises:
@@ -252,7 +252,7 @@ def check_prompts(config: TrainConfig) -> None:
         ConfigError: With what is wrong.
     """
     for prompt in config.prompts:
-        Sampled.of(prompt, config)
+        SampleRequest.of(prompt, config)
 
 
 def _of_one_size(images: Sequence[Image.Image]) -> list[Image.Image]:
@@ -282,7 +282,7 @@ class SampleWriter:
         self._trackers, self._on_event, self._stop = trackers, on_event, stop
         config = session.config
         self._with = "fine-tuned" if config.is_full else "with the adapter"
-        self._prompts = [Sampled.of(prompt, config) for prompt in config.prompts]
+        self._prompts = [SampleRequest.of(prompt, config) for prompt in config.prompts]
         self._lines = config.validation_prompt or [prompt.text for prompt in self._prompts]
         self._strengths = SLIDER_STRENGTHS if config.is_slider else ()
         self._rules = prompt_rules(config)

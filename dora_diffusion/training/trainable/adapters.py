@@ -50,7 +50,7 @@ from dora_diffusion.numerics.devices import keeps_random_state, random_state, se
 from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.training.engine.optimizer import parameter_groups
 from dora_diffusion.training.results.card import KOHYA_FILE
-from dora_diffusion.training.trainable.words import TrainedWords
+from dora_diffusion.training.trainable.words import TrainedTokens
 
 Writer = Callable[[Path, AdapterMetadata], Path]
 
@@ -72,7 +72,7 @@ class TrainedAdapters:
     modules: dict[str, nn.Module]
     report: InjectionReport
     key_format: str = "diffusers"
-    words: TrainedWords = field(default_factory=TrainedWords)
+    words: TrainedTokens = field(default_factory=TrainedTokens)
     origin: dict[str, str] = field(default_factory=dict)
 
     noun = "adapter"

@@ -44,7 +44,7 @@ from dora_diffusion.training.trainable.adapters import (
     components_that_train,
     enter_training,
 )
-from dora_diffusion.training.trainable.words import TrainedWords
+from dora_diffusion.training.trainable.words import TrainedTokens
 
 # Bytes of float32 per parameter that an optimizer keeps; adamw8bit quantises its two moments, and
 # the last one keeps rows and columns of one.
@@ -101,7 +101,7 @@ class FullWeights:
     config: TrainConfig
     report: FullReport
     base: dict[str, Tensor] = field(default_factory=dict)
-    words: TrainedWords = field(default_factory=TrainedWords)
+    words: TrainedTokens = field(default_factory=TrainedTokens)
 
     noun = "model"
 

@@ -28,7 +28,7 @@ from dora_diffusion.training.engine.optimizer import WORDS
 
 
 @dataclass(frozen=True)
-class TrainedWords:
+class TrainedTokens:
     """Vectors of new words that train, by themselves: their tables do not.
 
     Attributes:
@@ -108,7 +108,7 @@ class TrainedWords:
 
 def add_words(
     components: Components, config: TrainConfig, known: Mapping[str, Vectors] | None = None
-) -> TrainedWords:
+) -> TrainedTokens:
     """Add a run's new words to its model, and let their vectors train.
 
     Args:
@@ -126,7 +126,7 @@ def add_words(
     """
     words, count = config.words, config.num_new_tokens_per_abstraction
     if not words:
-        return TrainedWords()
+        return TrainedTokens()
     concepts = config.initializer_concept or [""]
     concepts = concepts * len(words) if len(concepts) == 1 else concepts
     had = [getattr(e.get_input_embeddings(), "rows", ()) for e in components.text_encoders]
@@ -144,7 +144,7 @@ def add_words(
         for number, word in enumerate(words)
     }
     start = {component: table.rows.detach().clone() for component, table in tables.items()}
-    return TrainedWords(tables, places, start)
+    return TrainedTokens(tables, places, start)
 
 
 def _known_start(word: str, vectors: Vectors, count: int) -> dict[str, Tensor]:

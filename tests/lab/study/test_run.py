@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.config.families import USUAL
+from dora_diffusion.config.families import DEFAULT_FAMILY
 from dora_diffusion.config.presets import preset_settings
 from dora_diffusion.evaluation.measures import MEASURES
 from dora_diffusion.lab.study import run as module
@@ -357,7 +357,7 @@ def test_the_fast_presets_are_what_was_measured(file, name):
     shown = Study.from_dict(yaml.safe_load((docs / f"{file}.yaml").read_text(encoding="utf-8")))
     (method,) = (one for one in shown.methods if one.name == name)
     measured = shown.training(method).to_dict()
-    preset = preset_settings(name, USUAL, is_embedded=True)
+    preset = preset_settings(name, DEFAULT_FAMILY, is_embedded=True)
     started = TrainConfig.from_dict({**preset, "output_dir": measured["output_dir"]}).to_dict()
     other = {name for name, value in started.items() if measured[name] != value}
     # Toy photos are square, and min-SNR is what follows for a model that predicts the same. The

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dora_diffusion.lab.judges import place
+from dora_diffusion.lab.judges import compose
 from dora_diffusion.lab.toy import shapes
 from dora_diffusion.lab.toy.benchmark_subjects import SAMPLE_SUBJECTS, find_subject
 from dora_diffusion.lab.toy.shapes import CLASSES, UNSEEN_CLASSES
@@ -93,5 +93,5 @@ def test_nonsense_is_refused(build) -> None:  # type: ignore[no-untyped-def]
 def test_place_keeps_the_object_in_the_frame() -> None:
     generator = np.random.default_rng(0)
     for _ in range(100):
-        scene = place(a_scene().subject, "sea", generator)
+        scene = compose(a_scene().subject, "sea", generator)
         assert abs(scene.position[0]) + scene.size <= 1.0 + 1e-6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dora_diffusion.lab.judges import place, sample_subject
+from dora_diffusion.lab.judges import compose, sample_subject
 from dora_diffusion.lab.toy.shapes import CLASSES
 from dora_diffusion.lab.toy.world import BACKGROUNDS, COLORS, PATTERNS, PLACES, Scene
 from tools.pretrain.captions import PATTERN_PHRASES, PATTERN_WORDS, caption
@@ -13,7 +13,7 @@ from tools.pretrain.captions import PATTERN_PHRASES, PATTERN_WORDS, caption
 def drawn_scene(index: int) -> Scene:
     generator = np.random.default_rng((12, index))
     background = str(generator.choice(list(BACKGROUNDS)))
-    return place(sample_subject(generator), background, generator)
+    return compose(sample_subject(generator), background, generator)
 
 
 def test_captions_say_only_what_is_true() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.cli.console.training import TrainProgress, what_trains
+from dora_diffusion.cli.console.training import TrainProgress, training_summary
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.sampling.generate import BrokenImageError
 from dora_diffusion.training.engine.accelerator import make_accelerator
@@ -182,7 +182,7 @@ def test_kohyas_regularisation_folder_is_that_of_class_images(tiny_run, reg, pro
         expected |= {"2.png": first, "0.png": second}
     assert captions == expected
     assert not list(reg.glob("generated-*"))
-    assert "3 of 3 class images" in what_trains(config).splitlines()[0]
+    assert "3 of 3 class images" in training_summary(config).splitlines()[0]
 
 
 def test_class_images_that_are_left_out_are_said(reg):

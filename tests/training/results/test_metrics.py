@@ -120,12 +120,12 @@ def test_a_loss_that_rises_is_told_within_steps_and_a_usual_one_never():
         for step, loss in enumerate(usual, start=1):
             watch.add(step, loss)
         assert watch.risen_at is None
-        calm = sum(map(watch.is_calm, range(1, 501)))
-        assert calm > 350
+        stable = sum(map(watch.is_stable, range(1, 501)))
+        assert stable > 350
         for step, loss in enumerate(rng.choices(APART, k=60), start=501):
             watch.add(step, loss)
         assert 503 <= watch.risen_at <= 540
-        assert not any(map(watch.is_calm, range(watch.risen_at, 561)))
+        assert not any(map(watch.is_stable, range(watch.risen_at, 561)))
 
 
 def test_one_giant_loss_is_no_rise():
@@ -133,8 +133,8 @@ def test_one_giant_loss_is_no_rise():
     for step, loss in enumerate([*USUAL[:25], 1e6, *USUAL], start=1):
         watch.add(step, loss)
     assert watch.risen_at is None
-    assert not watch.is_calm(26)
-    assert watch.is_calm(64)
+    assert not watch.is_stable(26)
+    assert watch.is_stable(64)
 
 
 def test_a_run_that_falls_apart_keeps_its_checkpoint_from_before_and_names_it(

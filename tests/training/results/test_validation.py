@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.cli.console.training import what_trains
+from dora_diffusion.cli.console.training import training_summary
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import list_photos
@@ -168,7 +168,7 @@ def test_held_out_captions_without_the_token_are_refused_by_folder(
     config = make_config(
         sd1_folder, folders["kept"], tmp_path / "out", validation_data_dir=str(other)
     )
-    run = what_trains if is_dry else train
+    run = training_summary if is_dry else train
     with pytest.raises(ConfigError) as error:
         run(config)
     assert str(error.value) == (
@@ -179,7 +179,7 @@ def test_held_out_captions_without_the_token_are_refused_by_folder(
     first, *others = other.glob("*.txt")
     first.unlink()
     with pytest.warns(UserWarning, match="is missing from 1 of 2 captions: 'a mug on sand'"):
-        what_trains(config)
+        training_summary(config)
     for caption in others:
         caption.unlink()
     photos = read_held_out(subjects_of(config)[0], list_photos(other))

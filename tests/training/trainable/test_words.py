@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from dora_diffusion.adapters.state import load_adapter
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.config.families import USUAL
+from dora_diffusion.config.families import DEFAULT_FAMILY
 from dora_diffusion.config.learning import OPTIMIZERS, PRODIGIES
 from dora_diffusion.config.presets import preset_settings
 from dora_diffusion.export import convert_adapter, export_checkpoint, inspect_adapter
@@ -39,7 +39,7 @@ from dora_diffusion.training.results.card import _words
 from dora_diffusion.training.results.checkpoint import STATE_FILE
 from dora_diffusion.training.results.write import result_metadata
 from dora_diffusion.training.session import open_session
-from dora_diffusion.training.trainable.words import TrainedWords, add_words
+from dora_diffusion.training.trainable.words import TrainedTokens, add_words
 from tests.formats.layouts.helpers import load_pipeline
 from tests.training.helpers import SAMPLES, assert_same_adapter, make_config, needs_library
 
@@ -238,7 +238,7 @@ def test_the_preset_with_a_word_resumes_and_its_file_shows_the_word(
 ) -> None:
     prompt, plain = "a photo of a <sks> mug", "a photo of a sks mug"
     photos = caption(Path(shutil.copytree(SAMPLES / "bolt_mug", tmp_path / "photos")), prompt)
-    preset = preset_settings("fast-word", USUAL, is_embedded=True)
+    preset = preset_settings("fast-word", DEFAULT_FAMILY, is_embedded=True)
     preset |= {"max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 2}
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     config = make_config(sd1_folder, photos, whole, **preset | {"instance_prompt": prompt})
@@ -378,7 +378,7 @@ def test_where_words_start(sdxl_folder: Path, named: Path, tmp_path: Path) -> No
         assert abs(random.start[component].std() / std - 1) < 0.03
 
 
-def add_to(base: Path, photos: Path, output: Path, settings: dict[str, object]) -> TrainedWords:
+def add_to(base: Path, photos: Path, output: Path, settings: dict[str, object]) -> TrainedTokens:
     return add_words(load_components(base), make_config(base, photos, output, **settings))
 
 
