@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from dora_diffusion.config.wording import with_article
-from dora_diffusion.lab.toy.shapes import FILLERS
 from dora_diffusion.lab.toy.world import PLACES, DrawnSubject, Scene
+from dora_diffusion.models.embedded import FILLERS
 
 PATTERN_WORDS: dict[str, tuple[str, ...]] = {
     "plain": ("plain", "", "", ""),

@@ -144,8 +144,6 @@ def _shapes(kinds: Mapping[str, Any]) -> dict[str, Shape]:
 EMBLEMS: Mapping[str, Any] = WORLD["emblems"]
 CLASSES = _shapes(WORLD["classes"])
 UNSEEN_CLASSES = _shapes(WORLD["unseen_classes"])
-FILLERS: tuple[str, ...] = ("toy", "object", "thing")
-"""Words that captions have for a thing of any class."""
 
 
 def random_shape(seed: int) -> Shape:
