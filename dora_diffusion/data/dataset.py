@@ -378,11 +378,10 @@ class DreamBoothDataset(Dataset[Sample]):
         self, photo: Photo, crop: CropRecord, epoch: int, subject: SubjectPhotos
     ) -> tuple[object, ...]:
         """Return the cache key of a crop and its mask; an alpha channel has the photo's digest."""
-        drawn = (
-            subject.mask_channels and subject.draws.generator("planes", photo, epoch).initial_seed()
-        )
+        draws, channels = subject.draws, subject.mask_channels
+        drawn = channels and draws.generator("planes", photo, epoch).initial_seed()
         mask = photo.mask_path is not None, photo.mask_digest, subject.masked_loss
-        return photo.digest, mask, crop, subject.mask_channels, drawn
+        return photo.digest, mask, crop, channels, drawn
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -196,23 +196,17 @@ def dora_forward(
     ``op`` applies ``weight`` ``(out, in, *k)`` and ``bias``, which is not scaled; all are of one
     dtype, the factors too. ``base`` is ``W x + b``, if already computed.
     """
-    f = factors
+    f, in_graph = factors, factors.gain_in_graph
     if f.gain is not None and f.axis == "input":
         if f.norm_change is not None:
             x = _with_norms(op, x, None, f.norm_change)
-        gx = (
-            op.scale_input(x, f.gain)
-            if f.gain_in_graph
-            else _Scale.apply(op, None, x, f.gain, None)
-        )
+        gx = op.scale_input(x, f.gain) if in_graph else _Scale.apply(op, None, x, f.gain, None)
         x, base = gx.to(x.dtype), None
     base = op.apply(x, weight, bias) if base is None else base
     low_rank = op.up_project(op.down_project(x, f.down), f.up, f.shift)
     if f.gain is None or f.axis == "input":
         return base + low_rank
-    gain, shift_numerator = (
-        (f.gain.detach(), None) if f.gain_in_graph else (f.gain, f.shift_numerator)
-    )
+    gain, shift_numerator = (f.gain.detach(), None) if in_graph else (f.gain, f.shift_numerator)
     y: Tensor = _Scale.apply(op, low_rank, base, gain, shift_numerator)
     if f.direction is not None:
         with torch.no_grad():

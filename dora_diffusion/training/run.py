@@ -359,12 +359,12 @@ class Run:
                 step, now, write, interim=interim, is_best=is_best, is_stable=stable
             )
 
-    def _rescue(self, step: int, place: Mapping[str, Any]) -> None:
+    def _rescue(self, step: int, data_position: Mapping[str, Any]) -> None:
         """Save the steps as a checkpoint in between before an error ends the run.
 
         Args:
             step: The last one that is done.
-            place: Where the run stood in its data after that step.
+            data_position: Where the run stood in its data after that step.
         """
         if not self.is_main or not self.start.step < step != self.saver.last_step:
             return
@@ -382,7 +382,7 @@ class Run:
                 raise
             except Exception:  # Of whoever watches the numbers, which are looked at before.
                 pass
-            if path := self._save(step, interim=True, **place):
+            if path := self._save(step, interim=True, **data_position):
                 warnings.warn(
                     f"an error ends the run after step {step}; {path.name} was saved first: "
                     "--resume_from_checkpoint latest resumes from there",

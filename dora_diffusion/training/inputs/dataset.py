@@ -169,10 +169,9 @@ def _open_subject(
     """One subject's photos at its resolution, and the prompts of the class images that it needs."""
     config = subject.settings
     draws = _sample_transform(config, components)
-    reads_masks, of_subject = (
-        components.family.mask_channels > 0,
-        config.inpainting_mask == "subject",
-    )
+    reads_masks = components.family.mask_channels > 0
+    of_subject = config.inpainting_mask == "subject"
+    mask = partial(draws.inpainting_mask, of_subject=of_subject)
     if config.inpainting_mask and not reads_masks:
         warnings.warn(
             f"inpainting_mask has no effect because {components.name} is not an inpainting model",
@@ -198,9 +197,7 @@ def _open_subject(
         photos,
         draws,
         masked_loss=config.masked_loss,
-        mask_channels=partial(draws.inpainting_mask, of_subject=of_subject)
-        if reads_masks
-        else None,
+        mask_channels=mask if reads_masks else None,
         class_caption=as_class if config.is_image_free else None,
         repeats=config.repeats,
         weight=config.weight,
