@@ -49,10 +49,11 @@ nitpicky = True
 # Classes that the pages leave out, wherever they are, and those that a module imports by name. The
 # build warns of what is needless here.
 LEFT_OUT = [
-    "AdaptedLayerReport", "AdapterRef", "CheckpointChange", "Factors", "GpuMemory", "Image",
-    "LayerAdapter", "LayerWeights", "MemoryRow", "MergeStrengths", "NoiseSchedule",
-    "Package", "Path", "PhotoSource", "Plan", "Preset", "RowShard", "ScheduleInfo", "Site",
-    "Strengths", "SubjectRecord", "TextEncoder", "ToySource", "Workers", "WorkQueue",
+    "AdaptedLayerReport", "AdapterRef", "AdapterUse", "CheckpointChange", "Effect", "Factors",
+    "Finding", "GpuMemory", "Image", "LayerAdapter", "LayerWeights", "Masker", "MemoryRow",
+    "MergeStrengths", "NoiseSchedule", "Package", "Path", "PhotoSource", "Plan", "Preset",
+    "RowShard", "ScheduleInfo", "Site", "Strengths", "SubjectRecord", "TextEncoder",
+    "ToySource", "WorkQueue", "Workers",
 ]  # fmt: skip
 # And types of other libraries, whose indexes a build without a network has not; and what autodoc
 # cuts in two at a comma.

@@ -60,7 +60,7 @@ class BaseModel:
 
     @property
     def tile_size(self) -> int:
-        """The autoencoder's tiles in pixels; 0: none."""
+        """The autoencoder's tiles in pixels, 0 for none."""
         usual = 0 if self.quantize == "none" else TILE
         return usual if self.vae_tile_size is None else self.vae_tile_size
 

@@ -149,7 +149,7 @@ class SamplingSettings:
 
     @property
     def stated_denoise(self) -> float | None:
-        """Denoising strength in an image's text: of the second pass where there is one."""
+        """Denoising strength in an image's text, of the second pass where there is one."""
         if self.hires:
             return self.hires_denoise
         return DENOISE if self.image is not None and self.denoise is None else self.denoise
