@@ -81,6 +81,9 @@ window.studio = {
     return {...kept, ...studio.typed()};
   },
 
+  // All fields are read once for those that change together.
+  changed() { studio.change ??= setTimeout(() => { studio.change = null; studio.settled?.(); }); },
+
   // Not before the page has got back what was kept: its fields change when they are first drawn.
   keep: (kept, names, values) => window.ddRestored
     ? Object.fromEntries(names.map((name, i) => [name, values[i] ?? null]))

@@ -21,6 +21,7 @@ from dora_diffusion.studio.app.context import plain
 from dora_diffusion.studio.app.settings import setting_text, shown_choices, with_labels
 
 _BLANK = 256
+_TOGETHER = 16
 
 
 def on(
@@ -210,10 +211,15 @@ def keep_draft(blocks: gr.Blocks, besides: Mapping[str, Any]) -> Any:
             for field, value in ((field, values.get(name)) for name, field in named.items())
         ]
 
+    # Gradio reads all that can set off an event, at each: few at a time, and all once, when those that
+    # change together have changed.
+    settled = html_block(elem_id="draft", js_on_load="studio.settled = () => trigger('input')")
+    for first in range(0, len(fields), _TOGETHER):
+        some = fields[first : first + _TOGETHER]
+        on([field.change for field in some], None, js="studio.changed")
     on(
-        [field.change for field in fields], None, [draft, *fields], [draft],
+        settled.input, None, [draft, *fields], [draft],
         js=f"(kept, ...values) => studio.keep(kept, {json.dumps(list(named))}, values)",
-        trigger_mode="always_last",
     )  # fmt: skip
     own = {
         field.elem_id: name
