@@ -118,7 +118,7 @@ def image_rows(args: RequestedImages) -> list[Row]:
             )
         require(
             not text.strip().startswith("Negative prompt:"),
-            "the prompt begins with 'Negative prompt:'; give that with --negative_prompt",
+            "the prompt begins with 'Negative prompt:'; give that as the negative prompt",
         )
         strength = entry.get("strength", 1.0)
         require_strength(f"strength of {place}", strength)

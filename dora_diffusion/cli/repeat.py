@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.cli.settings import adapter_and_strengths
+from dora_diffusion.cli.settings import AdaptedModel, adapter_and_strengths
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require
 
 if TYPE_CHECKING:
     from dora_diffusion.cli.requested_images import RequestedImages
+    from dora_diffusion.config.base import BaseModel
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
     from dora_diffusion.models.components import Components
     from dora_diffusion.sampling.generate import SamplingSettings
@@ -59,6 +60,14 @@ def repeated_settings(file: str) -> tuple[dict[str, Any], dict[str, str]]:
 def _strengths_of(fields: Mapping[str, str]) -> dict[str, str]:
     names, strengths = (fields.get(key, "") for key in ("Adapter", "Adapter strength"))
     return dict(zip(names.split(", "), strengths.split(", "), strict=True)) if names else {}
+
+
+def loaded_text(model: RequestedImages | BaseModel) -> str:
+    """The way in which a base is loaded, in an image's text; empty: as usual."""
+    known = [setting for setting in AdaptedModel.settings() if setting.name in _LOADED]
+    values = {s.name: getattr(model, s.name, s.default) for s in known}
+    moved = {s.name: values[s.name] for s in known if values[s.name] != s.default}
+    return json.dumps(moved) if moved else ""
 
 
 def with_strengths(words: Sequence[str], strengths: Mapping[str, str]) -> list[str]:
@@ -189,7 +198,5 @@ class Repeated:
         facts = images.model_fields(
             components, args.uses(), 1 if args.adapters_file else size, place
         )
-        loaded = [setting for setting in args.settings() if setting.name in _LOADED]
-        values = {setting.name: getattr(args, setting.name) for setting in loaded}
-        moved = {s.name: values[s.name] for s in loaded if values[s.name] != s.default}
-        return facts | ({images.LOADED: json.dumps(moved)} if moved else {})
+        loaded = loaded_text(args)
+        return facts | ({images.LOADED: loaded} if loaded else {})

@@ -211,11 +211,10 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
             return self
         from dora_diffusion.sampling.images import split_tags
 
-        styles = self.chosen_styles
-        prompt, tags = split_tags(with_styles(self.prompt, [style.prompt for style in styles]))
+        prompt, tags = split_tags(self.styled("prompt"))
         if not tags:
             return self
-        negative = with_styles(self.negative_prompt, [style.negative_prompt for style in styles])
+        negative = self.styled("negative_prompt")
         words = [f"{adapter_named(self.adapter_dir, name)}{shares}" for name, shares in tags]
         return replace(
             self, prompt=prompt, negative_prompt=negative, styles=None, style=[], adapter_dir=None,
@@ -234,6 +233,15 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
             "style is given without a file of styles; give A1111's styles.csv with --styles",
         )
         return read_styles(self.styles, self.style) if self.styles and self.style else []
+
+    def styled(self, name: str) -> str:
+        """The prompt, or the negative one, with the styles.
+
+        Raises:
+            ConfigError: If a style is not there, or the text is too long.
+        """
+        texts = [getattr(style, name) for style in self.chosen_styles]
+        return with_styles(getattr(self, name) or "", texts)
 
     def without_effect(self) -> dict[str, str]:
         """Settings that have no effect, and why; of a grid those that have none in any cell.
@@ -296,6 +304,31 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
         layers = dict(adapter_and_strength(word) for word in self.layer_strength)
         return uses_of(adapters, layers, self.strength_schedule)
 
+    @cached_property
+    def sampling(self) -> SamplingSettings:
+        """The settings of sampling: images and the model of a detail pass are opened.
+
+        Raises:
+            ConfigError, ValueError, OSError: If a value cannot work, or a file cannot be read.
+        """
+        from dora_diffusion.data.images import open_photo
+        from dora_diffusion.sampling.detail import Detail
+        from dora_diffusion.sampling.generate import SamplingSettings
+        from dora_diffusion.sampling.stack import name_of
+
+        names = [field.name for field in fields(SamplingSettings)]
+        given: dict[str, Any] = {name: getattr(self, name, None) for name in names}
+        given = {name: value for name, value in given.items() if value is not None}
+        given |= {n: open_photo(given[n]) for n in ("image", "mask_image") if n in given}
+        if self.detail:
+            given["detail"] = Detail.open(
+                self.detail, self.detail_label or "", denoise=self.detail_denoise,
+                padding=self.detail_padding, prompt=self.detail_prompt or "",
+            )  # fmt: skip
+        given["negative_prompt"] = self.styled("negative_prompt")
+        schedules = {name_of(n): use.schedule for n, use in enumerate(self.uses()) if use.schedule}
+        return SamplingSettings(**given, strength_schedules=schedules)
+
 
 def adapter_named(folder: str, name: str) -> str:
     """The file of an adapter of a folder, by its name in texts.
@@ -316,24 +349,3 @@ def adapter_named(folder: str, name: str) -> str:
         f"{listing(known, 8) or 'none'}",
     )
     return known[name]
-
-
-def sampling_settings(args: RequestedImages) -> SamplingSettings:
-    from dora_diffusion.data.images import open_photo
-    from dora_diffusion.sampling.detail import Detail
-    from dora_diffusion.sampling.generate import SamplingSettings
-    from dora_diffusion.sampling.stack import name_of
-
-    names = [field.name for field in fields(SamplingSettings)]
-    given: dict[str, Any] = {name: getattr(args, name, None) for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
-    given |= {n: open_photo(given[n]) for n in ("image", "mask_image") if n in given}
-    if args.detail:
-        given["detail"] = Detail.open(
-            args.detail, args.detail_label or "", denoise=args.detail_denoise,
-            padding=args.detail_padding, prompt=args.detail_prompt or "",
-        )  # fmt: skip
-    negatives = [style.negative_prompt for style in args.chosen_styles]
-    given["negative_prompt"] = with_styles(args.negative_prompt, negatives)
-    schedules = {name_of(n): use.schedule for n, use in enumerate(args.uses()) if use.schedule}
-    return SamplingSettings(**given, strength_schedules=schedules)

@@ -157,7 +157,10 @@ class SamplingSettings:
     def _check_passes(self) -> None:
         """Check what paints over an image, in one pass or as the second one."""
         if self.hires is not None and self.image is not None:
-            raise ValueError("hires is of images from text alone; leave it out, or image")
+            raise ValueError(
+                "a second pass (hires) is of images from text alone; leave it out, or the image to "
+                "start from"
+            )
         if self.hires is not None and not 1 < self.hires <= MOST_HIRES:
             raise ValueError(
                 f"hires is {self.hires:g}; it must be above 1 and at most {MOST_HIRES}"

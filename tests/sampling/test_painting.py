@@ -183,7 +183,7 @@ def test_an_autoencoder_that_overflows_stays_in_float32(sdxl_folder):
         ({"hires": 1.0}, "hires is 1; it must be above 1 and at most 4"),
         ({"hires": 100.0}, "hires is 100; it must be above 1"),
         ({"hires": float("nan")}, "hires is nan"),
-        ({"hires": 2.0, "image": photo()}, "hires is of images from text alone"),
+        ({"hires": 2.0, "image": photo()}, r"\(hires\) is of images from text alone"),
         ({"hires": 2.0, "hires_denoise": 0.0}, "hires_denoise is 0; it must be above 0"),
         ({"hires": 2.0, "hires_denoise": 0.1}, "hires_denoise 0.1 of 5 steps is less than one"),
         ({"hires": 2.0, "hires_steps": 0}, "hires_steps is 0; it must be at least 1"),

@@ -11,11 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dora_diffusion.cli.console.output import progress, say
 from dora_diffusion.cli.image_rows import Row, image_rows, warn_of_triggers
 from dora_diffusion.cli.repeat import Repeated, repeated_settings, with_strengths
-from dora_diffusion.cli.requested_images import (
-    RequestedImages,
-    adapter_named,
-    sampling_settings,
-)
+from dora_diffusion.cli.requested_images import RequestedImages, adapter_named
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.file import read_config_file
 
@@ -79,7 +75,7 @@ class GenerateSettings(RequestedImages):
         from dora_diffusion.sampling.pool import AdapterPool
         from dora_diffusion.sampling.stack import AdapterUse
 
-        settings, uses = sampling_settings(self), self.uses()
+        settings, uses = self.sampling, self.uses()
         repeated = Repeated.of(self, settings)
         components, metadata = repeated.load(self, uses)
         settings, line = self.distilled(settings, components, uses)

@@ -25,7 +25,7 @@ from dora_diffusion.cli.axes import NO_AXES, plan_grid
 from dora_diffusion.cli.console.output import progress, say
 from dora_diffusion.cli.image_rows import SUFFIXES, Row, image_rows, warn_of_triggers
 from dora_diffusion.cli.repeat import Repeated
-from dora_diffusion.cli.requested_images import RequestedImages, sampling_settings
+from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.cli.settings import Model
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.wording import counted
@@ -155,7 +155,7 @@ class GridRun:
             args = replace(args, seed=secrets.randbelow(2**32) if known is None else known)
         grid = plan_grid(args)
         first = next(iter(grid.cells.values()))
-        self.repeated = Repeated.of(first, sampling_settings(first))
+        self.repeated = Repeated.of(first, first.sampling)
         self._load: Load = load or self._loaded
         clip_skip = self.repeated.fields.get("Clip skip", "")
         cells = [_Cell.of(cell, self.folder, clip_skip) for cell in grid.cells.values()]
@@ -166,7 +166,7 @@ class GridRun:
         )
         unique = {cell.row.path: cell for cell in cells}
         own = {cell.batch_key: cell.settings for cell in cells}
-        self.samplings = {key: sampling_settings(settings) for key, settings in own.items()}
+        self.samplings = {key: settings.sampling for key, settings in own.items()}
         warn_of_triggers(_triggers(unique.values()))
         made = {path for path, cell in unique.items() if not args.overwrite and self._is_made(cell)}
         for path in made:

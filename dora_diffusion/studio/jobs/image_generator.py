@@ -10,86 +10,80 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL.Image import open as open_image
 
-from dora_diffusion.config.base import BaseModel
-from dora_diffusion.config.fields import ConfigError
+from dora_diffusion.cli.image_rows import Row, image_rows
+from dora_diffusion.cli.repeat import Repeated
+from dora_diffusion.cli.requested_images import RequestedImages
+from dora_diffusion.cli.settings import adapter_and_strengths
+from dora_diffusion.config.fields import ConfigError, flag
+from dora_diffusion.config.prompts import MOST_CHARACTERS, Style
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.numerics.threads import one_thread
-from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.studio.jobs.inputs import input_path, keep_input
 from dora_diffusion.studio.jobs.queue import PERSON, holding, is_running
-from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace, new_id
+from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace, clean_text, new_id
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dora_diffusion.cli.requested_images import RequestedImages
     from dora_diffusion.models.components import Components
     from dora_diffusion.sampling.generate import SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
-MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID = 16, 200, 2048, 48
-# Images that are sampled at once.
-_AT_ONCE = 4
+MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID, MAX_GUIDANCE = 16, 200, 2048, 48, 30
 SEED_LIMIT = 2**32
 Step = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class GenerationRequest:
-    """Request for images.
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest(RequestedImages):
+    """Request for images: settings of ``generate``, within the limits of the app.
 
     Attributes:
-        base: The base model.
-        adapters: The adapters with their strengths; none is the base model alone.
-        prompt: What to show.
-        settings: How to sample.
-        seed: Of the first image; -1 draws one.
-        count: Images, at consecutive seeds.
-        clip_skip: Instead of what the adapter says.
-        max_token_length: Instead of what the adapter says.
-        wildcards: Draw the prompt's wildcards by each image's seed.
+        subject: What ``{subject}`` becomes in the prompt of a style.
+        vae: Another autoencoder, see `BaseModel`.
         batch: For an image that is repeated: images of its batch, which round its products, and its
             place there.
 
     Raises:
-        UserError: If a value is out of its limits.
+        UserError, ConfigError: If a value is out of its limits.
     """
 
-    base: BaseModel
-    adapters: tuple[AdapterUse, ...]
-    prompt: str
-    settings: SamplingSettings
-    seed: int = -1
-    count: int = 1
-    clip_skip: int | None = None
-    max_token_length: int | None = None
-    wildcards: bool = False
+    output: str = flag("", "Image file; each image of the app has its own.")
+    subject: str = ""
+    vae: str | Path | None = None
     batch: tuple[int, int] = (1, 0)
 
     def __post_init__(self) -> None:
-        if not self.prompt:
-            raise UserError("write a prompt: what should the image show?")
+        super().__post_init__()
+        _require_prompt(self.styled("prompt"))
         for name, value, low, high in (
-            ("images", self.count, 1, MAX_BATCH),
-            ("steps", self.settings.steps, 1, MAX_STEPS),
-            ("steps of the second pass", self.settings.hires_steps or 1, 1, MAX_STEPS),
-            ("width", self.settings.width or 8, 8, MAX_SIDE),
-            ("height", self.settings.height or 8, 8, MAX_SIDE),
-            ("seed", self.seed, -1, SEED_LIMIT - 1),
+            ("images", self.num_images, 1, MAX_BATCH),
+            ("steps", self.steps, 1, MAX_STEPS),
+            ("steps of the second pass", self.hires_steps, 1, MAX_STEPS),
+            ("guidance", self.guidance_scale, 0, MAX_GUIDANCE),
+            ("width", self.width, 8, MAX_SIDE),
+            ("height", self.height, 8, MAX_SIDE),
+            ("seed", self.seed, 0, SEED_LIMIT - 1),
         ):
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise UserError(f"{name} is {value}; it must be between {low} and {high}")
-        paths = [use.path for use in self.adapters]
+        paths = [adapter_and_strengths(word)[0] for word in self.adapter or []]
         if len({*paths}) < len(paths):
             raise UserError("the same adapter is chosen twice; choose it once, more strongly")
+
+    @cached_property
+    def chosen_styles(self) -> list[Style]:
+        """The styles that are asked for, with the subject in their prompts, of a line each."""
+        styles = super().chosen_styles
+        texts = ((s.prompt.replace("{subject}", self.subject), s.negative_prompt) for s in styles)
+        return [Style(*(clean_text(s, MOST_CHARACTERS, "style") for s in pair)) for pair in texts]
 
 
 @dataclass(frozen=True)
@@ -105,19 +99,12 @@ class GeneratedImage:
     notes: tuple[str, ...] = ()
 
 
-class _About(NamedTuple):
-    """Facts about images that only the loaded model tells.
+class _Ready(NamedTuple):
+    """A request with its model, and the settings of sampling that this needs."""
 
-    Attributes:
-        notes: A line for each prompt that is longer than it reads, with the truncated end, and for
-            settings that a distilled model is not for.
-        size: Width and height of the first pass.
-        components: The model.
-    """
-
-    notes: tuple[str, ...]
-    size: tuple[int, int]
+    request: GenerationRequest
     components: Components
+    sampling: SamplingSettings
 
 
 @dataclass(eq=False)
@@ -185,36 +172,14 @@ class ImageGenerator:
         Raises:
             Withdrawn: If it was withdrawn meanwhile.
         """
-        seeds, (size, place) = _seeds(request), request.batch
-        if size > 1:
-            seeds = [seeds[0] - place + number for number in range(size)]
-        # A batch is repeated with one prompt, so that drawn ones are sampled one by one.
-        at_once = 1 if request.wildcards else _AT_ONCE
-        asked = self._drawn(request, seeds)
-        with self._device(request.base):
+        asked = self._started(request)
+        rows = _rows(asked)
+        with self._device(request):
             with _untouched() as lines:
-                images = self._sample(asked, seeds, on_step, max(size, at_once))
-            about = _about(asked, self._model(request), lines)
-        made = []
-        for number, (seed, image) in enumerate(zip(seeds, images, strict=True)):
-            if size == 1 or number == place:
-                start = 0 if size > 1 else number - number % at_once
-                batch = size if size > 1 else min(at_once, len(seeds) - start)
-                one = asked[number]
-                made.append(self._write(one, seed, image, about, batch, number - start))
-        return made
-
-    def _drawn(self, request: GenerationRequest, seeds: list[int]) -> list[GenerationRequest]:
-        """The request of each image, with the prompt that its seed draws.
-
-        Raises:
-            ConfigError, UserError: If wildcards cannot be drawn, or nothing is.
-        """
-        from dora_diffusion.data.captions import CaptionRules, Wildcards
-
-        folder = self.workspace.wildcards
-        rules = CaptionRules(wildcards=Wildcards(folder) if request.wildcards else None)
-        return [replace(request, prompt=rules.draw_prompt(request.prompt, s)) for s in seeds]
+                ready = self._ready(asked, request.sampling)
+                images = self._sample(ready, rows, on_step)
+            notes = _notes(ready, [row.prompt for row in rows], lines)
+        return [self._write(ready, rows, *each, notes) for each in enumerate(images)]
 
     def compare(
         self, request: GenerationRequest, on_step: Step | None = None
@@ -222,25 +187,23 @@ class ImageGenerator:
         """The base model's image and the adapted model's, at one seed."""
         from dora_diffusion.adapters.inject import disabled
 
-        seed = _seeds(request)[0]
-        (request,) = asked = self._drawn(request, [seed])
-        with self._device(request.base):
+        asked = self._started(replace(request, num_images=1))
+        rows = _rows(asked)
+        with self._device(request):
             with _untouched() as lines:
-                with disabled(*self._model(request).adaptable().values()):
-                    (base,) = self._sample(asked, [seed], on_step)
-                (adapted,) = self._sample(asked, [seed], on_step)
-            about = _about(asked, self._model(request), lines)
+                ready = self._ready(asked, request.sampling)
+                with disabled(*ready.components.adaptable().values()):
+                    (base,) = self._sample(ready, rows, on_step)
+                (adapted,) = self._sample(ready, rows, on_step)
+            notes = _notes(ready, [row.prompt for row in rows], lines)
+        alone = replace(asked, adapter=None, layer_strength=[], strength_schedule=[])
         return (
-            self._write(replace(request, adapters=()), seed, base, about),
-            self._write(request, seed, adapted, about),
+            self._write(ready._replace(request=alone), rows, 0, base, notes),
+            self._write(ready, rows, 0, adapted, notes),
         )
 
     def grid(
-        self,
-        request: GenerationRequest,
-        axes: Sequence[str],
-        on_step: Step,
-        style: Sequence[str] = (),
+        self, request: GenerationRequest, axes: Sequence[str], on_step: Step
     ) -> tuple[GeneratedImage, Path]:
         """An image for each combination of values, as ``generate --grid`` makes them.
 
@@ -250,7 +213,6 @@ class ImageGenerator:
             request: What all have in common; its seed is one for all.
             axes: As `cli.axes` reads them.
             on_step: Called with (steps done, steps in all).
-            style: Styles that each cell's prompts are given.
 
         Returns:
             The sheet, and a zip of the web page with all images.
@@ -263,93 +225,64 @@ class ImageGenerator:
         from dora_diffusion.sampling.images import parse_parameters, save_image
         from dora_diffusion.sampling.page import SHEET
 
-        def load(settings: RequestedImages, uses: Sequence[AdapterUse]) -> Components:
-            reading: dict[str, Any] = settings.reading
-            components: Components = self._model(replace(request, adapters=tuple(uses), **reading))
-            return components
-
-        request = replace(request, seed=_seeds(request)[0])
+        common = replace(request, seed=_first_seed(request), num_images=1)
+        name = hashlib.sha256(repr(common).encode()).hexdigest()[:12]
+        output = str(self.workspace.root / "grids" / f"grid-{name}")
+        asked = replace(common, output=output, grid=[*axes], grid_limit=MAX_GRID)
         try:
-            run = GridRun(self._grid_settings(request, axes, style), load)
+            run = GridRun(asked, self._model)
         except ConfigError as error:
             if error.setting != "grid_limit":
                 raise
             text = f"the grid has too many images; {MAX_GRID} can be made at once"
             raise UserError(text) from None
-        for sampling in run.samplings.values():
-            replace(request, settings=sampling)  # Within the limits of any image.
-        with self._device(request.base):
+        with self._device(request):
             with _untouched() as lines:
                 run.make(self._until_withdrawn(on_step))
             read = (parse_parameters(text)["Prompt"] for text in run.record.texts.values())
-            asked = [replace(request, prompt=text) for text in read if text]
-            notes = _about(asked or [request], self._model(request), lines).notes
+            notes = _notes(self._ready(asked, request.sampling), [*filter(None, read)], lines)
         first = run.record.texts[run.record.files[0]]
         with open_image(run.folder / SHEET) as sheet:
-            path = self.workspace.images / f"{new_id()}-{request.seed}.png"
+            path = self.workspace.images / f"{new_id()}-{run.record.seed}.png"
             save_image(sheet, path, first)
         archive = run.record.pack(run.folder, self.workspace.exports / f"{run.folder.name}.zip")
-        return GeneratedImage(path, request.seed, first, notes), archive
+        return GeneratedImage(path, run.record.seed, first, notes), archive
 
-    def _grid_settings(
-        self, request: GenerationRequest, axes: Sequence[str], style: Sequence[str]
-    ) -> RequestedImages:
-        """A request as the settings of `generate`, in a folder of its own."""
-        from dora_diffusion.cli.requested_images import RequestedImages
-        from dora_diffusion.sampling.stack import strength_texts
+    def _started(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with its seed, and a name for its images."""
+        output = str(self.workspace.images / f"{new_id()}.png")
+        # A batch is repeated with one prompt, so that drawn ones are sampled one by one.
+        at_once = 1 if request.wildcards else request.batch_size
+        return replace(request, seed=_first_seed(request), output=output, batch_size=at_once)
 
-        sampling, uses = vars(request.settings), request.adapters
-        known = {setting.name: setting for setting in RequestedImages.settings()}
-        values = {n: v for n, v in sampling.items() if n in known and v is not None}
-        if detail := values.pop("detail", None):
-            own = {n: getattr(detail, n) or None for n in ("label", "prompt", "denoise", "padding")}
-            values |= {"detail": detail.model, **{f"detail_{n}": v for n, v in own.items()}}
-        for name in ("image", "mask_image"):
-            if image := values.get(name):
-                values[name] = str(input_path(self.workspace, keep_input(self.workspace, image)))
-        if len(uses) == 1:
-            values |= vars(Strengths.of(uses[0].strengths))
-            values["adapter"] = [str(uses[0].path)]
-        elif uses:
-            values["adapter"] = [f"{use.path}:{use.strengths.strength}" for use in uses]
-            values |= {**vars(Strengths.of(uses[0].strengths)), "strength": 1.0}
-        values |= strength_texts(uses)
-        base = {n: v for n, v in vars(request.base).items() if n in known and v is not None}
-        common = {
-            **base, **values, "base": str(request.base.path), "prompt": request.prompt,
-            "seed": request.seed, "clip_skip": request.clip_skip,
-            "max_token_length": request.max_token_length,
-            "styles": str(self.workspace.styles), "style": [*style],
-            "wildcards": request.wildcards, "wildcard_dir": str(self.workspace.wildcards),
-        }  # fmt: skip
-        name = hashlib.sha256(repr((request.base, common)).encode()).hexdigest()[:12]
-        output = str(self.workspace.root / "grids" / f"grid-{name}")
-        return RequestedImages(**common, output=output, grid=list(axes), grid_limit=MAX_GRID)
+    def _ready(self, request: GenerationRequest, sampling: SamplingSettings) -> _Ready:
+        uses = request.uses()
+        components = self._model(request, uses)
+        return _Ready(request, components, request.distilled(sampling, components, uses)[0])
 
-    def _sample(
-        self,
-        asked: Sequence[GenerationRequest],
-        seeds: list[int],
-        on_step: Step | None = None,
-        batch_size: int = 1,
-    ) -> list[Image]:
-        """An image for each seed: the requests differ in their prompts alone."""
+    def _sample(self, ready: _Ready, rows: Sequence[Row], on_step: Step | None) -> list[Image]:
+        """The images of the rows; one that is repeated is of its batch."""
         from dora_diffusion.sampling.generate import generate_images, sampled_size
 
-        components, settings = self._model(asked[0]), asked[0].settings
-        prompts = [one.prompt for one in asked]
-        longest = max(sampled_size(components, settings)) * (settings.hires or 1)
+        request, components, sampling = ready
+        longest = max(sampled_size(components, sampling)) * (sampling.hires or 1)
         if longest > MAX_SIDE:
             raise UserError(
                 f"the second pass would be {longest:.0f} pixels long; at most {MAX_SIDE} are made"
             )
-        return generate_images(
-            components, prompts if asked[0].wildcards else prompts[0], seeds, settings,
-            batch_size=batch_size, on_step=self._until_withdrawn(on_step), require_finite=True,
+        (size, place), prompts = request.batch, [row.prompt for row in rows]
+        seeds = [row.seed for row in rows]
+        if size > 1:
+            seeds = [seeds[0] - place + number for number in range(size)]
+        images = generate_images(
+            components, prompts if len({*prompts}) > 1 else prompts[0], seeds, sampling,
+            batch_size=max(size, request.batch_size), on_step=self._until_withdrawn(on_step),
+            require_finite=True,
         )  # fmt: skip
+        return images[place:][: len(rows)]
 
     @contextmanager
-    def _device(self, base: BaseModel) -> Iterator[None]:
+    def _device(self, request: GenerationRequest) -> Iterator[None]:
         turn = _Turn(PERSON.get())
         self._turns.append(turn)
         try:
@@ -357,7 +290,7 @@ class ImageGenerator:
                 if not held:
                     raise Withdrawn("the images were withdrawn; none of them was made")
                 # Not before: while it waits, a run that starts has its model's memory.
-                with self._mine, one_thread() if is_embedded(str(base.path)) else nullcontext():
+                with self._mine, one_thread() if is_embedded(request.base) else nullcontext():
                     turn.is_making = True
                     try:
                         yield
@@ -372,46 +305,35 @@ class ImageGenerator:
     def _waits_on(self, turn: _Turn) -> bool:
         return not turn.is_withdrawn
 
-    def _model(self, request: GenerationRequest) -> Any:
+    def _model(self, request: RequestedImages, uses: Sequence[AdapterUse]) -> Components:
         """The model with the adapters at their strengths; reloaded only if others are asked for."""
         from dora_diffusion.sampling.generate import load_model
         from dora_diffusion.sampling.stack import set_strengths
 
-        uses = request.adapters
-        key = (request.base, [(use.path, Path(use.path).stat().st_mtime_ns) for use in uses])
+        base = request.base_model
+        key = (base, [(use.path, Path(use.path).stat().st_mtime_ns) for use in uses])
         if self._loaded != key:
             # Two large models may not fit beside each other.
             self._loaded = self._components = None
-            self._components = load_model(request.base, uses)
+            self._components = load_model(base, uses)
             self._loaded = key
         set_strengths(self._components.adaptable(), uses)
-        return self._components.reading(request.clip_skip, request.max_token_length)
+        components: Components = self._components.reading(**request.reading)
+        return components
 
     def _write(
-        self,
-        request: GenerationRequest,
-        seed: int,
-        image: Image,
-        about: _About,
-        batch_size: int = 1,
-        position: int = 0,
+        self, ready: _Ready, rows: Sequence[Row], index: int, image: Image, notes: tuple[str, ...]
     ) -> GeneratedImage:
-        """Save an image with what made it; it has a place in a batch."""
-        from dora_diffusion.sampling.images import (
-            UsedAdapter,
-            model_fields,
-            parameters_text,
-            save_image,
-        )
+        """Save the image of a row with what made it."""
+        from dora_diffusion.sampling.generate import sampled_size
 
-        uses, base = request.adapters, str(request.base.path)
-        text = parameters_text(
-            request.prompt, seed, request.settings, about.size, base,
-            [UsedAdapter.of(use.path, use.strengths) for use in uses],
-            extra=model_fields(about.components, uses, batch_size, position),
+        (request, components, sampling), seed = ready, rows[index].seed
+        row = rows[index]._replace(path=self.workspace.images / f"{new_id()}-{seed}.png")
+        text = row.write(
+            image, sampling, sampled_size(components, sampling), request.base, request.uses(),
+            Repeated({}, *request.batch).own_fields(request, index, len(rows), components),
         )  # fmt: skip
-        path = save_image(image, self.workspace.images / f"{new_id()}-{seed}.png", text)
-        return GeneratedImage(path, seed, text, about.notes)
+        return GeneratedImage(row.path, seed, text, notes)
 
 
 @contextmanager
@@ -427,34 +349,52 @@ def _untouched() -> Iterator[list[str]]:
     lines += dict.fromkeys(f"{s[:1].upper()}{s[1:]}" for s in found if s.endswith(NO_PASS))
 
 
-def _about(
-    asked: Sequence[GenerationRequest], components: Components, lines: Sequence[str]
-) -> _About:
+def _notes(ready: _Ready, prompts: Sequence[str], lines: Sequence[str]) -> tuple[str, ...]:
+    """A line for each prompt that is longer than the model reads, with the truncated end.
+
+    With one for settings that a distilled model is not for, before ``lines``.
+    """
     from dora_diffusion.models.emphasis import plain_parts
     from dora_diffusion.models.text import token_limit, truncated_text
-    from dora_diffusion.sampling.generate import few_steps, sampled_size
-    from dora_diffusion.sampling.images import UsedAdapter
+    from dora_diffusion.sampling.generate import few_steps
+    from dora_diffusion.sampling.images import adapter_name
 
-    limit, request, settings = token_limit(components), asked[0], asked[0].settings
-    prompts = [*dict.fromkeys(("prompt", one.prompt) for one in asked)]
-    notes = []
-    for name, prompt in [*prompts, ("negative prompt", settings.negative_prompt)]:
-        for part in plain_parts(prompt) if settings.prompt_weights else [prompt]:
+    request, components, sampling = ready
+    limit, notes = token_limit(components), list[str]()
+    texts = [("prompt", prompt) for prompt in dict.fromkeys(prompts)]
+    for name, prompt in [*texts, ("negative prompt", sampling.negative_prompt)]:
+        for part in plain_parts(prompt) if sampling.prompt_weights else [prompt]:
             end = truncated_text(components.tokenizers[0], part, components.most_chunks)
             if end:
                 notes.append(f"The {name} is longer than {limit}; it did not see the end: {end}")
-    found = few_steps(components, [UsedAdapter.of(use.path).name for use in request.adapters])
+    found = few_steps(components, [adapter_name(use.path) for use in request.uses()])
     if found is not None:
         name, few = found
-        if settings.steps > 2 * few.steps or settings.guidance_scale != few.guidance_scale:
+        if sampling.steps > 2 * few.steps or sampling.guidance_scale != few.guidance_scale:
             scheduler = f", scheduler {SCHEDULERS[few.scheduler].title}" if few.scheduler else ""
             notes.append(
                 f"{name} is for few steps ({few.kind}): set steps {few.steps}, guidance "
                 f"{few.guidance_scale:g}{scheduler}"
             )
-    return _About((*notes, *lines), sampled_size(components, settings), components)
+    return *notes, *lines
 
 
-def _seeds(request: GenerationRequest) -> list[int]:
-    first = random.randrange(SEED_LIMIT - MAX_BATCH) if request.seed < 0 else request.seed
-    return [first + number for number in range(request.count)]
+def _first_seed(request: GenerationRequest) -> int:
+    return random.randrange(SEED_LIMIT - MAX_BATCH) if request.seed is None else request.seed
+
+
+def _rows(request: GenerationRequest) -> list[Row]:
+    """The request's images, with drawn wildcards.
+
+    Raises:
+        ConfigError, UserError: If wildcards cannot be drawn, or nothing is.
+    """
+    rows = image_rows(request)
+    for row in rows:
+        _require_prompt(row.prompt)
+    return rows
+
+
+def _require_prompt(text: str) -> None:
+    if not text.strip():
+        raise UserError("write a prompt: what should the image show?")

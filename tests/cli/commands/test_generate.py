@@ -20,7 +20,6 @@ from dora_diffusion.cli.axes import plan_grid
 from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.cli.main import main
 from dora_diffusion.cli.repeat import Repeated
-from dora_diffusion.cli.requested_images import sampling_settings
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.data import prepare
 from dora_diffusion.data.captions import CaptionRules, Wildcards
@@ -223,7 +222,7 @@ def test_strengths_of_the_command_are_not_those_of_an_adapters_file(
         (("--prompt", "a <lora:x:1> mug"), "give its file with --adapter"),
         (("--prompt", "a <lyco:x:1> mug"), "give its file with --adapter"),
         (("--detail", "rembg", "--detail_prompt", "<lora:x:1>"), "give its file with --adapter"),
-        (("--prompt", "Negative prompt: x"), "give that with --negative_prompt"),
+        (("--prompt", "Negative prompt: x"), "give that as the negative prompt"),
         (("--repeat", "nowhere.png"), "nowhere.png cannot be read"),
         (("--repeat", "{broken}"), "broken.safetensors cannot be read"),
         (("--num_images", "0"), "num_images is 0"),
@@ -456,7 +455,7 @@ def test_an_image_to_repeat_is_read_once(axes, tmp_path, monkeypatch):
     settings = GenerateSettings.read(given)
     for cell in plan_grid(settings).cells.values() if axes else [settings]:
         with pytest.warns(UserWarning, match="made with the model dogs, not cats"):
-            repeated = Repeated.of(cell, sampling_settings(cell))
+            repeated = Repeated.of(cell, cell.sampling)
         assert repeated.fields == parse_parameters(text)
     assert read == [image]
     save_image(Image.new("RGB", (8, 8)), image, text.replace("a dog", "two dogs"))
@@ -604,7 +603,7 @@ def test_second_passes_and_images_over_others_are_repeated(sd1_folder, tmp_path,
     ("flags", "message"),
     [
         (("--hires", "9"), "hires is 9; it must be above 1 and at most 4"),
-        (("--hires", "2", "--image", "{image}"), "hires is of images from text alone"),
+        (("--hires", "2", "--image", "{image}"), "(hires) is of images from text alone"),
         (("--image", "{image}", "--denoise", "0"), "denoise is 0; it must be above 0"),
         (("--image", "{image}", "--denoise", "0.3"), "denoise 0.3 of 2 steps is less than one"),
         (("--mask", "{image}"), "a mask_image belongs to an image of its size"),

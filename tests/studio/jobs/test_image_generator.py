@@ -40,6 +40,7 @@ from dora_diffusion.studio.jobs.image_generator import (
     ImageGenerator,
 )
 from dora_diffusion.studio.jobs.image_store import ImageStore
+from dora_diffusion.studio.jobs.inputs import input_path, keep_input
 from dora_diffusion.studio.jobs.queue import PERSON, Lock
 from dora_diffusion.studio.jobs.snapshot import adapter_of
 from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace
@@ -54,24 +55,24 @@ def studio(finished: tuple[Workspace, str]) -> ImageGenerator:
     return ImageGenerator(finished[0])
 
 
-STRENGTHS = ("strength", "direction_strength", "magnitude_strength")
-
-
 def ask(finished: tuple[Workspace, str], **changes: Any) -> GenerationRequest:
-    job = job_of(finished)
-    prompt = changes.pop("prompt", "a photo of a sks dog")
-    values = {"steps": 2, "width": 64, "height": 64} | changes
-    request = {name: values.pop(name) for name in ("seed", "count") if name in values}
-    strengths = {name: values.pop(name) for name in STRENGTHS if name in values}
-    use = AdapterUse(adapter_of(job) or "", Strengths(**strengths))
-    return GenerationRequest(
-        BaseModel(job.base), (use,), prompt, SamplingSettings(**values),
-        **({"seed": 5} | request),
-    )  # fmt: skip
+    job, root = job_of(finished), finished[0]
+    usual: dict[str, Any] = {
+        "adapter": [str(adapter_of(job))], "prompt": "a photo of a sks dog", "seed": 5, "steps": 2,
+        "width": 64, "height": 64, "styles": str(root.styles), "wildcard_dir": str(root.wildcards),
+    }  # fmt: skip
+    return GenerationRequest(base=job.base, **(usual | changes))
 
 
-def with_adapter(request: GenerationRequest, file: Path, **strengths: float) -> GenerationRequest:
-    return replace(request, adapters=(AdapterUse(file, Strengths(**strengths)),))
+def with_adapter(
+    request: GenerationRequest, file: Path | None, **strengths: float
+) -> GenerationRequest:
+    return replace(request, adapter=[str(file)], **strengths)
+
+
+def kept(finished: tuple[Workspace, str], image: Image.Image) -> str:
+    """The file of an image, or a mask, that is kept to paint over."""
+    return str(input_path(finished[0], keep_input(finished[0], image)))
 
 
 def fields_of(image: GeneratedImage) -> dict[str, str]:
@@ -129,17 +130,26 @@ def test_several_adapters_images_to_start_from_and_second_passes_are_the_library
     source = Image.effect_noise((80, 64), 60).convert("RGB")
     mask = Image.new("L", source.size)
     mask.paste(255, (0, 0, 40, 64))
-    quick = replace(plain.settings, strength_schedules={name_of(1): uses[1].schedule})
-    wanted = {
-        "several": quick,
-        "over": replace(quick, image=source, denoise=0.6),
-        "into": replace(quick, image=source, mask_image=mask, denoise=0.6),
-        "hires": replace(quick, hires=1.5, width=48),
+    quick = SamplingSettings(
+        steps=2, width=64, height=64, scheduler="euler",
+        strength_schedules={name_of(1): uses[1].schedule},
+    )  # fmt: skip
+    files = {"image": kept(finished, source), "mask_image": kept(finished, mask)}
+    over, into = {"image": files["image"], "denoise": 0.6}, {**files, "denoise": 0.6}
+    wanted: dict[str, tuple[dict[str, Any], SamplingSettings]] = {
+        "several": ({}, quick),
+        "over": (over, replace(quick, image=source, denoise=0.6)),
+        "into": (into, replace(quick, image=source, mask_image=mask, denoise=0.6)),
+        "hires": ({"hires": 1.5, "width": 48}, replace(quick, hires=1.5, width=48)),
     }
+    several = replace(
+        plain, adapter=[f"{result}:0.7", f"{early}:-0.5"], direction_strength=0.9,
+        layer_strength=["unet.*attn2*:0.5"], strength_schedule=["0:1", "0:1, 0.5:0"],
+    )  # fmt: skip
     studio.make(plain)  # with another adapter before
     components = load_adapted(BaseModel(job.base), uses, device="cpu")[0]
-    for name, settings in wanted.items():
-        (made,) = studio.make(replace(plain, adapters=uses, settings=settings))
+    for name, (changes, settings) in wanted.items():
+        (made,) = studio.make(replace(several, **changes))
         (image,) = generate_images(components, plain.prompt, [5], settings)
         assert pixels(made.path) == image.tobytes(), name
         fields = fields_of(made)
@@ -151,23 +161,25 @@ def test_several_adapters_images_to_start_from_and_second_passes_are_the_library
         assert ("Mask image hash" in fields) == (name == "into")
         assert fields["Size"] == ("48x64" if name == "hires" else "64x64")
     # The other way round, on the model that is loaded: nothing of the one before stays.
-    (alone,) = studio.make(replace(plain, adapters=uses[:1]))
+    (alone,) = studio.make(replace(several, adapter=[f"{result}:0.7"], strength_schedule=[]))
     (full,) = studio.make(with_adapter(plain, result))
     assert pixels(full.path) == pixels(studio.make(plain)[0].path) != pixels(alone.path)
     with pytest.raises(UserError, match="would be 2400 pixels long; at most 2048"):
-        studio.make(replace(plain, settings=replace(plain.settings, width=1600, hires=1.5)))
+        studio.make(replace(plain, width=1600, hires=1.5))
+    base, adapted = studio.compare(several)
+    assert pixels(base.path) == pixels(studio.make(replace(plain, strength=0.0))[0].path)
+    assert "Strength schedule" not in fields_of(base)
+    assert adapted.parameters == studio.make(several)[0].parameters
     # Cells of a grid have them all too.
-    grid, _ = studio.grid(
-        replace(plain, adapters=uses, settings=wanted["into"]), ["strength=1"], lambda *_: None
-    )
-    alone = studio.make(replace(plain, adapters=uses, settings=wanted["into"]))[0]
-    assert grid.parameters == alone.parameters
+    asked = replace(several, **into)
+    grid, _ = studio.grid(asked, ["strength=1"], lambda *_: None)
+    assert grid.parameters == studio.make(asked)[0].parameters
 
 
 def test_an_image_of_a_batch_is_made_again_in_its_batch(
     finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
-    six = studio.make(replace(ask(finished), count=6))
+    six = studio.make(ask(finished, num_images=6))
     fields = [fields_of(image) for image in six]
     batches = [(one.get("Batch size"), one.get("Batch pos")) for one in fields]
     assert batches == [*(("4", str(n)) for n in range(4)), ("2", "0"), ("2", "1")]
@@ -186,7 +198,7 @@ def test_wildcards_are_drawn_by_each_image_s_seed(
     words.parent.mkdir(parents=True, exist_ok=True)
     words.write_text("cod\n# none\neel\n", encoding="utf-8")
     plain = ask(finished, prompt="a {red|blue} __sea/fish__ of sks dog")
-    drawing = replace(plain, wildcards=True, count=6)
+    drawing = replace(plain, wildcards=True, num_images=6)
     rules = CaptionRules(wildcards=Wildcards(finished[0].wildcards))
     wanted = [rules.draw_prompt(plain.prompt, seed) for seed in range(5, 11)]
     assert len({*wanted}) > 1
@@ -215,18 +227,22 @@ def test_wildcards_are_drawn_by_each_image_s_seed(
 def test_a_grid_s_cells_have_the_styles_that_are_chosen(
     finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
-    text = 'name,prompt,negative_prompt\nink,"{prompt}, ink",photo\nsea,sea,\n'
+    text = 'name,prompt,negative_prompt\nink,"{prompt},\n ink of {subject}",photo\nsea,sea,\n'
     finished[0].styles.write_text(text, encoding="utf-8")
     plain = ask(finished, negative_prompt="cat")
+    styled = replace(plain, style=["ink"], subject="sks dog")
+    (alone,) = studio.make(styled)
+    texts = fields_of(alone)
+    assert (texts["Prompt"], texts["Negative prompt"]) == (
+        f"{plain.prompt}, ink of sks dog", "cat, photo"
+    )  # fmt: skip
     cells = {
-        "prompt=a dog": ("a dog, ink", "cat, photo"),
+        "prompt=a dog": ("a dog, ink of sks dog", "cat, photo"),
         "style=sea": (f"{plain.prompt}, sea", "cat"),
     }
     for axis, (prompt, negative) in cells.items():
-        sheet, _ = studio.grid(plain, [axis], lambda *_: None, ["ink"])
-        wanted = replace(
-            plain, prompt=prompt, settings=replace(plain.settings, negative_prompt=negative)
-        )
+        sheet, _ = studio.grid(styled, [axis], lambda *_: None)
+        wanted = replace(plain, prompt=prompt, negative_prompt=negative)
         assert sheet.parameters == studio.make(wanted)[0].parameters
 
 
@@ -242,25 +258,32 @@ def test_a_detail_pass_is_the_library_s_and_it_is_said_where_there_is_none(
         return Image.new("L", image.size)
 
     plain, job = ask(finished), job_of(finished)
-    detail = Detail(boxed, 0.6, 16, "a sks dog, close", "rembg:isnet", "dog")
-    asked = replace(plain, settings=replace(plain.settings, detail=detail))
+    masks, opened = [boxed], []
+    monkeypatch.setattr(
+        "dora_diffusion.data.prepare.open_masker",
+        lambda name, *, label: opened.append((name, label)) or masks[-1],
+    )
+    asked = replace(
+        plain, detail="rembg:isnet", detail_label="dog", detail_prompt="a sks dog, close",
+        detail_denoise=0.6, detail_padding=16,
+    )  # fmt: skip
     (made,) = studio.make(asked)
-    components, _ = load_adapted(job.base, plain.adapters[0].path, device="cpu")
-    (wanted,) = generate_images(components, plain.prompt, [5], asked.settings)
+    detail = Detail(boxed, 0.6, 16, "a sks dog, close", "rembg:isnet", "dog")
+    components, _ = load_adapted(job.base, adapter_of(job), device="cpu")
+    settings = SamplingSettings(steps=2, width=64, height=64, detail=detail)
+    (wanted,) = generate_images(components, plain.prompt, [5], settings)
     assert pixels(made.path) == wanted.tobytes() != pixels(studio.make(plain)[0].path)
     assert made.notes == ()
     assert fields_of(made)["Detail model"] == "rembg:isnet"
-    opened = []
-    monkeypatch.setattr(
-        "dora_diffusion.data.prepare.open_masker",
-        lambda name, *, label: opened.append((name, label)) or boxed,
-    )
+    # Opened once for a request, which may be long in waiting.
+    assert opened == [("rembg:isnet", "dog")]
     sheet, _ = studio.grid(asked, ["strength=1"], lambda *_: None)
     assert sheet.parameters == made.parameters
     assert {*opened} == {("rembg:isnet", "dog")}
-    nothing = replace(asked, settings=replace(plain.settings, detail=replace(detail, mask=blank)))
+    masks.append(blank)
+    nothing = replace(asked)
     line = "No dog was found in the image of seed {}; it has no detail pass"
-    assert studio.make(replace(nothing, count=2))[0].notes == (line.format(5), line.format(6))
+    assert studio.make(replace(nothing, num_images=2))[0].notes == (line.format(5), line.format(6))
     assert studio.compare(nothing)[1].notes == (line.format(5),)
 
 
@@ -302,17 +325,20 @@ def test_an_adapter_that_is_for_few_steps_says_so_where_there_are_more(
 ) -> None:
     plain = ask(finished)
     file = tmp_path / "lcm-lora-sdv1-5.safetensors"
-    file.write_bytes(Path(plain.adapters[0].path).read_bytes())
-    request = with_adapter(plain, file)
+    file.write_bytes(Path((plain.adapter or [""])[0]).read_bytes())
+    request = replace(with_adapter(plain, file), guidance_scale=7.5)
     (made,) = studio.make(request)
     line = "lcm-lora-sdv1-5 is for few steps (LCM): set steps 4, guidance 1, scheduler LCM"
     assert made.notes == (line,)
-    for settings, notes in (
-        (replace(plain.settings, guidance_scale=1.0), ()),
-        (replace(plain.settings, guidance_scale=1.0, steps=9), (line,)),
-    ):
-        (made,) = studio.make(replace(request, settings=settings))
+    for steps, notes in ((2, ()), (9, (line,))):
+        (made,) = studio.make(replace(request, guidance_scale=1.0, steps=steps))
         assert made.notes == notes
+    # Its scheduler is taken where none is chosen, as in a grid.
+    for scheduler, name in ((None, "lcm"), ("euler", "euler")):
+        asked = replace(request, scheduler=scheduler)
+        sheet, _ = studio.grid(asked, ["strength=1"], lambda *_: None)
+        assert sheet.parameters == studio.make(asked)[0].parameters
+        assert fields_of(sheet)["Sampler"] == name
 
 
 def test_images_that_would_be_black_are_refused_in_words(
@@ -460,7 +486,7 @@ def test_images_wait_their_turn_while_a_run_has_the_device_and_can_be_withdrawn(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"prompt": ""}, {"count": 99}, {"steps": 999}, {"width": 4096}, {"seed": -2}],
+    [{"prompt": ""}, {"num_images": 99}, {"steps": 999}, {"width": 4096}, {"seed": -2}],
 )
 def test_requests_have_limits(finished: tuple[Workspace, str], changes: dict[str, Any]) -> None:
     with pytest.raises(UserError):

@@ -9,7 +9,6 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.config.fields import ConfigError
-from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
@@ -19,9 +18,9 @@ from dora_diffusion.studio.app.views.request import (
     BASE,
     IN_SIGHT,
     LABELS,
+    MERGED,
     MORE,
     OWN,
-    SUBJECT,
     UNSET,
     adapter_choices,
     choices,
@@ -191,7 +190,7 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
 
     def compare(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         asked = request(choice, values)
-        if not asked.adapters:
+        if not asked.adapter:
             raise UserError("choose a run or a checkpoint to compare with its base model")
         images = context.generator.compare(asked, on_step(progress))
         return show_images(context, images, is_pair=True)
@@ -199,14 +198,11 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
     def make_grid(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         count = len(tab.grid.fields)
         form, given = dict(zip(names, values[count:], strict=True)), _given(context, choice)
-        # Its axes are of the prompts as they are typed; each cell's are given the styles.
-        asked = make_request(context, given, {**form, "style": ()})
-        job = context.job(given.partition("/")[0]) if asked.adapters else None
-        subject = next(iter(split_triggers(job.trigger)), "") if job else SUBJECT
+        asked, kind = make_request(context, given, form), given.partition("/")[0]
+        job = None if kind in (BASE, MERGED) else context.job(kind)
         try:
-            axes = grid.grid_axes(values[:count], job, subject)
-            chosen = [str(style) for style in form["style"] or ()]
-            sheet, page = context.generator.grid(asked, axes, on_step(progress), chosen)
+            axes = grid.grid_axes(values[:count], job, asked.subject)
+            sheet, page = context.generator.grid(asked, axes, on_step(progress))
         except ConfigError as error:
             raise UserError(in_words(error)) from error
         link = html.download(page, "The grid as a web page, with all images")

@@ -8,14 +8,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dora_diffusion.cli.repeat import loaded_text
 from dora_diffusion.cli.requested_images import RequestedImages
-from dora_diffusion.cli.settings import adapter_and_strength
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.config.fields import TOKENS_PER_CHUNK, ConfigError
-from dora_diffusion.config.prompts import DENOISE, read_styles, with_styles
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK
+from dora_diffusion.config.prompts import DENOISE
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.formats.adapter.metadata import agreed_reading, split_triggers, stated_reading
 from dora_diffusion.formats.adapter.stored import read_metadata
@@ -31,11 +31,6 @@ from dora_diffusion.studio.jobs.inputs import input_path, keep_input, read_input
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import UserError, clean_text
 from dora_diffusion.studio.jobs.uploads import read_mask
-
-if TYPE_CHECKING:
-    from dora_diffusion.sampling.detail import Detail
-    from dora_diffusion.sampling.generate import SamplingSettings
-    from dora_diffusion.sampling.stack import AdapterUse
 
 OWN = "the model's own"
 SUBJECT = "mug"
@@ -64,7 +59,10 @@ MORE: Mapping[str, tuple[str, str]] = {
     f"adapter_{word}": (f"strength_{word}", word.capitalize())
     for word in ("second", "third", "fourth")
 }
-_DEFAULTS = {setting.name: setting.default for setting in RequestedImages.settings()}
+_KNOWN = {setting.name: setting for setting in RequestedImages.settings()}
+_DEFAULTS = {name: setting.default for name, setting in _KNOWN.items()}
+# Settings that a field gives as its value is. Images are kept files, see `_inputs`.
+SETTINGS = {name: _KNOWN[name] for name in LABELS if name not in ("image", "mask_image")}
 # Values of fields where an image does not state another.
 UNSET: Mapping[str, Any] = {
     **{name: "" if _DEFAULTS[name] in (None, []) else _DEFAULTS[name] for name in LABELS},
@@ -72,7 +70,10 @@ UNSET: Mapping[str, Any] = {
     "denoise": DENOISE, "hires": 1, "style": [],
     **dict.fromkeys(MORE, ""), **{strength: 1 for strength, _ in MORE.values()},
 }  # fmt: skip
-_NAME = re.compile(rf"\b({'|'.join(name for name in LABELS if '_' in name)})\b")
+# Values of fields that leave a setting at its default, and separators of those that are lists.
+_NONE: Mapping[str, Any] = {"seed": -1, "scheduler": OWN, "hires": 1}
+_SEPARATORS: Mapping[str, str | None] = {"layer_strength": None, "strength_schedule": "|"}
+_NAME = re.compile(rf"(?:--|\b)({'|'.join(name for name in LABELS if '_' in name)})\b")
 
 
 # Fields that are in sight as the tab opens; all others act out of sight too.
@@ -112,67 +113,100 @@ def _described(name: str, value: Any, adapters: Mapping[str, str]) -> str:
 
 
 def make_request(
-    context: Context, choice: str | None, form: Mapping[str, Any]
+    context: Context,
+    choice: str | None,
+    form: Mapping[str, Any],
+    batch: tuple[int, int] = (1, 0),
 ) -> GenerationRequest:
     """Return the request that the fields ask for.
+
+    Args:
+        context: The app.
+        choice: The run, checkpoint or model.
+        form: The fields' values by name.
+        batch: As `GenerationRequest.batch`.
 
     Raises:
         UserError: If the run is gone or a value is out of its limits.
     """
-    base, adapter, trigger, usual_guidance = _model(context, str(choice or BASE))
+    base, adapter, trigger, guidance = _model(context, str(choice or BASE))
     if path_here(base) is None:
         raise UserError(
             f"{base.path} is not on this machine, and no image waits for a download: get it by "
             f"'hf download {base.path}', or by training on it"
         )
-    closer = clean_text(form["detail_prompt"], PROMPT_LIMIT, "prompt of the detail pass")
-    first = next(iter(split_triggers(trigger)), "")
-    texts = (_styled(context, form, "prompt"), closer)
-    prompt, closer = (text.replace("{subject}", first) for text in texts)
-    form = {**form, "detail_prompt": closer}
-    if "<lora:" in f"{prompt} {closer}":
-        raise UserError(
-            "the prompt holds <lora:...>, as web UIs load an adapter; choose it as a run or "
-            "checkpoint, or as one of more adapters"
-        )
+    subject, workspace = next(iter(split_triggers(trigger)), ""), context.workspace
+    model = {name: value for name, value in vars(base).items() if name != "path"}
+    try:
+        values = {"guidance_scale": guidance, **_values(context, form, subject)}
+        values |= _adapters(context, adapter, form)
+        request = GenerationRequest(
+            base=str(base.path), **model, **values, styles=str(workspace.styles),
+            wildcard_dir=str(workspace.wildcards), subject=subject, batch=batch,
+        )  # fmt: skip
+        for name in ("prompt", "negative_prompt"):
+            clean_text(request.styled(name), PROMPT_LIMIT, LABELS[name].lower())
+        if "<lora:" in f"{request.styled('prompt')} {request.detail_prompt}":
+            raise UserError(
+                "the prompt holds <lora:...>, as web UIs load an adapter; choose it as a run or "
+                "checkpoint, or as one of more adapters"
+            )
+        _ = request.sampling  # What cannot be opened is said before anything is waited for.
+    except ValueError as error:
+        raise UserError(in_words(error)) from error
+    return request
+
+
+def _values(context: Context, form: Mapping[str, Any], subject: str) -> dict[str, Any]:
+    """The fields as settings of ``generate``, without those that are empty.
+
+    Raises:
+        UserError, ConfigError: If one cannot be.
+    """
+    values = dict[str, Any]()
+    for name in SETTINGS:
+        value = form[name]
+        if name in _SEPARATORS:
+            parts = str(value or "").split(_SEPARATORS[name])
+            value = [part.strip() for part in parts if part.strip()]
+        elif name.endswith("prompt"):
+            value = clean_text(value, PROMPT_LIMIT, LABELS[name].lower())
+            value = value if name == "negative_prompt" else value.replace("{subject}", subject)
+        elif isinstance(value, str):
+            value = value.strip()
+        if value not in (None, "", [], _NONE.get(name)):
+            values[name] = SETTINGS[name].cast(value)
+    if "detail" in values:
+        values["detail"] = _detail(context, values["detail"])
+    inputs = _inputs(context, form)
+    if not inputs:
+        values.pop("denoise", None)
+    return values | inputs
+
+
+def _adapters(context: Context, adapter: Path | None, form: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of adapters, the run's first; the strength of an only one is not in its word.
+
+    Raises:
+        UserError, ValueError: If one is gone, none is there for its strengths, or one cannot be.
+    """
     adapters = [(adapter, form["strength"])] if adapter else []
-    for name, (strength, _) in MORE.items():
+    for name, (strength, word) in MORE.items():
         if form.get(name):
             run, _, checkpoint = str(form[name]).partition("/")
             try:
                 path = chosen_adapter(context.job(run), checkpoint)
             except UserError as error:
-                raise UserError(f"{MORE[name][1]} adapter: {error}") from error
+                raise UserError(f"{word} adapter: {error}") from error
             adapters.append((path, form[strength]))
-    guidance = _number(form, "guidance_scale", "a number from 0 to 30", float, most=30)
-    try:
-        uses = _uses(adapters, form)
-        settings = _settings(context, form, uses, usual_guidance if guidance is None else guidance)
-    except (ConfigError, ValueError) as error:
-        raise UserError(in_words(error)) from error
-    return GenerationRequest(
-        base=base,
-        adapters=tuple(uses),
-        prompt=prompt,
-        settings=settings,
-        seed=int(-1 if form["seed"] is None else form["seed"]),
-        count=int(form["num_images"] or 1),
-        clip_skip=_number(form, "clip_skip", "a whole number"),
-        wildcards=bool(form["wildcards"]),
-        max_token_length=_number(form, "max_token_length", "a whole number"),
-    )
-
-
-def _styled(context: Context, form: Mapping[str, Any], name: str) -> str:
-    """A prompt, or the negative one, with the styles that are chosen.
-
-    Raises:
-        UserError, ConfigError: If it is too long, or a style is not there.
-    """
-    chosen = [str(style) for style in form["style"] or ()]
-    styles = read_styles(context.workspace.styles, chosen) if chosen else []
-    text = with_styles(str(form[name] or ""), [getattr(style, name) for style in styles])
-    return clean_text(text, PROMPT_LIMIT, LABELS[name].lower())
+    if not adapters and any(str(form[name] or "").strip() for name in _SEPARATORS):
+        raise UserError("no adapter is chosen; empty the strengths of layers and over the steps")
+    strengths = [Strengths(_KNOWN["strength"].cast(value)).strength for _, value in adapters]
+    words = [str(path) for path, _ in adapters]
+    if len(words) == 1:
+        return {"adapter": words, "strength": strengths[0]}
+    words = [f"{path}:{strength}" for path, strength in zip(words, strengths, strict=True)]
+    return {"adapter": words or None, "strength": 1.0}
 
 
 def in_words(error: Exception) -> str:
@@ -180,112 +214,37 @@ def in_words(error: Exception) -> str:
     return _NAME.sub(lambda name: f"“{LABELS[name[1]]}”", str(error))
 
 
-def _uses(adapters: Sequence[tuple[Path, Any]], form: Mapping[str, Any]) -> list[AdapterUse]:
-    """The adapters with their strengths."""
-    from dora_diffusion.sampling.stack import uses_of
-
-    layers = dict(adapter_and_strength(word) for word in str(form["layer_strength"] or "").split())
-    texts = [text for text in str(form["strength_schedule"] or "").split("|") if text.strip()]
-    if (layers or texts) and not adapters:
-        raise UserError("no adapter is chosen; empty the strengths of layers and over the steps")
-    if len(texts) not in (0, 1, len(adapters)):
-        raise UserError(
-            f"the strength over the steps has {len(texts)} parts, for {len(adapters)} adapters; "
-            "write one, or one for each, with | between them"
-        )
-    parts = [float(form[name]) for name in ("direction_strength", "magnitude_strength")]
-    strengths = [(path, Strengths(float(strength), *parts)) for path, strength in adapters]
-    return uses_of(strengths, layers, texts)
-
-
-def _settings(
-    context: Context, form: Mapping[str, Any], uses: Sequence[AdapterUse], guidance: float
-) -> SamplingSettings:
-    """The fields as `SamplingSettings`; the model of a detail pass is opened."""
-    from dora_diffusion.sampling.generate import SamplingSettings
-    from dora_diffusion.sampling.stack import name_of
-
-    image, mask = read_input(context.workspace, form["image"]), None
-    if image is not None:
-        mask = _mask(context, form["mask_image"], image.size)
-    hires = float(form["hires"] or 1)
-    if image is not None and hires != 1:
-        raise UserError(
-            "a second pass is of images from text alone; set it to 1, or remove the image to start "
-            "from"
-        )
-    return SamplingSettings(
-        steps=int(form["steps"] or SamplingSettings.steps),
-        guidance_scale=guidance,
-        scheduler=None if form["scheduler"] == OWN else form["scheduler"],
-        width=_number(form, "width", "pixels, such as 512", least=1),
-        height=_number(form, "height", "pixels, such as 512", least=1),
-        negative_prompt=_styled(context, form, "negative_prompt"),
-        image=image,
-        mask_image=mask,
-        guidance_rescale=float(form["guidance_rescale"] or 0),
-        denoise=float(form["denoise"]) if image is not None else None,
-        hires=hires if hires != 1 else None,
-        hires_denoise=float(form["hires_denoise"]),
-        hires_steps=_number(form, "hires_steps", "a whole number", least=1),
-        strength_schedules={name_of(n): use.schedule for n, use in enumerate(uses) if use.schedule},
-        prompt_weights=bool(form["prompt_weights"]),
-        detail=_detail(context, form),
-    )
-
-
-def _detail(context: Context, form: Mapping[str, Any]) -> Detail | None:
-    """The detail pass; None where no model is named.
+def _detail(context: Context, name: str) -> str:
+    """The model of a detail pass.
 
     Raises:
-        UserError: If the model may not be loaded, or is not on this machine.
-        ValueError: If it gives no masks, or a value cannot work.
+        UserError: If it may not be loaded, or is not on this machine.
     """
-    name = str(form["detail"] or "").strip()
-    if not name:
-        return None
-    from dora_diffusion.sampling.detail import Detail
-
     name = context.allowed_model(name)
     is_here = name.partition(":")[0] == "rembg" or Path(name).expanduser().is_dir()
     if not (is_here or looks_local(name) or name in cached_models()):
         raise UserError(f"{name} is not on this machine; get it by 'hf download {name}'")
-    return Detail.open(
-        name, str(form["detail_label"] or "").strip(), denoise=float(form["detail_denoise"]),
-        padding=int(form["detail_padding"]), prompt=form["detail_prompt"],
-    )  # fmt: skip
+    return name
 
 
-def _mask(context: Context, value: object, size: tuple[int, int]) -> Any:
-    """The mask that was painted, or is kept under a name; None where nothing is painted."""
-    if not str(value or "").startswith("data:"):
-        kept = read_input(context.workspace, value)
-        return kept and kept.convert("L")
-    mask = read_mask(value)
-    if mask is None or not mask.getbbox():
-        return None
-    mask = mask.resize(size).point(lambda value: 255 if value > 32 else 0)
-    keep_input(context.workspace, mask)
-    return mask
+def _inputs(context: Context, form: Mapping[str, Any]) -> dict[str, str]:
+    """The files of the image to start from and its mask, which was painted or is kept already.
 
-
-def _number(
-    form: Mapping[str, Any],
-    name: str,
-    wanted: str,
-    kind: type = int,
-    least: float = 0,
-    most: float = math.inf,
-) -> Any:
-    """The number of a field; None where it is empty."""
-    text = str(form.get(name) or "").strip()
-    if not text:
-        return None
-    with contextlib.suppress(ValueError):
-        if least <= (number := kind(text)) <= most:
-            return number
-    called = name.removesuffix("_scale").replace("_", " ")
-    raise UserError(f"the {called} is {text!r}; write {wanted}, or leave it empty")
+    Raises:
+        UserError: If one is gone.
+    """
+    workspace, names = context.workspace, {n: form[n] for n in ("image", "mask_image")}
+    image = read_input(workspace, names["image"])
+    if image is None:
+        return {}
+    if str(names["mask_image"] or "").startswith("data:"):
+        mask = read_mask(names["mask_image"])
+        names["mask_image"] = ""
+        if mask is not None and mask.getbbox():
+            mask = mask.resize(image.size).point(lambda value: 255 if value > 32 else 0)
+            names["mask_image"] = keep_input(workspace, mask)
+    read_input(workspace, names["mask_image"])
+    return {name: str(input_path(workspace, kept)) for name, kept in names.items() if kept}
 
 
 def choices(context: Context, jobs: Sequence[Job]) -> list[tuple[str, str]]:
@@ -394,7 +353,8 @@ def restore(context: Context, text: str) -> Restored:
         base = str(_model(context, next(iter(adapters)))[0].path)
         if images.model_name(base) != fields["Model"]:
             unread.append(f"the model {fields['Model']}: the adapter's is {base}")
-    if images.LOADED in fields:
+    loaded = loaded_text(_model(context, choice)[0]) if choice else ""
+    if images.LOADED in fields and fields[images.LOADED] != loaded:
         unread.append(f"loaded with {fields[images.LOADED]}")
     form |= _reading_of(context, adapters, choice, fields)
     for name, key in (("image", images.INIT_IMAGE), ("mask_image", images.MASK_IMAGE)):

@@ -161,7 +161,7 @@ def _connect_remaking(context: Context, tab: ResultsView, form: Any) -> None:
             filled = fill(context, form, replace(known, form=values))
             if known.unread:
                 return [*filled, *[gr.skip()] * len(tab.filled)]
-            asked = replace(make_request(context, known.choice, values), batch=batch)
+            asked = make_request(context, known.choice, values, batch)
             images = context.generator.make(asked, on_step(progress))
             return [*filled, *show_images(context, images)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,12 @@ import gradio
 import numpy as np
 from PIL import Image
 
+from dora_diffusion.cli.repeat import loaded_text
 from dora_diffusion.sampling.images import save_image
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import generate
 from dora_diffusion.studio.app.views.generate import GenerateTab, refresh
-from dora_diffusion.studio.app.views.request import MORE, restore
+from dora_diffusion.studio.app.views.request import MORE, UNSET, make_request, restore
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage, _Turn
 from dora_diffusion.studio.jobs.snapshot import Job
@@ -133,20 +135,20 @@ def test_an_image_s_menu_makes_it_again_varies_it_and_enlarges_it(
         f"Size: 64x72, Batch size: 4, Batch pos: 2, Guidance rescale: 0.5, {OWN}"
     )
     name = stored(context, "a.png", text)
-    for nth, (seed, batch, hires) in enumerate(((7, (4, 2), None), (-1, (1, 0), None),
+    for nth, (seed, batch, hires) in enumerate(((7, (4, 2), None), (None, (1, 0), None),
                                                 (7, (1, 0), 1.5))):  # fmt: skip
         filled = find("run", "results", nth)(name)
         asked = made.pop()
-        assert (asked.seed, asked.batch, asked.settings.hires) == (seed, batch, hires)
-        assert (asked.prompt, asked.settings.negative_prompt) == ("a (red:1.2) mug", "blurred")
-        assert asked.base.path == "embedded:tiny-sd"
-        same = asked.settings
+        assert (asked.seed, asked.batch, asked.sampling.hires) == (seed, batch, hires)
+        assert (asked.prompt, asked.sampling.negative_prompt) == ("a (red:1.2) mug", "blurred")
+        assert asked.base == "embedded:tiny-sd"
+        same = asked.sampling
         assert (same.steps, same.guidance_scale, same.guidance_rescale) == (3, 2.5, 0.5)
         assert (same.width, same.height, same.scheduler) == (64, 72, "dpm++_karras")
-        assert (asked.count, asked.adapters, asked.clip_skip) == (1, (), None)
+        assert (asked.num_images, asked.adapter, asked.clip_skip) == (1, None, None)
         # The fields say it too, and the new image is shown.
         assert filled[0] == "base/embedded:tiny-sd"
-        assert {"a (red:1.2) mug", "blurred", seed} <= {
+        assert {"a (red:1.2) mug", "blurred", -1 if seed is None else seed} <= {
             one["value"] for one in filled if isinstance(one, dict) and "value" in one
             and isinstance(one["value"], (str, int))
         }  # fmt: skip
@@ -251,6 +253,50 @@ def test_reading_of_prompts_is_stated_where_the_adapter_does_not(context: Contex
     assert line.startswith("Image to start from: it is not here")
     # Web UIs read all of a prompt.
     assert read("Model: embedded:tiny-sd") == ("", "0")
+
+
+def test_a_base_that_is_loaded_in_another_way_is_of_the_image_s_run(context: Context) -> None:
+    """As the command writes it; another base cannot repeat the image."""
+    job = ended_run(context.workspace, (), 8, code=0)
+    (job.folder / records.SETTINGS).write_text(
+        "pretrained_model_name_or_path: embedded:tiny-sd\nquantize: int8\n", encoding="utf-8"
+    )
+    shutil.copyfile(ADAPTER, job.folder / "pytorch_lora_weights.safetensors")
+    context.jobs(fresh=True)
+    asked = make_request(context, job.id, {**UNSET, "prompt": "a mug"})
+    text = loaded_text(asked)
+    assert (asked.base_model.quantize, text) == ("int8", '{"quantize": "int8"}')
+    for written, lines in ((text, ()), ("", ()), ('{"quantize": "nf4"}', ("loaded with",))):
+        more = f", Loaded with: {json.dumps(written)}" if written else ""
+        unread = restore(context, f"a mug <lora:{job.id}:1>\nSteps: 3, {OWN}{more}").unread
+        assert tuple(line[:11] for line in unread) == lines
+
+
+def test_a_grid_is_of_a_base_with_further_adapters_too(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = ended_run(context.workspace, (), 8, code=0)
+    shutil.copyfile(ADAPTER, job.folder / "pytorch_lora_weights.safetensors")
+    context.jobs(fresh=True)
+    grids: list[Any] = []
+
+    def grid(request: Any, axes: list[str], on_step: Any) -> Any:
+        grids.append((request, axes))
+        raise UserError("enough")
+
+    monkeypatch.setattr(context.generator, "grid", grid)
+    with gradio.Blocks():
+        tab = generate.GenerateTab(context)
+    (second, (strength, _)), *_ = MORE.items()
+    form = {**UNSET, "prompt": "a {subject}", second: job.id, strength: 0.5}
+    values = [form[name] for name in (*tab.fields, "image", "mask_image")]
+    axes = ["strength", "0, 1", "prompt", "one {subject}", "", ""]
+    with pytest.raises(gradio.Error, match="Enough"):
+        handlers(context)("make_grid", "generate")("base/embedded:tiny-sd", *axes, *values)
+    ((request, words),) = grids
+    assert (request.prompt, words) == ("a mug", ["strength=0, 1", "prompt=one mug"])
+    (use,) = request.uses()
+    assert (Path(use.path).parent.name, use.strengths.strength) == (job.id, 0.5)
 
 
 def test_an_image_is_started_from(context: Context, tmp_path: Path) -> None:

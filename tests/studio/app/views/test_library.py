@@ -153,10 +153,10 @@ def test_two_adapters_are_compared_at_one_seed(
     monkeypatch.setattr(context.generator, "make", make)
     compare = handler(context, "compare", "library")
     slider, said = compare(first, second, "a {subject}", -1)
-    assert [request.seed for request in asked] == [-1, 77]
-    made = [one for request in asked for one in request.adapters]
+    assert [request.seed for request in asked] == [None, 77]
+    made = [one for request in asked for one in request.uses()]
     assert [Path(use.path).parent.name for use in made] == [first, second]
-    plain = replace(asked[0], adapters=asked[1].adapters, seed=77)
+    plain = replace(asked[0], adapter=asked[1].adapter, seed=77)
     assert plain == asked[1]
     images = [workspace.images / f"made-{number}.png" for number in (1, 2)]
     assert slider["value"] == tuple(map(str, images))

@@ -22,7 +22,7 @@ from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.prompts import DENOISE
 from dora_diffusion.models.schedulers import A1111_NAMES, SCHEDULERS
-from dora_diffusion.numerics.weights import STRENGTH_LIMIT, Strengths
+from dora_diffusion.numerics.weights import STRENGTH_LIMIT, MergeStrengths
 from dora_diffusion.sampling.images import painted_fields
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
@@ -32,7 +32,7 @@ from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.image_generator import GenerationRequest
 from dora_diffusion.studio.jobs.inputs import keep_input
 from dora_diffusion.studio.jobs.snapshot import choose
-from dora_diffusion.studio.jobs.store import UserError
+from dora_diffusion.studio.jobs.store import UserError, Workspace
 from tests.studio.jobs.helpers import ended_run
 
 OWN = "Model: embedded:tiny-sd, Version: dora_diffusion 0.1.0"
@@ -43,28 +43,32 @@ ADAPTER = Path(__file__).parents[3] / "formats/golden/0.1.0/diffusers-dora-ranks
     ("text", "pixels"), [("", None), (" ", None), ("512", 512), ("504", 504), (64, 64)]
 )
 def test_an_empty_size_is_the_model_s(text: object, pixels: int | None) -> None:
-    assert _asked(width=text).settings.width == pixels
+    assert _asked(width=text).sampling.width == pixels
 
 
-@pytest.mark.parametrize(("text", "next_size"), [("500", 504), ("3", 8)])
+@pytest.mark.parametrize(("text", "next_size"), [("500", 504), ("12", 16)])
 def test_a_size_is_refused_as_on_the_command_line(text: str, next_size: int) -> None:
-    with pytest.raises(ValueError, match=f"width is {text}; .* such as {next_size}"):
+    with pytest.raises(UserError, match=f"width is {text}; .* such as {next_size}"):
         _asked(width=text)
 
 
 @pytest.mark.parametrize("name", ["strength", "direction_strength", "magnitude_strength"])
 def test_the_limits_of_strengths_are_the_library_s(run: SimpleNamespace, name: str) -> None:
     for value in (-STRENGTH_LIMIT, STRENGTH_LIMIT):
-        (use,) = run.asked(**{name: value}).adapters
+        (use,) = run.asked(**{name: value}).uses()
         assert getattr(use.strengths, name) == value
         with pytest.raises(ValueError, match=f"must be between -{STRENGTH_LIMIT} and") as wrong:
             run.asked(**{name: 1.01 * value})
         assert name == "strength" or name not in str(wrong.value)
 
 
-@pytest.mark.parametrize("text", ["0", "-8", "wide", "1.5"])
-def test_a_size_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"height is .*; write pixels"):
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("0", "between 8 and 2048"), ("-8", "between 8 and 2048"), ("4096", "between 8 and 2048"),
+     ("wide", "a whole number"), ("1.5", "a whole number")],
+)  # fmt: skip
+def test_a_size_that_is_none_is_refused(text: str, wanted: str) -> None:
+    with pytest.raises(UserError, match=rf"height is '?{text}'?; it must be {wanted}"):
         _asked(height=text)
 
 
@@ -72,11 +76,11 @@ def test_a_size_that_is_none_is_refused(text: str) -> None:
     ("text", "scale"), [("5", 5.0), ("4.5", 4.5), (2, 2.0), ("0", 0.0), ("", 3.5), (None, 3.5)]
 )
 def test_an_empty_guidance_is_the_model_s(text: object, scale: float) -> None:
-    assert _asked(guidance_scale=text).settings.guidance_scale == scale
+    assert _asked(guidance_scale=text).sampling.guidance_scale == scale
 
 
 def test_a_released_model_has_the_usual_guidance(tmp_path: Path) -> None:
-    assert _asked(str(tmp_path), guidance_scale="").settings.guidance_scale == 7.5
+    assert _asked(str(tmp_path), guidance_scale="").sampling.guidance_scale == 7.5
 
 
 def test_no_image_waits_for_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,9 +93,16 @@ def test_no_image_waits_for_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
         _asked("org/model")
 
 
-@pytest.mark.parametrize("text", ["much", "-1", "31", "nan", "inf"])
-def test_a_guidance_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"guidance is .*; write a number from 0 to 30"):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("much", "“Guidance .CFG.” is 'much'; it must be a number"),
+     ("-1", "guidance is -1.0; it must be between 0 and 30"),
+     ("31", "guidance is 31.0; it must be between 0 and 30"),
+     ("nan", "“Guidance .CFG.” is nan; it must be a finite number"),
+     ("inf", "“Guidance .CFG.” is inf; it must be a finite number")],
+)  # fmt: skip
+def test_a_guidance_that_is_none_is_refused(text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
         _asked(guidance_scale=text)
 
 
@@ -164,37 +175,41 @@ STYLES = 'name,prompt,negative_prompt\nink,ink,photo\npaper,"{prompt}\n  on pape
 
 
 def strengths_of(asked: GenerationRequest) -> Any:
-    return asked.adapters[0].strengths
+    return asked.uses()[0].strengths
+
+
+def texts_of(asked: GenerationRequest) -> tuple[str, str]:
+    return asked.styled("prompt"), asked.sampling.negative_prompt
 
 
 # A value of each field that is not the default -> what of the request is then another.
 CHANGED: dict[str, tuple[object, Any]] = {
     "prompt": ("a dog", lambda asked: asked.prompt == "a dog"),
-    "negative_prompt": ("blurred", lambda asked: asked.settings.negative_prompt == "blurred"),
+    "negative_prompt": ("blurred", lambda asked: asked.sampling.negative_prompt == "blurred"),
     "seed": (7, lambda asked: asked.seed == 7),
-    "num_images": (3, lambda asked: asked.count == 3),
-    "strength": (0.5, lambda asked: asked.adapters[0].strengths.strength == 0.5),
+    "num_images": (3, lambda asked: asked.num_images == 3),
+    "strength": (0.5, lambda asked: strengths_of(asked).strength == 0.5),
     "direction_strength": (0.5, lambda asked: strengths_of(asked).direction_strength == 0.5),
     "magnitude_strength": (0.5, lambda asked: strengths_of(asked).magnitude_strength == 0.5),
-    "layer_strength": ("unet.*:0.5 *a:0", lambda asked: asked.adapters[0].layers
+    "layer_strength": ("unet.*:0.5 *a:0", lambda asked: asked.uses()[0].layers
                        == {"unet.*": 0.5, "*a": 0.0}),
-    "strength_schedule": ("0:0.4, 0.5:1", lambda asked: asked.adapters[0].schedule
+    "strength_schedule": ("0:0.4, 0.5:1", lambda asked: asked.uses()[0].schedule
                           == [(0.0, 0.4), (0.5, 1.0)]
-                          and asked.settings.strength_schedules
-                          == {"default": asked.adapters[0].schedule}),
-    "steps": (9, lambda asked: asked.settings.steps == 9),
-    "scheduler": ("euler", lambda asked: asked.settings.scheduler == "euler"),
-    "guidance_scale": ("3", lambda asked: asked.settings.guidance_scale == 3),
-    "guidance_rescale": (0.7, lambda asked: asked.settings.guidance_rescale == 0.7),
-    "width": ("72", lambda asked: asked.settings.width == 72),
-    "height": ("80", lambda asked: asked.settings.height == 80),
+                          and asked.sampling.strength_schedules
+                          == {"default": asked.uses()[0].schedule}),
+    "steps": (9, lambda asked: asked.sampling.steps == 9),
+    "scheduler": ("euler", lambda asked: asked.sampling.scheduler == "euler"),
+    "guidance_scale": ("3", lambda asked: asked.sampling.guidance_scale == 3),
+    "guidance_rescale": (0.7, lambda asked: asked.sampling.guidance_rescale == 0.7),
+    "width": ("72", lambda asked: asked.sampling.width == 72),
+    "height": ("80", lambda asked: asked.sampling.height == 80),
     "max_token_length": ("150", lambda asked: asked.max_token_length == 150),
     "clip_skip": ("1", lambda asked: asked.clip_skip == 1),
-    "prompt_weights": (False, lambda asked: not asked.settings.prompt_weights),
-    "hires": (1.5, lambda asked: asked.settings.hires == 1.5),
-    "hires_denoise": (0.25, lambda asked: asked.settings.hires_denoise == 0.25),
-    "hires_steps": ("3", lambda asked: asked.settings.hires_steps == 3),
-    "style": (["paper", "ink"], lambda asked: (asked.prompt, asked.settings.negative_prompt)
+    "prompt_weights": (False, lambda asked: not asked.sampling.prompt_weights),
+    "hires": (1.5, lambda asked: asked.sampling.hires == 1.5),
+    "hires_denoise": (0.25, lambda asked: asked.sampling.hires_denoise == 0.25),
+    "hires_steps": ("3", lambda asked: asked.sampling.hires_steps == 3),
+    "style": (["paper", "ink"], lambda asked: texts_of(asked)
               == ("a sks mug on paper, ink", "photo")),
     "wildcards": (True, lambda asked: asked.wildcards),
 }  # fmt: skip
@@ -215,18 +230,18 @@ def test_no_field_is_ignored(run: SimpleNamespace) -> None:
         **{second: f"{run.id}/checkpoint-4", MORE[second][0]: -0.5}, strength=0.7,
         direction_strength=0.9, layer_strength="*:0.5", strength_schedule="0:1 | 0:0, 0.5:1",
     )  # fmt: skip
-    assert [Path(use.path).parent.name for use in several.adapters] == [run.id, "checkpoint-4"]
-    assert [use.strengths for use in several.adapters] == [
-        Strengths(0.7, 0.9),
-        Strengths(-0.5, 0.9),
+    uses = several.uses()
+    assert [Path(use.path).parent.name for use in uses] == [run.id, "checkpoint-4"]
+    assert [use.strengths for use in uses] == [
+        MergeStrengths(1.0, 0.9, 1.0, share, share) for share in (0.7, -0.5)
     ]
-    assert [use.schedule for use in several.adapters] == [[(0, 1)], [(0, 0), (0.5, 1)]]
-    assert [*several.settings.strength_schedules] == ["default", "default_1"]
+    assert [use.schedule for use in uses] == [[(0, 1)], [(0, 0), (0.5, 1)]]
+    assert [*several.sampling.strength_schedules] == ["default", "default_1"]
     with pytest.raises(UserError, match="Third adapter: this run no longer exists; choose another"):
         run.asked(**{third: "20260101-000000-abcdef"})
     with pytest.raises(UserError, match="the same adapter is chosen twice"):
         run.asked(**{third: run.id})
-    with pytest.raises(UserError, match="has 2 parts, for 1 adapters"):
+    with pytest.raises(UserError, match="“Strength over the steps” has 2 values, for 1 adapters"):
         run.asked(strength_schedule="0:1 | 0:0")
     with pytest.raises(UserError, match="no adapter is chosen; empty the strengths of layers"):
         _asked(layer_strength="unet.*:0.5")
@@ -319,22 +334,23 @@ def painted(size: tuple[int, int] = (32, 24)) -> str:
 def test_an_image_to_start_from_is_kept_with_its_mask(run: SimpleNamespace) -> None:
     source = Image.effect_noise((64, 48), 60).convert("RGB")
     name = keep_input(run.context.workspace, source)
-    over = run.asked(image=name, denoise=0.6).settings
+    over = run.asked(image=name, denoise=0.6).sampling
     assert (over.image.tobytes(), over.mask_image, over.denoise) == (source.tobytes(), None, 0.6)
-    assert run.asked(denoise=0.6).settings.denoise is None  # of nothing
-    into = run.asked(image=name, mask_image=painted()).settings
+    assert run.asked(denoise=0.6).sampling.denoise is None  # of nothing
+    into = run.asked(image=name, mask_image=painted()).sampling
     half = Image.new("L", (64, 48))
     half.paste(255, (0, 0, 32, 48))
-    assert np.abs(np.asarray(into.mask_image, int) - np.asarray(half)).max(0).nonzero()[0].size <= 4
-    assert {*np.unique(into.mask_image)} == {0, 255}
+    mask = np.asarray(into.mask_image.convert("L"), int)
+    assert np.abs(mask - np.asarray(half)).max(0).nonzero()[0].size <= 4
+    assert {*np.unique(mask)} == {0, 255}
     # As the file of an image states them.
-    again = run.asked(image=name, mask_image=painted_fields(into)["Mask image hash"]).settings
+    again = run.asked(image=name, mask_image=painted_fields(into)["Mask image hash"]).sampling
     assert painted_fields(again) == painted_fields(into)
     empty = Image.new("RGBA", (8, 8))
     empty.save(data := io.BytesIO(), format="PNG")
     nothing = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-    assert run.asked(image=name, mask_image=nothing).settings.mask_image is None
-    with pytest.raises(UserError, match="a second pass is of images from text alone"):
+    assert run.asked(image=name, mask_image=nothing).sampling.mask_image is None
+    with pytest.raises(UserError, match=r"a second pass \(hires\) is of images from text alone"):
         run.asked(image=name, hires=1.5)
     for gone in ("0" * 32, "../../etc/passwd", "x"):
         with pytest.raises(UserError, match="no longer here; choose it again"):
@@ -366,9 +382,9 @@ def test_a_detail_pass_is_that_of_its_fields(
         "detail_denoise": 0.6, "detail_padding": 40,
     }  # fmt: skip
     assert {*values} == {name for name in LABELS if name.startswith("detail")}
-    assert run.asked(**{**values, "detail": " "}).settings.detail is None
+    assert run.asked(**{**values, "detail": " "}).sampling.detail is None
     assert opened == []
-    settings = run.asked(**values).settings
+    settings = run.asked(**values).sampling
     made = settings.detail
     assert opened == [("rembg:isnet", "face")]
     told = (made.model, made.label, made.prompt, made.denoise, made.padding)
@@ -388,7 +404,7 @@ def test_a_detail_pass_is_that_of_its_fields(
 
     known = restored("rembg:isnet")
     assert known.unread == ()
-    again = make_request(run.context, run.id, known.form).settings
+    again = make_request(run.context, run.id, known.form).sampling
     assert painted_fields(again) == painted_fields(settings)
     known = restored("/home/ann/seg")
     (line,) = known.unread
@@ -414,22 +430,18 @@ def test_styles_are_of_the_prompt_once(run: SimpleNamespace) -> None:
         with pytest.raises(ValueError, match=words):
             run.asked(style=[name])
     asked = run.asked(style=["ink", "paper"], negative_prompt="blurred")
-    assert (asked.prompt, asked.settings.negative_prompt) == (
-        "a sks mug, ink on paper",
-        "blurred, photo",
-    )
+    prompt, negative = texts_of(asked)
+    assert (prompt, negative) == ("a sks mug, ink on paper", "blurred, photo")
     # An image's file has the prompt that this gives: its settings ask for the same.
-    text = f"{asked.prompt}\nNegative prompt: {asked.settings.negative_prompt}\nSteps: 4, Seed: 1"
+    text = f"{prompt}\nNegative prompt: {negative}\nSteps: 4, Seed: 1"
     form = restore(run.context, text).form
     assert form["style"] == []
-    again = make_request(run.context, run.id, form)
-    assert (again.prompt, again.settings.negative_prompt) == (
-        asked.prompt, asked.settings.negative_prompt
-    )  # fmt: skip
+    assert texts_of(make_request(run.context, run.id, form)) == (prompt, negative)
 
 
 def _context(**parts: Any) -> Any:
-    return SimpleNamespace(allowed_model=lambda name: name, workspace=None, **parts)
+    workspace = Workspace(Path("runs"))
+    return SimpleNamespace(allowed_model=lambda name: name, workspace=workspace, **parts)
 
 
 def _asked(model: str = "embedded:tiny-sd", **changes: object) -> Any:
@@ -445,5 +457,5 @@ def test_how_prompts_are_read_is_the_run_s_unless_asked_for() -> None:
     assert (asked.max_token_length, asked.clip_skip) == (150, 1)
     plain = _asked(max_token_length="", clip_skip=None)
     assert (plain.max_token_length, plain.clip_skip) == (None, None)
-    with pytest.raises(UserError, match="the clip skip is '-1'; write a whole number, or leave"):
+    with pytest.raises(UserError, match="“Clip skip, as Diffusers counts” is -1; it must not be"):
         _asked(clip_skip="-1")

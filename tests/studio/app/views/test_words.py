@@ -88,8 +88,8 @@ def test_a_grid_s_prompts_are_given_the_styles_once(
     context.workspace.styles.write_text(STYLES, encoding="utf-8")
     asked = []
 
-    def grid(request: Any, axes: Any, on_step: Any, style: Any) -> None:
-        asked.append((request.prompt, request.settings.negative_prompt, axes, style))
+    def grid(request: Any, axes: Any, on_step: Any) -> None:
+        asked.append((request.prompt, request.negative_prompt, axes, request.style))
         raise UserError("enough")
 
     monkeypatch.setattr(context.generator, "grid", grid)
