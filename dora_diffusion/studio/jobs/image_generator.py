@@ -99,7 +99,7 @@ class GeneratedImage:
     notes: tuple[str, ...] = ()
 
 
-class _Ready(NamedTuple):
+class _LoadedRequest(NamedTuple):
     """A request with its model, and the settings of sampling that this needs."""
 
     request: GenerationRequest
@@ -176,10 +176,10 @@ class ImageGenerator:
         rows = _rows(asked)
         with self._device(request):
             with _untouched() as lines:
-                ready = self._ready(asked, request.sampling)
-                images = self._sample(ready, rows, on_step)
-            notes = _notes(ready, [row.prompt for row in rows], lines)
-        return [self._write(ready, rows, *each, notes) for each in enumerate(images)]
+                loaded = self._load(asked, request.sampling)
+                images = self._sample(loaded, rows, on_step)
+            notes = _notes(loaded, [row.prompt for row in rows], lines)
+        return [self._write(loaded, rows, *each, notes) for each in enumerate(images)]
 
     def compare(
         self, request: GenerationRequest, on_step: Step | None = None
@@ -191,15 +191,15 @@ class ImageGenerator:
         rows = _rows(asked)
         with self._device(request):
             with _untouched() as lines:
-                ready = self._ready(asked, request.sampling)
-                with disabled(*ready.components.adaptable().values()):
-                    (base,) = self._sample(ready, rows, on_step)
-                (adapted,) = self._sample(ready, rows, on_step)
-            notes = _notes(ready, [row.prompt for row in rows], lines)
+                loaded = self._load(asked, request.sampling)
+                with disabled(*loaded.components.adaptable().values()):
+                    (base,) = self._sample(loaded, rows, on_step)
+                (adapted,) = self._sample(loaded, rows, on_step)
+            notes = _notes(loaded, [row.prompt for row in rows], lines)
         alone = replace(asked, adapter=None, layer_strength=[], strength_schedule=[])
         return (
-            self._write(ready._replace(request=alone), rows, 0, base, notes),
-            self._write(ready, rows, 0, adapted, notes),
+            self._write(loaded._replace(request=alone), rows, 0, base, notes),
+            self._write(loaded, rows, 0, adapted, notes),
         )
 
     def grid(
@@ -240,7 +240,7 @@ class ImageGenerator:
             with _untouched() as lines:
                 run.make(self._until_withdrawn(on_step))
             read = (parse_parameters(text)["Prompt"] for text in run.record.texts.values())
-            notes = _notes(self._ready(asked, request.sampling), [*filter(None, read)], lines)
+            notes = _notes(self._load(asked, request.sampling), [*filter(None, read)], lines)
         first = run.record.texts[run.record.files[0]]
         with open_image(run.folder / SHEET) as sheet:
             path = self.workspace.images / f"{new_id()}-{run.record.seed}.png"
@@ -255,16 +255,18 @@ class ImageGenerator:
         at_once = 1 if request.wildcards else request.batch_size
         return replace(request, seed=_first_seed(request), output=output, batch_size=at_once)
 
-    def _ready(self, request: GenerationRequest, sampling: SamplingSettings) -> _Ready:
+    def _load(self, request: GenerationRequest, sampling: SamplingSettings) -> _LoadedRequest:
         uses = request.uses()
         components = self._model(request, uses)
-        return _Ready(request, components, request.distilled(sampling, components, uses)[0])
+        return _LoadedRequest(request, components, request.distilled(sampling, components, uses)[0])
 
-    def _sample(self, ready: _Ready, rows: Sequence[Row], on_step: Step | None) -> list[Image]:
+    def _sample(
+        self, loaded: _LoadedRequest, rows: Sequence[Row], on_step: Step | None
+    ) -> list[Image]:
         """The images of the rows; one that is repeated is of its batch."""
         from dora_diffusion.sampling.generate import generate_images, sampled_size
 
-        request, components, sampling = ready
+        request, components, sampling = loaded
         longest = max(sampled_size(components, sampling)) * (sampling.hires or 1)
         if longest > MAX_SIDE:
             raise UserError(
@@ -322,12 +324,17 @@ class ImageGenerator:
         return components
 
     def _write(
-        self, ready: _Ready, rows: Sequence[Row], index: int, image: Image, notes: tuple[str, ...]
+        self,
+        loaded: _LoadedRequest,
+        rows: Sequence[Row],
+        index: int,
+        image: Image,
+        notes: tuple[str, ...],
     ) -> GeneratedImage:
         """Save the image of a row with what made it."""
         from dora_diffusion.sampling.generate import sampled_size
 
-        (request, components, sampling), seed = ready, rows[index].seed
+        (request, components, sampling), seed = loaded, rows[index].seed
         row = rows[index]._replace(path=self.workspace.images / f"{new_id()}-{seed}.png")
         text = row.write(
             image, sampling, sampled_size(components, sampling), request.base, request.uses(),
@@ -349,7 +356,7 @@ def _untouched() -> Iterator[list[str]]:
     lines += dict.fromkeys(f"{s[:1].upper()}{s[1:]}" for s in found if s.endswith(NO_PASS))
 
 
-def _notes(ready: _Ready, prompts: Sequence[str], lines: Sequence[str]) -> tuple[str, ...]:
+def _notes(loaded: _LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) -> tuple[str, ...]:
     """A line for each prompt that is longer than the model reads, with the truncated end.
 
     With one for settings that a distilled model is not for, before ``lines``.
@@ -359,7 +366,7 @@ def _notes(ready: _Ready, prompts: Sequence[str], lines: Sequence[str]) -> tuple
     from dora_diffusion.sampling.generate import few_steps
     from dora_diffusion.sampling.images import adapter_name
 
-    request, components, sampling = ready
+    request, components, sampling = loaded
     limit, notes = token_limit(components), list[str]()
     texts = [("prompt", prompt) for prompt in dict.fromkeys(prompts)]
     for name, prompt in [*texts, ("negative prompt", sampling.negative_prompt)]:

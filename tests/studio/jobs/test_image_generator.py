@@ -267,6 +267,7 @@ def test_a_detail_pass_is_the_library_s_and_it_is_said_where_there_is_none(
         plain, detail="rembg:isnet", detail_label="dog", detail_prompt="a sks dog, close",
         detail_denoise=0.6, detail_padding=16,
     )  # fmt: skip
+    assert asked.sampling.detail is not None  # The page opens it before it waits.
     (made,) = studio.make(asked)
     detail = Detail(boxed, 0.6, 16, "a sks dog, close", "rembg:isnet", "dog")
     components, _ = load_adapted(job.base, adapter_of(job), device="cpu")
@@ -275,7 +276,7 @@ def test_a_detail_pass_is_the_library_s_and_it_is_said_where_there_is_none(
     assert pixels(made.path) == wanted.tobytes() != pixels(studio.make(plain)[0].path)
     assert made.notes == ()
     assert fields_of(made)["Detail model"] == "rembg:isnet"
-    # Opened once for a request, which may be long in waiting.
+    # Once, and not when its turn has come.
     assert opened == [("rembg:isnet", "dog")]
     sheet, _ = studio.grid(asked, ["strength=1"], lambda *_: None)
     assert sheet.parameters == made.parameters
