@@ -211,8 +211,8 @@ def keep_draft(blocks: gr.Blocks, besides: Mapping[str, Any]) -> Any:
             for field, value in ((field, values.get(name)) for name, field in named.items())
         ]
 
-    # Gradio reads all that can set off an event, at each: few at a time, and all once, when those that
-    # change together have changed.
+    # At each event Gradio reads all that can set it off: few at a time, and all of them once, when
+    # those that change together have changed.
     settled = html_block(elem_id="draft", js_on_load="studio.settled = () => trigger('input')")
     for first in range(0, len(fields), _TOGETHER):
         some = fields[first : first + _TOGETHER]
