@@ -21,6 +21,10 @@ _MOST_TAGS = 60
 _SCRIPT = (Path(__file__).parents[1] / "captions.js").read_text(encoding="utf-8")
 
 
+# One after the other: what was typed last is written last, and a button changes what was typed.
+_IN_TURN: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "captions"}
+
+
 class CaptionsView:
     """The fields of the captions."""
 
@@ -84,24 +88,6 @@ def connect(context: Context, tab: CaptionsView, pick: Any) -> None:
     """Connect the fields; ``pick`` holds the id of the subject."""
     workspace = context.workspace
 
-    def save(subject_id: str | None, event: gr.EventData) -> list[Any]:
-        """Write what was typed, whatever photo is shown by now."""
-        typed, written, problems = getattr(event, "typed", None), dict[str, str](), list[str]()
-        for place, text in typed.items() if isinstance(typed, dict) else ():
-            of_subject, _, photo = str(place).partition("/")
-            try:
-                subjects.save_caption(workspace, of_subject, photo, text)
-            except UserError as error:
-                if "no longer exists" not in str(error):  # with its photo, a caption goes too
-                    problems.append(f"{photo}: {error}")
-                    continue
-            written[place] = text
-        try:
-            tags = _tags(subjects.read_subject(workspace, subject_id))
-        except UserError:
-            tags = ""
-        return [html.notes(problems, "bad") or html.note("Saved", "good"), written, tags]
-
     def change(*names: str) -> Callable[..., list[Any]]:
         """A button that changes the captions of all photos."""
 
@@ -124,16 +110,8 @@ def connect(context: Context, tab: CaptionsView, pick: Any) -> None:
         text = f"{counted(count, 'caption')} changed" if count else "No caption changed"
         return [*shown(subject), html.note(text, "good" if count else "info")]
 
-    # One after the other: what was typed last is written last, and a button changes what was typed.
-    in_turn: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "captions"}
-    saved = ui.on(
-        tab.rows.input, save, [pick], [tab.message, tab.written, tab.tags],
-        trigger_mode="multiple", **in_turn,
-    )  # fmt: skip
-    ui.on(saved.success, None, [tab.written], None, js="(done) => window.ddCaptionsWritten(done)")
-    for ended in (saved.then, saved.failure):
-        ui.on(ended, None, js="() => window.ddCaptionsAnswered()")
-    in_turn["js"] = "(...values) => window.ddCaptionsSaved(...values)"
+    _connect_rows(context, tab, pick)
+    in_turn = {**_IN_TURN, "js": "(...values) => window.ddCaptionsSaved(...values)"}
     outputs = [tab.tags, tab.rows, tab.message]
     for button, fields in tab.edits:
         inputs = [pick, *fields.values()]
@@ -141,6 +119,37 @@ def connect(context: Context, tab: CaptionsView, pick: Any) -> None:
     ui.on(tab.undo.click, undo, [pick], outputs, show="minimal", **in_turn)
     ui.on(tab.tags.click, _clicked_tag, None, [tab.tag])
     ui.on(tab.masks.change, None, [tab.masks], None, js="studio.showMasks")
+
+
+def _connect_rows(context: Context, tab: CaptionsView, pick: Any) -> None:
+    """Write what is typed; the page sends a text when it has the answer to the one before."""
+    workspace = context.workspace
+
+    def save(subject_id: str | None, event: gr.EventData) -> list[Any]:
+        """Write what was typed, whatever photo is shown by now."""
+        typed, written, problems = getattr(event, "typed", None), dict[str, str](), list[str]()
+        for place, text in typed.items() if isinstance(typed, dict) else ():
+            of_subject, _, photo = str(place).partition("/")
+            try:
+                subjects.save_caption(workspace, of_subject, photo, text)
+            except UserError as error:
+                if "no longer exists" not in str(error):  # with its photo, a caption goes too
+                    problems.append(f"{photo}: {error}")
+                    continue
+            written[place] = text
+        try:
+            tags = _tags(subjects.read_subject(workspace, subject_id))
+        except UserError:
+            tags = ""
+        return [html.notes(problems, "bad") or html.note("Saved", "good"), written, tags]
+
+    saved = ui.on(
+        tab.rows.input, save, [pick], [tab.message, tab.written, tab.tags],
+        trigger_mode="multiple", **_IN_TURN,
+    )  # fmt: skip
+    ui.on(saved.success, None, [tab.written], None, js="(done) => window.ddCaptionsWritten(done)")
+    for ended in (saved.then, saved.failure):
+        ui.on(ended, None, js="() => window.ddCaptionsAnswered()")
 
 
 def _clicked_tag(event: gr.EventData) -> str:
