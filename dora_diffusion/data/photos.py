@@ -281,7 +281,7 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise PhotoError(f"{folder}: the photo folder {what}; give a folder of photos")
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    photos, nested = photos_in(folder), nested_photos(entries)
+    photos, nested = [*filter(is_photo, entries)], nested_photos(entries)
     named = [path for path in entries if path.name.lower().endswith(PHOTO_SUFFIXES)]
     broken = [path.name for path in named if path.is_symlink() and not path.exists()]
     lost = f"links to files that are not there ({listing(broken, 5)})" if broken else ""
