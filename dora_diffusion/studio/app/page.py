@@ -109,21 +109,24 @@ def _connect_clock(
         problems += [context.queue.problem] if context.queue.problem else []
         return {"header": html.header(jobs, problems), **made}
 
+    again = functools.partial(read_again_if_deleted, context)
+
+    @again
     def tick(known: dict[str, Any], *chosen: Any) -> list[Any]:
         now = parts(*chosen)
         marks = [now[name][0] for name in others if name in now]
         return [repr(marks), *_changes(known, now, texts)]
 
+    @again
     def fill(known: dict[str, Any], *chosen: Any) -> list[Any]:
         return _changes(known, parts(*chosen), others)
 
     outputs = [mark, seen_texts, *texts.values()]
     clock = gr.Timer(TICK_SECONDS)
-    ticked = read_again_if_deleted(context, tick)
-    ui.on(clock.tick, ticked, [seen_texts, *inputs], outputs, trigger_mode="once")
-    ui.on(restored.then, ticked, [seen_texts, *inputs], outputs)
-    filled, of_others = read_again_if_deleted(context, fill), [seen_others, *others.values()]
-    ui.on(mark.change, filled, [seen_others, *inputs], of_others, trigger_mode="always_last")
+    ui.on(clock.tick, tick, [seen_texts, *inputs], outputs, trigger_mode="once")
+    ui.on(restored.then, tick, [seen_texts, *inputs], outputs)
+    filled = [seen_others, *others.values()]
+    ui.on(mark.change, fill, [seen_others, *inputs], filled, trigger_mode="always_last")
 
 
 def whole_tabs(**tabs: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
