@@ -81,8 +81,12 @@ window.studio = {
     return {...kept, ...studio.typed()};
   },
 
-  // All fields are read once for those that change together.
-  changed() { studio.change ??= setTimeout(() => { studio.change = null; studio.settled?.(); }); },
+  // Those who wait for fields, by name, are told once of all that change together.
+  tell: {},
+  changes: {},
+  changed(name) {
+    studio.changes[name] ??= setTimeout(() => { delete studio.changes[name]; studio.tell[name]?.(); });
+  },
 
   // Not before the page has got back what was kept: its fields change when they are first drawn.
   keep: (kept, names, values) => window.ddRestored
@@ -154,9 +158,6 @@ window.studio = {
       addEventListener(type, stop, {capture: true, signal: listeners.signal});
     look();
   },
-
-  // Until the fields that change together have all changed.
-  settle: () => new Promise((done) => setTimeout(done, 50)),
 
   // What is painted on the image to start from, in the place of the last value.
   mask: (...values) =>

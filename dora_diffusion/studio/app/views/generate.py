@@ -237,7 +237,9 @@ def _connect_acting(
         return show_acting(context, dict(zip(form, values, strict=True)))
 
     # A folded field is not on the page, and tells of no change: whoever fills it in shows this too.
-    changed = [field.change for name, field in tab.fields.items() if name not in IN_SIGHT]
+    changed = ui.together(
+        "generate-form", [tab.fields[name] for name in tab.fields if name not in IN_SIGHT]
+    )
     for event in (changed, *(event.then for event in filled)):
         ui.on(event, describe, [*form.values()], [tab.acting], trigger_mode="always_last")
 

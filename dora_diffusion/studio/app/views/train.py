@@ -190,11 +190,9 @@ def connect(
             "",
         ]
 
-    # A preset changes a dozen fields, each with an event of its own; requests that are sent at
-    # once overtake each other. So each waits until all fields have changed, and one asks for all.
-    named = [*(field.change for field in (*asked, subjects.names)), opened]
-    changed = ui.on(named, None, js="studio.settle")
-    ui.on(changed.then, plan, asked, [tab.cost, tab.plan], trigger_mode="always_last")
+    # A preset changes a dozen fields, and requests that are sent at once overtake each other.
+    changed = ui.together("train-form", [*asked, subjects.names])
+    ui.on([changed, opened], plan, asked, [tab.cost, tab.plan], trigger_mode="always_last")
     shown = [tab.shown.run, tab.message, tab.name]
     ui.on(tab.start.click, start, [tab.name, *asked], shown, show="minimal")
     _connect_others(context, tab, subjects.pick, opened)

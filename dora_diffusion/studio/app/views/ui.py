@@ -11,7 +11,7 @@ import functools
 import json
 import re
 from abc import ABCMeta
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -211,14 +211,8 @@ def keep_draft(blocks: gr.Blocks, besides: Mapping[str, Any]) -> Any:
             for field, value in ((field, values.get(name)) for name, field in named.items())
         ]
 
-    # At each event Gradio reads all that can set it off: few at a time, and all of them once, when
-    # those that change together have changed.
-    settled = html_block(elem_id="draft", js_on_load="studio.settled = () => trigger('input')")
-    for first in range(0, len(fields), _TOGETHER):
-        some = fields[first : first + _TOGETHER]
-        on([field.change for field in some], None, js="studio.changed")
     on(
-        settled.input, None, [draft, *fields], [draft],
+        together("draft", fields), None, [draft, *fields], [draft],
         js=f"(kept, ...values) => studio.keep(kept, {json.dumps(list(named))}, values)",
     )  # fmt: skip
     own = {
@@ -230,6 +224,22 @@ def keep_draft(blocks: gr.Blocks, besides: Mapping[str, Any]) -> Any:
     restored = on(blocks.load, restore, [draft], fields, js=typed)
     restore_typed = f"(kept) => studio.restored(kept, {json.dumps(own)})"
     return on(restored.then, None, [draft], [draft], js=restore_typed)
+
+
+def together(name: str, fields: Sequence[Any]) -> Any:
+    """Return the event that any of these fields has changed: one for all that change together.
+
+    At each event Gradio reads all fields that can set it off: so they are asked few at a time.
+
+    Args:
+        name: Id of an element that is added to the page for it.
+        fields: The fields.
+    """
+    element = html_block(elem_id=name, js_on_load=f"studio.tell['{name}'] = () => trigger('input')")
+    for first in range(0, len(fields), _TOGETHER):
+        some = fields[first : first + _TOGETHER]
+        on([field.change for field in some], None, js=f"() => studio.changed('{name}')")
+    return element.input
 
 
 def can_hold(field: Any, value: object) -> bool:
