@@ -427,7 +427,7 @@ def start_worker(folder: Path) -> subprocess.Popen[bytes]:
             env=environment,
             **system.detached(),
         )
-    # The worker writes the same, in case this process dies right here.
-    if not note_worker(folder, child.pid):
+    # The worker writes the same, in case this process dies right here. It may have ended already.
+    if not note_worker(folder, child.pid) and not (folder / records.RESULT).exists():
         records.write_result(folder, records.JobResult(1, finished=time.time()))
     return child

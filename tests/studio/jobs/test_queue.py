@@ -195,6 +195,23 @@ def test_only_one_app_starts_jobs(workspace: Workspace, monkeypatch: pytest.Monk
     assert started == [folder.name, other.name]
 
 
+def test_a_worker_that_ends_before_it_is_noted_keeps_its_result(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(workspace)
+
+    def done(words: list[str], **options: object) -> subprocess.Popen[bytes]:
+        monkeypatch.undo()
+        child = subprocess.Popen([sys.executable, "-c", ""])
+        child.wait()
+        records.write_result(folder, records.JobResult(2))
+        return child
+
+    monkeypatch.setattr(subprocess, "Popen", done)
+    jobs.start_worker(folder)
+    assert records.read_result(folder) == records.JobResult(2)
+
+
 def test_a_second_job_waits_for_the_first(
     workspace: Workspace, sleeper: subprocess.Popen[bytes]
 ) -> None:
