@@ -38,10 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     if (folder / records.RESULT).exists():
         return 0
     note_worker(folder, os.getpid())
-    signal.signal(signal.SIGTERM, _raise_stopped)
-    threading.Thread(target=_watch_for_stop, args=(folder / records.STOP,), daemon=True).start()
-    started = time.time()
-    code = _run(folder)
+    started, code = time.time(), records.STOPPED_CODE
+    # A stop may come before there is anything to end, and after all is done.
+    with contextlib.suppress(_Stopped):
+        signal.signal(signal.SIGTERM, _raise_stopped)
+        threading.Thread(target=_watch_for_stop, args=(folder / records.STOP,), daemon=True).start()
+        code = _run(folder)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Its result is written now.
     memory, gpu_memory = _peaks()
     records.write_result(folder, records.JobResult(code, started, time.time(), memory, gpu_memory))
     return code

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,16 +24,21 @@ def main(configs: str, outcome: str) -> None:
 
     import dora_diffusion.training.loop
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child:
+        # It listens from here on: a port that is only chosen may be another program's by then.
+        options = {"is_master": True, "multi_tenant": True, "wait_for_workers": False}
+        store = dist.TCPStore("127.0.0.1", 0, **options)
+        port = str(store.port)
+        os.write(writer, port.encode())
+    else:
+        port = os.read(reader, 5).decode()
+    rank = str(int(child == 0))
     os.environ |= {
         "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank,
     }  # fmt: skip
-    child = os.fork()
-    rank = str(int(child == 0))
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
     torch.set_num_threads(1)
     told = train_all(json.loads(Path(configs).read_text("utf-8")), dora_diffusion.training.loop)
     told |= {"layers": layers(), "seconds": sum(os.times()[:2])}

@@ -133,7 +133,7 @@ class ImageGenerator:
     @property
     def turn(self) -> str:
         """State of this person's requests: ``"making"``, ``"waiting"`` or empty."""
-        mine = [turn.is_making for turn in self._turns if turn.person == PERSON.get()]
+        mine = [turn.is_making for turn in [*self._turns] if turn.person == PERSON.get()]
         return "making" if any(mine) else "waiting" if mine else ""
 
     def release(self) -> None:
@@ -151,12 +151,12 @@ class ImageGenerator:
 
     def withdraw(self) -> None:
         """Cancel the requests of the person who asks: those that wait, and what is being made."""
-        for turn in self._turns:
+        for turn in [*self._turns]:  # Others come and go meanwhile.
             turn.is_withdrawn |= turn.person == PERSON.get()
 
     def _until_withdrawn(self, on_step: Step | None) -> Step:
         """Return what is called at each step, and ends the images when they are withdrawn."""
-        (turn,) = (turn for turn in self._turns if turn.is_making)
+        (turn,) = (turn for turn in [*self._turns] if turn.is_making)
 
         def step(done: int, total: int) -> None:
             if turn.is_withdrawn:

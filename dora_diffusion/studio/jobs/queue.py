@@ -102,6 +102,7 @@ def stop_job(folder: Path) -> None:
     """Ask a running job to save and leave; remove a waiting one from the queue."""
     if is_waiting(folder):
         records.write_result(folder, records.JobResult(records.STOPPED_CODE, finished=time.time()))
+        (folder / records.STOP).touch()  # For a worker that was started meanwhile.
     elif is_running(folder) and not (folder / records.STOP).exists():
         (folder / records.STOP).write_text(f"{time.time()}\n", encoding="utf-8")
 
@@ -427,7 +428,7 @@ def start_worker(folder: Path) -> subprocess.Popen[bytes]:
             env=environment,
             **system.detached(),
         )
-    # The worker writes the same, in case this process dies right here.
-    if not note_worker(folder, child.pid):
+    # The worker writes the same, in case this process dies right here. It may have ended already.
+    if not note_worker(folder, child.pid) and not (folder / records.RESULT).exists():
         records.write_result(folder, records.JobResult(1, finished=time.time()))
     return child

@@ -224,10 +224,14 @@ def _read_job(folder: Path, position: int) -> Job:
             return otherwise
 
     record = records.read_record(folder)
-    # In this order: a worker writes its result before it ends.
-    alive = queue.worker_of(folder) is not None
-    result = whole(records.read_result, None)
-    state, cause = _state(folder, record, result, alive)
+    # In this order: a worker writes its result before it ends. It may start after the first look.
+    for _ in range(2):
+        alive = queue.worker_of(folder) is not None
+        result = whole(records.read_result, None)
+        waits = queue.is_waiting(folder)
+        if alive or waits or result is not None or damage:
+            break
+    state, cause = _state(folder, record, result, alive, waits)
     if damage:
         cause = ""  # It did end in an orderly way.
     progress = whole(records.read_progress, records.JobProgress())
@@ -273,13 +277,17 @@ def read_run(workspace: Workspace, job_id: object) -> Job:
 
 
 def _state(
-    folder: Path, record: records.JobRecord, result: records.JobResult | None, alive: bool
+    folder: Path,
+    record: records.JobRecord,
+    result: records.JobResult | None,
+    alive: bool,
+    waits: bool,
 ) -> tuple[str, str]:
     """State and cause. A result wins over a process, which wins over the queue."""
     if result is None:
         if alive:
             return ("stopping" if queue.stop_asked(folder) is not None else "running"), ""
-        if queue.is_waiting(folder):
+        if waits:
             return "waiting", ""
     elif result.code == 0:
         wrong = _unusable_result(folder, record)

@@ -65,9 +65,10 @@ def start_training(
             )
     folder = workspace.new_job()
     titles = ", ".join([*(subject.title for subject in subjects), *config.target[:1]])
+    clock = f"{folder.name[9:11]}:{folder.name[11:13]}"  # As `Job.made` reads it.
     record = records.JobRecord(
         records.train_arguments(folder),
-        clean_text(name, NAME_LIMIT, "name") or f"{titles[:NAME_LIMIT]} {time.strftime('%H:%M')}",
+        clean_text(name, NAME_LIMIT, "name") or f"{titles[:NAME_LIMIT]} {clock}",
         base=config.pretrained_model_name_or_path,
         sample=subjects[0].sample if len(subjects) == 1 else "",
     )

@@ -55,27 +55,30 @@ def test_it_serves_until_it_is_interrupted(tmp_path, monkeypatch, capsys):
         served.append(deployment)
         yield Replicas()
 
-    start, run = [], server.run
+    start, run, listen = [], server.run, server.listen
+
+    def listen_anywhere(host, port):
+        start.append((host, port))
+        return listen(host, 0)  # A port that is chosen before may be another program's by now.
 
     async def interrupted(app, service, listening, on_start):
         def end():
-            start.append(listening.getsockname()[:2])
+            start.append(listening.getsockname()[0])
             on_start()
             signal.raise_signal(signal.SIGTERM)
 
         await run(app, service, listening, end)
 
-    with server.listen("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
     monkeypatch.setattr(deploy, "deployed", deployed)
     monkeypatch.setattr(server, "run", interrupted)
+    monkeypatch.setattr(server, "listen", listen_anywhere)
     monkeypatch.setenv(TOKEN_VARIABLE, "t" * 20)
     command = ["serve", "--base", "embedded:tiny-sd", "--adapters", str(tmp_path), "--queue", "9"]
     command += ["--adapter_memory", "1.5", "--clip_skip", "1"]
-    assert main([*command, "--host", "::1", "--port", str(port)]) == 0
+    assert main([*command, "--host", "::1", "--port", "8123"]) == 0
     (deployment,) = served
     assert (deployment.capacity, deployment.adapter_memory) == (9, 1_500_000)
     assert (deployment.token, deployment.options["clip_skip"]) == ("t" * 20, 1)
-    assert start == [("::1", port)]
+    assert start == [("::1", 8123), "::1"]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1:] == [f"http://[::1]:{port} is ready: 0 adapters; Ctrl-C ends it", "ended"]
+    assert lines[1:] == ["http://[::1]:8123 is ready: 0 adapters; Ctrl-C ends it", "ended"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import time
 from functools import partial
 from pathlib import Path
 
@@ -92,6 +94,15 @@ def test_all_names_and_patterns_of_a_file_share_a_limit() -> None:
     patterns.seconds = 0
     with pytest.raises(AdapterFormatError, match=r"takes too long to match; write the mod"):
         patterns.matches("((.|.)+)+(?<=x)", "a" * 60)
+
+
+def test_a_machine_that_stands_still_takes_nothing_of_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, patterns = itertools.count(0.0, 100.0), NamePatterns()
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    assert not patterns.matches("(?=a)b", "a")
+    assert patterns.seconds > 0
 
 
 def test_a_file_with_a_pattern_that_does_not_end_is_refused(

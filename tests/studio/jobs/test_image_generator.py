@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -38,6 +38,7 @@ from dora_diffusion.studio.jobs.image_generator import (
     GeneratedImage,
     GenerationRequest,
     ImageGenerator,
+    _Turn,
 )
 from dora_diffusion.studio.jobs.image_store import ImageStore
 from dora_diffusion.studio.jobs.inputs import input_path, keep_input
@@ -483,6 +484,31 @@ def test_images_wait_their_turn_while_a_run_has_the_device_and_can_be_withdrawn(
     assert studio._loaded is None, "the run that waits now has the memory"
     assert lock.take()
     lock.free()
+
+
+def test_a_request_that_ends_while_another_is_looked_for_hides_it_not(tmp_path: Path) -> None:
+    studio = ImageGenerator(Workspace(tmp_path))
+    making = _Turn("", is_making=True)
+
+    class Ending:
+        is_withdrawn = is_making = False
+
+        @property
+        def person(self) -> str:
+            studio._turns[:] = [making]
+            return ""
+
+    class EndingLate(Ending):
+        person, is_making = "", Ending.person
+
+    studio._turns = cast("list[_Turn]", [Ending(), making])
+    assert studio.turn == "making"
+    studio._turns = cast("list[_Turn]", [EndingLate(), making])
+    step = studio._until_withdrawn(None)
+    studio._turns = cast("list[_Turn]", [Ending(), making])
+    studio.withdraw()
+    with pytest.raises(Withdrawn):
+        step(1, 2)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,20 @@ def test_a_living_process_is_running_until_it_is_asked_to_stop(
     assert seen(folder).state == "stopping"
 
 
+def test_a_job_that_starts_while_it_is_taken_out_is_asked_to_stop(
+    workspace: Workspace, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, write = make(workspace), records.write_result
+
+    def start(of: Path, result: records.JobResult) -> None:
+        pretend_running(of, sleeper)
+        write(of, result)
+
+    monkeypatch.setattr(records, "write_result", start)
+    jobs.stop_job(folder)
+    assert (folder / records.STOP).exists()
+
+
 def test_a_waiting_job_can_be_taken_out_and_put_back(workspace: Workspace) -> None:
     folder = make(workspace)
     jobs.stop_job(folder)
@@ -193,6 +207,23 @@ def test_only_one_app_starts_jobs(workspace: Workspace, monkeypatch: pytest.Monk
     assert two.tick() == other.name
     two.close()
     assert started == [folder.name, other.name]
+
+
+def test_a_worker_that_ends_before_it_is_noted_keeps_its_result(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(workspace)
+
+    def done(words: list[str], **options: object) -> subprocess.Popen[bytes]:
+        monkeypatch.undo()
+        child = subprocess.Popen([sys.executable, "-c", ""])
+        child.wait()
+        records.write_result(folder, records.JobResult(2))
+        return child
+
+    monkeypatch.setattr(subprocess, "Popen", done)
+    jobs.start_worker(folder)
+    assert records.read_result(folder) == records.JobResult(2)
 
 
 def test_a_second_job_waits_for_the_first(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dora_diffusion.studio.jobs import queue as jobs
@@ -62,6 +63,21 @@ def test_a_crash_without_a_word_says_what_to_do(workspace: Workspace) -> None:
     other = about(folder, "export")  # which no button resumes
     write_json(other / records.WORKER, {"pid": 2**22 + 1, "start": "1"})
     assert seen(other).cause.endswith("; start it again")
+
+
+def test_a_job_that_starts_while_it_is_read_is_no_crash(
+    workspace: Workspace, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real = make(workspace), jobs.worker_of
+
+    def not_yet(of: Path) -> psutil.Process | None:
+        monkeypatch.undo()
+        found = real(of)
+        pretend_running(folder, sleeper)
+        return found
+
+    monkeypatch.setattr(jobs, "worker_of", not_yet)
+    assert seen(folder).state == "running"
 
 
 def test_another_process_with_the_same_pid_is_not_the_worker(workspace: Workspace) -> None:

@@ -19,7 +19,7 @@ from dora_diffusion.config.command import AsJob
 from dora_diffusion.config.fields import REQUIRED, flag
 from dora_diffusion.export import hub
 from dora_diffusion.formats.layouts import PROGRAMS
-from dora_diffusion.studio.jobs import records, tasks
+from dora_diffusion.studio.jobs import records, store, tasks
 from dora_diffusion.studio.jobs.queue import delete_job, stop_job
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter, read_run
 from dora_diffusion.studio.jobs.store import UserError, Workspace, ids_in
@@ -66,6 +66,13 @@ def test_a_run_is_named_by_hand_or_by_its_subject_and_the_time(
     for name in ("", "x" * 61):
         with pytest.raises(UserError, match="name"):
             tasks.rename_run(workspace, named.id, name)
+
+
+def test_a_run_has_the_minute_of_its_id_in_its_name(
+    workspace: Workspace, subject: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "new_id", lambda: "20261125-235900-abcdef")
+    assert seen(start(workspace, subject)).label == "Dog 23:59 · 11-25"
 
 
 @pytest.mark.parametrize("name", ["e", "Convert", "to", "Convert e to diffusers", " e e "])

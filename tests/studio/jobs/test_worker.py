@@ -6,8 +6,10 @@ import html
 import json
 import shlex
 import shutil
+import signal
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -17,6 +19,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.files.stream import read_header
 from dora_diffusion.lab.analysis import analyze_weights
+from dora_diffusion.studio import worker
 from dora_diffusion.studio.app.html import figures, status_card, task_card
 from dora_diffusion.studio.app.settings import command_line
 from dora_diffusion.studio.jobs import queue as jobs
@@ -102,6 +105,30 @@ def test_a_run_that_cannot_work_says_why(
     job = wait(workspace, queue, job_id, lambda job: job.state == "failed")
     assert "no-model does not exist" in job.cause
     assert "\n" not in job.cause
+
+
+@pytest.mark.parametrize(
+    ("moment", "code"), [("_run", records.STOPPED_CODE), ("_peaks", 1)], ids=["before", "after"]
+)
+def test_a_stop_at_either_end_of_a_job_is_no_crash(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, moment: str, code: int
+) -> None:
+    folder, real = make(workspace), getattr(worker, moment)
+
+    def stopped(*of: Path) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return real(*of)
+
+    monkeypatch.setattr(worker, "_watch_for_stop", lambda file: None)
+    monkeypatch.setattr(worker, moment, stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert worker.main([str(folder)]) == code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    result = records.read_result(folder)
+    assert result is not None
+    assert result.code == code
 
 
 def test_a_merge_loads_and_counts_bytes(finished: tuple[Workspace, str]) -> None:
