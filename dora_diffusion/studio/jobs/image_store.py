@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import re
@@ -113,11 +114,11 @@ class ImageStore:
         with self._lock:
             changed = folder.stat().st_mtime_ns
             if self._listed[0] != changed:
-                found = [
-                    (entry.stat().st_mtime_ns, entry.name)
-                    for entry in os.scandir(folder)
-                    if entry.name.endswith(".png") and entry.is_file(follow_symlinks=False)
-                ]
+                found = []
+                for entry in os.scandir(folder):
+                    with contextlib.suppress(FileNotFoundError):  # It was deleted just now.
+                        if entry.name.endswith(".png") and entry.is_file(follow_symlinks=False):
+                            found.append((entry.stat().st_mtime_ns, entry.name))
                 self._listed = changed, [_Entry(n, t) for t, n in sorted(found, reverse=True)]
                 listed = {*self._listed[1]}
                 self._texts = {e: text for e, text in self._texts.items() if e in listed}

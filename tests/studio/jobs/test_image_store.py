@@ -132,6 +132,21 @@ def test_ten_thousand_images_are_listed_by_opening_one_page_of_them(
     assert len(opened) == 2
 
 
+def test_an_image_that_is_deleted_while_others_are_listed_is_left_out(
+    store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, gone = (add(store, name, "a mug") for name in ("a.png", "b.png"))
+    scan = os.scandir
+
+    def deleted(folder: Path) -> list[os.DirEntry[str]]:
+        found = [*scan(folder)]
+        gone.unlink()
+        return found
+
+    monkeypatch.setattr(os, "scandir", deleted)
+    assert names(store) == [kept.name]
+
+
 def test_files_are_read_without_model_code() -> None:
     """The first page that shows images would wait for it."""
     code = "import sys, dora_diffusion.studio.jobs.image_store, dora_diffusion.sampling.images"
