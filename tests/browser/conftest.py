@@ -30,7 +30,55 @@ FLAGS = (
 )  # fmt: skip
 # How long the page is asked in one go, at first: each time that was too short, it is asked longer.
 LOOK_MILLISECONDS = 1000
-# The page has nothing more to draw: twenty frames with no change, however long they take.
+# Events of which the server has not yet told that they have ended, but for the clock's.
+UNANSWERED = """{
+    const {fetch} = window, open = window.unanswered = new Set(), ended = new Set()
+    const isClock = ({fn_index: index}) => gradio_config.dependencies.some(({id, targets}) =>
+        id === index && targets.some(([, event]) => event === 'tick'))
+    // What the page is told, before it is told.
+    const noting = () => {
+        const decoder = new TextDecoder()
+        let rest = ''
+        return new TransformStream({transform(part, page) {
+            const lines = (rest + decoder.decode(part, {stream: true})).split('\\n')
+            rest = lines.pop()
+            for (const line of lines.filter((line) => line.includes('process_completed'))) {
+                const {msg, event_id: id} = JSON.parse(line.slice(line.indexOf('{')))
+                if (msg === 'process_completed' && !open.delete(id)) ended.add(id)
+            }
+            page.enqueue(part)
+        }})
+    }
+    const join = async (request) => {
+        open.add(request)
+        try {
+            const response = await fetch(...request)
+            const {event_id: id} = response.ok ? await response.clone().json() : {}
+            if (id && !ended.has(id)) open.add(id)
+            return response
+        } finally {
+            open.delete(request)
+        }
+    }
+    window.fetch = async (...request) => {
+        const address = String(request[0].url ?? request[0])
+        if (address.includes('/queue/join') && !isClock(JSON.parse(request[1].body)))
+            return join(request)
+        const response = await fetch(...request)
+        if (!address.includes('/queue/data')) return response
+        return new Response(response.body.pipeThrough(noting()), response)
+    }
+}"""
+# The page has what it has asked for: five frames, however long they take.
+ANSWERED = """() => new Promise(done => {
+    let quiet = 0
+    const frame = () => {
+        quiet = unanswered.size ? 0 : quiet + 1
+        return quiet > 5 ? done(true) : requestAnimationFrame(frame)
+    }
+    frame()
+})"""
+# And it has nothing more to draw: twenty frames with no change.
 SETTLED = """() => new Promise(done => {
     let quiet = 0
     const watch = new MutationObserver(() => { quiet = 0 })
@@ -38,7 +86,8 @@ SETTLED = """() => new Promise(done => {
         subtree: true, childList: true, attributes: true, characterData: true,
     })
     const frame = () => {
-        if (++quiet <= 20) return requestAnimationFrame(frame)
+        quiet = unanswered.size ? 0 : quiet + 1
+        if (quiet <= 20) return requestAnimationFrame(frame)
         watch.disconnect()
         done(true)
     }
@@ -130,12 +179,11 @@ class App:
         self._process.communicate()
         self._process = None
 
-    def workers(self) -> list[int]:
-        """Living workers' pids."""
+    def workers(self) -> list[psutil.Process]:
+        """Living workers."""
         from dora_diffusion.studio.jobs.queue import worker_of
 
-        found = (worker_of(folder) for folder in self.runs.glob("2*"))
-        return [worker.pid for worker in found if worker is not None]
+        return list(filter(None, map(worker_of, self.runs.glob("2*"))))
 
     def jobs(self) -> tuple[Any, ...]:
         """All jobs, newest first."""
@@ -169,6 +217,7 @@ class Visit:
         self.page = browser.new_page(viewport={"width": width, "height": 900})
         self.page.set_default_timeout(WAIT_SECONDS * 1000)
         self.page.add_init_script(MESSAGES)
+        self.page.add_init_script(UNANSWERED)
         self.wrong: list[str] = []
         self.page.on("console", self._console)
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
@@ -183,8 +232,9 @@ class Visit:
 
     def _wait_for_load(self) -> None:
         self.wait_for("#upload")
-        # The page's load event fills the fields.
+        # The page's load event fills the fields, and others come after it, beside each other.
         self.wait("!document.querySelector('.dd-connecting')")
+        self.wait(ANSWERED)
 
     def _console(self, message: Any) -> None:
         if message.type == "error":
@@ -224,7 +274,7 @@ class Visit:
         self.app.until(look)
 
     def settle(self) -> None:
-        """Wait until the page has drawn what it has."""
+        """Wait until the page has what it has asked for, and has drawn it."""
         self.wait(SETTLED)
 
     def drawn(self) -> None:
@@ -359,8 +409,8 @@ def app(runs: Path, app_environment: dict[str, str]) -> Iterator[App]:
     one.end()
     from dora_diffusion.studio.jobs.queue import end_tree
 
-    for pid in one.workers():
-        end_tree(psutil.Process(pid))
+    for worker in one.workers():
+        end_tree(worker)
 
 
 @pytest.fixture(scope="module")

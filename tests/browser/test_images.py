@@ -50,6 +50,21 @@ IN_VIEW = """selector => {
 }"""
 
 
+# What is painted, before and after it is cleared.
+CLEARED = """() => {
+    const painted = () => document.querySelector('#start-image canvas').painted().split(';')[0]
+    const before = painted()
+    document.querySelector('#start-image [data-do=clear]').click()
+    return [before, painted()]
+}"""
+
+
+def choose_image(page: Visit, image: Path, newest: Path) -> None:
+    """Click an image in the list of all, which is drawn anew until the newest one is in it."""
+    page.wait_for(f"#history [data-value='{newest.name}']")
+    page.click(f"#history [data-value='{image.name}']")
+
+
 def fields_of(path: Path) -> dict[str, str]:
     return parse_parameters(read_parameters(path) or "")
 
@@ -65,7 +80,7 @@ def test_images_are_made_of_several_adapters_and_of_one_another(
     page = visit()
     page.tab("Generate")
     page.wait_text("#history", "No images yet[^]*Generate images")
-    page.wait("document.querySelector('#adapter input').value.includes('second')")
+    page.wait("document.querySelector('#adapter input')?.value.includes('second')")
     set_up_images(page)
     page.press("button", "More adapters")
     page.choose("#adapter_second", "first")
@@ -82,7 +97,7 @@ def test_images_are_made_of_several_adapters_and_of_one_another(
     (large,) = press(page, app, "#image-hires")
     assert pixels(large).shape[0] == 1.5 * pixels(first).shape[0]
     # The first one again, from the list of all; then into its left half, without a mouse.
-    page.click(f"#history [data-value='{first.name}']")
+    choose_image(page, first, newest=large)
     page.wait_text("#parameters", "Seed: 7,")
     page.click("#image-start")
     page.wait_for("#start-image .dd-on")
@@ -97,12 +112,14 @@ def test_images_are_made_of_several_adapters_and_of_one_another(
     middle = mask.shape[1] // 2
     assert (mask[:, : middle - 2] == 255).all()
     assert (mask[:, middle + 2 :] == 0).all()
-    page.click("#start-image [data-do=clear]")
+    # At once: the next image may be asked for before the empty one has been drawn.
+    painted = page.page.evaluate(CLEARED)
+    assert painted == ["data:image/png", ""]
     (over,) = press(page, app, "#make")
     assert "Mask image hash" not in fields_of(over)
     assert fields_of(over)["Init image hash"] == fields_of(into)["Init image hash"]
     # An image that was painted into is repeated with its mask.
-    page.click(f"#history [data-value='{into.name}']")
+    choose_image(page, into, newest=over)
     page.wait_text("#parameters", "Mask image hash")
     (same,) = press(page, app, "#image-again")
     assert same.read_bytes() == into.read_bytes()

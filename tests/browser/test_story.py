@@ -60,7 +60,9 @@ def test_from_a_sample_to_an_image_by_keys_alone(visit: Callable[..., Visit], ap
         page.wait_text("#plan", f"{name} {value}")
     enter(page, "e => e.id === 'start'")
     page.wait_text("#status", "Write .sks mug. in a prompt")
+    page.wait_for("#to-generate")
     enter(page, "e => e.id === 'to-generate'")
+    page.wait_for("#seed")
     page.wait("document.querySelector('#adapter input')?.value.includes('step 4')")
     write(page, "e => e.closest('#seed')", "7")
     enter(page, with_text("button", "Steps, guidance"))
@@ -93,6 +95,7 @@ def test_the_library_takes_in_names_resizes_combines_and_compares(
     (file,) = run.glob("*.safetensors")
     page.page.set_input_files("#import-file input[type=file]", file)
     page.wait_text("#import-said", "is in the library")
+    page.settle()  # With its stars and its note, which would be written over.
     page.press("button", "Name, stars and note")
     page.fill("#library-name input, #library-name textarea", "Ann's <mug>")
     page.click("#library-rename")

@@ -39,8 +39,8 @@ def watched(
 
         monkeypatch.setattr(app, "jobs", jobs)
         monkeypatch.setattr(urllib.request, "urlopen", lambda *_: io.BytesIO())
-        monkeypatch.setattr(waiting.time, "sleep", lambda _: None)
-        monkeypatch.setattr(waiting.time, "monotonic", lambda: 60 * looks[0])
+        clock = SimpleNamespace(sleep=lambda _: None, monotonic=lambda: 60 * looks[0])
+        monkeypatch.setattr(waiting, "time", clock)  # and nobody else's
         return app, looks
 
     return make

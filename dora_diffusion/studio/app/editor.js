@@ -41,6 +41,8 @@ function takeUp() {
 function begin() {
   const canvas = paper();
   if (!canvas) return;
+  // Before it is drawn: what was painted on another image, or is cleared, is sent no more.
+  Object.assign(state, { box: null, painted: false });
   const image = new Image();
   image.onload = () => {
     canvas.width = image.width;

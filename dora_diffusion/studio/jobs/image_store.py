@@ -121,20 +121,22 @@ class ImageStore:
                             found.append((entry.stat().st_mtime_ns, entry.name))
                 self._listed = changed, [_Entry(n, t) for t, n in sorted(found, reverse=True)]
                 listed = {*self._listed[1]}
-                self._texts = {e: text for e, text in self._texts.items() if e in listed}
+                # Others read more of them meanwhile.
+                self._texts = {e: text for e, text in [*self._texts.items()] if e in listed}
             return self._listed[1]
 
     def text(self, entry: _Entry) -> str:
         """An image's generation parameters; empty where it has none or is damaged."""
         from dora_diffusion.sampling.images import read_parameters
 
-        if entry not in self._texts:
+        text = self._texts.get(entry)
+        if text is None:
             try:
                 text = read_parameters(self.workspace.images / entry.name) or ""
             except (*DECODE_ERRORS, DecompressionBombError):
                 text = ""
             self._texts[entry] = text
-        return self._texts[entry]
+        return text
 
     def search(self, search: Search) -> list[_Entry]:
         """The images that are searched for, newest first."""
