@@ -112,6 +112,18 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000, 20, 20)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Give fixtures the same draws wherever a test runs: others of its worker have drawn before."""
+    torch.default_generator.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Give a test the same draws, whichever of its fixtures were made for another one before."""
+    torch.default_generator.manual_seed(1)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """List skipped tests by reason, each with the place where it runs."""
     skipped = terminalreporter.stats.get("skipped", [])

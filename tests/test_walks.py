@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections.abc import Callable
@@ -33,6 +34,7 @@ def modules_entered(walk: Callable[[], Any]) -> tuple[set[str], set[str]]:
             functions.add(f"{name}.{code.co_name}")
 
     walk()  # all imports, and what is made once and kept
+    gc.collect()  # What earlier tests have left would end, and be entered, in this walk.
     sys.setprofile(note)
     threading.setprofile(note)
     try:

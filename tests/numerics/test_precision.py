@@ -183,7 +183,7 @@ def test_tf32_without_a_gpu_that_has_it_is_said(is_available, capability, is_sai
     monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", UserWarning)
         allow_tf32()
     expected = "allow_tf32 has no effect because there is no NVIDIA GPU of Ampere or later"
     assert [str(warning.message) for warning in caught] == [expected] * is_said

@@ -69,7 +69,7 @@ def connect(address: str, object_store: int = 100 * 2**20) -> Callable[[], None]
             worker.print_to_stdstream = lambda *_, **__: None
         try:
             ray.init(address=address, **options)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except Exception as error:  # Nothing narrower where a node does not start in time.
             raise ConfigError(_refusal(address, error)) from error
         stack.callback(ray.shutdown)
         return stack.pop_all().close

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 import webbrowser
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -110,6 +111,7 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
 
     # Many runs take a second to read, which the first page would wait for.
     threading.Thread(target=context.jobs, name="first-look", daemon=True).start()
+    _wait_for_servers()
     blocks, share_names = build_page(context), set[str]()
     blocks.queue(default_concurrency_limit=8, max_size=200)
     _, local, shared = blocks.launch(
@@ -131,6 +133,8 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
+        # Gradio would end the app where its page takes more than three seconds.
+        _frontend=False,
         app_kwargs={
             "middleware": [Middleware(Guard, launch=launch, shared=share_names)],
             "routes": [Mount(ROOT, make_api(context))],
@@ -144,6 +148,24 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
         share_names.add(str(urlsplit(shared).hostname))
     context.queue.start()
     return context, blocks, str(shared or local)
+
+
+def _wait_for_servers() -> None:
+    """Have Gradio wait until a server has started or ended: it does for five seconds, and goes on.
+
+    On a machine that is busy, the app would be told that its port is taken, or have two of them.
+    """
+    from gradio import http_server
+
+    def run_in_thread(server: Any) -> None:
+        server.thread = threading.Thread(target=server.run, daemon=True)
+        server.thread.start()
+        while not server.started:
+            if not server.thread.is_alive():
+                raise http_server.ServerFailedToStartError("the port is taken")
+            time.sleep(0.001)
+
+    http_server.Server.run_in_thread = run_in_thread
 
 
 THEME = json.loads(Path(__file__).with_name("theme.json").read_text(encoding="utf-8"))

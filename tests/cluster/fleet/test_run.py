@@ -196,6 +196,8 @@ def test_a_fleet_that_was_stopped_resumes_where_it_was(
     serial, subjects, monkeypatch, tmp_path, where
 ):
     """Ended without a word, as by a signal that nothing catches."""
+    # Behind a URL, a worker's folder has a name that depends on nothing but the URL.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     output = tmp_path / "out"
     address = {"folder": str(output), "memory": "memory://shop", "file": f"file://{output}"}[where]
     one = {DEADLY: subjects[DEADLY]}

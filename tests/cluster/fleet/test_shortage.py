@@ -42,7 +42,7 @@ def test_a_cluster_without_room_is_said_once(
         warnings.catch_warnings(record=True) as caught,
         cluster.RayWorkers(lambda payload, worker: None, "auto", cluster.Share()) as workers,
     ):
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", UserWarning)
         for _ in range(3):
             assert workers.idle(5) == 0
     said = [str(warning.message) for warning in caught]

@@ -1,10 +1,12 @@
-"""An event loop whose time passes only while everybody sleeps, and then at once."""
+"""An event loop whose time passes only while everybody sleeps, and then at once; the log."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
+
+import pytest
 
 Result = TypeVar("Result")
 
@@ -24,6 +26,12 @@ class Loop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self.now
+
+
+def serving_log(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Lines that serving logged; other tests' tasks may log too, whenever they are collected."""
+    name = "dora_diffusion.cluster.serving"
+    return [each.getMessage() for each in caplog.records if each.name == name]
 
 
 def run(coroutine: Coroutine[Any, Any, Result]) -> Result:

@@ -96,7 +96,7 @@ def test_a_token_that_others_can_read_is_said(tmp_path, recwarn):
     for mode in (0o600, 0o400):
         file.chmod(mode)
         assert read_token(file) == "t" * 20
-    assert not recwarn.list
+    assert [each for each in recwarn if each.category is UserWarning] == []
     for mode in (0o644, 0o640, 0o604, 0o620):
         file.chmod(mode)
         with pytest.warns(UserWarning, match="others can read .*token; run 'chmod 600"):

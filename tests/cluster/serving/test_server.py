@@ -18,6 +18,7 @@ from dora_diffusion.cluster.serving.engine import ApiAnswer, Reply
 from dora_diffusion.cluster.serving.server import listen, run
 from dora_diffusion.config import ConfigError
 from dora_diffusion.system import STOP_SIGNALS
+from tests.cluster.serving.helpers import serving_log
 from tests.waiting import WAIT_SECONDS
 
 pytest.importorskip("prometheus_client", reason="it comes with the extra ray")
@@ -147,7 +148,8 @@ def test_a_signal_answers_what_is_in_flight_refuses_what_is_new_and_ends(number)
             # One is sampled, eight wait, three are more than that.
             asked = [asyncio.ensure_future(one.image(seed)) for seed in range(12)]
             await asyncio.wait_for(one.workers.begun.wait(), LONG)
-            await until(lambda: len(one.service._asked) == 9)
+            await until(lambda: sum(each.done() for each in asked) == 3)
+            assert len(one.service._asked) == 9
             signal.raise_signal(number)
             await until(lambda: one.service.is_ending)
             late = await one.image(99)
@@ -218,6 +220,7 @@ def test_of_two_servers_one_ends_and_twelve_clients_lose_nothing():
 @pytest.mark.parametrize("data", [b"", b"POST /v1/im", HALF], ids=["nothing", "head", "body"])
 def test_requests_that_do_not_become_whole_are_in_nobodys_way(data, monkeypatch):
     monkeypatch.setattr(module, "MOST_PARTIAL", 8)
+    monkeypatch.setattr(module, "REQUEST_SECONDS", LONG)
 
     async def scenario():
         async with Running() as one:
@@ -240,13 +243,27 @@ def test_requests_that_do_not_become_whole_are_in_nobodys_way(data, monkeypatch)
 
 @pytest.mark.parametrize("data", [b"", b"POST /v1/im", HALF], ids=["nothing", "head", "body"])
 def test_a_request_has_a_limit_of_time_on_a_new_connection_and_a_used_one(data, monkeypatch):
-    monkeypatch.setattr(module, "REQUEST_SECONDS", 0.05)
+    receive, received = module._Protocol.data_received, bytearray()
+
+    def data_received(self, data):
+        received.extend(data)
+        receive(self, data)
+
+    monkeypatch.setattr(module._Protocol, "data_received", data_received)
+    monkeypatch.setattr(module, "REQUEST_SECONDS", LONG)
 
     async def scenario():
         async with Running() as one:
             head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            loop, partial = asyncio.get_running_loop(), module._Protocol.partial
             for first in (b"", head):
+                received.clear()
+                begun = loop.time()
                 reader, writer = await one.open(first + data)
+                await until(lambda sent=first + data: received == sent and partial)
+                (timer,) = partial.values()
+                assert begun + LONG <= timer.when() <= loop.time() + LONG
+                timer._run()  # As if all of it had passed.
                 answer = await asyncio.wait_for(reader.read(), LONG)
                 assert (b"200 OK" in answer) == bool(first)
                 assert (b"408 Request Timeout" in answer) == bool(data)
@@ -271,7 +288,7 @@ def test_who_has_gone_is_not_sampled_for(caplog):
 
     with caplog.at_level(logging.INFO, "dora_diffusion.cluster.serving"):
         assert asyncio.run(scenario()) == 200
-    assert [json.loads(line)["status"] for line in caplog.messages] == [499, 200]
+    assert [json.loads(line)["status"] for line in serving_log(caplog)] == [499, 200]
 
 
 def test_who_asks_while_the_model_is_loaded_waits():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -96,6 +99,29 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     )
     yield one
     one.blocks.close(verbose=False)
+
+
+def test_an_app_starts_on_a_machine_as_slow_as_it_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradio's own limits, of five seconds for its server and of three for a page, are over."""
+    from gradio import http_server, networking
+
+    servers, run, seconds = [], http_server.Server.run, itertools.count(step=60)
+    clock = SimpleNamespace(sleep=time.sleep, time=lambda: next(seconds))
+    monkeypatch.setattr(http_server, "time", clock)
+    monkeypatch.setattr(networking, "url_ok", lambda url: False)
+    monkeypatch.setattr(http_server.Server, "run", lambda one: None)  # Its port is taken.
+    with pytest.raises(OSError, match="Cannot find empty port"):
+        Served(Launch(runs_dir=tmp_path / "runs"))
+    monkeypatch.setattr(http_server.Server, "run", lambda one: servers.append(one) or run(one))
+    one = Served(Launch(runs_dir=tmp_path / "runs"))
+    try:
+        assert one.client.get("").status_code == 200
+        # Any other one found its port taken meanwhile.
+        assert [server.started for server in servers].count(True) == 1
+    finally:
+        one.blocks.close(verbose=False)
 
 
 def file_of(served: Served, path: Path | str) -> httpx.Response:
