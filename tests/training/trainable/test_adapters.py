@@ -130,6 +130,7 @@ def other(sd1_folder, tmp_path_factory):
 def predictions(components):
     """Outputs of text encoder and UNet."""
     ids, latents = torch.arange(77)[None] % 50, torch.linspace(-1, 1, 256).view(1, 4, 8, 8)
+    latents = latents.to(components.unet.dtype)
     with torch.no_grad(), norm_scope(*components.adaptable().values()), components.eval_mode():
         states = components.text_encoders[0](ids).last_hidden_state
         return states, components.unet(latents, torch.tensor([30]), states).sample
@@ -151,7 +152,12 @@ def test_a_run_starts_from_what_load_adapter_loads(
     load_adapter(loaded.adaptable(), source)
     config = tiny_run(init_adapter=str(source), rank=rank, train_text_encoder=True)
     session = opened(config)
-    tolerance = {"rtol": 0, "atol": 0} if rank == 2 else {"rtol": 1e-5, "atol": 1e-6}
+    tolerance = {"rtol": 0, "atol": 0}
+    if rank != 2:  # Sums of other lengths, whose rounding depends on what was drawn.
+        tolerance = {"rtol": 1e-6, "atol": 1e-8}
+        for model in (session.components, loaded):
+            for part in model.adaptable().values():
+                part.double()
     for found, expected in zip(predictions(session.components), predictions(loaded), strict=True):
         torch.testing.assert_close(found, expected, **tolerance)
     assert session.weights.origin["init_adapter"] == source.name
