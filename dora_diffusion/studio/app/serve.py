@@ -151,7 +151,7 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
 
 
 def _wait_for_servers() -> None:
-    """Have Gradio wait until a server has started or ended: it does for five seconds, and goes on.
+    """Have Gradio wait until a server has started or ended, instead of five seconds at most.
 
     On a machine that is busy, the app would be told that its port is taken, or have two of them.
     """
