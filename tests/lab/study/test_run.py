@@ -30,7 +30,7 @@ RECORDED = {
     "comparison": 218,
     "comparison-snr": 40,
     "fast-race": 116,
-    "fast-finalists": 28,
+    "fast-finalists": 48,
     "fast": 48,
     "fast-new": 16,
     "fast-epsilon": 19,
