@@ -343,3 +343,15 @@ def test_an_event_marks_few_fields_and_none_without_a_sign_of_work(tmp_path: Pat
             assert marked == [], event["targets"]
         else:
             assert len(event["outputs"] if marked is None else marked) < 15, event["targets"]
+
+
+def test_an_event_is_never_repeated_for_two_that_wait_for_the_last(tmp_path: Path) -> None:
+    """Gradio repeats the event itself for one that waited: two would repeat each other for ever."""
+    config = built_page(Context(Launch(runs_dir=tmp_path))).get_config_file()
+    waiting = [
+        [name for _, name in event["targets"]]
+        for event in config["dependencies"]
+        if event["backend_fn"] and event["trigger_mode"] == "always_last"
+    ]
+    assert len(waiting) >= 12
+    assert {*sum(waiting, [])} == {"then"}

@@ -55,11 +55,18 @@ def on(
             return handler(chosen, *more) if handler and chosen else [gr.skip()] * len(outputs)
 
         asked = confirmed
-    register = functools.partial(gr.on, event) if isinstance(event, list) else event
+    events = event if isinstance(event, list) else [event]
     shown: dict[str, Any] = {"api_visibility": "private", "show_progress": show}
     if show == "hidden":
         # The page would look in all of itself for each output, at each step of each event.
         shown["show_progress_on"] = []
+    if any(getattr(one, "event_name", "") == "change" for one in events):
+        options.setdefault("trigger_mode", "always_last")
+    register = functools.partial(gr.on, event) if isinstance(event, list) else event
+    if asked and options.get("trigger_mode") == "always_last":
+        # What came in between is done by repeating the whole event, for all its handlers: two that
+        # waited for the last would have each other repeated for ever. `then` repeats one alone.
+        register = register(None, js="() => {}", **shown).then
     return register(asked and plain(asked), inputs, outputs, **shown, **options)
 
 
