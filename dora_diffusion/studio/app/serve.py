@@ -101,6 +101,8 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
     # Uploads stay inside the runs folder. Gradio reads this when it is imported.
     os.environ["GRADIO_TEMP_DIR"] = str(context.workspace.cache.resolve())
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # It would make a table of the last 10,000 events, with pandas, whenever one has ended.
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(2**62)
     # Not `launch(run_history=False)`: earlier releases have neither the history nor the argument.
     os.environ["GRADIO_RUN_HISTORY"] = "False"
     from starlette.middleware import Middleware
