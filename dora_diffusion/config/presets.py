@@ -63,8 +63,8 @@ PRESETS: Mapping[str, Preset] = {
     "fast": Preset("Half the steps.", _TINY, 0.5, 50, embedded=_FAST),
     "fast-word": Preset(
         "Fast with a new word that starts from sks, <sks> unless you name another.",
-        f"{_TINY} On the twin the word gains nothing.", 0.5, 50, _WORD,
-        embedded={**_FAST, "embedding_lr": 1e-2},
+        f"{_TINY} On the twin the word gains nothing, and one of eight trainings learned little.",
+        0.5, 50, _WORD, embedded={**_FAST, "embedding_lr": 1e-2},
     ),
     "balanced": Preset(
         "The usual number of steps.", _PRACTICE, 1, 300, released={"with_prior_preservation": True}
