@@ -149,6 +149,13 @@ class Form:
         own = [field["selector"] for field in self.fields.values() if field["tab"] == tab]
         self.page.app.until(lambda: self.page.page.evaluate(UNFOLD, own))
 
+    def sources(self, event: Mapping[str, Any]) -> set[int]:
+        """The fields that set an event off, or the first of those that it comes after."""
+        events = {one["id"]: one for one in self.config["dependencies"]}
+        while event["trigger_after"] is not None:
+            event = events[event["trigger_after"]]
+        return {field for field, _ in event["targets"]}
+
     def shown(self) -> dict[str, str | None]:
         names = ("selector", "kind")
         fields = [{name: field[name] for name in names} for field in self.fields.values()]
@@ -193,10 +200,8 @@ def test_every_field_keeps_what_is_typed_and_chosen(visit: Callable[..., Visit],
     assert [key for key, value in before.items() if value is None] == []
     ids = {field["id"] for field in form.fields.values()}
     fills = [one for one in form.config["dependencies"] if {*one["outputs"]} & ids]
-    fill = {target[0] for one in fills for target in one["targets"]} & ids
-    filled = {
-        field for one in fills if fill & {t[0] for t in one["targets"]} for field in one["outputs"]
-    }
+    fill = {field for one in fills for field in form.sources(one)} & ids
+    filled = {field for one in fills if fill & form.sources(one) for field in one["outputs"]}
     # What fills other fields comes first.
     form.choose(lambda field: field["id"] in fill)
     form.settled()
