@@ -272,11 +272,12 @@ def browse(
         )  # fmt: skip
         ended.wait(REFRESH * delay)
         next_page = 0.0
+        after = {one["trigger_after"]: one for one in config["dependencies"]}
         by_change = {
-            target: one
+            target: after[one["id"]]  # See `studio.app.views.ui.on`.
             for one in config["dependencies"]
             for target, event in one["targets"]
-            if event == "change"
+            if event == "change" and one["id"] in after
         }
         while not ended.is_set():
             begun = time.perf_counter()
