@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from dora_diffusion import system
 _ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 _LEFTOVER = re.compile(rf"\.(new|deleted)-{_ID.pattern}")
 _DAY = 24 * 3600
+_COUNT = itertools.count(secrets.randbelow(0x1000))
 REMAINS = "; what could not be deleted yet goes when the app starts next"
 
 
@@ -196,12 +198,13 @@ class Workspace:
 def new_id() -> str:
     """A name made by the server: date, time, and six hex digits. Ids sort by age.
 
-    Of the digits, three are the part of the second and three are random.
+    Of the digits, three are the part of the second and three count from a random number, so that
+    no process makes a name twice.
     """
     now = time.time()
     part = int(now % 1 * 0x1000)
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
-    return f"{stamp}-{part:03x}{secrets.randbelow(0x1000):03x}"
+    return f"{stamp}-{part:03x}{next(_COUNT) % 0x1000:03x}"
 
 
 def ids_in(folder: Path) -> list[str]:

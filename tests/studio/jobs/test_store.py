@@ -164,3 +164,8 @@ def test_ids_made_in_one_second_sort_by_age(monkeypatch: pytest.MonkeyPatch) -> 
     ids = [new_id() for _ in times]
     assert ids == sorted(ids)
     assert len({name[:15] for name in ids}) == 2
+
+
+def test_names_of_one_moment_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1.5)
+    assert len({new_id() for _ in range(4096)}) == 4096
