@@ -104,7 +104,7 @@ def stop_job(folder: Path) -> None:
         records.write_result(folder, records.JobResult(records.STOPPED_CODE, finished=time.time()))
         (folder / records.STOP).touch()  # For a worker that was started meanwhile.
     elif is_running(folder) and not (folder / records.STOP).exists():
-        (folder / records.STOP).write_text(f"{time.time()}\n", encoding="utf-8")
+        (folder / records.STOP).touch()
 
 
 def ask_job(folder: Path, name: str) -> None:

@@ -74,7 +74,7 @@ class Job:
     @property
     def made(self) -> str:
         """Time of the request, from its id: ``2026-11-25 16:03``."""
-        return f"{self.id[:4]}-{self.id[4:6]}-{self.id[6:8]} {self.id[9:11]}:{self.id[11:13]}"
+        return store.made_at(self.id)
 
     @property
     def kind(self) -> str:

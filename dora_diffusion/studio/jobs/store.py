@@ -207,6 +207,11 @@ def new_id() -> str:
     return f"{stamp}-{part:03x}{next(_COUNT) % 0x1000:03x}"
 
 
+def made_at(job_id: str) -> str:
+    """The minute of an id: ``2026-11-25 16:03``."""
+    return f"{job_id[:4]}-{job_id[4:6]}-{job_id[6:8]} {job_id[9:11]}:{job_id[11:13]}"
+
+
 def ids_in(folder: Path) -> list[str]:
     """The ids in a folder, oldest first; links and other names are not looked at."""
     if not folder.is_dir():

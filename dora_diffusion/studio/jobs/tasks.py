@@ -29,7 +29,7 @@ from dora_diffusion.studio.jobs.bases import path_here
 from dora_diffusion.studio.jobs.queue import create_job, delete_job, requeue_job
 from dora_diffusion.studio.jobs.records import FORMS
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter, read_job, snapshot
-from dora_diffusion.studio.jobs.store import UserError, Workspace, clean_text
+from dora_diffusion.studio.jobs.store import UserError, Workspace, clean_text, made_at
 from dora_diffusion.studio.jobs.subjects import StoredSubject
 from dora_diffusion.studio.jobs.uploads import MAX_FILE, require_file, shown
 
@@ -65,7 +65,7 @@ def start_training(
             )
     folder = workspace.new_job()
     titles = ", ".join([*(subject.title for subject in subjects), *config.target[:1]])
-    clock = f"{folder.name[9:11]}:{folder.name[11:13]}"  # As `Job.made` reads it.
+    clock = made_at(folder.name)[11:]  # `Job.label` looks for it.
     record = records.JobRecord(
         records.train_arguments(folder),
         clean_text(name, NAME_LIMIT, "name") or f"{titles[:NAME_LIMIT]} {clock}",
