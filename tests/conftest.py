@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +34,8 @@ from dora_diffusion.formats.checkpoint.weights import module_shapes
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 from tests.skips import summary
+from tests.suite import ALONE
+from tests.waiting import Clock
 
 if TYPE_CHECKING:
     from tests.apple import AppleGPU
@@ -87,21 +90,16 @@ settings.register_profile("long", suite, max_examples=10_000, derandomize=False)
 settings.load_profile("suite")
 
 
-LONGEST = ("browser", "test_wheel.py", "jobs", "integration", "commands", "training")
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: of several workers, the one that has them must not be the last."""
+    """Mark the tests that take long, and those that run alone."""
     for item in items:
         if item.nodeid.removeprefix("tests/").startswith(LONG):
             item.add_marker(pytest.mark.slow)
-
-    def place(item: pytest.Item) -> int:
-        places = [i for i, name in enumerate(LONGEST) if name in item.path.parts]
-        return min(places, default=len(LONGEST))
-
-    items.sort(key=place)
+        for folder, marker in ALONE.items():
+            is_marked = not marker or item.get_closest_marker(marker) is not None
+            if item.nodeid.startswith(f"{folder}/") and is_marked:
+                item.add_marker(pytest.mark.alone)
 
 
 def pytest_collection_finish() -> None:
@@ -399,6 +397,31 @@ def tiny_released(
     yield home
     for cache in caches:
         cache.cache_clear()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
+    """Gives modules a clock that the test turns, in the place of the time of this machine."""
+    one = Clock()
+
+    def of(*modules: object) -> Clock:
+        for module in modules:
+            monkeypatch.setattr(module, "time", one)
+        return one
+
+    return of
+
+
+@pytest.fixture(scope="session", autouse=True)
+def machine() -> Iterator[None]:
+    """A machine of 32 GB of memory, 16 of them free, and 100 GB of free disk, whatever is true."""
+    gb, real = 2**30, psutil.virtual_memory
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = {"total": 32 * gb, "available": 16 * gb, "free": 16 * gb, "percent": 50.0}
+        patch.setattr(psutil, "virtual_memory", lambda: real()._replace(**sizes))
+        usage = shutil._ntuple_diskusage(500 * gb, 400 * gb, 100 * gb)
+        patch.setattr(shutil, "disk_usage", lambda path: os.stat(path) and usage)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from dora_diffusion import system
+from tests.waiting import Clock
 
 
 def in_use(number: int = 32) -> PermissionError:
@@ -21,11 +23,9 @@ def in_use(number: int = 32) -> PermissionError:
 
 
 @pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def pauses(clock: Callable[..., Clock]) -> list[float]:
     """Seconds that would be waited."""
-    slept: list[float] = []
-    monkeypatch.setattr(system.time, "sleep", slept.append)
-    return slept
+    return clock(system).slept
 
 
 @pytest.mark.parametrize("number", [5, 32])

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -141,7 +140,7 @@ def test_on_ray_a_model_that_is_not_there_is_named():
         pass
 
 
-def test_a_replica_answers_in_a_thread_and_stops_for_nobody(monkeypatch):
+def test_a_replica_answers_in_a_thread_and_stops_for_nobody(monkeypatch, clock):
     begun, stopped = threading.Event(), threading.Event()
 
     class Model:
@@ -167,8 +166,9 @@ def test_a_replica_answers_in_a_thread_and_stops_for_nobody(monkeypatch):
     replica = deploy.Replica(deployment(timeout=60))
     assert asyncio.run(replica.answer([1, 2])) == [1, 2]
     asyncio.run(leave())
+    time = clock(deploy)
     for seconds, is_hung in ((None, False), (50, False), (61, True)):
-        Model.busy_since = None if seconds is None else time.monotonic() - seconds
+        Model.busy_since = None if seconds is None else time.now - seconds
         with pytest.raises(RuntimeError) if is_hung else contextlib.nullcontext():
             replica.check_health()
 

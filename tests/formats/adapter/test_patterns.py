@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import time
@@ -20,6 +19,7 @@ from dora_diffusion.formats.adapter.alpha import NamePatterns
 from dora_diffusion.formats.adapter.file import AdapterFormatError, read_adapter
 from tests.formats.adapter.helpers import BLOCK
 from tests.properties import at_least
+from tests.waiting import Clock
 
 ATOMS = st.sampled_from(
     ["a", "b", "0", "_", "-", ".", r"\.", r"\-", "[ab]", "[^a]", "[a-c_.]", "[]a]", r"[\d.]",
@@ -99,8 +99,9 @@ def test_all_names_and_patterns_of_a_file_share_a_limit() -> None:
 def test_a_machine_that_stands_still_takes_nothing_of_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clock, patterns = itertools.count(0.0, 100.0), NamePatterns()
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    clock, patterns = Clock(), NamePatterns()
+    clock.step = 100
+    monkeypatch.setattr(time, "monotonic", clock.monotonic)  # of the library, too
     assert not patterns.matches("(?=a)b", "a")
     assert patterns.seconds > 0
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dora_diffusion import system
 from dora_diffusion.formats.files.atomic import require_writable, save_text
+from tests.waiting import Clock
 
 
 def test_a_file_that_is_in_use_is_unchanged_and_said_to_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Callable[..., Clock]
 ) -> None:
     """As Windows refuses it, after some patience; a program may have it mapped into memory."""
     path = save_text(tmp_path / "model.txt", "old")
@@ -23,7 +25,7 @@ def test_a_file_that_is_in_use_is_unchanged_and_said_to_be(
         raise error
 
     monkeypatch.setattr(system.os, "replace", in_use)
-    monkeypatch.setattr(system.time, "sleep", lambda _: None)
+    clock(system)
     with pytest.raises(
         PermissionError, match=r"model\.txt is open in another program, which must close it first"
     ):

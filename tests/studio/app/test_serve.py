@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+
+from tests.waiting import Clock
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 import httpx
@@ -102,14 +101,13 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def test_an_app_starts_on_a_machine_as_slow_as_it_may_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Callable[..., Clock]
 ) -> None:
     """Gradio's own limits, of five seconds for its server and of three for a page, are over."""
     from gradio import http_server, networking
 
-    servers, run, seconds = [], http_server.Server.run, itertools.count(step=60)
-    clock = SimpleNamespace(sleep=time.sleep, time=lambda: next(seconds))
-    monkeypatch.setattr(http_server, "time", clock)
+    servers, run = [], http_server.Server.run
+    clock(http_server).step = 60
     monkeypatch.setattr(networking, "url_ok", lambda url: False)
     monkeypatch.setattr(http_server.Server, "run", lambda one: None)  # Its port is taken.
     with pytest.raises(OSError, match="Cannot find empty port"):

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -24,7 +24,7 @@ from tests.studio.jobs.helpers import (
     pretend_running,
     seen,
 )
-from tests.waiting import WAIT_SECONDS
+from tests.waiting import WAIT_SECONDS, Clock
 
 
 def test_a_new_job_waits_and_the_oldest_is_first(workspace: Workspace) -> None:
@@ -95,16 +95,17 @@ def test_a_running_job_is_neither_resumed_nor_deleted(
 
 
 def test_kill_is_refused_until_stop_had_its_time(
-    workspace: Workspace, sleeper: subprocess.Popen[bytes]
+    workspace: Workspace, sleeper: subprocess.Popen[bytes], clock: Callable[..., Clock]
 ) -> None:
     folder = make(workspace)
     pretend_running(folder, sleeper)
     with pytest.raises(UserError, match="stop the run first"):
         jobs.kill_job(folder)
     jobs.stop_job(folder)
+    time = clock(jobs)
+    time.now = (folder / records.STOP).stat().st_mtime + jobs.KILL_AFTER_SECONDS - 1
     assert not seen(folder).may_kill
-    long_ago = time.time() - jobs.KILL_AFTER_SECONDS - 1
-    os.utime(folder / records.STOP, (long_ago, long_ago))
+    time.now += 1
     assert seen(folder).may_kill
     jobs.kill_job(folder)
     assert sleeper.wait(WAIT_SECONDS) != 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from dora_diffusion.studio.jobs.records import (
 )
 from dora_diffusion.studio.jobs.snapshot import snapshot
 from dora_diffusion.studio.jobs.store import DamagedFile, Workspace
+from tests.waiting import Clock
 
 RUN = "20261125-020304-abcdef"
 
@@ -101,16 +103,15 @@ def test_a_result_tells_how_it_ended(tmp_path: Path) -> None:
 
 
 def test_progress_is_kept_and_not_written_too_often(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, clock: Callable[..., Clock]
 ) -> None:
-    now = [100.0]
-    monkeypatch.setattr(records.time, "monotonic", lambda: now[0])
+    time = clock(records)
     assert read_progress(tmp_path) == JobProgress()
     tell: Any = ProgressFile(tmp_path)
     tell(phase="merging", unit="B", device_name="cpu")
     tell(done=1, total=9)
     assert read_progress(tmp_path) == JobProgress("merging", "cpu", unit="B")
-    now[0] += 0.6
+    time.now += 0.6
     tell(done=2, total=9)
     assert read_progress(tmp_path) == JobProgress("merging", "cpu", unit="B", done=2, total=9)
     tell(done=9, total=9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
@@ -12,6 +13,7 @@ import pytest
 
 from dora_diffusion import system
 from dora_diffusion.studio.jobs import queue as jobs
+from dora_diffusion.studio.jobs import store
 from dora_diffusion.studio.jobs.store import (
     UserError,
     Workspace,
@@ -25,6 +27,7 @@ from dora_diffusion.studio.jobs.store import (
 from tests.studio.jobs.helpers import (
     started_run,
 )
+from tests.waiting import Clock
 
 
 @pytest.mark.parametrize("name", ["notes", "20261125-020304-ABCDEF", ".new-20261125-020304-abcdef"])
@@ -68,12 +71,12 @@ def in_use(*_: object, **__: object) -> None:
 
 
 def test_a_folder_whose_files_are_in_use_is_kept_and_said_to_be(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, clock: Callable[..., Clock]
 ) -> None:
     folder = started_run(workspace, 1)
     before = sorted(folder.iterdir())
     monkeypatch.setattr(system.os, "replace", in_use)
-    monkeypatch.setattr(system.time, "sleep", lambda _: None)
+    clock(system)
     with pytest.raises(UserError, match="while a program has a file of it open"):
         remove_folder(folder)
     assert sorted(folder.iterdir()) == before
@@ -157,15 +160,13 @@ def test_it_is_told_whether_a_folder_is_gone(
     assert not doomed.exists()
 
 
-def test_ids_made_in_one_second_sort_by_age(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = [1.7e9 + part / 100 for part in range(150)]
-    clock = iter(times)
-    monkeypatch.setattr("dora_diffusion.studio.jobs.store.time.time", lambda: next(clock))
-    ids = [new_id() for _ in times]
+def test_ids_made_in_one_second_sort_by_age(clock: Callable[..., Clock]) -> None:
+    clock(store).step = 0.01
+    ids = [new_id() for _ in range(150)]
     assert ids == sorted(ids)
     assert len({name[:15] for name in ids}) == 2
 
 
-def test_names_of_one_moment_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "time", lambda: 1.5)
+def test_names_of_one_moment_differ(clock: Callable[..., Clock]) -> None:
+    clock(store)
     assert len({new_id() for _ in range(4096)}) == 4096
