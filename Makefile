@@ -15,9 +15,8 @@ LOWEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= python3.13
 BARE_PYTHON ?= $(PYTHON)
 VENV ?= .venv
-# One more than there are cores, since some wait for processes that they have started; a worker takes
-# two gigabytes.
-WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); test $$cores -lt 8 || cores=7; echo $$((cores + 1)))
+# A worker takes two gigabytes.
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); test $$cores -lt 8 || cores=8; echo $$cores)
 # Of the examples of `make test-properties`.
 SEED := $(or $(SEED),$(shell date +%s))
 
@@ -36,7 +35,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # has compiled is kept, whatever the shell says: workers would compile the tests anew in each run.
 TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 
-SUITE = -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+# In parts, and each failure once more: see tests/suite.py.
+SUITE = -m tests.suite -n $(WORKERS) $(PYTEST_ARGS)
 
 .PHONY: demo docs test test-portable test-slow test-docs test-properties test-lowest test-newest test-bare
 .PHONY: lint format dist clean
@@ -54,8 +54,7 @@ test: lint
 
 # What touches files, processes and folders, where what Windows has not is gone: see
 # tests/portable/windows.py. PORTABLE_TESTS=tests runs all of them so, in about three times the time.
-PORTABLE = $(TEST_ENV) PYTHONPATH='$(CURDIR)/tests/portable' $(BIN)/python -m pytest -n $(WORKERS) \
-	--dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+PORTABLE = $(TEST_ENV) PYTHONPATH='$(CURDIR)/tests/portable' $(BIN)/python $(SUITE)
 PORTABLE_TESTS ?= tests/portable tests/test_system.py tests/cli/console tests/formats/files \
 	tests/integration/test_any_folder.py tests/cli/commands/test_app.py tests/cli/commands/test_samples.py \
 	tests/export/test_files.py tests/data/test_photos.py tests/training/results/test_folders.py \
@@ -68,7 +67,7 @@ test-portable: $(READY_TO_TEST)
 
 # Longer proofs: every combination where `make test` takes a diagonal, and the figures of what ships.
 test-slow: $(READY_TO_TEST)
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m slow $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python $(SUITE) -m slow
 	$(PORTABLE) $(PORTABLE_LONG)
 
 # The same tests with the lowest versions that pyproject.toml states, with the newest that there

@@ -7,7 +7,7 @@
 3. Each test that failed once more, alone, in a process of its own.
 
 A test that fails and then passes does not fail the run. It is printed as ``FLAKY`` in the last
-lines and written to build/flaky.txt. A test that fails twice fails the run, as does any other
+lines and added to build/flaky.txt. A test that fails twice fails the run, as does any other
 error.
 """
 
@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +130,16 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("-m", dest="markers", default="not slow")
     options, arguments = parser.parse_known_args(words)
     FLAKY.parent.mkdir(exist_ok=True)
-    FLAKY.write_text("", encoding="utf-8")
-    reports = []
+    FLAKY.touch()
+    time, reports = datetime.now(), []
     for part in parts(options.workers, options.markers, arguments):
         reports.append(run_pytest(part))
         if reports[-1].is_broken:
             return reports[-1].code
     failed = [test for report in reports for test in report.failed]
     flaky, broken = ([], failed) if len(failed) > MOST_RERUNS else run_again(failed)
-    FLAKY.write_text("".join(f"{test}\n" for test in flaky), encoding="utf-8")
+    with FLAKY.open("a", encoding="utf-8") as file:
+        file.writelines(f"{time:%Y-%m-%d %H:%M} {test}\n" for test in flaky)
     print("", *summary(reports, flaky, broken), sep="\n", flush=True)
     if len(failed) > MOST_RERUNS:
         print(f"{len(failed)} tests failed; none was run again, since that is not chance")

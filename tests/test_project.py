@@ -62,7 +62,7 @@ def test_a_fresh_machine_gets_an_environment_first(target, tmp_path):
     # Gigabytes come: pip shows what it does.
     assert "--quiet" not in steps
     assert steps.index("-m venv") < steps.index("pip install")
-    last = {"demo": "-m dora_diffusion demo", "test": "-m pytest"}.get(target, "tests/portable")
+    last = {"demo": "-m dora_diffusion demo", "test": "tests.suite"}.get(target, "tests/portable")
     assert steps.index("pip install") < steps.index(last)
 
 
