@@ -51,7 +51,7 @@ class Report:
 
     @property
     def is_broken(self) -> bool:
-        """Whether the run ended by anything but passed and failed tests."""
+        """True if the run ended by anything but passed and failed tests."""
         failed = self.code == FAILED and bool(self.failed) and self.is_complete
         return self.code not in (PASSED, NO_TESTS) and not failed
 
