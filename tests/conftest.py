@@ -12,6 +12,7 @@ import gzip
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,8 +113,9 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Give fixtures the same draws wherever a test runs: others of its worker have drawn before."""
+    """Give fixtures the same draws and threads wherever a test runs, whatever ran before it."""
     torch.default_generator.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -410,6 +412,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
         return one
 
     return of
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """Finds a port that no program listens on, for a server that is not told port 0."""
+
+    def find() -> int:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            return int(server.getsockname()[1])
+
+    return find
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -260,10 +260,10 @@ class Server:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["SIGKILL", "SIGSTOP"])
-def test_on_ray_no_request_is_lost_with_a_replica(ending, served, sd1_folder):
+def test_on_ray_no_request_is_lost_with_a_replica(ending, served, sd1_folder, free_port):
     """Answers are those of each adapter alone, before and after the replica is killed or hangs."""
     folder, requests, expected = served
-    server = Server(sd1_folder, folder, 8799, "t" * 20).wait("is ready")
+    server = Server(sd1_folder, folder, free_port(), "t" * 20).wait("is ready")
     try:
         assert server.get("/ready").status_code == 200
         assert httpx.get(f"http://127.0.0.1:{server.port}/v1/adapters").status_code == 401
@@ -288,10 +288,13 @@ def test_on_ray_no_request_is_lost_with_a_replica(ending, served, sd1_folder):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_on_ray_a_rolling_restart_loses_nothing_and_nothing_is_open_to_others(served, sd1_folder):
+def test_on_ray_a_rolling_restart_loses_nothing_and_nothing_is_open_to_others(
+    served, sd1_folder, free_port
+):
     """Two servers end one after the other, while twelve clients ask."""
     folder, requests, _ = served
-    servers = [Server(sd1_folder, folder, port, "t" * 20) for port in (8797, 8798)]
+    ports = free_port(), free_port()
+    servers = [Server(sd1_folder, folder, port, "t" * 20) for port in ports]
     started, ended = [server.wait("is ready") for server in servers], threading.Event()
 
     def client(request):
@@ -306,7 +309,7 @@ def test_on_ray_a_rolling_restart_loses_nothing_and_nothing_is_open_to_others(se
         return codes
 
     try:
-        second = Server(sd1_folder, folder, 8797, "t" * 20)
+        second = Server(sd1_folder, folder, ports[0], "t" * 20)
         assert second.process.wait() == 1
         for process in (server.process for server in servers):
             for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]:
@@ -319,7 +322,7 @@ def test_on_ray_a_rolling_restart_loses_nothing_and_nothing_is_open_to_others(se
             clients = [threads.submit(client, request) for request in requests]
             for place in (0, 1):
                 assert servers[place].end() == 0
-                started[place] = Server(sd1_folder, folder, 8797 + place, "t" * 20).wait("is ready")
+                started[place] = Server(sd1_folder, folder, ports[place], "t" * 20).wait("is ready")
                 servers[place] = started[place]
             ended.set()
             assert {code for each in clients for code in each.result()} == {200}
