@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import tokenize
 from collections import defaultdict
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,18 +97,23 @@ def function_lengths(tree: ast.Module) -> list[int]:
 
 
 def imports(package: Path) -> dict[str, set[str]]:
-    """The modules of the package that each of its modules imports, by dotted names."""
-    names = {dotted(path, package): path for path in package.rglob("*.py")}
-    graph: dict[str, set[str]] = {}
-    for name, path in names.items():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        graph[name] = {
+    """The modules of a package's folder that each of its modules imports, by dotted names."""
+    paths = {dotted(path, package): path for path in package.rglob("*.py")}
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in paths.items()}
+    return graph(trees, package.name)
+
+
+def graph(trees: Mapping[str, ast.AST], package: str) -> dict[str, set[str]]:
+    """The same, of modules that are parsed."""
+    return {
+        name: {
             target
             for node in ast.walk(tree)
-            for target in _targets(node, package.name, names)
+            for target in _targets(node, package, trees)
             if target != name
         }
-    return graph
+        for name, tree in trees.items()
+    }
 
 
 def _targets(node: ast.AST, package: str, names: Container[str]) -> Iterator[str]:

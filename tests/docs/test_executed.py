@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.system import is_windows
-from tests.docs.markdown import PAGES, ROOT, Block, Page
+from tools.pages import PAGES, ROOT, Block, Page
 from tests.waiting import WAIT_SECONDS
 
 SECONDS = 2 * WAIT_SECONDS

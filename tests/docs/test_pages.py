@@ -20,7 +20,7 @@ from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 from dora_diffusion.config.prompts import OPTIONS
 from dora_diffusion.data.checks import FEWEST, MOST
-from tests.docs.markdown import DOCS, PAGES, ROOT, Page
+from tools.pages import DOCS, PAGES, ROOT, Page
 from tools import site
 
 PACKAGE = ROOT / "dora_diffusion"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import CHROMIUM, FLAGS
-from tests.docs.markdown import DOCS, ROOT
+from tools.pages import DOCS, ROOT
 from tests.waiting import WAIT_SECONDS
 
 for needed in ("sphinx", "furo", "myst_parser", "sphinx_copybutton"):
