@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import tokenize
 from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,20 +99,16 @@ def function_lengths(tree: ast.Module) -> list[int]:
 def imports(package: Path) -> dict[str, set[str]]:
     """The modules of a package's folder that each of its modules imports, by dotted names."""
     paths = {dotted(path, package): path for path in package.rglob("*.py")}
-    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in paths.items()}
-    return graph(trees, package.name)
+    texts = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+    nodes = {name: ast.walk(ast.parse(text)) for name, text in texts.items()}
+    return graph(nodes, package.name)
 
 
-def graph(trees: Mapping[str, ast.AST], package: str) -> dict[str, set[str]]:
-    """The same, of modules that are parsed."""
+def graph(nodes: Mapping[str, Iterable[ast.AST]], package: str) -> dict[str, set[str]]:
+    """The same, from each module's nodes."""
     return {
-        name: {
-            target
-            for node in ast.walk(tree)
-            for target in _targets(node, package, trees)
-            if target != name
-        }
-        for name, tree in trees.items()
+        name: {t for node in module for t in _targets(node, package, nodes) if t != name}
+        for name, module in nodes.items()
     }
 
 

@@ -51,8 +51,7 @@ def main() -> int:
     gc.disable()  # Syntax trees are a million objects, and all of them are kept.
     repository = Repository.read()
     problems = [problem for rule in RULES for problem in rule(repository)]
-    for problem in sorted(problems):
-        print(problem)
+    print(*sorted(problems), sep="\n", end="\n" * bool(problems))
     return min(len(problems), 1)
 
 

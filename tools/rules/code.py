@@ -17,7 +17,7 @@ from dora_diffusion.config.file import read_facts
 from dora_diffusion.config.learning import WEIGHTINGS
 from tests.portable.windows import GONE, GONE_MODULES
 from tools.count import circles, graph
-from tools.rules.project import OPTIONAL, REQUIRED
+from tools.rules.requirements import OPTIONAL, REQUIRED
 from tools.rules.sources import PACKAGE, Repository, Source
 
 LONG = {f"{PACKAGE}/export/checkpoint.py": "export_checkpoint"}
@@ -26,7 +26,9 @@ LONG = {f"{PACKAGE}/export/checkpoint.py": "export_checkpoint"}
 
 def functions_fit_on_a_screen(repository: Repository) -> Iterator[str]:
     for source in repository.package:
-        for node in source.nodes(ast.FunctionDef, ast.AsyncFunctionDef):
+        kinds = ast.FunctionDef, ast.AsyncFunctionDef
+        functions: Iterator[ast.FunctionDef | ast.AsyncFunctionDef] = source.nodes(*kinds)
+        for node in functions:
             length = (node.end_lineno or 0) - node.lineno + 1
             if length > 60 and LONG.get(source.path) != node.name:
                 message = f"{node.name} has {length} lines; split it, 60 are the most"
@@ -44,16 +46,20 @@ def classes_have_names_of_their_own(repository: Repository) -> Iterator[str]:
 
 def imports_make_no_circle(repository: Repository) -> Iterator[str]:
     """Those inside of functions and for type checkers included, unlike import-linter's."""
-    trees = {_module_of(s).removeprefix(f"{PACKAGE}."): s.tree for s in repository.package}
-    for circle in circles(graph(trees, PACKAGE)):
+    nodes = {
+        _module_of(source).removeprefix(f"{PACKAGE}."): [*_imports(source)]
+        for source in repository.package
+    }
+    for circle in circles(graph(nodes, PACKAGE)):
         modules = ", ".join(circle)
         yield f"{PACKAGE}: {modules} import each other; move what they share below them"
 
 
 def errors_are_public(repository: Repository) -> Iterator[str]:
     """Whoever calls a public function can name what it raises, or what that derives from."""
-    public = {*dora_diffusion.__all__}
-    homes = {f"{PACKAGE}/{home.replace('.', '/')}" for home in dora_diffusion._HOMES.values()}
+    names_and_homes: dict[str, str] = vars(dora_diffusion)["_HOMES"]
+    public = {*names_and_homes}
+    homes = {f"{PACKAGE}/{home.replace('.', '/')}" for home in names_and_homes.values()}
     files = {source.path.removesuffix("/__init__.py") for source in repository.package}
     rooms = {home if home in files else home.rpartition("/")[0] for home in homes}
     for source in repository.package:
@@ -192,7 +198,7 @@ def devices_are_not_named(repository: Repository) -> Iterator[str]:
     """In code and its texts; docstrings may."""
     for source in repository.python(PACKAGE, "tools"):
         documents = {node.value for node in source.nodes(ast.Expr)}
-        words = [(node, node.attr) for node in source.nodes(ast.Attribute)]
+        words: list[tuple[ast.AST, str]] = [(n, n.attr) for n in source.nodes(ast.Attribute)]
         words += [(node, text) for node, text in source.strings() if node not in documents]
         found = [(node, match[0]) for node, word in words for match in VENDOR.finditer(word)]
         if found and source.path not in OF_ONE_VENDOR:
@@ -237,8 +243,7 @@ def windows_has_what_is_used(repository: Repository) -> Iterator[str]:
 
 
 def _posix_names(source: Source) -> Iterator[tuple[ast.AST, str]]:
-    kinds = (ast.Import, ast.ImportFrom, ast.Attribute, ast.keyword, ast.Constant)
-    for node in source.nodes(*kinds):  # type: ignore[type-var]
+    for node in source.nodes(ast.Import, ast.ImportFrom, ast.Attribute, ast.keyword, ast.Constant):
         gone: list[str] = []
         match node:
             case ast.Import(names):
@@ -303,7 +308,7 @@ def imports_are_requirements(repository: Repository) -> Iterator[str]:
     """A library that may be absent is imported inside of the function that needs it."""
     known = {*REQUIRED, *OPTIONAL, *BROUGHT_ALONG, *sys.stdlib_module_names, PACKAGE}
     for source in repository.package:
-        for node in source.nodes(ast.Import, ast.ImportFrom):
+        for node in _imports(source):
             for name in _libraries(node) - known:
                 yield source.problem(
                     node, f"pyproject.toml requires no {name}; add it, or an extra"
@@ -312,6 +317,10 @@ def imports_are_requirements(repository: Repository) -> Iterator[str]:
                 if node in source.tree.body:
                     message = f"{name} may be absent; import it inside of the function"
                     yield source.problem(node, message)
+
+
+def _imports(source: Source) -> Iterator[ast.Import | ast.ImportFrom]:
+    return source.nodes(ast.Import, ast.ImportFrom)
 
 
 def _libraries(node: ast.Import | ast.ImportFrom) -> set[str]:

@@ -10,39 +10,9 @@ from collections.abc import Iterator
 from packaging.requirements import Requirement
 
 from tools.pages import DOCS, PAGES
+from tools.rules.requirements import BY_HAND, DEVELOPERS, EXTRAS, all_extras, stated
 from tools.rules.sources import PACKAGE, ROOT, Repository, Source
 
-# Their names in Python, where the registry has another.
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "prodigy-plus-schedule-free": "prodigyplus"}
-# Installed by hand, and in no extra: a tracker with accounts.
-BY_HAND = ("wandb",)
-PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-
-
-def import_names(requirements: list[str]) -> set[str]:
-    """Names in Python of what is required."""
-    names = [Requirement(requirement).name for requirement in requirements]
-    return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
-
-
-def stated(field: str) -> list[str]:
-    """A list of requirements in pyproject.toml."""
-    (lines,) = re.findall(rf"^{field} = (\[.*?\])$", PROJECT, re.MULTILINE | re.DOTALL)
-    requirements: list[str] = ast.literal_eval(lines)
-    return requirements
-
-
-def all_extras() -> list[str]:
-    """Names of the optional lists of pyproject.toml."""
-    section = PROJECT.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
-    return re.findall(r"^([\w-]+) = \[", section, re.MULTILINE)
-
-
-DEVELOPERS = {"bare-test", "benchmarks", "docs", "lint", "test"}
-"""Extras of who changes the package."""
-EXTRAS = {*all_extras()} - DEVELOPERS
-REQUIRED = import_names(stated("dependencies"))
-OPTIONAL = import_names([*BY_HAND, *(line for extra in sorted(EXTRAS) for line in stated(extra))])
 # What a message or page may name that we do not require: trackers, file systems, compilers.
 OTHERS = {*BY_HAND, "s3fs", "triton", "triton-windows", "pytorch-triton-xpu"}
 INSTALL = re.compile(
@@ -65,11 +35,13 @@ def printed_commands_install_what_there_is(repository: Repository) -> Iterator[s
 
 
 def _printed(source: Source) -> Iterator[tuple[ast.AST, str]]:
-    """Texts; what is filled in is left as ``{}``."""
-    yield from source.strings()
+    """Texts of a module; values that are filled in are left as ``{}``."""
+    parts = set[ast.AST]()
     for node in source.nodes(ast.JoinedStr):
-        parts = [getattr(part, "value", "") for part in node.values]
-        yield node, "".join(part if isinstance(part, str) else "{}" for part in parts)
+        parts |= {*node.values}
+        texts = [getattr(part, "value", "") for part in node.values]
+        yield node, "".join(text if isinstance(text, str) else "{}" for text in texts)
+    yield from ((node, text) for node, text in source.strings() if node not in parts)
 
 
 def extras_stand_in_one_table(repository: Repository) -> Iterator[str]:

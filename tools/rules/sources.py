@@ -36,9 +36,16 @@ class Source:
 
     @cached_property
     def _nodes(self) -> dict[type[ast.AST], list[ast.AST]]:
-        nodes = defaultdict(list)
-        for node in ast.walk(self.tree):
+        nodes, left = defaultdict(list), list[ast.AST]([self.tree])
+        while left:  # `ast.walk` takes three times as long.
+            node = left.pop()
             nodes[type(node)].append(node)
+            for name in node._fields:
+                value = getattr(node, name, None)
+                if isinstance(value, list):
+                    left += [part for part in value if isinstance(part, ast.AST)]
+                elif isinstance(value, ast.AST) and value._fields:
+                    left.append(value)
         return nodes
 
     def nodes(self, *kinds: type[Node]) -> Iterator[Node]:
