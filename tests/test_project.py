@@ -71,7 +71,9 @@ def test_the_walks_name_what_there_is() -> None:
         pkgutil.resolve_name(f"dora_diffusion.{name}")
 
 
+@pytest.mark.slow
 def test_training_imports_none_of_the_rooms_beside_it() -> None:
+    """Nor do libraries for it; `make lint` proves that no module of ours does."""
     code = (
         "import pkgutil, importlib, sys, dora_diffusion.training as room\n"
         "for module in pkgutil.walk_packages(room.__path__, room.__name__ + '.'):\n"
