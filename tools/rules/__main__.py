@@ -37,6 +37,7 @@ RULES: tuple[Rule, ...] = (
     project.pages_are_short,
     project.pages_name_paths_that_exist,
     project.every_page_is_linked,
+    project.small_cards_have_the_counted_memory,
     project.images_have_a_text_and_a_page,
     project.styles_have_one_scale,
     suite.tests_read_files_of_the_clone,

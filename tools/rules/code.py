@@ -6,11 +6,11 @@ import ast
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import dora_diffusion
 from dora_diffusion.cli import main as cli
-from dora_diffusion.config import settings
+from dora_diffusion.config import Setting, settings
 from dora_diffusion.config.base import _NAMES, BaseModel
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.file import read_facts
@@ -52,7 +52,7 @@ def imports_make_no_circle(repository: Repository) -> Iterator[str]:
     }
     for circle in circles(graph(nodes, PACKAGE)):
         modules = ", ".join(circle)
-        yield f"{PACKAGE}: {modules} import each other; move what they share below them"
+        yield f"{PACKAGE}:1: {modules} import each other; move what they share below them"
 
 
 def errors_are_public(repository: Repository) -> Iterator[str]:
@@ -80,7 +80,7 @@ def settings_of_training_are_read(repository: Repository) -> Iterator[str]:
     read = {*re.findall(r"\b(?:config|self|base)(?=\.(\w+))", text), *WEIGHTINGS}
     for setting in settings():
         if setting.name not in read:
-            yield f"{PACKAGE}/config: nothing reads the setting {setting.name}; remove it"
+            yield _problem_of(setting, sources, "nothing reads it; remove it")
 
 
 def settings_of_commands_are_read(repository: Repository) -> Iterator[str]:
@@ -89,18 +89,25 @@ def settings_of_commands_are_read(repository: Repository) -> Iterator[str]:
     found = {name: _read_in(source, modules) for name, source in modules.items()}
     # `BaseModel.of_settings` takes those by their names.
     described = {*_NAMES, *(field.name for field in dataclasses.fields(BaseModel))}
-    for command in cli.COMMANDS:
+    for command in cli.COMMANDS.keys() - {"train", "fleet"}:
         kind = cli.settings_of(command)
-        if command in ("train", "fleet") or kind.__module__ not in modules:
-            continue
-        reached = {base.__module__ for base in kind.__mro__} & {*modules}
+        own = [base.__module__ for base in kind.__mro__ if base.__module__ in modules]
+        reached = {*own}
         for _ in range(3):
             reached |= {name for module in reached for name in found[module][1]}
         read = described.union(*(found[module][0] for module in reached))
         for setting in kind.settings():
             if setting.name not in read:
-                message = f"{command} does not read its setting {setting.name}; remove it"
-                yield modules[kind.__module__].problem(1, message)
+                homes = [modules[name] for name in own]
+                yield _problem_of(setting, homes, f"{command} does not read it; remove it")
+
+
+def _problem_of(setting: Setting, homes: Iterable[Source], message: str) -> str:
+    """A finding at the field of a setting."""
+    for source in homes:
+        if field := re.search(rf"^    {setting.name}: ", source.text, re.MULTILINE):
+            return source.problem(source.line_of(field.start()), f"{setting.name}: {message}")
+    return f"{PACKAGE}:1: {setting.name}: {message}"
 
 
 def _module_of(source: Source) -> str:

@@ -34,7 +34,7 @@ LIMITED = {
 def tests_wait_for_events(repository: Repository) -> Iterator[str]:
     """With an end for what hangs, never by a machine's speed."""
     for source in repository.python("tests"):
-        homes = ("tests/waiting.py", "tests/test_waiting.py", "tests/tools/test_rules.py")
+        homes = ("tests/waiting.py", "tests/tools/test_rules.py")
         if source.path not in homes and VIRTUAL not in source.text:
             for node, text in _limits(source):
                 if text not in PAUSES:
@@ -50,9 +50,6 @@ def _limits(source: Source) -> Iterator[tuple[ast.AST, str]]:
         for target in node.targets
         if isinstance(target, ast.Name)
     }
-    for text_node, text in source.strings():
-        if re.search(r"\bsleep\(\d", text):
-            yield text_node, text
     for node in source.nodes(ast.Call):
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         times = [one.value for one in node.keywords if str(one.arg).startswith("timeout")]
@@ -62,6 +59,7 @@ def _limits(source: Source) -> Iterator[tuple[ast.AST, str]]:
         is_limit = [isinstance(one, ast.Constant) and _is_time(one.value) for one in times]
         if any(is_limit) and name not in SETTINGS:
             yield node, ast.unparse(node)
+    yield from ((node, text) for node, text in source.strings() if re.search(r"\bsleep\(\d", text))
 
 
 def _is_time(value: object) -> bool:
