@@ -176,17 +176,17 @@ DIALECT = {
 
 
 def documents_and_code_speak_the_words_of_the_field(repository: Repository) -> Iterator[str]:
-    word = re.compile(
-        "|".join(rf"\b{words.replace(' ', chr(92) + 's+')}" for words in DIALECT), re.I
-    )
-    for source in repository.files.values():
-        is_page = source.path in ("README.md", "CONTRIBUTING.md") or source.path.endswith(".md")
-        is_ours = source.path.startswith((f"{PACKAGE}/", "docs/")) or "/" not in source.path
-        if is_ours and source.path != "CHANGELOG.md" and (is_page or source in repository.package):
-            for match in word.finditer(source.text):
-                found = " ".join(match[0].split())
-                instead = next(w for key, w in DIALECT.items() if re.match(key, found, re.I))
-                yield source.problem(source.line_of(match.start()), f"{found!r}: say {instead}")
+    words = {pattern.replace(" ", r"\s+"): word for pattern, word in DIALECT.items()}
+    any_of_them = re.compile("|".join(rf"\b{pattern}" for pattern in words))
+    pages = [s for s in repository.files.values() if s.path.endswith(".md")]
+    ours = (f"{PACKAGE}/", "docs/", "README.md", "CONTRIBUTING.md")
+    for source in (*repository.package, *pages):
+        if source.path.startswith(ours):
+            text = source.text.lower()
+            for match in any_of_them.finditer(text):
+                instead = next(word for key, word in words.items() if re.match(key, match[0]))
+                message = f"{' '.join(match[0].split())!r}: say {instead}"
+                yield source.problem(source.line_of(match.start()), message)
 
 
 # Words of the embedded models' captions, and this rule.

@@ -88,7 +88,7 @@ def skips_stand_in_the_table(repository: Repository) -> Iterator[str]:
 def _reasons(source: Source) -> Iterator[tuple[ast.AST, str]]:
     """Reasons of a module, as a run shows them."""
     for node in source.nodes(ast.Call):
-        name = ast.unparse(node.func).rpartition(".")[2]
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         if name not in ("skip", "skipif", "importorskip"):
             continue
         reason = next((word.value for word in node.keywords if word.arg == "reason"), None)
