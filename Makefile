@@ -98,6 +98,7 @@ lint: $(READY_TO_TEST)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/codespell
+	$(BIN)/python -m tools.rules
 
 format: $(READY_TO_TEST)
 	$(BIN)/ruff check --fix .

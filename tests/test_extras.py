@@ -2,122 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import os
-import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
 from dora_diffusion.cli.main import main
+from tools.rules.requirements import OPTIONAL, REQUIRED, import_names
 
 ROOT = Path(__file__).parents[1]
-# Their names in Python, where the registry has another.
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "prodigy-plus-schedule-free": "prodigyplus"}
-# Installed by hand, and in no extra: a tracker with accounts.
-BY_HAND = ("wandb",)
-
-
-def import_names(requirements: list[str]) -> set[str]:
-    names = [re.match(r"[\w.-]+", requirement)[0] for requirement in requirements]
-    return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
-
-
-def stated(field: str) -> list[str]:
-    """A list of requirements in pyproject.toml."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    return ast.literal_eval(re.search(rf"^{field} = (\[.*?\])$", text, re.MULTILINE | re.DOTALL)[1])
-
-
-def all_extras() -> list[str]:
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
-    return re.findall(r"^([\w-]+) = \[", section, re.MULTILINE)
-
-
-REQUIRED = import_names(stated("dependencies"))
-EXTRAS = ("completion", "heic", "tensorboard", "optimizers", "prepare", "ray")
-OPTIONAL = import_names([*BY_HAND, *(line for extra in EXTRAS for line in stated(extra))])
-# Comes with the requirements; where it does not, versions are not compared.
-BROUGHT_ALONG = {
-    "fastapi", "grpc", "httpx", "packaging", "prometheus_client", "pydantic", "starlette",
-    "tokenizers", "typing_extensions", "uvicorn",
-}  # fmt: skip
-
-
-def imported(tree: ast.AST) -> set[str]:
-    """Libraries that a module, or a part of it, imports."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module)
-    return {name.partition(".")[0] for name in names}
-
-
-def test_what_the_package_imports_is_installed_with_it_or_an_extra() -> None:
-    for path in (ROOT / "dora_diffusion").rglob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        libraries = imported(tree) - sys.stdlib_module_names - {"dora_diffusion"}
-        assert libraries <= REQUIRED | OPTIONAL | BROUGHT_ALONG, path
-        # What may be absent is imported inside the function that needs it.
-        at_once = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        for node in at_once:
-            assert not imported(node) & (OPTIONAL - REQUIRED), path
-
-
-# What a message or page may name that we do not require: trackers, file systems, compilers.
-OTHERS = {*BY_HAND, "s3fs", "triton", "triton-windows", "pytorch-triton-xpu"}
-INSTALL = re.compile(
-    r"""pip install ((?:-\S+ )*)((?:"[^"]+"|'[^']+'|[\w{][\w.{}\[\]-]*)(?: [\w.-]+)*)"""
-)
-
-
-def printed_texts() -> Iterator[str]:
-    """Every text of the package; what is filled in is left as ``{}``."""
-    for path in sorted((ROOT / "dora_diffusion").rglob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
-            elif isinstance(node, ast.JoinedStr):
-                parts = [getattr(part, "value", "") for part in node.values]
-                yield "".join(part if isinstance(part, str) else "{}" for part in parts)
-
-
-def test_every_command_that_is_printed_installs_packages_that_there_are() -> None:
-    """Of the registry, where this package need not be: an extra is named by what is in it."""
-    lines = [line for field in ("dependencies", *all_extras()) for line in stated(field)]
-    known = {Requirement(line).name for line in lines} - {"dora-diffusion"}
-    commands = {found[2] for text in printed_texts() for found in INSTALL.finditer(text)}
-    assert len(commands) > 8
-    for command in commands:
-        words = (
-            command.partition(" and ")[0].partition(" on ")[0].translate({34: "", 39: ""}).split()
-        )
-        names = {Requirement(word).name for word in words if "{" not in word}
-        assert names <= known | OTHERS, command
-
-
-def test_extras_stand_in_one_table() -> None:
-    """All of them, and every other page leads there; commands of pages work in a clone."""
-    ours = {"bare-test", "benchmarks", "docs", "lint", "test"}
-    page = (ROOT / "docs" / "start" / "install.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)) == set(EXTRAS)
-    assert set(EXTRAS) == set(all_extras()) - ours
-    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("notebooks/*")]:
-        text = path.read_text(encoding="utf-8")
-        found = re.findall(r"pip install[^`\n]*?\[([\w,-]+)\]", text)
-        names = {name for words in found for name in words.split(",")}
-        assert names <= (set(EXTRAS) if path.name == "install.md" else ours), path
-        assert not re.search(r"pip install .*dora-diffusion", path.read_text(encoding="utf-8")), (
-            path
-        )
 
 
 def test_plots_come_with_the_ordinary_install() -> None:

@@ -36,17 +36,6 @@ def test_the_suite_tries_the_same_examples_and_the_long_run_ten_thousand_others(
     assert settings.default.deadline is None
 
 
-def test_property_tests_leave_their_examples_to_the_profiles():
-    own = re.compile(r"@settings\(|@seed\(|max_examples|derandomize")
-    homes = {"tests/conftest.py", "tests/properties.py", "tests/test_properties.py"}
-    found = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "tests").rglob("*.py")
-        if own.search(path.read_text(encoding="utf-8"))
-    }
-    assert found <= homes
-
-
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_the_long_run_says_the_seed_that_repeats_it():
     def steps(*words: str) -> str:

@@ -130,20 +130,3 @@ def test_a_private_folder_is_nobody_else_s(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(OSError, match=r"is a link|File exists"):
             system.private_folder("link")
         link.unlink()
-
-
-def test_nothing_else_has_a_name_in_the_shared_temporary_folder() -> None:
-    """Others could make it first: names there are drawn, or `private_folder` looks at them."""
-    top = Path(system.__file__).parent
-    users = {
-        "gettempdir": ["cli/console/environment.py", "system.py"],
-        "/tmp": ["system.py"],
-        "mktemp(": [],
-    }
-    for word, allowed in users.items():
-        found = [
-            path.relative_to(top).as_posix()
-            for path in sorted(top.rglob("*.py"))
-            if word in path.read_text(encoding="utf-8")
-        ]
-        assert found == allowed, word

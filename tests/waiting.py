@@ -2,7 +2,7 @@
 
 A test waits for an event, never for a time in which a machine should be ready. What may hang (a
 process, a page, a lock) is waited for until `WAIT_SECONDS`, which tells a hang from a machine that
-does ten other things. `tests/test_waiting.py` finds every other limit.
+does ten other things. `tools/rules/suite.py` finds every other limit.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import tokenize
 from collections import defaultdict
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,18 +97,19 @@ def function_lengths(tree: ast.Module) -> list[int]:
 
 
 def imports(package: Path) -> dict[str, set[str]]:
-    """The modules of the package that each of its modules imports, by dotted names."""
-    names = {dotted(path, package): path for path in package.rglob("*.py")}
-    graph: dict[str, set[str]] = {}
-    for name, path in names.items():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        graph[name] = {
-            target
-            for node in ast.walk(tree)
-            for target in _targets(node, package.name, names)
-            if target != name
-        }
-    return graph
+    """The modules of a package's folder that each of its modules imports, by dotted names."""
+    paths = {dotted(path, package): path for path in package.rglob("*.py")}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+    nodes = {name: ast.walk(ast.parse(text)) for name, text in texts.items()}
+    return graph(nodes, package.name)
+
+
+def graph(nodes: Mapping[str, Iterable[ast.AST]], package: str) -> dict[str, set[str]]:
+    """The same, from each module's nodes."""
+    return {
+        name: {t for node in module for t in _targets(node, package, nodes) if t != name}
+        for name, module in nodes.items()
+    }
 
 
 def _targets(node: ast.AST, package: str, names: Container[str]) -> Iterator[str]:

@@ -239,7 +239,7 @@ def first_round(
     }
 
 
-def evaluate_photos(
+def evaluate_photos(  # noqa: PLR0913 - keywords, each documented
     components: Components,
     subject: PhotoSubject,
     seeds: Sequence[int],

@@ -77,7 +77,7 @@ class ConversionReport:
         return statistics.median(self.errors.values()) if self.errors else 0.0
 
 
-def convert_adapter(
+def convert_adapter(  # noqa: PLR0913 - keywords, each documented
     source: str | Path,
     output: str | Path,
     target: str,

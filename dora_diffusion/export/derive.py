@@ -55,7 +55,7 @@ from dora_diffusion.numerics.weights import NormAxis
 _TABLES = (".token_embedding", ".position_embedding")
 
 
-def extract_adapter(
+def extract_adapter(  # noqa: PLR0913 - keywords, each documented
     base: AnyModel,
     tuned: AnyModel,
     output: str | Path,
@@ -111,7 +111,7 @@ def extract_adapter(
     return _report(path, kind, fitted, notes, {})
 
 
-def combine_adapters(
+def combine_adapters(  # noqa: PLR0913 - keywords, each documented
     base: AnyModel,
     adapters: Adapters,
     output: str | Path,

@@ -370,7 +370,7 @@ def _add_pose(scores: Scores, requests: Sequence[ToyRequest], judged: Judgement)
         scores.add(name, "pose", right)
 
 
-def evaluate_toy(
+def evaluate_toy(  # noqa: PLR0913 - keywords, each documented
     components: Components,
     subject: BenchmarkSubject,
     trigger: str,

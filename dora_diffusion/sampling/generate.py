@@ -183,7 +183,7 @@ class SamplingSettings:
                 )
 
 
-def load_adapted(
+def load_adapted(  # noqa: PLR0913 - keywords, each documented
     base: AnyModel,
     adapter: str | Path | Sequence[AdapterUse] | None = None,
     *,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from PIL import Image
 
 from dora_diffusion.cli import main as cli
 from dora_diffusion.config import ConfigError, Setting
-from dora_diffusion.config.base import _NAMES, BaseModel
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.sampling.images import save_image
 
@@ -76,46 +73,6 @@ def test_every_command_has_one_home() -> None:
     homes = [command for commands in cli.HOMES.values() for command in commands]
     assert sorted(homes) == sorted(cli.COMMANDS)
     assert {name for name, kind in KINDS.items() if not kind.settings()} == set()
-
-
-def file_of(module: str) -> Path | None:
-    path = ROOT / Path(*module.split("."))
-    files = (path.with_suffix(".py"), path / "__init__.py")
-    return next((file for file in files if file.is_file()), None)
-
-
-@cache
-def read_in(module: str) -> tuple[set[str], set[str]]:
-    """The attributes that a module reads, and the modules of the package that it imports."""
-    file = file_of(module)
-    assert file is not None
-    nodes = [*ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
-    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
-    places = [n for n in nodes if isinstance(n, ast.ImportFrom)]
-    named = {n.module or "" for n in places}
-    named |= {f"{n.module}.{alias.name}" for n in places for alias in n.names}
-    return read, {name for name in named if name.startswith("dora_diffusion.") and file_of(name)}
-
-
-@pytest.mark.parametrize("command", KINDS)
-def test_each_setting_is_read_by_what_its_command_calls(command: str) -> None:
-    """In the modules of its settings, or at most three imports away."""
-    kind = KINDS[command]
-    modules = {m.__module__ for m in kind.__mro__ if m.__module__.startswith("dora_diffusion.")}
-    for _ in range(3):
-        modules |= {other for module in modules for other in read_in(module)[1]}
-    read = set[str]().union(*(read_in(module)[0] for module in modules))
-    # `BaseModel.of_settings` takes those by their names.
-    described = {*_NAMES, *(field.name for field in dataclasses.fields(BaseModel))}
-    lost = [s.name for s in kind.settings() if s.name not in read | described]
-    assert lost == []
-
-
-def test_a_setting_that_nothing_reads_would_be_found() -> None:
-    read, imported = read_in("dora_diffusion.cli.commands.project")
-    assert {"runs_dir", "json", "folder"} <= read
-    assert "dora_diffusion.cli.console.environment" in imported, "inside of a function"
-    assert "zwq_setting" not in read
 
 
 @pytest.mark.filterwarnings("ignore:.*has no effect")

@@ -1,15 +1,9 @@
-"""The families: nothing else in the package knows them by name, and what tells them apart."""
+"""The families, and what tells them apart."""
 
 from __future__ import annotations
 
-import ast
-import re
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
-import dora_diffusion
 from dora_diffusion.config import settings
 from dora_diffusion.config.families import (
     COMPONENTS,
@@ -19,64 +13,6 @@ from dora_diffusion.config.families import (
     guess_family,
 )
 from dora_diffusion.formats.adapter.metadata import parse_metadata
-
-PACKAGE = Path(dora_diffusion.__file__).parent
-# A family's name, or a piece of one such as the "xl" in a model's name.
-NAME = re.compile(r"sd[-_]?v?[12]|xl|diffusion-v", flags=re.IGNORECASE)
-
-
-def strings(node: ast.AST) -> Iterator[str]:
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.Constant) and isinstance(inner.value, str):
-            yield inner.value
-
-
-def known_by_name(source: str) -> list[int]:
-    """Lines that name a family, or compare a string with a piece of such a name."""
-    lines = []
-    for node in ast.walk(ast.parse(source)):
-        is_test = isinstance(node, (ast.Compare, ast.match_case)) or (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr in ("startswith", "endswith", "removeprefix", "removesuffix", "find")
-        )
-        if isinstance(node, ast.Constant) and node.value in FAMILIES:
-            lines.append(node.lineno)
-        elif is_test and any(NAME.search(text) for text in strings(node)):
-            lines.append(getattr(node, "lineno", 0))
-    return lines
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        'family == "sd1"',
-        'name in ("sd1", "sdxl")',
-        'WIDTHS = {"sd2": 1024}',
-        'CHOICES = ("sd1", "sd2", "sdxl")',
-        'FAMILIES["sd1"]',
-        'def load(family="sdxl"): ...',
-        '"xl" in name',
-        'name.endswith("-xl")',
-        'match family:\n    case "sdxl":\n        pass',
-    ],
-)
-def test_a_family_that_is_known_by_its_name_is_found(source: str) -> None:
-    assert known_by_name(source)
-
-
-def test_a_docstring_may_name_a_family() -> None:
-    assert not known_by_name('def f():\n    """Of SDXL, ``"sdxl"``; sd1 too."""')
-
-
-def test_no_other_module_knows_a_family_by_its_name() -> None:
-    found = [
-        f"{path.relative_to(PACKAGE)}:{line}"
-        for path in PACKAGE.rglob("*.py")
-        if path != PACKAGE / "config" / "families.py"
-        for line in known_by_name(path.read_text("utf-8"))
-    ]
-    assert not found, "ask for a fact of the family (families.py) instead of its name"
 
 
 def test_what_tells_families_apart_differs() -> None:

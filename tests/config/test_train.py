@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import dora_diffusion
 from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig, settings
-from dora_diffusion.config.learning import WEIGHTINGS
 
 
 @pytest.mark.parametrize(
@@ -83,19 +79,6 @@ def test_the_warm_up_takes_effect_with_the_constant_schedule() -> None:
     assert TrainConfig().lr_schedule == "constant"
     assert TrainConfig(lr_warmup_steps=3).lr_schedule == "constant_with_warmup"
     assert TrainConfig(lr_warmup_steps=3, lr_scheduler="cosine").lr_schedule == "cosine"
-
-
-def test_who_reads_a_setting_is_found_by_its_name() -> None:
-    """Beside the command line, the app and the fields themselves: that is where it acts."""
-    package = Path(dora_diffusion.__file__).parent
-    text = "".join(
-        path.read_text(encoding="utf-8")
-        for path in package.rglob("*.py")
-        if not {"app", "commands", "flag_map.py"} & set(path.relative_to(package).parts)
-    )
-    # Weightings are read by the names of their table.
-    read = {*re.findall(r"\b(?:config|self|base)(?=\.(\w+))", text), *WEIGHTINGS}
-    assert [setting.name for setting in settings() if setting.name not in read] == []
 
 
 def test_a_fine_tuned_model_is_not_pushed_as_an_adapter() -> None:

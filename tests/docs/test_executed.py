@@ -23,8 +23,8 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.system import is_windows
-from tests.docs.markdown import PAGES, ROOT, Block, Page
 from tests.waiting import WAIT_SECONDS
+from tools.pages import PAGES, ROOT, Block, Page
 
 SECONDS = 2 * WAIT_SECONDS
 """Seconds after which a page that has stopped moving is ended."""

@@ -1,4 +1,4 @@
-"""Names in README, CONTRIBUTING and the pages of the site are there; read from the Markdown."""
+"""Names in README, CONTRIBUTING and the pages of the site are those of the code."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 from dora_diffusion.config.prompts import OPTIONS
 from dora_diffusion.data.checks import FEWEST, MOST
-from tests.docs.markdown import DOCS, PAGES, ROOT, Page
 from tools import site
+from tools.pages import DOCS, PAGES, ROOT, Page
 
 PACKAGE = ROOT / "dora_diffusion"
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -40,9 +40,6 @@ WORDS_OF_OTHERS = {
     "clip_l_out", "color_aug", "create_lycoris", "create_lycoris_from_weights",
     "face_crop_aug_range", "linear_dim", "lora_te_text_model", "static_graph", "weight_adapter",
 }  # fmt: skip
-LONGEST_PAGE = 1200
-# Looked things up in, not read.
-ANY_LENGTH = ("docs/reference/", "docs/measurements/", "README.md", "CONTRIBUTING.md")
 
 
 def own_command(words: list[str]) -> list[str] | None:
@@ -223,52 +220,12 @@ def test_dotted_names_exist(page: Page) -> None:
 
 
 @each_page
-def test_paths_exist(page: Page) -> None:
-    """From the clone, or from the package; a name in capitals stands for any."""
-    tops = "benchmarks|docs|dora_diffusion|samples|tests|tools"
-    named = set(re.findall(r"(?<![\w/.<-])(?:[a-z_]+/)+\w+\.py\b", page.source))
-    named |= set(re.findall(rf"(?<![\w/.-])(?:{tops})/[\w./-]*\w", page.source))
-    # A run's folder has `samples` too.
-    of_runs = re.compile(r"samples/(adapter|base)\b|[^.]*[A-Z]")
-    named = {name for name in named if not of_runs.match(name)}
-    assert [n for n in named if not any((top / n).exists() for top in (ROOT, PACKAGE))] == []
-
-
-@each_page
 def test_links_and_anchors_lead_somewhere(page: Page) -> None:
     pages = {other.path: other for other in PAGES}
     for path, anchor in page.links:
         assert path.exists(), path
         if anchor:
             assert anchor in pages[path].anchors, f"{path.name}#{anchor}"
-
-
-def test_every_page_is_linked() -> None:
-    """From another page, or by name in a table of contents."""
-    linked = {path for page in PAGES for path, _ in page.links if path != page.path}
-    for page in PAGES:
-        for block in page.blocks:
-            if block.language == "{toctree}":
-                names = re.findall(r"^(?:.*<)?([\w/*-]+)>?$", block.text, re.MULTILINE)
-                linked |= {path for name in names for path in page.path.parent.glob(f"{name}.md")}
-    pages = {page.path for page in PAGES if page.path.is_relative_to(DOCS)}
-    assert sorted(pages - linked - {DOCS / "index.md"}) == []
-
-
-@each_page
-def test_images_have_a_text(page: Page) -> None:
-    assert [text for text in page.image_texts if len(text) < 4] == []
-
-
-@each_page
-def test_pages_are_short(page: Page) -> None:
-    if not page.name.startswith(ANY_LENGTH):
-        assert len(page.prose.split()) < LONGEST_PAGE
-
-
-def test_images_are_shown_somewhere() -> None:
-    shown = {path for page in PAGES for path, _ in page.links}
-    assert [path for path in (DOCS / "images").iterdir() if path not in shown] == []
 
 
 def test_public_names_are_documented() -> None:
@@ -305,16 +262,6 @@ def test_as_many_photos_are_asked_for_as_the_code_does(page: Page) -> None:
     asked = set(re.findall(r"(\d+) (?:to|-) (\d+) photos", " ".join(page.source.split())))
     assert asked <= {(str(FEWEST), str(MOST))}
     assert asked or page.name != "README.md"
-
-
-def test_make_offers_what_the_documents_say() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
-    commands = [words for page in PAGES for words in page.commands if words[:1] == ["make"]]
-    named = {word for words in commands for word in words[1:] if re.fullmatch("[a-z-]+", word)}
-    named |= {name for page in PAGES for name in re.findall(r"`make ([a-z-]+)", page.prose)}
-    assert {"demo", "docs", "test", "lint"} <= targets
-    assert named <= targets
 
 
 def test_the_segments_that_are_shown_are_of_settings_that_may_change() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import CHROMIUM, FLAGS
-from tests.docs.markdown import DOCS, ROOT
 from tests.waiting import WAIT_SECONDS
+from tools.pages import DOCS, ROOT
 
 for needed in ("sphinx", "furo", "myst_parser", "sphinx_copybutton"):
     pytest.importorskip(needed)

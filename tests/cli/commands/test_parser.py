@@ -108,14 +108,6 @@ def test_help_lists_settings_under_their_headings_those_that_matter_first_alone(
     assert len(text.splitlines()) < 100 < len(every.splitlines())
 
 
-def test_no_help_text_speaks_of_pictures(capsys):
-    """The field's word is image."""
-    for command in cli.COMMANDS:
-        with pytest.raises(SystemExit):
-            cli.main([command, "--help-all" if command == "train" else "--help"])
-        assert "picture" not in capsys.readouterr().out.lower(), command
-
-
 def test_every_command_that_reads_an_adapter_takes_its_alpha():
     base = ["--base", "b", "--alpha", "3"]
     for words in (

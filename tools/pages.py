@@ -1,4 +1,4 @@
-"""The documents as tests read them: blocks of code, links, images, anchors, commands."""
+"""The documents as tests and rules read them: blocks of code, links, images, anchors, commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tools import site
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 _FENCE = re.compile(r"^ *(?P<fence>`{3,}|~{3,}) *(?P<info>[^`\n]*)\n", re.MULTILINE)
