@@ -96,7 +96,7 @@ def _require_settings(names: Iterable[str], known: Container[str]) -> None:
         problem = f"there is no setting {name}{did_you_mean(name, ENTRY_SETTINGS)}"
         if name in known:
             problem = f"{name} is a setting of the whole run; give it beside dataset_config"
-        require(name in ENTRY_SETTINGS, problem)
+        require(name in ENTRY_SETTINGS, problem, name)
 
 
 def _read(path: Path, batch_size: int) -> Any:
