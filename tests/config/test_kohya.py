@@ -21,6 +21,7 @@ from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.subject import ENTRY_SETTINGS
 from dora_diffusion.data.photos import list_photos, read_photos
 from dora_diffusion.training.inputs.subject import caption_rules
+from tests.every import every
 from tests.training.helpers import SAMPLES
 
 GENERAL, DATASETS, SUBSETS = "general", "datasets", "subsets"
@@ -149,11 +150,16 @@ def test_every_option_has_a_value_here_and_a_place_in_the_documents() -> None:
     assert {*TABLES} - unread == {name for name in re.findall(r"`(\w+)`", table) if name in TABLES}
 
 
-@pytest.mark.parametrize("table", EVERYWHERE)
-@pytest.mark.parametrize("option", [name for name in TABLES if name in VALUES])
 def test_an_option_is_what_sd_scripts_computes_or_refused_by_name(
-    option: str, table: str, images: Path, tmp_path: Path
+    images: Path, tmp_path: Path
 ) -> None:
+    with every() as case:
+        for option, table in itertools.product(filter(VALUES.get, TABLES), EVERYWHERE):
+            with case(f"{option} in {table}"):
+                check_option(option, table, images, tmp_path)
+
+
+def check_option(option: str, table: str, images: Path, tmp_path: Path) -> None:
     value, expected = VALUES[option]
     subset = {"image_dir": str(images)} | ({option: value} if table == SUBSETS else {})
     file = written(tmp_path / "sd.json", subset, **({table: {option: value}}))
@@ -169,10 +175,16 @@ def test_an_option_is_what_sd_scripts_computes_or_refused_by_name(
         assert read(file) == [{"instance_data_dir": str(images), **NOTHING, **expected}]
 
 
-@pytest.mark.parametrize("option", VALUES)
 def test_a_name_cut_short_and_a_value_of_another_type_are_refused(
-    option: str, images: Path, tmp_path: Path
+    images: Path, tmp_path: Path
 ) -> None:
+    with every() as case:
+        for option in VALUES:
+            with case(option):
+                check_spelling_and_type(option, images, tmp_path)
+
+
+def check_spelling_and_type(option: str, images: Path, tmp_path: Path) -> None:
     file, folder = tmp_path / "sd.json", {"image_dir": str(images)}
     with pytest.raises(ConfigError, match=rf"no option {option[:-1]} \(did you mean {option}\?"):
         read(written(file, {**folder, option[:-1]: 1}))
@@ -337,31 +349,37 @@ def tokens(caption: str) -> str:
     return " ".join(re.findall(r"\w+|[^\w\s]", caption))
 
 
-@pytest.mark.parametrize("draws", [False, True])
-@pytest.mark.parametrize(("prefix", "suffix"), [("", ""), ("best, ", ", photo"), ("{a|b}", "")])
-@pytest.mark.parametrize(
-    ("text", "same"),
-    [
-        ("a sks dog", (True, True)), ("a sks dog\n\n", (True, True)),
-        ("  a   sks dog \r\n", (True, True)), ("a sks dog\na cat", (False, True)),
-        ("\na sks dog", (False, True)), ("a {red|blue} dog", (True, True)),
-        ("a {red|blue} dog {on|in} a {box}", (True, True)), ("a {{red|blue}} dog", (True, False)),
-        ("a {red|{blue|green}} dog", (True, False)), ("a {red dog", (True, False)),
-        ("a }red dog", (True, False)), ("a {} dog", (True, False)),
-        (r"saber \(fate\), {x \(y\)|z}", (True, True)), (r"a \{red|blue\} dog", (True, False)),
-        ("a __red__ dog", (True, False)), ("a|b dog", (True, True)), ("1_2_3 __ dog", (True, True)),
-    ],
-)  # fmt: skip
-def test_captions_are_those_of_sd_scripts_or_refused(
-    text: str, same: tuple[bool, bool], prefix: str, suffix: str, draws: bool,
-    images: Path, tmp_path: Path,
-) -> None:  # fmt: skip
-    (images / "a.txt").write_text(text, encoding="utf-8")
+# Text of a caption file -> whether it is in sd-scripts as here, without and with wildcards.
+CAPTIONS = {
+    "a sks dog": (True, True), "a sks dog\n\n": (True, True),
+    "  a   sks dog \r\n": (True, True), "a sks dog\na cat": (False, True),
+    "\na sks dog": (False, True), "a {red|blue} dog": (True, True),
+    "a {red|blue} dog {on|in} a {box}": (True, True), "a {{red|blue}} dog": (True, False),
+    "a {red|{blue|green}} dog": (True, False), "a {red dog": (True, False),
+    "a }red dog": (True, False), "a {} dog": (True, False),
+    r"saber \(fate\), {x \(y\)|z}": (True, True), r"a \{red|blue\} dog": (True, False),
+    "a __red__ dog": (True, False), "a|b dog": (True, True), "1_2_3 __ dog": (True, True),
+}  # fmt: skip
+
+
+def test_captions_are_those_of_sd_scripts_or_refused(images: Path, tmp_path: Path) -> None:
     (images / "0.txt").write_text("a cat", encoding="utf-8")  # which is none of the next one's
     Image.new("RGB", (40, 40), "blue").save(images / "0.png")
+    frames = (("", ""), ("best, ", ", photo"), ("{a|b}", ""))
+    with every() as case:
+        for text, frame, draws in itertools.product(CAPTIONS, frames, (False, True)):
+            with case((text, frame, draws)):
+                check_captions(text, *frame, draws, images, tmp_path / "sd.json")
+
+
+def check_captions(
+    text: str, prefix: str, suffix: str, draws: bool, images: Path, file: Path
+) -> None:
+    same = CAPTIONS[text]
+    (images / "a.txt").write_text(text, encoding="utf-8")
     options = {"caption_extension": ".txt", "enable_wildcard": draws, "class_tokens": "sks dog"}
     options |= {"caption_prefix": prefix, "caption_suffix": suffix}
-    file = written(tmp_path / "sd.json", {"image_dir": str(images), **options})
+    written(file, {"image_dir": str(images), **options})
     has_lines = len(text.strip().splitlines()) > 1
     if not same[draws] or (draws and has_lines and (prefix or suffix)):
         with pytest.raises(ConfigError, match=re.escape(f"{file}: ")):

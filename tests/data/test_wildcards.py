@@ -16,6 +16,7 @@ from dora_diffusion.data.captions import (
     render,
     variants,
 )
+from tests.refusal import refused
 
 # Text -> all that it may become, in the order of its alternatives.
 CASES = {
@@ -108,9 +109,9 @@ def test_what_cannot_be_drawn_is_one_line(text: str, message: str, wildcards: Wi
 
 
 def test_the_folder_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"wildcard_dir .*gone is not a folder"):
+    with refused("wildcard_dir", "is not a folder"):
         Wildcards(tmp_path / "gone")
-    with pytest.raises(ValueError, match="__colour__ is of a file; name its folder: wildcard_dir"):
+    with refused("wildcard_dir", "__colour__ is of a file"):
         Wildcards().parse("__colour__")
 
 

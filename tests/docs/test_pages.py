@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import itertools
 import json
 import pkgutil
 import re
 import shlex
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -21,10 +24,10 @@ from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 from dora_diffusion.config.prompts import OPTIONS
 from dora_diffusion.data.checks import FEWEST, MOST
 from tests.docs.markdown import DOCS, PAGES, ROOT, Page
+from tests.every import every
 from tools import site
 
 PACKAGE = ROOT / "dora_diffusion"
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 # Of pip, uv, accelerate, docker.
 FLAGS_OF_OTHERS = {
@@ -43,6 +46,19 @@ WORDS_OF_OTHERS = {
 LONGEST_PAGE = 1200
 # Looked things up in, not read.
 ANY_LENGTH = ("docs/reference/", "docs/measurements/", "README.md", "CONTRIBUTING.md")
+
+
+def each_page(check: Callable[[Page], None]) -> Callable[[], None]:
+    """Make one test of a check of every page, which names all pages that fail."""
+
+    def test() -> None:
+        with every() as case:
+            for page in PAGES:
+                with case(page.name):
+                    check(page)
+
+    test.__doc__ = check.__doc__
+    return test
 
 
 def own_command(words: list[str]) -> list[str] | None:
@@ -67,16 +83,18 @@ def without_redirections(words: list[str]) -> list[str]:
 
 
 @each_page
-def test_commands_parse(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_parse(page: Page) -> None:
     for words in page.commands:
         command = own_command(without_redirections(words))
         if command and command[0] not in ("--version", "--help"):
             assert command[0] in site.parsers(), shlex.join(words)
             if not {"--help", "--help-all"} & {*command}:
+                error = io.StringIO()
                 try:
-                    site.parsers()[command[0]].parse_args(command[1:])
+                    with contextlib.redirect_stderr(error):
+                        site.parsers()[command[0]].parse_args(command[1:])
                 except SystemExit:
-                    pytest.fail(f"{shlex.join(words)}: {capsys.readouterr().err}")
+                    pytest.fail(f"{shlex.join(words)}: {error.getvalue()}")
 
 
 @cache

@@ -19,6 +19,7 @@ from dora_diffusion.training.engine.objective import Objective, noisy_batches, p
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import train, train_pack
 from dora_diffusion.training.session import Session, open_session
+from tests.refusal import refused
 from tests.training.helpers import SAMPLES, assert_same_adapter, losses
 from tests.training.test_pack import THREE, alone, assert_alike, pack_of
 
@@ -232,5 +233,5 @@ def test_a_weight_without_masks_is_said_to_have_no_effect() -> None:
     assert not without_effect(TrainConfig(unmasked_prior=1.0, dataset_config=entries))
     with pytest.raises(ConfigError, match=r"unmasked_prior is -1\.0; it must not be negative"):
         TrainConfig(unmasked_prior=-1.0)
-    with pytest.raises(ConfigError, match="unmasked_prior"):
+    with refused("dataset_config", "unmasked_prior is a setting of the whole run"):
         TrainConfig(dataset_config=[{"instance_data_dir": "a", "unmasked_prior": 1.0}])

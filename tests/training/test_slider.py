@@ -38,6 +38,7 @@ from dora_diffusion.training.loop import TrainResult, check_pack, train
 from dora_diffusion.training.results.write import SampleWriter
 from dora_diffusion.training.session import open_session
 from tests.formats.layouts.test_compatibility import comfyui
+from tests.refusal import refused
 from tests.training.helpers import find, losses, names
 
 TARGET, HIGH, LOW = "a photo of a dog", "a photo of a red dog", "a photo of a toy"
@@ -238,7 +239,7 @@ def test_what_makes_no_slider_is_refused_in_a_line(changes: dict[str, Any], mess
 
 @pytest.mark.parametrize("name", ["target", "positive", "negative"])
 def test_prompts_of_a_slider_that_is_not_asked_for_lead_to_it(name: str) -> None:
-    with pytest.raises(ConfigError, match="folder of subject photos, or give --teach slider"):
+    with refused("instance_data_dir", "or give --teach slider"):
         subjects_of(TrainConfig(**{name: ["a"]}))
     with pytest.raises(ConfigError, match=r"folder of subject photos$"):
         subjects_of(TrainConfig())
@@ -247,13 +248,13 @@ def test_prompts_of_a_slider_that_is_not_asked_for_lead_to_it(name: str) -> None
 def test_prompts_that_are_read_alike_are_refused(sd1_folder: Path, tmp_path: Path) -> None:
     long = "a photo of the dog on the red toy " * 20
     config = slider(sd1_folder, tmp_path, positive=[f"{long} red"], negative=[f"{long} dog"])
-    with pytest.raises(ConfigError, match=r"reads 'a photo .* as the same words, of which it"):
+    with refused("negative", "as the same words"):
         train(config)
     assert not list(tmp_path.rglob("class-*.png"))
 
 
 def test_a_pack_has_no_sliders(sd1_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="teach slider of one is not possible in a pack"):
+    with refused("teach", "not possible in a pack"):
         check_pack({"one": slider(sd1_folder, tmp_path)})
 
 

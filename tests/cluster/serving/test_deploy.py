@@ -30,6 +30,7 @@ from dora_diffusion.cluster.serving.deploy import TOKEN_VARIABLE, Deployment, de
 from dora_diffusion.config import ConfigError
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.sampling.generate import load_adapted
+from tests.refusal import refused
 from tests.waiting import WAIT_SECONDS, wait_until
 
 
@@ -85,7 +86,7 @@ def test_a_token_is_read_from_a_file_or_the_environment(tmp_path, monkeypatch):
         ("a b\nc" * 9, "one line"),
     ):
         file.write_text(text, encoding="utf-8")
-        with pytest.raises(ConfigError, match=line):
+        with refused("token_file", line):
             read_token(file)
 
 

@@ -19,6 +19,7 @@ from dora_diffusion.training.engine import objective as inputs
 from dora_diffusion.training.events import StepDone, TrainingStarted
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.results.resume import changed_segments, check_same_run
+from tests.refusal import refused
 from tests.training.helpers import (
     SAMPLES,
     assert_same_adapter,
@@ -74,7 +75,7 @@ def test_steps_that_are_trained_again_are_said(copied, tmp_path, capsys):
 
 def test_fewer_steps_than_the_checkpoint_has_is_an_error(copied, tmp_path):
     before = (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"checkpoint-4 has 4 steps, more than the 3 that are"):
+    with refused("max_train_steps", "checkpoint-4 has 4 steps"):
         train(replace(copied, max_train_steps=3, resume_from_checkpoint="latest"))
     assert (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8") == before
 
@@ -164,7 +165,7 @@ def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones_when_asked(
     config = make_config(sd1_folder, photos, tmp_path / "out", checkpointing_steps=1)
     train(config)
     back = replace(config, resume_from_checkpoint="checkpoint-2", checkpoints_total_limit=2)
-    with pytest.raises(ConfigError, match=r"holds checkpoints after step 2 \(checkpoint-4\)"):
+    with refused("resume_from_checkpoint", "after step 2 (checkpoint-4)"):
         train(back)
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
 
@@ -200,7 +201,7 @@ def test_a_finished_result_is_not_replaced_by_one_of_other_settings(tiny_run, tm
     branch = replace(longer, output_dir=str(tmp_path / "b"), learning_rate=2e-4)
     branch = replace(branch, resume_from_checkpoint=str(out / "checkpoint-1"))
     assert train(branch).steps == 2
-    with pytest.raises(ConfigError, match=r"holds a finished result, and .* is of another run"):
+    with refused("output_dir", "is of another run"):
         train(replace(longer, resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2")))
     # Samples and the machine's precision are not what was learned from.
     longer = replace(longer, mixed_precision="bf16", validation_inference_steps=3)
@@ -307,7 +308,7 @@ def test_other_images_captions_and_masks_are_refused(spoil, message, again):
     ],
 )
 def test_other_settings_that_change_the_training_are_refused(name, value, again):
-    with pytest.raises(ConfigError, match=rf"these settings differ: .*{name} \("):
+    with refused("resume_from_checkpoint", f"{name} ("):
         train(replace(again, **{name: value}))
 
 
@@ -378,7 +379,7 @@ def test_class_images_are_compared_by_content():
     assert "1 class image missing (class-00000.png); 1 class image new" in str(error.value)
     assert "they follow validation_inference_steps" in str(error.value)
     captioned = {"images": [], "class_images": [row | {"caption": "a cup"}]}
-    with pytest.raises(ConfigError, match=r"another caption of class-00000\.png \('a mug' -> "):
+    with refused("resume_from_checkpoint", "another caption of class-00000.png ('a mug' -> "):
         check_same_run("checkpoint-2", state, TrainConfig(), captioned)
 
 
