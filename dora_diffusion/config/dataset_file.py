@@ -100,10 +100,11 @@ def _require_settings(names: Iterable[str], known: Container[str]) -> None:
 
 
 def _read(path: Path, batch_size: int) -> Any:
-    if path.is_dir():
-        return kohya.folder_entries(path)
-    if path.suffix.lower() not in (".toml", ".json"):
-        return read_yaml(path)
+    if path.is_dir() or path.suffix.lower() not in (".toml", ".json"):
+        try:
+            return kohya.folder_entries(path) if path.is_dir() else read_yaml(path)
+        except ConfigError as error:  # with the path
+            raise ConfigError(str(error), "dataset_config") from error
     try:
         data = kohya.read_file(path)
         return kohya.dataset_entries(data, batch_size) if isinstance(data, dict) else data

@@ -62,7 +62,7 @@ def test_a_study_may_draw_a_subject_that_is_in_no_list() -> None:
     ],
 )
 def test_a_subject_that_cannot_be_drawn_is_refused(given: object, base: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+    with refused("subjects", said):
         find_subject(given, base, [])
 
 

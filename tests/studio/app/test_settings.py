@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,6 @@ from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.cli.main import build_parser
 from dora_diffusion.config import (
     PRESETS,
-    ConfigError,
     TrainConfig,
     read_config_file,
     without_effect,
@@ -36,6 +34,7 @@ from dora_diffusion.studio.app.settings import (
 )
 from dora_diffusion.studio.jobs.bases import check_model
 from dora_diffusion.studio.jobs.store import UserError
+from tests.refusal import refused
 
 SLIDER = {"target": "a dog", "positive": "a big dog\n", "negative": " a tiny dog", "anchors": ""}
 
@@ -184,17 +183,12 @@ def test_fields_hold_text_that_comes_back_as_the_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "match"),
-    [
-        ("rank", "eight", "rank is 'eight'; it must be a whole number"),
-        ("rank", "8.5", "rank is '8.5'; it must be a whole number"),
-        ("magnitude_lr", "1e-4x", "magnitude_lr is '1e-4x'; it must be a number"),
-        ("learning_rate", "nan", "learning_rate is nan; it must be a finite number"),
-        ("lora_alpha", "inf", "lora_alpha is inf; it must be a finite number"),
-    ],
+    ("name", "text"),
+    [("rank", "eight"), ("rank", "0"), ("magnitude_lr", "1e-4x"), ("optimizer", "rm -rf")],
 )
-def test_what_is_no_number_is_refused_by_name(name: str, text: str, match: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(match)):
+def test_what_cannot_be_is_refused_by_name(name: str, text: str) -> None:
+    """Ranges are those of the settings."""
+    with refused(name, text):
         config(**{name: text})
 
 
@@ -260,10 +254,3 @@ def test_an_empty_field_means_the_default() -> None:
 def test_a_subject_without_a_name_is_refused(token: str, word: str, match: str) -> None:
     with pytest.raises(UserError, match=match):
         make_config(EMBEDDED, Path("p"), Path("o"), token, word, [], {})
-
-
-def test_values_that_cannot_work_are_refused_with_their_name() -> None:
-    with pytest.raises(ConfigError, match="rank is 0"):
-        config(rank=0)
-    with pytest.raises(ConfigError, match="optimizer"):
-        config(optimizer="rm -rf")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.results.folders import check_folders, output_folder
@@ -93,11 +93,11 @@ def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("photos", "output_dir and instance_data_dir are one folder"),
-        ("photos/../photos/", "output_dir and instance_data_dir are one folder"),
+        ("photos", "and instance_data_dir are one"),
+        ("photos/../photos/", "and instance_data_dir are one"),
         ("photos/run", "lies inside instance_data_dir"),
-        ("link", "output_dir and instance_data_dir are one folder"),
-        ("model", "output_dir and pretrained_model_name_or_path are one folder"),
+        ("link", "and instance_data_dir are one"),
+        ("model", "and pretrained_model_name_or_path are one"),
         ("model/unet/run", "lies inside pretrained_model_name_or_path"),
     ],
 )
@@ -113,9 +113,8 @@ def test_a_run_does_not_write_among_photos_or_a_models_files(
         overwrite_output_dir=True,
     )
     before = contents(tmp_path)
-    with pytest.raises(ConfigError, match=message) as error:
+    with refused("output_dir", message):
         train(config)
-    assert "\n" not in str(error.value)
     assert contents(tmp_path) == before
 
 
@@ -141,15 +140,15 @@ def test_photos_in_a_folder_of_their_own_inside_are_fine(tiny_run, photos, tmp_p
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("photos", "class_data_dir is the folder of the subject's photos"),
-        ("out", "is where the run writes its own images"),
-        ("out/samples", "is where the run writes its own images"),
+        ("photos", "the folder of the subject's photos"),
+        ("out", "where the run writes"),
+        ("out/samples", "where the run writes"),
     ],
 )
 def test_class_images_have_a_folder_of_their_own(place, message, tiny_run, tmp_path):
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
     config = tiny_run(class_data_dir=str(tmp_path / place), with_prior_preservation=True)
-    with pytest.raises(ConfigError, match=message):
+    with refused("class_data_dir", message):
         check_folders(config)
     check_folders(replace(config, with_prior_preservation=False))
 

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from dora_diffusion.cli.console.training import TrainProgress
-from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
+from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.engine import objective as inputs
 from dora_diffusion.training.events import StepDone, TrainingStarted
@@ -190,12 +190,11 @@ def test_a_finished_result_is_not_replaced_by_one_of_other_settings(tiny_run, tm
     longer = replace(config, max_train_steps=2, resume_from_checkpoint="latest")
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for changes, text in (
-        ({"learning_rate": 0.1}, r"learning_rate \(8e-05 -> 0\.1\)"),
-        ({"train_batch_size": 2}, r"train_batch_size \(1 -> 2\)"),
+        ({"learning_rate": 0.1}, "learning_rate (8e-05 -> 0.1)"),
+        ({"train_batch_size": 2}, "train_batch_size (1 -> 2)"),
     ):
-        with pytest.raises(ConfigError, match=f"a finished result.*other settings: {text}; ") as e:
+        with refused("output_dir", "a finished result", text):
             train(replace(longer, **changes))
-        assert "\n" not in str(e.value)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
     # Neither by another run's checkpoint; elsewhere it trains, with what it likes.
     branch = replace(longer, output_dir=str(tmp_path / "b"), learning_rate=2e-4)
@@ -276,15 +275,15 @@ def one_image_less(photos):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (another_image, r"1 image missing \(01\.jpg\); 1 image new \(01\.jpg\)"),
-        (another_caption, r"another caption of 01\.jpg \('a photo of a sks mug' -> 'a sks mug on"),
-        (another_mask, r"other masks \(03\.jpg\)"),
-        (one_image_less, r"1 image missing \(02\.jpg\)"),
+        (another_image, "1 image missing (01.jpg); 1 image new (01.jpg)"),
+        (another_caption, "caption of 01.jpg ('a photo of a sks mug' -> 'a sks mug on the moon')"),
+        (another_mask, "other masks (03.jpg)"),
+        (one_image_less, "1 image missing (02.jpg)"),
     ],
 )
 def test_other_images_captions_and_masks_are_refused(spoil, message, again):
     spoil(Path(again.instance_data_dir))
-    with pytest.raises(ConfigError, match=f"cannot resume checkpoint-2: .*other images: {message}"):
+    with refused("resume_from_checkpoint", message):
         train(again)
 
 
@@ -374,10 +373,9 @@ def test_class_images_are_compared_by_content():
     now = {"images": [], "class_images": [row | {"image": "b"}]}
     state = {"config": TrainConfig().to_dict(), "contents": before}
     check_same_run("checkpoint-2", state, TrainConfig(), before)
-    with pytest.raises(ConfigError) as error:
+    missing = "1 class image missing (class-00000.png); 1 class image new"
+    with refused("resume_from_checkpoint", missing, "they follow validation_inference_steps"):
         check_same_run("checkpoint-2", state, TrainConfig(), now)
-    assert "1 class image missing (class-00000.png); 1 class image new" in str(error.value)
-    assert "they follow validation_inference_steps" in str(error.value)
     captioned = {"images": [], "class_images": [row | {"caption": "a cup"}]}
     with refused("resume_from_checkpoint", "another caption of class-00000.png ('a mug' -> "):
         check_same_run("checkpoint-2", state, TrainConfig(), captioned)
@@ -401,8 +399,7 @@ def test_a_checkpoint_that_is_not_there_is_refused_before_the_model_is_loaded(ag
     missing = replace(
         again, resume_from_checkpoint="checkpoint-9", pretrained_model_name_or_path="no-such/model"
     )
-    message = "the checkpoint checkpoint-9 does not exist; the newest in .* is checkpoint-2"
-    with pytest.raises(ConfigError, match=message):
+    with refused("resume_from_checkpoint", "checkpoint-9 does not exist", "is checkpoint-2"):
         train(missing)
 
 

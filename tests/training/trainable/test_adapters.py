@@ -196,12 +196,12 @@ def test_a_resumed_run_needs_no_file_that_it_started_from(tiny_run, other, tmp_p
 
 REFUSED = {
     "text encoder": ({"train_text_encoder": False},
-                     r"has layers of text_encoder, which the run does not train; add --train_tex"),
-    "rank": ({"rank": 1}, r"cannot start the unet: it has rank 2, more than rank 1; set rank 2 or"),
-    "targets": ({"targets": ["*.attn2.to_q"]}, r"leave out 12 layers .* add '\*\.attn2\.to_k' '\*"),
-    "method": ({"method": "lora"}, r"cannot start the unet: it is a DoRA, which no LoRA can start"),
-    "nothing": ({"init_adapter": "/nowhere/x"}, r"init_adapter: there is no adapter at /nowhere/x"),
-    "hub": ({"init_adapter": "some/lora"}, r"init_adapter: some/lora is not .* HF_HUB_OFFLINE is"),
+                     "layers of text_encoder"),
+    "rank": ({"rank": 1}, "the unet: it has rank 2, more than rank 1"),
+    "targets": ({"targets": ["*.attn2.to_q"]}, "leave out 12 layers"),
+    "method": ({"method": "lora"}, "the unet: it is a DoRA"),
+    "nothing": ({"init_adapter": "/nowhere/x"}, "no adapter at /nowhere/x"),
+    "hub": ({"init_adapter": "some/lora"}, "HF_HUB_OFFLINE"),
 }  # fmt: skip
 
 
@@ -212,9 +212,8 @@ def test_an_adapter_that_the_run_cannot_start_from_is_refused_before_the_photos_
     changes, message = REFUSED[name]
     monkeypatch.setattr("dora_diffusion.training.session.open_dataset", None)
     config = tiny_run(**{"init_adapter": str(other), "train_text_encoder": True, **changes})
-    with pytest.raises(ConfigError, match=message) as error:
+    with refused("init_adapter", message):
         opened(config)
-    assert "\n" not in str(error.value)
 
 
 def test_an_adapter_of_another_family_is_refused_in_one_line(tiny_run, sdxl_folder, other):
