@@ -11,6 +11,7 @@ import yaml
 from dora_diffusion.config import TrainConfig, differences, settings, without_effect
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.subject import ENTRY_SETTINGS
+from tests.every import every
 from tests.refusal import refused
 
 TWO: list[dict[str, Any]] = [
@@ -106,9 +107,15 @@ def two_values(name: str) -> tuple[Any, Any]:
 INPAINTING = ("random", "subject")
 
 
-@pytest.mark.parametrize("name", ENTRY_SETTINGS)
-def test_an_entrys_setting_wins_and_the_runs_is_said(name: str, tmp_path: Path) -> None:
+def test_an_entrys_setting_wins_and_the_runs_is_said() -> None:
     """Of every setting that an entry may have, in the file of a run or on its command line."""
+    with every() as case:
+        for name in ENTRY_SETTINGS:
+            with case(name):
+                check_entry(name)
+
+
+def check_entry(name: str) -> None:
     setting = next(each for each in settings() if each.name == name)
     run, own = two_values(name)
     own = setting.default if setting.kind is bool else own

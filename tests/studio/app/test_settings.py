@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,7 @@ from dora_diffusion.studio.app.settings import (
 )
 from dora_diffusion.studio.jobs.bases import check_model
 from dora_diffusion.studio.jobs.store import UserError
+from tests.every import every
 from tests.refusal import refused
 
 SLIDER = {"target": "a dog", "positive": "a big dog\n", "negative": " a tiny dog", "anchors": ""}
@@ -56,14 +58,15 @@ def made_of(model: str, values: Mapping[str, Any]) -> TrainConfig:
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("model", [EMBEDDED, "org/model", SDXL])
-def test_every_preset_is_a_valid_config(preset: str, model: str) -> None:
-    values = preset_values(preset, model)
-    assert set(values) == set(ADVANCED) <= set(SETTINGS)
-    made = made_of(model, values)
-    assert made.center_crop  # the crop that the Subject tab shows
-    assert made.checkpointing_steps != 0  # Stop and Resume need checkpoints
+def test_every_preset_is_a_valid_config() -> None:
+    with every() as case:
+        for preset, model in itertools.product(PRESETS, (EMBEDDED, "org/model", SDXL)):
+            with case((preset, model)):
+                values = preset_values(preset, model)
+                assert set(values) == set(ADVANCED) <= set(SETTINGS)
+                made = made_of(model, values)
+                assert made.center_crop  # the crop that the Subject tab shows
+                assert made.checkpointing_steps != 0  # Stop and Resume need checkpoints
 
 
 @pytest.mark.parametrize(
@@ -228,11 +231,13 @@ def test_every_setting_has_a_field_but_those_that_the_page_decides() -> None:
         assert {SETTINGS[name].group for name in names} == {group}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("model", [EMBEDDED, "embedded:tiny-sdxl", "org/model", SDXL])
-@pytest.mark.parametrize("device", [Device(), Device("cuda", "x", 8.0, True, True)])
-def test_no_preset_holds_a_value_without_effect(preset: str, model: str, device: Device) -> None:
-    assert without_effect(made_of(model, preset_values(preset, model, device))) == {}
+def test_no_preset_holds_a_value_without_effect() -> None:
+    models = (EMBEDDED, "embedded:tiny-sdxl", "org/model", SDXL)
+    devices = (Device(), Device("cuda", "x", 8.0, True, True))
+    with every() as case:
+        for preset, model, device in itertools.product(PRESETS, models, devices):
+            with case((preset, model, device.kind)):
+                assert without_effect(made_of(model, preset_values(preset, model, device))) == {}
 
 
 def test_an_empty_field_means_the_default() -> None:
