@@ -84,9 +84,10 @@ class CommandSettings:
         values, lines = read_config_lines(file) if file else ({}, {})
         for name, value in values.items():
             try:
-                require(
-                    name in known, f"there is no setting {name}{did_you_mean(name, known)}", name
-                )
+                if name not in known:
+                    raise ConfigError(
+                        f"there is no setting {name}{did_you_mean(name, known)}", name
+                    )
                 values[name] = known[name].cast(value)
                 known[name].check(values[name])
             except ConfigError as error:

@@ -93,10 +93,12 @@ def by_folder(entry: Entry) -> list[Entry]:
 def _require_settings(names: Iterable[str], known: Container[str]) -> None:
     """Refuse keys of an entry that are no settings of a subject."""
     for name in names:
+        if name in ENTRY_SETTINGS:
+            continue
         problem = f"there is no setting {name}{did_you_mean(name, ENTRY_SETTINGS)}"
         if name in known:
             problem = f"{name} is a setting of the whole run; give it beside dataset_config"
-        require(name in ENTRY_SETTINGS, problem, name)
+        raise ConfigError(problem, name)
 
 
 def _read(path: Path, batch_size: int) -> Any:

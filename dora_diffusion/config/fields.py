@@ -96,12 +96,12 @@ def require_token_length(value: int) -> None:
 
 def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """A word must be one of the choices."""
-    require(
-        value in choices,
-        f"{name} is {value!r}; it must be one of {', '.join(choices)}"
-        + did_you_mean(value, choices),
-        name,
-    )
+    if value not in choices:  # The near word is looked for where it is needed alone.
+        raise ConfigError(
+            f"{name} is {value!r}; it must be one of {', '.join(choices)}"
+            + did_you_mean(value, choices),
+            name,
+        )
 
 
 @dataclass(frozen=True)
