@@ -831,7 +831,7 @@ def test_without_a_subject_an_image_stays_and_it_is_said(sd1_folder, tmp_path, m
     ("flags", "message"),
     [
         (("--detail", "./nowhere"), "nowhere does not exist; give a model's folder, or a hub id"),
-        (("--detail", "rembg", "--detail_padding", "8"), "detail_padding is 8; it must be at leas"),
+        (("--detail", "rembg", "--detail_padding", "8"), "detail_padding is 8; it must be at"),
     ],
 )
 def test_details_that_cannot_be_are_one_line(flags, message, sd1_folder, tmp_path, last_line):
