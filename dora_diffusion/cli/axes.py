@@ -227,7 +227,7 @@ def _expanded(
         elif name == "adapter" and "*" in word and " + " not in word:
             path, strengths = re.fullmatch(r"(.*?)((?::[-+.\deE]+){0,2})", word).groups()  # type: ignore[union-attr]
             matches = sorted(glob(path), key=_natural)
-            require(bool(matches), f"{quoted(path)} matches no file or folder")
+            require(bool(matches), f"{quoted(path)} matches no file or folder", "grid")
             yield from ((match + strengths, is_skipped) for match in matches)
         else:
             yield word, is_skipped
@@ -241,11 +241,12 @@ def _between(around: Sequence[str]) -> Iterator[str]:
         count = (last - second) / (second - first)
         is_ahead = count > 0
     except (ValueError, ArithmeticError, InvalidOperation):
-        raise ConfigError(f"the range has no step; {example}") from None
-    require(not count > _MOST, f"the range to {last} has more than {_MOST:,} values")
+        raise ConfigError(f"the range has no step; {example}", "grid") from None
+    require(not count > _MOST, f"the range to {last} has more than {_MOST:,} values", "grid")
     require(
         is_ahead and count == int(count),
         f"the range {first}, {second}, .. does not come to {last}; {example}",
+        "grid",
     )
     return (f"{(second + n * (second - first)).normalize():f}" for n in range(1, int(count)))
 
@@ -274,7 +275,9 @@ def _changes(name: str, words: Sequence[str], known: Mapping[str, Setting]) -> l
     if name == SIZE:
         sizes = [re.fullmatch(r"(\d{1,6})\s*[xX]\s*(\d{1,6})", word) for word in words]
         wrong = next((w for w, size in zip(words, sizes, strict=True) if not size), None)
-        require(wrong is None, f"size is {wrong!r}; write width and height, such as 512x768")
+        require(
+            wrong is None, f"size is {wrong!r}; write width and height, such as 512x768", "grid"
+        )
         pairs = [tuple(map(int, size.groups())) for size in sizes if size]
         return [
             Change(f"{width}x{height}", (width, height), ("width", "height"),

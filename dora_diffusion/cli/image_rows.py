@@ -94,11 +94,15 @@ def image_rows(args: RequestedImages) -> list[Row]:
         FileNotFoundError: If an entry's adapter is not there.
     """
     output = Path(args.output)
-    require(output.suffix.lower() in SUFFIXES, f"output {output} must end in {', '.join(SUFFIXES)}")
+    require(
+        output.suffix.lower() in SUFFIXES,
+        f"output {output} must end in {', '.join(SUFFIXES)}",
+        "output",
+    )
     entries = _entries(args) if args.adapters_file else [{}] * args.num_images
     first = secrets.randbelow(2**32) if args.seed is None else args.seed
     if not 0 <= first <= 2**63 - len(entries):
-        raise ConfigError(f"seed is {first}; it must be between 0 and 2**63 - num_images")
+        raise ConfigError(f"seed is {first}; it must be between 0 and 2**63 - num_images", "seed")
     from dora_diffusion.formats.adapter.stored import find_adapter
     from dora_diffusion.numerics.weights import require_strength
 
@@ -106,7 +110,9 @@ def image_rows(args: RequestedImages) -> list[Row]:
     for number, entry in enumerate(entries):
         prompt, seed = entry.get("prompt", args.prompt), entry.get("seed", first + number)
         place = f"entry {number + 1} of {args.adapters_file}" if args.adapters_file else "generate"
-        require(prompt is not None, f"{place} has no prompt; say with --prompt what to show")
+        require(
+            prompt is not None, f"{place} has no prompt; say with --prompt what to show", "prompt"
+        )
         suffix = f"-{number + 1}" if args.adapters_file else f"-{seed}" if len(entries) > 1 else ""
         adapter = entry.get("adapter")
         text = drawn(with_styles(str(prompt), [style.prompt for style in args.chosen_styles]), seed)
@@ -115,10 +121,12 @@ def image_rows(args: RequestedImages) -> list[Row]:
                 not re.search("<(lora|lyco|hypernet):", words),
                 f"the prompt {quoted(words)} holds <lora:...>, as web UIs load an adapter; give "
                 "its file with --adapter, or its folder with --adapter_dir",
+                "prompt",
             )
         require(
             not text.strip().startswith("Negative prompt:"),
             "the prompt begins with 'Negative prompt:'; give that as the negative prompt",
+            "prompt",
         )
         strength = entry.get("strength", 1.0)
         require_strength(f"strength of {place}", strength)
@@ -129,7 +137,7 @@ def image_rows(args: RequestedImages) -> list[Row]:
     existing = next((row.path for row in rows if row.path.exists()), None)
     if existing and not args.overwrite:
         raise ConfigError(
-            f"{existing} exists; choose another --output, or replace it with --overwrite"
+            f"{existing} exists; choose another --output, or replace it with --overwrite", "output"
         )
     for row in rows:
         require_writable(row.path)
@@ -143,27 +151,46 @@ def _entries(args: RequestedImages) -> list[dict[str, Any]]:
         ConfigError: If they are not what the flag's help says.
     """
     name = args.adapters_file or ""
-    require(args.adapter is None, "adapter and adapters_file are both given; leave out --adapter")
+    require(
+        args.adapter is None,
+        "adapter and adapters_file are both given; leave out --adapter",
+        "adapter",
+    )
     require(
         args.num_images == 1,
         f"num_images is {args.num_images}, and {name} has an entry for each image; leave it out",
+        "num_images",
     )
     entries = read_yaml(name)
     require(
         isinstance(entries, list) and bool(entries),
         f"{name} must be a list with an entry for each image, such as '- adapter: runs/dog'",
+        "adapters_file",
     )
     known = {"adapter": str | None, "prompt": str, "seed": int, "strength": int | float}
     rows: list[Any] = [{"adapter": e} if isinstance(e, str | None) else e for e in entries]
     for number, entry in enumerate(rows, start=1):
         where = f"entry {number} of {name}"
-        require(isinstance(entry, dict), f"{where} must be 'adapter: FILE' and what belongs to it")
+        require(
+            isinstance(entry, dict),
+            f"{where} must be 'adapter: FILE' and what belongs to it",
+            "adapters_file",
+        )
         for key, value in entry.items():
-            require(key in known, f"{where}: unknown key {key!r}; there are {', '.join(known)}")
+            require(
+                key in known,
+                f"{where}: unknown key {key!r}; there are {', '.join(known)}",
+                "adapters_file",
+            )
             require(
                 isinstance(value, known[key]) and not isinstance(value, bool),
                 f"{where}: {key} is {value!r}, which is not allowed",
+                "adapters_file",
             )
         seed = int(entry.get("seed", 0))
-        require(0 <= seed < 2**63, f"{where}: seed is {seed}; it must be between 0 and 2**63 - 1")
+        require(
+            0 <= seed < 2**63,
+            f"{where}: seed is {seed}; it must be between 0 and 2**63 - 1",
+            "adapters_file",
+        )
     return rows

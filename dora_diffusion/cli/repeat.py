@@ -140,6 +140,7 @@ class Repeated:
         require(
             INIT_IMAGE not in fields or args.image is not None,
             f"{name} was made over another image; give that with --image, and its mask",
+            "image",
         )
         painted = painted_fields(settings)
         for key, given in ((INIT_IMAGE, args.image), (MASK_IMAGE, f"the mask {args.mask_image}")):
@@ -175,6 +176,7 @@ class Repeated:
             not lacking,
             f"{args.base} is an inpainting model: give --image, and --mask_image of the same size, "
             "white where to paint (all white to paint the whole image)",
+            "image",
         )
         return components, metadata
 

@@ -231,6 +231,7 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
         require(
             not self.style or self.styles is not None,
             "style is given without a file of styles; give A1111's styles.csv with --styles",
+            "styles",
         )
         return read_styles(self.styles, self.style) if self.styles and self.style else []
 
@@ -339,7 +340,9 @@ def adapter_named(folder: str, name: str) -> str:
     from dora_diffusion.sampling.images import adapter_name, tag_name
 
     place = Path(folder).expanduser()
-    require(place.is_dir(), f"adapter_dir {folder} is not a folder; give one of adapters")
+    require(
+        place.is_dir(), f"adapter_dir {folder} is not a folder; give one of adapters", "adapter_dir"
+    )
     # What is directly there comes last, and counts.
     files = [*sorted(place.glob("*/*.safetensors")), *sorted(place.glob("*.safetensors"))]
     known = {tag_name(adapter_name(file)): str(file) for file in files}
@@ -347,5 +350,6 @@ def adapter_named(folder: str, name: str) -> str:
         name in known,
         f"adapter_dir {folder} has no adapter {name!r}{did_you_mean(name, known)}; there are "
         f"{listing(known, 8) or 'none'}",
+        "adapter_dir",
     )
     return known[name]

@@ -130,7 +130,7 @@ def check_results(output: str | Path, what: str, files: Iterable[str], *, overwr
     """
     if not overwrite and any((Path(output) / name).exists() for name in files):
         raise ConfigError(
-            f"{output} contains {what} already; choose another --output, or --overwrite"
+            f"{output} contains {what} already; choose another --output, or --overwrite", "output"
         )
     require_writable(Path(output), is_folder=True)
 

@@ -73,7 +73,11 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if isinstance(self.targets, str):
             object.__setattr__(self, "targets", (self.targets,))
-        require(bool(self.targets), "targets is empty; name a preset or a pattern of module paths")
+        require(
+            bool(self.targets),
+            "targets is empty; name a preset or a pattern of module paths",
+            "targets",
+        )
         for name in ("rank", "alpha", "conv_rank", "conv_alpha"):
             require_positive(name, getattr(self, name))
         for name in PATTERNS:
@@ -90,7 +94,9 @@ class AdapterConfig:
         )
         if self.parametrization == "vera":
             self._check_vera()
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be in [0, 1)")
+        require(
+            0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be in [0, 1)", "dropout"
+        )
 
     def _check_vera(self) -> None:
         for name in PATTERNS:

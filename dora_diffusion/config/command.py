@@ -84,14 +84,17 @@ class CommandSettings:
         values, lines = read_config_lines(file) if file else ({}, {})
         for name, value in values.items():
             try:
-                require(name in known, f"there is no setting {name}{did_you_mean(name, known)}")
+                if name not in known:
+                    raise ConfigError(
+                        f"there is no setting {name}{did_you_mean(name, known)}", name
+                    )
                 values[name] = known[name].cast(value)
                 known[name].check(values[name])
             except ConfigError as error:
                 raise ConfigError(f"{file}, line {lines[name]}: {error}", name) from error
         values |= {n: known[n].cast(value) for n, value in given.items() if n in known}
         lacking = [s.name for s in known.values() if s.is_required and s.name not in values]
-        require(not lacking, f"{', '.join(lacking)} must be given")
+        require(not lacking, f"{', '.join(lacking)} must be given", lacking[0] if lacking else "")
         return cls(**values)
 
     @classmethod

@@ -93,17 +93,20 @@ def by_folder(entry: Entry) -> list[Entry]:
 def _require_settings(names: Iterable[str], known: Container[str]) -> None:
     """Refuse keys of an entry that are no settings of a subject."""
     for name in names:
+        if name in ENTRY_SETTINGS:
+            continue
         problem = f"there is no setting {name}{did_you_mean(name, ENTRY_SETTINGS)}"
         if name in known:
             problem = f"{name} is a setting of the whole run; give it beside dataset_config"
-        require(name in ENTRY_SETTINGS, problem)
+        raise ConfigError(problem, name)
 
 
 def _read(path: Path, batch_size: int) -> Any:
-    if path.is_dir():
-        return kohya.folder_entries(path)
-    if path.suffix.lower() not in (".toml", ".json"):
-        return read_yaml(path)
+    if path.is_dir() or path.suffix.lower() not in (".toml", ".json"):
+        try:
+            return kohya.folder_entries(path) if path.is_dir() else read_yaml(path)
+        except ConfigError as error:  # with the path
+            raise ConfigError(str(error), "dataset_config") from error
     try:
         data = kohya.read_file(path)
         return kohya.dataset_entries(data, batch_size) if isinstance(data, dict) else data

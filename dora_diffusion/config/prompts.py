@@ -79,12 +79,20 @@ def parse_prompt(line: str) -> SamplePrompt:
         7
     """
     text, *options = re.split(r"(?:^|\s+)--(?=\w)", line.strip())
-    require(bool(text), f"the sample prompt {quoted(line)} has no text before its options")
+    require(
+        bool(text),
+        f"the sample prompt {quoted(line)} has no text before its options",
+        "validation_prompt",
+    )
     values: dict[str, Any] = {}
     for option in options:
         key, _, value = (part.strip() for part in option.partition(" "))
         name, read = _option(key, value, line)
-        require(name not in values, f"the sample prompt {quoted(line)} has --{key} twice")
+        require(
+            name not in values,
+            f"the sample prompt {quoted(line)} has --{key} twice",
+            "validation_prompt",
+        )
         values[name] = read
     return SamplePrompt(text, **values)
 
@@ -92,28 +100,40 @@ def parse_prompt(line: str) -> SamplePrompt:
 def _option(key: str, value: str, line: str) -> tuple[str, Any]:
     place = f"the sample prompt {quoted(line)}: --{key}"
     if key == _DRIFT:
-        require(not value, f"{place} takes no value {value!r}; put it at the line's end")
+        require(
+            not value,
+            f"{place} takes no value {value!r}; put it at the line's end",
+            "validation_prompt",
+        )
         return "is_drift", True
     if key in _TEXTS:
-        require(bool(value), f"{place} needs a value")
+        require(bool(value), f"{place} needs a value", "validation_prompt")
         return _TEXTS[key], _SCHEDULERS.get(value, value) if key == "ss" else value
     require(
         key in _NUMBERS,
         f"{place} is not an option here; there is --n (negative prompt), --d (seed), --w, --h, --l "
         "(guidance scale), --s (steps), --ss (scheduler) and --drift",
+        "validation_prompt",
     )
     name, kind, least, most = _NUMBERS[key]
     wanted = "a whole number" if kind is int else "a number"
     try:
         number = kind(value)
     except ValueError as error:
-        raise ConfigError(f"{place} is {value!r}; it must be {wanted}") from error
-    require(least <= number < math.inf, f"{place} is {value}; it must be at least {least:g}")
-    require(number <= most, f"{place} is {value}; it must be at most {most:g}")
+        raise ConfigError(
+            f"{place} is {value!r}; it must be {wanted}", "validation_prompt"
+        ) from error
+    require(
+        least <= number < math.inf,
+        f"{place} is {value}; it must be at least {least:g}",
+        "validation_prompt",
+    )
+    require(number <= most, f"{place} is {value}; it must be at most {most:g}", "validation_prompt")
     is_side = name in ("width", "height")
     require(
         not is_side or number % PIXELS == 0,
         f"{place} is {value}; it must be a multiple of {PIXELS}",
+        "validation_prompt",
     )
     return name, number
 
@@ -213,4 +233,5 @@ def _require_short(length: int) -> None:
     require(
         length <= MOST_CHARACTERS,
         f"a prompt of {length} characters is too long; the most are {MOST_CHARACTERS}",
+        "prompt",
     )

@@ -61,7 +61,7 @@ def subject_configs(
         "dataset_config",
     )
     given = _entries(source, config)
-    require(bool(given), f"{source or 'the list'} holds no subject")
+    require(bool(given), f"{source or 'the list'} holds no subject", "subjects")
     _warn_of_lost(source, [each.entry for each in given], config)
     made: dict[int, tuple[str, TrainConfig | ConfigError]] = {}
     taken: dict[str, str] = {}
@@ -87,10 +87,16 @@ class _Given:
 def _entries(source: str | Path | Sequence[Entry], config: TrainConfig) -> list[_Given]:
     if isinstance(source, str | Path):
         folder = Path(source).expanduser()
-        require(folder.exists(), f"{folder} does not exist; name a dataset file or a folder")
+        require(
+            folder.exists(), f"{folder} does not exist; name a dataset file or a folder", "subjects"
+        )
         inner = folders_in(folder) if folder.is_dir() else []
         if folder.is_dir() and not any(map(folder_name, inner)):
-            require(bool(inner), f"{folder} holds no folders; a subject is a folder of photos")
+            require(
+                bool(inner),
+                f"{folder} holds no folders; a subject is a folder of photos",
+                "subjects",
+            )
             return [_plain_folder(folder, config) for folder in inner]
     file = str(source) if isinstance(source, str | Path) else "subjects"
     return [

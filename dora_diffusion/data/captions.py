@@ -178,15 +178,20 @@ class Wildcards:
                 continue
             elif piece["mark"] == "}":
                 if len(groups) == 1:
-                    raise ConfigError(rf"{quoted(text)} has }} without {{; the character is \}}")
+                    raise ConfigError(
+                        rf"{quoted(text)} has }} without {{; the character is \}}", "wildcards"
+                    )
                 part = Choice(tuple(map(tuple, groups.pop())))
             groups[-1][-1].append(part)
         if len(groups) > 1:
-            raise ConfigError(rf"{quoted(text)} has {{ without }}; the character is \{{")
+            raise ConfigError(
+                rf"{quoted(text)} has {{ without }}; the character is \{{", "wildcards"
+            )
         template = tuple(groups[0][0])
         require(
             _length(template) <= MOST_CHARACTERS,
             f"the wildcards of {quoted(text)} can give more than {MOST_CHARACTERS} characters",
+            "wildcards",
         )
         self._templates[text] = template
         return template
@@ -194,23 +199,27 @@ class Wildcards:
     def _file(self, name: str, within: tuple[str, ...]) -> Choice:
         if name in within:
             raise ConfigError(
-                f"the wildcard __{name}__ names itself: {' > '.join((*within, name))}"
+                f"the wildcard __{name}__ names itself: {' > '.join((*within, name))}", "wildcards"
             )
         if name not in self._files:
             if self.folder is None:
                 raise ConfigError(
-                    f"the wildcard __{name}__ is of a file; name its folder: wildcard_dir"
+                    f"the wildcard __{name}__ is of a file; name its folder: wildcard_dir",
+                    "wildcard_dir",
                 )
             path = self.folder / f"{name}.txt"
             if ".." in path.parts[len(self.folder.parts) :] or not path.is_file():
                 raise ConfigError(
-                    f"the wildcard __{name}__ has no file {name}.txt in {self.folder}"
+                    f"the wildcard __{name}__ has no file {name}.txt in {self.folder}",
+                    "wildcard_dir",
                 )
             text = read_text(path, "the wildcard file", "wildcard_dir")
             lines = (" ".join(line.split()) for line in text.splitlines())
             texts = [line for line in lines if line and not line.startswith("#")]
             if not texts:
-                raise ConfigError(f"the wildcard __{name}__ has no line in {name}.txt to choose")
+                raise ConfigError(
+                    f"the wildcard __{name}__ has no line in {name}.txt to choose", "wildcard_dir"
+                )
             inner = (*within, name)
             self._files[name] = Choice(tuple(self.parse(text, inner) for text in texts))
         return self._files[name]

@@ -89,7 +89,9 @@ class AnalyzeSettings(Alpha, RequiredBase):
         output, titles = Path(self.output), len(self.title)
         check_results(output, "an analysis", FILES.values(), overwrite=self.overwrite)
         if titles not in (0, len(self.source)):
-            raise ConfigError(f"{titles} titles of {len(self.source)} sources; give one each")
+            raise ConfigError(
+                f"{titles} titles of {len(self.source)} sources; give one each", "title"
+            )
         axis: Any = self.norm_axis
         with progress("comparing weights", "layer") as show:
             analysis = analyze_weights(
@@ -154,7 +156,9 @@ class CompareSettings(WorkerFlags):
                 share=share,
             )
         if not results.records:
-            raise ConfigError(f"{output} contains no record of this study; leave out --report_only")
+            raise ConfigError(
+                f"{output} contains no record of this study; leave out --report_only", "report_only"
+            )
         files = write_report(results, output)
         if doubt := caution(results.records):
             warnings.warn(doubt, stacklevel=1)
@@ -175,7 +179,7 @@ def _study(args: CompareSettings) -> Study:
     from dora_diffusion.lab.study.config import Study, read_study
 
     if bool(args.study) == args.quick:
-        raise ConfigError("give a study's YAML file, or --quick")
+        raise ConfigError("give a study's YAML file, or --quick", "study")
     return Study.from_dict(QUICK) if args.quick else read_study(args.study or "")
 
 

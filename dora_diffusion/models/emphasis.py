@@ -100,7 +100,8 @@ def _number(text: str, prompt: str) -> float:
         return float(text)
     except ValueError:
         raise ConfigError(
-            f"the weight {text} in the prompt {quoted(prompt)} is no number; write (word:1.2)"
+            f"the weight {text} in the prompt {quoted(prompt)} is no number; write (word:1.2)",
+            "prompt_weights",
         ) from None
 
 

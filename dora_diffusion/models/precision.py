@@ -84,4 +84,4 @@ def require_trains(device: torch.device | str, precision: str) -> None:
     require_computes(device, PRECISION_DTYPES[precision])
     if precision == "fp16" and not has_gradient_scaler(kind):
         needs = "a GPU; use bf16 or no" if kind == "cpu" else "torch 2.8 on Apple's GPU; use no"
-        raise ConfigError(f"mixed_precision fp16 needs {needs}")
+        raise ConfigError(f"mixed_precision fp16 needs {needs}", "mixed_precision")

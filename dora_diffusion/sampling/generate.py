@@ -97,7 +97,7 @@ class SamplingSettings:
         prompt_weights: Read weights and breaks in prompts, as A1111 does (`models.emphasis`).
 
     Raises:
-        ValueError: If a value cannot work.
+        ConfigError: If a value cannot work.
     """
 
     steps: int = SampleSettings.validation_inference_steps
@@ -119,32 +119,31 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "width", "height", "hires_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-            most = MOST_STEPS if "steps" in name else MOST_SIDE
-            if value is not None and value > most:
-                raise ValueError(f"{name} is {value}; it must be at most {most}")
-            if value is not None and "steps" not in name and value % PIXELS:
-                more = (value // PIXELS + 1) * PIXELS
-                raise ValueError(
-                    f"{name} is {value}; it must be a multiple of {PIXELS}, such as {more}"
-                )
-        if not 0 <= self.guidance_scale < math.inf:
-            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be 0 or more")
-        if not 0 <= self.guidance_rescale <= 1:
-            raise ValueError(
-                f"guidance_rescale is {self.guidance_rescale}; it must be between 0 and 1"
-            )
-        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
-            raise ValueError(
-                f"scheduler is {self.scheduler!r}; it must be one of {', '.join(SCHEDULERS)}"
+            self._check_whole(name, getattr(self, name))
+        guidance, rescale = self.guidance_scale, self.guidance_rescale
+        require(
+            0 <= guidance < math.inf,
+            f"guidance_scale is {guidance}; it must be 0 or more",
+            "guidance_scale",
+        )
+        require(
+            0 <= rescale <= 1,
+            f"guidance_rescale is {rescale}; it must be between 0 and 1",
+            "guidance_rescale",
+        )
+        if self.scheduler is not None:
+            require(
+                self.scheduler in SCHEDULERS,
+                f"scheduler is {self.scheduler!r}; it must be one of {', '.join(SCHEDULERS)}",
+                "scheduler",
             )
         sizes = [each and each.size for each in (self.image, self.mask_image)]
-        if self.mask_image is not None and sizes[0] != sizes[1]:
-            raise ValueError(
-                f"a mask_image belongs to an image of its size; they are {sizes[1]} and {sizes[0]}"
-            )
+        require(
+            self.mask_image is None or sizes[0] == sizes[1],
+            f"a mask_image belongs to an image of its size; they are {sizes[1]} and {sizes[0]}",
+            "mask_image",
+        )
+        self._check_hires()
         self._check_passes()
 
     @property
@@ -154,33 +153,60 @@ class SamplingSettings:
             return self.hires_denoise
         return DENOISE if self.image is not None and self.denoise is None else self.denoise
 
+    @staticmethod
+    def _check_whole(name: str, value: int | None) -> None:
+        """Check a number of steps, or a side in pixels."""
+        if value is None:
+            return
+        is_side = "steps" not in name
+        most, more = MOST_SIDE if is_side else MOST_STEPS, (value // PIXELS + 1) * PIXELS
+        require(value >= 1, f"{name} is {value}; it must be at least 1", name)
+        require(value <= most, f"{name} is {value}; it must be at most {most}", name)
+        require(
+            not is_side or value % PIXELS == 0,
+            f"{name} is {value}; it must be a multiple of {PIXELS}, such as {more}",
+            name,
+        )
+
+    def _check_hires(self) -> None:
+        """Check a second pass, of images from text alone."""
+        if self.hires is None:
+            return
+        require(
+            self.image is None,
+            "a second pass (hires) is of images from text alone; leave it out, or the image to "
+            "start from",
+            "hires",
+        )
+        require(
+            1 < self.hires <= MOST_HIRES,
+            f"hires is {self.hires:g}; it must be above 1 and at most {MOST_HIRES}",
+            "hires",
+        )
+        for name in ("width", "height"):
+            side = getattr(self, name) or 0
+            require(
+                side * self.hires <= MOST_SIDE,
+                f"hires {self.hires:g} of a {name} of {side} is above {MOST_SIDE}",
+                "hires",
+            )
+
     def _check_passes(self) -> None:
         """Check what paints over an image, in one pass or as the second one."""
-        if self.hires is not None and self.image is not None:
-            raise ValueError(
-                "a second pass (hires) is of images from text alone; leave it out, or the image to "
-                "start from"
-            )
-        if self.hires is not None and not 1 < self.hires <= MOST_HIRES:
-            raise ValueError(
-                f"hires is {self.hires:g}; it must be above 1 and at most {MOST_HIRES}"
-            )
-        for name in ("width", "height"):
-            side = getattr(self, name)
-            if side is not None and side * (self.hires or 1) > MOST_SIDE:
-                raise ValueError(f"hires {self.hires:g} of a {name} of {side} is above {MOST_SIDE}")
         passes = [("denoise", self.denoise, self.steps)]
         if self.hires is not None:
             passes += [("hires_denoise", self.hires_denoise, self.hires_steps or self.steps)]
         if self.detail is not None:
             passes += [("detail_denoise", self.detail.denoise, self.steps)]
         for name, share, steps in passes:
-            if share is not None and not 0 < share <= 1:
-                raise ValueError(f"{name} is {share:g}; it must be above 0 and at most 1")
-            if share is not None and int(steps * share) < 1:
-                raise ValueError(
-                    f"{name} {share:g} of {steps} steps is less than one step; raise one of them"
-                )
+            if share is None:
+                continue
+            require(0 < share <= 1, f"{name} is {share:g}; it must be above 0 and at most 1", name)
+            require(
+                int(steps * share) >= 1,
+                f"{name} {share:g} of {steps} steps is less than one step; raise one of them",
+                name,
+            )
 
 
 def load_adapted(  # noqa: PLR0913 - keywords, each documented
@@ -457,6 +483,7 @@ def _passes(
         not (inpaints and (lacks or settings.hires)),
         f"{components.name} is an inpainting model, which paints into an image by a mask; give "
         "image and mask_image (white where to paint), and no hires",
+        "image",
     )
     if settings.image is not None and not inpaints:
         task = "Image2Image" if lacks else "Inpainting"

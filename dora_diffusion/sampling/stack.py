@@ -106,6 +106,7 @@ def uses_of(
         len(parsed) in (1, len(adapters)),
         f"strength_schedule has {len(parsed)} values, for {len(adapters)} adapters; give one, or "
         "one for each",
+        "strength_schedule",
     )
     if len(parsed) == 1:
         parsed *= len(adapters)

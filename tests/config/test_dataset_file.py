@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from dora_diffusion.config import ConfigError, TrainConfig, differences, settings, without_effect
+from dora_diffusion.config import TrainConfig, differences, settings, without_effect
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.subject import ENTRY_SETTINGS
+from tests.every import every
+from tests.refusal import refused
 
 TWO: list[dict[str, Any]] = [
     {"instance_data_dir": "mug", "instance_prompt": "a sks mug", "repeats": 2},
@@ -49,23 +51,20 @@ def test_an_entry_of_several_folders_is_one_for_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("- {repeats: 0}", "entry 1: repeats is 0; it must be greater than 0"),
+        ("- {repeats: 0}", "entry 1: repeats is 0"),
         ("- {}\n- {random_flips: 1}", "entry 2: there is no setting random_flips (did you mean"),
-        ("- {cache_latents: false}", "entry 1: cache_latents is a setting of the whole run"),
-        ("- {clip_skip: 1}", "entry 1: clip_skip is a setting of the whole run"),
-        ("- {max_token_length: 150}", "entry 1: max_token_length is a setting of the whole run"),
-        ("- {repeats: many}", "entry 1: repeats is 'many'; it must be a whole number"),
+        *((f"- {{{name}: 1}}", f"entry 1: {name} is a setting of the whole run")
+          for name in ("cache_latents", "clip_skip", "max_token_length")),
+        ("- {repeats: many}", "entry 1: repeats is 'many'"),
         ("instance_data_dir: a", "must hold a list of subjects"),
-        ("- {}\n- a", "entry 2: 'a' is not a subject; one begins with '- ' and a setting"),
-        ("- {repeats: }", "entry 1: repeats is empty; give a value, or leave it out"),
+        ("- {}\n- a", "entry 2: 'a' is not a subject"),
+        ("- {repeats: }", "entry 1: repeats is empty"),
         ("- {a: [}", "line 1: this is not valid YAML"),
     ],
-)
+)  # fmt: skip
 def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with refused("dataset_config", said):
         read(tmp_path / "bad.yaml", text)
-    assert said in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_settings_without_effect_are_said_by_entry() -> None:
@@ -108,9 +107,15 @@ def two_values(name: str) -> tuple[Any, Any]:
 INPAINTING = ("random", "subject")
 
 
-@pytest.mark.parametrize("name", ENTRY_SETTINGS)
-def test_an_entrys_setting_wins_and_the_runs_is_said(name: str, tmp_path: Path) -> None:
+def test_an_entrys_setting_wins_and_the_runs_is_said() -> None:
     """Of every setting that an entry may have, in the file of a run or on its command line."""
+    with every() as case:
+        for name in ENTRY_SETTINGS:
+            with case(name):
+                check_entry(name)
+
+
+def check_entry(name: str) -> None:
     setting = next(each for each in settings() if each.name == name)
     run, own = two_values(name)
     own = setting.default if setting.kind is bool else own

@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from dora_diffusion.config import (
-    ConfigError,
     TrainConfig,
     differences,
     settings,
@@ -19,6 +18,8 @@ from dora_diffusion.config import (
     without_effect,
 )
 from dora_diffusion.config.derived import as_yaml, class_word_in, overridden, resolve
+from tests.every import every
+from tests.refusal import refused
 
 FACTS: dict[str, Any] = {
     "prediction_type": "epsilon", "resolution": 64, "total_steps": 12, "steps_per_epoch": 4,
@@ -130,7 +131,7 @@ def test_min_snr_follows_from_what_the_model_predicts(
 
 
 def test_two_ways_to_weigh_timesteps_are_refused() -> None:
-    with pytest.raises(ConfigError, match="snr_gamma and debiased_estimation_loss both"):
+    with refused("debiased_estimation_loss", "and debiased_estimation_loss both"):
         TrainConfig(debiased_estimation_loss=True, snr_gamma=5.0)
 
 
@@ -212,12 +213,12 @@ IDLE: list[tuple[dict[str, Any], str, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("values", "name", "reason"), IDLE)
-def test_a_setting_without_effect_is_said_with_its_reason(
-    values: dict[str, Any], name: str, reason: str
-) -> None:
-    found = without_effect(TrainConfig(**values))
-    assert found[name] == f"{name} has no effect because {reason}"
+def test_a_setting_without_effect_is_said_with_its_reason() -> None:
+    with every() as case:
+        for values, name, reason in IDLE:
+            with case(values):
+                found = without_effect(TrainConfig(**values))
+                assert found[name] == f"{name} has no effect because {reason}"
 
 
 @pytest.mark.parametrize(
@@ -300,19 +301,24 @@ FREE: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OTHER)
-def test_what_changes_the_training_must_be_the_same(name: str) -> None:
+def test_what_changes_the_training_must_be_the_same() -> None:
     before = TrainConfig(snr_gamma=5.0)
-    now = replace(before, **{name: OTHER[name]})
-    refused, allowed = differences(before.to_dict(), now)
-    assert refused == {name: (getattr(before, name), OTHER[name])}
-    assert allowed == {}
+    with every() as case:
+        for name, value in OTHER.items():
+            change = {name: (getattr(before, name), value)}
+            with case(name):
+                now = replace(before, **{name: value})
+                assert differences(before.to_dict(), now) == (change, {})
 
 
-@pytest.mark.parametrize("name", FREE)
-def test_rates_steps_and_samples_may_change_and_are_listed(name: str) -> None:
-    before, now = TrainConfig(), replace(TrainConfig(), **{name: FREE[name]})
-    assert differences(before.to_dict(), now) == ({}, {name: (getattr(before, name), FREE[name])})
+def test_rates_steps_and_samples_may_change_and_are_listed() -> None:
+    before = TrainConfig()
+    with every() as case:
+        for name, value in FREE.items():
+            change = {name: (getattr(before, name), value)}
+            with case(name):
+                now = replace(before, **{name: value})
+                assert differences(before.to_dict(), now) == ({}, change)
 
 
 def test_every_setting_is_compared_unless_it_says_otherwise() -> None:
@@ -365,9 +371,9 @@ def test_a_setting_that_the_checkpoint_does_not_know_had_its_default() -> None:
     assert differences(before, TrainConfig()) == ({}, {})
 
 
-@pytest.mark.parametrize("name", ["resolution", "class_word", "lora_alpha", "conv_alpha"])
-def test_derived_settings_are_compared_as_they_were_used(name: str) -> None:
+def test_derived_settings_are_compared_as_they_were_used() -> None:
     used = {"resolution": 64, "class_word": "dog", "lora_alpha": 8.0, "conv_alpha": 4.0}
     other = {"resolution": 96, "class_word": "cat", "lora_alpha": 1.0, "conv_alpha": 1.0}
-    before, now = TrainConfig(**used), TrainConfig(**{**used, name: other[name]})
-    assert differences(before.to_dict(), now) == ({name: (used[name], other[name])}, {})
+    for name in used:
+        before, now = TrainConfig(**used), TrainConfig(**{**used, name: other[name]})
+        assert differences(before.to_dict(), now) == ({name: (used[name], other[name])}, {})

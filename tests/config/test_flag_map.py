@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from dora_diffusion.cli import main as cli
 from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.config import settings
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, OTHER_NAMES, meant_by, refusal
+from tests.every import every
 from tests.training.helpers import SAMPLES
 
 # As their argument parsers list them: train_dreambooth_lora.py, train_dreambooth_lora_sdxl.py.
@@ -40,11 +42,17 @@ use_blora cache_latents
 """
 
 
-@pytest.mark.parametrize("name", _SCRIPTS.split() + _ADVANCED.split())
-def test_every_flag_is_answered(name, capsys):
+def test_every_flag_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = cli.build_parser()
+    with every() as case:
+        for name in _SCRIPTS.split() + _ADVANCED.split():
+            with case(name):
+                check_flag(name, parser, capsys)
+
+
+def check_flag(name: str, parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
     known = {setting.name: setting for setting in settings()}
     answer = DIFFUSERS_FLAGS.get(name)
-    parser = cli.build_parser()
     if answer is not None and answer.status == "absent":
         assert answer.text
         with pytest.raises(SystemExit) as stop:
@@ -117,16 +125,23 @@ validation_split wandb_api_key wandb_run_name weighted_captions xformers zero_te
 """
 
 
-@pytest.mark.parametrize("name", _SD_SCRIPTS.split())
-def test_every_flag_of_sd_scripts_is_answered(name: str, capsys) -> None:
+def test_every_flag_of_sd_scripts_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
     """As a setting, by the setting that is meant, or by what to use; never by a guess."""
+    parser = cli.build_parser()
+    with every() as case:
+        for name in _SD_SCRIPTS.split():
+            with case(name):
+                check_sd_scripts_flag(name, parser, capsys)
+
+
+def check_sd_scripts_flag(name: str, parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
     known = {setting.name for setting in settings()}
     text = refusal(name)
     assert [name in known, name in OTHER_NAMES, text is not None].count(True) == 1
     if name in known:
         return
     with pytest.raises(SystemExit) as stop:
-        cli.build_parser().parse_args(["train", f"--{name}", "1"])
+        parser.parse_args(["train", f"--{name}", "1"])
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     if text is None:

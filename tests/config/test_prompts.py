@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.prompts import (
     SamplePrompt,
     parse_prompt,
@@ -14,6 +14,7 @@ from dora_diffusion.config.prompts import (
     read_styles,
     with_styles,
 )
+from tests.refusal import refused
 
 
 def test_options_are_read_as_sd_scripts_has_them() -> None:
@@ -43,10 +44,9 @@ def test_options_are_read_as_sd_scripts_has_them() -> None:
     ],
 )
 def test_an_option_that_cannot_work_is_refused(options: str, message: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with refused("validation_prompt") as error:
         TrainConfig(validation_prompt=["a dog", f"a sks dog {options}"])
     assert message in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_a_file_holds_a_prompt_a_line(tmp_path: Path) -> None:
@@ -62,11 +62,11 @@ def test_a_file_holds_a_prompt_a_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "cannot read sample_prompts .*prompts.txt: No such file"),
-        (b"\xff\xfe\xff", "sample_prompts .*prompts.txt is not UTF-8 text; save it as UTF-8"),
-        (b"# nothing\n\n", "sample_prompts .*prompts.txt has no prompt"),
-        (b"a dog\n\na cat --w x\n", r"prompts.txt, line 3: the sample prompt 'a cat --w x'"),
-        (b"--n blurry\n", "line 1: the sample prompt '--n blurry' has no text before its options"),
+        (None, "cannot read"),
+        (b"\xff\xfe\xff", "is not UTF-8 text"),
+        (b"# nothing\n\n", "has no prompt"),
+        (b"a dog\n\na cat --w x\n", "line 3: the sample prompt 'a cat --w x'"),
+        (b"--n blurry\n", "line 1: the sample prompt '--n blurry' has no text"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused(
@@ -75,7 +75,7 @@ def test_a_file_that_cannot_be_used_is_refused(
     file = tmp_path / "prompts.txt"
     if text is not None:
         file.write_bytes(text)
-    with pytest.raises(ConfigError, match=message):
+    with refused("sample_prompts", message, "prompts.txt"):
         read_prompts(file)
 
 
@@ -124,14 +124,14 @@ def test_old_files_of_styles_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "cannot read styles .*styles.csv: No such file"),
-        (b"\x89PNG\r\n\x1a\n", "styles .*styles.csv is not UTF-8 text; save it as UTF-8"),
-        (b"name,prompt\0", "styles .*styles.csv is not UTF-8 text"),
-        (b"", "styles .*styles.csv must begin with the line name,prompt,negative_prompt"),
+        (None, "cannot read"),
+        (b"\x89PNG\r\n\x1a\n", "is not UTF-8 text"),
+        (b"name,prompt\0", "is not UTF-8 text"),
+        (b"", "must begin with the line name,prompt,negative_prompt"),
         (b"ink,an ink drawing,\n", "must begin with the line name,prompt,negative_prompt"),
-        (b"name,prompt\nink," + b"x" * 200_000, "styles.csv, line 2: field larger than"),
-        (b"name,prompt\nInk,x\noil,x\n", "no style 'ink' .did you mean Ink..; there are Ink, oil"),
-        (bytes([65]) * (2**24 + 1), "styles .*styles.csv is larger than 16 MiB; give a text file"),
+        (b"name,prompt\nink," + b"x" * 200_000, "line 2: field larger than"),
+        (b"name,prompt\nInk,x\noil,x\n", "no style 'ink' (did you mean Ink?); there are Ink, oil"),
+        (bytes([65]) * (2**24 + 1), "larger than 16 MiB"),
     ],
     ids=["missing", "image", "null", "empty", "headless", "long", "unknown", "large"],
 )
@@ -141,6 +141,5 @@ def test_a_file_of_styles_that_cannot_be_used_is_refused(
     file = tmp_path / "styles.csv"
     if text is not None:
         file.write_bytes(text)
-    with pytest.raises(ConfigError, match=message) as error:
+    with refused("style" if "no style" in message else "styles", message, "styles.csv"):
         read_styles(file, ["ink"])
-    assert "\n" not in str(error.value)

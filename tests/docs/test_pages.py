@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import itertools
 import json
 import pkgutil
 import re
 import shlex
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -20,11 +23,11 @@ from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 from dora_diffusion.config.prompts import OPTIONS
 from dora_diffusion.data.checks import FEWEST, MOST
+from tests.every import every
 from tools import site
 from tools.pages import DOCS, PAGES, ROOT, Page
 
 PACKAGE = ROOT / "dora_diffusion"
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 # Of pip, uv, accelerate, docker.
 FLAGS_OF_OTHERS = {
@@ -40,6 +43,19 @@ WORDS_OF_OTHERS = {
     "clip_l_out", "color_aug", "create_lycoris", "create_lycoris_from_weights",
     "face_crop_aug_range", "linear_dim", "lora_te_text_model", "static_graph", "weight_adapter",
 }  # fmt: skip
+
+
+def each_page(check: Callable[[Page], None]) -> Callable[[], None]:
+    """Make one test of a check of every page, which names all pages that fail."""
+
+    def test() -> None:
+        with every() as case:
+            for page in PAGES:
+                with case(page.name):
+                    check(page)
+
+    test.__doc__ = check.__doc__
+    return test
 
 
 def own_command(words: list[str]) -> list[str] | None:
@@ -64,16 +80,18 @@ def without_redirections(words: list[str]) -> list[str]:
 
 
 @each_page
-def test_commands_parse(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_parse(page: Page) -> None:
     for words in page.commands:
         command = own_command(without_redirections(words))
         if command and command[0] not in ("--version", "--help"):
             assert command[0] in site.parsers(), shlex.join(words)
             if not {"--help", "--help-all"} & {*command}:
+                error = io.StringIO()
                 try:
-                    site.parsers()[command[0]].parse_args(command[1:])
+                    with contextlib.redirect_stderr(error):
+                        site.parsers()[command[0]].parse_args(command[1:])
                 except SystemExit:
-                    pytest.fail(f"{shlex.join(words)}: {capsys.readouterr().err}")
+                    pytest.fail(f"{shlex.join(words)}: {error.getvalue()}")
 
 
 @cache

@@ -90,9 +90,8 @@ def test_refusals_say_what_to_do(
     named = write_adapter(tmp_path / "named", AdapterFile(layers, metadata))
     with pytest.raises(ValueError, match=r"with --base \(it was trained on org/model\)$"):
         convert_adapter(named, tmp_path / "b", "a1111")
-    for rank in (0, -3):
-        with pytest.raises(ExportError, match=f"rank is {rank}; it must be at least 1"):
-            convert_adapter(source, tmp_path / "b", "lora", base=sd1_folder, rank=rank)
+    with pytest.raises(ExportError, match="rank is 0; it must be at least 1"):
+        convert_adapter(source, tmp_path / "b", "lora", base=sd1_folder, rank=0)
     for name in ("a.pt", "a.ckpt", "a.bin"):
         with pytest.raises(ExportError, match="pickles are not written"):
             convert_adapter(source, tmp_path / name, "kohya", family="sd1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from dora_diffusion.formats.files.stream import file_hash
 from dora_diffusion.numerics.merging import merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights, MergeStrengths, Strengths
+from tests.every import every
 from tests.export.helpers import MakeAdapter, tensors_of
 
 
@@ -48,19 +50,21 @@ def test_strength_per_component_and_several_adapters(
     assert verify_checkpoint(output, sdxl_folder, adapters, strength=strength).ok
 
 
-@pytest.mark.parametrize("name", ["adapters", *vars(MergeStrengths())])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 70, -10.5])
-def test_no_strength_is_out_of_its_limits(name: str, value: float) -> None:
-
-    def given(strength: float) -> MergeSpec:
+def test_no_strength_is_out_of_its_limits() -> None:
+    def given(name: str, strength: float) -> MergeSpec:
         if name == "adapters":
             return MergeSpec([("dog", strength)])
         return MergeSpec("dog", MergeStrengths(**{name: strength}))
 
-    what = "the strength of dog" if name == "adapters" else name
-    with pytest.raises(ValueError, match=f"^{what} is {value:g}; it must be between -10 and 10"):
-        given(value)
-    assert given(10).pairs()
+    with every() as case:
+        for name in ("adapters", *vars(MergeStrengths())):
+            what = "the strength of dog" if name == "adapters" else name
+            for value in (math.nan, math.inf, 70, -10.5):
+                line = f"^{what} is {value:g}; it must be between -10 and 10"
+                with case((name, value)), pytest.raises(ValueError, match=line):
+                    given(name, value)
+            for end in (-10, 10):
+                assert given(name, end).pairs()
 
 
 def test_the_hubs_name_of_a_file_is_its_hash(tmp_path: Path) -> None:

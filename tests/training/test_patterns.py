@@ -20,6 +20,7 @@ from dora_diffusion.training.loop import train, train_pack
 from dora_diffusion.training.results.metrics import TrainingError
 from dora_diffusion.training.results.write import result_metadata
 from tests.formats.layouts.helpers import assert_close_to_merge, load_pipeline, module_at
+from tests.refusal import refused
 from tests.training.helpers import (
     assert_same_adapter,
     losses,
@@ -63,7 +64,7 @@ def test_a_resumed_run_is_the_whole_one(run: TrainConfig, tmp_path: Path) -> Non
     assert read_config_file(parted / "config.yaml")["rank_pattern"] == PATTERNS["rank_pattern"]
     other = replace(run, output_dir=str(parted), resume_from_checkpoint="checkpoint-2")
     for name, value in {"rank_pattern": {"conv1": 3}, "lr_pattern": {}}.items():
-        with pytest.raises(ConfigError, match=name):
+        with refused("resume_from_checkpoint", name):
             train(replace(other, **{name: value}))
 
 
@@ -179,7 +180,7 @@ def test_an_adapter_starts_ranks_of_its_layers(
         ConfigError, match=r"it has rank 5, more than rank 2, rank_pattern conv1 5; set"
     ):
         train(replace(again, rank_pattern={"v_proj": 4, "conv1": 5}))
-    with pytest.raises(ConfigError, match=r"it has rank_pattern \*up_blocks\* 5, more than"):
+    with refused("init_adapter", "rank_pattern *up_blocks* 5, more than"):
         train(replace(again, rank_pattern={**PATTERNS["rank_pattern"], "*up_blocks*": 4}))
 
 
@@ -200,26 +201,19 @@ def test_settings_are_mappings_in_yaml_and_pairs_on_a_command_line() -> None:
     assert TrainConfig.from_dict({"rank_pattern": {"to_k": "4"}}).rank_pattern == {"to_k": 4}
 
 
-def test_in_python_a_pattern_is_a_mapping() -> None:
-    with pytest.raises(ConfigError, match=r"rank_pattern is \['to_k=4'\]; it must be a mapping"):
-        TrainConfig(rank_pattern=["to_k=4"])  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
-    ("values", "reason"),
+    ("setting", "values", "words"),
     [
-        ({"rank_pattern": ["to_k"]}, "rank_pattern is 'to_k'; it must be PATTERN=VALUE, such as"),
-        ({"rank_pattern": ["=4"]}, "it must be PATTERN=VALUE"),
-        ({"rank_pattern": {"to_k": 2.5}}, "rank_pattern is 2.5; it must be a whole number"),
-        ({"rank_pattern": {"to_k": 0}}, "rank_pattern is 0; it must be greater than 0"),
-        ({"lr_pattern": {"to_k": -1.0}}, "lr_pattern is -1.0; it must not be negative"),
-        ({"alpha_pattern": ["to_k=x"]}, "alpha_pattern is 'x'; it must be a number"),
-        (
-            {"optimizer": "prodigy", "learning_rate": 1.0, "lr_pattern": {"to_k": 1.0}},
-            "Prodigy has one rate for everything",
-        ),
+        ("rank_pattern", {"rank_pattern": ["to_k"]}, "'to_k'; it must be PATTERN=VALUE, such as"),
+        ("rank_pattern", {"rank_pattern": ["=4"]}, "PATTERN=VALUE"),
+        ("rank_pattern", {"rank_pattern": {"to_k": 2.5}}, "2.5; it must be a whole number"),
+        ("alpha_pattern", {"alpha_pattern": ["to_k=x"]}, "'x'; it must be a number"),
+        ("optimizer",
+         {"optimizer": "prodigy", "learning_rate": 1.0, "lr_pattern": {"to_k": 1.0}}, "one rate"),
     ],
-)
-def test_values_that_cannot_be_are_refused(values: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ConfigError, match=reason):
+)  # fmt: skip
+def test_values_that_cannot_be_are_refused(
+    setting: str, values: dict[str, Any], words: str
+) -> None:
+    with refused(setting, words):
         TrainConfig.from_dict(values)

@@ -17,7 +17,7 @@ from dora_diffusion import generate_images, load_components, set_strength
 from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.cli.console.training import training_summary
-from dora_diffusion.config import ConfigError, TrainConfig, without_effect
+from dora_diffusion.config import TrainConfig, without_effect
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.subject import OF_IMAGES, SLIDER_STRENGTHS
 from dora_diffusion.config.train import settings
@@ -38,6 +38,7 @@ from dora_diffusion.training.loop import TrainResult, check_pack, train
 from dora_diffusion.training.results.write import SampleWriter
 from dora_diffusion.training.session import open_session
 from tests.formats.layouts.test_compatibility import comfyui
+from tests.refusal import refused
 from tests.training.helpers import find, losses, names
 
 TARGET, HIGH, LOW = "a photo of a dog", "a photo of a red dog", "a photo of a toy"
@@ -209,51 +210,53 @@ def test_settings_of_sliders_have_no_effect_on_a_subject() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("setting", "changes", "words"),
     [
-        ({"negative": []}, "teach slider has no negative"),
-        ({"positive": []}, "teach slider has no positive"),
-        ({"target": []}, "teach slider has no target"),
-        ({"negative": [" "]}, "negative has an empty prompt; write it, or leave it out"),
-        ({"anchors": ["a cat", ""]}, "anchors has an empty prompt; write it, or leave it out"),
-        ({"positive": ["a", "b"]}, "positive has 2 prompts and negative 1"),
-        ({"target": ["a", "b"]}, "target has 2 prompts for 1 pair"),
-        ({"negative": [" A photo of a  RED dog"]}, "positive and negative are both 'a photo"),
-        ({"anchors": [HIGH]}, "anchors holds 'a photo of a red dog', which the slider moves"),
-        ({"anchors": [TARGET.title()]}, "anchors holds 'A Photo Of A Dog', which the slider moves"),
-        ({"num_class_images": 2}, "num_class_images is 2; this slider has 3 different prompts"),
-        ({"instance_data_dir": "photos"}, "instance_data_dir is set, and teach slider learns"),
-        ({"dataset_config": [{"instance_data_dir": "photos"}]}, "entry 1: instance_data_dir is"),
-        ({"dataset_config": [{"instance_prompt": "a"}]}, "dataset_config is set, and teach"),
-        ({"train_text_encoder_ti": True}, "train_text_encoder_ti is set, and teach slider"),
-        ({"method": "full"}, "method is full, whose weights have no strength"),
-        ({"teach": "concept"}, "teach is 'concept'; it must be one of subject, slider"),
+        ("negative", {"negative": []}, "has no negative"),
+        ("positive", {"positive": []}, "has no positive"),
+        ("target", {"target": []}, "has no target"),
+        ("negative", {"negative": [" "]}, "an empty prompt"),
+        ("anchors", {"anchors": ["a cat", ""]}, "an empty prompt"),
+        ("negative", {"positive": ["a", "b"]}, "2 prompts and negative 1"),
+        ("target", {"target": ["a", "b"]}, "2 prompts for 1 pair"),
+        ("negative", {"negative": [" A photo of a  RED dog"]}, "are both 'a photo"),
+        ("anchors", {"anchors": [HIGH]}, "'a photo of a red dog'"),
+        ("anchors", {"anchors": [TARGET.title()]}, "'A Photo Of A Dog'"),
+        ("num_class_images", {"num_class_images": 2}, "3 different prompts"),
+        ("instance_data_dir", {"instance_data_dir": "photos"}, "teach slider learns"),
+        ("dataset_config", {"dataset_config": [{"instance_data_dir": "photos"}]}, "entry 1: "),
+        ("dataset_config", {"dataset_config": [{"instance_prompt": "a"}]}, "and teach slider"),
+        ("train_text_encoder_ti", {"train_text_encoder_ti": True}, "and teach slider"),
+        ("method", {"method": "full"}, "weights have no strength"),
+        ("teach", {"teach": "concept"}, "'concept'"),
     ],
 )
-def test_what_makes_no_slider_is_refused_in_a_line(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
+def test_what_makes_no_slider_is_refused_in_a_line(
+    setting: str, changes: dict[str, Any], words: str
+) -> None:
+    with refused(setting, words):
         TrainConfig(**{**PROMPTS, **changes})
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["target", "positive", "negative"])
 def test_prompts_of_a_slider_that_is_not_asked_for_lead_to_it(name: str) -> None:
-    with pytest.raises(ConfigError, match="folder of subject photos, or give --teach slider"):
+    with refused("instance_data_dir", "or give --teach slider"):
         subjects_of(TrainConfig(**{name: ["a"]}))
-    with pytest.raises(ConfigError, match=r"folder of subject photos$"):
+    with refused("instance_data_dir") as error:
         subjects_of(TrainConfig())
+    assert "slider" not in str(error.value)
 
 
 def test_prompts_that_are_read_alike_are_refused(sd1_folder: Path, tmp_path: Path) -> None:
     long = "a photo of the dog on the red toy " * 20
     config = slider(sd1_folder, tmp_path, positive=[f"{long} red"], negative=[f"{long} dog"])
-    with pytest.raises(ConfigError, match=r"reads 'a photo .* as the same words, of which it"):
+    with refused("negative", "as the same words"):
         train(config)
     assert not list(tmp_path.rglob("class-*.png"))
 
 
 def test_a_pack_has_no_sliders(sd1_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="teach slider of one is not possible in a pack"):
+    with refused("teach", "not possible in a pack"):
         check_pack({"one": slider(sd1_folder, tmp_path)})
 
 

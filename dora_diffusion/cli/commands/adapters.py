@@ -114,7 +114,7 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
         output = Path(self.output)
         is_packed = self.to in FOLDERS and output.suffix == ".zip"
         if is_packed and output.exists() and not self.overwrite:
-            raise ConfigError(f"{output} exists; choose another output, or --overwrite")
+            raise ConfigError(f"{output} exists; choose another output, or --overwrite", "output")
         names = ("family", "alpha", "tags", "thumbnail", "rank", "conv_rank", "energy", "overwrite")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         tell(phase="converting")

@@ -129,7 +129,8 @@ def _outputs(args: EvaluateSettings) -> list[Path]:
     if len(set(names)) < len(names):
         raise ConfigError(
             f"two of the subjects {', '.join(args.subject)} have one name, which is that of their "
-            "results; rename a folder"
+            "results; rename a folder",
+            "subject",
         )
     return [output / name for name in names]
 
@@ -147,22 +148,25 @@ def _one_for_each(triggers: str, args: EvaluateSettings) -> list[str]:
         raise ConfigError(
             f"the adapter has {counted(len(found), 'subject')}, {triggers or 'without a trigger'}, "
             f"and --subject names {count}; name one for each, in this order, or choose with "
-            "--trigger"
+            "--trigger",
+            "subject",
         )
     if count > 1 and args.class_word:
-        raise ConfigError("--class_word is for one subject; choose it with --trigger")
+        raise ConfigError("--class_word is for one subject; choose it with --trigger", "class_word")
     return found
 
 
 def _check(args: EvaluateSettings, source: SubjectSource, output: Path) -> None:
     """Refuse what could not be evaluated or written before a model is loaded."""
     if not 0 <= args.seed < 2**32:
-        raise ConfigError(f"seed is {args.seed}; it must be between 0 and 2**32 - 1")
+        raise ConfigError(f"seed is {args.seed}; it must be between 0 and 2**32 - 1", "seed")
     from dora_diffusion.evaluation.report import FILES
 
     check_results(output, "an evaluation", FILES.values(), overwrite=args.overwrite)
     if args.prompts and not Path(args.prompts).is_file():
-        raise ConfigError(f"prompts {args.prompts} is not a file of prompts, one per line")
+        raise ConfigError(
+            f"prompts {args.prompts} is not a file of prompts, one per line", "prompts"
+        )
     source.check(args)
 
 
@@ -262,7 +266,8 @@ class PhotoFolder:
         if not Path(self.folder or "").is_dir():
             raise ConfigError(
                 f"subject {self.folder} is neither a folder of photos nor one of "
-                f"{', '.join(self.others)}"
+                f"{', '.join(self.others)}",
+                "subject",
             )
 
     def measure(
@@ -275,7 +280,7 @@ class PhotoFolder:
 
         if not trigger:
             raise ConfigError(
-                "the adapter does not say its trigger; give it with --trigger 'sks dog'"
+                "the adapter does not say its trigger; give it with --trigger 'sks dog'", "trigger"
             )
         names = args.metric_model or ([LITE] if lite_is_installed() else [])
         models = [open_metric_model(name) for name in names]

@@ -48,6 +48,7 @@ class GenerateSettings(RequestedImages):
             not model or model.startswith("rembg") or "/" in model or Path(model).is_dir(),
             f"{Path(str(image)).name} was made with the detail model {model}; give its folder with "
             "--detail",
+            "detail",
         )
         words = values.get("adapter") or []
         words = [words] if isinstance(words, str) else words
@@ -58,6 +59,7 @@ class GenerateSettings(RequestedImages):
             len(words) >= len(strengths),
             f"{Path(str(image)).name} was made with the adapter{'s' * (len(strengths) > 1)} "
             f"{', '.join(strengths)}; give each one's file with --adapter",
+            "adapter",
         )
         if strengths:
             given = {**given, "adapter": with_strengths(words, strengths)}

@@ -323,7 +323,11 @@ def _require_folder(args: RequestedImages, folder: Path) -> None:
     Raises:
         ConfigError, OSError: If so.
     """
-    require(args.adapters_file is None, "grid and adapters_file are both given; leave one out")
+    require(
+        args.adapters_file is None,
+        "grid and adapters_file are both given; leave one out",
+        "adapters_file",
+    )
     require(
         args.num_images == 1,
         f"num_images is {args.num_images}; of a grid give seeds: --grid seed=1,2",

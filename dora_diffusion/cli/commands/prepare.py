@@ -103,7 +103,9 @@ class PrepareSettings(CommandSettings):
 
         subjects = {Path(f).expanduser().resolve().name: list_photos(f) for f in self.photos}
         if len(subjects) < len(self.photos):
-            raise ConfigError("two folders of photos have one name; each subject needs its own")
+            raise ConfigError(
+                "two folders of photos have one name; each subject needs its own", "photos"
+            )
         plans = {name: _plan(self, name, paths) for name, paths in subjects.items()}
         prompt, label = self.caption_prompt or INSTRUCTION, self.mask_label or self.class_word
         models: dict[str, Any] = {
@@ -131,9 +133,13 @@ def _check(args: PrepareSettings) -> None:
     """Refuse what does not go together."""
     makes = args.caption_model or args.masks or args.background or _edit(args)
     if args.caption is not None and args.caption_model:
-        raise ConfigError("caption and caption_model both write captions; give one of them")
+        raise ConfigError(
+            "caption and caption_model both write captions; give one of them", "caption_model"
+        )
     if (makes and not args.output and not args.in_place) or (args.output and args.in_place):
-        raise ConfigError("captions, masks and copies need either --output FOLDER or --in_place")
+        raise ConfigError(
+            "captions, masks and copies need either --output FOLDER or --in_place", "output"
+        )
 
 
 def _edit(args: PrepareSettings) -> CaptionEdit:
@@ -160,7 +166,9 @@ def _plan(args: PrepareSettings, name: str, paths: Sequence[Path]) -> Preparatio
     plan = Preparation(target, edit=_edit(args), **settings)
     plan.check_target(paths)
     if Path(args.sheets).resolve() in (paths[0].parent.resolve(), target and target.resolve()):
-        raise ConfigError("a contact sheet among photos would be trained on; give another --sheets")
+        raise ConfigError(
+            "a contact sheet among photos would be trained on; give another --sheets", "sheets"
+        )
     require_writable(Path(args.sheets, f"{name}-sheet.jpg"))
     return plan
 

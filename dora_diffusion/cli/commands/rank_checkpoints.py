@@ -93,7 +93,9 @@ def _adapters(run: Path, names: Sequence[str]) -> dict[str, Path]:
     lacking = [name for name in names if places.get(name) is None]
     if lacking or not names:
         what = ", ".join(lacking) or "any adapter"
-        raise ConfigError(f"{run} has not {what}; it has {', '.join(kept) or 'no checkpoint'}")
+        raise ConfigError(
+            f"{run} has not {what}; it has {', '.join(kept) or 'no checkpoint'}", "checkpoints"
+        )
     return {name: path for name in names if (path := places[name])}
 
 
@@ -115,6 +117,7 @@ def _questions(config: TrainConfig, args: RankCheckpointsSettings, base: str) ->
         not config.is_slider,
         "the run taught a slider, which has no photos to compare with; its samples, as "
         "samples/step-000200.png, show each checkpoint at several strengths",
+        "run",
     )
     settings = SamplingSettings(
         steps=config.validation_inference_steps,
@@ -126,7 +129,8 @@ def _questions(config: TrainConfig, args: RankCheckpointsSettings, base: str) ->
     if args.subject and len({one.trigger for one in subjects} - {""}) > 1:
         raise ConfigError(
             f"the run has several subjects, {triggers_of(subjects)}, and --subject is of one; "
-            "leave it out to rank by the photos of each"
+            "leave it out to rank by the photos of each",
+            "subject",
         )
     return source_of(args.subject).questions(subjects, settings, base)
 

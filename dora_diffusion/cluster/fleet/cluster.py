@@ -139,7 +139,8 @@ class RayWorkers(Workers):
                 demand = ", ".join(f"{amount:g} {kind}" for kind, amount in self._demand.items())
                 raise ConfigError(
                     f"no node of the cluster has {demand} for a worker; lower --num_gpus or "
-                    "--num_cpus, or give --workers to wait for nodes"
+                    "--num_cpus, or give --workers to wait for nodes",
+                    "workers",
                 )
         except BaseException:
             self._leave()

@@ -31,7 +31,8 @@ def ray_library() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"Ray is not installed; run {INSTALL_RAY}, or leave out --address to train one subject "
-            "after another in this process"
+            "after another in this process",
+            "address",
         ) from error
     return ray
 
@@ -70,7 +71,7 @@ def connect(address: str, object_store: int = 100 * 2**20) -> Callable[[], None]
         try:
             ray.init(address=address, **options)
         except Exception as error:  # Nothing narrower where a node does not start in time.
-            raise ConfigError(_refusal(address, error)) from error
+            raise ConfigError(_refusal(address, error), "address") from error
         stack.callback(ray.shutdown)
         return stack.pop_all().close
 
@@ -136,11 +137,14 @@ def _require_answer(address: str) -> None:
     """Check within seconds that anything listens, which Ray itself tries for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        raise ConfigError(f"address {address} is not local, auto, HOST:PORT or ray://HOST:PORT")
+        raise ConfigError(
+            f"address {address} is not local, auto, HOST:PORT or ray://HOST:PORT", "address"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
     except OSError as error:
         raise ConfigError(
             f"nothing answers at address {address} ({error}); is the cluster up, and its port open "
-            "to this machine?"
+            "to this machine?",
+            "address",
         ) from error

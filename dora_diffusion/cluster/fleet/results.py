@@ -217,7 +217,9 @@ class FleetResults:
         try:
             self._files, self._top = fsspec.core.url_to_fs(output)
         except (ImportError, ValueError) as error:
-            raise ConfigError(f"output {output}: {' '.join(str(error).split())}") from error
+            raise ConfigError(
+                f"output {output}: {' '.join(str(error).split())}", "output"
+            ) from error
         # One place for a subject on each machine, so that nothing of a lost worker stays behind.
         digest = hashlib.sha256(output.encode()).hexdigest()[:12]
         self._root = system.private_folder(f"fleet-{digest}")

@@ -39,7 +39,9 @@ class Catalogue:
     ) -> None:
         self._folders, self._clock = [Path(folder).expanduser() for folder in folders], clock
         for folder in self._folders:
-            require(folder.exists(), f"{folder} does not exist; give a folder of adapters")
+            require(
+                folder.exists(), f"{folder} does not exist; give a folder of adapters", "adapters"
+            )
             _require_readable(folder)
         self._files: dict[str, Path] = {}
         self._scanned = -RESCAN
@@ -59,6 +61,7 @@ class Catalogue:
             require(
                 name not in files or not strict,
                 f"{file} and {files.get(name)} have one name; rename one of them",
+                "adapters",
             )
             if name not in files or self._files.get(name) == file:
                 files[name] = file

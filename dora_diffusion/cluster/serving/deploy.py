@@ -75,20 +75,25 @@ class Deployment:
     timeout: float
 
     def __post_init__(self) -> None:
-        require(is_address(self.host), f"host is {self.host!r}; it must be an address or a name")
+        require(
+            is_address(self.host), f"host is {self.host!r}; it must be an address or a name", "host"
+        )
         gpus = self.replica_gpus
         require(
             gpus is None or gpus <= 1 or gpus.is_integer(),
             f"replica_gpus is {gpus}; it must be a share of one, such as 0.5, or a whole number",
+            "replica_gpus",
         )
         require(
             "://" not in self.address,
             f"address is {self.address}; run serve on a node of the cluster, with --address auto",
+            "address",
         )
         require(
             self.token is not None or is_loopback(self.host),
             f"host {self.host} lets others ask this server; give --token_file, or set "
             f"{TOKEN_VARIABLE}",
+            "host",
         )
 
     @property
@@ -112,10 +117,11 @@ def read_token(file: Path | None) -> str | None:
     token, where = text.strip(), file or TOKEN_VARIABLE
     if file and not is_private(file):
         warnings.warn(f"others can read {file}; run 'chmod 600 {file}'", stacklevel=2)
-    require(not file or bool(token), f"{file} is empty; write a token into it")
+    require(not file or bool(token), f"{file} is empty; write a token into it", "token_file")
     require(
         not token or (len(token) >= SHORTEST_TOKEN and token.isascii() and token.isprintable()),
         f"the token of {where} must have at least {SHORTEST_TOKEN} ASCII characters in one line",
+        "token_file",
     )
     return token or None
 
@@ -207,6 +213,7 @@ def deployed(deployment: Deployment) -> Iterator[Replicas]:
     require(
         not is_path or Path(base).expanduser().exists(),
         f"base {base} does not exist; name a folder, a file, a hub id or embedded:NAME",
+        "base",
     )
     os.environ.update({k: v for k, v in _ENVIRONMENT.items() if k not in os.environ})
     try:

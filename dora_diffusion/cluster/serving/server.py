@@ -42,7 +42,8 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise ConfigError(
             f"cannot listen on port {port} of {host} ({_reason(error)}); end the program that has "
-            "it, or give another --port or --host"
+            "it, or give another --port or --host",
+            "port",
         ) from error
 
 

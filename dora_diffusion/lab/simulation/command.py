@@ -198,10 +198,13 @@ def _read(args: SimulateSettings) -> tuple[QueuePlan, Demand]:
     )
     from dora_diffusion.lab.simulation.queue import QueuePlan
 
-    require(args.rate is None or args.arrivals is None, "give --rate or --arrivals, not both")
+    require(
+        args.rate is None or args.arrivals is None, "give --rate or --arrivals, not both", "rate"
+    )
     require(
         (args.records is None) != (args.seconds is None),
         "say what a subject costs: --records FILE of a fleet, or --seconds of its training",
+        "seconds",
     )
     names = {field.name for field in fields(QueuePlan)}
     given = {name: value for name in names if (value := getattr(args, name)) is not None}

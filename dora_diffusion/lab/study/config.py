@@ -127,17 +127,24 @@ class Study:
 
     def __post_init__(self) -> None:
         names = [method.name for method in self.methods]
-        require(bool(names), "methods is empty; name at least one")
-        require(bool(self.subjects), "subjects is empty; name at least one")
-        require(bool(self.seeds), "seeds is empty; give a number of seeds, or a list")
+        require(bool(names), "methods is empty; name at least one", "methods")
+        require(bool(self.subjects), "subjects is empty; name at least one", "subjects")
+        require(bool(self.seeds), "seeds is empty; give a number of seeds, or a list", "seeds")
         each = self.seeds_per_subject
         is_number = isinstance(each, int) and not isinstance(each, bool)
-        require(each is None or is_number, f"seeds_per_subject is {each!r}; it must be a number")
+        require(
+            each is None or is_number,
+            f"seeds_per_subject is {each!r}; it must be a number",
+            "seeds_per_subject",
+        )
         require(
             each is None or 1 <= each <= len(self.seeds),
             f"seeds_per_subject is {each}; there are {len(self.seeds)} seeds",
+            "seeds_per_subject",
         )
-        require(BASE not in names, f"a method is called {BASE}, which is the untrained model")
+        require(
+            BASE not in names, f"a method is called {BASE}, which is the untrained model", "methods"
+        )
         for method in self.methods:
             self._check_method(method, names)
         self._check_tuning()
@@ -153,11 +160,12 @@ class Study:
         require(
             other is None or (other.is_tuned or len(other.learning_rates) == 1),
             f"methods.{method.name}: rate_of {method.rate_of} must name a method of one rate",
+            "rate_of",
         )
         try:
             self.training(method)
         except ConfigError as error:
-            raise ConfigError(f"methods.{method.name}: {error}") from error
+            raise ConfigError(f"methods.{method.name}: {error}", error.setting) from error
 
     def _check_tuning(self) -> None:
         tuned = [method.name for method in self.methods if method.is_tuned]
@@ -166,18 +174,20 @@ class Study:
                 not tuned,
                 f"{', '.join(tuned)}: no learning rate; give learning_rate, rate_of another "
                 "method, or a tune section",
+                "learning_rate",
             )
             return
         for name in self.tune.method_rates:
             _check_name("tune.method_rates", name, [one.name for one in self.methods], "method")
-        require(bool(tuned), "tune has no effect: every method has its learning rate")
+        require(bool(tuned), "tune has no effect: every method has its learning rate", "tune")
         counts = {name: len(self.tune.rates(name)) for name in tuned}
         require(
             len(set(counts.values())) <= 1 and 0 not in counts.values(),
             f"every method must be tuned with as many rates as the others, got {counts}",
+            "tune",
         )
         shared = [s for s in self.tune.subjects if s in self.subjects]
-        require(not shared, f"tune on other subjects than are reported, not on {shared}")
+        require(not shared, f"tune on other subjects than are reported, not on {shared}", "tune")
         for name in (self.tune.best, *self.tune.keep):
             place = "tune.best" if name == self.tune.best else "tune.keep"
             _check_name(place, name.partition("@")[0], MEASURES, "measure")
@@ -223,7 +233,7 @@ class Study:
         """
         _check_keys("the study", values, cls)
         for name in ("methods", "subjects"):
-            require(name in values, f"{name} is missing")
+            require(name in values, f"{name} is missing", name)
         methods = _mapping("methods", values["methods"])
         common = _mapping("common", values.get("common") or {})
         usual = _rates("common", common.pop("learning_rate", ()))
@@ -259,14 +269,18 @@ def _method(name: str, given: Any, usual: tuple[float, ...]) -> Method:
     values = _mapping(place, given)
     rates = _rates(place, values.pop("learning_rate", ()))
     rate_of = str(values.pop("rate_of", "") or "")
-    require(not (rates and rate_of), f"{place}: give learning_rate or rate_of, not both")
+    require(
+        not (rates and rate_of),
+        f"{place}: give learning_rate or rate_of, not both",
+        "learning_rate",
+    )
     _check_settings(place, values)
     return Method(str(name), values, rates or (() if rate_of else usual), rate_of)
 
 
 def _tuning(values: Mapping[str, Any]) -> Tuning:
     _check_keys("tune", values, Tuning)
-    require("subjects" in values, "tune.subjects is missing")
+    require("subjects" in values, "tune.subjects is missing", "tune")
     own = _mapping("tune.method_rates", values.get("method_rates") or {})
     optional = {name: values[name] for name in ("best", "keep") if name in values}
     return Tuning(
@@ -286,7 +300,9 @@ def _asked(values: Mapping[str, Any]) -> SamplingOptions:
 def _check_settings(place: str, values: Mapping[str, Any]) -> None:
     known = {setting.name: setting for setting in settings()}
     for name in values:
-        require(name in known, f"{place}: there is no setting {name}{did_you_mean(name, known)}")
+        require(
+            name in known, f"{place}: there is no setting {name}{did_you_mean(name, known)}", name
+        )
         own = name in _ITS_OWN or known[name].resume == "ignored"
         own = own or name in _HELD_OUT  # It has photos of its own.
         require(not own, f"{place}: {name} is set by the study; leave it out", name)
@@ -294,17 +310,17 @@ def _check_settings(place: str, values: Mapping[str, Any]) -> None:
 
 def _check_name(place: str, name: str, known: Collection[str], kind: str) -> None:
     said = f"{place}: there is no {kind} {name!r}{did_you_mean(name, known)}"
-    require(name in known, f"{said}; there are {', '.join(known)}")
+    require(name in known, f"{said}; there are {', '.join(known)}", place)
 
 
 def _check_keys(place: str, values: Mapping[str, Any], kind: Any) -> None:
     known = [field.name for field in fields(kind)]
     unknown = [f"{name}{did_you_mean(str(name), known)}" for name in values if name not in known]
-    require(not unknown, f"{place} has no {', '.join(unknown)}; it has {', '.join(known)}")
+    require(not unknown, f"{place} has no {', '.join(unknown)}; it has {', '.join(known)}", place)
 
 
 def _mapping(place: str, value: Any) -> dict[str, Any]:
-    require(isinstance(value, Mapping), f"{place} must hold 'name: value' lines")
+    require(isinstance(value, Mapping), f"{place} must hold 'name: value' lines", place)
     return dict(value)
 
 
@@ -316,8 +332,12 @@ def _rates(place: str, value: Any) -> tuple[float, ...]:
     try:
         rates = tuple(float(rate) for rate in _tuple(value))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{place}: {value!r} is not a learning rate") from error
-    require(all(rate > 0 for rate in rates), f"{place}: learning rates must be greater than 0")
+        raise ConfigError(f"{place}: {value!r} is not a learning rate", "learning_rate") from error
+    require(
+        all(rate > 0 for rate in rates),
+        f"{place}: learning rates must be greater than 0",
+        "learning_rate",
+    )
     return rates
 
 
@@ -326,4 +346,6 @@ def _seeds(value: Any) -> tuple[int, ...]:
     try:
         return tuple(range(value)) if isinstance(value, int) else tuple(int(s) for s in value)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"seeds is {value!r}; it must be a number, or a list of them") from error
+        raise ConfigError(
+            f"seeds is {value!r}; it must be a number, or a list of them", "seeds"
+        ) from error

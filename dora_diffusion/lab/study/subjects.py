@@ -59,10 +59,13 @@ def find_subject(given: Any, base: str, metric_models: Sequence[MetricModel]) ->
     if subject is None:
         raise ConfigError(
             f"no toy subject is called {given!r}; there are {', '.join(SUBJECTS)} (of photos, give "
-            "photos, held_out and instance_prompt; to draw another one, kind, seed and mark)"
+            "photos, held_out and instance_prompt; to draw another one, kind, seed and mark)",
+            "subjects",
         )
     require(
-        knows_toy_world(base), f"{subject.name} is of the toy world, which {base} does not know"
+        knows_toy_world(base),
+        f"{subject.name} is of the toy world, which {base} does not know",
+        "subjects",
     )
     return ToySource(subject)
 
@@ -72,7 +75,7 @@ def _drawn(given: Mapping[str, Any]) -> BenchmarkSubject:
     try:
         return draw_subject(**given)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"cannot draw the subject {dict(given)}: {error}") from error
+        raise ConfigError(f"cannot draw the subject {dict(given)}: {error}", "subjects") from error
 
 
 def _settings(asked: SamplingOptions) -> SamplingSettings:
@@ -174,9 +177,15 @@ class PhotoSource:
         """
         keys = ("name", "photos", "held_out", "instance_prompt", "class_word")
         unknown = set(given) - set(keys)
-        require(not unknown, f"a subject has no {', '.join(sorted(unknown))}; it has {keys}")
+        require(
+            not unknown, f"a subject has no {', '.join(sorted(unknown))}; it has {keys}", "subjects"
+        )
         for key in ("photos", "held_out", "instance_prompt"):
-            require(bool(given.get(key)), f"a subject of photos needs {key}, got {dict(given)}")
+            require(
+                bool(given.get(key)),
+                f"a subject of photos needs {key}, got {dict(given)}",
+                "subjects",
+            )
         photos, held_out = (
             Path(given[key]).expanduser().absolute() for key in ("photos", "held_out")
         )
@@ -187,7 +196,7 @@ class PhotoSource:
         )
         shared = set(_digests(photos)) & set(_digests(held_out))
         if shared:
-            raise ConfigError(f"{len(shared)} photos of {held_out} are in {photos} too")
+            raise ConfigError(f"{len(shared)} photos of {held_out} are in {photos} too", "subjects")
         return source
 
     @property

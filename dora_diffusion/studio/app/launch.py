@@ -61,17 +61,19 @@ class Launch(CommandSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.port is not None and not 1 <= self.port <= 65535:
-            raise ConfigError(f"port is {self.port}; it must be between 1 and 65535")
+            raise ConfigError(f"port is {self.port}; it must be between 1 and 65535", "port")
         if not is_address(self.host):
             raise ConfigError(
                 f"host is {self.host!r}; it must be an address of this machine, such as 127.0.0.1 "
-                "(this machine alone), 0.0.0.0 (all of its addresses) or its name"
+                "(this machine alone), 0.0.0.0 (all of its addresses) or its name",
+                "host",
             )
         for name in self.allowed_hosts:
             if not is_address(name):
                 raise ConfigError(
                     f"allowed_host is {name!r}; it must be a name such as studio.example.org, "
-                    "without https:// and port"
+                    "without https:// and port",
+                    "allowed_hosts",
                 )
         if not self.logins and self.is_open:
             what = "--share" if self.share else f"--host {self.host}"
@@ -79,7 +81,8 @@ class Launch(CommandSettings):
                 what = f"--allowed_host {' '.join(self._proxied)}"
             raise ConfigError(
                 f"{what} lets others reach this app, who could then use this machine; give "
-                f"--auth NAME:PASSWORD (or set {AUTH_VARIABLE})"
+                f"--auth NAME:PASSWORD (or set {AUTH_VARIABLE})",
+                "auth",
             )
 
     @property
@@ -95,7 +98,8 @@ class Launch(CommandSettings):
             if not name or len(password) < 8 or name in logins:
                 raise ConfigError(
                     "--auth must be NAME:PASSWORD, with a password of at least 8 characters and no "
-                    "comma; of several people NAME:PASSWORD,NAME:PASSWORD, each with another name"
+                    "comma; of several people NAME:PASSWORD,NAME:PASSWORD, each with another name",
+                    "auth",
                 )
             logins[name] = password
         return logins

@@ -168,7 +168,8 @@ def _config(
     taught: Mapping[str, Any],
 ) -> TrainConfig:  # fmt: skip
     """The settings of a run that is taught something."""
-    values = {name: _value(name, advanced[name]) for name in ADVANCED if name in advanced}
+    usual = vars(TrainConfig())
+    values = {n: _value(n, advanced[n], usual[n]) for n in ADVANCED if n in advanced}
     return TrainConfig.from_dict(
         {
             **values,
@@ -180,9 +181,9 @@ def _config(
     )
 
 
-def _value(name: str, value: Any) -> Any:
+def _value(name: str, value: Any, default: Any) -> Any:
     """A field's value as a config file may have it; an empty field means the default."""
-    setting, default = SETTINGS[name], getattr(TrainConfig(), name)
+    setting = SETTINGS[name]
     if isinstance(value, bool):
         return value
     if setting.is_list:

@@ -80,7 +80,8 @@ def make_accelerator(config: TrainConfig) -> Any:
     if config.report_to and find_spec(config.report_to) is None:
         raise ConfigError(
             f"report_to {config.report_to} needs a package that is not installed; "
-            f"run 'pip install {config.report_to}'"
+            f"run 'pip install {config.report_to}'",
+            "report_to",
         )
     shards = wants_sharding(config)
     # A process may train more than once, with another precision.

@@ -183,14 +183,16 @@ def optimizer_library(name: str) -> Any:
     if name == "muon" and not hasattr(torch.optim, "Muon"):
         raise ConfigError(
             f"the optimizer muon needs torch 2.9 or newer, and this is {torch.__version__}; "
-            "update torch, or use --optimizer adamw"
+            "update torch, or use --optimizer adamw",
+            "optimizer",
         )
     try:
         return import_module(_MODULES.get(package, package))
     except ImportError as error:
         raise ConfigError(
             f"the optimizer {name} needs {package}, which is not installed; "
-            f"run 'pip install {package}' or use --optimizer adamw"
+            f"run 'pip install {package}' or use --optimizer adamw",
+            "optimizer",
         ) from error
 
 
@@ -247,7 +249,9 @@ def restore_optimizer(optimizer: Any, lr_schedule: Any, state: Mapping[str, Any]
     try:
         optimizer.load_state_dict(state["optimizer"])
     except ValueError as error:
-        raise ConfigError(f"the checkpoint's optimizer does not fit this run's: {error}") from error
+        raise ConfigError(
+            f"the checkpoint's optimizer does not fit this run's: {error}", "resume_from_checkpoint"
+        ) from error
     _restore_dtypes(optimizer, state["optimizer"]["state"])
     lr_schedule.load_state_dict(state["lr_schedule"])
     plain = getattr(lr_schedule, "scheduler", lr_schedule)

@@ -247,7 +247,8 @@ def check_subject(subject: Subject, photos: Sequence[Photo]) -> None:
     if bare:
         raise ConfigError(
             f"{counted(len(bare), 'photo')} without a caption ({listing(bare, 3)}); write one into "
-            "a .txt beside each, or one for all with instance_prompt"
+            "a .txt beside each, or one for all with instance_prompt",
+            "instance_prompt",
         )
     for message in filter(None, (copies(photos), too_few(photos))):
         warnings.warn(message, stacklevel=3)

@@ -52,17 +52,20 @@ def class_prompts(
         if subject.token and any(contains_token(prompt, subject.token) for prompt in prompts):
             raise ConfigError(
                 f"class_prompt {quoted(config.class_prompt)} contains the token {subject.token!r}; "
-                "describe other members of the class, without it"
+                "describe other members of the class, without it",
+                "class_prompt",
             )
         return prompts
     if not subject.token:
         raise ConfigError(
             "prior preservation with token '' needs class_prompt: without a token, captions "
-            "cannot be turned into captions of the class"
+            "cannot be turned into captions of the class",
+            "class_prompt",
         )
     if not subject.class_word:
         raise ConfigError(
-            "prior preservation needs to know what the subject is; set class_word or class_prompt"
+            "prior preservation needs to know what the subject is; set class_word or class_prompt",
+            "class_word",
         )
     return list(dict.fromkeys(map(as_class, captions)))
 
@@ -79,16 +82,20 @@ def check_image_free(subject: Subject, captions: Sequence[str]) -> None:
     if not subject.token:
         raise ConfigError(
             f"prior_preservation_mode image-free with token '': {why}; choose a token, or use "
-            "prior_preservation_mode images with class_prompt"
+            "prior_preservation_mode images with class_prompt",
+            "prior_preservation_mode",
         )
     if not subject.class_word:
-        raise ConfigError("prior preservation needs to know what the subject is; set class_word")
+        raise ConfigError(
+            "prior preservation needs to know what the subject is; set class_word", "class_word"
+        )
     lacking = [caption for caption in captions if not contains_token(caption, subject.token)]
     if lacking:
         raise ConfigError(
             f"{counted(len(lacking), 'caption')} of {len(captions)} without the token "
             f"{subject.token!r} (first: {quoted(lacking[0])}): for them {why}; put the token into "
-            "each caption, or use prior_preservation_mode images"
+            "each caption, or use prior_preservation_mode images",
+            "prior_preservation_mode",
         )
 
 

@@ -98,7 +98,8 @@ def subjects_of(config: TrainConfig) -> list[Subject]:
         if subject.token and first.class_word.lower() != subject.class_word.lower():
             raise ConfigError(
                 f"dataset_config: the token {subject.token!r} means a {first.class_word!r} and a "
-                f"{subject.class_word!r}; give each subject a token of its own"
+                f"{subject.class_word!r}; give each subject a token of its own",
+                "token",
             )
     tokens = [token for token in by_token if token]
     asks = config.validation_prompt and len(tokens) == len(by_token)
@@ -125,19 +126,22 @@ def _subject_of(config: TrainConfig) -> Subject:
         is_slider = config.target or config.positive or config.negative
         raise ConfigError(
             "instance_data_dir is not set; name the folder of subject photos"
-            + (", or give --teach slider to learn from prompts alone" if is_slider else "")
+            + (", or give --teach slider to learn from prompts alone" if is_slider else ""),
+            "instance_data_dir",
         )
     token, prompt = config.token.strip(), config.instance_prompt or ""
     if not prompt and token:
         raise ConfigError(
             "instance_prompt is not set; describe the subject with its token, "
-            'such as "a photo of a sks dog"'
+            'such as "a photo of a sks dog"',
+            "instance_prompt",
         )
     captions = rules.possible(prompt, token)
     if token and not any(contains_token(caption, token) for caption in captions):
         raise ConfigError(
             f"instance_prompt {quoted(prompt)} does not contain the token "
-            f"{token!r}; put it in front of the class word, or choose another with --token"
+            f"{token!r}; put it in front of the class word, or choose another with --token",
+            "instance_prompt",
         )
     return Subject(token, config.class_word or usual_class_word(config), config)
 

@@ -63,7 +63,8 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
             raise ConfigError(
                 f"{output_dir} contains no checkpoint to resume from (a run with "
                 "--checkpointing_steps 0 keeps none); start over with --overwrite_output_dir, or "
-                "leave out --resume_from_checkpoint"
+                "leave out --resume_from_checkpoint",
+                "resume_from_checkpoint",
             )
         return checkpoints[-1]
     places = (Path(name).expanduser(), output_dir / name)
@@ -73,8 +74,11 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
     if not any(path.exists() for path in places):
         others = checkpoints_in(output_dir)
         newest = f"; the newest in {output_dir} is {others[-1].name}" if others else ""
-        raise ConfigError(f"the checkpoint {name} does not exist{newest}")
-    raise ConfigError(f"{name} is not a checkpoint of a training run (it has no {STATE_FILE})")
+        raise ConfigError(f"the checkpoint {name} does not exist{newest}", "resume_from_checkpoint")
+    raise ConfigError(
+        f"{name} is not a checkpoint of a training run (it has no {STATE_FILE})",
+        "resume_from_checkpoint",
+    )
 
 
 def live_state(session: Session) -> dict[str, Any] | None:
@@ -124,7 +128,9 @@ def read_state(path: Path) -> dict[str, Any]:
         # weights_only: the file holds tensors and plain values, and cannot run code.
         state: dict[str, Any] = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
     except Exception as error:
-        raise ConfigError(f"cannot read the checkpoint {path}: {error}") from error
+        raise ConfigError(
+            f"cannot read the checkpoint {path}: {error}", "resume_from_checkpoint"
+        ) from error
     return state
 
 
@@ -168,12 +174,16 @@ def restore_weights(session: Session, state: Mapping[str, Any]) -> None:
     if state["projections"] != session.weights.projections():
         raise ConfigError(
             "the checkpoint's random projections are not those that this version draws; "
-            "resume it with the version that wrote it"
+            "resume it with the version that wrote it",
+            "resume_from_checkpoint",
         )
     saved, tensors = state["parameters"], session.weights.tensors()
     shapes, own = ({k: tuple(v.shape) for k, v in of.items()} for of in (saved, tensors))
     if shapes != own:
-        raise ConfigError("the checkpoint was trained in other layers or shapes than this run's")
+        raise ConfigError(
+            "the checkpoint was trained in other layers or shapes than this run's",
+            "resume_from_checkpoint",
+        )
     _copy(saved, tensors)
     session.weights.restore_start(state["start"])
 

@@ -51,7 +51,7 @@ def output_folder(config: TrainConfig) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = "it is a file" if folder.is_file() else error.strerror
-        raise ConfigError(f"cannot make output_dir {folder}: {reason}") from error
+        raise ConfigError(f"cannot make output_dir {folder}: {reason}", "output_dir") from error
     with locked(folder, f"output_dir {folder}"):
         _check_contents(config, folder)
         yield folder
@@ -71,10 +71,11 @@ def locked(folder: Path, shown: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
-            f"another run is writing to {shown}; wait until it has ended, or choose another"
+            f"another run is writing to {shown}; wait until it has ended, or choose another",
+            shown.split()[0],
         ) from error
     except PermissionError as error:
-        raise ConfigError(f"cannot write to {shown}: {error.strerror}") from error
+        raise ConfigError(f"cannot write to {shown}: {error.strerror}", shown.split()[0]) from error
     except (OSError, NotImplementedError):
         warnings.warn(
             f"the disk of {shown} has no locks: make sure that no other run writes there",
@@ -120,12 +121,14 @@ def _check_subject_folders(config: TrainConfig, output: Path) -> None:
     if folder is not None and folder == photos:
         raise ConfigError(
             f"class_data_dir is the folder of the subject's photos, {folder}; class images show "
-            "other members of the class: choose another folder, or leave it out"
+            "other members of the class: choose another folder, or leave it out",
+            "class_data_dir",
         )
     if folder in (output, output / "samples", output / config.logging_dir):
         raise ConfigError(
             f"class_data_dir {folder} is where the run writes its own images and files; choose "
-            "another folder, or leave it out"
+            "another folder, or leave it out",
+            "class_data_dir",
         )
 
 
@@ -139,11 +142,14 @@ def _apart(inner_name: str, inner: Path, outer_name: str, outer: Path) -> None:
     """Refuse a folder that is another, or lies inside it."""
     if inner == outer:
         raise ConfigError(
-            f"{inner_name} and {outer_name} are one folder, {inner}; choose another for one of them"
+            f"{inner_name} and {outer_name} are one folder, {inner}; choose another for one of "
+            "them",
+            inner_name,
         )
     if outer in inner.parents:
         raise ConfigError(
-            f"{inner_name} {inner} lies inside {outer_name} {outer}; choose another folder"
+            f"{inner_name} {inner} lies inside {outer_name} {outer}; choose another folder",
+            inner_name,
         )
 
 
@@ -158,19 +164,22 @@ def _check_contents(config: TrainConfig, folder: Path) -> None:
         raise ConfigError(
             f"output_dir {folder} already contains checkpoints up to {checkpoints[-1].name}; "
             "choose another, resume with --resume_from_checkpoint latest (and a larger "
-            "--max_train_steps, if it has ended), or start over with --overwrite_output_dir"
+            "--max_train_steps, if it has ended), or start over with --overwrite_output_dir",
+            "output_dir",
         )
     if holds_result(folder) or folders_after(folder, -1):
         raise ConfigError(
             f"output_dir {folder} already contains a trained adapter or model, and no checkpoint "
             "to resume from (a run with --checkpointing_steps 0 keeps none); choose another, or "
-            "start over with --overwrite_output_dir"
+            "start over with --overwrite_output_dir",
+            "output_dir",
         )
     foreign = [name for name in _COMMON_NAMES if (folder / name).exists()]
     if foreign and not (folder / METRICS_NAME).exists():
         raise ConfigError(
             f"output_dir {folder} holds {' and '.join(foreign)}, which no run has written and this "
-            "one would replace; choose another output_dir, or replace with --overwrite_output_dir"
+            "one would replace; choose another output_dir, or replace with --overwrite_output_dir",
+            "output_dir",
         )
 
 

@@ -158,14 +158,16 @@ def _check_steps(path: Path, step: int, total_steps: int, config: TrainConfig) -
     if step > total_steps:
         raise ConfigError(
             f"{path.name} has {step} steps, more than the {total_steps} that are asked for; set "
-            f"--max_train_steps to more than {step}, or resume from an earlier checkpoint"
+            f"--max_train_steps to more than {step}, or resume from an earlier checkpoint",
+            "max_train_steps",
         )
     later = checkpoints_in(Path(config.output_dir), after=step)
     if later and not config.overwrite_output_dir:
         raise ConfigError(
             f"{config.output_dir} holds checkpoints after step {step} ({later[-1].name}); "
             "resume from there with --resume_from_checkpoint latest, choose another "
-            "output_dir, or drop them with --overwrite_output_dir"
+            "output_dir, or drop them with --overwrite_output_dir",
+            "resume_from_checkpoint",
         )
 
 
@@ -182,7 +184,8 @@ def _check_result(
     instead = "choose another --output_dir, or replace it with --overwrite_output_dir"
     if path.parent.resolve() != folder.resolve():
         raise ConfigError(
-            f"output_dir {folder} holds a finished result, and {path} is of another run; {instead}"
+            f"output_dir {folder} holds a finished result, and {path} is of another run; {instead}",
+            "output_dir",
         )
     learning = {source.name for source in fields(OptimizerSettings)}
     learning |= {"train_batch_size", "gradient_accumulation_steps"}
@@ -192,7 +195,8 @@ def _check_result(
         raise ConfigError(
             f"output_dir {folder} holds a finished result, which was trained with other settings: "
             f"{listed(other)}; take them back, {instead} (--resume_from_checkpoint {path} works "
-            "from there too)"
+            "from there too)",
+            "output_dir",
         )
 
 
@@ -217,14 +221,16 @@ def check_same_run(
     if refused:
         raise ConfigError(
             f"cannot resume {name}: these settings differ: {listed(refused)}; take them back, or "
-            "start over in another --output_dir"
+            "start over in another --output_dir",
+            "resume_from_checkpoint",
         )
     before = state["contents"]
     problems = [problem for kind in _KINDS for problem in _content_problems(kind, before, contents)]
     if problems:
         raise ConfigError(
             f"cannot resume {name}: it was trained on other images: {'; '.join(problems)}; put "
-            "them back, or start over in another --output_dir"
+            "them back, or start over in another --output_dir",
+            "resume_from_checkpoint",
         )
     for kind, noun in _KINDS.items():
         if [row["image"] for row in before[kind]] != [row["image"] for row in contents[kind]]:

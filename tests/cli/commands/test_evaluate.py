@@ -200,7 +200,6 @@ def test_results_that_exist_are_kept(base, adapter, tmp_path, capsys) -> None:
     [
         (["--subject", "nobody"], "neither a folder of photos nor one of moon_robot"),
         (["--subject", "bolt_mug", "--metric_model", "x"], "--metric_model is for photos"),
-        (["--subject", "bolt_mug", "--num_seeds", "0"], "num_seeds is 0"),
         (["--subject", "bolt_mug", "--prompts", "nowhere"], "nowhere is not a file of prompts"),
         (["--subject", ".", "--metric_model", "./nowhere"], "./nowhere does not exist"),
     ],

@@ -58,23 +58,11 @@ def generate(sd1_folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("name", "value", "message"),  # one of each place that checks; ranges: tests/sampling
     [
-        ("strength", "nan", "strength is nan; it must be a finite number"),
-        ("strength", "-inf", "strength is -inf; it must be a finite number"),
         ("strength", "70", "strength is 70; it must be between -10 and 10"),
-        ("direction_strength", "inf", "direction_strength is inf"),
-        ("magnitude_strength", "nan", "magnitude_strength is nan"),
         ("guidance_scale", "nan", "guidance_scale is nan"),
-        ("guidance_scale", "-1", "guidance_scale is -1.0; it must be 0 or more"),
-        ("guidance_scale", "inf", "guidance_scale is inf"),
         ("steps", "0", "steps is 0; it must be at least 1"),
-        ("width", "0", "width is 0"),
-        ("height", "-8", "height is -8"),
-        ("width", "500", "width is 500; it must be a multiple of 8, such as 504"),
-        ("height", "3", "height is 3; it must be a multiple of 8, such as 8"),
-        ("num_images", "0", "num_images is 0"),
-        ("batch_size", "-1", "batch_size is -1"),
         ("seed", "-1", "seed is -1; it must be between 0 and"),
         ("seed", str(2**63), "seed is 9223372036854775808"),
     ],
@@ -225,10 +213,6 @@ def test_strengths_of_the_command_are_not_those_of_an_adapters_file(
         (("--prompt", "Negative prompt: x"), "give that as the negative prompt"),
         (("--repeat", "nowhere.png"), "nowhere.png cannot be read"),
         (("--repeat", "{broken}"), "broken.safetensors cannot be read"),
-        (("--num_images", "0"), "num_images is 0"),
-        (("--steps", "0"), "steps is 0"),
-        (("--width", "33"), "33"),
-        (("--seed", "-4"), "seed is -4"),
     ],
 )
 def test_what_is_wrong_is_one_line(more, message, sd1_folder, photos, tmp_path, last_line):
@@ -299,23 +283,8 @@ def test_images_of_one_batch_have_each_their_adapter(sd1_folder, random_adapter,
         ([{"adaptr": "x"}], [], "entry 1 of .*: unknown key 'adaptr'; there are adapter, prompt"),
         ([None, {"seed": "x"}], [], "entry 2 of .*: seed is 'x', which is not allowed"),
         ([{"adapter": "x", "strength": 70}], [], "strength of entry 1 of .* is 70; it must be"),
-        ([None, {"strength": float("nan")}], [], "strength of entry 2 of .* is nan; it must be"),
+        ([None, {"strength": math.nan}], [], "strength of entry 2 of .* is nan; it must be"),
         ([[]], [], "entry 1 of .* must be 'adapter: FILE'"),
-        *(
-            (
-                [None, {"strength": value}],
-                [],
-                f"strength of entry 2 of .* is {text}; it must be betw",
-            )
-            for value, text in (
-                (math.nan, "nan"),
-                (math.inf, "inf"),
-                (-math.inf, "-inf"),
-                (1e30, r"1e\+30"),
-                (-10.1, "-10.1"),
-                (10**400 // 10**390, r"1e\+10"),
-            )
-        ),
         ([{"seed": -1}], [], "entry 1 of .*: seed is -1; it must be between 0"),
         ([{"seed": 2**63}], [], f"entry 1 of .*: seed is {2**63}; it must be between 0"),
         ([{"seed": math.nan}], [], "entry 1 of .*: seed is nan, which is not allowed"),
@@ -406,7 +375,6 @@ def test_wildcards_are_drawn_by_each_images_seed(generate, tmp_path):
     code, error = generate(wildcards=True, prompt="a __place__", overwrite=True)
     assert (code, "__place__ is of a file; name its folder: wildcard_dir" in error) == (1, True)
     assert generate(max_token_length=100)[1].startswith("error: max_token_length is 100; it must")
-    assert "clip_skip is -1; it must not be negative" in generate(clip_skip=-1)[1]
 
 
 def pixels(path):
@@ -537,7 +505,6 @@ def test_several_adapters_are_written_and_repeated(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--strength_schedule", "0.5:1"), "must be in order, from 0 to below 1"),
         (("--strength_schedule", "x"), "write a share of the steps"),
         (("--strength_schedule", "0:1", "0:1"), "has 2 values, for 1 adapters; give one"),
         (("--layer_strength", "x*:0.5"), "'x*' matches no layer with an adapter"),
@@ -603,9 +570,7 @@ def test_second_passes_and_images_over_others_are_repeated(sd1_folder, tmp_path,
     ("flags", "message"),
     [
         (("--hires", "9"), "hires is 9; it must be above 1 and at most 4"),
-        (("--hires", "2", "--image", "{image}"), "(hires) is of images from text alone"),
         (("--image", "{image}", "--denoise", "0"), "denoise is 0; it must be above 0"),
-        (("--image", "{image}", "--denoise", "0.3"), "denoise 0.3 of 2 steps is less than one"),
         (("--mask", "{image}"), "a mask_image belongs to an image of its size"),
         (("--image", "{bomb}"), "bomb.png: 40000 x 40000 is"),
     ],
@@ -866,18 +831,7 @@ def test_without_a_subject_an_image_stays_and_it_is_said(sd1_folder, tmp_path, m
     ("flags", "message"),
     [
         (("--detail", "./nowhere"), "nowhere does not exist; give a model's folder, or a hub id"),
-        (
-            ("--detail", "rembg", "--detail_denoise", "0"),
-            "detail_denoise is 0.0; it must be greater",
-        ),
-        (
-            ("--detail", "rembg", "--detail_denoise", "2"),
-            "detail_denoise is 2.0; it must be at most 1",
-        ),
-        (
-            ("--detail", "rembg", "--detail_padding", "8"),
-            "detail_padding is 8; it must be at least 16",
-        ),
+        (("--detail", "rembg", "--detail_padding", "8"), "detail_padding is 8; it must be at"),
     ],
 )
 def test_details_that_cannot_be_are_one_line(flags, message, sd1_folder, tmp_path, last_line):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from PIL import Image, PngImagePlugin
 
 from dora_diffusion.cli.main import main
 from dora_diffusion.sampling.images import save_image
+from tests.every import every
 
 
 def png(*chunks: tuple[bytes, bytes]) -> bytes:
@@ -103,11 +105,18 @@ def refused(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no /dev/zero")
-@pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("flag", FLAGS)
-def test_hostile_files_are_one_line(flag, kind, refused, tmp_path):
-    if kind in FLAGS[flag]:
-        return
+def test_hostile_files_are_one_line(flag, refused, tmp_path):
+    with every() as case:
+        for kind in (name for name in FILES if name not in FLAGS[flag]):
+            folder = tmp_path / kind
+            folder.mkdir()
+            with case(kind):
+                check_hostile_file(flag, kind, refused, folder)
+            shutil.rmtree(folder)
+
+
+def check_hostile_file(flag, kind, refused, tmp_path):
     suffix = {"image": ".png", "mask_image": ".png", "repeat": ".png", "styles": ".csv"}
     suffix |= {"adapter": ".safetensors", "base": ".safetensors", "wildcard_dir": ".txt"}
     file = tmp_path / f"hostile{suffix.get(flag, '.yaml')}"
@@ -126,35 +135,30 @@ def test_hostile_files_are_one_line(flag, kind, refused, tmp_path):
     ("values", "message"),
     [
         ({"width": 8 * 10**9}, "width is 8000000000; it must be at most 8192"),
-        ({"height": 8 * 10**9}, "height is 8000000000; it must be at most 8192"),
-        ({"width": 8192, "hires": 2}, "hires 2 of a width of 8192 is above 8192"),
-        ({"steps": 10**12}, "steps is 1000000000000; it must be at most 1000"),
-        (
-            {"hires": 1.5, "hires_steps": 10**9},
-            "hires_steps is 1000000000; it must be at most 1000",
-        ),
         ({"num_images": 10**9}, "num_images is 1000000000; it must be at most 10000"),
-        (
-            {"prompt": "dog " * 30_000},
-            "a prompt of 120000 characters is too long; the most are 100000",
-        ),
+        ({"prompt": "dog " * 30_000}, "a prompt of 120000 characters is too long; the most are"),
         ({"negative_prompt": "x" * 120_000}, "a prompt of 120000 characters is too long"),
     ],
-    ids=["width", "height", "hires", "steps", "hires_steps", "num_images", "prompt", "negative"],
+    ids=["width", "num_images", "prompt", "negative"],
 )
 def test_huge_values_are_one_line(values, message, refused):
+    """Of each kind one; the other limits: tests/sampling/test_generate.py."""
     assert message in refused(**values)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["../../../../etc", "/etc/passwd", "..", ".", "~", "org/../name", "org/name/../../x", "a/b/c",
-     "https://example.com/model", "file:///etc/passwd", "embedded:../../etc", "embedded:/etc",
-     "org/na\tme", "-x/-y", "a" * 300, "org/\u202ename"],
+NAMES = (
+    "../../../../etc", "/etc/passwd", "..", ".", "~", "org/../name", "org/name/../../x", "a/b/c",
+    "https://example.com/model", "file:///etc/passwd", "embedded:../../etc", "embedded:/etc",
+    "org/na\tme", "-x/-y", "a" * 300, "org/\u202ename",
 )  # fmt: skip
+
+
 @pytest.mark.parametrize("flag", ["base", "adapter", "detail"])
-def test_names_that_lead_elsewhere_are_one_line(flag, name, refused):
-    refused(**{flag: name})
+def test_names_that_lead_elsewhere_are_one_line(flag, refused):
+    with every() as case:
+        for name in NAMES:
+            with case(name):
+                refused(**{flag: name})
 
 
 def test_texts_that_grow_without_end_are_one_line(refused, tmp_path):

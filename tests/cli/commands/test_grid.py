@@ -333,8 +333,6 @@ def test_a_grid_around_an_image_has_its_settings(generate, adapters, tmp_path, c
 @pytest.mark.parametrize(
     ("words", "flags", "message"),
     [
-        (["steps=1, x"], {}, "the axis steps: steps is 'x'; it must be a whole number"),
-        (["steps=0, 1"], {}, "steps is 0; it must be at least 1"),
         (["size=33x64"], {}, "width is 33; it must be a multiple of 8"),
         (["strength=70"], {"adapter": "{adapter}"}, "strength is 70; it must be between"),
         (["adapter=nowhere"], {}, "there is no adapter at nowhere"),

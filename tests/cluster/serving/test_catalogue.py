@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.cluster.serving.catalogue import RESCAN, Catalogue
-from dora_diffusion.config import ConfigError
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.layouts.layout import AdapterFormatError
+from tests.refusal import refused
 
 
 @pytest.fixture
@@ -87,10 +87,10 @@ def test_two_of_one_name_are_refused_at_first_and_the_first_one_stays(folder):
     catalogue, other = Catalogue([folder]), folder / "other"
     other.mkdir()
     shutil.copy(folder / "dog.safetensors", other / "dog.safetensors")
-    with pytest.raises(ConfigError, match="have one name; rename one of them"):
+    with refused("adapters", "have one name"):
         Catalogue([folder, other])
     assert catalogue.scan()["dog"] == folder / "dog.safetensors"
-    with pytest.raises(ConfigError, match="does not exist; give a folder of adapters"):
+    with refused("adapters", "nowhere does not exist"):
         Catalogue([folder / "nowhere"])
 
 

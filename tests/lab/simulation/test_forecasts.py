@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 
-from dora_diffusion.config import ConfigError
 from dora_diffusion.lab.simulation import forecasts
 from dora_diffusion.lab.simulation.forecasts import (
     Demand,
@@ -20,6 +19,7 @@ from dora_diffusion.lab.simulation.forecasts import (
     read_costs,
 )
 from dora_diffusion.lab.simulation.queue import QueuePlan
+from tests.refusal import refused
 
 
 @pytest.mark.parametrize(("load", "workers"), [(0.5, 1), (1.7, 2), (9.0, 12)])
@@ -100,17 +100,17 @@ def test_a_record_file_gives_times_starts_and_failures(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "has no subject that is done"),
-        ('{"name": "a", "status": "failed"}', "has no subject that is done"),
-        ('{"name": "a", "status": "done", "start_seconds": 1}', "line 1 of .*train_seconds"),
-        ("[1]", "line 1 of .* is not a record of a fleet"),
-        ("nothing", "line 1 of .* is not a record of a fleet"),
+        ("", "no subject that is done"),
+        ('{"name": "a", "status": "failed"}', "no subject that is done"),
+        ('{"name": "a", "status": "done", "start_seconds": 1}', "train_seconds"),
+        ("[1]", "line 1 of "),
+        ("nothing", "line 1 of "),
     ],
 )
 def test_what_is_no_record_file_is_refused(tmp_path, text, message):
     path = tmp_path / "fleet.jsonl"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=message):
+    with refused("records", message):
         read_costs(path)
 
 
@@ -142,12 +142,12 @@ def test_arrivals_are_seconds_or_dates(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("1\nsoon", "line 2 of .* is 'soon'"), ("nan", "line 1"), ("\n", "has no arrival")],
+    [("1\nsoon", "line 2 of "), ("nan", "line 1"), ("\n", "no arrival")],
 )
 def test_what_is_no_time_is_refused(tmp_path, text, message):
     path = tmp_path / "arrivals.txt"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=message):
+    with refused("arrivals", message):
         read_arrivals(path)
 
 

@@ -14,6 +14,7 @@ from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS
 from dora_diffusion.models.embedded import MODELS, model_folder
 from dora_diffusion.sampling.generate import SamplingSettings
 from dora_diffusion.training.inputs.subject import Subject
+from tests.refusal import refused
 
 
 @pytest.mark.parametrize(("word", "noun"), [("mug", "a sks mug"), ("", "a sks")])
@@ -61,7 +62,7 @@ def test_a_study_may_draw_a_subject_that_is_in_no_list() -> None:
     ],
 )
 def test_a_subject_that_cannot_be_drawn_is_refused(given: object, base: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+    with refused("subjects", said):
         find_subject(given, base, [])
 
 
@@ -73,7 +74,7 @@ def test_a_folder_with_an_embedded_model_s_vocabulary_knows_the_toy_world(
     for folder in map(model_folder, MODELS):
         assert find_subject("cross_mug", str(folder), []) == ToySource(SUBJECTS["cross_mug"])
         assert known.questions(learned, settings, str(folder)).requests
-    with pytest.raises(ConfigError, match="does not know"):
+    with refused("subjects", "does not know"):
         find_subject("cross_mug", str(sd1_folder), [])
     with pytest.raises(ConfigError, match="does not know"):
         known.questions(learned, settings, str(sd1_folder))

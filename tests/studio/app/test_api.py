@@ -554,7 +554,6 @@ def test_settings_of_images_are_checked(served: Served, monkeypatch: pytest.Monk
         ({"output": "x"}, "output is no setting of images"),
         ({"stesp": 3}, r"stesp is no setting of images \(did you mean steps\?\)"),
         *(({name: {"a": [1]}}, name) for name in UNSET if name != "prompt"),
-        ({"steps": 10**9}, "steps is 1000000000; it must be between 1 and 200"),
         ({"steps": 500}, "steps is 500; it must be between 1 and 200"),
         ({"width": 4096}, "width is 4096; it must be between 8 and 2048"),
         ({"num_images": 17}, "images is 17"),

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from dora_diffusion.config import ConfigError
 from dora_diffusion.studio.app.launch import Launch, is_address, is_loopback
+from tests.refusal import refused
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_what_can_be_listened_on(host: str, expected: bool) -> None:
 
 
 def test_a_host_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"host is '300\.1\.1\.1'; it must be an address"):
+    with refused("host", "'300.1.1.1'"):
         Launch(host="300.1.1.1", auth="ann:longenough")
 
 
@@ -94,12 +94,12 @@ def test_every_host_of_a_request_counts() -> None:
 
 @pytest.mark.parametrize("name", ["https://studio.example", "studio.example:443", "*", ""])
 def test_an_allowed_host_is_a_name(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"allowed_host is '.*'; it must be a name such as"):
+    with refused("allowed_hosts"):
         Launch(allowed_hosts=(name,), auth=AUTH)
 
 
 def test_who_is_behind_a_proxy_needs_a_password() -> None:
-    with pytest.raises(ConfigError, match=r"--allowed_host studio\.example lets others reach"):
+    with refused("auth", "--allowed_host studio.example lets others reach"):
         Launch(allowed_hosts=("studio.example",))
     assert Launch(allowed_hosts=("studio.example",), auth=AUTH).is_open
     assert not Launch(allowed_hosts=("localhost",)).is_open

@@ -26,6 +26,7 @@ from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.snapshot import snapshot
 from dora_diffusion.studio.jobs.store import Workspace, write_json
 from dora_diffusion.studio.jobs.subjects import add_photos, new_subject
+from tests.every import every
 from tests.studio.app.views.helpers import built_page
 from tests.studio.jobs.helpers import DAMAGES, about, damage, ended_run, forbid, photo, started_run
 
@@ -309,17 +310,18 @@ def test_no_setting_is_called_by_its_raw_name_but_among_the_advanced_ones(
     assert seen > 500
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in _UNLABELLED])
 def test_a_message_calls_a_setting_as_its_field_is_called(
-    app: tuple[Context, dict[str, Any], Any], name: str
+    app: tuple[Context, dict[str, Any], Any],
 ) -> None:
     labels = {getattr(part, "label", None) for part in app[2].blocks.values()}
-    message = f"{name} is wrong; see --{name}"
-    label = LABELS.get(name, name)
-    assert label in labels
-    told = message if label == name else f"“{label}” is wrong; see “{label}”"
-    assert html.note(message) == f"<div class='dd-note dd-info'>{told}</div>"
-    assert sentence(message) == told
+    with every() as case:
+        for name in SETTINGS.keys() - _UNLABELLED:
+            message, label = f"{name} is wrong; see --{name}", LABELS.get(name, name)
+            told = message if label == name else f"“{label}” is wrong; see “{label}”"
+            with case(name):
+                assert label in labels
+                assert html.note(message) == f"<div class='dd-note dd-info'>{told}</div>"
+                assert sentence(message) == told
 
 
 def test_a_wait_for_images_is_shown_on_results_and_not_on_fields(tmp_path: Path) -> None:

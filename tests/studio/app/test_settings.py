@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import itertools
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,6 @@ from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.cli.main import build_parser
 from dora_diffusion.config import (
     PRESETS,
-    ConfigError,
     TrainConfig,
     read_config_file,
     without_effect,
@@ -36,6 +35,8 @@ from dora_diffusion.studio.app.settings import (
 )
 from dora_diffusion.studio.jobs.bases import check_model
 from dora_diffusion.studio.jobs.store import UserError
+from tests.every import every
+from tests.refusal import refused
 
 SLIDER = {"target": "a dog", "positive": "a big dog\n", "negative": " a tiny dog", "anchors": ""}
 
@@ -57,14 +58,15 @@ def made_of(model: str, values: Mapping[str, Any]) -> TrainConfig:
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("model", [EMBEDDED, "org/model", SDXL])
-def test_every_preset_is_a_valid_config(preset: str, model: str) -> None:
-    values = preset_values(preset, model)
-    assert set(values) == set(ADVANCED) <= set(SETTINGS)
-    made = made_of(model, values)
-    assert made.center_crop  # the crop that the Subject tab shows
-    assert made.checkpointing_steps != 0  # Stop and Resume need checkpoints
+def test_every_preset_is_a_valid_config() -> None:
+    with every() as case:
+        for preset, model in itertools.product(PRESETS, (EMBEDDED, "org/model", SDXL)):
+            with case((preset, model)):
+                values = preset_values(preset, model)
+                assert set(values) == set(ADVANCED) <= set(SETTINGS)
+                made = made_of(model, values)
+                assert made.center_crop  # the crop that the Subject tab shows
+                assert made.checkpointing_steps != 0  # Stop and Resume need checkpoints
 
 
 @pytest.mark.parametrize(
@@ -184,17 +186,12 @@ def test_fields_hold_text_that_comes_back_as_the_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "match"),
-    [
-        ("rank", "eight", "rank is 'eight'; it must be a whole number"),
-        ("rank", "8.5", "rank is '8.5'; it must be a whole number"),
-        ("magnitude_lr", "1e-4x", "magnitude_lr is '1e-4x'; it must be a number"),
-        ("learning_rate", "nan", "learning_rate is nan; it must be a finite number"),
-        ("lora_alpha", "inf", "lora_alpha is inf; it must be a finite number"),
-    ],
+    ("name", "text"),
+    [("rank", "eight"), ("rank", "0"), ("magnitude_lr", "1e-4x"), ("optimizer", "rm -rf")],
 )
-def test_what_is_no_number_is_refused_by_name(name: str, text: str, match: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(match)):
+def test_what_cannot_be_is_refused_by_name(name: str, text: str) -> None:
+    """Ranges are those of the settings."""
+    with refused(name, text):
         config(**{name: text})
 
 
@@ -234,11 +231,13 @@ def test_every_setting_has_a_field_but_those_that_the_page_decides() -> None:
         assert {SETTINGS[name].group for name in names} == {group}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("model", [EMBEDDED, "embedded:tiny-sdxl", "org/model", SDXL])
-@pytest.mark.parametrize("device", [Device(), Device("cuda", "x", 8.0, True, True)])
-def test_no_preset_holds_a_value_without_effect(preset: str, model: str, device: Device) -> None:
-    assert without_effect(made_of(model, preset_values(preset, model, device))) == {}
+def test_no_preset_holds_a_value_without_effect() -> None:
+    models = (EMBEDDED, "embedded:tiny-sdxl", "org/model", SDXL)
+    devices = (Device(), Device("cuda", "x", 8.0, True, True))
+    with every() as case:
+        for preset, model, device in itertools.product(PRESETS, models, devices):
+            with case((preset, model, device.kind)):
+                assert without_effect(made_of(model, preset_values(preset, model, device))) == {}
 
 
 def test_an_empty_field_means_the_default() -> None:
@@ -260,10 +259,3 @@ def test_an_empty_field_means_the_default() -> None:
 def test_a_subject_without_a_name_is_refused(token: str, word: str, match: str) -> None:
     with pytest.raises(UserError, match=match):
         make_config(EMBEDDED, Path("p"), Path("o"), token, word, [], {})
-
-
-def test_values_that_cannot_work_are_refused_with_their_name() -> None:
-    with pytest.raises(ConfigError, match="rank is 0"):
-        config(rank=0)
-    with pytest.raises(ConfigError, match="optimizer"):
-        config(optimizer="rm -rf")

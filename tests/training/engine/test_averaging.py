@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.inject import layer_adapters
-from dora_diffusion.config import ConfigError, TrainConfig, differences
+from dora_diffusion.config import TrainConfig, differences
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training import loop
@@ -27,6 +27,7 @@ from dora_diffusion.training.results.checkpoint import read_state
 from dora_diffusion.training.results.metrics import TrainingError
 from dora_diffusion.training.results.validation import Validation
 from dora_diffusion.training.session import Session, open_session
+from tests.refusal import refused
 from tests.training.helpers import accelerator_of_fp16, losses, names, needs_library
 
 Values = dict[str, Tensor]
@@ -175,38 +176,27 @@ def test_the_average_of_schedule_free_adamw_is_the_mean_of_its_z(
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason"),
+    ("setting", "values"),
     [
-        (
-            {"lr_scheduler": "cosine"},
-            "lr_scheduler is cosine, and adamw-schedule-free takes",
-        ),
-        (
-            {"ema_decay": 0.9},
-            "adamw-schedule-free averages the weights itself; leave",
-        ),
-        ({"adam_beta1": 0.0}, "adam_beta1 is 0; for adamw-schedule-free it must be greater than 0"),
-        (
-            {"parametrization": "adalora"},
-            "AdaLoRA switches triplets off, which adamw-sch",
-        ),
-        ({"scale_weight_norms": 1.0}, "scale_weight_norms limits what trains, and adamw-sch"),
+        ("lr_scheduler", {"lr_scheduler": "cosine"}),
+        ("ema_decay", {"ema_decay": 0.9}),
+        ("adam_beta1", {"adam_beta1": 0.0}),
+        ("optimizer", {"parametrization": "adalora"}),
+        ("scale_weight_norms", {"scale_weight_norms": 1.0}),
     ],
 )
-def test_what_a_schedule_free_run_cannot_have(settings: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        TrainConfig(optimizer="adamw-schedule-free", **settings)
-    assert str(error.value).startswith(reason)
-    assert "\n" not in str(error.value)
+def test_what_a_schedule_free_run_cannot_have(setting: str, values: dict[str, Any]) -> None:
+    with refused(setting, "adamw-schedule-free"):
+        TrainConfig(optimizer="adamw-schedule-free", **values)
 
 
 def test_the_beta1_of_a_schedule_free_run_stays() -> None:
     """Its average is defined by it, and other runs may change it."""
-    for optimizer, refused in (("adamw-schedule-free", True), ("adamw", False)):
+    for optimizer, is_kept in (("adamw-schedule-free", True), ("adamw", False)):
         before = TrainConfig(optimizer=optimizer)
         found = differences(before.to_dict(), replace(before, adam_beta1=0.8))
         assert [list(part) for part in found] == [
-            ["adam_beta1"] * refused, ["adam_beta1"] * (not refused)
+            ["adam_beta1"] * is_kept, ["adam_beta1"] * (not is_kept)
         ]  # fmt: skip
 
 

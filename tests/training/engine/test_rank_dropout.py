@@ -19,7 +19,7 @@ from dora_diffusion.adapters.inject import (
     inject_adapters,
     layer_adapters,
 )
-from dora_diffusion.config import ConfigError, TrainConfig, without_effect
+from dora_diffusion.config import TrainConfig, without_effect
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.engine.objective import noisy_batches
@@ -28,6 +28,7 @@ from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import train, train_pack
 from dora_diffusion.training.session import open_session
 from tests.adapters.helpers import Net, move
+from tests.refusal import refused
 from tests.training.helpers import (
     assert_same_adapter,
     losses,
@@ -218,14 +219,12 @@ def test_what_has_no_effect_or_cannot_be_is_said(
     assert "scale_weight_norms has no effect because init is pissa" in warnings_of(config)
     assert any(bool(layer.up.any()) for layer in read_adapter(tmp_path).layers.values())
     for name, value in {"rank_dropout": 0.1, "tlora_min_rank": 1}.items():
-        with pytest.raises(ConfigError, match=f"leave one of {name} and compile out"):
+        with refused(name, "and compile out"):
             TrainConfig(**{name: value}, compile=True)
-    with pytest.raises(ConfigError, match="tlora_min_rank is 6, and no layer has more than 6"):
+    with refused("tlora_min_rank", "no layer has more than 6"):
         TrainConfig(tlora_min_rank=6, rank=4, conv_rank=2, rank_pattern={"to_k": 6})
     for other in ({"parametrization": "adalora"}, {"parametrization": "vera"}, {"method": "full"}):
         beside = TrainConfig(**other, tlora_min_rank=4)
         [reason] = without_effect(beside, {"tlora_min_rank"}).values()
         assert "tlora_min_rank has no effect because" in reason
         assert beside.least_rank is None
-    with pytest.raises(ConfigError, match=r"rank_dropout is 1\.0; it must be less than 1"):
-        TrainConfig(rank_dropout=1.0)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import read_caption
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import Photo, mask_path
@@ -26,6 +26,7 @@ from dora_diffusion.training.inputs.dataset import check_captions
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import open_session
+from tests.refusal import refused
 from tests.training.helpers import losses, make_config, noise, open_run, warnings_of
 
 PRIOR = {"with_prior_preservation": True}
@@ -245,13 +246,13 @@ def test_wildcards_are_refused_before_a_model_is_loaded(config, photos, monkeypa
     (photos / "02.txt").write_text("a sks mug on __place__", encoding="utf-8")
     with pytest.raises(PhotoError, match=r"caption of 02\.jpg: the wildcard __place__ is of"):
         open_session(wild, subjects_of(wild), make_accelerator(wild))
-    for setting, value, message in (
-        ("wildcard_dir", str(photos / "gone"), r"wildcard_dir .*gone is not a folder"),
-        ("instance_prompt", "a {sks mug", r"has \{ without \}"),
-        ("validation_prompt", ["a __gone__"], "name its folder: wildcard_dir"),
-        ("instance_prompt", "a {red|blue} mug", "does not contain the token 'sks'"),
+    for reason, setting, value, words in (
+        ("wildcard_dir", "wildcard_dir", str(photos / "gone"), "is not a folder"),
+        ("wildcards", "instance_prompt", "a {sks mug", "{ without }"),
+        ("wildcard_dir", "validation_prompt", ["a __gone__"], "__gone__ is of a file"),
+        ("instance_prompt", "instance_prompt", "a {red|blue} mug", "the token 'sks'"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with refused(reason, words):
             subjects_of(replace(wild, **{setting: value}))
 
 
@@ -291,7 +292,7 @@ def test_no_class_image_is_made_before_all_captions_were_looked_at(tiny_run, pho
         path.with_suffix(".txt").write_text("a zwx mug", encoding="utf-8")
     entries[1]["instance_data_dir"] = str(other)
     config = tiny_run(dataset_config=entries, instance_prompt=None, with_prior_preservation=True)
-    with pytest.raises(ConfigError, match="class_prompt 'a zwx mug' contains the token"):
+    with refused("class_prompt", "contains the token"):
         open_session(config, subjects_of(config), make_accelerator(config))
     assert asked == []
 

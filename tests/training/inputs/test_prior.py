@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from PIL import Image
 
 from dora_diffusion.cli.console.training import TrainProgress, training_summary
-from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config import TrainConfig
 from dora_diffusion.sampling.generate import BrokenImageError
 from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.events import (
@@ -26,6 +25,7 @@ from dora_diffusion.training.inputs.prior import _Announcer, ensure_class_images
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import open_session
+from tests.refusal import refused
 from tests.training.helpers import make_config
 
 
@@ -130,9 +130,9 @@ def test_a_black_class_image_is_not_trained_on(tiny_run, tmp_path, monkeypatch):
         (
             {"token": "", "class_word": "mug"},
             None,
-            r"image-free with token '': the image-free prior",
+            "with token ''",
         ),
-        ({}, "a mug on a table", r"1 caption of 5 without the token 'sks' \(first: 'a mug on a"),
+        ({}, "a mug on a table", "1 caption of 5 without the token 'sks'"),
     ],
 )
 def test_an_image_free_prior_of_what_is_trained_is_refused(
@@ -143,13 +143,13 @@ def test_an_image_free_prior_of_what_is_trained_is_refused(
     held = replace(
         config, with_prior_preservation=True, prior_preservation_mode="image-free", **changes
     )
-    with pytest.raises(ConfigError, match=f"{message}.*very prediction that is being trained"):
+    with refused("prior_preservation_mode", message):
         train(held)
 
 
 def test_class_images_of_the_captions_themselves_are_refused(config):
     images = {"with_prior_preservation": True, "prior_preservation_mode": "images"}
-    with pytest.raises(ConfigError, match="prior preservation with token '' needs class_prompt"):
+    with refused("class_prompt", "prior preservation with token ''"):
         train(replace(config, **images, token="", class_word="mug"))
 
 
@@ -216,9 +216,9 @@ def test_wildcards_of_the_class_prompt_are_drawn(tiny_run, tmp_path):
     plain = replace(config, wildcards=False, output_dir=str(tmp_path / "b"), num_class_images=1)
     session = open_session(plain, subjects_of(plain), make_accelerator(plain))
     assert session.dataset.subjects[0].class_images[0].caption == config.class_prompt
-    for prompt, said in (("a {red|sks} mug", "contains the token"), ("a {mug", "has { without }")):
+    for prompt, setting in (("a {red|sks} mug", "class_prompt"), ("a {mug", "wildcards")):
         wild = replace(config, class_prompt=prompt)
-        with pytest.raises(ConfigError, match=re.escape(said)):
+        with refused(setting):
             open_session(wild, subjects_of(wild), make_accelerator(wild))
 
 
@@ -241,5 +241,5 @@ def test_a_class_prompt_with_the_token_is_refused(sd1_folder, photos, tmp_path):
         sd1_folder, photos, tmp_path / "out",
         with_prior_preservation=True, class_prompt="a photo of a sks mug",
     )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"class_prompt .* contains the token 'sks'"):
+    with refused("class_prompt", "contains the token 'sks'"):
         train(config)

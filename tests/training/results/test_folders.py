@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.results.folders import check_folders, output_folder
+from tests.refusal import refused
 from tests.training.helpers import make_config
 from tests.waiting import STAY
 
@@ -52,7 +53,7 @@ def test_a_second_run_into_a_folder_is_refused_until_the_first_is_gone(
 ):
     config = tiny_run(max_train_steps=1)
     for changes in ({}, {"overwrite_output_dir": True}):
-        with pytest.raises(ConfigError, match="another run is writing to output_dir") as error:
+        with refused("output_dir", "another run is writing") as error:
             train(replace(config, **changes))
         assert "\n" not in str(error.value)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".run.lock"]
@@ -65,7 +66,7 @@ def test_within_one_process_too(tmp_path):
     config = TrainConfig(output_dir=str(tmp_path / "out"))
     with (
         output_folder(config),
-        pytest.raises(ConfigError, match="another run is writing"),
+        refused("output_dir", "another run is writing"),
         output_folder(config),
     ):
         pytest.fail("both hold it")
@@ -92,11 +93,11 @@ def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("photos", "output_dir and instance_data_dir are one folder"),
-        ("photos/../photos/", "output_dir and instance_data_dir are one folder"),
+        ("photos", "and instance_data_dir are one"),
+        ("photos/../photos/", "and instance_data_dir are one"),
         ("photos/run", "lies inside instance_data_dir"),
-        ("link", "output_dir and instance_data_dir are one folder"),
-        ("model", "output_dir and pretrained_model_name_or_path are one folder"),
+        ("link", "and instance_data_dir are one"),
+        ("model", "and pretrained_model_name_or_path are one"),
         ("model/unet/run", "lies inside pretrained_model_name_or_path"),
     ],
 )
@@ -112,9 +113,8 @@ def test_a_run_does_not_write_among_photos_or_a_models_files(
         overwrite_output_dir=True,
     )
     before = contents(tmp_path)
-    with pytest.raises(ConfigError, match=message) as error:
+    with refused("output_dir", message):
         train(config)
-    assert "\n" not in str(error.value)
     assert contents(tmp_path) == before
 
 
@@ -122,10 +122,10 @@ def test_a_run_does_not_write_among_photos_or_a_models_files(
 def test_photos_are_not_read_from_a_folder_that_the_run_writes_to(place, tiny_run, tmp_path):
     (tmp_path / "out" / place).mkdir(parents=True)
     config = tiny_run(instance_data_dir=str(tmp_path / "out" / place))
-    with pytest.raises(ConfigError, match=r"instance_data_dir and the run's .* are one folder"):
+    with refused("instance_data_dir", "the run's", "are one folder"):
         check_folders(config)
     held_out = tiny_run(validation_data_dir=str(tmp_path / "out" / place))
-    with pytest.raises(ConfigError, match=r"validation_data_dir and the run's .* are one folder"):
+    with refused("validation_data_dir", "the run's", "are one folder"):
         check_folders(held_out)
 
 
@@ -140,15 +140,15 @@ def test_photos_in_a_folder_of_their_own_inside_are_fine(tiny_run, photos, tmp_p
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("photos", "class_data_dir is the folder of the subject's photos"),
-        ("out", "is where the run writes its own images"),
-        ("out/samples", "is where the run writes its own images"),
+        ("photos", "the folder of the subject's photos"),
+        ("out", "where the run writes"),
+        ("out/samples", "where the run writes"),
     ],
 )
 def test_class_images_have_a_folder_of_their_own(place, message, tiny_run, tmp_path):
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
     config = tiny_run(class_data_dir=str(tmp_path / place), with_prior_preservation=True)
-    with pytest.raises(ConfigError, match=message):
+    with refused("class_data_dir", message):
         check_folders(config)
     check_folders(replace(config, with_prior_preservation=False))
 
@@ -157,7 +157,7 @@ def test_class_images_have_a_folder_of_their_own(place, message, tiny_run, tmp_p
 def test_files_that_no_run_wrote_are_not_replaced_unasked(name, tiny_run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine", encoding="utf-8")
-    with pytest.raises(ConfigError, match=rf"holds {name}, which no run has written"):
+    with refused("output_dir", f"holds {name}, which no run has written"):
         train(tiny_run(max_train_steps=1))
     assert (tmp_path / "out" / name).read_text(encoding="utf-8") == "mine"
     (tmp_path / "out" / "metrics.jsonl").write_text(
@@ -169,7 +169,7 @@ def test_files_that_no_run_wrote_are_not_replaced_unasked(name, tiny_run, tmp_pa
 def test_a_finished_result_is_not_written_over(sd1_folder, photos, tmp_path):
     config = make_config(sd1_folder, photos, tmp_path / "out", max_train_steps=1)
     train(config)
-    with pytest.raises(ConfigError, match="already contains a trained adapter"):
+    with refused("output_dir", "already contains a trained adapter"):
         train(config)
     train(replace(config, overwrite_output_dir=True))
 

@@ -13,12 +13,13 @@ import yaml
 from PIL import Image
 
 from dora_diffusion.cli.console.training import TrainProgress
-from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
+from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.engine import objective as inputs
 from dora_diffusion.training.events import StepDone, TrainingStarted
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.results.resume import changed_segments, check_same_run
+from tests.refusal import refused
 from tests.training.helpers import (
     SAMPLES,
     assert_same_adapter,
@@ -74,7 +75,7 @@ def test_steps_that_are_trained_again_are_said(copied, tmp_path, capsys):
 
 def test_fewer_steps_than_the_checkpoint_has_is_an_error(copied, tmp_path):
     before = (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"checkpoint-4 has 4 steps, more than the 3 that are"):
+    with refused("max_train_steps", "checkpoint-4 has 4 steps"):
         train(replace(copied, max_train_steps=3, resume_from_checkpoint="latest"))
     assert (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8") == before
 
@@ -164,7 +165,7 @@ def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones_when_asked(
     config = make_config(sd1_folder, photos, tmp_path / "out", checkpointing_steps=1)
     train(config)
     back = replace(config, resume_from_checkpoint="checkpoint-2", checkpoints_total_limit=2)
-    with pytest.raises(ConfigError, match=r"holds checkpoints after step 2 \(checkpoint-4\)"):
+    with refused("resume_from_checkpoint", "after step 2 (checkpoint-4)"):
         train(back)
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
 
@@ -189,18 +190,17 @@ def test_a_finished_result_is_not_replaced_by_one_of_other_settings(tiny_run, tm
     longer = replace(config, max_train_steps=2, resume_from_checkpoint="latest")
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for changes, text in (
-        ({"learning_rate": 0.1}, r"learning_rate \(8e-05 -> 0\.1\)"),
-        ({"train_batch_size": 2}, r"train_batch_size \(1 -> 2\)"),
+        ({"learning_rate": 0.1}, "learning_rate (8e-05 -> 0.1)"),
+        ({"train_batch_size": 2}, "train_batch_size (1 -> 2)"),
     ):
-        with pytest.raises(ConfigError, match=f"a finished result.*other settings: {text}; ") as e:
+        with refused("output_dir", "a finished result", text):
             train(replace(longer, **changes))
-        assert "\n" not in str(e.value)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
     # Neither by another run's checkpoint; elsewhere it trains, with what it likes.
     branch = replace(longer, output_dir=str(tmp_path / "b"), learning_rate=2e-4)
     branch = replace(branch, resume_from_checkpoint=str(out / "checkpoint-1"))
     assert train(branch).steps == 2
-    with pytest.raises(ConfigError, match=r"holds a finished result, and .* is of another run"):
+    with refused("output_dir", "is of another run"):
         train(replace(longer, resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2")))
     # Samples and the machine's precision are not what was learned from.
     longer = replace(longer, mixed_precision="bf16", validation_inference_steps=3)
@@ -275,15 +275,15 @@ def one_image_less(photos):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (another_image, r"1 image missing \(01\.jpg\); 1 image new \(01\.jpg\)"),
-        (another_caption, r"another caption of 01\.jpg \('a photo of a sks mug' -> 'a sks mug on"),
-        (another_mask, r"other masks \(03\.jpg\)"),
-        (one_image_less, r"1 image missing \(02\.jpg\)"),
+        (another_image, "1 image missing (01.jpg); 1 image new (01.jpg)"),
+        (another_caption, "caption of 01.jpg ('a photo of a sks mug' -> 'a sks mug on the moon')"),
+        (another_mask, "other masks (03.jpg)"),
+        (one_image_less, "1 image missing (02.jpg)"),
     ],
 )
 def test_other_images_captions_and_masks_are_refused(spoil, message, again):
     spoil(Path(again.instance_data_dir))
-    with pytest.raises(ConfigError, match=f"cannot resume checkpoint-2: .*other images: {message}"):
+    with refused("resume_from_checkpoint", message):
         train(again)
 
 
@@ -307,7 +307,7 @@ def test_other_images_captions_and_masks_are_refused(spoil, message, again):
     ],
 )
 def test_other_settings_that_change_the_training_are_refused(name, value, again):
-    with pytest.raises(ConfigError, match=rf"these settings differ: .*{name} \("):
+    with refused("resume_from_checkpoint", f"{name} ("):
         train(replace(again, **{name: value}))
 
 
@@ -373,12 +373,11 @@ def test_class_images_are_compared_by_content():
     now = {"images": [], "class_images": [row | {"image": "b"}]}
     state = {"config": TrainConfig().to_dict(), "contents": before}
     check_same_run("checkpoint-2", state, TrainConfig(), before)
-    with pytest.raises(ConfigError) as error:
+    missing = "1 class image missing (class-00000.png); 1 class image new"
+    with refused("resume_from_checkpoint", missing, "they follow validation_inference_steps"):
         check_same_run("checkpoint-2", state, TrainConfig(), now)
-    assert "1 class image missing (class-00000.png); 1 class image new" in str(error.value)
-    assert "they follow validation_inference_steps" in str(error.value)
     captioned = {"images": [], "class_images": [row | {"caption": "a cup"}]}
-    with pytest.raises(ConfigError, match=r"another caption of class-00000\.png \('a mug' -> "):
+    with refused("resume_from_checkpoint", "another caption of class-00000.png ('a mug' -> "):
         check_same_run("checkpoint-2", state, TrainConfig(), captioned)
 
 
@@ -400,8 +399,7 @@ def test_a_checkpoint_that_is_not_there_is_refused_before_the_model_is_loaded(ag
     missing = replace(
         again, resume_from_checkpoint="checkpoint-9", pretrained_model_name_or_path="no-such/model"
     )
-    message = "the checkpoint checkpoint-9 does not exist; the newest in .* is checkpoint-2"
-    with pytest.raises(ConfigError, match=message):
+    with refused("resume_from_checkpoint", "checkpoint-9 does not exist", "is checkpoint-2"):
         train(missing)
 
 

@@ -25,6 +25,7 @@ from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import open_session
 from dora_diffusion.training.trainable.adapters import inject_trained
+from tests.refusal import refused
 from tests.training.helpers import SAMPLES, assert_same_adapter, losses, make_config, warnings_of
 
 
@@ -81,7 +82,7 @@ def test_a_machine_that_cannot_compile_is_refused_before_the_model_is_loaded(con
 
     monkeypatch.setattr("dora_diffusion.training.session.require_compiler", refuse)
     monkeypatch.setattr("dora_diffusion.training.session.load_components", None)
-    with pytest.raises(ConfigError, match="compile does not work"):
+    with refused("compile"):
         train(replace(config, compile=True))
 
 
@@ -189,18 +190,18 @@ def test_a_resumed_run_needs_no_file_that_it_started_from(tiny_run, other, tmp_p
     digest = facts["init_adapter_sha256"]
     card = (tmp_path / "parted" / "README.md").read_text(encoding="utf-8")
     assert f", started from `start.safetensors` (SHA-256 {digest[:12]}) on `" in card
-    with pytest.raises(ConfigError, match=r"differ: init_adapter \(.* -> .*other"):
+    with refused("resume_from_checkpoint", "init_adapter ("):
         train(replace(resumed, init_adapter=str(other), max_train_steps=4))
 
 
 REFUSED = {
     "text encoder": ({"train_text_encoder": False},
-                     r"has layers of text_encoder, which the run does not train; add --train_tex"),
-    "rank": ({"rank": 1}, r"cannot start the unet: it has rank 2, more than rank 1; set rank 2 or"),
-    "targets": ({"targets": ["*.attn2.to_q"]}, r"leave out 12 layers .* add '\*\.attn2\.to_k' '\*"),
-    "method": ({"method": "lora"}, r"cannot start the unet: it is a DoRA, which no LoRA can start"),
-    "nothing": ({"init_adapter": "/nowhere/x"}, r"init_adapter: there is no adapter at /nowhere/x"),
-    "hub": ({"init_adapter": "some/lora"}, r"init_adapter: some/lora is not .* HF_HUB_OFFLINE is"),
+                     "layers of text_encoder"),
+    "rank": ({"rank": 1}, "the unet: it has rank 2, more than rank 1"),
+    "targets": ({"targets": ["*.attn2.to_q"]}, "leave out 12 layers"),
+    "method": ({"method": "lora"}, "the unet: it is a DoRA"),
+    "nothing": ({"init_adapter": "/nowhere/x"}, "no adapter at /nowhere/x"),
+    "hub": ({"init_adapter": "some/lora"}, "HF_HUB_OFFLINE"),
 }  # fmt: skip
 
 
@@ -211,9 +212,8 @@ def test_an_adapter_that_the_run_cannot_start_from_is_refused_before_the_photos_
     changes, message = REFUSED[name]
     monkeypatch.setattr("dora_diffusion.training.session.open_dataset", None)
     config = tiny_run(**{"init_adapter": str(other), "train_text_encoder": True, **changes})
-    with pytest.raises(ConfigError, match=message) as error:
+    with refused("init_adapter", message):
         opened(config)
-    assert "\n" not in str(error.value)
 
 
 def test_an_adapter_of_another_family_is_refused_in_one_line(tiny_run, sdxl_folder, other):
@@ -227,7 +227,7 @@ def test_an_adapter_in_the_folder_that_is_written_is_refused(tiny_run, other, tm
     (tmp_path / "out").mkdir()
     shutil.copy(other, tmp_path / "out")
     config = tiny_run(init_adapter=str(tmp_path / "out"), overwrite_output_dir=True)
-    with pytest.raises(ConfigError, match="init_adapter and output_dir are one folder"):
+    with refused("init_adapter", "are one folder"):
         train(config)
     assert read_adapter(tmp_path / "out").layers
 

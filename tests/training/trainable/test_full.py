@@ -32,6 +32,7 @@ from dora_diffusion.training.results.metrics import TrainingError
 from dora_diffusion.training.session import open_session
 from dora_diffusion.training.trainable import adapters, full
 from tests.emulation import OneDNN
+from tests.refusal import refused
 from tests.training.helpers import (
     accelerator_of_fp16,
     losses,
@@ -322,7 +323,7 @@ def test_a_disk_without_room_is_said_before_and_costs_no_run(full_config, monkey
 
 def test_a_result_is_not_replaced_unless_asked(full_config):
     train(full_config)
-    with pytest.raises(ValueError, match="already contains a trained adapter or model"):
+    with refused("output_dir", "already contains a trained adapter or model"):
         train(full_config)
     before = stored(train_folder(full_config))
     again = replace(full_config, overwrite_output_dir=True, text_encoder_lr=5e-6)
