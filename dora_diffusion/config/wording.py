@@ -123,8 +123,14 @@ def did_you_mean(word: object, words: Iterable[str]) -> str:
 
 
 def whole_word(token: str) -> re.Pattern[str]:
-    """Match a word, ignoring case, where no letter, digit or underscore touches it."""
-    return re.compile(rf"(?<!\w){re.escape(token)}(?!\w)", re.IGNORECASE)
+    """Match a word, ignoring case, except as a part of another word.
+
+    Letters, digits and underscores are the characters of words: ``sks`` is not in ``sks2``, but
+    ``<sks>`` is in ``a<sks>2``.
+    """
+    before = r"(?<!\w)" if re.match(r"\w", token) else ""
+    after = r"(?!\w)" if re.search(r"\w\Z", token) else ""
+    return re.compile(f"{before}{re.escape(token)}{after}", re.IGNORECASE)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

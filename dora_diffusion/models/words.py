@@ -195,8 +195,9 @@ def write_out_words(tokenizer: Any, prompt: str, own: Mapping[str, str] | None =
     """A prompt with all vectors of its trained words: ``A <X> dog`` becomes ``a <x> <x>_1 dog``.
 
     Words are read as `whole_word` reads them, everywhere: whatever their case, beside any
-    punctuation, and not inside other words. A word whose next vector is written behind it stays as
-    it is. A prompt without words is returned as it is, any other as the tokenizer normalizes it.
+    punctuation and each other, and not inside other words. A word whose next vector is written
+    behind it stays as it is. A prompt without words is returned as it is, any other as the
+    tokenizer normalizes it.
 
     Args:
         tokenizer: A tokenizer.
@@ -216,11 +217,16 @@ def write_out_words(tokenizer: Any, prompt: str, own: Mapping[str, str] | None =
         if not re.match(rf" {re.escape(word)}_1(?!\w)", text[match.end() :]):
             while (part := f"{word}_{len(parts)}") in names:
                 parts.append(names[part])
-        return " ".join(parts)
+        # A tokenizer finds them between other characters than those of words.
+        left = " " * bool(re.match(r"\w", text[: match.start()][-1:]))
+        after = text[match.end() :]
+        right = " " * bool(re.match(r"\w", after) or pattern.match(after))
+        return f"{left}{' '.join(parts)}{right}"
 
     # The longest first, as a tokenizer finds them.
-    patterns = [whole_word(word).pattern for word in sorted(found, key=len, reverse=True)]
-    return re.sub("|".join(patterns), write_out, text)
+    words = sorted(found, key=len, reverse=True)
+    pattern = re.compile("|".join(whole_word(word).pattern for word in words))
+    return pattern.sub(write_out, text)
 
 
 def has_words(model: Encoders, prompt: str) -> bool:

@@ -129,10 +129,17 @@ class SampleSaved(Event):
 
 @dataclass(frozen=True)
 class CheckpointSaved(Event):
-    """A checkpoint that stays was written."""
+    """A checkpoint that stays was written.
+
+    Attributes:
+        step: Optimizer steps done.
+        path: Its folder.
+        removed: Names of earlier checkpoints that were removed since the last one.
+    """
 
     step: int
     path: Path
+    removed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -331,7 +331,7 @@ class Run:
             try:
                 path = self._save(step, interim=interim, is_best=is_best)
                 if path is not None and not interim:
-                    self.on_event(events.CheckpointSaved(step, path))
+                    self.on_event(events.CheckpointSaved(step, path, self.saver.take_removed()))
             except Exception as error:
                 failure = error
         if set_by_any(self.session.accelerator, failure is not None):

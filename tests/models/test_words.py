@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dora_diffusion import AdapterConfig, inject_adapters
@@ -16,7 +20,14 @@ from dora_diffusion.data.captions import contains_token
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts, truncated_text
-from dora_diffusion.models.words import add_own_tokens, add_tokens, has_words, own_words
+from dora_diffusion.models.words import (
+    add_own_tokens,
+    add_tokens,
+    has_words,
+    own_words,
+    token_parts,
+    write_out_words,
+)
 from dora_diffusion.sampling.generate import generate_images
 
 PROMPTS = ["a photo of a <x> dog", "a dog", "<x>, <y>"]
@@ -75,9 +86,13 @@ READINGS = {
     "Zwq zwq_1 and zwq": "zwq zwq_1 and zwq zwq_1",
     "a Zwq_1 dog": "a zwq_1 dog",
     "zwq\n  ONE": "zwq zwq_1 one",
+    "x<bolt>": "x <bolt> <bolt>_1",
+    "<bolt>s, <bolt>2": "<bolt> <bolt>_1 s , <bolt> <bolt>_1 2",
+    "<bolt><bolt>": "<bolt> <bolt>_1 <bolt> <bolt>_1",
+    "zwq<bolt>one": "zwq zwq_1 <bolt> <bolt>_1 one",
 }
 # Of letters that are not word: inside others, which `contains_token` does not find either.
-NOT_READ = ["zwqs", "azwq", "my_zwq", "zwq2", "zwqzwq", "x<bolt>", "<bolt>s", "a dog"]
+NOT_READ = ["zwqs", "azwq", "my_zwq", "zwq2", "zwqzwq", "a dog"]
 NEW = {"zwq": 2, "<bolt>": 2, "\xe9clair": 2, "one": 1}
 
 
@@ -156,6 +171,30 @@ def test_every_reader_finds_all_vectors_of_a_word(
     full = prompt + " dog" * room
     assert truncated_text(with_words.tokenizers[0], full) == ""
     assert truncated_text(with_words.tokenizers[0], full + " cat") == "cat"
+
+
+BETWEEN = ["", *" ,.;:!?()[]{}|/\\'\"-_*+=&%$#@~^<>0a", "dog", "\xe9", ") (", "), (", "\n"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(BETWEEN), st.sampled_from(sorted(NEW))), min_size=1),
+       st.sampled_from(BETWEEN))  # fmt: skip
+def test_every_word_is_read_at_every_boundary(
+    with_words: Components, parts: list[tuple[str, str]], end: str
+) -> None:
+    """A word of letters is read unless another letter, digit or underscore touches it."""
+    prompt = "".join(f"{between}{word}" for between, word in parts) + end
+    expected, at = Counter[str](), 0
+    for between, word in parts:
+        begin = at + len(between)
+        at = begin + len(word)
+        touching = (prompt[begin - 1 : begin], word[0]), (word[-1], prompt[at : at + 1])
+        if not any(re.fullmatch(r"\w\w", left + right) for left, right in touching):
+            expected[word] += 1
+    tokenizer = with_words.tokenizers[0]
+    read = Counter(tokenizer.tokenize(write_out_words(tokenizer, prompt)))
+    for word, count in NEW.items():
+        for part in token_parts(word, count):
+            assert read[part] == expected[word], (prompt, part)
 
 
 @pytest.mark.parametrize("prompt", [*READINGS, *NOT_READ])

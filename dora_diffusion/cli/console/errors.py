@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import sys
 import traceback
 import warnings
@@ -15,6 +17,8 @@ from dora_diffusion.cli.console.output import say
 from dora_diffusion.system import is_windows
 
 FAILED, OUT_OF_MEMORY = 1, 3
+UNREAD = 128 + 13
+"""Exit code of a command that its output's reader has left, as ``head`` does: of SIGPIPE."""
 _LONGEST_PATH = 260
 # What uses less memory, by command.
 _MEMORY_ADVICE = {
@@ -49,16 +53,21 @@ def reporting_errors(command: str = "", *, debug: bool) -> Iterator[Outcome]:
         command: The command that runs, for advice.
         debug: Let every error through as it is; ``DORA_DIFFUSION_DEBUG=1`` does too.
     """
-    outcome = Outcome()
+    outcome, is_done = Outcome(), False
     debug = debug or os.environ.get("DORA_DIFFUSION_DEBUG") == "1"
     with warnings.catch_warnings():
         _show_plain_warnings()
         try:
             yield outcome
+            is_done = True
+            sys.stdout.flush()
         except KeyboardInterrupt:
             print("error: interrupted", file=sys.stderr)
             outcome.code = 130
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and _is_unread():
+                outcome.code = outcome.code if is_done else UNREAD
+                return
             code, line = explain(error, command)
             if debug:
                 raise
@@ -67,6 +76,17 @@ def reporting_errors(command: str = "", *, debug: bool) -> Iterator[Outcome]:
                 line = asking_for_report(error)
             print(f"error: {line}", file=sys.stderr)
             outcome.code = code
+
+
+def _is_unread() -> bool:
+    """Return whether nobody reads the output any more; what is left of it goes nowhere."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no file, or no poll
+        output, poll = sys.stdout.fileno(), select.poll()
+        poll.register(output, 0)
+        if poll.poll(0):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+            return True
+    return False
 
 
 def explain(error: Exception, command: str = "") -> tuple[int, str | None]:

@@ -93,7 +93,8 @@ class TrainProgress:
             case SampleSaved():
                 say(f"sample: {event.path}")
             case CheckpointSaved():
-                say(f"checkpoint: {event.path}")
+                removed = f"; removed {', '.join(event.removed)}" if event.removed else ""
+                say(f"checkpoint: {event.path}{removed}")
             case EffectMeasured(effect):
                 say(str(effect))
             case TrainingEnded():
@@ -198,8 +199,11 @@ class PackProgress:
                 tell(phase="training", done=done, total=total)
             case Validated(step, loss) if loss is not None:
                 say(f"{name}, step {step}: validation loss {loss:.4f}")
-            case SampleSaved() | CheckpointSaved():
+            case SampleSaved():
                 say(f"{name}: {event.path}")
+            case CheckpointSaved():
+                removed = f"; removed {', '.join(event.removed)}" if event.removed else ""
+                say(f"{name}: {event.path}{removed}")
             case EffectMeasured(effect):
                 say(f"{name}: {effect}")
             case TrainingEnded(step, interrupted):

@@ -264,11 +264,13 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """List the adapters that are there now; one that cannot be read says why."""
         return service.adapters()
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Answer as long as the server runs."""
         return {"status": "ok"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def ready() -> dict[str, str]:
         """Answer 200 if images can be had, else 503."""
@@ -343,8 +345,9 @@ class _Gate:
             line = "without a token this server answers to localhost alone, and not by other names"
             return JSONResponse({"detail": line}, 400, _CLOSE)
         if self.token is not None and path not in _OPEN:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            is_given = hmac.compare_digest(given.strip(), self.token.encode())
+            if scheme.lower() != b"bearer" or not is_given:
                 line = "give the server's token: 'Authorization: Bearer TOKEN'"
                 challenge = {"WWW-Authenticate": "Bearer"} | _CLOSE
                 return JSONResponse({"detail": line}, 401, challenge)

@@ -14,7 +14,9 @@ from dora_diffusion.formats.adapter.stored import find_adapter, read_metadata
 from dora_diffusion.formats.layouts.dotted import DIFFUSERS
 
 RESCAN = 5.0
-"""Seconds for which a name that is not known is not looked for again."""
+"""Seconds for which a name that was not found is not looked for again."""
+MOST_MISSING = 16
+"""Names that are looked for in that time; others wait."""
 
 
 class Catalogue:
@@ -44,7 +46,7 @@ class Catalogue:
             )
             _require_readable(folder)
         self._files: dict[str, Path] = {}
-        self._scanned = -RESCAN
+        self._missing: dict[str, float] = {}
         self.scan(strict=True)
 
     def scan(self, *, strict: bool = False) -> dict[str, Path]:
@@ -65,15 +67,22 @@ class Catalogue:
             )
             if name not in files or self._files.get(name) == file:
                 files[name] = file
-        self._files, self._scanned = files, self._clock()
+        self._files = files
         return files
 
     def find(self, name: str) -> Path | None:
-        """The adapter of a name; None if there is none."""
+        """The adapter of a name, which may have come just now; None if there is none."""
         file = self._files.get(name)
-        if (file is None or not os.path.lexists(file)) and self._clock() - self._scanned >= RESCAN:
+        if file is not None and os.path.lexists(file):
+            return file
+        now = self._clock()
+        self._missing = {one: at for one, at in self._missing.items() if now - at < RESCAN}
+        if name not in self._missing and len(self._missing) < MOST_MISSING:
             file = self.scan().get(name)
-        return file if file is not None and os.path.lexists(file) else None
+            if file is not None:
+                return file
+            self._missing[name] = now
+        return None
 
     @staticmethod
     def metadata(file: Path) -> AdapterMetadata:

@@ -68,7 +68,9 @@ def refusal_of(error: Exception, file: Path | None) -> Refusal:
 class ApiRequest(pydantic.BaseModel):
     """One image."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, strict=True
+    )
 
     prompt: str = Field(min_length=1, max_length=4000, examples=["a photo of a sks dog"])
     adapter: str | None = Field(

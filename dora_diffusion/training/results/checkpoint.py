@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from dora_diffusion.training.session import Session
 
 STATE_FILE = "training_state.pt"
+FORMAT = 1
+"""Version of a checkpoint's state and of ``run.json``; raised when an older one cannot be read."""
+_REQUIRED = {
+    "step", "config", "contents", "segments", "parameters", "optimizer", "lr_schedule", "sampler",
+    "batches", "scaler", "projections", "start", "allocation", "validation", "interim",
+}  # fmt: skip
 # What else a run writes meanwhile: samples, metrics.
 _MARGIN = 2**20
 
@@ -101,6 +107,7 @@ def state_of(session: Session, segments: object, step: int) -> dict[str, Any]:
     scaler, allocation = session.accelerator.scaler, session.learner.allocation
     tensors = session.weights.tensors()
     return {
+        "format": FORMAT,
         "step": step,
         "config": session.config.to_dict(),
         "contents": session.dataset.contents(),
@@ -122,7 +129,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """Read the state that `state_of` returned when a checkpoint was saved.
 
     Raises:
-        ConfigError: If it cannot be read.
+        ConfigError: If it cannot be read, or has the format of another version.
     """
     try:
         # weights_only: the file holds tensors and plain values, and cannot run code.
@@ -131,6 +138,16 @@ def read_state(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"cannot read the checkpoint {path}: {error}", "resume_from_checkpoint"
         ) from error
+    other = "newer" if state.get("format", FORMAT) > FORMAT else "older"
+    if other == "newer" or not state.keys() >= _REQUIRED:
+        use = f"--pretrained_model_name_or_path {path / 'model'}"
+        if not (path / "model").is_dir():
+            use = f"--init_adapter {path}"
+        raise ConfigError(
+            f"the checkpoint {path} is of {'a' if other == 'newer' else 'an'} {other} version of "
+            f"dora-diffusion, which this one cannot resume; begin a new run with {use}",
+            "resume_from_checkpoint",
+        )
     return state
 
 
@@ -224,9 +241,11 @@ class CheckpointSaver:
         self.limit = limit
         self.noun = noun
         self.interim: Path | None = None
+        self._is_known = False  # The interim checkpoint was announced: it was resumed from.
         self.newest: Path | None = None
         self.best: Path | None = None
         self.last_step: int | None = None
+        self._removed = list[str]()
         self._result_alone: Path | None = None
         self._clock = clock
         self._begun = clock()
@@ -245,6 +264,13 @@ class CheckpointSaver:
         self.best = None if best is None else self.output_dir / f"checkpoint-{best}"
         if interim and path.parent.resolve() == self.output_dir.resolve():
             self.interim = path
+            self._is_known = True
+
+    def take_removed(self) -> tuple[str, ...]:
+        """Names of the folders that were removed since the last call, and were announced before."""
+        removed = tuple(self._removed)
+        self._removed.clear()
+        return removed
 
     def save(
         self,
@@ -276,18 +302,24 @@ class CheckpointSaver:
             self._save_alone(step, write_weights, error)
             return None
         if self.interim is not None and self.interim != path:
-            shutil.rmtree(self.interim, ignore_errors=True)
+            self._remove(self.interim, was_announced=self._is_known)
+        self._is_known = False
         self.interim, self.newest = (path if interim else None), path
         if is_best:
             if self.best not in (None, path) and not self.is_due(step_of(self.best)):
-                shutil.rmtree(self.best, ignore_errors=True)
+                self._remove(self.best)
             self.best = path
         if self.limit and not interim:
             kept = (self.newest_stable(is_stable), self.best)
             for old in checkpoints_in(self.output_dir)[: -self.limit]:
                 if old not in kept:
-                    shutil.rmtree(old, ignore_errors=True)
+                    self._remove(old)
         return path
+
+    def _remove(self, folder: Path, *, was_announced: bool = True) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        if was_announced:
+            self._removed.append(folder.name)
 
     def newest_stable(self, is_stable: Callable[[int], bool]) -> Path | None:
         """The newest checkpoint of a step at which nothing spoke of a rising loss."""
@@ -308,13 +340,15 @@ class CheckpointSaver:
             )
             raise kind(cause.errno, text) from error
         folder = self.output_dir / f"checkpoint-{step}"
+        removed = ""
         if self._result_alone is not None:  # The newest is enough, where room is scarce.
             shutil.rmtree(self._result_alone, ignore_errors=True)
+            removed = f"; {self._result_alone.name} was removed for it"
         self._result_alone = folder
         warnings.warn(
             f"no checkpoint at step {step}: {reason}; only the {self.noun} was saved, "
-            f"{folder.name}, which generates and cannot resume. Training continues; free some "
-            f"space ({before})",
+            f"{folder.name}, which generates and cannot resume{removed}. Training continues; free "
+            f"some space ({before})",
             stacklevel=2,
         )
 

@@ -14,6 +14,7 @@ from dora_diffusion import __version__
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.models.components import Components
 from dora_diffusion.numerics.devices import device_name
+from dora_diffusion.training.results.checkpoint import FORMAT
 from dora_diffusion.training.results.effect import Effect
 from dora_diffusion.training.results.folders import RECORD_NAME
 
@@ -66,7 +67,8 @@ def save_record(
     folder: Path, conditions: Sequence[Mapping[str, Any]], effect: Effect | None = None
 ) -> Path:
     """Write the record: the conditions by the step from which on they were, and the effect."""
-    record = {"conditions": conditions, "effect": None if effect is None else effect.figures}
+    figures = None if effect is None else effect.figures
+    record = {"format": FORMAT, "conditions": conditions, "effect": figures}
     return save_text(folder / RECORD_NAME, json.dumps(record, indent=1) + "\n")
 
 

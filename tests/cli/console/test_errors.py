@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 
 import pytest
@@ -136,3 +138,21 @@ def test_a_path_that_is_too_long_for_windows_is_said_to_be(monkeypatch, capsys):
     assert "260 characters" in last_line(capsys)
     assert ending(FileNotFoundError(2, "No such file or directory", path[:-1])) == 1
     assert last_line(capsys) == f"error: {path[:-1]} does not exist"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGPIPE")
+@pytest.mark.parametrize(("lines", "code"), [(1, 0), (10_000, 141)])
+def test_output_that_nobody_reads_any_more_is_no_error(lines, code, monkeypatch, capsys):
+    """As after ``| head``: silent, with the code of SIGPIPE where the command was not done."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", encoding="utf-8") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with errors.reporting_errors("inspect", debug=False) as outcome:
+            for _ in range(lines):
+                print("a line")
+        assert outcome.code == code
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+    # Another pipe's end is an error like any other.
+    assert ending(BrokenPipeError(32, "Broken pipe")) == 1

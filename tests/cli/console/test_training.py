@@ -106,8 +106,12 @@ def test_what_is_written_is_named_and_class_images_are_counted(show) -> None:
     lines, bar = show(
         ClassImagesProgress(2, 6), ClassImagesProgress(6, 6), started(),
         SampleSaved("step-3", Path("out/step-3.png")), CheckpointSaved(3, Path("out/checkpoint-3")),
+        CheckpointSaved(4, Path("out/checkpoint-4"), ("checkpoint-1", "checkpoint-2")),
     )  # fmt: skip
-    assert lines[1:] == ["sample: out/step-3.png", "checkpoint: out/checkpoint-3"]
+    assert lines[1:] == [
+        "sample: out/step-3.png", "checkpoint: out/checkpoint-3",
+        "checkpoint: out/checkpoint-4; removed checkpoint-1, checkpoint-2",
+    ]  # fmt: skip
     assert "class images" in bar
     assert "6/6" in bar
 

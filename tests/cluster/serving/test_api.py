@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import re
+from typing import get_args
 
 import httpx
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from dora_diffusion.cluster.serving.api import Service, make_app
 from dora_diffusion.cluster.serving.batcher import WorkerLostError
 from dora_diffusion.cluster.serving.catalogue import Catalogue
-from dora_diffusion.cluster.serving.engine import ApiAnswer, Refusal, Reply
+from dora_diffusion.cluster.serving.engine import ApiAnswer, ApiRequest, Refusal, Reply
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from tests.cluster.serving.helpers import run, serving_log
 
@@ -32,6 +33,14 @@ def folder(tmp_path, random_layer):
         write_adapter(tmp_path / f"{name}.safetensors", AdapterFile(layers, metadata))
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
     return tmp_path
+
+
+# A number as text, for each field that is one.
+NUMBERS = {
+    name: "1" for name, field in ApiRequest.model_fields.items()
+    if {int, float} & {field.annotation, *get_args(field.annotation)}
+}  # fmt: skip
+assert len(NUMBERS) > 6
 
 
 class Workers:
@@ -134,6 +143,10 @@ def test_readiness_is_that_of_the_replicas_now(folder):
             for workers.healthy in (1, 0, 2):
                 metrics = (await client.get("/metrics")).text.splitlines()
                 codes = [(await client.get(path)).status_code for path in ("/health", "/ready")]
+                heads = [await client.head(path) for path in ("/health", "/ready")]
+                assert [(one.status_code, one.content) for one in heads] == [
+                    (code, b"") for code in codes
+                ]
                 found.append((*codes, f"dora_ready {codes[1] == 200:.1f}" in metrics))
             return found
 
@@ -149,6 +162,7 @@ def test_readiness_is_that_of_the_replicas_now(folder):
         ({"scheduler": "fast"}, "scheduler: Value error, it must be one of ddim"),
         ({"step": 3}, "step: Extra inputs are not permitted"),
         ({"strength": 9}, "strength: Input should be less than or equal to 3"),
+        *(({name: text}, f"{name}: Input should be a valid") for name, text in NUMBERS.items()),
         ({"prompt": "x" * 70000}, "a request has a Content-Length, of at most 65536 bytes"),
     ],
     ids=str,
@@ -197,7 +211,9 @@ def test_without_the_token_nothing_is_told(folder):
                 answer = await client.post("/v1/images", json={"prompt": "a"}, headers=given)
                 assert answer.status_code == 401
                 assert answer.headers["WWW-Authenticate"] == "Bearer"
-            listed = await client.get("/v1/adapters", headers={"Authorization": f"Bearer {TOKEN}"})
+            for scheme in ("bearer", "BEARER", "Bearer "):
+                given = {"Authorization": f"{scheme} {TOKEN}"}
+                listed = await client.get("/v1/adapters", headers=given)
             return codes, listed.json()
 
     codes, listed = run(ask())

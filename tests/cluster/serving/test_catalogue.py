@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_diffusion.cluster.serving.catalogue import RESCAN, Catalogue
+from dora_diffusion.cluster.serving.catalogue import MOST_MISSING, RESCAN, Catalogue
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.layouts.layout import AdapterFormatError
 from tests.refusal import refused
@@ -51,16 +51,25 @@ def test_what_is_no_name_is_not_looked_for_on_the_disk(folder, name):
     assert Catalogue([folder]).find(name) is None
 
 
-def test_a_folder_is_looked_through_again_but_not_for_every_wrong_name(folder):
-    now = [100.0]
+def test_a_folder_is_looked_through_again_but_not_for_every_wrong_name(folder, monkeypatch):
+    now, scans = [100.0], []
     catalogue = Catalogue([folder], clock=lambda: now[0])
+    scan = catalogue.scan
+    monkeypatch.setattr(catalogue, "scan", lambda: scans.append(now[0]) or scan())
+    # Somebody asks for it as soon as it is there.
+    shutil.copy(folder / "dog.safetensors", folder / "wolf.safetensors")
+    assert catalogue.find("wolf") == folder / "wolf.safetensors"
+    (folder / "wolf.safetensors").unlink()
+    assert [catalogue.find("wolf") for _ in range(3)] == [None] * 3
+    assert len(scans) == 2
     shutil.copy(folder / "dog.safetensors", folder / "wolf.safetensors")
     assert catalogue.find("wolf") is None
     now[0] += RESCAN
     assert catalogue.find("wolf") == folder / "wolf.safetensors"
-    (folder / "wolf.safetensors").unlink()
-    assert catalogue.find("wolf") is None
-    assert "wolf" not in catalogue.scan()
+    del scans[:]
+    assert {catalogue.find(f"wrong {number}") for number in range(100)} == {None}
+    assert len(scans) == MOST_MISSING
+    assert catalogue.find("dog") == folder / "dog.safetensors"
 
 
 def test_a_file_that_was_written_since_is_read_again(folder):

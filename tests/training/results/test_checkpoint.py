@@ -125,6 +125,10 @@ def test_one_in_between_goes_when_the_next_is_there_and_never_costs_one_that_sta
     assert names(tmp_path) == ["checkpoint-100", "checkpoint-180"]
     one.put(200)
     assert names(tmp_path) == ["checkpoint-200"]
+    # Those in between were not announced.
+    assert one.take_removed() == ("checkpoint-100",)
+    one.put(300)
+    assert one.take_removed() == ("checkpoint-200",)
 
 
 def test_one_in_between_is_known_as_such_by_the_next_process(saver, tmp_path):
@@ -132,8 +136,10 @@ def test_one_in_between_is_known_as_such_by_the_next_process(saver, tmp_path):
     after = saver()
     state = torch.load(path / "training_state.pt", weights_only=True)
     after.resume_from(path, interim=state["interim"])
+    after.put(180, interim=True)
     after.put(200)
     assert names(tmp_path) == ["checkpoint-200"]
+    assert after.take_removed() == ("checkpoint-140",)
 
 
 def test_a_run_that_crashes_has_lost_minutes(tiny_run, tmp_path, monkeypatch):
@@ -248,8 +254,10 @@ def test_a_disk_without_room_costs_the_checkpoint_and_not_the_run(tiny_run, tmp_
     no_room(monkeypatch, 100_000)
     with pytest.warns(
         UserWarning, match=r"no checkpoint at step 2: it takes 1\.\d MB, and the disk"
-    ):
+    ) as said:
         result = train(config)
+    lines = [str(one.message) for one in said if "no checkpoint at step" in str(one.message)]
+    assert ["checkpoint-2 was removed for it" in line for line in lines] == [False, True]
     assert (result.steps, result.checkpoint) == (4, None)
     assert same(result.adapter, expected)
     assert checkpoints_in(tmp_path / "out") == []
@@ -332,6 +340,7 @@ def test_the_best_stays_beside_the_limit_until_another_is_better(saver, tmp_path
     assert names(tmp_path) == ["checkpoint-200", "checkpoint-50"]
     one.put(300, is_best=True)
     assert names(tmp_path) == ["checkpoint-300"]
+    assert one.take_removed() == ("checkpoint-100", "checkpoint-50", "checkpoint-200")
     every = saver()
     every.resume_from(tmp_path / "checkpoint-300", interim=False, best=300)
     every.put(350, is_best=True)

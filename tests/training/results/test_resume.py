@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from dataclasses import replace
@@ -18,6 +19,7 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.engine import objective as inputs
 from dora_diffusion.training.events import StepDone, TrainingStarted
 from dora_diffusion.training.loop import train
+from dora_diffusion.training.results.checkpoint import FORMAT, STATE_FILE
 from dora_diffusion.training.results.resume import changed_segments, check_same_run
 from tests.refusal import refused
 from tests.training.helpers import (
@@ -411,3 +413,27 @@ def test_the_saved_settings_of_a_resumed_run_start_another_one(again, tmp_path):
     assert saved["overwrite_output_dir"] is False
     fresh = TrainConfig.from_dict(saved | {"output_dir": str(tmp_path / "fresh")})
     assert train(fresh).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state.pop("start"), "is of an older version of"),
+        (lambda state: state.update(format=FORMAT + 1), "is of a newer version of"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(change, words, again):
+    """With what to do instead, which works."""
+    folder = Path(again.output_dir, "checkpoint-2")
+    state = torch.load(folder / STATE_FILE, weights_only=True)
+    assert state["format"] == FORMAT
+    change(state)
+    torch.save(state, folder / STATE_FILE)
+    with refused("resume_from_checkpoint", words) as error:
+        train(again)
+    text = str(error.value)
+    assert text.endswith(f"begin a new run with --init_adapter {folder}")
+    output = str(folder.parent.with_name("new"))
+    fresh = replace(again, resume_from_checkpoint=None, output_dir=output, init_adapter=str(folder))
+    assert train(fresh).steps == 3
+    assert json.loads(Path(output, "run.json").read_text(encoding="utf-8"))["format"] == FORMAT
