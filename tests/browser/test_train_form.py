@@ -30,32 +30,6 @@ SD1, SDXL = (
 BASES = ("embedded:tiny-sd", "embedded:tiny-sdxl", SD1, SDXL)
 
 
-def add_to_cache(cache: Path, name: str, family: str) -> None:
-    """The configuration of a released model where the hub's library keeps it, without weights."""
-    snapshot = cache / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / "0"
-    (snapshot / "unet").mkdir(parents=True)
-    kinds = {
-        "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
-    }  # fmt: skip
-    unet: dict[str, Any] = {"sample_size": 64, "block_out_channels": [320, 640, 1280, 1280]}
-    if family == "sdxl":
-        kinds["text_encoder_2"] = "CLIPTextModelWithProjection"
-        unet = {"sample_size": 128, "block_out_channels": [320, 640, 1280]}
-        unet["addition_embed_type"] = "text_time"
-    index = {part: ["diffusers", kind] for part, kind in kinds.items()}
-    (snapshot / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
-    (snapshot / "unet" / "config.json").write_text(json.dumps(unet), encoding="utf-8")
-    (snapshot / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
-
-
-@pytest.fixture(scope="module")
-def app_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    cache = tmp_path_factory.mktemp("hub")
-    add_to_cache(cache, SD1, "sd1")
-    add_to_cache(cache, SDXL, "sdxl")
-    return {"HF_HOME": str(cache), "HF_HUB_CACHE": str(cache / "hub")}
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A runs folder whose queue another app leads, so that no run begins."""
