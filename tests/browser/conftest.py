@@ -1,7 +1,9 @@
 """One app and one headless Chromium for all tests; each has a folder and a context of its own.
 
-The app is a process. While a test runs, the folder of runs is that test's alone (`fill`), and no job
-begins unless the test asks for it (`leading`). Nothing here waits by the clock. A wait ends when what it waits for is there. It fails when a run
+The app is a process. While a test runs, the folder of runs is that test's alone (`fill`), and no
+job begins unless the test asks for it (`leading`).
+
+Nothing here waits by the clock. A wait ends when what it waits for is there. It fails when a run
 that it depends on has failed, when the app has ended, or when no job has moved for `WAIT_SECONDS`.
 """
 
@@ -36,6 +38,7 @@ FLAGS = (
 LOOK_MILLISECONDS = 1000
 # The page's own sign (page.js): it has what it has asked for, and has drawn it.
 IDLE = "document.body?.hasAttribute('data-idle')"
+TWO_FRAMES = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 # A message closes itself: those that came are kept, for whoever looks late.
 MESSAGES = """window.messages = []
 new MutationObserver((changes) => {
@@ -228,15 +231,7 @@ class Visit:
 
     def wait(self, script: str, arg: Any = None) -> None:
         """Wait until a script holds in the page: an expression, or a function of ``arg``."""
-
-        def look(limit: float) -> None:
-            self.page.wait_for_function(script, arg=arg, timeout=limit)
-
-        try:
-            self.act(look)
-        except AssertionError as error:
-            shown = self.page.evaluate("document.body.innerText")
-            raise AssertionError(f"{error}\nwaited for {script} {arg}\n{shown[-3000:]}") from error
+        self.act(lambda limit: self.page.wait_for_function(script, arg=arg, timeout=limit))
 
     def act(self, action: Callable[[float], Any]) -> None:
         """Do something as soon as the page lets it be done; it may be done twice."""
@@ -252,11 +247,20 @@ class Visit:
                 return False
             return True
 
-        self.app.until(look)
+        try:
+            self.app.until(look)
+        except AssertionError as error:
+            shown = self.page.evaluate("document.body.innerText")
+            raise AssertionError(f"{error}\n{shown[-3000:]}") from error
 
     def settle(self) -> None:
         """Wait until the page has what it has asked for, and has drawn it."""
         self.wait(IDLE)
+
+    def drawn(self) -> None:
+        """Wait until the page has its new size: nothing that is animated may still move."""
+        self.page.evaluate(TWO_FRAMES)
+        self.wait("!document.getAnimations().some(one => one.playState === 'running')")
 
     def wait_for(self, selector: str) -> None:
         """Wait until an element is to be seen."""

@@ -17,7 +17,6 @@ from PIL import Image
 
 from dora_diffusion.sampling.images import save_image
 from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.snapshot import read_job
 from dora_diffusion.studio.jobs.store import Workspace, write_json
 from dora_diffusion.studio.jobs.subjects import add_photos, new_subject
 from tests.browser.helpers import ADAPTER, SAMPLES, App, Visit, finished_run, serious
@@ -36,12 +35,13 @@ def write_ranking(workspace: Workspace, run: Path) -> None:
         Image.effect_noise((64, 64), 60).convert("RGB").save(folder / f"{name}.png")
         row = {"name": name, "similarity": similarity, "drift": drift, "images": [f"{name}.png"]}
         rows.append(row)
-    write_json(folder / "comparison.json", {"rows": rows, "notes": [], "suggested": "result"})
+    told = {"rows": rows, "missing": [], "notes": [], "suggested": "result"}
+    write_json(folder / "comparison.json", told)
 
 
 @pytest.fixture
 def fill(tmp_path: Path) -> Callable[[Workspace], None]:
-    """A subject of one photo, a finished run whose checkpoints are ranked, its download, an image."""
+    """A subject of one photo, a finished run with a ranking and a download, and an image."""
 
     def prepared(workspace: Workspace) -> None:
         with Image.open(SAMPLES / "bolt_mug" / "01.jpg") as image:

@@ -1,13 +1,10 @@
-"""The Train form in the browser: what is shown is what is trained with, and a reload keeps it.
-
-The runs that are started here wait in the queue: somebody else holds its lock.
-"""
+"""The Train form in the browser: what is shown is what is trained with, and a reload keeps it."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +14,24 @@ import yaml
 from dora_diffusion.config import PRESETS
 from dora_diffusion.models.memory import Device
 from dora_diffusion.studio.app.settings import ADVANCED, GROUPS, PROMPTS, preset_values
-from dora_diffusion.studio.jobs.queue import Lock
 from dora_diffusion.studio.jobs.store import Workspace
-from dora_diffusion.studio.jobs.subjects import take_sample
+from dora_diffusion.studio.jobs.subjects import add_photos, new_subject, take_sample
+from tests.browser.conftest import SD1, SDXL
+from tests.browser.helpers import SAMPLES, App, Visit
 
-ROOT = Path(__file__).resolve().parents[2]
-Visit = App = Any
-SD1, SDXL = (
-    "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "stabilityai/stable-diffusion-xl-base-1.0",
-)
 BASES = ("embedded:tiny-sd", "embedded:tiny-sdxl", SD1, SDXL)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A runs folder whose queue another app leads, so that no run begins."""
-    workspace = Workspace(tmp_path_factory.mktemp("form") / "runs").make()
-    lock = Lock(workspace.queue_lock)
-    assert lock.take()
-    take_sample(workspace, ROOT / "samples", "bolt_mug")
-    yield workspace.root
-    lock.free()
+@pytest.fixture
+def fill() -> Callable[[Workspace], None]:
+    """Photos of somebody's dog, and a sample, which is the newest subject."""
+
+    def prepared(workspace: Workspace) -> None:
+        dog = new_subject(workspace, "My dog")
+        add_photos(workspace, dog, sorted((SAMPLES / "bolt_mug").glob("0*.jpg"))[:3])
+        take_sample(workspace, SAMPLES, "bolt_mug")
+
+    return prepared
 
 
 def started(app: App, page: Visit, title: str = "Bolt mug") -> dict[str, Any]:
@@ -108,23 +101,9 @@ def test_a_section_that_is_closed_and_opened_changes_nothing(
     assert settings["magnitude_lr"] is settings["lora_alpha"] is settings["resolution"] is None
 
 
-def test_a_word_in_the_place_of_a_number_is_said_before_the_start(
-    visit: Callable[..., Visit], app: App
-) -> None:
-    page = visit()
-    page.tab("Train")
-    page.wait_text("#plan", "max_train_steps 300")
-    page.unfold("Advanced settings", "Adapter")
-    page.set_setting("lora_alpha", "eight", "#cost", "lora_alpha is 'eight'; it must be a number")
-    before = len(list(app.runs.glob("2*")))
-    page.click("#start")
-    assert "lora_alpha is 'eight'" in page.toast()
-    assert len(list(app.runs.glob("2*"))) == before
-
-
 def test_a_page_that_is_loaded_again_logs_no_error(visit: Callable[..., Visit]) -> None:
     page = visit()
-    for _ in range(4):
+    for _ in range(2):
         page.tab("Train")
         page.wait_text("#plan", "max_train_steps")
         page.reload()
@@ -228,41 +207,15 @@ def test_an_event_without_a_sign_of_its_work_is_told_to_no_field(
     visit().wait(f"async () => JSON.stringify(await ({TRACKED})()) === '[[],[\"10\"]]'")
 
 
-def test_a_model_that_is_not_there_is_said_before_the_start(
+def test_a_base_model_is_chosen_as_the_class_is_left_and_only_once(
     visit: Callable[..., Visit], app: App
 ) -> None:
     page = visit()
-    page.tab("Train")
-    page.wait_text("#plan", "max_train_steps 300")
-    for name, said in (
-        ("/no/such/model.safetensors", "does not exist; choose a Diffusers folder"),
-        (str(app.runs), "is a folder but not a diffusers pipeline"),
-    ):
-        page.fill("#base-model input", name)
-        page.page.keyboard.press("Enter")
-        page.wait_text("#cost", said)
-    page.fill("#base-model input", "nobody/nothing")
-    page.page.keyboard.press("Enter")
-    page.wait_text("#plan", "nobody/nothing")
-    page.click("#start")
-    assert "HF_HUB_OFFLINE is set" in page.toast()
-
-
-def test_a_subject_outside_of_the_toy_world_is_warned_of_beside_the_start(
-    visit: Callable[..., Visit], app: App
-) -> None:
-    page = visit()
-    photos = sorted((ROOT / "samples" / "bolt_mug").glob("0*.jpg"))
-    page.unfold("New subject")
-    page.set_text("Name of the new subject", "My dog")
-    page.press("button", "Make it")
+    page.choose("#subject", "My dog")
     page.wait_text("#upload-to", "join My dog")
-    page.page.set_input_files("#upload input[type=file]", photos[:3])
-    page.wait_text("#report", "3 photos added")
     page.tab("Train")
     page.fill("#class-word input, #class-word textarea", "dog")
-    said = page.wait_text("#cost", "toy model of a drawn world[^]*no dog")
-    assert "Choose Stable Diffusion 1.5, SDXL" in said
+    page.wait_text("#cost", "toy model of a drawn world[^]*no dog")
     # As soon as the class is written, a model of this machine that knows it is taken.
     page.page.keyboard.press("Tab")
     said = page.wait_text("#train-said", "Base model set to")
@@ -275,70 +228,44 @@ def test_a_subject_outside_of_the_toy_world_is_warned_of_beside_the_start(
     page.wait_text("#cost", "toy model of a drawn world")
     page.page.locator("#class-word input, #class-word textarea").first.click()
     page.page.keyboard.press("Tab")
+    page.settle()
     settings = started(app, page, "My dog")
     assert settings["pretrained_model_name_or_path"] == BASES[0]
 
 
-def test_nothing_scrolls_sideways(visit: Callable[..., Visit], app: App) -> None:
-    page = visit()
-    page.click("[data-value=heart_teapot]")
-    page.wait("document.querySelectorAll('#crops img').length >= 4")
-
-    def scrolling(width: int) -> Any:
-        page.page.set_viewport_size({"width": width, "height": 900})
-        page.settle()
-        page.wait("!document.getAnimations().some(one => one.playState === 'running')")
-        return page.page.evaluate(
-            "[...document.querySelectorAll('*')].filter(e => e.clientWidth"
-            " && e.scrollWidth > e.clientWidth"
-            " && ['auto', 'scroll'].includes(getComputedStyle(e).overflowX))"
-            ".map(e => [e.tagName, e.id, e.className, e.scrollWidth, e.clientWidth])"
-        )
-
-    widths = (390, 800, 1280)
-    for name, section in (
-        ("Subject", "New subject"), ("Train", "Advanced settings"), ("Generate", "Grid of"),
-        ("Library", ""),
-    ):  # fmt: skip
-        page.tab(name)
-        assert [scrolling(width) for width in widths] == [[]] * len(widths), name
-        if section:
-            page.unfold(section)
-            assert [scrolling(width) for width in widths] == [[]] * len(widths), section
-
-
-def test_sizes_are_judged_by_the_model_that_is_chosen(
-    visit: Callable[..., Visit], app: App, tmp_path: Path
-) -> None:
-    from PIL import Image
-
-    photo = tmp_path / "photo.png"
-    Image.effect_noise((200, 200), 80).convert("RGB").save(photo)
-    page = visit()
-    page.unfold("New subject")
-    page.set_text("Name of the new subject", "Small")
-    page.press("button", "Make it")
-    page.wait_text("#upload-to", "join Small")
-    page.page.set_input_files("#upload input[type=file]", photo)
-    said = page.wait_text("#report", "1 photo added")
-    assert "smaller than the training size" not in said
-    page.tab("Train")
-    page.choose("#memory", "24 GB")  # A machine with less free would train at fewer pixels.
-    page.choose("#base-model", f"{SDXL} ·")
-    page.tab("Subject")
-    page.wait_text("#report", "200 x 200 is smaller than the training size 1024")
-
-
-def test_photos_stand_in_two_columns_on_a_phone(visit: Callable[..., Visit], app: App) -> None:
+def test_nothing_scrolls_sideways_on_any_screen(visit: Callable[..., Visit]) -> None:
     page = visit(390)
-    page.click("[data-value=heart_teapot]")
-    page.wait_text("#report", "ready to train")
     page.wait("document.querySelectorAll('#crops img').length >= 4")
     lefts = page.page.evaluate(
         "[...document.querySelectorAll('#crops .thumbnail-item')]"
         ".map(e => Math.round(e.getBoundingClientRect().left))"
     )
     assert len(set(lefts)) == 2
+
+    def scrolling(width: int) -> Any:
+        page.page.set_viewport_size({"width": width, "height": 900})
+        page.drawn()
+        return page.page.evaluate(
+            "[...document.querySelectorAll('*')].filter(e => e.clientWidth"
+            " && e.scrollWidth > e.clientWidth && (e === document.documentElement"
+            " || ['auto', 'scroll'].includes(getComputedStyle(e).overflowX)))"
+            ".map(e => [e.tagName, e.id, e.className, e.scrollWidth, e.clientWidth])"
+        )
+
+    widths = (390, 800, 1280)
+    for name, shown, section in (
+        ("Subject", "#upload", "New subject"), ("Train", "#status", "Advanced settings"),
+        ("Generate", "#make", "Grid of"), ("Library", "#library-facts", ""),
+        ("Compare", "#study", ""),
+    ):  # fmt: skip
+        page.tab(name)
+        page.wait_for(f"{shown}:visible")
+        page.settle()
+        assert [scrolling(width) for width in widths] == [[]] * len(widths), name
+        if section:
+            page.unfold(section)
+            page.settle()
+            assert [scrolling(width) for width in widths] == [[]] * len(widths), section
 
 
 if os.environ.get("DORA_DIFFUSION_SCREENS"):  # for whoever wants to look
