@@ -48,7 +48,7 @@ new MutationObserver((changes) => {
         part.matches('.toast-body') ? [part] : [...part.querySelectorAll('.toast-body')]))
 }).observe(document, {subtree: true, childList: true})"""
 TAKE_MESSAGE = """() => {
-    const message = window.messages.shift()
+    const message = window.taken = window.messages.shift()
     message.querySelector('.toast-close').click()
     return message.textContent
 }"""
@@ -334,7 +334,9 @@ class Visit:
     def toast(self) -> str:
         """Wait for a message and close it, where it has not closed itself; its text."""
         self.wait("window.messages.length")
-        return str(self.page.evaluate(TAKE_MESSAGE))
+        text = str(self.page.evaluate(TAKE_MESSAGE))
+        self.wait("!window.taken.isConnected")
+        return text
 
     def set_text(self, label: str, value: str) -> None:
         field = self.page.get_by_label(label, exact=False).first

@@ -74,7 +74,7 @@ def serious(page: Visit) -> list[str]:
     found = []
     for scheme in ("dark", "light"):
         page.page.emulate_media(color_scheme=scheme)
-        page.settle()
+        page.drawn()
         for one in axe.run(page.page).response["violations"]:
             if one["impact"] in ("serious", "critical"):
                 found += [f"{scheme}: {one['id']}: {node['html']}" for node in one["nodes"]]

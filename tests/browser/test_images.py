@@ -112,6 +112,7 @@ def test_images_are_made_of_several_adapters_and_of_one_another(
     assert "Mask image hash" not in fields_of(over)
     assert fields_of(over)["Init image hash"] == fields_of(into)["Init image hash"]
     # An image that was painted into is repeated with its mask.
+    page.page.evaluate("document.querySelector('#history').scrollIntoView({block: 'end'})")
     page.click(f"#history [data-value='{into.name}']")
     page.wait_text("#parameters", "Mask image hash")
     (same,) = press(page, app, "#image-again")
