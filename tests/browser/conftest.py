@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from dora_diffusion.studio.jobs.queue import Lock
+from dora_diffusion.studio.jobs.queue import Lock, end_tree
 from dora_diffusion.studio.jobs.store import Workspace
 from tests.waiting import WAIT_SECONDS, wait_until
 
@@ -131,26 +131,25 @@ class App:
 
     def renew(self, fill: Callable[[Workspace], None]) -> None:
         """Have a living server with a folder of runs that holds what is filled in, and no more."""
-        from dora_diffusion.studio.jobs.queue import end_tree
-
-        for worker in self.workers():
-            end_tree(worker)
+        self.end_workers()
         self.may_fail.clear()
         workspace = Workspace(self.runs).make()
         # The server has the locks open, and serves its cache.
         kept = {workspace.cache, workspace.device_lock, workspace.queue_lock}
-        for path in {*self.runs.iterdir()} - kept:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+        def is_empty() -> bool:
+            # A page that was closed may have left something in the making.
+            for path in {*self.runs.iterdir()} - kept:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+            return {*self.runs.iterdir()} <= kept
+
+        wait_until(is_empty)
         fill(workspace.make())
+        if self._process is not None and self._process.poll() is not None:
+            self._ended()
         if self._process is None:
             self.start()
         self.ask("api/v1/queue")  # It reads all jobs anew, whatever it has read a moment before.
-
-    def end(self) -> None:
-        """As its user does; on Windows the same as `kill`."""
-        if self._process is not None:
-            self._process.terminate()
-            self._ended()
 
     def kill(self) -> None:
         if self._process is not None:
@@ -161,6 +160,10 @@ class App:
         assert self._process is not None
         self._process.communicate()
         self._process = None
+
+    def end_workers(self) -> None:
+        for worker in self.workers():
+            end_tree(worker)
 
     def workers(self) -> list[psutil.Process]:
         """Living workers."""
@@ -391,8 +394,8 @@ def server(
     lock = Lock(Workspace(app.runs).make().queue_lock)
     assert lock.take()
     yield app, lock
-    app.renew(lambda workspace: None)
-    app.end()
+    app.end_workers()
+    app.kill()
     lock.free()
 
 
@@ -415,8 +418,8 @@ def leading(app: App, server: tuple[App, Lock]) -> Iterator[None]:
     _, lock = server
     lock.free()
     yield
-    app.renew(lambda workspace: None)
-    app.end()  # It leads the queue until it ends.
+    app.end_workers()
+    app.kill()  # It leads the queue until it ends.
     assert lock.take()
 
 
