@@ -14,14 +14,14 @@
   AbortController.prototype.abort = function (...reason) {
     if (window.event?.type !== 'beforeunload') abort.apply(this, reason);
   };
-  // `data-idle` is on the page's <body> while every request is answered and drawn, except the clock's.
-  // Whatever its user does takes it away. Nothing runs while it is there, or while an answer is missing.
+  // The page's <body> has `data-idle` while every request except the clock's is answered and drawn. Any
+  // action of the user removes it. No frame is requested while it is there or an answer is missing.
   const FRAMES = 6, {fetch} = window;
   const requests = new Set(), events = new Set(), early = new Set();
   let joining = 0, streams = 0, frames = 0, isCounting = false;
   const count = () => {
     isCounting = false;
-    // An event whose stream has ended gets no answer any more.
+    // Events without a stream get no answer any more.
     if (requests.size || (streams && events.size) || !window.ddRestored) return;
     if (frames++ < FRAMES) return next();
     events.clear();
@@ -44,7 +44,7 @@
     return gradio_config.dependencies.some(({id, targets}) =>
       id === index && targets.some(([, name]) => name === 'tick'));
   };
-  // The stream may tell of an event's end before the request is answered that gives it its id.
+  // The stream may report the end of an event before the response with its id is here.
   const join = async (answer) => {
     joining++;
     try {
@@ -69,7 +69,7 @@
           else if (joining) early.add(id);
         }
       }
-    } catch { /* It was cut off, which ends it as well. */ }
+    } catch { /* A stream that is cut off has ended too. */ }
     streams--;
     if (events.size) act();
   };
@@ -84,7 +84,7 @@
       streams++;
       const response = await send().catch((error) => {
         streams--;
-        act();
+        if (events.size) act();
         throw error;
       });
       follow(response.clone().body);
