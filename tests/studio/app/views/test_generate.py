@@ -377,7 +377,7 @@ def test_a_pair_is_shown_on_a_slider_with_what_is_left_and_right(
     assert (slider["visible"], gallery["visible"]) == (True, False)
     assert "Left: the base model. Right: with the adapter" in settings
     assert (shown, names) == ("right.png", ["left.png", "right.png"])
-    with pytest.raises(gradio.Error, match="(?i)choose a run or a checkpoint"):
+    with pytest.raises(gradio.Error, match=r"(?i)choose a run or a checkpoint"):
         press("base/embedded:tiny-sd", *values)
 
 
