@@ -91,6 +91,8 @@ def test_images_are_made_of_several_adapters_and_of_one_another(
     second, other = sorted(folder.name for folder in app.runs.glob("2*"))
     assert fields_of(first)["Adapter"] == f"{other}, {second}"
     assert fields_of(first)["Adapter strength"] == "1, -0.5"
+    said = [fields_of(first)[name] for name in ("Seed", "Steps", "Prompt")]
+    assert said == ["7", "2", "a photo of a sks mug in the snow"]
     # Into its left half, without a mouse.
     page.click("#image-start")
     page.wait_for("#start-image .dd-on")
