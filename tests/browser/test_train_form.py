@@ -231,6 +231,18 @@ def test_a_base_model_is_chosen_as_the_class_is_left_and_only_once(
     page.settle()
     settings = started(app, page, "My dog")
     assert settings["pretrained_model_name_or_path"] == BASES[0]
+    # And whoever has chosen it before the class was ever left.
+    other = visit()
+    other.choose("#subject", "My dog")
+    other.tab("Train")
+    other.wait("document.querySelector('#class-word input, #class-word textarea').value === 'dog'")
+    for base in (SDXL, BASES[0]):
+        other.choose("#base-model", f"{base} ·")
+        other.wait_text("#plan", f" {base} ")
+    other.page.locator("#class-word input, #class-word textarea").first.click()
+    other.page.keyboard.press("Tab")
+    other.settle()
+    assert f" {BASES[0]} " in other.text("#plan")
 
 
 def test_nothing_scrolls_sideways_on_any_screen(visit: Callable[..., Visit]) -> None:
