@@ -1,4 +1,7 @@
-"""The app as a process of its own, and tabs of headless Chromium that wait for what happens.
+"""One app and one headless Chromium for all tests; each has a folder and a context of its own.
+
+The app is a process. While a test runs, the folder of runs is that test's alone (`fill`), and no
+job begins unless the test asks for it (`leading`).
 
 Nothing here waits by the clock. A wait ends when what it waits for is there. It fails when a run
 that it depends on has failed, when the app has ended, or when no job has moved for `WAIT_SECONDS`.
@@ -6,7 +9,7 @@ that it depends on has failed, when the app has ended, or when no job has moved 
 
 from __future__ import annotations
 
-import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -15,10 +18,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
+from dora_diffusion.studio.jobs.queue import Lock, end_tree
+from dora_diffusion.studio.jobs.store import Workspace
 from tests.waiting import WAIT_SECONDS, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,75 +36,9 @@ FLAGS = (
 )  # fmt: skip
 # How long the page is asked in one go, at first: each time that was too short, it is asked longer.
 LOOK_MILLISECONDS = 1000
-# Events of which the server has not yet told that they have ended, but for the clock's.
-UNANSWERED = """{
-    const {fetch} = window, open = window.unanswered = new Set(), ended = new Set()
-    const isClock = ({fn_index: index}) => gradio_config.dependencies.some(({id, targets}) =>
-        id === index && targets.some(([, event]) => event === 'tick'))
-    // What the page is told, before it is told.
-    const noting = () => {
-        const decoder = new TextDecoder()
-        let rest = ''
-        return new TransformStream({transform(part, page) {
-            const lines = (rest + decoder.decode(part, {stream: true})).split('\\n')
-            rest = lines.pop()
-            for (const line of lines.filter((line) => line.includes('process_completed'))) {
-                const {msg, event_id: id} = JSON.parse(line.slice(line.indexOf('{')))
-                if (msg === 'process_completed' && !open.delete(id)) ended.add(id)
-            }
-            page.enqueue(part)
-        }})
-    }
-    const join = async (request) => {
-        open.add(request)
-        try {
-            const response = await fetch(...request)
-            const {event_id: id} = response.ok ? await response.clone().json() : {}
-            if (id && !ended.has(id)) open.add(id)
-            return response
-        } finally {
-            open.delete(request)
-        }
-    }
-    window.fetch = async (...request) => {
-        const address = String(request[0].url ?? request[0])
-        if (address.includes('/queue/join') && !isClock(JSON.parse(request[1].body)))
-            return join(request)
-        const response = await fetch(...request)
-        if (!address.includes('/queue/data')) return response
-        return new Response(response.body.pipeThrough(noting()), response)
-    }
-}"""
-# The page has what it has asked for: five frames, however long they take.
-ANSWERED = """() => new Promise(done => {
-    let quiet = 0
-    const frame = () => {
-        quiet = unanswered.size ? 0 : quiet + 1
-        return quiet > 5 ? done(true) : requestAnimationFrame(frame)
-    }
-    frame()
-})"""
-# And it has nothing more to draw: twenty frames with no change.
-SETTLED = """() => new Promise(done => {
-    let quiet = 0
-    const watch = new MutationObserver(() => { quiet = 0 })
-    watch.observe(document, {
-        subtree: true, childList: true, attributes: true, characterData: true,
-    })
-    const frame = () => {
-        quiet = unanswered.size ? 0 : quiet + 1
-        if (quiet <= 20) return requestAnimationFrame(frame)
-        watch.disconnect()
-        done(true)
-    }
-    frame()
-})"""
-# What was just unfolded gets its values a frame after it is drawn, whatever was typed meanwhile.
-DRAWN = """() => new Promise(done => {
-    let frames = 0
-    const frame = () => ++frames > 3 ? done(true) : requestAnimationFrame(frame)
-    frame()
-})"""
+# The page's own sign (page.js): it has what it has asked for, and has drawn it.
+IDLE = "document.body?.hasAttribute('data-idle')"
+TWO_FRAMES = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 # A message closes itself: those that came are kept, for whoever looks late.
 MESSAGES = """window.messages = []
 new MutationObserver((changes) => {
@@ -108,11 +48,16 @@ new MutationObserver((changes) => {
         part.matches('.toast-body') ? [part] : [...part.querySelectorAll('.toast-body')]))
 }).observe(document, {subtree: true, childList: true})"""
 TAKE_MESSAGE = """() => {
-    const message = window.messages.shift()
+    const message = window.taken = window.messages.shift()
     message.querySelector('.toast-close').click()
     return message.textContent
 }"""
 BAD_STATES = ("failed", "crashed")
+SD1, SDXL = (
+    "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stabilityai/stable-diffusion-xl-base-1.0",
+)
+HUB = {SD1: "sd1", SDXL: "sdxl"}
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -129,18 +74,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skipif(not is_there, reason=reason))
 
 
+def add_to_cache(cache: Path, name: str, family: str) -> None:
+    """The configuration of a released model where the hub's library keeps it, without weights."""
+    snapshot = cache / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / "0"
+    (snapshot / "unet").mkdir(parents=True)
+    kinds = {
+        "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
+    }  # fmt: skip
+    unet: dict[str, Any] = {"sample_size": 64, "block_out_channels": [320, 640, 1280, 1280]}
+    if family == "sdxl":
+        kinds["text_encoder_2"] = "CLIPTextModelWithProjection"
+        unet = {"sample_size": 128, "block_out_channels": [320, 640, 1280]}
+        unet["addition_embed_type"] = "text_time"
+    index = {part: ["diffusers", kind] for part, kind in kinds.items()}
+    (snapshot / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    (snapshot / "unet" / "config.json").write_text(json.dumps(unet), encoding="utf-8")
+    (snapshot / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+
+
 class App:
     """The server as a process of its own, as ``python app.py`` starts it.
 
     It keeps its port when it is started again, as a page in the browser keeps what was typed by
-    address; and no test beside it takes the port meanwhile.
+    address.
     """
-
-    _ports = itertools.count(20000 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
 
     def __init__(self, runs: Path, **environment: str) -> None:
         self.runs = runs
-        self.port = next(self._ports)
+        self.port = 0  # until the system has given it one
         self.url = ""
         self.environment = environment
         # Runs that a test ends by force; all others must end well.
@@ -162,12 +123,33 @@ class App:
         line = self._process.stdout.readline()
         assert line.startswith("open http://127.0.0.1:"), line
         self.url = line.split()[1]
+        self.port = urlsplit(self.url).port or 0
 
-    def end(self) -> None:
-        """As its user does; on Windows the same as `kill`."""
-        if self._process is not None:
-            self._process.terminate()
+    def ask(self, address: str) -> None:
+        with urllib.request.urlopen(f"{self.url}{address}") as answer:
+            answer.read()
+
+    def renew(self, fill: Callable[[Workspace], None]) -> None:
+        """Have a living server with a folder of runs that holds what is filled in, and no more."""
+        self.end_workers()
+        self.may_fail.clear()
+        workspace = Workspace(self.runs).make()
+        # The server has the locks open, and serves its cache.
+        kept = {workspace.cache, workspace.device_lock, workspace.queue_lock}
+
+        def is_empty() -> bool:
+            # A page that was closed may have left something in the making.
+            for path in {*self.runs.iterdir()} - kept:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+            return {*self.runs.iterdir()} <= kept
+
+        wait_until(is_empty)
+        fill(workspace.make())
+        if self._process is not None and self._process.poll() is not None:
             self._ended()
+        if self._process is None:
+            self.start()
+        self.ask("api/v1/queue")  # It reads all jobs anew, whatever it has read a moment before.
 
     def kill(self) -> None:
         if self._process is not None:
@@ -178,6 +160,10 @@ class App:
         assert self._process is not None
         self._process.communicate()
         self._process = None
+
+    def end_workers(self) -> None:
+        for worker in self.workers():
+            end_tree(worker)
 
     def workers(self) -> list[psutil.Process]:
         """Living workers."""
@@ -198,8 +184,7 @@ class App:
     def _check(self) -> None:
         assert self._process is not None
         assert self._process.poll() is None, "the app has ended"
-        with urllib.request.urlopen(f"{self.url}gradio_api/startup-events") as answer:
-            answer.read()
+        self.ask("gradio_api/startup-events")
         for job in self.jobs():
             if job.id not in self.may_fail:
                 assert job.state not in BAD_STATES, f"{job.title} has {job.state}: {job.cause}"
@@ -214,31 +199,33 @@ class Visit:
 
     def __init__(self, browser: Any, app: App, width: int = 1280) -> None:
         self.app = app
-        self.page = browser.new_page(viewport={"width": width, "height": 900})
-        self.page.set_default_timeout(WAIT_SECONDS * 1000)
-        self.page.add_init_script(MESSAGES)
-        self.page.add_init_script(UNANSWERED)
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 900}, reduced_motion="reduce"
+        )
+        self.context.set_default_timeout(WAIT_SECONDS * 1000)
+        self.context.add_init_script(MESSAGES)
+        self.page = self.context.new_page()
         self.wrong: list[str] = []
         self.page.on("console", self._console)
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on("request", self._request)
-        self.page.on("dialog", lambda dialog: dialog.accept())
+        self.asked: list[str] = []  # questions of the page, and the answer to all of them
+        self.answer = True
+        self.page.on("dialog", self._dialog)
         self.open()
 
     def open(self) -> None:
         """Open the page, or open it again."""
         self.page.goto(self.app.url, wait_until="commit")
-        self._wait_for_load()
-
-    def _wait_for_load(self) -> None:
-        self.wait_for("#upload")
-        # The page's load event fills the fields, and others come after it, beside each other.
-        self.wait("!document.querySelector('.dd-connecting')")
-        self.wait(ANSWERED)
+        self.settle()
 
     def _console(self, message: Any) -> None:
         if message.type == "error":
             self.wrong.append(message.text)
+
+    def _dialog(self, dialog: Any) -> None:
+        self.asked.append(dialog.message)
+        dialog.accept() if self.answer else dialog.dismiss()
 
     def _request(self, request: Any) -> None:
         outside = request.url.startswith("http") and "//127.0.0.1:" not in request.url
@@ -247,15 +234,7 @@ class Visit:
 
     def wait(self, script: str, arg: Any = None) -> None:
         """Wait until a script holds in the page: an expression, or a function of ``arg``."""
-
-        def look(limit: float) -> None:
-            self.page.wait_for_function(script, arg=arg, timeout=limit)
-
-        try:
-            self.act(look)
-        except AssertionError as error:
-            shown = self.page.evaluate("document.body.innerText")
-            raise AssertionError(f"{error}\nwaited for {script} {arg}\n{shown[-3000:]}") from error
+        self.act(lambda limit: self.page.wait_for_function(script, arg=arg, timeout=limit))
 
     def act(self, action: Callable[[float], Any]) -> None:
         """Do something as soon as the page lets it be done; it may be done twice."""
@@ -271,15 +250,20 @@ class Visit:
                 return False
             return True
 
-        self.app.until(look)
+        try:
+            self.app.until(look)
+        except AssertionError as error:
+            shown = self.page.evaluate("document.body.innerText")
+            raise AssertionError(f"{error}\n{shown[-3000:]}") from error
 
     def settle(self) -> None:
         """Wait until the page has what it has asked for, and has drawn it."""
-        self.wait(SETTLED)
+        self.wait(IDLE)
 
     def drawn(self) -> None:
-        """Wait until what was just unfolded has its values."""
-        self.page.evaluate(DRAWN)
+        """Wait until the page has its new size: nothing that is animated may still move."""
+        self.page.evaluate(TWO_FRAMES)
+        self.wait("!document.getAnimations().some(one => one.playState === 'running')")
 
     def wait_for(self, selector: str) -> None:
         """Wait until an element is to be seen."""
@@ -298,7 +282,7 @@ class Visit:
 
     def fill_in(self, field: Any, value: str) -> None:
         self.act(lambda limit: field.wait_for(timeout=limit))
-        self.drawn()
+        self.settle()  # What was just unfolded gets its values some frames after it is drawn.
         self.act(lambda limit: field.fill(value, timeout=limit))
 
     def check(self, label: str) -> None:
@@ -353,7 +337,9 @@ class Visit:
     def toast(self) -> str:
         """Wait for a message and close it, where it has not closed itself; its text."""
         self.wait("window.messages.length")
-        return str(self.page.evaluate(TAKE_MESSAGE))
+        text = str(self.page.evaluate(TAKE_MESSAGE))
+        self.wait("!window.taken.isConnected")
+        return text
 
     def set_text(self, label: str, value: str) -> None:
         field = self.page.get_by_label(label, exact=False).first
@@ -376,11 +362,12 @@ class Visit:
     def reload(self) -> None:
         """Load the page again, which cuts off what it was asking for."""
         self.page.reload(wait_until="commit")
-        self._wait_for_load()
+        self.settle()
 
     def close(self) -> None:
-        assert self.wrong == []
-        self.page.close()
+        wrong = self.wrong
+        self.context.close()
+        assert wrong == []
 
 
 @pytest.fixture
@@ -389,31 +376,54 @@ def app_class() -> type[App]:
     return App
 
 
-@pytest.fixture(scope="module")
-def app_environment() -> dict[str, str]:
-    """Variables that a module adds to the environment of its app."""
-    return {}
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two released models in the cache of the hub's library."""
+    cache = tmp_path_factory.mktemp("hub")
+    for name, family in HUB.items():
+        add_to_cache(cache, name, family)
+    return {"HF_HOME": str(cache), "HF_HUB_CACHE": str(cache / "hub")}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs folder of a module's app."""
-    return tmp_path_factory.mktemp("app") / "runs"
+@pytest.fixture(scope="session")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
+) -> Iterator[tuple[App, Lock]]:
+    """The app, which is started when it is first needed, and the lock that keeps it from jobs."""
+    app = App(tmp_path_factory.mktemp("app") / "runs", **environment)
+    lock = Lock(Workspace(app.runs).make().queue_lock)
+    assert lock.take()
+    yield app, lock
+    app.end_workers()
+    app.kill()
+    lock.free()
 
 
-@pytest.fixture(scope="module")
-def app(runs: Path, app_environment: dict[str, str]) -> Iterator[App]:
-    one = App(runs, **app_environment)
-    one.start()
-    yield one
-    one.end()
-    from dora_diffusion.studio.jobs.queue import end_tree
-
-    for worker in one.workers():
-        end_tree(worker)
+@pytest.fixture
+def fill() -> Callable[[Workspace], None]:
+    """Fills the folder of runs before a test; here with nothing."""
+    return lambda workspace: None
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def app(server: tuple[App, Lock], fill: Callable[[Workspace], None]) -> App:
+    """The running app with the test's own folder; no job begins."""
+    server[0].renew(fill)
+    return server[0]
+
+
+@pytest.fixture
+def leading(app: App, server: tuple[App, Lock]) -> Iterator[None]:
+    """Jobs begin, until the end of the test."""
+    _, lock = server
+    lock.free()
+    yield
+    app.end_workers()
+    app.kill()  # It leads the queue until it ends.
+    assert lock.take()
+
+
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
         one = driver.chromium.launch(
@@ -423,18 +433,13 @@ def browser() -> Iterator[Any]:
         one.close()
 
 
-@pytest.fixture(scope="module")
-def open_tab(browser: Any, app: App) -> Callable[..., Visit]:
-    """Opens a tab that its user closes."""
-    return lambda width=1280: Visit(browser, app, width)
-
-
 @pytest.fixture
-def visit(open_tab: Callable[..., Visit]) -> Iterator[Callable[..., Visit]]:
+def visit(browser: Any, app: App) -> Iterator[Callable[..., Visit]]:
+    """Opens tabs, each as another person's browser; the test's end closes them."""
     opened: list[Visit] = []
 
     def open_page(width: int = 1280) -> Visit:
-        opened.append(open_tab(width))
+        opened.append(Visit(browser, app, width))
         return opened[-1]
 
     yield open_page

@@ -1,11 +1,9 @@
-"""Images as a person keeps and changes them: several adapters, image to image, masks, the menu.
-
-No run begins: what made the adapters is there, and another app leads the queue.
-"""
+"""Images as a person keeps and changes them: several adapters, image to image, masks, the menu."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +12,44 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.sampling.images import parse_parameters, read_parameters
-from dora_diffusion.studio.jobs import records
+from dora_diffusion.sampling.images import parse_parameters, read_parameters, save_image
 from dora_diffusion.studio.jobs.queue import Lock
-from dora_diffusion.studio.jobs.store import Workspace, write_json
-from tests.browser.test_app import images_of, press, set_slider, set_up_images
-from tests.studio.jobs.helpers import METRICS, make
+from dora_diffusion.studio.jobs.store import Workspace
+from tests.browser.helpers import (
+    App,
+    Visit,
+    finished_run,
+    images_of,
+    press,
+    serious,
+    set_slider,
+    set_up_images,
+)
 
-Visit = App = Any
 
-
-@pytest.fixture(scope="module")
-def runs(
+@pytest.fixture(scope="session")
+def adapters(
     tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path, random_adapter: Callable[..., Any]
-) -> Iterator[Path]:
-    """Two runs with an adapter each of a tiny model."""
-    workspace = Workspace(tmp_path_factory.mktemp("images") / "runs").make()
-    lock = Lock(workspace.queue_lock)
-    assert lock.take()
-    for seed, title in enumerate(("first", "second")):
-        model = {"pretrained_model_name_or_path": str(sd1_folder), "max_train_steps": 3}
-        folder = make(workspace, title, token="sks", class_word="mug", **model)
-        (folder / "metrics.jsonl").write_text(METRICS.format(step=3), encoding="utf-8")
+) -> list[Path]:
+    """Two adapters of a tiny model."""
+    files = []
+    for seed in range(2):
+        files.append(tmp_path_factory.mktemp("adapters") / "adapter.safetensors")
         layers = random_adapter(sd1_folder, seed=seed, every=9)
-        adapter = AdapterFile(layers, AdapterMetadata("sd1", trigger="sks mug"))
-        write_adapter(folder / "pytorch_lora_weights.safetensors", adapter)
-        write_json(folder / records.RESULT, {"code": 0})
-    yield workspace.root
-    lock.free()
+        write_adapter(files[-1], AdapterFile(layers, AdapterMetadata("sd1", trigger="sks mug")))
+    return files
+
+
+@pytest.fixture
+def fill(adapters: list[Path], sd1_folder: Path) -> Callable[[Workspace], None]:
+    """A run with each of the adapters, and no image."""
+
+    def prepared(workspace: Workspace) -> None:
+        model = {"pretrained_model_name_or_path": str(sd1_folder)}
+        for adapter, title in zip(adapters, ("first", "second"), strict=True):
+            finished_run(workspace, title, adapter=adapter, **model)
+
+    return prepared
 
 
 IN_VIEW = """selector => {
@@ -57,12 +65,6 @@ CLEARED = """() => {
     document.querySelector('#start-image [data-do=clear]').click()
     return [before, painted()]
 }"""
-
-
-def choose_image(page: Visit, image: Path, newest: Path) -> None:
-    """Click an image in the list of all, which is drawn anew until the newest one is in it."""
-    page.wait_for(f"#history [data-value='{newest.name}']")
-    page.click(f"#history [data-value='{image.name}']")
 
 
 def fields_of(path: Path) -> dict[str, str]:
@@ -89,16 +91,9 @@ def test_images_are_made_of_several_adapters_and_of_one_another(
     second, other = sorted(folder.name for folder in app.runs.glob("2*"))
     assert fields_of(first)["Adapter"] == f"{other}, {second}"
     assert fields_of(first)["Adapter strength"] == "1, -0.5"
-    (again,) = press(page, app, "#image-again")
-    assert again.read_bytes() == first.read_bytes()
-    (varied,) = press(page, app, "#image-vary")
-    assert (pixels(varied) != pixels(first)).any()
-    assert fields_of(varied)["Seed"] != "7"
-    (large,) = press(page, app, "#image-hires")
-    assert pixels(large).shape[0] == 1.5 * pixels(first).shape[0]
-    # The first one again, from the list of all; then into its left half, without a mouse.
-    choose_image(page, first, newest=large)
-    page.wait_text("#parameters", "Seed: 7,")
+    said = [fields_of(first)[name] for name in ("Seed", "Steps", "Prompt")]
+    assert said == ["7", "2", "a photo of a sks mug in the snow"]
+    # Into its left half, without a mouse.
     page.click("#image-start")
     page.wait_for("#start-image .dd-on")
     page.wait(IN_VIEW, "#start-image canvas")
@@ -119,7 +114,8 @@ def test_images_are_made_of_several_adapters_and_of_one_another(
     assert "Mask image hash" not in fields_of(over)
     assert fields_of(over)["Init image hash"] == fields_of(into)["Init image hash"]
     # An image that was painted into is repeated with its mask.
-    choose_image(page, into, newest=over)
+    page.page.evaluate("document.querySelector('#history').scrollIntoView({block: 'end'})")
+    page.click(f"#history [data-value='{into.name}']")
     page.wait_text("#parameters", "Mask image hash")
     (same,) = press(page, app, "#image-again")
     assert same.read_bytes() == into.read_bytes()
@@ -159,37 +155,38 @@ def test_no_press_is_early_and_what_acts_out_of_sight_is_said(
     # What waits is taken back, which is no error.
     lock = Lock(Workspace(app.runs).device_lock)
     assert lock.take()
-    page.click("#make")
-    page.wait_text("#turn", "Waiting until the device is free")
-    page.click("#turn [data-do=withdraw]")
-    assert "The images were withdrawn; none of them was made" in page.toast()
-    lock.free()
-
-
-def serious(page: Visit) -> list[str]:
-    """Serious violations that axe-core finds on the page, in both schemes."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    found = []
-    for scheme in ("dark", "light"):
-        page.page.emulate_media(color_scheme=scheme)
-        page.settle()
-        for one in axe.run(page.page).response["violations"]:
-            if one["impact"] in ("serious", "critical"):
-                found += [f"{scheme}: {one['id']}: {node['html']}" for node in one["nodes"]]
-    return found
+    try:
+        page.click("#make")
+        page.wait_text("#turn", "Waiting until the device is free")
+        page.click("#turn [data-do=withdraw]")
+        assert "The images were withdrawn; none of them was made" in page.toast()
+    finally:
+        lock.free()
 
 
 def cards(page: Visit, count: int) -> None:
     page.wait("n => document.querySelectorAll('#history .dd-sample').length === n", count)
 
 
-def test_images_are_found_marked_copied_and_deleted(visit: Callable[..., Visit], app: App) -> None:
+@pytest.fixture
+def made(app: App) -> list[Path]:
+    """Six images, the oldest first."""
+    files = []
+    for seed in range(6):
+        image = Image.new("RGB", (64, 64), (0, 40 * seed, 90))
+        text = f"a sks mug\nSteps: 2, Seed: {seed}, Size: 64x64"
+        files.append(save_image(image, app.runs / "images" / f"made-{seed}.png", text))
+        os.utime(files[-1], (1e9 + seed, 1e9 + seed))
+    return files
+
+
+def test_images_are_found_marked_copied_and_deleted(
+    visit: Callable[..., Visit], app: App, made: list[Path]
+) -> None:
     page = visit()
     page.tab("Generate")
-    count = len(images_of(app))
-    assert count > 5
-    cards(page, count)
-    newest = max(images_of(app), key=lambda path: path.stat().st_mtime_ns)
+    cards(page, len(made))
+    newest = made[-1]
     page.click("#history .dd-sample")
     page.wait_for(f"#images img[src*='{newest.name}']")
     page.click("#image-star")
@@ -208,6 +205,7 @@ def test_images_are_found_marked_copied_and_deleted(visit: Callable[..., Visit],
     assert "Copied" in page.toast()
     page.click("#image-delete")
     app.until(lambda: not newest.exists())
+    assert page.asked == ["Delete this image? There is no copy of it."]
     page.wait_text("#history", "Nothing found")
     page.wait("!document.querySelector('#image-menu')?.checkVisibility()")
-    assert len(images_of(app)) == count - 1
+    assert images_of(app) == made[:-1]

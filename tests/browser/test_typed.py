@@ -1,20 +1,15 @@
-"""Nothing that is typed or chosen is lost: every field of the page, found from the page itself.
-
-No run begins: another app leads the queue of these folders.
-"""
+"""Nothing that is typed or chosen is lost: every field of the page, found from the page itself."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.queue import Lock
 from dora_diffusion.studio.jobs.store import Workspace, write_json
 from dora_diffusion.studio.jobs.subjects import (
     captions_of,
@@ -22,11 +17,9 @@ from dora_diffusion.studio.jobs.subjects import (
     subjects_in,
     take_sample,
 )
-from tests.studio.jobs.helpers import METRICS, make, photo
+from tests.browser.helpers import SAMPLES, App, Visit, finished_run
+from tests.studio.jobs.helpers import photo
 
-ROOT = Path(__file__).resolve().parents[2]
-ADAPTER = ROOT / "tests/formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
-Visit = App = Any
 # What a person fills; everything else of the page shows or does something.
 TYPED = ("textbox", "number")
 KINDS = (*TYPED, "slider", "checkbox", "checkboxgroup", "radio", "dropdown")
@@ -94,28 +87,24 @@ HOLD = """([first, second]) => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture
+def fill() -> Callable[[Workspace], None]:
     """Subjects, finished runs and comparisons: every field of every tab is to be seen."""
-    workspace = Workspace(tmp_path_factory.mktemp("typed") / "runs").make()
-    lock = Lock(workspace.queue_lock)
-    assert lock.take()
-    (workspace.root / "styles.csv").write_text("name,prompt\nink,in ink\nnight,at night\n", "utf-8")
-    for name in ("heart_teapot", "ring_robot", "bolt_mug"):
-        take_sample(workspace, ROOT / "samples", name)
-    for title in ("first", "second"):
-        folder = make(workspace, title, max_train_steps=3, token="sks", class_word="mug")
-        (folder / "metrics.jsonl").write_text(METRICS.format(step=3), encoding="utf-8")
-        for place in (folder, folder / "checkpoint-3"):
-            place.mkdir(exist_ok=True)
-            shutil.copyfile(ADAPTER, place / "pytorch_lora_weights.safetensors")
-        write_json(folder / records.RESULT, {"code": 0})
-        study = workspace.new_job()
-        study.mkdir()
-        records.write_record(study, records.JobRecord(["compare", "study.yaml"], f"{title} study"))
-        write_json(study / records.RESULT, {"code": 143})
-    yield workspace.root
-    lock.free()
+
+    def prepared(workspace: Workspace) -> None:
+        text = "name,prompt\nink,in ink\nnight,at night\n"
+        workspace.styles.write_text(text, encoding="utf-8")
+        for name in ("heart_teapot", "ring_robot", "bolt_mug"):
+            take_sample(workspace, SAMPLES, name)
+        for title in ("first", "second"):
+            finished_run(workspace, title, checkpoints=(3,))
+            study = workspace.new_job()
+            study.mkdir()
+            record = records.JobRecord(["compare", "study.yaml"], f"{title} study")
+            records.write_record(study, record)
+            write_json(study / records.RESULT, {"code": 143})
+
+    return prepared
 
 
 class Form:
@@ -335,24 +324,6 @@ def are(page: Visit, *texts: str) -> None:
     page.wait("(texts) => texts.every((text, place) => text === "
               "document.querySelectorAll('#caption-rows textarea')[place]?.value)",
               list(texts))  # fmt: skip
-
-
-def test_captions_of_all_photos_are_changed_on_the_page(
-    visit: Callable[..., Visit], app: App
-) -> None:
-    page = visit()
-    page.unfold("Captions of all photos at once")
-    rows = page.page.locator("#caption-rows textarea")
-    rows.first.fill("by hand")
-    rows.first.press("Enter")
-    page.wait_text("#captions-said", "Saved")
-    before = [row.input_value() for row in rows.all()]
-    page.fill("#caption-prefix input, #caption-prefix textarea", "at night,")
-    page.press("button", "Put it in front of all captions")
-    page.wait_text("#captions-said", f"{len(before)} captions changed")
-    are(page, *(f"at night, {text}" for text in before))
-    page.click("#caption-undo")
-    are(page, *before)
 
 
 def test_captions_are_edited_by_keys_and_by_tags(visit: Callable[..., Visit], app: App) -> None:

@@ -10,6 +10,7 @@ from dora_diffusion.evaluation.measures import MEASURES, similarities, summarize
 from dora_diffusion.lab.judges import (
     GROUPS,
     Answers,
+    ask_toy,
     compose,
     evaluate_toy,
     judge,
@@ -177,6 +178,12 @@ def test_requests_ask_for_what_their_scenes_show(subject) -> None:
     others = {r.scene.subject.kind for r in requests if r.group == "others"}
     assert others == set(CLASSES) - {subject.sample.subject.kind}
     assert {request.group for request in requests} == set(GROUPS)
+
+
+def test_it_is_said_what_similarity_is_to() -> None:
+    questions = ask_toy("bolt_mug", "sks mug", SamplingSettings())
+    assert questions.similar_to == "the true subject"
+    assert "held-out backgrounds" in questions.notes[0]
 
 
 def test_prompts_read_like_captions() -> None:

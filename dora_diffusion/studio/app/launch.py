@@ -29,7 +29,7 @@ class Launch(CommandSettings):
     """
 
     host: str = flag("127.0.0.1", "Address to listen on.")
-    port: int | None = flag(None, "Port. Default: the first free one from 7860.")
+    port: int | None = flag(None, "Port; 0 is any free one. Default: the first free one from 7860.")
     share: bool = flag(False, "Make a public link (needs --auth).")
     allowed_hosts: list[str] = flag(
         [],
@@ -60,8 +60,8 @@ class Launch(CommandSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.port is not None and not 1 <= self.port <= 65535:
-            raise ConfigError(f"port is {self.port}; it must be between 1 and 65535", "port")
+        if self.port is not None and not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}; it must be between 0 and 65535", "port")
         if not is_address(self.host):
             raise ConfigError(
                 f"host is {self.host!r}; it must be an address of this machine, such as 127.0.0.1 "

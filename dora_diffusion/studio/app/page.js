@@ -14,10 +14,91 @@
   AbortController.prototype.abort = function (...reason) {
     if (window.event?.type !== 'beforeunload') abort.apply(this, reason);
   };
-  const {fetch} = window;
+  // The page's <body> has `data-idle` while every request except the clock's is answered and drawn. Any
+  // action of the user removes it. No frame is requested while it is there or an answer is missing.
+  const FRAMES = 6, {fetch} = window;
+  const requests = new Set(), events = new Set(), early = new Set();
+  let joining = 0, streams = 0, frames = 0, isCounting = false;
+  const count = () => {
+    isCounting = false;
+    // Events without a stream get no answer any more.
+    if (requests.size || (streams && events.size) || !window.ddRestored) return;
+    if (frames++ < FRAMES) return next();
+    events.clear();
+    document.body.dataset.idle = '';
+  };
+  const next = () => {
+    if (!isCounting) requestAnimationFrame(count);
+    isCounting = true;
+  };
+  const act = () => {
+    frames = 0;
+    if (document.body) delete document.body.dataset.idle;
+    next();
+  };
+  window.ddActs = act;
+  for (const type of ['pointerdown', 'pointerup', 'click', 'keydown', 'input', 'change', 'focusout'])
+    addEventListener(type, act, true);
+  const isClock = (body) => {
+    const {fn_index: index} = JSON.parse(body);
+    return gradio_config.dependencies.some(({id, targets}) =>
+      id === index && targets.some(([, name]) => name === 'tick'));
+  };
+  // The stream may report the end of an event before the response with its id is here.
+  const join = async (answer) => {
+    joining++;
+    try {
+      const response = await answer;
+      const {event_id: id} = response.ok ? await response.clone().json() : {};
+      if (id && !early.delete(id)) events.add(id);
+      return response;
+    } finally {
+      if (!--joining) early.clear();
+    }
+  };
+  const follow = async (stream) => {
+    let rest = '';
+    try {
+      const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+      for (let part; !(part = await reader.read()).done;) {
+        const lines = (rest + part.value).split('\n');
+        rest = lines.pop();
+        for (const line of lines.filter((line) => line.includes('"process_completed"'))) {
+          const {event_id: id} = JSON.parse(line.slice(line.indexOf('{')));
+          if (events.delete(id)) act();
+          else if (joining) early.add(id);
+        }
+      }
+    } catch { /* A stream that is cut off has ended too. */ }
+    streams--;
+    if (events.size) act();
+  };
   window.fetch = async (...request) => {
-    await stays;
-    return fetch(...request);
+    const address = String(request[0].url ?? request[0]), {method, body} = request[1] ?? {};
+    const isJoin = address.includes('/queue/join'), isStream = address.includes('/queue/data');
+    const send = async () => {
+      await stays;
+      return fetch(...request);
+    };
+    if (isStream) {
+      streams++;
+      const response = await send().catch((error) => {
+        streams--;
+        if (events.size) act();
+        throw error;
+      });
+      follow(response.clone().body);
+      return response;
+    }
+    if (method !== 'POST' || (isJoin && isClock(body))) return send();
+    requests.add(request);
+    act();
+    try {
+      return await (isJoin ? join(send()) : send());
+    } finally {
+      requests.delete(request);
+      act();
+    }
   };
 }
 
@@ -78,6 +159,7 @@ window.studio = {
         sessionStorage.setItem('dora-studio-typed', JSON.stringify(now));
       });
     window.ddRestored = true;
+    ddActs();
     return {...kept, ...studio.typed()};
   },
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 import webbrowser
@@ -118,7 +119,7 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
     blocks.queue(default_concurrency_limit=8, max_size=200)
     _, local, shared = blocks.launch(
         server_name=launch.host,
-        server_port=launch.port,
+        server_port=free_port() if launch.port == 0 else launch.port,
         share=launch.share,
         auth=list(launch.logins.items()) or None,
         prevent_thread_lock=True,
@@ -150,6 +151,14 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
         share_names.add(str(urlsplit(shared).hostname))
     context.queue.start()
     return context, blocks, str(shared or local)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _wait_for_servers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 from collections.abc import Callable
@@ -14,15 +15,19 @@ import pytest
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio
+from PIL import Image
 
 from dora_diffusion.cli.commands.generate import GenerateSettings
+from dora_diffusion.sampling.images import save_image
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.page import _changes
 from dora_diffusion.studio.app.settings import _NOT_ADVANCED, LABELS, SETTINGS, sentence
+from dora_diffusion.studio.app.views import gallery
 from dora_diffusion.studio.app.views.library import page_of
 from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs import snapshot as snapshots
 from dora_diffusion.studio.jobs.snapshot import snapshot
 from dora_diffusion.studio.jobs.store import Workspace, write_json
 from dora_diffusion.studio.jobs.subjects import add_photos, new_subject
@@ -30,6 +35,7 @@ from tests.every import every
 from tests.studio.app.views.helpers import built_page
 from tests.studio.jobs.helpers import DAMAGES, about, damage, ended_run, forbid, photo, started_run
 
+ADAPTER = Path(__file__).parents[2] / "formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
 # What the app decides itself, and names that stand for more than one field.
 _UNLABELLED = _NOT_ADVANCED - {*LABELS}
 
@@ -358,3 +364,33 @@ def test_an_event_is_never_repeated_for_two_that_wait_for_the_last(tmp_path: Pat
     ]
     assert len(waiting) >= 12
     assert {*waiting} == {"then"}
+
+
+def test_a_restart_of_the_app_forgets_nothing(
+    context: Context, shown: Callable[[str | None], str]
+) -> None:
+    """All that is shown is on the disk: another app over the same folder shows the same."""
+    run = ended_run(context.workspace, (4,), 8, code=0)
+    shutil.copyfile(ADAPTER, run.folder / "pytorch_lora_weights.safetensors")
+    ranking = context.workspace.ranking(run.id)
+    ranking.mkdir(parents=True)
+    rows = [{"name": "result", "similarity": 0.7, "drift": 0.2, "images": []}]
+    write_json(ranking / "comparison.json", {"rows": rows, "missing": [], "notes": []})
+    text = "a mug\nSteps: 2, Seed: 7, Size: 8x8"
+    save_image(Image.new("RGB", (8, 8)), context.workspace.images / "made.png", text)
+    before = shown(run.id)
+    snapshots._ENDED.clear()
+    other = Context(Launch(runs_dir=context.workspace.root))
+    functions = {fn.fn.__name__: fn.fn for fn in built_page(other).fns.values() if fn.fn}
+    after = str(
+        [functions[name]({}, run.id, None, None, None)[n] for name, n in (("tick", 0), ("fill", 0))]
+    )
+    assert run.id in after
+    again = str([*functions["tick"]({}, run.id, None, None, None),
+                 *functions["fill"]({}, run.id, None, None, None)])  # fmt: skip
+    strip = functools.partial(re.sub, r"<function.*?>|dora_diffusion[^ ]* object at 0x\w+", "")
+    assert strip(again) == strip(before)
+    for words in ("dd-choice", ">done<", "1 image"):
+        assert words in again
+    (cards,) = {gallery.page_of(one.images, {})["cards"] for one in (context, other)}
+    assert "made.png" in cards

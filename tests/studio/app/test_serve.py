@@ -83,7 +83,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    one = Served(Launch(runs_dir=tmp_path_factory.mktemp("served") / "runs"))
+    one = Served(Launch(runs_dir=tmp_path_factory.mktemp("served") / "runs", port=0))
     yield one
     one.blocks.close(verbose=False)
 
@@ -130,6 +130,8 @@ def test_the_page_is_served(served: Served) -> None:
     answer = served.client.get("")
     assert answer.status_code == 200
     assert "DoRA studio" in answer.text
+    assert str(served.client.base_url.port) in served.url
+    assert served.client.base_url.port not in (None, 0)
 
 
 def test_runs_are_read_before_a_page_asks_for_them(tmp_path: Path) -> None:

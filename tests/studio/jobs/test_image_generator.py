@@ -34,6 +34,7 @@ from dora_diffusion.sampling.generate import (
 )
 from dora_diffusion.sampling.images import parse_parameters
 from dora_diffusion.sampling.stack import AdapterUse, name_of
+from dora_diffusion.studio.jobs import tasks
 from dora_diffusion.studio.jobs.image_generator import (
     GeneratedImage,
     GenerationRequest,
@@ -46,9 +47,7 @@ from dora_diffusion.studio.jobs.queue import PERSON, Lock
 from dora_diffusion.studio.jobs.snapshot import adapter_of
 from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace
 from dora_diffusion.studio.jobs.uploads import read_generation_settings
-from tests.studio.jobs.helpers import (
-    job_of,
-)
+from tests.studio.jobs.helpers import job_of, perform
 
 
 @pytest.fixture(scope="module")
@@ -555,3 +554,17 @@ def test_another_vae_is_used_for_images_too(sd1_folder: Path, tmp_path: Path) ->
     assert torch.equal(loaded, changed.to(other.vae.dtype).float())
     assert not torch.equal(loaded, plain.vae.decoder.conv_out.weight.float().cpu())
     assert not other.vae.decoder.conv_out.weight.requires_grad
+
+
+def test_a_merged_model_makes_the_adapter_s_images(
+    finished: tuple[Workspace, str], studio: ImageGenerator
+) -> None:
+    workspace, run = finished[0], job_of(finished)
+    merge = perform(workspace, tasks.start_task("export", workspace, run, "1"))
+    (adapted,) = studio.make(ask(finished))
+    merged = replace(ask(finished), base=merge.record.output, model_config=run.base, adapter=None)
+    (image,) = studio.make(merged)
+    (base,) = studio.make(replace(ask(finished), adapter=None))
+    # The sum is rounded once more where it is stored.
+    apart = [np.asarray(Image.open(one.path), np.int16) for one in (adapted, image, base)]
+    assert np.abs(apart[0] - apart[1]).max() <= 2 < np.abs(apart[0] - apart[2]).max()

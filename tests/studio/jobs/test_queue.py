@@ -227,14 +227,21 @@ def test_a_worker_that_ends_before_it_is_noted_keeps_its_result(
     assert records.read_result(folder) == records.JobResult(2)
 
 
-def test_a_second_job_waits_for_the_first(
-    workspace: Workspace, sleeper: subprocess.Popen[bytes]
+def test_a_second_job_waits_for_the_first_and_starts_when_that_has_crashed(
+    workspace: Workspace, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(
+        jobs, "start_worker", lambda folder: subprocess.Popen([sys.executable, "-c", ""])
+    )
     first, second = make(workspace), make(workspace)
     pretend_running(first, sleeper)
     queue = jobs.JobQueue(workspace)
     assert queue.tick() is None
     assert seen(second).state == "waiting"
+    sleeper.kill()
+    sleeper.wait()
+    assert queue.tick() == second.name
+    assert seen(first).state == "crashed"
     queue.close()
 
 

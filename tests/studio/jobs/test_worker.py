@@ -68,11 +68,22 @@ def test_stop_saves_and_resume_goes_on_counting(
     stopped = wait(workspace, queue, job_id, lambda job: job.state == "stopped")
     (checkpoint,) = stopped.checkpoints
     at = int(checkpoint.removeprefix("checkpoint-"))
-    assert at >= 2
+    assert at == stopped.step >= 2
     jobs.requeue_job(workspace.root / job_id)
     again = wait(workspace, queue, job_id, lambda job: _goes_on(job, at))
     steps = [record["step"] for record in read_metrics(again.folder)]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_finished_run_continues_with_more_steps(
+    workspace: Workspace, sd1_folder: Path, photos: Path
+) -> None:
+    job_id = add_run(workspace, sd1_folder, photos)
+    assert perform(workspace, job_id).step == 3
+    tasks.continue_run(workspace.root / job_id, 2)
+    job = perform(workspace, job_id)
+    assert (job.state, job.progress.first_step, job.step, job.total) == ("done", 3, 5, 5)
+    assert job.checkpoints[-1] == "checkpoint-5"
 
 
 def test_a_killed_worker_is_a_crash_and_its_run_can_go_on(

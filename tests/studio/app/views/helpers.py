@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 from dora_diffusion.studio.app.context import Context
@@ -40,3 +40,33 @@ def handler(
 ) -> Callable[..., list[Any]]:
     """One handler of a page, as `handlers` finds it."""
     return handlers(context)(name, tab, nth)
+
+
+def triggers(context: Context, name: str, tab: str) -> set[tuple[str, str]]:
+    """Fields, by their id on the page, and events of them that set a handler off."""
+    page = built_page(context)
+    found = set()
+    for function in page.fns.values():
+        module = getattr(function.fn, "__module__", "")
+        if getattr(function.fn, "__name__", "") == name and module.endswith(f"views.{tab}"):
+            found |= _triggers(page, function)
+    return found
+
+
+def pressed(context: Context, name: str) -> Callable[..., Any]:
+    """The handler of a button, by the button's id on the page."""
+    page = built_page(context)
+    (function,) = (
+        one.fn for one in page.fns.values() if one.fn and (name, "click") in _triggers(page, one)
+    )
+    return cast("Callable[..., Any]", function)
+
+
+def _triggers(page: Any, function: Any) -> set[tuple[str, str]]:
+    while function.trigger_after is not None:
+        function = page.fns[function.trigger_after]
+    return {
+        (page.blocks[part].elem_id, event)
+        for part, event in function.targets
+        if part in page.blocks
+    }

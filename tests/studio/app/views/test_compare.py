@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from dora_diffusion.cli.main import build_parser, read_settings
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.lab.study.config import Study, read_study
 from dora_diffusion.lab.study.subjects import find_subject
+from dora_diffusion.lab.study.trials import save_record
 from dora_diffusion.models.embedded import samples_folder
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
@@ -31,8 +33,9 @@ from dora_diffusion.studio.jobs.subjects import (
     save_caption,
     take_sample,
 )
+from tests.lab.study.helpers import record
 from tests.studio.app.views.helpers import handler
-from tests.studio.jobs.helpers import photo, seen
+from tests.studio.jobs.helpers import perform, photo, seen
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -162,3 +165,25 @@ def test_a_study_that_was_stopped_continues(context: Context, dog: str) -> None:
     click(job.id, events[1])
     assert seen(job.folder).state == "waiting"
     assert seen(job.folder).record.arguments == job.record.arguments
+
+
+def test_a_study_shows_what_it_does_and_its_line(
+    context: Context, dog: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dora_diffusion.lab.study import run as module
+
+    phases = []
+
+    def measured(trial: Any, base: Any, output: Path, **_: Any) -> Any:
+        phases.append(only_job(context).progress.phase)
+        values = record(trial.row, trial.subject.name, trial.seed, subject_similarity=0.5)
+        values |= {"digest": trial.digest, "method": trial.method, "settings": trial.settings}
+        return save_record(output, values | {"learning_rate": trial.learning_rate})
+
+    monkeypatch.setattr(module, "perform", measured)
+    _, status = handler(context, "start", "compare")([dog], ["dora", "lora"], 1, 2, EMBEDDED)
+    assert "dora, lora on Dog" in status
+    assert re.search("dora_diffusion compare .*study.yaml", status)
+    job = perform(context.workspace, only_job(context).id)
+    assert job.kind == "compare"
+    assert {*phases} == {"training and measuring"}

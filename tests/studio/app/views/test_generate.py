@@ -22,11 +22,11 @@ from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import generate
 from dora_diffusion.studio.app.views.generate import GenerateTab, refresh
 from dora_diffusion.studio.app.views.request import MORE, UNSET, make_request, restore
-from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage, _Turn
 from dora_diffusion.studio.jobs.snapshot import Job
-from dora_diffusion.studio.jobs.store import UserError
-from tests.studio.app.views.helpers import handler, handlers
+from dora_diffusion.studio.jobs.store import UserError, write_json
+from tests.studio.app.views.helpers import handler, handlers, triggers
 from tests.studio.jobs.helpers import ended_run, photo, seen, started_run
 
 ADAPTER = Path(__file__).parents[3] / "formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
@@ -351,3 +351,73 @@ def test_a_card_shows_its_image_with_its_settings(context: Context) -> None:
     find("delete", "results")("7.png")
     assert not (context.workspace.images / "7.png").exists()
     assert context.images.favourites() == set()
+
+
+def test_a_pair_is_shown_on_a_slider_with_what_is_left_and_right(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = ended_run(context.workspace, (), 8, code=0)
+    shutil.copyfile(ADAPTER, job.folder / "pytorch_lora_weights.safetensors")
+    context.jobs(fresh=True)
+
+    def compare(request: Any, on_step: Any) -> tuple[GeneratedImage, ...]:
+        paths = [context.workspace.images / f"{side}.png" for side in ("left", "right")]
+        return tuple(
+            GeneratedImage(save_image(Image.new("RGB", (8, 8)), path, path.stem), 7, path.stem)
+            for path in paths
+        )
+
+    monkeypatch.setattr(context.generator, "compare", compare)
+    with gradio.Blocks():
+        fields = [*generate.GenerateTab(context).fields, "image", "mask_image"]
+    values = [({**UNSET, "prompt": "a {subject}"})[name] for name in fields]
+    press = handler(context, "compare", "generate")
+    slider, gallery, settings, shown, names, *_ = press(job.id, *values)
+    assert [Path(path).name for path in slider["value"]] == ["left.png", "right.png"]
+    assert (slider["visible"], gallery["visible"]) == (True, False)
+    assert "Left: the base model. Right: with the adapter" in settings
+    assert (shown, names) == ("right.png", ["left.png", "right.png"])
+    with pytest.raises(gradio.Error, match=r"(?i)choose a run or a checkpoint"):
+        press("base/embedded:tiny-sd", *values)
+
+
+def test_settings_are_loaded_from_an_image_or_it_is_said_why_not(context: Context) -> None:
+    load = handler(context, "load", "generate")
+    text = f"a mug\nSteps: 3, Seed: 7, {OWN}"
+    path = save_image(Image.new("RGB", (8, 8)), context.workspace.images / "a.png", text)
+    with gradio.Blocks():
+        names = ["choice", *GenerateTab(context).fields]
+    filled = dict(zip(names, load(str(path)), strict=False))
+    assert [filled[name]["value"] for name in ("seed", "steps", "prompt")] == [7, 3, "a mug"]
+    assert load(None) == [gradio.skip()] * len(load(str(path)))
+    plain = context.workspace.root / "plain.png"
+    Image.new("RGB", (8, 8)).save(plain)
+    with pytest.raises(gradio.Error, match="does not say how it was made"):
+        load(str(plain))
+    assert triggers(context, "load", "generate") == {("load-png", "upload")}
+
+
+def test_a_merged_model_is_offered_and_asked_for_as_its_run_was(context: Context) -> None:
+    job = ended_run(context.workspace, (), 8, code=0)
+    (job.folder / records.SETTINGS).write_text(
+        "pretrained_model_name_or_path: embedded:tiny-sd\n", encoding="utf-8"
+    )
+    shutil.copyfile(ADAPTER, job.folder / "pytorch_lora_weights.safetensors")
+    made = tasks.start_task("export", context.workspace, context.job(job.id), "1")
+    merge = context.workspace.root / made
+    file = Path(seen(merge).record.output)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(ADAPTER, file)
+
+    def offered() -> list[str]:
+        listed = refresh(context, context.jobs(fresh=True), None)["adapter"][0]["choices"]
+        return [value for _, value in listed]
+
+    assert f"merged/{merge.name}" not in offered()
+    with pytest.raises(UserError, match="this merged model no longer exists"):
+        make_request(context, f"merged/{merge.name}", {**UNSET, "prompt": "a mug"})
+    write_json(merge / records.RESULT, {"code": 0})
+    assert f"merged/{merge.name}" in offered()
+    asked = make_request(context, f"merged/{merge.name}", {**UNSET, "prompt": "a mug"})
+    assert (asked.base, asked.adapter) == (str(file), None)
+    assert asked.base_model.model_config == "embedded:tiny-sd"

@@ -27,7 +27,7 @@ from dora_diffusion.studio.jobs.image_generator import GeneratedImage
 from dora_diffusion.studio.jobs.image_store import PAGE
 from dora_diffusion.studio.jobs.queue import delete_job
 from dora_diffusion.studio.jobs.store import write_json
-from tests.studio.app.views.helpers import handler
+from tests.studio.app.views.helpers import handler, pressed, triggers
 from tests.studio.jobs.helpers import ended_run
 
 KOHYA = Path(__file__).parents[3] / "formats/golden/0.1.0/kohya-dora-output.safetensors"
@@ -192,3 +192,64 @@ def test_what_was_combined_is_taken_into_the_library(context: Context) -> None:
     newest = context.jobs(fresh=True)[0]
     assert (newest.title, newest.base) == ("a and b, combined", "org/model")
     assert newest.stands == "result"
+
+
+@pytest.fixture
+def trained(context: Context) -> str:
+    """A run of this app with an adapter."""
+    folder = ended_run(context.workspace, (), 8, code=0).folder
+    shutil.copyfile(KOHYA, folder / "pytorch_lora_weights.safetensors")
+    settings = (folder / records.SETTINGS).read_text(encoding="utf-8")
+    settings = settings.replace("instance_data_dir: null", "instance_data_dir: photos")
+    settings = settings.replace("instance_prompt: null", "instance_prompt: a sks mug")
+    (folder / "config.yaml").write_text(settings, encoding="utf-8")
+    context.jobs(fresh=True)
+    return folder.name
+
+
+def test_a_download_has_a_link_and_a_model_card(context: Context, trained: str) -> None:
+    card = handler(context, "card", "library")(trained)
+    (file,) = context.workspace.exports.glob(f"{trained}/*README.md")
+    assert f"href='{html.address(file)}' download='{file.name}'>Model card" in card
+    assert "waiting" in handler(context, "run", "library", nth=0)(trained, "comfyui")
+    job = next(job for job in context.jobs(fresh=True) if job.kind == "convert")
+    output = Path(job.record.output)
+    assert output.name == f"sks-mug-{trained[:15]}-step-8-comfyui.safetensors"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(KOHYA, output)
+    records.write_result(job.folder, records.JobResult(0))
+    shown = library.refresh(context.jobs(fresh=True), trained)["tasks"]
+    assert f"href='{html.address(output)}' download='{output.name}'" in shown
+    assert triggers(context, "card", "library") == {("convert", "click")}
+
+
+def test_nothing_is_published_without_a_network(
+    context: Context, trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    push = pressed(context, "push")
+    with pytest.raises(gradio.Error, match="HF_HUB_OFFLINE is set"):
+        push(trained, "ann/mug", False)
+    assert [job.kind for job in context.jobs(fresh=True)] == ["train"]
+
+
+def test_a_run_is_renamed_and_a_smaller_file_of_it_is_taken_in(
+    context: Context, trained: str
+) -> None:
+    *_, facts, cleared = handler(context, "rename", "library")(trained, "Ann's <mug>")
+    assert "Ann&#x27;s &lt;mug&gt;" in facts
+    assert (cleared["value"], cleared["placeholder"]) == ("", "Ann's <mug>")
+    assert context.job(trained).title == "Ann's <mug>"
+    resize = pressed(context, "resize")
+    with pytest.raises(gradio.Error, match="a smaller rank, or an energy, first"):
+        resize(trained, "", "", "")
+    assert "Resize Ann&#x27;s &lt;mug&gt;" in resize(trained, "2", "", "")
+    job = next(job for job in context.jobs(fresh=True) if job.kind == "convert")
+    Path(job.record.output).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(KOHYA, job.record.output)
+    records.write_result(job.folder, records.JobResult(0))
+    assert "data-do='add'" in library.refresh(context.jobs(fresh=True), trained)["tasks"]
+    event = gradio.EventData(None, {"what": "add", "value": job.id})
+    said = handler(context, "press", "library")(event)[1]
+    assert "Ann&#x27;s &lt;mug&gt;, resized is in the library" in said
+    assert context.jobs(fresh=True)[0].title == "Ann's <mug>, resized"

@@ -6,13 +6,14 @@ import base64
 import html
 import io
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio
@@ -41,7 +42,7 @@ from dora_diffusion.studio.jobs.subjects import (
     take_sample,
     training_crop,
 )
-from tests.studio.app.views.helpers import handler
+from tests.studio.app.views.helpers import handler, triggers
 
 
 def test_photos_are_looked_at_by_a_job_whose_table_and_sheet_are_shown(
@@ -305,3 +306,60 @@ def test_a_mask_lies_over_the_photo_where_it_leaves_it_out(context: Context, sub
 def _image_of(markup: str) -> Image.Image:
     content = markup.partition("base64,")[2].partition("'")[0]
     return Image.open(io.BytesIO(base64.b64decode(content)))
+
+
+def test_uploads_are_checked_file_by_file(context: Context, tmp_path: Path) -> None:
+    sample = Path(__file__).parents[4] / "samples" / "bolt_mug"
+    good = []
+    for number in range(1, 4):
+        with Image.open(sample / f"{number:02d}.jpg") as image:
+            good.append(tmp_path / f"good{number}.jpg")
+            image.crop((20, 20, 620, 580)).save(good[-1])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = "Camera of Ann"
+    turned = tmp_path / "turned.jpg"
+    Image.effect_noise((120, 60), 70).convert("RGB").save(turned, exif=exif)
+    fake, vector, huge, twin, blurred = (
+        tmp_path / name
+        for name in ("fake.jpg", "drawing.svg", "huge.png", "twin.jpg", "blurred.jpg")
+    )
+    fake.write_bytes(b"this is text")
+    vector.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>", encoding="utf-8")
+    Image.new("1", (15_000, 14_000)).save(huge)
+    with Image.open(good[0]) as image:
+        image.resize((620, 580)).save(twin)
+    smooth = Image.linear_gradient("L").resize((600, 600)).convert("RGB")
+    smooth.paste("white", (200, 200, 400, 400))
+    smooth.filter(ImageFilter.GaussianBlur(12)).save(blurred)
+    before = {path: path.read_bytes() for path in [*good, turned, twin, blurred]}
+    shown = upload(context, None, *good, turned, fake, vector, huge, twin, blurred)
+    crops, report = shown[4]["value"], html.unescape(shown[7])
+    assert "6 photos added" in report
+    assert "fake.jpg: not a JPEG" in report
+    assert "drawing.svg: not a JPEG" in report
+    assert re.search(r"huge\.png[^<]*megapixels", report)
+    assert "001.jpg and 005.jpg are nearly the same photo" in report
+    assert "006.jpg: looks blurred" in report
+    assert "004.jpg: 60 x 120 is smaller" in report
+    assert [label.removeprefix("⚠ ") for _, label in crops] == [f"00{n}.jpg" for n in range(1, 7)]
+    (stored,) = context.workspace.subjects.glob("2*/photos")
+    with Image.open(stored / "004.jpg") as image:
+        assert image.size == (60, 120)
+        assert dict(image.getexif()) == {}
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_sizes_are_judged_by_the_model_that_is_chosen(context: Context, tmp_path: Path) -> None:
+    subject = new_subject(context.workspace, "Small")
+    Image.effect_noise((200, 200), 80).convert("RGB").save(tmp_path / "photo.png")
+    said = upload(context, subject, tmp_path / "photo.png")[7]
+    assert "1 photo added" in said
+    assert "smaller than the training size" not in said
+    resize = handler(context, "resize", "subject")
+    sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
+    assert "200 x 200 is smaller than the training size 1024" in resize(subject, sdxl, "")
+    assert "smaller than the training size" not in resize(subject, EMBEDDED, "")
+    assert "200 x 200 is smaller than the training size 256" in resize(subject, EMBEDDED, "256")
+    fields = {("base-model", "change"), ("train-resolution", "change")}
+    assert triggers(context, "resize", "subject") == fields

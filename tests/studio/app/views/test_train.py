@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from dora_diffusion.studio.app.settings import (
     preset_values,
     setting_text,
 )
-from dora_diffusion.studio.app.views import train
+from dora_diffusion.studio.app.views import generate, library, run, train
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.bases import Base
 from dora_diffusion.studio.jobs.store import ids_in
@@ -485,3 +486,61 @@ def test_a_run_of_the_library_is_started_from_with_its_base_model_and_layers(
     other = asked(context, subject, EMBEDDED, init_adapter=str(tmp_path / "x.safetensors"))
     with pytest.raises(gradio.Error, match="accepts no folder for “Start from”"):
         handler(context, "start")("", *other)
+
+
+def test_an_empty_start_is_refused_in_plain_words(context: Context) -> None:
+    """What the page shows before there is anything, and what the clock sends to it."""
+    parts = {part.elem_id: part for part in built_page(context).blocks.values()}
+
+    def is_hidden(part: Any) -> bool:
+        return part is not None and (not part.visible or is_hidden(part.parent))
+
+    assert "No subject yet" in parts["cost"].value
+    assert "Nothing trained yet" in parts["status"].value
+    assert "The library is empty" in parts["library-facts"].value
+    assert is_hidden(parts["convert"])
+    assert not is_hidden(parts["library-facts"])
+    with pytest.raises(gradio.Error, match="add photos in the Subject tab"):
+        handler(context, "start")("", *asked(context, "", EMBEDDED))
+    assert "Choose a subject" in run.refresh(context, (), None)["status"]
+    assert "No images yet" in generate.refresh(context, (), None)["history"]
+    assert "Generate images" in generate.refresh(context, (), None)["history"]
+    assert library.refresh((), None)["library_side"][0] == {"visible": False}
+    assert "Start one in the Train tab" in handler(context, "show", "library")(None, "")[0]
+
+
+def test_a_word_in_the_place_of_a_number_is_said_before_the_start(
+    context: Context, subject: str
+) -> None:
+    form = asked(context, subject, EMBEDDED, lora_alpha="eight")
+    message = "lora_alpha is 'eight'; it must be a number"
+    cost, command = handler(context, "plan")(*form)
+    assert message in html.unescape(cost)
+    assert command == ""
+    with pytest.raises(gradio.Error) as refused:
+        handler(context, "start")("", *form)
+    assert message in html.unescape(str(refused.value))
+    assert ids_in(context.workspace.root) == []
+
+
+def test_a_model_that_is_not_there_is_said_before_the_start(context: Context, subject: str) -> None:
+    for name, message in (
+        ("/no/such/model.safetensors", "does not exist; choose a Diffusers folder"),
+        (str(context.workspace.root), "is a folder but not a diffusers pipeline"),
+    ):
+        assert message in html.unescape(handler(context, "plan")(*asked(context, subject, name))[0])
+    # The hub is asked only at the start.
+    assert (
+        "nobody/nothing" in handler(context, "plan")(*asked(context, subject, "nobody/nothing"))[1]
+    )
+    with pytest.raises(gradio.Error, match="HF_HUB_OFFLINE is set"):
+        handler(context, "start")("", *asked(context, subject, "nobody/nothing"))
+
+
+def test_a_start_says_the_place_in_the_queue(context: Context, subject: str) -> None:
+    start = handler(context, "start")
+    for number in (1, 2):
+        chosen, said, _ = start("", *asked(context, subject, EMBEDDED, seed=str(number)))
+        assert re.search(rf"Queued Mug [0-9:]{{5}}: number {number} in the queue", said)
+        shown = run.refresh(context, context.jobs(fresh=True), chosen["value"])
+        assert f"number {number} in the queue" in shown["status"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views.ui import choosing, id_dropdown
+from tests.studio.app.views.helpers import pressed, triggers
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 
@@ -24,3 +26,35 @@ def test_a_choice_that_the_page_shows_is_left_to_whoever_chooses() -> None:
         mark, make = choosing(choices, "1", shown, visible=True)
         assert mark == {"choices": choices, "visible": True} | sent
         assert ("value" in make()) is bool(sent)
+
+
+def test_what_is_pressed_sets_off_its_handler(context: Context) -> None:
+    """Of handlers that other tests call by their names."""
+    wired = {
+        ("upload", "subject"): {("upload", "upload")},
+        ("start", "train"): {("start", "click")},
+        ("start", "run"): {("rank-checkpoints", "click")},
+        ("click", "run"): {("checkpoints", "click")},
+        ("rename", "run"): {("rename", "click"), ("run-name", "submit")},
+        ("make", "generate"): {("make", "click")},
+        ("compare", "generate"): {("side-by-side", "click")},
+        ("make_grid", "generate"): {("grid", "click")},
+        ("load", "generate"): {("load-png", "upload")},
+        ("withdraw", "generate"): {("turn", "click")},
+        ("take", "library"): {("import-file", "upload")},
+        ("press", "library"): {("tasks", "click")},
+        ("card", "library"): {("convert", "click")},
+        ("compare", "library"): {("rival-compare", "click"), ("rival-prompt", "submit")},
+        ("rename", "library"): {("library-rename", "click"), ("library-name", "submit")},
+        ("annotate", "library"): {("library-stars", "change"), ("library-note", "change")},
+        ("start", "compare"): {("study", "click")},
+        ("click", "compare"): {("study-status", "click")},
+    }
+    assert {key: triggers(context, *key) for key in wired} == wired
+    # Handlers of one name: each by its button.
+    run = ["stop", "resume", "save-now", "sample-now", "continue", "remove"]
+    library = ["convert", "resize", "combine", "export", "push"]
+    for names, tab in ((run, "run"), (library, "library")):
+        found = triggers(context, "run", tab)
+        assert {(name, "click") for name in names} <= found
+        assert len({pressed(context, name) for name in names[1:]}) == len(names) - 1
