@@ -168,7 +168,12 @@ def _config(
     taught: Mapping[str, Any],
 ) -> TrainConfig:  # fmt: skip
     """The settings of a run that is taught something."""
-    values = {name: _value(name, advanced[name]) for name in ADVANCED if name in advanced}
+    default = TrainConfig()
+    values = {
+        name: _value(name, advanced[name], getattr(default, name))
+        for name in ADVANCED
+        if name in advanced
+    }
     return TrainConfig.from_dict(
         {
             **values,
@@ -180,9 +185,9 @@ def _config(
     )
 
 
-def _value(name: str, value: Any) -> Any:
+def _value(name: str, value: Any, default: Any) -> Any:
     """A field's value as a config file may have it; an empty field means the default."""
-    setting, default = SETTINGS[name], getattr(TrainConfig(), name)
+    setting = SETTINGS[name]
     if isinstance(value, bool):
         return value
     if setting.is_list:
