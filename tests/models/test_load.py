@@ -75,8 +75,25 @@ def test_folders_load_frozen_with_their_facts(
     assert all(torch.equal(stored[key], loaded[key]) for key in stored)
 
 
-@pytest.mark.parametrize("folder", FOLDERS, indirect=True)
-@pytest.mark.parametrize("scheduler", [None, "ddim", "euler", "dpm++", "unipc"])
+# In the quick suite: every family with its own, and every other one with some family. Each of all
+# schedulers is compared on Stable Diffusion 1 in tests/sampling/test_every_option.py.
+TOGETHER = {("euler", "sd1_folder"), ("ddim", "sd2_folder"), ("unipc", "sd2_folder"),
+            ("dpm++", "sdxl_folder")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "folder"),
+    [
+        pytest.param(
+            scheduler,
+            folder,
+            marks=[pytest.mark.slow] * (scheduler is not None and (scheduler, folder) not in TOGETHER),
+        )
+        for scheduler in (None, "ddim", "euler", "dpm++", "unipc")
+        for folder in FOLDERS
+    ],
+    indirect=["folder"],
+)
 def test_pipelines_sample_as_the_stock_pipeline_does(folder: Path, scheduler: str | None) -> None:
     from diffusers import DiffusionPipeline
 
