@@ -45,9 +45,7 @@ def test_pickled_bases_are_refused(
 
 
 @pytest.fixture(scope="module")
-def two_variants(
-    tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path
-) -> tuple[Path, Path]:
+def two_variants(tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path) -> tuple[Path, Path]:
     """A base with weights of a variant that differ from the plain ones; one that has them alone."""
     folder = tmp_path_factory.mktemp("variants")
     both, alone = (shutil.copytree(sd1_folder, folder / name) for name in ("both", "alone"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shutil
@@ -77,20 +78,18 @@ def test_folders_load_frozen_with_their_facts(
 
 # In the quick suite: every family with its own, and every other one with some family. Each of all
 # schedulers is compared on Stable Diffusion 1 in tests/sampling/test_every_option.py.
-TOGETHER = {("euler", "sd1_folder"), ("ddim", "sd2_folder"), ("unipc", "sd2_folder"),
-            ("dpm++", "sdxl_folder")}  # fmt: skip
+TOGETHER = {
+    *((None, folder) for folder in FOLDERS),
+    ("euler", "sd1_folder"), ("ddim", "sd2_folder"), ("unipc", "sd2_folder"),
+    ("dpm++", "sdxl_folder"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("scheduler", "folder"),
     [
-        pytest.param(
-            scheduler,
-            folder,
-            marks=[pytest.mark.slow] * (scheduler is not None and (scheduler, folder) not in TOGETHER),
-        )
-        for scheduler in (None, "ddim", "euler", "dpm++", "unipc")
-        for folder in FOLDERS
+        pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in TOGETHER))
+        for pair in itertools.product((None, "ddim", "euler", "dpm++", "unipc"), FOLDERS)
     ],
     indirect=["folder"],
 )

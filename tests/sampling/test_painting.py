@@ -113,9 +113,7 @@ def test_a_second_pass_is_image_to_image_over_the_enlarged_first(family, folder,
     assert (first.size, sampled_size(components, settings)) == ((72, 96), (48, 64))
     small = by_hand(parts, family, "text", 5, num_inference_steps=5, width=48, height=64)
     larger = small.resize((72, 96), Image.Resampling.LANCZOS)
-    expected = by_hand(
-        parts, family, "image", 5, image=larger, strength=0.5, num_inference_steps=4
-    )
+    expected = by_hand(parts, family, "image", 5, image=larger, strength=0.5, num_inference_steps=4)
     assert difference(first, expected) == 0
     assert difference(larger, expected) > 3
     assert difference(first, second) > 3
