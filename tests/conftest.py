@@ -7,6 +7,7 @@ once per session: treat them as read-only.
 
 from __future__ import annotations
 
+import functools
 import gc
 import gzip
 import json
@@ -334,34 +335,57 @@ def write_model_index(folder: Path, family: str, scheduler: str, task: str = "")
     (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
+def pipelines(folder: Path, *, shallow: bool) -> Callable[[str], Path]:
+    """Return what makes a family's tiny pipeline in a folder, once: "sd1", "sdxl-inpainting"..."""
+
+    @functools.cache
+    def pipeline(name: str) -> Path:
+        family, _, task = name.partition("-")
+        return save_pipeline(folder / name, family, 9 if task else 4, shallow=shallow)
+
+    return pipeline
+
+
 @pytest.fixture(scope="session")
-def sd1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tiny random pipelines with the released models' levels and layers, by name."""
+    return pipelines(tmp_path_factory.mktemp("pipelines"), shallow=False)
+
+
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tiny random pipelines with fewer levels and layers, by name."""
+    return pipelines(tmp_path_factory.mktemp("shallow"), shallow=True)
+
+
+@pytest.fixture(scope="session")
+def sd1_folder(deep: Callable[[str], Path]) -> Path:
     """A tiny random Stable Diffusion 1 folder (epsilon prediction)."""
-    return save_pipeline(tmp_path_factory.mktemp("pipelines") / "sd1", "sd1")
+    return deep("sd1")
 
 
 @pytest.fixture(scope="session")
-def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sd2_folder(deep: Callable[[str], Path]) -> Path:
     """A tiny random Stable Diffusion 2 folder (v prediction)."""
-    return save_pipeline(tmp_path_factory.mktemp("pipelines") / "sd2", "sd2")
+    return deep("sd2")
 
 
 @pytest.fixture(scope="session")
-def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdxl_folder(deep: Callable[[str], Path]) -> Path:
     """A tiny random SDXL folder (two text encoders, size and crop conditioning)."""
-    return save_pipeline(tmp_path_factory.mktemp("pipelines") / "sdxl", "sdxl")
+    return deep("sdxl")
 
 
 @pytest.fixture(scope="session")
-def sd1_inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sd1_inpainting_folder(deep: Callable[[str], Path]) -> Path:
     """A tiny random Stable Diffusion 1 inpainting folder: its UNet reads 9 channels."""
-    return save_pipeline(tmp_path_factory.mktemp("pipelines") / "sd1-inpainting", "sd1", 9)
+    return deep("sd1-inpainting")
 
 
 @pytest.fixture(scope="session")
-def sdxl_inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdxl_inpainting_folder(deep: Callable[[str], Path]) -> Path:
     """A tiny random SDXL inpainting folder: its UNet reads 9 channels."""
-    return save_pipeline(tmp_path_factory.mktemp("pipelines") / "sdxl-inpainting", "sdxl", 9)
+    return deep("sdxl-inpainting")
 
 
 @pytest.fixture

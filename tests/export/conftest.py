@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.export.helpers import FAMILIES, MakeAdapter
+from tests.shallow import *  # noqa: F403
 
 
 @pytest.fixture(params=FAMILIES)
@@ -22,9 +24,9 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def base(family: str, request: pytest.FixtureRequest) -> Path:
-    folder: Path = request.getfixturevalue(f"{family}_folder")
-    return folder
+def base(family: str, deep: Callable[[str], Path]) -> Path:
+    """A model whose keys are of every level and layer of the released ones."""
+    return deep(family)
 
 
 @pytest.fixture

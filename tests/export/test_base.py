@@ -44,10 +44,11 @@ def test_pickled_bases_are_refused(
         export_checkpoint(base, path, tmp_path / "m")
 
 
-@pytest.fixture
-def two_variants(tmp_path: Path, sd1_folder: Path) -> tuple[Path, Path]:
+@pytest.fixture(scope="module")
+def two_variants(tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path) -> tuple[Path, Path]:
     """A base with weights of a variant that differ from the plain ones; one that has them alone."""
-    both, alone = (shutil.copytree(sd1_folder, tmp_path / name) for name in ("both", "alone"))
+    folder = tmp_path_factory.mktemp("variants")
+    both, alone = (shutil.copytree(sd1_folder, folder / name) for name in ("both", "alone"))
     for path in list(alone.rglob("*.safetensors")):
         tensors = load_file(path)
         draw = torch.Generator().manual_seed(len(tensors))

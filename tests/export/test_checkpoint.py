@@ -46,12 +46,11 @@ from tests.export.helpers import MakeAdapter, assert_equal, tensors_of
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_a_single_file_base_merges_as_the_folder_does(
-    tmp_path: Path, family: str, request: pytest.FixtureRequest, random_adapter: MakeAdapter
+    tmp_path: Path, family: str, deep: Callable[[str], Path], random_adapter: MakeAdapter
 ) -> None:
-    folder = request.getfixturevalue(f"{family}_folder")
-    zero = write_adapter(tmp_path / "z", AdapterFile(random_adapter(folder, every=50)))
-    base = export_checkpoint(folder, zero, tmp_path / "base.safetensors", strength=0.0)
-    file = write_adapter(tmp_path / "a", AdapterFile(random_adapter(folder, seed=1)))
+    folder = deep(family)
+    base = export_checkpoint(folder, (), tmp_path / "base.safetensors")
+    file = write_adapter(tmp_path / "a", AdapterFile(random_adapter(folder, seed=1, every=2)))
     seen: list[Any] = []
     merged = export_checkpoint(
         base, file, tmp_path / "merged.safetensors", on_progress=lambda *step: seen.append(step)

@@ -61,10 +61,10 @@ def noisy_in_part(name: str, tensor: Tensor) -> Tensor:
 )
 def test_what_was_exported_is_extracted_again(
     tmp_path: Path, family: str, layout: str, axis: str, random_adapter: MakeAdapter,
-    request: pytest.FixtureRequest,
+    deep: Callable[[str], Path],
 ) -> None:  # fmt: skip
     """All kinds of layers of UNet and text encoders, with ranks 2 to 4; SD1 from the file, too."""
-    base: Path = request.getfixturevalue(f"{family}_folder")
+    base = deep(family)
     layers = random_adapter(base, axis=axis, mixed_ranks=True, every=3)
     adapter = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata(family)), "kohya")
     name = "tuned.safetensors" if layout == "file" else "tuned"
@@ -137,7 +137,7 @@ def test_a_lora_is_the_truncated_svd_of_the_difference(tmp_path: Path, sd1_folde
         )
         layers, squared = read_adapter(output).layers, np.zeros(2)
         assert layers.keys() == report.errors.keys()
-        assert len(layers) > 100
+        assert len(layers) > 50
         for name, layer in layers.items():
             base, wanted = (
                 w[f"{name}.weight"].double().flatten(1).numpy() for w in (before, after)

@@ -8,13 +8,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from dora_diffusion.cli.main import main
 from dora_diffusion.export.hub import HubError, check
 
 TOKEN = "hf_token_for_the_test"
@@ -25,12 +26,16 @@ class FakeHub(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answers)
+        self.address = f"http://127.0.0.1:{self.server_port}"
+        self.forget()
+
+    def forget(self) -> None:
+        """Be as it was before anybody asked for anything."""
         self.requests: list[tuple[str, str, str]] = []
         self.created: dict[str, Any] = {}
         self.files: dict[str, bytes] = {}
         self.is_private = True
         self.refuse = 0
-        self.address = f"http://127.0.0.1:{self.server_port}"
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -79,13 +84,19 @@ class _Answers(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeHub]:
     one = FakeHub()
     threading.Thread(target=one.serve_forever, daemon=True).start()
     yield one
     one.shutdown()
     one.server_close()
+
+
+@pytest.fixture
+def hub(server: FakeHub) -> FakeHub:
+    server.forget()
+    return server
 
 
 @pytest.fixture
@@ -107,26 +118,55 @@ def run_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def push(hub: FakeHub, folder: Path, *flags: str, **environment: str) -> Any:
-    """Run the command in a process of its own: the client reads the environment once."""
-    values = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN,
-              "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder.parent / "hf"),
-              "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
-    return subprocess.run(
-        [sys.executable, "-m", "dora_diffusion", "push", str(folder), "ann/mug", *flags],
-        env=os.environ | values | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        encoding="utf-8",
-    )
+CLIENT = """
+import contextlib, io, json, sys
+from huggingface_hub import constants
+from dora_diffusion.cli.main import main
+
+for line in sys.stdin:
+    constants.ENDPOINT, *words = json.loads(line)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["push", *words])
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+
+class Pushed(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+
+
+Push = Callable[..., Pushed]
+
+
+@pytest.fixture(scope="module")
+def push(server: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Push]:
+    """Runs the command, in a process of its own: the client reads the environment once."""
+    values = {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
+              "HF_HOME": str(tmp_path_factory.mktemp("hf")), "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-c", CLIENT], env=os.environ | values, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True, encoding="utf-8",
+    ) as client:  # fmt: skip
+
+        def run(folder: Path, *flags: str, address: str = server.address) -> Pushed:
+            assert client.stdin is not None
+            assert client.stdout is not None
+            client.stdin.write(json.dumps([address, str(folder), "ann/mug", *flags]) + "\n")
+            client.stdin.flush()
+            return Pushed(*json.loads(client.stdout.readline()))
+
+        yield run
+        client.communicate()
 
 
 def test_a_run_is_published_privately_without_photos_and_places(
-    hub: FakeHub, run_folder: Path
+    hub: FakeHub, run_folder: Path, push: Push
 ) -> None:
-    done = push(hub, run_folder)
-    assert done.returncode == 0, done.stderr
+    done = push(run_folder)
+    assert done.code == 0, done.stderr
     assert done.stdout.strip().endswith("ann/mug")
     created = hub.created
     assert created["name"] == "mug"
@@ -148,26 +188,33 @@ def test_a_run_is_published_privately_without_photos_and_places(
     assert TOKEN not in done.stdout + done.stderr
 
 
-def test_public_has_to_be_asked_for(hub: FakeHub, run_folder: Path) -> None:
+def test_public_has_to_be_asked_for(hub: FakeHub, run_folder: Path, push: Push) -> None:
     hub.is_private = False
-    assert push(hub, run_folder, "--public").returncode == 0
+    assert push(run_folder, "--public").code == 0
     assert hub.created.get("private") is not True
     assert hub.created.get("visibility") != "private"
 
 
 def test_a_repository_that_others_see_is_not_written_to_by_accident(
-    hub: FakeHub, run_folder: Path
+    hub: FakeHub, run_folder: Path, push: Push
 ) -> None:
     hub.is_private = False
-    refused = push(hub, run_folder)
-    assert refused.returncode == 1
+    refused = push(run_folder)
+    assert refused.code == 1
     assert "everybody can see it" in refused.stderr
     assert hub.files == {}
 
 
-def test_offline_nothing_is_asked(hub: FakeHub, run_folder: Path) -> None:
-    offline = push(hub, run_folder, HF_HUB_OFFLINE="1")
-    assert (offline.returncode, "HF_HUB_OFFLINE is set" in offline.stderr) == (1, True)
+def test_offline_nothing_is_asked(
+    hub: FakeHub, run_folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """As all tests are."""
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: TOKEN)
+    assert main(["push", str(run_folder), "ann/mug"]) == 1
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
     assert hub.requests == []
 
 
@@ -178,18 +225,18 @@ def test_without_a_token_a_push_does_not_begin(monkeypatch: pytest.MonkeyPatch) 
         check("ann/mug")
 
 
-def test_a_refusal_is_one_line_with_what_to_do(hub: FakeHub, run_folder: Path) -> None:
+def test_a_refusal_is_one_line_with_what_to_do(hub: FakeHub, run_folder: Path, push: Push) -> None:
     hub.refuse = 403
-    refused = push(hub, run_folder)
-    assert refused.returncode == 1
+    refused = push(run_folder)
+    assert refused.code == 1
     assert refused.stderr.strip().splitlines()[-1].startswith("error: the hub refused ann/mug")
     assert "HF_TOKEN" in refused.stderr
     assert TOKEN not in refused.stderr
 
 
-def test_a_hub_that_is_not_there_is_said_in_one_line(hub: FakeHub, run_folder: Path) -> None:
-    gone = push(hub, run_folder, HF_ENDPOINT="http://127.0.0.1:9")
-    assert gone.returncode == 1
+def test_a_hub_that_is_not_there_is_said_in_one_line(run_folder: Path, push: Push) -> None:
+    gone = push(run_folder, address="http://127.0.0.1:9")
+    assert gone.code == 1
     assert "Traceback" not in gone.stderr
     assert "could not be reached" in gone.stderr.strip().splitlines()[-1]
 

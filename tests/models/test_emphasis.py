@@ -41,15 +41,24 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(params=["sd1", "sdxl"])
+@pytest.fixture(scope="module", params=["sd1", "sdxl"])
 def components(request):
-    """With a last norm as trained models have it: of a fresh one the mean of all states is 0."""
+    """With a word that was trained, and a last norm as trained models have it.
+
+    Of a fresh norm the mean of all states is 0.
+    """
     loaded = load_components(request.getfixturevalue(f"{request.param}_folder"))
     generator = torch.Generator().manual_seed(2)
     for encoder in loaded.text_encoders:
         (bias,) = (p for n, p in encoder.named_parameters() if n.endswith("final_layer_norm.bias"))
         with torch.no_grad():
             bias.add_(torch.randn(bias.shape, generator=generator) + 0.5)
+    names = loaded.family.text_encoder_names
+    vectors = {
+        name: torch.randn(encoder.config.hidden_size, generator=generator)
+        for name, encoder in zip(names, loaded.text_encoders, strict=True)
+    }
+    add_tokens(loaded, {"<zwx>": vectors})
     return loaded.reading(None, 0)
 
 
@@ -167,13 +176,6 @@ def expected_states(components, prompt):
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_states_are_those_of_a1111s_rules(prompt, components):
-    vectors = {
-        name: torch.randn(encoder.config.hidden_size, generator=torch.Generator().manual_seed(1))
-        for name, encoder in zip(
-            components.family.text_encoder_names, components.text_encoders, strict=True
-        )
-    }
-    add_tokens(components, {"<zwx>": vectors})
     with torch.no_grad():
         found = encode_weighted(components, [prompt])
     states, pooled = expected_states(components, prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shutil
@@ -75,8 +76,23 @@ def test_folders_load_frozen_with_their_facts(
     assert all(torch.equal(stored[key], loaded[key]) for key in stored)
 
 
-@pytest.mark.parametrize("folder", FOLDERS, indirect=True)
-@pytest.mark.parametrize("scheduler", [None, "ddim", "euler", "dpm++", "unipc"])
+# In the quick suite: every family with its own, and every other one with some family. Each of all
+# schedulers is compared on Stable Diffusion 1 in tests/sampling/test_every_option.py.
+TOGETHER = {
+    *((None, folder) for folder in FOLDERS),
+    ("euler", "sd1_folder"), ("ddim", "sd2_folder"), ("unipc", "sd2_folder"),
+    ("dpm++", "sdxl_folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "folder"),
+    [
+        pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in TOGETHER))
+        for pair in itertools.product((None, "ddim", "euler", "dpm++", "unipc"), FOLDERS)
+    ],
+    indirect=["folder"],
+)
 def test_pipelines_sample_as_the_stock_pipeline_does(folder: Path, scheduler: str | None) -> None:
     from diffusers import DiffusionPipeline
 

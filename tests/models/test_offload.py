@@ -43,7 +43,7 @@ def test_an_offloaded_model_makes_the_same_images_and_goes_home(
     base = BaseModel(sdxl_folder, quantize=quantize, quantize_convolutions=True)
     for choice in ("none", "model"):
         components, _ = load_adapted(base, offload=choice)
-        load_adapter_state(components.adaptable(), random_adapter(sdxl_folder, every=7))
+        load_adapter_state(components.adaptable(), random_adapter(sdxl_folder, every=5))
         before = places(components)
 
         def look(done: int, total: int, components: Components = components) -> None:

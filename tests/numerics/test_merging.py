@@ -265,48 +265,50 @@ def test_a_weight_that_nothing_acts_on_is_cast_if_the_dtype_holds_it() -> None:
 
 # Shapes whose blocks leave a short last one, on either axis.
 _MERGE_WITH_THREADS = """
-import hashlib, sys, torch
+import hashlib, torch
 from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.adapters.kinds import adapt_layer
 from dora_diffusion.numerics.merging import merge_tensor
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.numerics.weights import LayerWeights
 
-torch.set_num_threads(int(sys.argv[1]))
-generator = torch.Generator().manual_seed(0)
-for shape in ((320, 640, 3, 3), (2560, 333), (640, 320)):
-    for axis in ("output", "input"):
-        out, into, *kernel = shape
-        weight = torch.randn(shape, generator=generator)
-        down = torch.randn(4, into, *kernel, generator=generator) / 100
-        up = torch.randn(out, 4, *[1] * len(kernel), generator=generator) / 100
-        magnitude = 1 + torch.rand(out if axis == "output" else into, generator=generator)
-        layer = LayerWeights(down, up, magnitude, 4.0, axis)
-        shifted = torch.empty(weight.numel() + 1)[1:].view(shape).copy_(weight)
-        module = torch.nn.Conv2d(into, out, 3, bias=False) if kernel else torch.nn.Linear(into, out)
-        module.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
-        adapted = adapt_layer(module)
-        adapted.adapters["default"] = LayerAdapter(layer)
-        for result in (
-            merge_tensor(weight, [(layer, Strengths())]),
-            merge_tensor(shifted, [(layer, Strengths())]),
-            adapted.merged(),
-        ):
-            print(shape, axis, hashlib.sha256(result.numpy()).hexdigest())
-assert torch.get_num_threads() == int(sys.argv[1])
+for threads in (1, 2, 4):
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((320, 640, 3, 3), (2560, 333), (640, 320)):
+        for axis in ("output", "input"):
+            out, into, *kernel = shape
+            weight = torch.randn(shape, generator=generator)
+            down = torch.randn(4, into, *kernel, generator=generator) / 100
+            up = torch.randn(out, 4, *[1] * len(kernel), generator=generator) / 100
+            magnitude = 1 + torch.rand(out if axis == "output" else into, generator=generator)
+            layer = LayerWeights(down, up, magnitude, 4.0, axis)
+            shifted = torch.empty(weight.numel() + 1)[1:].view(shape).copy_(weight)
+            sizes = (into, out, 3) if kernel else (into, out)
+            kind = torch.nn.Conv2d if kernel else torch.nn.Linear
+            module = kind(*sizes, bias=False)
+            module.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+            adapted = adapt_layer(module)
+            adapted.adapters["default"] = LayerAdapter(layer)
+            for result in (
+                merge_tensor(weight, [(layer, Strengths())]),
+                merge_tensor(shifted, [(layer, Strengths())]),
+                adapted.merged(),
+            ):
+                print(shape, axis, hashlib.sha256(result.numpy()).hexdigest())
+    assert torch.get_num_threads() == threads
 """
 
 
 def test_a_merge_is_the_same_bits_on_any_number_of_threads() -> None:
     """As users have it: without MKL's reproducible mode, which the other tests run in."""
     environment = {k: v for k, v in os.environ.items() if k not in ("MKL_CBWR", "OMP_NUM_THREADS")}
-    outputs = []
-    for threads in ("1", "2", "4"):
-        command = [sys.executable, "-c", _MERGE_WITH_THREADS, threads]
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=True, encoding="utf-8"
-        )
-        outputs.append(done.stdout.splitlines())
+    done = subprocess.run(
+        [sys.executable, "-c", _MERGE_WITH_THREADS],
+        env=environment, capture_output=True, text=True, check=True, encoding="utf-8",
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    outputs = [lines[:18], lines[18:36], lines[36:]]
     assert len(outputs[0]) == 18
     assert outputs[1] == outputs[0]
     assert outputs[2] == outputs[0]

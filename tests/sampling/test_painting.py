@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from dataclasses import replace
 
 import diffusers
@@ -53,10 +55,24 @@ def difference(first, second):
     return np.abs(np.asarray(first, np.int16) - np.asarray(second, np.int16)).max()
 
 
-def by_hand(folder, family, task, seed, **options):
+@pytest.fixture(scope="module")
+def loaded():
+    """Components of a folder, and the parts of Diffusers' own pipeline of it, read once."""
+
+    @functools.cache
+    def read(folder):
+        stock = diffusers.DiffusionPipeline.from_pretrained(folder)
+        return load_components(folder), stock.components
+
+    return read
+
+
+def by_hand(parts, family, task, seed, **options):
     """The image of Diffusers' own pipeline, loaded from the folder."""
-    extra = {"add_watermarker": False} if family == "sdxl" else {}
-    pipeline = PIPELINES[family, task].from_pretrained(folder, **extra)
+    extra = {"add_watermarker": False} if family == "sdxl" else {"requires_safety_checker": False}
+    names = inspect.signature(PIPELINES[family, task]).parameters
+    own = {name: part for name, part in parts.items() if name in names}
+    pipeline = PIPELINES[family, task](**own, **extra)
     pipeline.set_progress_bar_config(disable=True)
     if family == "sdxl":
         # As `generate_images` decodes: at the autoencoder's own precision.
@@ -70,16 +86,16 @@ def by_hand(folder, family, task, seed, **options):
 
 @pytest.mark.parametrize("denoise", [None, 0.2, 1.0])
 @pytest.mark.parametrize("masked", [False, True])
-def test_images_are_those_of_the_pipelines_called_by_hand(masked, denoise, family, folder):
+def test_images_are_those_of_the_pipelines_called_by_hand(masked, denoise, family, folder, loaded):
     settings = replace(SETTINGS, image=photo(), denoise=denoise)
     options = {"image": photo(), "strength": 0.75 if denoise is None else denoise}
     if masked:
         settings = replace(settings, mask_image=mask())
         options |= {"mask_image": mask(), "width": 64, "height": 64}
-    components = load_components(folder)
+    components, parts = loaded(folder)
     first, second = generate_images(components, PROMPT, [5, 6], settings, batch_size=1)
     task = "mask" if masked else "image"
-    expected = by_hand(folder, family, task, 5, num_inference_steps=5, **options)
+    expected = by_hand(parts, family, task, 5, num_inference_steps=5, **options)
     assert difference(first, expected) == 0
     # Each seed gives its image in a batch too.
     together = generate_images(components, PROMPT, [5, 6], settings)
@@ -88,19 +104,17 @@ def test_images_are_those_of_the_pipelines_called_by_hand(masked, denoise, famil
         assert difference(first, second) > 1
 
 
-def test_a_second_pass_is_image_to_image_over_the_enlarged_first(family, folder):
+def test_a_second_pass_is_image_to_image_over_the_enlarged_first(family, folder, loaded):
     settings = replace(SETTINGS, width=48, height=64, hires=1.6, hires_denoise=0.5, hires_steps=4)
-    components = load_components(folder)
+    components, parts = loaded(folder)
     done = []
     first, second = generate_images(
         components, PROMPT, [5, 6], settings, batch_size=1, on_step=lambda *n: done.append(n)
     )
     assert (first.size, sampled_size(components, settings)) == ((72, 96), (48, 64))
-    small = by_hand(folder, family, "text", 5, num_inference_steps=5, width=48, height=64)
+    small = by_hand(parts, family, "text", 5, num_inference_steps=5, width=48, height=64)
     larger = small.resize((72, 96), Image.Resampling.LANCZOS)
-    expected = by_hand(
-        folder, family, "image", 5, image=larger, strength=0.5, num_inference_steps=4
-    )
+    expected = by_hand(parts, family, "image", 5, image=larger, strength=0.5, num_inference_steps=4)
     assert difference(first, expected) == 0
     assert difference(larger, expected) > 3
     assert difference(first, second) > 3
@@ -138,8 +152,8 @@ def test_latents_of_any_channels_are_painted_into(name):
     assert away[0] < 0.2 * away[1]
 
 
-def test_what_is_painted_over_is_cut_from_the_middle(sd1_folder):
-    components = load_components(sd1_folder)
+def test_what_is_painted_over_is_cut_from_the_middle(sd1_folder, loaded):
+    components, _ = loaded(sd1_folder)
     for extra, wide in (({}, {}), ({"mask_image": mask()}, {"mask_image": mask(96)})):
         cut = {"image": photo(96).crop((16, 0, 80, 64)), **extra}
         if extra:

@@ -48,9 +48,8 @@ def trained(monkeypatch):
 
 def test_each_subject_is_that_of_a_run_of_its_own(serial, subjects, tmp_path):
     """The base that stays in the worker is as it was loaded: a cold run gives the same bits."""
-    for name in (NAMES[1], NAMES[2]):
-        train(replace(subjects[name], output_dir=str(tmp_path / name)))
-    assert_same_results(tmp_path, Path(serial.output), NAMES[1:])
+    train(replace(subjects[NAMES[-1]], output_dir=str(tmp_path / NAMES[-1])))
+    assert_same_results(tmp_path, Path(serial.output), NAMES[-1:])  # behind two others
 
 
 def test_records_say_what_each_took(serial):
@@ -291,7 +290,7 @@ def test_what_is_wrong_with_one_subject_is_a_line_and_the_others_go_on(
         "empty": replace(subjects[NAMES[0]], instance_data_dir=str(empty)),
         "nameless": replace(subjects[NAMES[0]], instance_prompt="a photo of a mug"),
         "wild": replace(subjects[NAMES[0]], learning_rate=1e30),
-        "full": subjects[NAMES[1]],
+        "full": replace(subjects[NAMES[1]], max_train_steps=1, checkpointing_steps=0),
         "fine": replace(subjects[NAMES[0]], max_train_steps=1, checkpointing_steps=0),
     }
     inner = worker_side.train

@@ -73,12 +73,13 @@ def test_comfyui_computes_the_merge(
         with pytest.raises(AdapterFormatError, match="exact in ComfyUI on one base"):
             read_adapter(report.path)
     else:  # exact there as it is, on every base: the same file as `kohya` gives
-        kohya = convert_adapter(source, tmp_path / "k", "kohya").path
+        kohya = load_file(convert_adapter(source, tmp_path / "k", "kohya").path)
         report = convert_adapter(source, tmp_path / "c", target)
         assert report.target == "kohya"
         plain = report.path
-        assert load_file(plain).keys() == load_file(kohya).keys()
-        assert all(torch.equal(t, load_file(kohya)[k]) for k, t in load_file(plain).items())
+        found = load_file(plain)
+        assert found.keys() == kohya.keys()
+        assert all(torch.equal(tensor, kohya[key]) for key, tensor in found.items())
         assert read_header(plain).metadata["dora_diffusion.target"] == "kohya"
         assert inspect_adapter(plain).tools["A1111"] == "exact"
 

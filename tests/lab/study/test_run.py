@@ -346,7 +346,8 @@ def test_the_documents_records_are_of_the_documents_study(name, count):
         drawn = subjects[made["subject"]], made["seed"]
         trial = Trial(made["row"], made["method"], config, *drawn, base, shown.asked)
         assert trial.digest == made["digest"], made["row"]
-        assert {**trial.settings, **made["settings"]} == trial.settings
+        settings = trial.settings
+        assert {**settings, **made["settings"]} == settings
     assert len(records) == count
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dora_diffusion.lab.judges import answer, measure
-from dora_diffusion.lab.study.report import _intro
+from dora_diffusion.lab.study.config import Study
+from dora_diffusion.lab.study.report import Results, _intro
 from dora_diffusion.lab.study.run import run_study
+from dora_diffusion.lab.study.subjects import ToySource
 from dora_diffusion.lab.study.trials import _live_bytes, kept_bytes
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.quantised import quantise
@@ -20,90 +24,120 @@ from dora_diffusion.sampling.generate import SamplingSettings
 from dora_diffusion.training.session import Session
 from tests.lab.study.helpers import study
 from tests.refusal import refused
+from tests.shallow import *  # noqa: F403
 
 SHORT = {
     "subjects": ["star_teapot"],
     "seeds": 1,
     "tune": None,
-    "common": {"learning_rate": 1e-3, "max_train_steps": 2, "rank": 2, "conv_rank": 2},
+    "common": {
+        "learning_rate": 1e-3, "max_train_steps": 2, "rank": 2, "conv_rank": 2,
+        "targets": ["attention"],
+    },
     "asked": {"inference_steps": 1, "analysis_points": 2, "batch_size": 30},
+}  # fmt: skip
+METHODS = {
+    "dora": {"max_train_steps": 1},
+    "average": {"max_train_steps": 1, "ema_decay": 0.99},
+    "gradient": {"max_train_steps": 1, "init": "lora-one"},
+    "full": {"method": "full", "full_weights": "targets"},
+    "dvora": {"parametrization": "vera", "vera_rank": 4},
+    "wild": {"learning_rate": 1e30},
 }
 
 
-def test_a_trial_is_trained_measured_and_analyzed(tmp_path):
-    methods = {
-        "dora": {"targets": ["attention"]},
-        "full": {"method": "full", "full_weights": "targets", "targets": ["attention"]},
-        "dvora": {"targets": ["attention"], "parametrization": "vera", "vera_rank": 4},
-    }
-    results = run_study(study(**SHORT, methods=methods), tmp_path)
-    base, dora, full, dvora = results.records
-    assert (base["row"], dora["row"], full["row"]) == ("base", "dora", "full")
+class Performed(NamedTuple):
+    """A study of one trial of each method, and what there was before their first steps."""
+
+    study: Study
+    output: Path
+    results: Results
+    began: list[tuple[int, float | None]]
+
+    def record(self, row: str) -> dict[str, Any]:
+        (one,) = (record for record in self.results.records if record["row"] == row)
+        return one
+
+
+@pytest.fixture(scope="module")
+def performed(tmp_path_factory):
+    began, start = [], Session.start_from_gradient
+    measured, measure_it = [], ToySource.measure
+
+    def watched(session, adapters):
+        began.append((session.learner.batches, start(session, adapters)))
+
+    def first_ones(*given):
+        """Measure the base and the first two methods, whose figures are looked at."""
+        measured.append(given)
+        return measure_it(*given) if len(measured) <= 3 else ({}, Image.new("RGB", (1, 1)))
+
+    given = study(**SHORT, methods=METHODS)
+    output = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "start_from_gradient", watched)
+        patch.setattr(ToySource, "measure", first_ones)
+        results = run_study(given, output)
+    return Performed(given, output, results, began)
+
+
+def test_a_trial_is_trained_measured_and_analyzed(performed):
+    results = performed.results
+    assert [record["row"] for record in results.records] == ["base", *METHODS]
+    base, dora, _, _, full, dvora, _ = results.records
     # The base by the functions of `evaluate`, asked anew.
     subject = results.subjects[0]
-    components = load_components("embedded:tiny-sd")
+    components = load_components(performed.study.base)
     requests = subject._requests("sks teapot", 0)
     answers = answer(components, requests, SamplingSettings(1, 3.5))
     for name, values in measure(subject.subject, requests, answers).items():
         assert base["measures"][name] == pytest.approx(np.mean(values[0]), abs=1e-3)
     assert dora["measures"]["denoising_loss"] != base["measures"]["denoising_loss"]
-    # Attention layers of the UNet have no bias but that of their output.
     layers = [m for n, m in components.unet.named_modules()
               if "attn" in n and isinstance(m, torch.nn.Linear)]  # fmt: skip
+    # Attention layers of the UNet have no bias but that of their output.
     assert full["parameters"] == sum(p.numel() for m in layers for p in m.parameters())
     assert dora["parameters"] == sum(
         2 * (m.in_features + m.out_features) + m.out_features for m in layers
     )
     # What trains, not what it is written as: d, b and m.
     assert dvora["parameters"] == sum(4 + 2 * m.out_features for m in layers)
-    for record in (dora, full, dvora):
+    for record, steps in ((dora, [1]), (full, [1, 2]), (dvora, [1, 2])):
         points = record["analysis"]["points"]
-        assert [point["step"] for point in points] == [1, 2]
+        assert [point["step"] for point in points] == steps
         assert len(points[0]["delta_m"]) == len(layers)
         assert -1 <= record["analysis"]["correlation"] <= 1
     # Moments and gradients of what trains, beside the same model.
     extra = 12 * (full["parameters"] - dora["parameters"])
     assert full["live_bytes"] - dora["live_bytes"] == pytest.approx(extra, rel=0.5)
     assert results.images["dora", "star_teapot"].is_file()
-    assert not list((tmp_path / "work" / "trials").iterdir())
+    assert not list((performed.output / "work" / "trials").iterdir())
 
 
-def test_an_average_is_what_is_measured_and_analyzed(tmp_path):
+def test_an_average_is_what_is_measured_and_analyzed(performed):
     """After one step it has 9/11 of what the weights moved by, so that magnitudes show it."""
-    methods = {"live": {"ema_decay": 0}, "average": {"ema_decay": 0.99}}
-    common = {**SHORT["common"], "max_train_steps": 1, "targets": ["attention"]}
-    asked = {"inference_steps": 1, "analysis_points": 1, "batch_size": 30}
-    given = study(**{**SHORT, "common": common, "asked": asked}, methods=methods)
-    _, live, average = run_study(given, tmp_path).records
+    live, average = performed.record("dora"), performed.record("average")
     moved, part = (r["analysis"]["points"][0]["delta_m"] for r in (live, average))
     assert part == pytest.approx([9 / 11 * delta for delta in moved], rel=1e-3)
     assert average["measures"]["others_loss"] != live["measures"]["others_loss"]
 
 
-def test_a_start_from_the_gradient_is_made_before_the_first_step(tmp_path, monkeypatch):
-    began, start = [], Session.start_from_gradient
-
-    def watched(session, adapters):
-        began.append((session.learner.batches, start(session, adapters)))
-
-    monkeypatch.setattr(Session, "start_from_gradient", watched)
-    methods = {"random": {}, "gradient": {"init": "lora-one"}}
-    common = {**SHORT["common"], "max_train_steps": 1, "targets": ["attention"]}
-    asked = {"inference_steps": 1, "analysis_points": 0, "batch_size": 30}
-    run_study(study(**{**SHORT, "common": common, "asked": asked}, methods=methods), tmp_path)
-    (_, none), (batches, drift) = began
-    assert none is None
+def test_a_start_from_the_gradient_is_made_before_the_first_step(performed):
+    drifts = dict(zip(METHODS, performed.began, strict=True))
+    batches, drift = drifts.pop("gradient")
     assert batches == 0
     assert drift > 0
+    assert {drift for _, drift in drifts.values()} == {None}
 
 
-def test_a_training_that_diverges_is_a_record_without_figures(tmp_path):
-    methods = {"wild": {"learning_rate": 1e30, "targets": ["attention"]}}
-    given = study(**{**SHORT, "asked": {"inference_steps": 1}}, methods=methods)
-    _, wild = run_study(given, tmp_path).records
+def test_a_training_that_diverges_is_a_record_without_figures(performed, monkeypatch):
+    wild = performed.record("wild")
     assert "the loss is nan at step 2" in wild["diverged"]
     assert wild["measures"] == {}
-    assert "1 diverged and have no figures (wild)" in _intro(run_study(given, tmp_path))
+    assert "1 diverged and have no figures (wild)" in _intro(performed.results)
+    monkeypatch.setattr("dora_diffusion.lab.study.run.perform", None)  # not tried again
+    again = run_study(performed.study, performed.output)
+    assert again.records == performed.results.records
 
 
 def test_photos_are_measured_on_those_held_out(tmp_path, samples_root, sd1_folder):

@@ -98,8 +98,8 @@ def done(job: Job) -> bool:
     return job.state == "done"
 
 
-def perform(workspace: Workspace, job_id: str) -> Job:
-    """Have a job done as its worker does it, in this process."""
+def attempt(workspace: Workspace, job_id: str) -> Job:
+    """Have a job begun as its worker does it, in this process, and return what became of it."""
     folder = workspace.root / job_id
     with (
         (folder / records.LOG).open("a", encoding="utf-8") as log,
@@ -108,7 +108,12 @@ def perform(workspace: Workspace, job_id: str) -> Job:
     ):
         code = worker._run(folder)
     records.write_result(folder, records.JobResult(code))
-    job = seen(folder)
+    return seen(folder)
+
+
+def perform(workspace: Workspace, job_id: str) -> Job:
+    """The same for one that ends well."""
+    job, folder = attempt(workspace, job_id), workspace.root / job_id
     assert done(job), (folder / records.LOG).read_text(encoding="utf-8")
     return job
 

@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 from dora_diffusion.studio.jobs.queue import Lock, end_tree, find_process, holding, start_time
-from tests.waiting import STAY, WAIT_SECONDS
+from tests.waiting import STAY, WAIT_SECONDS, wait_until
 
 
 def nobody(words: list[str]) -> bool:
@@ -36,11 +36,13 @@ def test_what_is_no_pid_of_a_process_is_nobody(pid: object) -> None:
 
 
 def test_a_zombie_is_dead() -> None:
-    child = subprocess.Popen([sys.executable, "-c", ""])
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert child.stdin is not None
     start = start_time(child.pid)
+    child.stdin.close()
     child_process = psutil.Process(child.pid)
-    while child_process.status() != psutil.STATUS_ZOMBIE:  # not waited for: it stays one
-        pass
+    # Not waited for: it stays one.
+    wait_until(lambda: child_process.status() == psutil.STATUS_ZOMBIE)
     assert start_time(child.pid) is None
     assert find_process(child.pid, start, lambda words: True) is None
     child.wait()

@@ -28,7 +28,16 @@ from dora_diffusion.studio.jobs.queue import Lock
 from dora_diffusion.studio.jobs.records import log_tail, log_warnings, read_metrics
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import Workspace
-from tests.studio.jobs.helpers import about, add_run, job_of, make, perform, seen, wait
+from tests.studio.jobs.helpers import (
+    about,
+    add_run,
+    attempt,
+    job_of,
+    make,
+    perform,
+    seen,
+    wait,
+)
 
 
 def test_a_run_ends_with_an_adapter_and_its_measurements(finished: tuple[Workspace, str]) -> None:
@@ -57,24 +66,6 @@ def test_the_commands_that_are_shown_make_the_same_adapter(
         assert all(ours[key].equal(theirs[key]) for key in ours)
 
 
-def test_stop_saves_and_resume_goes_on_counting(
-    workspace: Workspace, queue: jobs.JobQueue, sd1_folder: Path, photos: Path
-) -> None:
-    job_id = add_run(
-        workspace, sd1_folder, photos, max_train_steps=100_000, checkpointing_steps=100_000
-    )
-    wait(workspace, queue, job_id, lambda job: job.step >= 2)
-    jobs.stop_job(workspace.root / job_id)
-    stopped = wait(workspace, queue, job_id, lambda job: job.state == "stopped")
-    (checkpoint,) = stopped.checkpoints
-    at = int(checkpoint.removeprefix("checkpoint-"))
-    assert at == stopped.step >= 2
-    jobs.requeue_job(workspace.root / job_id)
-    again = wait(workspace, queue, job_id, lambda job: _goes_on(job, at))
-    steps = [record["step"] for record in read_metrics(again.folder)]
-    assert steps == list(range(1, len(steps) + 1))
-
-
 def test_a_finished_run_continues_with_more_steps(
     workspace: Workspace, sd1_folder: Path, photos: Path
 ) -> None:
@@ -86,22 +77,36 @@ def test_a_finished_run_continues_with_more_steps(
     assert job.checkpoints[-1] == "checkpoint-5"
 
 
-def test_a_killed_worker_is_a_crash_and_its_run_can_go_on(
+def test_a_run_that_was_stopped_and_one_whose_worker_was_killed_go_on(
     workspace: Workspace, queue: jobs.JobQueue, sd1_folder: Path, photos: Path
 ) -> None:
-    job_id = add_run(workspace, sd1_folder, photos, max_train_steps=100_000, checkpointing_steps=2)
+    """A stop saves where it was; a killed worker is a crash, behind its last checkpoint."""
+    job_id = add_run(workspace, sd1_folder, photos, max_train_steps=100_000, checkpointing_steps=5)
     folder = workspace.root / job_id
-    wait(workspace, queue, job_id, lambda job: bool(job.checkpoints))
+    wait(workspace, queue, job_id, lambda job: job.step >= 2)
+    jobs.stop_job(folder)
+    stopped = wait(workspace, queue, job_id, lambda job: job.state == "stopped")
+    at = step_of(stopped.checkpoints[-1])
+    assert at == stopped.step >= 2
+    jobs.requeue_job(folder)
+    again = wait(workspace, queue, job_id, lambda job: _goes_on(job, at))
+    steps = [record["step"] for record in read_metrics(again.folder)]
+    assert steps == list(range(1, len(steps) + 1))
+    wait(workspace, queue, job_id, lambda job: step_of(job.checkpoints[-1]) > at)
     process = jobs.worker_of(folder)
     assert process is not None
     process.kill()
     crashed = wait(workspace, queue, job_id, lambda job: job.state == "crashed")
-    at = int(crashed.checkpoints[-1].removeprefix("checkpoint-"))
+    at = step_of(crashed.checkpoints[-1])
     lock = Lock(workspace.device_lock)
     assert lock.take(wait=True)  # the kernel frees it when the last thread has ended
     lock.free()
     jobs.requeue_job(folder)
     wait(workspace, queue, job_id, lambda job: _goes_on(job, at))
+
+
+def step_of(checkpoint: str) -> int:
+    return int(checkpoint.removeprefix("checkpoint-"))
 
 
 def _goes_on(job: Job, at: int) -> bool:
@@ -110,10 +115,10 @@ def _goes_on(job: Job, at: int) -> bool:
 
 
 def test_a_run_that_cannot_work_says_why(
-    workspace: Workspace, queue: jobs.JobQueue, photos: Path, tmp_path: Path
+    workspace: Workspace, photos: Path, tmp_path: Path
 ) -> None:
-    job_id = add_run(workspace, tmp_path / "no-model", photos)
-    job = wait(workspace, queue, job_id, lambda job: job.state == "failed")
+    job = attempt(workspace, add_run(workspace, tmp_path / "no-model", photos))
+    assert job.state == "failed"
     assert "no-model does not exist" in job.cause
     assert "\n" not in job.cause
 
@@ -244,13 +249,12 @@ def test_what_the_source_file_lacked_is_said(
     assert "alpha" in task_card(job)
 
 
-def test_a_mistake_in_the_arguments_is_a_failure_with_its_line(
-    workspace: Workspace, queue: jobs.JobQueue
-) -> None:
+def test_a_mistake_in_the_arguments_is_a_failure_with_its_line(workspace: Workspace) -> None:
     run = make(workspace)
     folder = about(run, "export", "--bass", "b")
     jobs.stop_job(run)
-    job = wait(workspace, queue, folder.name, lambda job: job.state == "failed")
+    job = attempt(workspace, folder.name)
+    assert job.state == "failed"
     assert job.result is not None
     assert (job.result.code, job.cause) == (2, "there is no flag --bass (did you mean --base?)")
     assert "usage: " in log_tail(folder)
