@@ -12,7 +12,9 @@ import pytest
 
 from tests.conftest import save_pipeline
 
-__all__ = ["sd1_folder", "sd1_inpainting_folder", "sd2_folder", "sdxl_folder"]
+__all__ = [
+    "sd1_folder", "sd1_inpainting_folder", "sd2_folder", "sdxl_folder", "sdxl_inpainting_folder"
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +40,10 @@ def sd1_inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Stable Diffusion 1 inpainting folder: its UNet reads 9 channels."""
     folder = tmp_path_factory.mktemp("shallow") / "sd1-inpainting"
     return save_pipeline(folder, "sd1", 9, shallow=True)
+
+
+@pytest.fixture(scope="session")
+def sdxl_inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random SDXL inpainting folder: its UNet reads 9 channels."""
+    folder = tmp_path_factory.mktemp("shallow") / "sdxl-inpainting"
+    return save_pipeline(folder, "sdxl", 9, shallow=True)
