@@ -17,7 +17,7 @@ import torch
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.adapter.file import read_adapter
-from tests.training.helpers import SAMPLES, losses, make_config
+from tests.training.helpers import SAMPLES, losses, make_config, small_samples
 from tests.waiting import WAIT_SECONDS
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork")
@@ -32,7 +32,7 @@ EVERYTHING = {
 def settings(model: Path, output: Path, **changes: Any) -> TrainConfig:
     """Of a run in which rounding stays rounding: Adam's first steps are the gradients' signs."""
     changes = {"adam_epsilon": 1e-2, "train_batch_size": 2, **changes}
-    return make_config(model, SAMPLES / "bolt_mug", output, **changes)
+    return make_config(model, small_samples() / "bolt_mug", output, **changes)
 
 
 def shared(config: TrainConfig, output: Path, **changes: Any) -> TrainConfig:

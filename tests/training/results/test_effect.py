@@ -238,6 +238,7 @@ def test_the_words_of_an_effect():
     assert limits == [True, True, False, True]
 
 
+@pytest.mark.slow
 def test_a_measurement_of_sdxl_has_3_percent_of_the_operations_of_a_step():
     """Of a frozen UNet's forward and backward pass at 1024 pixels."""
     folder = released_folder(FAMILIES["sdxl"], "epsilon") / "unet"
