@@ -33,6 +33,7 @@ from dora_diffusion.training import events
 from dora_diffusion.training.engine import accelerator
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.results.effect import Effect, Probe
+from tests.conftest import shallow_config
 from tests.training.helpers import SAMPLES
 
 Settings = Mapping[str, Any]
@@ -274,6 +275,19 @@ TOGETHER = [name for name in ALONE if is_said_by_itself(name)]
 """Those that are told before a run begins: one run has them all."""
 
 
+def one_level(folder: Path, root: Path, family: str, in_channels: int = 4) -> Path:
+    """A model with a UNet of one level: some two hundred runs train it."""
+    made = Path(shutil.copytree(folder, root / folder.name))
+    shutil.rmtree(made / "unet")
+    sizes: dict[str, Any] = {
+        "block_out_channels": (32,), "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",), "in_channels": in_channels,
+        "attention_head_dim": (4,),
+    }  # fmt: skip
+    UNet2DConditionModel(**shallow_config(family) | sizes).save_pretrained(made / "unet")
+    return made
+
+
 @pytest.fixture(scope="module")
 def places(
     tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path, sd2_folder: Path,
@@ -281,6 +295,8 @@ def places(
 ) -> dict[str, Path]:  # fmt: skip
     """Files and folders that the cases name."""
     root = tmp_path_factory.mktemp("places")
+    sd1, sd2 = (one_level(sd1_folder, root, "sd1"), one_level(sd2_folder, root, "sd2"))
+    inpainting = one_level(sd1_inpainting_folder, root, "sd1", 9)
     photos = root / "photos"
     photos.mkdir()
     for number, source in enumerate(sorted((SAMPLES / "bolt_mug").glob("*.jpg"))[:3]):
@@ -308,11 +324,11 @@ def places(
         (root / name).mkdir(exist_ok=True)
         (root / name / "where.txt").write_text(line, encoding="utf-8")
     (root / "prompts.txt").write_text("a red sks dog\n", encoding="utf-8")
-    variants = Path(shutil.copytree(sd1_folder, root / "variants"))
+    variants = Path(shutil.copytree(sd1, root / "variants"))
     for path in [*variants.rglob("*.safetensors")]:
         moved = {name: tensor * 1.01 for name, tensor in load_file(path).items()}
         save_file(moved, path.with_suffix(".fp16.safetensors"), {"format": "pt"})
-    vae = Path(shutil.copytree(sd1_folder / "vae", root / "vae"))
+    vae = Path(shutil.copytree(sd1 / "vae", root / "vae"))
     [weights] = vae.glob("*.safetensors")
     save_file({n: t * 1.1 for n, t in load_file(weights).items()}, weights, {"format": "pt"})
     run = root / "run"
@@ -324,7 +340,7 @@ def places(
         "words": root / "words",
     }
     found |= {"prompts": root / "prompts.txt", "variants": variants, "vae": vae, "run": run}
-    found |= {"sd1": sd1_folder, "sd2": sd2_folder, "inpainting": sd1_inpainting_folder}
+    found |= {"sd1": sd1, "sd2": sd2, "inpainting": inpainting}
     found |= {"metric": dino_folder, "adapter": run / "pytorch_lora_weights.safetensors"}
     steps = {"max_train_steps": 2, "checkpointing_steps": 2, "output_dir": str(run)}
     seen(TrainConfig(**filled({**USUAL, **steps}, found)))
@@ -375,7 +391,7 @@ def seen(config: TrainConfig, said: list[str] | None = None) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def usual_runs() -> dict[str, Any]:
-    """Outcomes of runs without a case's setting, by their settings."""
+    """Outcomes of runs, by their settings: what one case changes, another one may begin with."""
     return {}
 
 
@@ -452,23 +468,26 @@ def test_a_setting_alone_changes_what_is_done(
 ) -> None:
     case = CASES[name]
 
-    def outcome(part: str, changes: Settings) -> Any:
-        values = {**USUAL, "output_dir": str(tmp_path / part), **case.beside, **changes}
+    def trained(output: Path, values: Settings) -> Any:
         if case.into:
-            shutil.copytree(places[case.into], tmp_path / part)
+            shutil.copytree(places[case.into], output)
         acts.clear()
         try:
-            found = seen(TrainConfig(**filled(values, places)))
+            found = seen(TrainConfig(**filled({**values, "output_dir": str(output)}, places)))
         except ConfigError as error:
             if not case.into:
                 raise
-            return str(error).replace(str(tmp_path / part), "")
+            return str(error).replace(str(output), "")
         return found, sorted(set(acts))
 
-    key = f"{case.beside} {case.into}"
-    if key not in usual_runs:
-        usual_runs[key] = outcome("usual", {})
-    assert outcome("changed", {name: case.value}) != usual_runs[key]
+    def outcome(part: str, changes: Settings) -> Any:
+        values = {**USUAL, **case.beside, **changes}
+        key = f"{sorted(values.items(), key=str)} {case.into}"
+        if key not in usual_runs:
+            usual_runs[key] = trained(tmp_path / part, values)
+        return usual_runs[key]
+
+    assert outcome("changed", {name: case.value}) != outcome("usual", {})
 
 
 @pytest.fixture

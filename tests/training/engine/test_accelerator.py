@@ -118,8 +118,8 @@ def test_processes_wait_as_long_as_class_images_take(sd1_folder, photos, tmp_pat
 
 @pytest.mark.parametrize(
     "settings",
-    [{"max_grad_norm": 1.0}, {"max_grad_norm": 0.0},
-     {"quantize": "nf4", "quantize_convolutions": True}],
+    [{"max_grad_norm": 1.0},
+     {"max_grad_norm": 0.0, "quantize": "nf4", "quantize_convolutions": True}],
 )  # fmt: skip
 def test_float16_with_its_gradient_scaler_stays_near_float32(
     settings, sd1_folder, photos, tmp_path, monkeypatch

@@ -59,7 +59,7 @@ def runs(
         train(config)
     wrong = settings(
         sd1_folder, folder / "wrong", targets=["cross-attention"], max_train_steps=9,
-        checkpointing_steps=1, checkpoints_total_limit=1,
+        checkpointing_steps=1, checkpoints_total_limit=1, train_batch_size=1,
     )  # fmt: skip
     pair = [shared(full, folder / "full-2"), shared(dora, folder / "dora-2"), two, wrong]
     return Runs(folder, train_by_two(pair, folder / "two", is_last_wrong=True))
