@@ -59,12 +59,8 @@ LONG = (
     "integration/test_cuda.py::test_gradients_that_are_not_finite_move_nothing_and_are_told_a_step"
     "_later[adafactor]",
     "integration/test_cuda.py::test_steps_and_their_records_wait_for_nothing[sdxl",
-    "integration/test_inpainting.py::test_a_run_resumes_to_the_same_bits[settings2]",
-    "integration/test_inpainting.py::test_a_run_resumes_to_the_same_bits[settings3]",
     "test_wheel.py::test_a_user_s_program_passes_mypy_strictly",
     "tools/pretrain/test_diffusion.py::test_loss_and_gradients_are_those_of_the_raw_modules",
-    "training/engine/test_accelerator.py::test_what_goes_wrong_in_one_process_ends_both_with_what_there_is"
-    "[photo]",
     "training/trainable/test_full.py::test_a_model_is_evaluated_beside_its_base",
     "training/trainable/test_full.py::test_a_resumed_run_is_that_of_one_piece_bit_for_bit[adafactor]",
     "training/trainable/test_full.py::test_compiled_blocks_train_the_same_weights",

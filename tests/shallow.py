@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["sd1_folder", "sd1_inpainting_folder", "sd2_folder", "sdxl_folder"]
+__all__ = [
+    "sd1_folder", "sd1_inpainting_folder", "sd2_folder", "sdxl_folder", "sdxl_inpainting_folder"
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +39,9 @@ def sdxl_folder(shallow: Callable[[str], Path]) -> Path:
 def sd1_inpainting_folder(shallow: Callable[[str], Path]) -> Path:
     """A tiny random Stable Diffusion 1 inpainting folder: its UNet reads 9 channels."""
     return shallow("sd1-inpainting")
+
+
+@pytest.fixture(scope="session")
+def sdxl_inpainting_folder(shallow: Callable[[str], Path]) -> Path:
+    """A tiny random SDXL inpainting folder: its UNet reads 9 channels."""
+    return shallow("sdxl-inpainting")

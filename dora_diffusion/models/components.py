@@ -209,14 +209,16 @@ class Components:
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
         """Every module in evaluation mode inside the block, and as it was after it."""
-        modes = [(module, module.training) for module in self.modules().values()]
-        for module, _ in modes:
-            module.eval()
+        trains = [
+            part for module in self.modules().values() for part in module.modules() if part.training
+        ]
+        for part in trains:
+            part.training = False
         try:
             yield
         finally:
-            for module, is_training in modes:
-                module.train(is_training)
+            for part in trains:
+                part.training = True
 
     def pipeline(self, scheduler: str | None = None, task: str = "") -> Any:
         """Build the family's pipeline from these same modules.

@@ -1,4 +1,4 @@
-"""What the browser alone does: drawing, dialogs, downloads, the clock in many tabs; and axe-core.
+"""Work of the browser alone: drawing, dialogs, downloads, the clock in many tabs; and axe-core.
 
 Runs and photos are there before the page is opened, and no job begins.
 """

@@ -10,17 +10,21 @@ from typing import Any
 import pytest
 
 from dora_diffusion.config import TrainConfig
-from tests.integration.emulated import SAMPLES
+from tests.shallow import *  # noqa: F403
+from tests.training.conftest import small_photos  # noqa: F401
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., TrainConfig]:
+def photos(tmp_path: Path, small_photos: Path) -> Path:  # noqa: F811
+    """Five photos with captions."""
+    return Path(shutil.copytree(small_photos, tmp_path / "photos"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, photos: Path) -> Callable[..., TrainConfig]:
     """Settings of a run of two steps."""
 
     def make(folder: Path, output: str, **changes: Any) -> TrainConfig:
-        photos = tmp_path / "photos"
-        if not photos.exists():
-            shutil.copytree(SAMPLES / "bolt_mug", photos)
         settings = {
             "pretrained_model_name_or_path": str(folder), "instance_data_dir": str(photos),
             "instance_prompt": "a photo of a sks mug", "output_dir": str(tmp_path / output),

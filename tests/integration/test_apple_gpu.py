@@ -109,8 +109,7 @@ def test_the_device_is_described():
         assert device.free_gib == pytest.approx(12)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(("family", "count"), [("sd1", 1), ("sdxl", 2)])
 def test_images_are_those_of_the_cpu(family, count, request, random_adapter):
     folder = request.getfixturevalue(f"{family}_folder")
     axes = ("output", "input")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
 from dora_diffusion.config import TrainConfig, read_config_file
-from dora_diffusion.lab.judges import evaluate_toy
+from dora_diffusion.lab.judges import SAMPLING, evaluate_toy
 from dora_diffusion.lab.toy.benchmark_subjects import find_subject
 from dora_diffusion.sampling.generate import load_adapted
 from dora_diffusion.training.loop import train
@@ -15,11 +16,13 @@ SAMPLE = Path(__file__).parents[2] / "samples" / "bolt_mug"
 
 
 def test_a_short_run_learns_the_subject_and_keeps_the_rest(tmp_path: Path) -> None:
-    """Measured: similarity 0.16 -> 0.75; loss on other classes 0.11 -> 0.12."""
+    """Measured: similarity 0.15 -> 0.75; loss on other classes 0.11 -> 0.13."""
     settings = read_config_file(SAMPLE / "config.yaml") | {
         "instance_data_dir": str(SAMPLE),
         "output_dir": str(tmp_path / "out"),
-        "max_train_steps": 60,
+        "max_train_steps": 30,
+        "lr_warmup_steps": 3,
+        "learning_rate": 3e-3,
         "num_validation_images": 0,
     }
     result = train(TrainConfig.from_dict(settings))
@@ -29,6 +32,7 @@ def test_a_short_run_learns_the_subject_and_keeps_the_rest(tmp_path: Path) -> No
         find_subject("bolt_mug"),
         metadata.trigger,
         range(1),
+        replace(SAMPLING, steps=10),
         groups=("subject", "others"),
         batch_size=8,
     )

@@ -7,6 +7,7 @@ and every operation that torch dispatches. `benchmarks/merged_step.py` measures 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ from dora_diffusion.adapters.state import load_adapter
 from dora_diffusion.export import export_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 
-FAMILIES = ["sd1", "sd2", "sdxl"]
+# Each family and each form stands in one that is quick.
+QUICK = [("sd1", "folder"), ("sd2", "file"), ("sdxl", "in memory")]
+CASES = [
+    pytest.param(*case, id="-".join(case), marks=[pytest.mark.slow] * (case not in QUICK))
+    for case in product(["sd1", "sd2", "sdxl"], ["folder", "file", "in memory"])
+]
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
 
@@ -84,11 +90,6 @@ def anatomy(pipeline: Any) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def adapter(
     family: str, request: pytest.FixtureRequest, tmp_path: Path, random_adapter: Callable[..., Any]
@@ -99,7 +100,7 @@ def adapter(
     return base, write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata(family)))
 
 
-@pytest.mark.parametrize("form", ["folder", "file", "in memory"])
+@pytest.mark.parametrize(("family", "form"), CASES)
 def test_merged_models_run_as_the_base_does(
     family: str, adapter: tuple[Path, Path], tmp_path: Path, form: str
 ) -> None:

@@ -6,11 +6,8 @@ Each failure is exit code and one line; each warning is a line, and the run cont
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,10 +17,8 @@ from PIL import Image
 
 from dora_diffusion.cli.main import main
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.system import HANGUP
 from dora_diffusion.training.engine.step import Learner
 from dora_diffusion.training.results.checkpoint import checkpoints_in
-from tests.waiting import WAIT_SECONDS, wait_until
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -183,37 +178,24 @@ def test_running_out_of_memory_keeps_the_checkpoints(flags, tmp_path, capfd, mon
     assert (tmp_path / "output" / ADAPTER).is_file()
 
 
-def steps_of(output):
-    log = output / "metrics.jsonl"
-    return log.read_text(encoding="utf-8").count("\n") if log.is_file() else 0
+def test_a_terminated_run_saves_and_goes_on(flags, tmp_path, capfd, monkeypatch):
+    """`tests/training/test_signals.py` ends another process, by closing its terminal."""
+    output, real, step = tmp_path / "output", Learner.begin, 3
 
+    def terminated(self, number):
+        real(self, number)
+        if number == step:
+            signal.raise_signal(signal.SIGTERM)
 
-@pytest.mark.skipif(HANGUP is None, reason="signals between processes are POSIX's")
-def test_a_terminated_run_saves_and_goes_on(flags, tmp_path, capfd):
-    output = tmp_path / "output"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dora_diffusion", *flags(max_train_steps=100_000)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        encoding="utf-8",
-    )
-
-    def check() -> None:
-        assert process.poll() is None, process.communicate()[0]
-
-    try:
-        wait_until(lambda: steps_of(output) > 1, check)
-        process.send_signal(signal.SIGTERM)
-        text, _ = process.communicate(timeout=WAIT_SECONDS)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + signal.SIGTERM, text
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "begin", terminated)
+        assert main(flags(max_train_steps=100_000)) == 128 + signal.SIGTERM
+    captured = capfd.readouterr()
+    text = captured.out + captured.err
     assert "stopping after this step, and saving a checkpoint" in text
     assert "checkpoint saved; resume with --resume_from_checkpoint latest" in text
     (checkpoint,) = checkpoints_in(output)
-    step = int(checkpoint.name.partition("-")[2])
+    assert checkpoint.name == f"checkpoint-{step}"
     assert f"stopped at step {step} of 100000" in text
     assert not (output / ADAPTER).exists()
     assert read_adapter(checkpoint).metadata.extra["training_steps"] == str(step)

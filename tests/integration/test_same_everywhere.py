@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -216,21 +217,34 @@ def test_the_merged_single_file_gives_the_image(run: Run, tmp_path: Path) -> Non
     assert difference(sample_latents(pipeline, run.prompt), run.latents) < ROUNDING
 
 
-@pytest.mark.parametrize("target", ["kohya", "peft"])
-def test_converted_files_give_the_image(run: Run, target: str, tmp_path: Path) -> None:
-    output = tmp_path / ("adapter.safetensors" if target == "kohya" else "adapter")
-    report = convert_adapter(run.output, output, target, base=run.base)
+def each_with(values: tuple[Any, Any]) -> Any:
+    """Families with one of two values by turns, and with the other one in the slow suite."""
+    quick = [("sd1", values[0]), ("sdxl", values[1])]
+    return pytest.mark.parametrize(
+        ("run", "value"),
+        [
+            pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in quick))
+            for pair in product(SUBJECTS, values)
+        ],
+        indirect=["run"],
+    )
+
+
+@each_with(("kohya", "peft"))
+def test_converted_files_give_the_image(run: Run, value: str, tmp_path: Path) -> None:
+    output = tmp_path / ("adapter.safetensors" if value == "kohya" else "adapter")
+    report = convert_adapter(run.output, output, value, base=run.base)
     adapted, _ = load_adapted(run.base, report.path)
     assert difference(our_latents(adapted, run.prompt), run.latents) < ROUNDING
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.5])
-def test_strengths_mean_the_same_live_and_merged(run: Run, strength: float, tmp_path: Path) -> None:
-    live, _ = load_adapted(run.base, run.output, strength=strength)
+@each_with((0.0, 0.5))
+def test_strengths_mean_the_same_live_and_merged(run: Run, value: float, tmp_path: Path) -> None:
+    live, _ = load_adapted(run.base, run.output, strength=value)
     latents = our_latents(live, run.prompt)
-    merged = export_checkpoint(run.base, run.output, tmp_path / "merged", strength=strength)
+    merged = export_checkpoint(run.base, run.output, tmp_path / "merged", strength=value)
     assert difference(sample_latents(diffusers_pipeline(merged), run.prompt), latents) < ROUNDING
-    if strength == 0:
+    if value == 0:
         assert torch.equal(latents, run.base_latents)
         with PipelineFolder.open(run.base) as one, PipelineFolder.open(merged) as other:
             assert all(torch.equal(one[name], other[name]) for name in one.specs)

@@ -28,15 +28,9 @@ from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.sampling.generate import load_adapted
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.trainable.adapters import inject_trained
-from tests.training.helpers import SAMPLES, assert_same_adapter, make_config
+from tests.training.helpers import assert_same_adapter, make_config
 
 TABLE = "text_encoder.text_model.embeddings.token_embedding"
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """Five photos with captions."""
-    return Path(shutil.copytree(SAMPLES / "bolt_mug", tmp_path / "photos"))
 
 
 def settings(folder: Path, photos: Path, output: Path, **kwargs: object) -> TrainConfig:
@@ -127,11 +121,12 @@ def test_a_combination_is_fitted_as_other_layers_are(
 
 
 def test_it_resumes(sd1_folder: Path, photos: Path, tmp_path: Path) -> None:
-    whole = settings(sd1_folder, photos, tmp_path / "whole", gradient_accumulation_steps=2)
+    changes = {"gradient_accumulation_steps": 2, "checkpointing_steps": 2}
+    whole = settings(sd1_folder, photos, tmp_path / "whole", **changes)
     train(whole)
-    half = replace(whole, output_dir=str(tmp_path / "half"), max_train_steps=2)
-    train(replace(half, checkpointing_steps=2))
-    train(replace(half, max_train_steps=4, resume_from_checkpoint="latest"))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "half" / "checkpoint-2")
+    half = replace(whole, output_dir=str(tmp_path / "half"))
+    train(replace(half, resume_from_checkpoint="latest"))
     assert_same_adapter(tmp_path / "whole", tmp_path / "half", rtol=1e-5, atol=1e-7)
 
 

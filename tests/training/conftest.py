@@ -12,19 +12,14 @@ from PIL import Image
 
 from dora_diffusion.config import TrainConfig
 from tests.shallow import *  # noqa: F403
-from tests.training.helpers import SAMPLES
+from tests.training.helpers import small_samples
 
 
 @pytest.fixture(scope="session")
 def small_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five photos of 192 pixels with captions; to be copied."""
-    folder = Path(
-        shutil.copytree(SAMPLES / "bolt_mug", tmp_path_factory.mktemp("small") / "photos")
-    )
-    for path in folder.glob("*.jpg"):
-        with Image.open(path) as image:
-            image.resize((image.width // 4, image.height // 4)).save(path, quality=95)
-    return folder
+    folder = tmp_path_factory.mktemp("small") / "photos"
+    return Path(shutil.copytree(small_samples() / "bolt_mug", folder))
 
 
 @pytest.fixture

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import warnings
 from collections import namedtuple
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,25 @@ from dora_diffusion.training.session import Session, open_session
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 Usage = namedtuple("Usage", "total used free")
+
+
+@lru_cache
+def _shrunk() -> tempfile.TemporaryDirectory[str]:
+    """The samples' photos at 192 pixels, as long as the process lives: large ones take long."""
+    home = tempfile.TemporaryDirectory()
+    for photo in sorted(SAMPLES.glob("*/*.jpg")):
+        small = Path(home.name, photo.parent.name, photo.name)
+        small.parent.mkdir(exist_ok=True)
+        with Image.open(photo) as image:
+            image.resize((image.width // 4, image.height // 4)).save(small, quality=95)
+        if (caption := photo.with_suffix(".txt")).is_file():
+            shutil.copy(caption, small.parent)
+    return home
+
+
+def small_samples() -> Path:
+    """A folder of the samples with small photos and their captions; to be read, or copied."""
+    return Path(_shrunk().name)
 
 
 def make_config(model, photos, output_dir, **kwargs):

@@ -27,11 +27,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.config.train import settings
 from dora_diffusion.training import events
 from dora_diffusion.training.engine import accelerator
 from dora_diffusion.training.loop import train
+from dora_diffusion.training.results.effect import Effect, Probe
+from tests.conftest import shallow_config
 from tests.training.helpers import SAMPLES
 
 Settings = Mapping[str, Any]
@@ -75,7 +77,7 @@ LOGIT_NORMAL = {"timestep_distribution": "logit_normal"}
 USUAL = {
     "pretrained_model_name_or_path": "{sd1}", "instance_data_dir": "{photos}",
     "instance_prompt": "a sks mug", "resolution": 32, "rank": 2, "conv_rank": 2,
-    "targets": ["cross-attention"], "max_train_steps": 3, "learning_rate": 1e-3,
+    "targets": ["cross-attention"], "max_train_steps": 2, "learning_rate": 1e-3,
     "num_validation_images": 0, "validation_inference_steps": 2, "checkpointing_steps": 0,
 }  # fmt: skip
 CASES: dict[str, Case] = {
@@ -248,7 +250,7 @@ ELSEWHERE = {
     "output_dir": "tests/training/test_every_setting.py: each case reads its own",
     "teach": "tests/training/test_slider.py: a slider has no photos, and a subject some",
     "offload": "tests/models/test_offload.py: it moves nothing where there is no GPU",
-    "sharding": "tests/training/engine/test_sharding.py: it needs two processes",
+    "sharding": "tests/training/engine/test_two_processes.py: it needs two processes",
 }
 """Settings that one process on a CPU cannot show, and the tests that show them."""
 STEPS = "max_train_steps"
@@ -261,6 +263,31 @@ ALONE: dict[str, Any] = {
 """Settings that act only beside others, or not here at all; `output_dir` always acts."""
 
 
+def is_said_by_itself(name: str) -> bool:
+    """True if settings alone, without a model or photos, tell that one of them does nothing."""
+    try:
+        return bool(without_effect(TrainConfig(**{**USUAL, name: ALONE[name]}), {name}))
+    except ConfigError:
+        return False
+
+
+TOGETHER = [name for name in ALONE if is_said_by_itself(name)]
+"""Those that are told before a run begins: one run has them all."""
+
+
+def one_level(folder: Path, root: Path, family: str, in_channels: int = 4) -> Path:
+    """A model with a UNet of one level: some two hundred runs train it."""
+    made = Path(shutil.copytree(folder, root / folder.name))
+    shutil.rmtree(made / "unet")
+    sizes: dict[str, Any] = {
+        "block_out_channels": (32,), "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",), "in_channels": in_channels,
+        "attention_head_dim": (4,),
+    }  # fmt: skip
+    UNet2DConditionModel(**shallow_config(family) | sizes).save_pretrained(made / "unet")
+    return made
+
+
 @pytest.fixture(scope="module")
 def places(
     tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path, sd2_folder: Path,
@@ -268,6 +295,8 @@ def places(
 ) -> dict[str, Path]:  # fmt: skip
     """Files and folders that the cases name."""
     root = tmp_path_factory.mktemp("places")
+    sd1, sd2 = (one_level(sd1_folder, root, "sd1"), one_level(sd2_folder, root, "sd2"))
+    inpainting = one_level(sd1_inpainting_folder, root, "sd1", 9)
     photos = root / "photos"
     photos.mkdir()
     for number, source in enumerate(sorted((SAMPLES / "bolt_mug").glob("*.jpg"))[:3]):
@@ -295,11 +324,11 @@ def places(
         (root / name).mkdir(exist_ok=True)
         (root / name / "where.txt").write_text(line, encoding="utf-8")
     (root / "prompts.txt").write_text("a red sks dog\n", encoding="utf-8")
-    variants = Path(shutil.copytree(sd1_folder, root / "variants"))
+    variants = Path(shutil.copytree(sd1, root / "variants"))
     for path in [*variants.rglob("*.safetensors")]:
         moved = {name: tensor * 1.01 for name, tensor in load_file(path).items()}
         save_file(moved, path.with_suffix(".fp16.safetensors"), {"format": "pt"})
-    vae = Path(shutil.copytree(sd1_folder / "vae", root / "vae"))
+    vae = Path(shutil.copytree(sd1 / "vae", root / "vae"))
     [weights] = vae.glob("*.safetensors")
     save_file({n: t * 1.1 for n, t in load_file(weights).items()}, weights, {"format": "pt"})
     run = root / "run"
@@ -311,7 +340,7 @@ def places(
         "words": root / "words",
     }
     found |= {"prompts": root / "prompts.txt", "variants": variants, "vae": vae, "run": run}
-    found |= {"sd1": sd1_folder, "sd2": sd2_folder, "inpainting": sd1_inpainting_folder}
+    found |= {"sd1": sd1, "sd2": sd2, "inpainting": inpainting}
     found |= {"metric": dino_folder, "adapter": run / "pytorch_lora_weights.safetensors"}
     steps = {"max_train_steps": 2, "checkpointing_steps": 2, "output_dir": str(run)}
     seen(TrainConfig(**filled({**USUAL, **steps}, found)))
@@ -362,14 +391,24 @@ def seen(config: TrainConfig, said: list[str] | None = None) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def usual_runs() -> dict[str, Any]:
-    """Outcomes of runs without a case's setting, by their settings."""
+    """Outcomes of runs, by their settings: what one case changes, another one may begin with."""
     return {}
 
 
 @pytest.fixture
 def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Calls of libraries where no number of a run changes, or which are not installed."""
+    """Calls of libraries where no number of a run changes, or which are not installed.
+
+    The effect of a run, of which no setting says how it is measured, is not measured.
+    """
     asked: list[str] = []
+
+    def measure(self: Probe) -> Effect:
+        self.effect = Effect(1.0, 1.0)
+        return self.effect
+
+    monkeypatch.setattr(Probe, "begin", lambda self: None)
+    monkeypatch.setattr(Probe, "measure", measure)
 
     class Adam8bit(torch.optim.AdamW):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -407,6 +446,7 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "dora_diffusion.training.trainable.adapters.compile_blocks",
         lambda unet: asked.append("compile"),
     )
+    monkeypatch.setattr("dora_diffusion.training.session.require_compiler", lambda device: None)
     monkeypatch.setattr("dora_diffusion.export.hub.check", lambda name: None)
     monkeypatch.setattr("dora_diffusion.export.hub.push", push)
     return asked
@@ -428,49 +468,69 @@ def test_a_setting_alone_changes_what_is_done(
 ) -> None:
     case = CASES[name]
 
-    def outcome(part: str, changes: Settings) -> Any:
-        values = {**USUAL, "output_dir": str(tmp_path / part), **case.beside, **changes}
+    def trained(output: Path, values: Settings) -> Any:
         if case.into:
-            shutil.copytree(places[case.into], tmp_path / part)
+            shutil.copytree(places[case.into], output)
         acts.clear()
         try:
-            found = seen(TrainConfig(**filled(values, places)))
+            found = seen(TrainConfig(**filled({**values, "output_dir": str(output)}, places)))
         except ConfigError as error:
             if not case.into:
                 raise
-            return str(error).replace(str(tmp_path / part), "")
+            return str(error).replace(str(output), "")
         return found, sorted(set(acts))
-
-    key = f"{case.beside} {case.into}"
-    if key not in usual_runs:
-        usual_runs[key] = outcome("usual", {})
-    assert outcome("changed", {name: case.value}) != usual_runs[key]
-
-
-@pytest.mark.parametrize("name", ALONE)
-def test_a_setting_that_does_nothing_by_itself_is_said_to(
-    name: str, places: dict[str, Path], tmp_path: Path, acts: list[str], usual_runs: dict[str, Any]
-) -> None:
-    """And what is said to do nothing does nothing, to the bit."""
-    # Each photo more than once, where what is kept of it counts.
-    values, said = {**USUAL, STEPS: 4 if name == "cache_latents" else 1}, list[str]()
 
     def outcome(part: str, changes: Settings) -> Any:
-        acts.clear()
-        config = TrainConfig(
-            **filled({**values, "output_dir": str(tmp_path / part), **changes}, places)
-        )
-        found = seen(config, said)
-        return found, sorted(set(acts))
+        values = {**USUAL, **case.beside, **changes}
+        key = f"{sorted(values.items(), key=str)} {case.into}"
+        if key not in usual_runs:
+            usual_runs[key] = trained(tmp_path / part, values)
+        return usual_runs[key]
 
-    key = f"alone {values[STEPS]}"
-    if key not in usual_runs:
-        usual_runs[key] = outcome("usual", {})
-    said.clear()
+    assert outcome("changed", {name: case.value}) != outcome("usual", {})
+
+
+@pytest.fixture
+def alone(
+    places: dict[str, Path], tmp_path: Path, acts: list[str], usual_runs: dict[str, Any]
+) -> Callable[..., tuple[bool, list[str]]]:
+    """Trains with settings; whether that is as without them to the bit, and what is said."""
+
+    def compare(steps: int, changes: Settings) -> tuple[bool, list[str]]:
+        said = list[str]()
+
+        def outcome(part: str, changes: Settings) -> Any:
+            acts.clear()
+            said.clear()
+            values = {**USUAL, STEPS: steps, "output_dir": str(tmp_path / part), **changes}
+            return seen(TrainConfig(**filled(values, places)), said), sorted(set(acts))
+
+        if (key := f"alone {steps}") not in usual_runs:
+            usual_runs[key] = outcome("usual", {})
+        return outcome("changed", changes) == usual_runs[key], said
+
+    return compare
+
+
+def lines_on(name: str, said: list[str]) -> list[str]:
+    return [line for line in said if re.search(rf"\b{name}\b.*has no effect", line)]
+
+
+def test_settings_that_are_said_to_do_nothing_do_nothing(alone: Any) -> None:
+    """To the bit, all of them together: each line says why that is, and none is lost."""
+    assert len(TOGETHER) > 60
+    is_same, said = alone(1, {name: ALONE[name] for name in TOGETHER})
+    assert {name for name in TOGETHER if len(lines_on(name, said)) != 1} == set()
+    assert is_same
+
+
+@pytest.mark.parametrize("name", [name for name in ALONE if name not in TOGETHER])
+def test_a_setting_that_does_nothing_by_itself_is_said_to(name: str, alone: Any) -> None:
+    """And what is said to do nothing does nothing, to the bit."""
     with contextlib.suppress(ValueError):  # Refused, with what it needs.
-        is_same = outcome("changed", {name: ALONE[name]}) == usual_runs[key]
-        lines = [line for line in said if re.search(rf"\b{name}\b.*has no effect", line)]
-        assert len(lines) == is_same, said
+        # Each photo more than once, where what is kept of it counts.
+        is_same, said = alone(4 if name == "cache_latents" else 1, {name: ALONE[name]})
+        assert len(lines_on(name, said)) == is_same, said
 
 
 def test_what_a_run_does_is_the_same_again(places: dict[str, Path], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from dora_diffusion.training.events import StepDone, SubjectLeft
 from dora_diffusion.training.loop import check_pack, train, train_pack
 from dora_diffusion.training.results.checkpoint import read_state
 from tests.refusal import refused
-from tests.training.helpers import SAMPLES, make_config, needs_library
+from tests.training.helpers import SAMPLES, make_config, needs_library, small_samples
 
 # What every subject has of its own: ranks, rates, limits, seeds, lengths.
 THREE: list[dict[str, Any]] = [
@@ -48,8 +48,16 @@ THREE: list[dict[str, Any]] = [
 def pack_of(
     base: Path, output: Path, entries: list[dict[str, Any]] = THREE, **settings: Any
 ) -> dict[str, TrainConfig]:
-    shared = make_config(base, "", output, **{"instance_data_dir": None, **settings})
-    return subject_configs(entries, shared)
+    def small(values: dict[str, Any]) -> dict[str, Any]:
+        names = {str(SAMPLES / name): str(small_samples() / name) for name in os.listdir(SAMPLES)}
+        places = {
+            name: names[values[name]] for name in ("instance_data_dir", "class_data_dir")
+            if values.get(name) in names
+        }  # fmt: skip
+        return {**values, **places}
+
+    shared = make_config(base, "", output, **{"instance_data_dir": None, **small(settings)})
+    return subject_configs([small(entry) for entry in entries], shared)
 
 
 def alone(configs: Mapping[str, TrainConfig], name: str, **changes: Any) -> Path:
@@ -177,7 +185,7 @@ def test_who_is_killed_and_resumed_or_fails_changes_nobody(
     sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One pack: stopped at step 3 and resumed, with photos that break and a rate that diverges."""
-    bad = shutil.copytree(SAMPLES / "bolt_mug", tmp_path / "bad")
+    bad = shutil.copytree(small_samples() / "bolt_mug", tmp_path / "bad")
     entries = [
         *THREE[:1],
         {"name": "none", "instance_data_dir": str(tmp_path / "empty")},

@@ -154,9 +154,14 @@ def test_a_signal_ends_sampling_and_the_run_is_saved(tiny_run, tmp_path):
     assert result.checkpoint == tmp_path / "out" / "checkpoint-2"
 
 
-@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM,) * 2,
-                                     (signal.SIGTERM, signal.SIGINT)])  # fmt: skip
-@pytest.mark.parametrize("second", ["in the step", "in the checkpoint"])
+@pytest.mark.parametrize(
+    ("second", "numbers"),
+    [
+        ("in the step", (signal.SIGINT, signal.SIGINT)),
+        ("in the checkpoint", (signal.SIGTERM, signal.SIGTERM)),
+        ("in the checkpoint", (signal.SIGTERM, signal.SIGINT)),
+    ],
+)
 def test_two_signals_lose_no_step(second, numbers, tiny_run, tmp_path, monkeypatch):
     """The second one comes before saving, or within it."""
     save = CheckpointSaver.save

@@ -129,24 +129,20 @@ def test_its_images_are_those_of_the_base(sd1_folder: Path, tmp_path: Path) -> N
     assert components.family.name == "sd1"
 
 
-CHANGES: dict[str, dict[str, Any]] = {
-    "lora": {"method": "lora"},
-    "dora": {"method": "dora"},
-    "accumulation": {"gradient_accumulation_steps": 2, **ANCHORS},
-    "text encoders": {"train_text_encoder": True, "text_encoder_lr": 1e-2, **ANCHORS},
-    "quantised": {"quantize": "int8"},
-    "dropout": {"lora_dropout": 0.3},
-    "uncached": {"cache_latents": False},
-}
-
-
 @pytest.mark.parametrize(
-    ("family", "name"), [*(("sd1", name) for name in CHANGES), ("sd2", "lora"), ("sdxl", "dora")]
-)
+    ("family", "rest"),
+    [
+        ("sd1", {"train_text_encoder": True, "text_encoder_lr": 1e-2, "lora_dropout": 0.3,
+                 **ANCHORS}),
+        ("sd2", {"method": "lora", "quantize": "int8", "cache_latents": False}),
+        ("sdxl", {"method": "dora", "gradient_accumulation_steps": 2, **ANCHORS}),
+    ],
+    ids=["sd1", "sd2", "sdxl"],
+)  # fmt: skip
 def test_a_resumed_run_is_the_whole_one(
-    family: str, name: str, tmp_path: Path, request: pytest.FixtureRequest
+    family: str, rest: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    folder, rest = request.getfixturevalue(f"{family}_folder"), CHANGES[name]
+    folder = request.getfixturevalue(f"{family}_folder")
     whole = train(slider(folder, tmp_path / "whole", **rest, checkpointing_steps=2))
     begun = slider(folder, tmp_path / "parts", **rest, checkpointing_steps=2)
     train(replace(begun, max_train_steps=2))
@@ -309,7 +305,7 @@ def test_samples_in_between_change_nothing(
         return made
 
     monkeypatch.setattr(SampleWriter, "at_step", note)
-    plain = slider(sd1_folder, tmp_path / "plain", method="dora")
+    plain = slider(sd1_folder, tmp_path / "plain", method="dora", max_train_steps=2)
     sampled = replace(
         plain, output_dir=str(tmp_path / "sampled"), num_validation_images=1, validation_steps=1
     )
@@ -317,10 +313,20 @@ def test_samples_in_between_change_nothing(
     assert strengths == {1.0}
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_the_card_says_how_it_is_used(method: str, sd1_folder: Path, tmp_path: Path) -> None:
-    train(slider(sd1_folder, tmp_path, method=method, num_validation_images=1))
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+@pytest.fixture(scope="module", params=["lora", "dora"])
+def trained(
+    request: pytest.FixtureRequest, sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """A method, and a run's folder that nothing is written into."""
+    folder = tmp_path_factory.mktemp("slider") / request.param
+    both: dict[str, Any] = {"train_text_encoder": True, "text_encoder_lr": 5e-3}
+    train(slider(sd1_folder, folder, method=request.param, num_validation_images=1, **both))
+    return request.param, folder
+
+
+def test_the_card_says_how_it_is_used(trained: tuple[str, Path]) -> None:
+    method, folder = trained
+    card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"tags: [text-to-image, {method}, slider]" in card
     assert f"from `{LOW}` (-3) to `{HIGH}` (3)" in card
     assert "--strength 3" in card
@@ -330,11 +336,10 @@ def test_the_card_says_how_it_is_used(method: str, sd1_folder: Path, tmp_path: P
     assert ('pipeline.set_adapters("slider", 3.0)' in card) == (method == "lora")
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
 def test_a_merged_model_is_the_live_one_and_three_times_the_opposite_change(
-    method: str, sd1_folder: Path, tmp_path: Path
+    trained: tuple[str, Path], sd1_folder: Path, tmp_path: Path
 ) -> None:
-    adapter = train(slider(sd1_folder, tmp_path / "run", method=method)).adapter
+    method, adapter = trained
     assert report_on(adapter).method.lower() == method
     export_checkpoint(sd1_folder, adapter, tmp_path / "merged", strength=-3.0)
     merged = load_components(tmp_path / "merged").unet.state_dict()
@@ -351,12 +356,10 @@ def test_a_merged_model_is_the_live_one_and_three_times_the_opposite_change(
         torch.testing.assert_close(weight - start, -3 * change, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
 def test_a_file_of_every_program_merges_to_the_attached_slider(
-    method: str, sd1_folder: Path, tmp_path: Path
+    trained: tuple[str, Path], sd1_folder: Path, tmp_path: Path
 ) -> None:
-    both: dict[str, Any] = {"train_text_encoder": True, "text_encoder_lr": 5e-3}
-    adapter = train(slider(sd1_folder, tmp_path / "run", method=method, **both)).adapter
+    _, adapter = trained
     networks = load_adapted(sd1_folder, adapter)[0].adaptable()
     layers = {
         canonical(component, name): layer

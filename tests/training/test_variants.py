@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from itertools import cycle, product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -85,8 +87,14 @@ def test_a_checkpoint_holds_all_that_its_adapter_is_made_of(
             assert torch.equal(getattr(layer, part), getattr(expected[name], part)), name
 
 
-@variants
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def each_with(names: tuple[str, str]) -> Any:
+    """Variants with one of two by turns, and with the other one in the slow suite."""
+    quick = [*zip(VARIANTS, cycle(names), strict=False)]
+    slow = [case for case in product(VARIANTS, names) if case not in quick]
+    return [*quick, *(pytest.param(*case, marks=pytest.mark.slow) for case in slow)]
+
+
+@pytest.mark.parametrize(("variant", "optimizer"), each_with(("adafactor", "adamw")))
 def test_checkpointing_and_other_optimizers_train_it(
     sd1_folder: Path, photos: Path, tmp_path: Path, variant: str, optimizer: str
 ) -> None:
@@ -99,8 +107,7 @@ def test_checkpointing_and_other_optimizers_train_it(
     assert_same_adapter(tmp_path / "plain", tmp_path / "saved", rtol=1e-3, atol=1e-5)
 
 
-@variants
-@pytest.mark.parametrize("axis", ["output", "input"])
+@pytest.mark.parametrize(("variant", "axis"), each_with(("output", "input")))
 def test_every_tool_reads_the_result_as_an_ordinary_adapter(
     sd1_folder: Path, photos: Path, tmp_path: Path, variant: str, axis: str
 ) -> None:

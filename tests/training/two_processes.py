@@ -1,7 +1,9 @@
 """Trains each of several configurations by two processes, which are one until they have imported.
 
-``python -m tests.training.two_processes CONFIGS.json OUTCOME``: each process writes a file
-``OUTCOME-RANK.json`` on what came of each configuration, and of sharded layers by themselves.
+``python -m tests.training.two_processes CONFIGS.json OUTCOME [wrong]``: each process writes a file
+``OUTCOME-RANK.json`` on what came of each configuration, and of sharded layers by themselves. With
+``wrong``, the second process has a gradient of NaN at step 3 of the last one, and each tells its
+error.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 
-def main(configs: str, outcome: str) -> None:
+def main(configs: str, outcome: str, wrong: str = "") -> None:
     from diffusers import StableDiffusionPipeline  # noqa: F401
     from transformers import CLIPTextModel  # noqa: F401
 
@@ -40,8 +42,12 @@ def main(configs: str, outcome: str) -> None:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank,
     }  # fmt: skip
     torch.set_num_threads(1)
-    told = train_all(json.loads(Path(configs).read_text("utf-8")), dora_diffusion.training.loop)
-    told |= {"layers": layers(), "seconds": sum(os.times()[:2])}
+    plain, loop = json.loads(Path(configs).read_text("utf-8")), dora_diffusion.training.loop
+    last = plain.pop() if wrong else None
+    told = {"layers": layers(), **train_all(plain, loop)}
+    if last is not None:
+        told["error"] = error_of(last, loop, has_nan=not child)
+    told["seconds"] = sum(os.times()[:2])
     Path(f"{outcome}-{rank}.json").write_text(json.dumps(told), encoding="utf-8")
     dist.destroy_process_group()
     if child:
@@ -60,6 +66,30 @@ def train_all(configs: Sequence[Mapping[str, Any]], loop: Any) -> dict[str, Any]
     PartialState.destroy_process_group = lambda self, group=None: None
     results = [loop.train(TrainConfig.from_dict(settings)) for settings in configs]
     return {"sizes": sizes, "tells": [bool(made.adapter or made.model) for made in results]}
+
+
+def error_of(settings: Mapping[str, Any], loop: Any, *, has_nan: bool) -> str:
+    """Result of a run of which this process has a gradient that is not finite, or not."""
+    from dora_diffusion.config import TrainConfig
+    from dora_diffusion.training.engine.objective import Objective
+    from dora_diffusion.training.results.metrics import TrainingError
+
+    real, calls = Objective.losses, [0]
+
+    def losses(self: Objective, *given: Any) -> Any:
+        calls[0] += 1
+        # The slope of a root at 0: the loss is what it was, its gradient is NaN.
+        return [
+            loss + (loss - loss.detach()).sqrt() if has_nan and calls[0] == 3 else loss
+            for loss in real(self, *given)
+        ]
+
+    Objective.losses = losses  # type: ignore[method-assign]
+    try:
+        loop.train(TrainConfig.from_dict(settings))
+    except TrainingError as error:
+        return str(error)
+    return ""
 
 
 def _measured(session: Any, sizes: list[dict[str, int]]) -> Any:

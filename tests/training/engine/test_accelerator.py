@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,7 +22,8 @@ from dora_diffusion.training.loop import train
 from dora_diffusion.training.results.checkpoint import CheckpointSaver
 from dora_diffusion.training.run import Run
 from tests.nvidia import nvidia_gpu
-from tests.training.helpers import SAMPLES, accelerator_of_fp16, losses, make_config, names
+from tests.training.engine.pairs import agreeing, assert_agree
+from tests.training.helpers import accelerator_of_fp16, losses, make_config, names
 from tests.waiting import WAIT_SECONDS
 
 _RUN = """
@@ -31,28 +31,9 @@ import json
 import sys
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.training.loop import train
-train(TrainConfig.from_dict(json.load(open(sys.argv[1]))[0]))
+train(TrainConfig.from_dict(json.load(open(sys.argv[1]))))
 """
-_FORK = """
-import sys
-from tests.training.two_processes import main
-main(sys.argv[1], "no-outcome")
-"""
-
 # At step 3 of the second process alone, something goes wrong.
-_GRADIENT = """
-import os
-import torch
-from dora_diffusion.training.engine.objective import Objective
-real, calls = Objective.losses, []
-def wrong_losses(self, *given):
-    calls.append(1)
-    losses = real(self, *given)
-    wrong = os.environ["RANK"] == "1" and len(calls) == 3
-    # The slope of a root at 0: the loss is what it was, its gradient is NaN.
-    return [loss + (loss - loss.detach()).sqrt() if wrong else loss for loss in losses]
-Objective.losses = wrong_losses
-"""
 _PHOTO = """
 import os
 from dora_diffusion.training.engine.objective import InputSource
@@ -65,27 +46,18 @@ InputSource.__call__ = inputs
 """
 
 
-def launch(config: dict, tmp_path: Path, before: str = "", fails: str = "") -> Path:
+def launch(config: TrainConfig, tmp_path: Path, before: str = "", fails: str = "") -> None:
     """Run a configuration in two processes, which ends well, or with a line of its errors."""
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps(config.to_dict()), encoding="utf-8")
     script = tmp_path / "run.py"
     script.write_text(before + _RUN, encoding="utf-8")
     command = ["-m", "accelerate.commands.launch", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     # With ACCELERATE_USE_CPU, the launcher for several GPUs starts CPU processes.
     command += ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    return run([*command, str(script)], config, tmp_path, fails)
-
-
-def fork(config: dict, tmp_path: Path, before: str, fails: str) -> Path:
-    """The same without a launcher that ends one process when the other has ended."""
-    return run(["-c", before + _FORK], config, tmp_path, fails)
-
-
-def run(command: list[str], config: dict, tmp_path: Path, fails: str) -> Path:
-    output, settings = tmp_path / "out-2", tmp_path / "settings.json"
-    settings.write_text(json.dumps([config | {"output_dir": str(output)}]), encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, *command, str(settings)],
+        [sys.executable, *command, str(script), str(settings)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
@@ -94,103 +66,49 @@ def run(command: list[str], config: dict, tmp_path: Path, fails: str) -> Path:
     )
     assert (done.returncode != 0) == bool(fails), done.stderr[-3000:]
     assert fails in done.stderr, done.stderr[-3000:]
-    return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     [
         pytest.param({"ema_decay": 0.5, "precondition": True}, id="dora"),
-        pytest.param({"init": "pissa"}, id="pissa", marks=pytest.mark.slow),
+        pytest.param({"init": "pissa"}, id="pissa"),
         pytest.param(
             {"init": "lora-one", "scale_weight_norms": 0.01, "lr_pattern": {"mid_block.*": 2e-3}},
-            id="lora-one", marks=pytest.mark.slow,
+            id="lora-one",
         ),
         pytest.param(
-            {"parametrization": "adalora", "rank": 4, "allocation_interval": 1},
-            id="adalora", marks=pytest.mark.slow,
+            {"parametrization": "adalora", "rank": 4, "allocation_interval": 1}, id="adalora"
         ),
-        pytest.param(
-            {"quantize": "nf4", "quantize_convolutions": True},
-            id="quantised", marks=pytest.mark.slow,
-        ),
+        pytest.param({"quantize": "nf4", "quantize_convolutions": True}, id="quantised"),
         # A class image's caption has no new word: one process of two may have none in a batch.
         pytest.param(
             {"token": "<s1>", "instance_prompt": "a photo of a <s1> teapot", "embedding_lr": 1e-2,
              "train_text_encoder_ti": True, "train_text_encoder": False, "caption_dropout": 0.5},
-            id="words", marks=pytest.mark.slow,
+            id="words",
         ),
     ],
 )  # fmt: skip
-def test_two_processes_agree_with_one(sd1_folder, tmp_path, variant):
-    photos = Path(shutil.copytree(SAMPLES / "heart_teapot", tmp_path / "photos"))
-    config = {
-        "pretrained_model_name_or_path": str(sd1_folder),
-        "instance_data_dir": str(photos),
-        "instance_prompt": "a photo of a sks teapot",
-        "resolution": 32,
-        "rank": 2,
-        "conv_rank": 2,
-        "max_train_steps": 3,
-        "learning_rate": 1e-3,
-        "train_text_encoder": True,
-        "text_encoder_lr": 1e-3,
-        "with_prior_preservation": True,
-        "prior_preservation_mode": "images",
-        "num_class_images": 3,
-        "validation_inference_steps": 2,
-        "num_validation_images": 1,
-        "checkpointing_steps": 2,
-        "random_flip": True,
-        "gradient_accumulation_steps": 2,
-        "validation_split": 3,
-        **variant,
-    }
-    for text in photos.glob("*.txt") if "token" in variant else ():
-        text.write_text(text.read_text("utf-8").replace("sks", variant["token"]), encoding="utf-8")
-    one = tmp_path / "out-1"
-    train(TrainConfig.from_dict(config | {"train_batch_size": 4, "output_dir": str(one)}))
-    two = launch(config | {"train_batch_size": 2}, tmp_path)
-    first, second = read_adapter(one).layers, read_adapter(two).layers
-    assert set(first) == set(second)
-    for name, layer in first.items():
-        for part in ("down", "up", "magnitude"):
-            torch.testing.assert_close(
-                getattr(layer, part), getattr(second[name], part), rtol=2e-3, atol=5e-5
-            )
-    assert list(losses(two)) == [1, 2, 3]
-    alone, shared = (losses(folder, "validation_loss") for folder in (one, two))
-    assert list(alone) == list(shared) == [0, 3]
+def test_two_processes_of_a_launcher_agree_with_one(sd1_folder, tmp_path, variant):
+    one, two = agreeing(sd1_folder, tmp_path, variant)
+    train(one)
+    launch(two, tmp_path)
     # A start from the gradient is summed over processes.
     rounding = 1e-6 if variant.get("init") == "lora-one" else 0
-    assert alone[0] == pytest.approx(shared[0], rel=rounding, abs=0)
-    assert alone[3] == pytest.approx(shared[3], rel=1e-4)
-    words, others = (read_adapter(folder).tokens for folder in (one, two))
-    assert list(words) == list(others) == ([variant["token"]] if "token" in variant else [])
-    for word, vectors in words.items():
-        torch.testing.assert_close(vectors, others[word], rtol=2e-3, atol=5e-4)
+    assert_agree(Path(one.output_dir), Path(two.output_dir), rounding, variant.get("token", ""))
 
 
-@pytest.mark.parametrize(
-    ("start", "before", "fails", "every"),
-    [
-        pytest.param(
-            fork, _GRADIENT, "the gradients are not finite at step 3", 1,
-            marks=pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork"), id="gradient",
-        ),
-        pytest.param(launch, _PHOTO, "checkpoint-2 was saved first", 100, id="photo"),
-    ],
-)  # fmt: skip
-def test_what_goes_wrong_in_one_process_ends_both_with_what_there_is(
-    start, before, fails, every, tiny_run, tmp_path
-):
-    config = tiny_run(max_train_steps=9, checkpointing_steps=every, checkpoints_total_limit=1)
-    output = start(config.to_dict(), tmp_path, before, fails)
+@pytest.mark.slow
+def test_a_photo_that_is_gone_in_one_process_ends_both_with_what_there_is(tiny_run, tmp_path):
+    config = tiny_run(max_train_steps=9, checkpointing_steps=100, checkpoints_total_limit=1)
+    launch(config, tmp_path, _PHOTO, "checkpoint-2 was saved first")
+    output = tmp_path / "out"
     assert names(output) == ["checkpoint-2"]
     state = torch.load(output / "checkpoint-2" / "training_state.pt", weights_only=True)
     assert (state["step"], state["sampler"]["position"]) == (2, 4)
     assert all(torch.isfinite(value).all() for value in state["parameters"].values())
-    assert state["interim"] == (every == 100)
+    assert state["interim"]
 
 
 def test_processes_wait_as_long_as_class_images_take(sd1_folder, photos, tmp_path):
@@ -200,8 +118,8 @@ def test_processes_wait_as_long_as_class_images_take(sd1_folder, photos, tmp_pat
 
 @pytest.mark.parametrize(
     "settings",
-    [{"max_grad_norm": 1.0}, {"max_grad_norm": 0.0},
-     {"quantize": "nf4", "quantize_convolutions": True}],
+    [{"max_grad_norm": 1.0},
+     {"max_grad_norm": 0.0, "quantize": "nf4", "quantize_convolutions": True}],
 )  # fmt: skip
 def test_float16_with_its_gradient_scaler_stays_near_float32(
     settings, sd1_folder, photos, tmp_path, monkeypatch

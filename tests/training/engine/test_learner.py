@@ -190,7 +190,9 @@ def test_the_settings_that_weight_losses_are_those_of_the_loss() -> None:
     assert set(WEIGHTINGS) == set(loss.WEIGHTINGS)
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_dora": False}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param({"use_dora": False}, marks=pytest.mark.slow)], ids=str
+)
 def test_compiled_blocks_learn_what_others_do_and_are_compiled_once(
     settings: dict[str, Any], tiny_run, monkeypatch
 ) -> None:

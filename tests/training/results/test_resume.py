@@ -23,12 +23,12 @@ from dora_diffusion.training.results.checkpoint import FORMAT, STATE_FILE
 from dora_diffusion.training.results.resume import changed_segments, check_same_run
 from tests.refusal import refused
 from tests.training.helpers import (
-    SAMPLES,
     assert_same_adapter,
     losses,
     make_config,
     names,
     same,
+    small_samples,
     steps_in,
 )
 
@@ -52,7 +52,7 @@ def finished(sd1_folder, tmp_path_factory):
     """The settings of a run of four steps with a checkpoint of every second one."""
     root = tmp_path_factory.mktemp("finished")
     config = make_config(
-        sd1_folder, SAMPLES / "bolt_mug", root / "run",
+        sd1_folder, small_samples() / "bolt_mug", root / "run",
         targets=["cross-attention"], checkpointing_steps=2,
     )  # fmt: skip
     train(config)
@@ -218,7 +218,7 @@ PROMPT = "a photo of a sks mug"
 def first(sd1_folder, tmp_path_factory):
     """A run of two steps with a checkpoint, its photos (one of them with a mask), its config."""
     root = tmp_path_factory.mktemp("continuity")
-    photos = Path(shutil.copytree(SAMPLES / "bolt_mug", root / "photos"))
+    photos = Path(shutil.copytree(small_samples() / "bolt_mug", root / "photos"))
     for caption in photos.glob("*.txt"):
         caption.unlink()
     for photo in photos.glob("*.jpg"):

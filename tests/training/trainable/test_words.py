@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,12 @@ from dora_diffusion.training.session import open_session
 from dora_diffusion.training.trainable.words import TrainedTokens, add_words
 from tests.formats.layouts.helpers import load_pipeline
 from tests.refusal import refused
-from tests.training.helpers import SAMPLES, assert_same_adapter, make_config, needs_library
+from tests.training.helpers import (
+    assert_same_adapter,
+    make_config,
+    needs_library,
+    small_samples,
+)
 
 WORDS = {
     "instance_prompt": "a photo of a <s1> mug", "token": "<s1>", "train_text_encoder_ti": True,
@@ -70,7 +75,7 @@ def caption(folder: Path, text: str = PROMPT, count: int = 5) -> Path:
 def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five photos, whose captions have the word."""
     folder = tmp_path_factory.mktemp("words") / "photos"
-    return caption(Path(shutil.copytree(SAMPLES / "bolt_mug", folder)))
+    return caption(Path(shutil.copytree(small_samples() / "bolt_mug", folder)))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +123,7 @@ def image(pipeline: object, prompt: str) -> np.ndarray:
     ).images  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl"])
 @pytest.mark.filterwarnings("ignore:merged")
 def test_the_card_of_a_merged_folder_has_its_words(
     runs: Callable[[str], tuple[Path, Path]], tmp_path: Path, family: str
@@ -238,7 +243,9 @@ def test_the_preset_with_a_word_resumes_and_its_file_shows_the_word(
     sd1_folder: Path, tmp_path: Path
 ) -> None:
     prompt, plain = "a photo of a <sks> mug", "a photo of a sks mug"
-    photos = caption(Path(shutil.copytree(SAMPLES / "bolt_mug", tmp_path / "photos")), prompt)
+    photos = caption(
+        Path(shutil.copytree(small_samples() / "bolt_mug", tmp_path / "photos")), prompt
+    )
     preset = preset_settings("fast-word", DEFAULT_FAMILY, is_embedded=True)
     preset |= {"max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 2}
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -320,11 +327,21 @@ def test_other_optimizers_and_precisions_train_it(
     rows_of(parametrization="vera")
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+# Each is resumed on one side of that step in the quick suite, every second one after it.
+STARTS = [
+    pytest.param(
+        optimizer, start, id=f"{optimizer}-{start}", marks=[pytest.mark.slow] * (start != quick)
+    )
+    for optimizer, quick in zip(OPTIMIZERS, cycle((2, 4)), strict=False)
+    for start in (2, 4)
+]
+
+
+@pytest.mark.parametrize(("optimizer", "start"), STARTS)
 def test_no_optimizer_moves_a_word_after_its_last_step(
-    sd1_folder: Path, named: Path, tmp_path: Path, optimizer: str
+    sd1_folder: Path, named: Path, tmp_path: Path, optimizer: str, start: int
 ) -> None:
-    """Whatever momentum is left, in one go and resumed on either side of that step."""
+    """Whatever momentum is left, in one go and resumed before or after that step."""
     needs_library(optimizer)
     rate = 1.0 if optimizer in PRODIGIES else 1e-3
     config = make_config(
@@ -346,12 +363,11 @@ def test_no_optimizer_moves_a_word_after_its_last_step(
     ]  # fmt: skip
     for one, two in pairwise(whole):
         assert not all(torch.equal(tensor, two[name]) for name, tensor in one.items())
-    for start in (2, 4):
-        output = tmp_path / f"from-{start}"
-        shutil.copytree(tmp_path / "whole" / f"checkpoint-{start}", output / f"checkpoint-{start}")
-        train(replace(config, output_dir=str(output), resume_from_checkpoint=f"checkpoint-{start}"))
-        for ours, theirs in zip(states(output, start + 1), whole[start:], strict=True):
-            assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
+    output = tmp_path / "parted"
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{start}", output / f"checkpoint-{start}")
+    train(replace(config, output_dir=str(output), resume_from_checkpoint=f"checkpoint-{start}"))
+    for ours, theirs in zip(states(output, start + 1), whole[start:], strict=True):
+        assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
 
 
 def test_where_words_start(sdxl_folder: Path, named: Path, tmp_path: Path) -> None:

@@ -489,7 +489,7 @@ def test_a_run_of_the_library_is_started_from_with_its_base_model_and_layers(
 
 
 def test_an_empty_start_is_refused_in_plain_words(context: Context) -> None:
-    """What the page shows before there is anything, and what the clock sends to it."""
+    """The page before there is anything, and what the clock sends to it."""
     parts = {part.elem_id: part for part in built_page(context).blocks.values()}
 
     def is_hidden(part: Any) -> bool:
