@@ -112,8 +112,8 @@ def empty_module(folder: Path, kind: str) -> Any:
 
     config = read_json(folder / "config.json")
     # Imported before: what Diffusers finds in torch.nn.init then, it sets back after each load.
-    diffusers_class = getattr(diffusers, kind, None)
-    other_class = None if diffusers_class else getattr(transformers, kind)
+    diffusers_class: Any = getattr(diffusers, kind, None)
+    other_class: Any = None if diffusers_class else getattr(transformers, kind)
     # Buffers are not weights, and no file needs to have them.
     with init_empty_weights(include_buffers=False), no_init_weights():
         if other_class is None:
