@@ -112,13 +112,13 @@ def empty_module(folder: Path, kind: str) -> Any:
 
     config = read_json(folder / "config.json")
     # Imported before: what Diffusers finds in torch.nn.init then, it sets back after each load.
-    diffusers_class: Any = getattr(diffusers, kind, None)
-    other_class: Any = None if diffusers_class else getattr(transformers, kind)
+    is_diffusers = hasattr(diffusers, kind)
+    found: Any = getattr(diffusers if is_diffusers else transformers, kind)
     # Buffers are not weights, and no file needs to have them.
     with init_empty_weights(include_buffers=False), no_init_weights():
-        if other_class is None:
-            return diffusers_class.from_config(config)
-        return other_class(transformers.CLIPTextConfig(**config))
+        if is_diffusers:
+            return found.from_config(config)
+        return found(transformers.CLIPTextConfig(**config))
 
 
 def write_tokenizer(folder: Path, pad_token: str) -> None:
