@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -85,7 +84,7 @@ class Trial:
         Settings that have their default are left out, so that a setting that a later version adds
         leaves it as it is; `known_record` compares these.
         """
-        defaults = _defaults()
+        defaults = _compared(TrainConfig().to_dict())
         moved = {name: v for name, v in self.settings.items() if v != defaults.get(name)}
         parts = {
             "record": RECORD,
@@ -168,12 +167,6 @@ def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     left_out -= {"init_adapter"} if values.get("init_adapter") else set()
     return {name: value for name, value in values.items() if name not in left_out}
-
-
-@functools.cache
-def _defaults() -> Mapping[str, Any]:
-    """The settings that figures depend on, as they are where none is given."""
-    return _compared(TrainConfig().to_dict())
 
 
 def base_digest(base: BaseModel) -> str:

@@ -43,21 +43,22 @@ FACTS = AdapterMetadata(
 @pytest.mark.parametrize("axis", ["output", "input", None])
 def test_round_trip(
     tmp_path: Path,
-    sdxl_folder: Path,
+    deep: Callable[[str], Path],
     target: str,
     axis: NormAxis | None,
     random_adapter: MakeAdapter,
     assert_same_layers: Callable[..., None],
 ) -> None:
     """Reading gives the same effective layers and facts; writing again gives the same bytes."""
-    layers = random_adapter(sdxl_folder, axis=axis, mixed_ranks=True, every=3)
+    folder = deep("sdxl")
+    layers = random_adapter(folder, axis=axis, mixed_ranks=True, every=3)
     adapter = AdapterFile(layers, FACTS)
     if axis == "input" and target != "kohya":
         with pytest.raises(AdapterFormatError, match=r"input axis.*kohya format"):
             write_adapter(tmp_path / "a", adapter, target)
         return
     first = write_adapter(tmp_path / "a", adapter, target)
-    shapes = PipelineFolder(sdxl_folder)
+    shapes = PipelineFolder(folder)
     for read in (read_adapter(tmp_path / "a"), read_adapter(first, shapes)):
         assert_same_layers(read.layers, layers)
         assert {n: layer.rank for n, layer in read.layers.items()} == {

@@ -1,0 +1,3 @@
+"""Shallow models are enough here."""
+
+from tests.shallow import *  # noqa: F403
