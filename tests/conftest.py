@@ -446,7 +446,7 @@ def free_port() -> Callable[[], int]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def machine() -> Iterator[None]:
+def usual_machine() -> Iterator[None]:
     """A machine of 32 GB of memory, 16 of them free, and 100 GB of free disk, whatever is true."""
     gb, real = 2**30, psutil.virtual_memory
     with pytest.MonkeyPatch.context() as patch:
