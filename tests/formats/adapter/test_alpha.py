@@ -188,3 +188,19 @@ def test_what_is_assumed_is_not_told_by_words(
     assert len(adapter.notes) == 1
     assert adapter.assumptions == ()
     assert not adapter.lacks_alpha
+
+
+def test_an_alpha_of_0_is_no_scaling(tmp_path: Path) -> None:
+    """As LyCORIS reads it: a layer of a scale of 0 would do nothing."""
+    from lycoris.modules.locon import LoConModule
+    from torch import nn
+
+    layer = LoConModule("lora_unet_x", nn.Linear(8, 6), lora_dim=4, alpha=0)
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {
+        f"{name}.lora_down.weight": torch.randn(4, 8), f"{name}.lora_up.weight": torch.randn(6, 4),
+        f"{name}.alpha": torch.tensor(0.0),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "a.safetensors")
+    (read,) = read_adapter(tmp_path / "a.safetensors").layers.values()
+    assert read.scale == layer.scale == 1
