@@ -60,7 +60,8 @@ def reporting_errors(command: str = "", *, debug: bool) -> Iterator[Outcome]:
         try:
             yield outcome
             is_done = True
-            sys.stdout.flush()
+            if sys.stdout is not None:  # as without a console on Windows
+                sys.stdout.flush()
         except KeyboardInterrupt:
             print("error: interrupted", file=sys.stderr)
             outcome.code = 130

@@ -93,8 +93,7 @@ class TrainProgress:
             case SampleSaved():
                 say(f"sample: {event.path}")
             case CheckpointSaved():
-                removed = f"; removed {', '.join(event.removed)}" if event.removed else ""
-                say(f"checkpoint: {event.path}{removed}")
+                say(f"checkpoint: {_checkpoint_text(event)}")
             case EffectMeasured(effect):
                 say(str(effect))
             case TrainingEnded():
@@ -202,8 +201,7 @@ class PackProgress:
             case SampleSaved():
                 say(f"{name}: {event.path}")
             case CheckpointSaved():
-                removed = f"; removed {', '.join(event.removed)}" if event.removed else ""
-                say(f"{name}: {event.path}{removed}")
+                say(f"{name}: {_checkpoint_text(event)}")
             case EffectMeasured(effect):
                 say(f"{name}: {effect}")
             case TrainingEnded(step, interrupted):
@@ -345,6 +343,11 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
 
 def _command(*words: str) -> str:
     return shown_command([["dora-diffusion", *words]])
+
+
+def _checkpoint_text(event: CheckpointSaved) -> str:
+    removed = f"; removed {', '.join(event.removed)}" if event.removed else ""
+    return f"{event.path}{removed}"
 
 
 def _resumed_line(event: TrainingStarted) -> str:

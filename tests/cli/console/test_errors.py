@@ -156,3 +156,10 @@ def test_output_that_nobody_reads_any_more_is_no_error(lines, code, monkeypatch,
     assert capsys.readouterr().err == ""
     # Another pipe's end is an error like any other.
     assert ending(BrokenPipeError(32, "Broken pipe")) == 1
+
+
+def test_a_command_without_an_output_ends_as_any_other(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with errors.reporting_errors("inspect", debug=False) as outcome:
+        pass
+    assert outcome.code == 0

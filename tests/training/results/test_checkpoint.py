@@ -35,6 +35,7 @@ from tests.training.helpers import (
     same,
     steps_in,
 )
+from tests.waiting import Clock
 
 
 def test_without_checkpoints_the_advice_does_not_name_one(tiny_run):
@@ -60,16 +61,6 @@ def test_checkpoints_are_listed_by_step_and_only_where_they_are_whole(tmp_path):
         find_checkpoint("checkpoint-12", tmp_path)
 
 
-class Clock:
-    """Seconds that pass when the test says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class PowerCut(BaseException):
     """Leaves no time to save anything."""
 
@@ -77,11 +68,11 @@ class PowerCut(BaseException):
 @pytest.fixture
 def saver(tmp_path: Path):
     """A saver on a clock of its own, with a state of one number."""
-    clock = Clock()
+    clock = Clock(0.0)
 
     def make(**changes):
         settings = {"every_steps": 100, "every_minutes": 5.0, "limit": None, **changes}
-        made = CheckpointSaver(tmp_path, clock=clock, **settings)
+        made = CheckpointSaver(tmp_path, clock=clock.monotonic, **settings)
         state = {"parameters": {"a": torch.ones(2)}}
 
         def write_adapter(folder: Path) -> None:
@@ -145,7 +136,7 @@ def test_one_in_between_is_known_as_such_by_the_next_process(saver, tmp_path):
 def test_a_run_that_crashes_has_lost_minutes(tiny_run, tmp_path, monkeypatch):
     """A step of two minutes each: the newest checkpoint is at most five minutes and a step old."""
     clock = Clock()
-    monkeypatch.setattr(CheckpointSaver.__init__, "__kwdefaults__", {"clock": clock})
+    monkeypatch.setattr(CheckpointSaver.__init__, "__kwdefaults__", {"clock": clock.monotonic})
 
     real = Learner.begin
 
