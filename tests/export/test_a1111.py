@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,6 +91,79 @@ def test_the_yaml_is_of_the_released_shape(family: str, prediction: str) -> None
                if "ConcatTimestep" in e["target"]]  # fmt: skip
         assert [e["params"]["outdim"] for e in ids] == [wanted["addition_time_embed_dim"]] * 3
         assert unet["adm_in_channels"] == wanted["projection_class_embeddings_input_dim"]
+
+
+# Arguments without a default of the constructors that the YAML names, in Stability's repositories.
+REQUIRED = {
+    "ldm.models.diffusion.ddpm.LatentDiffusion":
+        "unet_config first_stage_config cond_stage_config",
+    "ldm.models.diffusion.ddpm.LatentInpaintDiffusion":
+        "unet_config first_stage_config cond_stage_config finetune_keys",
+    "ldm.modules.diffusionmodules.openaimodel.UNetModel":
+        "image_size in_channels model_channels out_channels num_res_blocks attention_resolutions",
+    "ldm.models.autoencoder.AutoencoderKL": "ddconfig lossconfig embed_dim",
+    "sgm.models.diffusion.DiffusionEngine":
+        "network_config denoiser_config first_stage_config conditioner_config",
+    "sgm.modules.diffusionmodules.denoiser.DiscreteDenoiser":
+        "num_idx weighting_config scaling_config discretization_config",
+    "sgm.modules.diffusionmodules.openaimodel.UNetModel":
+        "in_channels model_channels out_channels num_res_blocks attention_resolutions",
+    "sgm.modules.GeneralConditioner": "emb_models",
+    "sgm.modules.encoders.modules.ConcatTimestepEmbedderND": "outdim",
+    "sgm.models.autoencoder.AutoencoderKLInferenceWrapper": "ddconfig lossconfig embed_dim",
+}  # fmt: skip
+# Constructors all of whose arguments have defaults.
+OPTIONAL = {
+    "torch.nn.Identity", "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+    "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder",
+    "sgm.modules.encoders.modules.FrozenCLIPEmbedder",
+    "sgm.modules.encoders.modules.FrozenOpenCLIPEmbedder2",
+    "sgm.modules.diffusionmodules.discretizer.LegacyDDPMDiscretization",
+}  # fmt: skip
+VAE = "double_z: true, z_channels: 4, resolution: 256, in_channels: 3, out_ch: 3, ch: 128, " \
+      "ch_mult: [1, 2, 4, 4], num_res_blocks: 2, attn_resolutions: [], dropout: 0.0"  # fmt: skip
+LDM = "image_size: 32, out_channels: 4, model_channels: 320, attention_resolutions: [4, 2, 1], " \
+      "num_res_blocks: 2, channel_mult: [1, 2, 4, 4], use_spatial_transformer: true, " \
+      "transformer_depth: 1, legacy: false"  # fmt: skip
+# The UNet of v1-inference.yaml, v2-inference.yaml and sd_xl_base.yaml; inpainting: 9 channels.
+UNETS = {
+    "sd1": LDM + ", num_heads: 8, context_dim: 768",
+    "sd2": LDM + ", num_head_channels: 64, use_linear_in_transformer: true, context_dim: 1024",
+    "sdxl": "adm_in_channels: 2816, num_classes: sequential, out_channels: 4, "
+            "model_channels: 320, attention_resolutions: [4, 2], num_res_blocks: 2, "
+            "channel_mult: [1, 2, 4], num_head_channels: 64, use_spatial_transformer: true, "
+            "use_linear_in_transformer: true, transformer_depth: [1, 2, 10], context_dim: 2048, "
+            "spatial_transformer_attn_type: softmax-xformers, legacy: false",
+}  # fmt: skip
+
+
+def constructors(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every class that a configuration names, and its arguments."""
+    if isinstance(config, dict) and "target" in config:
+        yield config["target"], config.get("params") or {}
+    values = config.values() if isinstance(config, dict) else config
+    for value in values if isinstance(config, dict | list) else ():
+        yield from constructors(value)
+
+
+@pytest.mark.parametrize(("family", "prediction"), sorted(TOLD))
+def test_a1111_can_build_the_model_of_the_yaml(family: str, prediction: str) -> None:
+    """Key by key against Stability's configurations and the constructors of their classes."""
+    built = list(constructors(yaml.safe_load(a1111_config(model(family, prediction)))))
+    lacking = {
+        target: [name for name in REQUIRED[target].split() if name not in params]
+        for target, params in built if target in REQUIRED
+    }  # fmt: skip
+    assert not any(lacking.values()), lacking
+    others = {target for target, _ in built} - REQUIRED.keys() - OPTIONAL
+    assert all(re.search(r"denoiser_(weighting|scaling)\.(V|Eps)(W|S)", name) for name in others)
+    (unet,) = [params for target, params in built if target.endswith(".UNetModel")]
+    channels = 9 if "inpainting" in family else 4
+    wanted = yaml.safe_load("{" + UNETS[family.split("-")[0]] + "}") | {"in_channels": channels}
+    assert {key: unet.get(key) for key in wanted} == wanted
+    assert unet.keys() - wanted.keys() == {"use_checkpoint"}
+    (vae,) = [params for target, params in built if ".AutoencoderKL" in target]
+    assert (vae["ddconfig"], vae["embed_dim"]) == (yaml.safe_load("{" + VAE + "}"), 4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
