@@ -7,6 +7,7 @@ or named in a warning where it has no effect. Facts: its ``docs/config_README-en
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import json
 import math
@@ -278,11 +279,24 @@ def _check_captions(options: Entry) -> None:
             "caption_suffix after the last; write them into the lines",
         )
         texts += lines
+    _warn_of_marks(folder, [image.with_suffix(".txt") for image in images])
     for text in texts if draws else ():
         require(
             bool(_SAME_DRAWN.fullmatch(text)) and not _FILE.search(text),
             f"{folder}: with enable_wildcard, {quoted(text)} is another text in sd-scripts, which "
             "has {{ for a brace, no \\{, no __file__ and no braces in braces; write it otherwise",
+        )
+
+
+def _warn_of_marks(folder: Path, captions: Sequence[Path]) -> None:
+    """Warn of captions with a byte order mark, which sd-scripts trains as a character."""
+    files = [path for path in captions if path.is_file()]
+    marked = [path.name for path in files if path.read_bytes().startswith(codecs.BOM_UTF8)]
+    if marked:
+        warnings.warn(
+            f"{folder}: the byte order mark of {listing(marked, 3)} is left out; sd-scripts trains "
+            "it as a character of the caption",
+            stacklevel=5,
         )
 
 

@@ -333,6 +333,16 @@ class CaptionRules:
         """Return whether any of these captions has so many tags behind those that are kept."""
         return any(len(self._split(caption)) >= self.keep_tags + others for caption in captions)
 
+    @property
+    def draws_tags(self) -> bool:
+        """Whether a caption is taken apart into its tags."""
+        return self.shuffle_tags or self.tag_dropout > 0.0
+
+    def has_empty_tag(self, caption: str) -> bool:
+        """Return whether nothing is between two separators of a caption, or beside one."""
+        pieces = self._pieces(caption)
+        return len(pieces) > 1 and not all(map(str.strip, pieces))
+
     def identity(self, text: str) -> str:
         """The text, and with wildcards a digest of what it may become: another file is another."""
         text = "\n".join(self._lines(text))
@@ -356,7 +366,7 @@ class CaptionRules:
         return parts if own is None else [own.render(part, pick) for part in parts]
 
     def _tags(self, text: str, generator: torch.Generator, key: Sequence[object]) -> str:
-        if not self.shuffle_tags and not self.tag_dropout:
+        if not self.draws_tags:
             return text
         tags = self._split(text)
         fixed, free = tags[: self.keep_tags], tags[self.keep_tags :]
@@ -374,8 +384,10 @@ class CaptionRules:
         return f"{self.separator} " if is_bare else self.separator
 
     def _split(self, text: str) -> list[str]:
-        tags = text.split(self.separator.strip() or self.separator)
-        return [tag.strip() for tag in tags if tag.strip()]
+        return [tag.strip() for tag in self._pieces(text) if tag.strip()]
+
+    def _pieces(self, text: str) -> list[str]:
+        return text.split(self.separator.strip() or self.separator)
 
 
 def stated_rules(rules: Mapping[str, CaptionRules]) -> str:

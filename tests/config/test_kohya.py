@@ -452,6 +452,18 @@ def test_what_sd_scripts_would_read_of_its_cache_is_said(images: Path, tmp_path:
         read(file)
 
 
+def test_a_byte_order_mark_that_sd_scripts_trains_is_named(images: Path, tmp_path: Path) -> None:
+    file = written(tmp_path / "sd.json", {"image_dir": str(images), "caption_extension": ".txt",
+                                          "class_tokens": "sks dog"})  # fmt: skip
+    for encoding in ("utf-8", "utf-8-sig"):
+        (images / "a.txt").write_text("a sks dog", encoding=encoding)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            read(file)
+        marks = [str(w.message) for w in caught if "the byte order mark of a.txt" in str(w.message)]
+        assert len(marks) == (encoding == "utf-8-sig")
+
+
 def test_captions_that_never_name_the_first_word_have_no_token(
     images: Path, tmp_path: Path
 ) -> None:

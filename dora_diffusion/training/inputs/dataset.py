@@ -303,6 +303,11 @@ def _without_effect(
         )
     if config.tag_dropout and not rules.can_shuffle(captions, 1):
         yield f"tag_dropout has no effect because no caption has a tag {kept}"
+    if empty := [c for c in captions if rules.has_empty_tag(c)] if rules.draws_tags else []:
+        yield (
+            f"{counted(len(empty), 'caption')} with empty tags, first {quoted(empty[0])}: they are "
+            "left out where tags are shuffled or dropped, and count neither there nor in keep_tags"
+        )
     lines = [photo.caption.count("\n") for photo in photos]
     if config.caption_per_line and not any(lines):
         yield "caption_per_line has no effect because no caption file has two lines"

@@ -214,6 +214,11 @@ def check(tmp_path, captions, **settings):
         (["sun, sea"], {"tag_dropout": 0.1, "caption_prefix": "sks,"}, ""),
         (["sun"], {"tag_dropout": 0.1, "caption_prefix": "sks,"}, "tag_dropout has no effect"),
         (["sks; a, b"], {"shuffle_tags": True, "caption_separator": ";"}, "separated by ';'"),
+        (["sks mug, , b, c"], {"shuffle_tags": True}, "1 caption with empty tags, first 'sks mug,"),
+        (["sks, a, b,"], {"tag_dropout": 0.1}, "1 caption with empty tags"),
+        ([",sks, a"], {"tag_dropout": 0.1}, "1 caption with empty tags"),
+        (["sks; ;a, b; c"], {"shuffle_tags": True, "caption_separator": ";"}, "1 caption with emp"),
+        (["sks mug, , b, c,"], {}, ""),
     ],
 )  # fmt: skip
 def test_what_of_captions_has_no_effect_or_may_lack_the_token_is_said(
