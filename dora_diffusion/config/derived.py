@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.fields import ConfigError, Setting, shown
+from dora_diffusion.config.file import PATHS
 from dora_diffusion.config.learning import WEIGHTINGS
+from dora_diffusion.config.paths import RELATIVE, relative_paths
 from dora_diffusion.config.subject import ENTRY_SETTINGS
 from dora_diffusion.config.train import TrainConfig, framed_prompt, settings
 
@@ -174,12 +176,20 @@ def overridden(values: Mapping[str, Any], given: Collection[str]) -> dict[str, A
     return left
 
 
-def as_yaml(config: TrainConfig) -> str:
-    """The settings as ``--config`` reads them; what is not set says its default beside it."""
+def as_yaml(config: TrainConfig, folder: Path | None = None) -> str:
+    """The settings as ``--config`` reads them; what is not set says its default beside it.
+
+    Args:
+        config: The settings.
+        folder: Folder of the file that they are for; paths are then relative to it.
+    """
     import yaml
 
     defaults = {setting.name: setting.default_text for setting in settings()}
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+    values = config.to_dict()
+    if folder is not None:
+        values = {PATHS: RELATIVE, **relative_paths(values, folder)}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return re.sub(
         r"^(\w+): null$", lambda match: f"{match[0]}  # {defaults[match[1]]}", text, flags=re.M
     )

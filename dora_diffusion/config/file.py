@@ -13,6 +13,8 @@ from dora_diffusion.config.fields import ConfigError, require
 _MOST_BYTES, _MOST_VALUES = 2**24, 100_000
 SEGMENTS = "segments"
 """Key under which a resumed run records what changed at which step; no setting."""
+PATHS = "paths"
+"""Key of a file whose paths that begin with a dot are relative to its folder; no setting."""
 
 
 def read_facts(name: str) -> dict[str, Any]:
@@ -26,7 +28,10 @@ def read_facts(name: str) -> dict[str, Any]:
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """The settings in a YAML file. Relative paths in it are meant from the working directory.
+    """The settings in a YAML file.
+
+    Relative paths in it are meant from the working directory, in the ``config.yaml`` of a run from
+    its folder.
 
     Raises:
         ConfigError: If the file is missing, is not YAML, names a setting twice, or does not hold
@@ -45,7 +50,12 @@ def read_config_lines(path: str | Path) -> tuple[dict[str, Any], Mapping[str, in
     values = {} if values is None else values
     require(isinstance(values, dict), f"{path} must hold 'setting: value' lines")
     given = {str(key): value for key, value in values.items() if key != SEGMENTS}
-    return given, _lines(path, keys)
+    lines = _lines(path, keys)
+    if PATHS in given:
+        from dora_diffusion.config.paths import resolve_paths
+
+        given = resolve_paths(given, Path(path).expanduser().parent)
+    return given, lines
 
 
 def read_yaml(path: str | Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.config.paths import resolve_paths
 from dora_diffusion.export.files import ExportError
 from dora_diffusion.formats.adapter.embeddings import embeddings_of
 from dora_diffusion.formats.adapter.metadata import without_paths
@@ -108,6 +109,7 @@ def _files(folder: Path, adapter: Path | None, card: str | None) -> dict[str, Pa
         files["README.md"] = card.encode("utf-8")
     if "config.yaml" in files:  # without this computer's folders
         values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+        values = resolve_paths(values, folder)
         text: str = yaml.safe_dump(without_paths(values), sort_keys=False, allow_unicode=True)
         files["config.yaml"] = text.encode("utf-8")
     others = [*sorted(folder.glob("samples/*.png")), *embeddings_of(file)]

@@ -19,6 +19,8 @@ import torch
 
 from dora_diffusion import system
 from dora_diffusion.config import ConfigError
+from dora_diffusion.config.file import PATHS
+from dora_diffusion.config.paths import RELATIVE, relative_paths, resolve_paths
 from dora_diffusion.formats.files.atomic import DiskFullError, atomic_file
 from dora_diffusion.formats.files.runs import CHECKPOINT
 from dora_diffusion.numerics.merging import is_finite
@@ -105,11 +107,14 @@ def state_of(session: Session, segments: object, step: int) -> dict[str, Any]:
         step: Optimizer steps done.
     """
     scaler, allocation = session.accelerator.scaler, session.learner.allocation
+    config = session.config.to_dict()
+    paths = relative_paths(config, session.config.output_dir)
     tensors = session.weights.tensors()
     return {
         "format": FORMAT,
         "step": step,
-        "config": session.config.to_dict(),
+        "config": config,
+        "paths": {name: path for name, path in paths.items() if path != config[name]},
         "contents": session.dataset.contents(),
         "segments": segments,
         "parameters": {name: gather(tensor) for name, tensor in tensors.items()},
@@ -148,7 +153,13 @@ def read_state(path: Path) -> dict[str, Any]:
             f"dora-diffusion, which this one cannot resume; begin a new run with {use}",
             "resume_from_checkpoint",
         )
-    return state
+    return state | {"config": state["config"] | _moved_paths(state, path.parent)}
+
+
+def _moved_paths(state: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Files and folders of the settings that moved together with the run's folder."""
+    paths = resolve_paths({PATHS: RELATIVE, **state.get("paths", {})}, folder)
+    return {n: path for n, path in paths.items() if isinstance(path, str) and Path(path).exists()}
 
 
 def restore(session: Session, state: Mapping[str, Any]) -> None:

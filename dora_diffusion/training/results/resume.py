@@ -14,6 +14,7 @@ from dora_diffusion.config import ConfigError, TrainConfig, differences, setting
 from dora_diffusion.config.derived import Changes, as_yaml, listed
 from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.config.learning import OptimizerSettings
+from dora_diffusion.config.paths import relative_paths
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import counted, quoted
 from dora_diffusion.export.merge_spec import adapter_hash
@@ -107,11 +108,13 @@ def save_config(config: TrainConfig, path: Path, segments: Sequence[Segment]) ->
 
     The settings are those of the last segment. Where a resumed run changed some, ``segments``
     says from which step on each value was used. Resuming and overwriting were asked for once: kept
-    in the file, they would act on every run that is made from it.
+    in the file, they would act on every run that is made from it. Paths in the run's folder and
+    beside it are relative to the file.
     """
     config = replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
-    text, apart = as_yaml(config), changed_segments(segments)
+    text, apart = as_yaml(config, path.parent), changed_segments(segments)
     if apart:
+        apart = [{**own, "settings": relative_paths(own["settings"], path.parent)} for own in apart]
         record = yaml.safe_dump({SEGMENTS: apart}, sort_keys=False, allow_unicode=True)
         text = f"# Of a resumed run: see segments for what changed.\n{text}{record}"
     return save_text(path, text)

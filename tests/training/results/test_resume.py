@@ -19,7 +19,7 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.engine import objective as inputs
 from dora_diffusion.training.events import StepDone, TrainingStarted
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.results.checkpoint import FORMAT, STATE_FILE
+from dora_diffusion.training.results.checkpoint import FORMAT, STATE_FILE, read_state
 from dora_diffusion.training.results.resume import changed_segments, check_same_run
 from tests.refusal import refused
 from tests.training.helpers import (
@@ -367,6 +367,21 @@ def test_the_saved_settings_resume_their_own_run(again):
         "max_train_steps": 3,
     }
     assert train(TrainConfig.from_dict(saved | own)).steps == 3
+
+
+def test_a_base_that_was_copied_with_the_run_is_the_same_base(copied, tmp_path):
+    """The checkpoint finds it beside the run in its new place; elsewhere it is another one."""
+    file = tmp_path / "out" / "checkpoint-4" / STATE_FILE
+    state = torch.load(file, weights_only=True)
+    assert state["paths"]["output_dir"] == "."
+    name = "pretrained_model_name_or_path"
+    state["config"][name], state["paths"][name] = "/gone/base", "../base"
+    torch.save(state, file)
+    config = replace(copied, **{name: str(tmp_path / "base")})
+    with refused("resume_from_checkpoint", f"{name} (/gone/base -> "):
+        check_same_run("checkpoint-4", read_state(file.parent), config, state["contents"])
+    (tmp_path / "base").mkdir()
+    check_same_run("checkpoint-4", read_state(file.parent), config, state["contents"])
 
 
 def test_class_images_are_compared_by_content():
