@@ -377,7 +377,7 @@ def test_a_base_that_was_copied_with_the_run_is_the_same_base(copied, tmp_path):
     name = "pretrained_model_name_or_path"
     state["config"][name], state["paths"][name] = "/gone/base", "../base"
     torch.save(state, file)
-    config = replace(copied, **{name: str(tmp_path / "base")})
+    config = TrainConfig.from_dict({**state["config"], name: str(tmp_path / "base")})
     with refused("resume_from_checkpoint", f"{name} (/gone/base -> "):
         check_same_run("checkpoint-4", read_state(file.parent), config, state["contents"])
     (tmp_path / "base").mkdir()
