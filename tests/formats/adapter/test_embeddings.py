@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.export import inspect_adapter
@@ -22,7 +24,7 @@ from dora_diffusion.formats.adapter.embeddings import (
     write_embeddings,
 )
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.formats.layouts import PROGRAMS
+from dora_diffusion.formats.layouts import FACTS, PROGRAMS
 from dora_diffusion.numerics.weights import LayerWeights
 
 WIDTHS = {"sd1": [768], "sd2": [1024], "sdxl": [768, 1280]}
@@ -135,6 +137,57 @@ def test_a_word_s_file_has_a_name_that_a_prompt_can_hold(tmp_path: Path, stem: s
     assert not re.search(r"[\s()\[\]{}:,]", file.name)
     kept = re.sub(r"[^\w.-]", "", stem)
     assert re.sub("_", "", file.stem.removesuffix("_bolt")) == kept
+
+
+# What splits a text before CLIP's tokens are looked up.
+CLIP_PIECES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
+
+
+def comfyui_reads(text: str, name: str) -> bool:
+    """Whether ComfyUI (comfy/sd1_clip.py) finds an embedding of this name in a text.
+
+    Brackets, and a weight in them, are taken off first; then words are what spaces separate.
+    """
+    text = re.sub(r"\((.*?)(:[\d.]+)?\)", r" \1 ", text.replace("\n", " ")).replace("(", " ")
+    pieces = text.split(" ")
+    starts = [piece.removeprefix("embedding:") for piece in pieces if "embedding:" in piece[:10]]
+    return name in [start.strip(",") for start in starts]
+
+
+def a1111_reads(text: str, name: str) -> bool:
+    """Whether A1111 and Forge find a name: as its tokens, among those of the text."""
+    words, own = CLIP_PIECES.findall(text), CLIP_PIECES.findall(name)
+    return any(words[i : i + len(own)] == own for i in range(len(words)))
+
+
+@pytest.mark.parametrize("after", ["", *string.punctuation, *"a1 \n", ":1.2)"])
+def test_each_program_is_told_what_may_follow_a_word(after: str, sd1_folder: Path) -> None:
+    """By the program's own rule, restated; of Diffusers by its own tokenizer."""
+    told, name = FACTS["trained_words"], "my_bolt"
+    is_weight = after == ":1.2)"
+    start = "(" if after.endswith(")") else ""
+    is_read = comfyui_reads(f"a {start}embedding:{name}{after} x", name)
+    assert is_read == (after in ("", *" ,()\n") or is_weight)
+    assert "a space, comma, ) or :WEIGHT) after it" in told["comfyui"]
+    dropped = told["comfyui"].partition("such as ")[2].partition(", ComfyUI drops")[0].split()
+    assert dropped == [*".;:?'/"]
+    assert after not in dropped or not is_read
+    assert a1111_reads(f"a {name}{after} x", name) == (after != "a")
+    assert "which no letter may touch" in told["a1111"]
+    assert told["a1111"] == told["forge"]
+    tokenizer = CLIPTokenizer.from_pretrained(sd1_folder / "tokenizer")
+    tokenizer.add_tokens("<bolt>")
+    assert "<bolt>" in tokenizer.tokenize(f"a <bolt>{after}x")
+    assert "any character may touch" in told["diffusers"]
+    assert re.findall(r"<[a-zA-Z0-9., _-]+>", f"a <{name}>{after}x") == [f"<{name}>"]
+    assert "any character may touch" in told["invokeai"]
+
+
+@pytest.mark.parametrize("before", ["", *string.punctuation.replace(")", ""), *"a \n"])
+def test_what_may_precede_a_word_of_comfyui_is_told(before: str) -> None:
+    is_read = comfyui_reads(f"x {before}embedding:bolt x", "bolt")
+    assert is_read == (before in ("", *" (\n"))
+    assert "a space or ( before it" in FACTS["trained_words"]["comfyui"]
 
 
 @pytest.mark.parametrize("program", ["", *PROGRAMS])
