@@ -21,6 +21,7 @@ from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers, own_mod
 from dora_diffusion.adapters.parametrizations import ProjectedParametrization
 from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.config.wording import listing
+from dora_diffusion.formats.adapter.beside import UnreadFile
 from dora_diffusion.formats.adapter.embeddings import MissingToken
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
@@ -266,7 +267,7 @@ def read_for(
             stacklevel=4,
         )
     for note in adapter.notes:
-        if isinstance(note, MissingToken):
+        if isinstance(note, (MissingToken, UnreadFile)):
             warnings.warn(f"{find_adapter(path).name}: {note}", stacklevel=4)
     return adapter
 

@@ -34,7 +34,7 @@ EMBEDDINGS = "embeddings"
 _READS_TOKENS = "{}.text_model.encoder.layers.0.self_attn.q_proj"
 _KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _ALONE = "emb_params"
-_COMPONENTS = {key: component for component, key in _KEYS.items()} | {
+COMPONENTS = {key: component for component, key in _KEYS.items()} | {
     "clip_h": "text_encoder", _ALONE: "text_encoder"
 }  # fmt: skip
 # Files that are named by their format alone: those of a run, which name no adapter.
@@ -91,7 +91,7 @@ def read_embedding(file: Path) -> dict[str, dict[str, Tensor]]:
     own = stored.metadata.get(OWN + "token", file.stem)
     tokens: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.tensors().items():
-        token, component = (own, _COMPONENTS[key]) if key in _COMPONENTS else (key, "text_encoder")
+        token, component = (own, COMPONENTS[key]) if key in COMPONENTS else (key, "text_encoder")
         tokens.setdefault(token, {})[component] = tensor
     return tokens
 
@@ -137,7 +137,7 @@ def take_bundled(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Pop the tokens from a file's tensors, by token."""
     tokens: dict[str, dict[str, Tensor]] = {}
     for match in filter(None, map(BUNDLED_TOKEN.fullmatch, list(tensors))):
-        component = _COMPONENTS[match["key"]]
+        component = COMPONENTS[match["key"]]
         tokens.setdefault(match["token"], {})[component] = tensors.pop(match[0])
     return tokens
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dora_diffusion.config.families import FAMILIES, guess_family
 from dora_diffusion.formats.adapter.alpha import AlphaOfTraining, AssumedAlpha
+from dora_diffusion.formats.adapter.beside import tokens_beside
 from dora_diffusion.formats.adapter.decode import decode_layers, fit_to_model
 from dora_diffusion.formats.adapter.embeddings import (
     EMBEDDINGS,
@@ -278,6 +279,8 @@ def _decode_file(
         )
     if not is_bundled:
         tokens |= read_embeddings(folder, metadata, notes)
+    if not tokens and file.config is None and OWN + "format_version" not in metadata:
+        tokens |= tokens_beside(file.path, notes)
     check_tokens(tokens, shapes)
     parsed = _parsed(metadata, layers)
     if tokens and component is None:

@@ -26,6 +26,9 @@ from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, AdapterFormatEr
 from dora_diffusion.formats.layouts.other import layout_of
 from dora_diffusion.formats.layouts.vera import VERA_FILE
 
+PIVOTAL = "_emb"
+"""End of the name of the tokens' file of Diffusers' advanced scripts, ``NAME_emb.safetensors``."""
+
 
 class StoredFile:
     """One tensor file of an adapter, whose header is read once.
@@ -148,6 +151,8 @@ def find_adapter(path: str | Path) -> Path:
     files = sorted(path.glob("*.safetensors"))
     # Beside the ordinary file it holds the same.
     files = [file for file in files if file.name != VERA_FILE] or files
+    # Tokens that Diffusers' advanced scripts wrote for one of the others.
+    files = [file for file in files if not file.stem.endswith(PIVOTAL)] or files
     files = files or sorted(path.glob("pytorch_lora_weights.bin"))
     if len(files) != 1:
         names = ", ".join(file.name for file in files)
