@@ -74,11 +74,26 @@ def _drawn(args: RequestedImages) -> Callable[[str, int], str]:
 
     Raises:
         ConfigError: If they cannot be drawn.
-    """
-    if not args.wildcards:
-        return lambda prompt, seed: prompt
-    from dora_diffusion.data.captions import CaptionRules, Wildcards
 
+    Warns:
+        UserWarning: Of a prompt that has some and is not to be drawn.
+    """
+    from dora_diffusion.data.captions import WILD, CaptionRules, Wildcards
+
+    known = set[str]()
+
+    def as_text(prompt: str, seed: int) -> str:
+        if WILD.search(prompt) and prompt not in known:
+            known.add(prompt)
+            warnings.warn(
+                f"{{a|b}} and __file__ are read as text: {quoted(prompt)}; draw them with "
+                "--wildcards",
+                stacklevel=3,
+            )
+        return prompt
+
+    if not args.wildcards:
+        return as_text
     return CaptionRules(wildcards=Wildcards(args.wildcard_dir)).draw_prompt
 
 

@@ -29,6 +29,7 @@ _PIECE = re.compile(
     rf"|((?:(?!\s*\b{BREAK}\b)[^\\()\[\]:])+|:)"
 )
 _EDITING = re.compile(r"(?<!\\)\[[^\[\]()]*(?:\|[^\[\]]*|:\s*[.\d]+\s*)(?<!\\)\]")
+_BRACKETS = re.compile(r"(?<!\\)\([^()\[\]]*(?<!\\)\)")
 
 
 class Chunk(NamedTuple):
@@ -45,7 +46,21 @@ def has_weights(prompt: str) -> bool:
 
 def has_editing(prompt: str) -> bool:
     """Return whether a prompt changes over the steps in A1111: ``[a:b:0.5]``, ``[a|b]``."""
+    # What is in round brackets is one piece of what is in square ones.
+    while prompt != (prompt := _BRACKETS.sub("x", prompt)):
+        pass
     return _EDITING.search(prompt) is not None
+
+
+def unread_syntax(prompt: str) -> list[str]:
+    """Name what of a prompt has a meaning in A1111 or ComfyUI and is read as text here."""
+    kinds = {
+        "[a:b:0.5] and [a|b], which change a prompt over the steps": has_editing(prompt),
+        "AND, which combines prompts": re.search(r"\bAND\b", prompt),
+        "embedding:NAME, a trained word of ComfyUI": re.search(r"\bembedding:\S", prompt),
+        "<lora:NAME>, which loads an adapter": re.search("<(lora|lyco|hypernet):", prompt),
+    }
+    return [kind for kind, is_in in kinds.items() if is_in]
 
 
 def parse_weights(prompt: str) -> list[list[tuple[str, float]]]:

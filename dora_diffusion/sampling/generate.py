@@ -35,7 +35,7 @@ from dora_diffusion.formats.adapter.metadata import (
 )
 from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.emphasis import has_editing, has_weights, plain_parts
+from dora_diffusion.models.emphasis import has_weights, plain_parts, unread_syntax
 from dora_diffusion.models.load import load_components, quiet_libraries
 from dora_diffusion.models.memory import auto_precision, describe_device
 from dora_diffusion.models.offload import in_turns, place_model
@@ -513,12 +513,10 @@ def _warn_of_prompts(
     if settings.detail is not None and settings.detail.prompt:
         prompts, own = [*prompts, settings.detail.prompt], [*own, None]
     if settings.prompt_weights:
-        for text in {text for text in prompts if has_editing(text)}:
-            warnings.warn(
-                "[a:b:0.5] and [a|b], which change a prompt over the steps in web UIs, are read as "
-                f"text here: {quoted(text)}",
-                stacklevel=3,
-            )
+        for text in dict.fromkeys(prompts):
+            for kind in unread_syntax(text):
+                message = f"syntax of web UIs is read as text here ({kind}): {quoted(text)}"
+                warnings.warn(message, stacklevel=3)
         pairs = [
             (part, name) for text, name in zip_longest(prompts, own) for part in plain_parts(text)
         ]

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dora_diffusion.models.emphasis import has_editing, has_weights, parse_weights, plain_parts
+from dora_diffusion.models.emphasis import (
+    has_editing,
+    has_weights,
+    parse_weights,
+    plain_parts,
+    unread_syntax,
+)
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts, encode_weighted
 from dora_diffusion.models.words import add_tokens
+from dora_diffusion.sampling.generate import SamplingSettings, generate_images
 from tests.models.test_text import by_hand
 from tests.refusal import refused
 
@@ -239,9 +248,47 @@ def test_prompts_without_syntax_are_known(prompt, is_weighted):
 @pytest.mark.parametrize(("prompt", "is_edited"), [
     ("[cat:dog:0.5]", True), ("[cat::0.5] x", True), ("a [dog:10]", True), ("[a|b]", True),
     ("[dog]", False), ("(dog:1.2)", False), (r"\[a|b\]", False), ("[a, b]", False),
+    ("[(cat:1.2)|dog]", True), ("[((a:1.2) b):0.5]", True), ("(a [b|c])", True),
+    ("[a (b|c)]", False), ("[(cat:1.2)]", False), ("[a:b]", False),
 ])  # fmt: skip
 def test_prompt_editing_is_known(prompt, is_edited):
     assert has_editing(prompt) == is_edited
+
+
+# Syntax of A1111 and ComfyUI -> what of the message names it; empty where it is applied.
+SYNTAX = {
+    "a (red:1.3) dog": "", "a [red] dog": "", r"a \(red\) dog": "", "a red BREAK dog": "",
+    "a dog AND a cat": "AND, which", "a dog\nAND\na cat:0.5": "AND, which",
+    "a [red:blue:0.5] dog": "[a:b:0.5] and", "a [red|blue] dog": "[a:b:0.5] and",
+    "a [red::5] dog": "[a:b:0.5] and", "a embedding:mug dog": "embedding:NAME",
+    "(embedding:mug:1.2)": "embedding:NAME", "a dog <lora:x:1>": "<lora:NAME>",
+    "a dog <lyco:x:1>": "<lora:NAME>", "a dog <hypernet:x:1>": "<lora:NAME>",
+    "SAND, ANDY and an embedding: a dog": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", SYNTAX)
+def test_syntax_of_other_programs_is_applied_or_named(prompt):
+    named = SYNTAX[prompt]
+    kinds = unread_syntax(prompt)
+    assert [kind.startswith(named or "") for kind in kinds] == [True] * bool(named)
+    # What is applied is not in the text that is read.
+    assert (plain_parts(prompt) != [prompt]) or named != ""
+
+
+def test_each_prompt_is_told_once_of_syntax_that_is_read_as_text(sd1_folder):
+    components = load_components(sd1_folder)
+    settings = SamplingSettings(steps=1, width=16, height=16, prompt_weights=True)
+    for prompt_weights in (True, False):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            generate_images(
+                components, ["a dog AND a cat"] * 2, [0, 1],
+                replace(settings, prompt_weights=prompt_weights),
+            )  # fmt: skip
+        said = [str(warning.message) for warning in caught if "web UIs" in str(warning.message)]
+        line = "syntax of web UIs is read as text here (AND, which combines prompts): 'a dog AND"
+        assert [text.startswith(line) for text in said] == [True] * prompt_weights
 
 
 def test_a_weight_that_is_no_number_is_one_line():

@@ -377,6 +377,15 @@ def test_wildcards_are_drawn_by_each_images_seed(generate, tmp_path):
     assert generate(max_token_length=100)[1].startswith("error: max_token_length is 100; it must")
 
 
+@pytest.mark.parametrize("text", ["{red|blue}", "__colour__"])
+def test_wildcards_that_are_not_drawn_are_said_once(text, tmp_path, capsys):
+    words = ["generate", "--base=x", f"--prompt=a {text} mug", f"--output={tmp_path}/x.png"]
+    line = f"{{a|b}} and __file__ are read as text: 'a {text} mug'; draw them with --wildcards"
+    for flags in ([], ["--wildcards", f"--wildcard_dir={tmp_path}"]):
+        assert main([*words, "--num_images=2", *flags]) == 1  # There is no base of this name.
+        assert capsys.readouterr().err.count(line) == (not flags)
+
+
 def pixels(path):
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
