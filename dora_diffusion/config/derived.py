@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.fields import ConfigError, Setting, shown
-from dora_diffusion.config.file import PATHS
+from dora_diffusion.config.file import PATHS, RELATIVE
 from dora_diffusion.config.learning import WEIGHTINGS
-from dora_diffusion.config.paths import RELATIVE, relative_paths
+from dora_diffusion.config.paths import relative_paths
 from dora_diffusion.config.subject import ENTRY_SETTINGS
 from dora_diffusion.config.train import TrainConfig, framed_prompt, settings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ _MOST_BYTES, _MOST_VALUES = 2**24, 100_000
 SEGMENTS = "segments"
 """Key under which a resumed run records what changed at which step; no setting."""
 PATHS = "paths"
-"""Key of a file whose paths that begin with a dot are relative to its folder; no setting."""
+RELATIVE = "relative to this file"
+"""Key of a run's file and its value: paths that begin with a dot start there; no setting."""
 
 
 def read_facts(name: str) -> dict[str, Any]:
@@ -51,11 +53,31 @@ def read_config_lines(path: str | Path) -> tuple[dict[str, Any], Mapping[str, in
     require(isinstance(values, dict), f"{path} must hold 'setting: value' lines")
     given = {str(key): value for key, value in values.items() if key != SEGMENTS}
     lines = _lines(path, keys)
-    if PATHS in given:
-        from dora_diffusion.config.paths import resolve_paths
+    return resolve_paths(given, Path(path).expanduser().parent), lines
 
-        given = resolve_paths(given, Path(path).expanduser().parent)
-    return given, lines
+
+def resolve_paths(values: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
+    """Settings of a file in a folder, with the paths from there that are relative to the file.
+
+    They are those that begin with ``./`` or ``../``, where the file says so (`PATHS`).
+
+    Raises:
+        ConfigError: If the file says something else of its paths.
+    """
+    values = dict(values)
+    meaning = values.pop(PATHS, None)
+    require(
+        meaning in (None, RELATIVE),
+        f"{PATHS} is {meaning!r}; write '{PATHS}: {RELATIVE}', or leave the line out",
+    )
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith(("./", "../")):
+            return os.path.normpath(Path(folder, value))
+        is_entries = isinstance(value, list) and all(isinstance(each, dict) for each in value)
+        return [{n: resolved(v) for n, v in e.items()} for e in value] if is_entries else value
+
+    return {n: resolved(v) for n, v in values.items()} if meaning else values
 
 
 def read_yaml(path: str | Path) -> Any:

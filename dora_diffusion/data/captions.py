@@ -335,7 +335,7 @@ class CaptionRules:
 
     @property
     def draws_tags(self) -> bool:
-        """Whether a caption is taken apart into its tags."""
+        """True if a caption is taken apart into its tags."""
         return self.shuffle_tags or self.tag_dropout > 0.0
 
     def has_empty_tag(self, caption: str) -> bool:

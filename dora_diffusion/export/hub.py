@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config.paths import resolve_paths
+from dora_diffusion.config.file import resolve_paths
 from dora_diffusion.export.files import ExportError
 from dora_diffusion.formats.adapter.embeddings import embeddings_of
 from dora_diffusion.formats.adapter.metadata import without_paths

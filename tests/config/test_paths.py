@@ -12,7 +12,8 @@ import yaml
 
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file, settings
 from dora_diffusion.config.derived import as_yaml
-from dora_diffusion.config.paths import relative_paths, resolve_paths
+from dora_diffusion.config.file import resolve_paths
+from dora_diffusion.config.paths import relative_paths
 from dora_diffusion.config.subject import ENTRY_SETTINGS
 
 NAMES = [setting.name for setting in settings() if setting.is_path and setting.kind is not dict]
@@ -32,7 +33,7 @@ def project(tmp_path: Path, monkeypatch: Any) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_path_setting_moves_with_the_run(name: str, project: Path) -> None:
     written = {
-        "my-run": ".", "my-run/inner": "./inner", "photos/mug": "../photos/mug",
+        "my-run": "./", ".": "../", "my-run/inner": "./inner", "photos/mug": "../photos/mug",
         ".hidden": "../.hidden", str(project / "photos"): "../photos", "": "",
         "../far": str(project.parent / "far"), str(project.parent / "far"): None,
     }  # fmt: skip
@@ -51,7 +52,7 @@ def test_every_path_setting_moves_with_the_run(name: str, project: Path) -> None
 
 def test_names_of_models_stay_and_other_values_too(project: Path) -> None:
     values = {
-        "pretrained_model_name_or_path": "stabilityai/sdxl", "instance_prompt": "./photos",
+        "pretrained_model_name_or_path": "stabilityai/sdxl", "caption_separator": ".",
         "pretrained_vae_model_name_or_path": None, "init_adapter": "someone/adapter",
     }  # fmt: skip
     assert relative_paths(values, "my-run") == values

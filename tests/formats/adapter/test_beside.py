@@ -1,4 +1,4 @@
-"""What other programs leave beside an adapter: read as Diffusers reads it, or named."""
+"""Files of other programs beside an adapter: read as Diffusers reads them, or named."""
 
 from __future__ import annotations
 

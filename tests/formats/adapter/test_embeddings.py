@@ -144,7 +144,7 @@ CLIP_PIECES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+",
 
 
 def comfyui_reads(text: str, name: str) -> bool:
-    """Whether ComfyUI (comfy/sd1_clip.py) finds an embedding of this name in a text.
+    """Return whether ComfyUI (comfy/sd1_clip.py) finds an embedding of this name in a text.
 
     Brackets, and a weight in them, are taken off first; then words are what spaces separate.
     """
@@ -155,7 +155,7 @@ def comfyui_reads(text: str, name: str) -> bool:
 
 
 def a1111_reads(text: str, name: str) -> bool:
-    """Whether A1111 and Forge find a name: as its tokens, among those of the text."""
+    """Return whether A1111 and Forge find a name: as its tokens, among those of the text."""
     words, own = CLIP_PIECES.findall(text), CLIP_PIECES.findall(name)
     return any(words[i : i + len(own)] == own for i in range(len(words)))
 

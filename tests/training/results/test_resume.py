@@ -373,7 +373,7 @@ def test_a_base_that_was_copied_with_the_run_is_the_same_base(copied, tmp_path):
     """The checkpoint finds it beside the run in its new place; elsewhere it is another one."""
     file = tmp_path / "out" / "checkpoint-4" / STATE_FILE
     state = torch.load(file, weights_only=True)
-    assert state["paths"]["output_dir"] == "."
+    assert state["paths"]["output_dir"] == "./"
     name = "pretrained_model_name_or_path"
     state["config"][name], state["paths"][name] = "/gone/base", "../base"
     torch.save(state, file)
