@@ -27,6 +27,8 @@ _OTHER_VALUES = {
 }  # fmt: skip
 _TYPES = {"int": "a whole number", "float": "a number"}
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+# Flags of files that may hold what is required.
+_SOURCES = ("--config", "--repeat")
 CONFIG_HELP = "YAML file of settings; flags given here take precedence over it."
 
 
@@ -102,7 +104,7 @@ class Parser(argparse.ArgumentParser):
         meant_by: The flag that an unknown one stands for, or None; both without dashes.
         first: The flags that ``--help`` shows, by destination, where ``--help-all`` has them all;
             None: it shows all.
-        has_file: Whether what is required may be in the file of ``--config`` instead.
+        has_file: Whether what is required may be in a file that is given instead.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -146,7 +148,7 @@ class Parser(argparse.ArgumentParser):
         commands = next((i for i, word in enumerate(words) if not word.startswith("-")), None)
         # Behind its command, a flag is the command's.
         self._refuse_unknown_flags(words if self._subparsers is None else words[:commands])
-        if self.has_file and any(word.partition("=")[0] == "--config" for word in words):
+        if self.has_file and any(word.partition("=")[0] in _SOURCES for word in words):
             for action in self._actions:
                 action.required = False
                 if not action.option_strings:
