@@ -26,6 +26,7 @@ from dora_diffusion.sampling.images import (
     parse_parameters,
     save_image,
 )
+from tests.properties import at_least
 
 LAYER = "lora_unet_mid_block_attentions_0_proj_in"
 RESULT = "pytorch_lora_weights.safetensors"
@@ -42,9 +43,8 @@ def adapter(path: Path, value: float) -> Path:
     return save_tensors(path, weights)
 
 
-def image_of(path: Path, used, base: str = "embedded:tiny-sd", **changes) -> Path:
-    settings = SamplingSettings(steps=1)
-    text = parameters_text("a mug", 3, settings, (8, 8), base, used, **changes)
+def image_of(path: Path, used, base: str = "embedded:tiny-sd") -> Path:
+    text = parameters_text("a mug", 3, SamplingSettings(steps=1), (8, 8), base, used)
     return save_image(Image.new("RGB", (1, 1)), path, text)
 
 
@@ -52,10 +52,10 @@ def requested(**given):
     return GenerateSettings.read({"output": "x.png", **given})
 
 
-def facts(settings) -> list[tuple[Path, float, float]]:
+def facts(request) -> list[tuple[Path, float, float]]:
     """File, strength in the text encoders and in the UNet of each adapter that is requested."""
     listed = []
-    for use in settings.uses():
+    for use in request.uses():
         own = MergeStrengths.of(use.strengths)
         shares = (own.strength * own.text_encoder_strength, own.strength * own.unet_strength)
         listed.append((Path(use.path).resolve(), *shares))
@@ -73,6 +73,7 @@ def folder(tmp_path_factory):
 NUMBERS = st.floats(-2, 2).map(lambda value: 0.0 if value == 0 else value)
 
 
+@at_least(40)
 @given(st.data())
 def test_a_request_for_adapters_is_repeated_whatever_they_are(folder, data) -> None:
     root, files = folder
@@ -89,6 +90,16 @@ def test_a_request_for_adapters_is_repeated_whatever_they_are(folder, data) -> N
     # The same where files are given, once each, in any order.
     shuffled = data.draw(st.permutations(sorted({str(file) for file, *_ in chosen})))
     assert facts(requested(repeat=str(source), adapter=shuffled or None)) == facts(first)
+
+
+def test_hashes_of_one_name_keep_their_places() -> None:
+    """Also where a folder of several files is among them, which has no hash."""
+    one = MergeStrengths()
+    used = [UsedAdapter(*each) for each in (
+        ("mug", one, "0" * 12), ("dog",), ("mug",), ("mug", one, "1" * 12),
+    )]  # fmt: skip
+    text = parameters_text("a mug", 3, SamplingSettings(steps=1), (8, 8), "cats", used)
+    assert adapters_of(parse_parameters(text)) == (used, [])
 
 
 def test_texts_of_other_programs_keep_order_and_name_what_is_not_read() -> None:
@@ -139,6 +150,17 @@ def test_an_adapter_is_found_in_each_folder_by_name_or_hash(
         requested(repeat=str(source), adapter_dir="adapter_dir")
     assert "mug" in str(error.value).partition("with another hash: ")[2]
     assert wrong.exists()
+
+
+def test_folders_are_searched_in_their_order(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = ["adapter_dir", "runs", "beside", "."]
+    files = [adapter(tmp_path / place / "mug.safetensors", n) for n, place in enumerate(places)]
+    source = image_of(Path("beside/x.png"), [UsedAdapter("mug")])
+    for file in files:
+        found = requested(repeat=str(source), adapter_dir="adapter_dir")
+        assert facts(found) == [(file, 1, 1)]
+        file.unlink()
 
 
 def test_a_checkpoint_is_found_by_its_name_in_texts(tmp_path, monkeypatch) -> None:
