@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.cli.settings import AdaptedModel, adapter_and_strengths
+from dora_diffusion.cli.settings import AdaptedModel
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
     from dora_diffusion.models.components import Components
     from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.sampling.images import UsedAdapter
     from dora_diffusion.sampling.stack import AdapterUse
 
 # Settings of a base that change the numbers, beside its name.
@@ -29,8 +30,8 @@ _LOADED = (
 _MOST_REPEATED = 64
 
 
-def repeated_settings(file: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings that an image's text gives, and the strength of each adapter by its name.
+def repeated_settings(file: str) -> tuple[dict[str, Any], list[UsedAdapter]]:
+    """The settings that an image's text gives, and its adapters in their order.
 
     Raises:
         PhotoError: If the file says nothing of how it was made.
@@ -38,10 +39,17 @@ def repeated_settings(file: str) -> tuple[dict[str, Any], dict[str, str]]:
     Warns:
         UserWarning: Of what has no meaning here.
     """
-    from dora_diffusion.sampling.images import LOADED, OWN_VERSION, read_fields, settings_of
+    from dora_diffusion.sampling.images import (
+        LOADED,
+        OWN_VERSION,
+        adapters_of,
+        read_fields,
+        settings_of,
+    )
 
     fields = read_fields(file)
-    values, unread = settings_of(fields)
+    (values, unread), (adapters, unread_shares) = settings_of(fields), adapters_of(fields)
+    unread += unread_shares
     skip, is_own = values.pop("clip_skip", None), fields.get("Version", "").startswith(OWN_VERSION)
     if skip is None and is_own:
         values["clip_skip"] = 0
@@ -54,12 +62,7 @@ def repeated_settings(file: str) -> tuple[dict[str, Any], dict[str, str]]:
         warnings.warn(
             f"of {Path(file).name}, this has no meaning here: {'; '.join(unread)}", stacklevel=2
         )
-    return values, _strengths_of(fields)
-
-
-def _strengths_of(fields: Mapping[str, str]) -> dict[str, str]:
-    names, strengths = (fields.get(key, "") for key in ("Adapter", "Adapter strength"))
-    return dict(zip(names.split(", "), strengths.split(", "), strict=True)) if names else {}
+    return values, adapters
 
 
 def loaded_text(model: RequestedImages | BaseModel) -> str:
@@ -68,20 +71,6 @@ def loaded_text(model: RequestedImages | BaseModel) -> str:
     values = {s.name: getattr(model, s.name, s.default) for s in known}
     moved = {s.name: values[s.name] for s in known if values[s.name] != s.default}
     return json.dumps(moved) if moved else ""
-
-
-def with_strengths(words: Sequence[str], strengths: Mapping[str, str]) -> list[str]:
-    """Adapters with the strengths of an image's by their names, where they have none themselves."""
-    from dora_diffusion.sampling.images import UsedAdapter
-
-    completed = []
-    for word in words:
-        path, *_ = adapter_and_strengths(word)
-        strength = strengths.get(UsedAdapter.of(path).tag_name)
-        if len(words) == len(strengths) == 1:
-            (strength,) = strengths.values()
-        completed.append(word if strength is None or path != word else f"{word}:{strength}")
-    return completed
 
 
 @dataclass(frozen=True)
@@ -110,13 +99,13 @@ class Repeated:
         from dora_diffusion.sampling.images import (
             BATCH_POSITION,
             BATCH_SIZE,
-            model_name,
+            is_model,
             read_fields,
         )
 
         name, fields = Path(args.repeat).name, read_fields(args.repeat)
-        model = fields.get("Model", model_name(args.base))
-        if model != model_name(args.base):
+        if not is_model(args.base, fields):
+            model = fields.get("Model") or fields.get("Model hash")
             warnings.warn(f"{name} was made with the model {model}, not {args.base}", stacklevel=3)
         cls._check_files(name, fields, args, settings)
         place = [fields.get(key, "") for key in (BATCH_SIZE, BATCH_POSITION)]
@@ -131,9 +120,11 @@ class Repeated:
         name: str, fields: Mapping[str, str], args: RequestedImages, settings: SamplingSettings
     ) -> None:
         from dora_diffusion.sampling.images import (
+            HASHES,
             INIT_IMAGE,
             MASK_IMAGE,
             UsedAdapter,
+            adapters_of,
             painted_fields,
         )
 
@@ -146,12 +137,13 @@ class Repeated:
         for key, given in ((INIT_IMAGE, args.image), (MASK_IMAGE, f"the mask {args.mask_image}")):
             if key in fields and painted.get(key) != fields[key]:
                 warnings.warn(f"{name} was made over another image than {given}", stacklevel=4)
-        known = fields.get("Lora hashes", "")
-        for use in args.uses() if known else []:
+        hashes = tuple(adapter.hash for adapter in adapters_of(fields)[0] if adapter.hash)
+        for use in args.uses() if hashes else []:
             own = UsedAdapter.of(use.path).hash
-            if own and own not in known:
+            if own and not own.startswith(hashes):
                 warnings.warn(
-                    f"{name} was made with another adapter file ({known}) than {use.path} ({own})",
+                    f"{name} was made with another adapter file ({fields[HASHES]}) than {use.path} "
+                    f"({own})",
                     stacklevel=4,
                 )
 

@@ -71,8 +71,8 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
     adapter_dir: str | None = flag(
         None,
         "Folder of adapters that the prompt may name as in web UIs: <lora:NAME:0.8> applies "
-        "NAME.safetensors of it, or of its folder NAME; --repeat finds an image's adapters there.",
-        needs=(lambda config: "the prompt names no adapter",),
+        "NAME.safetensors of it, or of its folder NAME; --repeat looks there first.",
+        needs=(lambda config: None if config.repeat else "the prompt names no adapter",),
     )
     prompt: str | None = flag(
         None, "Prompt; required, unless each entry of --adapters_file has one."
@@ -115,7 +115,9 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
     repeat: str | None = flag(
         None,
         "Image to repeat (PNG, JPEG, WebP) with the prompt, seed and settings in it, of this "
-        "program, A1111 or a plain workflow of ComfyUI. Flags take precedence.",
+        "program, A1111 or a plain workflow of ComfyUI. Base and adapters that are not given are "
+        "looked up by hash and name: in --adapter_dir, the runs, the image's folder and the "
+        "current one. Flags take precedence.",
     )
     image: str | None = flag(
         None, "Image to paint over, or into with a mask, cut to the size from the middle."
@@ -331,20 +333,30 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
         return SamplingSettings(**given, strength_schedules=schedules)
 
 
+def adapter_folder(folder: str) -> Path:
+    """The folder of adapters that prompts name.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    path = Path(folder).expanduser()
+    require(
+        path.is_dir(), f"adapter_dir {folder} is not a folder; give one of adapters", "adapter_dir"
+    )
+    return path
+
+
 def adapter_named(folder: str, name: str) -> str:
     """The file of an adapter of a folder, by its name in texts.
 
     Raises:
         ConfigError: If there is none.
     """
+    from dora_diffusion.formats.files.runs import adapter_files
     from dora_diffusion.sampling.images import adapter_name, tag_name
 
-    place = Path(folder).expanduser()
-    require(
-        place.is_dir(), f"adapter_dir {folder} is not a folder; give one of adapters", "adapter_dir"
-    )
-    # What is directly there comes last, and counts.
-    files = [*sorted(place.glob("*/*.safetensors")), *sorted(place.glob("*.safetensors"))]
+    # What is directly there comes first, and counts.
+    files = reversed(adapter_files(adapter_folder(folder)))
     known = {tag_name(adapter_name(file)): str(file) for file in files}
     require(
         name in known,

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dora_diffusion.sampling.stack import AdapterUse
 
 BATCH_SIZE, BATCH_POSITION = "Batch size", "Batch pos"
+HASHES, MODEL_HASH = "Lora hashes", "Model hash"
 TOKEN_LENGTH, LOADED = "Max token length", "Loaded with"
 _UPSCALER, _LANCZOS = "Hires upscaler", "Lanczos"
 INIT_IMAGE, MASK_IMAGE = "Init image hash", "Mask image hash"
@@ -51,6 +52,9 @@ _LONGEST = 100_000
 # A name's length has a limit, since without one a line of spaces takes the cube of its length.
 _FIELD = re.compile(r'([\w-][\w /-]{0,63}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _TAG = re.compile(r" ?<lora:([^:<>]+)((?::[^:<>]+)*)>")
+# One number, or two: of text encoders and UNet; and what other programs add to them.
+_NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?![^:])"
+_STRENGTHS = re.compile(rf"(?:{_NUMBER}(?::{_NUMBER})?)?:?(.*)", re.DOTALL)
 # Other networks that A1111 loads by a prompt.
 _OTHER_TAG = re.compile(r"<(?:hypernet|lyco):[^<>]+>")
 # Fields of a text -> the settings that they give.
@@ -70,7 +74,7 @@ _SETTINGS: Mapping[str, tuple[str, type]] = {
 _LISTS = {LAYERS: ("layer_strength", ", "), SCHEDULE: ("strength_schedule", " | ")}
 # Fields that say what was there, or are of a setting that another field gives.
 _FACTS = (
-    "Model", "Model hash", "Version", "Adapter", "Adapter strength", "Lora hashes", BATCH_SIZE,
+    "Model", MODEL_HASH, "Version", "Adapter", "Adapter strength", HASHES, BATCH_SIZE,
     BATCH_POSITION, LOADED, INIT_IMAGE, MASK_IMAGE,
 )  # fmt: skip
 
@@ -200,8 +204,11 @@ def parameters_text(
     fields |= {
         name: number_text(value) for name, (value, usual) in numbers.items() if value != usual
     }
-    if known := [f"{adapter.tag_name}: {adapter.hash}" for adapter in adapters if adapter.hash]:
-        fields["Lora hashes"] = ", ".join(known)
+    # Of several with one name, the place tells whose hash it is: one without has an empty hash.
+    hashed = {adapter.tag_name for adapter in adapters if adapter.hash}
+    known = [f"{each.tag_name}: {each.hash}" for each in adapters if each.tag_name in hashed]
+    if known:
+        fields[HASHES] = ", ".join(known)
     fields["Version"] = OWN_VERSION + __version__
     return _written(shown, _one_paragraph(settings.negative_prompt), fields)
 
@@ -278,11 +285,26 @@ def model_name(model: str) -> str:
     return name.removesuffix(".safetensors")
 
 
+def model_hash(model: str | Path) -> str:
+    """The 10 digits by which web UIs know a model's file; empty for another model."""
+    path = Path(model).expanduser()
+    return _model_hash(path.resolve(), *_version(path)) if path.is_file() else ""
+
+
+def is_model(model: str, fields: Mapping[str, str]) -> bool:
+    """Return whether a text may name a model: by the file's hash, or by the name where it has none.
+
+    Args:
+        model: A base as settings name it.
+        fields: The text's, as `parse_parameters` returns them.
+    """
+    stated, own = fields.get(MODEL_HASH), model_hash(model)
+    return own == stated if stated and own else fields.get("Model") in (None, model_name(model))
+
+
 def _model_fields(model: str, is_hashed: bool) -> dict[str, str]:
-    path, fields = Path(model).expanduser(), {"Model": model_name(model)}
-    if is_hashed and path.is_file():
-        fields = {"Model hash": _model_hash(path.resolve(), *_version(path)), **fields}
-    return fields
+    digest = model_hash(model) if is_hashed else ""
+    return {**({MODEL_HASH: digest} if digest else {}), "Model": model_name(model)}
 
 
 def _quoted(value: str) -> str:
@@ -313,8 +335,10 @@ def parse_parameters(text: str) -> dict[str, str]:
     prompt, tags = split_tags(prompt)
     fields = {"Prompt": prompt, "Negative prompt": negative}
     if tags:
-        fields["Adapter"] = ", ".join(name for name, _ in tags)
-        fields["Adapter strength"] = ", ".join(shares[1:] or "1" for _, shares in tags)
+        fields["Adapter"] = ", ".join(tag_name(name) for name, _ in tags)
+        fields["Adapter strength"] = ", ".join(
+            re.sub(r",\s+", ",", shares[1:]) or "1" for _, shares in tags
+        )
     for name, value in _FIELD.findall(last):
         try:
             fields[name] = str(json.loads(value)) if value.startswith('"') else value.strip()
@@ -324,6 +348,39 @@ def parse_parameters(text: str) -> dict[str, str]:
         fields["Sampler"] = own
         fields.pop("Schedule type", None)
     return fields
+
+
+def adapters_of(fields: Mapping[str, str]) -> tuple[list[UsedAdapter], list[str]]:
+    """The adapters of a text, in its order, and what of their strengths has no meaning here.
+
+    Several of one name have their hashes in the same order; web UIs write one hash for all.
+
+    Args:
+        fields: As `parse_parameters` returns them.
+
+    Raises:
+        ValueError: If a strength is out of its limits.
+    """
+    hashes: dict[str, list[str]] = {}
+    for pair in filter(None, fields.get(HASHES, "").split(",")):
+        name, _, digest = pair.rpartition(":")
+        hashes.setdefault(name.strip(), []).append(digest.strip())
+    adapters, unread = list[UsedAdapter](), list[str]()
+    names, texts = (fields.get(key, "") for key in ("Adapter", "Adapter strength"))
+    for name, text in zip(names.split(", "), texts.split(", "), strict=True) if names else ():
+        first, second, other = _STRENGTHS.fullmatch(text).groups()  # type: ignore[union-attr]
+        if other:
+            unread.append(f"<lora:{name}:{text}>: {other}")
+        text_encoder = 1.0 if first is None else float(first)
+        shares = {
+            "text_encoder_strength": text_encoder,
+            "unet_strength": float(second or text_encoder),
+        }
+        own = hashes.get(name, [""])
+        adapters.append(
+            UsedAdapter(name, MergeStrengths(**shares), own.pop(0) if len(own) > 1 else own[0])
+        )
+    return adapters, unread
 
 
 def settings_of(fields: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:

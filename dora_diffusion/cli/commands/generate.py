@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.console.output import progress, say
 from dora_diffusion.cli.image_rows import Row, image_rows, warn_of_triggers
-from dora_diffusion.cli.repeat import Repeated, repeated_settings, with_strengths
-from dora_diffusion.cli.requested_images import RequestedImages, adapter_named
+from dora_diffusion.cli.repeat import Repeated, repeated_settings
+from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.file import read_config_file
 
@@ -35,13 +35,13 @@ class GenerateSettings(RequestedImages):
 
         Raises:
             ConfigError, PhotoError: If one of these cannot be read, a value is not valid, or the
-                image was made with adapters and they are not given.
+                image's base or adapters are neither given nor found.
         """
         values = {**(read_config_file(file) if file else {}), **given}
         image = values.get("repeat")
         if not image:
             return super().read(given, file).named_adapters()
-        found, strengths = repeated_settings(str(image))
+        found, adapters = repeated_settings(str(image))
         found = {name: value for name, value in found.items() if name not in values}
         model = str(found.get("detail", ""))
         require(
@@ -50,20 +50,10 @@ class GenerateSettings(RequestedImages):
             "--detail",
             "detail",
         )
-        words = values.get("adapter") or []
-        words = [words] if isinstance(words, str) else words
-        if strengths and not words and values.get("adapter_dir"):
-            words = [adapter_named(values["adapter_dir"], name) for name in strengths]
-            given = {**given, "adapter_dir": None}
-        require(
-            len(words) >= len(strengths),
-            f"{Path(str(image)).name} was made with the adapter{'s' * (len(strengths) > 1)} "
-            f"{', '.join(strengths)}; give each one's file with --adapter",
-            "adapter",
-        )
-        if strengths:
-            given = {**given, "adapter": with_strengths(words, strengths)}
-        return super().read({**found, **given}, file).named_adapters()
+        from dora_diffusion.cli.lookup import base_and_adapters
+
+        found |= base_and_adapters(str(image), values, adapters)
+        return super().read({**given, **found}, file).named_adapters()
 
     def perform(self) -> int:
         """Generate images, and write them with what made them."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +28,8 @@ _OTHER_VALUES = {
 }  # fmt: skip
 _TYPES = {"int": "a whole number", "float": "a number"}
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+# Flags of files that may hold what is required.
+_SOURCES = ("--config", "--repeat")
 CONFIG_HELP = "YAML file of settings; flags given here take precedence over it."
 
 
@@ -35,7 +38,9 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        takes_part = action.option_strings and not action.required and text
+        # A required flag has no default, also where a file may hold it.
+        has_default = not action.required and action.default is not argparse.SUPPRESS
+        takes_part = action.option_strings and has_default and text
         if not takes_part or "Default:" in text or action.dest in ("help", "help_all", "version"):
             return text
         default = {False: "off", True: "on", None: "none", "": "none"}.get(
@@ -102,7 +107,7 @@ class Parser(argparse.ArgumentParser):
         meant_by: The flag that an unknown one stands for, or None; both without dashes.
         first: The flags that ``--help`` shows, by destination, where ``--help-all`` has them all;
             None: it shows all.
-        has_file: Whether what is required may be in the file of ``--config`` instead.
+        has_file: Whether what is required may be in a file that is given instead.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -146,16 +151,27 @@ class Parser(argparse.ArgumentParser):
         commands = next((i for i, word in enumerate(words) if not word.startswith("-")), None)
         # Behind its command, a flag is the command's.
         self._refuse_unknown_flags(words if self._subparsers is None else words[:commands])
-        if self.has_file and any(word.partition("=")[0] == "--config" for word in words):
-            for action in self._actions:
-                action.required = False
-                if not action.option_strings:
-                    action.nargs = "*" if action.nargs == "+" else "?"
-        known, left = super().parse_known_args(self._closed(words), namespace)
+        has_source = self.has_file and any(word.partition("=")[0] in _SOURCES for word in words)
+        with self._with_nothing_required() if has_source else nullcontext():
+            known, left = super().parse_known_args(self._closed(words), namespace)
         if left:
             what = counted(len(left), "word")
             self.error(f"{what} too many: {' '.join(left)}; put a value that has spaces in quotes")
         return known, left
+
+    @contextmanager
+    def _with_nothing_required(self) -> Iterator[None]:
+        """Require no flag and no positional argument inside the block."""
+        kept = [(action, action.required, action.nargs) for action in self._actions]
+        for action in self._actions:
+            action.required = False
+            if not action.option_strings:
+                action.nargs = "*" if action.nargs == "+" else "?"
+        try:
+            yield
+        finally:
+            for action, required, nargs in kept:
+                action.required, action.nargs = required, nargs
 
     def _closed(self, words: Sequence[str]) -> list[str]:
         """The words so that no switch takes one that belongs to the command for its value."""

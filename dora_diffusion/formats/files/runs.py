@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+from dora_diffusion import system
+
 PIPELINE_NAME = "model"
 """Folder of the model in that of a run of full fine-tuning."""
 _LONGEST = 60
@@ -28,9 +30,29 @@ ADAPTER_FILES = (
 )  # fmt: skip
 
 
+def runs_folder() -> Path:
+    """``runs`` where the app is started; on Windows the user's own folder for such data.
+
+    A program that is started from Windows' menu has no working folder that it may write to. A
+    folder ``runs`` that is there is taken all the same.
+    """
+    here = Path("runs")
+    if not system.is_windows() or here.is_dir():
+        return here
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("dora-diffusion", appauthor=False)) / "runs"
+
+
 def result_adapter(folder: Path) -> Path | None:
     """The adapter file that a finished run left, or that a checkpoint holds."""
     return next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """Return the tensor files of a folder, of its folders and runs' checkpoints in this order."""
+    patterns = ("*.safetensors", "*/*.safetensors", "*/checkpoint-*/*.safetensors")
+    return [file for pattern in patterns for file in sorted(folder.glob(pattern), reverse=True)]
 
 
 def adapter_checkpoints(folder: Path) -> tuple[str, ...]:

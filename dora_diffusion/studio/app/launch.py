@@ -11,7 +11,7 @@ from pathlib import Path
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.fields import flag
-from dora_diffusion.studio.jobs.store import Workspace
+from dora_diffusion.formats.files.runs import runs_folder
 from dora_diffusion.system import is_address, is_loopback, is_number, plain_host, split_host
 
 AUTH_VARIABLE = "DORA_DIFFUSION_AUTH"
@@ -43,7 +43,7 @@ class Launch(CommandSettings):
         f"Logins, with commas between several; or set {AUTH_VARIABLE}. {SHARED}",
         metavar="NAME:PASSWORD",
     )
-    runs_dir: Path = flag(Workspace.default_root(), "Folder of runs and photos.")
+    runs_dir: Path = flag(runs_folder(), "Folder of runs and photos.")
     models: list[str] = flag(
         [],
         "Base models to offer; when others can reach the app, the only ones besides the embedded "

@@ -25,8 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from dora_diffusion import system
 
 _ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
@@ -69,18 +67,6 @@ class Workspace:
     """
 
     root: Path
-
-    @classmethod
-    def default_root(cls) -> Path:
-        """``runs`` where the app is started; on Windows the user's own folder for such data.
-
-        A program that is started from Windows' menu has no working folder that it may write to. A
-        folder ``runs`` that is there is taken all the same.
-        """
-        here = Path("runs")
-        if not system.is_windows() or here.is_dir():
-            return here
-        return Path(platformdirs.user_data_dir("dora-diffusion", appauthor=False)) / "runs"
 
     @property
     def subjects(self) -> Path:

@@ -414,7 +414,8 @@ def test_an_image_is_repeated_bit_for_bit(sd1_folder, trained, tmp_path, capsys)
     assert not np.array_equal(pixels(first), pixels(again))
     assert repeat(sd1_folder, first, again) == 1
     error = capsys.readouterr().err
-    assert f"first.png was made with the adapter {trained.name}; give each one's file with" in error
+    assert f"first.png was made with the adapter {trained.name}, not found in runs, " in error
+    assert "give each adapter's file with --adapter" in error
 
 
 @pytest.mark.parametrize("axes", [[], ["steps=1, 2"]])
@@ -503,12 +504,31 @@ def test_several_adapters_are_written_and_repeated(
     assert np.array_equal(pixels(first), pixels(again))
     assert read_parameters(first) == read_parameters(again)
     assert "warning" not in capsys.readouterr().err
-    assert repeat(sd1_folder, first, again, "--adapter", trained) == 1
-    error = capsys.readouterr().err
-    assert f"made with the adapters {trained.name}, other one; give each one's file" in error
+    # The other one is beside the image.
+    assert repeat(sd1_folder, first, again, "--adapter", trained) == 0
+    assert read_parameters(first) == read_parameters(again)
     # One that has a strength keeps it; without layers and schedules it is another image.
     assert run(sd1_folder, again, "--seed", "3", "--adapter", *words, "--overwrite") == 0
     assert not np.array_equal(pixels(first), pixels(again))
+
+
+def test_adapters_of_one_name_and_one_that_is_there_twice_are_repeated_by_the_image_alone(
+    sd1_folder, random_adapter, tmp_path, monkeypatch, capsys
+):
+    files = [tmp_path / "a" / "mug.safetensors", tmp_path / "b" / "mug.safetensors"]
+    for seed, file in enumerate(files, start=1):
+        file.parent.mkdir()
+        layers = random_adapter(sd1_folder, seed=seed, every=3)
+        write_adapter(file, AdapterFile(layers, AdapterMetadata("sd1")))
+    words = [f"{files[0]}:0.9", f"{files[1]}:0.3", f"{files[0]}:0.2:0.4"]
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    assert run(sd1_folder, first, "--seed", "3", "--adapter", *words) == 0
+    monkeypatch.chdir(sd1_folder.parent)
+    assert main(["generate", "--repeat", str(first), "--output", str(again)]) == 0
+    assert first.read_bytes() == again.read_bytes()
+    error = capsys.readouterr().err
+    assert f"found for first.png: {sd1_folder.name}, {files[0]}, {files[1]}\n" in error
+    assert "warning" not in error
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,19 @@ def test_dtypes_are_taken_under_their_short_names():
     assert cli.build_parser().parse_args(words).dtype == "bfloat16"
 
 
+def test_a_file_of_settings_leaves_the_parser_as_it_was():
+    """Help can be shown with it, and the next command needs what is required again."""
+    (commands,) = (a for a in cli.build_parser()._actions if isinstance(a.choices, dict))
+    parsers = [command for command in commands.choices.values() if command.has_file]
+    assert len(parsers) > 10
+    for command in parsers:
+        before = command.format_help()
+        with pytest.raises(SystemExit) as stop:
+            command.parse_args(["--config", "x.yaml", "--help"])
+        assert stop.value.code == 0
+        assert command.format_help() == before
+
+
 def shown(capsys, flag):
     """The help of train: its text, headings, and settings."""
     with pytest.raises(SystemExit) as stop:

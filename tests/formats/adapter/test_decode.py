@@ -37,7 +37,7 @@ from tests.formats.adapter.helpers import (
     read_or_refused,
     saved,
 )
-from tests.properties import at_least
+from tests.properties import at_least, fresh
 
 
 def test_tucker_convolutions_are_folded(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_no_damage_gets_past_the_readers(
     edits: list[tuple[str, int, bytes]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Read, or refused in our own words: never an error from inside a library."""
-    path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
+    path = fresh(tmp_path_factory.getbasetemp() / "fuzzed.safetensors")
     path.write_bytes(mutated(edits))
     try:
         layers = read_adapter(path).layers
@@ -191,7 +191,7 @@ def test_no_strange_tensors_get_past_the_readers(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
     """Any shapes, dtypes and metadata under names that are known, beside a good layer or alone."""
-    path = tmp_path_factory.getbasetemp() / "strange.safetensors"
+    path = fresh(tmp_path_factory.getbasetemp() / "strange.safetensors")
     whole = {
         f"unet.{BLOCK}.attn1.to_q.lora_A.weight": torch.ones(2, 8),
         f"unet.{BLOCK}.attn1.to_q.lora_B.weight": torch.ones(8, 2),

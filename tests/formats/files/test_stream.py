@@ -27,7 +27,7 @@ from dora_diffusion.formats.files.stream import (
     write_tensors,
 )
 from tests.formats.adapter.helpers import ODD
-from tests.properties import at_least
+from tests.properties import at_least, fresh
 
 PREFIX = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 
@@ -64,8 +64,8 @@ def test_no_strange_index_gets_past_the_reader_of_shards(
     index: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
-    save_file({"a": torch.ones(2), "b": torch.zeros(3)}, folder / "s.safetensors")
-    path = folder / "s.safetensors.index.json"
+    save_file({"a": torch.ones(2), "b": torch.zeros(3)}, fresh(folder / "s.safetensors"))
+    path = fresh(folder / "s.safetensors.index.json")
     path.write_text(index, "utf-8")
     try:
         with TensorReader(path) as reader:

@@ -14,6 +14,7 @@ from dora_diffusion.formats.files.stream import (
     read_header,
     save_tensors,
 )
+from tests.properties import fresh
 
 
 def with_header(header: str, data: bytes) -> bytes:
@@ -72,7 +73,7 @@ def test_a_damaged_header_is_refused_in_plain_words(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         for _ in range(random.randint(1, 3)):
             damaged[random.randrange(120)] = random.choice(b'0123456789[]{},":-.eFxy\x00\xff')
-        path.write_bytes(damaged)
+        fresh(path).write_bytes(damaged)
         try:
             with TensorReader(path) as reader:
                 assert all(reader[name].shape == spec.shape for name, spec in reader.specs.items())

@@ -20,7 +20,7 @@ from tests.formats.adapter.helpers import (
     read_or_refused,
 )
 from tests.formats.layouts.helpers import assert_close_to_merge
-from tests.properties import at_least
+from tests.properties import at_least, fresh
 
 
 def test_a_peft_folder_made_by_peft_is_read(tmp_path: Path, sd1_folder: Path) -> None:
@@ -70,8 +70,8 @@ def test_no_strange_config_gets_past_the_reader_of_peft_folders(
     tensors = {
         f"{path}.lora_A.weight": torch.ones(2, 8), f"{path}.lora_B.weight": torch.ones(8, 2)
     }  # fmt: skip
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(config, "utf-8")
+    save_file(tensors, fresh(folder / "adapter_model.safetensors"))
+    fresh(folder / "adapter_config.json").write_text(config, "utf-8")
     read_or_refused(folder, False)
 
 

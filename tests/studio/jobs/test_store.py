@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import platformdirs
 import pytest
 
 from dora_diffusion import system
@@ -47,20 +46,6 @@ def test_text_is_one_printable_line() -> None:
     assert clean_text(" a\tb\x07\u2028c ", 10, "prompt") == "a b c"
     with pytest.raises(UserError, match="at most 3"):
         clean_text("abcd", 3, "prompt")
-
-
-def test_runs_lie_where_the_app_is_started_and_on_windows_with_the_users_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert Workspace.default_root() == Path("runs")
-    monkeypatch.setattr(system, "is_windows", lambda: True)
-    monkeypatch.setattr(
-        platformdirs, "user_data_dir", lambda name, appauthor: f"AppData/Local/{name}"
-    )
-    assert Workspace.default_root() == Path("AppData/Local/dora-diffusion/runs")
-    (tmp_path / "runs").mkdir()
-    assert Workspace.default_root() == Path("runs"), "runs that are there are not left behind"
 
 
 def in_use(*_: object, **__: object) -> None:
