@@ -32,6 +32,8 @@ from dora_diffusion import system
 _ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 _LEFTOVER = re.compile(rf"\.(new|deleted)-{_ID.pattern}")
 _DAY = 24 * 3600
+GONE = "(no longer in this list: choose another)"
+"""Value and label of a choice whose object was deleted: no id, and no name of a file."""
 _COUNT = itertools.count(secrets.randbelow(0x1000))
 REMAINS = "; what could not be deleted yet goes when the app starts next"
 
@@ -210,6 +212,11 @@ def new_id() -> str:
 def made_at(job_id: str) -> str:
     """The minute of an id: ``2026-11-25 16:03``."""
     return f"{job_id[:4]}-{job_id[4:6]}-{job_id[6:8]} {job_id[9:11]}:{job_id[11:13]}"
+
+
+def is_id(name: object) -> bool:
+    """Return whether a name has the form of an id, of an object that is there or not."""
+    return isinstance(name, str) and bool(_ID.fullmatch(name))
 
 
 def ids_in(folder: Path) -> list[str]:

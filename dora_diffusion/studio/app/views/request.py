@@ -29,7 +29,7 @@ from dora_diffusion.studio.jobs.bases import path_here
 from dora_diffusion.studio.jobs.image_generator import MAX_BATCH, GenerationRequest
 from dora_diffusion.studio.jobs.inputs import input_path, keep_input, read_input
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
-from dora_diffusion.studio.jobs.store import UserError, clean_text
+from dora_diffusion.studio.jobs.store import GONE, UserError, clean_text
 from dora_diffusion.studio.jobs.uploads import read_mask
 
 OWN = "the model's own"
@@ -164,6 +164,8 @@ def _values(context: Context, form: Mapping[str, Any], subject: str) -> dict[str
         UserError, ConfigError: If one cannot be.
     """
     values = dict[str, Any]()
+    if GONE in (form["style"] or []):
+        raise UserError("a style that was chosen is no longer here; choose another one")
     for name in SETTINGS:
         value = form[name]
         if name in _SEPARATORS:

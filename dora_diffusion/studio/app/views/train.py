@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -17,7 +18,7 @@ from dora_diffusion.studio.app.views import run, ui
 from dora_diffusion.studio.app.views.subject import SubjectTab
 from dora_diffusion.studio.jobs.estimates import announced_class_images, estimate
 from dora_diffusion.studio.jobs.snapshot import Job
-from dora_diffusion.studio.jobs.store import UserError
+from dora_diffusion.studio.jobs.store import GONE, UserError, is_id
 from dora_diffusion.studio.jobs.subjects import StoredSubject, keep_words, read_subject, subjects_in
 from dora_diffusion.studio.jobs.tasks import NAME_LIMIT, start_training
 from dora_diffusion.training.inputs.subject import outside_toy_world
@@ -205,11 +206,7 @@ def _connect_others(context: Context, tab: TrainTab, pick: Any, opened: Any) -> 
     """Offer the other subjects, and fill in what an adapter of the library needs."""
 
     def offer(subject_id: str | None, chosen: Any) -> Any:
-        """The other subjects; those that were chosen stay, as long as they are there."""
-        ids = {each.id: each.title for each in subjects_in(context.workspace) if each.photos}
-        choices = [(title, each) for each, title in ids.items() if each != subject_id]
-        value = [each for each in chosen or () if each in ids and each != subject_id]
-        return gr.update(choices=choices, value=value, visible=bool(choices))
+        return ui.filled(_other_subjects(context, subject_id, chosen))
 
     def use_start(choice: str | None, filled: Any) -> list[Any]:
         """Settings that a run needs to start from an adapter of the library, once it is chosen.
@@ -302,10 +299,39 @@ def _about(
     return html.quiet(f"{known.about} {known.measured}") + unfit
 
 
-def refresh(jobs: Sequence[Job]) -> dict[str, Any]:
-    """Return the timer's update of this tab's form: the runs to start from."""
+def refresh(
+    context: Context, jobs: Sequence[Job], chosen: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """Return the timer's update of this tab's form: base models, adapters and other subjects."""
     runs = [(job.label, job.id) for job in jobs if job.is_run and job.stands]
-    return {"start": ui.changing(choices=[_NEW_ADAPTER, *runs])}
+    start = chosen.get("start")
+    typed = [] if start is None or is_id(start) else [start]  # such as a file
+    return {
+        "start": ui.choosing([_NEW_ADAPTER, *runs], start, known=typed),
+        "base": base_choices(context, chosen.get("base")),
+        "others": _other_subjects(context, chosen.get("subject"), chosen.get("others")),
+    }
+
+
+def base_choices(context: Context, shown: str | None) -> Any:
+    """A part of the page that updates a list of base models, where a run's model was deleted.
+
+    What was typed stays. The list is of the folders' content when the page was built.
+    """
+    path = Path(shown or "")
+    if shown != GONE and (context.workspace.root not in path.parents or path.exists()):
+        return ui.changing()
+    return ui.choosing([(base.label, base.name) for base in context.bases()], shown)
+
+
+def _other_subjects(context: Context, subject_id: str | None, chosen: Any) -> Any:
+    """A part of the page that updates the list of further subjects."""
+    titles = {each.id: each.title for each in subjects_in(context.workspace) if each.photos}
+    choices = [(title, each) for each, title in titles.items() if each != subject_id]
+    others = [each for each in chosen or () if each == GONE or each != subject_id]
+    moved = {} if others == (chosen or []) else {"value": others}
+    options, _ = ui.choosing(choices, others, visible=bool(choices))
+    return ui.changing(**{**moved, **options})
 
 
 def read_form(

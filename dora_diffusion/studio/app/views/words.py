@@ -72,7 +72,9 @@ def connect(context: Context, tab: WordsView) -> None:
     ui.on(tab.delete.click, delete, [tab.file], outputs, confirm=question)
 
 
-def refresh(workspace: Workspace) -> dict[str, Any]:
+def refresh(
+    workspace: Workspace, file_shown: str | None = None, chosen: list[str] | None = None
+) -> dict[str, Any]:
     """Return the timer's update: the styles to choose from, and the files that are kept."""
     files = list_prompt_files(workspace)
     wrong = html.notes((file.problem for file in files), "bad")
@@ -83,8 +85,8 @@ def refresh(workspace: Workspace) -> dict[str, Any]:
     lines += [f"wildcards {listing(wild, 8)}"] if wild else []
     said = html.quiet(f"{'; '.join(lines)}. They are in {workspace.root.name}.") if lines else _NONE
     return {
-        "style": ui.changing(choices=[(name, name) for name in styles]),
+        "style": ui.choosing([(name, name) for name in styles], chosen),
         "words": wrong + said,
         "words_row": ui.changing(visible=bool(files)),
-        "words_file": ui.changing(choices=[(file.name, file.name) for file in files]),
+        "words_file": ui.choosing([(file.name, file.name) for file in files], file_shown),
     }

@@ -470,7 +470,7 @@ def test_a_run_of_the_library_is_started_from_with_its_base_model_and_layers(
     folder = context.workspace.root / job_id
     shutil.copy(GOLDEN, folder / "pytorch_lora_weights.safetensors")
     records.write_result(folder, records.JobResult(0))
-    shown = train.refresh(context.jobs(fresh=True))["start"][0]["choices"]
+    shown = train.refresh(context, context.jobs(fresh=True))["start"][0]["choices"]
     assert [value for _, value in shown] == ["", job_id]
     filled, model, *values = handler(context, "use_start")(job_id, {"rank": "8"})
     assert (filled, model) == ({"rank": "8", "init_adapter": job_id}, EMBEDDED)
