@@ -413,11 +413,14 @@ def _range(text: str) -> str:
 def _facts(job: Job) -> str:
     """Return the facts about a run's result, by its adapter file."""
     from dora_diffusion.export import inspect_adapter
+    from dora_diffusion.sampling.images import adapter_name
 
-    report = inspect_adapter(chosen_adapter(job))
+    adapter = chosen_adapter(job)
+    report = inspect_adapter(adapter)
     axis = f", norm on the {report.norm_axis} axis" if report.norm_axis else ""
     exact, wrong = where_it_works(report.tools)
     details = {
+        "name in images and downloads": adapter_name(adapter),
         "trigger words": job.trigger,
         "base model": job.base,
         "method": f"{report.method}, rank {_range(report.rank)}{axis}",

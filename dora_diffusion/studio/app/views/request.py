@@ -28,7 +28,7 @@ from dora_diffusion.studio.app.settings import PROMPT_LIMIT, default_guidance
 from dora_diffusion.studio.jobs.bases import path_here
 from dora_diffusion.studio.jobs.image_generator import MAX_BATCH, GenerationRequest
 from dora_diffusion.studio.jobs.inputs import input_path, keep_input, read_input
-from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
+from dora_diffusion.studio.jobs.snapshot import Job, adapter_of, chosen_adapter
 from dora_diffusion.studio.jobs.store import GONE, UserError, clean_text
 from dora_diffusion.studio.jobs.uploads import read_mask
 
@@ -396,14 +396,15 @@ def _adapters_of(
     Returns:
         These, and the share that text encoders have of them as a strength of layers; empty: all.
     """
-    from dora_diffusion.sampling.images import UsedAdapter
+    from dora_diffusion.sampling import images
 
     if "Adapter" not in fields:
         return {}, ""
     known = {
-        job.id if own == RESULT_NAME else f"{job.id}-{own}": (job, own)
+        images.adapter_name(path): (job, own, path)
         for job in context.jobs()
         for own in _names(job)
+        if (path := adapter_of(job, own))
     }
     found, shares, hashes = dict[str, float](), set[float](), fields.get("Lora hashes", "")
     names, strengths = (fields[key].split(", ") for key in ("Adapter", "Adapter strength"))
@@ -411,8 +412,8 @@ def _adapters_of(
         if name not in known or len(found) > len(MORE):
             unread.append(f"the adapter {name}, which is no run here: choose it")
             continue
-        job, own = known[name]
-        used = UsedAdapter.of(chosen_adapter(job, own))
+        job, own, path = known[name]
+        used = images.UsedAdapter.of(path)
         if hashes and used.hash and used.hash not in hashes:
             unread.append(f"the adapter {name} as it was then: it was trained further")
         with contextlib.suppress(ValueError):

@@ -17,15 +17,18 @@ import numpy as np
 from PIL import Image
 
 from dora_diffusion.cli.repeat import loaded_text
-from dora_diffusion.sampling.images import save_image
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.sampling.images import UsedAdapter, save_image
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import generate
 from dora_diffusion.studio.app.views.generate import GenerateTab, refresh
+from dora_diffusion.studio.app.views.library import _facts
 from dora_diffusion.studio.app.views.request import MORE, UNSET, make_request, restore
 from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage, _Turn
-from dora_diffusion.studio.jobs.snapshot import Job
+from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import UserError, write_json
+from dora_diffusion.studio.jobs.subjects import read_subject
 from tests.studio.app.views.helpers import handler, handlers, triggers
 from tests.studio.jobs.helpers import ended_run, photo, seen, started_run
 
@@ -236,6 +239,42 @@ def test_an_adapter_s_image_chooses_the_run_and_its_strengths(
     text = f'a mug <lora:{job.id}:1>\nSteps: 3, Seed: 7, "{hashes}", {OWN}'
     (line,) = restore(context, text.replace(f'"{hashes}"', 'Lora hashes: "x: 012345"')).unread
     assert "trained further" in line
+
+
+def test_an_adapter_has_one_name_in_images_downloads_and_library(
+    context: Context, subject: str, tmp_path: Path
+) -> None:
+    """Web UIs look for the file that an image's settings name, whatever program it is for."""
+    settings = TrainConfig(instance_prompt="a photo of a sks mug", class_word="mug")
+    stored = read_subject(context.workspace, subject)
+    file = shutil.copyfile(ADAPTER, tmp_path / "Blue mug.safetensors")
+    trained = tasks.start_training(context.workspace, settings, [stored], "Käthe's mug")
+    imported = tasks.import_adapter(
+        context.workspace, file, "", "embedded:tiny-sd", context.allowed_model
+    )
+    folder = context.workspace.job(trained)
+    (folder / "checkpoint-4").mkdir()
+    for place in (folder, folder / "checkpoint-4"):
+        shutil.copyfile(ADAPTER, place / "pytorch_lora_weights.safetensors")
+    (folder / "checkpoint-4" / "training_state.pt").write_bytes(b"x")
+    records.write_result(folder, records.JobResult(0))
+    assert [trained[23:], imported[23:]] == ["kathe-s-mug", "blue-mug"]
+    for run, checkpoint, name in (
+        (trained, "", trained), (trained, "checkpoint-4", f"{trained}-checkpoint-4"),
+        (imported, "", imported),
+    ):  # fmt: skip
+        job = dataclasses.replace(context.job(run), chosen=checkpoint)
+        adapter = chosen_adapter(job)
+        used = UsedAdapter.of(adapter)
+        assert used.tag == f"<lora:{name}:1>"
+        assert f"<dd>{name}</dd>" in _facts(job)
+        for target in tasks.targets():
+            made = tasks.start_conversion(context.workspace, job, target)
+            assert Path(context.job(made).record.output).stem == name
+        context.jobs(fresh=True)
+        known = restore(context, f"a mug {used.tag}\nSteps: 3, Lora hashes: {name}: {used.hash}")
+        assert known.choice in (run, f"{run}/{checkpoint}")
+        assert not [line for line in known.unread if "adapter" in line]
 
 
 def test_reading_of_prompts_is_stated_where_the_adapter_does_not(context: Context) -> None:
