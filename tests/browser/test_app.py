@@ -209,7 +209,8 @@ def test_a_file_is_downloaded_and_a_run_deleted_once_that_is_confirmed(
     page.answer = False
     page.click("#delete")
     page.settle()
-    assert page.asked == ["Delete this run with everything it made?"]
+    (question,) = page.asked
+    assert question.startswith(f"Delete {the_run(app).title} with its adapter, ")
     assert (app.runs / run).exists()
     page.answer = True
     page.click("#delete")

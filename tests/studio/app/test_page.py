@@ -168,6 +168,40 @@ def test_no_chooser_that_is_empty_acts_on_another_object(context: Context) -> No
         context.learned([GONE])
 
 
+def _names(function: Any, seen: set[int]) -> set[str]:
+    """The names of functions that a handler calls, by itself or by what is bound to it."""
+    if id(function) in seen or not callable(function):
+        return set()
+    seen.add(id(function))
+    parts = [function.func, *function.args] if isinstance(function, functools.partial) else []
+    parts += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    code = getattr(function, "__code__", None)
+    return set(code.co_names if code else ()).union(*(_names(part, seen) for part in parts))
+
+
+def test_no_deletion_without_a_question_that_names_it(
+    app: tuple[Context, dict[str, Any], Any],
+) -> None:
+    """By every handler that calls a function of the jobs that deletes."""
+    page = app[2]
+    deleting = {"delete_job", "delete_subject", "remove_photo", "delete_prompt_file", "delete"}
+    found = [one for one in page.fns.values() if _names(one.fn, set()) & deleting]
+    assert {one.fn.__module__.rpartition(".")[2] for one in found} == {
+        "subject", "photo", "run", "results", "words", "library", "compare"
+    }  # fmt: skip
+    for one in found:
+        assert one.js == "studio.confirmed", one.fn
+        asked = page.fns[one.trigger_after]
+        assert asked.outputs == [one.inputs[-1]]
+        assert asked.inputs == one.inputs[:-1]
+        # Nothing is asked, and nothing done, where nothing is chosen.
+        nothing = [""] * len(asked.inputs)
+        assert asked.fn(*nothing) == {"id": "", "question": ""}
+        assert one.fn(*nothing, None) == [gradio.skip()] * len(one.outputs)
+        with pytest.raises(gradio.Error, match="no longer exists"):
+            asked.fn(GONE, *nothing[1:])
+
+
 @pytest.mark.parametrize("name", ["tick", "fill"])
 def test_a_refresh_reads_again_where_a_run_is_deleted_while_it_reads(
     context: Context, handler: Callable[[str], Any], name: str

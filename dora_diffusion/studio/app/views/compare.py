@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from dora_diffusion.studio.app.settings import EMBEDDED, SETTINGS, preset_values
 from dora_diffusion.studio.app.views import train, ui
 from dora_diffusion.studio.jobs import queue
 from dora_diffusion.studio.jobs.bases import check_base
+from dora_diffusion.studio.jobs.deletions import run_question
 from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.store import REMAINS, UserError
 from dora_diffusion.studio.jobs.subjects import read_subject, subjects_in
@@ -92,7 +94,7 @@ def connect(context: Context, tab: CompareTab) -> None:
     asked = [tab.subjects, tab.methods, tab.seeds, tab.steps, tab.base]
     ui.on(tab.start.click, start, asked, shown, show="minimal")
     ui.on(tab.status.click, click, [tab.study], shown)
-    question = "Delete this comparison with its report?"
+    question = functools.partial(run_question, context.workspace)
     ui.on(tab.delete.click, delete, [tab.study], shown, confirm=question)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ from dora_diffusion.studio.app.views import gallery, ui
 from dora_diffusion.studio.app.views.request import UNSET, make_request
 from dora_diffusion.studio.app.views.results import DEVICE, on_step, pair_slider
 from dora_diffusion.studio.jobs import tasks
+from dora_diffusion.studio.jobs.deletions import run_question
 from dora_diffusion.studio.jobs.image_store import kept_thumbnail
 from dora_diffusion.studio.jobs.queue import delete_job, stop_job
 from dora_diffusion.studio.jobs.records import FORMS, IMPORT
@@ -216,7 +218,7 @@ def connect(context: Context, tab: LibraryTab) -> None:
     ui.on(tab.gallery.click, choose, None, [tab.run])
     told = [tab.details, tab.files, tab.stars, tab.note, tab.name, tab.shown]
     ui.on(tab.run.change, show, [tab.run, tab.shown], told)
-    question = "Delete this run with everything it made?"
+    question = functools.partial(run_question, workspace)
     ui.on(tab.delete.click, delete, [tab.run], [tab.gallery, tab.run, tab.files], confirm=question)
     ui.on(tab.convert.click, card, [tab.run], [tab.files])
     buttons = {"convert": (tab.convert, [tab.target]), **tab.buttons}

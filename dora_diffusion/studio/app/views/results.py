@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import ui
 from dora_diffusion.studio.app.views.request import Restored, acting, make_request, restore
 from dora_diffusion.studio.app.views.start import input_of, start_image
+from dora_diffusion.studio.jobs.deletions import image_question
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage
 from dora_diffusion.studio.jobs.store import UserError
 
@@ -143,7 +145,7 @@ def connect(context: Context, tab: ResultsView, form: Any) -> None:
     ui.on(tab.use.click, use, shown, form.filled)
     ui.on(tab.copy.click, lambda: gr.Info("Copied"), js="() => studio.copy('#parameters pre')")
     ui.on(tab.star.click, star, shown, [tab.star])
-    question = "Delete this image? There is no copy of it."
+    question = functools.partial(image_question, context.images)
     ui.on(tab.delete.click, delete, shown, tab.filled, confirm=question)
     ui.on(tab.gallery.select, choose, [tab.names], [tab.parameters, tab.shown, tab.star])
 

@@ -20,6 +20,7 @@ from dora_diffusion.studio.app.plot import loss_plot
 from dora_diffusion.studio.app.settings import command_line
 from dora_diffusion.studio.app.views import ui
 from dora_diffusion.studio.jobs import tasks
+from dora_diffusion.studio.jobs.deletions import run_question
 from dora_diffusion.studio.jobs.queue import (
     ask_job,
     delete_job,
@@ -115,7 +116,7 @@ def connect(context: Context, view: RunView) -> None:
         asking = _act(context, functools.partial(ask_job, name=name))
         ui.on(button.click, asking, [view.run], outputs)
     ui.on(view.extend_by.click, _act(context, tasks.continue_run), [view.run, view.more], outputs)
-    question = "Remove this run with everything it made?"
+    question = functools.partial(run_question, workspace)
     removed = _act(context, remove, "The run was removed")
     ui.on(view.remove.click, removed, [view.run], outputs, confirm=question)
     named = [view.rename.click, view.name.submit]

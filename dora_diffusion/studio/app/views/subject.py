@@ -16,6 +16,7 @@ from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import captions, photo, ui
 from dora_diffusion.studio.jobs import subjects
 from dora_diffusion.studio.jobs.datasets import export_dataset, import_dataset
+from dora_diffusion.studio.jobs.deletions import subject_question
 from dora_diffusion.studio.jobs.queue import stop_job
 from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.store import GONE, REMAINS, UserError, Workspace, clean_text
@@ -131,8 +132,7 @@ def connect(context: Context, tab: SubjectTab, restored: Any, size: list[Any]) -
     ui.on([field.change for field in size], resize, asked, [tab.report])
     ui.on(
         tab.remove.click, remove, asked, outputs,
-        confirm="Delete this subject with its photos and captions? Runs that were trained on it "
-        "keep copies.",
+        confirm=lambda subject_id, *_: subject_question(workspace, subject_id),
     )  # fmt: skip
     ui.on(restored.then, load, asked, outputs)
     _connect_new(context, tab, size, outputs)

@@ -31,7 +31,7 @@ def on(
     inputs: Any = None,
     outputs: Any = None,
     *,
-    confirm: str = "",
+    confirm: Callable[..., str] | None = None,
     show: str = "hidden",
     **options: Any,
 ) -> Any:
@@ -42,20 +42,14 @@ def on(
         handler: What it raises is shown as one plain line, see `plain`.
         inputs: Fields whose values it is given.
         outputs: Fields that it fills.
-        confirm: A question that is asked before; the handler only runs where it is confirmed, and
-            where its first input is not empty.
+        confirm: Returns the question for these inputs, which names what is deleted. The handler
+            only runs once it is confirmed, and where its first input is not empty.
         show: Sign of work, as Gradio's ``show_progress``.
         options: Of Gradio's.
     """
     asked: Any = handler
-    if confirm:
-        options["js"] = f"studio.confirmed({json.dumps(confirm)})"
-
-        @functools.wraps(asked)
-        def confirmed(chosen: Any, *more: Any) -> Any:
-            return handler(chosen, *more) if handler and chosen else [gr.skip()] * len(outputs)
-
-        asked = confirmed
+    if confirm and handler:
+        return _confirmed(event, confirm, handler, inputs, outputs, show=show, **options)
     events = event if isinstance(event, list) else [event]
     shown: dict[str, Any] = {"api_visibility": "private", "show_progress": show}
     if show == "hidden":
@@ -69,6 +63,30 @@ def on(
         # waited for the last would have each other repeated for ever. `then` repeats one alone.
         register = register(None, js="() => {}", **shown).then
     return register(asked and plain(asked), inputs, outputs, **shown, **options)
+
+
+def _confirmed(
+    event: Any, confirm: Callable[..., str], handler: Callable[..., Any], inputs: Sequence[Any],
+    outputs: Sequence[Any], **options: Any,
+) -> Any:  # fmt: skip
+    """Connect an event to a handler that runs once the question before it is confirmed.
+
+    The question is of the object that was chosen when the event came, and of no other.
+    """
+
+    def ask(chosen: Any, *more: Any) -> dict[str, Any]:
+        return {"id": chosen, "question": confirm(chosen, *more) if chosen else ""}
+
+    @functools.wraps(handler)
+    def confirmed(chosen: Any, *more: Any) -> Any:
+        values = more[: len(inputs) - 1]  # The last one is the question.
+        return handler(chosen, *values) if chosen else [gr.skip()] * len(outputs)
+
+    del confirmed.__wrapped__  # Gradio counts the inputs by its signature.
+    question = gr.JSON(visible=False)
+    asked = on(event, ask, inputs, [question])
+    options["js"] = "studio.confirmed"
+    return on(asked.success, confirmed, [*inputs, question], outputs, **options)
 
 
 def html_block(value: str = "", **options: Any) -> Any:

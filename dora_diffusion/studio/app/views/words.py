@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import ui
 from dora_diffusion.studio.app.views.request import LABELS
+from dora_diffusion.studio.jobs.deletions import prompt_file_question
 from dora_diffusion.studio.jobs.inputs import (
     delete_prompt_file,
     keep_prompt_files,
@@ -68,7 +70,7 @@ def connect(context: Context, tab: WordsView) -> None:
 
     outputs = [tab.fields["style"], tab.kept, tab.row, tab.file]
     ui.on(tab.upload.upload, upload, [tab.upload], [tab.upload, *outputs], show="minimal")
-    question = "Delete this file? There is no copy of it in the app."
+    question = functools.partial(prompt_file_question, context.workspace)
     ui.on(tab.delete.click, delete, [tab.file], outputs, confirm=question)
 
 
