@@ -274,7 +274,7 @@ def _connect_presets(context: Context, tab: TrainTab, subjects: SubjectTab) -> N
     # The last choice counts, also while an earlier one is still being filled in.
     chosen = [tab.preset.input, tab.model.input, tab.memory.input]
     asked = [tab.preset, tab.model, tab.memory, *filled]
-    about = [tab.preset, subjects.pick, tab.others]
+    about = [tab.preset, subjects.pick, tab.others, tab.model]
     changes = [field.change for field in (*about, subjects.names)]
     describe = functools.partial(_about, context)
     ui.on(changes, describe, about, [tab.about], trigger_mode="always_last")
@@ -287,16 +287,20 @@ def _known(filled: Any) -> dict[str, Any]:
 
 
 def _about(
-    context: Context, preset: str, subject_id: str | None = None, others: Sequence[str] | None = ()
-) -> str:
-    """Purpose of a preset, what it was measured on, and that it is for other numbers of photos."""
+    context: Context, preset: str, subject_id: str | None = None,
+    others: Sequence[str] | None = (), model: str | None = None,
+) -> str:  # fmt: skip
+    """Purpose of a preset, what it sets for the model, what it was measured on, and its limits."""
     known = PRESETS.get(preset)
     if known is None:
         return ""
     learned = [s for s in subjects_in(context.workspace) if s.id in (subject_id, *(others or ()))]
     lines = ((s.title, known.photos_advice(len(s.photos))) for s in learned)
     unfit = html.notes((f"{title}: {line}" for title, line in lines if line), "warn")
-    return html.quiet(f"{known.about} {known.measured}") + unfit
+    sets = ""
+    if model != GONE:
+        sets = settings.preset_sentence(preset, context.allowed_model(model))
+    return html.quiet(f"{known.about} {sets} {known.measured}") + unfit
 
 
 def refresh(
