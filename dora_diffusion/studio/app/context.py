@@ -42,7 +42,7 @@ from dora_diffusion.studio.jobs.queue import PERSON, JobQueue
 from dora_diffusion.studio.jobs.snapshot import Job, adapter_of, chosen_adapter, read_run, snapshot
 from dora_diffusion.studio.jobs.store import GONE, UserError, Withdrawn, Workspace, ids_in
 from dora_diffusion.studio.jobs.subjects import StoredSubject, read_subject
-from dora_diffusion.training.inputs.subject import outside_toy_world, subjects_of
+from dora_diffusion.training.inputs.subject import outside_toy_world, subjects_of, token_messages
 from dora_diffusion.training.results.write import check_prompts
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
@@ -207,6 +207,7 @@ class Context:
         check_prompts(config.with_sample_prompts())
         # The worker would refuse a subject without a name. The plan speaks of sample prompts.
         named = subjects_of(replace(config, validation_prompt=[]))
+        token_messages(named)  # Captions with another token than the field's teach nothing.
         if ask_hub:  # Not at each change of a field: it reads all photos of several subjects.
             from dora_diffusion.training.inputs.dataset import list_subjects
 

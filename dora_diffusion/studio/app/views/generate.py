@@ -233,15 +233,17 @@ def _connect_acting(
 ) -> None:
     """Show what acts out of sight: when a field of ``form`` changes, and after these events."""
 
-    def describe(*values: Any) -> str:
-        return show_acting(context, dict(zip(form, values, strict=True)))
+    def describe(choice: str | None, *values: Any) -> str:
+        return show_acting(context, dict(zip(form, values, strict=True)), choice)
 
     # A folded field is not on the page, and tells of no change: whoever fills it in shows this too.
     changed = ui.together(
         "generate-form", [tab.fields[name] for name in tab.fields if name not in IN_SIGHT]
     )
-    for event in (changed, *(event.then for event in filled)):
-        ui.on(event, describe, [*form.values()], [tab.acting], trigger_mode="always_last")
+    left = (tab.fields["prompt"].blur, tab.adapter.change)
+    for event in (changed, *left, *(event.then for event in filled)):
+        asked = [tab.adapter, *form.values()]
+        ui.on(event, describe, asked, [tab.acting], trigger_mode="always_last")
 
 
 def _connect_choices(context: Context, tab: GenerateTab) -> None:

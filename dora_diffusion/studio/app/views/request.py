@@ -26,7 +26,7 @@ from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import PROMPT_LIMIT, default_guidance
 from dora_diffusion.studio.jobs.bases import path_here
-from dora_diffusion.studio.jobs.image_generator import MAX_BATCH, GenerationRequest
+from dora_diffusion.studio.jobs.image_generator import MAX_BATCH, GenerationRequest, prompt_messages
 from dora_diffusion.studio.jobs.inputs import input_path, keep_input, read_input
 from dora_diffusion.studio.jobs.snapshot import Job, adapter_of, chosen_adapter
 from dora_diffusion.studio.jobs.store import GONE, UserError, clean_text
@@ -96,6 +96,16 @@ def acting(context: Context, form: Mapping[str, Any]) -> list[str]:
     listed = adapter_choices(context.jobs()) if changed & MORE.keys() else []
     adapters = {value: label for label, value in listed}
     return [_described(name, form[name], adapters) for name in acts]
+
+
+def prompt_notes(context: Context, choice: str | None, form: Mapping[str, Any]) -> list[str]:
+    """Warnings about the prompt before images are made; a form with an error has none yet."""
+    try:
+        first = choice or choices(context, context.jobs())[0][1]
+        request = make_request(context, first, form)
+        return prompt_messages(request, [request.styled("prompt")])
+    except (ValueError, OSError):
+        return []
 
 
 def _described(name: str, value: Any, adapters: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.store import GONE, UserError, is_id
 from dora_diffusion.studio.jobs.subjects import StoredSubject, keep_words, read_subject, subjects_in
 from dora_diffusion.studio.jobs.tasks import NAME_LIMIT, start_training
-from dora_diffusion.training.inputs.subject import outside_toy_world
+from dora_diffusion.training.inputs.subject import outside_toy_world, subjects_of, token_messages
 
 _CHOOSE_ANOTHER = "Choose Stable Diffusion 1.5, SDXL or a model of yours under Base model."
 _NEW_ADAPTER = ("none: a new adapter", "")
@@ -398,7 +399,10 @@ def _plan(context: Context, config: TrainConfig) -> list[str]:
     base, words = config.pretrained_model_name_or_path, [s.class_word for s in config.subjects]
     toy = next(filter(None, (outside_toy_world(base, word or "") for word in words)), "")
     notes = html.note(f"{toy} {_CHOOSE_ANOTHER}" if toy else "", "warn")
-    notes += html.notes(settings.idle_settings(config), "warn")
+    captions = token_messages(subjects_of(replace(config, validation_prompt=[])))
+    notes += html.notes(
+        [*map(settings.sentence, captions), *settings.idle_settings(config)], "warn"
+    )
     notes += html.notes([announced_class_images(config, cost), *_class_prompts(config)], "info")
     card = html.estimate_card(cost, config.max_train_steps)
     return [card + notes, html.command(settings.command_line(config))]

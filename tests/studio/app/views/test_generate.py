@@ -24,10 +24,11 @@ from dora_diffusion.studio.app.views import generate
 from dora_diffusion.studio.app.views.generate import GenerateTab, refresh
 from dora_diffusion.studio.app.views.library import _facts
 from dora_diffusion.studio.app.views.request import MORE, UNSET, make_request, restore
+from dora_diffusion.studio.app.views.results import show_acting
 from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage, _Turn
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
-from dora_diffusion.studio.jobs.store import UserError, write_json
+from dora_diffusion.studio.jobs.store import GONE, UserError, write_json
 from dora_diffusion.studio.jobs.subjects import read_subject
 from tests.studio.app.views.helpers import handler, handlers, triggers
 from tests.studio.jobs.helpers import ended_run, photo, seen, started_run
@@ -171,6 +172,26 @@ def test_settings_out_of_sight_that_an_image_fills_in_are_said_at_once(context: 
     assert "Seed" not in said
     # Fields that change, a page that is loaded, and an image to start from that comes or goes.
     assert [bool(find("describe", "generate", nth)) for nth in range(5)] == [True] * 5
+
+
+def test_a_prompt_without_trigger_words_is_said_before_images_are_made(context: Context) -> None:
+    run = ended_run(context.workspace, (4,), 8).folder
+    (run / records.SETTINGS).write_text(
+        "pretrained_model_name_or_path: embedded:tiny-sd\ntoken: sks\nclass_word: dog\n", "utf-8"
+    )
+    shutil.copyfile(ADAPTER, run / "checkpoint-4" / "pytorch_lora_weights.safetensors")
+    context.jobs(fresh=True)
+    line = "lacks the adapter&#x27;s trigger word; write &#x27;sks dog&#x27; to get the subject"
+    base, own = f"base/{context.models[0]}", run.name
+    for choice, prompt, more, is_said in (
+        (own, "a dog", {}, True), (own, "a sks dog", {}, False), (own, "a {subject}", {}, False),
+        (None, "a dog", {}, True), (base, "a dog", {}, False),
+        (base, "a dog", {"adapter_second": own}, True), (own, "", {}, False),
+        (GONE, "a dog", {}, False),
+    ):  # fmt: skip
+        said = show_acting(context, {**UNSET, "prompt": prompt, **more}, choice)
+        assert (line in said) is is_said, (choice, prompt, more)
+    assert {("prompt", "blur"), ("adapter", "change")} < triggers(context, "describe", "generate")
 
 
 def test_what_of_an_image_is_not_here_is_said_and_not_made(
