@@ -240,7 +240,7 @@ def _connect_look(context: Context, tab: SubjectTab, asked: list[Any]) -> None:
     """Connect the button that inspects the photos by ``dora-diffusion prepare``."""
 
     def looked(subject_id: str | None) -> str:
-        return refresh(context, context.queued(), subject_id)["looked"]
+        return str(refresh(context, context.queued(), subject_id)["looked"])
 
     def look(subject_id: str | None, *chosen: Any, model: str = "") -> str:
         subject = subjects.read_subject(context.workspace, subject_id)
