@@ -214,6 +214,7 @@ def test_a_file_is_downloaded_and_a_run_deleted_once_that_is_confirmed(
     assert (app.runs / run).exists()
     page.answer = True
     page.click("#delete")
+    page.settle()
     app.until(lambda: not (app.runs / run).exists())
     app.until(lambda: not (app.runs / "exports" / run).exists())
     # The page hears of it too, though its fields held what is gone.

@@ -204,6 +204,7 @@ def test_images_are_found_marked_copied_and_deleted(
     page.wait("window.copied?.includes('Steps: 2')")
     assert "Copied" in page.toast()
     page.click("#image-delete")
+    page.settle()
     app.until(lambda: not newest.exists())
     (question,) = page.asked
     assert question.startswith(f"Delete the image {newest.name}, ")
