@@ -115,7 +115,7 @@ def preset_sentence(preset: str, model: str) -> str:
         for name, title in _SWITCHES.items():
             parts.append(f"{'with' if changed.pop(name, usual[name]) else 'without'} {title}")
     parts += [
-        name if value is True else f"{name} {' '.join(words_of(value))}"
+        " ".join([name.replace("_", " "), *([] if value is True else words_of(value))])
         for name, value in changed.items()
     ]
     return f"For this model: {', '.join(parts)}."

@@ -284,10 +284,10 @@ def test_a_preset_tells_what_it_sets_for_the_model_and_nothing_else(preset: str)
             words = ["with" if on else "without" for on in switches]
             named, parts = parts[:2], parts[2:]
             assert named == [f"{words[0]} prior preservation", f"{words[1]} mirrored photos"]
-        assert [part.partition(" ")[0] for part in parts] == [*changed]
-        for part, value in zip(parts, changed.values(), strict=True):
-            stated = part.partition(" ")[2]
-            assert stated == ("" if value is True else " ".join(map(str, words_of(value))))
+        assert parts == [
+            n.replace("_", " ") + ("" if value is True else f" {' '.join(words_of(value))}")
+            for n, value in changed.items()
+        ]
     pet = [preset_sentence("pet", base) for base in (EMBEDDED, FAMILIES["sd1"].released_id)]
     assert ["without mirrored photos" in text for text in pet] == [True, False]
 
