@@ -56,17 +56,22 @@ class Row(NamedTuple):
 
 def warn_of_triggers(prompts: Iterable[tuple[str, AdapterMetadata]]) -> None:
     """Warn, before it takes time, of prompts that lack their adapter's trigger word."""
+    for message in trigger_messages(prompts):
+        warnings.warn(message, stacklevel=2)
+
+
+def trigger_messages(prompts: Iterable[tuple[str, AdapterMetadata]]) -> list[str]:
+    """Return a message on each prompt that lacks its adapter's trigger word."""
     from dora_diffusion.sampling.generate import lacks_trigger
 
     pairs = list(prompts)
     are_several = len({prompt for prompt, _ in pairs}) > 1
     lacking = {prompt: m.trigger for prompt, m in pairs if lacks_trigger(prompt, m)}
-    for prompt, trigger in lacking.items():
-        which = f"the prompt {quoted(prompt)}" if are_several else "the prompt"
-        warnings.warn(
-            f"{which} lacks the adapter's trigger word; write {trigger!r} to get the subject",
-            stacklevel=2,
-        )
+    return [
+        f"{f'the prompt {quoted(prompt)}' if are_several else 'the prompt'} lacks the adapter's "
+        f"trigger word; write {trigger!r} to get the subject"
+        for prompt, trigger in lacking.items()
+    ]
 
 
 def _drawn(args: RequestedImages) -> Callable[[str, int], str]:

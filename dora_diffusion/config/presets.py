@@ -14,7 +14,7 @@ class Preset:
     """Settings of a run under one name; every other setting has its default.
 
     Attributes:
-        about: What it is for.
+        about: Its purpose, the same for every model; what it sets depends on the model.
         measured: What it was measured on.
         steps: Optimizer steps, as a share of the family's usual number.
         embedded_steps: Optimizer steps on an embedded model.
@@ -70,7 +70,7 @@ PRESETS: Mapping[str, Preset] = {
         "The usual number of steps.", _PRACTICE, 1, 300, released={"with_prior_preservation": True}
     ),
     "quality": Preset(
-        "More steps and parameters.", _PRACTICE, 1.5, 600,
+        "More steps.", _PRACTICE, 1.5, 600,
         released={"with_prior_preservation": True, "rank": 16},
     ),
     "style": Preset(
@@ -84,16 +84,14 @@ PRESETS: Mapping[str, Preset] = {
         {"teach": "slider", "method": "lora"}, is_of_one=None,
     ),
     "object": Preset(
-        "A thing or a product: few steps, no mirrored photos, which lettering would show.",
-        _PRACTICE, 0.75, 300,
+        "A thing or a product.", _PRACTICE, 0.75, 300,
     ),
     "pet": Preset(
-        "An animal: mirrored photos too, and others of its class stay as they were.", _PRACTICE,
-        1, 300, released={"with_prior_preservation": True, "random_flip": True},
+        "An animal.", _PRACTICE, 1, 300,
+        released={"with_prior_preservation": True, "random_flip": True},
     ),
     "face": Preset(
-        "A person: more steps, the text encoder too, and 200 images of the class beside.",
-        _PRACTICE, 1.5, 600,
+        "A person: more steps.", _PRACTICE, 1.5, 600,
         released={
             "rank": 16, "train_text_encoder": True, "with_prior_preservation": True,
             "prior_preservation_mode": "images", "num_class_images": 200,

@@ -450,6 +450,16 @@ def require_token(captions: Sequence[str], token: str) -> None:
     Raises:
         ValueError: If all of them lack it, or the token is empty.
     """
+    if message := token_message(captions, token):
+        warnings.warn(message, stacklevel=2)
+
+
+def token_message(captions: Sequence[str], token: str) -> str:
+    """Return a message on captions without the trigger token; empty where all name it.
+
+    Raises:
+        ValueError: If all of them lack it, or the token is empty.
+    """
     if not token.strip():
         raise ValueError("the trigger token is empty; choose a rare word such as sks")
     lacking = [caption for caption in captions if not contains_token(caption, token)]
@@ -460,13 +470,13 @@ def require_token(captions: Sequence[str], token: str) -> None:
             f"the trigger token {token!r} is {where} {quoted(lacking[0])}; put it into the "
             "instance prompt or the captions"
         )
-    if lacking:
-        first = ", ".join(quoted(caption) for caption in lacking[:3])
-        warnings.warn(
-            f"the trigger token {token!r} is missing from {len(lacking)} of {len(captions)} "
-            f"captions: {first}",
-            stacklevel=2,
-        )
+    if not lacking:
+        return ""
+    first = ", ".join(quoted(caption) for caption in lacking[:3])
+    return (
+        f"the trigger token {token!r} is missing from {len(lacking)} of {len(captions)} captions: "
+        f"{first}"
+    )
 
 
 @dataclass(frozen=True)

@@ -204,8 +204,10 @@ def test_images_are_found_marked_copied_and_deleted(
     page.wait("window.copied?.includes('Steps: 2')")
     assert "Copied" in page.toast()
     page.click("#image-delete")
+    page.settle()
     app.until(lambda: not newest.exists())
-    assert page.asked == ["Delete this image? There is no copy of it."]
+    (question,) = page.asked
+    assert question.startswith(f"Delete the image {newest.name}, ")
     page.wait_text("#history", "Nothing found")
     page.wait("!document.querySelector('#image-menu')?.checkVisibility()")
     assert images_of(app) == made[:-1]

@@ -307,8 +307,10 @@ def _add_files(api: FastAPI, context: Context) -> None:
     @api.get("/jobs/{job}/adapter", **options)
     def fetch_adapter(job: str, checkpoint: str = "") -> FileResponse:
         """Fetch the adapter that is selected for a run, or that of a checkpoint."""
+        from dora_diffusion.sampling.images import adapter_name
+
         path = chosen_adapter(context.job(job), checkpoint)
-        return FileResponse(path, filename=path.name)
+        return FileResponse(path, filename=f"{adapter_name(path)}{path.suffix}")
 
     @api.get("/jobs/{job}/samples/{name}", **options)
     def fetch_sample(job: str, name: str) -> FileResponse:

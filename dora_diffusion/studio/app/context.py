@@ -40,9 +40,9 @@ from dora_diffusion.studio.jobs.image_generator import ImageGenerator
 from dora_diffusion.studio.jobs.image_store import ImageStore
 from dora_diffusion.studio.jobs.queue import PERSON, JobQueue
 from dora_diffusion.studio.jobs.snapshot import Job, adapter_of, chosen_adapter, read_run, snapshot
-from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace, ids_in
+from dora_diffusion.studio.jobs.store import GONE, UserError, Withdrawn, Workspace, ids_in
 from dora_diffusion.studio.jobs.subjects import StoredSubject, read_subject
-from dora_diffusion.training.inputs.subject import outside_toy_world, subjects_of
+from dora_diffusion.training.inputs.subject import outside_toy_world, subjects_of, token_messages
 from dora_diffusion.training.results.write import check_prompts
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
@@ -124,6 +124,8 @@ class Context:
             UserError: If others can reach the app and the model is not on its list.
         """
         model = str(name or "").strip() or EMBEDDED
+        if model == GONE:
+            raise UserError("the base model that was chosen is no longer here; choose another one")
         if not self.launch.allows_model(model):
             raise UserError(
                 f"this app is shared, and offers only {', '.join(self.models)}; whoever runs it "
@@ -134,7 +136,8 @@ class Context:
     def starting_adapter(self, choice: object) -> str:
         """The adapter of a run by its id, or whatever else was typed, such as a file."""
         name = str(choice or "").strip()
-        return str(chosen_adapter(self.job(name))) if name in ids_in(self.workspace.root) else name
+        is_run = name == GONE or name in ids_in(self.workspace.root)
+        return str(chosen_adapter(self.job(name))) if is_run else name
 
     def learned(self, ids: Sequence[object], words: str | None = None) -> list[StoredSubject]:
         """The subjects that a run learns, by their ids.
@@ -204,6 +207,7 @@ class Context:
         check_prompts(config.with_sample_prompts())
         # The worker would refuse a subject without a name. The plan speaks of sample prompts.
         named = subjects_of(replace(config, validation_prompt=[]))
+        token_messages(named)  # Captions with another token than the field's teach nothing.
         if ask_hub:  # Not at each change of a field: it reads all photos of several subjects.
             from dora_diffusion.training.inputs.dataset import list_subjects
 

@@ -253,8 +253,11 @@ window.studio = {
     document.execCommand('copy');
   },
 
-  // The id, or none where it is not confirmed.
-  confirmed: (question) => (id, ...rest) => [confirm(question) ? id : '', ...rest],
+  // The id, or none where the question, which is the last value, is of another one or is not confirmed.
+  confirmed: (id, ...rest) => {
+    const asked = rest[rest.length - 1];
+    return [asked?.question && asked.id === id && confirm(asked.question) ? id : '', ...rest];
+  },
 
   // Asks before photos join a sample; without a subject's id they become one of their own.
   join(files, id, ...rest) {

@@ -15,9 +15,15 @@ from dora_diffusion.cli.console.errors import explain_to_all
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context, Handler
 from dora_diffusion.studio.app.views import compare, generate, library, run, subject, train, ui
+from dora_diffusion.studio.app.views.request import MORE
 from dora_diffusion.studio.jobs.store import UserError
 
 TICK_SECONDS = 2.0
+CHOOSERS = (
+    "run", "adapter", "library_run", "study", "subject", *MORE, "find_run", "words_file", "style",
+    "library_other", "library_rival", "study_subjects", "study_base", "others", "start", "base",
+)  # fmt: skip
+"""Fields over objects that come and go; a choice whose object is gone becomes `GONE`."""
 _DAY = 24 * 3600
 _READS = 3
 
@@ -54,7 +60,6 @@ def build_page(context: Context) -> gr.Blocks:
         chosen = [tabs, generating.adapter]
         ui.on(shown.to_generate.click, _open_with_run("generate"), [shown.run], chosen)
         ui.on(shown.to_library.click, _open_with_run("library"), [shown.run], [tabs, stored.run])
-        inputs = [shown.run, generating.adapter, stored.run, comparing.study, subjects.pick]
         # What a refresh may change, by the names that the tabs' functions use.
         fields = {
             "header": header, "run": shown.run, "status": shown.status, "loss": shown.loss,
@@ -73,9 +78,11 @@ def build_page(context: Context) -> gr.Blocks:
             "study": comparing.study,
             "study_status": comparing.status, "study_report": comparing.report,
             "study_subjects": comparing.subjects, "study_delete": comparing.delete,
-            "looked": subjects.looked, "start": training.advanced["init_adapter"],
+            "subject": subjects.pick, "looked": subjects.looked, "others": training.others,
+            "base": training.model, "start": training.advanced["init_adapter"],
+            "study_base": comparing.base,
         }  # fmt: skip
-        _connect_clock(context, restored, inputs, fields)
+        _connect_clock(context, restored, fields)
     return blocks
 
 
@@ -83,9 +90,7 @@ def _open_with_run(tab: str) -> Callable[[str | None], list[Any]]:
     return lambda run_id: [gr.Tabs(selected=tab), run_id]
 
 
-def _connect_clock(
-    context: Context, restored: Any, inputs: list[Any], fields: dict[str, Any]
-) -> None:
+def _connect_clock(context: Context, restored: Any, fields: dict[str, Any]) -> None:
     """One timer, outside of the tabs, and the page's load refresh everything that can change.
 
     Text is sent by the clock itself. For every other field that an event may fill, Gradio rebuilds
@@ -97,14 +102,17 @@ def _connect_clock(
     # What this page was last sent of each, and a mark of what the others should show.
     seen_texts, seen_others, mark = gr.State({}), gr.State({}), gr.State("")
 
-    def parts(run_id: Any, adapter: Any, selected: Any, study: Any, picked: Any = None) -> Any:
-        jobs = context.jobs()
+    inputs = [fields[name] for name in CHOOSERS]
+
+    def parts(*values: Any) -> Any:
+        jobs, chosen = context.jobs(), dict(zip(CHOOSERS, values, strict=False))
+        run_id, adapter, selected, study, picked = map(chosen.get, CHOOSERS[:5])
         made, problems = whole_tabs(
             Subject=lambda: subject.refresh(context, jobs, picked),
-            Train=lambda: run.refresh(context, jobs, run_id) | train.refresh(jobs),
-            Generate=lambda: generate.refresh(context, jobs, adapter),
-            Library=lambda: library.refresh(jobs, selected),
-            Compare=lambda: compare.refresh(context, jobs, study),
+            Train=lambda: run.refresh(context, jobs, run_id) | train.refresh(context, jobs, chosen),
+            Generate=lambda: generate.refresh(context, jobs, adapter, chosen),
+            Library=lambda: library.refresh(jobs, selected, chosen),
+            Compare=lambda: compare.refresh(context, jobs, study, chosen),
         )
         problems += [context.queue.problem] if context.queue.problem else []
         return {"header": html.header(jobs, problems), **made}

@@ -21,7 +21,13 @@ from dora_diffusion.config.fields import words_of
 from dora_diffusion.config.presets import EMBEDDED as SMALL
 from dora_diffusion.config.presets import preset_settings
 from dora_diffusion.models.embedded import MODELS
-from dora_diffusion.models.locate import EMBEDDED_PREFIX, UNKNOWN, is_embedded, model_info
+from dora_diffusion.models.locate import (
+    EMBEDDED_PREFIX,
+    UNKNOWN,
+    ModelInfo,
+    is_embedded,
+    model_info,
+)
 from dora_diffusion.models.memory import Device, fitting_settings
 from dora_diffusion.studio.jobs.store import UserError, clean_text
 
@@ -54,6 +60,9 @@ LABELS: Mapping[str, str] = {
     "dataset_config": "Other subjects in the same run",
 }  # fmt: skip
 _LABELLED = re.compile(rf"(?:--)?\b({'|'.join(LABELS)})\b")
+_SWITCHES = {
+    "with_prior_preservation": "prior preservation", "random_flip": "mirrored photos",
+}  # fmt: skip
 # Of a setting that follows from the model where it is neither.
 _SWITCH = {"on": True, "off": False}
 
@@ -71,17 +80,45 @@ def preset_values(preset: str, model: str, device: Device | None = None) -> dict
     """
     if preset not in PRESETS:
         raise UserError(f"there is no preset {preset!r}; choose {', '.join(PRESETS)}")
-    try:
-        info = model_info(model)
-    except ValueError:
-        info = UNKNOWN
-    is_small, family = is_embedded(model), FAMILIES.get(info.family, DEFAULT_FAMILY)
-    values = TrainConfig().to_dict() | preset_settings(preset, family, is_embedded=is_small)
-    if not is_small:
+    info = _info_of(model)
+    values = TrainConfig().to_dict() | _preset_settings(preset, model)
+    if not is_embedded(model):
         batch = 2 if values["with_prior_preservation"] else 1
         known = info.family if info.has_released_shape else ""
         values |= fitting_settings(known, info.resolution, device or Device(), batch=batch)
     return {name: values[name] for name in ADVANCED}
+
+
+def _info_of(model: str) -> ModelInfo:
+    try:
+        return model_info(model)
+    except ValueError:
+        return UNKNOWN
+
+
+def _preset_settings(preset: str, model: str) -> dict[str, Any]:
+    family = FAMILIES.get(_info_of(model).family, DEFAULT_FAMILY)
+    return preset_settings(preset, family, is_embedded=is_embedded(model))
+
+
+def preset_sentence(preset: str, model: str) -> str:
+    """Describe what a preset sets for a model, of the settings that the page has fields for.
+
+    Example:
+        >>> preset_sentence("pet", "stable-diffusion-v1-5/stable-diffusion-v1-5")
+        'For this model: 800 steps, with prior preservation, with mirrored photos.'
+    """
+    own, usual = _preset_settings(preset, model), TrainConfig().to_dict()
+    changed = {name: own[name] for name in ADVANCED if name in own and own[name] != usual[name]}
+    parts = [f"{changed.pop('max_train_steps', usual['max_train_steps'])} steps"]
+    if own.get("teach") != "slider":  # which has no photos
+        for name, title in _SWITCHES.items():
+            parts.append(f"{'with' if changed.pop(name, usual[name]) else 'without'} {title}")
+    parts += [
+        " ".join([name.replace("_", " "), *([] if value is True else words_of(value))])
+        for name, value in changed.items()
+    ]
+    return f"For this model: {', '.join(parts)}."
 
 
 def default_guidance(model: str) -> float:

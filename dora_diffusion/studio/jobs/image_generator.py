@@ -7,7 +7,7 @@ import hashlib
 import random
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL.Image import open as open_image
 
-from dora_diffusion.cli.image_rows import Row, image_rows
+from dora_diffusion.cli.image_rows import Row, image_rows, trigger_messages
 from dora_diffusion.cli.repeat import Repeated
 from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.cli.settings import adapter_and_strengths
@@ -367,7 +367,7 @@ def _notes(loaded: _LoadedRequest, prompts: Sequence[str], lines: Sequence[str])
     from dora_diffusion.sampling.images import adapter_name
 
     request, components, sampling = loaded
-    limit, notes = token_limit(components), list[str]()
+    limit, notes = token_limit(components), prompt_messages(request, prompts)
     texts = [("prompt", prompt) for prompt in dict.fromkeys(prompts)]
     for name, prompt in [*texts, ("negative prompt", sampling.negative_prompt)]:
         for part in plain_parts(prompt) if sampling.prompt_weights else [prompt]:
@@ -384,6 +384,16 @@ def _notes(loaded: _LoadedRequest, prompts: Sequence[str], lines: Sequence[str])
                 f"{few.guidance_scale:g}{scheduler}"
             )
     return *notes, *lines
+
+
+def prompt_messages(request: GenerationRequest, prompts: Iterable[str]) -> list[str]:
+    """Messages on prompts without the adapters' trigger words, as ``generate`` warns of them."""
+    from dora_diffusion.formats.adapter.metadata import AdapterMetadata, join_triggers
+    from dora_diffusion.formats.adapter.stored import read_metadata
+
+    trigger = join_triggers(read_metadata(use.path).trigger for use in request.uses())
+    messages = trigger_messages((prompt, AdapterMetadata(trigger=trigger)) for prompt in prompts)
+    return [message[:1].upper() + message[1:] for message in messages]
 
 
 def _first_seed(request: GenerationRequest) -> int:

@@ -26,10 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion import system
+from dora_diffusion.formats.files.runs import file_stem
 
-_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}(-[a-z0-9-]{1,40})?")
 _LEFTOVER = re.compile(rf"\.(new|deleted)-{_ID.pattern}")
+_LONGEST = 40
 _DAY = 24 * 3600
+GONE = "(no longer in this list: choose another)"
+"""Value and label of a choice whose object was deleted: no id, and no name of a file."""
 _COUNT = itertools.count(secrets.randbelow(0x1000))
 REMAINS = "; what could not be deleted yet goes when the app starts next"
 
@@ -151,9 +155,13 @@ class Workspace:
             shutil.rmtree(path, ignore_errors=True)
         return [path for path in left if path.exists()]
 
-    def new_job(self) -> Path:
-        """The folder of a job to be made."""
-        return self.root / new_id()
+    def new_job(self, words: str = "") -> Path:
+        """The folder of a job to be made; ``words`` are in the name of a run, and of its adapter.
+
+        A rename changes the run's title, never the folder: images and downloads have its name.
+        """
+        name, stem = new_id(), file_stem(words, "adapter")[:_LONGEST].rstrip("-")
+        return self.root / (f"{name}-{stem}" if words else name)
 
     def ranking(self, run_id: str) -> Path:
         """Return the folder of a run's checkpoint ranking; deleted with the run's exports."""
@@ -196,6 +204,11 @@ def new_id() -> str:
 def made_at(job_id: str) -> str:
     """The minute of an id: ``2026-11-25 16:03``."""
     return f"{job_id[:4]}-{job_id[4:6]}-{job_id[6:8]} {job_id[9:11]}:{job_id[11:13]}"
+
+
+def is_id(name: object) -> bool:
+    """Return whether a name has the form of an id, of an object that is there or not."""
+    return isinstance(name, str) and bool(_ID.fullmatch(name))
 
 
 def ids_in(folder: Path) -> list[str]:

@@ -63,12 +63,13 @@ def start_training(
                 f"{job.title} with the same photos and settings is {now} already; change a "
                 "setting, such as seed, to start another run"
             )
-    folder = workspace.new_job()
-    titles = ", ".join([*(subject.title for subject in subjects), *config.target[:1]])
+    titles = ", ".join([*(subject.title for subject in subjects), *config.target[:1]])[:NAME_LIMIT]
+    name = clean_text(name, NAME_LIMIT, "name")
+    folder = workspace.new_job(name or titles)
     clock = made_at(folder.name)[11:]  # `Job.label` looks for it.
     record = records.JobRecord(
         records.train_arguments(folder),
-        clean_text(name, NAME_LIMIT, "name") or f"{titles[:NAME_LIMIT]} {clock}",
+        name or f"{titles} {clock}",
         base=config.pretrained_model_name_or_path,
         sample=subjects[0].sample if len(subjects) == 1 else "",
     )
@@ -213,16 +214,17 @@ def import_adapter(
     # Others name a file of their own machine.
     stated = metadata.base_model if metadata.format_version else ""
     base = base or stated or FAMILIES.get(metadata.family, DEFAULT_FAMILY).released_id
+    title = clean_text(name, NAME_LIMIT, "name") or shown(file.stem, NAME_LIMIT)
     record = records.JobRecord(
         [records.IMPORT, shown(file.name)],
-        clean_text(name, NAME_LIMIT, "name") or shown(file.stem, NAME_LIMIT),
+        title,
         base=allowed(base),
         trigger=metadata.trigger,
     )
     now = time.time()
     result = dataclasses.asdict(records.JobResult(0, now, now))
     files: dict[str, str | Path] = {records.RESULT: json.dumps(result), ADAPTER_FILES[0]: file}
-    return create_job(workspace.new_job(), record, files)
+    return create_job(workspace.new_job(title), record, files)
 
 
 def can_continue(job: Job) -> bool:
@@ -377,12 +379,13 @@ def start_conversion(workspace: Workspace, run: Job, target: str) -> str:
     """
     from dora_diffusion.export.convert import conversion_of
     from dora_diffusion.formats.adapter.file import read_adapter
+    from dora_diffusion.sampling.images import adapter_name
 
     if target not in targets():
         raise UserError("there is no such program; choose one of the list")
     adapter = str(chosen_adapter(run))
     # PEFT writes a folder per component; the others are one file each.
-    name = f"{file_name(run, target)}.{'zip' if target in FOLDERS else 'safetensors'}"
+    name = f"{adapter_name(adapter)}.{'zip' if target in FOLDERS else 'safetensors'}"
     output = str(workspace.exports / run.id / target / name)
     given: Any = {"input": adapter, "output": output, "to": target}
     base = path_here(run.base_model) if run.base else None
@@ -432,9 +435,8 @@ def _words(settings: CommandSettings) -> list[str]:
 
 
 def file_name(job: Job, what: str) -> str:
-    """A file name that no other run, checkpoint or format has, ending with what the file is."""
-    stem, step = file_stem(job.trigger, "subject"), job.step_of(job.stands)
-    return f"{stem}-{job.id[:15]}-step-{step}-{what}"
+    """A file name that no other run, checkpoint or result has, ending with what the file is."""
+    return f"{job.id}-step-{job.step_of(job.stands)}-{what}"
 
 
 def start_study(

@@ -33,7 +33,12 @@ from dora_diffusion.models.offload import on_device
 from dora_diffusion.models.text import encode_prompts, token_limit
 from dora_diffusion.training.events import OnEvent
 from dora_diffusion.training.inputs.prior import check_image_free, class_images, class_prompts
-from dora_diffusion.training.inputs.subject import Subject, caption_rules, class_caption_of
+from dora_diffusion.training.inputs.subject import (
+    Subject,
+    caption_rules,
+    class_caption_of,
+    possible_captions,
+)
 
 # Crops per photo where they are drawn: the latents of all of them fit in memory.
 _CROP_VARIANTS = 8
@@ -259,7 +264,7 @@ def check_captions(subject: Subject, photos: Sequence[Photo]) -> None:
     """The same of captions alone; what counts is every caption that may be drawn of them."""
     config, rules = subject.settings, caption_rules(subject.settings)
     token, texts = subject.token, [photo.caption for photo in photos]
-    possible = [caption for text in texts for caption in rules.possible(text, token)]
+    possible = possible_captions(subject, texts)
     if token:
         require_token(possible, token)
     if config.is_image_free:

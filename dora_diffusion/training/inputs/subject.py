@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.dataset_file import naming_entry
 from dora_diffusion.config.derived import usual_class_word
 from dora_diffusion.config.wording import quoted
-from dora_diffusion.data.captions import CaptionRules, Wildcards, class_caption, contains_token
+from dora_diffusion.data.captions import (
+    CaptionRules,
+    Wildcards,
+    class_caption,
+    contains_token,
+    read_caption,
+    token_message,
+)
+from dora_diffusion.data.photos import photos_in
 from dora_diffusion.formats.adapter.metadata import join_triggers
 from dora_diffusion.models.embedded import CLASSES, FILLERS
 from dora_diffusion.models.locate import is_embedded
@@ -67,6 +76,35 @@ def caption_rules(config: TrainConfig) -> CaptionRules:
     )
 
 
+def token_messages(subjects: Sequence[Subject]) -> list[str]:
+    """Return a message on each subject some of whose captions lack its token; no photo is read.
+
+    Raises:
+        ConfigError: If all captions of one lack it.
+    """
+    messages = []
+    for subject in subjects:
+        folder = subject.settings.instance_data_dir
+        if not subject.token or not folder:
+            continue
+        texts, prompt = [], subject.settings.instance_prompt or ""
+        for path in photos_in(Path(folder)):
+            with contextlib.suppress(OSError, ValueError):  # refused with the photos
+                texts.append(read_caption(path, prompt, per_line=True))
+        possible = possible_captions(subject, texts)
+        try:
+            messages.append(token_message(possible, subject.token) if possible else "")
+        except ValueError as error:
+            raise ConfigError(str(error), "token") from error
+    return list(filter(None, messages))
+
+
+def possible_captions(subject: Subject, texts: Iterable[str]) -> list[str]:
+    """All captions that may be drawn of a subject's texts; wildcards with and without its token."""
+    rules = caption_rules(subject.settings)
+    return [caption for text in texts for caption in rules.possible(text, subject.token)]
+
+
 def prompt_rules(config: TrainConfig) -> CaptionRules:
     """Return the rules of sample prompts: the first subject's that has wildcards, if any has."""
     subjects = config.subjects
@@ -90,7 +128,7 @@ def subjects_of(config: TrainConfig) -> list[Subject]:
     """
     subjects = []
     for place, settings in enumerate(config.subjects):
-        with naming_entry(place) if config.dataset_config else nullcontext():
+        with naming_entry(place) if config.dataset_config else contextlib.nullcontext():
             subjects.append(_subject_of(settings))
     by_token: dict[str, Subject] = {}
     for subject in subjects:

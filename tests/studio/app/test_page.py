@@ -22,14 +22,15 @@ from dora_diffusion.sampling.images import save_image
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
-from dora_diffusion.studio.app.page import _changes
+from dora_diffusion.studio.app.page import CHOOSERS, _changes
 from dora_diffusion.studio.app.settings import _NOT_ADVANCED, LABELS, SETTINGS, sentence
 from dora_diffusion.studio.app.views import gallery
 from dora_diffusion.studio.app.views.library import page_of
+from dora_diffusion.studio.app.views.request import BASE, UNSET, make_request
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs import snapshot as snapshots
 from dora_diffusion.studio.jobs.snapshot import snapshot
-from dora_diffusion.studio.jobs.store import Workspace, write_json
+from dora_diffusion.studio.jobs.store import GONE, UserError, Workspace, write_json
 from dora_diffusion.studio.jobs.subjects import add_photos, new_subject
 from tests.every import every
 from tests.studio.app.views.helpers import built_page
@@ -90,6 +91,115 @@ def shown(context: Context, handler: Callable[[str], Any]) -> Callable[[str | No
         return str([*tick({}, run, None, None, None), *fill({}, run, None, None, None)])
 
     return show
+
+
+def filled(handler: Callable[[str], Any], page: Any, chosen: dict[str, Any]) -> dict[str, Any]:
+    """The updates of fields that a page with these choices gets from the clock."""
+    function = handler("_connect_clock.<locals>.fill")
+    [outputs] = [one.outputs for one in page.fns.values() if one.fn is function]
+    _, *updates = function({}, *(chosen.get(name) for name in CHOOSERS))
+    return {field._id: update for field, update in zip(outputs[1:], updates, strict=True)}
+
+
+def _inputs(page: Any, handler: Callable[[str], Any]) -> dict[str, Any]:
+    """The fields that the clock asks, by the names that it uses."""
+    function = handler("_connect_clock.<locals>.fill")
+    [asked] = [one.inputs[1:] for one in page.fns.values() if one.fn is function]
+    return dict(zip(CHOOSERS, asked, strict=True))
+
+
+def test_a_choice_whose_object_is_gone_is_empty_in_every_chooser(
+    app: tuple[Context, dict[str, Any], Any], context: Context, handler: Callable[[str], Any],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Nothing takes its place: the next images, run or deletion would be of another object."""
+    workspace, page = context.workspace, app[2]
+    fields, choosers = _inputs(page, handler), set(CHOOSERS)
+    # All lists that are filled later, but for prompts, which are copied when they are chosen.
+    lists = (gradio.Dropdown, gradio.CheckboxGroup)
+    later = {
+        one._id for one in page.blocks.values()
+        if isinstance(one, lists) and not one.choices and one.elem_id != "template"
+    }  # fmt: skip
+    assert later < {field._id for field in fields.values()}
+    runs = [ended_run(workspace, (2,), 2) for _ in range(2)]
+    about(runs[0].folder, "compare")
+    subject = new_subject(workspace, "Mug")
+    add_photos(workspace, subject, [photo(tmp_path / "a.png")])
+    (workspace.wildcards / "hue.txt").write_text("red", encoding="utf-8")
+    workspace.styles.write_text("name,prompt,negative_prompt\nink,ink,\n", encoding="utf-8")
+    context.jobs(fresh=True)
+    gone = dict.fromkeys(choosers, "20260101-000000-abcdef")
+    gone["subject"] = "20260101-000000-abcdee"
+    gone |= dict.fromkeys(("base", "study_base"), str(workspace.root / "a/model"))
+    several = {"style", "study_subjects", "others"}
+    for chosen in (gone, dict.fromkeys(choosers, GONE)):
+        values = {name: [value] if name in several else value for name, value in chosen.items()}
+        updates = filled(handler, page, values)
+        for name, field in fields.items():
+            update = updates[field._id]
+            assert update["choices"][0] == (GONE, GONE), name
+            assert len(update["choices"]) > 1, name
+            empty = [GONE] if name in several else GONE
+            assert update.get("value", values[name]) == empty, name
+    # What is there is left alone: a selected checkpoint by its name, and files that were typed.
+    run = runs[0].id
+    there = {
+        "run": run, "adapter": f"{run}/checkpoint-2", "library_run": run, "subject": subject,
+        "adapter_second": run, "find_run": run, "words_file": "hue.txt", "style": ["ink"],
+        "library_other": runs[1].id, "library_rival": run, "study_subjects": [subject],
+        "start": "/mug.safetensors", "base": str(workspace.root), "study_base": "org/model",
+    }  # fmt: skip
+    updates = filled(handler, page, there)
+    assert not any("value" in updates[fields[name]._id] for name in there)
+
+
+def test_no_chooser_that_is_empty_acts_on_another_object(context: Context) -> None:
+    ended_run(context.workspace, (2,), 2)
+    form = {**UNSET, "prompt": "a mug", "seed": 1}
+    base = f"{BASE}/{context.models[0]}"
+    for choice, more in ((GONE, {}), (base, {"adapter_third": GONE}), (base, {"style": [GONE]})):
+        with pytest.raises(UserError, match="no longer"):
+            make_request(context, choice, form | more)
+    for act in (context.allowed_model, context.starting_adapter, context.job):
+        with pytest.raises(UserError, match="no longer"):
+            act(GONE)
+    with pytest.raises(UserError, match="no longer"):
+        context.learned([GONE])
+
+
+def _names(function: Any, seen: set[int]) -> set[str]:
+    """The names of functions that a handler calls, by itself or by what is bound to it."""
+    if id(function) in seen or not callable(function):
+        return set()
+    seen.add(id(function))
+    parts = [function.func, *function.args] if isinstance(function, functools.partial) else []
+    parts += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    code = getattr(function, "__code__", None)
+    return set(code.co_names if code else ()).union(*(_names(part, seen) for part in parts))
+
+
+def test_no_deletion_without_a_question_that_names_it(
+    app: tuple[Context, dict[str, Any], Any],
+) -> None:
+    """By every handler that calls a function of the jobs that deletes."""
+    page = app[2]
+    deleting = {"delete_job", "delete_subject", "remove_photo", "delete_prompt_file", "delete"}
+    found = [one for one in page.fns.values() if _names(one.fn, set()) & deleting]
+    assert {one.fn.__module__.rpartition(".")[2] for one in found} == {
+        "subject", "photo", "run", "results", "words", "library", "compare"
+    }  # fmt: skip
+    for one in found:
+        assert one.js == "studio.confirmed", one.fn
+        asked = page.fns[one.trigger_after]
+        assert asked.outputs == [one.inputs[-1]]
+        assert asked.inputs == one.inputs[:-1]
+        # Nothing is asked, and nothing done, where nothing is chosen.
+        nothing = [""] * len(asked.inputs)
+        assert asked.fn(*nothing) == {"id": "", "question": ""}
+        assert one.fn(*nothing, None) == [gradio.skip()] * len(one.outputs)
+        with pytest.raises(gradio.Error, match="no longer exists"):
+            asked.fn(GONE, *nothing[1:])
 
 
 @pytest.mark.parametrize("name", ["tick", "fill"])
@@ -283,7 +393,6 @@ def test_what_could_not_be_deleted_is_not_said_to_be(
 def test_nothing_is_said_to_be_gone_for_good(app: Any) -> None:
     page = str(app[2].get_config_file())
     assert "There is no way back" not in page
-    assert "Runs that were trained on it keep copies" in page
 
 
 def _texts(value: object) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,14 +22,17 @@ from dora_diffusion.config import (
 )
 from dora_diffusion.config.derived import as_yaml, resolve
 from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.models.memory import Device, needed_memory
+from dora_diffusion.config.fields import words_of
+from dora_diffusion.models.memory import Device, fitting_settings, needed_memory
 from dora_diffusion.studio.app.settings import (
     ADVANCED,
     EMBEDDED,
+    EMBEDDED_MODELS,
     GROUPS,
     SETTINGS,
     command_line,
     make_config,
+    preset_sentence,
     preset_values,
     setting_text,
     shown_choices,
@@ -259,3 +263,35 @@ def test_an_empty_field_means_the_default() -> None:
 def test_a_subject_without_a_name_is_refused(token: str, word: str, match: str) -> None:
     with pytest.raises(UserError, match=match):
         make_config(EMBEDDED, Path("p"), Path("o"), token, word, [], {})
+
+
+BASES = [*EMBEDDED_MODELS, *(family.released_id for family in FAMILIES.values()), "/none"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_tells_what_it_sets_for_the_model_and_nothing_else(preset: str) -> None:
+    usual = TrainConfig().to_dict()
+    for base in BASES:
+        text = preset_sentence(preset, base)
+        first, *parts = text.removeprefix("For this model: ").removesuffix(".").split(", ")
+        # As the fields are filled in; how a device is fitted is said beside its memory.
+        values = preset_values(preset, base, Device())
+        fitted = fitting_settings("", 512, Device()) if base not in EMBEDDED_MODELS else {}
+        changed = {n: v for n, v in values.items() if v != usual[n] and n not in fitted}
+        assert first == f"{changed.pop('max_train_steps')} steps"
+        if preset != "slider":
+            switches = [changed.pop(n, False) for n in ("with_prior_preservation", "random_flip")]
+            words = ["with" if on else "without" for on in switches]
+            named, parts = parts[:2], parts[2:]
+            assert named == [f"{words[0]} prior preservation", f"{words[1]} mirrored photos"]
+        assert parts == [
+            n.replace("_", " ") + ("" if value is True else f" {' '.join(words_of(value))}")
+            for n, value in changed.items()
+        ]
+    pet = [preset_sentence("pet", base) for base in (EMBEDDED, FAMILIES["sd1"].released_id)]
+    assert ["without mirrored photos" in text for text in pet] == [True, False]
+
+
+def test_the_purpose_of_a_preset_holds_for_every_model() -> None:
+    for preset in PRESETS.values():
+        assert not re.search("mirror|prior|class|encoder|rank|parameter", preset.about)

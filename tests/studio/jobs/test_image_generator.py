@@ -20,8 +20,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dora_diffusion.cli.image_rows import warn_of_triggers
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.data.captions import CaptionRules, Wildcards
+from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.models.load import load_vae
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.detail import Detail
@@ -40,6 +42,7 @@ from dora_diffusion.studio.jobs.image_generator import (
     GenerationRequest,
     ImageGenerator,
     _Turn,
+    prompt_messages,
 )
 from dora_diffusion.studio.jobs.image_store import ImageStore
 from dora_diffusion.studio.jobs.inputs import input_path, keep_input
@@ -319,6 +322,24 @@ def test_the_page_says_what_of_a_long_prompt_was_not_read(
     found = [parse_parameters(image.parameters).get("Clip skip") for image in (plain, skips)]
     assert found == [None, "2"]
     assert "longer than" not in _one(context, studio.compare(short)[1])[0]
+
+
+def test_a_prompt_without_trigger_words_is_said_as_the_command_line_does(
+    finished: tuple[Workspace, str], studio: ImageGenerator
+) -> None:
+    lacking = ask(finished, prompt="a photo of a dog", style=[])
+    metadata = read_metadata(lacking.uses()[0].path)
+    with pytest.warns(UserWarning, match="trigger word") as told:
+        warn_of_triggers([(lacking.prompt or "", metadata)])
+    text = str(told[0].message)
+    assert text == "the prompt lacks the adapter's trigger word; write 'sks dog' to get the subject"
+    line = f"T{text[1:]}"
+    made = [*studio.make(lacking), *studio.compare(lacking)]
+    made += [studio.grid(lacking, ["strength=1"], lambda *_: None)[0]]
+    assert [image.notes for image in made] == [(line,)] * 4
+    for prompt, lines in (("a SKS, dog", []), ("sksdog", [line]), ("a dog", [line])):
+        assert prompt_messages(lacking, [prompt]) == lines
+    assert prompt_messages(replace(lacking, adapter=None), ["a dog"]) == []
 
 
 def test_an_adapter_that_is_for_few_steps_says_so_where_there_are_more(

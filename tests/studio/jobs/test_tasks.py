@@ -19,6 +19,7 @@ from dora_diffusion.config.command import AsJob
 from dora_diffusion.config.fields import REQUIRED, flag
 from dora_diffusion.export import hub
 from dora_diffusion.formats.layouts import PROGRAMS
+from dora_diffusion.sampling.images import adapter_name
 from dora_diffusion.studio.jobs import records, store, tasks
 from dora_diffusion.studio.jobs.queue import delete_job, stop_job
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter, read_run
@@ -74,6 +75,20 @@ def test_a_run_has_the_minute_of_its_id_in_its_name(
 ) -> None:
     monkeypatch.setattr(store, "new_id", lambda: "20261125-235900-abcdef")
     assert seen(start(workspace, subject)).label == "Dog 23:59 · 11-25"
+
+
+def test_the_folder_of_a_run_is_named_by_its_words(workspace: Workspace, subject: str) -> None:
+    stored = read_subject(workspace, subject)
+    for seed, (name, words) in enumerate(
+        (("", "dog"), ("Käthe's mug: 1/2?", "kathe-s-mug-1-2"), ("猫", "adapter"),
+         ("a " * 30, "-".join("a" * 20)), ("con", "con-adapter"))
+    ):  # fmt: skip
+        config = dataclasses.replace(CONFIG, seed=seed)
+        run = tasks.start_training(workspace, config, [stored], name)
+        assert run[23:] == words
+        assert workspace.job(run).name == run
+        tasks.rename_run(workspace, run, "Rex")
+        assert workspace.job(run).name == run
 
 
 @pytest.mark.parametrize("name", ["e", "Convert", "to", "Convert e to diffusers", " e e "])
@@ -236,7 +251,7 @@ def test_merges_of_a_run_do_not_replace_each_other(finished: tuple[Workspace, st
         assert (args.strength, len(args.adapter)) == (strength, 1)
         outputs.append(Path(args.output).name)
         delete_job(workspace, merge)
-    named = f"sks-dog-{job.id[:15]}"
+    named = job.id
     assert outputs == [
         f"{named}-step-3-strength-1-merged.safetensors",
         f"{named}-step-3-strength-0.5-merged.safetensors",
@@ -306,7 +321,7 @@ def test_a_download_is_named_and_lies_in_the_exports(
     # By the words that were chosen from.
     assert tasks.targets()[target].startswith(title.removeprefix(f"Convert {run.title} for "))
     suffix = "zip" if target == "peft" else "safetensors"
-    name = f"sks-dog-{run.id[:15]}-step-3-{target}.{suffix}"
+    name = f"{adapter_name(chosen_adapter(run))}.{suffix}"
     assert Path(args.output) == workspace.exports / run.id / target / name
     assert (args.input, args.to) == (str(chosen_adapter(run)), target)
     assert (args.base, args.overwrite) == (run.base, True)
@@ -361,7 +376,7 @@ def test_programs_are_offered_by_their_names() -> None:
 def test_the_model_card_can_be_downloaded(finished: tuple[Workspace, str]) -> None:
     job = job_of(finished)
     card = tasks.write_card(finished[0], job)
-    assert card.name == f"sks-dog-{job.id[:15]}-step-3-README.md"
+    assert card.name == f"{job.id}-step-3-README.md"
     assert "sks dog" in card.read_text(encoding="utf-8")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.html import task_card
 from dora_diffusion.studio.app.settings import EMBEDDED, SETTINGS, preset_values
-from dora_diffusion.studio.app.views import ui
+from dora_diffusion.studio.app.views import train, ui
 from dora_diffusion.studio.jobs import queue
 from dora_diffusion.studio.jobs.bases import check_base
+from dora_diffusion.studio.jobs.deletions import run_question
 from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.store import REMAINS, UserError
 from dora_diffusion.studio.jobs.subjects import read_subject, subjects_in
@@ -30,6 +32,8 @@ _NOTHING = html.empty(
     "Nothing compared yet", "Choose subjects and methods: tables and plots appear here."
 )
 
+_GONE = html.empty("No comparison is chosen", "The one that was shown was deleted; choose another.")
+
 
 class CompareTab:
     """The tab's fields."""
@@ -39,7 +43,7 @@ class CompareTab:
             with gr.Column(scale=5, min_width=320):
                 text = "Each is trained on the same subjects and seeds, and measured."
                 ui.html_block(html.heading("7", "Compare methods", text))
-                self.subjects = gr.CheckboxGroup([], label="Subjects", elem_id="study-subjects")
+                self.subjects = ui.id_checkbox_group(label="Subjects", elem_id="study-subjects")
                 names = list(zip(("DoRA", "LoRA", "Full fine-tuning"), _METHODS, strict=True))
                 self.methods = gr.CheckboxGroup(names, value=["dora", "lora"], label="Methods")
                 with gr.Row():
@@ -66,13 +70,14 @@ def connect(context: Context, tab: CompareTab) -> None:
 
     def now(chosen: str | None) -> list[Any]:
         parts = refresh(context, context.queued(), chosen)
-        options = {"value": chosen} if chosen else {}
-        return [gr.update(**{**parts["study"][0], **options}), parts["study_status"]]
+        return [ui.filled(parts["study"]), parts["study_status"]]
 
     def start(subjects: Any, methods: Any, seeds: Any, steps: Any, base: str | None) -> list[Any]:
         study = _study(context, methods, int(seeds or 0), int(steps or 0), base)
         stored = [read_subject(context.workspace, one) for one in subjects or []]
-        return now(start_study(context.workspace, study, stored))
+        made = start_study(context.workspace, study, stored)
+        field, status = now(made)
+        return [{**field, "value": made}, status]
 
     def click(chosen: str | None, event: gr.EventData) -> list[Any]:
         what, job_id = ui.clicked(event)
@@ -83,13 +88,13 @@ def connect(context: Context, tab: CompareTab) -> None:
     def delete(chosen: str) -> list[Any]:
         if not queue.delete_job(context.workspace, context.job(chosen).id):
             gr.Info(REMAINS)
-        return now(None)
+        return now(chosen)
 
     shown = [tab.study, tab.status]
     asked = [tab.subjects, tab.methods, tab.seeds, tab.steps, tab.base]
     ui.on(tab.start.click, start, asked, shown, show="minimal")
     ui.on(tab.status.click, click, [tab.study], shown)
-    question = "Delete this comparison with its report?"
+    question = functools.partial(run_question, context.workspace)
     ui.on(tab.delete.click, delete, [tab.study], shown, confirm=question)
 
 
@@ -131,23 +136,27 @@ def _study(
     }
 
 
-def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
-    """Return the timer's update of this tab."""
+def refresh(
+    context: Context, jobs: Sequence[Job], chosen: str | None, more: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """Return the timer's update of this tab; ``more`` holds further choices by their names."""
     studies = [job for job in jobs if job.kind == "compare"]
-    job = next((job for job in studies if job.id == chosen), next(iter(studies), None))
+    newest = next(iter(studies), None)
+    job = next((job for job in studies if job.id == chosen), None) if chosen else newest
     choices = [(f"{job.label} · {job.shown_state}", job.id) for job in studies]
-    status = _NOTHING
+    status = _GONE if studies else _NOTHING
     if job:
-        more = job.state in ("stopped", "failed", "crashed")
-        status = task_card(job) + (html.button("Continue", "resume", job.id) if more else "")
+        has_more = job.state in ("stopped", "failed", "crashed")
+        status = task_card(job) + (html.button("Continue", "resume", job.id) if has_more else "")
     page = Path(job.record.output, "report.md") if job else None
     modified = page.stat().st_mtime_ns if page and page.is_file() else 0
     subjects = [(subject.title, subject.id) for subject in subjects_in(context.workspace)]
     return {
-        "study": ui.choosing(choices, job and job.id, chosen, visible=bool(choices)),
+        "study": ui.choosing(choices, chosen, newest and newest.id, visible=bool(choices)),
         "study_status": status,
         "study_report": ((str(page), modified), lambda: _report(page if modified else None)),
-        "study_subjects": ui.changing(choices=subjects),
+        "study_subjects": ui.choosing(subjects, more.get("study_subjects")),
+        "study_base": train.base_choices(context, more.get("study_base")),
         "study_delete": ui.changing(visible=bool(job and job.has_ended)),
     }
 

@@ -61,12 +61,12 @@ def connect(tab: GalleryView) -> None:
           js=f"({names}) => studio.look({{{names}}})")  # fmt: skip
 
 
-def refresh(images: ImageStore, jobs: Sequence[Job]) -> dict[str, Any]:
+def refresh(images: ImageStore, jobs: Sequence[Job], run: str | None = None) -> dict[str, Any]:
     """Return the timer's update: a new page is asked for when the stamp is another."""
     runs = [("any", ""), *((job.label, job.id) for job in jobs if job.stands)]
     count = len(images.entries())
     text = f"<p class='dd-quiet' data-stamp='{images.stamp}'>{counted(count, 'image')}</p>"
-    return {"history": text if count else _EMPTY, "find_run": ui.changing(choices=runs)}
+    return {"history": text if count else _EMPTY, "find_run": ui.choosing(runs, run)}
 
 
 def asked_for(asked: object) -> slice:

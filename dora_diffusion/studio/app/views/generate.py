@@ -233,15 +233,17 @@ def _connect_acting(
 ) -> None:
     """Show what acts out of sight: when a field of ``form`` changes, and after these events."""
 
-    def describe(*values: Any) -> str:
-        return show_acting(context, dict(zip(form, values, strict=True)))
+    def describe(choice: str | None, *values: Any) -> str:
+        return show_acting(context, dict(zip(form, values, strict=True)), choice)
 
     # A folded field is not on the page, and tells of no change: whoever fills it in shows this too.
     changed = ui.together(
         "generate-form", [tab.fields[name] for name in tab.fields if name not in IN_SIGHT]
     )
-    for event in (changed, *(event.then for event in filled)):
-        ui.on(event, describe, [*form.values()], [tab.acting], trigger_mode="always_last")
+    left = (tab.fields["prompt"].blur, tab.adapter.change)
+    for event in (changed, *left, *(event.then for event in filled)):
+        asked = [tab.adapter, *form.values()]
+        ui.on(event, describe, asked, [tab.acting], trigger_mode="always_last")
 
 
 def _connect_choices(context: Context, tab: GenerateTab) -> None:
@@ -267,20 +269,22 @@ def _connect_choices(context: Context, tab: GenerateTab) -> None:
     ui.on(tab.template.input, use, [tab.template], filled)
 
 
-def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
-    """Return the timer's update of this tab."""
+def refresh(
+    context: Context, jobs: Sequence[Job], chosen: str | None, more: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """Return the timer's update of this tab; ``more`` holds further choices by their names."""
     listed, adapters = choices(context, jobs), [("none", ""), *adapter_choices(jobs)]
-    ids = [value for _, value in listed]
     # The newest result, until somebody chooses. A base model that nobody chose would stay chosen
     # when the first run ends.
-    results = [value for value in ids if not value.startswith(f"{BASE}/")]
-    value = chosen if chosen in ids else next(iter(results), None)
+    results = (value for _, value in listed if not value.startswith(f"{BASE}/"))
+    # A run's id is its selected adapter, which may have been chosen by its name before.
+    named = [f"{job.id}/{job.stands}" for job in jobs if job.stands]
     return {
-        "adapter": ui.choosing(listed, value, chosen),
-        **{name: ui.changing(choices=adapters) for name in MORE},
+        "adapter": ui.choosing(listed, chosen, next(results, None), known=named),
+        **{name: ui.choosing(adapters, more.get(name), known=named) for name in MORE},
         "template": ui.changing(choices=[*_TEMPLATES, *context.images.prompts(MOST_PROMPTS)]),
-        **gallery.refresh(context.images, jobs),
-        **words.refresh(context.workspace),
+        **gallery.refresh(context.images, jobs, more.get("find_run")),
+        **words.refresh(context.workspace, more.get("words_file"), more.get("style")),
         "turn": _turn(next((job for job in jobs if job.is_active), None), context),
     }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,19 @@ from dora_diffusion.studio.app.views import gallery, ui
 from dora_diffusion.studio.app.views.request import UNSET, make_request
 from dora_diffusion.studio.app.views.results import DEVICE, on_step, pair_slider
 from dora_diffusion.studio.jobs import tasks
+from dora_diffusion.studio.jobs.deletions import run_question
 from dora_diffusion.studio.jobs.image_store import kept_thumbnail
 from dora_diffusion.studio.jobs.queue import delete_job, stop_job
 from dora_diffusion.studio.jobs.records import FORMS, IMPORT
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
-from dora_diffusion.studio.jobs.store import REMAINS, UserError
+from dora_diffusion.studio.jobs.store import GONE, REMAINS, UserError
 from dora_diffusion.studio.jobs.tasks import MOST_STARS
 from dora_diffusion.studio.jobs.uploads import MAX_FILE
 
 _NOTHING = html.empty(
     "The library is empty", "A run appears here when it is done. Start one in the Train tab."
 )
+_GONE = html.empty("No run is chosen", "The run that was chosen was deleted; choose another one.")
 _THUMBNAIL = 256
 
 
@@ -172,8 +175,8 @@ def connect(context: Context, tab: LibraryTab) -> None:
         return job_id if job_id in {job.id for job in _listed(context.jobs())} else gr.skip()
 
     def show(job_id: str | None, before: str) -> list[Any]:
-        if not job_id:
-            return [_NOTHING, "", 0, "", gr.skip(), ""]
+        if not job_id or job_id == GONE:
+            return [_GONE if job_id else _NOTHING, "", 0, "", gr.skip(), ""]
         job = context.job(job_id)
         name, stored = gr.update(placeholder=job.title), [job.record.stars, job.record.note]
         # Somebody may be typing them, or have typed them before the page was loaded again.
@@ -183,7 +186,7 @@ def connect(context: Context, tab: LibraryTab) -> None:
     def delete(job_id: str) -> list[Any]:
         context.generator.release()  # Windows deletes no model that is mapped into memory.
         text = "Deleted" + ("" if delete_job(workspace, job_id) else REMAINS)
-        parts = refresh(context.jobs(fresh=True), None)
+        parts = refresh(context.jobs(fresh=True), job_id)
         shown = [ui.filled(parts[name]) for name in ("library", "library_run")]
         return [*shown, html.note(text, "info")]
 
@@ -215,7 +218,7 @@ def connect(context: Context, tab: LibraryTab) -> None:
     ui.on(tab.gallery.click, choose, None, [tab.run])
     told = [tab.details, tab.files, tab.stars, tab.note, tab.name, tab.shown]
     ui.on(tab.run.change, show, [tab.run, tab.shown], told)
-    question = "Delete this run with everything it made?"
+    question = functools.partial(run_question, workspace)
     ui.on(tab.delete.click, delete, [tab.run], [tab.gallery, tab.run, tab.files], confirm=question)
     ui.on(tab.convert.click, card, [tab.run], [tab.files])
     buttons = {"convert": (tab.convert, [tab.target]), **tab.buttons}
@@ -330,22 +333,24 @@ def _listed(jobs: Sequence[Job]) -> list[Job]:
     return [job for job in jobs if job.stands and job.has_ended]
 
 
-def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
-    """Return the timer's update of this tab."""
+def refresh(
+    jobs: Sequence[Job], chosen: str | None, more: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """Return the timer's update of this tab; ``more`` holds further choices by their names."""
     runs = _listed(jobs)
     # The page asks for cards again when this is another text (gallery.js).
     stamp = zlib.crc32(repr([(job.id, _card_text(job)) for job in runs]).encode())
     count = f"<p class='dd-quiet' data-stamp='{stamp}'>{counted(len(runs), 'run')}</p>"
-    ids = [job.id for job in runs]
-    value = chosen if chosen in ids else next(iter(ids), None)
+    value = chosen or next((job.id for job in runs), None)
+    own = [job.id for job in runs if job.id == value]
     choices = [(f"{_starred(job, job.label)} · {job.shown_state}", job.id) for job in runs]
     return {
         "library": count if runs else "",
-        "library_run": ui.choosing(choices, value, chosen, visible=bool(runs)),
-        **dict.fromkeys(
-            ("library_other", "library_rival"),
-            ui.changing(choices=[c for c in choices if c[1] != value]),
-        ),
+        "library_run": ui.choosing(choices, chosen, value, visible=bool(runs)),
+        **{
+            name: ui.choosing([c for c in choices if c[1] != value], more.get(name), known=own)
+            for name in ("library_other", "library_rival")
+        },
         "library_side": ui.changing(visible=bool(runs or task_list(jobs))),
         "tasks": task_list(jobs),
     }
@@ -410,11 +415,14 @@ def _range(text: str) -> str:
 def _facts(job: Job) -> str:
     """Return the facts about a run's result, by its adapter file."""
     from dora_diffusion.export import inspect_adapter
+    from dora_diffusion.sampling.images import adapter_name
 
-    report = inspect_adapter(chosen_adapter(job))
+    adapter = chosen_adapter(job)
+    report = inspect_adapter(adapter)
     axis = f", norm on the {report.norm_axis} axis" if report.norm_axis else ""
     exact, wrong = where_it_works(report.tools)
     details = {
+        "name in images and downloads": adapter_name(adapter),
         "trigger words": job.trigger,
         "base model": job.base,
         "method": f"{report.method}, rank {_range(report.rank)}{axis}",

@@ -16,6 +16,7 @@ from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import EMBEDDED
 from dora_diffusion.studio.app.views import captions, ui
 from dora_diffusion.studio.jobs import subjects, uploads
+from dora_diffusion.studio.jobs.deletions import photo_question
 from dora_diffusion.studio.jobs.store import UserError
 
 _LARGEST_SIDE = 8192
@@ -81,7 +82,10 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
 
     about_photo, photo_fields = [subject, tab.chosen], [tab.chosen, tab.box, tab.title, tab.editor]
     ui.on(gallery.select, choose, [subject, names], photo_fields)
-    ui.on(tab.drop.click, drop, [*about_photo, *size], view)
+    ui.on(
+        tab.drop.click, drop, [*about_photo, *size], view,
+        confirm=lambda subject_id, photo, *_: photo_question(workspace, subject_id, photo),
+    )  # fmt: skip
     ui.on(tab.edit.click, edit, about_photo, [tab.editor])
     ui.on(tab.editor.click, change, [*about_photo, *size], view, show="minimal")
 

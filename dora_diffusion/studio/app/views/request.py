@@ -26,10 +26,10 @@ from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import PROMPT_LIMIT, default_guidance
 from dora_diffusion.studio.jobs.bases import path_here
-from dora_diffusion.studio.jobs.image_generator import MAX_BATCH, GenerationRequest
+from dora_diffusion.studio.jobs.image_generator import MAX_BATCH, GenerationRequest, prompt_messages
 from dora_diffusion.studio.jobs.inputs import input_path, keep_input, read_input
-from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
-from dora_diffusion.studio.jobs.store import UserError, clean_text
+from dora_diffusion.studio.jobs.snapshot import Job, adapter_of, chosen_adapter
+from dora_diffusion.studio.jobs.store import GONE, UserError, clean_text
 from dora_diffusion.studio.jobs.uploads import read_mask
 
 OWN = "the model's own"
@@ -98,6 +98,16 @@ def acting(context: Context, form: Mapping[str, Any]) -> list[str]:
     return [_described(name, form[name], adapters) for name in acts]
 
 
+def prompt_notes(context: Context, choice: str | None, form: Mapping[str, Any]) -> list[str]:
+    """Warnings about the prompt before images are made; a form with an error has none yet."""
+    try:
+        first = choice or choices(context, context.jobs())[0][1]
+        request = make_request(context, first, form)
+        return prompt_messages(request, [request.styled("prompt")])
+    except (ValueError, OSError):
+        return []
+
+
 def _described(name: str, value: Any, adapters: Mapping[str, str]) -> str:
     """A setting as its field is labelled, with its value as it is shown there."""
     if name in MORE:
@@ -164,6 +174,8 @@ def _values(context: Context, form: Mapping[str, Any], subject: str) -> dict[str
         UserError, ConfigError: If one cannot be.
     """
     values = dict[str, Any]()
+    if GONE in (form["style"] or []):
+        raise UserError("a style that was chosen is no longer here; choose another one")
     for name in SETTINGS:
         value = form[name]
         if name in _SEPARATORS:
@@ -394,14 +406,15 @@ def _adapters_of(
     Returns:
         These, and the share that text encoders have of them as a strength of layers; empty: all.
     """
-    from dora_diffusion.sampling.images import UsedAdapter
+    from dora_diffusion.sampling import images
 
     if "Adapter" not in fields:
         return {}, ""
     known = {
-        job.id if own == RESULT_NAME else f"{job.id}-{own}": (job, own)
+        images.adapter_name(path): (job, own, path)
         for job in context.jobs()
         for own in _names(job)
+        if (path := adapter_of(job, own))
     }
     found, shares, hashes = dict[str, float](), set[float](), fields.get("Lora hashes", "")
     names, strengths = (fields[key].split(", ") for key in ("Adapter", "Adapter strength"))
@@ -409,8 +422,8 @@ def _adapters_of(
         if name not in known or len(found) > len(MORE):
             unread.append(f"the adapter {name}, which is no run here: choose it")
             continue
-        job, own = known[name]
-        used = UsedAdapter.of(chosen_adapter(job, own))
+        job, own, path = known[name]
+        used = images.UsedAdapter.of(path)
         if hashes and used.hash and used.hash not in hashes:
             unread.append(f"the adapter {name} as it was then: it was trained further")
         with contextlib.suppress(ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,8 +12,15 @@ import gradio as gr
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import ui
-from dora_diffusion.studio.app.views.request import Restored, acting, make_request, restore
+from dora_diffusion.studio.app.views.request import (
+    Restored,
+    acting,
+    make_request,
+    prompt_notes,
+    restore,
+)
 from dora_diffusion.studio.app.views.start import input_of, start_image
+from dora_diffusion.studio.jobs.deletions import image_question
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage
 from dora_diffusion.studio.jobs.store import UserError
 
@@ -143,7 +151,7 @@ def connect(context: Context, tab: ResultsView, form: Any) -> None:
     ui.on(tab.use.click, use, shown, form.filled)
     ui.on(tab.copy.click, lambda: gr.Info("Copied"), js="() => studio.copy('#parameters pre')")
     ui.on(tab.star.click, star, shown, [tab.star])
-    question = "Delete this image? There is no copy of it."
+    question = functools.partial(image_question, context.images)
     ui.on(tab.delete.click, delete, shown, tab.filled, confirm=question)
     ui.on(tab.gallery.select, choose, [tab.names], [tab.parameters, tab.shown, tab.star])
 
@@ -202,11 +210,12 @@ def fill(context: Context, form: Any, known: Restored) -> list[Any]:
         *(ui.holding(field, known.form[name]) for name, field in form.fields.items()),
         *start_image(context, known.form["image"], known.form["mask_image"]),
         html.notes((f"Not as in the image: {line}" for line in known.unread), "warn"),
-        show_acting(context, known.form),
+        show_acting(context, known.form, known.choice),
     ]
 
 
-def show_acting(context: Context, form: Mapping[str, Any]) -> str:
-    """A line on the settings of folded fields that act; empty where none does."""
+def show_acting(context: Context, form: Mapping[str, Any], choice: str | None = None) -> str:
+    """A line on the settings of folded fields that act, and one on a prompt without its words."""
     lines = acting(context, form)
-    return html.note(f"Also set above: {' · '.join(lines)}") if lines else ""
+    said = html.note(f"Also set above: {' · '.join(lines)}") if lines else ""
+    return said + html.notes(prompt_notes(context, choice, form), "warn")

@@ -20,6 +20,7 @@ from dora_diffusion.studio.app.plot import loss_plot
 from dora_diffusion.studio.app.settings import command_line
 from dora_diffusion.studio.app.views import ui
 from dora_diffusion.studio.jobs import tasks
+from dora_diffusion.studio.jobs.deletions import run_question
 from dora_diffusion.studio.jobs.queue import (
     ask_job,
     delete_job,
@@ -29,12 +30,13 @@ from dora_diffusion.studio.jobs.queue import (
 )
 from dora_diffusion.studio.jobs.records import log_tail, log_warnings, read_metrics, read_validation
 from dora_diffusion.studio.jobs.snapshot import Job, choose, read_ranking
-from dora_diffusion.studio.jobs.store import REMAINS, DamagedFile
+from dora_diffusion.studio.jobs.store import GONE, REMAINS, DamagedFile
 
 _NOTHING = html.empty(
     "Nothing trained yet",
     "Choose a subject, say what it is, and start: progress, loss and sample images appear here.",
 )
+_GONE = html.empty("No run is chosen", "The run that was shown was deleted; choose another one.")
 _CONTROLS = ("run", "status", "now", "stop", "kill", "resume", "remove", "extend")
 
 
@@ -98,7 +100,7 @@ def connect(context: Context, view: RunView) -> None:
         return [*act(job_id), gr.update(value="", placeholder=name)]
 
     def command(job_id: str | None) -> list[str]:
-        if not job_id:
+        if not job_id or job_id == GONE:
             nothing = html.empty("No run yet", "Its command line appears here.")
             return [nothing, gr.skip(), gr.skip()]
         job = context.job(job_id)
@@ -114,7 +116,7 @@ def connect(context: Context, view: RunView) -> None:
         asking = _act(context, functools.partial(ask_job, name=name))
         ui.on(button.click, asking, [view.run], outputs)
     ui.on(view.extend_by.click, _act(context, tasks.continue_run), [view.run, view.more], outputs)
-    question = "Remove this run with everything it made?"
+    question = functools.partial(run_question, workspace)
     removed = _act(context, remove, "The run was removed")
     ui.on(view.remove.click, removed, [view.run], outputs, confirm=question)
     named = [view.rename.click, view.name.submit]
@@ -162,17 +164,15 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
     """Return the timer's update of this view: field name -> value, or (mark, how to make it)."""
     training = _runs(jobs)
     active = next((job for job in training if job.is_active), None)
-    job = next((job for job in training if job.id == run), None)
     begun = next((job for job in training if not _never_began(job)), None)
-    job = job or active or begun or next(iter(training), None)
+    default = active or begun or next(iter(training), None)
+    job = next((job for job in training if job.id == run), None) if run else default
     waits = bool(job and job.state == "waiting")
     choices = run_choices(jobs)
-    value = job.id if job else None
-
     is_training = bool(job and job.state == "running" and job.progress.phase == "training")
     return {
-        "run": ui.choosing(choices, value, run, visible=bool(choices)),
-        "status": html.status_card(job) if job else _NOTHING,
+        "run": ui.choosing(choices, run, default and default.id, visible=bool(choices)),
+        "status": html.status_card(job) if job else _GONE if training else _NOTHING,
         "loss": loss_plot(read_metrics(job.folder), read_validation(job.folder)) if job else "",
         "log": html.log_view(log_tail(job.folder)) if job else "",
         "jobs": html.queue_list(jobs),

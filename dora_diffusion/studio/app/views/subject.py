@@ -16,9 +16,10 @@ from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import captions, photo, ui
 from dora_diffusion.studio.jobs import subjects
 from dora_diffusion.studio.jobs.datasets import export_dataset, import_dataset
+from dora_diffusion.studio.jobs.deletions import subject_question
 from dora_diffusion.studio.jobs.queue import stop_job
 from dora_diffusion.studio.jobs.snapshot import Job
-from dora_diffusion.studio.jobs.store import REMAINS, UserError, Workspace, clean_text
+from dora_diffusion.studio.jobs.store import GONE, REMAINS, UserError, Workspace, clean_text
 from dora_diffusion.studio.jobs.tasks import looks_at, start_look
 from dora_diffusion.studio.jobs.uploads import MAX_BYTES, MAX_PHOTOS, Upload
 
@@ -118,15 +119,20 @@ def connect(context: Context, tab: SubjectTab, restored: Any, size: list[Any]) -
     def remove(subject_id: str, *chosen: Any) -> list[Any]:
         is_gone = subjects.delete_subject(workspace, subject_id)
         message = html.note("Subject deleted" + ("" if is_gone else REMAINS), "info")
-        return _show(context, None, chosen, message)
+        return _show(context, subject_id, chosen, message)
+
+    def leave(subject_id: str | None, *chosen: Any) -> list[Any]:
+        """No photos, once the subject that was chosen is gone."""
+        is_gone = subject_id == GONE
+        return _show(context, GONE, chosen)[1:] if is_gone else [gr.skip()] * (len(outputs) - 1)
 
     # Choosing is an input, not a change: answers to other events must not run it again.
     ui.on(tab.pick.input, select, asked, outputs[1:])
+    ui.on(tab.pick.change, leave, asked, outputs[1:])
     ui.on([field.change for field in size], resize, asked, [tab.report])
     ui.on(
         tab.remove.click, remove, asked, outputs,
-        confirm="Delete this subject with its photos and captions? Runs that were trained on it "
-        "keep copies.",
+        confirm=lambda subject_id, *_: subject_question(workspace, subject_id),
     )  # fmt: skip
     ui.on(restored.then, load, asked, outputs)
     _connect_new(context, tab, size, outputs)
@@ -144,16 +150,24 @@ def connect(context: Context, tab: SubjectTab, restored: Any, size: list[Any]) -
 def _show(
     context: Context, subject_id: str | None, chosen: Sequence[Any], message: str = ""
 ) -> list[Any]:
-    """All outputs, with the subject that is asked for, else the newest."""
+    """All outputs, with the subject that is chosen; the newest where none was."""
     known = subjects.subjects_in(context.workspace)
-    newest = next(iter(known), None)
+    newest = None if subject_id else next(iter(known), None)
     current = next((each for each in known if each.id == subject_id), newest)
-    choices = [(f"{s.title} ({counted(len(s.photos), 'photo')})", s.id) for s in known]
+    pick = ui.filled(_choices(context, subject_id))
     return [
-        gr.update(choices=choices, value=current and current.id, visible=bool(choices)),
+        {**pick, "value": current.id} if current else pick,
         _place(current),
         *photo.subject_view(current, photo.side(context, *chosen), message),
     ]
+
+
+def _choices(context: Context, subject_id: str | None) -> Any:
+    """A part of the page that updates the list of subjects; the newest until one is chosen."""
+    known = subjects.subjects_in(context.workspace)
+    choices = [(f"{s.title} ({counted(len(s.photos), 'photo')})", s.id) for s in known]
+    newest = known[0].id if known else None
+    return ui.choosing(choices, subject_id, newest, visible=bool(choices))
 
 
 def _connect_new(context: Context, tab: SubjectTab, size: list[Any], outputs: list[Any]) -> None:
@@ -199,7 +213,7 @@ def _upload(
         made, result = import_dataset(workspace, Path(zips[0]))
         title = subjects.read_subject(workspace, made).title
         return made, _told(result, f"the new subject {title}"), True
-    is_new = not subject_id
+    is_new = subject_id in (None, "", GONE)
     if is_new:
         titles = {subject.title for subject in subjects.subjects_in(workspace)}
         names = ["My subject", *(f"My subject {number}" for number in range(2, len(titles) + 3))]
@@ -226,7 +240,7 @@ def _connect_look(context: Context, tab: SubjectTab, asked: list[Any]) -> None:
     """Connect the button that inspects the photos by ``dora-diffusion prepare``."""
 
     def looked(subject_id: str | None) -> str:
-        return refresh(context, context.queued(), subject_id)["looked"]
+        return str(refresh(context, context.queued(), subject_id)["looked"])
 
     def look(subject_id: str | None, *chosen: Any, model: str = "") -> str:
         subject = subjects.read_subject(context.workspace, subject_id)
@@ -257,13 +271,15 @@ def _connect_look(context: Context, tab: SubjectTab, asked: list[Any]) -> None:
     ui.on(tab.looked.change, reread, [tab.pick], [view.tags, view.rows])
 
 
-def refresh(context: Context, jobs: Sequence[Job], subject_id: str | None) -> dict[str, str]:
-    """Return the timer's update of this tab: the last look at the photos."""
+def refresh(context: Context, jobs: Sequence[Job], subject_id: str | None) -> dict[str, Any]:
+    """Return the timer's update of this tab: the list of subjects, and the last look at photos."""
+    pick = _choices(context, subject_id)
     try:
         subject = subjects.read_subject(context.workspace, subject_id)
     except UserError:
-        return {"looked": ""}
-    return {"looked": "".join(map(html.task_card, looks_at(jobs, subject)[:1]))}
+        return {"subject": pick, "looked": ""}
+    looked = "".join(map(html.task_card, looks_at(jobs, subject)[:1]))
+    return {"subject": pick, "looked": looked}
 
 
 def _place(subject: subjects.StoredSubject | None) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -17,10 +19,10 @@ from dora_diffusion.studio.app.views import run, ui
 from dora_diffusion.studio.app.views.subject import SubjectTab
 from dora_diffusion.studio.jobs.estimates import announced_class_images, estimate
 from dora_diffusion.studio.jobs.snapshot import Job
-from dora_diffusion.studio.jobs.store import UserError
+from dora_diffusion.studio.jobs.store import GONE, UserError, is_id
 from dora_diffusion.studio.jobs.subjects import StoredSubject, keep_words, read_subject, subjects_in
 from dora_diffusion.studio.jobs.tasks import NAME_LIMIT, start_training
-from dora_diffusion.training.inputs.subject import outside_toy_world
+from dora_diffusion.training.inputs.subject import outside_toy_world, subjects_of, token_messages
 
 _CHOOSE_ANOTHER = "Choose Stable Diffusion 1.5, SDXL or a model of yours under Base model."
 _NEW_ADAPTER = ("none: a new adapter", "")
@@ -205,11 +207,7 @@ def _connect_others(context: Context, tab: TrainTab, pick: Any, opened: Any) -> 
     """Offer the other subjects, and fill in what an adapter of the library needs."""
 
     def offer(subject_id: str | None, chosen: Any) -> Any:
-        """The other subjects; those that were chosen stay, as long as they are there."""
-        ids = {each.id: each.title for each in subjects_in(context.workspace) if each.photos}
-        choices = [(title, each) for each, title in ids.items() if each != subject_id]
-        value = [each for each in chosen or () if each in ids and each != subject_id]
-        return gr.update(choices=choices, value=value, visible=bool(choices))
+        return ui.filled(_other_subjects(context, subject_id, chosen))
 
     def use_start(choice: str | None, filled: Any) -> list[Any]:
         """Settings that a run needs to start from an adapter of the library, once it is chosen.
@@ -277,7 +275,7 @@ def _connect_presets(context: Context, tab: TrainTab, subjects: SubjectTab) -> N
     # The last choice counts, also while an earlier one is still being filled in.
     chosen = [tab.preset.input, tab.model.input, tab.memory.input]
     asked = [tab.preset, tab.model, tab.memory, *filled]
-    about = [tab.preset, subjects.pick, tab.others]
+    about = [tab.preset, subjects.pick, tab.others, tab.model]
     changes = [field.change for field in (*about, subjects.names)]
     describe = functools.partial(_about, context)
     ui.on(changes, describe, about, [tab.about], trigger_mode="always_last")
@@ -290,22 +288,55 @@ def _known(filled: Any) -> dict[str, Any]:
 
 
 def _about(
-    context: Context, preset: str, subject_id: str | None = None, others: Sequence[str] | None = ()
-) -> str:
-    """Purpose of a preset, what it was measured on, and that it is for other numbers of photos."""
+    context: Context, preset: str, subject_id: str | None = None,
+    others: Sequence[str] | None = (), model: str | None = None,
+) -> str:  # fmt: skip
+    """Purpose of a preset, what it sets for the model, what it was measured on, and its limits."""
     known = PRESETS.get(preset)
     if known is None:
         return ""
     learned = [s for s in subjects_in(context.workspace) if s.id in (subject_id, *(others or ()))]
     lines = ((s.title, known.photos_advice(len(s.photos))) for s in learned)
     unfit = html.notes((f"{title}: {line}" for title, line in lines if line), "warn")
-    return html.quiet(f"{known.about} {known.measured}") + unfit
+    sets = ""
+    if model != GONE:
+        sets = settings.preset_sentence(preset, context.allowed_model(model))
+    return html.quiet(f"{known.about} {sets} {known.measured}") + unfit
 
 
-def refresh(jobs: Sequence[Job]) -> dict[str, Any]:
-    """Return the timer's update of this tab's form: the runs to start from."""
+def refresh(
+    context: Context, jobs: Sequence[Job], chosen: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """Return the timer's update of this tab's form: base models, adapters and other subjects."""
     runs = [(job.label, job.id) for job in jobs if job.is_run and job.stands]
-    return {"start": ui.changing(choices=[_NEW_ADAPTER, *runs])}
+    start = chosen.get("start")
+    typed = [] if start is None or is_id(start) else [start]  # such as a file
+    return {
+        "start": ui.choosing([_NEW_ADAPTER, *runs], start, known=typed),
+        "base": base_choices(context, chosen.get("base")),
+        "others": _other_subjects(context, chosen.get("subject"), chosen.get("others")),
+    }
+
+
+def base_choices(context: Context, shown: str | None) -> Any:
+    """A part of the page that updates a list of base models, where a run's model was deleted.
+
+    What was typed stays. The list is of the folders' content when the page was built.
+    """
+    path = Path(shown or "")
+    if shown != GONE and (context.workspace.root not in path.parents or path.exists()):
+        return ui.changing()
+    return ui.choosing([(base.label, base.name) for base in context.bases()], shown)
+
+
+def _other_subjects(context: Context, subject_id: str | None, chosen: Any) -> Any:
+    """A part of the page that updates the list of further subjects."""
+    titles = {each.id: each.title for each in subjects_in(context.workspace) if each.photos}
+    choices = [(title, each) for each, title in titles.items() if each != subject_id]
+    others = [each for each in chosen or () if each == GONE or each != subject_id]
+    moved = {} if others == (chosen or []) else {"value": others}
+    options, _ = ui.choosing(choices, others, visible=bool(choices))
+    return ui.changing(**{**moved, **options})
 
 
 def read_form(
@@ -368,7 +399,10 @@ def _plan(context: Context, config: TrainConfig) -> list[str]:
     base, words = config.pretrained_model_name_or_path, [s.class_word for s in config.subjects]
     toy = next(filter(None, (outside_toy_world(base, word or "") for word in words)), "")
     notes = html.note(f"{toy} {_CHOOSE_ANOTHER}" if toy else "", "warn")
-    notes += html.notes(settings.idle_settings(config), "warn")
+    captions = token_messages(subjects_of(replace(config, validation_prompt=[])))
+    notes += html.notes(
+        [*map(settings.sentence, captions), *settings.idle_settings(config)], "warn"
+    )
     notes += html.notes([announced_class_images(config, cost), *_class_prompts(config)], "info")
     card = html.estimate_card(cost, config.max_train_steps)
     return [card + notes, html.command(settings.command_line(config))]

@@ -11,7 +11,7 @@ import functools
 import json
 import re
 from abc import ABCMeta
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -19,6 +19,7 @@ import gradio as gr
 from dora_diffusion.config import Setting
 from dora_diffusion.studio.app.context import plain
 from dora_diffusion.studio.app.settings import setting_text, shown_choices, with_labels
+from dora_diffusion.studio.jobs.store import GONE
 
 _BLANK = 256
 _TOGETHER = 16
@@ -30,7 +31,7 @@ def on(
     inputs: Any = None,
     outputs: Any = None,
     *,
-    confirm: str = "",
+    confirm: Callable[..., str] | None = None,
     show: str = "hidden",
     **options: Any,
 ) -> Any:
@@ -41,20 +42,14 @@ def on(
         handler: What it raises is shown as one plain line, see `plain`.
         inputs: Fields whose values it is given.
         outputs: Fields that it fills.
-        confirm: A question that is asked before; the handler only runs where it is confirmed, and
-            where its first input is not empty.
+        confirm: Returns the question for these inputs, which names what is deleted. The handler
+            only runs once it is confirmed, and where its first input is not empty.
         show: Sign of work, as Gradio's ``show_progress``.
         options: Of Gradio's.
     """
     asked: Any = handler
-    if confirm:
-        options["js"] = f"studio.confirmed({json.dumps(confirm)})"
-
-        @functools.wraps(asked)
-        def confirmed(chosen: Any, *more: Any) -> Any:
-            return handler(chosen, *more) if handler and chosen else [gr.skip()] * len(outputs)
-
-        asked = confirmed
+    if confirm and handler:
+        return _confirmed(event, confirm, handler, inputs, outputs, show=show, **options)
     events = event if isinstance(event, list) else [event]
     shown: dict[str, Any] = {"api_visibility": "private", "show_progress": show}
     if show == "hidden":
@@ -68,6 +63,30 @@ def on(
         # waited for the last would have each other repeated for ever. `then` repeats one alone.
         register = register(None, js="() => {}", **shown).then
     return register(asked and plain(asked), inputs, outputs, **shown, **options)
+
+
+def _confirmed(
+    event: Any, confirm: Callable[..., str], handler: Callable[..., Any], inputs: Sequence[Any],
+    outputs: Sequence[Any], **options: Any,
+) -> Any:  # fmt: skip
+    """Connect an event to a handler that runs once the question before it is confirmed.
+
+    The question is of the object that was chosen when the event came, and of no other.
+    """
+
+    def ask(chosen: Any, *more: Any) -> dict[str, Any]:
+        return {"id": chosen, "question": confirm(chosen, *more) if chosen else ""}
+
+    @functools.wraps(handler)
+    def confirmed(chosen: Any, *more: Any) -> Any:
+        values = more[: len(inputs) - 1]  # The last one is the question.
+        return handler(chosen, *values) if chosen else [gr.skip()] * len(outputs)
+
+    del confirmed.__wrapped__  # Gradio counts the inputs by its signature.
+    question = gr.JSON(visible=False)
+    asked = on(event, ask, inputs, [question])
+    options["js"] = "studio.confirmed"
+    return on(asked.success, confirmed, [*inputs, question], outputs, **options)
 
 
 def html_block(value: str = "", **options: Any) -> Any:
@@ -125,12 +144,38 @@ def changing(**options: Any) -> Any:
     return options, lambda: gr.update(**options)
 
 
-def choosing(choices: list[tuple[str, str]], value: Any, shown: Any, **options: Any) -> Any:
-    """A part of the page that updates a dropdown.
+def choosing(
+    choices: Sequence[tuple[str, str]],
+    shown: Any,
+    default: Any = None,
+    *,
+    known: Iterable[str] = (),
+    **options: Any,
+) -> Any:
+    """A part of the page that updates a list over objects that come and go.
 
-    Its value is left alone where the page shows it already: somebody may choose another meanwhile.
+    A choice whose object is gone becomes `GONE`, which gives the reason and is refused wherever it
+    is used, until somebody chooses another. Any other choice is left alone.
+
+    Args:
+        choices: The objects, with labels.
+        shown: The choice that the page shows, or all of several.
+        default: The choice where nothing was chosen yet.
+        known: Further values that may be chosen.
+        options: Further properties of the field.
     """
-    return changing(choices=choices, **({} if value == shown else {"value": value}), **options)
+    there = {value for _, value in choices}.union(known)
+    items = [
+        item if not item or item in there else GONE
+        for item in (shown if isinstance(shown, list) else [shown])
+    ]
+    if GONE in items and there:
+        choices = [(GONE, GONE), *choices]
+    value = [*dict.fromkeys(items)] if isinstance(shown, list) else items[0] or default
+    value = None if value == GONE and not there else value
+    return changing(
+        choices=list(choices), **({} if value == shown else {"value": value}), **options
+    )
 
 
 def filled(part: Any) -> Any:
@@ -140,11 +185,15 @@ def filled(part: Any) -> Any:
 
 # An update rebuilds a field from its class: what was set on the field itself is lost with it.
 # Not by a class statement, for which Gradio's metaclass writes a .pyi file beside this one.
-_IdDropdown: Any = ABCMeta.__new__(
-    type(gr.Dropdown), "Dropdown", (gr.Dropdown,),
-    {"preprocess": lambda self, payload: payload if isinstance(payload, str) else None,
-     "__module__": gr.Dropdown.__module__},
-)  # fmt: skip
+def _of_ids(kind: Any, taken: type) -> Any:
+    def preprocess(self: Any, payload: Any) -> Any:
+        return payload if isinstance(payload, taken) else None
+
+    methods = {"preprocess": preprocess, "__module__": kind.__module__}
+    return ABCMeta.__new__(type(kind), kind.__name__, (kind,), methods)
+
+
+_IdDropdown, _IdCheckboxGroup = _of_ids(gr.Dropdown, str), _of_ids(gr.CheckboxGroup, list)
 
 
 def id_dropdown(**options: Any) -> Any:
@@ -154,6 +203,11 @@ def id_dropdown(**options: Any) -> Any:
     empty after a restart of the app; ids are looked up where they are used.
     """
     return _IdDropdown([], **options)
+
+
+def id_checkbox_group(**options: Any) -> Any:
+    """Boxes over ids that come and go, as `id_dropdown`."""
+    return _IdCheckboxGroup([], **options)
 
 
 CLICKS = "studio.clicks(element, trigger)"
@@ -213,10 +267,17 @@ def keep_draft(blocks: gr.Blocks, besides: Mapping[str, Any]) -> Any:
 
     def restore(kept: Any) -> list[Any]:
         values = kept if isinstance(kept, dict) else {}
-        return [
-            holding(field, value) if value != field.value and can_hold(field, value) else gr.skip()
-            for field, value in ((field, values.get(name)) for name, field in named.items())
-        ]
+        updates = []
+        for name, field in named.items():
+            value = values.get(name)
+            if value and isinstance(value, str) and _lacks_choice(field, value):
+                gr.Warning(f"{field.label}: {value[:_BLANK]} is no longer a choice; choose again")
+                updates.append(gr.update(value=None))
+            elif value != field.value and can_hold(field, value):
+                updates.append(holding(field, value))
+            else:
+                updates.append(gr.skip())
+        return updates
 
     on(
         together("draft", fields), None, [draft, *fields], [draft],
@@ -263,6 +324,12 @@ def can_hold(field: Any, value: object) -> bool:
     if isinstance(field, gr.CheckboxGroup) or getattr(field, "multiselect", False):
         return isinstance(value, list) and all(_is_choice(field, item) for item in value)
     return _is_choice(field, value)
+
+
+def _lacks_choice(field: Any, value: str) -> bool:
+    """Return whether a list that never changes lacks a value, kept by a browser, of one choice."""
+    is_one = isinstance(field, (gr.Radio, gr.Dropdown)) and not getattr(field, "multiselect", False)
+    return is_one and not _is_choice(field, value)
 
 
 def holding(field: Any, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import ui
 from dora_diffusion.studio.app.views.request import LABELS
+from dora_diffusion.studio.jobs.deletions import prompt_file_question
 from dora_diffusion.studio.jobs.inputs import (
     delete_prompt_file,
     keep_prompt_files,
@@ -68,11 +70,13 @@ def connect(context: Context, tab: WordsView) -> None:
 
     outputs = [tab.fields["style"], tab.kept, tab.row, tab.file]
     ui.on(tab.upload.upload, upload, [tab.upload], [tab.upload, *outputs], show="minimal")
-    question = "Delete this file? There is no copy of it in the app."
+    question = functools.partial(prompt_file_question, context.workspace)
     ui.on(tab.delete.click, delete, [tab.file], outputs, confirm=question)
 
 
-def refresh(workspace: Workspace) -> dict[str, Any]:
+def refresh(
+    workspace: Workspace, file_shown: str | None = None, chosen: list[str] | None = None
+) -> dict[str, Any]:
     """Return the timer's update: the styles to choose from, and the files that are kept."""
     files = list_prompt_files(workspace)
     wrong = html.notes((file.problem for file in files), "bad")
@@ -83,8 +87,8 @@ def refresh(workspace: Workspace) -> dict[str, Any]:
     lines += [f"wildcards {listing(wild, 8)}"] if wild else []
     said = html.quiet(f"{'; '.join(lines)}. They are in {workspace.root.name}.") if lines else _NONE
     return {
-        "style": ui.changing(choices=[(name, name) for name in styles]),
+        "style": ui.choosing([(name, name) for name in styles], chosen),
         "words": wrong + said,
         "words_row": ui.changing(visible=bool(files)),
-        "words_file": ui.changing(choices=[(file.name, file.name) for file in files]),
+        "words_file": ui.choosing([(file.name, file.name) for file in files], file_shown),
     }

@@ -56,7 +56,7 @@ def triggers(context: Context, name: str, tab: str) -> set[tuple[str, str]]:
 def pressed(context: Context, name: str) -> Callable[..., Any]:
     """The handler of a button, by the button's id on the page."""
     page = built_page(context)
-    (function,) = (
+    *_, function = (  # The first one asks, where it is to be confirmed.
         one.fn for one in page.fns.values() if one.fn and (name, "click") in _triggers(page, one)
     )
     return cast("Callable[..., Any]", function)

@@ -17,15 +17,19 @@ import numpy as np
 from PIL import Image
 
 from dora_diffusion.cli.repeat import loaded_text
-from dora_diffusion.sampling.images import save_image
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.sampling.images import UsedAdapter, save_image
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import generate
 from dora_diffusion.studio.app.views.generate import GenerateTab, refresh
+from dora_diffusion.studio.app.views.library import _facts
 from dora_diffusion.studio.app.views.request import MORE, UNSET, make_request, restore
+from dora_diffusion.studio.app.views.results import show_acting
 from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage, _Turn
-from dora_diffusion.studio.jobs.snapshot import Job
-from dora_diffusion.studio.jobs.store import UserError, write_json
+from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
+from dora_diffusion.studio.jobs.store import GONE, UserError, write_json
+from dora_diffusion.studio.jobs.subjects import read_subject
 from tests.studio.app.views.helpers import handler, handlers, triggers
 from tests.studio.jobs.helpers import ended_run, photo, seen, started_run
 
@@ -170,6 +174,26 @@ def test_settings_out_of_sight_that_an_image_fills_in_are_said_at_once(context: 
     assert [bool(find("describe", "generate", nth)) for nth in range(5)] == [True] * 5
 
 
+def test_a_prompt_without_trigger_words_is_said_before_images_are_made(context: Context) -> None:
+    run = ended_run(context.workspace, (4,), 8).folder
+    (run / records.SETTINGS).write_text(
+        "pretrained_model_name_or_path: embedded:tiny-sd\ntoken: sks\nclass_word: dog\n", "utf-8"
+    )
+    shutil.copyfile(ADAPTER, run / "checkpoint-4" / "pytorch_lora_weights.safetensors")
+    context.jobs(fresh=True)
+    line = "lacks the adapter&#x27;s trigger word; write &#x27;sks dog&#x27; to get the subject"
+    base, own = f"base/{context.models[0]}", run.name
+    for choice, prompt, more, is_said in (
+        (own, "a dog", {}, True), (own, "a sks dog", {}, False), (own, "a {subject}", {}, False),
+        (None, "a dog", {}, True), (base, "a dog", {}, False),
+        (base, "a dog", {"adapter_second": own}, True), (own, "", {}, False),
+        (GONE, "a dog", {}, False),
+    ):  # fmt: skip
+        said = show_acting(context, {**UNSET, "prompt": prompt, **more}, choice)
+        assert (line in said) is is_said, (choice, prompt, more)
+    assert {("prompt", "blur"), ("adapter", "change")} < triggers(context, "describe", "generate")
+
+
 def test_what_of_an_image_is_not_here_is_said_and_not_made(
     context: Context, made: list[Any]
 ) -> None:
@@ -236,6 +260,42 @@ def test_an_adapter_s_image_chooses_the_run_and_its_strengths(
     text = f'a mug <lora:{job.id}:1>\nSteps: 3, Seed: 7, "{hashes}", {OWN}'
     (line,) = restore(context, text.replace(f'"{hashes}"', 'Lora hashes: "x: 012345"')).unread
     assert "trained further" in line
+
+
+def test_an_adapter_has_one_name_in_images_downloads_and_library(
+    context: Context, subject: str, tmp_path: Path
+) -> None:
+    """Web UIs look for the file that an image's settings name, whatever program it is for."""
+    settings = TrainConfig(instance_prompt="a photo of a sks mug", class_word="mug")
+    stored = read_subject(context.workspace, subject)
+    file = shutil.copyfile(ADAPTER, tmp_path / "Blue mug.safetensors")
+    trained = tasks.start_training(context.workspace, settings, [stored], "Käthe's mug")
+    imported = tasks.import_adapter(
+        context.workspace, file, "", "embedded:tiny-sd", context.allowed_model
+    )
+    folder = context.workspace.job(trained)
+    (folder / "checkpoint-4").mkdir()
+    for place in (folder, folder / "checkpoint-4"):
+        shutil.copyfile(ADAPTER, place / "pytorch_lora_weights.safetensors")
+    (folder / "checkpoint-4" / "training_state.pt").write_bytes(b"x")
+    records.write_result(folder, records.JobResult(0))
+    assert [trained[23:], imported[23:]] == ["kathe-s-mug", "blue-mug"]
+    for run, checkpoint, name in (
+        (trained, "", trained), (trained, "checkpoint-4", f"{trained}-checkpoint-4"),
+        (imported, "", imported),
+    ):  # fmt: skip
+        job = dataclasses.replace(context.job(run), chosen=checkpoint)
+        adapter = chosen_adapter(job)
+        used = UsedAdapter.of(adapter)
+        assert used.tag == f"<lora:{name}:1>"
+        assert f"<dd>{name}</dd>" in _facts(job)
+        for target in tasks.targets():
+            made = tasks.start_conversion(context.workspace, job, target)
+            assert Path(context.job(made).record.output).stem == name
+        context.jobs(fresh=True)
+        known = restore(context, f"a mug {used.tag}\nSteps: 3, Lora hashes: {name}: {used.hash}")
+        assert known.choice in (run, f"{run}/{checkpoint}")
+        assert not [line for line in known.unread if "adapter" in line]
 
 
 def test_reading_of_prompts_is_stated_where_the_adapter_does_not(context: Context) -> None:

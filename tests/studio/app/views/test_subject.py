@@ -77,7 +77,7 @@ def test_photos_are_looked_at_by_a_job_whose_table_and_sheet_are_shown(
     assert newest != job_id
     assert not Path(record.output).exists()
     other = new_subject(context.workspace, "Nothing")
-    assert tab.refresh(context, context.jobs(fresh=True), other) == {"looked": ""}
+    assert tab.refresh(context, context.jobs(fresh=True), other)["looked"] == ""
     with pytest.raises(gradio.Error, match="no photos yet"):
         look(other, EMBEDDED, "")
 

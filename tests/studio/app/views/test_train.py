@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio
 import yaml
+from PIL import Image
 
 from dora_diffusion.config import PRESETS, TrainConfig
 from dora_diffusion.models.memory import Device, needed_memory
@@ -109,6 +110,41 @@ def test_no_number_field_can_be_empty(context: Context) -> None:
 def asked(context: Context, subject: str, model: str, **changes: Any) -> list[Any]:
     values = dict(zip(ADVANCED, fields(subject, "")[5:], strict=True)) | changes
     return [subject, model, "sks", "dog", "", *values.values()]
+
+
+def test_captions_with_another_token_than_the_field_are_said_before_the_start(
+    context: Context, tmp_path: Path
+) -> None:
+    """Of the subject, and of the others in the same run."""
+    made = []
+    for title in ("Mug", "Rex"):
+        made.append(new_subject(context.workspace, title, title.lower(), f"zw{title[0].lower()}"))
+        for number in (0, 1):
+            Image.effect_noise((64 + number, 80), 60).convert("RGB").save(tmp_path / "a.png")
+            add_photos(context.workspace, made[-1], [tmp_path / "a.png"])
+    form = [made[0], EMBEDDED, "zwm", "mug", *asked(context, "", EMBEDDED)[4:]]
+    plan, start = (handler(context, name) for name in ("plan", "start"))
+
+    def captions(subject: str, *texts: str) -> None:
+        for name, text in zip(("001.jpg", "002.jpg"), texts, strict=True):
+            save_caption(context.workspace, subject, name, text)
+
+    for subject, token, others in ((made[0], "zwm", []), (made[1], "zwr", [made[1]])):
+        right, wrong = f"a {token} on grass", "a sks on grass"
+        said = f"trigger token '{token}' is"
+        for texts in ((right, right), (right, ""), ("", "")):
+            captions(subject, *texts)
+            assert "trigger token" not in html.unescape(plan(*form, others)[0])
+        captions(subject, right, wrong)
+        cost, command = (html.unescape(text) for text in plan(*form, others))
+        assert f"The {said} missing from 1 of 2 captions: '{wrong}'" in cost
+        assert "train" in command
+        captions(subject, wrong, wrong)
+        assert f"The {said} in none of the 2 captions" in html.unescape(plan(*form, others)[0])
+        with pytest.raises(gradio.Error, match="in none of the 2 captions"):
+            start("", *form, others)
+        captions(subject, "", "")
+    assert ids_in(context.workspace.root) == []
 
 
 def test_a_slider_needs_prompts_and_no_subject(context: Context, tmp_path: Path) -> None:
@@ -470,7 +506,7 @@ def test_a_run_of_the_library_is_started_from_with_its_base_model_and_layers(
     folder = context.workspace.root / job_id
     shutil.copy(GOLDEN, folder / "pytorch_lora_weights.safetensors")
     records.write_result(folder, records.JobResult(0))
-    shown = train.refresh(context.jobs(fresh=True))["start"][0]["choices"]
+    shown = train.refresh(context, context.jobs(fresh=True))["start"][0]["choices"]
     assert [value for _, value in shown] == ["", job_id]
     filled, model, *values = handler(context, "use_start")(job_id, {"rank": "8"})
     assert (filled, model) == ({"rank": "8", "init_adapter": job_id}, EMBEDDED)

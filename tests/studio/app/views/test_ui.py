@@ -6,6 +6,7 @@ import pytest
 
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views.ui import choosing, id_dropdown
+from dora_diffusion.studio.jobs.store import GONE
 from tests.studio.app.views.helpers import pressed, triggers
 
 pytest.importorskip("gradio", reason="gradio is not installed")
@@ -22,10 +23,23 @@ def test_an_id_that_is_no_choice_any_more_reaches_its_handler() -> None:
 
 def test_a_choice_that_the_page_shows_is_left_to_whoever_chooses() -> None:
     choices = [("a", "1"), ("b", "2")]
-    for shown, sent in (("1", {}), ("2", {"value": "1"}), (None, {"value": "1"})):
-        mark, make = choosing(choices, "1", shown, visible=True)
+    for shown, sent in (("1", {}), ("2", {}), (None, {"value": "1"}), ("3", {}), (["2", "3"], {})):
+        mark, make = choosing(choices, shown, "1", known=["3"], visible=True)
         assert mark == {"choices": choices, "visible": True} | sent
         assert ("value" in make()) is bool(sent)
+
+
+def test_a_choice_that_is_gone_is_empty_with_its_reason_until_another_is_chosen() -> None:
+    choices, gone = [("a", "1"), ("b", "2")], (GONE, GONE)
+    for shown, sent in (
+        ("9", {"value": GONE}),
+        (GONE, {}),
+        (["2", "9", "8"], {"value": ["2", GONE]}),
+        (["2", GONE], {}),
+    ):
+        assert choosing(choices, shown, "1")[0] == {"choices": [gone, *choices]} | sent
+    # With nothing to choose it is empty.
+    assert choosing([], "9")[0] == {"choices": [], "value": None}
 
 
 def test_what_is_pressed_sets_off_its_handler(context: Context) -> None:
