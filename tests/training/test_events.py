@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import pytest
+
 from dora_diffusion.training import events
 from dora_diffusion.training.loop import train
+
+pytestmark = pytest.mark.usefixtures("measured_effect")
 
 
 def test_every_kind_is_frozen_and_an_event():

@@ -32,7 +32,6 @@ from dora_diffusion.config.train import settings
 from dora_diffusion.training import events
 from dora_diffusion.training.engine import accelerator
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.results.effect import Effect, Probe
 from tests.conftest import shallow_config
 from tests.training.helpers import SAMPLES
 
@@ -397,18 +396,8 @@ def usual_runs() -> dict[str, Any]:
 
 @pytest.fixture
 def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Calls of libraries where no number of a run changes, or which are not installed.
-
-    The effect of a run, of which no setting says how it is measured, is not measured.
-    """
+    """Calls of libraries where no number of a run changes, or which are not installed."""
     asked: list[str] = []
-
-    def measure(self: Probe) -> Effect:
-        self.effect = Effect(1.0, 1.0)
-        return self.effect
-
-    monkeypatch.setattr(Probe, "begin", lambda self: None)
-    monkeypatch.setattr(Probe, "measure", measure)
 
     class Adam8bit(torch.optim.AdamW):
         def __init__(self, *args: Any, **kwargs: Any) -> None:

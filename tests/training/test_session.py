@@ -47,6 +47,8 @@ from tests.apple import DEVICE, AppleGPU
 from tests.refusal import refused
 from tests.training.helpers import assert_same_adapter, losses, make_config, warnings_of
 
+pytestmark = pytest.mark.usefixtures("measured_effect")
+
 
 def test_the_saved_settings_are_those_that_were_used(config):
     train(replace(config, resolution=None, max_train_steps=None, num_train_epochs=1))

@@ -32,6 +32,8 @@ from dora_diffusion.training.results.record import has_learned_nothing
 from dora_diffusion.training.session import open_session
 from tests.training.helpers import make_config
 
+pytestmark = pytest.mark.usefixtures("measured_effect")
+
 # What a run takes whose steps are far below what float32 can tell.
 TINY = 1e-12
 

@@ -30,6 +30,8 @@ from dora_diffusion.training.results.metrics import (
 )
 from tests.training.helpers import make_config, names, steps_in, warnings_of
 
+pytestmark = pytest.mark.usefixtures("measured_effect")
+
 
 def poison(monkeypatch: pytest.MonkeyPatch, step: int, *, moves: bool = False) -> None:
     """From a step on, its gradients are NaN; or, ``moves``, what the optimizer makes of them is."""
