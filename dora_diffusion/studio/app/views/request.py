@@ -356,19 +356,19 @@ def restore(context: Context, text: str) -> Restored:
     form = {**UNSET, **given}
     adapters, layers = _adapters_of(context, fields, unread)
     form["layer_strength"] = f"{form['layer_strength']} {layers}".strip()
-    form["strength"], *_ = [*adapters.values(), 1]
-    further = [*adapters.items()][1:]
-    for (name, (strength_name, _)), (adapter, strength) in zip(MORE.items(), further, strict=False):
+    form["strength"] = adapters[0][1] if adapters else 1
+    further = zip(MORE.items(), adapters[1:], strict=False)
+    for (name, (strength_name, _)), (adapter, strength) in further:
         form |= {name: adapter, strength_name: strength}
-    choice = next(iter(adapters), None) or _base_of(context, fields, unread)
+    choice = adapters[0][0] if adapters else _base_of(context, fields, unread)
     if adapters and "Model" in fields:
-        base = str(_model(context, next(iter(adapters)))[0].path)
+        base = str(_model(context, adapters[0][0])[0].path)
         if images.model_name(base) != fields["Model"]:
             unread.append(f"the model {fields['Model']}: the adapter's is {base}")
     loaded = loaded_text(_model(context, choice)[0]) if choice else ""
     if images.LOADED in fields and fields[images.LOADED] != loaded:
         unread.append(f"loaded with {fields[images.LOADED]}")
-    form |= _reading_of(context, adapters, choice, fields)
+    form |= _reading_of(context, [name for name, _ in adapters], choice, fields)
     for name, key in (("image", images.INIT_IMAGE), ("mask_image", images.MASK_IMAGE)):
         form[name] = fields.get(key, "")
         if form[name] and input_path(context.workspace, form[name]) is None:
@@ -400,44 +400,55 @@ def shown_value(name: str, value: Any) -> Any:
 
 def _adapters_of(
     context: Context, fields: Mapping[str, str], unread: list[str]
-) -> tuple[dict[str, float], str]:
-    """The strengths of an image's adapters by the choice that each is here.
+) -> tuple[list[tuple[str, float]], str]:
+    """The adapters of an image, in its order: the choice that each is here, and its strength.
 
     Returns:
         These, and the share that text encoders have of them as a strength of layers; empty: all.
     """
+    from dora_diffusion.numerics.weights import MergeStrengths
     from dora_diffusion.sampling import images
 
-    if "Adapter" not in fields:
-        return {}, ""
-    known = {
-        images.adapter_name(path): (job, own, path)
-        for job in context.jobs()
-        for own in _names(job)
-        if (path := adapter_of(job, own))
-    }
-    found, shares, hashes = dict[str, float](), set[float](), fields.get("Lora hashes", "")
-    names, strengths = (fields[key].split(", ") for key in ("Adapter", "Adapter strength"))
-    for name, text in zip(names, strengths, strict=True):
-        if name not in known or len(found) > len(MORE):
-            unread.append(f"the adapter {name}, which is no run here: choose it")
+    known: dict[str, list[tuple[str, Path]]] = {}
+    for job in context.jobs() if "Adapter" in fields else ():
+        for checkpoint in _names(job):
+            if path := adapter_of(job, checkpoint):
+                choice = job.id if checkpoint == job.stands else f"{job.id}/{checkpoint}"
+                known.setdefault(images.adapter_name(path), []).append((choice, path))
+    try:
+        used, meaningless = images.adapters_of(fields)
+    except ValueError as error:
+        used, meaningless = [], [str(error)]
+    unread += meaningless
+    chosen, shares = list[tuple[str, float]](), set[float]()
+    for adapter in used:
+        files = known.get(adapter.name, [])
+        if not files or len(chosen) > len(MORE):
+            unread.append(f"the adapter {adapter.name}, which is no run here: choose it")
             continue
-        job, own, path = known[name]
-        used = images.UsedAdapter.of(path)
-        if hashes and used.hash and used.hash not in hashes:
-            unread.append(f"the adapter {name} as it was then: it was trained further")
-        with contextlib.suppress(ValueError):
-            encoders, *_, unet = map(float, text.split(":") * 2)
-            found[job.id if own == job.stands else f"{job.id}/{own}"] = unet
-            share = encoders / unet if unet else math.inf
-            shares.add(1.0 if encoders == unet else round(share, 9) + 0)
+        same = [file for file in files if _has_hash(file[1], adapter.hash)]
+        if not same:
+            unread.append(f"the adapter {adapter.name} as it was then: it was trained further")
+        strengths = MergeStrengths.of(adapter.strengths)
+        encoders, unet = strengths.text_encoder_strength, strengths.unet_strength
+        chosen.append(((same or files)[0][0], unet))
+        share = encoders / unet if unet else math.inf
+        shares.add(1.0 if encoders == unet else round(share, 9) + 0)
     if len(shares) > 1 or math.inf in shares:
         unread.append(
             f"strengths {fields['Adapter strength']} of text encoders and UNet: the UNet's are of "
             "both"
         )
         shares.clear()
-    return found, "".join(f"text_encoder*:{share:.9g}" for share in shares - {1.0})
+    return chosen, "".join(f"text_encoder*:{share:.9g}" for share in shares - {1.0})
+
+
+def _has_hash(path: Path, stated: str) -> bool:
+    """Return whether an adapter's file has the hash that an image states, if both have one."""
+    from dora_diffusion.sampling.images import UsedAdapter
+
+    known = UsedAdapter.of(path).hash if stated else ""
+    return not known or known == stated
 
 
 def _base_of(context: Context, fields: Mapping[str, str], unread: list[str]) -> str | None:

@@ -256,10 +256,15 @@ def test_an_adapter_s_image_chooses_the_run_and_its_strengths(
     )
     assert known.form["layer_strength"] == "unet.*:0.5 text_encoder*:0.5"
     # What was trained further since is another adapter.
-    hashes = f"Lora hashes: {job.id}: 0123456789ab"
-    text = f'a mug <lora:{job.id}:1>\nSteps: 3, Seed: 7, "{hashes}", {OWN}'
-    (line,) = restore(context, text.replace(f'"{hashes}"', 'Lora hashes: "x: 012345"')).unread
+    text = (
+        f'a mug <lora:{job.id}:1>\nSteps: 3, Seed: 7, Lora hashes: "{job.id}: 0123456789ab", {OWN}'
+    )
+    (line,) = restore(context, text).unread
     assert "trained further" in line
+    # One that stands twice is used twice, in order.
+    known = restore(context, f"a <lora:{job.id}:0.8> <lora:{job.id}:0.2>\nSteps: 3, {OWN}")
+    assert (known.choice, known.form["strength"]) == (job.id, 0.8)
+    assert (known.form[second], known.form[strength]) == (job.id, 0.2)
 
 
 def test_an_adapter_has_one_name_in_images_downloads_and_library(
