@@ -30,12 +30,13 @@ from tools.pages import DOCS, PAGES, ROOT, Page
 
 PACKAGE = ROOT / "dora_diffusion"
 
-# Of pip, uv, accelerate, docker.
+# Of pip, uv, venv, accelerate, docker.
 FLAGS_OF_OTHERS = {
     "--help", "--extra-index-url", "--index-url", "--multi_gpu", "--num_processes",
     "--use_fsdp", "--fsdp_version", "--use_deepspeed", "--fsdp_offload_params",
     "--fsdp_reshard_after_forward", "--fsdp_activation_checkpointing", "--head", "--generate",
     "--torch-backend", "--gpus", "--rm", "--build-arg", "--no-healthcheck", "--tag", "--user",
+    "--system-site-packages",
 }  # fmt: skip
 # Pages whose tables begin with the names of other programs.
 OF_OTHERS = re.compile(r"howto/(coming-from|from-)")
