@@ -115,9 +115,7 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         ExportError: If the output exists or is read, or the target lacks a base or a rank.
         AdapterFormatError: If the source cannot be read, or the target cannot hold it.
     """
-    if target not in TARGETS:
-        reason = NOT_TARGETS.get(target.lower(), f"there is {', '.join(TARGETS)}")
-        raise ExportError(f"unknown target {target!r}; {reason}")
+    _check_target(target)
     output, inputs = Path(output).expanduser(), [find_adapter(source)]
     with contextlib.nullcontext() if base is None else open_model(base) as model:
         inputs += [model.path] if model else []
@@ -140,6 +138,12 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
     notes = (*adapter.notes, *embedding_notes(path, embeddings, program))
     growth = StoredAdapter.open(path).nbytes / StoredAdapter.open(source).nbytes
     return ConversionReport(path, target, count, errors, total, notes, embeddings, program, growth)
+
+
+def _check_target(target: str) -> None:
+    if target not in TARGETS:
+        reason = NOT_TARGETS.get(target.lower(), f"there is {', '.join(TARGETS)}")
+        raise ExportError(f"unknown target {target!r}; {reason}")
 
 
 def _read(
