@@ -99,8 +99,7 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         source: Adapter file or folder.
         output: File (``.safetensors``) or folder to write.
         target: A key of ``PROGRAMS``, which gets the format that it needs, or of ``CONVERSIONS``.
-        base: Of ``dense``, ``lora``, ``comfyui`` on the output axis; ``smaller-rank`` is nearer
-            with it.
+        base: For ``dense``, ``lora``, ``comfyui`` (output axis); ``smaller-rank`` is nearer by it.
         family: Name of a `Family`, for files that do not say it.
         rank: Largest rank, of ``smaller-rank`` and ``lora``; None: ``LORA_RANK`` for ``lora``.
         conv_rank: Largest rank of Conv2d layers, of ``smaller-rank``; None: ``rank``.
