@@ -127,7 +127,7 @@ class Device:
 
 
 SAMPLING_STEPS = 25
-# Operations of a step of four subjects, of those of one, counted for SD1.5; 1.03 for SDXL.
+# Operations of a step of four subjects over those of one: more than the 1.05 counted for SD1.5.
 PACK_OF_FOUR = 1.12
 # A customer's photos, checkpoints of a run, and what a fleet writes of a subject.
 PHOTOS, PHOTO_BYTES, CHECKPOINTS, FILES, RECORD_BYTES = 5, 3_000_000, 4, 20, 600
