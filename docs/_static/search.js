@@ -1,0 +1,162 @@
+// Search of the site, from files too: sections of its pages (`search-index.js`, which
+// `tools/search.py` writes) in MiniSearch. `siteSearch(query)` needs no page, so that tests and
+// `python -m tools.search` call it alone.
+(() => {
+  "use strict";
+
+  // Words that say nothing of what is asked.
+  const STOP = new Set(
+    `a about add all also am an and any anyone are as at be been bug but by can could do doc does doing done else ever feat
+    feature first for from get gets getting give gives got had has have help here how i if in into is issue it its just like
+    make me my need no not of on one or our out please possible question request should so some someone still such support
+    than that the their them then there these they this to too try up us use used using want was way we were what when where
+    which why will with would you your`.split(/\s+/),
+  );
+  // One word for what is one thing here, on both sides: pages and questions.
+  const SAME = Object.fromEntries(
+    [
+      "lora adapter locon",
+      "memory vram oom ram",
+      "resume continue",
+      "overfit overtrain overbake overcook burn burnt burned fried fry",
+      "a1111 automatic1111 auto1111 automatic",
+      "delete remove erase",
+      "gpu card videocard",
+      "several multiple multi many two",
+      "mac macos apple m1 m2 m3 m4 mps silicon",
+      "amd rocm",
+      "scheduler sampler",
+      "guidance cfg",
+      "rank dim",
+      "epoch epochs",
+      "photo picture pic",
+      "vpred vprediction",
+    ].flatMap((line) => line.split(" ").map((word) => [stem(word), stem(line.split(" ")[0])])),
+  );
+
+  // Words that nearly every question has, and that tell pages apart badly.
+  const COMMON = new Map(
+    "lora train 0.25 model sdxl sd image result kohya dreambooth work 0.5"
+      .match(/\D+[\d.]+/g)
+      .flatMap((group) => group.match(/[a-z]+/g).map((word) => [stem(word), Number(group.match(/[\d.]+/)[0])])),
+  );
+  const telling = (word) => COMMON.get(word) ?? 1;
+
+  // A word without its ending: training, trained, trains -> train; regularization as regularisation.
+  function stem(word) {
+    if (word.length < 4 || /\d/.test(word)) return word;
+    let short = word.replace(/iz(?=[ei]|ation)/, "is").replace(/ies$/, "y").replace(/(?<![su])s$/, "");
+    short = short.replace(/(?<=\w{3})(?:ing|ed)$|(?<=\w{4})ion$/, "");
+    if (/[^aeiouls]$/.test(short) || short.length > 5) short = short.replace(/([^aeiou\W])\1$/, "$1");
+    return short.replace(/(?<=\w{3})e$/, "");
+  }
+  const term = (word) => SAME[stem(word)] ?? stem(word);
+  const WORD = /[\p{L}\p{N}]+/gu;
+  const words = (text) =>
+    text.toLowerCase().replace(/\bv[- ]?pred(iction)?\b/g, "vpred").replace(/(\d)\s?(gi?b)\b/g, "$1 $2").match(WORD) ?? [];
+
+  // A place in the site counts by its folder: what answers comes before what is looked up.
+  const FOLDERS = { understand: 0.9, reference: 0.5, measurements: 0.6, contributing: 0.4 };
+  const weight = ({ path }) =>
+    path.startsWith("reference/changelog") ? 0.15
+    : /(^|\/)index\.html/.test(path) ? 0.4
+    : (FOLDERS[path.split("/")[0]] ?? 1);
+  const BOOST = { heading: 4, synonyms: 4, about: 3, text: 1 };
+
+  const known = new Set();
+  const sections = SEARCH_PAGES.flatMap(({ path, title, synonyms, sections }) =>
+    sections.map((section, i) => ({
+      ...section,
+      title,
+      path: path + section.anchor,
+      synonyms: i ? section.synonyms : synonyms,
+      about: `${title} ${synonyms}`,
+    })),
+  );
+  const index = new MiniSearch({
+    fields: Object.keys(BOOST),
+    tokenize: words,
+    processTerm: (word) => {
+      known.add(term(word));
+      return term(word);
+    },
+  });
+  index.addAll(sections.map((section, id) => ({ id, ...section })));
+
+  const asked = (query) => {
+    const all = [...new Set(words(query))];
+    const some = all.filter((word) => !STOP.has(word));
+    return some.length ? some : all;
+  };
+
+  // Pages in the order of their best section, each with it and the next ones.
+  globalThis.siteSearch = (query) => {
+    const found = index.search(asked(query).join(" "), {
+      boost: BOOST,
+      tokenize: (text) => text.split(" "),
+      processTerm: term,
+      prefix: (word) => word.length > 3,
+      fuzzy: (word) => (known.has(word) || word.length < 4 ? false : 0.3),
+      weights: { fuzzy: 0.6, prefix: 0.4 },
+      boostTerm: telling,
+      boostDocument: (id) => weight(sections[id]),
+    });
+    // MiniSearch multiplies by how many words were found; here by what they tell.
+    const told = (result) => result.queryTerms.reduce((sum, word) => sum + telling(word), 0) / result.queryTerms.length;
+    const pages = new Map();
+    for (const result of found) result.score *= told(result);
+    for (const { id, score, terms } of found.sort((a, b) => b.score - a.score)) {
+      const path = sections[id].path.split("#")[0];
+      if (!pages.has(path)) pages.set(path, []);
+      pages.get(path).push({ ...sections[id], score, terms });
+    }
+    return [...pages.values()].map(([best, ...others]) => ({ ...best, others: others.slice(0, 3) }));
+  };
+
+  if (typeof document === "undefined") return;
+
+  const element = (name, ...content) => {
+    const node = document.createElement(name);
+    node.append(...content);
+    return node;
+  };
+  const link = ({ path }, text) => Object.assign(element("a", text), { href: path });
+  const name = ({ title, heading }) => (heading === title ? title : `${title} \u203a ${heading}`);
+
+  // Some words of a text around the first place with most of the terms, which are marked.
+  const excerpt = ({ text, terms }, length = 220) => {
+    const hits = [...text.matchAll(WORD)].filter(([word]) => terms.includes(term(word.toLowerCase())));
+    const near = (hit) => hits.filter(({ index: at }) => at >= hit.index && at < hit.index + length).length;
+    const first = hits.reduce((best, hit) => (!best || near(hit) > near(best) ? hit : best), null)?.index ?? 0;
+    const start = first < 60 ? 0 : text.lastIndexOf(" ", first - 40) + 1;
+    const node = element("p", start ? "\u2026 " : "");
+    let at = start;
+    for (const { 0: word, index: place } of hits.filter((hit) => hit.index >= start && hit.index < start + length)) {
+      node.append(text.slice(at, place), element("mark", word));
+      at = place + word.length;
+    }
+    node.append(text.slice(at, Math.max(at, start + length)), text.length > start + length ? " \u2026" : "");
+    return node;
+  };
+
+  const show = (query) => {
+    const results = query.trim() ? siteSearch(query).slice(0, 10) : [];
+    const items = results.map((result) => {
+      const item = element("li", link(result, name(result)), excerpt(result));
+      if (result.others.length) item.append(element("small", "Also: "));
+      result.others.forEach((other, i) => item.lastChild.append(i ? ", " : "", link(other, other.heading)));
+      return item;
+    });
+    document.getElementById("search-results").replaceChildren(...items);
+    const count = `${results.length} ${results.length === 1 ? "page" : "pages"}`;
+    document.getElementById("search-status").textContent = query.trim() ? (results.length ? count : "Nothing found.") : "";
+  };
+
+  document.addEventListener("DOMContentLoaded", () => {
+    const field = document.querySelector("#search-form input");
+    field.value = new URLSearchParams(location.search).get("q") ?? "";
+    field.addEventListener("input", () => show(field.value));
+    field.focus();
+    show(field.value);
+  });
+})();
