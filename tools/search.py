@@ -1,15 +1,17 @@
 """The index of the site's search, and how well it answers what people ask.
 
 Sphinx calls `write_index` after a build: each section of each page with its words and synonyms, in
-a script, since a page that is opened from a file may not read other files. ``python -m tools.search``
-builds the site, asks every question of `QUESTIONS` with Node, and writes the ranks, which
-``python -m tools.site`` puts into the page.
+a script, since a page that is opened from a file may not read other files.
+
+``python -m tools.search`` builds the site, asks every question of `QUESTIONS` with Node, and writes
+the ranks, which ``python -m tools.site`` puts into the page.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -33,7 +35,7 @@ _SYNONYMS = re.compile(r"<!-- search: (.*?) -->", re.DOTALL)
 
 @dataclass(frozen=True)
 class Question:
-    """What somebody asked elsewhere.
+    """A question that somebody asked elsewhere.
 
     Attributes:
         title: Of the issue or thread, as it is.
@@ -63,6 +65,24 @@ def rank(paths: Sequence[str], answers: Sequence[str]) -> int | None:
     return None
 
 
+def table(held_out: bool) -> str:
+    """List the questions with their ranks: those that were held out, or the others."""
+    from tools.site import plain
+
+    asked = [question for question in questions() if question.held_out == held_out]
+    found = json.loads(RANKS.read_text(encoding="utf-8"))
+    places = [found.get(question.title) or math.inf for question in asked]
+    first, three = (sum(place <= most for place in places) for most in (1, 3))
+    rows = ["| rank | asked | at | answered by |", "|---|---|---|---|"]
+    for place, question in zip(places, asked, strict=True):
+        parts = [answer.partition("#") for answer in question.answers]
+        links = ", ".join(f"[{page}](../{page}.md{mark}{at})" for page, mark, at in parts)
+        shown = "-" if place == math.inf else place
+        rows.append(f"| {shown} | {plain(question.title)} | {question.source} | {links} |")
+    counts = f"{first} of {len(asked)} by the first page, {three} by the first three."
+    return "\n".join([counts, "", *rows])
+
+
 def ranks(site: Path, asked: Sequence[Question]) -> dict[str, int | None]:
     """Return each question's rank in a site that was built, by Node."""
     found = subprocess.run(
@@ -79,11 +99,12 @@ def ranks(site: Path, asked: Sequence[Question]) -> dict[str, int | None]:
 
 SCRIPTS = ("minisearch.js", "search-index.js", "search.js")
 _ASK = """
-const context = require("vm").createContext();
-const { readFileSync } = require("fs");
-for (const file of process.argv.slice(1)) require("vm").runInContext(readFileSync(file, "utf-8"), context);
-const asked = JSON.parse(readFileSync(0, "utf-8"));
-console.log(JSON.stringify(asked.map((title) => context.siteSearch(title).map(({ path }) => path))));
+const { createContext, runInContext } = require("vm");
+const read = (file) => require("fs").readFileSync(file, "utf-8");
+const site = createContext();
+for (const file of process.argv.slice(1)) runInContext(read(file), site);
+const paths = (title) => site.siteSearch(title).map(({ path }) => path);
+console.log(JSON.stringify(JSON.parse(read(0)).map(paths)));
 """
 
 

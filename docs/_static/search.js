@@ -6,9 +6,9 @@
 
   // Words that say nothing of what is asked.
   const STOP = new Set(
-    `a about add all also am an and any anyone are as at be been bug but by can could do doc does doing done else ever feat
+    `a about add all also am an and any anyone are as at be been bug but by can could do doc does doing done else ca wo ever feat
     feature first for from get gets getting give gives got had has have help here how i if in into is issue it its just like
-    make me my need no not of on one or our out please possible question request should so some someone still such support
+    make me my need no not nothing of on one or our out own please possible question request should so some someone still such support
     than that the their them then there these they this to too try up us use used using want was way we were what when where
     which why will with would you your`.split(/\s+/),
   );
@@ -53,7 +53,7 @@
   const term = (word) => SAME[stem(word)] ?? stem(word);
   const WORD = /[\p{L}\p{N}]+/gu;
   const words = (text) =>
-    text.toLowerCase().replace(/\bv[- ]?pred(iction)?\b/g, "vpred").replace(/(\d)\s?(gi?b)\b/g, "$1 $2").match(WORD) ?? [];
+    text.toLowerCase().replace(/(?:n['\u2019]t|['\u2019](?:s|re|ve|ll|m|d))\b/g, " ").replace(/\bv[- ]?pred(iction)?\b/g, "vpred").replace(/(\d)\s?(gi?b)\b/g, "$1 $2").match(WORD) ?? [];
 
   // A place in the site counts by its folder: what answers comes before what is looked up.
   const FOLDERS = { understand: 0.9, reference: 0.5, measurements: 0.6, contributing: 0.4 };
@@ -89,13 +89,24 @@
     return some.length ? some : all;
   };
 
+  // Words that stand together in the question count more where they stand together in what a
+  // section is about.
+  const PHRASE = 1;
+  const pairsOf = (list) => list.slice(1).map((word, i) => `${term(list[i])} ${term(word)}`);
+  const seen = new Map();
+  const pairsIn = (id) => {
+    const { heading, synonyms, about } = sections[id];
+    if (!seen.has(id)) seen.set(id, new Set(pairsOf(words(`${heading}, ${synonyms}, ${about}`))));
+    return seen.get(id);
+  };
+
   // Pages in the order of their best section, each with it and the next ones.
   globalThis.siteSearch = (query) => {
     const found = index.search(asked(query).join(" "), {
       boost: BOOST,
       tokenize: (text) => text.split(" "),
       processTerm: term,
-      prefix: (word) => word.length > 3,
+      prefix: (word) => word.length > 2 && !known.has(word),
       fuzzy: (word) => (known.has(word) || word.length < 4 ? false : 0.3),
       weights: { fuzzy: 0.6, prefix: 0.4 },
       boostTerm: telling,
@@ -104,7 +115,9 @@
     // MiniSearch multiplies by how many words were found; here by what they tell.
     const told = (result) => result.queryTerms.reduce((sum, word) => sum + telling(word), 0) / result.queryTerms.length;
     const pages = new Map();
-    for (const result of found) result.score *= told(result);
+    const pairs = pairsOf(asked(query));
+    const near = ({ id }) => pairs.filter((pair) => pairsIn(id).has(pair)).length / (pairs.length || 1);
+    for (const result of found) result.score *= told(result) * (1 + PHRASE * near(result));
     for (const { id, score, terms } of found.sort((a, b) => b.score - a.score)) {
       const path = sections[id].path.split("#")[0];
       if (!pages.has(path)) pages.set(path, []);
