@@ -70,7 +70,7 @@ SHORT = {
     "prompt is ignored": "howto/troubleshooting",
     "masked training": "howto/masks",
     "regularization images": "howto/prior-preservation",
-    "negative prompt": "howto/samples",
+    "negative prompt": "howto/negative-prompt",
     "apple m2": "start/install",
     "bf16 or fp16": "howto/speed",
     "train 1000 subjects": "howto/fleets",
