@@ -86,7 +86,8 @@ SETTINGS: dict[str, dict[str, object]] = {
     },
     "compile-targets": {"targets": "attention", "adam_weight_decay": 0.1, "magnitude_lr": 1e-4},
 }
-CONVERSIONS = ("diffusers", "peft", "kohya", "comfyui", "dense", "lora", "lora-diffusers", "dora")
+RANKED = ("lora", "lora-diffusers", "smaller-rank")
+CONVERSIONS = ("diffusers", "peft", "kohya", "comfyui", "dense", *RANKED)
 
 
 def commands(work: Path) -> Iterator[tuple[str, list[str]]]:
@@ -132,7 +133,7 @@ def commands(work: Path) -> Iterator[tuple[str, list[str]]]:
     yield "fleet", ["fleet", str(named), *_config(work, "fleet", several)]
     for target in CONVERSIONS:
         extra = [] if target in ("diffusers", "peft", "kohya") else [*base]
-        extra += ["--rank", "4"] if target in ("lora", "lora-diffusers", "dora") else []
+        extra += ["--rank", "4"] if target in RANKED else []
         file = work / f"to-{target}" / ("folder" if target == "peft" else "x.safetensors")
         yield f"to-{target}", ["convert", str(work / "dora"), str(file), "--to", target, *extra]
     for name, adapter in (("dora", "dora"), ("words", "words"), ("input", "input-axis")):

@@ -173,7 +173,7 @@ def _check_start_ranks(
         asked = listing([f"{name} {rank}" for name, rank in have.items()])
         raise ValueError(
             f"it has {' and '.join(larger)}, more than {asked}; set {' and '.join(larger)} or "
-            "more, or make it smaller with dora-diffusion convert --to dora"
+            "more, or make it smaller with dora-diffusion convert --to smaller-rank"
         )
 
 

@@ -179,6 +179,7 @@ class Setting:
         positional: Whether it is given by its place, without a flag.
         repeated: Whether several flags add up to one list.
         aliases: Other names of choices, in lower case.
+        refused: Words that are taken for a choice -> what to choose instead.
     """
 
     name: str
@@ -201,6 +202,7 @@ class Setting:
     positional: bool = False
     repeated: bool = False
     aliases: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
     is_map: bool = False
 
     @classmethod
@@ -255,6 +257,8 @@ class Setting:
                 self._check_range(item)
             return
         if self.choices:
+            if reason := self.refused.get(str(value).lower()):
+                raise ConfigError(f"{self.name} cannot be {value!r}: {reason}", self.name)
             require_choice(self.name, value, self.choices)
         self._check_range(value)
 

@@ -33,6 +33,11 @@ METHOD = (
     "95% confidence intervals over images, each of a seed of its own: Student's t (changes are "
     "paired by prompt and seed); for shares (%) Wilson's, and Newcombe's for their change"
 )
+LOSS_ROSE = (
+    "The subject's denoising loss rises although its similarity does: after many steps on a few "
+    "photos the model expects their views and backgrounds, and the loss is that of true images "
+    "with others. It shows how much is learned by heart; similarity shows the likeness."
+)
 FILES = {"scores": "scores.json", "table": "scores.md", "images": "images.png"}
 
 
@@ -110,9 +115,15 @@ class Evaluation:
                 for column in columns
             ]
             rows.append([title_of(name), *cells])
-        notes = [f"caution: {caution}" for caution in self.cautions]
+        notes = [LOSS_ROSE] if self._rose("denoising_loss", "subject_similarity") else []
+        notes += [f"caution: {caution}" for caution in self.cautions]
         notes += [f"not measured: {note}" for note in self.notes]
         return "\n".join([aligned(rows), "", METHOD + ".", *notes])
+
+    def _rose(self, *names: str) -> bool:
+        """Return whether each of these figures is larger than the base's, by its interval."""
+        changes = [self.interval("change", name) for name in names]
+        return all(change and change.low is not None and change.low > 0 for change in changes)
 
     def write(self, folder: Path) -> dict[str, Path]:
         """Write the `FILES`; returns their paths."""

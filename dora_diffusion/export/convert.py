@@ -27,7 +27,7 @@ from dora_diffusion.formats.adapter.metadata import APPROXIMATES
 from dora_diffusion.formats.adapter.stored import StoredAdapter, find_adapter
 from dora_diffusion.formats.checkpoint.models import StoredModel
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
-from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK, PROGRAMS, TARGETS
+from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK, NOT_TARGETS, PROGRAMS, TARGETS
 from dora_diffusion.formats.layouts.kohya import needs_compensation
 from dora_diffusion.formats.layouts.layout import stated_approximation
 from dora_diffusion.numerics.merging import WeightedAdapter
@@ -99,10 +99,11 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         source: Adapter file or folder.
         output: File (``.safetensors``) or folder to write.
         target: A key of ``PROGRAMS``, which gets the format that it needs, or of ``CONVERSIONS``.
-        base: Of ``dense``, ``lora``, ``comfyui`` on the output axis; ``dora`` is nearer with it.
+        base: Of ``dense``, ``lora``, ``comfyui`` on the output axis; ``smaller-rank`` is nearer
+            with it.
         family: Name of a `Family`, for files that do not say it.
-        rank: Largest rank, of ``dora`` and ``lora``; None: ``LORA_RANK`` for ``lora``.
-        conv_rank: Largest rank of Conv2d layers, of ``dora``; None: ``rank``.
+        rank: Largest rank, of ``smaller-rank`` and ``lora``; None: ``LORA_RANK`` for ``lora``.
+        conv_rank: Largest rank of Conv2d layers, of ``smaller-rank``; None: ``rank``.
         energy: Take each layer's smallest rank with this share of the squared singular values.
         alpha: What it was trained with, for a file that lost it.
         tags: Words that adapter managers and web UIs show.
@@ -114,6 +115,9 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         ExportError: If the output exists or is read, or the target lacks a base or a rank.
         AdapterFormatError: If the source cannot be read, or the target cannot hold it.
     """
+    if target not in TARGETS:
+        reason = NOT_TARGETS.get(target.lower(), f"there is {', '.join(TARGETS)}")
+        raise ExportError(f"unknown target {target!r}; {reason}")
     output, inputs = Path(output).expanduser(), [find_adapter(source)]
     with contextlib.nullcontext() if base is None else open_model(base) as model:
         inputs += [model.path] if model else []
@@ -142,10 +146,8 @@ def _read(
     source: str | Path, target: str, model: ModelWeights | None, alpha: float | None
 ) -> AdapterFile:
     """An adapter for a target; with a LoRA beside its DoRA where that can hold it."""
-    if target not in TARGETS:
-        raise ExportError(f"unknown target {target!r}; there is {', '.join(TARGETS)}")
     program = PROGRAMS.get(target)
-    sums = target in ("dense", "dora") or (program is not None and program.takes_dense)
+    sums = target in ("dense", "smaller-rank") or (program is not None and program.takes_dense)
     return read_adapter(source, model, alpha=alpha, sums=sums and model is not None)
 
 
@@ -176,7 +178,7 @@ def _check_request(
         )
     given, reason = list(settings.limits), ""
     if not conversion.takes_rank:
-        reason = f"{target} files keep the adapter's; --to dora and --to lora take one"
+        reason = f"{target} files keep the adapter's; --to smaller-rank and --to lora take one"
     elif conversion.plain_lora_in:
         given, reason = [n for n in given if n == "conv_rank"], f"{target} files have one rank"
     for name in given if reason else ():
@@ -185,7 +187,7 @@ def _check_request(
         rank = settings.rank or LORA_RANK
         return dataclasses.replace(settings, rank=rank, conv_rank=None)
     if conversion.needs_rank and not settings.limits:
-        raise ExportError(f"{target} needs a smaller rank: give --rank, --conv_rank or --energy")
+        raise ExportError(f"{target} needs the rank: give --rank, --conv_rank or --energy")
     return settings
 
 

@@ -23,18 +23,20 @@ from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 from dora_diffusion.config.prompts import OPTIONS
 from dora_diffusion.data.checks import FEWEST, MOST
+from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS, TARGETS
 from tests.every import every
 from tools import site
 from tools.pages import DOCS, PAGES, ROOT, Page
 
 PACKAGE = ROOT / "dora_diffusion"
 
-# Of pip, uv, accelerate, docker.
+# Of pip, uv, venv, accelerate, docker.
 FLAGS_OF_OTHERS = {
     "--help", "--extra-index-url", "--index-url", "--multi_gpu", "--num_processes",
     "--use_fsdp", "--fsdp_version", "--use_deepspeed", "--fsdp_offload_params",
     "--fsdp_reshard_after_forward", "--fsdp_activation_checkpointing", "--head", "--generate",
     "--torch-backend", "--gpus", "--rm", "--build-arg", "--no-healthcheck", "--tag", "--user",
+    "--system-site-packages",
 }  # fmt: skip
 # Pages whose tables begin with the names of other programs.
 OF_OTHERS = re.compile(r"howto/(coming-from|from-)")
@@ -92,6 +94,36 @@ def test_commands_parse(page: Page) -> None:
                         site.parsers()[command[0]].parse_args(command[1:])
                 except SystemExit:
                     pytest.fail(f"{shlex.join(words)}: {error.getvalue()}")
+
+
+CONVERT = re.compile(r"\bconvert ((?:\S+ ){0,2})--to ([\w-]+)([^`'\"|\n]*)")
+
+
+def texts() -> dict[str, str]:
+    """All that people read: pages, notebooks, and the messages of the package."""
+    files = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.json"), *ROOT.glob("notebooks/*.ipynb")]
+    sources = {page.name: page.source for page in PAGES}
+    sources |= {file.relative_to(ROOT).as_posix(): file.read_text("utf-8") for file in files}
+    return {
+        name: re.sub(r"\\\n *|`(?=--)|(?<=--to)`|(?<=--base)`", "", text)
+        for name, text in sources.items()
+    }
+
+
+def test_conversions_name_the_program_and_the_base_as_the_readme_does() -> None:
+    """A format has its name only where formats are explained, or where no program asks for it."""
+    found = 0
+    of_one_base = {n for n, p in PROGRAMS.items() if CONVERSIONS[p.output_axis].for_one_base}
+    with every() as case:
+        for name, text in texts().items():
+            for files, target, rest in CONVERT.findall(text):
+                found += 1
+                with case(f"{name}: --to {target}"):
+                    if not re.search(r"howto/export\.md|/reference/", name):
+                        assert target in {"PROGRAM", *TARGETS} - {"kohya"}
+                    if files.count(" ") == 2 and target in {"PROGRAM", *of_one_base}:
+                        assert "--base " in rest
+    assert found > 15
 
 
 @cache

@@ -62,7 +62,9 @@ def two_variants(tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path) -> 
     return both, alone
 
 
-@pytest.mark.parametrize("way", ["dense", "lora", "dora", "extract", "tuned", "combine", "inspect"])
+@pytest.mark.parametrize(
+    "way", ["dense", "lora", "smaller-rank", "extract", "tuned", "combine", "inspect"]
+)
 def test_what_is_computed_from_a_base_is_of_its_variant(
     tmp_path: Path, sd1_folder: Path, two_variants: tuple[Path, Path], way: str,
     random_adapter: MakeAdapter,

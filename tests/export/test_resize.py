@@ -1,4 +1,4 @@
-"""``convert --to dora``: a smaller rank, with the base and without it."""
+"""``convert --to smaller-rank``: a smaller rank, with the base and without it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_without_the_base_the_update_is_truncated(
     """Magnitudes stay; the error is that of the update, by NumPy."""
     layers = random_adapter(sd1_folder, every=8, axis=axis)
     source = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")), "kohya")
-    report = convert_adapter(source, tmp_path / "b", "dora", rank=3, conv_rank=2)
+    report = convert_adapter(source, tmp_path / "b", "smaller-rank", rank=3, conv_rank=2)
     found = read_adapter(report.path).layers
     kohya = axis == "input"
     assert report.path.name == (
@@ -57,7 +57,9 @@ def test_with_the_base_it_is_nearer(
     layers, weights = read_adapter(dora).layers, tensors_of(sd1_folder)
     distances = {}
     for base in (None, sd1_folder):
-        report = convert_adapter(dora, tmp_path / str(base is None), "dora", base=base, rank=2)
+        report = convert_adapter(
+            dora, tmp_path / str(base is None), "smaller-rank", base=base, rank=2
+        )
         found = read_adapter(report.path).layers
         for name, layer in layers.items():
             weight = weights[f"{name}.weight"].double()
@@ -73,7 +75,7 @@ def test_with_the_base_it_is_nearer(
 
 
 def test_energy_chooses_each_layers_rank(tmp_path: Path, dora: Path) -> None:
-    report = convert_adapter(dora, tmp_path / "b", "dora", energy=0.8)
+    report = convert_adapter(dora, tmp_path / "b", "smaller-rank", energy=0.8)
     found, layers = read_adapter(report.path).layers, read_adapter(dora).layers
     for name, layer in layers.items():
         s = np.linalg.svd((layer.up.flatten(1) @ layer.down.flatten(1)).numpy(), compute_uv=False)
@@ -87,7 +89,9 @@ def test_a_rank_that_is_large_enough_changes_nothing(
 ) -> None:
     layers = read_adapter(dora).layers
     for base in (None, sd1_folder):
-        report = convert_adapter(dora, tmp_path / "b", "dora", base=base, rank=4, overwrite=True)
+        report = convert_adapter(
+            dora, tmp_path / "b", "smaller-rank", base=base, rank=4, overwrite=True
+        )
         found = read_adapter(report.path).layers
         for name, layer in layers.items():
             assert torch.equal(found[name].down, layer.down)
@@ -97,7 +101,7 @@ def test_a_rank_that_is_large_enough_changes_nothing(
 
 def test_a_rank_must_be_given(tmp_path: Path, sd1_folder: Path, dora: Path) -> None:
     with pytest.raises(ExportError, match="give --rank, --conv_rank or --energy"):
-        convert_adapter(dora, tmp_path / "b", "dora")
+        convert_adapter(dora, tmp_path / "b", "smaller-rank")
     smaller = convert_adapter(dora, tmp_path / "c", "lora", base=sd1_folder, energy=0.5)
     assert inspect_adapter(smaller.path).metadata.extra["approximation"] == (
         "singular values, rank 64, energy 0.5"

@@ -375,7 +375,7 @@ def test_a_file_of_every_program_merges_to_the_attached_slider(
     written = set[str]()
     for target in TARGETS:
         output = tmp_path / (target if target in FOLDERS else f"{target}.safetensors")
-        more = {"rank": 64} if target == "dora" else {}
+        more = {"rank": 64} if target == "smaller-rank" else {}
         report = convert_adapter(adapter, output, target, base=sd1_folder, **more)
         if report.target in written:  # several programs read one format
             continue
@@ -397,7 +397,7 @@ def test_a_file_of_every_program_merges_to_the_attached_slider(
         if file and target != "peft":  # whose files have no metadata of ours
             assert file.layers.keys() == layers.keys(), target
             assert json.loads(file.metadata.extra["slider"]) == [[TARGET, HIGH, LOW]]
-    assert written >= {"kohya", "diffusers", "peft", "dense", "dora"}
+    assert written >= {"kohya", "diffusers", "peft", "dense", "smaller-rank"}
 
 
 def tensors_of(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -32,6 +32,7 @@ from dora_diffusion.formats.layouts import (
     FOLDERS,
     KEY_FORMATS,
     LORA_RANK,
+    NOT_TARGETS,
     PROGRAMS,
     TARGETS,
 )
@@ -82,7 +83,7 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
             "convert", "converting", "Resize", heading="Resize: a smaller file",
             about="The nearest adapter of a smaller rank, and how near it is.",
             output="resized.safetensors", asked=("rank", "conv_rank", "energy"),
-            fixed={"to": "dora"},
+            fixed={"to": "smaller-rank"},
         ),
     })  # fmt: skip
 
@@ -94,15 +95,16 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
         REQUIRED,
         f"Program that gets the format it needs of this adapter: {', '.join(PROGRAMS)}. Or a "
         "format: diffusers, peft; kohya, for LyCORIS; for one --base: comfyui, dense (large), and "
-        "lora, lora-diffusers, which approximate it without magnitudes; dora: a smaller rank, "
-        "nearest with --base.",
+        "lora, lora-diffusers, which approximate it without magnitudes. Or smaller-rank: the same "
+        "method with --rank, --conv_rank or --energy, nearest with --base.",
         choices=TARGETS,
+        refused=NOT_TARGETS,
     )
     family: str | None = flag(
         None, "Model family, for files that do not say it.", choices=tuple(FAMILIES)
     )
     rank: int | None = flag(
-        None, f"Largest rank, of dora and the lora targets. Default: {LORA_RANK} for lora."
+        None, f"Largest rank, of smaller-rank and the lora targets. Default: {LORA_RANK} for lora."
     )
     tags: list[str] = flag([], "Tags that adapter managers show.")
     thumbnail: str | None = flag(None, "An image that adapter managers show.")

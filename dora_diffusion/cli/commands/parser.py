@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -209,6 +209,10 @@ class Parser(argparse.ArgumentParser):
                 words.append(f"{action.option_strings[-1]} {action.dest.upper()}")
         return f"{' '.join(words)} [flags]   ({self.prog} --help lists them)"
 
+    def _refused_values(self, flag: str) -> Mapping[str, str]:
+        action = self._option_string_actions.get(flag)
+        return getattr(action, "refused", {})
+
     def _commands(self) -> list[str]:
         actions = (a for a in self._actions if isinstance(a, argparse._SubParsersAction))
         return [name for action in actions for name in action.choices]
@@ -224,6 +228,8 @@ class Parser(argparse.ArgumentParser):
             words = [word.strip().strip("'") for word in choice[3].split(",")]
             choices = [word for word in words if word != "None"]
             what = "there is no command" if choice[1] == "COMMAND" else f"{choice[1]} cannot be"
+            if reason := self._refused_values(choice[1]).get(choice[2].lower()):
+                return f"{what} {choice[2]!r}: {reason}"
             near = _OTHER_VALUES.get(choice[2].lower().replace("_", "-"))
             near = near if near in choices else closest(choice[2], choices)
             hint = f" (did you mean {near}?)" if near else ""
@@ -282,4 +288,4 @@ def _add_flag(group: Any, setting: Setting) -> None:
     else:
         shown = setting.metavar or ("PATH" if setting.is_path else _METAVARS[setting.kind])
         common |= {"type": str if setting.kind is dict else setting.kind, "metavar": shown}
-    group.add_argument(*names, **common)
+    group.add_argument(*names, **common).refused = setting.refused

@@ -321,8 +321,7 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
     single, merged = f"{folder}.safetensors", f"{folder}-merged"
     copy = f"  # then copy {single!r} into ComfyUI/models/"
     adapted = [*base, "--adapter", str(folder)]
-    to = "comfyui" if config.method_name == "dora" else "kohya"
-    comfyui = _command("convert", str(folder), single, "--to", to, *base) + copy + "loras"
+    comfyui = _command("convert", str(folder), single, "--to", "comfyui", *base) + copy + "loras"
     diffusers = (
         f"pipeline.load_lora_weights({str(folder)!r}, weight_name={written.name!r})"
         "  # after: pip install peft"
@@ -332,7 +331,6 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
         comfyui = _command("export", *adapted, "--output", single) + copy + "checkpoints"
         diffusers = f"DiffusionPipeline.from_pretrained({str(written)!r})"
     elif written.name == KOHYA_FILE:
-        comfyui = f"copy {str(written)!r} into ComfyUI/models/loras"
         diffusers = _command("export", *adapted, "--output", merged)
         diffusers += f"  # then DiffusionPipeline.from_pretrained({merged!r})"
     prompt = example_prompt(config)

@@ -110,6 +110,11 @@ PROGRAMS: Mapping[str, Program] = {
 }
 TARGETS = tuple(dict.fromkeys((*PROGRAMS, *CONVERSIONS)))
 """Targets of a conversion: names of programs, then of formats."""
+NOT_TARGETS: Mapping[str, str] = {
+    "dora": "DoRA is the adapter's method, not a program; name the program that loads the file, "
+    "such as comfyui, or diffusers for a DoRA as it was trained; smaller-rank takes a rank"
+}
+"""Words that are taken for a target, and what to choose instead."""
 
 COLUMNS: tuple[str, ...] = (*FACTS["columns"],)
 """Programs that adapter files are judged for."""

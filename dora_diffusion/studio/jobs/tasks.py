@@ -361,7 +361,7 @@ def start_ranking(workspace: Workspace, run: Job) -> str:
 
 
 def targets() -> dict[str, str]:
-    """Return the targets of a conversion: as `convert --to` has it -> as the page calls it."""
+    """Return the targets of a conversion: a value of `--to` -> its title on the page."""
     named = {name: f"{program.title} ({program.place})" for name, program in PROGRAMS.items()}
     return named | {name: one.title for name, one in CONVERSIONS.items() if one.title}
 

@@ -193,7 +193,10 @@ def test_export_and_verify_are_given_the_same_merge(command):
         ),
         ("generate --prompt x --output OUT/a.png", "sampling.generate.load_adapted"),
         ("combine RUN --output OUT/a.safetensors", "export.derive.fit_to_adapters"),
-        ("convert RUN OUT/a.safetensors --to dora --rank 1", "export.convert.fit_to_adapters"),
+        (
+            "convert RUN OUT/a.safetensors --to smaller-rank --rank 1",
+            "export.convert.fit_to_adapters",
+        ),
         ("convert RUN OUT --to peft", "export.convert.write_adapter"),
         ("rank-checkpoints RUN --output OUT/a", "sampling.generate.load_model"),
         ("export --adapter RUN --output OUT/a", "export.checkpoint._Writer"),

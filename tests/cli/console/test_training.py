@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.cli.console.output import telling
 from dora_diffusion.cli.console.training import TrainProgress, next_steps
 from dora_diffusion.cli.main import build_parser, read_settings
@@ -24,6 +25,7 @@ from dora_diffusion.training.events import (
     TrainingStarted,
     Validated,
 )
+from tools.pages import ROOT, Page
 
 
 def started(**changes: Any) -> TrainingStarted:
@@ -140,8 +142,8 @@ def next_of(file: str, **settings: Any) -> dict[str, list[str]]:
     ("file", "settings", "to"),
     [
         (ADAPTER, {"variant": "fp16"}, ["convert", "comfyui"]),
-        (ADAPTER, {"method": "lora"}, ["convert", "kohya"]),
-        ("dora_kohya.safetensors", {"norm_axis": "input"}, []),
+        (ADAPTER, {"method": "lora"}, ["convert", "comfyui"]),
+        ("dora_kohya.safetensors", {"norm_axis": "input"}, ["convert", "comfyui"]),
         ("model", {"method": "full"}, ["export"]),
     ],
 )
@@ -160,16 +162,22 @@ def test_the_next_steps_are_commands_that_the_parser_takes(
     whole = ("my dogs", None)
     assert trained == (whole if file == "model" else ("my models/base", ["my dogs"]))
     assert image.variant == settings.get("variant")
-    if not to:
-        assert steps["ComfyUI"][:2] == ["copy", str(Path("my dogs", file))]
+    if file == "dora_kohya.safetensors":
         assert read(steps["Diffusers"][1:]).output == "my dogs-merged"
-        return
     comfyui = steps["ComfyUI"]
     assert (comfyui[0], comfyui[1]) == ("dora-diffusion", to[0])
     assert "my dogs.safetensors" in comfyui
     if "variant" not in settings:
         args = read(comfyui[1:])
         assert getattr(args, "to", None) == (to[1] if len(to) > 1 else None)
+
+
+def test_the_line_for_comfyui_is_the_readmes_command() -> None:
+    """Word for word: after the README's training, the last lines say what its next section does."""
+    commands = {words[1]: words[2:] for words in reversed(Page(ROOT / "README.md").commands)}
+    config = train_config(build_parser().parse_args(["train", *commands["train"]]))
+    line = next_steps(config, Path(config.output_dir, ADAPTER))[1]
+    assert shlex.split(line, comments=True)[3:] == commands["convert"]
 
 
 def test_the_line_for_diffusers_is_python_with_the_path_quoted() -> None:
