@@ -6,16 +6,18 @@
 
   // Words that say nothing of what is asked.
   const STOP = new Set(
-    `a about add all also am an and any anyone are as at be been bug but by can could do doc does doing done else ca wo ever feat
-    feature first for from get gets getting give gives got had has have help here how i if in into is issue it its just like
-    make me my need no not nothing of on one or our out own please possible question request should so some someone still such support
-    than that the their them then there these they this to too try up us use used using want was way we were what when where
-    which why will with would you your`.split(/\s+/),
+    `a about actual add after all also am an and any anyone are as at be been best bug but by ca can could do
+    doc does doing done else ever feat feature first for from get gets getting give gives good got had has
+    have help here how i if in into is issue it its just latest like make me mean my need new no not nothing
+    of on one or other our out own please possible question quick request should since so some someone still
+    such support than that the their them then theory there these they this to too try up update us use used
+    user using version want was way we were what whatever when where which why will with without wo would
+    you your`.split(/\s+/),
   );
   // One word for what is one thing here, on both sides: pages and questions.
   const SAME = Object.fromEntries(
     [
-      "lora adapter locon",
+      "lora adapter",
       "memory vram oom ram",
       "resume continue",
       "overfit overtrain overbake overcook burn burnt burned fried fry",
@@ -28,19 +30,18 @@
       "scheduler sampler",
       "guidance cfg",
       "rank dim",
-      "epoch epochs",
       "photo picture pic",
-      "vpred vprediction",
     ].flatMap((line) => line.split(" ").map((word) => [stem(word), stem(line.split(" ")[0])])),
   );
 
-  // Words that nearly every question has, and that tell pages apart badly.
-  const COMMON = new Map(
-    "lora train 0.25 model sdxl sd image result kohya dreambooth work 0.5"
-      .match(/\D+[\d.]+/g)
-      .flatMap((group) => group.match(/[a-z]+/g).map((word) => [stem(word), Number(group.match(/[\d.]+/)[0])])),
+  // Words that many questions have, and that tell pages apart badly; so do short numbers.
+  const SELDOM = new Set(["lora", "train"].map(stem));
+  const LITTLE = new Set(
+    `ability different dreambooth error example fail file image kohya loss model number option problem quality
+    result script sd sdxl set setting specific value work`.split(/\s+/).map(stem),
   );
-  const telling = (word) => COMMON.get(word) ?? 1;
+  const telling = (word) =>
+    SELDOM.has(word) ? 0.25 : /^v?\d{1,3}$/.test(word) ? 0.3 : LITTLE.has(word) ? 0.5 : 1;
 
   // A word without its ending: training, trained, trains -> train; regularization as regularisation.
   function stem(word) {
@@ -52,8 +53,15 @@
   }
   const term = (word) => SAME[stem(word)] ?? stem(word);
   const WORD = /[\p{L}\p{N}]+/gu;
+  const REWRITES = [
+    [/(?:n['\u2019]t|['\u2019](?:s|re|ve|ll|m|d))\b/g, " "], // can't, it's
+    [/[\d.]*\s?\b\d*(?:s|sec|it)\/(?:it|s)\b/g, " slow "], // 73s/it: a speed is asked about where it is slow
+    [/\b([a-z])-(?=[a-z])/g, "$1"], // b-lora, v-pred
+    [/\bv ?pred(?:iction)?\b/g, "vpred"],
+    [/(\d)\s?(gi?b)\b/g, "$1 $2"], // 8gb
+  ];
   const words = (text) =>
-    text.toLowerCase().replace(/(?:n['\u2019]t|['\u2019](?:s|re|ve|ll|m|d))\b/g, " ").replace(/\bv[- ]?pred(iction)?\b/g, "vpred").replace(/(\d)\s?(gi?b)\b/g, "$1 $2").match(WORD) ?? [];
+    REWRITES.reduce((rest, [pattern, by]) => rest.replace(pattern, by), text.toLowerCase()).match(WORD) ?? [];
 
   // A place in the site counts by its folder: what answers comes before what is looked up.
   const FOLDERS = { understand: 0.9, reference: 0.5, measurements: 0.6, contributing: 0.4 };
@@ -85,7 +93,7 @@
 
   const asked = (query) => {
     const all = [...new Set(words(query))];
-    const some = all.filter((word) => !STOP.has(word));
+    const some = all.filter((word) => !STOP.has(word) && !/^[a-z]$/.test(word));
     return some.length ? some : all;
   };
 
@@ -104,6 +112,7 @@
   globalThis.siteSearch = (query) => {
     const found = index.search(asked(query).join(" "), {
       boost: BOOST,
+      bm25: { k: 1.2, b: 0.7, d: 0.1 },
       tokenize: (text) => text.split(" "),
       processTerm: term,
       prefix: (word) => word.length > 2 && !known.has(word),
