@@ -1,7 +1,7 @@
 """Build of the site: `make docs`.
 
 Sphinx with Furo and MyST, because they are maintained, build without a network and fail on every
-warning, and because Sphinx reads docstrings and has a search of its own. Material for MkDocs is in
+warning, and because Sphinx reads docstrings. Material for MkDocs is in
 maintenance since November 2025; Zensical, its successor, is young.
 """
 
@@ -15,13 +15,12 @@ from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
-from sphinx.search import IndexBuilder
 from sphinx.util import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import dora_diffusion
-from tools import site
+from tools import search, site
 
 project = "DoRA Diffusion"
 author = copyright = "the DoRA Diffusion authors"
@@ -36,7 +35,10 @@ html_theme = "furo"
 html_title = "DoRA Diffusion"
 html_copy_source = False
 html_show_sphinx = False
-html_search_scorer = str(Path(__file__).with_name("search.js"))
+html_static_path = ["_static"]
+templates_path = ["_templates"]
+# Sphinx's own search, whose pages compete as wholes, is off.
+html_additional_pages = {"search": "search.html"}
 smartquotes = False  # It would make dashes of the flags in headings.
 
 # Docstrings have single backticks around names, as Markdown has.
@@ -111,17 +113,6 @@ def _as_lines(signature: re.Match[str]) -> str:
     return text.replace("\n<div>", '\n<div style="margin-left: 2rem">')
 
 
-def feed(index: IndexBuilder, page: str, file: str, title: str, tree: nodes.document) -> None:
-    """Index the words of a page's first paragraph as those of its title, for `search.js`."""
-    _feed(index, page, file, title, tree)
-    paragraph = next(iter(tree.findall(nodes.paragraph)), None)
-    for word in index.lang.split(paragraph.astext() if paragraph else ""):
-        stem = index.lang.stem(word).lower()
-        if index.lang.word_filter(stem):
-            index._title_mapping.setdefault(stem, set()).add(page)
-
-
-_feed = IndexBuilder.feed
 missing: set[str] = set()
 
 
@@ -136,8 +127,14 @@ def warn_of_needless(app: Sphinx, error: Exception | None) -> None:
         logging.getLogger(__name__).warning("LEFT_OUT: nothing refers to %s", name)
 
 
+def without_search(app: Sphinx) -> None:
+    """Leave out the search of Sphinx, in place of which `_templates/search.html` is."""
+    app.builder.search = False
+
+
 def setup(app: Sphinx) -> None:
-    IndexBuilder.feed = feed
+    app.connect("builder-inited", without_search)
+    app.connect("build-finished", search.write_index)
     app.connect("missing-reference", note_missing)
     app.connect("build-finished", warn_of_needless)
     app.connect("html-page-context", open_to_all, priority=900)  # after the theme

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 _FENCE = re.compile(r"^ *(?P<fence>`{3,}|~{3,}) *(?P<info>[^`\n]*)\n", re.MULTILINE)
+_SYNONYMS = re.compile(r"\A---\n(?:.*\n)*?---\n|<!-- search: .*? -->")
 _LINK = re.compile(r"(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s]+)\)")
 
 
@@ -68,8 +69,8 @@ class Page:
 
     @cached_property
     def prose(self) -> str:
-        """All but the fenced blocks."""
-        return _without_blocks(self.source)
+        """All but the fenced blocks, and words for the search."""
+        return _SYNONYMS.sub("", _without_blocks(self.source))
 
     @cached_property
     def inline_code(self) -> list[str]:

@@ -26,6 +26,7 @@ from dora_diffusion.config.base import OfModel
 from dora_diffusion.config.fields import AnyOf, Condition, Need
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 from dora_diffusion.studio import client
+from tools import search
 
 DOCS = Path(__file__).parents[1] / "docs"
 _PART = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(?:.*\n)*?(?=<!-- end -->)")
@@ -334,6 +335,8 @@ TEXTS: dict[str, Callable[[], str]] = {
     "model-verdicts": model_verdicts,
     "programs": programs,
     "routes": routes,
+    "search-held-out": partial(search.table, held_out=True),
+    "search-questions": partial(search.table, held_out=False),
     "settings": setting_groups,
     **{
         f"scale-{table}": partial(scale, table)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +17,9 @@ import pytest
 
 from tests.browser.conftest import CHROMIUM, FLAGS
 from tests.waiting import WAIT_SECONDS
+from tools import search
 from tools.pages import DOCS, ROOT
+from tools.search import Question
 
 for needed in ("sphinx", "furo", "myst_parser", "sphinx_copybutton"):
     pytest.importorskip(needed)
@@ -27,8 +30,8 @@ pytestmark = [
 ]
 
 PHONE, LAPTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 800}
-# What newcomers ask, and the page that answers.
-QUESTIONS = {
+# What newcomers type, and the page that answers.
+SHORT = {
     "comfyui file": "start/comfyui",
     "out of memory": "howto/out-of-memory",
     "looks burnt": "howto/troubleshooting",
@@ -56,7 +59,6 @@ QUESTIONS = {
     "train on two gpus": "howto/several-gpus",
     "how many steps": "howto/choose-checkpoint",
     "docker": "start/container",
-    # Chosen when the pages had been written.
     "blurry results": "howto/troubleshooting",
     "lora does nothing in forge": "howto/export",
     "how to write captions": "howto/captions",
@@ -68,7 +70,7 @@ QUESTIONS = {
     "prompt is ignored": "howto/troubleshooting",
     "masked training": "howto/masks",
     "regularization images": "howto/prior-preservation",
-    "negative prompt": "howto/samples",
+    "negative prompt": "howto/negative-prompt",
     "apple m2": "start/install",
     "bf16 or fp16": "howto/speed",
     "train 1000 subjects": "howto/fleets",
@@ -116,16 +118,73 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-def test_the_search_answers_newcomers_first(browser: Any, address: str) -> None:
-    """The first hit of the site's own search is the page that answers."""
-    page, first = browser.new_page(), {}
-    page.set_default_timeout(WAIT_SECONDS * 1000)
-    for question in QUESTIONS:
-        page.goto(f"{address}/search.html?q={question.replace(' ', '+')}")
-        page.wait_for_selector("#search-results ul.search li a")
-        link = page.locator("#search-results ul.search li a").first.get_attribute("href")
-        first[question] = link.partition(".html")[0]
-    assert first == QUESTIONS
+@pytest.fixture(scope="module")
+def found(browser: Any, built: Path) -> Iterator[Callable[[Sequence[str]], list[list[str]]]]:
+    """Paths of the results of several queries, by the page opened from its file."""
+    page = browser.new_page()
+    page.goto((built / "search.html").as_uri())
+    ask = "queries => queries.map(query => siteSearch(query).map(({ path }) => path))"
+    yield lambda queries: page.evaluate(ask, list(queries))
+    page.close()
+
+
+def ranks(found: Any, queries: Iterable[str], asked: Sequence[Question]) -> list[int]:
+    """Return the rank of each query; 99 where no result answers."""
+    paths = found(queries)
+    return [search.rank(got, q.answers) or 99 for got, q in zip(paths, asked, strict=True)]
+
+
+def test_the_search_answers_newcomers_first(found: Any) -> None:
+    first = {q: got[0].partition(".html")[0] for q, got in zip(SHORT, found(SHORT), strict=True)}
+    assert first == SHORT
+
+
+def test_the_search_answers_what_people_asked_elsewhere(found: Any) -> None:
+    """Nine of ten by the first result, all but three of a hundred by the first three."""
+    asked = [question for question in search.questions() if not question.held_out]
+    got = ranks(found, [question.title for question in asked], asked)
+    assert len(got) > 90
+    missed = [(q.title, rank) for q, rank in zip(asked, got, strict=True) if rank > 1]
+    assert sum(rank == 1 for rank in got) >= 0.9 * len(got), missed
+    assert sum(rank <= 3 for rank in got) >= 0.97 * len(got), missed
+
+
+def swapped(word: str) -> str:
+    half = len(word) // 2
+    return word[: half - 1] + word[half] + word[half - 1] + word[half + 1 :]
+
+
+def dropped(word: str) -> str:
+    return word[: len(word) // 2] + word[len(word) // 2 + 1 :]
+
+
+@pytest.mark.parametrize("mistake", [swapped, dropped])
+def test_the_search_forgives_a_typing_error(mistake: Callable[[str], str], found: Any) -> None:
+    """One in the longest word of each question."""
+    longest = {q: max(re.findall(r"[a-zA-Z]+", q.title), key=len) for q in search.questions()}
+    asked = [question for question, word in longest.items() if len(word) > 4]
+    assert len(asked) > 90
+    got = ranks(found, [q.title.replace(longest[q], mistake(longest[q])) for q in asked], asked)
+    assert sum(rank <= 3 for rank in got) >= 0.9 * len(got)
+
+
+def test_results_show_what_they_found(browser: Any, built: Path) -> None:
+    """Page and section, and an excerpt with the words marked, without a server."""
+    page, asked = browser.new_page(), []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{(built / 'search.html').as_uri()}?q=clip+skip+anime")
+    first = page.locator("#search-results > li").first
+    link = first.locator("a").first
+    assert link.get_attribute("href") == "howto/captions.html#clip-skip"
+    assert link.inner_text() == "Captions, tags and trigger words \u203a Clip skip"
+    marked = {text.lower() for text in first.locator("p mark").all_inner_texts()}
+    assert {"clip", "skip"} <= marked
+    excerpts = page.locator("#search-results > li p").all_inner_texts()
+    assert len(excerpts) == 10
+    assert all(20 < len(text) < 260 for text in excerpts)
+    page.locator("#search-form input").fill("qqqq")
+    assert page.locator("#search-status").inner_text() == "Nothing found."
+    assert [url for url in asked if not url.startswith("file:")] == []
 
 
 def test_the_sidebar_is_five_parts_that_fold(browser: Any, address: str) -> None:

@@ -35,6 +35,7 @@ RULES: tuple[Rule, ...] = (
     project.ci_runs_what_the_readme_says,
     project.version_is_written_once,
     project.pages_are_short,
+    project.pages_have_words_to_be_found_by,
     project.pages_name_paths_that_exist,
     project.every_page_is_linked,
     project.small_cards_have_the_counted_memory,

@@ -116,6 +116,14 @@ def pages_are_short(repository: Repository) -> Iterator[str]:
             yield f"{page.name}:1: {words} words; split it, {LONGEST_PAGE} are too many"
 
 
+def pages_have_words_to_be_found_by(repository: Repository) -> Iterator[str]:
+    """In their front matter, which the site's search reads; lists of pages need none."""
+    for page in PAGES:
+        searched = re.match(r"---\nsearch: .+\n---\n", page.source)
+        if re.match(r"docs/(start|howto|understand)/(?!index)", page.name) and not searched:
+            yield f"{page.name}:1: has no `search:` in a front matter; write synonyms, symptoms"
+
+
 def pages_name_paths_that_exist(repository: Repository) -> Iterator[str]:
     """From the clone, or from the package; a name in capitals stands for any."""
     tops = "benchmarks|docs|dora_diffusion|samples|tests|tools"
