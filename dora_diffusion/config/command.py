@@ -10,6 +10,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from dora_diffusion.config.elsewhere import notes
 from dora_diffusion.config.fields import ConfigError, Setting, require
 from dora_diffusion.config.file import read_config_lines
 from dora_diffusion.config.wording import did_you_mean
@@ -110,10 +111,13 @@ class CommandSettings:
             ConfigError: If a setting is missing, or cannot be.
 
         Warns:
-            UserWarning: Of settings without effect.
+            UserWarning: Of settings without effect, or with another meaning in other programs.
         """
         settings = cls.read(vars(args), args.config)
         settings.warn()
+        names = [setting.name for setting in cls.settings()]
+        for line in notes(settings, cls.settings(), names):
+            warnings.warn(line, stacklevel=2)
         return settings
 
     def perform(self) -> int:

@@ -28,6 +28,7 @@ from dora_diffusion.config import (
 )
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import overridden
+from dora_diffusion.config.elsewhere import notes
 from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
 from dora_diffusion.config.fields import require_choice
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
@@ -224,7 +225,8 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
         ConfigError: If the file or a value is not valid; with the file's line, if it is there.
 
     Warns:
-        UserWarning: Of flags that have no effect.
+        UserWarning: Of flags that have no effect, and of settings that mean something else in
+            another trainer.
     """
     names = {setting.name for setting in settings()}
     values, lines = read_config_lines(args.config) if args.config else ({}, {})
@@ -232,6 +234,8 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     preset, memory = args.preset or named, args.memory or memory
     values = _settings_of(args.config, values, lines, names)
     given = {name: value for name, value in vars(args).items() if name in names}
+    # A file of all settings is one that a run wrote.
+    typed = given.keys() if names <= values.keys() else values.keys() | given.keys()
     values = overridden(values, given)
     if preset is not None:
         values = _preset(str(preset), values | given) | values
@@ -245,6 +249,8 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
             raise ConfigError(f"{place}: {error}", error.setting) from error
         raise
     _warn_of_flags(args, config, given)
+    for line in notes(config, settings(), typed):
+        warnings.warn(line, stacklevel=1)
     if preset is not None:
         _warn_of_photos(str(preset), config)
     return config
