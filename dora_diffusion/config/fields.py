@@ -64,11 +64,15 @@ class ConfigError(ValueError):
 
     Attributes:
         setting: Name of the setting that it is about, where there is one.
+        parts: The errors that it reports together, where it is of several settings.
     """
 
-    def __init__(self, message: str, setting: str = "") -> None:
+    def __init__(
+        self, message: str, setting: str = "", parts: tuple[ConfigError, ...] = ()
+    ) -> None:
         super().__init__(message)
         self.setting = setting
+        self.parts = parts
 
 
 def require(condition: bool, message: str, setting: str = "") -> None:

@@ -25,6 +25,7 @@ from dora_diffusion.config.fields import (
     require,
     require_token_length,
 )
+from dora_diffusion.config.problems import Problems
 from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
 from dora_diffusion.config.wording import counted, did_you_mean, framed, quoted, whole_word
 
@@ -49,8 +50,11 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     def __post_init__(self) -> None:
         known = {setting.name: setting for setting in settings()}
+        problems = Problems()
         for setting in known.values():
-            setting.check(getattr(self, setting.name))
+            with problems.collect():
+                setting.check(getattr(self, setting.name))
+        problems.raise_all()
         if self.method is None:
             object.__setattr__(self, "method", "lora" if self.is_slider else "dora")
         if self.dataset_config:
@@ -537,8 +541,14 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         """
         known = {setting.name: setting for setting in settings()}
         unknown = [f"{name}{did_you_mean(name, known)}" for name in values if name not in known]
-        require(not unknown, f"unknown settings: {', '.join(sorted(unknown))}")
-        return cls(**{name: known[name].cast(value) for name, value in values.items()})
+        problems, cast = Problems(), dict[str, Any]()
+        with problems.collect():
+            require(not unknown, f"unknown settings: {', '.join(sorted(unknown))}")
+        for name in (name for name in values if name in known):
+            with problems.collect():
+                cast[name] = known[name].cast(values[name])
+        problems.raise_all()
+        return cls(**cast)
 
 
 def framed_prompt(config: TrainConfig) -> str:

@@ -97,6 +97,17 @@ def load_components(
     return components
 
 
+def load_empty(model: AnyModel) -> Components:
+    """Load a model's modules, tokenizers and schedule without weights, to check settings with.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError, ValueError: As `load_components`.
+    """
+    base = dataclasses.replace(BaseModel.of(model), vae=None)
+    with quiet_libraries(), _opened(base) as (file, source):
+        return _load(file, source, base, None, ())
+
+
 def set_tiles(vae: Any, size: int) -> None:
     """Have an autoencoder take larger images in tiles of so many pixels a side; 0: whole."""
     vae.use_tiling = size > 0
@@ -199,10 +210,10 @@ def _load(
     file: CheckpointFile | None,
     source: Path,
     base: BaseModel,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     adapters: Sequence[AdapterMetadata],
 ) -> Components:
-    """Load a model from a single file, or from a folder.
+    """Load a model from a single file, or from a folder; without a dtype its modules stay empty.
 
     Raises:
         UnsupportedModelError: If it is not a model of a supported family.

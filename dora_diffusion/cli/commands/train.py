@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
 from dora_diffusion.config.fields import require_choice
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
 from dora_diffusion.config.presets import preset_settings
+from dora_diffusion.config.problems import Problems
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.models.locate import is_embedded
@@ -241,19 +243,27 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
         values = _preset(str(preset), values | given) | values
     if memory is not None:
         values = _fitting(str(memory), values | given) | values
-    try:
+    with _naming_lines(args.config, {n: line for n, line in lines.items() if n not in given}):
         config = TrainConfig.from_dict(values | given)
-    except ConfigError as error:
-        if error.setting in lines and error.setting not in given:
-            place = f"{args.config}, line {lines[error.setting]}"
-            raise ConfigError(f"{place}: {error}", error.setting) from error
-        raise
     _warn_of_flags(args, config, given)
     for line in notes(config, settings(), typed):
         warnings.warn(line, stacklevel=1)
     if preset is not None:
         _warn_of_photos(str(preset), config)
     return config
+
+
+@contextlib.contextmanager
+def _naming_lines(file: str | None, lines: Mapping[str, int]) -> Iterator[None]:
+    """Name the line of each setting of a file that an error of the block is about."""
+    try:
+        yield
+    except ConfigError as error:
+        problems = Problems()
+        for part in error.parts or [error]:
+            line = lines.get(part.setting)
+            problems.add(part, "" if line is None else f"{file}, line {line}: ")
+        problems.raise_all()
 
 
 def _warn_of_photos(preset: str, config: TrainConfig) -> None:

@@ -20,6 +20,7 @@ from dora_diffusion.lab.study.trials import (
     Record,
     Trial,
     base_digest,
+    check_methods,
     perform,
     restore_records,
     trials_of,
@@ -54,16 +55,23 @@ def run_study(
         share: What each worker takes of a node.
 
     Raises:
-        ConfigError: If a subject is unknown, or with ``only_known`` a rate cannot be chosen yet.
+        ConfigError: Before anything is trained, if a subject is unknown, or a method cannot be
+            trained: all that cannot, with the setting; or with ``only_known`` a rate cannot be
+            chosen yet.
     """
     models = [open_metric_model(name) for name in study.asked.metric_models]
     subjects = [find_subject(given, study.base, models) for given in study.subjects]
     names = [subject.name for subject in subjects]
     require(len({*names}) == len(names), f"two subjects have one name: {', '.join(names)}")
-    base = base_digest(BaseModel.of_settings({**study.common, "base": study.base}))
+    model = BaseModel.of_settings({**study.common, "base": study.base})
+    base = base_digest(model)
     rates: dict[str, Sequence[float]] = {m.name: m.learning_rates for m in study.methods}
     restore_records(output)
     output = output.absolute()  # Workers have folders of their own.
+    if not only_known:
+        grid = {m.name: study.rates_to_try(m)[:1] for m in study.methods}
+        each = [(subject, study.seeds[0]) for subject in subjects]
+        check_methods(trials_of(study, base, grid, each), model, output)
     runner = _Runner(study, output, on_trial, only_known, address, share)
     tuning: list[Record] = []
     tuned = [method.name for method in study.methods if method.is_tuned]
