@@ -34,6 +34,7 @@ from dora_diffusion.adapters.layers import (
 from dora_diffusion.adapters.targets import check_pattern, match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.config.adapter import PATTERNS
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.wording import listing
 from dora_diffusion.numerics.quantised import PackedWeight
 from dora_diffusion.numerics.threads import map_ahead
@@ -42,6 +43,7 @@ from dora_diffusion.numerics.weights import LayerWeights, Strengths
 DEFAULT_NAME = "default"
 
 
+@check_arguments()
 def inject_adapters(
     model: nn.Module,
     config: AdapterConfig,
@@ -178,6 +180,7 @@ def _mismatch_reason(model: nn.Module, path: str, adapter: LayerAdapter, name: s
     return None
 
 
+@check_arguments()
 def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     """Remove one adapter (or all), and give layers without adapters their plain class back.
 
@@ -201,6 +204,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
             restore_base_class(layer)
 
 
+@check_arguments()
 def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
     """Write the active adapters into the weights, in float32, cast once.
 
@@ -240,12 +244,14 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
             restore_base_class(layer)
 
 
+@check_arguments()
 def unmerge_adapters(model: nn.Module) -> None:
     """Restore the base weights that ``merge_adapters(keep_base=True)`` replaced."""
     for _, layer in adapted_layers(model):
         layer.unmerge()
 
 
+@check_arguments()
 def set_strength(
     model: nn.Module,
     strength: float | Strengths | None = None,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require, require_choice, require_positive
 
 PRESETS = (
@@ -18,6 +19,7 @@ PATTERNS = ("rank_pattern", "alpha_pattern")
 """Settings of a layer by targets that name it."""
 
 
+@check_arguments(targets=str | Sequence[str])
 @dataclass(frozen=True)
 class AdapterConfig:
     """Configuration of an adapter.

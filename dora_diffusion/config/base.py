@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import Need, flag, require
 
 EMBEDDED_PREFIX = "embedded:"
@@ -24,6 +25,7 @@ _NAMES = {
 }
 
 
+@check_arguments()
 @dataclass(frozen=True)
 class BaseModel:
     """A base model by name, as functions take it that also take the name alone.

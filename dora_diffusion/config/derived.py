@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import ConfigError, Setting, shown
 from dora_diffusion.config.learning import WEIGHTINGS
 from dora_diffusion.config.subject import ENTRY_SETTINGS
@@ -185,6 +186,7 @@ def as_yaml(config: TrainConfig) -> str:
     )
 
 
+@check_arguments()
 def without_effect(config: TrainConfig, given: Collection[str] | None = None) -> dict[str, str]:
     """Settings that were given, and why they have no effect.
 
@@ -219,6 +221,7 @@ def without_effect(config: TrainConfig, given: Collection[str] | None = None) ->
     return reasons
 
 
+@check_arguments()
 def unusual_rates(config: TrainConfig) -> list[str]:
     """Learning rates far outside of what the optimizer usually takes, each with what is usual.
 
@@ -249,6 +252,7 @@ def unusual_rates(config: TrainConfig) -> list[str]:
     ]
 
 
+@check_arguments()
 def differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, Changes]:
     """Compare a run's settings with those of the checkpoint that it resumes.
 

@@ -10,17 +10,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import BaseModel, require_tile_size
 from dora_diffusion.config.dataset_file import checked_entries, naming_entry
 from dora_diffusion.config.fields import (
+    ConfigError,
     Setting,
     require,
     require_token_length,
@@ -52,8 +55,13 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         known = {setting.name: setting for setting in settings()}
         problems = Problems()
         for setting in known.values():
-            with problems.collect():
-                setting.check(getattr(self, setting.name))
+            value = getattr(self, setting.name)
+            if isinstance(value, Path):  # as a file holds it
+                object.__setattr__(self, setting.name, str(value))
+            try:
+                setting.check(value)
+            except ConfigError as error:
+                problems.add(error)
         problems.raise_all()
         if self.method is None:
             object.__setattr__(self, "method", "lora" if self.is_slider else "dora")
@@ -576,3 +584,13 @@ def settings() -> tuple[Setting, ...]:
         else setting
         for setting in made
     )
+
+
+check_arguments(
+    dataset_config=str | Path | Sequence[Any],
+    **{
+        s.name: str | Path | None if s.default is None else str | Path
+        for s in settings()
+        if s.is_path and s.kind is str
+    },
+)(TrainConfig)

@@ -20,6 +20,7 @@ from PIL import Image
 from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
 from dora_diffusion.adapters.inject import require_adapters
 from dora_diffusion.adapters.scope import norm_scope, row_scope
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.prompts import DENOISE, HIRES_DENOISE, MOST_SIDE, MOST_STEPS, PIXELS
@@ -68,6 +69,7 @@ class BrokenImageError(ValueError):
     """Sampling gave NaN, or an image that is black all over."""
 
 
+@check_arguments()
 @dataclass(frozen=True)
 class SamplingSettings:
     """Settings of image sampling.
@@ -317,6 +319,7 @@ def lacks_trigger(prompt: str, metadata: AdapterMetadata) -> bool:
     return bool(tokens) and not any(contains_token(prompt, token) for token in tokens)
 
 
+@check_arguments()
 def generate_images(
     components: Components,
     prompt: str | Sequence[str],

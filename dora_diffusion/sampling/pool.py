@@ -12,6 +12,7 @@ from dora_diffusion.adapters.inject import layer_adapters, remove_adapters
 from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.adapters.scope import FixedNorms
 from dora_diffusion.adapters.state import attach_file
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.formats.adapter.metadata import (
     ZERO_TERMINAL_SNR,
     AdapterMetadata,
@@ -61,6 +62,7 @@ class _Loaded:
     metadata: AdapterMetadata
 
 
+@check_arguments()
 class AdapterPool:
     """Adapters of one base model, within a budget of memory.
 

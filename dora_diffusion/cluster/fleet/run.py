@@ -27,6 +27,7 @@ from dora_diffusion.cluster.fleet.results import (
 )
 from dora_diffusion.cluster.fleet.subject import FleetSubject, train_subjects
 from dora_diffusion.config import ConfigError, TrainConfig, settings
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require
 from dora_diffusion.training.inputs.dataset import list_subjects
 from dora_diffusion.training.inputs.subject import subjects_of
@@ -77,6 +78,7 @@ def workers_for(work: Work, address: str | None, share: Share | None = None) -> 
     return RayWorkers(work, address, share or Share())
 
 
+@check_arguments()
 def run_fleet(
     configs: Mapping[str, TrainConfig | ConfigError],
     output: str | Path,

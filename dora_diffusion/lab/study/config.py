@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import ConfigError, TrainConfig, settings, without_effect
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.file import read_config_file
 from dora_diffusion.config.problems import Problems, prefixed
@@ -26,6 +27,7 @@ _ITS_OWN = (
 _HELD_OUT = frozenset(setting.name for setting in fields(ValidationSettings))
 
 
+@check_arguments()
 @dataclass(frozen=True)
 class Method:
     """One way to train.
@@ -48,6 +50,7 @@ class Method:
         return not self.learning_rates and not self.rate_of
 
 
+@check_arguments()
 @dataclass(frozen=True)
 class Tuning:
     """Choice of learning rates: on other subjects, equally often for each method.
@@ -76,6 +79,7 @@ class Tuning:
         return self.method_rates.get(method, self.learning_rates)
 
 
+@check_arguments()
 @dataclass(frozen=True)
 class SamplingOptions:
     """Sampling options for images of trained models.
@@ -95,6 +99,7 @@ class SamplingOptions:
     analysis_points: int = 4
 
 
+@check_arguments()
 @dataclass(frozen=True)
 class Study:
     """All that a comparison is made of.

@@ -10,6 +10,7 @@ from dora_diffusion.cluster.fleet.cluster import Share
 from dora_diffusion.cluster.fleet.queue import Task, TaskReport, Worker, WorkQueue, run_tasks
 from dora_diffusion.cluster.fleet.run import absolute, workers_for
 from dora_diffusion.config import ConfigError
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.fields import require
 from dora_diffusion.evaluation.measures import measure_of
@@ -31,6 +32,7 @@ from dora_diffusion.models.metric_models import open_metric_model
 OnTrial = Callable[[int, int, Record, bool], None]
 
 
+@check_arguments()
 def run_study(
     study: Study,
     output: Path,
