@@ -173,3 +173,53 @@ def test_functions_keep_their_names_signatures_and_modules() -> None:
         assert value.__name__ == name
         assert "args" not in inspect.signature(value).parameters
         assert isinstance(annotations(value), Mapping)
+
+
+# Of fields whose every number can work.
+ANY_NUMBER = {("TrainConfig", "logit_mean")}
+
+
+def test_numbers_that_cannot_work_are_refused_where_they_are_given() -> None:
+    """Each field of settings, with a negative and with no finite number."""
+    with every() as case:
+        for name in sorted(SETTINGS - {"AdapterPool", "Study"}):
+            more = {"path": "model"} if name == "BaseModel" else {}
+            for key, hint in annotations(VALUES[name]).items():
+                kinds = {*typing.get_args(hint), hint}
+                bad = [-1] if kinds & {int, float} and (name, key) not in ANY_NUMBER else []
+                bad += [float("nan"), float("inf")] if float in kinds else []
+                for value in bad:
+                    with case(f"{name} {key}={value}"), pytest.raises(ConfigError) as error:
+                        VALUES[name](**{**more, key: value})
+                    check(error.value, key, f"{key} is {value}", "it must ")
+
+
+def test_numbers_of_functions_are_refused_before_anything_is_done(sd1_folder: Path) -> None:
+    components = dora_diffusion.load_components(sd1_folder)
+    pool = dora_diffusion.AdapterPool(components)
+    rows, plan = [dora_diffusion.ImageRow("a", 1)], dora_diffusion.QueuePlan()
+    cases: dict[str, tuple[str, Callable[[], Any]]] = {
+        "0 images": (
+            "batch_size", lambda: dora_diffusion.generate_images(components, "a", [1], batch_size=0)
+        ),
+        "0 rows": ("batch_size", lambda: pool.generate(rows, batch_size=0)),
+        "no rows": ("rows", lambda: pool.generate(["a"])),  # type: ignore[list-item]
+        "budget": ("budget", lambda: dora_diffusion.AdapterPool(components, budget=-1)),
+        "clip skip": ("clip_skip", lambda: dora_diffusion.AdapterPool(components, clip_skip=-1)),
+        "retries": ("retries", lambda: dora_diffusion.run_fleet({}, "out", retries=-1)),
+        "pack": ("pack", lambda: dora_diffusion.run_fleet({}, "out", pack=0)),
+        "seed": ("seed", lambda: dora_diffusion.simulate_queue(plan, [1.0], [1.0], seed=-1)),
+        "name": (
+            "name",
+            lambda: dora_diffusion.inject_adapters(components.unet, AdapterConfig(), name="a.b"),
+        ),
+        "quantize": ("quantize", lambda: dora_diffusion.BaseModel("x", quantize="int9")),
+        "prediction": (
+            "prediction_type", lambda: dora_diffusion.BaseModel("x", prediction_type="v")
+        ),
+        "study": ("the study", lambda: dora_diffusion.Study.from_dict(3)),  # type: ignore[arg-type]
+    }  # fmt: skip
+    with every() as case:
+        for name, (setting, call) in cases.items():
+            with case(name), refused(setting):
+                call()

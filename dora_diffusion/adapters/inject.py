@@ -35,6 +35,7 @@ from dora_diffusion.adapters.targets import check_pattern, match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.config.adapter import PATTERNS
 from dora_diffusion.config.arguments import check_arguments
+from dora_diffusion.config.fields import require
 from dora_diffusion.config.wording import listing
 from dora_diffusion.numerics.quantised import PackedWeight
 from dora_diffusion.numerics.threads import map_ahead
@@ -145,6 +146,11 @@ def detach_adapters(*models: nn.Module) -> DetachedAdapters:
 
 
 def _attach(model: nn.Module, adapters: Mapping[str, LayerAdapter], name: str) -> None:
+    require(
+        bool(name) and "." not in name,
+        f"name is {name!r}; it must be a text without dots, and not empty",
+        "name",
+    )
     reasons = [_mismatch_reason(model, path, part, name) for path, part in adapters.items()]
     if problems := [reason for reason in reasons if reason]:
         raise ValueError("the adapter does not fit the model: " + "; ".join(problems))

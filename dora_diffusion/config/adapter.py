@@ -94,6 +94,11 @@ class AdapterConfig:
             f"parametrization {self.parametrization} has other numbers: leave one of them out",
             "init",
         )
+        require(
+            0 <= self.projection_seed < 2**63,
+            f"projection_seed is {self.projection_seed}; it must be in [0, 2^63)",
+            "projection_seed",
+        )
         if self.parametrization == "vera":
             self._check_vera()
         require(
@@ -113,11 +118,6 @@ class AdapterConfig:
             f"conv_rank is {self.conv_rank}: all layers of parametrization vera share "
             f"projections of rank {self.rank}; leave conv_rank out",
             "conv_rank",
-        )
-        require(
-            0 <= self.projection_seed < 2**63,
-            f"projection_seed is {self.projection_seed}; it must be in [0, 2^63)",
-            "projection_seed",
         )
 
     def check_start(self) -> None:

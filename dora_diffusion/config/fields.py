@@ -86,6 +86,8 @@ def require_positive(name: str, value: float | None) -> None:
     is_number = value is None or isinstance(value, numbers.Real)
     require(is_number, f"{name} is {value!r}; it must be a number", name)
     require(value is None or value > 0, f"{name} is {value}; it must be greater than 0", name)
+    is_finite = value is None or math.isfinite(value)
+    require(is_finite, f"{name} is {value}; it must be a finite number", name)
 
 
 def require_token_length(value: int) -> None:

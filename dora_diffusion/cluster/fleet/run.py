@@ -28,7 +28,7 @@ from dora_diffusion.cluster.fleet.results import (
 from dora_diffusion.cluster.fleet.subject import FleetSubject, train_subjects
 from dora_diffusion.config import ConfigError, TrainConfig, settings
 from dora_diffusion.config.arguments import check_arguments
-from dora_diffusion.config.fields import require
+from dora_diffusion.config.fields import require, require_positive
 from dora_diffusion.training.inputs.dataset import list_subjects
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import check_pack
@@ -120,6 +120,8 @@ def run_fleet(
         >>> fleet.records["mug"].status
         'done'
     """
+    require_positive("pack", pack)
+    require(retries >= 0, f"retries is {retries}; it must not be negative", "retries")
     output = str(output) if "://" in str(output) else str(Path(output).expanduser().absolute())
     results = FleetResults(output)
     fleet = Fleet(output, WorkQueue(retries), workers_for(train_subjects, address, share))

@@ -149,6 +149,7 @@ def simulate_queue(
         >>> outcome.waits.tolist(), outcome.seconds
         ([0.0, 0.0, 60.0], 120.0)
     """
+    require(seed >= 0, f"seed is {seed}; it must not be negative", "seed")
     if not len(arrivals) or len(arrivals) != len(work):
         raise ValueError(f"{len(arrivals)} arrivals and {len(work)} training times")
     if np.any(np.diff(arrivals) < 0):

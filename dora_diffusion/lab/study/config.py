@@ -244,6 +244,7 @@ class Study:
         Raises:
             ConfigError: If a key is unknown, or a value cannot work.
         """
+        values = _mapping("the study", values)
         _check_keys("the study", values, cls)
         for name in ("methods", "subjects"):
             require(name in values, f"{name} is missing", name)
