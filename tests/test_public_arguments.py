@@ -16,6 +16,8 @@ import dora_diffusion
 from dora_diffusion import AdapterConfig, ConfigError, SamplingSettings, TrainConfig
 from dora_diffusion.config.arguments import _read
 from dora_diffusion.config.train import settings
+from dora_diffusion.evaluation.report import Evaluation
+from dora_diffusion.lab.analysis import Analysis
 from tests.every import every
 from tests.refusal import check, refused
 from tools.site import public_names
@@ -81,7 +83,7 @@ def test_every_public_name_is_a_function_settings_or_a_result() -> None:
 
 
 def test_every_argument_of_another_type_is_one_error() -> None:
-    """Which names it, what it is, and what it must be; before anything is done."""
+    """Errors name the argument, its value and the type that it must have."""
     asked = 0
     with every() as case:
         for name, value in public().items():
@@ -160,6 +162,13 @@ def test_paths_of_settings_may_be_paths() -> None:
         if setting.is_path and setting.kind is str:
             config = TrainConfig(**{setting.name: Path("place")})  # type: ignore[arg-type]
             assert getattr(config, setting.name) == "place"
+
+
+@pytest.mark.parametrize("kind", [Analysis, Evaluation])
+def test_results_are_written_into_a_folder_by_its_name(kind: Any) -> None:
+    assert annotations(kind.write)["folder"] == str | Path
+    with refused("folder", "is 3; it must be text or a path"):
+        kind.write(object(), 3)
 
 
 def test_values_of_numpy_are_numbers() -> None:

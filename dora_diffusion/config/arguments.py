@@ -47,7 +47,8 @@ def check_arguments(**accepted: Any) -> Callable[[T], T]:
 
     def decorate(target: T) -> T:
         if not inspect.isclass(target):
-            return _wrapped(target, target.__name__, accepted, [target.__module__])
+            made: T = _wrapped(target, target.__name__, accepted, [target.__module__])
+            return made
         kind: Any = target
         modules = [base.__module__ for base in kind.__mro__]
         kind.__init__ = _wrapped(kind.__init__, kind.__name__, accepted, modules)

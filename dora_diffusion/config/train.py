@@ -53,16 +53,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     def __post_init__(self) -> None:
         known = {setting.name: setting for setting in settings()}
-        problems = Problems()
-        for setting in known.values():
-            value = getattr(self, setting.name)
-            if isinstance(value, Path):  # as a file holds it
-                object.__setattr__(self, setting.name, str(value))
-            try:
-                setting.check(value)
-            except ConfigError as error:
-                problems.add(error)
-        problems.raise_all()
+        self._check_each()
         if self.method is None:
             object.__setattr__(self, "method", "lora" if self.is_slider else "dora")
         if self.dataset_config:
@@ -119,6 +110,18 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             self.unet_adapter.check_start()
         for targets, rank_only in ((self.targets, False), (self.text_encoder_targets, True)):
             self._adapter(tuple(targets), rank_only)
+
+    def _check_each(self) -> None:
+        problems = Problems()
+        for setting in settings():
+            value = getattr(self, setting.name)
+            if isinstance(value, Path):  # as a file holds it
+                object.__setattr__(self, setting.name, str(value))
+            try:
+                setting.check(value)
+            except ConfigError as error:
+                problems.add(error)
+        problems.raise_all()
 
     def _check_data(self) -> None:
         require_token_length(self.max_token_length)

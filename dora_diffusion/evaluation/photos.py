@@ -246,7 +246,7 @@ def evaluate_photos(  # noqa: PLR0913 - keywords, each documented
     components: Components,
     subject: PhotoSubject,
     seeds: Sequence[int],
-    settings: SamplingSettings | None = None,
+    settings: SamplingSettings = SamplingSettings(),  # noqa: B008 - frozen
     *,
     metric_models: Sequence[MetricModel | str] = (),
     prompts: Sequence[str] = PROMPTS,
@@ -255,8 +255,6 @@ def evaluate_photos(  # noqa: PLR0913 - keywords, each documented
     base_model: Components | None = None,
 ) -> Evaluation:
     """Measure the adapters that are on a model, as the command ``evaluate`` does.
-
-    Images of the same prompts and seeds are generated with the adapters and without them.
 
     Args:
         components: The model with an adapter on it.
@@ -271,20 +269,16 @@ def evaluate_photos(  # noqa: PLR0913 - keywords, each documented
         base_model: What it was trained from, of a model that was trained whole.
 
     Raises:
-        ValueError: No seed, or a prompt without ``{}``.
-        MetricModelError: If a metric model cannot be used.
+        ValueError: No seed, a prompt without ``{}``, or no such metric model.
 
     Example:
-        >>> from dora_diffusion import load_adapter, load_components
+        >>> from dora_diffusion import load_components
         >>> components = load_components("embedded:tiny-sd")
-        >>> subject = read_subject("samples/bolt_mug", "sks mug", "mug")
-        >>> evaluation = evaluate_photos(components, subject, [0], SamplingSettings(1),
-        ...                              prompts=["a photo of a {}"])
-        >>> sorted(evaluation.columns)
-        ['adapted', 'base']
+        >>> mug = read_subject("samples/bolt_mug", "sks mug", "mug")
+        >>> evaluate_photos(components, mug, [0], SamplingSettings(1), prompts=["{}"]).subject
+        'bolt_mug'
     """
-    settings = settings or SamplingSettings()
-    metric_models = [open_metric_model(m) if isinstance(m, str) else m for m in metric_models]
+    models = [open_metric_model(m) if isinstance(m, str) else m for m in metric_models]
     requests = photo_requests(subject.trigger, subject.class_word, seeds, prompts)
     references = [open_photo(photo.path) for photo in subject.photos]
     captions = [photo.caption for photo in subject.photos]
@@ -295,16 +289,16 @@ def evaluate_photos(  # noqa: PLR0913 - keywords, each documented
 
     answers = base_and_adapted(components, ask, seeds, on_step, base_model)
     base_images, _ = answers["base"]
-    truth = measure_references(references, metric_models)
+    truth = measure_references(references, models)
     return Evaluation(
         subject=subject.name,
         columns={
-            name: measure_photos(requests, images, losses, references, metric_models, base_images)
+            name: measure_photos(requests, images, losses, references, models, base_images)
             for name, (images, losses) in answers.items()
         }
         | ({"truth": truth} if truth else {}),
         seeds=tuple(seeds),
-        notes=_missing(metric_models),
+        notes=_missing(models),
         cautions=subject.cautions,
         **first_round(requests, {name: images for name, (images, _) in answers.items()}),
     )

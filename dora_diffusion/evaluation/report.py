@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.wording import aligned
 from dora_diffusion.data.sheets import sheet
 from dora_diffusion.evaluation.measures import (
@@ -114,8 +115,10 @@ class Evaluation:
         notes += [f"not measured: {note}" for note in self.notes]
         return "\n".join([aligned(rows), "", METHOD + ".", *notes])
 
-    def write(self, folder: Path) -> dict[str, Path]:
+    @check_arguments()
+    def write(self, folder: str | Path) -> dict[str, Path]:
         """Write the `FILES`; returns their paths."""
+        folder = Path(folder)
         files = {
             "scores": save_text(
                 folder / FILES["scores"], json.dumps(self.to_dict(), indent=2) + "\n"

@@ -105,7 +105,7 @@ def load_empty(model: AnyModel) -> Components:
     Raises:
         ModelNotFoundError, UnsupportedModelError, ValueError: As `load_components`.
     """
-    base = dataclasses.replace(BaseModel.of(model), vae=None)
+    base = BaseModel.of(model)
     with quiet_libraries(), _opened(base) as (file, source):
         return _load(file, source, base, None, ())
 
@@ -227,7 +227,9 @@ def _load(
     return Components(
         family=family,
         unet=load("unet", dtype, base),
-        vae=load("vae", dtype, base) if base.vae is None else own_vae(dtype=dtype, family=family),
+        vae=load("vae", dtype, base)
+        if base.vae is None or dtype is None
+        else own_vae(dtype=dtype, family=family),
         text_encoders=tuple(load(part, dtype, base) for part in family.text_encoder_names),
         tokenizers=tuple(_load_tokenizer(folder / part) for part in family.tokenizer_names),
         name=str(base.path),

@@ -97,7 +97,8 @@ TRAINING = {
         "weight slider_guidance lora_alpha conv_alpha alpha_pattern scale_weight_norms "
         "loraplus_ratio adam_epsilon precondition_damping huber_c logit_std timestep_power",
     "[0, inf)":
-        "lr_power validation_guidance_scale vae_tile_size embedding_lr unmasked_prior keep_tags clip_skip dataloader_num_workers "
+        "lr_power validation_guidance_scale vae_tile_size embedding_lr unmasked_prior keep_tags "
+        "clip_skip dataloader_num_workers "
         "prior_loss_weight allocation_warmup allocation_final orthogonality_weight "
         "learning_rate text_encoder_lr magnitude_lr lr_pattern lr_warmup_steps adam_beta1 "
         "adam_beta2 adam_weight_decay adam_weight_decay_text_encoder prodigy_beta3 "

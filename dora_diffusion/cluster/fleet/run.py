@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,6 @@ def run_fleet(
         'done'
     """
     require_positive("pack", pack)
-    require(retries >= 0, f"retries is {retries}; it must not be negative", "retries")
     output = str(output) if "://" in str(output) else str(Path(output).expanduser().absolute())
     results = FleetResults(output)
     fleet = Fleet(output, WorkQueue(retries), workers_for(train_subjects, address, share))
@@ -134,9 +134,8 @@ def run_fleet(
             for record in ended.values():
                 recorder.end(record)
             if left:
-                run_tasks(
-                    fleet.queue, fleet.workers, recorder.end_task, lambda: on_change(fleet, None)
-                )
+                changed = partial(on_change, fleet, None)
+                run_tasks(fleet.queue, fleet.workers, recorder.end_task, changed)
         finally:
             recorder.write()
         fleet.files["page"] = results.write(PAGE_FILE, fleet_page(list(configs), fleet.records))

@@ -258,11 +258,14 @@ def perform(
     return save_record(output, record)
 
 
-def check_methods(trials: Sequence[Trial], base: BaseModel, output: Path) -> None:
+def check_methods(
+    study: Study, subjects: Sequence[StudySubject], base: BaseModel, output: Path
+) -> None:
     """Check the settings of every method on every subject, before any is trained.
 
     Args:
-        trials: Of each method on each subject, with one seed and rate.
+        study: The study.
+        subjects: Its subjects.
         base: The model.
         output: The study's folder.
 
@@ -270,6 +273,8 @@ def check_methods(trials: Sequence[Trial], base: BaseModel, output: Path) -> Non
         ConfigError: Naming each method that cannot be trained, and why.
     """
     empty, problems, work = load_empty(base), Problems(ValueError, OSError), output / "work"
+    rates = {method.name: study.rates_to_try(method)[:1] for method in study.methods}
+    trials = trials_of(study, "", rates, [(subject, study.seeds[0]) for subject in subjects])
     for trial in (trial for trial in trials if trial.method != BASE):
         with problems.collect(f"methods.{trial.method}: "), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # It is warned of as it is trained.
