@@ -14,6 +14,7 @@ The whole Python interface::
     run_fleet                                         the same for many subjects, on a cluster
     BaseModel, load_components                        a model by name
     SamplingSettings, generate_images                 images from it
+    read_subject, evaluate_photos                     subject similarity and drift, on photos
     export_checkpoint                                 base + adapter -> merged model
     extract_adapter                                   base and tuned model -> the nearest adapter
     combine_adapters, convert_adapter                 several in one; another format or rank

@@ -22,6 +22,8 @@ from dora_diffusion.config.fields import ConfigError as ConfigError
 from dora_diffusion.config.subject_list import subject_configs as subject_configs
 from dora_diffusion.config.train import TrainConfig as TrainConfig
 from dora_diffusion.data.images import PhotoError as PhotoError
+from dora_diffusion.evaluation.photos import evaluate_photos as evaluate_photos
+from dora_diffusion.evaluation.photos import read_subject as read_subject
 from dora_diffusion.export import ExportError as ExportError
 from dora_diffusion.export import combine_adapters as combine_adapters
 from dora_diffusion.export import convert_adapter as convert_adapter

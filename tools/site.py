@@ -23,6 +23,7 @@ import dora_diffusion
 from dora_diffusion.cli import main as cli
 from dora_diffusion.config import Setting, settings
 from dora_diffusion.config.base import OfModel
+from dora_diffusion.config.elsewhere import DIFFERENCES
 from dora_diffusion.config.fields import AnyOf, Condition, Need
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 from dora_diffusion.studio import client
@@ -126,6 +127,8 @@ def _setting(setting: Setting) -> str:
     if needs:
         facts.append(f"Has an effect only with {' and '.join(dict.fromkeys(needs))}.")
     facts.append(_RESUME[setting.resume])
+    if difference := DIFFERENCES.get(setting.name):
+        facts.append(f"In other trainers: {difference.trainer} {difference.text}.")
     return f"- {_names(parser, action)}: {plain(f'{setting.help} {chr(32).join(facts)}')}"
 
 
@@ -307,6 +310,16 @@ def diffusers_flags() -> str:
     return "\n".join(parts)
 
 
+def differences(*trainers: str) -> str:
+    """List the settings whose name has another meaning in other trainers."""
+    rows = ["| setting | what differs |", "|---|---|"]
+    for name, (trainer, text, needs) in DIFFERENCES.items():
+        only = f" Only with {_need(AnyOf(needs))}." if needs else ""
+        if trainer in trainers:
+            rows.append(f"| `--{name}` | {trainer} {plain(text)}.{only} |")
+    return "\n".join(rows)
+
+
 def routes() -> str:
     """List the routes of the app's HTTP API."""
     from dora_diffusion.studio.app.api import make_api
@@ -330,6 +343,9 @@ def routes() -> str:
 TEXTS: dict[str, Callable[[], str]] = {
     "adapter-verdicts": adapter_verdicts,
     "commands": commands,
+    "differences-diffusers": partial(differences, "Diffusers"),
+    "differences-kohya": partial(differences, "sd-scripts"),
+    "differences-onetrainer-ai-toolkit": partial(differences, "OneTrainer", "ai-toolkit"),
     "diffusers-flags": diffusers_flags,
     "measures": measures,
     "model-verdicts": model_verdicts,

@@ -20,6 +20,7 @@ from torch import nn
 from dora_diffusion import system
 from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.config import ConfigError
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.numerics.precision import product_dtype
 
 # By name, as Diffusers' own `_repeated_blocks` has it: importing their classes imports Diffusers.
@@ -56,6 +57,7 @@ def require_compiler(device: torch.device | str) -> None:
         ) from error
 
 
+@check_arguments()
 def compile_blocks(model: nn.Module, **options: Any) -> int:
     """Compile a UNet's transformer and residual blocks, in place, when they are first called.
 

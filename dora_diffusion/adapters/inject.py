@@ -34,6 +34,8 @@ from dora_diffusion.adapters.layers import (
 from dora_diffusion.adapters.targets import check_pattern, match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.config.adapter import PATTERNS
+from dora_diffusion.config.arguments import check_arguments
+from dora_diffusion.config.fields import require
 from dora_diffusion.config.wording import listing
 from dora_diffusion.numerics.quantised import PackedWeight
 from dora_diffusion.numerics.threads import map_ahead
@@ -42,6 +44,7 @@ from dora_diffusion.numerics.weights import LayerWeights, Strengths
 DEFAULT_NAME = "default"
 
 
+@check_arguments()
 def inject_adapters(
     model: nn.Module,
     config: AdapterConfig,
@@ -143,6 +146,11 @@ def detach_adapters(*models: nn.Module) -> DetachedAdapters:
 
 
 def _attach(model: nn.Module, adapters: Mapping[str, LayerAdapter], name: str) -> None:
+    require(
+        bool(name) and "." not in name,
+        f"name is {name!r}; it must be a text without dots, and not empty",
+        "name",
+    )
     reasons = [_mismatch_reason(model, path, part, name) for path, part in adapters.items()]
     if problems := [reason for reason in reasons if reason]:
         raise ValueError("the adapter does not fit the model: " + "; ".join(problems))
@@ -178,6 +186,7 @@ def _mismatch_reason(model: nn.Module, path: str, adapter: LayerAdapter, name: s
     return None
 
 
+@check_arguments()
 def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     """Remove one adapter (or all), and give layers without adapters their plain class back.
 
@@ -201,6 +210,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
             restore_base_class(layer)
 
 
+@check_arguments()
 def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
     """Write the active adapters into the weights, in float32, cast once.
 
@@ -240,12 +250,14 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
             restore_base_class(layer)
 
 
+@check_arguments()
 def unmerge_adapters(model: nn.Module) -> None:
     """Restore the base weights that ``merge_adapters(keep_base=True)`` replaced."""
     for _, layer in adapted_layers(model):
         layer.unmerge()
 
 
+@check_arguments()
 def set_strength(
     model: nn.Module,
     strength: float | Strengths | None = None,

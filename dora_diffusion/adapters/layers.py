@@ -26,6 +26,8 @@ from dora_diffusion.adapters.layout import (
 )
 from dora_diffusion.adapters.parametrizations import Parametrization
 from dora_diffusion.adapters.plan import FixedScales, LayerScales, make_scales
+from dora_diffusion.config.arguments import mismatch
+from dora_diffusion.config.fields import ConfigError
 from dora_diffusion.numerics.dora import (
     Factors,
     direction_of,
@@ -451,6 +453,8 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     Of the many adapters that may be on it none is looked at.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(mismatch("model", model, nn.Module), "model")
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     seen: set[int] = set()
     while waiting:

@@ -7,6 +7,7 @@
     run        the run around it      derived   what follows from settings
     fields     what a field says      file      YAML
     flag_map   flags of Diffusers' scripts    presets   settings that belong together
+    elsewhere  names with another meaning     problems  errors that are reported together
 
 Nothing here imports torch.
 """

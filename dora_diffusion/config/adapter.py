@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require, require_choice, require_positive
 
 PRESETS = (
@@ -18,6 +19,7 @@ PATTERNS = ("rank_pattern", "alpha_pattern")
 """Settings of a layer by targets that name it."""
 
 
+@check_arguments(targets=str | Sequence[str])
 @dataclass(frozen=True)
 class AdapterConfig:
     """Configuration of an adapter.
@@ -92,6 +94,11 @@ class AdapterConfig:
             f"parametrization {self.parametrization} has other numbers: leave one of them out",
             "init",
         )
+        require(
+            0 <= self.projection_seed < 2**63,
+            f"projection_seed is {self.projection_seed}; it must be in [0, 2^63)",
+            "projection_seed",
+        )
         if self.parametrization == "vera":
             self._check_vera()
         require(
@@ -111,11 +118,6 @@ class AdapterConfig:
             f"conv_rank is {self.conv_rank}: all layers of parametrization vera share "
             f"projections of rank {self.rank}; leave conv_rank out",
             "conv_rank",
-        )
-        require(
-            0 <= self.projection_seed < 2**63,
-            f"projection_seed is {self.projection_seed}; it must be in [0, 2^63)",
-            "projection_seed",
         )
 
     def check_start(self) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from dora_diffusion.config.fields import Need, flag, require
+from dora_diffusion.config.arguments import check_arguments
+from dora_diffusion.config.families import PREDICTION_TYPES
+from dora_diffusion.config.fields import Need, flag, require, require_choice
 
 EMBEDDED_PREFIX = "embedded:"
 BASE_HELP = "Diffusers folder, hub id, single-file .safetensors checkpoint, or embedded:NAME."
@@ -24,6 +26,7 @@ _NAMES = {
 }
 
 
+@check_arguments()
 @dataclass(frozen=True)
 class BaseModel:
     """A base model by name, as functions take it that also take the name alone.
@@ -45,6 +48,9 @@ class BaseModel:
         quantize_convolutions: Those of convolutions too.
         vae_tile_size: Side in pixels of the tiles in which the autoencoder encodes and decodes
             larger images; 0: it takes them whole. None: `TILE` where weights are quantised, else 0.
+
+    Raises:
+        ConfigError: If a value cannot work.
     """
 
     path: str | Path
@@ -57,6 +63,12 @@ class BaseModel:
     quantize: str = "none"
     quantize_convolutions: bool = False
     vae_tile_size: int | None = None
+
+    def __post_init__(self) -> None:
+        require_choice("quantize", self.quantize, ("none", *QUANTISATIONS))
+        require_tile_size(self.vae_tile_size)
+        if self.prediction_type is not None:
+            require_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
 
     @property
     def tile_size(self) -> int:
@@ -109,7 +121,7 @@ def vae_tile_size_flag() -> Any:
 def require_tile_size(value: int | None) -> None:
     """Tiles must divide into latents, and their overlap too; None passes."""
     require(
-        not (value or 0) % TILE_STEP,
+        (value or 0) >= 0 and not (value or 0) % TILE_STEP,
         f"vae_tile_size is {value}; it must be a multiple of {TILE_STEP}, such as {TILE}, or 0",
         "vae_tile_size",
     )

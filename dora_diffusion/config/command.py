@@ -10,8 +10,10 @@ from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from dora_diffusion.config.fields import ConfigError, Setting, require
+from dora_diffusion.config.elsewhere import notes
+from dora_diffusion.config.fields import Setting, require
 from dora_diffusion.config.file import read_config_lines
+from dora_diffusion.config.problems import Problems
 from dora_diffusion.config.wording import did_you_mean
 
 if TYPE_CHECKING:
@@ -62,8 +64,11 @@ class CommandSettings:
     more_jobs: ClassVar[Mapping[str, AsJob]] = MappingProxyType({})
 
     def __post_init__(self) -> None:
+        problems = Problems()
         for setting in self.settings():
-            setting.check(getattr(self, setting.name))
+            with problems.collect():
+                setting.check(getattr(self, setting.name))
+        problems.raise_all()
 
     @classmethod
     @cache
@@ -82,17 +87,18 @@ class CommandSettings:
         """
         known = {setting.name: setting for setting in cls.settings()}
         values, lines = read_config_lines(file) if file else ({}, {})
+        problems = Problems()
         for name, value in values.items():
-            try:
-                if name not in known:
-                    raise ConfigError(
-                        f"there is no setting {name}{did_you_mean(name, known)}", name
-                    )
+            with problems.collect(f"{file}, line {lines[name]}: "):
+                require(
+                    name in known, f"there is no setting {name}{did_you_mean(name, known)}", name
+                )
                 values[name] = known[name].cast(value)
                 known[name].check(values[name])
-            except ConfigError as error:
-                raise ConfigError(f"{file}, line {lines[name]}: {error}", name) from error
-        values |= {n: known[n].cast(value) for n, value in given.items() if n in known}
+        for name in known.keys() & given.keys():
+            with problems.collect():
+                values[name] = known[name].cast(given[name])
+        problems.raise_all()
         lacking = [s.name for s in known.values() if s.is_required and s.name not in values]
         require(not lacking, f"{', '.join(lacking)} must be given", lacking[0] if lacking else "")
         return cls(**values)
@@ -110,10 +116,13 @@ class CommandSettings:
             ConfigError: If a setting is missing, or cannot be.
 
         Warns:
-            UserWarning: Of settings without effect.
+            UserWarning: Of settings without effect, or with another meaning in other programs.
         """
         settings = cls.read(vars(args), args.config)
         settings.warn()
+        names = [setting.name for setting in cls.settings()]
+        for line in notes(settings, cls.settings(), names):
+            warnings.warn(line, stacklevel=2)
         return settings
 
     def perform(self) -> int:

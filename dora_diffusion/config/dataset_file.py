@@ -7,13 +7,14 @@ folders and sd-scripts' dataset file.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import kohya
 from dora_diffusion.config.fields import ConfigError, Setting, require
 from dora_diffusion.config.file import read_yaml
+from dora_diffusion.config.problems import Problems, prefixed
 from dora_diffusion.config.subject import ENTRY_SETTINGS, Entry
 from dora_diffusion.config.wording import did_you_mean, quoted
 
@@ -21,12 +22,8 @@ from dora_diffusion.config.wording import did_you_mean, quoted
 @contextlib.contextmanager
 def naming_entry(place: int) -> Iterator[None]:
     """Name the entry, counted from 1, in errors of the block."""
-    try:
+    with prefixed(f"dataset_config, entry {place + 1}: ", "dataset_config"):
         yield
-    except ConfigError as error:
-        raise ConfigError(
-            f"dataset_config, entry {place + 1}: {error}", "dataset_config"
-        ) from error
 
 
 def checked_entries(
@@ -45,14 +42,24 @@ def checked_entries(
         ConfigError: If there is no entry, a key is not a setting of a subject, or a value has the
             wrong type.
     """
-    entries: list[Entry] = []
+    entries, problems = list[Entry](), Problems()
     for place, entry in enumerate(listed_entries(given, batch_size)):
-        with naming_entry(place):
+        with problems.collect(), naming_entry(place):
             require_mapping(entry)
-            for values in by_folder(entry):
-                _require_settings(values, known)
-                entries.append({name: known[name].cast(values[name]) for name in values})
+            entries += [_cast(values, known) for values in by_folder(entry)]
+    problems.raise_all()
     return entries
+
+
+def _cast(values: Entry, known: Mapping[str, Setting]) -> Entry:
+    """An entry's values in their types."""
+    entry, problems = Entry(), Problems()
+    for name, value in values.items():
+        with problems.collect():
+            _require_setting(name, known)
+            entry[name] = known[name].cast(value)
+    problems.raise_all()
+    return entry
 
 
 def listed_entries(given: str | Path | Sequence[Any], batch_size: int) -> Sequence[Entry]:
@@ -90,15 +97,14 @@ def by_folder(entry: Entry) -> list[Entry]:
     return [entry if folder is None else entry | {"instance_data_dir": folder} for folder in each]
 
 
-def _require_settings(names: Iterable[str], known: Container[str]) -> None:
-    """Refuse keys of an entry that are no settings of a subject."""
-    for name in names:
-        if name in ENTRY_SETTINGS:
-            continue
-        problem = f"there is no setting {name}{did_you_mean(name, ENTRY_SETTINGS)}"
-        if name in known:
-            problem = f"{name} is a setting of the whole run; give it beside dataset_config"
-        raise ConfigError(problem, name)
+def _require_setting(name: str, known: Container[str]) -> None:
+    """Refuse a key of an entry that is no setting of a subject."""
+    if name in ENTRY_SETTINGS:
+        return
+    problem = f"there is no setting {name}{did_you_mean(name, ENTRY_SETTINGS)}"
+    if name in known:
+        problem = f"{name} is a setting of the whole run; give it beside dataset_config"
+    raise ConfigError(problem, name)
 
 
 def _read(path: Path, batch_size: int) -> Any:
@@ -107,8 +113,6 @@ def _read(path: Path, batch_size: int) -> Any:
             return kohya.folder_entries(path) if path.is_dir() else read_yaml(path)
         except ConfigError as error:  # with the path
             raise ConfigError(str(error), "dataset_config") from error
-    try:
+    with prefixed(f"{path}: ", "dataset_config"):
         data = kohya.read_file(path)
         return kohya.dataset_entries(data, batch_size) if isinstance(data, dict) else data
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}", "dataset_config") from error

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import ConfigError, Setting, shown
 from dora_diffusion.config.file import PATHS, RELATIVE
 from dora_diffusion.config.learning import WEIGHTINGS
@@ -195,6 +196,7 @@ def as_yaml(config: TrainConfig, folder: Path | None = None) -> str:
     )
 
 
+@check_arguments()
 def without_effect(config: TrainConfig, given: Collection[str] | None = None) -> dict[str, str]:
     """Settings that were given, and why they have no effect.
 
@@ -229,6 +231,7 @@ def without_effect(config: TrainConfig, given: Collection[str] | None = None) ->
     return reasons
 
 
+@check_arguments()
 def unusual_rates(config: TrainConfig) -> list[str]:
     """Learning rates far outside of what the optimizer usually takes, each with what is usual.
 
@@ -259,6 +262,7 @@ def unusual_rates(config: TrainConfig) -> list[str]:
     ]
 
 
+@check_arguments()
 def differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, Changes]:
     """Compare a run's settings with those of the checkpoint that it resumes.
 

@@ -64,11 +64,15 @@ class ConfigError(ValueError):
 
     Attributes:
         setting: Name of the setting that it is about, where there is one.
+        parts: The errors that it reports together, where it is of several settings.
     """
 
-    def __init__(self, message: str, setting: str = "") -> None:
+    def __init__(
+        self, message: str, setting: str = "", parts: tuple[ConfigError, ...] = ()
+    ) -> None:
         super().__init__(message)
         self.setting = setting
+        self.parts = parts
 
 
 def require(condition: bool, message: str, setting: str = "") -> None:
@@ -82,6 +86,8 @@ def require_positive(name: str, value: float | None) -> None:
     is_number = value is None or isinstance(value, numbers.Real)
     require(is_number, f"{name} is {value!r}; it must be a number", name)
     require(value is None or value > 0, f"{name} is {value}; it must be greater than 0", name)
+    is_finite = value is None or math.isfinite(value)
+    require(is_finite, f"{name} is {value}; it must be a finite number", name)
 
 
 def require_token_length(value: int) -> None:

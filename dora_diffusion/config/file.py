@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import ConfigError, require
 
 _MOST_BYTES, _MOST_VALUES = 2**24, 100_000
@@ -29,6 +30,7 @@ def read_facts(name: str) -> dict[str, Any]:
     return facts
 
 
+@check_arguments()
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file.
 
@@ -42,6 +44,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     return read_config_lines(path)[0]
 
 
+@check_arguments()
 def read_config_lines(path: str | Path) -> tuple[dict[str, Any], Mapping[str, int]]:
     """The settings in a YAML file, and the line of each, from 1.
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from dora_diffusion.config.fields import WANTED, ConfigError, require
 from dora_diffusion.config.file import read_facts
+from dora_diffusion.config.problems import Problems
 from dora_diffusion.config.subject import Entry
 from dora_diffusion.config.wording import did_you_mean, listing, quoted
 
@@ -137,20 +138,38 @@ def dataset_entries(data: Mapping[str, Any], batch_size: int) -> list[Entry]:
     Warns:
         UserWarning: Of options that have no effect.
     """
-    unknown = [key for key in data if key not in ("general", "datasets")]
-    require(not unknown, f"{', '.join(unknown)}: there are only {_GENERAL} and {_DATASETS}")
-    general = _table(data.get("general", {}), _GENERAL)
-    entries: list[Entry] = []
-    for dataset in _tables(data.get("datasets", []), _DATASETS):
-        own = {name: value for name, value in dataset.items() if name != "subsets"}
-        above = {**general, **_table(own, _DATASETS)}
-        subsets = [
-            {**above, **_table(subset, _SUBSETS)}
-            for subset in _tables(dataset.get("subsets", []), _SUBSETS)
-        ]
-        entries += _dataset(list(_counted(subsets)), batch_size)
+    problems = Problems()
+    datasets = _options_of(data, batch_size, problems)
+    problems.raise_all()
+    entries = list[Entry]()
+    for subsets in datasets:
+        with problems.collect():
+            entries += _dataset(subsets)
+    problems.raise_all()
     require(bool(entries), f"there is no {_SUBSETS} to train on")
     return entries
+
+
+def _options_of(data: Mapping[str, Any], batch_size: int, problems: Problems) -> list[list[Entry]]:
+    """The options of each subset, by dataset, with those of the tables above it.
+
+    Problems are those of all tables and options.
+    """
+    datasets = list[list[Entry]]()
+    unknown = [key for key in data if key not in ("general", "datasets")]
+    with problems.collect():
+        require(not unknown, f"{', '.join(unknown)}: there are only {_GENERAL} and {_DATASETS}")
+    general = _table(data.get("general", {}), _GENERAL, problems)
+    with problems.collect():
+        for dataset in _tables(data.get("datasets", []), _DATASETS):
+            own = {name: value for name, value in dataset.items() if name != "subsets"}
+            above = {**general, **_table(own, _DATASETS, problems)}
+            subsets = _tables(dataset.get("subsets", []), _SUBSETS)
+            given = [{**above, **_table(subset, _SUBSETS, problems)} for subset in subsets]
+            datasets.append(list(_counted(given, problems)))
+            for options in datasets[-1]:
+                _check_options(options, batch_size, problems)
+    return datasets
 
 
 def _tables(values: Any, table: str) -> Sequence[Mapping[str, Any]]:
@@ -161,34 +180,37 @@ def _tables(values: Any, table: str) -> Sequence[Mapping[str, Any]]:
     return tables
 
 
-def _table(options: Any, table: str) -> Entry:
-    """The options of a table, of which sd-scripts allows each in some tables alone."""
-    require(isinstance(options, dict), f"{table} must be a table of options")
-    for name, value in options.items():
-        require(
-            name in _OPTIONS, f"{table}: there is no option {name}{did_you_mean(name, _OPTIONS)}"
-        )
-        kinds = _TYPES.get(_OPTIONS[name].get("type"), (object,))
-        require(
-            isinstance(value, kinds),
-            f"{table}: {name} is {value!r}; it must be {WANTED.get(kinds[0])}",
-        )
-        place = {"datasets": _DATASETS, "subsets": _SUBSETS}.get(_PLACES.get(name, ""), table)
-        is_misplaced = _SUBSETS in (table, place) and place != table
-        require(not is_misplaced, f"{table}: {name} is an option of {place}; move it there")
-    given: Entry = options
-    return given
+def _table(options: Any, table: str, problems: Problems) -> Entry:
+    """The options of a table that may be there, of which sd-scripts allows some in some alone."""
+    with problems.collect():
+        require(isinstance(options, dict), f"{table} must be a table of options")
+    valid = Entry()
+    for name, value in options.items() if isinstance(options, dict) else ():
+        with problems.collect(f"{table}: "):
+            _check_option(name, value, table)
+            valid[name] = value
+    return valid
 
 
-def _counted(subsets: Sequence[Entry]) -> Iterator[Entry]:
+def _check_option(name: str, value: Any, table: str) -> None:
+    require(name in _OPTIONS, f"there is no option {name}{did_you_mean(name, _OPTIONS)}")
+    kinds = _TYPES.get(_OPTIONS[name].get("type"), (object,))
+    require(isinstance(value, kinds), f"{name} is {value!r}; it must be {WANTED.get(kinds[0])}")
+    place = {"datasets": _DATASETS, "subsets": _SUBSETS}.get(_PLACES.get(name, ""), table)
+    is_misplaced = _SUBSETS in (table, place) and place != table
+    require(not is_misplaced, f"{name} is an option of {place}; move it there")
+
+
+def _counted(subsets: Sequence[Entry], problems: Problems) -> Iterator[Entry]:
     """The subsets that count: of several with one ``image_dir``, sd-scripts reads the first."""
     known = set()
     for options in subsets:
         folder = options.get("image_dir", "")
-        require(bool(folder), f"a {_SUBSETS} has no image_dir")
+        with problems.collect():
+            require(bool(folder), f"a {_SUBSETS} has no image_dir")
         reason = "num_repeats is less than 1" if options.get("num_repeats", 1) < 1 else ""
         reason = "this dataset has it already" if folder in known else reason
-        if reason:
+        if folder and reason:
             warnings.warn(f"image_dir {folder} is left out, as sd-scripts does: {reason}",
                           stacklevel=2)  # fmt: skip
             continue
@@ -196,13 +218,19 @@ def _counted(subsets: Sequence[Entry]) -> Iterator[Entry]:
         yield options
 
 
-def _dataset(subsets: Sequence[Entry], batch_size: int) -> list[Entry]:
+def _dataset(subsets: Sequence[Entry]) -> list[Entry]:
     """The entries of one dataset."""
+    problems = Problems()
     for options in subsets:
-        _check_options(options, batch_size)
-        _check_captions(options)
+        with problems.collect():
+            _check_captions(options)
+    problems.raise_all()
     subjects = [options for options in subsets if not options.get("is_reg")]
-    entries = [_subset(options) for options in subjects]
+    entries = list[Entry]()
+    for options in subjects:
+        with problems.collect():
+            entries.append(_subset(options))
+    problems.raise_all()
     prior = _class_images([options for options in subsets if options.get("is_reg")], subjects)
     require(
         not prior or len({entry["class_word"] for entry in entries}) < 2,
@@ -218,37 +246,50 @@ def _asked(options: Entry) -> set[str]:
     return {name for name, value in options.items() if value not in empty}
 
 
-def _check_options(options: Entry, batch_size: int) -> None:
+def _check_options(options: Entry, batch_size: int, problems: Problems) -> None:
     """Refuse options that have no counterpart here."""
     asked = _asked(options)
-    for name in sorted(asked & {*REFUSED}):
-        is_idle = name == "bucket_no_upscale" and not options.get("enable_bucket")
-        if options[name] != _OPTIONS[name].get("neutral") and not is_idle:
-            raise ConfigError(f"{name} is not supported: {REFUSED[name]}; remove it")
-    if tags := sorted(asked & {"shuffle_caption", "caption_tag_dropout_rate"}):
-        for name in sorted(asked & {"caption_prefix", "caption_suffix"}):
-            raise ConfigError(
-                f"{name} with {tags[0]} is not supported: sd-scripts shuffles and drops it with "
-                "the tags; write it into the captions, where keep_tokens keeps it in place"
-            )
-        separator = options.get("caption_separator", ",")
+    for problem in _unsupported(options, asked):
+        problems.add(ConfigError(problem))
+    with problems.collect():
         require(
-            separator == ",",
-            f"caption_separator {separator!r} is not supported: sd-scripts joins the tags by "
-            "commas; separate them by commas",
+            bool(options.get("enable_bucket")) or "random_crop" not in asked,
+            "random_crop without enable_bucket is not supported: sd-scripts cuts it from the image "
+            "at its full size; set enable_bucket = true, or remove it",
         )
-    require(
-        bool(options.get("enable_bucket")) or "random_crop" not in asked,
-        "random_crop without enable_bucket is not supported: sd-scripts cuts it from the image at "
-        "its full size; set enable_bucket = true, or remove it",
-    )
     size = options.get("batch_size", batch_size)
-    require(size == batch_size, f"batch_size {size}: give the run --train_batch_size {size} too")
-    if "cache_info" in asked and Path(options["image_dir"], "metadata_cache.json").is_file():
+    with problems.collect():
+        require(
+            size == batch_size, f"batch_size {size}: give the run --train_batch_size {size} too"
+        )
+    if (
+        "cache_info" in asked
+        and Path(options.get("image_dir", ""), "metadata_cache.json").is_file()
+    ):
         warnings.warn(
             f"cache_info has no effect: images and captions are read from {options['image_dir']}, "
             "not from its metadata_cache.json",
             stacklevel=4,
+        )
+
+
+def _unsupported(options: Entry, asked: set[str]) -> Iterator[str]:
+    """Options that are not supported, or not together, with what to do."""
+    for name in sorted(asked & {*REFUSED}):
+        is_idle = name == "bucket_no_upscale" and not options.get("enable_bucket")
+        if options[name] != _OPTIONS[name].get("neutral") and not is_idle:
+            yield f"{name} is not supported: {REFUSED[name]}; remove it"
+    tags = sorted(asked & {"shuffle_caption", "caption_tag_dropout_rate"})
+    for name in sorted(asked & {"caption_prefix", "caption_suffix"}) if tags else ():
+        yield (
+            f"{name} with {tags[0]} is not supported: sd-scripts shuffles and drops it with the "
+            "tags; write it into the captions, where keep_tokens keeps it in place"
+        )
+    separator = options.get("caption_separator", ",")
+    if tags and separator != ",":
+        yield (
+            f"caption_separator {separator!r} is not supported: sd-scripts joins the tags by "
+            "commas; separate them by commas"
         )
 
 

@@ -307,7 +307,10 @@ class OptimizerSettings:
         above=0,
     )
     lr_power: float = flag(
-        1.0, "Power of the polynomial schedule.", needs=(Need("lr_scheduler", ("polynomial",)),)
+        1.0,
+        "Power of the polynomial schedule.",
+        needs=(Need("lr_scheduler", ("polynomial",)),),
+        least=0,
     )
     optimizer: str = flag(
         "adamw",

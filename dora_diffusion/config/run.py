@@ -135,6 +135,7 @@ class SampleSettings:
         "Guidance scale (CFG scale) of samples and class images.",
         resume="free",
         needs=(AnyOf((_SAMPLES, prior_or_slider)),),
+        least=0,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.dataset_file import by_folder, listed_entries, require_mapping
 from dora_diffusion.config.fields import ConfigError, require
 from dora_diffusion.config.file import read_config_file
@@ -29,6 +30,7 @@ SHARED = frozenset((
 """Settings that all subjects have in common."""
 
 
+@check_arguments(source=str | Path | Sequence[Any])
 def subject_configs(
     source: str | Path | Sequence[Entry], config: TrainConfig
 ) -> dict[str, TrainConfig | ConfigError]:

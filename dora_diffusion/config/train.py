@@ -10,21 +10,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import BaseModel, require_tile_size
 from dora_diffusion.config.dataset_file import checked_entries, naming_entry
 from dora_diffusion.config.fields import (
+    ConfigError,
     Setting,
     require,
     require_token_length,
 )
+from dora_diffusion.config.problems import Problems
 from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
 from dora_diffusion.config.wording import counted, did_you_mean, framed, quoted, whole_word
 
@@ -49,8 +53,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     def __post_init__(self) -> None:
         known = {setting.name: setting for setting in settings()}
-        for setting in known.values():
-            setting.check(getattr(self, setting.name))
+        self._check_each()
         if self.method is None:
             object.__setattr__(self, "method", "lora" if self.is_slider else "dora")
         if self.dataset_config:
@@ -107,6 +110,18 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             self.unet_adapter.check_start()
         for targets, rank_only in ((self.targets, False), (self.text_encoder_targets, True)):
             self._adapter(tuple(targets), rank_only)
+
+    def _check_each(self) -> None:
+        problems = Problems()
+        for setting in settings():
+            value = getattr(self, setting.name)
+            if isinstance(value, Path):  # as a file holds it
+                object.__setattr__(self, setting.name, str(value))
+            try:
+                setting.check(value)
+            except ConfigError as error:
+                problems.add(error)
+        problems.raise_all()
 
     def _check_data(self) -> None:
         require_token_length(self.max_token_length)
@@ -537,8 +552,14 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         """
         known = {setting.name: setting for setting in settings()}
         unknown = [f"{name}{did_you_mean(name, known)}" for name in values if name not in known]
-        require(not unknown, f"unknown settings: {', '.join(sorted(unknown))}")
-        return cls(**{name: known[name].cast(value) for name, value in values.items()})
+        problems, cast = Problems(), dict[str, Any]()
+        with problems.collect():
+            require(not unknown, f"unknown settings: {', '.join(sorted(unknown))}")
+        for name in (name for name in values if name in known):
+            with problems.collect():
+                cast[name] = known[name].cast(values[name])
+        problems.raise_all()
+        return cls(**cast)
 
 
 def framed_prompt(config: TrainConfig) -> str:
@@ -566,3 +587,13 @@ def settings() -> tuple[Setting, ...]:
         else setting
         for setting in made
     )
+
+
+check_arguments(
+    dataset_config=str | Path | Sequence[Any],
+    **{
+        s.name: str | Path | None if s.default is None else str | Path
+        for s in settings()
+        if s.is_path and s.kind is str
+    },
+)(TrainConfig)

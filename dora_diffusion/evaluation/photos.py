@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.inject import disabled
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.wording import with_article
 from dora_diffusion.data.captions import CaptionRules
 from dora_diffusion.data.checks import transparency_message
@@ -27,7 +28,7 @@ from dora_diffusion.evaluation.measures import (
 )
 from dora_diffusion.evaluation.report import Evaluation
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.metric_models import LITE_PACKAGES, MetricModel
+from dora_diffusion.models.metric_models import LITE_PACKAGES, MetricModel, open_metric_model
 from dora_diffusion.sampling.generate import SamplingSettings, generate_images
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class PhotoSubject:
         )
 
 
+@check_arguments()
 def read_subject(
     folder: str | Path,
     trigger: str,
@@ -239,34 +241,44 @@ def first_round(
     }
 
 
+@check_arguments()
 def evaluate_photos(  # noqa: PLR0913 - keywords, each documented
     components: Components,
     subject: PhotoSubject,
     seeds: Sequence[int],
-    settings: SamplingSettings,
+    settings: SamplingSettings = SamplingSettings(),  # noqa: B008 - frozen
     *,
-    metric_models: Sequence[MetricModel] = (),
+    metric_models: Sequence[MetricModel | str] = (),
     prompts: Sequence[str] = PROMPTS,
     batch_size: int = 4,
     on_step: OnStep | None = None,
     base_model: Components | None = None,
 ) -> Evaluation:
-    """Measure the adapters that are on the model, beside the base.
+    """Measure the adapters that are on a model, as the command ``evaluate`` does.
 
     Args:
         components: The model with an adapter on it.
-        subject: What it should have learned.
+        subject: What it should have learned (`read_subject`).
         seeds: One round of prompts each.
         settings: How to sample.
-        metric_models: What similarity is measured with; without any, it is not.
-        prompts: See `photo_requests`.
+        metric_models: Image-similarity models, or their folders, hub ids or ``efficientnet-lite0``;
+            without any, similarity is not measured.
+        prompts: Each with ``{}`` where the subject is named.
         batch_size: Images at once.
         on_step: Called with (steps done, steps in all), for both models.
         base_model: What it was trained from, of a model that was trained whole.
 
     Raises:
-        ValueError: No seed, or a prompt without ``{}``.
+        ValueError: No seed, a prompt without ``{}``, or no such metric model.
+
+    Example:
+        >>> from dora_diffusion import load_components
+        >>> components = load_components("embedded:tiny-sd")
+        >>> mug = read_subject("samples/bolt_mug", "sks mug", "mug")
+        >>> evaluate_photos(components, mug, [0], SamplingSettings(1), prompts=["{}"]).subject
+        'bolt_mug'
     """
+    models = [open_metric_model(m) if isinstance(m, str) else m for m in metric_models]
     requests = photo_requests(subject.trigger, subject.class_word, seeds, prompts)
     references = [open_photo(photo.path) for photo in subject.photos]
     captions = [photo.caption for photo in subject.photos]
@@ -277,16 +289,16 @@ def evaluate_photos(  # noqa: PLR0913 - keywords, each documented
 
     answers = base_and_adapted(components, ask, seeds, on_step, base_model)
     base_images, _ = answers["base"]
-    truth = measure_references(references, metric_models)
+    truth = measure_references(references, models)
     return Evaluation(
         subject=subject.name,
         columns={
-            name: measure_photos(requests, images, losses, references, metric_models, base_images)
+            name: measure_photos(requests, images, losses, references, models, base_images)
             for name, (images, losses) in answers.items()
         }
         | ({"truth": truth} if truth else {}),
         seeds=tuple(seeds),
-        notes=_missing(metric_models),
+        notes=_missing(models),
         cautions=subject.cautions,
         **first_round(requests, {name: images for name, (images, _) in answers.items()}),
     )

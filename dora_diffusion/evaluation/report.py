@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.wording import aligned
 from dora_diffusion.data.sheets import sheet
 from dora_diffusion.evaluation.measures import (
@@ -125,8 +126,10 @@ class Evaluation:
         changes = [self.interval("change", name) for name in names]
         return all(change and change.low is not None and change.low > 0 for change in changes)
 
-    def write(self, folder: Path) -> dict[str, Path]:
+    @check_arguments()
+    def write(self, folder: str | Path) -> dict[str, Path]:
         """Write the `FILES`; returns their paths."""
+        folder = Path(folder)
         files = {
             "scores": save_text(
                 folder / FILES["scores"], json.dumps(self.to_dict(), indent=2) + "\n"

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.families import WEIGHT_COMPONENTS
 from dora_diffusion.config.wording import listing
@@ -64,6 +65,7 @@ WEIGHT_PREFIXES = (UNET_PREFIX, VAE_PREFIX, "cond_stage_model.", "conditioner.")
 UNUSED = ("text_encoder.text_projection.", "text_encoder.text_model.encoder.layers.")
 
 
+@check_arguments()
 def export_checkpoint(
     base: AnyModel,
     adapters: Adapters,

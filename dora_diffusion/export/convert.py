@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel
 from dora_diffusion.export.files import ExportError, check_adapter_output, open_model
 from dora_diffusion.export.fit import (
@@ -77,6 +78,7 @@ class ConversionReport:
         return statistics.median(self.errors.values()) if self.errors else 0.0
 
 
+@check_arguments()
 def convert_adapter(  # noqa: PLR0913 - keywords, each documented
     source: str | Path,
     output: str | Path,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel
 from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.export.convert import ConversionReport
@@ -55,6 +56,7 @@ from dora_diffusion.numerics.weights import NormAxis
 _TABLES = (".token_embedding", ".position_embedding")
 
 
+@check_arguments()
 def extract_adapter(  # noqa: PLR0913 - keywords, each documented
     base: AnyModel,
     tuned: AnyModel,
@@ -111,6 +113,7 @@ def extract_adapter(  # noqa: PLR0913 - keywords, each documented
     return _report(path, kind, fitted, notes, {})
 
 
+@check_arguments()
 def combine_adapters(  # noqa: PLR0913 - keywords, each documented
     base: AnyModel,
     adapters: Adapters,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dora_diffusion import system
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.formats.adapter.file import AdapterFile, embeddings_beside
 from dora_diffusion.formats.adapter.inspect import AdapterReport, report_on
@@ -66,6 +67,7 @@ def open_model(model: AnyModel) -> Iterator[StoredModel]:
         yield pipeline
 
 
+@check_arguments()
 def inspect_adapter(path: str | Path, base: AnyModel | None = None) -> AdapterReport:
     """Report what an adapter is.
 

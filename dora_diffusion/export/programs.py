@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.families import Family
 from dora_diffusion.export.files import ExportError, open_model
 from dora_diffusion.export.merge_spec import recorded
@@ -82,6 +83,7 @@ def is_model(path: str | Path) -> bool:
         return False
 
 
+@check_arguments()
 def inspect_model(path: str | Path) -> ModelReport:
     """Report what a whole model is, and which programs take it so.
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.families import (
     DEFAULT_FAMILY,
@@ -65,6 +66,7 @@ from dora_diffusion.numerics.quantised import quantise_rows
 _SCHEDULER = Path("scheduler") / "scheduler_config.json"
 
 
+@check_arguments()
 def load_components(
     model: AnyModel, *, dtype: torch.dtype = torch.float32, adapters: Sequence[AdapterMetadata] = ()
 ) -> Components:
@@ -95,6 +97,17 @@ def load_components(
         module.eval().requires_grad_(False)
     add_tokens(components, read_tokens(source))
     return components
+
+
+def load_empty(model: AnyModel) -> Components:
+    """Load a model's modules, tokenizers and schedule without weights, to check settings with.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError, ValueError: As `load_components`.
+    """
+    base = BaseModel.of(model)
+    with quiet_libraries(), _opened(base) as (file, source):
+        return _load(file, source, base, None, ())
 
 
 def set_tiles(vae: Any, size: int) -> None:
@@ -199,10 +212,10 @@ def _load(
     file: CheckpointFile | None,
     source: Path,
     base: BaseModel,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     adapters: Sequence[AdapterMetadata],
 ) -> Components:
-    """Load a model from a single file, or from a folder.
+    """Load a model from a single file, or from a folder; without a dtype its modules stay empty.
 
     Raises:
         UnsupportedModelError: If it is not a model of a supported family.
@@ -214,7 +227,9 @@ def _load(
     return Components(
         family=family,
         unet=load("unet", dtype, base),
-        vae=load("vae", dtype, base) if base.vae is None else own_vae(dtype=dtype, family=family),
+        vae=load("vae", dtype, base)
+        if base.vae is None or dtype is None
+        else own_vae(dtype=dtype, family=family),
         text_encoders=tuple(load(part, dtype, base) for part in family.text_encoder_names),
         tokenizers=tuple(_load_tokenizer(folder / part) for part in family.tokenizer_names),
         name=str(base.path),

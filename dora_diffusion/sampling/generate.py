@@ -20,8 +20,9 @@ from PIL import Image
 from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
 from dora_diffusion.adapters.inject import require_adapters
 from dora_diffusion.adapters.scope import norm_scope, row_scope
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel
-from dora_diffusion.config.fields import require
+from dora_diffusion.config.fields import require, require_positive
 from dora_diffusion.config.prompts import DENOISE, HIRES_DENOISE, MOST_SIDE, MOST_STEPS, PIXELS
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import quoted
@@ -68,6 +69,7 @@ class BrokenImageError(ValueError):
     """Sampling gave NaN, or an image that is black all over."""
 
 
+@check_arguments()
 @dataclass(frozen=True)
 class SamplingSettings:
     """Settings of image sampling.
@@ -193,9 +195,10 @@ class SamplingSettings:
 
     def _check_passes(self) -> None:
         """Check what paints over an image, in one pass or as the second one."""
+        second = self.steps if self.hires_steps is None else self.hires_steps
         passes = [("denoise", self.denoise, self.steps)]
-        if self.hires is not None:
-            passes += [("hires_denoise", self.hires_denoise, self.hires_steps or self.steps)]
+        # Without a second pass its steps are none to look at.
+        passes += [("hires_denoise", self.hires_denoise, second if self.hires else MOST_STEPS)]
         if self.detail is not None:
             passes += [("detail_denoise", self.detail.denoise, self.steps)]
         for name, share, steps in passes:
@@ -317,6 +320,7 @@ def lacks_trigger(prompt: str, metadata: AdapterMetadata) -> bool:
     return bool(tokens) and not any(contains_token(prompt, token) for token in tokens)
 
 
+@check_arguments()
 def generate_images(
     components: Components,
     prompt: str | Sequence[str],
@@ -354,6 +358,7 @@ def generate_images(
             of each image in which the detail pass found nothing.
     """
     settings = settings or SamplingSettings()
+    require_positive("batch_size", batch_size)
     prompt = _per_seed(prompt, seeds, adapters)
     _warn_of_prompts(components, prompt, settings, adapters)
     parts = 1 + len(seeds) * (settings.detail is not None)

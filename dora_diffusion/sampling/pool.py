@@ -12,6 +12,8 @@ from dora_diffusion.adapters.inject import layer_adapters, remove_adapters
 from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.adapters.scope import FixedNorms
 from dora_diffusion.adapters.state import attach_file
+from dora_diffusion.config.arguments import check_arguments
+from dora_diffusion.config.fields import require, require_positive
 from dora_diffusion.formats.adapter.metadata import (
     ZERO_TERMINAL_SNR,
     AdapterMetadata,
@@ -61,6 +63,7 @@ class _Loaded:
     metadata: AdapterMetadata
 
 
+@check_arguments()
 class AdapterPool:
     """Adapters of one base model, within a budget of memory.
 
@@ -94,6 +97,8 @@ class AdapterPool:
         clip_skip: int | None = None,
         max_token_length: int | None = None,
     ) -> None:
+        require((budget or 0) >= 0, f"budget is {budget}; it must not be negative", "budget")
+        components.reading(clip_skip, max_token_length, is_told=False)  # or it raises
         self.components, self.budget = replace(components, norms=FixedNorms()), budget
         self._asked = clip_skip, max_token_length
         self._width = components.unet.dtype.itemsize  # Which looks at every module.
@@ -106,6 +111,7 @@ class AdapterPool:
         """Bytes that the loaded adapters take."""
         return sum(loaded.size for loaded in self._loaded.values())
 
+    @check_arguments()
     def generate(
         self,
         rows: Sequence[ImageRow],
@@ -130,6 +136,7 @@ class AdapterPool:
         Raises:
             AdapterFormatError, ValueError, BrokenImageError: As `names` and `generate_images` do.
         """
+        require_positive("batch_size", batch_size)
         images: dict[int, Image] = {}
         groups: dict[tuple[object, ...], tuple[Components, list[int]]] = {}
         for number, row in enumerate(rows):

@@ -15,6 +15,7 @@ from typing import Any
 
 from dora_diffusion.adapters.inject import DetachedAdapters, detach_adapters
 from dora_diffusion.config import ConfigError, TrainConfig, unusual_rates, without_effect
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require, shown
 from dora_diffusion.config.subject_list import SHARED
 from dora_diffusion.data.images import reading_once
@@ -39,6 +40,7 @@ from dora_diffusion.training.signals import Stopped, StopRequest
 __all__ = ["TrainResult", "TrainingError", "train"]
 
 
+@check_arguments()
 def train(
     config: TrainConfig,
     on_event: events.OnEvent | None = None,
@@ -241,6 +243,7 @@ class PackResult:
     signal_number: int | None = None
 
 
+@check_arguments()
 def train_pack(
     configs: Mapping[str, TrainConfig | ConfigError],
     on_event: OnPackEvent | None = None,

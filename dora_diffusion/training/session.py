@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from dora_diffusion.adapters.compiled import require_compiler
-from dora_diffusion.adapters.inject import DetachedAdapters
+from dora_diffusion.adapters.inject import DetachedAdapters, layers_to_adapt
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK
 from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
+from dora_diffusion.data.photos import read_photos
 from dora_diffusion.data.sampler import EpochSampler
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
@@ -32,16 +33,23 @@ from dora_diffusion.training.engine.objective import InputSource
 from dora_diffusion.training.engine.optimizer import optimizer_library
 from dora_diffusion.training.engine.step import Learner, TrainingEngine, build_learner
 from dora_diffusion.training.events import CachingProgress, OnEvent, ignore
-from dora_diffusion.training.inputs.dataset import check_wildcards, list_subjects, open_dataset
+from dora_diffusion.training.inputs.dataset import (
+    check_subject,
+    check_wildcards,
+    list_subjects,
+    open_dataset,
+)
 from dora_diffusion.training.inputs.subject import Subject, triggers_of
 from dora_diffusion.training.results.effect import Probe
 from dora_diffusion.training.results.validation import Validation, check_held_out, divide_all
 from dora_diffusion.training.trainable.adapters import (
     StartingAdapter,
+    adapter_configs,
+    components_that_train,
     enter_training,
     inject_trained,
 )
-from dora_diffusion.training.trainable.full import TrainedWeights, select_weights
+from dora_diffusion.training.trainable.full import TrainedWeights, check_weights, select_weights
 from dora_diffusion.training.trainable.words import add_words, require_new
 
 LoadBase = Callable[..., Components]
@@ -258,6 +266,36 @@ def open_session(
         config, subjects, accelerator, components, weights, dataset, sampler, learner,
         Probe(components, weights, dataset.captions, shards_model(accelerator)), validation,
     )  # fmt: skip
+
+
+def check_session(config: TrainConfig, subjects: Sequence[Subject], empty: Components) -> None:
+    """Check settings as `open_session` would, without a model's weights.
+
+    Args:
+        config: All settings.
+        subjects: What it is taught (`subjects_of`).
+        empty: The model without weights (`load_empty`).
+
+    Raises:
+        ConfigError, PhotoError, TargetError, ValueError: With what to do.
+    """
+    optimizer_library(config.optimizer_name)
+    for subject, paths in zip(subjects, _divided(subjects)[0], strict=True):
+        prompt = subject.settings.instance_prompt or ""
+        photos = read_photos(paths, prompt, skip_unreadable=True, per_line=True)
+        if not config.is_slider:
+            check_subject(subject, photos)
+    start = StartingAdapter.of(config)
+    components = _reading(empty, config)
+    require_new(components, config.words)
+    if start is not None:
+        start.read(components, config)
+    modules = components_that_train(components, config)
+    if config.is_full:
+        check_weights(modules, config)
+        return
+    for name, adapter in adapter_configs(modules, config).items():
+        layers_to_adapt(modules[name], adapter)
 
 
 def _divided(subjects: Sequence[Subject]) -> tuple[list[list[Path]], list[list[Path]]]:

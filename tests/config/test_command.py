@@ -122,6 +122,7 @@ def test_defaults_need_no_word(command: str) -> None:
         ("num_images", "num_images: 0\n", "line 1: num_images is 0"),
         ("output", "base: b\n", "output must be given"),
         ("base", "output: o.png\nbase:\n", "line 2: base is empty"),
+        ("steps", "steps: many\nbase: b\nsede: 3\n", "x.yaml, line 3: there is no setting sede"),
     ],
 )
 def test_what_a_file_cannot_say_is_told_with_its_line(

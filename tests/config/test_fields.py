@@ -92,12 +92,13 @@ def test_a_value_that_cannot_be_is_named_with_its_range(
 
 # Range -> settings of numbers, of a training and of commands.
 TRAINING = {
-    "(-inf, inf)": "max_token_length lr_power logit_mean validation_guidance_scale",
+    "(-inf, inf)": "max_token_length logit_mean",
     "(0, inf)":
         "weight slider_guidance lora_alpha conv_alpha alpha_pattern scale_weight_norms "
         "loraplus_ratio adam_epsilon precondition_damping huber_c logit_std timestep_power",
     "[0, inf)":
-        "vae_tile_size embedding_lr unmasked_prior keep_tags clip_skip dataloader_num_workers "
+        "lr_power validation_guidance_scale vae_tile_size embedding_lr unmasked_prior keep_tags "
+        "clip_skip dataloader_num_workers "
         "prior_loss_weight allocation_warmup allocation_final orthogonality_weight "
         "learning_rate text_encoder_lr magnitude_lr lr_pattern lr_warmup_steps adam_beta1 "
         "adam_beta2 adam_weight_decay adam_weight_decay_text_encoder prodigy_beta3 "

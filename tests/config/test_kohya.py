@@ -281,6 +281,49 @@ def test_options_that_do_not_go_together_are_refused_with_a_reason(
     assert said in str(error.value)
 
 
+def test_all_that_is_wrong_with_a_file_is_said_at_once(tmp_path: Path) -> None:
+    """Of every table and subset, as flags are; what stands above two subsets once."""
+    folder, file = tmp_path.as_posix(), tmp_path / "sd.toml"
+    file.write_text(
+        f"""
+        dataset = []
+        [general]
+        enable_buckt = true
+        [[datasets]]
+        resolution = "512"
+        [[datasets.subsets]]
+        image_dir = "{folder}"
+        num_repeats = "two"
+        color_aug = true
+        rnak = 4
+        [[datasets.subsets]]
+        caption_prefix = "sks"
+        shuffle_caption = true
+        [[datasets]]
+        [[datasets.subsets]]
+        image_dir = "{folder}"
+        batch_size = 2
+        """,
+        encoding="utf-8",
+    )
+    wanted = (
+        "dataset: there are only",
+        "[general]: there is no option enable_buckt (did you mean enable_bucket?)",
+        "[[datasets]]: resolution is '512'; it must be",
+        "[[datasets.subsets]]: num_repeats is 'two'; it must be a whole number",
+        "color_aug is not supported",
+        "[[datasets.subsets]]: there is no option rnak",
+        "a [[datasets.subsets]] has no image_dir",
+        "caption_prefix with shuffle_caption is not supported",
+        "[[datasets.subsets]]: batch_size is an option of [[datasets]]",
+    )
+    with refused("dataset_config") as error:
+        TrainConfig(dataset_config=str(file))
+    message = str(error.value)
+    assert [text for text in (*wanted, str(file)) if message.count(text) != 1] == []
+    assert len(error.value.parts) == len(wanted)
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [

@@ -85,5 +85,5 @@ def test_an_adapter_checks_its_own_numbers() -> None:
         for name, value in {**wrong, "targets": ()}.items():
             with case(name), refused(name):
                 AdapterConfig(**{name: value})
-    with refused("rank", "is '8'; it must be a number"):
+    with refused("rank", "is '8'; it must be a whole number"):
         AdapterConfig(rank="8")

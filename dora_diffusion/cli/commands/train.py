@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,10 +29,12 @@ from dora_diffusion.config import (
 )
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import overridden
+from dora_diffusion.config.elsewhere import notes
 from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
 from dora_diffusion.config.fields import require_choice
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
 from dora_diffusion.config.presets import preset_settings
+from dora_diffusion.config.problems import Problems
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.models.locate import is_embedded
@@ -224,7 +227,8 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
         ConfigError: If the file or a value is not valid; with the file's line, if it is there.
 
     Warns:
-        UserWarning: Of flags that have no effect.
+        UserWarning: Of flags that have no effect, and of settings that mean something else in
+            another trainer.
     """
     names = {setting.name for setting in settings()}
     values, lines = read_config_lines(args.config) if args.config else ({}, {})
@@ -232,22 +236,34 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     preset, memory = args.preset or named, args.memory or memory
     values = _settings_of(args.config, values, lines, names)
     given = {name: value for name, value in vars(args).items() if name in names}
+    # A file of all settings is one that a run wrote.
+    typed = given.keys() if names <= values.keys() else values.keys() | given.keys()
     values = overridden(values, given)
     if preset is not None:
         values = _preset(str(preset), values | given) | values
     if memory is not None:
         values = _fitting(str(memory), values | given) | values
-    try:
+    with _naming_lines(args.config, {n: line for n, line in lines.items() if n not in given}):
         config = TrainConfig.from_dict(values | given)
-    except ConfigError as error:
-        if error.setting in lines and error.setting not in given:
-            place = f"{args.config}, line {lines[error.setting]}"
-            raise ConfigError(f"{place}: {error}", error.setting) from error
-        raise
     _warn_of_flags(args, config, given)
+    for line in notes(config, settings(), typed):
+        warnings.warn(line, stacklevel=1)
     if preset is not None:
         _warn_of_photos(str(preset), config)
     return config
+
+
+@contextlib.contextmanager
+def _naming_lines(file: str | None, lines: Mapping[str, int]) -> Iterator[None]:
+    """Name the line of each setting of a file that an error of the block is about."""
+    try:
+        yield
+    except ConfigError as error:
+        problems = Problems()
+        for part in error.parts or [error]:
+            line = lines.get(part.setting)
+            problems.add(part, "" if line is None else f"{file}, line {line}: ")
+        problems.raise_all()
 
 
 def _warn_of_photos(preset: str, config: TrainConfig) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from dora_diffusion import __version__
 from dora_diffusion.cli.console.output import rows_text
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import BaseModel
 
 _ROOT = Path(__file__).parents[3]
@@ -171,6 +172,7 @@ class Environment:
         return rows_text(rows)
 
 
+@check_arguments()
 def describe_environment(
     runs_dir: str | Path = "runs", base: BaseModel | None = None
 ) -> Environment:

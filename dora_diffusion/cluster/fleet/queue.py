@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dora_diffusion.config.fields import require
 from dora_diffusion.models.load import BaseCache
 from dora_diffusion.training.results.metrics import TrainingError
 
@@ -157,6 +158,9 @@ class WorkQueue:
     _attempts: dict[str, int] = field(default_factory=dict)
     _first: dict[str, float] = field(default_factory=dict)
     _begun: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.retries >= 0, f"retries is {self.retries}; it must not be negative", "retries")
 
     def add(self, tasks: Iterable[Task]) -> None:
         """Append tasks."""

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from dora_diffusion.cluster.fleet.results import (
 )
 from dora_diffusion.cluster.fleet.subject import FleetSubject, train_subjects
 from dora_diffusion.config import ConfigError, TrainConfig, settings
-from dora_diffusion.config.fields import require
+from dora_diffusion.config.arguments import check_arguments
+from dora_diffusion.config.fields import require, require_positive
 from dora_diffusion.training.inputs.dataset import list_subjects
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import check_pack
@@ -77,6 +79,7 @@ def workers_for(work: Work, address: str | None, share: Share | None = None) -> 
     return RayWorkers(work, address, share or Share())
 
 
+@check_arguments()
 def run_fleet(
     configs: Mapping[str, TrainConfig | ConfigError],
     output: str | Path,
@@ -118,6 +121,7 @@ def run_fleet(
         >>> fleet.records["mug"].status
         'done'
     """
+    require_positive("pack", pack)
     output = str(output) if "://" in str(output) else str(Path(output).expanduser().absolute())
     results = FleetResults(output)
     fleet = Fleet(output, WorkQueue(retries), workers_for(train_subjects, address, share))
@@ -130,9 +134,8 @@ def run_fleet(
             for record in ended.values():
                 recorder.end(record)
             if left:
-                run_tasks(
-                    fleet.queue, fleet.workers, recorder.end_task, lambda: on_change(fleet, None)
-                )
+                changed = partial(on_change, fleet, None)
+                run_tasks(fleet.queue, fleet.workers, recorder.end_task, changed)
         finally:
             recorder.write()
         fleet.files["page"] = results.write(PAGE_FILE, fleet_page(list(configs), fleet.records))

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import ExportError, model_name, open_model
@@ -62,6 +63,7 @@ from dora_diffusion.training.results.checkpoint import folders_after, step_of
 Progress = Callable[[int, int], None]
 
 
+@check_arguments()
 def analyze_weights(
     sources: str | Path | Sequence[str | Path],
     base: AnyModel,

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.wording import aligned
 from dora_diffusion.evaluation import report
 from dora_diffusion.evaluation.statistics import Interval, correlation_interval
@@ -369,8 +370,10 @@ class Analysis:
                 })  # fmt: skip
         return text.getvalue()
 
-    def write(self, folder: Path) -> dict[str, Path]:
+    @check_arguments()
+    def write(self, folder: str | Path) -> dict[str, Path]:
         """Write the `FILES`; returns their paths."""
+        folder = Path(folder)
         texts = {
             "analysis": json.dumps(self.to_dict(), indent=1) + "\n",
             "layers": self.csv(),

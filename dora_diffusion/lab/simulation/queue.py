@@ -16,12 +16,14 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require, require_positive
 
 HOUR = 3600.0
 Values = npt.NDArray[np.float64]
 
 
+@check_arguments()
 @dataclass(frozen=True)
 class QueuePlan:
     """The workers of a fleet, and what happens to them.
@@ -124,6 +126,7 @@ class QueueOutcome:
         return len(self.waits) / self.seconds * HOUR
 
 
+@check_arguments()
 def simulate_queue(
     plan: QueuePlan,
     arrivals: Sequence[float] | Values,
@@ -146,6 +149,7 @@ def simulate_queue(
         >>> outcome.waits.tolist(), outcome.seconds
         ([0.0, 0.0, 60.0], 120.0)
     """
+    require(seed >= 0, f"seed is {seed}; it must not be negative", "seed")
     if not len(arrivals) or len(arrivals) != len(work):
         raise ValueError(f"{len(arrivals)} arrivals and {len(work)} training times")
     if np.any(np.diff(arrivals) < 0):

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import ConfigError, TrainConfig, settings, without_effect
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.file import read_config_file
+from dora_diffusion.config.problems import Problems, prefixed
 from dora_diffusion.config.run import ValidationSettings
 from dora_diffusion.config.wording import did_you_mean
 from dora_diffusion.evaluation.measures import MEASURES
@@ -25,6 +27,7 @@ _ITS_OWN = (
 _HELD_OUT = frozenset(setting.name for setting in fields(ValidationSettings))
 
 
+@check_arguments()
 @dataclass(frozen=True)
 class Method:
     """One way to train.
@@ -47,6 +50,7 @@ class Method:
         return not self.learning_rates and not self.rate_of
 
 
+@check_arguments()
 @dataclass(frozen=True)
 class Tuning:
     """Choice of learning rates: on other subjects, equally often for each method.
@@ -75,6 +79,7 @@ class Tuning:
         return self.method_rates.get(method, self.learning_rates)
 
 
+@check_arguments()
 @dataclass(frozen=True)
 class SamplingOptions:
     """Sampling options for images of trained models.
@@ -94,6 +99,7 @@ class SamplingOptions:
     analysis_points: int = 4
 
 
+@check_arguments()
 @dataclass(frozen=True)
 class Study:
     """All that a comparison is made of.
@@ -145,8 +151,11 @@ class Study:
         require(
             BASE not in names, f"a method is called {BASE}, which is the untrained model", "methods"
         )
+        problems = Problems()
         for method in self.methods:
-            self._check_method(method, names)
+            with problems.collect():
+                self._check_method(method, names)
+        problems.raise_all()
         self._check_tuning()
         rows = [row for method in self.methods for row in self.rows(method)]
         if not self.reference:
@@ -162,10 +171,8 @@ class Study:
             f"methods.{method.name}: rate_of {method.rate_of} must name a method of one rate",
             "rate_of",
         )
-        try:
+        with prefixed(f"methods.{method.name}: "):
             self.training(method)
-        except ConfigError as error:
-            raise ConfigError(f"methods.{method.name}: {error}", error.setting) from error
 
     def _check_tuning(self) -> None:
         tuned = [method.name for method in self.methods if method.is_tuned]
@@ -203,6 +210,12 @@ class Study:
             rates = method.learning_rates
         return [f"{method.name} {r:g}" for r in rates] if len(rates) > 1 else [method.name]
 
+    def rates_to_try(self, method: Method) -> Sequence[float]:
+        """The learning rates that a method may be trained with."""
+        if method.rate_of:
+            return self.rates_to_try(next(m for m in self.methods if m.name == method.rate_of))
+        return method.learning_rates or (self.tune.rates(method.name) if self.tune else ())
+
     def training(self, method: Method) -> TrainConfig:
         """A method's settings of training, without those of a trial."""
         return TrainConfig.from_dict({**self.common, **method.settings})
@@ -231,17 +244,23 @@ class Study:
         Raises:
             ConfigError: If a key is unknown, or a value cannot work.
         """
+        values = _mapping("the study", values)
         _check_keys("the study", values, cls)
         for name in ("methods", "subjects"):
             require(name in values, f"{name} is missing", name)
         methods = _mapping("methods", values["methods"])
         common = _mapping("common", values.get("common") or {})
         usual = _rates("common", common.pop("learning_rate", ()))
-        _check_settings("common", common)
-        tune = values.get("tune")
+        tune, problems, made = values.get("tune"), Problems(), list[Method]()
+        with problems.collect():
+            _check_settings("common", common)
+        for name, given in methods.items():
+            with problems.collect():
+                made.append(_method(name, given or {}, usual))
+        problems.raise_all()
         return cls(
             base=str(values.get("base", TrainConfig().pretrained_model_name_or_path)),
-            methods=tuple(_method(name, given or {}, usual) for name, given in methods.items()),
+            methods=tuple(made),
             subjects=_tuple(values["subjects"]),
             seeds=_seeds(values.get("seeds", 1)),
             seeds_per_subject=values.get("seeds_per_subject"),
@@ -258,10 +277,8 @@ def read_study(path: str | Path) -> Study:
     Raises:
         ConfigError: If it cannot be read, or does not make a study.
     """
-    try:
+    with prefixed(f"{path}: "):
         return Study.from_dict(read_config_file(path))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}", error.setting) from error
 
 
 def _method(name: str, given: Any, usual: tuple[float, ...]) -> Method:
@@ -299,13 +316,14 @@ def _asked(values: Mapping[str, Any]) -> SamplingOptions:
 
 def _check_settings(place: str, values: Mapping[str, Any]) -> None:
     known = {setting.name: setting for setting in settings()}
+    problems = Problems()
     for name in values:
-        require(
-            name in known, f"{place}: there is no setting {name}{did_you_mean(name, known)}", name
-        )
-        own = name in _ITS_OWN or known[name].resume == "ignored"
-        own = own or name in _HELD_OUT  # It has photos of its own.
-        require(not own, f"{place}: {name} is set by the study; leave it out", name)
+        with problems.collect(f"{place}: "):
+            require(name in known, f"there is no setting {name}{did_you_mean(name, known)}", name)
+            own = name in _ITS_OWN or known[name].resume == "ignored"
+            own = own or name in _HELD_OUT  # It has photos of its own.
+            require(not own, f"{name} is set by the study; leave it out", name)
+    problems.raise_all()
 
 
 def _check_name(place: str, name: str, known: Collection[str], kind: str) -> None:

@@ -10,6 +10,7 @@ from dora_diffusion.cluster.fleet.cluster import Share
 from dora_diffusion.cluster.fleet.queue import Task, TaskReport, Worker, WorkQueue, run_tasks
 from dora_diffusion.cluster.fleet.run import absolute, workers_for
 from dora_diffusion.config import ConfigError
+from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.fields import require
 from dora_diffusion.evaluation.measures import measure_of
@@ -20,6 +21,7 @@ from dora_diffusion.lab.study.trials import (
     Record,
     Trial,
     base_digest,
+    check_methods,
     perform,
     restore_records,
     trials_of,
@@ -30,9 +32,10 @@ from dora_diffusion.models.metric_models import open_metric_model
 OnTrial = Callable[[int, int, Record, bool], None]
 
 
+@check_arguments()
 def run_study(
     study: Study,
-    output: Path,
+    output: str | Path,
     on_trial: OnTrial | None = None,
     *,
     only_known: bool = False,
@@ -41,8 +44,8 @@ def run_study(
 ) -> Results:
     """Perform every trial that has no record in the folder yet, those of tuning first.
 
-    A process that is killed loses the trial that it was at. A report's ``records.json`` in the
-    folder counts as the records that it was made of.
+    A process that is killed loses its present trial. A report's ``records.json`` in the folder
+    counts as the records that it was made of.
 
     Args:
         study: The study.
@@ -54,16 +57,19 @@ def run_study(
         share: What each worker takes of a node.
 
     Raises:
-        ConfigError: If a subject is unknown, or with ``only_known`` a rate cannot be chosen yet.
+        ConfigError: If a subject is unknown or methods cannot be trained, before any is; or with
+            ``only_known`` a rate cannot be chosen yet.
     """
     models = [open_metric_model(name) for name in study.asked.metric_models]
     subjects = [find_subject(given, study.base, models) for given in study.subjects]
     names = [subject.name for subject in subjects]
     require(len({*names}) == len(names), f"two subjects have one name: {', '.join(names)}")
-    base = base_digest(BaseModel.of_settings({**study.common, "base": study.base}))
+    base = base_digest(model := BaseModel.of_settings({**study.common, "base": study.base}))
     rates: dict[str, Sequence[float]] = {m.name: m.learning_rates for m in study.methods}
+    output = Path(output).absolute()  # Workers have folders of their own.
     restore_records(output)
-    output = output.absolute()  # Workers have folders of their own.
+    if not only_known:
+        check_methods(study, subjects, model, output)
     runner = _Runner(study, output, on_trial, only_known, address, share)
     tuning: list[Record] = []
     tuned = [method.name for method in study.methods if method.is_tuned]
@@ -74,9 +80,7 @@ def run_study(
         every = [(subject, seed) for seed in tune.seeds for subject in others]
         tuning = runner.records(trials_of(study, base, grid, every))
         rates |= {name: (chosen_rate(tuning, name, tune),) for name in tuned}
-    for method in study.methods:
-        if method.rate_of:
-            rates[method.name] = rates[method.rate_of]
+    rates |= {m.name: rates[m.rate_of] for m in study.methods if m.rate_of}
     pairs = [(subjects[place], seed) for place, seed in study.pairs()]
     # Of each subject's first seed.
     imaged = {subject.name: seed for subject, seed in reversed(pairs)}

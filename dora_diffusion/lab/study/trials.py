@@ -9,6 +9,7 @@ import math
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,12 +23,14 @@ from dora_diffusion import __version__
 from dora_diffusion.adapters.inject import DetachedAdapters
 from dora_diffusion.config import ConfigError, TrainConfig, settings
 from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.problems import Problems
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.lab.analysis.analyze import analyze_weights
 from dora_diffusion.lab.analysis.report import correlation
 from dora_diffusion.lab.study.config import BASE, SamplingOptions, Study
 from dora_diffusion.lab.study.subjects import StudySubject
+from dora_diffusion.models.load import load_empty
 from dora_diffusion.numerics.devices import device_name
 from dora_diffusion.numerics.quantised import memory_of
 from dora_diffusion.sampling.images import save_image
@@ -35,7 +38,7 @@ from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.results.metrics import TrainingError
 from dora_diffusion.training.results.write import result_metadata
-from dora_diffusion.training.session import LoadBase, Session, open_session
+from dora_diffusion.training.session import LoadBase, Session, check_session, open_session
 
 RECORD = 1
 """Version of what a record holds, and of what it is measured with."""
@@ -255,12 +258,37 @@ def perform(
     return save_record(output, record)
 
 
-def _open(trial: Trial, base: str, work: Path, folder: Path, load: LoadBase | None) -> Session:
-    """A session of a trial. Class images are shared: they are named by all that they depend on."""
+def check_methods(
+    study: Study, subjects: Sequence[StudySubject], base: BaseModel, output: Path
+) -> None:
+    """Check the settings of every method on every subject, before any is trained.
+
+    Args:
+        study: The study.
+        subjects: Its subjects.
+        base: The model.
+        output: The study's folder.
+
+    Raises:
+        ConfigError: Naming each method that cannot be trained, and why.
+    """
+    empty, problems, work = load_empty(base), Problems(ValueError, OSError), output / "work"
+    rates = {method.name: study.rates_to_try(method)[:1] for method in study.methods}
+    trials = trials_of(study, "", rates, [(subject, study.seeds[0]) for subject in subjects])
+    for trial in (trial for trial in trials if trial.method != BASE):
+        with problems.collect(f"methods.{trial.method}: "), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # It is warned of as it is trained.
+            config = _settings(trial, str(base.path), work, work / "trials")
+            check_session(config, subjects_of(config), empty)
+    problems.raise_all()
+
+
+def _settings(trial: Trial, base: str, work: Path, folder: Path) -> TrainConfig:
+    """All settings of a trial; class images are shared: they are named by all they depend on."""
     own = trial.subject.training(work, trial.config)
     if trial.config.uses_class_images:
         own["class_data_dir"] = str(work / "class")
-    config = dataclasses.replace(
+    return dataclasses.replace(
         trial.config,
         pretrained_model_name_or_path=base,
         seed=trial.seed,
@@ -268,6 +296,10 @@ def _open(trial: Trial, base: str, work: Path, folder: Path, load: LoadBase | No
         output_dir=str(folder),
         **own,
     )
+
+
+def _open(trial: Trial, base: str, work: Path, folder: Path, load: LoadBase | None) -> Session:
+    config = _settings(trial, base, work, folder)
     return open_session(config, subjects_of(config), make_accelerator(config), load=load)
 
 

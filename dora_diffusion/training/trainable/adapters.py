@@ -30,7 +30,12 @@ from dora_diffusion.adapters.state import (
     read_for,
     vera_state,
 )
-from dora_diffusion.adapters.targets import check_pattern, first_naming, match_targets
+from dora_diffusion.adapters.targets import (
+    TargetError,
+    check_pattern,
+    first_naming,
+    match_targets,
+)
 from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from dora_diffusion.config.adapter import PATTERNS
 from dora_diffusion.config.wording import listing
@@ -269,8 +274,7 @@ def adapter_configs(
     }
     layers = {}
     for name, model in modules.items():
-        paths = match_targets(model, adapters[name].targets)
-        layers[name] = {path: model.get_submodule(path) for path in paths}
+        layers[name] = {path: model.get_submodule(path) for path in matched(name, model, config)}
     for setting in (*PATTERNS, "lr_pattern"):
         check_pattern(setting, getattr(config, setting), layers.values())
 
@@ -282,6 +286,19 @@ def adapter_configs(
             own[setting] = {target: pattern[target] for target in pattern if target in used}
         adapters[name] = replace(adapter, **own)
     return adapters
+
+
+def matched(component: str, model: nn.Module, config: TrainConfig) -> list[str]:
+    """Paths of the layers of a component that its targets name.
+
+    Raises:
+        TargetError: If one names none, with the setting.
+    """
+    setting = "targets" if component == "unet" else "text_encoder_targets"
+    try:
+        return match_targets(model, getattr(config, setting))
+    except TargetError as error:
+        raise TargetError(f"{setting}: {error}") from error
 
 
 def inject_trained(

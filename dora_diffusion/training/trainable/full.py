@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.wording import listing
@@ -43,6 +42,7 @@ from dora_diffusion.training.trainable.adapters import (
     Writer,
     components_that_train,
     enter_training,
+    matched,
 )
 from dora_diffusion.training.trainable.words import TrainedTokens
 
@@ -262,8 +262,7 @@ def select_weights(components: Components, config: TrainConfig) -> FullWeights:
     """
     modules, trained = components_that_train(components, config), {}
     for name, model in modules.items():
-        targets = config.targets if name == "unet" else config.text_encoder_targets
-        wanted = _parameters(model, targets if config.full_weights == "targets" else None)
+        wanted = _wanted(name, model, config)
         trained |= {canonical(name, path): parameter for path, parameter in wanted.items()}
         if components.device.type == "cpu" and config.mixed_precision == "bf16":
             widen_small_convolutions(model)
@@ -296,14 +295,24 @@ def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return convolve(x, conv.weight, conv.bias, *settings)
 
 
-def _parameters(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Parameter]:
-    """A model's parameters by path: all, or the weights and biases of the layers in targets."""
-    if targets is None:
+def check_weights(modules: Mapping[str, nn.Module], config: TrainConfig) -> None:
+    """Check that targets name weights of each component.
+
+    Raises:
+        TargetError: If one matches no layer.
+    """
+    for name, model in modules.items():
+        _wanted(name, model, config)
+
+
+def _wanted(name: str, model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
+    """The parameters of a component that train: all, or those of the layers in its targets."""
+    if config.full_weights != "targets":
         return dict(model.named_parameters())
     return {
-        f"{path}.{name}": parameter
-        for path in match_targets(model, targets)
-        for name, parameter in model.get_submodule(path).named_parameters()
+        f"{path}.{own}": parameter
+        for path in matched(name, model, config)
+        for own, parameter in model.get_submodule(path).named_parameters()
     }
 
 

@@ -81,6 +81,15 @@ def test_flags_take_precedence_over_the_file(tmp_path):
             "seed: 1\nscale_lr: true",
             "line 2: scale_lr of Diffusers' scripts is not here",
         ),
+        (
+            "rank: 0\nseed: 1\nsnr_gamma: -1",
+            "run.yaml, line 1: rank is 0; it must be greater than 0; "
+            "{file}, line 3: snr_gamma is -1.0",
+        ),
+        (
+            "rank: x\nseed: y",
+            "line 1: rank is 'x'; it must be a whole number; {file}, line 2: seed",
+        ),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, last_line, text, message):
@@ -89,7 +98,7 @@ def test_a_wrong_file_is_one_line(tmp_path, last_line, text, message):
     assert cli.main(["train", "--config", str(file)]) == 1
     line = last_line()
     assert line.startswith("error: ")
-    assert message in line
+    assert message.format(file=file) in line
 
 
 def test_a_missing_file_is_one_line(last_line):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from dora_diffusion.config import ConfigError
 from dora_diffusion.lab.commands import QUICK
 from dora_diffusion.lab.study.config import Study, read_study
 from dora_diffusion.lab.study.report import differences_table
@@ -61,6 +62,24 @@ def tune(**values):
 def test_what_cannot_work_is_said_before_a_trial(setting, changes, words):
     with refused(setting, words):
         study(**changes)
+
+
+def test_every_method_that_cannot_work_is_named_at_once():
+    methods = {"a": {"rnak": 4, "seed": 1}, "b": {"learning_rate": 0}, "c": {}}
+    with pytest.raises(ConfigError) as error:
+        study(methods=methods)
+    assert str(error.value) == (
+        "methods.a: there is no setting rnak (did you mean rank?); methods.a: seed is set by the "
+        "study; leave it out; methods.b: learning rates must be greater than 0"
+    )
+    methods = {"a": {"rank": -1, "snr_gamma": -1}, "b": {"rank": "many"}, "c": {}}
+    with pytest.raises(ConfigError) as error:
+        study(methods=methods)
+    assert str(error.value) == (
+        "methods.a: rank is -1; it must be greater than 0; snr_gamma is -1.0; it must not be "
+        "negative; methods.b: rank is 'many'; it must be a whole number"
+    )
+    assert [part.setting for part in error.value.parts] == ["rank", "snr_gamma", "rank"]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from dora_diffusion.lab.study.report import write_report
 from dora_diffusion.lab.study.run import chosen_rate, run_study
 from dora_diffusion.lab.study.subjects import find_subject
 from dora_diffusion.lab.study.trials import Trial, base_digest, trials_of
+from tests.every import every
 from tests.lab.study.helpers import record, study
 
 RECORDED = {
@@ -52,6 +53,8 @@ def performed(monkeypatch):
         return keys.save_record(output, made | {"learning_rate": trial.learning_rate})
 
     monkeypatch.setattr(module, "perform", perform)
+    # It draws the subjects' photos, which these trials have no use for.
+    monkeypatch.setattr(module, "check_methods", lambda *_: None)
     return done
 
 
@@ -276,6 +279,35 @@ def test_each_subject_may_have_seeds_of_its_own(performed, tmp_path):
     full = study(subjects=["star_teapot", "striped_car", "moon_robot"], seeds=[4, 5, 6])
     assert len(run_study(full, tmp_path).records) == 4 * 9
     assert len(performed) - before == 4 * 6
+
+
+def test_all_methods_that_cannot_be_trained_are_named_before_any_trial(
+    performed, tmp_path, monkeypatch
+):
+    """With the setting; also those that only the model tells, and that would have come last."""
+    monkeypatch.setattr(module, "check_methods", keys.check_methods)
+    bad = {
+        "layers": ({"targets": ["nothing*"]}, "targets: the pattern 'nothing*' matches no layer"),
+        "large": ({"rank": 512}, "rank 512 is larger than the layer"),
+        "skip": ({"clip_skip": 9}, "clip_skip is 9; the model's text encoders have 2 layers"),
+        "start": ({"init_adapter": "no/where"}, "init_adapter: no/where is not"),
+        "full": ({"method": "full", "full_weights": "targets", "targets": ["x*"]}, "targets: the "),
+        "text": ({"train_text_encoder": True, "text_encoder_targets": ["x*"]}, "text_encoder_targ"),
+        "pattern": ({"rank_pattern": {"zzz": 4}}, "rank_pattern: 'zzz' names no adapted layer"),
+        "word": ({"train_text_encoder_ti": True, "token": "dog"}, "the new word 'dog' is one"),
+    }  # fmt: skip
+    methods = {name: {"learning_rate": 1e-3, **own} for name, (own, _) in bad.items()}
+    common = {"max_train_steps": 2}
+    given = study(methods={"fine": {"learning_rate": 1e-3}, **methods}, common=common, tune=None)
+    with pytest.raises(ConfigError) as error:
+        run_study(given, tmp_path)
+    parts = dict(str(part).removeprefix("methods.").split(": ", 1) for part in error.value.parts)
+    with every() as case:
+        for name, (_, said) in bad.items():
+            with case(name):
+                assert parts[name].startswith(said)
+    assert parts.keys() == bad.keys()
+    assert performed == []
 
 
 def test_subjects_of_one_name_are_refused(performed, tmp_path):
