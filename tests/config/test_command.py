@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from dora_diffusion.cli import main as cli
 from dora_diffusion.config import Setting
@@ -38,6 +40,11 @@ def _files_of_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "a dog\nSteps: 2, CFG scale: 7, Seed: 3"
     image = save_image(Image.new("RGB", (8, 8)), tmp_path / "image.png", text)
     monkeypatch.setitem(OTHERS, "repeat", str(image))
+    # By their names, which could be taken for flags.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "--adapter_dir").mkdir()
+    (tmp_path / "--adapter").mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "--adapter" / "pytorch_lora_weights.safetensors")
 
 
 def moved(setting: Setting) -> Any:

@@ -149,7 +149,7 @@ def check_sd_scripts_flag(name: str, parser: Any, capsys: pytest.CaptureFixture[
     else:
         assert last == f"error: --{text}"
         named = {flag for flag in re.findall(r"--(?:no-)?([a-z_\d]+)", text) if flag != "prodigy_"}
-        assert named <= {*known, name, "config", "dry_run", "to"}
+        assert named <= {*known, name, "config", "dry_run", "to", "base"}
 
 
 def test_what_the_page_for_kohyas_users_names_is_answered_alike() -> None:
