@@ -94,16 +94,19 @@ class LayerAdapter(nn.Module):
         self.strengths = Strengths()
         self.enabled = True
 
-    def weights(self) -> LayerWeights:
-        """The live tensors, not copies; with a parametrization, what it makes of them."""
+    def weights(self, strength: float = 1.0) -> LayerWeights:
+        """The live tensors, not copies; with a parametrization, what it makes of them.
+
+        Args:
+            strength: Factor of the scale, by alpha.
+        """
         down, up = self.down, self.up
         if self.parametrization is not None:
             # Whoever asks first may do so without gradients, and a norm scope keeps what it got.
             with torch.enable_grad():
                 down, up = self.parametrization(down, up)
-        return LayerWeights(
-            down, up, self.magnitude, self.alpha, self.norm_axis, self.kind, self.groups
-        )
+        alpha = strength * self.alpha
+        return LayerWeights(down, up, self.magnitude, alpha, self.norm_axis, self.kind, self.groups)
 
     def versions(self) -> tuple[int, ...]:
         """Return the identity and in-place version of each parameter of a DoRA."""
@@ -125,10 +128,7 @@ class LayerAdapter(nn.Module):
 
     def scaled_weights(self) -> LayerWeights:
         """`weights`, with the direction's strength in their scale."""
-        weights, strength = self.weights(), self.strengths.direction_strength
-        if strength == 1:
-            return weights
-        return dataclasses.replace(weights, alpha=strength * weights.alpha)
+        return self.weights(self.strengths.direction_strength)
 
     @torch.no_grad()
     def used_weights(self) -> LayerWeights:

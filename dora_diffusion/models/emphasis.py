@@ -166,6 +166,8 @@ def _ends(commas: Sequence[bool]) -> list[int]:
 def weigh_states(states: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
     """States ``(B, tokens, C)`` times the weight of each token, each row with the mean it had.
 
+    A row whose mean is 0 within rounding, as after a LayerNorm without a bias, is not scaled.
+
     Args:
         states: A text encoder's, from the start token on.
         weights: Of the tokens behind it; those of others are 1.
@@ -176,5 +178,8 @@ def weigh_states(states: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
     full = states.float()
     weighted = full * factors.to(full.device).unsqueeze(-1)
     means = [each.mean(dim=(1, 2), keepdim=True) for each in (full, weighted)]
+    least = 1e-6 * full.abs().mean(dim=(1, 2), keepdim=True)
+    has_mean = (means[0].abs() > least) & (means[1].abs() > least)
+    scales = torch.where(has_mean, means[0] / means[1], 1.0)
     is_weighted = (factors != 1).any(dim=1).to(full.device).view(-1, 1, 1)
-    return torch.where(is_weighted, weighted * (means[0] / means[1]), full).to(states.dtype)
+    return torch.where(is_weighted, weighted * scales, full).to(states.dtype)

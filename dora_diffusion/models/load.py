@@ -456,6 +456,10 @@ def _load_tokenizer(folder: Path) -> Any:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
+DETAIL_LIMIT = 300
+"""Characters of a library's error in a message."""
+
+
 @contextlib.contextmanager
 def plain_errors(name: str, hint: str = "it is missing or damaged") -> Iterator[None]:
     """Convert a library's many loading errors to one plain line."""
@@ -469,8 +473,10 @@ def plain_errors(name: str, hint: str = "it is missing or damaged") -> Iterator[
         text = " ".join(str(error).split())
         raise ValueError(f"{name} needs a package that is missing: {text}") from error
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        detail = str(error).strip().splitlines()
-        raise ValueError(f"{name} could not be loaded ({hint}): {''.join(detail[:1])}") from error
+        # Transformers lists all models that it knows in one line.
+        detail = "".join(str(error).strip().splitlines()[:1])
+        detail = detail if len(detail) <= DETAIL_LIMIT else f"{detail[:DETAIL_LIMIT]}..."
+        raise ValueError(f"{name} could not be loaded ({hint}): {detail}") from error
 
 
 @contextlib.contextmanager

@@ -110,7 +110,7 @@ def has_bf16(kind: str) -> bool:
     import torch
 
     if kind == "mps":
-        return torch.backends.mps.is_macos_or_newer(14, 0) and _torch_version() >= (2, 6)
+        return torch.backends.mps.is_macos_or_newer(14, 0) and torch_version() >= (2, 6)
     supported = getattr(_home(kind), "is_bf16_supported", None)
     return True if supported is None else bool(supported(including_emulation=False))
 
@@ -120,7 +120,7 @@ def has_gradient_scaler(kind: str) -> bool:
 
     Before, torch's scaler takes its scale through float64.
     """
-    return kind != "cpu" and (kind != "mps" or _torch_version() >= (2, 8))
+    return kind != "cpu" and (kind != "mps" or torch_version() >= (2, 8))
 
 
 def has_8bit_adam(kind: str) -> bool:
@@ -197,7 +197,8 @@ def _home_in_use() -> Any:
     return None if kind is None else _home(kind)
 
 
-def _torch_version() -> tuple[int, int]:
+def torch_version() -> tuple[int, int]:
+    """Major and minor version of the installed torch."""
     import torch
 
     major, minor = torch.__version__.split(".")[:2]

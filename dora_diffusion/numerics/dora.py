@@ -11,7 +11,6 @@ Norms and weights are computed in float32 (float64 for float64 weights). Merges 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -180,7 +179,9 @@ def direction_of(weight: Tensor, layer: LayerWeights, dtype: torch.dtype) -> Ten
     """Compute `Factors.direction` of a direct layer."""
     if layer.norm_axis == "input":
         return None
-    return adapted_weight(weight, dataclasses.replace(layer, magnitude=None)).to(dtype)
+    # Not by `dataclasses.replace`, which Dynamo of torch 2.6 cannot trace.
+    lora = LayerWeights(layer.down, layer.up, alpha=layer.alpha)
+    return adapted_weight(weight, lora).to(dtype)
 
 
 def dora_forward(

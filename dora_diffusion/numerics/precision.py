@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
@@ -84,15 +84,17 @@ def allow_tf32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Products of matrices as precise as their dtype: without autocast, TF32 and bfloat16."""
-    with torch.autocast(device.type, enabled=False):
-        if torch.compiler.is_compiling():
-            yield
-            return
-        with _exact_products(device.type):
-            yield
+    # Not a generator: Dynamo of torch 2.6 traces torch's own contexts only.
+    without_autocast = torch.autocast(device.type, enabled=False)
+    return without_autocast if torch.compiler.is_compiling() else _exact(without_autocast, device)
+
+
+@contextmanager
+def _exact(without_autocast: torch.autocast, device: torch.device) -> Iterator[None]:
+    with without_autocast, _exact_products(device.type):
+        yield
 
 
 @lru_cache

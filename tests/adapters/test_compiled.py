@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from packaging.version import Version
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -36,11 +35,6 @@ from dora_diffusion.numerics.quantised import quantise
 from tests.adapters.helpers import AXES, everything, move
 from tests.conftest import unet_config
 from tests.refusal import refused
-
-TRACES_CONTEXTS = pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.7"),
-    reason="torch 2.6 traces no context manager: a graph ends where a dense norm is computed",
-)
 
 
 class Blocks(nn.Module):
@@ -229,7 +223,6 @@ QUICK = [
 ]  # fmt: skip
 
 
-@TRACES_CONTEXTS
 @pytest.mark.parametrize(
     ("kind", "axis"),
     [
@@ -309,7 +302,6 @@ def test_a_scope_that_opens_as_the_model_is_called_serves_its_blocks(monkeypatch
         assert worst(results(model, square(), scope=False), reference) < 1e-5
 
 
-@TRACES_CONTEXTS
 def test_rows_without_an_adapter_are_the_base_in_compiled_blocks() -> None:
     """As where prior preservation without images trains."""
     model, x = compiled(stack(("blocks.?.conv", "blocks.?.linear")), "eager"), square()
@@ -334,9 +326,11 @@ def test_what_no_plan_serves_is_the_page_without_a_graph_break(axis: str) -> Non
         # Its direction cannot be taken from an output that is all but 0.
         net.blocks[0].conv.adapters["default"].magnitude.data[3] = 1e-12
     assert worst(results(other, x), results(model, x)) < 1e-5
+    for net in (model, other):
+        set_strength(net, direction=0.5)
+    assert worst(results(other, x, scope=False), results(model, x, scope=False)) < 1e-5
 
 
-@TRACES_CONTEXTS
 def test_switching_merging_and_strengths_reach_compiled_blocks() -> None:
     model = stack()
     other, x = compiled(model, "eager"), square()

@@ -16,6 +16,7 @@ from dora_diffusion.models.emphasis import (
     parse_weights,
     plain_parts,
     unread_syntax,
+    weigh_states,
 )
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts, encode_weighted
@@ -226,6 +227,14 @@ def test_rows_of_a_batch_do_not_depend_on_each_other(components):
                 torch.testing.assert_close(
                     together.pooled[row], alone.pooled[0], rtol=1e-5, atol=1e-5
                 )
+
+
+def test_a_mean_that_is_0_within_rounding_scales_nothing() -> None:
+    """A LayerNorm without a bias leaves such means: their quotient can be anything, also NaN."""
+    half = torch.randn(1, 5, 4)
+    states = torch.cat([half, -half], dim=-1)
+    factors = torch.tensor([1.0, 1.4, 1.0, 1.0, 1.0])
+    torch.testing.assert_close(weigh_states(states, [[1.4]]), states * factors[:, None])
 
 
 def test_the_limit_of_tokens_is_of_each_part(components):

@@ -21,6 +21,7 @@ from dora_diffusion.models.load import (
     ModelNotFoundError,
     load_components,
     load_vae,
+    plain_errors,
     quiet_libraries,
     resolve_folder,
 )
@@ -180,6 +181,13 @@ def test_damaged_and_absent_files_are_named(sd1_folder: Path, tmp_path: Path) ->
     shutil.rmtree(folder / "scheduler")
     with pytest.raises(ValueError, match=r"scheduler_config\.json is missing or damaged"):
         load_components(folder)
+
+
+def test_a_librarys_long_error_is_shortened() -> None:
+    """Transformers 5.0 lists hundreds of models where a configuration names none."""
+    with pytest.raises(ValueError, match="x could not be loaded") as info, plain_errors("x"):
+        raise ValueError("word " * 1000)
+    assert str(info.value) == f"x could not be loaded (it is missing or damaged): {'word ' * 60}..."
 
 
 def test_pickles_are_refused(sd1_folder: Path, tmp_path: Path) -> None:

@@ -83,9 +83,9 @@ def needs_library(optimizer: str) -> None:
     """Skip a test where an optimizer's library is not installed."""
     try:
         optimizer_library(optimizer)
-    except ConfigError as error:
+    except ConfigError:
         package = _LIBRARIES.get(optimizer)
-        pytest.skip(f"{package} is not installed" if package else f"this torch: {error}")
+        pytest.skip(f"{package} is not installed" if package else f"this torch has no {optimizer}")
 
 
 def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Session:

@@ -32,7 +32,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.offload import fetch, send
 from dora_diffusion.models.precision import precision_of, require_trains
 from dora_diffusion.models.words import WordEmbedding
-from dora_diffusion.numerics.devices import default_device
+from dora_diffusion.numerics.devices import default_device, torch_version
 from dora_diffusion.numerics.precision import allow_tf32
 
 # By name: importing their classes imports Diffusers. What is in none of these is gathered with the
@@ -183,13 +183,17 @@ def _is_set(variable: str, value: str = "true") -> bool:
     return os.environ.get(variable, "").lower() == value
 
 
+def has_sharding() -> bool:
+    """Return whether the installed torch can shard a model."""
+    return torch_version() >= (2, 7)
+
+
 def _check_settings(config: TrainConfig) -> None:
     """Refuse what sharding excludes."""
-    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
     holds = {subject.is_image_free for subject in config.subjects}
     is_full, optimizer = config.is_full, config.optimizer_name
     problems = {
-        f"needs torch 2.7 or newer, this is {torch.__version__}": release < (2, 7),
+        f"needs torch 2.7 or newer, this is {torch.__version__}": not has_sharding(),
         "excludes compile: compiled blocks do not gather their weights": config.compile,
         "excludes quantize: codes are not cut into parts": config.quantize != "none",
         "excludes tlora_min_rank: each process would take norms of other ranks": (

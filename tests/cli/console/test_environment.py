@@ -286,7 +286,9 @@ def test_each_package_is_tried_by_a_name_that_it_has() -> None:
         if not package.version or package.extra in module._NOT_TRIED:
             continue
         name = module._IMPORTED_AS.get(package.name, package.name.replace("-", "_"))
-        own = {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners[re.match(r"\w+", name)[0]]}
+        # Python 3.10 knows the modules of packages that list them, and no others.
+        found = owners.get(re.match(r"\w+", name)[0], [package.name])
+        own = {re.sub(r"[-_.]+", "-", owner).lower() for owner in found}
         assert package.name.replace("_", "-") in own or name == "torch.utils.tensorboard"
 
 

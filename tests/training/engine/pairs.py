@@ -17,10 +17,12 @@ import torch
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.training.engine.accelerator import has_sharding
 from tests.training.helpers import SAMPLES, losses, make_config, small_samples
 from tests.waiting import WAIT_SECONDS
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork")
+needs_sharding = pytest.mark.skipif(not has_sharding(), reason="this torch does not shard models")
 EVERYTHING = {
     "method": "full", "max_train_steps": 2, "checkpointing_steps": 1, "train_text_encoder": True,
     "text_encoder_lr": 1e-3, "with_prior_preservation": True, "class_word": "mug",

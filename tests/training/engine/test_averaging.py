@@ -98,6 +98,7 @@ def test_it_is_that_of_a_loop_in_float64(kind: str, run: Callable[..., TrainConf
     """And what trains is that of a run without one, to the last bit."""
     # The share of the first two steps is less than the decay.
     config, decay = run(**{"max_train_steps": 3, **KINDS[kind]}), 0.3
+    needs_library(config.optimizer_name)
     session, plain = session_of(replace(config, ema_decay=decay)), session_of(config)
     average = {name: value.double() for name, value in values(session).items()}
     for step in range(1, config.max_train_steps + 1):

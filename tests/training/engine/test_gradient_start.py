@@ -218,7 +218,8 @@ def test_packs_start_each_from_its_own_gradient(
     assert drifts["mug"] != drifts["dog"]
 
 
-def test_sharding_refuses_it(sd1_folder: Path, photos: Path, tmp_path: Path) -> None:
+def test_sharding_refuses_it(sd1_folder: Path, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("dora_diffusion.training.engine.accelerator.has_sharding", lambda: True)
     config = make_config(sd1_folder, photos, tmp_path, init="lora-one", sharding="fsdp")
     with refused("sharding", "excludes init lora-one"):
         make_accelerator(config)

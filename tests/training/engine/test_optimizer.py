@@ -236,6 +236,7 @@ def test_steps_are_those_of_the_members(unused):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_muon_makes_orthogonal_updates_of_matrices_and_adamw_the_others(weight_decay):
     """Its updates are as large as AdamW's: 0.2 in the root mean square, times the rate."""
+    needs_library("muon")
     own, plain = groups_of(), groups_of()
     before = [p.detach().clone() for p in parameters(own)]
     members, expected = parameters(own), parameters(plain)

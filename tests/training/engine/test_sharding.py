@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.training.engine.accelerator import (
@@ -13,6 +14,19 @@ from dora_diffusion.training.engine.accelerator import (
     wants_sharding,
 )
 from tests.refusal import refused
+
+
+@pytest.fixture(autouse=True)
+def torch_that_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older torch is refused before anything else is looked at."""
+    monkeypatch.setattr("dora_diffusion.training.engine.accelerator.has_sharding", lambda: True)
+
+
+def test_a_torch_that_cannot_shard_is_refused(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "__version__", "2.6.0")
+    with refused("sharding", "needs torch 2.7 or newer, this is 2.6.0"):
+        wants_sharding(TrainConfig(sharding="fsdp"))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tests.training.engine.pairs import (
     assert_agree,
     assert_same,
     needs_fork,
+    needs_sharding,
     settings,
     shared,
     train_by_two,
@@ -66,6 +67,7 @@ def runs(
 
 
 @needs_fork
+@needs_sharding
 def test_two_processes_train_what_one_does(runs: Runs) -> None:
     for name in ("full", "dora"):
         assert_same(runs.folder / f"{name}-1", runs.folder / f"{name}-2")
@@ -131,6 +133,7 @@ def what_goes_wrong_in_one_process_ends_both_with_what_there_is(runs: Runs) -> N
 
 
 @needs_fork
+@needs_sharding
 @pytest.mark.slow
 def test_a_run_resumes_with_another_number_of_processes(runs: Runs, small_model: Path) -> None:
     folder = runs.folder
@@ -172,6 +175,7 @@ VARIANTS = {
 
 
 @needs_fork
+@needs_sharding
 @pytest.mark.slow
 def test_whatever_is_shared_is_trained_as_by_processes_with_whole_models(
     small_model: Path, tmp_path: Path

@@ -103,7 +103,7 @@ def test_diffusers_makes_our_image(runs: Callable[[str], tuple[Path, Path]], fam
     ours = load_adapted(base, run, device="cpu")[0].pipeline()
     theirs = load_pipeline(base)
     theirs.set_progress_bar_config(disable=True)
-    theirs.load_lora_weights(run)
+    theirs.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors")
     follow_card(run / "README.md", theirs)
     np.testing.assert_allclose(image(ours, PROMPT), image(theirs, PROMPT), rtol=0, atol=1e-5)
     assert np.abs(image(ours, PROMPT) - image(ours, "a photo of a mug")).max() > 0.01
@@ -423,7 +423,7 @@ def test_every_file_keeps_the_word(
         assert torch.equal(stored[f"bundle_emb.<s1>.{keys[name]}"], tokens["<s1>"][name])
     assert inspect_adapter(kohya).tools["diffusers"].startswith("convert: it refuses tokens in")
     with pytest.raises(Exception, match="Invalid LoRA checkpoint"):
-        load_pipeline(base).load_lora_weights(kohya)
+        load_pipeline(base).load_lora_weights(kohya.parent, weight_name=kohya.name)
     shutil.rmtree(kohya.parent / "embeddings")  # The file alone is enough.
     convert_adapter(kohya, tmp_path / "back", "diffusers")
     combine_adapters(base, [(run, 0.5), (kohya, 0.5)], tmp_path / "sum", rank=2)
