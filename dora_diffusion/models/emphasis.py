@@ -1,8 +1,8 @@
 """Weights in prompts as A1111 reads them: ``(word:1.2)``, ``(word)``, ``[word]`` and ``BREAK``.
 
 Each token's states are multiplied by its weight, and those of its chunk scaled so that their mean
-stays. Chunks are of 75 tokens; where one is full, it ends behind its last comma, if that is among
-its last 20 tokens.
+stays. Chunks are of the 75 tokens that CLIP reads (30 with the embedded models); where one is full,
+it ends behind its last comma, if that is among its last 20 tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dora_diffusion.config.fields import TOKENS_PER_CHUNK, ConfigError
+from dora_diffusion.config.fields import ConfigError
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.models.words import write_out_words
 
@@ -144,7 +144,7 @@ def weighted_chunks(
             written = write_out_words(tokenizer, text, own)
             ids = tokenizer(written, add_special_tokens=False, verbose=False).input_ids
             tokens += [(token, weight) for token in ids]
-        ends = _ends([token == comma for token, _ in tokens])
+        ends = _ends([token == comma for token, _ in tokens], tokenizer.model_max_length - 2)
         made = [tokens[start:end] for start, end in itertools.pairwise([0, *ends])]
         chunks += [Chunk([t for t, _ in each], [w for _, w in each]) for each in made[:most]]
     if len(chunks) > 1 and not chunks[-1].ids:
@@ -152,11 +152,11 @@ def weighted_chunks(
     return chunks
 
 
-def _ends(commas: Sequence[bool]) -> list[int]:
-    """The end of each chunk of tokens, of which these are commas; one at least."""
+def _ends(commas: Sequence[bool], size: int) -> list[int]:
+    """The end of each chunk of at most so many tokens, of which these are commas; one at least."""
     ends: list[int] = []
-    while len(commas) - (start := ends[-1] if ends else 0) > TOKENS_PER_CHUNK:
-        end = start + TOKENS_PER_CHUNK
+    while len(commas) - (start := ends[-1] if ends else 0) > size:
+        end = start + size
         # A comma that comes next begins the next chunk.
         near = () if commas[end] else range(end - 1, end - _BACKTRACK - 1, -1)
         ends.append(next((place + 1 for place in near if commas[place]), end))

@@ -312,3 +312,14 @@ def test_the_states_of_plain_prompts_stay_what_they_were(sd1_folder):
     with torch.no_grad():
         found = encode_weighted(components, ["a photo of a dog"]).encoder_hidden_states
     assert torch.equal(found, by_hand(components, "a photo of a dog").encoder_hidden_states)
+
+
+def test_chunks_are_as_long_as_the_model_reads() -> None:
+    """The embedded models read 30 tokens: a prompt with brackets is cut where any other is."""
+    components = load_components("embedded:tiny-sd")
+    words = "a red mug on the grass " * 12
+    with pytest.warns(UserWarning, match="longer than the model's 32 tokens"):
+        expected = encode_prompts(components, [words]).encoder_hidden_states
+    for prompt in (f"(a:1.0){words[1:]}", f"({words}:1)"):
+        states = encode_weighted(components, [prompt]).encoder_hidden_states
+        torch.testing.assert_close(states, expected, rtol=0, atol=1e-6)

@@ -27,7 +27,7 @@ def tokens_beside(adapter: Path, notes: list[str]) -> dict[str, dict[str, Tensor
     Row n of ``clip_l``, and of SDXL's ``clip_g``, is the vector of the token ``<sn>``.
 
     Args:
-        adapter: A file of another program.
+        adapter: A file without tokens of its own.
         notes: Gets a line on files beside it that are not read.
 
     Raises:

@@ -279,7 +279,7 @@ def _decode_file(
         )
     if not is_bundled:
         tokens |= read_embeddings(folder, metadata, notes)
-    if not tokens and file.config is None and OWN + "format_version" not in metadata:
+    if not tokens and file.config is None:
         tokens |= tokens_beside(file.path, notes)
     check_tokens(tokens, shapes)
     parsed = _parsed(metadata, layers)

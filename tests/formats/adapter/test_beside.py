@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,14 +131,15 @@ def test_the_scripts_second_file_is_found_in_their_folder(lora: Callable[..., Pa
     assert len(read_adapter(file.parent).tokens) == 2
 
 
-def test_files_of_this_program_are_read_as_their_metadata_say(
+def test_they_are_read_beside_a_file_of_this_program_too(
     lora: Callable[..., Path], tmp_path: Path
 ) -> None:
     own = convert_adapter(lora(), tmp_path / "mug.safetensors", "kohya", family="sd1").path
     write_tokens(tmp_path / "mug_emb.safetensors", ["clip_l"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not read_adapter(own).tokens
+    (tmp_path / "mug-embedding.pt").touch()
+    read = read_adapter(own)
+    assert read.tokens.keys() == {"<s0>", "<s1>"}
+    assert "next to it and not read: mug-embedding.pt" in read.notes
 
 
 def test_tokens_of_another_model_and_damaged_ones_are_refused(

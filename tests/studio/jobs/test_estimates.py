@@ -22,7 +22,7 @@ from tests.studio.jobs.helpers import (
 @pytest.mark.parametrize(
     "changes",
     [{"optimizer": "adafactor"}, {"offload": "none"}, {"rank": 64}, {"conv_rank": 64},
-     {"gradient_accumulation_steps": 4}, {"lora_dropout": 0.1}, {"targets": "all"},
+     {"gradient_accumulation_steps": 4}, {"lora_dropout": 0.1}, {"targets": ["all"]},
      {"with_prior_preservation": True}, {"method": "lora"}],
     ids=str,
 )  # fmt: skip
