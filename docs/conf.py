@@ -53,9 +53,9 @@ nitpicky = True
 LEFT_OUT = [
     "AdaptedLayerReport", "AdapterRef", "AdapterUse", "CheckpointChange", "Effect", "Factors",
     "Finding", "GpuMemory", "Image", "LayerAdapter", "LayerWeights", "Masker", "MemoryRow",
-    "MergeStrengths", "NoiseSchedule", "Package", "Path", "PhotoSource", "Plan", "Preset",
-    "RowShard", "ScheduleInfo", "Site", "Strengths", "SubjectRecord", "TextEncoder",
-    "ToySource", "WorkQueue", "Workers",
+    "MergeStrengths", "NoiseSchedule", "Package", "Path", "Photo", "PhotoSource", "Plan",
+    "Preprocessing", "Preset", "RowShard", "ScheduleInfo", "Site", "Strengths", "SubjectRecord",
+    "TextEncoder", "ToySource", "Values", "Wildcards", "WorkQueue", "Workers",
 ]  # fmt: skip
 # And types of other libraries, whose indexes a build without a network has not; and what autodoc
 # cuts in two at a comma.

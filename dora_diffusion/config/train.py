@@ -28,6 +28,7 @@ from dora_diffusion.config.fields import (
     require,
     require_token_length,
 )
+from dora_diffusion.config.file import PATHS
 from dora_diffusion.config.problems import Problems
 from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
 from dora_diffusion.config.wording import counted, did_you_mean, framed, quoted, whole_word
@@ -554,7 +555,8 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         unknown = [f"{name}{did_you_mean(name, known)}" for name in values if name not in known]
         problems, cast = Problems(), dict[str, Any]()
         with problems.collect():
-            require(not unknown, f"unknown settings: {', '.join(sorted(unknown))}")
+            hint = "; read_config_file resolves the paths of a file" if PATHS in values else ""
+            require(not unknown, f"unknown settings: {', '.join(sorted(unknown))}{hint}")
         for name in (name for name in values if name in known):
             with problems.collect():
                 cast[name] = known[name].cast(values[name])

@@ -6,11 +6,16 @@ from typing import Any
 
 import torch
 
+from dora_diffusion.models.metric_models import MetricModel
 
-class Brightness:
+
+class Brightness(MetricModel):
     """Stands for a network: an image's mean colour as a unit vector."""
 
     name, tokenizer = "brightness", None
+
+    def __init__(self) -> None:
+        pass
 
     def image_features(self, images: Any) -> torch.Tensor:
         rows = [

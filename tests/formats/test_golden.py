@@ -107,6 +107,7 @@ def test_trained_tokens_are_what_they_were(folder: Path) -> None:
         assert torch.equal(vectors, numbers(token, shape))
 
 
+@pytest.mark.usefixtures("measured_effect")
 @pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
 def test_a_checkpoint_is_resumed(
     tmp_path: Path, folder: Path, samples_root: Path, monkeypatch: pytest.MonkeyPatch,

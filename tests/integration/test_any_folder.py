@@ -78,6 +78,6 @@ def test_the_apps_jobs_work_in_any_folder(home: Path, sd1_folder: Path) -> None:
     finally:
         queue.close()
     exported = Path(perform(workspace, start_conversion(workspace, job, "kohya")).record.output)
-    assert exported.name.startswith("kathes-tasschen-1-2-")
+    assert exported.name == f"{job_id}.safetensors"
     assert all(torch.isfinite(layer.up).all() for layer in read_adapter(exported).layers.values())
     assert "Täßchen" in write_card(workspace, job).read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from dora_diffusion.cli.main import main
-from dora_diffusion.config import TrainConfig
+from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.models.embedded import model_folder
 from dora_diffusion.sampling.images import read_parameters
 
@@ -68,10 +68,9 @@ def test_it_trains_samples_merges_and_reloads(trained: Path, tmp_path: Path) -> 
 
 
 def test_the_result_says_how_it_was_made(trained: Path) -> None:
-    settings = yaml.safe_load((trained / "config.yaml").read_text(encoding="utf-8"))
-    config = TrainConfig.from_dict(settings)
+    config = TrainConfig.from_dict(read_config_file(trained / "config.yaml"))
     assert (config.max_train_steps, config.rank, config.instance_data_dir) == (
-        5, 8, "samples/bolt_mug",
+        5, 8, str(trained.parent / "samples" / "bolt_mug"),
     )  # fmt: skip
     sample = TrainConfig.from_dict(
         yaml.safe_load((ROOT / "samples" / "bolt_mug" / "config.yaml").read_text(encoding="utf-8"))

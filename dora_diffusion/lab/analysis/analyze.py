@@ -51,7 +51,6 @@ from dora_diffusion.numerics.low_rank import (
 )
 from dora_diffusion.numerics.merging import merge_tensor
 from dora_diffusion.numerics.weights import (
-    NORM_AXES,
     LayerWeights,
     NormAxis,
     Strengths,
@@ -104,8 +103,6 @@ def analyze_weights(
     paths = [sources] if isinstance(sources, (str, Path)) else list(sources)
     if not paths:
         raise ExportError("no run, adapter or model to analyze was given")
-    if norm_axis not in NORM_AXES:
-        raise ExportError(f"norm_axis is {norm_axis!r}; it must be one of {', '.join(NORM_AXES)}")
     found = [find_run(path) for path in paths]
     names = [source.name for source in found]
     left = sum(len(source.checkpoints) for source in found)

@@ -20,7 +20,7 @@ from PIL import Image
 from dora_diffusion.cli import main as cli
 from dora_diffusion.cli.commands.parser import Parser
 from dora_diffusion.cli.commands.train import add_settings, train_config
-from dora_diffusion.config import PRESETS, TrainConfig
+from dora_diffusion.config import PRESETS, TrainConfig, read_config_file
 from dora_diffusion.export.hub import HubError
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.numerics.devices import default_device
@@ -118,7 +118,7 @@ def test_it_writes_an_adapter_and_says_how_to_use_it(train_flags, tmp_path, caps
     assert cli.main(shlex.split(comfyui[1], comments=True)[1:]) == 0
     assert f"then copy '{output}.safetensors' into ComfyUI/models/loras" in comfyui[1]
     assert Path(f"{output}.safetensors").is_file()
-    saved = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
+    saved = read_config_file(output / "config.yaml")
     assert TrainConfig.from_dict(saved).learning_rate == 1e-2
 
 

@@ -383,7 +383,7 @@ def test_the_model_card_can_be_downloaded(finished: tuple[Workspace, str]) -> No
 def test_a_smaller_file_is_a_conversion_of_the_nearest_rank(workspace: Workspace) -> None:
     run = run_of(workspace)
     args = parsed(tasks.start_task("resize", workspace, run, "4", "", "0.9"), workspace)
-    assert (args.input, args.to) == (str(chosen_adapter(run)), "dora")
+    assert (args.input, args.to) == (str(chosen_adapter(run)), "smaller-rank")
     assert (args.rank, args.conv_rank, args.energy, args.base) == (4, None, 0.9, run.base)
     again = parsed(tasks.start_task("resize", workspace, run, "2", "", ""), workspace)
     assert args.output != again.output

@@ -170,11 +170,12 @@ def test_in_fp16_gradients_are_unscaled_before_their_norm_is_measured_and_limite
 @pytest.mark.parametrize("setting", WEIGHTINGS)
 def test_each_weighting_reaches_the_loss(setting: str, tiny_run) -> None:
     """By its setting alone: the loss is that of the samples times their weights."""
-    value = {"snr_gamma": 1e-3}.get(setting, 1.0)
-    settings = {**dict.fromkeys(WEIGHTINGS, 0), setting: value}
+    value = {"snr_gamma": 1e-3, "debiased_estimation_loss": True}.get(setting, 1.0)
+    off = {name: False if name.startswith("debiased") else 0.0 for name in WEIGHTINGS}
+    settings = {**off, setting: value}
     session, plain = (
         open_session(config, subjects_of(config), make_accelerator(config))
-        for config in (tiny_run(**settings), tiny_run(**dict.fromkeys(WEIGHTINGS, 0)))
+        for config in (tiny_run(**settings), tiny_run(**off))
     )
     assert session.config.weightings == {setting: value}
     timestep = plain.learner.inputs(0).timesteps
