@@ -9,15 +9,26 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import dora_diffusion
-from dora_diffusion import AdapterConfig, ConfigError, SamplingSettings, TrainConfig
+from dora_diffusion import (
+    AdapterConfig,
+    ConfigError,
+    SamplingSettings,
+    TrainConfig,
+    inject_adapters,
+    merge_adapters,
+    unmerge_adapters,
+)
 from dora_diffusion.config.arguments import _read
+from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.train import settings
 from dora_diffusion.evaluation.report import Evaluation
 from dora_diffusion.lab.analysis import Analysis
+from dora_diffusion.lab.study.config import Study
 from tests.every import every
 from tests.refusal import check, refused
 from tools.site import public_names
@@ -232,3 +243,28 @@ def test_numbers_of_functions_are_refused_before_anything_is_done(sd1_folder: Pa
         for name, (setting, call) in cases.items():
             with case(name), refused(setting):
                 call()
+
+
+def test_numbers_of_numpy_are_pythons() -> None:
+    """A sweep by NumPy makes settings that are written and trained like any other."""
+    numbers = {"learning_rate": np.float64(1e-3), "rank": np.int64(4), "rslora": np.bool_(True)}
+    config = TrainConfig(**numbers, lr_pattern={}, rank_pattern={"*.to_q": np.int64(2)})
+    plain = TrainConfig(learning_rate=1e-3, rank=4, rslora=True, rank_pattern={"*.to_q": 2})
+    assert config == plain
+    assert [type(getattr(config, name)) for name in numbers] == [float, int, bool]
+    assert as_yaml(config) == as_yaml(plain)
+
+
+def test_a_model_without_adapters_has_nothing_to_restore() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    inject_adapters(model, AdapterConfig(targets=("*",), rank=2))
+    merge_adapters(model)
+    with pytest.raises(ValueError, match="keep_base=True"):
+        unmerge_adapters(model)
+
+
+def test_a_seed_is_named_once_in_a_study() -> None:
+    values = {"base": "embedded:tiny-sd", "methods": {"dora": {"learning_rate": 1e-3}}, "subjects": ["bolt_mug"]}
+    with refused("seeds", "[1, 1]"):
+        Study.from_dict({**values, "seeds": [1, 1]})
+    assert Study.from_dict({**values, "seeds": np.int64(2)}).seeds == (0, 1)

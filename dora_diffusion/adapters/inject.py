@@ -252,8 +252,18 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
 
 @check_arguments()
 def unmerge_adapters(model: nn.Module) -> None:
-    """Restore the base weights that ``merge_adapters(keep_base=True)`` replaced."""
-    for _, layer in adapted_layers(model):
+    """Restore the base weights that ``merge_adapters(keep_base=True)`` replaced.
+
+    Raises:
+        ValueError: If the model has no adapters, as after a merge without ``keep_base=True``.
+    """
+    layers = [*adapted_layers(model)]
+    if not layers:
+        raise ValueError(
+            "the model has no adapters, and no base weights to restore; merge with "
+            "merge_adapters(model, keep_base=True)"
+        )
+    for _, layer in layers:
         layer.unmerge()
 
 
@@ -270,8 +280,8 @@ def set_strength(
 
     Args:
         model: A model with adapters.
-        strength: 0 is exactly the base, 1 exactly the adapter; or all three. None leaves a strength
-            as it is.
+        strength: 0 is exactly the base; 1 is exactly the adapter, if ``direction`` and
+            ``magnitude`` are 1; or all three. None leaves a strength unchanged.
         direction: Scales the low-rank update before the norm is taken.
         magnitude: Moves the magnitude by this share of its change.
         name: The adapter. None means all.

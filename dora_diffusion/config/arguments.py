@@ -1,7 +1,7 @@
 """Types of arguments, checked where Python callers come in: public functions and settings.
 
 The annotations are read at the first call. An argument of another type is one error with its name,
-what it is and what it must be; an unknown one names the nearest.
+what it is and what it must be; an unknown one names the nearest. Numbers of NumPy become Python's.
 """
 
 from __future__ import annotations
@@ -63,7 +63,11 @@ def _wrapped(function: Any, name: str, accepted: Mapping[str, Any], modules: Seq
     rest = next((key for key, own in known.items() if own.kind is own.VAR_POSITIONAL), None)
     takes_any = any(own.kind is own.VAR_KEYWORD for own in known.values())
 
-    def check(args: tuple[Any, ...], values: dict[str, Any]) -> None:
+    def checked(
+        args: tuple[Any, ...], values: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args = tuple(map(_python_number, args))
+        values = {key: _python_number(value) for key, value in values.items()}
         if not takes_any and (unknown := [word for word in values if word not in known]):
             names = [f"{word}{did_you_mean(word, known)}" for word in unknown]
             raise ConfigError(f"{name} has no {listing(names)}", unknown[0])
@@ -76,9 +80,10 @@ def _wrapped(function: Any, name: str, accepted: Mapping[str, Any], modules: Seq
         for key, value in given:
             if key in hints and (problem := mismatch(key, value, hints[key])):
                 raise ConfigError(problem, key)
+        return args, values
 
     def call(*args, **values):  # type: ignore[no-untyped-def]
-        check(args, values)
+        args, values = checked(args, values)
         return function(*args, **values)
 
     # With the globals of its module, by which doctest tells whose it is.
@@ -86,6 +91,20 @@ def _wrapped(function: Any, name: str, accepted: Mapping[str, Any], modules: Seq
         call.__code__, inspect.unwrap(function).__globals__, name, None, call.__closure__
     )
     return update_wrapper(made, function)
+
+
+def _python_number(value: Any) -> Any:
+    """A number or truth value of NumPy as Python's, also in a list or dict; all else unchanged."""
+    if type(value) is dict and any(map(_is_numpy, value.values())):
+        return {key: _python_number(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_python_number, value)) if any(map(_is_numpy, value)) else value
+    return value.item() if _is_numpy(value) else value
+
+
+def _is_numpy(value: Any) -> bool:
+    """Return whether a value is one number of NumPy, which is not imported for it."""
+    return type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
 
 
 def _read(written: Mapping[str, Any], modules: Sequence[str]) -> Iterator[tuple[str, Any]]:

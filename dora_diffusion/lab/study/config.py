@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,11 @@ class Study:
         require(bool(names), "methods is empty; name at least one", "methods")
         require(bool(self.subjects), "subjects is empty; name at least one", "subjects")
         require(bool(self.seeds), "seeds is empty; give a number of seeds, or a list", "seeds")
+        require(
+            len({*self.seeds}) == len(self.seeds),
+            f"seeds is {[*self.seeds]}; the same seed twice is one trial, name each once",
+            "seeds",
+        )
         each = self.seeds_per_subject
         is_number = isinstance(each, int) and not isinstance(each, bool)
         require(
@@ -362,7 +368,7 @@ def _rates(place: str, value: Any) -> tuple[float, ...]:
 def _seeds(value: Any) -> tuple[int, ...]:
     """A number of seeds, from 0, or a list of them."""
     try:
-        return tuple(range(value)) if isinstance(value, int) else tuple(int(s) for s in value)
+        return tuple(map(int, range(value) if isinstance(value, Integral) else value))
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"seeds is {value!r}; it must be a number, or a list of them", "seeds"
