@@ -64,7 +64,8 @@ class Catalogue:
             is_file = file.suffix == ".safetensors"
             name = file.stem if is_file and file.with_suffix("") not in found else file.name
             named.setdefault(name, []).append(file)
-        files, twins = {}, {}
+        files: dict[str, Path] = {}
+        twins: dict[Path, tuple[str, Path]] = {}
         for name, same in named.items():
             before = self._files.get(name)
             files[name] = before if before in same else same[0]
