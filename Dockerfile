@@ -36,7 +36,6 @@ RUN pip install --no-cache-dir ".${EXTRAS:+[$EXTRAS]}" \
 USER 1000
 ENV HOME=/home/dora USER=dora HF_HOME=/home/dora/.cache/huggingface
 WORKDIR /work
-VOLUME ["/work/runs", "/home/dora/.cache/huggingface"]
 EXPOSE 7860
 # Of the app. A login page is an answer too.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s \

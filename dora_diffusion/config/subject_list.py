@@ -108,25 +108,27 @@ def _entries(source: str | Path | Sequence[Entry], config: TrainConfig) -> list[
 
 
 def _plain_folder(folder: Path, config: TrainConfig) -> _Given:
-    """A folder as an entry, with the settings of the file in it, and a prompt."""
+    """A folder as an entry, with the settings of the file in it."""
     file = folder / SUBJECT_FILE
     where = str(file if file.is_file() else folder)
     try:
         own = read_config_file(file) if file.is_file() else {}
         require("instance_data_dir" not in own, "instance_data_dir is the file's own folder")
-        token = str(own.get("token", config.token)).strip()
-        word = own.get("class_word") or config.class_word
-        if token and not (own.get("instance_prompt") or config.instance_prompt):
-            require(
-                bool(word),
-                "there is no class word; give --class_word, or 'class_word: dog' in its "
-                f"{SUBJECT_FILE}",
-                "class_word",
-            )
-            own["instance_prompt"] = f"a photo of a {token} {word}"
+        require(
+            not _lacks_prompt(own, config) or bool(own.get("class_word") or config.class_word),
+            "there is no class word; give --class_word, or 'class_word: dog' in its "
+            f"{SUBJECT_FILE}",
+            "class_word",
+        )
     except ConfigError as error:
         return _Given(where, error, folder.name)
     return _Given(where, {"instance_data_dir": str(folder), **own}, folder.name)
+
+
+def _lacks_prompt(own: Entry, config: TrainConfig) -> bool:
+    """Return whether a subject with a token has no prompt."""
+    token = str(own.get("token", config.token)).strip()
+    return bool(token) and not (own.get("instance_prompt") or config.instance_prompt)
 
 
 def _warn_of_lost(
@@ -216,6 +218,10 @@ def _with_own(config: TrainConfig, name: str, own: Entry) -> TrainConfig:
         raise ConfigError(f"all subjects share {listing(shared)}; set it for the whole run")
     folders = by_folder(own)
     values: dict[str, Any] = dict(own)
+    word = own.get("class_word") or config.class_word
+    if word and own.get("instance_data_dir") and _lacks_prompt(own, config):
+        token = str(own.get("token", config.token)).strip()
+        values["instance_prompt"] = f"a photo of a {token} {word}"
     if len(folders) > 1:
         values.pop("instance_data_dir")
         each = [{"instance_data_dir": part["instance_data_dir"]} for part in folders]

@@ -24,9 +24,9 @@ def test_an_entry_is_the_shared_settings_with_its_own_over_them() -> None:
     }  # fmt: skip
     made = subject_configs([own, {"name": "b", "instance_data_dir": "photos/b"}], SHARED_SETTINGS)
     assert list(made) == ["rex", "b"]
-    expected = dataclasses.replace(
-        SHARED_SETTINGS, **{**own, "learning_rate": 2e-4, "output_dir": str(Path("out", "rex"))}
-    )
+    changes = {"learning_rate": 2e-4, "output_dir": str(Path("out", "rex"))}
+    changes["instance_prompt"] = "a photo of a sks dog"
+    expected = dataclasses.replace(SHARED_SETTINGS, **{**own, **changes})
     assert made["rex"] == expected
     assert (made["b"].rank, made["b"].output_dir) == (4, str(Path("out", "b")))
 
@@ -106,6 +106,20 @@ def test_a_file_that_is_wrong_is_its_folder_s_error(tmp_path: Path) -> None:
     assert set(files) - set(errors) == {"mug", "tea", "wordless"}
     assert all(str(tmp_path / name / "subject.yaml") in text for name, text in errors.items())
     assert f"'mug' is that of {tmp_path / 'mug'}" in errors["bolt"]
+
+
+@pytest.mark.parametrize(
+    ("own", "prompt"),
+    [({"class_word": "cat"}, "a photo of a sks cat"), ({}, "a photo of a sks dog"),
+     ({"class_word": "cat", "token": "zwx"}, "a photo of a zwx cat"),
+     ({"class_word": "cat", "instance_prompt": "my sks cat"}, "my sks cat"),
+     ({"class_word": "cat", "token": ""}, None)],
+)  # fmt: skip
+def test_an_entry_without_a_prompt_has_that_of_its_class_word_as_a_folder_has(
+    own: dict[str, Any], prompt: str | None
+) -> None:
+    (made,) = subject_configs([{"instance_data_dir": "photos/a", **own}], SHARED_SETTINGS).values()
+    assert made.instance_prompt == prompt
 
 
 def test_folders_are_subjects_called_as_they_are(tmp_path: Path) -> None:

@@ -261,6 +261,9 @@ def _of_base(base: BaseModel, problem: str, parts: Mapping[str, str] | None) -> 
     """Findings of a base model by its components, or why it has none."""
     if parts is None:
         problem = problem.partition(": ")[2] or "not tried"
+        if "HF_HUB_OFFLINE is set" in problem and not _is_offline():  # `ask` set it.
+            found = f"{base.path} is not downloaded yet; `train` downloads it"
+            return [Finding("base model", found)]
         mend = "give a folder, a file, or a model that is in the hub's cache"
         return [Finding("base model", problem, mend)]
     wrong = [
@@ -270,6 +273,12 @@ def _of_base(base: BaseModel, problem: str, parts: Mapping[str, str] | None) -> 
     ]
     whole = f"{base.path} is whole: {', '.join(parts)}"
     return wrong or [Finding("base model", whole)]
+
+
+def _is_offline() -> bool:
+    from dora_diffusion.models.locate import is_offline  # It imports the hub's library.
+
+    return is_offline()
 
 
 def _of_folder(name: str, path: str | Path) -> Iterator[Finding]:

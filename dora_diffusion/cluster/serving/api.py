@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
 
 from dora_diffusion.cluster.serving.batcher import Batcher, QueueFullError, WorkerLostError
-from dora_diffusion.cluster.serving.catalogue import Catalogue
+from dora_diffusion.cluster.serving.catalogue import Catalogue, twin_problem
 from dora_diffusion.cluster.serving.engine import (
     ApiAnswer,
     ApiRequest,
@@ -172,6 +172,9 @@ class Service:
             else:
                 row |= {"trigger": metadata.trigger, "family": metadata.family}
             listed.append(row | {"name": name})
+        for name, served in self.catalogue.twins.values():
+            problem = twin_problem(name, served.parent.name)
+            listed.append({"name": name, "trigger": None, "family": None, "problem": problem})
         return listed
 
     async def start(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,8 @@ from dora_diffusion.config.fields import require
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.adapter.stored import find_adapter, read_metadata
 from dora_diffusion.formats.layouts.dotted import DIFFUSERS
+
+_LOG = logging.getLogger("dora_diffusion.cluster.serving")
 
 RESCAN = 5.0
 """Seconds for which a name that was not found is not looked for again."""
@@ -31,8 +34,11 @@ class Catalogue:
         folders: Adapter files, runs' folders, or folders of these.
         clock: Seconds.
 
+    Attributes:
+        twins: Files that are not served, each with the one that is served by its name.
+
     Raises:
-        ConfigError: If a folder is not there, or two adapters have one name.
+        ConfigError: If a folder is not there.
         PermissionError: If a folder cannot be read.
     """
 
@@ -47,27 +53,29 @@ class Catalogue:
             _require_readable(folder)
         self._files: dict[str, Path] = {}
         self._missing: dict[str, float] = {}
-        self.scan(strict=True)
+        self.twins: dict[Path, tuple[str, Path]] = {}
+        self.scan()
 
-    def scan(self, *, strict: bool = False) -> dict[str, Path]:
-        """Rescan the folders; of two adapters with one name, the one that was there first stays.
-
-        Raises:
-            ConfigError: If there are two, and the look is ``strict``.
-        """
-        files: dict[str, Path] = {}
+    def scan(self) -> dict[str, Path]:
+        """Rescan the folders; of two adapters with one name, the one that was there first stays."""
+        named: dict[str, list[Path]] = {}
         found = dict.fromkeys(f for folder in self._folders for f in _adapters_in(folder))
         for file in found:
             is_file = file.suffix == ".safetensors"
             name = file.stem if is_file and file.with_suffix("") not in found else file.name
-            require(
-                name not in files or not strict,
-                f"{file} and {files.get(name)} have one name; rename one of them",
-                "adapters",
-            )
-            if name not in files or self._files.get(name) == file:
-                files[name] = file
-        self._files = files
+            named.setdefault(name, []).append(file)
+        files: dict[str, Path] = {}
+        twins: dict[Path, tuple[str, Path]] = {}
+        for name, same in named.items():
+            before = self._files.get(name)
+            files[name] = before if before in same else same[0]
+            if before not in (None, files[name]):
+                _LOG.warning("adapter %r is %s now; it was %s", name, files[name], before)
+            twins |= {file: (name, files[name]) for file in same if file != files[name]}
+        for file in twins.keys() - self.twins.keys():
+            name, served = twins[file]
+            _LOG.warning("%s is not served: %s", file, twin_problem(name, served.parent))
+        self._files, self.twins = files, twins
         return files
 
     def find(self, name: str) -> Path | None:
@@ -94,6 +102,11 @@ class Catalogue:
         """
         _require_readable(file)
         return read_metadata(file)
+
+
+def twin_problem(name: str, folder: str | Path) -> str:
+    """Describe why an adapter is not served whose name another one has."""
+    return f"there is another {name} in {folder}; rename one of them"
 
 
 def _require_readable(path: Path) -> None:

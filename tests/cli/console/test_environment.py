@@ -26,6 +26,7 @@ from dora_diffusion.cli.console.environment import (
     packages,
     without_names,
 )
+from dora_diffusion.config.base import BaseModel
 
 whole = packages  # `quick` replaces it
 ROOT = Path(__file__).parents[3]
@@ -400,3 +401,16 @@ def test_a_home_that_is_the_root_and_a_user_that_has_no_name_change_nothing(
     monkeypatch.setenv("HOME", "/")
     monkeypatch.setattr(module.getpass, "getuser", nobody)
     assert without_names("/usr/lib and /data/ann") == "/usr/lib and /data/ann"
+
+
+@pytest.mark.parametrize("is_offline", [False, True])
+def test_a_model_that_is_not_downloaded_yet_is_no_problem(
+    monkeypatch: pytest.MonkeyPatch, is_offline: bool
+) -> None:
+    """`ask` is offline by itself; only who set that is told to change it."""
+    told = "ModelNotFoundError: some/model is not in the cache, and HF_HUB_OFFLINE is set; unset it"
+    monkeypatch.setattr("dora_diffusion.models.locate.is_offline", lambda: is_offline)
+    (finding,) = module._of_base(BaseModel("some/model"), told, None)
+    assert finding.state == ("PROBLEM" if is_offline else "ok")
+    downloads = "some/model is not downloaded yet; `train` downloads it"
+    assert finding.found == (told.partition(": ")[2] if is_offline else downloads)

@@ -298,6 +298,18 @@ def test_each_request_is_a_line_of_the_log_without_prompts_and_tokens(folder, ca
     assert {*lines[0]} == {"time", "client", "request", "status", "seconds"}
 
 
+def test_an_adapter_whose_name_is_taken_is_listed_with_its_problem(folder):
+    (folder / "new").mkdir()
+    (folder / "new" / "dog.safetensors").write_bytes((folder / "dog.safetensors").read_bytes())
+    service = Service(Catalogue([folder, folder / "new"]), Workers(), None, 1.0)
+    first, second = (row for row in service.adapters() if row["name"] == "dog")
+    assert (first["trigger"], first["problem"]) == ("sks dog", None)
+    assert second == {
+        "name": "dog", "trigger": None, "family": None,
+        "problem": f"there is another dog in {folder.name}; rename one of them",
+    }  # fmt: skip
+
+
 def test_a_defect_is_told_in_the_log_and_not_to_who_asks(folder, caplog):
     class Broken(Workers):
         async def __call__(self, batch):

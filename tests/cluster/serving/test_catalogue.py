@@ -11,6 +11,7 @@ import pytest
 from dora_diffusion.cluster.serving.catalogue import MOST_MISSING, RESCAN, Catalogue
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.layouts.layout import AdapterFormatError
+from tests.cluster.serving.helpers import serving_log
 from tests.refusal import refused
 
 
@@ -92,13 +93,27 @@ def test_a_file_beside_a_folder_of_its_name_has_its_suffix(folder):
     assert catalogue.metadata(catalogue.find("cat run")).trigger == "sks cat"
 
 
-def test_two_of_one_name_are_refused_at_first_and_the_first_one_stays(folder):
-    catalogue, other = Catalogue([folder]), folder / "other"
+def test_the_first_of_two_of_one_name_is_served_and_the_other_is_named(folder, caplog):
+    other, dog = folder / "other", folder / "dog.safetensors"
     other.mkdir()
-    shutil.copy(folder / "dog.safetensors", other / "dog.safetensors")
-    with refused("adapters", "have one name"):
-        Catalogue([folder, other])
-    assert catalogue.scan()["dog"] == folder / "dog.safetensors"
+    catalogue = Catalogue([folder, other])
+    shutil.copy(dog, other / "dog.safetensors")
+    assert catalogue.scan()["dog"] == catalogue.scan()["dog"] == dog
+    told = f"{other / 'dog.safetensors'} is not served: there is another dog in {folder}; rename"
+    assert [told in line for line in serving_log(caplog)] == [True]
+    assert catalogue.twins == {other / "dog.safetensors": ("dog", dog)}
+    # A start does not refuse them, and takes the first folder's.
+    assert Catalogue([other, folder]).find("dog") == other / "dog.safetensors"
+    caplog.clear()
+    dog.unlink()
+    assert catalogue.find("dog") == other / "dog.safetensors"
+    assert not catalogue.twins
+    assert serving_log(caplog) == [
+        f"adapter 'dog' is {other / 'dog.safetensors'} now; it was {dog}"
+    ]
+
+
+def test_a_folder_that_is_not_there_is_refused(folder):
     with refused("adapters", "nowhere does not exist"):
         Catalogue([folder / "nowhere"])
 
