@@ -415,7 +415,7 @@ def test_an_image_is_repeated_bit_for_bit(sd1_folder, trained, tmp_path, capsys)
     assert repeat(sd1_folder, first, again) == 1
     error = capsys.readouterr().err
     assert f"first.png was made with the adapter {trained.name}, not found in runs, " in error
-    assert "give each adapter's file with --adapter" in error
+    assert "file with --adapter or a folder above it with --adapter_dir" in error
 
 
 @pytest.mark.parametrize("axes", [[], ["steps=1, 2"]])
