@@ -137,8 +137,14 @@ def image_rows(args: RequestedImages) -> list[Row]:
         adapter = entry.get("adapter")
         text = drawn(with_styles(str(prompt), [style.prompt for style in args.chosen_styles]), seed)
         for words in (text, args.detail_prompt or ""):
+            if other := re.search(r"<(?:lyco|hypernet):([^:<>]*)[^<>]*>?", words):
+                raise ConfigError(
+                    f"{other[0]} in the prompt is not read; write <lora:{other[1]}:0.8> for an "
+                    "adapter, with its folder as --adapter_dir",
+                    "prompt",
+                )
             require(
-                not re.search("<(lora|lyco|hypernet):", words),
+                "<lora:" not in words,
                 f"the prompt {quoted(words)} holds <lora:...>, as web UIs load an adapter; give "
                 "its file with --adapter, or its folder with --adapter_dir",
                 "prompt",
