@@ -137,12 +137,7 @@ def image_rows(args: RequestedImages) -> list[Row]:
         adapter = entry.get("adapter")
         text = drawn(with_styles(str(prompt), [style.prompt for style in args.chosen_styles]), seed)
         for words in (text, args.detail_prompt or ""):
-            require(
-                not re.search("<(lora|lyco|hypernet):", words),
-                f"the prompt {quoted(words)} holds <lora:...>, as web UIs load an adapter; give "
-                "its file with --adapter, or its folder with --adapter_dir",
-                "prompt",
-            )
+            _require_no_tags(words)
         require(
             not text.strip().startswith("Negative prompt:"),
             "the prompt begins with 'Negative prompt:'; give that as the negative prompt",
@@ -162,6 +157,22 @@ def image_rows(args: RequestedImages) -> list[Row]:
     for row in rows:
         require_writable(row.path)
     return rows
+
+
+def _require_no_tags(words: str) -> None:
+    """Refuse tags by which web UIs load networks."""
+    if other := re.search(r"<(?:lyco|hypernet):([^:<>]*)[^<>]*>?", words):
+        raise ConfigError(
+            f"{other[0]} in the prompt is not read; write <lora:{other[1]}:0.8> for an adapter, "
+            "with its folder as --adapter_dir",
+            "prompt",
+        )
+    require(
+        "<lora:" not in words,
+        f"the prompt {quoted(words)} holds <lora:...>, as web UIs load an adapter; give "
+        "its file with --adapter, or its folder with --adapter_dir",
+        "prompt",
+    )
 
 
 def _entries(args: RequestedImages) -> list[dict[str, Any]]:

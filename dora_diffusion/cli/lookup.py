@@ -139,7 +139,7 @@ def _require_found(
         flags.append("the model with --base")
     if adapters:
         lost.append(f"the adapter{'s' * (len(adapters) > 1)} {_names(adapters)}")
-        flags.append("each adapter's file with --adapter")
+        flags.append("each adapter's file with --adapter or a folder above it with --adapter_dir")
     others = [str(file) for adapter in adapters for file in _namesakes(adapter, files)]
     hint = f"; of that name, with another hash: {', '.join(others)}" if others else ""
     require(

@@ -211,11 +211,19 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
         """
         if self.adapter_dir is None or self.prompt is None or self.grid:
             return self
-        from dora_diffusion.sampling.images import split_tags
+        from dora_diffusion.sampling.images import split_tags, unread_options
 
         prompt, tags = split_tags(self.styled("prompt"))
         if not tags:
             return self
+        for name, shares in tags:
+            other = unread_options(shares)
+            instead = "use --layer_strength" if "lbw" in other else f"write <lora:{name}:0.8>"
+            require(
+                not other,
+                f"{other} of <lora:{name}{shares}> has no meaning here; {instead}",
+                "prompt",
+            )
         negative = self.styled("negative_prompt")
         words = [f"{adapter_named(self.adapter_dir, name)}{shares}" for name, shares in tags]
         return replace(

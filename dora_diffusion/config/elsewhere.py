@@ -24,18 +24,23 @@ class Difference(NamedTuple):
         text: What it does there, and what it does here; the program is the subject.
         needs: The same value does something else if one of them holds; empty: with every value but
             the default.
+        least: The least value that does something else; None: any.
     """
 
     trainer: str
     text: str
     needs: tuple[Need, ...] = ()
+    least: float | None = None
 
 
 def _difference(
-    trainer: str, text: str, only_with: Mapping[str, Sequence[Any]] | None = None
+    trainer: str,
+    text: str,
+    only_with: Mapping[str, Sequence[Any]] | None = None,
+    least: float | None = None,
 ) -> Difference:
     needs = (Need(name, tuple(values)) for name, values in (only_with or {}).items())
-    return Difference(trainer, text, tuple(needs))
+    return Difference(trainer, text, tuple(needs), least)
 
 
 DIFFERENCES = {name: _difference(**facts) for name, facts in read_facts("config/elsewhere").items()}
@@ -53,7 +58,9 @@ def notes(config: Any, known: Iterable[Setting], given: Iterable[str]) -> list[s
     lines = []
     moved = {s.name: v for s in known if (v := getattr(config, s.name)) and v != s.default}
     for name in sorted(moved.keys() & DIFFERENCES.keys() & set(given)):
-        trainer, text, needs = DIFFERENCES[name]
+        trainer, text, needs, least = DIFFERENCES[name]
+        if least is not None and moved[name] < least:
+            continue
         # Other commands lack the settings of training that it needs.
         differs = (hasattr(config, need.setting) and need(config) is None for need in needs)
         if not needs or any(differs):

@@ -96,6 +96,8 @@ def _parse(path: str | Path, kind: Any = None) -> tuple[Any, list[tuple[str, int
     """Parse a YAML file: its value, and the keys of the outermost mapping, each with its line."""
     import yaml
 
+    is_toml = str(path).lower().endswith(".toml")
+    require(not is_toml, f"{path}: this is TOML; a dataset file is given as --dataset_config")
     text = read_text(path, "the config file")
     # Many times as fast, where PyYAML was built with libyaml.
     kind = kind or getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -75,9 +75,11 @@ def folder_entries(folder: Path) -> list[Entry]:
     """
     inner = folders_in(folder)
     named = {path: name for path in inner if (name := folder_name(path))}
+    hint = "; this is such a folder: give the one around it" if folder_name(folder) else ""
     require(
         bool(named),
-        f"dataset_config {folder} holds no folder such as '10_sks dog' (repeats, token and class)",
+        f"dataset_config {folder} holds no folder such as '10_sks dog' (repeats, token and class)"
+        + hint,
         "dataset_config",
     )
     if others := [path.name for path in inner if path not in named]:
@@ -223,6 +225,7 @@ def _dataset(subsets: Sequence[Entry]) -> list[Entry]:
     problems = Problems()
     for options in subsets:
         with problems.collect():
+            _require_images(options["image_dir"])
             _check_captions(options)
     problems.raise_all()
     subjects = [options for options in subsets if not options.get("is_reg")]
@@ -238,6 +241,12 @@ def _dataset(subsets: Sequence[Entry]) -> list[Entry]:
         "class_data_dir and class_prompt for each",
     )
     return [entry | prior for entry in entries]
+
+
+def _require_images(folder: str) -> None:
+    path = Path(folder).expanduser()
+    where = "" if path.is_absolute() else f" in {Path().absolute()}, the working directory"
+    require(path.is_dir(), f"image_dir {folder!r} does not exist{where}; give a folder of images")
 
 
 def _asked(options: Entry) -> set[str]:
@@ -406,7 +415,7 @@ def _class_images(regularisation: Sequence[Entry], subjects: Sequence[Entry]) ->
         "class_prompt for each subject",
     )
     options, folder = regularisation[0], regularisation[0]["image_dir"]
-    images = [path for path in Path(folder).glob("*") if path.suffix.lower() in _IMAGES]
+    images = [p for p in Path(folder).expanduser().glob("*") if p.suffix.lower() in _IMAGES]
     require(bool(images), f"image_dir {folder!r} of is_reg holds no images")
     require(
         bool(options.get("class_tokens")),

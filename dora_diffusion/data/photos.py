@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dora_diffusion.config.wording import counted, listing
+from dora_diffusion.config.wording import closest, counted, listing
 from dora_diffusion.data.captions import read_caption
 from dora_diffusion.data.crops import CropRecord, apply_crop_to_mask
 from dora_diffusion.data.images import (
@@ -259,7 +259,9 @@ def _require_masks(photos: Sequence[Photo]) -> None:
         )
 
 
-def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path]:
+def list_photos(
+    folder: str | Path, *, warn_of_nested: bool = True, setting: str = ""
+) -> list[Path]:
     """List a folder's photos by file extension, sorted by name.
 
     Hidden files, sub-folders, captions (``.txt``) and masks (``.mask.png``) are left out.
@@ -267,6 +269,7 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
     Args:
         folder: The folder.
         warn_of_nested: Warn of photos in sub-folders.
+        setting: The flag that gives the folder, for the error.
 
     Raises:
         PhotoError: If the folder is missing or holds no photo.
@@ -278,8 +281,12 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
+        folder = folder.absolute()
         what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise PhotoError(f"{folder}: the photo folder {what}; give a folder of photos")
+        near = closest(folder.name, (p.name for p in folder.parent.glob("*") if p.is_dir()))
+        hint = f" (did you mean {near!r}?)" if near else ""
+        flag = f" with --{setting}" if setting else ""
+        raise PhotoError(f"{folder}: the photo folder {what}{hint}; give a folder of photos{flag}")
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     photos, nested = [*filter(is_photo, entries)], nested_photos(entries)
     named = [path for path in entries if path.name.lower().endswith(PHOTO_SUFFIXES)]

@@ -101,6 +101,12 @@ def split_tags(prompt: str) -> tuple[str, list[tuple[str, str]]]:
     return _TAG.sub("", prompt).strip(), _TAG.findall(prompt)
 
 
+def unread_options(shares: str) -> str:
+    """The part of a tag's ``:0.8:0.5:lbw=ALL`` that is not read: ``"lbw=ALL"``."""
+    match = _STRENGTHS.fullmatch(shares.removeprefix(":"))
+    return match[3] if match else shares
+
+
 class UsedAdapter(NamedTuple):
     """An adapter as an image's text names it.
 

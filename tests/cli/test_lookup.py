@@ -180,7 +180,8 @@ def test_all_that_is_not_found_is_named_in_one_line(tmp_path, monkeypatch, capsy
     assert main(["generate", "--repeat", "x.png", "--output", "y.png"]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: x.png was made with the model dogs and the adapters dog, cat, not found in runs, .;"
-        " give the model with --base, and each adapter's file with --adapter"
+        " give the model with --base, and each adapter's file with --adapter or a folder "
+        "above it with --adapter_dir"
     )
 
 

@@ -145,7 +145,7 @@ def test_every_shared_name_is_the_same_or_has_a_difference() -> None:
 
 def test_every_difference_is_said_where_it_is_given(tmp_path: Path) -> None:
     with every() as case:
-        for name, (trainer, text, needs) in DIFFERENCES.items():
+        for name, (trainer, text, needs, _) in DIFFERENCES.items():
             with case(name):
                 values = {**_WITH.get(name, {}), name: _VALUES[name]}
                 shown = "on" if values[name] is True else values[name]
@@ -162,6 +162,7 @@ def test_every_difference_is_said_where_it_is_given(tmp_path: Path) -> None:
                     assert said(flags({**_WITHOUT[name], name: _VALUES[name]})) == []
                 assert said(flags({**_WITH.get(name, {}), "rank": 4})) == []
     assert said(["--lr_scheduler", "cosine"]) == []
+    assert said(["--clip_skip", "1"]) == [], "sd-scripts' 2, as most mean it"
 
 
 def test_the_file_of_a_run_says_nothing_again(tmp_path: Path) -> None:

@@ -42,6 +42,13 @@ def test_what_a_resumed_run_records_is_no_setting(tmp_path: Path) -> None:
     assert read_config_file(file) == {"rank": 4}
 
 
+def test_a_dataset_file_is_no_file_of_settings(tmp_path: Path) -> None:
+    file = tmp_path / "ds.toml"
+    file.write_text("[[datasets]]\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="this is TOML; a dataset file is given as --dataset_con"):
+        read_config_file(file)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -531,8 +531,24 @@ def test_kohya_folders_are_the_same_images_as_often(folders: Path) -> None:
             "instance_prompt": "zwx teapot", "class_word": "teapot",
         },
     ]  # fmt: skip
-    with refused("dataset_config", "holds no folder such as '10_sks dog'"):
+    with refused("dataset_config", "holds no folder such as '10_sks dog'", "the one around it"):
         TrainConfig(dataset_config=str(folders / "10_sks mug"))
+    with refused("dataset_config", "holds no folder such as") as info:
+        TrainConfig(dataset_config=str(folders / "notes"))
+    assert str(info.value).endswith("class)")
+
+
+@pytest.mark.parametrize("is_reg", [False, True])
+def test_a_missing_folder_of_images_is_named_with_where_it_was_looked_for(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, is_reg: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mug = {"image_dir": str(images), "class_tokens": "sks mug", "caption_extension": ".txt"}
+    for folder, where in (("gone", f" in {tmp_path}, the working directory"), ("/gone", "")):
+        gone = {**mug, "image_dir": folder, "is_reg": is_reg}
+        file = written(tmp_path / "sd.json", *([mug] * is_reg), gone)
+        with refused("dataset_config", f"image_dir '{folder}' does not exist{where};"):
+            read(file)
 
 
 def test_captions_of_other_programs_are_named(images: Path) -> None:

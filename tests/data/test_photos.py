@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import shutil
 import sys
 import warnings
@@ -214,6 +215,18 @@ def test_listing_nothing_says_what_was_looked_for(tmp_path: Path) -> None:
         list_photos(tmp_path / "absent")
     with pytest.raises(PhotoError, match="is a file, not a folder"):
         list_photos(tmp_path / "notes.txt")
+
+
+def test_a_missing_folder_is_named_in_full_with_its_neighbour_and_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my dog").mkdir()
+    said = f"{tmp_path / 'my-dog'}: the photo folder does not exist (did you mean 'my dog'?); give"
+    with pytest.raises(PhotoError, match=re.escape(said) + " a folder of photos$"):
+        list_photos("my-dog")
+    with pytest.raises(PhotoError, match=r"exist; .* of photos with --instance_data_dir$"):
+        list_photos("x", setting="instance_data_dir")
 
 
 def test_jpegs_by_their_other_names_are_listed_and_open(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.config.adapter import NORM_AXES
 from dora_diffusion.config.base import BaseModel, OfModel
 from dora_diffusion.config.command import AsJob, CommandSettings
-from dora_diffusion.config.families import FAMILIES
+from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
 from dora_diffusion.config.fields import DTYPES, REQUIRED, flag
 from dora_diffusion.config.wording import counted
 from dora_diffusion.formats.files.atomic import atomic_file
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import torch
 
     from dora_diffusion.export import ConversionReport
+    from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,8 +269,11 @@ def print_written(
         )
     for note in report.notes:
         print(f"note: {note}")
-    tools = inspect_adapter(report.path).tools
+    written = inspect_adapter(report.path)
+    tools = written.tools
     if report.program:
+        if line := clip_skip_line(report.program, written.metadata):
+            print(line)
         print(_cost(report, tools))
         return
     exact, wrong = where_it_works(tools)
@@ -277,6 +281,15 @@ def print_written(
         print(line)
     if wrong:
         print(f"wrong: {wrong}; convert it for these, or export a merged model")
+
+
+def clip_skip_line(program: str, metadata: AdapterMetadata) -> str:
+    """Return the clip skip to set in a program, by its counting; empty without one."""
+    from dora_diffusion.formats.adapter.metadata import stated_reading
+
+    name, skip = PROGRAMS[program].clip_skip, stated_reading(metadata.extra).get("clip_skip", 0)
+    number = FAMILIES.get(metadata.family, DEFAULT_FAMILY).web_ui_clip_skip(skip)
+    return f"trained with clip_skip {skip}: set {name}{number} there" if name and skip else ""
 
 
 def _cost(report: ConversionReport, tools: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from dora_diffusion import system
@@ -12,6 +13,8 @@ from dora_diffusion import system
 PIPELINE_NAME = "model"
 """Folder of the model in that of a run of full fine-tuning."""
 _LONGEST = 60
+# Of the search for adapters: a run's checkpoint in a folder of runs is on the third level.
+_LEVELS, _MOST_FOLDERS = 3, 5000
 # Windows keeps them for devices, whatever suffix they have.
 _DEVICE = re.compile(r"con|nul|aux|prn|com\d|lpt\d")
 RESULT_NAME = "result"
@@ -50,9 +53,21 @@ def result_adapter(folder: Path) -> Path | None:
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """Return the tensor files of a folder, of its folders and runs' checkpoints in this order."""
-    patterns = ("*.safetensors", "*/*.safetensors", "*/checkpoint-*/*.safetensors")
-    return [file for pattern in patterns for file in sorted(folder.glob(pattern), reverse=True)]
+    """Return the tensor files of a folder and of three levels of folders in it, nearest first.
+
+    Hidden folders and those of pipelines are left out.
+    """
+    files, level = list[Path](), [folder]
+    for _ in range(1 + _LEVELS):
+        files += sorted((f for path in level for f in path.glob("*.safetensors")), reverse=True)
+        inner = (path for above in level for path in above.glob("*") if _may_hold_adapters(path))
+        level = list(islice(inner, _MOST_FOLDERS))
+    return files
+
+
+def _may_hold_adapters(path: Path) -> bool:
+    is_open = path.is_dir() and not path.name.startswith(".")
+    return is_open and not (path / "model_index.json").is_file()
 
 
 def adapter_checkpoints(folder: Path) -> tuple[str, ...]:

@@ -51,6 +51,7 @@ class Program(NamedTuple):
         output_axis: The conversion that it needs of magnitudes on the output axis.
         input_axis: Of magnitudes on the input axis.
         lora: Of an adapter without magnitudes.
+        clip_skip: Its setting for clip skip, before the number that it takes.
     """
 
     title: str
@@ -59,6 +60,7 @@ class Program(NamedTuple):
     output_axis: str
     input_axis: str = "kohya"
     lora: str = "kohya"
+    clip_skip: str = ""
 
     @property
     def takes_dense(self) -> bool:

@@ -214,9 +214,10 @@ class Context:
             try:
                 list_subjects(named)
             except PhotoError as error:
-                line = str(error)
+                line = str(error).removesuffix(" with --instance_data_dir")
                 for each in learned:
-                    line = line.replace(str(each.folder), each.title)
+                    for path in (each.folder.absolute(), each.folder):
+                        line = line.replace(str(path), each.title)
                 raise UserError(line) from error
         return config
 

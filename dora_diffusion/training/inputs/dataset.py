@@ -51,7 +51,12 @@ def list_subjects(subjects: Sequence[Subject]) -> list[list[Path]]:
         PhotoError: If a folder is missing or holds no photo, or a photo is of two subjects.
     """
     given = (subject.settings for subject in subjects)
-    paths = [[] if own.is_slider else list_photos(own.instance_data_dir or "") for own in given]
+    # Folders of several subjects are in a list, which no flag replaces.
+    setting = "instance_data_dir" if len(subjects) == 1 else ""
+    paths = [
+        [] if own.is_slider else list_photos(own.instance_data_dir or "", setting=setting)
+        for own in given
+    ]
     owners: dict[str, tuple[Subject, Path]] = {}
     for subject, photos in zip(subjects, paths, strict=True) if len(subjects) > 1 else ():
         for path in photos:

@@ -76,7 +76,7 @@ def divide(
     if not config.holds_out:
         return paths, []
     if config.validation_data_dir:
-        held_out = list_photos(config.validation_data_dir)
+        held_out = list_photos(config.validation_data_dir, setting="validation_data_dir")
         _check_apart(paths, held_out)
         return paths, held_out
     digests = [_digest(path) for path in paths]

@@ -208,7 +208,11 @@ def test_strengths_of_the_command_are_not_those_of_an_adapters_file(
         (("--adapter", "{broken}"), "broken.safetensors"),
         (("--output", "x.gif"), "x.gif must end in .png, .jpg"),
         (("--prompt", "a <lora:x:1> mug"), "give its file with --adapter"),
-        (("--prompt", "a <lyco:x:1> mug"), "give its file with --adapter"),
+        (
+            ("--prompt", "a <lyco:x:1> mug"),
+            "<lyco:x:1> in the prompt is not read; write <lora:x:0.8>",
+        ),
+        (("--prompt", "<hypernet:x:1>"), "is not read; write <lora:x:0.8> for an adapter"),
         (("--detail", "rembg", "--detail_prompt", "<lora:x:1>"), "give its file with --adapter"),
         (("--prompt", "Negative prompt: x"), "give that as the negative prompt"),
         (("--repeat", "nowhere.png"), "nowhere.png cannot be read"),
@@ -415,7 +419,7 @@ def test_an_image_is_repeated_bit_for_bit(sd1_folder, trained, tmp_path, capsys)
     assert repeat(sd1_folder, first, again) == 1
     error = capsys.readouterr().err
     assert f"first.png was made with the adapter {trained.name}, not found in runs, " in error
-    assert "give each adapter's file with --adapter" in error
+    assert "file with --adapter or a folder above it with --adapter_dir" in error
 
 
 @pytest.mark.parametrize("axes", [[], ["steps=1, 2"]])
@@ -897,8 +901,9 @@ def test_prompts_may_name_adapters_of_a_folder(sd1_folder, random_adapter, tmp_p
     for prompt, message in (
         ("<lora:Dog:1>", "has no adapter 'Dog' (did you mean dog?); there are dog, my ink.v2"),
         ("<lora:../my/dog:1>", "has no adapter '../my/dog'"),
-        ("<lora:dog:te=1>", "there is no adapter at"),
-        ("<lyco:dog:1>", "holds <lora:...>, as web UIs load"),
+        ("<lora:dog:te=1>", "te=1 of <lora:dog:te=1> has no meaning here; write <lora:dog:0.8>"),
+        ("<lora:dog:0.8:lbw=A>", "lbw=A of <lora:dog:0.8:lbw=A> has no meaning here; use --layer"),
+        ("<lyco:dog:1>", "<lyco:dog:1> in the prompt is not read; write <lora:dog:0.8>"),
     ):
         flags = ("--prompt", prompt, "--adapter_dir", str(folder), "--overwrite")
         assert run(sd1_folder, image, *flags) == 1

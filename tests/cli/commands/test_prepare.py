@@ -152,7 +152,7 @@ def test_a_replacement_without_a_text_to_find_is_said(folder, capsys):
         (["--output", "x", "--caption_model", "./gone"], "./gone does not exist; give a model's"),
         (["--similarity_model", "./gone"], "./gone does not exist; give a folder of a CLIP"),
         (["mug"], "two folders of photos have one name; each subject needs its own"),
-        (["gone"], "gone: the photo folder does not exist; give a folder of photos"),
+        (["gone"], "/gone: the photo folder does not exist; give a folder of photos"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(
@@ -160,7 +160,9 @@ def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(
 ):
     before = sorted(folder.parent.rglob("*"))
     assert prepare("mug", *flags) == 1
-    assert last_line().startswith(f"error: {line}")
+    said = last_line()
+    assert said.startswith("error: ")
+    assert line in said
     assert sorted(folder.parent.rglob("*")) == before
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dora_diffusion.cli.commands.adapters import where_it_works
+from dora_diffusion.cli.commands.adapters import clip_skip_line, where_it_works
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 
 
 @pytest.mark.parametrize(
@@ -25,3 +26,20 @@ def test_programs_are_gathered_by_what_is_said_of_them(
     verdicts: dict[str, str], exact: list[str], wrong: str
 ) -> None:
     assert where_it_works(verdicts) == (exact, wrong)
+
+
+@pytest.mark.parametrize(
+    ("program", "family", "extra", "end"),
+    [
+        ("a1111", "sd1", {"clip_skip": "1"}, "clip_skip 1: set Clip skip 2 there"),
+        ("forge", "sdxl", {"clip_skip": "1"}, "clip_skip 1: set Clip skip 3 there"),
+        ("comfyui", "sd1", {"clip_skip": "1"}, "clip_skip 1: set CLIP Set Last Layer -2 there"),
+        ("comfyui", "sd1", {}, ""),
+        ("diffusers", "sd1", {"clip_skip": "1"}, ""),
+    ],
+)
+def test_a_programs_own_clip_skip_is_said(
+    program: str, family: str, extra: dict[str, str], end: str
+) -> None:
+    line = clip_skip_line(program, AdapterMetadata(family=family, extra=extra))
+    assert line == (f"trained with {end}" if end else "")
