@@ -15,8 +15,9 @@ from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK
-from dora_diffusion.config.prompts import DENOISE
+from dora_diffusion.config.prompts import DENOISE, settings_line
 from dora_diffusion.config.run import SampleSettings
+from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.adapter.metadata import agreed_reading, split_triggers, stated_reading
 from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.formats.files.runs import RESULT_NAME
@@ -182,6 +183,11 @@ def _values(context: Context, form: Mapping[str, Any], subject: str) -> dict[str
             parts = str(value or "").split(_SEPARATORS[name])
             value = [part.strip() for part in parts if part.strip()]
         elif name.endswith("prompt"):
+            if line := settings_line(str(value or "")):
+                raise UserError(
+                    f"the {LABELS[name].lower()} holds the settings of an image ({quoted(line)}); "
+                    "load them by “Load settings from an image”, or paste its first line alone"
+                )
             value = clean_text(value, PROMPT_LIMIT, LABELS[name].lower())
             value = value if name == "negative_prompt" else value.replace("{subject}", subject)
         elif isinstance(value, str):
