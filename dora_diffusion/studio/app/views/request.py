@@ -327,7 +327,7 @@ def _model(context: Context, choice: str) -> tuple[BaseModel, Path | None, str, 
         config = own or (None if job.base.endswith(".safetensors") else job.base)
         base = BaseModel(job.record.output, model_config=config)
         return base, None, job.trigger, default_guidance(job.base)
-    job = context.job(kind)
+    job = context.job(kind, "Run or checkpoint")
     base = replace(job.base_model, path=context.allowed_model(job.base))
     guidance = float(job.settings.get("validation_guidance_scale") or default_guidance(job.base))
     return base, chosen_adapter(job, name), job.trigger, guidance

@@ -113,7 +113,7 @@ def test_a_run_s_guidance_is_that_of_its_samples(
     monkeypatch.setattr(request, "chosen_adapter", lambda job, name: None)
     base = BaseModel("embedded:tiny-sd")
     run = SimpleNamespace(base=base.path, base_model=base, trigger="sks mug", settings=settings)
-    *_, guidance = request._model(_context(job=lambda name: run), "20260101-000000-abcdef")
+    *_, guidance = request._model(_context(job=lambda name, field: run), "20260101-000000-abcdef")
     assert guidance == settings.get("validation_guidance_scale", 3.5)
 
 
