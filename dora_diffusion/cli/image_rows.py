@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.file import read_yaml
-from dora_diffusion.config.prompts import with_styles
+from dora_diffusion.config.prompts import settings_line, with_styles
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.files.atomic import require_writable
 
@@ -136,13 +136,7 @@ def image_rows(args: RequestedImages) -> list[Row]:
         suffix = f"-{number + 1}" if args.adapters_file else f"-{seed}" if len(entries) > 1 else ""
         adapter = entry.get("adapter")
         text = drawn(with_styles(str(prompt), [style.prompt for style in args.chosen_styles]), seed)
-        for words in (text, args.detail_prompt or ""):
-            _require_no_tags(words)
-        require(
-            not text.strip().startswith("Negative prompt:"),
-            "the prompt begins with 'Negative prompt:'; give that as the negative prompt",
-            "prompt",
-        )
+        _require_prompt(text, args)
         strength = entry.get("strength", 1.0)
         require_strength(f"strength of {place}", strength)
         path = output.with_stem(output.stem + suffix)
@@ -173,6 +167,32 @@ def _require_no_tags(words: str) -> None:
         "its file with --adapter, or its folder with --adapter_dir",
         "prompt",
     )
+
+
+def _require_prompt(text: str, args: RequestedImages) -> None:
+    """Require prompts of one image that are words alone, not what web UIs keep beside them.
+
+    Raises:
+        ConfigError: If one names an adapter or holds an image's settings.
+    """
+    detail = args.detail_prompt or ""
+    for words in (text, detail):
+        _require_no_tags(words)
+    require(
+        not text.strip().startswith("Negative prompt:"),
+        "the prompt begins with 'Negative prompt:'; give that as the negative prompt",
+        "prompt",
+    )
+    for name, words in (
+        ("prompt", text), ("detail_prompt", detail), ("negative_prompt", args.negative_prompt or "")
+    ):  # fmt: skip
+        line = settings_line(words)
+        require(
+            not line,
+            f"the {name.replace('_', ' ')} holds the settings of an image ({quoted(line)}); make "
+            "it again with --repeat IMAGE, or give its first line alone",
+            name,
+        )
 
 
 def _entries(args: RequestedImages) -> list[dict[str, Any]]:

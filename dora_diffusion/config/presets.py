@@ -62,7 +62,7 @@ _TINY = (
 PRESETS: Mapping[str, Preset] = {
     "fast": Preset("Half the steps.", _TINY, 0.5, 50, embedded=_FAST),
     "fast-word": Preset(
-        "Fast with a new word that starts from sks, <sks> unless you name another.",
+        "Fast with a new word of one vector, which starts from sks.",
         f"{_TINY} On the twin the word gains nothing, and one of eight trainings learned little.",
         0.5, 50, _WORD, embedded={**_FAST, "embedding_lr": 1e-2},
     ),
@@ -74,7 +74,7 @@ PRESETS: Mapping[str, Preset] = {
         released={"with_prior_preservation": True, "rank": 16},
     ),
     "style": Preset(
-        "Drawings or an artist's look: no token, captions as they are.",
+        "Drawings or an artist's look, from images with captions.",
         "Measured on tiny-sd with 20 drawings; not on real weights.", 1.5, 400,
         {"token": "", "aspect_ratio_buckets": True, "caption_dropout": 0.05},
     ),

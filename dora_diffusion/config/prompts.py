@@ -33,12 +33,24 @@ _NUMBERS: dict[str, tuple[str, type, float, float]] = {
 }  # fmt: skip
 _TEXTS = {"n": "negative", "ss": "scheduler"}
 _DRIFT = "drift"
+_SETTINGS_LINE = re.compile(r"^\s*(Steps: \d+,|Negative prompt:).*", re.MULTILINE)
 OPTIONS = (*_NUMBERS, *_TEXTS, _DRIFT)
 """Options that may stand behind ``--`` in a line."""
 # sd-scripts' names of schedulers -> ours.
 _SCHEDULERS = {"k_euler": "euler", "k_euler_a": "euler_a", "dpmsolver++": "dpm++"}
 MOST_CHARACTERS = 100_000
 """Characters of a prompt, whatever styles and wildcards make of it."""
+
+
+def settings_line(prompt: str) -> str:
+    r"""The first line of an image's settings in a prompt, as image files have it; empty: none.
+
+    Example:
+        >>> settings_line("a mug\nSteps: 12, Seed: 7"), settings_line("Steps: of stone")
+        ('Steps: 12, Seed: 7', '')
+    """
+    found = _SETTINGS_LINE.search(prompt)
+    return found[0].strip() if found else ""
 
 
 @dataclass(frozen=True)

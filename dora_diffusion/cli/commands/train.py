@@ -121,7 +121,11 @@ def add_settings(parser: Parser) -> None:
         "--preset",
         choices=PRESETS,
         help="Settings to start from; the file's and flags given here take precedence. "
-        + " ".join(f"{name}: {one.about} {one.measured}" for name, one in PRESETS.items()),
+        + " ".join(
+            f"{name}: {one.about} {one.measured}"
+            + (f" It sets --token '{one.settings['token']}'." if "token" in one.settings else "")
+            for name, one in PRESETS.items()
+        ),
     )
     parser.add_argument(
         "--memory",

@@ -25,6 +25,7 @@ from dora_diffusion.studio.app.settings import (
     ADVANCED,
     EMBEDDED,
     EMBEDDED_MODELS,
+    LABELS,
     SETTINGS,
     make_config,
     sentence,
@@ -40,7 +41,14 @@ from dora_diffusion.studio.jobs.image_generator import ImageGenerator
 from dora_diffusion.studio.jobs.image_store import ImageStore
 from dora_diffusion.studio.jobs.queue import PERSON, JobQueue
 from dora_diffusion.studio.jobs.snapshot import Job, adapter_of, chosen_adapter, read_run, snapshot
-from dora_diffusion.studio.jobs.store import GONE, UserError, Withdrawn, Workspace, ids_in
+from dora_diffusion.studio.jobs.store import (
+    GONE,
+    MissingError,
+    UserError,
+    Withdrawn,
+    Workspace,
+    ids_in,
+)
 from dora_diffusion.studio.jobs.subjects import StoredSubject, read_subject
 from dora_diffusion.training.inputs.subject import outside_toy_world, subjects_of, token_messages
 from dora_diffusion.training.results.write import check_prompts
@@ -76,9 +84,12 @@ class Context:
         self.queue.tick()
         return self.jobs(fresh=True)
 
-    def job(self, job_id: object) -> Job:
-        """One job, as it is now; see `read_run`."""
-        return read_run(self.workspace, job_id)
+    def job(self, job_id: object, field: str = "") -> Job:
+        """One job, as it is now; see `read_run`. An error names the field that it is chosen in."""
+        try:
+            return read_run(self.workspace, job_id)
+        except MissingError as error:
+            raise MissingError(f"{field}: {error}" if field else str(error)) from error
 
     @property
     def models(self) -> list[str]:
@@ -137,7 +148,7 @@ class Context:
         """The adapter of a run by its id, or whatever else was typed, such as a file."""
         name = str(choice or "").strip()
         is_run = name == GONE or name in ids_in(self.workspace.root)
-        return str(chosen_adapter(self.job(name))) if is_run else name
+        return str(chosen_adapter(self.job(name, LABELS["init_adapter"]))) if is_run else name
 
     def learned(self, ids: Sequence[object], words: str | None = None) -> list[StoredSubject]:
         """The subjects that a run learns, by their ids.

@@ -121,6 +121,22 @@ def preset_sentence(preset: str, model: str) -> str:
     return f"For this model: {', '.join(parts)}."
 
 
+def token_advice(preset: str) -> str:
+    """Describe what to type as token where a preset needs another than usual; the app sets none.
+
+    Example:
+        >>> token_advice("style"), token_advice("pet")
+        ('Leave Token and Class empty.', '')
+    """
+    token = PRESETS[preset].settings.get("token")
+    if token is None:
+        return ""
+    word = LABELS["class_word"]
+    return (
+        f"Type a new word such as {token} as Token." if token else f"Leave Token and {word} empty."
+    )
+
+
 def default_guidance(model: str) -> float:
     """The guidance scale that a base model's samples are made with, unless told otherwise."""
     usual = TrainConfig.validation_guidance_scale

@@ -272,7 +272,7 @@ def read_run(workspace: Workspace, job_id: object) -> Job:
     """
     job = read_job(workspace.job(job_id))
     if job is None:
-        raise UserError("this run no longer exists; choose another one")
+        raise store.MissingError("this run no longer exists; choose another one")
     return job
 
 

@@ -355,6 +355,11 @@ def test_styles_that_cannot_be_are_one_line(generate, tmp_path, capsys):
         in generate(styles=file, style="Ink")[1]
     )
     assert "holds <lora:...>, as web UIs load an adapter" in generate(styles=file, style="ink")[1]
+    # So is the text of an image, in whichever prompt.
+    for name in ("prompt", "detail_prompt", "negative_prompt"):
+        said = generate(**{name: "a mug\nSteps: 12, Seed: 7"})[1]
+        what = f"the {name.replace('_', ' ')} holds the settings of an image ('Steps: 12, Seed: 7')"
+        assert f"{what}; make it again with --repeat IMAGE" in said
     assert (
         main(
             ["generate", "--base=x", "--prompt=x", f"--output={tmp_path}/x.png", f"--styles={file}"]

@@ -427,6 +427,8 @@ def test_a_preset_says_what_it_was_measured_on():
     for name, preset in PRESETS.items():
         assert re.search("[Mm]easured", preset.measured), name
         assert f"{name}: {preset.about} {preset.measured}" in help_of_preset
+    tokens = re.findall("It sets --token '(.*?)'", help_of_preset)
+    assert tokens == ["<sks>", ""]
 
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"

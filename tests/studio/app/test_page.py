@@ -166,6 +166,11 @@ def test_no_chooser_that_is_empty_acts_on_another_object(context: Context) -> No
             act(GONE)
     with pytest.raises(UserError, match="no longer"):
         context.learned([GONE])
+    named = {"Start from": context.starting_adapter,
+             "Run or checkpoint": lambda gone: make_request(context, gone, form)}  # fmt: skip
+    for field, act in named.items():
+        with pytest.raises(UserError, match=f"^{field}: this run no longer exists"):
+            act(GONE)
 
 
 def _names(function: Any, seen: set[int]) -> set[str]:

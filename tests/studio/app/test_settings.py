@@ -36,6 +36,7 @@ from dora_diffusion.studio.app.settings import (
     preset_values,
     setting_text,
     shown_choices,
+    token_advice,
 )
 from dora_diffusion.studio.jobs.bases import check_model
 from dora_diffusion.studio.jobs.store import UserError
@@ -294,4 +295,11 @@ def test_a_preset_tells_what_it_sets_for_the_model_and_nothing_else(preset: str)
 
 def test_the_purpose_of_a_preset_holds_for_every_model() -> None:
     for preset in PRESETS.values():
-        assert not re.search("mirror|prior|class|encoder|rank|parameter", preset.about)
+        assert not re.search("mirror|prior|class|encoder|rank|parameter|token|<", preset.about)
+
+
+def test_a_preset_with_a_token_of_its_own_says_what_to_type_in_the_app() -> None:
+    assert {name: token_advice(name) for name in PRESETS if token_advice(name)} == {
+        "fast-word": "Type a new word such as <sks> as Token.",
+        "style": "Leave Token and Class empty.",
+    }

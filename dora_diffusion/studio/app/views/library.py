@@ -39,6 +39,8 @@ _NOTHING = html.empty(
 )
 _GONE = html.empty("No run is chosen", "The run that was chosen was deleted; choose another one.")
 _THUMBNAIL = 256
+# Labels of the fields that a run is chosen in.
+_RUN, _OTHER, _RIVAL = "Run", "Another adapter", "Compare with"
 
 
 class LibraryTab:
@@ -54,16 +56,14 @@ class LibraryTab:
                 self.gallery = ui.html_block(
                     elem_id="library", js_on_load=gallery.SCRIPT, server_functions=[list_page]
                 )
-                self.run = ui.id_dropdown(label="Run", elem_id="library-run")
+                self.run = ui.id_dropdown(label=_RUN, elem_id="library-run")
                 self.details = ui.html_block(_NOTHING, elem_id="library-facts")
                 self._add_import()
             with gr.Column(scale=5, min_width=320, visible=False) as self.side:
                 self._add_notes()
                 self._add_export()
                 self.buttons: dict[str, tuple[Any, list[Any]]] = {}
-                self.other = ui.id_dropdown(
-                    label="Another adapter", elem_id="other-adapter", render=False
-                )
+                self.other = ui.id_dropdown(label=_OTHER, elem_id="other-adapter", render=False)
                 self._add_comparison()
                 for name, (kind, job) in FORMS.items():
                     self._add_task(name, kind, job)
@@ -126,7 +126,7 @@ class LibraryTab:
         with gr.Accordion("Compare two adapters", open=False):
             text = "An image of each at one seed: left this run, right the other one."
             ui.html_block(html.quiet(text))
-            self.rival = ui.id_dropdown(label="Compare with", elem_id="rival")
+            self.rival = ui.id_dropdown(label=_RIVAL, elem_id="rival")
             self.prompt = gr.Textbox(
                 "a photo of a {subject}", label="Prompt", max_length=PROMPT_LIMIT,
                 elem_id="rival-prompt", info="{subject} becomes each run's own trigger words.",
@@ -201,17 +201,17 @@ def connect(context: Context, tab: LibraryTab) -> None:
                 )
             given = list(values)
             if command == "convert":
-                tasks.start_conversion(workspace, context.job(job_id), *given)
+                tasks.start_conversion(workspace, context.job(job_id, _RUN), *given)
             else:
                 if FORMS[command][1].with_other and given[0]:
-                    given[0] = context.job(given[0])
-                tasks.start_task(command, workspace, context.job(job_id), *given)
+                    given[0] = context.job(given[0], _OTHER)
+                tasks.start_task(command, workspace, context.job(job_id, _RUN), *given)
             return html.task_list(context.queued())
 
         return run
 
     def card(job_id: str | None) -> str:
-        if context.job(job_id).kind == IMPORT:  # There are no settings to tell of.
+        if context.job(job_id, _RUN).kind == IMPORT:  # There are no settings to tell of.
             return ""
         return html.download(tasks.write_card(workspace, context.job(job_id)), "Model card")
 
@@ -240,7 +240,8 @@ def _connect_comparison(context: Context, tab: LibraryTab) -> None:
     ) -> list[Any]:
         if not rival or rival == run:
             raise UserError("choose another adapter to compare with; there must be two of them")
-        names = [context.job(each).title for each in (run, rival)]
+        pair = ((run, _RUN), (rival, _RIVAL))
+        names = [context.job(each, field).title for each, field in pair]
         form = {**UNSET, "prompt": prompt, "seed": seed}
         asked = [make_request(context, each, form) for each in (run, rival)]
         made = context.generator.make(asked[0], on_step(progress))

@@ -15,8 +15,9 @@ from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK
-from dora_diffusion.config.prompts import DENOISE
+from dora_diffusion.config.prompts import DENOISE, settings_line
 from dora_diffusion.config.run import SampleSettings
+from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.adapter.metadata import agreed_reading, split_triggers, stated_reading
 from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.formats.files.runs import RESULT_NAME
@@ -182,6 +183,11 @@ def _values(context: Context, form: Mapping[str, Any], subject: str) -> dict[str
             parts = str(value or "").split(_SEPARATORS[name])
             value = [part.strip() for part in parts if part.strip()]
         elif name.endswith("prompt"):
+            if line := settings_line(str(value or "")):
+                raise UserError(
+                    f"the {LABELS[name].lower()} holds the settings of an image ({quoted(line)}); "
+                    "load them by “Load settings from an image”, or paste its first line alone"
+                )
             value = clean_text(value, PROMPT_LIMIT, LABELS[name].lower())
             value = value if name == "negative_prompt" else value.replace("{subject}", subject)
         elif isinstance(value, str):
@@ -321,7 +327,7 @@ def _model(context: Context, choice: str) -> tuple[BaseModel, Path | None, str, 
         config = own or (None if job.base.endswith(".safetensors") else job.base)
         base = BaseModel(job.record.output, model_config=config)
         return base, None, job.trigger, default_guidance(job.base)
-    job = context.job(kind)
+    job = context.job(kind, "Run or checkpoint")
     base = replace(job.base_model, path=context.allowed_model(job.base))
     guidance = float(job.settings.get("validation_guidance_scale") or default_guidance(job.base))
     return base, chosen_adapter(job, name), job.trigger, guidance
@@ -332,7 +338,8 @@ class Restored:
     """Fields and their values that an image's text gives.
 
     Attributes:
-        choice: The run, checkpoint or model; None where none here is the image's.
+        choice: The run, checkpoint or model; None where no model here is the image's, `GONE` where
+            its first adapter is not here.
         form: The fields' values by name; all of them, those that are not stated unset.
         batch: Images of its batch, and its place there.
         unread: A line for each thing that another image would be made without.
@@ -360,15 +367,17 @@ def restore(context: Context, text: str) -> Restored:
     further = zip(MORE.items(), adapters[1:], strict=False)
     for (name, (strength_name, _)), (adapter, strength) in further:
         form |= {name: adapter, strength_name: strength}
-    choice = adapters[0][0] if adapters else _base_of(context, fields, unread)
-    if adapters and "Model" in fields:
-        base = str(_model(context, adapters[0][0])[0].path)
+    first = adapters[0][0] if adapters else ""
+    choice = first if first not in ("", GONE) else _base_of(context, fields, unread)
+    if choice == first and "Model" in fields:
+        base = str(_model(context, first)[0].path)
         if images.model_name(base) != fields["Model"]:
             unread.append(f"the model {fields['Model']}: the adapter's is {base}")
     loaded = loaded_text(_model(context, choice)[0]) if choice else ""
     if images.LOADED in fields and fields[images.LOADED] != loaded:
         unread.append(f"loaded with {fields[images.LOADED]}")
-    form |= _reading_of(context, [name for name, _ in adapters], choice, fields)
+    here = [name for name, _ in adapters if name != GONE]
+    form |= _reading_of(context, here, choice, fields, unread)
     for name, key in (("image", images.INIT_IMAGE), ("mask_image", images.MASK_IMAGE)):
         form[name] = fields.get(key, "")
         if form[name] and input_path(context.workspace, form[name]) is None:
@@ -382,7 +391,7 @@ def restore(context: Context, text: str) -> Restored:
     size, position = (int(part) if part.isdecimal() else 0 for part in place)
     is_batch = position < size <= MAX_BATCH and position <= form["seed"]
     batch = (size, position) if is_batch else (1, 0)
-    return Restored(choice, form, batch, tuple(unread))
+    return Restored(first if first == GONE else choice, form, batch, tuple(unread))
 
 
 def shown_value(name: str, value: Any) -> Any:
@@ -401,7 +410,7 @@ def shown_value(name: str, value: Any) -> Any:
 def _adapters_of(
     context: Context, fields: Mapping[str, str], unread: list[str]
 ) -> tuple[list[tuple[str, float]], str]:
-    """The adapters of an image, in its order: the choice that each is here, and its strength.
+    """The adapters of an image, in its order: each one's choice, or `GONE`, and its strength.
 
     Returns:
         These, and the share that text encoders have of them as a strength of layers; empty: all.
@@ -423,15 +432,21 @@ def _adapters_of(
     chosen, shares = list[tuple[str, float]](), set[float]()
     for adapter in used:
         files = known.get(adapter.name, [])
-        if not files or len(chosen) > len(MORE):
-            unread.append(f"the adapter {adapter.name}, which is no run here: choose it")
+        if len(chosen) > len(MORE):
+            unread.append(f"the adapter {adapter.name}: at most {len(chosen)} have a field here")
             continue
         same = [file for file in files if _has_hash(file[1], adapter.hash)]
-        if not same:
+        if not files:
+            unread.append(
+                f"the adapter {adapter.name} is not here any more; import its file, or choose "
+                "another"
+            )
+        elif not same:
             unread.append(f"the adapter {adapter.name} as it was then: it was trained further")
         strengths = MergeStrengths.of(adapter.strengths)
         encoders, unet = strengths.text_encoder_strength, strengths.unet_strength
-        chosen.append(((same or files)[0][0], unet))
+        choice = next((choice for choice, _ in same or files), GONE)
+        chosen.append((choice, unet))
         share = encoders / unet if unet else math.inf
         shares.add(1.0 if encoders == unet else round(share, 9) + 0)
     if len(shares) > 1 or math.inf in shares:
@@ -466,8 +481,9 @@ def _base_of(context: Context, fields: Mapping[str, str], unread: list[str]) -> 
 
 
 def _reading_of(
-    context: Context, adapters: Iterable[str], choice: str | None, fields: Mapping[str, str]
-) -> dict[str, str]:
+    context: Context, adapters: Iterable[str], choice: str | None, fields: Mapping[str, str],
+    unread: list[str],
+) -> dict[str, str]:  # fmt: skip
     """Return how an image's prompts were read, where its adapters do not say the same."""
     from dora_diffusion.sampling.images import OWN_VERSION, TOKEN_LENGTH
 
@@ -480,6 +496,8 @@ def _reading_of(
             family = FAMILIES[model_info(str(_model(context, choice)[0].path)).family]
             first = family.web_ui_clip_skip(0)
             read["clip_skip"] = max(0, int(text or first) - first)
+    if text and "clip_skip" not in read:
+        unread.append(f"Clip skip {text}: choose a model first, then load the settings again")
     files = [_model(context, name)[1] for name in adapters]
     agreed = agreed_reading([read_metadata(file).extra for file in files if file])
     stated = {"clip_skip": 0, "max_token_length": TOKENS_PER_CHUNK, **stated_reading(agreed)}

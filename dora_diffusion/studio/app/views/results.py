@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -15,6 +16,7 @@ from dora_diffusion.studio.app.views import ui
 from dora_diffusion.studio.app.views.request import (
     Restored,
     acting,
+    choices,
     make_request,
     prompt_notes,
     restore,
@@ -22,7 +24,7 @@ from dora_diffusion.studio.app.views.request import (
 from dora_diffusion.studio.app.views.start import input_of, start_image
 from dora_diffusion.studio.jobs.deletions import image_question
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage
-from dora_diffusion.studio.jobs.store import UserError
+from dora_diffusion.studio.jobs.store import GONE, UserError
 
 DEVICE: dict[str, Any] = {"show": "full", "concurrency_id": "device", "concurrency_limit": 1}
 HIRES = 1.5
@@ -205,11 +207,18 @@ def fill(context: Context, form: Any, known: Restored) -> list[Any]:
         form: The tab, with its ``fields`` by name besides those of the image to start from.
         known: The settings.
     """
+    lines = [f"Not as in the image: {line}" for line in known.unread]
+    if lines:
+        gr.Warning("<br>".join(map(escape, lines)), title="")
+    chosen: Any = known.choice or gr.skip()
+    if chosen == GONE:
+        listed, _ = ui.choosing(choices(context, context.jobs()), GONE)
+        chosen = gr.update(**listed, value=GONE)
     return [
-        known.choice or gr.skip(),
+        chosen,
         *(ui.holding(field, known.form[name]) for name, field in form.fields.items()),
         *start_image(context, known.form["image"], known.form["mask_image"]),
-        html.notes((f"Not as in the image: {line}" for line in known.unread), "warn"),
+        html.notes(lines, "warn"),
         show_acting(context, known.form, known.choice),
     ]
 

@@ -301,7 +301,8 @@ def _about(
     sets = ""
     if model != GONE:
         sets = settings.preset_sentence(preset, context.allowed_model(model))
-    return html.quiet(f"{known.about} {sets} {known.measured}") + unfit
+    parts = (known.about, settings.token_advice(preset), sets, known.measured)
+    return html.quiet(" ".join(filter(None, parts))) + unfit
 
 
 def refresh(

@@ -195,24 +195,34 @@ def test_a_prompt_without_trigger_words_is_said_before_images_are_made(context: 
 
 
 def test_what_of_an_image_is_not_here_is_said_and_not_made(
-    context: Context, made: list[Any]
+    context: Context, made: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = handlers(context)
+    find, toasts = handlers(context), list[str]()
+    monkeypatch.setattr(gradio, "Warning", lambda text, **_: toasts.append(text))
     text = (
         "a mug <lora:other:0.4:0.8>\nSteps: 3, Sampler: Euler, Seed: 7, Model: dreamer, ENSD: 5, "
-        "Init image hash: 0123456789abcdef0123456789abcdef, Denoising strength: 0.6"
+        "Clip skip: 2, Init image hash: 0123456789abcdef0123456789abcdef, Denoising strength: 0.6"
     )
     name = stored(context, "a.png", text)
     *filled, _ = find("run", "results", 0)(name)
     assert made == []
     said = next(one for one in filled if "Not as in the image" in str(one))
-    for line in ("ENSD: 5", "the adapter other, which is no run here", "Image to start from",
-                 "the model dreamer: choose it"):  # fmt: skip
-        assert line in said
+    for line in (
+        "ENSD: 5",
+        "Image to start from",
+        "the model dreamer: choose it",
+        "Clip skip 2: ",
+        "the adapter other is not here any more; import its file, or choose another",
+    ):
+        assert f"Not as in the image: {line}" in said.replace("no field here: ", "")
+        assert line in toasts[0]
     with gradio.Blocks():
         names = ["choice", *GenerateTab(context).fields]
     values = dict(zip(names, filled, strict=False))
-    assert values["choice"] == gradio.skip()
+    # Nothing is made with the base instead, and the strength waits for another adapter.
+    assert values["choice"]["value"] == GONE
+    assert (GONE, GONE) in values["choice"]["choices"]
+    assert values["strength"]["value"] == 0.8
     assert (values["denoise"]["value"], values["scheduler"]["value"]) == (0.6, "euler")
     with pytest.raises(gradio.Error, match="does not say how it was made"):
         find("use", "results")(stored(context, "b.png", ""))
@@ -265,6 +275,14 @@ def test_an_adapter_s_image_chooses_the_run_and_its_strengths(
     known = restore(context, f"a <lora:{job.id}:0.8> <lora:{job.id}:0.2>\nSteps: 3, {OWN}")
     assert (known.choice, known.form["strength"]) == (job.id, 0.8)
     assert (known.form[second], known.form[strength]) == (job.id, 0.2)
+    # One that is gone keeps its place, which no other one takes.
+    for names, places in (
+        (("gone", job.id), (GONE, job.id)), ((job.id, "gone"), (job.id, GONE)),
+    ):  # fmt: skip
+        known = restore(context, f"a <lora:{names[0]}:0.4> <lora:{names[1]}:0.2>\nSteps: 3, {OWN}")
+        assert (known.choice, known.form[second]) == places
+        assert (known.form["strength"], known.form[strength]) == (0.4, 0.2)
+        assert ["gone is not here" in line for line in known.unread] == [True]
 
 
 def test_an_adapter_has_one_name_in_images_downloads_and_library(

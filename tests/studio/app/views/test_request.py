@@ -113,7 +113,7 @@ def test_a_run_s_guidance_is_that_of_its_samples(
     monkeypatch.setattr(request, "chosen_adapter", lambda job, name: None)
     base = BaseModel("embedded:tiny-sd")
     run = SimpleNamespace(base=base.path, base_model=base, trigger="sks mug", settings=settings)
-    *_, guidance = request._model(_context(job=lambda name: run), "20260101-000000-abcdef")
+    *_, guidance = request._model(_context(job=lambda name, field: run), "20260101-000000-abcdef")
     assert guidance == settings.get("validation_guidance_scale", 3.5)
 
 
@@ -458,3 +458,18 @@ def test_how_prompts_are_read_is_the_run_s_unless_asked_for() -> None:
     assert (plain.max_token_length, plain.clip_skip) == (None, None)
     with pytest.raises(UserError, match="“Clip skip, as Diffusers counts” is -1; it must not be"):
         _asked(clip_skip="-1")
+
+
+def test_a_prompt_that_holds_an_image_s_text_is_refused() -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from dora_diffusion.studio.app.views.request import LABELS
+
+    for name in ("prompt", "negative_prompt", "detail_prompt"):
+        for line in ("Steps: 12, Seed: 7", "Negative prompt: blurred"):
+            with pytest.raises(UserError) as caught:
+                _asked(**{name: f"a mug\n {line}\nmore"})
+            assert str(caught.value) == (
+                f"the {LABELS[name].lower()} holds the settings of an image ('{line}'); load them "
+                "by “Load settings from an image”, or paste its first line alone"
+            )
+    assert _asked(prompt="a mug\nSteps: of stone").prompt == "a mug Steps: of stone"

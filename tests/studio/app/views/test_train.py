@@ -353,6 +353,9 @@ def test_a_preset_for_another_number_of_photos_is_said_beside_it(
     assert "&lt;Rex&gt;: 2 photos: this preset is for a single one" in text
     assert "Mug" not in text
     assert about(context, "none", subject) == ""
+    fast, style = (about(context, name, subject) for name in ("fast-word", "style"))
+    assert "Type a new word such as &lt;sks&gt; as Token. For this" in fast
+    assert "captions. Leave Token and Class empty. For this" in style
     for name in PRESETS:  # Nothing is learned yet.
         assert "dd-warn" not in about(context, name, None, None)
 
