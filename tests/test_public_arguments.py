@@ -264,7 +264,8 @@ def test_a_model_without_adapters_has_nothing_to_restore() -> None:
 
 
 def test_a_seed_is_named_once_in_a_study() -> None:
-    values = {"base": "embedded:tiny-sd", "methods": {"dora": {"learning_rate": 1e-3}}, "subjects": ["bolt_mug"]}
+    methods = {"dora": {"learning_rate": 1e-3}}
+    values = {"base": "embedded:tiny-sd", "methods": methods, "subjects": ["bolt_mug"]}
     with refused("seeds", "[1, 1]"):
         Study.from_dict({**values, "seeds": [1, 1]})
     assert Study.from_dict({**values, "seeds": np.int64(2)}).seeds == (0, 1)
