@@ -51,6 +51,8 @@ def read_config_lines(path: str | Path) -> tuple[dict[str, Any], Mapping[str, in
     Raises:
         ConfigError: As `read_config_file` does.
     """
+    is_toml = str(path).lower().endswith(".toml")
+    require(not is_toml, f"{path}: this is TOML; a dataset file is given as --dataset_config")
     values, keys = _parse(path)
     values = {} if values is None else values
     require(isinstance(values, dict), f"{path} must hold 'setting: value' lines")
@@ -96,8 +98,6 @@ def _parse(path: str | Path, kind: Any = None) -> tuple[Any, list[tuple[str, int
     """Parse a YAML file: its value, and the keys of the outermost mapping, each with its line."""
     import yaml
 
-    is_toml = str(path).lower().endswith(".toml")
-    require(not is_toml, f"{path}: this is TOML; a dataset file is given as --dataset_config")
     text = read_text(path, "the config file")
     # Many times as fast, where PyYAML was built with libyaml.
     kind = kind or getattr(yaml, "CSafeLoader", yaml.SafeLoader)
