@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from dora_diffusion.config import PRESETS, TrainConfig
+from dora_diffusion.config import PRESETS, ConfigError, TrainConfig
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.models.memory import gpu_of
 from dora_diffusion.studio.app import html, settings
@@ -400,7 +400,10 @@ def _plan(context: Context, config: TrainConfig) -> list[str]:
     base, words = config.pretrained_model_name_or_path, [s.class_word for s in config.subjects]
     toy = next(filter(None, (outside_toy_world(base, word or "") for word in words)), "")
     notes = html.note(f"{toy} {_CHOOSE_ANOTHER}" if toy else "", "warn")
-    captions = token_messages(subjects_of(replace(config, validation_prompt=[])))
+    try:
+        captions = token_messages(subjects_of(replace(config, validation_prompt=[])))
+    except ConfigError as error:  # which is refused at the start
+        captions = [str(error)]
     notes += html.notes(
         [*map(settings.sentence, captions), *settings.idle_settings(config)], "warn"
     )
