@@ -171,7 +171,8 @@ def choosing(
     ]
     if GONE in items and there:
         choices = [(GONE, GONE), *choices]
-    value = [*dict.fromkeys(items)] if isinstance(shown, list) else items[0] or default
+    one = items[0] if items[0] in there else items[0] or default  # "" may be a choice
+    value = [*dict.fromkeys(items)] if isinstance(shown, list) else one
     value = None if value == GONE and not there else value
     return changing(
         choices=list(choices), **({} if value == shown else {"value": value}), **options

@@ -38,6 +38,8 @@ def test_a_choice_that_is_gone_is_empty_with_its_reason_until_another_is_chosen(
         (["2", GONE], {}),
     ):
         assert choosing(choices, shown, "1")[0] == {"choices": [gone, *choices]} | sent
+    # No object may be a choice too, which is left alone.
+    assert choosing([("none", ""), *choices], "")[0] == {"choices": [("none", ""), *choices]}
     # With nothing to choose it is empty.
     assert choosing([], "9")[0] == {"choices": [], "value": None}
 
