@@ -218,8 +218,8 @@ class Context:
         check_prompts(config.with_sample_prompts())
         # The worker would refuse a subject without a name. The plan speaks of sample prompts.
         named = subjects_of(replace(config, validation_prompt=[]))
-        token_messages(named)  # Captions with another token than the field's teach nothing.
         if ask_hub:  # Not at each change of a field: it reads all photos of several subjects.
+            token_messages(named)  # Captions with another token than the field's teach nothing.
             from dora_diffusion.training.inputs.dataset import list_subjects
 
             try:

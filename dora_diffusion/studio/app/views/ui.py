@@ -171,8 +171,10 @@ def choosing(
     ]
     if GONE in items and there:
         choices = [(GONE, GONE), *choices]
-    one = items[0] if items[0] in there else items[0] or default  # "" may be a choice
-    value = [*dict.fromkeys(items)] if isinstance(shown, list) else one
+    if isinstance(shown, list):
+        value: Any = [*dict.fromkeys(items)]
+    else:  # "" may be one of the choices
+        value = items[0] if items[0] in there else items[0] or default
     value = None if value == GONE and not there else value
     return changing(
         choices=list(choices), **({} if value == shown else {"value": value}), **options
