@@ -89,7 +89,7 @@ def other_axis(net: Any) -> None:
 
 
 def merge_and_back(net: Any) -> None:
-    merge_adapters(net)
+    merge_adapters(net, keep_base=True)
     unmerge_adapters(net)
 
 

@@ -61,7 +61,7 @@ def images_of(
         load_adapter_state(components.adaptable(), layers, name=str(number))
     if len(adapters) > 1:
         for model in models:
-            merge_adapters(model)
+            merge_adapters(model, keep_base=True)
     image = sample(components, SamplingSettings(2, 4.0, "ddim", 32, 32))
     for model in models:
         unmerge_adapters(model)
