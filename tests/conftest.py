@@ -68,7 +68,6 @@ LONG = (
     "training/test_session.py::test_weights_of_the_model_that_train_never_leave",
     "training/test_variants.py::test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[dvora]",
     "training/test_variants.py::test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[pissa]",
-    "training/test_variants.py::test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[lora-one]",
 )
 
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ PRESETS = (
 )  # fmt: skip
 TEXT_ENCODER_PRESETS = ("text-encoder-attention", "text-encoder", "token-embedding")
 NORM_AXES = ("output", "input")
-INITS = ("random", "pissa", "lora-one")
+INITS = ("random", "pissa")
 PARAMETRIZATIONS = ("low-rank", "vera", "adalora")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 """Settings of a layer by targets that name it."""
@@ -37,8 +37,6 @@ class AdapterConfig:
         dropout: Probability of dropping an input of the low-rank path.
         init: Where A and B start. ``"random"``: A random, B zero. ``"pissa"``: both from the
             leading singular vectors of the weight (arXiv:2404.02948); the update has rank 2r.
-            ``"lora-one"``: as ``"random"`` until ``train`` sets both from the leading singular
-            vectors of the loss's gradient (arXiv:2502.01235), before its first step.
         parametrization: What the update is made of. ``"low-rank"``: A and B, which train.
             ``"vera"``: frozen random A and B of ``rank``, shared by all layers, and vectors that
             train (arXiv:2310.11454); the scale is 1. ``"adalora"``: A with a factor for each of

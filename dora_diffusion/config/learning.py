@@ -18,7 +18,7 @@ METHODS = ("dora", "lora", "full")
 FULL_WEIGHTS = ("all", "targets")
 PRODIGIES = ("prodigy", "prodigy-schedule-free")
 SCHEDULE_FREE = ("adamw-schedule-free", "prodigy-schedule-free")
-OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "muon", *SCHEDULE_FREE)
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", *SCHEDULE_FREE)
 LR_SCHEDULES = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
 )  # fmt: skip
@@ -162,17 +162,9 @@ class AdapterSettings:
     init: str = flag(
         "random",
         "Start of A and B. random: A random, B zero. pissa: the leading singular vectors of the "
-        "weight (PiSSA, arXiv:2404.02948), whose file has twice the rank. lora-one: those of the "
-        "loss's negative gradient (LoRA-One, arXiv:2502.01235), so that the run starts with a step "
-        "down that gradient.",
+        "weight (PiSSA, arXiv:2404.02948), whose file has twice the rank.",
         choices=INITS,
         needs=(_ADAPTER,),
-    )
-    gradient_batches: int = flag(
-        4,
-        "Batches whose gradient LoRA-One starts from; each is computed three times.",
-        needs=(_ADAPTER, Need("init", ("lora-one",))),
-        above=0,
     )
     lora_dropout: float = flag(
         0.0,
@@ -206,7 +198,7 @@ class AdapterSettings:
         needs=(
             _ADAPTER,
             Need("parametrization", ("low-rank",)),
-            Need("init", ("random", "lora-one")),
+            Need("init", ("random",)),
         ),
         above=0,
     )
@@ -314,8 +306,7 @@ class OptimizerSettings:
     )
     optimizer: str = flag(
         "adamw",
-        "Optimizer. muon: torch's Muon for A and B, at AdamW's rates, and AdamW for all else. "
-        "schedule-free: an average of the weights takes the place of a schedule "
+        "Optimizer. schedule-free: an average of the weights takes the place of a schedule "
         "(arXiv:2405.15682); it is what is sampled, validated and saved.",
         choices=OPTIMIZERS,
     )
@@ -361,18 +352,6 @@ class OptimizerSettings:
     )
     max_grad_norm: float = flag(
         1.0, "Gradient clipping norm; 0 does not clip.", resume="free", least=0
-    )
-    precondition: bool = flag(
-        False,
-        "Riemannian preconditioning of the gradients of A and B, after clipping: their steps do "
-        "not depend on how an update is divided between A and B (arXiv:2402.02347).",
-        needs=(_ADAPTER, _LOW_RANK),
-    )
-    precondition_damping: float = flag(
-        1e-2,
-        "Damping of the preconditioner: it is added to the diagonal of B'B and AA'.",
-        needs=(_ADAPTER, _LOW_RANK, Need("precondition")),
-        above=0,
     )
     ema_decay: float | None = flag(
         None,
@@ -432,12 +411,6 @@ class LossSettings:
     noise_offset: float = flag(
         0.0, "Noise offset: share of the noise that is constant over each channel.", least=0
     )
-    nearest_noise: int = flag(
-        1,
-        "Draws of each image's noise, of which the one nearest to its latents is added (immiscible "
-        "diffusion, arXiv:2406.12303).",
-        above=0,
-    )
     timestep_distribution: str = flag(
         "uniform",
         "Distribution of the timesteps that are trained. uniform: all alike. logit_normal: most in "
@@ -460,11 +433,4 @@ class LossSettings:
         "Power of the power distribution; above 1 there is less noise.",
         needs=(Need("timestep_distribution", ("power",)),),
         above=0,
-    )
-    stratified_timesteps: int = flag(
-        0,
-        "Stratified timesteps: one in each equally likely part of the distribution for the images "
-        "of so many consecutive steps, and of each step alone; 1 is each step alone, 0 draws "
-        "independently.",
-        least=0,
     )

@@ -95,12 +95,6 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             self._check_prodigy()
         if self.is_schedule_free:
             self._check_schedule_free()
-        require(
-            self.optimizer_name != "muon" or not (self.is_full or self.parametrization == "vera"),
-            "muon is for A and B of an adapter, which neither method full nor VeRA trains; use "
-            "optimizer adamw",
-            "optimizer",
-        )
         if self.parametrization == "adalora" and not self.is_full:
             self._check_allocation()
         if self.is_slider:
@@ -349,11 +343,6 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         """Ranks that T-LoRA leaves active at the noisiest timestep; None: all."""
         is_low_rank = self.parametrization == "low-rank" and not self.is_full
         return self.tlora_min_rank if is_low_rank else None
-
-    @property
-    def preconditions(self) -> bool:
-        """True if gradients of A and B are preconditioned."""
-        return self.precondition and self.parametrization == "low-rank" and not self.is_full
 
     @property
     def holds_prior(self) -> bool:

@@ -29,26 +29,6 @@ def generator_for(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def stratum_of(row: int, rows: int, step: int, steps: int, *seed: object) -> tuple[int, int]:
-    """The stratum of a draw, from 0, and their number ``rows * steps``.
-
-    The rows of a step have one draw in each of ``rows`` parts. Over ``steps`` consecutive steps
-    (the first ones, the next ones and so on) each part's draws are one in each of its own parts:
-    together they have every stratum once. Which row has which is drawn again for each step.
-
-    Args:
-        row: Of the step, from 0.
-        rows: Their number, over all batches and processes of the step.
-        step: Since the start of the run, from 0.
-        steps: Consecutive steps.
-        seed: Of the draw.
-    """
-    window, turn = divmod(step, steps)
-    part = _permuted(range(rows), generator_for("part", *seed, step))[row]
-    inner = _permuted(range(steps), generator_for("stratum", *seed, window, part))[turn]
-    return part * steps + inner, rows * steps
-
-
 @dataclass(eq=False)
 class EpochSampler:
     """Yield one process's batches of :class:`EpochIndex`, forever.

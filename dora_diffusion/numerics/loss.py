@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import prod
 
 import torch
@@ -35,7 +35,6 @@ def sample_timestep(
     num_train_timesteps: int,
     generator: torch.Generator,
     quantile: Quantile | None = None,
-    stratum: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """One timestep: scalar int64.
 
@@ -43,14 +42,11 @@ def sample_timestep(
         num_train_timesteps: Length of the noise schedule.
         generator: Source of the draw.
         quantile: Of the distribution (`timestep_quantile`); None is uniform.
-        stratum: ``(k, K)``: which of K equally likely parts of the distribution it is drawn from.
     """
-    part, parts = stratum
-    if quantile is None and parts == 1:
+    if quantile is None:
         return torch.randint(num_train_timesteps, (), generator=generator)
     # A draw in float32, as large as that of an integer: the noise that follows stays the same.
-    u = (part + torch.rand((), generator=generator).double()) / parts
-    share = u if quantile is None else quantile(u)
+    share = quantile(torch.rand((), generator=generator).double())
     return (share * num_train_timesteps).long().clamp_max(num_train_timesteps - 1)
 
 
@@ -71,23 +67,6 @@ def sample_noise(
         constant = torch.randn((shape[0], 1, 1), generator=generator, device=generator.device)
         noise = noise + offset * constant
     return noise
-
-
-def nearest_noise(latent: Tensor, draws: Sequence[Tensor]) -> Tensor:
-    """The draw that is nearest to a latent, by the Euclidean distance: ``(C, h, w)``.
-
-    Images then meet noise that differs less from them, which blurs less of what is learned
-    (immiscible diffusion, arXiv:2406.12303; by draws, arXiv:2505.18521). The chosen noise is no
-    longer standard normal: it leans towards the latent, and is a little shorter.
-
-    Args:
-        latent: ``(C, h, w)``.
-        draws: At least one, each ``(C, h, w)``.
-    """
-    if len(draws) == 1:
-        return draws[0]
-    latent = latent.to(draws[0])
-    return min(draws, key=lambda noise: float((noise - latent).square().sum()))
 
 
 def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:

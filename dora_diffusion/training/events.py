@@ -59,8 +59,6 @@ class TrainingStarted(Event):
         steps_dropped: Steps after that checkpoint, which are repeated.
         adapter: What was adapted, in words.
         started_from: The adapter that it started from; empty for a fresh one.
-        drift: How far a start from the gradient moves the prediction, relative to it; None for one
-            that moves nothing.
         changed: Setting -> (before, now) of a resumed run.
         unused: The same, of settings without effect since no step is left.
         held_out: File names of the photos that are held out.
@@ -81,7 +79,6 @@ class TrainingStarted(Event):
     unused: Changes
     held_out: tuple[str, ...] = ()
     started_from: str = ""
-    drift: float | None = None
 
 
 @dataclass(frozen=True)

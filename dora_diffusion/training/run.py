@@ -129,7 +129,6 @@ class Run:
         """Prepare the first step: cache, open the log, and sample where that is asked for."""
         session, start = self.session, self.start
         session.cache_ahead(session.total_steps - self.step, self.on_event)
-        drift = session.start_from_gradient(self.adapters) if start.checkpoint is None else None
         self.stop.answer_with(SAVING)
         if self.is_main:
             clear_folder(self.output_dir, start.step)
@@ -154,7 +153,6 @@ class Run:
                 device=str(session.accelerator.device),
                 adapter=session.report,
                 started_from=session.weights.origin.get("init_adapter", ""),
-                drift=drift,
                 trigger=session.trigger,
                 changed=start.changed,
                 unused=start.unused,

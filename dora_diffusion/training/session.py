@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dora_diffusion.adapters.compiled import require_compiler
-from dora_diffusion.adapters.inject import DetachedAdapters, layers_to_adapt
+from dora_diffusion.adapters.inject import layers_to_adapt
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK
@@ -28,7 +28,6 @@ from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.models.text import chunk_count
 from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.training.engine.accelerator import shards_model
-from dora_diffusion.training.engine.gradient_start import start_from_gradient
 from dora_diffusion.training.engine.objective import InputSource
 from dora_diffusion.training.engine.optimizer import optimizer_library
 from dora_diffusion.training.engine.step import Learner, TrainingEngine, build_learner
@@ -126,24 +125,6 @@ class Session:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
-
-    def start_from_gradient(self, adapters: DetachedAdapters) -> float | None:
-        """Give fresh adapters the start that is made from the gradient of the run's first batches.
-
-        Returns:
-            Their drift (`start_from_gradient`); None where ``init`` is another.
-        """
-        config = self.config
-        if config.is_full or config.init != "lora-one":
-            return None
-        count = min(config.gradient_batches, self.total_steps * config.gradient_accumulation_steps)
-        # A sampler of its own: the run's stays where it is.
-        batches = iterate_batches(self.dataset, replace(self.sampler))
-        source = replace(self.learner.inputs, batches=batches)
-        drift = start_from_gradient(self.learner, adapters, [source(k) for k in range(count)])
-        if self.learner.average is not None:
-            self.learner.average.leave()  # It starts there too.
-        return drift
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -259,8 +240,7 @@ def open_session(
     _load_step_modules(config, components)
     weights = _what_trains(config, components, start)
     batches = iterate_batches(dataset, sampler, num_workers=config.dataloader_num_workers)
-    place = accelerator.process_index, accelerator.num_processes
-    inputs = InputSource(config, components, batches, *place)
+    inputs = InputSource(config, components, batches, accelerator.process_index)
     learner = build_learner(config, accelerator, components, weights, inputs)
     return Session(
         config, subjects, accelerator, components, weights, dataset, sampler, learner,

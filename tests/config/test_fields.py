@@ -95,21 +95,21 @@ TRAINING = {
     "(-inf, inf)": "max_token_length logit_mean",
     "(0, inf)":
         "weight slider_guidance lora_alpha conv_alpha alpha_pattern scale_weight_norms "
-        "loraplus_ratio adam_epsilon precondition_damping huber_c logit_std timestep_power",
+        "loraplus_ratio adam_epsilon huber_c logit_std timestep_power",
     "[0, inf)":
         "lr_power validation_guidance_scale vae_tile_size embedding_lr unmasked_prior keep_tags "
         "clip_skip dataloader_num_workers "
         "prior_loss_weight allocation_warmup allocation_final orthogonality_weight "
         "learning_rate text_encoder_lr magnitude_lr lr_pattern lr_warmup_steps adam_beta1 "
         "adam_beta2 adam_weight_decay adam_weight_decay_text_encoder prodigy_beta3 "
-        "max_grad_norm snr_gamma noise_offset stratified_timesteps seed num_validation_images "
+        "max_grad_norm snr_gamma noise_offset seed num_validation_images "
         "validation_steps validation_split checkpointing_steps checkpointing_minutes",
     "[1, inf)":
         "repeats num_new_tokens_per_abstraction resolution min_bucket_reso max_bucket_reso "
         "bucket_reso_steps num_class_images sample_batch_size rank conv_rank rank_pattern "
-        "vera_rank target_rank allocation_interval gradient_batches tlora_min_rank "
+        "vera_rank target_rank allocation_interval tlora_min_rank "
         "max_train_steps num_train_epochs train_batch_size gradient_accumulation_steps "
-        "lr_num_cycles nearest_noise validation_epochs validation_loss_steps "
+        "lr_num_cycles validation_epochs validation_loss_steps "
         "early_stopping_patience checkpoints_total_limit",
     "(0, 1]": "train_text_encoder_ti_frac",
     "[0, 1)": "lora_dropout rank_dropout ema_decay",

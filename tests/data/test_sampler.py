@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_diffusion.data.sampler import EpochIndex, EpochSampler, generator_for, stratum_of
+from dora_diffusion.data.sampler import EpochIndex, EpochSampler, generator_for
 
 
 def batches(sampler: EpochSampler, count: int) -> list[list[EpochIndex]]:
@@ -35,25 +35,6 @@ def test_processes_share_one_stream_of_global_batches(
     ]
     shards = zip(*(batches(part, 12) for part in parts), strict=True)
     assert [list(chain.from_iterable(shard)) for shard in shards] == batches(whole, 12)
-
-
-@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 99))
-def test_strata_of_a_window_are_each_there_once(rows: int, steps: int, seed: int) -> None:
-    for window in range(2):
-        drawn = [
-            [stratum_of(row, rows, window * steps + step, steps, seed) for row in range(rows)]
-            for step in range(steps)
-        ]
-        assert {count for step in drawn for _, count in step} == {rows * steps}
-        strata = [[number for number, _ in step] for step in drawn]
-        assert sorted(chain.from_iterable(strata)) == list(range(rows * steps))
-        for step in strata:
-            assert sorted(number // steps for number in step) == list(range(rows))
-
-
-def test_no_row_has_a_stratum_of_its_own() -> None:
-    first = {stratum_of(0, 3, step, 4, "seed") for step in range(400)}
-    assert len(first) == 12
 
 
 def test_every_epoch_sees_every_sample_once_in_a_new_order() -> None:

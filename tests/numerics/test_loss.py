@@ -13,7 +13,6 @@ from dora_diffusion.numerics.loss import (
     denoising_loss,
     huber_delta,
     loss_weight,
-    nearest_noise,
     sample_noise,
     sample_timestep,
     split_prior,
@@ -166,19 +165,6 @@ def test_timesteps_have_their_distribution(name, settings, cdf):
         assert abs(below - cdf(step / 1000)) < 1.63 / math.sqrt(4000)
 
 
-@pytest.mark.parametrize(("name", "settings", "cdf"), DISTRIBUTIONS)
-def test_a_stratum_is_an_equally_likely_part_of_its_distribution(name, settings, cdf):
-    quantile = partial(timestep_quantile, distribution=name, **settings)
-    for stratum in range(7):
-        generator = torch.Generator().manual_seed(stratum)
-        for _ in range(50):
-            step = int(sample_timestep(1000, generator, quantile, (stratum, 7)))
-            # The stratum has a share of what is drawn of this timestep.
-            low, high = (cdf(x) if 0 < x < 1 else x for x in (step / 1000, (step + 1) / 1000))
-            assert low < (stratum + 1) / 7
-            assert high > stratum / 7
-
-
 def test_the_ends_of_a_distribution_are_timesteps():
     # The ends of what a generator gives, and a power whose results round to 1.
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
@@ -198,45 +184,8 @@ def test_the_ends_of_a_distribution_are_timesteps():
 def test_noise_does_not_depend_on_how_its_timestep_is_drawn():
     quantile = partial(timestep_quantile, distribution="power", power=2.0)
     noise = []
-    for how in ({}, {"quantile": quantile}, {"stratum": (1, 3)}):
+    for how in ({}, {"quantile": quantile}):
         generator = torch.Generator().manual_seed(4)
         sample_timestep(1000, generator, **how)
         noise.append(sample_noise((4, 8, 8), generator))
-    assert torch.equal(noise[0], noise[1])
-    assert torch.equal(noise[0], noise[2])
-
-
-def test_the_nearest_noise_is_the_least_squares_one():
-    generator = torch.Generator().manual_seed(0)
-    latent = torch.randn(4, 5, 3, generator=generator)
-    draws = [sample_noise((4, 5, 3), generator) for _ in range(4)]
-    distances = [(draw.double() - latent.double()).flatten().norm().item() for draw in draws]
-    assert nearest_noise(latent, draws) is draws[distances.index(min(distances))]
-    assert nearest_noise(draws[2], draws) is draws[2]
-    assert nearest_noise(latent, draws[:1]) is draws[0]
-
-
-@pytest.mark.parametrize(("count", "least"), [(2, 1 / math.sqrt(math.pi)), (4, 1.02938)])
-def test_the_nearest_noise_is_shorter_and_leans_as_normal_order_statistics_say(count, least):
-    """Of ``count`` normal numbers the expected least is ``-least`` standard deviations.
-
-    The squared distance is ``|noise|^2 - 2 <latent, noise>`` and a constant, of the variance
-    ``2 d + 4 |latent|^2``; what is chosen moves each part by its share of that.
-    """
-    generator = torch.Generator().manual_seed(1)
-    latent = torch.randn(4, 8, 8, generator=generator) * 0.8
-    size, energy, tries = latent.numel(), latent.square().sum().item(), 4000
-    chosen = torch.stack([
-        nearest_noise(latent, [sample_noise((4, 8, 8), generator) for _ in range(count)])
-        for _ in range(tries)
-    ]).double()  # fmt: skip
-    deviation = math.sqrt(2 * size + 4 * energy)
-    shorter = size - least * 2 * size / deviation
-    leaning = least * 2 * energy / deviation
-    squares = chosen.square().flatten(1).sum(dim=1)
-    products = (chosen * latent.double()).flatten(1).sum(dim=1)
-    # Four standard errors, and what the distance is skewed by.
-    assert squares.mean().item() == pytest.approx(
-        shorter, abs=4 * math.sqrt(2 * size / tries) + 0.3
-    )
-    assert products.mean().item() == pytest.approx(leaning, abs=4 * math.sqrt(energy / tries) + 0.3)
+    assert torch.equal(*noise)

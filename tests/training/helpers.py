@@ -84,8 +84,7 @@ def needs_library(optimizer: str) -> None:
     try:
         optimizer_library(optimizer)
     except ConfigError:
-        package = _LIBRARIES.get(optimizer)
-        pytest.skip(f"{package} is not installed" if package else f"this torch has no {optimizer}")
+        pytest.skip(f"{_LIBRARIES[optimizer]} is not installed")
 
 
 def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Session:

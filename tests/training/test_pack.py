@@ -33,14 +33,13 @@ THREE: list[dict[str, Any]] = [
     {
         "name": "teapot", "instance_data_dir": str(SAMPLES / "heart_teapot"), "rank": 3,
         "instance_prompt": "a photo of a sks teapot", "max_train_steps": 2, "snr_gamma": 5,
-        "precondition": True,
         "loss_type": "huber", "huber_schedule": "exponential",
     },
     {
         "name": "other", "instance_data_dir": str(SAMPLES / "bolt_mug"), "rank": 4, "conv_rank": 1,
         "lora_alpha": 8, "learning_rate": 3e-4, "max_grad_norm": 0.01, "prior_loss_weight": 0.5,
         "lr_scheduler": "cosine", "train_batch_size": 2, "gradient_accumulation_steps": 2,
-        "timestep_distribution": "power", "stratified_timesteps": 3, "nearest_noise": 2,
+        "timestep_distribution": "power",
     },
 ]  # fmt: skip
 

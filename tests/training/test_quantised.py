@@ -49,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "instance_prompt": "a mug",
     },
     "pissa, checkpointing": {"init": "pissa", "gradient_checkpointing": True},
-    "lora-one, accumulation": {"init": "lora-one", "gradient_accumulation_steps": 2},
+    "accumulation": {"gradient_accumulation_steps": 2},
     "start, dropout": {
         "init_adapter": "made below", "targets": ["full"], "rank": 4, "conv_rank": 4,
         "lora_dropout": 0.3,

@@ -33,7 +33,6 @@ from tests.training.helpers import assert_same_adapter, losses, make_config, ope
 
 VARIANTS = {
     "pissa": {"init": "pissa"},
-    "lora-one": {"init": "lora-one"},
     "dvora": {"parametrization": "vera", "vera_rank": 8},
     "adalora": {
         "parametrization": "adalora",

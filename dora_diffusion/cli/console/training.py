@@ -148,8 +148,6 @@ class TrainProgress:
             f"{pixels(event.resolutions)}, {event.adapter}; {event.schedule}"
             + (f"; started from {event.started_from}" if event.started_from else "")
         )
-        if event.drift is not None:
-            print(f"start from the gradient: it moves predictions by {event.drift:.1%}")
         if len(split_triggers(event.trigger)) > 1:
             print(f"subjects: {event.trigger}")
         if event.held_out:
@@ -189,8 +187,6 @@ class PackProgress:
                 photos = counted(event.photos, "photo")
                 resumed = f"; resumed from {event.resumed_from}" if event.resumed_from else ""
                 say(f"{name}: {photos} at {pixels(event.resolutions)}, {event.adapter}{resumed}")
-                if event.drift is not None:
-                    say(f"{name}: the start moves predictions by {event.drift:.1%}")
             case StepDone():
                 self._done[name] = event.step
                 done, total = sum(self._done.values()), sum(self._totals.values())

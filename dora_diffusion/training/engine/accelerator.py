@@ -199,9 +199,6 @@ def _check_settings(config: TrainConfig) -> None:
         "excludes tlora_min_rank: each process would take norms of other ranks": (
             config.least_rank is not None
         ),
-        "excludes init lora-one, which starts from whole weights": (
-            not is_full and config.init == "lora-one"
-        ),
         "excludes offload model: each process keeps its part on its device": (
             config.offload == "model"
         ),

@@ -19,7 +19,7 @@ from torch import Tensor
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.crops import latent_mask
 from dora_diffusion.data.dataset import Batch
-from dora_diffusion.data.sampler import generator_for, stratum_of
+from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import (
     condition_from_moments,
@@ -39,7 +39,6 @@ from dora_diffusion.numerics.loss import (
     add_noise,
     denoising_loss,
     loss_weight,
-    nearest_noise,
     sample_noise,
     sample_timestep,
     slider_target,
@@ -118,14 +117,13 @@ class InputSource:
     components: Components
     batches: Iterator[Batch]
     process_index: int
-    num_processes: int
 
     def __call__(self, micro_step: int) -> StepInputs:
         """The inputs of batch number ``micro_step`` since the start of the run."""
         batch = next(self.batches)
         photos = len(batch) - int(batch.is_prior.sum())
-        place = self.process_index * photos, self.num_processes * photos
-        return draw_inputs(self.components, batch, self.config, micro_step, *place)
+        first_row = self.process_index * photos
+        return draw_inputs(self.components, batch, self.config, micro_step, first_row)
 
 
 def draw_inputs(
@@ -134,7 +132,6 @@ def draw_inputs(
     config: TrainConfig,
     micro_step: int,
     first_row: int,
-    num_rows: int = 0,
 ) -> StepInputs:
     """Draw the latents, noise and timesteps of a batch.
 
@@ -147,7 +144,6 @@ def draw_inputs(
         config: The run's seed, and how noise and timesteps are drawn.
         micro_step: Number of the batch since the start of the run.
         first_row: Place of this process's first photo in the global batch.
-        num_rows: Photos of the global batch; 0: this one is all of it.
     """
     device, photos = components.device, int((~batch.is_prior).sum())
     vae, family = components.vae, components.family
@@ -166,8 +162,7 @@ def draw_inputs(
         [latents_from_moments(vae, *pair) for pair in zip(rows, generators, strict=True)]
     )
     steps = components.scheduler.config.num_train_timesteps
-    strata = _strata(config, places, micro_step, num_rows or photos)
-    timesteps = _draw_timesteps(config, steps, generators, strata)
+    timesteps = _draw_timesteps(config, steps, generators)
     noise = _draw_noise(config, latents, generators)
     mask, unmasked = None, list[int]()
     if batch.mask is not None:
@@ -188,26 +183,8 @@ def draw_inputs(
     )  # fmt: skip
 
 
-def _strata(
-    config: TrainConfig, places: Sequence[tuple[int, bool]], micro_step: int, num_rows: int
-) -> list[tuple[int, int]]:
-    """The stratum of each row's timestep, over all batches of its step."""
-    if not config.stratified_timesteps:
-        return [(0, 1)] * len(places)
-    batches, window = config.gradient_accumulation_steps, config.stratified_timesteps
-    step, turn = divmod(micro_step, batches)
-    first, rows = turn * num_rows, batches * num_rows
-    return [
-        stratum_of(first + row, rows, step, window, config.seed, is_prior)
-        for row, is_prior in places
-    ]
-
-
 def _draw_timesteps(
-    config: TrainConfig,
-    steps: int,
-    generators: Sequence[torch.Generator],
-    strata: Sequence[tuple[int, int]],
+    config: TrainConfig, steps: int, generators: Sequence[torch.Generator]
 ) -> Tensor:
     quantile = None
     if config.timestep_distribution != "uniform":
@@ -218,20 +195,14 @@ def _draw_timesteps(
             std=config.logit_std,
             power=config.timestep_power,
         )
-    each = zip(generators, strata, strict=True)
-    return torch.stack([sample_timestep(steps, drawn, quantile, part) for drawn, part in each])
+    return torch.stack([sample_timestep(steps, generator, quantile) for generator in generators])
 
 
 def _draw_noise(
     config: TrainConfig, latents: Tensor, generators: Sequence[torch.Generator]
 ) -> Tensor:
     shape = (latents.shape[1], latents.shape[2], latents.shape[3])
-    noise = []
-    for latent, generator in zip(latents, generators, strict=True):
-        count = range(config.nearest_noise)
-        draws = [sample_noise(shape, generator, config.noise_offset) for _ in count]
-        noise.append(nearest_noise(latent, draws))
-    return torch.stack(noise)
+    return torch.stack([sample_noise(shape, drawn, config.noise_offset) for drawn in generators])
 
 
 def _draw_ends(

@@ -29,9 +29,6 @@ Groups = list[dict[str, Any]]
 WORDS = "words"
 """Suffix of the name of a group for new words' vectors."""
 
-# Roles of an adapter's matrices.
-_MATRICES = ("down", "up")
-
 # Not everybody needs them, and they are installed apart.
 _LIBRARIES = {
     "adamw8bit": "bitsandbytes",
@@ -124,12 +121,11 @@ def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimize
     """
     betas, name = (config.adam_beta1, config.adam_beta2), config.optimizer_name
     library = optimizer_library(name)
-    if name in ("adamw", "muon"):
+    if name == "adamw":
         # One kernel that updates every parameter is the fastest for many small ones.
         kinds = {parameter.device.type for group in groups for parameter in group["params"]}
         kind = "fused" if all(map(has_fused_optimizers, kinds)) else "foreach"
-        chosen = torch.optim.AdamW if name == "adamw" else MuonAndAdamW
-        return chosen(groups, betas=betas, eps=config.adam_epsilon, **{kind: True})
+        return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, **{kind: True})
     if name == "adamw8bit":
         return library.optim.AdamW8bit(groups, betas=betas, eps=config.adam_epsilon)  # type: ignore[no-any-return]
     if name == "prodigy":
@@ -177,15 +173,9 @@ def optimizer_library(name: str) -> Any:
     """The module that an optimizer is from.
 
     Raises:
-        ConfigError: If it is not installed, or torch is too old.
+        ConfigError: If it is not installed.
     """
     package = _LIBRARIES.get(name, "torch.optim")
-    if name == "muon" and not hasattr(torch.optim, "Muon"):
-        raise ConfigError(
-            f"the optimizer muon needs torch 2.9 or newer, and this is {torch.__version__}; "
-            "update torch, or use --optimizer adamw",
-            "optimizer",
-        )
     try:
         return import_module(_MODULES.get(package, package))
     except ImportError as error:
@@ -312,35 +302,6 @@ class SteppedParameters:
         return state
 
 
-class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon (arXiv:2502.16982) for the matrices A and B, AdamW for all else, over one state.
-
-    Muon's rate is scaled so that its updates are as large as AdamW's: it takes AdamW's rates.
-    """
-
-    def __init__(self, groups: Groups, **adamw: Any) -> None:
-        matrices = [group for group in groups if _has_matrices(group)]
-        others = [group for group in groups if not _has_matrices(group)]
-        self._parts: dict[bool, torch.optim.Optimizer] = {
-            True: torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")
-        }
-        if others:
-            self._parts[False] = torch.optim.AdamW(others, **adamw)
-        # They have the settings of their part by now; the polynomial schedule asks for a rate.
-        super().__init__(groups, {"lr": self._parts[True].defaults["lr"]})
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take each part's step, with what was restored or scheduled meanwhile."""
-        for kind, part in self._parts.items():
-            part.state = self.state
-            part.param_groups = [g for g in self.param_groups if _has_matrices(g) == kind]
-            part.step()
-
-
-def _has_matrices(group: Mapping[str, Any]) -> bool:
-    return role_of(group) in _MATRICES
-
-
 class FlatParameters(SteppedParameters):
     """One flat parameter for each parameter group; the group's own become views of it.
 
@@ -349,31 +310,21 @@ class FlatParameters(SteppedParameters):
 
     Args:
         groups: The groups.
-        keeps_matrices: Whether A and B stay apart, each as a matrix: A ``(r, in * k)``.
     """
 
-    def __init__(self, groups: Groups, *, keeps_matrices: bool = False) -> None:
-        self._members: list[list[nn.Parameter]] = []
-        self._flat: list[nn.Parameter] = []
-        seen: Groups = []
-        for group in groups:
-            apart = keeps_matrices and _has_matrices(group)
-            blocks = [[m] for m in group["params"]] if apart else [list(group["params"])]
-            parts = [join(members) for members in blocks]
-            if apart:
-                parts = [p.view(len(m), -1) for p, (m,) in zip(parts, blocks, strict=True)]
-            self._members += blocks
-            self._flat += map(nn.Parameter, parts)
-            seen.append(group | {"params": self._flat[-len(blocks) :]})
+    def __init__(self, groups: Groups) -> None:
+        self._members: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
+        self._flat = [nn.Parameter(join(members)) for members in self._members]
         self._gradients = [torch.zeros_like(flat) for flat in self._flat]
         self._shares = [
-            split_like(gradient.view(-1), members)
+            split_like(gradient, members)
             for gradient, members in zip(self._gradients, self._members, strict=True)
         ]
         self._unused: list[tuple[nn.Parameter, Tensor]] = []
-        super().__init__(seen)
+        flat_groups = zip(groups, self._flat, strict=True)
+        super().__init__([group | {"params": [flat]} for group, flat in flat_groups])
         for flat, members in zip(self._flat, self._members, strict=True):
-            for member, view in zip(members, split_like(flat.view(-1), members), strict=True):
+            for member, view in zip(members, split_like(flat, members), strict=True):
                 member.data = view
 
     def take_gradients(self) -> None:
@@ -487,16 +438,16 @@ class LocalParameters(SteppedParameters):
 def stepped_parameters(groups: Groups, config: TrainConfig, *, shards: bool) -> SteppedParameters:
     """The form in which a run's optimizer sees the parameters that train.
 
-    AdamW treats every number alike, whatever parameter it belongs to. Muon knows matrices,
-    Adafactor rows and columns, Prodigy each parameter's start, the 8-bit AdamW quantises no small
-    ones, which keeps the magnitudes' moments whole, and the schedule-free one's own average must
-    know those without a gradient. A model's own weights are few and large.
+    AdamW treats every number alike, whatever parameter it belongs to. Adafactor knows
+    rows and columns, Prodigy each parameter's start, the 8-bit AdamW quantises no small ones, which
+    keeps the magnitudes' moments whole, and the schedule-free one's own average must know those
+    without a gradient. A model's own weights are few and large.
 
     Args:
         groups: The parameter groups.
         config: Method and optimizer.
         shards: Whether the model is sharded.
     """
-    if not config.is_full and config.optimizer_name in ("adamw", "muon"):
-        return FlatParameters(groups, keeps_matrices=config.optimizer_name == "muon")
+    if not config.is_full and config.optimizer_name == "adamw":
+        return FlatParameters(groups)
     return LocalParameters(groups) if shards and config.is_full else SteppedParameters(groups)

@@ -51,7 +51,6 @@ from dora_diffusion.training.engine.optimizer import (
     restore_optimizer,
     stepped_parameters,
 )
-from dora_diffusion.training.engine.preconditioning import Preconditioner
 from dora_diffusion.training.results.metrics import require_finite
 from dora_diffusion.training.trainable.allocation import RankAllocation, build_allocation
 from dora_diffusion.training.trainable.full import FullWeights, TrainedWeights
@@ -255,7 +254,6 @@ class Learner:
         inputs: Gives each batch's, by its number since the start of the run.
         words: New words that train.
         allocation: Moves ranks between layers; None: they stay.
-        preconditioner: Changes the gradients of A and B, once they are clipped.
         average: The weights that are used; None: those that train.
         adapters: Those whose update's norm is limited; none: it is not.
         batches: Number of batches since the start of the run.
@@ -273,7 +271,6 @@ class Learner:
     inputs: InputSource
     words: TrainedTokens
     allocation: RankAllocation | None = None
-    preconditioner: Preconditioner | None = None
     average: Average | None = None
     adapters: Sequence[LayerAdapter] = ()
     batches: int = 0
@@ -308,7 +305,7 @@ class Learner:
         if self.allocation is not None and "d" not in self.optimizer.param_groups[0]:
             self.allocation.add_orthogonality(self._loss_scale())
         self.parameters.take_gradients()
-        if self.allocation is not None or self.preconditioner is not None:
+        if self.allocation is not None:
             self.parameters.share_gradients()
         if self.accelerator.num_processes > 1:
             average_gradients(self.parameters.whole)
@@ -319,8 +316,6 @@ class Learner:
         means = self.accelerator.reduce(torch.stack(losses).mean(dim=0), reduction="mean")
         record = {"step": step, "loss": means[0], "grad_norm": norm, **rates}
         self._hold_back(record)
-        if self.preconditioner is not None:
-            self.preconditioner()
         self.is_whole = False
         self.optimizer.step()
         # Where fp16 overflowed there was no step; Accelerate does not tell so of a fused optimizer.
@@ -412,16 +407,14 @@ def build_learner(
     # Before Accelerate takes the optimizer's `step`, which the schedule marks as its own.
     schedule = build_lr_schedule(optimizer, config)
     optimizer = accelerator.prepare_optimizer(optimizer)
-    allocation, preconditioner = None, None
+    allocation = None
     if config.parametrization == "adalora" and not config.is_full:
         allocation = build_allocation(weights.modules, config)
     adapters = [each for model in weights.modules.values() for each in layer_adapters(model)]
-    if config.preconditions:
-        preconditioner = Preconditioner(adapters, config.precondition_damping)
     average = build_average(parameters, optimizer, config)
     return Learner(
         config, accelerator, weights.modules, objective, parameters, optimizer, schedule, inputs,
-        weights.words, allocation, preconditioner, average, adapters if config.limits_norms else (),
+        weights.words, allocation, average, adapters if config.limits_norms else (),
     )  # fmt: skip
 
 

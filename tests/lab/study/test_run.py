@@ -30,11 +30,11 @@ RECORDED = {
     "quantised": 24,
     "comparison": 218,
     "comparison-snr": 40,
-    "fast-race": 116,
-    "fast-finalists": 48,
+    "fast-race": 96,
+    "fast-finalists": 32,
     "fast": 48,
     "fast-new": 16,
-    "fast-epsilon": 72,
+    "fast-epsilon": 56,
 }
 TWIN = "d3da37d3f82aa73cdb0a9164cfafbb47cc63758899bdd0c8c803fa765fa2c32b"
 """Digest of the twin that predicts the noise, which does not ship."""
@@ -378,8 +378,11 @@ def test_the_documents_records_are_of_the_documents_study(name, count):
         drawn = subjects[made["subject"]], made["seed"]
         trial = Trial(made["row"], made["method"], config, *drawn, base, shown.asked)
         assert trial.digest == made["digest"], made["row"]
-        settings = trial.settings
-        assert {**settings, **made["settings"]} == settings
+        settings, recorded = trial.settings, made["settings"]
+        # Settings that were removed since then had their default, or the digest was another.
+        assert {name: settings[name] for name in recorded if name in settings} == {
+            name: value for name, value in recorded.items() if name in settings
+        }
     assert len(records) == count
 
 

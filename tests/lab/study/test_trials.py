@@ -21,7 +21,6 @@ from dora_diffusion.lab.study.trials import _live_bytes, kept_bytes
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.quantised import quantise
 from dora_diffusion.sampling.generate import SamplingSettings
-from dora_diffusion.training.session import Session
 from tests.lab.study.helpers import study
 from tests.refusal import refused
 from tests.shallow import *  # noqa: F403
@@ -39,7 +38,6 @@ SHORT = {
 METHODS = {
     "dora": {"max_train_steps": 1},
     "average": {"max_train_steps": 1, "ema_decay": 0.99},
-    "gradient": {"max_train_steps": 1, "init": "lora-one"},
     "full": {"method": "full", "full_weights": "targets"},
     "dvora": {"parametrization": "vera", "vera_rank": 4},
     "wild": {"learning_rate": 1e30},
@@ -47,12 +45,11 @@ METHODS = {
 
 
 class Performed(NamedTuple):
-    """A study of one trial of each method, and what there was before their first steps."""
+    """A study of one trial of each method."""
 
     study: Study
     output: Path
     results: Results
-    began: list[tuple[int, float | None]]
 
     def record(self, row: str) -> dict[str, Any]:
         (one,) = (record for record in self.results.records if record["row"] == row)
@@ -61,11 +58,7 @@ class Performed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def performed(tmp_path_factory):
-    began, start = [], Session.start_from_gradient
     measured, measure_it = [], ToySource.measure
-
-    def watched(session, adapters):
-        began.append((session.learner.batches, start(session, adapters)))
 
     def first_ones(*given):
         """Measure the base and the first two methods, whose figures are looked at."""
@@ -75,16 +68,15 @@ def performed(tmp_path_factory):
     given = study(**SHORT, methods=METHODS)
     output = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "start_from_gradient", watched)
         patch.setattr(ToySource, "measure", first_ones)
         results = run_study(given, output)
-    return Performed(given, output, results, began)
+    return Performed(given, output, results)
 
 
 def test_a_trial_is_trained_measured_and_analyzed(performed):
     results = performed.results
     assert [record["row"] for record in results.records] == ["base", *METHODS]
-    base, dora, _, _, full, dvora, _ = results.records
+    base, dora, _, full, dvora, _ = results.records
     # The base by the functions of `evaluate`, asked anew.
     subject = results.subjects[0]
     components = load_components(performed.study.base)
@@ -120,14 +112,6 @@ def test_an_average_is_what_is_measured_and_analyzed(performed):
     moved, part = (r["analysis"]["points"][0]["delta_m"] for r in (live, average))
     assert part == pytest.approx([9 / 11 * delta for delta in moved], rel=1e-3)
     assert average["measures"]["others_loss"] != live["measures"]["others_loss"]
-
-
-def test_a_start_from_the_gradient_is_made_before_the_first_step(performed):
-    drifts = dict(zip(METHODS, performed.began, strict=True))
-    batches, drift = drifts.pop("gradient")
-    assert batches == 0
-    assert drift > 0
-    assert {drift for _, drift in drifts.values()} == {None}
 
 
 def test_a_training_that_diverges_is_a_record_without_figures(performed, monkeypatch):

@@ -72,11 +72,10 @@ def launch(config: TrainConfig, tmp_path: Path, before: str = "", fails: str = "
 @pytest.mark.parametrize(
     "variant",
     [
-        pytest.param({"ema_decay": 0.5, "precondition": True}, id="dora"),
+        pytest.param({"ema_decay": 0.5}, id="dora"),
         pytest.param({"init": "pissa"}, id="pissa"),
         pytest.param(
-            {"init": "lora-one", "scale_weight_norms": 0.01, "lr_pattern": {"mid_block.*": 2e-3}},
-            id="lora-one",
+            {"scale_weight_norms": 0.01, "lr_pattern": {"mid_block.*": 2e-3}}, id="limited"
         ),
         pytest.param(
             {"parametrization": "adalora", "rank": 4, "allocation_interval": 1}, id="adalora"
@@ -94,9 +93,7 @@ def test_two_processes_of_a_launcher_agree_with_one(sd1_folder, tmp_path, varian
     one, two = agreeing(sd1_folder, tmp_path, variant)
     train(one)
     launch(two, tmp_path)
-    # A start from the gradient is summed over processes.
-    rounding = 1e-6 if variant.get("init") == "lora-one" else 0
-    assert_agree(Path(one.output_dir), Path(two.output_dir), rounding, variant.get("token", ""))
+    assert_agree(Path(one.output_dir), Path(two.output_dir), variant.get("token", ""))
 
 
 @pytest.mark.slow

@@ -44,7 +44,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "words": {**WORDS, "train_text_encoder": True, "text_encoder_lr": 1e-3},
     "vera": {"parametrization": "vera", "vera_rank": 4, "learning_rate": 1e-2},
     "pissa, adafactor": {"init": "pissa", "optimizer": "adafactor"},
-    "muon": {"optimizer": "muon", "targets": ["attention+conv"]},
     "adalora": ALLOCATED,
     "full": {"method": "full", "full_weights": "targets", "learning_rate": 1e-4},
 }
@@ -98,7 +97,6 @@ def test_it_is_that_of_a_loop_in_float64(kind: str, run: Callable[..., TrainConf
     """And what trains is that of a run without one, to the last bit."""
     # The share of the first two steps is less than the decay.
     config, decay = run(**{"max_train_steps": 3, **KINDS[kind]}), 0.3
-    needs_library(config.optimizer_name)
     session, plain = session_of(replace(config, ema_decay=decay)), session_of(config)
     average = {name: value.double() for name, value in values(session).items()}
     for step in range(1, config.max_train_steps + 1):
@@ -125,11 +123,10 @@ def test_a_decay_of_0_is_what_trains(run: Callable[..., TrainConfig]) -> None:
 
 
 def test_it_begins_where_the_run_does(run: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    """Also where that is found by the gradient of the first batches."""
     settings = {"start": {"learning_rate": 0.0}, "live": {"ema_decay": 0.0},
                 "average": {"ema_decay": 0.9}}  # fmt: skip
     for name, changes in settings.items():
-        config = run(init="lora-one", method="lora", max_train_steps=1, **changes)
+        config = run(method="lora", max_train_steps=1, **changes)
         with contextlib.suppress(TrainingError):  # A rate of 0 moves nothing from its start.
             train(replace(config, output_dir=str(tmp_path / name)))
     start, live, average = (read_adapter(tmp_path / name).layers for name in settings)

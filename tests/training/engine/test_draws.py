@@ -52,7 +52,6 @@ def test_two_processes_draw_the_rows_of_one(tiny_run) -> None:
         config = tiny_run(
             train_batch_size=batch_size, with_prior_preservation=True, num_class_images=3,
             prior_preservation_mode="images", class_data_dir=str(SAMPLES / "heart_teapot"),
-            stratified_timesteps=2, nearest_noise=2,
         )  # fmt: skip
         accelerator = OneOf(make_accelerator(config), process_index, num_processes)
         session = open_session(config, subjects_of(config), accelerator)
@@ -67,33 +66,6 @@ def test_two_processes_draw_the_rows_of_one(tiny_run) -> None:
         together = torch.cat([rows[:2] for rows in drawn] + [rows[2:] for rows in drawn])
         torch.testing.assert_close(together, getattr(whole, name), rtol=0, atol=1e-5)
     assert len({tuple(row.flatten().tolist()) for row in whole.noise}) == 8
-
-
-@pytest.mark.parametrize(("batch_size", "accumulation", "window"), [(3, 1, 1), (2, 2, 3)])
-def test_timesteps_are_one_in_each_stratum_of_steps(
-    tiny_run, batch_size: int, accumulation: int, window: int
-) -> None:
-    """Of photos and of class images, whatever batches a step is made of."""
-    config = tiny_run(
-        train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
-        stratified_timesteps=window, with_prior_preservation=True, num_class_images=3,
-        class_data_dir=str(SAMPLES / "heart_teapot"), prior_preservation_mode="images",
-    )  # fmt: skip
-    inputs = open_session(config, subjects_of(config), make_accelerator(config)).learner.inputs
-    rows, batches = batch_size * accumulation, 2 * window * accumulation
-    drawn = [inputs(number).timesteps for number in range(batches)]
-    for part in (slice(batch_size), slice(batch_size, None)):
-        timesteps = torch.cat([batch[part] for batch in drawn]).view(2, window, rows)
-        for steps in timesteps:
-            strata = sorted((steps.flatten() * rows * window // 1000).tolist())
-            assert strata == list(range(rows * window))
-            for step in steps:
-                assert sorted((step * rows // 1000).tolist()) == list(range(rows))
-        assert not torch.equal(*timesteps), "windows must differ"
-    photos, images = (
-        torch.cat([b[s] for b in drawn]) for s in (slice(batch_size), slice(batch_size, None))
-    )
-    assert not torch.equal(photos, images)
 
 
 def test_every_row_is_one_photo_with_its_own_caption_crop_and_mask(

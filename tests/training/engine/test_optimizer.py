@@ -23,7 +23,6 @@ from dora_diffusion.training.engine.optimizer import (
     build_lr_schedule,
     build_optimizer,
     learning_rates,
-    optimizer_library,
     parameter_groups,
     restore_optimizer,
 )
@@ -169,7 +168,6 @@ def test_prodigy_takes_one_rate_near_one(sd1_folder, photos, tmp_path):
     assert max(moved) > 0
 
 
-MUON = TrainConfig(optimizer="muon")
 SHAPES = {"down": [(3, 5), (2, 4, 3, 3)], "magnitude": [(7,), (6,)]}
 
 
@@ -233,36 +231,6 @@ def test_steps_are_those_of_the_members(unused):
         assert torch.equal(members[unused], parameters(groups_of())[unused])
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_muon_makes_orthogonal_updates_of_matrices_and_adamw_the_others(weight_decay):
-    """Its updates are as large as AdamW's: 0.2 in the root mean square, times the rate."""
-    needs_library("muon")
-    own, plain = groups_of(), groups_of()
-    before = [p.detach().clone() for p in parameters(own)]
-    members, expected = parameters(own), parameters(plain)
-    for group in (*own, *plain):
-        group |= {"name": f"unet/{group['name']} of mid_block/*", "weight_decay": weight_decay}
-    flat = FlatParameters(own, keeps_matrices=True)
-    assert [[tuple(p.shape) for p in group["params"]] for group in flat.groups] == [
-        [(3, 5), (2, 36)], [(13,)],
-    ]  # fmt: skip
-    take_steps(members, parameters(flat.groups), build_optimizer(flat.groups, MUON), flat, [0])
-    take_steps(expected, expected, adamw(plain), None, [0])
-    give_gradients(expected, 0)
-    for member, other, start in zip(members[:2], expected, before, strict=False):
-        rate = 1e-2
-        matrix = other.grad.flatten(1)
-        update = (start * (1 - rate * weight_decay) - member.detach()).flatten(1) / rate
-        assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.2)
-        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-        inner = u.T @ update @ vh.T / (0.2 * max(matrix.shape) ** 0.5)
-        # Newton and Schulz's five iterations leave singular values near 1, in bfloat16.
-        assert ((inner.diagonal() > 0.6) & (inner.diagonal() < 1.3)).all()
-        assert (inner - inner.diagonal().diag()).abs().max() < 0.03
-    for member, other in zip(members[2:], expected[2:], strict=True):
-        torch.testing.assert_close(member, other)
-
-
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_optimizer_that_was_restored_continues_to_the_last_bit(optimizer):
     """Also what it keeps in other dtypes than its parameters have."""
@@ -274,14 +242,13 @@ def test_an_optimizer_that_was_restored_continues_to_the_last_bit(optimizer):
         groups = groups_of()
         for group in groups:
             group |= {"name": f"unet/{group['name']}", "lr": rate}
-        own = FlatParameters(groups, keeps_matrices=True) if optimizer == "muon" else None
-        chosen = build_optimizer(own.groups if own else groups, config)
-        return groups, own, chosen, build_lr_schedule(chosen, config)
+        chosen = build_optimizer(groups, config)
+        return groups, chosen, build_lr_schedule(chosen, config)
 
-    def stepped(groups, own, chosen, schedule, steps):
-        seen = parameters(own.groups if own else groups)
+    def stepped(groups, chosen, schedule, steps):
+        members = parameters(groups)
         for step in steps:
-            take_steps(parameters(groups), seen, chosen, own, [step])
+            take_steps(members, members, chosen, None, [step])
             schedule.step()
 
     whole, first, second = made(), made(), made()
@@ -290,25 +257,16 @@ def test_an_optimizer_that_was_restored_continues_to_the_last_bit(optimizer):
     with torch.no_grad():
         for before, after in zip(parameters(first[0]), parameters(second[0]), strict=True):
             after.copy_(before)
-    state = {"optimizer": first[2].state_dict(), "lr_schedule": first[3].state_dict()}
-    restore_optimizer(second[2], second[3], copy.deepcopy(state))
+    state = {"optimizer": first[1].state_dict(), "lr_schedule": first[2].state_dict()}
+    restore_optimizer(second[1], second[2], copy.deepcopy(state))
     stepped(*second, range(3, 6))
     assert all(map(torch.equal, parameters(whole[0]), parameters(second[0])))
-    states = [list(run[2].state.values()) for run in (whole, second)]
+    states = [list(run[1].state.values()) for run in (whole, second)]
     for ours, theirs in zip(*states, strict=True):
         for key, value in ours.items():
             if isinstance(value, torch.Tensor):
                 assert value.dtype == theirs[key].dtype, key
                 assert torch.equal(value, theirs[key]), key
-
-
-def test_muon_is_refused_where_it_cannot_be(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon", raising=False)
-    with refused("optimizer", "muon needs torch 2.9"):
-        optimizer_library("muon")
-    for settings in ({"method": "full"}, {"parametrization": "vera"}):
-        with refused("optimizer", "muon is for A and B of an adapter"):
-            TrainConfig(optimizer="muon", **settings)
 
 
 def test_moments_of_other_parameters_are_refused():

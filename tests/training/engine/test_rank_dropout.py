@@ -15,18 +15,14 @@ import torch.nn.functional as F
 
 from dora_diffusion.adapters.inject import (
     AdapterConfig,
-    DetachedAdapters,
     inject_adapters,
     layer_adapters,
 )
 from dora_diffusion.config import TrainConfig, without_effect
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.engine.objective import noisy_batches
 from dora_diffusion.training.engine.step import TrainingEngine, limit_norms
-from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.loop import train, train_pack
-from dora_diffusion.training.session import open_session
 from tests.adapters.helpers import Net, move
 from tests.refusal import refused
 from tests.training.helpers import (
@@ -152,18 +148,6 @@ def test_a_timestep_leaves_the_first_ranks_of_the_unet_active(
             assert mask.tolist() == [[1.0] * n + [0.0] * (rank - n) for n in counts]
     # No layer of as few ranks, and none of a text encoder, is masked.
     assert found == {(3, True, True), (5, True, False), (7, True, False), (5, False, True)}
-
-
-def test_a_start_from_the_gradient_is_masked_by_none(
-    sd1_folder: Path, photos: Path, tmp_path: Path
-) -> None:
-    starts = []
-    for own in ({}, {"rank_dropout": 0.5, "tlora_min_rank": 1}):
-        config = make_config(sd1_folder, photos, tmp_path, init="lora-one", **LAYERS, **own)
-        session = open_session(config, subjects_of(config), make_accelerator(config))
-        session.start_from_gradient(DetachedAdapters.of(*session.weights.modules.values()))
-        starts.append([p.detach().clone() for p in session.weights.parameters().values()])
-    torch.testing.assert_close(*starts, rtol=0, atol=0)
 
 
 def sd_scripts_limit(down: torch.Tensor, up: torch.Tensor, scale: float, limit: float) -> float:

@@ -96,9 +96,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(sd1_folder, photos, tmp_pat
         max_train_steps=6, train_text_encoder=True, train_batch_size=2, lora_dropout=0.1,
         lr_scheduler="cosine", lora_alpha=3.0, random_flip=True, caption_dropout=0.2,
         tag_dropout=0.3, keep_tags=0, wildcards=True, caption_prefix="a {big|new} sks,",
-        max_token_length=150, clip_skip=1, nearest_noise=2,
-        # It is interrupted between two strata of one timestep window.
-        timestep_distribution="logit_normal", stratified_timesteps=6,
+        max_token_length=150, clip_skip=1, timestep_distribution="logit_normal",
     )  # fmt: skip
     train(whole)
     parted = replace(whole, output_dir=str(tmp_path / "parted"))
@@ -297,10 +295,8 @@ def test_other_images_captions_and_masks_are_refused(spoil, message, again):
         ("prediction_type", "epsilon"),
         ("noise_offset", 0.1),
         ("loss_type", "huber"),
-        ("nearest_noise", 2),
         ("unmasked_prior", 1.0),
         ("timestep_distribution", "power"),
-        ("stratified_timesteps", 1),
         ("lora_dropout", 0.1),
         ("lr_scheduler", "linear"),
         ("instance_prompt", "a photo of a sks cup"),
