@@ -3,21 +3,24 @@
     python -m tools.digests run OUTPUT.json [--work FOLDER] [--only WORD]
     python -m tools.digests compare BEFORE.json AFTER.json
 
-`run` performs short trainings of the embedded models in many settings, a resumed run, a pack, a
-fleet, conversions, merges and images, each in a process of its own, and writes the SHA-256 of each
-file's tensors or pixels. What is there already is not performed again, so that a run can be
-stopped. `compare` names every output that differs; it exits with 1 where there is one. Digests of
-two machines, or of two versions of torch, may differ.
+`run` performs short trainings of the embedded models in many settings, resumed runs, packs, a
+fleet, conversions, merges and images, all in one process, and writes the SHA-256 of each file's
+tensors, pixels or logged numbers. Results that are there already are not computed again, so that a
+run can be stopped. `compare` names every output that differs, and exits with 1 if there is one.
+Digests of two machines, or of two versions of torch, may differ.
+
+To compare with former code, run it there: `PYTHONPATH=FORMER python tools/digests.py run ...`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,22 +31,47 @@ from PIL import Image
 from safetensors import safe_open
 
 ROOT = Path(__file__).parents[1]
-MUG, TEAPOT = ROOT / "samples" / "bolt_mug", ROOT / "samples" / "heart_teapot"
+SAMPLES = ROOT / "samples"
+MUG, TEAPOT, ROBOT = SAMPLES / "bolt_mug", SAMPLES / "heart_teapot", SAMPLES / "ring_robot"
+PLAIN, MASKED = "plain", "masked"
+"""Photos of the mug that are made in the folder of results: without captions, and with masks."""
 TRAIN = {
     "pretrained_model_name_or_path": "embedded:tiny-sd",
     "instance_data_dir": str(MUG),
     "instance_prompt": "a photo of a sks mug",
     "learning_rate": 2e-3,
-    "max_train_steps": 4,
+    "max_train_steps": 6,
     "train_batch_size": 2,
     "checkpointing_steps": 0,
     "mixed_precision": "no",
+}
+MASKS = {
+    "instance_data_dir": MASKED,
+    "masked_loss": True,
+    "train_batch_size": 3,
+    "unmasked_prior": 0.7,
+}
+SLIDER = {
+    "teach": "slider",
+    "method": "lora",
+    "target": ["a photo of a dog"],
+    "positive": ["a photo of a red dog"],
+    "negative": ["a photo of a toy"],
+    "num_class_images": 4,
+    "validation_inference_steps": 2,
+    "instance_data_dir": None,
+    "instance_prompt": None,
 }
 SETTINGS: dict[str, dict[str, object]] = {
     "dora": {"checkpointing_steps": 2},
     "lora": {"use_dora": False},
     "full": {"method": "full", "learning_rate": 1e-5},
-    "adalora": {"parametrization": "adalora", "allocation_warmup": 1, "allocation_interval": 1},
+    "adalora": {
+        "parametrization": "adalora",
+        "allocation_warmup": 1,
+        "allocation_interval": 1,
+        "checkpointing_steps": 2,
+    },
     "vera": {"parametrization": "vera"},
     "pissa": {"init": "pissa"},
     "rslora-alpha": {"rslora": True, "lora_alpha": 4, "conv_rank": 2, "loraplus_ratio": 4},
@@ -51,11 +79,61 @@ SETTINGS: dict[str, dict[str, object]] = {
     "dropout": {"lora_dropout": 0.2},
     "text-encoder": {"train_text_encoder": True, "text_encoder_lr": 1e-3},
     "words": {
-        "instance_data_dir": MUG.name,
+        "instance_data_dir": PLAIN,
         "instance_prompt": "a photo of a <bolt> mug",
         "token": "<bolt>",
         "train_text_encoder_ti": True,
         "train_text_encoder_ti_frac": 0.5,
+    },
+    "words-prior": {
+        "instance_data_dir": PLAIN,
+        "instance_prompt": "a photo of a <bolt> mug",
+        "token": "<bolt>",
+        "train_text_encoder_ti": True,
+        "with_prior_preservation": True,
+    },
+    "text-encoder-prior": {"train_text_encoder": True, "with_prior_preservation": True},
+    "prior-bf16": {"with_prior_preservation": True, "mixed_precision": "bf16"},
+    "full-prior": {"method": "full", "learning_rate": 1e-5, "with_prior_preservation": True},
+    "masks": MASKS,
+    "masks-prior": {**MASKS, "with_prior_preservation": True},
+    "slider": SLIDER,
+    "slider-anchors": {**SLIDER, "anchors": ["the cat in a backpack"]},
+    "rank-dropout": {"rank_dropout": 0.3, "checkpointing_steps": 2},
+    "rank-dropout-prior": {
+        "rank_dropout": 0.3,
+        "with_prior_preservation": True,
+        "train_text_encoder": True,
+    },
+    "t-lora": {"tlora_min_rank": 2},
+    "t-lora-rank-dropout": {"tlora_min_rank": 2, "rank_dropout": 0.2},
+    "average": {"ema_decay": 0.9},
+    "average-all": {
+        "ema_decay": 0.9,
+        "train_text_encoder": True,
+        "with_prior_preservation": True,
+        "checkpointing_steps": 2,
+    },
+    "schedule-free": {"optimizer": "adamw-schedule-free", "checkpointing_steps": 2},
+    "adalora-prodigy": {
+        "parametrization": "adalora",
+        "rank": 4,
+        "target_rank": 2,
+        "allocation_interval": 1,
+        "allocation_final": 1,
+        "optimizer": "prodigy",
+        "learning_rate": 1.0,
+    },
+    "norm-limit": {"scale_weight_norms": 0.01},
+    "huber": {"loss_type": "huber", "huber_schedule": "snr", "debiased_estimation_loss": True},
+    "v-prediction": {"prediction_type": "v_prediction", "snr_gamma": 5.0},
+    "timesteps": {"timestep_distribution": "logit_normal", "noise_offset": 0.05},
+    "recomputed-prior": {"gradient_checkpointing": True, "with_prior_preservation": True},
+    "held-out-average": {
+        "validation_split": 0.2,
+        "validation_loss_steps": 3,
+        "ema_decay": 0.5,
+        "keep_best": True,
     },
     "prior": {"with_prior_preservation": True},
     "class-images": {
@@ -86,6 +164,40 @@ SETTINGS: dict[str, dict[str, object]] = {
     },
     "compile-targets": {"targets": "attention", "adam_weight_decay": 0.1, "magnitude_lr": 1e-4},
 }
+RESUMED = ("dora", "average-all", "adalora", "rank-dropout", "schedule-free")
+SUBJECTS: list[dict[str, object]] = [
+    {"name": "mug", "instance_data_dir": str(MUG), "seed": 1, "ema_decay": 0.5},
+    {
+        "name": "teapot",
+        "instance_data_dir": str(TEAPOT),
+        "instance_prompt": "a photo of a sks teapot",
+        "rank": 3,
+        "max_train_steps": 4,
+        "snr_gamma": 5,
+        "loss_type": "huber",
+        "huber_schedule": "exponential",
+    },
+    {
+        "name": "robot",
+        "instance_data_dir": str(ROBOT),
+        "rank": 4,
+        "conv_rank": 1,
+        "lora_alpha": 8,
+        "learning_rate": 3e-4,
+        "max_grad_norm": 0.01,
+        "prior_loss_weight": 0.5,
+        "lr_scheduler": "cosine",
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "timestep_distribution": "power",
+    },
+]
+PACKS: dict[str, dict[str, object]] = {
+    "pack-three": {},
+    "pack-prior": {"with_prior_preservation": True},
+    "pack-text-encoder": {"train_text_encoder": True},
+    "pack-ranks": {"rank_dropout": 0.3, "tlora_min_rank": 1, "with_prior_preservation": True},
+}
 RANKED = ("lora", "lora-diffusers", "smaller-rank")
 CONVERSIONS = ("diffusers", "peft", "kohya", "comfyui", "dense", *RANKED)
 
@@ -93,14 +205,19 @@ CONVERSIONS = ("diffusers", "peft", "kohya", "comfyui", "dense", *RANKED)
 def commands(work: Path) -> Iterator[tuple[str, list[str]]]:
     """Each output's name, with the arguments of the command that writes it into that folder."""
     base = ["--base", "embedded:tiny-sd"]
-    # Without their captions.
-    for folder in (MUG, TEAPOT):
-        (work / folder.name).mkdir(exist_ok=True)
-        for photo in folder.glob("*.jpg"):
-            shutil.copy(photo, work / folder.name)
+    make_photos(work)
     for name, settings in SETTINGS.items():
         yield name, ["train", *_config(work, name, settings)]
-    yield "resumed", ["train", *_config(work, "resumed", SETTINGS["dora"])]
+    for name in RESUMED:
+        start = ["--resume_from_checkpoint", str(work / name / "checkpoint-2")]
+        resumed = f"resumed-{name}"
+        yield resumed, ["train", *_config(work, resumed, SETTINGS[name]), *start]
+    listed = work / "three.yaml"
+    listed.write_text(yaml.safe_dump(SUBJECTS), encoding="utf-8")
+    several = {"instance_data_dir": None, "instance_prompt": None}
+    shared = {"instance_data_dir": None, "rank": 2, "conv_rank": 2, "train_batch_size": 1}
+    for name, settings in PACKS.items():
+        yield name, ["train", *_config(work, name, shared | settings), "--pack", str(listed)]
     yield (
         "init",
         [
@@ -110,12 +227,11 @@ def commands(work: Path) -> Iterator[tuple[str, list[str]]]:
     subjects = [
         {"instance_data_dir": str(MUG), "instance_prompt": "a photo of a sks mug"},
         {
-            "instance_data_dir": str(work / TEAPOT.name),
+            "instance_data_dir": str(work / f"{PLAIN}-teapot"),
             "instance_prompt": "a photo of a zwq teapot",
             "token": "zwq",
         },
     ]
-    several = {"instance_data_dir": None, "instance_prompt": None}
     named = work / "named.yaml"
     named.write_text(
         yaml.safe_dump([{"name": n, **s} for n, s in zip(("mug", "pot"), subjects, strict=True)]),
@@ -194,18 +310,34 @@ def _config(work: Path, name: str, settings: dict[str, object]) -> list[str]:
     """Write a training's settings, and return the flags that read them."""
     file = work / f"{name}.yaml"
     values = {**TRAIN, **settings, "output_dir": str(work / name)}
-    if values["instance_data_dir"] == MUG.name:
-        values["instance_data_dir"] = str(work / MUG.name)
+    if values["instance_data_dir"] in (PLAIN, MASKED):
+        values["instance_data_dir"] = str(work / str(values["instance_data_dir"]))
     file.write_text(
         yaml.safe_dump({k: v for k, v in values.items() if v is not None}), encoding="utf-8"
     )
     return ["--config", str(file)]
 
 
+def make_photos(work: Path) -> None:
+    """Copy photos without their captions, and with masks beside them."""
+    for name, source in ((PLAIN, MUG), (f"{PLAIN}-teapot", TEAPOT), (MASKED, MUG)):
+        (work / name).mkdir(exist_ok=True)
+        for photo in source.glob("*.jpg"):
+            shutil.copy(photo, work / name)
+    for photo in sorted((work / MASKED).glob("*.jpg"))[3:]:
+        photo.unlink()
+    for number, is_whole in (("01", False), ("02", True)):
+        with Image.open(MUG / f"{number}.jpg") as image:
+            mask = Image.new("L", image.size, 255 if is_whole else 0)
+        mask.paste(255, (0, 0, mask.width // 2, mask.height))
+        mask.save(work / MASKED / f"{number}.mask.png")
+
+
 def perform(work: Path, only: str) -> dict[str, str]:
     """Run the commands whose results are not there, and digest all files."""
+    from dora_diffusion.cli.main import main as command
+
     work.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     digests: dict[str, str] = {}
     for name, words in commands(work):
         if only not in name:
@@ -214,41 +346,39 @@ def perform(work: Path, only: str) -> dict[str, str]:
         done = folder / ".done"
         if not done.exists():
             folder.mkdir(exist_ok=True)
-            if name == "resumed":
-                # From half of the same run.
-                words = [*words, "--resume_from_checkpoint", str(work / "dora" / "checkpoint-2")]
-            run = subprocess.run(
-                [sys.executable, "-m", "dora_diffusion", *words],
-                env=environment,
-                capture_output=True,
-                text=True,
-                encoding="utf-8",
-                cwd=ROOT,
-            )
-            if run.returncode:
-                print(f"{name}: {run.stderr.strip().splitlines()[-1]}", flush=True)
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                code = command(words)
+            if code:
+                print(f"{name}: {output.getvalue().strip().splitlines()[-1]}", flush=True)
                 continue
             done.touch()
             print(name, flush=True)
         for path in sorted(folder.rglob("*")):
-            if path.suffix in (".safetensors", ".png"):
+            if path.suffix in (".safetensors", ".png") or path.name == "metrics.jsonl":
                 digests[f"{name}/{path.relative_to(folder).as_posix()}"] = digest(path)
     return digests
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of an image's pixels, or of a file's tensors with their names, dtypes and shapes."""
-    told = hashlib.sha256()
+    """SHA-256 of pixels, of logged numbers, or of tensors with their names, dtypes and shapes."""
+    digested = hashlib.sha256()
+    if path.suffix == ".jsonl":
+        for line in path.read_text(encoding="utf-8").splitlines():
+            numbers = json.loads(line)
+            numbers.pop("seconds", None)
+            digested.update(json.dumps(numbers, sort_keys=True).encode())
+        return digested.hexdigest()
     if path.suffix == ".png":
         with Image.open(path) as image:
-            told.update(f"{image.size} {image.mode}".encode() + image.tobytes())
-        return told.hexdigest()
+            digested.update(f"{image.size} {image.mode}".encode() + image.tobytes())
+        return digested.hexdigest()
     with safe_open(path, framework="pt") as file:
         for key in sorted(file.keys()):
             tensor = file.get_tensor(key)
-            told.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            told.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return told.hexdigest()
+            digested.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digested.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digested.hexdigest()
 
 
 def compare(before: dict[str, str], after: dict[str, str]) -> list[str]:
@@ -276,6 +406,8 @@ def main() -> int:
     against.add_argument("after", type=Path)
     args = parser.parse_args()
     if args.action == "run":
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        torch.set_num_threads(1)
         digests = perform(args.work.resolve(), args.only)
         args.output.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
         print(f"{args.output}: {len(digests)} digests")
