@@ -61,7 +61,7 @@ PORTABLE_TESTS ?= tests/portable tests/test_system.py tests/cli/console tests/fo
 	$(filter-out $(PORTABLE_LONG), $(wildcard tests/studio/jobs/test_*.py))
 PORTABLE_LONG = tests/studio/jobs/test_worker.py tests/studio/jobs/test_image_generator.py tests/studio/app/test_serve.py \
 	tests/cli/commands/test_train.py tests/data/test_dataset.py tests/export/test_checkpoint.py \
-	tests/training/results/test_checkpoint.py tests/training/results/test_metrics.py tests/training/test_signals.py
+	tests/training/results/test_checkpoint.py tests/training/test_metrics.py tests/training/test_signals.py
 test-portable: $(READY_TO_TEST)
 	$(PORTABLE) $(PORTABLE_TESTS)
 

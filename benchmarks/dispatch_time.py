@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from dora_diffusion.adapters.scope import NormCache, norm_scope
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.models.embedded import MODELS, model_folder
-from dora_diffusion.training.engine.optimizer import FlatParameters
+from dora_diffusion.training.optimizer import FlatParameters
 
 NARROW: dict[str, dict[str, Any]] = {
     "sd1": {"block_out_channels": (16, 32, 32, 32), "attention_head_dim": 2},

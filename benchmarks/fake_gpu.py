@@ -214,7 +214,7 @@ def fake_gpu() -> Iterator[None]:
     make_device()
     from dora_diffusion.adapters import layout
     from dora_diffusion.numerics import norms
-    from dora_diffusion.training.engine import optimizer
+    from dora_diffusion.training import optimizer
 
     probe = lru_cache(norms._probe_on.__wrapped__)
     with (

@@ -30,7 +30,7 @@ from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.stack import AdapterStack
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.training.engine.optimizer import FlatParameters
+from dora_diffusion.training.optimizer import FlatParameters
 
 OWN_LORA = "this LoRA"
 PEERS = (FROZEN, LORA, PEFT_DORA, OURS, OWN_LORA)

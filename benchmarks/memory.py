@@ -59,10 +59,11 @@ from dora_diffusion.models.locate import resolve_folder
 from dora_diffusion.models.memory import PROCESS_GIB
 from dora_diffusion.models.text import Conditioning, encode_tokens
 from dora_diffusion.numerics.quantised import memory_of, quantise
-from dora_diffusion.training.engine import optimizer as optimizers
-from dora_diffusion.training.engine.objective import StepInputs
-from dora_diffusion.training.engine.step import Learner, TrainingEngine, build_learner
+from dora_diffusion.training import optimizer as optimizers
+from dora_diffusion.training.batch import Batch, ModelInputs
+from dora_diffusion.training.recipe import build_step
 from dora_diffusion.training.results import effect
+from dora_diffusion.training.step import Step
 from dora_diffusion.training.trainable.adapters import TrainedAdapters, inject_trained
 
 # A card has to hold a tenth more than what is counted with the GPU's context, and half a gigabyte
@@ -164,21 +165,33 @@ def time_ids(components: Components, batch: int) -> Tensor | None:
     return torch.empty(batch, 6, device=DEVICE) if components.family.has_time_ids else None
 
 
-def inputs_of(components: Components, side: int, config: TrainConfig) -> StepInputs:
+class OneBatch:
+    """Batches of a run that are all alike."""
+
+    def __init__(self, components: Components, batch: Batch) -> None:
+        self.process, self.batch = components.process, batch
+
+    def __next__(self) -> Batch:
+        """The batch, to which noise is added as a run does."""
+        batch, timesteps = self.batch, self.batch.inputs.timesteps
+        noisy = self.process.add_noise(batch.latents, batch.noise, timesteps)
+        return replace(batch, inputs=replace(batch.inputs, noisy_latents=noisy))
+
+
+def batch_of(components: Components, side: int, config: TrainConfig) -> Batch:
     """A batch of photos, with class images or class captions where the prior asks for them."""
     photos = config.train_batch_size
     rows = photos * (2 if config.with_prior_preservation and not config.is_image_free else 1)
     shape = (rows, components.latent_channels, side, side)
     latents, noise = torch.empty(shape, device=DEVICE), torch.empty(shape, device=DEVICE)
     timesteps = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
-    return StepInputs(
+    return Batch(
+        ModelInputs(latents, timesteps, time_ids(components, rows)),
         latents,
         noise,
-        timesteps,
-        [""] * rows,
-        time_ids(components, rows),
+        ("",) * rows,
         photos,
-        class_captions=[""] * photos if config.is_image_free else (),
+        class_captions=dict.fromkeys(range(photos), "") if config.is_image_free else {},
     )
 
 
@@ -208,7 +221,7 @@ def label_weights(count: LiveBytes, components: Components, text_encoders: bool)
 @contextmanager
 def counting(
     family: str, resolution: int, config: TrainConfig, *, precision: str = "bf16"
-) -> Iterator[tuple[LiveBytes, Components, TrainedAdapters, Learner]]:
+) -> Iterator[tuple[LiveBytes, Components, TrainedAdapters, Step]]:
     """Count what is made inside the block, in which a run has its model and optimizer's states.
 
     The parts of the peak are labelled ``weights``, ``idle`` (weights of modules that no step
@@ -230,22 +243,23 @@ def counting(
         stack.enter_context(Answers())
         stack.enter_context(count)
         weights = inject_trained(components, config)
-        inputs = inputs_of(components, resolution // components.vae_factor, config)
-        learner = build_learner(config, accelerator(), components, weights, lambda number: inputs)
-        condition: Any = Encoded(components, encoded if text_encoders else cached, text_encoders)
-        learner.objective = replace(learner.objective, condition=condition)
-        make_states(learner)
+        batch = batch_of(components, resolution // components.vae_factor, config)
+        batches: Any = OneBatch(components, batch)
+        step = build_step(config, accelerator(), components, weights, batches)
+        encode: Any = Encoded(components, encoded if text_encoders else cached, text_encoders)
+        step.encode = encode
+        make_states(step)
         count.label = "step"
         count.reset_peak()
-        yield count, components, weights, learner
+        yield count, components, weights, step
 
 
 def count_step(
     family: str, resolution: int, config: TrainConfig, *, precision: str = "bf16"
 ) -> LiveBytes:
     """Count a training step's peak."""
-    with counting(family, resolution, config, precision=precision) as (count, _, _, learner):
-        take_steps(TrainingEngine([learner]))
+    with counting(family, resolution, config, precision=precision) as (count, _, _, step):
+        step(1)
     return count
 
 
@@ -288,16 +302,9 @@ class Encoded:
         return self.encode(self.components, len(captions))
 
 
-def take_steps(engine: TrainingEngine) -> None:
-    """The first step of each run."""
-    for outcome in engine([1] * len(engine.learners)):
-        if isinstance(outcome, Exception):
-            raise outcome
-
-
-def make_states(step: Learner) -> None:
+def make_states(step: Step) -> None:
     """Make the optimizer create its states, which exist from the second step on."""
-    for parameter in (p for model in step.modules.values() for p in model.parameters()):
+    for parameter in (p for model in step.weights.modules.values() for p in model.parameters()):
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     step.parameters.take_gradients()

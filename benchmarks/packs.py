@@ -19,7 +19,6 @@ import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -31,22 +30,23 @@ from fake_gpu import DEVICE, Answers, fake_gpu
 from live_bytes import GIB, LiveBytes
 from memory import (
     Encoded,
+    OneBatch,
     accelerator,
+    batch_of,
     cached,
-    inputs_of,
     label_weights,
     make_components,
     make_states,
-    take_steps,
 )
 
-from dora_diffusion.adapters.inject import DetachedAdapters, detach_adapters
+from dora_diffusion.adapters.inject import detach_adapters
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.models.memory import PROCESS_GIB
-from dora_diffusion.training.engine.step import TrainingEngine, build_learner
 from dora_diffusion.training.events import StepDone
-from dora_diffusion.training.loop import train, train_pack
+from dora_diffusion.training.pack import train_pack
+from dora_diffusion.training.pack_step import PackStep
+from dora_diffusion.training.recipe import build_step, train
 from dora_diffusion.training.trainable.adapters import inject_trained
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
@@ -140,23 +140,23 @@ def count_pack(family: str, resolution: int, config: TrainConfig, count: int) ->
         live.label = "adapter"
         stack.enter_context(Answers())
         stack.enter_context(live)
-        inputs = inputs_of(components, resolution // components.vae_factor, config)
-        learners, adapters = [], []
+        batch = batch_of(components, resolution // components.vae_factor, config)
+        batches: Any = OneBatch(components, batch)
+        steps = []
         for _ in range(count):
             detach_adapters(components.unet)
-            weights, one = inject_trained(components, config), accelerator()
-            give: Callable[[int], Any] = lambda number: inputs  # noqa: E731
-            learner = build_learner(config, one, components, weights, give)  # type: ignore[arg-type]
-            condition: Any = Encoded(components, cached)
-            learner.objective = replace(learner.objective, condition=condition)
-            make_states(learner)
-            adapters.append(DetachedAdapters.of(components.unet))
-            learners.append(learner)
-        adapters[0].attach()
-        engine = TrainingEngine(learners, adapters)
+            weights = inject_trained(components, config)
+            step = build_step(config, accelerator(), components, weights, batches)
+            step.encode = Encoded(components, cached)  # type: ignore[assignment]
+            make_states(step)
+            steps.append(step)
+        steps[0].adapters.attach()
+        pack = PackStep(steps)
         live.label = "step"
         live.reset_peak()
-        take_steps(engine)
+        for outcome in pack([1] * count):
+            if isinstance(outcome, Exception):
+                raise outcome
     return live
 
 

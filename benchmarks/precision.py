@@ -20,9 +20,9 @@ from common import machine, markdown
 from train_step import settings
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.session import open_session
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble
 
 
 def fp16_accelerator(config: TrainConfig) -> Any:
@@ -38,7 +38,7 @@ def losses(output: Path, steps: int, **chosen: object) -> torch.Tensor:
     """Loss of each step."""
     config = settings(str(output), learning_rate=1e-3, **chosen)
     make = fp16_accelerator if config.mixed_precision == "fp16" else make_accelerator
-    run = open_session(config, subjects_of(config), make(config))
+    run = assemble(config, subjects_of(config), make(config))
     return torch.stack([run.step(step + 1)["loss"].float() for step in range(steps)])
 
 

@@ -24,7 +24,7 @@ from common import machine
 from full_size import UNETS, model_in
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.training import loop
+from dora_diffusion.training import recipe
 
 GIB = 2**30
 
@@ -48,17 +48,17 @@ def resident() -> int:
 def train(settings: dict[str, Any]) -> None:
     """Train in one of the processes, and print what it was."""
     told: dict[str, Any] = {"rank": int(os.environ["RANK"])}
-    open_session = loop.open_session
+    assemble = recipe.assemble
 
-    def opened(*args: Any, **kwargs: Any) -> Any:
-        session = open_session(*args, **kwargs)
-        told["unet_gib"] = round(alive(session.components.unet) / GIB, 3)
+    def assembled(*args: Any, **kwargs: Any) -> Any:
+        run = assemble(*args, **kwargs)
+        told["unet_gib"] = round(alive(run.components.unet) / GIB, 3)
         told["resident_gib"] = round(resident() / GIB, 2)
         told["started"] = time.perf_counter()
-        return session
+        return run
 
-    loop.open_session = opened
-    loop.train(TrainConfig.from_dict(settings))
+    recipe.assemble = assembled
+    recipe.train(TrainConfig.from_dict(settings))
     told["seconds"] = round(time.perf_counter() - told.pop("started"), 1)
     told["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     print(json.dumps(told), flush=True)

@@ -33,9 +33,10 @@ from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.base import QUANTISATIONS
-from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.session import Session, open_session
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble
+from dora_diffusion.training.run import Run
 
 PACKAGE = str(Path(dora_diffusion.__file__).parent)
 ALONE, STEP = "UNet alone", "training step"
@@ -55,13 +56,13 @@ def settings(output: str, **chosen: object) -> TrainConfig:
     return TrainConfig(**(SETTINGS | chosen), output_dir=output)
 
 
-def session(output: str, **chosen: object) -> Session:
+def session(output: str, **chosen: object) -> Run:
     """A run on an embedded model, ready for its first step."""
     config = settings(output, **chosen)
-    return open_session(config, subjects_of(config), make_accelerator(config))
+    return assemble(config, subjects_of(config), make_accelerator(config))
 
 
-def bare_step(run: Session) -> None:
+def bare_step(run: Run) -> None:
     """Forward and backward of the UNet on a batch that is ready."""
     unet = run.components.unet
     side = run.resolution // run.components.vae_factor
@@ -70,7 +71,7 @@ def bare_step(run: Session) -> None:
     states = torch.randn(batch, 77, unet.config.cross_attention_dim)
     with norm_scope(unet):
         unet(latents, torch.full((batch,), 500), states).sample.square().mean().backward()
-    run.learner.optimizer.zero_grad(set_to_none=True)
+    run.step.optimizer.zero_grad(set_to_none=True)
 
 
 def step_beside_unet(output: str, rounds: int) -> None:
@@ -98,7 +99,7 @@ def against_lora(output: str, rounds: int) -> None:
 
 
 def optimizers(output: str, rounds: int) -> None:
-    trained = session(output).learner.parameters
+    trained = session(output).step.parameters
     kinds = {"plain": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
     steps = {}
     for name, kind in kinds.items():

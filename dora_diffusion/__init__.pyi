@@ -46,8 +46,8 @@ from dora_diffusion.sampling.generate import SamplingSettings as SamplingSetting
 from dora_diffusion.sampling.generate import generate_images as generate_images
 from dora_diffusion.sampling.pool import AdapterPool as AdapterPool
 from dora_diffusion.sampling.pool import ImageRow as ImageRow
-from dora_diffusion.training.loop import train as train
-from dora_diffusion.training.loop import train_pack as train_pack
-from dora_diffusion.training.results.metrics import TrainingError as TrainingError
+from dora_diffusion.training.metrics import TrainingError as TrainingError
+from dora_diffusion.training.pack import train_pack as train_pack
+from dora_diffusion.training.recipe import train as train
 
 __version__: str

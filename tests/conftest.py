@@ -64,8 +64,8 @@ LONG = (
     "training/trainable/test_full.py::test_a_model_is_evaluated_beside_its_base",
     "training/trainable/test_full.py::test_a_resumed_run_is_that_of_one_piece_bit_for_bit[adafactor]",
     "training/trainable/test_full.py::test_compiled_blocks_train_the_same_weights",
-    "training/test_session.py::test_no_bit_of_a_run_depends_on_it[class images]",
-    "training/test_session.py::test_weights_of_the_model_that_train_never_leave",
+    "training/test_run.py::test_no_bit_of_a_run_depends_on_it[class images]",
+    "training/test_run.py::test_weights_of_the_model_that_train_never_leave",
     "training/test_variants.py::test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[dvora]",
     "training/test_variants.py::test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[pissa]",
 )

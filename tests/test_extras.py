@@ -77,7 +77,7 @@ def training(tmp_path: Path) -> list[str]:
 def test_training_says_what_to_install_before_it_loads_a_model(
     setting, line, bare, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("dora_diffusion.training.session.load_components", None)
+    monkeypatch.setattr("dora_diffusion.training.inputs.base.load_components", None)
     assert main([*training(tmp_path), *setting]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {line}"
 

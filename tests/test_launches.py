@@ -23,7 +23,7 @@ COUNTS = """
     from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
     from dora_diffusion.adapters.scope import NormCache, norm_scope
     from dora_diffusion.config import AdapterConfig
-    from dora_diffusion.training.engine.optimizer import FlatParameters
+    from dora_diffusion.training.optimizer import FlatParameters
 
     def layers(kind, count, bias):
         if kind == "Linear":

@@ -169,7 +169,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Batch:
+class SampleBatch:
     """Samples stacked: the photos first, then the class images of those that have one.
 
     Attributes:
@@ -199,6 +199,11 @@ class Batch:
     def __len__(self) -> int:
         """Number of samples, class images included."""
         return len(self.sample_ids)
+
+    @property
+    def photos(self) -> int:
+        """Number of photos."""
+        return len(self) - int(self.is_prior.sum())
 
 
 @dataclass(frozen=True)
@@ -384,14 +389,14 @@ class DreamBoothDataset(Dataset[Sample]):
         return photo.digest, mask, crop, channels, drawn
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
+def collate(samples: Sequence[Sample]) -> SampleBatch:
     """Stack samples of one crop size to a batch."""
     partners = [place for place, sample in enumerate(samples) if sample.prior is not None]
     rows = [*samples, *(sample.prior for sample in samples if sample.prior is not None)]
     weights = [sample.weight for sample in samples]
     masks = [row.mask for row in rows if row.mask is not None]
     everywhere = torch.ones_like(masks[0]) if masks else None
-    return Batch(
+    return SampleBatch(
         sample_ids=[row.sample_id for row in rows],
         captions=[row.caption for row in rows],
         crops=[row.crop for row in rows],
@@ -412,7 +417,7 @@ def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 def iterate_batches(
     dataset: DreamBoothDataset, sampler: EpochSampler, *, num_workers: int = 0
-) -> Iterator[Batch]:
+) -> Iterator[SampleBatch]:
     """Load batches forever, keeping the sampler's state at what has been handed out.
 
     Save the sampler's state after training on a batch; resuming continues with the next.

@@ -26,7 +26,7 @@ from dora_diffusion.models.latents import (
 )
 from dora_diffusion.models.offload import on_device
 from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
-from dora_diffusion.numerics.loss import add_noise, denoising_loss, sample_noise, training_target
+from dora_diffusion.numerics.loss import denoising_loss, sample_noise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -125,7 +125,7 @@ def _encode(components: Components, image: Image) -> _Encoded:
 def _loss(
     components: Components, image: _Encoded, conditioning: Conditioning, seed: int, batch_size: int
 ) -> float:
-    steps = components.scheduler.config.num_train_timesteps
+    steps = components.process.num_timesteps
     timesteps = ((torch.arange(TIMESTEPS) + 0.5) / TIMESTEPS * steps).long()
     shape = (image.latents.shape[1], image.latents.shape[2], image.latents.shape[3])
     noise = torch.stack(
@@ -149,14 +149,13 @@ def _batch_loss(
     count, ids, condition = len(timesteps), image.time_ids, image.condition
     latents = image.latents.expand(count, -1, -1, -1)
     timesteps = timesteps.to(latents.device)
-    alpha_bar = components.scheduler.alphas_cumprod.to(latents.device)[timesteps]
+    process = components.process
     model_pred = predict(
         components.unet,
-        add_noise(latents, noise, alpha_bar),
+        process.add_noise(latents, noise, timesteps),
         timesteps,
         conditioning[[0] * count],
         None if ids is None else ids.expand(count, -1),
         None if condition is None else condition.expand(count, -1, -1, -1),
     )
-    target = training_target(components.prediction_type, latents, noise, alpha_bar)
-    return denoising_loss(model_pred, target)
+    return denoising_loss(model_pred, process.target(latents, noise, timesteps))

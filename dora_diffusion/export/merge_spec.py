@@ -19,10 +19,8 @@ from dora_diffusion.formats.adapter.embeddings import (
 )
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter
 from dora_diffusion.formats.adapter.metadata import without_path
-from dora_diffusion.formats.adapter.stored import find_adapter
+from dora_diffusion.formats.adapter.stored import adapter_hash, find_adapter
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
-from dora_diffusion.formats.files.stream import file_hash
-from dora_diffusion.formats.layouts.dotted import PEFT_FILE
 from dora_diffusion.numerics.merging import WeightedAdapter
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths, require_strength
 
@@ -189,9 +187,3 @@ def recorded(text: str) -> list[tuple[str, str, list[float]]]:
         ]
     except (ValueError, TypeError, KeyError, AttributeError):
         return []
-
-
-def adapter_hash(path: str | Path) -> str:
-    """SHA-256 of an adapter's file; of a PEFT folder, of its components' files in order."""
-    adapter = find_adapter(path)
-    return file_hash(sorted(adapter.rglob(PEFT_FILE)) if adapter.is_dir() else [adapter])

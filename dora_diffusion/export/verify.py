@@ -13,9 +13,10 @@ from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.export.checkpoint import UNUSED, weights_of_no_component
 from dora_diffusion.export.files import OnProgress, ProgressReporter, open_model
-from dora_diffusion.export.merge_spec import Adapters, MergeSpec, adapter_hash, recorded
+from dora_diffusion.export.merge_spec import Adapters, MergeSpec, recorded
 from dora_diffusion.export.merged import MergedModel, open_base
 from dora_diffusion.export.metadata import MERGED
+from dora_diffusion.formats.adapter.stored import adapter_hash
 from dora_diffusion.formats.checkpoint.models import StoredModel
 from dora_diffusion.formats.checkpoint.schedule import MARKERS, STEP
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, standard_key

@@ -202,7 +202,7 @@ class DemoSettings(CommandSettings):
 
         from dora_diffusion.cli.console.training import TrainProgress
         from dora_diffusion.export import export_checkpoint
-        from dora_diffusion.training.loop import train
+        from dora_diffusion.training.recipe import train
 
         config, output = demo_config(self), self.output
         # The embedded model is so small that threads mostly wait for each other, and do nothing

@@ -20,6 +20,7 @@ from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require, require_toke
 from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule, ScheduleInfo
 from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler, to_zero_snr
 from dora_diffusion.models.words import write_out_words
+from dora_diffusion.numerics.process import Diffusion
 from dora_diffusion.numerics.quantised import exchange
 
 
@@ -131,6 +132,11 @@ class Components:
     def prediction_type(self) -> str:
         """Prediction type of the UNet: "epsilon" or "v_prediction"."""
         return str(self.scheduler.config.prediction_type)
+
+    @property
+    def process(self) -> Diffusion:
+        """The noise process, on the compute device."""
+        return Diffusion(self.scheduler.alphas_cumprod.to(self.device), self.prediction_type)
 
     @property
     def vae_factor(self) -> int:

@@ -1,417 +1,87 @@
-"""One training run: its steps, and what it writes into its folder meanwhile and in the end."""
+"""A run that is ready for its next step: settings, model, data, and what trains."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import time
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.adapters.inject import DetachedAdapters
-from dora_diffusion.data.photos import write_photo_record
-from dora_diffusion.formats.files.runs import REQUESTS, SAMPLE
-from dora_diffusion.training import events
-from dora_diffusion.training.engine.accelerator import SharedFlags, set_by_any, shards_model
-from dora_diffusion.training.results.checkpoint import (
-    CheckpointSaver,
-    checkpoints_in,
-    live_state,
-    state_of,
-    step_of,
-)
-from dora_diffusion.training.results.folders import METRICS_NAME, clear_folder
-from dora_diffusion.training.results.metrics import (
-    MOST_SKIPPED,
-    MetricsLog,
-    Trackers,
-    TrainingError,
-    is_validation,
-    naming_step,
-    tracked_settings,
-)
-from dora_diffusion.training.results.record import save_record
-from dora_diffusion.training.results.resume import RunStart, save_config
-from dora_diffusion.training.results.write import (
-    SampleWriter,
-    result_metadata,
-    take_best,
-    warning_of_full_disk,
-    write_result,
-)
-from dora_diffusion.training.session import Session
-from dora_diffusion.training.signals import StopRequest
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.data.dataset import DreamBoothDataset
+from dora_diffusion.data.sampler import EpochSampler
+from dora_diffusion.models.components import Components
+from dora_diffusion.training.inputs.subject import Subject, triggers_of
+from dora_diffusion.training.results.effect import Probe
+from dora_diffusion.training.step import Step
 
-SAVING = "stopping after this step, and saving a checkpoint"
-_FINISHING = "stopping: the result is being written, its sample images are left out"
+if TYPE_CHECKING:
+    from dora_diffusion.training.results.validation import Validation
+    from dora_diffusion.training.trainable.full import TrainedWeights
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """Result of a run.
+@dataclass
+class Run:
+    """A run that is ready for its next step.
 
     Attributes:
-        output_dir: The run's folder.
-        adapter: The adapter file, or None if the run was interrupted or trained the model itself.
-        steps: Optimizer steps done.
-        total_steps: Optimizer steps asked for; 0 if it was interrupted before that was known.
-        signal_number: The signal that interrupted the run, or None.
-        samples: Name -> image file, such as ``adapted`` and ``base``.
-        checkpoint: The newest checkpoint to resume from, or None.
-        model: The folder of the model that full fine-tuning made, or None.
-        result_step: The step that the result is of, which with ``keep_best`` may be an earlier one;
-            None if none was written.
-        stopped_early: Whether ``early_stopping_patience`` ended it.
-        kept: The share of what full fine-tuning changed that the model's file keeps, or None.
-        published: The address on the hub that ``push_to_hub`` published it at, or None.
+        config: Settings, with the values that were resolved.
+        subjects: The subjects.
+        accelerator: Devices and processes (`make_accelerator`).
+        components: The model, with the run's adapters.
+        weights: The weights that train.
+        dataset: Photos and class images.
+        sampler: The order of this process's batches.
+        step: The optimizer step.
+        probe: Measures how far training has moved the model.
+        validation: Measures the loss on held-out photos; None without any.
+        activate: Attaches the run's adapters, where several runs share a model.
     """
 
-    output_dir: Path
-    adapter: Path | None
-    steps: int
-    total_steps: int
-    signal_number: int | None
-    samples: dict[str, Path]
-    checkpoint: Path | None = None
-    model: Path | None = None
-    result_step: int | None = None
-    stopped_early: bool = False
-    kept: float | None = None
-    published: str | None = None
+    config: TrainConfig
+    subjects: Sequence[Subject]
+    accelerator: Any
+    components: Components
+    weights: TrainedWeights
+    dataset: DreamBoothDataset
+    sampler: EpochSampler
+    step: Step
+    probe: Probe
+    validation: Validation | None = None
+    activate: Callable[[], None] = lambda: None
 
     @property
-    def interrupted(self) -> bool:
-        """True if the run stopped before its end."""
-        return self.signal_number is not None
+    def report(self) -> str:
+        """Trained parameters, as text."""
+        words = [str(self.weights.words)] if self.weights.words.tables else []
+        return " and ".join([str(self.weights.report), *words])
 
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """Resolutions that are trained at, in pixels, the smallest first."""
+        sides = {s.settings.resolution or self.config.resolution for s in self.subjects}
+        return tuple(sorted(filter(None, sides)))
 
-class Run:
-    """One run, and what writes its folder."""
+    @property
+    def trigger(self) -> str:
+        """Trigger words of all subjects."""
+        return triggers_of(self.subjects)
 
-    def __init__(
-        self,
-        session: Session,
-        start: RunStart,
-        output_dir: Path,
-        on_event: events.OnEvent,
-        stop: StopRequest,
-    ) -> None:
-        config = session.config
-        self.session = session
-        self.adapters = DetachedAdapters.of(*session.weights.modules.values())
-        self.start = start
-        self.output_dir = output_dir
-        self.is_main: bool = session.accelerator.is_main_process
-        self.shards = shards_model(session.accelerator)
-        self.on_event = on_event
-        self.stop = stop
-        self.step = start.step
-        self.is_begun = False
-        self._sampled_at = -1
-        self._any_set = SharedFlags(session.accelerator)
-        self.trackers = Trackers(session.accelerator, bool(config.report_to))
-        self.samples = SampleWriter(session, output_dir, self.trackers, on_event, stop)
-        self.saver = CheckpointSaver(
-            output_dir,
-            every_steps=config.checkpointing_steps or 0,
-            every_minutes=config.checkpointing_minutes,
-            limit=config.checkpoints_total_limit,
-            noun=session.weights.noun,
-        )
-        if start.checkpoint is not None:
-            best = session.validation.best() if session.validation else None
-            self.saver.resume_from(start.checkpoint, interim=start.is_interim, best=best)
+    @property
+    def total_steps(self) -> int:
+        """Number of optimizer steps."""
+        assert self.config.max_train_steps is not None
+        return self.config.max_train_steps
 
-    def begin(self) -> None:
-        """Prepare the first step: cache, open the log, and sample where that is asked for."""
-        session, start = self.session, self.start
-        session.cache_ahead(session.total_steps - self.step, self.on_event)
-        self.stop.answer_with(SAVING)
-        if self.is_main:
-            clear_folder(self.output_dir, start.step)
-            save_config(session.config, self.output_dir / "config.yaml", start.segments)
-            save_record(self.output_dir, start.conditions)
-            write_photo_record(self.output_dir, session.dataset.photos)
-        log_file = self.output_dir / METRICS_NAME if self.is_main else None
-        skips = MOST_SKIPPED if session.accelerator.scaler is not None else 0
-        self.log = MetricsLog(log_file, start.step, self._on_step, skips)
-        self.trackers.begin(tracked_settings(session.config))
-        held_out = session.validation.photos if session.validation else ()
-        self.on_event(
-            events.TrainingStarted(
-                step=start.step,
-                total_steps=session.total_steps,
-                resumed_from=start.checkpoint.name if start.checkpoint else None,
-                steps_dropped=self.log.steps_dropped,
-                photos=len(session.dataset),
-                resolutions=session.resolutions,
-                family=session.components.family.title,
-                schedule=str(session.components.schedule),
-                device=str(session.accelerator.device),
-                adapter=session.report,
-                started_from=session.weights.origin.get("init_adapter", ""),
-                trigger=session.trigger,
-                changed=start.changed,
-                unused=start.unused,
-                held_out=tuple(photo.path.name for photo in held_out),
-            )
-        )
-        if self.is_main or self.shards:
-            session.probe.begin()
-        if self.step == 0 and session.config.sample_at_start:
-            self._sample(0)
-        self._begun = time.perf_counter()
-        self._data_position = session.data_position()
-        self.is_begun = True
-        if self._validate(self.step):  # Of what the run starts from.
-            self._checkpoint(self.step, is_best=True)
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Make the model what the run's result has, such as an average, inside the block."""
+        self.activate()
+        with ExitStack() as stack:
+            for hook in self.step.hooks:
+                stack.enter_context(hook.in_use())
+            yield
 
-    def is_over(self) -> bool:
-        """Return whether no step follows; samples and saves what is asked for, or overdue."""
-        has_stepped = self.step > self.start.step
-        sampling, saving = (self.is_main and has_stepped and self._asked(n) for n in REQUESTS)
-        overdue = self.is_main and has_stepped and self.saver.is_overdue()
-        flags = self._any_set(self.stop.requested, sampling, saving, overdue)
-        stopping, sampling, saving, overdue = flags
-        if stopping or self._is_complete(self.step):
-            return True
-        if sampling:
-            self._sample(self.step)
-        if saving or overdue:
-            self._checkpoint(self.step, interim=not saving)
-        return False
-
-    def _asked(self, name: str) -> bool:
-        """Return whether a file in the run's folder asks for something; it is answered once."""
-        file = self.output_dir / name
-        if not file.exists():
-            return False
-        file.unlink(missing_ok=True)
-        if name == SAMPLE and not self.session.config.num_validation_images:
-            warnings.warn(
-                f"{SAMPLE} asks for sample images, and num_validation_images is 0", stacklevel=3
-            )
-        return True
-
-    def record_step(self, record: Mapping[str, Any]) -> None:
-        """Log the step that was done; validate, sample and save where these are due."""
-        session = self.session
-        self.step, self._data_position = self.step + 1, session.data_position()
-        seconds = round(time.perf_counter() - self._begun, 4)
-        self._begun = time.perf_counter()
-        self.log.add({**record, "seconds": seconds})
-        is_best = self._validate(self.step)
-        every = session.config.validation_steps
-        if every and self.step % every == 0 and self.step < session.total_steps:
-            self._sample(self.step)
-        if self.saver.is_due(self.step) or is_best:
-            self._checkpoint(self.step, is_best=is_best)
-
-    def fail(self, error: Exception) -> None:
-        """Save what can be saved before an error ends the run."""
-        if not self.is_begun:
-            return
-        if isinstance(error, TrainingError):
-            with contextlib.suppress(TrainingError):
-                self.log.flush()
-        else:
-            self._rescue(self.step, self._data_position)
-        self.log.close()
-
-    def finish(self) -> TrainResult:
-        """Save the last step; write what was learned, sample from the written file; the card.
-
-        Raises:
-            TrainingError: If all is written, and the model predicts what it did before training.
-        """
-        steps, total_steps = self.step, self.session.total_steps
-        is_complete = self._is_complete(steps)
-        self.log.flush()
-        if steps > self.start.step and (self.saver.every_steps or not is_complete):
-            self._checkpoint(steps)
-        self._tell_of_rise()
-        self.log.close()
-        written, result_step, kept = None, None, None
-        if is_complete and (self.is_main or self.shards):
-            self.stop.answer_with(_FINISHING)
-            with self.session.in_use():
-                result_step = self._best_step(steps)
-                path, kept = write_result(self.session, self.output_dir, result_step, self.samples)
-            written = path if self.is_main else None  # Others have given their parts.
-            self._tell_effect(result_step)
-        self.session.accelerator.wait_for_everyone()
-        if written is not None:
-            self._require_effect(written)
-        signal_number = None if is_complete else self.stop.signal_number
-        stopped_early = is_complete and steps < total_steps
-        self.on_event(events.TrainingEnded(steps, not is_complete, result_step, stopped_early))
-        is_full = self.session.config.is_full
-        return TrainResult(
-            self.output_dir, None if is_full else written, steps, total_steps, signal_number,
-            self.samples.files, self.saver.newest, written if is_full else None, result_step,
-            stopped_early, kept,
-        )  # fmt: skip
-
-    def _tell_effect(self, step: int) -> None:
-        """Record how far the result moves the model."""
-        effect = self.session.probe.effect
-        if self.is_main and effect is not None:
-            with warning_of_full_disk("run.json does not have the effect of training"):
-                save_record(self.output_dir, self.start.conditions, effect)
-            self.trackers.log_step({"step": step, "effect": effect.figures})
-            self.on_event(events.EffectMeasured(effect))
-
-    def _require_effect(self, written: Path) -> None:
-        """Refuse to call a run done that has moved nothing."""
-        effect, config = self.session.probe.effect, self.session.config
-        if effect is None or not effect.is_nothing:
-            return
-        mend = (
-            f"raise learning_rate ({config.unet_lr:g}) or max_train_steps ({self.step}), or lower "
-            "lr_warmup_steps"
-        )
-        if self.log.largest_norm == 0:
-            mend = "every gradient was 0: look at the photos' masks, and at mixed_precision"
-        elif self.log.largest_norm == math.inf:
-            mend = "fp16 skipped every step: give --mixed_precision bf16, or no"
-        raise TrainingError(
-            f"nothing was learned: {effect}, no more than rounding; {written} is written, and does "
-            f"nothing. {mend[0].upper()}{mend[1:]}"
-        )
-
-    def _best_step(self, steps: int) -> int:
-        """The step that the result is of, whose weights the model has afterwards."""
-        if self.session.validation is None or not self.session.config.keep_best:
-            return steps
-        places = {self.output_dir: steps}
-        if self.start.checkpoint is not None:  # It may be another run's, up to here.
-            places = {self.start.checkpoint.parent: self.start.step, **places}
-        found = [(at, last) for place, last in places.items() for at in checkpoints_in(place)]
-        kept = {step_of(path): path for path, last in found if step_of(path) <= last}
-        return take_best(self.session, steps, kept)
-
-    def _is_complete(self, step: int) -> bool:
-        """Return whether no step is left after this one, or validation patience is at its end."""
-        validation = self.session.validation
-        is_exhausted = validation is not None and validation.is_exhausted
-        return step >= self.session.total_steps or is_exhausted
-
-    def _on_step(self, record: dict[str, Any]) -> None:
-        self.trackers.log_step(record)
-        step, validation = record["step"], self.session.validation
-        if validation is not None and is_validation(record):
-            loss = record.get("validation_loss")
-            self.on_event(events.Validated(step, loss, validation.best(), record))
-        else:
-            self.on_event(events.StepDone(step, self.session.total_steps, record["loss"], record))
-
-    def _validate(self, step: int) -> bool:
-        """Compute the validation loss if due. Returns whether the step is to be kept for it."""
-        validation = self.session.validation
-        if validation is None or not validation.is_due(step):
-            return False
-        self.log.flush()
-        with self.session.in_use():
-            self.log.add({"step": step, "validation_loss": validation.measure(step)})
-        self.log.flush()
-        return self.session.config.keep_best and validation.best() == step
-
-    def _checkpoint(self, step: int, *, interim: bool = False, is_best: bool = False) -> None:
-        """Save a checkpoint, unless this step has tried to. All processes end if that fails."""
-        self.log.flush()  # Numbers that are not finite raise here, before anything is written.
-        failure: Exception | None = None
-        is_new = self.is_main and self.saver.last_step != step
-        # Of a sharded model every process gives its part.
-        if set_by_any(self.session.accelerator, is_new) if self.shards else is_new:
-            try:
-                path = self._save(step, interim=interim, is_best=is_best)
-                if path is not None and not interim:
-                    self.on_event(events.CheckpointSaved(step, path, self.saver.take_removed()))
-            except Exception as error:
-                failure = error
-        if set_by_any(self.session.accelerator, failure is not None):
-            raise failure or TrainingError(f"the first process could not save step {step}")
-
-    def _save(
-        self, step: int, *, interim: bool, is_best: bool = False, **state: Any
-    ) -> Path | None:
-        """Save a checkpoint, with parts of its state that replace those of this moment."""
-        session, weights = self.session, self.session.weights
-
-        def write(folder: Path) -> None:
-            metadata = result_metadata(session, step)
-            weights.check(weights.write_checkpoint(folder, metadata, now["parameters"]))
-
-        session.activate()
-        live = live_state(session)
-        with naming_step(weights.noun, step), session.in_use():
-            now = state_of(session, self.start.segments, step)
-            now |= {"live": live, "conditions": self.start.conditions, **state}
-            if not self.is_main:
-                return None
-            stable = self.log.watch.is_stable
-            return self.saver.save(
-                step, now, write, interim=interim, is_best=is_best, is_stable=stable
-            )
-
-    def _rescue(self, step: int, data_position: Mapping[str, Any]) -> None:
-        """Save the steps as a checkpoint in between before an error ends the run.
-
-        Args:
-            step: The last one that is done.
-            data_position: Where the run stood in its data after that step.
-        """
-        if not self.is_main or not self.start.step < step != self.saver.last_step:
-            return
-        failed = f"no checkpoint of step {step} was saved before the error"
-        if self.shards and self.session.config.is_full:
-            warnings.warn(f"{failed}, since parts are in the other processes", stacklevel=3)
-            return
-        if not self.session.learner.is_whole:
-            warnings.warn(f"{failed}, which came while the weights were changed", stacklevel=3)
-            return
-        try:
-            try:
-                self.log.flush()
-            except TrainingError:
-                raise
-            except Exception:  # Of whoever watches the numbers, which are looked at before.
-                pass
-            if path := self._save(step, interim=True, **data_position):
-                warnings.warn(
-                    f"an error ends the run after step {step}; {path.name} was saved first: "
-                    "--resume_from_checkpoint latest resumes from there",
-                    stacklevel=3,
-                )
-        except Exception as error:
-            warnings.warn(f"{failed}: {error}", stacklevel=3)
-
-    def _tell_of_rise(self) -> None:
-        """Name the checkpoint from before the loss rose, at the end."""
-        watch = self.log.watch
-        stable, risen_at = self.saver.newest_stable(watch.is_stable), watch.risen_at
-        if risen_at is None or not self.is_main:
-            return
-        before = f"{stable} is from before" if stable else "no checkpoint is from before"
-        warnings.warn(
-            f"the loss rose far above its start by step {risen_at}, so what was learned may be "
-            f"damaged: {before}; a lower learning rate helps",
-            stacklevel=3,
-        )
-
-    def _sample(self, step: int) -> None:
-        if step == self._sampled_at:
-            return
-        self._sampled_at = step
-        self.log.flush()
-        if (self.is_main or self.shards) and self.session.config.num_validation_images:
-            with self.session.in_use():
-                samples, validation = self.samples.at_step(step), self.session.validation
-            similarity = validation.similarity(samples) if validation else None
-            if similarity is not None:
-                self.log.add({"step": step, "validation_similarity": similarity})
-                self.log.flush()
-        self.session.accelerator.wait_for_everyone()
+    def data_position(self) -> dict[str, Any]:
+        """Return the run's position in its data, for a checkpoint."""
+        return {"sampler": self.sampler.state_dict(), "batches": self.step.batches.index}

@@ -27,7 +27,7 @@ from dora_diffusion.adapters.inject import (
 )
 from dora_diffusion.adapters.layers import AdaptedLayer, adapted_layers
 from dora_diffusion.adapters.scope import NormCache, norm_scope
-from dora_diffusion.training.engine.optimizer import FlatParameters
+from dora_diffusion.training.optimizer import FlatParameters
 from tests.adapters.helpers import Net, everything, gradients, move
 
 

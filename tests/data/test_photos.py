@@ -51,9 +51,9 @@ def test_opening_a_training_dataset_opens_and_decodes_each_file_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three photos with a mask file, one with an alpha channel, one with neither."""
-    from dora_diffusion.training.engine.accelerator import make_accelerator
     from dora_diffusion.training.inputs.subject import subjects_of
-    from dora_diffusion.training.session import open_session
+    from dora_diffusion.training.processes import make_accelerator
+    from dora_diffusion.training.recipe import assemble
 
     folder = Path(shutil.copytree(samples_root / "bolt_mug", tmp_path / "photos"))
     (folder / "config.yaml").unlink()
@@ -90,7 +90,7 @@ def test_opening_a_training_dataset_opens_and_decodes_each_file_once(
     watch_files()
     WATCHED.append([])
     with pytest.warns(UserWarning, match=r"1 image of 5 without a mask.*: 05\.jpg"):
-        open_session(config, subjects_of(config), make_accelerator(config))
+        assemble(config, subjects_of(config), make_accelerator(config))
     opened = Counter(file for file in WATCHED.pop() if file.parent == folder and file.exists())
     assert {file.name: opened[file] for file in files} == {file.name: 1 for file in files}
     assert max(opened.values()) == 1, "captions are read once too"

@@ -21,7 +21,7 @@ from dora_diffusion.models.memory import describe_device
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.devices import has_gradient_scaler
 from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.recipe import train
 from tests.apple import AppleGPU, apple_gpu
 from tests.integration.emulated import (
     CHECKPOINTED,

@@ -29,14 +29,13 @@ from dora_diffusion.config import AdapterConfig, TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.memory import describe_device
 from dora_diffusion.numerics.norms import widens_products
-from dora_diffusion.training.engine import optimizer as optimizer_module
-from dora_diffusion.training.engine import step as engine
-from dora_diffusion.training.engine.accelerator import make_accelerator
-from dora_diffusion.training.engine.objective import losses_of
+from dora_diffusion.training import optimizer as optimizer_module
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.loop import train
-from dora_diffusion.training.results.metrics import MetricsLog, TrainingError
-from dora_diffusion.training.session import Session, open_session
+from dora_diffusion.training.metrics import MetricsLog, TrainingError
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble, train
+from dora_diffusion.training.run import Run
+from dora_diffusion.training.step import Step
 from tests.integration.emulated import (
     CHECKPOINTED,
     FULL,
@@ -142,8 +141,8 @@ def two_photos(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def open_on(config: TrainConfig) -> Session:
-    return open_session(config, subjects_of(config), make_accelerator(config))
+def open_on(config: TrainConfig) -> Run:
+    return assemble(config, subjects_of(config), make_accelerator(config))
 
 
 @pytest.mark.parametrize(
@@ -179,13 +178,13 @@ def test_steps_and_their_records_wait_for_nothing(
 def with_gradients(value):
     """Losses as they are, and gradients that are not what follows from them."""
 
-    def made(*batches):
-        losses = losses_of(*batches)
-        for loss, _ in losses:
-            loss.register_hook(lambda grad: torch.full_like(grad, value))
-        return losses
+    def made(step, *given):
+        loss, prior = losses(step, *given)
+        loss.register_hook(lambda grad: torch.full_like(grad, value))
+        return loss, prior
 
-    return mock.patch.object(engine, "losses_of", made)
+    losses = Step.losses
+    return mock.patch.object(Step, "losses", made)
 
 
 def test_an_fp16_step_that_overflows_changes_nothing_but_the_scale(run, sd1_folder):
@@ -193,7 +192,7 @@ def test_an_fp16_step_that_overflows_changes_nothing_but_the_scale(run, sd1_fold
     settings = SMALL | {"mixed_precision": "fp16", "max_train_steps": 6, "lr_warmup_steps": 4}
     with cuda():
         session = open_on(run(sd1_folder, "out", **settings))
-        scaler, step = session.accelerator.scaler, session.learner
+        scaler, step = session.accelerator.scaler, session.step
         session.step(1)
         parameters = session.weights.parameters()
         before = {name: p.detach().clone() for name, p in parameters.items()}
@@ -231,7 +230,7 @@ def test_gradients_that_are_not_finite_move_nothing_and_are_told_a_step_later(
     }  # fmt: skip
     with cuda():
         session = open_on(two_photos(run(sd1_folder, "out", **settings)))
-        log, step = MetricsLog(None, 0, lambda record: None), session.learner
+        log, step = MetricsLog(None, 0, lambda record: None), session.step
         log.add(session.step(1))
         parameters = session.weights.parameters()
         before = {name: p.detach().clone() for name, p in parameters.items()}

@@ -21,7 +21,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.data.crops import CropRecord
-from dora_diffusion.data.dataset import Batch
+from dora_diffusion.data.dataset import SampleBatch
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.evaluation.denoising import HeldOutImages
 from dora_diffusion.export import convert_adapter, verify_checkpoint
@@ -36,16 +36,16 @@ from dora_diffusion.models.latents import encode_inputs
 from dora_diffusion.models.offload import place_model
 from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
-from dora_diffusion.training.engine.objective import draw_inputs
+from dora_diffusion.training.batch import draw_batch
 from tests.refusal import refused
 from tests.training.helpers import (
     losses,
     losses_by,
     make_config,
     noise,
-    objective_of,
     open_run,
     same,
+    terms_of,
     warnings_of,
 )
 
@@ -228,7 +228,7 @@ def test_a_step_is_the_documented_concatenation(family: str, folder: Path) -> No
     whole, part = torch.ones(1, 1, 64, 48), torch.zeros(1, 1, 64, 48)
     part[..., 9:43, 5:30] = 1  # No border falls on the latents' grid.
     components, pipeline = load_components(folder), PIPELINES[family].from_pretrained(folder)
-    objective, vae, kind = objective_of(components), components.vae, components.family
+    terms, vae, kind = terms_of(components), components.vae, components.family
     crop = CropRecord((80, 96), (3, 5), (64, 48))
     for hole, values in ((part, {0, 1}), (whole, {1})):
         # A plane that is not given is the whole image.
@@ -237,12 +237,13 @@ def test_a_step_is_the_documented_concatenation(family: str, folder: Path) -> No
         with torch.no_grad():
             cached = {"moments": encode_inputs(vae, kind, given)}
             for content in (cached, {"pixels": given}):
-                batch = Batch(["photo"], [PROMPT], [crop], torch.tensor([False]), **content)
-                inputs = draw_inputs(components, batch, TrainConfig(seed=5, noise_offset=0.0), 2, 0)
-                loss, _ = losses_by(objective, inputs)
+                samples = SampleBatch(["photo"], [PROMPT], [crop], torch.tensor([False]), **content)
+                config = TrainConfig(seed=5, noise_offset=0.0)
+                batch = draw_batch(components, components.process, samples, config, 2)
+                loss, _ = losses_by(components, terms, batch)
                 torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)
-                assert inputs.condition is not None
-                assert set(inputs.condition[:, 0].unique().tolist()) == values
+                assert batch.inputs.condition is not None
+                assert set(batch.inputs.condition[:, 0].unique().tolist()) == values
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from PIL import Image
 
 from dora_diffusion.cli.main import main
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.training.engine.step import Learner
 from dora_diffusion.training.results.checkpoint import checkpoints_in
+from dora_diffusion.training.step import Step
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -157,7 +157,7 @@ def test_settings_that_cannot_work_are_one_line(changes, message, flags, photos,
 
 
 def test_running_out_of_memory_keeps_the_checkpoints(flags, tmp_path, capfd, monkeypatch):
-    real = Learner.begin
+    real = Step.begin
 
     def fail_at_three(self, step):
         if step == 3:
@@ -165,7 +165,7 @@ def test_running_out_of_memory_keeps_the_checkpoints(flags, tmp_path, capfd, mon
         real(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "begin", fail_at_three)
+        patch.setattr(Step, "begin", fail_at_three)
         assert main(flags(max_train_steps=4, checkpointing_steps=2)) == 3
     (line,) = lines(capfd.readouterr().err, "error: ")
     assert line.startswith("error: out of memory; ")
@@ -180,7 +180,7 @@ def test_running_out_of_memory_keeps_the_checkpoints(flags, tmp_path, capfd, mon
 
 def test_a_terminated_run_saves_and_goes_on(flags, tmp_path, capfd, monkeypatch):
     """`tests/training/test_signals.py` ends another process, by closing its terminal."""
-    output, real, step = tmp_path / "output", Learner.begin, 3
+    output, real, step = tmp_path / "output", Step.begin, 3
 
     def terminated(self, number):
         real(self, number)
@@ -188,7 +188,7 @@ def test_a_terminated_run_saves_and_goes_on(flags, tmp_path, capfd, monkeypatch)
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "begin", terminated)
+        patch.setattr(Step, "begin", terminated)
         assert main(flags(max_train_steps=100_000)) == 128 + signal.SIGTERM
     captured = capfd.readouterr()
     text = captured.out + captured.err

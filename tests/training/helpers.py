@@ -7,11 +7,12 @@ import shutil
 import tempfile
 import warnings
 from collections import namedtuple
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -22,21 +23,27 @@ from dora_diffusion.adapters.inject import disabled
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.components import Components
-from dora_diffusion.numerics.loss import huber_delta
-from dora_diffusion.training.engine.accelerator import make_accelerator
-from dora_diffusion.training.engine.objective import (
-    Conditioner,
-    Objective,
-    StepInputs,
-    losses_of,
-    noisy_batches,
-)
-from dora_diffusion.training.engine.optimizer import _LIBRARIES, optimizer_library
+from dora_diffusion.training.batch import Batch
+from dora_diffusion.training.conditioner import Conditioner
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.loop import train
-from dora_diffusion.training.session import Session, open_session
+from dora_diffusion.training.optimizer import _LIBRARIES, optimizer_library
+from dora_diffusion.training.prediction import Ask, Drawn, Question, answer
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble, train
+from dora_diffusion.training.run import Run
+from dora_diffusion.training.step import Step
+from dora_diffusion.training.terms import (
+    Denoising,
+    Prior,
+    RowLoss,
+    Slider,
+    Term,
+    Unmasked,
+    mean_losses,
+)
 
 SAMPLES = Path(__file__).parents[2] / "samples"
+T = TypeVar("T")
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -87,7 +94,7 @@ def needs_library(optimizer: str) -> None:
         pytest.skip(f"{_LIBRARIES[optimizer]} is not installed")
 
 
-def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Session:
+def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Run:
     config = TrainConfig(
         pretrained_model_name_or_path=str(model),
         instance_data_dir=str(photos),
@@ -97,7 +104,7 @@ def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Ses
         max_train_steps=4,
         **{"seed": 3, "rank": 2, "conv_rank": 2, **settings},
     )
-    session = open_session(config, subjects_of(config), make_accelerator(config))
+    session = assemble(config, subjects_of(config), make_accelerator(config))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():  # A fresh adapter is the base: everything must have moved.
         for parameter in session.weights.parameters().values():
@@ -106,29 +113,50 @@ def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Ses
     return session
 
 
-def objective_of(
+def terms_of(
     components: Components,
     *,
-    train_text_encoder: bool = False,
     snr_gamma: float = 0.0,
     unmasked_prior: float = 0.0,
     huber: str = "",
-) -> Objective:
-    return Objective(
-        components,
-        Conditioner(components, train_text_encoder),
-        components.scheduler.alphas_cumprod.to(components.device),
-        partial(disabled, *components.adaptable().values()),
-        {"snr_gamma": snr_gamma} if snr_gamma else {},
-        unmasked_prior,
-        partial(huber_delta, schedule=huber, c=0.1, num_train_timesteps=1000) if huber else None,
-    )
+    slider: TrainConfig | None = None,
+) -> list[Term]:
+    """Terms of a loss, with the prior of class captions, or those of a slider."""
+    process = components.process
+    delta = partial(process.huber_delta, schedule=huber, c=0.1) if huber else None
+    loss = RowLoss(process, {"snr_gamma": snr_gamma} if snr_gamma else {}, delta)
+    if slider is not None:
+        return [Slider(loss, slider.slider_pairs, slider.slider_guidance)]
+    unmasked = [Unmasked(loss, unmasked_prior)] if unmasked_prior else []
+    return [Denoising(loss), Prior(loss), *unmasked]
 
 
-def losses_by(objective: Objective, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of subject and prior of one run's batch."""
-    own, held = noisy_batches([objective], [inputs])
-    return losses_of(own, held, nullcontext)[0]
+def losses_by(
+    components: Components,
+    terms: Sequence[Term],
+    batch: Batch,
+    *,
+    train_text_encoder: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of subject and prior of a batch."""
+    encode = Conditioner(components, train_text_encoder)
+    drawn = Drawn(batch, [[Question(a, batch, encode) for a in t.asks(batch)] for t in terms])
+    base = partial(disabled, *components.adaptable().values())
+    answers = answer(components.unet, drawn.distinct(), base)
+    parts = zip(terms, drawn.questions, strict=True)
+    return mean_losses(batch, [t.losses(batch, *map(answers.__getitem__, q)) for t, q in parts])
+
+
+def predictions_of(step: Step, batch: Batch) -> torch.Tensor:
+    """Predictions of a step's model, as it is, for all rows of a batch."""
+    question = Question(Ask(batch.captions), batch, step.encode)
+    return answer(step.components.unet, [question], nullcontext)[question]
+
+
+def hook_of(step: Step, kind: type[T]) -> T:
+    """The feature of a run of some kind."""
+    (hook,) = (hook for hook in step.hooks if isinstance(hook, kind))
+    return hook
 
 
 def accelerator_of_fp16(config: TrainConfig, scale: float = 2.0**10) -> Any:

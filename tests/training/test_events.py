@@ -8,7 +8,7 @@ import json
 import pytest
 
 from dora_diffusion.training import events
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.recipe import train
 
 pytestmark = pytest.mark.usefixtures("measured_effect")
 

@@ -29,9 +29,8 @@ from torch.utils.data import DataLoader
 
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.config.train import settings
-from dora_diffusion.training import events
-from dora_diffusion.training.engine import accelerator
-from dora_diffusion.training.loop import train
+from dora_diffusion.training import events, processes
+from dora_diffusion.training.recipe import train
 from tests.conftest import shallow_config
 from tests.training.helpers import SAMPLES
 
@@ -244,7 +243,7 @@ ELSEWHERE = {
     "output_dir": "tests/training/test_every_setting.py: each case reads its own",
     "teach": "tests/training/test_slider.py: a slider has no photos, and a subject some",
     "offload": "tests/models/test_offload.py: it moves nothing where there is no GPU",
-    "sharding": "tests/training/engine/test_two_processes.py: it needs two processes",
+    "sharding": "tests/training/test_two_processes.py: it needs two processes",
 }
 """Settings that one process on a CPU cannot show, and the tests that show them."""
 STEPS = "max_train_steps"
@@ -412,7 +411,7 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     note(UNet2DConditionModel, "forward", lambda unet, noisy, *_: len(noisy))
     note(AutoencoderKL, "encode", lambda *_: sum("encode" in each for each in asked))
     note(torch, "save", lambda state, file: len(asked))
-    note(accelerator, "allow_tf32")
+    note(processes, "allow_tf32")
 
     def loader(self: Any, *args: Any, real: Any = DataLoader.__init__, **kwargs: Any) -> None:
         asked.append(f"{kwargs.get('num_workers')} workers")
@@ -430,7 +429,7 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "dora_diffusion.training.trainable.adapters.compile_blocks",
         lambda unet: asked.append("compile"),
     )
-    monkeypatch.setattr("dora_diffusion.training.session.require_compiler", lambda device: None)
+    monkeypatch.setattr("dora_diffusion.training.recipe.require_compiler", lambda device: None)
     monkeypatch.setattr("dora_diffusion.export.hub.check", lambda name: None)
     monkeypatch.setattr("dora_diffusion.export.hub.push", push)
     return asked

@@ -14,13 +14,20 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from dora_diffusion.config import TrainConfig, without_effect
-from dora_diffusion.training.engine.accelerator import make_accelerator
-from dora_diffusion.training.engine.objective import Objective, noisy_batches, predictions_of
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.loop import train, train_pack
-from dora_diffusion.training.session import Session, open_session
+from dora_diffusion.training.pack import train_pack
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble, train
+from dora_diffusion.training.run import Run
+from dora_diffusion.training.terms import Losses, Unmasked
 from tests.refusal import refused
-from tests.training.helpers import SAMPLES, assert_same_adapter, losses, small_samples
+from tests.training.helpers import (
+    SAMPLES,
+    assert_same_adapter,
+    losses,
+    predictions_of,
+    small_samples,
+)
 from tests.training.test_pack import THREE, alone, assert_alike, pack_of
 
 Make = Callable[..., TrainConfig]
@@ -53,8 +60,8 @@ def run(tiny_run: Make, masked: Path) -> Make:
     return make
 
 
-def session_of(config: TrainConfig) -> Session:
-    return open_session(config, subjects_of(config), make_accelerator(config))
+def session_of(config: TrainConfig) -> Run:
+    return assemble(config, subjects_of(config), make_accelerator(config))
 
 
 def steps_of(config: TrainConfig, count: int = 2) -> list[dict[str, float]]:
@@ -159,22 +166,20 @@ def test_the_target_stays_the_untrained_model_s(
         caption.unlink()
     config = run(**{"unmasked_prior": 1.0, "instance_prompt": "a sks mug", **trained})
     seen: list[Any] = []
-    real = Objective.losses
+    real = Unmasked.losses
 
-    def note(self: Objective, *given: Any) -> Any:
+    def note(self: Unmasked, *given: Any) -> Losses:
         seen.append(given)
         return real(self, *given)
 
-    monkeypatch.setattr(Objective, "losses", note)
+    monkeypatch.setattr(Unmasked, "losses", note)
     steps_of(config, 3)
-    inputs, _, model_pred, _, unmasked, *_ = seen[-1]
-    [own], _ = noisy_batches([session_of(config).learner.objective], [inputs])
-    part = own.unmasked()
-    assert part is not None
-    [expected] = predictions_of([part])
-    torch.testing.assert_close(unmasked.target, expected, rtol=1e-4, atol=1e-5)
-    away = (model_pred[part.rows] - expected).abs().max()
-    assert away > 10 * (unmasked.target - expected).abs().max()
+    batch, model_pred, base = seen[-1]
+    rows = list(batch.masked_rows)
+    expected = predictions_of(session_of(config).step, batch)[rows]
+    torch.testing.assert_close(base, expected, rtol=1e-4, atol=1e-5)
+    away = (model_pred[rows] - expected).abs().max()
+    assert away > 10 * (base - expected).abs().max()
 
 
 def test_what_is_outside_stays_with_the_base(run: Make) -> None:
@@ -184,13 +189,12 @@ def test_what_is_outside_stays_with_the_base(run: Make) -> None:
         session = session_of(run(unmasked_prior=weight, max_train_steps=20, learning_rate=3e-3))
         for step in range(1, 21):
             session.step(step)
-        inputs = replace(session.learner.inputs(20), unmasked=[])
-        [own], _ = noisy_batches([session.learner.objective], [inputs])
+        batch = next(session.step.batches)
         with torch.no_grad():
-            [trained] = predictions_of([own])
+            trained = predictions_of(session.step, batch)
             with session.weights.base_weights():
-                [base] = predictions_of([own])
-        outside = 1 - inputs.mask
+                base = predictions_of(session.step, batch)
+        outside = 1 - batch.mask
         assert outside.sum() > 0
         moved[weight] = float(((trained - base).square() * outside).sum() / outside.sum())
     assert moved[10.0] < 0.5 * moved[0.0]

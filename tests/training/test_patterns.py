@@ -16,8 +16,9 @@ from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.file import read_config_file
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
-from dora_diffusion.training.loop import train, train_pack
-from dora_diffusion.training.results.metrics import TrainingError
+from dora_diffusion.training.metrics import TrainingError
+from dora_diffusion.training.pack import train_pack
+from dora_diffusion.training.recipe import train
 from dora_diffusion.training.results.write import result_metadata
 from tests.formats.layouts.helpers import assert_close_to_merge, load_pipeline, module_at
 from tests.refusal import refused
@@ -131,7 +132,7 @@ def test_rates_are_those_of_the_pattern(sd1_folder: Path, photos: Path, tmp_path
     session = open_run(
         sd1_folder, photos, tmp_path, learning_rate=1e-3, magnitude_lr=1e-2, **settings
     )
-    rates = {group["name"]: group["lr"] for group in session.learner.parameters.groups}
+    rates = {group["name"]: group["lr"] for group in session.step.parameters.groups}
     up, down = "of *up_blocks*", "of *down_blocks*"
     assert {name: rate for name, rate in rates.items() if name.startswith("unet")} == {
         "unet/down": 1e-3, "unet/up": 4e-3, "unet/magnitude": 1e-2,

@@ -18,7 +18,7 @@ from dora_diffusion.config.base import BaseModel
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.quantised import PackedWeight
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.recipe import train
 from tests.refusal import refused
 from tests.training.helpers import make_config
 

@@ -13,7 +13,7 @@ import yaml
 from dora_diffusion.formats.files.runs import REQUESTS
 from dora_diffusion.system import BREAK, HANGUP, STOP_SIGNALS, let_break_interrupt
 from dora_diffusion.training.events import CheckpointSaved, SampleSaved, SamplingProgress, StepDone
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.recipe import train
 from dora_diffusion.training.results.checkpoint import CheckpointSaver
 from dora_diffusion.training.signals import Stopped, StopRequest
 from tests.training.helpers import assert_same_adapter, losses
@@ -120,7 +120,9 @@ def test_with_nothing_to_save_the_first_signal_leaves():
         signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("place", ["session.load_components", "inputs.prior.ensure_class_images"])
+@pytest.mark.parametrize(
+    "place", ["inputs.base.load_components", "inputs.prior.ensure_class_images"]
+)
 def test_a_signal_before_the_first_step_leaves_nothing_to_resume(
     place, tiny_run, tmp_path, monkeypatch, capsys
 ):

@@ -31,12 +31,13 @@ from dora_diffusion.formats.names.modules import canonical
 from dora_diffusion.numerics.merging import merge_tensor
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
-from dora_diffusion.training.engine.accelerator import make_accelerator
-from dora_diffusion.training.engine.objective import StepInputs
+from dora_diffusion.training.batch import Batch
+from dora_diffusion.training.folder import TrainResult
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.loop import TrainResult, check_pack, train
+from dora_diffusion.training.pack import check_pack
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.results.write import SampleWriter
-from dora_diffusion.training.session import open_session
 from tests.formats.layouts.test_compatibility import comfyui
 from tests.refusal import refused
 from tests.training.helpers import find, losses, names
@@ -57,9 +58,13 @@ def slider(model: Path, output: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**{**values, **changes})
 
 
-def inputs_of(config: TrainConfig, steps: int) -> list[StepInputs]:
-    learner = open_session(config, subjects_of(config), make_accelerator(config)).learner
-    return [learner.inputs(step) for step in range(steps)]
+def drawn_by(config: TrainConfig, steps: int) -> list[tuple[Batch, list[tuple[str, str]]]]:
+    """Batches of a run, each with the prompts of both ends for each of its photos."""
+    step = assemble(config, subjects_of(config), make_accelerator(config)).step
+    drawn = [step.draw() for _ in range(steps)]
+    # The last two questions are about the ends.
+    ends = [zip(*(q.ask.captions for q in each.questions[0][2:]), strict=True) for each in drawn]
+    return [(each.batch, list(own)) for each, own in zip(drawn, ends, strict=True)]
 
 
 def assert_same_file(ours: TrainResult, theirs: TrainResult) -> None:
@@ -75,24 +80,24 @@ def test_a_fresh_slider_has_the_whole_move_to_learn(sd1_folder: Path, tmp_path: 
     """The first step's loss is that of the move alone, and anchors have none yet."""
     config = slider(sd1_folder, tmp_path, **ANCHORS, max_train_steps=1, slider_guidance=3.0)
     train(config)
-    [inputs] = inputs_of(config, 1)
+    [(batch, ends)] = drawn_by(config, 1)
     base = load_components(sd1_folder)
-    a = base.scheduler.alphas_cumprod[inputs.timesteps].view(-1, 1, 1, 1)
-    noisy = a.sqrt() * inputs.latents + (1 - a).sqrt() * inputs.noise
+    a = base.scheduler.alphas_cumprod[batch.inputs.timesteps].view(-1, 1, 1, 1)
+    noisy = a.sqrt() * batch.latents + (1 - a).sqrt() * batch.noise
     pipeline, expected = base.pipeline(), []
     with torch.no_grad():
         for row in range(2):
             high, low = (
                 base.unet(
                     noisy[row : row + 1],
-                    inputs.timesteps[row],
+                    batch.inputs.timesteps[row],
                     pipeline.encode_prompt(prompt, "cpu", 1, False)[0],
                 ).sample
                 for prompt in (HIGH, LOW)
             )
             expected.append(float((3.0 * (high - low)).square().mean()))
-    assert inputs.ends == [(HIGH, LOW)] * 2
-    assert inputs.captions == [TARGET] * 2 + ANCHORS["anchors"] * 2
+    assert ends == [(HIGH, LOW)] * 2
+    assert [*batch.captions] == [TARGET] * 2 + ANCHORS["anchors"] * 2
     assert losses(tmp_path)[1] == pytest.approx(np.mean(expected), rel=1e-4)
     assert losses(tmp_path, "prior_loss")[1] == pytest.approx(0, abs=1e-12)
 
@@ -103,9 +108,9 @@ def test_each_pair_is_drawn_for_its_own_target(sd1_folder: Path, tmp_path: Path)
         negative=[LOW, "the dog", "a  photo\nof a cat "], num_class_images=8,
     )  # fmt: skip
     drawn = {
-        (caption, *ends)
-        for inputs in inputs_of(config, 30)
-        for caption, ends in zip(inputs.captions, inputs.ends, strict=True)
+        (caption, *pair)
+        for batch, ends in drawn_by(config, 30)
+        for caption, pair in zip(batch.captions, ends, strict=True)
     }
     assert drawn == {
         (TARGET, HIGH, LOW), (TARGET, "a toy", "the dog"), ("a cat", "red cat", "a photo of a cat")
@@ -300,7 +305,7 @@ def test_samples_in_between_change_nothing(
 
     def note(self: SampleWriter, step: int) -> Any:
         made = real(self, step)
-        for model in self._session.weights.modules.values():
+        for model in self._run.weights.modules.values():
             strengths.update(part.strengths.strength for part in layer_adapters(model))
         return made
 
@@ -409,4 +414,4 @@ def tensors_of(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
 def test_wildcards_are_of_sample_prompts_alone(sd1_folder: Path, tmp_path: Path) -> None:
     target = "a photo of a {red|toy} dog"
     config = slider(sd1_folder, tmp_path, target=[target], wildcards=True)
-    assert {caption for inputs in inputs_of(config, 3) for caption in inputs.captions} == {target}
+    assert {caption for batch, _ in drawn_by(config, 3) for caption in batch.captions} == {target}

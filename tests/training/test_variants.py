@@ -19,8 +19,8 @@ from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter.file import read_adapter, write_adapter
 from dora_diffusion.formats.files.runs import result_adapter
 from dora_diffusion.models.load import load_components
-from dora_diffusion.training.loop import train
-from dora_diffusion.training.results.checkpoint import restore, state_of
+from dora_diffusion.training.recipe import train
+from dora_diffusion.training.results.checkpoint import hook_states, restore, state_of
 from dora_diffusion.training.results.write import result_metadata
 from tests.formats.layouts.helpers import (
     assert_close_to_merge,
@@ -74,7 +74,8 @@ def test_a_checkpoint_holds_all_that_its_adapter_is_made_of(
     settings = {"targets": ["cross-attention"], **VARIANTS[variant]}
     session = open_run(sd1_folder, photos, tmp_path / "a", **settings)
     session.step(1)
-    state, expected = state_of(session, 0, 0), adapter_state(session.weights.modules)
+    state = state_of(session, 0, 0) | {"hooks": hook_states(session)}
+    expected = adapter_state(session.weights.modules)
     other = open_run(sd1_folder, photos, tmp_path / "b", **settings)
     with torch.no_grad():
         for _, layer in adapted_layers(other.components.unet):

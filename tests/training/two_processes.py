@@ -24,7 +24,7 @@ def main(configs: str, outcome: str, wrong: str = "") -> None:
     from diffusers import StableDiffusionPipeline  # noqa: F401
     from transformers import CLIPTextModel  # noqa: F401
 
-    import dora_diffusion.training.loop
+    import dora_diffusion.training.recipe
 
     reader, writer = os.pipe()
     child = os.fork()
@@ -42,11 +42,11 @@ def main(configs: str, outcome: str, wrong: str = "") -> None:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank,
     }  # fmt: skip
     torch.set_num_threads(1)
-    plain, loop = json.loads(Path(configs).read_text("utf-8")), dora_diffusion.training.loop
+    plain, recipe = json.loads(Path(configs).read_text("utf-8")), dora_diffusion.training.recipe
     last = plain.pop() if wrong else None
-    told = {"layers": layers(), **train_all(plain, loop)}
+    told = {"layers": layers(), **train_all(plain, recipe)}
     if last is not None:
-        told["error"] = error_of(last, loop, has_nan=not child)
+        told["error"] = error_of(last, recipe, has_nan=not child)
     told["seconds"] = sum(os.times()[:2])
     Path(f"{outcome}-{rank}.json").write_text(json.dumps(told), encoding="utf-8")
     dist.destroy_process_group()
@@ -54,29 +54,29 @@ def main(configs: str, outcome: str, wrong: str = "") -> None:
         os.waitpid(child, 0)
 
 
-def train_all(configs: Sequence[Mapping[str, Any]], loop: Any) -> dict[str, Any]:
+def train_all(configs: Sequence[Mapping[str, Any]], recipe: Any) -> dict[str, Any]:
     from accelerate import PartialState
 
     from dora_diffusion.config import TrainConfig
 
     sizes: list[dict[str, int]] = []
-    open_session = loop.open_session
-    loop.open_session = lambda *args, **kwargs: _measured(open_session(*args, **kwargs), sizes)
+    assemble = recipe.assemble
+    recipe.assemble = lambda *args, **kwargs: _measured(assemble(*args, **kwargs), sizes)
     # The next run goes on with the same processes.
     PartialState.destroy_process_group = lambda self, group=None: None
-    results = [loop.train(TrainConfig.from_dict(settings)) for settings in configs]
+    results = [recipe.train(TrainConfig.from_dict(settings)) for settings in configs]
     return {"sizes": sizes, "tells": [bool(made.adapter or made.model) for made in results]}
 
 
-def error_of(settings: Mapping[str, Any], loop: Any, *, has_nan: bool) -> str:
+def error_of(settings: Mapping[str, Any], recipe: Any, *, has_nan: bool) -> str:
     """Result of a run of which this process has a gradient that is not finite, or not."""
     from dora_diffusion.config import TrainConfig
-    from dora_diffusion.training.engine.objective import Objective
-    from dora_diffusion.training.results.metrics import TrainingError
+    from dora_diffusion.training.metrics import TrainingError
+    from dora_diffusion.training.step import Step
 
-    real, calls = Objective.losses, [0]
+    real, calls = Step.losses, [0]
 
-    def losses(self: Objective, *given: Any) -> Any:
+    def losses(self: Step, *given: Any) -> Any:
         calls[0] += 1
         # The slope of a root at 0: the loss is what it was, its gradient is NaN.
         return [
@@ -84,18 +84,18 @@ def error_of(settings: Mapping[str, Any], loop: Any, *, has_nan: bool) -> str:
             for loss in real(self, *given)
         ]
 
-    Objective.losses = losses  # type: ignore[method-assign]
+    Step.losses = losses  # type: ignore[method-assign]
     try:
-        loop.train(TrainConfig.from_dict(settings))
+        recipe.train(TrainConfig.from_dict(settings))
     except TrainingError as error:
         return str(error)
     return ""
 
 
-def _measured(session: Any, sizes: list[dict[str, int]]) -> Any:
-    """Note the bytes of a session's matrices that are alive in this process, and of whole ones."""
+def _measured(run: Any, sizes: list[dict[str, int]]) -> Any:
+    """Note the bytes of a run's matrices that are alive in this process, and of whole ones."""
     alive, whole = {}, 0
-    for model in session.weights.modules.values():
+    for model in run.weights.modules.values():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and ".adapters." not in name:
                 here = parameter.to_local() if hasattr(parameter, "to_local") else parameter
@@ -103,7 +103,7 @@ def _measured(session: Any, sizes: list[dict[str, int]]) -> Any:
                 alive[storage.data_ptr()] = storage.nbytes()
                 whole += parameter.numel() * parameter.element_size()
     sizes.append({"alive": sum(alive.values()), "whole": whole})
-    return session
+    return run
 
 
 def layers() -> dict[str, Any]:
@@ -119,7 +119,7 @@ def layers() -> dict[str, Any]:
     from dora_diffusion.adapters.inject import adapter_parameters
     from dora_diffusion.adapters.layers import adapted_layers
     from dora_diffusion.adapters.scope import norm_scope
-    from dora_diffusion.training.engine import accelerator
+    from dora_diffusion.training import processes
 
     told: dict[str, Any] = {"errors": [], "norms": []}
     for axis in ("output", "input"):
@@ -132,18 +132,18 @@ def layers() -> dict[str, Any]:
         x, before = torch.randn(6, 4), [layer.weight.clone() for _, layer in adapted_layers(model)]
         expected = _gradients(model, x, norm_scope, adapter_parameters)
         mesh = init_device_mesh("cpu", (2,))
-        fully_shard(model, mesh=mesh, ignored_params=set(accelerator._kept_whole(model)))
+        fully_shard(model, mesh=mesh, ignored_params=set(processes._kept_whole(model)))
         sharded = [layer for _, layer in adapted_layers(model)]
         for layer in sharded:
-            layer.shard = accelerator._row_shard(layer.weight)
+            layer.shard = processes._row_shard(layer.weight)
         found = _gradients(model, x, norm_scope, adapter_parameters)
         told["errors"] += [float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)]
-    told["rows"] = [len(accelerator.local(layer.weight)) for layer in sharded]
+    told["rows"] = [len(processes.local(layer.weight)) for layer in sharded]
     told["own"] = [
-        torch.equal(accelerator.own_part(layer.weight, whole), accelerator.local(layer.weight))
+        torch.equal(processes.own_part(layer.weight, whole), processes.local(layer.weight))
         for layer, whole in zip(sharded, before, strict=True)
     ]
-    gathered = [accelerator.gather(layer.weight) for layer in sharded]
+    gathered = [processes.gather(layer.weight) for layer in sharded]
     told["whole"] = [torch.equal(*pair) for pair in zip(gathered, before, strict=True)]
     return told
 

@@ -187,7 +187,7 @@ OF_ONE_VENDOR = {
     f"{PACKAGE}/models/offload.py": "memory that CUDA fetches from by itself",
     f"{PACKAGE}/numerics/norms.py": "a product of bfloat16 in float32, which CUDA has",
     f"{PACKAGE}/adapters/layout.py": "an event to read behind; others read at once",
-    f"{PACKAGE}/training/engine/step.py": "a fused optimizer that CUDA can hold back",
+    f"{PACKAGE}/training/metrics.py": "a fused optimizer that CUDA can hold back",
     f"{PACKAGE}/models/precision.py": "what Apple's GPU needs for bfloat16",
     f"{PACKAGE}/models/memory.py": "a GPU of so much memory: taken to be CUDA",
     f"{PACKAGE}/training/results/record.py": "a switch of cuDNN, which changes bits",

@@ -317,7 +317,7 @@ def known_photos(
     """
     from dora_diffusion.data.photos import list_photos
     from dora_diffusion.evaluation.photos import PhotoSubject
-    from dora_diffusion.training.results.validation import divide_all, read_held_out
+    from dora_diffusion.training.inputs.held_out import divide_all, read_held_out
 
     none: list[list[Path]] = [[] for _ in subjects]
     own = [Path(one.settings.instance_data_dir or "") for one in subjects]

@@ -40,7 +40,7 @@ from dora_diffusion.config.wording import quoted
 from dora_diffusion.models.locate import is_embedded
 
 if TYPE_CHECKING:
-    from dora_diffusion.training.loop import TrainResult
+    from dora_diffusion.training.recipe import TrainResult
 
 # The flags that matter first: what --help shows.
 FIRST = (
@@ -91,7 +91,7 @@ class TrainSettings(CommandSettings):
         if configs:
             return _train_pack(configs)
         from dora_diffusion.training.inputs.subject import example_prompt
-        from dora_diffusion.training.loop import train
+        from dora_diffusion.training.recipe import train
 
         progress = TrainProgress()
         try:
@@ -167,7 +167,7 @@ def print_training_summary(configs: Mapping[str, TrainConfig | ConfigError]) -> 
 
 def _train_pack(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
     """Train subjects at once; returns 1 if one of them has failed."""
-    from dora_diffusion.training.loop import train_pack
+    from dora_diffusion.training.pack import train_pack
 
     progress = PackProgress()
     try:

@@ -217,9 +217,9 @@ def training_summary(config: TrainConfig) -> str:
     """
     from dora_diffusion.data.photos import read_photos
     from dora_diffusion.training.inputs.dataset import check_subject, list_subjects
+    from dora_diffusion.training.inputs.held_out import check_held_out, divide_all
     from dora_diffusion.training.inputs.subject import caption_rules, subjects_of
     from dora_diffusion.training.results.folders import check_folders
-    from dora_diffusion.training.results.validation import check_held_out, divide_all
 
     for reason in (*without_effect(config).values(), *unusual_rates(config)):
         warnings.warn(reason, stacklevel=2)
@@ -307,8 +307,8 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
         config: The run's settings.
         written: The adapter file, or the folder of the model.
     """
+    from dora_diffusion.formats.files.runs import KOHYA_FILE
     from dora_diffusion.training.inputs.subject import example_prompt
-    from dora_diffusion.training.results.card import KOHYA_FILE
 
     folder = written.parent if written.parent.name else written.parent.resolve()
     base = ["--base", config.pretrained_model_name_or_path]

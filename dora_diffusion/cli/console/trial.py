@@ -37,7 +37,7 @@ def train_and_sample() -> str:
     Raises:
         Exception: Whatever fails in it.
     """
-    from dora_diffusion.training.loop import train
+    from dora_diffusion.training.recipe import train
 
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():

@@ -73,7 +73,7 @@ class _Actor:
 
     def ready(self) -> tuple[str, str]:
         """Import what trainings need; returns where this is."""
-        import dora_diffusion.training.loop  # noqa: F401
+        import dora_diffusion.training.recipe  # noqa: F401
 
         node = platform.node() or "a node"
         return f"{node}:{os.getpid()}", node

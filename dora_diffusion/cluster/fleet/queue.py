@@ -10,7 +10,7 @@ from typing import Any
 
 from dora_diffusion.config.fields import require
 from dora_diffusion.models.load import BaseCache
-from dora_diffusion.training.results.metrics import TrainingError
+from dora_diffusion.training.metrics import TrainingError
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from dora_diffusion.data.images import digest_of
 from dora_diffusion.data.photos import COMPANIONS, PHOTO_SUFFIXES
 from dora_diffusion.evaluation.report import LinkedImage, Section, as_html
 from dora_diffusion.formats.files.atomic import require_writable, save_text
+from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.results.checkpoint import checkpoints_in
 from dora_diffusion.training.results.folders import locked
-from dora_diffusion.training.results.metrics import TrainingError
 
 RECORD_FILE = "fleet.json"
 """Record file in each subject's folder, written last."""

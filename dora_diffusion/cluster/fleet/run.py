@@ -32,7 +32,7 @@ from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require, require_positive
 from dora_diffusion.training.inputs.dataset import list_subjects
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.loop import check_pack
+from dora_diffusion.training.pack import check_pack
 from dora_diffusion.training.results.write import check_prompts
 
 # Settings that a fleet sets itself, for each subject and worker.

@@ -33,10 +33,11 @@ from dora_diffusion.training.events import (
     SubjectLeft,
     TrainingStarted,
 )
-from dora_diffusion.training.loop import PackResult, train, train_pack
+from dora_diffusion.training.folder import TrainResult
+from dora_diffusion.training.pack import PackResult, train_pack
+from dora_diffusion.training.recipe import train
 from dora_diffusion.training.results.checkpoint import checkpoints_in
 from dora_diffusion.training.results.folders import LOCK_NAME
-from dora_diffusion.training.run import TrainResult
 
 # How long a lost worker's process may still have its folder, while its node dies.
 _LOCK_SECONDS = 60.0

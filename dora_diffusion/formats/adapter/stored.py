@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, parse_metadata
 from dora_diffusion.formats.files.runs import pipeline_in
-from dora_diffusion.formats.files.stream import PICKLED, TensorFileError, TensorReader
+from dora_diffusion.formats.files.stream import PICKLED, TensorFileError, TensorReader, file_hash
 from dora_diffusion.formats.layouts.dotted import (
     DIFFUSERS,
     PEFT_CONFIG,
@@ -159,3 +159,9 @@ def find_adapter(path: str | Path) -> Path:
         problem = f"name one of its files: {names}" if files else "no adapter file in it"
         raise AdapterFormatError(f"{path}: {problem}")
     return files[0]
+
+
+def adapter_hash(path: str | Path) -> str:
+    """SHA-256 of an adapter's file, or of the files of a PEFT folder in order."""
+    adapter = find_adapter(path)
+    return file_hash(sorted(adapter.rglob(PEFT_FILE)) if adapter.is_dir() else [adapter])

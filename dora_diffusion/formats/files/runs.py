@@ -28,9 +28,8 @@ MOST_COMPARED = 8
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 """Name of a checkpoint's folder, with its step."""
 # Of a VeRA's checkpoints, the compact file alone.
-ADAPTER_FILES = (
-    "pytorch_lora_weights.safetensors", "dora_kohya.safetensors", "vera.safetensors",
-)  # fmt: skip
+KOHYA_FILE = "dora_kohya.safetensors"
+ADAPTER_FILES = ("pytorch_lora_weights.safetensors", KOHYA_FILE, "vera.safetensors")
 
 
 def runs_folder() -> Path:

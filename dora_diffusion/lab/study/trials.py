@@ -33,11 +33,14 @@ from dora_diffusion.models.load import load_empty
 from dora_diffusion.numerics.devices import device_name
 from dora_diffusion.numerics.quantised import memory_of
 from dora_diffusion.sampling.images import save_image
-from dora_diffusion.training.engine.accelerator import make_accelerator
+from dora_diffusion.training.inputs.base import LoadBase
+from dora_diffusion.training.inputs.resolve import check_run
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.results.metrics import TrainingError
+from dora_diffusion.training.metrics import TrainingError
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble
 from dora_diffusion.training.results.write import result_metadata
-from dora_diffusion.training.session import LoadBase, Session, check_session, open_session
+from dora_diffusion.training.run import Run
 
 RECORD = 1
 """Version of what a record holds, and of what it is measured with."""
@@ -233,7 +236,7 @@ def perform(
     folder = work / "trials" / trial.digest[:20]
     shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
     try:
-        session = _open(trial, base, work, folder, load)
+        run = _open(trial, base, work, folder, load)
         record: Record = {
             "digest": trial.digest,
             "row": trial.row,
@@ -243,12 +246,12 @@ def perform(
             "learning_rate": trial.learning_rate,
             "settings": trial.settings,
             "version": __version__,
-            "machine": _machine(session),
+            "machine": _machine(run),
         }
         try:
             if trial.method != BASE:
-                record |= _train(session, folder, trial)
-            record["measures"] = _measure(session, trial, output, with_image)
+                record |= _train(run, folder, trial)
+            record["measures"] = _measure(run, trial, output, with_image)
         except TrainingError as error:
             # A rate that is too high is a result: the study continues, and does not try it again.
             record |= {"diverged": str(error), "measures": {}}
@@ -278,7 +281,7 @@ def check_methods(
         with problems.collect(f"methods.{trial.method}: "), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # It is warned of as it is trained.
             config = _settings(trial, str(base.path), work, work / "trials")
-            check_session(config, subjects_of(config), empty)
+            check_run(config, subjects_of(config), empty)
     problems.raise_all()
 
 
@@ -297,37 +300,37 @@ def _settings(trial: Trial, base: str, work: Path, folder: Path) -> TrainConfig:
     )
 
 
-def _open(trial: Trial, base: str, work: Path, folder: Path, load: LoadBase | None) -> Session:
+def _open(trial: Trial, base: str, work: Path, folder: Path, load: LoadBase | None) -> Run:
     config = _settings(trial, base, work, folder)
-    return open_session(config, subjects_of(config), make_accelerator(config), load=load)
+    return assemble(config, subjects_of(config), make_accelerator(config), load=load)
 
 
-def _measure(session: Session, trial: Trial, output: Path, with_image: bool) -> dict[str, float]:
-    with session.weights.base_weights() if trial.method == BASE else nullcontext():
+def _measure(run: Run, trial: Trial, output: Path, with_image: bool) -> dict[str, float]:
+    with run.weights.base_weights() if trial.method == BASE else nullcontext():
         measures, image = trial.subject.measure(
-            session.components, session.trigger, trial.seed, trial.asked
+            run.components, run.trigger, trial.seed, trial.asked
         )
     if with_image:
         save_image(image, trial.image(output))
     return {name: _rounded(value) for name, value in measures.items()}
 
 
-def _train(session: Session, folder: Path, trial: Trial) -> Record:
+def _train(run: Run, folder: Path, trial: Trial) -> Record:
     """All steps; returns what they took, and what they did to the weights."""
-    steps = session.total_steps
+    steps = run.total_steps
     points = trial.asked.analysis_points
     saved = {round(steps * (k + 1) / points) for k in range(points)} - {0}
     losses, seconds, processor, live = [], 0.0, 0.0, 0
     # Now: what is loaded in the end to be measured is the ordinary adapter of the result.
-    parameters = sum(p.numel() for p in session.weights.parameters().values())
+    parameters = sum(p.numel() for p in run.weights.parameters().values())
     for step in range(1, steps + 1):
         begun, used = time.perf_counter(), time.process_time()
         if step == 1:
             with kept_bytes() as kept:
-                record = session.step(step)
-            live = _live_bytes(session, sum(kept.values()))
+                record = run.step(step)
+            live = _live_bytes(run, sum(kept.values()))
         else:
-            record = session.step(step)
+            record = run.step(step)
         losses.append(float(record["loss"]))
         # The first step is the one that is looked at.
         seconds += (time.perf_counter() - begun) * (step > 1)
@@ -335,8 +338,8 @@ def _train(session: Session, folder: Path, trial: Trial) -> Record:
         if not math.isfinite(losses[-1]):
             raise TrainingError(f"{trial.name}: the loss is not a number at step {step}")
         if step in saved and step < steps:
-            _write(session, folder / f"checkpoint-{step}", step)
-    session.weights.reload(_write(session, folder / f"checkpoint-{steps}", steps))
+            _write(run, folder / f"checkpoint-{step}", step)
+    run.weights.reload(_write(run, folder / f"checkpoint-{steps}", steps))
     timed = max(1, steps - 1)
     return {
         "parameters": parameters,
@@ -345,13 +348,13 @@ def _train(session: Session, folder: Path, trial: Trial) -> Record:
         "processor_seconds_per_step": _rounded(processor / timed),
         "live_bytes": live,
         "last_losses": _rounded(sum(losses[-10:]) / len(losses[-10:])),
-        **({"analysis": _analysis(folder, session.config)} if points else {}),
+        **({"analysis": _analysis(folder, run.config)} if points else {}),
     }
 
 
-def _write(session: Session, folder: Path, step: int) -> Path:
-    with session.in_use():
-        return session.weights.writer()(folder, result_metadata(session, step))
+def _write(run: Run, folder: Path, step: int) -> Path:
+    with run.in_use():
+        return run.weights.writer()(folder, result_metadata(run, step))
 
 
 def _analysis(folder: Path, config: TrainConfig) -> Record:
@@ -399,17 +402,17 @@ def kept_bytes() -> Iterator[dict[int, int]]:
         yield kept
 
 
-def _live_bytes(session: Session, kept: int) -> int:
+def _live_bytes(run: Run, kept: int) -> int:
     """Weights of all parts, gradients, the optimizer's state, and what autograd keeps."""
     tensors = [
         tensor
-        for module in session.components.modules().values()
+        for module in run.components.modules().values()
         for tensor in (*module.parameters(), *module.buffers())
     ]
-    gradients = sum(p.nbytes for p in session.weights.parameters().values())
+    gradients = sum(p.nbytes for p in run.weights.parameters().values())
     tensors += [
         value
-        for state in session.learner.optimizer.state.values()
+        for state in run.step.optimizer.state.values()
         for value in state.values()
         if torch.is_tensor(value)
     ]
@@ -418,8 +421,8 @@ def _live_bytes(session: Session, kept: int) -> int:
     return sum(sizes.values()) + gradients + kept
 
 
-def _machine(session: Session) -> str:
-    device = session.components.device
+def _machine(run: Run) -> str:
+    device = run.components.device
     if device.type != "cpu":
         return device_name(device.type)
     threads = torch.get_num_threads()

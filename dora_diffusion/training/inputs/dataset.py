@@ -32,7 +32,6 @@ from dora_diffusion.models.latents import encode_inputs
 from dora_diffusion.models.offload import on_device
 from dora_diffusion.models.text import encode_prompts, token_limit
 from dora_diffusion.training.events import OnEvent
-from dora_diffusion.training.inputs.prior import check_image_free, class_images, class_prompts
 from dora_diffusion.training.inputs.subject import (
     Subject,
     caption_rules,
@@ -92,7 +91,7 @@ def open_dataset(
     Raises:
         ConfigError, PhotoError: If photos, masks or captions cannot be trained on.
     """
-    make = partial(class_images, accelerator=accelerator, on_event=on_event)
+    make = partial(_class_images, accelerator=accelerator, on_event=on_event)
     if config.is_slider:
         dataset = DreamBoothDataset([_open_slider(subjects[0], components, make)])
     else:
@@ -115,6 +114,13 @@ def open_dataset(
 
         dataset.encode = encode
     return dataset
+
+
+def _class_images(*args: Any, **options: Any) -> list[Photo]:
+    """Generate class images that are missing (`class_images`)."""
+    from dora_diffusion.training.inputs.prior import class_images
+
+    return class_images(*args, **options)
 
 
 def _open_slider(
@@ -202,6 +208,8 @@ def _open_subject(
     prompts: list[str] = []
     if config.uses_class_images:
         captions = [c for photo in photos for c in draws.captions.variants(photo.caption)]
+        from dora_diffusion.training.inputs.prior import class_prompts
+
         prompts = class_prompts(subject, captions, as_class)
     opened = SubjectPhotos(
         photos,
@@ -273,6 +281,8 @@ def check_captions(subject: Subject, photos: Sequence[Photo]) -> None:
     if token:
         require_token(possible, token)
     if config.is_image_free:
+        from dora_diffusion.training.inputs.prior import check_image_free
+
         check_image_free(subject, possible)
     if token and config.tag_dropout:
         _check_tag_dropout(config, rules, token, texts)

@@ -25,9 +25,9 @@ from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.models.components import Components
 from dora_diffusion.sampling.generate import SamplingSettings, generate_images
 from dora_diffusion.sampling.images import save_image
-from dora_diffusion.training.engine.accelerator import shards_model
 from dora_diffusion.training.events import ClassImagesAnnounced, ClassImagesProgress, OnEvent
 from dora_diffusion.training.inputs.subject import Subject, caption_rules
+from dora_diffusion.training.processes import shards_model
 
 # How the names of folders begin in which generated class images are.
 _GENERATED = "generated-"

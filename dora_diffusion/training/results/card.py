@@ -12,7 +12,6 @@ from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.config.fields import shown
 from dora_diffusion.config.wording import pixels
-from dora_diffusion.export.metadata import word_section
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, embedding_files
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.adapter.metadata import (
@@ -22,9 +21,9 @@ from dora_diffusion.formats.adapter.metadata import (
     stated_reading,
     without_path,
 )
+from dora_diffusion.formats.files.runs import KOHYA_FILE
 from dora_diffusion.training.inputs.subject import Subject, example_prompt, subjects_of, triggers_of
 
-KOHYA_FILE = "dora_kohya.safetensors"
 VALIDATION_LOSS = "validation_loss"
 """Field of the metadata: the loss on held-out photos at the step that was written."""
 
@@ -175,10 +174,14 @@ pipeline = {family.auto_pipeline}.from_pretrained({source})
 
 def _words(config: TrainConfig, written: Path) -> str:
     """Return the section on loading the new words."""
+    if not config.words:
+        return ""
+    from dora_diffusion.export.metadata import word_section
+
     folder = written if config.is_full else written.parent
     files = embedding_files(folder, "", config.words)
     section = word_section(list(files.items()), written.parent)
-    if section and config.is_full and config.single_file:
+    if config.is_full and config.single_file:
         section += (
             f"\n`{written.name}.safetensors` has the same files in `{EMBEDDINGS}` next to it.\n"
         )

@@ -24,17 +24,18 @@ from dora_diffusion.config.paths import relative_paths
 from dora_diffusion.formats.files.atomic import DiskFullError, atomic_file
 from dora_diffusion.formats.files.runs import CHECKPOINT
 from dora_diffusion.numerics.merging import is_finite
-from dora_diffusion.training.engine.accelerator import gather, local, own_part
+from dora_diffusion.training.optimizer import restore_optimizer
+from dora_diffusion.training.processes import gather, load
 
 if TYPE_CHECKING:
-    from dora_diffusion.training.session import Session
+    from dora_diffusion.training.run import Run
 
 STATE_FILE = "training_state.pt"
 FORMAT = 1
 """Version of a checkpoint's state and of ``run.json``; raised when an older one cannot be read."""
 _REQUIRED = {
     "step", "config", "contents", "segments", "parameters", "optimizer", "lr_schedule", "sampler",
-    "batches", "scaler", "projections", "start", "allocation", "validation", "interim",
+    "batches", "scaler", "projections", "start", "hooks", "validation", "interim",
 }  # fmt: skip
 # What else a run writes meanwhile: samples, metrics.
 _MARGIN = 2**20
@@ -89,44 +90,41 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
     )
 
 
-def live_state(session: Session) -> dict[str, Any] | None:
-    """Return copies of what trains, where a run uses other weights; all processes call it."""
-    if session.learner.average is None:
-        return None
-    return {name: gather(p).clone() for name, p in session.weights.parameters().items()}
+def hook_states(run: Run) -> dict[str, Any]:
+    """Return the states of a run's hooks by name. All processes call it, outside of `in_use`."""
+    return {hook.name: hook.state_dict() for hook in run.step.hooks if hook.name}
 
 
-def state_of(session: Session, segments: object, step: int) -> dict[str, Any]:
-    """Return everything that a run resumes from, on the CPU, but for its `live_state`.
+def state_of(run: Run, segments: object, step: int) -> dict[str, Any]:
+    """Return the state that a run resumes from, on the CPU, but for the states of its hooks.
 
-    Where the model is sharded all processes call it, and the first one's is whole.
+    All processes of a sharded model call it. The state of the first process is whole.
 
     Args:
-        session: The run.
+        run: The run.
         segments: The settings that were used, by the step from which on they were.
-        step: Optimizer steps done.
+        step: Number of steps that are done.
     """
-    scaler, allocation = session.accelerator.scaler, session.learner.allocation
-    config = session.config.to_dict()
-    paths = relative_paths(config, session.config.output_dir)
-    tensors = session.weights.tensors()
+    scaler, optimizer = run.accelerator.scaler, run.step.optimizer.state_dict()
+    config = run.config.to_dict()
+    paths = relative_paths(config, run.config.output_dir)
+    tensors = run.weights.tensors()
     return {
         "format": FORMAT,
         "step": step,
         "config": config,
         "paths": {name: path for name, path in paths.items() if path != config[name]},
-        "contents": session.dataset.contents(),
+        "contents": run.dataset.contents(),
         "segments": segments,
         "parameters": {name: gather(tensor) for name, tensor in tensors.items()},
-        "optimizer": session.learner.optimizer_state(),
-        "lr_schedule": session.learner.lr_schedule.state_dict(),
-        **session.data_position(),
+        "optimizer": dict(run.step.parameters.gather_state(optimizer)),
+        "lr_schedule": run.step.lr_schedule.state_dict(),
+        **run.data_position(),
         "scaler": None if scaler is None else scaler.state_dict(),
-        "projections": session.weights.projections(),
-        "start": session.weights.start(),
-        "allocation": None if allocation is None else allocation.state_dict(),
-        "probe": session.probe.state_dict(),
-        "validation": None if session.validation is None else session.validation.state_dict(),
+        "projections": run.weights.projections(),
+        "start": run.weights.start(),
+        "probe": run.probe.state_dict(),
+        "validation": None if run.validation is None else run.validation.state_dict(),
     }
 
 
@@ -162,8 +160,8 @@ def _moved_paths(state: Mapping[str, Any], folder: Path) -> dict[str, str]:
     return {n: path for n, path in paths.items() if isinstance(path, str) and Path(path).exists()}
 
 
-def restore(session: Session, state: Mapping[str, Any]) -> None:
-    """Restore a session from a state; learning rates and decays stay this run's.
+def restore(run: Run, state: Mapping[str, Any]) -> None:
+    """Restore a run from a state; learning rates and decays stay this run's.
 
     Raises:
         ConfigError: If it is of other layers.
@@ -171,20 +169,19 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
     Warns:
         UserWarning: If its validation losses are of other photos, and are dropped.
     """
-    restore_weights(session, state)
-    step = session.learner
-    if step.allocation is not None:
-        step.allocation.load_state_dict(state["allocation"])
-    step.restore_optimizer(state)
-    if step.average is not None:
-        step.average.leave()
-        _copy(state["live"], session.weights.parameters())
-    session.sampler.load_state_dict(state["sampler"])
-    session.probe.load_state_dict(state.get("probe", {}))
-    step.batches = int(state["batches"])
-    if state["scaler"] is not None and session.accelerator.scaler is not None:
-        session.accelerator.scaler.load_state_dict(state["scaler"])
-    validation = session.validation
+    restore_weights(run, state)
+    step, saved = run.step, state["optimizer"]
+    own = {**state, "optimizer": step.parameters.own_state(saved)}
+    restore_optimizer(step.optimizer, step.lr_schedule, own)
+    for hook in step.hooks:
+        if hook.name:
+            hook.load_state_dict(state["hooks"][hook.name])
+    run.sampler.load_state_dict(state["sampler"])
+    run.probe.load_state_dict(state.get("probe", {}))
+    step.batches.index = int(state["batches"])
+    if state["scaler"] is not None and run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    validation = run.validation
     if validation and not validation.load_state_dict(state["validation"], state["config"]):
         warnings.warn(
             "other photos or captions are held out than before: the lowest validation loss, and "
@@ -193,33 +190,27 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
         )
 
 
-def restore_weights(session: Session, state: Mapping[str, Any]) -> None:
-    """Restore what a state has learned into a session, and nothing else of it.
+def restore_weights(run: Run, state: Mapping[str, Any]) -> None:
+    """Restore what a state has learned into a run, and nothing else of it.
 
     Raises:
         ConfigError: If it is of other layers.
     """
-    if state["projections"] != session.weights.projections():
+    if state["projections"] != run.weights.projections():
         raise ConfigError(
             "the checkpoint's random projections are not those that this version draws; "
             "resume it with the version that wrote it",
             "resume_from_checkpoint",
         )
-    saved, tensors = state["parameters"], session.weights.tensors()
+    saved, tensors = state["parameters"], run.weights.tensors()
     shapes, own = ({k: tuple(v.shape) for k, v in of.items()} for of in (saved, tensors))
     if shapes != own:
         raise ConfigError(
             "the checkpoint was trained in other layers or shapes than this run's",
             "resume_from_checkpoint",
         )
-    _copy(saved, tensors)
-    session.weights.restore_start(state["start"])
-
-
-@torch.no_grad()
-def _copy(saved: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
-    for name, tensor in tensors.items():
-        local(tensor).copy_(own_part(tensor, saved[name]))
+    load(saved, tensors)
+    run.weights.restore_start(state["start"])
 
 
 class CheckpointSaver:

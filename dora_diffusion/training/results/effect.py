@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import predict
 from dora_diffusion.models.offload import HOST, on_device
 from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
-from dora_diffusion.training.trainable.full import TrainedWeights
+
+if TYPE_CHECKING:
+    from dora_diffusion.training.trainable.full import TrainedWeights
 
 NOTHING = 1e-6
 """Relative change that rounding of float32 may make."""

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -17,7 +17,7 @@ from dora_diffusion.config.learning import OptimizerSettings
 from dora_diffusion.config.paths import relative_paths
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import counted, quoted
-from dora_diffusion.export.merge_spec import adapter_hash
+from dora_diffusion.formats.adapter.stored import adapter_hash
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.training.results.checkpoint import (
     checkpoints_in,
@@ -27,7 +27,9 @@ from dora_diffusion.training.results.checkpoint import (
 )
 from dora_diffusion.training.results.folders import holds_result
 from dora_diffusion.training.results.record import changed_conditions, conditions_of
-from dora_diffusion.training.session import Session
+
+if TYPE_CHECKING:
+    from dora_diffusion.training.run import Run
 
 # Image, caption and mask of each file, as `DreamBoothDataset.contents` gives them.
 Contents = Mapping[str, Sequence[Mapping[str, str]]]
@@ -60,31 +62,28 @@ class RunStart:
     unused: Changes = field(default_factory=dict)
 
 
-def start_run(session: Session, output_dir: Path) -> tuple[Session, RunStart]:
-    """Restore a session from the checkpoint that is resumed, if one is.
-
-    Returns:
-        The session, with the settings that it is trained with, and where it starts.
+def start_run(run: Run, output_dir: Path) -> RunStart:
+    """Restore a run from the checkpoint that is resumed, if one is, with its settings.
 
     Raises:
         ConfigError: If there is no such checkpoint, or it does not belong to this run.
     """
-    config = session.config
-    now = conditions_of(session.components, session.accelerator)
+    config = run.config
+    now = conditions_of(run.components, run.accelerator)
     if not config.resume_from_checkpoint:
-        return session, RunStart([segment(1, config.to_dict())], [{"from_step": 1, **now}])
+        return RunStart([segment(1, config.to_dict())], [{"from_step": 1, **now}])
     path = find_checkpoint(config.resume_from_checkpoint, output_dir)
     state = read_state(path)
-    check_same_run(path.name, state, config, session.dataset.contents())
+    check_same_run(path.name, state, config, run.dataset.contents())
     _warn_of_other_start(path.name, state, config)
     step = int(state["step"])
-    _check_steps(path, step, session.total_steps, config)
-    _check_result(path, state["config"], config, step == session.total_steps)
-    restore(session, state)
+    _check_steps(path, step, run.total_steps, config)
+    _check_result(path, state["config"], config, step == run.total_steps)
+    restore(run, state)
     segments = list(state["segments"])
     _, changed = differences(state["config"], config)
     unused: Changes = {}
-    if step == session.total_steps:
+    if step == run.total_steps:
         # Samples are generated again; all else is what the steps were trained with.
         used = {source.name for source in fields(SampleSettings)}
         used |= {"max_train_steps", "keep_best"}
@@ -96,11 +95,11 @@ def start_run(session: Session, output_dir: Path) -> tuple[Session, RunStart]:
     conditions = list(state.get("conditions") or [{"from_step": 1, **now}])
     if line := changed_conditions(path.name, conditions[-1], now):
         warnings.warn(line, stacklevel=4)
-    if step < session.total_steps and conditions[-1] | now != conditions[-1]:
+    if step < run.total_steps and conditions[-1] | now != conditions[-1]:
         conditions.append({"from_step": step + 1, **now})
     is_interim = state["interim"]
-    start = RunStart(segments, conditions, step, path, is_interim, changed, unused)
-    return replace(session, config=config), start
+    run.config = config
+    return RunStart(segments, conditions, step, path, is_interim, changed, unused)
 
 
 def save_config(config: TrainConfig, path: Path, segments: Sequence[Segment]) -> Path:

@@ -5,158 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dora_diffusion.adapters.compiled import uncompiled
-from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.config.wording import counted, listing, quoted
-from dora_diffusion.data.captions import contains_token, read_caption, require_token
-from dora_diffusion.data.images import PhotoError, digest_of, open_photo, read_bytes
-from dora_diffusion.data.photos import Photo, list_photos, read_photos
-from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.data.captions import contains_token
+from dora_diffusion.data.images import open_photo
+from dora_diffusion.data.photos import Photo
 from dora_diffusion.evaluation.denoising import NUM_SEEDS, HeldOutImages
 from dora_diffusion.evaluation.measures import similarities
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.metric_models import LITE, lite_is_installed, open_metric_model
-from dora_diffusion.training.engine.accelerator import shards_model
-from dora_diffusion.training.inputs.subject import Subject, caption_rules
+from dora_diffusion.training.inputs.held_out import read_held_out
+from dora_diffusion.training.inputs.subject import Subject
+from dora_diffusion.training.processes import shards_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Predictions at once: a forward pass of so many takes less memory than a training step of one.
 _BATCH = 5
-
-
-def divide_all(
-    subjects: Sequence[Subject], paths: Sequence[Sequence[Path]]
-) -> tuple[list[list[Path]], list[list[Path]]]:
-    """Divide each subject's photos into those that are trained on, and those that are held out.
-
-    Raises:
-        PhotoError, ConfigError: As `divide` does; also of a photo that one subject holds out and
-            another trains on, and of a folder that two subjects hold out.
-    """
-    pairs = zip(subjects, paths, strict=True)
-    sides = [divide(subject.settings, photos) for subject, photos in pairs]
-    trained_on, held_out = [side[0] for side in sides], [side[1] for side in sides]
-    if len(subjects) > 1:
-        everything = [path for photos in held_out for path in photos]
-        if len(set(everything)) < len(everything):
-            raise ConfigError(
-                "validation_data_dir is that of two subjects; give each a folder of its own in the "
-                "dataset file",
-                "validation_data_dir",
-            )
-        _check_apart([path for photos in trained_on for path in photos], everything)
-    return trained_on, held_out
-
-
-def divide(
-    config: TrainConfig, paths: Sequence[Path] | None = None
-) -> tuple[list[Path], list[Path]]:
-    """The photos that are trained on, and those that are held out. No photo is decoded.
-
-    Copies of a photo stay on one side. Which are drawn for ``validation_split`` depends on their
-    content and the seed alone, not on their names or their order.
-
-    Args:
-        config: The settings of one subject.
-        paths: Its photos, if they were listed already.
-
-    Raises:
-        PhotoError: If a folder is missing or holds no photo.
-        ConfigError: If nothing would be left to train on, or a held-out photo is trained on too.
-    """
-    paths = list_photos(config.instance_data_dir or "") if paths is None else list(paths)
-    if not config.holds_out:
-        return paths, []
-    if config.validation_data_dir:
-        held_out = list_photos(config.validation_data_dir, setting="validation_data_dir")
-        _check_apart(paths, held_out)
-        return paths, held_out
-    digests = [_digest(path) for path in paths]
-    distinct, split = set(digests), config.validation_split
-    count = max(1, round(split * len(distinct))) if split < 1 else int(split)
-    if count >= len(distinct):
-        raise ConfigError(
-            f"validation_split {split:g} holds out {count} of {counted(len(distinct), 'photo')} in "
-            f"{config.instance_data_dir}, which leaves none to train on; hold out fewer, or give "
-            "more photos",
-            "validation_split",
-        )
-
-    def draw(digest: str) -> int:
-        return generator_for("validation split", config.seed, digest).initial_seed()
-
-    drawn = set(sorted(distinct, key=draw)[:count])
-    content = dict(zip(paths, digests, strict=True))
-    kept = [path for path in paths if content[path] not in drawn]
-    return kept, [path for path in paths if content[path] in drawn]
-
-
-def read_held_out(subject: Subject, paths: Sequence[Path]) -> list[Photo]:
-    """Photos of a subject, captioned as in training, but nothing of it drawn.
-
-    Raises:
-        PhotoError: If none can be read.
-    """
-    config, rules = subject.settings, caption_rules(subject.settings)
-    photos = read_photos(
-        paths,
-        config.instance_prompt or "",
-        skip_unreadable=True,
-        per_line=config.caption_per_line,
-    )
-    return [replace(photo, caption=rules.plain(photo.caption)) for photo in photos]
-
-
-def check_held_out(subject: Subject, paths: Sequence[Path]) -> None:
-    """Refuse held-out photos whose captions never name the subject, before a model is loaded.
-
-    Raises:
-        ConfigError: Naming their folder.
-
-    Warns:
-        UserWarning: If some of the captions lack the token.
-    """
-    config, rules = subject.settings, caption_rules(subject.settings)
-    prompt, per_line = config.instance_prompt or "", config.caption_per_line
-    captions = [rules.plain(read_caption(path, prompt, per_line=per_line)) for path in paths]
-    if not captions or not subject.token:
-        return
-    if not any(contains_token(caption, subject.token) for caption in captions):
-        raise ConfigError(
-            f"the token {subject.token!r} is in no caption of the held-out photos in "
-            f"{paths[0].parent} (first: {quoted(captions[0])}); put it into the .txt files there, "
-            "or remove them: a photo without one has the instance prompt",
-            "validation_data_dir",
-        )
-    require_token(captions, subject.token)
-
-
-def _digest(path: Path) -> str:
-    try:
-        return digest_of(read_bytes(path))
-    except PhotoError:
-        return str(path)  # Whoever reads it says what is wrong.
-
-
-def _check_apart(trained_on: Sequence[Path], held_out: Sequence[Path]) -> None:
-    known = {_digest(path): path for path in trained_on}
-    shared = [(path, known[digest]) for path in held_out if (digest := _digest(path)) in known]
-    if shared:
-        names = [p.name if p.name == t.name else f"{p.name} (as {t.name})" for p, t in shared]
-        raise ConfigError(
-            f"{counted(len(shared), 'photo')} in validation_data_dir {held_out[0].parent} "
-            f"{'is' if len(shared) == 1 else 'are'} trained on too: {listing(names, 5)}; a "
-            "held-out photo must not be: take it out of one of the folders",
-            "validation_data_dir",
-        )
 
 
 class Validation:

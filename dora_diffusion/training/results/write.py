@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
@@ -42,30 +42,32 @@ from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import MergeStrengths
 from dora_diffusion.sampling.generate import SamplingSettings, generate_images
 from dora_diffusion.sampling.images import UsedAdapter, parameters_text, save_image, thumbnail
-from dora_diffusion.training.engine.accelerator import set_by_any, shards_model
 from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgress
 from dora_diffusion.training.inputs.subject import caption_rules, prompt_rules
+from dora_diffusion.training.metrics import Trackers, naming_step
+from dora_diffusion.training.processes import set_by_any, shards_model
 from dora_diffusion.training.results.card import VALIDATION_LOSS, model_card
 from dora_diffusion.training.results.checkpoint import read_state, restore_weights
 from dora_diffusion.training.results.folders import UNFINISHED
-from dora_diffusion.training.results.metrics import Trackers, naming_step
-from dora_diffusion.training.session import Session
 from dora_diffusion.training.signals import StopRequest
 from dora_diffusion.training.trainable.adapters import Writer
 
+if TYPE_CHECKING:
+    from dora_diffusion.training.run import Run
 
-def take_best(session: Session, steps: int, checkpoints: Mapping[int, Path]) -> int:
+
+def take_best(run: Run, steps: int, checkpoints: Mapping[int, Path]) -> int:
     """Load the weights of the lowest validation loss into the model. Returns their step.
 
     Args:
-        session: Of a run that holds out photos, after its last step.
+        run: Of a run that holds out photos, after its last step.
         steps: Optimizer steps done, whose weights are in the model.
         checkpoints: What can be returned to, by step.
 
     Warns:
         UserWarning: If the lowest is of a step without a checkpoint, or no lower than the base's.
     """
-    validation = session.validation
+    validation = run.validation
     assert validation is not None
     best, lowest = validation.best({*checkpoints, steps}), validation.best()
     if best is None:
@@ -84,12 +86,12 @@ def take_best(session: Session, steps: int, checkpoints: Mapping[int, Path]) -> 
             stacklevel=4,
         )
     if best != steps:
-        restore_weights(session, read_state(checkpoints[best]))
+        restore_weights(run, read_state(checkpoints[best]))
     return best
 
 
 def write_result(
-    session: Session, folder: Path, steps: int, samples: SampleWriter
+    run: Run, folder: Path, steps: int, samples: SampleWriter
 ) -> tuple[Path, float | None]:
     """Write what was learned, then its card and samples, which show the written file.
 
@@ -102,37 +104,37 @@ def write_result(
         TrainingError: If they are not.
         DiskFullError: If it cannot be written; samples and card are a warning.
     """
-    weights, accelerator = session.weights, session.accelerator
-    metadata = result_metadata(session, steps)
+    weights, accelerator = run.weights, run.accelerator
+    metadata = result_metadata(run, steps)
     write = weights.writer()
     written = weights.result(folder)
     if accelerator.is_main_process:
-        written = _write_weights(session, folder, steps, write, metadata)
+        written = _write_weights(run, folder, steps, write, metadata)
     if shards_model(accelerator):
         accelerator.wait_for_everyone()
     kept = weights.reload(written)
-    session.probe.measure()
+    run.probe.measure()
 
     def show(grid: Image.Image) -> None:
         """Write it again with what adapter managers show: a sample, never a photo of somebody's."""
-        if not session.config.is_full and accelerator.is_main_process:
+        if not run.config.is_full and accelerator.is_main_process:
             with tempfile.TemporaryDirectory() as place:
                 shown = thumbnail(save_image(grid, Path(place) / "thumbnail.png"))
             write(folder, dataclasses.replace(metadata, thumbnail=shown))
 
     lost = f"the {weights.noun} is written, but not all of its samples and card"
     with warning_of_full_disk(lost):
-        if session.config.num_validation_images:
+        if run.config.num_validation_images:
             samples.of_result(steps, show)
         if accelerator.is_main_process:
-            _write_card(session, folder, written, steps, samples.files)
+            _write_card(run, folder, written, steps, samples.files)
     return written, kept
 
 
 def _write_weights(
-    session: Session, folder: Path, steps: int, write: Writer, metadata: AdapterMetadata
+    run: Run, folder: Path, steps: int, write: Writer, metadata: AdapterMetadata
 ) -> Path:
-    weights = session.weights
+    weights = run.weights
     # On the same disk, and beside what a crash may leave of it: see `clear_folder`.
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as place:
         new = write(weights.result(Path(place)), metadata)
@@ -149,57 +151,57 @@ def _write_weights(
     return written
 
 
-def result_metadata(session: Session, steps: int) -> AdapterMetadata:
+def result_metadata(run: Run, steps: int) -> AdapterMetadata:
     """The metadata that go into the result after so many optimizer steps."""
-    components = session.components
-    class_words = dict.fromkeys(subject.class_word for subject in session.subjects)
-    losses = session.validation.losses if session.validation else {}
-    pairs = [[target, *ends] for target, ends in session.config.slider_pairs]
+    components = run.components
+    class_words = dict.fromkeys(subject.class_word for subject in run.subjects)
+    losses = run.validation.losses if run.validation else {}
+    pairs = [[target, *ends] for target, ends in run.config.slider_pairs]
     return AdapterMetadata(
         family=components.family.name,
-        base_model=session.config.pretrained_model_name_or_path,
-        trigger=" ".join(filter(None, (session.trigger, *session.subjects[0].words))),
-        resolutions=session.resolutions,
+        base_model=run.config.pretrained_model_name_or_path,
+        trigger=" ".join(filter(None, (run.trigger, *run.subjects[0].words))),
+        resolutions=run.resolutions,
         extra={
             **schedule_facts(components.scheduler.config),
             "training_steps": str(steps),
             "software": f"dora_diffusion {__version__}",
-            **_stated_settings(session),
+            **_stated_settings(run),
             **({"slider": json.dumps(pairs, ensure_ascii=False)} if pairs else {}),
             **({VALIDATION_LOSS: f"{losses[steps]:.6g}"} if steps in losses else {}),
-            **session.weights.origin,
+            **run.weights.origin,
             UNET_LAYERS: UNetLayout.from_config(components.unet.config).text(),
         },
         tags=tuple(filter(None, class_words)),
-        tag_frequency=session.dataset.tag_frequency(),
+        tag_frequency=run.dataset.tag_frequency(),
     )
 
 
-def _stated_settings(session: Session) -> dict[str, str]:
+def _stated_settings(run: Run) -> dict[str, str]:
     """Return the settings of the adapter's start and of captions that are not the defaults."""
-    config, usual = session.config, TrainConfig()
+    config, usual = run.config, TrainConfig()
     names = (*(() if config.is_full else ("init", "parametrization")), *READING)
     stated = {n: str(v) for n in names if (v := getattr(config, n)) != getattr(usual, n)}
-    captions = stated_rules({s.trigger: caption_rules(s.settings) for s in session.subjects})
+    captions = stated_rules({s.trigger: caption_rules(s.settings) for s in run.subjects})
     return stated | ({CAPTIONS: captions} if captions else {})
 
 
 def _write_card(
-    session: Session, folder: Path, written: Path, steps: int, samples: Mapping[str, Path]
+    run: Run, folder: Path, written: Path, steps: int, samples: Mapping[str, Path]
 ) -> None:
     titles = {"adapted": "With the adapter", "base": "Without it, at the same seeds"}
-    if session.config.is_full:
+    if run.config.is_full:
         titles = {"adapted": "Fine-tuned", "base": "The base model, at the same seeds"}
-    if session.config.is_slider:
+    if run.config.is_slider:
         titles = {"adapted": "At several strengths"}
     images = {
         title: samples[name].relative_to(folder).as_posix()
         for name, title in titles.items()
         if name in samples
     }
-    metadata, report = result_metadata(session, steps), session.report
-    effect = session.probe.effect
-    card = model_card(session.config, session.subjects, metadata, written, report, images, effect)
+    metadata, report = result_metadata(run, steps), run.report
+    effect = run.probe.effect
+    card = model_card(run.config, run.subjects, metadata, written, report, images, effect)
     save_text(folder / "README.md", card)
 
 
@@ -261,7 +263,7 @@ def _of_one_size(images: Sequence[Image.Image]) -> list[Image.Image]:
 
 
 class SampleWriter:
-    """Samples a session's model, with the adapters that are on it, into ``samples/NAME.png``.
+    """Samples a run's model, with the adapters that are on it, into ``samples/NAME.png``.
 
     A signal ends sampling; what is left of it is left out.
 
@@ -271,16 +273,16 @@ class SampleWriter:
 
     def __init__(
         self,
-        session: Session,
+        run: Run,
         output_dir: Path,
         trackers: Trackers,
         on_event: OnEvent,
         stop: StopRequest,
     ) -> None:
         self.files: dict[str, Path] = {}
-        self._session, self._output_dir = session, output_dir
+        self._run, self._output_dir = run, output_dir
         self._trackers, self._on_event, self._stop = trackers, on_event, stop
-        config = session.config
+        config = run.config
         self._with = "fine-tuned" if config.is_full else "with the adapter"
         self._prompts = [SampleRequest.of(prompt, config) for prompt in config.prompts]
         self._lines = config.validation_prompt or [prompt.text for prompt in self._prompts]
@@ -289,7 +291,7 @@ class SampleWriter:
 
     def at_step(self, step: int) -> list[tuple[str, Image.Image]]:
         """Write ``step-STEP.png``; a full disk is a warning. Returns prompts and their images."""
-        title, images = f"Step {step} of {self._session.total_steps}, {self._with}", []
+        title, images = f"Step {step} of {self._run.total_steps}, {self._with}", []
         with warning_of_full_disk(f"no samples at step {step}"), suppress(_SamplingStopped):
             images = self._images()
             self._save_sheet(f"step-{step:06d}", images, title, step)
@@ -310,7 +312,7 @@ class SampleWriter:
             on_adapted(image_grid(shown, len(self._strengths) or len(self._prompts[0].seeds)))
             if self._strengths:
                 return
-            with self._session.weights.base_weights():
+            with self._run.weights.base_weights():
                 images = self._images()
             base = self._save_sheet("base", images, "The base model", step, adapter=False)
             text = self._parameters(images, step, adapter=True)
@@ -320,7 +322,7 @@ class SampleWriter:
         """Sample all images, prompt by prompt and seed by seed, each at all strengths."""
         if not self._strengths:
             return self._images_at_strength()
-        models, made = self._session.weights.modules.values(), []
+        models, made = self._run.weights.modules.values(), []
         try:
             for strength in self._strengths:
                 for model in models:
@@ -334,7 +336,7 @@ class SampleWriter:
     def _images_at_strength(self) -> list[Image.Image]:
         """Sample all images with the model as it is, prompt by prompt."""
         images: list[Image.Image] = []
-        config = self._session.config
+        config = self._run.config
         before = last = 0  # denoising steps of the prompts before, and of the last one
         for row, prompt in enumerate(self._prompts):
             before, last = before + last, 0
@@ -349,7 +351,7 @@ class SampleWriter:
             # Without gradients and at another batch size, each block would be compiled again.
             with uncompiled() if config.compile else nullcontext():
                 images += generate_images(
-                    self._session.components,
+                    self._run.components,
                     [self._rules.draw_prompt(prompt.text, seed) for seed in prompt.seeds]
                     if self._rules.wildcards
                     else prompt.text,
@@ -362,7 +364,7 @@ class SampleWriter:
 
     def _is_stopped(self) -> bool:
         """Return whether a signal has come; to any process, where all of them sample one model."""
-        accelerator = self._session.accelerator
+        accelerator = self._run.accelerator
         asked = self._stop.requested
         return set_by_any(accelerator, asked) if shards_model(accelerator) else asked
 
@@ -398,7 +400,7 @@ class SampleWriter:
         """Return the parameters of a sheet: `parameters_text` of the first image, and the rest."""
         first, size, last = self._prompts[0], images[0].size, images[-1].size
         extra = {
-            **self._session.components.clip_skip_parameter,
+            **self._run.components.clip_skip_parameter,
             "Seeds": ", ".join(str(seed) for seed in first.seeds),
             "Prompts": json.dumps(self._lines, ensure_ascii=False),
             "Training step": step,
@@ -411,14 +413,14 @@ class SampleWriter:
             first.seeds[0],
             first.settings,
             size,
-            self._session.config.pretrained_model_name_or_path,
+            self._run.config.pretrained_model_name_or_path,
             [UsedAdapter(self._output_dir.resolve().name, strengths)] if adapter else (),
             extra=extra,
             hash_model=False,
         )
 
     def _save(self, name: str, image: Image.Image, parameters: str) -> None:
-        if not self._session.accelerator.is_main_process:
+        if not self._run.accelerator.is_main_process:
             return
         path = save_image(image, self._output_dir / "samples" / f"{name}.png", parameters)
         if not name.startswith("step-"):

@@ -40,11 +40,11 @@ from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from dora_diffusion.config.adapter import PATTERNS
 from dora_diffusion.config.wording import listing
 from dora_diffusion.data.sampler import generator_for
-from dora_diffusion.export.merge_spec import adapter_hash
 from dora_diffusion.formats.adapter.embeddings import Vectors
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
-from dora_diffusion.formats.adapter.stored import StoredAdapter
+from dora_diffusion.formats.adapter.stored import StoredAdapter, adapter_hash
+from dora_diffusion.formats.files.runs import KOHYA_FILE
 from dora_diffusion.formats.layouts.dotted import DIFFUSERS
 from dora_diffusion.formats.layouts.other import layout_named
 from dora_diffusion.formats.layouts.vera import digest_of, write_vera
@@ -53,8 +53,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.locate import ModelNotFoundError, resolve_adapter
 from dora_diffusion.numerics.devices import keeps_random_state, random_state, set_random_state
 from dora_diffusion.numerics.weights import LayerWeights
-from dora_diffusion.training.engine.optimizer import parameter_groups
-from dora_diffusion.training.results.card import KOHYA_FILE
+from dora_diffusion.training.optimizer import parameter_groups
 from dora_diffusion.training.trainable.words import TrainedTokens
 
 Writer = Callable[[Path, AdapterMetadata], Path]

@@ -28,7 +28,8 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.precision import dtype_of
 from dora_diffusion.numerics.merging import is_finite
 from dora_diffusion.numerics.operation import convolve
-from dora_diffusion.training.engine.accelerator import (
+from dora_diffusion.training.optimizer import weight_groups
+from dora_diffusion.training.processes import (
     add_up,
     exchange,
     gather,
@@ -36,7 +37,6 @@ from dora_diffusion.training.engine.accelerator import (
     local,
     own_part,
 )
-from dora_diffusion.training.engine.optimizer import weight_groups
 from dora_diffusion.training.trainable.adapters import (
     TrainedAdapters,
     Writer,

@@ -24,7 +24,7 @@ from dora_diffusion.formats.adapter.embeddings import (
 )
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.words import WordEmbedding, add_tokens
-from dora_diffusion.training.engine.optimizer import WORDS
+from dora_diffusion.training.optimizer import WORDS
 
 
 @dataclass(frozen=True)

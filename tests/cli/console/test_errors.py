@@ -11,7 +11,7 @@ import torch
 
 from dora_diffusion.cli.console import errors
 from dora_diffusion.config import ConfigError
-from dora_diffusion.training.results.metrics import TrainingError
+from dora_diffusion.training.metrics import TrainingError
 
 
 def last_line(capsys):

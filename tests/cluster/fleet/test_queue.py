@@ -15,7 +15,7 @@ from dora_diffusion.cluster.fleet.queue import (
     WorkQueue,
     run_tasks,
 )
-from dora_diffusion.training.results.metrics import TrainingError
+from dora_diffusion.training.metrics import TrainingError
 
 
 class ScriptedWorkers:

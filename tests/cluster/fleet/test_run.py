@@ -28,7 +28,7 @@ from dora_diffusion.cluster.fleet.results import (
 from dora_diffusion.cluster.fleet.run import run_fleet
 from dora_diffusion.cluster.fleet.subject import FleetSubject, train_subjects
 from dora_diffusion.config import ConfigError
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.recipe import train
 from tests.cluster.fleet.helpers import DEADLY, NAMES, STEP, assert_same_results, losses
 from tests.refusal import refused
 

@@ -156,7 +156,7 @@ def test_live_bytes_are_weights_gradients_moments_and_what_is_kept():
     session = SimpleNamespace(
         components=SimpleNamespace(modules=lambda: {"unet": layer, "vae": tied}),
         weights=SimpleNamespace(parameters=lambda: {"weight": layer.weight}),
-        learner=SimpleNamespace(optimizer=optimizer),
+        step=SimpleNamespace(optimizer=optimizer),
     )
     weights, gradients, moments, step = 4 * (6 + 2) + 2 * 5, 4 * 6, 2 * 4 * 6, 4
     assert _live_bytes(session, 1000) == weights + gradients + moments + step + 1000

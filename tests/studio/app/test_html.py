@@ -14,7 +14,7 @@ from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.records import log_tail
 from dora_diffusion.studio.jobs.snapshot import read_job, snapshot
 from dora_diffusion.studio.jobs.store import Workspace, write_json
-from dora_diffusion.training.loop import checked
+from dora_diffusion.training.recipe import checked
 from tests.studio.jobs.helpers import about, make, photo, started_run
 
 

@@ -20,12 +20,11 @@ from dora_diffusion.data.captions import read_caption
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import Photo, mask_path
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.training import session as session_module
-from dora_diffusion.training.engine.accelerator import make_accelerator
+from dora_diffusion.training.inputs import base
 from dora_diffusion.training.inputs.dataset import check_captions
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.loop import train
-from dora_diffusion.training.session import open_session
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble, train
 from tests.refusal import refused
 from tests.training.helpers import losses, make_config, noise, open_run, warnings_of
 
@@ -74,7 +73,7 @@ def opened_with(config):
     """The warnings of a run that is opened and not started."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        open_session(config, subjects_of(config), make_accelerator(config))
+        assemble(config, subjects_of(config), make_accelerator(config))
     return [str(w.message) for w in caught]
 
 
@@ -89,8 +88,8 @@ def test_workers_leave_the_latent_cache_on(config):
 
 def test_without_the_cache_workers_load_pixels(config):
     bare = replace(config, cache_latents=False, dataloader_num_workers=1)
-    session = open_session(bare, subjects_of(bare), make_accelerator(bare))
-    batch = next(session.learner.inputs.batches)
+    session = assemble(bare, subjects_of(bare), make_accelerator(bare))
+    batch = next(session.step.batches.samples)
     assert batch.moments is None
     assert batch.pixels.shape == (1, 3, 32, 32)
 
@@ -161,7 +160,7 @@ def test_every_cached_latent_is_that_of_its_own_image(sd1_folder, tmp_path):
     )  # fmt: skip
     seen = []
     for _ in range(5):
-        batch = next(session.learner.inputs.batches)
+        batch = next(session.step.batches.samples)
         for caption, moments in zip(batch.captions, batch.moments, strict=True):
             pixels = torch.from_numpy(np.array(Image.open(files[caption]))).permute(2, 0, 1)
             with torch.no_grad():
@@ -176,7 +175,7 @@ def test_dropped_captions_are_dropped(dropout, sd1_folder, shaped_photos, tmp_pa
     session = open_run(
         sd1_folder, shaped_photos, tmp_path / "out", train_batch_size=5, caption_dropout=dropout
     )
-    captions = next(session.learner.inputs.batches).captions
+    captions = next(session.step.batches.samples).captions
     assert len(captions) == 5
     assert all((caption == "") == (dropout == 1.0) for caption in captions)
 
@@ -246,11 +245,11 @@ def test_captions_that_teach_nothing_are_refused(caption, settings, message, tmp
 
 
 def test_wildcards_are_refused_before_a_model_is_loaded(config, photos, monkeypatch):
-    monkeypatch.setattr(session_module, "load_components", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(base, "load_components", lambda *a, **k: 1 / 0)
     wild = replace(config, wildcards=True)
     (photos / "02.txt").write_text("a sks mug on __place__", encoding="utf-8")
     with pytest.raises(PhotoError, match=r"caption of 02\.jpg: the wildcard __place__ is of"):
-        open_session(wild, subjects_of(wild), make_accelerator(wild))
+        assemble(wild, subjects_of(wild), make_accelerator(wild))
     for reason, setting, value, words in (
         ("wildcard_dir", "wildcard_dir", str(photos / "gone"), "is not a folder"),
         ("wildcards", "instance_prompt", "a {sks mug", "{ without }"),
@@ -268,7 +267,7 @@ def test_another_line_of_a_wildcard_file_is_another_caption(config, photos, tmp_
     wild = replace(config, wildcards=True, wildcard_dir=str(tmp_path))
 
     def captions():
-        dataset = open_session(wild, subjects_of(wild), make_accelerator(wild)).dataset
+        dataset = assemble(wild, subjects_of(wild), make_accelerator(wild)).dataset
         return dataset, [row["caption"] for row in dataset.contents()["images"]]
 
     (first, before), (_, same) = captions(), captions()
@@ -298,7 +297,7 @@ def test_no_class_image_is_made_before_all_captions_were_looked_at(tiny_run, pho
     entries[1]["instance_data_dir"] = str(other)
     config = tiny_run(dataset_config=entries, instance_prompt=None, with_prior_preservation=True)
     with refused("class_prompt", "contains the token"):
-        open_session(config, subjects_of(config), make_accelerator(config))
+        assemble(config, subjects_of(config), make_accelerator(config))
     assert asked == []
 
 

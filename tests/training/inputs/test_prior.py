@@ -11,7 +11,6 @@ from PIL import Image
 from dora_diffusion.cli.console.training import TrainProgress, training_summary
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.sampling.generate import BrokenImageError
-from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.events import (
     ClassImagesAnnounced,
     ClassImagesProgress,
@@ -23,8 +22,8 @@ from dora_diffusion.training.events import (
 )
 from dora_diffusion.training.inputs.prior import _Announcer, ensure_class_images, own_class_images
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.loop import train
-from dora_diffusion.training.session import open_session
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble, train
 from tests.refusal import refused
 from tests.training.helpers import make_config
 
@@ -173,7 +172,7 @@ def test_kohyas_regularisation_folder_is_that_of_class_images(tiny_run, reg, pro
         with_prior_preservation=True, class_data_dir=str(reg), class_prompt=prompt,
         num_class_images=3, wildcards=bool(prompt) and "{" in prompt,
     )  # fmt: skip
-    session = open_session(config, subjects_of(config), make_accelerator(config))
+    session = assemble(config, subjects_of(config), make_accelerator(config))
     (subject,) = session.dataset.subjects
     captions = {image.path.name: image.caption for image in subject.class_images}
     expected = {"2.png": "cup", "0.png": "mug", "1.png": "an old mug"}
@@ -209,17 +208,17 @@ def test_wildcards_of_the_class_prompt_are_drawn(tiny_run, tmp_path):
         with_prior_preservation=True, class_prompt="a {red|blue|old} mug", wildcards=True,
         num_class_images=4, caption_prefix="sks,",
     )  # fmt: skip
-    session = open_session(config, subjects_of(config), make_accelerator(config))
+    session = assemble(config, subjects_of(config), make_accelerator(config))
     (subject,) = session.dataset.subjects
     captions = [image.caption for image in subject.class_images]
     assert captions == ["a red mug", "a blue mug", "a old mug", "a red mug"]
     plain = replace(config, wildcards=False, output_dir=str(tmp_path / "b"), num_class_images=1)
-    session = open_session(plain, subjects_of(plain), make_accelerator(plain))
+    session = assemble(plain, subjects_of(plain), make_accelerator(plain))
     assert session.dataset.subjects[0].class_images[0].caption == config.class_prompt
     for prompt, setting in (("a {red|sks} mug", "class_prompt"), ("a {mug", "wildcards")):
         wild = replace(config, class_prompt=prompt)
         with refused(setting):
-            open_session(wild, subjects_of(wild), make_accelerator(wild))
+            assemble(wild, subjects_of(wild), make_accelerator(wild))
 
 
 def test_class_images_are_reused_only_for_the_same_prompts(sd1_folder, photos, tmp_path):

@@ -13,7 +13,6 @@ from dora_diffusion.data.captions import CaptionRules
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.sampling.generate import lacks_trigger
-from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.inputs.dataset import list_subjects
 from dora_diffusion.training.inputs.subject import (
     class_caption_of,
@@ -23,8 +22,8 @@ from dora_diffusion.training.inputs.subject import (
     subjects_of,
     triggers_of,
 )
-from dora_diffusion.training.loop import train
-from dora_diffusion.training.session import open_session
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble, train
 from tests.refusal import refused
 from tests.training.helpers import SAMPLES, losses, same, warnings_of
 
@@ -137,9 +136,9 @@ def test_a_run_of_two_subjects_resumes_bit_for_bit_and_names_both(two, tmp_path)
 
 def test_a_batch_is_of_one_size_and_every_row_has_its_own_prior(two):
     config = two(train_batch_size=3)
-    session = open_session(config, subjects_of(config), make_accelerator(config))
+    session = assemble(config, subjects_of(config), make_accelerator(config))
     seen = set()
-    for _, batch in zip(range(7), session.learner.inputs.batches, strict=False):
+    for _, batch in zip(range(7), session.step.batches.samples, strict=False):
         (size,) = {crop.target_size for crop in batch.crops}
         seen.add(size)
         if size == (32, 32):

@@ -12,7 +12,7 @@ import pytest
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.recipe import train
 from dora_diffusion.training.results.card import KOHYA_FILE, model_card
 from tests.training.helpers import make_config
 

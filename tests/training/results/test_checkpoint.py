@@ -15,9 +15,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.files.atomic import DiskFullError
-from dora_diffusion.training.engine.step import Learner
 from dora_diffusion.training.events import StepDone
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.recipe import train
 from dora_diffusion.training.results.checkpoint import (
     STATE_FILE,
     CheckpointSaver,
@@ -25,6 +24,7 @@ from dora_diffusion.training.results.checkpoint import (
     find_checkpoint,
     folders_after,
 )
+from dora_diffusion.training.step import Step
 from tests.refusal import refused
 from tests.training.helpers import (
     assert_same_adapter,
@@ -138,7 +138,7 @@ def test_a_run_that_crashes_has_lost_minutes(tiny_run, tmp_path, monkeypatch):
     clock = Clock()
     monkeypatch.setattr(CheckpointSaver.__init__, "__kwdefaults__", {"clock": clock.monotonic})
 
-    real = Learner.begin
+    real = Step.begin
 
     def two_minutes(self, step):
         clock.now += 120
@@ -146,14 +146,14 @@ def test_a_run_that_crashes_has_lost_minutes(tiny_run, tmp_path, monkeypatch):
             raise PowerCut
         real(self, step)
 
-    monkeypatch.setattr(Learner, "begin", two_minutes)
+    monkeypatch.setattr(Step, "begin", two_minutes)
     whole = tiny_run(max_train_steps=9, checkpointing_steps=1000, output_dir=str(tmp_path / "w"))
     train(whole)
     crashed = replace(whole, output_dir=str(tmp_path / "c"))
     with pytest.raises(PowerCut):
         train(crashed)
     assert names(tmp_path / "c") == ["checkpoint-6"], "after 6 minutes, and again after 12"
-    monkeypatch.setattr(Learner, "begin", real)
+    monkeypatch.setattr(Step, "begin", real)
     train(replace(crashed, resume_from_checkpoint="latest"))
     assert same(tmp_path / "w", tmp_path / "c")
     assert names(tmp_path / "c") == ["checkpoint-9"]

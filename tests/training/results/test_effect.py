@@ -22,14 +22,14 @@ from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.configuration import empty_module, released_folder
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts, time_ids
-from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.events import EffectMeasured, SubjectLeft, TrainingEnded
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.loop import TrainingError, train, train_pack
+from dora_diffusion.training.metrics import MetricsLog, TrainingError
+from dora_diffusion.training.pack import train_pack
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.results.effect import Effect, Probe
-from dora_diffusion.training.results.metrics import MetricsLog
 from dora_diffusion.training.results.record import has_learned_nothing
-from dora_diffusion.training.session import open_session
 from tests.training.helpers import make_config
 
 pytestmark = pytest.mark.usefixtures("measured_effect")
@@ -118,7 +118,7 @@ def test_each_part_is_measured_apart(moved, sd1_folder, photos, tmp_path):
         sd1_folder, photos, tmp_path / "out", train_text_encoder=True, token="zwq",
         train_text_encoder_ti=True, targets=["cross-attention"], instance_prompt="a zwq mug",
     )  # fmt: skip
-    session = open_session(config, subjects_of(config), make_accelerator(config))
+    session = assemble(config, subjects_of(config), make_accelerator(config))
     probe = Probe(session.components, session.weights, session.dataset.captions)
     probe.begin()
     noise = torch.Generator().manual_seed(1)
@@ -155,7 +155,7 @@ def test_a_run_that_moved_nothing_is_not_done(tiny_run, tmp_path, photos, capsys
 
 def test_gradients_of_0_are_named(tiny_run, monkeypatch):
     """With a decay, which moves the factor that is not 0."""
-    place = "dora_diffusion.training.engine.objective.denoising_loss"
+    place = "dora_diffusion.training.terms.denoising_loss"
     monkeypatch.setattr(place, lambda prediction, *_: 0 * prediction.flatten(1).sum(dim=1))
     with pytest.raises(TrainingError, match="Every gradient was 0: look at the photos' masks"):
         train(tiny_run(adam_weight_decay=0.5, learning_rate=0.1))

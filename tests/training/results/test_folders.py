@@ -13,7 +13,7 @@ import pytest
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.recipe import train
 from dora_diffusion.training.results.folders import check_folders, output_folder
 from tests.refusal import refused
 from tests.training.helpers import make_config

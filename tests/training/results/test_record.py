@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dora_diffusion import __version__
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.recipe import train
 from dora_diffusion.training.results import resume
 from dora_diffusion.training.results.checkpoint import STATE_FILE, read_state
 from dora_diffusion.training.results.record import changed_conditions
@@ -125,7 +125,7 @@ def test_two_processes_of_the_same_conditions_give_the_same_bits(tiny_run, tmp_p
     train(config)
     code = (
         "import sys, json; from dora_diffusion.config import TrainConfig; "
-        "from dora_diffusion.training.loop import train; "
+        "from dora_diffusion.training.recipe import train; "
         "train(TrainConfig.from_dict(json.loads(sys.argv[1])))"
     )
     values = {**config.to_dict(), "output_dir": str(tmp_path / "two")}

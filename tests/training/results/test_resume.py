@@ -16,9 +16,9 @@ from PIL import Image
 from dora_diffusion.cli.console.training import TrainProgress
 from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.training.engine import objective as inputs
+from dora_diffusion.training import batch
 from dora_diffusion.training.events import StepDone, TrainingStarted
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.recipe import train
 from dora_diffusion.training.results.checkpoint import FORMAT, STATE_FILE, read_state
 from dora_diffusion.training.results.resume import changed_segments, check_same_run
 from tests.refusal import refused
@@ -119,13 +119,13 @@ def test_an_interrupted_run_resumes_to_the_same_bits(sd1_folder, photos, tmp_pat
 @pytest.mark.parametrize(("before", "after"), [((4, 1), (1, 2)), ((1, 2), (4, 1))])
 def test_no_draw_is_repeated_when_batches_change(tiny_run, monkeypatch, before, after):
     """Latents, noise and timestep of a row are drawn by its batch since the start of the run."""
-    drawn, generator_for = [], inputs.generator_for
+    drawn, generator_for = [], batch.generator_for
 
     def note(*parts):
         drawn.append(parts)
         return generator_for(*parts)
 
-    monkeypatch.setattr(inputs, "generator_for", note)
+    monkeypatch.setattr(batch, "generator_for", note)
 
     def batches(accumulation, size):
         return {"gradient_accumulation_steps": accumulation, "train_batch_size": size}

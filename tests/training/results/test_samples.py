@@ -17,7 +17,7 @@ from dora_diffusion.models.load import load_components
 from dora_diffusion.sampling.generate import SamplingSettings, generate_images
 from dora_diffusion.sampling.images import parse_parameters, read_parameters
 from dora_diffusion.training.events import SamplingProgress
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.recipe import train
 from tests.refusal import refused
 from tests.training.helpers import find
 
@@ -102,7 +102,7 @@ def test_a_file_of_prompts_says_how_each_is_sampled_and_that_some_watch_drift(
 
 
 def test_a_scheduler_that_is_none_is_refused_before_the_model_is_loaded(tiny_run, monkeypatch):
-    monkeypatch.setattr("dora_diffusion.training.session.load_components", None)
+    monkeypatch.setattr("dora_diffusion.training.inputs.base.load_components", None)
     config = tiny_run(validation_prompt=["a sks mug --ss lms"], num_validation_images=1)
     with refused("--ss of a sample prompt", "'lms'"):
         train(config)

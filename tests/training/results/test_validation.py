@@ -21,14 +21,14 @@ from dora_diffusion.evaluation.photos import evaluate_photos, read_subject
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.models import offload
 from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
-from dora_diffusion.training import session
-from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.events import TrainingEnded, TrainingStarted, Validated
+from dora_diffusion.training.inputs import base, held_out
+from dora_diffusion.training.inputs.held_out import divide, read_held_out
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.results import validation
-from dora_diffusion.training.results.validation import Validation, divide, read_held_out
-from dora_diffusion.training.session import open_session
+from dora_diffusion.training.results.validation import Validation
 from tests.refusal import refused
 from tests.training.helpers import SAMPLES, assert_same_adapter, losses, make_config, names, same
 
@@ -160,7 +160,7 @@ def test_held_out_captions_without_the_token_are_refused_by_folder(
     sd1_folder, folders, tmp_path, monkeypatch, is_dry
 ) -> None:
     """Before the model is loaded; without captions, the photos there have the subject's prompt."""
-    monkeypatch.setattr(session, "load_components", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(base, "load_components", lambda *a, **k: 1 / 0)
     other = Path(shutil.copytree(folders["held_out"], tmp_path / "other"))
     for caption in other.glob("*.txt"):
         caption.write_text("a mug on sand", encoding="utf-8")
@@ -241,11 +241,11 @@ def test_it_is_the_same_offloaded_and_in_any_number_of_processes(
     monkeypatch.setattr(validation, "NUM_SEEDS", 1)
     config = make_config(sd1_folder, folders["all"], tmp_path / "out", validation_split=2.0)
     accelerator = make_accelerator(config)
-    session = open_session(config, subjects_of(config), accelerator)
+    session = assemble(config, subjects_of(config), accelerator)
     alone = session.validation.measure(0)
 
     monkeypatch.setattr(offload, "has_own_memory", lambda kind: True)
-    offloaded = open_session(config, subjects_of(config), accelerator)
+    offloaded = assemble(config, subjects_of(config), accelerator)
     assert offloaded.components.offload_to is not None
     assert offloaded.validation.measure(0) == alone
 
@@ -397,22 +397,22 @@ def test_samples_are_compared_with_the_held_out_photos(
         torch.randn(1000)
         return Metric()
 
-    real = validation.read_photos
+    real = held_out.read_photos
 
     def read_photos(*args: Any, **kwargs: Any) -> Any:
         torch.manual_seed(5)
         return real(*args, **kwargs)
 
     monkeypatch.setattr(validation, "open_metric_model", open_metric_model)
-    monkeypatch.setattr(validation, "read_photos", read_photos)
+    monkeypatch.setattr(held_out, "read_photos", read_photos)
     config = make_config(
         sd1_folder, folders["all"], tmp_path / "out", validation_split=2.0, num_validation_images=2,
         validation_steps=2,
     )  # fmt: skip
-    session = open_session(config, subjects_of(config), make_accelerator(config))
+    session = assemble(config, subjects_of(config), make_accelerator(config))
     drawn = torch.randn(4)
     alone = replace(config, num_validation_images=0)
-    open_session(alone, subjects_of(alone), make_accelerator(alone))
+    assemble(alone, subjects_of(alone), make_accelerator(alone))
     assert torch.equal(drawn, torch.randn(4))
     references = [Image.open(path).convert("RGB") for path in divide(config)[1]]
     colours = [(200, 10, 10), (10, 200, 10), (10, 10, 200)]

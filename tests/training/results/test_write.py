@@ -13,7 +13,7 @@ from dora_diffusion.formats.adapter.metadata import stated_reading
 from dora_diffusion.models.load import load_components
 from dora_diffusion.sampling.generate import SamplingSettings, generate_images, load_adapted
 from dora_diffusion.sampling.images import parse_parameters, read_parameters
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.recipe import train
 from tests.training.helpers import find, make_config
 
 

@@ -20,10 +20,9 @@ from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig, witho
 from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter.file import AdapterFormatError, AdapterMetadata, read_adapter
 from dora_diffusion.models.load import load_components
-from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.loop import train
-from dora_diffusion.training.session import open_session
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.trainable.adapters import inject_trained
 from tests.refusal import refused
 from tests.training.helpers import SAMPLES, assert_same_adapter, losses, make_config, warnings_of
@@ -54,7 +53,7 @@ def test_a_compiled_run_follows_the_other_in_few_graphs(
     counter = CompileCounterWithBackend("aot_eager")
     backend = partial(compile_blocks, backend=counter, fullgraph=True)
     monkeypatch.setattr("dora_diffusion.training.trainable.adapters.compile_blocks", backend)
-    monkeypatch.setattr("dora_diffusion.training.session.require_compiler", lambda device: None)
+    monkeypatch.setattr("dora_diffusion.training.recipe.require_compiler", lambda device: None)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
     torch._dynamo.reset()
     plain = make_config(
@@ -80,8 +79,8 @@ def test_a_machine_that_cannot_compile_is_refused_before_the_model_is_loaded(con
     def refuse(device):
         raise ConfigError("compile does not work", "compile")
 
-    monkeypatch.setattr("dora_diffusion.training.session.require_compiler", refuse)
-    monkeypatch.setattr("dora_diffusion.training.session.load_components", None)
+    monkeypatch.setattr("dora_diffusion.training.recipe.require_compiler", refuse)
+    monkeypatch.setattr("dora_diffusion.training.inputs.base.load_components", None)
     with refused("compile"):
         train(replace(config, compile=True))
 
@@ -138,7 +137,7 @@ def predictions(components):
 
 
 def opened(config):
-    return open_session(config, subjects_of(config), make_accelerator(config))
+    return assemble(config, subjects_of(config), make_accelerator(config))
 
 
 @pytest.mark.parametrize("rank", [2, 5])
@@ -210,7 +209,7 @@ def test_an_adapter_that_the_run_cannot_start_from_is_refused_before_the_photos_
     tiny_run, other, name, monkeypatch
 ):
     changes, message = REFUSED[name]
-    monkeypatch.setattr("dora_diffusion.training.session.open_dataset", None)
+    monkeypatch.setattr("dora_diffusion.training.inputs.resolve.open_dataset", None)
     config = tiny_run(**{"init_adapter": str(other), "train_text_encoder": True, **changes})
     with refused("init_adapter", message):
         opened(config)

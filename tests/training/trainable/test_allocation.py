@@ -15,14 +15,14 @@ from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter.file import AdapterMetadata, read_adapter, write_adapter
 from dora_diffusion.numerics.allocation import BudgetSchedule
-from dora_diffusion.training.engine.accelerator import make_accelerator
-from dora_diffusion.training.engine.optimizer import FlatParameters
+from dora_diffusion.training.hooks.allocation import Allocation
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.loop import train
-from dora_diffusion.training.session import open_session
+from dora_diffusion.training.optimizer import FlatParameters
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.trainable.allocation import RankAllocation
 from tests.adapters.test_parametrizations import batches, merged_weights, two_linears
-from tests.training.helpers import accelerator_of_fp16, open_run
+from tests.training.helpers import accelerator_of_fp16, hook_of, open_run
 
 RANK, TARGET, STEPS = 4, 2, 14
 
@@ -84,7 +84,7 @@ def test_a_run_ends_with_its_budget_as_ranks_of_an_ordinary_dora(tiny_run, tmp_p
     train(config)
     layers = read_adapter(tmp_path / "out").layers
     state = torch.load(tmp_path / "out" / "checkpoint-8" / "training_state.pt", weights_only=True)
-    kept = state["allocation"]["kept"]
+    kept = state["hooks"]["allocation"]["kept"]
     start = sum(len(mask) for mask in kept)
     assert sum(int(mask.sum()) for mask in kept) == start // 2
     assert {4 if layer.down.ndim == 2 else 2 for layer in layers.values()} == {2, 4}
@@ -140,8 +140,8 @@ def test_it_weighs_the_gradients_that_the_optimizer_gets(sd1_folder, photos, tmp
     """Clipped ones, also where the optimizer sees all parameters as a few flat ones."""
     session = open_run(sd1_folder, photos, tmp_path, targets=["attention"],
                        parametrization="adalora", max_grad_norm=1e-3)  # fmt: skip
-    allocation, norms = session.learner.allocation, []
-    assert isinstance(session.learner.parameters, FlatParameters)
+    allocation, norms = hook_of(session.step, Allocation).ranks, []
+    assert isinstance(session.step.parameters, FlatParameters)
 
     def note(step: int) -> None:
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in allocation._parameters]))
@@ -158,8 +158,8 @@ def test_a_step_that_fp16_skips_tells_it_nothing(tiny_run):
         allocation_interval=1, allocation_warmup=1, allocation_final=2,
     )  # fmt: skip
     accelerator = accelerator_of_fp16(config, scale=2.0**60)
-    session = open_session(config, subjects_of(config), accelerator)
-    allocation = session.learner.allocation
+    session = assemble(config, subjects_of(config), accelerator)
+    allocation = hook_of(session.step, Allocation).ranks
     before = [p.detach().clone() for p in allocation._parameters]
     session.step(1)
     session.step(2)  # where triplets would be chosen
@@ -197,12 +197,12 @@ def test_prodigy_does_not_see_the_term(tiny_run):
     for weight in (0.0, 0.3):
         config = tiny_run(parametrization="adalora", rank=4, optimizer="prodigy", learning_rate=1.0,
                           orthogonality_weight=weight, max_train_steps=20)  # fmt: skip
-        session = open_session(config, subjects_of(config), make_accelerator(config))
-        for group in session.learner.optimizer.param_groups:
+        session = assemble(config, subjects_of(config), make_accelerator(config))
+        for group in session.step.optimizer.param_groups:
             group |= {"d": rate, "d0": rate, "d_max": rate}
         session.step(1)
-        steps.append(session.learner)
-    without, beside = (list(step.allocation._adapters) for step in steps)
+        steps.append(session.step)
+    without, beside = (list(hook_of(step, Allocation).ranks._adapters) for step in steps)
     for plain, other in zip(without, beside, strict=True):
         for name, is_up in (("down", False), ("up", True)):
             start = getattr(plain, name).detach().clone().requires_grad_()

@@ -25,12 +25,11 @@ from dora_diffusion.evaluation.photos import base_and_adapted
 from dora_diffusion.export.files import open_model
 from dora_diffusion.lab.analysis import analyze_weights
 from dora_diffusion.models.load import load_components
-from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.metrics import TrainingError
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.results.checkpoint import checkpoints_in
-from dora_diffusion.training.results.metrics import TrainingError
-from dora_diffusion.training.session import open_session
 from dora_diffusion.training.trainable import adapters, full
 from tests.emulation import OneDNN
 from tests.refusal import refused
@@ -56,7 +55,7 @@ def full_config(sd1_folder, photos, tmp_path):
 
 
 def session_of(config):
-    return open_session(config, subjects_of(config), make_accelerator(config))
+    return assemble(config, subjects_of(config), make_accelerator(config))
 
 
 def stored(source):
@@ -71,7 +70,7 @@ def changed(before, after):
 
 def test_three_steps_are_those_of_a_plain_loop(full_config, sd1_folder, tmp_path):
     config = replace(full_config, train_text_encoder=True, snr_gamma=0, train_batch_size=2)
-    draws = session_of(replace(config, output_dir=str(tmp_path / "draws"))).learner.inputs
+    draws = session_of(replace(config, output_dir=str(tmp_path / "draws"))).step.batches
     unet = diffusers.UNet2DConditionModel.from_pretrained(sd1_folder / "unet").train()
     text = transformers.CLIPTextModel.from_pretrained(sd1_folder / "text_encoder").train()
     tokenizer = transformers.CLIPTokenizer.from_pretrained(sd1_folder / "tokenizer")
@@ -80,12 +79,14 @@ def test_three_steps_are_those_of_a_plain_loop(full_config, sd1_folder, tmp_path
     groups = [{"params": unet.parameters(), "lr": RATE}, {"params": text.parameters()}]
     optimizer = torch.optim.AdamW(groups, lr=TEXT_RATE, weight_decay=DECAY)
     expected = []
-    for step in range(STEPS):
-        batch = draws(step)
-        ids = tokenizer(batch.captions, padding="max_length", truncation=True, return_tensors="pt")
+    for _ in range(STEPS):
+        batch = next(draws)
+        captions = list(batch.captions)
+        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         states = text(ids.input_ids)[0]
-        noisy = noise_schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
-        prediction = unet(noisy, batch.timesteps, states).sample
+        timesteps = batch.inputs.timesteps
+        noisy = noise_schedule.add_noise(batch.latents, batch.noise, timesteps)
+        prediction = unet(noisy, timesteps, states).sample
         loss = torch.nn.functional.mse_loss(prediction, batch.noise)
         optimizer.zero_grad()
         loss.backward()
@@ -159,7 +160,7 @@ def test_a_resumed_run_is_that_of_one_piece_bit_for_bit(full_config, tmp_path, o
 def test_compiled_blocks_train_the_same_weights(full_config, tmp_path, monkeypatch):
     counter = CompileCounterWithBackend("aot_eager")  # without a C++ compiler
     monkeypatch.setattr(adapters, "compile_blocks", partial(compile_blocks, backend=counter))
-    monkeypatch.setattr("dora_diffusion.training.session.require_compiler", lambda device: None)
+    monkeypatch.setattr("dora_diffusion.training.recipe.require_compiler", lambda device: None)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
     torch._dynamo.reset()
     config = replace(
@@ -214,14 +215,14 @@ def test_in_half_precision_the_image_free_prior_is_that_of_float32(
     for kind in ("no", precision):
         given = replace(config, mixed_precision=kind, output_dir=str(tmp_path / kind))
         accelerator = (accelerator_of_fp16 if kind == "fp16" else make_accelerator)(given)
-        session = open_session(given, subjects_of(given), accelerator)
+        session = assemble(given, subjects_of(given), accelerator)
         parameters = session.weights.parameters().values()
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for parameter in parameters:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(parameter * (1 + 0.3 * noise))
-        session.learner.optimizer.zero_grad = lambda set_to_none: None
+        session.step.optimizer.zero_grad = lambda set_to_none: None
         prior_losses.append(float(session.step(1)["prior_loss"]))
         gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
     assert prior_losses[0] > 0.01
@@ -292,7 +293,7 @@ def test_settings_of_adapters_have_no_effect_and_that_is_said(full_config):
     assert {"parametrization", "target_rank", "vera_rank"} <= set(said)
     assert set(without_effect(replace(config, init="pissa"))) >= {"init"}
     session = session_of(replace(config, parametrization="adalora"))
-    assert session.learner.allocation is None
+    assert session.step.hooks == []
     said = without_effect(replace(full_config, method="lora", full_weights="targets"))
     assert said["full_weights"] == "full_weights has no effect because method is lora"
 

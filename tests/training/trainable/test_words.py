@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import cycle, pairwise
+from itertools import cycle, pairwise, repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,13 +33,12 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.sampling.generate import load_adapted
-from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.results.card import _words
 from dora_diffusion.training.results.checkpoint import STATE_FILE
 from dora_diffusion.training.results.write import result_metadata
-from dora_diffusion.training.session import open_session
 from dora_diffusion.training.trainable.words import TrainedTokens, add_words
 from tests.formats.layouts.helpers import load_pipeline
 from tests.refusal import refused
@@ -177,12 +177,12 @@ def test_only_the_vectors_of_the_word_move(sdxl_folder: Path, named: Path, tmp_p
         sdxl_folder, named, tmp_path, **WORDS, max_train_steps=3, with_prior_preservation=True,
         train_text_encoder_ti_frac=0.5,
     )  # fmt: skip
-    session = open_session(config, subjects_of(config), make_accelerator(config))
+    session = assemble(config, subjects_of(config), make_accelerator(config))
     before = load_components(sdxl_folder)
     words = session.weights.words
     seen = [{name: rows.clone() for name, rows in words.parameters().items()}]
     encoded, trains = [], []
-    condition = session.learner.objective.condition
+    condition = session.step.encode
     encode = condition._encode
     condition._encode = lambda captions: encoded.append(list(captions)) or encode(captions)
     for step in (1, 2, 3):
@@ -201,7 +201,7 @@ def test_only_the_vectors_of_the_word_move(sdxl_folder: Path, named: Path, tmp_p
         assert all(torch.equal(tensor, now[name]) for name, tensor in old.state_dict().items())
         assert not any(p.requires_grad for n, p in new.named_parameters() if "rows" not in n)
     sizes = {group["name"]: sum(p.numel() for p in group["params"])
-             for group in session.learner.optimizer.param_groups}  # fmt: skip
+             for group in session.step.optimizer.param_groups}  # fmt: skip
     assert (sizes["text_encoder/words"], sizes["text_encoder_2/words"]) == (64, 128)
     # The class caption is encoded once, and captions with the word in every step.
     assert encoded.count(["a photo of a mug"]) == 1
@@ -213,14 +213,15 @@ def test_a_batch_without_the_word_gives_it_a_gradient_of_zero(
 ) -> None:
     """Not none, which processes that share gradients could not average."""
     config = make_config(sd1_folder, named, tmp_path, **WORDS)
-    session = open_session(config, subjects_of(config), make_accelerator(config))
-    learner, draw = session.learner, session.learner.inputs
-    learner.inputs = lambda number: replace(draw(number), captions=["a mug"])  # type: ignore[assignment]
-    learner.update = lambda *_: {}  # type: ignore[method-assign]
-    session.step(1)
+    session = assemble(config, subjects_of(config), make_accelerator(config))
+    step = session.step
+    step.batches = repeat(replace(next(step.batches), captions=("a mug",)))  # type: ignore[assignment]
     (rows,) = session.weights.words.parameters().values()
-    assert rows.grad is not None
-    assert not rows.grad.any()
+    gradients: list[Any] = []
+    step.parameters.take_gradients = lambda: gradients.append(rows.grad)  # type: ignore[method-assign]
+    step(1)
+    assert gradients[0] is not None
+    assert not gradients[0].any()
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(
@@ -273,7 +274,7 @@ def test_full_fine_tuning_writes_a_model_that_knows_the_word(
         sd1_folder, named, tmp_path / "out", **WORDS, method="full", full_weights="targets",
         with_prior_preservation=True,
     )  # fmt: skip
-    session = open_session(config, subjects_of(config), make_accelerator(config))
+    session = assemble(config, subjects_of(config), make_accelerator(config))
     live, start = session.components, encode_prompts(session.components, [PROMPT])
     session.step(1)
     trained = encode_prompts(live, [PROMPT])
@@ -312,7 +313,7 @@ def test_other_optimizers_and_precisions_train_it(
 ) -> None:
     def rows_of(**settings: object) -> torch.Tensor:
         config = make_config(sd1_folder, named, tmp_path, **WORDS, **settings)
-        session = open_session(config, subjects_of(config), make_accelerator(config))
+        session = assemble(config, subjects_of(config), make_accelerator(config))
         for step in (1, 2):
             session.step(step)
         (rows,) = session.weights.words.parameters().values()
@@ -506,17 +507,17 @@ def test_a_run_starts_from_the_words_of_an_adapter(
 ) -> None:
     base, run = runs("sdxl")
     config = make_config(base, named, tmp_path, **WORDS, init_adapter=str(run))
-    session = open_session(config, subjects_of(config), make_accelerator(config))
+    session = assemble(config, subjects_of(config), make_accelerator(config))
     stored = read_adapter(run).tokens["<s1>"]
     assert are_equal(session.weights.words.tokens()["<s1>"], stored)
     with session.weights.base_weights():
         assert are_equal(session.weights.words.tokens()["<s1>"], stored)
     one = replace(config, num_new_tokens_per_abstraction=1)
     with refused("num_new_tokens_per_abstraction", "2 vectors"):
-        open_session(one, subjects_of(one), make_accelerator(one))
+        assemble(one, subjects_of(one), make_accelerator(one))
     none = replace(config, train_text_encoder_ti=False)
     with refused("init_adapter", "<s1>", "add --train_text_encoder_ti --new_words <s1>"):
-        open_session(none, subjects_of(none), make_accelerator(none))
+        assemble(none, subjects_of(none), make_accelerator(none))
 
 
 def test_a_merged_file_knows_the_words_beside_it(

@@ -10,7 +10,7 @@ import json
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,36 @@ def require_finite(record: Mapping[str, Any], skipped: int = 0) -> None:
         "start over, with a lower learning rate (or, if it trains in fp16, with --mixed_precision "
         "bf16)"
     )
+
+
+def skip_if_not_finite(
+    record: Mapping[str, Any], parameters: Iterable[Tensor], optimizer: Any
+) -> None:
+    """Skip the optimizer's step if loss or gradients are not finite. The device is not waited for.
+
+    A fused optimizer on CUDA skips the step by a flag, as it would for a gradient scaler. Other
+    optimizers on a GPU get gradients of 0, so that no NaN reaches the weights. `MetricsLog` reports
+    the step when its numbers have arrived.
+
+    Args:
+        record: Numbers of the step.
+        parameters: The parameters as the optimizer sees them.
+        optimizer: The optimizer.
+
+    Raises:
+        TrainingError: On a CPU.
+    """
+    norm: Tensor = record["grad_norm"]
+    if norm.device.type == "cpu":
+        require_finite(record)
+        return
+    is_wrong = (norm + record["loss"]).isfinite().logical_not()
+    if norm.device.type == "cuda" and optimizer.defaults.get("fused"):
+        optimizer.found_inf = is_wrong.float()
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.masked_fill_(is_wrong, 0)
 
 
 @contextlib.contextmanager

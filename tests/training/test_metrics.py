@@ -17,17 +17,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.training.engine.step import Learner
+from dora_diffusion.training import metrics
 from dora_diffusion.training.events import StepDone
-from dora_diffusion.training.loop import TrainingError, train
-from dora_diffusion.training.results import metrics
-from dora_diffusion.training.results.metrics import (
+from dora_diffusion.training.metrics import (
     LossWatch,
     MetricsLog,
     Trackers,
+    TrainingError,
     step_tags,
     tracked_settings,
 )
+from dora_diffusion.training.recipe import train
+from dora_diffusion.training.step import Step
 from tests.training.helpers import make_config, names, steps_in, warnings_of
 
 pytestmark = pytest.mark.usefixtures("measured_effect")
@@ -35,9 +36,9 @@ pytestmark = pytest.mark.usefixtures("measured_effect")
 
 def poison(monkeypatch: pytest.MonkeyPatch, step: int, *, moves: bool = False) -> None:
     """From a step on, its gradients are NaN; or, ``moves``, what the optimizer makes of them is."""
-    update = Learner.update
+    update = Step.update
 
-    def poisoned(self: Learner, number: int, losses: list[torch.Tensor]):
+    def poisoned(self: Step, number: int, losses: list[torch.Tensor]):
         if number >= step and moves:
             for group in self.optimizer.param_groups:
                 group["lr"] = 1e39
@@ -48,7 +49,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int, *, moves: bool = False) -
                 parameter.grad = torch.full_like(parameter, float("nan"))
         return update(self, number, losses)
 
-    monkeypatch.setattr(Learner, "update", poisoned)
+    monkeypatch.setattr(Step, "update", poisoned)
 
 
 def numbers_in(folder) -> list[torch.Tensor]:
@@ -144,7 +145,7 @@ def test_a_run_that_falls_apart_keeps_its_checkpoint_from_before_and_names_it(
 ):
     """An interrupted run that is resumed at another rate, held against its own start."""
     monkeypatch.setattr(metrics, "_START", 2)
-    real = Learner.update
+    real = Step.update
 
     def rises(self, step, losses):
         record = real(self, step, losses)
@@ -154,7 +155,7 @@ def test_a_run_that_falls_apart_keeps_its_checkpoint_from_before_and_names_it(
         if isinstance(event, StepDone) and event.step == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(Learner, "update", rises)
+    monkeypatch.setattr(Step, "update", rises)
     config = tiny_run(max_train_steps=10, checkpointing_steps=2, checkpoints_total_limit=1)
     assert train(config, stop).steps == 4
     said = warnings_of(replace(config, resume_from_checkpoint="latest", learning_rate=0.1))

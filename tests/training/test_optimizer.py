@@ -18,7 +18,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.learning import LR_SCHEDULES, OPTIMIZERS, PRODIGIES, SCHEDULE_FREE
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.load import load_components
-from dora_diffusion.training.engine.optimizer import (
+from dora_diffusion.training.optimizer import (
     FlatParameters,
     build_lr_schedule,
     build_optimizer,
@@ -26,7 +26,7 @@ from dora_diffusion.training.engine.optimizer import (
     parameter_groups,
     restore_optimizer,
 )
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.recipe import train
 from tests.refusal import refused
 from tests.training.helpers import losses, make_config, needs_library, warnings_of
 
@@ -127,7 +127,7 @@ def test_prodigy_gets_its_settings():
 def test_magnitudes_do_not_decay_and_rates_are_separate(sd1_folder):
     from dora_diffusion.adapters.inject import inject_adapters
     from dora_diffusion.models.load import load_components
-    from dora_diffusion.training.engine.optimizer import parameter_groups
+    from dora_diffusion.training.optimizer import parameter_groups
 
     components = load_components(str(sd1_folder))
     config = TrainConfig(

@@ -22,12 +22,12 @@ from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import AdapterConfig, TrainConfig
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.data.crops import CropRecord
-from dora_diffusion.data.dataset import Batch
+from dora_diffusion.data.dataset import SampleBatch
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
-from dora_diffusion.training.engine.objective import StepInputs, draw_inputs
-from tests.training.helpers import losses_by, objective_of
+from dora_diffusion.training.batch import Batch, draw_batch
+from tests.training.helpers import losses_by, terms_of
 
 # A seed whose timesteps are some early, with an SNR above min-SNR's gamma, and some late.
 SEED, MICRO_STEP, FIRST_ROW = 26, 5, 3
@@ -112,7 +112,7 @@ MORE = [
 ]
 
 
-def make_batch(case: Case, with_moments: Any = None) -> Batch:
+def make_batch(case: Case, with_moments: Any = None) -> SampleBatch:
     """Three photos of different captions, sizes, crops and masks, and as many class images."""
     count = 6 if case.prior in ("images", "slider") else 3
     generator = torch.Generator().manual_seed(1)
@@ -123,7 +123,7 @@ def make_batch(case: Case, with_moments: Any = None) -> Batch:
     ]
     mask = (torch.rand(count, 1, HEIGHT, WIDTH, generator=generator) > 0.4).float()
     mask[:, :, : HEIGHT // 2] *= 0.5
-    return Batch(
+    return SampleBatch(
         [f"photo {row}" for row in range(count)],
         (CAPTIONS + CLASS_CAPTIONS)[:count],
         crops,
@@ -155,30 +155,22 @@ def adapted_components(folder: Any, case: Case) -> Components:
     return components
 
 
-def ours(components: Components, case: Case, batch: Batch) -> tuple[StepInputs, Tensor, Tensor]:
+def ours(components: Components, case: Case, samples: SampleBatch) -> tuple[Batch, Tensor, Tensor]:
     """Loss of subject and prior as training computes them; gradients are left behind."""
-    slider = SLIDER if case.prior == "slider" else {}
-    inputs = draw_inputs(
+    slider = TrainConfig(**SLIDER) if case.prior == "slider" else None
+    config = TrainConfig(seed=SEED, noise_offset=case.noise_offset)
+    batch = draw_batch(components, components.process, samples, config, MICRO_STEP, FIRST_ROW)
+    terms = terms_of(
         components,
-        batch,
-        TrainConfig(
-            seed=SEED, noise_offset=case.noise_offset, unmasked_prior=case.unmasked_prior, **slider
-        ),
-        MICRO_STEP,
-        FIRST_ROW,
-    )
-    objective = objective_of(
-        components,
-        train_text_encoder=case.text_encoders,
         snr_gamma=case.snr_gamma,
         unmasked_prior=case.unmasked_prior,
         huber=case.huber,
+        slider=slider,
     )
-    objective = replace(objective, slider_guidance=SLIDER["slider_guidance"])
     with norm_scope(*components.adaptable().values()):
-        subject, prior = losses_by(objective, inputs)
+        subject, prior = losses_by(components, terms, batch, train_text_encoder=case.text_encoders)
         (subject + 0.7 * prior).backward()
-    return inputs, subject.detach(), prior.detach()
+    return batch, subject.detach(), prior.detach()
 
 
 class Reference:
@@ -199,7 +191,7 @@ class Reference:
             for path, layer in adapted_layers(model)
         }
 
-    def loss(self, batch: Batch, class_captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: SampleBatch, class_captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Loss of the subject and of the prior."""
         count = len(batch)
         rows = [self._row(batch, row) for row in range(count)]
@@ -253,7 +245,7 @@ class Reference:
         return (2 * d * ((difference.double() ** 2 + d**2).sqrt() - d)).float()
 
     @torch.no_grad()
-    def _slider_target(self, batch: Batch, noisy: Tensor, timesteps: Tensor) -> Tensor:
+    def _slider_target(self, batch: SampleBatch, noisy: Tensor, timesteps: Tensor) -> Tensor:
         """The base's predictions; of the targets moved from the negative to the positive end."""
         target = self._predict(self.base, noisy, timesteps, batch.captions, batch.crops)
         for row in range(3):
@@ -267,7 +259,7 @@ class Reference:
             target[row] += SLIDER["slider_guidance"] * (high - low)
         return target
 
-    def _row(self, batch: Batch, row: int) -> dict[str, Tensor]:
+    def _row(self, batch: SampleBatch, row: int) -> dict[str, Tensor]:
         """One row's draws, in the order that a run's reproducibility rests on."""
         is_prior = bool(batch.is_prior[row])
         place = FIRST_ROW + row % 3
@@ -354,7 +346,7 @@ def gradients(reference: Reference) -> Iterator[tuple[str, Tensor, Tensor]]:
             yield f"{name}.{part}", getattr(adapter, part).grad, leaf.grad
 
 
-def assert_same(reference: Reference, subject: Tensor, prior: Tensor, batch: Batch) -> None:
+def assert_same(reference: Reference, subject: Tensor, prior: Tensor, batch: SampleBatch) -> None:
     expected = reference.loss(batch, CLASS_CAPTIONS)
     torch.testing.assert_close(subject, expected[0].detach(), rtol=2e-5, atol=0)
     torch.testing.assert_close(prior, expected[1].detach(), rtol=2e-5, atol=0)
@@ -405,11 +397,10 @@ def test_a_batch_is_its_parts(sd1_folder) -> None:
         batch, sample_ids=["photo 2"], captions=batch.captions[2:], crops=batch.crops[2:],
         is_prior=batch.is_prior[2:], pixels=batch.pixels[2:],
     )  # fmt: skip
-    last = draw_inputs(
-        components, part, TrainConfig(seed=SEED, noise_offset=0), MICRO_STEP, FIRST_ROW + 2
-    )
-    for name in ("noise", "timesteps"):
-        assert torch.equal(getattr(last, name), getattr(whole, name)[2:])
+    config = TrainConfig(seed=SEED, noise_offset=0)
+    last = draw_batch(components, components.process, part, config, MICRO_STEP, FIRST_ROW + 2)
+    assert torch.equal(last.noise, whole.noise[2:])
+    assert torch.equal(last.inputs.timesteps, whole.inputs.timesteps[2:])
     torch.testing.assert_close(last.latents, whole.latents[2:], rtol=1e-6, atol=1e-6)
 
 
@@ -420,7 +411,7 @@ def test_a_batch_of_subjects_is_the_mean_of_its_rows(sdxl_folder) -> None:
     rows = [1, 2, 0, 3]
     weights, held = [0.5, 1.0, 2.0], [None, CLASS_CAPTIONS[2], None]
 
-    def part(rows: list[int], **fields: Any) -> Batch:
+    def part(rows: list[int], **fields: Any) -> SampleBatch:
         return replace(
             batch, sample_ids=[batch.sample_ids[r] for r in rows],
             captions=[batch.captions[r] for r in rows], crops=[batch.crops[r] for r in rows],
@@ -435,12 +426,13 @@ def test_a_batch_of_subjects_is_the_mean_of_its_rows(sdxl_folder) -> None:
         for place in range(3)
     ]  # fmt: skip
     losses = []
-    objective = objective_of(components, snr_gamma=case.snr_gamma)
+    terms = terms_of(components, snr_gamma=case.snr_gamma)
     for place, single in enumerate(alone):
         first_row = FIRST_ROW + place
-        inputs = draw_inputs(components, single, TrainConfig(seed=SEED), MICRO_STEP, first_row)
+        config = TrainConfig(seed=SEED)
+        drawn = draw_batch(components, components.process, single, config, MICRO_STEP, first_row)
         with torch.no_grad(), norm_scope(*components.adaptable().values()):
-            losses.append([float(loss) for loss in losses_by(objective, inputs)])
+            losses.append([float(loss) for loss in losses_by(components, terms, drawn)])
     assert losses[0][1] == 0 < losses[1][1]
     expected = sum(w * loss for w, (loss, _) in zip(weights, losses, strict=True)) / 3
     assert float(subject) == pytest.approx(expected, rel=1e-5)

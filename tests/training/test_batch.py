@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import shutil
 import warnings
 from typing import Any
@@ -16,15 +17,16 @@ from PIL import Image
 from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
 from dora_diffusion.config import AdapterConfig, TrainConfig
 from dora_diffusion.data.crops import CropRecord
-from dora_diffusion.data.dataset import Batch
+from dora_diffusion.data.dataset import SampleBatch
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.sampling.generate import SamplingSettings, generate_images
-from dora_diffusion.training.engine import objective as training_inputs
-from dora_diffusion.training.engine.accelerator import make_accelerator
-from dora_diffusion.training.engine.objective import Conditioner, draw_inputs
+from dora_diffusion.training import conditioner
+from dora_diffusion.training.batch import draw_batch
+from dora_diffusion.training.conditioner import Conditioner
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.session import open_session
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble
 from tests.training.helpers import SAMPLES, open_run
 
 CAPTIONS = ["a photo of a sks dog", "", "a red toy", ""]
@@ -54,17 +56,18 @@ def test_two_processes_draw_the_rows_of_one(tiny_run) -> None:
             prior_preservation_mode="images", class_data_dir=str(SAMPLES / "heart_teapot"),
         )  # fmt: skip
         accelerator = OneOf(make_accelerator(config), process_index, num_processes)
-        session = open_session(config, subjects_of(config), accelerator)
-        session.learner.inputs(0)
-        return session.learner.inputs(1)
+        session = assemble(config, subjects_of(config), accelerator)
+        next(session.step.batches)
+        return next(session.step.batches)
 
     whole = inputs(4, 0, 1)
     parts = [inputs(2, index, 2) for index in range(2)]
     assert [part.photos for part in (whole, *parts)] == [4, 2, 2]
-    for name in ("noise", "timesteps", "latents"):
-        drawn = [getattr(part, name) for part in parts]
+    for name in ("noise", "inputs.timesteps", "latents"):
+        read = operator.attrgetter(name)
+        drawn = [read(part) for part in parts]
         together = torch.cat([rows[:2] for rows in drawn] + [rows[2:] for rows in drawn])
-        torch.testing.assert_close(together, getattr(whole, name), rtol=0, atol=1e-5)
+        torch.testing.assert_close(together, read(whole), rtol=0, atol=1e-5)
     assert len({tuple(row.flatten().tolist()) for row in whole.noise}) == 8
 
 
@@ -82,8 +85,9 @@ def test_every_row_is_one_photo_with_its_own_caption_crop_and_mask(
     }
     shapes, vae = set(), session.components.vae
     for _ in range(4):
-        batch = next(session.learner.inputs.batches)
-        inputs = draw_inputs(session.components, batch, TrainConfig(seed=0, noise_offset=0.0), 0, 0)
+        batch = next(session.step.batches.samples)
+        config = TrainConfig(seed=0, noise_offset=0.0)
+        inputs = draw_batch(session.components, session.components.process, batch, config, 0).inputs
         for row, caption in enumerate(batch.captions):
             path = files[caption]
             image = Image.open(path).convert("RGB")
@@ -116,7 +120,7 @@ def test_every_row_is_one_photo_with_its_own_caption_crop_and_mask(
 
 def test_sizes_of_large_photos_stay_exact(sdxl_folder) -> None:
     """Half precision holds no odd number above 2048: sizes and corners are never cast to it."""
-    batch = Batch(
+    batch = SampleBatch(
         ["photo"],
         ["a photo"],
         [CropRecord((4001, 3003), (2049, 257), (128, 96))],
@@ -124,7 +128,8 @@ def test_sizes_of_large_photos_stay_exact(sdxl_folder) -> None:
         moments=torch.zeros(1, 8, 16, 12),
     )
     components = load_components(sdxl_folder, dtype=torch.bfloat16)
-    inputs = draw_inputs(components, batch, TrainConfig(seed=0, noise_offset=0.0), 0, 0)
+    config = TrainConfig(seed=0, noise_offset=0.0)
+    inputs = draw_batch(components, components.process, batch, config, 0).inputs
     assert inputs.time_ids.tolist() == [[4001, 3003, 2049, 257, 128, 96]]
 
 
@@ -219,10 +224,10 @@ def test_captions_are_warned_of_once_and_not_kept_for_ever(sd1_folder, monkeypat
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trains(["a mug", long])
-    monkeypatch.setattr(training_inputs, "KNOWN_CAPTIONS", 2)
+    monkeypatch.setattr(conditioner, "KNOWN_CAPTIONS", 2)
     kept = Conditioner(components, trains=False)
     whole = kept(["a", "b", "c", "a"]).encoder_hidden_states
-    assert len(kept._known) == 2
+    assert len(kept._cache) == 2
     assert torch.equal(whole[0], whole[3])
     assert torch.equal(kept(["a"]).encoder_hidden_states, whole[:1])
 
@@ -256,15 +261,16 @@ def test_what_is_drawn_anew_is_encoded_anew(tiny_run, photos, monkeypatch):
     seen = []
 
     def losses_of(name):
-        session = open_session(config, subjects_of(config), make_accelerator(config))
-        draw = session.learner.inputs
+        session = assemble(config, subjects_of(config), make_accelerator(config))
+        draw = session.step.draw
 
-        def inputs(step):
-            drawn = draw(step)
-            seen.append((name, drawn.captions, drawn.class_captions))
-            return drawn
+        def drawn():
+            made = draw()
+            class_captions = [*made.batch.class_captions.values()]
+            seen.append((name, made.batch.captions, class_captions))
+            return made
 
-        monkeypatch.setattr(session.learner, "inputs", inputs)
+        monkeypatch.setattr(session.step, "draw", drawn)
         return [session.step(step)["loss"] for step in (1, 2, 3)]
 
     cached = losses_of("cached")
@@ -273,7 +279,7 @@ def test_what_is_drawn_anew_is_encoded_anew(tiny_run, photos, monkeypatch):
         with torch.no_grad():
             return self._encode([caption])
 
-    monkeypatch.setattr(Conditioner, "_encoded", encode)
+    monkeypatch.setattr(Conditioner, "_cached", encode)
     assert losses_of("fresh") == cached
     assert [row[1:] for row in seen[:3]] == [row[1:] for row in seen[3:]]
     assert len({caption for _, captions, _ in seen for caption in captions}) >= 5

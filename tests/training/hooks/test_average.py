@@ -17,16 +17,16 @@ from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.config import TrainConfig, differences
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.training import loop
-from dora_diffusion.training.engine.accelerator import make_accelerator
-from dora_diffusion.training.engine.objective import InputSource
+from dora_diffusion.training import recipe
+from dora_diffusion.training.batch import Batches
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.metrics import TrainingError
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.results import write
 from dora_diffusion.training.results.checkpoint import read_state
-from dora_diffusion.training.results.metrics import TrainingError
 from dora_diffusion.training.results.validation import Validation
-from dora_diffusion.training.session import Session, open_session
+from dora_diffusion.training.run import Run
 from tests.refusal import refused
 from tests.training.helpers import accelerator_of_fp16, losses, names, needs_library
 
@@ -74,15 +74,15 @@ def run(tiny_run: Callable[..., TrainConfig], photos: Path) -> Callable[..., Tra
     return lambda **changes: tiny_run(**{"learning_rate": 1e-3, **changes})
 
 
-def session_of(config: TrainConfig) -> Session:
-    return open_session(config, subjects_of(config), make_accelerator(config))
+def session_of(config: TrainConfig) -> Run:
+    return assemble(config, subjects_of(config), make_accelerator(config))
 
 
-def values(session: Session) -> Values:
+def values(session: Run) -> Values:
     return {name: p.detach().clone() for name, p in session.weights.parameters().items()}
 
 
-def used(session: Session) -> Values:
+def used(session: Run) -> Values:
     with session.in_use():
         return values(session)
 
@@ -154,7 +154,7 @@ def test_a_step_that_fp16_skips_leaves_it(average: str, run: Callable[..., Train
     needs_library(AVERAGES[average].get("optimizer", "adamw"))
     config = run(mixed_precision="fp16", **AVERAGES[average])
     accelerator = accelerator_of_fp16(config, scale=2.0**60)
-    session = open_session(config, subjects_of(config), accelerator)
+    session = assemble(config, subjects_of(config), accelerator)
     before = values(session)
     session.step(1)
     assert are_equal(used(session), before)
@@ -177,7 +177,7 @@ def test_the_average_of_schedule_free_adamw_is_the_mean_of_its_z(
     for step in range(1, 5):
         weight = min(1.0, (step - 1) / warmup) ** 2 if warmup else 1.0
         session.step(step)
-        for parameter, state in session.learner.optimizer.state.items():
+        for parameter, state in session.step.optimizer.state.items():
             sums[names_of[id(parameter)]] += weight * state["z"].double()
         total += weight
         for name, value in used(session).items() if total else ():
@@ -213,12 +213,12 @@ def test_the_beta1_of_a_schedule_free_run_stays() -> None:
 @pytest.fixture
 def uses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Values]]:
     """Notes of what is validated and sampled, and of the weights that it is done with."""
-    sessions: list[Session] = []
+    sessions: list[Run] = []
     found: list[tuple[str, Values]] = []
-    opened, generate, measure = loop.open_session, write.generate_images, Validation.measure
+    opened, generate, measure = recipe.assemble, write.generate_images, Validation.measure
 
-    def open_session(*args: Any) -> Session:
-        sessions.append(opened(*args))
+    def assemble(*args: Any, **options: Any) -> Run:
+        sessions.append(opened(*args, **options))
         return sessions[-1]
 
     def sampled(*args: Any, **kwargs: Any) -> Any:
@@ -229,7 +229,7 @@ def uses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Values]]:
         found.append((f"validated {step}", values(sessions[-1])))
         return measure(self, step)
 
-    monkeypatch.setattr(loop, "open_session", open_session)
+    monkeypatch.setattr(recipe, "assemble", assemble)
     monkeypatch.setattr(write, "generate_images", sampled)
     monkeypatch.setattr(Validation, "measure", measured)
     return found
@@ -262,7 +262,7 @@ def test_what_is_used_is_what_is_saved(
     by_step = [at["validated 2"], at["validated 4"]]
     for state, validated in zip(states.values(), by_step, strict=True):
         assert are_equal(validated, state["parameters"])
-    assert not are_equal(by_step[1], states[4]["live"])
+    assert not are_equal(by_step[1], states[4]["hooks"]["average"])
     sampled = [value for what, value in uses if what == "sampled"]
     assert len(sampled) == 3  # At step 2, of the result, and of the base.
     assert are_equal(sampled[0], at["validated 2"])
@@ -278,8 +278,8 @@ def test_what_is_used_is_what_is_saved(
     train(replace(config, **quiet))
     assert losses(tmp_path / "quiet") == losses(tmp_path / "out")
     state = read_state(tmp_path / "quiet" / "checkpoint-4")
-    for part in ("parameters", "live"):
-        assert are_equal(state[part], states[4][part])
+    assert are_equal(state["parameters"], states[4]["parameters"])
+    assert are_equal(state["hooks"]["average"], states[4]["hooks"]["average"])
 
 
 @pytest.mark.parametrize(
@@ -302,21 +302,21 @@ def test_a_resumed_run_is_the_whole_one(
     train(config)
     parted = replace(config, output_dir=str(tmp_path / "parted"))
 
-    def fails(self: InputSource, number: int) -> Any:
-        if number == 3:
+    def fails(self: Batches) -> Any:
+        if self.index == 3:
             raise OSError("the photo is gone")
-        return real(self, number)
+        return real(self)
 
-    real = InputSource.__call__
+    real = Batches.__next__
     with monkeypatch.context() as patch:
-        patch.setattr(InputSource, "__call__", fails)
+        patch.setattr(Batches, "__next__", fails)
         with pytest.raises(OSError, match="gone"), pytest.warns(UserWarning, match="saved first"):
             train(parted)
     assert names(tmp_path / "parted") == ["checkpoint-2", "checkpoint-3"]
     train(replace(parted, resume_from_checkpoint="latest"))
     whole, other = (read_state(tmp_path / name / "checkpoint-4") for name in ("whole", "parted"))
-    for part in ("parameters", "live"):
-        assert are_equal(whole[part], other[part])
+    assert are_equal(whole["parameters"], other["parameters"])
+    assert are_equal(whole["hooks"]["average"], other["hooks"]["average"])
 
 
 def test_the_best_average_is_the_result(
@@ -332,6 +332,6 @@ def test_the_best_average_is_the_result(
     config = run(ema_decay=0.9, keep_best=True, validation_split=1, validation_loss_steps=1)
     assert train(config).result_step == 2
     state = read_state(tmp_path / "out" / "checkpoint-2")
-    for part, is_written in (("parameters", True), ("live", False)):
-        of_part = {value.numpy().tobytes() for value in state[part].values()}
+    for values, is_written in ((state["parameters"], True), (state["hooks"]["average"], False)):
+        of_part = {value.numpy().tobytes() for value in values.values()}
         assert (written(tmp_path / "out") >= of_part) == is_written

@@ -17,7 +17,7 @@ import torch
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.training.engine.accelerator import has_sharding
+from dora_diffusion.training.processes import has_sharding
 from tests.training.helpers import SAMPLES, losses, make_config, small_samples
 from tests.waiting import WAIT_SECONDS
 

@@ -344,8 +344,17 @@ def gather(tensor: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """The mean over all processes of the gradients of parameters that each has whole."""
+def load(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Copy whole values into parameters, of which a process may have a part."""
+    for name, parameter in parameters.items():
+        local(parameter).copy_(own_part(parameter, values[name]))
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Any) -> None:
+    """Average the gradients of parameters that each process has whole over all processes."""
+    if accelerator.num_processes == 1:
+        return
     found = [parameter.grad for parameter in parameters if parameter.grad is not None]
     # Large ones one by one: joined, there would be a second copy of them.
     for gradient in (grad for grad in found if grad.numel() > _LARGE):

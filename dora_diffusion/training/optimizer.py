@@ -17,7 +17,7 @@ from dora_diffusion.adapters.targets import first_naming
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.wording import counted
 from dora_diffusion.numerics.devices import has_fused_optimizers
-from dora_diffusion.training.engine.accelerator import (
+from dora_diffusion.training.processes import (
     add_up,
     gather,
     is_sharded,

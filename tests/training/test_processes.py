@@ -17,32 +17,32 @@ from accelerate import Accelerator
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.offload import send
-from dora_diffusion.training.engine.accelerator import SharedFlags, make_accelerator
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.folder import RunFolder
+from dora_diffusion.training.processes import SharedFlags, make_accelerator
+from dora_diffusion.training.recipe import train
 from dora_diffusion.training.results.checkpoint import CheckpointSaver
-from dora_diffusion.training.run import Run
 from tests.nvidia import nvidia_gpu
-from tests.training.engine.pairs import agreeing, assert_agree
 from tests.training.helpers import accelerator_of_fp16, losses, make_config, names
+from tests.training.pairs import agreeing, assert_agree
 from tests.waiting import WAIT_SECONDS
 
 _RUN = """
 import json
 import sys
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.recipe import train
 train(TrainConfig.from_dict(json.load(open(sys.argv[1]))))
 """
 # At step 3 of the second process alone, something goes wrong.
 _PHOTO = """
 import os
-from dora_diffusion.training.engine.objective import InputSource
-real = InputSource.__call__
-def inputs(self, micro_step):
-    if self.process_index == 1 and micro_step == 2:
+from dora_diffusion.training.batch import Batches
+real = Batches.__next__
+def fails(self):
+    if self.process_index == 1 and self.index == 2:
         raise OSError("the photo is gone")
-    return real(self, micro_step)
-InputSource.__call__ = inputs
+    return real(self)
+Batches.__next__ = fails
 """
 
 
@@ -124,7 +124,7 @@ def test_float16_with_its_gradient_scaler_stays_near_float32(
     exact = make_config(sd1_folder, photos, tmp_path / "fp32", **settings)
     train(exact)
     accelerator = accelerator_of_fp16(exact)
-    monkeypatch.setattr("dora_diffusion.training.loop.make_accelerator", lambda _: accelerator)
+    monkeypatch.setattr("dora_diffusion.training.recipe.make_accelerator", lambda _: accelerator)
     train(replace(exact, mixed_precision="fp16", output_dir=str(tmp_path / "fp16")))
     for step, loss in losses(tmp_path / "fp32").items():
         assert losses(tmp_path / "fp16")[step] == pytest.approx(loss, rel=0.01)
@@ -220,7 +220,7 @@ def test_only_the_process_that_saves_says_when_that_is_overdue(
     saved = []
     monkeypatch.setattr(Accelerator, "is_main_process", property(lambda _: False))
     monkeypatch.setattr(CheckpointSaver, "is_overdue", lambda _: True)
-    monkeypatch.setattr(Run, "_checkpoint", lambda *args, **kwargs: saved.append(kwargs))
+    monkeypatch.setattr(RunFolder, "_checkpoint", lambda *args, **kwargs: saved.append(kwargs))
     (tmp_path / "out").mkdir()
     train(make_config(sd1_folder, photos, tmp_path / "out", max_train_steps=3))
     assert [kwargs for kwargs in saved if kwargs] == []

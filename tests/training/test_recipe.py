@@ -11,7 +11,7 @@ import pytest
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.numerics.devices import default_device
 from dora_diffusion.training.events import StepDone
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.recipe import train
 from tests.training.helpers import make_config, warnings_of
 
 

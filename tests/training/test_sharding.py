@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.training.engine.accelerator import (
+from dora_diffusion.training.processes import (
     make_accelerator,
     shards_model,
     wants_sharding,
@@ -19,7 +19,7 @@ from tests.refusal import refused
 @pytest.fixture(autouse=True)
 def torch_that_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """An older torch is refused before anything else is looked at."""
-    monkeypatch.setattr("dora_diffusion.training.engine.accelerator.has_sharding", lambda: True)
+    monkeypatch.setattr("dora_diffusion.training.processes.has_sharding", lambda: True)
 
 
 def test_a_torch_that_cannot_shard_is_refused(monkeypatch):

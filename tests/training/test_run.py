@@ -28,9 +28,7 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models import offload
 from dora_diffusion.models.load import BaseCache, load_components
 from dora_diffusion.models.precision import PRECISION_DTYPES
-from dora_diffusion.training import loop
-from dora_diffusion.training.engine import objective as inputs
-from dora_diffusion.training.engine.accelerator import make_accelerator
+from dora_diffusion.training import conditioner, recipe
 from dora_diffusion.training.events import (
     CachingProgress,
     SamplingProgress,
@@ -39,9 +37,10 @@ from dora_diffusion.training.events import (
 )
 from dora_diffusion.training.inputs import dataset
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.loop import train
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.results import effect
-from dora_diffusion.training.session import Session, open_session
+from dora_diffusion.training.run import Run
 from dora_diffusion.training.trainable import adapters
 from tests.apple import DEVICE, AppleGPU
 from tests.refusal import refused
@@ -93,7 +92,7 @@ def test_the_resolution_that_is_trained_is_told_written_and_inspected(
     saved = TrainConfig.from_dict(read_config_file(out / "config.yaml"))
     assert saved.resolution == resolved
     for each in (config, saved):
-        session = open_session(each, subjects_of(each), make_accelerator(each))
+        session = assemble(each, subjects_of(each), make_accelerator(each))
         assert {side for size in session.dataset.groups for side in size} == {*trained}
         assert session.resolutions == trained
 
@@ -101,9 +100,9 @@ def test_the_resolution_that_is_trained_is_told_written_and_inspected(
 def test_bucket_steps_that_the_model_cannot_halve_are_refused(tiny_run):
     config = tiny_run(aspect_ratio_buckets=True, resolution=128, bucket_reso_steps=24)
     with refused("bucket_reso_steps", "24; ", "needs a multiple of 16"):
-        open_session(config, subjects_of(config), make_accelerator(config))
+        assemble(config, subjects_of(config), make_accelerator(config))
     config = replace(config, bucket_reso_steps=128, min_bucket_reso=128, max_bucket_reso=200)
-    session = open_session(config, subjects_of(config), make_accelerator(config))
+    session = assemble(config, subjects_of(config), make_accelerator(config))
     (subject,) = session.dataset.subjects
     assert subject.draws.buckets == Buckets(128, 128, 128, 200)
 
@@ -188,14 +187,14 @@ def run(photos: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[TrainConfig], dict[str, list[set[str]]]]:
     """Trains, and says which modules were on the device at each event, by its kind."""
-    opened: list[Session] = []
-    make = loop.open_session
+    opened: list[Run] = []
+    make = recipe.assemble
 
-    def open_session(*args: Any, **options: Any) -> Session:
+    def assemble_noted(*args: Any, **options: Any) -> Run:
         opened.append(make(*args, **options))
         return opened[-1]
 
-    monkeypatch.setattr(loop, "open_session", open_session)
+    monkeypatch.setattr(recipe, "assemble", assemble_noted)
 
     def watch(config: TrainConfig) -> dict[str, list[set[str]]]:
         seen: dict[str, list[set[str]]] = {}
@@ -204,14 +203,14 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[TrainConfig], dict[str
             if opened:
                 seen.setdefault(type(event).__name__, []).append(on_gpu(opened[-1]))
 
-        loop.train(config, note)
+        recipe.train(config, note)
         seen["end"] = [on_gpu(opened[-1])]
         return seen
 
     return watch
 
 
-def on_gpu(session: Session) -> set[str]:
+def on_gpu(session: Run) -> set[str]:
     """Modules whose frozen tensors are all on the device; none may be in between."""
     found = set()
     for name, module in session.components.modules().items():
@@ -257,8 +256,8 @@ def test_no_bit_of_a_run_depends_on_it(
     stays, leaves = (
         run(folder, offload, **settings, offload=offload) for offload in ("none", "model")
     )
-    expected = read_adapter(loop.train(stays).adapter).layers
-    adapter = read_adapter(loop.train(leaves).adapter).layers
+    expected = read_adapter(recipe.train(stays).adapter).layers
+    adapter = read_adapter(recipe.train(leaves).adapter).layers
     assert adapter.keys() == expected.keys()
     for key, layer in expected.items():
         for part in ("down", "up", "magnitude"):
@@ -286,7 +285,7 @@ def test_the_effect_is_measured_with_one_module_on_the_device_at_a_time(
 ) -> None:
     """Or a card that has room for a step has none for it."""
     config = run(sd1_folder, "out")
-    session = open_session(config, subjects_of(config), make_accelerator(config))
+    session = assemble(config, subjects_of(config), make_accelerator(config))
     seen: list[tuple[str, set[str]]] = []
     for name in ("encode_prompts", "predict"):
         original = getattr(effect, name)
@@ -314,7 +313,7 @@ def test_encoders_that_train_or_whose_results_are_not_cached_stay(
         seen = watched(run(sd1_folder, name, max_train_steps=1, **settings))
         assert seen[StepDone.__name__] == [expected]
         assert (CachingProgress.__name__ in seen) == (name == "trained")
-    monkeypatch.setattr(inputs, "KNOWN_CAPTIONS", 1)
+    monkeypatch.setattr(conditioner, "KNOWN_CAPTIONS", 1)
     with pytest.warns(UserWarning, match="text encoders stay on the device, since"):
         seen = watched(run(sd1_folder, "many", offload="model"))
     assert seen[StepDone.__name__] == [{"unet", "text_encoder"}] * 2
@@ -332,7 +331,7 @@ def test_weights_of_the_model_that_train_never_leave(
     assert not seen[StepDone.__name__][-1] & {"vae"}
     settings |= {"full_weights": "targets", "text_encoder_targets": ["text-encoder-attention"]}
     stays, leaves = (run(sd1_folder, name, **settings, offload=name) for name in ("none", "model"))
-    loop.train(stays)
+    recipe.train(stays)
     seen = watched(leaves)
     assert seen[StepDone.__name__] == [{"unet", "text_encoder"}] * 2
     assert losses(leaves.output_dir) == losses(stays.output_dir)
@@ -346,7 +345,7 @@ def test_nothing_is_encoded_once_training_has_started(
 ) -> None:
     """With crops, mirror images and captions that are drawn anew in each epoch."""
     encoded: list[str] = []
-    for module, name in ((inputs, "encode_prompts"), (dataset, "encode_inputs")):
+    for module, name in ((conditioner, "encode_prompts"), (dataset, "encode_inputs")):
         original = getattr(module, name)
 
         def note(*args: Any, name: str = name, original: Any = original) -> Any:
@@ -361,7 +360,7 @@ def test_nothing_is_encoded_once_training_has_started(
             counts.append(len(encoded))
 
     settings = {"random_flip": True, "caption_dropout": 0.5, "shuffle_tags": True}
-    loop.train(run(sd1_folder, "out", max_train_steps=25, **settings), count)
+    recipe.train(run(sd1_folder, "out", max_train_steps=25, **settings), count)
     assert len(counts) == 26
     assert counts[0] == counts[-1] >= 12
     assert {"encode_prompts", "encode_inputs"} == set(encoded)
@@ -370,11 +369,11 @@ def test_nothing_is_encoded_once_training_has_started(
 def test_a_run_resumes_to_the_same_bits(offloaded_cpu: None, run, sd1_folder: Path) -> None:
     settings = {"checkpointing_steps": 1, "caption_dropout": 0.5, "shuffle_tags": True}
     whole = run(sd1_folder, "whole", **settings)
-    expected = read_adapter(loop.train(whole).adapter).layers
+    expected = read_adapter(recipe.train(whole).adapter).layers
     shutil.copytree(whole.output_dir, Path(whole.output_dir).with_name("parts"))
     shutil.rmtree(Path(whole.output_dir).with_name("parts") / "checkpoint-2")
     resumed = run(sd1_folder, "parts", **settings, resume_from_checkpoint="checkpoint-1")
-    adapter = read_adapter(loop.train(resumed).adapter).layers
+    adapter = read_adapter(recipe.train(resumed).adapter).layers
     assert all(torch.equal(layer.up, adapter[name].up) for name, layer in expected.items())
 
 
@@ -392,15 +391,17 @@ def test_compiled_blocks_of_an_offloaded_model_train_the_same(
     monkeypatch.setattr(
         adapters, "compile_blocks", partial(compile_blocks, backend=counter, fullgraph=True)
     )
-    monkeypatch.setattr("dora_diffusion.training.session.require_compiler", lambda device: None)
+    monkeypatch.setattr("dora_diffusion.training.recipe.require_compiler", lambda device: None)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
     torch._dynamo.reset()
     settings = {"num_validation_images": 1, "validation_steps": 1}
     plain = run(sd1_folder, "plain", **settings, offload="none")
     both = run(sd1_folder, "both", **settings, offload="model", compile=True)
     counts = []
-    loop.train(plain)
-    loop.train(both, lambda e: counts.append(counter.frame_count) if type(e) is StepDone else None)
+    recipe.train(plain)
+    recipe.train(
+        both, lambda e: counts.append(counter.frame_count) if type(e) is StepDone else None
+    )
     assert losses(both.output_dir) == pytest.approx(losses(plain.output_dir), rel=1e-5)
     # All in the first step: nothing is compiled in a sample, or again after one.
     assert counts == [counter.frame_count] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import repeat
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,13 +18,14 @@ from dora_diffusion.config.learning import WEIGHTINGS
 from dora_diffusion.data.captions import class_caption
 from dora_diffusion.numerics import loss
 from dora_diffusion.numerics.loss import loss_weight
-from dora_diffusion.training.engine.accelerator import make_accelerator
-from dora_diffusion.training.engine.objective import draw_inputs
-from dora_diffusion.training.engine.step import _of_one_size
+from dora_diffusion.training.batch import draw_batch
 from dora_diffusion.training.inputs.subject import subjects_of
-from dora_diffusion.training.results.metrics import TrainingError
-from dora_diffusion.training.session import Session, open_session
-from tests.training.helpers import accelerator_of_fp16, losses_by, objective_of, open_run
+from dora_diffusion.training.metrics import TrainingError
+from dora_diffusion.training.pack_step import _of_one_size
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble
+from dora_diffusion.training.run import Run
+from tests.training.helpers import accelerator_of_fp16, losses_by, open_run, terms_of
 
 PRIOR_WEIGHT = 0.7
 
@@ -89,19 +91,19 @@ def test_one_step_is_the_mean_of_its_losses_clipped_and_taken_by_adamw(
     assert checked == {"down", "up", "magnitude"}
 
 
-def by_hand(session: Session, image_free: bool) -> list[torch.Tensor]:
+def by_hand(session: Run, image_free: bool) -> list[torch.Tensor]:
     """Losses ``(total, prior)`` of the step's two batches; the mean of their gradients is left."""
-    objective = objective_of(session.components, train_text_encoder=True, snr_gamma=5.0)
+    components = session.components
+    terms = terms_of(components, snr_gamma=5.0)
     losses = []
     for micro_step in range(2):
-        batch = next(session.learner.inputs.batches)
+        batch = next(session.step.batches.samples)
         held = [class_caption(c, "sks", "mug") for c in batch.captions] if image_free else ()
         batch = replace(batch, class_captions=held)
-        inputs = draw_inputs(
-            session.components, batch, TrainConfig(seed=3, noise_offset=0.1), micro_step, 0,
-        )  # fmt: skip
+        config = TrainConfig(seed=3, noise_offset=0.1)
+        drawn = draw_batch(components, components.process, batch, config, micro_step)
         with norm_scope(*session.weights.modules.values()):
-            subject, prior = losses_by(objective, inputs)
+            subject, prior = losses_by(components, terms, drawn, train_text_encoder=True)
             total = subject + PRIOR_WEIGHT * prior
             (total / 2).backward()
         losses.append(torch.stack([total.detach(), prior.detach()]))
@@ -123,7 +125,7 @@ def test_each_step_draws_dropout_from_a_seed_of_its_own(tiny_run) -> None:
     seeds = []
     for seed in (3, 3, 4):
         config = tiny_run(seed=seed)
-        learner = open_session(config, subjects_of(config), make_accelerator(config)).learner
+        learner = assemble(config, subjects_of(config), make_accelerator(config)).step
         for step in (1, 2, 1):
             learner.begin(step)
             seeds.append(torch.initial_seed())
@@ -135,20 +137,24 @@ def test_each_step_draws_dropout_from_a_seed_of_its_own(tiny_run) -> None:
 
 def test_a_loss_that_is_not_finite_moves_nothing(tiny_run) -> None:
     config = tiny_run()
-    session = open_session(config, subjects_of(config), make_accelerator(config))
-    learner, draw = session.learner, session.learner.inputs
-    learner.inputs = lambda number: replace(draw(number), weights=torch.tensor([torch.nan]))
+    session = assemble(config, subjects_of(config), make_accelerator(config))
+    step = session.step
+    broken = replace(next(step.batches), weights=torch.tensor([torch.nan]))
+    step.batches = repeat(broken)
     parameters = session.weights.parameters()
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     with pytest.raises(TrainingError, match="loss"):
         session.step(1)
     assert all(torch.equal(parameter, before[name]) for name, parameter in parameters.items())
-    assert not learner.optimizer.state
+    assert not step.optimizer.state
 
 
 def test_batches_of_one_size_are_computed_together() -> None:
     shapes = {0: (2, 4, 8, 8), 1: (2, 4, 8, 16), 2: (1, 4, 8, 8)}
-    given = {k: SimpleNamespace(latents=torch.empty(shape)) for k, shape in shapes.items()}
+    given = {
+        k: SimpleNamespace(batch=SimpleNamespace(latents=torch.empty(shape)))
+        for k, shape in shapes.items()
+    }
     groups = list(_of_one_size(given))  # type: ignore[arg-type]
     assert groups == [{0: given[0], 2: given[2]}, {1: given[1]}]
 
@@ -158,10 +164,10 @@ def test_in_fp16_gradients_are_unscaled_before_their_norm_is_measured_and_limite
     for precision, max_grad_norm in [("no", 0.0), ("fp16", 0.0), ("fp16", limit)]:
         config = tiny_run(mixed_precision=precision, max_grad_norm=max_grad_norm)
         made = (accelerator_of_fp16 if precision == "fp16" else make_accelerator)(config)
-        session = open_session(config, subjects_of(config), made)
-        session.learner.optimizer.zero_grad = lambda set_to_none: None
+        session = assemble(config, subjects_of(config), made)
+        session.step.optimizer.zero_grad = lambda set_to_none: None
         norms.append(float(session.step(1)["grad_norm"]))
-        left = float(torch.nn.utils.get_total_norm([p.grad for p in session.learner.parameters]))
+        left = float(torch.nn.utils.get_total_norm([p.grad for p in session.step.parameters]))
         assert left == pytest.approx(max_grad_norm or norms[0], rel=0.05)
     assert norms == pytest.approx([norms[0]] * 3, rel=0.05)
     assert norms[0] > 2 * limit
@@ -174,14 +180,14 @@ def test_each_weighting_reaches_the_loss(setting: str, tiny_run) -> None:
     off = {name: False if name.startswith("debiased") else 0.0 for name in WEIGHTINGS}
     settings = {**off, setting: value}
     session, plain = (
-        open_session(config, subjects_of(config), make_accelerator(config))
+        assemble(config, subjects_of(config), make_accelerator(config))
         for config in (tiny_run(**settings), tiny_run(**off))
     )
     assert session.config.weightings == {setting: value}
-    timestep = plain.learner.inputs(0).timesteps
-    alpha_bar = plain.learner.objective.alphas_cumprod[timestep]
+    timesteps = next(plain.step.batches).inputs.timesteps
+    alpha_bar = plain.components.scheduler.alphas_cumprod[timesteps]
     expected = loss_weight(alpha_bar, "epsilon", {setting: value})
-    again = open_session(plain.config, subjects_of(plain.config), plain.accelerator)
+    again = assemble(plain.config, subjects_of(plain.config), plain.accelerator)
     ratio = float(session.step(1)["loss"]) / float(again.step(1)["loss"])
     assert ratio == pytest.approx(float(expected), rel=1e-5)
     assert ratio != pytest.approx(1, rel=1e-3)
@@ -205,7 +211,7 @@ def test_compiled_blocks_learn_what_others_do_and_are_compiled_once(
         gradient_accumulation_steps=2, **settings,
     )  # fmt: skip
     plain, compiled = (
-        open_session(config, subjects_of(config), make_accelerator(config)) for _ in range(2)
+        assemble(config, subjects_of(config), make_accelerator(config)) for _ in range(2)
     )
     torch._dynamo.reset()
     counters.clear()

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_diffusion.training.loop import train
-from tests.training.engine.pairs import (
+from dora_diffusion.training.recipe import train
+from tests.training.helpers import losses, names
+from tests.training.pairs import (
     EVERYTHING,
     Runs,
     agreeing,
@@ -25,7 +26,6 @@ from tests.training.engine.pairs import (
     shared,
     train_by_two,
 )
-from tests.training.helpers import losses, names
 
 
 @pytest.fixture(scope="module")

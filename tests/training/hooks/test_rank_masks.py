@@ -20,13 +20,15 @@ from dora_diffusion.adapters.inject import (
 )
 from dora_diffusion.config import TrainConfig, without_effect
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.training.engine.objective import noisy_batches
-from dora_diffusion.training.engine.step import TrainingEngine, limit_norms
-from dora_diffusion.training.loop import train, train_pack
+from dora_diffusion.training.hooks.norm_limit import limit_norms
+from dora_diffusion.training.hooks.rank_masks import RankMasks
+from dora_diffusion.training.pack import train_pack
+from dora_diffusion.training.recipe import train
 from tests.adapters.helpers import Net, move
 from tests.refusal import refused
 from tests.training.helpers import (
     assert_same_adapter,
+    hook_of,
     losses,
     make_config,
     open_run,
@@ -103,21 +105,19 @@ def test_masks_differ_by_row_batch_and_seed_and_keep_the_mean(
 ) -> None:
     settings = {"train_batch_size": 2, "with_prior_preservation": True, "train_text_encoder": True}
     session = open_run(sd1_folder, photos, tmp_path, rank_dropout=0.4, **LAYERS, **settings)
-    engine, learner = TrainingEngine([session.learner]), session.learner
-    own, held = noisy_batches([learner.objective], [learner.inputs(0)])
-    pairs = [(0, own[0]), (0, held[0])]
-    drawn, _ = engine._masks(pairs)
-    again, _ = engine._masks(pairs)
-    learner.batches += 1
-    later, active = engine._masks(pairs)
+    step, batch = session.step, session.step.draw()
+    drawn, _ = step.route(batch)
+    again, _ = step.route(batch)
+    later, active = step.route(batch._replace(batch=replace(batch.batch, index=1)))
     assert {*active} == {None}
-    layers = zip(drawn, again, later, engine._has_rows, engine.stack.adapters, strict=True)
+    has_rows = hook_of(step, RankMasks)._has_rows
+    layers = zip(drawn, again, later, has_rows, step.stack.adapters, strict=True)
     rows = []
-    for mask, same_mask, other, has_rows, (adapter,) in layers:
-        assert mask.shape == (4 if has_rows else 1, adapter.down.shape[0])
+    for mask, same_mask, other, by_row, (adapter,) in layers:
+        assert mask.shape == (4 if by_row else 1, adapter.down.shape[0])
         assert torch.equal(mask, same_mask)
         assert {round(float(value), 4) for value in mask.unique()} <= {0.0, 1.6667}
-        rows.append((mask, other) if has_rows else None)
+        rows.append((mask, other) if by_row else None)
     masks, others = (torch.cat(parts, dim=1) for parts in zip(*filter(None, rows), strict=True))
     assert None in rows
     for first, second in [(0, 1), (0, 2), (1, 3)]:
@@ -132,16 +132,16 @@ def test_a_timestep_leaves_the_first_ranks_of_the_unet_active(
     settings = {"train_batch_size": 3, "with_prior_preservation": True, "train_text_encoder": True}
     settings |= {**LAYERS, "rank": 5, "rank_pattern": {"to_k": 7}, "tlora_min_rank": 3}
     session = open_run(sd1_folder, photos, tmp_path, **settings)
-    engine, learner = TrainingEngine([session.learner]), session.learner
-    own, held = noisy_batches([learner.objective], [learner.inputs(0)])
-    masks, active = engine._masks([(0, own[0]), (0, held[0])])
-    timesteps = [t for batch in (own[0], held[0]) for t in batch.inputs.timesteps.tolist()]
+    step, drawn = session.step, session.step.draw()
+    masks, active = step.route(drawn)
+    timesteps = 2 * drawn.batch.inputs.timesteps.tolist()  # Of the photos, then of their prior.
     assert len(timesteps) == 6
     found = set()
-    each = zip(masks, active, engine._has_rows, engine.stack.adapters, strict=True)
-    for mask, chosen, has_rows, (adapter,) in each:
+    has_rows = hook_of(step, RankMasks)._has_rows
+    each = zip(masks, active, has_rows, step.stack.adapters, strict=True)
+    for mask, chosen, by_row, (adapter,) in each:
         rank = adapter.down.shape[0]
-        found.add((rank, has_rows, mask is None))
+        found.add((rank, by_row, mask is None))
         assert mask is chosen
         if mask is not None:
             counts = [math.floor(Fraction(1000 - t, 1000) * (rank - 3)) + 3 for t in timesteps]

@@ -1,0 +1,87 @@
+"""Encoding of captions in a run, each once, unless text encoders or new words train."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import lru_cache, partial
+
+import torch
+
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.offload import on_device, send
+from dora_diffusion.models.text import Conditioning, encode_prompts, encode_unconditional
+from dora_diffusion.models.words import has_words
+
+# A third of a megabyte each for SDXL in half precision.
+KNOWN_CAPTIONS = 256
+
+
+class Conditioner:
+    """Encoder of a run's captions. It keeps conditioning that no step changes.
+
+    A dropped caption is empty. It is encoded as the pipeline's guidance without a negative prompt,
+    so that caption dropout trains the unconditional prediction that is sampled with: zeros if the
+    pipeline has ``force_zeros_for_empty_prompt`` (SDXL), else the encoded empty prompt.
+
+    Args:
+        components: The model.
+        trains: Whether its text encoders train.
+    """
+
+    def __init__(self, components: Components, trains: bool) -> None:
+        self.components = components
+        self.trains = trains
+        self.has_words = lru_cache(KNOWN_CAPTIONS)(partial(has_words, components))
+        self._cache: dict[str, Conditioning] = {}
+
+    def __call__(self, captions: Sequence[str]) -> Conditioning:
+        """Encode B captions."""
+        trained = [caption for caption in captions if self.trains or self.has_words(caption)]
+        if len(trained) == len(captions):
+            return self._encode(captions)
+        encoded = {caption: self._cached(caption) for caption in captions if caption not in trained}
+        while len(self._cache) > KNOWN_CAPTIONS:  # Shuffled tags hardly ever recur.
+            del self._cache[next(iter(self._cache))]
+        if trained:
+            rows = self._encode(trained)
+            encoded |= {caption: rows[row] for row, caption in enumerate(trained)}
+        return Conditioning.cat([encoded[caption] for caption in captions])
+
+    def cache(self, captions: Collection[str]) -> bool:
+        """Encode captions ahead of their steps.
+
+        Returns:
+            False, and nothing is encoded, if the text encoders or a word of a caption train, or if
+            there are more captions than are kept.
+        """
+        if self.trains or len(captions) > KNOWN_CAPTIONS or any(map(self.has_words, captions)):
+            return False
+        for caption in captions:
+            self._cached(caption)
+        return True
+
+    def _cached(self, caption: str) -> Conditioning:
+        if caption not in self._cache:
+            components = self.components
+            with torch.no_grad(), on_device(components.device, *components.text_encoders):
+                self._cache[caption] = self._encode([caption])
+        return self._cache[caption]
+
+    def _encode(self, captions: Sequence[str]) -> Conditioning:
+        encoded = encode_prompts(self.components, captions)
+        return encoded if all(captions) else self._with_dropped(captions, encoded)
+
+    def _with_dropped(self, captions: Sequence[str], encoded: Conditioning) -> Conditioning:
+        """Replace the rows of dropped captions."""
+        components, device = self.components, encoded.encoder_hidden_states.device
+        if components.zeros_for_empty_prompt:
+            dropped = send(torch.tensor([not caption for caption in captions]), device)
+            hidden = encoded.encoder_hidden_states.masked_fill(dropped.view(-1, 1, 1), 0)
+            if encoded.pooled is None:
+                return Conditioning(hidden)
+            return Conditioning(hidden, encoded.pooled.masked_fill(dropped.view(-1, 1), 0))
+        if not components.clip_skip:
+            return encoded
+        empty = encode_unconditional(components)
+        rows = [encoded[row] if caption else empty for row, caption in enumerate(captions)]
+        return Conditioning.cat(rows)

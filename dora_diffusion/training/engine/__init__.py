@@ -1,1 +1,0 @@
-"""One step of the runs that train on one model: loss, gradients, optimizer."""

@@ -1,0 +1,80 @@
+"""Masks of adapters' ranks: rank dropout, and T-LoRA's ranks by timestep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.adapters.stack import Masks
+from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.models.offload import send
+from dora_diffusion.numerics.operation import timestep_ranks
+from dora_diffusion.training.hooks.hook import Hook, RankRoute
+from dora_diffusion.training.prediction import Drawn
+
+if TYPE_CHECKING:
+    from dora_diffusion.training.step import Step
+
+
+class RankMasks(Hook):
+    """Leaves out ranks of adapters, by row of a batch.
+
+    Text encoders have one mask for all rows, since a caption may be several of their rows, and all
+    ranks of T-LoRA, since they have no timestep.
+
+    Args:
+        step: The step of a run with ``rank_dropout`` or T-LoRA.
+    """
+
+    def __init__(self, step: Step) -> None:
+        config, process = step.config, step.batches.process
+        unet = set(map(id, step.components.unet.modules()))
+        self._ranks = [adapter.down.shape[0] for adapter in step.adapters.trained()]
+        self._has_rows = [id(layer) in unet for layer, _, _ in step.adapters.layers]
+        self._dropout, self._least_rank = config.rank_dropout, config.least_rank
+        self._num_timesteps = process.num_timesteps
+        self._seed = config.seed, step.accelerator.process_index
+
+    def route(self, drawn: Drawn, route: RankRoute) -> RankRoute:
+        if self._least_rank is None:
+            return RankRoute(self._keep(drawn), [None] * len(self._ranks))
+        active = self._active(drawn, self._least_rank)
+        if not self._dropout:
+            return RankRoute(active, active)
+        pairs = zip(self._keep(drawn), active, strict=True)
+        return RankRoute([kept if ranks is None else kept * ranks for kept, ranks in pairs], active)
+
+    def _keep(self, drawn: Drawn) -> list[Tensor]:
+        """Draw rank dropout of each layer, ``0`` or ``1 / (1 - p)``, by seed and batch."""
+        (seed, process), p = self._seed, self._dropout
+        by_question: list[Sequence[Tensor]] = []
+        for position, question in enumerate(drawn.trained()):
+            name = "held" if position else ""
+            generator = generator_for("ranks", seed, drawn.batch.index + 1, process, name)
+            draws = torch.rand(len(question.ask.captions), sum(self._ranks), generator=generator)
+            kept = send((draws >= p) / (1 - p), drawn.batch.latents.device)
+            by_question.append(kept.split(self._ranks, dim=1))
+        layers = zip(self._has_rows, *by_question, strict=True)
+        return [torch.cat(masks) if has_rows else masks[0][:1] for has_rows, *masks in layers]
+
+    def _active(self, drawn: Drawn, least_rank: int) -> Masks:
+        """1 where the timestep of a row leaves a rank active, else 0; None for layers with all."""
+        by_rank: dict[int, Tensor] = {}
+        active: list[Tensor | None] = []
+        for rank, has_rows in zip(self._ranks, self._has_rows, strict=True):
+            if not has_rows or rank <= least_rank:
+                active.append(None)
+                continue
+            if rank not in by_rank:
+                by_rank[rank] = self._active_ranks(drawn, rank, least_rank)
+            active.append(by_rank[rank])
+        return active
+
+    def _active_ranks(self, drawn: Drawn, rank: int, least_rank: int) -> Tensor:
+        batch, rows = drawn.batch, [question.ask.rows for question in drawn.trained()]
+        timesteps = torch.cat([batch.select(part, batch.inputs.timesteps) for part in rows])
+        limits = timestep_ranks(timesteps, self._num_timesteps, rank, least_rank)
+        return (torch.arange(rank, device=limits.device) < limits[:, None]).float()

@@ -1,0 +1,34 @@
+"""New words in a step: they train for the first steps, by every batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from dora_diffusion.training.hooks.hook import Hook
+
+if TYPE_CHECKING:
+    from dora_diffusion.training.step import Step
+
+
+class NewWords(Hook):
+    """Trains new words for ``train_text_encoder_ti_frac`` of the steps.
+
+    Args:
+        step: The step of a run with new words.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self._words, self._last_step = step.weights.words, step.config.word_steps
+
+    def begin(self, number: int) -> None:
+        self._words.train(number <= self._last_step)
+
+    def gradients(self, number: int) -> None:
+        for vectors in self._words.parameters().values():
+            if number > self._last_step:
+                # Some optimizers, such as Prodigy, move by momentum where a gradient is 0.
+                vectors.grad = None
+            elif vectors.grad is None:  # No caption of the batch had a word.
+                vectors.grad = torch.zeros_like(vectors)

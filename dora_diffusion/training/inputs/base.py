@@ -1,0 +1,74 @@
+"""The base model of a run: loaded, placed on devices, and set to read captions as configured."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.load import load_components
+from dora_diffusion.models.offload import move_frozen, place_model
+from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
+from dora_diffusion.training.processes import shards_model
+
+LoadBase = Callable[..., Components]
+"""`load_components`, or a `BaseCache` in its place."""
+
+
+def load_base(config: TrainConfig, accelerator: Any, load: LoadBase | None = None) -> Components:
+    """Load a run's base model, and place it on the run's devices.
+
+    Args:
+        config: Settings.
+        accelerator: Devices and processes (`make_accelerator`).
+        load: Loads models for adapters, which write to no weight of the base. Default:
+            `load_components`.
+
+    Raises:
+        ModelNotFoundError: If there is no such model.
+    """
+    precision = precision_of(config.mixed_precision, accelerator.device)
+    loaded = (load_components if load is None or config.is_full else load)(
+        config.base_model,
+        # Weights that train are float32; autocast computes with them in the precision.
+        dtype=torch.float32 if config.is_full else PRECISION_DTYPES[precision],
+    )
+    if not shards_model(accelerator):
+        return place_model(loaded, accelerator.device, config.offload)
+    for module in (*loaded.text_encoders, loaded.vae):  # The UNet is moved in parts.
+        module.to(accelerator.device)
+    return loaded
+
+
+def configure_reading(loaded: Components, config: TrainConfig) -> Components:
+    """Return the model with the run's clip skip and prompt length.
+
+    Warns:
+        UserWarning: If the model was trained with another clip skip.
+    """
+    components = loaded.reading(config.clip_skip, config.max_token_length)
+    if loaded.clip_skip != config.clip_skip and loaded.clip_skip:
+        warnings.warn(
+            f"{loaded.name} was trained with clip_skip {loaded.clip_skip}, this run has "
+            f"{config.clip_skip}",
+            stacklevel=2,
+        )
+    return components
+
+
+def move_step_modules(config: TrainConfig, components: Components) -> None:
+    """Move the modules of an offloaded model that steps compute with to the device."""
+    device = components.offload_to
+    if device is None:
+        return
+    modules = [components.unet]
+    if config.encodes_in_steps:
+        modules += components.text_encoders
+    if not config.cache_latents:
+        modules.append(components.vae)
+    for module in modules:
+        move_frozen(module, device)

@@ -1,0 +1,199 @@
+"""Settings of a run, resolved step by step: before the model is loaded, and with model and data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dora_diffusion.adapters.inject import layers_to_adapt
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.derived import resolve
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK
+from dora_diffusion.data.dataset import DreamBoothDataset
+from dora_diffusion.data.photos import read_photos
+from dora_diffusion.data.sampler import EpochSampler
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.precision import precision_of
+from dora_diffusion.models.text import chunk_count
+from dora_diffusion.training.events import OnEvent
+from dora_diffusion.training.inputs.base import configure_reading
+from dora_diffusion.training.inputs.dataset import (
+    check_subject,
+    check_wildcards,
+    list_subjects,
+    open_dataset,
+)
+from dora_diffusion.training.inputs.held_out import check_held_out, divide_all
+from dora_diffusion.training.inputs.subject import Subject
+from dora_diffusion.training.optimizer import optimizer_library
+from dora_diffusion.training.trainable.adapters import (
+    StartingAdapter,
+    adapter_configs,
+    components_that_train,
+)
+from dora_diffusion.training.trainable.words import require_new
+
+
+class RunPlan(NamedTuple):
+    """Inputs of a run that are known before its model is loaded.
+
+    Attributes:
+        photos: Photos of each subject.
+        held_out: Photos of each subject that are held out.
+        start: The adapter that the run starts from, or None.
+    """
+
+    photos: list[list[Path]]
+    held_out: list[list[Path]]
+    start: StartingAdapter | None
+
+
+def plan_run(config: TrainConfig, subjects: Sequence[Subject]) -> RunPlan:
+    """Find the inputs of a run, and refuse what cannot work. Nothing is loaded.
+
+    Raises:
+        ConfigError, PhotoError, AdapterFormatError: Naming what is wrong.
+    """
+    optimizer_library(config.optimizer_name)
+    photos, held_out = divide_all(subjects, list_subjects(subjects))
+    for subject, paths, excluded in zip(subjects, photos, held_out, strict=True):
+        check_wildcards(subject.settings, paths)
+        check_held_out(subject, excluded)
+    return RunPlan(photos, held_out, StartingAdapter.of(config))
+
+
+def check_run(config: TrainConfig, subjects: Sequence[Subject], empty: Components) -> None:
+    """Check the settings of a run without a model's weights.
+
+    Args:
+        config: Settings.
+        subjects: Subjects (`subjects_of`).
+        empty: The model without weights (`load_empty`).
+
+    Raises:
+        ConfigError, PhotoError, TargetError, ValueError: Naming what is wrong.
+    """
+    plan = plan_run(config, subjects)
+    for subject, paths in zip(subjects, plan.photos, strict=True):
+        prompt = subject.settings.instance_prompt or ""
+        photos = read_photos(paths, prompt, skip_unreadable=True, per_line=True)
+        if not config.is_slider:
+            check_subject(subject, photos)
+    components = configure_reading(empty, config)
+    require_new(components, config.words)
+    if plan.start is not None:
+        plan.start.read(components, config)
+    modules = components_that_train(components, config)
+    if config.is_full:
+        from dora_diffusion.training.trainable.full import check_weights
+
+        check_weights(modules, config)
+        return
+    for name, adapter in adapter_configs(modules, config).items():
+        layers_to_adapt(modules[name], adapter)
+
+
+class RunData(NamedTuple):
+    """Photos and class images of a run, and their order.
+
+    Attributes:
+        dataset: The images.
+        sampler: The order of this process's batches.
+    """
+
+    dataset: DreamBoothDataset
+    sampler: EpochSampler
+
+
+def open_data(
+    config: TrainConfig,
+    subjects: Sequence[Subject],
+    photos: Sequence[Sequence[Path]],
+    components: Components,
+    accelerator: Any,
+    on_event: OnEvent,
+) -> RunData:
+    """Open the photos of a run, and generate class images that are missing.
+
+    Args:
+        config: Settings.
+        subjects: Subjects.
+        photos: Photos of each subject.
+        components: The model, without adapters.
+        accelerator: Devices and processes.
+        on_event: Called with `ClassImagesProgress`.
+
+    Raises:
+        ConfigError, PhotoError: If the images cannot be trained on.
+    """
+    dataset = open_dataset(config, subjects, components, photos, accelerator, on_event)
+    _warn_of_small_data(config, components, dataset)
+    has_buckets = any(s.settings.aspect_ratio_buckets for s in subjects) and not config.is_slider
+    sampler = EpochSampler(
+        len(dataset),
+        batch_size=config.train_batch_size,
+        seed=config.seed,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        groups=dataset.groups if has_buckets or len(set(dataset.groups)) > 1 else None,
+        repeats=dataset.repeats,
+    )
+    return RunData(dataset, sampler)
+
+
+def resolve_settings(
+    config: TrainConfig,
+    subjects: Sequence[Subject],
+    components: Components,
+    data: RunData,
+    accelerator: Any,
+) -> TrainConfig:
+    """Resolve the settings that depend on the model and the data."""
+    if config.num_validation_images and not any(s.settings.instance_prompt for s in subjects):
+        prompts = config.validation_prompt or data.dataset.captions[:1]
+        config = replace(config, validation_prompt=prompts)
+    accumulation, batches = config.gradient_accumulation_steps, data.sampler.batches_per_epoch
+    total_steps = config.max_train_steps or components.family.default_steps
+    if config.max_train_steps is None and config.num_train_epochs is not None:
+        total_steps = max(1, -(-config.num_train_epochs * batches // accumulation))
+    return resolve(
+        config,
+        prediction_type=components.prediction_type,
+        resolution=run_resolution(config, components),
+        total_steps=total_steps,
+        steps_per_epoch=-(-batches // accumulation),
+        mixed_precision=precision_of(config.mixed_precision, accelerator.device),
+    )
+
+
+def run_resolution(config: TrainConfig, components: Components) -> int:
+    """Return the resolution of a run; the largest of its subjects if none is trained at it."""
+    sides = [s.resolution or components.default_resolution for s in config.subjects]
+    has_own = all(subject.resolution for subject in config.subjects)
+    return config.resolution or (max(sides) if has_own else components.default_resolution)
+
+
+def _warn_of_small_data(
+    config: TrainConfig, components: Components, dataset: DreamBoothDataset
+) -> None:
+    """Warn of limits that no caption, photo or sample reaches."""
+    texts = {*dataset.captions, *(prompt.text for prompt in config.prompts)}
+    sampled = [(p.width, p.height) for p in config.prompts if config.num_validation_images]
+    sides = [s or components.default_resolution for size in sampled for s in size]
+    longest = max(sides + [side for size in dataset.groups for side in size])
+    is_set = config.max_token_length != TOKENS_PER_CHUNK
+    if is_set and all(chunk_count(components, text) == 1 for text in texts):
+        warnings.warn(
+            f"max_token_length {config.max_token_length} has no effect because no caption or "
+            f"sample prompt has more than {TOKENS_PER_CHUNK} tokens",
+            stacklevel=3,
+        )
+    if longest <= (config.vae_tile_size or 0):
+        warnings.warn(
+            f"vae_tile_size {config.vae_tile_size} has no effect because no image is larger than "
+            f"{longest} pixels",
+            stacklevel=3,
+        )

@@ -1,0 +1,291 @@
+"""Packs: several runs, each with its adapter and folder, that train on one model at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dora_diffusion.adapters.inject import DetachedAdapters, detach_adapters
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.arguments import check_arguments
+from dora_diffusion.config.fields import require, shown
+from dora_diffusion.config.subject_list import SHARED
+from dora_diffusion.data.images import reading_once
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.precision import precision_of
+from dora_diffusion.training import events
+from dora_diffusion.training.folder import SAVING, RunFolder, TrainResult
+from dora_diffusion.training.inputs.base import LoadBase, load_base
+from dora_diffusion.training.inputs.dataset import list_subjects
+from dora_diffusion.training.inputs.subject import Subject
+from dora_diffusion.training.metrics import TrainingError
+from dora_diffusion.training.pack_step import PackStep
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble, checked
+from dora_diffusion.training.results.checkpoint import checkpoints_in
+from dora_diffusion.training.results.folders import output_folder
+from dora_diffusion.training.results.record import has_learned_nothing
+from dora_diffusion.training.signals import Stopped, StopRequest
+
+OnPackEvent = Callable[[str, events.Event], None]
+"""Callback with a subject's name, empty for the whole pack, and an event of its run."""
+
+# Besides what a loaded base is made of.
+_ALIKE = (
+    *sorted(SHARED - {"dataset_config", "output_dir", "overwrite_output_dir",
+                      "resume_from_checkpoint"}),
+    "method", "use_dora", "norm_axis", "targets", "text_encoder_targets", "train_text_encoder",
+    "clip_skip", "max_token_length",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """Result of a pack.
+
+    Attributes:
+        results: Results of the runs that ended, or were interrupted, by the name of the subject.
+        failures: Errors of the others.
+        signal_number: The signal that interrupted the pack, or None.
+    """
+
+    results: dict[str, TrainResult] = field(default_factory=dict)
+    failures: dict[str, Exception] = field(default_factory=dict)
+    signal_number: int | None = None
+
+
+@check_arguments()
+def train_pack(
+    configs: Mapping[str, TrainConfig | ConfigError],
+    on_event: OnPackEvent | None = None,
+    *,
+    load: LoadBase | None = None,
+) -> PackResult:
+    """Train several subjects at once, each as `train` does it with its settings alone.
+
+    A step computes the rows of all subjects in one forward and backward pass, so that it takes the
+    operations of one. Each subject has its folder, draws, learning rate, clipping, checkpoints,
+    samples and result. One whose photos or settings are broken, or whose numbers stop being finite,
+    leaves the pack; the others continue. With ``resume_from_checkpoint: latest`` those without a
+    checkpoint begin, and those with a result alone have ended.
+
+    Args:
+        configs: The settings of each subject, by its name, or why it has none
+            (`dora_diffusion.config.subject_list.subject_configs`).
+        on_event: Called with the subject's name and each of `dora_diffusion.training.events`.
+        load: Loads the base model, as `train` takes it.
+
+    Raises:
+        ConfigError: If the settings cannot be those of a pack, before anything is loaded.
+        ModelNotFoundError: If there is no such base.
+
+    Example:
+        >>> shared = TrainConfig(
+        ...     max_train_steps=2, num_validation_images=0, checkpointing_steps=0,
+        ...     output_dir="demo-output/doctest-pack", overwrite_output_dir=True)
+        >>> subjects = [
+        ...     {"instance_data_dir": "samples/bolt_mug", "instance_prompt": "a sks mug"},
+        ...     {"instance_data_dir": "samples/heart_teapot", "instance_prompt": "a sks teapot"}]
+        >>> from dora_diffusion.config.subject_list import subject_configs
+        >>> sorted(train_pack(subject_configs(subjects, shared)).results)
+        ['bolt_mug', 'heart_teapot']
+    """
+    usable = {name: given for name, given in configs.items() if isinstance(given, TrainConfig)}
+    check_pack(usable)
+    pack = _Pack(on_event or (lambda name, event: None))
+    for name, given in configs.items():
+        with pack.leaving(name):
+            if isinstance(given, ConfigError):
+                raise given
+    with pack.stop, pack.folders, reading_once(), contextlib.suppress(Stopped):
+        pack.open(usable, load)
+        pack.train()
+    return PackResult(pack.results, pack.failures, pack.stop.signal_number)
+
+
+def check_pack(configs: Mapping[str, TrainConfig]) -> None:
+    """Refuse settings that subjects of one pack cannot have.
+
+    Raises:
+        ConfigError: Naming the setting, and a subject.
+    """
+    require(bool(configs), "a pack needs a subject; none is given")
+    first, *others = configs
+    for name in others:
+        for setting in _ALIKE:
+            values = [getattr(configs[each], setting) for each in (first, name)]
+            require(
+                values[0] == values[1],
+                f"{setting} must be the same in a pack; {first} has {shown(values[0])}, {name} "
+                f"{shown(values[1])}",
+                setting,
+            )
+    for name, config in configs.items():
+        if setting := next((s for s, is_wrong in _unsupported(config).items() if is_wrong), ""):
+            raise ConfigError(
+                f"{setting} {shown(getattr(config, setting))} of {name} is not possible in a pack; "
+                "leave it out, or train that subject by itself",
+                setting,
+            )
+
+
+def _unsupported(config: TrainConfig) -> dict[str, bool]:
+    """Settings that a pack does not have, and whether they are set so."""
+    encodes = config.train_text_encoder
+    return {
+        "method": config.is_full,
+        "teach": config.is_slider,
+        "parametrization": config.parametrization != "low-rank",
+        "init": config.init == "pissa",
+        "lora_dropout": config.lora_dropout > 0,
+        "train_text_encoder_ti": config.train_text_encoder_ti,
+        "text_encoder_targets": encodes and "token-embedding" in config.text_encoder_targets,
+        # A caption in chunks is several rows of a text encoder, and a dropped one none.
+        "max_token_length": encodes and config.max_token_length != 75,
+        "clip_skip": encodes
+        and config.clip_skip > 0
+        and any(subject.caption_dropout for subject in config.subjects),
+        "compile": config.compile,
+        "report_to": config.report_to is not None,
+        "push_to_hub": config.push_to_hub,
+        "mixed_precision": precision_of(config.mixed_precision) == "fp16",
+    }
+
+
+class _Pack:
+    """The subjects of a pack. One that fails leaves it, and the others continue.
+
+    Attributes:
+        results: Results of the runs that ended, or were interrupted.
+        failures: Errors of those that left.
+        stop: Signals that stop all runs.
+        folders: Locks of the runs' folders.
+    """
+
+    def __init__(self, on_event: OnPackEvent) -> None:
+        self.results: dict[str, TrainResult] = {}
+        self.failures: dict[str, Exception] = {}
+        self.stop, self.folders = StopRequest(), contextlib.ExitStack()
+        self._show = on_event
+        self._runs: dict[str, RunFolder] = {}
+        self._attached: DetachedAdapters | None = None
+
+    def open(self, configs: Mapping[str, TrainConfig], load: LoadBase | None = None) -> None:
+        """Load the base, and prepare the first step of every subject."""
+        ready: dict[str, tuple[TrainConfig, list[Subject]]] = {}
+        for name, config in configs.items():
+            with self.leaving(name):
+                if prepared := self._prepared(name, config):
+                    ready[name] = prepared
+        if not ready:
+            return
+        config = next(iter(ready.values()))[0]
+        accelerator = make_accelerator(config)
+        require(
+            accelerator.num_processes == 1,
+            f"a pack trains in one process, and there are {accelerator.num_processes}; start it "
+            "without accelerate launch, or each subject by itself",
+        )
+        model, device = config.pretrained_model_name_or_path, str(accelerator.device)
+        self._show("", events.ModelLoading(model, device, config.mixed_precision))
+        base = load_base(config, accelerator, load)
+        for name, (own, subjects) in ready.items():
+            try:
+                with self.leaving(name):
+                    self._begin(name, own, subjects, accelerator, base)
+            finally:
+                detach_adapters(*base.adaptable().values())
+                self._attached = None
+
+    def _prepared(self, name: str, config: TrainConfig) -> tuple[TrainConfig, list[Subject]] | None:
+        """Check a subject's settings as far as possible without the base; None if it has ended."""
+        folder = Path(config.output_dir)
+        if config.resume_from_checkpoint == "latest" and not checkpoints_in(folder):
+            adapter = next(folder.glob("*.safetensors"), None)
+            if has_learned_nothing(folder):
+                raise TrainingError(
+                    f"{folder} holds the result of a run that has learned nothing; start it over "
+                    "with --overwrite_output_dir, and other settings"
+                )
+            if adapter is not None:
+                steps = config.max_train_steps or 0
+                self.results[name] = TrainResult(folder, adapter, steps, steps, None, {})
+                return None
+            config = replace(config, resume_from_checkpoint=None)
+        config, subjects = checked(config)
+        list_subjects(subjects)
+        self.folders.enter_context(output_folder(config))
+        return config, subjects
+
+    def _begin(
+        self, name: str, config: TrainConfig, subjects: list[Subject], accelerator: Any,
+        base: Components,
+    ) -> None:  # fmt: skip
+        """Assemble a run, whose adapters are on the model then, and begin it."""
+        show = partial(self._show, name)
+        run = assemble(config, subjects, accelerator, show, base=base)
+        run.activate = partial(self._attach, run.step.adapters)
+        folder = RunFolder(run, show, self.stop)
+        self._runs[name], self._attached = folder, run.step.adapters
+        folder.begin()
+
+    def _attach(self, adapters: DetachedAdapters) -> None:
+        """Attach a run's adapters to the model."""
+        if self._attached is not adapters:
+            adapters.attach()
+            self._attached = adapters
+
+    def train(self) -> None:
+        """Train until every run has its result, or has failed."""
+        while True:
+            self._finish_runs()
+            if not self._runs:
+                return
+            runs = dict(self._runs)
+            next(iter(runs.values())).run.activate()
+            step = PackStep([folder.run.step for folder in runs.values()])
+            while list(self._runs) == list(runs) and not self._step(step, runs):
+                self._finish_runs()
+
+    def _finish_runs(self) -> None:
+        """Write the results of runs that are over."""
+        for name, folder in list(self._runs.items()):
+            with self.leaving(name):
+                if folder.is_over():
+                    self.results[name] = folder.finish()
+                    self.stop.answer_with(SAVING)
+                    self._drop(name)
+
+    def _step(self, step: PackStep, runs: Mapping[str, RunFolder]) -> bool:
+        """Take a step of all runs. Returns whether one of them has left."""
+        try:
+            outcomes = step([folder.steps + 1 for folder in runs.values()])
+        except Exception as error:
+            outcomes = [error] * len(runs)
+        for (name, folder), outcome in zip(runs.items(), outcomes, strict=True):
+            with self.leaving(name):
+                if isinstance(outcome, Exception):
+                    raise outcome
+                folder.record(outcome)
+        return len(self._runs) < len(runs)
+
+    def _drop(self, name: str) -> None:
+        """Remove a run, whose adapters may no longer be those on the model."""
+        del self._runs[name]
+        self._attached = None
+
+    @contextlib.contextmanager
+    def leaving(self, name: str) -> Iterator[None]:
+        """Context in which an error ends one run, which saves what it can."""
+        try:
+            yield
+        except Exception as error:
+            if name in self._runs:
+                self._runs[name].fail(error)
+                self._drop(name)
+            self.failures[name] = error
+            self._show(name, events.SubjectLeft(str(error)))

@@ -1,0 +1,156 @@
+"""One optimizer step of several runs on one model.
+
+The rows of all runs go through text encoders and UNet in one pass, each with its run's adapter
+(`adapters.stack`). Everything else each run does by itself (`step.Step`). No row depends on another
+one, so that each run's gradients are the same as without the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain, zip_longest
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dora_diffusion.adapters.stack import BASE, Masks
+from dora_diffusion.training.hooks.hook import RankRoute, Record
+from dora_diffusion.training.prediction import Drawn, answer
+from dora_diffusion.training.step import Step, stack_of
+
+Outcome = Record | Exception
+"""The record of a run's step, or the error of that run alone, of which nothing was changed."""
+Group = Mapping[int, Drawn]
+"""Batches of one size, by the index of their run."""
+
+
+class PackStep:
+    """One optimizer step of several runs.
+
+    Args:
+        steps: Steps of the runs, on one model.
+
+    Raises:
+        ValueError: If their adapters cannot be trained together.
+    """
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.steps = steps
+        self.stack = stack_of(*(step.adapters for step in steps))
+        self._ranks = [[a.down.shape[0] for a in adapters] for adapters in self.stack.adapters]
+
+    def __call__(self, numbers: Sequence[int]) -> list[Outcome]:
+        """Take a step of each run.
+
+        Args:
+            numbers: The number of each run's step, from 1.
+        """
+        outcomes: list[Outcome] = [{} for _ in self.steps]
+        losses: list[list[Tensor]] = [[] for _ in self.steps]
+        for step, number in zip(self.steps, numbers, strict=True):
+            step.begin(number)
+        with self.stack.scope():  # Norms are computed once: no parameter changes inside.
+            for turn in range(max(step.turns for step in self.steps)):
+                for group in _of_one_size(self._draw(turn, outcomes)):
+                    for k, loss in self._backward(group):
+                        losses[k].append(loss)
+        for k, (step, number) in enumerate(zip(self.steps, numbers, strict=True)):
+            if not isinstance(outcomes[k], Exception):
+                try:
+                    outcomes[k] = step.update(number, losses[k])
+                except Exception as error:
+                    outcomes[k] = error
+        return outcomes
+
+    def _draw(self, turn: int, outcomes: list[Outcome]) -> Group:
+        """Draw the next batch of each run that has one in this turn of gradient accumulation."""
+        group = {}
+        for k, step in enumerate(self.steps):
+            if turn < step.turns and not isinstance(outcomes[k], Exception):
+                try:
+                    group[k] = step.draw()
+                except Exception as error:
+                    outcomes[k] = error
+        return group
+
+    def _backward(self, group: Group) -> Iterator[tuple[int, Tensor]]:
+        """Add the gradients of batches. Yields each run with its ``(loss, prior)``, detached."""
+        first = self.steps[0]
+        trained = _interleaved([
+            [(k, question) for question in drawn.trained()] for k, drawn in group.items()
+        ])  # fmt: skip
+        of_base = _interleaved([drawn.of_base() for drawn in group.values()])
+        rows = [k for k, question in trained for _ in question.ask.captions]
+        questions = [question for _, question in trained] + of_base
+        # Backward inside, since blocks may be recomputed.
+        with self.stack.of(rows, *self._route(group)):
+            with first.accelerator.autocast():
+                base = partial(self._base, [self.steps[k] for k in group])
+                answers = answer(first.components.unet, questions, base)
+                losses = {k: self.steps[k].losses(drawn, answers) for k, drawn in group.items()}
+            shares = [loss * (1 / self.steps[k].turns) for k, (loss, _) in losses.items()]
+            first.accelerator.backward(torch.stack(shares).sum())
+        for k, parts in losses.items():
+            yield k, torch.stack([part.detach() for part in parts])
+
+    @contextlib.contextmanager
+    def _base(self, steps: Sequence[Step]) -> Iterator[None]:
+        with self.stack.of(BASE), contextlib.ExitStack() as stack:
+            for step in steps:
+                stack.enter_context(step.weights.base_weights())
+            yield
+
+    def _route(self, group: Group) -> RankRoute:
+        """Join the masks of runs whose adapters may have different ranks."""
+        routes = {k: self.steps[k].route(drawn) for k, drawn in group.items()}
+        if not any(route.masks for route in routes.values()):
+            return RankRoute()
+        layers = range(len(self._ranks))
+        masks = {k: route.masks for k, route in routes.items() if route.masks}
+        active = {k: route.active for k, route in routes.items() if route.active}
+        return RankRoute(
+            [self._joined(group, layer, masks) for layer in layers],
+            [self._joined(group, layer, active) for layer in layers],
+        )
+
+    def _joined(self, group: Group, layer: int, masks: Mapping[int, Masks]) -> Tensor | None:
+        """Join the masks of a layer: rows of all runs in their order, filled up to one rank.
+
+        Args:
+            group: The batches.
+            layer: Index of the layer.
+            masks: Masks of all layers by run. Runs without masks have all ranks.
+        """
+        present = [mask for layers in masks.values() if (mask := layers[layer]) is not None]
+        if not present:
+            return None
+        ranks, by_run = self._ranks[layer], []
+        for k, drawn in group.items():
+            sizes = [len(question.ask.captions) for question in drawn.trained()]
+            mask = masks[k][layer] if k in masks else None
+            if mask is None:
+                mask = present[0].new_ones(sum(sizes), ranks[k])
+            mask = F.pad(mask, (0, max(ranks) - ranks[k]))
+            if len(group) == 1:
+                return mask
+            by_run.append(mask.expand(sum(sizes), -1).split(sizes))
+        return torch.cat(_interleaved(by_run))
+
+
+def _interleaved(parts: Sequence[Sequence[Any]]) -> list[Any]:
+    """Return the first element of each part, then the second of each, and so on."""
+    missing = object()
+    columns = zip_longest(*parts, fillvalue=missing)
+    return [part for part in chain.from_iterable(columns) if part is not missing]
+
+
+def _of_one_size(group: Group) -> Iterator[Group]:
+    """Divide batches into those whose latents have one size."""
+    groups: dict[tuple[int, ...], dict[int, Drawn]] = {}
+    for k, drawn in group.items():
+        groups.setdefault(tuple(drawn.batch.latents.shape[1:]), {})[k] = drawn
+    yield from groups.values()

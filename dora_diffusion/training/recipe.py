@@ -1,0 +1,286 @@
+"""Training, from settings to a finished folder: check, load, resolve, assemble, step, write."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_diffusion.adapters.compiled import require_compiler
+from dora_diffusion.adapters.inject import DetachedAdapters
+from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
+from dora_diffusion.config.arguments import check_arguments
+from dora_diffusion.data.dataset import iterate_batches
+from dora_diffusion.data.images import reading_once
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.precision import precision_of
+from dora_diffusion.training import events
+from dora_diffusion.training.batch import Batches
+from dora_diffusion.training.conditioner import Conditioner
+from dora_diffusion.training.folder import RunFolder, TrainResult
+from dora_diffusion.training.hooks.hook import Hook
+from dora_diffusion.training.inputs.base import (
+    LoadBase,
+    configure_reading,
+    load_base,
+    move_step_modules,
+)
+from dora_diffusion.training.inputs.resolve import (
+    open_data,
+    plan_run,
+    resolve_settings,
+    run_resolution,
+)
+from dora_diffusion.training.inputs.subject import Subject, outside_toy_world, subjects_of
+from dora_diffusion.training.metrics import TrainingError
+from dora_diffusion.training.optimizer import build_lr_schedule, build_optimizer, stepped_parameters
+from dora_diffusion.training.processes import make_accelerator, shards_model
+from dora_diffusion.training.results.effect import Probe
+from dora_diffusion.training.results.folders import output_folder
+from dora_diffusion.training.results.write import check_prompts
+from dora_diffusion.training.run import Run
+from dora_diffusion.training.signals import Stopped, StopRequest
+from dora_diffusion.training.step import Step
+from dora_diffusion.training.terms import build_terms
+from dora_diffusion.training.trainable.select import select_trainable, shard_trainable
+from dora_diffusion.training.trainable.words import require_new
+
+if TYPE_CHECKING:
+    from dora_diffusion.training.trainable.full import TrainedWeights
+
+__all__ = ["TrainResult", "TrainingError", "train"]
+
+
+@check_arguments()
+def train(
+    config: TrainConfig,
+    on_event: events.OnEvent | None = None,
+    *,
+    load: LoadBase | None = None,
+) -> TrainResult:
+    """Teach a model a subject from photos, and write the result to ``config.output_dir``.
+
+    ``push_to_hub`` publishes it, privately. SIGINT, SIGTERM and SIGHUP stop the run: before its
+    first step at once, later with a checkpoint after the step. A second SIGINT or SIGTERM loses
+    nothing; a third one ends the process.
+
+    Args:
+        config: All settings.
+        on_event: Called in the main process with each of `dora_diffusion.training.events`.
+        load: Loads the base model; a `models.load.BaseCache` keeps it for the next run.
+
+    Raises:
+        ConfigError, PhotoError, ModelNotFoundError, TargetError: Before anything is trained.
+        TrainingError: If loss, gradients or weights stop being finite; nothing is written from
+            there on, and what was there stays.
+        ExportError: If it cannot be published; before training where that is known.
+        DiskFullError: If neither a checkpoint can be written nor its adapter alone, or not the
+            adapter in the end; earlier checkpoints are kept.
+
+    Any other error in the middle of training saves a checkpoint first.
+
+    Example:
+        >>> result = train(TrainConfig(
+        ...     instance_data_dir="samples/bolt_mug", instance_prompt="a photo of a sks mug",
+        ...     max_train_steps=2, num_validation_images=0, checkpointing_steps=0,
+        ...     output_dir="demo-output/doctest", overwrite_output_dir=True))
+        >>> result.adapter.name
+        'pytorch_lora_weights.safetensors'
+    """
+    config, subjects = checked(config)
+    with StopRequest() as stop, reading_once():
+        try:
+            accelerator = make_accelerator(config)
+            is_main = accelerator.is_main_process
+            show = on_event if on_event and is_main else events.ignore
+            with output_folder(config) if is_main else contextlib.nullcontext():
+                accelerator.wait_for_everyone()
+                model, device = config.pretrained_model_name_or_path, str(accelerator.device)
+                show(events.ModelLoading(model, device, config.mixed_precision))
+                run = assemble(config, subjects, accelerator, show, load=load)
+                result = _train(RunFolder(run, show, stop))
+                accelerator.end_training()
+                return _published(result, config) if is_main and config.push_to_hub else result
+        except Stopped:
+            return TrainResult(Path(config.output_dir), None, 0, 0, stop.signal_number, {})
+
+
+def _train(folder: RunFolder) -> TrainResult:
+    """Take the steps of a run, and write its result."""
+    try:
+        folder.begin()
+        while not folder.is_over():
+            folder.record(folder.run.step(folder.steps + 1))
+        return folder.finish()
+    except Exception as error:
+        folder.fail(error)
+        raise
+
+
+def _published(result: TrainResult, config: TrainConfig) -> TrainResult:
+    """Publish a result on the hub."""
+    from dora_diffusion.export import hub
+
+    if result.interrupted:
+        return result
+    try:
+        address = hub.push(config.output_dir, config.hub_model_id or "", private=True)
+        return replace(result, published=address)
+    except hub.HubError as error:
+        raise hub.HubError(
+            f"the result is in {config.output_dir}, but was not published: {error}"
+        ) from error
+
+
+def checked(config: TrainConfig) -> tuple[TrainConfig, list[Subject]]:
+    """Check a run's settings; return them with the precision resolved, and the subjects.
+
+    Raises:
+        ConfigError, HubError: Before anything is loaded.
+
+    Warns:
+        UserWarning: Of settings without effect, and of subjects that the base model cannot learn.
+    """
+    config = config.with_sample_prompts()
+    subjects = subjects_of(config)
+    check_prompts(config)
+    if config.push_to_hub:
+        from dora_diffusion.export import hub
+
+        hub.check(config.hub_model_id or "")
+    for reason in (*without_effect(config).values(), *unusual_rates(config)):
+        warnings.warn(reason, stacklevel=3)
+    base, words = config.pretrained_model_name_or_path, [s.class_word for s in subjects]
+    if toy := next(filter(None, (outside_toy_world(base, word) for word in words)), ""):
+        warnings.warn(f"{toy} Name another pretrained_model_name_or_path.", stacklevel=3)
+    return replace(config, mixed_precision=precision_of(config.mixed_precision)), subjects
+
+
+def assemble(
+    config: TrainConfig,
+    subjects: Sequence[Subject],
+    accelerator: Any,
+    on_event: events.OnEvent = events.ignore,
+    *,
+    base: Components | None = None,
+    load: LoadBase | None = None,
+) -> Run:
+    """Load a run's model, resolve its settings, and build everything that a step needs.
+
+    Args:
+        config: Settings.
+        subjects: Subjects (`subjects_of`).
+        accelerator: Devices and processes (`make_accelerator`).
+        on_event: Called with `ClassImagesProgress` while class images are generated.
+        base: The model without adapters, if it is loaded already (`load_base`).
+        load: Loads the model (`load_base`).
+
+    Raises:
+        ConfigError, PhotoError, ModelNotFoundError, TargetError: Naming what is wrong.
+    """
+    if config.compile:
+        require_compiler(accelerator.device)
+    plan = plan_run(config, subjects)
+    loaded = base or load_base(config, accelerator, load)
+    components = configure_reading(loaded, config)
+    require_new(components, config.words)
+    config = replace(config, resolution=run_resolution(config, components))
+    start = plan.start.read(components, config) if plan.start else None
+    data = open_data(config, subjects, plan.photos, components, accelerator, on_event)
+    config = resolve_settings(config, subjects, components, data, accelerator)
+    validation = None
+    if any(plan.held_out):
+        from dora_diffusion.training.results.validation import Validation
+
+        pairs = list(zip(subjects, plan.held_out, strict=True))
+        validation = Validation(config, pairs, components, accelerator)
+    move_step_modules(config, components)
+    weights = select_trainable(components, config, start)
+    samples = iterate_batches(*data, num_workers=config.dataloader_num_workers)
+    if shards_model(accelerator):
+        shard_trainable(components, weights, accelerator)
+    process = components.process
+    batches = Batches(config, components, process, samples, accelerator.process_index)
+    return Run(
+        config=config,
+        subjects=subjects,
+        accelerator=accelerator,
+        components=components,
+        weights=weights,
+        dataset=data.dataset,
+        sampler=data.sampler,
+        step=build_step(config, accelerator, components, weights, batches),
+        probe=Probe(components, weights, data.dataset.captions, shards_model(accelerator)),
+        validation=validation,
+    )
+
+
+def build_step(
+    config: TrainConfig,
+    accelerator: Any,
+    components: Components,
+    weights: TrainedWeights,
+    batches: Batches,
+) -> Step:
+    """Build terms, optimizer, learning rates and features of a run.
+
+    Args:
+        config: Settings, resolved.
+        accelerator: Devices and processes.
+        components: The model.
+        weights: The weights that train, on their device.
+        batches: Batches of the run.
+    """
+    shards = shards_model(accelerator)
+    parameters = stepped_parameters(weights.groups(config), config, shards=shards)
+    optimizer = build_optimizer(parameters.groups, config)
+    # Before Accelerate wraps the optimizer: the schedule marks its `step` method.
+    lr_schedule = build_lr_schedule(optimizer, config)
+    step = Step(
+        config=config,
+        accelerator=accelerator,
+        components=components,
+        weights=weights,
+        adapters=DetachedAdapters.of(*weights.modules.values()),
+        batches=batches,
+        encode=Conditioner(components, config.train_text_encoder),
+        terms=build_terms(config, batches.process),
+        parameters=parameters,
+        optimizer=accelerator.prepare_optimizer(optimizer),
+        lr_schedule=lr_schedule,
+    )
+    step.hooks = build_hooks(step)
+    return step
+
+
+def build_hooks(step: Step) -> list[Hook]:
+    """Build the features of a run that are on, in the order in which they act."""
+    config, hooks = step.config, list[Hook]()
+    if step.weights.words.tables:
+        from dora_diffusion.training.hooks.words import NewWords
+
+        hooks.append(NewWords(step))
+    if config.rank_dropout or config.least_rank:
+        from dora_diffusion.training.hooks.rank_masks import RankMasks
+
+        hooks.append(RankMasks(step))
+    if config.parametrization == "adalora" and not config.is_full:
+        from dora_diffusion.training.hooks.allocation import Allocation
+
+        hooks.append(Allocation(step))
+    if config.limits_norms and not config.is_full:
+        from dora_diffusion.training.hooks.norm_limit import NormLimit
+
+        hooks.append(NormLimit(step))
+    if config.is_schedule_free:
+        from dora_diffusion.training.hooks.average import ScheduleFreeAverage
+
+        hooks.append(ScheduleFreeAverage(step))
+    elif config.ema_decay is not None:
+        from dora_diffusion.training.hooks.average import MovingAverage
+
+        hooks.append(MovingAverage(step))
+    return hooks

@@ -1,0 +1,190 @@
+"""Terms of a run's loss. Each asks for predictions, and computes the losses of rows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.numerics.loss import denoising_loss, slider_target, split_prior
+from dora_diffusion.numerics.process import NoiseProcess
+from dora_diffusion.training.batch import Batch, Rows
+from dora_diffusion.training.prediction import Ask
+
+
+class Losses(NamedTuple):
+    """Losses of rows. They are no means, since several terms share the mean over the batch.
+
+    Attributes:
+        rows: ``(B,)``, added to those of other terms; None if the term has none.
+        prior: ``(n,)``, losses of n further rows that preserve the prior; None if there are none.
+    """
+
+    rows: Tensor | None = None
+    prior: Tensor | None = None
+
+
+class Term(Protocol):
+    """A term of the loss."""
+
+    def asks(self, batch: Batch) -> list[Ask]:
+        """Return what the term asks about a batch. Called once, when the batch is drawn."""
+
+    def losses(self, batch: Batch, *predictions: Tensor) -> Losses:
+        """Compute the losses from the answers, in the order of the asks."""
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """Loss of each row of a batch, from predictions and targets.
+
+    Attributes:
+        process: The model's noise process.
+        weightings: Loss weights by timestep (`loss_weight`).
+        huber: Timesteps to the delta of the Huber loss; None: squared errors.
+    """
+
+    process: NoiseProcess
+    weightings: Mapping[str, float]
+    huber: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(
+        self,
+        batch: Batch,
+        predicted: Tensor,
+        target: Tensor,
+        *,
+        rows: Rows = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the losses of rows, ``(rows,)``."""
+        timesteps = batch.select(rows, batch.inputs.timesteps)
+        weight = self.process.weight(timesteps, self.weightings)
+        delta = None if self.huber is None else self.huber(timesteps)
+        return denoising_loss(predicted, target, weight, mask, delta)
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Denoising loss of all rows, by their captions, where masks allow it."""
+
+    loss: RowLoss
+
+    def asks(self, batch: Batch) -> list[Ask]:
+        return [Ask(batch.captions)]
+
+    def losses(self, batch: Batch, *predictions: Tensor) -> Losses:
+        (predicted,) = predictions
+        target = self.loss.process.target(batch.latents, batch.noise, batch.inputs.timesteps)
+        return Losses(self.loss(batch, predicted, target, mask=batch.mask))
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Prior preservation without class images: predictions for class captions stay the base's."""
+
+    loss: RowLoss
+
+    def asks(self, batch: Batch) -> list[Ask]:
+        captions = batch.class_captions
+        if not captions:
+            return []
+        return [Ask.by_row(batch, captions), Ask.by_row(batch, captions, of_base=True)]
+
+    def losses(self, batch: Batch, *predictions: Tensor) -> Losses:
+        if not predictions:
+            return Losses()
+        predicted, base = predictions
+        rows = batch.rows(batch.class_captions)
+        return Losses(prior=self.loss(batch, predicted, base, rows=rows))
+
+
+@dataclass(frozen=True)
+class Unmasked:
+    """Outside of masks, predictions stay the base's."""
+
+    loss: RowLoss
+    weight: float
+
+    def asks(self, batch: Batch) -> list[Ask]:
+        captions = {row: batch.captions[row] for row in batch.masked_rows}
+        if not captions:
+            return []
+        return [Ask(batch.captions), Ask.by_row(batch, captions, of_base=True)]
+
+    def losses(self, batch: Batch, *predictions: Tensor) -> Losses:
+        if not predictions:
+            return Losses()
+        predicted, base = predictions
+        assert batch.mask is not None
+        rows, mask = batch.rows(batch.masked_rows), 1 - batch.mask
+        predicted, mask = batch.select(rows, predicted), batch.select(rows, mask)
+        losses = self.loss(batch, predicted, base, rows=rows, mask=mask)
+        if rows is not None:
+            index = (batch.index_of(rows),)
+            losses = losses.new_zeros(len(batch.captions)).index_put(index, losses)
+        return Losses(self.weight * losses)
+
+
+@dataclass(frozen=True)
+class Slider:
+    """Loss of a slider (`slider_target`). Rows of class images keep the base's predictions.
+
+    Attributes:
+        loss: Loss of each row.
+        pairs: Target prompts, each with the prompts of both ends, the positive one first.
+        guidance: Factor of the difference of both ends.
+    """
+
+    loss: RowLoss
+    pairs: Sequence[tuple[str, tuple[str, str]]]
+    guidance: float
+
+    def asks(self, batch: Batch) -> list[Ask]:
+        ends = [self._draw_ends(batch, row) for row in range(batch.photos)]
+        positive, negative = (dict(enumerate(side)) for side in zip(*ends, strict=True))
+        return [
+            Ask(batch.captions),
+            Ask(batch.captions, of_base=True),
+            Ask.by_row(batch, positive, of_base=True),
+            Ask.by_row(batch, negative, of_base=True),
+        ]
+
+    def _draw_ends(self, batch: Batch, row: int) -> tuple[str, str]:
+        """Draw one of the pairs of a photo's target prompt."""
+        pairs = [ends for prompt, ends in self.pairs if prompt == batch.captions[row]]
+        return pairs[int(torch.randint(len(pairs), (), generator=batch.generators[row]))]
+
+    def losses(self, batch: Batch, *predictions: Tensor) -> Losses:
+        predicted, base, positive, negative = predictions
+        target = slider_target(base, positive, negative, self.guidance)
+        return Losses(self.loss(batch, predicted, target, mask=batch.mask))
+
+
+def build_terms(config: TrainConfig, process: NoiseProcess) -> list[Term]:
+    """Build the terms of a run's loss."""
+    huber = None
+    if config.loss_type == "huber":
+        huber = partial(process.huber_delta, schedule=config.huber_schedule, c=config.huber_c)
+    loss = RowLoss(process, config.weightings, huber)
+    if config.is_slider:
+        return [Slider(loss, config.slider_pairs, config.slider_guidance)]
+    terms: list[Term] = [Denoising(loss)]
+    if any(subject.is_image_free for subject in config.subjects):
+        terms.append(Prior(loss))
+    if config.holds_unmasked:
+        terms.append(Unmasked(loss, config.unmasked_prior))
+    return terms
+
+
+def mean_losses(batch: Batch, losses: Sequence[Losses]) -> tuple[Tensor, Tensor]:
+    """Mean losses of the subject and of the prior over a batch, both scalar (`split_prior`)."""
+    rows = reduce(add, [part.rows for part in losses if part.rows is not None])
+    prior = [part.prior for part in losses if part.prior is not None]
+    return split_prior(torch.cat([rows, *prior]) if prior else rows, batch.photos, batch.weights)
