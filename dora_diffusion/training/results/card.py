@@ -13,7 +13,6 @@ from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.config.fields import shown
 from dora_diffusion.config.wording import pixels
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, embedding_files
-from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.adapter.metadata import (
     AdapterMetadata,
     reading_in_words,
@@ -224,6 +223,8 @@ def card_of(folder: Path, adapter: Path) -> str:
     if adapter.parent == folder and written.is_file():
         return written.read_text(encoding="utf-8")
     config = TrainConfig.from_dict(read_config_file(folder / "config.yaml"))
+    from dora_diffusion.formats.adapter.inspect import report_on
+
     report = report_on(adapter)
     steps = int(report.metadata.extra["training_steps"])
     sample = folder / "samples" / f"step-{steps:06d}.png"
