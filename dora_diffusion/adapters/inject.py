@@ -164,7 +164,8 @@ def _attach(model: nn.Module, adapters: Mapping[str, LayerAdapter], name: str) -
         # The module knows how it stores its weight; a file may not.
         adapter.kind, adapter.groups = layer.kind, layer_groups(layer)
         layer.adapters[name] = adapter.to(layer.weight.device)
-        layer.forget(name)
+        if layer.route is not None:
+            layer.route.forget(name)
         adapter.train(layer.training)
 
 
@@ -299,8 +300,8 @@ def set_strength(
     for adapter in adapters:
         adapter.strengths = dataclasses.replace(adapter.strengths, **changed)
     for _, layer in adapted_layers(model):
-        if layer._scales_cache is not None:
-            layer._scales_cache.clear()
+        if layer.route is not None:
+            layer.route.forget()
 
 
 def layer_adapters(model: nn.Module, name: str | None = None) -> Iterator[LayerAdapter]:

@@ -29,11 +29,12 @@ from dora_diffusion.adapters.layers import (
     state_of,
 )
 from dora_diffusion.adapters.plan import FixedScales, LayerScales, make_scales, scales_of
-from dora_diffusion.numerics.dora import Factors, dora_forward
-from dora_diffusion.numerics.operation import ConvOperation, Operation, RowOperation
+from dora_diffusion.adapters.route import Route, forward_rows, routed
+from dora_diffusion.numerics.dora import Factors
+from dora_diffusion.numerics.operation import ConvOperation, Operation
 
-Entry = tuple[AdaptedLayer, str, LayerAdapter]
-"""A layer, and an adapter of it by name."""
+Entry = tuple[Route, str, LayerAdapter]
+"""The route of a layer, and an adapter of that layer by name."""
 
 
 class NormCache:
@@ -74,7 +75,7 @@ class NormCache:
 
     def scales(self, entries: Sequence[Entry]) -> Sequence[LayerScales | FixedScales | None]:
         """The scales of each adapter, as far as it has any that are kept."""
-        layers, adapters = [layer for layer, _, _ in entries], [[own] for _, _, own in entries]
+        layers, adapters = [route.layer for route, _, _ in entries], [[a] for _, _, a in entries]
         return scales_of(self._layouts.of(layers, adapters)[0], self._layouts.flags)
 
 
@@ -95,7 +96,8 @@ class FixedNorms(NormCache):
         """The scales of each adapter with a magnitude."""
         nothing: tuple[object, None] = None, None
         missing: dict[str, list[tuple[AdaptedLayer, LayerAdapter, object]]] = {}
-        for layer, name, adapter in entries:
+        for route, name, adapter in entries:
+            layer = route.layer
             state: object = (adapter.versions(), state_of([layer], [[adapter]]))
             if adapter.magnitude is not None and self._fixed.get(adapter, nothing)[0] != state:
                 missing.setdefault(name, []).append((layer, adapter, state))
@@ -139,32 +141,8 @@ def norm_scope(*models: nn.Module, cache: NormCache | None = None) -> Iterator[N
         ...     model(torch.ones(1, 8)).sum().backward()
     """
     layers = (cache or NormCache()).layers(models)
-    opened = [layer for layer in layers if layer._scales_cache is None]
-    entries = [
-        (layer, *each)
-        for layer in opened
-        for each in layer.active()
-        if not isinstance(layer._place, _RowPlace) or each[0] in layer._place.names
-    ]
-    scales = (
-        make_scales([e[0].site([e[2]]) for e in entries])
-        if cache is None
-        else cache.scales(entries)
-    )
-    for layer in opened:
-        # Past `nn.Module.__setattr__`, which takes longer than all else here.
-        vars(layer)["_scales_cache"] = {}
-    for (layer, name, _), own in zip(entries, scales, strict=True):
-        if own is not None:
-            layer.keep_scales(name, own)
-    noticed = register_optimizer_step_post_hook(_count_written)
-    try:
+    with _norms_of([Route(layer) for layer in layers if layer.route is None], cache):
         yield
-    finally:
-        noticed.remove()
-        for layer in opened:
-            if isinstance(layer, AdaptedLayer):  # Some may be plain again.
-                vars(layer)["_scales_cache"] = None
 
 
 @contextmanager
@@ -207,15 +185,30 @@ def row_scope(
     if not partly:
         require_adapters(models, rows)
     layers = (cache or NormCache()).layers(models)
-    for layer in layers:
-        vars(layer)["_place"] = _RowPlace(layer, tuple(rows))
+    with _norms_of([RowRoute(layer, tuple(rows)) for layer in layers], cache):
+        yield
+
+
+@contextmanager
+def _norms_of(routes: Sequence[Route], cache: NormCache | None) -> Iterator[None]:
+    """Route layers with the norms of their adapters, unless an open scope has these already."""
+    entries = [
+        (route, *each) for route in routes if route.layer.route is None for each in route.active()
+    ]
+    scales = (
+        make_scales([route.layer.site([adapter]) for route, _, adapter in entries])
+        if cache is None
+        else cache.scales(entries)
+    )
+    for (route, name, adapter), kept in zip(entries, scales, strict=True):
+        if kept is not None:
+            route.keep(name, adapter, kept)
+    hook = register_optimizer_step_post_hook(_count_written)
     try:
-        with norm_scope(*models, cache=cache):
+        with routed([route.layer for route in routes], routes):
             yield
     finally:
-        for layer in layers:
-            if isinstance(layer, AdaptedLayer):
-                vars(layer)["_place"] = None
+        hook.remove()
 
 
 def _count_written(optimizer: torch.optim.Optimizer, *args: Any) -> None:
@@ -226,8 +219,8 @@ def _count_written(optimizer: torch.optim.Optimizer, *args: Any) -> None:
                 increment_version(parameter)
 
 
-class _RowPlace:
-    """A layer in a `row_scope`.
+class RowRoute(Route):
+    """Route of a layer in a `row_scope`.
 
     Args:
         layer: The layer.
@@ -238,28 +231,31 @@ class _RowPlace:
     is_mixed = True
 
     def __init__(self, layer: AdaptedLayer, names: tuple[str | None, ...]) -> None:
-        self.layer, self.names = layer, names
+        super().__init__(layer)
+        if layer.route is not None:
+            self.norms, self._versions = layer.route.norms, layer.route._versions
+        self.names = names
         self._factors: dict[tuple[Any, ...], Factors | None] = {}
 
+    def active(self) -> Active:
+        return [each for each in self.layer.active() if each[0] in self.names]
+
     def forward(self, x: Tensor) -> Tensor:
-        """The output of the layer, of each row with its own of the active adapters.
+        """Return the layer's output, each row with its own adapter.
 
         Raises:
             ValueError: If the batch's size is not a multiple of the number of rows.
         """
-        layer = self.layer
-        active = [each for each in layer.active() if each[0] in self.names]
+        layer, active = self.layer, self.active()
         if len(set(self.names)) == 1 or not active or layer.is_merged:
             return layer.adapted(x, active)
         is_batch = layer.kind == "embedding" or x.ndim >= layer.weight.ndim
         names = self._repeated(len(x) if is_batch else 1)
-        op = layer.operation()
-        if _are_batched(layer, op, active):
+        if _are_batched(layer, active):
             inputs, matrix, bias = layer.operands(x)
             assert isinstance(inputs, Tensor)
             if (factors := self._factors_of_rows(active, names, inputs.dtype)) is not None:
-                rows = RowOperation(op, inputs.ndim, len(names))
-                return dora_forward(rows, inputs, matrix, bias, factors)
+                return forward_rows(layer.operation(), inputs, matrix, bias, factors)
         return _each_by_itself(layer, x, names, active)
 
     def _repeated(self, batch: int) -> tuple[str | None, ...]:
@@ -277,7 +273,7 @@ class _RowPlace:
         """Each row's factors, stacked; None where the gradient of m needs a path of its own."""
         layer, key = self.layer, (dtype, len(names), torch.is_grad_enabled())
         for name, adapter in active:
-            if name in (layer._scales_cache or {}) and not layer.require_unchanged(name, adapter):
+            if name in self.norms and not self.require_unchanged(name, adapter):
                 self._factors.clear()
         if key not in self._factors:
             own = {
@@ -290,8 +286,9 @@ class _RowPlace:
         return self._factors[key]
 
 
-def _are_batched(layer: AdaptedLayer, op: Operation, active: Active) -> bool:
+def _are_batched(layer: AdaptedLayer, active: Active) -> bool:
     """Return whether one product serves these adapters; others run one adapter at a time."""
+    op = layer.operation()
     is_plain = type(op) is Operation
     is_image = isinstance(op, ConvOperation) and op.groups == 1 and len(op.stride) == 2
     adapters = [adapter for _, adapter in active]
