@@ -40,7 +40,7 @@ from memory import (
     take_steps,
 )
 
-from dora_diffusion.adapters.inject import DetachedAdapters, detach_adapters
+from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.models.memory import PROCESS_GIB
@@ -143,14 +143,14 @@ def count_pack(family: str, resolution: int, config: TrainConfig, count: int) ->
         inputs = inputs_of(components, resolution // components.vae_factor, config)
         learners, adapters = [], []
         for _ in range(count):
-            detach_adapters(components.unet)
+            AdapterSet.of(components.unet).detach()
             weights, one = inject_trained(components, config), accelerator()
             give: Callable[[int], Any] = lambda number: inputs  # noqa: E731
             learner = build_learner(config, one, components, weights, give)  # type: ignore[arg-type]
             condition: Any = Encoded(components, cached)
             learner.objective = replace(learner.objective, condition=condition)
             make_states(learner)
-            adapters.append(DetachedAdapters.of(components.unet))
+            adapters.append(AdapterSet.of(components.unet))
             learners.append(learner)
         adapters[0].attach()
         engine = TrainingEngine(learners, adapters)

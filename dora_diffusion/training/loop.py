@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.adapters.inject import DetachedAdapters, detach_adapters
+from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.config import ConfigError, TrainConfig, unusual_rates, without_effect
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require, shown
@@ -122,7 +122,7 @@ class Loop:
         self.results: dict[str, TrainResult] = {}
         self.stop = stop
         self._runs: dict[str, Run] = {}
-        self._attached: DetachedAdapters | None = None
+        self._attached: AdapterSet | None = None
 
     def begin(
         self, name: str, config: TrainConfig, subjects: list[Subject], accelerator: Any,
@@ -374,7 +374,7 @@ class _Pack(Loop):
                 with self.leaving(name):
                     self.begin(name, own, subjects, accelerator, partial(self._show, name), base)
             finally:
-                detach_adapters(*base.adaptable().values())
+                AdapterSet.of(*base.adaptable().values()).detach()
                 self._attached = None
 
     def _ready(self, name: str, config: TrainConfig) -> tuple[TrainConfig, list[Subject]] | None:

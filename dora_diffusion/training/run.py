@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.adapters.inject import DetachedAdapters
+from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.data.photos import write_photo_record
 from dora_diffusion.formats.files.runs import REQUESTS, SAMPLE
 from dora_diffusion.training import events
@@ -101,7 +101,7 @@ class Run:
     ) -> None:
         config = session.config
         self.session = session
-        self.adapters = DetachedAdapters.of(*session.weights.modules.values())
+        self.adapters = AdapterSet.of(*session.weights.modules.values())
         self.start = start
         self.output_dir = output_dir
         self.is_main: bool = session.accelerator.is_main_process

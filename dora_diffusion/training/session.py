@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dora_diffusion.adapters.compiled import require_compiler
-from dora_diffusion.adapters.inject import DetachedAdapters, layers_to_adapt
+from dora_diffusion.adapters.inject import AdapterSet, layers_to_adapt
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK
@@ -127,7 +127,7 @@ class Session:
             raise outcome
         return outcome
 
-    def start_from_gradient(self, adapters: DetachedAdapters) -> float | None:
+    def start_from_gradient(self, adapters: AdapterSet) -> float | None:
         """Give fresh adapters the start that is made from the gradient of the run's first batches.
 
         Returns:

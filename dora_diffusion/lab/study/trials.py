@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion import __version__
-from dora_diffusion.adapters.inject import DetachedAdapters
+from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.config import ConfigError, TrainConfig, settings
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.problems import Problems
@@ -321,7 +321,7 @@ def _train(session: Session, folder: Path, trial: Trial) -> Record:
     losses, seconds, processor, live = [], 0.0, 0.0, 0
     # Now: what is loaded in the end to be measured is the ordinary adapter of the result.
     parameters = sum(p.numel() for p in session.weights.parameters().values())
-    session.start_from_gradient(DetachedAdapters.of(*session.weights.modules.values()))
+    session.start_from_gradient(AdapterSet.of(*session.weights.modules.values()))
     for step in range(1, steps + 1):
         begun, used = time.perf_counter(), time.process_time()
         if step == 1:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.inject import DEFAULT_NAME, DetachedAdapters
+from dora_diffusion.adapters.inject import DEFAULT_NAME, AdapterSet
 from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter
 from dora_diffusion.adapters.stack import BASE
 from dora_diffusion.data.sampler import generator_for
@@ -30,9 +30,7 @@ from dora_diffusion.training.results.metrics import TrainingError
 GAMMA, OVERSAMPLING = 128.0, 4
 
 
-def start_from_gradient(
-    learner: Learner, own: DetachedAdapters, batches: Sequence[StepInputs]
-) -> float:
+def start_from_gradient(learner: Learner, own: AdapterSet, batches: Sequence[StepInputs]) -> float:
     """Give the fresh adapters of a run LoRA-One's start, and m = norm(W + delta).
 
     Layers that the loss does not reach keep A random and B zero.
@@ -62,7 +60,7 @@ def start_from_gradient(
         return _drift(learner, own, batches)
 
 
-def _probes(own: DetachedAdapters, seed: int) -> DetachedAdapters:
+def _probes(own: AdapterSet, seed: int) -> AdapterSet:
     """LoRA in place of adapters, of four times their rank where a layer has as much, with B = 0."""
     generator, made = generator_for("gradient", seed), []
     for (layer, _, keep_output), adapter in zip(own.layers, own.trained(), strict=True):
@@ -75,11 +73,11 @@ def _probes(own: DetachedAdapters, seed: int) -> DetachedAdapters:
         probe.dropout = adapter.dropout
         held = nn.ModuleDict({DEFAULT_NAME: probe.to(weight.device)})
         made.append((layer, held, keep_output))
-    return DetachedAdapters(made)
+    return AdapterSet(made)
 
 
 def _sketch(
-    learner: Learner, probes: DetachedAdapters, batches: Sequence[StepInputs]
+    learner: Learner, probes: AdapterSet, batches: Sequence[StepInputs]
 ) -> list[tuple[Tensor, Tensor]]:
     """``G A'`` and ``A`` of each layer, whose orthonormal rows span the leading ones of G."""
     engine, adapters = TrainingEngine([learner], [probes]), probes.trained()
@@ -140,7 +138,7 @@ def _start(layer: AdaptedLayer, adapter: LayerAdapter, product: Tensor, rows: Te
 
 
 @torch.no_grad()
-def _drift(learner: Learner, own: DetachedAdapters, batches: Sequence[StepInputs]) -> float:
+def _drift(learner: Learner, own: AdapterSet, batches: Sequence[StepInputs]) -> float:
     """The change of predictions by the adapters, relative to the base model's."""
     stack = TrainingEngine([learner], [own]).stack
     change = total = 0.0

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.inject import DetachedAdapters, layer_adapters
+from dora_diffusion.adapters.inject import AdapterSet, layer_adapters
 from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.adapters.stack import BASE, AdapterStack, Masks
 from dora_diffusion.config import TrainConfig
@@ -76,11 +76,11 @@ class TrainingEngine:
     """
 
     def __init__(
-        self, learners: Sequence[Learner], adapters: Sequence[DetachedAdapters] | None = None
+        self, learners: Sequence[Learner], adapters: Sequence[AdapterSet] | None = None
     ) -> None:
         self.learners = learners
         if adapters is None:
-            adapters = [DetachedAdapters.of(*learners[0].modules.values())]
+            adapters = [AdapterSet.of(*learners[0].modules.values())]
         layers = [layer for layer, _, _ in adapters[0].layers]
         each = zip(*(own.trained() for own in adapters), strict=True)
         self.stack = AdapterStack(layers, list(each))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters.inject import DetachedAdapters, detach_adapters
+from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.data.dataset import iterate_batches
 from dora_diffusion.numerics.dora import adapted_norm
@@ -49,7 +49,7 @@ def fresh(model: Path, photos: Path, output: Path, accelerator: Any = None, **se
 
 
 def started(session: Session) -> float:
-    drift = session.start_from_gradient(DetachedAdapters.of(*session.weights.modules.values()))
+    drift = session.start_from_gradient(AdapterSet.of(*session.weights.modules.values()))
     assert drift is not None
     return drift
 
@@ -68,7 +68,7 @@ def weight_gradients(session: Session, count: int = 3) -> dict[str, Tensor]:
         for component, model in modules.items()
         for path, layer in adapted_layers(model)
     }
-    detach_adapters(*modules.values())
+    AdapterSet.of(*modules.values()).detach()
     for layer in layers.values():
         layer.weight.requires_grad_(True)
     for inputs in first_batches(session, count):
@@ -117,7 +117,7 @@ def test_the_drift_is_what_predictions_change_by(
                 for inputs in first_batches(session, 2)
             ]
         parts.append(torch.cat(made))
-        detach_adapters(session.components.unet)
+        AdapterSet.of(session.components.unet).detach()
     expected = torch.linalg.vector_norm(parts[0] - parts[1]) / torch.linalg.vector_norm(parts[1])
     assert drift == pytest.approx(float(expected), rel=1e-4)
     assert drift > 1e-3

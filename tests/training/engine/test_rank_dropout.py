@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from dora_diffusion.adapters.inject import (
     AdapterConfig,
-    DetachedAdapters,
+    AdapterSet,
     inject_adapters,
     layer_adapters,
 )
@@ -161,7 +161,7 @@ def test_a_start_from_the_gradient_is_masked_by_none(
     for own in ({}, {"rank_dropout": 0.5, "tlora_min_rank": 1}):
         config = make_config(sd1_folder, photos, tmp_path, init="lora-one", **LAYERS, **own)
         session = open_session(config, subjects_of(config), make_accelerator(config))
-        session.start_from_gradient(DetachedAdapters.of(*session.weights.modules.values()))
+        session.start_from_gradient(AdapterSet.of(*session.weights.modules.values()))
         starts.append([p.detach().clone() for p in session.weights.parameters().values()])
     torch.testing.assert_close(*starts, rtol=0, atol=0)
 
