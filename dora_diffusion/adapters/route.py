@@ -68,7 +68,7 @@ class Route:
 
     def prepare(self) -> None:
         """Make the factors, which a compiled layer cannot make itself."""
-        for name, adapter in self.layer.active() if self.norms else ():
+        for name, adapter in self.active() if self.norms else ():
             if (scales := self.scales(name, adapter)) is not None:
                 scales.factors(product_dtype(self.layer.weight))
 
@@ -106,8 +106,10 @@ class Route:
 
     def forget(self, name: str | None = None) -> None:
         """Drop the scales of a changed adapter, or of all adapters."""
-        for changed in [*self.norms] if name is None else [name]:
-            self.norms.pop(changed, None)
+        if name is None:
+            self.norms.clear()
+        else:
+            self.norms.pop(name, None)
 
 
 def forward_rows(

@@ -258,6 +258,10 @@ class RowRoute(Route):
                 return forward_rows(layer.operation(), inputs, matrix, bias, factors)
         return _each_by_itself(layer, x, names, active)
 
+    def forget(self, name: str | None = None) -> None:
+        super().forget(name)
+        self._factors.clear()
+
     def _repeated(self, batch: int) -> tuple[str | None, ...]:
         repeats, rest = divmod(batch, len(self.names))
         if rest or not repeats:
@@ -271,7 +275,8 @@ class RowRoute(Route):
         self, active: Active, names: Sequence[str | None], dtype: torch.dtype
     ) -> Factors | None:
         """Each row's factors, stacked; None where the gradient of m needs a path of its own."""
-        layer, key = self.layer, (dtype, len(names), torch.is_grad_enabled())
+        layer, used = self.layer, [(name, own.strengths.strength) for name, own in active]
+        key = (dtype, len(names), torch.is_grad_enabled(), *used)
         for name, adapter in active:
             if name in self.norms and not self.require_unchanged(name, adapter):
                 self._factors.clear()
