@@ -105,9 +105,9 @@ def _kind(block: nn.Module) -> tuple[Any, ...]:
 def _caller(block: nn.Module, number: int) -> Callable[..., Any]:
     """A function that calls a block, with a code of its own.
 
-    Torch keeps compiled graphs by code, at most 8 for one, and learns by code which sizes vary. SDXL
-    has 12 kinds of residual blocks: with one code for all, the channels would vary too, and blocks
-    beyond the limit would run uncompiled.
+    Torch keeps compiled graphs by code, at most 8 for one, and learns by code which sizes vary.
+    SDXL has 12 kinds of residual blocks: with one code for all, the channels would vary too, and
+    blocks beyond the limit would run uncompiled.
     """
     code = _call.__code__.replace(co_name=f"{type(block).__name__}_{number}")
     return FunctionType(code, _call.__globals__)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.kinds import layer_groups
-from dora_diffusion.adapters.layers import Active, AdaptedLayer, LayerAdapter, LayoutCache
+from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, LayoutCache
 from dora_diffusion.adapters.layout import Rows, layouts_of
 from dora_diffusion.adapters.plan import Plan
 from dora_diffusion.adapters.route import Ready, Route, forward_rows, routed
@@ -28,6 +28,7 @@ from dora_diffusion.numerics.dora import (
     sum_of_adapters,
 )
 from dora_diffusion.numerics.operation import MaskedOperation, Operation, dropout
+from dora_diffusion.numerics.precision import product_dtype
 from dora_diffusion.numerics.weights import LayerWeights
 
 BASE: Rows = ()
@@ -224,8 +225,7 @@ class StackRoute(Route):
     def __init__(
         self, stack: AdapterStack, layer: AdaptedLayer, adapters: Sequence[LayerAdapter]
     ) -> None:
-        super().__init__(layer)
-        self.stack, self.adapters = stack, adapters
+        self.stack, self.layer, self.adapters = stack, layer, adapters
         self.factors_by_dtype: dict[torch.dtype, Factors] = {}
         self.mask: Tensor | None = None
         self.norm_change: Tensor | None = None
@@ -250,12 +250,12 @@ class StackRoute(Route):
     def is_mixed(self) -> bool:
         return len(self.adapters) > 1 or self.stack.rows == BASE
 
-    def active(self) -> Active:
-        rows = self.stack.rows
-        return [("", self.adapters[rows])] if isinstance(rows, int) else []
-
     def scales(self, name: str, adapter: LayerAdapter) -> StackRoute:
         return self
+
+    def prepare(self) -> None:
+        if self.norms:
+            self.factors(product_dtype(self.layer.weight))
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """Return the factors in a dtype; made for all layers at the first call."""
@@ -270,8 +270,10 @@ class StackRoute(Route):
             ValueError: If the batch has another number of rows.
         """
         rows, layer, mask = self.stack.rows, self.layer, self.mask
-        if rows == BASE or (mask is None and isinstance(rows, int)):
-            return layer.adapted(x, self.active())
+        if rows == BASE:
+            return layer.adapted(x, ())
+        if mask is None and isinstance(rows, int):
+            return layer.adapted(x, [("", self.adapters[rows])])
         each = (rows,) * len(cast(Tensor, mask)) if isinstance(rows, int) else rows
         if len(each) not in (len(x), 1):
             raise ValueError(f"a layer is called with a batch of {len(x)} and not {len(each)} rows")

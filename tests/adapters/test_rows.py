@@ -19,7 +19,8 @@ from dora_diffusion import (
 )
 from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.adapters.layers import AdaptedLayer
-from dora_diffusion.adapters.scope import FixedNorms, NormCache, _each_by_itself, row_scope
+from dora_diffusion.adapters.norm_routes import _each_by_itself
+from dora_diffusion.adapters.scope import FixedNorms, NormCache, row_scope
 from dora_diffusion.numerics.weights import Strengths
 
 ROWS = ["a", "b", None, "a", "c", "d"]
@@ -265,7 +266,7 @@ def test_layers_that_are_batched_are_not_computed_adapter_by_adapter(monkeypatch
     ids, images = inputs(6)
     by_itself = []
     monkeypatch.setattr(
-        "dora_diffusion.adapters.scope._each_by_itself",
+        "dora_diffusion.adapters.norm_routes._each_by_itself",
         lambda layer, *rest: (
             by_itself.append(type(layer).__name__) or _each_by_itself(layer, *rest)
         ),
