@@ -64,7 +64,7 @@ def main() -> None:
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(norm_scope(ours))
         samples = interleaved(calls, args.rounds)
-        caches = [own for _, layer in adapted_layers(ours) for own in layer._scales_cache.values()]
+        caches = [own for _, layer in adapted_layers(ours) for own in layer.route.norms.values()]
         cached = sum(own.norm.nbytes + own.gain.nbytes for own in caches)
     print(
         f"{args.family}, guided (batch 2), {args.latent}x{args.latent} latents, attention+conv, "

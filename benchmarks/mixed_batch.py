@@ -42,7 +42,7 @@ def timed(
     rows = {peer: rows[peer] for peer in (BASE, *peers)}
 
     def call(peer: str) -> None:
-        never = mock.patch("dora_diffusion.adapters.scope._are_batched", return_value=False)
+        never = mock.patch("dora_diffusion.adapters.norm_routes._are_batched", return_value=False)
         with (
             row_scope(model, rows=rows[peer], cache=cache),
             never if peer == TURNS else nullcontext(),

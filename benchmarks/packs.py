@@ -39,7 +39,7 @@ from memory import (
     make_states,
 )
 
-from dora_diffusion.adapters.inject import detach_adapters
+from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.models.memory import PROCESS_GIB
@@ -144,7 +144,7 @@ def count_pack(family: str, resolution: int, config: TrainConfig, count: int) ->
         batches: Any = OneBatch(components, batch)
         steps = []
         for _ in range(count):
-            detach_adapters(components.unet)
+            AdapterSet.of(components.unet).detach()
             weights = inject_trained(components, config)
             step = build_step(config, accelerator(), components, weights, batches)
             step.encode = Encoded(components, cached)  # type: ignore[assignment]

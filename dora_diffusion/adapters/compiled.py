@@ -8,7 +8,7 @@ parameters, gradient checkpointing around a block, hooks on the model.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType
@@ -21,7 +21,6 @@ from dora_diffusion import system
 from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.arguments import check_arguments
-from dora_diffusion.numerics.precision import product_dtype
 
 # By name, as Diffusers' own `_repeated_blocks` has it: importing their classes imports Diffusers.
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
@@ -106,8 +105,9 @@ def _kind(block: nn.Module) -> tuple[Any, ...]:
 def _caller(block: nn.Module, number: int) -> Callable[..., Any]:
     """A function that calls a block, with a code of its own.
 
-    By code torch keeps what it compiled, counts it against a limit, and learns which sizes vary:
-    each kind of block starts afresh, so that its channels do not vary.
+    Torch keeps compiled graphs by code, at most 8 for one, and learns by code which sizes vary.
+    SDXL has 12 kinds of residual blocks: with one code for all, the channels would vary too, and
+    blocks beyond the limit would run uncompiled.
     """
     code = _call.__code__.replace(co_name=f"{type(block).__name__}_{number}")
     return FunctionType(code, _call.__globals__)
@@ -126,16 +126,12 @@ def _run(
     Not before the whole model runs: the scope of an offloaded model opens as that is called.
     """
     adapted = [layer for layer in layers if isinstance(layer, AdaptedLayer)]
-    if any(layer._place is not None and layer._place.is_mixed for layer in adapted):
+    routes = [layer.route for layer in adapted if layer.route is not None]
+    if any(route.is_mixed for route in routes):
         # Each mixture of adapters would be compiled for itself, and the base for each step.
         return block._call_impl(*args, **kwargs)
-    for layer in adapted:
-        scales: Mapping[str, Any] = layer._scales_cache or {}
-        if scales and layer._place is None:
-            scales = {name: layer.scales(name, adapter) for name, adapter in layer.active()}
-        for own in scales.values():
-            if own is not None:
-                own.factors(product_dtype(layer.weight))
+    for route in routes:
+        route.prepare()
     return compiled(block, *args, **kwargs)
 
 

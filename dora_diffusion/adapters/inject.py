@@ -111,8 +111,8 @@ def attach_adapters(model: nn.Module, weights: Mapping[str, LayerWeights], *, na
 
 
 @dataclass(frozen=True)
-class DetachedAdapters:
-    """All adapters of some models, which can be put on again; other ones may be on meanwhile.
+class AdapterSet:
+    """All adapters of some models. One set at a time is attached to a model.
 
     Attributes:
         layers: Each layer with its adapters, and with its ``keep_output``.
@@ -120,29 +120,26 @@ class DetachedAdapters:
 
     layers: Sequence[tuple[AdaptedLayer, nn.ModuleDict, bool]]
 
+    @classmethod
+    def of(cls, *models: nn.Module) -> AdapterSet:
+        """Return the adapters that are attached to models."""
+        layers = [layer for model in models for _, layer in adapted_layers(model)]
+        return cls([(layer, layer.adapters, layer.keep_output) for layer in layers])
+
     def trained(self) -> list[LayerAdapter]:
-        """The adapter that trains, on each layer."""
+        """Return the adapter that trains, on each layer."""
         return [cast(LayerAdapter, adapters[DEFAULT_NAME]) for _, adapters, _ in self.layers]
 
     def attach(self) -> None:
-        """Attach them to their layers, replacing what is there."""
+        """Attach the adapters to their layers, in place of the attached ones."""
         for module, adapters, keep_output in self.layers:
             layer = adapt_layer(module, keep_output)
             layer._modules["adapters"] = adapters
 
-    @classmethod
-    def of(cls, *models: nn.Module) -> DetachedAdapters:
-        """The adapters that are on models, which stay there."""
-        layers = [layer for model in models for _, layer in adapted_layers(model)]
-        return cls([(layer, layer.adapters, layer.keep_output) for layer in layers])
-
-
-def detach_adapters(*models: nn.Module) -> DetachedAdapters:
-    """Detach all adapters from models, whose layers get their plain class back."""
-    detached = DetachedAdapters.of(*models)
-    for layer, _, _ in detached.layers:
-        restore_base_class(layer)
-    return detached
+    def detach(self) -> None:
+        """Detach the adapters from their layers, which get their plain class back."""
+        for layer, _, _ in self.layers:
+            restore_base_class(layer)
 
 
 def _attach(model: nn.Module, adapters: Mapping[str, LayerAdapter], name: str) -> None:
@@ -164,7 +161,8 @@ def _attach(model: nn.Module, adapters: Mapping[str, LayerAdapter], name: str) -
         # The module knows how it stores its weight; a file may not.
         adapter.kind, adapter.groups = layer.kind, layer_groups(layer)
         layer.adapters[name] = adapter.to(layer.weight.device)
-        layer.forget(name)
+        if layer.route is not None:
+            layer.route.forget(name)
         adapter.train(layer.training)
 
 
@@ -299,8 +297,8 @@ def set_strength(
     for adapter in adapters:
         adapter.strengths = dataclasses.replace(adapter.strengths, **changed)
     for _, layer in adapted_layers(model):
-        if layer._scales_cache is not None:
-            layer._scales_cache.clear()
+        if layer.route is not None:
+            layer.route.forget()
 
 
 def layer_adapters(model: nn.Module, name: str | None = None) -> Iterator[LayerAdapter]:

@@ -184,8 +184,7 @@ def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
     module.__class__ = cast(Any, _adapted_class(type(module)))
     layer = cast(AdaptedLayer, module)
     layer.adapters = nn.ModuleDict()
-    layer._scales_cache = layer._statistics = layer._unmerged = None
-    layer._scales_versions, layer._place, layer._ready = {}, None, {}
+    layer.route = layer._statistics = layer._unmerged = None
     layer.keep_output = keep_output
     AdaptedLayer.changes += 1
     return layer
@@ -193,8 +192,7 @@ def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
 
 def restore_base_class(layer: AdaptedLayer) -> None:
     """Make an adapted layer the module that it was, with its present weight."""
-    del layer.adapters, layer._scales_cache, layer._scales_versions, layer._statistics
-    del layer._unmerged, layer._place, layer._ready, layer.keep_output
+    del layer.adapters, layer.route, layer._statistics, layer._unmerged, layer.keep_output
     AdaptedLayer.changes += 1
     plain = next(old for old, new in _ADAPTED.items() if new is type(layer))
     layer.__class__ = cast(Any, plain)

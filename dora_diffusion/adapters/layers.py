@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ from dora_diffusion.adapters.layout import (
     layouts_of,
 )
 from dora_diffusion.adapters.parametrizations import Parametrization
-from dora_diffusion.adapters.plan import FixedScales, LayerScales, make_scales
+from dora_diffusion.adapters.plan import make_scales
+from dora_diffusion.adapters.route import Route, Scales
 from dora_diffusion.config.arguments import mismatch
 from dora_diffusion.config.fields import ConfigError
 from dora_diffusion.numerics.dora import (
@@ -47,8 +48,6 @@ from dora_diffusion.numerics.weights import (
     out_in,
 )
 
-Ready = tuple[Operation, Tensor, Tensor | None, Factors]
-"""All that `dora_forward` takes beside the input."""
 _LINEAR, _VERSION = Operation(), attrgetter("_version")
 
 
@@ -151,23 +150,13 @@ Active = Sequence[tuple[str, LayerAdapter]]
 """Adapters that change the output, with their names."""
 
 
-class LayerPlace(Protocol):
-    """Interface of what computes a layer's output in a scope where rows choose their adapters."""
-
-    @property
-    def is_mixed(self) -> bool:
-        """True if the rows of a batch use several adapters, or none."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output."""
-
-
 class AdaptedLayer(nn.Module):
     """Mixin of layers with adapters. Made by `kinds.adapt_layer` only.
 
     Attributes:
         kind: How the weight is stored.
         shard: Which rows of the weight this process has between calls, where it is sharded.
+        route: The route of an input in the open scope; None outside of scopes.
     """
 
     kind: LayerKind = "plain"
@@ -178,15 +167,11 @@ class AdaptedLayer(nn.Module):
     keep_output: bool
     # How often a layer has got its first adapter or lost its last one, of whatever model.
     changes: ClassVar[int] = 0
-    # Plain attributes, no part of the state dict: caches, and the weight that a merge replaced.
-    _scales_cache: dict[str, LayerScales | FixedScales] | None
-    # Of what parameters each of them is. Apart from it, since compiled layers read that.
-    _scales_versions: dict[str, tuple[int, ...]]
+    # Plain attributes, no part of the state dict: the scope's route, a cache, and the weight that a
+    # merge replaced.
+    route: Route | None
     _statistics: tuple[tuple[Any, ...], WeightStatistics] | None
     _unmerged: Tensor | None
-    # Its place in the scope of a stack or of rows, and what it computes with there by input dtype.
-    _place: LayerPlace | None
-    _ready: Mapping[torch.dtype, Ready]
 
     @property
     def is_merged(self) -> bool:
@@ -239,13 +224,13 @@ class AdaptedLayer(nn.Module):
         Raises:
             RuntimeError: If the base weight or bias requires a gradient.
         """
-        if not torch.compiler.is_compiling():
-            ready = self._ready.get(x.dtype)
-            if ready is not None and not torch.is_autocast_enabled(x.device.type):
-                return dora_forward(ready[0], x, *ready[1:])
-            if self._place is not None:
-                return self._place.forward(x)
-        return self.adapted(x, self.active())
+        route = self.route
+        if route is None or torch.compiler.is_compiling():
+            return self.adapted(x, self.active())
+        ready = route.ready.get(x.dtype)
+        if ready is None or torch.is_autocast_enabled(x.device.type):
+            return route.forward(x)
+        return ready(x)
 
     def adapted(self, x: Tensor, active: Active) -> Tensor:
         """`forward` with these of the adapters."""
@@ -285,12 +270,14 @@ class AdaptedLayer(nn.Module):
     def factors(self, name: str, adapter: LayerAdapter, dtype: torch.dtype) -> Factors:
         """Return an adapter's factors in a dtype, from a plan or, without one, computed alone."""
         if not torch.compiler.is_compiling():
-            scales = self.scales(name, adapter)
+            scales = (self.route or self).scales(name, adapter)
             if scales is not None:
                 return self.with_direction(scales.factors(dtype), adapter)
-        # No plan can be made while torch compiles: a scope has one, or the page serves.
-        elif (kept := (self._scales_cache or {}).get(name)) and dtype in kept.factors_by_dtype:
-            return kept.factors_by_dtype[dtype]
+        # No plan can be made while torch compiles: the scope has the factors, or the graph.
+        elif self.route is not None and name in self.route.norms:
+            factors_by_dtype = self.route.norms[name].factors_by_dtype
+            if dtype in factors_by_dtype:
+                return factors_by_dtype[dtype]
         strength = adapter.strengths.magnitude_strength
         return factors_of(self.dense(), self.bias, adapter.scaled_weights(), dtype, strength)
 
@@ -301,45 +288,14 @@ class AdaptedLayer(nn.Module):
         made = direction_of(self.dense(), adapter.scaled_weights(), factors.down.dtype)
         return factors._replace(direction=made)
 
-    def scales(self, name: str, adapter: LayerAdapter) -> LayerScales | FixedScales | None:
-        """Norm and gain of one adapter: from the scope's cache where one is open, else computed.
+    def scales(self, name: str, adapter: LayerAdapter) -> Scales | None:
+        """Return norm and gain of one adapter, from the open scope or computed now.
 
-        None of a LoRA that has changed in its scope, or is in none.
+        None for a LoRA that changed in its scope, or is in none.
         """
-        cache = self._scales_cache
-        if cache is not None and name in cache:
-            if self.require_unchanged(name, adapter):
-                return cache[name]
-            del cache[name]
-        if adapter.magnitude is None:
-            return None
-        scales = make_scales([self.site([adapter])])[0]
-        if cache is not None:
-            self.keep_scales(name, scales)
-        return scales
-
-    def keep_scales(self, name: str, scales: LayerScales | FixedScales) -> None:
-        """Add an adapter's scales to the cache of the open scope."""
-        assert self._scales_cache is not None
-        self._scales_cache[name] = scales
-        adapter = cast("LayerAdapter", self.adapters._modules[name])
-        self._scales_versions[name] = adapter.versions()
-
-    def require_unchanged(self, name: str, adapter: LayerAdapter) -> bool:
-        """Return whether an adapter still matches its cached scales; a DoRA must.
-
-        Raises:
-            RuntimeError: If a parameter of a DoRA was written or replaced since.
-        """
-        is_unchanged = adapter.versions() == self._scales_versions[name]
-        if not is_unchanged and adapter.magnitude is not None:
-            raise RuntimeError(
-                "an adapter's parameters changed inside norm_scope, which keeps the norms of what "
-                "they were: open one norm_scope for each optimizer step, around its forward and "
-                "backward passes; whatever changes parameters, such as optimizer.step(), call it "
-                "after it"
-            )
-        return is_unchanged
+        if self.route is not None:
+            return self.route.scales(name, adapter)
+        return None if adapter.magnitude is None else make_scales([self.site([adapter])])[0]
 
     @torch.no_grad()
     def site(self, adapters: Sequence[LayerAdapter]) -> Site:
@@ -355,14 +311,9 @@ class AdaptedLayer(nn.Module):
         statistics = self.statistics(adapters[0])
         return Site(matrix, self.bias, made, statistics, self.keep_output, self.shard)
 
-    def forget(self, name: str) -> None:
-        """Drop the scales of an adapter that is not what it was."""
-        if self._scales_cache is not None:
-            self._scales_cache.pop(name, None)
-
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state of a copy, without the scales, which nobody would close for it."""
-        return {**self.__dict__, "_scales_cache": None, "_place": None, "_ready": {}}
+        """Return the state of a copy, which is in no scope."""
+        return {**self.__dict__, "route": None}
 
     def statistics(self, adapter: LayerAdapter) -> WeightStatistics | None:
         """Statistics of the base weight for an adapter, as long as it is what it was."""

@@ -180,6 +180,8 @@ class Layout:
         has_bias: Whether the gain of a layer must spare a bias.
         direct: Places of layers that multiply by their gain in the graph (`Factors.gain_in_graph`).
         parameters: All A, all B and all m, each layer by layer and adapter by adapter.
+        downs: All A, with the zeros that fill them up to a layer's rank.
+        magnitudes: All m.
     """
 
     def __init__(self, sites: Sequence[Site], numbers: Sequence[int]) -> None:
@@ -204,25 +206,26 @@ class Layout:
         self.direct = {place for place, site in enumerate(sites) if site.gain_in_graph}
         adapters = [adapter for site in sites for adapter in site.adapters]
         self.parameters = [a.down for a in adapters] + [a.up for a in adapters]
-        self.parameters += [a.magnitude for a in adapters if a.magnitude is not None]
-        self._downs = [part for rank, own in self._ranks for part in _filled_downs(rank, own)]
+        self.magnitudes = [a.magnitude for a in adapters if a.magnitude is not None]
+        self.parameters += self.magnitudes
+        self.downs = [part for rank, own in self._ranks for part in _filled_downs(rank, own)]
         self.scales = [self._scales_of(own) for _, own in self._ranks]
         self._written: list[int | None] | None = None
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._templates: dict[int | None, list[list[Tensor]]] = {}
-        self.recall()
+        self.update_statistics()
 
     @torch.no_grad()
-    def recall(self) -> None:
-        """Read the statistics of the weights as they are now."""
+    def update_statistics(self) -> None:
+        """Read the present statistics of the weights."""
         if self.has_gain:
             each = [site.statistics for site in self.sites if site.statistics is not None]
             self.base = torch.cat([own.squared_norm.repeat(self.count) for own in each])
             self.recorded = torch.cat([own.checksum for own in each])
             self.recorded_base = torch.cat([own.squared_norm for own in each])
 
-    def look_at_bias(self) -> None:
-        """Read the biases as they are now: of each channel, and zeros where there is none."""
+    def update_bias(self) -> None:
+        """Read the present biases, with zeros for layers that have none."""
         each = list(zip(self.sites, self.has_bias, strict=True))
         own = [site.bias for site, has in each if has and site.bias is not None]
         written = [None if bias.is_inference() else bias._version for bias in own]
@@ -248,10 +251,6 @@ class Layout:
 
     # Parameters to buffers
 
-    def down(self) -> Tensor:
-        """All A."""
-        return join(self._downs).to(self.dtype)
-
     @torch.no_grad()
     def up(self) -> list[Tensor]:
         """All B, ``(rows, r)`` of each rank; smaller ones are filled up with zeros."""
@@ -269,17 +268,13 @@ class Layout:
             made.append(rows)
         return made
 
-    def magnitude(self) -> Tensor:
-        """All m."""
-        return join(self.parameters[2 * len(self.sizes) :]).to(self.dtype)
-
     def row_scales(self, gain: Tensor | None) -> list[Any]:
         """Return the factors of each rank's rows of B: ``g s`` on the output axis, else ``s``."""
         if gain is None or self.axis == "input":
             return self.scales
         return scaled(torch.split(gain[:, None], self._rows), self.scales)
 
-    # Buffers to layers. Buffers are given in the order A, B of each rank, and any vectors.
+    # Buffers to layers, in the order A, B of each rank, and any vectors.
 
     @cached_property
     def _blocks(self) -> list[list[Any]]:
@@ -290,10 +285,16 @@ class Layout:
         vectors = [(n, site.width) for n, site in first]
         return [downs, *ups, *[vectors] * _VECTORS]
 
-    def blocks(self, buffers: Sequence[Tensor], count: int | None = None) -> list[list[Tensor]]:
-        """Cut each buffer by `shapes`, ``(n, count, ...)``; K are there if not said.
+    def views_by_shape(
+        self, buffers: Sequence[Tensor], count: int | None = None
+    ) -> list[list[Tensor]]:
+        """View each buffer as a tensor ``(n, count, ...)`` for each of `shapes`.
 
-        Those of A are ``(n, count, r, in * k)``, those of B ``(n, count, out, r)``.
+        A is ``(n, count, r, in * k)``, B ``(n, count, out, r)``.
+
+        Args:
+            buffers: Buffers of A, of B for each rank, and any vectors.
+            count: Adapters of each layer in the buffers; None: K.
         """
         made = []
         for buffer, parts in zip(buffers, self._blocks, strict=False):
@@ -303,10 +304,10 @@ class Layout:
         return made
 
     def factors_by_shape(self, down: Tensor, up: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
-        """Blocks of A and of B, of sharded weights the rows of B that this process has."""
-        downs, *by_rank = self.blocks([down, *up])
-        pairs = zip((block for blocks in by_rank for block in blocks), self.shapes, strict=True)
-        return downs, [b if (s := group[0].shard) is None else s.own(b, 2) for b, group in pairs]
+        """`views_by_shape` of A and of B; for a sharded weight, the rows of B of this process."""
+        downs, *by_rank = self.views_by_shape([down, *up])
+        pairs = zip((up for ups in by_rank for up in ups), self.shapes, strict=True)
+        return downs, [u if (s := group[0].shard) is None else s.own(u, 2) for u, group in pairs]
 
     def index(self, rows: Rows) -> Tensor:
         """Rows of adapters, on the device."""
@@ -317,56 +318,58 @@ class Layout:
             self._indices[key] = torch.tensor(key).to(self.device)
         return self._indices[key]
 
-    def cut(self, rows: Rows, buffers: Sequence[Tensor]) -> list[Tensor]:
-        """Each layer's part of buffers that are laid out for such rows, as views.
+    def views(self, rows: Rows, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """View buffers that are laid out for such rows as a tensor for each layer.
 
-        Of a number the layer's own shapes, ``(r, in, *k)`` and ``(out, r, *1)``; of rows with ``N``
-        in front, and B without ones.
+        For a number these have the layer's own shapes, ``(r, in, *k)`` and ``(out, r, *1)``; for
+        rows a dimension ``N`` in front, and B is ``(N, out, r)``.
         """
         pairs = zip(buffers, self._shaped(rows), strict=False)
         return [part for own, like in pairs for part in split_like(own.view(-1), like)]
 
-    def take(self, rows: Rows, buffers: Sequence[Tensor]) -> list[Tensor]:
-        """Each layer's part of buffers of the K adapters, for a batch of such rows."""
+    def gather(self, rows: Rows, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """Return each layer's tensors for a batch of such rows, from buffers of the K adapters."""
         if rows == self.whole:
-            return self.cut(rows, buffers)
-        taken: list[Tensor] = []
-        for block in (block for blocks in self.blocks(buffers) for block in blocks):
+            return self.views(rows, buffers)
+        gathered: list[Tensor] = []
+        for view in (view for views in self.views_by_shape(buffers) for view in views):
             is_one = isinstance(rows, int)
-            own = block[:, rows] if is_one else block.index_select(1, self.index(rows))
-            taken += own.unbind()
+            own = view[:, rows] if is_one else view.index_select(1, self.index(rows))
+            gathered += own.unbind()
         shapes = [like for own in self._shaped(rows)[: len(buffers)] for like in own]
-        return [part.view(like.shape) for part, like in zip(taken, shapes, strict=True)]
+        return [part.view(like.shape) for part, like in zip(gathered, shapes, strict=True)]
 
-    def give(self, rows: Rows, buffers: Sequence[Tensor]) -> list[Tensor]:
-        """Buffers of the K adapters, of the sums of what such rows have in theirs."""
+    def scatter_add(self, rows: Rows, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """Return buffers of the K adapters: for each the sum over its rows."""
         if rows == self.whole:
             return list(buffers)
-        index, made = self.index(rows), self.empty(self.whole, fill=True)
-        made += [torch.zeros_like(self.base) for _ in buffers[len(made) :]]
-        pairs = zip(self.blocks(made), self.blocks(buffers, len(index)), strict=True)
-        for blocks, parts in pairs:
-            for block, part in zip(blocks, parts, strict=True):
-                block.index_add_(1, index, part)
-        return made
+        index, sums = self.index(rows), self.new_buffers(self.whole, zero=True)
+        sums += [torch.zeros_like(self.base) for _ in buffers[len(sums) :]]
+        pairs = zip(
+            self.views_by_shape(sums), self.views_by_shape(buffers, len(index)), strict=True
+        )
+        for totals, views in pairs:
+            for total, view in zip(totals, views, strict=True):
+                total.index_add_(1, index, view)
+        return sums
 
-    def joined(self, rows: Rows, vectors: Sequence[Tensor | None]) -> Tensor:
-        """The vectors of layers for such rows in a buffer, with zeros where there is none."""
+    def cat(self, rows: Rows, vectors: Sequence[Tensor | None]) -> Tensor:
+        """Concatenate the layers' vectors for such rows, with zeros for None."""
         count = 1 if isinstance(rows, int) else len(rows)
         zeros = self.base.new_zeros(count * max(self.widths))
         each = zip(vectors, self.widths, strict=True)
         return join([zeros[: count * width] if v is None else v for v, width in each])
 
-    def empty(self, rows: Rows, *, fill: bool) -> list[Tensor]:
-        """Buffers of A and B for such rows, with zeros where they are not filled afterwards."""
-        count, new = 1 if isinstance(rows, int) else len(rows), torch.zeros if fill else torch.empty
+    def new_buffers(self, rows: Rows, *, zero: bool) -> list[Tensor]:
+        """Return new buffers of A and B for such rows, of zeros or uninitialized."""
+        count, new = 1 if isinstance(rows, int) else len(rows), torch.zeros if zero else torch.empty
         downs, *ups = [sum(map(prod, each)) for each in self._blocks[: 1 + len(self._ranks)]]
         shapes: list[tuple[int, ...]] = [(count * downs,)]
         shapes += [(count * up // r, r) for up, (r, _) in zip(ups, self._ranks, strict=True)]
         return [new(shape, dtype=self.dtype, device=self.device) for shape in shapes]
 
     def _shaped(self, rows: Rows) -> list[list[Tensor]]:
-        """Shapes that buffers for such rows are cut into, as tensors without memory."""
+        """Shapes of the `views` of buffers for such rows, as tensors without memory."""
         key, front = (None, []) if isinstance(rows, int) else (len(rows), [len(rows)])
         if key not in self._templates:
             sites, ones = self.sites, [1] * (4 if key is None else 0)

@@ -15,14 +15,23 @@ parameters, or after the last one of a step, where `give_gradients` is called.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dora_diffusion.adapters.layout import DeferredFlags, Layout, Rows, Site, layouts_of, scaled
+from dora_diffusion.adapters.layout import (
+    DeferredFlags,
+    Layout,
+    Rows,
+    Site,
+    join,
+    layouts_of,
+    scaled,
+)
 from dora_diffusion.numerics.dora import NORM_FLOOR, Factors, direction_of, factors_of
 from dora_diffusion.numerics.dora import gain as gain_of
 from dora_diffusion.numerics.norms import (
@@ -145,6 +154,19 @@ class FixedScales:
         return self.factors_by_dtype[dtype]
 
 
+class LayerTensors(NamedTuple):
+    """Fields of `Factors` of each layer, as `_Prepare` returns them, or their gradients.
+
+    LoRA has no gains, and layers without any bias no numerators and shifts.
+    """
+
+    down: Sequence[Tensor | None]
+    up: Sequence[Tensor | None]
+    gain: Sequence[Tensor | None] = ()
+    shift_numerator: Sequence[Tensor | None] = ()
+    shift: Sequence[Tensor | None] = ()
+
+
 class Plan:
     """Norms, gains and factors from the present parameters of a layout.
 
@@ -165,14 +187,14 @@ class Plan:
         self, layout: Layout, flags: DeferredFlags | None = None, *, has_edges: bool = True
     ) -> None:
         self.layout, self.has_edges = layout, has_edges
-        self.down, self.up = layout.down(), layout.up()
+        self.down, self.up = join(layout.downs).to(layout.dtype), layout.up()
         self.direct, self.ran_without_gradients = set(layout.direct), set[int]()
         self._left: list[Tensor] | None = None
         self._used: set[int] = set()
         self.norm: Tensor | None = None
         self.gain: Tensor | None = None
         if layout.has_gain:
-            layout.look_at_bias()
+            layout.update_bias()
             with torch.no_grad(), full_precision(layout.device):
                 self._make_norms(flags)
         self._scales = layout.row_scales(self.gain)
@@ -187,7 +209,7 @@ class Plan:
             terms = Terms(change, bound.sqrt(), checksum)
         total = terms.change + layout.base
         self.norm = total.clamp_min(0).sqrt_()
-        self.gain = gain_of(layout.magnitude(), self.norm)
+        self.gain = gain_of(join(layout.magnitudes).to(layout.dtype), self.norm)
         # Not less: what is not a number must be found too.
         flagged = is_ill_conditioned(total, layout.base, terms.bound, margin).logical_or_(
             ~(self.gain.abs() >= margin * SMALL_GAIN)
@@ -202,7 +224,7 @@ class Plan:
             site = layout.sites[place]
             site.statistics.update(site.weight)  # type: ignore[union-attr]
         if changed:
-            layout.recall()
+            layout.update_statistics()
         again = {place * count + k for place in changed for k in range(count)}
         # In order, since processes that share the weights recompute together.
         for number in sorted(again.union(number for number in found if number < adapters)):
@@ -264,22 +286,22 @@ class Plan:
         with torch.inference_mode(False), torch.enable_grad():
             start = layout.parameters if self.has_edges else [layout.anchor]
             made: tuple[Tensor, ...] = _Prepare.apply(self, dtype, rows, *start)  # type: ignore[no-untyped-call]
-        each = [made[first : first + count] for first in range(0, len(made), count)]
-        gains, numerators, shifts = [*each[2:], *[(None,) * count] * 3][:3]
+        tensors = LayerTensors(*(made[i : i + count] for i in range(0, len(made), count)))
+        each: Iterable[Any] = zip_longest(*tensors, layout.has_bias)
         return [
             Factors(
-                each[0][place],
-                each[1][place],
-                gains[place],
-                shifts[place] if has_bias else None,
-                numerators[place] if has_bias else None,
+                down,
+                up,
+                gain,
+                shift if has_bias else None,
+                numerator if has_bias else None,
                 layout.axis,
                 place in self.direct,
                 self.direction(place, rows, dtype)
                 if place in self.direct and isinstance(rows, int)
                 else None,
             )
-            for place, has_bias in enumerate(layout.has_bias)
+            for place, (down, up, gain, numerator, shift, has_bias) in enumerate(each)
         ]
 
     def direction(self, place: int, k: int, dtype: torch.dtype) -> Tensor | None:
@@ -288,10 +310,7 @@ class Plan:
         return None if site.shard else direction_of(site.weight, site.adapters[k], dtype)
 
     def prepared(self, dtype: torch.dtype, rows: Rows) -> list[Tensor]:
-        """A and B of all layers, their gains, numerators (whose values nobody reads), and shifts.
-
-        LoRA have no gains, and layers that have no bias, all of them, no shifts.
-        """
+        """Return `LayerTensors` one after the other; the values of numerators are never read."""
         layout = self.layout
         buffers = [part.to(dtype) for part in (self.down, *scaled(self.up, self._scales))]
         if self.gain is not None:
@@ -299,23 +318,23 @@ class Plan:
             if any(layout.has_bias):
                 shifts = ((1 - self.gain) * layout.bias).to(dtype)
                 buffers += [torch.empty_like(self.gain), shifts]
-        return layout.take(rows, buffers)
+        return layout.gather(rows, buffers)
 
     # Gradients
 
-    def gathered(self, rows: Rows, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """Gradients of the factors of rows, in buffers: A, B of each rank, sums, shifts' sums."""
+    def flat_gradients(self, rows: Rows, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return buffers of gradients: A, B of each rank, sums for m, and sums of shifts."""
         layout, count = self.layout, len(self.layout.sites)
-        used = [place for place in range(count) if grads[place] is not None]
+        each = LayerTensors(*(grads[i : i + count] for i in range(0, len(grads), count)))
+        used = [place for place, grad in enumerate(each.down) if grad is not None]
         self._used.update(used)
-        made = layout.empty(rows, fill=len(used) < count)
-        given = zip(layout.cut(rows, made), grads[: 2 * count], strict=True)
-        if pairs := [(target, grad) for target, grad in given if grad is not None]:
+        buffers = layout.new_buffers(rows, zero=len(used) < count)
+        targets = zip(layout.views(rows, buffers), (*each.down, *each.up), strict=True)
+        if pairs := [(target, grad) for target, grad in targets if grad is not None]:
             torch._foreach_copy_([target for target, _ in pairs], [grad for _, grad in pairs])
         # Zeros where no bias was reached, so that all passes leave the same buffers.
-        for first in range(2 * count, min(len(grads), 4 * count), count):
-            made.append(layout.joined(rows, grads[first : first + count]))
-        return layout.give(rows, made)
+        sums = [layout.cat(rows, grad) for grad in (each.gain, each.shift_numerator) if grad]
+        return layout.scatter_add(rows, buffers + sums)
 
     def gradients(self, made: list[Tensor]) -> list[Tensor | None]:
         """The gradients of the layout's parameters, of buffers that this changes."""
@@ -324,8 +343,8 @@ class Plan:
         for up, scale in zip(ups, self._scales, strict=True):
             if not (isinstance(scale, float) and scale == 1):
                 up.mul_(scale)
-        blocks = layout.cut(layout.whole, made[: 1 + ranks])
-        parts = blocks if layout.count == 1 else [own for block in blocks for own in block.unbind()]
+        views = layout.views(layout.whole, made[: 1 + ranks])
+        parts = views if layout.count == 1 else [own for view in views for own in view.unbind()]
         if layout.has_gain:
             parts += torch.split(self._magnitude_gradient(made[1 + ranks :]), layout.sizes)
         each = len(layout.sizes)
@@ -401,8 +420,8 @@ class _Prepare(torch.autograd.Function):
         if plan.has_edges:
             # Of these alone, whatever earlier passes have reached.
             plan._used.clear()
-            return None, None, None, *plan.gradients(plan.gathered(ctx.rows, grads))
-        made = plan.gathered(ctx.rows, grads)
+            return None, None, None, *plan.gradients(plan.flat_gradients(ctx.rows, grads))
+        made = plan.flat_gradients(ctx.rows, grads)
         if plan._left is None:
             plan._left = made
         else:

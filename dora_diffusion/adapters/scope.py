@@ -1,10 +1,4 @@
-"""Norms computed once for as long as no parameter changes, and rows of a batch with adapters of
-their own.
-
-With the norm detached (paper, section 4.3), an adapted layer is ``g_k (W x + b) + B'_k (A_k x)``
-and a shift: what differs between the adapters of rows is thin, and is batched beside the one dense
-product.
-"""
+"""Norms computed once for as long as no parameter changes, for all rows of a batch or for each."""
 
 from __future__ import annotations
 
@@ -14,26 +8,24 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_diffusion.adapters.inject import require_adapters
 from dora_diffusion.adapters.layers import (
-    Active,
     AdaptedLayer,
     LayerAdapter,
     LayoutCache,
     adapted_layers,
     state_of,
 )
+from dora_diffusion.adapters.norm_routes import NormRoute, RowRoute
 from dora_diffusion.adapters.plan import FixedScales, LayerScales, make_scales, scales_of
-from dora_diffusion.numerics.dora import Factors, dora_forward
-from dora_diffusion.numerics.operation import ConvOperation, Operation, RowOperation
+from dora_diffusion.adapters.route import routed
 
-Entry = tuple[AdaptedLayer, str, LayerAdapter]
-"""A layer, and an adapter of it by name."""
+Entry = tuple[NormRoute, str, LayerAdapter]
+"""The route of a layer, and an adapter of that layer by name."""
 
 
 class NormCache:
@@ -74,7 +66,7 @@ class NormCache:
 
     def scales(self, entries: Sequence[Entry]) -> Sequence[LayerScales | FixedScales | None]:
         """The scales of each adapter, as far as it has any that are kept."""
-        layers, adapters = [layer for layer, _, _ in entries], [[own] for _, _, own in entries]
+        layers, adapters = [route.layer for route, _, _ in entries], [[a] for _, _, a in entries]
         return scales_of(self._layouts.of(layers, adapters)[0], self._layouts.flags)
 
 
@@ -95,7 +87,8 @@ class FixedNorms(NormCache):
         """The scales of each adapter with a magnitude."""
         nothing: tuple[object, None] = None, None
         missing: dict[str, list[tuple[AdaptedLayer, LayerAdapter, object]]] = {}
-        for layer, name, adapter in entries:
+        for route, name, adapter in entries:
+            layer = route.layer
             state: object = (adapter.versions(), state_of([layer], [[adapter]]))
             if adapter.magnitude is not None and self._fixed.get(adapter, nothing)[0] != state:
                 missing.setdefault(name, []).append((layer, adapter, state))
@@ -139,32 +132,8 @@ def norm_scope(*models: nn.Module, cache: NormCache | None = None) -> Iterator[N
         ...     model(torch.ones(1, 8)).sum().backward()
     """
     layers = (cache or NormCache()).layers(models)
-    opened = [layer for layer in layers if layer._scales_cache is None]
-    entries = [
-        (layer, *each)
-        for layer in opened
-        for each in layer.active()
-        if not isinstance(layer._place, _RowPlace) or each[0] in layer._place.names
-    ]
-    scales = (
-        make_scales([e[0].site([e[2]]) for e in entries])
-        if cache is None
-        else cache.scales(entries)
-    )
-    for layer in opened:
-        # Past `nn.Module.__setattr__`, which takes longer than all else here.
-        vars(layer)["_scales_cache"] = {}
-    for (layer, name, _), own in zip(entries, scales, strict=True):
-        if own is not None:
-            layer.keep_scales(name, own)
-    noticed = register_optimizer_step_post_hook(_count_written)
-    try:
+    with _norms_of([NormRoute(layer) for layer in layers if layer.route is None], cache):
         yield
-    finally:
-        noticed.remove()
-        for layer in opened:
-            if isinstance(layer, AdaptedLayer):  # Some may be plain again.
-                vars(layer)["_scales_cache"] = None
 
 
 @contextmanager
@@ -207,15 +176,30 @@ def row_scope(
     if not partly:
         require_adapters(models, rows)
     layers = (cache or NormCache()).layers(models)
-    for layer in layers:
-        vars(layer)["_place"] = _RowPlace(layer, tuple(rows))
+    with _norms_of([RowRoute(layer, tuple(rows)) for layer in layers], cache):
+        yield
+
+
+@contextmanager
+def _norms_of(routes: Sequence[NormRoute], cache: NormCache | None) -> Iterator[None]:
+    """Route layers with the norms of their adapters, unless an open scope has these already."""
+    entries = [
+        (route, *each) for route in routes if route.layer.route is None for each in route.active()
+    ]
+    scales = (
+        make_scales([route.layer.site([adapter]) for route, _, adapter in entries])
+        if cache is None
+        else cache.scales(entries)
+    )
+    for (route, name, adapter), kept in zip(entries, scales, strict=True):
+        if kept is not None:
+            route.keep(name, adapter, kept)
+    hook = register_optimizer_step_post_hook(_count_written)
     try:
-        with norm_scope(*models, cache=cache):
+        with routed([route.layer for route in routes], routes):
             yield
     finally:
-        for layer in layers:
-            if isinstance(layer, AdaptedLayer):
-                vars(layer)["_place"] = None
+        hook.remove()
 
 
 def _count_written(optimizer: torch.optim.Optimizer, *args: Any) -> None:
@@ -224,142 +208,3 @@ def _count_written(optimizer: torch.optim.Optimizer, *args: Any) -> None:
         for parameter in group["params"]:
             if parameter.grad is not None:
                 increment_version(parameter)
-
-
-class _RowPlace:
-    """A layer in a `row_scope`.
-
-    Args:
-        layer: The layer.
-        names: Adapter of each row; None is the base. A batch of a multiple of so many rows repeats
-            them, as guidance does.
-    """
-
-    is_mixed = True
-
-    def __init__(self, layer: AdaptedLayer, names: tuple[str | None, ...]) -> None:
-        self.layer, self.names = layer, names
-        self._factors: dict[tuple[Any, ...], Factors | None] = {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The output of the layer, of each row with its own of the active adapters.
-
-        Raises:
-            ValueError: If the batch's size is not a multiple of the number of rows.
-        """
-        layer = self.layer
-        active = [each for each in layer.active() if each[0] in self.names]
-        if len(set(self.names)) == 1 or not active or layer.is_merged:
-            return layer.adapted(x, active)
-        is_batch = layer.kind == "embedding" or x.ndim >= layer.weight.ndim
-        names = self._repeated(len(x) if is_batch else 1)
-        op = layer.operation()
-        if _are_batched(layer, op, active):
-            inputs, matrix, bias = layer.operands(x)
-            assert isinstance(inputs, Tensor)
-            if (factors := self._factors_of_rows(active, names, inputs.dtype)) is not None:
-                rows = RowOperation(op, inputs.ndim, len(names))
-                return dora_forward(rows, inputs, matrix, bias, factors)
-        return _each_by_itself(layer, x, names, active)
-
-    def _repeated(self, batch: int) -> tuple[str | None, ...]:
-        repeats, rest = divmod(batch, len(self.names))
-        if rest or not repeats:
-            raise ValueError(
-                f"a layer is called with a batch of {batch}, and adapters are given for "
-                f"{len(self.names)} rows; give one per row of the batch"
-            )
-        return self.names * repeats
-
-    def _factors_of_rows(
-        self, active: Active, names: Sequence[str | None], dtype: torch.dtype
-    ) -> Factors | None:
-        """Each row's factors, stacked; None where the gradient of m needs a path of its own."""
-        layer, key = self.layer, (dtype, len(names), torch.is_grad_enabled())
-        for name, adapter in active:
-            if name in (layer._scales_cache or {}) and not layer.require_unchanged(name, adapter):
-                self._factors.clear()
-        if key not in self._factors:
-            own = {
-                name: _folded(layer.factors(name, adapter, dtype), adapter.strengths.strength)
-                for name, adapter in active
-            }
-            trains = torch.is_grad_enabled() and any(f.gain is not None for f in own.values())
-            gain_in_graph = trains and any(f.gain_in_graph for f in own.values())
-            self._factors[key] = None if gain_in_graph else _stacked(own, names)
-        return self._factors[key]
-
-
-def _are_batched(layer: AdaptedLayer, op: Operation, active: Active) -> bool:
-    """Return whether one product serves these adapters; others run one adapter at a time."""
-    is_plain = type(op) is Operation
-    is_image = isinstance(op, ConvOperation) and op.groups == 1 and len(op.stride) == 2
-    adapters = [adapter for _, adapter in active]
-    axes = {adapter.norm_axis for adapter in adapters if adapter.magnitude is not None}
-    # A strength is folded into what the output is multiplied by, which has no gradient of m then.
-    folds = not torch.is_grad_enabled() and "input" not in axes
-    return (
-        (is_plain or is_image)
-        and len(axes) < 2
-        and all(folds or adapter.strengths.strength == 1 for adapter in adapters)
-        and not (layer.training and any(adapter.dropout for adapter in adapters))
-    )
-
-
-def _folded(factors: Factors, strength: float) -> Factors:
-    """Factors of ``W x + strength * (W' x - W x)``, on the output axis or without a magnitude."""
-    if strength == 1:
-        return factors
-    gain, shift = factors.gain, factors.shift
-    return factors._replace(
-        up=strength * factors.up,
-        gain=None if gain is None else 1 + strength * (gain - 1),
-        shift=None if shift is None else strength * shift,
-    )
-
-
-def _stacked(own: dict[str, Factors], names: Sequence[str | None]) -> Factors:
-    """Each row's factors: ``down (N, r, in, *k)``, ``up (N, out, r)``, the others ``(N, n)``.
-
-    Ranks are filled up with zeros. A row without an adapter has zeros, and a gain of 1.
-    """
-    first = next(iter(own.values()))
-    rank = max(f.down.shape[0] for f in own.values())
-    downs = {
-        name: F.pad(f.down, (0, 0) * (f.down.ndim - 1) + (0, rank - f.down.shape[0]))
-        for name, f in own.items()
-    }
-    ups = {name: F.pad(f.up.flatten(1), (0, rank - f.down.shape[0])) for name, f in own.items()}
-    axis = next((f.axis for f in own.values() if f.gain is not None), first.axis)
-
-    def stack(parts: dict[str, Tensor], empty: float = 0.0) -> Tensor | None:
-        if not parts:
-            return None
-        one = next(iter(parts.values()))
-        other = torch.full_like(one, empty, requires_grad=False)
-        return torch.stack([parts.get(name or "", other) for name in names])
-
-    down, up = stack(downs), stack(ups)
-    assert down is not None
-    assert up is not None
-    return Factors(
-        down,
-        up,
-        stack({name: f.gain for name, f in own.items() if f.gain is not None}, 1.0),
-        stack({name: f.shift for name, f in own.items() if f.shift is not None}),
-        stack({n: f.shift_numerator for n, f in own.items() if f.shift_numerator is not None}),
-        axis,
-    )
-
-
-def _each_by_itself(
-    layer: AdaptedLayer, x: Tensor, names: Sequence[str | None], active: Active
-) -> Tensor:
-    """Rows of one adapter after those of another, put back in their order."""
-    made, places = [], []
-    for name in dict.fromkeys(names):
-        at = [place for place, other in enumerate(names) if other == name]
-        made.append(layer.adapted(x[at], [each for each in active if each[0] == name]))
-        places += at
-    order = torch.tensor(places, device=x.device).argsort()
-    return torch.cat(made).index_select(0, order)

@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.kinds import layer_groups
-from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, LayoutCache, Ready
+from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, LayoutCache
 from dora_diffusion.adapters.layout import Rows, layouts_of
 from dora_diffusion.adapters.plan import Plan
+from dora_diffusion.adapters.route import Ready, Route, forward_rows, routed
 from dora_diffusion.numerics.dora import (
     Factors,
     direction_of,
@@ -25,7 +27,8 @@ from dora_diffusion.numerics.dora import (
     gain,
     sum_of_adapters,
 )
-from dora_diffusion.numerics.operation import MaskedOperation, Operation, RowOperation, dropout
+from dora_diffusion.numerics.operation import MaskedOperation, Operation, dropout
+from dora_diffusion.numerics.precision import product_dtype
 from dora_diffusion.numerics.weights import LayerWeights
 
 BASE: Rows = ()
@@ -67,11 +70,11 @@ class AdapterStack:
         self.masks: Masks = ()
         self.norm_changes: Masks = ()
         each = zip(layers, adapters, strict=True)
-        self._places = [StackPlace(self, *parts) for parts in each]
+        self._routes = [StackRoute(self, *parts) for parts in each]
         self._layouts = LayoutCache()
         self._dtype: torch.dtype | None = None
         self._plans: list[Plan] = []
-        # Of each layer its factors by dtype, and what it is ready with where its input stays.
+        # Each layer's factors by dtype, and its `Route.ready`.
         self._made: dict[Rows, list[tuple[dict[torch.dtype, Factors], dict[torch.dtype, Ready]]]]
 
     @contextmanager
@@ -85,26 +88,22 @@ class AdapterStack:
         """
         layouts, are_new = self._layouts.of(self.layers, self.adapters)
         if are_new:
-            for place in self._places:
-                place.settle()
-            self._dtype = next((p.plain_dtype for p in self._places if p.plain_dtype), None)
+            for route in self._routes:
+                route.settle()
+            self._dtype = next((r.plain_dtype for r in self._routes if r.plain_dtype), None)
             self._parameters = [p for own in self.adapters for a in own for p in a.parameters()]
         flags = self._layouts.flags
         self._plans = [Plan(own, flags[kind], has_edges=False) for kind, own in layouts.items()]
         self._made, before = {}, [parameter._version for parameter in self._parameters]
-        for layer, place in zip(self.layers, self._places, strict=True):
-            # Past `nn.Module.__setattr__`, which takes longer than all else here.
-            vars(layer).update(_place=place, _scales_cache=dict(place.by_name))
-        self._choose(BASE)
         try:
-            yield
-            if before != [parameter._version for parameter in self._parameters]:
-                raise RuntimeError("an adapter's parameters changed inside of its step")
-            for plan in self._plans:
-                plan.give_gradients()
+            with routed(self.layers, self._routes):
+                self._choose(BASE)
+                yield
+                if before != [parameter._version for parameter in self._parameters]:
+                    raise RuntimeError("an adapter's parameters changed inside of its step")
+                for plan in self._plans:
+                    plan.give_gradients()
         finally:
-            for layer in self.layers:
-                vars(layer).update(_place=None, _ready={}, _scales_cache=None)
             self._plans = []
 
     @contextmanager
@@ -139,18 +138,18 @@ class AdapterStack:
             self._choose(*before)
 
     def _choose(self, rows: Rows, masks: Masks = (), norm_changes: Masks = ()) -> None:
-        for place in self._places if self.masks else ():
-            place.mask = place.norm_change = None
+        for route in self._routes if self.masks else ():
+            route.mask = route.norm_change = None
         self.rows, self.masks, self.norm_changes = rows, masks, norm_changes
         if rows not in self._made:
             self._made[rows] = [({}, {}) for _ in self.layers]
-        for layer, place, made in zip(self.layers, self._places, self._made[rows], strict=True):
-            place.factors_by_dtype, vars(layer)["_ready"] = made
-        for layer, place, mask in zip(self.layers, self._places, masks, strict=False):
-            if mask is not None:  # Nor does the layer compute past its place.
-                place.mask, vars(layer)["_ready"] = mask, {}
-        for place, change in zip(self._places, norm_changes, strict=False):
-            place.norm_change = change
+        for route, made in zip(self._routes, self._made[rows], strict=True):
+            route.factors_by_dtype, route.ready = made
+        for route, mask in zip(self._routes, masks, strict=False):
+            if mask is not None:
+                route.mask, route.ready = mask, {}
+        for route, change in zip(self._routes, norm_changes, strict=False):
+            route.norm_change = change
 
     @torch.no_grad()
     def _norm_changes(self, rows: int | Sequence[int], active: Masks) -> Masks:
@@ -189,10 +188,11 @@ class AdapterStack:
         for plan in self._plans:
             factors = plan.factors(dtype, self.rows)
             for number, own in zip(plan.layout.numbers, factors, strict=True):
-                place, (factors_by_dtype, ready) = self._places[number], made[number]
+                route, (factors_by_dtype, ready) = self._routes[number], made[number]
                 factors_by_dtype[dtype] = own
-                if has_one and place.plain_dtype == dtype:
-                    ready[dtype] = place.op, place.matrix, place.layer.bias, own
+                if has_one and route.plain_dtype == dtype:
+                    op, matrix, bias = route.op, route.matrix, route.layer.bias
+                    ready[dtype] = partial(dora_forward, op, weight=matrix, bias=bias, factors=own)
 
 
 def _masked(weights: LayerWeights, mask: Tensor) -> LayerWeights:
@@ -205,24 +205,21 @@ def _along_rank(mask: Tensor, down: Tensor) -> Tensor:
     return mask.view(-1, *[1] * (down.ndim - 1))
 
 
-class StackPlace:
-    """A layer in a stack.
+class StackRoute(Route):
+    """Route of a layer in a stack.
 
     Args:
         stack: The stack.
         layer: The layer.
-        adapters: Its adapters.
+        adapters: The K adapters of the layer.
 
     Attributes:
-        factors_by_dtype: Its factors for the rows of now, as far as they were made.
-        mask: By what each rank of the rows of now is multiplied; None: as they are.
-        norm_change: `Factors.norm_change` of the rows of now.
-        by_name: Itself by the name of a single adapter that is on the layer, which is what compiled
-            blocks know.
-        op: What the weight does to an input.
+        factors_by_dtype: Factors for the current rows, as far as they were made.
+        mask: Factor of each rank of the current rows; None: all are 1.
+        norm_change: `Factors.norm_change` of the current rows.
+        op: Operation of the weight.
         matrix: The weight ``(out, in, *k)``.
-        plain_dtype: The only dtype in which nothing is to be done to an input, or to the weight;
-            None: something always is.
+        plain_dtype: The dtype in which input and weight are used as they are; None: in no dtype.
     """
 
     def __init__(
@@ -234,7 +231,7 @@ class StackPlace:
         self.norm_change: Tensor | None = None
 
     def settle(self) -> None:
-        """Find out what no step changes."""
+        """Read the properties of the layer that no step changes."""
         layer, bias = self.layer, self.layer.bias
         is_low = layer.weight.dtype == torch.bfloat16 and layer.weight.device.type == "cpu"
         self.op, self.matrix = layer.operation(leaves_garbage=is_low), layer.dense()
@@ -245,13 +242,20 @@ class StackPlace:
             and not any(own.dropout for own in self.adapters)
         )
         self.plain_dtype = layer.weight.dtype if is_plain else None
+        # By the name of a single adapter that is on the layer, as compiled blocks look for it.
         known = layer.adapters.items() if len(self.adapters) == 1 else ()
-        self.by_name = {name: self for name, own in known if own is self.adapters[0]}
+        self.norms = {name: self for name, own in known if own is self.adapters[0]}
 
     @property
     def is_mixed(self) -> bool:
-        """True if the rows of a batch use several adapters, or none."""
         return len(self.adapters) > 1 or self.stack.rows == BASE
+
+    def scales(self, name: str, adapter: LayerAdapter) -> StackRoute:
+        return self
+
+    def prepare(self) -> None:
+        if self.norms:
+            self.factors(product_dtype(self.layer.weight))
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """Return the factors in a dtype; made for all layers at the first call."""
@@ -260,50 +264,56 @@ class StackPlace:
         return self.factors_by_dtype[dtype]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output of the layer, whatever is to be done to its input.
+        """Return the layer's output, each row with its own adapter.
 
         Raises:
             ValueError: If the batch has another number of rows.
         """
-        rows, layer = self.stack.rows, self.layer
+        rows, layer, mask = self.stack.rows, self.layer, self.mask
         if rows == BASE:
-            return cast(Tensor, super(AdaptedLayer, layer).forward(x))
-        inputs, matrix, bias = layer.operands(x)
-        op, factors, mask = layer.operation(), self.factors(inputs.dtype), self.mask
-        if self.norm_change is not None:
-            factors = factors._replace(norm_change=self.norm_change)
-        expected = len(rows) if not isinstance(rows, int) else 1 if mask is None else len(mask)
-        if expected not in (len(x), 1):
-            raise ValueError(f"a layer is called with a batch of {len(x)} and not {expected} rows")
+            return layer.adapted(x, ())
+        if mask is None and isinstance(rows, int):
+            return layer.adapted(x, [("", self.adapters[rows])])
+        each = (rows,) * len(cast(Tensor, mask)) if isinstance(rows, int) else rows
+        if len(each) not in (len(x), 1):
+            raise ValueError(f"a layer is called with a batch of {len(x)} and not {len(each)} rows")
+        op, (inputs, matrix, bias) = layer.operation(), layer.operands(x)
+        factors = self.factors(inputs.dtype)._replace(norm_change=self.norm_change)
         if isinstance(rows, int):
             factors = layer.with_direction(factors, self.adapters[rows])
-            if mask is None or factors.direction is None:
-                op = op if mask is None else MaskedOperation(op, mask)
-                return self._alone(op, inputs, matrix, bias, factors)
-            masked = [self._masked(factors, rows, row) for row in range(len(mask))]
-            if len(masked) == 1:
-                return self._alone(op, inputs, matrix, bias, masked[0])
-            each = ((inputs[row, None], own) for row, own in enumerate(masked))  # type: ignore[index]
-            return torch.cat([self._alone(op, x, matrix, bias, own) for x, own in each])
-        assert isinstance(inputs, Tensor)
-        if factors.gain_in_graph:
-            return self._direct_rows(rows, op, inputs, matrix, bias, factors)
-        op = RowOperation(op, inputs.ndim, len(rows))
-        op = op if mask is None else MaskedOperation(op, mask)
-        return dora_forward(op, inputs, matrix, bias, factors)
+            if factors.direction is None:
+                op = MaskedOperation(op, cast(Tensor, mask))
+                return self._forward_one(rows, op, inputs, matrix, bias, factors)
+        elif not factors.gain_in_graph:
+            return forward_rows(op, cast(Tensor, inputs), matrix, bias, factors, mask)
+        made = []
+        for row, k in enumerate(each):
+            one: Any = inputs if len(each) == 1 else inputs[row, None]  # type: ignore[index]
+            own = self._factors_of_row(factors, k, row)
+            made.append(self._forward_one(k, op, one, matrix, bias, own))
+        return torch.cat(made)
 
-    def _alone(
-        self, op: Operation, x: Any, matrix: Tensor, bias: Tensor | None, factors: Factors
+    def _forward_one(
+        self, k: int, op: Operation, x: Any, matrix: Tensor, bias: Tensor | None, factors: Factors
     ) -> Tensor:
-        """Rows that all have the adapter of the rows of now, which may drop inputs."""
-        p = self.adapters[cast(int, self.stack.rows)].dropout
+        """Return the output of rows with one adapter, which may drop inputs."""
+        p = self.adapters[k].dropout
         if not (self.layer.training and p):
             return dora_forward(op, x, matrix, bias, factors)
         dropped = dropout(x, p, training=True)
         return sum_of_adapters(op, x, matrix, bias, [(factors, 1.0, dropped)])
 
-    def _masked(self, factors: Factors, k: int, row: int) -> Factors:
-        """Factors of an adapter with a row's mask in A, and in the direction."""
+    def _factors_of_row(self, factors: Factors, k: int, row: int) -> Factors:
+        """Return the factors of one row, with its mask in A and in the direction."""
+        if isinstance(self.stack.rows, tuple):
+            up, ones = factors.up[row], [1] * (factors.down.ndim - 3)
+            factors = factors._replace(
+                down=factors.down[row],
+                up=up.view(*up.shape, *ones),
+                gain=cast(Tensor, factors.gain)[row],
+                shift=None if factors.shift is None else factors.shift[row],
+                shift_numerator=None,
+            )
         down, change = factors.down, factors.norm_change
         mask = down.new_ones(len(down)) if self.mask is None else self.mask[row]
         weights = _masked(self.adapters[k].scaled_weights(), mask)
@@ -313,22 +323,3 @@ class StackPlace:
             direction=direction_of(self.layer.dense(), weights, down.dtype),
             norm_change=None if change is None else change[row, None],
         )
-
-    def _direct_rows(
-        self, rows: tuple[int, ...], op: Operation, x: Tensor, matrix: Tensor, bias: Tensor | None,
-        factors: Factors,
-    ) -> Tensor:  # fmt: skip
-        """Rows of one adapter after those of another, with the gain in the graph."""
-        made = []
-        assert factors.gain is not None
-        for row, k in enumerate(rows):
-            up = factors.up[row]
-            own = factors._replace(
-                down=factors.down[row],
-                up=up.view(*up.shape, *[1] * (factors.down.ndim - 3)),
-                gain=factors.gain[row],
-                shift=None if factors.shift is None else factors.shift[row],
-                shift_numerator=None,
-            )
-            made.append(dora_forward(op, x[row, None], matrix, bias, self._masked(own, k, row)))
-        return torch.cat(made)

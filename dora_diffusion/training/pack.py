@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.adapters.inject import DetachedAdapters, detach_adapters
+from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require, shown
@@ -172,7 +172,7 @@ class _Pack:
         self.stop, self.folders = StopRequest(), contextlib.ExitStack()
         self._show = on_event
         self._runs: dict[str, RunFolder] = {}
-        self._attached: DetachedAdapters | None = None
+        self._attached: AdapterSet | None = None
 
     def open(self, configs: Mapping[str, TrainConfig], load: LoadBase | None = None) -> None:
         """Load the base, and prepare the first step of every subject."""
@@ -198,7 +198,7 @@ class _Pack:
                 with self.leaving(name):
                     self._begin(name, own, subjects, accelerator, base)
             finally:
-                detach_adapters(*base.adaptable().values())
+                AdapterSet.of(*base.adaptable().values()).detach()
                 self._attached = None
 
     def _prepared(self, name: str, config: TrainConfig) -> tuple[TrainConfig, list[Subject]] | None:
@@ -233,7 +233,7 @@ class _Pack:
         self._runs[name], self._attached = folder, run.step.adapters
         folder.begin()
 
-    def _attach(self, adapters: DetachedAdapters) -> None:
+    def _attach(self, adapters: AdapterSet) -> None:
         """Attach a run's adapters to the model."""
         if self._attached is not adapters:
             adapters.attach()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.adapters.compiled import require_compiler
-from dora_diffusion.adapters.inject import DetachedAdapters
+from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.data.dataset import iterate_batches
@@ -244,7 +244,7 @@ def build_step(
         accelerator=accelerator,
         components=components,
         weights=weights,
-        adapters=DetachedAdapters.of(*weights.modules.values()),
+        adapters=AdapterSet.of(*weights.modules.values()),
         batches=batches,
         encode=Conditioner(components, config.train_text_encoder),
         terms=build_terms(config, batches.process),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters.inject import DetachedAdapters
+from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.adapters.stack import BASE, AdapterStack
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
@@ -52,7 +52,7 @@ class Step:
     accelerator: Any
     components: Components
     weights: TrainedWeights
-    adapters: DetachedAdapters
+    adapters: AdapterSet
     batches: Batches
     encode: Conditioner
     terms: Sequence[Term]
@@ -160,7 +160,7 @@ class Step:
         return stack_of(self.adapters)
 
 
-def stack_of(*adapters: DetachedAdapters) -> AdapterStack:
+def stack_of(*adapters: AdapterSet) -> AdapterStack:
     """Stack the adapters of runs, which are on the same layers.
 
     Raises:

@@ -69,7 +69,7 @@ def kept_by(
 def prepared(model: nn.Module) -> Iterator[torch.Tensor]:
     """Factors that an open scope's plan has made for a model computing in its weights' dtype."""
     for _, layer in adapted_layers(model):
-        for scales in (layer._scales_cache or {}).values():
+        for scales in (layer.route.norms if layer.route else {}).values():
             factors = scales.factors(layer.weight.dtype)
             yield from (part for part in factors if isinstance(part, torch.Tensor))
 

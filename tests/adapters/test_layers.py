@@ -278,11 +278,11 @@ def test_sampling_caches_vectors_only():
     with norm_scope(net), torch.no_grad():
         net(X)
         for _, layer in adapted_layers(net):
-            for scales in layer._scales_cache.values():
+            for scales in layer.route.norms.values():
                 factors = scales.factors(torch.float32)
                 assert scales.norm.shape == factors.gain.shape == (layer.weight.shape[0],)
                 assert factors.direction is None
-    assert all(layer._scales_cache is None for _, layer in adapted_layers(net))
+    assert all(layer.route is None for _, layer in adapted_layers(net))
 
 
 def test_switching_adapters_copies_no_base():

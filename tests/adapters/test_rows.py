@@ -19,7 +19,9 @@ from dora_diffusion import (
 )
 from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.adapters.layers import AdaptedLayer
-from dora_diffusion.adapters.scope import FixedNorms, NormCache, _each_by_itself, row_scope
+from dora_diffusion.adapters.norm_routes import _each_by_itself
+from dora_diffusion.adapters.scope import FixedNorms, NormCache, row_scope
+from dora_diffusion.numerics.weights import Strengths
 
 ROWS = ["a", "b", None, "a", "c", "d"]
 
@@ -153,6 +155,32 @@ def test_strengths_act_on_each_row_of_their_adapter():
             torch.testing.assert_close(model(ids, images), expected, rtol=1e-11, atol=1e-11)
 
 
+def halve(model):
+    """As a schedule of strengths does between denoising steps."""
+    for adapter in layer_adapters(model, "a"):
+        adapter.strengths = Strengths(0.5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: set_strength(model, 0.4, direction=0.5, name="a"),
+        lambda model: set_strength(model, direction=0.5, name="a"),
+        halve,
+        lambda model: remove_adapters(model, "a"),
+    ],
+    ids=["strengths", "direction", "schedule", "removed"],
+)
+def test_what_changes_inside_counts_from_the_next_call(change):
+    model = adapted()
+    ids, images = inputs(6)
+    with row_scope(model, rows=ROWS), torch.no_grad():
+        model(ids, images)
+        change(model)
+        found = model(ids, images)
+    torch.testing.assert_close(found, one_by_one(model, ROWS, ids, images))
+
+
 def test_an_adapter_may_be_on_some_layers_only_and_a_row_s_rank_is_its_own():
     model = adapted(kinds=("time", "conv", "out", "words"))
     ids, images = inputs(6)
@@ -238,7 +266,7 @@ def test_layers_that_are_batched_are_not_computed_adapter_by_adapter(monkeypatch
     ids, images = inputs(6)
     by_itself = []
     monkeypatch.setattr(
-        "dora_diffusion.adapters.scope._each_by_itself",
+        "dora_diffusion.adapters.norm_routes._each_by_itself",
         lambda layer, *rest: (
             by_itself.append(type(layer).__name__) or _each_by_itself(layer, *rest)
         ),

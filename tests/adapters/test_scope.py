@@ -142,7 +142,7 @@ def test_another_model_is_another_set_of_layers(net, x):
         move(model, seed=number)
     for models in ((net,), (other,), (net,), (net, other), (other, net)):
         with norm_scope(*models, cache=cache):
-            assert all(layer._scales_cache for m in models for _, layer in adapted_layers(m))
+            assert all(layer.route.norms for m in models for _, layer in adapted_layers(m))
             found = [model(x) for model in models]
         with norm_scope(*models):
             assert all(map(torch.equal, found, [model(x) for model in models]))
@@ -216,7 +216,7 @@ def test_a_loop_can_be_left_by_an_exception(net, x):
     cache = NormCache()
     with pytest.raises(KeyError), norm_scope(net, cache=cache):
         raise KeyError
-    assert all(layer._scales_cache is None for _, layer in adapted_layers(net))
+    assert all(layer.route is None for _, layer in adapted_layers(net))
     with norm_scope(net, cache=cache), disabled(net):
         net(x)
 
@@ -367,7 +367,7 @@ def test_layers_that_get_their_first_adapter_or_lose_their_last_are_noticed(net,
             remove_adapters(net)
             inject_adapters(net, dataclasses.replace(everything(), targets=("down",)))
         with norm_scope(net, cache=cache):
-            assert [p for p, m in net.named_modules() if getattr(m, "_scales_cache", None)] == names
+            assert [p for p, m in net.named_modules() if getattr(m, "route", None)] == names
             net(x)
 
 

@@ -54,7 +54,7 @@ def test_an_offloaded_model_makes_the_same_images_and_goes_home(
         assert places(components) == before
         assert all(vars(m).get("forward") is None for m in components.modules().values())
         for model in components.adaptable().values():
-            assert all(layer._scales_cache is None for _, layer in adapted_layers(model))
+            assert all(layer.route is None for _, layer in adapted_layers(model))
     assert set().union(*before.values()) == {HOST}
     assert components.device.type == DEVICE.type
     assert np.array_equal(made["model"], made["none"])

@@ -203,8 +203,8 @@ def test_training_mode_and_norm_caches_are_restored(sd1_folder, sd1_adapter):
     generate_images(components, PROMPT, [1], QUICK)
     assert components.unet.training
     assert not components.vae.training
-    caches = [getattr(module, "_scales_cache", None) for module in components.unet.modules()]
-    assert caches == [None] * len(caches)
+    routes = [getattr(module, "route", None) for module in components.unet.modules()]
+    assert routes == [None] * len(routes)
 
     def fail(done, total):
         raise KeyboardInterrupt

@@ -1,0 +1,228 @@
+"""Routes of a layer in a norm scope: all of its adapters, or an adapter for each row of a batch.
+
+With the norm detached (paper, section 4.3), an adapted layer is ``g_k (W x + b) + B'_k (A_k x)``
+and a shift: what differs between the adapters of rows is thin, and is batched beside the one dense
+product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dora_diffusion.adapters.layers import Active, AdaptedLayer, LayerAdapter
+from dora_diffusion.adapters.plan import make_scales
+from dora_diffusion.adapters.route import Ready, Route, Scales, forward_rows
+from dora_diffusion.numerics.dora import Factors
+from dora_diffusion.numerics.operation import ConvOperation, Operation
+from dora_diffusion.numerics.precision import product_dtype
+
+
+class NormRoute(Route):
+    """Route of a layer in a `norm_scope`: all active adapters act on all rows.
+
+    Args:
+        layer: The layer.
+    """
+
+    def __init__(self, layer: AdaptedLayer) -> None:
+        self.layer = layer
+        self.norms: dict[str, Scales] = {}
+        self.ready: Mapping[torch.dtype, Ready] = {}
+        # Apart from the norms, which compiled layers read and guard.
+        self._versions: dict[str, tuple[int, ...]] = {}
+
+    def active(self) -> Active:
+        """Return the adapters that change the output of any row."""
+        return self.layer.active()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer.adapted(x, self.active())
+
+    def prepare(self) -> None:
+        for name, adapter in self.active() if self.norms else ():
+            if (scales := self.scales(name, adapter)) is not None:
+                scales.factors(product_dtype(self.layer.weight))
+
+    def scales(self, name: str, adapter: LayerAdapter) -> Scales | None:
+        if name in self.norms:
+            if self.require_unchanged(name, adapter):
+                return self.norms[name]
+            del self.norms[name]
+        if adapter.magnitude is None:
+            return None
+        scales = make_scales([self.layer.site([adapter])])[0]
+        self.keep(name, adapter, scales)
+        return scales
+
+    def keep(self, name: str, adapter: LayerAdapter, scales: Scales) -> None:
+        """Keep the scales of an adapter until the scope ends."""
+        self.norms[name], self._versions[name] = scales, adapter.versions()
+
+    def require_unchanged(self, name: str, adapter: LayerAdapter) -> bool:
+        """Return whether an adapter still matches its kept scales; a DoRA must.
+
+        Raises:
+            RuntimeError: If a parameter of a DoRA was written or replaced since.
+        """
+        is_unchanged = adapter.versions() == self._versions[name]
+        if not is_unchanged and adapter.magnitude is not None:
+            raise RuntimeError(
+                "an adapter's parameters changed inside norm_scope, which keeps the norms of what "
+                "they were: open one norm_scope for each optimizer step, around its forward and "
+                "backward passes; whatever changes parameters, such as optimizer.step(), call it "
+                "after it"
+            )
+        return is_unchanged
+
+
+class RowRoute(NormRoute):
+    """Route of a layer in a `row_scope`.
+
+    Args:
+        layer: The layer.
+        names: Adapter of each row; None is the base. A batch of a multiple of so many rows repeats
+            them, as guidance does.
+    """
+
+    is_mixed = True
+
+    def __init__(self, layer: AdaptedLayer, names: tuple[str | None, ...]) -> None:
+        super().__init__(layer)
+        if isinstance(layer.route, NormRoute):
+            self.norms, self._versions = layer.route.norms, layer.route._versions
+        self.names = names
+        self._factors: dict[tuple[Any, ...], Factors | None] = {}
+
+    def active(self) -> Active:
+        return [each for each in self.layer.active() if each[0] in self.names]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output, each row with its own adapter.
+
+        Raises:
+            ValueError: If the batch's size is not a multiple of the number of rows.
+        """
+        layer, active = self.layer, self.active()
+        if len(set(self.names)) == 1 or not active or layer.is_merged:
+            return layer.adapted(x, active)
+        is_batch = layer.kind == "embedding" or x.ndim >= layer.weight.ndim
+        names = self._repeated(len(x) if is_batch else 1)
+        if _are_batched(layer, active):
+            inputs, matrix, bias = layer.operands(x)
+            assert isinstance(inputs, Tensor)
+            if (factors := self._factors_of_rows(active, names, inputs.dtype)) is not None:
+                return forward_rows(layer.operation(), inputs, matrix, bias, factors)
+        return _each_by_itself(layer, x, names, active)
+
+    def forget(self, name: str | None = None) -> None:
+        super().forget(name)
+        self._factors.clear()
+
+    def _repeated(self, batch: int) -> tuple[str | None, ...]:
+        repeats, rest = divmod(batch, len(self.names))
+        if rest or not repeats:
+            raise ValueError(
+                f"a layer is called with a batch of {batch}, and adapters are given for "
+                f"{len(self.names)} rows; give one per row of the batch"
+            )
+        return self.names * repeats
+
+    def _factors_of_rows(
+        self, active: Active, names: Sequence[str | None], dtype: torch.dtype
+    ) -> Factors | None:
+        """Each row's factors, stacked; None where the gradient of m needs a path of its own."""
+        layer, used = self.layer, [(name, own.strengths.strength) for name, own in active]
+        key = (dtype, len(names), torch.is_grad_enabled(), *used)
+        for name, adapter in active:
+            if name in self.norms and not self.require_unchanged(name, adapter):
+                self._factors.clear()
+        if key not in self._factors:
+            own = {
+                name: _folded(layer.factors(name, adapter, dtype), adapter.strengths.strength)
+                for name, adapter in active
+            }
+            trains = torch.is_grad_enabled() and any(f.gain is not None for f in own.values())
+            gain_in_graph = trains and any(f.gain_in_graph for f in own.values())
+            self._factors[key] = None if gain_in_graph else _stacked(own, names)
+        return self._factors[key]
+
+
+def _are_batched(layer: AdaptedLayer, active: Active) -> bool:
+    """Return whether one product serves these adapters; others run one adapter at a time."""
+    op = layer.operation()
+    is_plain = type(op) is Operation
+    is_image = isinstance(op, ConvOperation) and op.groups == 1 and len(op.stride) == 2
+    adapters = [adapter for _, adapter in active]
+    axes = {adapter.norm_axis for adapter in adapters if adapter.magnitude is not None}
+    # A strength is folded into what the output is multiplied by, which has no gradient of m then.
+    folds = not torch.is_grad_enabled() and "input" not in axes
+    return (
+        (is_plain or is_image)
+        and len(axes) < 2
+        and all(folds or adapter.strengths.strength == 1 for adapter in adapters)
+        and not (layer.training and any(adapter.dropout for adapter in adapters))
+    )
+
+
+def _folded(factors: Factors, strength: float) -> Factors:
+    """Factors of ``W x + strength * (W' x - W x)``, on the output axis or without a magnitude."""
+    if strength == 1:
+        return factors
+    gain, shift = factors.gain, factors.shift
+    return factors._replace(
+        up=strength * factors.up,
+        gain=None if gain is None else 1 + strength * (gain - 1),
+        shift=None if shift is None else strength * shift,
+    )
+
+
+def _stacked(own: dict[str, Factors], names: Sequence[str | None]) -> Factors:
+    """Each row's factors: ``down (N, r, in, *k)``, ``up (N, out, r)``, the others ``(N, n)``.
+
+    Ranks are filled up with zeros. A row without an adapter has zeros, and a gain of 1.
+    """
+    first = next(iter(own.values()))
+    rank = max(f.down.shape[0] for f in own.values())
+    downs = {
+        name: F.pad(f.down, (0, 0) * (f.down.ndim - 1) + (0, rank - f.down.shape[0]))
+        for name, f in own.items()
+    }
+    ups = {name: F.pad(f.up.flatten(1), (0, rank - f.down.shape[0])) for name, f in own.items()}
+    axis = next((f.axis for f in own.values() if f.gain is not None), first.axis)
+
+    def stack(parts: dict[str, Tensor], empty: float = 0.0) -> Tensor | None:
+        if not parts:
+            return None
+        one = next(iter(parts.values()))
+        other = torch.full_like(one, empty, requires_grad=False)
+        return torch.stack([parts.get(name or "", other) for name in names])
+
+    down, up = stack(downs), stack(ups)
+    assert down is not None
+    assert up is not None
+    return Factors(
+        down,
+        up,
+        stack({name: f.gain for name, f in own.items() if f.gain is not None}, 1.0),
+        stack({name: f.shift for name, f in own.items() if f.shift is not None}),
+        stack({n: f.shift_numerator for n, f in own.items() if f.shift_numerator is not None}),
+        axis,
+    )
+
+
+def _each_by_itself(
+    layer: AdaptedLayer, x: Tensor, names: Sequence[str | None], active: Active
+) -> Tensor:
+    """Rows of one adapter after those of another, put back in their order."""
+    made, places = [], []
+    for name in dict.fromkeys(names):
+        at = [place for place, other in enumerate(names) if other == name]
+        made.append(layer.adapted(x[at], [each for each in active if each[0] == name]))
+        places += at
+    order = torch.tensor(places, device=x.device).argsort()
+    return torch.cat(made).index_select(0, order)
