@@ -137,7 +137,11 @@ def never_entered(entered: Entered, words: list[str]) -> list[str]:
         "if n.startswith('dora_diffusion') and getattr(m, '__file__', None)]))"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=True,
     )
     imported = {Path(file) for file in json.loads(run.stdout.strip().splitlines()[-1])}
     files = {file.relative_to(PACKAGE).as_posix() for file in imported if file.stat().st_size > 200}
@@ -145,7 +149,7 @@ def never_entered(entered: Entered, words: list[str]) -> list[str]:
 
 
 def steady_step(folder: Path) -> Entered:
-    """What runs from the record of the third step to that of the fourth."""
+    """Trace a run from the record of its third step to that of the fourth."""
     entered = Entered()
 
     def note(event: object) -> None:
@@ -199,20 +203,19 @@ def training_figures(train: Entered, words: list[str], folder: Path) -> dict[str
 
 def main_path(train: Entered) -> str:
     """Table of the modules of a default training, in the order in which they are entered."""
-    lines = train.lines_by_module()
-    rows = [[f"`{module}`", lines[module], _summary(PACKAGE / module)] for module in train.modules]
-    return markdown(["module", "lines", "contents"], rows)
-
-
-def _summary(path: Path) -> str:
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return " ".join(text.partition("\n\n")[0].split()).replace("|", "\\|")
+    lines, rows = train.lines_by_module(), list[tuple[str, list[str]]]()
+    for module in train.modules:
+        room, _, rest = module.partition("/")
+        if not rows or rows[-1][0] != room:
+            rows.append((room, []))
+        rows[-1][1].append(f"`{rest or room}` {lines[module]}")
+    return markdown(["room", "modules, with their lines"], [[r, ", ".join(m)] for r, m in rows])
 
 
 def write_page(train: Entered) -> None:
     """Write the main path into the page on architecture."""
     source = PAGE.read_text(encoding="utf-8")
-    part = re.compile(r"(?<=<!-- main path -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
+    part = re.compile(r"(?<=<!-- main path -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
     PAGE.write_text(part.sub(lambda _: main_path(train), source, count=1), encoding="utf-8")
 
 
