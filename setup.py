@@ -51,6 +51,7 @@ if __name__ == "__main__":
                 "py.typed",
                 "*.pyi",
                 "config/*.json",
+                "evaluation/*.html",
                 "evaluation/*.yaml",
                 "export/**/*.yaml",
                 "models/embedded/**/*",
