@@ -260,12 +260,12 @@ def _of_trials(answers: Answers) -> list[Finding]:
 def _of_base(base: BaseModel, problem: str, parts: Mapping[str, str] | None) -> list[Finding]:
     """Findings of a base model by its components, or why it has none."""
     if parts is None:
-        problem = problem.partition(": ")[2] or "not tried"
-        if "HF_HUB_OFFLINE is set" in problem and not _is_offline():  # `ask` set it.
+        kind, _, problem = problem.partition(": ")
+        if kind == "OfflineError" and not _is_offline():  # `ask` set HF_HUB_OFFLINE.
             found = f"{base.path} is not downloaded yet; `train` downloads it"
             return [Finding("base model", found)]
         mend = "give a folder, a file, or a model that is in the hub's cache"
-        return [Finding("base model", problem, mend)]
+        return [Finding("base model", problem or "not tried", mend)]
     wrong = [
         Finding("base model", f"{part}: {text}", "download the model again, or give another one")
         for part, text in parts.items()
