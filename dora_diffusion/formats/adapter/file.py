@@ -14,7 +14,7 @@ from torch import Tensor
 from dora_diffusion.config.families import FAMILIES, guess_family
 from dora_diffusion.formats.adapter.alpha import AlphaOfTraining, AssumedAlpha
 from dora_diffusion.formats.adapter.beside import tokens_beside
-from dora_diffusion.formats.adapter.decode import decode_layers, fit_to_model
+from dora_diffusion.formats.adapter.decode import Decoder
 from dora_diffusion.formats.adapter.embeddings import (
     EMBEDDINGS,
     Vectors,
@@ -214,13 +214,13 @@ def read_adapter(
     """
     stored = path if isinstance(path, StoredAdapter) else StoredAdapter.open(path)
     try:
-        return _decode(stored, base, alpha, sums)
+        return _decode(stored, Decoder(stored.layout, base, alpha, sums))
     except AdapterFormatError as error:
         if base is None:
             raise
         family = ""
         with contextlib.suppress(AdapterFormatError):
-            family = _decode(stored, None, None, sums=True).family
+            family = _decode(stored, Decoder(stored.layout, sums=True)).family
         made_for = FAMILIES.get(family)
         used_on = base.family or FAMILIES.get(guess_family(module_shapes(base)))
         if made_for is None or used_on is None or made_for == used_on:
@@ -232,14 +232,12 @@ def read_adapter(
         ) from error
 
 
-def _decode(
-    stored: StoredAdapter, base: ModelWeights | None, alpha: float | None, sums: bool
-) -> AdapterFile:
+def _decode(stored: StoredAdapter, decoder: Decoder) -> AdapterFile:
     parts = []
     for file in stored.files:
         tensors = file.tensors()
         try:
-            parts.append(_decode_file(stored.layout, file, tensors, base, alpha, sums))
+            parts.append(_decode_file(decoder, file, tensors))
         except AdapterFormatError as error:
             # So that a batch tells which file it was.
             raise AdapterFormatError(f"{file.path.name}: {error}") from error
@@ -251,37 +249,24 @@ def _decode(
     return dataclasses.replace(first, notes=tuple(notes))
 
 
-def _decode_file(
-    layout: AdapterLayout,
-    file: StoredFile,
-    tensors: dict[str, Tensor],
-    base: ModelWeights | None,
-    alpha: float | None,
-    sums: bool,
-) -> AdapterFile:
-    metadata, folder, component = file.metadata, file.path.parent, None
-    shapes = None if base is None else module_shapes(base)
-    if layout.is_compact and alpha is not None:
+def _decode_file(decoder: Decoder, file: StoredFile, tensors: dict[str, Tensor]) -> AdapterFile:
+    layout, metadata, folder, component = decoder.layout, file.metadata, file.path.parent, None
+    if layout.is_compact and decoder.alpha is not None:
         raise AdapterFormatError("its alpha was not lost: a VeRA has none; give none")
     tokens: dict[str, Vectors] = {**take_bundled(tensors)}
-    is_bundled, beside = bool(tokens), dict[str, LayerWeights]()
+    is_bundled = bool(tokens)
     for key in layout.tokens(tensors, metadata):
         tokens[key] = {"text_encoder": tensors.pop(key)}
     if file.config is not None:
         component = peft_component(list(tensors), folder.name, metadata.get(OWN + "component", ""))
         folder = folder.parent
-    if made := layout.decode(tensors, metadata):
-        layers, notes = dict(made[0]), [made[1]]
-        layers = layers if shapes is None else fit_to_model(layers, shapes)
-    else:
-        layers, beside, notes = decode_layers(
-            layout, file, tensors, base, component, alpha, sums and component is None
-        )
+        decoder = dataclasses.replace(decoder, sums=False)
+    layers, beside, notes = decoder.layers(file, tensors, component)
     if not is_bundled:
         tokens |= read_embeddings(folder, metadata, notes)
     if not tokens and file.config is None:
         tokens |= tokens_beside(file.path, notes)
-    check_tokens(tokens, shapes)
+    check_tokens(tokens, decoder.shapes)
     parsed = _parsed(metadata, layers)
     if tokens and component is None:
         parsed = dataclasses.replace(parsed, trigger=parsed.trigger or " ".join(tokens))
