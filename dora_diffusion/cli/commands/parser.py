@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dora_diffusion.config import Setting
+from dora_diffusion.config.fields import Setting
 from dora_diffusion.config.wording import closest, counted
 
 SWITCH_WORDS = {"true": True, "yes": True, "on": True, "1": True}
