@@ -78,10 +78,16 @@ def examples(module: ModuleType) -> list[doctest.DocTest]:
     """The module's documented examples, each with the module's and the public names at hand."""
     public = {name: getattr(dora_diffusion, name) for name in dora_diffusion.__all__}
     torch = {"torch": import_module("torch")}
+    # Whose a function is, doctest decides by its globals, which a decorator changes.
     found = doctest.DocTestFinder(exclude_empty=True).find(
-        module, globs=vars(module) | public | torch
+        module, module=False, globs=vars(module) | public | torch
     )
-    return [test for test in found if test.examples]
+
+    def home(test: doctest.DocTest) -> str:
+        name = test.name.removeprefix(f"{module.__name__}.").partition(".")[0]
+        return getattr(vars(module).get(name), "__module__", module.__name__)
+
+    return [test for test in found if test.examples and home(test) == module.__name__]
 
 
 def test_every_public_name_with_an_example_is_found():

@@ -10,9 +10,9 @@ import inspect
 import numbers
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import cache, update_wrapper
+from functools import cache, wraps
 from pathlib import Path
-from types import FunctionType, NoneType, UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from dora_diffusion.config.fields import WANTED, ConfigError
@@ -82,15 +82,12 @@ def _wrapped(function: Any, name: str, accepted: Mapping[str, Any], modules: Seq
                 raise ConfigError(problem, key)
         return args, values
 
-    def call(*args, **values):  # type: ignore[no-untyped-def]
+    @wraps(function)
+    def call(*args: Any, **values: Any) -> Any:
         args, values = checked(args, values)
         return function(*args, **values)
 
-    # With the globals of its module, by which doctest tells whose it is.
-    made = FunctionType(
-        call.__code__, inspect.unwrap(function).__globals__, name, None, call.__closure__
-    )
-    return update_wrapper(made, function)
+    return call
 
 
 def _python_number(value: Any) -> Any:
