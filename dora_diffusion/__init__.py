@@ -16,7 +16,7 @@ The whole Python interface::
     SamplingSettings, generate_images                 images from it
     read_subject, evaluate_photos                     subject similarity and drift, on photos
     export_checkpoint                                 base + adapter -> merged model
-    extract_adapter                                   base and tuned model -> the nearest adapter
+    FitSettings, extract_adapter                      base and tuned model -> the nearest adapter
     combine_adapters, convert_adapter                 several in one; another format or rank
     analyze_weights                                   what training did to a model's weights
     Study, run_study                                  methods compared over rates, seeds, subjects

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dora_diffusion.cli.main import main
+from dora_diffusion.config import ConfigError
 from dora_diffusion.export import (
     ExportError,
     combine_adapters,
@@ -19,6 +20,7 @@ from dora_diffusion.export import (
     extract_adapter,
     inspect_adapter,
 )
+from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,
@@ -90,7 +92,7 @@ def test_refusals_say_what_to_do(
     named = write_adapter(tmp_path / "named", AdapterFile(layers, metadata))
     with pytest.raises(ValueError, match=r"with --base \(it was trained on org/model\)$"):
         convert_adapter(named, tmp_path / "b", "a1111")
-    with pytest.raises(ExportError, match="rank is 0; it must be at least 1"):
+    with pytest.raises(ConfigError, match="rank is 0; it must be at least 1"):
         convert_adapter(source, tmp_path / "b", "lora", base=sd1_folder, rank=0)
     for name in ("a.pt", "a.ckpt", "a.bin"):
         with pytest.raises(ExportError, match="pickles are not written"):
@@ -180,11 +182,17 @@ def test_diffusers_reads_each_kohya_lora_of_ours_exactly(
     if way == "lora":
         convert_adapter(dora, file, "lora", base=sd1_folder, energy=0.6)
     elif way == "combine":
-        combine_adapters(sd1_folder, dora, file, method="lora", key_format="kohya", energy=0.6)
+        combine_adapters(
+            sd1_folder, dora, file, FitSettings(method="lora", energy=0.6), key_format="kohya"
+        )
     else:
         tuned = export_checkpoint(sd1_folder, dora, tmp_path / "tuned")
         extract_adapter(
-            sd1_folder, tuned, file, rank=64, method="lora", key_format="kohya", energy=0.6
+            sd1_folder,
+            tuned,
+            file,
+            FitSettings(rank=64, method="lora", energy=0.6),
+            key_format="kohya",
         )
     layers = read_adapter(file).layers
     assert len({layer.rank for layer in layers.values()}) > 1

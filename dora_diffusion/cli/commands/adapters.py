@@ -40,7 +40,8 @@ from dora_diffusion.formats.layouts import (
 if TYPE_CHECKING:
     import torch
 
-    from dora_diffusion.export import ConversionReport
+    from dora_diffusion.export.convert import ConversionReport
+    from dora_diffusion.export.fit import FitSettings
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 
 
@@ -112,7 +113,7 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
 
     def perform(self) -> int:
         """Write an adapter for another tool, and say how exact it is."""
-        from dora_diffusion.export import convert_adapter
+        from dora_diffusion.export.convert import convert_adapter
 
         output = Path(self.output)
         is_packed = self.to in FOLDERS and output.suffix == ".zip"
@@ -162,11 +163,13 @@ class Fit(Written, Limits, RequiredBase):
     )
 
     @property
-    def fit_options(self) -> dict[str, Any]:
-        """Keyword arguments of `extract_adapter` and `combine_adapters`."""
-        names = ("rank", "conv_rank", "energy", "method", "norm_axis", "overwrite")
-        options = {name: getattr(self, name) for name in names}
-        return options | {"key_format": self.format, "dtype": self.written_dtype}
+    def fit(self) -> FitSettings:
+        """How layers are fitted."""
+        from dora_diffusion.export.fit import FitSettings
+
+        names = ("rank", "conv_rank", "energy", "method", "norm_axis")
+        values: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return FitSettings(**values, dtype=self.written_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,14 +203,14 @@ class ExtractSettings(Fit):
 
     def perform(self) -> int:
         """Write the adapter that is nearest to a tuned model, and say how near."""
-        from dora_diffusion.export import extract_adapter
+        from dora_diffusion.export.derive import extract_adapter
 
         tuned = BaseModel(self.tuned, self.tuned_variant, self.tuned_revision)
-        options = self.fit_options | {"norm_axis": self.norm_axis or "output"}
         with progress("extracting", "B") as show:
             report = extract_adapter(
-                self.base_model, tuned, self.output, on_progress=show, **options
-            )
+                self.base_model, tuned, self.output, self.fit,
+                key_format=self.format, overwrite=self.overwrite, on_progress=show,
+            )  # fmt: skip
         print_written(report, as_json=self.json)
         return 0
 
@@ -232,16 +235,18 @@ class CombineSettings(Alpha, Fit):
 
     def perform(self) -> int:
         """Write one adapter that does what several do together, and say how near it is."""
-        from dora_diffusion.export import combine_adapters
+        from dora_diffusion.export.derive import combine_adapters
 
         with progress("combining", "B") as show:
             report = combine_adapters(
                 self.base_model,
                 [adapter_and_strength(text) for text in self.adapters],
                 self.output,
+                self.fit,
+                key_format=self.format,
                 alpha=self.alpha,
+                overwrite=self.overwrite,
                 on_progress=show,
-                **self.fit_options,
             )
         print_written(report, as_json=self.json)
         return 0
@@ -254,7 +259,7 @@ def print_written(
 
     Of a file for one program: what it costs there.
     """
-    from dora_diffusion.export import inspect_adapter
+    from dora_diffusion.export.files import inspect_adapter
 
     if as_json:
         print_json(dataclasses.asdict(report))
