@@ -44,16 +44,18 @@ def one_image(sheet: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _written(text: str, size: int, width: int, most: int | None = None) -> Image.Image:
-    """A text on white, in at most so many lines of a width; a longer word is cut."""
+    """A text on white, in at most so many lines of a width, to which long words are broken."""
     font, lines = ImageFont.load_default(size), [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width - 4:
             lines[-1] = longer
             continue
-        while font.getlength(word) > width - 4 and len(word) > 1:
-            word = word[:-1]
-        lines = [*lines, word] if lines[-1] else [word]
+        lines += [""] if lines[-1] else []
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width - 4:
+                lines.append("")
+            lines[-1] += letter
     lines, height = lines[:most], size + size // 3
     strip = Image.new("RGB", (width, height * len(lines)), "white")
     for number, line in enumerate(lines):
