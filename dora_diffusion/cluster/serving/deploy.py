@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import platform
 import re
@@ -31,7 +30,7 @@ from dora_diffusion.system import is_address, is_loopback, is_private
 TOKEN_VARIABLE = "DORA_DIFFUSION_TOKEN"
 SHORTEST_TOKEN = 16
 _REPLICA = "replica"
-# A replica that has not answered three checks in a row is killed, with what it is at.
+# A replica that has not answered three checks in a row is killed, with its batch.
 _CHECKS: dict[str, Any] = {
     "health_check_period_s": 5,
     "health_check_timeout_s": 10,
@@ -114,14 +113,13 @@ class Replica:
     def __init__(self, deployment: Deployment) -> None:
         _close_door()
         settings = deployment.settings
-        memory = math.ceil(settings.adapter_memory * 1e6)
-        self._engine = Engine.load(deployment.base, memory, settings.model_options)
+        self._engine = Engine.load(deployment.base, settings.adapter_bytes, settings.model_options)
         self._timeout = settings.timeout
 
     async def answer(self, asked: Sequence[BatchItem]) -> Reply:
         given_up = threading.Event()
         try:
-            # In a thread, so that Ray is told meanwhile that the replica lives.
+            # In a thread, so that the replica answers Ray's health checks meanwhile.
             return await asyncio.to_thread(self._engine.answer, asked, given_up.is_set)
         except asyncio.CancelledError:
             given_up.set()
@@ -137,7 +135,7 @@ class Replica:
 def _close_door() -> None:
     """Keep a replica from the port that Ray Serve would open after this.
 
-    It listens on all addresses, asks for no token, and unpickles what anybody sends: whoever
+    The port listens on all addresses without a token and unpickles its input: a client that
     reaches it runs code as this user. Calls between Ray's processes do not need it.
     """
     with contextlib.suppress(ImportError):
@@ -225,7 +223,7 @@ def deployed(deployment: Deployment) -> Iterator[Replicas]:
 
 
 def _application(deployment: Deployment) -> Any:
-    """The replicas, with what each takes of its node."""
+    """The replicas, with the share of a node that each takes."""
     import ray
     from ray import serve
 

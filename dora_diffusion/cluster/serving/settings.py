@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,3 +46,8 @@ class ServingSettings(Model):
         "Most MB that loaded adapters take in each replica; the least recently used are dropped.",
         above=0,
     )
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes that loaded adapters take at most in each replica."""
+        return math.ceil(self.adapter_memory * 1e6)
