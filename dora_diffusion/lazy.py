@@ -15,7 +15,7 @@ def lazy_names(package: str, file: str) -> tuple[dict[str, str], Callable[[str],
 
     Args:
         package: Name of the package.
-        file: Its ``__init__.py``; type checkers read the stub beside it.
+        file: Its ``__init__.py``; type checkers read the stub next to it.
     """
     stub = Path(file).with_suffix(".pyi").read_text(encoding="utf-8")
     homes = dict(sorted((name, home) for home, name in _IMPORT.findall(stub)))

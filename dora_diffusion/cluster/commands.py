@@ -57,7 +57,7 @@ class WorkerFlags(CommandSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class FleetSettings(WorkerFlags):
-    """Settings of ``fleet`` besides those of training, which are among its ``args``."""
+    """Settings of ``fleet``; its ``args`` hold the settings of training too."""
 
     args: argparse.Namespace = field(default_factory=argparse.Namespace)
     subjects: str = flag(
@@ -82,7 +82,7 @@ class FleetSettings(WorkerFlags):
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
-        """Add the command's flags, and those of the training that each subject gets."""
+        """Add the command's flags, and the flags of training."""
         add_flags(parser, cls.settings())
         parser.add_argument(
             "--output",
@@ -100,7 +100,7 @@ class FleetSettings(WorkerFlags):
 
     @classmethod
     def of_arguments(cls, args: argparse.Namespace) -> FleetSettings:
-        """Read its own; `train_config` reads those of training."""
+        """Read the settings of the fleet; `train_config` reads the settings of training."""
         settings = dataclasses.replace(cls.read(vars(args)), args=args)
         settings.warn()
         return settings

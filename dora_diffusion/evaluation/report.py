@@ -52,10 +52,10 @@ class Evaluation:
         columns: ``"base"``, ``"adapted"`` and, where it is known, ``"truth"`` -> measures.
         seeds: One round of prompts each.
         images: Row of the sheet -> images, in the columns of ``labels``.
-        labels: What each column of the sheet shows.
-        notes: What could not be measured, and why.
-        details: Base, adapter, trigger, sampling: what the figures are of.
-        cautions: What to know before the figures are believed.
+        labels: Labels of the sheet's columns.
+        notes: Reasons why a measure is missing.
+        details: Base, adapter, trigger and sampling.
+        cautions: Limits of the figures.
     """
 
     subject: str
@@ -172,7 +172,7 @@ class LinkedImage:
     """An image that is not in the page's file.
 
     Attributes:
-        caption: What it shows.
+        caption: Its caption.
         source: Its address, from the page.
     """
 
@@ -186,10 +186,10 @@ class Section:
 
     Attributes:
         title: Its heading.
-        text: What it says, a paragraph.
+        text: A paragraph.
         table: Rows, the first a head.
-        image: A file beside the page.
-        images: Images beside the page; HTML alone shows them.
+        image: A file next to the page.
+        images: Images next to the page; only HTML shows them.
     """
 
     title: str
@@ -204,7 +204,7 @@ class Section:
 
 
 def as_markdown(title: str, sections: Sequence[Section]) -> str:
-    """The page as Markdown; images lie beside it."""
+    """Return the page as Markdown; images are files next to it."""
     parts = [f"# {title}"]
     for section in sections:
         parts.append(f"## {section.title}")

@@ -32,7 +32,6 @@ from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK, NOT_TARGETS, 
 from dora_diffusion.formats.layouts.kohya import needs_compensation
 from dora_diffusion.formats.layouts.layout import stated_approximation
 from dora_diffusion.numerics.merging import WeightedAdapter
-from dora_diffusion.sampling.images import thumbnail as make_thumbnail
 
 _OF_THE_UPDATE = (
     "the magnitudes stay and the error is that of the low-rank update; with --base the nearest "
@@ -49,12 +48,12 @@ class ConversionReport:
         target: The format, a key of ``CONVERSIONS``: of a program the one that it needs.
             ``"kohya"`` for a ``comfyui`` file without output-axis magnitudes, which is one.
         layers: Number of layers.
-        errors: Per layer, the relative error of what was fitted; empty where nothing is.
+        errors: Relative error of each fitted layer; empty if no layer is fitted.
         total_error: The relative error of all layers together, 0 if the file is exact.
-        notes: What was broken in the source and how it was repaired, one line each.
+        notes: Repairs of the source, one line each.
         embeddings: The files that trained tokens went to, by token.
-        program: The key of ``PROGRAMS`` that it was made for; empty where a format was asked for.
-        growth: Size of the file, relative to what it was made from.
+        program: The key of ``PROGRAMS`` that it was made for; empty for a key of ``CONVERSIONS``.
+        growth: Size of the file relative to its source.
     """
 
     path: Path
@@ -106,10 +105,10 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         rank: Largest rank, of ``smaller-rank`` and ``lora``; None: ``LORA_RANK`` for ``lora``.
         conv_rank: Largest rank of Conv2d layers, of ``smaller-rank``; None: ``rank``.
         energy: Take each layer's smallest rank with this share of the squared singular values.
-        alpha: What it was trained with, for a file that lost it.
+        alpha: Alpha of training, for a file that lost it.
         tags: Words that adapter managers and web UIs show.
         thumbnail: An image that they show.
-        dtype: Of the low-rank factors; None keeps float32.
+        dtype: Data type of the low-rank factors; None keeps float32.
         overwrite: Replace an output that exists.
 
     Raises:
@@ -150,7 +149,7 @@ def _check_target(target: str) -> None:
 def _read(
     source: str | Path, target: str, model: ModelWeights | None, alpha: float | None
 ) -> AdapterFile:
-    """An adapter for a target; with a LoRA beside its DoRA where that can hold it."""
+    """Read an adapter for a target, with a LoRA added to its DoRA if the target can hold both."""
     program = PROGRAMS.get(target)
     sums = target in ("dense", "smaller-rank") or (program is not None and program.takes_dense)
     return read_adapter(source, model, alpha=alpha, sums=sums and model is not None)
@@ -170,7 +169,7 @@ def _check_request(
     """Refuse what cannot be done; the settings with the ranks that a target takes.
 
     Warns:
-        UserWarning: Of limits on ranks without effect.
+        UserWarning: If limits on ranks have no effect.
     """
     conversion = CONVERSIONS[target]
     if model is None and conversion.for_one_base and (conversion.plain_lora_in or program):
@@ -225,14 +224,18 @@ def _of_smaller_rank(
 def _with_additions(
     adapter: AdapterFile, family: str, tags: Sequence[str], thumbnail: str | Path | None
 ) -> AdapterFile:
-    """The adapter with what the user adds to its metadata; its own family stays."""
-    old = adapter.metadata
+    """Return the adapter with the user's additions to its metadata; its own family stays."""
+    old, image = adapter.metadata, adapter.metadata.thumbnail
+    if thumbnail:
+        from dora_diffusion.sampling.images import thumbnail as make_thumbnail
+
+        image = make_thumbnail(thumbnail)
     counts = dict(old.tag_frequency)
     metadata = dataclasses.replace(
         old,
         family=old.family or family,
         tags=tuple(dict.fromkeys((*old.tags, *tags))),
-        thumbnail=make_thumbnail(thumbnail) if thumbnail else old.thumbnail,
+        thumbnail=image,
         tag_frequency=dict.fromkeys(tags, 1) | counts if counts else counts,
     )
     return dataclasses.replace(adapter, metadata=metadata)

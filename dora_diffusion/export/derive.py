@@ -81,7 +81,7 @@ def extract_adapter(
         on_progress: Called with (bytes of the base compared, bytes in all).
 
     Returns:
-        What was written, with the error of each layer: ``|W'' - W'| / |W' - W|``.
+        The report on the file, with the error of each layer: ``|W'' - W'| / |W' - W|``.
 
     Raises:
         ExportError: If the models do not fit or differ, a setting cannot work, or it exists.
@@ -118,7 +118,7 @@ def combine_adapters(
     """Write one adapter that does what several do together, ``W' = W + sum_k s_k (W'_k - W)``.
 
     A layer that one adapter of strength 1 has alone is kept, bit for bit, if its rank is small
-    enough. Others are the nearest of a rank: exact where that is the sum of theirs, on one axis.
+    enough. Others are the nearest of a rank: exact if the rank is the sum of theirs, on one axis.
 
     Args:
         base: The model that they are for, as `open_model` takes it.
@@ -126,7 +126,7 @@ def combine_adapters(
         output: File (``.safetensors``) or folder to write.
         fit: How layers are fitted; without a rank, with the sum of the ranks in each layer.
         key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the one that can hold it.
-        alpha: What adapters were trained with whose files do not say it.
+        alpha: Alpha of adapters whose files lost it.
         overwrite: Replace a file that exists.
         on_progress: Called with (bytes of the base's adapted weights done, bytes in all).
 
@@ -167,7 +167,7 @@ def _report(
 def _fit_models(
     base: StoredModel, tuned: StoredModel, settings: FitSettings, on_progress: OnProgress | None
 ) -> tuple[Fitted, list[str]]:
-    """The layers, and what is to be said of the rest."""
+    """Return the layers, and notes on the other tensors."""
     _check_pair(base, tuned)
     names = [name for name in module_shapes(base) if not name.endswith(_TABLES)]
 
@@ -258,7 +258,7 @@ def _tokens(adapters: Sequence[AdapterFile]) -> dict[str, Vectors]:
 def _metadata_of_sum(
     model: StoredModel, spec: MergeSpec, fitted: Fitted, settings: FitSettings
 ) -> AdapterMetadata:
-    """Return the metadata of the only adapter, or common to several; and what was combined.
+    """Return the metadata of one adapter, or common to several, with a list of the adapters.
 
     Raises:
         ExportError: If nothing was.

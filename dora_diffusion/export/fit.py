@@ -1,4 +1,4 @@
-"""Low-rank layers that are fitted to tuned weights, or to what adapters make of a base."""
+"""Low-rank layers fitted to tuned weights, or to a base with adapters."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class FitSettings:
             values, and no more than the largest.
         method: A key of ``METHODS``.
         norm_axis: Axis of the magnitudes; None: that of the adapters, or the output axis.
-        dtype: Of the low-rank factors; None: float32.
+        dtype: Data type of the low-rank factors; None: float32.
 
     Raises:
         ConfigError: If a value cannot work.
@@ -122,7 +122,7 @@ class FitTarget:
     Attributes:
         base: The base weight, as the model stores it.
         tuned: The weight to come near.
-        rank: What the layer gets where no rank is set.
+        rank: Rank of the layer if the settings have none.
         start: Scales that a DoRA may start from, see `best_dora`.
         layer: The layer, where there is nothing to fit.
         kind: How the weight is stored.
@@ -170,10 +170,10 @@ class Fitted:
         """Metadata fields with how it was fitted, to what, and the largest error.
 
         Args:
-            extra: Further fields; an alpha of training is not that of what was fitted.
+            extra: Further fields; an alpha of training is left out: fitted layers have another one.
             of: The original.
             how: The fit.
-            before: The error of what it was fitted to.
+            before: The error of the target itself.
         """
         error = before + self.total_error + before * self.total_error
         facts = {"approximation": str(how), APPROXIMATES: of, APPROXIMATION_ERROR: f"{error:.3g}"}
@@ -192,7 +192,7 @@ def fit_layers(
     Args:
         model: The base.
         names: Canonical module names.
-        target_of: Loads what a layer is fitted to; None if the weight is the base's.
+        target_of: Loads the target of a layer; None if the weight is the base's.
         settings: How.
         on_progress: Called with (bytes of these weights done, bytes in all).
 
@@ -246,7 +246,7 @@ def axis_of(layers: Iterable[LayerWeights]) -> NormAxis:
 
 
 def key_format_for(layers: Mapping[str, LayerWeights]) -> str:
-    """The key format that can hold these layers: Diffusers' where it is possible."""
+    """The key format that can hold these layers: Diffusers', if possible."""
     kinds = {None if w.magnitude is None else w.norm_axis for w in layers.values()}
     return "diffusers" if len(kinds) == 1 and "input" not in kinds else "kohya"
 
@@ -295,7 +295,7 @@ def _cancels(base: Tensor, tuned: Tensor, layers: Sequence[tuple[LayerWeights, S
 
 
 def _stays(layer: LayerWeights, strengths: Strengths, settings: FitSettings) -> bool:
-    """Return whether a layer already is what the settings ask for."""
+    """Return whether a layer already has the settings' method, axis and rank."""
     is_dora = layer.magnitude is not None
     return (
         strengths == Strengths()

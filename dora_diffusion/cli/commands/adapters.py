@@ -57,9 +57,10 @@ class Written(Overwrite):
     @property
     def written_dtype(self) -> torch.dtype | None:
         """The precision as torch has it."""
-        from dora_diffusion.models.precision import dtype_of
+        import torch
 
-        return dtype_of(self.dtype) if self.dtype else None
+        dtype: torch.dtype | None = getattr(torch, self.dtype) if self.dtype else None
+        return dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +165,7 @@ class Fit(Written, Limits, RequiredBase):
 
     @property
     def fit(self) -> FitSettings:
-        """How layers are fitted."""
+        """Settings of the fit."""
         from dora_diffusion.export.fit import FitSettings
 
         names = ("rank", "conv_rank", "energy", "method", "norm_axis")
@@ -255,9 +256,9 @@ class CombineSettings(Alpha, Fit):
 def print_written(
     report: ConversionReport, output: str | Path | None = None, *, as_json: bool
 ) -> None:
-    """Print what was written, how near it is, and which programs read it exactly.
+    """Print the file, its error, and the programs that read it exactly.
 
-    Of a file for one program: what it costs there.
+    For a file that was made for one program: its verdict there, and its size.
     """
     from dora_diffusion.export.files import inspect_adapter
 
@@ -309,7 +310,7 @@ def _cost(report: ConversionReport, tools: Mapping[str, str]) -> str:
 
 
 def where_it_works(verdicts: Mapping[str, str]) -> tuple[list[str], str]:
-    """The programs, by what `inspect` says of each, with what is special to one of them.
+    """Group programs by their verdict of `inspect`, with the detail that only one of them has.
 
     Returns:
         A line for each way of being exact, and the programs that read it wrong.

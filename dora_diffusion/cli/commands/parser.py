@@ -27,7 +27,7 @@ _OTHER_VALUES = {
 }  # fmt: skip
 _TYPES: dict[Any, str] = {int: "a whole number", float: "a number"}
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
-# Flags of files that may hold what is required.
+# Flags of files that may hold required settings.
 _SOURCES = ("--config", "--repeat")
 CONFIG_HELP = "YAML file of settings; flags given here take precedence over it."
 
@@ -106,7 +106,7 @@ class Parser(argparse.ArgumentParser):
         meant_by: The flag that an unknown one stands for, or None; both without dashes.
         first: The flags that ``--help`` shows, by destination, where ``--help-all`` has them all;
             None: it shows all.
-        has_file: Whether what is required may be in a file that is given instead.
+        has_file: Whether a file may hold the required settings.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -145,7 +145,7 @@ class Parser(argparse.ArgumentParser):
                 action.help = text
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, after looking for flags that do not exist, and refuse what is left over."""
+        """Parse, after a check for unknown flags, and refuse words that are left over."""
         words = sys.argv[1:] if args is None else list(args)
         commands = next((i for i, word in enumerate(words) if not word.startswith("-")), None)
         # Behind its command, a flag is the command's.

@@ -80,8 +80,8 @@ class Decoder:
             component: Component of a PEFT folder's names.
 
         Returns:
-            The layers; the plain LoRA layers that are added to those of an ai-toolkit DoRA; and a
-            line for each thing that was broken and is repaired.
+            The layers; plain LoRA layers to add to the layers of an ai-toolkit DoRA; and a note
+            for each repair.
 
         Raises:
             AdapterFormatError: For keys left over, or a layer that lacks a factor, is not finite,
@@ -144,7 +144,7 @@ class Decoder:
             if any(key.is_ai_toolkit for key in keys.values()) and layer.scale != 1.0:
                 if not self.sums:
                     raise AdapterFormatError(f"{name}: {_ai_toolkit_problem(layer)}")
-                # What ai-toolkit computes is a DoRA with alpha = rank and a plain LoRA added to it.
+                # ai-toolkit computes a DoRA with alpha = rank, plus a plain LoRA.
                 beside[name] = dataclasses.replace(layer, alpha=layer.alpha - layer.rank)
                 layer = dataclasses.replace(layer, alpha=float(layer.rank))
             layers[name] = layer
@@ -243,8 +243,8 @@ def fit_to_model(
 
     Args:
         layers: The layers.
-        shapes: Of the model's modules.
-        kinds: Of those that are not plain: no key tells a Conv1D's from a Linear's.
+        shapes: Shapes of the model's modules.
+        kinds: Kinds of modules that are not plain: keys of a Conv1D look like keys of a Linear.
 
     Raises:
         AdapterFormatError: If layers have no module, or one of another shape; it lists them.

@@ -57,12 +57,12 @@ from dora_diffusion.numerics.weights import LayerWeights
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter: its layers by canonical module name, and what is known about it.
+    """An adapter: its layers by canonical module name, and facts about it.
 
     Attributes:
         layers: The layers.
         metadata: Facts that the tensors do not hold.
-        notes: What was broken in the file and how it was read, one line each.
+        notes: Repairs of the file, one line each.
         beside: Plain LoRA layers whose change is added to that of ``layers``. Only an ai-toolkit
             DoRA has them, and only for who asks `read_adapter` for ``sums``.
         tokens: Vectors of tokens that were trained with it, ``(C,)`` or ``(n, C)`` for each text
@@ -83,7 +83,7 @@ class AdapterFile:
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """Notes on what was assumed, and may be wrong."""
+        """Notes on assumptions, which may be wrong."""
         return tuple(note for note in self.notes if isinstance(note, AssumedAlpha))
 
     @property
@@ -110,7 +110,7 @@ def write_adapter(
             ``peft`` target always makes a folder, with one sub-folder per component.
         adapter: The layers and metadata.
         target: The name of a layout that is written, such as ``kohya``.
-        dtype: Of the low-rank factors (of the differences, for ``dense``); None keeps theirs.
+        dtype: Data type of the low-rank factors (``dense``: the differences); None keeps theirs.
             Magnitudes are float32.
         unet_layout: For kohya names of an SDXL UNet not shaped like the released one; that of
             the base if None.
@@ -172,7 +172,7 @@ def embeddings_beside(path: Path, adapter: AdapterFile) -> dict[str, Path]:
 def _write_folder(folder: Path, files: Mapping[str, EncodedFile]) -> None:
     """Write all files of a PEFT folder, and only then give them their names.
 
-    What it held of another adapter goes: a text encoder left over would be read with the new UNet.
+    Files of another adapter are removed: its text encoder would be read with the new UNet.
     """
     old = [path / name for path in peft_folders(folder) for name in (PEFT_CONFIG, PEFT_FILE)]
     with contextlib.ExitStack() as stack:
@@ -203,9 +203,9 @@ def read_adapter(
         path: The file or folder; or it with its headers read.
         base: The model that it is for: resolves underscore names exactly, checks that every layer
             fits, and tells the axis of magnitudes whose shape does not.
-        alpha: What it was trained with, for a file that lost it.
-        sums: Read an ai-toolkit DoRA with alpha other than its rank as what it is, a DoRA with a
-            LoRA ``beside`` it, instead of refusing it.
+        alpha: Alpha of training, for a file that lost it.
+        sums: Read an ai-toolkit DoRA with alpha other than its rank as a DoRA with a LoRA in
+            ``beside``, instead of refusing it.
 
     Raises:
         AdapterFormatError: If it is not an adapter, does not fit the model, or cannot be read
@@ -239,7 +239,7 @@ def _decode(stored: StoredAdapter, decoder: Decoder) -> AdapterFile:
         try:
             parts.append(_decode_file(decoder, file, tensors))
         except AdapterFormatError as error:
-            # So that a batch tells which file it was.
+            # The caller may read many files.
             raise AdapterFormatError(f"{file.path.name}: {error}") from error
     first, *others = parts
     for part in others:
@@ -276,7 +276,7 @@ def _decode_file(decoder: Decoder, file: StoredFile, tensors: dict[str, Tensor])
 def _parsed(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> AdapterMetadata:
     parsed = parse_metadata(metadata)
     trained = metadata.get(OWN + "alpha", "")
-    # The alpha of what was approximated is not the plain LoRA's.
+    # An approximation has an alpha of its own.
     if OWN + "approximation" in metadata:
         return parsed
     if not trained or trained == describe({name: layer.alpha for name, layer in layers.items()}):

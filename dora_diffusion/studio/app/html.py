@@ -57,7 +57,7 @@ def image_card(path: Any, action: str, value: str, text: str, otherwise: str = "
 
 
 def header(jobs: Sequence[Job] | None, problems: Sequence[str] = ()) -> str:
-    """Name of the app, what it is doing (None before that is known), and what it cannot do."""
+    """Return the name of the app, its active job (None: not known yet), and its problems."""
     now: list[tuple[str, ...]] = [("idle",)]
     if jobs is None:
         now = [("connecting", "connecting")]
@@ -190,7 +190,7 @@ def address(path: Any) -> str:
 
 
 def image(path: Any, text: str) -> str:
-    """An image that the server may give out; nothing where it is gone."""
+    """An image that the server may give out; empty if it is gone."""
     return pieces.shown_image(address(path), text) if path.is_file() else ""
 
 
@@ -202,13 +202,13 @@ def download(path: Any, label: str) -> str:
 
 
 def task_list(jobs: Sequence[Job]) -> str:
-    """The newest of what was made of runs."""
+    """Return cards of the newest jobs about runs."""
     listed = {name for name, kind in JOBS.items() if kind.job and kind.job.is_listed}
     return "".join(map(task_card, [job for job in jobs if job.kind in listed][:6]))
 
 
 def task_card(job: Job) -> str:
-    """A job with its command, and what it made once it is done."""
+    """Return a job's card with its command and, once it is done, its result."""
     card = status_card(job, stop=True)
     if job.state == "done":
         card += _result(job, Path(job.record.output))

@@ -28,7 +28,7 @@ def loss_plot(
     """Raw and smoothed loss over steps, and below them the validation loss on a scale of its own.
 
     Args:
-        records: Of the steps.
+        records: Records of the steps.
         validation: Validation losses by step, 0 being the base; few, and of another size than
             training's, which weighs timesteps.
     """
