@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel
 from dora_diffusion.export.files import ExportError, check_adapter_output, open_model
@@ -82,16 +80,13 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
     source: str | Path,
     output: str | Path,
     target: str,
+    fit: FitSettings | None = None,
     *,
     base: AnyModel | None = None,
     family: str | None = None,
-    rank: int | None = None,
-    conv_rank: int | None = None,
-    energy: float | None = None,
     alpha: float | None = None,
     tags: Sequence[str] = (),
     thumbnail: str | Path | None = None,
-    dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> ConversionReport:
     """Read an adapter in any known key format and write it for another program.
@@ -100,15 +95,13 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         source: Adapter file or folder.
         output: File (``.safetensors``) or folder to write.
         target: A key of ``PROGRAMS``, which gets the format that it needs, or of ``CONVERSIONS``.
+        fit: Ranks of ``smaller-rank`` and ``lora`` (without one: ``LORA_RANK``), and the data type
+            of the low-rank factors; method and axis stay the adapter's.
         base: For ``dense``, ``lora``, ``comfyui`` (output axis); ``smaller-rank`` is nearer by it.
         family: Name of a `Family`, for files that do not say it.
-        rank: Largest rank, of ``smaller-rank`` and ``lora``; None: ``LORA_RANK`` for ``lora``.
-        conv_rank: Largest rank of Conv2d layers, of ``smaller-rank``; None: ``rank``.
-        energy: Take each layer's smallest rank with this share of the squared singular values.
         alpha: Alpha of training, for a file that lost it.
         tags: Words that adapter managers and web UIs show.
         thumbnail: An image that they show.
-        dtype: Data type of the low-rank factors; None keeps float32.
         overwrite: Replace an output that exists.
 
     Raises:
@@ -116,22 +109,26 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         AdapterFormatError: If the source cannot be read, or the target cannot hold it.
     """
     _check_target(target)
+    fit = fit or FitSettings()
+    if fit.method != "dora" or fit.norm_axis is not None:
+        raise ExportError(
+            f"fit is {fit}; convert keeps the adapter's method and norm axis, so give neither"
+        )
     output, inputs = Path(output).expanduser(), [find_adapter(source)]
     with contextlib.nullcontext() if base is None else open_model(base) as model:
         inputs += [model.path] if model else []
         adapter = _read(source, target, model, alpha)
         program, target = target if target in PROGRAMS else "", conversion_of(target, adapter)
-        axis = axis_of(adapter.layers.values())
-        settings = FitSettings(rank, conv_rank, energy, norm_axis=axis, dtype=dtype)
-        settings = _check_request(target, program, model, settings, adapter.metadata.base_model)
+        fit = dataclasses.replace(fit, norm_axis=axis_of(adapter.layers.values()))
+        fit = _check_request(target, program, model, fit, adapter.metadata.base_model)
         kind = CONVERSIONS[target].plain_lora_in or target
         if CONVERSIONS[target].needs_rank:
-            kind = settings.key_format(None) if model else key_format_for(adapter.layers)
+            kind = fit.key_format(None) if model else key_format_for(adapter.layers)
         embeddings = check_adapter_output(output, kind, adapter, inputs, overwrite)
         family = family or (model.family.name if model else "")
         adapter = _with_additions(adapter, family, tags, thumbnail)
-        adapter, errors, total = _of_smaller_rank(adapter, target, settings, model)
-        path = write_adapter(output, adapter, kind, dtype=dtype, base=model)
+        adapter, errors, total = _of_smaller_rank(adapter, target, fit, model)
+        path = write_adapter(output, adapter, kind, dtype=fit.dtype, base=model)
     if target == "comfyui" and not needs_compensation(adapter.layers):
         target = "kohya"
     count = len(adapter.layers)

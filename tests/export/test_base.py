@@ -91,7 +91,9 @@ def test_what_is_computed_from_a_base_is_of_its_variant(
             combine_adapters(BaseModel(base, variant), source, output, FitSettings(rank=1))
         else:
             rank = None if way == "dense" else 1
-            convert_adapter(source, output, way, base=BaseModel(base, variant), rank=rank)
+            convert_adapter(
+                source, output, way, FitSettings(rank=rank), base=BaseModel(base, variant)
+            )
         return load_file(output)
 
     wanted = made(alone, None)

@@ -38,8 +38,6 @@ from dora_diffusion.formats.layouts import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
     from dora_diffusion.export.convert import ConversionReport
     from dora_diffusion.export.fit import FitSettings
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
@@ -54,14 +52,6 @@ class Written(Overwrite):
         None, "Precision of the low-rank factors. Default: float32.", choices=DTYPES
     )
 
-    @property
-    def written_dtype(self) -> torch.dtype | None:
-        """The precision as torch has it."""
-        import torch
-
-        dtype: torch.dtype | None = getattr(torch, self.dtype) if self.dtype else None
-        return dtype
-
 
 @dataclass(frozen=True, kw_only=True)
 class Limits(CommandSettings):
@@ -74,6 +64,18 @@ class Limits(CommandSettings):
         "Use each layer's smallest rank that keeps this share of the squared singular values, "
         "such as 0.95. Default: the largest rank.",
     )
+
+
+def fit_of(settings: ConvertSettings | Fit) -> FitSettings:
+    """Return how a command fits layers; ``convert`` keeps the adapter's method and axis."""
+    import torch
+
+    from dora_diffusion.export.fit import FitSettings
+
+    names = {"rank", "conv_rank", "energy", "method", "norm_axis"} & vars(settings).keys()
+    values: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    dtype = getattr(torch, settings.dtype) if settings.dtype else None
+    return FitSettings(**values, dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,7 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
         is_packed = self.to in FOLDERS and output.suffix == ".zip"
         if is_packed and output.exists() and not self.overwrite:
             raise ConfigError(f"{output} exists; choose another output, or --overwrite", "output")
-        names = ("family", "alpha", "tags", "thumbnail", "rank", "conv_rank", "energy", "overwrite")
+        names = ("family", "alpha", "tags", "thumbnail", "overwrite")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         tell(phase="converting")
         with tempfile.TemporaryDirectory() as scratch:
@@ -128,8 +130,8 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
                 self.input,
                 Path(scratch, output.stem) if is_packed else self.output,
                 self.to,
+                fit_of(self),
                 base=self.base_model,
-                dtype=self.written_dtype,
                 **options,
             )
             if is_packed:
@@ -162,15 +164,6 @@ class Fit(Written, Limits, RequiredBase):
         "Key format. Default: diffusers; kohya on the input axis, which it alone can hold.",
         choices=KEY_FORMATS,
     )
-
-    @property
-    def fit(self) -> FitSettings:
-        """Settings of the fit."""
-        from dora_diffusion.export.fit import FitSettings
-
-        names = ("rank", "conv_rank", "energy", "method", "norm_axis")
-        values: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return FitSettings(**values, dtype=self.written_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +202,7 @@ class ExtractSettings(Fit):
         tuned = BaseModel(self.tuned, self.tuned_variant, self.tuned_revision)
         with progress("extracting", "B") as show:
             report = extract_adapter(
-                self.base_model, tuned, self.output, self.fit,
+                self.base_model, tuned, self.output, fit_of(self),
                 key_format=self.format, overwrite=self.overwrite, on_progress=show,
             )  # fmt: skip
         print_written(report, as_json=self.json)
@@ -243,7 +236,7 @@ class CombineSettings(Alpha, Fit):
                 self.base_model,
                 [adapter_and_strength(text) for text in self.adapters],
                 self.output,
-                self.fit,
+                fit_of(self),
                 key_format=self.format,
                 alpha=self.alpha,
                 overwrite=self.overwrite,
