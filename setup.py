@@ -50,8 +50,11 @@ if __name__ == "__main__":
             "dora_diffusion": [
                 "py.typed",
                 "*.pyi",
+                "config/*.pyi",
                 "config/*.json",
+                "evaluation/*.html",
                 "evaluation/*.yaml",
+                "export/*.pyi",
                 "export/**/*.yaml",
                 "models/embedded/**/*",
                 "lab/toy/judges/*",

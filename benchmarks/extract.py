@@ -31,6 +31,7 @@ from torch import Tensor
 
 from dora_diffusion import extract_adapter, load_components
 from dora_diffusion.data.images import open_photo
+from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.files.stream import TensorReader, write_tensors
@@ -79,7 +80,9 @@ def as_pixels(path: Path) -> Tensor:
 def compare_with_svd(base: Path, tuned: Path, work: Path, rank: int) -> dict[str, object]:
     """Share of layers where a DoRA of a rank is nearer than the SVD at equal file size."""
     started = time.perf_counter()
-    report = extract_adapter(base, tuned, work / "dora.safetensors", rank=rank, overwrite=True)
+    report = extract_adapter(
+        base, tuned, work / "dora.safetensors", FitSettings(rank=rank), overwrite=True
+    )
     seconds = time.perf_counter() - started
     layers = read_adapter(report.path).layers
     lower: dict[str, list[float]] = {"whole rank": [], "part of a rank more": []}

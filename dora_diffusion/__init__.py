@@ -16,7 +16,7 @@ The whole Python interface::
     SamplingSettings, generate_images                 images from it
     read_subject, evaluate_photos                     subject similarity and drift, on photos
     export_checkpoint                                 base + adapter -> merged model
-    extract_adapter                                   base and tuned model -> the nearest adapter
+    FitSettings, extract_adapter                      base and tuned model -> the nearest adapter
     combine_adapters, convert_adapter                 several in one; another format or rank
     analyze_weights                                   what training did to a model's weights
     Study, run_study                                  methods compared over rates, seeds, subjects
@@ -40,26 +40,14 @@ Names are imported when they are first used, so that ``import dora_diffusion`` c
 
 from __future__ import annotations
 
-import re
-from importlib import import_module
-from pathlib import Path
+from dora_diffusion.lazy import lazy_names
 
 __version__ = "0.1.0"
 
-# Type checkers read the same lines.
-_IMPORT = re.compile(r"from dora_diffusion\.([\w.]+) import \(?\s*(\w+) as")
-_STUB = Path(__file__).with_name("__init__.pyi").read_text(encoding="utf-8")
-_HOMES = dict(sorted((name, home) for home, name in _IMPORT.findall(_STUB)))
+_HOMES, __getattr__ = lazy_names(__name__, __file__)
 __all__ = list(_HOMES)
 
 
 def __dir__() -> list[str]:
     """The public names, which are not there before they are used, and the submodules."""
-    return sorted({*globals(), *__all__} - {"annotations", "import_module", "Path", "re"})
-
-
-def __getattr__(name: str) -> object:
-    """Import a public name from where it lives."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'dora_diffusion' has no attribute {name!r}")
-    return getattr(import_module(f"dora_diffusion.{_HOMES[name]}"), name)
+    return sorted({*globals(), *__all__} - {"annotations", "lazy_names"})

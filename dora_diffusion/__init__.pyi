@@ -24,11 +24,12 @@ from dora_diffusion.config.train import TrainConfig as TrainConfig
 from dora_diffusion.data.images import PhotoError as PhotoError
 from dora_diffusion.evaluation.photos import evaluate_photos as evaluate_photos
 from dora_diffusion.evaluation.photos import read_subject as read_subject
-from dora_diffusion.export import ExportError as ExportError
-from dora_diffusion.export import combine_adapters as combine_adapters
-from dora_diffusion.export import convert_adapter as convert_adapter
-from dora_diffusion.export import export_checkpoint as export_checkpoint
-from dora_diffusion.export import extract_adapter as extract_adapter
+from dora_diffusion.export.checkpoint import export_checkpoint as export_checkpoint
+from dora_diffusion.export.convert import convert_adapter as convert_adapter
+from dora_diffusion.export.derive import combine_adapters as combine_adapters
+from dora_diffusion.export.derive import extract_adapter as extract_adapter
+from dora_diffusion.export.files import ExportError as ExportError
+from dora_diffusion.export.fit import FitSettings as FitSettings
 from dora_diffusion.formats.checkpoint.weights import CheckpointLayoutError as CheckpointLayoutError
 from dora_diffusion.formats.files.atomic import DiskFullError as DiskFullError
 from dora_diffusion.formats.files.stream import TensorFileError as TensorFileError
@@ -40,7 +41,7 @@ from dora_diffusion.lab.study.config import Study as Study
 from dora_diffusion.lab.study.run import run_study as run_study
 from dora_diffusion.models.load import load_components as load_components
 from dora_diffusion.models.locate import ModelNotFoundError as ModelNotFoundError
-from dora_diffusion.numerics.merging import MergeError as MergeError
+from dora_diffusion.numerics.weights import MergeError as MergeError
 from dora_diffusion.sampling.generate import BrokenImageError as BrokenImageError
 from dora_diffusion.sampling.generate import SamplingSettings as SamplingSettings
 from dora_diffusion.sampling.generate import generate_images as generate_images

@@ -74,14 +74,32 @@ def test_importing_imports_nothing_heavy():
     assert done.stdout.split() == []
 
 
+def test_packages_import_their_names_when_they_are_used():
+    packages = ["dora_diffusion", "dora_diffusion.config", "dora_diffusion.export"]
+    code = (
+        f"import sys, {', '.join(packages)}\n"
+        "print(*[name for name in sys.modules if name.startswith('dora_diffusion')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
+    )
+    assert sorted(done.stdout.split()) == [*packages, "dora_diffusion.lazy"]
+
+
 def examples(module: ModuleType) -> list[doctest.DocTest]:
     """The module's documented examples, each with the module's and the public names at hand."""
     public = {name: getattr(dora_diffusion, name) for name in dora_diffusion.__all__}
     torch = {"torch": import_module("torch")}
+    # Whose a function is, doctest decides by its globals, which a decorator changes.
     found = doctest.DocTestFinder(exclude_empty=True).find(
-        module, globs=vars(module) | public | torch
+        module, module=False, globs=vars(module) | public | torch
     )
-    return [test for test in found if test.examples]
+
+    def home(test: doctest.DocTest) -> str:
+        name = test.name.removeprefix(f"{module.__name__}.").partition(".")[0]
+        return getattr(vars(module).get(name), "__module__", module.__name__)
+
+    return [test for test in found if test.examples and home(test) == module.__name__]
 
 
 def test_every_public_name_with_an_example_is_found():

@@ -37,8 +37,8 @@ VALUES = {
     name: getattr(importlib.import_module(home), name) for name, home in public_names().items()
 }
 SETTINGS = {
-    "AdapterConfig", "AdapterPool", "BaseModel", "QueuePlan", "SamplingSettings", "Study",
-    "TrainConfig",
+    "AdapterConfig", "AdapterPool", "BaseModel", "FitSettings", "QueuePlan", "SamplingSettings",
+    "Study", "TrainConfig",
 }  # fmt: skip
 """Classes that a user makes; the others are results, or have no field."""
 OTHERS = {

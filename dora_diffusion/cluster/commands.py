@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_diffusion.cli.commands import train
 from dora_diffusion.cli.commands.parser import Parser, add_flags
 from dora_diffusion.cli.console.output import print_json
-from dora_diffusion.cli.settings import Model
+from dora_diffusion.cluster.serving.settings import ServingSettings
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.fields import REQUIRED, flag, when
 from dora_diffusion.config.subject_list import subject_configs
@@ -20,7 +19,6 @@ from dora_diffusion.config.wording import counted
 
 if TYPE_CHECKING:
     from dora_diffusion.cluster.fleet.cluster import Share
-    from dora_diffusion.cluster.serving.deploy import Deployment
 
 _RAY = when(
     lambda config: config.address is not None,
@@ -59,7 +57,7 @@ class WorkerFlags(CommandSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class FleetSettings(WorkerFlags):
-    """Settings of ``fleet`` besides those of training, which are among its ``args``."""
+    """Settings of ``fleet``; its ``args`` hold the settings of training too."""
 
     args: argparse.Namespace = field(default_factory=argparse.Namespace)
     subjects: str = flag(
@@ -84,7 +82,7 @@ class FleetSettings(WorkerFlags):
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
-        """Add the command's flags, and those of the training that each subject gets."""
+        """Add the command's flags, and the flags of training."""
         add_flags(parser, cls.settings())
         parser.add_argument(
             "--output",
@@ -102,7 +100,7 @@ class FleetSettings(WorkerFlags):
 
     @classmethod
     def of_arguments(cls, args: argparse.Namespace) -> FleetSettings:
-        """Read its own; `train_config` reads those of training."""
+        """Read the settings of the fleet; `train_config` reads the settings of training."""
         settings = dataclasses.replace(cls.read(vars(args)), args=args)
         settings.warn()
         return settings
@@ -140,71 +138,19 @@ class FleetSettings(WorkerFlags):
         return int(bool(fleet.failed))
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServeSettings(Model):
+class ServeSettings(ServingSettings):
     """Settings of ``serve``."""
-
-    adapters: list[Path] = flag(
-        [],
-        "Folders of adapter files and runs, rescanned while it serves. Default: none, the base "
-        "alone.",
-        metavar="FOLDER",
-    )
-    host: str = flag("127.0.0.1", "Address to listen on.")
-    port: int = flag(8000, "Port.", least=1, most=65535)
-    token_file: Path | None = flag(
-        None,
-        "File with the token that requests must have; or set DORA_DIFFUSION_TOKEN. Required with a "
-        "--host that others reach.",
-    )
-    address: str = flag("local", "Ray cluster: local starts one, auto finds one.")
-    replicas: int = flag(1, "Processes with the base in memory.", least=1)
-    replica_gpus: float | None = flag(
-        None,
-        "GPUs of a replica, or the share of one. Default: the GPUs divided by the replicas, at "
-        "most one.",
-        least=0,
-    )
-    batch_size: int = flag(8, "Most images at once.", least=1)
-    window: float = flag(
-        0.05, "Seconds that a request waits for others to share its batch.", least=0, most=10
-    )
-    queue: int = flag(64, "Most requests that wait; further ones get 429.", least=1)
-    timeout: float = flag(120.0, "Seconds until a request gets 504.", above=0, most=86400)
-    adapter_memory: float = flag(
-        2000.0,
-        "Most MB that loaded adapters take in each replica; the least recently used are dropped.",
-        above=0,
-    )
 
     def perform(self) -> int:
         """Serve until it is interrupted."""
         from dora_diffusion.cluster.serving import deploy
         from dora_diffusion.cluster.serving.catalogue import Catalogue
 
-        deployment = self.deployment(deploy.read_token(self.token_file))
+        token = deploy.read_token(self.token_file)
+        deployment = deploy.Deployment(self.base_model, self, token)
         base = replace(self.base_model, path=_base(self))
         deploy.serve(replace(deployment, base=base), Catalogue(self.adapters))
         return 0
-
-    def deployment(self, token: str | None = None) -> Deployment:
-        """The replicas and their server.
-
-        Raises:
-            ConfigError: As of `Deployment`.
-        """
-        from dora_diffusion.cluster.serving.deploy import Deployment
-
-        names = {field.name for field in fields(Deployment)}
-        values = {name: value for name, value in vars(self).items() if name in names}
-        values |= {
-            "base": self.base_model,
-            "options": self.model_options,
-            "token": token,
-            "adapter_memory": math.ceil(self.adapter_memory * 1e6),
-            "capacity": self.queue,
-        }
-        return Deployment(**values)
 
 
 def _base(args: ServeSettings) -> str:

@@ -9,26 +9,12 @@
     flag_map   flags of Diffusers' scripts    presets   settings that belong together
     elsewhere  names with another meaning     problems  errors that are reported together
 
-Nothing here imports torch.
+Nothing here imports torch, and a name is imported when it is first used.
 """
 
-from dora_diffusion.config.adapter import AdapterConfig
-from dora_diffusion.config.derived import differences, unusual_rates, without_effect
-from dora_diffusion.config.fields import ConfigError, Setting
-from dora_diffusion.config.file import read_config_file, read_config_lines
-from dora_diffusion.config.presets import PRESETS
-from dora_diffusion.config.train import TrainConfig, settings
+from __future__ import annotations
 
-__all__ = [
-    "PRESETS",
-    "AdapterConfig",
-    "ConfigError",
-    "Setting",
-    "TrainConfig",
-    "differences",
-    "read_config_file",
-    "read_config_lines",
-    "settings",
-    "unusual_rates",
-    "without_effect",
-]
+from dora_diffusion.lazy import lazy_names
+
+_HOMES, __getattr__ = lazy_names(__name__, __file__)
+__all__ = list(_HOMES)

@@ -10,9 +10,9 @@ import inspect
 import numbers
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import cache, update_wrapper
+from functools import cache, wraps
 from pathlib import Path
-from types import FunctionType, NoneType, UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from dora_diffusion.config.fields import WANTED, ConfigError
@@ -74,7 +74,7 @@ def _wrapped(function: Any, name: str, accepted: Mapping[str, Any], modules: Seq
         if not hints:
             written = {key: accepted.get(key, own.annotation) for key, own in known.items()}
             hints.update(_read(written, modules))
-        # What is missing or too much is Python's own error.
+        # Missing and surplus arguments are errors of Python's own.
         given = [*zip(placed, args, strict=False), *values.items()]
         given += [(rest, value) for value in args[len(placed) :] if rest is not None]
         for key, value in given:
@@ -82,15 +82,12 @@ def _wrapped(function: Any, name: str, accepted: Mapping[str, Any], modules: Seq
                 raise ConfigError(problem, key)
         return args, values
 
-    def call(*args, **values):  # type: ignore[no-untyped-def]
+    @wraps(function)
+    def call(*args: Any, **values: Any) -> Any:
         args, values = checked(args, values)
         return function(*args, **values)
 
-    # With the globals of its module, by which doctest tells whose it is.
-    made = FunctionType(
-        call.__code__, inspect.unwrap(function).__globals__, name, None, call.__closure__
-    )
-    return update_wrapper(made, function)
+    return call
 
 
 def _python_number(value: Any) -> Any:
@@ -108,7 +105,7 @@ def _is_numpy(value: Any) -> bool:
 
 
 def _read(written: Mapping[str, Any], modules: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Annotations as types; those with names that only type checkers import are left out."""
+    """Yield annotations as types, without annotations that only type checkers can import."""
     scope = {k: v for name in reversed(modules) for k, v in vars(sys.modules[name]).items()}
     for name, hint in written.items():
         try:
@@ -120,9 +117,9 @@ def _read(written: Mapping[str, Any], modules: Sequence[str]) -> Iterator[tuple[
 
 
 def mismatch(name: str, value: Any, hint: Any) -> str:
-    """Return how a value differs from an annotation, naming it; empty where it does not.
+    """Return how a value differs from an annotation, naming it; empty if it does not.
 
-    What an annotation says beyond plain types, classes and collections of them is not looked at.
+    Only plain types, classes and collections of them are checked.
     """
     if _fits(value, hint):
         return ""
@@ -145,7 +142,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 @cache
 def _class(hint: Any) -> Any:
-    """The class of an annotation; object where it is none."""
+    """The class of an annotation; object if it is not a class."""
     kind = get_origin(hint) or hint
     return kind if inspect.isclass(kind) and kind is not Any else object
 

@@ -10,7 +10,7 @@ _SMALLEST_FONT, _IMAGES_PER_FONT = 12, 24
 # A single small image must leave room for words.
 _LEAST_CHARACTERS = 24
 _GAP = 2
-# Of a column's label.
+# Most lines of a column's label.
 _MOST_LINES = 3
 
 
@@ -20,10 +20,10 @@ def labelled_sheet(
     """Images on white, with their labels in letters that fit the images' size.
 
     Args:
-        images: Row by row; those of a row are of one size.
-        title: Above all; none where it is empty.
-        rows: What is written above each row, in as many lines as it takes.
-        columns: What is written above each column, in three lines at most.
+        images: Images row by row; the images of a row have one size.
+        title: Title above all rows; empty: none.
+        rows: Label above each row, in as many lines as it needs.
+        columns: Label above each column, in three lines at most.
     """
     width, count = images[0].width, len(columns)
     size, widest = max(_SMALLEST_FONT, width // _IMAGES_PER_FONT), max(i.width for i in images)
@@ -44,16 +44,18 @@ def one_image(sheet: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _written(text: str, size: int, width: int, most: int | None = None) -> Image.Image:
-    """A text on white, in at most so many lines of a width; a longer word is cut."""
+    """A text on white, in at most so many lines of a width, to which long words are broken."""
     font, lines = ImageFont.load_default(size), [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width - 4:
             lines[-1] = longer
             continue
-        while font.getlength(word) > width - 4 and len(word) > 1:
-            word = word[:-1]
-        lines = [*lines, word] if lines[-1] else [word]
+        lines += [""] if lines[-1] else []
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width - 4:
+                lines.append("")
+            lines[-1] += letter
     lines, height = lines[:most], size + size // 3
     strip = Image.new("RGB", (width, height * len(lines)), "white")
     for number, line in enumerate(lines):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment
 
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.wording import aligned
@@ -51,10 +52,10 @@ class Evaluation:
         columns: ``"base"``, ``"adapted"`` and, where it is known, ``"truth"`` -> measures.
         seeds: One round of prompts each.
         images: Row of the sheet -> images, in the columns of ``labels``.
-        labels: What each column of the sheet shows.
-        notes: What could not be measured, and why.
-        details: Base, adapter, trigger, sampling: what the figures are of.
-        cautions: What to know before the figures are believed.
+        labels: Labels of the sheet's columns.
+        notes: Reasons why a measure is missing.
+        details: Base, adapter, trigger and sampling.
+        cautions: Limits of the figures.
     """
 
     subject: str
@@ -161,14 +162,9 @@ def shown(
 
 
 Row = list[str]
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
-  color-scheme: light dark; background: Canvas; color: CanvasText }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 13px }
-th, td { border-bottom: 1px solid #8886; padding: .25rem .6rem; text-align: left; white-space: nowrap }
-img { max-width: 100%; height: auto; background: white }
-figure { display: inline-block; margin: 0 1rem 1rem 0; max-width: 22rem; vertical-align: top }
-"""  # noqa: E501
+_PAGE = Environment(
+    autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+).from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -176,7 +172,7 @@ class LinkedImage:
     """An image that is not in the page's file.
 
     Attributes:
-        caption: What it shows.
+        caption: Its caption.
         source: Its address, from the page.
     """
 
@@ -190,10 +186,10 @@ class Section:
 
     Attributes:
         title: Its heading.
-        text: What it says, a paragraph.
+        text: A paragraph.
         table: Rows, the first a head.
-        image: A file beside the page.
-        images: Images beside the page; HTML alone shows them.
+        image: A file next to the page.
+        images: Images next to the page; only HTML shows them.
     """
 
     title: str
@@ -202,9 +198,13 @@ class Section:
     image: Path | None = None
     images: Sequence[LinkedImage] = ()
 
+    def encoded_image(self) -> str:
+        """Return the content of `image` in base64."""
+        return base64.b64encode(self.image.read_bytes()).decode() if self.image else ""
+
 
 def as_markdown(title: str, sections: Sequence[Section]) -> str:
-    """The page as Markdown; images lie beside it."""
+    """Return the page as Markdown; images are files next to it."""
     parts = [f"# {title}"]
     for section in sections:
         parts.append(f"## {section.title}")
@@ -216,36 +216,4 @@ def as_markdown(title: str, sections: Sequence[Section]) -> str:
 
 def as_html(title: str, sections: Sequence[Section]) -> str:
     """The page as one file, images in it."""
-    body = "".join(_section(section) for section in sections)
-    name = html.escape(title)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{name}</title>\n'
-        '<meta name="viewport" content="width=device-width">\n'
-        f"<style>{_STYLE}</style>\n<h1>{name}</h1>\n{body}</html>\n"
-    )
-
-
-def _section(section: Section) -> str:
-    parts = [f"<h2>{html.escape(section.title)}</h2>"]
-    if section.text:
-        parts.append(f"<p>{html.escape(section.text).replace('`', '')}</p>")
-    if section.table:
-        head, *rows = section.table
-        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-        lines = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell).replace('`', '')}</td>" for cell in row)
-            + "</tr>\n"
-            for row in rows
-        )  # fmt: skip
-        parts.append(f"<table>\n<tr>{cells}</tr>\n{lines}</table>")
-    if section.image:
-        content = base64.b64encode(section.image.read_bytes()).decode()
-        alt = html.escape(section.title)
-        parts.append(f'<img alt="{alt}" src="data:image/png;base64,{content}">')
-    for linked in section.images:
-        caption, source = html.escape(linked.caption), html.escape(linked.source)
-        parts.append(
-            f'<figure><img loading="lazy" alt="{caption}" src="{source}">'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-    return "\n".join(parts) + "\n"
+    return _PAGE.render(title=title, sections=sections)

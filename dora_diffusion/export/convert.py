@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel
 from dora_diffusion.export.files import ExportError, check_adapter_output, open_model
@@ -32,7 +30,6 @@ from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK, NOT_TARGETS, 
 from dora_diffusion.formats.layouts.kohya import needs_compensation
 from dora_diffusion.formats.layouts.layout import stated_approximation
 from dora_diffusion.numerics.merging import WeightedAdapter
-from dora_diffusion.sampling.images import thumbnail as make_thumbnail
 
 _OF_THE_UPDATE = (
     "the magnitudes stay and the error is that of the low-rank update; with --base the nearest "
@@ -49,12 +46,12 @@ class ConversionReport:
         target: The format, a key of ``CONVERSIONS``: of a program the one that it needs.
             ``"kohya"`` for a ``comfyui`` file without output-axis magnitudes, which is one.
         layers: Number of layers.
-        errors: Per layer, the relative error of what was fitted; empty where nothing is.
+        errors: Relative error of each fitted layer; empty if no layer is fitted.
         total_error: The relative error of all layers together, 0 if the file is exact.
-        notes: What was broken in the source and how it was repaired, one line each.
+        notes: Repairs of the source, one line each.
         embeddings: The files that trained tokens went to, by token.
-        program: The key of ``PROGRAMS`` that it was made for; empty where a format was asked for.
-        growth: Size of the file, relative to what it was made from.
+        program: The key of ``PROGRAMS`` that it was made for; empty for a key of ``CONVERSIONS``.
+        growth: Size of the file relative to its source.
     """
 
     path: Path
@@ -83,16 +80,13 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
     source: str | Path,
     output: str | Path,
     target: str,
+    fit: FitSettings | None = None,
     *,
     base: AnyModel | None = None,
     family: str | None = None,
-    rank: int | None = None,
-    conv_rank: int | None = None,
-    energy: float | None = None,
     alpha: float | None = None,
     tags: Sequence[str] = (),
     thumbnail: str | Path | None = None,
-    dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> ConversionReport:
     """Read an adapter in any known key format and write it for another program.
@@ -101,15 +95,13 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         source: Adapter file or folder.
         output: File (``.safetensors``) or folder to write.
         target: A key of ``PROGRAMS``, which gets the format that it needs, or of ``CONVERSIONS``.
+        fit: Ranks of ``smaller-rank`` and ``lora`` (without one: ``LORA_RANK``), and the data type
+            of the low-rank factors; method and axis stay the adapter's.
         base: For ``dense``, ``lora``, ``comfyui`` (output axis); ``smaller-rank`` is nearer by it.
         family: Name of a `Family`, for files that do not say it.
-        rank: Largest rank, of ``smaller-rank`` and ``lora``; None: ``LORA_RANK`` for ``lora``.
-        conv_rank: Largest rank of Conv2d layers, of ``smaller-rank``; None: ``rank``.
-        energy: Take each layer's smallest rank with this share of the squared singular values.
-        alpha: What it was trained with, for a file that lost it.
+        alpha: Alpha of training, for a file that lost it.
         tags: Words that adapter managers and web UIs show.
         thumbnail: An image that they show.
-        dtype: Of the low-rank factors; None keeps float32.
         overwrite: Replace an output that exists.
 
     Raises:
@@ -117,22 +109,26 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         AdapterFormatError: If the source cannot be read, or the target cannot hold it.
     """
     _check_target(target)
+    fit = fit or FitSettings()
+    if fit.method != "dora" or fit.norm_axis is not None:
+        raise ExportError(
+            f"fit is {fit}; convert keeps the adapter's method and norm axis, so give neither"
+        )
     output, inputs = Path(output).expanduser(), [find_adapter(source)]
     with contextlib.nullcontext() if base is None else open_model(base) as model:
         inputs += [model.path] if model else []
         adapter = _read(source, target, model, alpha)
         program, target = target if target in PROGRAMS else "", conversion_of(target, adapter)
-        axis = axis_of(adapter.layers.values())
-        settings = FitSettings(rank, conv_rank, energy, norm_axis=axis, dtype=dtype)
-        settings = _check_request(target, program, model, settings, adapter.metadata.base_model)
+        fit = dataclasses.replace(fit, norm_axis=axis_of(adapter.layers.values()))
+        fit = _check_request(target, program, model, fit, adapter.metadata.base_model)
         kind = CONVERSIONS[target].plain_lora_in or target
         if CONVERSIONS[target].needs_rank:
-            kind = settings.key_format(None) if model else key_format_for(adapter.layers)
+            kind = fit.key_format(None) if model else key_format_for(adapter.layers)
         embeddings = check_adapter_output(output, kind, adapter, inputs, overwrite)
         family = family or (model.family.name if model else "")
         adapter = _with_additions(adapter, family, tags, thumbnail)
-        adapter, errors, total = _of_smaller_rank(adapter, target, settings, model)
-        path = write_adapter(output, adapter, kind, dtype=dtype, base=model)
+        adapter, errors, total = _of_smaller_rank(adapter, target, fit, model)
+        path = write_adapter(output, adapter, kind, dtype=fit.dtype, base=model)
     if target == "comfyui" and not needs_compensation(adapter.layers):
         target = "kohya"
     count = len(adapter.layers)
@@ -150,7 +146,7 @@ def _check_target(target: str) -> None:
 def _read(
     source: str | Path, target: str, model: ModelWeights | None, alpha: float | None
 ) -> AdapterFile:
-    """An adapter for a target; with a LoRA beside its DoRA where that can hold it."""
+    """Read an adapter for a target, with a LoRA added to its DoRA if the target can hold both."""
     program = PROGRAMS.get(target)
     sums = target in ("dense", "smaller-rank") or (program is not None and program.takes_dense)
     return read_adapter(source, model, alpha=alpha, sums=sums and model is not None)
@@ -170,7 +166,7 @@ def _check_request(
     """Refuse what cannot be done; the settings with the ranks that a target takes.
 
     Warns:
-        UserWarning: Of limits on ranks without effect.
+        UserWarning: If limits on ranks have no effect.
     """
     conversion = CONVERSIONS[target]
     if model is None and conversion.for_one_base and (conversion.plain_lora_in or program):
@@ -225,14 +221,18 @@ def _of_smaller_rank(
 def _with_additions(
     adapter: AdapterFile, family: str, tags: Sequence[str], thumbnail: str | Path | None
 ) -> AdapterFile:
-    """The adapter with what the user adds to its metadata; its own family stays."""
-    old = adapter.metadata
+    """Return the adapter with the user's additions to its metadata; its own family stays."""
+    old, image = adapter.metadata, adapter.metadata.thumbnail
+    if thumbnail:
+        from dora_diffusion.sampling.images import thumbnail as make_thumbnail
+
+        image = make_thumbnail(thumbnail)
     counts = dict(old.tag_frequency)
     metadata = dataclasses.replace(
         old,
         family=old.family or family,
         tags=tuple(dict.fromkeys((*old.tags, *tags))),
-        thumbnail=make_thumbnail(thumbnail) if thumbnail else old.thumbnail,
+        thumbnail=image,
         tag_frequency=dict.fromkeys(tags, 1) | counts if counts else counts,
     )
     return dataclasses.replace(adapter, metadata=metadata)

@@ -49,7 +49,6 @@ from dora_diffusion.formats.checkpoint.models import StoredModel
 from dora_diffusion.formats.checkpoint.schedule import schedule_facts
 from dora_diffusion.formats.checkpoint.weights import module_shapes, module_weight
 from dora_diffusion.formats.names.modules import known_layout
-from dora_diffusion.numerics.weights import NormAxis
 
 # Of text encoders: tables of vectors. Training moves those that its captions look up, each its own
 # way, which no low rank describes; and of the key formats only Diffusers' and PEFT's hold them.
@@ -57,18 +56,13 @@ _TABLES = (".token_embedding", ".position_embedding")
 
 
 @check_arguments()
-def extract_adapter(  # noqa: PLR0913 - keywords, each documented
+def extract_adapter(
     base: AnyModel,
     tuned: AnyModel,
     output: str | Path,
+    fit: FitSettings,
     *,
-    rank: int,
-    conv_rank: int | None = None,
-    method: str = "dora",
-    energy: float | None = None,
-    norm_axis: NormAxis = "output",
     key_format: str | None = None,
-    dtype: torch.dtype | None = None,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> ConversionReport:
@@ -81,72 +75,58 @@ def extract_adapter(  # noqa: PLR0913 - keywords, each documented
         base: The model that the adapter will be used with, as `open_model` takes it.
         tuned: The model to come near, of the same architecture; a folder or a file alike.
         output: File (``.safetensors``) or folder to write.
-        rank: Largest rank; small layers get less.
-        conv_rank: Largest rank of Conv2d layers; None: ``rank``.
-        method: ``"dora"``, or ``"lora"``: without magnitudes.
-        energy: Take each layer's smallest rank with this share of the squared singular values.
-        norm_axis: Axis of the magnitudes.
+        fit: How layers are fitted, with a rank; small layers get less.
         key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the one that can hold it.
-        dtype: Of the low-rank factors; None: float32.
         overwrite: Replace a file that exists.
         on_progress: Called with (bytes of the base compared, bytes in all).
 
     Returns:
-        What was written, with the error of each layer: ``|W'' - W'| / |W' - W|``.
+        The report on the file, with the error of each layer: ``|W'' - W'| / |W' - W|``.
 
     Raises:
         ExportError: If the models do not fit or differ, a setting cannot work, or it exists.
         MergeError: If weights are quantised.
     """
-    settings = FitSettings(rank, conv_rank, energy, method, norm_axis, dtype)
-    output, kind = Path(output).expanduser(), settings.key_format(key_format)
+    if fit.rank is None:
+        raise ExportError("rank is None; give the largest rank of the layers")
+    output, kind = Path(output).expanduser(), fit.key_format(key_format)
     with open_model(base) as before, open_model(tuned) as after:
         inputs = [before.path, after.path]
         check_adapter_output(output, kind, AdapterFile({}), inputs, overwrite)
-        fitted, notes = _fit_models(before, after, settings, on_progress)
+        fitted, notes = _fit_models(before, after, fit, on_progress)
         said, own = after.metadata, _metadata_for(before)
         reading = {name: said[OWN + name] for name in READING if OWN + name in said}
         extra = {"extracted_from": model_name(after.path), **own.extra, **reading}
-        extra = fitted.stated(extra, "tuned model", settings)
+        extra = fitted.stated(extra, "tuned model", fit)
         metadata = dataclasses.replace(own, extra=extra)
         path = write_adapter(output, AdapterFile(fitted.layers, metadata), kind, base=before)
     return _report(path, kind, fitted, notes, {})
 
 
 @check_arguments()
-def combine_adapters(  # noqa: PLR0913 - keywords, each documented
+def combine_adapters(
     base: AnyModel,
     adapters: Adapters,
     output: str | Path,
+    fit: FitSettings | None = None,
     *,
-    rank: int | None = None,
-    conv_rank: int | None = None,
-    method: str = "dora",
-    energy: float | None = None,
-    norm_axis: NormAxis | None = None,
     key_format: str | None = None,
     alpha: float | None = None,
-    dtype: torch.dtype | None = None,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> ConversionReport:
     """Write one adapter that does what several do together, ``W' = W + sum_k s_k (W'_k - W)``.
 
     A layer that one adapter of strength 1 has alone is kept, bit for bit, if its rank is small
-    enough. Others are the nearest of a rank: exact where that is the sum of theirs, on one axis.
+    enough. Others are the nearest of a rank: exact if the rank is the sum of theirs, on one axis.
 
     Args:
         base: The model that they are for, as `open_model` takes it.
         adapters: ``[(adapter, strength), ...]``, or one adapter.
         output: File (``.safetensors``) or folder to write.
-        rank: Largest rank; None: the sum of the ranks in each layer.
-        conv_rank: Largest rank of Conv2d layers; None: as ``rank``.
-        method: ``"dora"``, or ``"lora"``: without magnitudes.
-        energy: Take each layer's smallest rank with this share of the squared singular values.
-        norm_axis: Of the magnitudes. None: the adapters' own, the output axis where they differ.
+        fit: How layers are fitted; without a rank, with the sum of the ranks in each layer.
         key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the one that can hold it.
-        alpha: What adapters were trained with whose files do not say it.
-        dtype: Of the low-rank factors; None: float32.
+        alpha: Alpha of adapters whose files lost it.
         overwrite: Replace a file that exists.
         on_progress: Called with (bytes of the base's adapted weights done, bytes in all).
 
@@ -154,20 +134,21 @@ def combine_adapters(  # noqa: PLR0913 - keywords, each documented
         ExportError: If a setting cannot work, the output exists, or nothing is left of the sum.
         AdapterFormatError, MergeError: If an adapter cannot be read or does not fit the base.
     """
+    fit = fit or FitSettings()
     spec, output = MergeSpec(adapters), Path(output).expanduser()
     spec.require_adapter()
     with open_model(base) as model:
         read = spec.read(model, alpha)
         spec.warn_of_assumptions()
         parts = spec.weighted()
-        axis = norm_axis or axis_of(layer for part in parts for layer in part.layers.values())
-        settings = FitSettings(rank, conv_rank, energy, method, axis, dtype)
-        kind = settings.key_format(key_format)
+        axis = fit.norm_axis or axis_of(w for part in parts for w in part.layers.values())
+        fit = dataclasses.replace(fit, norm_axis=axis)
+        kind = fit.key_format(key_format)
         inputs = [model.path, *spec.files()]
         adapter = AdapterFile({}, tokens=_tokens(read))
         embeddings = check_adapter_output(output, kind, adapter, inputs, overwrite)
-        fitted = fit_to_adapters(model, parts, settings, on_progress)
-        metadata = _metadata_of_sum(model, spec, fitted, settings)
+        fitted = fit_to_adapters(model, parts, fit, on_progress)
+        metadata = _metadata_of_sum(model, spec, fitted, fit)
         adapter = AdapterFile(fitted.layers, metadata, tokens=adapter.tokens)
         path = write_adapter(output, adapter, kind, base=model)
     notes, left = [note for adapter in read for note in adapter.notes], fitted.unchanged
@@ -186,7 +167,7 @@ def _report(
 def _fit_models(
     base: StoredModel, tuned: StoredModel, settings: FitSettings, on_progress: OnProgress | None
 ) -> tuple[Fitted, list[str]]:
-    """The layers, and what is to be said of the rest."""
+    """Return the layers, and notes on the other tensors."""
     _check_pair(base, tuned)
     names = [name for name in module_shapes(base) if not name.endswith(_TABLES)]
 
@@ -277,7 +258,7 @@ def _tokens(adapters: Sequence[AdapterFile]) -> dict[str, Vectors]:
 def _metadata_of_sum(
     model: StoredModel, spec: MergeSpec, fitted: Fitted, settings: FitSettings
 ) -> AdapterMetadata:
-    """Return the metadata of the only adapter, or common to several; and what was combined.
+    """Return the metadata of one adapter, or common to several, with a list of the adapters.
 
     Raises:
         ExportError: If nothing was.

@@ -1,4 +1,4 @@
-"""Low-rank layers that are fitted to tuned weights, or to what adapters make of a base."""
+"""Low-rank layers fitted to tuned weights, or to a base with adapters."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dora_diffusion.config.arguments import check_arguments
+from dora_diffusion.config.fields import require
 from dora_diffusion.export.files import ExportError, OnProgress, ProgressReporter
 from dora_diffusion.formats.adapter.metadata import APPROXIMATES, APPROXIMATION_ERROR, TRAINED_ALPHA
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes, module_weight
@@ -20,7 +23,6 @@ from dora_diffusion.numerics.merging import WeightedAdapter, layers_of, merge_te
 from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.threads import map_ahead
 from dora_diffusion.numerics.weights import (
-    NORM_AXES,
     LayerKind,
     LayerWeights,
     NormAxis,
@@ -31,6 +33,7 @@ from dora_diffusion.numerics.weights import (
 METHODS = {"dora": "DoRA", "lora": "LoRA"}
 
 
+@check_arguments()
 @dataclass(frozen=True)
 class FitSettings:
     """Settings for fitting layers.
@@ -41,32 +44,31 @@ class FitSettings:
         energy: Take each layer's smallest rank that holds this share of the squared singular
             values, and no more than the largest.
         method: A key of ``METHODS``.
-        norm_axis: What a DoRA's magnitude runs along.
-        dtype: Of the low-rank factors; None: float32.
+        norm_axis: Axis of the magnitudes; None: that of the adapters, or the output axis.
+        dtype: Data type of the low-rank factors; None: float32.
 
     Raises:
-        ExportError: If a value cannot work.
+        ConfigError: If a value cannot work.
     """
 
-    rank: int | None
+    rank: int | None = None
     conv_rank: int | None = None
     energy: float | None = None
-    method: str = "dora"
-    norm_axis: NormAxis = "output"
+    method: Literal["dora", "lora"] = "dora"
+    norm_axis: NormAxis | None = None
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rank", "conv_rank"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ExportError(f"{name} is {value}; it must be at least 1")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise ExportError(f"energy is {self.energy:g}; it must be above 0 and at most 1")
-        for name, known in (("method", tuple(METHODS)), ("norm_axis", NORM_AXES)):
-            if getattr(self, name) not in known:
-                raise ExportError(
-                    f"{name} is {getattr(self, name)!r}; it must be {' or '.join(known)}"
-                )
+        for name, rank in (("rank", self.rank), ("conv_rank", self.conv_rank)):
+            require(rank is None or rank > 0, f"{name} is {rank}; it must be at least 1", name)
+        energy = 1.0 if self.energy is None else self.energy
+        problem = f"energy is {energy:g}; it must be above 0 and at most 1"
+        require(0 < energy <= 1, problem, "energy")
+
+    @property
+    def axis(self) -> NormAxis:
+        """Axis of the magnitudes."""
+        return self.norm_axis or "output"
 
     @property
     def use_dora(self) -> bool:
@@ -84,7 +86,7 @@ class FitSettings:
         Raises:
             ExportError: If the wanted one is unknown or cannot.
         """
-        on_input = self.use_dora and self.norm_axis == "input"
+        on_input = self.use_dora and self.axis == "input"
         if wanted is None:
             return "kohya" if on_input else "diffusers"
         if wanted not in KEY_FORMATS:
@@ -109,7 +111,7 @@ class FitSettings:
 
     def __str__(self) -> str:
         """Describe the fit: ``"nearest DoRA, output axis, rank 8"``."""
-        axis = f"{self.norm_axis} axis, " if self.use_dora else ""
+        axis = f"{self.axis} axis, " if self.use_dora else ""
         return f"nearest {METHODS[self.method]}, {axis}{self.ranks}"
 
 
@@ -120,7 +122,7 @@ class FitTarget:
     Attributes:
         base: The base weight, as the model stores it.
         tuned: The weight to come near.
-        rank: What the layer gets where no rank is set.
+        rank: Rank of the layer if the settings have none.
         start: Scales that a DoRA may start from, see `best_dora`.
         layer: The layer, where there is nothing to fit.
         kind: How the weight is stored.
@@ -168,10 +170,10 @@ class Fitted:
         """Metadata fields with how it was fitted, to what, and the largest error.
 
         Args:
-            extra: Further fields; an alpha of training is not that of what was fitted.
+            extra: Further fields; an alpha of training is left out: fitted layers have another one.
             of: The original.
             how: The fit.
-            before: The error of what it was fitted to.
+            before: The error of the target itself.
         """
         error = before + self.total_error + before * self.total_error
         facts = {"approximation": str(how), APPROXIMATES: of, APPROXIMATION_ERROR: f"{error:.3g}"}
@@ -190,7 +192,7 @@ def fit_layers(
     Args:
         model: The base.
         names: Canonical module names.
-        target_of: Loads what a layer is fitted to; None if the weight is the base's.
+        target_of: Loads the target of a layer; None if the weight is the base's.
         settings: How.
         on_progress: Called with (bytes of these weights done, bytes in all).
 
@@ -226,7 +228,7 @@ def _fit(name: str, target: FitTarget, settings: FitSettings) -> tuple[LayerWeig
         rank = settings.rank_of(tuple(base.shape), target.rank)
         if settings.use_dora:
             layer = best_dora(
-                base, tuned, rank, settings.norm_axis, energy=settings.energy, start=target.start
+                base, tuned, rank, settings.axis, energy=settings.energy, start=target.start
             )
         else:
             layer = low_rank(tuned - base, rank, settings.energy)
@@ -244,7 +246,7 @@ def axis_of(layers: Iterable[LayerWeights]) -> NormAxis:
 
 
 def key_format_for(layers: Mapping[str, LayerWeights]) -> str:
-    """The key format that can hold these layers: Diffusers' where it is possible."""
+    """The key format that can hold these layers: Diffusers', if possible."""
     kinds = {None if w.magnitude is None else w.norm_axis for w in layers.values()}
     return "diffusers" if len(kinds) == 1 and "input" not in kinds else "kohya"
 
@@ -278,7 +280,7 @@ def fit_to_adapters(
             return None
         strengths = [(layer, strengths.strength) for layer, strengths in layers]
         rank = sum(layer.rank for layer, _ in layers)
-        start = known_scale(out_in(base, kind), strengths, settings.norm_axis)
+        start = known_scale(out_in(base, kind), strengths, settings.axis)
         return FitTarget(base, tuned, rank, start, kind=kind)
 
     return fit_layers(model, names, target_of, settings, on_progress)
@@ -293,13 +295,13 @@ def _cancels(base: Tensor, tuned: Tensor, layers: Sequence[tuple[LayerWeights, S
 
 
 def _stays(layer: LayerWeights, strengths: Strengths, settings: FitSettings) -> bool:
-    """Return whether a layer already is what the settings ask for."""
+    """Return whether a layer already has the settings' method, axis and rank."""
     is_dora = layer.magnitude is not None
     return (
         strengths == Strengths()
         and settings.energy is None
         and is_dora == settings.use_dora
-        and (not is_dora or layer.norm_axis == settings.norm_axis)
+        and (not is_dora or layer.norm_axis == settings.axis)
         and layer.rank <= settings.rank_of(layer.weight_shape, layer.rank)
     )
 

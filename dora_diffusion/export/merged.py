@@ -28,13 +28,13 @@ from dora_diffusion.formats.checkpoint.weights import (
 from dora_diffusion.formats.files.stream import PICKLED, TensorReader, TensorSpec
 from dora_diffusion.formats.names.modules import modern_vae_path
 from dora_diffusion.numerics.merging import (
-    MergeError,
     WeightedAdapter,
     cast_error,
     layers_of,
     merge_error,
     merge_tensor,
 )
+from dora_diffusion.numerics.weights import MergeError
 
 _CHECKED_TENSORS = 8
 

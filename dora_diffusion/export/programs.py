@@ -26,10 +26,7 @@ from dora_diffusion.formats.checkpoint.schedule import (
     choose_schedule,
     usual_of,
 )
-from dora_diffusion.formats.checkpoint.weights import UNET_PREFIX
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.formats.files.runs import pipeline_in
-from dora_diffusion.formats.files.stream import TensorFileError, read_header
 from dora_diffusion.formats.layouts import MODEL_VERDICTS
 
 WIDTH = 320
@@ -70,17 +67,6 @@ class ModelReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
         return dataclasses.asdict(self) | {"path": str(self.path), "family": self.family.name}
-
-
-def is_model(path: str | Path) -> bool:
-    """Return whether a path is that of a whole model: a Diffusers folder or a single file."""
-    path = Path(path).expanduser()
-    if path.is_dir():
-        return pipeline_in(path) is not None
-    try:
-        return any(key.startswith(UNET_PREFIX) for key in read_header(path).specs)
-    except (TensorFileError, OSError):
-        return False
 
 
 @check_arguments()

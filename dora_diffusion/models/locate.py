@@ -34,6 +34,10 @@ class ModelNotFoundError(ValueError):
     """Error for a model that could not be found or fetched; says what was tried and what to do."""
 
 
+class OfflineError(ModelNotFoundError):
+    """A model that is not downloaded yet while the hub library is offline."""
+
+
 def is_embedded(name: str) -> bool:
     """Return whether a model is embedded: so small that threads would wait for each other."""
     return name.startswith(EMBEDDED_PREFIX)
@@ -139,12 +143,13 @@ def fetch_snapshot(
                 raise ModelNotFoundError(f"{name} cannot be used: {remedy}") from error
         if not isinstance(error, (OSError, errors.HfHubHTTPError)) and not is_network_error(error):
             raise
-        problem = "the hub could not be reached; check the network, give a local folder"
+        failure: type[ModelNotFoundError] = ModelNotFoundError
+        problem = "the hub could not be reached; check the network"
         if is_offline():
-            problem = "HF_HUB_OFFLINE is set; unset it to download the model, give a local folder"
-        raise ModelNotFoundError(
-            f"{name} is not a local folder, not in the hub's cache, and {problem}, or use an "
-            "embedded model (embedded:NAME)"
+            failure, problem = OfflineError, "HF_HUB_OFFLINE is set; unset it to download the model"
+        raise failure(
+            f"{name} is not a local folder, not in the hub's cache, and {problem}, give a local "
+            "folder, or use an embedded model (embedded:NAME)"
         ) from error
 
 

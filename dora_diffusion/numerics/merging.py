@@ -27,7 +27,13 @@ from dora_diffusion.numerics.dora import (
 )
 from dora_diffusion.numerics.precision import full_precision, to_float64, upcast, upcast_dtype
 from dora_diffusion.numerics.threads import one_thread
-from dora_diffusion.numerics.weights import LayerKind, LayerWeights, Strengths, out_in
+from dora_diffusion.numerics.weights import (
+    LayerKind,
+    LayerWeights,
+    MergeError,
+    Strengths,
+    out_in,
+)
 
 Layers = Sequence[tuple[LayerWeights, Strengths]]
 
@@ -37,10 +43,6 @@ _BLOCK = 2**18
 _COLUMNS = 128
 # Roundings of an entry's terms, in any order, as a share of the sum of their magnitudes.
 _SUMMATION = 8
-
-
-class MergeError(ValueError):
-    """Base weights that cannot be merged into, or a merge that is not finite."""
 
 
 @dataclass(frozen=True)

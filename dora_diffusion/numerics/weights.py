@@ -20,6 +20,10 @@ NORM_AXES: tuple[NormAxis, ...] = get_args(NormAxis)
 LayerKind = Literal["plain", "embedding", "conv1d"]
 
 
+class MergeError(ValueError):
+    """Base weights that cannot be merged into, or a merge that is not finite."""
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """A low-rank update of one layer's weight ``(out, in, *k)``, with its DoRA magnitude.

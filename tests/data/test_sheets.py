@@ -51,6 +51,16 @@ def test_long_prompts_take_more_lines_and_stay_inside():
     assert (margin[: long.height - 70] == 255).all(), "no letter is cut at the right"
 
 
+def test_a_column_head_longer_than_its_column_is_broken_into_lines():
+    images = [noise((64, 64), seed) for seed in range(2)]
+    whole, shorter, head = (
+        labelled_sheet(images, "", [""], [head, "x"])
+        for head in ("learning_rate=0.0001", "learning_rate=0.000", "x")
+    )
+    assert whole.height > head.height
+    assert ImageChops.difference(whole, shorter).getbbox() is not None
+
+
 def test_stacked_sheets_keep_their_pixels():
     first, second = noise((40, 20), 1), noise((30, 10), 2)
     whole = image_grid([first, second], 1)

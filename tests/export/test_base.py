@@ -20,6 +20,7 @@ from dora_diffusion.export import (
     inspect_adapter,
     verify_checkpoint,
 )
+from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.files.stream import TensorFileError
 from dora_diffusion.lab.analysis import analyze_weights
@@ -79,14 +80,20 @@ def test_what_is_computed_from_a_base_is_of_its_variant(
         if way == "inspect":
             return {inspect_adapter(source, BaseModel(base, variant)).fits: torch.zeros(0)}
         if way == "extract":
-            extract_adapter(BaseModel(base, variant), sd1_folder, output, rank=1, energy=0.01)
+            extract_adapter(
+                BaseModel(base, variant), sd1_folder, output, FitSettings(rank=1, energy=0.01)
+            )
         elif way == "tuned":
-            extract_adapter(sd1_folder, BaseModel(base, variant), output, rank=1, energy=0.01)
+            extract_adapter(
+                sd1_folder, BaseModel(base, variant), output, FitSettings(rank=1, energy=0.01)
+            )
         elif way == "combine":
-            combine_adapters(BaseModel(base, variant), source, output, rank=1)
+            combine_adapters(BaseModel(base, variant), source, output, FitSettings(rank=1))
         else:
             rank = None if way == "dense" else 1
-            convert_adapter(source, output, way, base=BaseModel(base, variant), rank=rank)
+            convert_adapter(
+                source, output, way, FitSettings(rank=rank), base=BaseModel(base, variant)
+            )
         return load_file(output)
 
     wanted = made(alone, None)
@@ -117,8 +124,8 @@ def test_a_revision_is_asked_of_the_hub(
     inspect_adapter(file, base)
     merged = export_checkpoint(base, file, tmp_path / "merged")
     assert verify_checkpoint(merged, base, file).ok
-    extract_adapter(base, merged, tmp_path / "d.safetensors", rank=1)
-    extract_adapter(merged, base, tmp_path / "e.safetensors", rank=1)
+    extract_adapter(base, merged, tmp_path / "d.safetensors", FitSettings(rank=1))
+    extract_adapter(merged, base, tmp_path / "e.safetensors", FitSettings(rank=1))
     analyze_weights(file, base)
     load_adapted(base, file, device="cpu")
     assert asked == 9 * [("someone/model", "v2")]

@@ -17,6 +17,7 @@ from dora_diffusion.export import (
     inspect_adapter,
     verify_checkpoint,
 )
+from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,
@@ -118,7 +119,7 @@ def test_a_smaller_rank_states_its_error(
         for axis in ("output", "input")
     )
     pairs = [(first[0], 1.0), (second[0], 0.5)]
-    report = combine_adapters(sd1_folder, pairs, tmp_path / "sum", rank=3)
+    report = combine_adapters(sd1_folder, pairs, tmp_path / "sum", FitSettings(rank=3))
     found = read_adapter(report.path).layers
     for name, (base, total) in summed(sd1_folder, [(first[1], 1.0), (second[1], 0.5)]).items():
         got = merge_tensor(base, [(found[name], Strengths())])
@@ -138,7 +139,7 @@ def test_loras_stay_one_if_asked(
     tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
 ) -> None:
     file, layers = written(tmp_path / "a.safetensors", sd1_folder, random_adapter, axis=None)
-    report = combine_adapters(sd1_folder, file, tmp_path / "lora", method="lora")
+    report = combine_adapters(sd1_folder, file, tmp_path / "lora", FitSettings(method="lora"))
     found = read_adapter(report.path).layers
     for name, layer in layers.items():
         assert found[name].magnitude is None
@@ -156,10 +157,10 @@ def test_refusals(tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter)
         ([(file, 1.0), (file, -1.0)], {}, "cancel one another; change a strength"),
         ([(file, 1.0), (file, 0.3), (other, -1.3)], {}, "cancel one another; change a strength"),
         ([(file, float("inf"))], {}, "the strength of .* is inf; it must be between"),
-        (file, {"rank": 0}, "rank is 0"),
         (file, {"output": file, "overwrite": True}, "which is read for it"),
-        (file, {"norm_axis": "input", "key_format": "diffusers"}, "cannot hold magnitudes"),
-    ):
+        (file, {"fit": FitSettings(norm_axis="input"), "key_format": "diffusers"},
+         "cannot hold magnitudes"),
+    ):  # fmt: skip
         arguments = {"output": output, **changes}
         with pytest.raises(ValueError, match=reason):
             combine_adapters(sd1_folder, adapters, **arguments)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dora_diffusion.cli.main import main
+from dora_diffusion.config import ConfigError
 from dora_diffusion.export import (
     ExportError,
     combine_adapters,
@@ -19,6 +20,7 @@ from dora_diffusion.export import (
     extract_adapter,
     inspect_adapter,
 )
+from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,
@@ -46,7 +48,9 @@ def test_approximation_reports_its_error(
 ) -> None:
     layers = random_adapter(sd1_folder, axis="input", every=6)
     source = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")), "kohya")
-    report = convert_adapter(source, tmp_path / "b", "lora-diffusers", base=sd1_folder, rank=6)
+    report = convert_adapter(
+        source, tmp_path / "b", "lora-diffusers", FitSettings(rank=6), base=sd1_folder
+    )
     plain = read_adapter(report.path).layers
     assert report.path.name == "pytorch_lora_weights.safetensors"
     with PipelineFolder.open(sd1_folder) as pipeline:
@@ -57,7 +61,9 @@ def test_approximation_reports_its_error(
             assert error == pytest.approx(report.errors[name], abs=1e-4), name
     assert report.worst is not None
     assert 0 < report.median_error <= report.worst[1] < 1
-    full = convert_adapter(source, tmp_path / "c", "lora", base=sd1_folder, rank=10_000)
+    full = convert_adapter(
+        source, tmp_path / "c", "lora", FitSettings(rank=10_000), base=sd1_folder
+    )
     assert full.worst is not None
     assert full.worst[1] < 1e-5
 
@@ -90,8 +96,12 @@ def test_refusals_say_what_to_do(
     named = write_adapter(tmp_path / "named", AdapterFile(layers, metadata))
     with pytest.raises(ValueError, match=r"with --base \(it was trained on org/model\)$"):
         convert_adapter(named, tmp_path / "b", "a1111")
-    with pytest.raises(ExportError, match="rank is 0; it must be at least 1"):
-        convert_adapter(source, tmp_path / "b", "lora", base=sd1_folder, rank=0)
+    with pytest.raises(ConfigError, match="rank is 0; it must be at least 1"):
+        convert_adapter(source, tmp_path / "b", "lora", FitSettings(rank=0), base=sd1_folder)
+    with pytest.raises(
+        ExportError, match="fit is nearest LoRA, sum of the ranks; convert keeps the"
+    ):
+        convert_adapter(source, tmp_path / "b", "lora", FitSettings(method="lora"))
     for name in ("a.pt", "a.ckpt", "a.bin"):
         with pytest.raises(ExportError, match="pickles are not written"):
             convert_adapter(source, tmp_path / name, "kohya", family="sd1")
@@ -140,7 +150,9 @@ def test_an_approximation_is_called_exact_for_itself_only(
     command = ["convert", str(dora), str(path), "--to", target, "--base", str(sd1_folder)]
     assert main([*command, "--rank", "5"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    report = convert_adapter(dora, path, target, base=sd1_folder, rank=5, overwrite=True)
+    report = convert_adapter(
+        dora, path, target, FitSettings(rank=5), base=sd1_folder, overwrite=True
+    )
     if target == "lora":
         measured = total_error(sd1_folder, random_adapter(sd1_folder, every=9), path)
         assert report.total_error == pytest.approx(measured, rel=1e-3)
@@ -155,7 +167,9 @@ def test_an_approximation_is_called_exact_for_itself_only(
     assert main(["inspect", str(path)]) == 0
     assert f"diffusers {sentence}" in " ".join(capsys.readouterr().out.split())
     # Again: what is lost adds up, and is still told of the DoRA.
-    again = convert_adapter(path, tmp_path / "b.safetensors", target, base=sd1_folder, rank=3)
+    again = convert_adapter(
+        path, tmp_path / "b.safetensors", target, FitSettings(rank=3), base=sd1_folder
+    )
     most = report.total_error + again.total_error * (1 + report.total_error)
     verdict = inspect_adapter(again.path).tools["LyCORIS" if target == "lora" else "diffusers"]
     if target == "lora":
@@ -178,13 +192,19 @@ def test_diffusers_reads_each_kohya_lora_of_ours_exactly(
     dora = write_adapter(tmp_path / "dora", AdapterFile(dora, AdapterMetadata("sd1")))
     file = tmp_path / "lora.safetensors"
     if way == "lora":
-        convert_adapter(dora, file, "lora", base=sd1_folder, energy=0.6)
+        convert_adapter(dora, file, "lora", FitSettings(energy=0.6), base=sd1_folder)
     elif way == "combine":
-        combine_adapters(sd1_folder, dora, file, method="lora", key_format="kohya", energy=0.6)
+        combine_adapters(
+            sd1_folder, dora, file, FitSettings(method="lora", energy=0.6), key_format="kohya"
+        )
     else:
         tuned = export_checkpoint(sd1_folder, dora, tmp_path / "tuned")
         extract_adapter(
-            sd1_folder, tuned, file, rank=64, method="lora", key_format="kohya", energy=0.6
+            sd1_folder,
+            tuned,
+            file,
+            FitSettings(rank=64, method="lora", energy=0.6),
+            key_format="kohya",
         )
     layers = read_adapter(file).layers
     assert len({layer.rank for layer in layers.values()}) > 1
@@ -204,7 +224,9 @@ def test_diffusers_reads_each_kohya_lora_of_ours_exactly(
 def test_an_approximation_of_full_rank_is_exact(
     tmp_path: Path, sd1_folder: Path, dora: Path
 ) -> None:
-    report = convert_adapter(dora, tmp_path / "a", "lora", base=sd1_folder, rank=10_000)
+    report = convert_adapter(
+        dora, tmp_path / "a", "lora", FitSettings(rank=10_000), base=sd1_folder
+    )
     assert report.total_error < 1e-5
     assert inspect_adapter(report.path).tools["LyCORIS"] == EXACT_IN_LYCORIS
 
@@ -213,7 +235,9 @@ def test_the_rank_of_an_approximation_stands_beside_its_own_alpha(
     tmp_path: Path, sd1_folder: Path, dora: Path
 ) -> None:
     assert inspect_adapter(dora).alpha == "3"
-    report = convert_adapter(dora, tmp_path / "a", "lora-diffusers", base=sd1_folder, rank=5)
+    report = convert_adapter(
+        dora, tmp_path / "a", "lora-diffusers", FitSettings(rank=5), base=sd1_folder
+    )
     found = inspect_adapter(report.path)
     ranks = found.to_dict()["rank"]
     ranks = set(ranks.values()) if isinstance(ranks, dict) else {ranks}
@@ -299,7 +323,7 @@ def test_each_program_computes_the_file_that_is_made_for_it(
                                            is not None})  # fmt: skip
     rank = 10_000 if target == "lora" else None  # of a layer's own size it approximates nothing
     output = tmp_path / "file.safetensors"
-    report = convert_adapter(source, output, program, base=sd1_folder, rank=rank)
+    report = convert_adapter(source, output, program, FitSettings(rank=rank), base=sd1_folder)
     assert (report.program, CONVERSIONS[report.target].takes_rank) == (program, target == "lora")
     with PipelineFolder.open(sd1_folder) as pipeline:
         for formula in COMPUTED_BY[program]:

@@ -19,6 +19,7 @@ from dora_diffusion.export import (
     extract_adapter,
     inspect_adapter,
 )
+from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
@@ -74,7 +75,7 @@ def test_what_was_exported_is_extracted_again(
         before = export_checkpoint(base, [(adapter, 0.0)], tmp_path / "base.safetensors")
     steps: list[tuple[int, int]] = []
     report = extract_adapter(
-        before, tuned, tmp_path / "found.safetensors", rank=4, norm_axis=axis,
+        before, tuned, tmp_path / "found.safetensors", FitSettings(4, norm_axis=axis),
         on_progress=lambda done, total: steps.append((done, total)),
     )  # fmt: skip
     found = read_adapter(report.path).layers
@@ -103,7 +104,7 @@ def test_the_error_is_that_of_the_weights_in_the_file(tmp_path: Path, sd1_folder
     for method, dtype in (("dora", None), ("lora", torch.bfloat16)):
         output = tmp_path / f"{method}.safetensors"
         report = extract_adapter(
-            sd1_folder, tuned, output, rank=3, conv_rank=2, method=method, dtype=dtype
+            sd1_folder, tuned, output, FitSettings(rank=3, conv_rank=2, method=method, dtype=dtype)
         )
         layers, left, size = read_adapter(output).layers, 0.0, 0.0
         for name, layer in layers.items():
@@ -133,7 +134,11 @@ def test_a_lora_is_the_truncated_svd_of_the_difference(tmp_path: Path, sd1_folde
     for energy in (None, 0.6):
         output = tmp_path / f"{energy}.safetensors"
         report = extract_adapter(
-            sd1_folder, tuned, output, rank=3, method="lora", energy=energy, key_format="kohya"
+            sd1_folder,
+            tuned,
+            output,
+            FitSettings(rank=3, method="lora", energy=energy),
+            key_format="kohya",
         )
         layers, squared = read_adapter(output).layers, np.zeros(2)
         assert layers.keys() == report.errors.keys()
@@ -159,7 +164,7 @@ def test_metadata_say_what_it_is_and_where_it_is_from(
     tmp_path: Path, sdxl_folder: Path, sd1_folder: Path
 ) -> None:
     tuned = tuned_copy(sdxl_folder, tmp_path / "my tuned", noisy_in_part)
-    report = extract_adapter(sdxl_folder, tuned, tmp_path / "out", rank=2, energy=0.5)
+    report = extract_adapter(sdxl_folder, tuned, tmp_path / "out", FitSettings(rank=2, energy=0.5))
     assert report.path == tmp_path / "out" / "pytorch_lora_weights.safetensors"
     facts = inspect_adapter(report.path, sdxl_folder)
     assert facts.metadata.family == "sdxl"
@@ -171,7 +176,10 @@ def test_metadata_say_what_it_is_and_where_it_is_from(
     assert (facts.method, facts.norm_axis) == ("DoRA", "output")
     assert str(tmp_path).encode() not in report.path.read_bytes()
     on_input = extract_adapter(
-        sdxl_folder, tuned, tmp_path / "out", rank=2, norm_axis="input", dtype=torch.float16
+        sdxl_folder,
+        tuned,
+        tmp_path / "out",
+        FitSettings(rank=2, norm_axis="input", dtype=torch.float16),
     )
     assert on_input.path.name == "adapter_kohya.safetensors"
     tensors = load_file(on_input.path)
@@ -189,7 +197,7 @@ def test_what_no_adapter_holds_is_said(tmp_path: Path, sd1_folder: Path) -> None
     tuned = tuned_copy(sd1_folder, tmp_path / "tuned", change)
     path = tuned / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({k: t * 2 for k, t in load_file(path).items()}, path, {"format": "pt"})
-    report = extract_adapter(sd1_folder, tuned, tmp_path / "out", rank=2)
+    report = extract_adapter(sd1_folder, tuned, tmp_path / "out", FitSettings(rank=2))
     assert list(report.errors) == ["unet.conv_in"]
     unchanged, others, vae = report.notes
     assert unchanged.startswith("no adapter for ")
@@ -216,7 +224,7 @@ def test_rounding_to_half_precision_is_no_difference(
         wide = tuned_copy(sd1_folder, tmp_path / "wide", change)
     half = tuned_copy(sd1_folder, tmp_path / "half", to_half)
     base, tuned = (half, wide) if narrow == "base" else (wide, half)
-    report = extract_adapter(base, tuned, tmp_path / "out", rank=2)
+    report = extract_adapter(base, tuned, tmp_path / "out", FitSettings(rank=2))
     assert list(report.errors) == ["unet.conv_in"]
 
 
@@ -238,20 +246,20 @@ def test_refusals_say_what_to_do(tmp_path: Path, sd1_folder: Path, sd2_folder: P
         (broken, "numbers that are not finite"),
     ):
         with pytest.raises(ExportError, match=reason):
-            extract_adapter(sd1_folder, other, output, rank=2)
-    for changes, reason in (
-        ({"rank": 0}, "rank is 0; it must be at least 1"),
-        ({"key_format": "dense"}, "unknown key format 'dense'; there is diffusers, peft, kohya"),
-        ({"key_format": "peft", "norm_axis": "input"}, "cannot hold magnitudes on the input axis"),
+            extract_adapter(sd1_folder, other, output, FitSettings(rank=2))
+    for fit, key_format, reason in (
+        (FitSettings(), None, "rank is None; give the largest rank"),
+        (FitSettings(2), "dense", "unknown key format 'dense'; there is diffusers, peft, kohya"),
+        (FitSettings(2, norm_axis="input"), "peft", "cannot hold magnitudes on the input axis"),
     ):
         with pytest.raises(ExportError, match=reason):
-            extract_adapter(sd1_folder, tuned, output, **{"rank": 2, **changes})
+            extract_adapter(sd1_folder, tuned, output, fit, key_format=key_format)
     assert not output.exists()
-    extract_adapter(sd1_folder, tuned, output, rank=1)
+    extract_adapter(sd1_folder, tuned, output, FitSettings(rank=1))
     with pytest.raises(ExportError, match="exists"):
-        extract_adapter(sd1_folder, tuned, output, rank=1)
+        extract_adapter(sd1_folder, tuned, output, FitSettings(rank=1))
     with pytest.raises(ExportError, match="pickles are not written"):
-        extract_adapter(sd1_folder, tuned, tmp_path / "a.pt", rank=1)
+        extract_adapter(sd1_folder, tuned, tmp_path / "a.pt", FitSettings(rank=1))
 
 
 def test_programs_read_it_as_any_adapter(tmp_path: Path, sd1_folder: Path) -> None:
@@ -262,7 +270,7 @@ def test_programs_read_it_as_any_adapter(tmp_path: Path, sd1_folder: Path) -> No
     tuned = tuned_copy(sd1_folder, tmp_path / "tuned", noisy_in_part)
     for key_format in ("diffusers", "peft", "kohya"):
         output = tmp_path / key_format / ("" if key_format == "peft" else "a.safetensors")
-        extract_adapter(sd1_folder, tuned, output, rank=3, key_format=key_format)
+        extract_adapter(sd1_folder, tuned, output, FitSettings(rank=3), key_format=key_format)
     layers = read_adapter(tmp_path / "diffusers" / "a.safetensors").layers
     pipeline = DiffusionPipeline.from_pretrained(sd1_folder, local_files_only=True)
     with_peft = DiffusionPipeline.from_pretrained(sd1_folder, local_files_only=True).unet
@@ -289,6 +297,6 @@ def test_a_file_that_is_there_stays_if_extraction_fails(tmp_path: Path, sd1_fold
     output.write_bytes(b"an adapter")
     tuned_copy(sd1_folder, broken, lambda name, tensor: tensor / 0)
     with pytest.raises(ExportError, match="not finite"):
-        extract_adapter(sd1_folder, broken, output, rank=2, overwrite=True)
+        extract_adapter(sd1_folder, broken, output, FitSettings(rank=2), overwrite=True)
     assert output.read_bytes() == b"an adapter"
     assert sorted(tmp_path.iterdir()) == [broken, output]

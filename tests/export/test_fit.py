@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dora_diffusion.export.files import ExportError
+from dora_diffusion.config import ConfigError
 from dora_diffusion.export.fit import FitSettings, Fitted, decomposed
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.numerics.weights import LayerWeights
@@ -33,14 +33,14 @@ def test_ranks_by_kind_of_layer() -> None:
         ({"conv_rank": -1}, "conv_rank is -1; it must be at least 1"),
         *(({"energy": value}, f"energy is {value:g}; it must be above 0 and at most 1")
           for value in (0.0, 1.5, math.nan)),
-        ({"method": "loha"}, "method is 'loha'; it must be dora or lora"),
-        ({"norm_axis": "both"}, "norm_axis is 'both'; it must be output or input"),
+        ({"method": "loha"}, "method is 'loha'; it must be one of 'dora', 'lora'"),
+        ({"norm_axis": "both"}, "norm_axis is 'both'; it must be one of 'output', 'input' or None"),
     ],
     ids=str,
 )  # fmt: skip
 def test_settings_check_themselves(values: dict[str, Any], line: str) -> None:
     """Whatever is extracted, converted, resized or combined with them."""
-    with pytest.raises(ExportError) as error:
+    with pytest.raises(ConfigError) as error:
         FitSettings(**{"rank": 1, **values})
     assert str(error.value) == line
     assert FitSettings(1, 1, energy=1.0).energy == 1

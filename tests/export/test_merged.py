@@ -33,8 +33,8 @@ from dora_diffusion.formats.files.stream import (
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics import merging
 from dora_diffusion.numerics.dora import weight_norm
-from dora_diffusion.numerics.merging import MergeError, WeightedAdapter
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths
+from dora_diffusion.numerics.merging import WeightedAdapter
+from dora_diffusion.numerics.weights import LayerWeights, MergeError, NormAxis, Strengths
 
 # On 2 threads, MKL computes the last block of the first one with another kernel than on 1.
 SHAPES = {

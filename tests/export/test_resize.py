@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dora_diffusion.export import ExportError, convert_adapter, inspect_adapter
-from dora_diffusion.export.fit import axis_of, key_format_for
+from dora_diffusion.export.fit import FitSettings, axis_of, key_format_for
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
@@ -28,7 +28,9 @@ def test_without_the_base_the_update_is_truncated(
     """Magnitudes stay; the error is that of the update, by NumPy."""
     layers = random_adapter(sd1_folder, every=8, axis=axis)
     source = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")), "kohya")
-    report = convert_adapter(source, tmp_path / "b", "smaller-rank", rank=3, conv_rank=2)
+    report = convert_adapter(
+        source, tmp_path / "b", "smaller-rank", FitSettings(rank=3, conv_rank=2)
+    )
     found = read_adapter(report.path).layers
     kohya = axis == "input"
     assert report.path.name == (
@@ -58,7 +60,7 @@ def test_with_the_base_it_is_nearer(
     distances = {}
     for base in (None, sd1_folder):
         report = convert_adapter(
-            dora, tmp_path / str(base is None), "smaller-rank", base=base, rank=2
+            dora, tmp_path / str(base is None), "smaller-rank", FitSettings(rank=2), base=base
         )
         found = read_adapter(report.path).layers
         for name, layer in layers.items():
@@ -75,7 +77,7 @@ def test_with_the_base_it_is_nearer(
 
 
 def test_energy_chooses_each_layers_rank(tmp_path: Path, dora: Path) -> None:
-    report = convert_adapter(dora, tmp_path / "b", "smaller-rank", energy=0.8)
+    report = convert_adapter(dora, tmp_path / "b", "smaller-rank", FitSettings(energy=0.8))
     found, layers = read_adapter(report.path).layers, read_adapter(dora).layers
     for name, layer in layers.items():
         s = np.linalg.svd((layer.up.flatten(1) @ layer.down.flatten(1)).numpy(), compute_uv=False)
@@ -90,7 +92,7 @@ def test_a_rank_that_is_large_enough_changes_nothing(
     layers = read_adapter(dora).layers
     for base in (None, sd1_folder):
         report = convert_adapter(
-            dora, tmp_path / "b", "smaller-rank", base=base, rank=4, overwrite=True
+            dora, tmp_path / "b", "smaller-rank", FitSettings(rank=4), base=base, overwrite=True
         )
         found = read_adapter(report.path).layers
         for name, layer in layers.items():
@@ -102,7 +104,9 @@ def test_a_rank_that_is_large_enough_changes_nothing(
 def test_a_rank_must_be_given(tmp_path: Path, sd1_folder: Path, dora: Path) -> None:
     with pytest.raises(ExportError, match="give --rank, --conv_rank or --energy"):
         convert_adapter(dora, tmp_path / "b", "smaller-rank")
-    smaller = convert_adapter(dora, tmp_path / "c", "lora", base=sd1_folder, energy=0.5)
+    smaller = convert_adapter(
+        dora, tmp_path / "c", "lora", FitSettings(energy=0.5), base=sd1_folder
+    )
     assert inspect_adapter(smaller.path).metadata.extra["approximation"] == (
         "singular values, rank 64, energy 0.5"
     )

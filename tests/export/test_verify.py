@@ -14,8 +14,7 @@ from dora_diffusion.cli.main import main
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export import export_checkpoint, verify_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.numerics.merging import MergeError
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.weights import LayerWeights, MergeError
 from tests.export.helpers import MakeAdapter, tensors_of
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from dora_diffusion.numerics import merging
 from dora_diffusion.numerics.dora import adapted_weight, weight_norm
 from dora_diffusion.numerics.merging import (
-    MergeError,
     WeightedAdapter,
     cast_error,
     layers_of,
@@ -22,7 +21,7 @@ from dora_diffusion.numerics.merging import (
     merge_tensor,
     merged_weight,
 )
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths
+from dora_diffusion.numerics.weights import LayerWeights, MergeError, NormAxis, Strengths
 
 
 def test_the_cast_error_a_cast_is_bounded() -> None:

@@ -305,7 +305,7 @@ def _mode(call: ast.Call, place: int) -> str | None:
 
 
 BROUGHT_ALONG = {
-    "fastapi", "grpc", "httpx", "packaging", "prometheus_client", "pydantic", "starlette",
+    "fastapi", "grpc", "httpx", "jinja2", "packaging", "prometheus_client", "pydantic", "starlette",
     "tokenizers", "typing_extensions", "uvicorn",
 }  # fmt: skip
 """Libraries that come with the requirements; where one does not, versions are not compared."""

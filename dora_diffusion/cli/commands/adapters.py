@@ -38,9 +38,8 @@ from dora_diffusion.formats.layouts import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
-    from dora_diffusion.export import ConversionReport
+    from dora_diffusion.export.convert import ConversionReport
+    from dora_diffusion.export.fit import FitSettings
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 
 
@@ -52,13 +51,6 @@ class Written(Overwrite):
     dtype: str | None = flag(
         None, "Precision of the low-rank factors. Default: float32.", choices=DTYPES
     )
-
-    @property
-    def written_dtype(self) -> torch.dtype | None:
-        """The precision as torch has it."""
-        from dora_diffusion.models.precision import dtype_of
-
-        return dtype_of(self.dtype) if self.dtype else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +64,18 @@ class Limits(CommandSettings):
         "Use each layer's smallest rank that keeps this share of the squared singular values, "
         "such as 0.95. Default: the largest rank.",
     )
+
+
+def fit_of(settings: ConvertSettings | Fit) -> FitSettings:
+    """Return how a command fits layers; ``convert`` keeps the adapter's method and axis."""
+    import torch
+
+    from dora_diffusion.export.fit import FitSettings
+
+    names = {"rank", "conv_rank", "energy", "method", "norm_axis"} & vars(settings).keys()
+    values: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    dtype = getattr(torch, settings.dtype) if settings.dtype else None
+    return FitSettings(**values, dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +116,13 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
 
     def perform(self) -> int:
         """Write an adapter for another tool, and say how exact it is."""
-        from dora_diffusion.export import convert_adapter
+        from dora_diffusion.export.convert import convert_adapter
 
         output = Path(self.output)
         is_packed = self.to in FOLDERS and output.suffix == ".zip"
         if is_packed and output.exists() and not self.overwrite:
             raise ConfigError(f"{output} exists; choose another output, or --overwrite", "output")
-        names = ("family", "alpha", "tags", "thumbnail", "rank", "conv_rank", "energy", "overwrite")
+        names = ("family", "alpha", "tags", "thumbnail", "overwrite")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         tell(phase="converting")
         with tempfile.TemporaryDirectory() as scratch:
@@ -126,8 +130,8 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
                 self.input,
                 Path(scratch, output.stem) if is_packed else self.output,
                 self.to,
+                fit_of(self),
                 base=self.base_model,
-                dtype=self.written_dtype,
                 **options,
             )
             if is_packed:
@@ -161,13 +165,6 @@ class Fit(Written, Limits, RequiredBase):
         choices=KEY_FORMATS,
     )
 
-    @property
-    def fit_options(self) -> dict[str, Any]:
-        """Keyword arguments of `extract_adapter` and `combine_adapters`."""
-        names = ("rank", "conv_rank", "energy", "method", "norm_axis", "overwrite")
-        options = {name: getattr(self, name) for name in names}
-        return options | {"key_format": self.format, "dtype": self.written_dtype}
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractSettings(Fit):
@@ -200,14 +197,14 @@ class ExtractSettings(Fit):
 
     def perform(self) -> int:
         """Write the adapter that is nearest to a tuned model, and say how near."""
-        from dora_diffusion.export import extract_adapter
+        from dora_diffusion.export.derive import extract_adapter
 
         tuned = BaseModel(self.tuned, self.tuned_variant, self.tuned_revision)
-        options = self.fit_options | {"norm_axis": self.norm_axis or "output"}
         with progress("extracting", "B") as show:
             report = extract_adapter(
-                self.base_model, tuned, self.output, on_progress=show, **options
-            )
+                self.base_model, tuned, self.output, fit_of(self),
+                key_format=self.format, overwrite=self.overwrite, on_progress=show,
+            )  # fmt: skip
         print_written(report, as_json=self.json)
         return 0
 
@@ -232,16 +229,18 @@ class CombineSettings(Alpha, Fit):
 
     def perform(self) -> int:
         """Write one adapter that does what several do together, and say how near it is."""
-        from dora_diffusion.export import combine_adapters
+        from dora_diffusion.export.derive import combine_adapters
 
         with progress("combining", "B") as show:
             report = combine_adapters(
                 self.base_model,
                 [adapter_and_strength(text) for text in self.adapters],
                 self.output,
+                fit_of(self),
+                key_format=self.format,
                 alpha=self.alpha,
+                overwrite=self.overwrite,
                 on_progress=show,
-                **self.fit_options,
             )
         print_written(report, as_json=self.json)
         return 0
@@ -250,11 +249,11 @@ class CombineSettings(Alpha, Fit):
 def print_written(
     report: ConversionReport, output: str | Path | None = None, *, as_json: bool
 ) -> None:
-    """Print what was written, how near it is, and which programs read it exactly.
+    """Print the file, its error, and the programs that read it exactly.
 
-    Of a file for one program: what it costs there.
+    For a file that was made for one program: its verdict there, and its size.
     """
-    from dora_diffusion.export import inspect_adapter
+    from dora_diffusion.export.files import inspect_adapter
 
     if as_json:
         print_json(dataclasses.asdict(report))
@@ -304,7 +303,7 @@ def _cost(report: ConversionReport, tools: Mapping[str, str]) -> str:
 
 
 def where_it_works(verdicts: Mapping[str, str]) -> tuple[list[str], str]:
-    """The programs, by what `inspect` says of each, with what is special to one of them.
+    """Group programs by their verdict of `inspect`, with the detail that only one of them has.
 
     Returns:
         A line for each way of being exact, and the programs that read it wrong.

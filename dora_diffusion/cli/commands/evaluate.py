@@ -175,7 +175,7 @@ def _load(args: EvaluateSettings) -> tuple[Components, str, str, Components | No
 
     The base is None where it is the same model without the adapter.
     """
-    from dora_diffusion.export.programs import is_model
+    from dora_diffusion.formats.checkpoint.models import is_model
 
     if not Path(args.adapter).expanduser().exists() or not is_model(args.adapter):
         components, metadata = args.load(args.adapter)

@@ -16,7 +16,8 @@ from dora_diffusion.config.wording import counted, pixels
 from dora_diffusion.formats.adapter.metadata import READING, reading_in_words, stated_reading
 
 if TYPE_CHECKING:
-    from dora_diffusion.export import AdapterReport, ModelReport
+    from dora_diffusion.export.programs import ModelReport
+    from dora_diffusion.formats.adapter.inspect import AdapterReport
 
 # Facts of the metadata that have rows of their own, or are about the file's layers.
 _SHOWN = (
@@ -35,7 +36,7 @@ class InspectSettings(AnyBase):
 
     def without_effect(self) -> dict[str, str]:
         """Return the settings of the base, which have no effect on a model."""
-        from dora_diffusion.export.programs import is_model
+        from dora_diffusion.formats.checkpoint.models import is_model
 
         if not is_model(self.file):
             return super().without_effect()
@@ -44,14 +45,17 @@ class InspectSettings(AnyBase):
 
     def perform(self) -> int:
         """Print a report on an adapter file or a model."""
-        from dora_diffusion.export import inspect_adapter, inspect_model
-        from dora_diffusion.export.programs import is_model
+        from dora_diffusion.formats.checkpoint.models import is_model
 
         report: AdapterReport | ModelReport
         if is_model(self.file):
+            from dora_diffusion.export.programs import inspect_model
+
             report = inspect_model(self.file)
             facts = _facts_of_model(report)
         else:
+            from dora_diffusion.export.files import inspect_adapter
+
             report = inspect_adapter(self.file, self.base_model)
             facts = _facts(report)
         if self.json:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dora_diffusion.config import Setting
+from dora_diffusion.config.fields import Setting
 from dora_diffusion.config.wording import closest, counted
 
 SWITCH_WORDS = {"true": True, "yes": True, "on": True, "1": True}
@@ -26,9 +25,9 @@ _OTHER_VALUES = {
     "automatic1111": "a1111", "webui": "a1111", "stable-diffusion-webui": "a1111",
     "kohya-ss": "sd-scripts", "kohya-sd-scripts": "sd-scripts", "sd-webui-forge": "forge",
 }  # fmt: skip
-_TYPES = {"int": "a whole number", "float": "a number"}
+_TYPES: dict[Any, str] = {int: "a whole number", float: "a number"}
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
-# Flags of files that may hold what is required.
+# Flags of files that may hold required settings.
 _SOURCES = ("--config", "--repeat")
 CONFIG_HELP = "YAML file of settings; flags given here take precedence over it."
 
@@ -107,7 +106,7 @@ class Parser(argparse.ArgumentParser):
         meant_by: The flag that an unknown one stands for, or None; both without dashes.
         first: The flags that ``--help`` shows, by destination, where ``--help-all`` has them all;
             None: it shows all.
-        has_file: Whether what is required may be in a file that is given instead.
+        has_file: Whether a file may hold the required settings.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -146,7 +145,7 @@ class Parser(argparse.ArgumentParser):
                 action.help = text
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, after looking for flags that do not exist, and refuse what is left over."""
+        """Parse, after a check for unknown flags, and refuse words that are left over."""
         words = sys.argv[1:] if args is None else list(args)
         commands = next((i for i, word in enumerate(words) if not word.startswith("-")), None)
         # Behind its command, a flag is the command's.
@@ -212,7 +211,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error in one line, and exit with code 2."""
-        self.exit(2, f"usage: {self._short_usage()}\nerror: {self._plain(message)}\n")
+        if missing := message.partition("the following arguments are required: ")[2]:
+            message = f"{missing} must be given"
+            if missing == "COMMAND":
+                message = f"name a command: {', '.join(self._commands())}"
+        self.exit(2, f"usage: {self._short_usage()}\nerror: {message}\n")
 
     def _short_usage(self) -> str:
         words = [self.prog]
@@ -225,41 +228,43 @@ class Parser(argparse.ArgumentParser):
                 words.append(f"{action.option_strings[-1]} {action.dest.upper()}")
         return f"{' '.join(words)} [flags]   ({self.prog} --help lists them)"
 
-    def _refused_values(self, flag: str) -> Mapping[str, str]:
-        action = self._option_string_actions.get(flag)
-        return getattr(action, "refused", {})
-
     def _commands(self) -> list[str]:
         actions = (a for a in self._actions if isinstance(a, argparse._SubParsersAction))
         return [name for action in actions for name in action.choices]
 
-    def _plain(self, message: str) -> str:
-        """A message of argparse in the words of the other errors."""
-        choice = re.fullmatch(
-            r"argument (.+?): invalid choice: '?(.*?)'?(?:, maybe .*)? \(choose from (.*)\)",
-            message,
-            re.DOTALL,
-        )
-        if choice:
-            words = [word.strip().strip("'") for word in choice[3].split(",")]
-            choices = [word for word in words if word != "None"]
-            what = "there is no command" if choice[1] == "COMMAND" else f"{choice[1]} cannot be"
-            if reason := self._refused_values(choice[1]).get(choice[2].lower()):
-                return f"{what} {choice[2]!r}: {reason}"
-            near = _OTHER_VALUES.get(choice[2].lower().replace("_", "-"))
-            near = near if near in choices else closest(choice[2], choices)
-            hint = f" (did you mean {near}?)" if near else ""
-            return f"{what} {choice[2]!r}{hint}; choose {', '.join(choices)}"
-        number = re.fullmatch(r"argument (.+?): invalid (\w+) value: (.*)", message, re.DOTALL)
-        if number:
-            return f"{number[1]} is {number[3]}; it must be {_TYPES.get(number[2], number[2])}"
-        missing = re.fullmatch(r"argument (.+?): expected (?:one|at least one) argument", message)
-        if missing:
-            return f"{missing[1]} needs a value"
-        required = message.partition("the following arguments are required: ")[2]
-        if required == "COMMAND":
-            return f"name a command: {', '.join(self._commands())}"
-        return f"{required} must be given" if required else message
+    # argparse's own steps, with the words of the other errors.
+
+    def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
+        try:
+            return super()._match_argument(action, arg_strings_pattern)
+        except argparse.ArgumentError as error:
+            self.error(f"{error.argument_name} needs a value")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            kind = _TYPES.get(action.type, getattr(action.type, "__name__", "another value"))
+            self.error(f"{error.argument_name} is {arg_string!r}; it must be {kind}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            is_command = isinstance(action, argparse._SubParsersAction)
+            what = "there is no command" if is_command else f"{error.argument_name} cannot be"
+            self.error(f"{what} {str(value)!r}{_other_choice(action, str(value))}")
+
+
+def _other_choice(action: argparse.Action, value: str) -> str:
+    """Return why a value is refused, or the choices."""
+    if reason := getattr(action, "refused", {}).get(value.lower()):
+        return f": {reason}"
+    choices = [choice for choice in action.choices or () if choice is not None]
+    near = _OTHER_VALUES.get(value.lower().replace("_", "-"))
+    near = near if near in choices else closest(value, choices)
+    hint = f" (did you mean {near}?)" if near else ""
+    return f"{hint}; choose {', '.join(choices)}"
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:

@@ -1,4 +1,4 @@
-"""Examination of an installation: what it is, what is wrong, and what mends it; no secrets."""
+"""Examination of an installation: versions, problems and fixes; no secrets."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from dora_diffusion.config.base import BaseModel
 _ROOT = Path(__file__).parents[3]
 _PROJECT = "dora-diffusion"
 _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[.*?\])?\s*([^;]*)(?:.*extra == ['\"]([\w-]+))?")
-# For those who work on the package, or not needed: versions are told, nothing is imported.
+# Extras of developers, and packages that are not required: listed, not imported.
 _NOT_TRIED = ("test", "bare-test", "lint", "benchmarks", "none")
-# What a package is imported as, where its name does not say it; of those that import nothing until
-# they are asked, something that is used here.
+# Module names of packages with another name; for packages that import lazily, a name that is used
+# here.
 _IMPORTED_AS = {
     "pillow": "PIL", "pyyaml": "yaml", "diffusers": "diffusers:StableDiffusionXLPipeline",
     "transformers": "transformers:CLIPTextModel", "tensorboard": "torch.utils.tensorboard",
@@ -51,7 +51,7 @@ _VARIABLES = re.compile(
     "SAFETENSORS_|SSL_CERT|SYCL_|THP_|TMPDIR|TOKENIZERS_|TORCH|TRANSFORMERS_|TRITON_|VIRTUAL_ENV|"
     "WANDB_|XDG_CACHE|XPU_|ZE_|REQUESTS_CA|(ALL|HTTPS?|NO)_PROXY"
 )
-# Of switches, numbers and devices the value is shown; of all others only that they are set.
+# Values that are shown: switches, numbers and devices. Any other variable is only named.
 _HARMLESS = re.compile(
     r"([a-z_]+:)?(true|false|on|off|yes|no|passive|active|fp16|bf16|[\d.,:-]*)", re.IGNORECASE
 )
@@ -66,7 +66,7 @@ _TESTED = {
     "torch": "2.13", "diffusers": "0.42", "transformers": "5.24", "accelerate": "1.15",
     "gradio": "6.31", "huggingface_hub": "2.4", "numpy": "2.4", "pillow": "12.3",
 }  # fmt: skip
-# What has another folder taken.
+# How to choose another folder.
 _ELSEWHERE = {
     "hub's cache": "set HF_HOME to a folder of yours",
     "runs": "choose another folder with --runs_dir, and --output_dir of a run",
@@ -78,7 +78,7 @@ Answers = dict[str, tuple[str, Any]]
 
 @dataclass(frozen=True)
 class Package:
-    """A requirement, or what an extra brings: name, extra, bounds as in ``>=2.4``, and version."""
+    """A requirement of the package or of an extra: name, extra, bounds (``>=2.4``) and version."""
 
     name: str
     extra: str
@@ -96,7 +96,7 @@ class Package:
         mend = f"pip install {self.requirement}"
         if self.version is None:
             return [] if self.extra else [Finding(_PACKAGES, f"{self.name} is not installed", mend)]
-        with contextlib.suppress(ImportError, ValueError):  # then nobody can say
+        with contextlib.suppress(ImportError, ValueError):  # then versions are not compared
             from packaging.specifiers import SpecifierSet
             from packaging.version import Version
 
@@ -113,12 +113,12 @@ class Package:
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of a look at one thing, and what mends it.
+    """Result of a check, and its fix.
 
     Attributes:
-        check: What was looked at.
-        found: What was found.
-        mend: What to do; empty where nothing is wrong.
+        check: Name of the check.
+        found: Its result.
+        mend: The fix; empty if nothing is wrong.
         fails: Whether something fails until then.
     """
 
@@ -142,8 +142,8 @@ class Environment:
     Attributes:
         facts: Version, Python, system, processor, memory and torch's build, by name.
         devices: The accelerators that torch can use.
-        packages: What is required, what extras bring, and others that matter.
-        findings: What was looked at, and what to do where that is wrong.
+        packages: Requirements, packages of extras, and others that matter.
+        findings: Results of the checks, with fixes.
         folders: Caches and results: where, and the free space there.
         variables: Environment variables with an effect; None for a value that is not shown.
     """
@@ -227,7 +227,7 @@ def describe_environment(
         tuple(replace(f, found=without_names(f.found)) for f in findings),
         {name: _folder(path) for name, path in folders.items() if path},
         {
-            # The value only of those whose value is harmless.
+            # Values only where they are harmless.
             name: value if _HARMLESS.fullmatch(value) and not _SECRET.search(name) else None
             for name, value in sorted(os.environ.items())
             if _VARIABLES.match(name.upper())
@@ -260,12 +260,12 @@ def _of_trials(answers: Answers) -> list[Finding]:
 def _of_base(base: BaseModel, problem: str, parts: Mapping[str, str] | None) -> list[Finding]:
     """Findings of a base model by its components, or why it has none."""
     if parts is None:
-        problem = problem.partition(": ")[2] or "not tried"
-        if "HF_HUB_OFFLINE is set" in problem and not _is_offline():  # `ask` set it.
+        kind, _, problem = problem.partition(": ")
+        if kind == "OfflineError" and not _is_offline():  # `ask` set HF_HUB_OFFLINE.
             found = f"{base.path} is not downloaded yet; `train` downloads it"
             return [Finding("base model", found)]
         mend = "give a folder, a file, or a model that is in the hub's cache"
-        return [Finding("base model", problem, mend)]
+        return [Finding("base model", problem or "not tried", mend)]
     wrong = [
         Finding("base model", f"{part}: {text}", "download the model again, or give another one")
         for part, text in parts.items()
@@ -299,7 +299,7 @@ def _of_folder(name: str, path: str | Path) -> Iterator[Finding]:
 
 
 def packages() -> list[Package]:
-    """All requirements and those of the extras, as pip has recorded them, and what matters else."""
+    """Requirements of the package and its extras, as pip has recorded them, and `_BESIDE`."""
     found = []
     with contextlib.suppress(metadata.PackageNotFoundError):  # a clone that was not installed
         for line in metadata.requires(_PROJECT) or []:
@@ -373,7 +373,7 @@ def _answer(name: str) -> tuple[str, Any]:
 
 
 def _output(*command: str) -> str:
-    """Return the output of a system's program; empty where it is missing or fails."""
+    """Return the output of a program of the system; empty if it is missing or fails."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(
             command, capture_output=True, timeout=_SECONDS, check=True, text=True,
@@ -406,12 +406,12 @@ def without_names(text: str) -> str:
         '~/models'
     """
     home = Path(os.path.expanduser("~"))
-    # A link first, then where it leads; not where it is the root of the disk.
+    # A link first, then its target; not the root of the disk.
     for path in (home, Path(os.path.realpath(home))):
         for form in {str(path), path.as_posix()} if path.parent != path else ():
             text = re.sub(rf"{re.escape(form)}(?![\w.-])", "~", text, flags=_CASE)
     names = {home.name, platform.node()}
-    with contextlib.suppress(ImportError, KeyError, OSError):  # nobody knows this process's user
+    with contextlib.suppress(ImportError, KeyError, OSError):  # this process's user has no name
         names.add(getpass.getuser())
     for name in names - {""}:
         # As a part of a path only: some users are called as words of a sentence are.

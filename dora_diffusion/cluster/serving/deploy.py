@@ -21,6 +21,7 @@ from dora_diffusion.cluster.fleet.connection import INSTALL_RAY, connect
 from dora_diffusion.cluster.serving.batcher import WorkerLostError
 from dora_diffusion.cluster.serving.catalogue import Catalogue
 from dora_diffusion.cluster.serving.engine import BatchItem, Engine, Reply
+from dora_diffusion.cluster.serving.settings import ServingSettings
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.fields import ConfigError, require
 from dora_diffusion.config.wording import counted
@@ -29,7 +30,7 @@ from dora_diffusion.system import is_address, is_loopback, is_private
 TOKEN_VARIABLE = "DORA_DIFFUSION_TOKEN"
 SHORTEST_TOKEN = 16
 _REPLICA = "replica"
-# A replica that has not answered three checks in a row is killed, with what it is at.
+# A replica that has not answered three checks in a row is killed, with its batch.
 _CHECKS: dict[str, Any] = {
     "health_check_period_s": 5,
     "health_check_timeout_s": 10,
@@ -39,21 +40,14 @@ _ENVIRONMENT = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 _OBJECT_STORE = 256 * 1024**2
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Deployment:
-    """Settings of a deployment.
+    """A base model and how it is served.
 
     Attributes:
-        base: The base model.
-        options: Of `Engine.load`.
-        adapter_memory: Bytes of each replica that adapters may take.
-        host, port: Where HTTP is listened to.
-        token: What requests must have; None on this machine alone.
-        address: ``"local"`` starts Ray; else that of a cluster that runs.
-        replicas: Processes with a model each.
-        replica_gpus: GPUs of each, or shares of one.
-        batch_size, window, capacity: Of the `Batcher`.
-        timeout: Seconds after which a request is given up.
+        base: The base model, as replicas find it.
+        settings: The settings of ``serve``.
+        token: The token that requests must have; None on this machine alone.
 
     Raises:
         ConfigError: If others than this machine's users could ask without a token, or a value
@@ -61,50 +55,37 @@ class Deployment:
     """
 
     base: BaseModel
-    options: dict[str, Any] = field(repr=False)
-    adapter_memory: int
-    host: str
-    port: int
-    token: str | None = field(repr=False)
-    address: str
-    replicas: int
-    replica_gpus: float | None
-    batch_size: int
-    window: float
-    capacity: int
-    timeout: float
+    settings: ServingSettings
+    token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        require(
-            is_address(self.host), f"host is {self.host!r}; it must be an address or a name", "host"
-        )
-        gpus = self.replica_gpus
+        host, address, gpus = self.settings.host, self.settings.address, self.settings.replica_gpus
+        require(is_address(host), f"host is {host!r}; it must be an address or a name", "host")
         require(
             gpus is None or gpus <= 1 or gpus.is_integer(),
             f"replica_gpus is {gpus}; it must be a share of one, such as 0.5, or a whole number",
             "replica_gpus",
         )
         require(
-            "://" not in self.address,
-            f"address is {self.address}; run serve on a node of the cluster, with --address auto",
+            "://" not in address,
+            f"address is {address}; run serve on a node of the cluster, with --address auto",
             "address",
         )
         require(
-            self.token is not None or is_loopback(self.host),
-            f"host {self.host} lets others ask this server; give --token_file, or set "
-            f"{TOKEN_VARIABLE}",
+            self.token is not None or is_loopback(host),
+            f"host {host} lets others ask this server; give --token_file, or set {TOKEN_VARIABLE}",
             "host",
         )
 
     @property
     def url(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        host, port = self.settings.host, self.settings.port
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     @property
     def name(self) -> str:
         """Name of the application on a cluster with several: a port is one server's alone."""
-        return f"dora-diffusion-{platform.node()}-{self.port}"
+        return f"dora-diffusion-{platform.node()}-{self.settings.port}"
 
 
 def read_token(file: Path | None) -> str | None:
@@ -131,13 +112,14 @@ class Replica:
 
     def __init__(self, deployment: Deployment) -> None:
         _close_door()
-        self._engine = Engine.load(deployment.base, deployment.adapter_memory, deployment.options)
-        self._timeout = deployment.timeout
+        settings = deployment.settings
+        self._engine = Engine.load(deployment.base, settings.adapter_bytes, settings.model_options)
+        self._timeout = settings.timeout
 
     async def answer(self, asked: Sequence[BatchItem]) -> Reply:
         given_up = threading.Event()
         try:
-            # In a thread, so that Ray is told meanwhile that the replica lives.
+            # In a thread, so that the replica answers Ray's health checks meanwhile.
             return await asyncio.to_thread(self._engine.answer, asked, given_up.is_set)
         except asyncio.CancelledError:
             given_up.set()
@@ -153,7 +135,7 @@ class Replica:
 def _close_door() -> None:
     """Keep a replica from the port that Ray Serve would open after this.
 
-    It listens on all addresses, asks for no token, and unpickles what anybody sends: whoever
+    The port listens on all addresses without a token and unpickles its input: a client that
     reaches it runs code as this user. Calls between Ray's processes do not need it.
     """
     with contextlib.suppress(ImportError):
@@ -208,8 +190,8 @@ def deployed(deployment: Deployment) -> Iterator[Replicas]:
     from dora_diffusion.models.locate import looks_local
 
     # Sooner than Ray, which starts the replicas three times.
-    base = str(deployment.base.path)
-    is_path = looks_local(base) and ":" not in base and deployment.address == "local"
+    base, address = str(deployment.base.path), deployment.settings.address
+    is_path = looks_local(base) and ":" not in base and address == "local"
     require(
         not is_path or Path(base).expanduser().exists(),
         f"base {base} does not exist; name a folder, a file, a hub id or embedded:NAME",
@@ -224,7 +206,7 @@ def deployed(deployment: Deployment) -> Iterator[Replicas]:
         ) from None
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     name = deployment.name
-    leave = connect(deployment.address, _OBJECT_STORE)
+    leave = connect(address, _OBJECT_STORE)
     try:
         try:
             ray_serve.start(proxy_location="Disabled")
@@ -234,24 +216,24 @@ def deployed(deployment: Deployment) -> Iterator[Replicas]:
             raise ConfigError(f"the service could not be started: {reason}") from error
         yield Replicas(handle, name)
     finally:
-        if deployment.address != "local":  # Else all of it ends.
+        if address != "local":  # Else all of it ends.
             with contextlib.suppress(Exception):
                 ray_serve.delete(name)
         leave()
 
 
 def _application(deployment: Deployment) -> Any:
-    """The replicas, with what each takes of its node."""
+    """The replicas, with the share of a node that each takes."""
     import ray
     from ray import serve
 
-    resources, count = ray.cluster_resources(), deployment.replicas
-    gpus = deployment.replica_gpus
+    settings, resources = deployment.settings, ray.cluster_resources()
+    count, gpus = settings.replicas, settings.replica_gpus
     if gpus is None:
         gpus = min(1.0, resources.get("GPU", 0) / count)
     # Threads are as many, whole ones at least.
     share = resources.get("CPU", 1) / count
-    cpus = 1.0 if gpus or deployment.address != "local" else share // 1 or share
+    cpus = 1.0 if gpus or settings.address != "local" else share // 1 or share
     replica: Any = serve.deployment(
         Replica,
         name=_REPLICA,
@@ -283,7 +265,8 @@ def serve(deployment: Deployment, catalogue: Catalogue) -> None:
         count = counted(len(catalogue.scan()), "adapter")
         print(f"{deployment.url} is ready: {count}; Ctrl-C ends it", flush=True)
 
-    with listen(deployment.host, deployment.port) as listening:
+    settings = deployment.settings
+    with listen(settings.host, settings.port) as listening:
         print(f"loading {deployment.base.path} ...", flush=True)
         with deployed(deployment) as replicas:
             logger.addHandler(handler)
@@ -291,11 +274,11 @@ def serve(deployment: Deployment, catalogue: Catalogue) -> None:
                 catalogue,
                 replicas.answer,
                 replicas.count,
-                deployment.timeout,
-                batch_size=deployment.batch_size,
-                window=deployment.window,
-                capacity=deployment.capacity,
-                workers=deployment.replicas,
+                settings.timeout,
+                batch_size=settings.batch_size,
+                window=settings.window,
+                capacity=settings.queue,
+                workers=settings.replicas,
             )
             asyncio.run(run(make_app(service, deployment.token), service, listening, announce))
             logger.removeHandler(handler)

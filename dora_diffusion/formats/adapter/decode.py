@@ -7,6 +7,8 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,57 +47,141 @@ from dora_diffusion.numerics.weights import LayerKind, LayerWeights
 Layers = dict[str, LayerWeights]
 
 
-def decode_layers(
-    layout: AdapterLayout,
-    file: StoredFile,
-    tensors: Mapping[str, Tensor],
-    base: ModelWeights | None,
-    component: str | None,
-    alpha: float | None,
-    sums: bool,
-) -> tuple[Layers, Layers, list[str]]:
-    """Layers of one file, in float32.
+@dataclass(frozen=True)
+class Decoder:
+    """Reads the layers of an adapter's files.
 
-    Args:
-        layout: The file's layout.
-        file: The file.
-        tensors: Its tensors without its tokens.
+    Attributes:
+        layout: The layout of the files.
         base: The base model. Each layer must be among its modules, which tell 1x1 convolutions and
             Linear layers apart; its weights tell the axis of magnitudes whose shape does not.
-        component: Component of a PEFT folder's names.
-        alpha: What it was trained with, for a file that lost it.
+        alpha: The alpha of training, for a file that lost it.
         sums: Read an ai-toolkit DoRA with alpha other than its rank, instead of refusing it.
-
-    Returns:
-        The layers; the plain LoRA layers that are to be added to those of such a DoRA; and a line
-        for each thing that was found broken and repaired.
-
-    Raises:
-        AdapterFormatError: For what is left over, lacks a factor, is not finite, or does not fit.
     """
-    metadata, shapes = file.metadata, None if base is None else module_shapes(base)
-    alpha_of, without_alpha = alpha_rule(metadata, file.config, alpha, layout.says_alpha)
-    groups = layout.group(tensors, metadata, shapes)
-    if not groups:
-        unet = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
-        groups = group_keys(tensors, name_resolver(shapes, unet), component)
-    notes = key_notes(tensors) if component is None else []
-    if without_alpha and any("alpha" not in parts for parts in groups.values()):
-        is_ai_toolkit = any(k.is_ai_toolkit for parts in groups.values() for k in parts.values())
-        notes.append(AI_TOOLKIT if is_ai_toolkit else without_alpha)
-    layers, magnitudes, beside = _read_parts(tensors, groups, alpha_of, alpha, sums)
-    axes = resolve_axes(magnitudes, metadata.get(OWN + "norm_axis", ""), base, notes)
-    for name, magnitude in magnitudes.items():
-        values = magnitude.tensor.flatten()
-        with _named(name):
-            layers[name] = dataclasses.replace(layers[name], magnitude=values, norm_axis=axes[name])
-    layers = {name: _without_padding(name, layer, metadata) for name, layer in layers.items()}
-    layers, beside = split_joined(layers, notes), split_joined(beside, [])
-    if shapes is None or base is None:
+
+    layout: AdapterLayout
+    base: ModelWeights | None = None
+    alpha: float | None = None
+    sums: bool = False
+
+    @cached_property
+    def shapes(self) -> Shapes | None:
+        """Shapes of the base model's modules."""
+        return None if self.base is None else module_shapes(self.base)
+
+    def layers(
+        self, file: StoredFile, tensors: Mapping[str, Tensor], component: str | None = None
+    ) -> tuple[Layers, Layers, list[str]]:
+        """Read the layers of one file, in float32.
+
+        Args:
+            file: The file.
+            tensors: Its tensors without its tokens.
+            component: Component of a PEFT folder's names.
+
+        Returns:
+            The layers; plain LoRA layers to add to the layers of an ai-toolkit DoRA; and a note
+            for each repair.
+
+        Raises:
+            AdapterFormatError: For keys left over, or a layer that lacks a factor, is not finite,
+                or does not fit.
+        """
+        if made := self.layout.decode(tensors, file.metadata):
+            layers, note = dict(made[0]), made[1]
+            return layers if self.shapes is None else fit_to_model(layers, self.shapes), {}, [note]
+        layers, beside, notes = self._read(file, tensors, component)
+        layers, beside = split_joined(layers, notes), split_joined(beside, [])
+        if self.shapes is None or self.base is None:
+            return layers, beside, notes
+        has_no_component = not component and not self.layout.says_alpha
+        if has_no_component and not all(map(has_component, tensors)):
+            layers = move_to_second_encoder(layers, self.shapes, notes)
+        fitted = fit_to_model(layers, self.shapes, kinds_of(self.base))
+        return fitted, fit_to_model(beside, self.shapes), notes
+
+    def _read(
+        self, file: StoredFile, tensors: Mapping[str, Tensor], component: str | None
+    ) -> tuple[Layers, Layers, list[str]]:
+        """Return the layers as the file has them, those to add, and notes."""
+        metadata = file.metadata
+        says_alpha = self.layout.says_alpha
+        alpha_of, without_alpha = alpha_rule(metadata, file.config, self.alpha, says_alpha)
+        groups = self.layout.group(tensors, metadata, self.shapes)
+        if not groups:
+            unet = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
+            groups = group_keys(tensors, name_resolver(self.shapes, unet), component)
+        notes = key_notes(tensors) if component is None else []
+        if without_alpha and any("alpha" not in parts for parts in groups.values()):
+            is_ai_toolkit = any(
+                k.is_ai_toolkit for parts in groups.values() for k in parts.values()
+            )
+            notes.append(AI_TOOLKIT if is_ai_toolkit else without_alpha)
+        layers, magnitudes, beside = self._read_parts(tensors, groups, alpha_of)
+        axes = resolve_axes(magnitudes, metadata.get(OWN + "norm_axis", ""), self.base, notes)
+        for name, magnitude in magnitudes.items():
+            values = magnitude.tensor.flatten()
+            with _named(name):
+                layers[name] = dataclasses.replace(
+                    layers[name], magnitude=values, norm_axis=axes[name]
+                )
+        layers = {name: _without_padding(name, layer, metadata) for name, layer in layers.items()}
         return layers, beside, notes
-    if not component and not layout.says_alpha and not all(map(has_component, tensors)):
-        layers = move_to_second_encoder(layers, shapes, notes)
-    return fit_to_model(layers, shapes, kinds_of(base)), fit_to_model(beside, shapes), notes
+
+    def _read_parts(
+        self, tensors: Mapping[str, Tensor], groups: Groups, alpha_of: AlphaOf
+    ) -> tuple[Layers, dict[str, Magnitude], Layers]:
+        """The layers without their magnitudes, these as the file holds them, and layers to add."""
+        layers, magnitudes, beside = Layers(), dict[str, Magnitude](), Layers()
+        for name, keys in groups.items():
+            parts = {
+                part: _numbers(key.text, part, tensors[key.text]) for part, key in keys.items()
+            }
+            kind: LayerKind = (
+                "embedding" if "down" in keys and keys["down"].is_embedding else "plain"
+            )
+            layer = self._factors(name, parts, alpha_of, kind)
+            if any(key.is_ai_toolkit for key in keys.values()) and layer.scale != 1.0:
+                if not self.sums:
+                    raise AdapterFormatError(f"{name}: {_ai_toolkit_problem(layer)}")
+                # ai-toolkit computes a DoRA with alpha = rank, plus a plain LoRA.
+                beside[name] = dataclasses.replace(layer, alpha=layer.alpha - layer.rank)
+                layer = dataclasses.replace(layer, alpha=float(layer.rank))
+            layers[name] = layer
+            if "magnitude" in parts and "dora_scale" in parts:
+                raise AdapterFormatError(
+                    f"{name} has both a lora_magnitude_vector and a dora_scale"
+                )
+            for part in ("magnitude", "dora_scale"):
+                if part in parts:
+                    is_peft = part == "magnitude"
+                    magnitudes[name] = Magnitude(parts[part], layer.weight_shape, is_peft)
+        return layers, magnitudes, beside
+
+    def _factors(
+        self, name: str, parts: Mapping[Part, Tensor], alpha_of: AlphaOf, kind: LayerKind
+    ) -> LayerWeights:
+        """The layer without its magnitude."""
+        down, up = factor_pair(name, parts)
+        if "mid" in parts:
+            down = _without_tucker_core(name, down, parts["mid"])
+        # Some programs store the factors of a convolution flat on one side.
+        if down.ndim in (3, 4) and up.ndim == 2:
+            up = up.view(*up.shape, *[1] * (down.ndim - 2))
+        rank = down.shape[0]
+        alpha = float(parts["alpha"]) if "alpha" in parts else alpha_of(name, rank)
+        # LyCORIS reads alpha 0 as "no scaling".
+        alpha = alpha or float(rank)
+        if self.alpha is not None:
+            if "alpha" in parts and alpha != rank:
+                raise AdapterFormatError(
+                    f"{name} says that its alpha is {alpha:g}; it was not lost"
+                )
+            alpha = self.alpha
+        if not math.isfinite(alpha):
+            raise AdapterFormatError(f"{name}: its alpha is {alpha}, not a number")
+        with _named(name):
+            return LayerWeights(down, up, None, alpha, kind=kind)
 
 
 @contextlib.contextmanager
@@ -106,39 +192,13 @@ def _named(layer: str) -> Iterator[None]:
         raise AdapterFormatError(f"{layer}: {error}") from error
 
 
-def _read_parts(
-    tensors: Mapping[str, Tensor],
-    groups: Groups,
-    alpha_of: AlphaOf,
-    lost_alpha: float | None,
-    sums: bool,
-) -> tuple[Layers, dict[str, Magnitude], Layers]:
-    """The layers without their magnitudes, these as the file holds them, and layers to add."""
-    layers, magnitudes, beside = Layers(), dict[str, Magnitude](), Layers()
-    for name, keys in groups.items():
-        parts = {part: _numbers(key.text, part, tensors[key.text]) for part, key in keys.items()}
-        kind: LayerKind = "embedding" if "down" in keys and keys["down"].is_embedding else "plain"
-        layer = _factors(name, parts, alpha_of, lost_alpha, kind)
-        if any(key.is_ai_toolkit for key in keys.values()) and layer.scale != 1.0:
-            if not sums:
-                raise AdapterFormatError(
-                    f"{name}: ai-toolkit applies alpha / rank ({layer.alpha:g} / {layer.rank}) "
-                    "outside of the norm, m (W + BA) / norm(W + BA) + (alpha / rank - 1) BA, which "
-                    "is not a DoRA, and which no other program computes; with that alpha, export "
-                    "merges it exactly, and convert --to dense writes its differences for one base "
-                    "model"
-                )
-            # What ai-toolkit computes is a DoRA with alpha = rank and a plain LoRA added to it.
-            beside[name] = dataclasses.replace(layer, alpha=layer.alpha - layer.rank)
-            layer = dataclasses.replace(layer, alpha=float(layer.rank))
-        layers[name] = layer
-        if "magnitude" in parts and "dora_scale" in parts:
-            raise AdapterFormatError(f"{name} has both a lora_magnitude_vector and a dora_scale")
-        for part in ("magnitude", "dora_scale"):
-            if part in parts:
-                is_peft = part == "magnitude"
-                magnitudes[name] = Magnitude(parts[part], layer.weight_shape, is_peft)
-    return layers, magnitudes, beside
+def _ai_toolkit_problem(layer: LayerWeights) -> str:
+    return (
+        f"ai-toolkit applies alpha / rank ({layer.alpha:g} / {layer.rank}) outside of the norm, "
+        "m (W + BA) / norm(W + BA) + (alpha / rank - 1) BA, which is not a DoRA, and which no "
+        "other program computes; with that alpha, export merges it exactly, and convert --to dense "
+        "writes its differences for one base model"
+    )
 
 
 def _numbers(key: str, part: Part, tensor: Tensor) -> Tensor:
@@ -153,34 +213,6 @@ def _numbers(key: str, part: Part, tensor: Tensor) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise AdapterFormatError(f"{key} holds numbers that are not finite; the file is damaged")
     return tensor
-
-
-def _factors(
-    name: str,
-    parts: Mapping[Part, Tensor],
-    alpha_of: AlphaOf,
-    lost_alpha: float | None,
-    kind: LayerKind,
-) -> LayerWeights:
-    """The layer without its magnitude."""
-    down, up = factor_pair(name, parts)
-    if "mid" in parts:
-        down = _without_tucker_core(name, down, parts["mid"])
-    # Some programs store the factors of a convolution flat on one side.
-    if down.ndim in (3, 4) and up.ndim == 2:
-        up = up.view(*up.shape, *[1] * (down.ndim - 2))
-    rank = down.shape[0]
-    alpha = float(parts["alpha"]) if "alpha" in parts else alpha_of(name, rank)
-    # LyCORIS reads alpha 0 as "no scaling".
-    alpha = alpha or float(rank)
-    if lost_alpha is not None:
-        if "alpha" in parts and alpha != rank:
-            raise AdapterFormatError(f"{name} says that its alpha is {alpha:g}; it was not lost")
-        alpha = lost_alpha
-    if not math.isfinite(alpha):
-        raise AdapterFormatError(f"{name}: its alpha is {alpha}, not a number")
-    with _named(name):
-        return LayerWeights(down, up, None, alpha, kind=kind)
 
 
 def _without_tucker_core(name: str, down: Tensor, mid: Tensor) -> Tensor:
@@ -211,8 +243,8 @@ def fit_to_model(
 
     Args:
         layers: The layers.
-        shapes: Of the model's modules.
-        kinds: Of those that are not plain: no key tells a Conv1D's from a Linear's.
+        shapes: Shapes of the model's modules.
+        kinds: Kinds of modules that are not plain: keys of a Conv1D look like keys of a Linear.
 
     Raises:
         AdapterFormatError: If layers have no module, or one of another shape; it lists them.

@@ -14,7 +14,7 @@ from torch import Tensor
 from dora_diffusion.config.families import FAMILIES, guess_family
 from dora_diffusion.formats.adapter.alpha import AlphaOfTraining, AssumedAlpha
 from dora_diffusion.formats.adapter.beside import tokens_beside
-from dora_diffusion.formats.adapter.decode import decode_layers, fit_to_model
+from dora_diffusion.formats.adapter.decode import Decoder
 from dora_diffusion.formats.adapter.embeddings import (
     EMBEDDINGS,
     Vectors,
@@ -57,12 +57,12 @@ from dora_diffusion.numerics.weights import LayerWeights
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter: its layers by canonical module name, and what is known about it.
+    """An adapter: its layers by canonical module name, and facts about it.
 
     Attributes:
         layers: The layers.
         metadata: Facts that the tensors do not hold.
-        notes: What was broken in the file and how it was read, one line each.
+        notes: Repairs of the file, one line each.
         beside: Plain LoRA layers whose change is added to that of ``layers``. Only an ai-toolkit
             DoRA has them, and only for who asks `read_adapter` for ``sums``.
         tokens: Vectors of tokens that were trained with it, ``(C,)`` or ``(n, C)`` for each text
@@ -83,7 +83,7 @@ class AdapterFile:
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """Notes on what was assumed, and may be wrong."""
+        """Notes on assumptions, which may be wrong."""
         return tuple(note for note in self.notes if isinstance(note, AssumedAlpha))
 
     @property
@@ -110,7 +110,7 @@ def write_adapter(
             ``peft`` target always makes a folder, with one sub-folder per component.
         adapter: The layers and metadata.
         target: The name of a layout that is written, such as ``kohya``.
-        dtype: Of the low-rank factors (of the differences, for ``dense``); None keeps theirs.
+        dtype: Data type of the low-rank factors (``dense``: the differences); None keeps theirs.
             Magnitudes are float32.
         unet_layout: For kohya names of an SDXL UNet not shaped like the released one; that of
             the base if None.
@@ -172,7 +172,7 @@ def embeddings_beside(path: Path, adapter: AdapterFile) -> dict[str, Path]:
 def _write_folder(folder: Path, files: Mapping[str, EncodedFile]) -> None:
     """Write all files of a PEFT folder, and only then give them their names.
 
-    What it held of another adapter goes: a text encoder left over would be read with the new UNet.
+    Files of another adapter are removed: its text encoder would be read with the new UNet.
     """
     old = [path / name for path in peft_folders(folder) for name in (PEFT_CONFIG, PEFT_FILE)]
     with contextlib.ExitStack() as stack:
@@ -203,9 +203,9 @@ def read_adapter(
         path: The file or folder; or it with its headers read.
         base: The model that it is for: resolves underscore names exactly, checks that every layer
             fits, and tells the axis of magnitudes whose shape does not.
-        alpha: What it was trained with, for a file that lost it.
-        sums: Read an ai-toolkit DoRA with alpha other than its rank as what it is, a DoRA with a
-            LoRA ``beside`` it, instead of refusing it.
+        alpha: Alpha of training, for a file that lost it.
+        sums: Read an ai-toolkit DoRA with alpha other than its rank as a DoRA with a LoRA in
+            ``beside``, instead of refusing it.
 
     Raises:
         AdapterFormatError: If it is not an adapter, does not fit the model, or cannot be read
@@ -214,13 +214,13 @@ def read_adapter(
     """
     stored = path if isinstance(path, StoredAdapter) else StoredAdapter.open(path)
     try:
-        return _decode(stored, base, alpha, sums)
+        return _decode(stored, Decoder(stored.layout, base, alpha, sums))
     except AdapterFormatError as error:
         if base is None:
             raise
         family = ""
         with contextlib.suppress(AdapterFormatError):
-            family = _decode(stored, None, None, sums=True).family
+            family = _decode(stored, Decoder(stored.layout, sums=True)).family
         made_for = FAMILIES.get(family)
         used_on = base.family or FAMILIES.get(guess_family(module_shapes(base)))
         if made_for is None or used_on is None or made_for == used_on:
@@ -232,16 +232,14 @@ def read_adapter(
         ) from error
 
 
-def _decode(
-    stored: StoredAdapter, base: ModelWeights | None, alpha: float | None, sums: bool
-) -> AdapterFile:
+def _decode(stored: StoredAdapter, decoder: Decoder) -> AdapterFile:
     parts = []
     for file in stored.files:
         tensors = file.tensors()
         try:
-            parts.append(_decode_file(stored.layout, file, tensors, base, alpha, sums))
+            parts.append(_decode_file(decoder, file, tensors))
         except AdapterFormatError as error:
-            # So that a batch tells which file it was.
+            # The caller may read many files.
             raise AdapterFormatError(f"{file.path.name}: {error}") from error
     first, *others = parts
     for part in others:
@@ -251,37 +249,24 @@ def _decode(
     return dataclasses.replace(first, notes=tuple(notes))
 
 
-def _decode_file(
-    layout: AdapterLayout,
-    file: StoredFile,
-    tensors: dict[str, Tensor],
-    base: ModelWeights | None,
-    alpha: float | None,
-    sums: bool,
-) -> AdapterFile:
-    metadata, folder, component = file.metadata, file.path.parent, None
-    shapes = None if base is None else module_shapes(base)
-    if layout.is_compact and alpha is not None:
+def _decode_file(decoder: Decoder, file: StoredFile, tensors: dict[str, Tensor]) -> AdapterFile:
+    layout, metadata, folder, component = decoder.layout, file.metadata, file.path.parent, None
+    if layout.is_compact and decoder.alpha is not None:
         raise AdapterFormatError("its alpha was not lost: a VeRA has none; give none")
     tokens: dict[str, Vectors] = {**take_bundled(tensors)}
-    is_bundled, beside = bool(tokens), dict[str, LayerWeights]()
+    is_bundled = bool(tokens)
     for key in layout.tokens(tensors, metadata):
         tokens[key] = {"text_encoder": tensors.pop(key)}
     if file.config is not None:
         component = peft_component(list(tensors), folder.name, metadata.get(OWN + "component", ""))
         folder = folder.parent
-    if made := layout.decode(tensors, metadata):
-        layers, notes = dict(made[0]), [made[1]]
-        layers = layers if shapes is None else fit_to_model(layers, shapes)
-    else:
-        layers, beside, notes = decode_layers(
-            layout, file, tensors, base, component, alpha, sums and component is None
-        )
+        decoder = dataclasses.replace(decoder, sums=False)
+    layers, beside, notes = decoder.layers(file, tensors, component)
     if not is_bundled:
         tokens |= read_embeddings(folder, metadata, notes)
     if not tokens and file.config is None:
         tokens |= tokens_beside(file.path, notes)
-    check_tokens(tokens, shapes)
+    check_tokens(tokens, decoder.shapes)
     parsed = _parsed(metadata, layers)
     if tokens and component is None:
         parsed = dataclasses.replace(parsed, trigger=parsed.trigger or " ".join(tokens))
@@ -291,7 +276,7 @@ def _decode_file(
 def _parsed(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> AdapterMetadata:
     parsed = parse_metadata(metadata)
     trained = metadata.get(OWN + "alpha", "")
-    # The alpha of what was approximated is not the plain LoRA's.
+    # An approximation has an alpha of its own.
     if OWN + "approximation" in metadata:
         return parsed
     if not trained or trained == describe({name: layer.alpha for name, layer in layers.items()}):

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from statistics import mode
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.config import settings
 from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK
 
@@ -132,6 +131,8 @@ def reading_in_words(reading: Mapping[str, int], family: Family) -> str:
 
 def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of training without this computer's folders, those of a dataset's entries too."""
+    from dora_diffusion.config import settings  # Of training, which readers of a file do without.
+
     kept = dict(values)
     for setting in settings():
         value = kept.get(setting.name)

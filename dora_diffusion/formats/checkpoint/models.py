@@ -53,7 +53,13 @@ from dora_diffusion.formats.checkpoint.weights import (
     plan_checkpoint,
     standard_key,
 )
-from dora_diffusion.formats.files.stream import TensorFileError, TensorReader, TensorSpec
+from dora_diffusion.formats.files.runs import pipeline_in
+from dora_diffusion.formats.files.stream import (
+    TensorFileError,
+    TensorReader,
+    TensorSpec,
+    read_header,
+)
 from dora_diffusion.formats.names.modules import TOP_MODULES, canonical
 
 if TYPE_CHECKING:
@@ -425,6 +431,17 @@ class CheckpointFile(StoredModel):
             return stated[key] if key in stated else self.reader[key_of[key]].to(specs[key].dtype)
 
         return SingleFile(entries, specs, load)
+
+
+def is_model(path: str | Path) -> bool:
+    """Return whether a path is that of a whole model: a Diffusers folder or a single file."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return pipeline_in(path) is not None
+    try:
+        return any(key.startswith(UNET_PREFIX) for key in read_header(path).specs)
+    except (TensorFileError, OSError):
+        return False
 
 
 def base_name(metadata: Mapping[str, str]) -> str:

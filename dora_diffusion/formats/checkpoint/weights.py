@@ -38,8 +38,7 @@ from dora_diffusion.formats.names.modules import (
     unet_names,
     with_text_model,
 )
-from dora_diffusion.numerics.merging import MergeError
-from dora_diffusion.numerics.weights import LayerKind
+from dora_diffusion.numerics.weights import LayerKind, MergeError
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."

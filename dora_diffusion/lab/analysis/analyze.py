@@ -19,11 +19,10 @@ from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import ExportError, model_name, open_model
 from dora_diffusion.export.metadata import trained_steps
-from dora_diffusion.export.programs import is_model
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter
 from dora_diffusion.formats.adapter.metadata import parse_metadata
 from dora_diffusion.formats.adapter.stored import find_adapter
-from dora_diffusion.formats.checkpoint.models import PipelineFolder, StoredModel
+from dora_diffusion.formats.checkpoint.models import PipelineFolder, StoredModel, is_model
 from dora_diffusion.formats.checkpoint.weights import (
     ModelWeights,
     check_dtype,

@@ -1,13 +1,15 @@
-"""Pieces of the page as HTML, and cards of jobs. All that comes from outside is escaped here."""
+"""Pieces of the page as HTML, and cards of jobs; pieces.html has their markup."""
 
 from __future__ import annotations
 
 import functools
-import html
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from jinja2 import Environment, StrictUndefined, Template
 
 from dora_diffusion.config.wording import duration
 from dora_diffusion.formats.adapter.metadata import split_triggers
@@ -23,74 +25,48 @@ from dora_diffusion.studio.jobs.store import read_json
 _LAST_LINES = 6
 
 
-def esc(value: object) -> str:
-    """Text as HTML."""
-    return html.escape(str(value), quote=True)
+@functools.cache
+def template(name: str) -> Template:
+    """Return a template of this folder; texts that no template wrote are escaped in it."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters["with_labels"] = with_labels
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    # A browser would show the line breaks between inline elements as spaces.
+    return environment.from_string(re.sub(r"\n+(?=[<{])|(?<=[>}])\n+", "", text))
 
 
-def heading(number: str, title: str, text: str) -> str:
-    """A section's heading with one line of what to do."""
-    mark = f"<span class='dd-number'>{esc(number)}</span>" if number else ""
-    return f"<div class='dd-heading'><h2>{mark}{esc(title)}</h2><p>{esc(text)}</p></div>"
+class _Pieces:
+    """Macros of pieces.html: functions that return markup."""
+
+    def __getattr__(self, name: str) -> Callable[..., str]:
+        macro: Callable[..., str] = getattr(template("pieces.html").module, name)
+        return macro
 
 
-def empty(title: str, text: str) -> str:
-    """Return the text of an empty place: what will be here, and what to do next."""
-    return f"<div class='dd-empty'><strong>{esc(title)}</strong><p>{esc(text)}</p></div>"
-
-
-def note(text: str, kind: str = "info") -> str:
-    """One message: ``"info"``, ``"good"``, ``"warn"`` or ``"bad"``."""
-    return f"<div class='dd-note dd-{kind}'>{esc(with_labels(text))}</div>" if text else ""
-
-
-def notes(lines: Iterable[str], kind: str) -> str:
-    """Messages below each other."""
-    return "".join(note(line, kind) for line in lines)
-
-
-def quiet(text: str) -> str:
-    """A paragraph beside the point; empty where there is none."""
-    return f"<p class='dd-quiet'>{esc(text)}</p>" if text else ""
-
-
-def pill(text: str, kind: str = "") -> str:
-    """A coloured word; the kind is a job's state."""
-    shade = f" dd-{esc(kind)}" if kind else ""
-    return f"<span class='dd-pill{shade}'>{esc(text)}</span>"
-
-
-def button(text: str, action: str, value: str, kind: str = "dd-button") -> str:
-    """A button that `dora_diffusion.studio.app.views.ui.CLICKS` listens to."""
-    data = f"data-do='{esc(action)}' data-value='{esc(value)}'"
-    return f"<button class='{kind}' {data}>{esc(text)}</button>"
+pieces = _Pieces()
+heading, empty, note, notes, quiet = (
+    pieces.heading, pieces.empty, pieces.note, pieces.notes, pieces.quiet,
+)  # fmt: skip
+pill, button, command, log_view = pieces.pill, pieces.button, pieces.command, pieces.log_view
 
 
 def image_card(path: Any, action: str, value: str, text: str, otherwise: str = "damaged") -> str:
     """An image with its name below, to press as a `button`; without one, why there is none."""
-    shown = image(path, "") if path else f"<i>{esc(otherwise)}</i>"
-    return (
-        f"<button class='dd-sample' data-do='{esc(action)}' data-value='{esc(value)}' "
-        f"title='{esc(text)}'>{shown}<span>{esc(text)}</span></button>"
-    )
+    shown = image(path, "") if path else pieces.damaged_image(otherwise)
+    return pieces.image_button(shown, action, value, text)
 
 
 def header(jobs: Sequence[Job] | None, problems: Sequence[str] = ()) -> str:
-    """Name of the app, what it is doing (None before that is known), and what it cannot do."""
+    """Return the name of the app, its active job (None: not known yet), and its problems."""
+    now: list[tuple[str, ...]] = [("idle",)]
     if jobs is None:
-        now = pill("connecting", "connecting")
+        now = [("connecting", "connecting")]
     elif active := next((job for job in jobs if job.is_active), None):
         share = f" {active.step / active.total:.0%}" if active.total else ""
-        now = pill(f"{active.title}{share}", "running")
-    else:
-        now = pill("idle")
-    waiting = sum(job.state == "waiting" for job in jobs or ())
-    now += pill(f"{waiting} waiting") if waiting else ""
-    return (
-        "<div class='dd-header'><div><h1>DoRA studio</h1>"
-        "<p>Teach a model your subject from a few photos, and take it anywhere.</p></div>"
-        f"<div class='dd-pills'>{now}</div></div>{notes(problems, 'bad')}"
-    )
+        now = [(f"{active.title}{share}", "running")]
+    if waiting := sum(job.state == "waiting" for job in jobs or ()):
+        now.append((f"{waiting} waiting",))
+    return pieces.header(now, problems)
 
 
 def state_pill(job: Job) -> str:
@@ -101,32 +77,26 @@ def state_pill(job: Job) -> str:
 def status_card(job: Job, *, stop: bool = False) -> str:
     """State, progress, time left, and what went wrong; with a button that stops it if asked."""
     share = min(1.0, job.step / job.total) if job.total else float(job.state == "done")
-    bar = (
-        "<div class='dd-bar' role='progressbar' aria-label='Done' "
-        f"aria-valuenow='{100 * share:.0f}'><div style='width:{share:.1%}'></div></div>"
-    )
     done = f"{job.progress.unit or 'step'} {job.step} of {job.total or '?'}"
     if job.progress.unit == "B":
         done = f"{job.step / 2**20:.1f} of {job.total / 2**20:.1f} MB"
     lines = [done] * (job.kind == "train" or bool(job.progress.unit)) + _live_facts(job)
-    cause = note(job.cause, "bad") + notes(job.damage, "bad")
+    messages = [note(job.cause, "bad"), notes(job.damage, "bad")]
     if job.cause and (last := printed(job.folder)[-_LAST_LINES:]):
-        cause += log_view("\n".join(last))
-    cause += notes(log_warnings(job.folder), "warn")
+        messages.append(log_view("\n".join(last)))
+    messages.append(notes(log_warnings(job.folder), "warn"))
     if job.state == "done" and job.settings.get("keep_best"):
-        cause += note(
+        text = (
             f"The result is that of step {job.result_step}, where the validation loss was lowest."
         )
+        messages.append(note(text))
     if job.state == "done" and job.trigger:
         triggers = [f"“{trigger}”" for trigger in split_triggers(job.trigger)]
         which = "the subject" if len(triggers) == 1 else "that subject"
-        cause += note(f"Write {' or '.join(triggers)} in a prompt to get {which}.", "good")
-    end = button("Stop", "stop", job.id) if stop and not job.has_ended else ""
-    return (
-        f"<div class='dd-card'><div class='dd-row'><h3>{esc(job.title)}</h3>"
-        f"<span class='dd-marks'>{state_pill(job)}{end}</span></div>"
-        f"{bar}<p class='dd-facts'>{' · '.join(esc(line) for line in lines)}</p>{cause}</div>"
-    )
+        text = f"Write {' or '.join(triggers)} in a prompt to get {which}."
+        messages.append(note(text, "good"))
+    stops = stop and not job.has_ended
+    return pieces.status_card(job, state_pill(job), share, lines, messages, stops)
 
 
 def _live_facts(job: Job) -> list[str]:
@@ -158,12 +128,7 @@ def _live_facts(job: Job) -> list[str]:
 
 def queue_list(jobs: Sequence[Job]) -> str:
     """All jobs in one line each, newest first."""
-    rows = "".join(
-        f"<li>{state_pill(job)}<span>{esc(job.title)}</span>"
-        f"<span class='dd-quiet'>{esc(' · '.join(filter(None, _turn(job))))}</span></li>"
-        for job in jobs[:12]
-    )
-    return f"<ul class='dd-list'>{rows}</ul>" if rows else ""
+    return pieces.queue_list([(state_pill(job), job.title, _turn(job)) for job in jobs[:12]])
 
 
 def _turn(job: Job) -> tuple[str, str, str]:
@@ -171,19 +136,6 @@ def _turn(job: Job) -> tuple[str, str, str]:
     owner = "you" if job.record.owner == PERSON.get() else job.record.owner
     place = f"number {job.position}" if job.position else ""
     return place, owner if job.record.owner else "", job.made[5:]
-
-
-def log_view(text: str) -> str:
-    """The log's tail; scrolled to its end by its layout."""
-    if not text:
-        return empty("Nothing logged yet", "What the run prints appears here.")
-    return f"<div class='dd-log' tabindex=0><pre>{esc(text)}</pre></div>"
-
-
-def command(text: str, label: str = "The same run on the command line") -> str:
-    copy = "<button class='dd-tool' data-copy>Copy</button>"
-    pre = f"<pre tabindex=0>{esc(text)}</pre>"
-    return f"<div class='dd-command'><span>{esc(label)}</span>{copy}{pre}</div>"
 
 
 def estimate_card(value: Estimate, steps: int | None) -> str:
@@ -211,7 +163,7 @@ def estimate_card(value: Estimate, steps: int | None) -> str:
             f"are free. {f'Set {value.change}.' if value.change else otherwise}",
             "bad",
         )
-    return f"{definitions(details)}{quiet(_source(value))}{too_much}"
+    return pieces.definitions(details) + quiet(_source(value)) + too_much
 
 
 def _source(value: Estimate) -> str:
@@ -232,48 +184,31 @@ def _source(value: Estimate) -> str:
     return "No run like this was made on this machine yet: time and memory are measured as it goes."
 
 
-def definitions(values: Mapping[str, Any]) -> str:
-    rows = "".join(f"<dt>{esc(name)}</dt><dd>{esc(value)}</dd>" for name, value in values.items())
-    return f"<dl class='dd-definitions'>{rows}</dl>"
-
-
 def address(path: Any) -> str:
     """Return the server's address of a file in a folder that it may give out."""
-    return esc(f"gradio_api/file={quote(path.resolve().as_posix())}?{path.stat().st_mtime_ns}")
+    return f"gradio_api/file={quote(path.resolve().as_posix())}?{path.stat().st_mtime_ns}"
 
 
 def image(path: Any, text: str) -> str:
-    """An image that the server may give out; nothing where it is gone."""
-    if not path.is_file():
-        return ""
-    return f"<img src='{address(path)}' alt='{esc(text)}' loading='lazy'>"
-
-
-def outside(link: str) -> str:
-    """A link to a page elsewhere; an address that is not a web page stays text."""
-    if not link.startswith(("https://", "http://")):
-        return note(link)
-    return f"<a class='dd-download' href='{esc(link)}' rel='noopener'>{esc(link)}</a>"
+    """An image that the server may give out; empty if it is gone."""
+    return pieces.shown_image(address(path), text) if path.is_file() else ""
 
 
 def download(path: Any, label: str) -> str:
     """A link to a file in a folder that the server may give out."""
     mib = path.stat().st_size / 2**20
     size = f"{mib:.1f} MB" if mib >= 0.1 else f"{mib * 1024:.1f} kB"
-    return (
-        f"<a class='dd-download' href='{address(path)}' download='{esc(path.name)}'>{esc(label)}"
-        f" <span>{size}</span></a>"
-    )
+    return pieces.file_link(address(path), path.name, label, size)
 
 
 def task_list(jobs: Sequence[Job]) -> str:
-    """The newest of what was made of runs."""
+    """Return cards of the newest jobs about runs."""
     listed = {name for name, kind in JOBS.items() if kind.job and kind.job.is_listed}
     return "".join(map(task_card, [job for job in jobs if job.kind in listed][:6]))
 
 
 def task_card(job: Job) -> str:
-    """A job with its command, and what it made once it is done."""
+    """Return a job's card with its command and, once it is done, its result."""
     card = status_card(job, stop=True)
     if job.state == "done":
         card += _result(job, Path(job.record.output))
@@ -284,17 +219,18 @@ def _result(job: Job, output: Path) -> str:
     if job.kind == "analyze":
         return _analysis(output)
     if job.kind == "push":
-        return outside(job.progress.address) if job.progress.address else ""
+        return pieces.outside(job.progress.address) if job.progress.address else ""
     if job.kind == "compare":
         return download(output / "report.html", "The report as one file")
     if job.kind == "prepare":
-        return f"{_look(printed(job.folder))}<div>{image(output, 'Contact sheet')}</div>"
+        return _look(printed(job.folder), image(output, "Contact sheet"))
     files = [output, *(f for f in [output.with_suffix(".yaml")] if f.is_file())]
-    link = "".join(download(file, f"Download {file.name}") for file in files)
+    links = [download(file, f"Download {file.name}") for file in files]
+    if is_adapter(job):
+        links.append(button("Add to the library", "add", job.id))
     lines = [line.replace(str(output), output.name) for line in printed(job.folder)]
     kinds = ["warn" if "wrong: " in line else "info" for line in lines]
-    add = button("Add to the library", "add", job.id) if is_adapter(job) else ""
-    return link + add + "".join(map(note, lines, kinds))
+    return pieces.joined([*links, *map(note, lines, kinds)])
 
 
 def is_adapter(job: Job) -> bool:
@@ -302,16 +238,14 @@ def is_adapter(job: Job) -> bool:
     return job.kind in ("combine", "extract") or job.record.output.endswith("resized.safetensors")
 
 
-def _look(lines: Sequence[str]) -> str:
+def _look(lines: Sequence[str], sheet: str) -> str:
     """Return a command's report on photos: its Markdown table as HTML, and its cautions."""
-    rows = [line.strip("| ").split("|") for line in lines if line.startswith("| ")]
-    table = "".join(
-        f"<tr>{''.join(f'<{cell}>{esc(text.strip())}</{cell}>' for text in row)}</tr>"
-        for row, cell in zip(rows, ["th", *["td"] * len(rows)], strict=False)
-    )
-    cautions = [line for line in lines if line.startswith(("caution: ", "skipped: "))]
-    told = notes((line.partition(": ")[2] for line in cautions), "warn")
-    return f"<div class='dd-table'><table>{table}</table></div>{told}"
+    rows = [[text.strip() for text in line.strip("| ").split("|")] for line in lines
+            if line.startswith("| ")]  # fmt: skip
+    cautions = [
+        line.partition(": ")[2] for line in lines if line.startswith(("caution: ", "skipped: "))
+    ]
+    return pieces.photo_report(rows, cautions, sheet)
 
 
 def _analysis(folder: Path) -> str:
@@ -320,9 +254,8 @@ def _analysis(folder: Path) -> str:
     from dora_diffusion.lab.analysis.report import FILES
 
     files = [path for name in FILES.values() if (path := folder / name).is_file()]
-    plots = "".join(image(folder / name, what) for what, name in PLOTS.items())
-    links = "".join(download(path, path.name) for path in files)
-    return f"{definitions(figures(folder))}<div class='dd-figures'>{plots}</div>{links}"
+    plots = [image(folder / name, title) for title, name in PLOTS.items()]
+    return pieces.analysis(figures(folder), plots, [download(path, path.name) for path in files])
 
 
 def figures(folder: Path) -> dict[str, str]:

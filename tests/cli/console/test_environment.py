@@ -408,7 +408,7 @@ def test_a_model_that_is_not_downloaded_yet_is_no_problem(
     monkeypatch: pytest.MonkeyPatch, is_offline: bool
 ) -> None:
     """`ask` is offline by itself; only who set that is told to change it."""
-    told = "ModelNotFoundError: some/model is not in the cache, and HF_HUB_OFFLINE is set; unset it"
+    told = "OfflineError: some/model is not in the cache, and HF_HUB_OFFLINE is set; unset it"
     monkeypatch.setattr("dora_diffusion.models.locate.is_offline", lambda: is_offline)
     (finding,) = module._of_base(BaseModel("some/model"), told, None)
     assert finding.state == ("PROBLEM" if is_offline else "ok")

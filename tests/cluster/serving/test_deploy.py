@@ -33,7 +33,8 @@ from tests.waiting import WAIT_SECONDS, wait_until
 
 
 def deployment(base: str = "base", token: str | None = None, **values: Any) -> Deployment:
-    return ServeSettings(base=base, **values).deployment(token)
+    settings = ServeSettings(base=base, **values)
+    return Deployment(settings.base_model, settings, token)
 
 
 @pytest.mark.parametrize(

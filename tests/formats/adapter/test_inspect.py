@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.export import convert_adapter, export_checkpoint, inspect_adapter
+from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,
@@ -115,7 +116,7 @@ def test_half_precision_is_said(tmp_path: Path, sd1_folder: Path, dora: Path) ->
     for dtype, text in ((torch.float16, "float16: exact means up to 5e-4"),
                         (torch.bfloat16, "bfloat16: exact means up to 4e-3")):  # fmt: skip
         report = convert_adapter(
-            dora, tmp_path / "a", "kohya", base=sd1_folder, dtype=dtype, overwrite=True
+            dora, tmp_path / "a", "kohya", FitSettings(dtype=dtype), base=sd1_folder, overwrite=True
         )
         assert any(text in note for note in inspect_adapter(report.path).notes)
     assert not any("rounded" in note for note in inspect_adapter(dora).notes)

@@ -23,8 +23,7 @@ from dora_diffusion.formats.checkpoint.weights import (
 )
 from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.models.load import load_components
-from dora_diffusion.numerics.merging import MergeError
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.weights import LayerWeights, MergeError
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]
 

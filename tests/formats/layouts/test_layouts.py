@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.export import convert_adapter, inspect_adapter
+from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.formats import layouts
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -130,7 +131,9 @@ def test_inspect_and_the_reader_see_one_layout_in_what_convert_writes(
     layers = random_adapter(sd1_folder, every=20)
     source = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")))
     rank = 2 if CONVERSIONS[target].takes_rank else None
-    written = convert_adapter(source, tmp_path / "b", target, base=sd1_folder, rank=rank)
+    written = convert_adapter(
+        source, tmp_path / "b", target, FitSettings(rank=rank), base=sd1_folder
+    )
     layout = StoredAdapter.open(written.path).layout
     assert layout.name == CONVERSIONS[target].plain_lora_in or layout.name in (target, "diffusers")
     assert inspect_adapter(written.path, sd1_folder).key_format == layout.key_format

@@ -23,6 +23,7 @@ from dora_diffusion.config.presets import preset_settings
 from dora_diffusion.export import convert_adapter, export_checkpoint, inspect_adapter
 from dora_diffusion.export.derive import combine_adapters
 from dora_diffusion.export.files import open_model
+from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.export.metadata import trained_trigger
 from dora_diffusion.formats.adapter.embeddings import are_equal, read_tokens
 from dora_diffusion.formats.adapter.file import (
@@ -427,7 +428,7 @@ def test_every_file_keeps_the_word(
         load_pipeline(base).load_lora_weights(kohya.parent, weight_name=kohya.name)
     shutil.rmtree(kohya.parent / "embeddings")  # The file alone is enough.
     convert_adapter(kohya, tmp_path / "back", "diffusers")
-    combine_adapters(base, [(run, 0.5), (kohya, 0.5)], tmp_path / "sum", rank=2)
+    combine_adapters(base, [(run, 0.5), (kohya, 0.5)], tmp_path / "sum", FitSettings(rank=2))
     for folder in ("back", "sum"):
         again = read_adapter(tmp_path / folder)
         assert again.tokens.keys() == {"<s1>"}

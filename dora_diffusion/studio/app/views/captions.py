@@ -167,14 +167,10 @@ def _tags(subject: subjects.StoredSubject) -> str:
     """Tags to press, most frequent first; of a caption in several lines those of each line."""
     captions = [text.replace("\n", ",") for text in subjects.captions_of(subject).values()]
     counts = CaptionRules().tag_frequency(captions)
-    chips = "".join(
-        html.button(f"{tag} {count}", "tag", tag, "dd-tool")
-        for tag, count in list(counts.items())[:_MOST_TAGS]
-    )
     more = f"and {len(counts) - _MOST_TAGS} rarer ones" if len(counts) > _MOST_TAGS else ""
-    if not chips:
+    if not counts:
         more = "No caption yet: type below. Tags, which commas separate, are counted here."
-    return f"<div class='dd-tags'>{chips}{html.quiet(more)}</div>"
+    return html.pieces.tags(list(counts.items())[:_MOST_TAGS], more)
 
 
 def _row(subject: subjects.StoredSubject, photo: Path) -> str:
@@ -182,15 +178,13 @@ def _row(subject: subjects.StoredSubject, photo: Path) -> str:
     try:
         caption = read_caption(photo, "", per_line=True)
     except (ValueError, OSError) as error:
-        damage = html.note(f"{error}; what you write here takes its place", "warn")
+        damage = f"{error}; what you write here takes its place"
     crop = ui.image_or_blank("", subjects.training_crop, photo, _ROW_SIDE, masked=False)[0]
     overlay = ui.image_or_blank("", subjects.mask_overlay, photo, _ROW_SIDE)[0]
     if overlay is not None and overlay.mode == "RGBA":  # else it is damaged
-        mask = f"<img class='dd-mask' src='{uploads.data_uri(overlay)}' alt='its mask'>"
-    return (
-        f"<label class='dd-caption'><span><img src='{uploads.data_uri(crop)}' "
-        f"alt='{html.esc(photo.name)}'>{mask}</span>"
-        f"<textarea rows='3' maxlength='{subjects.CAPTION_LIMIT}' aria-label='Caption of "
-        f"{html.esc(photo.name)}' data-photo='{html.esc(f'{subject.id}/{photo.name}')}'>"
-        f"{html.esc(caption)}</textarea>{damage}</label>"
+        mask = uploads.data_uri(overlay)
+    images = {"crop": uploads.data_uri(crop), "mask": mask}
+    name, limit = f"{subject.id}/{photo.name}", subjects.CAPTION_LIMIT
+    return html.pieces.caption(
+        photo.name, name, caption=caption, limit=limit, damage=damage, **images
     )

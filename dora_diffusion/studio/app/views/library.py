@@ -252,7 +252,7 @@ def _connect_comparison(context: Context, tab: LibraryTab) -> None:
         ]
         notes = html.notes(dict.fromkeys(line for image in made for line in image.notes), "warn")
         paths = tuple(str(image.path) for image in made)
-        return [gr.update(value=paths, visible=True), notes + "".join(links)]
+        return [gr.update(value=paths, visible=True), notes + html.pieces.joined(links)]
 
     asked = [tab.run, tab.rival, tab.prompt, tab.seed]
     ui.on(
@@ -438,8 +438,4 @@ def _facts(job: Job) -> str:
         "made": job.made,
     }
     details = {name: text for name, text in details.items() if text}
-    return (
-        f"<div class='dd-card'><div class='dd-row'><h3>{html.esc(job.title)}</h3>"
-        f"{html.state_pill(job)}</div><p></p>{html.definitions(details)}"
-        f"{html.notes(report.notes, 'info')}</div>"
-    )
+    return html.pieces.adapter_card(job, html.state_pill(job), details, report.notes)

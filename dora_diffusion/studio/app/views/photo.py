@@ -20,10 +20,7 @@ from dora_diffusion.studio.jobs.deletions import photo_question
 from dora_diffusion.studio.jobs.store import UserError
 
 _LARGEST_SIDE = 8192
-EDITOR, _TOOLS = (
-    (Path(__file__).parents[1] / name).read_text(encoding="utf-8")
-    for name in ("editor.js", "editor.html")
-)
+EDITOR = (Path(__file__).parents[1] / "editor.js").read_text(encoding="utf-8")
 
 
 class PhotoView:
@@ -60,8 +57,7 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
         if not isinstance(event.index, int) or not 0 <= event.index < len(listed):
             raise UserError("this photo no longer exists; choose another one")
         path = subjects.photo_path(workspace, subject_id, listed[event.index])
-        title = f"<div class='dd-heading dd-photo'><h2>{html.esc(path.name)}</h2></div>"
-        return [path.name, gr.update(visible=True), title, ""]
+        return [path.name, gr.update(visible=True), html.pieces.photo_title(path.name), ""]
 
     def drop(subject_id: str, photo: str, *chosen: Any) -> list[Any]:
         subjects.remove_photo(workspace, subject_id, photo)
@@ -94,8 +90,9 @@ def _editor(photo: Path, subject_id: str) -> str:
     """The photo to draw on, and the tools; editor.js does the drawing."""
     times = [file.stat().st_mtime_ns for file in (photo, mask_path(photo)) if file.exists()]
     # What is drawn is kept in the browser for this photo, as it is now.
-    version = html.esc("/".join(map(str, (subject_id, photo.name, *times))))
-    return _TOOLS.format(photo=uploads.data_uri(open_photo(photo)), version=version)
+    version = "/".join(map(str, (subject_id, photo.name, *times)))
+    tools = html.template("editor.html")
+    return tools.render(photo=uploads.data_uri(open_photo(photo)), version=version)
 
 
 def side(context: Context, model: object, resolution: object) -> int:

@@ -208,19 +208,8 @@ def _flip(samples: Sequence[Path], cache: Path) -> str:
     sheets = sorted(samples, key=lambda path: (order.get(path.stem, 0), path.stem))
     if not sheets:
         return ""
-    addresses = [html.address(_given_out(path, cache)) for path in sheets]
-    titles = [html.esc(_sample_title(path.stem)) for path in sheets]
-    options = "".join(
-        f"<option data-image='{address}'>{title}</option>"
-        for address, title in zip(addresses, titles, strict=True)
-    )
-    last = len(sheets) - 1
-    return (
-        f"<figure class='dd-flip'><a target='_blank' rel='noopener'><img alt=''></a><figcaption>"
-        f"<input type='range' min='0' max='{last}' value='{last}' aria-label='Step of the sample "
-        f"images'><output></output></figcaption><datalist>{options}</datalist>"
-        f"{html.quiet('Drag, or use the arrow keys: prompts and seeds are the same at each step.')}"
-        "</figure>"
+    return html.pieces.flip(
+        [(html.address(_given_out(path, cache)), _sample_title(path.stem)) for path in sheets]
     )
 
 
@@ -309,47 +298,23 @@ def _cards(job: Job, ranking: Ranking | None, running: Job | None) -> str:
     if ranking is None:
         return status
     most = max((row.drift or 0 for row in ranking.rows), default=0) or 1
-    cards = "".join(_card(job, row, ranking, most) for row in ranking.rows)
+    cards = [_card(job, row, ranking, most) for row in ranking.rows]
     late = [f"step {job.step_of(name)}" for name in ranking.missing]
-    new = html.note(f"Not ranked: {', '.join(late)}.", "info") if late else ""
-    notes = "".join(map(html.quiet, ranking.notes))
-    if ranking.suggested:
-        notes += html.quiet(
-            "Suggested: the most similarity less drift, among those that are more like the "
-            "subject than the base."
-        )
-    verdict = html.note(ranking.verdict, "warn")
-    return f"{status}{new}{verdict}<div class='dd-choices'>{cards}</div>{notes}"
+    return html.pieces.ranking(status, late, ranking, cards)
 
 
 def _card(job: Job, row: RankedCheckpoint, ranking: Ranking, most_drift: float) -> str:
     """One checkpoint: images, two bars, and the button."""
     in_use = row.name == job.stands
-    title = f"Step {row.step}" if row.step else "Base model"
     marks = html.pill("suggested", "running") if row.name == ranking.suggested else ""
     if in_use:
         marks += html.pill("in use", "done")
     elif row.step:
         marks += html.button("Use this", "use", row.name)
-    strips = "".join(html.image(path, title) for path in row.images)
-    figures = ""
-    if row.similarity is not None:
-        to = f" to {ranking.similar_to}" if ranking.similar_to else ""
-        figures = _bar("similarity", row.similarity, row.similarity, f"similarity{to}")
-    if row.step and row.drift is not None:
-        figures += _bar("drift", row.drift, row.drift / most_drift)
-    if row.loss is not None:
-        figures += f"<span>denoising loss, held-out photos</span><i></i><b>{row.loss:.4f}</b>"
-    return (
-        f"<div class='dd-choice{' dd-in-use' if in_use else ''}'>"
-        f"<div class='dd-row'><h3>{title}</h3><span class='dd-marks'>{marks}</span></div>"
-        f"<div class='dd-strips'>{strips}</div><div class='dd-bars'>{figures}</div></div>"
-    )
-
-
-def _bar(name: str, value: float, share: float, label: str = "") -> str:
-    width = f"{min(1.0, max(0.0, share)):.0%}"
-    return (
-        f"<span>{html.esc(label or name)}</span>"
-        f"<div class='dd-bar dd-{name}'><div style='width:{width}'></div></div><b>{value:.2f}</b>"
-    )
+    title = f"Step {row.step}" if row.step else "Base model"
+    images = [html.image(path, title) for path in row.images]
+    drift = row.drift if row.step else None
+    return html.pieces.checkpoint(
+        title, row, ranking.similar_to, drift, drift and drift / most_drift, marks=marks,
+        images=images, in_use=in_use,
+    )  # fmt: skip

@@ -16,7 +16,6 @@ from dora_diffusion.studio.jobs import uploads
 from dora_diffusion.studio.jobs.inputs import keep_input, read_input
 from dora_diffusion.studio.jobs.store import UserError, confined
 
-_TOOLS = (Path(__file__).parents[1] / "mask.html").read_text(encoding="utf-8")
 _NONE = html.empty(
     "No image to start from",
     "Without one, images are made from text alone. Upload one, or take the image that is shown.",
@@ -86,9 +85,9 @@ def start_image(context: Context, image: str, mask: str = "") -> list[Any]:
     return [
         image,
         mask,
-        _TOOLS.format(
+        html.template("mask.html").render(
             photo=uploads.data_uri(photo),
-            version=html.esc(f"start/{image}/{mask}"),
+            version=f"start/{image}/{mask}",
             mask=uploads.mask_uri(painted.convert("L")) if painted else "",
         ),
     ]

@@ -289,19 +289,16 @@ def _place(subject: subjects.StoredSubject | None) -> str:
     if not subject.sample:
         return html.quiet(f"Photos that you add join {subject.title}.")
     text = f"{subject.title} is a sample. Photos that you add become a new subject, unless you "
-    mark = f"data-sample='{html.esc(subject.title)}'"
-    return f"<div {mark}>{html.quiet(text + 'choose to add them to the sample.')}</div>"
+    return html.pieces.sample_offer(subject.title, text + "choose to add them to the sample.")
 
 
 def _sample_cards(samples: Path) -> str:
     """The project's samples as images to press; nothing where the app was started elsewhere."""
-    cards = "".join(
+    cards = [
         html.image_card(
             samples / name / "01.jpg", "take", name, name.replace("_", " ").capitalize()
         )
         for name in subjects.sample_names(samples)
-    )
-    if not cards:
-        return ""
+    ]
     offer = "No photos at hand? Take a sample: the embedded model learns it in some minutes."
-    return f"{html.quiet(offer)}<div class='dd-samples'>{cards}</div>"
+    return html.pieces.samples(offer, cards)

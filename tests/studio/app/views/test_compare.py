@@ -146,7 +146,7 @@ def test_the_report_is_shown_with_its_table_and_plots(context: Context, dog: str
     assert "| loss | 0.1 |" in shown
     assert f"![Figures](gradio_api/file={output.resolve().as_posix()}/figures.png?" in shown
     assert "report.html" in parts["study_status"]
-    assert job.record.command.replace("'", "&#x27;") in parts["study_status"]
+    assert job.record.command.replace("'", "&#39;") in parts["study_status"]
     assert "Continue" not in parts["study_status"]
     assert parts["study_subjects"][0] == {"choices": [("Dog", dog)]}
     handler(context, "delete", "compare")(job.id)

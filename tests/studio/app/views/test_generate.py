@@ -181,7 +181,7 @@ def test_a_prompt_without_trigger_words_is_said_before_images_are_made(context: 
     )
     shutil.copyfile(ADAPTER, run / "checkpoint-4" / "pytorch_lora_weights.safetensors")
     context.jobs(fresh=True)
-    line = "lacks the adapter&#x27;s trigger word; write &#x27;sks dog&#x27; to get the subject"
+    line = "lacks the adapter&#39;s trigger word; write &#39;sks dog&#39; to get the subject"
     base, own = f"base/{context.models[0]}", run.name
     for choice, prompt, more, is_said in (
         (own, "a dog", {}, True), (own, "a sks dog", {}, False), (own, "a {subject}", {}, False),

@@ -237,13 +237,13 @@ def test_a_run_is_renamed_and_a_smaller_file_of_it_is_taken_in(
     context: Context, trained: str
 ) -> None:
     *_, facts, cleared = handler(context, "rename", "library")(trained, "Ann's <mug>")
-    assert "Ann&#x27;s &lt;mug&gt;" in facts
+    assert "Ann&#39;s &lt;mug&gt;" in facts
     assert (cleared["value"], cleared["placeholder"]) == ("", "Ann's <mug>")
     assert context.job(trained).title == "Ann's <mug>"
     resize = pressed(context, "resize")
     with pytest.raises(gradio.Error, match="a smaller rank, or an energy, first"):
         resize(trained, "", "", "")
-    assert "Resize Ann&#x27;s &lt;mug&gt;" in resize(trained, "2", "", "")
+    assert "Resize Ann&#39;s &lt;mug&gt;" in resize(trained, "2", "", "")
     job = next(job for job in context.jobs(fresh=True) if job.kind == "convert")
     Path(job.record.output).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(KOHYA, job.record.output)
@@ -251,5 +251,5 @@ def test_a_run_is_renamed_and_a_smaller_file_of_it_is_taken_in(
     assert "data-do='add'" in library.refresh(context.jobs(fresh=True), trained)["tasks"]
     event = gradio.EventData(None, {"what": "add", "value": job.id})
     said = handler(context, "press", "library")(event)[1]
-    assert "Ann&#x27;s &lt;mug&gt;, resized is in the library" in said
+    assert "Ann&#39;s &lt;mug&gt;, resized is in the library" in said
     assert context.jobs(fresh=True)[0].title == "Ann's <mug>, resized"
