@@ -42,10 +42,10 @@ from dora_diffusion.models.load import load_components as load_components
 from dora_diffusion.models.locate import ModelNotFoundError as ModelNotFoundError
 from dora_diffusion.numerics.merging import MergeError as MergeError
 from dora_diffusion.sampling.generate import BrokenImageError as BrokenImageError
-from dora_diffusion.sampling.generate import SamplingSettings as SamplingSettings
 from dora_diffusion.sampling.generate import generate_images as generate_images
 from dora_diffusion.sampling.pool import AdapterPool as AdapterPool
-from dora_diffusion.sampling.pool import ImageRow as ImageRow
+from dora_diffusion.sampling.settings import ImageRow as ImageRow
+from dora_diffusion.sampling.settings import SamplingSettings as SamplingSettings
 from dora_diffusion.training.loop import train as train
 from dora_diffusion.training.loop import train_pack as train_pack
 from dora_diffusion.training.results.metrics import TrainingError as TrainingError

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from dora_diffusion.cli.requested_images import RequestedImages
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
-    from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.sampling.settings import SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -62,7 +62,7 @@ def warn_of_triggers(prompts: Iterable[tuple[str, AdapterMetadata]]) -> None:
 
 def trigger_messages(prompts: Iterable[tuple[str, AdapterMetadata]]) -> list[str]:
     """Return a message on each prompt that lacks its adapter's trigger word."""
-    from dora_diffusion.sampling.generate import lacks_trigger
+    from dora_diffusion.sampling.conditioning import lacks_trigger
 
     pairs = list(prompts)
     are_several = len({prompt for prompt, _ in pairs}) > 1

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from dora_diffusion.config.base import BaseModel
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
     from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.generate import SamplingSettings
     from dora_diffusion.sampling.images import UsedAdapter
+    from dora_diffusion.sampling.settings import SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
 # Settings of a base that change the numbers, beside its name.

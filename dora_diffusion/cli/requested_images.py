@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.sampling.settings import SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
 
@@ -282,8 +282,8 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
         Returns:
             The settings, and a line that says so; empty where nothing was chosen.
         """
-        from dora_diffusion.sampling.generate import few_steps
         from dora_diffusion.sampling.images import adapter_name
+        from dora_diffusion.sampling.load import few_steps
 
         found = few_steps(components, [adapter_name(use.path) for use in uses])
         if found is None:
@@ -324,7 +324,7 @@ class RequestedImages(Overwrite, Sampling, AdaptedModel):
         """
         from dora_diffusion.data.images import open_photo
         from dora_diffusion.sampling.detail import Detail
-        from dora_diffusion.sampling.generate import SamplingSettings
+        from dora_diffusion.sampling.settings import SamplingSettings
         from dora_diffusion.sampling.stack import name_of
 
         names = [field.name for field in fields(SamplingSettings)]

@@ -239,7 +239,7 @@ class AdaptedModel(StrengthFlags, Alpha, Model):
             ValueError: If a strength is out of its limits, before anything is loaded.
         """
         strengths, options = self.strengths, self.model_options
-        from dora_diffusion.sampling.generate import load_adapted
+        from dora_diffusion.sampling.load import load_adapted
 
         components, metadata = load_adapted(
             self.base_model,

@@ -34,7 +34,7 @@ from dora_diffusion.sampling.comfyui import workflow_parameters
 # Files are read and listed without model code, which takes seconds to import.
 if TYPE_CHECKING:
     from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.sampling.settings import SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
 BATCH_SIZE, BATCH_POSITION = "Batch size", "Batch pos"

@@ -24,8 +24,10 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import reschedule
 from dora_diffusion.models.words import add_own_tokens, own_words, remove_own_tokens
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
-from dora_diffusion.sampling.generate import SamplingSettings, as_stated, generate_images
+from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import content_hash
+from dora_diffusion.sampling.load import as_stated
+from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 from dora_diffusion.sampling.stack import AdapterUse, set_strengths
 
 if TYPE_CHECKING:
@@ -44,14 +46,6 @@ class PinnedAdapter(NamedTuple):
 AdapterRef = str | Path | tuple[str | Path, float | Strengths] | AdapterUse | PinnedAdapter | None
 """An adapter file or a run's folder, or that with its strength or strengths, those of layers too;
 None is the base."""
-
-
-class ImageRow(NamedTuple):
-    """An image of a batch: what it shows, the seed of its noise, and its adapter."""
-
-    prompt: str
-    seed: int
-    adapter: AdapterRef = None
 
 
 @dataclass(frozen=True)

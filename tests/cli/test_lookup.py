@@ -17,7 +17,6 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.files.stream import save_tensors
 from dora_diffusion.numerics.weights import MergeStrengths
-from dora_diffusion.sampling.generate import SamplingSettings
 from dora_diffusion.sampling.images import (
     UsedAdapter,
     adapters_of,
@@ -26,6 +25,7 @@ from dora_diffusion.sampling.images import (
     parse_parameters,
     save_image,
 )
+from dora_diffusion.sampling.settings import SamplingSettings
 from tests.properties import at_least
 
 LAYER = "lora_unet_mid_block_attentions_0_proj_in"

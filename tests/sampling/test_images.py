@@ -24,7 +24,6 @@ from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.models.schedulers import SCHEDULERS, scheduler_of
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
 from dora_diffusion.sampling.detail import Detail
-from dora_diffusion.sampling.generate import SamplingSettings
 from dora_diffusion.sampling.images import (
     UsedAdapter,
     parameters_text,
@@ -35,6 +34,7 @@ from dora_diffusion.sampling.images import (
     settings_of,
     thumbnail,
 )
+from dora_diffusion.sampling.settings import SamplingSettings
 from tests.every import every
 
 SETTINGS = SamplingSettings(steps=20, guidance_scale=7.0, scheduler="euler_a")

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
     from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.generate import SamplingSettings
     from dora_diffusion.sampling.pool import AdapterPool
+    from dora_diffusion.sampling.settings import SamplingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,6 @@ class GenerateSettings(RequestedImages):
             return make_grid(self)
         rows = image_rows(self)
         from dora_diffusion.numerics.weights import Strengths
-        from dora_diffusion.sampling.generate import sampled_size
         from dora_diffusion.sampling.pool import AdapterPool
         from dora_diffusion.sampling.stack import AdapterUse
 
@@ -80,7 +79,7 @@ class GenerateSettings(RequestedImages):
             readings = {row.adapter: pool.components_for(row.adapter) for row in rows}
             told = {row.adapter: pool.metadata(row.adapter) for row in rows}
         warn_of_triggers((row.prompt, told[row.adapter]) for row in rows)
-        size = sampled_size(components, settings)
+        size = settings.size(components.default_resolution)
         images = self._sample(rows, components, pool, settings, repeated)
         for number, (row, image) in enumerate(zip(rows, images, strict=True)):
             used = [AdapterUse(row.adapter, Strengths(row.strength))] if row.adapter else uses
@@ -98,7 +97,7 @@ class GenerateSettings(RequestedImages):
         repeated: Repeated,
     ) -> list[Image]:
         from dora_diffusion.sampling.generate import generate_images
-        from dora_diffusion.sampling.pool import ImageRow
+        from dora_diffusion.sampling.settings import ImageRow
 
         shared: dict[str, Any] = {"batch_size": self.batch_size, "require_finite": True}
         with progress("generating images", "step") as show:

@@ -34,7 +34,7 @@ from dora_diffusion.formats.adapter.metadata import AdapterMetadata, join_trigge
 from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.formats.files.atomic import leftovers, require_writable
 from dora_diffusion.numerics.devices import release_memory
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images, sampled_size
+from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import (
     UsedAdapter,
     parameters_text,
@@ -43,7 +43,8 @@ from dora_diffusion.sampling.images import (
     read_parameters,
 )
 from dora_diffusion.sampling.page import PAGE, RECORD, GridRecord
-from dora_diffusion.sampling.pool import AdapterPool, ImageRow, reading_of
+from dora_diffusion.sampling.pool import AdapterPool, reading_of
+from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 from dora_diffusion.sampling.stack import AdapterUse, set_strengths
 from dora_diffusion.training.results.folders import LOCK_NAME, locked
 
@@ -296,7 +297,8 @@ class GridRun:
             self.record.write(self.folder)
         cell, components, sampling = loaded
         text = cell.row.write(
-            image, sampling, sampled_size(components, sampling), cell.settings.base, cell.uses,
+            image, sampling, sampling.size(components.default_resolution), cell.settings.base,
+            cell.uses,
             Repeated({}).own_fields(cell.settings, 0, 1, components),
         )  # fmt: skip
         self.record.texts[f"images/{cell.row.path.name}"] = text

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.sampling.settings import SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
 MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID, MAX_GUIDANCE = 16, 200, 2048, 48, 30
@@ -264,10 +264,10 @@ class ImageGenerator:
         self, loaded: _LoadedRequest, rows: Sequence[Row], on_step: Step | None
     ) -> list[Image]:
         """The images of the rows; one that is repeated is of its batch."""
-        from dora_diffusion.sampling.generate import generate_images, sampled_size
+        from dora_diffusion.sampling.generate import generate_images
 
         request, components, sampling = loaded
-        longest = max(sampled_size(components, sampling)) * (sampling.hires or 1)
+        longest = max(sampling.size(components.default_resolution)) * (sampling.hires or 1)
         if longest > MAX_SIDE:
             raise UserError(
                 f"the second pass would be {longest:.0f} pixels long; at most {MAX_SIDE} are made"
@@ -309,7 +309,7 @@ class ImageGenerator:
 
     def _model(self, request: RequestedImages, uses: Sequence[AdapterUse]) -> Components:
         """The model with the adapters at their strengths; reloaded only if others are asked for."""
-        from dora_diffusion.sampling.generate import load_model
+        from dora_diffusion.sampling.load import load_model
         from dora_diffusion.sampling.stack import set_strengths
 
         base = request.base_model
@@ -332,12 +332,11 @@ class ImageGenerator:
         notes: tuple[str, ...],
     ) -> GeneratedImage:
         """Save the image of a row with what made it."""
-        from dora_diffusion.sampling.generate import sampled_size
-
         (request, components, sampling), seed = loaded, rows[index].seed
         row = rows[index]._replace(path=self.workspace.images / f"{new_id()}-{seed}.png")
         text = row.write(
-            image, sampling, sampled_size(components, sampling), request.base, request.uses(),
+            image, sampling, sampling.size(components.default_resolution), request.base,
+            request.uses(),
             Repeated({}, *request.batch).own_fields(request, index, len(rows), components),
         )  # fmt: skip
         return GeneratedImage(row.path, seed, text, notes)
@@ -363,8 +362,8 @@ def _notes(loaded: _LoadedRequest, prompts: Sequence[str], lines: Sequence[str])
     """
     from dora_diffusion.models.emphasis import plain_parts
     from dora_diffusion.models.text import token_limit, truncated_text
-    from dora_diffusion.sampling.generate import few_steps
     from dora_diffusion.sampling.images import adapter_name
+    from dora_diffusion.sampling.load import few_steps
 
     request, components, sampling = loaded
     limit, notes = token_limit(components), prompt_messages(request, prompts)

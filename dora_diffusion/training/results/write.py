@@ -40,8 +40,9 @@ from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.modules import UNetLayout
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import MergeStrengths
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images
+from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import UsedAdapter, parameters_text, save_image, thumbnail
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.engine.accelerator import set_by_any, shards_model
 from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgress
 from dora_diffusion.training.inputs.subject import caption_rules, prompt_rules

@@ -70,7 +70,7 @@ def generate(sd1_folder, tmp_path, capsys):
 def test_numbers_are_checked_before_a_model_is_loaded(
     name, value, message, generate, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("dora_diffusion.sampling.generate.load_components", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("dora_diffusion.sampling.load.load_components", lambda *a, **k: 1 / 0)
     code, error = generate(**{name: value})
     assert code == 1
     assert message in error

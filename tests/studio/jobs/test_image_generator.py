@@ -27,14 +27,10 @@ from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.models.load import load_vae
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.detail import Detail
-from dora_diffusion.sampling.generate import (
-    BrokenImageError,
-    SamplingSettings,
-    generate_images,
-    load_adapted,
-    load_model,
-)
+from dora_diffusion.sampling.generate import BrokenImageError, generate_images
 from dora_diffusion.sampling.images import parse_parameters
+from dora_diffusion.sampling.load import load_adapted, load_model
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.sampling.stack import AdapterUse, name_of
 from dora_diffusion.studio.jobs import tasks
 from dora_diffusion.studio.jobs.image_generator import (

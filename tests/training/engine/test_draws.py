@@ -19,7 +19,8 @@ from dora_diffusion.data.crops import CropRecord
 from dora_diffusion.data.dataset import Batch
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images
+from dora_diffusion.sampling.generate import generate_images
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.engine import objective as training_inputs
 from dora_diffusion.training.engine.accelerator import make_accelerator
 from dora_diffusion.training.engine.objective import Conditioner, draw_inputs
