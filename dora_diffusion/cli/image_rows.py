@@ -46,9 +46,9 @@ class Row(NamedTuple):
         extra: Mapping[str, object],
     ) -> str:
         """Write the image with what made it, which is returned."""
-        from dora_diffusion.sampling.images import UsedAdapter, parameters_text, save_image
+        from dora_diffusion.sampling.images import RecordedAdapter, parameters_text, save_image
 
-        used = [UsedAdapter.of(use.path, use.strengths) for use in uses]
+        used = [RecordedAdapter.of(use.path, use.strengths) for use in uses]
         text = parameters_text(self.prompt, self.seed, settings, size, base, used, extra=extra)
         save_image(image, self.path, text)
         return text

@@ -22,7 +22,7 @@ from dora_diffusion.models.locate import is_embedded, looks_local
 from dora_diffusion.numerics.weights import MergeStrengths
 from dora_diffusion.sampling.images import (
     MODEL_HASH,
-    UsedAdapter,
+    RecordedAdapter,
     adapter_name,
     model_hash,
     model_name,
@@ -34,7 +34,7 @@ _MODELS = ("*", "*/*")
 
 
 def base_and_adapters(
-    image: str, given: Mapping[str, Any], adapters: Sequence[UsedAdapter]
+    image: str, given: Mapping[str, Any], adapters: Sequence[RecordedAdapter]
 ) -> dict[str, Any]:
     """Return the settings ``base`` and ``adapter`` for an image; what is not given is looked up.
 
@@ -80,7 +80,7 @@ def base_and_adapters(
 
 
 def match_adapters(
-    words: Sequence[str], adapters: Sequence[UsedAdapter]
+    words: Sequence[str], adapters: Sequence[RecordedAdapter]
 ) -> tuple[list[str], list[str]]:
     """Assign given adapters to those of an image: by hash, then by name, then in their order.
 
@@ -89,41 +89,41 @@ def match_adapters(
     Returns:
         A word for each of the image's adapters, empty where there is none; and the other words.
     """
-    given = [UsedAdapter.of(adapter_and_strengths(word)[0]) for word in words]
+    paths = [adapter_and_strengths(word)[0] for word in words]
     free, chosen = list(range(len(words))), [""] * len(adapters)
 
     def assign(agrees: Any) -> None:
         for at, adapter in enumerate(adapters):
-            place = next((n for n in free if agrees(given[n], adapter)), None)
+            place = next((n for n in free if agrees(adapter, paths[n])), None)
             if not chosen[at] and place is not None:
                 chosen[at] = words[place]
                 free.remove(place)
 
-    assign(lambda own, stated: stated.hash and own.hash.startswith(stated.hash))
-    assign(lambda own, stated: own.tag_name == stated.name)
+    assign(RecordedAdapter.matches)
+    assign(lambda adapter, path: tag_name(adapter_name(path)) == adapter.name)
     if len(words) >= len(adapters):
-        assign(lambda own, stated: True)
+        assign(lambda adapter, path: True)
     keys = [(adapter.name, adapter.hash) for adapter in adapters]
     known = {key: word for key, word in zip(keys, chosen, strict=True) if word}
     chosen = [word or known.get(key, "") for key, word in zip(keys, chosen, strict=True)]
     return chosen, [words[n] for n in free]
 
 
-def _with_strengths(word: str, adapter: UsedAdapter) -> str:
+def _with_strengths(word: str, adapter: RecordedAdapter) -> str:
     """A given or found adapter with the strengths of the image's, unless it has its own."""
     shares = MergeStrengths.of(adapter.strengths)
     numbers = map(number_text, (shares.text_encoder_strength, shares.unet_strength))
     return ":".join([word, *numbers]) if adapter_and_strengths(word)[0] == word else word
 
 
-def _names(adapters: Sequence[UsedAdapter]) -> str:
+def _names(adapters: Sequence[RecordedAdapter]) -> str:
     return ", ".join(dict.fromkeys(adapter.name for adapter in adapters))
 
 
 def _require_found(
     image: str,
     lacks_base: bool,
-    adapters: Sequence[UsedAdapter],
+    adapters: Sequence[RecordedAdapter],
     folders: Sequence[Path],
     files: Sequence[Path],
 ) -> None:
@@ -167,18 +167,17 @@ def search_folders(image: str, adapter_dir: str | None) -> list[Path]:
     return list(first.values())
 
 
-def find_adapter(adapter: UsedAdapter, files: Sequence[Path]) -> Path | None:
+def find_adapter(adapter: RecordedAdapter, files: Sequence[Path]) -> Path | None:
     """Return the first file with an adapter's hash; where none is stated, with its name."""
     namesakes = _namesakes(adapter, files)
     if not adapter.hash:
         return next(iter(namesakes), None)
     # They are hashed first: the others may be many.
     others = (file for file in files if file not in namesakes and _is_adapter(file))
-    hashed = ((file, UsedAdapter.of(file).hash) for file in chain(namesakes, others))
-    return next((file for file, digest in hashed if digest.startswith(adapter.hash)), None)
+    return next(filter(adapter.matches, chain(namesakes, others)), None)
 
 
-def _namesakes(adapter: UsedAdapter, files: Iterable[Path]) -> list[Path]:
+def _namesakes(adapter: RecordedAdapter, files: Iterable[Path]) -> list[Path]:
     named = (file for file in files if tag_name(adapter_name(file)) == adapter.name)
     return [file for file in named if _is_adapter(file)]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dora_diffusion.config.base import BaseModel
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
     from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.images import UsedAdapter
+    from dora_diffusion.sampling.images import RecordedAdapter
     from dora_diffusion.sampling.settings import SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
@@ -30,7 +30,7 @@ _LOADED = (
 _MOST_REPEATED = 64
 
 
-def repeated_settings(file: str) -> tuple[dict[str, Any], list[UsedAdapter]]:
+def repeated_settings(file: str) -> tuple[dict[str, Any], list[RecordedAdapter]]:
     """The settings that an image's text gives, and its adapters in their order.
 
     Raises:
@@ -123,7 +123,7 @@ class Repeated:
             HASHES,
             INIT_IMAGE,
             MASK_IMAGE,
-            UsedAdapter,
+            RecordedAdapter,
             adapters_of,
             painted_fields,
         )
@@ -137,13 +137,12 @@ class Repeated:
         for key, given in ((INIT_IMAGE, args.image), (MASK_IMAGE, f"the mask {args.mask_image}")):
             if key in fields and painted.get(key) != fields[key]:
                 warnings.warn(f"{name} was made over another image than {given}", stacklevel=4)
-        hashes = tuple(adapter.hash for adapter in adapters_of(fields)[0] if adapter.hash)
-        for use in args.uses() if hashes else []:
-            own = UsedAdapter.of(use.path).hash
-            if own and not own.startswith(hashes):
+        recorded = [adapter for adapter in adapters_of(fields)[0] if adapter.hash]
+        for use in args.uses() if recorded else []:
+            if {adapter.matches(use.path) for adapter in recorded} == {False}:
                 warnings.warn(
                     f"{name} was made with another adapter file ({fields[HASHES]}) than {use.path} "
-                    f"({own})",
+                    f"({RecordedAdapter.of(use.path).hash})",
                     stacklevel=4,
                 )
 

@@ -107,13 +107,13 @@ def unread_options(shares: str) -> str:
     return match[3] if match else shares
 
 
-class UsedAdapter(NamedTuple):
-    """An adapter as an image's text names it.
+class RecordedAdapter(NamedTuple):
+    """An adapter as an image's text records it: without its path.
 
     Attributes:
-        name: Its name.
-        strengths: How strongly it acts; of the parts' strengths, 1 is not written.
-        hash: 12 digits by which web UIs and Civitai know a file: of the SHA-256 of its tensors.
+        name: Name of the file or its run.
+        strengths: Its strengths; a strength of 1 of text encoders or UNet is not written.
+        hash: 12 digits by which web UIs and Civitai identify a file: of the SHA-256 of its tensors.
     """
 
     name: str
@@ -121,10 +121,19 @@ class UsedAdapter(NamedTuple):
     hash: str = ""
 
     @classmethod
-    def of(cls, path: str | Path, strengths: Strengths = MergeStrengths()) -> UsedAdapter:  # noqa: B008 - frozen
+    def of(cls, path: str | Path, strengths: Strengths = MergeStrengths()) -> RecordedAdapter:  # noqa: B008 - frozen
         """Name an adapter's file by `adapter_name`."""
         file = find_adapter(path)
         return cls(adapter_name(path), strengths, content_hash(file.resolve(), *_version(file)))
+
+    def matches(self, path: str | Path) -> bool | None:
+        """Compare the recorded hash with that of a file; some programs record fewer digits.
+
+        Returns:
+            None where nothing is recorded, or the file is a folder, which has no hash.
+        """
+        known = self.hash and RecordedAdapter.of(path).hash
+        return known.startswith(self.hash) if known else None
 
     @property
     def tag(self) -> str:
@@ -147,7 +156,7 @@ def _version(file: Path) -> tuple[int, int]:
 
 @lru_cache(maxsize=1024)
 def content_hash(file: Path, written: int, size: int) -> str:
-    """The `UsedAdapter.hash` of a file as it was at a time; of a folder, which has several, none.
+    """`RecordedAdapter.hash` of a file as it was at a time; empty for a folder of several files.
 
     Args:
         file: The file.
@@ -168,7 +177,7 @@ def parameters_text(
     settings: SamplingSettings,
     size: tuple[int, int],
     model: str,
-    adapters: Sequence[UsedAdapter] = (),
+    adapters: Sequence[RecordedAdapter] = (),
     *,
     extra: Mapping[str, object] | None = None,
     hash_model: bool = True,
@@ -356,7 +365,7 @@ def parse_parameters(text: str) -> dict[str, str]:
     return fields
 
 
-def adapters_of(fields: Mapping[str, str]) -> tuple[list[UsedAdapter], list[str]]:
+def adapters_of(fields: Mapping[str, str]) -> tuple[list[RecordedAdapter], list[str]]:
     """The adapters of a text, in its order, and what of their strengths has no meaning here.
 
     Several of one name have their hashes in the same order; web UIs write one hash for all.
@@ -371,7 +380,7 @@ def adapters_of(fields: Mapping[str, str]) -> tuple[list[UsedAdapter], list[str]
     for pair in filter(None, fields.get(HASHES, "").split(",")):
         name, _, digest = pair.rpartition(":")
         hashes.setdefault(name.strip(), []).append(digest.strip())
-    adapters, unread = list[UsedAdapter](), list[str]()
+    adapters, unread = list[RecordedAdapter](), list[str]()
     names, texts = (fields.get(key, "") for key in ("Adapter", "Adapter strength"))
     for name, text in zip(names.split(", "), texts.split(", "), strict=True) if names else ():
         first, second, other = _STRENGTHS.fullmatch(text).groups()  # type: ignore[union-attr]
@@ -384,7 +393,7 @@ def adapters_of(fields: Mapping[str, str]) -> tuple[list[UsedAdapter], list[str]
         }
         own = hashes.get(name, [""])
         adapters.append(
-            UsedAdapter(name, MergeStrengths(**shares), own.pop(0) if len(own) > 1 else own[0])
+            RecordedAdapter(name, MergeStrengths(**shares), own.pop(0) if len(own) > 1 else own[0])
         )
     return adapters, unread
 

@@ -109,7 +109,7 @@ def few_steps(components: Components, adapters: Sequence[str] = ()) -> tuple[str
 
     Args:
         components: The model: its scheduler, its UNet and its name may show it.
-        adapters: Names of the adapters on it (`UsedAdapter.name`), which come first.
+        adapters: Names of the adapters on it (`RecordedAdapter.name`), which come first.
 
     Returns:
         The name of what shows it, and the settings of sampling that it needs; None where nothing

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class PinnedAdapter(NamedTuple):
-    """An adapter as its file was when `AdapterPool.pin` read it; see `UsedAdapter.hash`."""
+    """An adapter as its file was when `AdapterPool.pin` read it; see `RecordedAdapter.hash`."""
 
     key: tuple[object, ...]
     use: AdapterUse

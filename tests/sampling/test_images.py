@@ -25,7 +25,7 @@ from dora_diffusion.models.schedulers import SCHEDULERS, scheduler_of
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
 from dora_diffusion.sampling.detail import Detail
 from dora_diffusion.sampling.images import (
-    UsedAdapter,
+    RecordedAdapter,
     parameters_text,
     parse_parameters,
     read_fields,
@@ -105,7 +105,7 @@ def test_no_folder_of_this_computer_is_in_it(model, shown, tmp_path, monkeypatch
     for adapter in ("run", str(home / "run"), "./run/"):
         text = parameters_text(
             "a sks dog", 7, SETTINGS, (16, 8), model.format(home=home),
-            [UsedAdapter.of(adapter, Strengths(0.5))],
+            [RecordedAdapter.of(adapter, Strengths(0.5))],
         )  # fmt: skip
         facts = parse_parameters(text)
         assert facts["Model"] == shown
@@ -152,8 +152,8 @@ def test_parameters_are_written_as_a1111_writes_them():
         (512, 768),
         "/home/me/models/base: one",
         [
-            UsedAdapter("run", MergeStrengths(0.8, 1, 0.5), "0123456789ab"),
-            UsedAdapter("a:b", MergeStrengths(0.5, text_encoder_strength=0.5), "ba9876543210"),
+            RecordedAdapter("run", MergeStrengths(0.8, 1, 0.5), "0123456789ab"),
+            RecordedAdapter("a:b", MergeStrengths(0.5, text_encoder_strength=0.5), "ba9876543210"),
         ],
         extra={"Clip skip": 2},
     )
@@ -327,7 +327,7 @@ def check_random_settings(number, tmp_path):
     )
     kinds = rng.uniform(-2, 2), rng.choice([1.0, 0.25])
     adapters = [
-        UsedAdapter(
+        RecordedAdapter(
             f"my {i}.v",
             MergeStrengths(rng.uniform(-1, 2), *kinds, unet_strength=rng.choice([1, 0.5])),
             f"{rng.randrange(16**12):012x}",

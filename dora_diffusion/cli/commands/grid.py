@@ -36,7 +36,7 @@ from dora_diffusion.formats.files.atomic import leftovers, require_writable
 from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import (
-    UsedAdapter,
+    RecordedAdapter,
     parameters_text,
     parse_parameters,
     read_fields,
@@ -350,8 +350,8 @@ def _require_folder(args: RequestedImages, folder: Path) -> None:
     require_writable(folder, is_folder=True)
 
 
-def _named(uses: Sequence[AdapterUse]) -> list[UsedAdapter]:
-    return [UsedAdapter.of(use.path, use.strengths) for use in uses]
+def _named(uses: Sequence[AdapterUse]) -> list[RecordedAdapter]:
+    return [RecordedAdapter.of(use.path, use.strengths) for use in uses]
 
 
 def _triggers(cells: Iterable[_Cell]) -> Iterator[tuple[str, AdapterMetadata]]:

@@ -219,11 +219,11 @@ class Engine:
         from dora_diffusion.models.text import token_limit, truncated_text
         from dora_diffusion.numerics.weights import Strengths
         from dora_diffusion.sampling.conditioning import lacks_trigger
-        from dora_diffusion.sampling.images import UsedAdapter, image_bytes, parameters_text
+        from dora_diffusion.sampling.images import RecordedAdapter, image_bytes, parameters_text
 
         request, components = asked.request, self.pool.components_for(row.adapter)
         strengths, pinned = Strengths(request.strength), row.adapter
-        used = [UsedAdapter(request.adapter or "", strengths, getattr(pinned, "hash", ""))]
+        used = [RecordedAdapter(request.adapter or "", strengths, getattr(pinned, "hash", ""))]
         text = parameters_text(
             row.prompt, row.seed, request.settings(), image.size, self.name,
             used if pinned else (),

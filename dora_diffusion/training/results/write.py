@@ -41,7 +41,7 @@ from dora_diffusion.formats.names.modules import UNetLayout
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import MergeStrengths
 from dora_diffusion.sampling.generate import generate_images
-from dora_diffusion.sampling.images import UsedAdapter, parameters_text, save_image, thumbnail
+from dora_diffusion.sampling.images import RecordedAdapter, parameters_text, save_image, thumbnail
 from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.engine.accelerator import set_by_any, shards_model
 from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgress
@@ -413,7 +413,7 @@ class SampleWriter:
             first.settings,
             size,
             self._session.config.pretrained_model_name_or_path,
-            [UsedAdapter(self._output_dir.resolve().name, strengths)] if adapter else (),
+            [RecordedAdapter(self._output_dir.resolve().name, strengths)] if adapter else (),
             extra=extra,
             hash_model=False,
         )

@@ -26,8 +26,8 @@ from dora_diffusion.studio.app.views.request import (
     choices,
     in_words,
     make_request,
-    restore,
 )
+from dora_diffusion.studio.app.views.restore import restore
 from dora_diffusion.studio.app.views.results import DEVICE, on_step, show_acting, show_images
 from dora_diffusion.studio.jobs import image_generator
 from dora_diffusion.studio.jobs.snapshot import Job

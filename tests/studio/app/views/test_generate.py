@@ -18,12 +18,13 @@ from PIL import Image
 
 from dora_diffusion.cli.repeat import loaded_text
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.sampling.images import UsedAdapter, save_image
+from dora_diffusion.sampling.images import RecordedAdapter, save_image
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import generate
 from dora_diffusion.studio.app.views.generate import GenerateTab, refresh
 from dora_diffusion.studio.app.views.library import _facts
-from dora_diffusion.studio.app.views.request import MORE, UNSET, make_request, restore
+from dora_diffusion.studio.app.views.request import MORE, UNSET, make_request
+from dora_diffusion.studio.app.views.restore import restore
 from dora_diffusion.studio.app.views.results import show_acting
 from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage, _Turn
@@ -309,7 +310,7 @@ def test_an_adapter_has_one_name_in_images_downloads_and_library(
     ):  # fmt: skip
         job = dataclasses.replace(context.job(run), chosen=checkpoint)
         adapter = chosen_adapter(job)
-        used = UsedAdapter.of(adapter)
+        used = RecordedAdapter.of(adapter)
         assert used.tag == f"<lora:{name}:1>"
         assert f"<dd>{name}</dd>" in _facts(job)
         for target in tasks.targets():

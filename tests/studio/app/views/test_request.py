@@ -113,7 +113,8 @@ def test_a_run_s_guidance_is_that_of_its_samples(
     monkeypatch.setattr(request, "chosen_adapter", lambda job, name: None)
     base = BaseModel("embedded:tiny-sd")
     run = SimpleNamespace(base=base.path, base_model=base, trigger="sks mug", settings=settings)
-    *_, guidance = request._model(_context(job=lambda name, field: run), "20260101-000000-abcdef")
+    context = _context(job=lambda name, field: run)
+    guidance = request.Chosen.of(context, "20260101-000000-abcdef").guidance_scale
     assert guidance == settings.get("validation_guidance_scale", 3.5)
 
 
@@ -367,7 +368,8 @@ def test_an_image_to_start_from_is_kept_with_its_mask(run: SimpleNamespace) -> N
 def test_a_detail_pass_is_that_of_its_fields(
     run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dora_diffusion.studio.app.views.request import LABELS, make_request, restore
+    from dora_diffusion.studio.app.views.request import LABELS, make_request
+    from dora_diffusion.studio.app.views.restore import restore
 
     opened = []
 
@@ -416,7 +418,8 @@ def test_a_detail_pass_is_that_of_its_fields(
 
 
 def test_styles_are_of_the_prompt_once(run: SimpleNamespace) -> None:
-    from dora_diffusion.studio.app.views.request import PROMPT_LIMIT, make_request, restore
+    from dora_diffusion.studio.app.views.request import PROMPT_LIMIT, make_request
+    from dora_diffusion.studio.app.views.restore import restore
 
     with pytest.raises(ValueError, match=r"cannot read styles .*styles\.csv"):
         run.asked(style=["ink"])
