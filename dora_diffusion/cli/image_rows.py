@@ -1,56 +1,101 @@
-"""The images that are asked for, one by one: prompt, seed and file of each."""
+"""Requested images one by one: prompt, seed and adapter of each, by its file."""
 
 from __future__ import annotations
 
 import re
 import secrets
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dora_diffusion.cli.repeat import loaded_text
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.file import read_yaml
 from dora_diffusion.config.prompts import settings_line, with_styles
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.files.atomic import require_writable
+from dora_diffusion.sampling.settings import ImageRow
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_diffusion.cli.requested_images import RequestedImages
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
+    from dora_diffusion.models.components import Components
     from dora_diffusion.sampling.settings import SamplingSettings
-    from dora_diffusion.sampling.stack import AdapterUse
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-class Row(NamedTuple):
-    """One image."""
+class LoadedRequest(NamedTuple):
+    """A request with its model.
 
-    prompt: str
-    seed: int
-    adapter: str | None
-    strength: float
-    path: Path
+    Attributes:
+        request: The settings.
+        components: The model, which reads prompts as its adapters need.
+        sampling: Settings of sampling, with those of a distilled model or adapter.
+        batch: For an image that is repeated: images of its batch, which round its products, and its
+            position there.
+    """
 
-    def write(
-        self,
-        image: Image,
-        settings: SamplingSettings,
-        size: tuple[int, int],
-        base: str,
-        uses: Sequence[AdapterUse],
-        extra: Mapping[str, object],
-    ) -> str:
-        """Write the image with what made it, which is returned."""
-        from dora_diffusion.sampling.images import RecordedAdapter, parameters_text, save_image
+    request: RequestedImages
+    components: Components
+    sampling: SamplingSettings
+    batch: tuple[int, int] = (1, 0)
 
-        used = [RecordedAdapter.of(use.path, use.strengths) for use in uses]
-        text = parameters_text(self.prompt, self.seed, settings, size, base, used, extra=extra)
-        save_image(image, self.path, text)
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of an image's first pass, in pixels."""
+        return self.sampling.size(self.components.default_resolution)
+
+    def sample(self, rows: Sequence[ImageRow], on_step: Callable[[int, int], None]) -> list[Image]:
+        """Sample the rows with the adapters that are on; a repeated image in its batch."""
+        from dora_diffusion.sampling.generate import generate_images
+
+        size, position = self.batch
+        seeds, prompts = [row.seed for row in rows], [row.prompt for row in rows]
+        if size > 1:
+            # The others change nothing but how products are rounded.
+            seeds = [seeds[0] - position + number for number in range(size)]
+        images = generate_images(
+            self.components,
+            prompts if self.request.wildcards and size == 1 else prompts[0],
+            seeds,
+            self.sampling,
+            batch_size=size if size > 1 else self.request.batch_size,
+            on_step=on_step,
+            require_finite=True,
+        )
+        return images[position:][: len(rows)]
+
+    def write(self, image: Image, path: Path, row: ImageRow, index: int = 0, count: int = 1) -> str:
+        """Write an image with its generation parameters, which are returned.
+
+        Args:
+            image: The image.
+            path: Its file.
+            row: Its prompt and seed, and an adapter of its own.
+            index: Position of the image among those that were sampled together.
+            count: Number of these.
+        """
+        from dora_diffusion.sampling import images
+        from dora_diffusion.sampling.stack import AdapterUse
+
+        request, batch = self.request, self.batch
+        if batch[0] == 1 and not request.adapters_file:
+            start = index - index % request.batch_size
+            batch = min(request.batch_size, count - start), index - start
+        uses = [row.adapter] if isinstance(row.adapter, AdapterUse) else request.uses()
+        extra = images.model_fields(self.components, uses, *batch)
+        loaded = loaded_text(request)
+        extra |= {images.LOADED: loaded} if loaded else {}
+        text = images.parameters_text(
+            row.prompt, row.seed, self.sampling, self.size, request.base, images.recorded(uses),
+            extra=extra,
+        )  # fmt: skip
+        images.save_image(image, path, text)
         return text
 
 
@@ -102,11 +147,11 @@ def _drawn(args: RequestedImages) -> Callable[[str, int], str]:
     return CaptionRules(wildcards=Wildcards(args.wildcard_dir)).draw_prompt
 
 
-def image_rows(args: RequestedImages) -> list[Row]:
-    """The images that are asked for, each with its file.
+def image_rows(args: RequestedImages) -> dict[Path, ImageRow]:
+    """Return the requested images by their files.
 
-    One image gets the name that was asked for, several their seed behind it, those of an adapters
-    file their number. Seeds are consecutive, from a random one where none is given.
+    One image has the requested name, several have their seed after it, images of an adapters file
+    their number. Seeds are consecutive, from a random one where none is given.
 
     Raises:
         ConfigError: If torch cannot take one of the seeds, an entry cannot be, or a file cannot be
@@ -124,9 +169,10 @@ def image_rows(args: RequestedImages) -> list[Row]:
     if not 0 <= first <= 2**63 - len(entries):
         raise ConfigError(f"seed is {first}; it must be between 0 and 2**63 - num_images", "seed")
     from dora_diffusion.formats.adapter.stored import find_adapter
-    from dora_diffusion.numerics.weights import require_strength
+    from dora_diffusion.numerics.weights import Strengths, require_strength
+    from dora_diffusion.sampling.stack import AdapterUse
 
-    rows, drawn = [], _drawn(args)
+    rows, adapters, drawn = dict[Path, ImageRow](), set[str | None](), _drawn(args)
     for number, entry in enumerate(entries):
         prompt, seed = entry.get("prompt", args.prompt), entry.get("seed", first + number)
         place = f"entry {number + 1} of {args.adapters_file}" if args.adapters_file else "generate"
@@ -139,17 +185,18 @@ def image_rows(args: RequestedImages) -> list[Row]:
         _require_prompt(text, args)
         strength = entry.get("strength", 1.0)
         require_strength(f"strength of {place}", strength)
-        path = output.with_stem(output.stem + suffix)
-        rows.append(Row(text, seed, adapter, strength, path))
-    for adapter in {row.adapter for row in rows if row.adapter}:
+        adapters.add(adapter)
+        use = AdapterUse(adapter, Strengths(strength)) if adapter else None
+        rows[output.with_stem(output.stem + suffix)] = ImageRow(text, seed, use)
+    for adapter in filter(None, adapters):
         find_adapter(adapter)
-    existing = next((row.path for row in rows if row.path.exists()), None)
+    existing = next((path for path in rows if path.exists()), None)
     if existing and not args.overwrite:
         raise ConfigError(
             f"{existing} exists; choose another --output, or replace it with --overwrite", "output"
         )
-    for row in rows:
-        require_writable(row.path)
+    for path in rows:
+        require_writable(path)
     return rows
 
 

@@ -79,13 +79,11 @@ class Repeated:
 
     Attributes:
         fields: Its text; empty where none is to be repeated.
-        batch: Images of the batch that it is repeated in.
-        position: Its place there.
+        batch: Images of the batch that it is repeated in, and its position there.
     """
 
     fields: Mapping[str, str]
-    batch: int = 1
-    position: int = 0
+    batch: tuple[int, int] = (1, 0)
 
     @classmethod
     def of(cls, args: RequestedImages, settings: SamplingSettings) -> Repeated:
@@ -112,7 +110,7 @@ class Repeated:
         size, position = (int(text) if text.isdecimal() else 0 for text in place)
         is_alone = args.num_images == 1 and fields.get("Seed") == str(args.seed)
         if is_alone and position < size <= _MOST_REPEATED and position <= (args.seed or 0):
-            return cls(fields, size, position)
+            return cls(fields, (size, position))
         return cls(fields)
 
     @staticmethod
@@ -170,26 +168,3 @@ class Repeated:
             "image",
         )
         return components, metadata
-
-    def own_fields(
-        self, args: RequestedImages, index: int, count: int, components: Components
-    ) -> dict[str, object]:
-        """Return the fields of an image's text besides those of `SamplingSettings`.
-
-        Args:
-            args: The settings.
-            index: Of the image among those that are made.
-            count: Of these.
-            components: The model.
-        """
-        from dora_diffusion.sampling import images
-
-        start = index - index % args.batch_size
-        size, place = min(args.batch_size, count - start), index - start
-        if self.batch > 1:
-            size, place = self.batch, self.position
-        facts = images.model_fields(
-            components, args.uses(), 1 if args.adapters_file else size, place
-        )
-        loaded = loaded_text(args)
-        return facts | ({images.LOADED: loaded} if loaded else {})

@@ -149,6 +149,11 @@ class RecordedAdapter(NamedTuple):
         return tag_name(self.name)
 
 
+def recorded(uses: Sequence[AdapterUse]) -> list[RecordedAdapter]:
+    """Return the adapters as a text records them."""
+    return [RecordedAdapter.of(use.path, use.strengths) for use in uses]
+
+
 def _version(file: Path) -> tuple[int, int]:
     status = file.stat()
     return status.st_mtime_ns, status.st_size

@@ -12,12 +12,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from PIL.Image import open as open_image
 
-from dora_diffusion.cli.image_rows import Row, image_rows, trigger_messages
-from dora_diffusion.cli.repeat import Repeated
+from dora_diffusion.cli.image_rows import LoadedRequest, image_rows, trigger_messages
 from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.cli.settings import adapter_and_strengths
 from dora_diffusion.config.fields import ConfigError, flag
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.settings import SamplingSettings
+    from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
 MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID, MAX_GUIDANCE = 16, 200, 2048, 48, 30
@@ -97,14 +96,6 @@ class GeneratedImage:
     seed: int
     parameters: str
     notes: tuple[str, ...] = ()
-
-
-class _LoadedRequest(NamedTuple):
-    """A request with its model, and the settings of sampling that this needs."""
-
-    request: GenerationRequest
-    components: Components
-    sampling: SamplingSettings
 
 
 @dataclass(eq=False)
@@ -179,7 +170,11 @@ class ImageGenerator:
                 loaded = self._load(asked, request.sampling)
                 images = self._sample(loaded, rows, on_step)
             notes = _notes(loaded, [row.prompt for row in rows], lines)
-        return [self._write(loaded, rows, *each, notes) for each in enumerate(images)]
+        pairs = enumerate(zip(rows, images, strict=True))
+        return [
+            self._write(loaded, row, image, notes, (index, len(rows)))
+            for index, (row, image) in pairs
+        ]
 
     def compare(
         self, request: GenerationRequest, on_step: Step | None = None
@@ -198,8 +193,8 @@ class ImageGenerator:
             notes = _notes(loaded, [row.prompt for row in rows], lines)
         alone = replace(asked, adapter=None, layer_strength=[], strength_schedule=[])
         return (
-            self._write(loaded._replace(request=alone), rows, 0, base, notes),
-            self._write(loaded, rows, 0, adapted, notes),
+            self._write(loaded._replace(request=alone), rows[0], base, notes),
+            self._write(loaded, rows[0], adapted, notes),
         )
 
     def grid(
@@ -255,33 +250,22 @@ class ImageGenerator:
         at_once = 1 if request.wildcards else request.batch_size
         return replace(request, seed=_first_seed(request), output=output, batch_size=at_once)
 
-    def _load(self, request: GenerationRequest, sampling: SamplingSettings) -> _LoadedRequest:
+    def _load(self, request: GenerationRequest, sampling: SamplingSettings) -> LoadedRequest:
         uses = request.uses()
         components = self._model(request, uses)
-        return _LoadedRequest(request, components, request.distilled(sampling, components, uses)[0])
+        sampling, _ = request.distilled(sampling, components, uses)
+        return LoadedRequest(request, components, sampling, request.batch)
 
     def _sample(
-        self, loaded: _LoadedRequest, rows: Sequence[Row], on_step: Step | None
+        self, loaded: LoadedRequest, rows: Sequence[ImageRow], on_step: Step | None
     ) -> list[Image]:
-        """The images of the rows; one that is repeated is of its batch."""
-        from dora_diffusion.sampling.generate import generate_images
-
-        request, components, sampling = loaded
-        longest = max(sampling.size(components.default_resolution)) * (sampling.hires or 1)
+        """Sample the rows, within the limits of a second pass."""
+        longest = max(loaded.size) * (loaded.sampling.hires or 1)
         if longest > MAX_SIDE:
             raise UserError(
                 f"the second pass would be {longest:.0f} pixels long; at most {MAX_SIDE} are made"
             )
-        (size, place), prompts = request.batch, [row.prompt for row in rows]
-        seeds = [row.seed for row in rows]
-        if size > 1:
-            seeds = [seeds[0] - place + number for number in range(size)]
-        images = generate_images(
-            components, prompts if len({*prompts}) > 1 else prompts[0], seeds, sampling,
-            batch_size=max(size, request.batch_size), on_step=self._until_withdrawn(on_step),
-            require_finite=True,
-        )  # fmt: skip
-        return images[place:][: len(rows)]
+        return loaded.sample(rows, self._until_withdrawn(on_step))
 
     @contextmanager
     def _device(self, request: GenerationRequest) -> Iterator[None]:
@@ -325,21 +309,15 @@ class ImageGenerator:
 
     def _write(
         self,
-        loaded: _LoadedRequest,
-        rows: Sequence[Row],
-        index: int,
+        loaded: LoadedRequest,
+        row: ImageRow,
         image: Image,
         notes: tuple[str, ...],
+        place: tuple[int, int] = (0, 1),
     ) -> GeneratedImage:
-        """Save the image of a row with what made it."""
-        (request, components, sampling), seed = loaded, rows[index].seed
-        row = rows[index]._replace(path=self.workspace.images / f"{new_id()}-{seed}.png")
-        text = row.write(
-            image, sampling, sampling.size(components.default_resolution), request.base,
-            request.uses(),
-            Repeated({}, *request.batch).own_fields(request, index, len(rows), components),
-        )  # fmt: skip
-        return GeneratedImage(row.path, seed, text, notes)
+        """Save the image of a row with its parameters; its place is that among all rows."""
+        path = self.workspace.images / f"{new_id()}-{row.seed}.png"
+        return GeneratedImage(path, row.seed, loaded.write(image, path, row, *place), notes)
 
 
 @contextmanager
@@ -355,7 +333,7 @@ def _untouched() -> Iterator[list[str]]:
     lines += dict.fromkeys(f"{s[:1].upper()}{s[1:]}" for s in found if s.endswith(NO_PASS))
 
 
-def _notes(loaded: _LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) -> tuple[str, ...]:
+def _notes(loaded: LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) -> tuple[str, ...]:
     """A line for each prompt that is longer than the model reads, with the truncated end.
 
     With one for settings that a distilled model is not for, before ``lines``.
@@ -365,7 +343,7 @@ def _notes(loaded: _LoadedRequest, prompts: Sequence[str], lines: Sequence[str])
     from dora_diffusion.sampling.images import adapter_name
     from dora_diffusion.sampling.load import few_steps
 
-    request, components, sampling = loaded
+    request, components, sampling, _ = loaded
     limit, notes = token_limit(components), prompt_messages(request, prompts)
     texts = [("prompt", prompt) for prompt in dict.fromkeys(prompts)]
     for name, prompt in [*texts, ("negative prompt", sampling.negative_prompt)]:
@@ -385,7 +363,7 @@ def _notes(loaded: _LoadedRequest, prompts: Sequence[str], lines: Sequence[str])
     return *notes, *lines
 
 
-def prompt_messages(request: GenerationRequest, prompts: Iterable[str]) -> list[str]:
+def prompt_messages(request: RequestedImages, prompts: Iterable[str]) -> list[str]:
     """Messages on prompts without the adapters' trigger words, as ``generate`` warns of them."""
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata, join_triggers
     from dora_diffusion.formats.adapter.stored import read_metadata
@@ -399,13 +377,13 @@ def _first_seed(request: GenerationRequest) -> int:
     return random.randrange(SEED_LIMIT - MAX_BATCH) if request.seed is None else request.seed
 
 
-def _rows(request: GenerationRequest) -> list[Row]:
+def _rows(request: GenerationRequest) -> list[ImageRow]:
     """The request's images, with drawn wildcards.
 
     Raises:
         ConfigError, UserError: If wildcards cannot be drawn, or nothing is.
     """
-    rows = image_rows(request)
+    rows = list(image_rows(request).values())
     for row in rows:
         _require_prompt(row.prompt)
     return rows
