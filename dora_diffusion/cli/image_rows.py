@@ -61,7 +61,7 @@ class LoadedRequest(NamedTuple):
             seeds = [seeds[0] - position + number for number in range(size)]
         images = generate_images(
             self.components,
-            prompts if self.request.wildcards and size == 1 else prompts[0],
+            prompts if self.request.prompts.wildcards and size == 1 else prompts[0],
             seeds,
             self.sampling,
             batch_size=size if size > 1 else self.request.batch_size,
@@ -84,16 +84,16 @@ class LoadedRequest(NamedTuple):
         from dora_diffusion.sampling.stack import AdapterUse
 
         request, batch = self.request, self.batch
-        if batch[0] == 1 and not request.adapters_file:
+        if batch[0] == 1 and not request.adapters.adapters_file:
             start = index - index % request.batch_size
             batch = min(request.batch_size, count - start), index - start
         uses = [row.adapter] if isinstance(row.adapter, AdapterUse) else request.uses()
         extra = images.model_fields(self.components, uses, *batch)
-        loaded = loaded_text(request)
+        loaded = loaded_text(request.model)
         extra |= {images.LOADED: loaded} if loaded else {}
         text = images.parameters_text(
-            row.prompt, row.seed, self.sampling, self.size, request.base, images.recorded(uses),
-            extra=extra,
+            row.prompt, row.seed, self.sampling, self.size, request.model.base,
+            images.recorded(uses), extra=extra,
         )  # fmt: skip
         images.save_image(image, path, text)
         return text
@@ -142,9 +142,9 @@ def _drawn(args: RequestedImages) -> Callable[[str, int], str]:
             )
         return prompt
 
-    if not args.wildcards:
+    if not args.prompts.wildcards:
         return as_text
-    return CaptionRules(wildcards=Wildcards(args.wildcard_dir)).draw_prompt
+    return CaptionRules(wildcards=Wildcards(args.prompts.wildcard_dir)).draw_prompt
 
 
 def image_rows(args: RequestedImages) -> dict[Path, ImageRow]:
@@ -164,7 +164,8 @@ def image_rows(args: RequestedImages) -> dict[Path, ImageRow]:
         f"output {output} must end in {', '.join(SUFFIXES)}",
         "output",
     )
-    entries = _entries(args) if args.adapters_file else [{}] * args.num_images
+    prompts, file = args.prompts, args.adapters.adapters_file
+    entries = _entries(args) if file else [{}] * args.num_images
     first = secrets.randbelow(2**32) if args.seed is None else args.seed
     if not 0 <= first <= 2**63 - len(entries):
         raise ConfigError(f"seed is {first}; it must be between 0 and 2**63 - num_images", "seed")
@@ -174,14 +175,15 @@ def image_rows(args: RequestedImages) -> dict[Path, ImageRow]:
 
     rows, adapters, drawn = dict[Path, ImageRow](), set[str | None](), _drawn(args)
     for number, entry in enumerate(entries):
-        prompt, seed = entry.get("prompt", args.prompt), entry.get("seed", first + number)
-        place = f"entry {number + 1} of {args.adapters_file}" if args.adapters_file else "generate"
+        prompt, seed = entry.get("prompt", prompts.prompt), entry.get("seed", first + number)
+        place = f"entry {number + 1} of {file}" if file else "generate"
         require(
             prompt is not None, f"{place} has no prompt; say with --prompt what to show", "prompt"
         )
-        suffix = f"-{number + 1}" if args.adapters_file else f"-{seed}" if len(entries) > 1 else ""
+        suffix = f"-{number + 1}" if file else f"-{seed}" if len(entries) > 1 else ""
         adapter = entry.get("adapter")
-        text = drawn(with_styles(str(prompt), [style.prompt for style in args.chosen_styles]), seed)
+        styles = [style.prompt for style in prompts.chosen_styles]
+        text = drawn(with_styles(str(prompt), styles), seed)
         _require_prompt(text, args)
         strength = entry.get("strength", 1.0)
         require_strength(f"strength of {place}", strength)
@@ -222,7 +224,7 @@ def _require_prompt(text: str, args: RequestedImages) -> None:
     Raises:
         ConfigError: If one names an adapter or holds an image's settings.
     """
-    detail = args.detail_prompt or ""
+    detail = args.detail_pass.detail_prompt or ""
     for words in (text, detail):
         _require_no_tags(words)
     require(
@@ -248,9 +250,9 @@ def _entries(args: RequestedImages) -> list[dict[str, Any]]:
     Raises:
         ConfigError: If they are not what the flag's help says.
     """
-    name = args.adapters_file or ""
+    name = args.adapters.adapters_file or ""
     require(
-        args.adapter is None,
+        args.adapters.adapter is None,
         "adapter and adapters_file are both given; leave out --adapter",
         "adapter",
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.cli.console.output import say
-from dora_diffusion.cli.requested_images import adapter_folder
+from dora_diffusion.cli.image_settings import adapter_folder
 from dora_diffusion.cli.settings import adapter_and_strengths
 from dora_diffusion.config.families import UnsupportedModelError
 from dora_diffusion.config.fields import require

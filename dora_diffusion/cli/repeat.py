@@ -65,7 +65,7 @@ def repeated_settings(file: str) -> tuple[dict[str, Any], list[RecordedAdapter]]
     return values, adapters
 
 
-def loaded_text(model: RequestedImages | BaseModel) -> str:
+def loaded_text(model: AdaptedModel | BaseModel) -> str:
     """The way in which a base is loaded, in an image's text; empty: as usual."""
     known = [setting for setting in AdaptedModel.settings() if setting.name in _LOADED]
     values = {s.name: getattr(model, s.name, s.default) for s in known}
@@ -102,9 +102,10 @@ class Repeated:
         )
 
         name, fields = Path(args.repeat).name, read_fields(args.repeat)
-        if not is_model(args.base, fields):
+        if not is_model(args.model.base, fields):
             model = fields.get("Model") or fields.get("Model hash")
-            warnings.warn(f"{name} was made with the model {model}, not {args.base}", stacklevel=3)
+            line = f"{name} was made with the model {model}, not {args.model.base}"
+            warnings.warn(line, stacklevel=3)
         cls._check_files(name, fields, args, settings)
         place = [fields.get(key, "") for key in (BATCH_SIZE, BATCH_POSITION)]
         size, position = (int(text) if text.isdecimal() else 0 for text in place)
@@ -126,13 +127,15 @@ class Repeated:
             painted_fields,
         )
 
+        source = args.source
         require(
-            INIT_IMAGE not in fields or args.image is not None,
+            INIT_IMAGE not in fields or source.image is not None,
             f"{name} was made over another image; give that with --image, and its mask",
             "image",
         )
         painted = painted_fields(settings)
-        for key, given in ((INIT_IMAGE, args.image), (MASK_IMAGE, f"the mask {args.mask_image}")):
+        files = {INIT_IMAGE: source.image, MASK_IMAGE: f"the mask {source.mask_image}"}
+        for key, given in files.items():
             if key in fields and painted.get(key) != fields[key]:
                 warnings.warn(f"{name} was made over another image than {given}", stacklevel=4)
         recorded = [adapter for adapter in adapters_of(fields)[0] if adapter.hash]
@@ -152,19 +155,18 @@ class Repeated:
         Raises:
             ConfigError: If it is an inpainting model, and there is nothing to paint into.
         """
-        components, metadata = args.load(uses, offload=args.offload)
+        components, metadata = args.model.load(uses, offload=args.offload)
         skip = self.fields.get("Clip skip", "")
-        if args.clip_skip is None and skip.isdecimal():
+        if args.model.clip_skip is None and skip.isdecimal():
             # Web UIs count it by the model's family.
             own = int(skip) - components.family.web_ui_clip_skip(0)
             components = components.reading(max(0, own), None, is_told=False)
-        lacking = [
-            name for name in components.family.image_arguments if getattr(args, name) is None
-        ]
+        needed = components.family.image_arguments
+        lacking = [name for name in needed if getattr(args.source, name) is None]
         require(
             not lacking,
-            f"{args.base} is an inpainting model: give --image, and --mask_image of the same size, "
-            "white where to paint (all white to paint the whole image)",
+            f"{args.model.base} is an inpainting model: give --image, and --mask_image of the same "
+            "size, white where to paint (all white to paint the whole image)",
             "image",
         )
         return components, metadata

@@ -55,7 +55,7 @@ class GenerateSettings(RequestedImages):
 
     def perform(self) -> int:
         """Generate images, and write them with what made them."""
-        if self.grid:
+        if self.axes.grid:
             from dora_diffusion.cli.commands.grid import make_grid
 
             return make_grid(self)
@@ -70,8 +70,8 @@ class GenerateSettings(RequestedImages):
             say(line, sys.stderr)
         loaded = LoadedRequest(self, components, settings, repeated.batch)
         requests, told = [loaded] * len(rows), [metadata] * len(rows)
-        pool = AdapterPool(components, **self.reading)
-        if self.adapters_file:
+        pool = AdapterPool(components, **self.model.reading)
+        if self.adapters.adapters_file:
             adapters = [row.adapter for row in rows.values()]
             told = [pool.metadata(adapter) for adapter in adapters]
             requests = [loaded._replace(components=pool.components_for(a)) for a in adapters]
@@ -86,7 +86,7 @@ class GenerateSettings(RequestedImages):
         self, rows: Sequence[ImageRow], loaded: LoadedRequest, pool: AdapterPool
     ) -> list[Image]:
         with progress("generating images", "step") as show:
-            if not self.adapters_file:
+            if not self.adapters.adapters_file:
                 count = len(rows)
                 return loaded.sample(rows, lambda done, steps: show(done * count, steps * count))
             return pool.generate(

@@ -88,7 +88,7 @@ class _Cell:
         defaults = {setting.name: setting.default for setting in settings.settings()}
         idle = {name: defaults[name] for name in settings.without_effect()}
         output = folder / "images" / "cell.png"
-        settings = replace(settings, **idle, output=str(output), overwrite=True)
+        settings = settings.changed(**idle, output=str(output), overwrite=True)
         (row,) = image_rows(settings).values()
         uses = tuple(settings.uses())
         path = output.with_stem(_digest(settings, row, uses, clip_skip))
@@ -102,20 +102,22 @@ class _Cell:
     @property
     def is_pooled(self) -> bool:
         """True if it may share a batch with cells of other adapters."""
-        s = self.settings
-        return len(self.uses) < 2 and not (s.strength_schedule or s.compile or s.alpha is not None)
+        model, schedule = self.settings.model, self.settings.adapters.strength_schedule
+        return len(self.uses) < 2 and not (schedule or model.compile or model.alpha is not None)
 
     @property
     def model_key(self) -> tuple[object, ...]:
         """Equal for cells that one loaded model makes, strengths aside."""
         paths = None if self.is_pooled else [str(use.path) for use in self.uses]
-        return (*(repr(getattr(self.settings, name)) for name in _MODEL), repr(paths))
+        values = self.settings.values()
+        return (*(repr(values[name]) for name in _MODEL), repr(paths))
 
     @property
     def batch_key(self) -> tuple[object, ...]:
         """Equal for cells that one batch may hold."""
         own = () if self.is_pooled else self.uses
-        return (*(repr(getattr(self.settings, name)) for name in sorted(_ALIKE)), repr(own))
+        values = self.settings.values()
+        return (*(repr(values[name]) for name in sorted(_ALIKE)), repr(own))
 
     @property
     def order(self) -> tuple[object, ...]:
@@ -195,10 +197,11 @@ class GridRun:
             return False
         size = (sampling.width or width, sampling.height or height)
         row = cell.row
-        text = parameters_text(row.prompt, row.seed, sampling, size, cell.settings.base, used)
+        text = parameters_text(row.prompt, row.seed, sampling, size, cell.settings.model.base, used)
         expected = parse_parameters(text)
+        values = cell.settings.values()
         for name, field in _CHOSEN.items():
-            if getattr(cell.settings, name) is None:
+            if values[name] is None:
                 expected.pop(field, None)
         return expected.items() <= found.items()
 
@@ -236,7 +239,7 @@ class GridRun:
         first, total = cells[0], sum(self.samplings[c.batch_key].steps for c in self.missing)
         uses = () if first.is_pooled else first.uses
         components = self._load(first.settings, uses)
-        pool = AdapterPool(components, budget=None, **first.settings.reading)
+        pool = AdapterPool(components, budget=None, **first.settings.model.reading)
         sample = self._sample_mixed if first.is_pooled else self._sample_stack
         try:
             for batch in self._batches(cells, pool):
@@ -322,7 +325,7 @@ def _require_folder(args: RequestedImages, folder: Path) -> None:
         ConfigError, OSError: If so.
     """
     require(
-        args.adapters_file is None,
+        args.adapters.adapters_file is None,
         "grid and adapters_file are both given; leave one out",
         "adapters_file",
     )
@@ -361,11 +364,12 @@ def _digest(
 ) -> str:
     """A digest of what makes an image: settings, and the contents of files that they name."""
     defaults = {setting.name: setting.default for setting in settings.settings()}
-    facts = {name: getattr(settings, name) for name in defaults if name not in NO_AXES}
-    facts = {name: value for name, value in facts.items() if value != defaults[name]}
-    facts |= {"prompt": row.prompt, "seed": row.seed, "style": settings.chosen_styles}
+    values = settings.values()
+    names = [name for name in defaults if name not in NO_AXES]
+    facts = {name: values[name] for name in names if values[name] != defaults[name]}
+    facts |= {"prompt": row.prompt, "seed": row.seed, "style": settings.prompts.chosen_styles}
     facts |= dict.fromkeys(("wildcards", "wildcard_dir", "styles"))
-    facts |= {"base": _files_of(settings.base), "clip": clip_skip}
+    facts |= {"base": _files_of(settings.model.base), "clip": clip_skip}
     facts["adapter"] = [
         (used.name, used.hash or _files_of(str(use.path)), vars(use.strengths))
         for use, used in zip(uses, recorded(uses), strict=True)

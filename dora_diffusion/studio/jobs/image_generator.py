@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from PIL.Image import open as open_image
 
 from dora_diffusion.cli.image_rows import LoadedRequest, image_rows, trigger_messages
+from dora_diffusion.cli.image_settings import Prompts
 from dora_diffusion.cli.requested_images import RequestedImages
-from dora_diffusion.cli.settings import adapter_and_strengths
+from dora_diffusion.cli.settings import AdaptedModel, adapter_and_strengths
+from dora_diffusion.config.command import group
 from dora_diffusion.config.fields import ConfigError, flag
 from dora_diffusion.config.prompts import MOST_CHARACTERS, Style
 from dora_diffusion.models.locate import is_embedded
@@ -41,12 +43,31 @@ Step = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Model(AdaptedModel):
+    """A model with another autoencoder, see `BaseModel`."""
+
+    vae: str | Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prompts(Prompts):
+    """Prompts with a subject, which ``{subject}`` becomes in the prompt of a style."""
+
+    subject: str = ""
+
+    @cached_property
+    def chosen_styles(self) -> list[Style]:
+        """The chosen styles, with the subject in their prompts, of a line each."""
+        styles = super().chosen_styles
+        texts = ((s.prompt.replace("{subject}", self.subject), s.negative_prompt) for s in styles)
+        return [Style(*(clean_text(s, MOST_CHARACTERS, "style") for s in pair)) for pair in texts]
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationRequest(RequestedImages):
     """Request for images: settings of ``generate``, within the limits of the app.
 
     Attributes:
-        subject: What ``{subject}`` becomes in the prompt of a style.
-        vae: Another autoencoder, see `BaseModel`.
         batch: For an image that is repeated: images of its batch, which round its products, and its
             place there.
 
@@ -54,35 +75,29 @@ class GenerationRequest(RequestedImages):
         UserError, ConfigError: If a value is out of its limits.
     """
 
+    model: _Model = group(_Model)
+    prompts: _Prompts = group(_Prompts)
     output: str = flag("", "Image file; each image of the app has its own.")
-    subject: str = ""
-    vae: str | Path | None = None
     batch: tuple[int, int] = (1, 0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_prompt(self.styled("prompt"))
+        denoising = self.denoising
         for name, value, low, high in (
             ("images", self.num_images, 1, MAX_BATCH),
-            ("steps", self.steps, 1, MAX_STEPS),
-            ("steps of the second pass", self.hires_steps, 1, MAX_STEPS),
-            ("guidance", self.guidance_scale, 0, MAX_GUIDANCE),
-            ("width", self.width, 8, MAX_SIDE),
-            ("height", self.height, 8, MAX_SIDE),
+            ("steps", denoising.steps, 1, MAX_STEPS),
+            ("steps of the second pass", self.second_pass.hires_steps, 1, MAX_STEPS),
+            ("guidance", denoising.guidance_scale, 0, MAX_GUIDANCE),
+            ("width", denoising.width, 8, MAX_SIDE),
+            ("height", denoising.height, 8, MAX_SIDE),
             ("seed", self.seed, 0, SEED_LIMIT - 1),
         ):
             if value is not None and not low <= value <= high:
                 raise UserError(f"{name} is {value}; it must be between {low} and {high}")
-        paths = [adapter_and_strengths(word)[0] for word in self.adapter or []]
+        paths = [adapter_and_strengths(word)[0] for word in self.adapters.adapter or []]
         if len({*paths}) < len(paths):
             raise UserError("the same adapter is chosen twice; choose it once, more strongly")
-
-    @cached_property
-    def chosen_styles(self) -> list[Style]:
-        """The styles that are asked for, with the subject in their prompts, of a line each."""
-        styles = super().chosen_styles
-        texts = ((s.prompt.replace("{subject}", self.subject), s.negative_prompt) for s in styles)
-        return [Style(*(clean_text(s, MOST_CHARACTERS, "style") for s in pair)) for pair in texts]
 
 
 @dataclass(frozen=True)
@@ -191,7 +206,7 @@ class ImageGenerator:
                     (base,) = self._sample(loaded, rows, on_step)
                 (adapted,) = self._sample(loaded, rows, on_step)
             notes = _notes(loaded, [row.prompt for row in rows], lines)
-        alone = replace(asked, adapter=None, layer_strength=[], strength_schedule=[])
+        alone = asked.changed(adapter=None, layer_strength=[], strength_schedule=[])
         return (
             self._write(loaded._replace(request=alone), rows[0], base, notes),
             self._write(loaded, rows[0], adapted, notes),
@@ -223,7 +238,7 @@ class ImageGenerator:
         common = replace(request, seed=_first_seed(request), num_images=1)
         name = hashlib.sha256(repr(common).encode()).hexdigest()[:12]
         output = str(self.workspace.root / "grids" / f"grid-{name}")
-        asked = replace(common, output=output, grid=[*axes], grid_limit=MAX_GRID)
+        asked = common.changed(output=output, grid=[*axes], grid_limit=MAX_GRID)
         try:
             run = GridRun(asked, self._model)
         except ConfigError as error:
@@ -247,7 +262,7 @@ class ImageGenerator:
         """The request with its seed, and a name for its images."""
         output = str(self.workspace.images / f"{new_id()}.png")
         # A batch is repeated with one prompt, so that drawn ones are sampled one by one.
-        at_once = 1 if request.wildcards else request.batch_size
+        at_once = 1 if request.prompts.wildcards else request.batch_size
         return replace(request, seed=_first_seed(request), output=output, batch_size=at_once)
 
     def _load(self, request: GenerationRequest, sampling: SamplingSettings) -> LoadedRequest:
@@ -276,7 +291,7 @@ class ImageGenerator:
                 if not held:
                     raise Withdrawn("the images were withdrawn; none of them was made")
                 # Not before: while it waits, a run that starts has its model's memory.
-                with self._mine, one_thread() if is_embedded(request.base) else nullcontext():
+                with self._mine, one_thread() if is_embedded(request.model.base) else nullcontext():
                     turn.is_making = True
                     try:
                         yield
@@ -296,7 +311,7 @@ class ImageGenerator:
         from dora_diffusion.sampling.load import load_model
         from dora_diffusion.sampling.stack import set_strengths
 
-        base = request.base_model
+        base = request.model.base_model
         key = (base, [(use.path, Path(use.path).stat().st_mtime_ns) for use in uses])
         if self._loaded != key:
             # Two large models may not fit beside each other.
@@ -304,7 +319,7 @@ class ImageGenerator:
             self._components = load_model(base, uses)
             self._loaded = key
         set_strengths(self._components.adaptable(), uses)
-        components: Components = self._components.reading(**request.reading)
+        components: Components = self._components.reading(**request.model.reading)
         return components
 
     def _write(

@@ -146,13 +146,13 @@ def make_request(
     try:
         values = {"guidance_scale": chosen.guidance_scale, **_values(context, form, subject)}
         values |= _adapters(context, chosen.adapter, form)
-        request = GenerationRequest(
+        request = GenerationRequest.of(
             base=str(base.path), **model, **values, styles=str(workspace.styles),
             wildcard_dir=str(workspace.wildcards), subject=subject, batch=batch,
         )  # fmt: skip
         for name in ("prompt", "negative_prompt"):
             clean_text(request.styled(name), PROMPT_LIMIT, LABELS[name].lower())
-        if "<lora:" in f"{request.styled('prompt')} {request.detail_prompt}":
+        if "<lora:" in f"{request.styled('prompt')} {request.detail_pass.detail_prompt}":
             raise UserError(
                 "the prompt holds <lora:...>, as web UIs load an adapter; choose it as a run or "
                 "checkpoint, or as one of more adapters"

@@ -184,7 +184,7 @@ def texts_of(asked: GenerationRequest) -> tuple[str, str]:
 
 # A value of each field that is not the default -> what of the request is then another.
 CHANGED: dict[str, tuple[object, Any]] = {
-    "prompt": ("a dog", lambda asked: asked.prompt == "a dog"),
+    "prompt": ("a dog", lambda asked: asked.prompts.prompt == "a dog"),
     "negative_prompt": ("blurred", lambda asked: asked.sampling.negative_prompt == "blurred"),
     "seed": (7, lambda asked: asked.seed == 7),
     "num_images": (3, lambda asked: asked.num_images == 3),
@@ -203,15 +203,15 @@ CHANGED: dict[str, tuple[object, Any]] = {
     "guidance_rescale": (0.7, lambda asked: asked.sampling.guidance_rescale == 0.7),
     "width": ("72", lambda asked: asked.sampling.width == 72),
     "height": ("80", lambda asked: asked.sampling.height == 80),
-    "max_token_length": ("150", lambda asked: asked.max_token_length == 150),
-    "clip_skip": ("1", lambda asked: asked.clip_skip == 1),
+    "max_token_length": ("150", lambda asked: asked.model.max_token_length == 150),
+    "clip_skip": ("1", lambda asked: asked.model.clip_skip == 1),
     "prompt_weights": (False, lambda asked: not asked.sampling.prompt_weights),
     "hires": (1.5, lambda asked: asked.sampling.hires == 1.5),
     "hires_denoise": (0.25, lambda asked: asked.sampling.hires_denoise == 0.25),
     "hires_steps": ("3", lambda asked: asked.sampling.hires_steps == 3),
     "style": (["paper", "ink"], lambda asked: texts_of(asked)
               == ("a sks mug on paper, ink", "photo")),
-    "wildcards": (True, lambda asked: asked.wildcards),
+    "wildcards": (True, lambda asked: asked.prompts.wildcards),
 }  # fmt: skip
 
 
@@ -456,7 +456,7 @@ def _asked(model: str = "embedded:tiny-sd", **changes: object) -> Any:
 
 def test_how_prompts_are_read_is_the_run_s_unless_asked_for() -> None:
     asked = _asked(max_token_length=" 150 ", clip_skip="1")
-    assert (asked.max_token_length, asked.clip_skip) == (150, 1)
+    assert (asked.model.max_token_length, asked.model.clip_skip) == (150, 1)
     plain = _asked(max_token_length="", clip_skip=None)
     assert (plain.max_token_length, plain.clip_skip) == (None, None)
     with pytest.raises(UserError, match="“Clip skip, as Diffusers counts” is -1; it must not be"):
