@@ -173,7 +173,7 @@ def image_rows(args: RequestedImages) -> dict[Path, ImageRow]:
     from dora_diffusion.numerics.weights import Strengths, require_strength
     from dora_diffusion.sampling.stack import AdapterUse
 
-    rows, adapters, drawn = dict[Path, ImageRow](), set[str | None](), _drawn(args)
+    rows, drawn = dict[Path, ImageRow](), _drawn(args)
     for number, entry in enumerate(entries):
         prompt, seed = entry.get("prompt", prompts.prompt), entry.get("seed", first + number)
         place = f"entry {number + 1} of {file}" if file else "generate"
@@ -181,25 +181,29 @@ def image_rows(args: RequestedImages) -> dict[Path, ImageRow]:
             prompt is not None, f"{place} has no prompt; say with --prompt what to show", "prompt"
         )
         suffix = f"-{number + 1}" if file else f"-{seed}" if len(entries) > 1 else ""
-        adapter = entry.get("adapter")
         styles = [style.prompt for style in prompts.chosen_styles]
         text = drawn(with_styles(str(prompt), styles), seed)
         _require_prompt(text, args)
-        strength = entry.get("strength", 1.0)
+        adapter, strength = entry.get("adapter"), entry.get("strength", 1.0)
         require_strength(f"strength of {place}", strength)
-        adapters.add(adapter)
         use = AdapterUse(adapter, Strengths(strength)) if adapter else None
         rows[output.with_stem(output.stem + suffix)] = ImageRow(text, seed, use)
-    for adapter in filter(None, adapters):
-        find_adapter(adapter)
-    existing = next((path for path in rows if path.exists()), None)
-    if existing and not args.overwrite:
-        raise ConfigError(
-            f"{existing} exists; choose another --output, or replace it with --overwrite", "output"
-        )
-    for path in rows:
-        require_writable(path)
+    for row in rows.values():
+        if isinstance(row.adapter, AdapterUse):
+            find_adapter(row.adapter.path)
+    _require_free(rows, overwrite=args.overwrite)
     return rows
+
+
+def _require_free(files: Iterable[Path], *, overwrite: bool) -> None:
+    existing = next((path for path in files if path.exists()), None)
+    require(
+        existing is None or overwrite,
+        f"{existing} exists; choose another --output, or replace it with --overwrite",
+        "output",
+    )
+    for path in files:
+        require_writable(path)
 
 
 def _require_no_tags(words: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from PIL import Image
 
@@ -17,7 +18,12 @@ from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.sampling.detail import Detail
 
 if TYPE_CHECKING:
-    from dora_diffusion.sampling.pool import AdapterRef
+    from dora_diffusion.numerics.weights import Strengths
+    from dora_diffusion.sampling.stack import AdapterUse
+
+    AdapterRef: TypeAlias = str | Path | tuple[str | Path, float | Strengths] | AdapterUse | None
+    """An adapter file or a run's folder, or that with its strength or strengths, those of layers
+    too; None is the base."""
 
 MOST_HIRES = 4
 
