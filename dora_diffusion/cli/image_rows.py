@@ -35,7 +35,7 @@ class LoadedRequest(NamedTuple):
     Attributes:
         request: The settings.
         components: The model, which reads prompts as its adapters need.
-        sampling: Settings of sampling, with those of a distilled model or adapter.
+        sampling: Settings of sampling, adjusted to a distilled model or adapter.
         batch: For an image that is repeated: images of its batch, which round its products, and its
             position there.
     """
@@ -57,7 +57,7 @@ class LoadedRequest(NamedTuple):
         size, position = self.batch
         seeds, prompts = [row.seed for row in rows], [row.prompt for row in rows]
         if size > 1:
-            # The others change nothing but how products are rounded.
+            # The other images change only how products are rounded.
             seeds = [seeds[0] - position + number for number in range(size)]
         images = generate_images(
             self.components,
@@ -77,14 +77,16 @@ class LoadedRequest(NamedTuple):
             image: The image.
             path: Its file.
             row: Its prompt and seed, and an adapter of its own.
-            index: Position of the image among those that were sampled together.
-            count: Number of these.
+            index: Position of the image among all images of the request.
+            count: Number of all images.
         """
         from dora_diffusion.sampling import images
         from dora_diffusion.sampling.stack import AdapterUse
 
         request, batch = self.request, self.batch
-        if batch[0] == 1 and not request.adapters.adapters_file:
+        if request.adapters.adapters_file:
+            batch = (1, 0)  # Its rows depend on their adapters, not on the batch.
+        elif batch[0] == 1:
             start = index - index % request.batch_size
             batch = min(request.batch_size, count - start), index - start
         uses = [row.adapter] if isinstance(row.adapter, AdapterUse) else request.uses()
@@ -126,7 +128,7 @@ def _drawn(args: RequestedImages) -> Callable[[str, int], str]:
         ConfigError: If they cannot be drawn.
 
     Warns:
-        UserWarning: Of a prompt that has some and is not to be drawn.
+        UserWarning: If a prompt has some and wildcards are off.
     """
     from dora_diffusion.data.captions import WILD, CaptionRules, Wildcards
 
@@ -223,7 +225,7 @@ def _require_no_tags(words: str) -> None:
 
 
 def _require_prompt(text: str, args: RequestedImages) -> None:
-    """Require prompts of one image that are words alone, not what web UIs keep beside them.
+    """Require prompts of one image that are words alone, without tags or settings of web UIs.
 
     Raises:
         ConfigError: If one names an adapter or holds an image's settings.
@@ -252,7 +254,7 @@ def _entries(args: RequestedImages) -> list[dict[str, Any]]:
     """The entries of the adapters file.
 
     Raises:
-        ConfigError: If they are not what the flag's help says.
+        ConfigError: If the file is not such a list, or an entry has an unknown key or value.
     """
     name = args.adapters.adapters_file or ""
     require(

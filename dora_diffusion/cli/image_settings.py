@@ -1,11 +1,10 @@
-"""Groups of settings of requested images, each with what it means for sampling."""
+"""Groups of the settings of requested images, each with its part in sampling."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_diffusion.cli.settings import adapter_and_strength, adapter_and_strengths, needs_adapter
@@ -21,7 +20,6 @@ from dora_diffusion.config.prompts import (
     read_styles,
 )
 from dora_diffusion.config.run import SampleSettings
-from dora_diffusion.config.wording import did_you_mean, listing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,7 +67,7 @@ class Adapters(CommandSettings):
         """Return the adapters that are on for all images.
 
         Args:
-            strengths: Strengths of all of them, besides those of each.
+            strengths: Strengths that all adapters have, with their own.
 
         Raises:
             ConfigError, ValueError: If a strength or schedule cannot be.
@@ -94,6 +92,7 @@ class Adapters(CommandSettings):
         Raises:
             ConfigError: If a tag has an option that is not read, or names no adapter.
         """
+        from dora_diffusion.cli.lookup import adapter_named
         from dora_diffusion.sampling.images import unread_options
 
         for name, shares in tags:
@@ -110,7 +109,7 @@ class Adapters(CommandSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts(CommandSettings):
-    """The prompt, and what is read or drawn in it."""
+    """The prompt, its styles and its wildcards."""
 
     prompt: str | None = flag(
         None, "Prompt; required, unless each entry of --adapters_file has one."
@@ -144,7 +143,7 @@ class Prompts(CommandSettings):
         """The chosen styles.
 
         Raises:
-            ConfigError: If there is no such file or style.
+            ConfigError: If the file or a style does not exist.
         """
         require(
             not self.style or self.styles is not None,
@@ -254,7 +253,7 @@ class DetailPass(CommandSettings):
     )
 
     def opened(self) -> Detail | None:
-        """The pass with its model; None where none is requested.
+        """The pass with its model; None without a detail pass.
 
         Raises:
             ConfigError, ValueError, OSError: If the model cannot be opened.
@@ -290,37 +289,3 @@ class Denoising(CommandSettings):
     )
     width: int | None = flag(None, "Width in pixels. Default: the model's own.")
     height: int | None = flag(None, "Height in pixels. Default: the model's own.")
-
-
-def adapter_folder(folder: str) -> Path:
-    """The folder of adapters that prompts name.
-
-    Raises:
-        ConfigError: If it is none.
-    """
-    path = Path(folder).expanduser()
-    require(
-        path.is_dir(), f"adapter_dir {folder} is not a folder; give one of adapters", "adapter_dir"
-    )
-    return path
-
-
-def adapter_named(folder: str, name: str) -> str:
-    """The file of an adapter of a folder, by its name in texts.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    from dora_diffusion.formats.files.runs import adapter_files
-    from dora_diffusion.sampling.images import adapter_name, tag_name
-
-    # What is directly there comes first, and counts.
-    files = reversed(adapter_files(adapter_folder(folder)))
-    known = {tag_name(adapter_name(file)): str(file) for file in files}
-    require(
-        name in known,
-        f"adapter_dir {folder} has no adapter {name!r}{did_you_mean(name, known)}; there are "
-        f"{listing(known, 8) or 'none'}",
-        "adapter_dir",
-    )
-    return known[name]

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.cli.console.output import say
-from dora_diffusion.cli.image_settings import adapter_folder
 from dora_diffusion.cli.settings import adapter_and_strengths
 from dora_diffusion.config.families import UnsupportedModelError
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.file import read_config_file
-from dora_diffusion.config.wording import number_text
+from dora_diffusion.config.wording import did_you_mean, listing, number_text
 from dora_diffusion.formats.checkpoint.models import detect_checkpoint_family
 from dora_diffusion.formats.files.runs import adapter_files, pipeline_in, runs_folder
 from dora_diffusion.formats.files.stream import read_header
@@ -148,6 +147,37 @@ def _require_found(
         f"{', '.join(map(str, folders))}{hint}; give {', and '.join(flags)}",
         "base" if lacks_base else "adapter",
     )
+
+
+def adapter_folder(folder: str) -> Path:
+    """The folder of adapters that prompts name.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    path = Path(folder).expanduser()
+    require(
+        path.is_dir(), f"adapter_dir {folder} is not a folder; give one of adapters", "adapter_dir"
+    )
+    return path
+
+
+def adapter_named(folder: str, name: str) -> str:
+    """The file of an adapter of a folder, by its name in texts.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    # Files directly in the folder come first, and are preferred.
+    files = reversed(adapter_files(adapter_folder(folder)))
+    known = {tag_name(adapter_name(file)): str(file) for file in files}
+    require(
+        name in known,
+        f"adapter_dir {folder} has no adapter {name!r}{did_you_mean(name, known)}; there are "
+        f"{listing(known, 8) or 'none'}",
+        "adapter_dir",
+    )
+    return known[name]
 
 
 def search_folders(image: str, adapter_dir: str | None) -> list[Path]:

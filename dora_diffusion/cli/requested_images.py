@@ -31,10 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestedImages(CommandSettings):
-    """Settings of images; the defaults are those of a run's samples.
-
-    So a seed gives the sample's image again.
-    """
+    """Settings of images, with the defaults of a run's samples: a seed gives the same image."""
 
     model: AdaptedModel = group(AdaptedModel)
     scheduler: str | None = scheduler_flag()
@@ -99,7 +96,7 @@ class RequestedImages(CommandSettings):
         return with_styles(prompt or "", texts)
 
     def without_effect(self) -> dict[str, str]:
-        """Settings that have no effect, and why; of a grid those that have none in any cell.
+        """Settings that have no effect (for a grid: in no cell), and why.
 
         Raises:
             ConfigError: If the grid cannot be.
@@ -117,10 +114,10 @@ class RequestedImages(CommandSettings):
     def distilled(
         self, settings: SamplingSettings, components: Components, uses: Sequence[AdapterUse]
     ) -> tuple[SamplingSettings, str]:
-        """The settings, those that are not given as a distilled model or adapter needs them.
+        """Replace settings that are not given by the values of a distilled model or adapter.
 
         Returns:
-            The settings, and a line that says so; empty where nothing was chosen.
+            The settings, and a line that reports the values; empty if none was replaced.
         """
         from dora_diffusion.sampling.images import adapter_name
         from dora_diffusion.sampling.load import few_steps

@@ -95,12 +95,12 @@ class CommandSettings:
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """Make them of values by name, each in its group.
+        """Make settings from values by name, each in its group.
 
         Raises:
             ConfigError: If a value cannot work.
         """
-        cls._check(values)  # Before its groups do, so that one error names all settings.
+        cls._check(values)  # Before the groups, so that one error names all settings.
         for source in fields(cls):
             if kind := source.metadata.get("settings"):
                 names = {member.name for member in fields(kind)} & values.keys()
@@ -121,7 +121,7 @@ class CommandSettings:
         return SimpleNamespace(**self.values())
 
     def changed(self, **changes: Any) -> Self:
-        """Copy them with other values, whichever groups these are in."""
+        """Copy the settings with other values, by name, in any group."""
         return self.of(**self.values() | changes)
 
     @classmethod

@@ -103,8 +103,9 @@ def prompt_arguments(
 ) -> dict[str, Any]:
     """Return the pipeline's arguments for prompts as they are, or encoded.
 
-    Encoded are those that it would cut, those with weights or with an adapter's own tokens, and
-    with clip skip, for which Diffusers' pipelines need a `text_model` that Transformers 5 has not.
+    Prompts are encoded if the pipeline would cut them, if they have weights or an adapter's own
+    tokens, and with clip skip, for which Diffusers' pipelines need a `text_model` that Transformers
+    5 does not have.
 
     Args:
         components: The model.

@@ -54,9 +54,9 @@ def generate_images(
 
     Args:
         components: The loaded model; its modules' train or eval mode is restored.
-        prompt: What to show; or one prompt per seed, which may differ within a batch.
+        prompt: One prompt for all; or one per seed, which may differ within a batch.
         seeds: One per image.
-        settings: Steps, guidance, size, and what an inpainting model paints into.
+        settings: Steps, guidance, size, and the image that an inpainting model paints into.
         adapters: The name of each image's adapter, None for the base, as `load_adapter` or an
             `AdapterPool` named them: a batch shares the base's products, and the noise schedule.
         batch_size: Images at once.
@@ -65,12 +65,12 @@ def generate_images(
 
     Raises:
         ValueError: If prompts or adapters are not one per seed, or the model lacks an adapter.
-        ConfigError: If the model's pipeline lacks what the settings ask for.
+        ConfigError: If the model's pipeline does not support a setting.
         BrokenImageError: If an image is refused.
 
     Warns:
         UserWarning: Once for each prompt beyond the token limit, naming the text that was cut; and
-            of each image in which the detail pass found nothing.
+            once for each image in which the detail pass found nothing.
     """
     require_positive("batch_size", batch_size)
     sampler = Sampler(components, settings or SamplingSettings(), batch_size, require_finite)
@@ -200,7 +200,7 @@ def _reporter(
     on_step: OnStep | None, set_share: Callable[[float], None], batch: int, batches: int
 ) -> Callable[..., dict[str, Any]]:
     def report(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        # Some samplers take more steps than they are asked for.
+        # Some schedulers take more steps than were requested.
         steps = pipeline.num_timesteps
         set_share((step + 1) / steps)
         if on_step is not None:

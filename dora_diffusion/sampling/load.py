@@ -43,8 +43,8 @@ def load_adapted(  # noqa: PLR0913 - keywords, each documented
             (`attach_stack`); None samples the base.
         strength: 0 is exactly the base, 1 exactly the adapter; or all of its `Strengths`. Of
             several each has its own.
-        alpha: What the adapter was trained with, for a file that does not say it.
-        dtype: Of the base; an adapter always computes its norms in float32.
+        alpha: Alpha that the adapter was trained with, for a file that does not state it.
+        dtype: Dtype of the base; an adapter always computes its norms in float32.
         device: None is the accelerator where there is one, else the CPU.
         compile: Compile the UNet's repeated blocks when they first run (`compile_blocks`).
         offload: ``"model"`` has each part on the device only while it computes (`generate_images`).
@@ -52,8 +52,8 @@ def load_adapted(  # noqa: PLR0913 - keywords, each documented
         max_token_length: Tokens of a prompt that are read; None: what adapter or base say.
 
     Returns:
-        The model, and the adapter's metadata, such as its trigger words; of several what they
-        agree in, and all trigger words.
+        The model, and the adapter's metadata, such as its trigger words; for several adapters the
+        metadata in which they agree, with all trigger words.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError: If the base cannot be loaded.

@@ -297,7 +297,7 @@ def _reference(adapter: AdapterRef) -> PinnedAdapter:
 
 
 def _key(use: AdapterUse) -> tuple[object, ...]:
-    """The file as it is now, and the strengths."""
+    """The adapter's file in its current version, and its strengths."""
     file = find_adapter(use.path)
     status = file.stat()
     strengths = MergeStrengths.of(use.strengths), *use.layers.items()

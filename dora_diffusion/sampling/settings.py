@@ -1,4 +1,4 @@
-"""Values of images to sample: what each shows, and how all of them are sampled."""
+"""Values of images to sample: a row for each, and the settings that all share."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from dora_diffusion.sampling.stack import AdapterUse
 
     AdapterRef: TypeAlias = str | Path | tuple[str | Path, float | Strengths] | AdapterUse | None
-    """An adapter file or a run's folder, or that with its strength or strengths, those of layers
-    too; None is the base."""
+    """An adapter file or a run's folder; a pair of it and its strength or `Strengths`; or an
+    `AdapterUse`, with strengths of layers too. None is the base."""
 
 MOST_HIRES = 4
 
@@ -45,24 +45,24 @@ class SamplingSettings:
         steps: Denoising steps.
         guidance_scale: Classifier-free guidance (arXiv:2207.12598); 1 or less is none.
         scheduler: A name of `SCHEDULERS`; None is the model's own.
-        width: Pixels; None is what the model was trained at.
+        width: Pixels; None is the model's own resolution.
         height: Pixels.
-        negative_prompt: What to steer away from.
-        image: What is painted over, or into where there is a mask; cut to the size from the middle.
-            Without it an inpainting model paints the whole image, as a text-to-image model does.
+        negative_prompt: Negative prompt.
+        image: Image to paint over, or into with a mask; cut to the size from the middle. Without
+            it an inpainting model paints the whole image, as a text-to-image model does.
         mask_image: White where to paint, of the image's size.
         guidance_rescale: Share of the guided prediction that is brought back to the standard
             deviation of the unguided one (arXiv:2305.08891, section 3.4; 0.7 there); 0 is none.
         denoise: Share of the steps that are done on the image, from as much noise (Diffusers'
-            ``strength``, A1111's denoising strength). None is `DENOISE`; of an inpainting model
-            what its pipeline takes.
+            ``strength``, A1111's denoising strength). None is `DENOISE`; an inpainting model has
+            its pipeline's default.
         hires: Factor of both sides for a second pass, which paints over the enlarged image of the
-            first one; None is no second pass.
+            first one; None skips it.
         hires_denoise: ``denoise`` of the second pass.
         hires_steps: ``steps`` of the second pass; None is as many.
-        strength_schedules: By name of an adapter (`stack.name_of`), how its strength changes over
-            the steps of each pass; of adapters that are on for all images.
-        detail: What of each finished image is painted again in more detail.
+        strength_schedules: Factors of an adapter's strength over the steps of each pass, by its
+            name (`stack.name_of`); for adapters that are on for all images.
+        detail: Settings of the detail pass over each finished image.
         prompt_weights: Read weights and breaks in prompts, as A1111 does (`models.emphasis`).
 
     Raises:
@@ -146,7 +146,7 @@ class SamplingSettings:
         )
 
     def _check_hires(self) -> None:
-        """Check a second pass, of images from text alone."""
+        """Check a second pass, which only images from text have."""
         if self.hires is None:
             return
         require(
@@ -169,10 +169,10 @@ class SamplingSettings:
             )
 
     def _check_passes(self) -> None:
-        """Check what paints over an image, in one pass or as the second one."""
+        """Check the denoising strength of each pass that paints over an image."""
         second = self.steps if self.hires_steps is None else self.hires_steps
         passes = [("denoise", self.denoise, self.steps)]
-        # Without a second pass its steps are none to look at.
+        # Without a second pass its steps do not matter.
         passes += [("hires_denoise", self.hires_denoise, second if self.hires else MOST_STEPS)]
         if self.detail is not None:
             passes += [("detail_denoise", self.detail.denoise, self.steps)]

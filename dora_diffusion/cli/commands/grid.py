@@ -56,11 +56,11 @@ if TYPE_CHECKING:
 Show = Callable[[int, int], None]
 Load = Callable[[RequestedImages, Sequence[AdapterUse]], "Components"]
 _MODEL = (*(setting.name for setting in Model.settings()), "alpha")
-# Those of each row of a batch.
+# Settings that the rows of a batch have of their own.
 _OWN = {"prompt", "seed", "adapter", "strength", "direction_strength", "magnitude_strength",
         "layer_strength", "wildcards", "wildcard_dir"}  # fmt: skip
 _ALIKE = {setting.name for setting in RequestedImages.settings()} - _OWN - {*NO_AXES}
-# What an image's text may say of settings that were not given.
+# Fields of an image's text whose settings may not be given, but chosen by a model.
 _CHOSEN = {"steps": "Steps", "guidance_scale": "CFG scale", "scheduler": "Sampler"}
 
 
@@ -253,7 +253,7 @@ class GridRun:
                 images = sample(cells_of_batch, batch[0].loaded.sampling, pool, on_step)
                 for ready, image in zip(batch, images, strict=True):
                     self._write(ready, image)
-                # Whoever is killed writes nothing more: the page has the images that are there.
+                # A killed process writes nothing more: the page has the images so far.
                 self.record.write(self.folder)
                 self._steps += steps
         finally:
@@ -308,7 +308,7 @@ class GridRun:
 
 
 def make_grid(args: RequestedImages) -> int:
-    """Make what is missing of a grid. Returns the exit code."""
+    """Make the missing cells of a grid. Returns the exit code."""
     run = GridRun(args)
     with progress("generating images", "step") as show:
         run.make(show)
@@ -319,7 +319,7 @@ def make_grid(args: RequestedImages) -> int:
 
 
 def _require_folder(args: RequestedImages, folder: Path) -> None:
-    """Refuse what a grid cannot be with, and a folder of other files.
+    """Refuse settings that a grid cannot have, and a folder of other files.
 
     Raises:
         ConfigError, OSError: If so.

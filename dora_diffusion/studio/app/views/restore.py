@@ -39,7 +39,7 @@ class Restored:
     Attributes:
         choice: The run, checkpoint or model; None where no model here is the image's, `GONE` where
             its first adapter is not here.
-        form: The fields' values by name; all of them, those that are not stated unset.
+        form: The values of all fields by name; a field that is not stated has its unset value.
         batch: Images of its batch, and its place there.
         unread: A line for each thing that another image would be made without.
     """
