@@ -116,9 +116,10 @@ class CommandSettings:
         return flat
 
     @property
-    def flat(self) -> SimpleNamespace:
-        """All values as attributes by name, as conditions of settings read them."""
-        return SimpleNamespace(**self.values())
+    def flat(self) -> Any:
+        """The settings with all values as attributes, as conditions read them: without groups."""
+        has_groups = any("settings" in source.metadata for source in fields(self))
+        return SimpleNamespace(**self.values()) if has_groups else self
 
     def changed(self, **changes: Any) -> Self:
         """Copy the settings with other values, by name, in any group."""
