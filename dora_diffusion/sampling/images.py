@@ -34,7 +34,7 @@ from dora_diffusion.sampling.comfyui import workflow_parameters
 # Files are read and listed without model code, which takes seconds to import.
 if TYPE_CHECKING:
     from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.settings import SamplingSettings
+    from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
 BATCH_SIZE, BATCH_POSITION = "Batch size", "Batch pos"
@@ -177,8 +177,7 @@ def _model_hash(file: Path, written: int, size: int) -> str:
 
 
 def parameters_text(
-    prompt: str,
-    seed: int,
+    row: ImageRow,
     settings: SamplingSettings,
     size: tuple[int, int],
     model: str,
@@ -190,30 +189,29 @@ def parameters_text(
     """The generation settings as A1111's ``parameters`` text; no local path is in it.
 
     Args:
-        prompt: The prompt.
-        seed: The image's seed.
+        row: Its prompt and seed.
         settings: Steps, guidance, scheduler, negative prompt.
         size: Width and height in pixels.
         model: Name of the base model.
-        adapters: The adapters, of which the scale of the direction and the share of the magnitude
-            are the same.
+        adapters: The adapters, all with one scale of the direction and one share of the magnitude.
         extra: Further fields by name.
         hash_model: Add the hash of a base of one file, which is read whole once.
     """
-    shown = " ".join([_one_paragraph(prompt), *(adapter.tag for adapter in adapters)]).strip()
+    shown = " ".join([_one_paragraph(row.prompt), *(adapter.tag for adapter in adapters)]).strip()
     fields: dict[str, object] = {"Steps": settings.steps}
     if settings.scheduler is not None:
         scheduler = SCHEDULERS[settings.scheduler]
         fields |= {"Sampler": scheduler.a1111, "Schedule type": scheduler.schedule}
     fields |= {
         "CFG scale": number_text(settings.guidance_scale),
-        "Seed": seed,
+        "Seed": row.seed,
         "Size": f"{size[0]}x{size[1]}",
         **_model_fields(model, hash_model),
         **(extra or {}),
     }
     fields |= painted_fields(settings)
-    if not settings.prompt_weights and any(map(has_weights, (prompt, settings.negative_prompt))):
+    prompts = (row.prompt, settings.negative_prompt)
+    if not settings.prompt_weights and any(map(has_weights, prompts)):
         fields["Emphasis"] = "None"
     strengths = adapters[0].strengths if adapters else Strengths()
     numbers = {

@@ -25,7 +25,7 @@ from dora_diffusion.sampling.images import (
     parse_parameters,
     save_image,
 )
-from dora_diffusion.sampling.settings import SamplingSettings
+from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 from tests.properties import at_least
 
 LAYER = "lora_unet_mid_block_attentions_0_proj_in"
@@ -44,7 +44,7 @@ def adapter(path: Path, value: float) -> Path:
 
 
 def image_of(path: Path, used, base: str = "embedded:tiny-sd") -> Path:
-    text = parameters_text("a mug", 3, SamplingSettings(steps=1), (8, 8), base, used)
+    text = parameters_text(ImageRow("a mug", 3), SamplingSettings(steps=1), (8, 8), base, used)
     return save_image(Image.new("RGB", (1, 1)), path, text)
 
 
@@ -85,8 +85,8 @@ def test_a_request_for_adapters_is_repeated_whatever_they_are(folder, data) -> N
     source = image_of(root / "x.png", used)
     again = requested(repeat=str(source), adapter_dir=str(root))
     assert facts(again) == facts(first)
-    assert again.base == first.base
-    assert not chosen or again.magnitude_strength == given["magnitude_strength"]
+    assert again.model.base == first.model.base
+    assert not chosen or again.model.magnitude_strength == given["magnitude_strength"]
     # The same where files are given, once each, in any order.
     shuffled = data.draw(st.permutations(sorted({str(file) for file, *_ in chosen})))
     assert facts(requested(repeat=str(source), adapter=shuffled or None)) == facts(first)
@@ -98,7 +98,7 @@ def test_hashes_of_one_name_keep_their_places() -> None:
     used = [RecordedAdapter(*each) for each in (
         ("mug", one, "0" * 12), ("dog",), ("mug",), ("mug", one, "1" * 12),
     )]  # fmt: skip
-    text = parameters_text("a mug", 3, SamplingSettings(steps=1), (8, 8), "cats", used)
+    text = parameters_text(ImageRow("a mug", 3), SamplingSettings(steps=1), (8, 8), "cats", used)
     assert adapters_of(parse_parameters(text)) == (used, [])
 
 

@@ -196,8 +196,7 @@ class GridRun:
         except (*DECODE_ERRORS, PhotoError, ValueError):
             return False
         size = (sampling.width or width, sampling.height or height)
-        row = cell.row
-        text = parameters_text(row.prompt, row.seed, sampling, size, cell.settings.model.base, used)
+        text = parameters_text(cell.row, sampling, size, cell.settings.model.base, used)
         expected = parse_parameters(text)
         values = cell.settings.values()
         for name, field in _CHOSEN.items():

@@ -217,16 +217,16 @@ class Engine:
 
     def _answer(self, asked: BatchItem, row: ImageRow, image: Any) -> ApiAnswer:
         from dora_diffusion.models.text import token_limit, truncated_text
-        from dora_diffusion.numerics.weights import Strengths
         from dora_diffusion.sampling.conditioning import lacks_trigger
         from dora_diffusion.sampling.images import RecordedAdapter, image_bytes, parameters_text
+        from dora_diffusion.sampling.pool import PinnedAdapter
 
         request, components = asked.request, self.pool.components_for(row.adapter)
-        strengths, pinned = Strengths(request.strength), row.adapter
-        used = [RecordedAdapter(request.adapter or "", strengths, getattr(pinned, "hash", ""))]
+        use, used = row.adapter, list[RecordedAdapter]()
+        if isinstance(use, PinnedAdapter):
+            used = [RecordedAdapter(request.adapter or "", use.strengths, use.hash)]
         text = parameters_text(
-            row.prompt, row.seed, request.settings(), image.size, self.name,
-            used if pinned else (),
+            row, request.settings(), image.size, self.name, used,
             extra=components.clip_skip_parameter,
         )  # fmt: skip
         notes, metadata = [], self.pool.metadata(row.adapter)

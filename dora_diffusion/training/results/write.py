@@ -42,7 +42,7 @@ from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import MergeStrengths
 from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import RecordedAdapter, parameters_text, save_image, thumbnail
-from dora_diffusion.sampling.settings import SamplingSettings
+from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 from dora_diffusion.training.engine.accelerator import set_by_any, shards_model
 from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgress
 from dora_diffusion.training.inputs.subject import caption_rules, prompt_rules
@@ -408,8 +408,7 @@ class SampleWriter:
             extra["Last size"] = f"{last[0]}x{last[1]}"
         strengths = MergeStrengths(*self._strengths[:1])
         return parameters_text(
-            self._rules.draw_prompt(first.text, first.seeds[0]),
-            first.seeds[0],
+            ImageRow(self._rules.draw_prompt(first.text, first.seeds[0]), first.seeds[0]),
             first.settings,
             size,
             self._session.config.pretrained_model_name_or_path,
