@@ -326,7 +326,7 @@ def test_a_prompt_without_trigger_words_is_said_as_the_command_line_does(
     lacking = ask(finished, prompt="a photo of a dog", style=[])
     metadata = read_metadata(lacking.uses()[0].path)
     with pytest.warns(UserWarning, match="trigger word") as told:
-        warn_of_triggers([(lacking.prompt or "", metadata)])
+        warn_of_triggers([(lacking.prompts.prompt or "", metadata)])
     text = str(told[0].message)
     assert text == "the prompt lacks the adapter's trigger word; write 'sks dog' to get the subject"
     line = f"T{text[1:]}"

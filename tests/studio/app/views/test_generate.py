@@ -351,7 +351,7 @@ def test_a_base_that_is_loaded_in_another_way_is_of_the_image_s_run(context: Con
     shutil.copyfile(ADAPTER, job.folder / "pytorch_lora_weights.safetensors")
     context.jobs(fresh=True)
     asked = make_request(context, job.id, {**UNSET, "prompt": "a mug"})
-    text = loaded_text(asked)
+    text = loaded_text(asked.model)
     assert (asked.model.base_model.quantize, text) == ("int8", '{"quantize": "int8"}')
     for written, lines in ((text, ()), ("", ()), ('{"quantize": "nf4"}', ("loaded with",))):
         more = f", Loaded with: {json.dumps(written)}" if written else ""

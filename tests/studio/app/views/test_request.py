@@ -458,7 +458,7 @@ def test_how_prompts_are_read_is_the_run_s_unless_asked_for() -> None:
     asked = _asked(max_token_length=" 150 ", clip_skip="1")
     assert (asked.model.max_token_length, asked.model.clip_skip) == (150, 1)
     plain = _asked(max_token_length="", clip_skip=None)
-    assert (plain.max_token_length, plain.clip_skip) == (None, None)
+    assert (plain.model.max_token_length, plain.model.clip_skip) == (None, None)
     with pytest.raises(UserError, match="“Clip skip, as Diffusers counts” is -1; it must not be"):
         _asked(clip_skip="-1")
 
@@ -475,4 +475,4 @@ def test_a_prompt_that_holds_an_image_s_text_is_refused() -> None:
                 f"the {LABELS[name].lower()} holds the settings of an image ('{line}'); load them "
                 "by “Load settings from an image”, or paste its first line alone"
             )
-    assert _asked(prompt="a mug\nSteps: of stone").prompt == "a mug Steps: of stone"
+    assert _asked(prompt="a mug\nSteps: of stone").prompts.prompt == "a mug Steps: of stone"
