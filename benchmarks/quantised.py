@@ -44,7 +44,8 @@ from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.dora import adapted_weight, weight_norm
 from dora_diffusion.numerics.quantised import QUANTISATIONS, PackedWeight, memory_of, quantise
 from dora_diffusion.numerics.weights import LayerWeights
-from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
+from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.sampling.settings import SamplingSettings
 
 STUDY = Path(__file__).parents[1] / "docs" / "measurements" / "quantised.yaml"
 KINDS = ("nf4", "nf4-conv")

@@ -37,7 +37,8 @@ from dora_diffusion.adapters.inject import (
 from dora_diffusion.adapters.state import attach_file, save_adapter
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
-from dora_diffusion.sampling.pool import AdapterPool, ImageRow
+from dora_diffusion.sampling.pool import AdapterPool
+from dora_diffusion.sampling.settings import ImageRow
 
 PORT = 8765
 ALONE = "one by one"

@@ -32,7 +32,7 @@ from dora_diffusion.lab.judges import SAMPLING, judge
 from dora_diffusion.lab.toy.instrument import load_instrument, silhouette
 from dora_diffusion.models.components import Components
 from dora_diffusion.numerics.dora import adapted_weight
-from dora_diffusion.sampling.generate import load_adapted
+from dora_diffusion.sampling.load import load_adapted
 
 STRENGTHS, OTHERS = (-3.0, -1.5, 0.0, 1.5, 3.0), (-3.0, -1.0, 0.0, 1.0, 3.0)
 FEW_STEPS = replace(SAMPLING, steps=10)

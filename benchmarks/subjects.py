@@ -48,7 +48,7 @@ from dora_diffusion.lab.toy.instrument import load_instrument
 from dora_diffusion.lab.toy.shapes import CLASSES
 from dora_diffusion.lab.toy.world import BACKGROUNDS, PLACES, render
 from dora_diffusion.models.components import Components
-from dora_diffusion.sampling.generate import load_adapted
+from dora_diffusion.sampling.load import load_adapted
 
 TOKENS = (TRIGGER, "zwx", "vqo")
 # Case -> embedded model, steps, and the subjects that one adapter learns.

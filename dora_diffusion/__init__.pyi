@@ -43,10 +43,10 @@ from dora_diffusion.models.load import load_components as load_components
 from dora_diffusion.models.locate import ModelNotFoundError as ModelNotFoundError
 from dora_diffusion.numerics.weights import MergeError as MergeError
 from dora_diffusion.sampling.generate import BrokenImageError as BrokenImageError
-from dora_diffusion.sampling.generate import SamplingSettings as SamplingSettings
 from dora_diffusion.sampling.generate import generate_images as generate_images
 from dora_diffusion.sampling.pool import AdapterPool as AdapterPool
-from dora_diffusion.sampling.pool import ImageRow as ImageRow
+from dora_diffusion.sampling.settings import ImageRow as ImageRow
+from dora_diffusion.sampling.settings import SamplingSettings as SamplingSettings
 from dora_diffusion.training.metrics import TrainingError as TrainingError
 from dora_diffusion.training.pack import train_pack as train_pack
 from dora_diffusion.training.recipe import train as train

@@ -10,6 +10,7 @@ from decimal import Decimal, InvalidOperation
 from functools import partial
 from glob import glob
 from itertools import product
+from operator import methodcaller
 from typing import Any
 
 from dora_diffusion.cli.commands.parser import OTHER_NAMES, SWITCH_WORDS
@@ -95,7 +96,7 @@ class Grid:
 
 
 def plan_grid(settings: Any) -> Grid:
-    """Read the axes of ``settings.grid``, and make the settings of all cells.
+    """Read the axes of ``grid``, and make the settings of all cells.
 
     Args:
         settings: `GenerateSettings`.
@@ -104,18 +105,18 @@ def plan_grid(settings: Any) -> Grid:
         ConfigError: If an axis or value cannot be, or there are more cells than ``grid_limit``.
     """
     known = {setting.name: setting for setting in settings.settings()}
-    axes = tuple(read_axis(word, known) for word in settings.grid)
+    axes = tuple(read_axis(word, known) for word in settings.axes.grid)
     targets = [target for axis in axes for c in axis.points[0] for target in c.targets]
     twice = next((target for target in targets if targets.count(target) > 1), "")
     require(not twice, f"the grid has {twice} twice; give it one axis", "grid")
-    count, limit = math.prod(len(axis.points) for axis in axes), settings.grid_limit
+    count, limit = math.prod(len(axis.points) for axis in axes), settings.axes.grid_limit
     require(
         count <= limit,
         f"the grid has {count:,} images, more than grid_limit, {limit:,}; add --grid_limit {count} "
         "to make them, or leave values out",
         "grid_limit",
     )
-    plain = replace(settings, grid=[], grid_limit=known["grid_limit"].default)
+    plain = settings.changed(grid=[], grid_limit=known["grid_limit"].default)
     idle, cells = dict[str, bool](), dict[tuple[int, ...], Any]()
     for index in product(*(range(len(axis.points)) for axis in axes)):
         cell = plain
@@ -269,7 +270,7 @@ def _changes(name: str, words: Sequence[str], known: Mapping[str, Setting]) -> l
         numbers = [_value(replace(known["strength"], name=name), word) for word in words]
         return [
             Change(word, value, (name,), partial(_with_share, _PARTS[name], value),
-                   lambda settings: bool(settings.adapter), need, 3)
+                   lambda settings: bool(settings.adapters.adapter), need, 3)
             for word, value in zip(words, numbers, strict=True)
         ]  # fmt: skip
     if name == SIZE:
@@ -281,13 +282,13 @@ def _changes(name: str, words: Sequence[str], known: Mapping[str, Setting]) -> l
         pairs = [tuple(map(int, size.groups())) for size in sizes if size]
         return [
             Change(f"{width}x{height}", (width, height), ("width", "height"),
-                   partial(replace, width=width, height=height))
+                   methodcaller("changed", width=width, height=height))
             for width, height in pairs
         ]  # fmt: skip
     values = [_value(known[name], word) for word in words]
     labels = _without_folders(words) if name in _PATHS else words
     return [
-        Change(label, repr(value), (name,), partial(replace, **{name: value}))
+        Change(label, repr(value), (name,), methodcaller("changed", **{name: value}))
         for label, value in zip(labels, values, strict=True)
     ]
 
@@ -310,12 +311,12 @@ def _replacement(search: str, word: str) -> Change:
     """Put a word in the place of another one in prompt and negative prompt, as A1111 does."""
 
     def texts(settings: Any) -> dict[str, str]:
-        pairs = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt}
+        pairs = {"prompt": settings.prompts.prompt, "negative_prompt": settings.negative_prompt}
         return {name: text for name, text in pairs.items() if search in (text or "")}
 
     def apply(settings: Any) -> Any:
         found = texts(settings)
-        return replace(settings, **{n: text.replace(search, word) for n, text in found.items()})
+        return settings.changed(**{n: text.replace(search, word) for n, text in found.items()})
 
     idle = f"the axis {REPLACE} does not find {search!r}, its first value, in the prompt"
     acts = lambda settings: bool(texts(settings))  # noqa: E731
@@ -325,11 +326,11 @@ def _replacement(search: str, word: str) -> Change:
 def _with_share(part: int, value: float, settings: Any) -> Any:
     """Settings whose adapters act with a strength on a part, a place in FILE:0.5:0.8."""
     words = []
-    for word in settings.adapter or ():
+    for word in settings.adapters.adapter or ():
         fields: list[Any] = [*adapter_and_strengths(word)]
         fields[part] = value
         words.append(":".join(map(str, fields)))
-    return replace(settings, adapter=words) if words else settings
+    return settings.changed(adapter=words) if words else settings
 
 
 def _without_folders(words: Sequence[str]) -> list[str]:

@@ -1,56 +1,102 @@
-"""The images that are asked for, one by one: prompt, seed and file of each."""
+"""Requested images one by one: prompt, seed and adapter of each, by its file."""
 
 from __future__ import annotations
 
 import re
 import secrets
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dora_diffusion.cli.repeat import loaded_text
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.file import read_yaml
 from dora_diffusion.config.prompts import settings_line, with_styles
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.files.atomic import require_writable
+from dora_diffusion.sampling.settings import ImageRow
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_diffusion.cli.requested_images import RequestedImages
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
-    from dora_diffusion.sampling.generate import SamplingSettings
-    from dora_diffusion.sampling.stack import AdapterUse
+    from dora_diffusion.models.components import Components
+    from dora_diffusion.sampling.settings import SamplingSettings
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-class Row(NamedTuple):
-    """One image."""
+class LoadedRequest(NamedTuple):
+    """A request with its model.
 
-    prompt: str
-    seed: int
-    adapter: str | None
-    strength: float
-    path: Path
+    Attributes:
+        request: The settings.
+        components: The model, which reads prompts as its adapters need.
+        sampling: Settings of sampling, adjusted to a distilled model or adapter.
+        batch: For an image that is repeated: images of its batch, which round its products, and its
+            position there.
+    """
 
-    def write(
-        self,
-        image: Image,
-        settings: SamplingSettings,
-        size: tuple[int, int],
-        base: str,
-        uses: Sequence[AdapterUse],
-        extra: Mapping[str, object],
-    ) -> str:
-        """Write the image with what made it, which is returned."""
-        from dora_diffusion.sampling.images import UsedAdapter, parameters_text, save_image
+    request: RequestedImages
+    components: Components
+    sampling: SamplingSettings
+    batch: tuple[int, int] = (1, 0)
 
-        used = [UsedAdapter.of(use.path, use.strengths) for use in uses]
-        text = parameters_text(self.prompt, self.seed, settings, size, base, used, extra=extra)
-        save_image(image, self.path, text)
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of an image's first pass, in pixels."""
+        return self.sampling.size(self.components.default_resolution)
+
+    def sample(self, rows: Sequence[ImageRow], on_step: Callable[[int, int], None]) -> list[Image]:
+        """Sample the rows with the adapters that are on; a repeated image in its batch."""
+        from dora_diffusion.sampling.generate import generate_images
+
+        size, position = self.batch
+        seeds, prompts = [row.seed for row in rows], [row.prompt for row in rows]
+        if size > 1:
+            # The other images change only how products are rounded.
+            seeds = [seeds[0] - position + number for number in range(size)]
+        images = generate_images(
+            self.components,
+            prompts if self.request.prompts.wildcards and size == 1 else prompts[0],
+            seeds,
+            self.sampling,
+            batch_size=size if size > 1 else self.request.batch_size,
+            on_step=on_step,
+            require_finite=True,
+        )
+        return images[position:][: len(rows)]
+
+    def write(self, image: Image, path: Path, row: ImageRow, index: int = 0, count: int = 1) -> str:
+        """Write an image with its generation parameters, which are returned.
+
+        Args:
+            image: The image.
+            path: Its file.
+            row: Its prompt and seed, and an adapter of its own.
+            index: Position of the image among all images of the request.
+            count: Number of all images.
+        """
+        from dora_diffusion.sampling import images
+        from dora_diffusion.sampling.stack import AdapterUse
+
+        request, batch = self.request, self.batch
+        if request.adapters.adapters_file:
+            batch = (1, 0)  # Its rows depend on their adapters, not on the batch.
+        elif batch[0] == 1:
+            start = index - index % request.batch_size
+            batch = min(request.batch_size, count - start), index - start
+        uses = [row.adapter] if isinstance(row.adapter, AdapterUse) else request.uses()
+        extra = images.model_fields(self.components, uses, *batch)
+        loaded = loaded_text(request.model)
+        extra |= {images.LOADED: loaded} if loaded else {}
+        text = images.parameters_text(
+            row, self.sampling, self.size, request.model.base, images.recorded(uses), extra=extra
+        )  # fmt: skip
+        images.save_image(image, path, text)
         return text
 
 
@@ -62,7 +108,7 @@ def warn_of_triggers(prompts: Iterable[tuple[str, AdapterMetadata]]) -> None:
 
 def trigger_messages(prompts: Iterable[tuple[str, AdapterMetadata]]) -> list[str]:
     """Return a message on each prompt that lacks its adapter's trigger word."""
-    from dora_diffusion.sampling.generate import lacks_trigger
+    from dora_diffusion.sampling.conditioning import lacks_trigger
 
     pairs = list(prompts)
     are_several = len({prompt for prompt, _ in pairs}) > 1
@@ -81,7 +127,7 @@ def _drawn(args: RequestedImages) -> Callable[[str, int], str]:
         ConfigError: If they cannot be drawn.
 
     Warns:
-        UserWarning: Of a prompt that has some and is not to be drawn.
+        UserWarning: If a prompt has some and wildcards are off.
     """
     from dora_diffusion.data.captions import WILD, CaptionRules, Wildcards
 
@@ -97,16 +143,16 @@ def _drawn(args: RequestedImages) -> Callable[[str, int], str]:
             )
         return prompt
 
-    if not args.wildcards:
+    if not args.prompts.wildcards:
         return as_text
-    return CaptionRules(wildcards=Wildcards(args.wildcard_dir)).draw_prompt
+    return CaptionRules(wildcards=Wildcards(args.prompts.wildcard_dir)).draw_prompt
 
 
-def image_rows(args: RequestedImages) -> list[Row]:
-    """The images that are asked for, each with its file.
+def image_rows(args: RequestedImages) -> dict[Path, ImageRow]:
+    """Return the requested images by their files.
 
-    One image gets the name that was asked for, several their seed behind it, those of an adapters
-    file their number. Seeds are consecutive, from a random one where none is given.
+    One image has the requested name, several have their seed after it, images of an adapters file
+    their number. Seeds are consecutive, from a random one where none is given.
 
     Raises:
         ConfigError: If torch cannot take one of the seeds, an entry cannot be, or a file cannot be
@@ -119,38 +165,46 @@ def image_rows(args: RequestedImages) -> list[Row]:
         f"output {output} must end in {', '.join(SUFFIXES)}",
         "output",
     )
-    entries = _entries(args) if args.adapters_file else [{}] * args.num_images
+    prompts, file = args.prompts, args.adapters.adapters_file
+    entries = _entries(args) if file else [{}] * args.num_images
     first = secrets.randbelow(2**32) if args.seed is None else args.seed
     if not 0 <= first <= 2**63 - len(entries):
         raise ConfigError(f"seed is {first}; it must be between 0 and 2**63 - num_images", "seed")
     from dora_diffusion.formats.adapter.stored import find_adapter
-    from dora_diffusion.numerics.weights import require_strength
+    from dora_diffusion.numerics.weights import Strengths, require_strength
+    from dora_diffusion.sampling.stack import AdapterUse
 
-    rows, drawn = [], _drawn(args)
+    rows, drawn = dict[Path, ImageRow](), _drawn(args)
     for number, entry in enumerate(entries):
-        prompt, seed = entry.get("prompt", args.prompt), entry.get("seed", first + number)
-        place = f"entry {number + 1} of {args.adapters_file}" if args.adapters_file else "generate"
+        prompt, seed = entry.get("prompt", prompts.prompt), entry.get("seed", first + number)
+        place = f"entry {number + 1} of {file}" if file else "generate"
         require(
             prompt is not None, f"{place} has no prompt; say with --prompt what to show", "prompt"
         )
-        suffix = f"-{number + 1}" if args.adapters_file else f"-{seed}" if len(entries) > 1 else ""
-        adapter = entry.get("adapter")
-        text = drawn(with_styles(str(prompt), [style.prompt for style in args.chosen_styles]), seed)
+        suffix = f"-{number + 1}" if file else f"-{seed}" if len(entries) > 1 else ""
+        styles = [style.prompt for style in prompts.chosen_styles]
+        text = drawn(with_styles(str(prompt), styles), seed)
         _require_prompt(text, args)
-        strength = entry.get("strength", 1.0)
+        adapter, strength = entry.get("adapter"), entry.get("strength", 1.0)
         require_strength(f"strength of {place}", strength)
-        path = output.with_stem(output.stem + suffix)
-        rows.append(Row(text, seed, adapter, strength, path))
-    for adapter in {row.adapter for row in rows if row.adapter}:
-        find_adapter(adapter)
-    existing = next((row.path for row in rows if row.path.exists()), None)
-    if existing and not args.overwrite:
-        raise ConfigError(
-            f"{existing} exists; choose another --output, or replace it with --overwrite", "output"
-        )
-    for row in rows:
-        require_writable(row.path)
+        use = AdapterUse(adapter, Strengths(strength)) if adapter else None
+        rows[output.with_stem(output.stem + suffix)] = ImageRow(text, seed, use)
+    for row in rows.values():
+        if isinstance(row.adapter, AdapterUse):
+            find_adapter(row.adapter.path)
+    _require_free(rows, overwrite=args.overwrite)
     return rows
+
+
+def _require_free(files: Iterable[Path], *, overwrite: bool) -> None:
+    existing = next((path for path in files if path.exists()), None)
+    require(
+        existing is None or overwrite,
+        f"{existing} exists; choose another --output, or replace it with --overwrite",
+        "output",
+    )
+    for path in files:
+        require_writable(path)
 
 
 def _require_no_tags(words: str) -> None:
@@ -170,12 +224,12 @@ def _require_no_tags(words: str) -> None:
 
 
 def _require_prompt(text: str, args: RequestedImages) -> None:
-    """Require prompts of one image that are words alone, not what web UIs keep beside them.
+    """Require prompts of one image that are words alone, without tags or settings of web UIs.
 
     Raises:
         ConfigError: If one names an adapter or holds an image's settings.
     """
-    detail = args.detail_prompt or ""
+    detail = args.detail_pass.detail_prompt or ""
     for words in (text, detail):
         _require_no_tags(words)
     require(
@@ -199,11 +253,11 @@ def _entries(args: RequestedImages) -> list[dict[str, Any]]:
     """The entries of the adapters file.
 
     Raises:
-        ConfigError: If they are not what the flag's help says.
+        ConfigError: If the file is not such a list, or an entry has an unknown key or value.
     """
-    name = args.adapters_file or ""
+    name = args.adapters.adapters_file or ""
     require(
-        args.adapter is None,
+        args.adapters.adapter is None,
         "adapter and adapters_file are both given; leave out --adapter",
         "adapter",
     )

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.cli.console.output import say
-from dora_diffusion.cli.requested_images import adapter_folder
 from dora_diffusion.cli.settings import adapter_and_strengths
 from dora_diffusion.config.families import UnsupportedModelError
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.file import read_config_file
-from dora_diffusion.config.wording import number_text
+from dora_diffusion.config.wording import did_you_mean, listing, number_text
 from dora_diffusion.formats.checkpoint.models import detect_checkpoint_family
 from dora_diffusion.formats.files.runs import adapter_files, pipeline_in, runs_folder
 from dora_diffusion.formats.files.stream import read_header
@@ -22,7 +21,7 @@ from dora_diffusion.models.locate import is_embedded, looks_local
 from dora_diffusion.numerics.weights import MergeStrengths
 from dora_diffusion.sampling.images import (
     MODEL_HASH,
-    UsedAdapter,
+    RecordedAdapter,
     adapter_name,
     model_hash,
     model_name,
@@ -34,7 +33,7 @@ _MODELS = ("*", "*/*")
 
 
 def base_and_adapters(
-    image: str, given: Mapping[str, Any], adapters: Sequence[UsedAdapter]
+    image: str, given: Mapping[str, Any], adapters: Sequence[RecordedAdapter]
 ) -> dict[str, Any]:
     """Return the settings ``base`` and ``adapter`` for an image; what is not given is looked up.
 
@@ -80,7 +79,7 @@ def base_and_adapters(
 
 
 def match_adapters(
-    words: Sequence[str], adapters: Sequence[UsedAdapter]
+    words: Sequence[str], adapters: Sequence[RecordedAdapter]
 ) -> tuple[list[str], list[str]]:
     """Assign given adapters to those of an image: by hash, then by name, then in their order.
 
@@ -89,41 +88,41 @@ def match_adapters(
     Returns:
         A word for each of the image's adapters, empty where there is none; and the other words.
     """
-    given = [UsedAdapter.of(adapter_and_strengths(word)[0]) for word in words]
+    paths = [adapter_and_strengths(word)[0] for word in words]
     free, chosen = list(range(len(words))), [""] * len(adapters)
 
     def assign(agrees: Any) -> None:
         for at, adapter in enumerate(adapters):
-            place = next((n for n in free if agrees(given[n], adapter)), None)
+            place = next((n for n in free if agrees(adapter, paths[n])), None)
             if not chosen[at] and place is not None:
                 chosen[at] = words[place]
                 free.remove(place)
 
-    assign(lambda own, stated: stated.hash and own.hash.startswith(stated.hash))
-    assign(lambda own, stated: own.tag_name == stated.name)
+    assign(RecordedAdapter.matches)
+    assign(lambda adapter, path: tag_name(adapter_name(path)) == adapter.name)
     if len(words) >= len(adapters):
-        assign(lambda own, stated: True)
+        assign(lambda adapter, path: True)
     keys = [(adapter.name, adapter.hash) for adapter in adapters]
     known = {key: word for key, word in zip(keys, chosen, strict=True) if word}
     chosen = [word or known.get(key, "") for key, word in zip(keys, chosen, strict=True)]
     return chosen, [words[n] for n in free]
 
 
-def _with_strengths(word: str, adapter: UsedAdapter) -> str:
+def _with_strengths(word: str, adapter: RecordedAdapter) -> str:
     """A given or found adapter with the strengths of the image's, unless it has its own."""
     shares = MergeStrengths.of(adapter.strengths)
     numbers = map(number_text, (shares.text_encoder_strength, shares.unet_strength))
     return ":".join([word, *numbers]) if adapter_and_strengths(word)[0] == word else word
 
 
-def _names(adapters: Sequence[UsedAdapter]) -> str:
+def _names(adapters: Sequence[RecordedAdapter]) -> str:
     return ", ".join(dict.fromkeys(adapter.name for adapter in adapters))
 
 
 def _require_found(
     image: str,
     lacks_base: bool,
-    adapters: Sequence[UsedAdapter],
+    adapters: Sequence[RecordedAdapter],
     folders: Sequence[Path],
     files: Sequence[Path],
 ) -> None:
@@ -150,6 +149,37 @@ def _require_found(
     )
 
 
+def adapter_folder(folder: str) -> Path:
+    """The folder of adapters that prompts name.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    path = Path(folder).expanduser()
+    require(
+        path.is_dir(), f"adapter_dir {folder} is not a folder; give one of adapters", "adapter_dir"
+    )
+    return path
+
+
+def adapter_named(folder: str, name: str) -> str:
+    """The file of an adapter of a folder, by its name in texts.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    # Files directly in the folder come first, and are preferred.
+    files = reversed(adapter_files(adapter_folder(folder)))
+    known = {tag_name(adapter_name(file)): str(file) for file in files}
+    require(
+        name in known,
+        f"adapter_dir {folder} has no adapter {name!r}{did_you_mean(name, known)}; there are "
+        f"{listing(known, 8) or 'none'}",
+        "adapter_dir",
+    )
+    return known[name]
+
+
 def search_folders(image: str, adapter_dir: str | None) -> list[Path]:
     """Return the folders to search, in their order.
 
@@ -167,18 +197,17 @@ def search_folders(image: str, adapter_dir: str | None) -> list[Path]:
     return list(first.values())
 
 
-def find_adapter(adapter: UsedAdapter, files: Sequence[Path]) -> Path | None:
+def find_adapter(adapter: RecordedAdapter, files: Sequence[Path]) -> Path | None:
     """Return the first file with an adapter's hash; where none is stated, with its name."""
     namesakes = _namesakes(adapter, files)
     if not adapter.hash:
         return next(iter(namesakes), None)
     # They are hashed first: the others may be many.
     others = (file for file in files if file not in namesakes and _is_adapter(file))
-    hashed = ((file, UsedAdapter.of(file).hash) for file in chain(namesakes, others))
-    return next((file for file, digest in hashed if digest.startswith(adapter.hash)), None)
+    return next(filter(adapter.matches, chain(namesakes, others)), None)
 
 
-def _namesakes(adapter: UsedAdapter, files: Iterable[Path]) -> list[Path]:
+def _namesakes(adapter: RecordedAdapter, files: Iterable[Path]) -> list[Path]:
     named = (file for file in files if tag_name(adapter_name(file)) == adapter.name)
     return [file for file in named if _is_adapter(file)]
 

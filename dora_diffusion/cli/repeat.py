@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from dora_diffusion.config.base import BaseModel
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
     from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.generate import SamplingSettings
-    from dora_diffusion.sampling.images import UsedAdapter
+    from dora_diffusion.sampling.images import RecordedAdapter
+    from dora_diffusion.sampling.settings import SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
 # Settings of a base that change the numbers, beside its name.
@@ -30,7 +30,7 @@ _LOADED = (
 _MOST_REPEATED = 64
 
 
-def repeated_settings(file: str) -> tuple[dict[str, Any], list[UsedAdapter]]:
+def repeated_settings(file: str) -> tuple[dict[str, Any], list[RecordedAdapter]]:
     """The settings that an image's text gives, and its adapters in their order.
 
     Raises:
@@ -65,7 +65,7 @@ def repeated_settings(file: str) -> tuple[dict[str, Any], list[UsedAdapter]]:
     return values, adapters
 
 
-def loaded_text(model: RequestedImages | BaseModel) -> str:
+def loaded_text(model: AdaptedModel | BaseModel) -> str:
     """The way in which a base is loaded, in an image's text; empty: as usual."""
     known = [setting for setting in AdaptedModel.settings() if setting.name in _LOADED]
     values = {s.name: getattr(model, s.name, s.default) for s in known}
@@ -79,13 +79,11 @@ class Repeated:
 
     Attributes:
         fields: Its text; empty where none is to be repeated.
-        batch: Images of the batch that it is repeated in.
-        position: Its place there.
+        batch: Images of the batch that it is repeated in, and its position there.
     """
 
     fields: Mapping[str, str]
-    batch: int = 1
-    position: int = 0
+    batch: tuple[int, int] = (1, 0)
 
     @classmethod
     def of(cls, args: RequestedImages, settings: SamplingSettings) -> Repeated:
@@ -104,15 +102,16 @@ class Repeated:
         )
 
         name, fields = Path(args.repeat).name, read_fields(args.repeat)
-        if not is_model(args.base, fields):
+        if not is_model(args.model.base, fields):
             model = fields.get("Model") or fields.get("Model hash")
-            warnings.warn(f"{name} was made with the model {model}, not {args.base}", stacklevel=3)
+            line = f"{name} was made with the model {model}, not {args.model.base}"
+            warnings.warn(line, stacklevel=3)
         cls._check_files(name, fields, args, settings)
         place = [fields.get(key, "") for key in (BATCH_SIZE, BATCH_POSITION)]
         size, position = (int(text) if text.isdecimal() else 0 for text in place)
         is_alone = args.num_images == 1 and fields.get("Seed") == str(args.seed)
         if is_alone and position < size <= _MOST_REPEATED and position <= (args.seed or 0):
-            return cls(fields, size, position)
+            return cls(fields, (size, position))
         return cls(fields)
 
     @staticmethod
@@ -123,27 +122,28 @@ class Repeated:
             HASHES,
             INIT_IMAGE,
             MASK_IMAGE,
-            UsedAdapter,
+            RecordedAdapter,
             adapters_of,
             painted_fields,
         )
 
+        source = args.source
         require(
-            INIT_IMAGE not in fields or args.image is not None,
+            INIT_IMAGE not in fields or source.image is not None,
             f"{name} was made over another image; give that with --image, and its mask",
             "image",
         )
         painted = painted_fields(settings)
-        for key, given in ((INIT_IMAGE, args.image), (MASK_IMAGE, f"the mask {args.mask_image}")):
+        files = {INIT_IMAGE: source.image, MASK_IMAGE: f"the mask {source.mask_image}"}
+        for key, given in files.items():
             if key in fields and painted.get(key) != fields[key]:
                 warnings.warn(f"{name} was made over another image than {given}", stacklevel=4)
-        hashes = tuple(adapter.hash for adapter in adapters_of(fields)[0] if adapter.hash)
-        for use in args.uses() if hashes else []:
-            own = UsedAdapter.of(use.path).hash
-            if own and not own.startswith(hashes):
+        recorded = [adapter for adapter in adapters_of(fields)[0] if adapter.hash]
+        for use in args.uses() if recorded else []:
+            if {adapter.matches(use.path) for adapter in recorded} == {False}:
                 warnings.warn(
                     f"{name} was made with another adapter file ({fields[HASHES]}) than {use.path} "
-                    f"({own})",
+                    f"({RecordedAdapter.of(use.path).hash})",
                     stacklevel=4,
                 )
 
@@ -155,42 +155,18 @@ class Repeated:
         Raises:
             ConfigError: If it is an inpainting model, and there is nothing to paint into.
         """
-        components, metadata = args.load(uses, offload=args.offload)
+        components, metadata = args.model.load(uses, offload=args.offload)
         skip = self.fields.get("Clip skip", "")
-        if args.clip_skip is None and skip.isdecimal():
+        if args.model.clip_skip is None and skip.isdecimal():
             # Web UIs count it by the model's family.
             own = int(skip) - components.family.web_ui_clip_skip(0)
             components = components.reading(max(0, own), None, is_told=False)
-        lacking = [
-            name for name in components.family.image_arguments if getattr(args, name) is None
-        ]
+        needed = components.family.image_arguments
+        lacking = [name for name in needed if getattr(args.source, name) is None]
         require(
             not lacking,
-            f"{args.base} is an inpainting model: give --image, and --mask_image of the same size, "
-            "white where to paint (all white to paint the whole image)",
+            f"{args.model.base} is an inpainting model: give --image, and --mask_image of the same "
+            "size, white where to paint (all white to paint the whole image)",
             "image",
         )
         return components, metadata
-
-    def own_fields(
-        self, args: RequestedImages, index: int, count: int, components: Components
-    ) -> dict[str, object]:
-        """Return the fields of an image's text besides those of `SamplingSettings`.
-
-        Args:
-            args: The settings.
-            index: Of the image among those that are made.
-            count: Of these.
-            components: The model.
-        """
-        from dora_diffusion.sampling import images
-
-        start = index - index % args.batch_size
-        size, place = min(args.batch_size, count - start), index - start
-        if self.batch > 1:
-            size, place = self.batch, self.position
-        facts = images.model_fields(
-            components, args.uses(), 1 if args.adapters_file else size, place
-        )
-        loaded = loaded_text(args)
-        return facts | ({images.LOADED: loaded} if loaded else {})

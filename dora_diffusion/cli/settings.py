@@ -135,17 +135,22 @@ def check_results(output: str | Path, what: str, files: Iterable[str], *, overwr
     require_writable(Path(output), is_folder=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling(CommandSettings):
-    """Settings of image sampling."""
-
-    scheduler: str | None = flag(
+def scheduler_flag() -> Any:
+    """The setting of a scheduler."""
+    return flag(
         None,
         "Scheduler, by these names or by A1111's, such as 'DPM++ 2M Karras'. Default: the model's "
         "own.",
         choices=tuple(SCHEDULERS),
         aliases=A1111_NAMES,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(CommandSettings):
+    """Settings of image sampling."""
+
+    scheduler: str | None = scheduler_flag()
     batch_size: int = flag(8, "Batch size.", least=1)
 
 
@@ -218,12 +223,16 @@ class Model(ScheduleFlags, RequiredBase):
         require_tile_size(self.vae_tile_size)
 
     @property
+    def reading(self) -> dict[str, int | None]:
+        """Clip skip and token length by which prompts are read, where they are given."""
+        return {"clip_skip": self.clip_skip, "max_token_length": self.max_token_length}
+
+    @property
     def model_options(self) -> dict[str, Any]:
         """Keyword arguments of `load_adapted` for loading the base."""
         from dora_diffusion.models.precision import dtype_of
 
-        names = ("compile", "clip_skip", "max_token_length")
-        return {name: getattr(self, name) for name in names} | {"dtype": dtype_of(self.dtype)}
+        return {"compile": self.compile, "dtype": dtype_of(self.dtype), **self.reading}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +248,7 @@ class AdaptedModel(StrengthFlags, Alpha, Model):
             ValueError: If a strength is out of its limits, before anything is loaded.
         """
         strengths, options = self.strengths, self.model_options
-        from dora_diffusion.sampling.generate import load_adapted
+        from dora_diffusion.sampling.load import load_adapted
 
         components, metadata = load_adapted(
             self.base_model,

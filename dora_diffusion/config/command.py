@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cache
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from types import MappingProxyType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from dora_diffusion.config.elsewhere import notes
 from dora_diffusion.config.fields import Setting, require
@@ -18,6 +17,14 @@ from dora_diffusion.config.wording import did_you_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Group = TypeVar("Group", bound="CommandSettings")
+
+
+def group(kind: type[Group]) -> Group:
+    """A dataclass field that is a group of settings, each of them a setting of the command too."""
+    made: Group = field(metadata={"settings": kind})
+    return made
 
 
 class AsJob(NamedTuple):
@@ -64,18 +71,59 @@ class CommandSettings:
     more_jobs: ClassVar[Mapping[str, AsJob]] = MappingProxyType({})
 
     def __post_init__(self) -> None:
+        self._check(self.values())
+
+    @classmethod
+    def _check(cls, values: Mapping[str, Any]) -> None:
         problems = Problems()
-        for setting in self.settings():
+        for setting in cls.settings():
             with problems.collect():
-                setting.check(getattr(self, setting.name))
+                setting.check(values.get(setting.name))
         problems.raise_all()
 
     @classmethod
     @cache
     def settings(cls) -> tuple[Setting, ...]:
-        """All settings, in the order of their fields; a field not made with `flag` is none."""
-        fields = (field for field in dataclasses.fields(cls) if "help" in field.metadata)
-        return tuple(Setting.from_field(field) for field in fields)
+        """All settings, in the order of their fields; a group's settings are at its place."""
+        listed: list[Setting] = []
+        for source in fields(cls):
+            if kind := source.metadata.get("settings"):
+                listed += kind.settings()
+            elif "help" in source.metadata:
+                listed.append(Setting.from_field(source))
+        return tuple(listed)
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Make settings from values by name, each in its group.
+
+        Raises:
+            ConfigError: If a value cannot work.
+        """
+        cls._check(values)  # Before the groups, so that one error names all settings.
+        for source in fields(cls):
+            if kind := source.metadata.get("settings"):
+                names = {member.name for member in fields(kind)} & values.keys()
+                values[source.name] = kind.of(**{name: values.pop(name) for name in names})
+        return cls(**values)
+
+    def values(self) -> dict[str, Any]:
+        """All values by name, as `of` takes them."""
+        flat: dict[str, Any] = {}
+        for source in fields(self):
+            value = getattr(self, source.name)
+            flat |= value.values() if "settings" in source.metadata else {source.name: value}
+        return flat
+
+    @property
+    def flat(self) -> Any:
+        """The settings with all values as attributes, as conditions read them: without groups."""
+        has_groups = any("settings" in source.metadata for source in fields(self))
+        return SimpleNamespace(**self.values()) if has_groups else self
+
+    def changed(self, **changes: Any) -> Self:
+        """Copy the settings with other values, by name, in any group."""
+        return self.of(**self.values() | changes)
 
     @classmethod
     def read(cls, given: Mapping[str, Any], file: str | None = None) -> Self:
@@ -101,7 +149,7 @@ class CommandSettings:
         problems.raise_all()
         lacking = [s.name for s in known.values() if s.is_required and s.name not in values]
         require(not lacking, f"{', '.join(lacking)} must be given", lacking[0] if lacking else "")
-        return cls(**values)
+        return cls.of(**values)
 
     @classmethod
     def add_arguments(cls, parser: Any) -> None:
@@ -121,7 +169,7 @@ class CommandSettings:
         settings = cls.read(vars(args), args.config)
         settings.warn()
         names = [setting.name for setting in cls.settings()]
-        for line in notes(settings, cls.settings(), names):
+        for line in notes(settings.flat, cls.settings(), names):
             warnings.warn(line, stacklevel=2)
         return settings
 
@@ -131,8 +179,9 @@ class CommandSettings:
 
     def without_effect(self) -> dict[str, str]:
         """Settings that differ from their default, and why they have no effect."""
-        moved = [s for s in self.settings() if getattr(self, s.name) != s.default]
-        return {s.name: reason for s in moved if (reason := s.inactive_reason(self))}
+        flat = self.flat
+        moved = [s for s in self.settings() if getattr(flat, s.name) != s.default]
+        return {s.name: reason for s in moved if (reason := s.inactive_reason(flat))}
 
     def warn(self) -> None:
         """Warn of settings without effect.
@@ -147,8 +196,9 @@ class CommandSettings:
         """The words of a command line that give these settings, without those at their default."""
         placed: list[str] = []
         flags: list[str] = []
+        values = self.values()
         for setting in self.settings():
-            value = getattr(self, setting.name)
+            value = values[setting.name]
             if value == setting.default or value is None:
                 continue
             words = [str(item) for item in (value if setting.is_list else [value])]

@@ -29,7 +29,8 @@ from dora_diffusion.evaluation.measures import (
 from dora_diffusion.evaluation.report import Evaluation
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.metric_models import LITE_PACKAGES, MetricModel, open_metric_model
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images
+from dora_diffusion.sampling.generate import generate_images
+from dora_diffusion.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -40,8 +40,9 @@ from dora_diffusion.formats.files.runs import COMPARISON
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.metric_models import LITE, open_metric_model
 from dora_diffusion.models.words import add_tokens
-from dora_diffusion.sampling.generate import BrokenImageError, SamplingSettings
+from dora_diffusion.sampling.generate import BrokenImageError
 from dora_diffusion.sampling.images import save_image
+from dora_diffusion.sampling.settings import SamplingSettings
 
 SEED, SUBJECTS, OTHERS = 0, 5, 6
 _SHOWN_OTHERS, _SIDE = 3, 160

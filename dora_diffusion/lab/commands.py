@@ -251,8 +251,8 @@ def judged_images(
     from dora_diffusion.data.sheets import sheet
     from dora_diffusion.lab.judges import evaluate_toy
     from dora_diffusion.lab.toy.benchmark_subjects import find_subject
-    from dora_diffusion.sampling.generate import load_adapted
     from dora_diffusion.sampling.images import save_image
+    from dora_diffusion.sampling.load import load_adapted
 
     components, metadata = load_adapted(base, adapter)
     evaluation = evaluate_toy(

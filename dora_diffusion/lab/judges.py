@@ -53,7 +53,7 @@ from dora_diffusion.lab.toy.world import (
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.embedded import model_folder
 from dora_diffusion.models.locate import is_embedded
-from dora_diffusion.sampling.generate import SamplingSettings
+from dora_diffusion.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -34,7 +34,7 @@ from dora_diffusion.sampling.comfyui import workflow_parameters
 # Files are read and listed without model code, which takes seconds to import.
 if TYPE_CHECKING:
     from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
 BATCH_SIZE, BATCH_POSITION = "Batch size", "Batch pos"
@@ -107,13 +107,13 @@ def unread_options(shares: str) -> str:
     return match[3] if match else shares
 
 
-class UsedAdapter(NamedTuple):
-    """An adapter as an image's text names it.
+class RecordedAdapter(NamedTuple):
+    """An adapter as an image's text records it: without its path.
 
     Attributes:
-        name: Its name.
-        strengths: How strongly it acts; of the parts' strengths, 1 is not written.
-        hash: 12 digits by which web UIs and Civitai know a file: of the SHA-256 of its tensors.
+        name: Name of the file or its run.
+        strengths: Its strengths; a strength of 1 of text encoders or UNet is not written.
+        hash: 12 digits by which web UIs and Civitai identify a file: of the SHA-256 of its tensors.
     """
 
     name: str
@@ -121,10 +121,19 @@ class UsedAdapter(NamedTuple):
     hash: str = ""
 
     @classmethod
-    def of(cls, path: str | Path, strengths: Strengths = MergeStrengths()) -> UsedAdapter:  # noqa: B008 - frozen
+    def of(cls, path: str | Path, strengths: Strengths = MergeStrengths()) -> RecordedAdapter:  # noqa: B008 - frozen
         """Name an adapter's file by `adapter_name`."""
         file = find_adapter(path)
         return cls(adapter_name(path), strengths, content_hash(file.resolve(), *_version(file)))
+
+    def matches(self, path: str | Path) -> bool | None:
+        """Compare the recorded hash with that of a file; some programs record fewer digits.
+
+        Returns:
+            None where nothing is recorded, or the file is a folder, which has no hash.
+        """
+        known = self.hash and RecordedAdapter.of(path).hash
+        return known.startswith(self.hash) if known else None
 
     @property
     def tag(self) -> str:
@@ -140,6 +149,11 @@ class UsedAdapter(NamedTuple):
         return tag_name(self.name)
 
 
+def recorded(uses: Sequence[AdapterUse]) -> list[RecordedAdapter]:
+    """Return the adapters as a text records them."""
+    return [RecordedAdapter.of(use.path, use.strengths) for use in uses]
+
+
 def _version(file: Path) -> tuple[int, int]:
     status = file.stat()
     return status.st_mtime_ns, status.st_size
@@ -147,7 +161,7 @@ def _version(file: Path) -> tuple[int, int]:
 
 @lru_cache(maxsize=1024)
 def content_hash(file: Path, written: int, size: int) -> str:
-    """The `UsedAdapter.hash` of a file as it was at a time; of a folder, which has several, none.
+    """`RecordedAdapter.hash` of a file as it was at a time; empty for a folder of several files.
 
     Args:
         file: The file.
@@ -163,12 +177,11 @@ def _model_hash(file: Path, written: int, size: int) -> str:
 
 
 def parameters_text(
-    prompt: str,
-    seed: int,
+    row: ImageRow,
     settings: SamplingSettings,
     size: tuple[int, int],
     model: str,
-    adapters: Sequence[UsedAdapter] = (),
+    adapters: Sequence[RecordedAdapter] = (),
     *,
     extra: Mapping[str, object] | None = None,
     hash_model: bool = True,
@@ -176,30 +189,29 @@ def parameters_text(
     """The generation settings as A1111's ``parameters`` text; no local path is in it.
 
     Args:
-        prompt: The prompt.
-        seed: The image's seed.
+        row: Its prompt and seed.
         settings: Steps, guidance, scheduler, negative prompt.
         size: Width and height in pixels.
         model: Name of the base model.
-        adapters: The adapters, of which the scale of the direction and the share of the magnitude
-            are the same.
+        adapters: The adapters, all with one scale of the direction and one share of the magnitude.
         extra: Further fields by name.
         hash_model: Add the hash of a base of one file, which is read whole once.
     """
-    shown = " ".join([_one_paragraph(prompt), *(adapter.tag for adapter in adapters)]).strip()
+    shown = " ".join([_one_paragraph(row.prompt), *(adapter.tag for adapter in adapters)]).strip()
     fields: dict[str, object] = {"Steps": settings.steps}
     if settings.scheduler is not None:
         scheduler = SCHEDULERS[settings.scheduler]
         fields |= {"Sampler": scheduler.a1111, "Schedule type": scheduler.schedule}
     fields |= {
         "CFG scale": number_text(settings.guidance_scale),
-        "Seed": seed,
+        "Seed": row.seed,
         "Size": f"{size[0]}x{size[1]}",
         **_model_fields(model, hash_model),
         **(extra or {}),
     }
     fields |= painted_fields(settings)
-    if not settings.prompt_weights and any(map(has_weights, (prompt, settings.negative_prompt))):
+    prompts = (row.prompt, settings.negative_prompt)
+    if not settings.prompt_weights and any(map(has_weights, prompts)):
         fields["Emphasis"] = "None"
     strengths = adapters[0].strengths if adapters else Strengths()
     numbers = {
@@ -356,7 +368,7 @@ def parse_parameters(text: str) -> dict[str, str]:
     return fields
 
 
-def adapters_of(fields: Mapping[str, str]) -> tuple[list[UsedAdapter], list[str]]:
+def adapters_of(fields: Mapping[str, str]) -> tuple[list[RecordedAdapter], list[str]]:
     """The adapters of a text, in its order, and what of their strengths has no meaning here.
 
     Several of one name have their hashes in the same order; web UIs write one hash for all.
@@ -371,7 +383,7 @@ def adapters_of(fields: Mapping[str, str]) -> tuple[list[UsedAdapter], list[str]
     for pair in filter(None, fields.get(HASHES, "").split(",")):
         name, _, digest = pair.rpartition(":")
         hashes.setdefault(name.strip(), []).append(digest.strip())
-    adapters, unread = list[UsedAdapter](), list[str]()
+    adapters, unread = list[RecordedAdapter](), list[str]()
     names, texts = (fields.get(key, "") for key in ("Adapter", "Adapter strength"))
     for name, text in zip(names.split(", "), texts.split(", "), strict=True) if names else ():
         first, second, other = _STRENGTHS.fullmatch(text).groups()  # type: ignore[union-attr]
@@ -384,7 +396,7 @@ def adapters_of(fields: Mapping[str, str]) -> tuple[list[UsedAdapter], list[str]
         }
         own = hashes.get(name, [""])
         adapters.append(
-            UsedAdapter(name, MergeStrengths(**shares), own.pop(0) if len(own) > 1 else own[0])
+            RecordedAdapter(name, MergeStrengths(**shares), own.pop(0) if len(own) > 1 else own[0])
         )
     return adapters, unread
 

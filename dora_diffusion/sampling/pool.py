@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 from dora_diffusion.adapters.inject import layer_adapters, remove_adapters
 from dora_diffusion.adapters.layers import LayerAdapter
@@ -23,35 +23,26 @@ from dora_diffusion.formats.checkpoint.schedule import PREDICTION
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import reschedule
 from dora_diffusion.models.words import add_own_tokens, own_words, remove_own_tokens
-from dora_diffusion.numerics.weights import MergeStrengths, Strengths
-from dora_diffusion.sampling.generate import SamplingSettings, as_stated, generate_images
+from dora_diffusion.numerics.weights import MergeStrengths
+from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import content_hash
+from dora_diffusion.sampling.load import as_stated
+from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 from dora_diffusion.sampling.stack import AdapterUse, set_strengths
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from dora_diffusion.sampling.settings import AdapterRef
 
-class PinnedAdapter(NamedTuple):
-    """An adapter as its file was when `AdapterPool.pin` read it; see `UsedAdapter.hash`."""
+
+@dataclass(frozen=True, kw_only=True)
+class PinnedAdapter(AdapterUse):
+    """An adapter as its file was when `AdapterPool.pin` read it; see `RecordedAdapter.hash`."""
 
     key: tuple[object, ...]
-    use: AdapterUse
-    metadata: AdapterMetadata
+    metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
     hash: str = ""
-
-
-AdapterRef = str | Path | tuple[str | Path, float | Strengths] | AdapterUse | PinnedAdapter | None
-"""An adapter file or a run's folder, or that with its strength or strengths, those of layers too;
-None is the base."""
-
-
-class ImageRow(NamedTuple):
-    """An image of a batch: what it shows, the seed of its noise, and its adapter."""
-
-    prompt: str
-    seed: int
-    adapter: AdapterRef = None
 
 
 @dataclass(frozen=True)
@@ -176,14 +167,12 @@ class AdapterPool:
         wanted = {reference.key: reference for reference in references if reference}
         for key, reference in wanted.items():
             if key not in self._loaded:
-                if _reference(reference.use).key != key:
-                    raise ValueError(
-                        f"{reference.use.path} was replaced while it was used; ask again"
-                    )
+                if _key(reference) != key:
+                    raise ValueError(f"{reference.path} was replaced while it was used; ask again")
                 self._loaded[key] = self._load(reference)
             self._loaded.move_to_end(key)
             self._make_room(wanted)
-        return [reference and self._loaded[reference.key].name for reference in references]
+        return [None if one is None else self._loaded[one.key].name for one in references]
 
     def pin(self, adapter: AdapterRef) -> PinnedAdapter | None:
         """Load an adapter; what becomes of its file does not matter while the pool has room for it.
@@ -197,7 +186,7 @@ class AdapterPool:
         key, loaded = next(reversed(self._loaded.items()))
         file, written, size = cast("tuple[Path, int, int]", key[:3])
         known = content_hash(file, written, size)
-        return _reference(adapter)._replace(key=key, metadata=loaded.metadata, hash=known)
+        return replace(_reference(adapter), key=key, metadata=loaded.metadata, hash=known)
 
     def metadata(self, adapter: AdapterRef) -> AdapterMetadata:
         """Read the metadata of an adapter's file, such as its trigger words; nothing is loaded.
@@ -209,7 +198,7 @@ class AdapterPool:
             return AdapterMetadata()
         if isinstance(adapter, PinnedAdapter):
             return adapter.metadata
-        return read_metadata(_reference(adapter).use.path)
+        return read_metadata(_reference(adapter).path)
 
     def own_words(self, adapter: AdapterRef) -> Mapping[str, str]:
         """The tokens that only the prompts of an adapter have, as `models.words.own_words` does.
@@ -251,10 +240,10 @@ class AdapterPool:
         models, name = self.components.adaptable(), f"pool{self.loads}"
         self.loads += 1
         family = self.components.family.name
-        read = attach_file(models, adapter.use.path, name=name, family=family)
+        read = attach_file(models, adapter.path, name=name, family=family)
         try:
             add_own_tokens(self.components, name, read.tokens)
-            set_strengths(models, [adapter.use], [name])
+            set_strengths(models, [adapter], [name])
         except ValueError:
             self._drop(name)
             raise
@@ -298,14 +287,18 @@ def reading_of(components: Components) -> tuple[object, ...]:
 
 
 def _reference(adapter: AdapterRef) -> PinnedAdapter:
-    """An adapter with its key, which is its file as it is now, and its strengths."""
+    """An adapter with its key."""
     if isinstance(adapter, PinnedAdapter):
         return adapter
     if not isinstance(adapter, AdapterUse):
         path, strength = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
         adapter = AdapterUse(cast("str | Path", path), MergeStrengths.of(strength))
-    file = find_adapter(adapter.path)
+    return PinnedAdapter(**vars(adapter), key=_key(adapter))
+
+
+def _key(use: AdapterUse) -> tuple[object, ...]:
+    """The adapter's file in its current version, and its strengths."""
+    file = find_adapter(use.path)
     status = file.stat()
-    strengths = MergeStrengths.of(adapter.strengths), *adapter.layers.items()
-    key = (file.resolve(), status.st_mtime_ns, status.st_size, *strengths)
-    return PinnedAdapter(key, adapter, AdapterMetadata())
+    strengths = MergeStrengths.of(use.strengths), *use.layers.items()
+    return file.resolve(), status.st_mtime_ns, status.st_size, *strengths

@@ -20,7 +20,7 @@ KNOWN = {setting.name: setting for setting in GenerateSettings.settings()}
 
 def asked(*axes, **changes):
     values = {"base": "b", "prompt": "a red mug, red", "output": "o", "seed": 1, **changes}
-    return GenerateSettings(grid=list(axes), **values)
+    return GenerateSettings.of(grid=list(axes), **values)
 
 
 def cells(*axes, **changes):
@@ -28,7 +28,7 @@ def cells(*axes, **changes):
 
 
 def values(name, *axes, **changes):
-    return [getattr(cell, name) for cell in cells(*axes, **changes)]
+    return [cell.values()[name] for cell in cells(*axes, **changes)]
 
 
 @given(st.integers(-50, 50), st.integers(1, 9), st.integers(2, 9), st.sampled_from([1, 4, 100]))
@@ -92,13 +92,13 @@ def test_linked_axes_move_together(pairs):
             plan_grid(asked(word))
         return
     found = cells(word, "seed=1, 2")
-    assert [(cell.steps, cell.guidance_scale) for cell in found[::2]] == kept
+    assert [(cell.denoising.steps, cell.denoising.guidance_scale) for cell in found[::2]] == kept
     assert [cell.seed for cell in found] == [1, 2] * len(kept)
 
 
 def test_a_word_of_both_prompts_is_replaced_as_a1111_does():
     found = cells("Prompt S/R=red, blue, SKIP:green, ", negative_prompt="not red")
-    assert [(cell.prompt, cell.negative_prompt) for cell in found] == [
+    assert [(cell.prompts.prompt, cell.negative_prompt) for cell in found] == [
         ("a red mug, red", "not red"), ("a blue mug, blue", "not blue"), ("a  mug, ", "not "),
     ]  # fmt: skip
     # In the prompts of another axis, and one after the other.
@@ -123,7 +123,7 @@ def test_adapters_are_lists_patterns_and_none(tmp_path):
     word = f"adapter={tmp_path}/checkpoint-*:0.5, {tmp_path}/checkpoint-1 + /x/y:0.5:1, none"
     grid = plan_grid(asked(word))
     ordered = [f"{tmp_path}/checkpoint-{number}" for number in (1, 2, 10)]
-    assert [cell.adapter for cell in grid.cells.values()] == [
+    assert [cell.adapters.adapter for cell in grid.cells.values()] == [
         *([f"{path}:0.5"] for path in ordered), [ordered[0], "/x/y:0.5:1"], None,
     ]  # fmt: skip
     # No folder of this machine is on a page.
@@ -142,10 +142,10 @@ def test_adapters_that_prompts_name_are_their_cells_own(tmp_path):
         given | {"base": "b", "output": "o",
                "grid": ["replace=dog:0.5, dog:1, cat", "unet_strength=0.25, 1"]}
     )  # fmt: skip
-    found = [cell.adapter for cell in plan_grid(settings).cells.values()]
+    found = [cell.adapters.adapter for cell in plan_grid(settings).cells.values()]
     names = [f"{files[0]}:0.5", f"{files[0]}:1.0", f"{files[1]}:1.0"]
     assert found[::2] == [[f"{name}:0.25"] for name in names]
-    assert {cell.prompt for cell in plan_grid(settings).cells.values()} == {"a red mug"}
+    assert {cell.prompts.prompt for cell in plan_grid(settings).cells.values()} == {"a red mug"}
 
 
 @pytest.mark.parametrize("word", ["adapter=/a/x, /b/x", "base=/a/x, /b/x"])

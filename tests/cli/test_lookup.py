@@ -17,15 +17,15 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.files.stream import save_tensors
 from dora_diffusion.numerics.weights import MergeStrengths
-from dora_diffusion.sampling.generate import SamplingSettings
 from dora_diffusion.sampling.images import (
-    UsedAdapter,
+    RecordedAdapter,
     adapters_of,
     model_hash,
     parameters_text,
     parse_parameters,
     save_image,
 )
+from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 from tests.properties import at_least
 
 LAYER = "lora_unet_mid_block_attentions_0_proj_in"
@@ -44,7 +44,7 @@ def adapter(path: Path, value: float) -> Path:
 
 
 def image_of(path: Path, used, base: str = "embedded:tiny-sd") -> Path:
-    text = parameters_text("a mug", 3, SamplingSettings(steps=1), (8, 8), base, used)
+    text = parameters_text(ImageRow("a mug", 3), SamplingSettings(steps=1), (8, 8), base, used)
     return save_image(Image.new("RGB", (1, 1)), path, text)
 
 
@@ -81,12 +81,12 @@ def test_a_request_for_adapters_is_repeated_whatever_they_are(folder, data) -> N
     given = {"strength": data.draw(NUMBERS), "magnitude_strength": data.draw(NUMBERS)}
     words = [f"{file}:{first!r}:{second!r}" for file, first, second in chosen]
     first = requested(base="embedded:tiny-sd", prompt="a mug", adapter=words or None, **given)
-    used = [UsedAdapter.of(use.path, use.strengths) for use in first.uses()]
+    used = [RecordedAdapter.of(use.path, use.strengths) for use in first.uses()]
     source = image_of(root / "x.png", used)
     again = requested(repeat=str(source), adapter_dir=str(root))
     assert facts(again) == facts(first)
-    assert again.base == first.base
-    assert not chosen or again.magnitude_strength == given["magnitude_strength"]
+    assert again.model.base == first.model.base
+    assert not chosen or again.model.magnitude_strength == given["magnitude_strength"]
     # The same where files are given, once each, in any order.
     shuffled = data.draw(st.permutations(sorted({str(file) for file, *_ in chosen})))
     assert facts(requested(repeat=str(source), adapter=shuffled or None)) == facts(first)
@@ -95,10 +95,10 @@ def test_a_request_for_adapters_is_repeated_whatever_they_are(folder, data) -> N
 def test_hashes_of_one_name_keep_their_places() -> None:
     """Also where a folder of several files is among them, which has no hash."""
     one = MergeStrengths()
-    used = [UsedAdapter(*each) for each in (
+    used = [RecordedAdapter(*each) for each in (
         ("mug", one, "0" * 12), ("dog",), ("mug",), ("mug", one, "1" * 12),
     )]  # fmt: skip
-    text = parameters_text("a mug", 3, SamplingSettings(steps=1), (8, 8), "cats", used)
+    text = parameters_text(ImageRow("a mug", 3), SamplingSettings(steps=1), (8, 8), "cats", used)
     assert adapters_of(parse_parameters(text)) == (used, [])
 
 
@@ -130,7 +130,7 @@ def test_an_adapter_is_found_in_each_folder_by_name_or_hash(
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path)
     file, wrong = adapter(Path(place, name), 1), adapter(Path("adapter_dir/zz.safetensors"), 2)
-    used = [UsedAdapter.of(file, MergeStrengths(0.5))._replace(name="mug")]
+    used = [RecordedAdapter.of(file, MergeStrengths(0.5))._replace(name="mug")]
     source = image_of(Path("beside/x.png"), used)
     found = requested(repeat=str(source), adapter_dir="adapter_dir")
     assert facts(found) == [(file.resolve(), 0.5, 0.5)]
@@ -156,7 +156,7 @@ def test_folders_are_searched_in_their_order(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     places = ["adapter_dir", "runs", "beside", "."]
     files = [adapter(tmp_path / place / "mug.safetensors", n) for n, place in enumerate(places)]
-    source = image_of(Path("beside/x.png"), [UsedAdapter("mug")])
+    source = image_of(Path("beside/x.png"), [RecordedAdapter("mug")])
     for file in files:
         found = requested(repeat=str(source), adapter_dir="adapter_dir")
         assert facts(found) == [(file, 1, 1)]
@@ -167,7 +167,7 @@ def test_a_checkpoint_is_found_by_its_name_in_texts(tmp_path, monkeypatch) -> No
     monkeypatch.chdir(tmp_path)
     file = adapter(tmp_path / f"runs/my-run/checkpoint-20/{RESULT}", 1)
     adapter(tmp_path / f"runs/my-run/{RESULT}", 2)
-    used = UsedAdapter.of(file)
+    used = RecordedAdapter.of(file)
     assert used.name == "my-run-checkpoint-20"
     for text in (used, used._replace(hash="")):
         assert facts(requested(repeat=str(image_of(Path("x.png"), [text])))) == [(file, 1, 1)]
@@ -175,7 +175,11 @@ def test_a_checkpoint_is_found_by_its_name_in_texts(tmp_path, monkeypatch) -> No
 
 def test_all_that_is_not_found_is_named_in_one_line(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    used = [UsedAdapter("dog"), UsedAdapter("cat", hash="0123456789ab"), UsedAdapter("dog")]
+    used = [
+        RecordedAdapter("dog"),
+        RecordedAdapter("cat", hash="0123456789ab"),
+        RecordedAdapter("dog"),
+    ]
     image_of(Path("x.png"), used, "./dogs")
     assert main(["generate", "--repeat", "x.png", "--output", "y.png"]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
@@ -187,7 +191,7 @@ def test_all_that_is_not_found_is_named_in_one_line(tmp_path, monkeypatch, capsy
 
 def test_given_adapters_are_matched_by_hash_then_name_then_order(folder) -> None:
     _, (mug, other, dog, _) = folder
-    image = [UsedAdapter.of(file) for file in (mug, other, dog)]
+    image = [RecordedAdapter.of(file) for file in (mug, other, dog)]
     words = [str(dog), f"{other}:0.2", str(mug)]
     assert match_adapters(words, image) == ([str(mug), f"{other}:0.2", str(dog)], [])
     unknown = [used._replace(hash="0" * 12) for used in image]
@@ -200,7 +204,7 @@ def test_given_adapters_are_matched_by_hash_then_name_then_order(folder) -> None
 
 def test_an_adapter_that_is_none_of_the_images_is_refused(folder) -> None:
     root, (mug, other, dog, _) = folder
-    source = image_of(root / "y.png", [UsedAdapter.of(mug), UsedAdapter.of(other)])
+    source = image_of(root / "y.png", [RecordedAdapter.of(mug), RecordedAdapter.of(other)])
     with pytest.raises(ConfigError, match=r"is none of the adapters of y.png \(mug\); leave it"):
         requested(repeat=str(source), adapter=[str(dog)], adapter_dir=str(root))
     # With as many it replaces one, and schedules that are given are in the order of the files.

@@ -81,7 +81,7 @@ class TestHelp:
     def test_names_and_defaults_in_help_texts_are_those_of_the_modules(self):
         """Their modules import torch: said twice, and compared."""
         from dora_diffusion.models.metric_models import LITE
-        from dora_diffusion.sampling.generate import SamplingSettings
+        from dora_diffusion.sampling.settings import SamplingSettings
 
         texts = {
             (command, action.dest): action.help

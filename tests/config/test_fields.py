@@ -191,4 +191,5 @@ def test_settings_check_themselves_wherever_they_are_made() -> None:
             wrong += [(s, "no such word") for s in known if s.choices and not s.is_list]
             for setting, value in wrong:
                 with case(f"{command}: {setting.name} = {value}"), refused(setting.name):
-                    kind(**given | {setting.name: form_of(setting, value)})
+                    values = given | {setting.name: form_of(setting, value)}
+                    kind(**values) if kind is TrainConfig else kind.of(**values)

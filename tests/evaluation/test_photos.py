@@ -25,7 +25,7 @@ from dora_diffusion.evaluation.photos import (
 )
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.metric_models import open_metric_model
-from dora_diffusion.sampling.generate import SamplingSettings
+from dora_diffusion.sampling.settings import SamplingSettings
 
 SETTINGS = SamplingSettings(steps=2, guidance_scale=1.0, width=32, height=32)
 

@@ -24,7 +24,8 @@ from dora_diffusion.evaluation.ranking import (
     rank,
 )
 from dora_diffusion.lab.judges import ask_toy
-from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
+from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.sampling.settings import SamplingSettings
 from tests.evaluation.helpers import Brightness
 
 

@@ -11,7 +11,8 @@ from dora_diffusion.config import AdapterConfig
 from dora_diffusion.evaluation.measures import ImageRequest
 from dora_diffusion.evaluation.photos import base_and_adapted, first_round, sample
 from dora_diffusion.models.load import load_components
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images
+from dora_diffusion.sampling.generate import generate_images
+from dora_diffusion.sampling.settings import SamplingSettings
 
 REQUESTS = [ImageRequest("subject", "a photo of a sks dog", 0, 7), ImageRequest("pose", "b", 0, 8)]
 SETTINGS = SamplingSettings(steps=2, guidance_scale=1.0, scheduler="ddim", width=32, height=32)

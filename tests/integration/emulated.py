@@ -13,7 +13,9 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.components import Components
 from dora_diffusion.numerics.weights import LayerWeights
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images, load_adapted
+from dora_diffusion.sampling.generate import generate_images
+from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.sampling.settings import SamplingSettings
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 PARTS = ("down", "up", "magnitude")

@@ -20,7 +20,8 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.memory import describe_device
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.devices import has_gradient_scaler
-from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
+from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.recipe import train
 from tests.apple import AppleGPU, apple_gpu
 from tests.integration.emulated import (

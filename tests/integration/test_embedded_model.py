@@ -87,7 +87,7 @@ def test_diffusers_alone_loads_it(trained: Path) -> None:
     """As the model card says, with the folder in place of the model's name."""
     from diffusers import AutoPipelineForText2Image
 
-    from dora_diffusion.sampling.generate import load_adapted
+    from dora_diffusion.sampling.load import load_adapted
 
     pipeline = AutoPipelineForText2Image.from_pretrained(
         model_folder("tiny-sd"), torch_dtype=torch.float32, local_files_only=True

@@ -35,7 +35,8 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_inputs
 from dora_diffusion.models.offload import place_model
 from dora_diffusion.numerics.weights import LayerWeights
-from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
+from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.batch import draw_batch
 from tests.refusal import refused
 from tests.training.helpers import (

@@ -25,7 +25,8 @@ from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.models.components import Components
-from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
+from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.sampling.settings import SamplingSettings
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 SUBJECTS = {

@@ -25,7 +25,7 @@ from dora_diffusion.formats.checkpoint.models import CheckpointFile, PipelineFol
 from dora_diffusion.lab.analysis.analyze import analyze_weights
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights
-from dora_diffusion.sampling.generate import load_adapted
+from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.training.recipe import train
 from dora_diffusion.training.trainable.adapters import inject_trained
 from tests.training.helpers import assert_same_adapter, make_config

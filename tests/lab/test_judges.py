@@ -26,7 +26,7 @@ from dora_diffusion.lab.toy.instrument import Instrument, load_instrument
 from dora_diffusion.lab.toy.shapes import CLASSES
 from dora_diffusion.lab.toy.world import BACKGROUNDS, Scene, render
 from dora_diffusion.models.load import load_components
-from dora_diffusion.sampling.generate import SamplingSettings
+from dora_diffusion.sampling.settings import SamplingSettings
 
 SEEDS = (0, 1)
 

@@ -21,7 +21,8 @@ from dora_diffusion.models.emphasis import (
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts, encode_weighted
 from dora_diffusion.models.words import add_tokens
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images
+from dora_diffusion.sampling.generate import generate_images
+from dora_diffusion.sampling.settings import SamplingSettings
 from tests.models.test_text import by_hand
 from tests.refusal import refused
 

@@ -15,7 +15,9 @@ from dora_diffusion.adapters.state import load_adapter_state
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.models import offload
 from dora_diffusion.models.components import Components
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images, load_adapted
+from dora_diffusion.sampling.generate import generate_images
+from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.sampling.settings import SamplingSettings
 from tests.apple import DEVICE, AppleGPU
 
 HOST = torch.device("cpu")

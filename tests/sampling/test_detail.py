@@ -14,8 +14,9 @@ from PIL import Image, ImageFilter
 
 from dora_diffusion.models.load import load_components
 from dora_diffusion.sampling.detail import FEATHER, Detail, find_region
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images
-from dora_diffusion.sampling.pool import AdapterPool, ImageRow
+from dora_diffusion.sampling.generate import generate_images
+from dora_diffusion.sampling.pool import AdapterPool
+from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 from tests.refusal import refused
 
 PROMPT = "a photo of a sks dog"

@@ -30,13 +30,10 @@ from dora_diffusion.models.load import load_components
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.models.text import encode_weighted
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.sampling.generate import (
-    BrokenImageError,
-    SamplingSettings,
-    generate_images,
-    lacks_trigger,
-    load_adapted,
-)
+from dora_diffusion.sampling.conditioning import lacks_trigger
+from dora_diffusion.sampling.generate import BrokenImageError, generate_images
+from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.sampling.settings import SamplingSettings
 from tests.models.test_text import by_hand
 from tests.refusal import refused
 
@@ -305,7 +302,7 @@ def test_the_model_goes_to_the_device_that_training_would_take(
     monkeypatch: pytest.MonkeyPatch, sd1_folder: Path
 ) -> None:
     moved: list[object] = []
-    monkeypatch.setattr("dora_diffusion.sampling.generate.default_device", lambda: "meta")
+    monkeypatch.setattr("dora_diffusion.sampling.load.default_device", lambda: "meta")
     monkeypatch.setattr(Components, "to", lambda self, device: moved.append(device))
     load_adapted(str(sd1_folder))
     load_adapted(str(sd1_folder), device="cpu")

@@ -24,9 +24,8 @@ from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.models.schedulers import SCHEDULERS, scheduler_of
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
 from dora_diffusion.sampling.detail import Detail
-from dora_diffusion.sampling.generate import SamplingSettings
 from dora_diffusion.sampling.images import (
-    UsedAdapter,
+    RecordedAdapter,
     parameters_text,
     parse_parameters,
     read_fields,
@@ -35,6 +34,7 @@ from dora_diffusion.sampling.images import (
     settings_of,
     thumbnail,
 )
+from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 from tests.every import every
 
 SETTINGS = SamplingSettings(steps=20, guidance_scale=7.0, scheduler="euler_a")
@@ -74,7 +74,7 @@ def text_chunks(file: Path) -> list[tuple[str, str, str]]:
     ],
 )
 def test_the_chunk_is_one_that_every_png_reader_understands(prompt, kind, tmp_path):
-    text = parameters_text(prompt, 7, SETTINGS, IMAGE.size, "embedded:tiny-sd")
+    text = parameters_text(ImageRow(prompt, 7), SETTINGS, IMAGE.size, "embedded:tiny-sd")
     file = save_image(IMAGE, tmp_path / "image.png", text)
     assert text_chunks(file) == [(kind, "parameters", text)]
     assert read_parameters(file) == text
@@ -104,8 +104,8 @@ def test_no_folder_of_this_computer_is_in_it(model, shown, tmp_path, monkeypatch
     monkeypatch.chdir(home)
     for adapter in ("run", str(home / "run"), "./run/"):
         text = parameters_text(
-            "a sks dog", 7, SETTINGS, (16, 8), model.format(home=home),
-            [UsedAdapter.of(adapter, Strengths(0.5))],
+            ImageRow("a sks dog", 7), SETTINGS, (16, 8), model.format(home=home),
+            [RecordedAdapter.of(adapter, Strengths(0.5))],
         )  # fmt: skip
         facts = parse_parameters(text)
         assert facts["Model"] == shown
@@ -146,14 +146,13 @@ def test_an_image_is_replaced_whole(tmp_path):
 
 def test_parameters_are_written_as_a1111_writes_them():
     text = parameters_text(
-        "a photo of a sks dog",
-        12,
+        ImageRow("a photo of a sks dog", 12),
         FULL,
         (512, 768),
         "/home/me/models/base: one",
         [
-            UsedAdapter("run", MergeStrengths(0.8, 1, 0.5), "0123456789ab"),
-            UsedAdapter("a:b", MergeStrengths(0.5, text_encoder_strength=0.5), "ba9876543210"),
+            RecordedAdapter("run", MergeStrengths(0.8, 1, 0.5), "0123456789ab"),
+            RecordedAdapter("a:b", MergeStrengths(0.5, text_encoder_strength=0.5), "ba9876543210"),
         ],
         extra={"Clip skip": 2},
     )
@@ -173,7 +172,7 @@ def test_parameters_are_written_as_a1111_writes_them():
 def test_a_png_keeps_its_parameters(tmp_path, prompt):
     path = tmp_path / "new" / "image.png"
     image = Image.new("RGB", (16, 8), "teal")
-    text = parameters_text(prompt, 12, FULL, image.size, "embedded:tiny-sd")
+    text = parameters_text(ImageRow(prompt, 12), FULL, image.size, "embedded:tiny-sd")
     save_image(image, path, text)
     assert read_parameters(path) == text
     facts = parse_parameters(text)
@@ -327,7 +326,7 @@ def check_random_settings(number, tmp_path):
     )
     kinds = rng.uniform(-2, 2), rng.choice([1.0, 0.25])
     adapters = [
-        UsedAdapter(
+        RecordedAdapter(
             f"my {i}.v",
             MergeStrengths(rng.uniform(-1, 2), *kinds, unet_strength=rng.choice([1, 0.5])),
             f"{rng.randrange(16**12):012x}",
@@ -335,7 +334,9 @@ def check_random_settings(number, tmp_path):
         for i in range(rng.randint(0, 3))
     ]
     size = (settings.width, settings.height)
-    text = parameters_text(prompt, seed, settings, size, model, adapters, extra={"Clip skip": 2})
+    text = parameters_text(
+        ImageRow(prompt, seed), settings, size, model, adapters, extra={"Clip skip": 2}
+    )
     path = save_image(IMAGE, tmp_path / f"x{rng.choice(SUFFIXES)}", text)
     assert read_parameters(path) == text
     fields, theirs = read_fields(path), read_by_a1111(text)

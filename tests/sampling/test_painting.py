@@ -15,7 +15,8 @@ from PIL import Image
 from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.models.load import load_components
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images, sampled_size
+from dora_diffusion.sampling.generate import generate_images
+from dora_diffusion.sampling.settings import SamplingSettings
 from tests.refusal import refused
 
 PROMPT, NEGATIVE = "a photo of a sks dog", "a blurry cat"
@@ -111,7 +112,7 @@ def test_a_second_pass_is_image_to_image_over_the_enlarged_first(family, folder,
     first, second = generate_images(
         components, PROMPT, [5, 6], settings, batch_size=1, on_step=lambda *n: done.append(n)
     )
-    assert (first.size, sampled_size(components, settings)) == ((72, 96), (48, 64))
+    assert (first.size, settings.size(components.default_resolution)) == ((72, 96), (48, 64))
     small = by_hand(parts, family, "text", 5, num_inference_steps=5, width=48, height=64)
     larger = small.resize((72, 96), Image.Resampling.LANCZOS)
     expected = by_hand(parts, family, "image", 5, image=larger, strength=0.5, num_inference_steps=4)

@@ -20,8 +20,9 @@ from dora_diffusion.config.base import BaseModel
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.offload import place_model
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.sampling.generate import load_adapted
-from dora_diffusion.sampling.pool import ImageRow, reading_of
+from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.sampling.pool import reading_of
+from dora_diffusion.sampling.settings import ImageRow
 
 QUICK = SamplingSettings(steps=2, guidance_scale=3.0, negative_prompt="red")
 

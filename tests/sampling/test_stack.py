@@ -15,7 +15,9 @@ from dora_diffusion.export import export_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images, load_adapted
+from dora_diffusion.sampling.generate import generate_images
+from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.sampling.stack import AdapterUse, name_of, parse_schedule, strength_texts
 
 QUICK = SamplingSettings(steps=3, guidance_scale=4.0, scheduler="euler")

@@ -20,7 +20,8 @@ from dora_diffusion.data.crops import CropRecord
 from dora_diffusion.data.dataset import SampleBatch
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images
+from dora_diffusion.sampling.generate import generate_images
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training import conditioner
 from dora_diffusion.training.batch import draw_batch
 from dora_diffusion.training.conditioner import Conditioner

@@ -30,7 +30,8 @@ from dora_diffusion.formats.names.kohya import kohya_name
 from dora_diffusion.formats.names.modules import canonical
 from dora_diffusion.numerics.merging import merge_tensor
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
+from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.batch import Batch
 from dora_diffusion.training.folder import TrainResult
 from dora_diffusion.training.inputs.subject import subjects_of

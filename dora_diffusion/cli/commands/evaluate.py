@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dora_diffusion.evaluation.ranking import EvaluationPrompts
     from dora_diffusion.evaluation.report import Evaluation
     from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.sampling.settings import SamplingSettings
     from dora_diffusion.training.inputs.subject import Subject
 
 
@@ -110,7 +110,7 @@ class EvaluateSettings(Sampling, AdaptedModel):
         Raises:
             ConfigError: If they cannot be.
         """
-        from dora_diffusion.sampling.generate import SamplingSettings
+        from dora_diffusion.sampling.settings import SamplingSettings
 
         guidance = source.guidance_scale if self.guidance_scale is None else self.guidance_scale
         return SamplingSettings(self.steps, guidance, self.scheduler)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.console.output import progress, say
-from dora_diffusion.cli.image_rows import Row, image_rows, warn_of_triggers
+from dora_diffusion.cli.image_rows import LoadedRequest, image_rows, warn_of_triggers
 from dora_diffusion.cli.repeat import Repeated, repeated_settings
 from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.config.fields import require
@@ -19,10 +19,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from typing_extensions import Self
 
-    from dora_diffusion.formats.adapter.metadata import AdapterMetadata
-    from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.generate import SamplingSettings
     from dora_diffusion.sampling.pool import AdapterPool
+    from dora_diffusion.sampling.settings import ImageRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +55,12 @@ class GenerateSettings(RequestedImages):
 
     def perform(self) -> int:
         """Generate images, and write them with what made them."""
-        if self.grid:
+        if self.axes.grid:
             from dora_diffusion.cli.commands.grid import make_grid
 
             return make_grid(self)
         rows = image_rows(self)
-        from dora_diffusion.numerics.weights import Strengths
-        from dora_diffusion.sampling.generate import sampled_size
         from dora_diffusion.sampling.pool import AdapterPool
-        from dora_diffusion.sampling.stack import AdapterUse
 
         settings, uses = self.sampling, self.uses()
         repeated = Repeated.of(self, settings)
@@ -73,52 +68,27 @@ class GenerateSettings(RequestedImages):
         settings, line = self.distilled(settings, components, uses)
         if line:
             say(line, sys.stderr)
-        pool = AdapterPool(components, **self.reading)
-        readings = {row.adapter: components for row in rows}
-        told: dict[str | None, AdapterMetadata] = {None: metadata}
-        if self.adapters_file:
-            readings = {row.adapter: pool.components_for(row.adapter) for row in rows}
-            told = {row.adapter: pool.metadata(row.adapter) for row in rows}
-        warn_of_triggers((row.prompt, told[row.adapter]) for row in rows)
-        size = sampled_size(components, settings)
-        images = self._sample(rows, components, pool, settings, repeated)
-        for number, (row, image) in enumerate(zip(rows, images, strict=True)):
-            used = [AdapterUse(row.adapter, Strengths(row.strength))] if row.adapter else uses
-            extra = repeated.own_fields(self, number, len(rows), readings[row.adapter])
-            row.write(image, settings, size, self.base, used, extra)
-            print(f"{row.path} (seed {row.seed})")
+        loaded = LoadedRequest(self, components, settings, repeated.batch)
+        requests, told = [loaded] * len(rows), [metadata] * len(rows)
+        pool = AdapterPool(components, **self.model.reading)
+        if self.adapters.adapters_file:
+            adapters = [row.adapter for row in rows.values()]
+            told = [pool.metadata(adapter) for adapter in adapters]
+            requests = [loaded._replace(components=pool.components_for(a)) for a in adapters]
+        warn_of_triggers((row.prompt, m) for row, m in zip(rows.values(), told, strict=True))
+        images = self._sample(list(rows.values()), loaded, pool)
+        for number, ((path, row), image) in enumerate(zip(rows.items(), images, strict=True)):
+            requests[number].write(image, path, row, number, len(rows))
+            print(f"{path} (seed {row.seed})")
         return 0
 
     def _sample(
-        self,
-        rows: Sequence[Row],
-        components: Components,
-        pool: AdapterPool,
-        settings: SamplingSettings,
-        repeated: Repeated,
+        self, rows: Sequence[ImageRow], loaded: LoadedRequest, pool: AdapterPool
     ) -> list[Image]:
-        from dora_diffusion.sampling.generate import generate_images
-        from dora_diffusion.sampling.pool import ImageRow
-
-        shared: dict[str, Any] = {"batch_size": self.batch_size, "require_finite": True}
         with progress("generating images", "step") as show:
-            if self.adapters_file:
-                of_pool = [
-                    ImageRow(row.prompt, row.seed, row.adapter and (row.adapter, row.strength))
-                    for row in rows
-                ]
-                return pool.generate(of_pool, settings, on_step=show, **shared)
-            seeds = [row.seed for row in rows]
-            if repeated.batch > 1:
-                # The others change nothing but how products are rounded.
-                seeds = [seeds[0] - repeated.position + n for n in range(repeated.batch)]
-                shared["batch_size"] = repeated.batch
-            images = generate_images(
-                components,
-                [row.prompt for row in rows] if self.wildcards else rows[0].prompt,
-                seeds,
-                settings,
-                on_step=lambda done, steps: show(done * len(rows), steps * len(rows)),
-                **shared,
+            if not self.adapters.adapters_file:
+                count = len(rows)
+                return loaded.sample(rows, lambda done, steps: show(done * count, steps * count))
+            return pool.generate(
+                rows, loaded.sampling, batch_size=self.batch_size, on_step=show, require_finite=True
             )
-            return images[repeated.position :][: len(rows)]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dora_diffusion.cli.axes import NO_AXES, plan_grid
 from dora_diffusion.cli.console.output import progress, say
-from dora_diffusion.cli.image_rows import SUFFIXES, Row, image_rows, warn_of_triggers
+from dora_diffusion.cli.image_rows import SUFFIXES, LoadedRequest, image_rows, warn_of_triggers
 from dora_diffusion.cli.repeat import Repeated
 from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.cli.settings import Model
@@ -34,16 +34,17 @@ from dora_diffusion.formats.adapter.metadata import AdapterMetadata, join_trigge
 from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.formats.files.atomic import leftovers, require_writable
 from dora_diffusion.numerics.devices import release_memory
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images, sampled_size
+from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import (
-    UsedAdapter,
     parameters_text,
     parse_parameters,
     read_fields,
     read_parameters,
+    recorded,
 )
 from dora_diffusion.sampling.page import PAGE, RECORD, GridRecord
-from dora_diffusion.sampling.pool import AdapterPool, ImageRow, reading_of
+from dora_diffusion.sampling.pool import AdapterPool, reading_of
+from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 from dora_diffusion.sampling.stack import AdapterUse, set_strengths
 from dora_diffusion.training.results.folders import LOCK_NAME, locked
 
@@ -55,11 +56,11 @@ if TYPE_CHECKING:
 Show = Callable[[int, int], None]
 Load = Callable[[RequestedImages, Sequence[AdapterUse]], "Components"]
 _MODEL = (*(setting.name for setting in Model.settings()), "alpha")
-# Those of each row of a batch.
+# Settings that the rows of a batch have of their own.
 _OWN = {"prompt", "seed", "adapter", "strength", "direction_strength", "magnitude_strength",
         "layer_strength", "wildcards", "wildcard_dir"}  # fmt: skip
 _ALIKE = {setting.name for setting in RequestedImages.settings()} - _OWN - {*NO_AXES}
-# What an image's text may say of settings that were not given.
+# Fields of an image's text whose settings may not be given, but chosen by a model.
 _CHOSEN = {"steps": "Steps", "guidance_scale": "CFG scale", "scheduler": "Sampler"}
 
 
@@ -68,13 +69,13 @@ class _Cell:
     """A cell.
 
     Attributes:
-        settings: Its settings, those that have no effect at their default, with its file.
-        row: Its prompt, with drawn wildcards, and its seed.
+        settings: Its settings, without those that have no effect; its file is their output.
+        row: Its prompt, with drawn wildcards, its seed and its only adapter.
         uses: Its adapters.
     """
 
     settings: RequestedImages
-    row: Row
+    row: ImageRow
     uses: tuple[AdapterUse, ...]
 
     @classmethod
@@ -87,29 +88,36 @@ class _Cell:
         defaults = {setting.name: setting.default for setting in settings.settings()}
         idle = {name: defaults[name] for name in settings.without_effect()}
         output = folder / "images" / "cell.png"
-        settings = replace(settings, **idle, output=str(output), overwrite=True)
-        (row,) = image_rows(settings)
+        settings = settings.changed(**idle, output=str(output), overwrite=True)
+        (row,) = image_rows(settings).values()
         uses = tuple(settings.uses())
         path = output.with_stem(_digest(settings, row, uses, clip_skip))
-        return cls(replace(settings, output=str(path)), row._replace(path=path), uses)
+        row = row._replace(adapter=uses[0] if len(uses) == 1 else None)
+        return cls(replace(settings, output=str(path)), row, uses)
+
+    @property
+    def path(self) -> Path:
+        return Path(self.settings.output)
 
     @property
     def is_pooled(self) -> bool:
         """True if it may share a batch with cells of other adapters."""
-        s = self.settings
-        return len(self.uses) < 2 and not (s.strength_schedule or s.compile or s.alpha is not None)
+        model, schedule = self.settings.model, self.settings.adapters.strength_schedule
+        return len(self.uses) < 2 and not (schedule or model.compile or model.alpha is not None)
 
     @property
     def model_key(self) -> tuple[object, ...]:
         """Equal for cells that one loaded model makes, strengths aside."""
         paths = None if self.is_pooled else [str(use.path) for use in self.uses]
-        return (*(repr(getattr(self.settings, name)) for name in _MODEL), repr(paths))
+        values = self.settings.values()
+        return (*(repr(values[name]) for name in _MODEL), repr(paths))
 
     @property
     def batch_key(self) -> tuple[object, ...]:
         """Equal for cells that one batch may hold."""
         own = () if self.is_pooled else self.uses
-        return (*(repr(getattr(self.settings, name)) for name in sorted(_ALIKE)), repr(own))
+        values = self.settings.values()
+        return (*(repr(values[name]) for name in sorted(_ALIKE)), repr(own))
 
     @property
     def order(self) -> tuple[object, ...]:
@@ -118,17 +126,16 @@ class _Cell:
 
 
 class _Ready(NamedTuple):
-    """A cell with its model, as its adapter has that read, and the settings of sampling."""
+    """A cell with its model."""
 
     cell: _Cell
-    components: Components
-    sampling: SamplingSettings
+    loaded: LoadedRequest
 
     def key(self) -> tuple[object, ...]:
         """Equal for cells of one batch."""
-        sampling = self.sampling
+        sampling = self.loaded.sampling
         chosen = repr((sampling.steps, sampling.guidance_scale, sampling.scheduler))
-        return (*self.cell.batch_key, chosen, repr(reading_of(self.components)))
+        return (*self.cell.batch_key, chosen, repr(reading_of(self.loaded.components)))
 
 
 class GridRun:
@@ -161,10 +168,10 @@ class GridRun:
         cells = [_Cell.of(cell, self.folder, clip_skip) for cell in grid.cells.values()]
         self.record = GridRecord(
             {axis.name: axis.labels for axis in grid.axes},
-            [f"images/{cell.row.path.name}" for cell in cells],
+            [f"images/{cell.path.name}" for cell in cells],
             int(args.seed or 0),
         )
-        unique = {cell.row.path: cell for cell in cells}
+        unique = {cell.path: cell for cell in cells}
         own = {cell.batch_key: cell.settings for cell in cells}
         self.samplings = {key: settings.sampling for key, settings in own.items()}
         warn_of_triggers(_triggers(unique.values()))
@@ -181,19 +188,19 @@ class GridRun:
 
     def _is_made(self, cell: _Cell) -> bool:
         """Return whether its file is whole, and says what it is to say."""
-        sampling, used = self.samplings[cell.batch_key], _named(cell.uses)
+        sampling, used = self.samplings[cell.batch_key], recorded(cell.uses)
         try:
-            found = read_fields(cell.row.path)
-            open_photo(cell.row.path, limited=False)
+            found = read_fields(cell.path)
+            open_photo(cell.path, limited=False)
             width, height = map(int, found.get("Size", "").split("x"))
         except (*DECODE_ERRORS, PhotoError, ValueError):
             return False
         size = (sampling.width or width, sampling.height or height)
-        row = cell.row
-        text = parameters_text(row.prompt, row.seed, sampling, size, cell.settings.base, used)
+        text = parameters_text(cell.row, sampling, size, cell.settings.model.base, used)
         expected = parse_parameters(text)
+        values = cell.settings.values()
         for name, field in _CHOSEN.items():
-            if getattr(cell.settings, name) is None:
+            if values[name] is None:
                 expected.pop(field, None)
         return expected.items() <= found.items()
 
@@ -231,22 +238,21 @@ class GridRun:
         first, total = cells[0], sum(self.samplings[c.batch_key].steps for c in self.missing)
         uses = () if first.is_pooled else first.uses
         components = self._load(first.settings, uses)
-        pool = AdapterPool(components, budget=None, **first.settings.reading)
+        pool = AdapterPool(components, budget=None, **first.settings.model.reading)
         sample = self._sample_mixed if first.is_pooled else self._sample_stack
         try:
-            for loaded in self._batches(cells, pool):
-                steps, done = (
-                    sum(self.samplings[c.cell.batch_key].steps for c in loaded),
-                    self._steps,
-                )
+            for batch in self._batches(cells, pool):
+                steps = sum(self.samplings[ready.cell.batch_key].steps for ready in batch)
+                done = self._steps
 
                 def on_step(now: int, of: int, steps: int = steps, done: int = done) -> None:
                     show(done + steps * now // of, total)
 
-                images = sample([each.cell for each in loaded], loaded[0].sampling, pool, on_step)
-                for each, image in zip(loaded, images, strict=True):
-                    self._write(each, image)
-                # Whoever is killed writes nothing more: the page has the images that are there.
+                cells_of_batch = [ready.cell for ready in batch]
+                images = sample(cells_of_batch, batch[0].loaded.sampling, pool, on_step)
+                for ready, image in zip(batch, images, strict=True):
+                    self._write(ready, image)
+                # A killed process writes nothing more: the page has the images so far.
                 self.record.write(self.folder)
                 self._steps += steps
         finally:
@@ -254,23 +260,24 @@ class GridRun:
 
     def _batches(self, cells: Sequence[_Cell], pool: AdapterPool) -> Iterator[list[_Ready]]:
         """Cells that are sampled alike, whose adapters have prompts and noise read alike too."""
-        loaded, lines = [], dict[str, None]()
+        ready, lines = [], dict[str, None]()
         for cell in cells:
-            components = pool.components_for(_only(cell)) if cell.is_pooled else pool.components
+            adapter = cell.row.adapter if cell.is_pooled else None
+            components = pool.components_for(adapter)
             sampling = self.samplings[cell.batch_key]
             sampling, line = cell.settings.distilled(sampling, components, cell.uses)
-            loaded.append(_Ready(cell, components, sampling))
+            ready.append(_Ready(cell, LoadedRequest(cell.settings, components, sampling)))
             lines[line] = None
         for line in filter(None, lines):
             say(line, sys.stderr)
-        for _, alike in groupby(sorted(loaded, key=_Ready.key), key=_Ready.key):
+        for _, alike in groupby(sorted(ready, key=_Ready.key), key=_Ready.key):
             group, size = list(alike), self._batch_size
             yield from (group[at : at + size] for at in range(0, len(group), size))
 
     def _sample_mixed(
         self, batch: Sequence[_Cell], sampling: SamplingSettings, pool: AdapterPool, on_step: Show
     ) -> list[Image]:
-        rows = [ImageRow(cell.row.prompt, cell.row.seed, _only(cell)) for cell in batch]
+        rows = [cell.row for cell in batch]
         shared: dict[str, Any] = {"batch_size": len(rows), "require_finite": True}
         return pool.generate(rows, sampling, on_step=on_step, **shared)
 
@@ -289,21 +296,18 @@ class GridRun:
             require_finite=True,
         )
 
-    def _write(self, loaded: _Ready, image: Image) -> None:
+    def _write(self, ready: _Ready, image: Image) -> None:
         if not self._is_held:
             self._hold()
         if not self.record.texts:
             self.record.write(self.folder)
-        cell, components, sampling = loaded
-        text = cell.row.write(
-            image, sampling, sampled_size(components, sampling), cell.settings.base, cell.uses,
-            Repeated({}).own_fields(cell.settings, 0, 1, components),
-        )  # fmt: skip
-        self.record.texts[f"images/{cell.row.path.name}"] = text
+        cell = ready.cell
+        text = ready.loaded.write(image, cell.path, cell.row)
+        self.record.texts[f"images/{cell.path.name}"] = text
 
 
 def make_grid(args: RequestedImages) -> int:
-    """Make what is missing of a grid. Returns the exit code."""
+    """Make the missing cells of a grid. Returns the exit code."""
     run = GridRun(args)
     with progress("generating images", "step") as show:
         run.make(show)
@@ -313,18 +317,14 @@ def make_grid(args: RequestedImages) -> int:
     return 0
 
 
-def _only(cell: _Cell) -> AdapterUse | None:
-    return cell.uses[0] if cell.uses else None
-
-
 def _require_folder(args: RequestedImages, folder: Path) -> None:
-    """Refuse what a grid cannot be with, and a folder of other files.
+    """Refuse settings that a grid cannot have, and a folder of other files.
 
     Raises:
         ConfigError, OSError: If so.
     """
     require(
-        args.adapters_file is None,
+        args.adapters.adapters_file is None,
         "grid and adapters_file are both given; leave one out",
         "adapters_file",
     )
@@ -348,10 +348,6 @@ def _require_folder(args: RequestedImages, folder: Path) -> None:
     require_writable(folder, is_folder=True)
 
 
-def _named(uses: Sequence[AdapterUse]) -> list[UsedAdapter]:
-    return [UsedAdapter.of(use.path, use.strengths) for use in uses]
-
-
 def _triggers(cells: Iterable[_Cell]) -> Iterator[tuple[str, AdapterMetadata]]:
     """Each prompt with the trigger words of its adapters."""
     known: dict[str, str] = {}
@@ -362,17 +358,20 @@ def _triggers(cells: Iterable[_Cell]) -> Iterator[tuple[str, AdapterMetadata]]:
         yield cell.row.prompt, AdapterMetadata(trigger=trigger)
 
 
-def _digest(settings: RequestedImages, row: Row, uses: Sequence[AdapterUse], clip_skip: str) -> str:
+def _digest(
+    settings: RequestedImages, row: ImageRow, uses: Sequence[AdapterUse], clip_skip: str
+) -> str:
     """A digest of what makes an image: settings, and the contents of files that they name."""
     defaults = {setting.name: setting.default for setting in settings.settings()}
-    facts = {name: getattr(settings, name) for name in defaults if name not in NO_AXES}
-    facts = {name: value for name, value in facts.items() if value != defaults[name]}
-    facts |= {"prompt": row.prompt, "seed": row.seed, "style": settings.chosen_styles}
+    values = settings.values()
+    names = [name for name in defaults if name not in NO_AXES]
+    facts = {name: values[name] for name in names if values[name] != defaults[name]}
+    facts |= {"prompt": row.prompt, "seed": row.seed, "style": settings.prompts.chosen_styles}
     facts |= dict.fromkeys(("wildcards", "wildcard_dir", "styles"))
-    facts |= {"base": _files_of(settings.base), "clip": clip_skip}
+    facts |= {"base": _files_of(settings.model.base), "clip": clip_skip}
     facts["adapter"] = [
         (used.name, used.hash or _files_of(str(use.path)), vars(use.strengths))
-        for use, used in zip(uses, _named(uses), strict=True)
+        for use, used in zip(uses, recorded(uses), strict=True)
     ]
     if path := facts.get("detail"):
         facts["detail"] = _files_of(path)

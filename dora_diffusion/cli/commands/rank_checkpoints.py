@@ -65,7 +65,7 @@ class RankCheckpointsSettings(Overwrite, AnyBase):
         questions = _questions(config, self, str(base.path))
         tell(phase="loading the model")
         from dora_diffusion.evaluation.ranking import Ranking, rank, write_ranking
-        from dora_diffusion.sampling.generate import load_model
+        from dora_diffusion.sampling.load import load_model
 
         components = load_model(base, None)
         components = components.reading(config.clip_skip, config.max_token_length)
@@ -110,7 +110,7 @@ def _steps(name: str, adapter: Path) -> int:
 
 def _questions(config: TrainConfig, args: RankCheckpointsSettings, base: str) -> EvaluationPrompts:
     """Return the evaluation prompts of a run's subjects, sampled as the run's own samples are."""
-    from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.sampling.settings import SamplingSettings
     from dora_diffusion.training.inputs.subject import subjects_of, triggers_of
 
     require(

@@ -19,8 +19,8 @@ from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.models.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
-    from dora_diffusion.sampling.generate import SamplingSettings
-    from dora_diffusion.sampling.pool import AdapterPool, ImageRow
+    from dora_diffusion.sampling.pool import AdapterPool
+    from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 
 MAX_STEPS, MAX_SIDE = 200, 2048
 # What requests of one batch have each for itself.
@@ -103,7 +103,7 @@ class ApiRequest(pydantic.BaseModel):
 
     def settings(self) -> SamplingSettings:
         """Return the sampling settings of the request."""
-        from dora_diffusion.sampling.generate import SamplingSettings
+        from dora_diffusion.sampling.settings import SamplingSettings
 
         return SamplingSettings(**self.model_dump(exclude=_OWN))
 
@@ -147,7 +147,7 @@ class Engine:
         Raises:
             ModelNotFoundError, UnsupportedModelError, ValueError: As there.
         """
-        from dora_diffusion.sampling.generate import load_adapted
+        from dora_diffusion.sampling.load import load_adapted
         from dora_diffusion.sampling.pool import AdapterPool
 
         components, _ = load_adapted(base, **options)
@@ -166,7 +166,7 @@ class Engine:
             asked: The requests.
             is_given_up: Whether nobody waits for the answers any longer; sampling then ends.
         """
-        from dora_diffusion.sampling.pool import ImageRow
+        from dora_diffusion.sampling.settings import ImageRow
 
         answers: dict[int, ApiAnswer | Exception] = {}
         rows = {}
@@ -217,16 +217,16 @@ class Engine:
 
     def _answer(self, asked: BatchItem, row: ImageRow, image: Any) -> ApiAnswer:
         from dora_diffusion.models.text import token_limit, truncated_text
-        from dora_diffusion.numerics.weights import Strengths
-        from dora_diffusion.sampling.generate import lacks_trigger
-        from dora_diffusion.sampling.images import UsedAdapter, image_bytes, parameters_text
+        from dora_diffusion.sampling.conditioning import lacks_trigger
+        from dora_diffusion.sampling.images import RecordedAdapter, image_bytes, parameters_text
+        from dora_diffusion.sampling.pool import PinnedAdapter
 
         request, components = asked.request, self.pool.components_for(row.adapter)
-        strengths, pinned = Strengths(request.strength), row.adapter
-        used = [UsedAdapter(request.adapter or "", strengths, getattr(pinned, "hash", ""))]
+        use, used = row.adapter, list[RecordedAdapter]()
+        if isinstance(use, PinnedAdapter):
+            used = [RecordedAdapter(request.adapter or "", use.strengths, use.hash)]
         text = parameters_text(
-            row.prompt, row.seed, request.settings(), image.size, self.name,
-            used if pinned else (),
+            row, request.settings(), image.size, self.name, used,
             extra=components.clip_skip_parameter,
         )  # fmt: skip
         notes, metadata = [], self.pool.metadata(row.adapter)

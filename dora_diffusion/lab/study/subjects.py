@@ -38,7 +38,7 @@ from dora_diffusion.lab.toy.benchmark_subjects import (
 )
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.metric_models import MetricModel
-from dora_diffusion.sampling.generate import SamplingSettings
+from dora_diffusion.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from PIL.Image import Image

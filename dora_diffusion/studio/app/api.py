@@ -36,7 +36,8 @@ from dora_diffusion.studio.app.settings import (
     preset_values,
     setting_text,
 )
-from dora_diffusion.studio.app.views.request import UNSET, make_request, shown_value
+from dora_diffusion.studio.app.views.request import UNSET, make_request
+from dora_diffusion.studio.app.views.restore import shown_value
 from dora_diffusion.studio.client import (
     NewConversion,
     NewImages,

@@ -12,14 +12,15 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from PIL.Image import open as open_image
 
-from dora_diffusion.cli.image_rows import Row, image_rows, trigger_messages
-from dora_diffusion.cli.repeat import Repeated
+from dora_diffusion.cli.image_rows import LoadedRequest, image_rows, trigger_messages
+from dora_diffusion.cli.image_settings import Prompts
 from dora_diffusion.cli.requested_images import RequestedImages
-from dora_diffusion.cli.settings import adapter_and_strengths
+from dora_diffusion.cli.settings import AdaptedModel, adapter_and_strengths
+from dora_diffusion.config.command import group
 from dora_diffusion.config.fields import ConfigError, flag
 from dora_diffusion.config.prompts import MOST_CHARACTERS, Style
 from dora_diffusion.models.locate import is_embedded
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.generate import SamplingSettings
+    from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
 MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID, MAX_GUIDANCE = 16, 200, 2048, 48, 30
@@ -42,12 +43,31 @@ Step = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Model(AdaptedModel):
+    """A model with another autoencoder, see `BaseModel`."""
+
+    vae: str | Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prompts(Prompts):
+    """Prompts with a subject, which ``{subject}`` becomes in the prompt of a style."""
+
+    subject: str = ""
+
+    @cached_property
+    def chosen_styles(self) -> list[Style]:
+        """The chosen styles, with the subject in their prompts, of a line each."""
+        styles = super().chosen_styles
+        texts = ((s.prompt.replace("{subject}", self.subject), s.negative_prompt) for s in styles)
+        return [Style(*(clean_text(s, MOST_CHARACTERS, "style") for s in pair)) for pair in texts]
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationRequest(RequestedImages):
     """Request for images: settings of ``generate``, within the limits of the app.
 
     Attributes:
-        subject: What ``{subject}`` becomes in the prompt of a style.
-        vae: Another autoencoder, see `BaseModel`.
         batch: For an image that is repeated: images of its batch, which round its products, and its
             place there.
 
@@ -55,35 +75,29 @@ class GenerationRequest(RequestedImages):
         UserError, ConfigError: If a value is out of its limits.
     """
 
+    model: _Model = group(_Model)
+    prompts: _Prompts = group(_Prompts)
     output: str = flag("", "Image file; each image of the app has its own.")
-    subject: str = ""
-    vae: str | Path | None = None
     batch: tuple[int, int] = (1, 0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_prompt(self.styled("prompt"))
+        denoising = self.denoising
         for name, value, low, high in (
             ("images", self.num_images, 1, MAX_BATCH),
-            ("steps", self.steps, 1, MAX_STEPS),
-            ("steps of the second pass", self.hires_steps, 1, MAX_STEPS),
-            ("guidance", self.guidance_scale, 0, MAX_GUIDANCE),
-            ("width", self.width, 8, MAX_SIDE),
-            ("height", self.height, 8, MAX_SIDE),
+            ("steps", denoising.steps, 1, MAX_STEPS),
+            ("steps of the second pass", self.second_pass.hires_steps, 1, MAX_STEPS),
+            ("guidance", denoising.guidance_scale, 0, MAX_GUIDANCE),
+            ("width", denoising.width, 8, MAX_SIDE),
+            ("height", denoising.height, 8, MAX_SIDE),
             ("seed", self.seed, 0, SEED_LIMIT - 1),
         ):
             if value is not None and not low <= value <= high:
                 raise UserError(f"{name} is {value}; it must be between {low} and {high}")
-        paths = [adapter_and_strengths(word)[0] for word in self.adapter or []]
+        paths = [adapter_and_strengths(word)[0] for word in self.adapters.adapter or []]
         if len({*paths}) < len(paths):
             raise UserError("the same adapter is chosen twice; choose it once, more strongly")
-
-    @cached_property
-    def chosen_styles(self) -> list[Style]:
-        """The styles that are asked for, with the subject in their prompts, of a line each."""
-        styles = super().chosen_styles
-        texts = ((s.prompt.replace("{subject}", self.subject), s.negative_prompt) for s in styles)
-        return [Style(*(clean_text(s, MOST_CHARACTERS, "style") for s in pair)) for pair in texts]
 
 
 @dataclass(frozen=True)
@@ -97,14 +111,6 @@ class GeneratedImage:
     seed: int
     parameters: str
     notes: tuple[str, ...] = ()
-
-
-class _LoadedRequest(NamedTuple):
-    """A request with its model, and the settings of sampling that this needs."""
-
-    request: GenerationRequest
-    components: Components
-    sampling: SamplingSettings
 
 
 @dataclass(eq=False)
@@ -179,7 +185,11 @@ class ImageGenerator:
                 loaded = self._load(asked, request.sampling)
                 images = self._sample(loaded, rows, on_step)
             notes = _notes(loaded, [row.prompt for row in rows], lines)
-        return [self._write(loaded, rows, *each, notes) for each in enumerate(images)]
+        pairs = enumerate(zip(rows, images, strict=True))
+        return [
+            self._write(loaded, row, image, notes, (index, len(rows)))
+            for index, (row, image) in pairs
+        ]
 
     def compare(
         self, request: GenerationRequest, on_step: Step | None = None
@@ -196,10 +206,10 @@ class ImageGenerator:
                     (base,) = self._sample(loaded, rows, on_step)
                 (adapted,) = self._sample(loaded, rows, on_step)
             notes = _notes(loaded, [row.prompt for row in rows], lines)
-        alone = replace(asked, adapter=None, layer_strength=[], strength_schedule=[])
+        alone = asked.changed(adapter=None, layer_strength=[], strength_schedule=[])
         return (
-            self._write(loaded._replace(request=alone), rows, 0, base, notes),
-            self._write(loaded, rows, 0, adapted, notes),
+            self._write(loaded._replace(request=alone), rows[0], base, notes),
+            self._write(loaded, rows[0], adapted, notes),
         )
 
     def grid(
@@ -228,7 +238,7 @@ class ImageGenerator:
         common = replace(request, seed=_first_seed(request), num_images=1)
         name = hashlib.sha256(repr(common).encode()).hexdigest()[:12]
         output = str(self.workspace.root / "grids" / f"grid-{name}")
-        asked = replace(common, output=output, grid=[*axes], grid_limit=MAX_GRID)
+        asked = common.changed(output=output, grid=[*axes], grid_limit=MAX_GRID)
         try:
             run = GridRun(asked, self._model)
         except ConfigError as error:
@@ -252,36 +262,25 @@ class ImageGenerator:
         """The request with its seed, and a name for its images."""
         output = str(self.workspace.images / f"{new_id()}.png")
         # A batch is repeated with one prompt, so that drawn ones are sampled one by one.
-        at_once = 1 if request.wildcards else request.batch_size
+        at_once = 1 if request.prompts.wildcards else request.batch_size
         return replace(request, seed=_first_seed(request), output=output, batch_size=at_once)
 
-    def _load(self, request: GenerationRequest, sampling: SamplingSettings) -> _LoadedRequest:
+    def _load(self, request: GenerationRequest, sampling: SamplingSettings) -> LoadedRequest:
         uses = request.uses()
         components = self._model(request, uses)
-        return _LoadedRequest(request, components, request.distilled(sampling, components, uses)[0])
+        sampling, _ = request.distilled(sampling, components, uses)
+        return LoadedRequest(request, components, sampling, request.batch)
 
     def _sample(
-        self, loaded: _LoadedRequest, rows: Sequence[Row], on_step: Step | None
+        self, loaded: LoadedRequest, rows: Sequence[ImageRow], on_step: Step | None
     ) -> list[Image]:
-        """The images of the rows; one that is repeated is of its batch."""
-        from dora_diffusion.sampling.generate import generate_images, sampled_size
-
-        request, components, sampling = loaded
-        longest = max(sampled_size(components, sampling)) * (sampling.hires or 1)
+        """Sample the rows, within the limits of a second pass."""
+        longest = max(loaded.size) * (loaded.sampling.hires or 1)
         if longest > MAX_SIDE:
             raise UserError(
                 f"the second pass would be {longest:.0f} pixels long; at most {MAX_SIDE} are made"
             )
-        (size, place), prompts = request.batch, [row.prompt for row in rows]
-        seeds = [row.seed for row in rows]
-        if size > 1:
-            seeds = [seeds[0] - place + number for number in range(size)]
-        images = generate_images(
-            components, prompts if len({*prompts}) > 1 else prompts[0], seeds, sampling,
-            batch_size=max(size, request.batch_size), on_step=self._until_withdrawn(on_step),
-            require_finite=True,
-        )  # fmt: skip
-        return images[place:][: len(rows)]
+        return loaded.sample(rows, self._until_withdrawn(on_step))
 
     @contextmanager
     def _device(self, request: GenerationRequest) -> Iterator[None]:
@@ -292,7 +291,7 @@ class ImageGenerator:
                 if not held:
                     raise Withdrawn("the images were withdrawn; none of them was made")
                 # Not before: while it waits, a run that starts has its model's memory.
-                with self._mine, one_thread() if is_embedded(request.base) else nullcontext():
+                with self._mine, one_thread() if is_embedded(request.model.base) else nullcontext():
                     turn.is_making = True
                     try:
                         yield
@@ -309,10 +308,10 @@ class ImageGenerator:
 
     def _model(self, request: RequestedImages, uses: Sequence[AdapterUse]) -> Components:
         """The model with the adapters at their strengths; reloaded only if others are asked for."""
-        from dora_diffusion.sampling.generate import load_model
+        from dora_diffusion.sampling.load import load_model
         from dora_diffusion.sampling.stack import set_strengths
 
-        base = request.base_model
+        base = request.model.base_model
         key = (base, [(use.path, Path(use.path).stat().st_mtime_ns) for use in uses])
         if self._loaded != key:
             # Two large models may not fit beside each other.
@@ -320,27 +319,20 @@ class ImageGenerator:
             self._components = load_model(base, uses)
             self._loaded = key
         set_strengths(self._components.adaptable(), uses)
-        components: Components = self._components.reading(**request.reading)
+        components: Components = self._components.reading(**request.model.reading)
         return components
 
     def _write(
         self,
-        loaded: _LoadedRequest,
-        rows: Sequence[Row],
-        index: int,
+        loaded: LoadedRequest,
+        row: ImageRow,
         image: Image,
         notes: tuple[str, ...],
+        place: tuple[int, int] = (0, 1),
     ) -> GeneratedImage:
-        """Save the image of a row with what made it."""
-        from dora_diffusion.sampling.generate import sampled_size
-
-        (request, components, sampling), seed = loaded, rows[index].seed
-        row = rows[index]._replace(path=self.workspace.images / f"{new_id()}-{seed}.png")
-        text = row.write(
-            image, sampling, sampled_size(components, sampling), request.base, request.uses(),
-            Repeated({}, *request.batch).own_fields(request, index, len(rows), components),
-        )  # fmt: skip
-        return GeneratedImage(row.path, seed, text, notes)
+        """Save the image of a row with its parameters; its place is that among all rows."""
+        path = self.workspace.images / f"{new_id()}-{row.seed}.png"
+        return GeneratedImage(path, row.seed, loaded.write(image, path, row, *place), notes)
 
 
 @contextmanager
@@ -356,17 +348,17 @@ def _untouched() -> Iterator[list[str]]:
     lines += dict.fromkeys(f"{s[:1].upper()}{s[1:]}" for s in found if s.endswith(NO_PASS))
 
 
-def _notes(loaded: _LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) -> tuple[str, ...]:
+def _notes(loaded: LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) -> tuple[str, ...]:
     """A line for each prompt that is longer than the model reads, with the truncated end.
 
     With one for settings that a distilled model is not for, before ``lines``.
     """
     from dora_diffusion.models.emphasis import plain_parts
     from dora_diffusion.models.text import token_limit, truncated_text
-    from dora_diffusion.sampling.generate import few_steps
     from dora_diffusion.sampling.images import adapter_name
+    from dora_diffusion.sampling.load import few_steps
 
-    request, components, sampling = loaded
+    request, components, sampling, _ = loaded
     limit, notes = token_limit(components), prompt_messages(request, prompts)
     texts = [("prompt", prompt) for prompt in dict.fromkeys(prompts)]
     for name, prompt in [*texts, ("negative prompt", sampling.negative_prompt)]:
@@ -386,7 +378,7 @@ def _notes(loaded: _LoadedRequest, prompts: Sequence[str], lines: Sequence[str])
     return *notes, *lines
 
 
-def prompt_messages(request: GenerationRequest, prompts: Iterable[str]) -> list[str]:
+def prompt_messages(request: RequestedImages, prompts: Iterable[str]) -> list[str]:
     """Messages on prompts without the adapters' trigger words, as ``generate`` warns of them."""
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata, join_triggers
     from dora_diffusion.formats.adapter.stored import read_metadata
@@ -400,13 +392,13 @@ def _first_seed(request: GenerationRequest) -> int:
     return random.randrange(SEED_LIMIT - MAX_BATCH) if request.seed is None else request.seed
 
 
-def _rows(request: GenerationRequest) -> list[Row]:
+def _rows(request: GenerationRequest) -> list[ImageRow]:
     """The request's images, with drawn wildcards.
 
     Raises:
         ConfigError, UserError: If wildcards cannot be drawn, or nothing is.
     """
-    rows = image_rows(request)
+    rows = list(image_rows(request).values())
     for row in rows:
         _require_prompt(row.prompt)
     return rows

@@ -23,8 +23,9 @@ from dora_diffusion.data.photos import Photo, list_photos, nested_photos, read_p
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.models.components import Components
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images
+from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import save_image
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.events import ClassImagesAnnounced, ClassImagesProgress, OnEvent
 from dora_diffusion.training.inputs.subject import Subject, caption_rules
 from dora_diffusion.training.processes import shards_model

@@ -40,8 +40,9 @@ from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.modules import UNetLayout
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import MergeStrengths
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images
-from dora_diffusion.sampling.images import UsedAdapter, parameters_text, save_image, thumbnail
+from dora_diffusion.sampling.generate import generate_images
+from dora_diffusion.sampling.images import RecordedAdapter, parameters_text, save_image, thumbnail
+from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgress
 from dora_diffusion.training.inputs.subject import caption_rules, prompt_rules
 from dora_diffusion.training.metrics import Trackers, naming_step
@@ -409,12 +410,11 @@ class SampleWriter:
             extra["Last size"] = f"{last[0]}x{last[1]}"
         strengths = MergeStrengths(*self._strengths[:1])
         return parameters_text(
-            self._rules.draw_prompt(first.text, first.seeds[0]),
-            first.seeds[0],
+            ImageRow(self._rules.draw_prompt(first.text, first.seeds[0]), first.seeds[0]),
             first.settings,
             size,
             self._run.config.pretrained_model_name_or_path,
-            [UsedAdapter(self._output_dir.resolve().name, strengths)] if adapter else (),
+            [RecordedAdapter(self._output_dir.resolve().name, strengths)] if adapter else (),
             extra=extra,
             hash_model=False,
         )

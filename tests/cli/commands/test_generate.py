@@ -70,7 +70,7 @@ def generate(sd1_folder, tmp_path, capsys):
 def test_numbers_are_checked_before_a_model_is_loaded(
     name, value, message, generate, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("dora_diffusion.sampling.generate.load_components", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("dora_diffusion.sampling.load.load_components", lambda *a, **k: 1 / 0)
     code, error = generate(**{name: value})
     assert code == 1
     assert message in error
@@ -446,7 +446,7 @@ def test_an_image_to_repeat_is_read_once(axes, tmp_path, monkeypatch):
         assert repeated.fields == parse_parameters(text)
     assert read == [image]
     save_image(Image.new("RGB", (8, 8)), image, text.replace("a dog", "two dogs"))
-    assert GenerateSettings.read(given).prompt == "two dogs"
+    assert GenerateSettings.read(given).prompts.prompt == "two dogs"
 
 
 def test_an_image_of_a_batch_is_repeated_bit_for_bit(sd1_folder, tmp_path):

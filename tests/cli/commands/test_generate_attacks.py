@@ -85,9 +85,8 @@ def refused(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
 
     def run(*flags: str, **values: Any) -> str:
-        home = "dora_diffusion.sampling.generate."
-        reached = "generate_images" if "base" in values else "load_components"
-        monkeypatch.setattr(f"{home}{reached}", lambda *args, **options: 1 / 0)
+        reached = "generate.generate_images" if "base" in values else "load.load_components"
+        monkeypatch.setattr(f"dora_diffusion.sampling.{reached}", lambda *args, **options: 1 / 0)
         given = {"base": "embedded:tiny-sd", "prompt": "a dog", "output": "x.png", **values}
         before = {path: path.lstat().st_size for path in tmp_path.rglob("*")}
         words = [f"--{name}={value}" for name, value in given.items() if value is not None]

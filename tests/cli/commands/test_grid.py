@@ -15,10 +15,11 @@ from PIL import Image
 from dora_diffusion.cli.main import main
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.files.atomic import atomic_file
-from dora_diffusion.sampling import generate as sampling
-from dora_diffusion.sampling.generate import SamplingSettings
+from dora_diffusion.sampling import load as loading
 from dora_diffusion.sampling.images import parse_parameters, read_parameters
 from dora_diffusion.sampling.page import PAGE, RECORD, SHEET
+from dora_diffusion.sampling.passes import Pass
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.results.folders import locked
 from tests.waiting import STAY
 
@@ -66,13 +67,13 @@ def generate(sd1_folder):
 @pytest.fixture
 def batches(monkeypatch):
     """The seeds of each batch that a pipeline samples from now on."""
-    found, sample = [], sampling._sample
+    found, sample = [], Pass.sample
 
-    def count(pipeline, components, prompt, seeds, *more):
-        found.append(list(seeds))
-        return sample(pipeline, components, prompt, seeds, *more)
+    def count(current, rows, *more):
+        found.append(list(rows.seeds))
+        return sample(current, rows, *more)
 
-    monkeypatch.setattr(sampling, "_sample", count)
+    monkeypatch.setattr(Pass, "sample", count)
     return found
 
 
@@ -134,9 +135,9 @@ def test_stacks_and_schedules_are_plain_images_too_of_one_loaded_model(
 ):
     """Several adapters, whose strengths alone change, are not loaded again."""
     first, second = adapters
-    loads, load = [], sampling.load_components
+    loads, load = [], loading.load_components
     monkeypatch.setattr(
-        sampling, "load_components", lambda *a, **k: loads.append(1) or load(*a, **k)
+        loading, "load_components", lambda *a, **k: loads.append(1) or load(*a, **k)
     )
     grid, plain = tmp_path / "grid", tmp_path / "plain.png"
     stack, schedule = [f"{first}:0.7", f"{second}:0.5"], "0:0.2,0.5:1"
@@ -166,7 +167,7 @@ def test_bases_and_all_that_changes_sampling_are_plain_images(generate, sd2_fold
 
 
 def interrupted(words, monkeypatch):
-    asked, sample = [], sampling._sample
+    asked, sample = [], Pass.sample
 
     def stop(*args):
         asked.append(1)
@@ -175,7 +176,7 @@ def interrupted(words, monkeypatch):
         return sample(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "_sample", stop)
+        patch.setattr(Pass, "sample", stop)
         assert main(words) == 130
 
 

@@ -27,7 +27,7 @@ from dora_diffusion.cluster.serving import deploy
 from dora_diffusion.cluster.serving.deploy import TOKEN_VARIABLE, Deployment, deployed, read_token
 from dora_diffusion.config import ConfigError
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.sampling.generate import load_adapted
+from dora_diffusion.sampling.load import load_adapted
 from tests.refusal import refused
 from tests.waiting import WAIT_SECONDS, wait_until
 

@@ -16,8 +16,9 @@ from dora_diffusion.cluster.serving.engine import ApiAnswer, ApiRequest, BatchIt
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import truncated_text
-from dora_diffusion.sampling.generate import BrokenImageError, generate_images, load_adapted
+from dora_diffusion.sampling.generate import BrokenImageError, generate_images
 from dora_diffusion.sampling.images import parse_parameters
+from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.sampling.pool import AdapterPool
 
 

@@ -22,7 +22,7 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.numerics.merging import merge_tensor
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.sampling.generate import load_adapted
+from dora_diffusion.sampling.load import load_adapted
 from tests.formats.adapter.helpers import (
     MakeAdapter,
     SameLayers,

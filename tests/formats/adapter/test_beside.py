@@ -16,7 +16,7 @@ from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write
 from dora_diffusion.formats.layouts.layout import AdapterFormatError
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
-from dora_diffusion.sampling.generate import load_adapted
+from dora_diffusion.sampling.load import load_adapted
 from tests.formats.adapter.helpers import MakeAdapter
 
 LORA = "pytorch_lora_weights.safetensors"

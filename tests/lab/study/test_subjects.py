@@ -12,7 +12,7 @@ from dora_diffusion.lab.judges import KNOWN
 from dora_diffusion.lab.study.subjects import PhotoSource, ToySource, find_subject
 from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS
 from dora_diffusion.models.embedded import MODELS, model_folder
-from dora_diffusion.sampling.generate import SamplingSettings
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.inputs.subject import Subject
 from tests.refusal import refused
 

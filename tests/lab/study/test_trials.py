@@ -20,7 +20,7 @@ from dora_diffusion.lab.study.subjects import ToySource
 from dora_diffusion.lab.study.trials import _live_bytes, kept_bytes
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.quantised import quantise
-from dora_diffusion.sampling.generate import SamplingSettings
+from dora_diffusion.sampling.settings import SamplingSettings
 from tests.lab.study.helpers import study
 from tests.refusal import refused
 from tests.shallow import *  # noqa: F403

@@ -25,8 +25,9 @@ from dora_diffusion.config import PRESETS
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import is_photo
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
 from dora_diffusion.sampling.images import parse_parameters
+from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.studio.app import api as app_api
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context

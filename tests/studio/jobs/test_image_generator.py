@@ -27,14 +27,10 @@ from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.models.load import load_vae
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.detail import Detail
-from dora_diffusion.sampling.generate import (
-    BrokenImageError,
-    SamplingSettings,
-    generate_images,
-    load_adapted,
-    load_model,
-)
+from dora_diffusion.sampling.generate import BrokenImageError, generate_images
 from dora_diffusion.sampling.images import parse_parameters
+from dora_diffusion.sampling.load import load_adapted, load_model
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.sampling.stack import AdapterUse, name_of
 from dora_diffusion.studio.jobs import tasks
 from dora_diffusion.studio.jobs.image_generator import (
@@ -64,13 +60,13 @@ def ask(finished: tuple[Workspace, str], **changes: Any) -> GenerationRequest:
         "adapter": [str(adapter_of(job))], "prompt": "a photo of a sks dog", "seed": 5, "steps": 2,
         "width": 64, "height": 64, "styles": str(root.styles), "wildcard_dir": str(root.wildcards),
     }  # fmt: skip
-    return GenerationRequest(base=job.base, **(usual | changes))
+    return GenerationRequest.of(base=job.base, **(usual | changes))
 
 
 def with_adapter(
     request: GenerationRequest, file: Path | None, **strengths: float
 ) -> GenerationRequest:
-    return replace(request, adapter=[str(file)], **strengths)
+    return request.changed(adapter=[str(file)], **strengths)
 
 
 def kept(finished: tuple[Workspace, str], image: Image.Image) -> str:
@@ -145,15 +141,15 @@ def test_several_adapters_images_to_start_from_and_second_passes_are_the_library
         "into": (into, replace(quick, image=source, mask_image=mask, denoise=0.6)),
         "hires": ({"hires": 1.5, "width": 48}, replace(quick, hires=1.5, width=48)),
     }
-    several = replace(
-        plain, adapter=[f"{result}:0.7", f"{early}:-0.5"], direction_strength=0.9,
+    several = plain.changed(
+        adapter=[f"{result}:0.7", f"{early}:-0.5"], direction_strength=0.9,
         layer_strength=["unet.*attn2*:0.5"], strength_schedule=["0:1", "0:1, 0.5:0"],
     )  # fmt: skip
     studio.make(plain)  # with another adapter before
     components = load_adapted(BaseModel(job.base), uses, device="cpu")[0]
     for name, (changes, settings) in wanted.items():
-        (made,) = studio.make(replace(several, **changes))
-        (image,) = generate_images(components, plain.prompt, [5], settings)
+        (made,) = studio.make(several.changed(**changes))
+        (image,) = generate_images(components, plain.prompts.prompt, [5], settings)
         assert pixels(made.path) == image.tobytes(), name
         fields = fields_of(made)
         assert fields["Adapter"] == f"{finished[1]}, {finished[1]}-checkpoint-2"
@@ -164,17 +160,17 @@ def test_several_adapters_images_to_start_from_and_second_passes_are_the_library
         assert ("Mask image hash" in fields) == (name == "into")
         assert fields["Size"] == ("48x64" if name == "hires" else "64x64")
     # The other way round, on the model that is loaded: nothing of the one before stays.
-    (alone,) = studio.make(replace(several, adapter=[f"{result}:0.7"], strength_schedule=[]))
+    (alone,) = studio.make(several.changed(adapter=[f"{result}:0.7"], strength_schedule=[]))
     (full,) = studio.make(with_adapter(plain, result))
     assert pixels(full.path) == pixels(studio.make(plain)[0].path) != pixels(alone.path)
     with pytest.raises(UserError, match="would be 2400 pixels long; at most 2048"):
-        studio.make(replace(plain, width=1600, hires=1.5))
+        studio.make(plain.changed(width=1600, hires=1.5))
     base, adapted = studio.compare(several)
-    assert pixels(base.path) == pixels(studio.make(replace(plain, strength=0.0))[0].path)
+    assert pixels(base.path) == pixels(studio.make(plain.changed(strength=0.0))[0].path)
     assert "Strength schedule" not in fields_of(base)
     assert adapted.parameters == studio.make(several)[0].parameters
     # Cells of a grid have them all too.
-    asked = replace(several, **into)
+    asked = several.changed(**into)
     grid, _ = studio.grid(asked, ["strength=1"], lambda *_: None)
     assert grid.parameters == studio.make(asked)[0].parameters
 
@@ -188,7 +184,7 @@ def test_an_image_of_a_batch_is_made_again_in_its_batch(
     assert batches == [*(("4", str(n)) for n in range(4)), ("2", "0"), ("2", "1")]
     for place in (2, 5):
         size, position = (int(text or 0) for text in batches[place])
-        asked = replace(ask(finished), seed=six[place].seed, batch=(size, position))
+        asked = ask(finished).changed(seed=six[place].seed, batch=(size, position))
         (again,) = studio.make(asked)
         assert again.parameters == six[place].parameters
         assert pixels(again.path) == pixels(six[place].path)
@@ -201,9 +197,9 @@ def test_wildcards_are_drawn_by_each_image_s_seed(
     words.parent.mkdir(parents=True, exist_ok=True)
     words.write_text("cod\n# none\neel\n", encoding="utf-8")
     plain = ask(finished, prompt="a {red|blue} __sea/fish__ of sks dog")
-    drawing = replace(plain, wildcards=True, num_images=6)
+    drawing = plain.changed(wildcards=True, num_images=6)
     rules = CaptionRules(wildcards=Wildcards(finished[0].wildcards))
-    wanted = [rules.draw_prompt(plain.prompt, seed) for seed in range(5, 11)]
+    wanted = [rules.draw_prompt(plain.prompts.prompt, seed) for seed in range(5, 11)]
     assert len({*wanted}) > 1
     made = studio.make(drawing)
     assert [fields_of(image)["Prompt"] for image in made] == wanted
@@ -211,19 +207,19 @@ def test_wildcards_are_drawn_by_each_image_s_seed(
     for image in made[:2]:
         assert "Batch size" not in fields_of(image)
         prompt = fields_of(image)["Prompt"]
-        (again,) = studio.make(replace(plain, prompt=prompt, seed=image.seed))
+        (again,) = studio.make(plain.changed(prompt=prompt, seed=image.seed))
         assert again.parameters == image.parameters
         assert pixels(again.path) == pixels(image.path)
     assert [fields_of(one)["Prompt"] for one in studio.compare(drawing)] == wanted[:1] * 2
     (text,) = studio.make(plain)
-    assert fields_of(text)["Prompt"] == plain.prompt
+    assert fields_of(text)["Prompt"] == plain.prompts.prompt
     cells, _ = studio.grid(drawing, ["strength=1"], lambda *_: None)
     assert cells.parameters == made[0].parameters
     with pytest.raises(ValueError, match="the wildcard __sea/bird__ has no file"):
-        studio.make(replace(drawing, prompt="a __sea/bird__"))
+        studio.make(drawing.changed(prompt="a __sea/bird__"))
     before = sorted(finished[0].images.iterdir())
     with pytest.raises(UserError, match="write a prompt"):
-        studio.make(replace(drawing, prompt="{|}"))
+        studio.make(drawing.changed(prompt="{|}"))
     assert sorted(finished[0].images.iterdir()) == before
 
 
@@ -233,19 +229,19 @@ def test_a_grid_s_cells_have_the_styles_that_are_chosen(
     text = 'name,prompt,negative_prompt\nink,"{prompt},\n ink of {subject}",photo\nsea,sea,\n'
     finished[0].styles.write_text(text, encoding="utf-8")
     plain = ask(finished, negative_prompt="cat")
-    styled = replace(plain, style=["ink"], subject="sks dog")
+    styled = plain.changed(style=["ink"], subject="sks dog")
     (alone,) = studio.make(styled)
     texts = fields_of(alone)
     assert (texts["Prompt"], texts["Negative prompt"]) == (
-        f"{plain.prompt}, ink of sks dog", "cat, photo"
+        f"{plain.prompts.prompt}, ink of sks dog", "cat, photo"
     )  # fmt: skip
     cells = {
         "prompt=a dog": ("a dog, ink of sks dog", "cat, photo"),
-        "style=sea": (f"{plain.prompt}, sea", "cat"),
+        "style=sea": (f"{plain.prompts.prompt}, sea", "cat"),
     }
     for axis, (prompt, negative) in cells.items():
         sheet, _ = studio.grid(styled, [axis], lambda *_: None)
-        wanted = replace(plain, prompt=prompt, negative_prompt=negative)
+        wanted = plain.changed(prompt=prompt, negative_prompt=negative)
         assert sheet.parameters == studio.make(wanted)[0].parameters
 
 
@@ -266,8 +262,8 @@ def test_a_detail_pass_is_the_library_s_and_it_is_said_where_there_is_none(
         "dora_diffusion.data.prepare.open_masker",
         lambda name, *, label: opened.append((name, label)) or masks[-1],
     )
-    asked = replace(
-        plain, detail="rembg:isnet", detail_label="dog", detail_prompt="a sks dog, close",
+    asked = plain.changed(
+        detail="rembg:isnet", detail_label="dog", detail_prompt="a sks dog, close",
         detail_denoise=0.6, detail_padding=16,
     )  # fmt: skip
     assert asked.sampling.detail is not None  # The page opens it before it waits.
@@ -275,7 +271,7 @@ def test_a_detail_pass_is_the_library_s_and_it_is_said_where_there_is_none(
     detail = Detail(boxed, 0.6, 16, "a sks dog, close", "rembg:isnet", "dog")
     components, _ = load_adapted(job.base, adapter_of(job), device="cpu")
     settings = SamplingSettings(steps=2, width=64, height=64, detail=detail)
-    (wanted,) = generate_images(components, plain.prompt, [5], settings)
+    (wanted,) = generate_images(components, plain.prompts.prompt, [5], settings)
     assert pixels(made.path) == wanted.tobytes() != pixels(studio.make(plain)[0].path)
     assert made.notes == ()
     assert fields_of(made)["Detail model"] == "rembg:isnet"
@@ -287,7 +283,7 @@ def test_a_detail_pass_is_the_library_s_and_it_is_said_where_there_is_none(
     masks.append(blank)
     nothing = replace(asked)
     line = "No dog was found in the image of seed {}; it has no detail pass"
-    assert studio.make(replace(nothing, num_images=2))[0].notes == (line.format(5), line.format(6))
+    assert studio.make(nothing.changed(num_images=2))[0].notes == (line.format(5), line.format(6))
     assert studio.compare(nothing)[1].notes == (line.format(5),)
 
 
@@ -314,10 +310,10 @@ def test_the_page_says_what_of_a_long_prompt_was_not_read(
     assert negative.startswith("The negative prompt is longer")
     (plain,), (cut,) = studio.make(short), studio.make(long)
     assert plain.notes == ()
-    (whole,) = studio.make(replace(long, max_token_length=0))
+    (whole,) = studio.make(long.changed(max_token_length=0))
     assert whole.notes == ()
     assert pixels(whole.path) != pixels(cut.path)
-    (skips,) = studio.make(replace(short, clip_skip=1))
+    (skips,) = studio.make(short.changed(clip_skip=1))
     assert pixels(skips.path) != pixels(plain.path)
     found = [parse_parameters(image.parameters).get("Clip skip") for image in (plain, skips)]
     assert found == [None, "2"]
@@ -330,7 +326,7 @@ def test_a_prompt_without_trigger_words_is_said_as_the_command_line_does(
     lacking = ask(finished, prompt="a photo of a dog", style=[])
     metadata = read_metadata(lacking.uses()[0].path)
     with pytest.warns(UserWarning, match="trigger word") as told:
-        warn_of_triggers([(lacking.prompt or "", metadata)])
+        warn_of_triggers([(lacking.prompts.prompt or "", metadata)])
     text = str(told[0].message)
     assert text == "the prompt lacks the adapter's trigger word; write 'sks dog' to get the subject"
     line = f"T{text[1:]}"
@@ -339,7 +335,7 @@ def test_a_prompt_without_trigger_words_is_said_as_the_command_line_does(
     assert [image.notes for image in made] == [(line,)] * 4
     for prompt, lines in (("a SKS, dog", []), ("sksdog", [line]), ("a dog", [line])):
         assert prompt_messages(lacking, [prompt]) == lines
-    assert prompt_messages(replace(lacking, adapter=None), ["a dog"]) == []
+    assert prompt_messages(lacking.changed(adapter=None), ["a dog"]) == []
 
 
 def test_an_adapter_that_is_for_few_steps_says_so_where_there_are_more(
@@ -347,17 +343,17 @@ def test_an_adapter_that_is_for_few_steps_says_so_where_there_are_more(
 ) -> None:
     plain = ask(finished)
     file = tmp_path / "lcm-lora-sdv1-5.safetensors"
-    file.write_bytes(Path((plain.adapter or [""])[0]).read_bytes())
-    request = replace(with_adapter(plain, file), guidance_scale=7.5)
+    file.write_bytes(Path((plain.adapters.adapter or [""])[0]).read_bytes())
+    request = with_adapter(plain, file).changed(guidance_scale=7.5)
     (made,) = studio.make(request)
     line = "lcm-lora-sdv1-5 is for few steps (LCM): set steps 4, guidance 1, scheduler LCM"
     assert made.notes == (line,)
     for steps, notes in ((2, ()), (9, (line,))):
-        (made,) = studio.make(replace(request, guidance_scale=1.0, steps=steps))
+        (made,) = studio.make(request.changed(guidance_scale=1.0, steps=steps))
         assert made.notes == notes
     # Its scheduler is taken where none is chosen, as in a grid.
     for scheduler, name in ((None, "lcm"), ("euler", "euler")):
-        asked = replace(request, scheduler=scheduler)
+        asked = request.changed(scheduler=scheduler)
         sheet, _ = studio.grid(asked, ["strength=1"], lambda *_: None)
         assert sheet.parameters == studio.make(asked)[0].parameters
         assert fields_of(sheet)["Sampler"] == name
@@ -583,9 +579,9 @@ def test_a_merged_model_makes_the_adapter_s_images(
     workspace, run = finished[0], job_of(finished)
     merge = perform(workspace, tasks.start_task("export", workspace, run, "1"))
     (adapted,) = studio.make(ask(finished))
-    merged = replace(ask(finished), base=merge.record.output, model_config=run.base, adapter=None)
+    merged = ask(finished).changed(base=merge.record.output, model_config=run.base, adapter=None)
     (image,) = studio.make(merged)
-    (base,) = studio.make(replace(ask(finished), adapter=None))
+    (base,) = studio.make(ask(finished).changed(adapter=None))
     # The sum is rounded once more where it is stored.
     apart = [np.asarray(Image.open(one.path), np.int16) for one in (adapted, image, base)]
     assert np.abs(apart[0] - apart[1]).max() <= 2 < np.abs(apart[0] - apart[2]).max()

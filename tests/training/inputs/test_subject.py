@@ -12,7 +12,7 @@ from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.data.captions import CaptionRules
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.sampling.generate import lacks_trigger
+from dora_diffusion.sampling.conditioning import lacks_trigger
 from dora_diffusion.training.inputs.dataset import list_subjects
 from dora_diffusion.training.inputs.subject import (
     class_caption_of,

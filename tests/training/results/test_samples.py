@@ -14,8 +14,9 @@ from PIL import Image
 from dora_diffusion.config import read_config_file
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.load import load_components
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images
+from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import parse_parameters, read_parameters
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.events import SamplingProgress
 from dora_diffusion.training.recipe import train
 from tests.refusal import refused

@@ -20,7 +20,8 @@ from dora_diffusion.evaluation.denoising import NUM_SEEDS, HeldOutImages
 from dora_diffusion.evaluation.photos import evaluate_photos, read_subject
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.models import offload
-from dora_diffusion.sampling.generate import SamplingSettings, load_adapted
+from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.events import TrainingEnded, TrainingStarted, Validated
 from dora_diffusion.training.inputs import base, held_out
 from dora_diffusion.training.inputs.held_out import divide, read_held_out

@@ -11,8 +11,10 @@ from dora_diffusion.data.captions import CaptionRules, Wildcards
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.adapter.metadata import stated_reading
 from dora_diffusion.models.load import load_components
-from dora_diffusion.sampling.generate import SamplingSettings, generate_images, load_adapted
+from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import parse_parameters, read_parameters
+from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.recipe import train
 from tests.training.helpers import find, make_config
 

@@ -33,7 +33,7 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
-from dora_diffusion.sampling.generate import load_adapted
+from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train

@@ -26,8 +26,8 @@ from dora_diffusion.studio.app.views.request import (
     choices,
     in_words,
     make_request,
-    restore,
 )
+from dora_diffusion.studio.app.views.restore import restore
 from dora_diffusion.studio.app.views.results import DEVICE, on_step, show_acting, show_images
 from dora_diffusion.studio.jobs import image_generator
 from dora_diffusion.studio.jobs.snapshot import Job
@@ -190,7 +190,7 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
 
     def compare(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         asked = request(choice, values)
-        if not asked.adapter:
+        if not asked.adapters.adapter:
             raise UserError("choose a run or a checkpoint to compare with its base model")
         images = context.generator.compare(asked, on_step(progress))
         return show_images(context, images, is_pair=True)
@@ -201,7 +201,7 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
         asked, kind = make_request(context, given, form), given.partition("/")[0]
         job = None if kind in (BASE, MERGED) else context.job(kind)
         try:
-            axes = grid.grid_axes(values[:count], job, asked.subject)
+            axes = grid.grid_axes(values[:count], job, asked.prompts.subject)
             sheet, page = context.generator.grid(asked, axes, on_step(progress))
         except ConfigError as error:
             raise UserError(in_words(error)) from error

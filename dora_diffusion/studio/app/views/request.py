@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dora_diffusion.cli.repeat import loaded_text
 from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.config.fields import TOKENS_PER_CHUNK
 from dora_diffusion.config.prompts import DENOISE, settings_line
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import quoted
-from dora_diffusion.formats.adapter.metadata import agreed_reading, split_triggers, stated_reading
-from dora_diffusion.formats.adapter.stored import read_metadata
+from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.formats.files.runs import RESULT_NAME
-from dora_diffusion.models.locate import cached_models, looks_local, model_info
+from dora_diffusion.models.locate import cached_models, looks_local
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import PROMPT_LIMIT, default_guidance
 from dora_diffusion.studio.jobs.bases import path_here
-from dora_diffusion.studio.jobs.image_generator import MAX_BATCH, GenerationRequest, prompt_messages
+from dora_diffusion.studio.jobs.image_generator import GenerationRequest, prompt_messages
 from dora_diffusion.studio.jobs.inputs import input_path, keep_input, read_input
-from dora_diffusion.studio.jobs.snapshot import Job, adapter_of, chosen_adapter
+from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import GONE, UserError, clean_text
 from dora_diffusion.studio.jobs.uploads import read_mask
 
@@ -140,24 +134,25 @@ def make_request(
     Raises:
         UserError: If the run is gone or a value is out of its limits.
     """
-    base, adapter, trigger, guidance = _model(context, str(choice or BASE))
+    chosen = Chosen.of(context, str(choice or BASE))
+    base = chosen.base
     if path_here(base) is None:
         raise UserError(
             f"{base.path} is not on this machine, and no image waits for a download: get it by "
             f"'hf download {base.path}', or by training on it"
         )
-    subject, workspace = next(iter(split_triggers(trigger)), ""), context.workspace
+    subject, workspace = next(iter(split_triggers(chosen.trigger)), ""), context.workspace
     model = {name: value for name, value in vars(base).items() if name != "path"}
     try:
-        values = {"guidance_scale": guidance, **_values(context, form, subject)}
-        values |= _adapters(context, adapter, form)
-        request = GenerationRequest(
+        values = {"guidance_scale": chosen.guidance_scale, **_values(context, form, subject)}
+        values |= _adapters(context, chosen.adapter, form)
+        request = GenerationRequest.of(
             base=str(base.path), **model, **values, styles=str(workspace.styles),
             wildcard_dir=str(workspace.wildcards), subject=subject, batch=batch,
         )  # fmt: skip
         for name in ("prompt", "negative_prompt"):
             clean_text(request.styled(name), PROMPT_LIMIT, LABELS[name].lower())
-        if "<lora:" in f"{request.styled('prompt')} {request.detail_prompt}":
+        if "<lora:" in f"{request.styled('prompt')} {request.detail_pass.detail_prompt}":
             raise UserError(
                 "the prompt holds <lora:...>, as web UIs load an adapter; choose it as a run or "
                 "checkpoint, or as one of more adapters"
@@ -286,7 +281,7 @@ def adapter_choices(jobs: Sequence[Job]) -> list[tuple[str, str]]:
         listed.append((_called(job, job.stands), job.id))
         listed += [
             (_called(job, name), f"{job.id}/{name}")
-            for name in reversed(_names(job))
+            for name in reversed(adapter_names(job))
             if name != job.stands
         ]
     return listed
@@ -303,205 +298,47 @@ def _called(job: Job, name: str) -> str:
     return " · ".join([job.label, ", ".join(marks)] if marks else [job.label])
 
 
-def _names(job: Job) -> list[str]:
+def adapter_names(job: Job) -> list[str]:
     """The names of a run's adapters."""
     return [*job.checkpoints, *([RESULT_NAME] if job.has_result else [])]
 
 
-def _model(context: Context, choice: str) -> tuple[BaseModel, Path | None, str, float]:
-    """A base model alone, a merged model, or a run with the name of its checkpoint.
-
-    Returns:
-        The base, the adapter, the trigger words, and the usual guidance scale.
-    """
-    kind, _, name = choice.partition("/")
-    if kind == BASE:
-        base = BaseModel(context.allowed_model(name))
-        return base, None, SUBJECT, default_guidance(name)
-    if kind == MERGED:
-        job = context.job(name)
-        if job.kind != "export" or job.state != "done":
-            raise UserError("this merged model no longer exists; choose another one")
-        # A file's configuration is its base's, or what its base was loaded with.
-        own = context.job(job.record.run).settings.get("model_config")
-        config = own or (None if job.base.endswith(".safetensors") else job.base)
-        base = BaseModel(job.record.output, model_config=config)
-        return base, None, job.trigger, default_guidance(job.base)
-    job = context.job(kind, "Run or checkpoint")
-    base = replace(job.base_model, path=context.allowed_model(job.base))
-    guidance = float(job.settings.get("validation_guidance_scale") or default_guidance(job.base))
-    return base, chosen_adapter(job, name), job.trigger, guidance
-
-
-@dataclass(frozen=True)
-class Restored:
-    """Fields and their values that an image's text gives.
+class Chosen(NamedTuple):
+    """A choice of the model to make images with.
 
     Attributes:
-        choice: The run, checkpoint or model; None where no model here is the image's, `GONE` where
-            its first adapter is not here.
-        form: The fields' values by name; all of them, those that are not stated unset.
-        batch: Images of its batch, and its place there.
-        unread: A line for each thing that another image would be made without.
+        base: The base model, or a merged one.
+        adapter: The adapter's file; None for a base or merged model alone.
+        trigger: The trigger words.
+        guidance_scale: Guidance scale where the form has none.
     """
 
-    choice: str | None
-    form: Mapping[str, Any]
-    batch: tuple[int, int]
-    unread: tuple[str, ...]
+    base: BaseModel
+    adapter: Path | None
+    trigger: str
+    guidance_scale: float
 
+    @classmethod
+    def of(cls, context: Context, choice: str) -> Chosen:
+        """Look up a base model, a merged model, or a run with the name of its checkpoint.
 
-def restore(context: Context, text: str) -> Restored:
-    """The fields' values of an image's generation parameters."""
-    from dora_diffusion.sampling import images
-
-    fields = images.parse_parameters(text)
-    values, others = images.settings_of(fields)
-    others += [f"{name} {value}" for name, value in values.items() if name not in UNSET]
-    unread = [f"no field here: {other}" for other in others]
-    given = {name: shown_value(name, values[name]) for name in values if name in UNSET}
-    form = {**UNSET, **given}
-    adapters, layers = _adapters_of(context, fields, unread)
-    form["layer_strength"] = f"{form['layer_strength']} {layers}".strip()
-    form["strength"] = adapters[0][1] if adapters else 1
-    further = zip(MORE.items(), adapters[1:], strict=False)
-    for (name, (strength_name, _)), (adapter, strength) in further:
-        form |= {name: adapter, strength_name: strength}
-    first = adapters[0][0] if adapters else ""
-    choice = first if first not in ("", GONE) else _base_of(context, fields, unread)
-    if choice == first and "Model" in fields:
-        base = str(_model(context, first)[0].path)
-        if images.model_name(base) != fields["Model"]:
-            unread.append(f"the model {fields['Model']}: the adapter's is {base}")
-    loaded = loaded_text(_model(context, choice)[0]) if choice else ""
-    if images.LOADED in fields and fields[images.LOADED] != loaded:
-        unread.append(f"loaded with {fields[images.LOADED]}")
-    here = [name for name, _ in adapters if name != GONE]
-    form |= _reading_of(context, here, choice, fields, unread)
-    for name, key in (("image", images.INIT_IMAGE), ("mask_image", images.MASK_IMAGE)):
-        form[name] = fields.get(key, "")
-        if form[name] and input_path(context.workspace, form[name]) is None:
-            unread.append(f"{LABELS[name]}: it is not here, choose or paint it")
-            form[name] = ""
-    model = str(form["detail"])
-    if model and not model.startswith("rembg") and "/" not in model:
-        unread.append(f"{LABELS['detail']}: {model} is a folder's name; give its path")
-        form["detail"] = ""
-    place = [fields.get(key, "") for key in (images.BATCH_SIZE, images.BATCH_POSITION)]
-    size, position = (int(part) if part.isdecimal() else 0 for part in place)
-    is_batch = position < size <= MAX_BATCH and position <= form["seed"]
-    batch = (size, position) if is_batch else (1, 0)
-    return Restored(first if first == GONE else choice, form, batch, tuple(unread))
-
-
-def shown_value(name: str, value: Any) -> Any:
-    """A setting's value as its field has it."""
-    if name == "style":
-        return value
-    if isinstance(value, list):
-        return (" | " if name == "strength_schedule" else " ").join(value)
-    if isinstance(value, float):
-        value = (
-            UNSET[name] if not math.isfinite(value) else int(value) if value.is_integer() else value
-        )
-    return value if isinstance(UNSET[name], (bool, int, float)) else str(value)
-
-
-def _adapters_of(
-    context: Context, fields: Mapping[str, str], unread: list[str]
-) -> tuple[list[tuple[str, float]], str]:
-    """The adapters of an image, in its order: each one's choice, or `GONE`, and its strength.
-
-    Returns:
-        These, and the share that text encoders have of them as a strength of layers; empty: all.
-    """
-    from dora_diffusion.numerics.weights import MergeStrengths
-    from dora_diffusion.sampling import images
-
-    known: dict[str, list[tuple[str, Path]]] = {}
-    for job in context.jobs() if "Adapter" in fields else ():
-        for checkpoint in _names(job):
-            if path := adapter_of(job, checkpoint):
-                choice = job.id if checkpoint == job.stands else f"{job.id}/{checkpoint}"
-                known.setdefault(images.adapter_name(path), []).append((choice, path))
-    try:
-        used, meaningless = images.adapters_of(fields)
-    except ValueError as error:
-        used, meaningless = [], [str(error)]
-    unread += meaningless
-    chosen, shares = list[tuple[str, float]](), set[float]()
-    for adapter in used:
-        files = known.get(adapter.name, [])
-        if len(chosen) > len(MORE):
-            unread.append(f"the adapter {adapter.name}: at most {len(chosen)} have a field here")
-            continue
-        same = [file for file in files if _has_hash(file[1], adapter.hash)]
-        if not files:
-            unread.append(
-                f"the adapter {adapter.name} is not here any more; import its file, or choose "
-                "another"
-            )
-        elif not same:
-            unread.append(f"the adapter {adapter.name} as it was then: it was trained further")
-        strengths = MergeStrengths.of(adapter.strengths)
-        encoders, unet = strengths.text_encoder_strength, strengths.unet_strength
-        choice = next((choice for choice, _ in same or files), GONE)
-        chosen.append((choice, unet))
-        share = encoders / unet if unet else math.inf
-        shares.add(1.0 if encoders == unet else round(share, 9) + 0)
-    if len(shares) > 1 or math.inf in shares:
-        unread.append(
-            f"strengths {fields['Adapter strength']} of text encoders and UNet: the UNet's are of "
-            "both"
-        )
-        shares.clear()
-    return chosen, "".join(f"text_encoder*:{share:.9g}" for share in shares - {1.0})
-
-
-def _has_hash(path: Path, stated: str) -> bool:
-    """Return whether an adapter's file has the hash that an image states, if both have one."""
-    from dora_diffusion.sampling.images import UsedAdapter
-
-    known = UsedAdapter.of(path).hash if stated else ""
-    return not known or known == stated
-
-
-def _base_of(context: Context, fields: Mapping[str, str], unread: list[str]) -> str | None:
-    """The choice of the model that an image without adapters was made with."""
-    from dora_diffusion.sampling.images import model_name
-
-    model = fields.get("Model", "")
-    for choice in (choice for _, choice in choices(context, context.jobs())):
+        Raises:
+            UserError: If it is gone, or may not be used.
+        """
         kind, _, name = choice.partition("/")
-        path = context.job(name).record.output if kind == MERGED else name
-        if kind in (BASE, MERGED) and model_name(path) == model:
-            return choice
-    unread.append(f"the model {model or 'is not stated'}: choose it")
-    return None
-
-
-def _reading_of(
-    context: Context, adapters: Iterable[str], choice: str | None, fields: Mapping[str, str],
-    unread: list[str],
-) -> dict[str, str]:  # fmt: skip
-    """Return how an image's prompts were read, where its adapters do not say the same."""
-    from dora_diffusion.sampling.images import OWN_VERSION, TOKEN_LENGTH
-
-    is_own = fields.get("Version", "").startswith(OWN_VERSION)
-    text = fields.get("Clip skip", "")
-    read = {"max_token_length": TOKENS_PER_CHUNK if is_own else 0}
-    with contextlib.suppress(KeyError, ValueError):
-        read["max_token_length"] = int(fields.get(TOKEN_LENGTH, read["max_token_length"]))
-        if choice and (is_own or text):
-            family = FAMILIES[model_info(str(_model(context, choice)[0].path)).family]
-            first = family.web_ui_clip_skip(0)
-            read["clip_skip"] = max(0, int(text or first) - first)
-    if text and "clip_skip" not in read:
-        unread.append(f"Clip skip {text}: choose a model first, then load the settings again")
-    files = [_model(context, name)[1] for name in adapters]
-    agreed = agreed_reading([read_metadata(file).extra for file in files if file])
-    stated = {"clip_skip": 0, "max_token_length": TOKENS_PER_CHUNK, **stated_reading(agreed)}
-    return {
-        name: "" if read.get(name, stated[name]) == stated[name] else str(read[name])
-        for name in stated
-    }
+        if kind == BASE:
+            base = BaseModel(context.allowed_model(name))
+            return cls(base, None, SUBJECT, default_guidance(name))
+        if kind == MERGED:
+            job = context.job(name)
+            if job.kind != "export" or job.state != "done":
+                raise UserError("this merged model no longer exists; choose another one")
+            # A file's configuration is its base's, or what its base was loaded with.
+            config = context.job(job.record.run).settings.get("model_config")
+            config = config or (None if job.base.endswith(".safetensors") else job.base)
+            base = BaseModel(job.record.output, model_config=config)
+            return cls(base, None, job.trigger, default_guidance(job.base))
+        job = context.job(kind, "Run or checkpoint")
+        base = replace(job.base_model, path=context.allowed_model(job.base))
+        guidance = job.settings.get("validation_guidance_scale") or default_guidance(job.base)
+        return cls(base, chosen_adapter(job, name), job.trigger, float(guidance))

@@ -14,13 +14,12 @@ from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import ui
 from dora_diffusion.studio.app.views.request import (
-    Restored,
     acting,
     choices,
     make_request,
     prompt_notes,
-    restore,
 )
+from dora_diffusion.studio.app.views.restore import Restored, restore
 from dora_diffusion.studio.app.views.start import input_of, start_image
 from dora_diffusion.studio.jobs.deletions import image_question
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage

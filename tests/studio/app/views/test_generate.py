@@ -18,12 +18,13 @@ from PIL import Image
 
 from dora_diffusion.cli.repeat import loaded_text
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.sampling.images import UsedAdapter, save_image
+from dora_diffusion.sampling.images import RecordedAdapter, save_image
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import generate
 from dora_diffusion.studio.app.views.generate import GenerateTab, refresh
 from dora_diffusion.studio.app.views.library import _facts
-from dora_diffusion.studio.app.views.request import MORE, UNSET, make_request, restore
+from dora_diffusion.studio.app.views.request import MORE, UNSET, make_request
+from dora_diffusion.studio.app.views.restore import restore
 from dora_diffusion.studio.app.views.results import show_acting
 from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage, _Turn
@@ -112,7 +113,7 @@ def made(context: Context, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def make(request: Any, on_step: Any = None) -> list[GeneratedImage]:
         asked.append(request)
-        text = f"{request.prompt}\nSteps: 2, Seed: {request.seed}"
+        text = f"{request.prompts.prompt}\nSteps: 2, Seed: {request.seed}"
         path = context.workspace.images / f"made-{len(asked)}.png"
         return [GeneratedImage(save_image(Image.new("RGB", (8, 8)), path, text), 0, text)]
 
@@ -144,12 +145,15 @@ def test_an_image_s_menu_makes_it_again_varies_it_and_enlarges_it(
         filled = find("run", "results", nth)(name)
         asked = made.pop()
         assert (asked.seed, asked.batch, asked.sampling.hires) == (seed, batch, hires)
-        assert (asked.prompt, asked.sampling.negative_prompt) == ("a (red:1.2) mug", "blurred")
-        assert asked.base == "embedded:tiny-sd"
+        assert (asked.prompts.prompt, asked.sampling.negative_prompt) == (
+            "a (red:1.2) mug",
+            "blurred",
+        )
+        assert asked.model.base == "embedded:tiny-sd"
         same = asked.sampling
         assert (same.steps, same.guidance_scale, same.guidance_rescale) == (3, 2.5, 0.5)
         assert (same.width, same.height, same.scheduler) == (64, 72, "dpm++_karras")
-        assert (asked.num_images, asked.adapter, asked.clip_skip) == (1, None, None)
+        assert (asked.num_images, asked.adapters.adapter, asked.model.clip_skip) == (1, None, None)
         # The fields say it too, and the new image is shown.
         assert filled[0] == "base/embedded:tiny-sd"
         assert {"a (red:1.2) mug", "blurred", -1 if seed is None else seed} <= {
@@ -309,7 +313,7 @@ def test_an_adapter_has_one_name_in_images_downloads_and_library(
     ):  # fmt: skip
         job = dataclasses.replace(context.job(run), chosen=checkpoint)
         adapter = chosen_adapter(job)
-        used = UsedAdapter.of(adapter)
+        used = RecordedAdapter.of(adapter)
         assert used.tag == f"<lora:{name}:1>"
         assert f"<dd>{name}</dd>" in _facts(job)
         for target in tasks.targets():
@@ -347,8 +351,8 @@ def test_a_base_that_is_loaded_in_another_way_is_of_the_image_s_run(context: Con
     shutil.copyfile(ADAPTER, job.folder / "pytorch_lora_weights.safetensors")
     context.jobs(fresh=True)
     asked = make_request(context, job.id, {**UNSET, "prompt": "a mug"})
-    text = loaded_text(asked)
-    assert (asked.base_model.quantize, text) == ("int8", '{"quantize": "int8"}')
+    text = loaded_text(asked.model)
+    assert (asked.model.base_model.quantize, text) == ("int8", '{"quantize": "int8"}')
     for written, lines in ((text, ()), ("", ()), ('{"quantize": "nf4"}', ("loaded with",))):
         more = f", Loaded with: {json.dumps(written)}" if written else ""
         unread = restore(context, f"a mug <lora:{job.id}:1>\nSteps: 3, {OWN}{more}").unread
@@ -377,7 +381,7 @@ def test_a_grid_is_of_a_base_with_further_adapters_too(
     with pytest.raises(gradio.Error, match="Enough"):
         handlers(context)("make_grid", "generate")("base/embedded:tiny-sd", *axes, *values)
     ((request, words),) = grids
-    assert (request.prompt, words) == ("a mug", ["strength=0, 1", "prompt=one mug"])
+    assert (request.prompts.prompt, words) == ("a mug", ["strength=0, 1", "prompt=one mug"])
     (use,) = request.uses()
     assert (Path(use.path).parent.name, use.strengths.strength) == (job.id, 0.5)
 
@@ -502,5 +506,5 @@ def test_a_merged_model_is_offered_and_asked_for_as_its_run_was(context: Context
     write_json(merge / records.RESULT, {"code": 0})
     assert f"merged/{merge.name}" in offered()
     asked = make_request(context, f"merged/{merge.name}", {**UNSET, "prompt": "a mug"})
-    assert (asked.base, asked.adapter) == (str(file), None)
-    assert asked.base_model.model_config == "embedded:tiny-sd"
+    assert (asked.model.base, asked.adapters.adapter) == (str(file), None)
+    assert asked.model.base_model.model_config == "embedded:tiny-sd"

@@ -113,7 +113,8 @@ def test_a_run_s_guidance_is_that_of_its_samples(
     monkeypatch.setattr(request, "chosen_adapter", lambda job, name: None)
     base = BaseModel("embedded:tiny-sd")
     run = SimpleNamespace(base=base.path, base_model=base, trigger="sks mug", settings=settings)
-    *_, guidance = request._model(_context(job=lambda name, field: run), "20260101-000000-abcdef")
+    context = _context(job=lambda name, field: run)
+    guidance = request.Chosen.of(context, "20260101-000000-abcdef").guidance_scale
     assert guidance == settings.get("validation_guidance_scale", 3.5)
 
 
@@ -183,7 +184,7 @@ def texts_of(asked: GenerationRequest) -> tuple[str, str]:
 
 # A value of each field that is not the default -> what of the request is then another.
 CHANGED: dict[str, tuple[object, Any]] = {
-    "prompt": ("a dog", lambda asked: asked.prompt == "a dog"),
+    "prompt": ("a dog", lambda asked: asked.prompts.prompt == "a dog"),
     "negative_prompt": ("blurred", lambda asked: asked.sampling.negative_prompt == "blurred"),
     "seed": (7, lambda asked: asked.seed == 7),
     "num_images": (3, lambda asked: asked.num_images == 3),
@@ -202,15 +203,15 @@ CHANGED: dict[str, tuple[object, Any]] = {
     "guidance_rescale": (0.7, lambda asked: asked.sampling.guidance_rescale == 0.7),
     "width": ("72", lambda asked: asked.sampling.width == 72),
     "height": ("80", lambda asked: asked.sampling.height == 80),
-    "max_token_length": ("150", lambda asked: asked.max_token_length == 150),
-    "clip_skip": ("1", lambda asked: asked.clip_skip == 1),
+    "max_token_length": ("150", lambda asked: asked.model.max_token_length == 150),
+    "clip_skip": ("1", lambda asked: asked.model.clip_skip == 1),
     "prompt_weights": (False, lambda asked: not asked.sampling.prompt_weights),
     "hires": (1.5, lambda asked: asked.sampling.hires == 1.5),
     "hires_denoise": (0.25, lambda asked: asked.sampling.hires_denoise == 0.25),
     "hires_steps": ("3", lambda asked: asked.sampling.hires_steps == 3),
     "style": (["paper", "ink"], lambda asked: texts_of(asked)
               == ("a sks mug on paper, ink", "photo")),
-    "wildcards": (True, lambda asked: asked.wildcards),
+    "wildcards": (True, lambda asked: asked.prompts.wildcards),
 }  # fmt: skip
 
 
@@ -367,7 +368,8 @@ def test_an_image_to_start_from_is_kept_with_its_mask(run: SimpleNamespace) -> N
 def test_a_detail_pass_is_that_of_its_fields(
     run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dora_diffusion.studio.app.views.request import LABELS, make_request, restore
+    from dora_diffusion.studio.app.views.request import LABELS, make_request
+    from dora_diffusion.studio.app.views.restore import restore
 
     opened = []
 
@@ -416,7 +418,8 @@ def test_a_detail_pass_is_that_of_its_fields(
 
 
 def test_styles_are_of_the_prompt_once(run: SimpleNamespace) -> None:
-    from dora_diffusion.studio.app.views.request import PROMPT_LIMIT, make_request, restore
+    from dora_diffusion.studio.app.views.request import PROMPT_LIMIT, make_request
+    from dora_diffusion.studio.app.views.restore import restore
 
     with pytest.raises(ValueError, match=r"cannot read styles .*styles\.csv"):
         run.asked(style=["ink"])
@@ -453,9 +456,9 @@ def _asked(model: str = "embedded:tiny-sd", **changes: object) -> Any:
 
 def test_how_prompts_are_read_is_the_run_s_unless_asked_for() -> None:
     asked = _asked(max_token_length=" 150 ", clip_skip="1")
-    assert (asked.max_token_length, asked.clip_skip) == (150, 1)
+    assert (asked.model.max_token_length, asked.model.clip_skip) == (150, 1)
     plain = _asked(max_token_length="", clip_skip=None)
-    assert (plain.max_token_length, plain.clip_skip) == (None, None)
+    assert (plain.model.max_token_length, plain.model.clip_skip) == (None, None)
     with pytest.raises(UserError, match="“Clip skip, as Diffusers counts” is -1; it must not be"):
         _asked(clip_skip="-1")
 
@@ -472,4 +475,4 @@ def test_a_prompt_that_holds_an_image_s_text_is_refused() -> None:
                 f"the {LABELS[name].lower()} holds the settings of an image ('{line}'); load them "
                 "by “Load settings from an image”, or paste its first line alone"
             )
-    assert _asked(prompt="a mug\nSteps: of stone").prompt == "a mug Steps: of stone"
+    assert _asked(prompt="a mug\nSteps: of stone").prompts.prompt == "a mug Steps: of stone"

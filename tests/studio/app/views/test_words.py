@@ -89,7 +89,7 @@ def test_a_grid_s_prompts_are_given_the_styles_once(
     asked = []
 
     def grid(request: Any, axes: Any, on_step: Any) -> None:
-        asked.append((request.prompt, request.negative_prompt, axes, request.style))
+        asked.append((request.prompts.prompt, request.negative_prompt, axes, request.prompts.style))
         raise UserError("enough")
 
     monkeypatch.setattr(context.generator, "grid", grid)

@@ -1,0 +1,142 @@
+"""Prompts of a batch as arguments of Diffusers' pipelines, and warnings of text that is cut."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from dora_diffusion.config.wording import quoted
+from dora_diffusion.data.captions import contains_token
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata, split_triggers
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.emphasis import has_weights, plain_parts, unread_syntax
+from dora_diffusion.models.text import (
+    Conditioning,
+    chunk_count,
+    encode_negative,
+    encode_prompts,
+    encode_unconditional,
+    encode_weighted,
+    warn_of_truncation,
+)
+from dora_diffusion.models.words import have_own_words
+from dora_diffusion.sampling.settings import SamplingSettings
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch.
+
+    Attributes:
+        prompt: One text for all rows, which is encoded once; or one for each.
+        seeds: One for each row.
+        adapters: Names of the rows' adapters; None where the same adapters are on for all.
+
+    Raises:
+        ValueError: If there are not as many prompts or adapters as seeds.
+    """
+
+    prompt: str | Sequence[str]
+    seeds: Sequence[int]
+    adapters: Sequence[str | None] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) and len(self.prompt) != len(self.seeds):
+            raise ValueError(f"{len(self.prompt)} prompts for {len(self.seeds)} seeds")
+        if self.adapters is not None and len(self.adapters) != len(self.seeds):
+            raise ValueError(f"{len(self.adapters)} adapters for {len(self.seeds)} seeds")
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __getitem__(self, batch: slice) -> Rows:
+        prompt, adapters = self.prompt, self.adapters
+        return Rows(
+            prompt if isinstance(prompt, str) else list(prompt[batch]),
+            self.seeds[batch],
+            adapters and adapters[batch],
+        )
+
+    @property
+    def is_shared(self) -> bool:
+        """True if one prompt is encoded once, by the same text encoders for all rows."""
+        return isinstance(self.prompt, str) and self.adapters is None
+
+    @property
+    def prompts(self) -> list[str]:
+        """A prompt for each row."""
+        return [self.prompt] * len(self) if isinstance(self.prompt, str) else list(self.prompt)
+
+
+def lacks_trigger(prompt: str, metadata: AdapterMetadata) -> bool:
+    """Return whether a prompt leaves out the adapter's trigger word, or all of several."""
+    tokens = [trigger.partition(" ")[0] for trigger in split_triggers(metadata.trigger)]
+    return bool(tokens) and not any(contains_token(prompt, token) for token in tokens)
+
+
+def warn_of_prompts(components: Components, rows: Rows, settings: SamplingSettings) -> None:
+    """Warn of the parts of prompts that are not read."""
+    prompts = [str(rows.prompt)] if rows.is_shared else rows.prompts
+    adapters = [*(rows.adapters or ()), *(rows.adapters or ())]
+    prompts += [settings.negative_prompt] * len(rows.adapters or "1")
+    if settings.detail is not None and settings.detail.prompt:
+        prompts, adapters = [*prompts, settings.detail.prompt], [*adapters, None]
+    if settings.prompt_weights:
+        for text in dict.fromkeys(prompts):
+            for kind in unread_syntax(text):
+                message = f"syntax of web UIs is read as text here ({kind}): {quoted(text)}"
+                warnings.warn(message, stacklevel=3)
+        pairs = [
+            (part, name)
+            for text, name in zip_longest(prompts, adapters)
+            for part in plain_parts(text)
+        ]
+        prompts, adapters = [part for part, _ in pairs], [name for _, name in pairs]
+    warn_of_truncation(components, prompts, adapters)
+
+
+def prompt_arguments(
+    components: Components, rows: Rows, settings: SamplingSettings, *, shared: bool
+) -> dict[str, Any]:
+    """Return the pipeline's arguments for prompts as they are, or encoded.
+
+    Prompts are encoded if the pipeline would cut them, if they have weights or an adapter's own
+    tokens, and with clip skip, for which Diffusers' pipelines need a `text_model` that Transformers
+    5 does not have.
+
+    Args:
+        components: The model.
+        rows: Prompts and adapters.
+        settings: With the negative prompt.
+        shared: Let the pipeline encode the one prompt of all rows once.
+    """
+    prompts, count, negative = rows.prompts, len(rows), settings.negative_prompt
+    is_weighted = settings.prompt_weights and any(map(has_weights, [*prompts, negative]))
+    is_short = components.most_chunks == 1 or all(
+        chunk_count(components, text) == 1 for text in dict.fromkeys([*prompts, negative])
+    )
+    has_own = have_own_words(components, rows.adapters or ())
+    if is_short and not (components.clip_skip or has_own or is_weighted):
+        negatives = negative or None
+        return {
+            "prompt": rows.prompt if shared else prompts,
+            "negative_prompt": negatives if shared else negatives and [negatives] * count,
+            "num_images_per_prompt": count if shared else 1,
+        }
+    encode = encode_weighted if is_weighted else encode_prompts
+    against = (
+        encode_negative(components, [negative] * count, rows.adapters, weighted=is_weighted)
+        if negative
+        else encode_unconditional(components, count)
+    )
+    both = Conditioning.cat([encode(components, prompts, adapters=rows.adapters), against])
+    parts = {"prompt_embeds": both.encoder_hidden_states, "pooled_prompt_embeds": both.pooled}
+    return {
+        prefix + name: tensors
+        for name, tensor in parts.items()
+        if tensor is not None
+        for prefix, tensors in (("", tensor[:count]), ("negative_", tensor[count:]))
+    }

@@ -1,0 +1,124 @@
+"""A base model with adapters on it, ready to sample from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
+from dora_diffusion.config.base import AnyModel
+from dora_diffusion.formats.adapter.metadata import READING, AdapterMetadata, stated_reading
+from dora_diffusion.formats.adapter.stored import read_metadata
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.load import load_components
+from dora_diffusion.models.memory import auto_precision, describe_device
+from dora_diffusion.models.offload import place_model
+from dora_diffusion.models.precision import PRECISION_DTYPES, require_computes
+from dora_diffusion.models.schedulers import FewSteps, few_steps_of_model, few_steps_of_name
+from dora_diffusion.numerics.devices import default_device
+from dora_diffusion.numerics.weights import Strengths
+from dora_diffusion.sampling.stack import AdapterUse, attach_stack
+
+
+def load_adapted(  # noqa: PLR0913 - keywords, each documented
+    base: AnyModel,
+    adapter: str | Path | Sequence[AdapterUse] | None = None,
+    *,
+    strength: float | Strengths = 1.0,
+    alpha: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    compile: bool = False,
+    offload: str = "none",
+    clip_skip: int | None = None,
+    max_token_length: int | None = None,
+) -> tuple[Components, AdapterMetadata]:
+    """Load a base model with an adapter and its trained tokens on it, ready to sample from.
+
+    Args:
+        base: A model as `load_components` takes it.
+        adapter: An adapter file or the output folder of a run; several with their strengths
+            (`attach_stack`); None samples the base.
+        strength: 0 is exactly the base, 1 exactly the adapter; or all of its `Strengths`. Of
+            several each has its own.
+        alpha: Alpha that the adapter was trained with, for a file that does not state it.
+        dtype: Dtype of the base; an adapter always computes its norms in float32.
+        device: None is the accelerator where there is one, else the CPU.
+        compile: Compile the UNet's repeated blocks when they first run (`compile_blocks`).
+        offload: ``"model"`` has each part on the device only while it computes (`generate_images`).
+        clip_skip: Last layers of the text encoders to leave out; None: what adapter or base say.
+        max_token_length: Tokens of a prompt that are read; None: what adapter or base say.
+
+    Returns:
+        The model, and the adapter's metadata, such as its trigger words; for several adapters the
+        metadata in which they agree, with all trigger words.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError: If the base cannot be loaded.
+        AdapterFormatError, ValueError: If the adapter cannot be read, or does not fit.
+        ConfigError: If the device does not compute so, or nothing compiles for it.
+    """
+    device = default_device() if device is None else device
+    require_computes(device, dtype)
+    if compile:
+        require_compiler(device)
+    if isinstance(adapter, str | Path):
+        adapter = [AdapterUse(adapter, Strengths.of(strength))]
+    uses = adapter or ()
+    facts = [read_metadata(use.path) for use in uses]
+    loaded = load_components(base, dtype=dtype, adapters=facts)
+    components = place_model(loaded.reading(clip_skip, max_token_length), device, offload)
+    if compile:
+        compile_blocks(components.unet)
+    if not uses:
+        return components, AdapterMetadata()
+    metadata = attach_stack(components, uses, alpha)
+    for model in components.adaptable().values():
+        model.eval()
+    return as_stated(components, metadata, clip_skip, max_token_length), metadata
+
+
+def load_model(base: AnyModel, adapter: Path | Sequence[AdapterUse] | None) -> Components:
+    """A model to sample from as a run loaded it, in half precision on a GPU.
+
+    Raises:
+        ValueError: If a part of it cannot be had.
+    """
+    dtype = PRECISION_DTYPES[auto_precision(describe_device())]
+    return load_adapted(base, adapter, dtype=dtype)[0]
+
+
+def as_stated(components: Components, metadata: AdapterMetadata, *given: int | None) -> Components:
+    """The model, reading prompts as an adapter's file says where nothing else is given.
+
+    Args:
+        components: The model.
+        metadata: The file's.
+        given: Clip skip and length of prompts.
+    """
+    stated = stated_reading(metadata.extra)
+    pairs = zip(READING, given, strict=True)
+    left = (stated.get(name) if value is None else None for name, value in pairs)
+    return components.reading(*left, is_told=False)
+
+
+def few_steps(components: Components, adapters: Sequence[str] = ()) -> tuple[str, FewSteps] | None:
+    """Find an adapter or a model that was distilled to few denoising steps (LCM, Turbo, Lightning).
+
+    Args:
+        components: The model: its scheduler, its UNet and its name may show it.
+        adapters: Names of the adapters on it (`RecordedAdapter.name`), which come first.
+
+    Returns:
+        The name of what shows it, and the settings of sampling that it needs; None where nothing
+        does.
+    """
+    for name in adapters:
+        if few := few_steps_of_name(name):
+            return name, few
+    is_input = bool(components.unet.config.time_cond_proj_dim)
+    few = few_steps_of_model(components.scheduler_config, guidance_is_input=is_input)
+    few = few or few_steps_of_name(Path(components.name).name)
+    return few and (components.name, few)

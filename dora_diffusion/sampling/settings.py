@@ -1,0 +1,187 @@
+"""Values of images to sample: a row for each, and the settings that all share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from PIL import Image
+
+from dora_diffusion.config.arguments import check_arguments
+from dora_diffusion.config.fields import require
+from dora_diffusion.config.prompts import DENOISE, HIRES_DENOISE, MOST_SIDE, MOST_STEPS, PIXELS
+from dora_diffusion.config.run import SampleSettings
+from dora_diffusion.models.schedulers import SCHEDULERS
+from dora_diffusion.sampling.detail import Detail
+
+if TYPE_CHECKING:
+    from dora_diffusion.numerics.weights import Strengths
+    from dora_diffusion.sampling.stack import AdapterUse
+
+    AdapterRef: TypeAlias = str | Path | tuple[str | Path, float | Strengths] | AdapterUse | None
+    """An adapter file or a run's folder; a pair of it and its strength or `Strengths`; or an
+    `AdapterUse`, with strengths of layers too. None is the base."""
+
+MOST_HIRES = 4
+
+
+class ImageRow(NamedTuple):
+    """An image of a batch: its prompt, the seed of its noise, and its adapter."""
+
+    prompt: str
+    seed: int
+    adapter: AdapterRef = None
+
+
+@check_arguments()
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Settings of image sampling.
+
+    Attributes:
+        steps: Denoising steps.
+        guidance_scale: Classifier-free guidance (arXiv:2207.12598); 1 or less is none.
+        scheduler: A name of `SCHEDULERS`; None is the model's own.
+        width: Pixels; None is the model's own resolution.
+        height: Pixels.
+        negative_prompt: Negative prompt.
+        image: Image to paint over, or into with a mask; cut to the size from the middle. Without
+            it an inpainting model paints the whole image, as a text-to-image model does.
+        mask_image: White where to paint, of the image's size.
+        guidance_rescale: Share of the guided prediction that is brought back to the standard
+            deviation of the unguided one (arXiv:2305.08891, section 3.4; 0.7 there); 0 is none.
+        denoise: Share of the steps that are done on the image, from as much noise (Diffusers'
+            ``strength``, A1111's denoising strength). None is `DENOISE`; an inpainting model has
+            its pipeline's default.
+        hires: Factor of both sides for a second pass, which paints over the enlarged image of the
+            first one; None skips it.
+        hires_denoise: ``denoise`` of the second pass.
+        hires_steps: ``steps`` of the second pass; None is as many.
+        strength_schedules: Factors of an adapter's strength over the steps of each pass, by its
+            name (`stack.name_of`); for adapters that are on for all images.
+        detail: Settings of the detail pass over each finished image.
+        prompt_weights: Read weights and breaks in prompts, as A1111 does (`models.emphasis`).
+
+    Raises:
+        ConfigError: If a value cannot work.
+    """
+
+    steps: int = SampleSettings.validation_inference_steps
+    guidance_scale: float = SampleSettings.validation_guidance_scale
+    scheduler: str | None = None
+    width: int | None = None
+    height: int | None = None
+    negative_prompt: str = ""
+    image: Image.Image | None = field(default=None, repr=False)
+    mask_image: Image.Image | None = field(default=None, repr=False)
+    guidance_rescale: float = 0.0
+    denoise: float | None = None
+    hires: float | None = None
+    hires_denoise: float = HIRES_DENOISE
+    hires_steps: int | None = None
+    strength_schedules: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    prompt_weights: bool = False
+    detail: Detail | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "width", "height", "hires_steps"):
+            self._check_whole(name, getattr(self, name))
+        guidance, rescale = self.guidance_scale, self.guidance_rescale
+        require(
+            0 <= guidance < math.inf,
+            f"guidance_scale is {guidance}; it must be 0 or more",
+            "guidance_scale",
+        )
+        require(
+            0 <= rescale <= 1,
+            f"guidance_rescale is {rescale}; it must be between 0 and 1",
+            "guidance_rescale",
+        )
+        if self.scheduler is not None:
+            require(
+                self.scheduler in SCHEDULERS,
+                f"scheduler is {self.scheduler!r}; it must be one of {', '.join(SCHEDULERS)}",
+                "scheduler",
+            )
+        sizes = [each and each.size for each in (self.image, self.mask_image)]
+        require(
+            self.mask_image is None or sizes[0] == sizes[1],
+            f"a mask_image belongs to an image of its size; they are {sizes[1]} and {sizes[0]}",
+            "mask_image",
+        )
+        self._check_hires()
+        self._check_passes()
+
+    @property
+    def stated_denoise(self) -> float | None:
+        """Denoising strength in an image's text, of the second pass where there is one."""
+        if self.hires:
+            return self.hires_denoise
+        return DENOISE if self.image is not None and self.denoise is None else self.denoise
+
+    def size(self, resolution: int) -> tuple[int, int]:
+        """Width and height of an image's first pass, in pixels.
+
+        Args:
+            resolution: The model's, for sides that are not set (`Components.default_resolution`).
+        """
+        return self.width or resolution, self.height or resolution
+
+    @staticmethod
+    def _check_whole(name: str, value: int | None) -> None:
+        """Check a number of steps, or a side in pixels."""
+        if value is None:
+            return
+        is_side = "steps" not in name
+        most, more = MOST_SIDE if is_side else MOST_STEPS, (value // PIXELS + 1) * PIXELS
+        require(value >= 1, f"{name} is {value}; it must be at least 1", name)
+        require(value <= most, f"{name} is {value}; it must be at most {most}", name)
+        require(
+            not is_side or value % PIXELS == 0,
+            f"{name} is {value}; it must be a multiple of {PIXELS}, such as {more}",
+            name,
+        )
+
+    def _check_hires(self) -> None:
+        """Check a second pass, which only images from text have."""
+        if self.hires is None:
+            return
+        require(
+            self.image is None,
+            "a second pass (hires) is of images from text alone; leave it out, or the image to "
+            "start from",
+            "hires",
+        )
+        require(
+            1 < self.hires <= MOST_HIRES,
+            f"hires is {self.hires:g}; it must be above 1 and at most {MOST_HIRES}",
+            "hires",
+        )
+        for name in ("width", "height"):
+            side = getattr(self, name) or 0
+            require(
+                side * self.hires <= MOST_SIDE,
+                f"hires {self.hires:g} of a {name} of {side} is above {MOST_SIDE}",
+                "hires",
+            )
+
+    def _check_passes(self) -> None:
+        """Check the denoising strength of each pass that paints over an image."""
+        second = self.steps if self.hires_steps is None else self.hires_steps
+        passes = [("denoise", self.denoise, self.steps)]
+        # Without a second pass its steps do not matter.
+        passes += [("hires_denoise", self.hires_denoise, second if self.hires else MOST_STEPS)]
+        if self.detail is not None:
+            passes += [("detail_denoise", self.detail.denoise, self.steps)]
+        for name, share, steps in passes:
+            if share is None:
+                continue
+            require(0 < share <= 1, f"{name} is {share:g}; it must be above 0 and at most 1", name)
+            require(
+                int(steps * share) >= 1,
+                f"{name} {share:g} of {steps} steps is less than one step; raise one of them",
+                name,
+            )
