@@ -269,7 +269,7 @@ class DetailPass(CommandSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Denoising(CommandSettings):
+class DenoisingSettings(CommandSettings):
     """Denoising of each image, and its size."""
 
     steps: int | None = flag(

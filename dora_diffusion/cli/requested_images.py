@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dora_diffusion.cli.image_settings import (
     Adapters,
-    Denoising,
+    DenoisingSettings,
     DetailPass,
     GridAxes,
     ImageInput,
@@ -54,7 +54,7 @@ class RequestedImages(CommandSettings):
     negative_prompt: str = flag("", "Negative prompt.")
     seed: int | None = flag(None, "Seed of the first image. Default: random, shown.")
     num_images: int = flag(1, "Number of images, one per seed.", least=1, most=10_000)
-    denoising: Denoising = group(Denoising)
+    denoising: DenoisingSettings = group(DenoisingSettings)
     offload: str = flag(
         "none",
         "Offloading to the machine's memory. model: each part of the model is on the GPU only "
