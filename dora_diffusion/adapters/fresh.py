@@ -7,25 +7,21 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
 from dora_diffusion.adapters.kinds import layer_groups, layer_kind, layer_matrix
 from dora_diffusion.adapters.layers import LayerAdapter
-from dora_diffusion.adapters.parametrizations import (
-    Parametrization,
-    PrincipalParametrization,
-    ProjectedParametrization,
-    SingularParametrization,
-)
 from dora_diffusion.adapters.targets import first_naming, is_conv
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.numerics.dora import adapted_norm, weight_norm
-from dora_diffusion.numerics.projections import Projections
 from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis
+
+if TYPE_CHECKING:
+    from dora_diffusion.numerics.projections import Projections
 
 # Up to the innermost of numbered blocks: what is behind it names a layer in all of them.
 _BLOCKS = re.compile(r".*\b\w+s\.\d+\.")
@@ -194,6 +190,8 @@ def fresh_adapters(
     """
     projections = None
     if config.parametrization == "vera":
+        from dora_diffusion.numerics.projections import Projections
+
         shapes = [tuple(layer_matrix(module).shape) for module in modules.values()]
         projections = Projections.of(shapes, config.rank, config.projection_seed)
     return {
@@ -214,20 +212,16 @@ def _fresh_adapter(
     rank, alpha = _rank_and_alpha(path, module, config)
     axis = cast(NormAxis, config.norm_axis)
     magnitude = weight_norm(weight, axis).float() if config.use_dora else None
-    parametrization: Parametrization | None = None
-    if projections is not None:
-        parametrization = ProjectedParametrization(projections, weight)
-    elif config.parametrization == "adalora":
-        parametrization = SingularParametrization(weight, rank)
-    elif config.init == "pissa":
-        parametrization = PrincipalParametrization(weight, rank, alpha / rank)
-    if parametrization is None:
+    if config.parametrization == "low-rank" and config.init != "pissa":
         factors = _random_factors(weight, rank, kind, generator)
         weights = LayerWeights(*factors, magnitude, alpha, axis, kind, layer_groups(module))
         if other is not None:
             keeps = config.keeps_scale(is_conv(module), _own_alpha(path, module, config))
             weights = _started(weights, other, weight, keeps)
         return LayerAdapter(weights, config.dropout)
+    from dora_diffusion.adapters.parametrizations import build_parametrization
+
+    parametrization = build_parametrization(config, weight, rank, alpha, projections)
     start = parametrization.start(generator)
     with torch.no_grad():
         down, up = parametrization(*start)

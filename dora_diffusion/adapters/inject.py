@@ -37,7 +37,6 @@ from dora_diffusion.config.adapter import PATTERNS
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.wording import listing
-from dora_diffusion.numerics.quantised import PackedWeight
 from dora_diffusion.numerics.threads import map_ahead
 from dora_diffusion.numerics.weights import LayerWeights, Strengths
 
@@ -226,6 +225,8 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
         >>> merge_adapters(model); type(model[0]).__name__
         'Linear'
     """
+    from dora_diffusion.numerics.quantised import PackedWeight
+
     layers = [layer for _, layer in adapted_layers(model)]
     if any(isinstance(layer.weight, PackedWeight) for layer in layers):
         raise ValueError(

@@ -11,7 +11,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from dora_diffusion.adapters.layout import (
     WeightStatistics,
     layouts_of,
 )
-from dora_diffusion.adapters.parametrizations import Parametrization
 from dora_diffusion.adapters.plan import make_scales
 from dora_diffusion.adapters.route import Route, Scales
 from dora_diffusion.config.arguments import mismatch
@@ -47,6 +46,9 @@ from dora_diffusion.numerics.weights import (
     Strengths,
     out_in,
 )
+
+if TYPE_CHECKING:
+    from dora_diffusion.adapters.parametrizations import Parametrization
 
 _LINEAR, _VERSION = Operation(), attrgetter("_version")
 

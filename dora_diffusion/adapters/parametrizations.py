@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.low_rank import low_rank
 from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.projections import Projections, scaled_rows
@@ -142,3 +143,26 @@ class SingularParametrization(Parametrization):
         if not kept.any():
             kept[0] = True
         return kept
+
+
+def build_parametrization(
+    config: AdapterConfig,
+    weight: Tensor,
+    rank: int,
+    alpha: float,
+    projections: Projections | None,
+) -> Parametrization:
+    """Build the parametrization of a layer.
+
+    Args:
+        config: Settings with a parametrization, or with ``init: pissa``.
+        weight: The layer's weight.
+        rank: r.
+        alpha: Alpha.
+        projections: VeRA's random projections.
+    """
+    if projections is not None:
+        return ProjectedParametrization(projections, weight)
+    if config.parametrization == "adalora":
+        return SingularParametrization(weight, rank)
+    return PrincipalParametrization(weight, rank, alpha / rank)

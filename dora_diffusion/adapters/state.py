@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from dora_diffusion.adapters.inject import DEFAULT_NAME, attach_adapters
 from dora_diffusion.adapters.kinds import can_adapt, layer_kind
 from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers, own_modules
-from dora_diffusion.adapters.parametrizations import ProjectedParametrization
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.config.wording import listing
@@ -87,6 +86,10 @@ def vera_state(components: LiveModules) -> dict[str, VeraLayer]:
     """The vectors of a VeRA or DVoRA, as `adapter_state` gives the factors; {} of another."""
     state = {}
     for key, adapter in _adapters(components, DEFAULT_NAME):
+        if adapter.parametrization is None:
+            continue
+        from dora_diffusion.adapters.parametrizations import ProjectedParametrization
+
         if isinstance(own := adapter.parametrization, ProjectedParametrization):
             tensors = (adapter.down, adapter.up, adapter.magnitude)
             d, b, m = (None if t is None else t.detach().to("cpu", copy=True) for t in tensors)

@@ -21,7 +21,6 @@ from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule, ScheduleIn
 from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler, to_zero_snr
 from dora_diffusion.models.words import write_out_words
 from dora_diffusion.numerics.process import Diffusion
-from dora_diffusion.numerics.quantised import exchange
 
 
 @dataclass(frozen=True)
@@ -194,6 +193,8 @@ class Components:
         Raises:
             ValueError: If their modules differ.
         """
+        from dora_diffusion.numerics.quantised import exchange
+
         pairs = [
             pair
             for name, module in self.modules().items()

@@ -22,7 +22,6 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import quiet_libraries
 from dora_diffusion.models.offload import in_turns
 from dora_diffusion.sampling.conditioning import Rows, warn_of_prompts
-from dora_diffusion.sampling.detail import NO_PASS, find_region
 from dora_diffusion.sampling.passes import any_latent_channels, plan_passes, sliced_decoding
 from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.sampling.stack import scheduled
@@ -122,6 +121,8 @@ class Sampler:
 
     def add_detail(self, image: Image.Image, row: Rows, on_step: OnStep | None) -> Image.Image:
         """Paint a row's face or subject again in more detail; unchanged where none is found."""
+        from dora_diffusion.sampling.detail import NO_PASS, find_region
+
         detail = self.settings.detail
         assert detail is not None
         region = find_region(image, detail, self.components.default_resolution)

@@ -29,7 +29,6 @@ from dora_diffusion.formats.layouts.dotted import PEFT_FILE
 from dora_diffusion.models.emphasis import has_weights
 from dora_diffusion.models.schedulers import SCHEDULERS, scheduler_of
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
-from dora_diffusion.sampling.comfyui import workflow_parameters
 
 # Files are read and listed without model code, which takes seconds to import.
 if TYPE_CHECKING:
@@ -478,8 +477,11 @@ def read_parameters(path: str | Path) -> str | None:
         image = Image.open(path, formats=("PNG", "JPEG", "WEBP"))
     with image:
         text, workflow = image.info.get(_CHUNK), image.info.get(_WORKFLOW)
-        if text is None and workflow is not None and (found := workflow_parameters(str(workflow))):
-            text = _written(*found)
+        if text is None and workflow is not None:
+            from dora_diffusion.sampling.comfyui import workflow_parameters
+
+            parameters = workflow_parameters(str(workflow))
+            text = _written(*parameters) if parameters else None
         return _comment(image) if text is None else str(text)
 
 
