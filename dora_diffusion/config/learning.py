@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from dora_diffusion.config.adapter import (
     INITS,
@@ -434,3 +435,15 @@ class LossSettings:
         needs=(Need("timestep_distribution", ("power",)),),
         above=0,
     )
+
+
+HOOKS: Mapping[str, Callable[[Any], bool]] = {
+    "words:NewWords": lambda config: bool(config.words),
+    "rank_masks:RankMasks": lambda config: bool(config.rank_dropout or config.least_rank),
+    "allocation:Allocation": lambda c: c.parametrization == "adalora" and not c.is_full,
+    "norm_limit:NormLimit": lambda config: config.limits_norms and not config.is_full,
+    "average:ScheduleFreeAverage": lambda config: config.is_schedule_free,
+    "average:MovingAverage": lambda config: config.ema_decay is not None,
+}
+"""Features of a training step by module and class in `training.hooks`, in the order in which they
+act, and whether a config has them on. A hook is imported only if it is on."""

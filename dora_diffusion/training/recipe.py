@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.adapters.compiled import require_compiler
 from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.config.arguments import check_arguments
+from dora_diffusion.config.learning import HOOKS
 from dora_diffusion.data.dataset import iterate_batches
 from dora_diffusion.data.images import reading_once
 from dora_diffusion.models.components import Components
@@ -257,30 +259,6 @@ def build_step(
 
 
 def build_hooks(step: Step) -> list[Hook]:
-    """Build the features of a run that are on, in the order in which they act."""
-    config, hooks = step.config, list[Hook]()
-    if step.weights.words.tables:
-        from dora_diffusion.training.hooks.words import NewWords
-
-        hooks.append(NewWords(step))
-    if config.rank_dropout or config.least_rank:
-        from dora_diffusion.training.hooks.rank_masks import RankMasks
-
-        hooks.append(RankMasks(step))
-    if config.parametrization == "adalora" and not config.is_full:
-        from dora_diffusion.training.hooks.allocation import Allocation
-
-        hooks.append(Allocation(step))
-    if config.limits_norms and not config.is_full:
-        from dora_diffusion.training.hooks.norm_limit import NormLimit
-
-        hooks.append(NormLimit(step))
-    if config.is_schedule_free:
-        from dora_diffusion.training.hooks.average import ScheduleFreeAverage
-
-        hooks.append(ScheduleFreeAverage(step))
-    elif config.ema_decay is not None:
-        from dora_diffusion.training.hooks.average import MovingAverage
-
-        hooks.append(MovingAverage(step))
-    return hooks
+    """Build the features of a run that are on (`HOOKS`), in the order in which they act."""
+    names = [name for name, is_on in HOOKS.items() if is_on(step.config)]
+    return [resolve_name(f"dora_diffusion.training.hooks.{name}")(step) for name in names]
