@@ -96,14 +96,14 @@ class LayerAdapter(nn.Module):
         self.enabled = True
 
     def weights(self, strength: float = 1.0) -> LayerWeights:
-        """The live tensors, not copies; with a parametrization, what it makes of them.
+        """Return the live tensors, not copies; with a parametrization, its A and B.
 
         Args:
             strength: Factor of the scale, by alpha.
         """
         down, up = self.down, self.up
         if self.parametrization is not None:
-            # Whoever asks first may do so without gradients, and a norm scope keeps what it got.
+            # The first call may be one without gradients, and a norm scope keeps its result.
             with torch.enable_grad():
                 down, up = self.parametrization(down, up)
         alpha = strength * self.alpha
@@ -121,7 +121,7 @@ class LayerAdapter(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """True if a layer's site has the parameters themselves, not what is made of them."""
+        """True if a layer's site has the parameters themselves, and nothing computed from them."""
         own = self.strengths
         return (
             self.parametrization is None and own.direction_strength == own.magnitude_strength == 1
@@ -185,7 +185,7 @@ class AdaptedLayer(nn.Module):
 
         Args:
             dtype: To cast it to.
-            own: Of a sharded weight the rows that this process has.
+            own: Read only the rows of this process, if the weight is sharded.
         """
         weight: Tensor = self.weight
         if own and self.shard is not None:
@@ -378,7 +378,7 @@ class LayoutCache:
     """Layouts of layers with K adapters each, kept until more than values of parameters changes.
 
     Attributes:
-        flags: Of each layout, what was read back a step late.
+        flags: Flags of each layout, read back a step late.
     """
 
     def __init__(self) -> None:
@@ -395,7 +395,7 @@ class LayoutCache:
             return self._layouts, False
         pairs = zip(layers, adapters, strict=True)
         layouts = layouts_of([layer.site(own) for layer, own in pairs])
-        # What a parametrization or a strength made of parameters is of this step alone.
+        # Tensors from a parametrization or a strength are valid in this step only.
         is_kept = all(a.is_plain for own in adapters for a in own)
         self._state, self._layouts = (state, layouts) if is_kept else (None, {})
         return layouts, True
@@ -404,7 +404,7 @@ class LayoutCache:
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a model itself with their paths, in the order of ``named_modules``.
 
-    Of the many adapters that may be on it none is looked at.
+    The adapters that are attached to it are skipped.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(mismatch("model", model, nn.Module), "model")

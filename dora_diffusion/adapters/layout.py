@@ -26,9 +26,9 @@ from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 # Devices whose flags are read a step late.
 _DEFERRED = {"cuda"}
-# Of how many ways to lay out the rows of a batch the indices are kept.
+# Indices are kept for so many layouts of the rows of a batch.
 _KEPT = 8
-# The most vectors beside A and B: gains, numerators of shifts, shifts.
+# The most vectors besides A and B: gains, numerators of shifts, shifts.
 _VECTORS = 3
 
 
@@ -75,7 +75,7 @@ class WeightStatistics:
         checksum: Tells whether it is still the same weight.
 
     Args:
-        weight: Of a sharded one, the rows of this process.
+        weight: The base weight; if it is sharded, the rows of this process.
         axis: The norm's.
         shard: Which rows these are. All processes make, and update, the same ones.
     """
@@ -103,7 +103,7 @@ class Site(NamedTuple):
         bias: ``(out,)``, or None.
         adapters: Their parameters, with what acts as direction and magnitude where strengths move
             these.
-        statistics: Of the weight; None of a LoRA.
+        statistics: Statistics of the weight; None for LoRA.
         keep_output: Whether nothing overwrites the layer's output in place.
         shard: Which rows of the weight there are; None: all.
     """
@@ -166,7 +166,7 @@ class Layout:
 
     Attributes:
         sites: Layers with their adapters, in the order in which those of one shape are neighbours.
-        numbers: The place of each among those that were given.
+        numbers: Index of each among the given layers.
         count: K.
         whole: Rows that are the K adapters in their order.
         axis: The norm's.
@@ -278,7 +278,7 @@ class Layout:
 
     @cached_property
     def _blocks(self) -> list[list[Any]]:
-        """Of each kind of buffer, for each of `shapes`, how many layers, and what each has."""
+        """Shapes of each kind of buffer: for each of `shapes`, its layers and a layer's shape."""
         first = [(len(group), group[0]) for group in self.shapes]
         downs = [(n, site.rank, site.weight.shape[1:].numel()) for n, site in first]
         ups = [[(n, s.out, rank) for n, s in first if s.rank == rank] for rank, _ in self._ranks]
@@ -392,7 +392,7 @@ def _filled_downs(rank: int, sites: Sequence[Site]) -> Iterator[Tensor]:
 
 
 def scaled(tensors: Iterable[Tensor], scales: Iterable[Any]) -> list[Tensor]:
-    """Tensors times their scales; those whose scale is the number 1 are themselves."""
+    """Multiply tensors by their scales; a tensor whose scale is the number 1 is not copied."""
     pairs = zip(tensors, scales, strict=True)
     return [own if isinstance(s, float) and s == 1 else own * s for own, s in pairs]
 
@@ -436,7 +436,7 @@ class DeferredFlags:
         """The layers to which flagged channels belong.
 
         Args:
-            flagged: Of all channels, ``(sum of sizes,)`` bool.
+            flagged: Flags of all channels, ``(sum of sizes,)`` bool.
             sizes: Channels of each layer.
         """
         before, self._sent = self._sent, None

@@ -1,8 +1,7 @@
 """Routes of a layer in a norm scope: all of its adapters, or an adapter for each row of a batch.
 
 With the norm detached (paper, section 4.3), an adapted layer is ``g_k (W x + b) + B'_k (A_k x)``
-and a shift: what differs between the adapters of rows is thin, and is batched beside the one dense
-product.
+and a shift: only the low-rank products differ between rows, and they are batched.
 """
 
 from __future__ import annotations
@@ -159,7 +158,7 @@ def _are_batched(layer: AdaptedLayer, active: Active) -> bool:
     is_image = isinstance(op, ConvOperation) and op.groups == 1 and len(op.stride) == 2
     adapters = [adapter for _, adapter in active]
     axes = {adapter.norm_axis for adapter in adapters if adapter.magnitude is not None}
-    # A strength is folded into what the output is multiplied by, which has no gradient of m then.
+    # A strength is folded into the factor of the output, and the gradient of m would be lost.
     folds = not torch.is_grad_enabled() and "input" not in axes
     return (
         (is_plain or is_image)
@@ -218,7 +217,7 @@ def _stacked(own: dict[str, Factors], names: Sequence[str | None]) -> Factors:
 def _each_by_itself(
     layer: AdaptedLayer, x: Tensor, names: Sequence[str | None], active: Active
 ) -> Tensor:
-    """Rows of one adapter after those of another, put back in their order."""
+    """Return the output of all rows of one adapter after the other, in the order of the rows."""
     made, places = [], []
     for name in dict.fromkeys(names):
         at = [place for place, other in enumerate(names) if other == name]

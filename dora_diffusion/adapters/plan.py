@@ -67,12 +67,11 @@ def make_scales(sites: Sequence[Site]) -> list[LayerScales]:
 def scales_of(
     layouts: Mapping[Any, Layout], flags: Mapping[Any, DeferredFlags] | None = None
 ) -> list[LayerScales]:
-    """`make_scales` of layers whose layouts are there already, from what is in them now.
+    """`make_scales` of layers with layouts, from their present parameters.
 
     Args:
         layouts: What `layouts_of` made.
-        flags: Of each layout what was read back a step late of the step before, so that nothing
-            waits.
+        flags: Flags of each layout from the step before, so that nothing waits.
     """
     scales: dict[int, LayerScales] = {}
     for kind, layout in layouts.items():
@@ -88,10 +87,10 @@ class LayerScales(NamedTuple):
     """One adapter's part of a plan.
 
     Attributes:
-        plan: What makes the factors of all layers at once.
+        plan: The plan, which makes the factors of all layers at once.
         place: The layer's place there.
         factors_by_dtype: The layer's factors, as far as they were made.
-        factors_of_all: Those of each layer of the plan.
+        factors_of_all: The same for each layer of the plan.
     """
 
     plan: Plan
@@ -131,8 +130,8 @@ class FixedScales:
     """Factors of an adapter that does not train, by dtype.
 
     Args:
-        site: What it is made of.
-        scales: The layer's part of a plan, which is let go once the factors are made.
+        site: The layer with the adapter.
+        scales: The layer's part of a plan, which is freed once the factors are made.
     """
 
     def __init__(self, site: Site, scales: LayerScales) -> None:
@@ -200,7 +199,7 @@ class Plan:
         self._scales = layout.row_scales(self.gain)
 
     def _make_norms(self, flags: DeferredFlags | None) -> None:
-        """Norms and gains; those of flagged layers in a way of their own."""
+        """Compute norms and gains, and again for flagged layers."""
         layout, margin = self.layout, 1.0 if flags is None else MARGIN
         terms = Terms(*(torch.cat(term) for term in zip(*self._terms(), strict=True)))
         if (shard := layout.sites[0].shard) is not None:
@@ -282,7 +281,7 @@ class Plan:
     def factors(self, dtype: torch.dtype, rows: Rows = 0) -> list[Factors]:
         """Return the layers' factors in a dtype, for a batch whose rows use these adapters."""
         layout, count = self.layout, len(self.layout.sites)
-        # Whoever calls a layer first may do so without gradients, as checkpointing does.
+        # The first call of a layer may be one without gradients, as with checkpointing.
         with torch.inference_mode(False), torch.enable_grad():
             start = layout.parameters if self.has_edges else [layout.anchor]
             made: tuple[Tensor, ...] = _Prepare.apply(self, dtype, rows, *start)  # type: ignore[no-untyped-call]
@@ -353,7 +352,7 @@ class Plan:
             if number % each // layout.count not in self._used:
                 found.append(None)
                 continue
-            if part.shape != parameter.shape:  # Of a smaller rank, and with a convolution's ones.
+            if part.shape != parameter.shape:  # A smaller rank, and a convolution's ones.
                 rows, columns = parameter.shape[:2]
                 part = part[:rows, :columns].view(parameter.shape)
             found.append(part if part.dtype == parameter.dtype else part.to(parameter.dtype))

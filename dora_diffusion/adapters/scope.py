@@ -32,7 +32,7 @@ class NormCache:
     """Cache that a loop of training steps keeps from one `norm_scope` to the next.
 
     Make one before the loop and give it to each step's scope. A step then neither waits for the
-    device nor looks again for what it found before. Between the steps, adapters may be added and
+    device nor searches the models again. Between the steps, adapters may be added and
     removed, switched on and off, merged and moved; but no base weight may be written through
     ``.data``, which on CUDA is noticed a step late.
 
@@ -57,7 +57,7 @@ class NormCache:
         self._layouts = LayoutCache()
 
     def layers(self, models: tuple[nn.Module, ...]) -> list[AdaptedLayer]:
-        """The adapted layers of some models, looked for where they may not be those of before."""
+        """Return the adapted layers of models, searched again only after a change of layers."""
         # Modules are compared by identity.
         if self._models != models or self._changes != AdaptedLayer.changes:
             self._models, self._changes = models, AdaptedLayer.changes
@@ -65,7 +65,7 @@ class NormCache:
         return self._layers
 
     def scales(self, entries: Sequence[Entry]) -> Sequence[LayerScales | FixedScales | None]:
-        """The scales of each adapter, as far as it has any that are kept."""
+        """Return the scales of each adapter; None where none are kept."""
         layers, adapters = [route.layer for route, _, _ in entries], [[a] for _, _, a in entries]
         return scales_of(self._layouts.of(layers, adapters)[0], self._layouts.flags)
 
@@ -73,9 +73,9 @@ class NormCache:
 class FixedNorms(NormCache):
     """Norms that stay from one `norm_scope` to the next, of adapters that do not train.
 
-    Those of an adapter are computed when it is first used, and again where one of its parameters,
-    its strengths or the base weight is another than it was. For sampling alone: the factors have no
-    gradients. They are let go with the adapter.
+    An adapter's norms are computed when it is first used, and again after a change of its
+    parameters, its strengths or the base weight. For sampling only: the factors have no gradients.
+    They are freed with the adapter.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class FixedNorms(NormCache):
             state: object = (adapter.versions(), state_of([layer], [[adapter]]))
             if adapter.magnitude is not None and self._fixed.get(adapter, nothing)[0] != state:
                 missing.setdefault(name, []).append((layer, adapter, state))
-        # Each adapter by itself: what it is made of leaves with it.
+        # Each adapter has a plan of its own, which is freed with it.
         for parts in missing.values():
             sites = [layer.site([adapter]) for layer, adapter, _ in parts]
             for (_, adapter, state), site, own in zip(
@@ -203,7 +203,7 @@ def _norms_of(routes: Sequence[NormRoute], cache: NormCache | None) -> Iterator[
 
 
 def _count_written(optimizer: torch.optim.Optimizer, *args: Any) -> None:
-    """Count what an optimizer wrote: fused ones, and those that write to ``.data``, do not."""
+    """Count an optimizer's writes: fused optimizers, and writes to ``.data``, do not."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:

@@ -34,7 +34,7 @@ from dora_diffusion.numerics.weights import LayerWeights
 BASE: Rows = ()
 """Rows of a batch that have no adapter, however many they are."""
 Masks = Sequence[Tensor | None]
-"""Of each layer a number for each rank of each row, ``(N, r)`` or ``(1, r)``; None: all are 1."""
+"""For each layer a factor of each rank of each row, ``(N, r)`` or ``(1, r)``; None: all are 1."""
 
 
 class AdapterStack:
@@ -42,7 +42,7 @@ class AdapterStack:
 
     Args:
         layers: The layers.
-        adapters: Of each layer the K adapters, in the same order.
+        adapters: The K adapters of each layer, in the same order.
 
     Raises:
         ValueError: If K is more than 1, and a layer is an Embedding or a grouped convolution, or
@@ -115,14 +115,14 @@ class AdapterStack:
         A masked row of a DoRA computes ``g (W + s B M A)``, with the norm of the whole update
         ``W + s B A`` in its gain, as it is without a mask: what dropout takes away is made up for
         in the mean. Where ranks are left out for good, as T-LoRA does by timestep, its norm is
-        that of what is applied: of ``W + s B M' A`` with ``active`` as M', so that each row is the
+        that of the applied weight, ``W + s B M' A`` with ``active`` as M', so that each row is the
         DoRA of its own ranks. All norms are constants for the gradient.
 
         Args:
             rows: The adapter of each row; a number where all have it, however many they are; `BASE`
                 for none.
-            masks: By what each rank of the rows is multiplied (`MaskedOperation`).
-            active: What of this is in the norm, of those layers a row for each of the batch.
+            masks: Factor of each rank of the rows (`MaskedOperation`).
+            active: Factors of the ranks in the norm, with a row for each row of the batch.
         """
         before = self.rows, self.masks, self.norm_changes
         changes = self._norm_changes(rows, active) if active else ()

@@ -18,8 +18,8 @@ from dora_diffusion import (
     set_strength,
 )
 from dora_diffusion.adapters.inject import layer_adapters
-from dora_diffusion.adapters.layers import AdaptedLayer
-from dora_diffusion.adapters.norm_routes import _each_by_itself
+from dora_diffusion.adapters.layers import AdaptedLayer, adapted_layers
+from dora_diffusion.adapters.norm_routes import NormRoute, _each_by_itself
 from dora_diffusion.adapters.scope import FixedNorms, NormCache, row_scope
 from dora_diffusion.numerics.weights import Strengths
 
@@ -230,6 +230,20 @@ def test_adapters_whose_norms_stay_compute_the_same_in_every_kind_of_layer(axis)
         for _ in range(2):
             with row_scope(model, rows=ROWS, cache=cache):
                 torch.testing.assert_close(model(ids, images), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_rows_in_an_open_scope_use_its_norms_and_leave_it_open(monkeypatch):
+    model, made = adapted(), []
+    ids, images = inputs(6)
+    layers = [layer for _, layer in adapted_layers(model)]
+    expected = one_by_one(model, ROWS, ids, images)
+    with norm_scope(model):
+        outer = [layer.route for layer in layers]
+        monkeypatch.setattr(NormRoute, "keep", lambda self, name, *rest: made.append(name))
+        with row_scope(model, rows=ROWS):
+            torch.testing.assert_close(model(ids, images), expected, rtol=1e-11, atol=1e-11)
+        assert made == []
+        assert [layer.route for layer in layers] == outer
 
 
 def test_a_written_parameter_is_noticed_and_a_copy_has_no_rows():

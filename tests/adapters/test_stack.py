@@ -234,6 +234,19 @@ def test_what_changes_between_steps_counts_from_the_next_one(change: str) -> Non
     torch.testing.assert_close(ours, wanted)
 
 
+def test_under_autocast_inputs_are_cast_before_the_norm_on_their_axis() -> None:
+    """Outside of autocast the layer is called directly, with factors in float32."""
+    model, adapters = make([2], norm_axis="input")
+    layer, stack = model.float()[4], stacked(model, adapters)
+    x = torch.randn(2, 128)
+    with norm_scope(model), torch.autocast("cpu", torch.bfloat16):
+        wanted = layer(x)
+    with stack.scope(), stack.of(0), torch.autocast("cpu", torch.bfloat16):
+        ours = layer(x)
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours, wanted)
+
+
 def test_layers_that_no_pass_reaches_have_no_gradient() -> None:
     """A second pass adds nothing to layers that the first one has not reached."""
     model, adapters = make([2])
