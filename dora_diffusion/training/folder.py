@@ -250,10 +250,18 @@ class RunFolder:
         self.on_event(events.TrainingEnded(steps, not is_complete, result_step, stopped_early))
         is_full = self.run.config.is_full
         return TrainResult(
-            self.output_dir, None if is_full else written, steps, total_steps, signal_number,
-            self.samples.files, self.saver.newest, written if is_full else None, result_step,
-            stopped_early, kept,
-        )  # fmt: skip
+            self.output_dir,
+            adapter=None if is_full else written,
+            steps=steps,
+            total_steps=total_steps,
+            signal_number=signal_number,
+            samples=self.samples.files,
+            checkpoint=self.saver.newest,
+            model=written if is_full else None,
+            result_step=result_step,
+            stopped_early=stopped_early,
+            kept=kept,
+        )
 
     def _tell_effect(self, step: int) -> None:
         """Record how far the result moves the model."""
