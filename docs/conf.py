@@ -48,8 +48,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 python_maximum_signature_line_length = 80
 nitpicky = True
-# Classes that the pages leave out, wherever they are, and those that a module imports by name. The
-# build warns of what is needless here.
+# Undocumented classes, and documented ones that a module imports by name. The build warns about
+# unused entries.
 LEFT_OUT = [
     "AdaptedLayerReport", "AdapterRef", "AdapterUse", "CheckpointChange", "Effect", "Factors",
     "Finding", "GpuMemory", "Image", "LayerAdapter", "LayerWeights", "Masker", "MemoryRow",
@@ -57,8 +57,8 @@ LEFT_OUT = [
     "Preprocessing", "Preset", "RowShard", "ScheduleInfo", "Site", "Strengths", "SubjectRecord",
     "TextEncoder", "ToySource", "Values", "Wildcards", "WorkQueue", "Workers",
 ]  # fmt: skip
-# And types of other libraries, whose indexes a build without a network has not; and what autodoc
-# cuts in two at a comma.
+# Also types of other libraries, since a build without a network has no indexes of them, and types
+# that autodoc splits at a comma.
 nitpick_ignore_regex = [
     ("py:class", rf"(dora_diffusion(\.\w+)*\.)?({'|'.join(LEFT_OUT)})"),
     ("py:class", r"(collections\.abc|dataclasses|numpy|pathlib|torch|PIL)(\.\w+)+"),
@@ -66,7 +66,7 @@ nitpick_ignore_regex = [
 ]
 napoleon_use_rtype = False
 napoleon_use_ivar = True
-# Data and plots of measurements are read beside the pages, by commands.
+# The other files in this folder are data and plots of measurements, which commands read.
 exclude_patterns = ["_build"]
 
 # Documents at the top of the repository, and the pages that include them.
@@ -92,9 +92,9 @@ def complete(app: Sphinx, document: str, source: list[str]) -> None:
 def open_to_all(
     app: Sphinx, page: str, template: str, context: dict[str, Any], tree: object
 ) -> None:
-    """Make wide code and tables scroll by keyboard, and say how deep a heading of the list is.
+    """Make wide code and tables scroll by keyboard, and state the level of headings in the list.
 
-    The parameters of a long signature are not a list of definitions, whatever Sphinx makes of them.
+    Also replace Sphinx's definition list for the parameters of a long signature.
     """
     if "body" in context:
         context["body"] = re.sub(r"<dl>\n(?:<dd>.*</dd>\n)+</dl>", _as_lines, context["body"])
@@ -117,12 +117,12 @@ missing: set[str] = set()
 
 
 def note_missing(app: Sphinx, env: object, node: Any, text: nodes.Node) -> None:
-    """Remember what the build finds nowhere."""
+    """Record a reference that the build cannot resolve."""
     missing.add(node["reftarget"].rpartition(".")[2])
 
 
 def warn_of_needless(app: Sphinx, error: Exception | None) -> None:
-    """After a build of all pages: what `LEFT_OUT` need not have."""
+    """Warn about unused entries of `LEFT_OUT` after a build of all pages."""
     for name in sorted({*LEFT_OUT} - missing if error is None else ()):
         logging.getLogger(__name__).warning("LEFT_OUT: nothing refers to %s", name)
 
