@@ -16,7 +16,6 @@ from dora_diffusion.config.file import read_yaml
 from dora_diffusion.config.prompts import settings_line, with_styles
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.files.atomic import require_writable
-from dora_diffusion.sampling.settings import ImageRow
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from dora_diffusion.cli.requested_images import RequestedImages
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
     from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.settings import SamplingSettings
+    from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -172,6 +171,7 @@ def image_rows(args: RequestedImages) -> dict[Path, ImageRow]:
         raise ConfigError(f"seed is {first}; it must be between 0 and 2**63 - num_images", "seed")
     from dora_diffusion.formats.adapter.stored import find_adapter
     from dora_diffusion.numerics.weights import Strengths, require_strength
+    from dora_diffusion.sampling.settings import ImageRow
     from dora_diffusion.sampling.stack import AdapterUse
 
     rows, drawn = dict[Path, ImageRow](), _drawn(args)

@@ -92,14 +92,14 @@ class TestHelp:
         settings = SamplingSettings()
         assert f"else {settings.guidance_scale}." in texts["evaluate", "guidance_scale"]
         words = ["generate", "--base", "b", "--prompt", "x", "--output", "x.png"]
-        args = cli.read_settings(cli.build_parser().parse_args(words))
+        args = cli.read_settings(cli.build_parser().parse_args(words)).values()
         for name in ("scheduler", "width", "height", "negative_prompt"):
-            assert getattr(args, name) == getattr(settings, name)
+            assert args[name] == getattr(settings, name)
         # Left to models and adapters for few steps.
         assert f"Default: {settings.steps};" in texts["generate", "steps"]
         assert f"Default: {settings.guidance_scale}." in texts["generate", "guidance_scale"]
-        assert args.steps is None
-        assert args.guidance_scale is None
+        assert args["steps"] is None
+        assert args["guidance_scale"] is None
 
 
 class TestUsage:
