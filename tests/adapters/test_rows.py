@@ -232,6 +232,15 @@ def test_adapters_whose_norms_stay_compute_the_same_in_every_kind_of_layer(axis)
                 torch.testing.assert_close(model(ids, images), expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", ["a", None])
+def test_rows_that_are_all_alike_have_no_other_adapter(name):
+    model = adapted(kinds=("time", "conv", "*", "words"))
+    ids, images = inputs(3)
+    with row_scope(model, rows=[name] * 3):
+        found = model(ids, images)
+    torch.testing.assert_close(found, one_by_one(model, [name] * 3, ids, images))
+
+
 def test_rows_in_an_open_scope_use_its_norms_and_leave_it_open(monkeypatch):
     model, made = adapted(), []
     ids, images = inputs(6)
@@ -242,6 +251,8 @@ def test_rows_in_an_open_scope_use_its_norms_and_leave_it_open(monkeypatch):
         monkeypatch.setattr(NormRoute, "keep", lambda self, name, *rest: made.append(name))
         with row_scope(model, rows=ROWS):
             torch.testing.assert_close(model(ids, images), expected, rtol=1e-11, atol=1e-11)
+        with norm_scope(model):
+            assert [layer.route for layer in layers] == outer
         assert made == []
         assert [layer.route for layer in layers] == outer
 
