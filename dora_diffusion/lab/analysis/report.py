@@ -376,7 +376,7 @@ class Analysis:
         texts = {
             "analysis": json.dumps(self.to_dict(), indent=1) + "\n",
             "layers": self.csv(),
-            "table": f"# What training did to {self.base}\n\n{self.table()}\n",
+            "table": f"# Changes of {self.base} by training\n\n{self.table()}\n",
         }
         return {name: save_text(folder / FILES[name], text) for name, text in texts.items()}
 
