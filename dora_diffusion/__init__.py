@@ -1,41 +1,41 @@
-"""Teach Stable Diffusion or SDXL your subject with DoRA, and take the result anywhere.
+"""DreamBooth training of Stable Diffusion and SDXL with DoRA, for use in any program.
 
 The whole Python interface::
 
     AdapterConfig, inject_adapters, remove_adapters   DoRA on Linear, Conv and Embedding layers
-    merge_adapters, unmerge_adapters, disabled        write it into the weights, switch it off
-    set_strength                                      how much of it acts
-    norm_scope, NormCache                             norms computed once for each training step
+    merge_adapters, unmerge_adapters, disabled        merge into the weights, undo, switch off
+    set_strength                                      strength of an adapter
+    norm_scope, NormCache                             norms computed once per training step
     row_scope, AdapterPool, ImageRow                  an adapter for each row of a batch
     compile_blocks                                    torch.compile of a UNet's repeated blocks
-    save_adapter, load_adapter                        one file, which other tools read exactly
+    save_adapter, load_adapter                        one file that other tools read exactly
     TrainConfig, train                                DreamBooth from photos to a finished folder
-    subject_configs, train_pack                       several subjects at once, an adapter each
-    run_fleet                                         the same for many subjects, on a cluster
+    subject_configs, train_pack                       several subjects at once, one adapter each
+    run_fleet                                         many subjects on a cluster
     BaseModel, load_components                        a model by name
-    SamplingSettings, generate_images                 images from it
+    SamplingSettings, generate_images                 images of a model
     read_subject, evaluate_photos                     subject similarity and drift, on photos
     export_checkpoint                                 base + adapter -> merged model
     FitSettings, extract_adapter                      base and tuned model -> the nearest adapter
     combine_adapters, convert_adapter                 several in one; another format or rank
-    analyze_weights                                   what training did to a model's weights
+    analyze_weights                                   changes of a model's weights by training
     Study, run_study                                  methods compared over rates, seeds, subjects
-    QueuePlan, simulate_queue                         how long subjects wait for a fleet's workers
+    QueuePlan, simulate_queue                         waiting times for a fleet's workers
     describe_environment                              versions and machine, for a bug report
 
-What it raises, each a `ValueError` unless said otherwise, with one line for a user::
+Exceptions (subclasses of `ValueError` unless stated otherwise), with a message of one line::
 
-    ConfigError                                       a setting cannot work
+    ConfigError                                       a setting is not valid
     TargetError                                       no layer to adapt
     PhotoError                                        photos, masks or captions cannot be used
     TrainingError                                     a run cannot continue (a `RuntimeError`)
     ModelNotFoundError, UnsupportedModelError         a base model
     AdapterFormatError, TensorFileError               an adapter file
     CheckpointLayoutError, MergeError, ExportError    a merge
-    BrokenImageError                                  a model made a black or broken image
+    BrokenImageError                                  a model produced a black or broken image
     DiskFullError                                     no space to write (an `OSError`)
 
-Names are imported when they are first used, so that ``import dora_diffusion`` costs nothing.
+Names are imported on first use, so that ``import dora_diffusion`` is fast.
 """
 
 from __future__ import annotations

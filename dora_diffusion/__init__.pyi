@@ -1,4 +1,4 @@
-# The public names and their homes: for type checkers, and read by `__init__.py`.
+# Public names and their modules, for type checkers and for `__init__.py`.
 
 from dora_diffusion.adapters.compiled import compile_blocks as compile_blocks
 from dora_diffusion.adapters.inject import disabled as disabled

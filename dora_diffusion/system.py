@@ -1,6 +1,6 @@
-"""Operating-system differences: the one module that may use what only POSIX has.
+"""Differences of operating systems: the only module that uses features of POSIX alone.
 
-Everything else is written against what Windows, Linux and macOS share.
+All other modules only use features that Windows, Linux and macOS share.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
-# A closed terminal sends it; Windows has none.
+# Sent by a closing terminal; not on Windows.
 HANGUP: int | None = getattr(signal, "SIGHUP", None)
-# Ctrl-Break, and on Windows also what a closed console sends; others have none.
+# Ctrl-Break or a closing console on Windows; not on other systems.
 BREAK: int | None = getattr(signal, "SIGBREAK", None)
-# Pressed by whoever sits at the terminal.
+# Keys of the user at the terminal.
 INTERRUPTS = tuple(number for number in (signal.SIGINT, BREAK) if number is not None)
 STOP_SIGNALS = tuple(n for n in (*INTERRUPTS, signal.SIGTERM, HANGUP) if n is not None)
 
-# What Windows says of a file that another program has open: access denied, a sharing violation.
+# Windows errors for a file in use by another program: access denied, sharing violation.
 _IN_USE = (5, 32)
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(\d{1,5}))?")
 _PAUSES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
@@ -40,22 +40,22 @@ def is_windows() -> bool:
 
 
 def let_break_interrupt() -> None:
-    """Make Ctrl-Break raise `KeyboardInterrupt` from here on, as Ctrl-C does."""
+    """Make Ctrl-Break raise `KeyboardInterrupt`, as Ctrl-C does."""
     if BREAK is not None and threading.current_thread() is threading.main_thread():
         signal.signal(BREAK, signal.default_int_handler)
 
 
 def detached() -> dict[str, Any]:
-    """Keywords of `subprocess.Popen` for a process that outlives this one and its terminal."""
+    """Keyword arguments of `subprocess.Popen` for a process that outlives this one."""
     if hasattr(os, "setsid"):
         return {"start_new_session": True}
-    # No console of its own to be seen, and no Ctrl-C of ours.
+    # Without a visible console, and without Ctrl-C of this process.
     names = ("CREATE_NEW_PROCESS_GROUP", "CREATE_NO_WINDOW")
     return {"creationflags": sum(getattr(subprocess, name, 0) for name in names)}
 
 
 def peak_memory() -> float:
-    """Return the peak memory of this process, in GiB; the present one where none is kept."""
+    """Return the peak memory of this process in GiB; current memory if no peak is available."""
     try:
         import resource
     except ImportError:  # Windows
@@ -68,50 +68,52 @@ def peak_memory() -> float:
 
 
 def private_folder(name: str) -> Path:
-    """A folder for temporary files, always the same one, which nobody else can enter or make.
+    """Return a private folder for temporary files, the same one in each call.
 
     Args:
-        name: What it is for.
+        name: Purpose of the folder, part of its name.
 
     Raises:
-        OSError: If what has its name is a link, another user's, or open to others.
+        OSError: If the path is a link, belongs to another user, or is open to others.
     """
     user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
     path = Path(tempfile.gettempdir(), f"dora-diffusion-{user}-{name}")
     path.mkdir(mode=0o700, exist_ok=True)
     if path.is_symlink() or not path.is_dir() or not is_private(path):
-        what = "is a link, another user's or open to others; remove it, or set TMPDIR elsewhere"
-        raise PermissionError(errno.EACCES, what, str(path))
+        problem = "is a link, another user's or open to others; remove it, or set TMPDIR elsewhere"
+        raise PermissionError(errno.EACCES, problem, str(path))
     return path
 
 
 def short_folder() -> str:
-    """Make a folder of this user's alone with a drawn name, which sockets may have below it.
+    """Make a private folder with a random name and a path short enough for sockets.
 
-    Their names have a hundred characters at most, and TMPDIR may take most of them, as on macOS.
+    Paths of sockets have at most about a hundred characters, and TMPDIR may use most of them, as on
+    macOS.
     """
     return tempfile.mkdtemp(prefix="dora-", dir=None if is_windows() else "/tmp")
 
 
 def drop_from_cache(handle: int) -> None:
-    """Drop a file that is on the disk from the system's cache, where that is possible."""
+    """Drop a written file from the system's cache, if the system supports it."""
     if hasattr(os, "posix_fadvise"):  # not on macOS and Windows
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def is_in_use(error: OSError) -> bool:
-    """Return whether Windows refused since another program has the file open."""
+    """Return whether Windows raised the error since another program has the file open."""
     return getattr(error, "winerror", None) in _IN_USE
 
 
 def patiently(action: Callable[[], Result]) -> Result:
-    """Retry what a virus scanner, or another process that reads the file now, is in the way of.
+    """Run an action on a file, with retries while another process has the file open.
 
-    Windows lets nobody rename, replace or remove a file that is open, nor open one that is being
-    replaced. Such looks last for milliseconds: it is tried again for about a second and a half.
+    Windows does not allow programs to rename, replace or remove an open file, or to open a file
+    that is being replaced. Virus scanners and readers hold files for milliseconds, so the action is
+    retried for about 1.5 seconds.
 
     Raises:
-        OSError: Whatever else goes wrong, at once; or that it still is in use.
+        OSError: If the file is still in use, or at once for other errors.
     """
     for pause in _PAUSES:
         try:
@@ -129,7 +131,7 @@ def replace(source: Path, target: Path) -> None:
 
 
 def is_private(path: Path) -> bool:
-    """Return whether a file or folder is this user's, and nobody else may read or change it."""
+    """Return whether only this user can read or change a file or folder."""
     if not hasattr(os, "getuid"):  # Windows has folders for each user.
         return True
     status = path.stat()
@@ -152,16 +154,16 @@ def is_address(host: str) -> bool:
 
 
 def split_host(value: str) -> tuple[str, str]:
-    """Name and port of ``name:port``, as a ``Host`` header has it; both empty where it is none."""
+    """Split ``name:port`` of a ``Host`` header; both parts are empty if it is not valid."""
     match = _HOST.fullmatch(value.lower())
     return (plain_host(match[1]), match[2] or "") if match else ("", "")
 
 
 def plain_host(host: str) -> str:
-    """A name in small letters, without an address' brackets and a last dot."""
+    """Normalize a host name: lower case, without brackets and trailing dot."""
     return host.lower().strip("[]").removesuffix(".")
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address is this machine's own and nobody else's."""
+    """Return whether an address is a loopback address of this machine."""
     return ipaddress.ip_address(host).is_loopback if is_number(host) else host == "localhost"

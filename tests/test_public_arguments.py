@@ -23,7 +23,7 @@ from dora_diffusion import (
     merge_adapters,
     unmerge_adapters,
 )
-from dora_diffusion.config.arguments import _read
+from dora_diffusion.config.arguments import _resolve
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.train import settings
 from dora_diffusion.evaluation.report import Evaluation
@@ -68,7 +68,7 @@ def annotations(value: Any) -> dict[str, Any]:
     """The types of parameters."""
     kinds = value.__mro__ if inspect.isclass(value) else [inspect.unwrap(value)]
     written = {name: one.annotation for name, one in inspect.signature(value).parameters.items()}
-    return dict(_read(written, [kind.__module__ for kind in kinds])) | {
+    return dict(_resolve(written, [kind.__module__ for kind in kinds])) | {
         name: hint for name, hint in MORE.items() if name in written
     }
 

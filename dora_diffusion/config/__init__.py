@@ -2,11 +2,11 @@
 
 ::
 
-    subject    what is trained on     train     TrainConfig, all of the three, and its checks
-    learning   how it is learned      adapter   AdapterConfig
-    run        the run around it      derived   what follows from settings
-    fields     what a field says      file      YAML
-    flag_map   flags of Diffusers' scripts    presets   settings that belong together
+    subject    model, subjects, images        train     TrainConfig, all of the three, with checks
+    learning   adapter, optimizer, loss       adapter   AdapterConfig
+    run        device, samples, output        derived   defaults that depend on other settings
+    fields     description of a setting       file      YAML
+    flag_map   flags of other trainers        presets   settings for one purpose
     elsewhere  names with another meaning     problems  errors that are reported together
 
 Nothing here imports torch, and a name is imported when it is first used.

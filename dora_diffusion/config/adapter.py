@@ -16,7 +16,7 @@ NORM_AXES = ("output", "input")
 INITS = ("random", "pissa")
 PARAMETRIZATIONS = ("low-rank", "vera", "adalora")
 PATTERNS = ("rank_pattern", "alpha_pattern")
-"""Settings of a layer by targets that name it."""
+"""Settings that map targets to values for the layers that they match."""
 
 
 @check_arguments(targets=str | Sequence[str])
@@ -32,20 +32,21 @@ class AdapterConfig:
         conv_alpha: None means ``conv_alpha = conv_rank``.
         rslora: Scale by ``alpha / sqrt(rank)`` instead (arXiv:2312.03732).
         use_dora: Train a magnitude. False gives plain LoRA.
-        norm_axis: ``"output"`` (one magnitude per output channel, as PEFT has it) or ``"input"``
-            (one per input channel, as the paper prints it).
+        norm_axis: ``"output"`` (one magnitude per output channel, as in PEFT) or ``"input"``
+            (one per input channel, as printed in the paper).
         dropout: Probability of dropping an input of the low-rank path.
-        init: Where A and B start. ``"random"``: A random, B zero. ``"pissa"``: both from the
+        init: Initialization of A and B. ``"random"``: A random, B zero. ``"pissa"``: both from the
             leading singular vectors of the weight (arXiv:2404.02948); the update has rank 2r.
-        parametrization: What the update is made of. ``"low-rank"``: A and B, which train.
-            ``"vera"``: frozen random A and B of ``rank``, shared by all layers, and vectors that
-            train (arXiv:2310.11454); the scale is 1. ``"adalora"``: A with a factor for each of
-            its rows, by which ``train`` switches rows off (arXiv:2303.10512).
-        projection_seed: What VeRA's A and B are drawn from.
-        rank_pattern: r of the layers that a target names: the first that does counts. A layer's
-            name may also end with it after a dot, as in PEFT: ``"to_k"``, ``"ff.net.*"``.
-        alpha_pattern: Their alpha, in the same way; without, a layer's alpha does not follow the
-            rank that a pattern gives it (as in PEFT).
+        parametrization: Form of the update. ``"low-rank"``: trainable A and B. ``"vera"``: frozen
+            random A and B of ``rank``, shared by all layers, and trainable vectors
+            (arXiv:2310.11454); the scale is 1. ``"adalora"``: A with a factor for each row, by
+            which ``train`` switches rows off (arXiv:2303.10512).
+        projection_seed: Seed of VeRA's A and B.
+        rank_pattern: r of layers by target; the first target that matches a layer applies. A
+            layer's name may also end with the target after a dot, as in PEFT: ``"to_k"``,
+            ``"ff.net.*"``.
+        alpha_pattern: Alpha of layers by target, in the same way. A layer that no target matches
+            keeps its alpha, even if ``rank_pattern`` changes its rank (as in PEFT).
 
     Example:
         >>> AdapterConfig(rank=8).conv_rank_or_rank
@@ -88,8 +89,8 @@ class AdapterConfig:
         require_choice("parametrization", self.parametrization, PARAMETRIZATIONS)
         require(
             self.init == "random" or self.parametrization == "low-rank",
-            f"init {self.init} starts A and B as they train in parametrization low-rank; "
-            f"parametrization {self.parametrization} has other numbers: leave one of them out",
+            f"init {self.init} sets A and B of parametrization low-rank, but parametrization is "
+            f"{self.parametrization}; leave one of them out",
             "init",
         )
         require(
@@ -107,7 +108,7 @@ class AdapterConfig:
         for name in PATTERNS:
             require(
                 not getattr(self, name),
-                f"{name} is set, and all layers of parametrization vera share projections of one "
+                f"{name} is set, but all layers of parametrization vera share projections of one "
                 f"rank, with the scale 1; leave {name} out",
                 name,
             )
@@ -119,49 +120,53 @@ class AdapterConfig:
         )
 
     def check_start(self) -> None:
-        """Refuse to start what trains other numbers than A and B from another adapter's.
+        """Refuse ``init_adapter`` unless the adapter trains A and B from a random start.
 
         Raises:
-            ConfigError: With the setting.
+            ConfigError: If another setting initializes A and B, or other parameters are trained.
         """
-        for name, usual in (("init", "random"), ("parametrization", "low-rank")):
+        for name, default in (("init", "random"), ("parametrization", "low-rank")):
             value = getattr(self, name)
             require(
-                value == usual,
-                f"init_adapter starts A and B, and {name} {value} starts others; leave one of "
-                "them out",
+                value == default,
+                f"init_adapter sets A and B, but {name} {value} starts from other values; leave "
+                "one of them out",
                 "init_adapter",
             )
 
     def keeps_scale(self, is_conv: bool, alpha: float | None = None) -> bool:
-        """Return whether a layer started from another adapter keeps its scale: no alpha is given.
+        """Return whether a layer keeps the scale of the adapter that it starts from.
+
+        It does unless an alpha or ``rslora`` is given.
 
         Args:
             is_conv: As in `rank_and_alpha`.
-            alpha: That of ``alpha_pattern``.
+            alpha: The layer's alpha in ``alpha_pattern``.
         """
-        own = self.conv_alpha if is_conv else self.alpha
-        return own is None and alpha is None and not self.rslora
+        configured_alpha = self.conv_alpha if is_conv else self.alpha
+        return configured_alpha is None and alpha is None and not self.rslora
 
     @property
     def conv_rank_or_rank(self) -> int:
-        """The rank that Conv2d layers get."""
+        """Rank of Conv2d layers."""
         return self.rank if self.conv_rank is None else self.conv_rank
 
     def rank_and_alpha(
         self, is_conv: bool, rank: int | None = None, alpha: float | None = None
     ) -> tuple[int, float]:
-        """Rank and effective alpha of a layer, whose scale is always ``alpha / rank``.
+        """Rank and effective alpha of a layer; its scale is always ``alpha / rank``.
 
         Args:
-            is_conv: Whether it has the rank of convolutions.
-            rank: That of ``rank_pattern``.
-            alpha: That of ``alpha_pattern``.
+            is_conv: Whether the layer has the rank of convolutions.
+            rank: The layer's rank in ``rank_pattern``.
+            alpha: The layer's alpha in ``alpha_pattern``.
         """
-        usual = self.conv_rank_or_rank if is_conv else self.rank
-        rank = usual if rank is None else rank
+        default_rank = self.conv_rank_or_rank if is_conv else self.rank
+        rank = default_rank if rank is None else rank
         if self.parametrization == "vera":
             return rank, float(rank)
-        own = self.conv_alpha if is_conv else self.alpha
-        alpha = next(float(value) for value in (alpha, own, usual) if value is not None)
+        configured_alpha = self.conv_alpha if is_conv else self.alpha
+        alpha = next(
+            float(value) for value in (alpha, configured_alpha, default_rank) if value is not None
+        )
         return rank, alpha * rank**0.5 if self.rslora else alpha

@@ -1,7 +1,8 @@
-"""Types of arguments, checked where Python callers come in: public functions and settings.
+"""Type checks of arguments of public functions and settings, by their annotations.
 
-The annotations are read at the first call. An argument of another type is one error with its name,
-what it is and what it must be; an unknown one names the nearest. Numbers of NumPy become Python's.
+Annotations are resolved at the first call. An argument of the wrong type raises one error with its
+name, its value and the expected type; an unknown argument raises an error that suggests the closest
+name. NumPy scalars are converted to Python numbers.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from dora_diffusion.config.fields import WANTED, ConfigError
 from dora_diffusion.config.wording import did_you_mean, listing, quoted
 
 T = TypeVar("T", bound=Callable[..., Any])
-_SHOWN = (bool, int, float, str, Path, NoneType)
-# What to give instead of a value of one class where there must be another.
-_INSTEAD = {
+_PRINTED = (bool, int, float, str, Path, NoneType)
+# (class of the value, expected class) -> advice in the message.
+_ADVICE = {
     ("Components", "Module"): "give one of its modules, such as components.unet",
     ("str", "Components"): "load it with load_components",
     ("int", "Sequence"): "write it in brackets",
@@ -30,10 +31,10 @@ _INSTEAD = {
 
 
 def check_arguments(**accepted: Any) -> Callable[[T], T]:
-    """Check the arguments of a function, or the fields of a class, by their annotations.
+    """Decorate a function or a class with checks of its arguments' types by their annotations.
 
     Args:
-        accepted: Types of arguments that accept more than their annotations say.
+        accepted: Types of arguments that accept more than their annotations allow.
 
     Example:
         >>> @check_arguments()
@@ -47,8 +48,8 @@ def check_arguments(**accepted: Any) -> Callable[[T], T]:
 
     def decorate(target: T) -> T:
         if not inspect.isclass(target):
-            made: T = _wrapped(target, target.__name__, accepted, [target.__module__])
-            return made
+            wrapper: T = _wrapped(target, target.__name__, accepted, [target.__module__])
+            return wrapper
         kind: Any = target
         modules = [base.__module__ for base in kind.__mro__]
         kind.__init__ = _wrapped(kind.__init__, kind.__name__, accepted, modules)
@@ -59,25 +60,34 @@ def check_arguments(**accepted: Any) -> Callable[[T], T]:
 
 def _wrapped(function: Any, name: str, accepted: Mapping[str, Any], modules: Sequence[str]) -> Any:
     known, hints = inspect.signature(function).parameters, dict[str, Any]()
-    placed = [key for key, own in known.items() if own.kind is own.POSITIONAL_OR_KEYWORD]
-    rest = next((key for key, own in known.items() if own.kind is own.VAR_POSITIONAL), None)
-    takes_any = any(own.kind is own.VAR_KEYWORD for own in known.values())
+    positional = [
+        key for key, parameter in known.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    variadic = next(
+        (key for key, parameter in known.items() if parameter.kind is parameter.VAR_POSITIONAL),
+        None,
+    )
+    has_keywords = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
 
     def checked(
         args: tuple[Any, ...], values: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args = tuple(map(_python_number, args))
         values = {key: _python_number(value) for key, value in values.items()}
-        if not takes_any and (unknown := [word for word in values if word not in known]):
+        if not has_keywords and (unknown := [word for word in values if word not in known]):
             names = [f"{word}{did_you_mean(word, known)}" for word in unknown]
             raise ConfigError(f"{name} has no {listing(names)}", unknown[0])
         if not hints:
-            written = {key: accepted.get(key, own.annotation) for key, own in known.items()}
-            hints.update(_read(written, modules))
-        # Missing and surplus arguments are errors of Python's own.
-        given = [*zip(placed, args, strict=False), *values.items()]
-        given += [(rest, value) for value in args[len(placed) :] if rest is not None]
-        for key, value in given:
+            annotations = {
+                key: accepted.get(key, parameter.annotation) for key, parameter in known.items()
+            }
+            hints.update(_resolve(annotations, modules))
+        # Python itself reports missing arguments and too many of them.
+        arguments = [*zip(positional, args, strict=False), *values.items()]
+        arguments += [
+            (variadic, value) for value in args[len(positional) :] if variadic is not None
+        ]
+        for key, value in arguments:
             if key in hints and (problem := mismatch(key, value, hints[key])):
                 raise ConfigError(problem, key)
         return args, values
@@ -91,7 +101,7 @@ def _wrapped(function: Any, name: str, accepted: Mapping[str, Any], modules: Seq
 
 
 def _python_number(value: Any) -> Any:
-    """A number or truth value of NumPy as Python's, also in a list or dict; all else unchanged."""
+    """Convert a NumPy scalar to a Python number, also in a list or dict; keep other values."""
     if type(value) is dict and any(map(_is_numpy, value.values())):
         return {key: _python_number(item) for key, item in value.items()}
     if type(value) in (list, tuple):
@@ -100,14 +110,14 @@ def _python_number(value: Any) -> Any:
 
 
 def _is_numpy(value: Any) -> bool:
-    """Return whether a value is one number of NumPy, which is not imported for it."""
+    """Return whether a value is a NumPy scalar, without importing NumPy."""
     return type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
 
 
-def _read(written: Mapping[str, Any], modules: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Yield annotations as types, without annotations that only type checkers can import."""
+def _resolve(annotations: Mapping[str, Any], modules: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Resolve annotations to types, except if they use names that only type checkers import."""
     scope = {k: v for name in reversed(modules) for k, v in vars(sys.modules[name]).items()}
-    for name, hint in written.items():
+    for name, hint in annotations.items():
         try:
             hint = eval(hint, scope) if isinstance(hint, str) else hint
         except NameError:
@@ -117,7 +127,7 @@ def _read(written: Mapping[str, Any], modules: Sequence[str]) -> Iterator[tuple[
 
 
 def mismatch(name: str, value: Any, hint: Any) -> str:
-    """Return how a value differs from an annotation, naming it; empty if it does not.
+    """Return an error message for a value that does not fit an annotation; empty if it fits.
 
     Only plain types, classes and collections of them are checked.
     """
@@ -126,12 +136,14 @@ def mismatch(name: str, value: Any, hint: Any) -> str:
     for key, item, inner in _items(value, hint):
         if not _fits(item, inner):
             return mismatch(f"{name}[{key!r}]", item, inner)
-    shown = quoted(value) if isinstance(value, str) else str(value)
-    if not isinstance(value, _SHOWN):
-        shown = f"of the type {type(value).__name__}"
-    pairs = [(type(value).__name__, _class(one).__name__) for one in _alternatives(hint)]
-    instead = next((f": {_INSTEAD[pair]}" for pair in pairs if pair in _INSTEAD), "")
-    return f"{name} is {shown}; it must be {_wanted(hint)}{instead}"
+    text = quoted(value) if isinstance(value, str) else str(value)
+    if not isinstance(value, _PRINTED):
+        text = f"of the type {type(value).__name__}"
+    pairs = [
+        (type(value).__name__, _class(alternative).__name__) for alternative in _alternatives(hint)
+    ]
+    advice = next((f": {_ADVICE[pair]}" for pair in pairs if pair in _ADVICE), "")
+    return f"{name} is {text}; it must be {_expected(hint)}{advice}"
 
 
 @cache
@@ -148,7 +160,7 @@ def _class(hint: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    if type(value) is hint:  # most of them
+    if type(value) is hint:  # Fast path of most values.
         return True
     return any(_fits_one(value, one) for one in _alternatives(hint))
 
@@ -173,7 +185,7 @@ def _fits_one(value: Any, hint: Any) -> bool:
 
 
 def _items(value: Any, hint: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """The items of a collection, each with its key and annotation."""
+    """Yield the items of a collection as (key, item, annotation)."""
     for one in _alternatives(hint):
         kind, args = _class(one), get_args(one)
         if args and isinstance(value, dict) and issubclass(kind, Mapping):
@@ -184,8 +196,8 @@ def _items(value: Any, hint: Any) -> Iterator[tuple[Any, Any, Any]]:
             yield from zip(range(len(value)), value, inner, strict=True)
 
 
-def _wanted(hint: Any, is_plural: bool = False) -> str:
-    words = (_wanted_one(one) for one in _alternatives(hint) if one is not NoneType)
+def _expected(hint: Any, is_plural: bool = False) -> str:
+    words = (_expected_one(one) for one in _alternatives(hint) if one is not NoneType)
     texts = list(dict.fromkeys(map(_plural, words) if is_plural else words))
     return " or ".join(texts + ["None"] * (NoneType in _alternatives(hint)))
 
@@ -195,13 +207,13 @@ def _plural(word: str) -> str:
     return f"{head.removeprefix('a ')}s{of}{items}"
 
 
-def _wanted_one(hint: Any) -> str:
+def _expected_one(hint: Any) -> str:
     kind, args = _class(hint), get_args(hint)
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(repr, args))}"
     if kind in WANTED or kind is Callable:
         return WANTED.get(kind, "a function")
-    inner = f" of {_wanted(args[-1 if issubclass(kind, Mapping) else 0], True)}" if args else ""
+    inner = f" of {_expected(args[-1 if issubclass(kind, Mapping) else 0], True)}" if args else ""
     inner = "" if inner == " of objects" else inner
     if issubclass(kind, Mapping):
         return f"a mapping{inner.replace('of', 'to', 1)}"

@@ -1,4 +1,4 @@
-"""A base model: where it is, and what is asked of how it is read."""
+"""Base model: its location and loading options."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ EMBEDDED_PREFIX = "embedded:"
 BASE_HELP = "Diffusers folder, hub id, single-file .safetensors checkpoint, or embedded:NAME."
 QUANTISATIONS = ("int8", "nf4")
 TILE = 512
-"""Side in pixels of the autoencoder's tiles, where a quantised model has no other."""
-# They overlap by a quarter, of whole latents, which are 8 pixels wide.
+"""Default side in pixels of the autoencoder's tiles for a quantised model."""
+# Tiles overlap by a quarter, which must be whole latents of 8 pixels.
 TILE_STEP = 32
 _QUANTIZED = Need("quantize", QUANTISATIONS)
 _NAMES = {
@@ -29,25 +29,25 @@ _NAMES = {
 @check_arguments()
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model by name, as functions take it that also take the name alone.
+    """A base model by name; functions that take it also take the name alone.
 
     Attributes:
         path: A Diffusers folder, a hub id, ``embedded:NAME``, or a single ``.safetensors`` file.
         variant: Weight variant of a folder or hub id, such as ``"fp16"``.
         revision: Branch, tag or commit of a hub id.
-        model_config: For a single file: a Diffusers folder of the same architecture that gives the
-            configuration and the tokenizers. None takes the released model's, which this package
-            holds.
+        model_config: For a single file: a Diffusers folder of the same architecture, whose
+            configuration and tokenizers are used. None: the released model's configuration, which
+            is part of this package.
         vae: Another autoencoder: a folder, a hub id, or a ``.safetensors`` file.
-        prediction_type: What the UNet predicts, ``"epsilon"`` or ``"v_prediction"``. None: what
-            the model says; else its adapters; else what is usual of its kind.
-        zero_terminal_snr: Whether the noise schedule ends in pure noise (arXiv:2305.08891); None:
-            the same.
-        quantize: ``"int8"`` or ``"nf4"`` keeps the weights of Linear layers, of UNet and text
-            encoders, in 8 or 4 bits (`numerics.quantised`).
-        quantize_convolutions: Those of convolutions too.
+        prediction_type: Prediction of the UNet, ``"epsilon"`` or ``"v_prediction"``. None: read
+            from the model, else from its adapters, else the default of its family.
+        zero_terminal_snr: Whether the noise schedule ends in pure noise (arXiv:2305.08891). None:
+            as for ``prediction_type``.
+        quantize: ``"int8"`` or ``"nf4"`` stores the weights of Linear layers of UNet and text
+            encoders in 8 or 4 bits (`numerics.quantised`).
+        quantize_convolutions: Quantise the weights of convolutions too.
         vae_tile_size: Side in pixels of the tiles in which the autoencoder encodes and decodes
-            larger images; 0: it takes them whole. None: `TILE` where weights are quantised, else 0.
+            larger images; 0: no tiling. None: `TILE` if weights are quantised, else 0.
 
     Raises:
         ConfigError: If a value cannot work.
@@ -84,8 +84,8 @@ class BaseModel:
     @classmethod
     def of_settings(cls, settings: Mapping[str, Any]) -> BaseModel:
         """The base model of a command's or a run's settings."""
-        given = {_NAMES.get(name, name): value for name, value in settings.items() if value != ""}
-        return cls(**{f.name: given.get(f.name, f.default) for f in fields(cls)})
+        values = {_NAMES.get(name, name): value for name, value in settings.items() if value != ""}
+        return cls(**{f.name: values.get(f.name, f.default) for f in fields(cls)})
 
 
 AnyModel = str | Path | BaseModel
@@ -95,8 +95,8 @@ def quantize_flag() -> Any:
     """The setting `BaseModel.quantize`."""
     return flag(
         "none",
-        "Keep the base model's weights in fewer bits, for a GPU of little memory: int8, or nf4 "
-        "(4 bits, QLoRA). An adapter that is trained so is one of the unquantised model.",
+        "Quantise the base model's weights to save GPU memory: int8, or nf4 (4 bits, QLoRA). The "
+        "trained adapter works with the unquantised model.",
         choices=("none", *QUANTISATIONS),
     )
 
@@ -110,16 +110,16 @@ def vae_tile_size_flag() -> Any:
     """The setting `BaseModel.vae_tile_size`."""
     return flag(
         None,
-        "VAE tiling: encode and decode images that are larger in tiles of so many pixels a side, a "
-        "multiple of 32, which overlap by a quarter. It takes less memory and changes images "
-        "slightly; 0 takes images whole.",
+        "VAE tiling: encode and decode larger images in tiles of this side in pixels (a multiple "
+        "of 32), which overlap by a quarter. Takes less memory and changes images slightly; 0 "
+        "turns it off.",
         derived=f"{TILE} with quantize, else 0",
         least=0,
     )
 
 
 def require_tile_size(value: int | None) -> None:
-    """Tiles must divide into latents, and their overlap too; None passes."""
+    """Check that tiles and their overlap are whole latents; None passes."""
     require(
         (value or 0) >= 0 and not (value or 0) % TILE_STEP,
         f"vae_tile_size is {value}; it must be a multiple of {TILE_STEP}, such as {TILE}, or 0",
@@ -129,12 +129,12 @@ def require_tile_size(value: int | None) -> None:
 
 @dataclass(frozen=True)
 class OfModel:
-    """Condition of settings that describe a model: one is given, and is loaded as they need.
+    """Condition of settings that describe a model: it is given, in the form that they apply to.
 
     Attributes:
-        setting: Which model.
-        what: How it is called.
-        kind: What it must be: one of several files, one of the hub, or a single file.
+        setting: Setting that names the model.
+        what: Name of the model in messages.
+        kind: Required form: a model of several files, one on the hub, or a single file.
     """
 
     setting: str
@@ -142,7 +142,7 @@ class OfModel:
     kind: Literal["files", "hub", "file"] = "files"
 
     def __call__(self, config: Any) -> str | None:
-        """Return why the condition does not hold; None where it does."""
+        """Return why the condition does not hold; None if it holds."""
         model: str | None = getattr(config, self.setting)
         if model is None:
             without_base: str | None = config.without_base

@@ -1,4 +1,4 @@
-"""The settings of a command, which its flags, its YAML file and its Python callers give alike."""
+"""Settings of a command, from its flags, a YAML file or Python."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def group(kind: type[Group]) -> Group:
 
 
 class AsJob(NamedTuple):
-    """Description of a command as the app's job, about a run or one of its own.
+    """Description of a command as a job of the app, for a run or on its own.
 
     Attributes:
-        command: Its name.
-        state: What it is doing while it runs, such as ``"merging"``.
-        verb: What its button says, and the job's title before the run's.
-        is_listed: Whether its card is among what the Library made of runs.
-        heading: Over its button in the Library; empty: it has a place of its own on the page.
-        about: What it makes, under the heading.
+        command: Name of the command.
+        state: Text of the job's state while it runs, such as ``"merging"``.
+        verb: Label of its button, and beginning of the job's title.
+        is_listed: Whether the Library lists its card among the results of runs.
+        heading: Heading over its button in the Library; empty: it is elsewhere on the page.
+        about: Description of its output, under the heading.
         output: End of its output's name, with the suffix; ``{NAME}`` is a setting. Empty: none.
-        asked: The settings that have a field there.
-        fixed: Settings that make it what it is.
-        with_other: Whether it is about a second adapter, too.
+        asked: Settings with a field in the form.
+        fixed: Settings with a fixed value.
+        with_other: Whether it also takes a second adapter.
     """
 
     command: str
@@ -57,11 +57,11 @@ class AsJob(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CommandSettings:
-    """Settings of a command, and what it does: each field is a setting, made with `flag`.
+    """Settings of a command: each field made with `flag` is a setting, and `perform` runs it.
 
     Attributes:
-        job: How the app has it done; None where it does not.
-        more_jobs: What else the app does by it, by name.
+        job: Its job in the app; None if the app has none.
+        more_jobs: Further jobs of the app that run the command, by name.
 
     Raises:
         ConfigError: If a value cannot work.
@@ -126,12 +126,12 @@ class CommandSettings:
         return self.of(**self.values() | changes)
 
     @classmethod
-    def read(cls, given: Mapping[str, Any], file: str | None = None) -> Self:
-        """Make them of what a command line gives, over what a YAML file does.
+    def read(cls, flags: Mapping[str, Any], file: str | None = None) -> Self:
+        """Build the settings from a YAML file, overridden by the values of a command line.
 
         Raises:
-            ConfigError: If the file or a value is not valid, with the line where it is the file's;
-                or if a setting is missing.
+            ConfigError: If the file or a value is not valid (with the line in the file), or a
+                setting is missing.
         """
         known = {setting.name: setting for setting in cls.settings()}
         values, lines = read_config_lines(file) if file else ({}, {})
@@ -143,12 +143,12 @@ class CommandSettings:
                 )
                 values[name] = known[name].cast(value)
                 known[name].check(values[name])
-        for name in known.keys() & given.keys():
+        for name in known.keys() & flags.keys():
             with problems.collect():
-                values[name] = known[name].cast(given[name])
+                values[name] = known[name].cast(flags[name])
         problems.raise_all()
-        lacking = [s.name for s in known.values() if s.is_required and s.name not in values]
-        require(not lacking, f"{', '.join(lacking)} must be given", lacking[0] if lacking else "")
+        missing = [s.name for s in known.values() if s.is_required and s.name not in values]
+        require(not missing, f"{', '.join(missing)} must be given", missing[0] if missing else "")
         return cls.of(**values)
 
     @classmethod
@@ -158,13 +158,13 @@ class CommandSettings:
 
     @classmethod
     def of_arguments(cls, args: Any) -> Self:
-        """Make them of what such a parser has read.
+        """Build the settings from the arguments that such a parser read.
 
         Raises:
-            ConfigError: If a setting is missing, or cannot be.
+            ConfigError: If a setting is missing or not valid.
 
         Warns:
-            UserWarning: Of settings without effect, or with another meaning in other programs.
+            UserWarning: If a setting has no effect, or another meaning in other programs.
         """
         settings = cls.read(vars(args), args.config)
         settings.warn()
@@ -174,27 +174,27 @@ class CommandSettings:
         return settings
 
     def perform(self) -> int:
-        """Do what it is for. Returns the exit code."""
+        """Run the command. Returns the exit code."""
         raise NotImplementedError
 
     def without_effect(self) -> dict[str, str]:
-        """Settings that differ from their default, and why they have no effect."""
+        """Settings without effect that differ from their default, each with the reason."""
         flat = self.flat
-        moved = [s for s in self.settings() if getattr(flat, s.name) != s.default]
-        return {s.name: reason for s in moved if (reason := s.inactive_reason(flat))}
+        changed = [s for s in self.settings() if getattr(flat, s.name) != s.default]
+        return {s.name: reason for s in changed if (reason := s.inactive_reason(flat))}
 
     def warn(self) -> None:
-        """Warn of settings without effect.
+        """Warn about settings without effect.
 
         Warns:
-            UserWarning: One for each.
+            UserWarning: For each of them.
         """
         for name, reason in self.without_effect().items():
             warnings.warn(f"{name} has no effect because {reason}", stacklevel=2)
 
     def to_arguments(self) -> list[str]:
-        """The words of a command line that give these settings, without those at their default."""
-        placed: list[str] = []
+        """Command-line words for the settings that differ from their default."""
+        positional: list[str] = []
         flags: list[str] = []
         values = self.values()
         for setting in self.settings():
@@ -203,11 +203,11 @@ class CommandSettings:
                 continue
             words = [str(item) for item in (value if setting.is_list else [value])]
             if setting.positional:
-                placed += words
+                positional += words
             elif setting.kind is bool:
                 flags.append(f"--{'' if value else 'no-'}{setting.name}")
             elif len(words) == 1 and words[0].startswith("-"):
                 flags.append(f"{setting.flag}={words[0]}")
             else:
                 flags += [setting.flag, *words]
-        return placed + flags
+        return positional + flags

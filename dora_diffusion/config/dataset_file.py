@@ -1,6 +1,6 @@
-"""Dataset files: the subjects of a run, each the settings that are its own.
+"""Dataset files: the subjects of a run, each with its own settings.
 
-Three things are read as one list of entries: a YAML file of them, and of `kohya` a folder of
+Three forms are read as one list of entries: a YAML file, and the two of `kohya`, a folder of
 folders and sd-scripts' dataset file.
 """
 
@@ -20,31 +20,31 @@ from dora_diffusion.config.wording import did_you_mean, quoted
 
 
 @contextlib.contextmanager
-def naming_entry(place: int) -> Iterator[None]:
-    """Name the entry, counted from 1, in errors of the block."""
-    with prefixed(f"dataset_config, entry {place + 1}: ", "dataset_config"):
+def naming_entry(index: int) -> Iterator[None]:
+    """Name the entry in errors of the block, counting from 1."""
+    with prefixed(f"dataset_config, entry {index + 1}: ", "dataset_config"):
         yield
 
 
 def checked_entries(
-    given: str | Path | Sequence[Any], known: Mapping[str, Setting], batch_size: int
+    source: str | Path | Sequence[Any], known: Mapping[str, Setting], batch_size: int
 ) -> list[Entry]:
-    """The entries of a dataset file, or those that are given, with their values in their types.
+    """Read the entries of a dataset file, or a list of entries, and cast their values.
 
-    An entry with several folders becomes one for each.
+    An entry with several folders becomes one entry per folder.
 
     Args:
-        given: A YAML, TOML or JSON file, a folder of folders, or entries.
+        source: A YAML, TOML or JSON file, a folder of folders, or entries.
         known: All settings by name.
-        batch_size: The run's, which sd-scripts' file may not contradict.
+        batch_size: Batch size of the run; sd-scripts' file must not contradict it.
 
     Raises:
-        ConfigError: If there is no entry, a key is not a setting of a subject, or a value has the
+        ConfigError: If the list is empty, a key is not a setting of a subject, or a value has the
             wrong type.
     """
     entries, problems = list[Entry](), Problems()
-    for place, entry in enumerate(listed_entries(given, batch_size)):
-        with problems.collect(), naming_entry(place):
+    for index, entry in enumerate(listed_entries(source, batch_size)):
+        with problems.collect(), naming_entry(index):
             require_mapping(entry)
             entries += [_cast(values, known) for values in by_folder(entry)]
     problems.raise_all()
@@ -52,7 +52,7 @@ def checked_entries(
 
 
 def _cast(values: Entry, known: Mapping[str, Setting]) -> Entry:
-    """An entry's values in their types."""
+    """Cast the values of an entry to the types of their settings."""
     entry, problems = Entry(), Problems()
     for name, value in values.items():
         with problems.collect():
@@ -62,27 +62,27 @@ def _cast(values: Entry, known: Mapping[str, Setting]) -> Entry:
     return entry
 
 
-def listed_entries(given: str | Path | Sequence[Any], batch_size: int) -> Sequence[Entry]:
-    """The entries of a dataset file as they are written there, or those that are given.
+def listed_entries(source: str | Path | Sequence[Any], batch_size: int) -> Sequence[Entry]:
+    """Read the entries of a dataset file without casts; a list of entries is returned as it is.
 
     Raises:
-        ConfigError: If it cannot be read, or is not a list.
+        ConfigError: If the file cannot be read, or does not hold a list.
     """
-    listed: Any = given
-    if isinstance(given, str | Path):
-        listed = _read(Path(given).expanduser(), batch_size)
+    value: Any = source
+    if isinstance(source, str | Path):
+        value = _read(Path(source).expanduser(), batch_size)
     require(
-        isinstance(listed, list | tuple),
-        f"{given if isinstance(given, str | Path) else 'dataset_config'} must hold a list of "
+        isinstance(value, list | tuple),
+        f"{source if isinstance(source, str | Path) else 'dataset_config'} must hold a list of "
         "subjects, each beginning with '- ' and a setting",
         "dataset_config",
     )
-    entries: Sequence[Entry] = listed
+    entries: Sequence[Entry] = value
     return entries
 
 
 def require_mapping(entry: object) -> None:
-    """Refuse an entry that is no settings."""
+    """Refuse an entry that is not a mapping."""
     require(
         isinstance(entry, dict),
         f"{quoted(str(entry))} is not a subject; one begins with '- ' and a setting such as "
@@ -91,19 +91,19 @@ def require_mapping(entry: object) -> None:
 
 
 def by_folder(entry: Entry) -> list[Entry]:
-    """An entry with several folders as one for each."""
+    """Split an entry with several folders into one entry per folder."""
     folders = entry.get("instance_data_dir")
-    each = folders if isinstance(folders, list) else [folders]
-    return [entry if folder is None else entry | {"instance_data_dir": folder} for folder in each]
+    paths = folders if isinstance(folders, list) else [folders]
+    return [entry if folder is None else entry | {"instance_data_dir": folder} for folder in paths]
 
 
 def _require_setting(name: str, known: Container[str]) -> None:
-    """Refuse a key of an entry that is no setting of a subject."""
+    """Refuse a key of an entry that is not a setting of a subject."""
     if name in ENTRY_SETTINGS:
         return
     problem = f"there is no setting {name}{did_you_mean(name, ENTRY_SETTINGS)}"
     if name in known:
-        problem = f"{name} is a setting of the whole run; give it beside dataset_config"
+        problem = f"{name} is a setting of the whole run; give it outside of dataset_config"
     raise ConfigError(problem, name)
 
 
@@ -111,7 +111,7 @@ def _read(path: Path, batch_size: int) -> Any:
     if path.is_dir() or path.suffix.lower() not in (".toml", ".json"):
         try:
             return kohya.folder_entries(path) if path.is_dir() else read_yaml(path)
-        except ConfigError as error:  # with the path
+        except ConfigError as error:  # Its message has the path already.
             raise ConfigError(str(error), "dataset_config") from error
     with prefixed(f"{path}: ", "dataset_config"):
         data = kohya.read_file(path)

@@ -1,4 +1,4 @@
-"""Values derived from settings: defaults, inactive settings, and what a resumed run may change."""
+"""Values derived from settings: defaults, inactive settings, changes allowed on resume."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from dora_diffusion.config.train import TrainConfig, framed_prompt, settings
 
 Changes = dict[str, tuple[Any, Any]]
 
-# Learning rates that are usual, generously: least and most. Adafactor's is not relative to the
-# weights here, and its updates are clipped: Adam's rates. Prodigy multiplies its own by it.
+# Least and most of the usual learning rates, generously. Adafactor takes Adam's rates: its rate is
+# not relative to the weights here, and its updates are clipped. Prodigy multiplies its estimate by
+# the learning rate.
 _ADAPTER, _VERA, _FULL, _PRODIGY = (1e-6, 5e-3), (1e-5, 1e-1), (1e-8, 1e-4), (0.1, 10.0)
 _INNERMOST = re.compile(r"(?<!\\)\{([^{}|]*)(?:\|[^{}]*)?\}")
-# A class word ends where the prompt continues with where the subject is or how it is drawn.
+# Words after which a prompt describes the scene or the style: a class word ends before them.
 _NEXT_PHRASE = re.compile(
     r"[,.;:()]|\b(?:on|in|at|with|by|under|over|near|against|wearing|from|and|of|beside)\b.*", re.I
 )
 
 
 def class_word_in(prompt: str, token: str) -> str:
-    """The words after the token: ``"a photo of a sks robot toy on grass"`` -> ``"robot toy"``."""
+    """Words after the token: ``"a photo of a sks robot toy on grass"`` -> ``"robot toy"``."""
     if not token:
         return ""
     _, _, rest = prompt.lower().partition(token.lower())
@@ -38,15 +39,15 @@ def class_word_in(prompt: str, token: str) -> str:
 
 
 def usual_class_word(config: TrainConfig) -> str:
-    """The class word that follows from the instance prompt; of wildcards the first alternative."""
-    prompt, before = framed_prompt(config), ""
-    while config.wildcards and prompt != before:
-        prompt, before = _INNERMOST.sub(r"\1", prompt), prompt
+    """Class word of the instance prompt, with the first alternative of each wildcard."""
+    prompt, previous = framed_prompt(config), ""
+    while config.wildcards and prompt != previous:
+        prompt, previous = _INNERMOST.sub(r"\1", prompt), prompt
     return class_word_in(prompt, config.token.strip())
 
 
 def _class_word(config: TrainConfig) -> str | None:
-    if config.dataset_config:  # Each entry's follows from its own prompt.
+    if config.dataset_config:  # Each entry derives it from its own prompt.
         return None
     return usual_class_word(config) or None
 
@@ -57,7 +58,7 @@ def _validation_prompt(config: TrainConfig) -> list[str]:
 
 
 def _alpha(config: TrainConfig, rank: int) -> float | None:
-    """The rank, where layers have an alpha of their own and none that they start from."""
+    """Default alpha: the rank. None for VeRA and for layers that keep the alpha of init_adapter."""
     return None if config.parametrization == "vera" or config.init_adapter else float(rank)
 
 
@@ -91,17 +92,17 @@ DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
         config.adam_weight_decay if config.train_text_encoder else None
     ),
 }
-"""Setting -> its value where none is given, from the others."""
-# Those that follow from the model.
+"""Setting -> function that derives its default from the other settings."""
+# Settings whose default depends on the model.
 _BY_MODEL = ("resolution", "snr_gamma")
 
 
 def usual_snr_gamma(config: TrainConfig, prediction_type: str) -> float:
-    """Gamma of min-SNR where none is given; 0: no weighting.
+    """Default gamma of min-SNR; 0: no weighting.
 
-    Its weight of v goes to 0 with the SNR, where shape is decided:
-    docs/measurements/min-snr.md has what that costs. A slider's predictions count alike, as in its
-    paper.
+    For v-prediction, its weight goes to 0 with the SNR, at the timesteps that decide the shape of
+    the image: docs/measurements/min-snr.md measures the cost. A slider weights all predictions
+    alike, as in its paper.
     """
     is_usual = prediction_type == "epsilon" and not config.weightings and not config.is_slider
     return 5.0 if is_usual else 0.0
@@ -116,15 +117,15 @@ def resolve(
     steps_per_epoch: int,
     mixed_precision: str,
 ) -> TrainConfig:
-    """The settings of a run as they are used: defaults that follow from something, written out.
+    """Replace all derived defaults of a run by their values.
 
     Args:
-        config: The settings as they were given.
-        prediction_type: What the model predicts.
-        resolution: The size that is trained at.
+        config: Settings with unresolved defaults.
+        prediction_type: Prediction type of the model.
+        resolution: Training resolution in pixels.
         total_steps: Optimizer steps of the run.
         steps_per_epoch: Optimizer steps per epoch, rounded up.
-        mixed_precision: What ``auto`` means on this machine.
+        mixed_precision: Precision that ``auto`` selects on this machine.
     """
     values = {
         name: value
@@ -135,8 +136,8 @@ def resolve(
         values["snr_gamma"] = usual_snr_gamma(config, prediction_type)
     if config.with_prior_preservation and not config.dataset_config:
         values["prior_preservation_mode"] = config.prior_mode
-    is_shown = config.num_validation_images or config.holds_out
-    if config.validation_epochs and config.validation_steps is None and is_shown:
+    is_validated = config.num_validation_images or config.holds_out
+    if config.validation_epochs and config.validation_steps is None and is_validated:
         steps = config.validation_epochs * steps_per_epoch
         values |= {"validation_steps": steps, "validation_epochs": None}
         if config.holds_out and config.validation_loss_steps is None:
@@ -152,37 +153,37 @@ def resolve(
     )
 
 
-def overridden(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """A file's settings without those that followed from what the command line changes.
+def overridden(values: Mapping[str, Any], changed: Collection[str]) -> dict[str, Any]:
+    """Drop derived settings of a file whose source the command line changes.
 
-    The ``config.yaml`` of a run holds its derived settings. With another ``--rank``, its
-    ``lora_alpha`` must follow as it did; one that was set apart stays.
+    The ``config.yaml`` of a run holds derived settings, too. With another ``--rank``, a derived
+    ``lora_alpha`` must follow it; an explicitly set one is kept.
     """
-    left = dict(values)
-    if not given:
-        return left
-    if "num_train_epochs" in given and "max_train_steps" not in given:
-        left.pop("max_train_steps", None)
-    if "validation_epochs" in given and "validation_steps" not in given:
-        left.pop("validation_steps", None)
-    if {"pretrained_model_name_or_path", "prediction_type", *WEIGHTINGS} & {*given}:
-        left.pop("snr_gamma", None)
+    kept_values = dict(values)
+    if not changed:
+        return kept_values
+    if "num_train_epochs" in changed and "max_train_steps" not in changed:
+        kept_values.pop("max_train_steps", None)
+    if "validation_epochs" in changed and "validation_steps" not in changed:
+        kept_values.pop("validation_steps", None)
+    if {"pretrained_model_name_or_path", "prediction_type", *WEIGHTINGS} & {*changed}:
+        kept_values.pop("snr_gamma", None)
     try:
         config = TrainConfig.from_dict(values)
     except ConfigError:
-        return left
+        return kept_values
     for name, derive in DERIVED.items():
-        if name in left and getattr(config, name) == derive(config):
-            del left[name]
-    return left
+        if name in kept_values and getattr(config, name) == derive(config):
+            del kept_values[name]
+    return kept_values
 
 
 def as_yaml(config: TrainConfig, folder: Path | None = None) -> str:
-    """The settings as ``--config`` reads them; what is not set says its default beside it.
+    """Settings as YAML for ``--config``; comments describe the defaults of unset ones.
 
     Args:
         config: The settings.
-        folder: Folder of the file that they are for; paths are then relative to it.
+        folder: Folder of the YAML file; paths are written relative to it. None: as they are.
     """
     import yaml
 
@@ -198,11 +199,11 @@ def as_yaml(config: TrainConfig, folder: Path | None = None) -> str:
 
 @check_arguments()
 def without_effect(config: TrainConfig, given: Collection[str] | None = None) -> dict[str, str]:
-    """Settings that were given, and why they have no effect.
+    """Find settings without effect, each with the reason.
 
     Args:
         config: The settings of a run.
-        given: Names that were given; None means those that differ from their default.
+        given: Names of the settings to check; None: all that differ from their default.
 
     Example:
         >>> without_effect(TrainConfig(keep_tags=3))
@@ -210,8 +211,8 @@ def without_effect(config: TrainConfig, given: Collection[str] | None = None) ->
     """
     reasons, subjects = {}, config.subjects
     for setting in settings():
-        moved = getattr(config, setting.name) != setting.default
-        if not (moved if given is None else setting.name in given):
+        is_changed = getattr(config, setting.name) != setting.default
+        if not (is_changed if given is None else setting.name in given):
             continue
         inactive = [setting.inactive_reason(subject) for subject in subjects]
         overridden = [setting.name in entry for entry in config.dataset_config]
@@ -219,44 +220,44 @@ def without_effect(config: TrainConfig, given: Collection[str] | None = None) ->
         if overridden and all(overridden):
             reason = "each entry of dataset_config has its own"
         if reason and setting.name == "resolution" and config.num_validation_images:
-            # What a run's own file says is the greatest of its entries.
+            # The config.yaml of a run holds the greatest resolution of its entries.
             if config.resolution == max(entry["resolution"] for entry in config.dataset_config):
                 continue
             reason = f"{reason}, but for sample images"
         if reason:
             reasons[setting.name] = f"{setting.name} has no effect because {reason}"
-    for place, entry in enumerate(config.dataset_config) if given is None else ():
-        for name, text in without_effect(subjects[place], entry).items():
-            reasons.setdefault(name, f"dataset_config, entry {place + 1}: {text}")
+    for index, entry in enumerate(config.dataset_config) if given is None else ():
+        for name, text in without_effect(subjects[index], entry).items():
+            reasons.setdefault(name, f"dataset_config, entry {index + 1}: {text}")
     return reasons
 
 
 @check_arguments()
 def unusual_rates(config: TrainConfig) -> list[str]:
-    """Learning rates far outside of what the optimizer usually takes, each with what is usual.
+    """Describe learning rates far outside of the optimizer's usual range.
 
     Example:
         >>> unusual_rates(TrainConfig(learning_rate=0.1))[0]
         'learning_rate is 0.1; for adapters adamw usually takes 1e-06 to 0.005'
     """
-    name, what = config.optimizer_name, "full fine-tuning" if config.is_full else "adapters"
+    name, method = config.optimizer_name, "full fine-tuning" if config.is_full else "adapters"
     least, most = _FULL if config.is_full else _ADAPTER
     if config.parametrization == "vera" and not config.is_full:
-        (least, most), what = _VERA, "VeRA"
+        (least, most), method = _VERA, "VeRA"
     if config.is_prodigy:
         least, most = _PRODIGY
     rates = {"learning_rate": (config.unet_lr, most)}
     if config.train_text_encoder and not config.is_prodigy:
         rates["text_encoder_lr"] = (config.text_encoder_lr, most)
     if not config.is_full:
-        # Each stands for a part of the adapter that takes larger steps.
+        # Rates of parts of the adapter; magnitudes and B tolerate larger steps.
         rates |= {f"lr_pattern {name}": (rate, most) for name, rate in config.lr_pattern.items()}
         rates["magnitude_lr"] = (config.magnitude_lr or 0, 10 * most)
         rates["learning_rate times loraplus_ratio"] = (
             config.unet_lr * config.loraplus_ratio * (config.loraplus_ratio != 1), 10 * most,
         )  # fmt: skip
     return [
-        f"{setting} is {rate:g}; for {what} {name} usually takes {least:g} to {limit:g}"
+        f"{setting} is {rate:g}; for {method} {name} usually takes {least:g} to {limit:g}"
         for setting, (rate, limit) in rates.items()
         if rate and not least <= rate <= limit
     ]
@@ -264,26 +265,26 @@ def unusual_rates(config: TrainConfig) -> list[str]:
 
 @check_arguments()
 def differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, Changes]:
-    """Compare a run's settings with those of the checkpoint that it resumes.
+    """Compare the settings of a run and of the checkpoint that it resumes from.
 
-    A setting that has no effect is not compared, nor one that the checkpoint does not know.
+    Settings without effect are skipped, as are settings that the checkpoint does not have.
 
     Args:
-        before: The settings that the checkpoint holds.
-        now: The settings of this run.
+        before: Settings of the checkpoint.
+        now: Settings of this run.
 
     Returns:
-        Name -> (before, now): of settings that must be the same, and of those that may change.
+        Changes that prevent resuming, and allowed changes, both as name -> (before, now).
     """
     refused, allowed = _differences(before, now)
     old, new = before.get("dataset_config") or [], now.dataset_config
     if len(old) != len(new):
         refused["dataset_config"] = (f"{len(old)} entries", f"{len(new)} entries")
         return refused, allowed
-    for place, (entry, subject) in enumerate(zip(old, now.subjects, strict=False), start=1):
+    for number, (entry, subject) in enumerate(zip(old, now.subjects, strict=False), start=1):
         changes, _ = _differences({**before, **entry}, subject)
         refused |= {
-            f"{name} of entry {place}": change
+            f"{name} of entry {number}": change
             for name, change in changes.items()
             if name in ENTRY_SETTINGS and refused.get(name) != change
         }
@@ -291,20 +292,20 @@ def differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, C
 
 
 def _differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, Changes]:
-    """The differences of settings that have one value for the whole run."""
+    """Compare the settings that have one value for the whole run."""
     refused: Changes = {}
     allowed: Changes = {}
     for setting in settings():
         old, new = before.get(setting.name, setting.default), getattr(now, setting.name)
         if setting.resume == "ignored" or setting.inactive_reason(now) or _same(setting, old, new):
             continue
-        # A schedule-free average is defined by beta1.
+        # beta1 defines the average of schedule-free optimizers.
         is_free = setting.resume == "free" and not (
             setting.name == "adam_beta1" and now.is_schedule_free
         )
         if is_free:
             allowed[setting.name] = (old, new)
-        # Otherwise the checkpoint says what was given, not what followed from it.
+        # A checkpoint holds no derived values: None there may be the same value.
         elif old is not None or setting.name not in (*DERIVED, *_BY_MODEL):
             refused[setting.name] = (old, new)
     return refused, allowed
@@ -318,6 +319,6 @@ def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
 def _same(setting: Setting, old: Any, new: Any) -> bool:
     if old == new or not (setting.is_path and old and new):
         return bool(old == new)
-    # By what the file system says: names may differ in case, or be of a link.
-    places = [os.path.expanduser(str(value)) for value in (old, new)]
-    return all(map(os.path.exists, places)) and os.path.samefile(*places)
+    # Compare files, not names: names may differ in case, or be links.
+    paths = [os.path.expanduser(str(value)) for value in (old, new)]
+    return all(map(os.path.exists, paths)) and os.path.samefile(*paths)

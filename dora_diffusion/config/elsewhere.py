@@ -1,10 +1,11 @@
 """Settings whose name another trainer uses with another meaning or unit.
 
-``elsewhere.json`` has each setting with the trainer and the difference, and where it depends on
-others, the settings and values with which the same value does something else there. A note says it
-where the setting is given; the pages for users of that trainer list it. Facts: sd-scripts'
-``train_network.py``, Diffusers' DreamBooth LoRA scripts (those of flow models for ``logit_mean``),
-OneTrainer's ``TrainConfig.py``, ai-toolkit's ``config_modules.py`` and ``scheduler.py``, of 2026.
+``elsewhere.json`` lists them with the trainer and the difference. If the difference depends on
+other settings, it also lists the values of these with which the results differ. Runs print a note
+about such a setting, and the pages for users of that trainer list it. Facts: sd-scripts'
+``train_network.py``, Diffusers' DreamBooth LoRA scripts (for ``logit_mean`` the scripts of flow
+models), OneTrainer's ``TrainConfig.py``, ai-toolkit's ``config_modules.py`` and ``scheduler.py``,
+of 2026.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ class Difference(NamedTuple):
     """Meaning of a setting's name in another trainer.
 
     Attributes:
-        trainer: The other program.
-        text: What it does there, and what it does here; the program is the subject.
-        needs: The same value does something else if one of them holds; empty: with every value but
-            the default.
-        least: The least value that does something else; None: any.
+        trainer: Name of the other program.
+        text: Difference between the two programs; the other program is its grammatical subject.
+        needs: Conditions, any of which makes the same value differ in effect; empty: every value
+            but the default does.
+        least: Least value that differs in effect; None: any.
     """
 
     trainer: str
@@ -44,25 +45,25 @@ def _difference(
 
 
 DIFFERENCES = {name: _difference(**facts) for name, facts in read_facts("config/elsewhere").items()}
-"""Setting -> what its name means elsewhere."""
+"""Setting -> meaning of its name in another trainer."""
 
 
-def notes(config: Any, known: Iterable[Setting], given: Iterable[str]) -> list[str]:
-    """List what given settings mean in other trainers, where the same value does something else.
+def notes(config: Any, known: Iterable[Setting], names: Iterable[str]) -> list[str]:
+    """List settings whose value has another effect in another trainer, with the difference.
 
     Args:
         config: The settings with their values.
-        known: Description of each.
-        given: Names that the user gave.
+        known: Descriptions of the settings.
+        names: Names of the settings that the user set.
     """
     lines = []
-    moved = {s.name: v for s in known if (v := getattr(config, s.name)) and v != s.default}
-    for name in sorted(moved.keys() & DIFFERENCES.keys() & set(given)):
+    changed = {s.name: v for s in known if (v := getattr(config, s.name)) and v != s.default}
+    for name in sorted(changed.keys() & DIFFERENCES.keys() & set(names)):
         trainer, text, needs, least = DIFFERENCES[name]
-        if least is not None and moved[name] < least:
+        if least is not None and changed[name] < least:
             continue
-        # Other commands lack the settings of training that it needs.
+        # Other commands do not have the settings of training that it depends on.
         differs = (hasattr(config, need.setting) and need(config) is None for need in needs)
         if not needs or any(differs):
-            lines.append(f"{name} is {shown(moved[name])}; {trainer} {text}")
+            lines.append(f"{name} is {shown(changed[name])}; {trainer} {text}")
     return lines

@@ -1,9 +1,9 @@
 """The Stable Diffusion families: everything that differs between them.
 
-No other module compares a family's name or asks which kind of model it is: it asks the family for
-what it needs, such as `Family.time_ids`. A new family is one more entry of ``families.json``, and a
-field where it differs in something new. Modules and tensors are taken as they come: torch is not
-needed.
+Other modules never compare the name of a family or check the kind of a model: they use properties
+and methods of the family, such as `Family.time_ids`. A new family is one more entry of
+``families.json``, with a new field for each new kind of difference. Modules and tensors are only
+passed through: torch is not imported.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any, Literal
 
 from dora_diffusion.config.file import read_facts
 
-# What adapters can be on, and everything of a pipeline that has weights: the names of its folders.
+# Components of a pipeline that can have adapters, and all that have weights; names of its folders.
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 WEIGHT_COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-# What UNets predict.
+# Prediction types of UNets.
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 HiddenState = Literal["last", "penultimate"]
 
 
 class UnsupportedModelError(ValueError):
-    """The model exists, but it is not one of the supported Stable Diffusion families."""
+    """The model exists, but belongs to no supported Stable Diffusion family."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,11 @@ class TextEncoder:
 
     Attributes:
         component: ``"text_encoder"`` or ``"text_encoder_2"``.
-        kohya_prefix: What its modules start with in a kohya file.
-        checkpoint_prefix: What its tensors start with in a single-file checkpoint.
-        is_open_clip: There it has open_clip's layout instead of CLIP's: q, k, v in one matrix.
-        embedding_key: What files of trained tokens call it.
+        kohya_prefix: Prefix of its module names in a kohya file.
+        checkpoint_prefix: Prefix of its tensor names in a single-file checkpoint.
+        is_open_clip: A single-file checkpoint stores it in open_clip's layout (q, k and v in one
+            matrix) instead of CLIP's.
+        embedding_key: Its key in files of trained tokens.
     """
 
     component: str
@@ -54,9 +55,9 @@ class MemoryRow:
 
     Attributes:
         resolution: Side in pixels.
-        gradient_checkpointing: Whether it was on.
+        gradient_checkpointing: Whether gradient checkpointing was on.
         gib: The peak in GiB.
-        is_measured: False: derived from the row of the same kind at another size.
+        is_measured: False if derived from the row of the same kind at another resolution.
     """
 
     resolution: int
@@ -70,18 +71,18 @@ class GpuMemory:
     """Live bytes of a training step on a GPU, in GiB: bfloat16, one image, default targets, rank.
 
     Attributes:
-        unet: Its weights.
-        unet_linear: Those of its Linear layers.
-        text_encoders: Their weights.
-        text_linear: Those of their Linear layers.
-        vae: Its weights.
-        adapter: Parameters, gradients and AdamW's states of an adapter on the UNet.
-        adapter_8bit: The same with 8-bit AdamW.
-        activations: All else at the peak, at ``resolution``.
-        recomputed: The same with gradient checkpointing.
-        text_adapter: What adapters on the text encoders add to ``adapter`` and ``activations``.
+        unet: Weights of the UNet.
+        unet_linear: Weights of the UNet's Linear layers.
+        text_encoders: Weights of the text encoders.
+        text_linear: Weights of the text encoders' Linear layers.
+        vae: Weights of the VAE.
+        adapter: Parameters, gradients and AdamW states of an adapter on the UNet.
+        adapter_8bit: ``adapter`` with 8-bit AdamW.
+        activations: Everything else at the peak, at ``resolution``.
+        recomputed: ``activations`` with gradient checkpointing.
+        text_adapter: Addition to ``adapter`` and ``activations`` by adapters on the text encoders.
         resolution: Side in pixels.
-        vae_is_float32: It stays as large where the model is in half precision.
+        vae_is_float32: The VAE stays in float32 if the model is in half precision.
     """
 
     unet: float
@@ -103,41 +104,41 @@ class Family:
     """Properties of one model family.
 
     Attributes:
-        name: As stored in adapter files.
-        title: The name that people use.
+        name: Name in adapter files.
+        title: Name in texts.
         pipeline_class: Name of the diffusers pipeline.
-        text_encoders: In the order in which their states are joined.
-        hidden_state: Which of their states conditions the UNet: ``"last"`` (after the final layer
+        text_encoders: Text encoders, in the order in which their states are concatenated.
+        hidden_state: Hidden state that conditions the UNet: ``"last"`` (after the final layer
             norm) or ``"penultimate"`` (before it, without a norm).
         has_pooled: The last text encoder's projected pooled output conditions the UNet too.
         has_time_ids: Original size, crop and target size condition the UNet.
-        prompt_width: Width of the states that the UNet's cross-attention reads.
+        prompt_width: Width of the encoder hidden states in the UNet's cross-attention.
         up_attention: For each up level of the UNet, whether it has attention.
         uses_linear_projection: The UNet's ``use_linear_projection``.
         vae_wants_float32: The released autoencoder overflows in float16.
         auto_pipeline: Name of the diffusers class that finds the pipeline of a model.
-        image_arguments: Images that its pipeline is called with, besides the prompt.
-        mask_channels: Channels of masks besides red, green and blue, which the UNet reads at the
-            latents' size.
-        conditioning_latents: Images whose latents the UNet reads besides the noisy ones.
-        default_resolution: Side in pixels that the released models were trained at.
-        default_steps: Optimizer steps of a run that does not say how many.
+        image_arguments: Image arguments of the pipeline, besides the prompt.
+        mask_channels: Mask channels after red, green and blue, which the UNet reads at the
+            resolution of the latents.
+        conditioning_latents: Number of images whose latents the UNet reads with the noisy latents.
+        default_resolution: Training resolution of the released models, in pixels.
+        default_steps: Default number of optimizer steps.
         released_id: Hub id of the released model.
-        configuration: Name of the released models' configuration, which fits single files.
-        has_two_predictions: A first release predicts v and a second one the noise: a single file
-            must say which it does. Else all predict the noise, if they do not say that it is v.
+        configuration: Name of the released models' configuration, for single files.
+        has_two_predictions: One release predicts v and another the noise, so a single file must
+            state its prediction type. False: a file without one predicts the noise.
         is_suggested: The app offers to download the released model.
         kohya_base_version: ``ss_base_model_version`` of a model that predicts the noise.
-        is_kohya_v2: Its ``ss_v2``.
+        is_kohya_v2: Value of ``ss_v2``.
         kohya_names_original_blocks: kohya files name UNet modules after the original (sgm) blocks.
-        architecture: Its ``modelspec.architecture``.
-        v_architecture: That of a model that predicts v; ``""`` where it is the same.
-        version_mark: What ``ss_base_model_version`` of any program holds.
-        architecture_mark: What ``modelspec.architecture`` of any program holds.
-        marks_v_prediction: A single file that predicts v holds empty tensors that say so.
-        memory: What training takes on a CPU, measured.
-        gpu_memory: What it takes of a GPU, counted.
-        more_memory_gib: What it takes besides, where the rows are a smaller family's.
+        architecture: Value of ``modelspec.architecture``.
+        v_architecture: ``modelspec.architecture`` of a model that predicts v; ``""``: the same.
+        version_mark: Text within ``ss_base_model_version`` of files from any program.
+        architecture_mark: Text within ``modelspec.architecture`` of files from any program.
+        marks_v_prediction: A single file that predicts v is marked by empty tensors.
+        memory: Measured memory of training on a CPU.
+        gpu_memory: Computed memory of training on a GPU.
+        more_memory_gib: Additional memory, if ``memory`` is that of a smaller family.
     """
 
     name: str
@@ -180,7 +181,7 @@ class Family:
 
     @property
     def text_encoder_classes(self) -> tuple[str, ...]:
-        """Names of the text encoders' transformers classes: the pooled one has a projection."""
+        """Names of the text encoders' transformers classes; the pooled one has a projection."""
         classes = ["CLIPTextModel"] * len(self.text_encoders)
         return (*classes[:-1], classes[-1] + ("WithProjection" if self.has_pooled else ""))
 
@@ -191,18 +192,18 @@ class Family:
 
     @property
     def checkpoint_key(self) -> str:
-        """A tensor name that only this family's single-file checkpoints hold."""
+        """Name of a tensor that is only in this family's single-file checkpoints."""
         encoder = self.text_encoders[-1]
         norm = "ln_final" if encoder.is_open_clip else "text_model.final_layer_norm"
         return f"{encoder.checkpoint_prefix}{norm}.weight"
 
     def text_encoder(self, component: str) -> TextEncoder | None:
-        """The text encoder that is this component of a pipeline, None if it is not one."""
+        """Return the text encoder with this component name; None if there is none."""
         return next((e for e in self.text_encoders if e.component == component), None)
 
     @property
     def skipped_layers(self) -> int:
-        """Last layers of its text encoders that condition nothing, without any clip skip."""
+        """Number of last text-encoder layers that are skipped even without clip skip."""
         return 1 if self.hidden_state == "penultimate" else 0
 
     def web_ui_clip_skip(self, clip_skip: int) -> int:
@@ -212,14 +213,13 @@ class Family:
     def encode_text(
         self, encoder: Any, input_ids: Any, attention_mask: Any, clip_skip: int = 0
     ) -> tuple[Any, Any]:
-        """One text encoder's states ``(B, tokens, C)``, and its pooled output ``(B, P)`` or None.
+        """Compute a text encoder's states ``(B, tokens, C)`` and pooled output ``(B, P)`` or None.
 
         Args:
             encoder: A CLIP text encoder, with or without a projection.
             input_ids: ``(B, tokens)`` int64.
-            attention_mask: ``(B, tokens)``, or None: the padding is read too.
-            clip_skip: Further layers at the end that are left out of the states, as Diffusers'
-                pipelines count them.
+            attention_mask: ``(B, tokens)``; None: the padding is attended to.
+            clip_skip: Number of further layers to skip at the end, as in Diffusers' pipelines.
         """
         if self.hidden_state == "penultimate":
             output = encoder(input_ids, output_hidden_states=True)
@@ -227,7 +227,7 @@ class Family:
             return states, output[0] if self.has_pooled else None
         if clip_skip:
             output = encoder(input_ids, attention_mask=attention_mask, output_hidden_states=True)
-            # Transformers 5 has no `text_model`, which Diffusers' pipelines look for.
+            # The encoders of Transformers 5 have no `text_model`.
             norm = getattr(encoder, "text_model", encoder).final_layer_norm
             states = norm(output.hidden_states[-1 - clip_skip])
             return states, output[1] if self.has_pooled else None
@@ -235,11 +235,11 @@ class Family:
         return output[0], output[1] if self.has_pooled else None
 
     def zeros_for_empty_prompt(self, index: Mapping[str, Any]) -> bool:
-        """Return whether guidance without negative prompt uses zeros, by the pipeline's config."""
+        """Return whether an empty negative prompt is encoded as zeros, by the pipeline's config."""
         return self.has_pooled and bool(index.get("force_zeros_for_empty_prompt", True))
 
     def pipeline_options(self, zeros_for_empty_prompt: bool) -> dict[str, Any]:
-        """Return the pipeline's arguments besides its modules: neither checker nor watermark."""
+        """Return the pipeline's other arguments: no safety checker and no watermark."""
         if self.has_pooled:
             zeros = {"force_zeros_for_empty_prompt": zeros_for_empty_prompt}
             return {**zeros, "add_watermarker": False}
@@ -247,62 +247,62 @@ class Family:
         return {**none, "requires_safety_checker": False}
 
     def vae_overflows(self, config: Mapping[str, Any]) -> bool:
-        """Return whether an autoencoder overflows in float16; fixed ones say that they do not."""
+        """Return whether an autoencoder overflows in float16; ``force_upcast`` marks fixed ones."""
         return self.vae_wants_float32 and bool(config.get("force_upcast", True))
 
     def time_ids(self, crop: Any) -> tuple[int, ...]:
-        """Return the UNet's conditioning on a crop's sizes: none, or SDXL's six numbers.
+        """Return the UNet's size conditioning of a crop: SDXL's six numbers, else empty.
 
-        All pairs are (height, width) or (top, left) in pixels (arXiv:2307.01952, section 2.2): the
-        photo's own size, the crop's corner in the resized photo, and the size trained on.
+        Three pairs of (height, width) or (top, left) in pixels (arXiv:2307.01952, section 2.2): the
+        photo's original size, the crop's corner in the resized photo, and the target size.
         """
         if not self.has_time_ids:
             return ()
         return (*crop.original_size, *crop.crop_top_left, *crop.target_size)
 
     def in_channels(self, latent_channels: int = 4) -> int:
-        """Channels that the UNet reads."""
+        """Number of input channels of the UNet."""
         return latent_channels * (1 + self.conditioning_latents) + self.mask_channels
 
     def images(self, pixels: Any) -> tuple[Any, ...]:
         """Return the autoencoder's inputs from pixels ``(B, 3 + mask_channels, H, W)``.
 
-        The first is the image that is learned, the others condition the UNet: an inpainting model
-        reads the image without what it is to fill, where the plane is 1.
+        The first is the training image, the others condition the UNet: an inpainting model reads
+        the image with the masked area (mask 1) blanked out.
         """
         image = pixels[:, :3]
         return (image, image * (pixels[:, 3:] < 0.5)) if self.conditioning_latents else (image,)
 
 
 def _read() -> dict[str, Family]:
-    """The families of ``families.json``; one that is ``like`` another has the rest from it.
+    """Read ``families.json``; an entry with ``like`` inherits the other values of that entry.
 
-    Rows of memory are of ``benchmarks/memory.py --resident``: bfloat16, random weights in the
-    released shapes, default targets and rank, UNet and text encoders adapted, AdamW, the process's
-    peak on a CPU. Derived rows scale what is above 7.4 GiB (SDXL's weights, adapter, optimizer,
-    process) with the pixels: the two lines of Stable Diffusion 1.5 meet in such a sum, 2.5 GiB.
-    Figures of a GPU are of ``benchmarks/memory.py --parts``; what adapters on text encoders add is
-    derived from their shapes. Stable Diffusion 2 is version 1 with a larger text encoder, of which
-    its Diffusers release already drops the last layer (23 of 24): its "last" state is the
-    penultimate one of the original model. No program writes inpainting models as a version of
-    kohya's.
+    Rows of CPU memory come from ``benchmarks/memory.py --resident``: bfloat16, random weights in
+    the released shapes, default targets and rank, UNet and text encoders adapted, AdamW, peak of
+    the process. In derived rows, the memory above 7.4 GiB (SDXL's weights, adapter, optimizer,
+    process) scales with the number of pixels; the two measured lines of Stable Diffusion 1.5 meet
+    in such a sum, 2.5 GiB. Figures of GPU memory come from ``benchmarks/memory.py --parts``; the
+    addition by adapters on text encoders is derived from their shapes. Stable Diffusion 2 is
+    version 1 with a larger text encoder. Its Diffusers release already drops the last layer (23
+    of 24), so its "last" state is the penultimate one of the original model. Kohya's metadata has
+    no version for inpainting models.
     """
     facts = read_facts("config/families")
     families = {}
-    for name, own in facts.items():
-        values = {**facts.get(own.pop("like", ""), {}), **own}
-        parts: dict[str, Any] = {
+    for name, entry in facts.items():
+        values = {**facts.get(entry.pop("like", ""), {}), **entry}
+        objects: dict[str, Any] = {
             "text_encoders": tuple(TextEncoder(**encoder) for encoder in values["text_encoders"]),
             "memory": tuple(MemoryRow(**row) for row in values["memory"]),
             "gpu_memory": GpuMemory(**values["gpu_memory"]),
         }
-        plain = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        families[name] = Family(name=name, **plain | parts)
+        attributes = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        families[name] = Family(name=name, **attributes | objects)
     return families
 
 
 FAMILIES: Mapping[str, Family] = _read()
-# What is assumed of a model that is not there yet.
+# Family that is assumed for a model that is not available yet.
 DEFAULT_FAMILY = next(iter(FAMILIES.values()))
 TITLES = ", ".join(family.title for family in FAMILIES.values())
 
@@ -312,10 +312,10 @@ def detect_family(
 ) -> Family:
     """Detect the family from a pipeline's ``model_index.json`` and its UNet's ``config.json``.
 
-    The decision rests on what the components are, never on the model's name.
+    The classes of the components decide, never the name of the model.
 
     Raises:
-        UnsupportedModelError: If it is another kind of model, with what was found.
+        UnsupportedModelError: If the model is of another kind; the message names its class.
     """
     kinds = {key: value[1] for key, value in model_index.items() if isinstance(value, list)}
     # The SDXL refiner has only the second encoder, and other size conditioning.
@@ -339,9 +339,9 @@ def detect_family(
 
 
 def choose_by_channels(families: Sequence[Family], in_channels: int) -> Family:
-    """Choose the family whose UNet reads so many channels, among those that differ in it.
+    """Choose the family whose UNet has this number of input channels.
 
-    The first, if none does: its autoencoder may make latents of other channels.
+    Falls back to the first family: the latents of its autoencoder may have other channels.
     """
     return next((f for f in families if f.in_channels() == in_channels), families[0])
 
@@ -353,20 +353,20 @@ def detect_folder_family(folder: Path) -> Family:
         UnsupportedModelError: If it is another kind of model, or a configuration file is damaged.
         OSError: If a configuration file is missing.
     """
-    read, unet = list[Any](), folder / "unet" / "config.json"
+    contents, unet = list[Any](), folder / "unet" / "config.json"
     for file in (folder / "model_index.json", *([unet] if unet.is_file() else [])):
         try:
-            read.append(json.loads(file.read_text(encoding="utf-8")))
+            contents.append(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as error:
             raise UnsupportedModelError(f"{file} is damaged; download the model again") from error
-    index, config = [*read, {}][:2]
+    index, config = [*contents, {}][:2]
     return detect_family(index, config, str(folder))
 
 
 def guess_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Name of the family that adapted weights' shapes tell, ``""`` if they do not.
+    """Guess the name of the family from the shapes of adapted weights; ``""`` if it is unclear.
 
-    A second text encoder tells; otherwise the width of the prompt.
+    A second text encoder decides, otherwise the width of the encoder hidden states.
     """
     if any(name.startswith("text_encoder_2.") for name in shapes):
         return next(name for name, f in FAMILIES.items() if len(f.text_encoders) == 2)

@@ -1,7 +1,7 @@
-"""Description of a setting besides its value: metadata of its dataclass field.
+"""Description of a setting: the metadata of its dataclass field.
 
-Flag, YAML key, help, range check, group, effect and resuming are all derived from it. Names of
-precisions are here too: torch's, Accelerate's, and those that people type.
+Flag, YAML key, help, range check, group, conditions and rules of resuming are all derived from it.
+The module also translates names of precisions: torch's, Accelerate's, and common abbreviations.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ DTYPES = tuple(_SHORT)
 
 
 def dtype_name(word: str) -> str:
-    """A precision under torch's name: ``"bf16"`` -> ``"bfloat16"``; other words stay."""
+    """Torch's name of a precision: ``"bf16"`` -> ``"bfloat16"``; keeps other words."""
     return _LONG.get(word, word)
 
 
 def precision_name(word: str) -> str:
-    """A precision under Accelerate's name: ``"float32"`` -> ``"no"``; other words stay."""
+    """Accelerate's name of a precision: ``"float32"`` -> ``"no"``; keeps other words."""
     short = _SHORT.get(word, word)
     return "no" if short in ("fp32", "none") else short
 
@@ -41,10 +41,10 @@ PRECISIONS = (AUTO, *map(precision_name, DTYPES))
 """Values of ``--mixed_precision``: Accelerate's names."""
 
 TOKENS_PER_CHUNK = 75
-"""Tokens of a text that a CLIP encoder reads at once, without its start and end token."""
+"""Tokens that a CLIP encoder reads at once, without start and end token."""
 
-# same: a resumed run must have it; free: it may change, which is said and recorded;
-# apart: no property of the training (folders, names, what happens afterwards).
+# same: a resumed run must have the same value; free: it may change, which is logged and recorded;
+# ignored: not a property of the training (folders, names, steps after training).
 Resume = Literal["same", "free", "ignored"]
 
 WANTED: dict[type, str] = {
@@ -55,7 +55,7 @@ WANTED: dict[type, str] = {
     Path: "a path",
 }
 REQUIRED: Any = dataclasses.MISSING
-"""Placeholder for the default of a setting that must be given."""
+"""Default of a setting without a default value."""
 TYPES: dict[str, type] = {"Entry": dict, **{kind.__name__: kind for kind in WANTED}}
 
 
@@ -63,8 +63,8 @@ class ConfigError(ValueError):
     """A setting has a value that cannot work. The message names the setting and its value.
 
     Attributes:
-        setting: Name of the setting that it is about, where there is one.
-        parts: The errors that it reports together, where it is of several settings.
+        setting: Name of the setting, if there is one.
+        parts: The single errors, if the error reports several.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ def require(condition: bool, message: str, setting: str = "") -> None:
 
 
 def require_positive(name: str, value: float | None) -> None:
-    """A number must be greater than 0; None passes."""
+    """Check that a number is greater than 0; None passes."""
     is_number = value is None or isinstance(value, numbers.Real)
     require(is_number, f"{name} is {value!r}; it must be a number", name)
     require(value is None or value > 0, f"{name} is {value}; it must be greater than 0", name)
@@ -91,7 +91,7 @@ def require_positive(name: str, value: float | None) -> None:
 
 
 def require_token_length(value: int) -> None:
-    """A limit of tokens must be whole chunks; 0 is none."""
+    """Check that a token limit is a multiple of the chunk; 0 is no limit."""
     require(
         value >= 0 and value % TOKENS_PER_CHUNK == 0,
         f"max_token_length is {value}; it must be a multiple of {TOKENS_PER_CHUNK}, such as 75, "
@@ -101,21 +101,21 @@ def require_token_length(value: int) -> None:
 
 
 def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """A word must be one of the choices."""
-    if value not in choices:  # What was meant takes a while to find.
+    """Check that a word is one of the choices."""
+    if value not in choices:  # Checked first: the suggestion takes time to compute.
         message = f"{name} is {value!r}; it must be one of {', '.join(choices)}"
         raise ConfigError(message + did_you_mean(value, choices), name)
 
 
 @dataclass(frozen=True)
 class Need:
-    """A setting that must have one of these values (any true one, where none is given)."""
+    """Condition that a setting has one of some values (without values: any true one)."""
 
     setting: str
     values: tuple[Any, ...] = ()
 
     def __call__(self, config: Any) -> str | None:
-        """Return why the condition is not met; None where it is."""
+        """Return why the condition does not hold; None if it holds."""
         value = getattr(config, self.setting)
         if value in self.values if self.values else value:
             return None
@@ -124,27 +124,27 @@ class Need:
 
 @dataclass(frozen=True)
 class AnyOf:
-    """Condition that holds if at least one of several needs is met."""
+    """Condition that holds if at least one of several conditions holds."""
 
     needs: tuple[Condition, ...]
 
     def __call__(self, config: Any) -> str | None:
-        """Return why no condition is met; None where one is."""
+        """Return why no condition holds; None if one holds."""
         reasons = [need(config) for need in self.needs]
         return None if None in reasons else " and ".join(str(reason) for reason in reasons)
 
 
-# Gives the reason why a setting has no effect, or None where it has one.
+# Returns the reason why a setting has no effect; None if it has one.
 Condition = Callable[[Any], "str | None"]
 
 
 def when(holds: Callable[[Any], Any], reason: str) -> Condition:
-    """Return a condition by what tells of a config that it holds, with the reason where not."""
+    """Return a condition that holds where a predicate does, with the reason for other configs."""
     return lambda config: None if holds(config) else reason
 
 
 def shown(value: Any) -> str:
-    """A value as a command line has it."""
+    """Format a value as on a command line."""
     if value is None or value in ([], {}):
         return "not set"
     if isinstance(value, bool):
@@ -153,7 +153,7 @@ def shown(value: Any) -> str:
 
 
 def words_of(value: Any) -> list[str]:
-    """The words of a command line that a value is: those of a mapping are ``KEY=VALUE``."""
+    """Command-line words of a value; the words of a mapping are ``KEY=VALUE``."""
     if isinstance(value, dict):
         return [f"{key}={item}" for key, item in value.items()]
     return [str(item) for item in (value if isinstance(value, list | tuple) else [value])]
@@ -165,27 +165,27 @@ class Setting:
 
     Attributes:
         name: Flag and YAML key.
-        kind: Its plain type.
-        is_list: Whether it takes several values.
-        is_map: Whether these are of a mapping, of patterns to values of its type.
-        default: The value where none is given; `REQUIRED` where one must be.
-        help: What it is, in a sentence.
-        group: Heading under which it stands.
-        derived: What the default is, in words, where it follows from something else.
-        choices: What it may be; None is anything.
-        resume: Whether a resumed run must have the same.
-        needs: What must hold for it to have an effect.
-        is_path: Whether it names a place on this machine.
-        above: It must be greater.
-        least: The least that it may be.
-        most: The most that it may be.
-        below: It must be less.
-        flags: Its flags, where they are others than ``--`` and its name.
-        metavar: Placeholder of its value in the help.
-        positional: Whether it is given by its place, without a flag.
-        repeated: Whether several flags add up to one list.
+        kind: Type of a single value.
+        is_list: Whether it has several values.
+        is_map: Whether the values form a mapping from patterns to values.
+        default: Default value; `REQUIRED` if there is none.
+        help: Help text, one sentence.
+        group: Heading of its group.
+        derived: Description of a default that depends on other settings or the model.
+        choices: Valid values; None: any.
+        resume: Rule for a changed value in a resumed run.
+        needs: Conditions under which it has an effect.
+        is_path: Whether the value is a path on this machine.
+        above: Exclusive lower bound.
+        least: Inclusive lower bound.
+        most: Inclusive upper bound.
+        below: Exclusive upper bound.
+        flags: Flags, if they differ from ``--`` and the name.
+        metavar: Placeholder of the value in the help.
+        positional: Whether it is a positional argument, without a flag.
+        repeated: Whether repeated flags add up to one list.
         aliases: Other names of choices, in lower case.
-        refused: Words that are taken for a choice -> what to choose instead.
+        refused: Words that look like a choice -> the choice to use instead.
     """
 
     name: str
@@ -213,7 +213,7 @@ class Setting:
 
     @classmethod
     def from_field(cls, source: dataclasses.Field[Any], **common: Any) -> Setting:
-        """Read a field of a group of settings, which may have attributes in common."""
+        """Read a field of a group of settings, with the common attributes of the group."""
         kind, is_list, is_map = setting_type(source)
         default = source.default
         if source.default_factory is not dataclasses.MISSING:
@@ -230,7 +230,7 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        """The setting's flag, the first where there are several."""
+        """The setting's first flag."""
         return self.flags[0] if self.flags else f"--{self.name}"
 
     @cached_property
@@ -240,7 +240,7 @@ class Setting:
         return "none" if self.default in (None, "", [], {}) else shown(self.default)
 
     def inactive_reason(self, config: Any) -> str | None:
-        """Return why the setting has no effect in this config; None where it has one."""
+        """Return why the setting has no effect in this config; None if it has one."""
         return next((reason for need in self.needs if (reason := need(config))), None)
 
     def check(self, value: Any) -> None:
@@ -285,17 +285,17 @@ class Setting:
         require(not problem, f"{self.name} is {value}; it must {problem}", self.name)
 
     def cast(self, value: Any) -> Any:
-        """A value from YAML or a command line in the setting's type; YAML reads 1e-4 as a string.
+        """Cast a value from YAML or a command line; YAML reads 1e-4 as a string.
 
         Raises:
-            ConfigError: If it is of another type, or empty where the setting cannot be.
+            ConfigError: If the value has another type, or is empty although a value is required.
         """
         require(
             value is not None or self.default is None,
             f"{self.name} is empty; give a value, or leave it out",
             self.name,
         )
-        if value is None or self.kind is dict:  # The entries of a dataset file check themselves.
+        if value is None or self.kind is dict:  # `dataset_file` casts the entries.
             return value
         items = value if isinstance(value, list | tuple) else [value]
         if self.is_map:
@@ -306,7 +306,7 @@ class Setting:
         return self._cast_item(value)
 
     def _pair(self, word: Any) -> tuple[str, str]:
-        """``"*.attn1.*=16"`` as pattern and value."""
+        """Split ``"*.attn1.*=16"`` into pattern and value."""
         pattern, sign, value = str(word).rpartition("=")
         require(
             bool(pattern and sign),
@@ -318,19 +318,19 @@ class Setting:
     def _cast_item(self, value: Any) -> Any:
         if value is False and "no" in (self.choices or ()):
             return "no"  # YAML reads a bare no as false.
-        is_plain = not isinstance(value, dict | list | tuple | set)
+        is_scalar = not isinstance(value, dict | list | tuple | set)
         item = None
-        if is_plain and isinstance(value, bool) == (self.kind is bool):
+        if is_scalar and isinstance(value, bool) == (self.kind is bool):
             with contextlib.suppress(TypeError, ValueError, OverflowError):
                 item = self.kind(value)
         if self.kind is int and isinstance(value, float) and value != item:
             item = None
-        wanted = WANTED[self.kind]
-        require(item is not None, f"{self.name} is {value!r}; it must be {wanted}", self.name)
+        expected = WANTED[self.kind]
+        require(item is not None, f"{self.name} is {value!r}; it must be {expected}", self.name)
         return self._known_choice(item) if self.choices else item
 
     def _known_choice(self, value: Any) -> Any:
-        """A choice as it is written here: AdamW is adamw, fp32 is no, and none is None."""
+        """Normalize a choice: AdamW is adamw, fp32 is no, and none is None."""
         choices, word = self.choices or (), str(value).lower()
         if word == "none" and self.default is None:
             return None
@@ -341,12 +341,12 @@ class Setting:
 
 
 def flag(default: Any, text: str, **metadata: Any) -> Any:
-    """A dataclass field that is a setting.
+    """Make the dataclass field of a setting.
 
     Args:
-        default: The value where none is given, or `REQUIRED`.
-        text: What it is, in a sentence.
-        metadata: What else `Setting` tells of it.
+        default: Default value, or `REQUIRED`.
+        text: Help text.
+        metadata: Further attributes of `Setting`.
     """
     metadata = {"help": text, **metadata}
     if isinstance(default, list | dict):
@@ -355,7 +355,7 @@ def flag(default: Any, text: str, **metadata: Any) -> Any:
 
 
 def setting_type(source: dataclasses.Field[Any]) -> tuple[type, bool, bool]:
-    """The plain type of a setting, and whether it has several values, and these by pattern.
+    """Return the type of a single value, whether there are several, and whether by pattern.
 
     ``list[str]`` -> ``(str, True, False)``; ``dict[str, int]`` -> ``(int, True, True)``.
     """

@@ -1,4 +1,4 @@
-"""YAML files of settings, with the line of every key for messages; and this room's own tables."""
+"""YAML files of settings, with line numbers for messages; and the package's tables of facts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from dora_diffusion.config.fields import ConfigError, require
 
 _MOST_BYTES, _MOST_VALUES = 2**24, 100_000
 SEGMENTS = "segments"
-"""Key under which a resumed run records what changed at which step; no setting."""
+"""Key of a resumed run's record of changes and their steps; not a setting."""
 PATHS = "paths"
 RELATIVE = "relative to this file"
-"""Key of a run's file and its value: paths that begin with a dot start there; no setting."""
+"""Key and value of a line in a run's file that makes its paths relative; not a setting."""
 
 
 def read_facts(name: str) -> dict[str, Any]:
     """Read a table of facts of the package, such as ``config/kohya``.
 
-    They are JSON, since every ``--help`` waits for them.
+    The format is JSON, which loads faster than YAML: every ``--help`` reads the tables.
     """
     file = Path(__file__).parents[1] / f"{name}.json"
     facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -32,21 +32,21 @@ def read_facts(name: str) -> dict[str, Any]:
 
 @check_arguments()
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """The settings in a YAML file.
+    """Read the settings in a YAML file.
 
-    Relative paths in it are meant from the working directory, in the ``config.yaml`` of a run from
-    its folder.
+    Relative paths in it start at the working directory, in the ``config.yaml`` of a run at its
+    folder.
 
     Raises:
-        ConfigError: If the file is missing, is not YAML, names a setting twice, or does not hold
-            a mapping; with the file's name and the line.
+        ConfigError: If the file is missing, is not YAML, sets a setting twice, or does not hold a
+            mapping; the message names the file and the line.
     """
     return read_config_lines(path)[0]
 
 
 @check_arguments()
 def read_config_lines(path: str | Path) -> tuple[dict[str, Any], Mapping[str, int]]:
-    """The settings in a YAML file, and the line of each, from 1.
+    """Read the settings in a YAML file, and the line of each, counting from 1.
 
     Raises:
         ConfigError: As `read_config_file` does.
@@ -56,18 +56,18 @@ def read_config_lines(path: str | Path) -> tuple[dict[str, Any], Mapping[str, in
     values, keys = _parse(path)
     values = {} if values is None else values
     require(isinstance(values, dict), f"{path} must hold 'setting: value' lines")
-    given = {str(key): value for key, value in values.items() if key != SEGMENTS}
+    settings = {str(key): value for key, value in values.items() if key != SEGMENTS}
     lines = _lines(path, keys)
-    return resolve_paths(given, Path(path).expanduser().parent), lines
+    return resolve_paths(settings, Path(path).expanduser().parent), lines
 
 
 def resolve_paths(values: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
-    """Settings of a file in a folder, with the paths from there that are relative to the file.
+    """Resolve the relative paths in a file's settings against its folder.
 
-    They are those that begin with ``./`` or ``../``, where the file says so (`PATHS`).
+    Paths that begin with ``./`` or ``../`` are relative to the file if it has the line `PATHS`.
 
     Raises:
-        ConfigError: If the file says something else of its paths.
+        ConfigError: If that line has another value.
     """
     values = dict(values)
     meaning = values.pop(PATHS, None)
@@ -79,7 +79,7 @@ def resolve_paths(values: Mapping[str, Any], folder: str | Path) -> dict[str, An
     def resolved(value: Any) -> Any:
         if isinstance(value, str) and value.startswith(("./", "../")):
             return os.path.normpath(Path(folder, value))
-        is_entries = isinstance(value, list) and all(isinstance(each, dict) for each in value)
+        is_entries = isinstance(value, list) and all(isinstance(item, dict) for item in value)
         return [{n: resolved(v) for n, v in e.items()} for e in value] if is_entries else value
 
     return {n: resolved(v) for n, v in values.items()} if meaning else values
@@ -89,61 +89,61 @@ def read_yaml(path: str | Path) -> Any:
     """Read a YAML file.
 
     Raises:
-        ConfigError: If the file is missing, or is not YAML; with its name and the line.
+        ConfigError: If the file is missing or not YAML; the message names the file and the line.
     """
     return _parse(path)[0]
 
 
 def _parse(path: str | Path, kind: Any = None) -> tuple[Any, list[tuple[str, int]]]:
-    """Parse a YAML file: its value, and the keys of the outermost mapping, each with its line."""
+    """Parse a YAML file: its value, and the keys of the top-level mapping with their lines."""
     import yaml
 
     text = read_text(path, "the config file")
-    # Many times as fast, where PyYAML was built with libyaml.
+    # Many times as fast, if PyYAML was built with libyaml.
     kind = kind or getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         loader = kind(text)
         root = loader.get_single_node()
         require(
             _size(root, {}) <= _MOST_VALUES,
-            f"{path} has more than {_MOST_VALUES} values, with those that aliases repeat; write "
-            "fewer",
+            f"{path} has more than {_MOST_VALUES} values, counting the values that aliases repeat; "
+            "write fewer",
         )
         pairs = root.value if isinstance(root, yaml.MappingNode) else ()
         keys = [(key.value, key.start_mark.line + 1) for key, _ in pairs]
         return (None if root is None else loader.construct_document(root)), keys
     except (yaml.YAMLError, RecursionError) as error:
-        if kind is not yaml.SafeLoader:  # Its messages are the same everywhere.
+        if kind is not yaml.SafeLoader:  # Its messages do not depend on libyaml.
             return _parse(path, yaml.SafeLoader)
         mark = getattr(error, "problem_mark", None)
-        place = f"{path}, line {mark.line + 1}" if mark else str(path)
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        position = f"{path}, line {mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(
-            f"{place}: this is not valid YAML ({what}); write 'setting: value', and quote a value "
-            "that holds ': ' or begins with a sign"
+            f"{position}: this is not valid YAML ({problem}); write 'setting: value', and quote a "
+            "value that contains ': ' or begins with a sign"
         ) from error
 
 
 def _size(node: Any, known: dict[int, float]) -> float:
-    """Number of a YAML node's values, each as often as aliases repeat it; inf inside of itself."""
+    """Number of a YAML node's values, with repetitions by aliases; inf if it contains itself."""
     if id(node) not in known:
         known[id(node)] = math.inf
-        inner = node.value if isinstance(getattr(node, "value", None), list) else []
-        parts = (p for item in inner for p in (item if isinstance(item, tuple) else (item,)))
-        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+        items = node.value if isinstance(getattr(node, "value", None), list) else []
+        children = (p for item in items for p in (item if isinstance(item, tuple) else (item,)))
+        known[id(node)] = 1 + sum(_size(child, known) for child in children)
     return known[id(node)]
 
 
 def read_text(path: str | Path, what: str, setting: str = "") -> str:
-    """Read a text file that a person wrote, with lines that end in a newline alone.
+    """Read a text file of the user, and normalize its line ends to a newline.
 
     Args:
         path: The file.
-        what: Its name in messages.
-        setting: The setting that names it.
+        what: Name of the file in messages.
+        setting: Setting that names the file.
 
     Raises:
-        ConfigError: If it cannot be read, has more than 16 MiB, or is not UTF-8 text.
+        ConfigError: If the file cannot be read, is larger than 16 MiB, or is not UTF-8 text.
     """
     try:
         with Path(path).expanduser().open("rb") as file:
@@ -164,7 +164,7 @@ def read_text(path: str | Path, what: str, setting: str = "") -> str:
 
 
 def _lines(path: str | Path, keys: list[tuple[str, int]]) -> dict[str, int]:
-    """The line of every key of the outermost mapping."""
+    """Line of each key of the top-level mapping."""
     lines: dict[str, int] = {}
     for key, line in keys:
         if key in lines:

@@ -1,8 +1,8 @@
-"""Flags of other trainers that are no settings here, and what to use.
+"""Flags of other trainers that are not settings here, with the setting or flag to use instead.
 
-The command line answers from them; docs/howto/from-diffusers-scripts.md and from-kohya.md have what
-differs in those that are. ``flags.json`` has each answer behind its flags, and under ``names`` the
-words for a setting that people type, or other trainers have. It covers sd-scripts'
+The command line answers with these texts; docs/howto/from-diffusers-scripts.md and from-kohya.md
+describe the differences of shared settings. ``flags.json`` maps flags to answers, and ``names`` in
+it maps settings to other names for them. It covers sd-scripts'
 ``train_network.py`` and ``sdxl_train_network.py``, and of Diffusers
 ``examples/dreambooth/train_dreambooth_lora.py`` and ``train_dreambooth_lora_sdxl.py``, and
 ``examples/advanced_diffusion_training/train_dreambooth_lora_sd15_advanced.py`` and
@@ -25,10 +25,10 @@ class Answer(NamedTuple):
     """Answer to a flag of another script.
 
     Attributes:
-        status: renamed: accepted, and sets another setting. ignored: accepted, and needs nothing
-            here. absent: refused.
-        text: What to use instead.
-        setting: The setting that a renamed flag sets.
+        status: renamed: accepted, sets another setting. ignored: accepted, has no effect.
+            absent: refused.
+        text: Advice on what to use instead.
+        setting: Setting that a renamed flag sets.
     """
 
     status: Literal["renamed", "ignored", "absent"]
@@ -43,18 +43,18 @@ def _answers(table: str) -> dict[str, str]:
 _SD_SCRIPTS = {n: text for n, text in REFUSED.items() if n != "validation_split"}
 _SD_SCRIPTS |= _answers("sd-scripts")
 OTHER_NAMES = {word: name for name, words in _FACTS["names"].items() for word in words.split()}
-"""Name that is none here -> the setting that is meant."""
+"""Other name of a setting -> the setting."""
 
 DIFFUSERS_FLAGS: dict[str, Answer] = {
     "token_abstraction": Answer("renamed", "--token, one word", "token"),
     **{name: Answer("ignored", text) for name, text in _answers("ignored").items()},
     **{name: Answer("absent", text) for name, text in _answers("absent").items()},
 }
-"""Flag without its dashes -> what it is here; the others are settings of the same name."""
+"""Flag without dashes -> its answer; all other flags are settings of the same name."""
 
 
 def refusal(name: str) -> str | None:
-    """Return why a flag of other trainers is refused and what to use; None for other names."""
+    """Return the refusal of another trainer's flag, with advice; None for other names."""
     answer = DIFFUSERS_FLAGS.get(name)
     if answer is not None and answer.status == "absent":
         return f"{name} of Diffusers' scripts is not here: {answer.text}"
@@ -63,6 +63,6 @@ def refusal(name: str) -> str | None:
 
 
 def meant_by(name: str) -> str | None:
-    """The setting that is meant by a name that is none; None where nothing is close."""
+    """Return the setting that an unknown name probably means; None if nothing is close."""
     known = [setting.name for setting in settings()]
     return OTHER_NAMES.get(name.lower().replace("-", "_")) or closest(name, known)

@@ -1,7 +1,7 @@
-"""Data sets of kohya's programs as entries: folders named ``10_sks dog``, sd-scripts' files.
+"""Datasets of kohya's programs as entries: folders named ``10_sks dog``, sd-scripts' files.
 
-Every option of sd-scripts' dataset files is read as its own reader computes it, refused by name,
-or named in a warning where it has no effect. Facts: its ``docs/config_README-en.md``,
+Each option of sd-scripts' dataset files is read with the same result as in sd-scripts, refused by
+name, or reported in a warning if it has no effect. Facts: its ``docs/config_README-en.md``,
 ``config_util.py`` and ``train_util.py`` of 2026.
 """
 
@@ -26,9 +26,9 @@ from dora_diffusion.config.wording import did_you_mean, listing, quoted
 
 _FOLDER = re.compile(r"(\d+)_(.+)")
 _GENERAL, _DATASETS, _SUBSETS = "[general]", "[[datasets]]", "[[datasets.subsets]]"
-# Every option: what its value must be, in which tables alone it may stand, and the setting that it
-# is here. Of one that is not supported, what to do instead, and the value that asks for nothing; of
-# one about buckets, sd-scripts' default. Without any: it changes nothing alone.
+# Facts of each option: type of its value, the only tables that may hold it, and the equivalent
+# setting. Options that are not supported have advice and the value that has no effect, options of
+# buckets have sd-scripts' default. An option without facts changes nothing alone.
 _OPTIONS = read_facts("config/kohya")
 _TYPES: dict[str, tuple[type, ...]] = {
     "bool": (bool,), "int": (int,), "number": (int, float), "str": (str,), "sides": (int, list),
@@ -36,14 +36,14 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def _facts(name: str) -> dict[str, Any]:
-    """Options that have such a fact."""
+    """Options that have this fact, with its value."""
     return {option: facts[name] for option, facts in _OPTIONS.items() if name in facts}
 
 
-_PLACES, _BUCKETS, REFUSED = _facts("of"), _facts("usual"), _facts("instead")
+_TABLES, _BUCKETS, REFUSED = _facts("of"), _facts("usual"), _facts("instead")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-# Texts of which both programs draw the same: alternatives in braces, none of them in another.
-_SAME_DRAWN = re.compile(
+# Texts that both programs expand alike: alternatives in braces, without nesting.
+_SAME_EXPANSION = re.compile(
     r"(?:[^{}\\]|\\(?![{}|_])|\{(?:[^{}\\]|\\(?![{}|_]))+\})*", re.DOTALL
 )  # fmt: skip
 _FILE = re.compile(r"__[^\W_](?:[\w ./-]*?[^\W_])?__")
@@ -53,7 +53,7 @@ def folders_in(folder: Path) -> list[Path]:
     """Return the sub-folders, without hidden ones.
 
     Raises:
-        ConfigError: If it cannot be read.
+        ConfigError: If the folder cannot be read.
     """
     try:
         return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -62,16 +62,16 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def folder_name(folder: Path) -> tuple[int, str] | None:
-    """Repeats and text of a folder named as ``10_sks dog`` is; None for any other name."""
+    """Repeats and text of a folder name such as ``10_sks dog``; None for other names."""
     match = _FOLDER.fullmatch(folder.name)
     return (int(match[1]), match[2]) if match else None
 
 
 def folder_entries(folder: Path) -> list[Entry]:
-    """The folders ``10_sks dog``: repeats, and the caption of images without one.
+    """Read folders such as ``10_sks dog``: repeats, and the caption of images without one.
 
     Raises:
-        ConfigError: If there are none.
+        ConfigError: If there is no such folder.
     """
     inner = folders_in(folder)
     named = {path: name for path in inner if (name := folder_name(path))}
@@ -82,9 +82,9 @@ def folder_entries(folder: Path) -> list[Entry]:
         + hint,
         "dataset_config",
     )
-    if others := [path.name for path in inner if path not in named]:
+    if ignored := [path.name for path in inner if path not in named]:
         warnings.warn(
-            f"{folder}: left out {listing(others, 5)}; name a subject's folder like '10_sks dog'",
+            f"{folder}: left out {listing(ignored, 5)}; name a subject's folder like '10_sks dog'",
             stacklevel=2,
         )
     return [
@@ -94,9 +94,9 @@ def folder_entries(folder: Path) -> list[Entry]:
 
 
 def _concept(folder: Path, prompt: str) -> Entry:
-    """Prompt, token and class of a subject from its prompt, the token being the first word.
+    """Split a subject's prompt into token (the first word) and class.
 
-    Captions that never name it have no token: they are as they are.
+    The token is empty if no caption contains it.
     """
     token, _, class_word = prompt.strip().partition(" ")
     texts = [path.read_text("utf-8", errors="replace").lower() for path in folder.glob("*.txt")]
@@ -106,10 +106,10 @@ def _concept(folder: Path, prompt: str) -> Entry:
 
 
 def read_file(path: Path) -> Any:
-    """The values of a TOML or JSON file.
+    """Parse a TOML or JSON file.
 
     Raises:
-        ConfigError: If it cannot be read.
+        ConfigError: If the file cannot be read.
     """
     kind, text = path.suffix.lower().removeprefix(".").upper(), ""
     try:
@@ -128,17 +128,17 @@ def read_file(path: Path) -> Any:
 
 
 def dataset_entries(data: Mapping[str, Any], batch_size: int) -> list[Entry]:
-    """The subsets of sd-scripts' dataset file, each with its dataset's and the general options.
+    """Convert sd-scripts' dataset file to entries: one for each subset, with inherited options.
 
     Args:
         data: The values of the file.
-        batch_size: The run's, which the file may not contradict.
+        batch_size: Batch size of the run; the file must not contradict it.
 
     Raises:
-        ConfigError: Naming an option that is not known, in the wrong table, or not supported.
+        ConfigError: If an option is unknown, in the wrong table, or not supported.
 
     Warns:
-        UserWarning: Of options that have no effect.
+        UserWarning: If an option has no effect.
     """
     problems = Problems()
     datasets = _options_of(data, batch_size, problems)
@@ -153,9 +153,9 @@ def dataset_entries(data: Mapping[str, Any], batch_size: int) -> list[Entry]:
 
 
 def _options_of(data: Mapping[str, Any], batch_size: int, problems: Problems) -> list[list[Entry]]:
-    """The options of each subset, by dataset, with those of the tables above it.
+    """Collect the options of each subset, by dataset, with the options of the outer tables.
 
-    Problems are those of all tables and options.
+    Problems of all tables and options are added to ``problems``.
     """
     datasets = list[list[Entry]]()
     unknown = [key for key in data if key not in ("general", "datasets")]
@@ -164,11 +164,13 @@ def _options_of(data: Mapping[str, Any], batch_size: int, problems: Problems) ->
     general = _table(data.get("general", {}), _GENERAL, problems)
     with problems.collect():
         for dataset in _tables(data.get("datasets", []), _DATASETS):
-            own = {name: value for name, value in dataset.items() if name != "subsets"}
-            above = {**general, **_table(own, _DATASETS, problems)}
+            options_of_dataset = {
+                name: value for name, value in dataset.items() if name != "subsets"
+            }
+            inherited = {**general, **_table(options_of_dataset, _DATASETS, problems)}
             subsets = _tables(dataset.get("subsets", []), _SUBSETS)
-            given = [{**above, **_table(subset, _SUBSETS, problems)} for subset in subsets]
-            datasets.append(list(_counted(given, problems)))
+            merged = [{**inherited, **_table(subset, _SUBSETS, problems)} for subset in subsets]
+            datasets.append(list(_counted(merged, problems)))
             for options in datasets[-1]:
                 _check_options(options, batch_size, problems)
     return datasets
@@ -183,7 +185,7 @@ def _tables(values: Any, table: str) -> Sequence[Mapping[str, Any]]:
 
 
 def _table(options: Any, table: str, problems: Problems) -> Entry:
-    """The options of a table that may be there, of which sd-scripts allows some in some alone."""
+    """Return the valid options of a table; sd-scripts allows some only in some tables."""
     with problems.collect():
         require(isinstance(options, dict), f"{table} must be a table of options")
     valid = Entry()
@@ -198,13 +200,13 @@ def _check_option(name: str, value: Any, table: str) -> None:
     require(name in _OPTIONS, f"there is no option {name}{did_you_mean(name, _OPTIONS)}")
     kinds = _TYPES.get(_OPTIONS[name].get("type"), (object,))
     require(isinstance(value, kinds), f"{name} is {value!r}; it must be {WANTED.get(kinds[0])}")
-    place = {"datasets": _DATASETS, "subsets": _SUBSETS}.get(_PLACES.get(name, ""), table)
-    is_misplaced = _SUBSETS in (table, place) and place != table
-    require(not is_misplaced, f"{name} is an option of {place}; move it there")
+    expected_table = {"datasets": _DATASETS, "subsets": _SUBSETS}.get(_TABLES.get(name, ""), table)
+    is_misplaced = _SUBSETS in (table, expected_table) and expected_table != table
+    require(not is_misplaced, f"{name} is an option of {expected_table}; move it there")
 
 
 def _counted(subsets: Sequence[Entry], problems: Problems) -> Iterator[Entry]:
-    """The subsets that count: of several with one ``image_dir``, sd-scripts reads the first."""
+    """Yield the subsets that sd-scripts reads: for each ``image_dir`` only the first."""
     known = set()
     for options in subsets:
         folder = options.get("image_dir", "")
@@ -237,7 +239,7 @@ def _dataset(subsets: Sequence[Entry]) -> list[Entry]:
     prior = _class_images([options for options in subsets if options.get("is_reg")], subjects)
     require(
         not prior or len({entry["class_word"] for entry in entries}) < 2,
-        "is_reg beside subjects of several classes is not supported: write the list in YAML, with "
+        "is_reg with subjects of several classes is not supported: write the list in YAML, with "
         "class_data_dir and class_prompt for each",
     )
     return [entry | prior for entry in entries]
@@ -249,20 +251,20 @@ def _require_images(folder: str) -> None:
     require(path.is_dir(), f"image_dir {folder!r} does not exist{where}; give a folder of images")
 
 
-def _asked(options: Entry) -> set[str]:
-    """The options that ask for something."""
+def _active_options(options: Entry) -> set[str]:
+    """Names of the options with a value other than off or empty."""
     empty: tuple[Any, ...] = (False, 0, "", [], {})
     return {name for name, value in options.items() if value not in empty}
 
 
 def _check_options(options: Entry, batch_size: int, problems: Problems) -> None:
-    """Refuse options that have no counterpart here."""
-    asked = _asked(options)
-    for problem in _unsupported(options, asked):
+    """Refuse options without an equivalent here."""
+    active = _active_options(options)
+    for problem in _unsupported(options, active):
         problems.add(ConfigError(problem))
     with problems.collect():
         require(
-            bool(options.get("enable_bucket")) or "random_crop" not in asked,
+            bool(options.get("enable_bucket")) or "random_crop" not in active,
             "random_crop without enable_bucket is not supported: sd-scripts cuts it from the image "
             "at its full size; set enable_bucket = true, or remove it",
         )
@@ -272,7 +274,7 @@ def _check_options(options: Entry, batch_size: int, problems: Problems) -> None:
             size == batch_size, f"batch_size {size}: give the run --train_batch_size {size} too"
         )
     if (
-        "cache_info" in asked
+        "cache_info" in active
         and Path(options.get("image_dir", ""), "metadata_cache.json").is_file()
     ):
         warnings.warn(
@@ -282,14 +284,14 @@ def _check_options(options: Entry, batch_size: int, problems: Problems) -> None:
         )
 
 
-def _unsupported(options: Entry, asked: set[str]) -> Iterator[str]:
-    """Options that are not supported, or not together, with what to do."""
-    for name in sorted(asked & {*REFUSED}):
+def _unsupported(options: Entry, active: set[str]) -> Iterator[str]:
+    """Yield messages about options that are not supported, or not together, with advice."""
+    for name in sorted(active & {*REFUSED}):
         is_idle = name == "bucket_no_upscale" and not options.get("enable_bucket")
         if options[name] != _OPTIONS[name].get("neutral") and not is_idle:
             yield f"{name} is not supported: {REFUSED[name]}; remove it"
-    tags = sorted(asked & {"shuffle_caption", "caption_tag_dropout_rate"})
-    for name in sorted(asked & {"caption_prefix", "caption_suffix"}) if tags else ():
+    tags = sorted(active & {"shuffle_caption", "caption_tag_dropout_rate"})
+    for name in sorted(active & {"caption_prefix", "caption_suffix"}) if tags else ():
         yield (
             f"{name} with {tags[0]} is not supported: sd-scripts shuffles and drops it with the "
             "tags; write it into the captions, where keep_tokens keeps it in place"
@@ -303,7 +305,7 @@ def _unsupported(options: Entry, asked: set[str]) -> Iterator[str]:
 
 
 def _check_captions(options: Entry) -> None:
-    """Refuse captions of which sd-scripts trains others than are read here."""
+    """Refuse captions that sd-scripts reads in another way."""
     folder, draws = Path(options["image_dir"]).expanduser(), bool(options.get("enable_wildcard"))
     extension = options.get("caption_extension", ".caption")
     extension = f".{extension.removeprefix('.')}" if extension else ""
@@ -332,14 +334,14 @@ def _check_captions(options: Entry) -> None:
     _warn_of_marks(folder, [image.with_suffix(".txt") for image in images])
     for text in texts if draws else ():
         require(
-            bool(_SAME_DRAWN.fullmatch(text)) and not _FILE.search(text),
-            f"{folder}: with enable_wildcard, {quoted(text)} is another text in sd-scripts, which "
+            bool(_SAME_EXPANSION.fullmatch(text)) and not _FILE.search(text),
+            f"{folder}: with enable_wildcard, sd-scripts expands {quoted(text)} differently: it "
             "has {{ for a brace, no \\{, no __file__ and no braces in braces; write it otherwise",
         )
 
 
 def _warn_of_marks(folder: Path, captions: Sequence[Path]) -> None:
-    """Warn of captions with a byte order mark, which sd-scripts trains as a character."""
+    """Warn about captions with a byte order mark, which sd-scripts trains as a character."""
     files = [path for path in captions if path.is_file()]
     marked = [path.name for path in files if path.read_bytes().startswith(codecs.BOM_UTF8)]
     if marked:
@@ -351,7 +353,7 @@ def _warn_of_marks(folder: Path, captions: Sequence[Path]) -> None:
 
 
 def _check_extension(image: Path, extension: str) -> None:
-    """Refuse captions that sd-scripts would read and are not read here, or the reverse."""
+    """Refuse caption files that only one of the two programs reads."""
     if extension == ".txt":
         return
     here = image.with_suffix(".txt")
@@ -369,10 +371,10 @@ def _check_extension(image: Path, extension: str) -> None:
 
 
 def _side(resolution: Any) -> int:
-    """512 of ``512`` or ``[512, 512]``.
+    """Side of a square resolution: 512 for ``512`` or ``[512, 512]``.
 
     Raises:
-        ConfigError: If it is not a square.
+        ConfigError: If the resolution is not a square.
     """
     sides = resolution if isinstance(resolution, list) else [resolution] * 2
     require(
@@ -390,14 +392,14 @@ def _side(resolution: Any) -> int:
 
 
 def _subset(options: Entry) -> Entry:
-    """The entry that a subset is."""
+    """Convert a subset to an entry."""
     entry = {here: options[name] for name, here in _facts("setting").items() if name in options}
     if "resolution" in entry:
         entry["resolution"] = _side(entry["resolution"])
     if "random_crop" in options:
         entry["center_crop"] = not options["random_crop"]
-    usual = _BUCKETS if options.get("enable_bucket") else {}
-    entry |= usual | {name: options[name] for name in _BUCKETS if name in options}
+    defaults = _BUCKETS if options.get("enable_bucket") else {}
+    entry |= defaults | {name: options[name] for name in _BUCKETS if name in options}
     if options.get("shuffle_caption") or options.get("caption_tag_dropout_rate"):
         entry.setdefault("keep_tags", 0)
     if options.get("enable_wildcard"):
@@ -406,7 +408,7 @@ def _subset(options: Entry) -> Entry:
 
 
 def _class_images(regularisation: Sequence[Entry], subjects: Sequence[Entry]) -> Entry:
-    """The prior that a subset of regularisation images is; empty where there is none."""
+    """Convert the subset of regularisation images to settings of the prior; empty without one."""
     if not regularisation:
         return {}
     require(
@@ -422,7 +424,7 @@ def _class_images(regularisation: Sequence[Entry], subjects: Sequence[Entry]) ->
         f"image_dir {folder!r} of is_reg has no class_tokens, so that sd-scripts trains the empty "
         'caption where an image has none; give it the class, such as class_tokens = "dog"',
     )
-    unread = _asked(options) & {
+    unread = _active_options(options) & {
         "alpha_mask", "caption_dropout_rate", "caption_prefix", "caption_suffix",
         "caption_tag_dropout_rate", "enable_wildcard", "shuffle_caption",
     }  # fmt: skip
@@ -430,12 +432,12 @@ def _class_images(regularisation: Sequence[Entry], subjects: Sequence[Entry]) ->
     unread |= {
         name
         for name in ("flip_aug", "random_crop")
-        if any(bool(own.get(name)) != bool(options.get(name)) for own in subjects)
+        if any(bool(subject.get(name)) != bool(options.get(name)) for subject in subjects)
     }
     if unread:
         warnings.warn(
             f"is_reg: {listing(unread)} of image_dir {folder} without effect: each image is "
-            "trained beside a class image, cut as it is, with the caption as it is",
+            "trained with a class image of the same crop, whose caption is unchanged",
             stacklevel=5,
         )
     return {

@@ -1,4 +1,4 @@
-"""Settings of how it is learned: adapter, length, optimizer, loss."""
+"""Settings of training: adapter, length, optimizer, loss."""
 
 from __future__ import annotations
 
@@ -39,42 +39,42 @@ _PRODIGY = Need("optimizer", ("prodigy",))
 _MAGNITUDES = (Need("method", ("dora",)), Need("use_dora"))
 
 
-def _rate(setting: str, what: str) -> Condition:
-    """A learning rate of 0 trains nothing, unless magnitudes have one of their own."""
+def _rate(setting: str, untrained: str) -> Condition:
+    """Condition that a learning rate is above 0, unless magnitudes or patterns have their own."""
 
     def reason(config: OptimizerSettings) -> str | None:
         is_zero = getattr(config, setting) == 0
         is_zero = is_zero and not config.magnitude_lr and not any(config.lr_pattern.values())
-        return f"it is 0: {what} is trained" if is_zero else None
+        return f"it is 0: {untrained} is trained" if is_zero else None
 
     return reason
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """Trained weights: an adapter of some layers, or weights of the model itself."""
+    """Trained weights: an adapter, or the weights of the model itself."""
 
     heading: ClassVar = "Adapter"
 
     method: str = flag(
         None,
-        "What to train. dora: low-rank matrices and magnitudes; weights are frozen. lora: the "
-        "matrices alone. full: full fine-tuning of the weights themselves, whose result is a whole "
+        "Training method. dora: low-rank matrices and magnitudes; weights are frozen. lora: the "
+        "matrices alone. full: full fine-tuning of the weights themselves; the result is a whole "
         "model.",
-        derived="dora; of a slider lora, whose strength is the same in every program",
+        derived="dora; for a slider lora, whose strength is the same in every program",
         choices=METHODS,
     )
     init_adapter: str | None = flag(
         None,
         "Adapter to start from: a file, the folder of a run, or a hub id, in any key format, of "
-        "this rank or a smaller one; a LoRA starts a DoRA too. Its scale is kept where no alpha is "
+        "this rank or a smaller one. A LoRA can start a DoRA. Its scale is kept if no alpha is "
         "given.",
         needs=(_ADAPTER,),
         is_path=True,
     )
     full_weights: str = flag(
         "all",
-        "What full fine-tuning trains: all weights of the UNet, or those of the layers in targets.",
+        "Weights that full fine-tuning trains: all of the UNet, or only the layers in targets.",
         choices=FULL_WEIGHTS,
         needs=(_FULL,),
     )
@@ -107,14 +107,14 @@ class AdapterSettings:
     )
     rank_pattern: dict[str, int] = flag(
         {},
-        "Rank of some layers: those that a preset or glob pattern names, or whose name ends with "
-        "it after a dot, such as 'mid_block.*=16 to_k=4'. The first that fits counts.",
+        "Rank of layers by pattern (a preset, a glob pattern, or the end of a name after a dot), "
+        "such as 'mid_block.*=16 to_k=4'. The first pattern that matches applies.",
         needs=(_ADAPTER, _RANKED),
         above=0,
     )
     alpha_pattern: dict[str, float] = flag(
         {},
-        "Alpha of some layers, named as in rank_pattern; other layers have lora_alpha or "
+        "Alpha of layers by pattern, as in rank_pattern; other layers have lora_alpha or "
         "conv_alpha, whatever their rank.",
         needs=(_ADAPTER, _RANKED),
         above=0,
@@ -122,17 +122,17 @@ class AdapterSettings:
     rslora: bool = flag(False, "rsLoRA: scale by alpha / sqrt(rank).", needs=(_ADAPTER, _RANKED))
     parametrization: str = flag(
         "low-rank",
-        "Form of the update. low-rank: A and B, which train. vera: frozen random A and B "
-        "that all layers share, and two vectors a layer that train (VeRA, arXiv:2310.11454; with "
-        "magnitudes DVoRA), at 10 to 100 times the learning rate. adalora: A and B, whose ranks "
-        "move to the layers that need them (AdaLoRA, arXiv:2303.10512).",
+        "Form of the update. low-rank: trainable A and B. vera: frozen random A and B shared by "
+        "all layers, and two trainable vectors per layer (VeRA, arXiv:2310.11454; with magnitudes "
+        "DVoRA); needs 10 to 100 times the learning rate. adalora: A and B, whose ranks move to "
+        "the layers that need them (AdaLoRA, arXiv:2303.10512).",
         choices=PARAMETRIZATIONS,
         needs=(_ADAPTER,),
     )
     vera_rank: int = flag(64, "Rank of VeRA's projections.", needs=(_ADAPTER, _VERA), above=0)
     target_rank: int | None = flag(
         None,
-        "Average rank of Linear layers after rank allocation; that of Conv2d layers in proportion.",
+        "Average rank of Linear layers after rank allocation; Conv2d layers in proportion.",
         derived="two thirds of rank",
         needs=(_ADAPTER, _ALLOCATED),
         above=0,
@@ -146,14 +146,14 @@ class AdapterSettings:
     )
     allocation_final: int | None = flag(
         None,
-        "Steps at the end in which ranks stay.",
+        "Steps at the end with fixed ranks.",
         derived="half of the steps",
         needs=(_ADAPTER, _ALLOCATED),
         least=0,
     )
     allocation_interval: int = flag(
         10,
-        "Steps from one choice of ranks to the next.",
+        "Steps between rank allocations.",
         needs=(_ADAPTER, _ALLOCATED),
         above=0,
     )
@@ -162,40 +162,40 @@ class AdapterSettings:
     )
     init: str = flag(
         "random",
-        "Start of A and B. random: A random, B zero. pissa: the leading singular vectors of the "
-        "weight (PiSSA, arXiv:2404.02948), whose file has twice the rank.",
+        "Initialization of A and B. random: A random, B zero. pissa: leading singular vectors of "
+        "the weight (PiSSA, arXiv:2404.02948); the file has twice the rank.",
         choices=INITS,
         needs=(_ADAPTER,),
     )
     lora_dropout: float = flag(
         0.0,
-        "Dropout on the low-rank path. Above 0, a step keeps more activations; "
-        "gradient_checkpointing avoids that.",
+        "Dropout on the low-rank path. Above 0, a step stores more activations, except with "
+        "gradient_checkpointing.",
         needs=(_ADAPTER,),
         least=0,
         below=1,
     )
     rank_dropout: float = flag(
         0.0,
-        "Rank dropout: probability of leaving out a rank of A and B, for each row of a batch and "
-        "each layer; the others count for more. The norm of DoRA is that of the whole update.",
+        "Rank dropout: probability of dropping a rank of A and B, for each row of a batch and each "
+        "layer; the remaining ranks are scaled up. DoRA's norm includes the whole update.",
         needs=(_ADAPTER,),
         least=0,
         below=1,
     )
     tlora_min_rank: int | None = flag(
         None,
-        "T-LoRA (arXiv:2507.05964), for a subject with one photo: ranks of a UNet layer that train "
-        "at the noisiest timestep; more do, evenly, with less noise, and all without. Each row of "
-        "a batch masks the last ranks by its own timestep. Only training does: samples and files "
-        "use all ranks at every timestep.",
+        "T-LoRA (arXiv:2507.05964), for a subject with one photo: number of ranks of a UNet layer "
+        "that train at the noisiest timestep. It grows linearly to all ranks without noise. Each "
+        "row of a batch masks the last ranks by its own timestep. Only training masks ranks: "
+        "samples and files use all of them at every timestep.",
         needs=(_ADAPTER, _LOW_RANK),
         above=0,
     )
     scale_weight_norms: float | None = flag(
         None,
-        "Largest Frobenius norm of a layer's update s B A: after each step a larger one is scaled "
-        "down to it, half in A and half in B. Magnitudes are left alone.",
+        "Maximum Frobenius norm of a layer's update s B A: after each step, larger updates are "
+        "scaled down to it, half in A and half in B. Magnitudes are not scaled.",
         needs=(
             _ADAPTER,
             Need("parametrization", ("low-rank",)),
@@ -230,7 +230,7 @@ class LengthSettings:
     num_train_epochs: int | None = flag(
         None,
         "Epochs instead of max_train_steps.",
-        derived="as many as max_train_steps takes",
+        derived="as many as max_train_steps needs",
         resume="free",
         needs=(Need("max_train_steps", (None,)),),
         above=0,
@@ -276,7 +276,7 @@ class OptimizerSettings:
     )
     lr_pattern: dict[str, float] = flag(
         {},
-        "Learning rate of some layers, named as in rank_pattern; 0 leaves them as they start.",
+        "Learning rate of layers by pattern, as in rank_pattern; 0 freezes them.",
         needs=(_ADAPTER,),
         least=0,
     )
@@ -307,8 +307,8 @@ class OptimizerSettings:
     )
     optimizer: str = flag(
         "adamw",
-        "Optimizer. schedule-free: an average of the weights takes the place of a schedule "
-        "(arXiv:2405.15682); it is what is sampled, validated and saved.",
+        "Optimizer. schedule-free: an average of the weights replaces the schedule "
+        "(arXiv:2405.15682); samples, validation and files use the average.",
         choices=OPTIMIZERS,
     )
     use_8bit_adam: bool = flag(False, "The same as --optimizer adamw8bit (needs bitsandbytes).")
@@ -316,11 +316,11 @@ class OptimizerSettings:
         0.9, "Adam's beta1: decay of the first moment.", resume="free", needs=(_ADAM,), least=0
     )
     adam_beta2: float = flag(
-        0.999, "Second moment's decay.", resume="free", needs=(_ADAM,), least=0
+        0.999, "Adam's beta2: decay of the second moment.", resume="free", needs=(_ADAM,), least=0
     )
     adam_weight_decay: float = flag(
         1e-4,
-        "Weight decay of A and B, or of weights; magnitudes never decay.",
+        "Weight decay of A and B, or of the weights; magnitudes never decay.",
         resume="free",
         least=0,
     )
@@ -332,7 +332,7 @@ class OptimizerSettings:
         needs=(_TEXT_ENCODER,),
         least=0,
     )
-    adam_epsilon: float = flag(1e-8, "Epsilon of Adam.", resume="free", needs=(_ADAM,), above=0)
+    adam_epsilon: float = flag(1e-8, "Adam's epsilon.", resume="free", needs=(_ADAM,), above=0)
     prodigy_beta3: float | None = flag(
         None,
         "Decay of Prodigy's estimate of the step size.",
@@ -348,7 +348,7 @@ class OptimizerSettings:
     )
     prodigy_safeguard_warmup: bool = flag(
         True,
-        "Leave the rate out of the denominator of Prodigy's estimate, for warm-ups.",
+        "Exclude the learning rate from the denominator of Prodigy's estimate, for warm-ups.",
         needs=(_PRODIGY,),
     )
     max_grad_norm: float = flag(
@@ -356,8 +356,8 @@ class OptimizerSettings:
     )
     ema_decay: float | None = flag(
         None,
-        "Decay of an exponential moving average (EMA) of the weights, which is then what is "
-        "sampled, validated and saved; after n steps at most (1 + n) / (10 + n).",
+        "Decay of an exponential moving average (EMA) of the weights; after n steps at most "
+        "(1 + n) / (10 + n). Samples, validation and files use the average.",
         least=0,
         below=1,
     )
@@ -370,7 +370,7 @@ _HUBER = Need("loss_type", ("huber",))
 _LOGIT_NORMAL = Need("timestep_distribution", ("logit_normal",))
 
 WEIGHTINGS = ("snr_gamma", "debiased_estimation_loss")
-"""Settings that weight losses by timestep, of which a run has one (`numerics.loss.WEIGHTINGS`)."""
+"""Settings that weight losses by timestep (`numerics.loss.WEIGHTINGS`); a run has at most one."""
 
 
 @dataclass(frozen=True)
@@ -382,18 +382,18 @@ class LossSettings:
     snr_gamma: float | None = flag(
         None,
         "Gamma of min-SNR loss weighting (arXiv:2303.09556); 0 turns it off.",
-        derived="5 where the model predicts the noise, 0 where it predicts v and for sliders",
+        derived="5 if the model predicts the noise, 0 if it predicts v and for sliders",
         least=0,
     )
     debiased_estimation_loss: bool = flag(
         False,
-        "Debiased estimation loss (arXiv:2310.08442): the error of the noise is weighted by "
+        "Debiased estimation loss (arXiv:2310.08442): weights the error of the noise by "
         "1 / sqrt(SNR); for runs without snr_gamma.",
     )
     loss_type: str = flag(
         "l2",
-        "Loss of a prediction. l2: mean squared error. huber: pseudo-Huber, which grows less with "
-        "large errors, for photos with flaws (arXiv:2403.16728); computed as sd-scripts does.",
+        "Loss function. l2: mean squared error. huber: pseudo-Huber, less sensitive to large "
+        "errors, for photos with flaws (arXiv:2403.16728); computed as in sd-scripts.",
         choices=LOSS_TYPES,
     )
     huber_schedule: str = flag(
@@ -405,17 +405,17 @@ class LossSettings:
     )
     huber_c: float = flag(
         0.1,
-        "Delta of the Huber loss, where it changes with the timestep that in pure noise.",
+        "Delta of the Huber loss; with another schedule than constant, delta in pure noise.",
         needs=(_HUBER,),
         above=0,
     )
     noise_offset: float = flag(
-        0.0, "Noise offset: share of the noise that is constant over each channel.", least=0
+        0.0, "Noise offset: strength of noise that is constant within each channel.", least=0
     )
     timestep_distribution: str = flag(
         "uniform",
-        "Distribution of the timesteps that are trained. uniform: all alike. logit_normal: most in "
-        "the middle (arXiv:2403.03206). power: u ** timestep_power of the schedule, for uniform u.",
+        "Distribution of training timesteps. uniform: all alike. logit_normal: most in the middle "
+        "(arXiv:2403.03206). power: u ** timestep_power of the schedule, for uniform u.",
         choices=TIMESTEP_DISTRIBUTIONS,
     )
     logit_mean: float = flag(

@@ -1,4 +1,4 @@
-"""Settings that belong together, by name: where a run starts from, not what it must have."""
+"""Presets: named sets of defaults, each of which a run may override."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from dora_diffusion.config.families import Family
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings of a run under one name; every other setting has its default.
+    """Named settings of a run; all others have their default.
 
     Attributes:
-        about: Its purpose, the same for every model; what it sets depends on the model.
-        measured: What it was measured on.
-        steps: Optimizer steps, as a share of the family's usual number.
+        about: Purpose, the same for every model.
+        measured: Evidence for it: models and subjects of measurements, if there are any.
+        steps: Optimizer steps, as a factor of the family's default.
         embedded_steps: Optimizer steps on an embedded model.
-        is_of_one: It is made for a single photo, not for several; None where photos do not matter.
-        settings: Of every model.
-        released: Of models that are not embedded.
-        embedded: Of embedded models, over `EMBEDDED`.
+        is_of_one: True: for a single photo; False: for several; None: for any number.
+        settings: Settings for every model.
+        released: Further settings for models that are not embedded.
+        embedded: Further settings for embedded models, over `EMBEDDED`.
     """
 
     about: str
@@ -34,13 +34,13 @@ class Preset:
     is_of_one: bool | None = False
 
     def photos_advice(self, count: int) -> str:
-        """Return what a number of photos means for it; empty where it is made for them."""
+        """Return advice if the preset does not suit the number of photos; else empty."""
         if self.is_of_one is None or (count == 1) is self.is_of_one or not count:
             return ""
         if self.is_of_one:
             return (
                 f"{count} photos: this preset is for a single one and stops early; balanced, "
-                "object, pet or face take all of them in"
+                "object, pet or face suit several"
             )
         return "1 photo: this preset is for several; one-photo has half the steps, for a single one"
 
@@ -63,7 +63,7 @@ PRESETS: Mapping[str, Preset] = {
     "fast": Preset("Half the steps.", _TINY, 0.5, 50, embedded=_FAST),
     "fast-word": Preset(
         "Fast with a new word of one vector, which starts from sks.",
-        f"{_TINY} On the twin the word gains nothing, and one of eight trainings learned little.",
+        f"{_TINY} On the twin, the word gains nothing, but one of eight trainings learned little.",
         0.5, 50, _WORD, embedded={**_FAST, "embedding_lr": 1e-2},
     ),
     "balanced": Preset(
@@ -98,12 +98,12 @@ PRESETS: Mapping[str, Preset] = {
         },
     ),
     "one-photo": Preset(
-        "A single photo: half the steps, since one is soon learned by heart. Take the earliest "
-        "checkpoint that is like it.", "Not measured.", 0.5, 150,
+        "A single photo: half the steps, since a single one is soon memorized. Choose the earliest "
+        "checkpoint that resembles it.", "Not measured.", 0.5, 150,
         released={"with_prior_preservation": True, "random_flip": True}, is_of_one=True,
     ),
 }  # fmt: skip
-"""Presets, by the name that ``--preset`` takes."""
+"""Presets, by the name for ``--preset``."""
 # The embedded models are small: they take larger steps (as in samples/*/config.yaml).
 EMBEDDED: Mapping[str, Any] = {
     "learning_rate": 2e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 10, "conv_rank": 8,
@@ -113,16 +113,16 @@ EMBEDDED: Mapping[str, Any] = {
 
 
 def preset_settings(name: str, family: Family, *, is_embedded: bool = False) -> dict[str, Any]:
-    """The settings of a preset that are not the default's.
+    """Settings of a preset that differ from the defaults.
 
     Args:
         name: A key of `PRESETS`.
-        family: Of the base model.
-        is_embedded: Whether that is one of this package's.
+        family: Family of the base model.
+        is_embedded: Whether the base model is one of this package.
     """
     preset = PRESETS[name]
     if is_embedded:
-        own = {**EMBEDDED, **preset.settings, **preset.embedded}
-        return {**own, "max_train_steps": preset.embedded_steps}
+        values = {**EMBEDDED, **preset.settings, **preset.embedded}
+        return {**values, "max_train_steps": preset.embedded_steps}
     steps = round(preset.steps * family.default_steps)
     return {**preset.settings, **preset.released, "max_train_steps": steps}

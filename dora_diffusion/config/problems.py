@@ -9,10 +9,10 @@ from dora_diffusion.config.fields import ConfigError
 
 
 class Problems:
-    """Collection of errors, which are raised as one.
+    """Collection of errors that are raised as one error.
 
     Args:
-        kinds: Exceptions that are collected.
+        kinds: Exceptions to collect; default: `ConfigError`.
 
     Example:
         >>> problems = Problems()
@@ -32,10 +32,10 @@ class Problems:
 
     @contextmanager
     def collect(self, prefix: str = "") -> Iterator[None]:
-        """Collect the error of the block, if it has one.
+        """Collect the error that the block raises, if any.
 
         Args:
-            prefix: Text before its message.
+            prefix: Text before the message.
         """
         try:
             yield
@@ -45,29 +45,32 @@ class Problems:
 
     def add(self, error: Exception, prefix: str = "") -> None:
         """Add an error, as `collect` does."""
-        parts = tuple(
-            ConfigError(f"{prefix}{part}", part.setting) for part in getattr(error, "parts", ())
+        single_errors = tuple(
+            ConfigError(f"{prefix}{single}", single.setting)
+            for single in getattr(error, "parts", ())
         )
         setting = getattr(error, "setting", "")
-        self._errors.append(ConfigError(f"{prefix}{error}", setting, parts))
+        self._errors.append(ConfigError(f"{prefix}{error}", setting, single_errors))
 
     def raise_all(self, setting: str = "") -> None:
-        """Raise what was collected, each message once.
+        """Raise the collected errors as one, without repeated messages; none: do nothing.
 
         Args:
-            setting: The setting that it is about; default: that of the first one.
+            setting: Setting of the error; default: the setting of the first one.
 
         Raises:
-            ConfigError: With each of them in ``parts``.
+            ConfigError: With the single errors in ``parts``.
         """
         errors = list({str(error): error for error in self._errors}.values())
         if not errors:
             return
-        parts = [part for error in errors for part in (error.parts or [error])]
+        single_errors = [single for error in errors for single in (error.parts or [error])]
         if setting:
-            parts = [ConfigError(str(part), setting) for part in parts]
+            single_errors = [ConfigError(str(single), setting) for single in single_errors]
         message = "; ".join(map(str, errors))
-        raise ConfigError(message, setting or errors[0].setting, tuple(parts)) from self._cause
+        raise ConfigError(
+            message, setting or errors[0].setting, tuple(single_errors)
+        ) from self._cause
 
 
 @contextmanager
@@ -76,10 +79,10 @@ def prefixed(prefix: str, setting: str = "") -> Iterator[None]:
 
     Args:
         prefix: The text.
-        setting: The setting that it is about; default: as it is.
+        setting: Setting of the error; default: unchanged.
 
     Raises:
-        ConfigError: With its parts, each with the text.
+        ConfigError: With the text before the message and before each part.
     """
     problems = Problems()
     with problems.collect(prefix):

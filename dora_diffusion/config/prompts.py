@@ -1,4 +1,4 @@
-"""Prompts of files: sample prompts with sd-scripts' options, and styles as A1111 has them."""
+"""Prompts from files: sample prompts with sd-scripts' options, and A1111's styles."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from dora_diffusion.config.file import read_text
 from dora_diffusion.config.wording import did_you_mean, listing, quoted
 
 PIXELS = 8
-"""Pixels of which width and height are multiples."""
+"""Width and height are multiples of this number of pixels."""
 MOST_SIDE, MOST_STEPS = 8192, 1000
 """Limits of an image's sides in pixels, and of denoising steps."""
 DENOISE = 0.75
-"""Usual denoising strength of an image that is painted over."""
+"""Default denoising strength of image-to-image generation."""
 HIRES_DENOISE, DETAIL_DENOISE = 0.5, 0.4
-"""Usual denoising strengths of a second pass, and of a detail pass."""
+"""Default denoising strengths of a second pass, and of a detail pass."""
 DETAIL_PADDING, LEAST_PADDING = 32, 16
-"""Usual and least pixels around what a detail pass paints over."""
-# Letters after "--" -> attribute, what it is, and what an image of a latent model can have.
+"""Default and least padding in pixels around the area of a detail pass."""
+# Option -> attribute, type, least and most value.
 _NUMBERS: dict[str, tuple[str, type, float, float]] = {
     "d": ("seed", int, 0, math.inf), "w": ("width", int, PIXELS, MOST_SIDE),
     "h": ("height", int, PIXELS, MOST_SIDE), "s": ("steps", int, 1, MOST_STEPS),
@@ -35,38 +35,38 @@ _TEXTS = {"n": "negative", "ss": "scheduler"}
 _DRIFT = "drift"
 _SETTINGS_LINE = re.compile(r"^\s*(Steps: \d+,|Negative prompt:).*", re.MULTILINE)
 OPTIONS = (*_NUMBERS, *_TEXTS, _DRIFT)
-"""Options that may stand behind ``--`` in a line."""
+"""Options of a line, without ``--``."""
 # sd-scripts' names of schedulers -> ours.
 _SCHEDULERS = {"k_euler": "euler", "k_euler_a": "euler_a", "dpmsolver++": "dpm++"}
 MOST_CHARACTERS = 100_000
-"""Characters of a prompt, whatever styles and wildcards make of it."""
+"""Most characters of a prompt, with its styles and wildcards expanded."""
 
 
 def settings_line(prompt: str) -> str:
-    r"""The first line of an image's settings in a prompt, as image files have it; empty: none.
+    r"""Find the first line of generation settings in a prompt that was copied from an image file.
 
     Example:
         >>> settings_line("a mug\nSteps: 12, Seed: 7"), settings_line("Steps: of stone")
         ('Steps: 12, Seed: 7', '')
     """
-    found = _SETTINGS_LINE.search(prompt)
-    return found[0].strip() if found else ""
+    match = _SETTINGS_LINE.search(prompt)
+    return match[0].strip() if match else ""
 
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """Prompt and sampling of a sample image; None is as the settings have it.
+    """Prompt of sample images with its sampling options; None: the value of the settings.
 
     Attributes:
         text: The prompt.
         negative: The negative prompt.
-        seed: Of the first image; those after it count on.
-        width: Pixels.
-        height: Pixels.
+        seed: Seed of the first image; each further image adds 1.
+        width: Width in pixels.
+        height: Height in pixels.
         steps: Denoising steps.
         guidance_scale: Guidance scale (CFG scale).
         scheduler: Name of a scheduler.
-        is_drift: It lacks the token on purpose, to watch for language drift.
+        is_drift: The prompt has no token on purpose, to monitor language drift.
     """
 
     text: str
@@ -84,7 +84,7 @@ def parse_prompt(line: str) -> SamplePrompt:
     """Read a line such as ``a photo of a sks dog --n blurry --d 7 --w 768 --h 512 --l 5 --s 30``.
 
     Raises:
-        ConfigError: If an option is none, is given twice or has a value that cannot work.
+        ConfigError: If an option is unknown, repeated or has an invalid value.
 
     Example:
         >>> parse_prompt("a sks dog --d 7 --w 768").seed
@@ -110,51 +110,54 @@ def parse_prompt(line: str) -> SamplePrompt:
 
 
 def _option(key: str, value: str, line: str) -> tuple[str, Any]:
-    place = f"the sample prompt {quoted(line)}: --{key}"
+    option = f"the sample prompt {quoted(line)}: --{key}"
     if key == _DRIFT:
         require(
             not value,
-            f"{place} takes no value {value!r}; put it at the line's end",
+            f"{option} takes no value {value!r}; put it at the line's end",
             "validation_prompt",
         )
         return "is_drift", True
     if key in _TEXTS:
-        require(bool(value), f"{place} needs a value", "validation_prompt")
+        require(bool(value), f"{option} needs a value", "validation_prompt")
         return _TEXTS[key], _SCHEDULERS.get(value, value) if key == "ss" else value
     require(
         key in _NUMBERS,
-        f"{place} is not an option here; there is --n (negative prompt), --d (seed), --w, --h, --l "
-        "(guidance scale), --s (steps), --ss (scheduler) and --drift",
+        f"{option} is not an option here; there is --n (negative prompt), --d (seed), --w, --h, "
+        "--l (guidance scale), --s (steps), --ss (scheduler) and --drift",
         "validation_prompt",
     )
     name, kind, least, most = _NUMBERS[key]
-    wanted = "a whole number" if kind is int else "a number"
+    expected = "a whole number" if kind is int else "a number"
     try:
         number = kind(value)
     except ValueError as error:
         raise ConfigError(
-            f"{place} is {value!r}; it must be {wanted}", "validation_prompt"
+            f"{option} is {value!r}; it must be {expected}", "validation_prompt"
         ) from error
     require(
         least <= number < math.inf,
-        f"{place} is {value}; it must be at least {least:g}",
+        f"{option} is {value}; it must be at least {least:g}",
         "validation_prompt",
     )
-    require(number <= most, f"{place} is {value}; it must be at most {most:g}", "validation_prompt")
+    require(
+        number <= most, f"{option} is {value}; it must be at most {most:g}", "validation_prompt"
+    )
     is_side = name in ("width", "height")
     require(
         not is_side or number % PIXELS == 0,
-        f"{place} is {value}; it must be a multiple of {PIXELS}",
+        f"{option} is {value}; it must be a multiple of {PIXELS}",
         "validation_prompt",
     )
     return name, number
 
 
 def read_prompts(file: str | Path) -> list[str]:
-    """The lines of a file of sample prompts, without empty ones and comments (``#``).
+    """Read a file of sample prompts, without empty lines and comments (``#``).
 
     Raises:
-        ConfigError: If it cannot be read, has no prompt, or a line cannot work; with its number.
+        ConfigError: If the file cannot be read, has no prompt, or a line is not valid; the message
+            has its number.
     """
     lines = read_text(file, "sample_prompts", "sample_prompts").splitlines()
     prompts = {
@@ -170,20 +173,20 @@ def read_prompts(file: str | Path) -> list[str]:
 
 
 class Style(NamedTuple):
-    """A style of A1111: texts for the prompt and for the negative one, see `with_styles`."""
+    """A style of A1111: texts for prompt and negative prompt, see `with_styles`."""
 
     prompt: str
     negative_prompt: str
 
 
 def styles_in(file: str | Path) -> dict[str, Style]:
-    """The styles of a file such as A1111's ``styles.csv``, by their names.
+    """Read the styles in a file such as A1111's ``styles.csv``, by name.
 
-    Its columns are name, prompt (of old files text) and negative_prompt; of rows with one name, the
-    last one is taken.
+    Its columns are name, prompt (in old files: text) and negative_prompt. If a name is repeated,
+    the last row is used.
 
     Raises:
-        ConfigError: If it cannot be read, or has no such columns.
+        ConfigError: If the file cannot be read, or does not have these columns.
     """
     text = read_text(file, "styles", "styles")
     table = csv.DictReader(io.StringIO(text), skipinitialspace=True)
@@ -203,10 +206,10 @@ def styles_in(file: str | Path) -> dict[str, Style]:
 
 
 def read_styles(file: str | Path, names: Sequence[str]) -> list[Style]:
-    """The styles of these names, in their order, of a file as `styles_in` reads it.
+    """Read styles by name from a file that `styles_in` can read, in the order of the names.
 
     Raises:
-        ConfigError: If it cannot be read, or lacks a style.
+        ConfigError: If the file cannot be read, or does not have one of the styles.
     """
     styles = styles_in(file)
     for name in names:
@@ -220,12 +223,13 @@ def read_styles(file: str | Path, names: Sequence[str]) -> list[Style]:
 
 
 def with_styles(prompt: str, texts: Iterable[str]) -> str:
-    """A prompt with one style after the other, as A1111 applies them.
+    """Apply styles to a prompt one after the other, as in A1111.
 
-    A style's text takes the prompt at its ``{prompt}``, or follows it after a comma.
+    The prompt replaces ``{prompt}`` in the style's text. A text without it follows the prompt after
+    a comma.
 
     Raises:
-        ConfigError: If it has more than `MOST_CHARACTERS`.
+        ConfigError: If the result has more than `MOST_CHARACTERS`.
 
     Example:
         >>> with_styles("a dog", ["ink drawing", "{prompt} on paper"])

@@ -1,4 +1,4 @@
-"""Settings of the run around it: device, samples, output."""
+"""Settings of device, samples, validation and output."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ class DeviceSettings:
 
     mixed_precision: str = flag(
         "auto",
-        "Precision of the frozen model; what trains is float32. auto: what accelerate launch was "
-        "given, else bf16 on a GPU that computes it and fp16 on others; float32 (no) on a CPU.",
+        "Precision of the frozen model; trained parameters are float32. auto: the precision of "
+        "accelerate launch, else bf16 on a GPU that supports it, fp16 on other GPUs, and float32 "
+        "(no) on a CPU.",
         choices=PRECISIONS,
         resume="free",
     )
@@ -53,24 +54,24 @@ class DeviceSettings:
     )
     compile: bool = flag(
         False,
-        "Compile the UNet's repeated blocks with torch.compile: faster steps on a GPU, after a "
-        "start that takes longer. Samples run uncompiled.",
+        "Compile the UNet's repeated blocks with torch.compile: faster steps on a GPU, but a "
+        "slower start. Samples run uncompiled.",
         resume="free",
     )
     offload: str = flag(
         "auto",
-        "Offloading to the machine's memory. model: VAE and untrained text encoders leave the "
-        "GPU once their outputs are cached; for samples, each part is on the GPU only while it "
-        "computes. none: everything stays. auto: model on a GPU with memory of its own.",
+        "Offloading to the machine's memory. model: VAE and untrained text encoders leave the GPU "
+        "once their outputs are cached; for samples, each component is on the GPU only while it "
+        "computes. none: everything stays on the GPU. auto: model on a GPU with memory of its own.",
         choices=OFFLOADS,
         resume="ignored",
     )
     sharding: str = flag(
         "auto",
-        "Sharding of the model over the processes of accelerate launch. fsdp: each has a part of "
-        "every weight (FSDP2), for full fine-tuning and models that fit no single GPU. none: each "
-        "has all of them (DDP), which is faster. auto: fsdp where accelerate launch was given "
-        "--use_fsdp.",
+        "Sharding of the model over the processes of accelerate launch. fsdp: each process has a "
+        "part of every weight (FSDP2), for full fine-tuning and models that do not fit on a single "
+        "GPU. none: each process has all weights (DDP), which is faster. auto: fsdp with "
+        "accelerate launch --use_fsdp, else none.",
         choices=SHARDINGS,
         resume="ignored",
     )
@@ -86,16 +87,16 @@ class SampleSettings:
 
     validation_prompt: list[str] = flag(
         [],
-        "Validation prompts: with the token for the subject, without it (--drift) to watch for "
-        "language drift. Each may end with options as sd-scripts has them: --n NEGATIVE --d SEED "
-        "--w WIDTH --h HEIGHT --l GUIDANCE --s STEPS --ss SCHEDULER.",
+        "Validation prompts: with the token for the subject, without it (--drift) to monitor "
+        "language drift. Each may end with sd-scripts' options: --n NEGATIVE --d SEED --w WIDTH "
+        "--h HEIGHT --l GUIDANCE --s STEPS --ss SCHEDULER.",
         derived="the instance prompt",
         resume="free",
         needs=(_SAMPLES,),
     )
     sample_prompts: str | None = flag(
         None,
-        "File of more validation prompts, a line each.",
+        "File of further validation prompts, one per line.",
         resume="ignored",  # its lines are validation prompts of the run
         needs=(_SAMPLES,),
         is_path=True,
@@ -117,7 +118,7 @@ class SampleSettings:
     validation_epochs: int | None = flag(
         None,
         "Sample every N epochs, instead of validation_steps.",
-        derived="as validation_steps says",
+        derived="none, validation_steps is used",
         resume="free",
         needs=(_validated, Need("validation_steps", (None,))),
         above=0,
@@ -141,7 +142,7 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """Validation on held-out photos, which decides what is kept of the training."""
+    """Validation on held-out photos, early stopping and choice of the best checkpoint."""
 
     heading: ClassVar = "Validation"
 
@@ -154,14 +155,14 @@ class ValidationSettings:
     )
     validation_split: float = flag(
         0.0,
-        "Photos of instance_data_dir to hold out instead: a share below 1, or a number of them. "
+        "Photos of instance_data_dir to hold out instead: a fraction below 1, or their number. "
         "They are drawn by seed and content.",
         least=0,
     )
     validation_loss_steps: int | None = flag(
         None,
-        "Compute the validation loss every N steps, at step 0 and at the end.",
-        derived="validation_steps, 200 where that is 0",
+        "Compute the validation loss every N steps, and at step 0 and at the end.",
+        derived="validation_steps, or 200 if it is 0",
         resume="free",
         needs=(_held_out,),
         above=0,
@@ -170,21 +171,21 @@ class ValidationSettings:
         None,
         "Image-similarity model that compares samples with the held-out photos: folder or hub id "
         "of CLIP, DINO or DINOv2, or efficientnet-lite0.",
-        derived="efficientnet-lite0 where it is installed",
+        derived="efficientnet-lite0 if it is installed",
         resume="free",
         needs=(_held_out, _SAMPLES, _between),
         is_path=True,
     )
     keep_best: bool = flag(
         False,
-        "Keep the checkpoint of the lowest validation loss, whatever checkpoints_total_limit is, "
-        "and write it as the result.",
+        "Keep the checkpoint with the lowest validation loss, regardless of "
+        "checkpoints_total_limit, and write it as the result.",
         resume="free",
         needs=(_held_out,),
     )
     early_stopping_patience: int | None = flag(
         None,
-        "Stop after N validation losses without a new lowest.",
+        "Early stopping: stop after N validation losses without improvement.",
         derived="all steps are trained",
         resume="free",
         needs=(_held_out,),
@@ -197,16 +198,16 @@ class OutputSettings:
     """Output, checkpoints and resuming."""
 
     heading: ClassVar = "Output"
-    common: ClassVar = {"resume": "ignored"}  # of all its settings
+    common: ClassVar = {"resume": "ignored"}  # attributes of all its settings
 
     output_dir: str = flag("dreambooth-output", "Output folder.", is_path=True)
     overwrite_output_dir: bool = flag(
-        False, "Replace an earlier result in output_dir, and drop its checkpoints."
+        False, "Replace an earlier result in output_dir, and delete its checkpoints."
     )
     checkpointing_steps: int | None = flag(
         None,
-        "Save a checkpoint every N steps and at the end; 0 saves none, so that a finished run "
-        "cannot be extended.",
+        "Save a checkpoint every N steps and at the end; 0 saves none, so a finished run cannot be "
+        "extended.",
         derived="100, for full fine-tuning 500",
         least=0,
     )
@@ -218,7 +219,7 @@ class OutputSettings:
     )
     checkpoints_total_limit: int | None = flag(
         None,
-        "Number of checkpoints to keep, the newest.",
+        "Maximum number of checkpoints; the newest are kept.",
         derived="all",
         needs=(_checkpoints,),
         above=0,
@@ -228,28 +229,28 @@ class OutputSettings:
     )
     single_file: bool = flag(
         False,
-        "Write the model of full fine-tuning as one .safetensors too, in the original layout that "
-        "web UIs read.",
+        "Also write the model of full fine-tuning as one .safetensors file, in the original layout "
+        "that web UIs read.",
         needs=(Need("method", ("full",)),),
     )
     save_precision: str | None = flag(
         None,
-        "Precision of the model that full fine-tuning writes. float32 keeps all that was learned, "
-        "at twice the size of half precision.",
-        derived="the base's",
+        "Precision of the model that full fine-tuning writes. float32 keeps everything that was "
+        "learned, at twice the size of half precision.",
+        derived="the base model's",
         choices=DTYPES,
         needs=(Need("method", ("full",)),),
     )
     report_to: str | None = flag(None, "Experiment tracker.", choices=("tensorboard", "wandb"))
     logging_dir: str = flag(
-        "logs", "Folder of the tracker's files, in OUTPUT_DIR.", needs=(Need("report_to"),)
+        "logs", "Folder of the tracker's logs, in OUTPUT_DIR.", needs=(Need("report_to"),)
     )
     push_to_hub: bool = flag(
-        False, "Publish the result on the Hugging Face hub when training is done, privately."
+        False, "Upload the result to a private repository on the Hugging Face hub after training."
     )
     hub_model_id: str | None = flag(
         None,
-        "NAME/MODEL to publish as.",
+        "Repository to upload to, as NAME/MODEL.",
         derived="none, required by --push_to_hub",
         needs=(Need("push_to_hub"),),
     )

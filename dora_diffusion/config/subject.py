@@ -1,4 +1,4 @@
-"""Settings of what is trained on: base model, subject, images, prior."""
+"""Settings of base model, subject, images and prior preservation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INPAINTING_MASKS = ("random", "subject")
 _PRIOR = Need("with_prior_preservation")
 
 Entry = dict[str, Any]
-"""Settings of one subject, by name; the run's are its defaults."""
+"""Settings of one subject, by name; defaults are the settings of the run."""
 
 
 def _class_images(config: Any) -> str | None:
@@ -73,25 +73,25 @@ class ModelSettings:
     pretrained_model_name_or_path: str = flag(
         "embedded:tiny-sd",
         BASE_HELP,
-        derived="embedded:tiny-sd, a toy model that knows only its own drawn world",
+        derived="embedded:tiny-sd, a toy model of drawn scenes",
         is_path=True,
     )
     pretrained_vae_model_name_or_path: str | None = flag(
         None,
-        "Another VAE: folder or hub id (for SDXL in fp16, one that is fp16-safe).",
+        "Another VAE: folder or hub id (for SDXL in fp16, a VAE that does not overflow).",
         derived="the base model's",
         is_path=True,
     )
     model_config: str | None = flag(
         None,
-        "For a single-file checkpoint: a Diffusers folder with its configuration and tokenizers.",
+        "Diffusers folder with configuration and tokenizers of a single-file checkpoint.",
         derived="the released model's",
         needs=_base("file"),
         is_path=True,
     )
     revision: str | None = flag(
         None,
-        "Branch, tag or commit of a base model on the hub.",
+        "Git revision of a base model on the hub: branch, tag or commit.",
         derived="main",
         needs=_base("hub"),
     )
@@ -100,16 +100,16 @@ class ModelSettings:
     )
     prediction_type: str | None = flag(
         None,
-        "Prediction type: what the UNet predicts, the noise (epsilon) or v.",
-        derived="what the model says (its scheduler's configuration; of a single file, the tensors "
-        "v_pred and ztsnr, or its metadata), else epsilon",
+        "Prediction type of the UNet: the noise (epsilon) or v.",
+        derived="read from the scheduler's configuration, or from a single file's metadata or its "
+        "tensors v_pred and ztsnr; else epsilon",
         choices=PREDICTION_TYPES,
     )
     zero_terminal_snr: bool | None = flag(
         None,
         "Zero terminal SNR (arXiv:2305.08891): the noise schedule ends in pure noise; for models "
         "that predict v.",
-        derived="what the model says, else off",
+        derived="read from the model, else off",
     )
     quantize: str = quantize_flag()
     quantize_convolutions: bool = quantize_convolutions_flag()
@@ -125,42 +125,39 @@ class SubjectSettings:
     dataset_config: list[Entry] = flag(
         [],
         "Several subjects in one run: a YAML file with a list of subjects, each with its folder, "
-        "token, class word and any other setting of images, captions and prior. sd-scripts' "
-        "dataset file and a folder of "
-        "kohya's '10_sks dog' folders are read as such a list.",
-        derived="one subject, of these settings",
+        "token, class word and any other setting of images, captions and prior. Also reads "
+        "sd-scripts' dataset file, or a folder of kohya's '10_sks dog' folders.",
+        derived="one subject, with these settings",
         resume="ignored",  # its entries are compared
         is_path=True,
     )
     instance_data_dir: str | None = flag(
         None,
-        "Folder of images of the subject, with optional .txt captions; sub-folders are not read.",
+        "Folder with images of the subject and optional .txt captions; sub-folders are not read.",
         derived="none, required",
         resume="ignored",  # its images are compared by content
         is_path=True,
     )
     instance_prompt: str | None = flag(
         None,
-        'Caption of images that have none, with the token: "a photo of a sks dog".',
+        'Caption of images without one, with the token: "a photo of a sks dog".',
         derived="none, required",
     )
     token: str = flag(
         "sks",
-        "The trigger word. The instance prompt must contain it; captions that lack it are warned "
-        "of, and refused where all lack it. '' turns these checks off.",
+        "Trigger word. The instance prompt must contain it. Captions without it cause a warning, "
+        "or an error if all lack it. '' turns these checks off.",
     )
     class_word: str | None = flag(
         None,
         "Class of the subject, such as dog.",
         derived="the words that follow the token in the instance prompt",
     )
-    repeats: int = flag(
-        1, "How many times each image is seen in an epoch, cropped again each time.", above=0
-    )
+    repeats: int = flag(1, "Repeats of each image per epoch, each with a new crop.", above=0)
     weight: float = flag(
         1.0,
-        "Factor of each image's loss; a file NAME.weight next to an image contains its own, "
-        "which multiplies it. The prior's loss keeps its weight.",
+        "Loss weight of each image, multiplied by the number in a file NAME.weight next to the "
+        "image, if there is one. Does not apply to the prior-preservation loss.",
         above=0,
     )
 
@@ -169,7 +166,7 @@ _WORDS = Need("train_text_encoder_ti")
 
 
 def _embedding_rate(config: Any) -> str | None:
-    """A rate above 0, and another optimizer than Prodigy."""
+    """Condition of a rate above 0, and another optimizer than Prodigy."""
     if config.is_prodigy:
         return f"optimizer is {config.optimizer_name}"
     return "it is 0: no new word is trained" if config.embedding_lr == 0 else None
@@ -177,14 +174,14 @@ def _embedding_rate(config: Any) -> str | None:
 
 @dataclass(frozen=True)
 class WordSettings:
-    """Words that the base model does not have."""
+    """New words: trained token embeddings (textual inversion)."""
 
     heading: ClassVar = "Subject"
 
     train_text_encoder_ti: bool = flag(
         False,
-        "Train the vectors of new words in every text encoder (textual inversion), with all "
-        "else that trains (pivotal tuning).",
+        "Train the embedding vectors of new words in every text encoder (textual inversion), "
+        "together with the adapter (pivotal tuning).",
     )
     new_words: list[str] = flag(
         [], "New words, each in captions or prompts.", derived="the token", needs=(_WORDS,)
@@ -194,8 +191,8 @@ class WordSettings:
     )
     initializer_concept: list[str] = flag(
         [],
-        "What new words start from: a word of the model, such as the class, for all of them or "
-        "one for each. Its own vectors where there are as many, else their mean.",
+        "Initialization of new words: a word of the model, such as the class, for all of them or "
+        "one for each. Copies its vectors if there are as many, else uses their mean.",
         derived="random vectors",
         needs=(_WORDS,),
     )
@@ -208,7 +205,7 @@ class WordSettings:
     )
     train_text_encoder_ti_frac: float = flag(
         1.0,
-        "Share of the steps after which new words stay as they are.",
+        "Fraction of the steps in which new words train; they are frozen after it.",
         resume="free",
         needs=(_WORDS,),
         above=0,
@@ -218,44 +215,44 @@ class WordSettings:
 
 @dataclass(frozen=True)
 class SliderSettings:
-    """A slider from words alone."""
+    """Sliders: concepts from prompts, without images."""
 
     heading: ClassVar = "Slider"
 
     teach: str = flag(
         "subject",
-        "What to teach. subject: what images show, a subject or a style. slider: the difference "
-        "of two prompts, for strengths of -3 to 3 (concept sliders, arXiv:2311.12092; LECO). It "
-        "has no images of yours; settings of photos, captions and held-out photos have no effect.",
+        "Training objective. subject: a subject or style from images. slider: the difference of "
+        "two prompts, for strengths of -3 to 3 (concept sliders, arXiv:2311.12092; LECO). A slider "
+        "uses no photos: settings of photos, captions and held-out photos have no effect.",
         choices=TAUGHT,
     )
     target: list[str] = flag(
         [],
-        'What the slider changes: a prompt for all pairs, or one for each: "a photo of a mug".',
+        'Prompts that the slider changes: one for all pairs, or one for each: "a photo of a mug".',
         derived="none, required by --teach slider",
         needs=(_SLIDER,),
     )
     positive: list[str] = flag(
         [],
-        'The end at strength 3: a prompt for each pair, as "a photo of a large mug".',
+        'Prompts at strength 3, one for each pair: "a photo of a large mug".',
         derived="none, required by --teach slider",
         needs=(_SLIDER,),
     )
     negative: list[str] = flag(
         [],
-        "The end at strength -3: a prompt for each pair, in the order of --positive.",
+        "Prompts at strength -3, one for each pair, in the order of --positive.",
         derived="none, required by --teach slider",
         needs=(_SLIDER,),
     )
     anchors: list[str] = flag(
         [],
-        "Prompts that must not move: the adapted model's prediction for them is held at the base "
-        "model's, by prior_loss_weight.",
+        "Prompts that the slider must not change: a loss with prior_loss_weight keeps their "
+        "predictions at the base model's.",
         needs=(_SLIDER,),
     )
     slider_guidance: float = flag(
         0.3,
-        "How far strength 1 moves: the factor of the difference of the two predictions.",
+        "Effect of strength 1: factor of the difference of the two predictions.",
         needs=(_SLIDER,),
         above=0,
     )
@@ -263,38 +260,38 @@ class SliderSettings:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """Reading of images and captions."""
+    """Images and captions."""
 
     heading: ClassVar = "Data"
 
     resolution: int | None = flag(
         None, "Training resolution in pixels.", derived="the base model's own", above=0
     )
-    center_crop: bool = flag(
-        True, "Center crop; off draws a random crop of each image in every epoch."
+    center_crop: bool = flag(True, "Center crop; off: a random crop of each image in every epoch.")
+    random_flip: bool = flag(
+        False, "Random horizontal flip; not for subjects with text or asymmetric details."
     )
-    random_flip: bool = flag(False, "Random horizontal flip; not for subjects with text or a side.")
     aspect_ratio_buckets: bool = flag(
-        False, "Aspect-ratio bucketing: crop to a shape near the image's own, not to a square."
+        False, "Aspect-ratio bucketing: crop to a shape near the image's own instead of a square."
     )
     min_bucket_reso: int | None = flag(
         None,
-        "Shortest side of buckets in pixels.",
-        derived="half of the longest",
+        "Minimum side of buckets in pixels.",
+        derived="half of max_bucket_reso",
         needs=(_BUCKETS,),
         above=0,
     )
     max_bucket_reso: int | None = flag(
         None,
-        "Longest side of buckets in pixels; their area is at most that of the resolution.",
+        "Maximum side of buckets in pixels; their area is at most resolution squared.",
         derived="1.41 times the resolution",
         needs=(_BUCKETS,),
         above=0,
     )
     bucket_reso_steps: int | None = flag(
         None,
-        "Sides of buckets are multiples of it.",
-        derived="what the base model needs: 64, or 32 for SDXL",
+        "Step of bucket sides: they are multiples of it.",
+        derived="64, or 32 for SDXL",
         needs=(_BUCKETS,),
         above=0,
     )
@@ -304,52 +301,52 @@ class ImageSettings:
     )
     unmasked_prior: float = flag(
         0.0,
-        "Prior preservation outside of masks: weight of the mean error there, whose target is the "
-        "base model's prediction for the same caption. 0 leaves it free.",
+        "Prior preservation outside of masks: weight of a loss there, whose target is the base "
+        "model's prediction for the same caption. 0 trains nothing outside of masks.",
         needs=(Need("masked_loss"),),
         least=0,
     )
     inpainting_mask: str | None = flag(
         None,
-        "What an inpainting base model learns to fill. random: rectangles, ellipses and whole "
-        "images. subject: where NAME.mask.png next to an image, or its alpha channel, is bright; "
-        "random where there is neither.",
+        "Training masks of an inpainting base model. random: rectangles, ellipses and whole "
+        "images. subject: the bright area of NAME.mask.png next to an image, or of its alpha "
+        "channel; random for images without either.",
         derived="random",
         choices=INPAINTING_MASKS,
     )
     caption_per_line: bool = flag(
         False,
-        "Each line of a .txt is a caption of its own, of which every epoch draws one; off joins "
-        "them to one caption.",
+        "Treat each line of a .txt file as a separate caption, one of which is drawn in each "
+        "epoch; off joins the lines to one caption.",
     )
     caption_prefix: str = flag(
-        "", 'In front of every caption, such as "sks dog,": neither shuffled nor dropped.'
+        "", 'Text before every caption, such as "sks dog,": neither shuffled nor dropped.'
     )
-    caption_suffix: str = flag("", "After every caption: neither shuffled nor dropped.")
+    caption_suffix: str = flag("", "Text after every caption: neither shuffled nor dropped.")
     wildcards: bool = flag(
         False,
-        "Draw {a|b} and __file__ of captions again in every epoch, of sample prompts for every "
-        "seed; \\{ is a brace.",
+        "Wildcards: draw {a|b} and __file__ again for captions in every epoch, and for sample "
+        "prompts with every seed; \\{ is a brace.",
     )
     wildcard_dir: str | None = flag(
         None,
-        "Folder of wildcard files: __colours__ is a line of its colours.txt.",
+        "Folder of wildcard files: __colours__ draws a line of its colours.txt.",
         resume="ignored",  # its lines are compared by content
         needs=(Need("wildcards"),),
         is_path=True,
     )
     shuffle_tags: bool = flag(False, "Shuffle the tags of captions.")
     tag_dropout: float = flag(
-        0.0, "Tag dropout rate: leave out each tag with this probability.", least=0, most=1
+        0.0, "Tag dropout rate: probability of dropping each tag.", least=0, most=1
     )
     keep_tags: int = flag(
         1,
-        "Tags at a caption's start that --shuffle_tags and --tag_dropout leave in place.",
+        "Number of first tags that --shuffle_tags and --tag_dropout keep in place.",
         needs=(_TAGS,),
         least=0,
     )
     caption_separator: str = flag(
-        ",", "What separates tags, and joins them again with a space behind it.", needs=(_TAGS,)
+        ",", "Separator of tags; they are joined again with it and a space.", needs=(_TAGS,)
     )
     caption_dropout: float = flag(
         0.0,
@@ -359,19 +356,20 @@ class ImageSettings:
     )
     max_token_length: int = flag(
         TOKENS_PER_CHUNK,
-        "Tokens to read of a caption: 75, or 150, 225 and so on in chunks of 75, as web UIs "
-        "read prompts; 0 reads all. Samples and generate do the same.",
+        "Maximum number of caption tokens: 75, or more in chunks of 75 (150, 225, ...) as in web "
+        "UIs; 0: no limit. Applies to samples and generate too.",
     )
     clip_skip: int = flag(
         0,
-        "Last layers of the text encoders to leave out, as Diffusers counts: with Stable Diffusion "
-        "1 and 2, clip_skip 1 is Clip skip 2 of web UIs and sd-scripts; with SDXL, which reads the "
-        "penultimate layer already, their Clip skip 2 is 0 here. Samples and generate do the same.",
+        "Number of last text-encoder layers to skip, counted as in Diffusers: with Stable "
+        "Diffusion 1 and 2, clip_skip 1 is Clip skip 2 of web UIs and sd-scripts; with SDXL, which "
+        "already uses the penultimate layer, their Clip skip 2 is 0 here. Applies to samples and "
+        "generate too.",
         least=0,
     )
     cache_latents: bool = flag(
         True,
-        "Cache latents of up to 8 crops of each image; off encodes a new random crop at every "
+        "Cache latents of up to 8 crops of each image; off: encode a new random crop in every "
         "step.",
     )
     dataloader_num_workers: int = flag(
@@ -390,21 +388,20 @@ class PriorSettings:
     heading: ClassVar = "Data"
 
     with_prior_preservation: bool = flag(
-        False, "Prior preservation, against language drift: the rest of the class stays as it is."
+        False, "Prior preservation, against language drift: the rest of the class is unchanged."
     )
     prior_preservation_mode: str | None = flag(
         None,
-        "image-free: hold the adapted model's prediction for the class caption at the base "
-        "model's. images: train on class images too, generated before the first step where there "
-        "are none.",
-        derived="image-free; images where class_data_dir or class_prompt is given",
+        "Mode of prior preservation. image-free: keep the adapted model's prediction for the class "
+        "caption at the base model's. images: also train on class images; missing ones are "
+        "generated before the first step.",
+        derived="image-free; images if class_data_dir or class_prompt is given",
         choices=PRIOR_MODES,
         needs=(_PRIOR,),
     )
     class_data_dir: str | None = flag(
         None,
-        "Folder of class images, or of kohya's '1_dog' folders of them; missing ones are "
-        "generated.",
+        "Folder of class images, or of kohya's '1_dog' folders; missing images are generated.",
         derived="OUTPUT_DIR/class_images",
         resume="ignored",  # its images are compared by content
         needs=_CLASS_IMAGES,
@@ -412,20 +409,20 @@ class PriorSettings:
     )
     class_prompt: str | None = flag(
         None,
-        "Caption of class images without a .txt; wildcards give them several.",
-        derived="the name of kohya's folder, or each image's caption with the token taken out",
+        "Caption of class images without a .txt file; wildcards vary it.",
+        derived="the name of kohya's folder, or each image's caption without the token",
         needs=_CLASS_IMAGES,
     )
     num_class_images: int = flag(
         100,
-        "Number of class images; of a slider, of the images that the base model makes of its "
-        "prompts.",
+        "Number of class images; for a slider, number of images that the base model generates from "
+        "its prompts.",
         needs=(_num_class_images,),
         above=0,
     )
     prior_loss_weight: float = flag(
         1.0,
-        "Weight of the prior-preservation loss, and of what holds a slider's anchors.",
+        "Weight of the prior-preservation loss, and of the loss of a slider's anchors.",
         needs=(_prior_or_anchors,),
         least=0,
     )
@@ -438,14 +435,14 @@ class PriorSettings:
     )
 
 
-# Of groups whose other settings a subject may have for itself, those that are the whole run's.
+# Settings of the whole run within the groups of settings that each subject may have.
 _WHOLE_RUN = frozenset((
     "dataset_config", "cache_latents", "dataloader_num_workers", "prior_loss_weight",
     "unmasked_prior",
     "sample_batch_size", "max_token_length", "clip_skip",
 ))  # fmt: skip
 
-# Of groups of settings of images, those that a slider has too.
+# Settings that apply to sliders within the groups of settings of images.
 _OF_SLIDERS = frozenset((
     "resolution", "max_token_length", "clip_skip", "cache_latents", "dataloader_num_workers",
     "wildcards", "wildcard_dir", "num_class_images", "prior_loss_weight", "sample_batch_size",
@@ -463,7 +460,7 @@ OF_IMAGES = {
     )
     if name not in _OF_SLIDERS
 }
-"""The condition of settings that have no effect on a slider, by their names."""
+"""Setting without effect on a slider -> its condition."""
 
 ENTRY_SETTINGS = (
     *(
@@ -475,4 +472,4 @@ ENTRY_SETTINGS = (
     "validation_data_dir",
     "validation_split",
 )
-"""The settings that an entry of a dataset file may have."""
+"""Settings that an entry of a dataset file may have."""

@@ -1,4 +1,4 @@
-"""Several subjects with an adapter each: one training's settings for every one of them."""
+"""Several subjects with one adapter each: settings of a training for each subject."""
 
 from __future__ import annotations
 
@@ -20,36 +20,37 @@ from dora_diffusion.config.train import TrainConfig, settings
 from dora_diffusion.config.wording import counted, did_you_mean, listing, quoted
 
 SUBJECT_FILE = "subject.yaml"
-"""File of settings that a folder of photos may hold."""
+"""Name of an optional file of settings in a folder of photos."""
 
 SHARED = frozenset((
     *(source.name for group in (ModelSettings, DeviceSettings) for source in
       dataclasses.fields(group) if source.name != "seed"),
     "dataset_config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
 ))  # fmt: skip
-"""Settings that all subjects have in common."""
+"""Settings that all subjects share."""
 
 
 @check_arguments(source=str | Path | Sequence[Any])
 def subject_configs(
     source: str | Path | Sequence[Entry], config: TrainConfig
 ) -> dict[str, TrainConfig | ConfigError]:
-    """The settings of a training for each subject, by its name.
+    """Make the settings of a training for each subject, by name.
 
     Args:
         source: A dataset file (YAML list, sd-scripts' TOML, kohya's folders), or a folder whose
-            sub-folders hold the photos of a subject each. An entry has what is its own of all
-            settings but those that are `SHARED`, and ``name``; without one it is called as its
-            folder. A folder may hold a `SUBJECT_FILE` of such settings.
-        config: What they have in common. Each gets ``OUTPUT_DIR/NAME`` as its output folder.
+            sub-folders each hold the photos of one subject. An entry may have ``name`` (default:
+            the name of its folder) and any setting that is not in `SHARED`. A folder may hold a
+            `SUBJECT_FILE` with such settings.
+        config: Common settings. The output folder of each subject is ``OUTPUT_DIR/NAME``.
 
     Returns:
-        Settings, or what is wrong with an entry, naming it: a setting is unknown, shared or wrong,
-        the name is no folder's or another subject's, a folder has no class word and no prompt, or
-        its file cannot be read. It is called as its folder then, if its name is what is wrong.
+        Name -> settings, or the error of an invalid entry: a setting is unknown, shared or not
+        valid, the name is repeated or not valid for a folder, a folder has no class word and no
+        prompt, or its file cannot be read. An entry with an invalid name is listed under the name
+        of its folder.
 
     Raises:
-        ConfigError: If the source cannot be read, or every entry is wrong.
+        ConfigError: If the source cannot be read, or all entries are invalid.
 
     Example:
         >>> entries = [{"name": "rex", "instance_data_dir": "photos/rex", "rank": 4}]
@@ -58,35 +59,35 @@ def subject_configs(
     """
     require(
         not config.dataset_config,
-        "dataset_config teaches several subjects to one adapter; leave it out where each subject "
-        "has an adapter of its own",
+        "dataset_config trains one adapter on several subjects; leave it out if each subject has "
+        "its own adapter",
         "dataset_config",
     )
-    given = _entries(source, config)
-    require(bool(given), f"{source or 'the list'} holds no subject", "subjects")
-    _warn_of_lost(source, [each.entry for each in given], config)
-    made: dict[int, tuple[str, TrainConfig | ConfigError]] = {}
-    taken: dict[str, str] = {}
-    # A name that a folder has comes before the same one that an entry gives to another.
-    for place in sorted(range(len(given)), key=lambda place: _gives_name(given[place].entry)):
-        made[place] = _subject(given[place], config, taken)
-    errors = [value for _, value in made.values() if isinstance(value, ConfigError)]
-    if len(errors) == len(made):
+    entries = _entries(source, config)
+    require(bool(entries), f"{source or 'the list'} holds no subject", "subjects")
+    _warn_overridden(source, [located.entry for located in entries], config)
+    results: dict[int, tuple[str, TrainConfig | ConfigError]] = {}
+    names: dict[str, str] = {}
+    # Folders take their names first; an entry that sets the same name for another one is invalid.
+    for index in sorted(range(len(entries)), key=lambda index: _sets_name(entries[index].entry)):
+        results[index] = _subject(entries[index], config, names)
+    errors = [value for _, value in results.values() if isinstance(value, ConfigError)]
+    if len(errors) == len(results):
         more = f" (and {counted(len(errors) - 1, 'other subject')})" if errors[1:] else ""
-        raise ConfigError(f"{made[0][1]}{more}", "dataset_config")
-    return dict(made[place] for place in range(len(given)))
+        raise ConfigError(f"{results[0][1]}{more}", "dataset_config")
+    return dict(results[index] for index in range(len(entries)))
 
 
 @dataclass(frozen=True)
-class _Given:
-    """An entry as it stands somewhere, or why it cannot be read."""
+class _LocatedEntry:
+    """An unchecked entry with its location, or the error of reading it."""
 
     where: str
     entry: Any
     folder: str = ""
 
 
-def _entries(source: str | Path | Sequence[Entry], config: TrainConfig) -> list[_Given]:
+def _entries(source: str | Path | Sequence[Entry], config: TrainConfig) -> list[_LocatedEntry]:
     if isinstance(source, str | Path):
         folder = Path(source).expanduser()
         require(
@@ -102,101 +103,102 @@ def _entries(source: str | Path | Sequence[Entry], config: TrainConfig) -> list[
             return [_plain_folder(folder, config) for folder in inner]
     file = str(source) if isinstance(source, str | Path) else "subjects"
     return [
-        _Given(f"{file}, entry {place}", entry)
-        for place, entry in enumerate(listed_entries(source, config.train_batch_size), 1)
+        _LocatedEntry(f"{file}, entry {number}", entry)
+        for number, entry in enumerate(listed_entries(source, config.train_batch_size), 1)
     ]
 
 
-def _plain_folder(folder: Path, config: TrainConfig) -> _Given:
-    """A folder as an entry, with the settings of the file in it."""
+def _plain_folder(folder: Path, config: TrainConfig) -> _LocatedEntry:
+    """Make an entry from a folder, with the settings of its `SUBJECT_FILE`."""
     file = folder / SUBJECT_FILE
     where = str(file if file.is_file() else folder)
     try:
-        own = read_config_file(file) if file.is_file() else {}
-        require("instance_data_dir" not in own, "instance_data_dir is the file's own folder")
+        options = read_config_file(file) if file.is_file() else {}
+        require("instance_data_dir" not in options, "instance_data_dir is the folder of this file")
         require(
-            not _lacks_prompt(own, config) or bool(own.get("class_word") or config.class_word),
+            not _lacks_prompt(options, config)
+            or bool(options.get("class_word") or config.class_word),
             "there is no class word; give --class_word, or 'class_word: dog' in its "
             f"{SUBJECT_FILE}",
             "class_word",
         )
     except ConfigError as error:
-        return _Given(where, error, folder.name)
-    return _Given(where, {"instance_data_dir": str(folder), **own}, folder.name)
+        return _LocatedEntry(where, error, folder.name)
+    return _LocatedEntry(where, {"instance_data_dir": str(folder), **options}, folder.name)
 
 
-def _lacks_prompt(own: Entry, config: TrainConfig) -> bool:
+def _lacks_prompt(options: Entry, config: TrainConfig) -> bool:
     """Return whether a subject with a token has no prompt."""
-    token = str(own.get("token", config.token)).strip()
-    return bool(token) and not (own.get("instance_prompt") or config.instance_prompt)
+    token = str(options.get("token", config.token)).strip()
+    return bool(token) and not (options.get("instance_prompt") or config.instance_prompt)
 
 
-def _warn_of_lost(
+def _warn_overridden(
     source: str | Path | Sequence[Entry], entries: Sequence[Any], config: TrainConfig
 ) -> None:
-    """Name the settings in common that every entry has for itself."""
-    lost = [
+    """Warn about common settings that every entry overrides."""
+    overridden = [
         setting.name
         for setting in settings()
         if getattr(config, setting.name) != setting.default
         and all(isinstance(entry, dict) and setting.name in entry for entry in entries)
     ]
-    if lost:
+    if overridden:
         file = source if isinstance(source, str | Path) else "subjects"
         warnings.warn(
-            f"{listing(lost)} without effect: each entry of {file} has its own", stacklevel=3
+            f"{listing(overridden)} without effect: each entry of {file} has its own", stacklevel=3
         )
 
 
-def _gives_name(entry: Any) -> bool:
+def _sets_name(entry: Any) -> bool:
     return isinstance(entry, dict) and entry.get("name") is not None
 
 
 def _subject(
-    given: _Given, config: TrainConfig, taken: dict[str, str]
+    located: _LocatedEntry, config: TrainConfig, names: dict[str, str]
 ) -> tuple[str, TrainConfig | ConfigError]:
-    """A subject's name and settings, or what is wrong with them; its name is taken then."""
+    """Name and settings of a subject, or its name and error; either way the name is used up."""
     name = ""
     try:
-        if isinstance(given.entry, ConfigError):
-            raise given.entry
-        require_mapping(given.entry)
-        wanted, own = _named(given.entry)
-        other = taken.get(wanted.casefold())
+        if isinstance(located.entry, ConfigError):
+            raise located.entry
+        require_mapping(located.entry)
+        own_name, options = _split_name(located.entry)
+        other = names.get(own_name.casefold())
         require(
             other is None,
-            f"the name {wanted!r} is that of {other} too; give it another 'name:'",
+            f"the name {own_name!r} is also the name of {other}; give it another 'name:'",
         )
-        name = wanted
-        taken[name.casefold()] = given.where
-        return name, _with_own(config, name, own)
+        name = own_name
+        names[name.casefold()] = located.where
+        return name, _with_options(config, name, options)
     except ConfigError as error:
-        name = name or _free_name(given, taken)
-        taken.setdefault(name.casefold(), given.where)
+        name = name or _free_name(located, names)
+        names.setdefault(name.casefold(), located.where)
         text = str(error)
         return name, ConfigError(
-            text if given.where in text else f"{given.where}: {text}", "dataset_config"
+            text if located.where in text else f"{located.where}: {text}", "dataset_config"
         )
 
 
-def _free_name(given: _Given, taken: Container[str]) -> str:
-    """Return the name of an entry without one of its own: its folder's, else by its position."""
-    folder = given.entry.get("instance_data_dir") if isinstance(given.entry, dict) else None
-    name = given.folder or (Path(folder).name if isinstance(folder, str) else "")
+def _free_name(located: _LocatedEntry, names: Container[str]) -> str:
+    """Return a name for an entry without one: its folder's name, else its position."""
+    folder = located.entry.get("instance_data_dir") if isinstance(located.entry, dict) else None
+    name = located.folder or (Path(folder).name if isinstance(folder, str) else "")
     if not name:
-        return Path(given.where).name
-    return name if name.casefold() not in taken else f"{name} ({Path(given.where).name})"
+        return Path(located.where).name
+    return name if name.casefold() not in names else f"{name} ({Path(located.where).name})"
 
 
-def _named(entry: Entry) -> tuple[str, Entry]:
-    """The subject's name, and the entry without it."""
-    own = dict(entry)
-    folder = own.get("instance_data_dir")
-    name = own.pop("name", None)
+def _split_name(entry: Entry) -> tuple[str, Entry]:
+    """Split an entry into the subject's name and its settings."""
+    options = dict(entry)
+    folder = options.get("instance_data_dir")
+    name = options.pop("name", None)
     if name is None:
         require(
             bool(folder) and not isinstance(folder, list),
-            "it has no name, and not one folder that names it; give it 'name:'",
+            "it has neither a name nor a single folder to name it after; give it 'name:'",
         )
         name = Path(str(folder)).expanduser().absolute().name
     is_text = isinstance(name, str | int | float) and not isinstance(name, bool)
@@ -205,26 +207,26 @@ def _named(entry: Entry) -> tuple[str, Entry]:
     is_plain = name not in ("", ".", "..") and not set(name) & set('/\\:*?"<>|')
     require(
         is_plain and name.isprintable(),
-        f"the name {quoted(name)} cannot be that of a folder; choose another",
+        f"the name {quoted(name)} is not valid for a folder; choose another",
     )
-    return name, own
+    return name, options
 
 
-def _with_own(config: TrainConfig, name: str, own: Entry) -> TrainConfig:
+def _with_options(config: TrainConfig, name: str, options: Entry) -> TrainConfig:
     known = {setting.name: setting for setting in settings()}
-    if unknown := [f"{key}{did_you_mean(key, known)}" for key in own if key not in known]:
+    if unknown := [f"{key}{did_you_mean(key, known)}" for key in options if key not in known]:
         raise ConfigError(f"there is no setting {listing(unknown)}")
-    if shared := [key for key in own if key in SHARED]:
+    if shared := [key for key in options if key in SHARED]:
         raise ConfigError(f"all subjects share {listing(shared)}; set it for the whole run")
-    folders = by_folder(own)
-    values: dict[str, Any] = dict(own)
-    word = own.get("class_word") or config.class_word
-    if word and own.get("instance_data_dir") and _lacks_prompt(own, config):
-        token = str(own.get("token", config.token)).strip()
+    folders = by_folder(options)
+    values: dict[str, Any] = dict(options)
+    word = options.get("class_word") or config.class_word
+    if word and options.get("instance_data_dir") and _lacks_prompt(options, config):
+        token = str(options.get("token", config.token)).strip()
         values["instance_prompt"] = f"a photo of a {token} {word}"
     if len(folders) > 1:
         values.pop("instance_data_dir")
-        each = [{"instance_data_dir": part["instance_data_dir"]} for part in folders]
-        values["dataset_config"] = each
+        entries = [{"instance_data_dir": part["instance_data_dir"]} for part in folders]
+        values["dataset_config"] = entries
     cast = {key: known[key].cast(value) for key, value in values.items()}
     return dataclasses.replace(config, **cast, output_dir=str(Path(config.output_dir) / name))

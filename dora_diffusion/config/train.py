@@ -1,8 +1,8 @@
-"""Every setting of a training run, checked when it is made.
+"""All settings of a training run, validated on construction.
 
 The fields of `TrainConfig` are the flags of ``train_dreambooth_dora.py`` and the keys of its YAML
-config files, in the order of ``--help``. Flags that users know from Diffusers' scripts keep their
-names and meaning; those that are not here are answered in `dora_diffusion.config.flag_map`.
+config files, in the order of ``--help``. Flags of Diffusers' scripts keep their names and meaning;
+`dora_diffusion.config.flag_map` has answers to flags that are missing here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dora_diffusion.config.wording import counted, did_you_mean, framed, quoted,
 
 
 @dataclass(frozen=True)
-class TrainConfig(  # The fields of a dataclass are those of its last base first.
+class TrainConfig(  # A dataclass lists the fields of its last base first.
     run.OutputSettings, run.ValidationSettings, run.SampleSettings, run.DeviceSettings,
     learning.LossSettings, learning.OptimizerSettings, learning.LengthSettings,
     learning.AdapterSettings,
@@ -60,12 +60,12 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         if self.dataset_config:
             entries = checked_entries(self.dataset_config, known, self.train_batch_size)
             object.__setattr__(self, "dataset_config", entries)
-            for place in range(len(entries)):
-                with naming_entry(place):
-                    self.of_entry(place)
+            for index in range(len(entries)):
+                with naming_entry(index):
+                    self.of_entry(index)
         require(
             not (self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit")),
-            f"use_8bit_adam is another optimizer than {self.optimizer}; leave one of them out",
+            f"use_8bit_adam contradicts optimizer {self.optimizer}; leave one of them out",
             "use_8bit_adam",
         )
         require(
@@ -81,8 +81,8 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         )
         require(
             self.quantize == "none" or not self.is_full,
-            f"quantize is {self.quantize}, and method full trains the weights themselves, which "
-            "keep their precision; leave it out, or train an adapter",
+            f"quantize is {self.quantize}, but method full trains the weights themselves, which "
+            "cannot be quantised; leave it out, or train an adapter",
             "quantize",
         )
         self._check_data()
@@ -110,7 +110,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         problems = Problems()
         for setting in settings():
             value = getattr(self, setting.name)
-            if isinstance(value, Path):  # as a file holds it
+            if isinstance(value, Path):  # as in a YAML file
                 object.__setattr__(self, setting.name, str(value))
             try:
                 setting.check(value)
@@ -124,26 +124,26 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         for name in ("rank_dropout", "tlora_min_rank"):
             require(
                 not (self.compile and getattr(self, name)),
-                f"{name} masks ranks in each step, which compiled blocks would not see; leave "
-                f"one of {name} and compile out",
+                f"{name} masks ranks in each step, which compiled blocks would ignore; leave one "
+                f"of {name} and compile out",
                 name,
             )
         ranks = max(self.rank, self.conv_rank, *self.rank_pattern.values())
         require(
             (self.least_rank or 0) < ranks,
-            f"tlora_min_rank is {self.tlora_min_rank}, and no layer has more than {ranks} ranks: "
-            "none would ever be masked; make it smaller, or raise rank",
+            f"tlora_min_rank is {self.tlora_min_rank}, but no layer has more than {ranks} ranks, "
+            "so none would be masked; lower it, or raise rank",
             "tlora_min_rank",
         )
         require(
             bool(self.caption_separator),
-            "caption_separator is empty; give what separates tags, such as ','",
+            "caption_separator is empty; give a separator of tags, such as ','",
             "caption_separator",
         )
         require(
             not (self.validation_data_dir and self.validation_split),
-            "validation_data_dir and validation_split both say which photos are held out; leave "
-            "one of them out",
+            "validation_data_dir and validation_split both select held-out photos; leave one of "
+            "them out",
             "validation_split",
         )
         require(
@@ -159,55 +159,55 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         words, concepts = self.words, self.initializer_concept
         require(
             bool(words),
-            "train_text_encoder_ti trains a new word, and token is ''; name it with --token or "
+            "train_text_encoder_ti trains a new word, but token is ''; name it with --token or "
             "--new_words",
             "token",
         )
         for word in words:
             require(
                 bool(re.fullmatch(r"[^\s./\\]+", word)) and word == word.lower(),
-                f"the new word {word!r} must be in lower case, which tokenizers read, and without "
-                "spaces, dots and slashes, since files and keys are named by it",
+                f"the new word {word!r} must be in lower case, as tokenizers convert it, and "
+                "without spaces, dots and slashes, since it is part of names of files and keys",
                 "new_words",
             )
         for one, other in permutations(words, 2):
             require(
                 one not in other,
-                f"of the new words {one!r} and {other!r} one holds the other, so that no tokenizer "
-                "tells them apart; choose others",
+                f"new word {other!r} contains the new word {one!r}, so tokenizers cannot separate "
+                "them; choose others",
                 "new_words",
             )
         adapts_table = self.train_text_encoder and not self.is_full
         require(
             not (adapts_table and "token-embedding" in self.text_encoder_targets),
-            "train_text_encoder_ti adds rows to the token table, which text_encoder_targets gives "
-            "an adapter; leave token-embedding out of these",
+            "train_text_encoder_ti adds rows to the token table, but text_encoder_targets adapts "
+            "the table; leave token-embedding out of text_encoder_targets",
             "text_encoder_targets",
         )
         require(
             len(concepts) in (0, 1, len(words)) and all(concept.strip() for concept in concepts),
             f"initializer_concept has {len(concepts)} for {len(words)} new words; give one for "
-            "all or one for each, none of them empty",
+            "all or one for each, without empty ones",
             "initializer_concept",
         )
         for word in words:
             require(
                 not any(map(whole_word(word).search, concepts)),
-                f"initializer_concept holds the new word {word!r}, which has no vectors to start "
-                "from; give a word that the model has, or choose another new word, such as "
+                f"initializer_concept contains the new word {word!r}, which has no vectors yet; "
+                "give a word that the model has, or choose another new word, such as "
                 f"{f'<{word}>'!r}, with --token and in the prompts",
                 "initializer_concept",
             )
 
     def _check_slider(self) -> None:
         for name in ("target", "positive", "negative", "anchors"):
-            # As the captions of the images that are made of them are read.
+            # Normalized like captions: the prompts become captions of generated images.
             prompts = [" ".join(prompt.split()) for prompt in getattr(self, name)]
             object.__setattr__(self, name, prompts)
             require(
                 bool(prompts) or name == "anchors",
                 f"teach slider has no {name}; a slider needs --target, --positive and --negative, "
-                "each a prompt",
+                "each with a prompt",
                 name,
             )
             require(all(prompts), f"{name} has an empty prompt; write it, or leave it out", name)
@@ -227,49 +227,49 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         for _, ends in self.slider_pairs:
             require(
                 ends[0].lower() != ends[1].lower(),
-                f"positive and negative are both {quoted(ends[0])}: nothing is between them; "
-                "give two prompts that differ in what the slider moves",
+                f"positive and negative are both {quoted(ends[0])}; give two prompts that differ "
+                "in the concept of the slider",
                 "negative",
             )
-        moved = {*self.target, *self.positive, *self.negative}
-        read = {prompt.lower() for prompt in moved}
-        both = [prompt for prompt in self.anchors if prompt.lower() in read]
+        changed = {*self.target, *self.positive, *self.negative}
+        lowercase = {prompt.lower() for prompt in changed}
+        both = [prompt for prompt in self.anchors if prompt.lower() in lowercase]
         require(
             not both,
-            f"anchors holds {quoted(''.join(both[:1]))}, which the slider moves; leave it out",
+            f"anchors contains {quoted(''.join(both[:1]))}, which the slider changes; leave it out",
             "anchors",
         )
-        least = len({*moved, *self.anchors})
+        least = len({*changed, *self.anchors})
         require(
             self.num_class_images >= least,
-            f"num_class_images is {self.num_class_images}; this slider has {least} different "
-            "prompts, of which each needs an image",
+            f"num_class_images is {self.num_class_images}, but each of this slider's {least} "
+            f"different prompts needs an image; give at least {least}",
             "num_class_images",
         )
         for name in ("instance_data_dir", "dataset_config", "train_text_encoder_ti"):
             require(
                 not getattr(self, name),
-                f"{name} is set, and teach slider learns from prompts alone; leave it out, or "
+                f"{name} is set, but teach slider learns from prompts alone; leave it out, or "
                 "--teach subject",
                 name,
             )
         require(
             not self.is_full,
-            "method is full, whose weights have no strength to slide; teach slider trains an "
-            "adapter: lora or dora",
+            "method is full, whose weights have no adjustable strength; train an adapter for "
+            "teach slider: lora or dora",
             "method",
         )
 
     def _check_prodigy(self) -> None:
         require(
             self.unet_lr >= 0.1,
-            f"learning_rate is {self.unet_lr}; Prodigy finds the rate itself, and multiplies "
-            "it by learning_rate: use 1",
+            f"learning_rate is {self.unet_lr}, but Prodigy estimates the rate and multiplies it by "
+            "learning_rate; use 1",
             "learning_rate",
         )
         require(
             self.magnitude_lr is None and self.loraplus_ratio == 1 and not self.lr_pattern,
-            "Prodigy has one rate for everything: leave out magnitude_lr, loraplus_ratio and "
+            "Prodigy has one rate for all parameters; leave out magnitude_lr, loraplus_ratio and "
             "lr_pattern",
             "optimizer",
         )
@@ -278,8 +278,8 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         name = self.optimizer_name
         require(
             self.lr_scheduler.startswith("constant"),
-            f"lr_scheduler is {self.lr_scheduler}, and {name} takes no schedule, only a warm-up; "
-            "leave it out",
+            f"lr_scheduler is {self.lr_scheduler}, but {name} supports no schedule, only a "
+            "warm-up; leave it out",
             "lr_scheduler",
         )
         require(
@@ -294,22 +294,22 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         )
         require(
             self.is_full or self.parametrization != "adalora",
-            f"AdaLoRA switches triplets off, which {name} would bring back by its average; use "
+            f"AdaLoRA switches triplets off, but the average of {name} would restore them; use "
             "optimizer adamw",
             "optimizer",
         )
         require(
             self.is_full or not self.limits_norms,
-            f"scale_weight_norms limits what trains, and {name} uses an average of other weights, "
-            "which stay larger; leave it out, or use optimizer adamw",
+            f"scale_weight_norms limits trained weights, but {name} averages weights that are not "
+            "limited; leave it out, or use optimizer adamw",
             "scale_weight_norms",
         )
 
     def _check_allocation(self) -> None:
         require(
             (self.target_rank or 0) <= self.rank,
-            f"target_rank is {self.target_rank}, more than the rank {self.rank} that layers start "
-            "with; raise rank",
+            f"target_rank is {self.target_rank}, more than the initial rank {self.rank}; raise "
+            "rank",
             "target_rank",
         )
         if self.max_train_steps is not None:
@@ -321,26 +321,26 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
                 "allocation_final",
             )
 
-    def of_entry(self, place: int) -> TrainConfig:
-        """The run's settings with those of an entry of `dataset_config` over them."""
-        own = {"dataset_config": [], "initializer_concept": [], **self.dataset_config[place]}
-        return dataclasses.replace(self, **own)
+    def of_entry(self, index: int) -> TrainConfig:
+        """Settings of the run, overridden by an entry of `dataset_config`."""
+        values = {"dataset_config": [], "initializer_concept": [], **self.dataset_config[index]}
+        return dataclasses.replace(self, **values)
 
     @cached_property
     def subjects(self) -> list[TrainConfig]:
-        """The settings of each subject: of each entry, or those of the run where there is none."""
-        places = range(len(self.dataset_config))
-        return [self.of_entry(place) for place in places] or [self]
+        """Settings of each subject: one for each entry, or the run's own without entries."""
+        indices = range(len(self.dataset_config))
+        return [self.of_entry(index) for index in indices] or [self]
 
     @property
     def limits_norms(self) -> bool:
-        """True if the norm of each update has a limit: A and B train themselves."""
+        """True if the norm of each update is limited, which needs trained A and B."""
         is_low_rank = self.parametrization == "low-rank" and self.init != "pissa"
         return self.scale_weight_norms is not None and is_low_rank
 
     @property
     def least_rank(self) -> int | None:
-        """Ranks that T-LoRA leaves active at the noisiest timestep; None: all."""
+        """Number of active ranks of T-LoRA at the noisiest timestep; None: all."""
         is_low_rank = self.parametrization == "low-rank" and not self.is_full
         return self.tlora_min_rank if is_low_rank else None
 
@@ -353,19 +353,19 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     @property
     def is_slider(self) -> bool:
-        """True if the difference of prompts is learned, not images."""
+        """True if the run trains a slider from prompts, not from images."""
         return self.teach == "slider"
 
     @property
     def slider_pairs(self) -> list[tuple[str, tuple[str, str]]]:
-        """The slider's pairs: target, and its positive and negative end."""
+        """Pairs of the slider: target, and its positive and negative prompt."""
         targets = self.target * (len(self.positive) if len(self.target) == 1 else 1)
         ends = zip(self.positive, self.negative, strict=True)
         return list(zip(targets, ends, strict=True)) if self.is_slider else []
 
     @property
     def allocation_phases(self) -> tuple[int, int]:
-        """Steps of rank allocation's warm-up, and of its end."""
+        """Number of steps before rank allocation begins, and after it ends."""
         steps, warmup, final = (
             self.max_train_steps or 0,
             self.allocation_warmup,
@@ -412,18 +412,18 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     @property
     def weightings(self) -> dict[str, float]:
-        """Weightings of the loss by timestep, by their setting."""
+        """Active loss weightings by timestep, setting -> value."""
         values = {name: getattr(self, name) for name in learning.WEIGHTINGS}
         return {name: float(value) for name, value in values.items() if value}
 
     @property
     def is_full(self) -> bool:
-        """True if weights of the model itself train."""
+        """True for full fine-tuning."""
         return self.method_name == "full"
 
     @property
     def base_model(self) -> BaseModel:
-        """The base model, with what is asked of how it is read."""
+        """The base model with its loading options."""
         return BaseModel.of_settings(vars(self))
 
     @property
@@ -433,7 +433,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     @property
     def usual_lr(self) -> float:
-        """The UNet's learning rate where none is given."""
+        """Default learning rate of the UNet."""
         return 5e-6 if self.is_full else 8e-5
 
     @property
@@ -443,7 +443,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     @property
     def is_prodigy(self) -> bool:
-        """True if the optimizer finds the learning rate."""
+        """True if the optimizer estimates the learning rate."""
         return self.optimizer_name in learning.PRODIGIES
 
     @property
@@ -453,13 +453,13 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     @property
     def lr_schedule(self) -> str:
-        """The schedule; Diffusers' plain ``constant`` would leave a warm-up out."""
+        """Learning-rate schedule; Diffusers' plain ``constant`` would ignore the warm-up."""
         with_warmup = self.lr_scheduler == "constant" and self.lr_warmup_steps > 0
         return "constant_with_warmup" if with_warmup else self.lr_scheduler
 
     @property
     def words(self) -> list[str]:
-        """The new words that train."""
+        """New words to train."""
         if not self.train_text_encoder_ti:
             return []
         tokens = (subject.token.strip() for subject in self.subjects)
@@ -467,31 +467,31 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     @property
     def word_steps(self) -> int:
-        """Steps in which new words train."""
+        """Number of steps in which new words train."""
         return math.ceil(self.train_text_encoder_ti_frac * (self.max_train_steps or 0))
 
     @property
     def encodes_in_steps(self) -> bool:
-        """True if text encoders compute in every step, since something of them trains."""
+        """True if text encoders run in every step, since they or their new words train."""
         return self.train_text_encoder or self.train_text_encoder_ti
 
     @property
     def prompts(self) -> list[SamplePrompt]:
-        """Prompts of sample images: what is taught, where nothing else is asked for."""
+        """Prompts of sample images: the validation prompts, else the training prompts."""
         lines = self.validation_prompt or self.taught_prompts
         return [parse_prompt(line) for line in lines if line]
 
     @property
     def taught_prompts(self) -> list[str]:
-        """The subjects' instance prompts, or the targets of a slider, each once."""
-        own = self.target if self.is_slider else map(framed_prompt, self.subjects)
-        return list(dict.fromkeys(filter(None, own)))
+        """Unique instance prompts of the subjects, or targets of the slider."""
+        prompts = self.target if self.is_slider else map(framed_prompt, self.subjects)
+        return list(dict.fromkeys(filter(None, prompts)))
 
     def with_sample_prompts(self) -> TrainConfig:
-        """Return these settings with the lines of ``sample_prompts`` among the validation prompts.
+        """Return the settings with the lines of ``sample_prompts`` added to the validation prompts.
 
         Raises:
-            ConfigError: If the file cannot be read, or a line cannot work.
+            ConfigError: If the file cannot be read, or a line is not valid.
         """
         if not self.sample_prompts or not self.num_validation_images:
             return self
@@ -500,9 +500,9 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     @property
     def prior_mode(self) -> str:
-        """Mode of prior preservation: Diffusers' settings of class images mean class images."""
-        asks_for_images = self.class_data_dir or self.class_prompt
-        return self.prior_preservation_mode or ("images" if asks_for_images else "image-free")
+        """Mode of prior preservation; Diffusers' settings of class images select ``images``."""
+        has_class_images = self.class_data_dir or self.class_prompt
+        return self.prior_preservation_mode or ("images" if has_class_images else "image-free")
 
     @property
     def is_image_free(self) -> bool:
@@ -511,7 +511,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     @property
     def holds_unmasked(self) -> bool:
-        """True if what masks leave out is held at the base model's prediction."""
+        """True if the prediction outside of masks is kept at the base model's."""
         return self.unmasked_prior > 0 and any(subject.masked_loss for subject in self.subjects)
 
     @property
@@ -524,18 +524,18 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     @property
     def holds_out(self) -> bool:
-        """True if photos are held out of training, on which the validation loss is computed."""
+        """True if photos are held out for the validation loss."""
         return not self.is_slider and any(
             s.validation_data_dir or s.validation_split for s in self.subjects
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values, as a YAML file holds them."""
+        """Settings as plain values, as in a YAML file."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Make a config from plain values.
+        """Build a config from plain values.
 
         Raises:
             ConfigError: If a key is not a setting, or a value has the wrong type.
@@ -554,7 +554,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
 
 def framed_prompt(config: TrainConfig) -> str:
-    """The instance prompt as a caption: between prefix and suffix."""
+    """Instance prompt as a caption, with prefix and suffix."""
     prefix, prompt, suffix = (
         config.caption_prefix,
         config.instance_prompt or "",
@@ -567,7 +567,7 @@ def framed_prompt(config: TrainConfig) -> str:
 def settings() -> tuple[Setting, ...]:
     """All settings, in the order of their fields."""
     groups: tuple[Any, ...] = TrainConfig.__bases__[::-1]
-    made = (
+    described = (
         Setting.from_field(source, group=group.heading, **getattr(group, "common", {}))
         for group in groups
         for source in dataclasses.fields(group)
@@ -576,7 +576,7 @@ def settings() -> tuple[Setting, ...]:
         dataclasses.replace(setting, needs=(need, *setting.needs))
         if (need := subject.OF_IMAGES.get(setting.name))
         else setting
-        for setting in made
+        for setting in described
     )
 
 

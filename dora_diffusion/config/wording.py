@@ -11,7 +11,7 @@ _PUNCTUATION = ",.;:!?"
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun.
+    """Put a count before its noun.
 
     Example:
         >>> counted(1, "photo"), counted(0, "photo"), counted(2, "class", "classes")
@@ -21,7 +21,7 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
 
 
 def listing(names: Iterable[str], limit: int = 10) -> str:
-    """List some names in their order, with the number of those left out.
+    """List names in alphabetical order up to a limit, with the number of further names.
 
     Example:
         >>> listing(["b", "a"]), listing("cba", 2)
@@ -33,7 +33,7 @@ def listing(names: Iterable[str], limit: int = 10) -> str:
 
 
 def number_text(value: float) -> str:
-    """The shortest text that reads as the same number.
+    """Shortest text of a number that is read back as the same number.
 
     Example:
         >>> number_text(2.0), number_text(0.1)
@@ -43,12 +43,12 @@ def number_text(value: float) -> str:
 
 
 def pixels(sides: Iterable[int]) -> str:
-    """Sides of images as a text: ``"512, 768 px"``; empty where there are none."""
+    """Format sides of images: ``"512, 768 px"``; empty without sides."""
     return f"{text} px" if (text := ", ".join(map(str, sides))) else ""
 
 
 def quoted(text: str, limit: int = QUOTE_LIMIT) -> str:
-    """A text in quotes on one line, its middle left out where it is long.
+    """Quote a text on one line, with the middle of a long text replaced by dots.
 
     Example:
         >>> quoted("a photo of a sks dog")
@@ -63,7 +63,7 @@ def quoted(text: str, limit: int = QUOTE_LIMIT) -> str:
 
 
 def framed(prefix: str, text: str, suffix: str) -> str:
-    """A text between two others: spaces between them, none before a suffix's punctuation.
+    """Join prefix, text and suffix by spaces, except before a suffix's punctuation.
 
     Example:
         >>> framed("sks dog,", "grass, sun", ", photo"), framed("", "a dog", "at night")
@@ -79,7 +79,7 @@ def framed(prefix: str, text: str, suffix: str) -> str:
 
 
 def with_article(noun: str) -> str:
-    """A noun with its indefinite article.
+    """Put the indefinite article before a noun.
 
     Example:
         >>> with_article("red mug"), with_article("orange mug")
@@ -100,33 +100,33 @@ def duration(seconds: float | None) -> str:
 
 
 def closest(word: object, words: Iterable[str]) -> str | None:
-    """The known word that was probably meant, or None."""
+    """Return the known word closest to a mistyped one, or None."""
     typed = _form(word)
     by_form = {_form(name): name for name in words}
     matches = difflib.get_close_matches(typed, by_form, n=1, cutoff=0.6)
     if matches:
         return by_form[matches[0]]
-    # A name cut short is not close by its letters: max_train for max_train_steps.
+    # The matcher misses abbreviated names, such as max_train for max_train_steps.
     longer = [name for form, name in by_form.items() if len(typed) > 3 and form.startswith(typed)]
     return longer[0] if len(longer) == 1 else None
 
 
 def _form(word: object) -> str:
-    """A word without what people leave out or write otherwise: case, dashes before and inside."""
+    """Normalize a word: lower case, without leading dashes, with underscores for dashes."""
     return str(word).lstrip("-").replace("-", "_").lower()
 
 
 def did_you_mean(word: object, words: Iterable[str]) -> str:
-    """``" (did you mean X?)"``, or nothing where no known word is close."""
+    """``" (did you mean X?)"``, or empty if no known word is close."""
     name = closest(word, words)
     return f" (did you mean {name}?)" if name else ""
 
 
 def whole_word(token: str) -> re.Pattern[str]:
-    """Match a word, ignoring case, except as a part of another word.
+    """Pattern that matches a word, ignoring case, but not as part of another word.
 
-    Letters, digits and underscores are the characters of words: ``sks`` is not in ``sks2``, but
-    ``<sks>`` is in ``a<sks>2``.
+    Words consist of letters, digits and underscores: ``sks`` does not match in ``sks2``, but
+    ``<sks>`` matches in ``a<sks>2``.
     """
     before = r"(?<!\w)" if re.match(r"\w", token) else ""
     after = r"(?!\w)" if re.search(r"\w\Z", token) else ""
@@ -134,7 +134,7 @@ def whole_word(token: str) -> re.Pattern[str]:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with columns of one width."""
+    """Markdown table with aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"

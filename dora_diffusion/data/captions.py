@@ -1,4 +1,4 @@
-"""Captions: files beside photos, what is drawn of them, wildcards, and class-word captions."""
+"""Captions: caption files, random draws, wildcards, and class captions."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from dora_diffusion.data.sampler import generator_for
 
 
 def read_caption(photo: str | Path, default: str, *, per_line: bool = False) -> str:
-    """Read the caption beside a photo; the default where there is none or it is empty.
+    """Read the caption file of a photo; return the default if it is missing or empty.
 
-    Several lines are joined to one; ``per_line`` keeps them apart, without empty ones.
+    Lines are joined to one; ``per_line`` keeps them separate and drops empty ones.
 
     Raises:
-        ValueError: If the file is not UTF-8 text, or a link to a file that is not there.
+        ValueError: If the file is not UTF-8 text, or is a broken link.
     """
     path = Path(photo).with_suffix(".txt")
     try:
@@ -37,7 +37,7 @@ def read_caption(photo: str | Path, default: str, *, per_line: bool = False) -> 
     except FileNotFoundError as error:
         if path.is_symlink():
             raise ValueError(
-                f"{path.name}: the caption is a link to a file that is not there; remove it"
+                f"{path.name}: the caption is a link to a missing file; remove it"
             ) from error
         return default
     except UnicodeDecodeError as error:
@@ -46,14 +46,14 @@ def read_caption(photo: str | Path, default: str, *, per_line: bool = False) -> 
     return ("\n" if per_line else " ").join(line for line in lines if line) or default
 
 
-# Backslashes before other characters are those of tags: saber \(fate\).
+# Backslashes before other characters belong to tags, such as saber \(fate\).
 _PIECE = re.compile(
     r"\\(?P<escaped>[{}|]|__)|__(?P<file>[^\W_](?:[\w ./-]{0,200}?[^\W_])?)__|(?P<mark>[{}|])"
     r"|[^\\{}|_]+|."
 )
 WILD = re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*\}|(?<!\\)__[^\W_](?:[\w ./-]{0,200}?[^\W_])?__")
 """Pattern of a wildcard."""
-# Of a text with more alternatives, the first ones.
+# Limit of the variants of a choice; further alternatives are ignored.
 MOST_VARIANTS = 1000
 
 
@@ -65,12 +65,12 @@ class Choice:
 
     @cached_property
     def longest(self) -> int:
-        """Parts and characters of the longest alternative."""
+        """Number of parts and characters of the longest alternative."""
         return max(map(_length, self.alternatives))
 
 
 Template = tuple["str | Choice", ...]
-"""A text taken apart: what is said, and what is chosen, in order."""
+"""A parsed text: fixed texts and choices, in order."""
 
 Pick = Callable[[Choice], Template]
 
@@ -80,59 +80,67 @@ def _length(template: Template) -> int:
 
 
 def render(template: Sequence[str | Choice], pick: Pick) -> str:
-    """The text of a template, its alternatives picked one by one."""
-    parts = (part if isinstance(part, str) else render(pick(part), pick) for part in template)
-    return "".join(parts)
+    """Render a template; ``pick`` selects the alternative of each choice."""
+    texts = (node if isinstance(node, str) else render(pick(node), pick) for node in template)
+    return "".join(texts)
 
 
 def at_random(generator: torch.Generator) -> Pick:
-    """Pick any alternative, each as likely as the others."""
+    """Pick alternatives at random, with equal probabilities."""
 
     def pick(choice: Choice) -> Template:
-        each = choice.alternatives
-        return each[int(torch.randint(len(each), (), generator=generator))]
+        alternatives = choice.alternatives
+        return alternatives[int(torch.randint(len(alternatives), (), generator=generator))]
 
     return pick
 
 
-def preferring(wanted: Callable[[str], bool]) -> Pick:
-    """Pick the first alternative whose text is wanted, or else the first.
+def preferring(predicate: Callable[[str], bool]) -> Pick:
+    """Pick the first alternative whose text satisfies the predicate, else the first one.
 
-    Of texts that a word is in or not, no combination of alternatives avoids it where these do not.
+    For predicates on a word that a text contains or not, this finds a combination of alternatives
+    that avoids the word, if there is one.
     """
     picked: dict[Choice, Template] = {}
 
     def pick(choice: Choice) -> Template:
         if choice not in picked:
-            each = choice.alternatives
-            picked[choice] = next((one for one in each if wanted(render(one, pick))), each[0])
+            alternatives = choice.alternatives
+            picked[choice] = next(
+                (
+                    alternative
+                    for alternative in alternatives
+                    if predicate(render(alternative, pick))
+                ),
+                alternatives[0],
+            )
         return picked[choice]
 
     return pick
 
 
 def variants(template: Template) -> list[str]:
-    """Texts in which each alternative occurs, the first with the first of all."""
-    parts = [
-        [part]
-        if isinstance(part, str)
-        else list(islice(chain.from_iterable(map(variants, part.alternatives)), MOST_VARIANTS))
-        for part in template
+    """Texts that together contain each alternative; the first has the first of each choice."""
+    columns = [
+        [node]
+        if isinstance(node, str)
+        else list(islice(chain.from_iterable(map(variants, node.alternatives)), MOST_VARIANTS))
+        for node in template
     ]
-    rows = range(max(map(len, parts), default=1))
-    return ["".join(part[row % len(part)] for part in parts) for row in rows]
+    rows = range(max(map(len, columns), default=1))
+    return ["".join(column[row % len(column)] for column in columns) for row in rows]
 
 
 class Wildcards:
-    r"""Parser of captions; ``\{``, ``\}``, ``\|`` and ``\__`` are the characters themselves.
+    r"""Parser of captions with wildcards; a backslash escapes ``{``, ``}``, ``|`` and ``__``.
 
     Args:
-        folder: Of the files: ``__colours__`` is a line of ``colours.txt``, ``__sea/fish__`` one of
-            ``sea/fish.txt``. Empty lines and those that start with ``#`` are none. Lines may hold
-            wildcards themselves.
+        folder: Folder of wildcard files: ``__colours__`` is a line of ``colours.txt``,
+            ``__sea/fish__`` a line of ``sea/fish.txt``. Empty lines and lines that start with
+            ``#`` are skipped. Lines may contain wildcards.
 
     Raises:
-        ConfigError: If there is no such folder.
+        ConfigError: If the folder does not exist.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
@@ -145,27 +153,27 @@ class Wildcards:
         self._files: dict[str, Choice] = {}
 
     def render(self, text: str, pick: Pick) -> str:
-        """A text with its alternatives picked, and single spaces."""
+        """Render a text with picked alternatives and single spaces."""
         return " ".join(render(self.parse(text), pick).split())
 
     def variants(self, text: str) -> list[str]:
-        """The same with each alternative in one of them, see `variants`; none twice."""
+        """Unique texts that together contain each alternative, see `variants`."""
         return list(dict.fromkeys(" ".join(one.split()) for one in variants(self.parse(text))))
 
     def parse(self, text: str, within: tuple[str, ...] = ()) -> Template:
-        """A text's template.
+        """Parse a text to a template.
 
         Args:
             text: The text.
-            within: Names of the files that it is from, each a line of the one before.
+            within: Names of the wildcard files that contain the text, outermost first.
 
         Raises:
-            ConfigError: If a brace lacks its other half, a file is missing, empty, damaged or
-                names itself, or texts of more than `MOST_CHARACTERS` could be drawn.
+            ConfigError: If braces are unbalanced, a file is missing, empty, damaged or refers to
+                itself, or rendered texts could have more than `MOST_CHARACTERS`.
         """
         if text in self._templates:
             return self._templates[text]
-        groups: list[list[list[str | Choice]]] = [[[]]]  # Alternatives of each group that is open.
+        groups: list[list[list[str | Choice]]] = [[[]]]  # Alternatives of each open group.
         for piece in _PIECE.finditer(text):
             part: str | Choice = piece["escaped"] or piece[0]
             if piece["file"]:
@@ -199,12 +207,13 @@ class Wildcards:
     def _file(self, name: str, within: tuple[str, ...]) -> Choice:
         if name in within:
             raise ConfigError(
-                f"the wildcard __{name}__ names itself: {' > '.join((*within, name))}", "wildcards"
+                f"the wildcard __{name}__ refers to itself: {' > '.join((*within, name))}",
+                "wildcards",
             )
         if name not in self._files:
             if self.folder is None:
                 raise ConfigError(
-                    f"the wildcard __{name}__ is of a file; name its folder: wildcard_dir",
+                    f"the wildcard __{name}__ needs a file; give its folder as wildcard_dir",
                     "wildcard_dir",
                 )
             path = self.folder / f"{name}.txt"
@@ -218,34 +227,34 @@ class Wildcards:
             texts = [line for line in lines if line and not line.startswith("#")]
             if not texts:
                 raise ConfigError(
-                    f"the wildcard __{name}__ has no line in {name}.txt to choose", "wildcard_dir"
+                    f"the wildcard __{name}__ has no lines in {name}.txt", "wildcard_dir"
                 )
             inner = (*within, name)
             self._files[name] = Choice(tuple(self.parse(text, inner) for text in texts))
         return self._files[name]
 
 
-# What of the rules an adapter's file keeps, for captions that are read later.
+# Rules that an adapter's file stores, for captions that are read later.
 _STATED = ("per_line", "wildcards", "prefix", "suffix")
 
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """Rules that turn the text beside a photo into its caption in an epoch.
+    """Rules that turn the text of a photo's caption file into its caption in an epoch.
 
-    In this order: a line of it, the alternatives of wildcards, the order of tags, tags that are
-    left out, what stands around it, and whether it is dropped as a whole. Each is drawn from a
-    generator of its own, by a key such as seed, epoch and photo; shuffling and dropping share one.
+    Applied in this order: draw a line, draw alternatives of wildcards, shuffle tags, drop tags, add
+    prefix and suffix, drop the caption. Each draw has its own generator, seeded by a key such as
+    seed, epoch and photo; shuffling and caption dropout share one.
 
     Attributes:
-        per_line: Each line of the text is a caption of its own.
-        wildcards: Takes ``{a|b}`` and ``__file__`` apart; None leaves them as they are.
-        prefix: In front of every caption: neither shuffled nor left out, but dropped with it.
-        suffix: Behind it.
-        separator: What tags are separated by.
+        per_line: Each line of the text is a separate caption.
+        wildcards: Parser of ``{a|b}`` and ``__file__``; None keeps them as text.
+        prefix: Text before every caption; excluded from tag shuffling and dropout.
+        suffix: Text after every caption, excluded likewise.
+        separator: Separator of tags.
         shuffle_tags: Shuffle tags.
-        keep_tags: Tags at the start that stay in place.
-        tag_dropout: Probability of leaving out each of the others.
+        keep_tags: Number of first tags that are neither shuffled nor dropped.
+        tag_dropout: Probability of dropping each other tag.
         dropout: Probability of the empty prompt.
     """
 
@@ -260,36 +269,36 @@ class CaptionRules:
     dropout: float = 0.0
 
     def draw(self, text: str, *key: object) -> str:
-        """The caption of a photo's text that a key draws."""
+        """Draw a caption from a photo's text, seeded by the key."""
         lines = self._lines(text)
         number = 0
         if len(lines) > 1:
             chooser = generator_for("caption line", *key)
             number = int(torch.randint(len(lines), (), generator=chooser))
         pick = at_random(generator_for("wildcards", *key))
-        prefix, own, suffix = self._parts(lines[number], pick)
+        prefix, body, suffix = self._parts(lines[number], pick)
         generator = generator_for("caption", *key)
-        caption = _around(prefix, self._tags(own, generator, key), suffix)
+        caption = _framed(prefix, self._tags(body, generator, key), suffix)
         if self.dropout > 0.0 and torch.rand((), generator=generator).item() < self.dropout:
             return ""
         return caption
 
     def draw_prompt(self, prompt: str, seed: int) -> str:
-        """A prompt of an image, its wildcards drawn by the image's seed."""
+        """Draw the wildcards of a prompt, seeded by the image's seed."""
         if self.wildcards is None:
             return prompt
         pick = at_random(generator_for("wildcards", "prompt", seed))
         return self.wildcards.render(prompt, pick)
 
     def plain(self, text: str) -> str:
-        """The caption that photos are measured with: the first line and alternatives, all of it."""
+        """Caption for measurements: first line, first alternatives, all tags in order."""
         return self.variants(text)[0]
 
     @classmethod
     def from_stated(
         cls, text: str, wildcard_dir: str | None = None, trigger: str = ""
     ) -> CaptionRules:
-        """The rules of a subject that `stated_rules` wrote; those by default of anything else."""
+        """Parse the rules of a subject written by `stated_rules`; default rules for other texts."""
         try:
             values = json.loads(unquote(text))
             values = values.get(trigger, values)
@@ -304,47 +313,47 @@ class CaptionRules:
         )
 
     def variants(self, text: str) -> list[str]:
-        """Captions, unshuffled and whole, in which each line and each alternative occurs."""
-        lines = [_around(self.prefix, line, self.suffix) for line in self._lines(text)]
+        """Unshuffled, complete captions that together contain each line and each alternative."""
+        lines = [_framed(self.prefix, line, self.suffix) for line in self._lines(text)]
         if self.wildcards is None:
             return lines
         return [caption for line in lines for caption in self.wildcards.variants(line)]
 
     def possible(self, text: str, token: str, *, with_dropout: bool = False) -> list[str]:
-        """Return each line's caption that avoids a token, and one that holds it if that differs.
+        """Return for each line a caption without a token if possible, and one with it.
 
         Args:
-            text: Of a photo.
+            text: Text of a photo.
             token: A word.
-            with_dropout: Leave out every tag that `tag_dropout` may leave out.
+            with_dropout: Drop all tags that `tag_dropout` may drop.
         """
         captions = []
-        avoiding = preferring(lambda own: not contains_token(own, token))
-        holding = preferring(lambda own: contains_token(own, token))
+        avoiding = preferring(lambda body: not contains_token(body, token))
+        holding = preferring(lambda body: contains_token(body, token))
         for line in self._lines(text):
             for pick in (avoiding, holding) if self.wildcards is not None else (avoiding,):
-                prefix, own, suffix = self._parts(line, pick)
+                prefix, body, suffix = self._parts(line, pick)
                 if with_dropout and self.tag_dropout:
-                    own = self._joint.join(self._split(own)[: self.keep_tags])
-                captions.append(_around(prefix, own, suffix))
+                    body = self._tag_joiner.join(self._split(body)[: self.keep_tags])
+                captions.append(_framed(prefix, body, suffix))
         return list(dict.fromkeys(captions))
 
-    def can_shuffle(self, captions: Sequence[str], others: int = 2) -> bool:
-        """Return whether any of these captions has so many tags behind those that are kept."""
-        return any(len(self._split(caption)) >= self.keep_tags + others for caption in captions)
+    def can_shuffle(self, captions: Sequence[str], count: int = 2) -> bool:
+        """Return whether any caption has at least this many tags after the kept ones."""
+        return any(len(self._split(caption)) >= self.keep_tags + count for caption in captions)
 
     @property
     def draws_tags(self) -> bool:
-        """True if a caption is taken apart into its tags."""
+        """True if captions are split into tags."""
         return self.shuffle_tags or self.tag_dropout > 0.0
 
     def has_empty_tag(self, caption: str) -> bool:
-        """Return whether nothing is between two separators of a caption, or beside one."""
+        """Return whether a caption has an empty tag."""
         pieces = self._pieces(caption)
         return len(pieces) > 1 and not all(map(str.strip, pieces))
 
     def identity(self, text: str) -> str:
-        """The text, and with wildcards a digest of what it may become: another file is another."""
+        """The text, and with wildcards a digest of its variants, which depend on their files."""
         text = "\n".join(self._lines(text))
         if self.wildcards is None:
             return text
@@ -352,7 +361,7 @@ class CaptionRules:
         return f"{text} [{digest[:12]}]"
 
     def tag_frequency(self, captions: Sequence[str]) -> dict[str, int]:
-        """Count the captions that hold each tag, most frequent first."""
+        """Count the captions that contain each tag, most frequent first."""
         counts = Counter(sorted(tag for caption in captions for tag in set(self._split(caption))))
         return dict(counts.most_common())
 
@@ -361,9 +370,9 @@ class CaptionRules:
         return lines if self.per_line else [" ".join(lines)]
 
     def _parts(self, line: str, pick: Pick) -> list[str]:
-        """Prefix, line and suffix, with alternatives of wildcards picked."""
-        parts, own = [self.prefix, line, self.suffix], self.wildcards
-        return parts if own is None else [own.render(part, pick) for part in parts]
+        """Prefix, line and suffix, with rendered wildcards."""
+        texts, wildcards = [self.prefix, line, self.suffix], self.wildcards
+        return texts if wildcards is None else [wildcards.render(text, pick) for text in texts]
 
     def _tags(self, text: str, generator: torch.Generator, key: Sequence[object]) -> str:
         if not self.draws_tags:
@@ -374,12 +383,12 @@ class CaptionRules:
         if self.shuffle_tags:
             order = torch.randperm(len(free), generator=generator).tolist()
         coins = torch.rand(len(free), generator=generator_for("tag dropout", *key)).tolist()
-        kept = [free[i] for i in order if coins[i] >= self.tag_dropout]
-        return self._joint.join(fixed + kept)
+        remaining = [free[i] for i in order if coins[i] >= self.tag_dropout]
+        return self._tag_joiner.join(fixed + remaining)
 
     @property
-    def _joint(self) -> str:
-        """Text that joins tags: the separator, with a space behind it where it has none."""
+    def _tag_joiner(self) -> str:
+        """Text that joins tags: the separator, and a space if it contains none."""
         is_bare = self.separator == self.separator.strip()
         return f"{self.separator} " if is_bare else self.separator
 
@@ -391,46 +400,46 @@ class CaptionRules:
 
 
 def stated_rules(rules: Mapping[str, CaptionRules]) -> str:
-    """Describe the subjects' rules for an adapter's file, but for shuffling and dropout.
+    """Encode the subjects' rules for an adapter's file, without shuffling and dropout.
 
-    Empty for the usual ones. Quoted, since slashes in metadata are taken for a path's.
+    Empty for default rules. URL-quoted, since slashes in metadata are read as paths.
 
     Args:
-        rules: By trigger words; the file has one for all where they are the same.
+        rules: Trigger words -> rules; equal rules are stored once.
     """
-    usual = CaptionRules()
+    defaults = CaptionRules()
     values = {
         trigger: {
             name: True if name == "wildcards" else value
             for name in _STATED
-            if (value := getattr(own, name)) != getattr(usual, name)
+            if (value := getattr(subject_rules, name)) != getattr(defaults, name)
         }
-        for trigger, own in rules.items()
+        for trigger, subject_rules in rules.items()
     }
-    first, *others = values.values()
-    differ = any(other != first for other in others)
+    first, *rest = values.values()
+    differ = any(other != first for other in rest)
     text = json.dumps(values if differ else first, ensure_ascii=False)
     return quote(text, safe=' ,:;{}"') if differ or first else ""
 
 
-def _around(prefix: str, text: str, suffix: str) -> str:
+def _framed(prefix: str, text: str, suffix: str) -> str:
     return framed(prefix, text, suffix) if prefix or suffix else text
 
 
 def contains_token(caption: str, token: str) -> bool:
-    """Return whether a caption holds the trigger token as a word of its own, ignoring case."""
+    """Return whether a caption contains the trigger token as a separate word, ignoring case."""
     return bool(whole_word(token).search(caption))
 
 
 def class_caption(caption: str, token: str, class_word: str) -> str:
     """Convert an instance caption to its class caption, for prior preservation.
 
-    The token goes where the class word follows it; elsewhere the class word stands in for it::
+    The token is removed before the class word, and replaced by the class word elsewhere::
 
         a photo of sks dog on grass -> a photo of dog on grass
         sks on grass                -> dog on grass
 
-    A caption without the token comes back as it is (see :func:`require_token`).
+    A caption without the token is returned unchanged (see :func:`require_token`).
     """
     followed = re.compile(
         rf"{whole_word(token).pattern}\s+(?={re.escape(class_word)}(?!\w))", re.IGNORECASE
@@ -442,32 +451,34 @@ def class_caption(caption: str, token: str, class_word: str) -> str:
 
 
 def require_token(captions: Sequence[str], token: str) -> None:
-    """Check that captions name the trigger token, without which the subject is not learned.
+    """Check that captions contain the trigger token, without which the subject is not learned.
 
     Warns:
-        UserWarning: If some captions lack it, quoting the first few.
+        UserWarning: If some captions lack it; the message quotes the first few.
 
     Raises:
-        ValueError: If all of them lack it, or the token is empty.
+        ValueError: If all captions lack it, or the token is empty.
     """
     if message := token_message(captions, token):
         warnings.warn(message, stacklevel=2)
 
 
 def token_message(captions: Sequence[str], token: str) -> str:
-    """Return a message on captions without the trigger token; empty where all name it.
+    """Return a message about captions without the trigger token; empty if all contain it.
 
     Raises:
-        ValueError: If all of them lack it, or the token is empty.
+        ValueError: If all captions lack it, or the token is empty.
     """
     if not token.strip():
         raise ValueError("the trigger token is empty; choose a rare word such as sks")
     lacking = [caption for caption in captions if not contains_token(caption, token)]
     if lacking and len(lacking) == len(captions):
         count = len(captions)
-        where = "not in the caption" if count == 1 else f"in none of the {count} captions, first"
+        occurrence = (
+            "not in the caption" if count == 1 else f"in none of the {count} captions, first"
+        )
         raise ValueError(
-            f"the trigger token {token!r} is {where} {quoted(lacking[0])}; put it into the "
+            f"the trigger token {token!r} is {occurrence} {quoted(lacking[0])}; put it into the "
             "instance prompt or the captions"
         )
     if not lacking:
@@ -481,22 +492,22 @@ def token_message(captions: Sequence[str], token: str) -> str:
 
 @dataclass(frozen=True)
 class CaptionEdit:
-    """A change that is made to every caption: a text for all, find and replace, tags, a prefix.
+    """An edit of all captions: one text for all, find and replace, tags, a prefix.
 
-    In this order, each line of a caption by itself. A photo without a caption gets ``text``, and
-    nothing else, so that the instance prompt stays its caption. Tags are what commas separate.
+    Applied in this order to each line of a caption. A photo without a caption only gets ``text``,
+    so that the instance prompt remains its caption. Commas separate tags.
 
     Attributes:
-        text: The caption of every photo; None keeps their own.
-        find: What is replaced, letter by letter.
-        replace: What takes its place.
-        remove_tag: A tag that is taken out.
-        first_tag: A tag that becomes the first one.
-        add_tag: A tag that becomes the last one where it is missing.
-        prefix: Put in front of every line that does not begin with it.
+        text: Caption of all photos; None keeps their captions.
+        find: Text to replace, matched exactly.
+        replace: Replacement of ``find``.
+        remove_tag: Tag to remove.
+        first_tag: Tag to move or add to the start.
+        add_tag: Tag to add at the end if it is missing.
+        prefix: Text before every line that does not begin with it.
 
     Raises:
-        ValueError: If something is to be replaced and nothing is found by.
+        ValueError: If ``replace`` is set without ``find``.
 
     Example:
         >>> CaptionEdit(find="brown dog", replace="dog", prefix="sks dog,")("a brown dog on grass")
@@ -514,16 +525,18 @@ class CaptionEdit:
     prefix: str = ""
 
     def __post_init__(self) -> None:
-        """Check that the parts go together."""
+        """Check that `replace` has a text to find."""
         if self.replace and not self.find:
-            raise ValueError(f"there is nothing to find that {self.replace!r} would replace")
+            raise ValueError(
+                f"replace is {self.replace!r}, but find is empty; give the text to replace"
+            )
 
     def __bool__(self) -> bool:
         """Return whether the edit changes anything."""
         return self != CaptionEdit()
 
     def __call__(self, caption: str) -> str:
-        """The caption as it is afterwards; its lines are captions of their own."""
+        """Apply the edit to each line of a caption."""
         lines = (caption if self.text is None else self.text).split("\n")
         return "\n".join(filter(None, map(self._line, lines)))
 
@@ -536,21 +549,21 @@ class CaptionEdit:
         return line
 
     def _tags(self, line: str) -> str:
-        """A line with its tags changed; without a change, letter by letter what it was."""
+        """Edit the tags of a line; a line without changes keeps its exact text."""
         first, last = self.first_tag.strip(), self.add_tag.strip()
-        tags = before = [tag for text in line.split(",") if (tag := text.strip())]
+        tags = original = [tag for text in line.split(",") if (tag := text.strip())]
         tags = [tag for tag in tags if tag != self.remove_tag.strip()]
         if first:
             tags = [first, *(tag for tag in tags if tag != first)]
         if last and last not in tags:
             tags = [*tags, last]
-        return line if tags == before else ", ".join(tags)
+        return line if tags == original else ", ".join(tags)
 
 
 def with_trigger(caption: str, token: str, class_word: str) -> str:
-    """Add the token before the class word in a caption, or both in front where that is not in it.
+    """Add the token before the class word, or both at the start of a caption without it.
 
-    A tag that is the class word moves to the front. `class_caption` takes the token out again::
+    A tag that equals the class word moves to the start. `class_caption` removes the token again::
 
         a brown dog on grass -> a brown sks dog on grass
         an animal on grass   -> sks dog, an animal on grass
@@ -563,7 +576,7 @@ def with_trigger(caption: str, token: str, class_word: str) -> str:
     if not token or contains_token(caption, token):
         return caption
     tags = [tag.strip() for tag in caption.split(",")]
-    others = [tag for tag in tags if tag.lower() != class_word.lower()]
-    if class_word and others == tags and contains_token(caption, class_word):
-        return whole_word(class_word).sub(lambda found: f"{token} {found[0]}", caption, count=1)
-    return ", ".join([trigger, *others])
+    remaining = [tag for tag in tags if tag.lower() != class_word.lower()]
+    if class_word and remaining == tags and contains_token(caption, class_word):
+        return whole_word(class_word).sub(lambda match: f"{token} {match[0]}", caption, count=1)
+    return ", ".join([trigger, *remaining])

@@ -1,4 +1,4 @@
-"""Cautions before training: photos that are few, small, blurred or alike; and a report of them."""
+"""Checks of photos before training (few, small, blurred, duplicate), and a report of them."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ BLURRED = 0.55
 # Differing bits, of 64, below which two photos look the same (a copy, resized or re-encoded).
 NEAR_DUPLICATE_BITS = 6
 LEAST_AREA, MOST_AREA = 0.01, 0.95
-# Of 16 photos of the DreamBooth dataset, U2-Net's good masks have 0.946 and more in common with the
-# mirrored photo's; the two that miss half of the dog 0.63 and 0.78.
+# On 16 photos of the DreamBooth dataset, U2-Net's good masks agree by 0.946 and more with the masks
+# of the mirrored photos; two masks that miss half of the dog agree by 0.63 and 0.78.
 LEAST_AGREEMENT = 0.9
-# The second largest piece, over the largest.
+# Least size of a second large piece, as a fraction of the largest.
 _LARGE_PIECE = 0.25
-# Beyond this the modified z-score of Iglewicz and Hoaglin (1993) calls a value an outlier.
+# Modified z-score of an outlier (Iglewicz and Hoaglin, 1993).
 _OUTLIER = 3.5
 _FEWEST = 4
-# Cosine similarity from which two photos are called nearly the same. With efficientnet-lite0, of
-# 16 photos of the DreamBooth dataset: copies that are mirrored, cropped by a tenth, brighter or
-# recompressed have 0.89 and more; two photos of one subject have 0.78 at most.
+# Least cosine similarity of near-duplicates. With efficientnet-lite0, on 16 photos of the
+# DreamBooth dataset: copies that are mirrored, cropped by a tenth, brightened or recompressed have
+# 0.89 and more; different photos of one subject have 0.78 at most.
 SIMILAR = 0.85
-# Of the set's median sharpness. Of the same photos, sharp ones have a third and more, those
-# blurred by 1.5 pixels 0.15 at most.
+# Least sharpness as a fraction of the set's median. On the same photos, sharp ones have a third and
+# more; photos blurred by 1.5 pixels have 0.15 at most.
 _SOFT = 0.2
 _SIDE = 160
 
 
 class PhotoWarning(NamedTuple):
-    """Warning about photos that will show in the result.
+    """Warning about photos that would affect the result.
 
     Attributes:
-        kind: What is wrong: ``"few"``, ``"many"``, ``"small"``, ``"blurred"``, ``"soft"``,
-            ``"duplicate"``, ``"transparent"``, ``"unreadable"``, or about a mask.
-        names: Files it is about; empty for the set as a whole.
-        message: One line with what to do.
+        kind: ``"few"``, ``"many"``, ``"small"``, ``"blurred"``, ``"soft"``, ``"duplicate"``,
+            ``"transparent"``, ``"unreadable"``, or a problem of masks.
+        names: Names of the files; empty for the whole set.
+        message: One line with the problem and the advice.
     """
 
     kind: str
@@ -65,19 +65,19 @@ class PhotoWarning(NamedTuple):
 
 
 def check_photos(photos: Sequence[Photo], resolution: int) -> list[PhotoWarning]:
-    """Check for what commonly spoils a run; none of it stops one.
+    """Check photos for common problems; none of them stops a run.
 
     Args:
         photos: The photos, read with ``measure=True``.
-        resolution: Side that they will be trained at.
+        resolution: Training resolution in pixels.
 
     Raises:
         ValueError: If a photo was not measured.
     """
-    found = [PhotoWarning("few", (), message)] if (message := too_few(photos)) else []
+    problems = [PhotoWarning("few", (), message)] if (message := too_few(photos)) else []
     if len(photos) > MOST:
         message = f"{len(photos)} photos: more than {MOST} rarely help; choose the best"
-        found.append(PhotoWarning("many", (), message))
+        problems.append(PhotoWarning("many", (), message))
     fingerprints: dict[str, int] = {}
     for photo in photos:
         name, (height, width) = photo.path.name, photo.size
@@ -88,27 +88,27 @@ def check_photos(photos: Sequence[Photo], resolution: int) -> list[PhotoWarning]
                 f"{name}: {width} x {height} is smaller than the training size {resolution} and "
                 "will be enlarged; use a larger photo"
             )
-            found.append(PhotoWarning("small", (name,), message))
+            problems.append(PhotoWarning("small", (name,), message))
         if photo.appearance.blur > BLURRED:
             message = f"{name}: looks blurred, and the subject will too; use a sharper photo"
-            found.append(PhotoWarning("blurred", (name,), message))
+            problems.append(PhotoWarning("blurred", (name,), message))
         fingerprints[name] = photo.appearance.fingerprint
     for names in near_duplicates(fingerprints):
         listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) < 7 else listing(names, 5)
         message = f"{listed} are nearly the same photo; keep one of them"
-        found.append(PhotoWarning("duplicate", names, message))
+        problems.append(PhotoWarning("duplicate", names, message))
     if message := transparency_message(photos):
         names = tuple(photo.path.name for photo in photos if photo.has_transparency)
         message += (
-            "; where masks are used (masked_loss, or a painted mask on any photo), they are not "
-            "learned unless the photo has a painted mask of its own"
+            "; if masks are used (masked_loss, or a mask file for any photo), these parts are only "
+            "learned for photos with their own mask file"
         )
-        found.append(PhotoWarning("transparent", names, message))
-    return found
+        problems.append(PhotoWarning("transparent", names, message))
+    return problems
 
 
 def near_duplicates(fingerprints: Mapping[str, int]) -> list[tuple[str, ...]]:
-    """Groups of photos that look the same, each joined to the group by one of it.
+    """Groups of near-duplicates; a photo joins a group if it resembles any member.
 
     Args:
         fingerprints: Name -> `fingerprint`.
@@ -119,13 +119,13 @@ def near_duplicates(fingerprints: Mapping[str, int]) -> list[tuple[str, ...]]:
         if group is not other and (left ^ right).bit_count() < NEAR_DUPLICATE_BITS:
             group.extend(other)
             group_of.update(dict.fromkeys(other, group))
-    order = {name: place for place, name in enumerate(fingerprints)}
+    order = {name: position for position, name in enumerate(fingerprints)}
     groups = {id(group): group for group in group_of.values() if len(group) > 1}
     return [tuple(sorted(group, key=order.__getitem__)) for group in groups.values()]
 
 
 def copies(photos: Sequence[Photo]) -> str:
-    """Return a message on files with the same content; empty where there are none."""
+    """Return a message about files with the same content; empty without any."""
     files: dict[str, list[str]] = {}
     for photo in photos:
         files.setdefault(photo.digest, []).append(photo.path.name)
@@ -134,23 +134,23 @@ def copies(photos: Sequence[Photo]) -> str:
     same = next(names for names in files.values() if len(names) > 1)
     return (
         f"{counted(len(photos), 'photo')}, but only {len(files)} different: {listing(same, 3)} are "
-        "the same file; a copy adds nothing but its photo's weight, keep one of each"
+        "the same file; copies only add weight to their photo, keep one of each"
     )
 
 
 def too_few(photos: Sequence[Photo]) -> str:
-    """Return a message on too few photos, copies not counted; empty where there are enough."""
+    """Return a message about too few photos, without copies; empty if there are enough."""
     count = len({photo.digest for photo in photos})
     if count >= FEWEST:
         return ""
     return (
-        f"only {counted(count, 'photo')}: the background will be learned with the subject, and the "
-        f"result will repeat them; use {WANTED}"
+        f"only {counted(count, 'photo')}: the background will be learned with the subject, and "
+        f"images will repeat the photos; use {WANTED}"
     )
 
 
 def transparency_message(photos: Sequence[Photo]) -> str:
-    """Return a message on images whose transparent parts became white; empty if there are none."""
+    """Return a message about images with transparent parts, which are white; empty without any."""
     names = [photo.path.name for photo in photos if photo.has_transparency]
     if not names:
         return ""
@@ -158,11 +158,11 @@ def transparency_message(photos: Sequence[Photo]) -> str:
 
 
 def warn_of_unused_masks(photos: Sequence[Photo]) -> None:
-    """Warn of masks beside photos that are not read, and of what became of transparent parts."""
+    """Warn about unused mask files, and about transparent parts that are learned as white."""
     if transparent := transparency_message(photos):
         warnings.warn(
-            f"{transparent}; they are learned as a white background: masked_loss leaves them out, "
-            "or save the images without transparency",
+            f"{transparent}; they are learned as a white background; use masked_loss to exclude "
+            "them, or save the images without transparency",
             stacklevel=3,
         )
     count = sum(mask_path(photo.path).is_file() for photo in photos)
@@ -176,14 +176,14 @@ def warn_of_unused_masks(photos: Sequence[Photo]) -> None:
 
 @dataclass
 class Report:
-    """Report on a folder's photos, and on what was written.
+    """Report on a folder's photos, and on written files.
 
     Attributes:
-        photos: Of each `look_at`, and under ``"look_at"`` the kinds of its cautions.
-        images: Of each its small images for the contact sheet, by their row.
-        unreadable: Why others cannot be used, a line each.
-        cautions: Of what will show in the result.
-        written: Kind of file -> how many were written.
+        photos: Result of `look_at` for each photo; ``"look_at"`` lists the kinds of its cautions.
+        images: Thumbnails of each photo for the contact sheet, by row.
+        unreadable: Reasons why other photos cannot be used, one line each.
+        cautions: Warnings about the photos.
+        written: Kind of file -> number of written files.
     """
 
     photos: list[dict[str, Any]] = field(default_factory=list)
@@ -193,18 +193,18 @@ class Report:
     written: Counter[str] = field(default_factory=Counter)
 
     def caution(self, kind: str, names: Sequence[str], message: str) -> None:
-        """Add something that will show in the result; empty names are of all photos."""
+        """Add a warning; empty names: about all photos."""
         self.cautions.append(PhotoWarning(kind, names, message))
         for photo in self.photos:
             if photo["name"] in names and kind not in photo["look_at"]:
                 photo["look_at"].append(kind)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the images."""
+        """Return all attributes except the images."""
         return {name: value for name, value in vars(self).items() if name != "images"}
 
     def text(self) -> str:
-        """A table of the photos, and the cautions below it."""
+        """Table of the photos, with the cautions below it."""
         rows = [["photo", "size", "square", "bucket", "sharpness", "caption", "mask", "look at"]]
         for photo in self.photos:
             rows.append([
@@ -222,7 +222,7 @@ class Report:
         return "\n".join([aligned(rows), *([""] if lines else []), *lines])
 
     def contact_sheet(self) -> Image.Image:
-        """Each photo with its square crop, below it what its mask covers, and a copy of it."""
+        """Sheet of the photos with their square crops, the masked photos, and the plain copies."""
         labels = [" ".join([photo["name"], *photo["look_at"]]) for photo in self.photos]
         blank = Image.new("RGB", (_SIDE, _SIDE), "white")
         kinds = [k for k in ("photo", "mask", "plain") if any(k in row for row in self.images)]
@@ -236,10 +236,10 @@ def look_at(
     """Describe one photo, as plain values.
 
     Returns:
-        ``name``; ``size`` (width, height); ``square`` and ``bucket``, a crop's width, height and
-        the share of the photo that is in it; ``sharpness``; ``caption``; ``mask``.
+        ``name``; ``size`` (width, height); ``square`` and ``bucket``, each the width and height of
+        a crop and the fraction of the photo in it; ``sharpness``; ``caption``; ``mask``.
     """
-    known = {
+    facts = {
         "name": photo.path.name,
         "size": photo.size[::-1],
         "sharpness": sharpness(image),
@@ -250,14 +250,14 @@ def look_at(
     crops = {"square": (resolution, resolution), "bucket": Buckets(resolution)(photo.size)}
     for name, (rows, columns) in crops.items():
         share = rows * columns / math.prod(covering_size(photo.size, (rows, columns)))
-        known[name] = (columns, rows, share)
-    return known
+        facts[name] = (columns, rows, share)
+    return facts
 
 
 def sharpness(image: Image.Image, side: int = 512) -> float:
-    """Variance of the Laplacian of grey values, 0 to 255, at one shorter side for all photos.
+    """Variance of the Laplacian of grey values (0 to 255), with a shorter side of ``side``.
 
-    It depends on what is shown too, so that only photos of one set compare.
+    It also depends on the content, so only photos of one set are comparable.
     """
     size = covering_size(image.size, (side, side))
     grey = np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS), np.float32)
@@ -266,7 +266,7 @@ def sharpness(image: Image.Image, side: int = 512) -> float:
 
 
 def small_image(image: Image.Image) -> Image.Image:
-    """An image for the contact sheet, with an outline of its square crop."""
+    """Thumbnail for the contact sheet, with an outline of the square crop."""
     small = ImageOps.contain(image, (_SIDE, _SIDE))
     side = min(small.size)
     left, top = (small.width - side) // 2, (small.height - side) // 2
@@ -280,10 +280,10 @@ def add_cautions(
     """Add cautions about photos to a report.
 
     Args:
-        report: What is known of them.
+        report: Report on the photos.
         photos: The photos in the report's order, read with ``measure=True``.
-        resolution: Side that they will be trained at.
-        model: Finds near-duplicates whose pixels differ.
+        resolution: Training resolution in pixels.
+        model: Image-similarity model that finds further near-duplicates.
     """
     for check in check_photos(photos, resolution):
         report.caution(*check)
@@ -291,13 +291,13 @@ def add_cautions(
     for photo in report.photos:
         name, sharp = photo["name"], photo["sharpness"]
         if sharp < _SOFT * middle and "blurred" not in photo["look_at"]:
-            message = f"{name}: its sharpness is {sharp:.0f}, where most others have {middle:.0f}: "
+            message = f"{name}: its sharpness is {sharp:.0f}, the median is {middle:.0f}: "
             report.caution("soft", [name], f"{message}out of focus, or enlarged; use a sharper one")
     masks = {photo["name"]: photo["mask"] for photo in report.photos if photo["mask"]}
     for name, doubt in doubts(masks).items():
-        report.caution("doubtful mask", [name], f"{name}: look at its mask, which {doubt}")
+        report.caution("doubtful mask", [name], f"{name}: check its mask, which {doubt}")
     if model is not None:
-        # One after the other, for the memory.
+        # One at a time, to save memory.
         vectors = torch.cat([model.image_features([open_photo(p.path)]) for p in photos])
         cosines = (vectors @ vectors.T).triu(1)
         for pair in (cosines >= SIMILAR).nonzero().tolist():
@@ -314,9 +314,9 @@ def measure_mask(mask: Image.Image, mirrored: Image.Image | None = None) -> dict
         mirrored: The mask of the mirrored photo, mirrored back.
 
     Returns:
-        ``area``: the share of the photo that it covers; ``pieces``: the shares of its connected
-        pieces, largest first; ``agreement``: its intersection over union with ``mirrored``, or
-        None.
+        ``area``: the fraction of the photo that it covers; ``pieces``: the fractions of its
+        connected components, largest first; ``agreement``: its intersection over union with
+        ``mirrored``, or None.
     """
     values, agreement = np.asarray(mask, np.float32), None
     if mirrored is not None:
@@ -327,7 +327,7 @@ def measure_mask(mask: Image.Image, mirrored: Image.Image | None = None) -> dict
 
 
 def _pieces(mask: Image.Image, side: int = 64) -> list[float]:
-    """Shares of the connected pieces of what is more than half bright, at 64 x 64 pixels."""
+    """Areas of the connected components above half brightness, at 64 x 64 pixels."""
     small = mask.resize((side, side), Image.Resampling.BOX).point(lambda v: 255 * (v > 127))
     shares = []
     while bright := np.argwhere(np.asarray(small) == 255).tolist():
@@ -338,24 +338,24 @@ def _pieces(mask: Image.Image, side: int = 64) -> list[float]:
 
 
 def doubts(masks: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return why masks of one subject's photos may be wrong, by photo; only those that may be.
+    """Return reasons why masks of one subject's photos may be wrong, by photo.
 
     Args:
-        masks: Photo -> what `measure_mask` says of its mask.
+        masks: Photo -> result of `measure_mask`.
     """
     logs = {name: math.log(max(mask["area"], 1e-6)) for name, mask in masks.items()}
-    middle = median(logs.values() or [0])
-    # A normal distribution's standard deviation is 1.4826 times its median deviation.
-    spread = 1.4826 * median([abs(log - middle) for log in logs.values()] or [0])
+    median_log = median(logs.values() or [0])
+    # Standard deviation of a normal distribution from its median absolute deviation.
+    spread = 1.4826 * median([abs(log - median_log) for log in logs.values()] or [0])
     far = max(math.log(2), _OUTLIER * spread) if len(logs) >= _FEWEST else math.inf
     reasons = {}
     for name, mask in masks.items():
         area, agreement = mask["area"], 1 if mask["agreement"] is None else mask["agreement"]
         large = sum(piece > _LARGE_PIECE * mask["pieces"][0] for piece in mask["pieces"])
-        is_far, most = abs(logs[name] - middle) > far, math.exp(middle)
+        is_far, median_area = abs(logs[name] - median_log) > far, math.exp(median_log)
         checks = {
             f"covers {area:.1%} of the photo": not LEAST_AREA <= area <= MOST_AREA,
-            f"covers {area:.0%} of the photo, where most others cover {most:.0%}": is_far,
+            f"covers {area:.0%} of the photo, but the median is {median_area:.0%}": is_far,
             f"has {large} large pieces": large > 1,
             f"has {agreement:.0%} in common with the mirrored photo's": agreement < LEAST_AGREEMENT,
         }

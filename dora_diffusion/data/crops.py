@@ -1,4 +1,4 @@
-"""Crops of photos, and the record of each: what SDXL conditions on and what caches key by."""
+"""Crops of photos, with records for SDXL's size conditioning and for cache keys."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dora_diffusion.data.decoding import REDUCTIONS
 
 @dataclass(frozen=True)
 class CropRecord:
-    """Crop that turns a photo into training pixels. All pairs are (height, width) or (top, left).
+    """Crop of a photo to training pixels. All pairs are (height, width) or (top, left).
 
     Attributes:
         original_size: Upright size of the photo's file.
-        crop_top_left: Corner of the crop in the resized (and, if so, flipped) photo.
+        crop_top_left: Corner of the crop in the resized (and possibly flipped) photo.
         target_size: Size of the crop.
-        flipped: Mirrored left to right, before the crop.
+        flipped: The photo is mirrored left to right before the crop.
     """
 
     original_size: tuple[int, int]
@@ -32,14 +32,14 @@ class CropRecord:
 
     @property
     def resized_size(self) -> tuple[int, int]:
-        """Size of the photo after resizing: it just covers the crop."""
+        """Size of the resized photo, which just covers the crop."""
         return covering_size(self.original_size, self.target_size)
 
 
 def covering_size(original: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The smallest size of the original's shape that covers the target, ``(height, width)``.
+    """Smallest ``(height, width)`` with the original's aspect ratio that covers the target.
 
-    For a square target the shorter side becomes the target's side.
+    For a square target, the shorter side becomes the target's side.
     """
     scale = max(target[0] / original[0], target[1] / original[1])
     return max(target[0], round(original[0] * scale)), max(target[1], round(original[1] * scale))
@@ -52,22 +52,22 @@ def plan_crop(
     generator: torch.Generator | None = None,
     multiple: int = 8,
 ) -> CropRecord:
-    """Decide on a crop without touching pixels.
+    """Plan a crop without reading pixels.
 
     Args:
         original_size: ``(height, width)`` of the upright photo.
         resolution: Side of the square crop, or its ``(height, width)``.
-        generator: Draws the place; None takes the middle.
-        multiple: The autoencoder's pixels per latent; both sides must be multiples of it.
+        generator: Draws the position of the crop; None: center crop.
+        multiple: Pixels per latent of the autoencoder; both sides must be multiples of it.
 
     Raises:
-        ValueError: If the resolution does not fit.
+        ValueError: If the resolution is not a multiple of ``multiple``.
     """
     target = (resolution, resolution) if isinstance(resolution, int) else resolution
     if min(target) < multiple or any(side % multiple for side in target):
-        shown = " x ".join(map(str, dict.fromkeys(target[::-1])))
+        size = " x ".join(map(str, dict.fromkeys(target[::-1])))
         raise ValueError(
-            f"resolution {shown} must be a multiple of {multiple}, the model's pixels per "
+            f"resolution {size} must be a multiple of {multiple}, the model's pixels per "
             f"latent; try {max(1, round(target[0] / multiple)) * multiple}"
         )
     height, width = covering_size(original_size, target)
@@ -80,21 +80,23 @@ def plan_crop(
 
 
 def cut(image: Image.Image, record: CropRecord) -> Image.Image:
-    """Resize (Lanczos), flip and crop an image or mask as the record says.
+    """Resize (Lanczos), flip and crop an image or mask by a record.
 
     Args:
-        image: The photo, at its own size or with its sides divided by one of `REDUCTIONS`.
-        record: Planned for the photo's own size.
+        image: The photo, at its original size or with its sides divided by one of `REDUCTIONS`.
+        record: Crop planned for the photo's original size.
 
     Raises:
-        ValueError: If the record is of an image of another size.
+        ValueError: If the record was planned for another size.
     """
-    own = record.original_size
-    sizes = {(math.ceil(own[0] / factor), math.ceil(own[1] / factor)) for factor in REDUCTIONS}
+    original = record.original_size
+    sizes = {
+        (math.ceil(original[0] / factor), math.ceil(original[1] / factor)) for factor in REDUCTIONS
+    }
     if (image.height, image.width) not in sizes:
         raise ValueError(
             f"the crop was planned for a photo of {record.original_size}, "
-            f"this one is {(image.height, image.width)}"
+            f"but this photo is {(image.height, image.width)}"
         )
     height, width = record.resized_size
     resized = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -110,14 +112,14 @@ def apply_crop(image: Image.Image, record: CropRecord) -> Tensor:
 
 
 def apply_crop_to_mask(mask: Image.Image, record: CropRecord) -> Tensor:
-    """Cut a mask ("L") with its photo's record to ``(1, H, W)`` float32 in [0, 1]."""
+    """Cut a mask ("L") by its photo's record to ``(1, H, W)`` float32 in [0, 1]."""
     return _pixels(cut(mask, record), 1).div(255.0)
 
 
 def latent_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
-    """The share of each latent's pixels that a mask covers: ``(..., 1, H, W) -> (..., 1, h, w)``.
+    """Average a mask over the pixels of each latent: ``(..., 1, H, W) -> (..., 1, h, w)``.
 
-    A mask of that size comes back bit for bit.
+    A mask that already has the target size is returned with the same values.
     """
     return nn.functional.adaptive_avg_pool2d(mask, (size[0], size[1]))
 
@@ -130,17 +132,17 @@ def _pixels(image: Image.Image, channels: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Buckets:
-    """Crop sizes around a resolution; calling one picks a photo's.
+    """Aspect-ratio buckets: crop sizes around a resolution; a call returns the bucket of a photo.
 
-    Every size has sides that are multiples of ``step`` and an area of at most
-    ``resolution ** 2``, so no bucket needs more memory than the square one. Sizes and choice are
-    those of sd-scripts for the same sides, which has 256 and 1024 unless told otherwise.
+    All sides are multiples of ``step``, and areas are at most ``resolution ** 2``, so no bucket
+    needs more memory than the square one. Sizes and choice match sd-scripts with the same minimum
+    and maximum side (its defaults are 256 and 1024).
 
     Attributes:
         resolution: Side of the square bucket in pixels.
-        step: Sides are multiples of this; a multiple of the model's pixels per latent.
-        shortest: Least side, rounded down to a multiple; None means half of the greatest.
-        longest: Greatest side, rounded up to a multiple; None means sqrt(2) times the resolution.
+        step: Divisor of all sides; a multiple of the model's pixels per latent.
+        shortest: Minimum side, rounded down to a multiple; None: half of the maximum.
+        longest: Maximum side, rounded up to a multiple; None: sqrt(2) times the resolution.
 
     Raises:
         ValueError: If no such sizes exist.
@@ -165,7 +167,7 @@ class Buckets:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """The least and the greatest side, as multiples of the step."""
+        """Minimum and maximum side, as multiples of the step."""
         greatest = int(self.resolution * math.sqrt(2)) // self.step
         if self.longest is not None:
             greatest = math.ceil(self.longest / self.step)
@@ -185,6 +187,6 @@ class Buckets:
         return tuple(sorted(sizes, key=lambda size: size[::-1]))
 
     def __call__(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The bucket nearest to a photo's ``(height, width)`` by width / height."""
-        wanted = size[1] / size[0]
-        return min(self.sizes, key=lambda bucket: abs(bucket[1] / bucket[0] - wanted))
+        """Return the bucket with the aspect ratio nearest to a photo's ``(height, width)``."""
+        aspect_ratio = size[1] / size[0]
+        return min(self.sizes, key=lambda bucket: abs(bucket[1] / bucket[0] - aspect_ratio))

@@ -1,4 +1,4 @@
-"""The DreamBooth dataset: photos of one or several subjects and their draws, with class images."""
+"""DreamBooth dataset: photos of one or several subjects, random draws, class images."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from dora_diffusion.data.photos import Photo, open_mask
 from dora_diffusion.data.sampler import EpochIndex, EpochSampler, generator_for
 
 MaskChannels = Callable[[Photo, CropRecord, int], Tensor]
-"""A photo, its crop and the epoch -> further channels ``(k, H, W)`` of the crop's pixels."""
+"""(photo, crop, epoch) -> additional channels ``(k, H, W)`` of the crop's pixels."""
 
-# Of random masks, as Stable Diffusion 1.5 Inpainting was trained.
-_WHOLE = 0.25
-# Crops in which a mask must show something.
-_TRIED_CROPS = 8
+# Fraction of random masks that cover the image, as for Stable Diffusion 1.5 Inpainting.
+_FULL_MASK_SHARE = 0.25
+# Number of crops of which a mask must be bright in at least one.
+_CHECKED_CROPS = 8
 
 
 @dataclass(frozen=True)
 class SampleTransform:
-    """Crops and captions, each a function of the seed, the epoch and the photo's digest alone.
+    """Draws of crops and captions that depend only on seed, epoch and the photo's digest.
 
-    The order of access, the number of workers and the neighbours do not matter, so a resumed run
-    sees what an uninterrupted one would have.
+    Draws do not depend on order of access, number of workers or other photos, so a resumed run
+    gets the same samples as an uninterrupted one.
 
     Attributes:
-        resolution: Side of the square crops.
+        resolution: Side of the square crops in pixels.
         seed: Random seed of all draws.
-        multiple: The model's pixels per latent; sides must be multiples of it.
-        buckets: Photo size to crop size, for aspect-ratio buckets; overrides ``resolution``.
-        center_crop: Take the middle of the photo instead of drawing a place.
+        multiple: Pixels per latent of the model; sides must be multiples of it.
+        buckets: Photo size -> crop size, for aspect-ratio buckets; overrides ``resolution``.
+        center_crop: Center crops instead of random crops.
         random_flip: Mirror half of the samples.
-        crop_variants: Draw among this many fixed crops per photo, so that a cache of latents
-            fills up without losing the variety; None draws a new place every time.
-        captions: How captions are drawn.
+        crop_variants: Draw from this number of fixed crops per photo, so that their latents can be
+            cached; None: draw a new crop every time.
+        captions: Rules of drawing captions.
 
     Raises:
         ValueError: If the resolution does not fit the model.
@@ -65,17 +65,17 @@ class SampleTransform:
     captions: CaptionRules = field(default_factory=CaptionRules)
 
     def __post_init__(self) -> None:
-        """Check the resolution."""
+        """Check that the resolution is a multiple of the model's pixels per latent."""
         plan_crop((self.resolution, self.resolution), self.resolution, multiple=self.multiple)
 
     def target_size(self, photo: Photo) -> tuple[int, int]:
-        """The crop size ``(height, width)`` of a photo."""
+        """Crop size ``(height, width)`` of a photo."""
         return self.buckets(photo.size) if self.buckets else (self.resolution, self.resolution)
 
     def crop(
         self, photo: Photo, epoch: int, target_size: tuple[int, int] | None = None
     ) -> CropRecord:
-        """The crop of a photo in an epoch; place and flip are drawn apart, each from its own."""
+        """Draw the crop of a photo in an epoch; position and flip have separate generators."""
         crop = plan_crop(
             photo.size,
             target_size or self.target_size(photo),
@@ -87,16 +87,16 @@ class SampleTransform:
         return replace(crop, flipped=flipped)
 
     def generator(self, purpose: str, photo: Photo, epoch: int) -> torch.Generator:
-        """Return the random generator of a photo in an epoch, or of one of its variants."""
-        turn: object = epoch
+        """Return the random generator of a photo in an epoch, or of its variant in the epoch."""
+        draw: object = epoch
         if self.crop_variants is not None:
             chooser = generator_for("variant", self.seed, epoch, photo.digest)
-            turn = f"variant {torch.randint(self.crop_variants, (), generator=chooser).item()}"
-        return generator_for(purpose, self.seed, turn, photo.digest)
+            draw = f"variant {torch.randint(self.crop_variants, (), generator=chooser).item()}"
+        return generator_for(purpose, self.seed, draw, photo.digest)
 
     def first_crops(self, photo: Photo) -> Iterator[CropRecord]:
-        """Crops of the first epochs, in which a mask must show something."""
-        return (self.crop(photo, epoch) for epoch in range(_TRIED_CROPS))
+        """Crops of the first epochs, for the check that a mask is bright somewhere."""
+        return (self.crop(photo, epoch) for epoch in range(_CHECKED_CROPS))
 
     def inpainting_mask(
         self, photo: Photo, crop: CropRecord, epoch: int, *, of_subject: bool = False
@@ -106,8 +106,8 @@ class SampleTransform:
         Args:
             photo: The photo.
             crop: Its crop in the epoch.
-            epoch: Of the draw.
-            of_subject: Fill where the photo's mask is bright, if it has one.
+            epoch: Epoch of the draw.
+            of_subject: Use the bright area of the photo's mask, if it has one.
         """
         if of_subject and (mask := open_mask(photo)) is not None:
             is_bright: Tensor = apply_crop_to_mask(mask, crop) >= 0.5
@@ -115,21 +115,21 @@ class SampleTransform:
         return random_mask(crop.target_size, self.generator("planes", photo, epoch))
 
     def caption(self, photo: Photo, epoch: int) -> str:
-        """The caption of a photo in an epoch."""
+        """Draw the caption of a photo in an epoch."""
         return self.captions.draw(photo.caption, self.seed, epoch, photo.digest)
 
 
 def random_mask(size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """A rectangle or an ellipse of ones anywhere in ``(1, H, W)`` zeros, or ones everywhere."""
+    """Draw a mask ``(1, H, W)``: ones in a random rectangle or ellipse, or everywhere."""
     kind, *drawn = torch.rand(5, generator=generator).tolist()
-    if kind < _WHOLE:
+    if kind < _FULL_MASK_SHARE:
         return torch.ones(1, *size)
-    # Distances from its centre, as shares of its half axes: a fifth of the image at least.
+    # Coordinates relative to centre and half axes; axes are at least a fifth of the image.
     rows, columns = (
         (torch.arange(side) + 0.5 - centre * side) / (side * (0.2 + 0.8 * share) / 2)
         for side, centre, share in zip(size, drawn[:2], drawn[2:], strict=True)
     )
-    is_ellipse = kind < (1 + _WHOLE) / 2
+    is_ellipse = kind < (1 + _FULL_MASK_SHARE) / 2
     down, right = rows.abs()[:, None], columns.abs()[None, :]
     distance = (down.square() + right.square()).sqrt() if is_ellipse else down.maximum(right)
     inside: Tensor = distance <= 1
@@ -138,22 +138,21 @@ def random_mask(size: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sample, with its class image where prior preservation is on.
+    """One training sample, with its class image if there is one.
 
     Attributes:
         sample_id: Digest of the photo's bytes.
-        caption: The prompt of this epoch.
-        crop: How the pixels were cut.
-        pixels: ``(3, H, W)`` in [-1, 1], and the mask where the model reads one; None where
-            ``moments`` stand in for them.
-        moments: What the autoencoder makes of the pixels, ``(2C, h, w)`` or more.
-        mask: ``(1, H, W)`` in [0, 1], where to learn; ``(1, h, w)`` beside moments that are cached.
-            None means everywhere.
+        caption: Prompt of this epoch.
+        crop: Crop of the pixels.
+        pixels: ``(3, H, W)`` in [-1, 1], plus mask channels if the model has them; None if there
+            are ``moments``.
+        moments: Moments of the autoencoder's latent distribution, ``(2C, h, w)`` or more.
+        mask: Loss mask ``(1, H, W)`` in [0, 1], or ``(1, h, w)`` with cached moments; None: no
+            mask.
         is_prior: Whether this is a class image.
-        prior: The class image that goes with this photo.
-        class_caption: The caption without its subject, whose prediction the image-free prior holds;
-            None where this is not held.
-        weight: Factor of its loss.
+        prior: Class image that is paired with this photo.
+        class_caption: Class caption for the image-free prior; None without it.
+        weight: Loss weight.
     """
 
     sample_id: str
@@ -170,7 +169,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """Samples stacked: the photos first, then the class images of those that have one.
+    """Stacked samples: first the photos, then their class images.
 
     Attributes:
         sample_ids: B digests.
@@ -178,11 +177,11 @@ class SampleBatch:
         crops: B crop records.
         is_prior: ``(B,)`` bool.
         pixels: ``(B, 3 or more, H, W)`` or None.
-        moments: ``(B, 2C or more, h, w)`` or None; of pixels and moments exactly one is there.
-        mask: ``(B, 1, H, W)`` or ``(B, 1, h, w)``, or None where no sample has one.
-        partners: Of each class image the place of its photo.
-        class_captions: Of each photo its class caption for the image-free prior, or None.
-        weights: ``(photos,)``, the factor of each photo's loss; None where all are 1.
+        moments: ``(B, 2C or more, h, w)`` or None; exactly one of pixels and moments is set.
+        mask: ``(B, 1, H, W)`` or ``(B, 1, h, w)``; None if no sample has a mask.
+        partners: For each class image, the index of its photo.
+        class_captions: For each photo, its class caption for the image-free prior, or None.
+        weights: ``(photos,)``, loss weight of each photo; None if all are 1.
     """
 
     sample_ids: list[str]
@@ -208,17 +207,17 @@ class SampleBatch:
 
 @dataclass(frozen=True)
 class SubjectPhotos:
-    """The photos of one subject, and how they become samples.
+    """Photos of one subject, with the transform and the settings of its samples.
 
     Attributes:
         photos: The photos.
-        draws: How they are cut, mirrored and captioned.
-        class_images: Pair each photo with one of these (prior preservation).
-        masked_loss: The photos' masks say where to learn.
-        mask_channels: Further channels of the pixels, for models that read them.
-        class_caption: A caption to its class caption, where the image-free prior holds that.
-        repeats: How often an epoch has each photo.
-        weight: Factor of each photo's loss.
+        draws: Draws of crops, flips and captions.
+        class_images: Class images to pair with the photos (prior preservation).
+        masked_loss: Use the photos' masks as loss masks.
+        mask_channels: Additional channels of the pixels, for models that read them.
+        class_caption: Caption -> class caption, for the image-free prior.
+        repeats: Number of samples of each photo per epoch.
+        weight: Loss weight of each photo.
     """
 
     photos: Sequence[Photo]
@@ -233,12 +232,12 @@ class SubjectPhotos:
 
     @property
     def captions(self) -> list[str]:
-        """The photos' captions before dropout and shuffling, with each line and alternative."""
+        """Captions of the photos before shuffling and dropout, with each line and alternative."""
         rules = self.draws.captions
         return [caption for photo in self.photos for caption in rules.variants(photo.caption)]
 
     def class_image(self, index: int, epoch: int) -> Photo:
-        """The class image that goes with a photo: all have their turn, however few photos are."""
+        """Class image of a photo in an epoch; over the epochs, all class images are used."""
         return self.class_images[(epoch * len(self.photos) + index) % len(self.class_images)]
 
 
@@ -246,19 +245,19 @@ class DreamBoothDataset(Dataset[Sample]):
     """Photos of one or several subjects as training samples, drawn by seed, epoch and content.
 
     Attributes:
-        encode: Pixels ``(B, 3 or more, H, W)`` to moments ``(B, 2C or more, h, w)``. Samples then
-            have the autoencoder's moments instead of pixels, each kept in memory by its content,
-            and a mask beside them at their size. Photo and mask are decoded only where the crop is
-            not in the cache, in the main process, where an accelerator can be used.
+        encode: Function from pixels ``(B, 3 or more, H, W)`` to moments ``(B, 2C or more, h, w)``.
+            If set, samples have the autoencoder's moments instead of pixels, cached by content, and
+            masks at the resolution of the moments. Only crops that are not cached are decoded, in
+            the main process, which can use an accelerator.
     """
 
     encode: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, subjects: Sequence[SubjectPhotos]) -> None:
-        """Concatenate the subjects' photos; no file is opened."""
+        """Concatenate the subjects' photos without opening files."""
         self.subjects = list(subjects)
-        # Each sample's subject, and its place among the photos of that.
-        self._rows = [(s, place) for s in self.subjects for place in range(len(s.photos))]
+        # Subject of each sample, and index among the subject's photos.
+        self._rows = [(s, index) for s in self.subjects for index in range(len(s.photos))]
         self._cached: dict[tuple[object, ...], dict[str, Tensor | None]] = {}
 
     def __len__(self) -> int:
@@ -268,7 +267,7 @@ class DreamBoothDataset(Dataset[Sample]):
     @property
     def photos(self) -> list[Photo]:
         """The photos of all subjects."""
-        return [subject.photos[place] for subject, place in self._rows]
+        return [subject.photos[index] for subject, index in self._rows]
 
     @property
     def captions(self) -> list[str]:
@@ -276,64 +275,70 @@ class DreamBoothDataset(Dataset[Sample]):
         return [caption for subject in self.subjects for caption in subject.captions]
 
     def tag_frequency(self) -> dict[str, int]:
-        """Count the `captions` that hold each tag, most frequent first."""
+        """Count the `captions` that contain each tag, most frequent first."""
         counts: Counter[str] = Counter()
         for subject in self.subjects:
             counts.update(subject.draws.captions.tag_frequency(subject.captions))
         return dict(counts.most_common())
 
     def contents(self) -> dict[str, list[dict[str, str]]]:
-        """Return the training data, in order: the record of each photo and class image."""
+        """Return the records of all photos and class images, in order."""
         photos, class_images = list[dict[str, str]](), list[dict[str, str]]()
         for subject in self.subjects:
-            own = subject.draws.captions.identity
-            photos += [photo.record() | {"caption": own(photo.caption)} for photo in subject.photos]
+            identity = subject.draws.captions.identity
+            photos += [
+                photo.record() | {"caption": identity(photo.caption)} for photo in subject.photos
+            ]
             class_images += [image.record() for image in subject.class_images]
         return {"images": photos, "class_images": class_images}
 
     @property
     def groups(self) -> list[tuple[int, int]]:
-        """Crop size of each photo, which must be equal within a batch."""
-        return [subject.draws.target_size(subject.photos[place]) for subject, place in self._rows]
+        """Crop size of each photo; batches must not mix sizes."""
+        return [subject.draws.target_size(subject.photos[index]) for subject, index in self._rows]
 
     @property
     def repeats(self) -> list[int]:
-        """Number of times that an epoch has each photo."""
+        """Number of samples of each photo per epoch."""
         return [subject.repeats for subject, _ in self._rows]
 
     def fill_cache(
         self, indices: Sequence[EpochIndex], on_crop: Callable[[int, int], None]
     ) -> None:
-        """Encode every crop of these samples now, so that loading them encodes nothing.
+        """Encode all crops of samples in advance, so that loading does not encode.
 
         Args:
             indices: The samples that will be loaded.
-            on_crop: Called with (crops encoded, crops in all).
+            on_crop: Called with (encoded crops, total crops).
         """
-        crops = {self._key(*cut): cut for at in indices for cut in self._crops(at)}
+        crops = {
+            self._key(*cut): cut for sample_index in indices for cut in self._crops(sample_index)
+        }
         for number, cut in enumerate(crops.values(), start=1):
             self._content(*cut)
             on_crop(number, len(crops))
 
     def all_captions(self, indices: Sequence[EpochIndex]) -> set[str]:
-        """The captions of these samples, as they are drawn, and those of their priors."""
+        """Drawn captions of samples, with their class captions and the captions of class images."""
         captions: set[str] = set()
-        for at in indices:
-            subject, place = self._rows[at.index]
-            captions.add(caption := subject.draws.caption(subject.photos[place], at.epoch))
+        for sample_index in indices:
+            subject, index = self._rows[sample_index.index]
+            captions.add(
+                caption := subject.draws.caption(subject.photos[index], sample_index.epoch)
+            )
             if subject.class_caption is not None:
                 captions.add(subject.class_caption(caption))
             if subject.class_images:
-                captions.add(subject.class_image(place, at.epoch).caption)
+                captions.add(subject.class_image(index, sample_index.epoch).caption)
         return captions
 
     def __getitem__(self, index: int | EpochIndex) -> Sample:
-        """The sample at an index, in the index's epoch; a plain number is of the first one."""
-        at = index if isinstance(index, EpochIndex) else EpochIndex(0, index)
-        subject, _ = self._rows[at.index]
-        own, *class_image = self._crops(at)
-        photo, crop = own[:2]
-        caption, prior = subject.draws.caption(photo, at.epoch), None
+        """Return the sample at an index and its epoch; an integer means the first epoch."""
+        sample_index = index if isinstance(index, EpochIndex) else EpochIndex(0, index)
+        subject, _ = self._rows[sample_index.index]
+        photo_cut, *class_image = self._crops(sample_index)
+        photo, crop = photo_cut[:2]
+        caption, prior = subject.draws.caption(photo, sample_index.epoch), None
         for cut in class_image:
             image, content = cut[0], self._content(*cut)
             prior = Sample(image.digest, image.caption, cut[1], is_prior=True, **content)
@@ -344,24 +349,31 @@ class DreamBoothDataset(Dataset[Sample]):
             prior=prior,
             class_caption=subject.class_caption(caption) if subject.class_caption else None,
             weight=subject.weight * photo.weight,
-            **self._content(*own),
+            **self._content(*photo_cut),
         )
 
-    def _crops(self, at: EpochIndex) -> Iterator[tuple[Photo, CropRecord, int, SubjectPhotos]]:
-        """Yield the crops of a sample: of the photo, and of the class image beside it."""
-        subject, place = self._rows[at.index]
-        photo = subject.photos[place]
-        crop = subject.draws.crop(photo, at.epoch)
-        yield photo, crop, at.epoch, subject
+    def _crops(
+        self, sample_index: EpochIndex
+    ) -> Iterator[tuple[Photo, CropRecord, int, SubjectPhotos]]:
+        """Yield the crop of a sample's photo, and of its class image if it has one."""
+        subject, number = self._rows[sample_index.index]
+        photo = subject.photos[number]
+        crop = subject.draws.crop(photo, sample_index.epoch)
+        yield photo, crop, sample_index.epoch, subject
         if subject.class_images:
-            image = subject.class_image(place, at.epoch)
-            yield image, subject.draws.crop(image, at.epoch, crop.target_size), at.epoch, subject
+            image = subject.class_image(number, sample_index.epoch)
+            yield (
+                image,
+                subject.draws.crop(image, sample_index.epoch, crop.target_size),
+                sample_index.epoch,
+                subject,
+            )
 
     def _content(
         self, photo: Photo, crop: CropRecord, epoch: int, subject: SubjectPhotos
     ) -> dict[str, Any]:
-        """The pixels and the mask of a crop, or what is cached of both."""
-        # By content and never by position, so that no order of access can mix entries.
+        """Pixels (or cached moments) and mask of a crop."""
+        # Keyed by content, never by position, so that no order of access can mix entries.
         key = self._key(photo, crop, epoch, subject)
         if key in self._cached:
             return self._cached[key]
@@ -382,7 +394,7 @@ class DreamBoothDataset(Dataset[Sample]):
     def _key(
         self, photo: Photo, crop: CropRecord, epoch: int, subject: SubjectPhotos
     ) -> tuple[object, ...]:
-        """Return the cache key of a crop and its mask; an alpha channel has the photo's digest."""
+        """Cache key of a crop and its mask; the photo's digest identifies an alpha channel."""
         draws, channels = subject.draws, subject.mask_channels
         drawn = channels and draws.generator("planes", photo, epoch).initial_seed()
         mask = photo.mask_path is not None, photo.mask_digest, subject.masked_loss
@@ -390,8 +402,8 @@ class DreamBoothDataset(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample]) -> SampleBatch:
-    """Stack samples of one crop size to a batch."""
-    partners = [place for place, sample in enumerate(samples) if sample.prior is not None]
+    """Stack samples of the same crop size to a batch."""
+    partners = [index for index, sample in enumerate(samples) if sample.prior is not None]
     rows = [*samples, *(sample.prior for sample in samples if sample.prior is not None)]
     weights = [sample.weight for sample in samples]
     masks = [row.mask for row in rows if row.mask is not None]
@@ -418,17 +430,17 @@ def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
 def iterate_batches(
     dataset: DreamBoothDataset, sampler: EpochSampler, *, num_workers: int = 0
 ) -> Iterator[SampleBatch]:
-    """Load batches forever, keeping the sampler's state at what has been handed out.
+    """Yield batches without end; the sampler's state counts only yielded batches.
 
-    Save the sampler's state after training on a batch; resuming continues with the next.
-    A dataset that encodes images does so in the main process, whatever workers are asked for.
+    Save the sampler's state after training on a batch; a resumed run continues with the next one. A
+    dataset with ``encode`` loads in the main process and ignores ``num_workers``.
     """
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=0 if dataset.encode else num_workers,
-        # Its own: a loader otherwise draws from the global one when it starts.
+        # Without it, the loader draws a seed from the global generator when it starts.
         generator=torch.Generator(),
     )
     for batch in loader:

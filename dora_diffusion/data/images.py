@@ -1,6 +1,6 @@
-"""Image files of any origin to upright RGB: formats, limits, EXIF, colour profiles, alpha.
+"""Reading of image files as upright RGB: formats, limits, EXIF, colour profiles, alpha.
 
-And what photos look like, in two numbers: how blurred one is, and which look the same.
+Also measures the appearance of photos: blur, and fingerprints for near-duplicates.
 """
 
 from __future__ import annotations
@@ -29,61 +29,62 @@ from dora_diffusion.data.decoding import (
     megapixel_limit,
 )
 
-# Resizing a photo until it covers a crop multiplies its pixels by at most its aspect ratio: without
-# a limit, a file of 80 bytes would fill the memory.
+# Resizing a photo to cover a crop multiplies its pixels by up to its aspect ratio: without a limit,
+# a file of 80 bytes could fill the memory.
 MAX_ASPECT = 10
 MIN_SIDE = 16
-# What turns an image upright, by its EXIF orientation.
-_TURNS = {
+# EXIF orientation -> transpose that turns the image upright.
+_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-# What Pillow's decoders raise on damaged files: each plugin has its own idea.
+# Exceptions of Pillow's decoders on damaged files; they differ between plugins.
 DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, RuntimeError, MemoryError,
     OverflowError, struct.error, zlib.error,
 )  # fmt: skip
 
 
-# Contents of files, by path, time of change and size, where they are kept (see `reading_once`).
-_KEPT: ContextVar[dict[tuple[Path, int, int], bytes] | None] = ContextVar("kept", default=None)
-# In all: more than any photos that a subject should have.
-_MOST_KEPT_BYTES = 2**28
-# Of one file, which is read whole.
+# Cached contents of files, by path, modification time and size (see `reading_once`).
+_CACHE: ContextVar[dict[tuple[Path, int, int], bytes] | None] = ContextVar("kept", default=None)
+# Limit of the cache, larger than the photos of any usual subject.
+_MOST_CACHED_BYTES = 2**28
+# Limit of one file, which is read as a whole.
 _MOST_BYTES = 2**29
 
 
 class PhotoError(ValueError):
-    """A photo cannot be used; one line with the file, what is wrong and what to do."""
+    """A photo cannot be used; the message has the file, the problem and the fix in one line."""
 
 
 def open_photo(path: str | Path, *, limited: bool = True) -> Image.Image:
     """Open and fully decode a photo as RGB, upright, without metadata.
 
     EXIF orientation is applied and then dropped with all other metadata (GPS, device). Alpha is
-    composited on white. Of an animation, the first frame is taken. Above `FULL_SIZE_MEGAPIXELS`
-    its sides are divided by 2 or 4, rounding up.
+    composited on white. Animations are reduced to their first frame. Above `FULL_SIZE_MEGAPIXELS`,
+    sides are divided by 2 or 4, rounding up.
 
     Args:
-        path: A JPEG, PNG or WebP file; HEIC where pillow-heif is installed.
-        limited: Refuse what is larger than `megapixel_limit` or longer than `MAX_ASPECT`, before
-            any pixel is decoded; else decode it at its own size.
+        path: A JPEG, PNG or WebP file; HEIC if pillow-heif is installed.
+        limited: Refuse images above `megapixel_limit` or `MAX_ASPECT` before decoding; False:
+            decode any image at full size.
 
     Raises:
-        PhotoError: If it is not such a file, is too large, too small or too thin, or is damaged.
+        PhotoError: If the file has another format, is too large, too small or too narrow, or is
+            damaged.
     """
     return decode_photo(Path(path), limited=limited).image
 
 
 class DecodedPhoto(NamedTuple):
-    """A photo's pixels, perhaps fewer than it has.
+    """Decoded pixels of a photo, possibly at reduced size.
 
     Attributes:
         image: RGB, upright.
-        alpha: Its alpha channel ("L"), or None.
-        size: Upright ``(height, width)`` of the file, whatever the image was reduced to.
-        data: The file's bytes.
+        alpha: Alpha channel ("L"), or None.
+        size: Upright ``(height, width)`` of the file before reduction.
+        data: Bytes of the file.
     """
 
     image: Image.Image
@@ -93,28 +94,28 @@ class DecodedPhoto(NamedTuple):
 
 
 def decode_photo(path: Path, *, limited: bool = True) -> DecodedPhoto:
-    """Open a photo as :func:`open_photo` does, with what else its file tells."""
+    """Open a photo as :func:`open_photo` does, with alpha channel, original size and bytes."""
     name, data = path.name, read_bytes(path)
     kind = sniff_format(data)
     if kind is None:
         raise PhotoError(
-            f"{name}: not a JPEG, PNG, WebP or HEIC image, whatever its name says; "
-            "convert it or remove it"
+            f"{name}: not a JPEG, PNG, WebP or HEIC image, despite its name; convert it or remove "
+            "it"
         )
     try:
         with _open_checked(name, kind, data, limited) as file:
             size = (file.height, file.width)
             image = decode(file, kind, data, at_full_size=not limited)
             orientation = _orientation(image)
-            if orientation in _TURNS:
-                image = image.transpose(_TURNS[orientation])
-            if 5 <= orientation <= 8:  # its rows become columns
+            if orientation in _UPRIGHT:
+                image = image.transpose(_UPRIGHT[orientation])
+            if 5 <= orientation <= 8:  # rows become columns
                 size = size[::-1]
             return DecodedPhoto(*_split_alpha(_to_srgb(image)), size, data)
     except PhotoError:
         raise
     except DECODE_ERRORS as error:
-        # Pillow names its buffer here, which helps nobody; other decoders write several lines.
+        # Pillow's message only names its buffer; messages of other decoders have several lines.
         unreadable = isinstance(error, UnidentifiedImageError)
         cause = "its header cannot be read" if unreadable else " ".join(str(error).split())
         raise PhotoError(
@@ -126,23 +127,23 @@ def read_bytes(path: Path) -> bytes:
     """Read a file.
 
     Raises:
-        PhotoError: If that fails, or it is empty, larger than 512 MiB or no file.
+        PhotoError: If it cannot be read, is empty, larger than 512 MiB or not a file.
     """
-    kept = _KEPT.get()
+    cache = _CACHE.get()
     try:
-        now = path.stat()
-        if now.st_size > _MOST_BYTES or not (path.is_file() or path.is_dir()):
-            what = f"larger than {_MOST_BYTES >> 20} MiB" if path.is_file() else "not a file"
-            raise PhotoError(f"{path.name}: {what}; remove or replace it")
-        if kept is None:
+        status = path.stat()
+        if status.st_size > _MOST_BYTES or not (path.is_file() or path.is_dir()):
+            problem = f"larger than {_MOST_BYTES >> 20} MiB" if path.is_file() else "not a file"
+            raise PhotoError(f"{path.name}: {problem}; remove or replace it")
+        if cache is None:
             data = path.read_bytes()
         else:
-            key = path.absolute(), now.st_mtime_ns, now.st_size
-            if key in kept:
-                return kept[key]
+            key = path.absolute(), status.st_mtime_ns, status.st_size
+            if key in cache:
+                return cache[key]
             data = path.read_bytes()
-            if data and len(data) + sum(map(len, kept.values())) <= _MOST_KEPT_BYTES:
-                kept[key] = data
+            if data and len(data) + sum(map(len, cache.values())) <= _MOST_CACHED_BYTES:
+                cache[key] = data
     except OSError as error:
         reason = error.strerror or error
         raise PhotoError(f"{path.name}: cannot be read ({reason}); remove or replace it") from error
@@ -153,25 +154,25 @@ def read_bytes(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def reading_once() -> Iterator[None]:
-    """Open each file at most once inside of the block, as long as it does not change.
+    """Read each unchanged file at most once within the block.
 
-    Photos are listed, divided, checked and cropped by different rooms. What they read is kept up to
-    256 MiB; a file beyond that is opened whenever it is asked for.
+    Different parts of the program list, split, check and crop photos. The contents of their files
+    are cached up to 256 MiB; further files are read on each access.
     """
-    token = _KEPT.set({})
+    token = _CACHE.set({})
     try:
         yield
     finally:
-        _KEPT.reset(token)
+        _CACHE.reset(token)
 
 
 def digest_of(data: bytes) -> str:
-    """Return the digest of a file's content: 32 hex digits of its SHA-256."""
+    """Return the first 32 hex digits of the SHA-256 of a file's content."""
     return hashlib.sha256(data).hexdigest()[:32]
 
 
 def sniff_format(data: bytes) -> str | None:
-    """Detect "JPEG", "PNG", "WEBP" or "HEIF" by a file's first bytes; None for anything else."""
+    """Detect "JPEG", "PNG", "WEBP" or "HEIF" by the first bytes; None for other formats."""
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -183,7 +184,7 @@ def sniff_format(data: bytes) -> str | None:
 
 
 def _open_checked(name: str, kind: str, data: bytes, limited: bool) -> ImageFile:
-    """Read the header only, and refuse what is too large, too small or too thin."""
+    """Read only the header, and refuse images that are too large, too small or too narrow."""
     if kind == "HEIF":
         try:
             import pillow_heif
@@ -195,36 +196,36 @@ def _open_checked(name: str, kind: str, data: bytes, limited: bool) -> ImageFile
         pillow_heif.register_heif_opener()
     Image.init()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged EXIF blocks, which do not matter
+        warnings.simplefilter("ignore")  # Damaged EXIF blocks do not matter.
         try:
-            # Not by `Image.open`, which has a limit of its own for what is decoded as a whole.
+            # `Image.open` would apply its own limit to images that are decoded in strips.
             image = Image.OPEN[kind][0](io.BytesIO(data), "")
         except SyntaxError as error:
             raise UnidentifiedImageError from error
     width, height = image.size
-    shown = f"{name}: {width} x {height} is"
+    subject = f"{name}: {width} x {height} is"
     if min(width, height) < MIN_SIDE:
-        raise PhotoError(f"{shown} smaller than {MIN_SIDE} pixels; use a larger photo")
+        raise PhotoError(f"{subject} smaller than {MIN_SIDE} pixels; use a larger photo")
     megapixels = width * height / 1e6
     if limited and megapixels > FULL_SIZE_MEGAPIXELS:
-        most, which = MAX_MEGAPIXELS, ""
+        most, variant = MAX_MEGAPIXELS, ""
         if megapixels <= MAX_MEGAPIXELS:
-            most, which = megapixel_limit(kind, data)
+            most, variant = megapixel_limit(kind, data)
         if megapixels > most:
-            other = ", or an ordinary JPEG" if which else ""
+            alternative = ", or an ordinary JPEG" if variant else ""
             raise PhotoError(
-                f"{shown} {megapixels:.1f} megapixels, above the limit of {most:g}{which}; save a "
-                f"smaller copy{other}"
+                f"{subject} {megapixels:.1f} megapixels, above the limit of {most:g}{variant}; "
+                f"save a smaller copy{alternative}"
             )
     if limited and max(width, height) > MAX_ASPECT * min(width, height):
         raise PhotoError(
-            f"{shown} a strip, more than {MAX_ASPECT:g} times as long as wide; crop it"
+            f"{subject} a strip, more than {MAX_ASPECT:g} times as long as wide; crop it"
         )
     return image
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) where there is none or the EXIF block is damaged."""
+    """EXIF orientation; 1 (upright) if it is missing or the EXIF block is damaged."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -252,7 +253,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """RGB over white, and the alpha channel where the image has one; no metadata on either."""
+    """Composite an image on white, and return its alpha channel or None; without metadata."""
     alpha = None
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -262,13 +263,13 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     image = image.convert("RGB")
     for part in (image, alpha):
         if part is not None:
-            part.info = {}  # pixels and nothing else: no EXIF, no GPS, no profile
+            part.info = {}  # Drop EXIF, GPS and profile.
     return image, alpha
 
 
 @dataclass(frozen=True)
 class Appearance:
-    """Blur of a photo (see `blur`), and a 64-bit fingerprint of its content (see `fingerprint`)."""
+    """Blur (see `blur`) and 64-bit fingerprint (see `fingerprint`) of a photo."""
 
     blur: float
     fingerprint: int
@@ -282,11 +283,12 @@ def appearance_of(image: Image.Image) -> Appearance:
 def blur(image: Image.Image, side: int = 512) -> float:
     """Measure the blur of a grey image, from 0 (sharp) to 1: Crete et al. 2007, "The Blur Effect".
 
-    Blurring a sharp image changes it much, a blurred one little. The worse direction counts.
+    Compares the image with a blurred copy: a sharp image changes more than a blurred one. Returns
+    the larger value of both directions.
 
     Args:
         image: A grey image ("L").
-        side: The image is brought to this shorter side first, so that sizes compare.
+        side: The image is resized to this shorter side, so that values are comparable.
     """
     scale = side / min(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -301,17 +303,17 @@ def _blur_along_rows(grey: Tensor) -> float:
     ).squeeze(1)
     change = grey.diff(dim=1).abs()
     total = change.sum()
-    if total == 0:  # a flat image has no edge that could be sharp
+    if total == 0:  # A flat image has no edges.
         return 0.0
     lost = (change - smooth.diff(dim=1).abs()).clamp(min=0)
     return float((total - lost.sum()) / total)
 
 
 def fingerprint(image: Image.Image) -> int:
-    """64 bits of a grey image: whether brightness rises from pixel to pixel, at 9 x 8 pixels.
+    """Difference hash of a grey image: 64 signs of horizontal differences, at 9 x 8 pixels.
 
-    They hardly change under resizing, re-encoding and brightness.
+    Resizing, re-encoding and changes of brightness hardly change it.
     """
     small = image.resize((9, 8), Image.Resampling.LANCZOS).tobytes()
     rises = [small[9 * y + x + 1] > small[9 * y + x] for y in range(8) for x in range(8)]
-    return sum(rise << place for place, rise in enumerate(rises))
+    return sum(rise << position for position, rise in enumerate(rises))

@@ -1,4 +1,4 @@
-"""Photos of a folder: each is opened, turned upright, checked and digested here, in one pass."""
+"""Photos of a folder: opened, turned upright, checked and digested in one pass."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ PHOTO_RECORD = "photos.json"
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif")
 MASK_SUFFIX = ".mask.png"
 WEIGHT_SUFFIX = ".weight"
-# What lies beside a photo, of its name.
+# Suffixes of companion files with a photo's name.
 COMPANIONS = (".txt", MASK_SUFFIX, WEIGHT_SUFFIX)
-# What other programs read captions from.
+# Suffixes of caption files in other programs.
 _OTHER_CAPTIONS = (".caption",)
-# Images that are not read; whoever has them beside photos wants to know.
+# Suffixes of images that are skipped with a warning.
 OTHER_SUFFIXES = (".avif", ".bmp", ".dng", ".gif", ".jp2", ".jxl", ".tif", ".tiff")
-# Files of a sub-folder that are looked at for photos that are not read.
-_LOOKED_THROUGH = 5000
+# Limit of files of a sub-folder in the search for photos that are not read.
+_MOST_SEARCHED = 5000
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo of the subject, or a class image, that can be used: every later room takes these.
+    """A checked photo of the subject, or a class image.
 
     Attributes:
-        path: The file.
-        digest: Of the file's bytes. Draws and caches know the photo by it, whatever its name is.
-        size: Upright ``(height, width)`` of the file, however few of its pixels are decoded.
-        caption: The text beside it, else the prompt.
-        mask_path: Its mask's file, or its own where its alpha channel is the mask; None without
-            one, or where masks are not used.
-        mask_digest: Of the mask file's bytes; empty without one.
-        appearance: How sharp it is and what it looks like; None where that was not measured.
-        has_transparency: Whether its alpha channel hides anything, which became white.
-        weight: Factor of its loss.
+        path: Path of the file.
+        digest: Digest of the file's bytes, which identifies the photo in draws and caches.
+        size: Upright ``(height, width)`` of the file before reduction.
+        caption: Text of the caption file, else the prompt.
+        mask_path: Path of the mask file, or of the photo if its alpha channel is the mask; None
+            without a mask, or if masks are not used.
+        mask_digest: Digest of the mask file's bytes; empty without one.
+        appearance: Blur and fingerprint; None if they were not measured.
+        has_transparency: Whether the photo has transparent parts, which became white.
+        weight: Loss weight.
     """
 
     path: Path
@@ -68,14 +68,14 @@ class Photo:
     weight: float = 1.0
 
     def record(self) -> dict[str, str]:
-        """Return the photo's record for checkpoints, so that no run is resumed on other photos."""
-        known = {"name": self.path.name, "image": self.digest, "caption": self.caption}
+        """Return the photo's record for checkpoints, which detects changed photos on resume."""
+        values = {"name": self.path.name, "image": self.digest, "caption": self.caption}
         weight = {} if self.weight == 1 else {"weight": f"{self.weight:g}"}
-        return {**known, "mask": self.mask_digest, **weight}
+        return {**values, "mask": self.mask_digest, **weight}
 
 
 MaskCrops = Callable[[Photo], Iterable[CropRecord]]
-"""Photo -> crops that it will be trained on, or some of them."""
+"""Photo -> its training crops, or some of them."""
 
 
 class MaskError(PhotoError):
@@ -94,13 +94,14 @@ def read_photo(
 
     Args:
         path: The file, which is read and decoded once.
-        prompt: Its caption where it has no caption file.
-        mask_crops: Use its mask, which must be bright somewhere in these crops of the photo.
+        prompt: Default caption, without a caption file.
+        mask_crops: Crops for the mask, which must be bright in at least one of them; None: ignore
+            masks.
         measure: Measure its appearance too.
-        per_line: Keep the lines of its caption apart.
+        per_line: Keep the lines of its caption separate.
 
     Raises:
-        PhotoError: If it cannot be used; a `MaskError` if its mask cannot.
+        PhotoError: If the photo cannot be used; a `MaskError` if its mask cannot be used.
     """
     decoded = decode_photo(path)
     alpha = decoded.alpha
@@ -131,14 +132,14 @@ def read_photos(
     Args:
         paths: The files.
         prompt: Caption of photos without a caption file.
-        skip_unreadable: Leave bad photos out with a warning each, instead of failing. A bad mask
-            fails all the same: without it, the whole photo would be learned.
-        mask_crops: Use masks, of which there must be one at least.
+        skip_unreadable: Skip unusable photos with a warning each, instead of failing. An unusable
+            mask is always an error: without it, the whole photo would be learned.
+        mask_crops: As in `read_photo`; at least one photo must have a mask.
         measure: Measure the photos' appearance, for `check_photos`.
-        per_line: Keep the lines of captions apart.
+        per_line: Keep the lines of captions separate.
 
     Raises:
-        PhotoError: If a photo or mask is bad (all reasons in one line), or none is left.
+        PhotoError: If photos or masks are unusable (all reasons in one line), or none remain.
     """
     photos: list[Photo] = []
     errors: list[PhotoError] = []
@@ -161,7 +162,7 @@ def read_photos(
 
 
 def _read_weight(path: Path) -> float:
-    """The factor of a photo's loss in the file beside it; 1 where there is none."""
+    """Read the loss weight of a photo from its weight file; 1 without one."""
     try:
         weight = float(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -179,14 +180,14 @@ def mask_path(photo: Path) -> Path:
 
 
 def _find_mask(photo: Photo, decoded: DecodedPhoto, crops: MaskCrops) -> Photo:
-    """A photo with its mask: the file beside it, else its alpha channel where that hides anything.
+    """Add the mask to a photo: the mask file, else the alpha channel if it is not opaque.
 
-    An alpha channel beside a mask file is not a mask: what it hides is white, and learned where the
-    mask is bright.
+    With a mask file, the alpha channel is not used as mask: transparent parts are white, and
+    learned where the mask is bright.
 
     Raises:
-        MaskError: If the file cannot be used, is not of the photo's size, or the mask is black
-            wherever it is looked at.
+        MaskError: If the file cannot be used, differs from the photo in size, or the mask is black
+            in all crops.
     """
     path, mask = mask_path(photo.path), decoded.alpha
     if path.is_file() or path.is_symlink():
@@ -194,7 +195,7 @@ def _find_mask(photo: Photo, decoded: DecodedPhoto, crops: MaskCrops) -> Photo:
             file = decode_photo(path)
         except PhotoError as error:
             raise MaskError(str(error)) from error
-        # Of a photo that is decoded at less than its size, it may have either of both sizes.
+        # The mask of a photo that is decoded at reduced size may have either size.
         if file.image.size != decoded.image.size:
             raise MaskError(
                 f"{path.name}: the mask is {file.size[1]} x {file.size[0]}, its photo "
@@ -210,14 +211,14 @@ def _find_mask(photo: Photo, decoded: DecodedPhoto, crops: MaskCrops) -> Photo:
         name = photo.path.name
         where = path.name if photo.mask_path == path else f"the alpha channel of {name}"
         raise MaskError(
-            f"{where} is black in every crop that is trained on, so nothing of {name} would be "
-            "learned; make bright what to learn, or remove it"
+            f"{where} is black in every training crop, so nothing of {name} would be learned; "
+            "paint the area to learn bright, or remove the mask"
         )
     return photo
 
 
 def open_mask(photo: Photo) -> Image.Image | None:
-    """The mask ("L") that a photo was read with; None where it was read without one."""
+    """Open the mask ("L") of a photo; None if it was read without one."""
     if photo.mask_path is None:
         return None
     if photo.mask_path == photo.path:
@@ -226,26 +227,26 @@ def open_mask(photo: Photo) -> Image.Image | None:
 
 
 def _require_masks(photos: Sequence[Photo]) -> None:
-    """Refuse photos of which none has a mask.
+    """Check that at least one photo has a mask.
 
     Raises:
-        PhotoError: If none has.
+        PhotoError: If no photo has a mask.
 
     Warns:
-        UserWarning: Of photos without a mask beside others that have one, and of alpha channels
-            that are masks beside mask files.
+        UserWarning: If some photos have no mask, or some masks are alpha channels and others are
+            files.
     """
     bare = [photo.path.name for photo in photos if photo.mask_path is None]
     if photos and len(bare) == len(photos):
         first = photos[0].path
         raise PhotoError(
             f"masks are to be used, but none of the {counted(len(photos), 'image')} has a mask: "
-            f"the mask of {first.name} is {mask_path(first).name} beside it, of the same size and "
-            "bright where to learn; or give images with an alpha channel"
+            f"save the mask of {first.name} as {mask_path(first).name} next to it, of the same "
+            "size and bright in the area to learn; or give images with an alpha channel"
         )
     if bare:
         warnings.warn(
-            f"{counted(len(bare), 'image')} of {len(photos)} without a mask, whose whole area is "
+            f"{counted(len(bare), 'image')} of {len(photos)} without a mask; their whole area is "
             f"learned: {', '.join(bare[:5])}{', ...' if len(bare) > 5 else ''}",
             stacklevel=4,
         )
@@ -259,99 +260,107 @@ def _require_masks(photos: Sequence[Photo]) -> None:
         )
 
 
+def _photo_folder(folder: str | Path, setting: str) -> Path:
+    """Resolve the home directory of a folder, and check that the folder exists."""
+    folder = Path(folder).expanduser()
+    if folder.is_dir():
+        return folder
+    folder = folder.absolute()
+    problem = "is a file, not a folder" if folder.exists() else "does not exist"
+    similar = closest(folder.name, (p.name for p in folder.parent.glob("*") if p.is_dir()))
+    hint = f" (did you mean {similar!r}?)" if similar else ""
+    flag = f" with --{setting}" if setting else ""
+    raise PhotoError(f"{folder}: the photo folder {problem}{hint}; give a folder of photos{flag}")
+
+
 def list_photos(
     folder: str | Path, *, warn_of_nested: bool = True, setting: str = ""
 ) -> list[Path]:
     """List a folder's photos by file extension, sorted by name.
 
-    Hidden files, sub-folders, captions (``.txt``) and masks (``.mask.png``) are left out.
+    Hidden files, sub-folders, captions (``.txt``) and masks (``.mask.png``) are skipped.
 
     Args:
         folder: The folder.
-        warn_of_nested: Warn of photos in sub-folders.
-        setting: The flag that gives the folder, for the error.
+        warn_of_nested: Warn about photos in sub-folders.
+        setting: Setting that names the folder, for the error.
 
     Raises:
-        PhotoError: If the folder is missing or holds no photo.
+        PhotoError: If the folder is missing or contains no photos.
 
     Warns:
-        UserWarning: Of images in formats that are not read, of links to photos that are not
-            there, of captions, masks and weights without a photo, and of captions that other
-            programs read, by name; of sub-folders with photos.
+        UserWarning: If the folder has images in other formats, broken links, captions, masks or
+            weights without a photo, caption files of other programs, or sub-folders with photos.
     """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        folder = folder.absolute()
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        near = closest(folder.name, (p.name for p in folder.parent.glob("*") if p.is_dir()))
-        hint = f" (did you mean {near!r}?)" if near else ""
-        flag = f" with --{setting}" if setting else ""
-        raise PhotoError(f"{folder}: the photo folder {what}{hint}; give a folder of photos{flag}")
+    folder = _photo_folder(folder, setting)
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     photos, nested = [*filter(is_photo, entries)], nested_photos(entries)
     named = [path for path in entries if path.name.lower().endswith(PHOTO_SUFFIXES)]
     broken = [path.name for path in named if path.is_symlink() and not path.exists()]
-    lost = f"links to files that are not there ({listing(broken, 5)})" if broken else ""
+    broken_links = f"links to missing files ({listing(broken, 5)})" if broken else ""
     if not photos:
-        instead = nested or lost or ", ".join(path.name for path in entries[:5]) or "nothing"
+        contents = (
+            nested or broken_links or ", ".join(path.name for path in entries[:5]) or "nothing"
+        )
         raise PhotoError(
             f"{folder}: no photos in this folder (looked for {', '.join(PHOTO_SUFFIXES)}; "
-            f"found {instead}); sub-folders are not searched"
+            f"found {contents}); sub-folders are not searched"
         )
     stems = {photo.stem for photo in photos}
-    lonely = [
+    orphans = [
         path.name
         for path in entries
         for suffix in COMPANIONS
         if path.name.endswith(suffix) and path.name.removesuffix(suffix) not in stems
     ]
-    unread = [path.name for path in entries if path.name.lower().endswith(_OTHER_CAPTIONS)]
-    others = [path.name for path in entries if path.name.lower().endswith(OTHER_SUFFIXES)]
-    for is_so, said in (
+    other_captions = [path.name for path in entries if path.name.lower().endswith(_OTHER_CAPTIONS)]
+    other_images = [path.name for path in entries if path.name.lower().endswith(OTHER_SUFFIXES)]
+    for applies, message in (
         (nested and warn_of_nested,
          f"left out {nested}; sub-folders are not read, move the photos up to use them"),
-        (lost, f"left out {lost}; copy the photos themselves"),
-        (lonely, f"without effect, no photo has their name: {listing(lonely, 5)}"),
-        (unread, f"without effect: {listing(unread, 5)}; rename them to .txt to use them as "
-         "captions"),
-        (others, f"left out {', '.join(others)}; convert them to JPEG or PNG to use them"),
+        (broken_links, f"left out {broken_links}; copy the photos themselves"),
+        (orphans, f"without effect, since no photo has their name: {listing(orphans, 5)}"),
+        (other_captions, f"without effect: {listing(other_captions, 5)}; rename them to .txt to "
+         "use them as captions"),
+        (other_images,
+         f"left out {', '.join(other_images)}; convert them to JPEG or PNG to use them"),
     ):  # fmt: skip
-        if is_so:
-            warnings.warn(f"{folder}: {said}", stacklevel=2)
+        if applies:
+            warnings.warn(f"{folder}: {message}", stacklevel=2)
     return photos
 
 
 def nested_photos(entries: Sequence[Path]) -> str:
     """Count the photos in sub-folders: ``"12 photos in 10_sks, 3 photos in old"``."""
     folders = {path.name: path.rglob("*") for path in entries if path.is_dir()}
-    counts = {n: sum(map(is_photo, islice(f, _LOOKED_THROUGH))) for n, f in folders.items()}
+    counts = {n: sum(map(is_photo, islice(f, _MOST_SEARCHED))) for n, f in folders.items()}
     nested = [f"{counted(count, 'photo')} in {name}" for name, count in counts.items() if count]
     return ", ".join(nested[:5]) + (f", and {len(nested) - 5} more folders" if nested[5:] else "")
 
 
 def photos_in(folder: Path) -> list[Path]:
-    """A folder's photos by name; none where there is no folder."""
+    """A folder's photos, sorted by name; empty without a folder."""
     return sorted(filter(is_photo, folder.iterdir())) if folder.is_dir() else []
 
 
 def is_photo(path: Path) -> bool:
-    """Return whether a path is a file that is named like a photo, and not hidden."""
+    """Return whether a path is a file with the suffix of a photo, and not hidden."""
     name = path.name.lower()
     is_named = name.endswith(PHOTO_SUFFIXES) and not name.startswith(".")
     return is_named and not name.endswith(MASK_SUFFIX) and path.is_file()
 
 
 def write_photo_record(folder: Path, photos: Iterable[Photo]) -> Path:
-    """Write the digests of the photos that a run trains on."""
+    """Write the digests of a run's training photos."""
     digests = sorted(photo.digest for photo in photos)
     return save_text(folder / PHOTO_RECORD, json.dumps({"digests": digests}) + "\n")
 
 
 def read_photo_record(adapter: str | Path) -> frozenset[str] | None:
-    """The digests of the photos that an adapter was trained on, None if they are not known.
+    """Read the digests of an adapter's training photos; None if they are unknown.
 
     Args:
-        adapter: A run's folder, one of its checkpoints, or an adapter file in either.
+        adapter: Folder of a run, one of its checkpoints, or an adapter file in either.
     """
     path = Path(adapter).expanduser().resolve()
     for folder in (path, path.parent, path.parent.parent):

@@ -1,7 +1,7 @@
-"""Photos read, captioned, masked, put on plain backgrounds; nothing but captions is changed.
+"""Preparation of photos: captions, masks and copies on plain backgrounds.
 
-The models that caption and mask are folders, hub ids, or rembg's. Weights are read from safetensors
-or ONNX only: no pickles, no remote code.
+Existing files are never changed, except captions. Models for captions and masks are folders, hub
+ids, or models of rembg. Weights are read from safetensors or ONNX only: no pickles, no remote code.
 """
 
 from __future__ import annotations
@@ -40,40 +40,40 @@ if TYPE_CHECKING:
 Captioner = Callable[[Image.Image], str]
 Masker = Callable[[Image.Image], Image.Image]
 
-# Neither black nor white, which cut-outs have everywhere.
+# Background colours, without black and white, the usual ones of cut-outs.
 COLOURS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "brown", "gray")
-# The WD taggers' own least probabilities of a tag, by its category: general, and of a character.
+# Least probability of a tag in the WD taggers, by category: general (0) and character (4).
 _LEAST = {"0": 0.35, "4": 0.85}
 _TAGS = "selected_tags.csv"
 INSTRUCTION = "Describe this image in one sentence."
-# CLIP reads 75 tokens, and the trigger words need some.
+# CLIP reads 75 tokens; the trigger words need some of them.
 _MOST_TOKENS = 60
 
 
 class PrepareError(PhotoError):
-    """Photos cannot be prepared so; one line with what to do."""
+    """Photos cannot be prepared; the message has the problem and the fix in one line."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Looks at photos and, given a target, makes them ready to be trained on.
+    """Preparation of photos for training: checks, and with a target captions, masks and copies.
 
-    Files are only added, each whole or not at all; captions alone are changed, where ``edit`` asks
-    for it. What an earlier run has written is kept, so that one that was interrupted continues.
+    Files are only added, atomically; only captions are changed, by ``edit``. Files of earlier runs
+    are kept, so that an interrupted run continues.
 
     Attributes:
         target: Folder for copies of the photos with their captions and masks, or the photos' own
-            for captions and masks alone; None writes nothing.
-        resolution: Side that they will be trained at, a multiple of 64.
-        caption: Writes captions (`open_captioner`); without it the trigger words make them.
-        edit: Changes captions: the photos' own, and those that are written.
-        mask: Makes masks (`open_masker`).
+            folder for captions and masks alone; None writes nothing.
+        resolution: Training resolution in pixels, a multiple of 64.
+        caption: Function that writes captions (`open_captioner`); None: from the trigger words.
+        edit: Edit of captions, both existing and new ones.
+        mask: Function that computes masks (`open_masker`).
         token: The trigger word.
         class_word: Class of the subject.
-        plain_copies: Copy each photo that has a mask and a caption onto a plain colour.
-        seed: Of the colours.
-        originals: Whether the photos themselves are in the target.
-        similarity: Finds near-duplicates whose pixels differ.
+        plain_copies: Copy each photo with a mask and a caption onto a plain colour.
+        seed: Seed of the colours.
+        originals: Whether the target contains the photos themselves.
+        similarity: Image-similarity model that finds further near-duplicates.
     """
 
     target: Path | None = None
@@ -94,12 +94,12 @@ class Preparation:
         """Prepare the photos of one subject.
 
         Args:
-            paths: The photos, of one folder (`list_photos`).
-            on_photo: Told (done, total).
+            paths: The photos of one folder (`list_photos`).
+            on_photo: Called with (done, total).
 
         Raises:
-            PrepareError: None of them can be used, or the target holds something else.
-            DiskFullError: There is no room.
+            PrepareError: If no photo can be used, or the target contains other files.
+            DiskFullError: If the disk is full.
         """
         self.check_target(paths)
         report, photos = Report(), []
@@ -114,42 +114,44 @@ class Preparation:
         if not photos:
             raise PrepareError(f"no photo can be used: {'; '.join(report.unreadable)}")
         add_cautions(report, photos, self.resolution, self.similarity)
-        for made, is_asked, needs in (
+        for kind, is_enabled, needs in (
             ("mask", self.mask, "no subject was found; paint a mask, or use another model"),
             ("plain", self.plain_copies, "a plain copy needs a mask, and a caption or a token"),
         ):
             both = zip(report.photos, report.images, strict=True)
-            names = [photo["name"] for photo, images in both if made not in images]
-            if is_asked and names:
-                report.caution(f"no {made}", names, f"no {made} of {listing(names, 5)}: {needs}")
+            names = [photo["name"] for photo, images in both if kind not in images]
+            if is_enabled and names:
+                report.caution(f"no {kind}", names, f"no {kind} of {listing(names, 5)}: {needs}")
         return report
 
     def check_target(self, paths: Sequence[Path]) -> None:
-        """Refuse a target in which these photos' files would not be by themselves.
+        """Check that the target contains only files of these photos.
 
         Raises:
-            PrepareError: If so.
+            PrepareError: If it contains others, or files would get the same name.
         """
         folder, target = paths[0].parent, self.target
         if target is None:
             return
-        stems = Counter(path.stem.casefold() for path in paths)
-        if twice := [path.name for path in paths if stems[path.stem.casefold()] > 1]:
-            raise PrepareError(f"{listing(twice, 4)} would share a caption and a mask; rename one")
+        stem_counts = Counter(path.stem.casefold() for path in paths)
+        if repeated := [path.name for path in paths if stem_counts[path.stem.casefold()] > 1]:
+            raise PrepareError(
+                f"{listing(repeated, 4)} would share a caption and a mask; rename one"
+            )
         if target.resolve() == folder.resolve():
             if self.plain_copies or not self.originals:
                 raise PrepareError(f"copies need an output folder other than the photos' {folder}")
             return
         names = "|".join(re.escape(path.name) for path in paths)
-        bare = "|".join(re.escape(path.stem) for path in paths)
-        own = rf"\..*|{names}|({bare})(\.txt|\.mask\.png|-plain-\w+(\.mask)?\.(txt|png))"
-        there = [path.name for path in target.iterdir()] if target.is_dir() else []
-        if others := [name for name in there if not re.fullmatch(own, name)]:
-            message = f"{target} holds {listing(others, 3)}, which is not of these photos; "
+        stems = "|".join(re.escape(path.stem) for path in paths)
+        pattern = rf"\..*|{names}|({stems})(\.txt|\.mask\.png|-plain-\w+(\.mask)?\.(txt|png))"
+        existing = [path.name for path in target.iterdir()] if target.is_dir() else []
+        if foreign := [name for name in existing if not re.fullmatch(pattern, name)]:
+            message = f"{target} contains {listing(foreign, 3)}, not from these photos; "
             raise PrepareError(f"{message}give an empty or a new output folder")
 
     def _read(self, path: Path) -> Photo:
-        """A photo with its own caption, which may be empty, and its mask."""
+        """Read a photo with its existing caption, which may be empty, and its mask."""
         return read_photo(path, "", mask_crops=self._crops, measure=True, per_line=True)
 
     def _crops(self, photo: Photo) -> list[CropRecord]:
@@ -157,7 +159,7 @@ class Preparation:
         return [plan_crop(photo.size, size) for size in sizes]
 
     def _prepare(self, photo: Photo, report: Report) -> Photo:
-        """Write what is asked for of one photo, and report it; the photo as it is then."""
+        """Write the files of one photo, add it to the report, and return the updated photo."""
         target, written = self.target, report.written
         in_place = target is not None and target.resolve() == photo.path.parent.resolve()
         if target is not None and self.originals:
@@ -166,7 +168,7 @@ class Preparation:
         images = {"photo": small_image(image)}
         if target is not None and mask is None and self.mask is not None:
             mask = self.mask(image)
-            # What the trainer would refuse is not written.
+            # Training would refuse a mask that is black in all crops.
             if all(apply_crop_to_mask(mask, crop).any() for crop in self._crops(photo)):
                 mirrored = ImageOps.mirror(self.mask(ImageOps.mirror(image)))
                 written["masks"] += self.originals and _add(mask_path(photo.path), mask)
@@ -184,7 +186,7 @@ class Preparation:
             red = Image.new("RGB", image.size, "red")
             images["mask"] = small_image(Image.composite(image, red, mask))
         if target is not None and mask is not None and caption and self.plain_copies:
-            # By the photo's content, whatever other photos there are.
+            # Seeded by the photo's content, so that other photos do not change it.
             colour = random.Random(f"{self.seed} {photo.digest}").choice(COLOURS)
             plain = Image.composite(image, Image.new("RGB", image.size, colour), mask)
             path = target / f"{photo.path.stem}-plain-{colour}.png"
@@ -199,16 +201,16 @@ class Preparation:
         return photo
 
     def _caption(self, photo: Photo, image: Image.Image, *, in_place: bool) -> str:
-        """A photo's caption, changed where it is its own, else a new one."""
+        """Return the photo's edited caption, or a new one."""
         if photo.caption and self.originals and not in_place:
-            return photo.caption  # A copy's was changed when it was made.
+            return photo.caption  # The caption of a copy is already edited.
         if photo.caption or self.edit.text is not None:
             return self.edit(photo.caption)
         caption = self.caption(image) if self.caption is not None else ""
         return self.edit(with_trigger(caption, self.token, self.class_word))
 
     def _copy(self, photo: Photo, target: Path, written: Counter[str]) -> Photo:
-        """A photo in the target, which may be its own folder, with its caption and its mask."""
+        """Copy a photo with its caption and mask to the target, which may be its own folder."""
         path = photo.path
         for source in (path.with_suffix(".txt"), mask_path(path), path):
             if source.is_file():
@@ -224,10 +226,10 @@ class Preparation:
 
 
 def _add(path: Path, content: str | Path | Image.Image, *, overwrite: bool = False) -> bool:
-    """Write a text, a copy or an image, whole or not at all, if no file is there.
+    """Write a text, a copy or an image atomically, unless the file exists.
 
     Returns:
-        Whether it was written.
+        Whether the file was written.
     """
     if not overwrite and (path.exists() or path.is_symlink()):
         return False
@@ -245,33 +247,33 @@ def open_captioner(name: str, prompt: str = INSTRUCTION) -> Captioner:
     """Open a model that writes a caption for an RGB image.
 
     Args:
-        name: A folder or hub id: of an image-to-text model in the layout of transformers (BLIP,
-            GIT, LLaVA ...), or of a tagger, with ``selected_tags.csv`` and ``model.onnx``.
-        prompt: Question to a chat model.
+        name: Folder or hub id of an image-to-text model in the layout of transformers (BLIP, GIT,
+            LLaVA ...), or of a tagger with ``selected_tags.csv`` and ``model.onnx``.
+        prompt: Instruction for a chat model.
 
     Raises:
-        PrepareError: It is of no such kind, or a library is missing.
-        ModelNotFoundError: There is no such hub id.
+        PrepareError: If the model is of another kind, or a library is missing.
+        ModelNotFoundError: If the hub id does not exist.
     """
     folder = _find(name)
     if (folder / _TAGS).is_file():
         return _tagger(folder)
-    otherwise = f"writes no captions; give one as BLIP, GIT or LLaVA, or a tagger's with {_TAGS}"
+    otherwise = f"writes no captions; give one like BLIP, GIT or LLaVA, or a tagger with {_TAGS}"
     _require_task(folder, "IMAGE_TEXT_TO_TEXT", otherwise)
     return _describer(folder, prompt)
 
 
 def open_masker(name: str, *, label: str = "") -> Masker:
-    """Open a model that gives a subject's mask ("L", of the image's size) for an RGB image.
+    """Open a model that computes the subject's mask ("L", of the image's size) for an RGB image.
 
     Args:
         name: ``rembg``, ``rembg:MODEL``, or a folder or hub id of a segmentation model in the
             layout of transformers.
-        label: The subject's among the model's labels; not needed of two, one the background.
+        label: Label of the subject; not needed for a model with one label besides background.
 
     Raises:
-        PrepareError: It is of no such kind, or a library is missing.
-        ModelNotFoundError: There is no such hub id.
+        PrepareError: If the model is of another kind, or a library is missing.
+        ModelNotFoundError: If the hub id does not exist.
     """
     if name.partition(":")[0] == "rembg":
         return _rembg(name.partition(":")[2] or "u2net")
@@ -292,20 +294,20 @@ def _find(name: str) -> Path:
 
 
 def _require_task(folder: Path, task: str, otherwise: str) -> None:
-    """Refuse a model that transformers does not list for a task."""
+    """Check that transformers lists the kind of a model for a task."""
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto
 
     with quiet_libraries(), plain_errors(str(folder)):
         kind = AutoConfig.from_pretrained(folder).model_type
-    # There are four of segmentation: image, semantic, instance and universal.
+    # Segmentation has four mappings: image, semantic, instance and universal.
     names = [name for name in dir(modeling_auto) if name.endswith(f"{task}_MAPPING_NAMES")]
     if not any(kind in getattr(modeling_auto, name) for name in names):
         raise PrepareError(f"{folder} is {with_article(kind)} model, which {otherwise}")
 
 
 def _describer(folder: Path, prompt: str) -> Captioner:
-    """An image-to-text model: its caption of at most 60 tokens, the most probable at each."""
+    """Open an image-to-text model; captions are decoded greedily, with at most 60 tokens."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     device = default_device()
@@ -321,22 +323,22 @@ def _describer(folder: Path, prompt: str) -> Captioner:
         if is_chat:
             question = {"type": "text", "text": prompt}
             content = [{"type": "image", "image": image}, question]
-            ways = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+            options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
             inputs = processor.apply_chat_template(
-                [{"role": "user", "content": content}], return_tensors="pt", **ways
+                [{"role": "user", "content": content}], return_tensors="pt", **options
             )
         else:
             inputs = processor(images=image, return_tensors="pt")
         inputs = inputs.to(device, dtype)
         tokens = model.generate(**inputs, max_new_tokens=_MOST_TOKENS, do_sample=False)[0]
-        asked = inputs["input_ids"].shape[1] if is_chat else 0
-        return " ".join(processor.decode(tokens[asked:], skip_special_tokens=True).split())
+        prompt_length = inputs["input_ids"].shape[1] if is_chat else 0
+        return " ".join(processor.decode(tokens[prompt_length:], skip_special_tokens=True).split())
 
     return caption
 
 
 def _tagger(folder: Path) -> Captioner:
-    """A tagger: its tags by their probability, with spaces instead of underscores."""
+    """Open a tagger; captions list its tags by probability, with spaces for underscores."""
     with (folder / _TAGS).open(encoding="utf-8", newline="") as file:
         tags = [(row["name"], row["category"]) for row in csv.DictReader(file)]
     needs = "it needs its model.onnx, and onnxruntime ('pip install onnxruntime')"
@@ -345,16 +347,16 @@ def _tagger(folder: Path) -> Captioner:
 
         devices = onnxruntime.get_available_providers()
         session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=devices)
-    [given] = session.get_inputs()
+    [model_input] = session.get_inputs()
 
     def caption(image: Image.Image) -> str:
         # The taggers were trained on BGR from 0 to 255, on a white square.
-        square = ImageOps.pad(image, (given.shape[1],) * 2, Image.Resampling.BICUBIC, "white")
+        square = ImageOps.pad(image, (model_input.shape[1],) * 2, Image.Resampling.BICUBIC, "white")
         pixels = np.ascontiguousarray(np.asarray(square, np.float32)[None, :, :, ::-1])
-        [scores] = session.run(None, {given.name: pixels})[0]
+        [scores] = session.run(None, {model_input.name: pixels})[0]
         ranked = sorted(zip(scores.tolist(), tags, strict=True), reverse=True)
         names = [name for p, (name, kind) in ranked if p >= _LEAST.get(kind, math.inf)]
-        # Shorter ones are faces made of letters and signs.
+        # Shorter tags are emoticons, which keep their underscores.
         return ", ".join(name.replace("_", " ") if len(name) > 3 else name for name in names)
 
     return caption
@@ -362,10 +364,10 @@ def _tagger(folder: Path) -> Captioner:
 
 @contextlib.contextmanager
 def _opening(what: str, needs: str) -> Iterator[None]:
-    """Say in one line that a model cannot be opened.
+    """Report in one line that a model cannot be opened.
 
-    Its own errors, its runtime's and its downloads' are of no common kind; rembg exits where it has
-    no runtime.
+    Errors of models, runtimes and downloads have no common base class; rembg exits without a
+    runtime.
     """
     try:
         yield
@@ -381,8 +383,8 @@ def _rembg(model: str) -> Masker:
         session = rembg.new_session(model)
 
     def mask(image: Image.Image) -> Image.Image:
-        found: Image.Image = rembg.remove(image, session=session, only_mask=True)
-        return found.convert("L")
+        result: Image.Image = rembg.remove(image, session=session, only_mask=True)
+        return result.convert("L")
 
     return mask
 
@@ -399,28 +401,30 @@ def _segmenter(folder: Path, label: str) -> Masker:
         )
     processor = segment.image_processor
     if getattr(processor, "do_center_crop", False):
-        # The mask of a crop would be stretched over the whole image.
+        # Otherwise the mask of the crop would be stretched over the whole image.
         processor.size, processor.do_center_crop = processor.crop_size, False
-    wanted = _subject_labels(folder.name, set(segment.model.config.id2label.values()), label)
+    subject_labels = _subject_labels(
+        folder.name, set(segment.model.config.id2label.values()), label
+    )
 
     def mask(image: Image.Image) -> Image.Image:
-        whole = Image.new("L", image.size)
+        union = Image.new("L", image.size)
         for piece in segment(image):
-            if piece["label"] in wanted:
-                whole = ImageChops.lighter(whole, piece["mask"])
-        return whole
+            if piece["label"] in subject_labels:
+                union = ImageChops.lighter(union, piece["mask"])
+        return union
 
     return mask
 
 
 def _subject_labels(model: str, labels: set[str], label: str) -> set[str]:
-    """The labels that are the subject's; one may list several words, as ADE20K's do."""
+    """Return the labels of the subject; a label may list several words, as in ADE20K."""
     words = {word.strip().lower(): name for name in labels for word in re.split("[;,]", name)}
     if label.lower() in words:
         return {words[label.lower()]}
-    others = labels - {name for word, name in words.items() if word == "background"}
-    if len(others) == 1:
-        return others
-    what = f"knows no {label!r}{did_you_mean(label, words)}" if label else "knows many things"
-    what += f"; say which of its labels the subject is: {listing(words, 8)}"
-    raise PrepareError(f"{model} {what}")
+    foreground = labels - {name for word, name in words.items() if word == "background"}
+    if len(foreground) == 1:
+        return foreground
+    problem = f"has no label {label!r}{did_you_mean(label, words)}" if label else "has many labels"
+    problem += f"; choose the subject's: {listing(words, 8)}"
+    raise PrepareError(f"{model} {problem}")

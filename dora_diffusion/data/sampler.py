@@ -1,4 +1,4 @@
-"""The order of training samples: infinite, seeded, resumable, equal for any process count."""
+"""Order of training samples: infinite, seeded, resumable, the same for any process count."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ import torch
 
 @dataclass(frozen=True)
 class EpochIndex:
-    """A sample's index, and the epoch whose random draws it gets.
+    """Index of a sample, and the epoch that seeds its random draws.
 
-    A sample that an epoch has several times gets other draws each time, as if it were of as many
-    epochs.
+    Repeats of a sample within an epoch get different draws, as if each were a separate epoch.
     """
 
     epoch: int
     index: int
 
 
-def generator_for(*parts: object) -> torch.Generator:
-    """A CPU generator seeded by a digest of the parts, such as seed, epoch and sample id."""
-    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
-    # torch reads 64 bits of a seed, signed.
+def generator_for(*key: object) -> torch.Generator:
+    """Return a CPU generator seeded by a digest of a key, such as seed, epoch and sample id."""
+    digest = hashlib.sha256("/".join(str(item) for item in key).encode()).digest()
+    # torch expects a signed 64-bit seed.
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
@@ -33,26 +32,25 @@ def generator_for(*parts: object) -> torch.Generator:
 class EpochSampler:
     """Yield one process's batches of :class:`EpochIndex`, forever.
 
-    Epochs follow each other without a gap: a batch at the end of one is filled from the next, so
-    every batch is full and every photo is seen equally often. The stream of global batches
-    (``num_processes * batch_size`` samples) depends only on its size, not on how many processes
-    share it: process p takes the p-th slice of each.
+    The last batch of an epoch is filled from the next epoch, so all batches are full and all
+    photos are used equally often. The stream of global batches (``num_processes * batch_size``
+    samples) depends only on the global batch size, not on the number of processes: process p gets
+    the p-th slice of each batch.
 
-    Iterating does not move the state, since data loaders read ahead: call :meth:`advance` for
-    each batch that training has consumed (:func:`dora_diffusion.data.dataset.iterate_batches`
-    does).
+    Iteration does not change the state, since data loaders prefetch: call :meth:`advance` for each
+    batch that training has consumed (:func:`dora_diffusion.data.dataset.iterate_batches` does).
 
     Attributes:
         num_samples: Size of the dataset.
         batch_size: Samples per process and batch.
-        seed: Of the shuffle.
-        num_processes: How many processes train together.
-        process_index: Which of them this is.
-        groups: Per sample, what must be equal within a global batch (a bucket's size). A group's
-            last batch is filled by repeating its own samples.
-        repeats: Per sample, how many times an epoch has it; empty is once.
-        state: Position of training: the epoch, and how many of its samples were consumed, counted
-            over all processes.
+        seed: Seed of the shuffle.
+        num_processes: Number of training processes.
+        process_index: Index of this process.
+        groups: For each sample, a value that must be equal within a global batch (the size of its
+            bucket). The last batch of a group is filled by repeating samples of the group.
+        repeats: For each sample, its number of repeats per epoch; empty: one each.
+        state: Position of training: the epoch, and the number of consumed samples in it, over all
+            processes.
     """
 
     num_samples: int
@@ -68,7 +66,7 @@ class EpochSampler:
     def __post_init__(self) -> None:
         count = self.num_samples
         self.repeats = self.repeats or [1] * count
-        # What an epoch has: each sample, and how often it had it before.
+        # Samples of an epoch, with the number of earlier repeats of each.
         self._turns = [(i, turn) for i in range(count) for turn in range(self.repeats[i])]
 
     @property
@@ -78,23 +76,23 @@ class EpochSampler:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches after which every sample has been seen once, rounded up."""
+        """Number of batches per epoch, rounded up."""
         return -(-len(self.epoch_order(0)) // self.global_batch_size)
 
     def epoch_order(self, epoch: int) -> list[EpochIndex]:
-        """The samples of one epoch, in order, over all processes."""
-        generator, places = generator_for("order", self.seed, epoch), range(len(self._turns))
+        """Samples of one epoch, in order, over all processes."""
+        generator, indices = generator_for("order", self.seed, epoch), range(len(self._turns))
         is_grouped = self.groups is not None
-        order = self._grouped(generator) if is_grouped else _permuted(places, generator)
-        turns = (self._turns[place] for place in order)
+        order = self._grouped(generator) if is_grouped else _permuted(indices, generator)
+        turns = (self._turns[index] for index in order)
         return [EpochIndex(epoch * self.repeats[i] + turn, i) for i, turn in turns]
 
     def _grouped(self, generator: torch.Generator) -> list[int]:
-        """Places in `_turns`: whole global batches, each of one group, in shuffled order."""
+        """Shuffle whole global batches, each of one group; returns indices into `_turns`."""
         assert self.groups is not None
         members: dict[object, list[int]] = {}
-        for place, (index, _) in enumerate(self._turns):
-            members.setdefault(self.groups[index], []).append(place)
+        for position, (index, _) in enumerate(self._turns):
+            members.setdefault(self.groups[index], []).append(position)
         size = self.global_batch_size
         batches: list[list[int]] = []
         for indices in members.values():
@@ -106,7 +104,7 @@ class EpochSampler:
         return [index for batch in order_of_batches for index in batches[batch]]
 
     def __iter__(self) -> Iterator[list[EpochIndex]]:
-        """Yield this process's batches from the current state on, without end."""
+        """Yield this process's batches without end, starting from the current state."""
         state = self.state
         first = self.process_index * self.batch_size
         while True:
@@ -116,7 +114,7 @@ class EpochSampler:
     def _next_global_batch(
         self, epoch: int, position: int
     ) -> tuple[list[EpochIndex], tuple[int, int]]:
-        """The global batch at a state, and the state after it."""
+        """Return the global batch at a state, and the state after it."""
         batch: list[EpochIndex] = []
         order = self.epoch_order(epoch)
         while len(batch) < self.global_batch_size:
@@ -128,7 +126,7 @@ class EpochSampler:
         return batch, (epoch, position)
 
     def advance(self, batches: int = 1) -> None:
-        """Move the state past batches that training has consumed."""
+        """Advance the state by consumed batches."""
         for _ in range(batches):
             _, self.state = self._next_global_batch(*self.state)
 
@@ -139,19 +137,19 @@ class EpochSampler:
         return {"epoch": epoch, "position": position, **order, **size}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint, with any number of processes.
+        """Load the state of a checkpoint, which may have another number of processes.
 
-        Where batches are of one group each, another global batch size continues with the next
-        epoch: the place in this one would lie inside of a batch.
+        With groups, a changed global batch size skips to the next epoch, since the position in the
+        current one would be inside of a batch.
 
         Raises:
-            ValueError: If it belongs to another dataset or seed: the order would differ silently.
+            ValueError: If dataset size or seed differ, which would change the order silently.
         """
-        for name, ours in (("num_samples", self.num_samples), ("seed", self.seed)):
-            if state.get(name, ours) != ours:
+        for name, value in (("num_samples", self.num_samples), ("seed", self.seed)):
+            if state.get(name, value) != value:
                 raise ValueError(
                     f"cannot resume: the checkpoint was trained with {name} {state[name]}, "
-                    f"this run has {ours}"
+                    f"but this run has {value}"
                 )
         size = state.get("global_batch_size", self.global_batch_size)
         self.state = int(state["epoch"]), int(state["position"])

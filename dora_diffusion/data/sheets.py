@@ -1,4 +1,4 @@
-"""Sheets of images with a title, a line of text above each row, and a label above each column."""
+"""Sheets of images with a title, a label above each row, and a label above each column."""
 
 from __future__ import annotations
 
@@ -7,44 +7,47 @@ from collections.abc import Mapping, Sequence
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 _SMALLEST_FONT, _IMAGES_PER_FONT = 12, 24
-# A single small image must leave room for words.
+# Minimum width of a sheet in characters, also for a single small image.
 _LEAST_CHARACTERS = 24
 _GAP = 2
-# Most lines of a column's label.
+# Limit of a column's label.
 _MOST_LINES = 3
 
 
 def labelled_sheet(
     images: Sequence[Image.Image], title: str, rows: Sequence[str], columns: Sequence[str]
 ) -> Image.Image:
-    """Images on white, with their labels in letters that fit the images' size.
+    """Arrange images on white, with labels in a font size that suits the images.
 
     Args:
-        images: Images row by row; the images of a row have one size.
-        title: Title above all rows; empty: none.
-        rows: Label above each row, in as many lines as it needs.
-        columns: Label above each column, in three lines at most.
+        images: Images row by row; all images of a row have the same size.
+        title: Title; empty: none.
+        rows: Label of each row, with any number of lines.
+        columns: Label of each column, with at most three lines.
     """
     width, count = images[0].width, len(columns)
-    size, widest = max(_SMALLEST_FONT, width // _IMAGES_PER_FONT), max(i.width for i in images)
-    total = max(count * (widest + _GAP) - _GAP, _LEAST_CHARACTERS * size // 2)
-    labels = [_written(label, size, width, _MOST_LINES) for label in columns]
-    parts = [_written(title, size, total)] if title else []
-    parts.append(image_grid(labels, count))
+    size, widest_image = (
+        max(_SMALLEST_FONT, width // _IMAGES_PER_FONT),
+        max(i.width for i in images),
+    )
+    total = max(count * (widest_image + _GAP) - _GAP, _LEAST_CHARACTERS * size // 2)
+    labels = [_text_image(label, size, width, _MOST_LINES) for label in columns]
+    strips = [_text_image(title, size, total)] if title else []
+    strips.append(image_grid(labels, count))
     for number, row in enumerate(rows):
-        shown = image_grid(images[number * count : (number + 1) * count], count)
-        parts += [_written(row, size, total), ImageOps.expand(shown, (0, 0, 0, _GAP), "white")]
-    return image_grid(parts, 1, gap=0)
+        grid = image_grid(images[number * count : (number + 1) * count], count)
+        strips += [_text_image(row, size, total), ImageOps.expand(grid, (0, 0, 0, _GAP), "white")]
+    return image_grid(strips, 1, gap=0)
 
 
 def one_image(sheet: Image.Image, width: int, height: int) -> Image.Image:
-    """The first image of a labelled sheet's last row, which ends the sheet but for a gap."""
+    """Cut the first image of the last row from a labelled sheet; a gap follows the row."""
     bottom = sheet.height - _GAP
     return sheet.crop((0, bottom - height, width, bottom))
 
 
-def _written(text: str, size: int, width: int, most: int | None = None) -> Image.Image:
-    """A text on white, in at most so many lines of a width, to which long words are broken."""
+def _text_image(text: str, size: int, width: int, most: int | None = None) -> Image.Image:
+    """Draw a text on white, wrapped to a width and a limit of lines; long words are broken."""
     font, lines = ImageFont.load_default(size), [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -70,7 +73,7 @@ def sheet(
     columns: int = 11,
     side: int = 112,
 ) -> Image.Image:
-    """Images under their labels, in bands of as many columns as fit, one row per model."""
+    """Arrange images under their labels in bands of columns, with one row per model."""
     bands = []
     for at in range(0, len(labels), columns):
         band = slice(at, at + columns)
@@ -81,12 +84,12 @@ def sheet(
 
 def _cell(image: Image.Image, side: int) -> Image.Image:
     filters = Image.Resampling
-    how = filters.BICUBIC if image.width < side else filters.LANCZOS
-    return center_square(image).resize((side, side), how)
+    filter_kind = filters.BICUBIC if image.width < side else filters.LANCZOS
+    return center_square(image).resize((side, side), filter_kind)
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, gap: int = _GAP) -> Image.Image:
-    """Images in rows, on white."""
+    """Arrange images in rows on white."""
     rows = [images[at : at + columns] for at in range(0, len(images), columns)]
     width = max(image.width for image in images) + gap
     heights, y = [max(image.height for image in row) + gap for row in rows], 0
@@ -99,7 +102,7 @@ def image_grid(images: Sequence[Image.Image], columns: int, gap: int = _GAP) -> 
 
 
 def center_square(image: Image.Image) -> Image.Image:
-    """The largest square in the middle of an image, as RGB."""
+    """Largest central square of an image, as RGB."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.convert("RGB").crop((left, top, left + side, top + side))

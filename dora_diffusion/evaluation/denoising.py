@@ -1,8 +1,8 @@
-"""The denoising loss on held-out images at fixed timesteps and noise.
+"""Denoising loss on held-out images at fixed timesteps and noise.
 
-Nothing is sampled: two models are asked the same questions, and their difference is not blurred by
-luck. That makes it the most sensitive of all measures, and the least telling: it says that a model
-expects such images, not that it can make them.
+Nothing is sampled: models are compared on the same inputs, without noise from sampling. This is the
+most sensitive measure, but also the weakest evidence: a low loss means that a model expects such
+images, not that it can generate them.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ NUM_SEEDS = 4
 
 @dataclass(frozen=True)
 class _Encoded:
-    """An image as the UNet reads it.
+    """UNet inputs of an image.
 
     Attributes:
         latents: ``(1, C, h, w)`` float32.
-        condition: ``(1, n, h, w)`` float32, what the UNet reads besides; None if nothing.
-        time_ids: ``(1, 6)`` where the family has them.
+        condition: Further channels ``(1, n, h, w)`` float32; None without any.
+        time_ids: ``(1, 6)``; None if the family has none.
     """
 
     latents: Tensor
@@ -52,19 +52,19 @@ class _Encoded:
 
 
 class HeldOutImages:
-    """Images that a model is asked to denoise, which is done as often as its weights change.
+    """Held-out images of a model whose denoising loss is computed repeatedly during training.
 
-    Images are encoded once, captions whenever they are needed, since text encoders may train.
+    Images are encoded once, captions for each computation, since text encoders may train.
     """
 
     @torch.no_grad()
     def __init__(
         self, components: Components, images: Sequence[Image], captions: Sequence[str]
     ) -> None:
-        """Encode n images, cut to the model's resolution from the middle, with n captions.
+        """Encode n images, center-cropped to the model's resolution, with n captions.
 
         Raises:
-            ValueError: Their numbers differ.
+            ValueError: If their numbers differ.
         """
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images, {len(captions)} captions")
@@ -74,38 +74,38 @@ class HeldOutImages:
 
     @torch.no_grad()
     def losses(self, seeds: Sequence[Sequence[int]], *, batch_size: int = 10) -> list[list[float]]:
-        """Each image's mean squared error of the prediction, over evenly spaced timesteps.
+        """Mean squared error of the prediction for each image, over evenly spaced timesteps.
 
-        The target is the model's own (noise or velocity), without a weight. Adapters are as they
-        are on the model; nothing is drawn but from generators of the seeds.
+        The target follows the model's prediction type, without loss weighting. Adapters are left
+        as they are. All noise comes from generators of the seeds.
 
         Args:
-            seeds: Rounds of n seeds of the noise; the same for every model that is compared.
-            batch_size: Predictions at once.
+            seeds: Rounds of n seeds of the noise; use the same for all compared models.
+            batch_size: Predictions per forward pass.
 
         Returns:
-            Per round n losses.
+            n losses for each round.
 
         Raises:
-            ValueError: There are not n seeds in a round.
+            ValueError: If a round does not have n seeds.
         """
         components, count = self._components, len(self.captions)
-        if wrong := [row for row in seeds if len(row) != count]:
-            raise ValueError(f"{count} images, {len(wrong[0])} seeds")
+        if mismatched := [row for row in seeds if len(row) != count]:
+            raise ValueError(f"{count} images, {len(mismatched[0])} seeds")
         with components.eval_mode(), norm_scope(*components.adaptable().values()):
             with on_device(components.device, *components.text_encoders):
-                each = {c: encode_prompts(components, [c]) for c in dict.fromkeys(self.captions)}
-            conditioning = Conditioning.cat([each[caption] for caption in self.captions])
+                encoded = {c: encode_prompts(components, [c]) for c in dict.fromkeys(self.captions)}
+            conditioning = Conditioning.cat([encoded[caption] for caption in self.captions])
             return [
                 [
-                    _loss(components, image, conditioning[at], seed, batch_size)
-                    for at, (image, seed) in enumerate(zip(self._encoded, row, strict=True))
+                    _loss(components, image, conditioning[index], seed, batch_size)
+                    for index, (image, seed) in enumerate(zip(self._encoded, row, strict=True))
                 ]
                 for row in seeds
             ]
 
     def losses_by_seed(self, seeds: Sequence[int], *, batch_size: int = 10) -> list[list[float]]:
-        """The losses where every image is asked for with each of some seeds: n for each of them."""
+        """Compute the losses with the same seed for all images, for each of several seeds."""
         return self.losses([[seed] * len(self.captions) for seed in seeds], batch_size=batch_size)
 
 
@@ -132,8 +132,8 @@ def _loss(
         [sample_noise(shape, generator_for("held out", seed, int(t))) for t in timesteps]
     ).to(image.latents)
     losses = [
-        _batch_loss(components, image, noise[part], timesteps[part], conditioning)
-        for part in (slice(i, i + batch_size) for i in range(0, TIMESTEPS, batch_size))
+        _batch_loss(components, image, noise[batch], timesteps[batch], conditioning)
+        for batch in (slice(i, i + batch_size) for i in range(0, TIMESTEPS, batch_size))
     ]
     return float(torch.cat(losses).mean())
 
@@ -145,7 +145,7 @@ def _batch_loss(
     timesteps: Tensor,
     conditioning: Conditioning,
 ) -> Tensor:
-    """Loss of an image at each of B timesteps, with noise ``(B, C, h, w)``: ``(B,)``."""
+    """Loss ``(B,)`` of an image at B timesteps, with noise ``(B, C, h, w)``."""
     count, ids, condition = len(timesteps), image.time_ids, image.condition
     latents = image.latents.expand(count, -1, -1, -1)
     timesteps = timesteps.to(latents.device)

@@ -1,4 +1,4 @@
-"""Measures: name, meaning and confidence interval of every figure."""
+"""Measures: name, meaning and confidence interval of each figure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dora_diffusion.evaluation.statistics import (
 )
 
 Values = tuple[tuple[float, ...], ...]
-"""One value per image, grouped by the seed that the images were made from."""
+"""One value per image, grouped by the seed of the images."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Measure:
     """One figure of an evaluation.
 
     Attributes:
-        title: How tables call it.
-        kind: ``"share"`` of images that are right, or the ``"mean"`` of something.
-        better: Which way is good; ``"base"`` means that it should stay where the base model is.
-        meaning: What it says, in a sentence.
+        title: Title in tables.
+        kind: ``"share"`` of images that are right, or ``"mean"`` over images.
+        better: Direction of improvement; ``"base"``: as close to the base model as possible.
+        meaning: Description in a sentence.
     """
 
     title: str
@@ -46,21 +46,21 @@ MEASURES: dict[str, Measure] = {
         Path(__file__).with_name("measures.yaml").read_text(encoding="utf-8")
     ).items()
 }
-"""Every figure by its name; a name followed by ``@MODEL`` is that figure by a metric model."""
+"""Measures by name; a name followed by ``@MODEL`` is the measure by a metric model."""
 
 LEAKAGE = 0.7
-"""Cosine above which an image shows the subject: one subject scores 0.95, two hardly ever 0.7."""
+"""Cosine above which an image shows the subject; same subject: 0.95, others: rarely 0.7."""
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to make.
+    """Request of one image.
 
     Attributes:
-        group: What it is about: ``"subject"``, its ``"class"`` without the token, ``"others"``, ...
-        prompt: What the model is asked.
-        round: Number of the round of all prompts; every round has seeds of its own.
-        seed: Of the image.
+        group: ``"subject"``, its ``"class"`` without the token, ``"others"``, ...
+        prompt: Prompt of the image.
+        round: Index of the round of all prompts; rounds have different seeds.
+        seed: Seed of the image.
     """
 
     group: str
@@ -70,17 +70,17 @@ class ImageRequest:
 
 
 class Scores:
-    """Values by measure, of images that belong to a group and a round of seeds."""
+    """Values of images by measure; images belong to groups and to rounds of seeds."""
 
     def __init__(self, requests: Sequence[ImageRequest]) -> None:
-        """Start without values for these requests."""
+        """Create empty scores for the requests."""
         self.requests = requests
         self.values: dict[str, Values] = {}
 
     def add(self, name: str, group: str, values: Sequence[float | None]) -> None:
-        """Add a measure of one group, from a value per image (of all groups).
+        """Add a measure of one group, from one value per image of all groups.
 
-        An image whose value is None does not count; a measure without values is left out.
+        Values of None are skipped; a measure without values is not added.
         """
         rounds: dict[int, list[float]] = {}
         for request, value in zip(self.requests, values, strict=True):
@@ -90,19 +90,19 @@ class Scores:
             self.values[name] = tuple(tuple(rounds[number]) for number in sorted(rounds))
 
     def add_diversity(self, name: str, vectors: Tensor, *, cosine: bool) -> None:
-        """Add how far apart the subject's images of one prompt are, where there are several."""
+        """Add the mean distance between the subject's images of a prompt, if there are several."""
         if len({request.round for request in self.requests}) > 1:
             keys = [(request.group, request.prompt) for request in self.requests]
             self.add(name, "subject", mean_distances(vectors, keys, cosine=cosine))
 
     def add_change(self, name: str, features: Tensor, base: Tensor) -> None:
-        """Add how far images of other things are from the base's: unit vectors ``(n, d)`` each."""
+        """Add the distances of images of other classes to the base's: unit vectors ``(n, d)``."""
         change = (1 - (features * base).sum(1)).clamp_min(0).tolist()
         self.add(name, "others", change)
 
 
 def measure_of(name: str) -> Measure:
-    """The measure of a name, with or without ``@MODEL``."""
+    """Return the measure of a name with or without ``@MODEL``."""
     return MEASURES[name.partition("@")[0]]
 
 
@@ -117,10 +117,10 @@ def seed_means(values: Values) -> list[float]:
 
 
 def summarize(name: str, values: Values) -> Interval:
-    """Estimate and interval over images, each of a seed of its own: Wilson's for shares, else t.
+    """Estimate and interval over images with independent seeds: Wilson's for shares, else t.
 
-    Means over prompts count the spread between prompts as chance, which makes them wider than the
-    chance of seeds alone would.
+    Intervals include the spread between prompts, which makes them wider than the spread between
+    seeds alone.
     """
     if measure_of(name).kind == "share":
         flat = _flat(values)
@@ -129,7 +129,7 @@ def summarize(name: str, values: Values) -> Interval:
 
 
 def difference(name: str, values: Values, base: Values) -> Interval:
-    """Mean change against the base: means paired by image, shares with Newcombe's interval."""
+    """Mean change from the base: means paired by image, shares with Newcombe's interval."""
     if measure_of(name).kind == "share":
         return share_difference(summarize(name, values), summarize(name, base))
     pairs = zip(_independent(name, values), _independent(name, base), strict=True)
@@ -137,9 +137,9 @@ def difference(name: str, values: Values, base: Values) -> Interval:
 
 
 def _independent(name: str, values: Values) -> list[float]:
-    """Values that know nothing of each other: an image's, or a prompt's distances over all seeds.
+    """Independent values: one per image; for diversity, one per prompt over all seeds.
 
-    Distances between images of one prompt share images.
+    Distances between images of one prompt are not independent, since they share images.
     """
     if name.startswith("diversity") and len({len(group) for group in values}) == 1:
         return [float(mean) for mean in np.mean(values, axis=0)]
@@ -151,29 +151,29 @@ def _flat(values: Values) -> list[float]:
 
 
 def similarities(features: Tensor, references: Tensor) -> list[float]:
-    """Each image's mean cosine to all references: unit vectors ``(n, d)`` and ``(m, d)``."""
-    alike: list[float] = (features @ references.T).mean(1).tolist()
-    return alike
+    """Mean cosine of each image to all references: unit vectors ``(n, d)`` and ``(m, d)``."""
+    cosines: list[float] = (features @ references.T).mean(1).tolist()
+    return cosines
 
 
 def mean_distances(vectors: Tensor, groups: Sequence[object], *, cosine: bool) -> list[float]:
-    """Each row's mean distance to the other rows of its group; 0 for a row that is alone.
+    """Mean distance of each row to the other rows of its group; 0 for a single row.
 
-    Averaged over a group this is its mean pairwise distance.
+    The average over a group is its mean pairwise distance.
 
     Args:
         vectors: ``(n, d)``: unit vectors for ``cosine``, else pixels from 0 to 1.
-        groups: n keys; rows of one key are compared.
-        cosine: ``1 - cosine``; else the root mean square difference.
+        groups: n keys; rows with the same key form a group.
+        cosine: Use ``1 - cosine``; else the root mean square difference.
     """
     result = [0.0] * len(groups)
     for key in dict.fromkeys(groups):
         rows = [row for row, group in enumerate(groups) if group == key]
-        chosen = vectors[rows]
+        members = vectors[rows]
         if cosine:
-            distances = 1 - chosen @ chosen.T
+            distances = 1 - members @ members.T
         else:
-            distances = torch.cdist(chosen, chosen) / vectors.shape[1] ** 0.5
+            distances = torch.cdist(members, members) / vectors.shape[1] ** 0.5
         distances.fill_diagonal_(0)
         for row, total in zip(rows, distances.sum(1).tolist(), strict=True):
             result[row] = total / max(1, len(rows) - 1)

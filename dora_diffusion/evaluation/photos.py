@@ -1,4 +1,4 @@
-"""Measures of what a model has learned of a real subject, by networks that know photographs."""
+"""Evaluation of a subject known from photos, by image-similarity models and denoising loss."""
 
 from __future__ import annotations
 
@@ -48,26 +48,27 @@ PROMPTS: tuple[str, ...] = (
     "a close-up photo of {} on a white background",
     "a watercolor painting of {}",
 )
-"""Prompts for the subject; ``{}`` is its place."""
+"""Prompts for the subject, which replaces ``{}``."""
 
 OTHERS: tuple[str, ...] = (
     "dog", "cat", "car", "chair", "cup", "house", "tree", "bicycle", "bowl of fruit", "person",
 )  # fmt: skip
-"""Prompts of things that should stay what they are; the subject's own class is left out."""
+"""Other classes, which should not change; the subject's class is skipped."""
 
 _PIXELS = 64
 
 
 @dataclass(frozen=True)
 class PhotoSubject:
-    """A subject that is known from its photos alone.
+    """A subject that is known from photos.
 
     Attributes:
-        name: How reports call it.
+        name: Name in reports.
         trigger: Trigger words, such as "sks dog".
-        class_word: What it is, such as "dog"; empty if unknown, then its class is not asked for.
-        photos: Photos of it, which training should not have seen.
-        trained_on: Digests of the photos that the adapter was trained on; empty if unknown.
+        class_word: Class of the subject, such as "dog"; empty: unknown, and the class is not
+            evaluated.
+        photos: Photos of the subject, preferably held out of training.
+        trained_on: Digests of the adapter's training photos; empty if unknown.
     """
 
     name: str
@@ -78,18 +79,20 @@ class PhotoSubject:
 
     @property
     def cautions(self) -> tuple[str, ...]:
-        """Cautions about figures on photos that were trained on, or that are cut out."""
+        """Cautions about figures on training photos and on photos with transparent parts."""
         transparent = transparency_message(self.photos)
-        cautions = (f"{transparent}, and are compared so",) if transparent else ()
-        known = sum(photo.digest in self.trained_on for photo in self.photos)
-        if not known:
+        cautions = (f"{transparent}, and are compared as such",) if transparent else ()
+        trained = sum(photo.digest in self.trained_on for photo in self.photos)
+        if not trained:
             return cautions
-        which = f"{known} of these {len(self.photos)} photos {'was' if known == 1 else 'were'}"
-        if known == len(self.photos):
-            which = "all of these photos were"
+        training_photos = (
+            f"{trained} of these {len(self.photos)} photos {'was' if trained == 1 else 'were'}"
+        )
+        if trained == len(self.photos):
+            training_photos = "all of these photos were"
         return (
-            f"{which} trained on: similarity to them rewards copying, and their denoising loss "
-            "is not that of new photos; evaluate on held-out photos",
+            f"{training_photos} trained on: similarity to them rewards copying, and their "
+            "denoising loss is lower than on new photos; evaluate on held-out photos",
             *cautions,
         )
 
@@ -102,18 +105,18 @@ def read_subject(
     trained_on: Collection[str] = (),
     rules: CaptionRules = CaptionRules(),  # noqa: B008 - frozen
 ) -> PhotoSubject:
-    """The subject of a folder of photos, each opened and checked once.
+    """Read a subject from a folder of photos.
 
     Args:
-        folder: Of the photos.
-        trigger: Trigger words, the caption of photos that have none.
-        class_word: What it is.
-        trained_on: Digests of photos that were trained on.
-        rules: How training read captions; here nothing is shuffled or dropped.
+        folder: Folder of photos.
+        trigger: Trigger words, also used in the caption of photos without one.
+        class_word: Class of the subject.
+        trained_on: Digests of training photos.
+        rules: Caption rules of the training; captions are not shuffled or dropped here.
 
     Raises:
-        PhotoError: The folder holds no photo, or one that cannot be used.
-        ValueError: A caption's wildcards cannot be drawn.
+        PhotoError: If the folder has no photo, or one that cannot be used.
+        ValueError: If a caption's wildcards are not valid.
     """
     paths, prompt = list_photos(folder), f"a photo of {with_article(trigger)}"
     photos = [
@@ -125,10 +128,10 @@ def read_subject(
 
 @dataclass(frozen=True)
 class PhotoRequest(ImageRequest):
-    """An image of the subject, its class or other things.
+    """Request of an image of the subject, its class or another class.
 
     Attributes:
-        meaning: The prompt without the token, which a metric model understands.
+        meaning: Prompt without the token, for metric models.
     """
 
     meaning: str
@@ -137,36 +140,44 @@ class PhotoRequest(ImageRequest):
 def photo_requests(
     trigger: str, class_word: str, seeds: Sequence[int], prompts: Sequence[str] = PROMPTS
 ) -> list[PhotoRequest]:
-    """All requests: per seed every prompt with the subject, with its class, and other things.
+    """Make all requests: for each seed, the prompts for subject and class, and other classes.
 
     Args:
         trigger: Trigger words, such as "sks dog".
-        class_word: What it is, such as "dog"; empty if unknown, then its class is not asked for.
-        seeds: One round of prompts each.
-        prompts: Texts with ``{}`` where the subject is named.
+        class_word: Class of the subject, such as "dog"; empty: unknown, and without requests.
+        seeds: Seeds, one for each round of prompts.
+        prompts: Texts with ``{}`` for the subject.
 
     Raises:
-        ValueError: A prompt has no ``{}``.
+        ValueError: If a prompt has no ``{}``.
     """
     for prompt in prompts:
         if "{}" not in prompt:
-            raise ValueError(f"the prompt {prompt!r} lacks {{}}, the place of the subject")
-    noun = with_article(class_word) if class_word else "it"
-    named = with_article(trigger)
-    others = [word for word in OTHERS if word not in class_word.split()]
-    asked = [("subject", p.replace("{}", named), p.replace("{}", noun)) for p in prompts]
+            raise ValueError(
+                f"the prompt {prompt!r} has no {{}}; put it where the subject is named"
+            )
+    class_noun = with_article(class_word) if class_word else "it"
+    subject_noun = with_article(trigger)
+    other_classes = [word for word in OTHERS if word not in class_word.split()]
+    specifications = [
+        ("subject", p.replace("{}", subject_noun), p.replace("{}", class_noun)) for p in prompts
+    ]
     if class_word:
-        asked += [("class", p.replace("{}", noun), p.replace("{}", noun)) for p in prompts]
-    asked += [("others", text, text) for text in (f"a photo of a {word}" for word in others)]
+        specifications += [
+            ("class", p.replace("{}", class_noun), p.replace("{}", class_noun)) for p in prompts
+        ]
+    specifications += [
+        ("others", text, text) for text in (f"a photo of a {word}" for word in other_classes)
+    ]
     return [
         PhotoRequest(group, prompt, number, 1000 * seed + k, meaning)
         for number, seed in enumerate(seeds)
-        for k, (group, prompt, meaning) in enumerate(asked)
+        for k, (group, prompt, meaning) in enumerate(specifications)
     ]
 
 
 OnStep = Callable[[int, int], None]
-"""Callback with (steps done, steps in all)."""
+"""Callback with (completed steps, total steps)."""
 
 T = TypeVar("T")
 
@@ -180,7 +191,7 @@ def sample(
     *,
     finite: bool = False,
 ) -> list[Image]:
-    """One image per request, with whatever adapters are on the model; see `generate_images`."""
+    """Generate one image per request with the model's current adapters; see `generate_images`."""
     return generate_images(
         components,
         [request.prompt for request in requests],
@@ -199,17 +210,17 @@ def base_and_adapted(
     on_step: OnStep | None,
     base_model: Components | None = None,
 ) -> dict[str, T]:
-    """Return the model's answers without its adapters (``"base"``) and with them (``"adapted"``).
+    """Return the results of ``ask`` without adapters (``"base"``) and with them (``"adapted"``).
 
     Args:
-        components: The model with its adapters on, or one that was trained whole.
-        ask: Asks the model as it is, and reports its steps.
-        seeds: One round of prompts each.
-        on_step: Called with the steps of both halves.
-        base_model: What a model that was trained whole was trained from.
+        components: The model with adapters attached, or a fully fine-tuned model.
+        ask: Function that evaluates the current model and reports its steps.
+        seeds: Seeds, one for each round of prompts.
+        on_step: Called with the steps over both models.
+        base_model: Base of a fully fine-tuned model.
 
     Raises:
-        ValueError: There is no seed, or the base is a model of another shape.
+        ValueError: If there are no seeds, or the base has another architecture.
     """
     if not seeds:
         raise ValueError("no seeds to evaluate with")
@@ -234,10 +245,10 @@ def first_round(
     images: Mapping[str, Sequence[Image]],
     hidden: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The ``images`` and ``labels`` of an `Evaluation`: the first round, without hidden groups."""
+    """Select ``images`` and ``labels`` of an `Evaluation`: first round, without hidden groups."""
     rows = [row for row, r in enumerate(requests) if r.round == 0 and r.group not in hidden]
     return {
-        "images": {name: [made[row] for row in rows] for name, made in images.items()},
+        "images": {name: [row_images[row] for row in rows] for name, row_images in images.items()},
         "labels": [requests[row].prompt.removeprefix("a photo of ") for row in rows],
     }
 
@@ -255,22 +266,22 @@ def evaluate_photos(  # noqa: PLR0913 - keywords, each documented
     on_step: OnStep | None = None,
     base_model: Components | None = None,
 ) -> Evaluation:
-    """Measure the adapters that are on a model, as the command ``evaluate`` does.
+    """Evaluate the adapters on a model, as the command ``evaluate`` does.
 
     Args:
-        components: The model with an adapter on it.
-        subject: What it should have learned (`read_subject`).
-        seeds: One round of prompts each.
-        settings: How to sample.
+        components: The model with an adapter attached.
+        subject: Subject of the adapter (`read_subject`).
+        seeds: Seeds, one for each round of prompts.
+        settings: Sampling settings.
         metric_models: Image-similarity models, or their folders, hub ids or ``efficientnet-lite0``;
             without any, similarity is not measured.
-        prompts: Each with ``{}`` where the subject is named.
-        batch_size: Images at once.
-        on_step: Called with (steps done, steps in all), for both models.
-        base_model: What it was trained from, of a model that was trained whole.
+        prompts: Prompts with ``{}`` for the subject.
+        batch_size: Images per batch.
+        on_step: Called with (completed steps, total steps), over both models.
+        base_model: Base model of a fully fine-tuned model.
 
     Raises:
-        ValueError: No seed, a prompt without ``{}``, or no such metric model.
+        ValueError: If there are no seeds, a prompt has no ``{}``, or a metric model is unknown.
 
     Example:
         >>> from dora_diffusion import load_components
@@ -313,42 +324,42 @@ def measure_photos(
     metric_models: Sequence[MetricModel],
     base: Sequence[Image],
 ) -> dict[str, Values]:
-    """Judge one model's images.
+    """Measure one model's images.
 
     Args:
-        requests: What was asked for.
-        images: What came.
-        losses: Denoising losses per seed and photo; empty where none were taken.
+        requests: Requests of the images.
+        images: Generated images.
+        losses: Denoising losses by seed and photo; empty if not computed.
         references: True photos of the subject.
-        metric_models: The judges.
+        metric_models: Image-similarity models.
         base: The base model's images of the same requests.
 
     Returns:
-        Name of a measure, with ``@MODEL``, -> values per round of seeds and image.
+        Name of a measure, with ``@MODEL`` -> values by round of seeds and image.
     """
     scores = Scores(requests)
     for model in metric_models:
         features = model.image_features(images)
-        alike = similarities(features, model.image_features(references))
-        scores.add(f"subject_similarity@{model.name}", "subject", alike)
-        scores.add(f"class_similarity@{model.name}", "class", alike)
+        cosines = similarities(features, model.image_features(references))
+        scores.add(f"subject_similarity@{model.name}", "subject", cosines)
+        scores.add(f"class_similarity@{model.name}", "class", cosines)
         if model.tokenizer is not None:
             texts = model.text_features([request.meaning for request in requests])
-            fits = (features * texts).sum(1).tolist()
-            scores.add(f"prompt_similarity@{model.name}", "subject", fits)
-            scores.add(f"others_similarity@{model.name}", "others", fits)
+            prompt_cosines = (features * texts).sum(1).tolist()
+            scores.add(f"prompt_similarity@{model.name}", "subject", prompt_cosines)
+            scores.add(f"others_similarity@{model.name}", "others", prompt_cosines)
         scores.add_diversity(f"diversity_features@{model.name}", features, cosine=True)
         scores.add_change(f"others_change@{model.name}", features, model.image_features(base))
     scores.add_diversity("diversity_pixels", _thumbnails(images), cosine=False)
-    # All seeds are asked about the same photos, which alone are independent of each other.
-    by_photo = tuple(float(np.mean(of_one)) for of_one in zip(*losses, strict=True))
+    # All seeds use the same photos, so only means by photo are independent.
+    by_photo = tuple(float(np.mean(photo_losses)) for photo_losses in zip(*losses, strict=True))
     return scores.values | ({"denoising_loss": (by_photo,)} if by_photo else {})
 
 
 def measure_references(
     references: Sequence[Image], metric_models: Sequence[MetricModel]
 ) -> dict[str, Values]:
-    """Measure true photos against each other: the most that an image can be expected to reach."""
+    """Measure true photos against each other: an upper bound for generated images."""
     if len(references) < 2:
         return {}
     values: dict[str, Values] = {}
@@ -360,7 +371,7 @@ def measure_references(
 
 
 def _thumbnails(images: Sequence[Image]) -> Tensor:
-    """Images as ``(n, 3 * 64 * 64)`` in [0, 1]: large ones differ in places, not in grain."""
+    """Images as ``(n, 3 * 64 * 64)`` in [0, 1]; the resize removes differences of grain."""
     rows = [
         np.asarray(image.convert("RGB").resize((_PIXELS, _PIXELS), resample=4), np.float32)
         for image in images

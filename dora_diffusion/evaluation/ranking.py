@@ -1,10 +1,10 @@
-"""Several adapters of one model, asked for the same few images at the same seeds.
+"""Ranking of several adapters of one model by images of the same prompts and seeds.
 
 The folder of a ranking::
 
-    comparison.json   what was measured, one row per checkpoint
-    <name>.png        the subject, at fixed seeds
-    <name>-others.png other things, at fixed seeds
+    comparison.json   measurements, one row per checkpoint
+    <name>.png        images of the subject, at fixed seeds
+    <name>-others.png images of other classes, at fixed seeds
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from dora_diffusion.sampling.settings import SamplingSettings
 SEED, SUBJECTS, OTHERS = 0, 5, 6
 _SHOWN_OTHERS, _SIDE = 3, 160
 _COPYING = (
-    "Similarity is to the photos that were trained on, so that copying them scores high too; on "
-    "held-out photos, dora-diffusion evaluate measures it without that."
+    "Similarity is measured to the training photos, so copying them also scores high; use "
+    "dora-diffusion evaluate with held-out photos to avoid that."
 )
 
 Images = Sequence[Image.Image]
@@ -57,15 +57,15 @@ R = TypeVar("R", bound=ImageRequest)
 
 @dataclass(frozen=True)
 class RankedCheckpoint:
-    """One checkpoint, or the base model, as it was measured.
+    """Measurements of one checkpoint, or of the base model.
 
     Attributes:
         name: ``"checkpoint-N"``, ``"result"`` or ``"base"``.
-        similarity: How like the subject its images are; None if that could not be measured.
-        drift: How far other things have moved from the base's images of the same seeds.
-        images: The subject, and other things.
-        similarities: Of each image of the subjects, in the same order for every row.
-        step: Optimizer steps; 0 is the base. It is the run that tells it, not the file.
+        similarity: Mean similarity of its images to the subject; None if not measured.
+        drift: Mean distance of images of other classes to the base's images of the same seeds.
+        images: Image files of the subject and of other classes.
+        similarities: Similarity of each image of the subjects, in the same order for every row.
+        step: Optimizer steps, according to the run; 0 for the base.
         loss: Denoising loss on held-out photos; None without any.
     """
 
@@ -78,10 +78,10 @@ class RankedCheckpoint:
     loss: float | None = None
 
     def by_subject(self, count: int) -> list[float | None]:
-        """Similarity of each of ``count`` subjects, which have as many images."""
-        each = len(self.similarities) // count if count else 0
-        parts = [self.similarities[at * each : (at + 1) * each] for at in range(count)]
-        return [sum(part) / each if part else None for part in parts]
+        """Mean similarity of each of ``count`` subjects, which have the same number of images."""
+        size = len(self.similarities) // count if count else 0
+        slices = [self.similarities[index * size : (index + 1) * size] for index in range(count)]
+        return [sum(values) / size if values else None for values in slices]
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ class Ranking:
     """Result of a ranking.
 
     Attributes:
-        rows: The base first, then checkpoints by step; those that are gone are left out.
-        missing: Checkpoints that it does not cover, since they are newer.
-        notes: What the figures are, and what could not be measured.
-        similar_to: What similarity is to, in few words.
-        triggers: Trigger words of each subject; the figures are means over them.
+        rows: The base, then checkpoints by step, without deleted ones.
+        missing: Newer checkpoints that the ranking does not include.
+        notes: Explanations of the figures, and measures that are not available.
+        similar_to: Short name of the reference photos of similarity.
+        triggers: Trigger words of the subjects; figures are means over them.
     """
 
     rows: tuple[RankedCheckpoint, ...]
@@ -106,7 +106,7 @@ class Ranking:
         """Return the gain in similarity to the subject over the base's images, paired by seed.
 
         Returns:
-            The mean difference with its 95% confidence interval; None if that was not measured.
+            The mean difference with its 95% confidence interval; None if not measured.
         """
         base = next((row for row in self.rows if not row.step), None)
         if base is None or not row.step or len(row.similarities) != len(base.similarities):
@@ -118,9 +118,9 @@ class Ranking:
 
     @property
     def suggested(self) -> str:
-        """The row of the highest similarity less drift among those that have learned the subject.
+        """Name of the row with the highest similarity minus drift that has learned the subject.
 
-        Empty if none is more like the subject than the base, or if that was not measured.
+        Empty if no row is significantly more similar than the base, or similarity is not measured.
         """
         scores = {
             row.name: row.similarity - row.drift
@@ -135,7 +135,7 @@ class Ranking:
 
     @property
     def verdict(self) -> str:
-        """Message that nothing was learned, with the interval; empty where something was."""
+        """Message with the interval if no checkpoint has learned the subject; else empty."""
         gains = {row: gain for row in self.rows if (gain := self.gain(row)) is not None}
         if not gains or self.suggested:
             return ""
@@ -150,23 +150,23 @@ class Ranking:
 
 
 def write_ranking(folder: Path, ranking: Ranking) -> Path:
-    """Write comparison.json; images are named there, and lie beside it."""
+    """Write comparison.json, which names the image files in the same folder."""
     text = json.dumps(asdict(ranking), indent=1, default=lambda path: path.name)
     return save_text(folder / COMPARISON, text)
 
 
 @dataclass(frozen=True)
 class EvaluationPrompts:
-    """Prompts of an evaluation, and how to judge the answers.
+    """Prompts of an evaluation, and the function that measures the images.
 
     Attributes:
-        requests: `SUBJECTS` of each subject, then `OTHERS` of other things, or fewer.
-        settings: How to sample.
-        judge: (images, the base's images) -> figures, as `measure_photos` names them.
-        notes: What the figures are.
-        similar_to: What similarity is to, in few words.
-        held_out: Photos whose denoising loss is taken too.
-        triggers: Trigger words of each subject, of which as many images are asked for.
+        requests: Up to `SUBJECTS` requests of each subject, then up to `OTHERS` of other classes.
+        settings: Sampling settings.
+        judge: (images, the base's images) -> figures, named as by `measure_photos`.
+        notes: Explanations of the figures.
+        similar_to: Short name of the reference photos of similarity.
+        held_out: Photos for the denoising loss.
+        triggers: Trigger words of the subjects, which have the same number of images.
     """
 
     requests: Sequence[ImageRequest]
@@ -181,55 +181,64 @@ class EvaluationPrompts:
 def ask_photos(
     subjects: Sequence[PhotoSubject], settings: SamplingSettings, trained_on: Collection[str] = ()
 ) -> EvaluationPrompts:
-    """Subjects that are known from photos alone, those that were trained on or held-out ones.
+    """Make the prompts for subjects known from training photos or held-out photos.
 
     Args:
-        subjects: Each with its photos.
-        settings: How to sample.
-        trained_on: Trigger words of those whose photos were trained on.
+        subjects: The subjects with their photos.
+        settings: Sampling settings.
+        trained_on: Trigger words of the subjects whose photos are training photos.
     """
-    every = [
-        photo_requests(one.trigger, one.class_word, [SEED], PROMPTS[:SUBJECTS]) for one in subjects
+    candidates = [
+        photo_requests(subject.trigger, subject.class_word, [SEED], PROMPTS[:SUBJECTS])
+        for subject in subjects
     ]
-    # Things that are of no subject's class.
-    shared = set.intersection(*({request.prompt for request in of_one} for of_one in every))
-    rounds = [
-        few_requests([r for r in of_one if r.group == "subject" or r.prompt in shared])
-        for of_one in every
+    # Prompts of other classes than the subjects'.
+    shared = set.intersection(
+        *({request.prompt for request in requests} for requests in candidates)
+    )
+    selected = [
+        few_requests([r for r in requests if r.group == "subject" or r.prompt in shared])
+        for requests in candidates
     ]
-    asked = [[r for r in of_one if r.group == "subject"] for of_one in rounds]
-    others = rounds[0][len(asked[0]) :]
+    of_subject = [[r for r in requests if r.group == "subject"] for requests in selected]
+    of_others = selected[0][len(of_subject[0]) :]
     model = open_metric_model(LITE)
-    references = [[open_photo(photo.path) for photo in one.photos] for one in subjects]
+    references = [[open_photo(photo.path) for photo in subject.photos] for subject in subjects]
 
     def judge(images: Images, base: Images) -> Mapping[str, Values]:
-        found: dict[str, Values] = {}
-        start, rest = 0, sum(map(len, asked))
-        for of_one, photos in zip(asked, references, strict=True):
-            end = start + len(of_one)
-            mine, before = ([*of[start:end], *of[rest:]] for of in (images, base))
+        combined: dict[str, Values] = {}
+        start, rest = 0, sum(map(len, of_subject))
+        for requests, photos in zip(of_subject, references, strict=True):
+            end = start + len(requests)
+            row_images, row_base = (
+                [*source[start:end], *source[rest:]] for source in (images, base)
+            )
             start = end
-            values = measure_photos([*of_one, *others], mine, (), photos, [model], before)
+            values = measure_photos(
+                [*requests, *of_others], row_images, (), photos, [model], row_base
+            )
             for name, (value,) in values.items():
-                kept = found.get(name, ((),))[0] if name.startswith("subject_") else ()
-                found[name] = ((*kept, *value),)
-        return found
+                earlier = combined.get(name, ((),))[0] if name.startswith("subject_") else ()
+                combined[name] = ((*earlier, *value),)
+        return combined
 
     notes = (*[_COPYING] * bool(trained_on), f"Both are measured by {model.name}.")
-    new = [one for one in subjects if one.trigger not in trained_on]
-    names = [f"held-out photos in {', '.join(dict.fromkeys(one.name for one in new))}"] * bool(new)
+    held_out = [subject for subject in subjects if subject.trigger not in trained_on]
+    folders = dict.fromkeys(subject.name for subject in held_out)
+    names = [f"held-out photos in {', '.join(folders)}"] * bool(held_out)
     names += ["training photos"] * bool(trained_on)
     return EvaluationPrompts(
-        [*itertools.chain(*asked), *others], settings, judge, notes, " and ".join(names),
-        [photo for one in new for photo in one.photos], tuple(one.trigger for one in subjects),
+        [*itertools.chain(*of_subject), *of_others], settings, judge, notes, " and ".join(names),
+        [photo for subject in held_out for photo in subject.photos],
+        tuple(subject.trigger for subject in subjects),
     )  # fmt: skip
 
 
 def few_requests(requests: Sequence[R]) -> list[R]:
-    """Return some requests of the subject and of other things, to choose by in about a minute."""
+    """Select a few requests of subject and other classes, which take about a minute to sample."""
     subject = [request for request in requests if request.group == "subject"]
-    others = [request for request in requests if request.group == "others"]
-    return subject[:SUBJECTS] + others[:OTHERS]
+    other = [request for request in requests if request.group == "others"]
+    return subject[:SUBJECTS] + other[:OTHERS]
 
 
 def rank(
@@ -240,22 +249,21 @@ def rank(
     on_image: Callable[[int, int], None],
     base: str = "base",
 ) -> tuple[list[RankedCheckpoint], list[str]]:
-    """Sample images of the base and every adapter, and write them into a folder.
+    """Sample and measure images of the base and all adapters, and write them to a folder.
 
     Args:
         components: The base model.
         adapters: Name -> adapter file.
-        questions: What to ask.
-        folder: Where the images go.
-        on_image: Called with images done and in all.
+        questions: Prompts and measures.
+        folder: Folder for the images.
+        on_image: Called with (completed images, total images).
         base: Name of the base.
 
     Returns:
-        What was measured, the base first, without adapters that give NaN or black images; and
-        notes.
+        Measurements, the base first, without adapters that produce NaN or black images; and notes.
 
     Raises:
-        BrokenImageError: If the base gives such images.
+        BrokenImageError: If the base produces NaN or black images.
     """
     folder.mkdir(parents=True, exist_ok=True)
     count, notes = len(questions.requests), list(questions.notes)
@@ -263,10 +271,10 @@ def rank(
     photos = [open_photo(photo.path) for photo in questions.held_out]
     held_out = HeldOutImages(components, photos, [photo.caption for photo in questions.held_out])
     rows: list[RankedCheckpoint] = []
-    before: Images = ()
-    for place, name in enumerate((base, *adapters)):
+    base_images: Images = ()
+    for index, name in enumerate((base, *adapters)):
 
-        def on_step(step: int, steps: int, done: int = place * count) -> None:
+        def on_step(step: int, steps: int, done: int = index * count) -> None:
             on_image(done + step * count // steps, total)
 
         try:
@@ -280,29 +288,29 @@ def rank(
                 raise
             notes.append(f"{name} was skipped: {error}.")
             continue
-        before = before or images
-        mean, similarities, drift = _figures(questions.judge(images, before))
+        base_images = base_images or images
+        mean, similarities, drift = _figures(questions.judge(images, base_images))
         loss = float(np.mean(losses)) if losses else None
         strips = _write_strips(folder, name, images, questions.requests)
         rows.append(RankedCheckpoint(name, mean, drift, strips, similarities, loss=loss))
-        on_image((place + 1) * count, total)
+        on_image((index + 1) * count, total)
     return rows, notes
 
 
 def _figures(
     values: Mapping[str, Values],
 ) -> tuple[float | None, tuple[float, ...], float | None]:
-    """Mean similarity, that of each image, and mean change of other things; of one seed."""
+    """Mean similarity, similarity of each image, and mean change of other classes, for one seed."""
     named = {name.partition("@")[0]: value for name, value in values.items()}
-    alike, change = named.get("subject_similarity"), named.get("others_change")
-    each = tuple(alike[0]) if alike else ()
-    mean = float(np.mean(each)) if each else None
-    return mean, each, seed_means(change)[0] if change else None
+    similarity, change = named.get("subject_similarity"), named.get("others_change")
+    similarities = tuple(similarity[0]) if similarity else ()
+    mean = float(np.mean(similarities)) if similarities else None
+    return mean, similarities, seed_means(change)[0] if change else None
 
 
 @contextmanager
 def _adapter_on(components: Components, adapter: Path | None) -> Iterator[None]:
-    """The model with an adapter, and without it again afterwards."""
+    """Attach an adapter to the model within the block; None: no adapter."""
     if adapter is not None:
         read = attach_file(components.adaptable(), adapter, family=components.family.name)
         add_tokens(components, read.tokens)
@@ -316,14 +324,14 @@ def _adapter_on(components: Components, adapter: Path | None) -> Iterator[None]:
 def _write_strips(
     folder: Path, name: str, images: Images, requests: Sequence[ImageRequest]
 ) -> tuple[Path, Path]:
-    """The subject, and other things, each as a strip. Small images are enlarged."""
+    """Write strips of images of the subject and of other classes; enlarges small images."""
 
-    def strip(file: str, shown: Images) -> Path:
+    def strip(file: str, row: Images) -> Path:
         side, smooth = (_SIDE, _SIDE), Image.Resampling.LANCZOS
-        thumbnails = [ImageOps.contain(image, side, smooth) for image in shown]
-        grid = image_grid(thumbnails, columns=min(len(shown), SUBJECTS), gap=4)
+        thumbnails = [ImageOps.contain(image, side, smooth) for image in row]
+        grid = image_grid(thumbnails, columns=min(len(row), SUBJECTS), gap=4)
         return save_image(grid, folder / file)
 
     subjects = sum(request.group == "subject" for request in requests)
-    others = images[subjects : subjects + _SHOWN_OTHERS]
-    return strip(f"{name}.png", images[:subjects]), strip(f"{name}-others.png", others)
+    other_images = images[subjects : subjects + _SHOWN_OTHERS]
+    return strip(f"{name}.png", images[:subjects]), strip(f"{name}-others.png", other_images)

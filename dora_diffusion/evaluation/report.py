@@ -1,4 +1,4 @@
-"""An evaluation as a table, as JSON and as a sheet of images; and pages of sections."""
+"""Reports of evaluations as table, JSON and sheet of images; and pages of sections."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 METHOD = (
-    "95% confidence intervals over images, each of a seed of its own: Student's t (changes are "
+    "95% confidence intervals over images with independent seeds: Student's t (changes are "
     "paired by prompt and seed); for shares (%) Wilson's, and Newcombe's for their change"
 )
 LOSS_ROSE = (
-    "The subject's denoising loss rises although its similarity does: after many steps on a few "
-    "photos the model expects their views and backgrounds, and the loss is that of true images "
-    "with others. It shows how much is learned by heart; similarity shows the likeness."
+    "The subject's denoising loss and its similarity both rise: after many steps on a few photos, "
+    "the model expects their views and backgrounds, but the loss is computed on true images with "
+    "others. The loss shows overfitting; similarity shows the likeness."
 )
 FILES = {"scores": "scores.json", "table": "scores.md", "images": "images.png"}
 
@@ -48,14 +48,14 @@ class Evaluation:
     """Measurements of an adapter.
 
     Attributes:
-        subject: Its name.
-        columns: ``"base"``, ``"adapted"`` and, where it is known, ``"truth"`` -> measures.
-        seeds: One round of prompts each.
+        subject: Name of the subject.
+        columns: ``"base"``, ``"adapted"`` and, if available, ``"truth"`` -> measures.
+        seeds: Seeds, one for each round of prompts.
         images: Row of the sheet -> images, in the columns of ``labels``.
-        labels: Labels of the sheet's columns.
-        notes: Reasons why a measure is missing.
-        details: Base, adapter, trigger and sampling.
-        cautions: Limits of the figures.
+        labels: Column labels of the sheet.
+        notes: Measures that are not available, with the reasons.
+        details: Base, adapter, trigger and sampling settings.
+        cautions: Limitations of the figures.
     """
 
     subject: str
@@ -69,11 +69,11 @@ class Evaluation:
 
     @property
     def names(self) -> list[str]:
-        """All measures, in the order of the adapted model's."""
+        """Names of all measures of the adapted model."""
         return list(self.columns["adapted"])
 
     def interval(self, column: str, name: str) -> Interval | None:
-        """A figure with its interval; ``"change"`` is adapted minus base. None if not measured."""
+        """Interval of a measure; ``"change"`` is adapted minus base. None if not measured."""
         if column == "change":
             adapted, base = (self.columns[key].get(name) for key in ("adapted", "base"))
             return None if adapted is None or base is None else difference(name, adapted, base)
@@ -81,7 +81,7 @@ class Evaluation:
         return None if values is None else summarize(name, values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the images, as plain values."""
+        """Return all attributes except the images, as plain values."""
         return {
             "schema": SCHEMA,
             "subject": self.subject,
@@ -107,7 +107,7 @@ class Evaluation:
         }
 
     def table(self) -> str:
-        """The figures as a Markdown table, which reads well as plain text too."""
+        """Format the figures as a Markdown table that is also readable as plain text."""
         columns = [*self.columns, "change"]
         rows = [["measure", *columns]]
         for name in self.names:
@@ -123,7 +123,7 @@ class Evaluation:
         return "\n".join([aligned(rows), "", METHOD + ".", *notes])
 
     def _rose(self, *names: str) -> bool:
-        """Return whether each of these figures is larger than the base's, by its interval."""
+        """Return whether all these figures are significantly larger than the base's."""
         changes = [self.interval("change", name) for name in names]
         return all(change and change.low is not None and change.low > 0 for change in changes)
 
@@ -145,12 +145,12 @@ class Evaluation:
 def shown(
     interval: Interval | None, is_share: bool, *, signed: bool = False, digits: int | None = None
 ) -> str:
-    """``0.83 [0.79, 0.87]``, ``95% [83, 99]``; a dash where nothing was measured."""
+    """Format an interval: ``0.83 [0.79, 0.87]``, ``95% [83, 99]``; a dash if not measured."""
     if interval is None:
         return "-"
     scale = 100 if is_share else 1
     if digits is None:
-        # Two decimals, or four where two would say nothing.
+        # Four decimals for values that two would round to nearly nothing.
         mean = interval.mean
         digits = 0 if is_share else 2 if abs(mean) >= 0.1 or mean == 0 else 4
     sign = "+" if signed else ""
@@ -169,11 +169,11 @@ _PAGE = Environment(
 
 @dataclass(frozen=True)
 class LinkedImage:
-    """An image that is not in the page's file.
+    """An image that the page links.
 
     Attributes:
-        caption: Its caption.
-        source: Its address, from the page.
+        caption: Caption of the image.
+        source: URL of the image, relative to the page.
     """
 
     caption: str
@@ -185,11 +185,11 @@ class Section:
     """A part of the page.
 
     Attributes:
-        title: Its heading.
-        text: A paragraph.
-        table: Rows, the first a head.
-        image: A file next to the page.
-        images: Images next to the page; only HTML shows them.
+        title: Heading.
+        text: A paragraph of text.
+        table: Rows; the first one is the header.
+        image: Image file in the folder of the page.
+        images: Linked images, only shown in HTML.
     """
 
     title: str
@@ -204,16 +204,16 @@ class Section:
 
 
 def as_markdown(title: str, sections: Sequence[Section]) -> str:
-    """Return the page as Markdown; images are files next to it."""
-    parts = [f"# {title}"]
+    """Format a page as Markdown, with links to image files."""
+    blocks = [f"# {title}"]
     for section in sections:
-        parts.append(f"## {section.title}")
-        parts += [section.text] if section.text else []
-        parts += [aligned(section.table)] if section.table else []
-        parts += [f"![{section.title}]({section.image.name})"] if section.image else []
-    return "\n\n".join(parts) + "\n"
+        blocks.append(f"## {section.title}")
+        blocks += [section.text] if section.text else []
+        blocks += [aligned(section.table)] if section.table else []
+        blocks += [f"![{section.title}]({section.image.name})"] if section.image else []
+    return "\n\n".join(blocks) + "\n"
 
 
 def as_html(title: str, sections: Sequence[Section]) -> str:
-    """The page as one file, images in it."""
+    """Format a page as HTML in one file, with embedded images."""
     return _PAGE.render(title=title, sections=sections)

@@ -1,4 +1,4 @@
-"""Confidence intervals of means, shares and correlations, and of runs that share a subject."""
+"""Confidence intervals of means, shares and correlations, also for clustered values."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Interval:
 
     Attributes:
         mean: The estimate.
-        low: Lower end; None where one value gives no interval.
-        high: Upper end; None where one value gives no interval.
-        n: How many values it is from: images or runs.
+        low: Lower end; None if there are too few values.
+        high: Upper end; None if there are too few values.
+        n: Number of values: images or runs.
         method: ``"t"``, ``"wilson"``, ``"newcombe"`` or ``"bootstrap"``.
     """
 
@@ -34,7 +34,7 @@ def t_quantile(degrees: int, probability: float) -> float:
     """Quantile of Student's t distribution, by bisection.
 
     Raises:
-        ValueError: Fewer than one degree of freedom, or a probability outside of 0.5 to 1.
+        ValueError: If there is no degree of freedom, or the probability is not in [0.5, 1).
     """
     if degrees < 1 or not 0.5 <= probability < 1:
         raise ValueError(f"no t quantile of {degrees} degrees of freedom at {probability}")
@@ -48,7 +48,7 @@ def t_quantile(degrees: int, probability: float) -> float:
 
 
 def _t_below(t: float, degrees: int) -> float:
-    """P(T <= t) for t >= 0, by the finite sums for whole degrees (Abramowitz, Stegun 26.7.3-4)."""
+    """P(T <= t) for t >= 0, by finite sums for integer degrees (Abramowitz, Stegun 26.7.3-4)."""
     angle = math.atan(t / math.sqrt(degrees))
     cos, sin = math.cos(angle), math.sin(angle)
     odd = degrees % 2
@@ -61,10 +61,10 @@ def _t_below(t: float, degrees: int) -> float:
 
 
 def t_interval(values: Sequence[float]) -> Interval:
-    """The mean of independent values, with Student's t interval.
+    """Mean of independent values, with Student's t interval.
 
     Raises:
-        ValueError: There is no value.
+        ValueError: If there are no values.
     """
     if not values:
         raise ValueError("no values to average")
@@ -76,12 +76,12 @@ def t_interval(values: Sequence[float]) -> Interval:
 
 
 def wilson_interval(right: float, n: int) -> Interval:
-    """A share of n independent trials, with Wilson's score interval (1927).
+    """Share of n independent trials, with Wilson's score interval (1927).
 
-    It is honest at 0 and 1, where the spread of what was seen says nothing.
+    The interval is also valid at shares of 0 and 1, where the sample variance is 0.
 
     Raises:
-        ValueError: There is no trial, or more are right than there are.
+        ValueError: If there are no trials, or ``right`` is not between 0 and ``n``.
     """
     if n < 1 or not 0 <= right <= n:
         raise ValueError(f"{right} of {n} is not a share")
@@ -96,11 +96,11 @@ def wilson_interval(right: float, n: int) -> Interval:
 def share_difference(share: Interval, base: Interval) -> Interval:
     """Difference of two shares, with Newcombe's interval (1998, method 10) from Wilson's.
 
-    It takes the shares as independent. Those of one set of prompts and seeds are not, but mostly go
-    together, which makes this interval wider than it had to be.
+    The method assumes independent shares. Shares on the same prompts and seeds are usually
+    positively correlated, which makes this interval wider than necessary.
 
     Raises:
-        ValueError: One of them is not an interval.
+        ValueError: If one of them has no interval.
     """
     if share.low is None or share.high is None or base.low is None or base.high is None:
         raise ValueError("two intervals are needed")
@@ -113,18 +113,18 @@ def share_difference(share: Interval, base: Interval) -> Interval:
 def cluster_interval(
     groups: Mapping[str, Sequence[float]], *, draws: int = 10_000, seed: int = 0
 ) -> Interval:
-    """The mean over groups of their means, with a bootstrap interval over both levels.
+    """Mean of the groups' means, with a bootstrap interval over both levels.
 
-    Each draw takes as many groups as there are, with replacement, and from each as many of its
-    values: runs on one subject resemble each other, so that they are not independent values.
+    Each draw resamples the groups with replacement, then the values of each group: runs on one
+    subject resemble each other and are not independent.
 
     Args:
-        groups: Values by group, such as a score per seed by subject.
-        draws: Bootstrap draws.
-        seed: Of the draws.
+        groups: Values by group, such as the scores of all seeds by subject.
+        draws: Number of bootstrap draws.
+        seed: Seed of the draws.
 
     Raises:
-        ValueError: There is no group, or one is empty.
+        ValueError: If there are no groups, or one is empty.
     """
     values = [np.asarray(group, float) for group in groups.values()]
     if not values or any(not len(group) for group in values):
@@ -133,13 +133,13 @@ def cluster_interval(
     if n == 1:
         return Interval(mean, None, None, 1, "bootstrap")
     generator = np.random.default_rng(seed)
-    # Means of resampled values, for every group and draw; then groups are resampled among them.
+    # Means of resampled values for each group and draw; groups are resampled below.
     inner = np.stack(
         [g[generator.integers(len(g), size=(draws, len(values), len(g)))].mean(-1) for g in values]
     )
-    chosen = generator.integers(len(values), size=(draws, len(values)))
+    drawn_groups = generator.integers(len(values), size=(draws, len(values)))
     rows, slots = np.arange(draws)[:, None], np.arange(len(values))[None]
-    means = inner[chosen, rows, slots].mean(1)
+    means = inner[drawn_groups, rows, slots].mean(1)
     low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return Interval(mean, float(low), float(high), n, "bootstrap")
 
@@ -149,29 +149,29 @@ def correlation_interval(
 ) -> Interval | None:
     """Pearson's correlation over the pairs of all groups, with a bootstrap interval over groups.
 
-    Each draw takes as many groups as there are, with replacement, and all pairs of each: pairs of
-    one group resemble each other, and Fisher's interval, which takes every pair for one more
-    observation, would be too narrow. With few groups this one is too narrow still.
+    Each draw resamples the groups with replacement and uses all their pairs: pairs of one group
+    resemble each other, so Fisher's interval, which assumes independent pairs, would be too narrow.
+    With few groups, this interval is also too narrow.
 
     Args:
         groups: Pairs by group, such as the layers of one block at all checkpoints.
-        draws: Bootstrap draws.
-        seed: Of the draws.
+        draws: Number of bootstrap draws.
+        seed: Seed of the draws.
 
     Returns:
-        None where there is no correlation: fewer than three pairs, or values that are all the
-        same. The interval has no ends where there are fewer than three groups.
+        None without a correlation: fewer than three pairs, or constant values. With fewer than
+        three groups, the interval has no ends.
     """
     pairs = [np.asarray(group, float) for group in groups.values() if len(group)]
     n = sum(map(len, pairs))
     if n < 3:
         return None
-    every = np.concatenate(pairs)
-    spread = every.std(0)
+    all_pairs = np.concatenate(pairs)
+    spread = all_pairs.std(0)
     if not (spread > 0).all():
         return None
-    # Of numbers around 0, sums over a draw's groups give its correlation without cancellation.
-    x, y = np.transpose((every - every.mean(0)) / spread)
+    # With standardized values, sums over groups give the correlation without cancellation.
+    x, y = np.transpose((all_pairs - all_pairs.mean(0)) / spread)
     terms = np.stack([np.ones(n), x, y, x * x, y * y, x * y], axis=1)
     sums = np.add.reduceat(terms, np.cumsum([0, *map(len, pairs[:-1])]))
     estimate = float(np.clip(np.mean(x * y), -1, 1))
@@ -183,7 +183,7 @@ def correlation_interval(
     count, sx, sy, sxx, syy, sxy = np.moveaxis(times @ sums, 1, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         drawn = (sxy - sx * sy / count) / np.sqrt((sxx - sx * sx / count) * (syy - sy * sy / count))
-    # A draw of one group's single pair, over and over, has none.
+    # A draw that repeats a single pair has no correlation (NaN).
     ends = np.nanquantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     low, high = np.clip(ends, -1, 1)
     return Interval(estimate, float(low), float(high), n, "bootstrap")

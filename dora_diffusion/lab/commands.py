@@ -45,7 +45,7 @@ QUICK: dict[str, Any] = {
     },
     "asked": {"inference_steps": 10, "analysis_points": 2},
 }
-"""A study of two minutes: too short to say anything of the methods."""
+"""A study of two minutes, too short for conclusions about the methods."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,9 @@ class AnalyzeSettings(Alpha, RequiredBase):
     """Settings of ``analyze``."""
 
     job = AsJob(
-        "analyze", "analyzing", "Analyze", heading="What training did to the weights",
-        about="How far magnitude and direction moved in each layer, at all checkpoints: tables, "
-        "and plots.",
+        "analyze", "analyzing", "Analyze", heading="Changes of the weights by training",
+        about="Changes of magnitude and direction in each layer, at all checkpoints, as tables and "
+        "plots.",
         output="analysis",
     )  # fmt: skip
 
@@ -67,21 +67,21 @@ class AnalyzeSettings(Alpha, RequiredBase):
     )
     norm_axis: str = flag(
         "output",
-        "Axis of a weight's channels, whatever an adapter's own axis is.",
+        "Axis of a weight's channels, regardless of the axis of an adapter.",
         choices=NORM_AXES,
     )
     layers: list[str] = flag(
         ["*"],
-        "Layers by patterns of their names, such as '*.to_q'; * spans dots. Default: all.",
+        "Patterns of layer names, such as '*.to_q'; * also matches dots. Default: all.",
         metavar="PATTERN",
     )
     title: list[str] = flag([], "Titles of the sources. Default: their names.")
     output: str = flag("analysis", "Folder of the results.")
-    overwrite: bool = flag(False, "Replace results that exist.")
+    overwrite: bool = flag(False, "Replace existing results.")
     json: bool = flag(False, "Print JSON instead of tables.")
 
     def perform(self) -> int:
-        """Decompose weights; print tables or JSON, and write both with CSV and plots."""
+        """Analyze weights; print tables or JSON, and write both with CSV and plots."""
         from dora_diffusion.lab.analysis import analyze_weights
         from dora_diffusion.lab.analysis.plots import write_plots
         from dora_diffusion.lab.analysis.report import FILES
@@ -90,7 +90,7 @@ class AnalyzeSettings(Alpha, RequiredBase):
         check_results(output, "an analysis", FILES.values(), overwrite=self.overwrite)
         if titles not in (0, len(self.source)):
             raise ConfigError(
-                f"{titles} titles of {len(self.source)} sources; give one each", "title"
+                f"{titles} titles for {len(self.source)} sources; give one for each", "title"
             )
         axis: Any = self.norm_axis
         with progress("comparing weights", "layer") as show:
@@ -125,18 +125,18 @@ class CompareSettings(WorkerFlags):
         None, "YAML file: methods, subjects, seeds, learning rates.", positional=True
     )
     quick: bool = flag(
-        False, "A study of two minutes on an embedded model, to see what a report is."
+        False, "A study of two minutes on an embedded model, to see an example of a report."
     )
     output: str = flag(
         "comparison",
-        "Folder of records and the report, shared by all workers. Trials that have a record there "
-        "are not repeated.",
+        "Folder of records and report, shared by all workers. Trials with a record in it are not "
+        "repeated.",
     )
     report_only: bool = flag(False, "Only report existing records; train nothing.")
     json: bool = flag(False, "Print the records as JSON.")
 
     def perform(self) -> int:
-        """Perform the trials that have no record yet, and write the report."""
+        """Run the trials without a record, and write the report."""
         study, share = _study(self), self.share
 
         from dora_diffusion.lab.study.report import caution, figures_table, write_report
@@ -171,10 +171,10 @@ class CompareSettings(WorkerFlags):
 
 
 def _study(args: CompareSettings) -> Study:
-    """The study that was asked for.
+    """Read the study of the file, or return the quick one.
 
     Raises:
-        ConfigError: If it is not one of a file and the quick one.
+        ConfigError: If both or none of them are requested.
     """
     from dora_diffusion.lab.study.config import Study, read_study
 
@@ -194,10 +194,10 @@ class DemoSettings(CommandSettings):
     )
     output: Path = flag(Path("demo-output"), "Result folder.")
     max_train_steps: int | None = flag(None, "Optimizer steps. Default: the sample's own.")
-    seeds: int = flag(4, "Images judged per background.")
+    seeds: int = flag(4, "Images per background.")
 
     def perform(self) -> int:
-        """Train on a sample subject, generate it, judge and merge. Returns the exit code."""
+        """Train on a sample subject, judge images of it, and merge. Returns the exit code."""
         import torch
 
         from dora_diffusion.cli.console.training import TrainProgress
@@ -205,8 +205,7 @@ class DemoSettings(CommandSettings):
         from dora_diffusion.training.recipe import train
 
         config, output = demo_config(self), self.output
-        # The embedded model is so small that threads mostly wait for each other, and do nothing
-        # else where other programs run.
+        # The embedded model is so small that threads mostly wait for each other.
         torch.set_num_threads(1)
         print(f"1. Training on the photos in {config.instance_data_dir}")
         started = time.perf_counter()
@@ -232,7 +231,7 @@ class DemoSettings(CommandSettings):
 
 
 def demo_config(args: DemoSettings) -> TrainConfig:
-    """The sample's own settings, written to the demo's folder."""
+    """Settings of the sample, with the demo's output folder."""
     folder = samples_folder() / args.subject
     values = read_config_file(folder / "config.yaml") | {
         "instance_data_dir": str(folder),
@@ -247,7 +246,7 @@ def demo_config(args: DemoSettings) -> TrainConfig:
 def judged_images(
     base: str, adapter: Path, subject: str, seeds: int, output: Path
 ) -> tuple[Path, Evaluation]:
-    """Base and adapted images at the same seeds, saved as one sheet and judged."""
+    """Generate base and adapted images at the same seeds, save them as one sheet and judge them."""
     from dora_diffusion.data.sheets import sheet
     from dora_diffusion.lab.judges import evaluate_toy
     from dora_diffusion.lab.toy.benchmark_subjects import find_subject

@@ -1,7 +1,7 @@
-"""Evaluation in the toy world, where the truth can be rendered, by judges trained on renders.
+"""Evaluation in the toy world, where true images can be rendered, by judges trained on renders.
 
-Requests ask a model for a subject, its class and other classes, each with the image that would be
-a right answer; measures say what it has learned of the subject.
+Requests for images of a subject, its class and other classes each have a true image. Measures
+compare the generated images with the true ones.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 Group = Literal["subject", "pose", "class", "others"]
 GROUPS: tuple[Group, ...] = ("subject", "pose", "class", "others")
 SMALL, LARGE, ASIDE = 0.58, 0.82, 0.34
-"""Sizes and the distance from the middle that the words of the captions mean."""
+"""Sizes and distance from the centre for the words of captions."""
 
 _TRUTH = 1000
 _REFERENCES = 2000
@@ -73,12 +73,12 @@ _REFERENCES = 2000
 
 @dataclass(frozen=True)
 class ToyRequest(ImageRequest):
-    """An image of the subject on a held-out background or in a pose, its class, or another class.
+    """Request of the subject on a held-out background or in a pose, its class, or another class.
 
     Attributes:
-        scene: A right answer.
-        wanted: Attribute -> value that the prompt asks for.
-        pose: The word for side or size, of the group ``"pose"``.
+        scene: Scene of a true image.
+        wanted: Attribute -> value in the prompt.
+        pose: Word for side or size, for the group ``"pose"``.
     """
 
     scene: Scene
@@ -87,27 +87,35 @@ class ToyRequest(ImageRequest):
 
 
 RequestParts = tuple[str, Scene, Mapping[str, str], str]
-"""Prompt, right answer, what it wants and the word of a pose, as `ToyRequest` has them."""
+"""Prompt, scene, attributes and word of the pose of a `ToyRequest`."""
 
 
 def toy_requests(
     subject: BenchmarkSubject, trigger: str, seeds: Sequence[int], groups: Sequence[Group] = GROUPS
 ) -> list[ToyRequest]:
-    """Return each seed's requests: the subject on held-out backgrounds, poses, class, others.
+    """Make all requests for each seed: subject on held-out backgrounds, poses, class, others.
 
     Args:
         subject: The subject.
         trigger: Trigger words, such as "sks mug".
-        seeds: One round of prompts each.
-        groups: What to ask for.
+        seeds: Seeds, one for each round of prompts.
+        groups: Groups of requests.
     """
     return [
         ToyRequest(
-            group, prompt, number, 1000 * seed + 100 * GROUPS.index(group) + k, scene, wanted, pose
+            group,
+            prompt,
+            number,
+            1000 * seed + 100 * GROUPS.index(group) + k,
+            scene,
+            attributes,
+            pose,
         )
         for number, seed in enumerate(seeds)
         for group in groups
-        for k, (prompt, scene, wanted, pose) in enumerate(_ASKED[group](subject, trigger, seed))
+        for k, (prompt, scene, attributes, pose) in enumerate(
+            _GROUP_REQUESTS[group](subject, trigger, seed)
+        )
     ]
 
 
@@ -140,12 +148,12 @@ def _own_class(subject: BenchmarkSubject, trigger: str, seed: int) -> Iterator[R
     kind = subject.sample.subject.kind if subject.known_class else None
     for background in subject.held_out_backgrounds:
         scene = compose(sample_subject(generator, kind), background, generator)
-        wanted = {"background": background} | ({"kind": kind} if kind else {})
-        yield _photo_of(subject.word, PLACES[background][0]), scene, wanted, ""
+        attributes = {"background": background} | ({"kind": kind} if kind else {})
+        yield _photo_of(subject.word, PLACES[background][0]), scene, attributes, ""
 
 
 def _others(subject: BenchmarkSubject, trigger: str, seed: int) -> Iterator[RequestParts]:
-    """Every other class once, every second time in a colour; places and colours take turns."""
+    """Yield each other class once, every second one with a colour; backgrounds rotate."""
     generator = np.random.default_rng((seed, 4))
     own_kind = subject.sample.subject.kind
     for number, kind in enumerate(name for name in CLASSES if name != own_kind):
@@ -155,23 +163,23 @@ def _others(subject: BenchmarkSubject, trigger: str, seed: int) -> Iterator[Requ
             color = list(COLORS)[(7 * number + seed) % len(COLORS)]
             shade = _scaled(COLORS[color], 0.72)
             drawn = DrawnSubject(kind, COLORS[color], shade, color=color, accent_color=color)
-        wanted = {"kind": kind, "background": background} | ({"color": color} if color else {})
+        attributes = {"kind": kind, "background": background} | ({"color": color} if color else {})
         prompt = _photo_of(f"{color} {kind}".strip(), PLACES[background][0])
-        yield prompt, compose(drawn, background, generator), wanted, ""
+        yield prompt, compose(drawn, background, generator), attributes, ""
 
 
-_ASKED = {"subject": _subject, "pose": _poses, "class": _own_class, "others": _others}
+_GROUP_REQUESTS = {"subject": _subject, "pose": _poses, "class": _own_class, "others": _others}
 
 
 def true_images(requests: Sequence[ToyRequest], size: int) -> list[Image]:
-    """The right answers at a size."""
+    """Render the true images of requests."""
     from PIL import Image
 
     return [Image.fromarray(render(request.scene, size)) for request in requests]
 
 
 def reference_images(subject: BenchmarkSubject, size: int, views: int = 4) -> list[Image]:
-    """True images of the subject on held-out backgrounds, in views that no request has."""
+    """Render true images of the subject on held-out backgrounds, in other views than requests."""
     from PIL import Image
 
     return [
@@ -182,7 +190,7 @@ def reference_images(subject: BenchmarkSubject, size: int, views: int = 4) -> li
 
 
 def sample_subject(generator: np.random.Generator, kind: str | None = None) -> DrawnSubject:
-    """Draw an ordinary object: palette colours, at times two-tone or with an emblem."""
+    """Draw a random object in palette colours, sometimes two-tone or with an emblem."""
     kind = kind or str(generator.choice(list(CLASSES)))
     color = str(generator.choice(list(COLORS)))
     body = _jitter(COLORS[color], generator)
@@ -213,7 +221,7 @@ def sample_subject(generator: np.random.Generator, kind: str | None = None) -> D
 
 
 def compose(subject: DrawnSubject, background: str, generator: np.random.Generator) -> Scene:
-    """Place a subject, with a random view of it."""
+    """Place a subject on a background in a random view."""
     size = generator.uniform(0.55, 0.85)
     room = 1.0 - size
     return Scene(
@@ -232,7 +240,7 @@ def compose(subject: DrawnSubject, background: str, generator: np.random.Generat
 
 
 def _jitter(color: RGB, generator: np.random.Generator) -> RGB:
-    """The same colour to the eye, not to the byte."""
+    """Vary a colour slightly."""
     drawn = np.array(color) * generator.uniform(0.92, 1.06) + generator.uniform(-0.02, 0.02, 3)
     red, green, blue = np.clip(drawn, 0, 1).tolist()
     return (red, green, blue)
@@ -253,11 +261,11 @@ _instrument = lru_cache(maxsize=1)(load_instrument)
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers of one model to n requests.
+    """Results of one model for n requests.
 
     Attributes:
         images: n images.
-        losses: n denoising losses on the true images, None where none was computed; or none.
+        losses: n denoising losses on the true images, None for groups without one; or empty.
     """
 
     images: Sequence[Image]
@@ -272,13 +280,15 @@ def answer(
     batch_size: int = 8,
     on_step: OnStep | None = None,
 ) -> Answers:
-    """Sample all images and compute all losses of the model, with whatever adapters are on."""
+    """Sample all images and compute all losses with the model's current adapters."""
     images = sample(components, requests, settings, batch_size, on_step)
-    asked = [request for request in requests if request.group in _LOSS_MEASURES]
-    prompts = [request.prompt for request in asked]
-    truth = HeldOutImages(components, true_images(asked, components.default_resolution), prompts)
-    taken = iter(truth.losses([[request.seed for request in asked]])[0])
-    return Answers(images, [next(taken) if r.group in _LOSS_MEASURES else None for r in requests])
+    with_loss = [request for request in requests if request.group in _LOSS_MEASURES]
+    prompts = [request.prompt for request in with_loss]
+    truth = HeldOutImages(
+        components, true_images(with_loss, components.default_resolution), prompts
+    )
+    losses = iter(truth.losses([[request.seed for request in with_loss]])[0])
+    return Answers(images, [next(losses) if r.group in _LOSS_MEASURES else None for r in requests])
 
 
 def measure(
@@ -288,20 +298,20 @@ def measure(
     *,
     base: Answers | None = None,
 ) -> dict[str, Values]:
-    """Judge one model's answers.
+    """Measure one model's results.
 
     Args:
-        subject: What it should show.
-        requests: What was asked for.
-        answers: What came.
-        base: The base model's answers to the same requests, for the change of other classes.
+        subject: The subject.
+        requests: The requests.
+        answers: Results for the requests.
+        base: The base model's results for the same requests, for the change of other classes.
 
     Returns:
-        Name of a measure -> values per round of seeds and image. Measures that do not apply, such
-        as the class of a subject whose class the judge does not know, are left out.
+        Name of a measure -> values by round of seeds and image. Measures that do not apply, such
+        as the class of a subject whose class the judge does not know, are missing.
 
     Raises:
-        ValueError: The answers are not as many as the requests.
+        ValueError: If the numbers of images and requests differ.
     """
     if len(answers.images) != len(requests):
         raise ValueError(f"{len(requests)} requests but {len(answers.images)} images")
@@ -313,16 +323,16 @@ def measure(
     scores.add("subject_similarity", "subject", cosines)
     for name, value in _known_attributes(subject, truth).items():
         scores.add(f"subject_{name}", "subject", [seen == value for seen in judged.answers[name]])
-    scores.add("background", "subject", _as_wanted(requests, judged, "background"))
+    scores.add("background", "subject", _matches_prompt(requests, judged, "background"))
     _add_pose(scores, requests, judged)
     scores.add_diversity("diversity_features", judged.features, cosine=True)
     scores.add_diversity("diversity_pixels", judged.pixels.flatten(1), cosine=False)
     shows_subject = [cosine > LEAKAGE for cosine in cosines]
-    scores.add("class_kind", "class", _as_wanted(requests, judged, "kind"))
+    scores.add("class_kind", "class", _matches_prompt(requests, judged, "kind"))
     scores.add("class_similarity", "class", cosines)
     scores.add("class_leakage", "class", shows_subject)
     for name in ("kind", "color", "background"):
-        scores.add(f"others_{name}", "others", _as_wanted(requests, judged, name))
+        scores.add(f"others_{name}", "others", _matches_prompt(requests, judged, name))
     scores.add("others_leakage", "others", shows_subject)
     if base is not None:
         scores.add_change("others_change", judged.features, judge(instrument, base.images).features)
@@ -331,17 +341,19 @@ def measure(
     return scores.values
 
 
-def _as_wanted(requests: Sequence[ToyRequest], judged: Judgement, name: str) -> list[bool | None]:
-    """Return whether each image shows what its prompt names; None where it names nothing."""
-    wanted = [request.wanted.get(name) for request in requests]
-    pairs = zip(wanted, judged.answers[name], strict=True)
-    return [None if wish is None else wish == answer for wish, answer in pairs]
+def _matches_prompt(
+    requests: Sequence[ToyRequest], judged: Judgement, name: str
+) -> list[bool | None]:
+    """Return whether each image has the attribute in its prompt; None for prompts without it."""
+    expected = [request.wanted.get(name) for request in requests]
+    pairs = zip(expected, judged.answers[name], strict=True)
+    return [None if value is None else value == seen for value, seen in pairs]
 
 
 def _known_attributes(subject: BenchmarkSubject, truth: Judgement) -> dict[str, str]:
-    """The subject's attributes that have a name and that the judge reads off true images."""
-    what = subject.sample.subject
-    named = {"kind": what.kind, "color": what.color, "pattern": what.pattern}
+    """Attributes of the subject that the judge recognizes reliably on true images."""
+    drawn = subject.sample.subject
+    named = {"kind": drawn.kind, "color": drawn.color, "pattern": drawn.pattern}
     return {
         name: value
         for name, value in named.items()
@@ -351,7 +363,7 @@ def _known_attributes(subject: BenchmarkSubject, truth: Judgement) -> dict[str, 
 
 
 def _add_pose(scores: Scores, requests: Sequence[ToyRequest], judged: Judgement) -> None:
-    """Side and size of the subject in the studio."""
+    """Add the scores of the subject's side and size in the studio."""
     poses = [request for request in requests if request.group == "pose"]
     if not poses:
         return
@@ -361,7 +373,7 @@ def _add_pose(scores: Scores, requests: Sequence[ToyRequest], judged: Judgement)
         shapes.setdefault(request.pose, []).append(silhouette(pixels))
     middle = middle_size(shapes)
     if middle is None:
-        return  # A subject without a colour is not seen in the studio.
+        return  # A subject without a colour is not detected in the studio.
     for name, words in (("side", SIDES), ("size", SIZES)):
         right = [
             follows(request.pose, silhouette(pixels), middle) if request.pose in words else None
@@ -382,21 +394,21 @@ def evaluate_toy(  # noqa: PLR0913 - keywords, each documented
     on_step: OnStep | None = None,
     base_model: Components | None = None,
 ) -> Evaluation:
-    """Measure the adapters that are on the model, beside the base and the truth.
+    """Evaluate the adapters on a model, with the base and the truth for comparison.
 
     Args:
-        components: An embedded model with an adapter on it.
-        subject: What it should have learned.
+        components: An embedded model with an adapter attached.
+        subject: Subject of the adapter.
         trigger: Trigger words, such as "sks mug".
-        seeds: One round of prompts each.
-        settings: How to sample.
-        groups: What to ask for.
-        batch_size: Images at once.
-        on_step: Called with (steps done, steps in all), for both models.
-        base_model: What it was trained from, of a model that was trained whole.
+        seeds: Seeds, one for each round of prompts.
+        settings: Sampling settings.
+        groups: Groups of requests.
+        batch_size: Images per batch.
+        on_step: Called with (completed steps, total steps), over both models.
+        base_model: Base model of a fully fine-tuned model.
 
     Raises:
-        ValueError: No seed.
+        ValueError: If there are no seeds.
     """
     requests = toy_requests(subject, trigger, seeds, groups)
 
@@ -418,29 +430,31 @@ def evaluate_toy(  # noqa: PLR0913 - keywords, each documented
 
 
 def knows_toy_world(base: str) -> bool:
-    """Return whether a model is embedded, or a folder that came of one and has its vocabulary."""
-    own, known = (
+    """Return whether a model is embedded, or a folder with the vocabulary of one."""
+    vocabulary, embedded_vocabulary = (
         folder / "tokenizer" / "vocab.json"
         for folder in (Path(base).expanduser(), model_folder("tiny-sd"))
     )
-    return is_embedded(base) or (own.is_file() and own.read_bytes() == known.read_bytes())
+    return is_embedded(base) or (
+        vocabulary.is_file() and vocabulary.read_bytes() == embedded_vocabulary.read_bytes()
+    )
 
 
 def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> EvaluationPrompts:
-    """A subject of the toy world: its true images are known."""
+    """Make the prompts for a subject of the toy world, whose true images are known."""
     subject = find_subject(sample)
     requests = few_requests(toy_requests(subject, trigger, [SEED], ("subject", "others")))
 
     def judge(images: Sequence[Image], base: Sequence[Image]) -> dict[str, Values]:
         return measure(subject, requests, Answers(images), base=Answers(base))
 
-    note = "Similarity is to true images of the subject on held-out backgrounds."
+    note = "Similarity is measured to true images of the subject on held-out backgrounds."
     return EvaluationPrompts(requests, settings, judge, (note,), "the true subject", (), (trigger,))
 
 
 @dataclass(frozen=True)
 class KnownSubject:
-    """A subject of the toy world, a `cli.commands.evaluate.SubjectSource` whose truth is known."""
+    """Subject of the toy world as a `cli.commands.evaluate.SubjectSource`."""
 
     guidance_scale: ClassVar = SAMPLING.guidance_scale
     subject: BenchmarkSubject
@@ -457,8 +471,8 @@ class KnownSubject:
     ) -> Callable[..., Evaluation]:
         if not knows_toy_world(args.base):
             warnings.warn(
-                f"{self.subject.name} is a subject of the toy world; its judges know no other "
-                "images than those of the embedded models",
+                f"{self.subject.name} is a subject of the toy world; its judges only know images "
+                "of the embedded models",
                 stacklevel=1,
             )
         trigger = trigger or f"sks {self.subject.word}"
@@ -475,7 +489,7 @@ class KnownSubject:
 
 
 KNOWN: Mapping[str, KnownSubject] = {name: KnownSubject(one) for name, one in SUBJECTS.items()}
-"""Those that `evaluate` and `rank-checkpoints` find by name."""
+"""Subjects that `evaluate` and `rank-checkpoints` accept by name."""
 
 
 @dataclass(frozen=True)
@@ -484,8 +498,8 @@ class Judgement:
 
     Attributes:
         pixels: ``(n, 3, 64, 64)`` in [0, 1].
-        identity: ``(n, d)`` unit vectors: alike for one subject wherever it is.
-        features: ``(n, d)`` unit vectors: alike for images that look alike.
+        identity: ``(n, d)`` unit vectors: similar for the same subject on any background.
+        features: ``(n, d)`` unit vectors: similar for similar images.
         answers: Attribute ("kind", "color", "pattern", "background") -> n values.
     """
 
@@ -496,10 +510,10 @@ class Judgement:
 
 
 def judged_pixels(images: Sequence[Image]) -> Tensor:
-    """Images of any size -> (n, 3, 64, 64) in [-1, 1], from the centre square.
+    """Resize the centre squares of images to (n, 3, 64, 64) in [-1, 1].
 
     Raises:
-        ValueError: there is no image.
+        ValueError: If there are no images.
     """
     if not images:
         raise ValueError("no images to judge")
@@ -517,7 +531,7 @@ def judge(instrument: Instrument, images: Sequence[Image]) -> Judgement:
     """Judge images.
 
     Raises:
-        ValueError: there is no image.
+        ValueError: If there are no images.
     """
     pixels = judged_pixels(images)
     logits = instrument.classifier(pixels)

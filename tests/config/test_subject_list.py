@@ -41,16 +41,16 @@ def test_a_subject_with_two_folders_has_one_adapter() -> None:
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ([{"instance_data_dir": "a/x"}, {"name": "X"}], "the name 'X' is that of"),
+        ([{"instance_data_dir": "a/x"}, {"name": "X"}], "the name 'X' is also the name of"),
         ([{"name": "a", "mixed_precision": "bf16"}], "all subjects share mixed_precision"),
         ([{"name": "a", "rnak": 2}], "there is no setting rnak (did you mean rank"),
-        ([{"name": "../a"}], "the name '../a' cannot be that of a folder"),
-        ([{"name": "a\nb"}], "the name 'a b' cannot be that of a folder"),
+        ([{"name": "../a"}], "the name '../a' is not valid for a folder"),
+        ([{"name": "a\nb"}], "the name 'a b' is not valid for a folder"),
         ([{"name": False}], "the name False is not text"),
         ([{"name": ["a"]}], "the name ['a'] is not text"),
         (["a"], "'a' is not a subject"),
         ([None], "'None' is not a subject"),
-        ([{"rank": 2}], "it has no name"),
+        ([{"rank": 2}], "it has neither a name nor a single folder"),
         ([{"name": "a", "rank": 0}], "rank is 0"),
     ],
 )
@@ -64,7 +64,7 @@ def test_what_an_entry_cannot_be(entries: list[dict[str, Any]], said: str) -> No
     assert isinstance(made["other"], TrainConfig)
     (error,) = (value for value in made.values() if isinstance(value, ConfigError))
     check(error, "dataset_config", f"subjects, entry {len(entries) + 1}: {said}")
-    assert ("subjects, entry 2 too" in str(error)) == (len(entries) > 1)
+    assert ("name of subjects, entry 2" in str(error)) == (len(entries) > 1)
     assert list(made)[-1] == "other"
 
 
@@ -105,7 +105,7 @@ def test_a_file_that_is_wrong_is_its_folder_s_error(tmp_path: Path) -> None:
     errors = {name: str(value) for name, value in made.items() if isinstance(value, ConfigError)}
     assert set(files) - set(errors) == {"mug", "tea", "wordless"}
     assert all(str(tmp_path / name / "subject.yaml") in text for name, text in errors.items())
-    assert f"'mug' is that of {tmp_path / 'mug'}" in errors["bolt"]
+    assert f"'mug' is also the name of {tmp_path / 'mug'}" in errors["bolt"]
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,11 @@ from tests.refusal import refused
     [
         ("rank", {"rank": 0}, "0; it must be greater than 0"),  # ranges: test_fields.py
         ("use_8bit_adam",
-         {"optimizer": "prodigy", "learning_rate": 1.0, "use_8bit_adam": True}, "than prodigy"),
+         {"optimizer": "prodigy", "learning_rate": 1.0, "use_8bit_adam": True},
+         "contradicts optimizer prodigy"),
         ("push_to_hub", {"push_to_hub": True}, "needs --hub_model_id NAME/MODEL"),
-        ("init", {"parametrization": "vera", "init": "pissa"}, "parametrization vera has other"),
-        ("init", {"parametrization": "adalora", "init": "pissa"}, "parametrization adalora has"),
+        ("init", {"parametrization": "vera", "init": "pissa"}, "parametrization is vera"),
+        ("init", {"parametrization": "adalora", "init": "pissa"}, "parametrization is adalora"),
         ("target_rank", {"parametrization": "adalora", "rank": 4, "target_rank": 6}, "6, more"),
         ("allocation_final", {"parametrization": "adalora", "max_train_steps": 10,
          "allocation_warmup": 4, "allocation_final": 6}, "none of 10 steps to allocate ranks in"),

@@ -39,9 +39,7 @@ def test_a_caption_file_wins_over_the_prompt(tmp_path: Path) -> None:
 
 def test_a_link_to_a_caption_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "photo.txt").symlink_to("gone.txt")
-    with pytest.raises(
-        ValueError, match=r"photo\.txt: the caption is a link to a file that is not"
-    ):
+    with pytest.raises(ValueError, match=r"photo\.txt: the caption is a link to a missing file"):
         read_caption(tmp_path / "photo.jpg", "default")
 
 

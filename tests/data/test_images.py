@@ -302,7 +302,7 @@ def test_a_file_that_changed_is_opened_again_and_only_so_much_is_kept(
         return real(path)
 
     monkeypatch.setattr(Path, "read_bytes", note)
-    monkeypatch.setattr(images, "_MOST_KEPT_BYTES", 60)
+    monkeypatch.setattr(images, "_MOST_CACHED_BYTES", 60)
     with images.reading_once():
         assert [images.read_bytes(path) for path in (small, large, small, large)] == [
             b"old", b"x" * 90, b"old", b"x" * 90,

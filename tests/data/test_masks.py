@@ -39,7 +39,7 @@ def test_no_mask_at_all_is_refused_with_the_name_that_one_must_have(photos: Path
     with pytest.raises(PhotoError) as error:
         masked(photos)
     assert "none of the 3 images has a mask" in str(error.value)
-    assert "the mask of a.png is a.mask.png" in str(error.value)
+    assert "save the mask of a.png as a.mask.png" in str(error.value)
 
 
 @pytest.mark.parametrize("alpha", [False, True])
@@ -63,7 +63,7 @@ def test_a_mask_outside_of_the_only_crop_is_refused(photos: Path) -> None:
     for name in "abc":
         write_mask(photos, name)
     write_mask(photos, "c", 0, 15)
-    with pytest.raises(PhotoError, match=r"c\.mask\.png is black in every crop"):
+    with pytest.raises(PhotoError, match=r"c\.mask\.png is black in every training crop"):
         masked(photos, center_crop=True)
     # Where crops are drawn, one of the first few shows it.
     assert len(masked(photos, center_crop=False)) == 3
@@ -89,7 +89,7 @@ def test_an_alpha_channel_among_mask_files_is_named(photos: Path) -> None:
         masked(photos)
     said = [str(w.message) for w in caught if w.category is UserWarning]
     assert [line.partition(":")[0] for line in said] == [
-        "1 image of 3 without a mask, whose whole area is learned",
+        "1 image of 3 without a mask; their whole area is learned",
         "1 image of 3 without a mask file",
     ]
     assert "transparent parts are not learned: b.png; " in said[1]

@@ -180,7 +180,7 @@ def test_images_that_are_left_out_are_named(tmp_path: Path) -> None:
 def test_captions_masks_and_weights_of_no_photo_are_named(tmp_path: Path) -> None:
     for name in ("a.jpg", "a.txt", "a.weight", "b.txt", "c.mask.png", "d.weight", "config.yaml"):
         (tmp_path / name).touch()
-    said = r"without effect, no photo has their name: b\.txt, c\.mask\.png, d\.weight"
+    said = r"without effect, since no photo has their name: b\.txt, c\.mask\.png, d\.weight"
     with pytest.warns(UserWarning, match=said):
         list_photos(tmp_path)
 
@@ -209,7 +209,7 @@ def test_listing_nothing_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(PhotoError, match=r"no photos .*\.jpg.*\.heic.*found notes\.txt"):
         list_photos(tmp_path)
     (tmp_path / "a.jpg").symlink_to("gone.jpg")
-    with pytest.raises(PhotoError, match=r"found links to files that are not there \(a\.jpg\)"):
+    with pytest.raises(PhotoError, match=r"found links to missing files \(a\.jpg\)"):
         list_photos(tmp_path)
     with pytest.raises(PhotoError, match="does not exist"):
         list_photos(tmp_path / "absent")

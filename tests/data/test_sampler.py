@@ -76,9 +76,9 @@ def test_a_checkpoint_resumes_with_another_number_of_processes() -> None:
 
 def test_a_checkpoint_of_another_dataset_or_seed_is_refused() -> None:
     state = EpochSampler(5, seed=1).state_dict()
-    with pytest.raises(ValueError, match="num_samples 5, this run has 6"):
+    with pytest.raises(ValueError, match="num_samples 5, but this run has 6"):
         EpochSampler(6, seed=1).load_state_dict(state)
-    with pytest.raises(ValueError, match="seed 1, this run has 2"):
+    with pytest.raises(ValueError, match="seed 1, but this run has 2"):
         EpochSampler(5, seed=2).load_state_dict(state)
 
 

@@ -93,8 +93,8 @@ def test_whether_a_word_can_be_avoided(text: str, avoidable: bool, wildcards: Wi
         ("wildcards", "a {b|c", "{ without }; the character is \\{"),
         ("wildcards", "a} b", "} without {"),
         ("wildcard_dir", "a __gone__", "no file gone.txt in "),
-        ("wildcards", "a __loop__", "names itself: loop > loop"),
-        ("wildcard_dir", "a __empty__", "no line in empty.txt"),
+        ("wildcards", "a __loop__", "refers to itself: loop > loop"),
+        ("wildcard_dir", "a __empty__", "no lines in empty.txt"),
         ("wildcard_dir", "a __broken__", "is not UTF-8 text"),
     ],
 )
@@ -114,7 +114,7 @@ def test_what_is_no_name_of_a_file_is_read_as_it_is(wildcards: Wildcards) -> Non
 def test_the_folder_must_be_there(tmp_path: Path) -> None:
     with refused("wildcard_dir", "is not a folder"):
         Wildcards(tmp_path / "gone")
-    with refused("wildcard_dir", "__colour__ is of a file"):
+    with refused("wildcard_dir", "__colour__ needs a file"):
         Wildcards().parse("__colour__")
 
 

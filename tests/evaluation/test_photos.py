@@ -43,7 +43,7 @@ def test_prompts_name_subject_class_and_other_things() -> None:
     nameless = photo_requests("sks", "", [0], ["{} here"])
     assert {r.group for r in nameless} == {"subject", "others"}
     assert nameless[0].meaning == "it here"
-    with pytest.raises(ValueError, match=r"lacks \{\}"):
+    with pytest.raises(ValueError, match=r"has no \{\}"):
         photo_requests("sks dog", "dog", [0], ["a dog"])
 
 
@@ -151,7 +151,7 @@ def test_transparent_parts_are_a_caution(held_out_photos, tmp_path) -> None:
     image.putalpha(100)
     image.save(photos / "cut.png")
     (caution,) = read_subject(photos, "sks mug", "mug").cautions
-    assert caution == "transparent parts of 1 image are white: cut.png, and are compared so"
+    assert caution == "transparent parts of 1 image are white: cut.png, and are compared as such"
 
 
 def test_intervals_of_losses_are_over_photos():

@@ -115,7 +115,7 @@ def test_a_metric_model_measures_likeness_and_drift(
 ) -> None:
     questions = ask_photos([dog(refs)], SETTINGS, ["sks dog"])
     assert "brightness" in questions.notes[1]
-    assert "trained on" in questions.notes[0]
+    assert "training photos" in questions.notes[0]
     assert questions.similar_to == "training photos"
     (base, first, second), _ = ranked(
         sd1_folder, adapters, questions, tmp_path / "c", lambda *at: None
@@ -205,7 +205,7 @@ def test_photos_that_were_kept_out_are_denoised_too_and_not_said_to_be_trained_o
     sd1_folder: Path, adapters: dict[str, Path], refs: list[Photo], tmp_path: Path
 ) -> None:
     questions = ask_photos([dog(refs)], SETTINGS)
-    assert not [note for note in questions.notes if "trained on" in note]
+    assert not [note for note in questions.notes if "training photos" in note]
     assert questions.similar_to == "held-out photos in refs"
     two = {"checkpoint-2": adapters["checkpoint-2"]}
     rows, _ = ranked(sd1_folder, two, questions, tmp_path / "c", lambda *_: None)

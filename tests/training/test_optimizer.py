@@ -150,10 +150,10 @@ def test_magnitudes_do_not_decay_and_rates_are_separate(sd1_folder):
 def test_prodigy_takes_one_rate_near_one(sd1_folder, photos, tmp_path):
     pytest.importorskip("prodigyopt")
     config = {"optimizer": "prodigy", "train_text_encoder": True}
-    with refused("learning_rate", "Prodigy finds the rate itself"):
+    with refused("learning_rate", "Prodigy estimates the rate"):
         make_config(sd1_folder, photos, tmp_path / "out", **config)
     config["learning_rate"] = 1.0
-    with refused("optimizer", "one rate for everything"):
+    with refused("optimizer", "one rate for all parameters"):
         make_config(sd1_folder, photos, tmp_path / "out", loraplus_ratio=2.0, **config)
     train(make_config(sd1_folder, photos, tmp_path / "out", checkpointing_steps=2, **config))
     rates = losses(tmp_path / "out", "lr")[4]

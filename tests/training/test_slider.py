@@ -227,9 +227,9 @@ def test_settings_of_sliders_have_no_effect_on_a_subject() -> None:
         ("num_class_images", {"num_class_images": 2}, "3 different prompts"),
         ("instance_data_dir", {"instance_data_dir": "photos"}, "teach slider learns"),
         ("dataset_config", {"dataset_config": [{"instance_data_dir": "photos"}]}, "entry 1: "),
-        ("dataset_config", {"dataset_config": [{"instance_prompt": "a"}]}, "and teach slider"),
-        ("train_text_encoder_ti", {"train_text_encoder_ti": True}, "and teach slider"),
-        ("method", {"method": "full"}, "weights have no strength"),
+        ("dataset_config", {"dataset_config": [{"instance_prompt": "a"}]}, "but teach slider"),
+        ("train_text_encoder_ti", {"train_text_encoder_ti": True}, "but teach slider"),
+        ("method", {"method": "full"}, "weights have no adjustable strength"),
         ("teach", {"teach": "concept"}, "'concept'"),
     ],
 )

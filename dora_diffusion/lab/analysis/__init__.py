@@ -1,4 +1,4 @@
-"""Change of a model's weights by an adapter or fine-tune: magnitude, direction, rank, place."""
+"""Change of a model's weights by training: magnitude, direction, rank, part of the model."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Compare tuned weights with those of the base, one layer at a time.
+"""Comparison of tuned weights with the base weights, one layer at a time.
 
-Tuned weights are a run's checkpoints, an adapter, or a model that was trained whole.
+Tuned weights are a run's checkpoints, an adapter, or a fully fine-tuned model.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from dora_diffusion.numerics.weights import (
 )
 from dora_diffusion.training.results.checkpoint import folders_after, step_of
 
-# Layers that are done, and of all.
+# Called with (completed layers, total layers).
 Progress = Callable[[int, int], None]
 
 
@@ -71,25 +71,25 @@ def analyze_weights(
     alpha: float | None = None,
     on_progress: Progress | None = None,
 ) -> Analysis:
-    """Analyze how training changed a model's weights, as section 3.2 of the DoRA paper does.
+    """Analyze how training changed a model's weights, as in section 3.2 of the DoRA paper.
 
-    Per layer and checkpoint: how far magnitude and direction of its channels moved, singular values
-    and effective rank of its change; over layers, the correlation of magnitude and direction, and
-    the share of each part of the model. One weight is in memory at a time.
+    Computes for each layer and checkpoint the changes of magnitude and direction of its channels,
+    and singular values and effective rank of its change; over layers, the correlation of magnitude
+    and direction, and the share of each part of the model. One weight is in memory at a time.
 
     Args:
-        sources: One or several, to be compared: the output folder of a run (all its checkpoints),
-            an adapter, or a model that was trained from the base or merged.
+        sources: One source, or several to compare: the output folder of a run (all its
+            checkpoints), an adapter, or a model that was trained from the base or merged.
         base: The model before training: a Diffusers folder, a hub id, ``embedded:NAME`` or a
             single-file checkpoint; or one of these as a `BaseModel`.
-        norm_axis: What a channel is: ``"output"`` or ``"input"``, whatever an adapter's own is.
-        layers: Patterns of canonical layer names, such as ``"*.to_q"``; ``*`` spans dots.
-        alpha: What an adapter was trained with whose file does not say it.
-        on_progress: Called with the numbers of layers that are done, and of all.
+        norm_axis: Axis of the channels: ``"output"`` or ``"input"``, regardless of an adapter's.
+        layers: Patterns of canonical layer names, such as ``"*.to_q"``; ``*`` also matches dots.
+        alpha: Alpha of an adapter whose file does not contain it.
+        on_progress: Called with (completed layers, total layers).
 
     Raises:
-        ExportError: If nothing was given, a model was not trained from this base, or no changed
-            layer is left.
+        ExportError: If there are no sources, a model was not trained from this base, or no layer
+            was changed.
         AdapterFormatError: If an adapter cannot be read, or does not fit the base.
         MergeError: If a layer is stored in 8 bits or less.
 
@@ -102,14 +102,14 @@ def analyze_weights(
     paths = [sources] if isinstance(sources, (str, Path)) else list(sources)
     if not paths:
         raise ExportError("no run, adapter or model to analyze was given")
-    found = [find_run(path) for path in paths]
-    names = [source.name for source in found]
-    left = sum(len(source.checkpoints) for source in found)
+    saved_runs = [find_run(path) for path in paths]
+    names = [source.name for source in saved_runs]
+    total = sum(len(source.checkpoints) for source in saved_runs)
     with open_model(base) as model:
-        analyzer = _Analyzer(model, norm_axis, layers, alpha, on_progress, left)
+        analyzer = _Analyzer(model, norm_axis, layers, alpha, on_progress, total)
         runs = [
             analyzer.run(source, source.name if names.count(source.name) == 1 else str(path))
-            for path, source in zip(paths, found, strict=True)
+            for path, source in zip(paths, saved_runs, strict=True)
         ]
         path = BaseModel.of(base).path
         name = model_name(model.path) if Path(path).exists() else str(path)
@@ -118,10 +118,9 @@ def analyze_weights(
 
 @dataclass
 class _Analyzer:
-    """Analyzer of checkpoints beside one base.
+    """Analyzer of checkpoints of one base.
 
-    It counts layers, of which the checkpoints that are ``left`` are taken to have as many as the
-    one that is open.
+    Progress assumes that the ``left`` remaining checkpoints have as many layers as the open one.
     """
 
     base: StoredModel
@@ -152,7 +151,7 @@ class _Analyzer:
         names = [n for n in tuned.names if any(fnmatchcase(n, p) for p in self.patterns)]
         if not names:
             raise ExportError(
-                f"{run}: no layer is called {' or '.join(self.patterns)}; it has "
+                f"{run}: no layer matches {' or '.join(self.patterns)}; it has "
                 f"{listing(tuned.names, 3)}"
             )
         self.total = self.done + self.left * len(names)
@@ -164,24 +163,24 @@ class _Analyzer:
         )
 
     def _layer(self, tuned: TunedWeights, name: str) -> LayerChange | None:
-        """The change of a layer; None where there is none."""
+        """Compute the change of a layer; None if it did not change."""
         base = module_weight(self.base, name)
         weight, factors = tuned.weight(name, base), tuned.factors(name)
         self.done += 1
         if self.on_progress is not None:
             self.on_progress(self.done, self.total)
         if is_table(name):
-            # As its adapters see it: an output is a dimension of its vectors, an input a row.
+            # As in adapters: output channels are dimensions of the vectors, inputs are rows.
             base, weight = out_in(base, "embedding"), out_in(weight, "embedding")
-        parts = decompose(base, weight, self.axis)
-        if not parts.squared_change:
+        decomposition = decompose(base, weight, self.axis)
+        if not decomposition.squared_change:
             return None
         low_rank = None if factors is None else low_rank_singular_values(factors)
         if factors is not None and factors.magnitude is None and low_rank is not None:
-            return LayerChange(name, tuple(base.shape), parts, _spectrum(low_rank))
+            return LayerChange(name, tuple(base.shape), decomposition, _spectrum(low_rank))
         update = _spectrum(singular_values(base, weight))
-        inner = None if low_rank is None else _spectrum(low_rank)
-        return LayerChange(name, tuple(base.shape), parts, update, inner)
+        inner_spectrum = None if low_rank is None else _spectrum(low_rank)
+        return LayerChange(name, tuple(base.shape), decomposition, update, inner_spectrum)
 
 
 def _spectrum(values: Tensor) -> Spectrum:
@@ -190,11 +189,11 @@ def _spectrum(values: Tensor) -> Spectrum:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """One thing to analyze: the checkpoints of a run, or a single one.
+    """Source of an analysis: the checkpoints of a run, or a single adapter or model.
 
     Attributes:
-        name: What it is called: its file or folder, or the name that it was given.
-        checkpoints: Its adapters or models in their order, each with its step where that is known.
+        name: Name of its file or folder, or of the model.
+        checkpoints: Adapters or models in order, each with its step, or None if that is unknown.
     """
 
     name: str
@@ -202,13 +201,13 @@ class SavedRun:
 
 
 def find_run(source: str | Path) -> SavedRun:
-    """Find the checkpoints behind a path or a model's name.
+    """Find the checkpoints of a path or a model's name.
 
-    A run's folder has those of its training, and its result where that is at another step.
+    A run has the checkpoints of its training, and its result if that is at another step.
 
     Raises:
-        FileNotFoundError: If nothing is at a path.
-        AdapterFormatError: If a folder holds none of these.
+        FileNotFoundError: If the path does not exist.
+        AdapterFormatError: If a folder contains no adapter or model.
     """
     path = Path(source).expanduser()
     checkpoints: list[tuple[int | None, Path | str]] = [
@@ -223,7 +222,7 @@ def find_run(source: str | Path) -> SavedRun:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder holds an adapter or a model."""
+    """Return whether a folder contains an adapter or a model."""
     try:
         return is_model(folder) or bool(find_adapter(folder))
     except (AdapterFormatError, FileNotFoundError):
@@ -231,7 +230,7 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def _trained_steps(source: str | Path) -> int | None:
-    """The number of steps that an adapter, or a model of ours, says it was trained for."""
+    """Read the number of training steps from the metadata of an adapter or a model."""
     path = Path(source).expanduser()
     if path.is_dir() and (folder := pipeline_in(path)):
         return trained_steps(PipelineFolder(folder).metadata)
@@ -244,7 +243,7 @@ def _trained_steps(source: str | Path) -> int | None:
 def names_model(source: str | Path) -> bool:
     """Return whether a source is a whole model: a pipeline's folder, a single file, or a name."""
     path = Path(source).expanduser()
-    # A name with a suffix can only be a file that is missing.
+    # A missing path with this suffix is a missing file, not a model's name.
     return is_model(path) if path.exists() else path.suffix != ".safetensors"
 
 
@@ -256,8 +255,8 @@ def open_tuned(
 
     Args:
         source: An adapter, or a model.
-        base: What it was trained from.
-        alpha: What an adapter was trained with whose file does not say it.
+        base: Base model of its training.
+        alpha: Alpha of an adapter whose file does not contain it.
 
     Raises:
         ExportError: If a model does not have the base's layers.
@@ -272,7 +271,7 @@ def open_tuned(
     if alpha is not None and adapter.lacks_alpha:
         adapter, notes = read_adapter(source, base, alpha=alpha, sums=True), ()
     elif alpha is not None:
-        notes = (f"alpha {alpha:g} has no effect: the file says its own",)
+        notes = (f"alpha {alpha:g} has no effect: the file contains its own",)
     yield TunedAdapter(adapter, notes)
 
 
@@ -282,7 +281,7 @@ class TunedAdapter:
     Attributes:
         method: ``"DoRA"``, ``"LoRA"`` or ``"DoRA and LoRA"``.
         names: Canonical names of the modules whose weight may differ from the base's.
-        notes: What to know before the figures are believed, one line each.
+        notes: Limitations of the figures, one line each.
     """
 
     def __init__(self, adapter: AdapterFile, notes: Sequence[str]) -> None:
@@ -293,59 +292,67 @@ class TunedAdapter:
         self.method = " and ".join(sorted(kinds))
 
     def _layers(self, name: str) -> list[LayerWeights]:
-        parts = (self._adapter.layers, self._adapter.beside)
-        return [part[name] for part in parts if name in part]
+        sources = (self._adapter.layers, self._adapter.beside)
+        return [layers[name] for layers in sources if name in layers]
 
     def weight(self, name: str, base: Tensor) -> Tensor:
-        """``W'``, not rounded to the base's dtype, in which a small change is lost."""
+        """``W'``, not rounded to the base's dtype, which would lose small changes."""
         layers = [(layer, Strengths()) for layer in self._layers(name)]
         return merge_tensor(base.double(), layers, torch.float64)
 
     def factors(self, name: str) -> LayerWeights | None:
-        """The low-rank layer behind a module's change; None of a DoRA with a LoRA beside it."""
+        """Return the low-rank layer of a module; None if it has a DoRA and a LoRA."""
         layers = self._layers(name)
         return layers[0] if len(layers) == 1 else None
 
     def other_changes(self, base: ModelWeights) -> int:
-        """Return the number of changed tensors without channels: 0, only weights are adapted."""
+        """Number of changed tensors without channels: 0, since only weights are adapted."""
         return 0
 
 
 class TunedModel:
-    """A model that was trained whole, or merged, with the methods of `TunedAdapter`."""
+    """A fully fine-tuned or merged model, with the methods of `TunedAdapter`."""
 
     method = "model"
 
     def __init__(self, model: StoredModel, base: StoredModel) -> None:
         self._model = model
-        shapes, wanted = module_shapes(model), module_shapes(base)
-        wrong = [name for name in wanted if shapes.get(name) != wanted[name]]
-        if wrong or shapes.keys() - wanted.keys():
-            others = listing(wrong or shapes.keys() - wanted.keys(), 3)
+        shapes, base_shapes = module_shapes(model), module_shapes(base)
+        different = [name for name in base_shapes if shapes.get(name) != base_shapes[name]]
+        if different or shapes.keys() - base_shapes.keys():
+            examples = listing(different or shapes.keys() - base_shapes.keys(), 3)
             raise ExportError(
                 f"{model.path.name} was not trained from {base.path.name}: they differ in the "
-                f"layers {others}; give the model that it was trained from with --base"
+                f"layers {examples}; give the base model of its training with --base"
             )
-        self.names = list(wanted)
-        specs = [(model.specs[f"{name}.weight"], base.specs[f"{name}.weight"]) for name in wanted]
-        for name, (spec, _) in zip(wanted, specs, strict=True):
+        self.names = list(base_shapes)
+        specs = [
+            (model.specs[f"{name}.weight"], base.specs[f"{name}.weight"]) for name in base_shapes
+        ]
+        for name, (spec, _) in zip(base_shapes, specs, strict=True):
             check_dtype(name, spec.dtype)
-        rounded = sorted({str(ours.dtype)[6:] for ours, theirs in specs if ours != theirs})
+        rounded = sorted(
+            {
+                str(tuned_spec.dtype)[6:]
+                for tuned_spec, base_spec in specs
+                if tuned_spec != base_spec
+            }
+        )
         self.notes = [
-            f"stored as {' and '.join(rounded)}, the base is not: rounding counts as change"
+            f"stored as {' and '.join(rounded)}, unlike the base: rounding counts as change"
         ] * bool(rounded)
 
     def weight(self, name: str, base: Tensor) -> Tensor:
         return self._model[f"{name}.weight"]
 
     def factors(self, name: str) -> LayerWeights | None:
-        """None: a model does not say how it came to be."""
+        """None: a model does not contain low-rank factors."""
         return None
 
     def other_changes(self, base: ModelWeights) -> int:
-        """Tensors of the UNet and the text encoders that no channels are told of."""
+        """Number of changed tensors of UNet and text encoders without channels, such as biases."""
         measured = {f"{name}.weight" for name in self.names}
-        others = [
+        comparable = [
             name
             for name, spec in base.specs.items()
             if name in self._model.specs
@@ -353,8 +360,8 @@ class TunedModel:
             and not name.startswith("vae.")
             and spec.dtype.is_floating_point
         ]
-        return sum(not torch.equal(self._model[n].double(), base[n].double()) for n in others)
+        return sum(not torch.equal(self._model[n].double(), base[n].double()) for n in comparable)
 
 
 TunedWeights = TunedAdapter | TunedModel
-"""The weights of one checkpoint, beside those of the base."""
+"""Tuned weights of one checkpoint."""

@@ -1,8 +1,8 @@
-"""Plots of an analysis: direction over magnitude as the paper has it, and layers by checkpoint.
+"""Plots of an analysis: direction over magnitude as in the paper, and layers by checkpoint.
 
-On white, with black labels, whatever the page around them: so they are the same in print and in
-dark mode. Colours are of viridis, whose order colour-blind people see too and which stays in order
-in grey; checkpoints also differ in their marker.
+Plots have a white background and black labels, also in dark mode and in print. Colours are from
+viridis, whose order is visible to colour-blind readers and in grey; checkpoints also have different
+markers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FILES = {"scatter": "scatter.png", "heat map": "heat-map.png"}
 DELTA = "\N{GREEK CAPITAL LETTER DELTA}"
 MARKERS = "osD^vP*X"
 PANELS_IN_A_ROW = 3
-# Layers whose names are written; of more, the parts of the model are.
+# Limit of layers that are labelled by name; more are labelled by part of the model.
 _MOST_NAMES = 40
 
 
@@ -46,9 +46,9 @@ def write_plots(analysis: Analysis, folder: Path) -> dict[str, Path]:
 
 
 def scatter(analysis: Analysis) -> Figure:
-    """Delta D over delta M: a panel per run, a point per layer, a regression line per checkpoint.
+    """Plot delta D over delta M: one panel per run, points are layers, lines are regressions.
 
-    Of a run with more checkpoints than there are markers, some are shown, spread over the run.
+    If a run has more checkpoints than there are markers, evenly spaced ones are plotted.
     """
     figure, panels = panel_grid(len(analysis.runs), (4.6, 4.1), (0.6, 0.3))
     for panel, run in zip(panels, analysis.runs, strict=True):
@@ -63,14 +63,17 @@ def scatter(analysis: Analysis) -> Figure:
 
 def _draw_run(panel: Any, run: RunChange) -> None:
     checkpoints = spread(run.checkpoints, len(MARKERS))
-    for place, checkpoint in enumerate(checkpoints):
+    for index, checkpoint in enumerate(checkpoints):
         x, y = np.transpose([(layer.delta_m, layer.delta_d) for layer in checkpoint.layers])
-        look = {"s": 16, "alpha": 0.6, "label": checkpoint.label}
-        draw_changes(panel, x, y, place, len(checkpoints), linewidth=1.8, **look)
-    left_out = len(run.checkpoints) - len(checkpoints)
-    some = f", {len(checkpoints)} of {len(run.checkpoints)} checkpoints drawn" if left_out else ""
+        style = {"s": 16, "alpha": 0.6, "label": checkpoint.label}
+        draw_changes(panel, x, y, index, len(checkpoints), linewidth=1.8, **style)
+    omitted = len(run.checkpoints) - len(checkpoints)
+    selection = (
+        f", {len(checkpoints)} of {len(run.checkpoints)} checkpoints drawn" if omitted else ""
+    )
     panel.set_title(
-        f"{run.name} ({run.method})\nr = {shown(correlation(run.checkpoints))}{some}", fontsize=9.5
+        f"{run.name} ({run.method})\nr = {shown(correlation(run.checkpoints))}{selection}",
+        fontsize=9.5,
     )
     panel.ticklabel_format(scilimits=(-2, 3), useMathText=True)
     tidy(panel)
@@ -78,7 +81,7 @@ def _draw_run(panel: Any, run: RunChange) -> None:
 
 
 def save_figure(figure: Figure, file: Path, *, dpi: int) -> None:
-    """Write a figure as PNG; letters of a name that no font has are boxes, without a warning."""
+    """Write a figure as PNG, without warnings about glyphs that are missing from the font."""
     with atomic_file(file) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         figure.savefig(temporary, format="png", dpi=dpi, facecolor="white")
@@ -91,9 +94,9 @@ def panel_grid(
     most: int = PANELS_IN_A_ROW,
     **options: Any,
 ) -> tuple[Figure, list[Any]]:
-    """A figure with so many panels, ``most`` in a row.
+    """Make a figure with ``count`` panels, at most ``most`` in a row.
 
-    Sizes are in inches, ``frame`` is around all; options are those of `Figure.subplots`.
+    Sizes are in inches; ``frame`` is added around all panels. Options go to `Figure.subplots`.
     """
     from matplotlib.figure import Figure
 
@@ -108,12 +111,12 @@ def panel_grid(
 
 
 def draw_changes(
-    panel: Any, x: Any, y: Any, place: int, count: int, *, linewidth: float, **look: Any
+    panel: Any, x: Any, y: Any, index: int, count: int, *, linewidth: float, **style: Any
 ) -> None:
-    """Points of one checkpoint of ``count``, and the regression line through them."""
-    color = ordered_color(place, count)
-    marker = MARKERS[place % len(MARKERS)]
-    panel.scatter(x, y, color=color, marker=marker, linewidths=0, **look)
+    """Plot the points of one of ``count`` checkpoints, with their regression line."""
+    color = ordered_color(index, count)
+    marker = MARKERS[index % len(MARKERS)]
+    panel.scatter(x, y, color=color, marker=marker, linewidths=0, **style)
     if len(x) > 2 and np.ptp(x) > 0:
         slope, start = np.polyfit(x, y, 1)
         ends = np.array([x.min(), x.max()])
@@ -121,29 +124,29 @@ def draw_changes(
 
 
 def tidy(panel: Any) -> None:
-    """Small labels, no frame, and a grid behind what is drawn."""
+    """Use small labels, no frame, and a grid behind the data."""
     panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(color="0.9", linewidth=0.6)
     panel.set_axisbelow(True)
 
 
-def ordered_color(place: int, count: int) -> Any:
-    """Return a colour in order, from dark violet to green; the yellow end is too pale for white."""
+def ordered_color(index: int, count: int) -> Any:
+    """Return a colour from dark violet to green; yellow is too pale on white."""
     from matplotlib import colormaps
 
-    return colormaps["viridis"](0.8 * place / max(1, count - 1))
+    return colormaps["viridis"](0.8 * index / max(1, count - 1))
 
 
 def spread(checkpoints: Sequence[CheckpointChange], most: int) -> list[CheckpointChange]:
-    """Return at most so many checkpoints, the first and the last among them."""
+    """Return at most ``most`` evenly spaced checkpoints, including the first and the last."""
     if len(checkpoints) <= most:
         return list(checkpoints)
     return [checkpoints[round(i * (len(checkpoints) - 1) / (most - 1))] for i in range(most)]
 
 
 def heat_map(analysis: Analysis) -> Figure:
-    """The changes of every layer at every checkpoint; on colours that grow by factors."""
+    """Plot the changes of every layer at every checkpoint, on a logarithmic colour scale."""
     checkpoints = [(run, c) for run in analysis.runs for c in run.checkpoints]
     names = sorted({x.name for _, c in checkpoints for x in c.layers}, key=model_order)
     height = min(8.5, max(3.6, 1.9 + 0.16 * len(names)))
@@ -171,7 +174,7 @@ def _draw_grid(figure: Figure, panel: Any, grid: Any, title: str) -> None:
     shown_values = np.ma.masked_less_equal(grid, 0)
     low = shown_values.min() if shown_values.count() else 1e-3
     high = shown_values.max() if shown_values.count() else 1.0
-    # A share or a cosine has no unit. What was not changed stays grey.
+    # Unchanged layers are grey.
     colors = colormaps["viridis"].with_extremes(bad="0.85")
     norm = LogNorm(low, max(high, 1.0001 * low))
     drawn = panel.imshow(
@@ -182,16 +185,16 @@ def _draw_grid(figure: Figure, panel: Any, grid: Any, title: str) -> None:
     panel.set_title(title, fontsize=9.5, pad=18)
 
 
-def _label_columns(panel: Any, runs: Sequence[RunChange], more: str) -> None:
-    """Steps below, and the name of a run above them; of a single checkpoint, its run's name."""
+def _label_columns(panel: Any, runs: Sequence[RunChange], note: str) -> None:
+    """Label columns by step, with run names above; runs with one checkpoint only by name."""
     labels, start = [], 0
     for run in runs:
-        several = len(run.checkpoints) > 1
+        has_steps = len(run.checkpoints) > 1
         steps = ["result" if c.step is None else str(c.step) for c in run.checkpoints]
-        labels += steps if several or len(runs) == 1 else [_short(run.name)]
+        labels += steps if has_steps or len(runs) == 1 else [_short(run.name)]
         if start:
             panel.axvline(start - 0.5, color="white", linewidth=3)
-        if several and len(runs) > 1:
+        if has_steps and len(runs) > 1:
             panel.annotate(
                 _short(run.name),
                 (start + (len(steps) - 1) / 2, 1),
@@ -203,7 +206,7 @@ def _label_columns(panel: Any, runs: Sequence[RunChange], more: str) -> None:
             )
         start += len(steps)
     panel.set_xticks(range(start), labels, rotation=90, fontsize=8)
-    panel.set_xlabel(f"optimizer step{more}", fontsize=9)
+    panel.set_xlabel(f"optimizer step{note}", fontsize=9)
 
 
 def _short(name: str, limit: int = 16) -> str:
@@ -211,13 +214,13 @@ def _short(name: str, limit: int = 16) -> str:
 
 
 def _label_rows(panels: Sequence[Any], names: Sequence[str]) -> None:
-    """Label the rows by name or, for many layers, by the parts of the model that they are in."""
+    """Label the rows by layer name or, for many layers, by part of the model."""
     ticks: dict[float, str] = dict(enumerate(names))
     if len(names) > _MOST_NAMES:
         ticks, start = {}, 0
-        for place, members in groupby(names, place_of):
+        for model_part, members in groupby(names, place_of):
             count = len(list(members))
-            ticks[start + (count - 1) / 2] = f"{place} ({count})"
+            ticks[start + (count - 1) / 2] = f"{model_part} ({count})"
             start += count
             for panel in panels if start < len(names) else ():
                 panel.axhline(start - 0.5, color="white", linewidth=1.5)

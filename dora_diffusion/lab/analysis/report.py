@@ -1,4 +1,4 @@
-"""Figures of what training changed, of layers and over them, as tables, as JSON and as CSV."""
+"""Figures of weight changes, by layer and over layers, as tables, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -26,25 +26,24 @@ FILES = {"analysis": "analysis.json", "layers": "layers.csv", "table": "analysis
 METHOD = (
     "95% confidence intervals of correlations are from a bootstrap that resamples the model's "
     "blocks (resnets, stacks of attention, layers of a text encoder), each with all its layers and "
-    "checkpoints, since these are not independent observations; it says how far the figure depends "
-    "on which blocks there are, not what another seed would give, and is too narrow for a model of "
-    "few blocks"
+    "checkpoints, since these are not independent observations; the interval shows how far the "
+    "figure depends on the blocks, not on the seed, and is too narrow for models with few blocks"
 )
 _COLUMNS = (
     "run", "method", "step", "layer", "place", "kind", "shape", "delta_m", "relative_delta_m",
     "delta_d", "norm", "relative_change", "effective_rank", "low_rank_effective_rank",
 )  # fmt: skip
-# Of a layer, as many of its singular values as are reported.
+# Number of reported singular values of a layer.
 LEADING = 16
 _PLACES = {"down_blocks": "UNet down", "mid_block": "UNet mid", "up_blocks": "UNet up"}
-# In the order in which images pass them.
+# In the order of the forward pass.
 PLACES = ("text encoder", "text encoder 2", "UNet in and time", *_PLACES.values(), "UNet out")
 KINDS = ("attention", "feed-forward", "convolution", "embedding", "other")
 _BLOCK = re.compile(r".*?\.(?:resnets|attentions|downsamplers|upsamplers|layers)\.\d+")
 
 
 def place_of(name: str) -> str:
-    """The part of the model that a layer is in: one of ``PLACES``."""
+    """Return the part of the model that contains a layer: one of ``PLACES``."""
     component, _, path = name.partition(".")
     if component != "unet":
         return component.replace("_", " ")
@@ -53,7 +52,7 @@ def place_of(name: str) -> str:
 
 
 def is_table(name: str) -> bool:
-    """Return whether a layer is a text encoder's table of vectors, an Embedding."""
+    """Return whether a layer is an Embedding of a text encoder."""
     return name.endswith(("token_embedding", "position_embedding"))
 
 
@@ -69,20 +68,20 @@ def kind_of(name: str, shape: tuple[int, ...]) -> str:
 
 
 def block_of(name: str) -> str:
-    """The resnet, stack of attention or layer of a text encoder that a layer belongs to.
+    """Return the resnet, stack of attention or text-encoder layer that contains a layer.
 
-    A layer of none is a block of its own.
+    Any other layer is its own block.
     """
     match = _BLOCK.match(name)
     return match[0] if match else name
 
 
 def model_order(name: str) -> tuple[int, list[int | str], str]:
-    """A key that sorts layers as the model runs them, and numbers as numbers."""
-    parts: list[int | str] = [
-        int(part) if part.isdecimal() else part for part in block_of(name).split(".")
+    """Sort key of layers: order of the forward pass, with numeric order of numbers."""
+    path: list[int | str] = [
+        int(step) if step.isdecimal() else step for step in block_of(name).split(".")
     ]
-    return PLACES.index(place_of(name)), parts, name
+    return PLACES.index(place_of(name)), path, name
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,8 @@ class Spectrum:
     """The singular values of a matrix.
 
     Attributes:
-        leading: The largest ``LEADING``, falling.
-        effective_rank: `numerics.low_rank.effective_rank` of all of them.
+        leading: The largest ``LEADING`` values, in descending order.
+        effective_rank: `numerics.low_rank.effective_rank` of all values.
     """
 
     leading: tuple[float, ...]
@@ -104,10 +103,10 @@ class LayerChange:
 
     Attributes:
         name: Canonical module name.
-        shape: Of its weight, ``(out, in, *k)``.
-        parts: Its change of magnitude and of direction.
-        update: The spectrum of ``W_t - W_0``.
-        low_rank: Of a DoRA, that of ``s B A`` inside its norm; None of anything else.
+        shape: Shape of the weight, ``(out, in, *k)``.
+        parts: Changes of magnitude and direction.
+        update: Spectrum of ``W_t - W_0``.
+        low_rank: For DoRA, spectrum of ``s B A`` inside the norm; else None.
     """
 
     name: str
@@ -152,10 +151,10 @@ class LayerGroup:
     """Group of layers: all of a checkpoint, or of one kind in one place.
 
     Attributes:
-        layers: One or more.
-        place: Where they are; ``""`` for all.
-        kind: What they do; ``""`` for all.
-        share: Of the checkpoint's ``|W_t - W_0|^2``.
+        layers: One or more layers.
+        place: Part of the model; ``""`` for all.
+        kind: Kind of the layers; ``""`` for all.
+        share: Share of the checkpoint's ``|W_t - W_0|^2``.
     """
 
     layers: Sequence[LayerChange]
@@ -193,9 +192,9 @@ class CheckpointChange:
     """Change of a model by training, at one checkpoint.
 
     Attributes:
-        step: Optimizer steps; None where that is not known.
-        method: Of an adapter ``"DoRA"`` or ``"LoRA"``; ``"model"``.
-        layers: Those that were changed, at least one, in the model's order.
+        step: Optimizer steps; None if unknown.
+        method: ``"DoRA"`` or ``"LoRA"`` for an adapter, else ``"model"``.
+        layers: Changed layers, at least one, in the model's order.
         unchanged: Number of layers that equal the base's, bit for bit.
         other_changes: Number of changed tensors without channels: biases, norms.
     """
@@ -216,15 +215,15 @@ class CheckpointChange:
 
     def groups(self) -> list[LayerGroup]:
         """Return the layers by place and kind, in the model's order; their shares sum to 1."""
-        whole = squared_change(self.layers)
-        chosen = {
+        total = squared_change(self.layers)
+        by_group = {
             (place, kind): [x for x in self.layers if (x.place, x.kind) == (place, kind)]
             for place in PLACES
             for kind in KINDS
         }
         return [
-            LayerGroup(layers, place, kind, squared_change(layers) / whole)
-            for (place, kind), layers in chosen.items()
+            LayerGroup(layers, place, kind, squared_change(layers) / total)
+            for (place, kind), layers in by_group.items()
             if layers
         ]
 
@@ -234,9 +233,9 @@ class RunChange:
     """Change of a model by training, over the checkpoints of a run.
 
     Attributes:
-        name: Of the run, adapter or model.
-        checkpoints: In their order, at least one.
-        notes: What to know before the figures are believed, one line each.
+        name: Name of the run, adapter or model.
+        checkpoints: Checkpoints in order, at least one.
+        notes: Limitations of the figures, one line each.
     """
 
     name: str
@@ -262,7 +261,7 @@ def correlation(
     at several checkpoints, are not independent observations.
 
     Args:
-        checkpoints: Of one run.
+        checkpoints: Checkpoints of one run.
         magnitude: ``"delta_m"`` as in the paper, or ``"relative_delta_m"``.
     """
     blocks: dict[str, list[tuple[float, float]]] = {}
@@ -279,9 +278,9 @@ class Analysis:
 
     Attributes:
         base: Name of the model before training.
-        norm_axis: What a channel is.
-        patterns: Of the layers that were looked at.
-        runs: Their checkpoints and layers.
+        norm_axis: Axis of the channels.
+        patterns: Patterns of the analyzed layers.
+        runs: Changes by run.
     """
 
     base: str
@@ -310,12 +309,12 @@ class Analysis:
         }
 
     def table(self) -> str:
-        """The figures of each checkpoint, and the share of each part of the model, in Markdown."""
+        """Format the figures by checkpoint and the shares by part of the model, in Markdown."""
         return "\n".join(
             [
                 aligned(self._figures()),
                 "",
-                f"Channels are those of the {self.norm_axis} axis. delta M: mean change of their "
+                f"Channels are on the {self.norm_axis} axis. delta M: mean change of their "
                 "norm, in the weights' unit; delta D: mean change of their direction, 1 - cosine; "
                 "both averaged over layers. Effective rank: median over layers. " + METHOD + ".",
                 "",
@@ -330,17 +329,17 @@ class Analysis:
         head = ["run", "checkpoint", "layers", "delta M", "delta D", "correlation"]
         rows = [[*head, "with relative delta M", "relative change", "effective rank"]]
         for run in self.runs:
-            who = f"{run.name} ({run.method})"
+            title = f"{run.name} ({run.method})"
             for checkpoint in run.checkpoints:
                 whole = checkpoint.whole
                 means = [f"{whole.mean(name):.3g}" for name in ("delta_m", "delta_d")]
                 both = map(shown, _correlations([checkpoint]).values())
                 size = [f"{whole.relative_change:.2%}", f"{whole.effective_rank:.1f}"]
                 count = str(len(checkpoint.layers))
-                rows.append([who, checkpoint.label, count, *means, *both, *size])
+                rows.append([title, checkpoint.label, count, *means, *both, *size])
             if len(run.checkpoints) > 1:
                 both = map(shown, _correlations(run.checkpoints).values())
-                rows.append([who, "all", "", "", "", *both, "", ""])
+                rows.append([title, "all", "", "", "", *both, "", ""])
         return rows
 
     def _shares(self) -> list[list[str]]:
@@ -353,18 +352,18 @@ class Analysis:
         return rows
 
     def csv(self) -> str:
-        """One row for each layer of each checkpoint."""
+        """Format one row for each layer of each checkpoint."""
         text = io.StringIO()
         singular = [f"singular_value_{i}" for i in range(1, LEADING + 1)]
         writer = csv.DictWriter(text, [*_COLUMNS, *singular], lineterminator="\n")
         writer.writeheader()
         pairs = [(run, checkpoint) for run in self.runs for checkpoint in run.checkpoints]
         for run, checkpoint in pairs:
-            where = {"run": run.name, "method": checkpoint.method, "step": checkpoint.step}
+            identity = {"run": run.name, "method": checkpoint.method, "step": checkpoint.step}
             for layer in checkpoint.layers:
                 inner = layer.low_rank and layer.low_rank.effective_rank
                 writer.writerow({
-                    **where, "layer": layer.name, **_layer(layer),
+                    **identity, "layer": layer.name, **_layer(layer),
                     "shape": "x".join(map(str, layer.shape)), "low_rank_effective_rank": inner,
                     **dict(zip(singular, layer.update.leading, strict=False)),
                 })  # fmt: skip
@@ -377,13 +376,13 @@ class Analysis:
         texts = {
             "analysis": json.dumps(self.to_dict(), indent=1) + "\n",
             "layers": self.csv(),
-            "table": f"# What training did to {self.base}\n\n{self.table()}\n",
+            "table": f"# Changes of {self.base} by training\n\n{self.table()}\n",
         }
         return {name: save_text(folder / FILES[name], text) for name, text in texts.items()}
 
 
 def shown(interval: Interval | None) -> str:
-    """``+0.83 [+0.71, +0.92]``; a dash where there is no correlation."""
+    """Format an interval: ``+0.83 [+0.71, +0.92]``; a dash without a correlation."""
     return report.shown(interval, False, signed=True, digits=2)
 
 

@@ -1,1 +1,1 @@
-"""Plans a fleet past this machine: a queue of subjects, workers that fail, and closed forms."""
+"""Planning of fleets: simulation of queues with failing workers, and closed-form solutions."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 RESULTS = "simulation.json"
 SUBJECTS, SUBJECTS_AT_A_RATE = 1000, 10_000
-_FILE = "that of --records, else 0"
+_FILE = "measured in --records, else 0"
 
 
 _PACK = when(lambda plan: plan.pack != 1, "no --pack is given")
@@ -40,7 +40,7 @@ class SimulateSettings(Overwrite):
     )
     arrivals: Path | None = flag(
         None,
-        "Arrivals instead: one time a line, in seconds or as an ISO 8601 date.",
+        "File of arrival times instead: one per line, in seconds or as an ISO 8601 date.",
         group="Subjects",
         metavar="FILE",
     )
@@ -53,8 +53,8 @@ class SimulateSettings(Overwrite):
     )
     records: Path | None = flag(
         None,
-        "Costs that a fleet has measured: its file fleet.jsonl. Training times are drawn from it; "
-        "starts and failures are its own, unless given.",
+        "Measured costs of a fleet: its file fleet.jsonl. Training times are drawn from it; starts "
+        "and failures default to its figures.",
         group="Subjects",
         metavar="FILE",
     )
@@ -63,9 +63,9 @@ class SimulateSettings(Overwrite):
     )
     variation: float = flag(
         0.0,
-        "Standard deviation of training times, in means: 0 all the same, 1 exponential.",
+        "Standard deviation of training times over their mean: 0 constant, 1 exponential.",
         group="Subjects",
-        needs=(when(lambda plan: plan.records is None, "training times are those of --records"),),
+        needs=(when(lambda plan: plan.records is None, "training times are drawn from --records"),),
     )
     workers: list[int] = flag(
         [1], "Number of workers; several are compared.", group="Workers", least=1
@@ -78,17 +78,17 @@ class SimulateSettings(Overwrite):
     )
     warm_start: float | None = flag(
         None,
-        f"Seconds to the first step where the base is in memory. Default: {_FILE}.",
+        f"Seconds to the first step with the base in memory. Default: {_FILE}.",
         group="Workers",
         metavar="SECONDS",
     )
     keep_warm: float | None = flag(
         None,
-        "Idle time after which a worker is given back. Default: never.",
+        "Idle time after which a worker is released. Default: never.",
         group="Workers",
         metavar="SECONDS",
     )
-    pack: int = flag(1, "Most subjects trained at once.", group="Workers", least=1)
+    pack: int = flag(1, "Maximum number of subjects trained at once.", group="Workers", least=1)
     pack_throughput: list[str] = flag(
         [],
         "Subject-steps per second of packs, relative to one subject, such as 4:2.2 8:3.2.",
@@ -109,14 +109,14 @@ class SimulateSettings(Overwrite):
     )
     window: float = flag(
         0.0,
-        "How long a subject waits for its pack to fill.",
+        "Maximum time that a subject waits for its pack to fill.",
         group="Workers",
         metavar="SECONDS",
         needs=(_PACK,),
     )
     checkpoint_seconds: float = flag(
         0.0,
-        "Training time between checkpoints; 0: a failure loses all.",
+        "Training time between checkpoints; 0: a failure loses all progress.",
         group="Workers",
         metavar="SECONDS",
         needs=(_FAILURES,),
@@ -143,10 +143,10 @@ class SimulateSettings(Overwrite):
 
     @property
     def throughputs(self) -> dict[int, float]:
-        """Factors of packs by their size.
+        """Throughput factors by pack size.
 
         Raises:
-            ConfigError: If one is not a size and factor.
+            ConfigError: If a word is not a size and a factor.
         """
         try:
             pairs = [text.split(":") for text in self.pack_throughput]
@@ -170,8 +170,8 @@ class SimulateSettings(Overwrite):
         save_figure(forecasts.plot(plans, demand), plot, dpi=140)
         from json import dumps
 
-        given = {"plan": asdict(plan), "demand": asdict(demand)}
-        document = {**given, "results": results}
+        inputs = {"plan": asdict(plan), "demand": asdict(demand)}
+        document = {**inputs, "results": results}
         path = save_text(self.output / RESULTS, dumps(document, indent=1, default=str) + "\n")
         if self.json:
             print_json(results)
@@ -184,10 +184,10 @@ class SimulateSettings(Overwrite):
 
 
 def _read(args: SimulateSettings) -> tuple[QueuePlan, Demand]:
-    """The plan, whose workers vary, and what arrives.
+    """Read the plan, whose number of workers varies, and the demand.
 
     Raises:
-        ConfigError: If something is missing, or cannot be.
+        ConfigError: If a setting is missing or not valid.
     """
     from dora_diffusion.lab.simulation.forecasts import (
         Demand,
@@ -203,23 +203,24 @@ def _read(args: SimulateSettings) -> tuple[QueuePlan, Demand]:
     )
     require(
         (args.records is None) != (args.seconds is None),
-        "say what a subject costs: --records FILE of a fleet, or --seconds of its training",
+        "the cost of a subject is missing: give --records FILE of a fleet, or --seconds of its "
+        "training",
         "seconds",
     )
     names = {field.name for field in fields(QueuePlan)}
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    given |= {"workers": min(args.workers), "pack_throughput": args.throughputs}
+    values = {name: value for name in names if (value := getattr(args, name)) is not None}
+    values |= {"workers": min(args.workers), "pack_throughput": args.throughputs}
     if args.records is None:
         times = TrainingTimes(args.seconds or 0.0, args.variation)
     else:
         costs = read_costs(args.records)
         times = costs.times
-        given = {name: getattr(costs, name) for name in _MEASURED} | given
-    plan = QueuePlan(**given)
+        values = {name: getattr(costs, name) for name in _MEASURED} | values
+    plan = QueuePlan(**values)
     check_failures(plan, times.mean)
     arrivals = () if args.arrivals is None else tuple(read_arrivals(args.arrivals))
-    usual = SUBJECTS if args.rate is None else SUBJECTS_AT_A_RATE
-    subjects = len(arrivals) or args.subjects or usual
+    default = SUBJECTS if args.rate is None else SUBJECTS_AT_A_RATE
+    subjects = len(arrivals) or args.subjects or default
     return plan, Demand(times, subjects, args.rate, arrivals, args.seed)
 
 

@@ -1,4 +1,4 @@
-"""Forecasts of a fleet: costs and arrivals of subjects, formulas, tables and a plot of queues."""
+"""Forecasts of a fleet: costs and arrivals of subjects, formulas, tables and plots."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from dora_diffusion.lab.simulation.queue import HOUR, QueuePlan, Values, simulat
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# A plan in which a training takes so many times as long as without failures is refused.
+# A plan is refused if failures prolong a training by more than this factor.
 _HOPELESS = 100
 PERCENTILES = (50, 90, 99)
 BATCHES = 20
-# Of the arrivals at a rate, the first do not count: the queue is empty before them.
+# Fraction of arrivals at a rate that is excluded, since the queue starts empty.
 WARM_UP = 0.1
 LOADS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 _PLOTTED_SUBJECTS = 20_000
-# Of the table, besides times: title -> figure and its form.
+# Columns of the table after the times: title -> figure and its format.
 _COLUMNS = {
     "utilisation": ("utilisation", "{:.0%}"),
     "subjects per hour": ("subjects_per_hour", "{:.1f}"),
@@ -44,10 +44,10 @@ class TrainingTimes:
     """Training times of a subject alone on a worker, without its start.
 
     Attributes:
-        mean: Seconds.
-        variation: Standard deviation in means: 0 all the same, 1 exponential; drawn from a gamma
-            distribution.
-        measured: Times to draw from instead.
+        mean: Mean in seconds.
+        variation: Standard deviation over the mean of a gamma distribution: 0 constant, 1
+            exponential.
+        measured: Measured times to draw from instead.
     """
 
     mean: float
@@ -65,13 +65,13 @@ class TrainingTimes:
 
     @classmethod
     def of(cls, measured: Sequence[float]) -> TrainingTimes:
-        """Return the times that were measured."""
+        """Make the distribution of measured times."""
         mean = fmean(measured)
         spread = math.sqrt(fmean((value - mean) ** 2 for value in measured))
         return cls(mean, spread / mean, tuple(measured))
 
     def draw(self, count: int, generator: np.random.Generator) -> Values:
-        """Draw so many times, independent of each other."""
+        """Draw ``count`` independent times."""
         if self.measured:
             return generator.choice(np.asarray(self.measured), count)
         if not self.variation:
@@ -84,10 +84,10 @@ class MeasuredCosts:
     """Costs in the record file of a fleet, in seconds.
 
     Attributes:
-        times: Of training, for each subject that was finished.
-        cold_start: Of the first subject of each worker, the median.
-        warm_start: Of the others.
-        failures: Attempts beyond the first, per worker and hour.
+        times: Training times of all finished subjects.
+        cold_start: Median start time of the first subject of each worker.
+        warm_start: Median start time of further subjects.
+        failures: Repeated attempts per worker and hour.
     """
 
     times: TrainingTimes
@@ -97,7 +97,7 @@ class MeasuredCosts:
 
 
 def read_costs(path: Path) -> MeasuredCosts:
-    """Costs by the record file of a fleet, one JSON object a line; a subject's last line counts.
+    """Read costs from the record file of a fleet; the last line of each subject is used.
 
     Raises:
         ConfigError: If a line is not a record, or no subject was finished.
@@ -113,20 +113,20 @@ def read_costs(path: Path) -> MeasuredCosts:
     starts: dict[str, list[float]] = {}
     for record in done:
         starts.setdefault(str(record.get("worker")), []).append(record["start_seconds"])
-    firsts = [values[0] for values in starts.values()]
-    others = [value for values in starts.values() for value in values[1:]]
+    first_starts = [values[0] for values in starts.values()]
+    later_starts = [value for values in starts.values() for value in values[1:]]
     attempts = sum(record.get("attempts", 1) - 1 for record in done)
     hours = sum(record["train_seconds"] + record["start_seconds"] for record in done) / HOUR
     return MeasuredCosts(
         TrainingTimes.of([record["train_seconds"] for record in done]),
-        median(firsts),
-        median(others or firsts),
+        median(first_starts),
+        median(later_starts or first_starts),
         attempts / hours,
     )
 
 
 def _record(line: str, where: str) -> tuple[str, dict[str, Any]]:
-    """The subject and the record of a line."""
+    """Parse a line to the subject's name and its record."""
     try:
         record = json.loads(line)
         if record.get("status") == "done":
@@ -142,10 +142,13 @@ def _record(line: str, where: str) -> tuple[str, dict[str, Any]]:
 
 
 def read_arrivals(path: Path) -> list[float]:
-    """Arrival times, one a line, as seconds or as ISO 8601 dates; from the first on, ascending.
+    """Read arrival times, one per line, in seconds or as ISO 8601 dates.
+
+    Returns:
+        Seconds after the first arrival, ascending.
 
     Raises:
-        ConfigError: If a line is neither, or the file has no time.
+        ConfigError: If a line is neither, or the file has no times.
     """
     times = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -177,10 +180,10 @@ class Demand:
     """Arriving subjects.
 
     Attributes:
-        times: What training takes.
-        subjects: How many arrive.
-        rate: Of a Poisson process, in subjects per hour; None: ``arrivals``.
-        arrivals: Their times in seconds; empty: all at once.
+        times: Training times.
+        subjects: Number of subjects.
+        rate: Rate of a Poisson process, in subjects per hour; None: ``arrivals``.
+        arrivals: Arrival times in seconds; empty: all at once.
         seed: Random seed of all draws.
     """
 
@@ -191,7 +194,7 @@ class Demand:
     seed: int = 0
 
     def draw(self) -> tuple[Values, Values]:
-        """Arrival and training times, the same ones for each number of workers."""
+        """Draw arrival and training times, the same for each number of workers."""
         spawned = np.random.SeedSequence(self.seed).spawn(2)
         arriving, training = (np.random.default_rng(sequence) for sequence in spawned)
         work = self.times.draw(self.subjects, training)
@@ -201,17 +204,17 @@ class Demand:
 
 
 def check_failures(plan: QueuePlan, seconds: float) -> None:
-    """Refuse a plan whose workers fail so often that training hardly ends.
+    """Refuse a plan whose workers fail so often that trainings would hardly end.
 
     Args:
-        plan: The workers.
-        seconds: Mean training time of a subject alone.
+        plan: The plan.
+        seconds: Mean training time of a single subject.
 
     Raises:
-        ConfigError: With how long a training would take.
+        ConfigError: If failures prolong trainings too much.
     """
     whole = plan.cold_start + seconds
-    # Beyond it the exponential overflows.
+    # The limit avoids an overflow of the exponential.
     stretch = min(plan.checkpoint_seconds or seconds, seconds)
     tries = plan.failures / HOUR * (plan.cold_start + stretch)
     hopeless = tries > 100 or _HOPELESS * whole < expected_completion(
@@ -224,21 +227,22 @@ def check_failures(plan: QueuePlan, seconds: float) -> None:
     )
     require(
         not hopeless,
-        f"failures is {plan.failures} per worker and hour, and from a start to what is kept it "
-        f"takes {plan.cold_start + stretch:.0f} s: subjects would hardly end; lower failures or "
+        f"failures is {plan.failures} per worker and hour, but saving progress takes "
+        f"{plan.cold_start + stretch:.0f} s from a start, so subjects would hardly end; lower "
+        "failures or "
         "checkpoint_seconds",
         "failures",
     )
 
 
 def erlang_c(load: float, workers: int) -> float:
-    """The probability that a subject has to wait in M/M/c (Erlang, 1917).
+    """Probability that a subject has to wait in M/M/c (Erlang, 1917).
 
     Args:
         load: Arrivals per second times seconds of service, below ``workers``.
-        workers: How many there are.
+        workers: Number of workers.
     """
-    # Erlang B by its recursion, which does not overflow as factorials do.
+    # Erlang B by recursion, which does not overflow, unlike factorials.
     blocked = 1.0
     for count in range(1, workers + 1):
         blocked = load * blocked / (count + load * blocked)
@@ -246,19 +250,20 @@ def erlang_c(load: float, workers: int) -> float:
 
 
 def expected_wait(rate: float, seconds: float, variation: float, workers: int) -> float:
-    """The mean wait for the first of ``workers``, Poisson arrivals, first come, first served.
+    """Mean wait for Poisson arrivals, first come, first served.
 
-    Exact for one worker (M/G/1: Pollaczek and Khinchine), and for any number if service times are
-    exponential (M/M/c: Erlang C); else the approximation of Allen and Cunneen, within some percent.
+    Exact for one worker (M/G/1: Pollaczek and Khinchine), and for any number of workers with
+    exponential service times (M/M/c: Erlang C); else the approximation of Allen and Cunneen, within
+    a few percent.
 
     Args:
         rate: Arrivals per second.
         seconds: Mean service time.
-        variation: Its standard deviation, in means.
-        workers: How many there are.
+        variation: Standard deviation of the service time over its mean.
+        workers: Number of workers.
 
     Returns:
-        Seconds; infinity where the queue grows without end.
+        Seconds; infinity if the queue grows without limit.
     """
     load = rate * seconds
     if load >= workers:
@@ -276,18 +281,18 @@ def expected_completion(
     interval: float = 0.0,
     recovery: float = 0.0,
 ) -> float:
-    """The mean time to the end of a training that fails, and resumes from its last checkpoint.
+    """Mean time to complete a training that resumes from its last checkpoint after failures.
 
-    Each stretch between checkpoints is repeated until it passes (Daly, 2006, without the time that
-    saving takes, and with failures while restarting).
+    Each stretch between checkpoints is repeated until it succeeds (Daly, 2006, without the time of
+    saving, and with failures during restarts).
 
     Args:
         seconds: Training time without failures.
-        failures: Per second, at random (a Poisson process).
-        start: Before the first step.
-        restart: The same, after a failure.
-        interval: Training time from one checkpoint to the next; 0 saves none.
-        recovery: From a failure to the restart.
+        failures: Rate of failures per second (a Poisson process).
+        start: Seconds before the first step.
+        restart: Seconds before the first step after a failure.
+        interval: Training time between checkpoints; 0: none are saved.
+        recovery: Seconds from a failure to the restart.
     """
     if not failures:
         return start + seconds
@@ -304,15 +309,15 @@ def expected_completion(
 
 
 def forecast(plan: QueuePlan, demand: Demand) -> dict[str, Any]:
-    """Simulate a queue; returns its figures, for JSON, and the formula's where one applies.
+    """Simulate a queue; returns its figures for JSON, and the result of a formula if one applies.
 
-    The mean wait leaves the warm-up out, and has its interval by batch means. The formula is for
-    warm workers, without packs, failures, preemption or workers that are given back. The first,
-    cold start of each worker is left out.
+    The mean wait excludes the warm-up, and its interval is by batch means. The formula applies to
+    warm workers without packs, failures, preemption or release of idle workers. It ignores the
+    first, cold start of each worker.
     """
     outcome, times = simulate_queue(plan, *demand.draw(), seed=demand.seed), demand.times
-    kept = settled if demand.rate is not None else np.asarray
-    waits, turnarounds = kept(outcome.waits), kept(outcome.turnarounds)
+    select = settled if demand.rate is not None else np.asarray
+    waits, turnarounds = select(outcome.waits), select(outcome.turnarounds)
     count = len(outcome.waits)
     phases = ("training", "lost", "starting", "idle", "recovering")
     result: dict[str, Any] = {
@@ -331,8 +336,8 @@ def forecast(plan: QueuePlan, demand: Demand) -> dict[str, Any]:
         return result
     mean, formula = mean_of(waits), None
     result["wait"] |= {"mean": mean.mean, "low": mean.low, "high": mean.high}
-    is_plain = plan.pack == 1 and plan.keep_warm is None
-    if is_plain and not plan.failures and not plan.preemptions:
+    is_simple = plan.pack == 1 and plan.keep_warm is None
+    if is_simple and not plan.failures and not plan.preemptions:
         seconds = plan.warm_start + times.mean
         spread = times.variation * times.mean / seconds
         formula = expected_wait(demand.rate / HOUR, seconds, spread, plan.workers)
@@ -345,13 +350,13 @@ def forecast(plan: QueuePlan, demand: Demand) -> dict[str, Any]:
 def with_costs(
     plan: QueuePlan, demand: Demand, gpus: float = 1.0, price: float | None = None
 ) -> dict[str, Any]:
-    """A forecast with the capacity of its workers and what they cost.
+    """Make a forecast with the capacity and the cost of the workers.
 
     Args:
-        plan: The workers.
-        demand: What arrives.
-        gpus: Of each worker.
-        price: Of a GPU for an hour.
+        plan: The plan.
+        demand: The arriving subjects.
+        gpus: GPUs per worker.
+        price: Price of a GPU-hour.
     """
     result = forecast(plan, demand)
     paid = sum(s for name, s in result["worker_seconds"].items() if name != "lost")
@@ -369,13 +374,13 @@ def settled(values: Values) -> Values:
 
 
 def mean_of(values: Values) -> Interval:
-    """The mean with its interval: subjects near each other wait alike, and batches of many less."""
+    """Mean with its interval by batch means, since waits of consecutive subjects are correlated."""
     batches = np.array_split(values, min(BATCHES, len(values)))
     return replace(t_interval([float(batch.mean()) for batch in batches]), n=len(values))
 
 
 def capacity_of(plan: QueuePlan, demand: Demand) -> float:
-    """Subjects per hour where one always waits: by what ends in the middle of a long backlog."""
+    """Subjects per hour under full load, measured in the middle of a long backlog."""
     count = max(2000, 40 * plan.workers * plan.pack)
     work = demand.times.draw(count, np.random.default_rng(demand.seed))
     outcome = simulate_queue(plan, [0.0] * count, work, demand.seed)
@@ -386,7 +391,7 @@ def capacity_of(plan: QueuePlan, demand: Demand) -> float:
 
 
 def table(results: Sequence[dict[str, Any]], *, has_price: bool) -> str:
-    """A row for each number of workers."""
+    """Format a table with a row for each number of workers."""
     times = [(kind, f"p{p}") for kind in ("wait", "turnaround") for p in PERCENTILES]
     rows = [["workers", *map(" ".join, times), *_COLUMNS]]
     if has_price:
@@ -399,16 +404,16 @@ def table(results: Sequence[dict[str, Any]], *, has_price: bool) -> str:
 
 
 def remarks(results: Sequence[dict[str, Any]], demand: Demand) -> list[str]:
-    """Return remarks on the table: confidence intervals, formulas, and queues that grow."""
+    """Return remarks on the table: confidence intervals, formulas, and growing queues."""
     lines = []
     for result in results:
-        who, wait = counted(result["workers"], "worker"), result["wait"]
+        title, wait = counted(result["workers"], "worker"), result["wait"]
         if demand.rate is None:
-            lines.append(f"{who}: all are done after {duration(result['seconds'])}")
+            lines.append(f"{title}: all are done after {duration(result['seconds'])}")
             continue
         load = demand.rate / result["capacity_per_hour"]
         low, high = max(0.0, wait["low"] or 0.0), wait["high"] or wait["mean"]
-        line = f"{who}: load {load:.0%}, mean wait {wait['mean']:.1f} s "
+        line = f"{title}: load {load:.0%}, mean wait {wait['mean']:.1f} s "
         line += f"(95% confidence interval {low:.1f} to {high:.1f} s)"
         if result["wait_by_formula"] is not None:
             kind = "formula" if result["formula_is_exact"] else "formula's approximation"
@@ -421,13 +426,13 @@ def remarks(results: Sequence[dict[str, Any]], demand: Demand) -> list[str]:
 
 
 def plot(plans: Sequence[QueuePlan], demand: Demand) -> Figure:
-    """Mean and p90 of the wait over load, for Poisson arrivals, and the formula where it applies.
+    """Plot mean and p90 of the wait over load for Poisson arrivals, and the formula if it applies.
 
     Load is the arrival rate over the capacity.
     """
     figure, (panel,) = panel_grid(1, (7.2, 4.4))
-    for place, plan in enumerate(plans):
-        color, marker = ordered_color(place, len(plans)), MARKERS[place % len(MARKERS)]
+    for index, plan in enumerate(plans):
+        color, marker = ordered_color(index, len(plans)), MARKERS[index % len(MARKERS)]
         _draw_plan(panel, plan, demand, color, marker)
     panel.set_yscale("log")
     panel.set_ylim(bottom=1 / 60)
@@ -442,18 +447,18 @@ def plot(plans: Sequence[QueuePlan], demand: Demand) -> Figure:
 def _draw_plan(panel: Any, plan: QueuePlan, demand: Demand, color: Any, marker: str) -> None:
     capacity = capacity_of(plan, demand)
     subjects = max(2000, min(demand.subjects, _PLOTTED_SUBJECTS))
-    some = replace(demand, subjects=subjects, arrivals=())
-    found = [forecast(plan, replace(some, rate=load * capacity)) for load in LOADS]
-    waits, loads = [result["wait"] for result in found], [100 * load for load in LOADS]
+    sample = replace(demand, subjects=subjects, arrivals=())
+    results = [forecast(plan, replace(sample, rate=load * capacity)) for load in LOADS]
+    waits, loads = [result["wait"] for result in results], [100 * load for load in LOADS]
     means = [wait["mean"] / 60 for wait in waits]
     ends = [(wait["mean"] - (wait["low"] or 0.0)) / 60 for wait in waits]
     name = counted(plan.workers, "worker")
-    look = {"color": color, "marker": marker, "markersize": 5, "linestyle": "none"}
-    panel.errorbar(loads, means, ends, capsize=2, label=f"{name}, mean", **look)
+    style = {"color": color, "marker": marker, "markersize": 5, "linestyle": "none"}
+    panel.errorbar(loads, means, ends, capsize=2, label=f"{name}, mean", **style)
     high = [wait["p90"] / 60 or math.nan for wait in waits]
     panel.plot(loads, high, color=color, linestyle=":", linewidth=1.2, label=f"{name}, p90")
-    formulas = [result["wait_by_formula"] for result in found]
+    formulas = [result["wait_by_formula"] for result in results]
     if None not in formulas:
-        kind = "formula" if found[0]["formula_is_exact"] else "approximation"
+        kind = "formula" if results[0]["formula_is_exact"] else "approximation"
         minutes = [seconds / 60 for seconds in formulas]
         panel.plot(loads, minutes, color=color, linewidth=1.2, label=f"{name}, {kind}")

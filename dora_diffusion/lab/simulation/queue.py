@@ -1,7 +1,7 @@
-"""Subjects that wait for workers, event by event: packs, failures, preemption, cold starts.
+"""Event-driven simulation of a queue of subjects: packs, failures, preemption, cold starts.
 
-Subjects are served in the order in which they arrive. Nothing is trained: what a subject costs is
-given as numbers. All times are in seconds, all rates per worker and hour.
+Subjects are served in order of arrival. Nothing is trained: the costs of subjects are numbers. All
+times are in seconds, all rates per worker and hour.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ Values = npt.NDArray[np.float64]
 @check_arguments()
 @dataclass(frozen=True)
 class QueuePlan:
-    """The workers of a fleet, and what happens to them.
+    """Workers of a fleet, with their costs and failures.
 
     Attributes:
-        workers: How many there are.
-        cold_start: From taking a subject to its first step in a new process.
-        warm_start: The same where the process has trained before, with the base in memory.
-        pack: Most subjects that a worker trains at once.
-        pack_throughput: Size of a pack -> subject-steps per second, relative to one subject alone.
+        workers: Number of workers.
+        cold_start: Time from taking a subject to its first step in a new process.
+        warm_start: The same in a process with the base in memory.
+        pack: Maximum number of subjects that a worker trains at once.
+        pack_throughput: Size of a pack -> subject-steps per second, relative to a single subject.
             Linear between the sizes; 1 for one subject.
-        window: How long the oldest subject waits for a pack to fill.
-        failures: Of a worker, without notice: what was trained since the last checkpoint is lost.
-        checkpoint_seconds: Training time from one checkpoint to the next; 0 saves none.
-        recovery: From a failure to the new process, which starts cold.
-        preemptions: Of a worker, with notice: a checkpoint is saved, and nothing is lost.
-        preempted_for: From a preemption to the next worker, which starts cold.
-        keep_warm: Idle time after which a worker is given back; None keeps it.
+        window: Maximum time that the oldest subject waits for a pack to fill.
+        failures: Rate of failures without notice, which lose progress since the last checkpoint.
+        checkpoint_seconds: Training time between checkpoints; 0: none are saved.
+        recovery: Time from a failure to the new process, which starts cold.
+        preemptions: Rate of preemptions with notice, which save a checkpoint first.
+        preempted_for: Time from a preemption to the next worker, which starts cold.
+        keep_warm: Idle time after which a worker is released; None: never.
     """
 
     workers: int = 1
@@ -71,12 +71,12 @@ class QueuePlan:
         require(
             self.pack == 1 or max(known, default=0) >= self.pack,
             f"packs of {self.pack} need pack_throughput, such as {self.pack}:2.5: subject-steps "
-            "per second of a full pack, where one subject alone has 1",
+            "per second of a full pack, relative to a single subject",
             "pack_throughput",
         )
 
     def throughput(self) -> list[float]:
-        """Subject-steps per second by the size of a pack, from 0 on, where one alone has 1."""
+        """Subject-steps per second by pack size from 0, relative to a single subject."""
         known = {0: 0.0, 1: 1.0, **self.pack_throughput}
         sizes = sorted(known)
         factors = np.interp(range(self.pack + 1), sizes, [known[size] for size in sizes])
@@ -85,19 +85,19 @@ class QueuePlan:
 
 @dataclass(frozen=True)
 class QueueOutcome:
-    """Outcome of the subjects, in the order in which they arrived, and use of the workers' time.
+    """Results by subject, in order of arrival, and use of the workers' time.
 
     Attributes:
-        waits: From arrival to when a worker takes the subject, (subjects,).
-        turnarounds: From arrival to the end of its training, (subjects,).
-        seconds: From the first arrival to the last end.
-        training: Worker-seconds of training, with what was lost.
-        lost: Of these, what failures have taken back.
+        waits: Time from arrival to the start on a worker, (subjects,).
+        turnarounds: Time from arrival to the end of the training, (subjects,).
+        seconds: Time from the first arrival to the last end.
+        training: Worker-seconds of training, including lost ones.
+        lost: Worker-seconds of training that failures have lost.
         starting: Worker-seconds from taking subjects to their first step.
-        idle: Worker-seconds of waiting for subjects, without those of workers given back.
+        idle: Worker-seconds of waiting for subjects, without released workers.
         recovering: Worker-seconds from failures to new processes.
-        packs: How many times subjects were taken.
-        interruptions: Of subjects, by failures and preemption.
+        packs: Number of started packs.
+        interruptions: Number of interruptions of subjects, by failures and preemption.
     """
 
     waits: Values
@@ -113,12 +113,12 @@ class QueueOutcome:
 
     @property
     def worker_seconds(self) -> float:
-        """Paid worker-seconds: all but the time of workers that were preempted or given back."""
+        """Paid worker-seconds, without preempted or released workers."""
         return self.training + self.starting + self.idle + self.recovering
 
     @property
     def utilisation(self) -> float:
-        """The share of it in which workers have subjects."""
+        """Share of paid worker-seconds in which workers have subjects."""
         return (self.training + self.starting) / self.worker_seconds
 
     @property
@@ -133,16 +133,17 @@ def simulate_queue(
     work: Sequence[float] | Values,
     seed: int = 0,
 ) -> QueueOutcome:
-    """Serve subjects, first come, first served; the same numbers for the same seed.
+    """Simulate a queue, first come, first served; results are reproducible by seed.
 
     Args:
         plan: The workers.
-        arrivals: When each subject arrives, ascending.
-        work: What its training takes alone on a worker, without its start.
-        seed: Of failures and preemption.
+        arrivals: Arrival time of each subject, ascending.
+        work: Training time of each subject alone on a worker, without its start.
+        seed: Seed of failures and preemption.
 
     Raises:
-        ValueError: If there are no subjects, or not as many times as arrivals, or these descend.
+        ValueError: If there are no subjects, the numbers of times and arrivals differ, or arrivals
+            do not ascend.
 
     Example:
         >>> outcome = simulate_queue(QueuePlan(workers=2), [0, 0, 0], [60, 60, 60])
@@ -158,17 +159,17 @@ def simulate_queue(
 
 
 def leave_times(work: Sequence[float], throughput: Sequence[float]) -> list[float]:
-    """Return the times at which the subjects of a pack end that starts at 0.
+    """Return the times at which the subjects of a pack end, for a pack that starts at 0.
 
-    All are trained at one rate, and the others continue faster when one leaves.
+    All subjects train at the same rate, which increases when one ends.
 
     Args:
-        work: What each takes alone, ascending.
-        throughput: Of packs by their size, from 0 on.
+        work: Training time of each subject alone, ascending.
+        throughput: Throughput by pack size, from 0.
     """
     times, now, done = [], 0.0, 0.0
-    for place, seconds in enumerate(work):
-        active = len(work) - place
+    for index, seconds in enumerate(work):
+        active = len(work) - index
         now += (seconds - done) * active / throughput[active]
         done = seconds
         times.append(now)
@@ -176,21 +177,21 @@ def leave_times(work: Sequence[float], throughput: Sequence[float]) -> list[floa
 
 
 class _Worker:
-    """A process: what it trains, and since when."""
+    """State of a worker process."""
 
-    __slots__ = ("begun", "free_since", "is_warm", "leaves", "subjects", "taken", "turn")
+    __slots__ = ("begun", "free_since", "is_warm", "leaves", "subjects", "taken_at", "turn")
 
     def __init__(self) -> None:
         self.subjects: list[int] = []
         self.leaves: list[float] = []
-        self.taken = self.begun = self.free_since = 0.0
+        self.taken_at = self.begun = self.free_since = 0.0
         self.is_warm = False
-        # Raised with each pack: an event that names an earlier one has been overtaken.
+        # Incremented with each pack; events of earlier packs are ignored.
         self.turn = 0
 
 
 class _Simulation:
-    """The state of a queue, and a handler for each kind of event."""
+    """State of a queue, with a handler for each kind of event."""
 
     def __init__(
         self,
@@ -203,21 +204,21 @@ class _Simulation:
         self.generator = np.random.default_rng(seed)
         self.down_rate = (plan.failures + plan.preemptions) / HOUR
         self.arrivals, self.left = [float(a) for a in arrivals], [float(w) for w in work]
-        self.taken: list[float | None] = [None] * len(self.left)
+        self.taken_at: list[float | None] = [None] * len(self.left)
         self.ended = [0.0] * len(self.left)
         self.unfinished = len(self.left)
         self.sums = dict.fromkeys(("training", "lost", "starting", "idle", "recovering"), 0.0)
         self.packs = self.interruptions = 0
         self.waiting: list[int] = []
-        self.next_look = -math.inf
+        self.next_dispatch = -math.inf
         self.order = itertools.count()
         self.now = self.arrivals[0]
-        # An ascending list is a heap.
+        # A sorted list is a valid heap.
         self.events: list[tuple[float, int, Callable[[], object]]] = [
-            (time, next(self.order), partial(heapq.heappush, self.waiting, place))
-            for place, time in enumerate(self.arrivals)
+            (time, next(self.order), partial(heapq.heappush, self.waiting, index))
+            for index, time in enumerate(self.arrivals)
         ]
-        # The last is taken first: who was busy last is warm.
+        # Workers are taken from the end, where the most recently busy ones are warm.
         self.idle = [_Worker() for _ in range(plan.workers)]
         for worker in self.idle:
             worker.free_since = self.now
@@ -226,7 +227,7 @@ class _Simulation:
     def run(self) -> QueueOutcome:
         while self.unfinished:
             self.now = self.events[0][0]
-            # All that happens at one moment is known before a pack is made of it.
+            # Handle all events of one time before packs are started.
             while self.events and self.events[0][0] == self.now:
                 heapq.heappop(self.events)[2]()
             self._dispatch()
@@ -234,7 +235,7 @@ class _Simulation:
             self.sums["idle"] += self._paid_idle(worker)
         arrivals = np.asarray(self.arrivals)
         return QueueOutcome(
-            waits=np.asarray(self.taken, float) - arrivals,
+            waits=np.asarray(self.taken_at, float) - arrivals,
             turnarounds=np.asarray(self.ended) - arrivals,
             seconds=max(self.ended) - self.arrivals[0],
             packs=self.packs,
@@ -251,25 +252,25 @@ class _Simulation:
             size = min(self.plan.pack, len(self.waiting))
             ready = self.arrivals[self.waiting[0]] + self.plan.window
             if size < self.plan.pack and self.now < ready:
-                if ready != self.next_look:
-                    self.next_look = ready
-                    self._at(ready, lambda: None)  # This is called after every event.
+                if ready != self.next_dispatch:
+                    self.next_dispatch = ready
+                    self._at(ready, lambda: None)  # `_dispatch` runs after every event.
                 return
             self._take(self.idle.pop(), [heapq.heappop(self.waiting) for _ in range(size)])
 
     def _take(self, worker: _Worker, subjects: list[int]) -> None:
         self.sums["idle"] += self._paid_idle(worker)
-        is_warm = worker.is_warm and not self._is_given_back(worker)
+        is_warm = worker.is_warm and not self._is_released(worker)
         start = self.plan.warm_start if is_warm else self.plan.cold_start
         subjects.sort(key=self.left.__getitem__)
         worker.subjects = subjects
         worker.leaves = leave_times([self.left[i] for i in subjects], self.throughput)
-        worker.taken, worker.begun = self.now, self.now + start
+        worker.taken_at, worker.begun = self.now, self.now + start
         worker.turn += 1
         self.packs += 1
         for subject in subjects:
-            if self.taken[subject] is None:
-                self.taken[subject] = self.now
+            if self.taken_at[subject] is None:
+                self.taken_at[subject] = self.now
         self._at(worker.begun + worker.leaves[-1], partial(self._done, worker, worker.turn))
 
     def _done(self, worker: _Worker, turn: int) -> None:
@@ -278,20 +279,20 @@ class _Simulation:
             worker.is_warm, worker.free_since = True, self.now
             self.idle.append(worker)
 
-    def _release(self, worker: _Worker, kept: float) -> None:
-        """Remove a worker's subjects: those that have ended, and others as far as is kept."""
+    def _release(self, worker: _Worker, kept_seconds: float) -> None:
+        """Remove a worker's subjects: complete ended ones, requeue others with kept progress."""
         now, trained = self.now, max(0.0, self.now - worker.begun)
-        self.sums["starting"] += min(now, worker.begun) - worker.taken
+        self.sums["starting"] += min(now, worker.begun) - worker.taken_at
         self.sums["training"] += trained
         ended = sum(worker.begun + leave <= now for leave in worker.leaves)
         for subject, leave in zip(worker.subjects[:ended], worker.leaves, strict=False):
             self.ended[subject] = worker.begun + leave
         self.unfinished -= ended
         if ended < len(worker.subjects):
-            self.sums["lost"] += trained - kept
-            # The work done on each remaining subject since the pack's start.
+            self.sums["lost"] += trained - kept_seconds
+            # Work done on each remaining subject since the start of the pack.
             work = [self.left[subject] for subject in worker.subjects]
-            progress = float(np.interp(kept, [0.0, *worker.leaves], [0.0, *work]))
+            progress = float(np.interp(kept_seconds, [0.0, *worker.leaves], [0.0, *work]))
             for subject in worker.subjects[ended:]:
                 self.left[subject] -= progress
                 heapq.heappush(self.waiting, subject)
@@ -308,26 +309,26 @@ class _Simulation:
         plan = self.plan
         is_noticed = self.generator.random() * self.down_rate * HOUR < plan.preemptions
         if worker.subjects:
-            trained, every = max(0.0, self.now - worker.begun), plan.checkpoint_seconds
-            saved = trained // every * every if every else 0.0
+            trained, interval = max(0.0, self.now - worker.begun), plan.checkpoint_seconds
+            saved = trained // interval * interval if interval else 0.0
             self._release(worker, trained if is_noticed else saved)
-        elif self._is_given_back(worker):
+        elif self._is_released(worker):
             self._expect_down(worker)
             return
         else:
             self.sums["idle"] += self._paid_idle(worker)
             self.idle.remove(worker)
-        away = plan.preempted_for if is_noticed else plan.recovery
+        pause = plan.preempted_for if is_noticed else plan.recovery
         if not is_noticed:
-            self.sums["recovering"] += away
-        self._at(self.now + away, partial(self._up, worker))
+            self.sums["recovering"] += pause
+        self._at(self.now + pause, partial(self._up, worker))
 
     def _up(self, worker: _Worker) -> None:
         worker.is_warm, worker.free_since = False, self.now
         self.idle.insert(0, worker)
         self._expect_down(worker)
 
-    def _is_given_back(self, worker: _Worker) -> bool:
+    def _is_released(self, worker: _Worker) -> bool:
         keep = self.plan.keep_warm
         return keep is not None and (not worker.is_warm or self.now - worker.free_since > keep)
 

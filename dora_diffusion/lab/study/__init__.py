@@ -1,8 +1,8 @@
-"""A study: methods of training compared over learning rates, subjects and seeds.
+"""Studies: comparisons of training methods over learning rates, subjects and seeds.
 
 ::
 
-    config    the study, read from YAML    run     all trials, resumed; rates tuned
-    subjects  what is learned, measured    report  means, paired differences, plots, pages
+    config    the study, read from YAML        run     trials, resuming, tuning of rates
+    subjects  photos and measures of subjects  report  means, paired differences, plots, pages
     trials    one training, and its key
 """

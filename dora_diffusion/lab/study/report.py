@@ -1,6 +1,6 @@
-"""The report of a study: means by row, paired differences and plots, as Markdown and as HTML.
+"""Report of a study: means by row, paired differences and plots, as Markdown and HTML.
 
-Plots look as those of an analysis do, see `lab.analysis.plots`.
+Plots have the style of `lab.analysis.plots`.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ METHOD = (
     "Intervals are at 95%, over subjects and seeds (two-level bootstrap); differences are paired "
     "by subject and seed"
 )
-# From so many on, the ends that a bootstrap can reach, the least and the most value, have a true
-# middle between them in 95% of cases: 1 - 2 / 2**n.
+# Least number of values whose minimum and maximum, the widest ends of a bootstrap interval, contain
+# the true median in 95% of cases: 1 - 2 / 2**n.
 _ENOUGH = 6
 _ANALYSIS = {
     "correlation": f"correlation of {DELTA}M and {DELTA}D",
     "delta_m": f"{DELTA}M, share of the norm",
     "delta_d": f"{DELTA}D, 1 \N{MINUS SIGN} cosine",
 }
-# Means over trials: title -> key of the record, its form, and its unit.
+# Means over trials: title -> (key of the record, format, unit).
 _COSTS = {
     "trained parameters": ("parameters", "{:,.0f}", 1.0),
     "live memory while training, MB": ("live_bytes", "{:.1f}", 1e-6),
@@ -66,10 +66,10 @@ class Results:
 
     Attributes:
         study: The study.
-        records: Of its trials.
-        tuning: Of the trials that rates were chosen by.
-        rates: Learning rates by method, the chosen ones among them.
-        subjects: What was learned.
+        records: Records of the trials.
+        tuning: Records of the tuning of rates.
+        rates: Learning rates by method, including tuned ones.
+        subjects: Subjects of the study.
         images: Image files by (row, subject).
     """
 
@@ -82,13 +82,13 @@ class Results:
 
 
 def figure_of(record: Record, name: str) -> float | None:
-    """A figure of a record: a measure, or one of its analysis; None where it was not taken."""
+    """Return a measure of a record, or a figure of its analysis; None if not measured."""
     figures: dict[str, float] = {**record.get("analysis", {}), **record["measures"]}
     return figures.get(name)
 
 
 def interval(records: Iterable[Record], name: str) -> Interval | None:
-    """Mean over subjects and seeds, with its interval; None where it was never measured."""
+    """Mean over subjects and seeds, with its interval; None if never measured."""
     by_subject: dict[str, list[float]] = {}
     for record in records:
         if (figure := figure_of(record, name)) is not None:
@@ -99,21 +99,21 @@ def interval(records: Iterable[Record], name: str) -> Interval | None:
 def paired_difference(
     records: Sequence[Record], row: str, reference: str, name: str
 ) -> Interval | None:
-    """Mean difference of a row to another on the same subject and seed; None without any pair."""
-    others = {
+    """Mean paired difference of two rows by subject and seed; None without pairs."""
+    references = {
         (record["subject"], record["seed"]): figure_of(record, name)
         for record in of_row(records, reference)
     }
     by_subject: dict[str, list[float]] = {}
     for record in of_row(records, row):
-        figure, other = figure_of(record, name), others.get((record["subject"], record["seed"]))
+        figure, other = figure_of(record, name), references.get((record["subject"], record["seed"]))
         if figure is not None and other is not None:
             by_subject.setdefault(record["subject"], []).append(figure - other)
     return cluster_interval(by_subject) if by_subject else None
 
 
 def caution(records: Iterable[Record]) -> str:
-    """Return why the records' intervals are not to be believed; empty where there are enough."""
+    """Return a caution if there are too few records for valid intervals; else empty."""
     pairs = {(record["subject"], record["seed"]) for record in records}
     subjects = len({subject for subject, _ in pairs})
     if len(pairs) < 2 or subjects >= _ENOUGH:
@@ -121,7 +121,7 @@ def caution(records: Iterable[Record]) -> str:
     count, units = (len(pairs), "seed") if subjects == 1 else (subjects, "subject")
     text = f"intervals of {counted(len(pairs), 'run')} on {counted(subjects, 'subject')}"
     if subjects == 1:
-        text += " say nothing of other subjects"
+        text += " do not apply to other subjects"
     if count < _ENOUGH:
         text += f"{', and' if subjects == 1 else ''} are too narrow: with {count} {units}s, "
         text += f"95% intervals contain the truth at most {1 - 2 / 2**count:.0%} of the time"
@@ -129,7 +129,7 @@ def caution(records: Iterable[Record]) -> str:
 
 
 def rows_in(records: Sequence[Record]) -> list[str]:
-    """Rows in their order, the base first."""
+    """Names of the rows in order, the base first."""
     names = list(dict.fromkeys(record["row"] for record in records))
     return sorted(names, key=lambda name: name != BASE)
 
@@ -141,10 +141,10 @@ def of_row(records: Iterable[Record], row: str) -> list[Record]:
 def _figure_rows(
     records: Sequence[Record], cells: Callable[[str], Sequence[Interval | None]], *, signed: bool
 ) -> list[Row]:
-    """A row for each figure that was taken, in the order in which they are told of."""
-    taken = {name for record in records for name in record["measures"]}
+    """Make a table row for each measured figure, in the order of `MEASURES`."""
+    measured = {name for record in records for name in record["measures"]}
     order = list(MEASURES)
-    names = sorted(taken, key=lambda name: (order.index(name.partition("@")[0]), name))
+    names = sorted(measured, key=lambda name: (order.index(name.partition("@")[0]), name))
     rows = []
     for name in (*names, *_ANALYSIS):
         is_share = name not in _ANALYSIS and measure_of(name).kind == "share"
@@ -154,7 +154,7 @@ def _figure_rows(
 
 
 def figures_table(records: Sequence[Record]) -> list[Row]:
-    """A row per figure, a column per row of the study."""
+    """Make a table with a row per figure and a column per row of the study."""
     columns = {name: of_row(records, name) for name in rows_in(records)}
     figures = _figure_rows(
         records, lambda name: [interval(r, name) for r in columns.values()], signed=False
@@ -181,18 +181,18 @@ def _mean(records: Sequence[Record], key: str, form: str, unit: float) -> str:
 
 
 def differences_table(records: Sequence[Record], reference: str) -> list[Row]:
-    """Differences of every row to the reference, figure by figure."""
-    others = [name for name in rows_in(records) if name not in (BASE, reference)]
+    """Make a table of differences of all rows to the reference, by figure."""
+    compared_rows = [name for name in rows_in(records) if name not in (BASE, reference)]
 
     def differences(name: str) -> list[Interval | None]:
-        return [paired_difference(records, row, reference, name) for row in others]
+        return [paired_difference(records, row, reference, name) for row in compared_rows]
 
-    head = [f"difference to {reference}", *others]
+    head = [f"difference to {reference}", *compared_rows]
     return [head, *_figure_rows(records, differences, signed=True)]
 
 
 def write_plots(records: Sequence[Record], folder: Path) -> dict[str, Path]:
-    """Write the plots that these records have something for; returns title -> file."""
+    """Write all plots that the records have data for; returns title -> file."""
     drawn = {
         "Figures by method": ("figures.png", by_method(records)),
         "Figures over rank": ("rank.png", over_rank(records)),
@@ -205,15 +205,17 @@ def write_plots(records: Sequence[Record], folder: Path) -> dict[str, Path]:
 
 
 def _plotted(records: Sequence[Record]) -> list[tuple[str, str, int]]:
-    """The main figures that were measured, each with its title and what it is multiplied by."""
-    taken = {name for record in records for name in record["measures"]}
-    names = [name for stem in _PLOTTED for name in sorted(taken) if name.partition("@")[0] == stem]
+    """Main measured figures, as (name, title, scale)."""
+    measured = {name for record in records for name in record["measures"]}
+    names = [
+        name for stem in _PLOTTED for name in sorted(measured) if name.partition("@")[0] == stem
+    ]
     shares = {name: measure_of(name).kind == "share" for name in names}
     return [(n, title_of(n) + " (%)" * s, 100 if s else 1) for n, s in shares.items()]
 
 
 def by_method(records: Sequence[Record]) -> Figure | None:
-    """The main figures: a dot per row of the study, with its confidence interval."""
+    """Plot the main figures: a dot per row of the study, with its confidence interval."""
     rows, plotted = rows_in(records), _plotted(records)
     if not plotted:
         return None
@@ -221,14 +223,16 @@ def by_method(records: Sequence[Record]) -> Figure | None:
         len(plotted), (2.7, 0.34 * len(rows)), (1.6, 1.1), len(plotted), sharey=True
     )
     for panel, (name, title, scale) in zip(panels, plotted, strict=True):
-        for place, row in enumerate(rows):
-            found = interval(of_row(records, row), name)
-            if found is None:
+        for position, row in enumerate(rows):
+            estimate = interval(of_row(records, row), name)
+            if estimate is None:
                 continue
-            color = "0.45" if row == BASE else ordered_color(place, len(rows))
-            panel.plot(scale * found.mean, place, "o", color=color, markersize=6)
-            if found.low is not None and found.high is not None:
-                panel.plot([scale * found.low, scale * found.high], [place] * 2, color=color)
+            color = "0.45" if row == BASE else ordered_color(position, len(rows))
+            panel.plot(scale * estimate.mean, position, "o", color=color, markersize=6)
+            if estimate.low is not None and estimate.high is not None:
+                panel.plot(
+                    [scale * estimate.low, scale * estimate.high], [position] * 2, color=color
+                )
         panel.set_xlabel(title, fontsize=8.5)
         tidy(panel)
     panels[0].set_yticks(range(len(rows)), rows, fontsize=9)
@@ -237,17 +241,17 @@ def by_method(records: Sequence[Record]) -> Figure | None:
 
 
 def over_rank(records: Sequence[Record]) -> Figure | None:
-    """The main figures over rank, a line for each kind of adapter that has three ranks or more."""
+    """Plot the main figures over rank: a line per kind of adapter with at least three ranks."""
     lines, plotted = rank_lines(records), _plotted(records)[:4]
     if not lines or not plotted:
         return None
     figure, panels = panel_grid(len(plotted), (3.2, 3.1), (0.6, 0), len(plotted))
     for panel, (name, title, scale) in zip(panels, plotted, strict=True):
-        for place, (label, rows) in enumerate(lines.items()):
-            found = [(rank, interval(of_row(records, row), name)) for rank, row in rows]
-            points = [(rank, i) for rank, i in found if i is not None]
+        for index, (label, rows) in enumerate(lines.items()):
+            estimates = [(rank, interval(of_row(records, row), name)) for rank, row in rows]
+            points = [(rank, i) for rank, i in estimates if i is not None]
             ranks, means = [r for r, _ in points], [scale * i.mean for _, i in points]
-            color, marker = ordered_color(place, len(lines)), MARKERS[place % len(MARKERS)]
+            color, marker = ordered_color(index, len(lines)), MARKERS[index % len(MARKERS)]
             panel.plot(ranks, means, color=color, marker=marker, markersize=4.5, label=label)
             if all(i.low is not None and i.high is not None for _, i in points):
                 low, high = ([scale * float(getattr(i, end)) for _, i in points]
@@ -264,7 +268,7 @@ def over_rank(records: Sequence[Record]) -> Figure | None:
 
 
 def rank_lines(records: Sequence[Record]) -> dict[str, list[tuple[int, str]]]:
-    """Rows that differ in rank alone, rising: name of the first without its rank -> (rank, row)."""
+    """Group rows that only differ in rank: name without rank -> (rank, row), by rank."""
     kinds: dict[str, list[tuple[int, str]]] = {}
     ranked = ("rank", "conv_rank", "lora_alpha", "conv_alpha", "learning_rate")
     for row in rows_in(records):
@@ -282,7 +286,7 @@ def rank_lines(records: Sequence[Record]) -> dict[str, list[tuple[int, str]]]:
 
 
 def weights(records: Sequence[Record]) -> Figure | None:
-    """Delta D over delta M: a panel per row, of the first trial of each subject."""
+    """Plot delta D over delta M: a panel per row, with the first trial of each subject."""
     analyzed = [record for record in records if record.get("analysis")]
     rows = [row for row in rows_in(records) if of_row(analyzed, row)]
     if not rows:
@@ -299,20 +303,23 @@ def _draw_weights(panel: Any, row: str, records: Sequence[Record]) -> None:
     firsts: Mapping[str, Record] = {r["subject"]: r for r in reversed(records)}
     points = [record["analysis"]["points"] for record in firsts.values()]
     count = max(map(len, points))
-    for place in range(count):
-        at = [run[place] for run in points if place < len(run)]
-        x, y = (np.concatenate([point[name] for point in at]) for name in ("delta_m", "delta_d"))
-        look = {"s": 8, "alpha": 0.5, "label": f"step {at[0]['step']}"}
-        draw_changes(panel, x, y, place, count, linewidth=1.6, **look)
-    found = interval(records, "correlation")
-    panel.set_title(f"{row}: r = {shown(found, False, digits=2)}", fontsize=9.5)
+    for index in range(count):
+        checkpoint_points = [run[index] for run in points if index < len(run)]
+        x, y = (
+            np.concatenate([point[name] for point in checkpoint_points])
+            for name in ("delta_m", "delta_d")
+        )
+        style = {"s": 8, "alpha": 0.5, "label": f"step {checkpoint_points[0]['step']}"}
+        draw_changes(panel, x, y, index, count, linewidth=1.6, **style)
+    coefficient = interval(records, "correlation")
+    panel.set_title(f"{row}: r = {shown(coefficient, False, digits=2)}", fontsize=9.5)
     panel.ticklabel_format(scilimits=(-2, 3), useMathText=True)
     panel.legend(fontsize=7.5, frameon=False)
     tidy(panel)
 
 
 def write_report(results: Results, output: Path) -> dict[str, Path]:
-    """Write the page, its images, and all records in one file; returns their paths."""
+    """Write the page, its images, and a file of all records; returns their paths."""
     sections, title = _sections(results, output), f"Methods compared on {results.study.base}"
     records = ",\n".join(json.dumps(record) for record in (*results.tuning, *results.records))
     return {
@@ -326,20 +333,23 @@ def _sections(results: Results, output: Path) -> list[Section]:
     records, study = results.records, results.study
     sections = [Section("Figures", _intro(results), figures_table(records))]
     if len(rows_in(records)) > 2:
-        text = f"{METHOD}; those of shares are in points. An interval that contains 0 shows none."
+        text = (
+            f"{METHOD}; differences of shares are in percentage points. An interval that contains "
+            "0 shows no difference."
+        )
         sections.append(
             Section("Paired differences", text, differences_table(records, study.reference))
         )
     if results.images:
         file = save_image(image_grid(results), output / "grid.png")
-        text = "Each subject's first seed; above, what was asked for."
+        text = "First seed of each subject, under its prompt."
         sections.append(Section("Images", text, image=file))
     sections += [Section(title, image=file) for title, file in write_plots(records, output).items()]
     if results.tuning:
         sections.append(_tuning(results))
     methods = [["method", "settings"]]
     methods += [[m.name, _words(m.settings)] for m in study.methods]
-    sections.append(Section("Methods", f"All have: {_words(study.common)}.", methods))
+    sections.append(Section("Methods", f"Common settings: {_words(study.common)}.", methods))
     return sections
 
 
@@ -348,10 +358,10 @@ def _intro(results: Results) -> str:
     subjects = ", ".join(subject.name for subject in results.subjects)
     machines = ", ".join(dict.fromkeys(record["machine"] for record in records))
     pairs = study.pairs()
-    each = len(pairs) // len(study.subjects)
-    wanted = (len(study.methods) + 1) * len(pairs)
-    left = max(0, wanted - len(records))
-    missing = f" {left} trials have no record yet." if left else ""
+    per_subject = len(pairs) // len(study.subjects)
+    expected = (len(study.methods) + 1) * len(pairs)
+    remaining = max(0, expected - len(records))
+    missing = f" {remaining} trials have no record yet." if remaining else ""
     diverged = [record["row"] for record in records if "diverged" in record]
     if diverged:
         rows = ", ".join(sorted(set(diverged)))
@@ -359,10 +369,10 @@ def _intro(results: Results) -> str:
     if doubt := caution(records):
         missing += f" Caution: {doubt}."
     return (
-        f"Subjects: {subjects}; {counted(each, 'seed')} each, "
+        f"Subjects: {subjects}; {counted(per_subject, 'seed')} each, "
         f"{counted(len({seed for _, seed in pairs}), 'seed')} in all; {len(records)} trials on "
-        f"{machines}.{missing} {METHOD}. Live memory: weights, gradients, the optimizer's state, "
-        "and what autograd keeps of a batch."
+        f"{machines}.{missing} {METHOD}. Live memory: weights, gradients, optimizer state, and "
+        "tensors that autograd saves for a batch."
     )
 
 
@@ -372,7 +382,7 @@ def _tuning(results: Results) -> Section:
     keep = ", ".join(f"{name} within {most:g}" for name, most in tune.keep.items())
     text = (
         f"On {', '.join(map(str, tune.subjects))}, {counted(len(tune.seeds), 'seed')} each: the "
-        f"rate with the best {tune.best} that keeps {keep} of the base's. Chosen: "
+        f"rate with the best {tune.best} that keeps {keep} of the base's. Chosen rates: "
         + ", ".join(f"{name} {rates[0]:g}" for name, rates in results.rates.items() if rates)
         + "."
     )
@@ -381,11 +391,11 @@ def _tuning(results: Results) -> Section:
 
 def _words(values: object) -> str:
     items = dict(values).items() if isinstance(values, dict) else ()
-    return ", ".join(f"`{name}: {value}`" for name, value in items) or "nothing of their own"
+    return ", ".join(f"`{name}: {value}`" for name, value in items) or "only the common settings"
 
 
 def image_grid(results: Results) -> Image.Image:
-    """The first seed's image of every subject by every row, under the truth."""
+    """Sheet of the first seed's image of each subject by row, under the true images."""
     rows: dict[str, list[Image.Image]] = {"truth": [s.truth() for s in results.subjects]}
     for row in rows_in(results.records):
         files = [results.images.get((row, subject.name)) for subject in results.subjects]

@@ -1,4 +1,4 @@
-"""All trials of a study: those that have a record are read, the others performed."""
+"""Runs a study: reads the records of finished trials, and performs the others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dora_diffusion.lab.study.trials import (
 )
 from dora_diffusion.models.metric_models import open_metric_model
 
-# Called with trials that are done, of all, the record, and whether it was there before.
+# Called with (finished trials, total trials, record, whether the record existed before).
 OnTrial = Callable[[int, int, Record, bool], None]
 
 
@@ -42,31 +42,31 @@ def run_study(
     address: str | None = None,
     share: Share | None = None,
 ) -> Results:
-    """Perform every trial that has no record in the folder yet, those of tuning first.
+    """Perform all trials without a record in the folder, starting with tuning.
 
-    A process that is killed loses its present trial. A report's ``records.json`` in the folder
-    counts as the records that it was made of.
+    A killed process loses only its current trial. Records are also read from a report's
+    ``records.json`` in the folder.
 
     Args:
         study: The study.
-        output: Its folder.
+        output: Folder of the study.
         on_trial: Called after each trial.
-        only_known: Perform nothing; results are of the records that there are.
-        address: A Ray cluster whose workers perform the trials (`cluster.fleet.run.run_fleet`);
-            all of them must see the folder. None: this process, one after another.
-        share: What each worker takes of a node.
+        only_known: Perform no trials; report existing records.
+        address: Ray cluster whose workers perform the trials (`cluster.fleet.run.run_fleet`); all
+            of them must have access to the folder. None: this process, one trial after another.
+        share: Resources of a node for each worker.
 
     Raises:
-        ConfigError: If a subject is unknown or methods cannot be trained, before any is; or with
-            ``only_known`` a rate cannot be chosen yet.
+        ConfigError: If a subject is unknown or a method cannot be trained (checked before the
+            first trial); or, with ``only_known``, if a rate cannot be chosen yet.
     """
     models = [open_metric_model(name) for name in study.asked.metric_models]
-    subjects = [find_subject(given, study.base, models) for given in study.subjects]
+    subjects = [find_subject(spec, study.base, models) for spec in study.subjects]
     names = [subject.name for subject in subjects]
     require(len({*names}) == len(names), f"two subjects have one name: {', '.join(names)}")
     base = base_digest(model := BaseModel.of_settings({**study.common, "base": study.base}))
     rates: dict[str, Sequence[float]] = {m.name: m.learning_rates for m in study.methods}
-    output = Path(output).absolute()  # Workers have folders of their own.
+    output = Path(output).absolute()  # Workers have other working directories.
     restore_records(output)
     if not only_known:
         check_methods(study, subjects, model, output)
@@ -75,14 +75,14 @@ def run_study(
     tuned = [method.name for method in study.methods if method.is_tuned]
     if study.tune and tuned:
         tune = study.tune
-        others = [find_subject(given, study.base, models) for given in tune.subjects]
+        tuning_subjects = [find_subject(spec, study.base, models) for spec in tune.subjects]
         grid = {name: tune.rates(name) for name in tuned}
-        every = [(subject, seed) for seed in tune.seeds for subject in others]
-        tuning = runner.records(trials_of(study, base, grid, every))
+        tuning_pairs = [(subject, seed) for seed in tune.seeds for subject in tuning_subjects]
+        tuning = runner.records(trials_of(study, base, grid, tuning_pairs))
         rates |= {name: (chosen_rate(tuning, name, tune),) for name in tuned}
     rates |= {m.name: rates[m.rate_of] for m in study.methods if m.rate_of}
-    pairs = [(subjects[place], seed) for place, seed in study.pairs()]
-    # Of each subject's first seed.
+    pairs = [(subjects[index], seed) for index, seed in study.pairs()]
+    # Images are kept of the first seed of each subject.
     imaged = {subject.name: seed for subject, seed in reversed(pairs)}
     trials = trials_of(study, base, rates, pairs)
     records = runner.records(trials, imaged)
@@ -95,37 +95,37 @@ def run_study(
 
 
 def chosen_rate(records: Sequence[Record], method: str, tune: Tuning) -> float:
-    """The rate with the best figure among those that keep others as the base has them.
+    """Choose the rate with the best figure that keeps other figures near the base's.
 
     Raises:
-        ConfigError: If there is no record of a method, or none has the figure.
+        ConfigError: If the method has no records with the figure.
     """
     base = of_row(records, BASE)
     scores: dict[float, float] = {}
-    kept = set()
+    within_limits = set()
     for rate in sorted(tune.rates(method)):
-        mine = [r for r in records if (r["method"], r["learning_rate"]) == (method, rate)]
-        best = interval(mine, tune.best)
+        rate_records = [r for r in records if (r["method"], r["learning_rate"]) == (method, rate)]
+        best = interval(rate_records, tune.best)
         if best is None:
             continue
         better = measure_of(tune.best).better
         scores[rate] = -best.mean if better == "lower" else best.mean
-        if all(_keeps(mine, base, name, most) for name, most in tune.keep.items()):
-            kept.add(rate)
+        if all(_keeps(rate_records, base, name, most) for name, most in tune.keep.items()):
+            within_limits.add(rate)
     if not scores:
         raise ConfigError(f"no trial of {method} has the figure {tune.best} yet: run its tuning")
-    # Of equally good ones the smallest.
-    return max(sorted(kept), key=scores.__getitem__) if kept else min(scores)
+    # The smallest of equally good rates.
+    return max(sorted(within_limits), key=scores.__getitem__) if within_limits else min(scores)
 
 
-def _keeps(mine: Sequence[Record], base: Sequence[Record], name: str, most: float) -> bool:
-    """Return whether a figure is hardly worse than the base's; an unmeasured one does not count."""
-    ours, theirs = interval(mine, name), interval(base, name)
-    if ours is None or theirs is None:
+def _keeps(records: Sequence[Record], base: Sequence[Record], name: str, most: float) -> bool:
+    """Return whether a figure is within a limit of the base's; True if not measured."""
+    figure, base_figure = interval(records, name), interval(base, name)
+    if figure is None or base_figure is None:
         return True
-    change = ours.mean - theirs.mean
-    worse = {"lower": change, "higher": -change, "base": abs(change)}
-    return worse[measure_of(name).better] <= most
+    change = figure.mean - base_figure.mean
+    worsening = {"lower": change, "higher": -change, "base": abs(change)}
+    return worsening[measure_of(name).better] <= most
 
 
 def _perform(job: tuple[Trial, str, Path, bool], worker: Worker) -> Record:
@@ -135,7 +135,7 @@ def _perform(job: tuple[Trial, str, Path, bool], worker: Worker) -> Record:
 
 @dataclass(frozen=True)
 class _Runner:
-    """Runner of trials, which may read their records instead."""
+    """Runner that reads records of trials, and performs trials without one."""
 
     study: Study
     output: Path
@@ -147,33 +147,33 @@ class _Runner:
     def records(
         self, trials: Sequence[Trial], imaged: Mapping[str, int] | None = None
     ) -> list[Record]:
-        """The records of trials, in their order; images are kept of some subjects' seeds."""
-        found: dict[str, Record] = {}
-        # Trials of one digest are one training, whatever their rows are called.
-        left: dict[str, list[Trial]] = {}
+        """Get the records of trials, in order; keep the images of the given seeds by subject."""
+        results: dict[str, Record] = {}
+        # Trials with the same digest share one training, even in different rows.
+        pending: dict[str, list[Trial]] = {}
 
         def end(trial: Trial, record: Record, was_known: bool) -> None:
-            found[trial.name] = record
+            results[trial.name] = record
             if self.on_trial is not None:
-                self.on_trial(len(found), len(trials), record, was_known)
+                self.on_trial(len(results), len(trials), record, was_known)
 
         def on_end(ended: TaskReport) -> None:
             if ended.error is not None:
                 raise ended.error
-            for trial in left[ended.task.name]:
-                own = {"row": trial.row, "method": trial.method}
-                end(trial, {**ended.value, **own}, False)
+            for trial in pending[ended.task.name]:
+                labels = {"row": trial.row, "method": trial.method}
+                end(trial, {**ended.value, **labels}, False)
 
         for trial in trials:
             record = trial.known_record(self.output)
             if record is not None:
                 end(trial, record, True)
             elif not self.only_known:
-                left.setdefault(trial.digest, []).append(trial)
-        queue, base, wanted = WorkQueue(), absolute(self.study.base), imaged or {}
-        for name, (trial, *_) in left.items():
-            with_image = wanted.get(trial.subject.name) == trial.seed
+                pending.setdefault(trial.digest, []).append(trial)
+        queue, base, image_seeds = WorkQueue(), absolute(self.study.base), imaged or {}
+        for name, (trial, *_) in pending.items():
+            with_image = image_seeds.get(trial.subject.name) == trial.seed
             queue.add([Task(name, (trial, base, self.output, with_image))])
-        if left:
+        if pending:
             run_tasks(queue, workers_for(_perform, self.address, self.share), on_end)
-        return [found[trial.name] for trial in trials if trial.name in found]
+        return [results[trial.name] for trial in trials if trial.name in results]

@@ -1,4 +1,4 @@
-"""Subjects that a trial learns and is measured on: of the toy world, or photos."""
+"""Subjects of trials, from the toy world or from photos."""
 
 from __future__ import annotations
 
@@ -47,39 +47,39 @@ _GROUPS: tuple[Group, ...] = ("subject", "class", "others")
 _SIDE = 128
 
 
-def find_subject(given: Any, base: str, metric_models: Sequence[MetricModel]) -> StudySubject:
-    """A subject as a study names it.
+def find_subject(spec: Any, base: str, metric_models: Sequence[MetricModel]) -> StudySubject:
+    """Find or build a subject from its entry in a study.
 
     Raises:
-        ConfigError: If there is none, or the base cannot learn it.
+        ConfigError: If the subject is unknown, or the base cannot learn it.
     """
-    if isinstance(given, Mapping) and "kind" not in given:
-        return PhotoSource.read(given, metric_models)
-    subject = _drawn(given) if isinstance(given, Mapping) else SUBJECTS.get(str(given))
+    if isinstance(spec, Mapping) and "kind" not in spec:
+        return PhotoSource.read(spec, metric_models)
+    subject = _drawn(spec) if isinstance(spec, Mapping) else SUBJECTS.get(str(spec))
     if subject is None:
         raise ConfigError(
-            f"no toy subject is called {given!r}; there are {', '.join(SUBJECTS)} (of photos, give "
-            "photos, held_out and instance_prompt; to draw another one, kind, seed and mark)",
+            f"no toy subject is called {spec!r}; there are {', '.join(SUBJECTS)} (for photos, give "
+            "photos, held_out and instance_prompt; to draw another subject, kind, seed and mark)",
             "subjects",
         )
     require(
         knows_toy_world(base),
-        f"{subject.name} is of the toy world, which {base} does not know",
+        f"{subject.name} is a subject of the toy world, which {base} does not know",
         "subjects",
     )
     return ToySource(subject)
 
 
-def _drawn(given: Mapping[str, Any]) -> BenchmarkSubject:
-    """A toy subject that is in no list, by what `draw_subject` takes."""
+def _drawn(spec: Mapping[str, Any]) -> BenchmarkSubject:
+    """Draw a further toy subject by the arguments of `draw_subject`."""
     try:
-        return draw_subject(**given)
+        return draw_subject(**spec)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"cannot draw the subject {dict(given)}: {error}", "subjects") from error
+        raise ConfigError(f"cannot draw the subject {dict(spec)}: {error}", "subjects") from error
 
 
-def _settings(asked: SamplingOptions) -> SamplingSettings:
-    return SamplingSettings(asked.inference_steps, asked.guidance_scale)
+def _settings(options: SamplingOptions) -> SamplingSettings:
+    return SamplingSettings(options.inference_steps, options.guidance_scale)
 
 
 def _means(values: Mapping[str, Values]) -> dict[str, float]:
@@ -88,7 +88,7 @@ def _means(values: Mapping[str, Values]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class ToySource:
-    """A subject of the toy world, whose truth is known."""
+    """Subject of the toy world, with known true images."""
 
     subject: BenchmarkSubject
 
@@ -107,9 +107,9 @@ class ToySource:
         return hashlib.sha256(repr(self.subject).encode()).hexdigest()
 
     def training(self, work: Path, config: TrainConfig) -> dict[str, Any]:
-        """Return training settings of its photos, rendered once for each token in captions.
+        """Return training settings for its photos, which are rendered once for each token.
 
-        With a masked loss there are masks beside them.
+        With a masked loss, mask files are rendered, too.
         """
         token, masked = config.token, config.masked_loss
         digest = hashlib.sha256(token.encode()).hexdigest()[:8]
@@ -117,12 +117,12 @@ class ToySource:
         photos = work / "photos" / f"{name}{'-masked' * masked}"
         if not photos.is_dir():
             photos.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=photos.parent, prefix=".") as place:
-                unfinished = Path(place, photos.name)
+            with tempfile.TemporaryDirectory(dir=photos.parent, prefix=".") as temporary:
+                unfinished = Path(temporary, photos.name)
                 for photo in write_photos(self.subject, unfinished, with_masks=masked):
                     file = photo.with_suffix(".txt")
                     file.write_text(_with_token(file.read_text("utf-8"), token), encoding="utf-8")
-                with suppress(OSError):  # Another worker's, the same, may be there by now.
+                with suppress(OSError):  # Another worker may have written the same photos.
                     system.replace(unfinished, photos)
         word = self.subject.word
         return {
@@ -132,15 +132,15 @@ class ToySource:
         }
 
     def measure(
-        self, components: Components, trigger: str, seed: int, asked: SamplingOptions
+        self, components: Components, trigger: str, seed: int, options: SamplingOptions
     ) -> tuple[dict[str, float], Image]:
-        """Return what `evaluate` measures but poses, and the image of the first new background."""
+        """Return the measures of `evaluate` without poses, and the image of the first request."""
         requests = self._requests(trigger, seed)
-        answers = answer(components, requests, _settings(asked), batch_size=asked.batch_size)
+        answers = answer(components, requests, _settings(options), batch_size=options.batch_size)
         return _means(measure(self.subject, requests, answers)), answers.images[0]
 
     def truth(self) -> Image:
-        """Return the true image for the first request."""
+        """Return the true image of the first request."""
         request = self._requests(f"{TRIGGER} {self.subject.word}", 0)[0]
         return true_images([request], _SIDE)[0]
 
@@ -150,15 +150,15 @@ class ToySource:
 
 @dataclass(frozen=True)
 class PhotoSource:
-    """A subject of photos, of which some were held out.
+    """Subject known from photos, some of which are held out.
 
     Attributes:
-        name: What it is called.
-        photos: Folder of what it is trained on.
-        held_out: Folder of what it is measured on.
-        instance_prompt: Its caption.
-        class_word: What it is.
-        metric_models: What similarity is measured with.
+        name: Name of the subject.
+        photos: Folder of training photos.
+        held_out: Folder of held-out photos.
+        instance_prompt: Caption of photos without one.
+        class_word: Class of the subject.
+        metric_models: Image-similarity models.
     """
 
     name: str
@@ -169,34 +169,38 @@ class PhotoSource:
     metric_models: Sequence[MetricModel] = ()
 
     @classmethod
-    def read(cls, given: Mapping[str, Any], metric_models: Sequence[MetricModel]) -> PhotoSource:
-        """Read a source from a study's settings.
+    def read(cls, spec: Mapping[str, Any], metric_models: Sequence[MetricModel]) -> PhotoSource:
+        """Read a subject from its entry in a study.
 
         Raises:
-            ConfigError: If something is missing, or a photo is in both folders.
+            ConfigError: If a value is missing, or a photo is in both folders.
         """
         keys = ("name", "photos", "held_out", "instance_prompt", "class_word")
-        unknown = set(given) - set(keys)
+        unknown = set(spec) - set(keys)
         require(
             not unknown, f"a subject has no {', '.join(sorted(unknown))}; it has {keys}", "subjects"
         )
         for key in ("photos", "held_out", "instance_prompt"):
             require(
-                bool(given.get(key)),
-                f"a subject of photos needs {key}, got {dict(given)}",
+                bool(spec.get(key)),
+                f"a subject of photos needs {key}, got {dict(spec)}",
                 "subjects",
             )
         photos, held_out = (
-            Path(given[key]).expanduser().absolute() for key in ("photos", "held_out")
+            Path(spec[key]).expanduser().absolute() for key in ("photos", "held_out")
         )
-        prompt = str(given["instance_prompt"])
-        word = str(given.get("class_word") or class_word_in(prompt, TRIGGER))
+        prompt = str(spec["instance_prompt"])
+        word = str(spec.get("class_word") or class_word_in(prompt, TRIGGER))
         source = cls(
-            str(given.get("name") or photos.name), photos, held_out, prompt, word, metric_models
+            str(spec.get("name") or photos.name), photos, held_out, prompt, word, metric_models
         )
         shared = set(_digests(photos)) & set(_digests(held_out))
         if shared:
-            raise ConfigError(f"{len(shared)} photos of {held_out} are in {photos} too", "subjects")
+            raise ConfigError(
+                f"{len(shared)} photos of {held_out} are also in {photos}; remove them from one of "
+                "the folders",
+                "subjects",
+            )
         return source
 
     @property
@@ -208,11 +212,11 @@ class PhotoSource:
     def digest(self) -> str:
         """Digest of photos, prompts and metric models."""
         models = [model.name for model in self.metric_models]
-        parts = [_digests(self.photos), _digests(self.held_out), self.instance_prompt, models]
-        return hashlib.sha256(repr([*parts, self.class_word]).encode()).hexdigest()
+        contents = [_digests(self.photos), _digests(self.held_out), self.instance_prompt, models]
+        return hashlib.sha256(repr([*contents, self.class_word]).encode()).hexdigest()
 
     def training(self, work: Path, config: TrainConfig) -> dict[str, Any]:
-        """Return training settings of its folder of photos."""
+        """Return training settings for its folder of photos."""
         return {
             "instance_data_dir": str(self.photos),
             "instance_prompt": _with_token(self.instance_prompt, config.token),
@@ -220,30 +224,30 @@ class PhotoSource:
         }
 
     def measure(
-        self, components: Components, trigger: str, seed: int, asked: SamplingOptions
+        self, components: Components, trigger: str, seed: int, options: SamplingOptions
     ) -> tuple[dict[str, float], Image]:
-        """Return what `evaluate` measures on held-out photos, and the image of the first prompt."""
+        """Return measures of `evaluate` on held-out photos, and the image of the first prompt."""
         subject = read_subject(self.held_out, trigger, self.class_word)
         requests = photo_requests(trigger, self.class_word, [seed])
         references = [open_photo(photo.path) for photo in subject.photos]
         captions = [photo.caption for photo in subject.photos]
-        images = sample(components, requests, _settings(asked), asked.batch_size, None)
+        images = sample(components, requests, _settings(options), options.batch_size, None)
         losses = HeldOutImages(components, references, captions).losses_by_seed([seed])
         values = measure_photos(requests, images, losses, references, self.metric_models, images)
-        # The base is a row of its own: no change against it is measured here.
-        kept = {n: v for n, v in values.items() if not n.startswith("others_change")}
-        return _means(kept), images[0]
+        # The base has its own row, so changes from the base are not measured.
+        reported = {n: v for n, v in values.items() if not n.startswith("others_change")}
+        return _means(reported), images[0]
 
     def truth(self) -> Image:
         return open_photo(list_photos(self.held_out)[0])
 
 
 StudySubject = ToySource | PhotoSource
-"""Subject of a study, whose digest is of all that its figures depend on."""
+"""Subject of a study; its digest covers everything that its figures depend on."""
 
 
 def _with_token(caption: str, token: str) -> str:
-    """A caption of a study with the token of a method."""
+    """Replace the study's token in a caption by the token of a method."""
     return whole_word(TRIGGER).sub(lambda _: token, caption)
 
 

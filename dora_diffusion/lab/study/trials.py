@@ -1,4 +1,4 @@
-"""One trial of a study: a training with one seed on one subject, its record and that one's key."""
+"""Trials of a study: one training with one seed on one subject, its record, and its key."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from dora_diffusion.training.results.write import result_metadata
 from dora_diffusion.training.run import Run
 
 RECORD = 1
-"""Version of what a record holds, and of what it is measured with."""
+"""Version of the contents of records and of the measurements."""
 
 Record = dict[str, Any]
 RECORDS_FILE = "records.json"
@@ -52,16 +52,16 @@ _SAMPLED = 2**16
 
 @dataclass(frozen=True)
 class Trial:
-    """Trial, with everything that its record depends on.
+    """Trial with all inputs of its record.
 
     Attributes:
-        row: Its method, with the rate where that has several.
+        row: Its method, with the rate if the method has several.
         method: Its method; ``"base"`` trains nothing.
-        config: Settings of training, but for places, photos and seed.
-        subject: What is learned.
-        seed: Of the training and of the images that are asked for.
-        base: Digest of the model.
-        asked: How it is measured.
+        config: Training settings without paths, photos and seed.
+        subject: Subject of the training.
+        seed: Seed of training and images.
+        base: Digest of the base model.
+        asked: Sampling options of the measurements.
     """
 
     row: str
@@ -74,41 +74,41 @@ class Trial:
 
     @property
     def learning_rate(self) -> float | None:
-        """The UNet's; None of the base."""
+        """Learning rate of the UNet; None for the base."""
         return None if self.method == BASE else self.config.unet_lr
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings of training, in full."""
+        """All training settings; empty for the base."""
         return {} if self.method == BASE else _compared(self.config.to_dict())
 
     @property
     def digest(self) -> str:
-        """Key of the record: SHA-256 of what it depends on.
+        """Key of the record: SHA-256 of its inputs.
 
-        Settings that have their default are left out, so that a setting that a later version adds
-        leaves it as it is; `known_record` compares these.
+        Settings with their default value are skipped, so that new settings of later versions do not
+        change the key; `known_record` compares all settings.
         """
         defaults = _compared(TrainConfig().to_dict())
-        moved = {name: v for name, v in self.settings.items() if v != defaults.get(name)}
-        parts = {
+        changed = {name: v for name, v in self.settings.items() if v != defaults.get(name)}
+        inputs = {
             "record": RECORD,
             "is_base": self.method == BASE,
             "base": self.base,
-            "settings": moved,
+            "settings": changed,
             "subject": self.subject.digest,
             "seed": self.seed,
             "asked": dataclasses.asdict(self.asked),
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     @property
     def name(self) -> str:
-        """Name of its files: what it is in words, and the start of its digest."""
+        """Descriptive name, which ends with the first digits of its digest."""
         return f"{self.row}-{self.subject.name}-{self.seed}-{self.digest[:10]}"
 
     def file(self, output: Path) -> Path:
-        """Return the path of its record, by the digest alone, which no method's name is part of."""
+        """Return the path of its record, which depends only on the digest."""
         return record_file(output, self.digest)
 
     def image(self, output: Path) -> Path:
@@ -116,7 +116,7 @@ class Trial:
         return output / "images" / f"{self.digest[:20]}.png"
 
     def known_record(self, output: Path) -> Record | None:
-        """The record of an earlier call, if it is of this very trial, as this method's."""
+        """Return the record of an earlier call, labelled with this method; None without one."""
         try:
             record: Record = json.loads(self.file(output).read_text(encoding="utf-8"))
             current = self.settings
@@ -127,7 +127,7 @@ class Trial:
             return None
         if not same:
             return None
-        # One that was made short has only the settings that are not the default's.
+        # Shortened records only have settings that differ from their default.
         settings = {**current, **record["settings"]}
         return {**record, "row": self.row, "method": self.method, "settings": settings}
 
@@ -137,19 +137,19 @@ def record_file(output: Path, digest: str) -> Path:
 
 
 def save_record(output: Path, record: Record) -> Record:
-    """Write a record into the study's folder, atomically."""
+    """Write a record to the study's folder, atomically."""
     save_text(record_file(output, record["digest"]), json.dumps(record, indent=1) + "\n")
     return record
 
 
 def restore_records(output: Path) -> None:
-    """Write the records of a report's one file again, where the folder does not have them.
+    """Restore missing records from the report's file of all records.
 
     Args:
-        output: The study's folder, or what is left of it.
+        output: Folder of the study.
 
     Raises:
-        ConfigError: If the file is there and holds no list of records.
+        ConfigError: If the file exists but is not a list of records.
     """
     file = output / RECORDS_FILE
     if not file.is_file():
@@ -159,25 +159,26 @@ def restore_records(output: Path) -> None:
         missing = [r for r in records if not record_file(output, r["digest"]).exists()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{file} holds no records of a study ({error}); move it away, or take another folder"
+            f"{file} is not a list of records ({error}); move it away, or use another folder"
         ) from error
     for record in missing:
         save_record(output, record)
 
 
 def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that figures depend on: not places, nor what each trial has of its own."""
-    left_out = {s.name for s in settings() if s.is_path or s.resume == "ignored"} | {
+    """Select the settings that figures depend on, without paths and settings of each trial."""
+    excluded = {s.name for s in settings() if s.is_path or s.resume == "ignored"} | {
         "seed", "instance_prompt", "class_word", "validation_prompt", "num_validation_images",
     }  # fmt: skip
-    left_out -= {"init_adapter"} if values.get("init_adapter") else set()
-    return {name: value for name, value in values.items() if name not in left_out}
+    excluded -= {"init_adapter"} if values.get("init_adapter") else set()
+    return {name: value for name, value in values.items() if name not in excluded}
 
 
 def base_digest(base: BaseModel) -> str:
-    """Digest of the weights that are trained on: sizes, starts and ends of their files.
+    """Digest of the base's weights: sizes, starts and ends of their files.
 
-    Training changes all of a file, and reading gigabytes before every call would not be worth it.
+    Reading the whole files would take too long before every call, and training would change all of
+    a file.
     """
     digest = hashlib.sha256()
     with open_model(base) as model:
@@ -196,22 +197,22 @@ def trials_of(
     rates: Mapping[str, Sequence[float]],
     pairs: Sequence[tuple[StudySubject, int]],
 ) -> list[Trial]:
-    """Every method with every rate on every pair of subject and seed, pair by pair.
+    """List the trials of all methods and rates, pair by pair of subject and seed.
 
-    So a study that is stopped has as many seeds of one method as of another.
+    The order gives all methods the same number of seeds if a study is stopped.
 
     Args:
         study: The study.
         base: Digest of its base.
         rates: Learning rates by method.
-        pairs: What is learned, and the seed.
+        pairs: Pairs of subject and seed.
     """
     trials = []
     for subject, seed in pairs:
         trials.append(Trial(BASE, BASE, TrainConfig(), subject, seed, base, study.asked))
         for method in study.methods:
-            taken = rates.get(method.name, ())
-            for row, rate in zip(study.rows(method, taken), taken, strict=False):
+            method_rates = rates.get(method.name, ())
+            for row, rate in zip(study.rows(method, method_rates), method_rates, strict=False):
                 config = dataclasses.replace(study.training(method), learning_rate=rate)
                 trials.append(Trial(row, method.name, config, subject, seed, base, study.asked))
     return trials
@@ -223,18 +224,18 @@ def perform(
     """Train, measure, and save the record.
 
     Args:
-        trial: What to do.
-        base: The model.
-        output: The study's folder.
-        with_image: Keep the image of the subject for the report.
-        load: Loads the model, as `train` takes it.
+        trial: The trial.
+        base: The base model.
+        output: Folder of the study.
+        with_image: Save an image of the subject for the report.
+        load: Function that loads the model, as for `train`.
 
     Returns:
-        The record; without figures, and with ``"diverged"``, if the loss stopped being finite.
+        The record; if the loss was not finite, without figures and with ``"diverged"``.
     """
     work = output / "work"
     folder = work / "trials" / trial.digest[:20]
-    shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # leftovers of a killed call
     try:
         run = _open(trial, base, work, folder, load)
         record: Record = {
@@ -253,7 +254,7 @@ def perform(
                 record |= _train(run, folder, trial)
             record["measures"] = _measure(run, trial, output, with_image)
         except TrainingError as error:
-            # A rate that is too high is a result: the study continues, and does not try it again.
+            # A diverged trial is a result: the study continues and does not repeat it.
             record |= {"diverged": str(error), "measures": {}}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -263,40 +264,40 @@ def perform(
 def check_methods(
     study: Study, subjects: Sequence[StudySubject], base: BaseModel, output: Path
 ) -> None:
-    """Check the settings of every method on every subject, before any is trained.
+    """Check the settings of all methods on all subjects before training.
 
     Args:
         study: The study.
         subjects: Its subjects.
-        base: The model.
-        output: The study's folder.
+        base: The base model.
+        output: Folder of the study.
 
     Raises:
-        ConfigError: Naming each method that cannot be trained, and why.
+        ConfigError: If methods cannot be trained; the message has their names and the reasons.
     """
     empty, problems, work = load_empty(base), Problems(ValueError, OSError), output / "work"
     rates = {method.name: study.rates_to_try(method)[:1] for method in study.methods}
     trials = trials_of(study, "", rates, [(subject, study.seeds[0]) for subject in subjects])
     for trial in (trial for trial in trials if trial.method != BASE):
         with problems.collect(f"methods.{trial.method}: "), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # It is warned of as it is trained.
+            warnings.simplefilter("ignore")  # Training repeats these warnings.
             config = _settings(trial, str(base.path), work, work / "trials")
             check_run(config, subjects_of(config), empty)
     problems.raise_all()
 
 
 def _settings(trial: Trial, base: str, work: Path, folder: Path) -> TrainConfig:
-    """All settings of a trial; class images are shared: they are named by all they depend on."""
-    own = trial.subject.training(work, trial.config)
+    """All settings of a trial; trials share class images, whose names depend on all inputs."""
+    subject_settings = trial.subject.training(work, trial.config)
     if trial.config.uses_class_images:
-        own["class_data_dir"] = str(work / "class")
+        subject_settings["class_data_dir"] = str(work / "class")
     return dataclasses.replace(
         trial.config,
         pretrained_model_name_or_path=base,
         seed=trial.seed,
         num_validation_images=0,
         output_dir=str(folder),
-        **own,
+        **subject_settings,
     )
 
 
@@ -316,28 +317,28 @@ def _measure(run: Run, trial: Trial, output: Path, with_image: bool) -> dict[str
 
 
 def _train(run: Run, folder: Path, trial: Trial) -> Record:
-    """All steps; returns what they took, and what they did to the weights."""
+    """Train all steps; returns their costs and the analysis of the weights."""
     steps = run.total_steps
     points = trial.asked.analysis_points
-    saved = {round(steps * (k + 1) / points) for k in range(points)} - {0}
+    saved_steps = {round(steps * (k + 1) / points) for k in range(points)} - {0}
     losses, seconds, processor, live = [], 0.0, 0.0, 0
-    # Now: what is loaded in the end to be measured is the ordinary adapter of the result.
+    # Counted before training, since an ordinary adapter is loaded after it for the measurements.
     parameters = sum(p.numel() for p in run.weights.parameters().values())
     for step in range(1, steps + 1):
-        begun, used = time.perf_counter(), time.process_time()
+        wall_start, processor_start = time.perf_counter(), time.process_time()
         if step == 1:
-            with kept_bytes() as kept:
+            with kept_bytes() as saved_bytes:
                 record = run.step(step)
-            live = _live_bytes(run, sum(kept.values()))
+            live = _live_bytes(run, sum(saved_bytes.values()))
         else:
             record = run.step(step)
         losses.append(float(record["loss"]))
-        # The first step is the one that is looked at.
-        seconds += (time.perf_counter() - begun) * (step > 1)
-        processor += (time.process_time() - used) * (step > 1)
+        # The first step is not timed: its memory is measured.
+        seconds += (time.perf_counter() - wall_start) * (step > 1)
+        processor += (time.process_time() - processor_start) * (step > 1)
         if not math.isfinite(losses[-1]):
             raise TrainingError(f"{trial.name}: the loss is not a number at step {step}")
-        if step in saved and step < steps:
+        if step in saved_steps and step < steps:
             _write(run, folder / f"checkpoint-{step}", step)
     run.weights.reload(_write(run, folder / f"checkpoint-{steps}", steps))
     timed = max(1, steps - 1)
@@ -358,12 +359,12 @@ def _write(run: Run, folder: Path, step: int) -> Path:
 
 
 def _analysis(folder: Path, config: TrainConfig) -> Record:
-    """Delta M and delta D of every layer at every point, and their correlation."""
+    """Delta M and delta D of every layer at every checkpoint, and their correlation."""
     (run,) = analyze_weights(folder, config.base_model, norm_axis="output").runs
-    found = correlation(run.checkpoints)
+    coefficient = correlation(run.checkpoints)
     last = run.checkpoints[-1].layers
     return {
-        "correlation": None if found is None else _rounded(found.mean),
+        "correlation": None if coefficient is None else _rounded(coefficient.mean),
         "delta_m": _rounded(sum(layer.relative_delta_m for layer in last) / len(last)),
         "delta_d": _rounded(sum(layer.delta_d for layer in last) / len(last)),
         "points": [
@@ -379,18 +380,18 @@ def _analysis(folder: Path, config: TrainConfig) -> Record:
 
 @contextmanager
 def kept_bytes() -> Iterator[dict[int, int]]:
-    """Count what autograd keeps of the first batch for its backward pass, each storage once.
+    """Count the bytes that autograd saves for the backward pass of the first batch.
 
-    Returns:
-        Bytes by storage, so far; parameters are not counted.
+    Yields:
+        Storage -> bytes, filled during the block; without parameters.
     """
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
     is_backward = False
 
     def pack(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, torch.nn.Parameter) and not is_backward:
             storage = tensor.untyped_storage()
-            kept.setdefault(storage.data_ptr(), storage.nbytes())
+            saved.setdefault(storage.data_ptr(), storage.nbytes())
         return tensor
 
     def unpack(tensor: Tensor) -> Tensor:
@@ -399,11 +400,11 @@ def kept_bytes() -> Iterator[dict[int, int]]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield kept
+        yield saved
 
 
-def _live_bytes(run: Run, kept: int) -> int:
-    """Weights of all parts, gradients, the optimizer's state, and what autograd keeps."""
+def _live_bytes(run: Run, saved_bytes: int) -> int:
+    """Bytes of weights of all components, gradients, optimizer state, and saved tensors."""
     tensors = [
         tensor
         for module in run.components.modules().values()
@@ -416,9 +417,9 @@ def _live_bytes(run: Run, kept: int) -> int:
         for value in state.values()
         if torch.is_tensor(value)
     ]
-    storages = [part.untyped_storage() for t in tensors for part in memory_of(t)]
+    storages = [tensor_part.untyped_storage() for t in tensors for tensor_part in memory_of(t)]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(sizes.values()) + gradients + kept
+    return sum(sizes.values()) + gradients + saved_bytes
 
 
 def _machine(run: Run) -> str:
@@ -430,5 +431,5 @@ def _machine(run: Run) -> str:
 
 
 def _rounded(value: float) -> float:
-    """Six significant digits: what is beyond them differs between machines."""
+    """Round to six significant digits; further ones differ between machines."""
     return float(f"{value:.6g}")

@@ -1,12 +1,11 @@
-"""The sample and benchmark subjects: objects that no model here has seen.
+"""Sample and benchmark subjects: objects that the embedded models have not seen.
 
-The benchmark's are each a draw with a fixed seed.
+Benchmark subjects are drawn with fixed seeds.
 
-A subject has a shape, three colours that stand apart, and an emblem or a pattern. Reported subjects
-are what a benchmark's figures are about; tuning subjects are what its settings are chosen on, and
-share no class with them. Photos show five backgrounds, another five for every subject; the rest
-are held out. Neither photos nor truth are ever mirrored: a lightning bolt or a moon would not be
-itself.
+A subject has a shape, three distinct colours, and an emblem or a pattern. Benchmarks report figures
+on reported subjects, and choose settings on tuning subjects, which share no class with them. The
+photos of each subject show another five backgrounds; the others are held out. Photos and true
+images are never mirrored, which would change emblems such as a lightning bolt or a moon.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ SAMPLE_BACKGROUNDS = ("grass", "sand", "wood", "studio", "forest")
 PHOTOS = 5
 PHOTO_SIZE = 256
 NO_WORD = "toy"
-"""The class word of a shape that the models have no word for."""
+"""Class word of shapes without a word in the models' vocabulary."""
 
 _APART = 0.45
 _SEED = 29
@@ -46,7 +45,7 @@ _SEED = 29
 
 @dataclass(frozen=True)
 class SampleSubject:
-    """A subject with its folder's name and the class word that prompts use."""
+    """A subject with the name of its folder and its class word in prompts."""
 
     name: str
     class_word: str
@@ -54,11 +53,11 @@ class SampleSubject:
 
     def prompt(self, background: str, variant: int = 0) -> str:
         """``a photo of a sks mug on the grass``."""
-        place = PLACES[background][variant]
-        return f"a photo of a {TRIGGER} {self.class_word} {place}"
+        phrase = PLACES[background][variant]
+        return f"a photo of a {TRIGGER} {self.class_word} {phrase}"
 
     def scene(self, background: str, seed: int) -> Scene:
-        """A view of the subject in a place; it never mirrors, since a lightning bolt would not."""
+        """Draw a view of the subject, never mirrored, which would change emblems."""
         generator = np.random.default_rng((zlib.crc32(self.name.encode()), seed))
         return Scene(
             subject=self.subject,
@@ -73,11 +72,11 @@ class SampleSubject:
 
 @dataclass(frozen=True)
 class BenchmarkSubject:
-    """A subject, and the backgrounds of its photos.
+    """Subject with the backgrounds of its photos.
 
     Attributes:
         sample: The subject with its name, prompts and views.
-        photo_backgrounds: Where its photos are taken.
+        photo_backgrounds: Backgrounds of its photos.
         known_class: Whether the models have a word for its class.
     """
 
@@ -96,7 +95,7 @@ class BenchmarkSubject:
 
     @property
     def held_out_backgrounds(self) -> tuple[str, ...]:
-        """The backgrounds that no photo shows."""
+        """Backgrounds without a photo."""
         return tuple(name for name in BACKGROUNDS if name not in self.photo_backgrounds)
 
 
@@ -109,28 +108,28 @@ def draw_subject(
     word: str | None = None,
     photos: int = PHOTOS,
 ) -> BenchmarkSubject:
-    """Draw a subject: the same seed is the same subject on every machine.
+    """Draw a subject; the same seed gives the same subject on all machines.
 
     Args:
         kind: A class name of `shapes`, or ``random-<number>`` for a nonsense shape.
-        seed: Of colours, places and views.
-        mark: The emblem or pattern on its body.
+        seed: Seed of colours, backgrounds and views.
+        mark: Emblem or pattern on its body.
         color: Palette name of the body; None draws a colour without a name.
-        word: The class word; None says that the models have none.
-        photos: How many there are, at most five; fewer are the first of them.
+        word: Class word; None: the models have none.
+        photos: Number of photos, at most five; fewer are the first ones.
 
     Raises:
-        ValueError: No such class, emblem, pattern or colour, or another number of photos.
+        ValueError: If the class, emblem, pattern, colour or number of photos is not valid.
     """
     if not 1 <= photos <= PHOTOS:
         raise ValueError(f"photos is {photos}; it must be from 1 to {PHOTOS}")
-    find_shape(kind)  # Refuses what is none.
-    for what, name, known in (
+    find_shape(kind)  # Raises an error for unknown classes.
+    for category, name, known in (
         ("colour", color, (*COLORS, None)),
         ("emblem or pattern", mark, (*EMBLEMS, *PATTERNS)),
     ):
         if name not in known:
-            raise ValueError(f"no {what} {name!r}; there are {', '.join(filter(None, known))}")
+            raise ValueError(f"no {category} {name!r}; there are {', '.join(filter(None, known))}")
     generator = np.random.default_rng((_SEED, seed))
     first = _any_rgb(generator) if color is None else COLORS[color]
     body, accent, sign = _apart(first, generator)
@@ -146,18 +145,18 @@ def draw_subject(
         emblem=None if is_pattern else Emblem(mark, sign),
         color=color,
     )
-    places = generator.choice(list(BACKGROUNDS), PHOTOS, replace=False)
+    backgrounds = generator.choice(list(BACKGROUNDS), PHOTOS, replace=False)
     name = f"{mark}_{'nonsense' if kind.startswith('random-') else kind}"
     name += f"_{photos}" if photos < PHOTOS else ""
     return BenchmarkSubject(
         SampleSubject(name, word or NO_WORD, subject),
-        tuple(str(place) for place in places[:photos]),
+        tuple(str(background) for background in backgrounds[:photos]),
         word is not None,
     )
 
 
 def _any_rgb(generator: np.random.Generator) -> RGB:
-    """A colour away from the whole palette, for which no caption had a word."""
+    """Draw a colour far from the palette, without a word in captions."""
     while True:
         drawn = generator.uniform(0.05, 0.97, 3)
         if min(_distance(drawn, known) for known in COLORS.values()) > 0.5 * _APART:
@@ -165,7 +164,7 @@ def _any_rgb(generator: np.random.Generator) -> RGB:
 
 
 def _apart(first: RGB, generator: np.random.Generator) -> tuple[RGB, RGB, RGB]:
-    """Two more colours, all three easy to tell apart in a small image."""
+    """Draw two more colours, so that all three are distinct in a small image."""
     while True:
         second, third = _any_rgb(generator), _any_rgb(generator)
         pairs = ((first, second), (first, third), (second, third))
@@ -185,7 +184,7 @@ def _sample(name: str, word: str, look: list[Any]) -> SampleSubject:
 
 REPORTED = tuple(draw_subject(**drawn) for drawn in WORLD["reported"])
 TUNING = tuple(draw_subject(**drawn) for drawn in WORLD["tuning"])
-SAMPLE_SUBJECTS = {name: _sample(name, **given) for name, given in WORLD["samples"].items()}
+SAMPLE_SUBJECTS = {name: _sample(name, **facts) for name, facts in WORLD["samples"].items()}
 SAMPLES = tuple(
     BenchmarkSubject(sample, SAMPLE_BACKGROUNDS, sample.class_word in CLASSES)
     for sample in SAMPLE_SUBJECTS.values()
@@ -194,10 +193,10 @@ SUBJECTS: dict[str, BenchmarkSubject] = {s.name: s for s in (*REPORTED, *TUNING,
 
 
 def find_subject(name: str) -> BenchmarkSubject:
-    """A reported, tuning or sample subject by its name.
+    """Find a reported, tuning or sample subject by name.
 
     Raises:
-        ValueError: There is none.
+        ValueError: If the name is unknown.
     """
     if name not in SUBJECTS:
         raise ValueError(f"no subject {name!r}; there are {', '.join(SUBJECTS)}")
@@ -207,12 +206,12 @@ def find_subject(name: str) -> BenchmarkSubject:
 def write_photos(
     subject: BenchmarkSubject, folder: Path, *, with_masks: bool = False
 ) -> list[Path]:
-    """Render a subject's photos with a caption file each; returns the photos.
+    """Render a subject's photos with caption files; returns the photos.
 
     Args:
-        subject: What they show.
-        folder: Where to.
-        with_masks: Write a mask of the subject beside each too.
+        subject: The subject.
+        folder: Folder of the photos.
+        with_masks: Also write mask files of the subject.
     """
     from PIL import Image
 

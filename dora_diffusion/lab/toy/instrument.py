@@ -1,6 +1,6 @@
-"""Instrument that judges images of the toy world: networks for content, colour for place.
+"""Instrument that judges images of the toy world: networks for content, colour for position.
 
-The studio is grey and the shadow too, so that what has a colour is the object.
+The studio and the shadow are grey, so coloured pixels belong to the object.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "pattern": PATTERNS,
     "background": tuple(BACKGROUNDS),
 }
-"""Attributes that the classifier tells apart, in the order of its heads."""
+"""Attributes of the classifier, in the order of its heads."""
 
 STUDIO = "studio"
 _COLORFUL = 0.12
@@ -49,13 +49,13 @@ class Trunk(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Mean and maximum over the last grid."""
+        """Pool mean and maximum over the last grid."""
         features = self.layers(pixels)
         return torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1)
 
 
 class Classifier(nn.Module):
-    """Class, body colour, pattern and background of an image."""
+    """Classifier of class, body colour, pattern and background of an image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Classifier(nn.Module):
 
 
 class SubjectEmbedder(nn.Module):
-    """A unit vector that one subject keeps in every place, and another subject does not have."""
+    """Embedder to unit vectors that identify a subject on any background."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,10 +95,10 @@ FOLDER = Path(__file__).parent / "judges"
 
 
 def load_instrument(folder: Path | None = None) -> Instrument:
-    """Open the networks that come with the package, or those of another folder.
+    """Load the networks of the package, or of another folder.
 
     Raises:
-        FileNotFoundError: the folder lacks one of the three files.
+        FileNotFoundError: If one of the three files is missing.
     """
     from safetensors.torch import load_file
 
@@ -112,31 +112,31 @@ def load_instrument(folder: Path | None = None) -> Instrument:
 
 @dataclass(frozen=True)
 class Silhouette:
-    """Centre of the object's box from -1 (left) to 1 (right), and the root of its area's share."""
+    """Centre of an object's box from -1 (left) to 1 (right), and root of its area's share."""
 
     center: float
     size: float
 
 
 def silhouette(pixels: Tensor) -> Silhouette | None:
-    """Find the object in a studio image ``(3, h, w)`` in [0, 1]; None if nothing has a colour."""
+    """Find the object in a studio image ``(3, h, w)`` in [0, 1]; None without coloured pixels."""
     mask = (pixels.amax(0) - pixels.amin(0)) > _COLORFUL
     share = float(mask.float().mean())
     if share < _LEAST:
         return None
     columns = torch.linspace(-1, 1, mask.shape[1]).expand_as(mask)[mask]
-    # Not the extremes: a stray pixel would move them.
+    # Quantiles, since a stray pixel would move the extremes.
     edges = torch.quantile(columns, torch.tensor([0.03, 0.97]))
     return Silhouette(float(edges.mean()), share**0.5)
 
 
 def follows(pose: str, shape: Silhouette | None, middle: float) -> bool:
-    """Return whether an object is where, or as large as, a word says.
+    """Return whether the position or size of an object matches a word.
 
     Args:
         pose: A word of `SIDES` or `SIZES`.
-        shape: What was found.
-        middle: The size between small and large.
+        shape: Silhouette of the object; None if it was not found.
+        middle: Size between small and large.
     """
     if shape is None:
         return False
@@ -149,6 +149,6 @@ def follows(pose: str, shape: Silhouette | None, middle: float) -> bool:
 
 
 def middle_size(shapes: Mapping[str, Sequence[Silhouette | None]]) -> float | None:
-    """The size half way between true small and true large images; None if none was seen."""
+    """Mean size of small and large objects in true images; None if any is not found."""
     measured = [[shape.size for shape in shapes[word] if shape is not None] for word in SIZES]
     return sum(sum(sizes) / len(sizes) for sizes in measured) / 2 if all(measured) else None

@@ -1,8 +1,8 @@
-"""The objects and signs of the toy world, as signed distances that `world.yaml` names.
+"""Objects and emblems of the toy world, as signed distances defined in `world.yaml`.
 
-An object lives in the square from -1 to 1, stands on about y = -0.9 and fills most of it. The
-classes in `CLASSES` are what the embedded models learn by name; those in `UNSEEN_CLASSES` have a
-shape but no word in their training captions, so they can play the unknown subject.
+An object stands at about y = -0.9 in the square from -1 to 1 and fills most of it. The embedded
+models learn the names of classes in `CLASSES`. Classes in `UNSEEN_CLASSES` have a shape, but their
+names are not in training captions, so they can be unknown subjects.
 
 Distances are negative inside, in the units of ``x`` and ``y``. Every function takes coordinate
 grids of one shape, ``y`` pointing up, and returns a grid of that shape.
@@ -70,7 +70,7 @@ def polygon(x: Grid, y: Grid, corners: Sequence[Point], rounding: float = 0.0) -
 
 
 def star(x: Grid, y: Grid, inner: float, outer: float = 1.0, rounding: float = 0.0) -> Grid:
-    """Distance to a star of five arms that stands on two."""
+    """Distance to a star with five arms that stands on two of them."""
     angles = [np.pi / 2 + np.pi * k / 5 for k in range(10)]
     radii = [outer, inner] * 5
     corners = [
@@ -81,7 +81,7 @@ def star(x: Grid, y: Grid, inner: float, outer: float = 1.0, rounding: float = 0
 
 
 def heart(x: Grid, y: Grid, rounding: float = 0.0) -> Grid:
-    """Distance to a heart of 40 corners that fills the square from -1 to 1."""
+    """Distance to a heart with 40 corners that fills the square from -1 to 1."""
     t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     u = np.sin(t) ** 3
     v = (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 15
@@ -89,7 +89,7 @@ def heart(x: Grid, y: Grid, rounding: float = 0.0) -> Grid:
     return polygon(x, y, corners, rounding)
 
 
-# By the names of `world.yaml`: shapes, and what is made of their distances.
+# Shapes, and operations on their distances, by their names in `world.yaml`.
 _SHAPES: dict[str, Callable[..., Grid]] = {
     shape.__name__: shape for shape in (circle, ellipse, box, segment, polygon, star, heart)
 } | {
@@ -105,21 +105,24 @@ _OPERATIONS: dict[str, Callable[..., Grid]] = {
 
 
 def signed_distance(x: Grid, y: Grid, described: Mapping[str, Any]) -> Grid:
-    """Distance to a shape as `world.yaml` describes it: a name, and what it is given."""
-    ((name, given),) = described.items()
+    """Distance to a shape described as in `world.yaml`: a name and its arguments."""
+    ((name, arguments),) = described.items()
     if name in _SHAPES:
-        return _SHAPES[name](x, y, *given)
-    parts = [signed_distance(x, y, part) if isinstance(part, dict) else part for part in given]
-    return _OPERATIONS[name](*parts)
+        return _SHAPES[name](x, y, *arguments)
+    operands = [
+        signed_distance(x, y, operand) if isinstance(operand, dict) else operand
+        for operand in arguments
+    ]
+    return _OPERATIONS[name](*operands)
 
 
 class Part(NamedTuple):
-    """One painted piece of an object.
+    """Painted part of an object.
 
     Attributes:
         paint: Name of its colour.
-        bevel: How deep its rounded rim reaches.
-        outline: What `signed_distance` takes.
+        bevel: Width of its rounded rim.
+        outline: Description for `signed_distance`.
     """
 
     paint: str
@@ -128,7 +131,7 @@ class Part(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Parts of a class in their order, and its emblem's place (centre and half size)."""
+    """Parts of a class in painting order, and position of the emblem (centre and half size)."""
 
     parts: list[Part]
     emblem: Sequence[float]
@@ -136,8 +139,8 @@ class Shape(NamedTuple):
 
 def _shapes(kinds: Mapping[str, Any]) -> dict[str, Shape]:
     return {
-        name: Shape([Part(*part) for part in given["parts"]], given["emblem"])
-        for name, given in kinds.items()
+        name: Shape([Part(*part) for part in facts["parts"]], facts["emblem"])
+        for name, facts in kinds.items()
     }
 
 
@@ -147,29 +150,29 @@ UNSEEN_CLASSES = _shapes(WORLD["unseen_classes"])
 
 
 def random_shape(seed: int) -> Shape:
-    """A nonsense object of three to six random pieces, for training without class names."""
+    """Draw a nonsense object of three to six random parts, for training without class names."""
     generator = np.random.default_rng(seed)
-    parts: list[Part] = []
+    pieces: list[Part] = []
     middle: Sequence[float] = ()
     for number in range(int(generator.integers(3, 7))):
         kind = int(generator.integers(3))
-        at, half = generator.uniform(-0.5, 0.5, 2), generator.uniform(0.2, 0.6, 2)
+        position, half = generator.uniform(-0.5, 0.5, 2), generator.uniform(0.2, 0.6, 2)
         outlines: list[dict[str, Any]] = [
-            {"ellipse": (at, half)},
-            {"box": (at, half, 0.05)},
-            {"segment": (at, (-at[1], at[0]), 0.4 * half[0])},
+            {"ellipse": (position, half)},
+            {"box": (position, half, 0.05)},
+            {"segment": (position, (-position[1], position[0]), 0.4 * half[0])},
         ]
         paint = "accent" if number % 2 else "body"
-        parts.append(Part(paint, 0.5 * min(half), outlines[kind]))
-        middle = middle or (at[0], at[1])
-    return Shape(parts, (*middle, 0.3))
+        pieces.append(Part(paint, 0.5 * min(half), outlines[kind]))
+        middle = middle or (position[0], position[1])
+    return Shape(pieces, (*middle, 0.3))
 
 
 def find_shape(kind: str) -> Shape:
-    """The shape of a class name, or of ``random-<seed>``.
+    """Return the shape of a class, or of ``random-<seed>``.
 
     Raises:
-        ValueError: no such class.
+        ValueError: If the class is unknown.
     """
     if kind.startswith("random-"):
         return random_shape(int(kind.removeprefix("random-")))

@@ -1,7 +1,7 @@
-"""The toy world: a scene is a few numbers, and `render` takes its image at any resolution.
+"""The toy world: scenes of a few numbers, which `render` draws at any resolution.
 
-It gives the embedded models images whose captions are true by construction, and subjects no
-model has seen whose similarity to the truth can be measured.
+It provides training images with exact captions for the embedded models, and unseen subjects with
+true images for measurements.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BACKGROUNDS = tuple(PLACES)
 
 @dataclass(frozen=True)
 class Emblem:
-    """A flat sign painted on the body; ``color`` is its palette name, if it has one."""
+    """A flat emblem on the body; ``color`` is its palette name, if it has one."""
 
     kind: str
     rgb: RGB
@@ -44,19 +44,19 @@ class Emblem:
 
 @dataclass(frozen=True)
 class DrawnSubject:
-    """Appearance of one object, wherever it stands.
+    """Appearance of an object.
 
     Attributes:
-        kind: a class name of `shapes`, or ``random-<seed>`` for a nonsense object.
-        body: colour of the main surface, 0 to 1.
-        accent: colour of handles, roofs, tails and, when ``two_tone``, of the lower half.
-        pattern: what is painted on the body.
-        pattern_rgb: the pattern's second colour.
-        pattern_angle: direction of stripes and checks, radians.
-        emblem: a sign on the body.
-        two_tone: the body's lower part has the accent colour.
-        color: palette name of ``body``, None when it has no honest name.
-        accent_color: palette name of ``accent``, None when it has none.
+        kind: A class name of `shapes`, or ``random-<seed>`` for a nonsense object.
+        body: Colour of the main surface, 0 to 1.
+        accent: Colour of handles, roofs, tails and, with ``two_tone``, of the lower half.
+        pattern: Pattern on the body.
+        pattern_rgb: Second colour of the pattern.
+        pattern_angle: Direction of stripes and checks, in radians.
+        emblem: Emblem on the body.
+        two_tone: The body's lower part has the accent colour.
+        color: Palette name of ``body``; None if no name fits.
+        accent_color: Palette name of ``accent``; None if no name fits.
     """
 
     kind: str
@@ -78,17 +78,17 @@ class DrawnSubject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A subject in a place.
+    """A subject on a background.
 
     Attributes:
-        subject: what is shown.
-        background: where, a name of `backgrounds.BACKGROUNDS`.
-        size: the share of the frame's width that the object spans.
-        position: its centre, frame coordinates -1 to 1, y up.
-        rotation: radians, counter-clockwise.
-        flip: mirrored left to right (an emblem mirrors with it).
-        light: where the light comes from, radians; pi / 2 is above.
-        seed: fixes the background's details.
+        subject: The subject.
+        background: A name of `BACKGROUNDS`.
+        size: Fraction of the frame's width that the object spans.
+        position: Centre of the object, in frame coordinates from -1 to 1, y up.
+        rotation: Rotation in radians, counter-clockwise.
+        flip: Mirror left to right, with the emblem.
+        light: Direction of the light in radians; pi / 2 is above.
+        seed: Seed of the background's details.
     """
 
     subject: DrawnSubject
@@ -113,11 +113,11 @@ def render(scene: Scene, size: int | tuple[int, int]) -> NDArray[np.uint8]:
     """Render a scene's image.
 
     Args:
-        scene: what to show.
-        size: side of a square image, or (width, height); the shorter side spans -1 to 1.
+        scene: The scene.
+        size: Side of a square image, or (width, height); the shorter side spans -1 to 1.
 
     Returns:
-        (height, width, 3) colours.
+        Colours (height, width, 3).
     """
     x, y, pixel = _grid(size)
     canvas = paint_background(scene, x, y, pixel)
@@ -127,17 +127,17 @@ def render(scene: Scene, size: int | tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def render_mask(scene: Scene, size: int | tuple[int, int]) -> NDArray[np.uint8]:
-    """Return the opacity of a scene's object, (height, width): 255 where it covers all."""
+    """Render the opacity of a scene's object, (height, width): 255 for covered pixels."""
     x, y, pixel = _grid(size)
     black = np.zeros((*x.shape, 3), np.float32)
     over = [_paint_subject(scene, x, y, pixel, canvas) for canvas in (black, 1 + black)]
-    # What it covers looks the same before black and before white.
+    # Covered pixels look the same on black and on white.
     opacity = 1 - (over[1] - over[0]).mean(axis=2)
     return np.round(np.clip(opacity, 0, 1) * 255).astype(np.uint8)
 
 
 def _grid(size: int | tuple[int, int]) -> tuple[Grid, Grid, float]:
-    """The coordinates of an image's pixels, each (height, width), and the side of one."""
+    """Coordinates of an image's pixels, each (height, width), and the side of a pixel."""
     width, height = (size, size) if isinstance(size, int) else size
     pixel = 2 / min(width, height)
     columns = ((np.arange(width) + 0.5 - width / 2) * pixel).astype(np.float32)
@@ -200,7 +200,7 @@ def _facing(distance: Grid, bevel: float, light: NDArray, local_pixel: float) ->
 
 
 def _body_colors(subject: DrawnSubject, shape: Shape, u: Grid, v: Grid, pixel: float) -> NDArray:
-    """The painted surface before lighting, on the object's own coordinates: (h, w, 3)."""
+    """Colours of the surface before lighting, in the object's coordinates: (h, w, 3)."""
     colors = np.broadcast_to(rgb(*subject.body), (*u.shape, 3))
     pattern = _pattern_mask(subject, u, v, pixel)
     colors = mix(colors, rgb(*subject.pattern_rgb), pattern)
@@ -236,13 +236,13 @@ def _pattern_mask(subject: DrawnSubject, u: Grid, v: Grid, pixel: float) -> Grid
 
 
 def _square_wave(t: Grid, period: float, pixel: float) -> Grid:
-    """1 on half of every period, centred on 0, with edges one pixel soft."""
+    """1 on half of every period, centred on 0, with soft edges of one pixel."""
     phase = np.abs(t / period - np.round(t / period)) * period
     return coverage(phase - period / 4, pixel)
 
 
 def rgb(red: float, green: float, blue: float) -> NDArray[np.float32]:
-    """A colour that broadcasts over a canvas."""
+    """Colour that broadcasts over a canvas."""
     return np.array((red, green, blue), np.float32)
 
 
@@ -253,33 +253,33 @@ def mix(first: NDArray, second: NDArray, amount: Grid | float) -> Canvas:
 
 
 def coverage(distance: Grid, softness: float) -> Grid:
-    """Return the share of each pixel that lies inside a signed distance."""
+    """Return the fraction of each pixel inside a signed distance."""
     return np.clip(0.5 - distance / softness, 0, 1)
 
 
 def paint_background(scene: Scene, x: Grid, y: Grid, pixel: float) -> Canvas:
     """Paint a scene's background: grids (h, w) -> colours (h, w, 3), about 0 to 1.
 
-    All randomness is drawn in a fixed order and never per pixel, so one seed gives one image at
-    any size. Edges stay one pixel soft at every resolution.
+    Random numbers are drawn in a fixed order and never per pixel, so a seed gives the same image at
+    any size. Soft edges are one pixel wide at every resolution.
     """
     name, generator = scene.background, np.random.default_rng(scene.seed)
     if name in _ROOMS:
         return _ROOMS[name](x, y, pixel, generator)
-    given = WORLD["backgrounds"][name]
-    horizon = generator.uniform(*given["horizon"])
+    facts = WORLD["backgrounds"][name]
+    horizon = generator.uniform(*facts["horizon"])
     # 0 at the horizon, 1 at the top and at the bottom of the frame.
     height = np.clip((y - horizon) / (1 - horizon), 0, 1)
     depth = np.clip((horizon - y) / (horizon + 1), 0, 1)
-    low, high, *top = (rgb(*color) for color in given["sky"])
+    low, high, *top = (rgb(*color) for color in facts["sky"])
     sky = mix(low, high, height)
-    far, near = (rgb(*color) for color in given["ground"])
+    far, near = (rgb(*color) for color in facts["ground"])
     ground = mix(far, near, depth)
-    if "noise" in given:
-        strength, cells = given["noise"]
+    if "noise" in facts:
+        strength, cells = facts["noise"]
         ground = ground + (strength * value_noise(x, y, cells, generator))[..., None]
-    if "waves" in given:
-        strength, frequency, bend, across = given["waves"]
+    if "waves" in facts:
+        strength, frequency, bend, across = facts["waves"]
         phase = frequency * y + bend * np.sin(across * x + generator.uniform(0, 6))
         ground = ground + (strength * np.sin(phase))[..., None]
     if name == "night":
@@ -329,7 +329,7 @@ def _brick(x: Grid, y: Grid, pixel: float, generator: np.random.Generator) -> Ca
     tone = generator.uniform(-0.05, 0.05, 97).astype(np.float32)
     shade = tone[(7 * row + 13 * column).astype(int) % 97]
     brick = rgb(0.68, 0.30, 0.22) + shade[..., None]
-    # 0.02 of softness at least: thinner joints than a pixel would flicker with the resolution.
+    # At least 0.02 of softness: joints thinner than a pixel would flicker with the resolution.
     wall = mix(brick, rgb(0.82, 0.76, 0.70), coverage(to_edge - joint, max(pixel, 0.02)))
     return mix(wall, rgb(0.56, 0.54, 0.53), coverage(y + 0.78, pixel))
 

@@ -60,7 +60,7 @@ def test_a_mistake_is_one_line(
 ) -> None:
     command = ["analyze", "--base", str(sd1_folder), "--output", str(tmp_path / "out")]
     assert main([*command, str(trained), "--layers", "*.to_x"]) == 1
-    assert last_line().startswith("error: run: no layer is called *.to_x; it has unet.")
+    assert last_line().startswith("error: run: no layer matches *.to_x; it has unet.")
     assert main([*command, str(tmp_path / "nothing.safetensors")]) == 1
     assert "there is no adapter at" in last_line()
     assert not (tmp_path / "out").exists()
@@ -75,4 +75,4 @@ def test_sources_are_called_by_their_titles(
     assert [run["name"] for run in report["runs"]] == ["My mug"]
     assert "| My mug (DoRA)" in (tmp_path / "analysis.md").read_text(encoding="utf-8")
     assert main([*command, "--overwrite", "--title", "a", "b"]) == 1
-    assert last_line() == "error: 2 titles of 1 sources; give one each"
+    assert last_line() == "error: 2 titles for 1 sources; give one for each"

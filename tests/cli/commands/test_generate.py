@@ -382,7 +382,7 @@ def test_wildcards_are_drawn_by_each_images_seed(generate, tmp_path):
     assert found == [rules.draw_prompt(prompt, seed) for seed in (3, 4, 5)]
     assert len(set(found)) > 1
     code, error = generate(wildcards=True, prompt="a __place__", overwrite=True)
-    assert (code, "__place__ is of a file; name its folder: wildcard_dir" in error) == (1, True)
+    assert (code, "__place__ needs a file; give its folder as wildcard_dir" in error) == (1, True)
     assert generate(max_token_length=100)[1].startswith("error: max_token_length is 100; it must")
 
 
@@ -838,12 +838,12 @@ def test_segmentation_models_that_cannot_be_are_one_line(sd1_folder, models, tmp
     config = json.loads((unnamed / "config.json").read_text(encoding="utf-8"))
     del config["id2label"], config["label2id"]
     (unnamed / "config.json").write_text(json.dumps({**config, "num_labels": 3}), encoding="utf-8")
-    labels = "of its labels the subject is: label_0, label_1, label_2"
+    labels = "the subject's: label_0, label_1, label_2"
     for folder, label, message in (
-        (models("segformer"), "dgo", r"knows no 'dgo' (did you mean dog?); say which of its"),
-        (models("segformer"), "", "knows many things; say which of its labels the subject is"),
-        (unnamed, "", f"knows many things; say which {labels}"),
-        (unnamed, "dog", f"knows no 'dog'; say which {labels}"),
+        (models("segformer"), "dgo", r"has no label 'dgo' (did you mean dog?); choose"),
+        (models("segformer"), "", "has many labels; choose the subject's"),
+        (unnamed, "", f"has many labels; choose {labels}"),
+        (unnamed, "dog", f"has no label 'dog'; choose {labels}"),
         (models("vit"), "", "is a vit model, which gives no masks; give a segmentation model"),
         (bare, "dog", f"{bare} could not be loaded (it is missing or damaged): "),
         (tmp_path, "dog", f"{tmp_path} could not be loaded (it is missing or damaged): "),

@@ -181,9 +181,9 @@ def test_a_mask_lies_where_the_model_saw_the_subject(kind, size, models, monkeyp
 
 
 def test_a_label_that_is_not_the_models_is_refused_with_those_that_are(models):
-    with pytest.raises(PrepareError, match=r"say which of its labels the subject is: .*cat, dog"):
+    with pytest.raises(PrepareError, match=r"choose the subject's: .*cat, dog"):
         open_masker(str(models("segformer")))
-    with pytest.raises(PrepareError, match=r"knows no 'houn' \(did you mean hound\?\)"):
+    with pytest.raises(PrepareError, match=r"has no label 'houn' \(did you mean hound\?\)"):
         open_masker(str(models("segformer")), label="houn")
 
 

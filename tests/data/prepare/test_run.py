@@ -296,7 +296,7 @@ def test_a_caption_of_a_model_is_changed_too(photos, tmp_path):
 
 
 def test_a_replacement_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="nothing to find"):
+    with pytest.raises(ValueError, match="but find is empty"):
         CaptionEdit(replace="x")
 
 
@@ -304,7 +304,7 @@ def test_an_output_with_something_else_in_it_is_refused(preparation, photos):
     preparation.target.mkdir()
     (preparation.target / ".DS_Store").touch()
     (preparation.target / "holiday.jpg").touch()
-    with pytest.raises(PrepareError, match=r"holds holiday\.jpg, which is not of these photos"):
+    with pytest.raises(PrepareError, match=r"contains holiday\.jpg, not from these photos"):
         preparation.run(list_photos(photos))
     (preparation.target / "holiday.jpg").rename(preparation.target / "0.png")
     Image.new("RGB", (40, 40)).save(preparation.target / "0.png")

@@ -249,7 +249,7 @@ def test_what_cannot_be_analyzed_is_refused(
         analyze_weights([], sd1_folder)
     with refused("norm_axis", "row"):
         analyze_weights(run_folder, sd1_folder, norm_axis="row")  # type: ignore[arg-type]
-    with pytest.raises(ExportError, match=r"^run: no layer is called \*\.to_x; it has "):
+    with pytest.raises(ExportError, match=r"^run: no layer matches \*\.to_x; it has "):
         analyze_weights(run_folder, sd1_folder, layers=["*.to_x"])
     with pytest.raises(ExportError, match=r"no layer differs from the base's"):
         analyze_weights(sd1_folder, sd1_folder)
@@ -268,7 +268,7 @@ def test_what_was_assumed_or_has_no_effect_is_said(
     sd1_folder: Path, run_folder: Path, tuned_model: MakeModel
 ) -> None:
     (run,) = analyze_weights(run_folder, sd1_folder, alpha=2).runs
-    assert run.notes == ("alpha 2 has no effect: the file says its own",)
+    assert run.notes == ("alpha 2 has no effect: the file contains its own",)
     half = tuned_model(lambda name, tensor: (2 * tensor).half())
     (run,) = analyze_weights(half, sd1_folder, layers=["*.to_q"]).runs
-    assert run.notes == ("stored as float16, the base is not: rounding counts as change",)
+    assert run.notes == ("stored as float16, unlike the base: rounding counts as change",)

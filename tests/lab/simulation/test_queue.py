@@ -217,7 +217,7 @@ def test_what_cannot_be_is_refused(setting, values):
 
 def test_workers_that_fail_before_anything_is_kept_are_refused():
     plan = QueuePlan(failures=60, cold_start=300)
-    with refused("failures", "it takes 600 s"):
+    with refused("failures", "takes 600 s from a start"):
         check_failures(plan, 300)
     check_failures(QueuePlan(failures=60, cold_start=30, checkpoint_seconds=20), 300)
 

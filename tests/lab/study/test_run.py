@@ -355,7 +355,7 @@ def test_a_record_of_its_own_is_kept_where_a_report_has_an_older_one(performed, 
 @pytest.mark.parametrize("text", ["{", "[1]", '[{"row": "dora"}]'])
 def test_a_file_that_holds_no_records_is_said(performed, tmp_path, text):
     (tmp_path / "records.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match="holds no records of a study"):
+    with pytest.raises(ConfigError, match="is not a list of records"):
         run_study(study(), tmp_path)
 
 

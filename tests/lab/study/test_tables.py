@@ -62,9 +62,9 @@ def test_differences_are_paired_by_subject_and_seed():
 @pytest.mark.parametrize(
     ("subjects", "seeds", "said"),
     [
-        (1, 2, "2 runs on 1 subject say nothing of other subjects, and are too narrow: with 2 "
+        (1, 2, "2 runs on 1 subject do not apply to other subjects, and are too narrow: with 2 "
          "seeds, 95% intervals contain the truth at most 50% of the time"),
-        (1, 8, "8 runs on 1 subject say nothing of other subjects;"),
+        (1, 8, "8 runs on 1 subject do not apply to other subjects;"),
         (2, 8, "16 runs on 2 subjects are too narrow: with 2 subjects, .* at most 50%"),
         (5, 1, "5 runs on 5 subjects are too narrow: with 5 subjects, .* at most 94%"),
         (6, 1, "^$"), (6, 4, "^$"), (1, 1, "^$"),  # one run alone has no interval

@@ -64,7 +64,7 @@ def test_what_transparency_and_shuffling_do_is_said(config, photos):
     assert [line for line in said if line.startswith(text)]
     assert any("white: 01.png, 02.png; they are learned as a white back" in line for line in said)
     assert any("6 photos, but only 5 different: 03.jpg, 06.jpg are the" in line for line in said)
-    assert any("left out links to files that are not there (lost.jpg)" in line for line in said)
+    assert any("left out links to missing files (lost.jpg)" in line for line in said)
     said = opened_with(replace(config, shuffle_tags=True, masked_loss=True))
     assert not [line for line in said if line.startswith(text) or "white" in line]
 

@@ -84,7 +84,7 @@ def test_what_leaves_nothing_to_train_on_or_is_trained_on_is_refused(
     apart = TrainConfig(instance_data_dir=str(photos), validation_data_dir=str(tmp_path / "out"))
     with refused("validation_data_dir", f"{first.name}, other.jpg (as {second.name})"):
         divide(apart)
-    with refused("validation_split", "both say which photos are held out"):
+    with refused("validation_split", "both select held-out photos"):
         replace(apart, validation_split=0.2)
     with refused("validation_split", "1.5; give a share below 1"):
         TrainConfig(validation_split=1.5)

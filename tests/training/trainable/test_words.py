@@ -478,16 +478,17 @@ def test_a_concept_that_is_spelled_is_said(sd1_folder: Path, named: Path, tmp_pa
     ("setting", "values", "words"),
     [
         ("token", {"token": ""}, "token is ''"),
-        ("new_words", {"new_words": ["<a>", "<a>"]}, "one holds the other"),
-        ("new_words", {"new_words": ["<a>", "<a>_1"]}, "one holds the other"),
+        ("new_words", {"new_words": ["<a>", "<a>"]}, "contains the new word"),
+        ("new_words", {"new_words": ["<a>", "<a>_1"]}, "contains the new word"),
         ("new_words", {"token": "TOK"}, "lower case"),
         ("new_words", {"new_words": ["a.b"]}, "without spaces, dots and slashes"),
         ("initializer_concept", {"initializer_concept": ["dog", "cat"]}, "2 for 1 new words"),
-        ("initializer_concept", {"initializer_concept": [" "]}, "none of them empty"),
+        ("initializer_concept", {"initializer_concept": [" "]}, "without empty ones"),
         ("initializer_concept", {"token": "<a>", "initializer_concept": ["a <a>"]}, "'<a>', which"),
         ("initializer_concept", {"token": "sks", "initializer_concept": ["sks"]}, "'<sks>'"),
         ("text_encoder_targets",
-         {"train_text_encoder": True, "text_encoder_targets": ["token-embedding"]}, "an adapter"),
+         {"train_text_encoder": True, "text_encoder_targets": ["token-embedding"]},
+         "adapts the table"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work(setting: str, values: dict[str, object], words: str) -> None:

@@ -91,7 +91,7 @@ def test_a_setting_without_effect_is_said_and_presets_have_none(
     for model in (EMBEDDED, "stabilityai/stable-diffusion-xl-base-1.0"):
         for preset in PRESETS:
             assert "has no effect" not in said(model, preset)
-    assert "new word 'sks', which has no vectors to start from" in said(
+    assert "new word 'sks', which has no vectors yet" in said(
         EMBEDDED, "fast", train_text_encoder_ti=True, initializer_concept="sks"
     )
     changed = said(EMBEDDED, "fast", keep_tags="3")
