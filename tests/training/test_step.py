@@ -135,6 +135,16 @@ def test_each_step_draws_dropout_from_a_seed_of_its_own(tiny_run) -> None:
     assert not {*seeds[6:]} & {*seeds[:3]}
 
 
+def test_each_process_draws_dropout_of_its_own(tiny_run) -> None:
+    config, seeds = tiny_run(), []
+    step = assemble(config, subjects_of(config), make_accelerator(config)).step
+    for index in (0, 1, 0):
+        step.accelerator = SimpleNamespace(process_index=index)
+        step.begin(1)
+        seeds.append(torch.initial_seed())
+    assert seeds[0] == seeds[2] != seeds[1]
+
+
 def test_a_loss_that_is_not_finite_moves_nothing(tiny_run) -> None:
     config = tiny_run()
     session = assemble(config, subjects_of(config), make_accelerator(config))
