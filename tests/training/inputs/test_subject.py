@@ -196,7 +196,9 @@ def test_a_photo_of_two_subjects_and_a_missing_folder_are_refused_at_once(photos
     other.mkdir()
     shutil.copy(photos / "02.jpg", other / "copy.jpg")
     entries = [entry_of("sks", "mug", str(photos)), entry_of("zwx", "cup", str(other))]
-    with pytest.raises(PhotoError, match=r"copy\.jpg is the same photo as .*02\.jpg, and would be"):
+    with pytest.raises(
+        PhotoError, match=r"copy\.jpg is the same photo as .*02\.jpg, but they belong"
+    ):
         list_subjects(subjects_of(TrainConfig(dataset_config=entries)))
     same_subject = [entries[0], entry_of("sks", "mug", str(other))]
     assert len(list_subjects(subjects_of(TrainConfig(dataset_config=same_subject)))) == 2
