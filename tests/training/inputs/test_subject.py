@@ -52,7 +52,7 @@ def test_a_class_is_known_by_its_last_word(word: str, is_known: bool) -> None:
 def test_only_an_embedded_model_is_a_toy() -> None:
     warning = outside_toy_world("embedded:tiny-sd", " dog ")
     assert warning.startswith("embedded:tiny-sd is a toy model of a drawn world: it knows ")
-    assert "and no dog." in warning
+    assert "but no dog." in warning
     assert outside_toy_world("embedded:tiny-sd", "mug") == ""
     assert outside_toy_world("embedded:tiny-sd", " ") == ""
     assert outside_toy_world("org/model", "dog") == ""
@@ -171,7 +171,7 @@ def entry_of(token: str, word: str, folder: str = "photos") -> dict[str, str]:
 @pytest.mark.parametrize(
     ("setting", "entries", "words"),
     [
-        ("token", [entry_of("sks", "dog"), entry_of("SKS", "cat")], "'SKS' means a 'dog' and a"),
+        ("token", [entry_of("sks", "dog"), entry_of("SKS", "cat")], "'SKS' denotes a 'dog' and"),
         ("dataset_config", [entry_of("sks", "dog"), {"token": "zwx"}],
          "entry 2: instance_data_dir is not set"),
         ("dataset_config", [entry_of("sks", "dog") | {"token": "zwx"}],

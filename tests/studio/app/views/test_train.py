@@ -565,7 +565,7 @@ def test_a_word_in_the_place_of_a_number_is_said_before_the_start(
 def test_a_model_that_is_not_there_is_said_before_the_start(context: Context, subject: str) -> None:
     for name, message in (
         ("/no/such/model.safetensors", "does not exist; choose a Diffusers folder"),
-        (str(context.workspace.root), "is a folder but not a diffusers pipeline"),
+        (str(context.workspace.root), "is not a diffusers pipeline"),
     ):
         assert message in html.unescape(handler(context, "plan")(*asked(context, subject, name))[0])
     # The hub is asked only at the start.
